@@ -1,0 +1,3 @@
+"""Our conversation with the provider: ask, listen, ask again."""
+
+__version__ = "0.1.0"

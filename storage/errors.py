@@ -1,0 +1,112 @@
+"""Every error here is a decision about the work that met it. Only the code that settles a claim reads them.
+
+Retry(after)          the same work may succeed later
+├── ProviderUnavailable   the provider is down, slow or answered nonsense
+├── ProviderThrottled     the provider asks us to slow down (1302, 1303, 429)
+├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx, other 4xx)
+├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
+├── StoreUnavailable      the bucket is down or refuses us
+└── DiskFull              no room to spool
+Refresh               the URL died; read the task again for a new one
+└── FetchExpired          401 403 404 410 on a result URL
+GiveUp(reason)        it will not by itself; kept, shown, `receiver retry` brings it back
+├── ProviderRejected      the provider refused the request for good
+├── ReportUnreadable      a callback body that is no task record
+├── FetchRefused          a URL we may not fetch, for its form
+├── FetchTooLarge         more bytes than RECEIVER_MAX_ASSET_BYTES
+├── NotAnAsset            the bytes are no picture, video or audio
+├── AssetDamaged          an asset by its first bytes, broken inside
+└── ObjectConflict        another object stands under our key
+LostClaim             the row is not ours any more: change nothing
+anything else         a bug: retried with a cap, logged with its traceback, counted
+
+Messages are shown to people and stored in rows: they never hold a URL's query, a token or a key.
+"""
+
+from __future__ import annotations
+
+
+class Retry(Exception):
+    """The same work may succeed later. `after`: seconds the other side asked us to wait, None for our own backoff."""
+
+    def __init__(self, message: str, *, after: float | None = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class ProviderUnavailable(Retry):
+    pass
+
+
+class ProviderThrottled(Retry):
+    pass
+
+
+class FetchInterrupted(Retry):
+    pass
+
+
+class AddressRefused(Retry):
+    """One bad DNS answer must not cost paid work: the name is asked again every 15 minutes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, after=900)
+
+
+class StoreUnavailable(Retry):
+    pass
+
+
+class DiskFull(Retry):
+    pass
+
+
+class Refresh(Exception):
+    """The URL died; the task must be read again for a new one."""
+
+
+class FetchExpired(Refresh):
+    pass
+
+
+class GiveUp(Exception):
+    """It will not work by itself. `tries`: attempts granted before giving up (a CDN's error page may pass)."""
+
+    tries = 1
+
+
+class ProviderRejected(GiveUp):
+    """The provider refused for good. `code`: the provider's own error code, None when it gave none."""
+
+    def __init__(self, message: str, *, code: int | None = None, http_status: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.http_status = http_status
+
+
+class ReportUnreadable(GiveUp):
+    pass
+
+
+class FetchRefused(GiveUp):
+    pass
+
+
+class FetchTooLarge(GiveUp):
+    pass
+
+
+class NotAnAsset(GiveUp):
+    tries = 4  # an error page served with status 200 is often gone a minute later
+
+
+class AssetDamaged(GiveUp):
+    tries = 4  # a file cut short without a length looks just like a broken one
+
+
+class ObjectConflict(GiveUp):
+    pass
+
+
+class LostClaim(Exception):
+    """Another worker owns the row now: change no row, leave no second object."""

@@ -1,0 +1,223 @@
+"""What a report does to a task: old state + report -> new state + what to do. Pure code, no I/O, no clock.
+
+Ranks only rise, assets are the union of all reports, and a contradiction is flagged and read once: so every
+order and multiplicity of the same reports ends in the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+
+class TaskState(StrEnum):
+    CREATED = "created"
+    SUBMITTED = "submitted"
+    PROCESSING = "processing"
+    FAILED = "failed"
+    SUCCEEDED = "succeeded"
+
+
+# Succeeded outranks failed: pictures that exist are worth keeping.
+RANK = {state: rank for rank, state in enumerate(TaskState)}
+TERMINAL = frozenset({TaskState.FAILED, TaskState.SUCCEEDED})
+
+
+class ArchiveState(StrEnum):
+    NONE = "none"
+    ARCHIVING = "archiving"
+    ARCHIVED = "archived"
+    INCOMPLETE = "incomplete"
+
+
+class AssetState(StrEnum):
+    DUE = "due"
+    ARCHIVED = "archived"
+    FAILED = "failed"
+
+
+class CallbackState(StrEnum):
+    RECEIVED = "received"
+    APPLIED = "applied"
+    UNMATCHED = "unmatched"
+    UNREADABLE = "unreadable"
+    REJECTED = "rejected"
+
+
+class Step(StrEnum):
+    """What a due task row waits for."""
+
+    CREATE = "create"  # send it to the provider, or find out whether it was sent
+    READ = "read"  # ask the provider how it stands
+    FINISH = "finish"  # every asset is settled: write the manifest, end the archive
+
+
+OutputType = Literal["image", "video", "audio"]
+
+# The provider promises three tries' worth of silence at most: a shortfall is believed after these reads.
+COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
+# An index beyond this is nonsense (or an attack on an integer column); positions are used instead.
+MAX_INDEX = 9_999
+
+
+@dataclass(frozen=True)
+class Output:
+    """One produced file as reported. `index`: the provider's own number, None when it gave none."""
+
+    type: OutputType
+    url: str | None = field(repr=False)
+    index: int | None = None
+    watermark_url: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one delivery says of one task. `status` None: a word we do not know (kept in `raw_status`).
+
+    `series` is the body's own claim (None: it makes none); the request's word counts where there is one.
+    `created_ms`, `updated_ms`: the provider's clock, milliseconds since 1970.
+    """
+
+    provider_task_id: str | None
+    external_task_id: str | None
+    status: TaskState | None
+    raw_status: str = ""
+    message: str = ""
+    outputs: tuple[Output, ...] = ()
+    series: bool | None = None
+    created_ms: int | None = None
+    updated_ms: int | None = None
+    units: str | None = None
+
+
+@dataclass(frozen=True, order=True)
+class AssetName:
+    """Which picture of a task. `original`: for a watermarked copy the kind it belongs to, else empty."""
+
+    kind: str
+    index: int
+    original: str = ""
+
+
+@dataclass(frozen=True)
+class AssetFacts:
+    state: AssetState
+    url: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """The part of a task row, and of its asset rows, that decisions read."""
+
+    state: TaskState
+    archive: ArchiveState = ArchiveState.NONE
+    series: bool | None = None
+    expected: int | None = None
+    contradicted: bool = False
+    completeness_reads: int = 0
+    assets: Mapping[AssetName, AssetFacts] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to write. `contradicted`: newly so, which also wants one read now."""
+
+    state: TaskState
+    archive: ArchiveState
+    contradicted: bool = False
+    add: Mapping[AssetName, str] = field(default_factory=dict, repr=False)
+    replace: Mapping[AssetName, str] = field(default_factory=dict, repr=False)
+
+
+class Next(NamedTuple):
+    """The step a task row waits for and in how many seconds; None = nothing until something happens."""
+
+    step: Step
+    delay_seconds: float
+
+
+def expected_files(*, n: int, series: bool, series_amount: int | Literal["auto"], watermark: bool) -> int | None:
+    """How many files a request asks for, watermarked copies counted; None when the provider chooses."""
+    pictures = series_amount if series else n
+    if pictures == "auto":
+        return None
+    return pictures * (2 if watermark else 1)
+
+
+def assets_in(report: Report, series: bool | None) -> dict[AssetName, str]:
+    """Name every file of a report: {name: url}. `series`: the request's word, None when unknown.
+
+    The reported indexes count when all are present and distinct, else the position among outputs of
+    that type; so the old shape (indexed) and the new one (a plain list) name the same picture alike.
+    """
+    is_series = report.series if series is None else series
+    named: dict[AssetName, str] = {}
+    for kind_of_output in ("image", "video", "audio"):
+        outputs = [output for output in report.outputs if output.type == kind_of_output]
+        kind = "series" if kind_of_output == "image" and is_series else kind_of_output
+        for index, output in zip(_indexes(outputs), outputs, strict=True):
+            if output.url:
+                named[AssetName(kind, index)] = output.url
+            if output.watermark_url:
+                named[AssetName("watermark", index, kind)] = output.watermark_url
+    return named
+
+
+def _indexes(outputs: list[Output]) -> list[int]:
+    reported = [output.index for output in outputs if output.index is not None and 0 <= output.index <= MAX_INDEX]
+    distinct = len(set(reported)) == len(outputs)
+    return reported if distinct else list(range(len(outputs)))
+
+
+def decide(task: TaskFacts, report: Report) -> Decision:
+    """Apply one report to one task. Applying it again, or later than another, changes nothing it should not."""
+    if report.status is None:
+        return Decision(task.state, task.archive)
+    state = max(task.state, report.status, key=RANK.__getitem__)
+    contradiction = {task.state, report.status} == TERMINAL and not task.contradicted
+    if report.status is not TaskState.SUCCEEDED:
+        return Decision(state, task.archive, contradiction)
+    named = assets_in(report, task.series)
+    add = {name: url for name, url in named.items() if name not in task.assets}
+    replace = {name: url for name, url in named.items() if name in task.assets and _takes(task.assets[name], url)}
+    archive = ArchiveState.ARCHIVING if add or task.archive is ArchiveState.NONE else task.archive
+    return Decision(state, archive, contradiction, add, replace)
+
+
+def _takes(asset: AssetFacts, url: str) -> bool:
+    return asset.state is not AssetState.ARCHIVED and asset.url != url
+
+
+def is_short(task: TaskFacts) -> bool:
+    """Whether fewer files are known than were asked for (none at all is always too few)."""
+    return len(task.assets) < max(task.expected or 1, 1)
+
+
+def next_step(task: TaskFacts, poll_delay_seconds: float) -> Next | None:
+    """What a settled task row waits for. `poll_delay_seconds`: when an unfinished task is read again."""
+    if task.state is TaskState.CREATED:
+        return Next(Step.CREATE, poll_delay_seconds)
+    if task.state not in TERMINAL:
+        return Next(Step.READ, poll_delay_seconds)
+    if task.archive is not ArchiveState.ARCHIVING:
+        return None
+    if is_short(task) and task.completeness_reads < len(COMPLETENESS_DELAYS_SECONDS):
+        return Next(Step.READ, COMPLETENESS_DELAYS_SECONDS[task.completeness_reads])
+    if any(asset.state is AssetState.DUE for asset in task.assets.values()):
+        return None
+    return Next(Step.FINISH, 0)
+
+
+def outcome(task: TaskFacts) -> ArchiveState:
+    """How a finished archive ends: incomplete = a file the provider named could not be kept, or none came."""
+    states = {asset.state for asset in task.assets.values()}
+    return ArchiveState.ARCHIVED if states == {AssetState.ARCHIVED} else ArchiveState.INCOMPLETE
+
+
+def shortfall(task: TaskFacts) -> str | None:
+    """`delivered 3 of 4`, or None when all that was asked for came."""
+    if task.expected is None or len(task.assets) >= task.expected:
+        return None
+    return f"delivered {len(task.assets)} of {task.expected}"
