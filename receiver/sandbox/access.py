@@ -1,0 +1,56 @@
+"""Who may talk to the API, and whom the sandbox may call."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import socket
+
+import jwt
+
+from receiver.sandbox.answers import Refused
+from receiver.sandbox.knobs import Knobs
+
+
+def check_credentials(authorization: str | None, knobs: Knobs, *, jwt_allowed: bool = True) -> None:
+    """Let an accepted API key or JWT pass. Raises Refused 1000…1004 otherwise, as Kling tells them apart.
+
+    `jwt_allowed`: False on `/tasks`, which answers a JWT with 1002.
+    """
+    scheme, _, credential = (authorization or "").partition(" ")
+    credential = credential.strip()
+    if not scheme or (scheme.lower() == "bearer" and not credential):
+        raise Refused(1001)
+    if scheme.lower() != "bearer":
+        raise Refused(1002)
+    if any(hmac.compare_digest(credential.encode(), key.encode()) for key in knobs.api_keys):
+        return
+    if credential.count(".") != 2 or not jwt_allowed:
+        raise Refused(1002)
+    _check_jwt(credential, knobs)
+
+
+def _check_jwt(token: str, knobs: Knobs) -> None:
+    try:
+        jwt.decode(
+            token,
+            knobs.secret_key,
+            algorithms=["HS256"],
+            issuer=knobs.access_key,
+            options={"require": ["iss", "exp"]},
+        )
+    except jwt.ImmatureSignatureError:
+        raise Refused(1003) from None
+    except jwt.ExpiredSignatureError:
+        raise Refused(1004) from None
+    except jwt.PyJWTError as error:
+        raise Refused(1000, f"Authentication failed: {error}") from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address of `host` (a name or an address) is on this machine. Asks DNS; False when it knows none."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found)

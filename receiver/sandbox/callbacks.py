@@ -1,0 +1,81 @@
+"""Sending callbacks the way the provider does: Java's HTTP client, no redirects, a few tries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from urllib.parse import urlsplit
+
+import httpx
+from standardwebhooks import Webhook
+
+from receiver.sandbox.access import is_loopback
+from receiver.sandbox.knobs import Knobs
+from receiver.sandbox.ledger import Attempt, Callback
+
+# As recorded from real traffic.
+HEADERS = {
+    "Content-Type": "application/json; charset=utf-8",
+    "User-Agent": "Apache-HttpClient/4.5.14 (Java/17.0.9)",
+    "Accept-Encoding": "gzip,deflate",
+    "Connection": "Keep-Alive",
+}
+MAX_AT_ONCE = 32
+
+
+def signed_headers(callback: Callback, secrets: Sequence[str], now: datetime) -> dict[str, str]:
+    """Standard Webhooks headers, one signature per secret; none without secrets. `now`: aware, in UTC."""
+    if not secrets:
+        return {}
+    body = callback.body.decode("utf-8")
+    signatures = [Webhook(secret).sign(callback.webhook_id, now, body) for secret in secrets]
+    return {
+        "webhook-id": callback.webhook_id,
+        "webhook-timestamp": str(int(now.timestamp())),
+        "webhook-signature": " ".join(signatures),
+    }
+
+
+class Sender:
+    """Delivers callbacks and writes every attempt into them. Lives inside one event loop; close it in the same one."""
+
+    def __init__(self) -> None:
+        # No proxy from the environment: a callback goes where it says, or nowhere.
+        self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, headers=HEADERS)
+        del self._client.headers["Accept"]  # httpx's own default; the recorded client sends none
+        self._turns = asyncio.Semaphore(MAX_AT_ONCE)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def send_all(self, callbacks: Sequence[Callback], knobs: Knobs) -> None:
+        """Send them one after the other, each until it is answered 200 or its tries are used up."""
+        await asyncio.sleep(knobs.callback_delay_seconds)
+        for callback in callbacks:
+            await self._send(callback, knobs)
+
+    async def _send(self, callback: Callback, knobs: Knobs) -> None:
+        for number in range(knobs.callback_tries):
+            if number:
+                await asyncio.sleep(knobs.callback_backoff_seconds * 2 ** (number - 1))
+            async with self._turns:
+                attempt = await self._try(callback, knobs)
+            callback.attempts.append(attempt)
+            if attempt.http_status == 200:
+                return
+
+    async def _try(self, callback: Callback, knobs: Knobs) -> Attempt:
+        at_ms = time.time_ns() // 1_000_000
+        host = urlsplit(callback.url).hostname or ""
+        # Asked again before every try: a name may have moved since the task was created.
+        if not knobs.allow_remote_callbacks and not await asyncio.to_thread(is_loopback, host):
+            return Attempt(at_ms, None, "NotLoopback")
+        headers = signed_headers(callback, knobs.webhook_secrets, datetime.now(UTC))
+        try:
+            async with asyncio.timeout(knobs.callback_timeout_seconds):
+                answer = await self._client.post(callback.url, content=callback.body, headers=headers)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, OSError, ValueError) as error:
+            return Attempt(at_ms, None, type(error).__name__)
+        return Attempt(at_ms, answer.status_code)

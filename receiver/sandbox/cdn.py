@@ -1,0 +1,66 @@
+"""The signed links of result files, and what goes wrong on the way to one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import random
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from receiver.sandbox.knobs import Knobs
+from receiver.sandbox.tasks import Name, Task
+
+PATH = re.compile(r"^/cdn/(?P<task_id>\d+)-(?P<kind>image|series|watermark)-(?P<index>\d)\.png$")
+# The alphabet of CloudFront's signed URLs: Base64 with + = / replaced.
+SIGNATURE_ALPHABET = str.maketrans("+=/", "-_~")
+
+Fault = Literal["", "403", "503", "truncated", "truncated_chunked", "truncated_silent", "html"]
+FAULT_RATES: dict[Fault, str] = {
+    "503": "cdn_503_rate",
+    "truncated": "cdn_truncated_rate",
+    "truncated_chunked": "cdn_truncated_chunked_rate",
+    "truncated_silent": "cdn_truncated_silent_rate",
+    "html": "cdn_html_rate",
+}
+
+
+def path(task: Task, name: Name) -> str:
+    return f"/cdn/{task.id}-{name.kind}-{name.index}.png"
+
+
+def url(task: Task, name: Name, key: bytes) -> str:
+    """The absolute link in the task's current revision."""
+    here = path(task, name)
+    pair = f"K{task.revision + 1}"
+    signature = _sign(key, here, task.expires, pair)
+    return f"{task.origin}{here}?Expires={task.expires}&Signature={signature}&Key-Pair-Id={pair}"
+
+
+def is_valid(task: Task, here: str, query: Mapping[str, str], key: bytes, now_seconds: float) -> bool:
+    """Whether the link was made by us, has not expired, and is of a revision that works."""
+    expires, pair = query.get("Expires", ""), query.get("Key-Pair-Id", "")
+    if expires != str(task.expires) or now_seconds >= task.expires:
+        return False
+    if not re.fullmatch(r"K[1-9]\d{0,8}", pair) or int(pair[1:]) - 1 < task.live_from:
+        return False
+    signature = query.get("Signature", "").encode("utf-8", "surrogatepass")
+    return hmac.compare_digest(signature, _sign(key, here, task.expires, pair).encode())
+
+
+def _sign(key: bytes, here: str, expires: int, pair: str) -> str:
+    digest = hmac.digest(key, f"{here}\n{expires}\n{pair}".encode(), hashlib.sha256)
+    return base64.b64encode(digest).decode("ascii").translate(SIGNATURE_ALPHABET)
+
+
+def next_fault(knobs: Knobs, rng: random.Random) -> Fault:
+    """How the next download goes wrong: first the queue, then chance; '' = it goes well."""
+    if knobs.cdn_faults:
+        return knobs.cdn_faults.pop(0)
+    for fault, knob in FAULT_RATES.items():
+        rate = getattr(knobs, knob)
+        if rate and rng.random() < rate:
+            return fault
+    return ""

