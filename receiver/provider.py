@@ -1,0 +1,179 @@
+"""The seam between us and whoever makes the pictures: what every provider adapter can do, in whose words.
+
+An adapter turns the provider's wire protocol into `storage.states.Report` and its refusals into the
+error classes of `storage.errors`; nothing outside `receiver/providers/` knows a field name of a provider.
+
+ProviderUnavailable          (storage.errors) the same work may succeed later
+└── Unavailable                 the same, and knows whether the request can have left this host
+ProviderThrottled            (storage.errors) slow down; a refused create costs nothing
+ProviderRejected             (storage.errors) a definite refusal
+└── AlreadyExists               this external id was used before: read the task back
+BadSignature                 a delivery that does not prove its sender: answered 401
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from standardwebhooks.webhooks import Webhook
+
+from storage.errors import ProviderRejected, ProviderUnavailable
+from storage.states import Report
+
+# Standard Webhooks and Kling's page of 2026-08-07 both say five minutes, in both directions.
+SIGNATURE_TOLERANCE_SECONDS = 300
+# Two secrets sign during a rotation; more signatures than this are somebody's attempt to make us work.
+MAX_SIGNATURES = 10
+MAX_WEBHOOK_ID_CHARS = 200
+
+# Control characters, lone surrogates and direction overrides: PostgreSQL or a terminal would choke on them.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+_URL = re.compile(r"(https?://)(?:[^\s/?#@\"'<>]*@)?([^\s/?#\"'<>]*)[/?#][^\s\"'<>]*", re.IGNORECASE)
+
+
+class Unavailable(ProviderUnavailable):
+    """No usable answer. `sent` is False only when it is certain that the request never left this host."""
+
+    def __init__(self, message: str, *, sent: bool = True, after: float | None = None) -> None:
+        super().__init__(message, after=after)
+        self.sent = sent
+
+
+class AlreadyExists(ProviderRejected):
+    """The provider knows this external id; nothing was made or charged by this request."""
+
+
+class BadSignature(Exception):
+    """The delivery's signature is missing, wrong or out of time. The message says which and holds no header value."""
+
+
+@dataclass(frozen=True)
+class Created:
+    """What a create answered. `body`: canonical JSON of the task record, which `parse` reads back as `report`."""
+
+    provider_task_id: str
+    report: Report
+    body: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One task as the provider tells it. `body`: canonical JSON of the record without its envelope."""
+
+    body: bytes = field(repr=False)
+    report: Report
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """What a request means for us.
+
+    `expected`: files to come, watermarked copies counted, None when the provider chooses.
+    `slots`: how many of the account's concurrent pictures it occupies until it ends.
+    """
+
+    series: bool
+    expected: int | None
+    slots: int
+
+
+class Provider(Protocol):
+    """One image provider. Every method may be called from any thread.
+
+    Calls that reach the network raise `Unavailable`, `ProviderThrottled` and `ProviderRejected`; whoever holds
+    the claim on the row acts on the class. Their messages are safe to store and to show.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word in the callback path and in `task.provider`."""
+
+    @property
+    def result_hosts(self) -> tuple[str, ...]:
+        """Hosts this provider serves results from; each stands for itself and everything below it."""
+
+    def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Created:
+        """Ask for a task, once. `AlreadyExists`: this id was used before. `Unavailable` with `sent`: it may exist."""
+
+    def read(self, *, provider_task_id: str | None, external_task_id: str) -> Record | None:
+        """Read one task, by the provider's id where we have it, else by ours. None: the provider says "not found"."""
+
+    def read_many(
+        self, *, provider_task_ids: Sequence[str] = (), external_task_ids: Sequence[str] = ()
+    ) -> dict[str, Record] | None:
+        """Read up to 20 tasks by one kind of id: {id: record} of those found. None: no batch reading here."""
+
+    def list_page(self, page: int, size: int) -> list[Record]:
+        """Read one page (from 1) of the account's tasks, `size` a page; an empty list is past the end."""
+
+    def parse(self, body: bytes) -> Report:
+        """Read a callback or a `Record.body`. Raises `storage.errors.ReportUnreadable`, and nothing else."""
+
+    def verify(self, headers: Mapping[str, str], body: bytes) -> str | None:
+        """The verified id of a signed delivery, None when no secrets are configured. Raises `BadSignature`."""
+
+    def request_facts(self, request: Mapping[str, Any]) -> RequestFacts:
+        """What a request, as sent or as stored, lets us expect. Never raises."""
+
+    def redacted(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The request as it is kept: the bytes of inputs replaced by their hashes."""
+
+    def url_expiry(self, url: str) -> datetime | None:
+        """When a result URL says that it ends; None when it does not say."""
+
+
+def plain(text: str, max_chars: int) -> str:
+    """Make foreign words safe to store and to show: one line, no NUL, and of every URL only the host.
+
+    Queries of URLs hold signatures and paths hold tokens, so both go.
+    """
+    visible = _URL.sub(r"\1\2/…", " ".join(_UNPRINTABLE.sub(" ", text[: 8 * max_chars]).split()))
+    return visible if len(visible) <= max_chars else visible[: max_chars - 1] + "…"
+
+
+def is_storable(text: str) -> bool:
+    """Whether a database takes this text: no NUL, no lone surrogate."""
+    if text.isascii():
+        return "\0" not in text
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def verify_standard_webhook(secrets: Sequence[Webhook], headers: Mapping[str, str], body: bytes, *, now: float) -> str:
+    """Check a Standard Webhooks delivery against every secret and return its `webhook-id`.
+
+    `now`: Unix seconds. Raises BadSignature. Source: standardwebhooks.com specification, Kling 2026-08-07.
+    The package signs; the checks around it are ours, because its own `verify` raises ValueError and
+    binascii.Error on hostile headers and reads the clock itself.
+    """
+    named = {name.lower(): value for name, value in headers.items()}
+    webhook_id = named.get("webhook-id", "")
+    timestamp = named.get("webhook-timestamp", "")
+    signatures = named.get("webhook-signature", "").split(" ")
+    if not (webhook_id and timestamp and signatures != [""]):
+        raise BadSignature("a signature header is missing")
+    if len(webhook_id) > MAX_WEBHOOK_ID_CHARS or not (webhook_id.isascii() and webhook_id.isprintable()):
+        raise BadSignature("webhook-id is no id")
+    if not re.fullmatch(r"[1-9][0-9]{0,11}", timestamp):
+        raise BadSignature("webhook-timestamp is no time")
+    if abs(now - int(timestamp)) > SIGNATURE_TOLERANCE_SECONDS:
+        raise BadSignature("webhook-timestamp is more than 300 s from our clock")
+    given = [signature.encode("utf-8", "replace") for signature in signatures[:MAX_SIGNATURES]]
+    wanted = _signatures(secrets, webhook_id, int(timestamp), body)
+    # A sum, not any(): how long it takes says nothing about which secret matched.
+    if not sum(hmac.compare_digest(ours, theirs) for ours in wanted for theirs in given):
+        raise BadSignature("no signature matches")
+    return webhook_id
+
+
+def _signatures(secrets: Sequence[Webhook], webhook_id: str, timestamp: int, body: bytes) -> list[bytes]:
+    moment = datetime.fromtimestamp(timestamp, tz=UTC)
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise BadSignature("no signature matches") from None
+    return [str(secret.sign(webhook_id, moment, text)).encode() for secret in secrets]
