@@ -1,0 +1,329 @@
+"""Which URLs may be fetched and which addresses dialled. Pure: no resolution, no sockets, no clock.
+
+The table is ours, not `ipaddress.is_global`, which changes between Python patch levels. It follows the two IANA
+special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) and is stricter where no file
+host can live: IPv6 is refused unless it is inside 2000::/3, and blocks that are reachable only for a protocol's sake
+(AS112, AMT, PCP and TURN anycast) are refused too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import Literal, NamedTuple
+from urllib.parse import quote
+
+import idna
+
+from storage.errors import FetchRefused
+
+Address = IPv4Address | IPv6Address
+
+# Signed URLs run to about 2,000 characters; servers commonly stop at 8,192.
+MAX_URL_CHARACTERS = 8_192
+HTTPS_PORT, HTTP_PORT = 443, 80
+
+
+class Row(NamedTuple):
+    """One refused block. `listed`: may be dialled all the same for a host on RECEIVER_PRIVATE_RESULT_HOSTS."""
+
+    network: IPv4Network | IPv6Network
+    what: str
+    source: str
+    listed: bool = False
+
+
+def _row(network: str, what: str, source: str, *, listed: bool = False) -> Row:
+    return Row(ipaddress.ip_network(network), what, source, listed)
+
+
+# The first match gives the reason, so single addresses stand before the blocks that hold them.
+IPV4_ROWS = (
+    _row("169.254.169.254/32", "cloud metadata", "AWS, Azure, Google, OpenStack instance metadata"),
+    _row("169.254.170.2/32", "cloud metadata", "AWS ECS task credentials"),
+    _row("169.254.170.23/32", "cloud metadata", "AWS EKS pod identity"),
+    _row("169.254.42.42/32", "cloud metadata", "Scaleway instance metadata"),
+    _row("168.63.129.16/32", "cloud platform", "Azure wire server"),
+    _row("192.0.0.192/32", "cloud metadata", "Oracle Cloud classic metadata"),
+    _row("100.100.100.200/32", "cloud metadata", "Alibaba Cloud instance metadata"),
+    _row("0.0.0.0/8", "this network", "RFC 791 §3.2, RFC 1122 §3.2.1.3"),
+    _row("10.0.0.0/8", "private use", "RFC 1918", listed=True),
+    _row("100.64.0.0/10", "shared address space", "RFC 6598", listed=True),
+    _row("127.0.0.0/8", "loopback", "RFC 1122 §3.2.1.3", listed=True),
+    _row("169.254.0.0/16", "link-local", "RFC 3927"),
+    _row("172.16.0.0/12", "private use", "RFC 1918", listed=True),
+    _row("192.0.0.0/24", "IETF protocol assignments", "RFC 6890 §2.1"),
+    _row("192.0.2.0/24", "documentation", "RFC 5737"),
+    _row("192.31.196.0/24", "AS112", "RFC 7535"),
+    _row("192.52.193.0/24", "AMT relay", "RFC 7450"),
+    _row("192.88.99.0/24", "6to4 relay", "RFC 7526"),
+    _row("192.168.0.0/16", "private use", "RFC 1918", listed=True),
+    _row("192.175.48.0/24", "AS112", "RFC 7534"),
+    _row("198.18.0.0/15", "benchmarking", "RFC 2544"),
+    _row("198.51.100.0/24", "documentation", "RFC 5737"),
+    _row("203.0.113.0/24", "documentation", "RFC 5737"),
+    _row("224.0.0.0/4", "multicast", "RFC 5771"),
+    _row("255.255.255.255/32", "broadcast", "RFC 919, RFC 8190"),
+    _row("240.0.0.0/4", "reserved", "RFC 1112 §4"),
+)
+IPV6_ROWS = (
+    _row("fd00:ec2::254/128", "cloud metadata", "AWS instance metadata"),
+    _row("fd00:ec2::23/128", "cloud metadata", "AWS EKS pod identity"),
+    _row("fd20:ce::254/128", "cloud metadata", "Google Cloud metadata"),
+    _row("fd00:42::42/128", "cloud metadata", "Scaleway instance metadata"),
+    _row("fd00:c1::a9fe:a9fe/128", "cloud metadata", "Oracle Cloud metadata"),
+    _row("::/128", "unspecified", "RFC 4291 §2.5.2"),
+    _row("::1/128", "loopback", "RFC 4291 §2.5.3", listed=True),
+    _row("::ffff:0:0/96", "IPv4-mapped", "RFC 4291 §2.5.5.2"),
+    _row("::ffff:0:0:0/96", "IPv4-translated", "RFC 2765 §2.1"),
+    _row("::/96", "IPv4-compatible", "RFC 4291 §2.5.5.1"),
+    _row("64:ff9b::/96", "NAT64", "RFC 6052 §2.1"),
+    _row("64:ff9b:1::/48", "local-use NAT64", "RFC 8215"),
+    _row("100::/64", "discard only", "RFC 6666"),
+    _row("100:0:0:1::/64", "dummy prefix", "RFC 9780"),
+    _row("2001::/32", "Teredo", "RFC 4380"),
+    _row("2001:2::/48", "benchmarking", "RFC 5180, erratum 1752"),
+    _row("2001:10::/28", "ORCHID", "RFC 4843"),
+    _row("2001:20::/28", "ORCHIDv2", "RFC 7343"),
+    _row("2001::/23", "IETF protocol assignments", "RFC 2928"),
+    _row("2001:db8::/32", "documentation", "RFC 3849"),
+    _row("2002::/16", "6to4", "RFC 3056, RFC 7526"),
+    _row("2620:4f:8000::/48", "AS112", "RFC 7534"),
+    _row("3ffe::/16", "6bone", "RFC 3701"),
+    _row("3fff::/20", "documentation", "RFC 9637"),
+    _row("5f00::/16", "segment routing", "RFC 9602"),
+    _row("fc00::/7", "unique-local", "RFC 4193", listed=True),
+    _row("fe80::/10", "link-local", "RFC 4291 §2.5.6"),
+    _row("fec0::/10", "site-local", "RFC 3879"),
+    _row("ff00::/8", "multicast", "RFC 4291 §2.7"),
+)
+GLOBAL_UNICAST = IPv6Network("2000::/3")
+NOT_GLOBAL_UNICAST = _row("::/0", "not global unicast", "RFC 4291 §2.4: IANA assigns from 2000::/3 only")
+
+# Names that never lead to a public host, refused at once rather than asked every 15 minutes.
+PRIVATE_NAMES = {
+    "localhost": "RFC 6761 §6.3",
+    "local": "RFC 6762",
+    "internal": "reserved by ICANN, 2024",
+    "home.arpa": "RFC 8375",
+    "onion": "RFC 7686",
+}
+
+
+def forbidden(address: Address) -> str | None:
+    """Say why `address` must not be dialled; None = it may. An IPv4 address hidden in IPv6 is looked at as well."""
+    row = _refusing_row(address)
+    if row is not None:
+        return _reason(address, row)
+    hidden = hidden_ipv4(address)
+    if hidden is None:
+        return None
+    reason = forbidden(hidden)
+    return f"hides {hidden}: {reason}" if reason else None
+
+
+def forbidden_even_listed(address: Address) -> str | None:
+    """The same for a host on RECEIVER_PRIVATE_RESULT_HOSTS: private and loopback may be dialled, metadata never."""
+    row = _refusing_row(address)
+    return None if row is not None and row.listed else forbidden(address)
+
+
+def hidden_ipv4(address: Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 one carries, None when it carries none.
+
+    Mapped, compatible, translated, NAT64 (RFC 6052; inside 64:ff9b:1::/48 as its own /48 or as a /96), 6to4
+    (RFC 3056), Teredo (RFC 4380: the client, inverted) and ISATAP (RFC 5214: any prefix).
+    """
+    if isinstance(address, IPv4Address):
+        return None
+    bits = int(address)
+    low = bits & 0xFFFF_FFFF
+    if address.teredo:
+        return address.teredo[1]
+    if address.sixtofour:
+        return address.sixtofour
+    if address in IPv6Network("64:ff9b:1::/48") and (bits >> 64) & 0xFFFF:
+        return IPv4Address(((bits >> 64) & 0xFFFF) << 16 | (bits >> 40) & 0xFFFF)
+    if (bits >> 32) & 0xFDFF_FFFF == 0x0000_5EFE:
+        return IPv4Address(low)
+    carriers = ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48", "::/96")
+    carried = any(address in IPv6Network(network) for network in carriers)
+    return IPv4Address(low) if carried and bits > 1 else None
+
+
+def _refusing_row(address: Address) -> Row | None:
+    if isinstance(address, IPv4Address):
+        return next((row for row in IPV4_ROWS if address in row.network), None)
+    row = next((row for row in IPV6_ROWS if address in row.network), None)
+    if row is None and (address not in GLOBAL_UNICAST or address.scope_id):
+        return NOT_GLOBAL_UNICAST
+    return row
+
+
+def _reason(address: Address, row: Row) -> str:
+    hidden = hidden_ipv4(address)
+    carrying = f" carrying {hidden}" if hidden else ""
+    return f"{row.what}{carrying} ({row.source})"
+
+
+@dataclass(frozen=True)
+class AddressPolicy:
+    """Where results may come from.
+
+    `result_hosts`: empty = any public https host, else a host must be one of these or below one.
+    `private_hosts`: (host, port) pairs that may be plain http, on another port than 443, or at a private address;
+    hosts in lower case, IPv6 without brackets. They need not be repeated in `result_hosts`.
+    """
+
+    result_hosts: tuple[str, ...] = ()
+    private_hosts: frozenset[tuple[str, int]] = frozenset()
+
+    def lists(self, host: str, port: int) -> bool:
+        return (host, port) in self.private_hosts
+
+    def allows(self, host: str) -> bool:
+        if not self.result_hosts:
+            return True
+        suffixes = [suffix.lower().removeprefix("*").strip(".") for suffix in self.result_hosts]
+        return any(host == suffix or host.endswith(f".{suffix}") for suffix in suffixes if suffix)
+
+    def refuses(self, address: Address, host: str, port: int) -> str | None:
+        """Why `address`, an answer for `host`, must not be dialled on `port`; None = it may."""
+        return forbidden_even_listed(address) if self.lists(host, port) else forbidden(address)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A URL that passed. `host`: lower case ASCII, IPv6 without brackets. `url`: rebuilt, without fragment."""
+
+    scheme: Literal["http", "https"]
+    host: str
+    port: int
+    url: str = field(repr=False)
+    path: str = field(repr=False)  # with the query: what stands in the request line
+    private: bool = False
+
+    @property
+    def authority(self) -> str:
+        """Host and port as they stand in a URL and in the Host header."""
+        return _authority(self.scheme, self.host, self.port)
+
+
+URL_PARTS = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]*)(?P<path>[^?#]*)(?P<query>\?[^#]*)?"
+)
+AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{0,5}))?")
+LABEL = re.compile(r"[a-z0-9_-]{1,63}")
+NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+# Printable ASCII stays as it was: a signature covers the bytes of the URL.
+ASCII_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
+
+
+def check_url(url: str, policy: AddressPolicy) -> Target:
+    """Take a URL apart and refuse every form we do not fetch. Nothing is resolved here.
+
+    Returns the `Target` to request: what the rest of the program uses is rebuilt from the checked parts, so no
+    second parser can read it differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
+    """
+    scheme, authority, path = _split(url)
+    host, port = _host_and_port(authority, HTTPS_PORT if scheme == "https" else HTTP_PORT)
+    private = policy.lists(host, port)
+    if not private:
+        _refuse_unlisted(scheme, host, port, policy)
+    address = _literal(host)
+    reason = policy.refuses(address, host, port) if address is not None else None
+    if reason:
+        raise FetchRefused(f"{host} may not be dialled: {reason}")
+    return Target(scheme, host, port, f"{scheme}://{_authority(scheme, host, port)}{path}", path, private)
+
+
+def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
+    if len(url) > MAX_URL_CHARACTERS:
+        raise FetchRefused(f"URL is longer than {MAX_URL_CHARACTERS} characters")
+    if any(character <= " " or character == "\x7f" or character == "\\" for character in url):
+        raise FetchRefused("URL holds a space, a control character or a backslash")
+    parts = URL_PARTS.match(url)
+    if parts is None:
+        raise FetchRefused("not an absolute http(s) URL")
+    path = (parts["path"] or "/") + (parts["query"] or "")
+    try:
+        path = quote(path, safe=ASCII_PRINTABLE)
+    except UnicodeEncodeError:
+        raise FetchRefused("URL holds a lone surrogate") from None
+    match parts["scheme"].lower():
+        case "https":
+            return "https", parts["authority"], path
+        case "http":
+            return "http", parts["authority"], path
+        case _:
+            raise FetchRefused("scheme is neither https nor http")
+
+
+def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
+    if "@" in authority:
+        raise FetchRefused("URL holds user information")
+    if "%" in authority:
+        raise FetchRefused("host is percent-encoded or has a zone id")
+    parts = AUTHORITY.fullmatch(authority)
+    if parts is None:
+        raise FetchRefused("host and port are malformed")
+    port = int(parts["port"] or default_port)
+    if not 0 < port < 65_536:
+        raise FetchRefused("port is out of range")
+    return _host(parts["host"]), port
+
+
+def _host(text: str) -> str:
+    if text.startswith("["):
+        try:
+            return str(IPv6Address(text[1:-1]))
+        except ValueError:
+            raise FetchRefused("host is no IPv6 address") from None
+    host = _ascii(text).lower().removesuffix(".")
+    labels = host.split(".")
+    if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
+        raise FetchRefused("host is no domain name")
+    if NUMBER.fullmatch(labels[-1]) and _literal(host) is None:
+        raise FetchRefused("host is an IPv4 address in an unusual spelling")
+    return host
+
+
+def _ascii(text: str) -> str:
+    """Full-width letters, ideographic dots and the like become what they stand for (UTS 46) before any check."""
+    if text.isascii():
+        return text
+    try:
+        return idna.encode(text, uts46=True, std3_rules=True).decode("ascii")
+    except (idna.IDNAError, UnicodeError):
+        raise FetchRefused("host is no valid international domain name") from None
+
+
+def _literal(host: str) -> Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _refuse_unlisted(scheme: str, host: str, port: int, policy: AddressPolicy) -> None:
+    if scheme != "https":
+        raise FetchRefused(f"{host} is not https and not on RECEIVER_PRIVATE_RESULT_HOSTS")
+    if port != HTTPS_PORT:
+        raise FetchRefused(f"{host}: port {port} is not 443 and not on RECEIVER_PRIVATE_RESULT_HOSTS")
+    if not policy.allows(host):
+        raise FetchRefused(f"{host} is not on RECEIVER_RESULT_HOSTS")
+    if _literal(host) is not None:
+        return
+    for name, source in PRIVATE_NAMES.items():
+        if host == name or host.endswith(f".{name}"):
+            raise FetchRefused(f"{host} is a private name ({source})")
+    if "." not in host:
+        raise FetchRefused(f"{host} is a name without a domain")
+
+
+def _authority(scheme: str, host: str, port: int) -> str:
+    bracketed = f"[{host}]" if ":" in host else host
+    default_port = HTTPS_PORT if scheme == "https" else HTTP_PORT
+    return bracketed if port == default_port else f"{bracketed}:{port}"
