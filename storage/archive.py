@@ -1,0 +1,179 @@
+"""One asset row -> one object: fetch, judge, hash, put once, settle.
+
+claimed ─▶ known object there? ─▶ settled, nothing downloaded
+    └────▶ fetch to spool ─▶ key, sha256, size into the row ─▶ put once ─▶ settle (+ last of its task? finish due)
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import structlog
+from sqlmodel import Session
+
+from storage import claims, tasks
+from storage.database import Database, clock
+from storage.errors import GiveUp, LostClaim, Refresh, Retry
+from storage.events import EventName, record
+from storage.fetch import Fetched, Fetcher, spool
+from storage.keys import object_key
+from storage.models import Asset, Task
+from storage.objects import Bucket
+from storage.states import AssetState, Step
+
+log = structlog.get_logger()
+
+# A dead URL is tried again at this pace at the latest; each try also reads the task for a fresh one.
+REFRESH_CAP_SECONDS = 900
+
+
+class Archiver:
+    """Works on claimed asset rows. Whatever dies, the next claim finds the row and goes on from what it says."""
+
+    def __init__(
+        self,
+        database: Database,
+        bucket: Bucket,
+        fetcher: Fetcher,
+        schedule: tasks.Schedule,
+        *,
+        spool_dir: Path | None = None,
+    ) -> None:
+        self._database = database
+        self._bucket = bucket
+        self._fetcher = fetcher
+        self._schedule = schedule
+        self._spool_dir = spool_dir
+
+    def work(self, asset: Asset) -> None:
+        """Archive one claimed asset, or settle the row with the reason it could not be."""
+        started = time.monotonic()
+        try:
+            if asset.losses >= claims.PARK_LOSSES:
+                raise GiveUp(f"ended its worker {asset.losses} times; `receiver retry` tries again")
+            self._archive(asset)
+        except LostClaim:
+            return
+        except Refresh as error:
+            self._refresh(asset, error)
+        except Retry as error:
+            self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
+        except GiveUp as error:
+            if asset.attempts < error.tries:
+                self._retry(asset, str(error), claims.backoff(asset.attempts))
+            else:
+                self._fail(asset, str(error))
+        log.info(
+            "asset.worked", asset=str(asset.id), task=str(asset.task_id), kind=asset.kind, index=asset.index,
+            attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
+        )  # fmt: skip
+
+    def _archive(self, asset: Asset) -> None:
+        if asset.key and self._is_there(asset):
+            self._settle_archived(asset)
+            return
+        task = self._task(asset)
+        with spool(self._spool_dir) as sink:
+            fetched = self._fetcher.fetch(asset.source_url, sink, accept_unverified=asset.accept_unverified)
+            self._note(asset, task, fetched)
+            self._put(asset, task, fetched, sink)
+        self._settle_archived(asset)
+
+    def _task(self, asset: Asset) -> Task:
+        with self._database.read() as session:
+            return session.get_one(Task, asset.task_id)
+
+    def _is_there(self, asset: Asset) -> bool:
+        """Whether the put of an earlier claim has arrived."""
+        assert asset.key and asset.sha256 and asset.size is not None
+        return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
+
+    def _note(self, asset: Asset, task: Task, fetched: Fetched) -> None:
+        """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
+        prefix, created_at, external_id = self._bucket.prefix, task.created_at, task.external_task_id
+        key = object_key(prefix, created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension)
+        superseded = list(asset.superseded)
+        if asset.key and asset.key != key and self._bucket.head(asset.key) is not None:
+            superseded.append(asset.key)
+        values = {
+            "key": key, "sha256": fetched.sha256, "size": fetched.size, "media_type": fetched.media_type,
+            "width": fetched.width, "height": fetched.height, "verified": fetched.verified,
+            "superseded": superseded, "fetched": {"host": fetched.host, "headers": fetched.headers},
+        }  # fmt: skip
+        with self._database.write() as session:
+            claims.keep(session, asset, **values)
+        asset.key = key
+
+    def _put(self, asset: Asset, task: Task, fetched: Fetched, sink: BinaryIO) -> None:
+        sink.seek(0)
+        assert asset.key is not None
+        provenance = {
+            "task": task.external_task_id,
+            "task-id": str(task.id),
+            "provider": task.provider,
+            "provider-task-id": task.provider_task_id or "",
+            "source-host": fetched.host,
+        }
+        self._bucket.put_once(
+            asset.key, sink, sha256=fetched.sha256, size=fetched.size, media_type=fetched.media_type,
+            metadata=provenance,
+        )  # fmt: skip
+
+    def _settle_archived(self, asset: Asset) -> None:
+        with self._database.write() as session:
+            task = self._lock_task(session, asset)
+            claims.settle(
+                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=clock(), attempts=0
+            )
+            fact = {"kind": asset.kind, "index": asset.index, "key": asset.key}
+            record(session, EventName.ASSET_ARCHIVED, asset.task_id, fact)
+            self._look_at_task(session, task)
+
+    def _fail(self, asset: Asset, reason: str) -> None:
+        try:
+            with self._database.write() as session:
+                task = self._lock_task(session, asset)
+                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason)
+                fact = {"kind": asset.kind, "index": asset.index, "error": reason}
+                record(session, EventName.ASSET_FAILED, asset.task_id, fact)
+                self._look_at_task(session, task)
+        except LostClaim:
+            return
+        log.error("asset.failed", asset=str(asset.id), task=str(asset.task_id), error=reason)
+
+    def _retry(self, asset: Asset, reason: str, due_in: float) -> None:
+        try:
+            with self._database.write() as session:
+                claims.settle(session, asset, due_in=due_in, error=reason)
+        except LostClaim:
+            return
+        log.warning("asset.retry", asset=str(asset.id), task=str(asset.task_id), error=reason, seconds=round(due_in, 1))
+
+    def _refresh(self, asset: Asset, error: Refresh) -> None:
+        """The URL died: the task is read now; a new URL makes the asset due at once, the same one backs off."""
+        try:
+            with self._database.write() as session:
+                task = self._lock_task(session, asset)
+                due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)
+                claims.settle(session, asset, due_in=due_in, error=str(error))
+                if task.step is not Step.READ or task.lease is None:
+                    tasks.reschedule(session, task, self._schedule, read_now=True)
+                self._database.wake(session)
+        except LostClaim:
+            return
+        log.warning("asset.refresh", asset=str(asset.id), task=str(asset.task_id), error=str(error))
+
+    def _lock_task(self, session: Session, asset: Asset) -> Task:
+        """The task row first, always: so exactly one settle sees that it was the last."""
+        task = tasks.lock(session, asset.task_id)
+        if task is None:
+            raise LostClaim(f"task {asset.task_id} is gone")
+        return task
+
+    def _look_at_task(self, session: Session, task: Task) -> None:
+        """Make the finish due when this was the last asset. A read in flight is left to end: it looks again itself."""
+        if task.lease is None:
+            tasks.reschedule(session, task, self._schedule)
+        self._database.wake(session)

@@ -1,0 +1,69 @@
+"""Names of objects: pure functions of the public contract, importable without boto3."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from urllib.parse import quote
+
+EXTENSIONS = frozenset({"png", "jpg", "webp", "gif", "avif", "heic", "mp4", "webm", "mov", "mp3", "wav"})
+# What user metadata may hold as it is: it travels in headers, and those are ASCII.
+HEADER_TEXT = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+MAX_ID_BYTES = 200  # encoded; leaves room for prefix, date and name in the 1,024 bytes of an S3 key
+
+
+def normal_prefix(prefix: str) -> str:
+    """Without a leading `/`, with a closing one; empty stays empty."""
+    trimmed = prefix.lstrip("/")
+    return trimmed if not trimmed or trimmed.endswith("/") else f"{trimmed}/"
+
+
+def encode_id(external_task_id: str) -> str:
+    """The id as one path segment of a key: every UTF-8 byte outside `A-Za-z0-9-_.~` percent-encoded.
+
+    An id of dots only is encoded too, because `.` and `..` are eaten on the way by some clients. Raises
+    ValueError for an id that has no such form or whose form is longer than 200 bytes; submit asks first.
+    """
+    if not external_task_id:
+        raise ValueError("external_task_id is empty")
+    try:
+        encoded = quote(external_task_id, safe="")
+    except UnicodeEncodeError:
+        raise ValueError("external_task_id is not valid Unicode (a lone surrogate)") from None
+    if not external_task_id.strip("."):
+        encoded = external_task_id.replace(".", "%2E")
+    if len(encoded) > MAX_ID_BYTES:
+        raise ValueError(
+            f"external_task_id takes {len(encoded)} bytes in an object key, at most {MAX_ID_BYTES} are allowed"
+        )
+    return encoded
+
+
+def task_folder(prefix: str, created_at: datetime, external_task_id: str) -> str:
+    """Where everything of a task lies: `{prefix}{yyyy}/{mm}/{dd}/{external_task_id}/`, the date in UTC."""
+    if created_at.tzinfo is None:
+        raise ValueError("created_at has no time zone")
+    day = created_at.astimezone(UTC)
+    return f"{normal_prefix(prefix)}{day.year:04}/{day.month:02}/{day.day:02}/{encode_id(external_task_id)}/"
+
+
+def object_key(
+    prefix: str, created_at: datetime, external_task_id: str, kind: str, index: int, sha256: str, extension: str
+) -> str:
+    """The key of one asset, as the public contract has it (DESIGN §7); the same for the same asset for ever."""
+    if extension not in EXTENSIONS:
+        raise ValueError(f"no such extension: {extension!r}")
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError("sha256 is 64 lower-case hex digits")
+    return f"{task_folder(prefix, created_at, external_task_id)}{kind}-{index}-{sha256[:12]}.{extension}"
+
+
+def manifest_key(prefix: str, created_at: datetime, external_task_id: str, number: int) -> str:
+    """`manifest.json` for number 1, then `manifest.2.json`, …"""
+    name = "manifest.json" if number == 1 else f"manifest.{number}.json"
+    return task_folder(prefix, created_at, external_task_id) + name
+
+
+def header_text(value: str) -> str:
+    """Printable ASCII as it is, everything else and `%` percent-encoded; the way back is `unquote`."""
+    return quote(value.strip(), safe=HEADER_TEXT)

@@ -1,0 +1,418 @@
+"""Objects in one S3 bucket: created once, verified, never overwritten. The only file that knows boto3.
+
+What a store really does is probed, not assumed: only one that refuses a wrong checksum is believed about
+checksums; from any other the object is read back and hashed before `put_once` succeeds.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, BinaryIO, Literal, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import boto3
+from botocore import exceptions as boto_errors
+from botocore.config import Config
+
+from storage.errors import ObjectConflict, StoreUnavailable
+from storage.keys import encode_id as encode_id
+from storage.keys import header_text, normal_prefix
+from storage.keys import manifest_key as manifest_key
+from storage.keys import object_key as object_key
+from storage.probe import Capabilities, Probe, sha256_base64, whole_checksum
+
+MAX_LINK_SECONDS = 7 * 24 * 3600  # the limit of a presigned link: AWS Signature Version 4
+# Above this a file goes in parts. One part is in memory at a time; 10,000 of them are S3's limit.
+MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
+PART_BYTES = 16 * 1024 * 1024
+MAX_PARTS = 10_000
+READ_BYTES = 1024 * 1024
+PROBE_FOLDER = ".receiver-probe/"
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+# Two tries catch a connection that the store had closed while it idled; everything longer is the claim's backoff.
+TRIES = 2
+
+# What to tell a person, by the store's error code; a HEAD has no body and says only the number.
+REASONS = {
+    "InvalidAccessKeyId": "does not know the access key",
+    "SignatureDoesNotMatch": "says the secret key is wrong",
+    "ExpiredToken": "says the session token has expired",
+    "RequestTimeTooSkewed": "says this machine's clock is wrong",
+    "AccessDenied": "refuses these credentials",
+    "403": "refuses these credentials (looking for a missing object needs s3:ListBucket)",
+    "NoSuchBucket": "has no such bucket",
+    "BadDigest": "says the bytes are not those of the checksum",
+    "XAmzContentSHA256Mismatch": "says the bytes are not those of the checksum",
+    "SlowDown": "asks to slow down",
+    "PermanentRedirect": "is in another region",
+    "AuthorizationHeaderMalformed": "is in another region",
+}
+ChecksumMode = Literal["when_supported", "when_required"]
+
+
+class NoSuchObject(LookupError):
+    """Nothing is stored under the key that was read."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One object as the store describes it.
+
+    `sha256`: of the whole object, 64 hex digits: the store's own checksum where it keeps one, else what was
+    claimed when it was put; None when neither is known. `metadata`: what `put_once` was given.
+    """
+
+    size: int
+    sha256: str | None
+    etag: str
+    media_type: str
+    modified_at: datetime
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Listed(NamedTuple):
+    key: str
+    size: int
+    etag: str
+    modified_at: datetime
+
+
+class _Taken(Exception):
+    """The store refused to create the object because one stands there, or someone ended our upload."""
+
+
+@dataclass(frozen=True)
+class _Put:
+    """One object on its way. `options`: of boto3, for either way of putting."""
+
+    key: str
+    file: BinaryIO
+    sha256: str
+    size: int
+    options: Mapping[str, Any]
+    conditional: bool
+
+    @property
+    def condition(self) -> Mapping[str, str]:
+        return {"IfNoneMatch": "*"} if self.conditional else {}
+
+
+class Bucket:
+    """One bucket. Thread-safe; credentials and region come by boto3's own chain when it is first used.
+
+    Every method raises `StoreUnavailable` for whatever may pass or be put right outside (down, refused,
+    missing bucket, no credentials); its message says which and holds no secret.
+    `prefix`: of every key that the caller makes; kept here in its normal form. `public_endpoint_url`: how
+    links are signed for readers outside. `checksum_mode`: whether boto3 adds its default checksums to other
+    requests, which broke some stores; the SHA-256 of an object is sent in any case. `connections`: in the
+    pool, one per thread that uses it. `capabilities`: None = probed when the first object is put.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        endpoint_url: str | None = None,
+        prefix: str = "",
+        public_endpoint_url: str | None = None,
+        checksum_mode: ChecksumMode = "when_supported",
+        connections: int = 16,
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        self.name = name
+        self.prefix = normal_prefix(prefix)
+        self._endpoint_url = endpoint_url
+        self._public_endpoint_url = public_endpoint_url
+        self._config = Config(
+            signature_version="s3v4",
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": TRIES},
+            max_pool_connections=connections,
+            tcp_keepalive=True,
+            request_checksum_calculation=checksum_mode,
+            response_checksum_validation="when_required",  # what is read back is hashed here, with SHA-256
+        )
+        self._clients: dict[str | None, Any] = {}
+        self._clients_lock = threading.Lock()
+        self._capabilities = capabilities
+        # This host's clock minus the Date of the store's last answer, for `receiver check`; None before the first.
+        self.clock_ahead_seconds: float | None = None
+        self._probe_lock = threading.Lock()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the store can do: probed once, then remembered."""
+        with self._probe_lock:
+            if self._capabilities is None:
+                self._capabilities = self.probe()
+            return self._capabilities
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.name}/{key}"
+
+    def put_once(
+        self, key: str, file: BinaryIO, *, sha256: str, size: int, media_type: str, metadata: Mapping[str, str]
+    ) -> bool:
+        """Create the object, or find the same bytes already there. Nothing is ever overwritten.
+
+        When it returns, the bytes under `key` are proven to be `file`'s. A crash half-way leaves the whole
+        object or none; calling again tells which. `file`: seekable, `size` bytes with this `sha256` (hex).
+        `metadata`: text values; `sha256` is added. Returns True when this call created it, False when it was
+        there. Raises `ObjectConflict` when another object stands there (never retry), `StoreUnavailable`.
+        """
+        can = self.capabilities
+        in_parts = can.multipart and size > MULTIPART_THRESHOLD_BYTES
+        conditional = can.conditional_multipart if in_parts else can.conditional_put
+        put = _Put(key, file, sha256, size, self._options(key, sha256, media_type, metadata), conditional)
+        if in_parts:  # looked for first in any case: a store refuses parts only after it has got them all
+            created = not self.holds(key, sha256=sha256, size=size) and self._create(put, self._put_in_parts)
+            self._forget_uploads(key)
+            return created
+        if not conditional and self.holds(key, sha256=sha256, size=size):
+            return False
+        return self._create(put, self._put_whole)
+
+    def holds(self, key: str, *, sha256: str, size: int) -> bool:
+        """Whether exactly these bytes stand under `key`; False when nothing does.
+
+        Read back and hashed unless a store that is to be believed says so. Raises `ObjectConflict` when another object
+        stands there, `StoreUnavailable`.
+        """
+        stored = self.head(key)
+        if stored is None:
+            return False
+        told = stored.sha256 == sha256 and self.capabilities.believed
+        if stored.size == size and (told or self._hash(key) == sha256):
+            return True
+        raise ObjectConflict(f"another object of {stored.size} bytes stands under {key}")
+
+    def head(self, key: str) -> Stored | None:
+        """Describe the object; None when there is none (or no such bucket: the store does not say which)."""
+        try:
+            with self._errors():
+                answer = self._client().head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
+        except NoSuchObject:
+            return None
+        metadata = {name: unquote(value) for name, value in answer["Metadata"].items()}
+        return Stored(
+            size=answer["ContentLength"],
+            sha256=whole_checksum(answer) or metadata.get("sha256"),
+            etag=answer.get("ETag", ""),
+            media_type=answer.get("ContentType", ""),
+            modified_at=answer["LastModified"].astimezone(UTC),
+            metadata=metadata,
+        )
+
+    def read(self, key: str) -> Iterator[bytes]:
+        """The object's bytes, at most 1 MiB at a time. Raises `NoSuchObject`, `StoreUnavailable` on the way."""
+        with self._errors():
+            answer = self._client().get_object(Bucket=self.name, Key=key)
+            with closing(answer["Body"]) as body:
+                while chunk := body.read(READ_BYTES):
+                    yield chunk
+
+    def read_bytes(self, key: str, max_bytes: int) -> bytes:
+        """The whole object. Raises ValueError when it is longer than `max_bytes`, else as `read`."""
+        content = bytearray()
+        for chunk in self.read(key):
+            content += chunk
+            if len(content) > max_bytes:
+                raise ValueError(f"{key} is longer than {max_bytes} bytes")
+        return bytes(content)
+
+    def delete(self, key: str) -> None:
+        """Remove the object; nothing when there is none."""
+        with self._errors():
+            self._client().delete_object(Bucket=self.name, Key=key)
+
+    def list(self, prefix: str) -> Iterator[Listed]:
+        """Every object whose whole key begins with `prefix`, in key order."""
+        with self._errors():
+            for page in self._client().get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix):
+                for each in page.get("Contents", ()):
+                    modified_at = each["LastModified"].astimezone(UTC)
+                    yield Listed(each["Key"], each["Size"], each.get("ETag", ""), modified_at)
+
+    def presigned_get(self, key: str, *, expires_seconds: int) -> str:
+        """A link that reads the object without credentials for 1–604,800 seconds. It is a secret until then."""
+        if not 1 <= expires_seconds <= MAX_LINK_SECONDS:
+            raise ValueError(f"expires_seconds must be 1 to {MAX_LINK_SECONDS}")
+        with self._errors():
+            client = self._client(self._public_endpoint_url)
+            link: str = client.generate_presigned_url(
+                "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
+            )
+            return link
+
+    def diagnose(self, error: Exception) -> str:
+        """Why the store did not do it, in one line without URLs and secrets."""
+        store = f"the store at {_host(self._endpoint_url)}"
+        if isinstance(error, boto_errors.ClientError):
+            code, status = _code(error), _status(error)
+            return f"{store} {REASONS.get(code, 'failed')} (bucket {self.name}, {code}, HTTP {status})"
+        if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
+            return "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
+            return f"{store} cannot be reached ({type(error).__name__})"
+        return f"{store} could not be used ({type(error).__name__})"
+
+    def probe(self) -> Capabilities:
+        """Find out what the store does, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
+
+        Raises `StoreUnavailable` when one cannot be written or read back.
+        """
+        folder = f"{self.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
+        with self._errors():
+            probe = Probe(self._client(), self.name, folder)
+            try:
+                return probe.run()
+            finally:
+                probe.clean_up()
+
+    def _client(self, endpoint_url: str | None = None) -> Any:
+        endpoint_url = endpoint_url or self._endpoint_url
+        with self._clients_lock:
+            if endpoint_url not in self._clients:
+                client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=self._config)
+                client.meta.events.register("after-call.s3", self._note_date)
+                self._clients[endpoint_url] = client
+            return self._clients[endpoint_url]
+
+    def _note_date(self, http_response: Any, **_: Any) -> None:
+        with suppress(TypeError, ValueError):  # no Date, or none that is one
+            sent_at = parsedate_to_datetime(http_response.headers.get("Date"))
+            self.clock_ahead_seconds = time.time() - sent_at.timestamp()
+
+    def _options(self, key: str, sha256: str, media_type: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+        values = {name: header_text(value) for name, value in metadata.items()}
+        return {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": values | {"sha256": sha256}}
+
+    def _create(self, put: _Put, send: Callable[[_Put], bool]) -> bool:
+        """Send it, then prove it unless that was done. False: the same bytes were there first."""
+        with suppress(_Taken):
+            proven = send(put)
+            if not (proven and put.conditional and self.capabilities.believed):
+                self._prove(put)
+            return True
+        if self.holds(put.key, sha256=put.sha256, size=put.size):
+            return False
+        raise StoreUnavailable("another writer was at the same key; it must be looked at again")
+
+    def _put_whole(self, put: _Put) -> bool:
+        """One request. Returns whether the store's answer speaks for our bytes; it may well say nothing."""
+        put.file.seek(0)
+        checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
+        with self._creating():
+            answer = self._client().put_object(
+                **put.options, **put.condition, Body=put.file, ContentLength=put.size, ChecksumSHA256=checksum
+            )
+        return bool(answer.get("ChecksumSHA256", checksum) == checksum)
+
+    def _put_in_parts(self, put: _Put) -> bool:
+        """A multipart upload with one part in memory, aborted on any failure. Returns whether the sums agree."""
+        with self._creating():
+            upload = self._client().create_multipart_upload(**put.options, ChecksumAlgorithm="SHA256")
+            place = {"Bucket": self.name, "Key": put.key, "UploadId": upload["UploadId"]}
+            try:
+                parts = self._upload_parts(place, put)
+                answer = self._client().complete_multipart_upload(
+                    **place, **put.condition, MultipartUpload={"Parts": parts}
+                )
+            except BaseException:
+                with suppress(Exception):  # the first failure is the one that counts
+                    self._client().abort_multipart_upload(**place)
+                raise
+        sums = b"".join(base64.b64decode(part["ChecksumSHA256"]) for part in parts)
+        return bool(answer.get("ChecksumSHA256") == f"{sha256_base64(sums)}-{len(parts)}")
+
+    def _upload_parts(self, place: Mapping[str, str], put: _Put) -> Sequence[Mapping[str, Any]]:
+        part_bytes = max(PART_BYTES, -(-put.size // MAX_PARTS))
+        whole = hashlib.sha256()
+        parts: Sequence[Mapping[str, Any]] = ()
+        put.file.seek(0)
+        while content := put.file.read(part_bytes):
+            whole.update(content)
+            part = {"PartNumber": len(parts) + 1, "ChecksumSHA256": sha256_base64(content)}
+            answer = self._client().upload_part(**place, **part, Body=content)
+            parts = (*parts, part | {"ETag": answer["ETag"]})
+        if whole.hexdigest() != put.sha256:  # nothing else ties the parts' sums to the whole file's
+            raise StoreUnavailable("the file changed on our disk before it was stored")
+        return parts
+
+    def _forget_uploads(self, key: str) -> None:
+        """Abort what crashed tries left of an object that stands now: they could never win, only cost."""
+        with suppress(StoreUnavailable), self._errors():
+            uploads = self._client().list_multipart_uploads(Bucket=self.name, Prefix=key).get("Uploads", ())
+            for upload in uploads:
+                if upload["Key"] == key:
+                    self._client().abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload["UploadId"])
+
+    def _prove(self, put: _Put) -> None:
+        """Read back what was just put. Damaged, it is removed, so that the next try may put it again."""
+        stored = self.head(put.key)
+        if stored is None:
+            raise StoreUnavailable("the store said it kept the object, but there is none")
+        if stored.size == put.size and self._hash(put.key) == put.sha256:
+            return
+        if stored.metadata.get("sha256") != put.sha256:
+            raise ObjectConflict(f"another writer's object stands under {put.key}")
+        self.delete(put.key)
+        raise StoreUnavailable("the store kept other bytes than it was sent; they were removed")
+
+    def _hash(self, key: str) -> str:
+        digest = hashlib.sha256()
+        for chunk in self.read(key):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    @contextmanager
+    def _creating(self) -> Iterator[None]:
+        """As `_errors`, and `_Taken` when the store would not create the object because of another."""
+        with self._errors():
+            try:
+                yield
+            except boto_errors.ClientError as error:
+                if _status(error) in (409, 412) or _code(error) == "NoSuchUpload":
+                    raise _Taken from error
+                raise
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except boto_errors.ClientError as error:
+            if _code(error) in ("NoSuchKey", "NotFound") or (_status(error), _code(error)) == (404, "404"):
+                raise NoSuchObject("nothing is stored under that key") from error
+            raise StoreUnavailable(self.diagnose(error)) from error
+        except boto_errors.BotoCoreError as error:
+            raise StoreUnavailable(self.diagnose(error)) from error
+
+
+def reason_code(error: StoreUnavailable) -> str:
+    """The store's own error code behind it (`NoSuchBucket`), else the name of what went wrong on the way."""
+    cause = error.__cause__
+    return _code(cause) if isinstance(cause, boto_errors.ClientError) else type(cause or error).__name__
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))[:60]
+
+
+def _host(url: str | None) -> str:
+    """The host and port alone: people put passwords into URLs."""
+    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"

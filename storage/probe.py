@@ -1,0 +1,136 @@
+"""What an S3 store really does, found out with a few small objects. Works on a boto3 client it is given."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from storage.errors import StoreUnavailable
+
+# A wrong checksum is refused with one of these (BadDigest is 400); a conditional write with 412 alone.
+CHECKSUM_REFUSALS = (400, 412, 422)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a store was seen to do. One that cannot be written or read back has none: the probe raises."""
+
+    conditional_put: bool
+    refuses_wrong_checksum: bool
+    returns_checksum: bool
+    keeps_metadata: bool
+    multipart: bool
+    refuses_wrong_part: bool
+    conditional_multipart: bool
+    delete: bool
+
+    @property
+    def believed(self) -> bool:
+        """Whether what it says of checksums counts: it refuses wrong ones on every way in that we use."""
+        return self.refuses_wrong_checksum and (self.refuses_wrong_part or not self.multipart)
+
+
+class Probe:
+    """One run of the probe. `folder`: begins the keys it uses, so nothing may stand there before."""
+
+    def __init__(self, client: Any, bucket: str, folder: str) -> None:
+        self._client = client
+        self._bucket = bucket
+        self._folder = folder
+        self._keys: list[str] = []
+
+    def run(self) -> Capabilities:
+        """Try everything. Raises boto3's errors, and `StoreUnavailable` when other bytes come back."""
+        body = self._folder.encode()
+        first = self._key("first")
+        self._put(first, body)
+        if self._read(first) != body:
+            raise StoreUnavailable("the store gave back other bytes than were written")
+        head = self._client.head_object(Bucket=self._bucket, Key=first, ChecksumMode="ENABLED")
+        conditional_put = self._refusal(lambda: self._put(first, b"other", IfNoneMatch="*")) == 412
+        multipart = not self._refusal(lambda: self._put_in_parts(self._key("parts"), body))
+        return Capabilities(
+            conditional_put=conditional_put and self._read(first) == body,
+            refuses_wrong_checksum=self._refuses_wrong_checksum(),
+            returns_checksum=whole_checksum(head) == hashlib.sha256(body).hexdigest(),
+            keeps_metadata=head["Metadata"].get("probe") == "1",
+            multipart=multipart,
+            refuses_wrong_part=multipart and self._refuses_wrong_part(),
+            conditional_multipart=multipart
+            and self._refusal(lambda: self._put_in_parts(first, b"other", IfNoneMatch="*")) == 412,
+            delete=not self._refusal(lambda: self._delete(first)),
+        )
+
+    def clean_up(self) -> None:
+        """Remove what the run left, as far as the store lets us."""
+        for key in self._keys:
+            with suppress(Exception):
+                self._delete(key)
+
+    def _refuses_wrong_checksum(self) -> bool:
+        key = self._key("wrong")
+        wrong = sha256_base64(b"something else")
+        refusal = self._refusal(lambda: self._put(key, b"something", ChecksumSHA256=wrong))
+        return refusal in CHECKSUM_REFUSALS and self._refusal(lambda: self._read(key)) == 404
+
+    def _refuses_wrong_part(self) -> bool:
+        key, wrong = self._key("wrong-part"), sha256_base64(b"something else")
+        return self._refusal(lambda: self._put_in_parts(key, b"something", wrong)) in CHECKSUM_REFUSALS
+
+    def _refusal(self, call: Callable[[], object]) -> int:
+        """The status with which the store refused, 0 when it did as told. "Later" and "broken" are no answer."""
+        try:
+            call()
+        except self._client.exceptions.ClientError as error:
+            status = int(error.response["ResponseMetadata"]["HTTPStatusCode"])
+            if status in (408, 429, 500, 502, 503, 504):
+                raise
+            return status
+        return 0
+
+    def _key(self, name: str) -> str:
+        key = f"{self._folder}/{name}"
+        self._keys.append(key)
+        return key
+
+    def _put(self, key: str, body: bytes, **options: str) -> None:
+        options = {"ChecksumSHA256": sha256_base64(body)} | options
+        self._client.put_object(Bucket=self._bucket, Key=key, Body=body, Metadata={"probe": "1"}, **options)
+
+    def _put_in_parts(self, key: str, body: bytes, checksum: str | None = None, **options: str) -> None:
+        place = {"Bucket": self._bucket, "Key": key}
+        created = self._client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")
+        place["UploadId"] = created["UploadId"]
+        part = {"PartNumber": 1, "ChecksumSHA256": checksum or sha256_base64(body)}
+        try:
+            part["ETag"] = self._client.upload_part(**place, **part, Body=body)["ETag"]
+            self._client.complete_multipart_upload(**place, **options, MultipartUpload={"Parts": [part]})
+        except BaseException:
+            with suppress(Exception):
+                self._client.abort_multipart_upload(**place)
+            raise
+
+    def _read(self, key: str) -> bytes:
+        body: bytes = self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+        return body
+
+    def _delete(self, key: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=key)
+
+
+def sha256_base64(content: bytes) -> str:
+    """As S3 writes checksums."""
+    return base64.b64encode(hashlib.sha256(content).digest()).decode()
+
+
+def whole_checksum(answer: dict[str, Any]) -> str | None:
+    """The SHA-256 of the whole object in a store's answer, as hex; None when it gave none, or one of parts."""
+    try:
+        digest = base64.b64decode(answer.get("ChecksumSHA256", ""), validate=True)
+    except ValueError:  # `…-3`: the sum of three parts' sums
+        return None
+    return digest.hex() if len(digest) == 32 else None

@@ -1,0 +1,114 @@
+"""A store with faults: a proxy in front of SeaweedFS that changes requests, answers, or swallows them.
+
+It signs every request anew, so a fault may drop a header or flip a byte and SeaweedFS still takes it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+
+from receiver.sandbox.seaweed import Seaweed
+
+# Made anew when the request is signed and sent.
+HOP_HEADERS = {"host", "authorization", "x-amz-date", "x-amz-content-sha256", "content-length", "connection", "expect"}
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+
+    def without(self, *names: str) -> Request:
+        return replace(self, headers={name: value for name, value in self.headers.items() if name not in names})
+
+    @property
+    def puts_an_object(self) -> bool:
+        """Whether it stores an object of the test's own in one request, and not one of the probe."""
+        return self.method == "PUT" and "?" not in self.path and ".receiver-probe" not in self.path
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+Forward = Callable[[Request], Answer]
+# What to answer; None closes the connection without a word.
+Fault = Callable[[Request, Forward], Answer | None]
+
+
+class FaultProxy:
+    """Serves on loopback while it is entered; `fault` may be replaced at any time."""
+
+    def __init__(self, store: Seaweed, fault: Fault = lambda request, forward: forward(request)) -> None:
+        self.fault = fault
+        self._store = store
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    @property
+    def endpoint_url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def forward(self, request: Request) -> Answer:
+        """Sign the request anew, send it to SeaweedFS and return what it says."""
+        signed = AWSRequest(request.method, self._store.endpoint_url + request.path, request.headers, request.body)
+        S3SigV4Auth(Credentials(self._store.access_key, self._store.secret_key), "s3", "us-east-1").add_auth(signed)
+        connection = http.client.HTTPConnection(urlsplit(self._store.endpoint_url).netloc, timeout=30)
+        try:
+            connection.request(request.method, request.path, request.body, dict(signed.headers.items()))
+            response = connection.getresponse()
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, headers, response.read())
+        finally:
+            connection.close()
+
+
+def handler_for(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            answer = proxy.fault(Request(self.command, self.path, headers, body), proxy.forward)
+            if answer is None:
+                self.close_connection = True
+                return
+            self.send_response_only(answer.status)
+            for name, value in answer.headers.items():
+                if name not in ("content-length", "transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            length = answer.headers.get("content-length", "0") if self.command == "HEAD" else str(len(answer.body))
+            self.send_header("Content-Length", length)
+            self.end_headers()
+            self.wfile.write(answer.body)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
