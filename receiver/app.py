@@ -1,0 +1,152 @@
+"""The web application: callbacks in, health and metrics out. Everything below the handlers is synchronous."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import SecretStr
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from receiver import telemetry
+from receiver.callbacks import Callbacks
+from receiver.provider import Provider
+from receiver.tokens import Tokens
+from storage import migrations, workers
+from storage.database import Database
+from storage.errors import StoreUnavailable
+from storage.inbox import Inbox
+from storage.tasks import Schedule
+
+# A page a browser shows is never meant here; these cost nothing and close what sniffing opens.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Health:
+    """`/healthz`, `/readyz`, `/metrics`."""
+
+    def __init__(self, database: Database, inbox: Inbox, metrics_token: SecretStr | None) -> None:
+        self._database = database
+        self._inbox = inbox
+        self._metrics_token = metrics_token
+
+    async def alive(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while a delivery can be stored. Workers change the status only with `?strict=1`."""
+        checks = await run_in_threadpool(self._checks)
+        fault = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
+        degraded = any(word != "ok" for word in checks.values())
+        status = 503 if fault or (degraded and request.query_params.get("strict") == "1") else 200
+        body: dict[str, Any] = {"status": "unavailable" if fault else "degraded" if degraded else "ok"}
+        if self._is_permitted(request):
+            body["checks"] = checks
+        return JSONResponse(body, status_code=status)
+
+    def _checks(self) -> dict[str, str]:
+        checks = {"intake": "full" if self._inbox.is_full else "ok"}
+        try:
+            with self._database.write() as session:
+                session.execute(text("SELECT 1"))
+            behind = migrations.current(self._database) != migrations.head()
+            checks |= {"database": "ok", "schema": "behind" if behind else "ok"}
+            if not behind:
+                checks["workers"] = "ok" if workers.count_alive(self._database) else "none alive"
+        except StoreUnavailable as error:
+            checks |= {"database": str(error), "schema": "unknown"}
+        return checks
+
+    async def metrics(self, request: Request) -> Response:
+        if self._metrics_token is None:
+            raise HTTPException(404)
+        if not self._is_permitted(request):
+            raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
+        return Response(generate_latest(telemetry.REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+    def _is_permitted(self, request: Request) -> bool:
+        if self._metrics_token is None:
+            return False
+        given = request.headers.get("authorization", "").encode()
+        return hmac.compare_digest(given, b"Bearer " + self._metrics_token.get_secret_value().encode())
+
+
+def build(
+    database: Database,
+    providers: Mapping[str, Provider],
+    tokens: Tokens,
+    schedule: Schedule,
+    *,
+    metrics_token: SecretStr | None = None,
+) -> Starlette:
+    """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it."""
+    inbox = Inbox(database)
+    callbacks = Callbacks(database, inbox, providers, tokens, schedule)
+    health = Health(database, inbox, metrics_token)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        inbox.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(inbox.stop)
+
+    path = "/callbacks/{provider}/{token}"
+    app = Starlette(
+        routes=[
+            Route(path, callbacks.receive, methods=["POST"]),
+            Route(path + "/", callbacks.receive, methods=["POST"]),
+            Route("/healthz", health.alive),
+            Route("/readyz", health.ready),
+            Route("/metrics", health.metrics),
+        ],
+        exception_handlers={HTTPException: _http_error, Exception: _bug},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.add_middleware(_Headers)
+    return app
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {401: "a token is needed", 404: "not found", 405: "method not allowed"}
+    message = words.get(error.status_code, "refused")
+    return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
+
+
+async def _bug(_request: Request, _error: Exception) -> Response:
+    return JSONResponse({"error": "internal error"}, status_code=500, headers=SECURITY_HEADERS)
+
+
+class _Headers:
+    """Adds the security headers to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *HEADER_PAIRS]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
+
+
+HEADER_PAIRS = [(name.lower().encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]

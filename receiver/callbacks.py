@@ -1,0 +1,145 @@
+"""`POST /callbacks/{provider}/{token}`: check the token, read the body within bounds, commit it, then answer 200.
+
+404 bad token (no body read, no query) · 408 body slower than 10 s · 413 over 256 KiB · 401 bad signature (kept)
+503 we could not store it in time · 200 committed, whatever it says. Never 4xx for our own fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import structlog
+from sqlalchemy import func
+from sqlmodel import select
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+
+from receiver import telemetry
+from receiver.provider import BadSignature, Provider
+from receiver.tokens import Named, Tokens
+from storage import states, tasks
+from storage.database import Database
+from storage.errors import StoreUnavailable
+from storage.events import EventName, record
+from storage.inbox import Delivery, Inbox, InboxFull, Intake, store
+from storage.models import Callback
+from storage.states import CallbackState
+
+log = structlog.get_logger()
+
+# About 1 kB per result URL, 32 kB are planned for (KLING §5); eight times that is nobody's honest callback.
+MAX_BODY_BYTES = 256 * 1024
+BODY_SECONDS = 10.0
+# From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
+COMMIT_SECONDS = 5.0
+RETRY_AFTER_SECONDS = 5
+# Evidence of a wrong signature is worth keeping a few times, not without bound.
+MAX_REJECTED_PER_TASK = 20
+# Kept beside the body to tell senders apart; everything else may hold a secret.
+KEPT_HEADERS = ("content-type", "user-agent", "webhook-id", "webhook-timestamp")
+MAX_HEADER_CHARACTERS = 200
+
+
+class Callbacks:
+    """The endpoint. `schedule` says when a task is read whose delivery was refused."""
+
+    def __init__(
+        self,
+        database: Database,
+        inbox: Inbox,
+        providers: Mapping[str, Provider],
+        tokens: Tokens,
+        schedule: tasks.Schedule,
+    ) -> None:
+        self._database = database
+        self._inbox = inbox
+        self._providers = providers
+        self._tokens = tokens
+        self._schedule = schedule
+
+    async def receive(self, request: Request) -> JSONResponse:
+        """Take one delivery. Answered 200 only once its row is committed with full synchronisation."""
+        provider = self._providers.get(request.path_params["provider"])
+        named = self._tokens.read(provider.name, request.path_params["token"]) if provider else None
+        if provider is None or named is None:
+            return _answer(404, "not found", "bad_token")
+        try:
+            body = await _read_body(request)
+        except TimeoutError:
+            return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
+        except ClientDisconnect:
+            return _answer(400, "the body ended early", "cut_body")
+        if body is None:
+            return _answer(413, f"the body is longer than {MAX_BODY_BYTES} bytes", "long_body")
+        headers = {name: value[:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if (value := request.headers.get(name))}
+        try:
+            webhook_id = provider.verify(request.headers, body)
+        except BadSignature as error:
+            return await self._refuse(provider, named, headers, body, str(error))
+        delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
+        return await self._store(delivery)
+
+    async def _store(self, delivery: Delivery) -> JSONResponse:
+        try:
+            intake = await asyncio.wait_for(asyncio.wrap_future(self._inbox.put(delivery)), COMMIT_SECONDS)
+        except InboxFull:
+            return _answer(503, "busy, try again", "full")
+        except TimeoutError:
+            return _answer(503, "could not be stored in time, try again", "late")
+        except StoreUnavailable as error:
+            log.error("callback.not_stored", error=str(error))
+            return _answer(503, "could not be stored, try again", "database")
+        except Exception:
+            log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
+            return _answer(503, "could not be stored, try again", "bug")
+        return _answer(200, "accepted", "new" if intake is Intake.NEW else "duplicate")
+
+    async def _refuse(
+        self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
+    ) -> JSONResponse:
+        """Keep the evidence, make the task due for a read: a misconfiguration costs seconds, not pictures."""
+        state = CallbackState.REJECTED
+        delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
+        try:
+            await run_in_threadpool(self._keep_refused, delivery)
+        except StoreUnavailable as error:
+            log.error("callback.not_stored", error=str(error))
+            return _answer(503, "could not be stored, try again", "database")
+        return _answer(401, "the signature is missing or wrong", "bad_signature")
+
+    def _keep_refused(self, delivery: Delivery) -> None:
+        with self._database.write() as session:
+            rejected = select(func.count()).where(
+                Callback.task_id == delivery.task_id, Callback.state == CallbackState.REJECTED
+            )
+            if session.exec(rejected).one() < MAX_REJECTED_PER_TASK and store(session, [delivery]):
+                record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
+            task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
+            if task is not None and task.state not in states.TERMINAL:
+                tasks.read_soon(session, task)
+                self._database.wake(session)
+
+
+async def _read_body(request: Request) -> bytes | None:
+    """The body; None when it is over the bound, declared or not. Raises TimeoutError, ClientDisconnect."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:12]) > MAX_BODY_BYTES:
+        return None
+    chunks, size = [], 0
+    async with asyncio.timeout(BODY_SECONDS):
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_BODY_BYTES:
+                return None
+            chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _answer(status: int, message: str, outcome: str) -> JSONResponse:
+    telemetry.DELIVERIES.labels(outcome).inc()
+    if status == 200:
+        return JSONResponse({"status": message})
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return JSONResponse({"error": message}, status_code=status, headers=headers)

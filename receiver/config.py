@@ -1,0 +1,200 @@
+"""Settings: environment variables (also from `.env`), every secret also as `NAME_FILE`. Read once, at the start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from storage.database import normal_url
+
+PREFIX = "RECEIVER_"
+SECRET_MIN_CHARACTERS = 32
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class SettingsInvalid(ValueError):
+    """One line per fault, each naming its variable. The start stops (exit 1)."""
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _host_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise ValueError(f"write HOST:PORT, not {value!r}")
+    return value
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    try:
+        normal_url(value.get_secret_value())
+    except Exception as error:  # the parser's own message may quote the password
+        raise ValueError("use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME") from error
+    return value
+
+
+def _http_url(value: str | None) -> str | None:
+    if value is None:
+        return None
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError("write a plain https:// address, without user, query or fragment")
+    return value.rstrip("/")
+
+
+def _nothing_if_empty(value: Any) -> Any:
+    return None if value == "" else value
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+OptionalUrl = Annotated[str | None, BeforeValidator(_nothing_if_empty), AfterValidator(_http_url)]
+OptionalText = Annotated[str | None, BeforeValidator(_nothing_if_empty)]
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_nothing_if_empty)]
+
+
+class Settings(BaseSettings):
+    """All settings, with their units in their names. See the README's table for what each is for."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] = SecretStr("sqlite:///receiver.db")
+    migrate_on_start: bool | None = None
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535)
+    public_url: OptionalUrl = None
+    allow_http: bool = False
+    callback_secrets: Secrets = ()
+
+    kling_base_url: HttpUrl = "https://api-singapore.klingai.com"
+    kling_api_key: OptionalSecret = None
+    kling_access_key: OptionalText = None
+    kling_secret_key: OptionalSecret = None
+    kling_webhook_secrets: Secrets = ()
+
+    confirm: Literal["auto", "always", "never"] = "auto"
+    poll_after_seconds: float = Field(default=60, ge=0.1)
+    poll_max_seconds: float = Field(default=3_600, ge=0.1)
+    result_lifetime_seconds: float = Field(default=2_592_000, ge=60)
+    result_hosts: Words = ()
+    private_result_hosts: HostPorts = ()
+    max_asset_bytes: int = Field(default=256 * 2**20, ge=1)
+    spool_dir: Path | None = None
+
+    s3_bucket: str = Field(min_length=1)
+    s3_endpoint_url: OptionalUrl = None
+    s3_prefix: str = ""
+    s3_public_endpoint_url: OptionalUrl = None
+    s3_checksums: Literal["when_supported", "when_required"] = "when_supported"
+
+    workers: int = Field(default=1, ge=0, le=64)
+    worker_threads: int = Field(default=8, ge=1, le=256)
+    lease_seconds: float = Field(default=60, ge=1)
+    grace_seconds: float = Field(default=25, ge=0)
+
+    metrics_token: OptionalSecret = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        if self.public_url and not self.callback_secrets:
+            yield f"{PREFIX}CALLBACK_SECRETS: required with {PREFIX}PUBLIC_URL; `receiver check` prints a fresh one"
+        if any(len(secret.get_secret_value()) < SECRET_MIN_CHARACTERS for secret in self.callback_secrets):
+            yield f"{PREFIX}CALLBACK_SECRETS: each needs at least {SECRET_MIN_CHARACTERS} characters"
+        if any(not secret.get_secret_value().startswith("whsec_") for secret in self.kling_webhook_secrets):
+            yield f"{PREFIX}KLING_WEBHOOK_SECRETS: each starts with whsec_, as the provider's console shows it"
+        if bool(self.kling_access_key) != bool(self.kling_secret_key):
+            yield f"{PREFIX}KLING_ACCESS_KEY and {PREFIX}KLING_SECRET_KEY: set both or neither"
+        for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
+            if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
+                yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _SecretFiles(settings_cls), dotenv_settings
+
+    @property
+    def migrates_on_start(self) -> bool:
+        """On for SQLite, off for PostgreSQL, where several hosts may run different versions for a while."""
+        if self.migrate_on_start is not None:
+            return self.migrate_on_start
+        return self.database_url.get_secret_value().startswith("sqlite")
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """`RECEIVER_X_FILE=/run/secrets/x`: the file's text without its last line break."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        if not path:
+            return None, field_name, False
+        try:
+            return Path(path).read_text(encoding="utf-8").rstrip("\r\n"), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            fault = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsInvalid(f"{PREFIX}{field_name.upper()}_FILE: cannot read {path}: {fault}") from error
+
+    def __call__(self) -> dict[str, Any]:
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def is_loopback(url: str) -> bool:
+    return (urlsplit(url).hostname or "") in LOOPBACK_HOSTS
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings; keyword arguments win over the environment.
+
+    Raises `SettingsInvalid` with one line per fault, each naming its variable; no line shows a value, which may
+    be a secret.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsInvalid("\n".join(_lines(error))) from None
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_input=False, include_url=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["loc"]:
+            name = f"{PREFIX}{str(fault['loc'][0]).upper()}"
+            message = "required" if fault["type"] == "missing" else message
+            yield f"{name}: {message[:1].lower()}{message[1:]}"
+        else:
+            yield message
+
+
+def unknown_variables() -> list[str]:
+    """RECEIVER_… variables in the environment that no setting reads: most often a slip of the pen."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    names = (name for name in os.environ if name.startswith(PREFIX))
+    return sorted(name for name in names if name.removesuffix("_FILE") not in known)

@@ -1,0 +1,117 @@
+"""The front door: uvicorn's HTTP protocol with the deadlines and bounds that it leaves open.
+
+uvicorn 0.54 waits for ever for a first byte and for the end of a header, and httptools reads a header of any size.
+Here each connection has 10 s for a complete head, a head has 16 KiB, a URL 2 KiB; a body nobody reads ends its
+connection; and above the connection limit the one that has dawdled longest over its head makes room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# First byte to end of head, and also the first byte itself. An honest client sends both in one packet.
+HEAD_SECONDS = 10.0
+# The recorded heads are under 1 kB; proxies add a few hundred bytes.
+MAX_HEAD_BYTES = 16 * 1024
+MAX_URL_BYTES = 2 * 1024
+# Far above what a provider opens at once, far below the usual limit of 65,536 file descriptors in a container.
+MAX_CONNECTIONS = 4_096
+
+_ANSWERS = {
+    400: b"HTTP/1.1 400 Bad Request\r\n",
+    408: b"HTTP/1.1 408 Request Timeout\r\n",
+    414: b"HTTP/1.1 414 URI Too Long\r\n",
+    431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
+}
+
+
+class _TooLong(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class Door(HttpToolsProtocol):
+    """One connection. `_waiting` holds those whose head is not complete, the longest waiting first."""
+
+    _waiting: dict[Door, None] = {}  # noqa: RUF012 - one for all connections of the process, on purpose
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_body = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+        if len(self.connections) > MAX_CONNECTIONS:
+            next(iter(self._waiting)).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_timer is None and not self._in_body:
+            self._await_head()  # the first bytes of the next request on a kept connection
+        if not self._in_body:
+            self._head_bytes += len(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            cause = error.__context__
+            self._refuse(cause.status if isinstance(cause, _TooLong) else 400)
+        except httptools.HttpParserUpgrade:
+            pass  # an offer (Java's client offers h2c); we go on in HTTP/1.1
+        except httptools.HttpParserError:
+            self._refuse(400)
+        else:
+            if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(431)
+
+    def on_url(self, url: bytes) -> None:
+        if len(self.url) + len(url) > MAX_URL_BYTES:
+            raise _TooLong(414)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if sum(len(known) + len(content) for known, content in self.headers) > MAX_HEAD_BYTES:
+            raise _TooLong(431)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        self._in_body = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_body = False
+        self._head_bytes = 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        if self.cycle is not None and self.cycle.more_body and not self.transport.is_closing():
+            self.transport.close()  # answered before its body ended: nobody will read the rest
+        super().on_response_complete()
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
+        self._waiting[self] = None
+
+    def _end_head(self) -> None:
+        self._waiting.pop(self, None)
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, status: int) -> None:
+        self._end_head()
+        if not self.transport.is_closing():
+            self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()

@@ -1,0 +1,132 @@
+"""Tasks as people see them: waiting for one with progress, its status, its addresses."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from receiver.wiring import Parts
+from storage import events, states, tasks
+from storage.models import Asset, Event, Task
+from storage.states import ArchiveState, AssetState
+
+LOOK_SECONDS = 0.2
+
+
+def find(parts: Parts, external_task_id: str) -> tuple[Task, list[Asset], list[Event]]:
+    """The task with its assets and its facts. Raises LookupError."""
+    with parts.database.read() as session:
+        task = tasks.by_external_id(session, external_task_id)
+        if task is None:
+            raise LookupError(f"no task {external_task_id!r} here")
+        return task, tasks.assets_of(session, task.id), events.of_task(session, task.id)
+
+
+def is_over(task: Task) -> bool:
+    """Whether nothing more will happen by itself."""
+    if task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE):
+        return True
+    return task.state in states.TERMINAL and task.archive is ArchiveState.NONE
+
+
+def wait(parts: Parts, external_task_id: str) -> Task:
+    """Block until the task is over, with a live line on a terminal. Returns the task row."""
+    console = Console(file=sys.stderr)
+    with console.status(f"{external_task_id}: waiting") as status:
+        while True:
+            task, assets, _ = find(parts, external_task_id)
+            if is_over(task):
+                return task
+            kept = sum(asset.state is AssetState.ARCHIVED for asset in assets)
+            status.update(f"{external_task_id}: {task.state}, {kept} of {task.expected or len(assets) or '?'} archived")
+            time.sleep(LOOK_SECONDS)
+
+
+def uris(parts: Parts, task: Task) -> str:
+    """The s3:// addresses of the task's archived files, one a line."""
+    _, assets, _ = find(parts, task.external_task_id)
+    return "\n".join(parts.bucket.uri(asset.key) for asset in assets if asset.key and asset.state == "archived")
+
+
+def report(parts: Parts, external_task_id: str) -> dict[str, Any]:
+    """The public form of `receiver status ID --json`."""
+    task, assets, facts = find(parts, external_task_id)
+    return {
+        "external_task_id": task.external_task_id,
+        "task_id": str(task.id),
+        "provider_task_id": task.provider_task_id,
+        "state": task.state,
+        "archive": task.archive,
+        "expected": task.expected,
+        "error": task.error,
+        "note": task.note,
+        "assets": [_asset(parts, asset) for asset in assets],
+        "events": [{"name": fact.name, "at": fact.at.isoformat()} for fact in facts],
+    }
+
+
+def _asset(parts: Parts, asset: Asset) -> dict[str, Any]:
+    kept = asset.state is AssetState.ARCHIVED
+    return {
+        "id": str(asset.id),
+        "kind": asset.kind,
+        "index": asset.index,
+        "state": asset.state,
+        "key": asset.key if kept else None,
+        "uri": parts.bucket.uri(asset.key) if kept and asset.key else None,
+        "sha256": asset.sha256,
+        "size": asset.size,
+        "media_type": asset.media_type,
+        "error": asset.error,
+    }
+
+
+def report_json(parts: Parts, external_task_id: str) -> str:
+    return json.dumps(report(parts, external_task_id), indent=1)
+
+
+def show(parts: Parts, external_task_id: str, console: Console) -> None:
+    """One task with its files and its timeline."""
+    task, assets, facts = find(parts, external_task_id)
+    console.print(f"[bold]{task.external_task_id}[/bold]  {task.state}, archive {task.archive}", highlight=False)
+    for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", task.note)):
+        if value:
+            console.print(f"  {label}: {value}", highlight=False, markup=False)
+    if assets:
+        console.print(_asset_table(parts, assets))
+    for fact in facts:
+        console.print(f"  {fact.at:%Y-%m-%d %H:%M:%S.%f}  {fact.name}", highlight=False)
+
+
+def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("file", "state", "bytes", "sha256", "where or why"):
+        table.add_column(heading, overflow="fold")
+    for asset in assets:
+        kept = asset.state is AssetState.ARCHIVED and asset.key is not None
+        where = parts.bucket.uri(asset.key or "") if kept else (asset.error or "")
+        size = f"{asset.size:,}" if asset.size is not None else ""
+        table.add_row(f"{asset.kind} {asset.index}", asset.state, size, (asset.sha256 or "")[:12], where)
+    return table
+
+
+def latest(parts: Parts, limit: int) -> list[Task]:
+    """The newest tasks, newest first."""
+    with parts.database.read() as session:
+        return tasks.newest(session, limit)
+
+
+def show_latest(parts: Parts, limit: int, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("external id", "state", "archive", "created", "error"):
+        table.add_column(heading, overflow="fold")
+    for task in latest(parts, limit):
+        created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
+    console.print(table)

@@ -1,0 +1,241 @@
+"""Worker process: lanes of threads that claim due rows and work on them, leases renewed, drained on SIGTERM.
+
+Each lane has one feeder that claims as many rows as its threads are idle, and threads that work on one row each.
+A step settles its own row; the loop is dumb.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+from storage import claims, workers
+from storage.database import Database
+from storage.errors import LostClaim, StoreUnavailable
+
+log = structlog.get_logger()
+
+# The safety net under the wake-up call, and how late a row may be that becomes due by time alone.
+IDLE_SECONDS = 0.5
+# Suspects (see claims.SUSPECT_LOSSES) are rare: looking once a second costs one index look-up.
+SUSPECT_LOOK_SECONDS = 1.0
+# A bug is retried with this cap: loud in the log, and cured by the next release without anyone's help.
+BUG_CAP_SECONDS = 3_600.0
+# Frees a worker from a database that is away without spinning.
+DATABASE_AWAY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One kind of work: rows of `model` for which `where` holds, `threads` at a time, each handed to `work`."""
+
+    name: str
+    model: Any
+    work: Callable[[Any], None]
+    threads: int
+    where: Sequence[Any] = ()
+
+
+class Worker:
+    """Runs the lanes until stopped. `run_until_idle` is the same work in the calling thread, for tests and `--once`."""
+
+    def __init__(
+        self, database: Database, lanes: Sequence[Lane], *, lease_seconds: float, grace_seconds: float
+    ) -> None:
+        self._database = database
+        self._lanes = lanes
+        self._lease_seconds = lease_seconds
+        self._grace_seconds = grace_seconds
+        self._stop = threading.Event()
+        self._wake = threading.Condition()
+        self._commits = 0
+        self._held: dict[tuple[str, Any], tuple[Lane, Any]] = {}
+        self._held_lock = threading.Lock()
+        self._alone = threading.Event()
+
+    def stop(self) -> None:
+        """Take no more rows; finish those in hand within the grace time."""
+        self._stop.set()
+        self._alert()
+
+    def run(self) -> None:
+        """Work until `stop()`. On return no row is held: the unfinished ones were handed back."""
+        self._id = workers.register(self._database, sum(lane.threads for lane in self._lanes))
+        background = [self._listen, self._renew, self._beat, self._look_for_suspects]
+        threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
+        feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
+        for thread in [*threads, *feeders]:
+            thread.start()
+        for thread in feeders:
+            thread.join()
+        self._drain()
+
+    def run_until_idle(self) -> int:
+        """Work on everything that is due now, one row at a time. Returns how many rows were worked on."""
+        count = 0
+        while any(self._work_one(lane) for lane in self._lanes):
+            count += 1
+        return count
+
+    def _work_one(self, lane: Lane) -> bool:
+        rows = self._claim(lane, 1)
+        for row in rows:
+            self._do(lane, row)
+        return bool(rows)
+
+    def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
+        with self._database.read() as session:
+            if not claims.is_any_due(session, lane.model, where=lane.where):
+                return []
+        with self._database.write() as session:
+            rows: list[Any] = claims.claim(
+                session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
+            )
+        with self._held_lock:
+            self._held.update({(lane.name, row.id): (lane, row) for row in rows})
+        return rows
+
+    def _feed(self, lane: Lane) -> None:
+        idle = threading.Semaphore(lane.threads)
+        pool = ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name)
+        while not self._stop.is_set():
+            seen = self._commits
+            with _slots(idle, lane.threads) as free:
+                rows = [] if self._alone.is_set() else self._claim_or_wait(lane, len(free))
+                for row in rows:
+                    free.pop()
+                    pool.submit(self._do, lane, row).add_done_callback(lambda _: idle.release())
+            if not rows:
+                self._sleep(seen)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+    def _claim_or_wait(self, lane: Lane, limit: int) -> list[Any]:
+        try:
+            return self._claim(lane, limit)
+        except StoreUnavailable as error:
+            log.warning("worker.database_away", lane=lane.name, error=str(error))
+            self._stop.wait(DATABASE_AWAY_SECONDS)
+            return []
+
+    def _do(self, lane: Lane, row: Any) -> None:
+        try:
+            lane.work(row)
+        except StoreUnavailable as error:
+            log.warning("worker.database_away", lane=lane.name, row=str(row.id), error=str(error))
+        except Exception:
+            log.exception("worker.bug", lane=lane.name, row=str(row.id))
+            self._settle_bug(row)
+        finally:
+            with self._held_lock:
+                self._held.pop((lane.name, row.id), None)
+
+    def _settle_bug(self, row: Any) -> None:
+        try:
+            with self._database.write() as session:
+                claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
+        except (LostClaim, StoreUnavailable):
+            return
+
+    def _sleep(self, seen: int) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), IDLE_SECONDS)
+
+    def _alert(self) -> None:
+        with self._wake:
+            self._commits += 1
+            self._wake.notify_all()
+
+    def _listen(self) -> None:
+        """Pass on the database's wake-up call. Without it polling goes on."""
+        waker = self._database.waker()
+        while not self._stop.is_set():
+            waker.wait(IDLE_SECONDS)
+            self._alert()
+        waker.close()
+
+    def _renew(self) -> None:
+        """Extend the leases of all rows in hand, also while draining."""
+        while True:
+            time.sleep(self._lease_seconds / 3)
+            try:
+                self.renew_held()
+            except StoreUnavailable as error:
+                log.warning("worker.database_away", error=str(error))
+
+    def renew_held(self) -> None:
+        with self._held_lock:
+            held = list(self._held.values())
+        by_lease: dict[tuple[Any, uuid.UUID], list[Any]] = {}
+        for lane, row in held:
+            by_lease.setdefault((lane.model, row.lease), []).append(row.id)
+        with self._database.write() as session:
+            for (model, lease), ids in by_lease.items():
+                claims.renew(session, model, ids, lease, self._lease_seconds)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(workers.BEAT_SECONDS)
+            try:
+                workers.beat(self._database, self._id)
+            except StoreUnavailable as error:
+                log.warning("worker.database_away", error=str(error))
+
+    def _look_for_suspects(self) -> None:
+        while not self._stop.wait(SUSPECT_LOOK_SECONDS):
+            try:
+                self._work_on_suspects()
+            except StoreUnavailable as error:
+                log.warning("worker.database_away", error=str(error))
+
+    def _work_on_suspects(self) -> None:
+        """A row that has ended three workers is worked on by a process that does nothing else meanwhile."""
+        with self._database.read() as session:
+            lanes = [lane for lane in self._lanes if claims.is_any_due(session, lane.model, alone=True)]
+        if not lanes:
+            return
+        self._alone.set()
+        try:
+            while self._held and not self._stop.is_set():
+                time.sleep(0.05)
+            for lane in lanes:
+                for row in self._claim(lane, 1, alone=True):
+                    log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
+                    self._do(lane, row)
+        finally:
+            self._alone.clear()
+            self._alert()
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + self._grace_seconds
+        while self._held and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with self._held_lock:
+            left = [row for _, row in self._held.values()]
+        if left:
+            with self._database.write() as session:
+                for row in left:
+                    claims.release(session, row)
+        workers.unregister(self._database, self._id)
+        log.info("worker.stopped", handed_back=len(left))
+
+
+@contextmanager
+def _slots(idle: threading.Semaphore, limit: int) -> Iterator[list[None]]:
+    """Take every idle slot there is, at least one; those still in the list at the end are given back."""
+    idle.acquire()
+    taken: list[None] = [None]
+    while len(taken) < limit and idle.acquire(blocking=False):
+        taken.append(None)
+    try:
+        yield taken
+    finally:
+        for _ in taken:
+            idle.release()

@@ -1,0 +1,112 @@
+"""The front door, with raw sockets: what dribbles, idles or swells is closed; what is honest passes beside it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from receiver import callbacks, door
+from tests.pipeline import Web
+
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+
+
+@contextmanager
+def connection(web: Web) -> Iterator[socket.socket]:
+    host, port = web.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        yield raw
+
+
+def read_to_end(raw: socket.socket) -> bytes:
+    """Everything until the server closes; TimeoutError if it never does."""
+    answer = b""
+    while True:
+        try:
+            chunk = raw.recv(65_536)
+        except ConnectionResetError:
+            return answer
+        if not chunk:
+            return answer
+        answer += chunk
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines of half a second instead of ten."""
+    monkeypatch.setattr(door, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(callbacks, "BODY_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-A: "])
+def test_a_head_that_never_ends_is_closed(web: Web, start: bytes) -> None:
+    with connection(web) as raw:
+        raw.sendall(start)
+        assert read_to_end(raw).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_second_head_has_its_own_deadline(web: Web) -> None:
+    with connection(web) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nX-")
+        assert b"HTTP/1.1 408" in read_to_end(raw)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None:
+    token = web.account_token
+    with connection(web) as raw:
+        head = f"POST /callbacks/kling/{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{"
+        raw.sendall(head.encode())
+        assert read_to_end(raw).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"a" * 3_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"414"),
+        (b"GET /healthz HTTP/1.1\r\nX-Long: " + b"a" * 40_000, b"431"),
+        (b"GET /healthz HTTP/1.1\r\n" + b"X-Many: yes\r\n" * 3_000, b"431"),
+        (b"what is this\r\n\r\n", b"400"),
+        (b"GET /healthz HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"400"),
+    ],
+    ids=["long-url", "long-header", "many-headers", "nonsense", "two-lengths"],
+)
+def test_heads_are_bounded(web: Web, head: bytes, status: bytes) -> None:
+    with connection(web) as raw:
+        raw.sendall(head)
+        assert read_to_end(raw).split()[1] == status
+
+
+def test_a_body_nobody_reads_ends_the_connection(web: Web) -> None:
+    with connection(web) as raw:
+        raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        assert read_to_end(raw).startswith(b"HTTP/1.1 404")
+
+
+def test_an_offer_to_upgrade_is_passed_over(web: Web) -> None:
+    with connection(web) as raw:
+        offer = b"Connection: Upgrade, close\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n{}"
+        path = f"/callbacks/kling/{web.account_token}".encode()
+        raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\n" + offer)
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+def test_the_longest_dawdler_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MAX_CONNECTIONS", 5)
+    with connection(web) as first, connection(web), connection(web), connection(web), connection(web):
+        assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
+        assert read_to_end(first) == b""
+
+
+def test_no_banner(web: Web) -> None:
+    answer = httpx.get(f"{web.url}/healthz", trust_env=False)
+    assert "server" not in answer.headers
+    assert answer.headers["x-content-type-options"] == "nosniff"

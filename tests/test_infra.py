@@ -1,0 +1,333 @@
+"""What operators run: image, locks, compose file, proxy. No container starts; the proxy's own program does, if here."""
+
+from __future__ import annotations
+
+import ast
+import http.client
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from receiver.config import Settings, load
+
+ROOT = Path(__file__).parent.parent
+INFRA = ROOT / "infra"
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((INFRA / "compose.yaml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = ("web", "worker", "migrate", "sandbox")
+CALLBACK = "/callbacks/kling/canary-token"
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    return found or pytest.skip(f"{name} is not installed")
+
+
+def _passes(*command: str | Path) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# The image
+
+
+def test_dockerfile_lints() -> None:
+    _passes(_program("hadolint"), "Dockerfile")
+
+
+def test_everything_the_image_copies_is_there_and_not_ignored() -> None:
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for source in " ".join(copied).split():
+        assert (ROOT / source).exists()
+        assert any(source == name or source.startswith(f"{name}/") for name in allowed)
+
+
+def test_the_image_runs_as_nobody_special_and_stops_in_order() -> None:
+    final = DOCKERFILE.rsplit("\nFROM ", 1)[1]
+    for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", 'ENTRYPOINT ["receiver"]'):
+        assert f"\n{line}\n" in final
+    assert "pip install" not in final
+    assert DOCKERFILE.count("--require-hashes") == 2
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [(200, 0), (503, 1)])
+def test_health_check_asks_the_web(status: int, exit_code: int) -> None:
+    _, python_option, program = ast.literal_eval(re.search(r"^ +CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)[1])  # type: ignore[index]
+    with _web(status=status) as web:
+        environment = os.environ | {"RECEIVER_PORT": str(web.server_port)}
+        done = subprocess.run([sys.executable, python_option, program], env=environment, timeout=30, check=False)
+    assert (done.returncode, web.seen) == (exit_code, [("GET", "/healthz", b"")])
+
+
+# The locks
+
+
+def _locked(name: str) -> dict[str, str]:
+    lines = (INFRA / "lock" / f"{name}.txt").read_text().splitlines()
+    pins = (line.split(";")[0].rstrip(" \\").split("==") for line in lines if not line.startswith(" "))
+    return {canonicalize_name(package): version for package, version in pins}
+
+
+def _wanted() -> dict[str, list[str]]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = [text for texts in project["project"]["optional-dependencies"].values() for text in texts]
+    runtime = project["project"]["dependencies"]
+    own = f"{project['project']['name']}["
+    return {
+        "runtime": runtime,
+        "all": runtime + [text for text in extras if not text.startswith(own)],
+        "build": project["build-system"]["requires"],
+    }
+
+
+@pytest.mark.parametrize("name", ["runtime", "all", "build"])
+def test_lock_is_in_step_with_the_project(name: str) -> None:
+    pins = _locked(name)
+    for requirement in map(Requirement, _wanted()[name]):
+        pinned = pins.get(canonicalize_name(requirement.name), "nothing")
+        assert pinned != "nothing", f"{requirement.name} is missing: see infra/README.md, Locks"
+        assert requirement.specifier.contains(pinned, prereleases=True), f"{requirement} but {pinned}"
+
+
+@pytest.mark.parametrize("name", ["runtime", "all", "build"])
+def test_lock_is_hashes_and_names_no_place(name: str) -> None:
+    text = (INFRA / "lock" / f"{name}.txt").read_text()
+    line = r"([A-Za-z0-9._-]+==[^\s/@]+( ; [^/@\\]+)?( \\)?|    --hash=sha256:[0-9a-f]{64}( \\)?)"
+    assert [bad for bad in text.splitlines() if not re.fullmatch(line, bad)] == []
+    assert all("--hash" in block for block in re.split(r"\n(?=\S)", text.rstrip()))
+
+
+# The compose file
+
+
+def test_compose_follows_its_specification() -> None:
+    _passes(_program("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", INFRA / "compose.yaml")
+
+
+def test_only_the_proxy_is_reachable_from_outside() -> None:
+    assert {name for name, service in SERVICES.items() if "ports" in service} == {"proxy"}
+    assert SERVICES["proxy"]["ports"] == ["443:8443"]
+    assert COMPOSE["networks"]["store"] == {"internal": True}
+    assert "store" not in SERVICES["proxy"]["networks"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_containers_have_no_rights_to_spare(name: str) -> None:
+    service = SERVICES[name]
+    assert (service["user"], service["read_only"], service["cap_drop"]) == ("10001:10001", True, ["ALL"])
+    assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_every_image_has_a_version() -> None:
+    images = {service["image"] for service in SERVICES.values()}
+    assert all(re.search(r":[^/:]*\d|:local}$", image) for image in images), images
+
+
+def test_compose_sets_only_settings_that_exist() -> None:
+    known = {f"RECEIVER_{name.upper()}" for name in Settings.model_fields}
+    for name in OURS:
+        ours = {key for key in SERVICES[name]["environment"] if key.startswith("RECEIVER_")}
+        assert {key.removesuffix("_FILE") for key in ours} <= known
+
+
+def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
+    assert SERVICES["web"]["environment"]["RECEIVER_WORKERS"] == "0"
+    assert (SERVICES["sandbox"]["profiles"], SERVICES["worker"]["command"]) == (["sandbox"], ["work"])
+    for name in ("web", "worker"):
+        assert SERVICES[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    subprocess.run([INFRA / "make-secrets", tmp_path / "secrets"], timeout=30, check=True, capture_output=True)
+    return tmp_path / "secrets"
+
+
+def test_secrets_are_made_once_and_kept_from_others(secrets: Path) -> None:
+    named = {Path(secret["file"]).name for secret in COMPOSE["secrets"].values()}
+    before = {path.name: path.read_text() for path in secrets.iterdir()}
+    assert set(before) == named
+    assert secrets.stat().st_mode & 0o777 == 0o700
+    subprocess.run([INFRA / "make-secrets", secrets], timeout=30, check=True, capture_output=True)
+    assert {path.name: path.read_text() for path in secrets.iterdir()} == before
+
+
+def test_settings_read_what_compose_gives_them(secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # no .env of the developer's
+    for name, value in SERVICES["web"]["environment"].items():
+        plain = re.sub(r"\$\{\w+:?-([^}]*)}", r"\1", value)
+        monkeypatch.setenv(name, plain.replace("/run/secrets", str(secrets)))
+    monkeypatch.setenv("RECEIVER_PUBLIC_URL", "https://callbacks.example.com")
+    settings = load()
+    assert settings.database_url.get_secret_value() == (secrets / "database_url").read_text()
+    assert (settings.workers, settings.s3_bucket, settings.migrates_on_start) == (0, "kling", False)
+    assert (len(settings.callback_secrets), settings.kling_api_key, settings.kling_webhook_secrets) == (1, None, ())
+
+
+# The proxy
+
+
+class _Web(ThreadingHTTPServer):
+    """Stands where the receiver's web would. Notes what arrives."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, status: int) -> None:
+        self.seen: list[tuple[str, str, bytes]] = []
+        self.status = status
+        super().__init__(("127.0.0.1", port), _Answer)
+
+
+class _Answer(BaseHTTPRequestHandler):
+    server: _Web
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.seen.append((self.command, self.path, body))
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def _web(port: int = 0, status: int = 200) -> Iterator[_Web]:
+    with _Web(port, status) as web:
+        thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield web
+        finally:
+            web.shutdown()
+            thread.join()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class _Proxy:
+    """The shipped proxy settings in the real program: loopback ports, a self-signed certificate, all else as it is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.public, self.web, probe = _free_ports(3)
+        self.log = folder / "proxy.log"
+        static = yaml.safe_load((INFRA / "proxy" / "traefik.yaml").read_text())
+        static["entryPoints"]["public"]["address"] = f"127.0.0.1:{self.public}"
+        static["entryPoints"]["probe"]["address"] = f"127.0.0.1:{probe}"
+        static["providers"]["file"]["filename"] = str(INFRA / "proxy" / "routes.yaml")
+        del static["certificatesResolvers"]
+        self.settings = folder / "traefik.yaml"
+        self.settings.write_text(yaml.safe_dump(static))
+
+    @contextmanager
+    def running(self, program: str) -> Iterator[_Proxy]:
+        names = {"PUBLIC_HOST": "localhost", "WEB_ADDRESS": f"127.0.0.1:{self.web}", "PATH": os.environ["PATH"]}
+        with self.log.open("w") as log:
+            started = subprocess.Popen([program, f"--configFile={self.settings}"], env=names, stdout=log, stderr=log)
+        try:
+            self._wait(program)
+            yield self
+        finally:
+            started.terminate()
+            started.wait(30)
+
+    def _wait(self, program: str) -> None:
+        command = [program, "healthcheck", f"--configFile={self.settings}"]
+        give_up = time.monotonic() + 30
+        while subprocess.run(command, capture_output=True, timeout=30, check=False).returncode:
+            assert time.monotonic() < give_up, self.log.read_text()
+            time.sleep(0.1)
+
+    def ask(self, method: str, path: str, body: bytes = b"", host: str = "localhost") -> int:
+        trusting = ssl.create_default_context()
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection("127.0.0.1", self.public, timeout=40, context=trusting)
+        try:
+            connection.request(method, path, body, {"Host": host})
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Proxy]:
+    program = _program("traefik")
+    with _Proxy(tmp_path_factory.mktemp("proxy")).running(program) as running:
+        yield running
+
+
+def test_proxy_holds_a_callback_while_the_web_is_away(proxy: _Proxy) -> None:
+    answers: list[int] = []
+    caller = threading.Thread(target=lambda: answers.append(proxy.ask("POST", CALLBACK, b"{}")))
+    caller.start()
+    time.sleep(1)  # the state under test: a callback waits and nobody listens
+    with _web(proxy.web) as web:
+        caller.join(40)
+    assert (answers, web.seen) == ([200], [("POST", CALLBACK, b"{}")])
+
+
+def test_proxy_tries_again_when_the_web_cannot_store(proxy: _Proxy) -> None:
+    with _web(proxy.web, status=503) as web:
+        recovered = threading.Timer(1, lambda: setattr(web, "status", 200))
+        recovered.start()
+        assert proxy.ask("POST", CALLBACK, b"{}") == 200
+    assert len(web.seen) > 1
+    assert set(web.seen) == {("POST", CALLBACK, b"{}")}
+
+
+@pytest.mark.parametrize(("size", "status"), [(262_144, 200), (262_145, 413)])
+def test_proxy_caps_a_callback_where_the_receiver_does(proxy: _Proxy, size: int, status: int) -> None:
+    with _web(proxy.web) as web:
+        assert proxy.ask("POST", CALLBACK, b"x" * size) == status
+    assert [len(body) for _, _, body in web.seen] == ([size] if status == 200 else [])
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/readyz?strict=1"])
+def test_proxy_keeps_the_inside_inside(proxy: _Proxy, path: str) -> None:
+    with _web(proxy.web) as web:
+        assert proxy.ask("GET", path) == 404
+        assert proxy.ask("GET", "/assets/token.png") == 200
+        assert proxy.ask("POST", CALLBACK, host="other.example") == 404
+    assert [seen for _, seen, _ in web.seen] == ["/assets/token.png"]
+
+
+def test_proxy_passes_on_no_unfinished_body_and_logs_no_path(proxy: _Proxy) -> None:
+    request = f"POST {CALLBACK} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{"
+    trusting = ssl._create_unverified_context()  # noqa: S323
+    with _web(proxy.web) as web:
+        with (
+            socket.create_connection(("127.0.0.1", proxy.public), 40) as plain,
+            trusting.wrap_socket(plain, server_hostname="localhost") as stalled,
+        ):
+            stalled.sendall(request.encode())
+            assert stalled.recv(1000).startswith(b"HTTP/1.1 4")
+    assert web.seen == []
+    assert "canary-token" not in proxy.log.read_text()
