@@ -156,6 +156,11 @@ def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
         assert SERVICES[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_compose_commands_are_the_program_s(name: str) -> None:
+    _passes(sys.executable, "-c", "from receiver.cli import main; main()", *SERVICES[name]["command"], "--help")
+
+
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
     subprocess.run([INFRA / "make-secrets", tmp_path / "secrets"], timeout=30, check=True, capture_output=True)
