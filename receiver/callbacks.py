@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import structlog
 from sqlalchemy import func
-from sqlmodel import select
+from sqlmodel import Session, select
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -23,7 +23,7 @@ from storage import states, tasks
 from storage.database import Database
 from storage.errors import StoreUnavailable
 from storage.events import EventName, record
-from storage.inbox import Delivery, Inbox, InboxFull, Intake, store
+from storage.inbox import Delivery, Inbox, InboxFull, Intake, TaskFull, store
 from storage.models import Callback
 from storage.states import CallbackState
 
@@ -84,6 +84,9 @@ class Callbacks:
     async def _store(self, delivery: Delivery) -> JSONResponse:
         try:
             intake = await asyncio.wait_for(asyncio.wrap_future(self._inbox.put(delivery)), COMMIT_SECONDS)
+        except TaskFull:
+            await run_in_threadpool(self._read_soon, delivery)
+            return _answer(503, "this task has more deliveries than can be kept; it is read instead", "task_full")
         except InboxFull:
             return _answer(503, "busy, try again", "full")
         except TimeoutError:
@@ -116,10 +119,17 @@ class Callbacks:
             )
             if session.exec(rejected).one() < MAX_REJECTED_PER_TASK and store(session, [delivery]):
                 record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
-            task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
-            if task is not None and task.state not in states.TERMINAL:
-                tasks.read_soon(session, task)
-                self._database.wake(session)
+            self._make_due(session, delivery)
+
+    def _read_soon(self, delivery: Delivery) -> None:
+        with self._database.write() as session:
+            self._make_due(session, delivery)
+
+    def _make_due(self, session: Session, delivery: Delivery) -> None:
+        task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
+        if task is not None and task.state not in states.TERMINAL:
+            tasks.read_soon(session, task)
+            self._database.wake(session)
 
 
 async def _read_body(request: Request) -> bytes | None:

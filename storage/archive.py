@@ -14,8 +14,9 @@ import structlog
 from sqlmodel import Session
 
 from storage import claims, tasks
+from storage.circuit import Circuit
 from storage.database import Database, clock
-from storage.errors import GiveUp, LostClaim, Refresh, Retry
+from storage.errors import DatabaseUnavailable, GiveUp, LostClaim, Refresh, Retry, StoreUnavailable
 from storage.events import EventName, record
 from storage.fetch import Fetched, Fetcher, spool
 from storage.keys import object_key
@@ -40,12 +41,14 @@ class Archiver:
         schedule: tasks.Schedule,
         *,
         spool_dir: Path | None = None,
+        circuit: Circuit | None = None,
     ) -> None:
         self._database = database
         self._bucket = bucket
         self._fetcher = fetcher
         self._schedule = schedule
         self._spool_dir = spool_dir
+        self._circuit = circuit or Circuit()
 
     def work(self, asset: Asset) -> None:
         """Archive one claimed asset, or settle the row with the reason it could not be."""
@@ -59,6 +62,8 @@ class Archiver:
         except Refresh as error:
             self._refresh(asset, error)
         except Retry as error:
+            if isinstance(error, StoreUnavailable) and not isinstance(error, DatabaseUnavailable):
+                self._circuit.failed()
             self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
         except GiveUp as error:
             if asset.attempts < error.tries:
@@ -79,6 +84,7 @@ class Archiver:
             fetched = self._fetcher.fetch(asset.source_url, sink, accept_unverified=asset.accept_unverified)
             self._note(asset, task, fetched)
             self._put(asset, task, fetched, sink)
+        self._circuit.succeeded()
         self._settle_archived(asset)
 
     def _task(self, asset: Asset) -> Task:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.models import UtcTime
 
 # How long a writer waits for SQLite's own lock. The turnstile makes waiting fair, so this is only for strangers.
@@ -73,7 +74,7 @@ class Turnstile:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as error:
             self._thread_lock.release()
-            raise StoreUnavailable(f"database: {self._path.name}: {error.strerror}") from error
+            raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
         except BaseException:
             self._thread_lock.release()
             raise
@@ -94,7 +95,7 @@ class Database:
     """Sessions on one database.
 
     `write()` is one transaction, committed at the end of the block, rolled back when it raises; `read()` sees
-    one snapshot. A database that cannot be reached raises `StoreUnavailable`.
+    one snapshot. A database that cannot be reached raises `DatabaseUnavailable`.
     """
 
     def __init__(self, url: str, *, connections: int = 12) -> None:
@@ -126,6 +127,13 @@ class Database:
         with self.read() as session:
             moment: datetime = session.execute(select(clock())).scalar_one()
             return moment
+
+    def free_share(self) -> float:
+        """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, which keeps its own house."""
+        if not self.is_sqlite:
+            return 1.0
+        usage = shutil.disk_usage(Path(self.url.database or ".").absolute().parent)
+        return usage.free / usage.total
 
     def close(self) -> None:
         self.writer.dispose()
@@ -184,9 +192,9 @@ def _unavailable() -> Iterator[None]:
         yield
     except DBAPIError as error:
         if error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError):
-            raise StoreUnavailable(f"database: {type(error.orig).__name__}") from error
+            raise DatabaseUnavailable(f"database: {type(error.orig).__name__}") from error
         if any(words in str(error.orig) for words in SQLITE_OUTAGES):
-            raise StoreUnavailable(f"database: {error.orig}") from error
+            raise DatabaseUnavailable(f"database: {error.orig}") from error
         raise
 
 

@@ -6,6 +6,7 @@ Retry(after)          the same work may succeed later
 ├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx, other 4xx)
 ├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
 ├── StoreUnavailable      the bucket is down or refuses us
+│   └── DatabaseUnavailable   the same of the database
 └── DiskFull              no room to spool
 Refresh               the URL died; read the task again for a new one
 └── FetchExpired          401 403 404 410 on a result URL
@@ -54,6 +55,10 @@ class AddressRefused(Retry):
 
 
 class StoreUnavailable(Retry):
+    pass
+
+
+class DatabaseUnavailable(StoreUnavailable):
     pass
 
 

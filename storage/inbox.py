@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 import uuid
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
+from sqlalchemy import func
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select
 
 from storage.database import Database, clock
 from storage.errors import StoreUnavailable
@@ -28,6 +31,15 @@ from storage.states import CallbackState
 # What may wait in memory for its commit. 1,000 deliveries are a quarter second of work at the measured rates.
 MAX_WAITING = 1_000
 MAX_WAITING_BYTES = 64 * 2**20
+# Honest tasks bring three or four deliveries; this many kept for one are a mistake, and the task is read instead.
+MAX_KEPT_PER_TASK = 200
+# Below this many new deliveries of a task in this process nobody counts its rows.
+COUNT_FROM = 50
+# How many tasks the process remembers counting for.
+REMEMBERED_TASKS = 10_000
+# The rest belongs to what was accepted already: its rows, its downloads on their way.
+MIN_FREE_SHARE = 0.05
+FREE_LOOK_SECONDS = 1.0
 # A batch larger than this gains nothing more from sharing its fsync and delays its first waiter.
 MAX_BATCH = 256
 
@@ -43,6 +55,10 @@ class InboxFull(StoreUnavailable):
     """Too much waits for its commit; the sender should try again in a moment."""
 
 
+class TaskFull(InboxFull):
+    """So many deliveries of this task are kept that new ones say nothing new: read the task instead."""
+
+
 @dataclass(frozen=True)
 class Delivery:
     """One raw delivery. `task_id`: the task its token names. `state`: received, or rejected when kept as evidence."""
@@ -56,7 +72,7 @@ class Delivery:
     state: CallbackState = CallbackState.RECEIVED
     reason: str | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Equal deliveries collapse under it. A rejected one has a key of its own that never shadows a good one."""
         if self.source == "poll":
@@ -75,6 +91,8 @@ def _digest(*parts: str | bytes) -> str:
 
 def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
     """Insert deliveries that are not there yet; wake workers on commit. Returns the keys that were new."""
+    if not deliveries:
+        return set()
     insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
     # In key order: two batches that insert the same keys in different orders deadlock on PostgreSQL.
     rows = [_row(delivery) for delivery in sorted(deliveries, key=lambda delivery: delivery.key)]
@@ -120,8 +138,10 @@ class Inbox:
     or not acknowledged.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
         self._database = database
+        self._room = _Room(free_share or database.free_share)
+        self._counted: OrderedDict[uuid.UUID | None, int] = OrderedDict()
         self._waiting: deque[tuple[Delivery, Future[Intake]]] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
@@ -139,7 +159,8 @@ class Inbox:
 
     @property
     def is_full(self) -> bool:
-        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES
+        """Whether new deliveries are refused for now: too many wait for their commit, or the disk is nearly full."""
+        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES or self._room.is_short
 
     def put(self, delivery: Delivery) -> Future[Intake]:
         """Queue one delivery for the next commit. The future ends when its row is durable, or with the reason it
@@ -147,7 +168,7 @@ class Inbox:
         future: Future[Intake] = Future()
         with self._changed:
             if self.is_full or self._stopping:
-                raise InboxFull("too many deliveries wait for their commit")
+                raise InboxFull("no room: too many deliveries wait for their commit, or the disk is nearly full")
             self._waiting.append((delivery, future))
             self._bytes += len(delivery.body)
             self._changed.notify()
@@ -166,7 +187,7 @@ class Inbox:
 
     def _commit(self, batch: list[tuple[Delivery, Future[Intake]]]) -> None:
         try:
-            new = self._write([delivery for delivery, _ in batch])
+            new, full = self._write([delivery for delivery, _ in batch])
         except Exception as error:  # noqa: BLE001 - whatever it is, every waiter is told
             if len(batch) == 1 or isinstance(error, StoreUnavailable):
                 for _, future in batch:
@@ -176,17 +197,60 @@ class Inbox:
                 self._commit([single])
             return
         for delivery, future in batch:
+            if delivery.key in full:
+                _refuse(future, TaskFull(f"{MAX_KEPT_PER_TASK} deliveries of this task are kept already"))
+                continue
             intake = Intake.NEW if delivery.key in new else Intake.DUPLICATE
             new.discard(delivery.key)  # twins in one batch: the first was new
             if future.set_running_or_notify_cancel():
                 future.set_result(intake)
 
-    def _write(self, deliveries: list[Delivery]) -> set[str]:
+    def _write(self, deliveries: list[Delivery]) -> tuple[set[str], set[str]]:
+        """Store what there is room for. Returns the new keys, and those refused as their task is full."""
         with self._database.write() as session:
-            new = store(session, deliveries)
+            full = self._over(session, deliveries)
+            new = store(session, [delivery for delivery in deliveries if delivery.key not in full])
             if new:
                 self._database.wake(session)
-            return new
+        self._count([delivery.task_id for delivery in deliveries if delivery.key in new])
+        return new, full
+
+    def _over(self, session: Session, deliveries: list[Delivery]) -> set[str]:
+        """The keys that are new and whose task has all the deliveries it may keep."""
+        named = {each.task_id for each in deliveries if each.task_id}
+        suspects = {task_id for task_id in named if self._counted.get(task_id, 0) >= COUNT_FROM}
+        if not suspects:
+            return set()
+        per_task = select(Callback.task_id).where(col(Callback.task_id).in_(suspects)).group_by(col(Callback.task_id))
+        full = set(session.exec(per_task.having(func.count() >= MAX_KEPT_PER_TASK)))
+        keys = {each.key for each in deliveries if each.task_id in full}
+        if not keys:
+            return keys
+        known = select(Callback.delivery_key).where(col(Callback.delivery_key).in_(keys))
+        there = set(session.exec(known))
+        return keys - there
+
+    def _count(self, task_ids: list[uuid.UUID | None]) -> None:
+        for task_id in task_ids:
+            self._counted[task_id] = self._counted.pop(task_id, 0) + 1
+        while len(self._counted) > REMEMBERED_TASKS:
+            self._counted.popitem(last=False)
+
+
+class _Room:
+    """Whether the disk under the database is nearly full, looked at once a second."""
+
+    def __init__(self, free_share: Callable[[], float]) -> None:
+        self._free_share = free_share
+        self._looked_at = float("-inf")
+        self._is_short = False
+
+    @property
+    def is_short(self) -> bool:
+        if time.monotonic() - self._looked_at > FREE_LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            self._is_short = self._free_share() < MIN_FREE_SHARE
+        return self._is_short
 
 
 def _refuse(future: Future[Intake], error: Exception) -> None:
