@@ -32,16 +32,16 @@ from storage.models import Task, Worker
 from storage.objects import reason_code
 from storage.probe import Capabilities
 
-# All checks together: a boto3 call may try twice at 5 s each to connect, and an operator waits for this.
-BOUND_SECONDS = 12.0
-# Leases live by the database's clock; signatures, JWTs and S3 requests by this one. Issue and KLING §5: minutes.
+# All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
+BOUND_SECONDS = 10.0
+# As the issue says; a JWT is refused after seconds, signed requests and callbacks after minutes.
 MAX_SKEW_SECONDS = 60.0
 MAX_LINE_CHARS = 300
 SECRET_BYTES = 32  # 43 characters, and no comma among them
 
 SYNCHRONISE = "turn on time synchronisation (NTP) on this machine"
 SET_KEY = (
-    "set RECEIVER_KLING_API_KEY (or RECEIVER_KLING_ACCESS_KEY and RECEIVER_KLING_SECRET_KEY) as its console shows it"
+    "set RECEIVER_KLING_API_KEY (or RECEIVER_KLING_ACCESS_KEY and RECEIVER_KLING_SECRET_KEY) as the provider shows it"
 )
 SETTLE = "settle it in the provider's console; nothing can be submitted until then"
 SET_REGION = "set AWS_DEFAULT_REGION to the bucket's region"
@@ -219,7 +219,7 @@ def _callback_secrets(parts: Parts) -> Result:
             count += 1
             unlisted += parts.tokens.read(name, str(url).rpartition("/")[2]) is None
     if not unlisted:
-        return Result("callback secrets", Status.OK, f"let in the callbacks of all {count} unfinished tasks")
+        return Result("callback secrets", Status.OK, f"{count} unfinished tasks have a callback URL, all of them good")
     line = f"{unlisted} of {count} unfinished tasks have a callback URL that no listed secret made"
     advice = "list the secret of that time after the others in RECEIVER_CALLBACK_SECRETS until they have ended"
     return Result("callback secrets", Status.FAULT, line, advice)
@@ -242,6 +242,10 @@ def bucket(parts: Parts) -> Iterator[Result]:
         advice = BUCKET_ADVICE.get(code, "see that RECEIVER_S3_ENDPOINT_URL is right and the store runs")
         yield Result("bucket", _status(code, parts.bucket.clock_ahead_seconds), str(error), advice)
         return
+    except (LookupError, ValueError):  # words that no S3 store says, or an address that boto3 cannot dial
+        line = f"what answers at {where} is no S3 store"
+        yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
+        return
     yield Result("bucket", Status.OK, f"{name} at {where} was written and read back")
     yield from _capabilities(can)
 
@@ -252,7 +256,7 @@ def _capabilities(can: Capabilities) -> Iterator[Result]:
             continue
         status = Status.OK if getattr(can, ability) else Status.NOTE
         line, advice = ("yes", "") if status is Status.OK else ("no", advice)
-        yield Result(f"  {ability.replace('_', ' ')}", status, line, advice)
+        yield Result(f"bucket: {ability.replace('_', ' ')}", status, line, advice)
 
 
 def provider(parts: Parts) -> Iterator[Result]:
@@ -329,13 +333,13 @@ def callbacks(parts: Parts) -> Iterator[Result]:
     elif chosen.callback_secrets:
         url = f"{chosen.public_url}/callbacks/{Kling.name}/{parts.tokens.sign(Kling.name, None)}"
         line = "for tasks made elsewhere, the provider's console can call back too"
-        yield Result("callbacks", Status.NOTE, line, "paste this address there and keep it secret", url)
+        yield Result("callbacks", Status.NOTE, line, "paste the address below there and keep it secret", url)
 
 
 def _fresh_secret() -> Result:
-    line, advice = "no usable callback secret is set", "here is a fresh one to paste into the environment or .env"
+    line, advice = "no usable callback secret is set", "paste the line below, a fresh one, into the environment or .env"
     paste = f"RECEIVER_CALLBACK_SECRETS={secrets.token_urlsafe(SECRET_BYTES)}"
-    return Result("callback secrets", Status.NOTE, line, advice, paste)
+    return Result("callback secrets: fresh", Status.NOTE, line, advice, paste)
 
 
 def _host(url: str | None) -> str:

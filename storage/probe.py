@@ -17,7 +17,10 @@ CHECKSUM_REFUSALS = (400, 412, 422)
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a store was seen to do. One that cannot be written or read back has none: the probe raises."""
+    """What a store was seen to do. One that cannot be written or read back has none: the probe raises.
+
+    Conditions are tried one after another: whether two writers at the same instant are told apart is not probed.
+    """
 
     conditional_put: bool
     refuses_wrong_checksum: bool

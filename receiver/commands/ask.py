@@ -65,19 +65,22 @@ def submit(
 def _image(given: str) -> str:
     """A URL or Base64 as it is; a file's bytes as Base64."""
     import base64
+    import os
 
-    path = Path(given)
-    if given.startswith(("http://", "https://", "data:")) or len(given) > 4_096 or not path.is_file():
+    # os.path: a Path would raise where the Base64 is longer than a file name may be
+    if given.startswith(("http://", "https://", "data:")) or not os.path.isfile(given):
         return given
-    return base64.b64encode(path.read_bytes()).decode()
+    return base64.b64encode(Path(given).read_bytes()).decode()
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
     try:
+        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
         fields = json.loads(text)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}", param_hint="--request") from None
     except ValueError as error:
         raise typer.BadParameter(f"{path} is no JSON: {error}", param_hint="--request") from None
     if not isinstance(fields, dict):
@@ -88,7 +91,8 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, adopt: bool) -> Task:
     from receiver.providers.kling_request import parse_request
 
-    external_task_id = external_task_id or fields.pop("external_task_id", None) or None
+    in_file = fields.pop("external_task_id", None)
+    external_task_id = external_task_id or in_file or None
     fields.pop("callback_url", None)
     request = parse_request(fields)
     for warning in request.warnings():
@@ -114,7 +118,8 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
             raise typer.Exit(1)
         return
     if not workers.count_alive(parts.database):
-        typer.echo("no worker is alive: start `receiver serve` (or `receiver work`), then wait again", err=True)
+        typer.echo(waiting.report_json(parts, task.external_task_id) if as_json else task.external_task_id)
+        typer.echo("submitted, but no worker is alive: start `receiver serve` (or `receiver work`)", err=True)
         raise typer.Exit(1)
     finished = waiting.wait(parts, task.external_task_id)
     typer.echo(waiting.report_json(parts, task.external_task_id) if as_json else waiting.uris(parts, finished))

@@ -66,7 +66,7 @@ def _show(results: Sequence[Result]) -> None:
         _echo_plain(table)
     for result in results:
         if result.paste:
-            typer.echo(f"\n{result.name}: {result.advice}\n{result.paste}")
+            typer.echo(f"\n{result.paste}")
 
 
 def _echo_plain(table: object) -> None:
