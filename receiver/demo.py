@@ -28,8 +28,8 @@ from types import FrameType
 from rich.console import Console
 from sqlmodel import col, select
 
-from receiver import config, demo_view
-from receiver.demo_view import Compared, Outcome, Wish
+from receiver import config, demo_view, telemetry
+from receiver.demo_view import Compared, Outcome, Watch, Wish
 from receiver.sandbox import Knobs, Sandbox
 from receiver.sandbox.seaweed import Mortal, Seaweed, answers, is_free, random_port, weed_binary
 from receiver.waiting import find, is_over
@@ -81,19 +81,26 @@ def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds
     _require_seaweed()
     with _signals_interrupt(), _place(directory) as place, ExitStack() as cleanup:
         stage = Stage(place, deadline=time.monotonic() + timeout_seconds)
-        cleanup.callback(stage.stop)
+        cleanup.callback(stage.stop, in_order=directory is not None)
         cleanup.callback(_ignore_signals)
         try:
-            environment = stage.open(console)
+            demo_view.say(console, "Everything runs on this machine and listens on loopback only.\n")
+            with console.status("starting"):
+                environment = stage.open(console)
             cleanup.enter_context(_only(environment))
             cleanup.enter_context(chdir(place))
+            telemetry.configure("error")
             _perform(console, stage)
-            demo_view.say_next(console, environment if keep else None, place if directory else None, program)
             if keep:
+                demo_view.say_stays(console, program, environment, stage.log_path)
                 _stay(stage)
         except (RuntimeError, OSError, StoreUnavailable) as error:
             log = stage.log_path if directory else _rescued(stage.log_path)
-            raise DemoFailed(f"{error}\nThe receiver's log: {log}") from error
+            where = f"\nThe receiver's log: {log}" if log.exists() else ""
+            raise DemoFailed(f"{error}{where}") from error
+    demo_view.say_end(console, directory)
+    if not keep:
+        demo_view.say_next(console, program)
 
 
 def _require_seaweed() -> None:
@@ -110,9 +117,7 @@ class Stage:
         self.directory = directory
         self.log_path = directory / "receiver.log"
         self.seaweed = Seaweed(directory / "s3", BUCKET)
-        self.sandbox = Sandbox(
-            knobs=Knobs(submitted_seconds=SUBMITTED_SECONDS, processing_seconds=PROCESSING_SECONDS)
-        )
+        self.sandbox = Sandbox(knobs=Knobs(submitted_seconds=SUBMITTED_SECONDS, processing_seconds=PROCESSING_SECONDS))
         self._deadline = deadline
         self._port = next(port for port in iter(random_port, None) if is_free(port))
         self._receiver: subprocess.Popen[bytes] | None = None
@@ -181,8 +186,8 @@ class Stage:
         code = self._receiver.wait()
         raise DemoFailed(f"the receiver ended by itself with exit code {code}")
 
-    def stop(self) -> None:
-        """End everything; harmless for what was never started."""
+    def stop(self, *, in_order: bool) -> None:
+        """End everything; harmless for what was never started. `in_order`: what the bucket holds is still wanted."""
         if self._receiver is not None:
             self._receiver.terminate()
             try:
@@ -191,23 +196,25 @@ class Stage:
                 self._receiver.kill()  # its workers notice that it is gone
                 self._receiver.wait()
         self.sandbox.stop()
-        self.seaweed.stop()
+        if in_order:
+            self.seaweed.stop()
+        else:
+            self.seaweed.kill()
 
 
 def _perform(console: Console, stage: Stage) -> None:
     """Submit, watch, compare, and show it. Raises `DemoFailed` when a task or an object is not as it should be."""
     parts = Parts(config.load())
     try:
-        names = {}
-        for wish in WISHES:
-            submitted = parts.submitter.submit(wish.request, external_task_id=wish.external_task_id)
-            names[submitted.task.id] = wish.external_task_id
-        with demo_view.watching(console, parts, WISHES, names) as show:
+        with Watch(console, parts, WISHES) as watch:
+            for wish in WISHES:
+                parts.submitter.submit(wish.request, external_task_id=wish.external_task_id)
+                watch.show()
             while not all(is_over(find(parts, wish.external_task_id)[0]) for wish in WISHES):
-                show()
                 stage.check("not every task ended")
                 time.sleep(LOOK_SECONDS)
-            show()
+                watch.show()
+            watch.show()
         outcomes = compare(stage, parts)
     finally:
         parts.close()
@@ -254,7 +261,7 @@ def _seconds(parts: Parts, task: Task, assets: Sequence[Asset]) -> float | None:
     pushed = select(Callback).where(Callback.task_id == task.id, Callback.source == "push").order_by(col(Callback.id))
     with parts.database.read() as session:
         deliveries = session.exec(pushed).all()
-    named = [each.received_at for each in deliveries if parts.kling.parse(each.body).status is TaskState.SUCCEEDED]
+    named = [each.received_at for each in deliveries if demo_view.reported(parts, each) is TaskState.SUCCEEDED]
     kept = [asset.archived_at for asset in assets if asset.archived_at]
     return (max(kept) - named[0]).total_seconds() if named and kept and named[0] < max(kept) else None
 
@@ -277,12 +284,11 @@ def _place(wanted: Path | None) -> Iterator[Path]:
     yield wanted.resolve()
 
 
-def _rescued(log: Path) -> Path | str:
-    """Copy the log out of the directory that is about to be removed. Returns where to."""
-    if not log.exists():
-        return "there is none yet"
+def _rescued(log: Path) -> Path:
+    """Copy the log, if there is one yet, out of the directory that is about to be removed. Returns where to."""
     copy = Path(tempfile.gettempdir()) / f"{log.parent.name}.log"
-    shutil.copyfile(log, copy)
+    if log.exists():
+        shutil.copyfile(log, copy)
     return copy
 
 

@@ -125,7 +125,7 @@ def latest(parts: Parts, limit: int) -> list[Task]:
 def show_latest(parts: Parts, limit: int, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("external id", "state", "archive", "created", "error"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "created")
     for task in latest(parts, limit):
         created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
         table.add_row(task.external_task_id, task.state, task.archive, created, task.error or task.note or "")

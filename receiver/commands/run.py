@@ -10,8 +10,8 @@ AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Accept http:// ad
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: RECEIVER_HOST]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on. [default: RECEIVER_PORT]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="RECEIVER_HOST")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="RECEIVER_PORT")] = None,
     allow_http: AllowHttp = False,
 ) -> None:
     """Receive callbacks and archive their pictures: the web server and its worker processes."""
