@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import structlog
 
+from receiver.lookup import read_task
 from receiver.provider import AlreadyExists, Created, Provider, Record, Unavailable
 from receiver.providers.kling_request import OmniImageRequest, parse_request
 from receiver.tokens import Tokens
@@ -26,6 +27,7 @@ from storage.database import Database, clock
 from storage.errors import LostClaim, ProviderRejected, ProviderThrottled, ProviderUnavailable, Retry
 from storage.keys import encode_id
 from storage.models import Task
+from storage.pace import ReadLimit
 from storage.states import Report, Step, TaskState
 
 log = structlog.get_logger()
@@ -36,6 +38,8 @@ NOT_FOUND_AGAIN_SECONDS = 10
 CLOCK_TOLERANCE = timedelta(seconds=60)
 # After an unclear answer the look-up may start at once; a moment gives the provider time to have the task.
 LOOK_UP_SECONDS = 1
+# "Already exists", yet not to be read: ours if reads lag that far behind, else another product's. About 90 s.
+UNREAD_TRIES = 10
 # 1302/1303: exponential from 1 s (KLING §6); half a minute's cap keeps slots from idling long.
 THROTTLE_BASE_SECONDS, THROTTLE_CAP_SECONDS = 1.0, 30.0
 
@@ -65,6 +69,7 @@ class Submitter:
         schedule: tasks.Schedule,
         *,
         public_url: str | None,
+        read_limit: ReadLimit,
         lease_seconds: float = 60,
     ) -> None:
         self._database = database
@@ -72,6 +77,7 @@ class Submitter:
         self._tokens = tokens
         self._schedule = schedule
         self._public_url = public_url
+        self._read_limit = read_limit
         self._lease_seconds = lease_seconds
 
     def submit(
@@ -85,9 +91,10 @@ class Submitter:
 
         A crash half-way leaves the row; a worker finds out whether the request had arrived and never sends it twice.
         `external_task_id`: the caller's, ≤ 200 bytes when percent-encoded; None = a fresh UUID. `adopt`: take over
-        a task that already exists at the provider under this id. The same id with the same request returns the task
-        that exists and sends nothing. A task that is not yet accepted comes back in state `created`; it goes on
-        from its row. Raises `RequestInvalid` (one line per fault), `ValueError` (the id) and `Conflict`.
+        a task that already exists at the provider under this id, also when that was the reason it failed here before.
+        The same id with the same request returns the task that exists and sends nothing. A task that is not yet
+        accepted comes back in state `created`; it goes on from its row. Raises `RequestInvalid` (one line per fault),
+        `ValueError` (the id) and `Conflict`.
         """
         wanted = request if isinstance(request, OmniImageRequest) else parse_request(request)
         task = self._row(wanted, external_task_id or str(uuid.uuid4()), adopt)
@@ -116,7 +123,22 @@ class Submitter:
         task = self._again(wanted.external_task_id)
         if task.request_hash != wanted.request_hash:
             raise Conflict(f"{task.external_task_id} was submitted before with another request; choose another id")
+        if wanted.adopt and _can_be_adopted(task):
+            self._adopt(task.id, wanted.request)
+            return self._again(task.external_task_id)
         return task
+
+    def _adopt(self, task_id: uuid.UUID, request: dict[str, Any]) -> None:
+        """Claim a row whose create failed here and look again for what the provider has under its id."""
+        with self._database.write() as session:
+            task = tasks.lock(session, task_id)
+            if task is None or not _can_be_adopted(task):
+                return
+            task.state, task.error, task.completed_at, task.adopt = TaskState.CREATED, None, None, True
+            task.request, task.step, task.lease, task.attempts = request, Step.CREATE, uuid.uuid4(), 1
+            task.sent_at, task.missed_at = tasks.now(session), None
+            task.due_at = task.sent_at + timedelta(seconds=self._lease_seconds)
+        self._look_up(task)
 
     def _again(self, external_task_id: str) -> Task:
         with self._database.read() as session:
@@ -128,7 +150,7 @@ class Submitter:
     def work(self, task: Task) -> None:
         """Go on with a claimed row in step `create`: send it if it never left, else find out whether it arrived."""
         if task.losses >= claims.PARK_LOSSES:
-            self._fail(task, f"ended its worker {task.losses} times; `receiver retry` tries again")
+            self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
         elif task.sent_at is not None:
             self._look_up(task)
         elif self._mark_sent(task):
@@ -168,18 +190,26 @@ class Submitter:
     def _look_up(self, task: Task, already: str | None = None) -> None:
         """Read the task by our id. `already`: the provider's words that it exists."""
         try:
-            record = self._provider.read(provider_task_id=None, external_task_id=task.external_task_id)
+            record = read_task(
+                self._provider,
+                self._read_limit,
+                provider_task_id=None,
+                external_task_id=task.external_task_id,
+                made_at=None if task.adopt else task.created_at,
+            )
         except (Retry, ProviderRejected) as error:
             after = error.after if isinstance(error, Retry) else None
             self._later(task, str(error), max(after or 0, claims.backoff(task.attempts)))
             return
         if record is not None and (task.adopt or _is_ours(task, record.report, already)):
             self._accept(task, record)
-        elif record is not None or already:
+        elif record is None and not already:
+            self._missed(task)
+        elif record is None and 1 < task.attempts < UNREAD_TRIES:
+            self._later(task, f"cannot be read yet: {already}", NOT_FOUND_AGAIN_SECONDS, missed_at=None)
+        else:
             self._fail(task, f"{task.external_task_id} already exists at the provider and is not ours; "
                              "`receiver submit --adopt` takes it over")  # fmt: skip
-        else:
-            self._missed(task)
 
     def _missed(self, task: Task) -> None:
         with self._database.read() as session:
@@ -220,6 +250,10 @@ class Submitter:
         except LostClaim:
             return
         log.info("task.create_settled", task=task.external_task_id, state=row.state, error=row.error)
+
+
+def _can_be_adopted(task: Task) -> bool:
+    return task.state is TaskState.FAILED and task.provider_task_id is None
 
 
 def _is_ours(task: Task, report: Report, already: str | None) -> bool:

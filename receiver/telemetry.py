@@ -5,20 +5,48 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 REGISTRY = CollectorRegistry()
 DELIVERIES = Counter("receiver_deliveries", "Callback requests by what became of them", ["outcome"], registry=REGISTRY)
+# How the work stands, by the names of `storage.measures.Measures`: asked of the database when they are read.
+WORK = {
+    name: Gauge(f"receiver_{name}", words, registry=REGISTRY)
+    for name, words in {
+        "due": "Rows waiting for a worker now",
+        "overdue": "Rows that have waited for a worker for more than a minute",
+        "oldest_due_seconds": "How long the oldest waiting row has been due",
+        "archived_day": "Tasks that ended in the last 24 h and are archived",
+        "incomplete_day": "Tasks that ended in the last 24 h and could not be kept whole",
+        "failed_day": "Tasks that failed at the provider in the last 24 h",
+        "failed_assets": "Files that were given up; receiver retry brings them back",
+        "unmatched": "Deliveries of which no task is known",
+        "deadline_near": "Tasks whose files the provider deletes soon and that are not all kept",
+        "callbacks_expected": "Tasks of the last 24 h that should have been called back by now",
+        "callbacks_lost": "Those of them whose end no callback told",
+        "callbacks_late": "Tasks of the last 24 h whose callback came after a read had told their end",
+        "late_seconds": "The longest such delay",
+        "callback_loss_rate": "Callbacks lost of those expected, 0 to 1",
+    }.items()
+}
+
+
+def show_work(measures: Mapping[str, float] | None) -> None:
+    """Set the gauges of work; None: the database is away, and no number is better than an old one."""
+    for name, gauge in WORK.items():
+        gauge.set(float("nan") if measures is None else measures[name])
+
 
 # The last line of defence: whatever a message quotes, a signed URL's query and a token in a path do not get out.
 SECRET_SHAPES = (
     (re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]*"), r"\1?…"),
     (re.compile(r"(/(?:callbacks/[a-z0-9_-]+|assets)/)[A-Za-z0-9_-]{20,}"), r"\1…"),
     (re.compile(r"\b(Bearer\s+)\S+", re.IGNORECASE), r"\1…"),
+    (re.compile(r"(://[^\s:/@\"']*:)[^\s/@\"']+@"), r"\1…@"),
     (re.compile(r"\bwhsec_[A-Za-z0-9+/=]+"), "whsec_…"),
     (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), "eyJ…"),
 )
@@ -32,7 +60,18 @@ def scrub(text: str) -> str:
 
 
 def _scrubbed(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    return {name: scrub(value) if isinstance(value, str) else value for name, value in fields.items()}
+    """Every value however deep; what the renderer would only know by its `repr` becomes scrubbed text here."""
+    return {name: value if name in ("_record", "_from_structlog") else _plain(value) for name, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {scrub(str(name)): _plain(held) for name, held in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(held) for held in value]
+    return scrub(value if isinstance(value, str) else repr(value))
 
 
 def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:

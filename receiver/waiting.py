@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from receiver.wiring import Parts
-from storage import events, states, tasks
+from storage import deadlines, events, states, tasks
+from storage.measures import Measures, measure
 from storage.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState
 
@@ -91,6 +92,29 @@ def report_json(parts: Parts, external_task_id: str) -> str:
     return json.dumps(report(parts, external_task_id), indent=1)
 
 
+def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict[str, Any]]:
+    """Links to the task's archived files, each with what it leads to; whoever has one may read that file.
+
+    `url`: presigned, for `expires_seconds` (1 to 604,800). `link`: through our web server for good, None without a
+    public URL. Raises LookupError, ValueError.
+    """
+    from receiver.assets import asset_link
+
+    _, assets, _ = find(parts, external_task_id)
+    public_url = parts.settings.public_url
+    return [
+        {
+            "kind": asset.kind,
+            "index": asset.index,
+            "key": asset.key,
+            "url": parts.bucket.presigned_get(str(asset.key), expires_seconds=expires_seconds),
+            "link": asset_link(parts.tokens, public_url, asset) if public_url else None,
+        }
+        for asset in assets
+        if asset.state is AssetState.ARCHIVED
+    ]
+
+
 def show(parts: Parts, external_task_id: str, console: Console) -> None:
     """One task with its files and its timeline."""
     task, assets, facts = find(parts, external_task_id)
@@ -122,6 +146,32 @@ def latest(parts: Parts, limit: int) -> list[Task]:
         return tasks.newest(session, limit)
 
 
+def measured(parts: Parts) -> Measures:
+    """How the work stands."""
+    lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
+    with parts.database.read() as session:
+        return measure(session, deadline_seconds=lead)
+
+
+def summary(found: Measures) -> str:
+    """The same in one line: what waits, what is wrong, how callbacks come."""
+    parts = [f"{found.due} due"]
+    wrong = {
+        "overdue": found.overdue,
+        "files given up": found.failed_assets,
+        "deliveries unmatched": found.unmatched,
+        "near their deadline": found.deadline_near,
+    }
+    parts += [f"{count} {words}" for words, count in wrong.items() if count]
+    parts.append(
+        f"last 24 h: {found.archived_day} archived, {found.incomplete_day} incomplete, {found.failed_day} failed"
+    )
+    if found.callbacks_expected:
+        lost = f"callbacks: {found.callbacks_lost} of {found.callbacks_expected} lost ({found.callback_loss_rate:.0%})"
+        parts.append(lost + (f", {found.callbacks_late} late" if found.callbacks_late else ""))
+    return " · ".join(parts)
+
+
 def show_latest(parts: Parts, limit: int, console: Console) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("external id", "state", "archive", "created", "error"):
@@ -130,3 +180,4 @@ def show_latest(parts: Parts, limit: int, console: Console) -> None:
         created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
         table.add_row(task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
     console.print(table)
+    console.print(summary(measured(parts)), highlight=False)

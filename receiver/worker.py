@@ -1,7 +1,7 @@
 """Worker process: lanes of threads that claim due rows and work on them, leases renewed, drained on SIGTERM.
 
-Each lane has one feeder that claims as many rows as its threads are idle, and threads that work on one row each.
-A step settles its own row; the loop is dumb.
+Each lane has one feeder that claims as many rows as its threads are idle, and threads that work on one row each, or
+on one batch of rows where a lane can. A step settles its own row; the loop is dumb.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from storage import claims, workers
+from storage.circuit import Circuit
 from storage.database import Database
 from storage.errors import LostClaim, StoreUnavailable
 
@@ -35,23 +36,45 @@ DATABASE_AWAY_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Lane:
-    """One kind of work: rows of `model` for which `where` holds, `threads` at a time, each handed to `work`."""
+    """One kind of work: rows of `model` for which `where` holds, `threads` at a time, each handed to `work`.
+
+    `work_many`: takes up to `batch()` rows at once; a row that comes alone goes to `work`.
+    """
 
     name: str
     model: Any
     work: Callable[[Any], None]
     threads: int
     where: Sequence[Any] = ()
+    circuit: Circuit | None = None  # of the store that the work needs: open = nothing is claimed
+    work_many: Callable[[list[Any]], None] | None = None
+    batch: Callable[[], int] = lambda: 1
+
+
+@dataclass(frozen=True)
+class Chore:
+    """Something to look after now and then. Every worker process does it: several at once must be harmless."""
+
+    name: str
+    every_seconds: float
+    run: Callable[[], object]
 
 
 class Worker:
     """Runs the lanes until stopped. `run_until_idle` is the same work in the calling thread, for tests and `--once`."""
 
     def __init__(
-        self, database: Database, lanes: Sequence[Lane], *, lease_seconds: float, grace_seconds: float
+        self,
+        database: Database,
+        lanes: Sequence[Lane],
+        *,
+        lease_seconds: float,
+        grace_seconds: float,
+        chores: Sequence[Chore] = (),
     ) -> None:
         self._database = database
         self._lanes = lanes
+        self._chores = chores
         self._lease_seconds = lease_seconds
         self._grace_seconds = grace_seconds
         self._stop = threading.Event()
@@ -59,7 +82,10 @@ class Worker:
         self._commits = 0
         self._held: dict[tuple[str, Any], tuple[Lane, Any]] = {}
         self._held_lock = threading.Lock()
+        self._stranded: list[Any] = []
         self._alone = threading.Event()
+        self._gate = threading.Lock()
+        self._ended = threading.Event()
 
     def stop(self) -> None:
         """Take no more rows; finish those in hand within the grace time."""
@@ -71,36 +97,48 @@ class Worker:
         self._id = workers.register(self._database, sum(lane.threads for lane in self._lanes))
         background = [self._listen, self._renew, self._beat, self._look_for_suspects]
         threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
+        threads += [threading.Thread(target=self._look_after, args=(chore,), daemon=True) for chore in self._chores]
         feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
         for thread in [*threads, *feeders]:
             thread.start()
         for thread in feeders:
-            thread.join()
-        self._drain()
+            while thread.is_alive():
+                thread.join(IDLE_SECONDS)  # wakes by itself: a signal may be taken by another thread than this one
+        try:
+            self._drain()
+        except StoreUnavailable as error:
+            log.warning("worker.database_away", error=str(error))
+        finally:
+            self._ended.set()
 
     def run_until_idle(self) -> int:
-        """Work on everything that is due now, one row at a time. Returns how many rows were worked on."""
+        """Work on everything that is due now, one row or batch at a time. Returns how many rows were worked on."""
         count = 0
-        while any(self._work_one(lane) for lane in self._lanes):
-            count += 1
+        while done := next((done for lane in self._lanes if (done := self._work_once(lane))), 0):
+            count += done
         return count
 
-    def _work_one(self, lane: Lane) -> bool:
-        rows = self._claim(lane, 1)
-        for row in rows:
-            self._do(lane, row)
-        return bool(rows)
+    def _work_once(self, lane: Lane) -> int:
+        rows = self._claim(lane, lane.batch())
+        if rows:
+            self._do(lane, rows)
+        return len(rows)
 
     def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
         with self._database.read() as session:
             if not claims.is_any_due(session, lane.model, where=lane.where):
                 return []
-        with self._database.write() as session:
-            rows: list[Any] = claims.claim(
-                session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
-            )
-        with self._held_lock:
-            self._held.update({(lane.name, row.id): (lane, row) for row in rows})
+        if lane.circuit and not (limit := lane.circuit.allowance(limit)):
+            return []
+        with self._gate:
+            if self._alone.is_set() and not alone:
+                return []
+            with self._database.write() as session:
+                rows: list[Any] = claims.claim(
+                    session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
+                )
+            with self._held_lock:
+                self._held.update({(lane.name, row.id): (lane, row) for row in rows})
         return rows
 
     def _feed(self, lane: Lane) -> None:
@@ -109,33 +147,52 @@ class Worker:
         while not self._stop.is_set():
             seen = self._commits
             with _slots(idle, lane.threads) as free:
-                rows = [] if self._alone.is_set() else self._claim_or_wait(lane, len(free))
-                for row in rows:
+                batches = self._claim_batches(lane, len(free))
+                is_idle = bool(free) and not batches
+                for rows in batches:
                     free.pop()
-                    pool.submit(self._do, lane, row).add_done_callback(lambda _: idle.release())
-            if not rows:
+                    pool.submit(self._do, lane, rows).add_done_callback(lambda _: idle.release())
+            if is_idle:
                 self._sleep(seen)
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
+
+    def _claim_batches(self, lane: Lane, free: int) -> list[list[Any]]:
+        """Work for `free` idle threads: a row each, or a batch."""
+        if not free or self._stop.is_set():
+            return []
+        size = lane.batch()
+        rows = self._claim_or_wait(lane, free * size)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _claim_or_wait(self, lane: Lane, limit: int) -> list[Any]:
         try:
             return self._claim(lane, limit)
         except StoreUnavailable as error:
             log.warning("worker.database_away", lane=lane.name, error=str(error))
-            self._stop.wait(DATABASE_AWAY_SECONDS)
-            return []
-
-    def _do(self, lane: Lane, row: Any) -> None:
-        try:
-            lane.work(row)
-        except StoreUnavailable as error:
-            log.warning("worker.database_away", lane=lane.name, row=str(row.id), error=str(error))
         except Exception:
-            log.exception("worker.bug", lane=lane.name, row=str(row.id))
-            self._settle_bug(row)
+            log.exception("worker.bug", lane=lane.name)
+        self._stop.wait(DATABASE_AWAY_SECONDS)
+        return []
+
+    def _do(self, lane: Lane, rows: list[Any]) -> None:
+        ids = [str(row.id) for row in rows]
+        try:
+            if lane.work_many and len(rows) > 1:
+                lane.work_many(rows)
+            else:
+                for row in rows:
+                    lane.work(row)
+        except StoreUnavailable as error:
+            log.warning("worker.database_away", lane=lane.name, rows=ids, error=str(error))
+            self._stranded.extend(rows)
+        except Exception:
+            log.exception("worker.bug", lane=lane.name, rows=ids)
+            for row in rows:
+                self._settle_bug(row)
         finally:
             with self._held_lock:
-                self._held.pop((lane.name, row.id), None)
+                for row in rows:
+                    self._held.pop((lane.name, row.id), None)
 
     def _settle_bug(self, row: Any) -> None:
         try:
@@ -163,12 +220,22 @@ class Worker:
 
     def _renew(self) -> None:
         """Extend the leases of all rows in hand, also while draining."""
-        while True:
-            time.sleep(self._lease_seconds / 3)
+        while not self._ended.wait(self._lease_seconds / 3):
             try:
                 self.renew_held()
+                self._hand_back_stranded()
             except StoreUnavailable as error:
                 log.warning("worker.database_away", error=str(error))
+
+    def _hand_back_stranded(self) -> None:
+        """Rows that could not be settled while the database was away: nobody need wait for their leases to end."""
+        rows = list(self._stranded)
+        if rows:
+            with self._database.write() as session:
+                for row in rows:
+                    claims.release(session, row)
+                self._database.wake(session)
+        del self._stranded[: len(rows)]
 
     def renew_held(self) -> None:
         with self._held_lock:
@@ -181,12 +248,21 @@ class Worker:
                 claims.renew(session, model, ids, lease, self._lease_seconds)
 
     def _beat(self) -> None:
-        while True:
-            time.sleep(workers.BEAT_SECONDS)
+        while not self._ended.wait(workers.BEAT_SECONDS):
             try:
                 workers.beat(self._database, self._id)
             except StoreUnavailable as error:
                 log.warning("worker.database_away", error=str(error))
+
+    def _look_after(self, chore: Chore) -> None:
+        while not self._stop.is_set():
+            try:
+                chore.run()
+            except StoreUnavailable as error:
+                log.warning("worker.database_away", chore=chore.name, error=str(error))
+            except Exception:
+                log.exception("worker.bug", chore=chore.name)
+            self._stop.wait(chore.every_seconds)
 
     def _look_for_suspects(self) -> None:
         while not self._stop.wait(SUSPECT_LOOK_SECONDS):
@@ -202,13 +278,15 @@ class Worker:
         if not lanes:
             return
         self._alone.set()
+        with self._gate:
+            pass  # a claim that was under way has ended
         try:
             while self._held and not self._stop.is_set():
                 time.sleep(0.05)
             for lane in lanes:
                 for row in self._claim(lane, 1, alone=True):
                     log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
-                    self._do(lane, row)
+                    self._do(lane, [row])
         finally:
             self._alone.clear()
             self._alert()
@@ -218,7 +296,7 @@ class Worker:
         while self._held and time.monotonic() < deadline:
             time.sleep(0.02)
         with self._held_lock:
-            left = [row for _, row in self._held.values()]
+            left = [row for _, row in self._held.values()] + self._stranded
         if left:
             with self._database.write() as session:
                 for row in left:
@@ -229,10 +307,9 @@ class Worker:
 
 @contextmanager
 def _slots(idle: threading.Semaphore, limit: int) -> Iterator[list[None]]:
-    """Take every idle slot there is, at least one; those still in the list at the end are given back."""
-    idle.acquire()
-    taken: list[None] = [None]
-    while len(taken) < limit and idle.acquire(blocking=False):
+    """Take every idle slot there is, none if none comes soon; those still in the list at the end are given back."""
+    taken: list[None] = [None] if idle.acquire(timeout=IDLE_SECONDS) else []
+    while 0 < len(taken) < limit and idle.acquire(blocking=False):
         taken.append(None)
     try:
         yield taken

@@ -16,6 +16,7 @@ import psycopg
 from sqlalchemy import Engine, create_engine, event, literal, make_url, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
@@ -27,6 +28,8 @@ from storage.models import UtcTime
 SQLITE_BUSY_SECONDS = 30
 # A SQLite waiter looks this often whether anyone has committed: 20 look-ups a second cost about 0.05 % of a core.
 SQLITE_LOOK_SECONDS = 0.05
+# A server that answers at all does so within a moment; an intake has 5 s from body to commit.
+CONNECT_SECONDS = 4
 WAKE_CHANNEL = "receiver_work"
 # What SQLite says when the file, not the statement, is at fault; its error class is the same for both.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
@@ -109,7 +112,14 @@ class Database:
         else:
             self._turnstile = nullcontext()
             self.writer = self.reader = create_engine(
-                self.url, pool_pre_ping=True, pool_use_lifo=True, pool_size=connections, max_overflow=10
+                self.url,
+                pool_pre_ping=True,
+                pool_use_lifo=True,
+                pool_size=connections,
+                max_overflow=10,
+                pool_timeout=CONNECT_SECONDS,
+                connect_args={"connect_timeout": CONNECT_SECONDS},
+                hide_parameters=True,
             )
 
     @contextmanager
@@ -171,7 +181,10 @@ def _parse(url: str) -> URL:
 
 def _sqlite_engine(url: URL, begin: str, *, pool_size: int, max_overflow: int) -> Engine:
     options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
-    engine = create_engine(url, connect_args=options, pool_size=pool_size, max_overflow=max_overflow)
+    # An error's text would quote its values, and they hold tokens and signed links.
+    engine = create_engine(
+        url, connect_args=options, pool_size=pool_size, max_overflow=max_overflow, hide_parameters=True
+    )
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:
@@ -190,6 +203,8 @@ def _sqlite_engine(url: URL, begin: str, *, pool_size: int, max_overflow: int) -
 def _unavailable() -> Iterator[None]:
     try:
         yield
+    except PoolTimeout as error:
+        raise DatabaseUnavailable("database: every connection is busy") from error
     except DBAPIError as error:
         if error.connection_invalidated or isinstance(error.orig, psycopg.OperationalError):
             raise DatabaseUnavailable(f"database: {type(error.orig).__name__}") from error
@@ -238,7 +253,7 @@ class _PostgresWaker(Waker):
         try:
             if self._connection is None:
                 url = self._database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                self._connection = psycopg.connect(url, autocommit=True, connect_timeout=5)
+                self._connection = psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_SECONDS)
                 self._connection.execute(f"LISTEN {WAKE_CHANNEL}")
                 return
             for _ in self._connection.notifies(timeout=seconds, stop_after=1):

@@ -19,7 +19,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import func
+from sqlalchemy import func, literal_column, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
@@ -129,6 +129,25 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
     session.add(row)
     session.flush()
     return row
+
+
+def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> int:
+    """Make unmatched deliveries due that speak of a task whose row, or whose id, has just become known.
+
+    `ids`: `external_task_id` or `provider_task_id`, as a delivery's body names the task. Whoever is at such a delivery
+    loses its claim. Returns how many there were.
+    """
+    named = [(getattr(Callback, name) == value) & (Callback.provider == provider) for name, value in ids.items()]
+    if "external_task_id" in ids:  # the row is new: deliveries whose token names it waited for it
+        named.append(col(Callback.task_id) == task_id)
+    unmatched = col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
+    values = {"state": CallbackState.RECEIVED, "reason": None, "lease": None, "attempts": 0, "due_at": clock()}
+    count = 0
+    for condition in named:  # one index each
+        waiting = update(Callback).where(condition, unmatched).values(**values)
+        result: Any = session.execute(waiting.execution_options(synchronize_session=False))
+        count += result.rowcount
+    return count
 
 
 class Inbox:

@@ -71,6 +71,8 @@ class Word(TypeDecorator[str]):
 Json = JSON().with_variant(JSONB(), "postgresql")
 # SQLite counts up by itself only in INTEGER primary keys.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
+# Compared and sorted by bytes, as stores list keys; SQLite does so anyway.
+KeyText = Text().with_variant(Text(collation="C"), "postgresql")
 
 
 def _time(*, nullable: bool = True) -> Any:
@@ -90,16 +92,26 @@ class Claimable(SQLModel):
     lease: uuid.UUID | None = None
 
 
+def _partial_index(name: str, column: str, condition: str) -> Index:
+    where = text(condition)
+    return Index(name, column, postgresql_where=where, sqlite_where=where)
+
+
 def _due_index(table: str) -> Index:
-    due = text("due_at IS NOT NULL")
-    return Index(f"{table}_due", "due_at", postgresql_where=due, sqlite_where=due)
+    return _partial_index(f"{table}_due", "due_at", "due_at IS NOT NULL")
 
 
 class Task(Claimable, table=True):
     """One thing we asked for. `state` and `archive` are changed by the apply step alone, under this row's lock."""
 
     __tablename__: ClassVar[str] = "task"
-    __table_args__ = (_due_index("task"), Index("task_newest", "created_at"))
+    __table_args__ = (
+        _due_index("task"),
+        _partial_index("task_deadline", "files_expire_at", "archive = 'archiving'"),
+        Index("task_newest", "created_at"),
+        Index("task_completed", "completed_at"),
+        Index("task_manifest_key", "manifest_key"),
+    )
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
     external_task_id: str = Field(sa_type=Text, unique=True)
@@ -126,15 +138,18 @@ class Task(Claimable, table=True):
     completeness_reads: int = 0
     reported_at: datetime | None = _time()
     called_back_at: datetime | None = _time()
+    end_called_back_at: datetime | None = _time()  # the first callback that told the end, believed or not
 
     created_at: datetime = _time(nullable=False)
     submitted_at: datetime | None = _time()
     completed_at: datetime | None = _time()
     archived_at: datetime | None = _time()
     files_expire_at: datetime | None = _time()
-    manifest_key: str | None = _text()
+    deadline_near_at: datetime | None = _time()
+    manifest_key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
     manifest_digest: str | None = _text()
     manifests: int = 0
+    deleted_at: datetime | None = _time()  # its objects are gone: nothing that is reported of it counts any more
 
 
 class TaskAlias(SQLModel, table=True):
@@ -149,11 +164,16 @@ class TaskAlias(SQLModel, table=True):
 
 
 class Callback(Claimable, table=True):
-    """One raw delivery, kept as it came. `task_id`: the task its token names (its row may not exist here)."""
+    """One raw delivery, kept as it came. `task_id`: the task its token names (its row may not exist here).
+
+    `external_task_id`, `provider_task_id`: the ids in the body of an unmatched one, by which it finds its task later.
+    """
 
     __tablename__: ClassVar[str] = "callback"
     __table_args__ = (
         _due_index("callback"),
+        _partial_index("callback_unmatched_external", "external_task_id", "state = 'unmatched'"),
+        _partial_index("callback_unmatched_provider", "provider_task_id", "state = 'unmatched'"),
         Index("callback_task", "task_id"),
         Index("callback_newest", "received_at"),
     )
@@ -169,6 +189,8 @@ class Callback(Claimable, table=True):
     received_at: datetime = _time(nullable=False)
     state: CallbackState = Field(default=CallbackState.RECEIVED, sa_type=Word(CallbackState))
     reason: str | None = _text()
+    external_task_id: str | None = _text()
+    provider_task_id: str | None = _text()
     applied_at: datetime | None = _time()
 
 
@@ -178,6 +200,8 @@ class Asset(Claimable, table=True):
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
         _due_index("asset"),
+        _partial_index("asset_failed", "task_id", "state = 'failed'"),
+        Index("asset_key", "key"),
         UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),
     )
 
@@ -189,7 +213,7 @@ class Asset(Claimable, table=True):
     source_url: str = Field(sa_type=Text, repr=False)
     state: AssetState = Field(default=AssetState.DUE, sa_type=Word(AssetState))
     files_expire_at: datetime | None = _time()
-    key: str | None = _text()
+    key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
     sha256: str | None = _text()
     size: int | None = Field(default=None, sa_type=BigInteger)
     media_type: str | None = _text()
@@ -233,3 +257,12 @@ class Worker(SQLModel, table=True):
     threads: int
     started_at: datetime = _time(nullable=False)
     seen_at: datetime = _time(nullable=False)
+
+
+class Pace(SQLModel, table=True):
+    """When a provider's account may be read again, for all processes together."""
+
+    __tablename__: ClassVar[str] = "pace"
+
+    account: str = Field(sa_type=Text, primary_key=True)
+    next_free_at: datetime = _time(nullable=False)

@@ -17,6 +17,7 @@ from storage import states
 from storage.database import clock
 from storage.errors import LostClaim
 from storage.events import EventName, record
+from storage.inbox import rematch
 from storage.models import Asset, Task, TaskAlias
 from storage.states import (
     AssetFacts,
@@ -56,13 +57,14 @@ class Schedule:
 
 
 def insert_new(session: Session, task: Task) -> bool:
-    """Insert a task unless its external id is taken. Returns whether it was inserted."""
+    """Insert a task unless its external id is taken; unmatched deliveries of it are due. Returns whether it was."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = {name: getattr(task, name) for name in Task.__table__.columns.keys()}  # type: ignore[attr-defined]  # noqa: SIM118
     statement: Any = dialect.insert(Task).values(values).on_conflict_do_nothing(index_elements=["external_task_id"])
     if session.execute(statement.returning(Task.id)).scalar_one_or_none() is None:
         return False
     record(session, EventName.TASK_CREATED, task.id, {"external_task_id": task.external_task_id})
+    rematch(session, task.id, task.provider, external_task_id=task.external_task_id)
     return True
 
 
@@ -96,6 +98,12 @@ def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
     return list(session.exec(statement.execution_options(populate_existing=True)))
 
 
+def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
+    """Every id the provider has called the task by."""
+    found = select(TaskAlias.provider_task_id).where(TaskAlias.task_id == task_id)
+    return list(session.exec(found.order_by(TaskAlias.provider_task_id)))
+
+
 def name_of(asset: Asset) -> AssetName:
     return AssetName(asset.kind, asset.index, asset.original)
 
@@ -120,8 +128,13 @@ def apply(session: Session, task: Task, report: Report, schedule: Schedule, *, n
     """
     assets = {name_of(asset): asset for asset in assets_of(session, task.id)}
     before = facts(task, list(assets.values()))
+    if task.deleted_at is not None:
+        _rest(session, task)
+        return Decision(task.state, task.archive)
     if before.series is None and report.series is not None:
         task.series = report.series
+    if not pushed:
+        task.step = None  # the read that waited has been made
     if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
         task.completeness_reads += 1
     decision = states.decide(replace(before, series=task.series), report)
@@ -142,19 +155,31 @@ def _note_provider_id(session: Session, task: Task, report: Report) -> None:
 
 
 def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
-    """Remember an id the provider calls the task by; an id that another task has keeps its owner."""
+    """Remember an id the provider calls the task by; an id that another task has keeps its owner.
+
+    Unmatched deliveries that came under a new one are due.
+    """
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
-    session.execute(dialect.insert(TaskAlias).values(values).on_conflict_do_nothing())
+    statement: Any = dialect.insert(TaskAlias).values(values).on_conflict_do_nothing()
+    if session.execute(statement.returning(TaskAlias.task_id)).first() is not None:
+        rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
 
 
 def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool) -> None:
     task.reported_at = now
     if pushed:
+        note_called_back(task, report, now)
         task.polls = 0
-        task.called_back_at = now
     if report.units is not None:
         task.units = report.units
+
+
+def note_called_back(task: Task, report: Report, now: datetime) -> None:
+    """Remember that the provider called back, whether or not its words are believed."""
+    task.called_back_at = now
+    if report.status in states.TERMINAL:
+        task.end_called_back_at = task.end_called_back_at or now
 
 
 def _change_state(session: Session, task: Task, report: Report, decision: Decision, now: datetime) -> None:
@@ -246,15 +271,21 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
 
     A create is settled by its own step alone: one that waits is made due at once, one in flight is left to its
     owner. A read or a finish in flight started from rows that have just changed: its claim is taken away, so that
-    it settles nothing, and the step is due anew.
+    it settles nothing, and the step is due anew. A read that comes sooner than the next one would is not put off.
     """
+    if task.deleted_at is not None:
+        _rest(session, task)
+        return
     if task.step is Step.CREATE:
         if task.lease is None:
             task.due_at = clock()  # type: ignore[assignment]
         return
     following = states.next_step(facts(task, assets_of(session, task.id)), schedule.poll_delay(task.polls))
-    if read_now:
+    reads_on = following is not None and following.step is task.step is Step.READ
+    if read_now or (reads_on and task.lease is not None):
         following = states.Next(Step.READ, 0)
+    elif following and reads_on and wants_read(session, task, within_seconds=following.delay_seconds):
+        return
     waits_already = following is not None and task.step is following.step is Step.FINISH and task.due_at is not None
     if waits_already and task.lease is None:
         return
@@ -263,6 +294,18 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
     task.step = following.step if following else None
     task.due_at = clock(following.delay_seconds) if following else None  # type: ignore[assignment]
     session.flush()
+
+
+def _rest(session: Session, task: Task) -> None:
+    """A deleted task waits for nothing, whatever is reported of it."""
+    task.step = task.due_at = task.lease = None
+    session.flush()
+
+
+def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bool:
+    """Whether a read of the locked task waits and is due by now, or within some seconds."""
+    waits = (Task.id == task.id, Task.step == Step.READ, col(Task.lease).is_(None))
+    return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= clock(within_seconds))).first() is not None
 
 
 def now(session: Session) -> datetime:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
+
+from sqlalchemy import update
+from sqlmodel import col, select
 
 from receiver import app, config
 from receiver.process import _Server, web_config
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
 from storage import tasks
-from storage.models import Asset, Task
+from storage.inbox import Delivery, store
+from storage.keys import task_folder
+from storage.models import Asset, Callback, Task
+from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.harness import wait_until
+from tests.rows import LONG_AGO, new_task
 
 CALLBACK_SECRET = "a-secret-of-more-than-thirty-two-characters"
 
@@ -49,7 +59,7 @@ def settings_for(database_url: str, bucket: Any, sandbox: Sandbox, **changes: An
 class Wired(Parts):
     """The parts, on the test's own bucket, which is connected and probed already."""
 
-    bucket: Any
+    bucket: Any = field(kw_only=True)
 
 
 class Web:
@@ -58,8 +68,9 @@ class Web:
     def __init__(self, parts: Parts) -> None:
         chosen = parts.settings
         web = app.build(
-            parts.database, parts.providers, parts.tokens, parts.schedule, metrics_token=chosen.metrics_token
-        )
+            parts.database, parts.providers, parts.tokens, parts.schedule,
+            bucket=parts.bucket, metrics_token=chosen.metrics_token,
+        )  # fmt: skip
         self._server = _Server(web_config(web, chosen.host, chosen.port), None)
         self._server.capture_signals = _no_signals  # type: ignore[method-assign] # only the main thread may
         self._thread = threading.Thread(target=self._server.run)
@@ -80,6 +91,68 @@ class _no_signals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+def run(parts: Parts, *lanes: str) -> int:
+    """Do what is due in these lanes, in this thread; the others stand still. Returns how many rows were worked on."""
+    chosen = [lane for lane in parts.lanes() if lane.name in lanes]
+    assert len(chosen) == len(lanes)
+    return parts.worker(chosen).run_until_idle()
+
+
+def hurry(parts: Parts, *models: Any) -> None:
+    """Let the waiting be over: what is due later, or held under the lease of a dead worker, is due now."""
+    with parts.database.write() as session:
+        for model in models or (Task, Callback, Asset):
+            session.execute(update(model).where(model.due_at.is_not(None)).values(due_at=LONG_AGO))
+        session.execute(update(Task).where(col(Task.missed_at).is_not(None)).values(missed_at=LONG_AGO))
+
+
+def plant(parts: Parts, **values: Any) -> Task:
+    """A task the provider has accepted long ago, whose next read is far away."""
+    later = datetime.now(UTC) + timedelta(hours=1)
+    start = {"state": TaskState.SUBMITTED, "step": Step.READ, "due_at": later, "expected": 1, "series": False}
+    with parts.database.write() as session:
+        return new_task(session, **{**start, **values})
+
+
+def deliver(parts: Parts, task: Task | None, body: Any, *, webhook_id: str | None = None) -> Callback:
+    """Put one delivery into the inbox as the web server does, apply it, return its row. `task` None: account URL."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    delivery = Delivery("kling", "push", task.id if task else None, raw, webhook_id=webhook_id)
+    with parts.database.write() as session:
+        store(session, [delivery])
+    run(parts, "callbacks")
+    return callback_of(parts, delivery.key)
+
+
+def callback_of(parts: Parts, key: str) -> Callback:
+    with parts.database.read() as session:
+        return session.exec(select(Callback).where(Callback.delivery_key == key)).one()
+
+
+def callbacks_of(parts: Parts) -> list[Callback]:
+    with parts.database.read() as session:
+        return list(session.exec(select(Callback).order_by(col(Callback.id))))
+
+
+def kept(parts: Parts, task: Task | None = None) -> dict[str, str]:
+    """Every object of this test, or of one task in it: {key: SHA-256 of its bytes}."""
+    prefix = parts.bucket.prefix
+    folder = task_folder(prefix, task.created_at, task.external_task_id) if task else prefix
+    keys = [each.key for each in parts.bucket.list(folder)]
+    return {key: hashlib.sha256(parts.bucket.read_bytes(key, 2**26)).hexdigest() for key in keys}
+
+
+def assert_archived(parts: Parts, sandbox: Sandbox, task: Task) -> None:
+    """All that the provider made of this task is kept once, byte for byte, and nothing else but the manifest."""
+    assets, objects = assets_of(parts, task), kept(parts, task)
+    made = [asset.sha256 for asset in sandbox.ledger().task(task.external_task_id).assets]
+    assert task.archive is ArchiveState.ARCHIVED
+    assert {asset.state for asset in assets} == {AssetState.ARCHIVED}
+    assert sorted(str(asset.sha256) for asset in assets) == sorted(made)
+    assert set(objects) == {asset.key for asset in assets} | {task.manifest_key}
+    assert all(objects[str(asset.key)] == asset.sha256 for asset in assets)
 
 
 def task_of(parts: Parts, external_task_id: str) -> Task:

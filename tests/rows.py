@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import uuid
+from concurrent.futures import Future
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import inspect
+from sqlalchemy import inspect, text
 from sqlmodel import Session, SQLModel, select
 
 from storage import events, tasks
 from storage.database import Database
 from storage.models import Asset, Task
 from storage.states import Step
+from tests.harness import wait_until
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -53,3 +55,18 @@ def stored(database: Database, row: SQLModel) -> dict[str, Any]:
 def event_names(database: Database, task: Task) -> list[str]:
     with database.read() as session:
         return [event.name for event in events.of_task(session, task.id)]
+
+
+def wait_until_blocked(database: Database, other: Future[Any]) -> None:
+    """Until the other thread waits for our transaction, or is done (which may be the fault that is looked for).
+
+    On SQLite it waits at its first statement, where nobody can see it.
+    """
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = :name AND wait_event_type = 'Lock'")
+
+    def is_blocked() -> bool:
+        with database.read() as session:
+            return bool(session.execute(waiting, {"name": database.url.database}).scalar_one())
+
+    if not database.is_sqlite:
+        wait_until(lambda: other.done() or is_blocked())

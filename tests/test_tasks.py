@@ -30,8 +30,9 @@ from storage.states import (
     TaskState,
 )
 from storage.tasks import Schedule
-from tests.rows import LONG_AGO, event_names, new_task, stored
+from tests.rows import LONG_AGO, event_names, new_task, stored, wait_until_blocked
 
+SECONDS = 30  # a thread that takes longer hangs
 LEASE_SECONDS = 600  # never ends within a test
 LIFETIME = timedelta(seconds=Schedule().result_lifetime_seconds)
 
@@ -354,6 +355,43 @@ def test_a_task_that_was_read_forgets_its_losses(database: Database) -> None:
     assert owner.losses == 1
     hear(database, task, PROCESSING, pushed=False)
     assert (stored(database, task)["losses"], stored(database, task)["attempts"]) == (0, 0)
+
+
+def test_two_reports_at_once_are_applied_one_after_the_other(database: Database) -> None:
+    task = sent(database)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            locked = tasks.lock(session, task.id)
+            assert locked
+            tasks.apply(session, locked, pictures(1), Schedule(), now=LONG_AGO, pushed=True)
+            other = pool.submit(hear, database, task, pictures(2))
+            wait_until_blocked(database, other)
+        assert set(other.result(SECONDS).add) == {AssetName("image", 1)}
+    assert event_names(database, task) == ["task.created", "task.succeeded"]
+
+
+def test_of_two_workers_that_settle_the_last_two_assets_one_sees_the_last(database: Database) -> None:
+    task = sent(database)
+    hear(database, task, pictures(2))
+    first, last = claim(database, Asset), claim(database, Asset)
+
+    def settle(session: Session, asset: Asset) -> None:
+        locked = tasks.lock(session, task.id)
+        assert locked
+        claims.settle(session, asset, due_in=None, state=AssetState.ARCHIVED)
+        tasks.reschedule(session, locked, Schedule())
+
+    def settle_last() -> None:
+        with database.write() as session:
+            settle(session, last)
+
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            settle(session, first)
+            other = pool.submit(settle_last)
+            wait_until_blocked(database, other)
+        other.result(SECONDS)
+    assert stored(database, task)["step"] is Step.FINISH
 
 
 def test_a_finish_that_is_due_already_is_not_put_off(database: Database) -> None:
