@@ -39,7 +39,11 @@ RETRY_AFTER_SECONDS = 5
 MAX_REJECTED_PER_TASK = 20
 # Kept beside the body to tell senders apart; everything else may hold a secret.
 KEPT_HEADERS = ("content-type", "user-agent", "webhook-id", "webhook-timestamp")
+# Of a refused delivery too, so that `receiver replay` can verify it once the right secret is set. It is no secret: it
+# signs this body alone, and only within minutes of its time.
+SIGNATURE_HEADER = "webhook-signature"
 MAX_HEADER_CHARACTERS = 200
+MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
 
 
 class Callbacks:
@@ -77,6 +81,8 @@ class Callbacks:
         try:
             webhook_id = provider.verify(request.headers, body)
         except BadSignature as error:
+            if signature := request.headers.get(SIGNATURE_HEADER):
+                headers[SIGNATURE_HEADER] = signature[:MAX_SIGNATURE_CHARACTERS]
             return await self._refuse(provider, named, headers, body, str(error))
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
         return await self._store(delivery)

@@ -7,7 +7,8 @@ ProviderUnavailable          (storage.errors) the same work may succeed later
 └── Unavailable                 the same, and knows whether the request can have left this host
 ProviderThrottled            (storage.errors) slow down; a refused create costs nothing
 ProviderRejected             (storage.errors) a definite refusal
-└── AlreadyExists               this external id was used before: read the task back
+├── AlreadyExists               this external id was used before: read the task back
+└── NoSuchCall                  a gateway that does not pass this question on: ask another one
 BadSignature                 a delivery that does not prove its sender: answered 401
 """
 
@@ -46,6 +47,10 @@ class Unavailable(ProviderUnavailable):
 
 class AlreadyExists(ProviderRejected):
     """The provider knows this external id; nothing was made or charged by this request."""
+
+
+class NoSuchCall(ProviderRejected):
+    """This base URL knows no such question, whatever task it is about."""
 
 
 class BadSignature(Exception):
@@ -101,7 +106,10 @@ class Provider(Protocol):
         """Ask for a task, once. `AlreadyExists`: this id was used before. `Unavailable` with `sent`: it may exist."""
 
     def read(self, *, provider_task_id: str | None, external_task_id: str) -> Record | None:
-        """Read one task, by the provider's id where we have it, else by ours. None: the provider says "not found"."""
+        """Read one task, by the provider's id where we have it, else by ours. None: the provider says "not found".
+
+        Also raises `NoSuchCall`: it may be in the list all the same.
+        """
 
     def read_many(
         self, *, provider_task_ids: Sequence[str] = (), external_task_ids: Sequence[str] = ()
@@ -114,8 +122,11 @@ class Provider(Protocol):
     def parse(self, body: bytes) -> Report:
         """Read a callback or a `Record.body`. Raises `storage.errors.ReportUnreadable`, and nothing else."""
 
-    def verify(self, headers: Mapping[str, str], body: bytes) -> str | None:
-        """The verified id of a signed delivery, None when no secrets are configured. Raises `BadSignature`."""
+    def verify(self, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> str | None:
+        """The verified id of a signed delivery, None when no secrets are configured. Raises `BadSignature`.
+
+        `now`: Unix seconds at its arrival, None = it arrives just now.
+        """
 
     def request_facts(self, request: Mapping[str, Any]) -> RequestFacts:
         """What a request, as sent or as stored, lets us expect. Never raises."""

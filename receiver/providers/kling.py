@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -27,6 +27,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 from receiver.provider import (
     AlreadyExists,
     Created,
+    NoSuchCall,
     Record,
     RequestFacts,
     Unavailable,
@@ -57,6 +58,8 @@ JWT_LIFETIME_SECONDS = 1_800
 JWT_RENEW_SECONDS = 300  # before its end, so that none expires under way
 JWT_CLOCK_CODES = frozenset({1003, 1004})
 THROTTLED_CODES = frozenset({1302, 1303})
+# Answers to a question that is not passed on; Kling's own word for an unknown task is 400/1201.
+NO_ROUTE = frozenset({404, 405, 501})
 # 1201 is also the code of any bad parameter: only the message tells these two apart.
 EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
 NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)
@@ -75,7 +78,7 @@ class _Answer:
     """One HTTP answer. `document`: its JSON object, None when it was none. `code`: None when there was no number."""
 
     http_status: int
-    document: dict[str, Any] | None
+    document: dict[str, Any] | None = field(repr=False)
     code: int | None
     message: str
     after: float | None
@@ -109,6 +112,7 @@ class Kling:
     ) -> None:
         self._base_url = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if api_key else None
+        self._access_key = access_key
         self._jwt = _Jwt(access_key, secret_key.get_secret_value(), now) if access_key and secret_key else None
         self._webhook_secrets = [_webhook(secret) for secret in webhook_secrets]
         self._timeout_seconds = timeout_seconds
@@ -201,10 +205,10 @@ class Kling:
             raise ReportUnreadable("no task in it: neither task_id nor id with a status")
         return read_report(record)
 
-    def verify(self, headers: Mapping[str, str], body: bytes) -> str | None:
+    def verify(self, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> str | None:
         if not self._webhook_secrets:
             return None
-        return verify_standard_webhook(self._webhook_secrets, headers, body, now=self._now())
+        return verify_standard_webhook(self._webhook_secrets, headers, body, now=self._now() if now is None else now)
 
     def request_facts(self, request: Mapping[str, Any]) -> RequestFacts:
         return facts_of(request)
@@ -277,8 +281,9 @@ class Kling:
             self.clock_ahead_seconds = self._now() - sent_at
 
     def _safe(self, text: str) -> str:
-        """Foreign words without our key or token, should the other side echo it."""
-        text = text.replace(self._api_key, "…") if self._api_key else text
+        """Foreign words without our keys or token, should the other side echo it."""
+        for key in (self._api_key, self._access_key):
+            text = text.replace(key, "…") if key else text
         return plain(re.sub(r"\beyJ[\w.-]{20,}", "…", text), MAX_MESSAGE_CHARS)
 
 
@@ -338,6 +343,8 @@ def _refusal(answer: _Answer, *, creating: bool) -> Exception | None:
     """What the answer refuses, as the class that decides; None when it may hold what was asked for."""
     status, code, words = answer.http_status, answer.code or 0, answer.words
     refuses = 1_000 <= code < 2_000
+    if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
+        return NoSuchCall(words, code=answer.code, http_status=status)
     if code in THROTTLED_CODES or (status == 429 and not refuses):
         return ProviderThrottled(words, after=answer.after)
     if answer.document is None and status != 413:

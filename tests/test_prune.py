@@ -1,0 +1,119 @@
+"""What is forgotten after its time, and what never is."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col, func, select
+
+from receiver.operate import Operator
+from storage import upkeep
+from storage.database import Database
+from storage.events import EventName, record
+from storage.models import Asset, Callback, Event, Task
+from storage.states import ArchiveState, CallbackState, Step, TaskState
+from storage.tasks import Schedule
+from tests.rows import LONG_AGO, new_asset, new_task, stored
+
+RETENTION = timedelta(days=30)
+DONE = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVED, "step": None, "due_at": None}
+WAITS = {"state": TaskState.PROCESSING, "step": Step.READ}
+
+
+@pytest.fixture
+def operator(database: Database) -> Operator:
+    return Operator(database, {}, Schedule())
+
+
+def old(database: Database, **values: Any) -> Task:
+    """A task with one delivery, one event besides its creation, its request and one file, all long ago."""
+    with database.write() as session:
+        task = new_task(session, request={"prompt": "a boat"}, request_hash="h", **DONE | values)
+        new_asset(session, task, 0, due_at=None)
+        session.add(delivery(task.id))
+        record(session, EventName.TASK_ARCHIVED, task.id)
+        session.flush()
+        session.execute(update(Event).values(at=LONG_AGO))
+    return task
+
+
+def delivery(task_id: uuid.UUID | None, **values: Any) -> Callback:
+    start = {"delivery_key": uuid.uuid4().hex, "provider": "kling", "source": "push", "body": b"{}"}
+    return Callback(**start | {"task_id": task_id, "received_at": LONG_AGO, "state": CallbackState.APPLIED} | values)
+
+
+def left(database: Database) -> dict[str, int]:
+    with database.read() as session:
+        tables = {"deliveries": Callback, "events": Event, "tasks": Task, "files": Asset}
+        return {name: session.exec(select(func.count()).select_from(model)).one() for name, model in tables.items()}
+
+
+def test_what_is_over_and_old_is_forgotten_and_its_catalogue_stays(database: Database, operator: Operator) -> None:
+    task = old(database)
+    assert dict(operator.prune(RETENTION).counts) == {"deliveries": 1, "events": 2, "requests": 1}
+    assert left(database) == {"deliveries": 0, "events": 0, "tasks": 1, "files": 1}
+    row = stored(database, task)
+    assert (row["request"], row["request_hash"]) == ({}, "h")
+    assert dict(operator.prune(RETENTION).counts) == {"deliveries": 0, "events": 0, "requests": 0}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        WAITS,
+        {"archive": ArchiveState.ARCHIVING},
+        {"step": Step.READ, "due_at": LONG_AGO},
+        {"state": TaskState.CREATED, "archive": ArchiveState.NONE, "step": Step.CREATE},
+    ],
+)
+def test_nothing_of_a_task_that_is_not_over(database: Database, operator: Operator, values: dict[str, Any]) -> None:
+    old(database, **values)
+    before = left(database)
+    assert operator.prune(RETENTION).counts.total() == 0
+    assert left(database) == before
+
+
+def test_nothing_young_and_nothing_that_waits(database: Database, operator: Operator) -> None:
+    task, now = old(database), database.now()
+    with database.write() as session:
+        session.execute(update(Callback).values(received_at=now))
+        session.execute(update(Event).values(at=now))
+        session.execute(update(Task).values(archived_at=now))
+        session.add(delivery(task.id, state=CallbackState.RECEIVED, due_at=now))
+        session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED, received_at=now))
+        session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED, due_at=now))
+    before = left(database)
+    assert operator.prune(RETENTION).counts.total() == 0
+    assert left(database) == before
+
+
+def test_failed_tasks_and_old_unmatched_deliveries_are_over(database: Database, operator: Operator) -> None:
+    old(database, state=TaskState.FAILED, archive=ArchiveState.NONE)
+    with database.write() as session:
+        session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED))
+    assert operator.prune(RETENTION).counts["deliveries"] == 2
+
+
+def test_a_delivery_that_names_no_task_stays_while_it_may_be_somebodys(database: Database, operator: Operator) -> None:
+    with database.write() as session:
+        session.add(delivery(None))
+        task = new_task(session, **WAITS, created_at=LONG_AGO)
+    assert operator.prune(RETENTION).counts["deliveries"] == 0
+    with database.write() as session:
+        session.execute(update(Task).where(col(Task.id) == task.id).values(created_at=LONG_AGO + RETENTION))
+    assert operator.prune(RETENTION).counts["deliveries"] == 1
+
+
+def test_it_goes_on_batch_by_batch(database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 2)
+    with database.write() as session:
+        unfinished = new_task(session, **WAITS)
+        session.add_all([delivery(unfinished.id) for _ in range(3)])
+        session.add_all([delivery(uuid.uuid4()) for _ in range(5)])
+        session.add_all([delivery(unfinished.id)])
+    assert operator.prune(RETENTION).counts["deliveries"] == 5
+    assert left(database)["deliveries"] == 4
