@@ -18,13 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from receiver import telemetry
+from receiver.assets import Assets
 from receiver.callbacks import Callbacks
 from receiver.provider import Provider
 from receiver.tokens import Tokens
-from storage import migrations, workers
+from storage import deadlines, measures, migrations, workers
 from storage.database import Database
 from storage.errors import StoreUnavailable
 from storage.inbox import Inbox
+from storage.objects import Bucket
 from storage.tasks import Schedule
 
 # A page a browser shows is never meant here; these cost nothing and close what sniffing opens.
@@ -39,8 +41,11 @@ SECURITY_HEADERS = {
 class Health:
     """`/healthz`, `/readyz`, `/metrics`."""
 
-    def __init__(self, database: Database, inbox: Inbox, metrics_token: SecretStr | None) -> None:
+    def __init__(
+        self, database: Database, inbox: Inbox, metrics_token: SecretStr | None, *, deadline_seconds: float
+    ) -> None:
         self._database = database
+        self._deadline_seconds = deadline_seconds
         self._inbox = inbox
         self._metrics_token = metrics_token
 
@@ -48,7 +53,7 @@ class Health:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 while a delivery can be stored. Workers change the status only with `?strict=1`."""
+        """200 while a delivery can be stored. Workers, overdue work and deadlines change it only with `?strict=1`."""
         checks = await run_in_threadpool(self._checks)
         fault = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
         degraded = any(word != "ok" for word in checks.values())
@@ -67,16 +72,35 @@ class Health:
             checks |= {"database": "ok", "schema": "behind" if behind else "ok"}
             if not behind:
                 checks["workers"] = "ok" if workers.count_alive(self._database) else "none alive"
+                checks |= self._lateness()
         except StoreUnavailable as error:
             checks |= {"database": str(error), "schema": "unknown"}
         return checks
+
+    def _lateness(self) -> dict[str, str]:
+        with self._database.read() as session:
+            overdue = measures.count_overdue(session)
+            near = measures.count_deadline_near(session, self._deadline_seconds)
+        return {
+            "work": f"{overdue} rows are overdue" if overdue else "ok",
+            "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+        }
 
     async def metrics(self, request: Request) -> Response:
         if self._metrics_token is None:
             raise HTTPException(404)
         if not self._is_permitted(request):
             raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
-        return Response(generate_latest(telemetry.REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        return Response(await run_in_threadpool(self._metrics), media_type=CONTENT_TYPE_LATEST)
+
+    def _metrics(self) -> bytes:
+        try:
+            with self._database.read() as session:
+                found = measures.measure(session, deadline_seconds=self._deadline_seconds).as_dict()
+        except StoreUnavailable:
+            found = None
+        telemetry.show_work(found)
+        return generate_latest(telemetry.REGISTRY)
 
     def _is_permitted(self, request: Request) -> bool:
         if self._metrics_token is None:
@@ -91,12 +115,15 @@ def build(
     tokens: Tokens,
     schedule: Schedule,
     *,
+    bucket: Bucket | None = None,
     metrics_token: SecretStr | None = None,
 ) -> Starlette:
-    """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it."""
+    """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it.
+    `bucket`: where archived files are served from, None = they are not."""
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
-    health = Health(database, inbox, metrics_token)
+    lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
+    health = Health(database, inbox, metrics_token, deadline_seconds=lead)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -114,6 +141,7 @@ def build(
             Route("/healthz", health.alive),
             Route("/readyz", health.ready),
             Route("/metrics", health.metrics),
+            *([Route("/assets/{token}.{extension}", Assets(database, bucket, tokens).serve)] if bucket else []),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
         lifespan=lifespan,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import receiver
-from receiver.commands import ask, check, look, run
+from receiver.commands import ask, check, keep, look, operate, run, try_
 
 app = typer.Typer(
     name="receiver",
@@ -19,7 +21,12 @@ app = typer.Typer(
     help="Ask an image model, never lose its callback, keep every picture byte for byte in S3-compatible storage.\n\n"
     "New here? [bold]receiver demo[/bold] shows everything working on this machine, without an account.",
 )
-for verb in (run.serve, run.work, ask.submit, look.status, check.check, run.migrate):
+VERBS: tuple[Callable[..., None], ...] = (
+    *(run.serve, run.work, ask.submit, look.status, check.check, run.migrate, try_.sandbox, try_.demo),
+    *(operate.retry, operate.replay, operate.reconcile, operate.adopt, operate.dismiss, operate.prune),
+    *(keep.audit, keep.rebuild, keep.export, keep.delete),
+)
+for verb in VERBS:
     app.command()(verb)
 
 
@@ -40,13 +47,25 @@ def _root(
 
 def main() -> None:
     """Entry point. A fault we know ends in its own clear lines and exit code 1; anything else is a bug and shows."""
+    threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
     try:
         app()
-    except Exception as error:
-        if not _is_known(error):
-            raise
-        print(error, file=sys.stderr)  # noqa: T201 - the command line's own words
+    except Exception as error:  # noqa: BLE001 - shown whole, but for secrets
+        _show(str(error)) if _is_known(error) else _show_bug(error)
         sys.exit(1)
+
+
+def _show_bug(error: BaseException) -> None:
+    import traceback
+
+    _show("".join(traceback.format_exception(error)).rstrip())
+
+
+def _show(text: str) -> None:
+    """The command line's own words, but for what has the shape of a secret."""
+    from receiver.telemetry import scrub
+
+    print(scrub(text), file=sys.stderr)  # noqa: T201 - standard error is where they belong
 
 
 def _is_known(error: Exception) -> bool:

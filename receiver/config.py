@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from storage.database import normal_url
+from storage.puts import PutOptions, parse_tags
 
 PREFIX = "RECEIVER_"
 SECRET_MIN_CHARACTERS = 32
@@ -50,6 +51,11 @@ def _http_url(value: str | None) -> str | None:
     return value.rstrip("/")
 
 
+def _tags(value: str) -> str:
+    parse_tags(value)
+    return value
+
+
 def _nothing_if_empty(value: Any) -> Any:
     return None if value == "" else value
 
@@ -81,7 +87,7 @@ class Settings(BaseSettings):
 
     kling_base_url: HttpUrl = "https://api-singapore.klingai.com"
     kling_api_key: OptionalSecret = None
-    kling_access_key: OptionalText = None
+    kling_access_key: OptionalText = Field(default=None, repr=False)
     kling_secret_key: OptionalSecret = None
     kling_webhook_secrets: Secrets = ()
 
@@ -99,6 +105,15 @@ class Settings(BaseSettings):
     s3_prefix: str = ""
     s3_public_endpoint_url: OptionalUrl = None
     s3_checksums: Literal["when_supported", "when_required"] = "when_supported"
+    s3_storage_class: OptionalText = None
+    s3_sse: Annotated[Literal["AES256", "aws:kms"] | None, BeforeValidator(_nothing_if_empty)] = None
+    s3_kms_key_id: OptionalText = None
+    s3_lock_mode: Annotated[Literal["GOVERNANCE", "COMPLIANCE"] | None, BeforeValidator(_nothing_if_empty)] = None
+    s3_lock_days: Annotated[
+        Annotated[int, Field(ge=1, le=36_500)] | None, BeforeValidator(_nothing_if_empty)
+    ] = None
+    s3_tags: Annotated[str, AfterValidator(_tags)] = ""
+    s3_cache_control: OptionalText = None
 
     workers: int = Field(default=1, ge=0, le=64)
     worker_threads: int = Field(default=8, ge=1, le=256)
@@ -125,9 +140,26 @@ class Settings(BaseSettings):
             yield f"{PREFIX}KLING_WEBHOOK_SECRETS: each starts with whsec_, as the provider's console shows it"
         if bool(self.kling_access_key) != bool(self.kling_secret_key):
             yield f"{PREFIX}KLING_ACCESS_KEY and {PREFIX}KLING_SECRET_KEY: set both or neither"
+        if self.s3_kms_key_id and self.s3_sse != "aws:kms":
+            yield f"{PREFIX}S3_KMS_KEY_ID: needs {PREFIX}S3_SSE=aws:kms"
+        if bool(self.s3_lock_mode) != bool(self.s3_lock_days):
+            yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
         for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
             if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
                 yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
+
+    @property
+    def put_options(self) -> PutOptions:
+        """What every object that is put gets."""
+        return PutOptions(
+            storage_class=self.s3_storage_class,
+            sse=self.s3_sse,
+            kms_key_id=self.s3_kms_key_id,
+            lock_mode=self.s3_lock_mode,
+            lock_days=self.s3_lock_days,
+            tags=parse_tags(self.s3_tags),
+            cache_control=self.s3_cache_control,
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import structlog
 from sqlmodel import Session
@@ -28,6 +28,8 @@ log = structlog.get_logger()
 
 # A dead URL is tried again at this pace at the latest; each try also reads the task for a fresh one.
 REFRESH_CAP_SECONDS = 900
+# In `fetched` of an asset not archived: how many downloads came whole and were no usable file.
+UNUSABLE = "unusable"
 
 
 class Archiver:
@@ -66,10 +68,7 @@ class Archiver:
                 self._circuit.failed()
             self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
         except GiveUp as error:
-            if asset.attempts < error.tries:
-                self._retry(asset, str(error), claims.backoff(asset.attempts))
-            else:
-                self._fail(asset, str(error))
+            self._refused(asset, error)
         log.info(
             "asset.worked", asset=str(asset.id), task=str(asset.task_id), kind=asset.kind, index=asset.index,
             attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
@@ -137,11 +136,20 @@ class Archiver:
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, fact)
             self._look_at_task(session, task)
 
+    def _refused(self, asset: Asset, error: GiveUp) -> None:
+        """Give up after as many tries that ended like this: broken downloads and outages before them do not count."""
+        tries = asset.fetched.get(UNUSABLE, 0) + 1
+        if tries < error.tries:
+            self._retry(asset, str(error), claims.backoff(tries), fetched={UNUSABLE: tries})
+        else:
+            self._fail(asset, str(error))
+
     def _fail(self, asset: Asset, reason: str) -> None:
         try:
             with self._database.write() as session:
                 task = self._lock_task(session, asset)
-                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason)
+                kept = {name: value for name, value in asset.fetched.items() if name != UNUSABLE}
+                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason, fetched=kept)
                 fact = {"kind": asset.kind, "index": asset.index, "error": reason}
                 record(session, EventName.ASSET_FAILED, asset.task_id, fact)
                 self._look_at_task(session, task)
@@ -149,10 +157,10 @@ class Archiver:
             return
         log.error("asset.failed", asset=str(asset.id), task=str(asset.task_id), error=reason)
 
-    def _retry(self, asset: Asset, reason: str, due_in: float) -> None:
+    def _retry(self, asset: Asset, reason: str, due_in: float, **values: Any) -> None:
         try:
             with self._database.write() as session:
-                claims.settle(session, asset, due_in=due_in, error=reason)
+                claims.settle(session, asset, due_in=due_in, error=reason, **values)
         except LostClaim:
             return
         log.warning("asset.retry", asset=str(asset.id), task=str(asset.task_id), error=reason, seconds=round(due_in, 1))
@@ -179,7 +187,8 @@ class Archiver:
         return task
 
     def _look_at_task(self, session: Session, task: Task) -> None:
-        """Make the finish due when this was the last asset. A read in flight is left to end: it looks again itself."""
-        if task.lease is None:
+        """Make the finish due when this was the last asset. A read in flight, or one that another asset's dead URL
+        has asked for, is left to be made: it looks again itself."""
+        if task.lease is None and not tasks.wants_read(session, task):
             tasks.reschedule(session, task, self._schedule)
         self._database.wake(session)

@@ -60,8 +60,11 @@ def object_key(
 
 def manifest_key(prefix: str, created_at: datetime, external_task_id: str, number: int) -> str:
     """`manifest.json` for number 1, then `manifest.2.json`, …"""
-    name = "manifest.json" if number == 1 else f"manifest.{number}.json"
-    return task_folder(prefix, created_at, external_task_id) + name
+    return task_folder(prefix, created_at, external_task_id) + manifest_name(number)
+
+
+def manifest_name(number: int) -> str:
+    return "manifest.json" if number == 1 else f"manifest.{number}.json"
 
 
 def header_text(value: str) -> str:

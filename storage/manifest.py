@@ -75,10 +75,11 @@ class Finisher:
     def _write(self, task: Task) -> Written:
         with self._database.read() as session:
             assets = tasks.assets_of(session, task.id)
+            aliases = tasks.aliases_of(session, task.id)
             delivery = _final_delivery(session, task.id)
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
-            content, digest = build(task, assets, delivery, self._version, predecessor)
+            content, digest = build(task, assets, aliases, delivery, self._version, predecessor)
             key = manifest_key(self._bucket.prefix, task.created_at, task.external_task_id, number)
             try:
                 self._put(key, content)
@@ -94,8 +95,11 @@ class Finisher:
             key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
         )
 
-    def _digest_of(self, key: str) -> str:
-        return str(json.loads(self._bucket.read_bytes(key, MAX_MANIFEST_BYTES))["digest"])
+    def _digest_of(self, key: str) -> str | None:
+        try:
+            return str(read(self._bucket.read_bytes(key, MAX_MANIFEST_BYTES))["digest"])
+        except ManifestDamaged:
+            return None
 
     def _end(self, session: Session, row: Task, written: Written) -> None:
         facts = tasks.facts(row, tasks.assets_of(session, row.id))
@@ -126,41 +130,82 @@ def _final_delivery(session: Session, task_id: uuid.UUID) -> Callback | None:
 
 
 def build(
-    task: Task, assets: Sequence[Asset], delivery: Callback | None, version: str, predecessor: str | None
+    task: Task,
+    assets: Sequence[Asset],
+    aliases: Sequence[str],
+    delivery: Callback | None,
+    version: str,
+    predecessor: str | None,
 ) -> tuple[bytes, str]:
     """The manifest's bytes and its digest: SHA-256 of its RFC 8785 form without the member `digest`.
 
     Holds no secret and no signed URL: of every address in it only what stands before `?` is kept.
-    `predecessor`: digest of the manifest that this one replaces.
+    `aliases`: every id the provider has called the task by. `predecessor`: digest of the manifest that this one
+    replaces. `manifest.schema.json` beside this file says what may be in it.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "tool_version": version,
         "predecessor": predecessor,
-        "task": _task(task),
+        "task": _task(task, assets, aliases),
         "request": task.request,
         "delivery": _delivery(delivery) if delivery else None,
         "assets": [_asset(asset) for asset in assets],
     }
     plain = cut(content)
-    digest = hashlib.sha256(rfc8785.dumps(plain)).hexdigest()
+    digest = digest_of(plain)
     return rfc8785.dumps({**plain, "digest": digest}), digest
 
 
-def _task(task: Task) -> dict[str, Any]:
+class ManifestDamaged(ValueError):
+    """These bytes are no manifest of ours, or not as it was written; the message says why."""
+
+
+def read(content: bytes) -> dict[str, Any]:
+    """A manifest's members, its own digest verified. Raises `ManifestDamaged`."""
+    try:
+        found = json.loads(content)
+        schema, claimed = found["schema"], found["digest"]
+        actual = digest_of(found)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ManifestDamaged("it is no manifest") from error
+    if schema != SCHEMA:
+        raise ManifestDamaged(f"its schema is not {SCHEMA}")
+    if claimed != actual:
+        raise ManifestDamaged("its digest is not that of its content")
+    return dict(found)
+
+
+def digest_of(members: Mapping[str, Any]) -> str:
+    """SHA-256, as hex, of the RFC 8785 form without the member `digest`."""
+    rest = {name: value for name, value in members.items() if name != "digest"}
+    return hashlib.sha256(rfc8785.dumps(rest)).hexdigest()
+
+
+def _task(task: Task, assets: Sequence[Asset], aliases: Sequence[str]) -> dict[str, Any]:
+    facts = tasks.facts(task, assets)
     return {
         "id": str(task.id),
         "external_task_id": task.external_task_id,
         "provider": task.provider,
         "provider_task_id": task.provider_task_id,
+        "aliases": list(aliases),
         "request_hash": task.request_hash,
+        "adopt": task.adopt,
         "state": task.state.value,
+        "archive": states.outcome(facts).value,
         "series": task.series,
         "expected": task.expected,
+        "contradicted": task.contradicted,
+        "completeness_reads": task.completeness_reads,
+        "error": task.error,
+        "note": states.shortfall(facts),
         "units": task.units,
         "created_at": _iso(task.created_at),
+        "sent_at": _iso(task.sent_at),
         "submitted_at": _iso(task.submitted_at),
         "completed_at": _iso(task.completed_at),
+        "files_expire_at": _iso(task.files_expire_at),
     }
 
 
@@ -194,10 +239,13 @@ def _asset(asset: Asset) -> dict[str, Any]:
         "width": asset.width,
         "height": asset.height,
         "verified": asset.verified,
+        "accept_unverified": asset.accept_unverified,
         "source": asset.source_url,
         "fetched": asset.fetched,
         "superseded": asset.superseded,
         "error": asset.error,
+        "created_at": _iso(asset.created_at),
+        "files_expire_at": _iso(asset.files_expire_at),
         "archived_at": _iso(asset.archived_at),
     }
 

@@ -29,6 +29,7 @@ from storage.keys import header_text, normal_prefix
 from storage.keys import manifest_key as manifest_key
 from storage.keys import object_key as object_key
 from storage.probe import Capabilities, Probe, sha256_base64, whole_checksum
+from storage.puts import PutOptions
 
 MAX_LINK_SECONDS = 7 * 24 * 3600  # the limit of a presigned link: AWS Signature Version 4
 # Above this a file goes in parts. One part is in memory at a time; 10,000 of them are S3's limit.
@@ -118,6 +119,7 @@ class Bucket:
     links are signed for readers outside. `checksum_mode`: whether boto3 adds its default checksums to other
     requests, which broke some stores; the SHA-256 of an object is sent in any case. `connections`: in the
     pool, one per thread that uses it. `capabilities`: None = probed when the first object is put.
+    `put_options`: what every object that is put gets (storage class, encryption, lock, tags, cache header).
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class Bucket:
         checksum_mode: ChecksumMode = "when_supported",
         connections: int = 16,
         capabilities: Capabilities | None = None,
+        put_options: PutOptions | None = None,
     ) -> None:
         self.name = name
         self.prefix = normal_prefix(prefix)
@@ -148,6 +151,7 @@ class Bucket:
         self._clients: dict[str | None, Any] = {}
         self._clients_lock = threading.Lock()
         self._capabilities = capabilities
+        self._put_options = put_options or PutOptions()
         # This host's clock minus the Date of the store's last answer, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
         self._probe_lock = threading.Lock()
@@ -159,6 +163,11 @@ class Bucket:
             if self._capabilities is None:
                 self._capabilities = self.probe()
             return self._capabilities
+
+    @property
+    def is_reached_from_outside(self) -> bool:
+        """Whether a presigned link is of use to anyone: a private store without a public endpoint signs for nobody."""
+        return self._public_endpoint_url is not None or self._endpoint_url is None
 
     def uri(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
@@ -245,6 +254,45 @@ class Bucket:
         with self._errors():
             self._client().delete_object(Bucket=self.name, Key=key)
 
+    def purge(self, folder: str) -> int:
+        """Remove everything under `folder`, all versions of it. Returns how many there were.
+
+        On a bucket with versions a plain delete only hides.
+        """
+        if not folder:
+            raise ValueError("a folder must be named")
+        count = 0
+        with self._errors():
+            for key, version in self._versions(folder):
+                self._client().delete_object(Bucket=self.name, Key=key, **version)
+                count += 1
+        return count
+
+    def _versions(self, folder: str) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Every version and delete marker; the objects alone where a store does not list versions."""
+        try:
+            pages = self._client().get_paginator("list_object_versions").paginate(Bucket=self.name, Prefix=folder)
+            for page in pages:
+                for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
+                    yield each["Key"], {"VersionId": each["VersionId"]} if each.get("VersionId") else {}
+        except boto_errors.ClientError as error:
+            if _status(error) != 501:
+                raise
+            for listed in self.list(folder):
+                yield listed.key, {}
+
+    def locked_until(self, key: str) -> datetime | None:
+        """Until when the object cannot be removed, None when it can; under a legal hold that is the end of time."""
+        try:
+            with self._errors():
+                answer = self._client().head_object(Bucket=self.name, Key=key)
+        except NoSuchObject:
+            return None
+        if answer.get("ObjectLockLegalHoldStatus") == "ON":
+            return datetime.max.replace(tzinfo=UTC)
+        until: datetime | None = answer.get("ObjectLockRetainUntilDate")
+        return until.astimezone(UTC) if until and until > datetime.now(UTC) else None
+
     def list(self, prefix: str, *, after: str = "") -> Iterator[Listed]:
         """Every object whose whole key begins with `prefix` and comes behind `after`, in the store's order of keys."""
         place = {"Bucket": self.name, "Prefix": prefix} | ({"StartAfter": after} if after else {})
@@ -306,7 +354,8 @@ class Bucket:
 
     def _options(self, key: str, sha256: str, media_type: str, metadata: Mapping[str, str]) -> dict[str, Any]:
         values = {name: header_text(value) for name, value in metadata.items()}
-        return {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": values | {"sha256": sha256}}
+        own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": values | {"sha256": sha256}}
+        return {**self._put_options.arguments(), **own}
 
     def _create(self, put: _Put, send: Callable[[_Put], bool]) -> bool:
         """Send it, then prove it unless that was done. False: the same bytes were there first."""

@@ -161,7 +161,7 @@ def parts(
     """Everything wired together, on both databases; nothing runs until the test says so."""
     for name in [name for name in os.environ if name.startswith("RECEIVER_")]:
         monkeypatch.delenv(name)
-    wired = Wired(settings_for(database_url, bucket, sandbox, **changes), bucket)
+    wired = Wired(settings_for(database_url, bucket, sandbox, **changes), bucket=bucket)
     yield wired
     wired.close()
 

@@ -115,7 +115,7 @@ def test_submit_work_status(receiver: CommandLine, bucket: Bucket) -> None:
     assert {one["uri"] for one in report["assets"]} <= {bucket.uri(each.key) for each in bucket.list(bucket.prefix)}
     for shown in (receiver("status").out, receiver("status", name).out):
         assert name in shown and "succeeded" in shown and "archived" in shown
-    assert len(receiver("status", "--json").json) == 1
+    assert len(receiver("status", "--json").json["tasks"]) == 1
     check_the_contract(report, name)
 
 
@@ -143,7 +143,7 @@ def test_every_wrong_field_is_named(ready: CommandLine, sandbox: Sandbox) -> Non
     named = {line.split(":")[0] for line in done.err.splitlines()}
     assert {"prompt", "n", "resolution", "aspect_ratio"} <= named
     assert not sandbox.ledger().creates
-    assert ready("status", "--json").json == []
+    assert ready("status", "--json").json["tasks"] == []
 
 
 def test_the_same_id_again(ready: CommandLine, sandbox: Sandbox) -> None:

@@ -31,7 +31,7 @@ def submit(
     request: Annotated[
         Path | None, typer.Option(help="Read the request from a JSON file (- for standard input) instead.")
     ] = None,
-    external_task_id: Annotated[str | None, typer.Option(help="Your own id. [default: a fresh UUID]")] = None,
+    external_task_id: Annotated[str | None, typer.Option(help="Your own id.", show_default="a fresh UUID")] = None,
     adopt: Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the task as JSON.")] = False,

@@ -13,6 +13,10 @@ def status(
         str | None, typer.Argument(help="One task with its timeline; without it the latest.")
     ] = None,
     limit: Annotated[int, typer.Option(help="How many of the latest tasks.", min=1, max=10_000)] = 20,
+    urls: Annotated[
+        bool, typer.Option("--urls", help="Print a link to each archived file of the task; each is a secret.")
+    ] = False,
+    expires: Annotated[int, typer.Option(help="Seconds these links work for.", min=1, max=604_800)] = 3_600,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show how one task stands, with its files and timeline, or a table of the latest tasks."""
@@ -23,9 +27,14 @@ def status(
 
     parts = Parts(config.load())
     process.ready_schema(parts.database, migrate=False)
-    if external_task_id is None and as_json:
+    if urls:
+        if external_task_id is None:
+            raise typer.BadParameter("--urls needs a task")
+        links = waiting.urls(parts, external_task_id, expires)
+        typer.echo(json.dumps(links, indent=1) if as_json else "\n".join(link["url"] for link in links))
+    elif external_task_id is None and as_json:
         found = [waiting.report(parts, task.external_task_id) for task in waiting.latest(parts, limit)]
-        typer.echo(json.dumps(found, indent=1))
+        typer.echo(json.dumps({"summary": waiting.measured(parts).as_dict(), "tasks": found}, indent=1))
     elif external_task_id is None:
         waiting.show_latest(parts, limit, Console())
     elif as_json:

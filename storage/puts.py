@@ -1,0 +1,60 @@
+"""How objects are put: storage class, encryption, Object Lock, tags, cache headers; the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+from urllib.parse import urlencode
+
+LockMode = Literal["GOVERNANCE", "COMPLIANCE"]
+# S3's own limits.
+MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
+
+
+@dataclass(frozen=True)
+class PutOptions:
+    """What every object gets. None, or empty = the bucket's own default.
+
+    `sse`: `AES256` (SSE-S3) or `aws:kms`, the latter with `kms_key_id` or the account's own key. `lock_mode`,
+    `lock_days`: Object Lock from the moment of the put on; the bucket must have been made with it. `cache_control`:
+    the header that readers get.
+    """
+
+    storage_class: str | None = None
+    sse: Literal["AES256", "aws:kms"] | None = None
+    kms_key_id: str | None = None
+    lock_mode: LockMode | None = None
+    lock_days: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    cache_control: str | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As boto3's `put_object` and `create_multipart_upload` take them."""
+        until = datetime.now(UTC) + timedelta(days=self.lock_days) if self.lock_days else None
+        values = {
+            "StorageClass": self.storage_class,
+            "ServerSideEncryption": self.sse,
+            "SSEKMSKeyId": self.kms_key_id,
+            "ObjectLockMode": self.lock_mode,
+            "ObjectLockRetainUntilDate": until,
+            "Tagging": urlencode(self.tags) or None,
+            "CacheControl": self.cache_control,
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def parse_tags(words: str) -> dict[str, str]:
+    """`team=art,kind=picture` as tags. Raises ValueError."""
+    tags = {}
+    for word in filter(None, (word.strip() for word in words.split(","))):
+        name, equals, value = word.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"write NAME=VALUE, not {word!r}")
+        tags[name.strip()] = value.strip()
+    if len(tags) > MAX_TAGS:
+        raise ValueError(f"at most {MAX_TAGS} tags")
+    if any(len(name) > MAX_TAG_NAME or len(value) > MAX_TAG_VALUE for name, value in tags.items()):
+        raise ValueError(f"a tag's name has at most {MAX_TAG_NAME} characters, its value {MAX_TAG_VALUE}")
+    return tags
