@@ -199,6 +199,7 @@ def test_the_genuine_delivery_after_a_contradicting_one_is_applied(parts: Parts)
     assert task_of(parts, "mine").state is SUCCEEDED
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"])
 @pytest.mark.parametrize("raw", [b"", b"\xff", b"[]", b"null", b'{"a": 1}', b"[" * 100_000, b"<html>"])
 def test_what_cannot_be_read_is_kept_and_the_task_is_read(raw: bytes, parts: Parts) -> None:
     task = plant(parts)
