@@ -109,9 +109,7 @@ class Settings(BaseSettings):
     s3_sse: Annotated[Literal["AES256", "aws:kms"] | None, BeforeValidator(_nothing_if_empty)] = None
     s3_kms_key_id: OptionalText = None
     s3_lock_mode: Annotated[Literal["GOVERNANCE", "COMPLIANCE"] | None, BeforeValidator(_nothing_if_empty)] = None
-    s3_lock_days: Annotated[
-        Annotated[int, Field(ge=1, le=36_500)] | None, BeforeValidator(_nothing_if_empty)
-    ] = None
+    s3_lock_days: Annotated[Annotated[int, Field(ge=1, le=36_500)] | None, BeforeValidator(_nothing_if_empty)] = None
     s3_tags: Annotated[str, AfterValidator(_tags)] = ""
     s3_cache_control: OptionalText = None
 

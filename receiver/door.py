@@ -45,6 +45,7 @@ class Door(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._in_body = False
+        self._keeps_alive = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -89,10 +90,14 @@ class Door(HttpToolsProtocol):
         self._end_head()
         self._in_body = True
         super().on_headers_complete()
+        if self.cycle is not None:  # an answer before the body's end says that it closes, and no client sends on
+            self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
     def on_message_complete(self) -> None:
         self._in_body = False
         self._head_bytes = 0
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = self._keeps_alive
         super().on_message_complete()
 
     def on_response_complete(self) -> None:

@@ -44,7 +44,7 @@ class Tokens:
         """The token for a task, or for the account when `task_id` is None. Raises IndexError without a secret."""
         named = task_id or NO_TASK
         raw = bytes([VERSION]) + named.bytes + _mac(self._secrets[0], purpose, provider, named)
-        return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+        return _text(raw)
 
     def read(self, provider: str, token: str, *, purpose: str = TASK_PURPOSE) -> Named | None:
         """What the token names, or None when no listed secret made it for this provider and purpose."""
@@ -55,12 +55,16 @@ class Tokens:
         except (binascii.Error, ValueError):
             return None
         named, mac = uuid.UUID(bytes=raw[1:17]), raw[17:]
-        if raw[0] != VERSION:
+        if raw[0] != VERSION or _text(raw) != token:  # the last character has two bits to spare: one spelling counts
             return None
         good = [hmac.compare_digest(mac, _mac(secret, purpose, provider, named)) for secret in self._secrets]
         if not any(good):
             return None
         return Named(None if named == NO_TASK else named, good.index(True))
+
+
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
 def _mac(secret: bytes, purpose: str, provider: str, named: uuid.UUID) -> bytes:

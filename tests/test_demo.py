@@ -118,7 +118,7 @@ class Running:
     def leftovers(self) -> list[object]:
         """Processes that still run, files in the temporary folder, sockets of SeaweedFS."""
         alive = self.seen & {(process, started) for process, _, started in processes()}
-        sockets = [Path(f"/tmp/seaweedfs-{part}-{port}.sock") for part in ("s3", "filer") for _, port in self.listened]  # noqa: S108
+        sockets = [Path(f"/tmp/seaweedfs-{part}-{port}.sock") for part in ("s3", "filer") for _, port in self.listened]  # noqa: S108 - fixed by SeaweedFS
         return [*alive, *(self.folder / "tmp").iterdir(), *(each for each in sockets if each.exists())]
 
 

@@ -88,7 +88,16 @@ def test_heads_are_bounded(web: Web, head: bytes, status: bytes) -> None:
 def test_a_body_nobody_reads_ends_the_connection(web: Web) -> None:
     with connection(web) as raw:
         raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
-        assert read_to_end(raw).startswith(b"HTTP/1.1 404")
+        answer = read_to_end(raw)
+        assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" in answer
+
+
+def test_a_body_that_was_sent_whole_keeps_the_connection(web: Web) -> None:
+    with connection(web) as raw:
+        for _ in range(2):
+            raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            answer = raw.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" not in answer
 
 
 def test_an_offer_to_upgrade_is_passed_over(web: Web) -> None:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -753,6 +754,25 @@ def signed(secret: str, webhook_id: str, timestamp: str, body: bytes) -> str:
 
 def test_klings_published_vector() -> None:
     assert verify(VECTOR_HEADERS) == "9876543210"
+
+
+def test_the_vector_of_the_standardwebhooks_package() -> None:
+    """Secret, id, time, body and signature of its own test of signing; it gives the secret without `whsec_`, too."""
+    body, moment = b'{"test": 2432232314}', 1_614_265_330
+    signature = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    headers = {"webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek", "webhook-timestamp": str(moment)}
+    for secret in ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"):
+        verified = verify({**headers, "webhook-signature": signature}, body, moment, secret)
+        assert verified == "msg_p5jXN8AQM9LWM0D4loKWxJek"
+
+
+def test_what_the_standardwebhooks_package_signs_now_is_verified() -> None:
+    moment = datetime.now(UTC)
+    signature = Webhook(VECTOR_SECRET).sign("msg_1", moment, VECTOR_BODY.decode())
+    times = {"webhook-id": "msg_1", "webhook-timestamp": str(int(moment.timestamp()))}
+    headers = {**times, "webhook-signature": signature}
+    assert verify(headers, now=moment.timestamp()) == "msg_1"
+    assert Webhook(VECTOR_SECRET).verify(VECTOR_BODY, headers) == json.loads(VECTOR_BODY)
 
 
 def test_without_secrets_nothing_is_verified() -> None:

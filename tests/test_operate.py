@@ -19,7 +19,7 @@ from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
 from storage import claims
 from storage.database import Database
-from storage.errors import LostClaim
+from storage.errors import AssetDamaged, LostClaim
 from storage.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
@@ -77,10 +77,11 @@ def broken(parts: Parts, sandbox: Sandbox, **knobs: Any) -> Task:
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
     hurry(parts, Task)
     run(parts, "reads")
-    with parts.database.write() as session:
-        session.execute(update(Asset).values(attempts=10))
     sandbox.set(**knobs)
-    run(parts, "assets", "finishes")
+    for _ in range(AssetDamaged.tries):
+        hurry(parts, Asset)
+        run(parts, "assets")
+    run(parts, "finishes")
     sandbox.set(**dict.fromkeys(knobs, 0))
     assert task_of(parts, task.external_task_id).archive is ArchiveState.INCOMPLETE
     return task
