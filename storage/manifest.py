@@ -86,8 +86,14 @@ class Finisher:
                 return Written(key, digest, number)
             except ObjectConflict:  # a finisher that died before its commit wrote this number from older rows
                 predecessor = self._digest_of(key)
+                self._pass_over(task, number, key, predecessor)
                 number += 1
         raise GiveUp(f"{MAX_MANIFESTS} manifests stand in this task's folder already")
+
+    def _pass_over(self, task: Task, number: int, key: str, digest: str | None) -> None:
+        """Have the row answer for what stands there before the next number is put: who has lost the claim puts none."""
+        with self._database.write() as session:
+            claims.keep(session, task, manifests=number, manifest_key=key, manifest_digest=digest)
 
     def _put(self, key: str, content: bytes) -> None:
         sha256 = hashlib.sha256(content).hexdigest()
