@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+import uuid
 from collections.abc import Mapping
 
 import structlog
@@ -37,6 +39,9 @@ COMMIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 5
 # Evidence of a wrong signature is worth keeping a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
+# A task with too many deliveries is made due for a read at most this often; so many of them are remembered.
+READ_SOON_SECONDS = 10.0
+REMEMBERED_TASKS = 10_000
 # Kept beside the body to tell senders apart; everything else may hold a secret.
 KEPT_HEADERS = ("content-type", "user-agent", "webhook-id", "webhook-timestamp")
 # Of a refused delivery too, so that `receiver replay` can verify it once the right secret is set. It is no secret: it
@@ -62,6 +67,7 @@ class Callbacks:
         self._providers = providers
         self._tokens = tokens
         self._schedule = schedule
+        self._read_soon_after: dict[uuid.UUID | None, float] = {}
 
     async def receive(self, request: Request) -> JSONResponse:
         """Take one delivery. Answered 200 only once its row is committed with full synchronisation."""
@@ -91,7 +97,8 @@ class Callbacks:
         try:
             intake = await asyncio.wait_for(asyncio.wrap_future(self._inbox.put(delivery)), COMMIT_SECONDS)
         except TaskFull:
-            await run_in_threadpool(self._read_soon, delivery)
+            if self._may_read_soon(delivery.task_id):
+                await run_in_threadpool(self._read_soon, delivery)
             return _answer(503, "this task has more deliveries than can be kept; it is read instead", "task_full")
         except InboxFull:
             return _answer(503, "busy, try again", "full")
@@ -126,6 +133,16 @@ class Callbacks:
             if session.exec(rejected).one() < MAX_REJECTED_PER_TASK and store(session, [delivery]):
                 record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
             self._make_due(session, delivery)
+
+    def _may_read_soon(self, task_id: uuid.UUID | None) -> bool:
+        """Once in a while and task: what is refused for its number must not cost more than what is taken."""
+        now = time.monotonic()
+        if now < self._read_soon_after.get(task_id, now):
+            return False
+        while len(self._read_soon_after) >= REMEMBERED_TASKS:
+            self._read_soon_after.pop(next(iter(self._read_soon_after)))
+        self._read_soon_after[task_id] = now + READ_SOON_SECONDS
+        return True
 
     def _read_soon(self, delivery: Delivery) -> None:
         with self._database.write() as session:

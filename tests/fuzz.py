@@ -30,7 +30,7 @@ from storage.models import Callback, Task
 from storage.states import Step, TaskState
 
 CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "payloads").glob("*.json"))]
-TASKS = 50
+BODIES_PER_TASK = 100  # below the number kept for one task, so that nearly all are taken
 CONCURRENCY = 64
 ODD_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2**63, 2**64, 10**400, 1e308, "", "\0", "a\0b", "\ud800", "\udfff\ud800", "x" * 70_000, [], {},
@@ -101,12 +101,12 @@ def headers(chance: random.Random) -> dict[str, bytes]:
     return {name: value.encode("latin-1") for name, value in chosen if name not in ("transfer-encoding", "expect")}
 
 
-def plant(parts: Parts) -> list[str]:
+def plant(parts: Parts, count: int) -> list[str]:
     """Task rows to be spoken of, and the paths that reach them; also the account's, and two bad ones."""
     paths = [f"/callbacks/kling/{parts.tokens.sign('kling', None)}", "/callbacks/kling/bad", "/callbacks/other/x"]
     with parts.database.write() as session:
         now = datetime.now(UTC)
-        for number in range(TASKS):
+        for number in range(count):
             task = Task(external_task_id=f"fuzz-{number}", provider="kling", created_at=now)
             task.state, task.step, task.due_at = TaskState.SUBMITTED, Step.READ, now + timedelta(days=1)
             session.add(task)
@@ -117,7 +117,7 @@ def plant(parts: Parts) -> list[str]:
 async def send(parts: Parts, chance: random.Random, count: int) -> Counter[int]:
     """Send them all, 64 at a time; how often each status was answered."""
     web = app.build(parts.database, parts.providers, parts.tokens, parts.schedule)
-    paths = plant(parts)
+    paths = plant(parts, max(20, count // BODIES_PER_TASK))
     wanted = bodies(chance, count)
     answers: Counter[int] = Counter()
     async with web.router.lifespan_context(web):

@@ -280,6 +280,21 @@ def test_a_full_inbox_is_503_and_the_receiver_not_ready(
     assert callbacks_of(parts) == []
 
 
+def test_a_task_with_too_many_deliveries_is_read_instead(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "COUNT_FROM", 1)
+    monkeypatch.setattr(inbox, "MAX_KEPT_PER_TASK", 2)
+    task = plant(parts)
+    bodies = [b'{"task_id": "901", "task_status": "processing", "n": %d}' % number for number in range(4)]
+    answers = [post(web, path_of(parts, task), body).status_code for body in bodies]
+    assert answers == [200, 200, 503, 503]
+    due_at = task_of(parts, task.external_task_id).due_at
+    assert due_at is not None
+    assert due_at <= datetime.now(UTC)
+    assert post(web, path_of(parts, task), bodies[0]).status_code == 200  # known already
+
+
 @ON_POSTGRESQL
 def test_while_the_database_is_away_a_delivery_is_503_and_later_200(web: Web, parts: Parts, postgres: Postgres) -> None:
     path = path_of(parts, plant(parts))
