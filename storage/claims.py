@@ -19,9 +19,9 @@ from sqlmodel import Session
 
 from storage.database import clock
 from storage.errors import LostClaim
-from storage.models import Asset, Callback, Claimable, Task
+from storage.models import Asset, Callback, Claimable, Dispatch, Task
 
-Row = TypeVar("Row", Task, Callback, Asset)
+Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 
 # After three lost leases a row is suspected of ending its workers: it is claimed by a process that does nothing else.
 SUSPECT_LOSSES = 3

@@ -6,7 +6,7 @@ import uuid
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import insert, literal_column
+from sqlalchemy import insert
 from sqlmodel import Session, col, select
 
 from storage.database import clock
@@ -31,9 +31,7 @@ class EventName(StrEnum):
 
 def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: dict[str, Any] | None = None) -> None:
     """Write one fact; it becomes true when the caller's transaction commits."""
-    on_postgresql = session.get_bind().dialect.name == "postgresql"
-    xact: Any = literal_column("pg_current_xact_id()::text::bigint") if on_postgresql else None
-    row = {"task_id": task_id, "name": name.value, "at": clock(), "data": data or {}, "xact": xact}
+    row = {"task_id": task_id, "name": name.value, "at": clock(), "data": data or {}}
     session.execute(insert(Event).values(row))
 
 

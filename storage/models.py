@@ -28,7 +28,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.types import TypeDecorator, TypeEngine
 from sqlmodel import Field, SQLModel
 
-from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
+from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -111,6 +111,9 @@ class Task(Claimable, table=True):
         Index("task_newest", "created_at"),
         Index("task_completed", "completed_at"),
         Index("task_manifest_key", "manifest_key"),
+        Index("task_batch", "batch_id"),
+        _partial_index("task_queued", "queued_at", "queued_at IS NOT NULL"),
+        _partial_index("task_slots", "provider", "slots > 0"),
     )
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
@@ -150,6 +153,13 @@ class Task(Claimable, table=True):
     manifest_digest: str | None = _text()
     manifests: int = 0
     deleted_at: datetime | None = _time()  # its objects are gone: nothing that is reported of it counts any more
+
+    # how many of the account's concurrent pictures it holds now
+    slots: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+    queued_at: datetime | None = _time()  # waits for slots since; its create is not due meanwhile
+    batch_id: uuid.UUID | None = None
+    batch_line: int | None = None
+    client_callback_url: str | None = _text(repr=False)  # where a gateway's client wants to be called back
 
 
 class TaskAlias(SQLModel, table=True):
@@ -231,19 +241,102 @@ class Asset(Claimable, table=True):
 class Event(SQLModel, table=True):
     """One fact, in the transaction that made it true.
 
-    `xact` is that transaction's number on PostgreSQL, where a smaller `id` may commit later: a reader that
-    stops below the oldest open transaction misses nothing. SQLite writes one transaction at a time (NULL).
+    `seq` is given after that commit, under a lock (a smaller `id` may commit later on PostgreSQL): readers go by
+    `seq` alone and miss nothing. NULL = not yet given.
     """
 
     __tablename__: ClassVar[str] = "event"
-    __table_args__ = (Index("event_task", "task_id"),)
+    __table_args__ = (
+        Index("event_task", "task_id"),
+        Index("event_seq", "seq", unique=True),
+        _partial_index("event_unsequenced", "id", "seq IS NULL"),
+    )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
     task_id: uuid.UUID | None = None
     name: str = Field(sa_type=Text)
     at: datetime = _time(nullable=False)
     data: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
-    xact: int | None = Field(default=None, sa_type=BigInteger)
+    seq: int | None = Field(default=None, sa_type=BigInteger)
+
+
+class Dispatch(Claimable, table=True):
+    """One event on its way to one sink. Per sink and task they leave in the order of their ids."""
+
+    __tablename__: ClassVar[str] = "dispatch"
+    __table_args__ = (
+        _due_index("dispatch"),
+        _partial_index("dispatch_open", "task_id", "state = 'due'"),
+        UniqueConstraint("sink", "event_id", name="dispatch_once"),
+        Index("dispatch_event", "event_id"),
+    )
+
+    id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
+    sink: str = Field(sa_type=Text)
+    event_id: int = Field(sa_type=BigInteger)
+    task_id: uuid.UUID | None = None
+    state: DispatchState = Field(default=DispatchState.DUE, sa_type=Word(DispatchState))
+    tries: int = 0  # sendings that were answered or failed; `attempts` counts claims
+    error: str | None = _text()
+    created_at: datetime = _time(nullable=False)
+    settled_at: datetime | None = _time()
+
+
+class Sink(SQLModel, table=True):
+    """What is remembered of a receiver of events; how to reach it is a setting. `disabled_at`: it answered 410."""
+
+    __tablename__: ClassVar[str] = "sink"
+
+    name: str = Field(sa_type=Text, primary_key=True)
+    disabled_at: datetime | None = _time()
+    reason: str | None = _text()
+
+
+class Counter(SQLModel, table=True):
+    """A number that one transaction at a time counts up: its row is the lock."""
+
+    __tablename__: ClassVar[str] = "counter"
+
+    name: str = Field(sa_type=Text, primary_key=True)
+    value: int = Field(sa_type=BigInteger)
+
+
+class Batch(SQLModel, table=True):
+    """Requests submitted together, under one name."""
+
+    __tablename__: ClassVar[str] = "batch"
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
+    name: str = Field(sa_type=Text, unique=True)
+    created_at: datetime = _time(nullable=False)
+
+
+class Account(SQLModel, table=True):
+    """A provider's account: its row is locked while slots are taken.
+
+    `slot_limit`: lowered when the provider refuses for want of slots, NULL = as the setting says.
+    """
+
+    __tablename__: ClassVar[str] = "account"
+
+    provider: str = Field(sa_type=Text, primary_key=True)
+    slot_limit: int | None = None
+    changed_at: datetime = _time(nullable=False)
+
+
+class Idempotency(SQLModel, table=True):
+    """The first answer to a gateway client's `Idempotency-Key`. `answer` NULL: not answered yet."""
+
+    __tablename__: ClassVar[str] = "idempotency"
+    __table_args__ = (Index("idempotency_newest", "created_at"),)
+
+    client: str = Field(sa_type=Text, primary_key=True)  # SHA-256 of the API key
+    key: str = Field(sa_type=Text, primary_key=True)
+    body_hash: str = Field(sa_type=Text)
+    task_id: uuid.UUID
+    status: int | None = None
+    answer: dict[str, Any] | None = Field(default=None, sa_type=Json, nullable=True)
+    created_at: datetime = _time(nullable=False)
 
 
 class Worker(SQLModel, table=True):

@@ -46,6 +46,12 @@ class CallbackState(StrEnum):
     REJECTED = "rejected"
 
 
+class DispatchState(StrEnum):
+    DUE = "due"
+    DELIVERED = "delivered"
+    DEAD = "dead"  # the retry schedule is over, or its sink is gone; can be sent again
+
+
 class Step(StrEnum):
     """What a due task row waits for."""
 
