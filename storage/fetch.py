@@ -118,7 +118,7 @@ class Fetcher:
         self._min_bytes_per_second = min_bytes_per_second
         self._total_seconds = total_seconds
         self._pool = httpcore.ConnectionPool(
-            ssl_context=ssl_context or httpcore.default_ssl_context(),
+            ssl_context=ssl_context or wire.tls_context(),
             max_connections=connections,
             keepalive_expiry=KEEPALIVE_SECONDS,
             network_backend=wire.GuardedBackend(policy, resolve=resolve, dial=dial),

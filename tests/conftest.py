@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import certifi
 import pytest
 
 from receiver.sandbox import Knobs, Sandbox
@@ -23,6 +24,18 @@ from tests.postgres import Postgres
 
 if TYPE_CHECKING:
     from storage.objects import Bucket
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test speaks TLS to the public: reading all 140 roots for every HTTP client would be a quarter of the run."""
+    whole = Path(certifi.where()).read_text()
+    end = "-----END CERTIFICATE-----\n"
+    first = tmp_path_factory.mktemp("roots") / "first.pem"
+    first.write_text(whole[: whole.index(end) + len(end)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certifi, "where", lambda: str(first))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -171,3 +184,8 @@ def web(parts: Parts) -> Iterator[Web]:
     """The receiver's web server, listening where `parts` says."""
     with Web(parts) as server:
         yield server
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a third of the run is waiting for processes to start and for time to pass."""
+    return (os.cpu_count() or 1) + 1
