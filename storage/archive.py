@@ -13,11 +13,11 @@ from typing import Any, BinaryIO
 import structlog
 from sqlmodel import Session
 
-from storage import claims, tasks
+from storage import claims, objects, tasks
 from storage.circuit import Circuit
 from storage.database import Database, clock
 from storage.errors import DatabaseUnavailable, GiveUp, LostClaim, Refresh, Retry, StoreUnavailable
-from storage.events import EventName, record
+from storage.events import EventName, file_facts, record
 from storage.fetch import Fetched, Fetcher, spool
 from storage.keys import object_key
 from storage.models import Asset, Task
@@ -78,6 +78,7 @@ class Archiver:
         if asset.key and self._is_there(asset):
             self._settle_archived(asset)
             return
+        self._abort_upload(asset)
         task = self._task(asset)
         with spool(self._spool_dir) as sink:
             fetched = self._fetcher.fetch(asset.source_url, sink, accept_unverified=asset.accept_unverified)
@@ -95,6 +96,11 @@ class Archiver:
         assert asset.key and asset.sha256 and asset.size is not None
         return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
 
+    def _abort_upload(self, asset: Asset) -> None:
+        """End what an earlier claim left half uploaded: it could never win, only cost."""
+        if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
+            self._bucket.abort_uploads(asset.key)
+
     def _note(self, asset: Asset, task: Task, fetched: Fetched) -> None:
         """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
         prefix, created_at, external_id = self._bucket.prefix, task.created_at, task.external_task_id
@@ -109,7 +115,7 @@ class Archiver:
         }  # fmt: skip
         with self._database.write() as session:
             claims.keep(session, asset, **values)
-        asset.key = key
+        asset.key, asset.sha256, asset.size, asset.media_type = key, fetched.sha256, fetched.size, fetched.media_type
 
     def _put(self, asset: Asset, task: Task, fetched: Fetched, sink: BinaryIO) -> None:
         sink.seek(0)
@@ -132,8 +138,7 @@ class Archiver:
             claims.settle(
                 session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=clock(), attempts=0
             )
-            fact = {"kind": asset.kind, "index": asset.index, "key": asset.key}
-            record(session, EventName.ASSET_ARCHIVED, asset.task_id, fact)
+            record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
             self._look_at_task(session, task)
 
     def _refused(self, asset: Asset, error: GiveUp) -> None:

@@ -44,6 +44,7 @@ class Kind(StrEnum):
     ORPHANED = "orphaned"
     MANIFEST_MISSING = "manifest_missing"
     MANIFEST_DIFFERS = "manifest_differs"
+    UNREADABLE = "unreadable"  # the store lists it and gives errors when it is read; see `rolling`
     SUPERSEDED = "superseded"  # an earlier download that had other bytes: known, kept, no fault
 
 
@@ -165,6 +166,20 @@ class Audit:
         archived = select(func.count()).select_from(Asset).where(Asset.state == AssetState.ARCHIVED)
         with self._database.read() as session:
             return session.exec(archived.where(col(Asset.key) > after)).one()
+
+    def look_at(self, name: str) -> tuple[Counts, list[Finding]]:
+        """Look at one folder alone; with `deep` at all of its files. Raises `StoreUnavailable`.
+
+        A file that hashed otherwise, or was gone when it was to be read, is read a second time before that is said:
+        somebody may have repaired or deleted it meanwhile.
+        """
+        folder = look_again(self._database, self._bucket, name)
+        counts, found = self._check(folder, _chosen(folder, _Chooser(None, 0, 0) if self._deep else None))
+        doubted = frozenset(finding.asset_id for finding in found if finding.is_fault and finding.asset_id)
+        if doubted:
+            _, found = self._check(look_again(self._database, self._bucket, name), doubted)
+            counts.found = Counter(finding.kind.value for finding in found)
+        return counts, found
 
     def _check(self, folder: Folder, chosen: frozenset[uuid.UUID]) -> tuple[Counts, list[Finding]]:
         found = self._judge(folder)

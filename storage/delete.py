@@ -95,6 +95,7 @@ def _blank(database: Database, task: Task) -> None:
         session.execute(delete_rows(Asset).where(col(Asset.task_id) == task.id))
         session.execute(delete_rows(Callback).where(col(Callback.task_id) == task.id))
         row.request, row.request_hash, row.callback_url, row.error = {}, "", None, None
+        row.client_callback_url = None
         row.archive, row.archived_at, row.files_expire_at = ArchiveState.NONE, None, None
         row.manifest_key, row.manifest_digest, row.manifests = None, None, 0
         row.step = row.due_at = row.lease = None

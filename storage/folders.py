@@ -25,7 +25,11 @@ from storage.objects import PROBE_FOLDER, Bucket, Listed
 # Rows and listings come in pages of a thousand: S3's own limit, and some 2 MB of rows.
 PAGE_ROWS = 1_000
 FOLDER = re.compile(r"(?:.*?/)?\d{4}/\d\d/\d\d/([^/]+)/", re.DOTALL)
+FILE = re.compile(FOLDER.pattern + r"[a-z]+-\d+-[0-9a-f]{12}\.[a-z0-9]+", re.DOTALL)
 MANIFEST = re.compile(r"manifest(?:\.([2-9]|[1-9][0-9]{1,3}))?\.json")
+
+# Uploading the largest file takes hours on a slow line; what began a day ago has no owner.
+ORPHAN_AFTER_SECONDS = 86_400.0
 
 Item = TypeVar("Item")
 Objects = Mapping[str, Listed]
@@ -67,6 +71,15 @@ def manifest_number(key: str) -> int | None:
     """1 for `manifest.json`, 2 for `manifest.2.json`, …; None for any other object."""
     match = MANIFEST.fullmatch(key.rpartition("/")[2])
     return int(match[1] or 1) if match else None
+
+
+def sweep_uploads(bucket: Bucket, *, older_than_seconds: float = ORPHAN_AFTER_SECONDS) -> int:
+    """Abort what crashes left of our multipart uploads: nobody sees them, and most stores bill them.
+
+    Only keys under our prefix that look like ours: others may share the bucket. Who takes over a row aborts its upload
+    at once (see `Archiver`); this finds the rest. Returns how many there were.
+    """
+    return bucket.abort_uploads(bucket.prefix, older_than_seconds=older_than_seconds, only=FILE.fullmatch)
 
 
 def walk(database: Database, bucket: Bucket, after: str = "") -> Iterator[Folder]:

@@ -21,13 +21,14 @@ import structlog
 from sqlmodel import Session, col, select
 
 from storage import claims, states, tasks
+from storage.circuit import Circuit
 from storage.database import Database
-from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry
-from storage.events import EventName, record
+from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
+from storage.events import EventName, file_facts, record
 from storage.keys import manifest_key
 from storage.models import Asset, Callback, Task
 from storage.objects import Bucket
-from storage.states import ArchiveState, CallbackState
+from storage.states import ArchiveState, AssetState, CallbackState
 
 log = structlog.get_logger()
 
@@ -51,14 +52,26 @@ class Written:
 class Finisher:
     """Works on claimed task rows in step `finish`: writes the manifest, then ends the archive with its key."""
 
-    def __init__(self, database: Database, bucket: Bucket, schedule: tasks.Schedule, *, version: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        bucket: Bucket,
+        schedule: tasks.Schedule,
+        *,
+        version: str,
+        circuit: Circuit | None = None,
+    ) -> None:
         self._database = database
         self._bucket = bucket
         self._schedule = schedule
         self._version = version
+        self._circuit = circuit or Circuit()
 
     def work(self, task: Task) -> None:
         """End one archive. The task becomes `archived` or `incomplete` in the transaction that records the key."""
+        if task.losses >= claims.PARK_LOSSES:
+            self._park(task)
+            return
         try:
             written = self._write(task)
             with self._database.write() as session:
@@ -97,9 +110,10 @@ class Finisher:
 
     def _put(self, key: str, content: bytes) -> None:
         sha256 = hashlib.sha256(content).hexdigest()
-        self._bucket.put_once(
-            key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
-        )
+        with self._circuit.watching(StoreUnavailable):
+            self._bucket.put_once(
+                key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
+            )
 
     def _digest_of(self, key: str) -> str | None:
         try:
@@ -108,15 +122,26 @@ class Finisher:
             return None
 
     def _end(self, session: Session, row: Task, written: Written) -> None:
-        facts = tasks.facts(row, tasks.assets_of(session, row.id))
+        assets = tasks.assets_of(session, row.id)
+        facts = tasks.facts(row, assets)
         row.archive = states.outcome(facts)
         row.note = states.shortfall(facts)
         row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
         row.archived_at = tasks.now(session)
         row.step, row.due_at, row.lease, row.losses, row.attempts = None, None, None, 0, 0
         archived = row.archive is ArchiveState.ARCHIVED
-        fact = {"manifest": written.key, "files": len(facts.assets), "note": row.note}
+        kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
+        fact = {"manifest": written.key, "files": len(facts.assets), "note": row.note, "assets": kept}
         record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)
+
+    def _park(self, task: Task) -> None:
+        note = f"ending its archive ended its worker {task.losses} times; `receiver retry` tries again"
+        try:
+            with self._database.write() as session:
+                claims.settle(session, task, due_in=None, note=note)
+        except LostClaim:
+            return
+        log.error("task.parked", task=task.external_task_id, note=note)
 
     def _later(self, task: Task, error: Exception) -> None:
         after = error.after if isinstance(error, Retry) else None

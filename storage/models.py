@@ -97,8 +97,11 @@ def _partial_index(name: str, column: str, condition: str) -> Index:
     return Index(name, column, postgresql_where=where, sqlite_where=where)
 
 
-def _due_index(table: str) -> Index:
-    return _partial_index(f"{table}_due", "due_at", "due_at IS NOT NULL")
+def _due_index(table: str, *, within: str | None = None) -> Index:
+    """`within`: a column that every claim of the table names, so that one's due rows are not in another's way."""
+    where = text("due_at IS NOT NULL")
+    columns = [within, "due_at"] if within else ["due_at"]
+    return Index(f"{table}_due", *columns, postgresql_where=where, sqlite_where=where)
 
 
 class Task(Claimable, table=True):
@@ -154,9 +157,9 @@ class Task(Claimable, table=True):
     manifests: int = 0
     deleted_at: datetime | None = _time()  # its objects are gone: nothing that is reported of it counts any more
 
-    # how many of the account's concurrent pictures it holds now
+    # how many of the account's concurrent pictures it holds now; below 0: how many it waits for (`storage.slots`)
     slots: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
-    queued_at: datetime | None = _time()  # waits for slots since; its create is not due meanwhile
+    queued_at: datetime | None = _time()  # waits for slots; not before then; its create is not due meanwhile
     batch_id: uuid.UUID | None = None
     batch_line: int | None = None
     client_callback_url: str | None = _text(repr=False)  # where a gateway's client wants to be called back
@@ -265,7 +268,8 @@ class Dispatch(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "dispatch"
     __table_args__ = (
-        _due_index("dispatch"),
+        _due_index("dispatch", within="sink"),
+        _partial_index("dispatch_dead", "sink", "state = 'dead'"),
         _partial_index("dispatch_open", "task_id", "state = 'due'"),
         UniqueConstraint("sink", "event_id", name="dispatch_once"),
         Index("dispatch_event", "event_id"),
@@ -350,6 +354,26 @@ class Worker(SQLModel, table=True):
     threads: int
     started_at: datetime = _time(nullable=False)
     seen_at: datetime = _time(nullable=False)
+
+
+class RollingAudit(SQLModel, table=True):
+    """Where the audit in the workers stands (see `storage.rolling`): one row, claimed as others are.
+
+    `cursor`: the last task that was looked at, NULL = the round begins. `checked`, `last`: the round under way, {} =
+    none is, and the last whole one. `findings`: the newest faults there are.
+    """
+
+    __tablename__: ClassVar[str] = "rolling_audit"
+
+    name: str = Field(sa_type=Text, primary_key=True)
+    due_at: datetime = _time(nullable=False)
+    lease: uuid.UUID | None = None
+    cursor: uuid.UUID | None = None
+    round_started_at: datetime | None = _time()
+    round_ended_at: datetime | None = _time()
+    checked: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
+    last: dict[str, Any] | None = Field(default=None, sa_type=Json, nullable=True)
+    findings: list[dict[str, Any]] = Field(default_factory=list, sa_type=Json)
 
 
 class Pace(SQLModel, table=True):

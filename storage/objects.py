@@ -11,33 +11,36 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, Literal, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import boto3
+import structlog
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 
+from storage import evidence
 from storage.errors import ObjectConflict, StoreUnavailable
+from storage.evidence import Evidence
 from storage.keys import encode_id as encode_id
 from storage.keys import header_text, normal_prefix
 from storage.keys import manifest_key as manifest_key
 from storage.keys import object_key as object_key
-from storage.probe import Capabilities, Probe, sha256_base64, whole_checksum
+from storage.probe import Capabilities, Probe, whole_checksum
 from storage.puts import PutOptions
+from storage.store_errors import code, diagnose, status
+from storage.store_errors import reason_code as reason_code
+
+log = structlog.get_logger()
 
 MAX_LINK_SECONDS = 7 * 24 * 3600  # the limit of a presigned link: AWS Signature Version 4
-# Above this a file goes in parts. One part is in memory at a time; 10,000 of them are S3's limit.
+# Above this a file goes in parts, one of them in memory at a time.
 MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
-PART_BYTES = 16 * 1024 * 1024
-MAX_PARTS = 10_000
-# An unfinished upload as old as this was left by a crash; a younger one may be a live writer's, completing now.
-ORPHAN_AFTER_SECONDS = 3600
 READ_BYTES = 1024 * 1024
 PROBE_FOLDER = ".receiver-probe/"
 CONNECT_SECONDS = 5
@@ -45,22 +48,8 @@ READ_SECONDS = 60
 # Two tries catch a connection that the store had closed while it idled; everything longer is the claim's backoff.
 TRIES = 2
 
-# What to tell a person, by the store's error code; a HEAD has no body and says only the number.
-REASONS = {
-    "InvalidAccessKeyId": "does not know the access key",
-    "SignatureDoesNotMatch": "says the secret key is wrong",
-    "ExpiredToken": "says the session token has expired",
-    "RequestTimeTooSkewed": "says this machine's clock is wrong",
-    "AccessDenied": "refuses these credentials",
-    "403": "refuses these credentials (looking for a missing object needs s3:ListBucket)",
-    "NoSuchBucket": "has no such bucket",
-    "BadDigest": "says the bytes are not those of the checksum",
-    "XAmzContentSHA256Mismatch": "says the bytes are not those of the checksum",
-    "SlowDown": "asks to slow down",
-    "PermanentRedirect": "is in another region",
-    "AuthorizationHeaderMalformed": "is in another region",
-}
-ChecksumMode = Literal["when_supported", "when_required"]
+ChecksumMode = Literal["when_supported", "when_required", "never"]
+Addressing = Literal["auto", "path", "virtual"]
 
 
 class NoSuchObject(LookupError):
@@ -72,11 +61,13 @@ class Stored:
     """One object as the store describes it.
 
     `sha256`: of the whole object, 64 hex digits: the store's own checksum where it keeps one, else what was
-    claimed when it was put; None when neither is known. `metadata`: what `put_once` was given.
+    claimed when it was put; None when neither is known. `checksum`: the store's own alone. `metadata`: what `put_once`
+    was given.
     """
 
     size: int
     sha256: str | None
+    checksum: str | None
     etag: str
     media_type: str
     modified_at: datetime
@@ -117,9 +108,11 @@ class Bucket:
     missing bucket, no credentials); its message says which and holds no secret.
     `prefix`: of every key that the caller makes; kept here in its normal form. `public_endpoint_url`: how
     links are signed for readers outside. `checksum_mode`: whether boto3 adds its default checksums to other
-    requests, which broke some stores; the SHA-256 of an object is sent in any case. `connections`: in the
-    pool, one per thread that uses it. `capabilities`: None = probed when the first object is put.
-    `put_options`: what every object that is put gets (storage class, encryption, lock, tags, cache header).
+    requests, which broke some stores; the SHA-256 of an object is sent in any case but "never", for stores that refuse
+    its header: they get an MD5, and everything is read back. `addressing`: whether the bucket is named in the path or
+    in the host; "auto" = in the host at AWS, in the path elsewhere. `connections`: in the pool, one per thread that
+    uses it. `capabilities`: None = probed when the first object is put. `put_options`: what every object that is put
+    gets (storage class, encryption, lock, tags, cache header).
     """
 
     def __init__(
@@ -130,6 +123,7 @@ class Bucket:
         prefix: str = "",
         public_endpoint_url: str | None = None,
         checksum_mode: ChecksumMode = "when_supported",
+        addressing: Addressing = "auto",
         connections: int = 16,
         capabilities: Capabilities | None = None,
         put_options: PutOptions | None = None,
@@ -145,13 +139,16 @@ class Bucket:
             retries={"mode": "standard", "total_max_attempts": TRIES},
             max_pool_connections=connections,
             tcp_keepalive=True,
-            request_checksum_calculation=checksum_mode,
+            s3=None if addressing == "auto" else {"addressing_style": addressing},
+            request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
             response_checksum_validation="when_required",  # what is read back is hashed here, with SHA-256
         )
         self._clients: dict[str | None, Any] = {}
         self._clients_lock = threading.Lock()
         self._capabilities = capabilities
         self._put_options = put_options or PutOptions()
+        self._sends_sums = checksum_mode != "never"
+        self._etags_are_md5 = True  # until a read shows one that is none
         # This host's clock minus the Date of the store's last answer, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
         self._probe_lock = threading.Lock()
@@ -189,28 +186,23 @@ class Bucket:
         in_parts = can.multipart and size > MULTIPART_THRESHOLD_BYTES
         conditional = can.conditional_multipart if in_parts else can.conditional_put
         put = _Put(key, file, sha256, size, self._options(key, sha256, media_type, metadata), conditional)
-        if in_parts:  # looked for first in any case: a store refuses parts only after it has got them all
-            created = not self.holds(key, sha256=sha256, size=size) and self._create(put, self._put_in_parts)
-            # And again after: SeaweedFS 4.48 checks the condition and completes in two steps, so 2 racing
-            # completions both succeeded in 21 of 40 rounds (single puts never did). The loser must notice.
-            if created and not self.holds(key, sha256=sha256, size=size):
-                raise StoreUnavailable("the object was gone right after it was stored")
-            self._forget_uploads(key)
-            return created
-        if not conditional and self.holds(key, sha256=sha256, size=size):
+        # Looked for first in any case: a store refuses parts only after it has got them all, and one that has
+        # forgotten its conditions since it was probed would overwrite.
+        if self.holds(key, sha256=sha256, size=size):
             return False
-        return self._create(put, self._put_whole)
+        return self._create(put, self._put_in_parts if in_parts else self._put_whole)
 
     def holds(self, key: str, *, sha256: str, size: int) -> bool:
         """Whether exactly these bytes stand under `key`; False when nothing does.
 
-        Read back and hashed unless a store that is to be believed says so. Raises `ObjectConflict` when another object
-        stands there, `StoreUnavailable`.
+        Read back and hashed unless a store that is to be believed names their checksum: one that was claimed when they
+        were put, or that is of parts, does not count. Raises `ObjectConflict` when another object stands there,
+        `StoreUnavailable`.
         """
         stored = self.head(key)
         if stored is None:
             return False
-        told = stored.sha256 == sha256 and self.capabilities.believed
+        told = stored.checksum == sha256 and self.capabilities.believed
         if stored.size == size and (told or self._hash(key) == sha256):
             return True
         raise ObjectConflict(f"another object of {stored.size} bytes stands under {key}")
@@ -222,10 +214,11 @@ class Bucket:
                 answer = self._client().head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
         except NoSuchObject:
             return None
-        metadata = {name: unquote(value) for name, value in answer["Metadata"].items()}
+        metadata = {name.lower(): unquote(value) for name, value in answer["Metadata"].items()}
         return Stored(
             size=answer["ContentLength"],
             sha256=whole_checksum(answer) or metadata.get("sha256"),
+            checksum=whole_checksum(answer),
             etag=answer.get("ETag", ""),
             media_type=answer.get("ContentType", ""),
             modified_at=answer["LastModified"].astimezone(UTC),
@@ -276,7 +269,7 @@ class Bucket:
                 for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
                     yield each["Key"], {"VersionId": each["VersionId"]} if each.get("VersionId") else {}
         except boto_errors.ClientError as error:
-            if _status(error) != 501:
+            if status(error) != 501:
                 raise
             for listed in self.list(folder):
                 yield listed.key, {}
@@ -313,18 +306,6 @@ class Bucket:
             )
             return link
 
-    def diagnose(self, error: Exception) -> str:
-        """Why the store did not do it, in one line without URLs and secrets."""
-        store = f"the store at {_host(self._endpoint_url)}"
-        if isinstance(error, boto_errors.ClientError):
-            code, status = _code(error), _status(error)
-            return f"{store} {REASONS.get(code, 'failed')} (bucket {self.name}, {code}, HTTP {status})"
-        if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
-            return "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
-            return f"{store} cannot be reached ({type(error).__name__})"
-        return f"{store} could not be used ({type(error).__name__})"
-
     def probe(self) -> Capabilities:
         """Find out what the store does, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
 
@@ -344,6 +325,8 @@ class Bucket:
             if endpoint_url not in self._clients:
                 client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=self._config)
                 client.meta.events.register("after-call.s3", self._note_date)
+                if not self._sends_sums:
+                    client.meta.events.register("provide-client-params.s3", _without_sums)
                 self._clients[endpoint_url] = client
             return self._clients[endpoint_url]
 
@@ -357,78 +340,116 @@ class Bucket:
         own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": values | {"sha256": sha256}}
         return {**self._put_options.arguments(), **own}
 
-    def _create(self, put: _Put, send: Callable[[_Put], bool]) -> bool:
+    def _create(self, put: _Put, send: Callable[[_Put], Evidence]) -> bool:
         """Send it, then prove it unless that was done. False: the same bytes were there first."""
         with suppress(_Taken):
-            proven = send(put)
-            if not (proven and put.conditional and self.capabilities.believed):
-                self._prove(put)
+            found = send(put)
+            if not (self._is_proof(found) and put.conditional):
+                self._prove(put, found)
             return True
         if self.holds(put.key, sha256=put.sha256, size=put.size):
             return False
         raise StoreUnavailable("another writer was at the same key; it must be looked at again")
 
-    def _put_whole(self, put: _Put) -> bool:
-        """One request. Returns whether the store's answer speaks for our bytes; it may well say nothing."""
-        put.file.seek(0)
+    def _is_proof(self, found: Evidence) -> bool:
+        """Whether the answer speaks for our bytes as far as this store speaks at all; loud when it contradicts them."""
+        can = self.capabilities
+        etag_agrees = found.etag_agrees is not False or not self._etags_are_md5
+        sum_agrees = found.sum_agrees is True or (found.sum_agrees is None and not can.returns_checksum)
+        if can.believed and not (sum_agrees and etag_agrees):
+            log.warning("store.doubted", bucket=self.name, checksum=found.sum_agrees, etag=found.etag_agrees)
+        return can.believed and sum_agrees and etag_agrees
+
+    def _put_whole(self, put: _Put) -> Evidence:
+        """One request."""
+        md5 = evidence.md5_of(put.file)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
         with self._creating():
             answer = self._client().put_object(
-                **put.options, **put.condition, Body=put.file, ContentLength=put.size, ChecksumSHA256=checksum
-            )
-        return bool(answer.get("ChecksumSHA256", checksum) == checksum)
+                **put.options, **put.condition, **self._md5(md5), Body=put.file, ContentLength=put.size,
+                ChecksumSHA256=checksum,
+            )  # fmt: skip
+        return evidence.of_answer(answer, checksum, md5)
 
-    def _put_in_parts(self, put: _Put) -> bool:
-        """A multipart upload with one part in memory, aborted on any failure. Returns whether the sums agree."""
+    def _put_in_parts(self, put: _Put) -> Evidence:
+        """A multipart upload with one part in memory, aborted on any failure."""
         with self._creating():
             upload = self._client().create_multipart_upload(**put.options, ChecksumAlgorithm="SHA256")
             place = {"Bucket": self.name, "Key": put.key, "UploadId": upload["UploadId"]}
             try:
-                parts = self._upload_parts(place, put)
-                answer = self._client().complete_multipart_upload(
-                    **place, **put.condition, MultipartUpload={"Parts": parts}
-                )
+                found = self._upload_parts(place, put)
             except BaseException:
                 with suppress(Exception):  # the first failure is the one that counts
                     self._client().abort_multipart_upload(**place)
                 raise
-        sums = b"".join(base64.b64decode(part["ChecksumSHA256"]) for part in parts)
-        return bool(answer.get("ChecksumSHA256") == f"{sha256_base64(sums)}-{len(parts)}")
-
-    def _upload_parts(self, place: Mapping[str, str], put: _Put) -> Sequence[Mapping[str, Any]]:
-        part_bytes = max(PART_BYTES, -(-put.size // MAX_PARTS))
-        whole = hashlib.sha256()
-        parts: Sequence[Mapping[str, Any]] = ()
-        put.file.seek(0)
-        while content := put.file.read(part_bytes):
-            whole.update(content)
-            part = {"PartNumber": len(parts) + 1, "ChecksumSHA256": sha256_base64(content)}
-            answer = self._client().upload_part(**place, **part, Body=content)
-            parts = (*parts, part | {"ETag": answer["ETag"]})
-        if whole.hexdigest() != put.sha256:  # nothing else ties the parts' sums to the whole file's
-            raise StoreUnavailable("the file changed on our disk before it was stored")
-        return parts
-
-    def _forget_uploads(self, key: str) -> None:
-        """Abort what crashed tries left of an object that stands now: they could never win, only cost."""
-        before = datetime.now(UTC) - timedelta(seconds=ORPHAN_AFTER_SECONDS)
-        with suppress(StoreUnavailable, NoSuchObject), self._errors():
-            uploads = self._client().list_multipart_uploads(Bucket=self.name, Prefix=key).get("Uploads", ())
-            for upload in uploads:
-                if upload["Key"] == key and upload["Initiated"] <= before:
-                    self._client().abort_multipart_upload(Bucket=self.name, Key=key, UploadId=upload["UploadId"])
-
-    def _prove(self, put: _Put) -> None:
-        """Read back what was just put. Damaged, it is removed, so that the next try may put it again."""
+        # SeaweedFS 4.48 checks the condition and completes in two steps, so 2 racing completions both succeeded in 21
+        # of 40 rounds (single puts never did). The loser must notice.
         stored = self.head(put.key)
         if stored is None:
+            raise StoreUnavailable("the object was gone right after it was stored")
+        if stored.etag != found.etag and not self.holds(put.key, sha256=put.sha256, size=put.size):
+            raise StoreUnavailable("the object was gone right after it was stored")
+        return found
+
+    def _upload_parts(self, place: Mapping[str, str], put: _Put) -> Evidence:
+        """Send the parts and complete them; what the answers prove together."""
+        sent, sums = [], []
+        proofs = []
+        for part in evidence.parts_of(put.file, put.size, put.sha256):
+            answer = self._client().upload_part(**place, **part.arguments, **self._md5(part.md5), Body=part.content)
+            sent.append({**part.arguments, "ETag": answer["ETag"]})
+            sums.append(part.sha256)
+            proofs.append(evidence.of_answer(answer, part.sha256, part.md5))
+        answer = self._client().complete_multipart_upload(**place, **put.condition, MultipartUpload={"Parts": sent})
+        found = evidence.of_answer(answer, evidence.composite(sums), None)
+        etags_agree = False if any(each.etag_agrees is False for each in proofs) else None
+        return replace(found, etag_agrees=etags_agree)
+
+    def _md5(self, md5: str) -> Mapping[str, str]:
+        """What a store that takes no SHA-256 checks instead, on the way in."""
+        return {} if self._sends_sums else {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
+
+    def abort_uploads(self, prefix: str, *, older_than_seconds: float = 0, only: Callable[[str], object] = bool) -> int:
+        """Abort unfinished multipart uploads of keys that begin with `prefix` and are `only`'s. Returns how many.
+
+        Whoever still writes one finds it gone and must look again. A store that does not list them has none to abort.
+        """
+        before, count = time.time() - older_than_seconds, 0
+        with suppress(NoSuchObject), self._errors():
+            try:
+                pages = self._client().get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix)
+                for upload in (each for page in pages for each in page.get("Uploads", ())):
+                    if upload["Initiated"].timestamp() <= before and only(upload["Key"]):
+                        place = {"Bucket": self.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                        self._client().abort_multipart_upload(**place)
+                        count += 1
+            except boto_errors.ClientError as error:
+                if status(error) != 501:
+                    raise
+        return count
+
+    def _prove(self, put: _Put, found: Evidence) -> None:
+        """Read back what was just put. Damaged, it is removed, so that the next try may put it again."""
+        try:
+            if self._hash(put.key) == put.sha256:
+                self._etags_are_md5 = self._etags_are_md5 and found.etag_agrees is not False
+                return
+        except NoSuchObject:
+            pass
+        stored = self.head(put.key)  # after the read: another writer's object may have taken its place meanwhile
+        if stored is None:
             raise StoreUnavailable("the store said it kept the object, but there is none")
-        if stored.size == put.size and self._hash(put.key) == put.sha256:
-            return
-        if stored.metadata.get("sha256") != put.sha256:
+        if stored.etag != found.etag or stored.metadata.get("sha256") != put.sha256:
             raise ObjectConflict(f"another writer's object stands under {put.key}")
+        self._disbelieve()
         self.delete(put.key)
         raise StoreUnavailable("the store kept other bytes than it was sent; they were removed")
+
+    def _disbelieve(self) -> None:
+        """From now on everything is read back, whatever the probe had found."""
+        if self.capabilities.believed:
+            log.error("store.lied", bucket=self.name)
+        self._capabilities = replace(self.capabilities, refuses_wrong_checksum=False)
 
     def _hash(self, key: str) -> str:
         digest = hashlib.sha256()
@@ -443,7 +464,7 @@ class Bucket:
             try:
                 yield
             except boto_errors.ClientError as error:
-                if _status(error) in (409, 412) or _code(error) == "NoSuchUpload":
+                if status(error) in (409, 412) or code(error) == "NoSuchUpload":
                     raise _Taken from error
                 raise
 
@@ -452,27 +473,16 @@ class Bucket:
         try:
             yield
         except boto_errors.ClientError as error:
-            if _code(error) in ("NoSuchKey", "NotFound") or (_status(error), _code(error)) == (404, "404"):
+            if code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404"):
                 raise NoSuchObject("nothing is stored under that key") from error
-            raise StoreUnavailable(self.diagnose(error)) from error
+            raise StoreUnavailable(diagnose(error, self.name, self._endpoint_url)) from error
         except boto_errors.BotoCoreError as error:
-            raise StoreUnavailable(self.diagnose(error)) from error
+            raise StoreUnavailable(diagnose(error, self.name, self._endpoint_url)) from error
 
 
-def reason_code(error: StoreUnavailable) -> str:
-    """The store's own error code behind it (`NoSuchBucket`), else the name of what went wrong on the way."""
-    cause = error.__cause__
-    return _code(cause) if isinstance(cause, boto_errors.ClientError) else type(cause or error).__name__
-
-
-def _status(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", "unknown"))[:60]
-
-
-def _host(url: str | None) -> str:
-    """The host and port alone: people put passwords into URLs."""
-    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"
+def _without_sums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+    """The arguments of any request without what makes boto3 send, or ask for, an `x-amz-checksum-…` header."""
+    kept = {name: value for name, value in params.items() if not name.startswith("Checksum")}
+    if parts := params.get("MultipartUpload", {}).get("Parts"):
+        kept["MultipartUpload"] = {"Parts": [{name: part[name] for name in ("PartNumber", "ETag")} for part in parts]}
+    return kept

@@ -48,6 +48,8 @@ class Repairer:
                     return self._set_aside(finding) or self._fetch_again(finding)
                 case Kind.MANIFEST_MISSING | Kind.MANIFEST_DIFFERS:
                     return self._write_again(finding)
+                case Kind.UNREADABLE:
+                    return "left alone: nobody knows what it holds while the store does not say"
                 case Kind.ORPHANED:
                     return "left alone: no row says whose it is"
                 case Kind.SUPERSEDED:

@@ -43,8 +43,13 @@ def all_assets(parts: Parts) -> list[Asset]:
         return list(session.exec(select(Asset).order_by(Asset.key)))
 
 
+# Keys that a test has written to by hand: what lies there now need not be a manifest of ours.
+BY_HAND: set[str] = set()
+
+
 def put(parts: Parts, key: str, content: bytes) -> None:
     """An object as somebody else would put it; what stood there is gone."""
+    BY_HAND.add(key)
     parts.bucket.delete(key)
     sha256 = hashlib.sha256(content).hexdigest()
     file = io.BytesIO(content)

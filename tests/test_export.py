@@ -20,6 +20,7 @@ from receiver.sandbox.seaweed import Seaweed
 from receiver.wiring import Parts
 from storage.audit import Audit
 from storage.delete import Refused, delete
+from storage.errors import StoreUnavailable
 from storage.export import Export, tasks_between
 from storage.models import Asset, Callback
 from storage.objects import Bucket
@@ -187,11 +188,40 @@ def test_every_object_gets_the_options(seaweed: Seaweed, bucket: Bucket, client:
     assert (head["StorageClass"], head["CacheControl"], tags) == ("STANDARD_IA", "max-age=60", options.tags)
 
 
-def put_one(bucket: Bucket, key: str) -> None:
+def put_one(bucket: Bucket, key: str, content: bytes = b"one") -> None:
     from io import BytesIO
 
-    sha256 = hashlib.sha256(b"one").hexdigest()
-    bucket.put_once(key, BytesIO(b"one"), sha256=sha256, size=3, media_type="image/png", metadata={})
+    sha256 = hashlib.sha256(content).hexdigest()
+    bucket.put_once(key, BytesIO(content), sha256=sha256, size=len(content), media_type="image/png", metadata={})
+
+
+@pytest.mark.parametrize("size", [3, 6_000_000], ids=["in one piece", "in parts"])
+def test_encryption_lock_and_class_are_kept_by_the_store(
+    seaweed: Seaweed, client: Any, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """As far as SeaweedFS 4.48 keeps them: SSE-S3 yes; a put with aws:kms it refuses without a key server."""
+    monkeypatch.setattr("storage.objects.MULTIPART_THRESHOLD_BYTES", 5_500_000)
+    name = f"kept-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
+    options = PutOptions(storage_class="STANDARD_IA", sse="AES256", lock_mode="GOVERNANCE", lock_days=2)
+    own = Bucket(name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities, put_options=options)
+    put_one(own, "one.png", bytes(size))
+    head = client.head_object(Bucket=name, Key="one.png")
+    kept = (head["StorageClass"], head["ServerSideEncryption"], head["ObjectLockMode"])
+    assert kept == ("STANDARD_IA", "AES256", "GOVERNANCE")
+    days = (head["ObjectLockRetainUntilDate"] - head["LastModified"]).total_seconds() / 86_400
+    assert 1.99 < days < 2.01 and own.locked_until("one.png") == head["ObjectLockRetainUntilDate"]
+    assert own.read_bytes("one.png", size) == bytes(size)
+
+
+def test_a_store_without_kms_says_so(seaweed: Seaweed, bucket: Bucket) -> None:
+    own = Bucket(
+        bucket.name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities,
+        put_options=PutOptions(sse="aws:kms", kms_key_id="a-key"),
+    )  # fmt: skip
+    with pytest.raises(StoreUnavailable):
+        put_one(own, bucket.prefix + "one.png")
+    assert bucket.head(bucket.prefix + "one.png") is None
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])

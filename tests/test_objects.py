@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from receiver.sandbox.seaweed import Seaweed
-from storage import objects
+from storage import evidence, objects
 from storage.errors import ObjectConflict, StoreUnavailable
 from storage.objects import Bucket, NoSuchObject
 from storage.probe import Capabilities
@@ -75,7 +75,7 @@ def race(bucket: Bucket, contents: list[bytes]) -> list[bool | type[Exception]]:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files above 6 MiB go in parts of 5 MiB, S3's least, so that the tests need no big ones."""
     monkeypatch.setattr(objects, "MULTIPART_THRESHOLD_BYTES", 6 * 1024 * 1024)
-    monkeypatch.setattr(objects, "PART_BYTES", 5 * 1024 * 1024)
+    monkeypatch.setattr(evidence, "PART_BYTES", 5 * 1024 * 1024)
 
 
 @pytest.fixture
@@ -195,18 +195,13 @@ def test_big_file_that_changed_on_disk_is_not_stored(bucket: Bucket) -> None:
     assert uploads_left(bucket) == []
 
 
-@pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize(("orphan_after_seconds", "left"), [(-60, 0), (3600, 1)])
-def test_only_old_parts_of_other_tries_are_removed(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, orphan_after_seconds: int, left: int
-) -> None:
-    monkeypatch.setattr(objects, "ORPHAN_AFTER_SECONDS", orphan_after_seconds)
-    place = {"Bucket": bucket.name, "Key": bucket.prefix + "a.mp4"}
-    upload = bucket._client().create_multipart_upload(**place)
-    assert put(bucket, "a.mp4", bytes(7_000_000)) is True
-    assert len(uploads_left(bucket)) == left
-    if left:
-        bucket._client().abort_multipart_upload(**place, UploadId=upload["UploadId"])
+def test_unfinished_uploads_are_aborted_by_prefix_and_age(bucket: Bucket) -> None:
+    for name in ("a/1.mp4", "a/2.mp4", "b/3.mp4"):
+        bucket._client().create_multipart_upload(Bucket=bucket.name, Key=bucket.prefix + name)
+    assert bucket.abort_uploads(bucket.prefix, older_than_seconds=3_600) == 0
+    assert bucket.abort_uploads(bucket.prefix + "a/") == 2
+    assert uploads_left(bucket) == [bucket.prefix + "b/3.mp4"]
+    assert bucket.abort_uploads(bucket.prefix) == 1
 
 
 def test_holds_says_what_stands_there(bucket: Bucket) -> None:
@@ -254,6 +249,20 @@ def test_links_are_signed_for_the_public_endpoint(bucket: Bucket, seaweed: Seawe
     assert public.presigned_get("a.png", expires_seconds=60).startswith("https://pictures.example/pictures/a.png?")
     with pytest.raises(ValueError, match="604800"):
         public.presigned_get("a.png", expires_seconds=604_801)
+
+
+@pytest.mark.usefixtures("s3_environment")
+@pytest.mark.parametrize(
+    ("addressing", "start"),
+    [
+        ("auto", "https://s3.example/pictures/"),
+        ("path", "https://s3.example/pictures/"),
+        ("virtual", "https://pictures.s3.example/"),
+    ],
+)
+def test_the_bucket_is_named_where_the_store_wants_it(addressing: objects.Addressing, start: str) -> None:
+    made = Bucket("pictures", endpoint_url="https://s3.example", addressing=addressing)
+    assert made.presigned_get("a.png", expires_seconds=60).startswith(start)
 
 
 @pytest.mark.parametrize(

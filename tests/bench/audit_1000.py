@@ -1,13 +1,16 @@
 """1,000 tasks archived; 20 objects deleted, 10 changed by a bit, 5 strangers added: `audit --deep` finds exactly these.
 
 Run by hand: `python -m tests.bench.audit_1000 [TASKS]`. Ends by itself; everything is on loopback and in a temporary
-folder. Then repairs, says what was not repaired, rebuilds the rows from the bucket alone and exports everything.
+folder. Then repairs and says what was not repaired; deletes the database, rebuilds it from the bucket alone and
+compares row for row; exports everything, then once more with one file corrupted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -15,7 +18,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from pydantic import SecretStr
 from sqlmodel import col, func, select
 
 from receiver import telemetry
@@ -24,7 +26,6 @@ from receiver.sandbox.seaweed import Seaweed
 from receiver.wiring import Parts
 from storage import migrations
 from storage.audit import Audit, Counts, Finding
-from storage.export import Export, tasks_between
 from storage.models import Asset, Task
 from storage.objects import Bucket
 from storage.rebuild import Rebuild
@@ -100,25 +101,79 @@ def run(parts: Parts, sandbox: Sandbox, folder: Path, tasks: int) -> None:
     left = audit(parts)
     say(f"after the repair: {Counter(finding.kind.value for finding in left)}")
     assert {finding.key for finding in left} == {key for kind, key in expected if kind == "orphaned"}
-    rebuild_and_export(parts, folder)
+    rebuild(parts, folder / "receiver.db")
 
 
-def rebuild_and_export(parts: Parts, folder: Path) -> None:
-    url = f"sqlite:///{folder / 'rebuilt.db'}"
-    fresh = Parts(parts.settings.model_copy(update={"database_url": SecretStr(url)}))
+# What no bucket can know: a secret, the pace of reads and callbacks, the moment an archive ended.
+UNKNOWN = {"callback_url", "archived_at", "polls", "reported_at", "called_back_at", "end_called_back_at"}
+
+
+def rows(parts: Parts) -> dict[str, dict[str, object]]:
+    """Every task and file as the bucket can know it; of addresses what stands before `?`."""
+    with parts.database.read() as session:
+        tasks = [task.model_dump(exclude=UNKNOWN) for task in session.exec(select(Task))]
+        assets = [asset.model_dump() for asset in session.exec(select(Asset))]
+    for asset in assets:
+        asset["source_url"] = asset["source_url"].partition("?")[0]
+    return {str(row["id"]): row for row in tasks + assets}
+
+
+def rebuild(parts: Parts, file: Path) -> None:
+    """The database file is deleted, all rows come back, callbacks still find their tasks, new work goes on."""
+    before = rows(parts)
+    with parts.database.read() as session:
+        tokens = {task.id: parts.tokens.sign("kling", task.id) for task in session.exec(select(Task).limit(20))}
+    parts.close()
+    for path in file.parent.glob(f"{file.name}*"):
+        path.unlink()
+    fresh = Parts(parts.settings)
     migrations.upgrade(fresh.database)
     counts: Counter[str] = Counter()
     for restored in Rebuild(fresh.database, fresh.bucket, deep=True).run():
         counts += restored.counts
         for problem in restored.problems:
             say(problem)
-    say(f"rebuild: {dict(counts)}; then:")
-    audit(fresh)
-    chosen = tasks_between(fresh.database, None, None)
-    exported = list(Export(fresh.database, fresh.bucket, folder / "out").run(chosen))
-    assert not any(each.faults for each in exported)
-    say(f"export: {sum(each.files for each in exported)} files, {sum(each.bytes for each in exported):,} bytes")
+    after = rows(fresh)
+    differing = [
+        (row, name) for row in before for name in before[row] if after.get(row, {}).get(name) != before[row][name]
+    ]
+    say(f"rebuild: {dict(counts)}; {len(before)} rows before, {len(after)} after; differing: {differing[:20]}")
+    assert before.keys() == after.keys() and not differing
+    with fresh.database.read() as session:
+        for task_id, token in tokens.items():
+            named = fresh.tokens.read("kling", token)
+            assert named and named.task_id == task_id and session.get(Task, task_id)
+    assert {finding.kind.value for finding in audit(fresh)} == {"orphaned"}
+    for _ in range(10):
+        fresh.submitter.submit(REQUEST)
+    work(fresh, time.monotonic() + BOUND_SECONDS)
+    assert {finding.kind.value for finding in audit(fresh)} == {"orphaned"}
+    say(f"{len(tokens)} old tokens name their tasks; 10 new tasks are archived")
+    export(fresh, file.parent)
     fresh.close()
+
+
+def export(parts: Parts, folder: Path) -> None:
+    """By the verb: everything, then once more with one file corrupted."""
+    for name, bad in (("out", None), ("out-2", str(all_assets(parts)[7].key))):
+        if bad:
+            flip(parts, bad)
+        started = time.monotonic()
+        done = receiver(parts, folder, "export", name, "--all", "--json")
+        told = json.loads(done.stdout)
+        say(f"export: exit code {done.returncode}, {told} in {time.monotonic() - started:.1f} s")
+        assert (done.returncode, [fault["key"] for fault in told["faults"]]) == ((1, [bad]) if bad else (0, []))
+
+
+def receiver(parts: Parts, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    chosen = parts.settings
+    variables = {
+        "DATABASE_URL": chosen.database_url.get_secret_value(), "KLING_BASE_URL": chosen.kling_base_url,
+        "S3_BUCKET": chosen.s3_bucket, "S3_ENDPOINT_URL": str(chosen.s3_endpoint_url), "S3_PREFIX": chosen.s3_prefix,
+    }  # fmt: skip
+    environment = dict(os.environ) | {f"RECEIVER_{name}": value for name, value in variables.items()}
+    command = [sys.executable, "-m", "receiver", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=BOUND_SECONDS)
 
 
 def main(tasks: int) -> None:
@@ -133,7 +188,6 @@ def main(tasks: int) -> None:
             migrations.upgrade(parts.database)
             say(f"{tasks} tasks")
             run(parts, sandbox, folder, tasks)
-            parts.close()
     say("all as it should be")
 
 
