@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache, partial
 
 import structlog
+from prometheus_client import Counter
 from sqlalchemy import func
 from sqlmodel import Session, select
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from receiver import telemetry
 from receiver.provider import BadSignature, Provider
@@ -43,11 +47,12 @@ MAX_REJECTED_PER_TASK = 20
 READ_SOON_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
 # Kept beside the body to tell senders apart; everything else may hold a secret.
-KEPT_HEADERS = ("content-type", "user-agent", "webhook-id", "webhook-timestamp")
+KEPT_HEADERS = frozenset({b"content-type", b"user-agent", b"webhook-id", b"webhook-timestamp"})
 # Of a refused delivery too, so that `receiver replay` can verify it once the right secret is set. It is no secret: it
 # signs this body alone, and only within minutes of its time.
 SIGNATURE_HEADER = "webhook-signature"
 MAX_HEADER_CHARACTERS = 200
+ACCEPTED = b'{"status":"accepted"}'
 MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
 
 
@@ -67,9 +72,10 @@ class Callbacks:
         self._providers = providers
         self._tokens = tokens
         self._schedule = schedule
+        self._answers = _Answers()
         self._read_soon_after: dict[uuid.UUID | None, float] = {}
 
-    async def receive(self, request: Request) -> JSONResponse:
+    async def receive(self, request: Request) -> Response:
         """Take one delivery. Answered 200 only once its row is committed with full synchronisation."""
         provider = self._providers.get(request.path_params["provider"])
         named = self._tokens.read(provider.name, request.path_params["token"]) if provider else None
@@ -83,7 +89,7 @@ class Callbacks:
             return _answer(400, "the body ended early", "cut_body")
         if body is None:
             return _answer(413, f"the body is longer than {MAX_BODY_BYTES} bytes", "long_body")
-        headers = {name: value[:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if (value := request.headers.get(name))}
+        headers = _kept_headers(request)
         try:
             webhook_id = provider.verify(request.headers, body)
         except BadSignature as error:
@@ -93,9 +99,10 @@ class Callbacks:
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
         return await self._store(delivery)
 
-    async def _store(self, delivery: Delivery) -> JSONResponse:
+    async def _store(self, delivery: Delivery) -> Response:
         try:
-            intake = await asyncio.wait_for(asyncio.wrap_future(self._inbox.put(delivery)), COMMIT_SECONDS)
+            async with asyncio.timeout(COMMIT_SECONDS):
+                intake = await self._answers.stored(self._inbox, delivery)
         except TaskFull:
             if self._may_read_soon(delivery.task_id):
                 await run_in_threadpool(self._read_soon, delivery)
@@ -110,11 +117,12 @@ class Callbacks:
         except Exception:
             log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
             return _answer(503, "could not be stored, try again", "bug")
-        return _answer(200, "accepted", "new" if intake is Intake.NEW else "duplicate")
+        _count("new" if intake is Intake.NEW else "duplicate")
+        return Response(ACCEPTED, media_type="application/json")
 
     async def _refuse(
         self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
-    ) -> JSONResponse:
+    ) -> Response:
         """Keep the evidence, make the task due for a read: a misconfiguration costs seconds, not pictures."""
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
@@ -155,6 +163,44 @@ class Callbacks:
             self._database.wake(session)
 
 
+class _Answers:
+    """Ends what handlers wait for, from the inbox's thread: one wake-up of the loop for all that a commit answers.
+
+    `asyncio.wrap_future` wakes it for each, which cost as much as the handlers themselves.
+    """
+
+    def __init__(self) -> None:
+        self._outcomes: deque[tuple[asyncio.Future[Intake], Intake | Exception]] = deque()
+        self._is_told = False
+
+    async def stored(self, inbox: Inbox, delivery: Delivery) -> Intake:
+        """What became of the delivery, once that is durable. Raises what `Inbox.put` and its future raise."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Intake] = loop.create_future()
+        inbox.submit(delivery, partial(self._tell, loop, waiter))
+        return await waiter
+
+    def _tell(
+        self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[Intake], outcome: Intake | Exception
+    ) -> None:
+        self._outcomes.append((waiter, outcome))
+        if not self._is_told:  # else the turn that was asked for has yet to look
+            self._is_told = True
+            with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
+                loop.call_soon_threadsafe(self._end_all)
+
+    def _end_all(self) -> None:
+        self._is_told = False  # before looking: whatever comes from now on asks for another turn
+        while self._outcomes:
+            waiter, outcome = self._outcomes.popleft()
+            if waiter.done():  # timed out, or its sender has gone
+                continue
+            if isinstance(outcome, Exception):
+                waiter.set_exception(outcome)
+            else:
+                waiter.set_result(outcome)
+
+
 async def _read_body(request: Request) -> bytes | None:
     """The body; None when it is over the bound, declared or not. Raises TimeoutError, ClientDisconnect."""
     declared = request.headers.get("content-length", "")
@@ -170,9 +216,22 @@ async def _read_body(request: Request) -> bytes | None:
     return b"".join(chunks)
 
 
-def _answer(status: int, message: str, outcome: str) -> JSONResponse:
-    telemetry.DELIVERIES.labels(outcome).inc()
-    if status == 200:
-        return JSONResponse({"status": message})
+def _kept_headers(request: Request) -> dict[str, str]:
+    kept = ((name.decode("latin-1"), value) for name, value in request.scope["headers"] if name in KEPT_HEADERS)
+    return {name: value[:MAX_HEADER_CHARACTERS].decode("latin-1") for name, value in kept if value}
+
+
+def _answer(status: int, message: str, outcome: str) -> Response:
+    """A refusal."""
+    _count(outcome)
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
     return JSONResponse({"error": message}, status_code=status, headers=headers)
+
+
+@cache
+def _counter(outcome: str) -> Counter:
+    return telemetry.DELIVERIES.labels(outcome)
+
+
+def _count(outcome: str) -> None:
+    _counter(outcome).inc()

@@ -2,7 +2,7 @@
 
 uvicorn 0.54 waits for ever for a first byte and for the end of a header, and httptools reads a header of any size.
 Here each connection has 10 s for a complete head, a head has 16 KiB, a URL 2 KiB; a body nobody reads ends its
-connection; and above the connection limit the one that has dawdled longest over its head makes room.
+connection; and above the connection limit the one that has been without a request for longest makes room.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # First byte to end of head, and also the first byte itself. An honest client sends both in one packet.
 HEAD_SECONDS = 10.0
+# How long a kept connection may idle. Whoever reuses one in the moment we close it sees a reset instead of an answer,
+# and neither Go's nor Java's client sends a POST again: so the other side has to hang up first. Idle connections are
+# closed by the JDK's client after 30 s, by nginx and AWS's balancers after 60 s, by Traefik after 90 s. Apache's, which
+# Kling uses, keeps them for as long as we do, but looks whether one is closed that has idled for two seconds.
+KEEP_ALIVE_SECONDS = 120
 # The recorded heads are under 1 kB; proxies add a few hundred bytes.
 MAX_HEAD_BYTES = 16 * 1024
 MAX_URL_BYTES = 2 * 1024
@@ -36,7 +41,7 @@ class _TooLong(Exception):
 
 
 class Door(HttpToolsProtocol):
-    """One connection. `_waiting` holds those whose head is not complete, the longest waiting first."""
+    """One connection. `_waiting` holds those without a whole head, new or kept, the longest waiting first."""
 
     _waiting: dict[Door, None] = {}  # noqa: RUF012 - one for all connections of the process, on purpose
 
@@ -103,10 +108,14 @@ class Door(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self.cycle is not None and self.cycle.more_body and not self.transport.is_closing():
             self.transport.close()  # answered before its body ended: nobody will read the rest
+        is_kept = not self.pipeline and not self.transport.is_closing()
         super().on_response_complete()
+        if is_kept:
+            self._waiting[self] = None
 
     def _await_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
+        self._waiting.pop(self, None)  # a kept one has waited for its first byte; now it waits for the rest
         self._waiting[self] = None
 
     def _end_head(self) -> None:

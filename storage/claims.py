@@ -67,8 +67,8 @@ def claim(
 
 
 def _place(row: Any) -> Any:
-    """The order in which claimed rows are worked on; RETURNING promises none. Deliveries: as they came."""
-    if isinstance(row, Callback):
+    """The order in which claimed rows are worked on; RETURNING promises none. Deliveries and events: as they came."""
+    if isinstance(row, Callback | Dispatch):
         return row.id
     return row.files_expire_at is None, row.files_expire_at, str(row.id)
 
@@ -83,7 +83,7 @@ def is_any_due(session: Session, model: type[Row], *, alone: bool = False, where
 
 
 def _urgency(model: Any) -> tuple[Any, ...]:
-    if model is Callback:
+    if model in (Callback, Dispatch):
         return (model.due_at,)
     return (model.files_expire_at.asc().nulls_last(), model.due_at)
 

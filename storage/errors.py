@@ -2,7 +2,9 @@
 
 Retry(after)          the same work may succeed later
 ├── ProviderUnavailable   the provider is down, slow or answered nonsense
-├── ProviderThrottled     the provider asks us to slow down (1302, 1303, 429)
+├── ProviderThrottled     the provider asks us to slow down (1302, 429)
+│   └── ProviderFull          too many of the account's pictures are in work (1303)
+├── NoSlots               the same by our own count: nothing was asked
 ├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx, other 4xx)
 ├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
 ├── StoreUnavailable      the bucket is down or refuses us
@@ -40,7 +42,27 @@ class ProviderUnavailable(Retry):
 
 
 class ProviderThrottled(Retry):
-    pass
+    """Slow down: nothing was made. `code`, `http_status`, `said`: as of `ProviderRejected`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        after: float | None = None,
+        code: int | None = None,
+        http_status: int | None = None,
+        said: str = "",
+    ) -> None:
+        super().__init__(message, after=after)
+        self.code, self.http_status, self.said = code, http_status, said
+
+
+class ProviderFull(ProviderThrottled):
+    """The account has too many pictures in work for this task to be made."""
+
+
+class NoSlots(Retry):
+    """All of the account's slots are held, by our own count. Nothing was asked, nothing was kept."""
 
 
 class FetchInterrupted(Retry):
@@ -81,12 +103,16 @@ class GiveUp(Exception):
 
 
 class ProviderRejected(GiveUp):
-    """The provider refused for good. `code`: the provider's own error code, None when it gave none."""
+    """The provider refused for good. `code`: the provider's own error code, None when it gave none.
 
-    def __init__(self, message: str, *, code: int | None = None, http_status: int | None = None) -> None:
+    `said`: its own words, safe to show; the message holds them too.
+    """
+
+    def __init__(
+        self, message: str, *, code: int | None = None, http_status: int | None = None, said: str = ""
+    ) -> None:
         super().__init__(message)
-        self.code = code
-        self.http_status = http_status
+        self.code, self.http_status, self.said = code, http_status, said
 
 
 class ReportUnreadable(GiveUp):

@@ -7,12 +7,15 @@ import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from storage.errors import StoreUnavailable
 
 # A wrong checksum is refused with one of these (BadDigest is 400); a conditional write with 412 alone.
 CHECKSUM_REFUSALS = (400, 412, 422)
+# A probe takes seconds: what is older was left by a process that was killed, however wrong our clock may be.
+LEFT_AFTER = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,23 @@ class Probe:
         )
 
     def clean_up(self) -> None:
-        """Remove what the run left, as far as the store lets us."""
+        """Remove what the run left, and what runs left that were killed, as far as the store lets us."""
         for key in self._keys:
             with suppress(Exception):
                 self._delete(key)
+        with suppress(Exception):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """The first page of old leftovers: the next probe takes the rest."""
+        place = {"Bucket": self._bucket, "Prefix": f"{self._folder.rpartition('/')[0]}/"}
+        before = datetime.now(UTC) - LEFT_AFTER
+        for each in self._client.list_objects_v2(**place).get("Contents", ()):
+            if each["LastModified"] < before:
+                self._delete(each["Key"])
+        for upload in self._client.list_multipart_uploads(**place).get("Uploads", ()):
+            if upload["Initiated"] < before:
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
     def _refuses_wrong_checksum(self) -> bool:
         key = self._key("wrong")

@@ -19,6 +19,7 @@ from storage.errors import LostClaim
 from storage.events import EventName, record
 from storage.inbox import rematch
 from storage.models import Asset, Task, TaskAlias
+from storage.slots import give_back
 from storage.states import (
     AssetFacts,
     AssetName,
@@ -96,6 +97,14 @@ def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
     """The task's assets in reading order."""
     statement = select(Asset).where(Asset.task_id == task_id).order_by(Asset.kind, Asset.original, col(Asset.index))
     return list(session.exec(statement.execution_options(populate_existing=True)))
+
+
+def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
+    """The assets of many tasks at once; a task without any has an empty list."""
+    found: dict[uuid.UUID, list[Asset]] = {task_id: [] for task_id in task_ids}
+    for asset in session.exec(select(Asset).where(col(Asset.task_id).in_(task_ids))):
+        found[asset.task_id].append(asset)
+    return found
 
 
 def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
@@ -193,6 +202,7 @@ def _change_state(session: Session, task: Task, report: Report, decision: Decisi
     task.submitted_at = task.submitted_at or now
     if decision.state in states.TERMINAL:
         task.completed_at = now
+        give_back(task)
     failed = decision.state is TaskState.FAILED
     task.error = (report.message or "the provider gave no reason") if failed else None
     record(session, STATE_EVENTS[decision.state], task.id, {"error": task.error} if failed else None)
@@ -269,31 +279,36 @@ def read_soon(session: Session, task: Task) -> None:
 def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bool = False) -> None:
     """Set what the locked task waits for next, from its rows as they are now.
 
-    A create is settled by its own step alone: one that waits is made due at once, one in flight is left to its
-    owner. A read or a finish in flight started from rows that have just changed: its claim is taken away, so that
-    it settles nothing, and the step is due anew. A read that comes sooner than the next one would is not put off.
+    A create is settled by its own step alone: one that waits is made due at once, unless for slots; one in flight is
+    left to its owner. A read or a finish in flight started from rows that have just changed: its claim is taken
+    away, so that it settles nothing, and the step is due anew. A read that comes sooner than the next is not put off.
     """
     if task.deleted_at is not None:
         _rest(session, task)
         return
     if task.step is Step.CREATE:
-        if task.lease is None:
+        if task.lease is None and task.queued_at is None:
             task.due_at = clock()  # type: ignore[assignment]
         return
     following = states.next_step(facts(task, assets_of(session, task.id)), schedule.poll_delay(task.polls))
-    reads_on = following is not None and following.step is task.step is Step.READ
-    if read_now or (reads_on and task.lease is not None):
+    if read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
         following = states.Next(Step.READ, 0)
-    elif following and reads_on and wants_read(session, task, within_seconds=following.delay_seconds):
-        return
-    waits_already = following is not None and task.step is following.step is Step.FINISH and task.due_at is not None
-    if waits_already and task.lease is None:
+    elif following and _waits_for(session, task, following):
         return
     task.lease = None
     task.attempts = task.losses = 0
     task.step = following.step if following else None
     task.due_at = clock(following.delay_seconds) if following else None  # type: ignore[assignment]
     session.flush()
+
+
+def _waits_for(session: Session, task: Task, following: states.Next) -> bool:
+    """Whether the locked task is in nobody's hands and waits for this step as it is: a read, for none that is later."""
+    if task.lease is not None or task.step is not following.step:
+        return False
+    if following.step is Step.READ:
+        return wants_read(session, task, within_seconds=following.delay_seconds)
+    return task.due_at is not None
 
 
 def _rest(session: Session, task: Task) -> None:
@@ -314,6 +329,7 @@ def now(session: Session) -> datetime:
     return moment
 
 
-def newest(session: Session, limit: int) -> list[Task]:
-    """The newest tasks, newest first."""
-    return list(session.exec(select(Task).order_by(col(Task.created_at).desc()).limit(limit)))
+def newest(session: Session, limit: int, *, skip: int = 0) -> list[Task]:
+    """The newest tasks, newest first, after the `skip` newest of all."""
+    order = (col(Task.created_at).desc(), col(Task.id))
+    return list(session.exec(select(Task).order_by(*order).limit(limit).offset(skip)))

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import pytest
+from sqlmodel import func, select
+
+from receiver.sandbox import Sandbox
+from receiver.wiring import Parts
 from storage.circuit import FAILURES, FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS, Circuit
+from storage.models import Task
+from storage.states import TaskState
+from tests.harness import wait_until
+from tests.pipeline import hurry, plant, run
+from tests.rows import LONG_AGO, new_task
+
+PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
+TASKS = 6
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # rows play no part: a circuit is a process's own
 
 
 class Clock:
@@ -42,12 +56,81 @@ def test_a_good_trial_closes_it() -> None:
     assert circuit.allowance(8) == 8
 
 
-def test_the_pause_grows_to_its_cap() -> None:
+def test_the_pause_grows_to_its_cap_trial_by_trial() -> None:
     clock = Clock()
     circuit = opened(clock)
     for _ in range(20):
+        clock.seconds += PAUSE_CAP_SECONDS
+        assert circuit.allowance(1) == 1
         circuit.failed()
     clock.seconds += PAUSE_CAP_SECONDS - 0.001
     assert circuit.allowance(1) == 0
     clock.seconds += 0.001
     assert circuit.allowance(1) == 1
+
+
+def test_what_was_under_way_when_it_opened_does_not_lengthen_the_pause() -> None:
+    clock = Clock()
+    circuit = opened(clock)
+    for _ in range(20):
+        circuit.failed()
+    clock.seconds += FIRST_PAUSE_SECONDS
+    assert circuit.allowance(1) == 1
+
+
+def test_only_an_outage_counts_as_a_failure() -> None:
+    circuit = Circuit(Clock())
+    for error in [*[ConnectionError] * (FAILURES - 1), LookupError, *[ConnectionError] * (FAILURES - 1)]:
+        with pytest.raises(error), circuit.watching(ConnectionError):
+            raise error
+    assert not circuit.is_open
+
+
+# -- the provider's own -----------------------------------------------------------------------------------------------
+
+
+def unsent(parts: Parts) -> None:
+    """Tasks that wait for their create."""
+    with parts.database.write() as session:
+        for _ in range(TASKS):
+            new_task(session, request=PLAIN)
+
+
+def submitted(parts: Parts) -> int:
+    with parts.database.read() as session:
+        return session.exec(select(func.count()).where(Task.state != TaskState.CREATED)).one()
+
+
+@ONE_DATABASE
+def test_a_provider_that_fails_is_asked_little_and_the_creates_resume(parts: Parts, sandbox: Sandbox) -> None:
+    unsent(parts)
+    sandbox.set(create_faults=["5002"] * 100)
+    assert (run(parts, "creates"), run(parts, "creates")) == (FAILURES, 0)
+    wait_until(lambda: run(parts, "creates"))  # the trial
+    faults = sandbox.ledger().counts["fault:create:5002"]
+    assert faults <= FAILURES + 1
+    sandbox.set(create_faults=[])
+    wait_until(lambda: run(parts, "creates") > 1)
+    assert submitted(parts) >= TASKS - faults
+
+
+@ONE_DATABASE
+def test_a_provider_that_fails_is_asked_little_and_the_reads_resume(parts: Parts, sandbox: Sandbox) -> None:
+    for _ in range(TASKS):
+        plant(parts, due_at=LONG_AGO)
+    sandbox.set(query_faults=["5001"] * 100)
+    for _ in range(FAILURES):  # one call a batch: the rest of it is not tried
+        assert run(parts, "reads") == TASKS
+        hurry(parts, Task)
+    assert (run(parts, "reads"), run(parts, "unmatched")) == (0, 0)
+    assert sandbox.ledger().counts["fault:query:5001"] == FAILURES
+    sandbox.set(query_faults=[])
+    wait_until(lambda: run(parts, "reads") > 1)
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("fault", ["1303", "1201"])
+def test_throttled_or_refused_is_an_answer(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+    unsent(parts)
+    sandbox.set(create_faults=[fault] * TASKS)
+    assert run(parts, "creates") == TASKS

@@ -115,6 +115,19 @@ def test_the_longest_dawdler_makes_room(web: Web, monkeypatch: pytest.MonkeyPatc
         assert read_to_end(first) == b""
 
 
+def test_the_longest_idle_kept_connection_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "MAX_CONNECTIONS", 3)
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connection(web) as first, connection(web) as second, connection(web) as third:
+        for raw in (second, first, third):
+            raw.sendall(ask)
+            assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+        assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
+        assert read_to_end(second) == b""
+        first.sendall(ask)
+        assert first.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
 def test_no_banner(web: Web) -> None:
     answer = httpx.get(f"{web.url}/healthz", trust_env=False)
     assert "server" not in answer.headers

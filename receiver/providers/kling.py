@@ -46,7 +46,9 @@ from receiver.providers.kling_report import (
     whole,
 )
 from receiver.providers.kling_request import facts_of, redacted
-from storage.errors import ProviderRejected, ProviderThrottled, ReportUnreadable
+from storage import wire
+from storage.circuit import Circuit
+from storage.errors import ProviderFull, ProviderRejected, ProviderThrottled, ReportUnreadable
 from storage.states import Report
 
 CREATE_PATH = "/v1/images/omni-image"
@@ -57,7 +59,8 @@ MAX_MESSAGE_CHARS = 300
 JWT_LIFETIME_SECONDS = 1_800
 JWT_RENEW_SECONDS = 300  # before its end, so that none expires under way
 JWT_CLOCK_CODES = frozenset({1003, 1004})
-THROTTLED_CODES = frozenset({1302, 1303})
+FULL_CODE = 1303
+THROTTLED_CODES = frozenset({1302, FULL_CODE})
 # Answers to a question that is not passed on; Kling's own word for an unknown task is 400/1201.
 NO_ROUTE = frozenset({404, 405, 501})
 # 1201 is also the code of any bad parameter: only the message tells these two apart.
@@ -93,6 +96,7 @@ class Kling:
     """The provider `kling`, as `receiver.provider.Provider` describes it. Safe to share between threads.
 
     `timeout_seconds`: for each connect, write and read, and for a whole body. `now`: Unix seconds.
+    `circuit`: is told of every call whether the provider answered it, be it with a refusal.
     Raises ValueError for a base URL, key or webhook secret that cannot be right; the message holds none of them.
     """
 
@@ -109,6 +113,7 @@ class Kling:
         webhook_secrets: Sequence[SecretStr] = (),
         timeout_seconds: float = 20,
         now: Callable[[], float] = time.time,
+        circuit: Circuit | None = None,
     ) -> None:
         self._base_url = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if api_key else None
@@ -117,10 +122,12 @@ class Kling:
         self._webhook_secrets = [_webhook(secret) for secret in webhook_secrets]
         self._timeout_seconds = timeout_seconds
         self._now = now
+        self._circuit = circuit or Circuit()
         # The host's clock minus the Date of the last answer, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
         # No proxy of the environment, no redirect: the request holds the key and goes where we were told.
         self._client = httpx.Client(
+            verify=wire.tls_context(),
             trust_env=False,
             follow_redirects=False,
             timeout=timeout_seconds,
@@ -221,13 +228,15 @@ class Kling:
 
     def _ask(self, method: str, path: str, content: bytes | None = None) -> _Answer:
         """One request, minted anew once if the provider dislikes the token's times. Raises what a refusal means."""
-        answer = self._exchange(method, path, content, self._token())
-        if answer.code in JWT_CLOCK_CODES and self._jwt and not self._api_key:
-            answer = self._exchange(method, path, content, self._jwt.token(fresh=True))
-        refusal = _refusal(answer, creating=method == "POST")
-        if refusal is not None:
-            raise refusal
-        return answer
+        token = self._token()
+        with self._circuit.watching(Unavailable):
+            answer = self._exchange(method, path, content, token)
+            if answer.code in JWT_CLOCK_CODES and self._jwt and not self._api_key:
+                answer = self._exchange(method, path, content, self._jwt.token(fresh=True))
+            refusal = _refusal(answer, creating=method == "POST")
+            if refusal is not None:
+                raise refusal
+            return answer
 
     def _token(self) -> str:
         if self._api_key:
@@ -346,7 +355,8 @@ def _refusal(answer: _Answer, *, creating: bool) -> Exception | None:
     if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
         return NoSuchCall(words, code=answer.code, http_status=status)
     if code in THROTTLED_CODES or (status == 429 and not refuses):
-        return ProviderThrottled(words, after=answer.after)
+        kind = ProviderFull if code == FULL_CODE else ProviderThrottled
+        return kind(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
     if answer.document is None and status != 413:
         return _NotKling(f"the answer is not JSON (HTTP {status})", after=answer.after)
     if 5_000 <= code < 6_000:
@@ -365,7 +375,7 @@ def _definite(answer: _Answer, *, creating: bool) -> ProviderRejected:
         kind = AlreadyExists
     elif not creating and NOT_FOUND.search(answer.message):
         kind = _NotFound
-    return kind(answer.words, code=answer.code, http_status=answer.http_status)
+    return kind(answer.words, code=answer.code, http_status=answer.http_status, said=answer.message)
 
 
 def _message_in(document: Mapping[str, Any]) -> str:

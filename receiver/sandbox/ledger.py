@@ -88,12 +88,17 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """`counts`: how often each thing happened: queries, `fault:<kind>`, `cdn:<status>` and so on."""
+    """`counts`: how often each thing happened: queries, `fault:<kind>`, `cdn:<status>` and so on.
+
+    `slots_held`: pictures in work now; `slots_peak`: the most that ever were at once.
+    """
 
     creates: tuple[Create, ...]
     tasks: tuple[TaskEntry, ...]
     callbacks: tuple[Callback, ...]
     counts: Counter[str]
+    slots_held: int = 0
+    slots_peak: int = 0
 
     @property
     def assets(self) -> dict[AssetKey, Asset]:
@@ -118,6 +123,8 @@ class Ledger:
             "tasks": [{**vars(task), "assets": [vars(asset) for asset in task.assets]} for task in self.tasks],
             "callbacks": [_callback_json(callback) for callback in self.callbacks],
             "counts": dict(sorted(self.counts.items())),
+            "slots_held": self.slots_held,
+            "slots_peak": self.slots_peak,
         }
 
 

@@ -54,7 +54,7 @@ class World:
             self._known: dict[str, Task] = {}  # by task id, alias and external id
             self._due: list[tuple[float, int, str]] = []  # (seconds since 1970, number, task id)
             self._numbers = 0
-            self._slots_held = 0
+            self._slots_held = self._slots_peak = 0
             self._creates: list[Create] = []
             self._kept_bytes = 0
             self._counts: Counter[str] = Counter()
@@ -145,6 +145,7 @@ class World:
         )
         self.tasks[task.id] = task
         self._slots_held += slots
+        self._slots_peak = max(self._slots_peak, self._slots_held)
         for name in (task.id, task.alias, wanted.external_task_id):
             if name:
                 self._known[name] = task
@@ -313,8 +314,9 @@ class World:
             tasks, gallery = list(self.tasks.values()), self.gallery
             creates, callbacks = tuple(self._creates), self.outbox.history()
             counts = self._counts.copy()
+            held, peak = self._slots_held, self._slots_peak
         counts["fault:callback:dropped"] = sum(callback.dropped for callback in callbacks)
-        return Ledger(creates, tuple(self._entry(task, gallery) for task in tasks), callbacks, counts)
+        return Ledger(creates, tuple(self._entry(task, gallery) for task in tasks), callbacks, counts, held, peak)
 
     def _entry(self, task: Task, gallery: Gallery) -> TaskEntry:
         assets = tuple(self._asset(task, name, gallery) for name in task.files())

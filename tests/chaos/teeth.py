@@ -45,7 +45,7 @@ MUTATIONS = (
     Mutation(
         "answered before the commit",
         "receiver/callbacks.py",
-        "intake = await asyncio.wait_for(asyncio.wrap_future(self._inbox.put(delivery)), COMMIT_SECONDS)",
+        "intake = await self._answers.stored(self._inbox, delivery)",
         "self._inbox.put(delivery)\n            intake = Intake.NEW",
     ),
     Mutation(
