@@ -1,8 +1,9 @@
-"""The web application: callbacks in, health and metrics out. Everything below the handlers is synchronous."""
+"""The web application: callbacks in, health and metrics out, and the gateway. Below the handlers all is synchronous."""
 
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,19 +16,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
 
 from receiver import telemetry
 from receiver.assets import Assets
 from receiver.callbacks import Callbacks
 from receiver.provider import Provider
+from receiver.stream import Stream
 from receiver.tokens import Tokens
-from storage import deadlines, measures, migrations, workers
+from storage import deadlines, measures, migrations, outbox, rolling, workers
 from storage.database import Database
 from storage.errors import StoreUnavailable
 from storage.inbox import Inbox
 from storage.objects import Bucket
 from storage.tasks import Schedule
+from storage.watch import BucketWatch
 
 # A page a browser shows is never meant here; these cost nothing and close what sniffing opens.
 SECURITY_HEADERS = {
@@ -42,9 +46,16 @@ class Health:
     """`/healthz`, `/readyz`, `/metrics`."""
 
     def __init__(
-        self, database: Database, inbox: Inbox, metrics_token: SecretStr | None, *, deadline_seconds: float
+        self,
+        database: Database,
+        inbox: Inbox,
+        metrics_token: SecretStr | None,
+        *,
+        deadline_seconds: float,
+        bucket: Bucket | None = None,
     ) -> None:
         self._database = database
+        self._bucket = BucketWatch(bucket) if bucket else None
         self._deadline_seconds = deadline_seconds
         self._inbox = inbox
         self._metrics_token = metrics_token
@@ -53,7 +64,7 @@ class Health:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 while a delivery can be stored. Workers, overdue work and deadlines change it only with `?strict=1`."""
+        """200 while a delivery can be stored; bucket, workers, lateness and deadlines count only with `?strict=1`."""
         checks = await run_in_threadpool(self._checks)
         fault = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
         degraded = any(word != "ok" for word in checks.values())
@@ -65,6 +76,8 @@ class Health:
 
     def _checks(self) -> dict[str, str]:
         checks = {"intake": "full" if self._inbox.is_full else "ok"}
+        if self._bucket is not None:
+            checks["bucket"] = self._bucket.state()
         try:
             with self._database.write() as session:
                 session.execute(text("SELECT 1"))
@@ -81,9 +94,15 @@ class Health:
         with self._database.read() as session:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
+            dead, gone = measures.count_dead_events(session), outbox.disabled(session)
+            faults = rolling.standing(session).faults
+        undelivered = [f"{dead} were given up"] if dead else []
+        undelivered += [f"sink {name} is disabled" for name in gone]
         return {
+            "events": ", ".join(undelivered) or "ok",
             "work": f"{overdue} rows are overdue" if overdue else "ok",
             "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+            "audit": f"{faults} faults, see receiver status" if faults else "ok",
         }
 
     async def metrics(self, request: Request) -> Response:
@@ -117,13 +136,16 @@ def build(
     *,
     bucket: Bucket | None = None,
     metrics_token: SecretStr | None = None,
+    gateway: ASGIApp | None = None,
+    stream: Stream | None = None,
 ) -> Starlette:
     """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it.
-    `bucket`: where archived files are served from, None = they are not."""
+    `bucket`: where archived files are served from, None = they are not. `gateway`: answers below `/kling`, None = 404.
+    `stream`: answers `/events`; whoever ends the server calls what is in `app.state.endings` first."""
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
-    health = Health(database, inbox, metrics_token, deadline_seconds=lead)
+    health = Health(database, inbox, metrics_token, deadline_seconds=lead, bucket=bucket)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -142,13 +164,23 @@ def build(
             Route("/readyz", health.ready),
             Route("/metrics", health.metrics),
             *([Route("/assets/{token}.{extension}", Assets(database, bucket, tokens).serve)] if bucket else []),
+            *([_below("/kling", gateway)] if gateway else []),
+            *([Route("/events", stream.serve)] if stream else []),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.endings = [stream.close] if stream else []
     app.add_middleware(_Headers)
     return app
+
+
+def _below(path: str, app: ASGIApp) -> Mount:
+    """A mount that also takes paths with line breaks in them: what is wrong with those is the application's word."""
+    mount = Mount(path, app)
+    mount.path_regex = re.compile(f"^{path}/(?P<path>.*)$", re.DOTALL)
+    return mount
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:

@@ -20,7 +20,7 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import DBAPIError
-from sqlmodel import col, delete, false, select
+from sqlmodel import col, delete, false, or_, select
 
 from receiver import config
 from receiver.provider import Provider, Unavailable, plain
@@ -161,6 +161,7 @@ def database(parts: Parts) -> Iterator[Result]:
         if schema.status is Status.OK:
             yield _callback_secrets(parts)
             yield _workers(parts)
+            yield _slots(parts)
     except (StoreUnavailable, DBAPIError, OSError) as error:
         advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
         yield Result("database", Status.FAULT, f"cannot be used ({_words(parts, error)})", advice)
@@ -209,7 +210,8 @@ def _schema(parts: Parts) -> Result:
 def _callback_secrets(parts: Parts) -> Result:
     """Whether callbacks of unfinished tasks would be let in."""
     unfinished = select(Task.provider, Task.callback_url).where(
-        col(Task.due_at).is_not(None),  # theirs always is, and the index of due rows leaves out the millions
+        # One of the two always is, and their indexes leave out the millions.
+        or_(col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None)),
         col(Task.state).not_in(states.TERMINAL),
         col(Task.callback_url).is_not(None),
     )
@@ -230,6 +232,22 @@ def _workers(parts: Parts) -> Result:
     if alive:
         return Result("workers", Status.NOTE, f"{alive} worker processes are alive")
     return Result("workers", Status.NOTE, "no worker process is alive", "start `receiver serve` or `receiver work`")
+
+
+def _slots(parts: Parts) -> Result:
+    """How many of the account's pictures are in work, by our own count, and how many tasks wait for their turn."""
+    with parts.database.read() as session:
+        held, limit = sum(parts.slots.held(session).values()), parts.slots.limit(session)
+        waiting = parts.slots.count_queued(session)
+    if limit is None:
+        advice = (
+            "set RECEIVER_KLING_SLOTS to what the account's pack allows, so that nothing is refused for being too much"
+        )
+        return Result("slots", Status.NOTE, f"no limit of our own; {held} pictures are in work", advice)
+    lowered = (
+        f" (lowered from {parts.slots.setting}: the provider said it was full)" if limit != parts.slots.setting else ""
+    )
+    return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waiting} tasks wait for theirs")
 
 
 def bucket(parts: Parts) -> Iterator[Result]:

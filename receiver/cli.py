@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import receiver
-from receiver.commands import ask, check, keep, look, operate, run, try_
+from receiver.commands import ask, batch, check, events, keep, look, operate, run, try_
 
 app = typer.Typer(
     name="receiver",
@@ -28,6 +28,8 @@ VERBS: tuple[Callable[..., None], ...] = (
 )
 for verb in VERBS:
     app.command()(verb)
+app.add_typer(batch.app, name="batch")
+app.add_typer(events.app, name="events")
 
 
 def _version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,11 +12,18 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from receiver.sinks import setting as sinks
+from receiver.sinks.signature import key_of
+from storage.addresses import AddressPolicy
 from storage.database import normal_url
 from storage.puts import PutOptions, parse_tags
 
 PREFIX = "RECEIVER_"
 SECRET_MIN_CHARACTERS = 32
+# Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
+# specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
+EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+CREDENTIAL = re.compile(r"[\x21-\x7e]+")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -25,6 +33,10 @@ class SettingsInvalid(ValueError):
 
 def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_at_spaces(value: Any) -> Any:
+    return value.split() if isinstance(value, str) else value
 
 
 def _host_port(value: str) -> str:
@@ -62,6 +74,8 @@ def _nothing_if_empty(value: Any) -> Any:
 
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_spaces)]
+Delays = Annotated[tuple[Annotated[float, Field(ge=0.1, le=604_800)], ...], NoDecode, BeforeValidator(_split)]
 HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 OptionalUrl = Annotated[str | None, BeforeValidator(_nothing_if_empty), AfterValidator(_http_url)]
@@ -90,6 +104,7 @@ class Settings(BaseSettings):
     kling_access_key: OptionalText = Field(default=None, repr=False)
     kling_secret_key: OptionalSecret = None
     kling_webhook_secrets: Secrets = ()
+    kling_slots: Annotated[Annotated[int, Field(ge=1, le=100_000)] | None, BeforeValidator(_nothing_if_empty)] = None
 
     confirm: Literal["auto", "always", "never"] = "auto"
     poll_after_seconds: float = Field(default=60, ge=0.1)
@@ -104,7 +119,8 @@ class Settings(BaseSettings):
     s3_endpoint_url: OptionalUrl = None
     s3_prefix: str = ""
     s3_public_endpoint_url: OptionalUrl = None
-    s3_checksums: Literal["when_supported", "when_required"] = "when_supported"
+    s3_checksums: Literal["when_supported", "when_required", "never"] = "when_supported"
+    s3_addressing: Literal["auto", "path", "virtual"] = "auto"
     s3_storage_class: OptionalText = None
     s3_sse: Annotated[Literal["AES256", "aws:kms"] | None, BeforeValidator(_nothing_if_empty)] = None
     s3_kms_key_id: OptionalText = None
@@ -113,10 +129,21 @@ class Settings(BaseSettings):
     s3_tags: Annotated[str, AfterValidator(_tags)] = ""
     s3_cache_control: OptionalText = None
 
+    api_keys: Secrets = ()
+    gateway_results: Literal["archived", "provider"] = "archived"
+    event_sinks: Entries = ()
+    event_secrets: Secrets = ()
+    private_event_hosts: HostPorts = ()
+    event_retry_seconds: Delays = EVENT_RETRY_SECONDS
+
     workers: int = Field(default=1, ge=0, le=64)
     worker_threads: int = Field(default=8, ge=1, le=256)
     lease_seconds: float = Field(default=60, ge=1)
     grace_seconds: float = Field(default=25, ge=0)
+
+    audit_days: Annotated[Annotated[float, Field(ge=0.01, le=3_650)] | None, BeforeValidator(_nothing_if_empty)] = None
+    # 1.7 TB a day, and a sixth of a gigabit line: what is archived and served meanwhile hardly notices.
+    audit_bytes_per_second: int = Field(default=20_000_000, ge=1_000)
 
     metrics_token: OptionalSecret = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -142,9 +169,38 @@ class Settings(BaseSettings):
             yield f"{PREFIX}S3_KMS_KEY_ID: needs {PREFIX}S3_SSE=aws:kms"
         if bool(self.s3_lock_mode) != bool(self.s3_lock_days):
             yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
+        if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in self.api_keys):
+            yield f"{PREFIX}API_KEYS: each is printable ASCII without spaces, as it stands in an Authorization header"
+        yield from self._event_faults()
         for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
             if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
                 yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
+
+    def _event_faults(self) -> Iterator[str]:
+        try:
+            wanted = self.event_entries
+        except ValueError as error:
+            yield from (f"{PREFIX}EVENT_SINKS: {line}" for line in str(error).splitlines())
+            wanted = []
+        try:
+            for secret in self.event_secrets:
+                key_of(secret)
+        except ValueError as error:
+            yield f"{PREFIX}EVENT_SECRETS: {error}"
+        if not self.event_secrets and any(entry.kind == "webhook" for entry in wanted):
+            yield f"{PREFIX}EVENT_SECRETS: required with a webhook in {PREFIX}EVENT_SINKS, which would be unsigned"
+
+    @property
+    def event_entries(self) -> list[sinks.Entry]:
+        """Where events go. Raises ValueError, one line per fault."""
+        return sinks.parse([entry.get_secret_value() for entry in self.event_sinks], self.event_policy)
+
+    @property
+    def event_policy(self) -> AddressPolicy:
+        """Where events and clients' callbacks may be posted to."""
+        return AddressPolicy(
+            private_hosts=private_pairs(self.private_event_hosts), private_setting=f"{PREFIX}PRIVATE_EVENT_HOSTS"
+        )
 
     @property
     def put_options(self) -> PutOptions:
@@ -194,6 +250,12 @@ class _SecretFiles(PydanticBaseSettingsSource):
     def __call__(self) -> dict[str, Any]:
         values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def private_pairs(entries: tuple[str, ...]) -> frozenset[tuple[str, int]]:
+    """HOST:PORT entries as an `AddressPolicy` wants them."""
+    parts = (entry.rpartition(":") for entry in entries)
+    return frozenset((host.strip("[]").lower(), int(port)) for host, _, port in parts)
 
 
 def is_loopback(url: str) -> bool:

@@ -17,10 +17,11 @@ import structlog
 import uvicorn
 
 from receiver import app
-from receiver.door import Door
+from receiver.door import KEEP_ALIVE_SECONDS, Door
 from receiver.wiring import Parts
 from storage import migrations
 from storage.database import Database
+from storage.errors import DatabaseUnavailable
 from storage.fetch import sweep
 
 log = structlog.get_logger()
@@ -28,6 +29,10 @@ log = structlog.get_logger()
 # A worker that dies at once is started again after 1, 2, 4 … 30 s; one that lived a minute starts afresh.
 RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
 LIVED_SECONDS = 60.0
+# After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this
+# it is no start-up any more: exit 1, and whoever supervises us sees it and tries again.
+DATABASE_START_SECONDS = 60.0
+DATABASE_LOOK_SECONDS = 2.0
 # How long a request in flight may take to end at SIGTERM: a body has 10 s, its commit 5 s.
 WEB_GRACE_SECONDS = 15
 # Beyond its grace time a worker gets this long to hand back its rows before it is killed.
@@ -47,6 +52,25 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
     if current != wanted:
         raise SchemaBehind(f"the database schema is {current or 'empty'}, this version needs {wanted}: "
                            "run `receiver migrate`")  # fmt: skip
+
+
+def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE_START_SECONDS) -> None:
+    """`ready_schema` for a process that goes on: a PostgreSQL that is away is waited for, loudly, for so many seconds.
+
+    An SQLite file is there or not. Raises `SchemaBehind`, `DatabaseUnavailable`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ready_schema(database, migrate=migrate)
+        except DatabaseUnavailable as error:
+            left = deadline - time.monotonic()
+            if database.is_sqlite or left < 0:
+                raise
+            log.warning("start.database_away", error=str(error), gives_up_in=round(left))
+            time.sleep(DATABASE_LOOK_SECONDS)
+        else:
+            return
 
 
 class Supervisor:
@@ -99,10 +123,10 @@ class Supervisor:
 def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
     """Run the web server and the workers until SIGTERM or SIGINT. Raises `SchemaBehind`, `StoreUnavailable`."""
     settings = parts.settings
-    ready_schema(parts.database, migrate=settings.migrates_on_start)
+    await_schema(parts.database, migrate=settings.migrates_on_start)
     web = app.build(
         parts.database, parts.providers, parts.tokens, parts.schedule,
-        bucket=parts.bucket, metrics_token=settings.metrics_token,
+        bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,
     )  # fmt: skip
     server = _Server(web_config(web, settings.host, settings.port), on_listening)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
@@ -131,6 +155,7 @@ def web_config(web: Any, host: str, port: int) -> uvicorn.Config:
         ws="none",
         log_config=None,
         lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=WEB_GRACE_SECONDS,
     )
 
@@ -152,6 +177,12 @@ class _Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Answers that last until their readers leave are told to end: SIGTERM would wait for them."""
+        for end in self.config.app.state.endings:  # type: ignore[union-attr]
+            end()
+        await super().shutdown(sockets)
+
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
@@ -170,7 +201,7 @@ class _Server(uvicorn.Server):
 def work(parts: Parts, *, supervised: bool) -> None:
     """Run one worker process until SIGTERM or SIGINT, or, `supervised`, until its parent is gone."""
     settings = parts.settings
-    ready_schema(parts.database, migrate=False)
+    await_schema(parts.database, migrate=False)
     sweep(settings.spool_dir)
     worker = parts.worker()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -187,7 +218,10 @@ def work(parts: Parts, *, supervised: bool) -> None:
 def work_once(parts: Parts) -> int:
     """Work on everything that is due now, then return how many rows were worked on."""
     ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
-    return parts.worker().run_until_idle()
+    worker, count = parts.worker(), 0
+    while done := worker.run_until_idle() + parts.sequence():
+        count += done
+    return count
 
 
 def _watch_parent(stop: Callable[[], None]) -> None:

@@ -30,15 +30,24 @@ WORK = {
         "callbacks_lost": "Those of them whose end no callback told",
         "callbacks_late": "Tasks of the last 24 h whose callback came after a read had told their end",
         "late_seconds": "The longest such delay",
+        "events_open": "Events on their way to a sink, one for each",
+        "oldest_event_seconds": "How long the oldest of them has been on its way",
+        "events_dead": "Events that a sink never took; receiver events redeliver sends them again",
+        "audit_faults": "Faults that the audit in the workers found and that are there still",
+        "audit_hashed": "Files hashed in its round under way",
+        "audit_share": "How much of that round is done, 0 to 1",
+        "audit_late": "1 while that round takes longer than RECEIVER_AUDIT_DAYS",
+        "audit_age_seconds": "How long ago the last whole round ended; NaN: none has",
         "callback_loss_rate": "Callbacks lost of those expected, 0 to 1",
     }.items()
 }
 
 
-def show_work(measures: Mapping[str, float] | None) -> None:
+def show_work(measures: Mapping[str, float | None] | None) -> None:
     """Set the gauges of work; None: the database is away, and no number is better than an old one."""
     for name, gauge in WORK.items():
-        gauge.set(float("nan") if measures is None else measures[name])
+        number = measures[name] if measures else None
+        gauge.set(float("nan") if number is None else number)
 
 
 # The last line of defence: whatever a message quotes, a signed URL's query and a token in a path do not get out. No

@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from receiver.wiring import Parts
-from storage import deadlines, events, states, tasks
+from storage import deadlines, events, rolling, states, tasks
 from storage.measures import Measures, measure
 from storage.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState
 
 LOOK_SECONDS = 0.2
+# Under the summary, the newest last; `--json` has them all.
+SHOWN_FAULTS = 20
 
 
 def find(parts: Parts, external_task_id: str) -> tuple[Task, list[Asset], list[Event]]:
@@ -153,6 +155,12 @@ def measured(parts: Parts) -> Measures:
         return measure(session, deadline_seconds=lead)
 
 
+def audited(parts: Parts) -> rolling.Standing:
+    """How the audit in the workers stands, with the faults that it found."""
+    with parts.database.read() as session:
+        return rolling.standing(session)
+
+
 def summary(found: Measures) -> str:
     """The same in one line: what waits, what is wrong, how callbacks come."""
     parts = [f"{found.due} due"]
@@ -161,8 +169,10 @@ def summary(found: Measures) -> str:
         "files given up": found.failed_assets,
         "deliveries unmatched": found.unmatched,
         "near their deadline": found.deadline_near,
+        "audit faults": found.audit_faults,
     }
     parts += [f"{count} {words}" for words, count in wrong.items() if count]
+    parts += ["audit behind its days"] if found.audit_late else []
     parts.append(
         f"last 24 h: {found.archived_day} archived, {found.incomplete_day} incomplete, {found.failed_day} failed"
     )
@@ -181,3 +191,5 @@ def show_latest(parts: Parts, limit: int, console: Console) -> None:
         table.add_row(task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
     console.print(table)
     console.print(summary(measured(parts)), highlight=False)
+    for fault in audited(parts).findings[-SHOWN_FAULTS:]:
+        console.print(f"  {fault['kind']}  {fault['key']}", highlight=False, markup=False, soft_wrap=True)

@@ -5,30 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sqlmodel import col
 
 import receiver
-from receiver.config import Settings
+from receiver.cloudevents import Envelope
+from receiver.config import Settings, private_pairs
+from receiver.gateway_answers import Wording
 from receiver.match import BATCH, Confirmation, Matcher, trusted_hosts
+from receiver.notify import Dispatcher, Sink
 from receiver.provider import Provider
 from receiver.providers.kling import Kling
 from receiver.reconcile import Finder, Reader
+from receiver.sinks import client
+from receiver.sinks.make import make
+from receiver.sinks.post import Poster
+from receiver.sinks.signature import Signer
 from receiver.submit import Submitter
 from receiver.tokens import Tokens
-from receiver.worker import Chore, Lane, Worker
-from storage import deadlines
+from receiver.worker import LINGER_SECONDS, Chore, Lane, Worker
+from storage import deadlines, idempotency, outbox, rolling
 from storage.addresses import AddressPolicy
 from storage.archive import Archiver
 from storage.circuit import Circuit
 from storage.database import Database
-from storage.fetch import Fetcher
+from storage.fetch import TOTAL_SECONDS, Fetcher
+from storage.folders import sweep_uploads
 from storage.manifest import Finisher
-from storage.models import Asset, Callback, Task
+from storage.models import Asset, Callback, Dispatch, Task
 from storage.objects import Bucket
 from storage.pace import ReadLimit
+from storage.slots import Slots, give_back_silent
 from storage.states import CallbackState, Step
 from storage.tasks import Schedule
+
+if TYPE_CHECKING:
+    from receiver.gateway import Gateway
+    from receiver.stream import Stream
 
 # Deliveries are short work on one database; two threads keep one busy while the other commits.
 CALLBACK_THREADS = 2
@@ -36,6 +50,24 @@ CALLBACK_THREADS = 2
 TASK_THREADS = 4
 # Deadlines are hours away; one look a minute and worker costs an index look-up.
 DEADLINE_LOOK_SECONDS = 60.0
+# Half uploaded files lie there for a day before they are swept; a few looks a day cost as many list requests.
+UPLOADS_LOOK_SECONDS = 6 * 3_600.0
+# The largest file allowed must come within TOTAL_SECONDS, or within what it takes at this pace.
+SLOWEST_BYTES_PER_SECOND = 450_000.0
+# A day's silence is noticed a minute later, at the cost of a look into the index of held slots.
+SILENT_LOOK_SECONDS = 60.0
+# Events are numbered at once where a commit wakes workers, and this late at most: one index look-up by each worker.
+SEQUENCE_LOOK_SECONDS = 0.5
+# When the next step of the audit is due its row says; a look reads that one row.
+AUDIT_LOOK_SECONDS = 1.0
+# An audit that was switched off is forgotten by the next worker that starts, and by those that go on.
+AUDIT_OFF_LOOK_SECONDS = 86_400.0
+# Names this installation in events where it has no public URL.
+NAMELESS = "urn:kling-receiver"
+
+
+# A key stands for its answer for a day; an hour more or less of a small row costs nothing.
+IDEMPOTENCY_LOOK_SECONDS = 3_600.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +89,12 @@ class Parts:
             access_key=chosen.kling_access_key,
             secret_key=chosen.kling_secret_key,
             webhook_secrets=chosen.kling_webhook_secrets,
+            circuit=self.provider_circuit,
         )
+
+    @cached_property
+    def provider_circuit(self) -> Circuit:
+        return Circuit()
 
     @cached_property
     def providers(self) -> dict[str, Provider]:
@@ -90,28 +127,32 @@ class Parts:
             prefix=chosen.s3_prefix,
             public_endpoint_url=chosen.s3_public_endpoint_url,
             checksum_mode=chosen.s3_checksums,
+            addressing=chosen.s3_addressing,
             put_options=chosen.put_options,
             connections=chosen.worker_threads + TASK_THREADS,
         )
 
     @cached_property
     def address_policy(self) -> AddressPolicy:
-        private = (entry.rpartition(":") for entry in self.settings.private_result_hosts)
-        return AddressPolicy(
-            result_hosts=self.settings.result_hosts,
-            private_hosts=frozenset((host.strip("[]").lower(), int(port)) for host, _, port in private),
-        )
+        private = private_pairs(self.settings.private_result_hosts)
+        return AddressPolicy(result_hosts=self.settings.result_hosts, private_hosts=private)
 
     @cached_property
     def fetcher(self) -> Fetcher:
         threads = self.settings.worker_threads
-        return Fetcher(self.address_policy, max_bytes=self.settings.max_asset_bytes, connections=threads)
+        most = self.settings.max_asset_bytes
+        seconds = max(TOTAL_SECONDS, most / SLOWEST_BYTES_PER_SECOND)
+        return Fetcher(self.address_policy, max_bytes=most, connections=threads, total_seconds=seconds)
 
     @cached_property
     def confirmation(self) -> Confirmation:
         chosen = self.settings
         extra = (*chosen.result_hosts, *chosen.private_result_hosts)
         return Confirmation(chosen.confirm, trusted_hosts(self.kling.result_hosts, chosen.kling_base_url, extra))
+
+    @cached_property
+    def slots(self) -> Slots:
+        return Slots(Kling.name, self.settings.kling_slots)
 
     @cached_property
     def submitter(self) -> Submitter:
@@ -123,6 +164,76 @@ class Parts:
             public_url=self.settings.public_url,
             read_limit=self.read_limit,
             lease_seconds=self.settings.lease_seconds,
+            slots=self.slots,
+        )
+
+    @cached_property
+    def gateway(self) -> Gateway | None:
+        """The ASGI application below `/kling`; None without API keys."""
+        from receiver.gateway import Gateway  # with what serves HTTP, which most commands do without
+        from receiver.gateway_creates import Creates
+        from receiver.gateway_queries import Queries
+        from receiver.openapi import document
+
+        chosen = self.settings
+        if not chosen.api_keys:
+            return None
+        creates = Creates(self.database, self.submitter, self.wording, chosen.event_policy)
+        queries = Queries(self.database, self.wording)
+        return Gateway(chosen.api_keys, creates, queries, document(receiver.__version__, chosen.public_url))
+
+    @cached_property
+    def wording(self) -> Wording:
+        """How the gateway tells its clients of results."""
+        from receiver.assets import asset_link  # with what serves HTTP, as above
+
+        url = self.settings.public_url if self.settings.callback_secrets else None
+        link = (lambda asset: asset_link(self.tokens, url, asset)) if url else (lambda _: None)
+        return Wording(self.settings.gateway_results, link)
+
+    @cached_property
+    def envelope(self) -> Envelope:
+        return Envelope(self.settings.public_url or NAMELESS, self.settings.s3_bucket)
+
+    @cached_property
+    def sinks(self) -> dict[str, Sink]:
+        """Where events go, by name."""
+        policy, secrets = self.settings.event_policy, self.settings.event_secrets
+        sinks = {entry.name: make(entry, policy, secrets) for entry in self.settings.event_entries}
+        poster = Poster(policy, connections=client.THREADS)
+        return {**sinks, client.NAME: client.Clients(self.database, poster, Signer(secrets), self.wording)}
+
+    @cached_property
+    def subscriptions(self) -> Sequence[outbox.Subscription]:
+        asked = [outbox.Subscription(entry.name, entry.names) for entry in self.settings.event_entries]
+        return (*asked, outbox.Subscription(client.NAME, client.EVENTS, of_clients=True))
+
+    def sequence(self) -> int:
+        """Number the events there are and queue them for their sinks. Returns how many."""
+        return outbox.sequence_all(self.database, self.subscriptions)
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        from receiver.stream import Stream  # with what serves HTTP, as above
+
+        keys = self.settings.api_keys
+        return Stream(self.database, self.envelope, keys) if keys else None
+
+    def _event_lane(self, name: str, sink: Sink) -> Lane:
+        """A sink's own lane: one that is slow or down holds up nothing else."""
+        circuit = None if name == client.NAME else Circuit()
+        retry_seconds = self.settings.event_retry_seconds
+        work = Dispatcher(self.database, name, sink, self.envelope, retry_seconds=retry_seconds, circuit=circuit)
+        return Lane(
+            f"events-{name}",
+            Dispatch,
+            work.work,
+            sink.threads,
+            (col(Dispatch.sink) == name,),
+            circuit=circuit,
+            work_many=work.work_many,
+            batch=lambda: sink.batch,
+            linger_seconds=LINGER_SECONDS,
         )
 
     def lanes(self) -> Sequence[Lane]:
@@ -132,8 +243,8 @@ class Parts:
         matcher = Matcher(self.database, self.providers, self.schedule, self.confirmation)
         reader = Reader(self.database, self.providers, self.schedule, self.read_limit)
         finder = Finder(self.database, self.providers, self.schedule, self.read_limit)
-        finisher = Finisher(self.database, self.bucket, self.schedule, version=receiver.__version__)
-        store = Circuit()
+        store, provider = Circuit(), self.provider_circuit
+        finisher = Finisher(self.database, self.bucket, self.schedule, version=receiver.__version__, circuit=store)
         archiver = Archiver(
             self.database, self.bucket, self.fetcher, self.schedule, spool_dir=settings.spool_dir, circuit=store
         )
@@ -147,25 +258,56 @@ class Parts:
                 work_many=matcher.work_many,
                 batch=lambda: BATCH,
             ),
-            Lane("unmatched", Callback, finder.work, 1, (unmatched,)),
-            Lane("creates", Task, self.submitter.work, TASK_THREADS, (step == Step.CREATE,)),
+            Lane("unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider),
+            Lane(
+                "creates",
+                Task,
+                self.submitter.work,
+                TASK_THREADS,
+                (step == Step.CREATE,),
+                circuit=provider,
+                slots=self.slots,
+            ),
             Lane(
                 "reads",
                 Task,
                 reader.work,
                 TASK_THREADS,
                 (step == Step.READ,),
+                circuit=provider,
                 work_many=reader.work_many,
                 batch=reader.batch,
             ),
             Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
             Lane("assets", Asset, archiver.work, settings.worker_threads, circuit=store),
+            *(self._event_lane(name, sink) for name, sink in self.sinks.items()),
         )
 
     def chores(self) -> Sequence[Chore]:
         """What every worker looks after beside its lanes."""
         lead = deadlines.lead_seconds(self.settings.result_lifetime_seconds)
-        return (Chore("deadlines", DEADLINE_LOOK_SECONDS, lambda: deadlines.announce(self.database, lead)),)
+        return (
+            Chore("idempotency keys", IDEMPOTENCY_LOOK_SECONDS, lambda: idempotency.prune_all(self.database)),
+            Chore("deadlines", DEADLINE_LOOK_SECONDS, lambda: deadlines.announce(self.database, lead)),
+            Chore("uploads", UPLOADS_LOOK_SECONDS, lambda: sweep_uploads(self.bucket)),
+            Chore("silent", SILENT_LOOK_SECONDS, lambda: give_back_silent(self.database)),
+            Chore("sequence", SEQUENCE_LOOK_SECONDS, self.sequence, wakes=True),
+            Chore("disabled sinks", DEADLINE_LOOK_SECONDS, lambda: outbox.end_disabled(self.database)),
+            self._audit_chore(),
+        )
+
+    def _audit_chore(self) -> Chore:
+        chosen = self.settings
+        if chosen.audit_days is None:
+            return Chore("audit", AUDIT_OFF_LOOK_SECONDS, lambda: rolling.forget(self.database))
+        work = rolling.Rolling(
+            self.database,
+            self.bucket,
+            days=chosen.audit_days,
+            bytes_per_second=chosen.audit_bytes_per_second,
+            lease_seconds=chosen.lease_seconds,
+        )
+        return Chore("audit", AUDIT_LOOK_SECONDS, work.run)
 
     def worker(self, lanes: Sequence[Lane] | None = None) -> Worker:
         """A worker process's loop over all lanes, or over the given ones."""
@@ -180,6 +322,8 @@ class Parts:
 
     def close(self) -> None:
         """Close what was opened; nothing is opened to be closed."""
+        for sink in self.__dict__.get("sinks", {}).values():
+            sink.close()
         for name in ("fetcher", "kling", "database"):
             if name in self.__dict__:
                 getattr(self, name).close()

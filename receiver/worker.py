@@ -21,11 +21,14 @@ from storage import claims, workers
 from storage.circuit import Circuit
 from storage.database import Database
 from storage.errors import LostClaim, StoreUnavailable
+from storage.slots import Slots
 
 log = structlog.get_logger()
 
 # The safety net under the wake-up call, and how late a row may be that becomes due by time alone.
 IDLE_SECONDS = 0.5
+# What is not urgent waits this long for more of its kind: one transaction then serves many.
+LINGER_SECONDS = 0.1
 # Suspects (see claims.SUSPECT_LOSSES) are rare: looking once a second costs one index look-up.
 SUSPECT_LOOK_SECONDS = 1.0
 # A bug is retried with this cap: loud in the log, and cured by the next release without anyone's help.
@@ -38,7 +41,8 @@ DATABASE_AWAY_SECONDS = 1.0
 class Lane:
     """One kind of work: rows of `model` for which `where` holds, `threads` at a time, each handed to `work`.
 
-    `work_many`: takes up to `batch()` rows at once; a row that comes alone goes to `work`.
+    `work_many`: takes up to `batch()` rows at once; a row that comes alone goes to `work`. `linger_seconds`: between
+    claims, so that one transaction serves many rows where a moment does not matter.
     """
 
     name: str
@@ -46,18 +50,24 @@ class Lane:
     work: Callable[[Any], None]
     threads: int
     where: Sequence[Any] = ()
-    circuit: Circuit | None = None  # of the store that the work needs: open = nothing is claimed
+    circuit: Circuit | None = None  # of the store or provider that the work needs: open = nothing is claimed
     work_many: Callable[[list[Any]], None] | None = None
     batch: Callable[[], int] = lambda: 1
+    linger_seconds: float = 0
+    slots: Slots | None = None  # what its rows may be queued for: they are admitted where they are claimed
 
 
 @dataclass(frozen=True)
 class Chore:
-    """Something to look after now and then. Every worker process does it: several at once must be harmless."""
+    """Something to look after now and then. Every worker process does it: several at once must be harmless.
+
+    `wakes`: also soon after a commit.
+    """
 
     name: str
     every_seconds: float
     run: Callable[[], object]
+    wakes: bool = False
 
 
 class Worker:
@@ -125,8 +135,10 @@ class Worker:
         return len(rows)
 
     def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
+        queue = None if alone else lane.slots
         with self._database.read() as session:
-            if not claims.is_any_due(session, lane.model, where=lane.where):
+            is_due = claims.is_any_due(session, lane.model, where=lane.where)
+            if not is_due and not (queue and queue.is_any_next(session)):
                 return []
         if lane.circuit and not (limit := lane.circuit.allowance(limit)):
             return []
@@ -134,6 +146,8 @@ class Worker:
             if self._alone.is_set() and not alone:
                 return []
             with self._database.write() as session:
+                if queue is not None:
+                    queue.admit(session, limit)
                 rows: list[Any] = claims.claim(
                     session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
                 )
@@ -154,6 +168,8 @@ class Worker:
                     pool.submit(self._do, lane, rows).add_done_callback(lambda _: idle.release())
             if is_idle:
                 self._sleep(seen)
+            if lane.linger_seconds:
+                self._stop.wait(lane.linger_seconds)
         pool.shutdown(wait=False)
 
     def _claim_batches(self, lane: Lane, free: int) -> list[list[Any]]:
@@ -201,9 +217,9 @@ class Worker:
         except (LostClaim, StoreUnavailable):
             return
 
-    def _sleep(self, seen: int) -> None:
+    def _sleep(self, seen: int, seconds: float = IDLE_SECONDS) -> None:
         with self._wake:
-            self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), IDLE_SECONDS)
+            self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), seconds)
 
     def _alert(self) -> None:
         with self._wake:
@@ -256,13 +272,18 @@ class Worker:
 
     def _look_after(self, chore: Chore) -> None:
         while not self._stop.is_set():
+            seen = self._commits
             try:
                 chore.run()
             except StoreUnavailable as error:
                 log.warning("worker.database_away", chore=chore.name, error=str(error))
             except Exception:
                 log.exception("worker.bug", chore=chore.name)
-            self._stop.wait(chore.every_seconds)
+            if chore.wakes:
+                self._sleep(seen, chore.every_seconds)
+                self._stop.wait(LINGER_SECONDS)
+            else:
+                self._stop.wait(chore.every_seconds)
 
     def _look_for_suspects(self) -> None:
         while not self._stop.wait(SUSPECT_LOOK_SECONDS):

@@ -174,11 +174,13 @@ class AddressPolicy:
 
     `result_hosts`: empty = any public https host, else a host must be one of these or below one.
     `private_hosts`: (host, port) pairs that may be plain http, on another port than 443, or at a private address;
-    hosts in lower case, IPv6 without brackets. They need not be repeated in `result_hosts`.
+    hosts in lower case, IPv6 without brackets. They need not be repeated in `result_hosts`. `private_setting`: what
+    the list is called where people read of it.
     """
 
     result_hosts: tuple[str, ...] = ()
     private_hosts: frozenset[tuple[str, int]] = frozenset()
+    private_setting: str = "RECEIVER_PRIVATE_RESULT_HOSTS"
 
     def lists(self, host: str, port: int) -> bool:
         return (host, port) in self.private_hosts
@@ -309,9 +311,9 @@ def _literal(host: str) -> Address | None:
 
 def _refuse_unlisted(scheme: str, host: str, port: int, policy: AddressPolicy) -> None:
     if scheme != "https":
-        raise FetchRefused(f"{host} is not https and not on RECEIVER_PRIVATE_RESULT_HOSTS")
+        raise FetchRefused(f"{host} is not https and not on {policy.private_setting}")
     if port != HTTPS_PORT:
-        raise FetchRefused(f"{host}: port {port} is not 443 and not on RECEIVER_PRIVATE_RESULT_HOSTS")
+        raise FetchRefused(f"{host}: port {port} is not 443 and not on {policy.private_setting}")
     if not policy.allows(host):
         raise FetchRefused(f"{host} is not on RECEIVER_RESULT_HOSTS")
     if _literal(host) is not None:

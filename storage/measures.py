@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import func, literal_column
 from sqlmodel import Session, col, select
 
-from storage import deadlines, states, tasks
+from storage import deadlines, outbox, rolling, states, tasks
 from storage.database import clock
-from storage.models import Asset, Callback, Task
+from storage.models import Asset, Callback, Dispatch, Task
 from storage.states import ArchiveState, AssetState, CallbackState
 
 # Due for longer than this is late: idle workers take a row within a second.
@@ -30,7 +30,10 @@ class Measures:
     `due`: rows waiting for a worker now, `overdue`: for over a minute. `callbacks_expected`: tasks that ended in the
     day, asked for a callback and had five minutes to get it; `callbacks_lost`: those among them that a read told us
     and no callback has; `callbacks_late`: those whose callback came after a read had told; `late_seconds`: the longest
-    of those delays.
+    of those delays. `events_open`: events on their way to a sink, one for each; `oldest_event_seconds`: how long the
+    oldest of them has been; `events_dead`: those that were given up. `audit_…`: the audit in the workers: faults there
+    are now, files hashed in this round, how much of it is done (0 to 1), whether it takes longer than it may (0 or 1),
+    and the seconds since the last whole round ended, None = none has.
     """
 
     due: int
@@ -46,13 +49,21 @@ class Measures:
     callbacks_lost: int
     callbacks_late: int
     late_seconds: float
+    events_open: int
+    oldest_event_seconds: float
+    events_dead: int
+    audit_faults: int
+    audit_hashed: int
+    audit_share: float
+    audit_late: int
+    audit_age_seconds: float | None
 
     @property
     def callback_loss_rate(self) -> float:
         """Between 0 and 1; 0 when none was expected."""
         return self.callbacks_lost / self.callbacks_expected if self.callbacks_expected else 0.0
 
-    def as_dict(self) -> dict[str, int | float]:
+    def as_dict(self) -> dict[str, int | float | None]:
         return {**asdict(self), "callback_loss_rate": round(self.callback_loss_rate, 4)}
 
 
@@ -63,10 +74,17 @@ def measure(session: Session, *, deadline_seconds: float) -> Measures:
         **_waiting(session, now),
         **_ended(session, now),
         **_callbacks(session, now),
+        **_events(session, now),
+        **_audit(session),
         failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
         unmatched=_count(session, col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")),
         deadline_near=count_deadline_near(session, deadline_seconds),
     )
+
+
+def count_dead_events(session: Session) -> int:
+    """Events that a sink never took, one for each such sink."""
+    return _count(session, outbox.IS_DEAD)
 
 
 def count_deadline_near(session: Session, seconds: float) -> int:
@@ -101,6 +119,24 @@ def _ended(session: Session, now: datetime) -> dict[str, int]:
         "archived_day": sum(count for _, archive, count in rows if archive is ArchiveState.ARCHIVED),
         "incomplete_day": sum(count for _, archive, count in rows if archive is ArchiveState.INCOMPLETE),
         "failed_day": sum(count for state, _, count in rows if state is states.TaskState.FAILED),
+    }
+
+
+def _events(session: Session, now: datetime) -> dict[str, Any]:
+    waiting = select(func.count(), func.min(Dispatch.created_at)).where(outbox.IS_OPEN)
+    found, first = session.exec(waiting).one()
+    age = (now - first).total_seconds() if first else 0.0
+    return {"events_open": found, "oldest_event_seconds": age, "events_dead": count_dead_events(session)}
+
+
+def _audit(session: Session) -> dict[str, Any]:
+    stands = rolling.standing(session)
+    return {
+        "audit_faults": stands.faults,
+        "audit_hashed": stands.hashed,
+        "audit_share": stands.share,
+        "audit_late": int(stands.late),
+        "audit_age_seconds": stands.age_seconds,
     }
 
 

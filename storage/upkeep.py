@@ -16,10 +16,10 @@ from sqlalchemy import ColumnElement, CursorResult, and_, delete, exists, func, 
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
-from storage import states, tasks
+from storage import outbox, states, tasks
 from storage.database import clock
 from storage.events import EventName, record
-from storage.models import Asset, Callback, Event, Task
+from storage.models import Asset, Callback, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, Report, Step, TaskState
 
 # So many rows are changed in one transaction: some 10 ms, in which nobody else can write on SQLite.
@@ -93,6 +93,8 @@ def retry_files(
 
 def _hurry(session: Session, task: Task) -> Retried:
     """Whatever the task waits for, now."""
+    if task.queued_at is not None:
+        return Retried(reason="it waits for its turn: all slots of the account are held")
     if task.lease is not None or task.step is None:
         return Retried(reason="a worker is at it")
     task.due_at, task.attempts, task.losses = clock(), 0, 0  # type: ignore[assignment]
@@ -139,7 +141,7 @@ def failed_tasks(
         ~exists().where(col(Asset.task_id) == col(Task.id)),
     )
     mute = and_(col(Task.state) == TaskState.FAILED, col(Task.error) == silent, col(Task.provider_task_id).is_not(None))
-    parked = and_(col(Task.step).is_not(None), col(Task.due_at).is_(None))
+    parked = and_(col(Task.step).is_not(None), col(Task.due_at).is_(None), col(Task.queued_at).is_(None))
     found = select(Task.id).where(or_(empty, mute, parked), _not_dismissed(Task.note), *_failed_since(since))
     found = found.where(col(Task.deleted_at).is_(None))
     found = found.where(*_saying(func.coalesce(Task.error, Task.note), error))
@@ -280,7 +282,7 @@ def prunable(session: Session, before: datetime) -> list[Kind]:
     """What may be forgotten of the time before `before`: nothing of a task that is not over, and nothing that waits.
 
     A delivery to the account's own URL does not say whose it is: it is kept while any task is not over that was
-    there when it came.
+    there when it came. An event that a sink has not got yet is kept, and one that has no number: no reader saw it.
     """
     oldest = session.exec(select(func.min(Task.created_at)).where(~IS_OVER)).one()
     unnamed = col(Callback.received_at) < min(before, oldest or before)
@@ -291,11 +293,18 @@ def prunable(session: Session, before: datetime) -> list[Kind]:
         or_(col(Callback.task_id).is_not(None), unnamed),
         _is_over(Callback.task_id),
     )
-    told = and_(col(Event.at) < before, _is_over(Event.task_id))
+    told = and_(
+        col(Event.at) < before,
+        col(Event.seq).is_not(None),
+        _is_over(Event.task_id),
+        ~exists().where(col(Dispatch.event_id) == col(Event.id), outbox.IS_OPEN),
+    )
+    of_told = exists().where(col(Event.id) == col(Dispatch.event_id), told)
     ended_at = func.coalesce(Task.archived_at, Task.completed_at, Task.created_at)
     asked = and_(IS_OVER, ended_at < before, col(Task.request) != {})
     return [
         Kind("deliveries", Callback, settled),
+        Kind("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_told)),
         Kind("events", Event, told),
         Kind("requests", Task, asked, {"request": {}}),
     ]

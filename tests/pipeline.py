@@ -6,6 +6,8 @@ import hashlib
 import json
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -69,7 +71,7 @@ class Web:
         chosen = parts.settings
         web = app.build(
             parts.database, parts.providers, parts.tokens, parts.schedule,
-            bucket=parts.bucket, metrics_token=chosen.metrics_token,
+            bucket=parts.bucket, metrics_token=chosen.metrics_token, gateway=parts.gateway, stream=parts.stream,
         )  # fmt: skip
         self._server = _Server(web_config(web, chosen.host, chosen.port), None)
         self._server.capture_signals = _no_signals  # type: ignore[method-assign] # only the main thread may
@@ -98,6 +100,19 @@ def run(parts: Parts, *lanes: str) -> int:
     chosen = [lane for lane in parts.lanes() if lane.name in lanes]
     assert len(chosen) == len(lanes)
     return parts.worker(chosen).run_until_idle()
+
+
+@contextmanager
+def working(parts: Parts) -> Iterator[None]:
+    """A worker as it runs in its process, in a thread of the test."""
+    worker = parts.worker()
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        worker.stop()
+        thread.join(30)
 
 
 def hurry(parts: Parts, *models: Any) -> None:

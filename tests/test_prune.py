@@ -14,13 +14,15 @@ from receiver.operate import Operator
 from storage import upkeep
 from storage.database import Database
 from storage.events import EventName, record
-from storage.models import Asset, Callback, Event, Task
-from storage.states import ArchiveState, CallbackState, Step, TaskState
+from storage.models import Asset, Callback, Dispatch, Event, Task
+from storage.outbox import Subscription, sequence_all
+from storage.states import ArchiveState, CallbackState, DispatchState, Step, TaskState
 from storage.tasks import Schedule
 from tests.rows import LONG_AGO, new_asset, new_task, stored
 
 RETENTION = timedelta(days=30)
 DONE = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVED, "step": None, "due_at": None}
+ARCHIVED = Subscription("hook", frozenset({EventName.TASK_ARCHIVED}))
 WAITS = {"state": TaskState.PROCESSING, "step": Step.READ}
 
 
@@ -30,7 +32,7 @@ def operator(database: Database) -> Operator:
 
 
 def old(database: Database, **values: Any) -> Task:
-    """A task with one delivery, one event besides its creation, its request and one file, all long ago."""
+    """A task with one delivery, its creation and an event that was sent, its request and one file, all long ago."""
     with database.write() as session:
         task = new_task(session, request={"prompt": "a boat"}, request_hash="h", **DONE | values)
         new_asset(session, task, 0, due_at=None)
@@ -38,7 +40,15 @@ def old(database: Database, **values: Any) -> Task:
         record(session, EventName.TASK_ARCHIVED, task.id)
         session.flush()
         session.execute(update(Event).values(at=LONG_AGO))
+    sequence_all(database, [ARCHIVED])
+    dispatch(database, DispatchState.DELIVERED)
     return task
+
+
+def dispatch(database: Database, state: DispatchState) -> None:
+    """What became of the events that are on their way."""
+    with database.write() as session:
+        session.execute(update(Dispatch).values(state=state, due_at=None))
 
 
 def delivery(task_id: uuid.UUID | None, **values: Any) -> Callback:
@@ -48,17 +58,22 @@ def delivery(task_id: uuid.UUID | None, **values: Any) -> Callback:
 
 def left(database: Database) -> dict[str, int]:
     with database.read() as session:
-        tables = {"deliveries": Callback, "events": Event, "tasks": Task, "files": Asset}
+        tables = {"deliveries": Callback, "dispatches": Dispatch, "events": Event, "tasks": Task, "files": Asset}
         return {name: session.exec(select(func.count()).select_from(model)).one() for name, model in tables.items()}
 
 
 def test_what_is_over_and_old_is_forgotten_and_its_catalogue_stays(database: Database, operator: Operator) -> None:
     task = old(database)
-    assert dict(operator.prune(RETENTION).counts) == {"deliveries": 1, "events": 2, "requests": 1}
-    assert left(database) == {"deliveries": 0, "events": 0, "tasks": 1, "files": 1}
+    assert dict(operator.prune(RETENTION).counts) == {
+        "deliveries": 1,
+        "dispatches": 1,
+        "events": 2,
+        "requests": 1,
+    }
+    assert left(database) == {"deliveries": 0, "dispatches": 0, "events": 0, "tasks": 1, "files": 1}
     row = stored(database, task)
     assert (row["request"], row["request_hash"]) == ({}, "h")
-    assert dict(operator.prune(RETENTION).counts) == {"deliveries": 0, "events": 0, "requests": 0}
+    assert operator.prune(RETENTION).counts.total() == 0
 
 
 @pytest.mark.parametrize(
@@ -117,3 +132,20 @@ def test_it_goes_on_batch_by_batch(database: Database, operator: Operator, monke
         session.add_all([delivery(unfinished.id)])
     assert operator.prune(RETENTION).counts["deliveries"] == 5
     assert left(database)["deliveries"] == 4
+
+
+@pytest.mark.parametrize(("state", "gone"), [(DispatchState.DEAD, 2), (DispatchState.DUE, 1)])
+def test_an_event_stays_while_a_sink_may_still_get_it(
+    database: Database, operator: Operator, state: DispatchState, gone: int
+) -> None:
+    old(database)
+    dispatch(database, state)
+    counts = operator.prune(RETENTION).counts
+    assert (counts["dispatches"], counts["events"]) == (gone - 1, gone)
+
+
+def test_an_event_without_a_number_was_seen_by_no_reader(database: Database, operator: Operator) -> None:
+    old(database)
+    with database.write() as session:
+        session.execute(update(Event).values(seq=None))
+    assert operator.prune(RETENTION).counts["events"] == 0

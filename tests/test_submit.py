@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 import uuid
 from datetime import timedelta
@@ -13,7 +14,7 @@ from sqlmodel import update
 
 from receiver.providers.kling import Kling
 from receiver.sandbox import Sandbox
-from receiver.submit import Conflict
+from receiver.submit import NOT_FOUND_AGAIN_SECONDS, UNREAD_TRIES, Conflict
 from receiver.wiring import Parts
 from receiver.worker import Worker
 from storage.models import Task
@@ -291,6 +292,46 @@ def test_where_tasks_cannot_be_read_the_list_tells_whether_it_arrived(
     task = go_on(parts)
     assert (task.state is TaskState.SUBMITTED, task.missed_at is None) == (arrived, arrived)
     assert len(creates(sandbox)) == 1
+
+
+def test_a_look_up_that_never_answers_is_loud_after_an_hour(
+    parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sandbox.set(create_faults=["5000:created"], query_faults=["5001"] * 2)
+    ask(parts)
+    go_on(parts)
+    assert "task.create_overdue" not in capsys.readouterr().out
+    long_tried = {"created_at": parts.database.now() - timedelta(hours=1), "attempts": 5}
+    assert go_on(parts, **long_tried).state is TaskState.CREATED
+    assert "task.create_overdue" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["5001", "1002"])
+def test_a_look_up_that_never_answers_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+    sandbox.set(create_faults=["5000:created"], query_faults=[fault] * 2)
+    ask(parts)
+    lifetime = timedelta(seconds=parts.settings.result_lifetime_seconds)
+    assert go_on(parts, sent_at=parts.database.now() - lifetime + timedelta(minutes=1)).state is TaskState.CREATED
+    ended = go_on(parts, sent_at=parts.database.now() - lifetime)
+    assert (ended.state, ended.step, ended.due_at) == (TaskState.FAILED, None, None)
+    assert "no answer whether it arrived" in (ended.error or "")
+    assert ask(parts, adopt=True).state is TaskState.SUBMITTED
+
+
+def test_one_that_exists_and_can_never_be_read_ends(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
+    ask(parts)
+    assert go_on(parts, missed_at=LONG_AGO).state is TaskState.CREATED
+    task = go_on(parts, attempts=UNREAD_TRIES - 1, missed_at=LONG_AGO)
+    assert (task.state, task.step) == (TaskState.FAILED, None)
+    assert "--adopt" in (task.error or "")
+
+
+def test_a_create_that_fails_again_and_again_is_sent_less_and_less(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["5000"])
+    ask(parts)
+    random.seed(7)  # full jitter: now and then a wait is short
+    assert due_in(parts, go_on(parts, attempts=20)) > 4 * NOT_FOUND_AGAIN_SECONDS
 
 
 @pytest.mark.parametrize("arrived", [True, False])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,12 +33,34 @@ def submit(
     ] = None,
     external_task_id: Annotated[str | None, typer.Option(help="Your own id.", show_default="a fresh UUID")] = None,
     adopt: Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")] = False,
+    batch_file: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="FILE", help="Ask for all requests of a JSON lines or CSV file (- for stdin)."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the batch; ids are made from it.", show_default="the file's name")
+    ] = None,
+    format: Annotated[
+        Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check a batch and say what it would cost.")] = False,
+    prices: Annotated[
+        Path | None, typer.Option(help="Price table for --dry-run, as JSON.", show_default="Kling's of 2026-09")
+    ] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="Write a batch's final report, JSON or .csv. Repeatable.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the task as JSON.")] = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Ask for pictures. Prints the external id; with --wait also the s3:// addresses of what was archived."""
+    """Ask for pictures. Prints the external id; with --wait also the s3:// addresses of what was archived.
+
+    --batch checks a whole file and puts all of it in, or lists every fault and sends nothing. The same file and name
+    again go on with what is missing; paying again takes another --name.
+    """
     from receiver import config, process, telemetry
+    from receiver.commands import batch
     from receiver.wiring import Parts
 
     fields = {
@@ -53,7 +75,17 @@ def submit(
         "aspect_ratio": aspect_ratio,
         "watermark_info": None if watermark is None else {"enabled": watermark},
     }
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {field: value for field, value in fields.items() if value is not None}
+    if batch_file is not None:
+        if given or request or external_task_id or adopt:
+            raise typer.BadParameter("the file says what to ask for: give no field beside it", param_hint="--batch")
+        batch.submit(
+            batch_file, name=name, format=format, dry_run=dry_run, prices=prices, report=report or (),
+            wait=wait, as_json=as_json, allow_http=allow_http,
+        )  # fmt: skip
+        return
+    if name or format or dry_run or prices or report:
+        raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
     settings = config.load(allow_http=allow_http or None)
     telemetry.configure("warning", settings.log_format)
     parts = Parts(settings)
@@ -100,6 +132,8 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
     submitted = parts.submitter.submit(request, external_task_id=external_task_id, adopt=adopt)
     if not submitted.new:
         typer.echo("the same request was submitted before; nothing was sent", err=True)
+    elif submitted.task.queued_at is not None:
+        typer.echo("all slots of the account are held: a worker sends it when its turn comes", err=True)
     return submitted.task
 
 

@@ -34,7 +34,8 @@ def status(
         typer.echo(json.dumps(links, indent=1) if as_json else "\n".join(link["url"] for link in links))
     elif external_task_id is None and as_json:
         found = [waiting.report(parts, task.external_task_id) for task in waiting.latest(parts, limit)]
-        typer.echo(json.dumps({"summary": waiting.measured(parts).as_dict(), "tasks": found}, indent=1))
+        audit = waiting.audited(parts).as_json()
+        typer.echo(json.dumps({"summary": waiting.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1))
     elif external_task_id is None:
         waiting.show_latest(parts, limit, Console())
     elif as_json:

@@ -41,8 +41,8 @@ def _slots_and_batches() -> None:
     op.add_column("task", sa.Column("batch_id", sa.Uuid(), nullable=True))
     op.add_column("task", sa.Column("batch_line", sa.Integer(), nullable=True))
     op.create_index("task_batch", "task", ["batch_id"], unique=False)
-    partial_index("task_queued", "task", "queued_at", "queued_at IS NOT NULL")
-    partial_index("task_slots", "task", "provider", "slots > 0")
+    partial_index("task_queued", "task", "queued_at", condition="queued_at IS NOT NULL")
+    partial_index("task_slots", "task", "provider", condition="slots > 0")
 
 
 def _gateway() -> None:
@@ -65,13 +65,16 @@ def _events() -> None:
     op.drop_column("event", "xact")
     op.add_column("event", sa.Column("seq", sa.BigInteger(), nullable=True))
     op.create_index("event_seq", "event", ["seq"], unique=True)
-    partial_index("event_unsequenced", "event", "id", "seq IS NULL")
+    partial_index("event_unsequenced", "event", "id", condition="seq IS NULL")
     op.create_table(
         "counter",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("name"),
     )
+    # What was true before there were sinks is told to none of them.
+    op.execute("UPDATE event SET seq = id")
+    op.execute("INSERT INTO counter (name, value) SELECT 'event', coalesce(max(id), 0) FROM event")
     op.create_table(
         "sink",
         sa.Column("name", sa.Text(), nullable=False),
@@ -97,11 +100,12 @@ def _events() -> None:
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("sink", "event_id", name="dispatch_once"),
     )
-    partial_index("dispatch_due", "dispatch", "due_at", "due_at IS NOT NULL")
-    partial_index("dispatch_open", "dispatch", "task_id", "state = 'due'")
+    partial_index("dispatch_due", "dispatch", "sink", "due_at", condition="due_at IS NOT NULL")
+    partial_index("dispatch_dead", "dispatch", "sink", condition="state = 'dead'")
+    partial_index("dispatch_open", "dispatch", "task_id", condition="state = 'due'")
     op.create_index("dispatch_event", "dispatch", ["event_id"], unique=False)
 
 
-def partial_index(name: str, table: str, column: str, condition: str) -> None:
+def partial_index(name: str, table: str, *columns: str, condition: str) -> None:
     where = sa.text(condition)
-    op.create_index(name, table, [column], unique=False, postgresql_where=where, sqlite_where=where)
+    op.create_index(name, table, list(columns), unique=False, postgresql_where=where, sqlite_where=where)

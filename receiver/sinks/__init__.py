@@ -1,0 +1,1 @@
+"""Where events go: each module is one kind of `receiver.notify.Sink`."""

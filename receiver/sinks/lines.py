@@ -1,0 +1,73 @@
+"""Events as JSON lines: to a file, on the disk before they count, or to standard output.
+
+Each batch opens the file anew, so that logrotate may move it at any time. Several processes may write to the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from receiver.notify import Message, NotTried, Outcome, SinkUnavailable
+
+# One flush to the disk for so many.
+BATCH = 100
+STDOUT = 1
+
+
+class Lines:
+    """A `receiver.notify.Sink`. `path`: None = standard output, where a line counts once it is written."""
+
+    batch = BATCH
+    threads = 1
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def send(self, messages: Sequence[Message]) -> list[Outcome]:
+        """All or nothing: after a failure the same lines come again, whatever part of them had been written."""
+        lines = b"".join(message.body + b"\n" for message in messages)
+        try:
+            with self._opened() as file:
+                _write(file, lines)
+        except OSError as error:
+            failed = SinkUnavailable(f"{self._path or 'standard output'}: {error.strerror}")
+            return [failed, *(NotTried("not tried") for _ in messages[1:])]
+        return [None] * len(messages)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if self._path is None:
+            yield STDOUT
+            return
+        # Not blocking: a pipe that nobody reads would hold this thread for ever.
+        flags = os.O_APPEND | os.O_CREAT | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.open(self._path, flags, 0o640)
+        try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _end_torn_line(file)
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def close(self) -> None: ...
+
+
+def _end_torn_line(file: int) -> None:
+    """A disk that was full, or a crash, may have left half a line: ours begins on a new one."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        _write(file, b"\n")
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
