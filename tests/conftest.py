@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import certifi
 import pytest
+import structlog
+from structlog._config import BoundLoggerLazyProxy
 
 from receiver.sandbox import Knobs, Sandbox
 from receiver.sandbox.seaweed import Seaweed
 from receiver.wiring import Parts
 from storage import migrations
 from storage.database import Database
+from tests import manifests
 from tests.pipeline import Web, Wired, settings_for
-from tests.postgres import Postgres
+from tests.postgres import MigratedDatabases, Postgres
 
 if TYPE_CHECKING:
     from storage.objects import Bucket
@@ -36,6 +42,19 @@ def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certifi, "where", lambda: str(first))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_logs() -> Iterator[None]:
+    """A test that configures logging does so for itself: later loggers must not write to its closed streams."""
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
+        for module in list(sys.modules.values()):
+            logger = vars(module).get("log")
+            if isinstance(logger, BoundLoggerLazyProxy):
+                vars(logger).pop("bind", None)  # where `cache_logger_on_first_use` keeps what it made
+        logging.getLogger().handlers.clear()
 
 
 @pytest.fixture(scope="session")
@@ -73,10 +92,10 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory, migrate: Callable[
 
 
 @pytest.fixture(scope="session")
-def migrated_postgresql(postgres: Postgres, migrate: Callable[[str], None]) -> str:
-    """The name of a migrated database to copy."""
-    migrate(postgres.create_database("migrated"))
-    return "migrated"
+def migrated_databases(postgres: Postgres, migrate: Callable[[str], None]) -> MigratedDatabases:
+    """Empty databases with the current schema."""
+    migrate(postgres.create_database(MigratedDatabases.template))
+    return MigratedDatabases(postgres)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -91,7 +110,7 @@ def database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: P
         shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "receiver.db")
         yield f"sqlite:///{tmp_path / 'receiver.db'}"
     else:
-        yield from fresh_postgresql(request.getfixturevalue("postgres"), request.getfixturevalue("migrated_postgresql"))
+        yield from request.getfixturevalue("migrated_databases").lend()
 
 
 @pytest.fixture
@@ -108,14 +127,10 @@ def empty_database_url(database_kind: str, request: pytest.FixtureRequest, tmp_p
     if database_kind == "sqlite":
         yield f"sqlite:///{tmp_path / 'empty.db'}"
     else:
-        yield from fresh_postgresql(request.getfixturevalue("postgres"), "template0")
-
-
-def fresh_postgresql(server: Postgres, template: str) -> Iterator[str]:
-    name = f"test_{uuid.uuid4().hex}"
-    yield server.create_database(name, template)
-    if server.process:
-        server.drop_database(name)
+        server, name = request.getfixturevalue("postgres"), f"test_{uuid.uuid4().hex}"
+        yield server.create_database(name)
+        if server.process:
+            server.drop_database(name)
 
 
 def s3_variables(seaweed: Seaweed) -> dict[str, str]:
@@ -147,18 +162,27 @@ def store(seaweed: Seaweed) -> Bucket:
 
 
 @pytest.fixture
-def bucket(store: Bucket, s3_environment: dict[str, str], request: pytest.FixtureRequest) -> Bucket:
-    """The run's bucket under a prefix that only this test uses."""
+def bucket(store: Bucket, s3_environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Bucket]:
+    """The run's bucket under a prefix that only this test uses; its manifests are looked into when the test is over."""
     own = copy.copy(store)
     own.prefix = f"{re.sub(r'[^A-Za-z0-9]+', '-', request.node.name)[:60]}-{uuid.uuid4().hex[:8]}/"
-    return own
+    yield own
+    manifests.check(own)
+
+
+@pytest.fixture(scope="session")
+def endings() -> Iterator[ThreadPoolExecutor]:
+    """Where servers end that nobody needs any more: uvicorn takes a fifth of a second to end, of sleep alone."""
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
 
 
 @pytest.fixture
-def sandbox() -> Iterator[Sandbox]:
+def sandbox(endings: ThreadPoolExecutor) -> Iterator[Sandbox]:
     """A provider that answers at once and draws small pictures."""
-    with Sandbox(knobs=Knobs(picture_bytes=20_000, submitted_seconds=0, processing_seconds=0)) as server:
-        yield server
+    server = Sandbox(knobs=Knobs(picture_bytes=20_000, submitted_seconds=0, processing_seconds=0)).start()
+    yield server
+    endings.submit(server.stop)
 
 
 @pytest.fixture
@@ -189,3 +213,33 @@ def web(parts: Parts) -> Iterator[Web]:
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: a third of the run is waiting for processes to start and for time to pass."""
     return (os.cpu_count() or 1) + 1
+
+
+@pytest.fixture(scope="session")
+def sqs_server() -> Iterator[str]:
+    """A real server of SQS's protocol, on loopback."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def queues(sqs_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A client of it, with credentials that boto3's own chain finds in this test."""
+    import boto3
+
+    nothing = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "eu-central-1"}
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name, value in {**nothing, **keys}.items():
+        monkeypatch.setenv(name, value)
+    opened = boto3.client("sqs", endpoint_url=sqs_server)
+    yield opened
+    opened.close()

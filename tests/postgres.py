@@ -16,7 +16,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -161,6 +162,63 @@ class Postgres:
 
     def _log(self) -> str:
         return self._log_path.read_text(errors="replace")[-3_000:]
+
+
+class MigratedDatabases:
+    """Databases with the current schema and nothing in them, each lent to one test at a time.
+
+    Emptying one takes a third of the time that copying the template takes, and there are fifteen hundred tests.
+    """
+
+    template = "migrated"
+
+    def __init__(self, server: Postgres) -> None:
+        self._server = server
+        self._schema = self._schema_of(self.template)
+        self._idle: list[str] = []
+
+    def lend(self) -> Iterator[str]:
+        """The URL of one; it comes back when the iterator goes on."""
+        name = self._idle.pop() if self._idle else self._copy()
+        yield self._server.url(name)
+        if self._server.process is None:
+            return
+        if self._schema_of(name) == self._schema:
+            self._empty(name)
+            self._idle.append(name)
+        else:
+            self._server.drop_database(name)
+
+    def _copy(self) -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        self._server.create_database(name, self.template)
+        return name
+
+    def _schema_of(self, name: str) -> str:
+        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
+            connection.execute(DISCONNECT_OTHERS)
+            with contextlib.suppress(psycopg.errors.UndefinedTable):
+                return str(connection.execute(SCHEMA).fetchone())
+        return "not even a version"
+
+    def _empty(self, name: str) -> None:
+        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
+            connection.execute(EMPTY)
+
+
+DISCONNECT_OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+SCHEMA = """SELECT (SELECT string_agg(relname || '.' || attname, ' ' ORDER BY relname, attname)
+                    FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+                    WHERE relnamespace = 'public'::regnamespace AND attnum > 0),
+                   (SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal),
+                   (SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace),
+                   (SELECT string_agg(version_num, ' ') FROM alembic_version)"""
+EMPTY = """DO $$ BEGIN
+EXECUTE (SELECT 'TRUNCATE ' || string_agg(quote_ident(tablename), ', ') || ' RESTART IDENTITY' FROM pg_tables
+         WHERE schemaname = 'public' AND tablename NOT IN ('alembic_version', 'counter'));
+UPDATE counter SET value = 0;
+END $$"""
 
 
 def reachable_binaries(folder: Path) -> Path:

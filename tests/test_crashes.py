@@ -315,6 +315,7 @@ def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
         give_other_bytes(parts, held, other)
         sandbox.set(cdn_seconds=0)
         wait_until(lambda: parts.worker().run_until_idle() and is_over(task_of(parts, "two")))
+        parts.sequence()  # the woken one's chores give the facts their numbers, which is no harm
         before = rows_of(parts), kept(parts)
         process.send_signal(signal.SIGCONT)
         process.send_signal(signal.SIGTERM)  # it ends what it has in hand

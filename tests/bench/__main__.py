@@ -1,0 +1,68 @@
+"""All benchmarks, side by side with their references, and a table at the end. See README.md beside this file.
+
+.venv/bin/python -m tests.bench                        three rounds of all twelve rows
+.venv/bin/python -m tests.bench --rows 4,6 --rounds 5 --json figures.json
+.venv/bin/python -m tests.bench --smoke                one small round, which judges nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from tests.bench import acks, latency, pictures, settling, start, table
+from tests.bench.table import Row, Sample
+
+LARGE, SMALL = 3_000_000, 100_000
+BARE = "bare Starlette endpoint"
+
+
+def _acks(kind: str) -> partial[Sample]:
+    return partial(acks.per_second, kind)
+
+
+ROWS = [
+    Row("1", "durable acknowledgements, SQLite", BARE, "/s", 0.75, "at least", _acks("sqlite")),
+    Row("2", "durable acknowledgements, PostgreSQL", BARE, "/s", 0.65, "at least", _acks("postgresql")),
+    Row("3", "p99 at half of our rate", f"{BARE}, same rate", "ms", 3, "at most", acks.p99_at_half_rate),
+    Row("4", "archived 3 MB pictures", "rclone copyurl", "/s", 1.2, "at least",
+        lambda small: pictures.against_rclone(LARGE, 120, small)),
+    Row("5", "archived 100 KB pictures", "rclone copyurl", "/s", 1.2, "at least",
+        lambda small: pictures.against_rclone(SMALL, 600, small)),
+    Row("6", "CPU per archived 3 MB picture", "rclone copyurl", "ms", 1.3, "at most",
+        lambda small: pictures.against_rclone(LARGE, 120, small, cpu=True)),
+    Row("7", "callback to object, idle, 3 MB", "curl GET + curl PUT", "ms", 2, "at most", latency.callback_to_object),
+    Row("8", "peak memory, 8 files of 100 MB at once", "the idle worker", "MB", 128, "at most", pictures.memory),
+    Row("9", "claims and settlings beside 1,000,000 rows", "beside 1,000 rows", "/s", 0.85, "at least",
+        settling.per_second),
+    Row("10", "2, 4, 8 workers of one thread, PostgreSQL", "one worker, linear", "/s", 0.9, "at least",
+        pictures.scaling),
+    Row("11", "ack p99 beside 8 busy archive threads", "idle archive", "ms", 2, "at most", acks.p99_beside_archive),
+    Row("12a", "receiver serve to ready", "imports, one client", "s", 1.5, "at most", start.serve_to_ready),
+    Row("12b", "receiver --help", "import typer", "s", 2, "at most", start.help_to_end),
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", help="only these, as 1,2,12a")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="one small round of each; judges nothing")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    given = parser.parse_args()
+    wanted = given.rows.split(",") if given.rows else [row.name for row in ROWS]
+    rows = [row for row in ROWS if row.name in wanted]
+    if len(rows) < len(wanted):
+        parser.error(f"rows are {', '.join(row.name for row in ROWS)}")
+    results = list(table.run(rows, 1 if given.smoke else given.rounds, small=given.smoke))
+    print(table.show(results))  # noqa: T201
+    if given.json:
+        given.json.write_text(table.as_json(results) + "\n")
+    if not given.smoke and not all(result.is_met for result in results):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

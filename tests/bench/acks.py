@@ -1,0 +1,55 @@
+"""Rows 1, 2, 3 and 11: acknowledgements through real HTTP, each only after its commit."""
+
+from __future__ import annotations
+
+import statistics
+from contextlib import ExitStack
+
+from tests.bench import pictures, stage
+from tests.bench.table import Sample
+
+
+def per_second(kind: str, small: bool) -> Sample:
+    """Distinct callbacks over 64 connections, as fast as they are answered: ours, the bare endpoint."""
+    seconds = 0.5 if small else 5.0
+    with stage.folder() as place:
+        with stage.bare(place) as port:
+            reference = stage.load(port, seconds=seconds)["per_second"]
+        with stage.database(kind, place) as url, stage.served(stage.environment(url), place) as port:
+            ours = stage.load(port, seconds=seconds)["per_second"]
+    return Sample(ours, reference)
+
+
+def p99_at_half_rate(small: bool) -> Sample:
+    """p99 in milliseconds at half of our own maximum rate: ours, the bare endpoint at the same rate."""
+    seconds = 0.5 if small else 5.0
+    with stage.folder() as place, ExitStack() as stack:
+        url = stack.enter_context(stage.database("sqlite", place))
+        port = stack.enter_context(stage.served(stage.environment(url), place))
+        rate = stage.load(port, seconds=seconds)["per_second"] / 2
+        ours = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
+        stack.close()
+        with stage.bare(place) as port:
+            reference = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
+    return Sample(ours * 1e3, reference * 1e3)
+
+
+def p99_beside_archive(small: bool) -> Sample:
+    """p99 in milliseconds at 200 a second with 8 archive threads busy, and with an idle archive."""
+    seconds, rate = (0.5, 100) if small else (6.0, 200)
+    with stage.folder() as place, ExitStack() as stack:
+        source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))
+        found = stack.enter_context(stage.seaweed(place))
+        url = stack.enter_context(stage.database("sqlite", place))
+        variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
+        port = stack.enter_context(stage.served(variables, place))
+        stack.enter_context(stage.workers(variables, place))
+        idle = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
+        due = pictures.plant(url, source, 40 if small else 400)
+        busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=0.5)["waits"])
+        assert small or pictures.count_archived(url) < due, "the archive was done before the measurement was"
+    return Sample(busy * 1e3, idle * 1e3)
+
+
+def p99(waits: list[float]) -> float:
+    return statistics.quantiles(waits, n=100)[98]

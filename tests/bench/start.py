@@ -1,0 +1,50 @@
+"""Row 12: how long it takes to start."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import subprocess
+import sys
+import time
+
+from tests.bench import stage
+from tests.bench.table import Sample
+from tests.harness import wait_until
+from tests.pipeline import free_port
+
+IMPORTS = "import boto3, sqlmodel, starlette, uvicorn; boto3.client('s3', region_name='us-east-1')"
+LOOK_SECONDS = 0.01
+
+
+def serve_to_ready(small: bool) -> Sample:
+    """Seconds from `receiver serve` to its first 200 on /readyz; and of a process that imports and makes a client."""
+    del small
+    with stage.folder() as place, stage.database("sqlite", place) as url:
+        port = free_port()
+        variables = stage.environment(url, RECEIVER_PORT=str(port), RECEIVER_WORKERS="0")
+        started = time.perf_counter()
+        with stage.running([sys.executable, "-m", "receiver", "serve"], variables, place):
+            wait_until(lambda: _is_ready(port), seconds=stage.START_SECONDS, every=LOOK_SECONDS)
+            ours = time.perf_counter() - started
+        return Sample(ours, _timed([sys.executable, "-c", IMPORTS]))
+
+
+def help_to_end(small: bool) -> Sample:
+    """Seconds of `receiver --help`, and of a process that imports typer."""
+    del small
+    return Sample(_timed([sys.executable, "-m", "receiver", "--help"]), _timed([sys.executable, "-c", "import typer"]))
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    return False
+
+
+def _timed(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    return time.perf_counter() - started

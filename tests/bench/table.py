@@ -1,0 +1,105 @@
+"""What is measured, how the rounds are interleaved, and how the table is printed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Judgement = Literal["at least", "at most"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One round: ours and the reference, measured right after each other. `value` decides; default ours / reference."""
+
+    ours: float
+    reference: float
+    value: float | None = None
+
+    @property
+    def figure(self) -> float:
+        return self.ours / self.reference if self.value is None else self.value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure. `measure(small)` is one round of it; `small` for the smoke form, which judges nothing."""
+
+    name: str
+    title: str
+    reference: str
+    unit: str
+    goal: float
+    judgement: Judgement
+    measure: Callable[[bool], Sample]
+
+
+@dataclass
+class Result:
+    row: Row
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def figure(self) -> float:
+        return statistics.median(sample.figure for sample in self.samples)
+
+    @property
+    def is_met(self) -> bool:
+        row = self.row
+        return self.figure >= row.goal if row.judgement == "at least" else self.figure <= row.goal
+
+    def as_json(self) -> dict[str, Any]:
+        figures = [sample.figure for sample in self.samples]
+        return {
+            "row": self.row.name,
+            "title": self.row.title,
+            "reference": self.row.reference,
+            "unit": self.row.unit,
+            "ours": [sample.ours for sample in self.samples],
+            "against": [sample.reference for sample in self.samples],
+            "figure": {"median": self.figure, "least": min(figures), "most": max(figures)},
+            "goal": f"{self.row.judgement} {self.row.goal:g}",
+            "met": self.is_met,
+        }
+
+    def line(self) -> str:
+        figures = [sample.figure for sample in self.samples]
+        ours = statistics.median(sample.ours for sample in self.samples)
+        against = statistics.median(sample.reference for sample in self.samples)
+        goal = f"{'≥' if self.row.judgement == 'at least' else '≤'} {self.row.goal:g}"
+        spread = f"{min(figures):.2f}–{max(figures):.2f}"
+        return (f"{self.row.name:>4}  {self.row.title:<46} {ours:>10.2f} {against:>10.2f} {self.row.unit:<8} "
+                f"{self.figure:>6.2f}  {spread:>11}  {goal:>7}  {'met' if self.is_met else 'NOT MET'}")  # fmt: skip
+
+
+HEADING = (
+    f"{'row':>4}  {'measure':<46} {'ours':>10} {'reference':>10} {'unit':<8} {'figure':>6}  {'spread':>11}  {'goal':>7}"
+)
+
+
+def run(rows: Sequence[Row], rounds: int, *, small: bool = False) -> Iterator[Result]:
+    """Every row once, then every row again: what the machine does meanwhile falls on all alike."""
+    results = [Result(row) for row in rows]
+    for number in range(rounds):
+        for result in results:
+            started = time.monotonic()
+            result.samples.append(result.row.measure(small))
+            say(f"round {number + 1}/{rounds}, row {result.row.name}: {result.samples[-1].figure:.2f} "
+                f"({time.monotonic() - started:.0f} s)")  # fmt: skip
+    yield from results
+
+
+def say(words: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {words}", flush=True)  # noqa: T201
+
+
+def show(results: Sequence[Result]) -> str:
+    return "\n".join([HEADING, *(result.line() for result in results)])
+
+
+def as_json(results: Sequence[Result]) -> str:
+    return json.dumps([result.as_json() for result in results], indent=1)
