@@ -17,9 +17,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # drawing boxes would take longer than all the rest of `--help`
     help="Ask an image model, never lose its callback, keep every picture byte for byte in S3-compatible storage.\n\n"
-    "New here? [bold]receiver demo[/bold] shows everything working on this machine, without an account.",
+    "New here? `receiver demo` shows everything working on this machine, without an account.",
 )
 VERBS: tuple[Callable[..., None], ...] = (
     *(run.serve, run.work, ask.submit, look.status, check.check, run.migrate, try_.sandbox, try_.demo),

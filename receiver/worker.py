@@ -90,7 +90,7 @@ class Worker:
         self._stop = threading.Event()
         self._wake = threading.Condition()
         self._commits = 0
-        self._held: dict[tuple[str, Any], tuple[Lane, Any]] = {}
+        self._held: dict[tuple[str, Any, uuid.UUID], tuple[Lane, Any]] = {}
         self._held_lock = threading.Lock()
         self._stranded: list[Any] = []
         self._alone = threading.Event()
@@ -152,7 +152,7 @@ class Worker:
                     session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
                 )
             with self._held_lock:
-                self._held.update({(lane.name, row.id): (lane, row) for row in rows})
+                self._held.update({_claim_of(lane, row): (lane, row) for row in rows})
         return rows
 
     def _feed(self, lane: Lane) -> None:
@@ -191,7 +191,7 @@ class Worker:
         return []
 
     def _do(self, lane: Lane, rows: list[Any]) -> None:
-        ids = [str(row.id) for row in rows]
+        ids, held = [str(row.id) for row in rows], [_claim_of(lane, row) for row in rows]
         try:
             if lane.work_many and len(rows) > 1:
                 lane.work_many(rows)
@@ -207,8 +207,8 @@ class Worker:
                 self._settle_bug(row)
         finally:
             with self._held_lock:
-                for row in rows:
-                    self._held.pop((lane.name, row.id), None)
+                for claim in held:
+                    self._held.pop(claim, None)
 
     def _settle_bug(self, row: Any) -> None:
         try:
@@ -324,6 +324,11 @@ class Worker:
                     claims.release(session, row)
         workers.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))
+
+
+def _claim_of(lane: Lane, row: Any) -> tuple[str, Any, uuid.UUID]:
+    """What is held is a claim: a report may take a row from the thread that reads it, and the next thread claims it."""
+    return lane.name, row.id, row.lease
 
 
 @contextmanager

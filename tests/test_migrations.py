@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import inspect, text
 from sqlmodel import SQLModel
@@ -55,6 +56,10 @@ def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
         (index,) = [one for one in inspect(database.reader).get_indexes(table) if one["name"] == f"{table}_due"]
         condition = str(index["dialect_options"][f"{dialect}_where"]).strip("()")
         assert (index["column_names"], condition) == (["due_at"], "due_at IS NOT NULL")
+
+
+def test_the_last_step_is_the_head_that_alembic_finds() -> None:
+    assert ScriptDirectory(str(migrations.FOLDER)).get_heads() == [migrations.head()]
 
 
 def test_an_empty_database_has_no_schema_until_it_is_upgraded(empty: Database) -> None:

@@ -165,6 +165,31 @@ def test_what_outlives_the_grace_time_is_handed_back(database: Database, desk: D
     assert desk.done == []  # it had lost its claim by then
 
 
+def test_a_row_claimed_anew_while_its_old_claim_ends_is_still_in_hand(database: Database, desk: Desk) -> None:
+    """A report takes a read's claim away and makes the row due: one worker may then hold the row twice."""
+    (asset,) = new_assets(database, 1)
+    first_may_end, second_may_end = threading.Event(), threading.Event()
+    gates = iter((first_may_end, second_may_end))
+    lock = threading.Lock()
+
+    def work(row: Any) -> None:
+        desk.begun.append(row.id)
+        with lock:
+            gate = next(gates)
+        gate.wait(20)
+        desk.done.append(row.id)
+
+    with running(database, assets_lane(work), grace=0.1):
+        wait_until(lambda: len(desk.begun) == 1)
+        with database.write() as session:
+            session.execute(update(Asset).values(lease=None, due_at=LONG_AGO))
+        wait_until(lambda: len(desk.begun) == 2)
+        first_may_end.set()
+        wait_until(lambda: len(desk.done) == 1)
+    assert stored(database, asset)["lease"] is None  # handed back at the end of the grace time
+    second_may_end.set()
+
+
 def test_a_bug_is_retried_later_and_harms_no_other_row(database: Database, desk: Desk) -> None:
     bad, good = new_assets(database, 2)
 

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from receiver.wiring import Parts
     from storage.batches import Counts
 
-app = typer.Typer(no_args_is_help=True, help="Batches that were submitted: how they stand, again, what they brought.")
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Batches that were submitted: how they stand, again, what they brought.",
+)
 
 Name = Annotated[str, typer.Argument(help="The batch, as `receiver batch list` shows it.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until all of it is over, with progress.")]

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from receiver.wiring import Parts
     from storage.models import Dispatch, Event
 
-app = typer.Typer(no_args_is_help=True, help="Events on their way out: list, redeliver, tail, enable, disable.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Events on their way out: list, redeliver, tail, enable, disable."
+)
 
 # The last ones that `tail` begins with, as tail(1) does with lines.
 TAIL = 10

@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
-import jwt
 from pydantic import SecretStr
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
@@ -317,6 +316,8 @@ class _Jwt:
                     "exp": int(self._minted_at) + JWT_LIFETIME_SECONDS,
                     "nbf": int(self._minted_at) - 5,
                 }
+                import jwt  # with cryptography a tenth of a second, which an API key does not need
+
                 self._token = jwt.encode(claims, self._secret_key, algorithm="HS256")
             return self._token
 
