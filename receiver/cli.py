@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
     rich_markup_mode=None,  # drawing boxes would take longer than all the rest of `--help`
     help="Ask an image model, never lose its callback, keep every picture byte for byte in S3-compatible storage.\n\n"
     "New here? `receiver demo` shows everything working on this machine, without an account.",
