@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from tests.bench import acks, latency, pictures, settling, start, table
+from tests.bench.pictures import AgainstRclone
 from tests.bench.table import Row, Sample
 
-LARGE, SMALL = 3_000_000, 100_000
+LARGE, SMALL = AgainstRclone(3_000_000, 120), AgainstRclone(100_000, 600)
 BARE = "bare Starlette endpoint"
 
 
@@ -28,11 +29,11 @@ ROWS = [
     Row("2", "durable acknowledgements, PostgreSQL", BARE, "/s", 0.65, "at least", _acks("postgresql")),
     Row("3", "p99 at half of our rate", f"{BARE}, same rate", "ms", 3, "at most", acks.p99_at_half_rate),
     Row("4", "archived 3 MB pictures", "rclone copyurl", "/s", 1.2, "at least",
-        lambda small: pictures.against_rclone(LARGE, 120, small)),
+        LARGE.rate),
     Row("5", "archived 100 KB pictures", "rclone copyurl", "/s", 1.2, "at least",
-        lambda small: pictures.against_rclone(SMALL, 600, small)),
+        SMALL.rate),
     Row("6", "CPU per archived 3 MB picture", "rclone copyurl", "ms", 1.3, "at most",
-        lambda small: pictures.against_rclone(LARGE, 120, small, cpu=True)),
+        LARGE.cpu),
     Row("7", "callback to object, idle, 3 MB", "curl GET + curl PUT", "ms", 2, "at most", latency.callback_to_object),
     Row("8", "peak memory, 8 files of 100 MB at once", "the idle worker", "MB", 128, "at most", pictures.memory),
     Row("9", "claims and settlings beside 1,000,000 rows", "beside 1,000 rows", "/s", 0.85, "at least",
