@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import subprocess
@@ -42,7 +43,7 @@ class Source:
 
 def png(size: int, seed: int) -> bytes:
     """A valid grey PNG of about `size` bytes: noise in stored blocks, as big decoded as encoded."""
-    width = 1_024
+    width = math.isqrt(size)  # a narrow one of 100 MB is rightly refused as no picture
     height = max(1, size // (width + 1))
     noise = os.urandom(width)
     rows = b"".join(b"\0" + noise[shift % width :] + noise[: shift % width] for shift in range(seed, seed + height))
