@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from sqlalchemy import CursorResult, case, select, update
 from sqlmodel import Session
 
-from storage.database import clock
+from storage.database import clock, moment
 from storage.errors import LostClaim
 from storage.models import Asset, Callback, Claimable, Dispatch, Task
 
@@ -51,9 +51,7 @@ def claim(
     table: Any = model
     losses = table.losses + case((table.lease.is_not(None), 1), else_=0)
     suspect = losses >= SUSPECT_LOSSES if alone else losses < SUSPECT_LOSSES
-    # As a subquery it is asked once: PostgreSQL scans no index up to a volatile function, only past every later row.
-    now = select(clock()).scalar_subquery()
-    due = select(table.id).where(table.due_at <= now, suspect, *where)
+    due = select(table.id).where(table.due_at <= moment(), suspect, *where)
     due = due.order_by(*_urgency(table)).limit(limit).with_for_update(skip_locked=True)
     claimed = (
         update(table)
@@ -74,12 +72,15 @@ def _place(row: Any) -> Any:
 
 
 def is_any_due(session: Session, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
-    """Whether a claim would find something: a read, so that idle workers take no write lock."""
+    """Whether a claim would find something: a read, so that idle workers take no write lock.
+
+    In the order of the due index: for one row of any order PostgreSQL reads the table past every row that waits.
+    """
     table: Any = model
-    due = select(table.id).where(table.due_at <= clock(), *where)
+    due = select(table.id).where(table.due_at <= moment(), *where)
     if alone:
         due = due.where(table.losses >= SUSPECT_LOSSES - 1)
-    return session.execute(due.limit(1)).first() is not None
+    return session.execute(due.order_by(table.due_at).limit(1)).first() is not None
 
 
 def _urgency(model: Any) -> tuple[Any, ...]:

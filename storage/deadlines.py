@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy import ColumnElement, exists, literal_column, update
 from sqlmodel import col, select
 
-from storage.database import Database, clock
+from storage.database import Database, clock, moment
 from storage.events import EventName, record
 from storage.models import Asset, Task
 from storage.states import ArchiveState, AssetState
@@ -31,7 +31,7 @@ def is_near(seconds: float) -> ColumnElement[bool]:
     """Whether files of a task that are not kept yet are deleted within `seconds`, or were."""
     due = exists().where(col(Asset.task_id) == col(Task.id), col(Asset.state) == AssetState.DUE)
     archiving = col(Task.archive) == literal_column(f"'{ArchiveState.ARCHIVING}'")  # as the partial index says it
-    soon = archiving & (col(Task.files_expire_at) < clock(seconds))
+    soon = archiving & (col(Task.files_expire_at) < moment(seconds))
     return soon & due
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import CursorResult, delete, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
-from storage.database import Database, clock
+from storage.database import Database, clock, moment
 from storage.models import Idempotency
 
 # As long as the issue promises; a client that retries for longer than a day has made another decision.
@@ -64,7 +64,7 @@ def give_back(session: Session, key: Key) -> None:
 def prune_all(database: Database) -> int:
     """Forget the keys whose time is over. Returns how many."""
     with database.write() as session:
-        old = delete(Idempotency).where(col(Idempotency.created_at) <= clock(-KEPT_SECONDS))
+        old = delete(Idempotency).where(col(Idempotency.created_at) <= moment(-KEPT_SECONDS))
         result = session.execute(old)
     assert isinstance(result, CursorResult)
     return result.rowcount

@@ -10,7 +10,7 @@ from sqlalchemy import func, literal_column
 from sqlmodel import Session, col, select
 
 from storage import deadlines, outbox, rolling, states, tasks
-from storage.database import clock
+from storage.database import moment
 from storage.models import Asset, Callback, Dispatch, Task
 from storage.states import ArchiveState, AssetState, CallbackState
 
@@ -94,7 +94,7 @@ def count_deadline_near(session: Session, seconds: float) -> int:
 
 def count_overdue(session: Session) -> int:
     """Rows that have been due for more than a minute."""
-    return sum(_count(session, each.due_at <= clock(-OVERDUE_SECONDS)) for each in WAITING)
+    return sum(_count(session, each.due_at <= moment(-OVERDUE_SECONDS)) for each in WAITING)
 
 
 def _count(session: Session, condition: Any) -> int:
