@@ -29,11 +29,14 @@ HASH_CHARS = 16
 # Columns of a CSV file that are not fields of the request as they are; several values are set apart by spaces.
 IMAGES, ELEMENTS, WATERMARK, ID = "image", "element_id", "watermark", "external_task_id"
 PLAIN = ("model_name", "prompt", "resolution", "n", "result_type", "series_amount", "aspect_ratio")
+# A CSV cell that ends as it should, with the comma behind it; a quote that its own line does not close.
+CLOSED_CELL = re.compile(r'(?:"(?:[^"]++|"")*+"|(?!")[^,\r\n]*+),')
+OPEN_QUOTE = re.compile(r'"(?:[^"\r\n]++|"")*+(?!")')
 COLUMNS = (*PLAIN, IMAGES, ELEMENTS, WATERMARK, ID)
 
 
 class Fault(NamedTuple):
-    """`line`: from 1, where the record begins; 0: the file as a whole."""
+    """`line`: from 1, where the record begins, or what is wrong with it; 0: the file as a whole."""
 
     line: int
     text: str
@@ -166,38 +169,80 @@ def _finite(text: str) -> float:
 # -- CSV --------------------------------------------------------------------------------------------------------------
 
 
+class _Source:
+    """The lines that a `csv.reader` asks for; those of the record it is at can be given back."""
+
+    def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
+        self._lines = lines
+        self._again: list[tuple[int, str | None]] = []  # given back, the next one last
+        self._record: list[tuple[int, str | None]] = []
+
+    def __iter__(self) -> _Source:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._lines)
+        self._record.append(line)
+        return "\n" if line[1] is None else line[1]
+
+    def begin(self) -> None:
+        """The next line begins a record."""
+        self._record.clear()
+
+    @property
+    def first(self) -> int:
+        """The number of the record's first line."""
+        return self._record[0][0]
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether a line of the record could not be read, which is a fault of its own."""
+        return any(text is None for _, text in self._record)
+
+    def give_back_behind_quote(self) -> tuple[int, bool]:
+        """Give a faulty record's lines back behind the one that it is faulty from.
+
+        Returns that line's number, and whether it opens a quote that it does not close. Lines come back twice at most:
+        a quote stays open over lines that hold no quotes or pairs of them, and none of those opens another.
+        """
+        text = "".join(text or "\n" for _, text in self._record)
+        end = 0
+        while cell := CLOSED_CELL.match(text, end):
+            end = cell.end()
+        place = text.count("\n", 0, end)
+        self._again += reversed(self._record[place + 1 :])
+        return self._record[place][0], bool(OPEN_QUOTE.match(text, end))
+
+
 def _csv_records(lines: Iterator[tuple[int, str | None]], faults: list[Fault]) -> Iterator[Record]:
     """Records of a file whose first line names the columns. A quoted line break does not move a record's line."""
-    unread: list[int] = []
     csv.field_size_limit(MAX_LINE_BYTES)
-    reader = csv.reader(_readable(lines, unread), strict=True)
+    source = _Source(lines)
+    reader = csv.reader(source, strict=True)
     header: list[str] | None = None
     while True:
-        start = reader.line_num + 1
+        source.begin()
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            faults.append(Fault(start, f"is no CSV: {error}"))
+            number, is_open = source.give_back_behind_quote()
+            words = f"opens a quote that is not closed ({error})" if is_open else f"is no CSV: {error}"
+            faults.append(Fault(number, words))
+            if header is None:
+                return
             continue
-        if any(start <= number <= reader.line_num for number in unread) or not any(cell.strip() for cell in cells):
+        if source.is_unread or not any(cell.strip() for cell in cells):
             continue
         if header is None:
             header = [cell.strip().replace("-", "_").lower() for cell in cells]
-            if not _is_header(header, start, faults):
+            if not _is_header(header, source.first, faults):
                 return
         elif len(cells) != len(header):
-            faults.append(Fault(start, f"has {len(cells)} columns; the header names {len(header)}"))
+            faults.append(Fault(source.first, f"has {len(cells)} columns; the header names {len(header)}"))
         else:
-            yield Record(start, _fields(dict(zip(header, cells, strict=True))))
-
-
-def _readable(lines: Iterator[tuple[int, str | None]], unread: list[int]) -> Iterator[str]:
-    for number, text in lines:
-        if text is None:
-            unread.append(number)
-        yield text if text is not None else "\n"
+            yield Record(source.first, _fields(dict(zip(header, cells, strict=True))))
 
 
 def _is_header(header: list[str], line: int, faults: list[Fault]) -> bool:

@@ -19,11 +19,15 @@ from prometheus_client import Counter
 from sqlalchemy import func
 from sqlmodel import Session, select
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from receiver import telemetry
+from receiver.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.provider import BadSignature, Provider
+from receiver.timeouts import Timeouts
 from receiver.tokens import Named, Tokens
 from storage import states, tasks
 from storage.database import Database
@@ -47,12 +51,19 @@ MAX_REJECTED_PER_TASK = 20
 READ_SOON_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
 # Kept beside the body to tell senders apart; everything else may hold a secret.
-KEPT_HEADERS = frozenset({b"content-type", b"user-agent", b"webhook-id", b"webhook-timestamp"})
+KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
 # Of a refused delivery too, so that `receiver replay` can verify it once the right secret is set. It is no secret: it
 # signs this body alone, and only within minutes of its time.
 SIGNATURE_HEADER = "webhook-signature"
 MAX_HEADER_CHARACTERS = 200
 ACCEPTED = b'{"status":"accepted"}'
+ACCEPTED_HEADERS = [
+    (b"content-length", b"%d" % len(ACCEPTED)),
+    (b"content-type", b"application/json"),
+    *HEADER_PAIRS,
+]
+ACCEPTED_START: Message = {"type": "http.response.start", "status": 200, "headers": ACCEPTED_HEADERS}
+ACCEPTED_BODY: Message = {"type": "http.response.body", "body": ACCEPTED}
 MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
 
 
@@ -73,35 +84,53 @@ class Callbacks:
         self._tokens = tokens
         self._schedule = schedule
         self._answers = _Answers()
+        self._bodies, self._commits = Timeouts(), Timeouts()
         self._read_soon_after: dict[uuid.UUID | None, float] = {}
 
-    async def receive(self, request: Request) -> Response:
-        """Take one delivery. Answered 200 only once its row is committed with full synchronisation."""
-        provider = self._providers.get(request.path_params["provider"])
-        named = self._tokens.read(provider.name, request.path_params["token"]) if provider else None
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
+
+        An ASGI application of its own: what Starlette wraps around a function cost as much as all that happens here.
+        """
+        if scope["method"] != "POST":
+            refusal: Response | None = _answer(405, "method not allowed", "method", {"Allow": "POST"})
+        else:
+            refusal = await self._take(scope, receive)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        await send(ACCEPTED_START)
+        await send(ACCEPTED_BODY)
+
+    async def _take(self, scope: Scope, receive: Receive) -> Response | None:
+        path = scope["path_params"]
+        provider = self._providers.get(path["provider"])
+        named = self._tokens.read(provider.name, path["token"]) if provider else None
         if provider is None or named is None:
             return _answer(404, "not found", "bad_token")
         try:
-            body = await _read_body(request)
+            with self._bodies.within(BODY_SECONDS):
+                body = await _read_body(scope, receive)
         except TimeoutError:
             return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
         except ClientDisconnect:
             return _answer(400, "the body ended early", "cut_body")
         if body is None:
             return _answer(413, f"the body is longer than {MAX_BODY_BYTES} bytes", "long_body")
-        headers = _kept_headers(request)
+        headers = _kept_headers(scope)
         try:
-            webhook_id = provider.verify(request.headers, body)
+            webhook_id = provider.verify(Headers(scope=scope), body)
         except BadSignature as error:
-            if signature := request.headers.get(SIGNATURE_HEADER):
+            if signature := Headers(scope=scope).get(SIGNATURE_HEADER):
                 headers[SIGNATURE_HEADER] = signature[:MAX_SIGNATURE_CHARACTERS]
             return await self._refuse(provider, named, headers, body, str(error))
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
         return await self._store(delivery)
 
-    async def _store(self, delivery: Delivery) -> Response:
+    async def _store(self, delivery: Delivery) -> Response | None:
+        """None: it is stored. Else why not."""
         try:
-            async with asyncio.timeout(COMMIT_SECONDS):
+            with self._commits.within(COMMIT_SECONDS):
                 intake = await self._answers.stored(self._inbox, delivery)
         except TaskFull:
             if self._may_read_soon(delivery.task_id):
@@ -118,7 +147,7 @@ class Callbacks:
             log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
             return _answer(503, "could not be stored, try again", "bug")
         _count("new" if intake is Intake.NEW else "duplicate")
-        return Response(ACCEPTED, media_type="application/json")
+        return None
 
     async def _refuse(
         self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
@@ -201,31 +230,37 @@ class _Answers:
                 waiter.set_result(outcome)
 
 
-async def _read_body(request: Request) -> bytes | None:
-    """The body; None when it is over the bound, declared or not. Raises TimeoutError, ClientDisconnect."""
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared[:12]) > MAX_BODY_BYTES:
-        return None
-    chunks, size = [], 0
-    async with asyncio.timeout(BODY_SECONDS):
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > MAX_BODY_BYTES:
-                return None
-            chunks.append(chunk)
+async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
+    """The body; None when it is over the bound, declared or not. Raises ClientDisconnect."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:12]) > MAX_BODY_BYTES:
+            return None
+    chunks, size, is_more = [], 0, True
+    while is_more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY_BYTES:
+            return None
+        is_more = message.get("more_body", False)
     return b"".join(chunks)
 
 
-def _kept_headers(request: Request) -> dict[str, str]:
-    kept = ((name.decode("latin-1"), value) for name, value in request.scope["headers"] if name in KEPT_HEADERS)
-    return {name: value[:MAX_HEADER_CHARACTERS].decode("latin-1") for name, value in kept if value}
+def _kept_headers(scope: Scope) -> dict[str, str]:
+    return {
+        KEPT_HEADERS[name]: value[:MAX_HEADER_CHARACTERS].decode("latin-1")
+        for name, value in scope["headers"]
+        if name in KEPT_HEADERS and value
+    }
 
 
-def _answer(status: int, message: str, outcome: str) -> Response:
+def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] | None = None) -> Response:
     """A refusal."""
     _count(outcome)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
-    return JSONResponse({"error": message}, status_code=status, headers=headers)
+    more = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else headers or {}
+    return JSONResponse({"error": message}, status_code=status, headers={**SECURITY_HEADERS, **more})
 
 
 @cache

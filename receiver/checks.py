@@ -2,7 +2,8 @@
 
 settings ─┬─▶ database ─▶ schema ─▶ callback secrets, workers ─┐
           ├─▶ bucket, with what it can do                      ├─▶ clock ─▶ what to paste
-          └─▶ provider                                         ┘
+          ├─▶ provider                                         │
+          └─▶ each sink of events                              ┘
               (side by side, each bounded in time)
 """
 
@@ -13,8 +14,7 @@ import secrets
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
@@ -22,9 +22,12 @@ from urllib.parse import urlsplit
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, delete, false, or_, select
 
-from receiver import config
+from receiver import check_events, config
+from receiver.findings import Result as Result
+from receiver.findings import Status as Status
 from receiver.provider import Provider, Unavailable, plain
 from receiver.providers.kling import Kling
+from receiver.sinks.setting import Entry
 from receiver.wiring import Parts
 from storage import migrations, states, workers
 from storage.errors import ProviderRejected, ProviderThrottled, ProviderUnavailable, StoreUnavailable
@@ -73,6 +76,7 @@ PROVIDER_ADVICE = {
     1103: "ask the provider for access to this API",
     1304: "allow this machine's address in the provider's console",
 }
+Look = Callable[[Parts], Iterable[Result]]
 CLOCK_CODES = ("RequestTimeTooSkewed", 1003, 1004)
 # What each missing ability means here; none of them loses a picture.
 WITHOUT = {
@@ -87,40 +91,30 @@ WITHOUT = {
 }
 
 
-class Status(StrEnum):
-    OK = "ok"
-    NOTE = "note"
-    FAULT = "fault"
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one look found. `advice`: what to do about it. `paste`: a line to copy whole, which may be a secret."""
-
-    name: str
-    status: Status
-    line: str
-    advice: str = ""
-    paste: str = field(default="", repr=False)
-
-
 def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> list[Result]:
     """Look at everything, writing nothing that stays. What gives no answer within `bound_seconds` is a fault."""
     parts = Parts(settings)
-    looks = {"database": database, "bucket": bucket, "provider": provider}
+    looks: dict[str, Look] = {"database": database, "bucket": bucket, "provider": provider}
+    for entry in settings.event_entries:
+        looks[check_events.name_of(entry)] = partial(_sink, entry)
     pending = {name: _start(look, parts) for name, look in looks.items()}
     late = wait(pending.values(), bound_seconds).not_done
     results = [*environment()]
     for name, future in pending.items():
-        silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", HANGING[name])
+        advice = HANGING.get(name, check_events.HANGING)
+        silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
-    results += [*clock(parts), *callbacks(parts)]
+    results += [*clock(parts), *callbacks(parts), *check_events.gateway(settings)]
     if not late:  # a thread that hangs still uses them; the end of the process closes them
         parts.close()
     return results
 
 
-def _start(look: Callable[[Parts], Iterable[Result]], parts: Parts) -> Future[list[Result]]:
+def _sink(entry: Entry, parts: Parts) -> Iterator[Result]:
+    return check_events.sink(entry, parts.settings)
+
+
+def _start(look: Look, parts: Parts) -> Future[list[Result]]:
     """In a thread that ends with the process: a call that hangs in a library cannot be stopped."""
     future: Future[list[Result]] = Future()
 

@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from receiver.sinks import setting as sinks
 from receiver.sinks.signature import key_of
@@ -235,10 +241,15 @@ class Settings(BaseSettings):
 
 
 class _SecretFiles(PydanticBaseSettingsSource):
-    """`RECEIVER_X_FILE=/run/secrets/x`: the file's text without its last line break."""
+    """`RECEIVER_X_FILE=/run/secrets/x`, in `.env` as well: the file's text without its last line break."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls)
+        self._dotenv = DotEnvSettingsSource(settings_cls).env_vars  # names in lower case
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        path = os.environ.get(f"{PREFIX}{field_name.upper()}_FILE")
+        name = f"{PREFIX}{field_name.upper()}_FILE"
+        path = os.environ.get(name) or self._dotenv.get(name.lower())
         if not path:
             return None, field_name, False
         try:
@@ -286,7 +297,8 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 
 def unknown_variables() -> list[str]:
-    """RECEIVER_… variables in the environment that no setting reads: most often a slip of the pen."""
+    """RECEIVER_… variables in the environment or in `.env` that no setting reads: most often a slip of the pen."""
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    names = (name for name in os.environ if name.startswith(PREFIX))
+    given = {*os.environ, *(name.upper() for name in DotEnvSettingsSource(Settings).env_vars)}
+    names = (name for name in given if name.startswith(PREFIX))
     return sorted(name for name in names if name.removesuffix("_FILE") not in known)

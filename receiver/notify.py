@@ -47,6 +47,10 @@ class SinkRefused(GiveUp):
     """This message will never be taken."""
 
 
+class Unsure(GiveUp):
+    """It could not be found out whether the sink would take a message."""
+
+
 class SinkGone(GiveUp):
     """The sink wants no messages any more (410)."""
 
@@ -86,6 +90,14 @@ class Sink(Protocol):
 
         None: the other side has it for good. `Retry`: perhaps later. `NotTried`: it was not sent. `GiveUp`: never.
         Anything that is raised instead is a bug.
+        """
+        ...
+
+    def look(self) -> str:
+        """Find out, in a bounded time, whether messages could be handed over, without handing over any.
+
+        Returns what was found, for people. Raises `Retry` or `GiveUp`, as `send` would say it; `Unsure` where only a
+        message would tell.
         """
         ...
 

@@ -19,7 +19,7 @@ import uvicorn
 from receiver import app
 from receiver.door import KEEP_ALIVE_SECONDS, Door
 from receiver.wiring import Parts
-from storage import migrations
+from storage import checkpoints, migrations
 from storage.database import Database
 from storage.errors import DatabaseUnavailable
 from storage.fetch import sweep
@@ -127,6 +127,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     web = app.build(
         parts.database, parts.providers, parts.tokens, parts.schedule,
         bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,
+        slots=parts.slots,
     )  # fmt: skip
     server = _Server(web_config(web, settings.host, settings.port), on_listening)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
@@ -136,7 +137,8 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     gc.collect()
     gc.freeze()
     try:
-        server.run()
+        with checkpoints.beside(parts.database):
+            server.run()
     finally:
         supervisor.stop()
         parts.database.close()
@@ -179,7 +181,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Answers that last until their readers leave are told to end: SIGTERM would wait for them."""
-        for end in self.config.app.state.endings:  # type: ignore[union-attr]
+        for end in self.config.app.endings:  # type: ignore[union-attr]
             end()
         await super().shutdown(sockets)
 
@@ -209,7 +211,8 @@ def work(parts: Parts, *, supervised: bool) -> None:
     if supervised:
         threading.Thread(target=_watch_parent, args=(worker.stop,), daemon=True).start()
     log.info("worker.started", threads=settings.worker_threads)
-    worker.run()
+    with checkpoints.beside(parts.database):
+        worker.run()
     # A download that outlived the grace time sits in a thread that cannot be stopped; its row was handed back.
     sys.stderr.flush()
     os._exit(0)

@@ -25,6 +25,7 @@ from storage.inbox import Delivery, store_poll
 from storage.keys import encode_id
 from storage.models import Callback, Task
 from storage.pace import ReadLimit, TooManyReads
+from storage.slots import keep_silent, note_beside
 from storage.states import CallbackState, Report, TaskState
 
 log = structlog.get_logger()
@@ -122,7 +123,7 @@ class Reader:
     def _park(self, row: Task) -> None:
         note = f"reading it ended its worker {row.losses} times; `receiver retry` tries again"
         with contextlib.suppress(LostClaim), self._database.write() as session:
-            claims.settle(session, row, due_in=None, note=note)
+            claims.settle(session, row, due_in=None, note=note_beside(note))
         log.error("task.parked", task=row.external_task_id, note=note)
 
     def _read(self, row: Task) -> Record | None:
@@ -139,7 +140,8 @@ class Reader:
             with self._database.write() as session:
                 row = tasks.lock_claimed(session, task)
                 moment = tasks.now(session)
-                row.lease, row.losses, row.note, row.step = None, 0, None, None
+                row.lease, row.losses, row.step = None, 0, None
+                keep_silent(row)
                 row.polls += 1
                 if record is not None:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)
@@ -170,7 +172,7 @@ class Reader:
         waits_its_turn = isinstance(error, TooManyReads)  # not its fault: it counts as no attempt
         after = error.after if isinstance(error, Retry) else None
         due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
-        values = {"attempts": max(task.attempts - 1, 0)} if waits_its_turn else {"note": str(error)}
+        values = {"attempts": max(task.attempts - 1, 0)} if waits_its_turn else {"note": note_beside(str(error))}
         try:
             with self._database.write() as session:
                 claims.settle(session, task, due_in=due_in, **values)

@@ -43,11 +43,49 @@ WORK = {
 }
 
 
-def show_work(measures: Mapping[str, float | None] | None) -> None:
+def _gauges(label: str, prefix: str, words: Mapping[str, str]) -> dict[str, Gauge]:
+    return {name: Gauge(f"receiver_{prefix}{name}", said, [label], registry=REGISTRY) for name, said in words.items()}
+
+
+# The same of each account and of each sink.
+WORK_OF_EACH = {
+    "accounts": _gauges(
+        "account",
+        "",
+        {
+            "slots_held": "Pictures in work, by our own count",
+            "slot_limit": "How many may be in work now; NaN: no limit of our own",
+            "tasks_queued": "Tasks waiting for slots",
+        },
+    ),
+    "sinks": _gauges(
+        "sink",
+        "sink_",
+        {
+            "events_open": "Events on their way to it",
+            "oldest_event_seconds": "How long the oldest of them has been on its way",
+            "events_dead": "Events that it never took",
+        },
+    ),
+}
+
+
+def show_work(measures: Mapping[str, Any] | None) -> None:
     """Set the gauges of work; None: the database is away, and no number is better than an old one."""
     for name, gauge in WORK.items():
-        number = measures[name] if measures else None
-        gauge.set(float("nan") if number is None else number)
+        _set(gauge, measures[name] if measures else None)
+    for group, gauges in WORK_OF_EACH.items():
+        found = measures[group] if measures else {}
+        for name, gauge in gauges.items():
+            for label, numbers in found.items():
+                _set(gauge.labels(label), numbers[name])
+            told = {value for each in gauge.collect() for sample in each.samples for value in sample.labels.values()}
+            for gone in told - found.keys():
+                gauge.remove(gone)
+
+
+def _set(gauge: Gauge, number: float | None) -> None:
+    gauge.set(float("nan") if number is None else number)
 
 
 # The last line of defence: whatever a message quotes, a signed URL's query and a token in a path do not get out. No

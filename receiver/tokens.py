@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import hmac
 import uuid
 from collections.abc import Sequence
@@ -51,12 +50,12 @@ class Tokens:
         if len(token) != CHARACTERS:
             return None
         try:
-            raw = base64.b64decode(token + "=", altchars=b"-_", validate=True)
+            raw = base64.urlsafe_b64decode(token + "=")
         except (binascii.Error, ValueError):
             return None
-        named, mac = uuid.UUID(bytes=raw[1:17]), raw[17:]
-        if raw[0] != VERSION or _text(raw) != token:  # the last character has two bits to spare: one spelling counts
+        if _text(raw) != token or raw[0] != VERSION:  # strange letters are passed over, the last one has bits to spare
             return None
+        named, mac = uuid.UUID(bytes=raw[1:17]), raw[17:]
         good = [hmac.compare_digest(mac, _mac(secret, purpose, provider, named)) for secret in self._secrets]
         if not any(good):
             return None
@@ -69,4 +68,4 @@ def _text(raw: bytes) -> str:
 
 def _mac(secret: bytes, purpose: str, provider: str, named: uuid.UUID) -> bytes:
     message = b"\0".join((purpose.encode(), bytes([VERSION]), provider.encode(), named.bytes))
-    return hmac.new(secret, message, hashlib.sha256).digest()[:MAC_BYTES]
+    return hmac.digest(secret, message, "sha256")[:MAC_BYTES]

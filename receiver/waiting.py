@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -152,7 +152,7 @@ def measured(parts: Parts) -> Measures:
     """How the work stands."""
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
     with parts.database.read() as session:
-        return measure(session, deadline_seconds=lead)
+        return measure(session, deadline_seconds=lead, slots=parts.slots)
 
 
 def audited(parts: Parts) -> rolling.Standing:
@@ -163,7 +163,7 @@ def audited(parts: Parts) -> rolling.Standing:
 
 def summary(found: Measures) -> str:
     """The same in one line: what waits, what is wrong, how callbacks come."""
-    parts = [f"{found.due} due"]
+    parts = [f"{found.due} due", *_accounts(found)]
     wrong = {
         "overdue": found.overdue,
         "files given up": found.failed_assets,
@@ -173,6 +173,7 @@ def summary(found: Measures) -> str:
     }
     parts += [f"{count} {words}" for words, count in wrong.items() if count]
     parts += ["audit behind its days"] if found.audit_late else []
+    parts += _sinks(found)
     parts.append(
         f"last 24 h: {found.archived_day} archived, {found.incomplete_day} incomplete, {found.failed_day} failed"
     )
@@ -180,6 +181,20 @@ def summary(found: Measures) -> str:
         lost = f"callbacks: {found.callbacks_lost} of {found.callbacks_expected} lost ({found.callback_loss_rate:.0%})"
         parts.append(lost + (f", {found.callbacks_late} late" if found.callbacks_late else ""))
     return " · ".join(parts)
+
+
+def _accounts(found: Measures) -> Iterator[str]:
+    for name, account in found.accounts.items():
+        if account.slot_limit is not None:
+            yield f"{name}: {account.slots_held} of {account.slot_limit} slots held, {account.tasks_queued} tasks wait"
+        elif account.tasks_queued:
+            yield f"{name}: {account.tasks_queued} tasks wait for slots"
+
+
+def _sinks(found: Measures) -> Iterator[str]:
+    for name, sink in found.sinks.items():
+        dead = f", {sink.events_dead} given up" if sink.events_dead else ""
+        yield f"events to {name}: {sink.events_open} wait{dead}"
 
 
 def show_latest(parts: Parts, limit: int, console: Console) -> None:

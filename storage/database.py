@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import psycopg
-from sqlalchemy import Engine, ScalarSelect, create_engine, event, literal, make_url, select, text
+from sqlalchemy import Connection, Engine, ScalarSelect, create_engine, event, literal, make_url, select, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -31,8 +31,13 @@ SQLITE_LOOK_SECONDS = 0.05
 # A server that answers at all does so within a moment; an intake has 5 s from body to commit.
 CONNECT_SECONDS = 4
 WAKE_CHANNEL = "receiver_work"
+# Checkpoints are made beside the commits (storage/checkpoints.py). Where nothing runs that makes them, a commit does so
+# itself once the log has 64 MB.
+SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # What SQLite says when the file, not the statement, is at fault; its error class is the same for both.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
+# An execution option of ours: statements on such a connection are transactions of their own.
+NO_BEGIN = "receiver_no_begin"
 URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
 
 
@@ -112,13 +117,14 @@ class Database:
     def __init__(self, url: str, *, connections: int = 12) -> None:
         self.url = normal_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._turnstile: AbstractContextManager[None]
+        self.turnstile: AbstractContextManager[None]
         if self.is_sqlite:
-            self._turnstile = Turnstile(Path(f"{self.url.database}.lock"))
+            self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
             self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
             self.reader = _sqlite_engine(self.url, "BEGIN", pool_size=connections, max_overflow=10)
+            self._single = self.writer.execution_options(**{NO_BEGIN: True})
         else:
-            self._turnstile = nullcontext()
+            self.turnstile = nullcontext()
             self.writer = self.reader = create_engine(
                 self.url,
                 pool_pre_ping=True,
@@ -129,12 +135,23 @@ class Database:
                 connect_args={"connect_timeout": CONNECT_SECONDS},
                 hide_parameters=True,
             )
+            self._single = self.writer.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        with _unavailable(), self._turnstile:
+        with _unavailable(), self.turnstile:
             with Session(self.writer, expire_on_commit=False) as session, session.begin():
                 yield session
+
+    @contextmanager
+    def single(self) -> Iterator[Connection]:
+        """A connection on which every statement is a transaction of its own, durable when it returns.
+
+        For the one statement of an intake's batch: neither session nor BEGIN nor COMMIT, each of which is a round trip
+        to PostgreSQL and, with SQLite, a wait for the interpreter lock beside a busy event loop.
+        """
+        with _unavailable(), self.turnstile, self._single.connect() as connection:
+            yield connection
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -156,8 +173,8 @@ class Database:
     def close(self) -> None:
         self.writer.dispose()
         self.reader.dispose()
-        if isinstance(self._turnstile, Turnstile):
-            self._turnstile.close()
+        if isinstance(self.turnstile, Turnstile):
+            self.turnstile.close()
 
     def waker(self) -> Waker:
         return _SqliteWaker(self) if self.is_sqlite else _PostgresWaker(self)
@@ -197,12 +214,13 @@ def _sqlite_engine(url: URL, begin: str, *, pool_size: int, max_overflow: int) -
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:
         connection.isolation_level = None  # we say BEGIN ourselves
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in SQLITE_PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
-    def start(connection: Any) -> None:
-        connection.exec_driver_sql(begin)
+    def start(connection: Connection) -> None:
+        if not connection.get_execution_options().get(NO_BEGIN):
+            connection.exec_driver_sql(begin)
 
     return engine
 

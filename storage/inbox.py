@@ -18,14 +18,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cached_property, partial
+from functools import lru_cache, partial
+from itertools import chain, repeat
 from typing import Any
 
-from sqlalchemy import func, literal_column, update
+from sqlalchemy import Connection, func, literal_column, update
 from sqlalchemy.dialects import sqlite
 from sqlmodel import Session, col, select
 
-from storage.database import Database, clock
+from storage.database import WAKE_CHANNEL, Database, clock
 from storage.errors import StoreUnavailable
 from storage.models import Callback
 from storage.states import CallbackState
@@ -64,9 +65,12 @@ class TaskFull(InboxFull):
 Tell = Callable[[Intake | Exception], None]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Delivery:
-    """One raw delivery. `task_id`: the task its token names. `state`: received, or rejected when kept as evidence."""
+    """One raw delivery. `task_id`: the task its token names. `state`: received, or rejected when kept as evidence.
+
+    `key`: equal deliveries collapse under it. A rejected one has a key of its own that never shadows a good one.
+    """
 
     provider: str
     source: str
@@ -76,22 +80,21 @@ class Delivery:
     webhook_id: str | None = None
     state: CallbackState = CallbackState.RECEIVED
     reason: str | None = None
+    key: str = field(init=False)
 
-    @cached_property
-    def key(self) -> str:
-        """Equal deliveries collapse under it. A rejected one has a key of its own that never shadows a good one."""
+    def __post_init__(self) -> None:
         if self.source == "poll":
-            return _digest("poll", self.provider, str(self.task_id), self.body)
+            self.key = _digest("poll", self.provider, str(self.task_id), body=self.body)
+            return
         verdict = "" if self.state is CallbackState.RECEIVED else self.state.value
-        return _digest("push" + verdict, self.provider, str(self.task_id), self.webhook_id or "", self.body)
+        words = ("push" + verdict, self.provider, str(self.task_id), self.webhook_id or "")
+        self.key = _digest(*words, body=self.body)
 
 
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        digest.update(len(raw).to_bytes(8, "big") + raw)
-    return digest.hexdigest()
+def _digest(*words: str, body: bytes) -> str:
+    """SHA-256 of all parts, each after its length: no two different deliveries are written alike."""
+    parts = [*(word.encode("utf-8", "surrogatepass") for word in words), body]
+    return hashlib.sha256(b"".join([len(part).to_bytes(8, "big") + part for part in parts])).hexdigest()
 
 
 # One statement for any number of rows, handed to the driver as it is. A multi-row VALUES of SQLAlchemy was compiled
@@ -99,43 +102,73 @@ def _digest(*parts: str | bytes) -> str:
 _COLUMNS = "delivery_key, provider, source, task_id, webhook_id, headers, body, state, reason"
 _INTO = f"INSERT INTO callback ({_COLUMNS}, received_at, due_at, attempts, losses)"
 _NOW = clock().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
-_SQLITE_INSERT = (
-    f"{_INTO} VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, {_NOW}, CASE ?8 WHEN 'received' THEN {_NOW} END, 0, 0) "
-    "ON CONFLICT (delivery_key) DO NOTHING"
-)
-_SQLITE_THERE = "SELECT delivery_key FROM callback WHERE delivery_key IN (SELECT value FROM json_each(?))"
-# One document instead of an array per column: psycopg makes arrays in Python, value by value.
+# The driver lets go of the interpreter and asks for it again once per statement, and beside a busy event loop each time
+# costs up to 5 ms: so all rows in one, of the smallest size that holds them, the rest of it left NULL.
+_SQLITE_SIZES = (1, 4, 16, 64, 256)
+_SQLITE_ROW = f"({', '.join('?' * len(_COLUMNS.split(', ')))})"
+_SQLITE_NO_ROW = (None,) * len(_COLUMNS.split(", "))
+_SQLITE_INSERTS = {
+    size: (
+        f"{_INTO} SELECT given.*, {_NOW}, CASE column8 WHEN 'received' THEN {_NOW} END, 0, 0 "  # noqa: S608 - our own constants
+        f"FROM (VALUES {', '.join([_SQLITE_ROW] * size)}) AS given WHERE column1 IS NOT NULL "
+        "ON CONFLICT (delivery_key) DO NOTHING"
+    )
+    for size in _SQLITE_SIZES
+}
+_SQLITE_AFTER = "SELECT delivery_key FROM callback WHERE id > ?"
+# One document instead of an array per column: psycopg makes arrays in Python, value by value. Workers are woken by the
+# same statement, when it commits, if it brought something new.
 _POSTGRESQL_INSERT = (
-    f"{_INTO} SELECT delivery_key, provider, source, task_id, webhook_id, headers, decode(body, 'base64'), "  # noqa: S608 - our own constants
-    "state, reason, clock_timestamp(), CASE state WHEN 'received' THEN clock_timestamp() END, 0, 0 "
+    f"WITH new AS ({_INTO} SELECT delivery_key, provider, source, task_id, webhook_id, headers, "  # noqa: S608 - our own constants
+    "decode(body, 'base64'), state, reason, clock_timestamp(), "
+    "CASE state WHEN 'received' THEN clock_timestamp() END, 0, 0 "
     "FROM json_to_recordset(%(rows)s::json) AS given (delivery_key text, provider text, source text, task_id uuid, "
     "webhook_id text, headers jsonb, body text, state text, reason text) "
-    "ON CONFLICT (delivery_key) DO NOTHING RETURNING delivery_key"
+    "ON CONFLICT (delivery_key) DO NOTHING RETURNING delivery_key), "
+    f"told AS (SELECT pg_notify('{WAKE_CHANNEL}', '') FROM new LIMIT 1) "
+    "SELECT delivery_key, (SELECT count(*) FROM told) FROM new"
 )
 
 
 def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
-    """Insert deliveries that are not there yet. Returns the keys that were new."""
-    if not deliveries:
-        return set()
+    """Insert deliveries that are not there yet, in the session's transaction. Returns the keys that were new."""
+    return _insert(session.connection(), deliveries)
+
+
+def _insert(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
+    """In one statement for every 256 of them. Returns the keys that were new."""
     # In key order: two batches that insert the same keys in different orders deadlock on PostgreSQL.
     ordered = sorted(deliveries, key=lambda delivery: delivery.key)
-    connection = session.connection()
-    if connection.dialect.name == "postgresql":
-        rows = json.dumps([_document(each) for each in ordered])
-        return set(connection.exec_driver_sql(_POSTGRESQL_INSERT, {"rows": rows}).scalars())
-    keys = [delivery.key for delivery in ordered]
-    there = connection.exec_driver_sql(_SQLITE_THERE, (json.dumps(keys),)).scalars()
-    new = set(keys).difference(there)
-    if new:
-        connection.exec_driver_sql(_SQLITE_INSERT, [_values(each) for each in ordered if each.key in new])
-    return new
+    insert = _insert_postgresql if connection.dialect.name == "postgresql" else _insert_sqlite
+    return set().union(*(insert(connection, ordered[at : at + MAX_BATCH]) for at in range(0, len(ordered), MAX_BATCH)))
+
+
+def _insert_postgresql(connection: Connection, ordered: Sequence[Delivery]) -> set[str]:
+    rows = json.dumps([_document(each) for each in ordered])
+    return set(connection.exec_driver_sql(_POSTGRESQL_INSERT, {"rows": rows}).scalars())
+
+
+def _insert_sqlite(connection: Connection, ordered: Sequence[Delivery]) -> set[str]:
+    size = next(size for size in _SQLITE_SIZES if size >= len(ordered))
+    rows = [*map(_values, ordered), *repeat(_SQLITE_NO_ROW, size - len(ordered))]
+    result = connection.exec_driver_sql(_SQLITE_INSERTS[size], tuple(chain.from_iterable(rows)))
+    keys, count = {each.key for each in ordered}, result.rowcount
+    if count in (0, len(ordered)):
+        return keys if count else set()
+    after = result.lastrowid - count  # one statement gives ids without a gap
+    return keys.intersection(connection.exec_driver_sql(_SQLITE_AFTER, (after,)).scalars())
 
 
 def _values(one: Delivery) -> tuple[Any, ...]:
     """In the order of the columns, as SQLite keeps them."""
-    task_id, headers = one.task_id.hex if one.task_id else None, json.dumps(one.headers)
+    task_id, headers = one.task_id.hex if one.task_id else None, _as_json(tuple(one.headers.items()))
     return one.key, one.provider, one.source, task_id, one.webhook_id, headers, one.body, one.state.value, one.reason
+
+
+@lru_cache(maxsize=256)
+def _as_json(headers: tuple[tuple[str, str], ...]) -> str:
+    """A provider's headers are nearly always the same few."""
+    return json.dumps(dict(headers))
 
 
 def _document(one: Delivery) -> dict[str, Any]:
@@ -195,7 +228,7 @@ class Inbox:
     def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
         self._database = database
         self._room = _Room(free_share or database.free_share)
-        self._counted: OrderedDict[uuid.UUID | None, int] = OrderedDict()
+        self._counted: OrderedDict[int, int] = OrderedDict()  # by a task id's number, which hashes faster
         self._waiting: deque[tuple[Delivery, Tell]] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
@@ -264,20 +297,22 @@ class Inbox:
 
     def _write(self, deliveries: list[Delivery]) -> tuple[set[str], set[str]]:
         """Store what there is room for. Returns the new keys, and those refused as their task is full."""
-        with self._database.write() as session:
-            full = self._over(session, deliveries)
-            new = store(session, [delivery for delivery in deliveries if delivery.key not in full])
-            if new:
-                self._database.wake(session)
-        self._count([delivery.task_id for delivery in deliveries if delivery.key in new])
+        full = self._over(deliveries)
+        with self._database.single() as connection:
+            new = _insert(connection, [delivery for delivery in deliveries if delivery.key not in full])
+        self._count([delivery.task_id.int for delivery in deliveries if delivery.task_id and delivery.key in new])
         return new, full
 
-    def _over(self, session: Session, deliveries: list[Delivery]) -> set[str]:
+    def _over(self, deliveries: list[Delivery]) -> set[str]:
         """The keys that are new and whose task has all the deliveries it may keep."""
-        named = {each.task_id for each in deliveries if each.task_id}
-        suspects = {task_id for task_id in named if self._counted.get(task_id, 0) >= COUNT_FROM}
+        named = (each.task_id for each in deliveries if each.task_id)
+        suspects = {task_id for task_id in named if self._counted.get(task_id.int, 0) >= COUNT_FROM}
         if not suspects:
             return set()
+        with self._database.read() as session:
+            return self._refused(session, deliveries, suspects)
+
+    def _refused(self, session: Session, deliveries: list[Delivery], suspects: set[uuid.UUID]) -> set[str]:
         per_task = select(Callback.task_id).where(col(Callback.task_id).in_(suspects)).group_by(col(Callback.task_id))
         full = set(session.exec(per_task.having(func.count() >= MAX_KEPT_PER_TASK)))
         keys = {each.key for each in deliveries if each.task_id in full}
@@ -287,9 +322,9 @@ class Inbox:
         there = set(session.exec(known))
         return keys - there
 
-    def _count(self, task_ids: list[uuid.UUID | None]) -> None:
-        for task_id in task_ids:
-            self._counted[task_id] = self._counted.pop(task_id, 0) + 1
+    def _count(self, task_numbers: list[int]) -> None:
+        for number in task_numbers:
+            self._counted[number] = self._counted.pop(number, 0) + 1
         while len(self._counted) > REMEMBERED_TASKS:
             self._counted.popitem(last=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +12,7 @@ from sqlmodel import Session, col, select
 from storage import deadlines, outbox, rolling, states, tasks
 from storage.database import moment
 from storage.models import Asset, Callback, Dispatch, Task
+from storage.slots import Slots
 from storage.states import ArchiveState, AssetState, CallbackState
 
 # Due for longer than this is late: idle workers take a row within a second.
@@ -24,6 +25,25 @@ WAITING: tuple[Any, ...] = (Task, Callback, Asset)
 
 
 @dataclass(frozen=True)
+class AccountMeasures:
+    """A provider's account. `slots_held`: pictures in work, by our own count; `slot_limit`: how many may be now, None =
+    no limit of our own; `tasks_queued`: tasks that wait for their slots."""
+
+    slots_held: int = 0
+    slot_limit: int | None = None
+    tasks_queued: int = 0
+
+
+@dataclass(frozen=True)
+class SinkMeasures:
+    """A sink that some event waits for or was never taken by. The words are those of `Measures`, for it alone."""
+
+    events_open: int = 0
+    oldest_event_seconds: float = 0.0
+    events_dead: int = 0
+
+
+@dataclass(frozen=True)
 class Measures:
     """Rows as of now; those that ended within the last 24 h, where it says `day`.
 
@@ -33,7 +53,7 @@ class Measures:
     of those delays. `events_open`: events on their way to a sink, one for each; `oldest_event_seconds`: how long the
     oldest of them has been; `events_dead`: those that were given up. `audit_…`: the audit in the workers: faults there
     are now, files hashed in this round, how much of it is done (0 to 1), whether it takes longer than it may (0 or 1),
-    and the seconds since the last whole round ended, None = none has.
+    and the seconds since the last whole round ended, None = none has. `accounts`, `sinks`: by their names.
     """
 
     due: int
@@ -57,18 +77,25 @@ class Measures:
     audit_share: float
     audit_late: int
     audit_age_seconds: float | None
+    accounts: dict[str, AccountMeasures]
+    sinks: dict[str, SinkMeasures]
 
     @property
     def callback_loss_rate(self) -> float:
         """Between 0 and 1; 0 when none was expected."""
         return self.callbacks_lost / self.callbacks_expected if self.callbacks_expected else 0.0
 
-    def as_dict(self) -> dict[str, int | float | None]:
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers by name; under `accounts` and `sinks` the same by the name of each."""
         return {**asdict(self), "callback_loss_rate": round(self.callback_loss_rate, 4)}
 
 
-def measure(session: Session, *, deadline_seconds: float) -> Measures:
-    """Ask the rows. Costs some milliseconds, whatever has ended before the last day."""
+def measure(session: Session, *, deadline_seconds: float, slots: Slots | None = None) -> Measures:
+    """Ask the rows. Costs some milliseconds, whatever has ended before the last day; under 0.1 s where 100,000 tasks
+    and 50,000 events wait.
+
+    `slots`: of the account whose limit is known here; other accounts are told without theirs, while they hold some.
+    """
     now = tasks.now(session)
     return Measures(
         **_waiting(session, now),
@@ -76,6 +103,7 @@ def measure(session: Session, *, deadline_seconds: float) -> Measures:
         **_callbacks(session, now),
         **_events(session, now),
         **_audit(session),
+        accounts=_accounts(session, slots),
         failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
         unmatched=_count(session, col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")),
         deadline_near=count_deadline_near(session, deadline_seconds),
@@ -111,7 +139,7 @@ def _waiting(session: Session, now: datetime) -> dict[str, Any]:
     return {"due": due, "overdue": overdue, "oldest_due_seconds": (now - oldest).total_seconds()}
 
 
-def _ended(session: Session, now: datetime) -> dict[str, int]:
+def _ended(session: Session, now: datetime) -> dict[str, Any]:
     day = col(Task.completed_at) > now - timedelta(seconds=WINDOW_SECONDS)
     grouped = select(Task.state, Task.archive, func.count()).where(day).group_by(col(Task.state), col(Task.archive))
     rows = session.exec(grouped).all()
@@ -123,10 +151,31 @@ def _ended(session: Session, now: datetime) -> dict[str, int]:
 
 
 def _events(session: Session, now: datetime) -> dict[str, Any]:
-    waiting = select(func.count(), func.min(Dispatch.created_at)).where(outbox.IS_OPEN)
-    found, first = session.exec(waiting).one()
-    age = (now - first).total_seconds() if first else 0.0
-    return {"events_open": found, "oldest_event_seconds": age, "events_dead": count_dead_events(session)}
+    """Of all sinks together, and of each: the sums are made here, the rows are read once."""
+    waiting = select(Dispatch.sink, func.count(), func.min(Dispatch.created_at)).where(outbox.IS_OPEN)
+    dead = select(Dispatch.sink, func.count()).where(outbox.IS_DEAD).group_by(Dispatch.sink)
+    sinks = {name: SinkMeasures(events_dead=count) for name, count in session.exec(dead)}
+    for name, count, first in session.exec(waiting.group_by(Dispatch.sink)):
+        age = (now - first).total_seconds() if first else 0.0
+        sinks[name] = replace(sinks.get(name, SinkMeasures()), events_open=count, oldest_event_seconds=age)
+    return {
+        "events_open": sum(each.events_open for each in sinks.values()),
+        "oldest_event_seconds": max((each.oldest_event_seconds for each in sinks.values()), default=0.0),
+        "events_dead": sum(each.events_dead for each in sinks.values()),
+        "sinks": dict(sorted(sinks.items())),
+    }
+
+
+def _accounts(session: Session, slots: Slots | None) -> dict[str, AccountMeasures]:
+    holding = select(Task.provider, func.sum(Task.slots)).where(col(Task.slots) > literal_column("0"))
+    waiting = select(Task.provider, func.count()).where(col(Task.queued_at).is_not(None))
+    held = dict(session.exec(holding.group_by(Task.provider)).all())
+    queued = dict(session.exec(waiting.group_by(Task.provider)).all())
+    limits = {slots.provider: slots.limit(session)} if slots else {}
+    return {
+        name: AccountMeasures(int(held.get(name, 0)), limits.get(name), queued.get(name, 0))
+        for name in sorted({*held, *queued, *limits})
+    }
 
 
 def _audit(session: Session) -> dict[str, Any]:

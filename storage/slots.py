@@ -19,12 +19,12 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import func, select, update
+from sqlalchemy import case, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage import states
-from storage.database import Database, clock
+from storage.database import Database, clock, moment
 from storage.models import Account, Task
 from storage.states import Step
 
@@ -171,7 +171,7 @@ class Slots:
         columns: Any = (Task.id, Task.batch_id, Task.slots, Task.queued_at, Task.created_at, Task.batch_line)
         queued = select(*columns, place).where(*self._queued()).subquery()
         mine = queued.c
-        ready = (mine.queued_at <= select(clock()).scalar_subquery()).label("ready")
+        ready = (mine.queued_at <= moment()).label("ready")
         heads = select(mine.id, mine.batch_id, -mine.slots, ready).where(mine.place <= AT_ONCE)
         return [Waiting(*row) for row in session.execute(heads.order_by(mine.created_at, mine.batch_line))]
 
@@ -201,20 +201,42 @@ def wait(task: Task, since: datetime) -> datetime:
 
 
 def give_back(task: Task) -> None:
-    """What the locked task held or waited for is free."""
+    """What the locked task held or waited for is free, and that it was silent is no news any more."""
     task.slots, task.queued_at = 0, None
+    heard_of(task)
+
+
+def heard_of(task: Task) -> None:
+    """The locked task is not silent, or not any more."""
+    if _is_silent(task.note):
+        task.note = None
+
+
+def keep_silent(task: Task) -> None:
+    """Clear the locked task's note but for the word that it gave its slots back."""
+    task.note = SILENT if _is_silent(task.note) else None
+
+
+def note_beside(note: str) -> Any:
+    """`note` as a value to write into a task's row, behind the word that it gave its slots back, where it did."""
+    return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)
+
+
+def _is_silent(note: str | None) -> bool:
+    return (note or "").startswith(SILENT)
 
 
 def give_back_silent(database: Database) -> int:
     """Free the slots of accepted tasks of which nothing was heard for 24 h since they were sent. Returns how many.
 
     Reads that bring no end are not heard of: a task that stays in work that long is not worked on. Its row goes on
-    being read. A task whose create is in doubt keeps its slots: it may be sent again.
+    being read, and its note says so until it ends or the provider calls back. A task whose create is in doubt keeps its
+    slots: it may be sent again.
     """
     heard_at = func.coalesce(Task.called_back_at, Task.sent_at, Task.created_at)
     silent = select(Task).where(
         col(Task.slots) > 0,
-        heard_at < select(clock(-SILENT_SECONDS)).scalar_subquery(),
+        heard_at < moment(-SILENT_SECONDS),
         col(Task.state).not_in(states.TERMINAL),
         col(Task.step) != Step.CREATE,
     )

@@ -19,7 +19,7 @@ from storage.errors import LostClaim
 from storage.events import EventName, record
 from storage.inbox import rematch
 from storage.models import Asset, Task, TaskAlias
-from storage.slots import give_back
+from storage.slots import give_back, heard_of
 from storage.states import (
     AssetFacts,
     AssetName,
@@ -187,6 +187,7 @@ def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool) -> No
 def note_called_back(task: Task, report: Report, now: datetime) -> None:
     """Remember that the provider called back, whether or not its words are believed."""
     task.called_back_at = now
+    heard_of(task)
     if report.status in states.TERMINAL:
         task.end_called_back_at = task.end_called_back_at or now
 

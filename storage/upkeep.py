@@ -283,6 +283,7 @@ def prunable(session: Session, before: datetime) -> list[Kind]:
 
     A delivery to the account's own URL does not say whose it is: it is kept while any task is not over that was
     there when it came. An event that a sink has not got yet is kept, and one that has no number: no reader saw it.
+    With a request goes where its client wanted to be called back, which may hold a secret; not before it was.
     """
     oldest = session.exec(select(func.min(Task.created_at)).where(~IS_OVER)).one()
     unnamed = col(Callback.received_at) < min(before, oldest or before)
@@ -301,12 +302,17 @@ def prunable(session: Session, before: datetime) -> list[Kind]:
     )
     of_told = exists().where(col(Event.id) == col(Dispatch.event_id), told)
     ended_at = func.coalesce(Task.archived_at, Task.completed_at, Task.created_at)
-    asked = and_(IS_OVER, ended_at < before, col(Task.request) != {})
+    untold = or_(
+        exists().where(col(Dispatch.task_id) == col(Task.id), outbox.IS_OPEN),
+        exists().where(col(Event.task_id) == col(Task.id), col(Event.seq).is_(None)),
+    )
+    filled = or_(col(Task.request) != {}, col(Task.client_callback_url).is_not(None))
+    asked = and_(IS_OVER, ended_at < before, filled, ~untold)
     return [
         Kind("deliveries", Callback, settled),
         Kind("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_told)),
         Kind("events", Event, told),
-        Kind("requests", Task, asked, {"request": {}}),
+        Kind("requests", Task, asked, {"request": {}, "client_callback_url": None}),
     ]
 
 

@@ -120,7 +120,7 @@ async def send(parts: Parts, chance: random.Random, count: int) -> Counter[int]:
     paths = plant(parts, max(20, count // BODIES_PER_TASK))
     wanted = bodies(chance, count)
     answers: Counter[int] = Counter()
-    async with web.router.lifespan_context(web):
+    async with web.lifespan_context(web):
         transport = httpx.ASGITransport(web, raise_app_exceptions=True)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
@@ -187,6 +188,45 @@ def test_faults_in_csv_name_the_line_where_the_record_begins() -> None:
     ]
     found = faults_in(HEADER + b"\r\n".join(rows), "csv")
     assert [line for line, _ in found] == [4, 6, 7, 8, 9, 11, 12, 13]
+
+
+QUOTE_IN_LINE_4 = [
+    b"kling-v3-omni,a boat,0,,,,",  # 2
+    b'kling-v3-omni,"a',  # 3
+    b'boat",1,,,,"id',  # 4
+    b"kling-v3-omni,a boat,two,,,,",  # 5
+    b"kling-v3-omni,\xff,1,,,,",  # 6
+    b"kling-v3-omni,a boat",  # 7
+]
+
+
+@pytest.mark.parametrize(
+    ("rest", "faulty"),
+    [
+        ([], [2, 4, 5, 6, 7]),
+        ([b'kling-v3-omni,"a boat",1,,,,', b'kling-v3-omni,"a boat",0,,,,'], [2, 4, 5, 6, 7, 9]),
+        ([b'kling-v3-omni,"a boat,1,,,,'], [2, 4, 5, 6, 7, 8]),
+    ],
+    ids=["none after", "quotes after", "another"],
+)
+def test_an_open_quote_hides_no_other_fault(rest: list[bytes], faulty: list[int]) -> None:
+    found = faults_in(HEADER + b"\r\n".join(QUOTE_IN_LINE_4 + rest), "csv")
+    assert [line for line, _ in found] == faulty
+    assert [line for line, text in found if "opens a quote that is not closed" in text] == [4, 8][: 1 + (8 in faulty)]
+
+
+def test_an_open_quote_in_the_header_is_one_fault() -> None:
+    ((line, text),) = faults_in(b'model_name,"prompt\na,b\nc,d\n', "csv")
+    assert (line, text.partition(" (")[0]) == (1, "opens a quote that is not closed")
+
+
+def test_open_quotes_in_every_line_are_read_in_a_bounded_time() -> None:
+    """Thirty thousand lines, each of which would be read to the end of the file if its quote were looked for there."""
+    count = 30_000
+    started = time.process_time()
+    found = faults_in(b"model_name,prompt\n" + b'm,"p\n' * count + b'm,"" p\n' * count, "csv")
+    assert len(found) == 2 * count
+    assert time.process_time() - started < 20
 
 
 @pytest.mark.parametrize(

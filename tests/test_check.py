@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from time import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from pydantic import SecretStr
@@ -29,6 +30,7 @@ from storage.objects import Bucket
 from storage.states import TaskState
 from tests.command_line import CommandLine, variables
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+from tests.hooks import SECRET
 from tests.pipeline import CALLBACK_SECRET, settings_for
 from tests.postgres import Postgres
 from tests.rows import new_task
@@ -260,6 +262,20 @@ def test_an_unknown_variable(look: Look, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found["settings"].status, found["settings"].line) == (Status.NOTE, "nothing reads RECEIVER_S3_BUKET")
 
 
+def test_an_unknown_variable_in_the_file(look: Look, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("RECEIVER_S3_BUKET=pictures\nOTHER=1\nRECEIVER_S3_BUCKET=pictures\n")
+    found = look()
+    assert (found["settings"].status, found["settings"].line) == (Status.NOTE, "nothing reads RECEIVER_S3_BUKET")
+
+
+def test_the_file_of_a_secret_may_be_named_in_the_file(nothing_set: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s" * 32 + "\n")
+    lines = f"RECEIVER_S3_BUCKET=pictures\nRECEIVER_CALLBACK_SECRETS_FILE={tmp_path / 'secret'}\n"
+    (tmp_path / ".env").write_text(lines)
+    assert config.load().callback_secrets == (SecretStr("s" * 32),)
+    assert config.unknown_variables() == []
+
+
 def test_a_secret_that_is_no_longer_listed(look: Look, database: Database) -> None:
     old, new = (Tokens([SecretStr(secret)]) for secret in ("o" * 40, CALLBACK_SECRET))
     states = [(old, TaskState.CREATED), (old, TaskState.PROCESSING), (new, TaskState.SUBMITTED)]
@@ -320,10 +336,13 @@ class Provider(ThreadingHTTPServer):
     def __init__(self, status: int, body: bytes) -> None:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+
+            do_POST = do_GET
 
             def date_time_string(self, timestamp: float | None = None) -> str:
                 return formatdate(time() + Provider.skew_seconds, usegmt=True)
@@ -375,6 +394,80 @@ def test_a_clock_that_is_not_the_store_s(look: Look, seaweed: Seaweed) -> None:
     assert "s behind the bucket's: turn on time synchronisation" in says
 
 
+# -- what leaves us ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """{name: address} that the system's resolver knows in this test, beside what it knows."""
+    known: dict[str, str] = {}
+    real = socket.getaddrinfo
+
+    def answer(host: Any, *rest: Any, **options: Any) -> Any:
+        return real(known.get(host, host), *rest, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+    return known
+
+
+def test_sinks_that_are_good(look: Look, names: dict[str, str], queues: Any, tmp_path: Path) -> None:
+    names["hooks.example.com"] = "93.184.215.14"
+    url = queues.create_queue(QueueName="pictures")["QueueUrl"]
+    listed = urlsplit(url).netloc
+    sinks = f"https://hooks.example.com/x?key=hush queue=sqs+{url} file://{tmp_path}/events.jsonl stdout:"
+    found = look(event_sinks=sinks, event_secrets=SECRET, private_event_hosts=listed)
+    told = {name: one for name, one in found.items() if name.startswith("events to ")}
+    assert {one.status for one in told.values()} == {Status.OK}
+    assert told["events to hooks.example.com"].line == "hooks.example.com may be posted to"
+    assert told.keys() == {f"events to {name}" for name in ("hooks.example.com", "queue", "events", "stdout")}
+    assert not (tmp_path / "events.jsonl").exists()
+    assert queues.receive_message(QueueUrl=url).get("Messages") is None
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [("10.0.0.7", "resolves to 10.0.0.7, which may not be dialled: private use"), ("nobody.invalid", "not resolved")],
+)
+def test_a_webhook_that_may_not_be_dialled(look: Look, names: dict[str, str], address: str, says: str) -> None:
+    names["hooks.example.com"] = address
+    found = faults(look(event_sinks="hook=https://hooks.example.com/?key=hush", event_secrets=SECRET))
+    assert list(found) == ["events to hook"]
+    assert says in found["events to hook"] and "RECEIVER_PRIVATE_EVENT_HOSTS" in found["events to hook"]
+    assert "hush" not in found["events to hook"]
+
+
+def test_a_queue_that_is_not_there(look: Look, queues: Any, sqs_server: str) -> None:
+    sinks = f"queue=sqs+{sqs_server}/123456789012/nobody-made-it"
+    found = faults(look(event_sinks=sinks, private_event_hosts=urlsplit(sqs_server).netloc))
+    assert "NonExistentQueue" in found["events to queue"] and "RECEIVER_EVENT_SINKS" in found["events to queue"]
+
+
+def test_a_queue_that_may_only_be_sent_to(look: Look) -> None:
+    body = b'{"__type": "com.amazonaws.sqs#AccessDeniedException", "message": "no"}'
+    with Provider(403, body) as denying:
+        sinks = f"queue=sqs+{denying.url}/123456789012/pictures"
+        found = look(event_sinks=sinks, private_event_hosts=urlsplit(denying.url).netloc)
+    assert faults(found) == {}
+    assert found["events to queue"].status is Status.NOTE
+    assert "sqs:GetQueueAttributes" in found["events to queue"].advice
+
+
+def test_a_file_that_cannot_be_appended_to(look: Look, tmp_path: Path) -> None:
+    found = faults(look(event_sinks=f"file://{tmp_path}/none/events.jsonl folder=file://{tmp_path}"))
+    assert list(found) == ["events to events", "events to folder"]
+    assert "No such file or directory" in found["events to events"] and "make its folder" in found["events to events"]
+
+
+def test_a_gateway_without_a_public_url(look: Look) -> None:
+    found = look(api_keys="a-key", public_url=None, result_lifetime_seconds=86_400)
+    assert faults(found) == {}
+    assert found["gateway"].status is Status.NOTE
+    assert found["gateway"].line.endswith("clients get the provider's links, which die after 1 days")
+    assert found["gateway"].advice.startswith("set it to the https address")
+    assert look(api_keys="a-key")["gateway"].status is Status.OK
+    assert "gateway" not in look()
+
+
 @pytest.fixture
 def silent() -> Iterator[str]:
     """HOST:PORT that takes connections and says nothing."""
@@ -387,9 +480,12 @@ def test_what_never_answers_is_given_up(look: Look, silent: str) -> None:
         f"postgresql://someone@{silent}/x",
         s3_endpoint_url=f"http://{silent}",
         kling_base_url=f"http://{silent}",
+        event_sinks=f"queue=sqs+http://{silent}/1/q",
+        private_event_hosts=silent,
         bound_seconds=0.5,
     )
-    assert list(faults(found)) == ["database", "bucket", "provider"]
+    assert list(faults(found)) == ["database", "bucket", "provider", "events to queue"]
+    assert "RECEIVER_EVENT_SINKS" in found["events to queue"].advice
     assert all(found[name].line == "gave no answer within 0.5 s" for name in faults(found))
     assert found["clock"].status is Status.NOTE
 

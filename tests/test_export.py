@@ -11,6 +11,7 @@ from typing import Any
 
 import boto3
 import pytest
+from sqlalchemy import update
 from sqlmodel import select
 
 from receiver import config
@@ -22,7 +23,7 @@ from storage.audit import Audit
 from storage.delete import Refused, delete
 from storage.errors import StoreUnavailable
 from storage.export import Export, tasks_between
-from storage.models import Asset, Callback
+from storage.models import Asset, Callback, Task
 from storage.objects import Bucket
 from storage.puts import PutOptions, parse_tags
 from storage.states import ArchiveState, TaskState
@@ -116,11 +117,16 @@ def test_the_verb(parts: Parts, receiver: CommandLine) -> None:
 
 def test_a_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     gone, stays = archive(parts, 2)
+    with parts.database.write() as session:
+        told = {"client_callback_url": "https://client.example.com/done?token=a-secret"}
+        session.execute(update(Task).values(**told))
     flip(parts, next(key for key in kept(parts) if gone.external_task_id in key and "image" in key))
     assert delete(parts.database, parts.bucket, gone.external_task_id).objects == 2
     assert all(stays.external_task_id in key for key in kept(parts))
     row = task_of(parts, gone.external_task_id)
     assert (row.request, row.callback_url, row.manifest_key, row.note) == ({}, None, None, "deleted")
+    assert row.client_callback_url is None
+    assert task_of(parts, stays.external_task_id).client_callback_url is not None
     assert (row.state, row.archive) == (TaskState.SUCCEEDED, ArchiveState.NONE) and row.deleted_at is not None
     with parts.database.read() as session:
         of_task = [session.exec(select(model).where(model.task_id == gone.id)).all() for model in (Asset, Callback)]

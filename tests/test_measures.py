@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from prometheus_client import generate_latest
+from sqlalchemy import delete, event, text
 from sqlmodel import col, select, update
 
-from receiver import waiting
+from receiver import telemetry, waiting
 from receiver.sandbox import Sandbox
-from receiver.telemetry import WORK
+from receiver.telemetry import WORK, WORK_OF_EACH
 from receiver.wiring import Parts
 from storage import deadlines
 from storage.database import Database
-from storage.measures import Measures, measure
-from storage.models import Event, Task
+from storage.measures import AccountMeasures, Measures, SinkMeasures, measure
+from storage.models import Dispatch, Event, Task
 from storage.pace import ReadLimit
-from storage.states import ArchiveState, AssetState, TaskState
+from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.asking import OTHERS, REQUEST, states_of, submit
 from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, deliver, drain, plant, run
-from tests.rows import LONG_AGO, event_names, new_asset, stored
+from tests.rows import LONG_AGO, event_names, new_asset, new_task, stored
 
 
 @pytest.fixture
@@ -135,7 +139,106 @@ def test_the_work_that_waits_is_counted(parts: Parts) -> None:
 
 
 def test_every_measure_has_its_gauge(parts: Parts) -> None:
-    assert WORK.keys() == measured(parts).as_dict().keys()
+    found = measured(parts).as_dict()
+    assert WORK.keys() | WORK_OF_EACH.keys() == found.keys()
+    assert {name: gauges.keys() for name, gauges in WORK_OF_EACH.items()} == {
+        "accounts": asdict(AccountMeasures()).keys(),
+        "sinks": asdict(SinkMeasures()).keys(),
+    }
+
+
+# -- accounts, sinks --------------------------------------------------------------------------------------------------
+
+
+def queued(parts: Parts, *, held: int, waiting: int) -> None:
+    """Tasks that hold two slots each, and tasks that wait for one."""
+    with parts.database.write() as session:
+        for _ in range(held):
+            new_task(session, slots=2, due_at=None)
+        for _ in range(waiting):
+            new_task(session, slots=-1, queued_at=LONG_AGO, due_at=None)
+
+
+def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -> None:
+    """An event that waits for this sink, or that it never took."""
+    with parts.database.write() as session:
+        then = parts.database.now() - timedelta(seconds=seconds_ago)
+        fact = Event(name="task.failed", at=then)
+        session.add(fact)
+        session.flush()
+        session.add(Dispatch(sink=sink, event_id=fact.id, state=state, created_at=then))
+
+
+@pytest.mark.parametrize("changes", [{"kling_slots": 20}])
+def test_slots_and_queue_are_told_of_each_account(parts: Parts) -> None:
+    queued(parts, held=3, waiting=2)
+    assert waiting.measured(parts).accounts == {"kling": AccountMeasures(6, 20, 2)}
+    with parts.database.write() as session:
+        parts.slots.refused(session, 1)
+    found = waiting.measured(parts)
+    assert found.accounts["kling"].slot_limit == 5
+    assert waiting.summary(found).startswith("0 due · kling: 6 of 5 slots held, 2 tasks wait · ")
+
+
+def test_without_a_limit_an_account_is_told_by_its_rows(parts: Parts) -> None:
+    assert measured(parts).accounts == {}
+    queued(parts, held=1, waiting=1)
+    assert measured(parts).accounts == {"kling": AccountMeasures(2, None, 1)}
+    assert "kling: 1 tasks wait for slots" in waiting.summary(measured(parts))
+
+
+def test_events_are_told_of_each_sink(parts: Parts) -> None:
+    for sink, state, age in (("a", "due", 60), ("a", "due", 10), ("a", "dead", 90), ("b", "dead", 5), ("b", "due", 5)):
+        tell(parts, sink, DispatchState(state), seconds_ago=age)
+    tell(parts, "c", DispatchState.DELIVERED, seconds_ago=5)
+    found = measured(parts)
+    counts = {name: (each.events_open, each.events_dead) for name, each in found.sinks.items()}
+    assert counts == {"a": (2, 1), "b": (1, 1)}
+    oldest = found.sinks["a"].oldest_event_seconds
+    assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
+    assert (found.events_open, found.events_dead) == (3, 2)
+    assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in waiting.summary(found)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_gauges_of_what_nothing_waits_for_any_more_are_gone(parts: Parts) -> None:
+    def lines() -> set[str]:
+        telemetry.show_work(measured(parts).as_dict())
+        text = generate_latest(telemetry.REGISTRY).decode()
+        return {line for line in text.splitlines() if "hook-of-mine" in line or 'account="kling"' in line}
+
+    queued(parts, held=1, waiting=1)
+    tell(parts, "hook-of-mine", DispatchState.DEAD, seconds_ago=5)
+    found = lines()
+    assert {'receiver_slots_held{account="kling"} 2.0', 'receiver_tasks_queued{account="kling"} 1.0'} < found
+    assert 'receiver_sink_events_dead{sink="hook-of-mine"} 1.0' in found
+    with parts.database.write() as session:
+        session.execute(update(Task).values(slots=0, queued_at=None))
+        session.execute(delete(Dispatch))
+    assert lines() == set()
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_no_measure_reads_a_whole_table(parts: Parts) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(parts.database.reader, "before_cursor_execute", note)
+    waiting.measured(parts)
+    event.remove(parts.database.reader, "before_cursor_execute", note)
+    with parts.database.read() as session:
+        connection = session.connection()
+        plans = [
+            row[3]
+            for statement, parameters in asked
+            if statement.startswith("SELECT")
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+    assert len(plans) > 10
+    whole = [plan for plan in plans if re.fullmatch(r"SCAN (task|callback|asset|event|dispatch)( AS .*)?", plan)]
+    assert whole == []
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
@@ -156,13 +259,14 @@ def test_one_line_says_how_the_work_stands(parts: Parts) -> None:
     assert line == "0 due · 1 deliveries unmatched · last 24 h: 0 archived, 0 incomplete, 0 failed"
 
 
-@pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token", "kling_slots": 20}])
 def test_gauges_and_readiness_tell_what_is_late(web: Web, parts: Parts) -> None:
     plant(parts, due_at=LONG_AGO)
     expiring(parts, 1)
     permitted = {"Authorization": "Bearer a-token"}
     numbers = httpx.get(f"{web.url}/metrics", headers=permitted).text
     assert {"receiver_overdue 2.0", "receiver_deadline_near 1.0", "receiver_unmatched 0.0"} <= set(numbers.splitlines())
+    assert 'receiver_slot_limit{account="kling"} 20.0' in numbers
     ready = httpx.get(f"{web.url}/readyz", headers=permitted)
     assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
     late = {name: ready.json()["checks"][name] for name in ("work", "deadlines")}

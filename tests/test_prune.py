@@ -23,6 +23,7 @@ from tests.rows import LONG_AGO, new_asset, new_task, stored
 RETENTION = timedelta(days=30)
 DONE = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVED, "step": None, "due_at": None}
 ARCHIVED = Subscription("hook", frozenset({EventName.TASK_ARCHIVED}))
+CLIENT = "https://client.example.com/done?token=a-secret"
 WAITS = {"state": TaskState.PROCESSING, "step": Step.READ}
 
 
@@ -34,7 +35,8 @@ def operator(database: Database) -> Operator:
 def old(database: Database, **values: Any) -> Task:
     """A task with one delivery, its creation and an event that was sent, its request and one file, all long ago."""
     with database.write() as session:
-        task = new_task(session, request={"prompt": "a boat"}, request_hash="h", **DONE | values)
+        request = {"request": {"prompt": "a boat"}, "request_hash": "h", "client_callback_url": CLIENT}
+        task = new_task(session, **request | DONE | values)
         new_asset(session, task, 0, due_at=None)
         session.add(delivery(task.id))
         record(session, EventName.TASK_ARCHIVED, task.id)
@@ -72,7 +74,7 @@ def test_what_is_over_and_old_is_forgotten_and_its_catalogue_stays(database: Dat
     }
     assert left(database) == {"deliveries": 0, "dispatches": 0, "events": 0, "tasks": 1, "files": 1}
     row = stored(database, task)
-    assert (row["request"], row["request_hash"]) == ({}, "h")
+    assert (row["request"], row["request_hash"], row["client_callback_url"]) == ({}, "h", None)
     assert operator.prune(RETENTION).counts.total() == 0
 
 
@@ -149,3 +151,21 @@ def test_an_event_without_a_number_was_seen_by_no_reader(database: Database, ope
     with database.write() as session:
         session.execute(update(Event).values(seq=None))
     assert operator.prune(RETENTION).counts["events"] == 0
+
+
+@pytest.mark.parametrize("untold", [{Dispatch.state: DispatchState.DUE}, {Event.seq: None}], ids=["on its way", "new"])
+def test_where_a_client_is_called_back_is_known_until_it_was(
+    database: Database, operator: Operator, untold: dict[Any, Any]
+) -> None:
+    task = old(database)
+    with database.write() as session:
+        ((column, value),) = untold.items()
+        session.execute(update(column.class_).values({column: value}))
+    assert operator.prune(RETENTION).counts["requests"] == 0
+    assert stored(database, task)["client_callback_url"] == CLIENT
+
+
+def test_an_address_without_a_request_is_forgotten_too(database: Database, operator: Operator) -> None:
+    task = old(database, request={})
+    assert operator.prune(RETENTION).counts["requests"] == 1
+    assert stored(database, task)["client_callback_url"] is None

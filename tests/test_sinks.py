@@ -13,7 +13,7 @@ from sqlmodel import col, select
 
 from receiver.cloudevents import event_id
 from receiver.config import private_pairs
-from receiver.notify import Dispatcher, Message, NotTried, SinkSilent
+from receiver.notify import Dispatcher, Message, NotTried, SinkSilent, SinkUnavailable
 from receiver.sinks import sqs
 from receiver.sinks.post import Poster
 from receiver.sinks.sqs import Sqs
@@ -111,6 +111,18 @@ def test_after_the_schedule_it_is_dead_and_the_next_one_goes(database: Database,
     first, second = dispatches(database)
     assert first.tries == len(RETRY_SECONDS) + 1
     assert (second.state, second.due_at is None) == (DispatchState.DUE, False)
+
+
+def test_a_look_hands_nothing_over(case: Case) -> None:
+    assert case.sink.look()
+    assert case.arrived() == []
+
+
+@pytest.mark.parametrize("case", ["file", "sqs"], indirect=True)
+def test_a_look_says_what_a_sending_would(case: Case) -> None:
+    case.fail()
+    with pytest.raises(SinkUnavailable):
+        case.sink.look()
 
 
 # -- silence ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from storage.models import Account, Task
 from storage.slots import Slots, Waiting, choose, limit_at
 from storage.states import Report, Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import hurry, run, task_of
+from tests.pipeline import deliver, hurry, run, task_of
 from tests.rows import LONG_AGO, new_task, stored
 
 REQUEST = {"model_name": "kling-v3-omni", "prompt": "a boat"}
@@ -177,6 +177,42 @@ def test_a_day_of_silence_frees_the_slots(database: Database) -> None:
     assert slots.give_back_silent(database) == 1
     assert [stored(database, row)["slots"] for row in (silent, called, doubtful)] == [0, 1, 1]
     assert stored(database, silent)["note"] == slots.SILENT
+
+
+def silenced(parts: Parts) -> Task:
+    """A task in work at the provider that was silent for a day and gave its slots back."""
+    task = parts.submitter.submit(REQUEST).task
+    with parts.database.write() as session:
+        long_ago = {"sent_at": LONG_AGO, "due_at": LONG_AGO}
+        session.execute(update(Task).where(col(Task.id) == task.id).values(**long_ago))
+    assert slots.give_back_silent(parts.database) == 1
+    return task
+
+
+def test_a_silent_task_says_so_until_it_is_heard_of(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(processing_seconds=600)
+    task = silenced(parts)
+    assert run(parts, "reads") == 1  # still in work: no news
+    assert task_of(parts, task.external_task_id).note == slots.SILENT
+    sandbox.set(query_faults=["5001"])
+    hurry(parts, Task)
+    assert run(parts, "reads") == 1
+    note = task_of(parts, task.external_task_id).note or ""
+    assert note.startswith(f"{slots.SILENT}; ") and "5001" in note
+    deliver(parts, task, {"task_id": task.provider_task_id, "task_status": "processing"})
+    row = task_of(parts, task.external_task_id)
+    assert (row.state, row.note, row.slots) == (TaskState.PROCESSING, None, 0)
+
+
+def test_a_silent_task_that_ends_is_silent_no_more(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(processing_seconds=600)
+    task = silenced(parts)
+    with parts.database.write() as session:
+        row = tasks.lock(session, task.id)
+        assert row is not None
+        report = Report(None, None, TaskState.FAILED)
+        tasks.apply(session, row, report, tasks.Schedule(), now=tasks.now(session), pushed=False)
+    assert task_of(parts, task.external_task_id).note is None
 
 
 # -- submitting -------------------------------------------------------------------------------------------------------

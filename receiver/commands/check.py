@@ -23,11 +23,11 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Look at settings, database, bucket, provider and clock, and say what to do about each fault.
+    """Look at settings, database, bucket, provider, clock and sinks of events; say what to do about each fault.
 
-    Exit code 1 if there is one. Nothing is submitted, and what is written to the bucket is removed again. Prints
-    what you have to paste where: a fresh callback secret while none is set, else the address for the provider's
-    console. Each of these is a secret.
+    Exit code 1 if there is one. Nothing is submitted, no event is sent, and what is written to the bucket is removed
+    again. Prints what you have to paste where: a fresh callback secret while none is set, else the address for the
+    provider's console. Each of these is a secret.
     """
     from receiver import checks, config, telemetry
 

@@ -85,5 +85,8 @@ class Clients:
                 self._circuits.pop(next(iter(self._circuits)))
             return self._circuits.setdefault(host, Circuit())
 
+    def look(self) -> str:
+        return "each client's own address"
+
     def close(self) -> None:
         self._poster.close()

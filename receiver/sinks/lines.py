@@ -18,6 +18,8 @@ from receiver.notify import Message, NotTried, Outcome, SinkUnavailable
 # One flush to the disk for so many.
 BATCH = 100
 STDOUT = 1
+# Not blocking: a pipe that nobody reads would hold this thread for ever.
+FLAGS = os.O_APPEND | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Lines:
@@ -45,12 +47,9 @@ class Lines:
         if self._path is None:
             yield STDOUT
             return
-        # Not blocking: a pipe that nobody reads would hold this thread for ever.
-        flags = os.O_APPEND | os.O_CREAT | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
-        file = os.open(self._path, flags, 0o640)
+        file = os.open(self._path, FLAGS | os.O_CREAT, 0o640)
         try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file")
+            _refuse_irregular(file)
             fcntl.flock(file, fcntl.LOCK_EX)
             _end_torn_line(file)
             yield file
@@ -58,7 +57,28 @@ class Lines:
         finally:
             os.close(file)
 
+    def look(self) -> str:
+        """Open the file as `send` does, or see that it could be made; it is not."""
+        if self._path is None:
+            return "standard output"
+        try:
+            if not self._path.exists() and os.access(self._path.parent, os.W_OK | os.X_OK):
+                return f"{self._path} can be made"
+            file = os.open(self._path, FLAGS)
+            try:
+                _refuse_irregular(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise SinkUnavailable(f"{self._path}: {error.strerror}") from error
+        return f"{self._path} can be appended to"
+
     def close(self) -> None: ...
+
+
+def _refuse_irregular(file: int) -> None:
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _end_torn_line(file: int) -> None:

@@ -73,6 +73,13 @@ class Poster:
             said = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
         return Answer(target.host, response.status, retry_after(said.get("retry-after", ""), datetime.now(UTC)))
 
+    def look(self, url: str) -> str:
+        """Resolve and judge where `url` leads, and dial nothing. Returns the host; raises as `post` does."""
+        target = check_url(url, self._policy)
+        with _silences(target.host):
+            wire.GuardedBackend(self._policy).checked(target.host, target.port)
+        return f"{target.authority} may be posted to"
+
     def close(self) -> None:
         if "_pool" in self.__dict__:
             self._pool.close()

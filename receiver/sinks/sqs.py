@@ -13,7 +13,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from receiver.cloudevents import MEDIA_TYPE
-from receiver.notify import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable
+from receiver.notify import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
 
 # SendMessageBatch takes no more (SQS API reference).
 BATCH = 10
@@ -41,7 +41,7 @@ class Sqs:
         aws = AWS_HOST.fullmatch(parts.hostname or "")
         once = {"total_max_attempts": 1}  # the schedule is ours
         options = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=once)
-        return boto3.client(
+        return boto3.Session().client(  # the one that all share is not for several threads
             "sqs",
             endpoint_url=f"{parts.scheme}://{parts.netloc}",
             region_name=aws.group(1) if aws else None,
@@ -80,6 +80,17 @@ class Sqs:
         if self._is_fifo:
             entry |= {"MessageGroupId": message.group, "MessageDeduplicationId": message.id}
         return entry
+
+    def look(self) -> str:
+        """Reach the queue. Who may send to it needs no right to ask for its attributes."""
+        try:
+            found = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=["QueueArn"])
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", "no code"))
+            raise (Unsure if "AccessDenied" in code else SinkUnavailable)(f"SQS: {code}") from error
+        except BotoCoreError as error:
+            raise SinkSilent(f"SQS: {type(error).__name__}") from error
+        return f"the queue {found.get('Attributes', {}).get('QueueArn', '')} answers"
 
     def close(self) -> None:
         if "_client" in self.__dict__:

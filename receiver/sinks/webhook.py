@@ -41,5 +41,9 @@ class Webhook:
         except (Retry, GiveUp) as error:
             return error
 
+    def look(self) -> str:
+        """Who is there learns nothing of it: the name is resolved, the addresses are judged, none is dialled."""
+        return self._poster.look(self._url)
+
     def close(self) -> None:
         self._poster.close()

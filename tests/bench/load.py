@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import gc
 import json
+import os
 import random
 import time
 import uuid
@@ -150,7 +151,9 @@ def main() -> None:
     gc.disable()  # a pause of ours would be taken for one of the server's
     uvloop.install()
     found = asyncio.run(measure(given.port, given.connections, given.seconds, given.rate, given.warm_seconds))
-    print(json.dumps(found))  # noqa: T201
+    rest = json.dumps(found).encode()
+    while rest:  # an unbuffered stdout takes what a pipe has room for, and `print` forgets the rest
+        rest = rest[os.write(1, rest) :]
 
 
 if __name__ == "__main__":
