@@ -104,7 +104,7 @@ _INTO = f"INSERT INTO callback ({_COLUMNS}, received_at, due_at, attempts, losse
 _NOW = clock().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
 # The driver lets go of the interpreter and asks for it again once per statement, and beside a busy event loop each time
 # costs up to 5 ms: so all rows in one, of the smallest size that holds them, the rest of it left NULL.
-_SQLITE_SIZES = (1, 4, 16, 64, 256)
+_SQLITE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SQLITE_ROW = f"({', '.join('?' * len(_COLUMNS.split(', ')))})"
 _SQLITE_NO_ROW = (None,) * len(_COLUMNS.split(", "))
 _SQLITE_INSERTS = {

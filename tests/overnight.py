@@ -10,31 +10,23 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
-from receiver.sandbox import Knobs, Sandbox
-from receiver.sandbox.seaweed import Mortal, Seaweed, is_free, random_port
-from receiver.wiring import Parts
-from storage import batches, migrations
+from receiver.sandbox import Knobs
+from storage import batches
 from storage.batches import Counts
-from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
-from tests.chaos.processes import ROOT, Kept
-from tests.chaos.stage import settings_in
 from tests.harness import wait_until
-from tests.postgres import Postgres
+from tests.scene import Scene
 
 NAME = "night"
 SLOTS = 20
@@ -59,78 +51,28 @@ def request(number: int) -> dict[str, Any]:
     return {"model_name": "kling-v3-omni", "prompt": f"a boat, seen for the {number}. time", "n": n}
 
 
-class Night:
-    """All servers and processes of one run, as a context manager."""
+class Night(Scene):
+    """A file to submit, and all that works on it."""
 
     def __init__(self, folder: Path, *, lines: int, database: str, task_seconds: float) -> None:
-        self.folder, self.lines, self.database, self.task_seconds = folder, lines, database, task_seconds
+        super().__init__(folder)
+        self.lines, self.database, self.task_seconds = lines, database, task_seconds
         self.file = folder / f"{NAME}.jsonl"
         self.file.write_text("".join(json.dumps(request(number)) + "\n" for number in range(lines)))
         self.reports = [folder / "report.json", folder / "report.csv"]
-        self._stack = ExitStack()
-        self._mortal = Mortal()
 
-    def __enter__(self) -> Night:
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _start(self) -> None:
-        self.seaweed = self._stack.enter_context(Seaweed(self.folder / "seaweed", "pictures"))
-        ours = self._stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in self.seaweed.environment.items():
-            ours.setenv(name, value)
+    def _build(self) -> None:
         times = {"submitted_seconds": 0.05, "processing_seconds": self.task_seconds}
-        knobs = Knobs(picture_bytes=4_000, concurrency_limit=SLOTS, **times)
-        self.sandbox = self._stack.enter_context(Sandbox(knobs=knobs))
-        self._postgres = self._stack.enter_context(Postgres()) if self.database == "postgresql" else None
-        self.environment = self._environment()
-        self.parts = Parts(settings_in(self.environment))
-        self._stack.callback(self.parts.close)
-        migrations.upgrade(self.parts.database)
-        self.web = Kept(WEB_KILLED, ["serve"], self.environment, self.folder, self._mortal)
-        self.workers = [Kept(WORKER_KILLED, ["work"], self.environment, self.folder, self._mortal) for _ in range(2)]
-        for each in (self.web, *self.workers):
-            self._stack.callback(each.stop)
-            each.start()
-        for each in (self.web, *self.workers):
-            assert each.wait_until_ready(), each.log.read_text()[-3_000:]
-
-    def _environment(self) -> dict[str, str]:
-        port = next(port for port in iter(random_port, None) if is_free(port))
-        url = self._postgres.url() if self._postgres else f"sqlite:///{self.folder / 'receiver.db'}"
-        return {
-            "PATH": os.defpath,
-            "PYTHONPATH": str(ROOT),
-            "HOME": str(self.folder),
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            **self.seaweed.environment,
-            "RECEIVER_DATABASE_URL": url,
-            "RECEIVER_PORT": str(port),
-            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}",
-            "RECEIVER_CALLBACK_SECRETS": "a-secret-of-more-than-thirty-two-characters",
-            "RECEIVER_API_KEYS": API_KEY,
-            "RECEIVER_KLING_BASE_URL": self.sandbox.url,
-            "RECEIVER_KLING_API_KEY": self.sandbox.api_key,
-            "RECEIVER_KLING_SLOTS": str(SLOTS),
-            "RECEIVER_PRIVATE_RESULT_HOSTS": self.sandbox.url.removeprefix("http://"),
-            "RECEIVER_S3_BUCKET": "pictures",
-            "RECEIVER_S3_ENDPOINT_URL": self.seaweed.endpoint_url,
-            "RECEIVER_SPOOL_DIR": str(self.folder),
-            "RECEIVER_WORKERS": "0",
-            "RECEIVER_WORKER_THREADS": "4",
-            "RECEIVER_LEASE_SECONDS": "5",
-            "RECEIVER_POLL_AFTER_SECONDS": "5",
-            "RECEIVER_LOG_FORMAT": "json",
-        }
+        self.start_servers(self.database, Knobs(picture_bytes=4_000, concurrency_limit=SLOTS, **times))
+        self.know_the_store()
+        self.start_processes(
+            2,
+            RECEIVER_API_KEYS=API_KEY,
+            RECEIVER_KLING_SLOTS=str(SLOTS),
+            RECEIVER_WORKER_THREADS="4",
+            RECEIVER_LEASE_SECONDS="5",
+            RECEIVER_POLL_AFTER_SECONDS="5",
+        )
 
     def submit(self) -> subprocess.Popen[bytes]:
         """The command that a person would start, and start again."""

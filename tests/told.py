@@ -15,31 +15,24 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import pytest
 from sqlmodel import col, func, select
 
 from receiver import telemetry
 from receiver.cloudevents import event_id
-from receiver.sandbox import Knobs, Sandbox
-from receiver.sandbox.seaweed import Mortal, Seaweed, is_free, random_port
-from receiver.wiring import Parts
-from storage import migrations
+from receiver.sandbox import Knobs
 from storage.database import Database
 from storage.models import Dispatch, Event, Task
 from storage.states import ArchiveState, DispatchState
-from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
-from tests.chaos.processes import ROOT, Kept
-from tests.chaos.stage import settings_in
+from tests.chaos.processes import Kept
 from tests.harness import wait_until
 from tests.hooks import SECRET, Got, Hook
-from tests.postgres import Postgres
+from tests.scene import Scene
 
 FAIL_RATE = 0.3
 SUBMITTERS = 8
@@ -107,76 +100,28 @@ def compare(database: Database, got: list[Got]) -> Outcome:
 # -- the long form ----------------------------------------------------------------------------------------------------
 
 
-class Stage:
-    """All servers and processes of one run, as a context manager. `hook`: None = nobody is told."""
+class Stage(Scene):
+    """`hook`: who is told; None = nobody."""
 
     def __init__(self, folder: Path, *, database: str, hook: Hook | None) -> None:
         folder.mkdir()
-        self._folder, self._database, self._hook = folder, database, hook
-        self._stack = ExitStack()
+        super().__init__(folder)
+        self._database, self._hook = database, hook
 
-    def __enter__(self) -> Stage:
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
+    def _build(self) -> None:
+        self.start_servers(self._database, Knobs(picture_bytes=20_000, submitted_seconds=0.05, processing_seconds=0.1))
+        self.know_the_store()
+        self.start_processes(1, **self._sink())
+        (self.worker,) = self.workers
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _start(self) -> None:
-        seaweed = self._stack.enter_context(Seaweed(self._folder / "seaweed", "pictures"))
-        ours = self._stack.enter_context(pytest.MonkeyPatch.context())
-        for name, value in seaweed.environment.items():
-            ours.setenv(name, value)
-        knobs = Knobs(picture_bytes=20_000, submitted_seconds=0.05, processing_seconds=0.1)
-        sandbox = self._stack.enter_context(Sandbox(knobs=knobs))
-        postgres = self._stack.enter_context(Postgres()) if self._database == "postgresql" else None
-        environment = self._environment(seaweed, sandbox, postgres)
-        self.parts = Parts(settings_in(environment))
-        self._stack.callback(self.parts.close)
-        migrations.upgrade(self.parts.database)
-        mortal = Mortal()
-        self.web = Kept(WEB_KILLED, ["serve"], environment, self._folder, mortal)
-        self.worker = Kept(WORKER_KILLED, ["work"], environment, self._folder, mortal)
-        for each in (self.web, self.worker):
-            self._stack.callback(each.stop)
-            each.start()
-            assert each.wait_until_ready(), each.log.read_text()[-3_000:]
-
-    def _environment(self, seaweed: Seaweed, sandbox: Sandbox, postgres: Postgres | None) -> dict[str, str]:
-        port = next(port for port in iter(random_port, None) if is_free(port))
-        url = postgres.url() if postgres else f"sqlite:///{self._folder / 'receiver.db'}"
-        hook = self._hook
-        told = {
-            "RECEIVER_EVENT_SINKS": f"hook={hook.url}",
-            "RECEIVER_EVENT_SECRETS": SECRET,
-            "RECEIVER_PRIVATE_EVENT_HOSTS": hook.host,
-            "RECEIVER_EVENT_RETRY_SECONDS": RETRY_SECONDS,
-        } if hook else {}  # fmt: skip
+    def _sink(self) -> dict[str, str]:
+        if self._hook is None:
+            return {}
         return {
-            "PATH": os.defpath,
-            "PYTHONPATH": str(ROOT),
-            "HOME": str(self._folder),
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            **seaweed.environment,
-            "RECEIVER_DATABASE_URL": url,
-            "RECEIVER_PORT": str(port),
-            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}",
-            "RECEIVER_CALLBACK_SECRETS": "a-secret-of-more-than-thirty-two-characters",
-            "RECEIVER_KLING_BASE_URL": sandbox.url,
-            "RECEIVER_KLING_API_KEY": sandbox.api_key,
-            "RECEIVER_PRIVATE_RESULT_HOSTS": sandbox.url.removeprefix("http://"),
-            "RECEIVER_S3_BUCKET": "pictures",
-            "RECEIVER_S3_ENDPOINT_URL": seaweed.endpoint_url,
-            "RECEIVER_SPOOL_DIR": str(self._folder),
-            "RECEIVER_WORKERS": "0",
-            "RECEIVER_LOG_FORMAT": "json",
-            **told,
+            "RECEIVER_EVENT_SINKS": f"hook={self._hook.url}",
+            "RECEIVER_EVENT_SECRETS": SECRET,
+            "RECEIVER_PRIVATE_EVENT_HOSTS": self._hook.host,
+            "RECEIVER_EVENT_RETRY_SECONDS": RETRY_SECONDS,
         }
 
     def submit(self, tasks: int) -> None:

@@ -17,7 +17,8 @@ from storage.events import EventName
 from storage.keys import manifest_key
 from storage.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState
-from tests.chaos.stage import BUCKET, Stage
+from tests.chaos.stage import Stage
+from tests.scene import BUCKET
 
 PROBE_FOLDER = ".receiver-probe/"
 

@@ -2,101 +2,37 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
-from receiver import config
-from receiver.sandbox import Knobs, Sandbox
-from receiver.sandbox.seaweed import Mortal, Seaweed, is_free, random_port
-from receiver.wiring import Parts
-from storage import migrations
-from tests.chaos.plan import LEASE_SECONDS, WEB_KILLED, WORKER_KILLED, Plan
-from tests.chaos.processes import ROOT, Kept
+from receiver.sandbox import Knobs
+from tests.chaos.plan import LEASE_SECONDS, Plan
 from tests.chaos.store import ChaosStore
-from tests.postgres import Postgres
+from tests.scene import Scene
 
-BUCKET = "pictures"
 PICTURE_BYTES = 20_000
 CALLBACK_TRIES = 4
 
 
-class Stage:
-    """All servers, as a context manager: whatever happens inside, nothing of it runs afterwards.
-
-    All of it listens on loopback alone, and dies with this process (Linux) even when that is killed.
-    """
+class Stage(Scene):
+    """All servers of a campaign, with faults between worker and store."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
+        super().__init__(folder)
         self.plan = plan
-        self.folder = folder
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Stage:
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _start(self) -> None:
-        self.seaweed = self._stack.enter_context(Seaweed(self.folder / "seaweed", BUCKET))
-        self.store = self._stack.enter_context(ChaosStore(self.seaweed, self.plan.seed))
-        self.sandbox = self._stack.enter_context(Sandbox(knobs=knobs(self.plan.seed)))
-        self.postgres = None
-        if self.plan.database == "postgresql":
-            self.postgres = self._stack.enter_context(Postgres())
-        self.environment = self._environment()
-        self.parts = Parts(settings_in(self.environment))
-        self._stack.callback(self.parts.close)
-        migrations.upgrade(self.parts.database)
-        mortal = Mortal()
-        self.web = Kept(WEB_KILLED, ["serve"], self.environment, self.folder, mortal)
-        self.workers = [
-            Kept(WORKER_KILLED, ["work"], self.environment, self.folder, mortal) for _ in range(self.plan.workers)
-        ]
-        for each in (self.web, *self.workers):
-            self._stack.callback(each.stop)
-            each.start()
-        for each in (self.web, *self.workers):
-            if not each.wait_until_ready():
-                raise RuntimeError(f"a process did not start:\n{each.log.read_text()[-3_000:]}")
-
-    def _environment(self) -> dict[str, str]:
-        """The whole environment of the processes: nothing of the caller's reaches them but the path of Python."""
-        port = next(port for port in iter(random_port, None) if is_free(port))
-        url = self.postgres.url() if self.postgres else f"sqlite:///{self.folder / 'receiver.db'}"
-        return {
-            "PATH": os.defpath,
-            "PYTHONPATH": str(ROOT),
-            "HOME": str(self.folder),
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true",
-            **self.seaweed.environment,
-            "RECEIVER_DATABASE_URL": url,
-            "RECEIVER_PORT": str(port),
-            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}",
-            "RECEIVER_CALLBACK_SECRETS": "a-secret-of-more-than-thirty-two-characters",
-            "RECEIVER_KLING_BASE_URL": self.sandbox.url,
-            "RECEIVER_KLING_API_KEY": self.sandbox.api_key,
-            "RECEIVER_PRIVATE_RESULT_HOSTS": self.sandbox.url.removeprefix("http://"),
-            "RECEIVER_S3_BUCKET": BUCKET,
-            "RECEIVER_S3_ENDPOINT_URL": self.store.endpoint_url,
-            "RECEIVER_SPOOL_DIR": str(self.folder),
-            "RECEIVER_WORKERS": "0",
-            "RECEIVER_WORKER_THREADS": "4",
-            "RECEIVER_LEASE_SECONDS": str(LEASE_SECONDS),
-            "RECEIVER_GRACE_SECONDS": "5",
-            "RECEIVER_POLL_AFTER_SECONDS": "1",
-            "RECEIVER_POLL_MAX_SECONDS": "8",
-            "RECEIVER_LOG_FORMAT": "json",
-        }
+    def _build(self) -> None:
+        self.start_servers(self.plan.database, knobs(self.plan.seed))
+        self.store = self.stack.enter_context(ChaosStore(self.seaweed, self.plan.seed))
+        self.start_processes(
+            self.plan.workers,
+            store_url=self.store.endpoint_url,
+            RECEIVER_WORKER_THREADS="4",
+            RECEIVER_LEASE_SECONDS=str(LEASE_SECONDS),
+            RECEIVER_GRACE_SECONDS="5",
+            RECEIVER_POLL_AFTER_SECONDS="1",
+            RECEIVER_POLL_MAX_SECONDS="8",
+        )
 
     def calm(self) -> None:
         """No fault begins from now on."""
@@ -125,13 +61,6 @@ class Stage:
             "create in doubt": sum(count for name, count in counts.items() if name.startswith("fault:create:")),
             "read refused": counts["fault:query:5001"],
         })  # fmt: skip
-
-
-def settings_in(environment: dict[str, str]) -> config.Settings:
-    """The settings that the processes have, for the part of the work that is done in this one."""
-    prefix = config.PREFIX
-    mine = {name.removeprefix(prefix).lower(): value for name, value in environment.items() if name.startswith(prefix)}
-    return config.load(**mine)
 
 
 def knobs(seed: int) -> Knobs:
