@@ -49,6 +49,7 @@ class Door(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._header_bytes = 0
         self._in_body = False
         self._keeps_alive = True
 
@@ -87,7 +88,8 @@ class Door(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if sum(len(known) + len(content) for known, content in self.headers) > MAX_HEAD_BYTES:
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > MAX_HEAD_BYTES:
             raise _TooLong(431)
         super().on_header(name, value)
 
@@ -100,7 +102,7 @@ class Door(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_body = False
-        self._head_bytes = 0
+        self._head_bytes = self._header_bytes = 0
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = self._keeps_alive
         super().on_message_complete()
