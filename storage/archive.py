@@ -7,15 +7,17 @@ claimed ─▶ known object there? ─▶ settled, nothing downloaded
 from __future__ import annotations
 
 import time
+from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import structlog
+from sqlalchemy import bindparam, select
 from sqlmodel import Session
 
 from storage import claims, objects, tasks
 from storage.circuit import Circuit
-from storage.database import Database, clock
+from storage.database import Database, clock, run
 from storage.errors import DatabaseUnavailable, GiveUp, LostClaim, Refresh, Retry, StoreUnavailable
 from storage.events import EventName, file_facts, record
 from storage.fetch import Fetched, Fetcher, spool
@@ -30,6 +32,19 @@ log = structlog.get_logger()
 REFRESH_CAP_SECONDS = 900
 # In `fetched` of an asset not archived: how many downloads came whole and were no usable file.
 UNUSABLE = "unusable"
+
+
+class Origin(NamedTuple):
+    """What a file's key and its provenance say of its task."""
+
+    created_at: datetime
+    external_task_id: str
+    provider: str
+    provider_task_id: str | None
+
+
+_TASKS = Task.__table__.c  # type: ignore[attr-defined]
+_ORIGIN = select(*(_TASKS[name] for name in Origin._fields)).where(_TASKS.id == bindparam("wanted"))
 
 
 class Archiver:
@@ -79,17 +94,17 @@ class Archiver:
             self._settle_archived(asset)
             return
         self._abort_upload(asset)
-        task = self._task(asset)
+        origin = self._origin(asset)
         with spool(self._spool_dir) as sink:
             fetched = self._fetcher.fetch(asset.source_url, sink, accept_unverified=asset.accept_unverified)
-            self._note(asset, task, fetched)
-            self._put(asset, task, fetched, sink)
+            self._note(asset, origin, fetched)
+            self._put(asset, origin, fetched, sink)
         self._circuit.succeeded()
         self._settle_archived(asset)
 
-    def _task(self, asset: Asset) -> Task:
+    def _origin(self, asset: Asset) -> Origin:
         with self._database.read() as session:
-            return session.get_one(Task, asset.task_id)
+            return Origin._make(run(session, _ORIGIN, {"wanted": asset.task_id}).one())
 
     def _is_there(self, asset: Asset) -> bool:
         """Whether the put of an earlier claim has arrived."""
@@ -101,9 +116,9 @@ class Archiver:
         if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
             self._bucket.abort_uploads(asset.key)
 
-    def _note(self, asset: Asset, task: Task, fetched: Fetched) -> None:
+    def _note(self, asset: Asset, origin: Origin, fetched: Fetched) -> None:
         """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
-        prefix, created_at, external_id = self._bucket.prefix, task.created_at, task.external_task_id
+        prefix, created_at, external_id = self._bucket.prefix, origin.created_at, origin.external_task_id
         key = object_key(prefix, created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension)
         superseded = list(asset.superseded)
         if asset.key and asset.key != key and self._bucket.head(asset.key) is not None:
@@ -117,14 +132,14 @@ class Archiver:
             claims.keep(session, asset, **values)
         asset.key, asset.sha256, asset.size, asset.media_type = key, fetched.sha256, fetched.size, fetched.media_type
 
-    def _put(self, asset: Asset, task: Task, fetched: Fetched, sink: BinaryIO) -> None:
+    def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:
         sink.seek(0)
         assert asset.key is not None
         provenance = {
-            "task": task.external_task_id,
-            "task-id": str(task.id),
-            "provider": task.provider,
-            "provider-task-id": task.provider_task_id or "",
+            "task": origin.external_task_id,
+            "task-id": str(asset.task_id),
+            "provider": origin.provider,
+            "provider-task-id": origin.provider_task_id or "",
             "source-host": fetched.host,
         }
         self._bucket.put_once(

@@ -12,12 +12,13 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import CursorResult, case, select, update
+from sqlalchemy import ClauseElement, CursorResult, Integer, Uuid, bindparam, case, select, update
 from sqlmodel import Session
 
-from storage.database import clock, moment
+from storage.database import clock, moment, run
 from storage.errors import LostClaim
 from storage.models import Asset, Callback, Claimable, Dispatch, Task
 
@@ -27,6 +28,9 @@ Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 SUSPECT_LOSSES = 3
 # If it ends that process three times more, it is parked: no claim until `receiver retry`.
 PARK_LOSSES = 6
+
+# What a lane claims by is the same for the life of a process, and there are some ten lanes.
+STATEMENTS = 64
 
 BACKOFF_BASE_SECONDS = 2.0
 # Long enough to leave a struggling host alone, short enough that an outage's end is noticed within minutes.
@@ -48,20 +52,27 @@ def claim(
     the caller has nothing else in flight. Returns the rows as claimed, all with the same fresh `lease`; [] when
     nothing is due. `attempts` counts this claim; `losses` counts the lease that ran out before it, if one did.
     """
-    table: Any = model
-    losses = table.losses + case((table.lease.is_not(None), 1), else_=0)
-    suspect = losses >= SUSPECT_LOSSES if alone else losses < SUSPECT_LOSSES
-    due = select(table.id).where(table.due_at <= moment(), suspect, *where)
-    due = due.order_by(*_urgency(table)).limit(limit).with_for_update(skip_locked=True)
-    claimed = (
-        update(table)
-        .where(table.id.in_(select(due.cte("due").c.id)))
-        .values(due_at=clock(lease_seconds), lease=uuid.uuid4(), attempts=table.attempts + 1, losses=losses)
-        .returning(table)
-        .execution_options(synchronize_session=False)
-    )
-    rows: list[Row] = list(session.scalars(claimed))
+    values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
+    rows: list[Row] = list(session.scalars(_claim(model, alone, tuple(where)), values))
     return sorted(rows, key=_place)
+
+
+@lru_cache(maxsize=STATEMENTS)
+def _claim(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
+    losses = model.losses + case((model.lease.is_not(None), 1), else_=0)
+    suspect = losses >= SUSPECT_LOSSES if alone else losses < SUSPECT_LOSSES
+    due = select(model.id).where(model.due_at <= moment(), suspect, *where)
+    due = due.order_by(*_urgency(model)).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
+    return (
+        update(model)
+        .where(model.id.in_(select(due.cte("due").c.id)))
+        .values(
+            due_at=clock("lease_seconds"), lease=bindparam("token", type_=Uuid), attempts=model.attempts + 1,
+            losses=losses,
+        )
+        .returning(model)
+        .execution_options(synchronize_session=False)
+    )  # fmt: skip
 
 
 def _place(row: Any) -> Any:
@@ -76,11 +87,16 @@ def is_any_due(session: Session, model: type[Row], *, alone: bool = False, where
 
     In the order of the due index: for one row of any order PostgreSQL reads the table past every row that waits.
     """
-    table: Any = model
+    return run(session, _any_due(model, alone, tuple(where))).first() is not None
+
+
+@lru_cache(maxsize=STATEMENTS)
+def _any_due(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
+    table = model.__table__.c
     due = select(table.id).where(table.due_at <= moment(), *where)
     if alone:
         due = due.where(table.losses >= SUSPECT_LOSSES - 1)
-    return session.execute(due.order_by(table.due_at).limit(1)).first() is not None
+    return due.order_by(table.due_at).limit(1)
 
 
 def _urgency(model: Any) -> tuple[Any, ...]:
@@ -122,9 +138,29 @@ def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
     model: Any = type(row)
     if row.lease is None:  # never claimed: `lease = NULL` would be written as IS NULL and match
         raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
-    owned = update(model).where(model.id == row.id, model.lease == row.lease)
-    if _execute(session, owned.values(**values)) == 0:
+    owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
+    said = {name: value for name, value in values.items() if isinstance(value, ClauseElement) and not _is_time(value)}
+    columns = tuple((name, _is_time(value)) for name, value in values.items() if name not in said)
+    for name, told in columns:
+        owned[f"new_{name}"] = values[name].seconds if told else values[name]
+    statement = _owned(model, columns)
+    if said:  # rarely: a value in SQL's own words
+        statement = statement.values(said)
+    if run(session, statement, owned).rowcount == 0:
         raise LostClaim(f"{model.__tablename__} {row.id}")
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, clock)
+
+
+@lru_cache(maxsize=STATEMENTS)
+def _owned(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
+    """An update of these columns (name, whether it is set to the clock) while the lease is ours."""
+    table = model.__table__
+    new = {name: clock(f"new_{name}") if told else bindparam(f"new_{name}") for name, told in columns}
+    owned = update(table).where(table.c.id == bindparam("row_id"), table.c.lease == bindparam("held"))
+    return owned.values(new)
 
 
 def _execute(session: Session, statement: Any) -> int:

@@ -8,10 +8,10 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import func, insert
+from sqlalchemy import bindparam, func, insert
 from sqlmodel import Session, col, select
 
-from storage.database import clock
+from storage.database import clock, run
 from storage.models import Asset, Event, Task
 
 
@@ -31,10 +31,14 @@ class EventName(StrEnum):
     CALLBACK_UNMATCHED = "callback.unmatched"
 
 
+_FACT = insert(Event.__table__).values(  # type: ignore[attr-defined]
+    task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=clock()
+)
+
+
 def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: dict[str, Any] | None = None) -> None:
     """Write one fact; it becomes true when the caller's transaction commits."""
-    row = {"task_id": task_id, "name": name.value, "at": clock(), "data": data or {}}
-    session.execute(insert(Event).values(row))
+    run(session, _FACT, {"task_id": task_id, "name": name.value, "data": data or {}})
 
 
 def file_facts(asset: Asset) -> dict[str, Any]:

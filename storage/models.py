@@ -36,7 +36,6 @@ class UtcTime(TypeDecorator[datetime]):
 
     impl = DateTime
     cache_ok = True
-    _text_format = "%Y-%m-%d %H:%M:%S.%f"
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         return dialect.type_descriptor(Text() if dialect.name == "sqlite" else DateTime(timezone=True))
@@ -44,13 +43,13 @@ class UtcTime(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
         if value is None or dialect.name != "sqlite":
             return value
-        return value.astimezone(UTC).strftime(self._text_format)
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
             return None
         if isinstance(value, str):
-            return datetime.strptime(value, self._text_format).replace(tzinfo=UTC)
+            return datetime.fromisoformat(value).replace(tzinfo=UTC)  # strptime takes 40 times as long
         return value.astimezone(UTC)  # type: ignore[no-any-return]
 
 

@@ -24,7 +24,7 @@ import structlog
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 
-from storage import evidence
+from storage import evidence, multipart
 from storage.errors import ObjectConflict, StoreUnavailable
 from storage.evidence import Evidence
 from storage.keys import encode_id as encode_id
@@ -32,7 +32,8 @@ from storage.keys import header_text, normal_prefix
 from storage.keys import manifest_key as manifest_key
 from storage.keys import object_key as object_key
 from storage.probe import Capabilities, Probe, whole_checksum
-from storage.puts import PutOptions
+from storage.puts import Put, PutOptions
+from storage.signed import ConditionFailed, Signed, Unexpected
 from storage.store_errors import code, diagnose, status
 from storage.store_errors import reason_code as reason_code
 
@@ -85,22 +86,6 @@ class _Taken(Exception):
     """The store refused to create the object because one stands there, or someone ended our upload."""
 
 
-@dataclass(frozen=True)
-class _Put:
-    """One object on its way. `options`: of boto3, for either way of putting."""
-
-    key: str
-    file: BinaryIO
-    sha256: str
-    size: int
-    options: Mapping[str, Any]
-    conditional: bool
-
-    @property
-    def condition(self) -> Mapping[str, str]:
-        return {"IfNoneMatch": "*"} if self.conditional else {}
-
-
 class Bucket:
     """One bucket. Thread-safe; credentials and region come by boto3's own chain when it is first used.
 
@@ -145,6 +130,7 @@ class Bucket:
         )
         self._clients: dict[str | None, Any] = {}
         self._clients_lock = threading.Lock()
+        self._signed: Signed | None = None
         self._capabilities = capabilities
         self._put_options = put_options or PutOptions()
         self._sends_sums = checksum_mode != "never"
@@ -185,10 +171,10 @@ class Bucket:
         can = self.capabilities
         in_parts = can.multipart and size > MULTIPART_THRESHOLD_BYTES
         conditional = can.conditional_multipart if in_parts else can.conditional_put
-        put = _Put(key, file, sha256, size, self._options(key, sha256, media_type, metadata), conditional)
+        put = Put(key, file, sha256, size, self._options(key, sha256, media_type, metadata), conditional)
         # Looked for first in any case: a store refuses parts only after it has got them all, and one that has
         # forgotten its conditions since it was probed would overwrite.
-        if self.holds(key, sha256=sha256, size=size):
+        if not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False
         return self._create(put, self._put_in_parts if in_parts else self._put_whole)
 
@@ -206,6 +192,14 @@ class Bucket:
         if stored.size == size and (told or self._hash(key) == sha256):
             return True
         raise ObjectConflict(f"another object of {stored.size} bytes stands under {key}")
+
+    def _is_missing(self, key: str) -> bool:
+        """Whether nothing stands there for certain: what every new file is asked, at half of what `head` takes."""
+        with self._errors():
+            signed = self._own_requests()
+            with suppress(Unexpected):
+                return signed is not None and signed.is_missing(key)
+        return False
 
     def head(self, key: str) -> Stored | None:
         """Describe the object; None when there is none (or no such bucket: the store does not say which)."""
@@ -323,12 +317,20 @@ class Bucket:
         endpoint_url = endpoint_url or self._endpoint_url
         with self._clients_lock:
             if endpoint_url not in self._clients:
-                client = boto3.Session().client("s3", endpoint_url=endpoint_url, config=self._config)
+                session = boto3.Session()
+                client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
                 client.meta.events.register("after-call.s3", self._note_date)
                 if not self._sends_sums:
                     client.meta.events.register("provide-client-params.s3", _without_sums)
+                if endpoint_url == self._endpoint_url:
+                    self._signed = Signed.of(client, session.get_credentials(), self.name, self._note_date)
                 self._clients[endpoint_url] = client
             return self._clients[endpoint_url]
+
+    def _own_requests(self) -> Signed | None:
+        """What sends the two commonest requests without boto3, where it can; made with the client."""
+        self._client()
+        return self._signed
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
         with suppress(TypeError, ValueError):  # no Date, or none that is one
@@ -340,7 +342,7 @@ class Bucket:
         own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": values | {"sha256": sha256}}
         return {**self._put_options.arguments(), **own}
 
-    def _create(self, put: _Put, send: Callable[[_Put], Evidence]) -> bool:
+    def _create(self, put: Put, send: Callable[[Put], Evidence]) -> bool:
         """Send it, then prove it unless that was done. False: the same bytes were there first."""
         with suppress(_Taken):
             found = send(put)
@@ -360,28 +362,36 @@ class Bucket:
             log.warning("store.doubted", bucket=self.name, checksum=found.sum_agrees, etag=found.etag_agrees)
         return can.believed and sum_agrees and etag_agrees
 
-    def _put_whole(self, put: _Put) -> Evidence:
+    def _put_whole(self, put: Put) -> Evidence:
         """One request."""
         md5 = evidence.md5_of(put.file)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
+        arguments = {**put.options, **put.condition, **self._md5(md5), "ChecksumSHA256": checksum}
         with self._creating():
-            answer = self._client().put_object(
-                **put.options, **put.condition, **self._md5(md5), Body=put.file, ContentLength=put.size,
-                ChecksumSHA256=checksum,
-            )  # fmt: skip
+            answer = self._send_whole(put, arguments)
         return evidence.of_answer(answer, checksum, md5)
 
-    def _put_in_parts(self, put: _Put) -> Evidence:
+    def _send_whole(self, put: Put, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Boto3's answer, or one in its words. What our own request was refused, boto3 is asked for."""
+        signed, refused = self._own_requests(), False
+        if signed is not None:
+            sent = arguments if self._sends_sums else _without_sums(arguments)
+            try:
+                return signed.put(sent, put.file, sha256=put.sha256, size=put.size)
+            except ConditionFailed as error:
+                raise _Taken from error
+            except Unexpected as error:
+                refused = error.refused
+        put.file.seek(0)
+        answer: Mapping[str, Any] = self._client().put_object(**arguments, Body=put.file, ContentLength=put.size)
+        if refused:
+            self._signed = None  # boto3 knows something of this store that we do not: another region, mostly
+        return answer
+
+    def _put_in_parts(self, put: Put) -> Evidence:
         """A multipart upload with one part in memory, aborted on any failure."""
         with self._creating():
-            upload = self._client().create_multipart_upload(**put.options, ChecksumAlgorithm="SHA256")
-            place = {"Bucket": self.name, "Key": put.key, "UploadId": upload["UploadId"]}
-            try:
-                found = self._upload_parts(place, put)
-            except BaseException:
-                with suppress(Exception):  # the first failure is the one that counts
-                    self._client().abort_multipart_upload(**place)
-                raise
+            found = multipart.upload(self._client(), self.name, put, self._md5)
         # SeaweedFS 4.48 checks the condition and completes in two steps, so 2 racing completions both succeeded in 21
         # of 40 rounds (single puts never did). The loser must notice.
         stored = self.head(put.key)
@@ -390,20 +400,6 @@ class Bucket:
         if stored.etag != found.etag and not self.holds(put.key, sha256=put.sha256, size=put.size):
             raise StoreUnavailable("the object was gone right after it was stored")
         return found
-
-    def _upload_parts(self, place: Mapping[str, str], put: _Put) -> Evidence:
-        """Send the parts and complete them; what the answers prove together."""
-        sent, sums = [], []
-        proofs = []
-        for part in evidence.parts_of(put.file, put.size, put.sha256):
-            answer = self._client().upload_part(**place, **part.arguments, **self._md5(part.md5), Body=part.content)
-            sent.append({**part.arguments, "ETag": answer["ETag"]})
-            sums.append(part.sha256)
-            proofs.append(evidence.of_answer(answer, part.sha256, part.md5))
-        answer = self._client().complete_multipart_upload(**place, **put.condition, MultipartUpload={"Parts": sent})
-        found = evidence.of_answer(answer, evidence.composite(sums), None)
-        etags_agree = False if any(each.etag_agrees is False for each in proofs) else None
-        return replace(found, etag_agrees=etags_agree)
 
     def _md5(self, md5: str) -> Mapping[str, str]:
         """What a store that takes no SHA-256 checks instead, on the way in."""
@@ -414,13 +410,11 @@ class Bucket:
 
         Whoever still writes one finds it gone and must look again. A store that does not list them has none to abort.
         """
-        before, count = time.time() - older_than_seconds, 0
+        count = 0
         with suppress(NoSuchObject), self._errors():
             try:
-                pages = self._client().get_paginator("list_multipart_uploads").paginate(Bucket=self.name, Prefix=prefix)
-                for upload in (each for page in pages for each in page.get("Uploads", ())):
-                    if upload["Initiated"].timestamp() <= before and only(upload["Key"]):
-                        place = {"Bucket": self.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                for place in multipart.unfinished(self._client(), self.name, prefix, time.time() - older_than_seconds):
+                    if only(place["Key"]):
                         self._client().abort_multipart_upload(**place)
                         count += 1
             except boto_errors.ClientError as error:
@@ -428,7 +422,7 @@ class Bucket:
                     raise
         return count
 
-    def _prove(self, put: _Put, found: Evidence) -> None:
+    def _prove(self, put: Put, found: Evidence) -> None:
         """Read back what was just put. Damaged, it is removed, so that the next try may put it again."""
         try:
             if self._hash(put.key) == put.sha256:

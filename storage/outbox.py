@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, func, insert, literal_column, update
+from sqlalchemy import BigInteger, CursorResult, Integer, bindparam, func, insert, literal_column, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import claims
-from storage.database import Database, clock
+from storage.database import Database, clock, run
 from storage.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
 
@@ -30,6 +30,7 @@ from storage.states import DispatchState
 BATCH = 500
 COUNTER = "event"
 MAX_ERROR_CHARS = 500
+_EVENTS = Event.__table__.c  # type: ignore[attr-defined]
 # The condition of the partial index, word for word: SQLite uses none for a parameter.
 IS_OPEN = col(Dispatch.state) == literal_column(f"'{DispatchState.DUE}'")
 IS_DEAD = col(Dispatch.state) == literal_column(f"'{DispatchState.DEAD}'")
@@ -55,15 +56,32 @@ def sequence_all(database: Database, subscriptions: Sequence[Subscription]) -> i
             done = sequence(session, subscriptions)
             if done:
                 database.wake(session)
-        if not done:
-            break  # another process is at it
         count += done
+        # Less than a batch: that was all, or another process is at it. To look again now would number the few events
+        # committed meanwhile in a transaction of their own, and so on without end while pictures are archived.
+        if done < BATCH:
+            break
     return count
+
+
+_UNSEQUENCED = select(_EVENTS.id).where(_EVENTS.seq.is_(None)).limit(1)
 
 
 def _any_unsequenced(database: Database) -> bool:
     with database.read() as session:
-        return session.exec(select(Event.id).where(col(Event.seq).is_(None)).limit(1)).first() is not None
+        return run(session, _UNSEQUENCED).first() is not None
+
+
+_PLACE = func.row_number().over(order_by=_EVENTS.id).label("place")
+_OLDEST = select(_EVENTS.id, _PLACE).where(_EVENTS.seq.is_(None)).order_by(_EVENTS.id)
+_FRESH = _OLDEST.limit(bindparam("most", type_=Integer)).subquery()
+_NUMBERED = update(Event.__table__).where(_EVENTS.id == _FRESH.c.id)  # type: ignore[attr-defined]
+_NUMBERED = _NUMBERED.values(seq=bindparam("so_far", type_=BigInteger) + _FRESH.c.place)
+_NUMBERED = _NUMBERED.returning(_EVENTS.seq, _EVENTS.id, _EVENTS.name, _EVENTS.task_id)
+_LOCKED_COUNTER = select(Counter).where(Counter.name == COUNTER).with_for_update(skip_locked=True)
+_LOCKED_COUNTER = _LOCKED_COUNTER.execution_options(populate_existing=True)
+_SINKS = Sink.__table__.c  # type: ignore[attr-defined]
+_DISABLED = select(_SINKS.name).where(_SINKS.disabled_at.is_not(None))
 
 
 def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: int = BATCH) -> int:
@@ -75,12 +93,7 @@ def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: 
     counter = _lock_counter(session)
     if counter is None:
         return 0
-    place = func.row_number().over(order_by=col(Event.id)).label("place")
-    fresh = select(Event.id, place).where(col(Event.seq).is_(None)).order_by(col(Event.id)).limit(limit).subquery()
-    numbered = update(Event).where(col(Event.id) == fresh.c.id).values(seq=counter.value + fresh.c.place)
-    numbered = numbered.execution_options(synchronize_session=False)
-    columns = (col(Event.seq), col(Event.id), col(Event.name), col(Event.task_id))
-    told = sorted(session.execute(numbered.returning(*columns)).all(), key=lambda row: row.seq)
+    told = sorted(run(session, _NUMBERED, {"so_far": counter.value, "most": limit}).all(), key=lambda row: row.seq)
     counter.value += len(told)
     _fan_out(session, told, subscriptions)
     session.flush()
@@ -89,31 +102,43 @@ def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: 
 
 def _lock_counter(session: Session) -> Counter | None:
     """The counter, locked; None while another transaction holds it."""
-    chosen = select(Counter).where(Counter.name == COUNTER)
-    locking = chosen.with_for_update(skip_locked=True).execution_options(populate_existing=True)
-    if session.exec(chosen).first() is None:
-        dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-        highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
-        session.execute(dialect.insert(Counter).values(name=COUNTER, value=highest).on_conflict_do_nothing())
-    return session.exec(locking).one_or_none()
+    counter = session.scalars(_LOCKED_COUNTER).one_or_none()
+    if counter is not None or session.exec(select(Counter).where(Counter.name == COUNTER)).first() is not None:
+        return counter
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
+    session.execute(dialect.insert(Counter).values(name=COUNTER, value=highest).on_conflict_do_nothing())
+    return session.scalars(_LOCKED_COUNTER).one_or_none()
 
 
 def _fan_out(session: Session, told: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:
-    disabled = set(session.exec(select(Sink.name).where(col(Sink.disabled_at).is_not(None))))
-    wanting = [each for each in subscriptions if each.sink not in disabled]
-    task_ids = {task_id for _, _, name, task_id in told if task_id and any(name in each.names for each in wanting)}
-    clients = _with_client(session, task_ids) if any(each.of_clients for each in wanting) else set()
-    occupied = _open_chains(session, task_ids)
+    wanted = _wanted(session, told, subscriptions)
+    if not wanted:
+        return
+    occupied = _open_chains(session, {task_id for _, _, task_id in wanted if task_id})
     now, rows = session.execute(select(clock())).scalar_one(), []
-    for _, event_id, name, task_id in told:
-        for each in wanting:
-            if name not in each.names or (each.of_clients and task_id not in clients):
-                continue
-            is_first = task_id is None or (each.sink, task_id) not in occupied
-            occupied.add((each.sink, task_id))
-            rows.append(_dispatch(each.sink, event_id, task_id, now, due_at=now if is_first else None))
-    if rows:
-        session.execute(insert(Dispatch.__table__), rows)  # type: ignore[attr-defined]
+    for sink, event_id, task_id in wanted:
+        is_first = task_id is None or (sink, task_id) not in occupied
+        occupied.add((sink, task_id))
+        rows.append(_dispatch(sink, event_id, task_id, now, due_at=now if is_first else None))
+    session.execute(insert(Dispatch.__table__), rows)  # type: ignore[attr-defined]
+
+
+def _wanted(
+    session: Session, told: Sequence[Any], subscriptions: Sequence[Subscription]
+) -> list[tuple[str, int, uuid.UUID | None]]:
+    """(sink, event, task) of everything that a sink is to be told, in the order of the events."""
+    disabled = set(run(session, _DISABLED).scalars())
+    wanting = [each for each in subscriptions if each.sink not in disabled]
+    of_clients = [each.names for each in wanting if each.of_clients]
+    asked = {task_id for _, _, name, task_id in told if task_id and any(name in names for names in of_clients)}
+    clients = _with_client(session, asked) if asked else set()
+    return [
+        (each.sink, event_id, task_id)
+        for _, event_id, name, task_id in told
+        for each in wanting
+        if name in each.names and (not each.of_clients or task_id in clients)
+    ]
 
 
 def _dispatch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from urllib.parse import urlencode
 
 LockMode = Literal["GOVERNANCE", "COMPLIANCE"]
@@ -43,6 +43,22 @@ class PutOptions:
             "CacheControl": self.cache_control,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Put:
+    """One object on its way. `options`: of boto3, for either way of putting."""
+
+    key: str
+    file: BinaryIO
+    sha256: str
+    size: int
+    options: Mapping[str, Any]
+    conditional: bool
+
+    @property
+    def condition(self) -> Mapping[str, str]:
+        return {"IfNoneMatch": "*"} if self.conditional else {}
 
 
 def parse_tags(words: str) -> dict[str, str]:

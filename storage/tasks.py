@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import insert, update
+import sqlalchemy
+from sqlalchemy import bindparam, insert, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.database import clock
+from storage.database import clock, run
 from storage.errors import LostClaim
 from storage.events import EventName, record
 from storage.inbox import rematch
@@ -79,10 +80,13 @@ def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uu
     return alias.task_id if alias else None
 
 
+_LOCKED = select(Task).where(Task.id == bindparam("wanted")).with_for_update()
+_LOCKED = _LOCKED.execution_options(populate_existing=True)
+
+
 def lock(session: Session, task_id: uuid.UUID) -> Task | None:
     """The task row, locked until the transaction ends, as it stands now."""
-    statement = select(Task).where(Task.id == task_id).with_for_update()
-    return session.exec(statement.execution_options(populate_existing=True)).one_or_none()
+    return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
 
 
 def lock_claimed(session: Session, claimed: Task) -> Task:
@@ -93,10 +97,14 @@ def lock_claimed(session: Session, claimed: Task) -> Task:
     return task
 
 
+_ASSETS_OF = select(Asset).where(Asset.task_id == bindparam("of"))
+_ASSETS_OF = _ASSETS_OF.order_by(Asset.kind, Asset.original, col(Asset.index))
+_ASSETS_OF = _ASSETS_OF.execution_options(populate_existing=True)
+
+
 def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
     """The task's assets in reading order."""
-    statement = select(Asset).where(Asset.task_id == task_id).order_by(Asset.kind, Asset.original, col(Asset.index))
-    return list(session.exec(statement.execution_options(populate_existing=True)))
+    return list(session.scalars(_ASSETS_OF, {"of": task_id}))
 
 
 def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
@@ -107,10 +115,14 @@ def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.
     return found
 
 
+_ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
+_ALIASES_OF = sqlalchemy.select(_ALIASES.provider_task_id).where(_ALIASES.task_id == bindparam("of"))
+_ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
+
+
 def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
     """Every id the provider has called the task by."""
-    found = select(TaskAlias.provider_task_id).where(TaskAlias.task_id == task_id)
-    return list(session.exec(found.order_by(TaskAlias.provider_task_id)))
+    return list(run(session, _ALIASES_OF, {"of": task_id}).scalars())
 
 
 def name_of(asset: Asset) -> AssetName:
@@ -119,6 +131,25 @@ def name_of(asset: Asset) -> AssetName:
 
 def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
     """The part of the rows that decisions read."""
+    return _facts(task, {name_of(asset): AssetFacts(asset.state, asset.source_url) for asset in assets})
+
+
+_ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
+_ASSET_FACTS = sqlalchemy.select(
+    _ASSETS.kind, _ASSETS.index, _ASSETS.original, _ASSETS.state, _ASSETS.source_url
+).where(_ASSETS.task_id == bindparam("of"))
+
+
+def _facts_now(session: Session, task: Task) -> TaskFacts:
+    """`facts` as the rows stand now, without making objects of them: every settled file asks."""
+    rows = run(session, _ASSET_FACTS, {"of": task.id}).mappings().all()
+    names = [AssetName(row["kind"], row["index"], row["original"]) for row in rows]
+    return _facts(
+        task, {name: AssetFacts(row["state"], row["source_url"]) for name, row in zip(names, rows, strict=True)}
+    )
+
+
+def _facts(task: Task, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
     return TaskFacts(
         state=task.state,
         archive=task.archive,
@@ -126,7 +157,7 @@ def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
         expected=task.expected,
         contradicted=task.contradicted,
         completeness_reads=task.completeness_reads,
-        assets={name_of(asset): AssetFacts(asset.state, asset.source_url) for asset in assets},
+        assets=assets,
     )
 
 
@@ -291,7 +322,7 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
         if task.lease is None and task.queued_at is None:
             task.due_at = clock()  # type: ignore[assignment]
         return
-    following = states.next_step(facts(task, assets_of(session, task.id)), schedule.poll_delay(task.polls))
+    following = states.next_step(_facts_now(session, task), schedule.poll_delay(task.polls))
     if read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
         following = states.Next(Step.READ, 0)
     elif following and _waits_for(session, task, following):
@@ -320,13 +351,18 @@ def _rest(session: Session, task: Task) -> None:
 
 def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bool:
     """Whether a read of the locked task waits and is due by now, or within some seconds."""
+    if task.step is not Step.READ:  # nearly always: then there is nothing to ask
+        return False
     waits = (Task.id == task.id, Task.step == Step.READ, col(Task.lease).is_(None))
     return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= clock(within_seconds))).first() is not None
 
 
+_NOW = sqlalchemy.select(clock())
+
+
 def now(session: Session) -> datetime:
     """The database's time."""
-    moment: datetime = session.execute(select(clock())).scalar_one()
+    moment: datetime = run(session, _NOW).scalar_one()
     return moment
 
 

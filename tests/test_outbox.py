@@ -89,6 +89,13 @@ def test_more_than_a_batch_is_numbered_batch_by_batch(database: Database, monkey
     assert [seq for seq, _ in seen(database)] == [1, 2, 3, 4, 5]
 
 
+def test_a_full_batch_is_followed_by_the_rest(database: Database) -> None:
+    with database.write() as session:
+        for _ in range(outbox.BATCH + 1):
+            record(session, EventName.TASK_CREATED, None)
+    assert outbox.sequence_all(database, []) == outbox.BATCH + 1
+
+
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
 def test_of_two_interleaved_transactions_no_reader_misses_the_earlier_event(database: Database) -> None:
     """The one with the smaller id commits last. SQLite has one writer at a time: there is nothing to interleave."""

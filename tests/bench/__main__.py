@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.bench import acks, latency, pictures, settling, start, table
+from tests.bench.img2dataset import COMMAND, AgainstImg2dataset
 from tests.bench.pictures import AgainstRclone
 from tests.bench.table import Row, Sample
 
@@ -32,6 +33,8 @@ ROWS = [
         LARGE.rate),
     Row("5", "archived 100 KB pictures", "rclone copyurl", "/s", 1.2, "at least",
         SMALL.rate),
+    Row("5b", "the same files, no goal", "img2dataset", "/s", 0, "at least",
+        AgainstImg2dataset(SMALL).rate),
     Row("6", "CPU per archived 3 MB picture", "rclone copyurl", "ms", 1.3, "at most",
         LARGE.cpu),
     Row("7", "callback to object, idle, 3 MB", "curl GET + curl PUT", "ms", 2, "at most", latency.callback_to_object),
@@ -44,6 +47,8 @@ ROWS = [
     Row("12a", "receiver serve to ready", "imports, one client", "s", 1.5, "at most", start.serve_to_ready),
     Row("12b", "receiver --help", "import typer", "s", 2, "at most", start.help_to_end),
 ]  # fmt: skip
+if not COMMAND:
+    ROWS = [row for row in ROWS if row.name != "5b"]
 
 
 def main() -> None:

@@ -164,29 +164,34 @@ def _children_cpu() -> float:
 
 
 class AgainstRclone:
-    """Files of one size, by us and by rclone; two rows tell of the same run."""
+    """Files of one size, by us and by rclone; several rows tell of the same run."""
 
     def __init__(self, size: int, count: int) -> None:
-        self._size = size
+        self.size = size
         self._count = count
-        self._last: tuple[int, tuple[float, float], tuple[float, float]] | None = None
+        self.last: tuple[int, tuple[float, float], tuple[float, float]] | None = None
 
     def rate(self, small: bool) -> Sample:
         """Images a second: ours, rclone's."""
         count = 8 if small else self._count
-        with stage.folder() as place, source(place, count=min(count, 64), size=self._size) as files:
+        with stage.folder() as place, source(place, count=min(count, 64), size=self.size) as files:
             reference = rclone(place, files, count)
             mine = ours(place, files, count)
-        self._last = count, mine, reference
+        self.last = count, mine, reference
         return Sample(count / mine[0], count / reference[0])
 
     def cpu(self, small: bool) -> Sample:
         """CPU milliseconds an image, of the run that `rate` made last."""
-        if self._last is None:
-            self.rate(small)
-        assert self._last is not None
-        (count, mine, reference), self._last = self._last, None
+        count, mine, reference = self.run(small)
         return Sample(mine[1] / count * 1e3, reference[1] / count * 1e3)
+
+    def run(self, small: bool) -> tuple[int, tuple[float, float], tuple[float, float]]:
+        """What `rate` found last, once, or one made now: how many, (seconds, CPU seconds) of ours, and of rclone."""
+        if self.last is None:
+            self.rate(small)
+        assert self.last is not None
+        found, self.last = self.last, None
+        return found
 
 
 def memory(small: bool) -> Sample:

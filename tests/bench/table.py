@@ -50,9 +50,13 @@ class Result:
     @property
     def is_met(self) -> bool:
         row = self.row
+        if not self.samples:
+            return False
         return self.figure >= row.goal if row.judgement == "at least" else self.figure <= row.goal
 
     def as_json(self) -> dict[str, Any]:
+        if not self.samples:
+            return {"row": self.row.name, "title": self.row.title, "met": False}
         figures = [sample.figure for sample in self.samples]
         return {
             "row": self.row.name,
@@ -67,6 +71,8 @@ class Result:
         }
 
     def line(self) -> str:
+        if not self.samples:
+            return f"{self.row.name:>4}  {self.row.title:<46} no round of it came to its end  NOT MET"
         figures = [sample.figure for sample in self.samples]
         ours = statistics.median(sample.ours for sample in self.samples)
         against = statistics.median(sample.reference for sample in self.samples)
@@ -87,7 +93,13 @@ def run(rows: Sequence[Row], rounds: int, *, small: bool = False) -> Iterator[Re
     for number in range(rounds):
         for result in results:
             started = time.monotonic()
-            result.samples.append(result.row.measure(small))
+            try:
+                result.samples.append(result.row.measure(small))
+            except Exception as error:
+                if small:
+                    raise
+                say(f"round {number + 1}/{rounds}, row {result.row.name} failed: {error!r}")  # the others go on
+                continue
             say(f"round {number + 1}/{rounds}, row {result.row.name}: {result.samples[-1].figure:.2f} "
                 f"({time.monotonic() - started:.0f} s)")  # fmt: skip
     yield from results
