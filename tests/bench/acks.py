@@ -20,6 +20,17 @@ def per_second(kind: str, small: bool) -> Sample:
     return Sample(ours, reference)
 
 
+def floor(small: bool) -> Sample:
+    """What the least that is durable intake reaches: `tests.bench.floor`, the bare endpoint."""
+    seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
+    with stage.folder() as place:
+        with stage.bare(place) as port:
+            reference = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"]
+        with stage.program(place, "tests.bench.floor", str(place / "floor.db")) as port:
+            least = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"]
+    return Sample(least, reference)
+
+
 def p99_at_half_rate(small: bool) -> Sample:
     """p99 in milliseconds at half of our own maximum rate: ours, the bare endpoint at the same rate."""
     seconds = 0.5 if small else 5.0

@@ -110,8 +110,15 @@ def served(variables: Mapping[str, str], place: Path, *, workers: int = 0) -> It
 @contextmanager
 def bare(place: Path) -> Iterator[int]:
     """The bare endpoint; its port."""
+    with program(place, "tests.bench.bare") as port:
+        yield port
+
+
+@contextmanager
+def program(place: Path, module: str, *words: str) -> Iterator[int]:
+    """One of our own small servers; its port, which is its first argument."""
     port = free_port()
-    with running([sys.executable, "-m", "tests.bench.bare", str(port)], here(), place):
+    with running([sys.executable, "-m", module, str(port), *words], here(), place):
         wait_for(f"http://{HOST}:{port}/")
         yield port
 
