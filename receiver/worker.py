@@ -136,10 +136,8 @@ class Worker:
 
     def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
         queue = None if alone else lane.slots
-        with self._database.read() as session:
-            is_due = claims.is_any_due(session, lane.model, where=lane.where)
-            if not is_due and not (queue and queue.is_any_next(session)):
-                return []
+        if not self._is_any_due(lane, queue):
+            return []
         if lane.circuit and not (limit := lane.circuit.allowance(limit)):
             return []
         with self._gate:
@@ -154,6 +152,15 @@ class Worker:
             with self._held_lock:
                 self._held.update({_claim_of(lane, row): (lane, row) for row in rows})
         return rows
+
+    def _is_any_due(self, lane: Lane, queue: Slots | None) -> bool:
+        with self._database.glance() as connection:
+            if claims.is_any_due(connection, lane.model, where=lane.where):
+                return True
+        if queue is None:
+            return False
+        with self._database.read() as session:
+            return queue.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
         idle = threading.Semaphore(lane.threads)
@@ -294,8 +301,8 @@ class Worker:
 
     def _work_on_suspects(self) -> None:
         """A row that has ended three workers is worked on by a process that does nothing else meanwhile."""
-        with self._database.read() as session:
-            lanes = [lane for lane in self._lanes if claims.is_any_due(session, lane.model, alone=True)]
+        with self._database.glance() as connection:
+            lanes = [lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True)]
         if not lanes:
             return
         self._alone.set()

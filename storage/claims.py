@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ClauseElement, CursorResult, Integer, Uuid, bindparam, case, select, update
+from sqlalchemy import ClauseElement, Connection, CursorResult, Integer, Uuid, bindparam, case, select, update
 from sqlmodel import Session
 
 from storage.database import clock, moment, run
@@ -82,12 +82,12 @@ def _place(row: Any) -> Any:
     return row.files_expire_at is None, row.files_expire_at, str(row.id)
 
 
-def is_any_due(session: Session, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
+def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
     """Whether a claim would find something: a read, so that idle workers take no write lock.
 
     In the order of the due index: for one row of any order PostgreSQL reads the table past every row that waits.
     """
-    return run(session, _any_due(model, alone, tuple(where))).first() is not None
+    return connection.execute(_any_due(model, alone, tuple(where))).first() is not None
 
 
 @lru_cache(maxsize=STATEMENTS)

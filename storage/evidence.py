@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from storage.errors import StoreUnavailable
 from storage.probe import sha256_base64
 
-PART_BYTES = 16 * 1024 * 1024
+# One is in memory for each thread. S3 takes parts from 5 MiB.
+PART_BYTES = 6 * 1024 * 1024
 MAX_PARTS = 10_000  # S3's limit
 READ_BYTES = 1024 * 1024
 MD5 = re.compile(r"[0-9a-f]{32}")
@@ -68,7 +69,10 @@ def parts_of(file: BinaryIO, size: int, sha256: str) -> Iterator[Part]:
             break
         whole.update(content)
         md5, digest = hashlib.md5(content, usedforsecurity=False).hexdigest(), sha256_base64(content)
-        yield Part(content, {"PartNumber": number, "ChecksumSHA256": digest}, digest, md5)
+        part = Part(content, {"PartNumber": number, "ChecksumSHA256": digest}, digest, md5)
+        del content  # else it would be there beside the next while that is read
+        yield part
+        del part
     if whole.hexdigest() != sha256:  # nothing else ties the parts' sums to the whole file's
         raise StoreUnavailable("the file changed on our disk before it was stored")
 

@@ -33,6 +33,7 @@ def _send(client: Any, place: Mapping[str, str], put: Put, md5: Callable[[str], 
         sent.append({**part.arguments, "ETag": answer["ETag"]})
         sums.append(part.sha256)
         proofs.append(evidence.of_answer(answer, part.sha256, part.md5))
+        del part  # it goes before the next is read: eight threads with two parts each were 256 MB
     answer = client.complete_multipart_upload(**place, **put.condition, MultipartUpload={"Parts": sent})
     found = evidence.of_answer(answer, evidence.composite(sums), None)
     etags_agree = False if any(each.etag_agrees is False for each in proofs) else None

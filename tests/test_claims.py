@@ -204,8 +204,8 @@ def plans_of_a_claim(database: Database, model: Any) -> list[str]:
     sent: list[Any] = []
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: sent.append(call[2:4]))
-    with database.read() as session:
-        assert claims.is_any_due(session, model)
+    with database.glance() as connection:
+        assert claims.is_any_due(connection, model)
     look = sent[-1]
     claim(database, model, limit=5)
     claimed = next(call for call in sent if "RETURNING" in call[0])

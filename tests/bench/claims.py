@@ -128,8 +128,8 @@ def claim_once(database: Database, lane: str, times: Times) -> None:
     """Claim some rows as a worker does, and hand them back."""
     model, where, _ = LANES[lane]
     began = time.perf_counter()
-    with database.read() as session:
-        assert claims.is_any_due(session, model, where=where)
+    with database.glance() as connection:
+        assert claims.is_any_due(connection, model, where=where)
     with database.write() as session:
         started = time.perf_counter()
         rows = claims.claim(session, model, limit=CLAIMED, lease_seconds=60, where=where)
