@@ -18,7 +18,7 @@ SECONDS = 240
 NAMES = [row.name for row in ROWS]
 
 
-@pytest.mark.parametrize("names", [NAMES[:5], NAMES[5:10], NAMES[10:]], ids=",".join)
+@pytest.mark.parametrize("names", [NAMES[:7], NAMES[7:12], NAMES[12:]], ids=",".join)
 def test_every_row_is_measured_in_its_small_form(names: list[str], tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     command = [sys.executable, "-m", "tests.bench", "--smoke", "--rows", ",".join(names), "--json", str(figures)]

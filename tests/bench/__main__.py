@@ -27,9 +27,11 @@ def _acks(kind: str) -> partial[Sample]:
 
 ROWS = [
     Row("1", "durable acknowledgements, SQLite", BARE, "/s", 0.75, "at least", _acks("sqlite")),
-    Row("1f", "the least that is durable intake, no goal", BARE, "/s", 0, "at least", acks.floor),
+    Row("1f", "the least that is durable intake, no goal", BARE, "/s", 0, "at least", partial(acks.floor, "sqlite")),
     Row("2", "durable acknowledgements, PostgreSQL", BARE, "/s", 0.65, "at least", _acks("postgresql")),
+    Row("2f", "the least, PostgreSQL, no goal", BARE, "/s", 0, "at least", partial(acks.floor, "postgresql")),
     Row("3", "p99 at half of our rate", f"{BARE}, same rate", "ms", 3, "at most", acks.p99_at_half_rate),
+    Row("3f", "p99 of the least at half its rate, no goal", BARE, "ms", 0, "at least", acks.floor_p99),
     Row("4", "archived 3 MB pictures", "rclone copyurl", "/s", 1.2, "at least",
         LARGE.rate),
     Row("5", "archived 100 KB pictures", "rclone copyurl", "/s", 1.2, "at least",

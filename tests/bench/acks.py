@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 
 from tests.bench import pictures, stage
 from tests.bench.table import Sample
@@ -20,23 +21,33 @@ def per_second(kind: str, small: bool) -> Sample:
     return Sample(ours, reference)
 
 
-def floor(small: bool) -> Sample:
+def floor(kind: str, small: bool) -> Sample:
     """What the least that is durable intake reaches: `tests.bench.floor`, the bare endpoint."""
     seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
     with stage.folder() as place:
         with stage.bare(place) as port:
             reference = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"]
-        with stage.program(place, "tests.bench.floor", str(place / "floor.db")) as port:
+        with stage.database(kind, place) as url, stage.program(place, "tests.bench.floor", url) as port:
             least = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"]
     return Sample(least, reference)
 
 
 def p99_at_half_rate(small: bool) -> Sample:
     """p99 in milliseconds at half of our own maximum rate: ours, the bare endpoint at the same rate."""
+    with stage.folder() as place, stage.database("sqlite", place) as url:
+        return _p99(place, stage.served(stage.environment(url), place), small)
+
+
+def floor_p99(small: bool) -> Sample:
+    """The same of the least that is durable intake, at half of its own rate."""
+    with stage.folder() as place, stage.database("sqlite", place) as url:
+        return _p99(place, stage.program(place, "tests.bench.floor", url), small)
+
+
+def _p99(place: Path, server: AbstractContextManager[int], small: bool) -> Sample:
     seconds = 0.5 if small else 5.0
-    with stage.folder() as place, ExitStack() as stack:
-        url = stack.enter_context(stage.database("sqlite", place))
-        port = stack.enter_context(stage.served(stage.environment(url), place))
+    with ExitStack() as stack:
+        port = stack.enter_context(server)
         rate = stage.load(port, seconds=seconds)["per_second"] / 2
         ours = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
         stack.close()
