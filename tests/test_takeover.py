@@ -64,7 +64,7 @@ def test_a_killed_workers_row_is_taken_over_within_its_lease_and_a_second(
             first.kill()
             first.wait()
             killed_at, ends_at = parts.database.now(), lease_end(parts)
-            sandbox.set(cdn_seconds=0)
+            sandbox.set(cdn_seconds=1)  # long enough for its new holder to be seen
             taken = wait_until(lambda: (asset := held(parts)) and asset.lease != before.lease and asset, seconds=30)
             taken_at = taken.due_at - timedelta(seconds=LEASE_SECONDS)
             wait_until(lambda: task_of(parts, name).archive == "archived", seconds=30)
