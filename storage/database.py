@@ -6,7 +6,7 @@ import fcntl
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -95,7 +95,9 @@ def moment(seconds: float = 0) -> ScalarSelect[datetime]:
     return select(clock(seconds)).scalar_subquery()
 
 
-def run(session: Session, statement: Executable, values: Mapping[str, Any] | None = None) -> CursorResult[Any]:
+def run(
+    session: Session, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+) -> CursorResult[Any]:
     """Execute a statement on tables (not on classes) that was made once, with the `values` of its parameters.
 
     Measured: to put a statement together anew and to pass it through the ORM takes three times the CPU of running it.

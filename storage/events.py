@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import bindparam, func, insert
 from sqlmodel import Session, col, select
 
-from storage.database import clock, run
+from storage.database import clock
 from storage.models import Asset, Event, Task
 
 
@@ -38,7 +38,8 @@ _FACT = insert(Event.__table__).values(  # type: ignore[attr-defined]
 
 def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: dict[str, Any] | None = None) -> None:
     """Write one fact; it becomes true when the caller's transaction commits."""
-    run(session, _FACT, {"task_id": task_id, "name": name.value, "data": data or {}})
+    # Not through `run`: what the session has changed of other rows need not be written before a fact.
+    session.connection().execute(_FACT, {"task_id": task_id, "name": name.value, "data": data or {}})
 
 
 def file_facts(asset: Asset) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from functools import lru_cache, partial
 from itertools import chain, repeat
 from typing import Any
 
-from sqlalchemy import Connection, func, literal_column, update
+from sqlalchemy import Connection, bindparam, func, literal_column, update
 from sqlalchemy.dialects import sqlite
 from sqlmodel import Session, col, select
 
-from storage.database import WAKE_CHANNEL, Database, clock
+from storage.database import WAKE_CHANNEL, Database, clock, run
 from storage.errors import StoreUnavailable
 from storage.models import Callback
 from storage.states import CallbackState
@@ -199,22 +199,26 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
     return row
 
 
+_CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
+_UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
+_AGAIN = {"state": CallbackState.RECEIVED, "reason": None, "lease": None, "attempts": 0, "due_at": clock()}
+_DUE_AGAIN = update(Callback.__table__).where(_UNMATCHED).values(_AGAIN)  # type: ignore[attr-defined]
+_BY_TOKEN = _DUE_AGAIN.where(_CALLBACKS.task_id == bindparam("token_of"))
+_BY_BODY = {  # one index each
+    name: _DUE_AGAIN.where(_CALLBACKS[name] == bindparam("named"), _CALLBACKS.provider == bindparam("by"))
+    for name in ("external_task_id", "provider_task_id")
+}
+
+
 def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> int:
     """Make unmatched deliveries due that speak of a task whose row, or whose id, has just become known.
 
     `ids`: `external_task_id` or `provider_task_id`, as a delivery's body names the task. Whoever is at such a delivery
     loses its claim. Returns how many there were.
     """
-    named = [(getattr(Callback, name) == value) & (Callback.provider == provider) for name, value in ids.items()]
+    count = sum(run(session, _BY_BODY[name], {"named": value, "by": provider}).rowcount for name, value in ids.items())
     if "external_task_id" in ids:  # the row is new: deliveries whose token names it waited for it
-        named.append(col(Callback.task_id) == task_id)
-    unmatched = col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
-    values = {"state": CallbackState.RECEIVED, "reason": None, "lease": None, "attempts": 0, "due_at": clock()}
-    count = 0
-    for condition in named:  # one index each
-        waiting = update(Callback).where(condition, unmatched).values(**values)
-        result: Any = session.execute(waiting.execution_options(synchronize_session=False))
-        count += result.rowcount
+        count += run(session, _BY_TOKEN, {"token_of": task_id}).rowcount
     return count
 
 

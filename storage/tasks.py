@@ -70,14 +70,22 @@ def insert_new(session: Session, task: Task) -> bool:
     return True
 
 
+_BY_EXTERNAL_ID = select(Task).where(Task.external_task_id == bindparam("wanted"))
+
+
 def by_external_id(session: Session, external_task_id: str) -> Task | None:
-    return session.exec(select(Task).where(Task.external_task_id == external_task_id)).one_or_none()
+    return session.scalars(_BY_EXTERNAL_ID, {"wanted": external_task_id}).one_or_none()
+
+
+_ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
+_OWNER = sqlalchemy.select(_ALIASES.task_id)
+_OWNER = _OWNER.where(_ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted"))
 
 
 def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
     """The task of ours that the provider, or a gateway before it, calls by this id."""
-    alias = session.get(TaskAlias, (provider, provider_task_id))
-    return alias.task_id if alias else None
+    owner: uuid.UUID | None = run(session, _OWNER, {"by": provider, "wanted": provider_task_id}).scalar()
+    return owner
 
 
 _LOCKED = select(Task).where(Task.id == bindparam("wanted")).with_for_update()
@@ -115,7 +123,6 @@ def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.
     return found
 
 
-_ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
 _ALIASES_OF = sqlalchemy.select(_ALIASES.provider_task_id).where(_ALIASES.task_id == bindparam("of"))
 _ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
 
@@ -178,10 +185,10 @@ def apply(session: Session, task: Task, report: Report, schedule: Schedule, *, n
     if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
         task.completeness_reads += 1
     decision = states.decide(replace(before, series=task.series), report)
-    _note_provider_id(session, task, report)
     _note_time(task, report, now=now, pushed=pushed)
     _change_state(session, task, report, decision, now)
     _write_assets(session, task, assets, report, decision, schedule, now)
+    _note_provider_id(session, task, report)
     reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
 
@@ -194,15 +201,21 @@ def _note_provider_id(session: Session, task: Task, report: Report) -> None:
     note_alias(session, task, report.provider_task_id)
 
 
+_NEW_ALIAS = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(TaskAlias.__table__)  # type: ignore[attr-defined]
+    .on_conflict_do_nothing()
+    .returning(_ALIASES.task_id)
+    for dialect in (sqlite, postgresql)
+}
+
+
 def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
     """Remember an id the provider calls the task by; an id that another task has keeps its owner.
 
     Unmatched deliveries that came under a new one are due.
     """
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
-    statement: Any = dialect.insert(TaskAlias).values(values).on_conflict_do_nothing()
-    if session.execute(statement.returning(TaskAlias.task_id)).first() is not None:
+    if run(session, _NEW_ALIAS[session.get_bind().dialect.name], values).first() is not None:
         rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
 
 
@@ -259,7 +272,7 @@ def _write_assets(
         for name, url in decision.add.items()
     ]
     if added:
-        session.execute(insert(Asset), added)
+        run(session, _NEW_ASSETS, added)
     expiries = [row["files_expire_at"] for row in added] + [asset.files_expire_at for asset in assets.values()]
     task.files_expire_at = min((moment for moment in expiries if moment), default=None)
     session.flush()
@@ -274,18 +287,24 @@ def _make_due(session: Session, asset: Asset, now: datetime) -> None:
     session.execute(free.execution_options(synchronize_session=False))
 
 
+_NEW_ASSETS = insert(Asset.__table__)  # type: ignore[attr-defined]
+# What no report says of a new asset. Made once: a row object for each would cost more than its insertion.
+_BLANK = Asset.model_construct().model_dump()
+
+
 def _new_asset(task: Task, name: AssetName, url: str, files_expire_at: datetime, now: datetime) -> dict[str, Any]:
-    return Asset(
-        id=asset_id(task.id, name),
-        task_id=task.id,
-        kind=name.kind,
-        index=name.index,
-        original=name.original,
-        source_url=url,
-        files_expire_at=files_expire_at,
-        due_at=now,
-        created_at=now,
-    ).model_dump()
+    return {
+        **_BLANK,
+        "id": asset_id(task.id, name),
+        "task_id": task.id,
+        "kind": name.kind,
+        "index": name.index,
+        "original": name.original,
+        "source_url": url,
+        "files_expire_at": files_expire_at,
+        "due_at": now,
+        "created_at": now,
+    }
 
 
 def asset_id(task_id: uuid.UUID, name: AssetName) -> uuid.UUID:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
 from sqlmodel import col, select
 
+from receiver import match
 from receiver.match import Confirmation
+from receiver.providers.kling import Kling
 from receiver.wiring import Parts
-from storage import tasks
+from storage import claims, tasks
+from storage.inbox import Delivery, store
 from storage.models import Callback, Task, TaskAlias
 from storage.states import CallbackState, Output, Report, Step, TaskState
 from tests.pipeline import assets_of, callback_of, deliver, hurry, plant, run, task_of
@@ -213,6 +217,58 @@ def test_an_unknown_status_keeps_the_task_waiting(parts: Parts) -> None:
     row = deliver(parts, task, body("resting"))
     assert (row.state, row.reason) == (CallbackState.APPLIED, "unknown status 'resting'")
     assert task_of(parts, task.external_task_id).state is SUBMITTED
+
+
+# -- many at once -----------------------------------------------------------------------------------------------------
+
+
+def put_all(parts: Parts, told: list[tuple[Task, Any]]) -> None:
+    rows = [Delivery("kling", "push", task.id, json.dumps(words).encode()) for task, words in told]
+    with parts.database.write() as session:
+        store(session, rows)
+
+
+def states_of(parts: Parts) -> dict[uuid.UUID | None, CallbackState]:
+    with parts.database.read() as session:
+        return {row.task_id: row.state for row in session.exec(select(Callback))}
+
+
+@pytest.mark.parametrize(("hold_seconds", "transactions"), [(60, 1), (0, 5)])
+def test_a_transaction_of_many_deliveries_ends_when_it_has_taken_its_time(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, hold_seconds: float, transactions: int
+) -> None:
+    monkeypatch.setattr(match, "HOLD_SECONDS", hold_seconds)
+    put_all(parts, [(plant(parts), body("succeed", 1, task_id=f"90{number}")) for number in range(5)])
+    (lane,) = (lane for lane in parts.lanes() if lane.name == "callbacks")
+    with parts.database.write() as session:
+        rows = claims.claim(session, Callback, limit=5, lease_seconds=60)
+    commits: list[object] = []
+    event.listen(parts.database.writer, "commit", lambda connection: commits.append(connection))
+    assert lane.work_many is not None
+    lane.work_many(rows)
+    assert len(commits) == transactions
+    assert set(states_of(parts).values()) == {CallbackState.APPLIED}
+
+
+def test_a_delivery_that_cannot_be_applied_holds_up_none_of_those_claimed_with_it(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse = Kling.parse
+
+    def fail(self: Kling, raw: bytes) -> Report:
+        if b"902" in raw:
+            raise RuntimeError
+        return parse(self, raw)
+
+    monkeypatch.setattr(Kling, "parse", fail)
+    planted = sorted((plant(parts) for _ in range(5)), key=lambda task: str(task.id))  # as they are applied
+    put_all(parts, [(task, body("succeed", 1, task_id=f"90{number}")) for number, task in enumerate(planted)])
+    run(parts, "callbacks")
+    applied, received = CallbackState.APPLIED, CallbackState.RECEIVED
+    assert [states_of(parts)[task.id] for task in planted] == [applied, applied, received, applied, applied]
+    with parts.database.read() as session:
+        (row,) = session.exec(select(Callback).where(Callback.state == received)).all()
+    assert row.lease is None and row.due_at is not None and row.attempts == 1
 
 
 # -- again ------------------------------------------------------------------------------------------------------------
