@@ -47,6 +47,8 @@ ROWS = [
     Row("10", "2, 4, 8 workers of one thread, PostgreSQL", "one worker, linear", "/s", 0.9, "at least",
         pictures.scaling),
     Row("11", "ack p99 beside 8 busy archive threads", "idle archive", "ms", 2, "at most", acks.p99_beside_archive),
+    Row("11f", "p99 of the least beside rclone's 8 transfers", "alone", "ms", 0, "at least",
+        acks.floor_p99_beside_transfers),
     Row("12a", "receiver serve to ready", "imports, one client", "s", 1.5, "at most", start.serve_to_ready),
     Row("12b", "receiver --help", "import typer", "s", 2, "at most", start.help_to_end),
 ]  # fmt: skip

@@ -1,13 +1,17 @@
-"""Rows 1, 2, 3 and 11: acknowledgements through real HTTP, each only after its commit."""
+"""Rows 1, 2, 3 and 11, and their floors: acknowledgements through real HTTP, each only after its commit."""
 
 from __future__ import annotations
 
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from tests.bench import pictures, stage
 from tests.bench.table import Sample
+
+# Servers that have just started still write, to the disk that every commit waits for.
+SETTLE_SECONDS = 2.0
 
 
 def per_second(kind: str, small: bool) -> Sample:
@@ -66,10 +70,26 @@ def p99_beside_archive(small: bool) -> Sample:
         variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
         port = stack.enter_context(stage.served(variables, place))
         stack.enter_context(stage.workers(variables, place))
-        idle = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
+        idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=SETTLE_SECONDS)["waits"])
         due = pictures.plant(url, source, 40 if small else 400)
         busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=0.5)["waits"])
         assert small or pictures.count_archived(url) < due, "the archive was done before the measurement was"
+    return Sample(busy * 1e3, idle * 1e3)
+
+
+def floor_p99_beside_transfers(small: bool) -> Sample:
+    """The least that is durable intake, at 200 a second while rclone moves the same pictures, and alone."""
+    seconds, rate = (0.5, 100) if small else (6.0, 200)
+    with stage.folder() as place, ExitStack() as stack:
+        source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))
+        url = stack.enter_context(stage.database("sqlite", place))
+        port = stack.enter_context(stage.program(place, "tests.bench.floor", url))
+        idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=SETTLE_SECONDS)["waits"])
+        others = stack.enter_context(ThreadPoolExecutor(1))
+        moving = others.submit(pictures.rclone, place, source, 40 if small else 400)
+        busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=SETTLE_SECONDS)["waits"])
+        assert small or not moving.done(), "the transfers were done before the measurement was"
+        moving.result()
     return Sample(busy * 1e3, idle * 1e3)
 
 
