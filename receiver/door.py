@@ -53,6 +53,10 @@ class Door(HttpToolsProtocol):
         self._in_body = False
         self._keeps_alive = True
 
+    def shutdown(self) -> None:
+        self._keeps_alive = False  # else the end of a body under way would bring it back, and hold up our end
+        super().shutdown()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_head()

@@ -89,6 +89,15 @@ class Web:
         self._server.should_exit = True
         self._thread.join(20)
 
+    @property
+    def requests_under_way(self) -> int:
+        return len(self._server.server_state.tasks)
+
+    def stop_listening(self) -> None:
+        """Begin to end; what is under way goes on."""
+        self._server.should_exit = True
+        wait_until(lambda: not any(each.is_serving() for each in self._server.servers))
+
 
 class _no_signals:
     def __enter__(self) -> None: ...

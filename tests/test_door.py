@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from receiver import callbacks, door
+from tests.harness import wait_until
 from tests.pipeline import Web
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
@@ -126,6 +127,17 @@ def test_the_longest_idle_kept_connection_makes_room(web: Web, monkeypatch: pyte
         assert read_to_end(second) == b""
         first.sendall(ask)
         assert first.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_arrives_while_it_stops_does_not_hold_it_up(web: Web) -> None:
+    path = f"/callbacks/kling/{web.account_token}".encode()
+    with connection(web) as raw:
+        raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        wait_until(lambda: web.requests_under_way)
+        web.stop_listening()
+        raw.sendall(b"{}")
+        answer = read_to_end(raw)
+        assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
 
 
 def test_no_banner(web: Web) -> None:
