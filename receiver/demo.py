@@ -183,7 +183,8 @@ class Stage:
     def wait_for_receiver(self) -> None:
         """Block until the receiver ends, which it should not. Raises `DemoFailed` then."""
         assert self._receiver is not None
-        code = self._receiver.wait()
+        while (code := self._receiver.poll()) is None:
+            time.sleep(LOOK_SECONDS)  # looks by itself: a signal may be taken by another thread than this one
         raise DemoFailed(f"the receiver ended by itself with exit code {code}")
 
     def stop(self, *, in_order: bool) -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -42,6 +43,13 @@ def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certifi, "where", lambda: str(first))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sigint_heeded() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, and our processes would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

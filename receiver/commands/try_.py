@@ -14,6 +14,8 @@ import typer
 if TYPE_CHECKING:
     from receiver.sandbox import Knobs, Sandbox
 
+LOOK_SECONDS = 0.5  # for Ctrl-C
+
 
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
@@ -157,7 +159,8 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
             typer.echo(f"export {name}={value}")
         typer.echo("\nCtrl-C ends it.")
         sys.stdout.flush()
-        ended.wait()
+        while not ended.wait(LOOK_SECONDS):
+            pass  # looks by itself: a signal may be taken by another thread than this one
     finally:
         server.stop()
 
