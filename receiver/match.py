@@ -116,11 +116,13 @@ class Matcher:
 
     def _apply_apart(self, rows: Sequence[Callback]) -> None:
         """Each by itself; what fails is raised when the last has had its turn."""
-        faults = []
+        faults: list[Exception] = []
         for row in rows:
             try:
                 self.work(row)
             except StoreUnavailable:
+                for fault in faults:  # else nobody would hear of them: the rows are claimed again as if nothing was
+                    log.error("worker.bug", exc_info=fault)
                 raise
             except Exception as error:  # noqa: BLE001 - raised below
                 faults.append(error)

@@ -373,18 +373,19 @@ class Bucket:
 
     def _send_whole(self, put: Put, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """Boto3's answer, or one in its words. What our own request was refused, boto3 is asked for."""
-        signed, refused = self._own_requests(), False
+        signed = self._own_requests()
         if signed is not None:
             sent = arguments if self._sends_sums else _without_sums(arguments)
             try:
                 return signed.put(sent, put.file, sha256=put.sha256, size=put.size)
             except ConditionFailed as error:
                 raise _Taken from error
-            except Unexpected as error:
-                refused = error.refused
+            except Unexpected:
+                pass
         put.file.seek(0)
         answer: Mapping[str, Any] = self._client().put_object(**arguments, Body=put.file, ContentLength=put.size)
-        if refused:
+        if signed is not None and signed.is_refused:
+            log.warning("store.only_by_boto3", bucket=self.name)
             self._signed = None  # boto3 knows something of this store that we do not: another region, mostly
         return answer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from sqlalchemy import event, update
 from sqlmodel import col, select
 
@@ -16,6 +17,7 @@ from receiver.match import Confirmation
 from receiver.providers.kling import Kling
 from receiver.wiring import Parts
 from storage import claims, tasks
+from storage.errors import DatabaseUnavailable
 from storage.inbox import Delivery, store
 from storage.models import Callback, Task, TaskAlias
 from storage.states import CallbackState, Output, Report, Step, TaskState
@@ -269,6 +271,27 @@ def test_a_delivery_that_cannot_be_applied_holds_up_none_of_those_claimed_with_i
     with parts.database.read() as session:
         (row,) = session.exec(select(Callback).where(Callback.state == received)).all()
     assert row.lease is None and row.due_at is not None and row.attempts == 1
+
+
+def test_what_could_not_be_applied_is_told_though_the_database_goes_away_after_it(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, bug = Kling.parse, RuntimeError("a bug")
+
+    def fail(self: Kling, raw: bytes) -> Report:
+        if b"902" in raw:
+            raise bug
+        if b"904" in raw:
+            raise DatabaseUnavailable("away")
+        return parse(self, raw)
+
+    monkeypatch.setattr(Kling, "parse", fail)
+    planted = sorted((plant(parts) for _ in range(5)), key=lambda task: str(task.id))
+    put_all(parts, [(task, body("succeed", 1, task_id=f"90{number}")) for number, task in enumerate(planted)])
+    with structlog.testing.capture_logs() as logs:
+        run(parts, "callbacks")
+    assert bug in [line.get("exc_info") for line in logs if line["event"] == "worker.bug"]
+    assert [states_of(parts)[task.id] for task in planted].count(CallbackState.APPLIED) == 3
 
 
 # -- again ------------------------------------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from botocore import exceptions as boto_errors
+from botocore.awsrequest import AWSPreparedRequest
 
 from receiver.sandbox.seaweed import Seaweed
 from storage import objects
@@ -26,6 +31,49 @@ ITS_OWN = {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-re
 OPTIONS = PutOptions(
     storage_class="STANDARD_IA", sse="aws:kms", kms_key_id="a-key", tags={"a": "b&c"}, cache_control="max-age=60"
 )
+
+
+class NotDialled(Exception):
+    """A request got as far as the socket."""
+
+
+@contextmanager
+def slow_store(bytes_per_second: int, headers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """A store that has nothing and takes everything, slowly, with small buffers; its URL, and what it was asked."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(404, {})
+
+        def do_PUT(self) -> None:
+            left = int(self.headers["Content-Length"])
+            while left and (piece := self.rfile.read(min(left, 8192))):
+                left -= len(piece)
+                time.sleep(len(piece) / bytes_per_second)
+            self.answer(200, headers)
+
+        def answer(self, status: int, headers: dict[str, str]) -> None:
+            requests.append(self.command)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def is_ours(request: Request) -> bool:
@@ -114,9 +162,72 @@ def test_an_outage_is_boto3s_to_ride_out(through: Bucket, recorder: Recorder, re
 def test_where_only_boto3_is_understood_it_is_left_alone(through: Bucket, recorder: Recorder, refusal: int) -> None:
     recorder.refuse = refusal
     assert put(through, "a.png", b"one") is True
+    assert put(through, "b.png", b"one") is True
     recorder.seen.clear()
-    put(through, "b.png", b"one")
+    put(through, "c.png", b"one")
     assert not any(ours for _, ours in recorder.told)
+
+
+@pytest.mark.parametrize(("refusal", "times"), [(403, 1), (429, 5)])
+def test_a_refusal_that_passes_changes_nothing(through: Bucket, recorder: Recorder, refusal: int, times: int) -> None:
+    recorder.refuse = refusal
+    assert all(put(through, f"{number}.png", b"one") for number in range(times))
+    recorder.refuse = None
+    assert put(through, "then.png", b"one") is True
+    assert recorder.told[-2:] == [("HEAD", True), ("PUT", True)]
+
+
+@pytest.mark.parametrize("addressing", ["auto", "path", "virtual"])
+@pytest.mark.parametrize(
+    ("region", "switch"),
+    [
+        *((region, None) for region in ("us-east-1", "eu-central-1", "me-central-1", "cn-north-1", "us-gov-west-1")),
+        ("us-west-2", "AWS_USE_FIPS_ENDPOINT"),
+        ("us-west-2", "AWS_USE_DUALSTACK_ENDPOINT"),
+    ],
+)
+def test_at_aws_we_ask_the_place_that_boto3_asks(
+    region: str, switch: str | None, addressing: objects.Addressing, monkeypatch: pytest.MonkeyPatch,
+    s3_environment: dict[str, str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AWS_DEFAULT_REGION", region)
+    if switch:
+        monkeypatch.setenv(switch, "true")
+    bucket = Bucket("a-bucket", addressing=addressing)
+    signed, client = bucket._own_requests(), bucket._client()
+    assert signed is not None
+    asked = []
+
+    def dial(request: AWSPreparedRequest) -> None:
+        signature = request.headers["Authorization"]
+        words = signature.decode() if isinstance(signature, bytes) else signature
+        scope = words.partition("Credential=")[2].partition(",")[0]
+        asked.append((request.url, scope))
+        raise NotDialled
+
+    client._endpoint.http_session.send = dial
+    for ask in (signed.is_missing, bucket.head):
+        with pytest.raises(NotDialled):
+            ask("a ö/k")
+    assert asked[0] == asked[1]
+
+
+def test_a_slow_uplink_is_given_its_time(
+    monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
+) -> None:
+    """The time-out for connecting is also that of each block sent; half a second here, and a body of 1.5 s."""
+    monkeypatch.setattr(objects, "CONNECT_SECONDS", 0.5)
+    content = os.urandom(1_200_000)
+    digest = hashlib.sha256(content)
+    told = {"x-amz-checksum-sha256": base64.b64encode(digest.digest()).decode(), "etag": '"x"'}
+    with slow_store(bytes_per_second=800_000, headers=told) as (url, requests):
+        slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities, refuses_wrong_checksum=True))
+        signed = slow._own_requests()
+        assert signed is not None
+        # On a loopback connection the kernel would take the whole body at once.
+        signed._http._manager.connection_pool_kw["socket_options"] = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)]
+        assert put(slow, "a.png", content) is True
+    assert requests == ["HEAD", "PUT"]
 
 
 def test_a_lost_race_is_told_without_asking_again(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> None:
