@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import resource
@@ -10,7 +11,7 @@ import sys
 import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -158,17 +159,33 @@ def rclone(place: Path, source: Source, count: int) -> tuple[float, float]:
         return time.monotonic() - started, _children_cpu() - before
 
 
+def floor(place: Path, source: Source, count: int) -> tuple[float, float]:
+    """(seconds, CPU seconds) of the least that archives them, into an S3 server of its own."""
+    with stage.seaweed(place) as found:
+        words = [source.address, str(count), str(len(source.names)), str(place / "floor.db")]
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.bench.floor_archive", *words], env={**stage.here(), **found}, check=True,
+            timeout=DRAIN_SECONDS, stdout=subprocess.PIPE,
+        )  # fmt: skip
+    used = json.loads(done.stdout)
+    return used["seconds"], used["cpu_seconds"]
+
+
 def _children_cpu() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-class AgainstRclone:
-    """Files of one size, by us and by rclone; several rows tell of the same run."""
+Archiver = Callable[[Path, Source, int], tuple[float, float]]
 
-    def __init__(self, size: int, count: int) -> None:
+
+class AgainstRclone:
+    """Files of one size, by `archiver` and by rclone; several rows tell of the same run."""
+
+    def __init__(self, size: int, count: int, archiver: Archiver = ours) -> None:
         self.size = size
         self._count = count
+        self._archiver = archiver
         self.last: tuple[int, tuple[float, float], tuple[float, float]] | None = None
 
     def rate(self, small: bool) -> Sample:
@@ -176,7 +193,7 @@ class AgainstRclone:
         count = 8 if small else self._count
         with stage.folder() as place, source(place, count=min(count, 64), size=self.size) as files:
             reference = rclone(place, files, count)
-            mine = ours(place, files, count)
+            mine = self._archiver(place, files, count)
         self.last = count, mine, reference
         return Sample(count / mine[0], count / reference[0])
 
