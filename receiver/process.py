@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,17 +107,25 @@ class Supervisor:
         while not self._stop.is_set():
             started = time.monotonic()
             command = [sys.executable, "-m", "receiver", "work", "--supervised"]
-            child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
-            self._children[number] = child
-            if self._stop.is_set():
-                child.terminate()
-            code = child.wait()
+            code = self._run_once(number, command)
             if self._stop.is_set():
                 return
             delay = RESTART_FIRST_SECONDS if time.monotonic() - started > LIVED_SECONDS else delay
             log.error("worker.died", number=number, code=code, restart_in=delay)
             self._stop.wait(delay)
             delay = min(delay * 2, RESTART_CAP_SECONDS)
+
+    def _run_once(self, number: int, command: Sequence[str]) -> int | str:
+        """How the process ended: its exit code, or why it could not be started, as for want of memory."""
+        try:
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
+        except OSError as error:
+            return f"not started: {error.strerror}"
+        with child:
+            self._children[number] = child
+            if self._stop.is_set():
+                child.terminate()
+            return child.wait()
 
 
 def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
@@ -222,7 +230,7 @@ def work_once(parts: Parts) -> int:
     """Work on everything that is due now, then return how many rows were worked on."""
     ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
     worker, count = parts.worker(), 0
-    while done := worker.run_until_idle() + parts.sequence():
+    while done := worker.run_until_idle() + worker.run_suspects() + parts.sequence():
         count += done
     return count
 

@@ -105,8 +105,9 @@ class Worker:
     def run(self) -> None:
         """Work until `stop()`. On return no row is held: the unfinished ones were handed back."""
         self._id = workers.register(self._database, sum(lane.threads for lane in self._lanes))
-        background = [self._listen, self._renew, self._beat, self._look_for_suspects]
+        background = [self._listen, self._beat, self._look_for_suspects]
         threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
+        threads += [threading.Thread(target=self._renew, args=(self._ended,), name="renew", daemon=True)]
         threads += [threading.Thread(target=self._look_after, args=(chore,), daemon=True) for chore in self._chores]
         feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
         for thread in [*threads, *feeders]:
@@ -122,11 +123,32 @@ class Worker:
             self._ended.set()
 
     def run_until_idle(self) -> int:
-        """Work on everything that is due now, one row or batch at a time. Returns how many rows were worked on."""
-        count = 0
-        while done := next((done for lane in self._lanes if (done := self._work_once(lane))), 0):
-            count += done
-        return count
+        """Work on everything that is due now, one row or batch at a time. Returns how many rows were worked on.
+
+        Suspects are left to `run_suspects`.
+        """
+        with self._renewing():
+            count = 0
+            while done := next((done for lane in self._lanes if (done := self._work_once(lane))), 0):
+                count += done
+            return count
+
+    def run_suspects(self) -> int:
+        """Work on a suspect of each lane, a row that has ended three workers, and on nothing else. Returns how many."""
+        with self._renewing():
+            return self._work_on_suspects()
+
+    @contextmanager
+    def _renewing(self) -> Iterator[None]:
+        """Extend the leases of what is in hand meanwhile, as `run` does."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._renew, args=(ended,), name="renew", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _work_once(self, lane: Lane) -> int:
         rows = self._claim(lane, lane.batch())
@@ -241,14 +263,20 @@ class Worker:
             self._alert()
         waker.close()
 
-    def _renew(self) -> None:
+    def _renew(self, ended: threading.Event) -> None:
         """Extend the leases of all rows in hand, also while draining."""
-        while not self._ended.wait(self._lease_seconds / 3):
-            try:
-                self.renew_held()
-                self._hand_back_stranded()
-            except StoreUnavailable as error:
-                log.warning("worker.database_away", error=str(error))
+        while not ended.wait(self._lease_seconds / 3):
+            self._try("renew", self.renew_held)
+            self._try("hand_back", self._hand_back_stranded)
+
+    def _try(self, chore: str, do: Callable[[], object]) -> None:
+        """Whatever goes wrong is told, and its thread lives to do it the next time."""
+        try:
+            do()
+        except StoreUnavailable as error:
+            log.warning("worker.database_away", chore=chore, error=str(error))
+        except Exception:
+            log.exception("worker.bug", chore=chore)
 
     def _hand_back_stranded(self) -> None:
         """Rows that could not be settled while the database was away: nobody need wait for their leases to end."""
@@ -272,20 +300,12 @@ class Worker:
 
     def _beat(self) -> None:
         while not self._ended.wait(workers.BEAT_SECONDS):
-            try:
-                workers.beat(self._database, self._id)
-            except StoreUnavailable as error:
-                log.warning("worker.database_away", error=str(error))
+            self._try("beat", lambda: workers.beat(self._database, self._id))
 
     def _look_after(self, chore: Chore) -> None:
         while not self._stop.is_set():
             seen = self._commits
-            try:
-                chore.run()
-            except StoreUnavailable as error:
-                log.warning("worker.database_away", chore=chore.name, error=str(error))
-            except Exception:
-                log.exception("worker.bug", chore=chore.name)
+            self._try(chore.name, chore.run)
             if chore.wakes:
                 self._sleep(seen, chore.every_seconds)
                 self._stop.wait(LINGER_SECONDS)
@@ -294,30 +314,33 @@ class Worker:
 
     def _look_for_suspects(self) -> None:
         while not self._stop.wait(SUSPECT_LOOK_SECONDS):
-            try:
-                self._work_on_suspects()
-            except StoreUnavailable as error:
-                log.warning("worker.database_away", error=str(error))
+            self._try("suspects", self._work_on_suspects)
 
-    def _work_on_suspects(self) -> None:
+    def _work_on_suspects(self) -> int:
         """A row that has ended three workers is worked on by a process that does nothing else meanwhile."""
         with self._database.glance() as connection:
             lanes = [lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True)]
         if not lanes:
-            return
+            return 0
         self._alone.set()
         with self._gate:
             pass  # a claim that was under way has ended
         try:
             while self._held and not self._stop.is_set():
                 time.sleep(0.05)
-            for lane in lanes:
-                for row in self._claim(lane, 1, alone=True):
-                    log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
-                    self._do(lane, [row])
+            return sum(map(self._work_on_suspect, lanes))
         finally:
             self._alone.clear()
             self._alert()
+
+    def _work_on_suspect(self, lane: Lane) -> int:
+        if self._stop.is_set():
+            return 0  # what is still in hand goes on meanwhile, and the process ends in the midst of it
+        rows = self._claim(lane, 1, alone=True)
+        for row in rows:
+            log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
+            self._do(lane, [row])
+        return len(rows)
 
     def _drain(self) -> None:
         deadline = time.monotonic() + self._grace_seconds

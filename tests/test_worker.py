@@ -252,6 +252,58 @@ def test_a_suspect_that_lets_its_worker_live_is_none_any_more(database: Database
     assert stored(database, asset)["losses"] == 0
 
 
+def test_a_suspect_is_worked_on_where_nothing_runs_for_long(database: Database, desk: Desk) -> None:
+    suspect, other = new_assets(database, 2)
+    lost(database, suspect, 3)
+    worker = Worker(database, [assets_lane(desk.work)], lease_seconds=5, grace_seconds=0)
+    assert (worker.run_until_idle(), desk.done) == (1, [other.id])
+    assert (worker.run_suspects(), desk.done) == (1, [other.id, suspect.id])
+    assert worker.run_suspects() == 0
+
+
+def test_who_stops_begins_with_no_suspect(database: Database, desk: Desk) -> None:
+    desk.gate.clear()
+    suspect, other = new_assets(database, 2)
+    lost(database, suspect, 3)
+    with running(database, assets_lane(desk.work)) as worker:
+        wait_until(worker._alone.is_set)
+        worker.stop()
+        wait_until(lambda: not worker._alone.is_set())
+        desk.gate.set()
+    assert desk.begun == [other.id]
+
+
+def test_a_long_piece_of_work_keeps_its_lease_where_nothing_runs_for_long(database: Database, desk: Desk) -> None:
+    (asset,) = new_assets(database, 1)
+
+    def work(row: Any) -> None:
+        wait_until(lambda: stored(database, asset)["due_at"] > row.due_at)
+        desk.work(row)
+
+    assert Worker(database, [assets_lane(work)], lease_seconds=1.5, grace_seconds=0).run_until_idle() == 1
+
+
+def test_leases_are_renewed_after_a_renewal_met_a_bug(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (asset,) = new_assets(database, 1)
+    desk.gate.clear()
+    renew, bugs = claims.renew, [ZeroDivisionError()]
+
+    def renew_badly(*arguments: Any) -> None:
+        if bugs:
+            raise bugs.pop()
+        renew(*arguments)
+
+    monkeypatch.setattr(claims, "renew", renew_badly)
+    with running(database, assets_lane(desk.work), lease=1.5):
+        wait_until(lambda: desk.begun)
+        claimed_until = stored(database, asset)["due_at"]
+        wait_until(lambda: stored(database, asset)["due_at"] > claimed_until)
+        assert not bugs
+        desk.gate.set()
+
+
 def test_losses_reach_the_work_so_that_it_can_park_the_row(database: Database, desk: Desk) -> None:
     (asset,) = new_assets(database, 1)
     lost(database, asset, claims.PARK_LOSSES)
