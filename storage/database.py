@@ -48,6 +48,16 @@ SQLITE_LOOK_SECONDS = 0.05
 WAKE_SECONDS = 0.2
 # A server that answers at all does so within a moment; an intake has 5 s from body to commit.
 CONNECT_SECONDS = 4
+# A host that vanishes without a word (failover, a firewall that forgot us) is given up ten seconds later, whether bytes
+# of ours are on their way or it is we who wait; Linux alone would take a quarter of an hour, or for ever. What the URL
+# says of these goes before.
+POSTGRESQL_OPTIONS = {
+    "connect_timeout": CONNECT_SECONDS,
+    "tcp_user_timeout": 10_000,  # milliseconds
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
 WAKE_CHANNEL = "receiver_work"
 # Checkpoints are made beside the commits (storage/checkpoints.py). Where nothing runs that makes them, a commit does so
 # itself once the log has 64 MB.
@@ -171,10 +181,14 @@ class Database:
                 pool_size=connections,
                 max_overflow=10,
                 pool_timeout=CONNECT_SECONDS,
-                connect_args={"connect_timeout": CONNECT_SECONDS},
+                connect_args=self.postgresql_options,
                 hide_parameters=True,
             )
             self._single = self._glance = self.writer.execution_options(isolation_level="AUTOCOMMIT")
+
+    @property
+    def postgresql_options(self) -> dict[str, Any]:
+        return {name: value for name, value in POSTGRESQL_OPTIONS.items() if name not in self.url.query}
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -329,7 +343,7 @@ class _PostgresWaker(Waker):
         try:
             if self._connection is None:
                 url = self._database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                self._connection = self._driver.connect(url, autocommit=True, connect_timeout=CONNECT_SECONDS)
+                self._connection = self._driver.connect(url, autocommit=True, **self._database.postgresql_options)
                 self._connection.execute(f"LISTEN {WAKE_CHANNEL}")
                 return
             if not any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1)):

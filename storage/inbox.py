@@ -22,6 +22,7 @@ from functools import lru_cache, partial
 from itertools import chain, repeat
 from typing import Any
 
+import structlog
 from sqlalchemy import Connection, bindparam, func, literal_column, update
 from sqlalchemy.dialects import sqlite
 from sqlmodel import Session, col, select
@@ -30,6 +31,8 @@ from storage.database import WAKE_CHANNEL, Database, clock, run
 from storage.errors import StoreUnavailable
 from storage.models import Callback
 from storage.states import CallbackState
+
+log = structlog.get_logger()
 
 # What may wait in memory for its commit. 1,000 deliveries are a quarter second of work at the measured rates.
 MAX_WAITING = 1_000
@@ -43,6 +46,8 @@ REMEMBERED_TASKS = 10_000
 # The rest belongs to what was accepted already: its rows, its downloads on their way.
 MIN_FREE_SHARE = 0.05
 FREE_LOOK_SECONDS = 1.0
+# A delivery that is not committed 5 s after it was read was answered 503; the last may have been read at the stop.
+STOP_SECONDS = 10.0
 # A batch larger than this gains nothing more from sharing its fsync and delays its first waiter.
 MAX_BATCH = 256
 
@@ -226,7 +231,7 @@ class Inbox:
     """The one writer of pushed deliveries in this process. Start it, `put` from any thread, stop it.
 
     `stop()` commits and answers what has been put, then refuses more: a delivery is either committed and answered
-    or not acknowledged.
+    or not acknowledged. A database that does not answer is waited for no longer than `STOP_SECONDS`.
     """
 
     def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
@@ -246,7 +251,9 @@ class Inbox:
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            log.error("inbox.not_stopped", after_seconds=STOP_SECONDS)  # its thread ends with the process
 
     @property
     def is_full(self) -> bool:

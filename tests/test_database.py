@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 import threading
@@ -236,6 +238,20 @@ def test_an_unreachable_postgresql_is_unavailable_and_its_waker_only_waits() -> 
     with pytest.raises(StoreUnavailable), away.write() as session:
         session.execute(text("SELECT 1"))
     away.waker().wait(0)
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+@pytest.mark.parametrize(("query", "milliseconds"), [("", 10_000), ("?tcp_user_timeout=4000", 4_000)])
+def test_a_postgresql_that_vanishes_is_given_up(database: Database, query: str, milliseconds: int) -> None:
+    """No address that swallows packets can be had here: what the kernel was told of the connection is looked at."""
+    opened = Database(database.url.render_as_string(hide_password=False) + query)
+    with opened.read() as session:
+        driver = session.connection().connection.driver_connection
+        with socket.socket(fileno=os.dup(driver.fileno())) as connection:  # type: ignore[union-attr]
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == milliseconds
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+    opened.close()
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)

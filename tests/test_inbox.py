@@ -167,6 +167,19 @@ def refuses(stopping: Inbox) -> bool:
     return False
 
 
+def test_a_database_that_does_not_answer_does_not_hold_up_the_end(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "STOP_SECONDS", 0.2)
+    intake = Inbox(database)
+    intake.start()
+    with writers_wait(database):
+        future = intake.put(GOOD)
+        intake.stop()
+        assert not future.done()
+    assert future.result(SECONDS) is Intake.NEW
+
+
 def test_a_waiter_that_gave_up_harms_nobody(database: Database, running: Inbox) -> None:
     with writers_wait(database):
         running.put(body(0))

@@ -6,6 +6,9 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing
@@ -275,6 +278,32 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
     first, second = Lines(tmp_path / "pipe").send(messages(2))
     assert isinstance(first, SinkUnavailable)
     assert isinstance(second, NotTried)
+
+
+WRITER = """
+from receiver.sinks.lines import Lines
+from tests.sinks import messages
+batch = messages(100, note="x" * 600)
+for _ in range(10):
+    assert Lines(None).send(batch) == [None] * 100
+"""
+
+
+def test_lines_of_several_processes_on_one_pipe_are_whole() -> None:
+    """A pipe takes 4 KB at once; what is longer goes in pieces, between which others may write."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", WRITER]
+    writers = [subprocess.Popen(command, stdout=writer, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    os.close(writer)
+    read = b""
+    while chunk := os.read(reader, 8192):
+        read += chunk
+        time.sleep(0.0003)  # slower than they write, so that the pipe is full
+    os.close(reader)
+    lines = read.splitlines()
+    assert [each.wait(30) for each in writers] == [0, 0]
+    assert len(lines) == 2 * 10 * 100
+    assert all(line.startswith(b"{") and line.endswith(b"}") for line in lines)
 
 
 def test_standard_output_takes_lines(capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,8 @@ class Lines:
     @contextmanager
     def _opened(self) -> Iterator[int]:
         if self._path is None:
-            yield STDOUT
+            with _alone_on(STDOUT):
+                yield STDOUT
             return
         file = os.open(self._path, FLAGS | os.O_CREAT, 0o640)
         try:
@@ -74,6 +75,19 @@ class Lines:
         return f"{self._path} can be appended to"
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def _alone_on(file: int) -> Iterator[None]:
+    """Keep the other worker processes off a descriptor they have inherited too: a pipe takes 4 KB at once, no more.
+
+    A process's lock, which works on pipes, sockets and terminals; a `flock` would be theirs as well.
+    """
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)
 
 
 def _refuse_irregular(file: int) -> None:
