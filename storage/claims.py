@@ -128,10 +128,14 @@ def release(session: Session, row: Row) -> None:
 
 
 def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UUID, lease_seconds: float) -> int:
-    """Extend the leases of rows still held under `lease`. Returns how many still were."""
+    """Extend the leases of rows still held under `lease`. Returns how many still were.
+
+    Those that another transaction has locked are passed over: somebody writes them just now, and to wait for several
+    of them beside whoever writes several is how PostgreSQL comes to a deadlock.
+    """
     table: Any = model
-    held = update(table).where(table.id.in_(ids), table.lease == lease)
-    return _execute(session, held.values(due_at=clock(lease_seconds)))
+    held = select(table.id).where(table.id.in_(ids), table.lease == lease).with_for_update(skip_locked=True)
+    return _execute(session, update(table).where(table.id.in_(held)).values(due_at=clock(lease_seconds)))
 
 
 def _write(session: Session, row: Row, values: dict[str, Any]) -> None:

@@ -107,6 +107,16 @@ def test_a_settled_row_forgets_its_losses_and_waits_as_told(database: Database) 
     assert [(row.id, row.losses) for row in claim(database)] == [(again.id, 0)]
 
 
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_renewing_waits_for_nobody(database: Database) -> None:
+    new_assets(database, 3)
+    rows = claim(database)
+    with database.write() as settling, database.write() as renewing:
+        claims.settle(settling, rows[1], due_in=None)
+        renewing.execute(text("SET LOCAL lock_timeout = '5s'"))
+        assert claims.renew(renewing, Asset, [row.id for row in rows], rows[0].lease, LEASE_SECONDS) == 2
+
+
 def test_keep_and_renew_hold_the_claim(database: Database) -> None:
     new_assets(database, 2)
     rows = claim(database, lease=EXPIRED)

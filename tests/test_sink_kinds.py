@@ -293,7 +293,7 @@ def test_lines_of_several_processes_on_one_pipe_are_whole() -> None:
     """A pipe takes 4 KB at once; what is longer goes in pieces, between which others may write."""
     reader, writer = os.pipe()
     command = [sys.executable, "-c", WRITER]
-    writers = [subprocess.Popen(command, stdout=writer, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    writers = [subprocess.Popen(command, stdout=writer, cwd=Path(__file__).parents[1]) for _ in range(3)]
     os.close(writer)
     read = b""
     while chunk := os.read(reader, 8192):
@@ -301,8 +301,8 @@ def test_lines_of_several_processes_on_one_pipe_are_whole() -> None:
         time.sleep(0.0003)  # slower than they write, so that the pipe is full
     os.close(reader)
     lines = read.splitlines()
-    assert [each.wait(30) for each in writers] == [0, 0]
-    assert len(lines) == 2 * 10 * 100
+    assert [each.wait(30) for each in writers] == [0, 0, 0]
+    assert len(lines) == 3 * 10 * 100
     assert all(line.startswith(b"{") and line.endswith(b"}") for line in lines)
 
 
