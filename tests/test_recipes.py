@@ -51,9 +51,11 @@ def working(parts: Parts) -> Iterator[None]:
     worker = parts.worker()
     thread = threading.Thread(target=worker.run)
     thread.start()
-    yield
-    worker.stop()
-    thread.join(30)
+    try:
+        yield
+    finally:
+        worker.stop()
+        thread.join(30)
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -93,10 +95,12 @@ def served(app: Any, port: int) -> Iterator[None]:
     server.capture_signals = nullcontext  # type: ignore[method-assign] # only the main thread may
     thread = threading.Thread(target=server.run)
     thread.start()
-    wait_until(lambda: server.started)
-    yield
-    server.should_exit = True
-    thread.join(20)
+    try:
+        wait_until(lambda: server.started)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 @pytest.mark.usefixtures("environment", "working")
