@@ -83,7 +83,9 @@ def numbers(messages: list[dict[str, str]]) -> list[int]:
 
 
 def status(web: Web, query: str = "", **headers: str) -> int:
-    return httpx.get(f"{web.url}/events{query}", headers=headers, timeout=PATIENCE).status_code
+    """Only the head is waited for: a stream has no end."""
+    with httpx.stream("GET", f"{web.url}/events{query}", headers=headers, timeout=PATIENCE) as answer:
+        return answer.status_code
 
 
 @pytest.mark.parametrize("shown", ["", "Bearer", "Bearer nobody", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer{KEY}"])
@@ -160,23 +162,19 @@ def test_there_are_only_so_many_at_once_and_who_leaves_makes_room(web: Web, monk
     with reading(web) as messages:
         next(messages)
         assert status(web, **KEYS) == 503
-    wait_until(lambda: opens(web))
-
-
-def opens(web: Web) -> bool:
-    with httpx.stream("GET", f"{web.url}/events", headers=KEYS, timeout=PATIENCE) as answer:
-        return answer.status_code == 200
+    wait_until(lambda: status(web, **KEYS) == 200)
 
 
 @contextmanager
-def stuck(web: Web) -> Iterator[socket.socket]:
-    """A reader that asks for everything and reads nothing."""
+def stuck(web: Web) -> Iterator[None]:
+    """A reader that asks for everything, is let in, and reads nothing."""
     with socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         host, _, port = web.url.removeprefix("http://").partition(":")
         reader.connect((host, int(port)))
         reader.sendall(f"GET /events?after=0 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n\r\n".encode())
-        yield reader
+        assert reader.recv(12) == b"HTTP/1.1 200"
+        yield
 
 
 def much(parts: Parts, count: int = 2_000) -> None:
@@ -187,16 +185,17 @@ def much(parts: Parts, count: int = 2_000) -> None:
     parts.sequence()
 
 
+@pytest.mark.parametrize(("seconds", "others"), [(60, 503), (0.2, 200)], ids=["waited for", "let go"])
 def test_a_reader_that_does_not_read_holds_nothing_and_is_let_go(
-    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+    seconds: float, others: int, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "SEND_SECONDS", 1)
+    """`others`: how they are answered while it counts, and afterwards."""
+    monkeypatch.setattr(stream, "SEND_SECONDS", seconds)
     monkeypatch.setattr(stream, "MAX_STREAMS", 1)
     much(parts)
     with stuck(web):
-        wait_until(lambda: status(web, **KEYS) == 503)
+        wait_until(lambda: status(web, **KEYS) == others)
         wait_until(lambda: parts.database.reader.pool.checkedout() == 0)  # type: ignore[attr-defined]
-        wait_until(lambda: opens(web))
 
 
 def test_the_server_ends_at_once_whoever_reads(parts: Parts) -> None:
