@@ -26,7 +26,7 @@ from receiver.sinks import sqs
 from receiver.sinks.lines import Lines
 from receiver.sinks.sqs import Sqs
 from receiver.wiring import Parts
-from storage import outbox
+from storage import circuit, outbox
 from storage.database import Database
 from storage.states import DispatchState
 from tests.harness import wait_until
@@ -166,6 +166,13 @@ def test_a_client_is_told_each_status_once(database: Database) -> None:
     assert {row.state for row in dispatches(database)} == {DispatchState.DELIVERED}
 
 
+@pytest.fixture
+def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open circuit lets no trial through for as long as a test runs."""
+    monkeypatch.setattr(circuit, "FIRST_PAUSE_SECONDS", 30)
+
+
+@pytest.mark.usefixtures("long_pause")
 def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> None:
     with Hook() as dead, client_case_of(database, dead) as (case, _):
         dead.down()
@@ -192,6 +199,7 @@ def test_410_ends_one_callback_and_disables_no_client(database: Database) -> Non
         assert outbox.disabled(session) == {}
 
 
+@pytest.mark.usefixtures("long_pause")
 def test_a_circuit_is_a_hosts_own(database: Database) -> None:
     with client_case_of(database) as (case, hook):
         case.fail()

@@ -18,6 +18,7 @@ from receiver.sinks import sqs
 from receiver.sinks.post import Poster
 from receiver.sinks.sqs import Sqs
 from receiver.sinks.webhook import Webhook
+from storage import circuit as circuits
 from storage import claims
 from storage.addresses import AddressPolicy
 from storage.circuit import Circuit
@@ -155,7 +156,10 @@ def test_an_answer_without_end_is_not_read() -> None:
         assert time.monotonic() - started < 5
 
 
-def test_while_a_sink_is_down_little_is_tried_and_afterwards_all_arrives(database: Database) -> None:
+def test_while_a_sink_is_down_little_is_tried_and_afterwards_all_arrives(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(circuits, "FIRST_PAUSE_SECONDS", 30)  # no trial meanwhile
     with webhook_case(None) as case:
         for _ in range(12):
             tell(database, case, STEPS[0])
