@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import base64
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
+import pytest
 from PIL import Image
 from sqlmodel import select
 
 from receiver.reconcile import Reader
 from receiver.sandbox import Sandbox
+from receiver.sandbox.answers import Answer
 from receiver.wiring import Parts
 from storage.models import Asset, Task
 from storage.states import TaskState
@@ -48,6 +53,24 @@ def all_assets(parts: Parts) -> list[Asset]:
 def creates(sandbox: Sandbox) -> list[Any]:
     """The bodies of the create requests that reached the provider."""
     return [create.body for create in sandbox.ledger().creates]
+
+
+@contextmanager
+def unanswered(sandbox: Sandbox) -> Iterator[None]:
+    """Creates reach the provider, and what it says to them arrives when the block ends."""
+    create, ended = sandbox.world.create, threading.Event()
+
+    def answer_late(*request: Any) -> Answer:
+        answer = create(*request)
+        ended.wait()
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox.world, "create", answer_late)
+        try:
+            yield
+        finally:
+            ended.set()
 
 
 def drawn(width: int, height: int) -> bytes:

@@ -13,12 +13,13 @@ from sqlmodel import select
 
 from receiver import gateway
 from receiver.listener import Listener
+from receiver.providers.kling import Kling
 from receiver.providers.kling_request import parse_request
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
 from storage.models import Task
 from storage.states import Step, TaskState
-from tests.asking import creates, drawn, encoded
+from tests.asking import creates, drawn, encoded, unanswered
 from tests.harness import wait_until
 from tests.pipeline import Web, hurry, plant, run, task_of
 from tests.postgres import Postgres
@@ -33,6 +34,7 @@ ON_POSTGRESQL = pytest.mark.parametrize("database_kind", ["postgresql"])
 PATH = "/kling/v1/images/omni-image"
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 ID = "order-4711"
+PATIENCE_SECONDS = 120
 FULL: dict[str, Any] = {
     "model_name": "kling-v3-omni",
     "prompt": "a boat <<<image_1>>>, no people\nat “dusk” 🌅",
@@ -60,7 +62,7 @@ def client(web: Web) -> SeedClient:
 
 def ask(web: Web, method: str, path: str = PATH, *, key: str = KEY, **options: Any) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}", **options.pop("headers", {})}
-    return httpx.request(method, web.url + path, headers=headers, timeout=30, **options)
+    return httpx.request(method, web.url + path, headers=headers, timeout=PATIENCE_SECONDS, **options)
 
 
 def create(web: Web, body: Any = PLAIN, **options: Any) -> httpx.Response:
@@ -298,9 +300,9 @@ def test_after_its_patience_the_client_is_told_submitted(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.2)
-    sandbox.set(create_faults=["hang:created"], hang_seconds=1)
-    assert told(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
-    assert task_of(parts, ID).state is TaskState.CREATED
+    with unanswered(sandbox):
+        assert told(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
+        assert task_of(parts, ID).state is TaskState.CREATED
     wait_until(lambda: task_of(parts, ID).state is TaskState.SUBMITTED)
     assert len(creates(sandbox)) == 1
 
@@ -332,9 +334,18 @@ def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox
     assert (listener.refusal, task_of(parts, ID).state) == (None, TaskState.CREATED)
 
 
+@pytest.fixture
+def patient(parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the provider does so for longer than any test."""
+    kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=PATIENCE_SECONDS)
+    parts.__dict__["kling"] = kling  # where the cached property keeps it
+    monkeypatch.setattr(gateway, "PROVIDER_SECONDS", PATIENCE_SECONDS)
+
+
 @ON_SQLITE
+@pytest.mark.usefixtures("patient")
 def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Parts, sandbox: Sandbox) -> None:
-    sandbox.set(create_faults=["hang:created"] * 40, hang_seconds=60)
+    sandbox.set(create_faults=["hang:created"] * 40, hang_seconds=PATIENCE_SECONDS)
     task = plant(parts)
     with ThreadPoolExecutor(40) as pool:
         waiting = [pool.submit(create, web) for _ in range(40)]
@@ -352,13 +363,13 @@ def test_more_creates_than_threads_are_too_fast(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway, "MAX_CREATES", 1)
-    sandbox.set(create_faults=["hang:created"], hang_seconds=1)
     first = threading.Thread(target=create, args=(web,))
-    first.start()
-    wait_until(lambda: creates(sandbox))
-    answer = create(web)
-    assert (told(answer), answer.headers["retry-after"]) == ((429, 1302), "1")
+    with unanswered(sandbox):
+        first.start()
+        wait_until(lambda: creates(sandbox))
+        answer = create(web)
     first.join()
+    assert (told(answer), answer.headers["retry-after"]) == ((429, 1302), "1")
     assert told(create(web)) == (200, 0)
 
 

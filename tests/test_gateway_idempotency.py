@@ -19,7 +19,7 @@ from storage import idempotency
 from storage.errors import ProviderThrottled
 from storage.models import Idempotency
 from storage.states import TaskState
-from tests.asking import creates
+from tests.asking import creates, unanswered
 from tests.harness import wait_until
 from tests.pipeline import Web, drain
 from tests.test_gateway import CHANGES, ID, KEY, ON_SQLITE, OTHER_KEY, PLAIN, create, rows, told
@@ -127,12 +127,12 @@ def test_a_crash_before_the_request_left_is_waited_for_and_then_told(
 ) -> None:
     monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.3)
     monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.3)
-    sandbox.set(create_faults=["hang:created"], hang_seconds=2)
-    first = create(web, headers=WORD)
-    forget_the_answer(parts)
-    again = create(web, headers=WORD)
-    assert (again.json()["data"]["task_id"], told(again)) == (first.json()["data"]["task_id"], (200, 0))
-    assert rows(parts)[0].state is TaskState.CREATED
+    with unanswered(sandbox):
+        first = create(web, headers=WORD)
+        forget_the_answer(parts)
+        again = create(web, headers=WORD)
+        assert (again.json()["data"]["task_id"], told(again)) == (first.json()["data"]["task_id"], (200, 0))
+        assert rows(parts)[0].state is TaskState.CREATED
     wait_until(lambda: rows(parts)[0].state is TaskState.SUBMITTED)
     assert len(creates(sandbox)) == 1
 

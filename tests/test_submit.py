@@ -19,7 +19,7 @@ from receiver.wiring import Parts
 from receiver.worker import Worker
 from storage.models import Task
 from storage.states import Step, TaskState
-from tests.asking import REQUEST, creates, drawn, encoded
+from tests.asking import REQUEST, creates, drawn, encoded, unanswered
 from tests.harness import wait_until
 from tests.pipeline import Web, settings_for, task_of
 from tests.rows import LONG_AGO, new_task, stored
@@ -33,16 +33,20 @@ def slow_tasks(sandbox: Sandbox) -> None:
     sandbox.set(submitted_seconds=600, processing_seconds=600)
 
 
-@pytest.fixture
-def impatient(parts: Parts, sandbox: Sandbox) -> Kling:
-    """The provider's client with a timeout that a test can wait for."""
-    kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=0.5)
-    parts.__dict__["kling"] = kling  # where the cached property keeps it
-    return kling
-
-
 def ask(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **fields: Any) -> Task:
     return parts.submitter.submit({**REQUEST, **fields}, external_task_id=external_task_id, adopt=adopt).task
+
+
+def ask_in_vain(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
+    """The create arrives and goes wrong; who asks waits for its answer for a moment only."""
+    sandbox.set(create_faults=[fault], hang_seconds=600)
+    hasty = Parts(parts.settings)
+    kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=0.5)
+    hasty.__dict__["kling"] = kling  # where the cached property keeps it
+    task = ask(hasty)
+    hasty.close()
+    wait_until(lambda: sandbox.ledger().counts[f"fault:create:{fault}"])
+    return task
 
 
 def go_on(parts: Parts, **values: Any) -> Task:
@@ -79,16 +83,16 @@ def test_an_accepted_request_is_submitted(parts: Parts, sandbox: Sandbox) -> Non
 
 
 def test_the_row_is_committed_and_claimed_before_the_request_leaves(parts: Parts, sandbox: Sandbox) -> None:
-    sandbox.set(create_faults=["hang:created"], hang_seconds=1)
     asking = threading.Thread(target=ask, args=(parts,))
-    asking.start()
-    wait_until(lambda: creates(sandbox))
-    row = task_of(parts, ID)
+    with unanswered(sandbox):
+        asking.start()
+        wait_until(lambda: creates(sandbox))
+        row, seconds = task_of(parts, ID), due_in(parts, task_of(parts, ID))
+    asking.join()
     assert (row.state, row.step, row.attempts) == (TaskState.CREATED, Step.CREATE, 1)
     assert row.lease is not None
     assert row.sent_at is not None
-    assert 0 < due_in(parts, row) <= parts.settings.lease_seconds
-    asking.join()
+    assert 0 < seconds <= parts.settings.lease_seconds
     assert task_of(parts, ID).state is TaskState.SUBMITTED
 
 
@@ -222,11 +226,8 @@ UNCLEAR = ["5000", "5001", "5002", "html", "broken", "hang"]
 
 
 @pytest.mark.parametrize("fault", UNCLEAR)
-def test_an_unclear_answer_after_creation_is_looked_up(
-    parts: Parts, sandbox: Sandbox, impatient: Kling, fault: str
-) -> None:
-    sandbox.set(create_faults=[f"{fault}:created"], hang_seconds=2)
-    task = ask(parts)
+def test_an_unclear_answer_after_creation_is_looked_up(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+    task = ask_in_vain(parts, sandbox, f"{fault}:created")
     assert (task.state, task.step, task.lease) == (TaskState.CREATED, Step.CREATE, None)
     assert task.sent_at is not None
     found = go_on(parts)
@@ -236,10 +237,9 @@ def test_an_unclear_answer_after_creation_is_looked_up(
 
 @pytest.mark.parametrize("fault", UNCLEAR)
 def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
-    parts: Parts, sandbox: Sandbox, impatient: Kling, fault: str
+    parts: Parts, sandbox: Sandbox, fault: str
 ) -> None:
-    sandbox.set(create_faults=[fault], hang_seconds=2)
-    ask(parts)
+    ask_in_vain(parts, sandbox, fault)
     missed = go_on(parts)
     assert missed.missed_at is not None
     assert due_in(parts, missed) > 8
@@ -398,13 +398,14 @@ def test_an_unclear_answer_for_an_older_task_is_a_conflict(parts: Parts, sandbox
 def test_a_callback_may_overtake_the_create_answer(
     parts: Parts, sandbox: Sandbox, web: Web, prompt: str, state: TaskState
 ) -> None:
-    sandbox.set(create_faults=["hang:created"], hang_seconds=2, submitted_seconds=0, processing_seconds=0)
+    sandbox.set(submitted_seconds=0, processing_seconds=0)
     confirm = Parts(parts.settings.model_copy(update={"confirm": "never"}))
     asking = threading.Thread(target=ask, args=(parts,), kwargs={"prompt": prompt})
-    asking.start()
     callbacks = Worker(confirm.database, confirm.lanes()[:1], lease_seconds=5, grace_seconds=0)
-    wait_until(lambda: callbacks.run_until_idle() and task_of(parts, ID).state is state)
-    assert task_of(parts, ID).step is Step.CREATE
+    with unanswered(sandbox):
+        asking.start()
+        wait_until(lambda: callbacks.run_until_idle() and task_of(parts, ID).state is state)
+        assert task_of(parts, ID).step is Step.CREATE
     asking.join()
     task = task_of(parts, ID)
     assert (task.state, task.lease, task.step is Step.CREATE) == (state, None, False)
