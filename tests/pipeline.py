@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from sqlmodel import col, select
 from receiver import app, config
 from receiver.process import _Server, web_config
 from receiver.sandbox import Sandbox
+from receiver.sandbox.seaweed import is_free, random_port
 from receiver.wiring import Parts
 from storage import tasks
 from storage.inbox import Delivery, store
@@ -31,9 +31,8 @@ CALLBACK_SECRET = "a-secret-of-more-than-thirty-two-characters"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens on now, and that the system gives to nobody else until it is used."""
+    return next(port for port in iter(random_port, None) if is_free(port))
 
 
 def settings_for(database_url: str, bucket: Any, sandbox: Sandbox, **changes: Any) -> config.Settings:

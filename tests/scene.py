@@ -11,11 +11,12 @@ import pytest
 
 from receiver import config
 from receiver.sandbox import Knobs, Sandbox
-from receiver.sandbox.seaweed import Mortal, Seaweed, is_free, random_port
+from receiver.sandbox.seaweed import Mortal, Seaweed
 from receiver.wiring import Parts
 from storage import migrations
 from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
 from tests.chaos.processes import ROOT, Kept
+from tests.pipeline import free_port
 from tests.postgres import Postgres
 
 BUCKET = "pictures"
@@ -75,7 +76,7 @@ class Scene:
 
     def _environment(self, store_url: str) -> dict[str, str]:
         """The whole environment of the processes: nothing of the caller's reaches them but the path of Python."""
-        port = next(port for port in iter(random_port, None) if is_free(port))
+        port = free_port()
         url = self.postgres.url() if self.postgres else f"sqlite:///{self.folder / 'receiver.db'}"
         return {
             "PATH": os.defpath,

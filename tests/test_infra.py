@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from receiver.config import Settings, load
+from tests.pipeline import free_port
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -230,19 +231,11 @@ def _web(port: int = 0, status: int = 200) -> Iterator[_Web]:
             thread.join()
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 class _Proxy:
     """The shipped proxy settings in the real program: loopback ports, a self-signed certificate, all else as it is."""
 
     def __init__(self, folder: Path) -> None:
-        self.public, self.web, probe = _free_ports(3)
+        self.public, self.web, probe = (free_port() for _ in range(3))
         self.log = folder / "proxy.log"
         static = yaml.safe_load((INFRA / "proxy" / "traefik.yaml").read_text())
         static["entryPoints"]["public"]["address"] = f"127.0.0.1:{self.public}"
