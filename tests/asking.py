@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -15,7 +15,6 @@ from sqlmodel import select
 
 from receiver.reconcile import Reader
 from receiver.sandbox import Sandbox
-from receiver.sandbox.answers import Answer
 from receiver.wiring import Parts
 from storage.models import Asset, Task
 from storage.states import TaskState
@@ -55,18 +54,28 @@ def creates(sandbox: Sandbox) -> list[Any]:
     return [create.body for create in sandbox.ledger().creates]
 
 
-@contextmanager
-def unanswered(sandbox: Sandbox) -> Iterator[None]:
+def unanswered(sandbox: Sandbox) -> AbstractContextManager[None]:
     """Creates reach the provider, and what it says to them arrives when the block ends."""
-    create, ended = sandbox.world.create, threading.Event()
+    return _late(sandbox.world, "create")
 
-    def answer_late(*request: Any) -> Answer:
-        answer = create(*request)
+
+def undelivered(sandbox: Sandbox) -> AbstractContextManager[None]:
+    """Pictures are asked for, and come when the block ends."""
+    return _late(sandbox.world.gallery, "data")
+
+
+@contextmanager
+def _late(part: Any, name: str) -> Iterator[None]:
+    """A fault of the provider: what this part of it says is held back meanwhile."""
+    ask, ended = getattr(part, name), threading.Event()
+
+    def held_back(*words: Any) -> Any:
+        answer = ask(*words)
         ended.wait()
         return answer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox.world, "create", answer_late)
+        patch.setattr(part, name, held_back)
         try:
             yield
         finally:
