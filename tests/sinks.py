@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -189,6 +190,23 @@ def silent() -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(16)
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+@contextmanager
+def endless(size: int) -> Iterator[str]:
+    """HOST:PORT of one answer: 200, so many bytes of a body far longer, and then nothing."""
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65_536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * size)
+            while connection.recv(65_536):
+                pass  # the rest of the request, until whoever asked has had enough
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer, daemon=True).start()
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 

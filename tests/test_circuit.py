@@ -132,7 +132,7 @@ def test_a_provider_that_fails_is_asked_little_and_the_reads_resume(
         plant(parts, due_at=LONG_AGO)
     sandbox.set(query_faults=["5001"] * 100)
     for _ in range(FAILURES):  # one call a batch: the rest of it is not tried
-        assert run(parts, "reads") == TASKS
+        run(parts, "reads")
         hurry(parts, Task)
     assert (run(parts, "reads"), run(parts, "unmatched")) == (0, 0)
     assert sandbox.ledger().counts["fault:query:5001"] == FAILURES

@@ -15,7 +15,7 @@ from receiver.cloudevents import event_id
 from receiver.config import private_pairs
 from receiver.notify import Dispatcher, Message, NotTried, SinkSilent, SinkUnavailable
 from receiver.sinks import sqs
-from receiver.sinks.post import Poster
+from receiver.sinks.post import MAX_ANSWER_BYTES, Poster
 from receiver.sinks.sqs import Sqs
 from receiver.sinks.webhook import Webhook
 from storage import circuit as circuits
@@ -26,7 +26,6 @@ from storage.database import Database
 from storage.models import Dispatch, Event, Task
 from storage.states import DispatchState
 from tests.harness import wait_until
-from tests.hooks import Hook
 from tests.rows import LONG_AGO
 from tests.sinks import (
     CASES,
@@ -35,6 +34,7 @@ from tests.sinks import (
     STEPS,
     Case,
     dispatches,
+    endless,
     ids,
     messages,
     of,
@@ -43,7 +43,6 @@ from tests.sinks import (
     silent,
     tell,
     webhook_case,
-    webhook_to,
 )
 
 
@@ -135,7 +134,7 @@ def test_silence_is_waited_for_once_and_not_for_long() -> None:
         started = time.monotonic()
         with closing(Webhook(f"http://{host}/", Poster(policy, connections=1, timeout_seconds=0.3), signer())) as sink:
             outcomes = sink.send(messages(8))
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 10
     assert [type(outcome) for outcome in outcomes] == [SinkSilent, *[NotTried] * 7]
 
 
@@ -148,12 +147,16 @@ def test_a_silent_queue_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [type(outcome) for outcome in outcomes] == [*[SinkSilent] * 10, *[NotTried] * 2]
 
 
-def test_an_answer_without_end_is_not_read() -> None:
+@pytest.mark.parametrize(("size", "seconds"), [(MAX_ANSWER_BYTES + 1, 60), (0, 2.5)], ids=["long", "silent"])
+def test_an_answer_without_end_is_not_read(size: int, seconds: float) -> None:
     """4 KiB of it tell nothing more than the status did."""
-    with Hook(lambda: (200, {"Content-Length": str(10**9)})) as hook, webhook_to(hook.url, hook, seconds=0.5) as sink:
-        started = time.monotonic()
-        assert sink.send(messages(1)) == [None]
-        assert time.monotonic() - started < 5
+    started = time.monotonic()
+    with endless(size) as host:
+        policy = AddressPolicy(private_hosts=private_pairs((host,)))
+        poster = Poster(policy, connections=1, timeout_seconds=seconds)
+        with closing(Webhook(f"http://{host}/", poster, signer())) as sink:
+            assert sink.send(messages(1)) == [None]
+    assert time.monotonic() - started < 30
 
 
 def test_while_a_sink_is_down_little_is_tried_and_afterwards_all_arrives(
