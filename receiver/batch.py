@@ -23,7 +23,7 @@ from storage import batches, slots, tasks, upkeep
 from storage.batches import CHUNK, Counts
 from storage.database import Database
 from storage.models import Batch, Task
-from storage.states import Step, TaskState
+from storage.states import ArchiveState, Step, TaskState
 
 T = TypeVar("T")
 
@@ -138,10 +138,10 @@ class Batches:
     def retry(self, name: str, *, dry_run: bool = False) -> Tally:
         """Try again what failed of a batch. Files that were given up are due; a create that the provider refused is
         sent again, under its own id, so it is never paid twice. What failed at the provider stays so: asking anew is
-        another batch. Raises LookupError."""
+        another batch. What was dismissed is left alone. Raises LookupError."""
         tally = Tally()
         with self._database.read() as session:
-            ids = batches.not_kept(session, self._batch(session, name).id)
+            ids = batches.not_kept(session, self._batch(session, name).id, dismissed=False)
         for task_id in ids:
             with change(self._database, dry_run=dry_run) as session:
                 task = tasks.lock(session, task_id)
@@ -190,11 +190,14 @@ def _send_again(session: Session, task: Task) -> str | None:
     """Queue a create that was refused; the reason why not, if there is one."""
     if task.lease is not None:
         return "a worker is at it"
+    if upkeep.is_dismissed(task):  # since we looked
+        return "dismissed"
     try:
         request = parse_request(task.request)
     except RequestInvalid:
         return "its pictures were not kept: submit the line again under another name"
-    task.state, task.error, task.note, task.completed_at = TaskState.CREATED, None, None, None
+    task.state, task.archive = TaskState.CREATED, ArchiveState.NONE
+    task.error = task.note = task.completed_at = None
     task.submitted_at = task.reported_at = task.missed_at = None
     task.step, task.losses, task.slots, task.polls = Step.CREATE, 0, request.slots, 0
     slots.wait(task, tasks.now(session))

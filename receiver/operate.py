@@ -291,7 +291,7 @@ class Operator:
                 tally.left[name] = "archived or deleted: there is nothing to dismiss"
             elif task.step is Step.CREATE and task.lease is not None:
                 tally.left[name] = "its request is on its way right now; try again in a minute"
-            elif (task.note or "").startswith(upkeep.DISMISSED):
+            elif upkeep.is_dismissed(task):
                 tally.counts["dismissed_before"] += 1
             else:
                 given_up = upkeep.dismiss(session, task, plain(reason, MAX_REASON_CHARS), self._schedule)

@@ -42,7 +42,7 @@ from storage.keys import encode_id
 from storage.models import Task
 from storage.pace import ReadLimit
 from storage.slots import Slots
-from storage.states import Report, Step, TaskState
+from storage.states import ArchiveState, Report, Step, TaskState
 
 log = structlog.get_logger()
 
@@ -181,7 +181,8 @@ class Submitter:
             wanted.request, wanted.request_hash, wanted.client_callback_url,
         )  # fmt: skip
         row.series, row.expected, row.adopt = wanted.series, wanted.expected, False
-        row.state, row.error, row.note, row.completed_at = TaskState.CREATED, None, None, None
+        row.state, row.archive = TaskState.CREATED, ArchiveState.NONE
+        row.error = row.note = row.completed_at = None
         row.submitted_at = row.reported_at = row.missed_at = None
         row.step, row.lease, row.attempts, row.polls = Step.CREATE, uuid.uuid4(), 1, 0
         row.created_at = row.sent_at = tasks.now(session)
@@ -211,7 +212,8 @@ class Submitter:
             task = tasks.lock(session, task_id)
             if task is None or not _can_be_adopted(task):
                 return
-            task.state, task.error, task.completed_at, task.adopt = TaskState.CREATED, None, None, True
+            task.state, task.archive, task.adopt = TaskState.CREATED, ArchiveState.NONE, True
+            task.error = task.note = task.completed_at = None
             task.request, task.step, task.lease, task.attempts = request, Step.CREATE, uuid.uuid4(), 1
             task.sent_at, task.missed_at = tasks.now(session), None
             task.due_at, task.slots = task.sent_at + timedelta(seconds=self._lease_seconds), wanted

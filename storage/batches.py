@@ -21,6 +21,7 @@ from storage.events import EventName
 from storage.inbox import rematch
 from storage.models import Asset, Batch, Callback, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
+from storage.upkeep import not_dismissed
 
 # Rows of one insert. SQLite takes 32,766 values in a statement, and a task has some fifty; it takes about 50 ms, in
 # which nobody else writes.
@@ -164,9 +165,14 @@ def files_of(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID,
     return files
 
 
-def not_kept(session: Session, batch_id: uuid.UUID) -> list[uuid.UUID]:
-    """Tasks of the batch that failed, or of which a file was given up, in the order of their lines."""
-    lost = select(Asset.task_id).where(Asset.task_id == Task.id, Asset.state == AssetState.FAILED).exists()
-    wrong = (col(Task.state) == TaskState.FAILED) | (col(Task.archive) == ArchiveState.INCOMPLETE) | lost
-    found = select(Task.id).where(Task.batch_id == batch_id, wrong, col(Task.deleted_at).is_(None))
+def not_kept(session: Session, batch_id: uuid.UUID, *, dismissed: bool = True) -> list[uuid.UUID]:
+    """Tasks of the batch that failed, or of which a file was given up, in the order of their lines.
+
+    `dismissed` False: without what the operator dismissed.
+    """
+    lost = select(Asset.task_id).where(Asset.task_id == Task.id, Asset.state == AssetState.FAILED)
+    ended = (col(Task.state) == TaskState.FAILED) | (col(Task.archive) == ArchiveState.INCOMPLETE)
+    if not dismissed:
+        lost, ended = lost.where(not_dismissed(Asset.error)), ended & not_dismissed(Task.note)
+    found = select(Task.id).where(Task.batch_id == batch_id, ended | lost.exists(), col(Task.deleted_at).is_(None))
     return list(session.exec(found.order_by(col(Task.batch_line), Task.external_task_id)))

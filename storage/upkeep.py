@@ -122,7 +122,7 @@ def failed_files(
     `since`: only of tasks created then or later. `error`: only where the error contains this text, in any case.
     """
     found = select(Asset.task_id, Asset.id).join(Task, col(Task.id) == col(Asset.task_id))
-    found = found.where(Asset.state == AssetState.FAILED, _not_dismissed(Asset.error), col(Task.deleted_at).is_(None))
+    found = found.where(Asset.state == AssetState.FAILED, not_dismissed(Asset.error), col(Task.deleted_at).is_(None))
     found = found.where(*_failed_since(since), *_saying(Asset.error, error))
     return list(session.exec(found.order_by(col(Task.created_at), col(Task.id), col(Asset.id)).limit(limit)))
 
@@ -142,7 +142,7 @@ def failed_tasks(
     )
     mute = and_(col(Task.state) == TaskState.FAILED, col(Task.error) == silent, col(Task.provider_task_id).is_not(None))
     parked = and_(col(Task.step).is_not(None), col(Task.due_at).is_(None), col(Task.queued_at).is_(None))
-    found = select(Task.id).where(or_(empty, mute, parked), _not_dismissed(Task.note), *_failed_since(since))
+    found = select(Task.id).where(or_(empty, mute, parked), not_dismissed(Task.note), *_failed_since(since))
     found = found.where(col(Task.deleted_at).is_(None))
     found = found.where(*_saying(func.coalesce(Task.error, Task.note), error))
     return list(session.exec(found.order_by(col(Task.created_at)).limit(limit)))
@@ -156,7 +156,12 @@ def _saying(column: Any, text: str | None) -> list[Any]:
     return [] if text is None else [func.lower(column).contains(text.lower(), autoescape=True)]
 
 
-def _not_dismissed(column: Any) -> Any:
+def is_dismissed(task: Task) -> bool:
+    return (task.note or "").startswith(DISMISSED)
+
+
+def not_dismissed(column: Any) -> Any:
+    """The condition that a task's note, or a file's error, is not `dismiss`'s."""
     return func.coalesce(column, "").not_like(f"{DISMISSED}%")
 
 

@@ -13,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlmodel import col, select
+from sqlmodel import col, select, update
 
 from receiver import batch_file, batch_report, batch_view, cli
 from receiver.batch import Batches, Plan
 from receiver.batch_file import BatchInvalid, Line
+from receiver.operate import Operator
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
 from storage import batches, workers
 from storage.batches import Counts
 from storage.models import Asset, Callback, Task
-from storage.states import CallbackState, TaskState
+from storage.states import ArchiveState, CallbackState, TaskState
 from tests.command_line import Done, variables
 from tests.harness import wait_until
 from tests.overnight import run as spend_a_night
 from tests.pipeline import assert_archived, deliver, hurry, kept, run, task_of
-from tests.rows import event_names
+from tests.rows import event_names, new_asset
 from tests.test_batch_file import FAULTS, GOOD, PICTURE, faulty_file, jsonl
 
 LINES = [{**GOOD, "prompt": f"boat {number}"} for number in range(5)]
@@ -55,6 +56,10 @@ def put(parts: Parts, *lines: Any, name: str = "night") -> int:
 def rows(parts: Parts) -> list[Task]:
     with parts.database.read() as session:
         return list(session.exec(select(Task).order_by(col(Task.batch_line), col(Task.created_at))))
+
+
+def dismiss(parts: Parts, task: Task) -> None:
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(task.external_task_id, "not worth the money")
 
 
 def finish(parts: Parts, name: str = "night") -> Counts:
@@ -238,6 +243,37 @@ def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sand
     assert of(parts).retry("night").counts == {"creates_queued": 1}
     assert finish(parts).archived == 2
     assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == 2
+
+
+def test_what_was_dismissed_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+    put(parts, *LINES[:2])
+    dismiss(parts, rows(parts)[0])
+    assert of(parts).retry("night").counts == {}
+    run(parts, "creates")
+    assert [create.body["prompt"] for create in sandbox.ledger().creates] == ["boat 1"]
+    assert [task.batch_line for task in of(parts).failures("night")] == [1], "it is shown all the same"
+
+
+@ONE_DATABASE
+def test_a_dismissed_file_is_not_due_again(parts: Parts) -> None:
+    put(parts, LINES[0])
+    with parts.database.write() as session:
+        ended = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "queued_at": None, "slots": 0}
+        session.execute(update(Task).values(ended))
+        new_asset(session, session.exec(select(Task)).one(), 0)
+    dismiss(parts, rows(parts)[0])
+    assert of(parts).retry("night").counts == {}
+
+
+@ONE_DATABASE
+def test_one_that_is_sent_again_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"])
+    put(parts, LINES[0])
+    run(parts, "creates")
+    with parts.database.write() as session:
+        session.execute(update(Task).values(archive=ArchiveState.INCOMPLETE))  # as if it had been dismissed once
+    of(parts).retry("night")
+    assert of(parts).counts("night") == Counts(queued=1)
 
 
 @ONE_DATABASE

@@ -13,9 +13,11 @@ from sqlmodel import select
 
 from receiver import gateway
 from receiver.listener import Listener
+from receiver.operate import Operator
 from receiver.providers.kling import Kling
 from receiver.providers.kling_request import parse_request
 from receiver.sandbox import Sandbox
+from receiver.waiting import is_over
 from receiver.wiring import Parts
 from storage.models import Task
 from storage.states import Step, TaskState
@@ -219,6 +221,14 @@ def test_a_refusal_passes_through_and_ends_the_row(web: Web, parts: Parts, sandb
         assert (task.state, task.due_at, task.lease) == (TaskState.FAILED, None, None)
     assert run(parts, "creates") == 0
     assert len(creates(sandbox)) == len(REFUSALS)
+
+
+def test_a_dismissed_id_that_is_asked_for_again_is_not_over(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1303"])
+    create(web, {**PLAIN, "external_task_id": ID})
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not needed")
+    create(web, {**PLAIN, "external_task_id": ID})
+    assert not is_over(task_of(parts, ID))
 
 
 def test_a_refused_id_is_free_as_it_is_at_kling(web: Web, parts: Parts, sandbox: Sandbox) -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from sqlmodel import update
 
+from receiver.operate import Operator
 from receiver.providers.kling import Kling
 from receiver.sandbox import Sandbox
 from receiver.submit import NOT_FOUND_AGAIN_SECONDS, UNREAD_TRIES, Conflict
+from receiver.waiting import is_over
 from receiver.wiring import Parts
 from receiver.worker import Worker
 from storage.models import Task
@@ -376,6 +378,14 @@ def test_an_older_existing_task_is_a_conflict_until_it_is_adopted(parts: Parts, 
     adopted = ask(parts, adopt=True)
     assert (adopted.id, adopted.state, adopted.provider_task_id) == (refused.id, TaskState.SUBMITTED, made)
     assert len(sandbox.ledger().tasks) == 1
+
+
+def test_a_dismissed_one_that_is_adopted_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
+    make_upstream(parts, sandbox, seconds_ago=65)
+    ask(parts)
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not ours")
+    adopted = ask(parts, adopt=True)
+    assert (is_over(adopted), adopted.note) == (False, None)
 
 
 def test_adopting_takes_over_at_once(parts: Parts, sandbox: Sandbox) -> None:

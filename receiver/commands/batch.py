@@ -59,7 +59,8 @@ def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: J
 def retry(name: Name, dry_run: DryRun = False, as_json: Json = False, allow_http: AllowHttp = False) -> None:
     """Try again what failed: files that were given up, and creates that the provider refused (which cost nothing).
 
-    What failed at the provider stays so; to pay for it again submit it under another --name.
+    What failed at the provider stays so; to pay for it again submit it under another --name. What was dismissed is
+    left alone.
     """
     with _parts(allow_http) as parts:
         tally = _batches(parts).retry(name, dry_run=dry_run)
