@@ -45,6 +45,7 @@ def words(counts: Counts, rate: float = 0) -> str:
         "archived": counts.archived,
         "incomplete": counts.incomplete,
         "failed": counts.failed,
+        "deleted": counts.deleted,
     }
     always = ("queued", "running", "archived", "failed")
     parts = [f"{name} {count:,}" for name, count in stand.items() if count or name in always]

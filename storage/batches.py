@@ -43,8 +43,8 @@ class Counts:
     """How many tasks of a batch stand where; together they are all of it. `pictures`: files archived.
 
     `queued`: wait for slots; `sending`: on their way to the provider, or in doubt; `running`: accepted;
-    `archiving`: made, being kept; `incomplete`: over, and not all of it kept. `silent`: those of `running` whose
-    slots were given back, as nothing was heard for 24 h.
+    `archiving`: made, being kept; `incomplete`: over, and not all of it kept; `deleted`: over, by `receiver delete`,
+    whatever was kept of it. `silent`: those of `running` whose slots were given back, as nothing was heard for 24 h.
     """
 
     queued: int = 0
@@ -54,6 +54,7 @@ class Counts:
     archived: int = 0
     incomplete: int = 0
     failed: int = 0
+    deleted: int = 0
     silent: int = 0
 
     @property
@@ -62,7 +63,7 @@ class Counts:
 
     @property
     def over(self) -> int:
-        return self.archived + self.incomplete + self.failed
+        return self.archived + self.incomplete + self.failed + self.deleted
 
 
 def find(session: Session, name: str) -> Batch | None:
@@ -131,6 +132,7 @@ def counts(session: Session, batch_id: uuid.UUID) -> Counts:
     over = col(Task.state).in_(states.TERMINAL)
     silent = and_(~over, col(Task.queued_at).is_(None), col(Task.slots) == 0, col(Task.step) != Step.CREATE)
     where = case(
+        (col(Task.deleted_at).is_not(None), "deleted"),
         (col(Task.archive) == ArchiveState.ARCHIVED, "archived"),
         (col(Task.archive) == ArchiveState.INCOMPLETE, "incomplete"),
         (col(Task.state) == TaskState.FAILED, "failed"),

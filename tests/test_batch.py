@@ -23,6 +23,7 @@ from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
 from storage import batches, workers
 from storage.batches import Counts
+from storage.delete import delete
 from storage.models import Asset, Callback, Task
 from storage.states import ArchiveState, CallbackState, TaskState
 from tests.command_line import Done, variables
@@ -229,6 +230,16 @@ def test_counts_say_where_every_task_stands(parts: Parts, sandbox: Sandbox) -> N
     run(parts, "creates")
     put(parts, *LINES)
     assert of(parts).counts("night") == Counts(queued=3, running=2)
+
+
+def test_a_deleted_task_is_over(parts: Parts) -> None:
+    put(parts, *LINES[:2])
+    finish(parts)
+    delete(parts.database, parts.bucket, rows(parts)[0].external_task_id)
+    found = of(parts).counts("night")
+    assert found.over == found.total == 2
+    assert found == Counts(archived=1, deleted=1)
+    assert "deleted 1" in batch_view.words(found)
 
 
 # -- again ------------------------------------------------------------------------------------------------------------
