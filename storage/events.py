@@ -8,11 +8,14 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert
+from sqlalchemy import bindparam, insert
 from sqlmodel import Session, col, select
 
 from storage.database import clock
-from storage.models import Asset, Event, Task
+from storage.models import Asset, Counter, Event, Task
+
+# Counts the numbers given; `storage.outbox` gives them.
+COUNTER = "event"
 
 
 class EventName(StrEnum):
@@ -68,8 +71,8 @@ def after(
 
 
 def newest_seq(session: Session) -> int:
-    """The highest number given so far, 0 for none."""
-    return session.exec(select(func.max(Event.seq))).one() or 0
+    """The highest number given so far, 0 for none: also where its event has been forgotten since."""
+    return session.exec(select(Counter.value).where(Counter.name == COUNTER)).one_or_none() or 0
 
 
 def names_matching(patterns: Iterable[str]) -> frozenset[EventName]:

@@ -23,12 +23,12 @@ from sqlmodel import Session, col, select
 
 from storage import claims
 from storage.database import Database, clock, run
+from storage.events import COUNTER
 from storage.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
 
 # So many events get their numbers in one transaction: some 10 ms, in which nobody else can write on SQLite.
 BATCH = 500
-COUNTER = "event"
 MAX_ERROR_CHARS = 500
 _EVENTS = Event.__table__.c  # type: ignore[attr-defined]
 # The condition of the partial index, word for word: SQLite uses none for a parameter.

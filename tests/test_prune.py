@@ -11,7 +11,7 @@ from sqlalchemy import update
 from sqlmodel import col, func, select
 
 from receiver.operate import Operator
-from storage import upkeep
+from storage import events, upkeep
 from storage.database import Database
 from storage.events import EventName, record
 from storage.models import Asset, Callback, Dispatch, Event, Task
@@ -144,6 +144,13 @@ def test_an_event_stays_while_a_sink_may_still_get_it(
     dispatch(database, state)
     counts = operator.prune(RETENTION).counts
     assert (counts["dispatches"], counts["events"]) == (gone - 1, gone)
+
+
+def test_what_the_newest_number_was_is_not_forgotten(database: Database, operator: Operator) -> None:
+    old(database)
+    assert operator.prune(RETENTION).counts["events"] == 2
+    with database.read() as session:
+        assert (events.after(session, 0, 10), events.newest_seq(session)) == ([], 2)
 
 
 def test_an_event_without_a_number_was_seen_by_no_reader(database: Database, operator: Operator) -> None:

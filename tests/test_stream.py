@@ -13,11 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import delete
 
 from receiver import stream
 from receiver.wiring import Parts
 from storage.events import EventName, record
-from storage.models import Task
+from storage.models import Event, Task
 from tests.harness import wait_until
 from tests.pipeline import Web
 from tests.rows import new_task
@@ -148,6 +149,15 @@ def test_after_a_cut_it_goes_on_without_a_gap(web: Web, parts: Parts) -> None:
     assert ended.is_set()
     assert got == list(range(301))
     assert cuts >= 8
+
+
+def test_who_has_seen_all_goes_on_after_it_was_forgotten(web: Web, parts: Parts) -> None:
+    tell(parts, *[EventName.TASK_PROCESSING] * 3)
+    with parts.database.write() as session:
+        session.execute(delete(Event))
+    with reading(web, **{"Last-Event-ID": "3"}) as messages:
+        tell(parts, EventName.TASK_FAILED)
+        assert numbers(take(messages, 1)) == [4]
 
 
 def test_silence_is_broken_now_and_then(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
