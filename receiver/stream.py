@@ -67,7 +67,8 @@ class Stream:
         try:
             names = events.names_matching(_words(request.query_params.get("types", "")))
             asked = _number(request.headers.get("last-event-id") or request.query_params.get("after"))
-            self._newest = newest = await run_in_threadpool(self._look)
+            newest = await run_in_threadpool(self._look)
+            self._see(newest)
             if asked is not None and asked > newest:
                 raise ValueError(f"no event has the number {asked} yet, the newest is {newest}")
         except ValueError as error:
@@ -145,9 +146,13 @@ class Stream:
             except StoreUnavailable as error:
                 log.warning("stream.database_away", error=str(error))
                 continue
-            if newest != self._newest:
-                self._newest = newest
-                self._announce()
+            self._see(newest)
+
+    def _see(self, newest: int) -> None:
+        """Whoever looked, all readers that wait are told."""
+        if newest != self._newest:
+            self._newest = newest
+            self._announce()
 
     def _announce(self) -> None:
         self._news.set()

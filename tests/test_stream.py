@@ -160,6 +160,17 @@ def test_who_has_seen_all_goes_on_after_it_was_forgotten(web: Web, parts: Parts)
         assert numbers(take(messages, 1)) == [4]
 
 
+def test_one_that_comes_takes_no_news_from_those_that_wait(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "LOOK_SECONDS", 60)  # so that it looks before the look-out of all does
+    with reading(web) as messages:
+        next(messages)
+        tell(parts, EventName.TASK_FAILED)
+        assert httpx.head(f"{web.url}/events", headers=KEYS).status_code == 200
+        assert numbers(take(messages, 1)) == [1]
+
+
 def test_silence_is_broken_now_and_then(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "HEARTBEAT_SECONDS", 0.05)
     with reading(web) as messages:
