@@ -246,6 +246,11 @@ def disabled(session: Session) -> dict[str, str]:
     return {name: reason or "" for name, reason in found}
 
 
+def remembered(session: Session) -> set[str]:
+    """Sinks that something was queued for, or that are disabled: configured or not."""
+    return {*session.exec(select(Dispatch.sink).distinct()), *disabled(session)}
+
+
 # -- looking and sending again ----------------------------------------------------------------------------------------
 
 

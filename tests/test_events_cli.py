@@ -135,6 +135,13 @@ def test_a_sink_is_disabled_and_enabled(database: Database, run: Run) -> None:
     assert run("enable", HOOK.sink)[0] == 1
 
 
+def test_a_sink_that_nobody_knows_is_not_disabled(database: Database, run: Run) -> None:
+    code, said = run("disable", "hooks.exmaple.com")
+    assert (code, "there are client, hooks.example.com" in said) == (2, True)
+    with database.read() as session:
+        assert outbox.disabled(session) == {}
+
+
 def test_tail_prints_the_last_ones(database: Database, run: Run) -> None:
     three(database)
     lines = run("tail")[1].splitlines()

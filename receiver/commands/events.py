@@ -206,10 +206,24 @@ def disable(
     from storage import outbox
 
     with _parts() as parts:
+        _check_name(parts, name)
         with parts.database.write() as session:
             outbox.disable(session, name, reason)
         dead = outbox.end_disabled(parts.database)
     _tell({"disabled": 1, "given_up": dead}, False, as_json)
+
+
+def _check_name(parts: Parts, name: str) -> None:
+    """A slip of the pen would disable nothing, and make /readyz degraded by a sink that is not there."""
+    from storage import outbox
+
+    known = {each.sink for each in parts.subscriptions}
+    if name in known:
+        return
+    with parts.database.read() as session:
+        known |= outbox.remembered(session)
+    if name not in known:
+        raise typer.BadParameter(f"no sink is called {name!r}; there are {', '.join(sorted(known))}")
 
 
 def _tell(counts: dict[str, object], dry_run: bool, as_json: bool) -> None:
