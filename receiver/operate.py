@@ -131,8 +131,10 @@ class Operator:
         with self._database.read() as session:
             files = upkeep.failed_files(session, since=since, error=error, limit=limit)
             others = upkeep.failed_tasks(session, silent=NEVER_REPORTED, since=since, error=error, limit=limit)
-        tally = Tally()
+        tally, whole = Tally(), set(others)
         for task_id, group in groupby(files, key=lambda pair: pair[0]):
+            if task_id in whole:  # below, with all of its files
+                continue
             with change(self._database, dry_run=self._dry_run) as session:
                 task = tasks.lock(session, task_id)
                 assert task is not None

@@ -201,6 +201,21 @@ def test_all_failed_takes_what_its_filters_let_through(parts: Parts, operator: O
 
 
 @pytest.mark.parametrize(
+    ("step", "counts"), [(Step.FINISH, {"files_due": 1}), (Step.READ, {"files_due": 1, "reads_due": 1})]
+)
+def test_a_file_of_a_parked_task_counts_once(
+    parts: Parts, operator: Operator, step: Step, counts: dict[str, int]
+) -> None:
+    task, [asset] = lost(parts.database)
+    with parts.database.write() as session:
+        session.execute(update(Task).values(archive=ArchiveState.ARCHIVING, step=step, due_at=None))
+    assert counted(operating(parts.database, parts, dry_run=True).retry_failed(limit=10)) == counts
+    assert counted(operator.retry_failed(limit=10)) == counts
+    assert stored(parts.database, asset)["state"] is AssetState.DUE
+    assert (stored(parts.database, task)["due_at"] is not None) == (step is Step.READ)
+
+
+@pytest.mark.parametrize(
     ("values", "counts"),
     [
         ({}, {"reads_due": 1}),
