@@ -61,6 +61,7 @@ class Adopter:
     def take(self, names: Sequence[str]) -> Tally:
         """Take over tasks made elsewhere, by either id. Those known here stay as they are."""
         tally = Tally()
+        made = set[tuple[str, str]]()  # in a dry run no row says so
         for name in names:
             try:
                 found = [(each, record) for each in self._providers.values() if (record := self._read(each, name))]
@@ -70,7 +71,11 @@ class Adopter:
             if not found:
                 tally.left[name] = "the provider does not know it"
             for provider, record in found:
-                self._take(tally, provider, record, name)
+                task = provider.name, _id(record) or record.report.external_task_id or name
+                if task in made:
+                    tally.counts["known"] += 1
+                elif self._take(tally, provider, record, name):
+                    made.add(task)
         return tally
 
     def take_listed(self, age: timedelta, *, page_size: int = PAGE_SIZE) -> Tally:
@@ -109,7 +114,8 @@ class Adopter:
             else:
                 tally.counts["too_old"] += 1
 
-    def _take(self, tally: Tally, provider: Provider, record: Record, name: str | None = None) -> None:
+    def _take(self, tally: Tally, provider: Provider, record: Record, name: str | None = None) -> bool:
+        """Returns whether it was made a row of, or would be."""
         report = record.report
         # A gateway may leave our id out: what the task was found by is one of its ids.
         external_id = report.external_task_id or name or report.provider_task_id or ""
@@ -117,18 +123,19 @@ class Adopter:
             encode_id(external_id)
         except ValueError as error:
             tally.left[name or external_id or "a task without an id"] = str(error)
-            return
+            return False
         with change(self._database, dry_run=self._dry_run) as session:
             known = match.find(session, provider.name, external_id, report.provider_task_id)
             task = session.get(Task, known) if known else None
             if task is None:
-                self._insert(session, tally, provider, record, external_id)
-            elif name and task.state is TaskState.FAILED and task.provider_task_id is None:
+                return self._insert(session, tally, provider, record, external_id)
+            if name and task.state is TaskState.FAILED and task.provider_task_id is None:
                 tally.left[name] = "its create failed here: `receiver submit --adopt` with its request takes it over"
             else:
                 tally.counts["known"] += 1
+        return False
 
-    def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> None:
+    def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> bool:
         """One task row as if we had made it, with its first read: everything that follows is the worker's."""
         now, report = tasks.now(session), record.report
         if report.status is None:  # whatever the word means, the provider has it
@@ -137,11 +144,12 @@ class Adopter:
         task.created_at = task.sent_at = task.submitted_at = min(now, _made_at(report) or now)
         if not upkeep.adopt(session, task, report, self._schedule):
             tally.counts["known"] += 1  # somebody else was quicker
-            return
+            return False
         delivery = Delivery(provider.name, "poll", task.id, record.body)
         store_poll(session, delivery, CallbackState.APPLIED, None)
         tally.counts["adopted"] += 1
         tally.counts["files_due"] += len(tasks.assets_of(session, task.id))
+        return True
 
 
 def _patiently(ask: Callable[[], T]) -> T:

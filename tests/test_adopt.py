@@ -96,6 +96,14 @@ def test_a_dry_run_takes_nothing(parts: Parts, sandbox: Sandbox) -> None:
     assert everything(parts.database) == before
 
 
+def test_one_that_is_named_twice_is_taken_once_and_a_dry_run_says_so(parts: Parts, sandbox: Sandbox) -> None:
+    theirs = made_elsewhere(sandbox, "theirs", until="succeed")
+    for dry_run in (True, False):
+        adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_limit, dry_run=dry_run)
+        tally = adopter.take(["theirs", theirs["task_id"], "theirs"])
+        assert counted(tally) == {"adopted": 1, "files_due": 2, "known": 2}
+
+
 def test_what_the_provider_does_not_know_is_said(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     made_elsewhere(sandbox, "theirs")
     sandbox.set(query_faults=["5001"])
