@@ -163,6 +163,16 @@ def test_the_verb_deletes(parts: Parts, receiver: CommandLine) -> None:
     assert (done.code, done.out, kept(parts)) == (0, "deleted; 2 objects removed\n", {})
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_the_verb_tells_machines_what_it_deletes(parts: Parts, receiver: CommandLine) -> None:
+    (task,) = archive(parts, 1)
+    dry = receiver("delete", task.external_task_id, "--dry-run", "--json").json
+    assert (dry["dry_run"], sorted(dry["keys"])) == (True, sorted(kept(parts)))
+    done = receiver("delete", task.external_task_id, "--json", given="y\n")
+    assert done.json == {"ok": True, "dry_run": False, "objects": 2, "again": False}
+    assert receiver("delete", task.external_task_id, "--json", "--yes").json["again"]
+
+
 # -- how objects are put ------------------------------------------------------------------------------------------
 
 

@@ -133,6 +133,7 @@ def delete(
     external_task_id: Annotated[str, typer.Argument(help="The task to delete.")],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     dry_run: DryRun = False,
+    as_json: Json = False,
 ) -> None:
     """Remove a task's files and manifests for good, blank its prompt and addresses; a row that says so stays.
 
@@ -144,14 +145,24 @@ def delete(
     with _parts() as parts:
         if dry_run:
             _, folders = deletion.look(parts.database, parts.bucket, external_task_id)
-            objects = [each.key for folder in sorted(folders) for each in parts.bucket.list(folder)]
-            typer.echo("\n".join(["dry run, nothing was deleted:", *objects]))
+            _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)
             return
         waiting.find(parts, external_task_id)
         if not yes:
-            typer.confirm(f"Delete {external_task_id} and its files for good?", abort=True)
+            typer.confirm(f"Delete {external_task_id} and its files for good?", abort=True, err=True)
         done = deletion.delete(parts.database, parts.bucket, external_task_id)
-    typer.echo(f"deleted; {done.objects:,} objects removed" + ("; it had been deleted before" if done.again else ""))
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "dry_run": False, **vars(done)}))
+    else:
+        before = "; it had been deleted before" if done.again else ""
+        typer.echo(f"deleted; {done.objects:,} objects removed{before}")
+
+
+def _show_deletable(keys: list[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "dry_run": True, "keys": keys}))
+    else:
+        typer.echo("\n".join(["dry run, nothing was deleted:", *keys]))
 
 
 def _chosen(parts: Parts, names: list[str] | None, since: datetime | None, until: datetime | None) -> Iterator[Task]:
