@@ -145,8 +145,10 @@ class Stream:
                 newest = await run_in_threadpool(self._look)
             except StoreUnavailable as error:
                 log.warning("stream.database_away", error=str(error))
-                continue
-            self._see(newest)
+            except Exception:
+                log.exception("stream.bug")
+            else:
+                self._see(newest)
 
     def _see(self, newest: int) -> None:
         """Whoever looked, all readers that wait are told."""

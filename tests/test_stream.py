@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import delete
+from sqlmodel import Session
 
 from receiver import stream
 from receiver.wiring import Parts
+from storage import events
 from storage.events import EventName, record
 from storage.models import Event, Task
 from tests.harness import wait_until
@@ -169,6 +171,21 @@ def test_one_that_comes_takes_no_news_from_those_that_wait(
         tell(parts, EventName.TASK_FAILED)
         assert httpx.head(f"{web.url}/events", headers=KEYS).status_code == 200
         assert numbers(take(messages, 1)) == [1]
+
+
+def test_a_bug_met_while_looking_out_ends_no_look_out(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    look, bugs = events.newest_seq, [ZeroDivisionError()]
+    with reading(web) as messages:
+
+        def look_badly(session: Session) -> int:
+            if bugs:
+                raise bugs.pop()
+            return look(session)
+
+        monkeypatch.setattr(events, "newest_seq", look_badly)
+        wait_until(lambda: not bugs)
+        tell(parts, EventName.TASK_FAILED)
+        assert len(take(messages, 1)) == 1
 
 
 def test_silence_is_broken_now_and_then(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
