@@ -17,7 +17,7 @@ from functools import cache, partial
 import structlog
 from prometheus_client import Counter
 from sqlalchemy import func
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -47,8 +47,12 @@ COMMIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 5
 # Evidence of a wrong signature is worth keeping a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
-# A task with too many deliveries is made due for a read at most this often; so many of them are remembered.
-READ_SOON_SECONDS = 10.0
+# So many are counted among the newest deliveries of the task: all of its own, and of the account's URL, where more come
+# than may be looked at under the lock of a write, a window that moves on.
+NEWEST = 500
+# A task with too many deliveries is made due for a read at most this often, and what is not kept of one is said so
+# often in the log; so many of them are remembered.
+READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
 REMEMBERED_TASKS = 10_000
 # Kept beside the body to tell senders apart; everything else may hold a secret.
 KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
@@ -85,7 +89,7 @@ class Callbacks:
         self._schedule = schedule
         self._answers = _Answers()
         self._bodies, self._commits = Timeouts(), Timeouts()
-        self._read_soon_after: dict[uuid.UUID | None, float] = {}
+        self._may_read_soon, self._may_say = _Seldom(READ_SOON_SECONDS), _Seldom(SAY_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
@@ -133,7 +137,7 @@ class Callbacks:
             with self._commits.within(COMMIT_SECONDS):
                 intake = await self._answers.stored(self._inbox, delivery)
         except TaskFull:
-            if self._may_read_soon(delivery.task_id):
+            if self._may_read_soon.now(delivery.task_id):
                 await run_in_threadpool(self._read_soon, delivery)
             return _answer(503, "this task has more deliveries than can be kept; it is read instead", "task_full")
         except InboxFull:
@@ -156,30 +160,26 @@ class Callbacks:
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
         try:
-            await run_in_threadpool(self._keep_refused, delivery)
+            is_kept = await run_in_threadpool(self._keep_refused, delivery)
         except StoreUnavailable as error:
             log.error("callback.not_stored", error=str(error))
             return _answer(503, "could not be stored, try again", "database")
+        if not is_kept and self._may_say.now(named.task_id):
+            task = str(named.task_id) if named.task_id else None
+            log.warning("callback.refused_not_kept", task=task, reason=reason, kept=MAX_REJECTED_PER_TASK)
         return _answer(401, "the signature is missing or wrong", "bad_signature")
 
-    def _keep_refused(self, delivery: Delivery) -> None:
+    def _keep_refused(self, delivery: Delivery) -> bool:
+        """Returns False when enough are kept already."""
+        newest = select(Callback.state).where(Callback.task_id == delivery.task_id)
+        looked_at = newest.order_by(col(Callback.id).desc()).limit(NEWEST).subquery()
+        rejected = select(func.count()).where(looked_at.c.state == CallbackState.REJECTED)
         with self._database.write() as session:
-            rejected = select(func.count()).where(
-                Callback.task_id == delivery.task_id, Callback.state == CallbackState.REJECTED
-            )
-            if session.exec(rejected).one() < MAX_REJECTED_PER_TASK and store(session, [delivery]):
+            is_kept = session.exec(rejected).one() < MAX_REJECTED_PER_TASK
+            if is_kept and store(session, [delivery]):
                 record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
             self._make_due(session, delivery)
-
-    def _may_read_soon(self, task_id: uuid.UUID | None) -> bool:
-        """Once in a while and task: what is refused for its number must not cost more than what is taken."""
-        now = time.monotonic()
-        if now < self._read_soon_after.get(task_id, now):
-            return False
-        while len(self._read_soon_after) >= REMEMBERED_TASKS:
-            self._read_soon_after.pop(next(iter(self._read_soon_after)))
-        self._read_soon_after[task_id] = now + READ_SOON_SECONDS
-        return True
+        return is_kept
 
     def _read_soon(self, delivery: Delivery) -> None:
         with self._database.write() as session:
@@ -190,6 +190,23 @@ class Callbacks:
         if task is not None and task.state not in states.TERMINAL:
             tasks.read_soon(session, task)
             self._database.wake(session)
+
+
+class _Seldom:
+    """Once in so many seconds and task: what is refused for its number must not cost more than what is taken."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._not_before: dict[uuid.UUID | None, float] = {}
+
+    def now(self, task_id: uuid.UUID | None) -> bool:
+        now = time.monotonic()
+        if now < self._not_before.get(task_id, now):
+            return False
+        while len(self._not_before) >= REMEMBERED_TASKS:
+            self._not_before.pop(next(iter(self._not_before)))
+        self._not_before[task_id] = now + self._seconds
+        return True
 
 
 class _Answers:

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 from pydantic import SecretStr
 from sqlalchemy import text
 from standardwebhooks import Webhook
@@ -243,6 +244,31 @@ def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: P
     assert {post(web, path_of(parts, task), body).status_code for body in bodies} == {401}
     assert len(callbacks_of(parts)) == callbacks.MAX_REJECTED_PER_TASK == 20
     assert event_names(parts.database, task).count("callback.rejected") == 20
+
+
+@SIGNED
+def test_what_is_refused_and_not_kept_is_said_once_a_minute(web: Web, parts: Parts) -> None:
+    bodies = [json.dumps({"number": number}).encode() for number in range(23)]
+    with structlog.testing.capture_logs() as logs:
+        for path in (path_of(parts, plant(parts)), f"/callbacks/kling/{web.account_token}"):
+            assert {post(web, path, body).status_code for body in bodies} == {401}
+    assert [line["log_level"] for line in logs if line["event"] == "callback.refused_not_kept"] == ["warning"] * 2
+
+
+@SIGNED
+def test_refused_deliveries_to_the_account_are_kept_again_once_others_came(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "MAX_REJECTED_PER_TASK", 1)
+    monkeypatch.setattr(callbacks, "NEWEST", 2)
+    path = f"/callbacks/kling/{web.account_token}"
+    for number in range(3):
+        good, bad = (json.dumps({"number": number, "good": good}).encode() for good in (True, False))
+        assert (post(web, path, good, **signature(good, SECRET)).status_code, post(web, path, bad).status_code) == (
+            200,
+            401,
+        )
+    assert [row.state for row in callbacks_of(parts)].count(CallbackState.REJECTED) == 2
 
 
 @SIGNED
