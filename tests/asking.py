@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from io import BytesIO
@@ -54,24 +56,30 @@ def creates(sandbox: Sandbox) -> list[Any]:
     return [create.body for create in sandbox.ledger().creates]
 
 
+def go_on_after(sandbox: Sandbox, told: int) -> None:
+    """The provider's next step, an hour after the last, once so many of them were told."""
+    sandbox.world.advance(time.time() + 3_600 * told + 60)
+
+
 def unanswered(sandbox: Sandbox) -> AbstractContextManager[None]:
     """Creates reach the provider, and what it says to them arrives when the block ends."""
     return _late(sandbox.world, "create")
 
 
-def undelivered(sandbox: Sandbox) -> AbstractContextManager[None]:
-    """Pictures are asked for, and come when the block ends."""
-    return _late(sandbox.world.gallery, "data")
+def undelivered(sandbox: Sandbox, *, but: int = 0) -> AbstractContextManager[None]:
+    """Pictures are asked for, and come when the block ends, `but` the first."""
+    return _late(sandbox.world.gallery, "data", but)
 
 
 @contextmanager
-def _late(part: Any, name: str) -> Iterator[None]:
+def _late(part: Any, name: str, but: int = 0) -> Iterator[None]:
     """A fault of the provider: what this part of it says is held back meanwhile."""
-    ask, ended = getattr(part, name), threading.Event()
+    ask, ended, numbers = getattr(part, name), threading.Event(), itertools.count()
 
     def held_back(*words: Any) -> Any:
         answer = ask(*words)
-        ended.wait()
+        if next(numbers) >= but:
+            ended.wait()
         return answer
 
     with pytest.MonkeyPatch.context() as patch:

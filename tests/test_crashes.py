@@ -31,6 +31,7 @@ from storage.database import Database
 from storage.inbox import Delivery, store
 from storage.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState
+from tests.asking import undelivered
 from tests.harness import wait_until
 from tests.pipeline import Wired, assert_archived, assets_of, hurry, kept, run, task_of
 
@@ -265,32 +266,18 @@ def count(parts: Parts, *conditions: Any) -> int:
         return len(session.exec(select(Asset.id).where(*conditions)).all())
 
 
-def is_stopped_amid(parts: Parts, process: subprocess.Popen[bytes]) -> bool:
-    """Stop the process if some pictures are archived; it runs on unless others are in its hands."""
-    if not count(parts, col(Asset.state) == AssetState.ARCHIVED):
-        return False
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(0.02)  # what it had sent to PostgreSQL is done
-    if count(parts, col(Asset.lease).is_not(None)):
-        return True
-    process.send_signal(signal.SIGCONT)
-    return False
-
-
 def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
     parts: Parts, sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    sandbox.set(cdn_seconds=1)
     parts.submitter.submit(TEN_FILES, external_task_id="ten")
     wait_until(lambda: ended(sandbox, "ten"))
     hurry(parts)
-    with worker_process(parts, tmp_path) as first:
-        wait_until(lambda: is_stopped_amid(parts, first), seconds=START_SECONDS)
+    with undelivered(sandbox, but=3), worker_process(parts, tmp_path) as first:
+        wait_until(lambda: count(parts, col(Asset.state) == AssetState.ARCHIVED) == 3, seconds=START_SECONDS)
         first.kill()
         first.wait(20)
     assert count(parts, col(Asset.lease).is_not(None)) > 0
-    assert count(parts, col(Asset.state) == AssetState.ARCHIVED) < 10
-    sandbox.set(cdn_seconds=0)
+    assert count(parts, col(Asset.state) == AssetState.ARCHIVED) == 3
     with worker_process(parts, tmp_path):
         wait_until(lambda: task_of(parts, "ten").archive is ArchiveState.ARCHIVED, seconds=START_SECONDS)
     assert_archived(parts, sandbox, task_of(parts, "ten"))
