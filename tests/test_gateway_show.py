@@ -13,6 +13,7 @@ from standardwebhooks import Webhook
 
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
+from tests.asking import go_on_after
 from tests.harness import wait_until
 from tests.hooks import Hook
 from tests.pipeline import Web
@@ -41,13 +42,14 @@ def told(hook: Hook) -> list[dict[str, Any]]:
 def test_a_client_that_changes_its_base_url_gets_its_pictures(
     web: Web, parts: Parts, sandbox: Sandbox, hook: Hook
 ) -> None:
-    sandbox.set(submitted_seconds=0.5, processing_seconds=0.5)
+    sandbox.set(submitted_seconds=3_600, processing_seconds=3_600)
     client, worker = SeedClient(f"{web.url}/kling", KEY), parts.worker()
     made = client.create(**{**EXAMPLE, "n": 2, "callback_url": hook.url, "external_task_id": ID})
 
     def is_told() -> bool:
         parts.sequence()
         worker.run_until_idle()
+        go_on_after(sandbox, len(told(hook)))
         return any(each["task_status"] == "succeed" for each in told(hook))
 
     wait_until(is_told, seconds=60)

@@ -182,11 +182,12 @@ def test_an_external_id_is_used_once(api: httpx.Client) -> None:
 
 
 def test_a_task_holds_its_pictures_as_slots_until_it_ends(api: httpx.Client, sandbox: Sandbox) -> None:
-    sandbox.set(concurrency_limit=4, processing_seconds=0.5)
+    sandbox.set(concurrency_limit=4, processing_seconds=3_600)
     assert create(api, n=9, result_type="series", series_amount=3, external_task_id="first").json()["code"] == 0
     refused = create(api, n=2, external_task_id="second")
     assert (refused.status_code, refused.json()["code"]) == (429, 1303)
     assert keys(refused.json()) == keys(payload("error-concurrency"))
+    sandbox.world.advance(time.time() + 7_200)
     ended(api, "first")
     assert create(api, n=2, external_task_id="second").json()["code"] == 0
 
