@@ -215,12 +215,12 @@ def test_at_aws_we_ask_the_place_that_boto3_asks(
 def test_a_slow_uplink_is_given_its_time(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
-    """The time-out for connecting is also that of each block sent; half a second here, and a body of 1.5 s."""
-    monkeypatch.setattr(objects, "CONNECT_SECONDS", 0.5)
+    """The time-out for connecting is also that of each block sent; 2.5 s here, and a body of 4 s."""
+    monkeypatch.setattr(objects, "CONNECT_SECONDS", 2.5)
     content = os.urandom(1_200_000)
     digest = hashlib.sha256(content)
     told = {"x-amz-checksum-sha256": base64.b64encode(digest.digest()).decode(), "etag": '"x"'}
-    with slow_store(bytes_per_second=800_000, headers=told) as (url, requests):
+    with slow_store(bytes_per_second=300_000, headers=told) as (url, requests):
         slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities, refuses_wrong_checksum=True))
         signed = slow._own_requests()
         assert signed is not None

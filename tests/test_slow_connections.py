@@ -25,8 +25,8 @@ async def beside(port: int) -> tuple[Slow, list[float]]:
 def test_deliveries_pass_beside_slow_connections_that_are_all_closed(
     web: Web, parts: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "HEAD_SECONDS", 1.0)
-    monkeypatch.setattr(callbacks, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(door, "HEAD_SECONDS", 2.5)
+    monkeypatch.setattr(callbacks, "BODY_SECONDS", 2.5)
     slow, waits = asyncio.run(beside(int(web.url.rpartition(":")[2])))
     assert len(waits) == RATE * SECONDS == len(callbacks_of(parts))
     assert {kind for kind, _ in slow.closed} == set(KINDS)
