@@ -6,7 +6,8 @@
     GET  /kling/openapi.json                    what all this looks like; needs no key
 
 401 no key of ours (no body read, no query) · 404/1202 any other path or method · 408 a slow body · 413 a long one
-429/1302 more at once than we take · 503/5001 the database is away. Everything else as Kling says it.
+429/1302 more at once than we take · 503/5001 the database is away, and no row is known to be committed. Everything
+else as Kling says it.
 """
 
 from __future__ import annotations
@@ -149,20 +150,27 @@ class Gateway:
         return await self._briefly(self._creates.read, body, client, request.headers.get("idempotency-key", ""))
 
     async def _send(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
-        """Wait for the provider, for a while; a refusal that comes later is the row's affair, not this client's."""
+        """Wait for the provider, for a while; a refusal that comes later is the row's affair, not this client's.
+
+        The row is committed and goes on by itself: whatever fails from here on, the client must not send again.
+        """
         listener = Listener()
         sending = asyncio.create_task(to_thread.run_sync(self._creates.send, begun, listener, limiter=self._long))
         self._sending.add(sending)
         sending.add_done_callback(self._sent)
         await asyncio.wait({sending}, timeout=PROVIDER_SECONDS)
-        if listener.leave() or sending.done():
-            await sending
-        return await self._briefly(self._creates.conclude, ask, begun, listener.refusal, request_id)
+        if listener.leave():
+            await asyncio.wait({sending})  # the refusal stands once the row has ended
+        refusal = None if _failure(sending) else listener.refusal
+        return await self._briefly(self._creates.conclude, ask, begun, refusal, request_id)
 
     def _sent(self, sending: asyncio.Task[None]) -> None:
         self._sending.discard(sending)
-        if not sending.cancelled() and (error := sending.exception()) and not isinstance(error, StoreUnavailable):
-            log.error("gateway.send_failed", error=repr(error))
+        error = _failure(sending)
+        if isinstance(error, StoreUnavailable):
+            log.error("gateway.database_away", error=str(error))
+        elif error:
+            log.error("gateway.send_failed", exc_info=error)
 
     async def _replay(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
         started = time.monotonic()
@@ -192,6 +200,11 @@ class Gateway:
 
     async def _briefly(self, work: Callable[..., T], *words: Any) -> T:
         return await to_thread.run_sync(work, *words, limiter=self._short)
+
+
+def _failure(sending: asyncio.Task[None]) -> BaseException | None:
+    """What ended it before the row was settled; None: nothing did, so far."""
+    return sending.exception() if sending.done() and not sending.cancelled() else None
 
 
 async def _read_body(request: Request, take: Callable[[int], None]) -> bytes:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
 from sqlmodel import Session
 
 from receiver.gateway_answers import (
@@ -34,11 +35,13 @@ from receiver.submit import Submitter
 from storage import idempotency
 from storage.addresses import AddressPolicy, check_url
 from storage.database import Database
-from storage.errors import FetchRefused, NoSlots, ProviderThrottled
+from storage.errors import FetchRefused, NoSlots, ProviderThrottled, StoreUnavailable
 from storage.idempotency import Key
 from storage.keys import encode_id
 from storage.models import Idempotency, Task
 from storage.states import Step
+
+log = structlog.get_logger()
 
 # A UUID has 36; whoever wants more can hash.
 MAX_KEY_CHARS = 255
@@ -142,17 +145,37 @@ class Creates:
     def conclude(self, ask: Ask, begun: Begun, refusal: Refusal | None, request_id: str) -> Reply:
         """The answer to a create that was sent, remembered under its key.
 
-        Not so that the provider asks us to slow down: nothing was made, and the client is to ask again.
+        Not so that the provider asks us to slow down: nothing was made, and the client is to ask again. Never raises
+        for our own faults: the create is under way, and a client that was told 503 would send it a second time. Where
+        the answer could not be remembered, the key tells the row's state, as after a crash.
         """
         refused = passed_on(refusal) if refusal else None
-        reply = refused.reply(request_id) if refused else success(created(self._row(begun)), request_id)
+        reply = refused.reply(request_id) if refused else success(created(self._latest(begun)), request_id)
         if ask.key:
-            with self._database.write() as session:
-                if isinstance(refusal, ProviderThrottled):
-                    idempotency.give_back(session, ask.key)
-                else:
-                    idempotency.answer(session, ask.key, reply.http_status, reply.body)
+            try:
+                self._remember(ask.key, refusal, reply)
+            except StoreUnavailable as error:
+                log.error("gateway.answer_not_remembered", task=begun.task.external_task_id, error=str(error))
+            except Exception:
+                log.exception("gateway.answer_not_remembered", task=begun.task.external_task_id)
         return reply
+
+    def _latest(self, begun: Begun) -> Task:
+        """The row as it is now, or as it was committed when it cannot be read."""
+        try:
+            return self._row(begun)
+        except StoreUnavailable as error:
+            log.error("gateway.row_not_read", task=begun.task.external_task_id, error=str(error))
+        except Exception:
+            log.exception("gateway.row_not_read", task=begun.task.external_task_id)
+        return begun.task
+
+    def _remember(self, key: Key, refusal: Refusal | None, reply: Reply) -> None:
+        with self._database.write() as session:
+            if isinstance(refusal, ProviderThrottled):
+                idempotency.give_back(session, key)
+            else:
+                idempotency.answer(session, key, reply.http_status, reply.body)
 
     def replay(self, ask: Ask, begun: Begun, request_id: str, *, waited: float) -> Reply | None:
         """What was answered under the key; None: a twin may be about to, look again.
