@@ -6,7 +6,7 @@ import hmac
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import SecretStr
@@ -34,6 +34,9 @@ from storage.objects import Bucket
 from storage.slots import Slots
 from storage.tasks import Schedule
 from storage.watch import BucketWatch
+
+if TYPE_CHECKING:
+    from receiver.gateway import Gateway  # which most installations do without
 
 
 class Health:
@@ -132,13 +135,13 @@ def build(
     *,
     bucket: Bucket | None = None,
     metrics_token: SecretStr | None = None,
-    gateway: ASGIApp | None = None,
+    gateway: Gateway | None = None,
     stream: Stream | None = None,
     slots: Slots | None = None,
 ) -> Web:
     """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it.
     `bucket`: where archived files are served from, None = they are not. `gateway`: answers below `/kling`, None = 404.
-    `stream`: answers `/events`; whoever ends the server calls its `endings` first.
+    `stream`: answers `/events`. Whoever ends the server calls the application's `endings` first.
     `slots`: of the account whose limit `/metrics` tells."""
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
@@ -166,7 +169,7 @@ def build(
     )
     pages.router.redirect_slashes = False
     pages.add_middleware(_Headers)
-    return Web(callbacks, pages, lifespan, [stream.close] if stream else [])
+    return Web(callbacks, pages, lifespan, [each.close for each in (gateway, stream) if each])
 
 
 class Web(Router):

@@ -6,8 +6,8 @@
     GET  /kling/openapi.json                    what all this looks like; needs no key
 
 401 no key of ours (no body read, no query) · 404/1202 any other path or method · 408 a slow body · 413 a long one
-429/1302 more at once than we take · 503/5001 the database is away, and no row is known to be committed. Everything
-else as Kling says it.
+429/1302 more at once than we take · 503/5001 the database is away, and no row is known to be committed, or
+the server ends before a twin has heard the first's answer. Everything else as Kling says it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -57,10 +58,12 @@ MAX_CREATES = 64
 SHORT_THREADS = 8
 LOOK_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5
+# How long a twin goes on looking for the first's answer once the server ends: creates answer then, and commit it.
+TWIN_SECONDS = 2.0
 
 
 class Gateway:
-    """The ASGI application under `/kling`.
+    """The ASGI application under `/kling`. Whoever ends the server calls `close` first.
 
     `api_keys`: whoever shows one of them sees the one account. `document`: describes all this (see receiver.openapi).
     """
@@ -77,6 +80,16 @@ class Gateway:
         self._creating = 0
         self._body_bytes = 0
         self._sending: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
+        self._closes_at = math.inf
+
+    def close(self) -> None:
+        """Answer every create that waits, so that the server can end. Called in its event loop.
+
+        The provider is given 20 s and the server 15 s to end: what waited on would be cut off with a 500.
+        """
+        self._closes_at = time.monotonic() + TWIN_SECONDS
+        self._closing.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = str(uuid.uuid4())
@@ -93,8 +106,7 @@ class Gateway:
             return refused.reply(request_id)
         except StoreUnavailable as error:
             log.error("gateway.database_away", error=str(error))
-            away = Refused(503, 5001, "Server temporarily unavailable", after=RETRY_AFTER_SECONDS)
-            return away.reply(request_id)
+            return _away().reply(request_id)
         except Exception:
             log.exception("gateway.bug")
             return Refused(500, 5000, "Server internal error").reply(request_id)
@@ -150,7 +162,7 @@ class Gateway:
         return await self._briefly(self._creates.read, body, client, request.headers.get("idempotency-key", ""))
 
     async def _send(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
-        """Wait for the provider, for a while; a refusal that comes later is the row's affair, not this client's.
+        """Wait for the provider, for a while or until the server ends; a refusal that comes later is the row's affair.
 
         The row is committed and goes on by itself: whatever fails from here on, the client must not send again.
         """
@@ -158,11 +170,19 @@ class Gateway:
         sending = asyncio.create_task(to_thread.run_sync(self._creates.send, begun, listener, limiter=self._long))
         self._sending.add(sending)
         sending.add_done_callback(self._sent)
-        await asyncio.wait({sending}, timeout=PROVIDER_SECONDS)
+        await self._first_of(sending, seconds=PROVIDER_SECONDS)
         if listener.leave():
             await asyncio.wait({sending})  # the refusal stands once the row has ended
         refusal = None if _failure(sending) else listener.refusal
         return await self._briefly(self._creates.conclude, ask, begun, refusal, request_id)
+
+    async def _first_of(self, sending: asyncio.Task[None], *, seconds: float) -> None:
+        """Return when the create was sent, the time is over or the server ends."""
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({sending, closing}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
 
     def _sent(self, sending: asyncio.Task[None]) -> None:
         self._sending.discard(sending)
@@ -173,12 +193,15 @@ class Gateway:
             log.error("gateway.send_failed", exc_info=error)
 
     async def _replay(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
+        """The first's answer. When the server ends before there is one, the twin may come again: its key is taken."""
         started = time.monotonic()
         while True:
             look = partial(self._creates.replay, ask, begun, request_id, waited=time.monotonic() - started)
             reply = await self._briefly(look)
             if reply is not None:
                 return reply
+            if time.monotonic() > self._closes_at:
+                raise _away()
             await asyncio.sleep(LOOK_SECONDS)
 
     @contextmanager
@@ -227,6 +250,10 @@ async def _read_body(request: Request, take: Callable[[int], None]) -> bytes:
     except ClientDisconnect:
         raise Refused(400, 1200, "Request body ended early") from None
     return b"".join(chunks)
+
+
+def _away() -> Refused:
+    return Refused(503, 5001, "Server temporarily unavailable", after=RETRY_AFTER_SECONDS)
 
 
 def _too_long() -> Refused:

@@ -188,7 +188,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Answers that last until their readers leave are told to end: SIGTERM would wait for them."""
+        """Answers that wait for their readers to leave, or for a provider, are told to end: SIGTERM would wait."""
         for end in self.config.app.endings:  # type: ignore[union-attr]
             end()
         await super().shutdown(sockets)
