@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from storage.errors import (
     Retry,
 )
 from storage.events import EventName, record
+from storage.holding import holding
 from storage.keys import encode_id
 from storage.models import Task
 from storage.pace import ReadLimit
@@ -124,7 +126,7 @@ class Submitter:
         if not new:
             return Submitted(self._existing(task), new=False)
         if task.queued_at is None:
-            self._post(task)
+            self.send(task)
         return Submitted(self._again(task.external_task_id), new=True)
 
     def row(self, request: OmniImageRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:
@@ -192,8 +194,16 @@ class Submitter:
         return row
 
     def send(self, task: Task, listener: Listener | None = None) -> None:
-        """Send a row that was inserted, and settle its create. `listener`: is told of a refusal, which ends the row."""
-        self._post(task, listener)
+        """Send a row that was inserted, and settle its create. `listener`: is told of a refusal, which ends the row.
+
+        Its claim is renewed meanwhile. One that was lost before (it waited too long) sends nothing: who has it does.
+        """
+        with self._holding(task):
+            if self._mark_sent(task):
+                self._post(task, listener)
+
+    def _holding(self, task: Task) -> AbstractContextManager[None]:
+        return holding(self._database, task, lease_seconds=self._lease_seconds)
 
     def _existing(self, wanted: Task) -> Task:
         task = self._again(wanted.external_task_id)
@@ -220,7 +230,8 @@ class Submitter:
             if not free:  # when its turn comes, `sent_at` makes a worker look before it sends
                 task.sent_at = slots.wait(task, task.sent_at)
         if free:
-            self._look_up(task)
+            with self._holding(task):
+                self._look_up(task)
 
     def _again(self, external_task_id: str) -> Task:
         with self._database.read() as session:
@@ -231,17 +242,20 @@ class Submitter:
 
     def work(self, task: Task) -> None:
         """Go on with a claimed row in step `create`: send it if it never left, else find out whether it arrived."""
-        if task.losses >= claims.PARK_LOSSES:
-            self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
-        elif task.sent_at is not None:
-            self._look_up(task)
-        elif self._mark_sent(task):
-            self._post(task)
+        with self._holding(task):  # `work --once` renews nothing
+            if task.losses >= claims.PARK_LOSSES:
+                self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
+            elif task.sent_at is not None:
+                self._look_up(task)
+            elif self._mark_sent(task):
+                self._post(task)
 
     def _mark_sent(self, task: Task) -> bool:
+        """Right before the POST: whether the claim is still ours, from now on for a whole lease."""
+        due_at = clock(self._lease_seconds)
         try:
             with self._database.write() as session:
-                claims.keep(session, task, sent_at=clock(), missed_at=None)
+                claims.keep(session, task, due_at=due_at, sent_at=clock(), missed_at=None)
         except LostClaim:
             return False
         return True

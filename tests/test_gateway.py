@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from sqlmodel import select
+from sqlmodel import select, update
 
 from receiver import gateway
 from receiver.listener import Listener
@@ -334,13 +335,20 @@ def test_a_refusal_after_its_client_has_left_is_the_rows_affair(code: str, parts
 
 
 def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox: Sandbox) -> None:
-    sandbox.set(create_faults=["1301"])
+    """The id exists already; while that task is read, another worker gets the row."""
+    theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
+    sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
+    sandbox.set(query_faults=["hang"], hang_seconds=1)
     task = parts.submitter.row(parse_request(PLAIN), ID)
     with parts.database.write() as session:
         assert parts.submitter.insert(session, task)
-    task.lease = plant(parts).id  # another worker's
     listener = Listener()
-    parts.submitter.send(task, listener)
+    sending = threading.Thread(target=parts.submitter.send, args=(task, listener))
+    sending.start()
+    wait_until(lambda: sandbox.ledger().counts["query"])
+    with parts.database.write() as session:
+        session.execute(update(Task).values(lease=uuid.uuid4()))
+    sending.join()
     assert (listener.refusal, task_of(parts, ID).state) == (None, TaskState.CREATED)
 
 
