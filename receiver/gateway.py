@@ -31,7 +31,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from receiver.gateway_answers import Refused, Reply, success, too_fast
-from receiver.gateway_creates import Ask, Begun, Creates
+from receiver.gateway_creates import Ask, Begun, Creates, Patience
 from receiver.gateway_queries import Queries
 from receiver.listener import Listener
 from storage.errors import StoreUnavailable
@@ -194,9 +194,9 @@ class Gateway:
 
     async def _replay(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
         """The first's answer. When the server ends before there is one, the twin may come again: its key is taken."""
-        started = time.monotonic()
+        patience = Patience(time.monotonic())
         while True:
-            look = partial(self._creates.replay, ask, begun, request_id, waited=time.monotonic() - started)
+            look = partial(self._creates.replay, ask, begun, request_id, patience, now=time.monotonic())
             reply = await self._briefly(look)
             if reply is not None:
                 return reply

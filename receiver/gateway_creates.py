@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 # A UUID has 36; whoever wants more can hash.
 MAX_KEY_CHARS = 255
-# How long a twin is waited for: while its create is under way, as long as it waits itself; then for its commit.
+# How long a twin is waited for: while its create is under way, as long as it waits itself; from then on for its commit.
 UNDER_WAY_SECONDS, ANSWER_SECONDS = 20.0, 2.0
 # Far more than a person reads; a request may have a fault in each of its fields.
 MAX_MESSAGE_CHARS = 1_000
@@ -67,6 +67,23 @@ class Begun:
 
     task: Task
     first: bool
+
+
+@dataclass
+class Patience:
+    """How long a twin waits for the first's answer, from its first look on. In monotonic seconds."""
+
+    began_at: float
+    _ended_at: float | None = None
+
+    def is_over(self, *, is_under_way: bool, now: float) -> bool:
+        """While the create is under way the twin waits as long as the first does. Once it was seen to have ended, the
+        answer is about to be committed, however long the create took before."""
+        if self._ended_at is None and not is_under_way:
+            self._ended_at = now
+        if self._ended_at is None:
+            return now - self.began_at >= UNDER_WAY_SECONDS
+        return now - self._ended_at >= ANSWER_SECONDS
 
 
 class Creates:
@@ -177,31 +194,36 @@ class Creates:
             else:
                 idempotency.answer(session, key, reply.http_status, reply.body)
 
-    def replay(self, ask: Ask, begun: Begun, request_id: str, *, waited: float) -> Reply | None:
+    def replay(self, ask: Ask, begun: Begun, request_id: str, patience: Patience, *, now: float) -> Reply | None:
         """What was answered under the key; None: a twin may be about to, look again.
 
-        `waited`: seconds since the first look. Where nobody answers (a crash), it is the row's state in the end. Raises
-        `Refused` when the key was given back.
+        `patience`: the same for all looks. `now`: monotonic seconds. Where nobody answers (a crash), it is the row's
+        state in the end. Raises `Refused` when the key was given back.
         """
         assert ask.key is not None
         with self._database.read() as session:
             first = idempotency.find(session, ask.key)
         task = self._row(begun)
-        if first is None:
-            raise too_fast("the first request with this Idempotency-Key was not accepted; ask again")
-        if first.status is not None:
-            return Reply(first.status, first.answer or {})
+        if first is None or first.status is not None:
+            return _answered(first)
         is_under_way = task.step is Step.CREATE and task.lease is not None
-        if waited < (UNDER_WAY_SECONDS if is_under_way else ANSWER_SECONDS):
+        if not patience.is_over(is_under_way=is_under_way, now=now):
             return None
         reply = success(created(task, status_of(task, self._wording.results)), request_id)
         with self._database.write() as session:
             idempotency.answer(session, ask.key, reply.http_status, reply.body)
-        return reply
+            first = idempotency.find(session, ask.key)  # the first's own, if it came after all
+        return _answered(first)
 
     def _row(self, begun: Begun) -> Task:
         with self._database.read() as session:
             return session.get_one(Task, begun.task.id)
+
+
+def _answered(first: Idempotency | None) -> Reply:
+    if first is None or first.status is None:
+        raise too_fast("the first request with this Idempotency-Key was not accepted; ask again")
+    return Reply(first.status, first.answer or {})
 
 
 def _fields(body: bytes) -> dict[str, Any]:

@@ -32,12 +32,19 @@ def take(session: Session, key: Key, task_id: uuid.UUID) -> Idempotency | None:
     Of several at once one takes it, and the others wait for that transaction's end.
     """
     session.execute(delete(Idempotency).where(_is(key), col(Idempotency.created_at) <= clock(-KEPT_SECONDS)))
+    while not _insert(session, key, task_id):
+        known = find(session, key)
+        if known is not None:
+            return known
+        # Given back between the two statements, which PostgreSQL lets us see: it is free again.
+    return None
+
+
+def _insert(session: Session, key: Key, task_id: uuid.UUID) -> bool:
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = {"client": key.client, "key": key.word, "body_hash": key.body_hash, "task_id": task_id}
     taken: Any = dialect.insert(Idempotency).values(created_at=clock(), **values).on_conflict_do_nothing()
-    if session.execute(taken.returning(Idempotency.task_id)).first() is not None:
-        return None
-    return find(session, key)
+    return session.execute(taken.returning(Idempotency.task_id)).first() is not None
 
 
 def find(session: Session, key: Key) -> Idempotency | None:

@@ -8,11 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 from sqlmodel import select, update
 
 from receiver import gateway, gateway_creates
-from receiver.gateway_answers import Refused
-from receiver.gateway_creates import Creates
+from receiver.gateway_answers import Refused, Reply
+from receiver.gateway_creates import Creates, Patience
+from receiver.listener import Listener
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
 from storage import idempotency
@@ -22,7 +24,7 @@ from storage.states import TaskState
 from tests.asking import creates, unanswered
 from tests.harness import wait_until
 from tests.pipeline import Web, drain
-from tests.test_gateway import CHANGES, ID, KEY, ON_SQLITE, OTHER_KEY, PLAIN, create, rows, told
+from tests.test_gateway import CHANGES, ID, KEY, ON_POSTGRESQL, ON_SQLITE, OTHER_KEY, PLAIN, create, rows, told
 
 WORD = {"Idempotency-Key": "try-1"}
 
@@ -94,13 +96,57 @@ def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
     ask = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first, twin = creates.begin(ask), creates.begin(ask)
     assert (first.first, twin.first, twin.task.id) == (True, False, first.task.id)
-    assert creates.replay(ask, twin, "request", waited=0) is None
+    patience = Patience(0)
+    assert creates.replay(ask, twin, "request", patience, now=0) is None
     assert (
         creates.conclude(ask, first, ProviderThrottled("slow", code=1303, http_status=429), "request").http_status
         == 429
     )
     with pytest.raises(Refused, match="1302"):
-        creates.replay(ask, twin, "request", waited=0)
+        creates.replay(ask, twin, "request", patience, now=0)
+
+
+@pytest.mark.parametrize("seconds", [2.5, 19.0, 20.5])
+def test_however_long_a_create_took_its_own_answer_is_the_first(seconds: float, parts: Parts, sandbox: Sandbox) -> None:
+    """Twins that look between the row's end and the commit of its answer."""
+    sandbox.set(create_faults=["1301"])
+    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    ask, listener, patience = made.read(json.dumps(PLAIN).encode(), "client", "try-1"), Listener(), Patience(0)
+    first, twin = made.begin(ask), made.begin(ask)
+    assert made.replay(ask, twin, "twin", patience, now=0) is None
+    made.send(first, listener)
+    assert made.replay(ask, twin, "twin", patience, now=seconds) is None
+    own = made.conclude(ask, first, listener.refusal, "first")
+    assert (own.http_status, own.body["code"]) == (400, 1301)
+    for now in (seconds + 0.1, seconds + gateway_creates.ANSWER_SECONDS, seconds + 60):
+        assert made.replay(ask, twin, "twin", patience, now=now) == Reply(400, own.body)
+
+
+def test_a_twin_waits_for_the_answer_alone_once_the_create_has_ended() -> None:
+    patience = Patience(0)
+    moments = {19.9: True, 20.0: False, 21.9: True, 22.0: True}
+    told = [patience.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
+    assert told == [False, False, False, True]
+    assert Patience(0).is_over(is_under_way=True, now=20)
+
+
+@ON_POSTGRESQL
+def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -> None:
+    """Between the insert that meets it and the look at who took it: PostgreSQL lets others commit in between."""
+    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    ask = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
+    first = made.begin(ask)
+    waiting = [ProviderThrottled("slow", code=1302, http_status=429)]
+
+    def give_back(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT idempotency") and waiting:
+            made.conclude(ask, first, waiting.pop(), "first")
+
+    event.listen(parts.database.writer, "before_cursor_execute", give_back)
+    second = made.begin(ask)
+    event.remove(parts.database.writer, "before_cursor_execute", give_back)
+    assert waiting == []
+    assert (second.first, [kept.task_id for kept in keys(parts)]) == (True, [second.task.id])
 
 
 @pytest.mark.parametrize("case", ["accepted", "archived", "failed"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from receiver.gateway_creates import Creates
+from receiver.gateway_creates import Creates, Patience
 from receiver.listener import Listener
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
@@ -107,7 +107,9 @@ def test_a_database_that_goes_before_the_answer_is_remembered(
     mortal.start()
     assert isinstance(listener.refusal, ProviderRejected) == refused
     assert (reply.http_status, reply.body["code"]) == ((400, 1301) if refused else (200, 0))
-    told_later = made.replay(ask, begun, "later", waited=60)
+    patience, much_later = Patience(0), 60.0
+    assert made.replay(ask, begun, "later", patience, now=0) is None
+    told_later = made.replay(ask, begun, "later", patience, now=much_later)
     assert told_later is not None
     assert told_later.body["data"]["task_id"] == str(begun.task.id)
 
