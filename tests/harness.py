@@ -19,6 +19,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+CALLBACK_SECRET = "a-secret-of-more-than-thirty-two-characters"
+
 
 def wait_until(condition: Callable[[], T], *, seconds: float = 20, every: float = 0.02) -> T:
     """Ask until `condition()` is true and return what it said; AssertionError after `seconds`.

@@ -24,10 +24,8 @@ from storage.inbox import Delivery, store
 from storage.keys import task_folder
 from storage.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
-from tests.harness import wait_until
+from tests.harness import CALLBACK_SECRET, wait_until
 from tests.rows import LONG_AGO, new_task
-
-CALLBACK_SECRET = "a-secret-of-more-than-thirty-two-characters"
 
 
 def free_port() -> int:

@@ -49,20 +49,21 @@ def floor_p99(small: bool) -> Sample:
 
 
 def _p99(place: Path, server: AbstractContextManager[int], small: bool) -> Sample:
-    seconds = 0.5 if small else 5.0
+    seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
     with ExitStack() as stack:
         port = stack.enter_context(server)
-        rate = stage.load(port, seconds=seconds)["per_second"] / 2
-        ours = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
+        rate = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"] / 2
+        ours = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=warm_seconds)["waits"])
         stack.close()
         with stage.bare(place) as port:
-            reference = p99(stage.load(port, seconds=seconds, rate=rate)["waits"])
+            reference = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=warm_seconds)["waits"])
     return Sample(ours * 1e3, reference * 1e3)
 
 
 def p99_beside_archive(small: bool) -> Sample:
     """p99 in milliseconds at 200 a second with 8 archive threads busy, and with an idle archive."""
-    seconds, rate = (0.5, 100) if small else (6.0, 200)
+    seconds, rate = (0.3, 100) if small else (6.0, 200)
+    settle_seconds, busy_seconds = (0.2, 0.2) if small else (SETTLE_SECONDS, 0.5)
     with stage.folder() as place, ExitStack() as stack:
         source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))
         found = stack.enter_context(stage.seaweed(place))
@@ -70,24 +71,24 @@ def p99_beside_archive(small: bool) -> Sample:
         variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
         port = stack.enter_context(stage.served(variables, place))
         stack.enter_context(stage.workers(variables, place))
-        idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=SETTLE_SECONDS)["waits"])
-        due = pictures.plant(url, source, 40 if small else 400)
-        busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=0.5)["waits"])
+        idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
+        due = pictures.plant(url, source, 16 if small else 400)
+        busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=busy_seconds)["waits"])
         assert small or pictures.count_archived(url) < due, "the archive was done before the measurement was"
     return Sample(busy * 1e3, idle * 1e3)
 
 
 def floor_p99_beside_transfers(small: bool) -> Sample:
     """The least that is durable intake, at 200 a second while rclone moves the same pictures, and alone."""
-    seconds, rate = (0.5, 100) if small else (6.0, 200)
+    seconds, rate, settle_seconds = (0.3, 100, 0.2) if small else (6.0, 200, SETTLE_SECONDS)
     with stage.folder() as place, ExitStack() as stack:
         source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))
         url = stack.enter_context(stage.database("sqlite", place))
         port = stack.enter_context(stage.program(place, "tests.bench.floor", url))
-        idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=SETTLE_SECONDS)["waits"])
+        idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
         others = stack.enter_context(ThreadPoolExecutor(1))
-        moving = others.submit(pictures.rclone, place, source, 40 if small else 400)
-        busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=SETTLE_SECONDS)["waits"])
+        moving = others.submit(pictures.rclone, place, source, 16 if small else 400)
+        busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
         assert small or not moving.done(), "the transfers were done before the measurement was"
         moving.result()
     return Sample(busy * 1e3, idle * 1e3)

@@ -6,13 +6,28 @@ python -m tests.bench.late PORT SECONDS
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import sys
+import zlib
 
 import uvloop
 
-from tests.bench.pictures import png
-
 PICTURE_BYTES = 20_000
+
+
+def png(size: int, seed: int) -> bytes:
+    """A valid grey PNG of about `size` bytes: noise in stored blocks, as big decoded as encoded."""
+    width = math.isqrt(size)  # a narrow one of 100 MB is rightly refused as no picture
+    height = max(1, size // (width + 1))
+    noise = os.urandom(width)
+    rows = b"".join(b"\0" + noise[shift % width :] + noise[: shift % width] for shift in range(seed, seed + height))
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+
+    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b"")
 
 
 async def serve(port: int, delay_seconds: float) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import subprocess
 import sys
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from storage.models import Asset, Event, Task, Worker
 from storage.states import ArchiveState, AssetName, AssetState, TaskState
 from storage.tasks import asset_id
 from tests.bench import stage
+from tests.bench.late import png
 from tests.bench.table import Sample
 from tests.harness import wait_until
 from tests.pipeline import free_port
@@ -40,20 +39,6 @@ class Source:
 
     address: str
     names: list[str]
-
-
-def png(size: int, seed: int) -> bytes:
-    """A valid grey PNG of about `size` bytes: noise in stored blocks, as big decoded as encoded."""
-    width = math.isqrt(size)  # a narrow one of 100 MB is rightly refused as no picture
-    height = max(1, size // (width + 1))
-    noise = os.urandom(width)
-    rows = b"".join(b"\0" + noise[shift % width :] + noise[: shift % width] for shift in range(seed, seed + height))
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
-
-    head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows, 0)) + chunk(b"IEND", b"")
 
 
 @contextmanager
@@ -251,7 +236,7 @@ def _rate(url: str, files: Source, variables: dict[str, str], place: Path, count
         session.execute(Task.__table__.delete())  # type: ignore[attr-defined]
         session.execute(Worker.__table__.delete())  # type: ignore[attr-defined]
     database.close()
-    images = (8 if small else 32) * count
+    images = (4 if small else 32) * count
     with stage.workers(variables, place, count):
         return images / archive(url, files, images)
 

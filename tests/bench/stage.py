@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -14,8 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import httpx
+from urllib.parse import urlsplit
 
 from receiver import config
 from receiver.sandbox.seaweed import Seaweed
@@ -61,12 +61,16 @@ def _migrate(url: str) -> None:
 @contextmanager
 def seaweed(place: Path) -> Iterator[dict[str, str]]:
     """An empty S3 server; the variables with which it is found."""
-    with Seaweed(place / "seaweed", "pictures") as server:
+    server = Seaweed(place / "seaweed", "pictures")
+    server.start()
+    try:
         yield {
             **s3_variables(server),
             "RECEIVER_S3_BUCKET": server.bucket,
             "RECEIVER_S3_ENDPOINT_URL": server.endpoint_url,
         }
+    finally:
+        server.kill()  # in order it takes two seconds, and nobody needs its data any more
 
 
 def environment(url: str, **more: str) -> dict[str, str]:
@@ -179,9 +183,13 @@ def memory_bytes(process_id: int, what: str = "VmRSS") -> int:
 
 
 def wait_for(url: str) -> None:
+    place = urlsplit(url)
+
     def answers() -> bool:
-        with contextlib.suppress(httpx.TransportError):
-            return httpx.get(url, timeout=5, trust_env=False).status_code < 500
+        connection = http.client.HTTPConnection(place.netloc, timeout=5)
+        with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
+            connection.request("GET", place.path)
+            return connection.getresponse().status < 500
         return False
 
     wait_until(answers, seconds=START_SECONDS)
