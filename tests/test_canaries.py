@@ -149,33 +149,18 @@ def serving(receiver: CommandLine, seen: Seen) -> Iterator[str]:
             seen.add("the server's log", log.read_text())
 
 
-COMMANDS = """
-import json, os, sys
-from receiver.cli import main
-given = dict(os.environ)
-for words, changes in json.load(sys.stdin):
-    os.environ.clear()
-    os.environ.update({name: value for name, value in {**given, **changes}.items() if value is not None})
-    sys.argv = ["receiver", *words]
-    print("---", *words[:1], file=sys.stderr)
-    try:
-        main()
-    except SystemExit:
-        pass
-"""
 Command = tuple[tuple[str, ...], dict[str, str | None]]
 
 
 def run(receiver: CommandLine, seen: Seen, *commands: Command | tuple[str, ...]) -> str:
-    """These commands, one after the other, in one process: its output. A command may come with changed variables."""
-    given = [command if isinstance(command[-1], dict) else (command, {}) for command in commands]
-    process = subprocess.run(
-        [sys.executable, "-c", COMMANDS], input=json.dumps(given), env=environment(receiver), cwd=receiver.folder,
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert process.stderr.count("---") == len(given), process.stderr
-    seen.add(f"{given[0][0]} and {len(given) - 1} more", process.stdout + process.stderr)
-    return process.stdout + process.stderr
+    """These commands, one after the other: their output. A command may come with changed variables."""
+    output = ""
+    for command in commands:
+        words, changes = command if isinstance(command[-1], dict) else (command, {})
+        done = receiver(*words, **changes)
+        seen.add(f"{words} {[*changes]}", done.out + done.err)
+        output += done.out + done.err
+    return output
 
 
 def environment(receiver: CommandLine) -> dict[str, str]:
