@@ -242,13 +242,12 @@ class Submitter:
 
     def work(self, task: Task) -> None:
         """Go on with a claimed row in step `create`: send it if it never left, else find out whether it arrived."""
-        with self._holding(task):  # `work --once` renews nothing
-            if task.losses >= claims.PARK_LOSSES:
-                self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
-            elif task.sent_at is not None:
-                self._look_up(task)
-            elif self._mark_sent(task):
-                self._post(task)
+        if task.losses >= claims.PARK_LOSSES:
+            self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
+        elif task.sent_at is not None:
+            self._look_up(task)
+        elif self._mark_sent(task):
+            self._post(task)
 
     def _mark_sent(self, task: Task) -> bool:
         """Right before the POST: whether the claim is still ours, from now on for a whole lease."""

@@ -39,7 +39,8 @@ def _renew(database: Database, row: Row, lease_seconds: float, ended: threading.
     while lease is not None and not ended.wait(lease_seconds / 3):
         try:
             with database.write() as session:
-                if not claims.renew(session, type(row), [row.id], lease, lease_seconds):
-                    return
+                claims.renew(session, type(row), [row.id], lease, lease_seconds)
         except StoreUnavailable as error:
             log.warning("claim.not_renewed", row=str(row.id), error=str(error))
+        except Exception:
+            log.exception("claim.not_renewed", row=str(row.id))

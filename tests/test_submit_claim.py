@@ -21,12 +21,12 @@ from storage.states import TaskState
 from tests.asking import REQUEST, creates, queries
 from tests.harness import wait_until
 from tests.pipeline import Web, hurry, run, task_of
-from tests.rows import new_task, stored
+from tests.rows import LONG_AGO, new_task, stored
 from tests.test_gateway import CHANGES, ID, create, told
 from tests.test_submit import make_upstream
 
 # How long the provider takes to answer, which is more than two leases.
-SLOW_SECONDS, LEASE_SECONDS = 5, 2
+SLOW_SECONDS, LEASE_SECONDS = 7, 3
 
 
 @pytest.fixture
@@ -61,15 +61,10 @@ def by_library(parts: Parts) -> None:
 
 def by_worker(parts: Parts) -> None:
     """As `work --once` does it, beside other workers."""
-    task = inserted(parts)
+    inserted(parts)
     with parts.database.write() as session:
-        session.execute(update(Task).values(sent_at=None))
-    parts.submitter.work(stored_task(parts, task))
-
-
-def stored_task(parts: Parts, task: Task) -> Task:
-    with parts.database.read() as session:
-        return session.get_one(Task, task.id)
+        session.execute(update(Task).values(sent_at=None, lease=None, due_at=LONG_AGO))
+    run(parts, "creates")
 
 
 @pytest.mark.parametrize("way", [by_library, by_worker])
