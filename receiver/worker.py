@@ -104,7 +104,10 @@ class Worker:
 
     def run(self) -> None:
         """Work until `stop()`. On return no row is held: the unfinished ones were handed back."""
-        self._id = workers.register(self._database, sum(lane.threads for lane in self._lanes))
+        registered = self._register()
+        if registered is None:
+            return
+        self._id = registered
         background = [self._listen, self._beat, self._look_for_suspects]
         threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
         threads += [threading.Thread(target=self._renew, args=(self._ended,), name="renew", daemon=True)]
@@ -121,6 +124,16 @@ class Worker:
             log.warning("worker.database_away", error=str(error))
         finally:
             self._ended.set()
+
+    def _register(self) -> uuid.UUID | None:
+        """Announce this process, whenever the database is there. None: it was stopped before."""
+        while not self._stop.is_set():
+            try:
+                return workers.register(self._database, sum(lane.threads for lane in self._lanes))
+            except StoreUnavailable as error:
+                log.warning("worker.database_away", chore="register", error=str(error))
+            self._stop.wait(DATABASE_AWAY_SECONDS)
+        return None
 
     def run_until_idle(self) -> int:
         """Work on everything that is due now, one row or batch at a time. Returns how many rows were worked on.

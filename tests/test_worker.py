@@ -8,11 +8,13 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from sqlmodel import col, select, update
+from structlog.testing import capture_logs
 
 from receiver.worker import Lane, Worker
 from storage import claims, workers
@@ -316,6 +318,24 @@ def test_losses_reach_the_work_so_that_it_can_park_the_row(database: Database, d
     with running(database, assets_lane(work)):
         wait_until(lambda: desk.done)
     assert losses == [claims.PARK_LOSSES]
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
+    database: Database, desk: Desk, postgres: Postgres
+) -> None:
+    new_assets(database, 1)
+    postgres.stop()
+    worker = Worker(database, [assets_lane(desk.work)], lease_seconds=5, grace_seconds=10)
+    with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
+        running = pool.submit(worker.run)
+        try:
+            wait_until(lambda: logs)
+            postgres.start()
+            wait_until(lambda: desk.done)
+        finally:
+            worker.stop()
+        running.result(30)
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
