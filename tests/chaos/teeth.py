@@ -39,8 +39,8 @@ MUTATIONS = (
     Mutation(
         "no lease check in settle",
         "storage/claims.py",
-        "owned = update(model).where(model.id == row.id, model.lease == row.lease)",
-        "owned = update(model).where(model.id == row.id)",
+        'table.c.lease == bindparam("held"))',
+        '(table.c.lease == bindparam("held")) | (table.c.id == bindparam("row_id")))',
     ),
     Mutation(
         "answered before the commit",
@@ -97,11 +97,15 @@ def run(mutation: Mutation, options: Sequence[str]) -> tuple[list[str], list[str
 def apply(mutation: Mutation, tree: Path) -> None:
     if not mutation.file:
         return
-    path = tree / mutation.file
-    before = path.read_text(encoding="utf-8")
+    (tree / mutation.file).write_text(mutated(mutation, tree), encoding="utf-8")
+
+
+def mutated(mutation: Mutation, tree: Path) -> str:
+    """The file with the mutation. Raises RuntimeError when its text does not stand there once."""
+    before = (tree / mutation.file).read_text(encoding="utf-8")
     if before.count(mutation.text) != 1:
         raise RuntimeError(f"{mutation.file} does not hold this once: {mutation.text}")
-    path.write_text(before.replace(mutation.text, mutation.instead), encoding="utf-8")
+    return before.replace(mutation.text, mutation.instead)
 
 
 if __name__ == "__main__":
