@@ -219,8 +219,8 @@ def web(parts: Parts) -> Iterator[Web]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a third of the run is waiting for processes to start and for time to pass."""
-    return (os.cpu_count() or 1) + 1
+    """Two more than there are cores: a third of the run is waiting for processes to start and for time to pass."""
+    return (os.cpu_count() or 1) + 2
 
 
 @pytest.fixture(scope="session")

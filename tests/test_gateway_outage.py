@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
+from receiver import gateway_creates
 from receiver.gateway_creates import Creates, Patience
 from receiver.listener import Listener
 from receiver.sandbox import Sandbox
@@ -57,8 +58,9 @@ def settles_held_up(parts: Parts) -> Iterator[None]:
 @ON_POSTGRESQL
 @pytest.mark.parametrize("fault", ["", "1301", "1302"])
 def test_a_database_that_goes_while_the_provider_answers(
-    fault: str, web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres
+    fault: str, web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.5)  # how long the twin waits in the end
     sandbox.set(create_faults=[fault] if fault else [])
     with ThreadPoolExecutor(1) as pool:
         with settles_held_up(parts):

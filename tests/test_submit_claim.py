@@ -22,7 +22,7 @@ from tests.asking import REQUEST, creates, queries
 from tests.harness import wait_until
 from tests.pipeline import Web, hurry, run, task_of
 from tests.rows import LONG_AGO, new_task, stored
-from tests.test_gateway import CHANGES, ID, create, told
+from tests.test_gateway import CHANGES, ID, ON_SQLITE, create, told
 from tests.test_submit import make_upstream
 
 # How long the provider takes to answer, which is more than two leases.
@@ -80,6 +80,7 @@ def test_a_create_that_takes_longer_than_its_lease_is_sent_once(
     assert (len(creates(sandbox)), task_of(parts, ID).losses) == (1, 0)
 
 
+@ON_SQLITE
 def test_nor_is_one_through_the_gateway(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["hang:created"])
     with ThreadPoolExecutor(1) as pool:
@@ -91,6 +92,7 @@ def test_nor_is_one_through_the_gateway(web: Web, parts: Parts, sandbox: Sandbox
     assert (task.state, task.losses, len(creates(sandbox))) == (TaskState.SUBMITTED, 0, 1)
 
 
+@ON_SQLITE
 def test_a_slow_look_for_what_is_adopted_holds_its_claim(parts: Parts, sandbox: Sandbox) -> None:
     made = make_upstream(parts, sandbox, seconds_ago=1_000)
     parts.submitter.submit(REQUEST, external_task_id=ID)
@@ -116,6 +118,7 @@ def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Part
     assert (len(creates(sandbox)), task_of(parts, ID).state) == (1, TaskState.SUBMITTED)
 
 
+@ON_SQLITE
 def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sandbox: Sandbox) -> None:
     task = inserted(parts)
     hurry(parts)  # its lease is over, and nobody has looked yet
