@@ -219,8 +219,9 @@ def web(parts: Parts) -> Iterator[Web]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more than there are cores: a third of the run is waiting for processes to start and for time to pass."""
-    return (os.cpu_count() or 1) + 2
+    """One more than there are cores: part of the run is waiting for processes to start and for time to pass. With two
+    more it took as long."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")
