@@ -11,13 +11,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
 from storage import claims, workers
+from storage.alongside import alongside
 from storage.circuit import Circuit
 from storage.database import Database
 from storage.errors import LostClaim, StoreUnavailable
@@ -151,17 +152,9 @@ class Worker:
         with self._renewing():
             return self._work_on_suspects()
 
-    @contextmanager
-    def _renewing(self) -> Iterator[None]:
+    def _renewing(self) -> AbstractContextManager[None]:
         """Extend the leases of what is in hand meanwhile, as `run` does."""
-        ended = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(ended,), name="renew", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return alongside("renew", self._renew)
 
     def _work_once(self, lane: Lane) -> int:
         rows = self._claim(lane, lane.batch())

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
 from typing import Any
 
 import structlog
 
+from storage.alongside import alongside
 from storage.database import Database
 from storage.errors import DatabaseUnavailable
 
@@ -23,20 +24,11 @@ log = structlog.get_logger()
 LOOK_SECONDS = 0.5
 
 
-@contextmanager
-def beside(database: Database) -> Iterator[None]:
+def beside(database: Database) -> AbstractContextManager[None]:
     """Make this database's checkpoints in a thread of their own meanwhile. PostgreSQL has a process for them."""
     if not database.is_sqlite:
-        yield
-        return
-    stopping = threading.Event()
-    thread = threading.Thread(target=_keep_up, args=(database, stopping), name="checkpoints", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
+        return nullcontext()
+    return alongside("checkpoints", partial(_keep_up, database))
 
 
 def _keep_up(database: Database, stopping: threading.Event) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import structlog
 
 from storage import claims
+from storage.alongside import alongside
 from storage.claims import Row
 from storage.database import Database
 from storage.errors import StoreUnavailable
@@ -24,14 +25,8 @@ def holding(database: Database, row: Row, *, lease_seconds: float) -> Iterator[N
     asks `claims.keep`. While the database is away it is tried again a third later. A crash leaves a lease that runs
     out. `lease_seconds`: what each renewal gives, and what the claim was made for.
     """
-    ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(database, row, lease_seconds, ended), name="holding", daemon=True)
-    renewing.start()
-    try:
+    with alongside("holding", lambda ended: _renew(database, row, lease_seconds, ended)):
         yield
-    finally:
-        ended.set()
-        renewing.join()
 
 
 def _renew(database: Database, row: Row, lease_seconds: float, ended: threading.Event) -> None:

@@ -15,8 +15,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,6 +26,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import tasks
+from storage.alongside import alongside
 from storage.audit import Audit, Counts, Finding, Kind
 from storage.claims import backoff
 from storage.database import Database, clock
@@ -151,17 +151,9 @@ class Rolling:
                 row.checked = Round().as_json()
         return row
 
-    @contextmanager
-    def _renewed(self, row: RollingAudit) -> Iterator[None]:
+    def _renewed(self, row: RollingAudit) -> AbstractContextManager[None]:
         """Keep the lease while the block runs: one large file on a slow line outlasts it."""
-        ended = threading.Event()
-        thread = threading.Thread(target=self._renew, args=(row, ended), name="audit-lease", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return alongside("audit-lease", lambda ended: self._renew(row, ended))
 
     def _renew(self, row: RollingAudit, ended: threading.Event) -> None:
         while not ended.wait(self._lease_seconds / 3):

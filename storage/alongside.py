@@ -1,0 +1,20 @@
+"""A thread that goes on beside a block of code and ends with it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def alongside(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work` in a daemon thread of that name. When the block ends its event is set, and it is waited for."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
