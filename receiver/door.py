@@ -3,6 +3,7 @@
 uvicorn 0.54 waits for ever for a first byte and for the end of a header, and httptools reads a header of any size.
 Here each connection has 10 s for a complete head, a head has 16 KiB, a URL 2 KiB; a body nobody reads ends its
 connection; and above the connection limit the one that has been without a request for longest makes room.
+A body has as many bytes as its head or its chunks announce, else its request is refused.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ MAX_CONNECTIONS = 4_096
 _ANSWERS = {
     400: b"HTTP/1.1 400 Bad Request\r\n",
     408: b"HTTP/1.1 408 Request Timeout\r\n",
+    411: b"HTTP/1.1 411 Length Required\r\n",
     414: b"HTTP/1.1 414 URI Too Long\r\n",
     431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
 }
 
 
-class _TooLong(Exception):
+class _Refused(Exception):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
@@ -51,6 +53,7 @@ class Door(HttpToolsProtocol):
         self._head_bytes = 0
         self._header_bytes = 0
         self._in_body = False
+        self._announced = self._delivered = 0
         self._keeps_alive = True
 
     def shutdown(self) -> None:
@@ -74,37 +77,81 @@ class Door(HttpToolsProtocol):
             self._head_bytes += len(data)
         self._unset_keepalive_if_required()
         try:
-            self.parser.feed_data(data)
+            self._parse(data)
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
-            self._refuse(cause.status if isinstance(cause, _TooLong) else 400)
-        except httptools.HttpParserUpgrade:
-            pass  # an offer (Java's client offers h2c); we go on in HTTP/1.1
+            self._refuse(cause.status if isinstance(cause, _Refused) else 400)
         except httptools.HttpParserError:
             self._refuse(400)
         else:
             if self._head_timer is not None and self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(431)
 
+    def _parse(self, data: bytes) -> None:
+        """Pass over offers to upgrade: Java's HttpClient and `curl --http2` offer h2c with each first request.
+
+        llhttp ends the message at the head of an offer and takes its body for bytes of another protocol. The offer is
+        known when its head ends, so a fresh parser reads that head again without the `Upgrade` field, then the rest.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+                start = b"%s %s HTTP/%s\r\n" % (
+                    self.parser.get_method(), self.url, self.parser.get_http_version().encode()
+                )  # fmt: skip
+                data = start + b"".join(fields) + b"\r\n" + data[offer.args[0] :]
+                self._header_bytes = 0
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            else:
+                return
+
     def on_url(self, url: bytes) -> None:
         if len(self.url) + len(url) > MAX_URL_BYTES:
-            raise _TooLong(414)
+            raise _Refused(414)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > MAX_HEAD_BYTES:
-            raise _TooLong(431)
-        super().on_header(name, value)
+            raise _Refused(431)
+        if not self._in_body:  # a trailer is no header: the handler may be at work on those
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise _Refused(400)  # what follows is a tunnel's, whatever its length says
+            return  # `_parse` comes back with this head
         self._end_head()
         self._in_body = True
+        self._announce()
         super().on_headers_complete()
         if self.cycle is not None:  # an answer before the body's end says that it closes, and no client sends on
             self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
 
+    def _announce(self) -> None:
+        """How long the body is going to be. -1: not known before its chunks end."""
+        fields = dict(self.headers)
+        self._delivered = 0
+        self._announced = -1 if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
+        if self.parser.get_method() == b"POST" and not fields.keys() & {b"content-length", b"transfer-encoding"}:
+            raise _Refused(411)  # without a length its body is empty (RFC 9112 section 6.3), whatever its sender meant
+
+    def on_body(self, body: bytes) -> None:
+        self._delivered += len(body)
+        super().on_body(body)
+
+    def on_chunk_complete(self) -> None:
+        self._announced = self._delivered
+
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        if self._delivered != self._announced:
+            raise _Refused(400)  # llhttp has ended the body early: what is there must not be taken for all of it
         self._in_body = False
         self._head_bytes = self._header_bytes = 0
         if self.cycle is not None and not self.cycle.response_started:

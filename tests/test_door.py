@@ -101,14 +101,6 @@ def test_a_body_that_was_sent_whole_keeps_the_connection(web: Web) -> None:
             assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" not in answer
 
 
-def test_an_offer_to_upgrade_is_passed_over(web: Web) -> None:
-    with connection(web) as raw:
-        offer = b"Connection: Upgrade, close\r\nUpgrade: h2c\r\nContent-Length: 2\r\n\r\n{}"
-        path = f"/callbacks/kling/{web.account_token}".encode()
-        raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\n" + offer)
-        assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
-
-
 def test_the_longest_dawdler_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "MAX_CONNECTIONS", 5)
     with connection(web) as first, connection(web), connection(web), connection(web), connection(web):
