@@ -23,7 +23,7 @@ from storage import claims, tasks, upkeep
 from storage.database import Database
 from storage.errors import GiveUp, Retry
 from storage.inbox import Delivery, store_poll
-from storage.keys import encode_id
+from storage.keys import IdInvalid, encode_id
 from storage.models import Task
 from storage.pace import ReadLimit, TooManyReads
 from storage.states import CallbackState, Report, TaskState
@@ -121,7 +121,7 @@ class Adopter:
         external_id = report.external_task_id or name or report.provider_task_id or ""
         try:
             encode_id(external_id)
-        except ValueError as error:
+        except IdInvalid as error:
             tally.left[name or external_id or "a task without an id"] = str(error)
             return False
         with change(self._database, dry_run=self._dry_run) as session:

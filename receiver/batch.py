@@ -22,6 +22,7 @@ from receiver.submit import Submitter
 from storage import batches, slots, tasks, upkeep
 from storage.batches import CHUNK, Counts
 from storage.database import Database
+from storage.errors import UserError
 from storage.models import Batch, Task
 from storage.states import ArchiveState, Step, TaskState
 
@@ -41,6 +42,10 @@ class Plan:
     moved: list[tuple[uuid.UUID, int]] = field(default_factory=list)
     known: int = 0
     left_over: int = 0
+
+
+class NoSuchBatch(UserError, LookupError):
+    """No batch has this name."""
 
 
 class Batches:
@@ -115,7 +120,7 @@ class Batches:
         return len(new)
 
     def counts(self, name: str) -> Counts:
-        """How the tasks of a batch stand. Raises LookupError."""
+        """How the tasks of a batch stand. Raises `NoSuchBatch`."""
         with self._database.read() as session:
             return batches.counts(session, self._batch(session, name).id)
 
@@ -125,7 +130,7 @@ class Batches:
             return [(batch, batches.counts(session, batch.id)) for batch in batches.newest(session, limit)]
 
     def pages(self, name: str) -> Iterator[list[Task]]:
-        """The tasks of a batch in the order of its file, some hundred at a time. Raises LookupError."""
+        """The tasks of a batch in the order of its file, some hundred at a time. Raises `NoSuchBatch`."""
         after = None
         while True:
             with self._database.read() as session:
@@ -138,7 +143,7 @@ class Batches:
     def retry(self, name: str, *, dry_run: bool = False) -> Tally:
         """Try again what failed of a batch. Files that were given up are due; a create that the provider refused is
         sent again, under its own id, so it is never paid twice. What failed at the provider stays so: asking anew is
-        another batch. What was dismissed is left alone. Raises LookupError."""
+        another batch. What was dismissed is left alone. Raises `NoSuchBatch`."""
         tally = Tally()
         with self._database.read() as session:
             ids = batches.not_kept(session, self._batch(session, name).id, dismissed=False)
@@ -163,7 +168,7 @@ class Batches:
             tally.left[task.external_task_id] = reason
 
     def failures(self, name: str) -> list[Task]:
-        """The first of what failed, in the order of the file. Raises LookupError."""
+        """The first of what failed, in the order of the file. Raises `NoSuchBatch`."""
         with self._database.read() as session:
             ids = batches.not_kept(session, self._batch(session, name).id)[:REASONS]
             return [session.get_one(Task, task_id) for task_id in ids]
@@ -171,7 +176,7 @@ class Batches:
     def _batch(self, session: Session, name: str) -> Batch:
         batch = batches.find(session, name)
         if batch is None:
-            raise LookupError(f"no batch {plain(name, 80)!r} here; `receiver batch list` shows those there are")
+            raise NoSuchBatch(f"no batch {plain(name, 80)!r} here; `receiver batch list` shows those there are")
         return batch
 
 

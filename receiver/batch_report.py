@@ -22,7 +22,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 def lines(database: Database, of: Batches, name: str) -> Iterator[dict[str, Any]]:
-    """Every task of the batch in the order of its file. Raises LookupError."""
+    """Every task of the batch in the order of its file. Raises `NoSuchBatch`."""
     for tasks in of.pages(name):
         with database.read() as session:
             files = batches.files_of(session, [task.id for task in tasks])

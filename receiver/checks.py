@@ -30,7 +30,7 @@ from receiver.providers.kling import Kling
 from receiver.sinks.setting import Entry
 from receiver.wiring import Parts
 from storage import migrations, states, workers
-from storage.errors import ProviderRejected, ProviderThrottled, ProviderUnavailable, StoreUnavailable
+from storage.errors import ProviderRejected, ProviderThrottled, ProviderUnavailable, StoreUnavailable, UserError
 from storage.models import Task, Worker
 from storage.objects import reason_code
 from storage.probe import Capabilities
@@ -279,7 +279,7 @@ def provider(parts: Parts) -> Iterator[Result]:
         return
     try:
         kling = parts.kling
-    except ValueError as error:
+    except UserError as error:
         yield Result("provider", Status.FAULT, str(error), "correct the RECEIVER_KLING_… setting")
         return
     host = _host(chosen.kling_base_url)

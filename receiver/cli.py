@@ -72,9 +72,6 @@ def _show(text: str) -> None:
 
 
 def _is_known(error: Exception) -> bool:
-    from receiver.config import SettingsInvalid
-    from receiver.process import SchemaBehind
-    from receiver.submit import Conflict
-    from storage.errors import StoreUnavailable
+    from storage.errors import StoreUnavailable, UserError
 
-    return isinstance(error, SettingsInvalid | SchemaBehind | Conflict | StoreUnavailable | LookupError | ValueError)
+    return isinstance(error, UserError | StoreUnavailable)

@@ -22,6 +22,7 @@ from receiver.sinks import setting as sinks
 from receiver.sinks.signature import key_of
 from storage.addresses import AddressPolicy
 from storage.database import normal_url
+from storage.errors import UserError
 from storage.puts import PutOptions, parse_tags
 
 PREFIX = "RECEIVER_"
@@ -33,7 +34,7 @@ CREDENTIAL = re.compile(r"[\x21-\x7e]+")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-class SettingsInvalid(ValueError):
+class SettingsInvalid(UserError, ValueError):
     """One line per fault, each naming its variable. The start stops (exit 1)."""
 
 
@@ -283,6 +284,8 @@ def load(**overrides: Any) -> Settings:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise SettingsInvalid("\n".join(_lines(error))) from None
+    except UnicodeDecodeError:
+        raise SettingsInvalid(".env: is not UTF-8 text") from None
 
 
 def _lines(error: ValidationError) -> Iterator[str]:

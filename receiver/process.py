@@ -21,7 +21,7 @@ from receiver.door import KEEP_ALIVE_SECONDS, Door
 from receiver.wiring import Parts
 from storage import checkpoints, migrations
 from storage.database import Database
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, UserError
 from storage.fetch import sweep
 
 log = structlog.get_logger()
@@ -39,7 +39,7 @@ WEB_GRACE_SECONDS = 15
 KILL_AFTER_SECONDS = 5.0
 
 
-class SchemaBehind(RuntimeError):
+class SchemaBehind(UserError):
     """The database has another schema than this code; the message says which command to run."""
 
 

@@ -32,11 +32,13 @@ from storage.database import Database, clock
 from storage.errors import (
     LostClaim,
     NoSlots,
+    NoSuchTask,
     ProviderFull,
     ProviderRejected,
     ProviderThrottled,
     ProviderUnavailable,
     Retry,
+    UserError,
 )
 from storage.events import EventName, record
 from storage.holding import holding
@@ -67,7 +69,7 @@ ALL_HELD = "all slots of the account are held"
 Refused = Literal["conflict", "exists"]
 
 
-class Conflict(Exception):
+class Conflict(UserError):
     """The external id is taken by another request. Nothing was sent."""
 
 
@@ -117,7 +119,7 @@ class Submitter:
         a task that already exists at the provider under this id, also when that was the reason it failed here before.
         The same id with the same request returns the task that exists and sends nothing. A task that is not yet
         accepted, or for which no slots are free, comes back in state `created`; it goes on from its row. Raises
-        `RequestInvalid` (one line per fault), `ValueError` (the id) and `Conflict`.
+        `RequestInvalid` (one line per fault), `IdInvalid` and `Conflict`.
         """
         wanted = request if isinstance(request, OmniImageRequest) else parse_request(request)
         task = self.row(wanted, external_task_id or str(uuid.uuid4()), adopt=adopt)
@@ -132,7 +134,7 @@ class Submitter:
     def row(self, request: OmniImageRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:
         """A claimed row for `request`, in no database yet. Without a caller's id its external id is its own.
 
-        Raises ValueError (the id), `RequestInvalid` when it asks for more pictures at once than the account may have.
+        Raises `IdInvalid`, and `RequestInvalid` when it asks for more pictures at once than the account may have.
         """
         if self._slots.setting is not None and request.slots > self._slots.setting and not adopt:
             allowed = f"the account has {self._slots.setting} slots (RECEIVER_KLING_SLOTS)"
@@ -237,7 +239,7 @@ class Submitter:
         with self._database.read() as session:
             task = tasks.by_external_id(session, external_task_id)
         if task is None:
-            raise LookupError(f"{external_task_id} was removed while it was submitted")
+            raise NoSuchTask(external_task_id)  # removed while it was submitted
         return task
 
     def work(self, task: Task) -> None:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from receiver.wiring import Parts
 from storage import deadlines, events, rolling, states, tasks
+from storage.errors import NoSuchTask
 from storage.measures import Measures, measure
 from storage.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState
@@ -23,11 +24,11 @@ SHOWN_FAULTS = 20
 
 
 def find(parts: Parts, external_task_id: str) -> tuple[Task, list[Asset], list[Event]]:
-    """The task with its assets and its facts. Raises LookupError."""
+    """The task with its assets and its facts. Raises `NoSuchTask`."""
     with parts.database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
         if task is None:
-            raise LookupError(f"no task {external_task_id!r} here")
+            raise NoSuchTask(external_task_id)
         return task, tasks.assets_of(session, task.id), events.of_task(session, task.id)
 
 
@@ -98,7 +99,7 @@ def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict
     """Links to the task's archived files, each with what it leads to; whoever has one may read that file.
 
     `url`: presigned, for `expires_seconds` (1 to 604,800). `link`: through our web server for good, None without a
-    public URL. Raises LookupError, ValueError.
+    public URL. Raises `NoSuchTask`.
     """
     from receiver.assets import asset_link
 

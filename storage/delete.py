@@ -15,6 +15,7 @@ from sqlmodel import col, select
 
 from storage import tasks
 from storage.database import Database
+from storage.errors import NoSuchTask, UserError
 from storage.folders import folder_of
 from storage.keys import task_folder
 from storage.models import Asset, Callback, Task
@@ -25,7 +26,7 @@ from storage.upkeep import IS_OVER
 NOTE = "deleted"
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """It may not be deleted; the message says why and what to do."""
 
 
@@ -40,7 +41,7 @@ class Deleted:
 def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted:
     """Delete one task that is over: its files, superseded ones and manifests included, all versions of them.
 
-    Raises LookupError for a task that is not here, `Refused` for one that goes on or whose objects are locked (then
+    Raises `NoSuchTask`, `Refused` for one that goes on or whose objects are locked (then
     nothing is changed), `StoreUnavailable`.
     """
     task, folders = look(database, bucket, external_task_id)
@@ -52,11 +53,11 @@ def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted
 
 
 def look(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
-    """The task, and the folders that its objects may lie in. Raises LookupError."""
+    """The task, and the folders that its objects may lie in. Raises `NoSuchTask`."""
     with database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
         if task is None:
-            raise LookupError(f"no task {external_task_id!r} here")
+            raise NoSuchTask(external_task_id)
         assets = tasks.assets_of(session, task.id)
     keys = [asset.key for asset in assets] + [key for asset in assets for key in asset.superseded] + [task.manifest_key]
     own = task_folder(bucket.prefix, task.created_at, task.external_task_id)

@@ -21,6 +21,8 @@ GiveUp(reason)        it will not by itself; kept, shown, `receiver retry` bring
 ├── AssetDamaged          an asset by its first bytes, broken inside
 └── ObjectConflict        another object stands under our key
 LostClaim             the row is not ours any more: change nothing
+UserError             wrong as it was asked; the command line shows the message without a traceback
+└── NoSuchTask            no task has this external id
 anything else         a bug: retried with a cap, logged with its traceback, counted
 
 Messages are shown to people and stored in rows: they never hold a URL's query, a token or a key.
@@ -137,6 +139,18 @@ class AssetDamaged(GiveUp):
 
 class ObjectConflict(GiveUp):
     pass
+
+
+class UserError(Exception):
+    """Wrong as it was asked: a name, a setting, a field. The message says what is wrong, and what to do if it can.
+
+    Each is raised on purpose. A plain ValueError or LookupError is a bug.
+    """
+
+
+class NoSuchTask(UserError, LookupError):
+    def __init__(self, external_task_id: str) -> None:
+        super().__init__(f"no task {external_task_id!r} here")
 
 
 class LostClaim(Exception):

@@ -6,10 +6,16 @@ import re
 from datetime import UTC, datetime
 from urllib.parse import quote
 
+from storage.errors import UserError
+
 EXTENSIONS = frozenset({"png", "jpg", "webp", "gif", "avif", "heic", "mp4", "webm", "mov", "mp3", "wav"})
 # What user metadata may hold as it is: it travels in headers, and those are ASCII.
 HEADER_TEXT = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 MAX_ID_BYTES = 200  # encoded; leaves room for prefix, date and name in the 1,024 bytes of an S3 key
+
+
+class IdInvalid(UserError, ValueError):
+    """An external id that no object's key can hold."""
 
 
 def normal_prefix(prefix: str) -> str:
@@ -22,18 +28,18 @@ def encode_id(external_task_id: str) -> str:
     """The id as one path segment of a key: every UTF-8 byte outside `A-Za-z0-9-_.~` percent-encoded.
 
     An id of dots only is encoded too, because `.` and `..` are eaten on the way by some clients. Raises
-    ValueError for an id that has no such form or whose form is longer than 200 bytes; submit asks first.
+    `IdInvalid` for an id that has no such form or whose form is longer than 200 bytes; submit asks first.
     """
     if not external_task_id:
-        raise ValueError("external_task_id is empty")
+        raise IdInvalid("external_task_id is empty")
     try:
         encoded = quote(external_task_id, safe="")
     except UnicodeEncodeError:
-        raise ValueError("external_task_id is not valid Unicode (a lone surrogate)") from None
+        raise IdInvalid("external_task_id is not valid Unicode (a lone surrogate)") from None
     if not external_task_id.strip("."):
         encoded = external_task_id.replace(".", "%2E")
     if len(encoded) > MAX_ID_BYTES:
-        raise ValueError(
+        raise IdInvalid(
             f"external_task_id takes {len(encoded)} bytes in an object key, at most {MAX_ID_BYTES} are allowed"
         )
     return encoded

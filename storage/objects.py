@@ -25,7 +25,7 @@ from botocore import exceptions as boto_errors
 from botocore.config import Config
 
 from storage import evidence, multipart
-from storage.errors import ObjectConflict, StoreUnavailable
+from storage.errors import ObjectConflict, StoreUnavailable, UserError
 from storage.evidence import Evidence
 from storage.keys import encode_id as encode_id
 from storage.keys import header_text, normal_prefix
@@ -51,6 +51,10 @@ TRIES = 2
 
 ChecksumMode = Literal["when_supported", "when_required", "never"]
 Addressing = Literal["auto", "path", "virtual"]
+
+
+class EndpointInvalid(UserError, ValueError):
+    """An endpoint's URL that boto3 does not take."""
 
 
 class NoSuchObject(LookupError):
@@ -318,7 +322,12 @@ class Bucket:
         with self._clients_lock:
             if endpoint_url not in self._clients:
                 session = boto3.Session()
-                client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
+                try:
+                    client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
+                except boto_errors.BotoCoreError:
+                    raise
+                except ValueError:  # a host name with an underscore, as compose files have
+                    raise EndpointInvalid("boto3 can dial no such host as RECEIVER_S3_ENDPOINT_URL names") from None
                 client.meta.events.register("after-call.s3", self._note_date)
                 if not self._sends_sums:
                     client.meta.events.register("provide-client-params.s3", _without_sums)

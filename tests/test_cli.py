@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,34 @@ def test_a_refused_request_is_exit_code_1(ready: CommandLine, sandbox: Sandbox) 
 def test_a_task_that_is_not_there(ready: CommandLine) -> None:
     for words in (("status", "nothing"), ("status", "nothing", "--json")):
         assert ready(*words) == Done(1, "", "no task 'nothing' here\n")
+
+
+WRONG = {
+    "a batch that is not here": (("batch", "status", "none"), {}, "no batch 'none' here"),
+    "a task that is not here": (("delete", "none", "--yes"), {}, "no task 'none' here"),
+    "an id that is too long": ((*ASK, "--external-task-id", "x" * 201), {}, "external_task_id takes 201 bytes"),
+    "a key with a space": (ASK, {"RECEIVER_KLING_API_KEY": "a b"}, "api_key must be printable ASCII"),
+    "a store nobody can dial": (("audit",), {"RECEIVER_S3_ENDPOINT_URL": "http://my_store"}, "boto3 can dial no such"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_the_caller_got_wrong_is_said_in_one_line(case: str, ready: CommandLine) -> None:
+    words, changes, said = WRONG[case]
+    done = ready(*words, **changes)
+    assert (done.code, len(done.err.splitlines()), said in done.err) == (1, 1, True), done.err
+
+
+def test_an_env_file_that_is_no_text_is_said_in_one_line(ready: CommandLine) -> None:
+    (ready.folder / ".env").write_bytes(b"RECEIVER_PORT=\xff\n")
+    assert ready("status") == Done(1, "", ".env: is not UTF-8 text\n")
+
+
+@pytest.mark.parametrize("fault", ['{}["key"]', "[][0]", 'b"\\xff".decode()', 'int("x")'])
+def test_a_bug_shows_its_traceback_whatever_its_class(fault: str) -> None:
+    program = f"from receiver import cli\ncli.app.command('bug')(lambda: {fault})\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", program, "bug"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "Traceback (most recent call last):")
 
 
 def test_a_request_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:

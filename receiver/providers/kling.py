@@ -47,7 +47,7 @@ from receiver.providers.kling_report import (
 from receiver.providers.kling_request import facts_of, redacted
 from storage import wire
 from storage.circuit import Circuit
-from storage.errors import ProviderFull, ProviderRejected, ProviderThrottled, ReportUnreadable
+from storage.errors import ProviderFull, ProviderRejected, ProviderThrottled, ReportUnreadable, UserError
 from storage.states import Report
 
 CREATE_PATH = "/v1/images/omni-image"
@@ -65,6 +65,10 @@ NO_ROUTE = frozenset({404, 405, 501})
 # 1201 is also the code of any bad parameter: only the message tells these two apart.
 EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
 NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)
+
+
+class OptionInvalid(UserError, ValueError):
+    """A base URL, a key or a secret that cannot be right."""
 
 
 class _NotKling(Unavailable):
@@ -96,7 +100,7 @@ class Kling:
 
     `timeout_seconds`: for each connect, write and read, and for a whole body. `now`: Unix seconds.
     `circuit`: is told of every call whether the provider answered it, be it with a refusal.
-    Raises ValueError for a base URL, key or webhook secret that cannot be right; the message holds none of them.
+    Raises `OptionInvalid` for a base URL, key or webhook secret that cannot be right; the message holds none of them.
     """
 
     name = "kling"
@@ -326,14 +330,14 @@ def _checked_base_url(base_url: str) -> str:
     parts = urlsplit(base_url)
     extras = parts.query or parts.fragment or parts.username or parts.password
     if parts.scheme not in ("http", "https") or not parts.hostname or extras:
-        raise ValueError("base_url must be http(s)://HOST[/PATH], without user, query or fragment")
+        raise OptionInvalid("base_url must be http(s)://HOST[/PATH], without user, query or fragment")
     return base_url.rstrip("/")
 
 
 def _checked_key(secret: SecretStr) -> str:
     key = secret.get_secret_value()
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ValueError("api_key must be printable ASCII without spaces")
+        raise OptionInvalid("api_key must be printable ASCII without spaces")
     return key
 
 
@@ -341,7 +345,7 @@ def _webhook(secret: SecretStr) -> Webhook:
     try:
         return Webhook(secret.get_secret_value())
     except (ValueError, EmptyWebhookSecretError):
-        raise ValueError("a webhook secret must be whsec_ and Base64") from None
+        raise OptionInvalid("a webhook secret must be whsec_ and Base64") from None
 
 
 def _path_segment(task_id: str) -> str:

@@ -34,6 +34,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from receiver.provider import RequestFacts, is_storable, plain
+from storage.errors import UserError
 from storage.states import expected_files
 
 MAX_PROMPT_CHARS = 2_500
@@ -73,7 +74,7 @@ MODELS = {
 ANY_MODEL = Model(("1k", "2k", "4k"), ("single", "series"))
 
 
-class RequestInvalid(ValueError):
+class RequestInvalid(UserError, ValueError):
     """The request cannot be sent. One line per fault: the field, the value (shortened), the rule."""
 
     def __init__(self, faults: list[str]) -> None:
