@@ -83,6 +83,8 @@ class Supervisor:
         self._grace_seconds = grace_seconds
         self._environment = {**os.environ, **(environment or {})}
         self._stop = threading.Event()
+        # Held while a worker is started, so that none starts once we stop, and `stop` sees every one that did.
+        self._starting = threading.Lock()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._threads = [threading.Thread(target=self._keep, args=(number,), daemon=True) for number in range(count)]
 
@@ -91,16 +93,19 @@ class Supervisor:
             thread.start()
 
     def stop(self) -> None:
-        """Drain all workers; those that outlive the grace time are killed, and their leases run out."""
-        self._stop.set()
-        for child in self._children.values():
+        """Drain all workers; those that outlive the grace time are killed, and their leases run out. None is left."""
+        with self._starting:
+            self._stop.set()
+            children = list(self._children.values())
+        for child in children:
             child.terminate()
         deadline = time.monotonic() + self._grace_seconds + KILL_AFTER_SECONDS
-        for child in self._children.values():
+        for child in children:
             try:
                 child.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
+                child.wait()
 
     def _keep(self, number: int) -> None:
         delay = RESTART_FIRST_SECONDS
@@ -117,14 +122,15 @@ class Supervisor:
 
     def _run_once(self, number: int, command: Sequence[str]) -> int | str:
         """How the process ended: its exit code, or why it could not be started, as for want of memory."""
-        try:
-            child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
-        except OSError as error:
-            return f"not started: {error.strerror}"
-        with child:
-            self._children[number] = child
+        with self._starting:
             if self._stop.is_set():
-                child.terminate()
+                return "not started: we stop"
+            try:
+                child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
+            except OSError as error:
+                return f"not started: {error.strerror}"
+            self._children[number] = child
+        with child:
             return child.wait()
 
 
