@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sqlmodel import col
@@ -15,6 +14,7 @@ from receiver.config import Settings, private_pairs
 from receiver.gateway_answers import Wording
 from receiver.match import BATCH, Confirmation, Matcher, trusted_hosts
 from receiver.notify import Dispatcher, Sink
+from receiver.once import made_once
 from receiver.provider import Provider
 from receiver.providers.kling import Kling
 from receiver.reconcile import Finder, Reader
@@ -76,11 +76,11 @@ class Parts:
 
     settings: Settings
 
-    @cached_property
+    @made_once
     def database(self) -> Database:
         return Database(self.settings.database_url.get_secret_value())
 
-    @cached_property
+    @made_once
     def kling(self) -> Kling:
         chosen = self.settings
         return Kling(
@@ -92,19 +92,19 @@ class Parts:
             circuit=self.provider_circuit,
         )
 
-    @cached_property
+    @made_once
     def provider_circuit(self) -> Circuit:
         return Circuit()
 
-    @cached_property
+    @made_once
     def providers(self) -> dict[str, Provider]:
         return {self.kling.name: self.kling}
 
-    @cached_property
+    @made_once
     def tokens(self) -> Tokens:
         return Tokens(self.settings.callback_secrets)
 
-    @cached_property
+    @made_once
     def schedule(self) -> Schedule:
         chosen = self.settings
         return Schedule(
@@ -114,11 +114,11 @@ class Parts:
             url_expiry=self.kling.url_expiry,
         )
 
-    @cached_property
+    @made_once
     def read_limit(self) -> ReadLimit:
         return ReadLimit(self.database)
 
-    @cached_property
+    @made_once
     def bucket(self) -> Bucket:
         chosen = self.settings
         return Bucket(
@@ -132,29 +132,29 @@ class Parts:
             connections=chosen.worker_threads + TASK_THREADS,
         )
 
-    @cached_property
+    @made_once
     def address_policy(self) -> AddressPolicy:
         private = private_pairs(self.settings.private_result_hosts)
         return AddressPolicy(result_hosts=self.settings.result_hosts, private_hosts=private)
 
-    @cached_property
+    @made_once
     def fetcher(self) -> Fetcher:
         threads = self.settings.worker_threads
         most = self.settings.max_asset_bytes
         seconds = max(TOTAL_SECONDS, most / SLOWEST_BYTES_PER_SECOND)
         return Fetcher(self.address_policy, max_bytes=most, connections=threads, total_seconds=seconds)
 
-    @cached_property
+    @made_once
     def confirmation(self) -> Confirmation:
         chosen = self.settings
         extra = (*chosen.result_hosts, *chosen.private_result_hosts)
         return Confirmation(chosen.confirm, trusted_hosts(self.kling.result_hosts, chosen.kling_base_url, extra))
 
-    @cached_property
+    @made_once
     def slots(self) -> Slots:
         return Slots(Kling.name, self.settings.kling_slots)
 
-    @cached_property
+    @made_once
     def submitter(self) -> Submitter:
         return Submitter(
             self.database,
@@ -167,7 +167,7 @@ class Parts:
             slots=self.slots,
         )
 
-    @cached_property
+    @made_once
     def gateway(self) -> Gateway | None:
         """The ASGI application below `/kling`; None without API keys."""
         from receiver.gateway import Gateway  # with what serves HTTP, which most commands do without
@@ -182,7 +182,7 @@ class Parts:
         queries = Queries(self.database, self.wording)
         return Gateway(chosen.api_keys, creates, queries, document(receiver.__version__, chosen.public_url))
 
-    @cached_property
+    @made_once
     def wording(self) -> Wording:
         """How the gateway tells its clients of results."""
         from receiver.assets import asset_link  # with what serves HTTP, as above
@@ -191,11 +191,11 @@ class Parts:
         link = (lambda asset: asset_link(self.tokens, url, asset)) if url else (lambda _: None)
         return Wording(self.settings.gateway_results, link)
 
-    @cached_property
+    @made_once
     def envelope(self) -> Envelope:
         return Envelope(self.settings.public_url or NAMELESS, self.settings.s3_bucket)
 
-    @cached_property
+    @made_once
     def sinks(self) -> dict[str, Sink]:
         """Where events go, by name."""
         policy, secrets = self.settings.event_policy, self.settings.event_secrets
@@ -203,7 +203,7 @@ class Parts:
         poster = Poster(policy, connections=client.THREADS)
         return {**sinks, client.NAME: client.Clients(self.database, poster, Signer(secrets), self.wording)}
 
-    @cached_property
+    @made_once
     def subscriptions(self) -> Sequence[outbox.Subscription]:
         asked = [outbox.Subscription(entry.name, entry.names) for entry in self.settings.event_entries]
         return (*asked, outbox.Subscription(client.NAME, client.EVENTS, of_clients=True))
@@ -212,7 +212,7 @@ class Parts:
         """Number the events there are and queue them for their sinks. Returns how many."""
         return outbox.sequence_all(self.database, self.subscriptions)
 
-    @cached_property
+    @made_once
     def stream(self) -> Stream | None:
         from receiver.stream import Stream  # with what serves HTTP, as above
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from pydantic import SecretStr
 from sqlalchemy import update
 from sqlmodel import Session, col, select
 
+from receiver.once import made_once
 from receiver.sandbox import Sandbox
 from receiver.waiting import is_over
 from receiver.wiring import Parts
@@ -106,7 +106,7 @@ class MortalParts(Wired):
     fetcher: Any = field(kw_only=True)
     fuse: Fuse = field(kw_only=True)
 
-    @cached_property
+    @made_once
     def database(self) -> Database:
         database = MortalDatabase(self.settings.database_url.get_secret_value())
         database.fuse = self.fuse

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 
 import httpcore
 
 from receiver.notify import Outcome, SinkGone, SinkSilent, SinkUnavailable
+from receiver.once import made_once
 from storage import wire
 from storage.addresses import AddressPolicy, Target, check_url
 from storage.errors import FetchInterrupted
@@ -53,7 +53,7 @@ class Poster:
         self._connections = connections
         self._timeout_seconds = timeout_seconds
 
-    @cached_property
+    @made_once
     def _pool(self) -> httpcore.ConnectionPool:
         """Made when it is needed: reading the certificates takes time."""
         return httpcore.ConnectionPool(

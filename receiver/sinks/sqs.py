@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from receiver.cloudevents import MEDIA_TYPE
 from receiver.notify import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
+from receiver.once import made_once
 
 # SendMessageBatch takes no more (SQS API reference).
 BATCH = 10
@@ -35,7 +35,7 @@ class Sqs:
         self._queue_url = queue_url
         self._is_fifo = urlsplit(queue_url).path.endswith(".fifo")
 
-    @cached_property
+    @made_once
     def _client(self) -> Any:
         parts = urlsplit(self._queue_url)
         aws = AWS_HOST.fullmatch(parts.hostname or "")
