@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import structlog
 from sqlalchemy import (
     BindParameter,
     Connection,
@@ -29,14 +31,17 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
 from storage.errors import DatabaseUnavailable
 from storage.models import UtcTime
+
+log = structlog.get_logger()
 
 # How long a writer waits for SQLite's own lock. The turnstile makes waiting fair, so this is only for strangers.
 SQLITE_BUSY_SECONDS = 30
@@ -310,24 +315,45 @@ class Waker:
 
 
 class _SqliteWaker(Waker):
-    """SQLite counts foreign commits in `data_version`; asking costs some microseconds and takes no lock."""
+    """SQLite counts foreign commits in `data_version`; asking costs some microseconds and takes no lock.
+
+    A file that cannot be asked is opened anew, said once, and meanwhile each wait ends by itself.
+    """
 
     def __init__(self, database: Database) -> None:
-        self._connection = database.reader.raw_connection()
-        self._cursor = self._connection.cursor()
-        self._seen = self._version()
-
-    def _version(self) -> int:
-        return int(self._cursor.execute("PRAGMA data_version").fetchone()[0])
+        self._database = database
+        self._connection: PoolProxiedConnection | None = None
+        self._seen: int | None = None  # of this connection: another one counts by itself
+        self._is_lost = False
 
     def wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self._seen == (version := self._version()) and time.monotonic() < deadline:
-            time.sleep(SQLITE_LOOK_SECONDS)
-        self._seen = version
+        try:
+            while self._seen == (version := self._version()) and time.monotonic() < deadline:
+                time.sleep(SQLITE_LOOK_SECONDS)
+        except (sqlite3.Error, SQLAlchemyError) as error:
+            if not self._is_lost:
+                log.warning("waker.lost", error=type(error).__name__)
+            self._is_lost = True
+            self._give_up()
+            time.sleep(min(seconds, 1))  # the database is away: polling goes on at this pace
+        else:
+            self._seen, self._is_lost = version, False
+
+    def _version(self) -> int:
+        if self._connection is None:
+            self._connection = self._database.reader.raw_connection()
+        cursor = self._connection.cursor()
+        return int(cursor.execute("PRAGMA data_version").fetchone()[0])
+
+    def _give_up(self) -> None:
+        connection, self._connection, self._seen = self._connection, None, None
+        if connection is not None:
+            connection.invalidate()
 
     def close(self) -> None:
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 class _PostgresWaker(Waker):

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlmodel import Session, func, select
+from structlog.testing import capture_logs
 
 from storage.database import Database, Turnstile, Waker, clock, normal_url
 from storage.errors import StoreUnavailable
@@ -277,6 +278,35 @@ def break_and_use(session: Session, postgres: Postgres, name: str) -> None:
         operator.execute(end, {"name": name}).all()
     outside.close()
     add_worker(session)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_a_waker_whose_connection_breaks_goes_on(database: Database) -> None:
+    opened: list[Any] = []
+    event.listen(database.reader, "connect", lambda connection, _: opened.append(connection))
+    waker = database.waker()
+    waker.wait(0)
+    opened[-1].close()
+    with capture_logs() as logs:
+        waker.wait(0)
+        waker.wait(0)
+        woke = waiting(waker)
+        announce(database)
+        wait_until(woke, seconds=SECONDS)
+    assert [line["event"] for line in logs] == ["waker.lost"]
+    waker.close()
+
+
+def test_a_waker_of_a_sqlite_file_that_is_away_says_so_once(tmp_path: Path) -> None:
+    folder = tmp_path / "later"
+    waker = Database(f"sqlite:///{folder}/receiver.db").waker()
+    with capture_logs() as logs:
+        for _ in range(3):
+            waker.wait(0)
+        folder.mkdir()
+        waker.wait(0)
+    assert [line["event"] for line in logs] == ["waker.lost"]
+    waker.close()
 
 
 def test_a_sqlite_file_in_no_folder_is_unavailable(tmp_path: Path) -> None:
