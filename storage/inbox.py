@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import threading
-import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -28,9 +27,11 @@ from sqlalchemy import select as select_columns
 from sqlalchemy.dialects import sqlite
 from sqlmodel import Session, col, select
 
+from storage import free_space
 from storage.claims import PARK_LOSSES
 from storage.database import WAKE_CHANNEL, Database, clock, run
 from storage.errors import StoreUnavailable
+from storage.free_space import Disk
 from storage.models import Callback
 from storage.states import CallbackState
 
@@ -50,9 +51,6 @@ UNREADABLE_LOOKS = PARK_LOSSES
 UNREADABLE_SECONDS = 10.0
 # How many tasks the process remembers counting for.
 REMEMBERED_TASKS = 10_000
-# The rest belongs to what was accepted already: its rows, its downloads on their way.
-MIN_FREE_SHARE = 0.05
-FREE_LOOK_SECONDS = 1.0
 # A delivery that is not committed 5 s after it was read was answered 503; the last may have been read at the stop.
 STOP_SECONDS = 10.0
 # A batch larger than this gains nothing more from sharing its fsync and delays its first waiter.
@@ -260,7 +258,7 @@ class Inbox:
 
     def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
         self._database = database
-        self._room = _Room(free_share or database.free_share)
+        self._disk = Disk(free_share or database.free_share)
         self._counted: OrderedDict[int, int] = OrderedDict()  # by a task id's number, which hashes faster
         self._waiting: deque[tuple[Delivery, Tell]] = deque()
         self._bytes = 0
@@ -282,7 +280,7 @@ class Inbox:
     @property
     def is_full(self) -> bool:
         """Whether new deliveries are refused for now: too many wait for their commit, or the disk is nearly full."""
-        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES or self._room.is_short
+        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES or self._disk.is_short
 
     def put(self, delivery: Delivery) -> Future[Intake]:
         """Queue one delivery for the next commit. The future ends when its row is durable, or with the reason it
@@ -301,12 +299,19 @@ class Inbox:
             self._changed.notify()
 
     def _run(self) -> None:
-        while batch := self._take():
-            self._commit(batch)
+        self._disk.look()
+        while (batch := self._take()) is not None:
+            if batch:
+                self._commit(batch)
+            self._disk.look()
 
-    def _take(self) -> list[tuple[Delivery, Tell]]:
+    def _take(self) -> list[tuple[Delivery, Tell]] | None:
+        """What waits; [] when nothing came for a while, None when nothing comes any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopping)
+            if not self._changed.wait_for(lambda: self._waiting or self._stopping, free_space.LOOK_SECONDS):
+                return []
+            if not self._waiting:
+                return None
             batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), MAX_BATCH))]
             self._bytes -= sum(len(delivery.body) for delivery, _ in batch)
             return batch
@@ -374,22 +379,6 @@ class Inbox:
             self._counted[number] = self._counted.pop(number, 0) + 1
         while len(self._counted) > REMEMBERED_TASKS:
             self._counted.popitem(last=False)
-
-
-class _Room:
-    """Whether the disk under the database is nearly full, looked at once a second."""
-
-    def __init__(self, free_share: Callable[[], float]) -> None:
-        self._free_share = free_share
-        self._looked_at = float("-inf")
-        self._is_short = False
-
-    @property
-    def is_short(self) -> bool:
-        if time.monotonic() - self._looked_at > FREE_LOOK_SECONDS:
-            self._looked_at = time.monotonic()
-            self._is_short = self._free_share() < MIN_FREE_SHARE
-        return self._is_short
 
 
 def _end(future: Future[Intake], outcome: Intake | Exception) -> None:

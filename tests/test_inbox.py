@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlmodel import func, select
 
-from storage import inbox
+from storage import free_space, inbox
 from storage.database import Database
 from storage.errors import StoreUnavailable
 from storage.inbox import Delivery, Inbox, InboxFull, Intake
@@ -119,6 +120,53 @@ def test_what_waits_in_memory_is_bounded_by_number(database: Database) -> None:
     assert idle.is_full
     with pytest.raises(InboxFull):
         idle.put(GOOD)
+
+
+@contextmanager
+def on_disk(database: Database, monkeypatch: pytest.MonkeyPatch, free_share: Callable[[], float]) -> Iterator[Inbox]:
+    """An inbox that looks at its disk all the time."""
+    monkeypatch.setattr(free_space, "LOOK_SECONDS", 0.01)
+    intake = Inbox(database, free_share=free_share)
+    intake.start()
+    yield intake
+    intake.stop()
+
+
+def test_a_nearly_full_disk_refuses_until_there_is_room_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [0.01]
+    with on_disk(database, monkeypatch, lambda: free[0]) as intake:
+        wait_until(lambda: intake.is_full)
+        with pytest.raises(InboxFull):
+            intake.put(GOOD)
+        free[0] = 0.5
+        wait_until(lambda: not intake.is_full)
+        assert intake.put(GOOD).result(SECONDS) is Intake.NEW
+
+
+def test_who_asks_for_room_does_not_look_at_the_disk(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event loop asks, and a disk may hang."""
+    lookers: set[int] = set()
+    with on_disk(database, monkeypatch, lambda: lookers.add(threading.get_ident()) or 1.0) as intake:
+        wait_until(lambda: lookers)
+        for _ in range(3):
+            time.sleep(0.02)
+            assert not intake.is_full
+            intake.put(GOOD).result(SECONDS)
+    assert len(lookers) == 1 and threading.get_ident() not in lookers
+
+
+def test_a_disk_that_cannot_be_looked_at_stops_no_delivery(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = Counter[str]()
+
+    def gone() -> float:
+        asked["times"] += 1
+        raise OSError
+
+    with on_disk(database, monkeypatch, gone) as intake:
+        wait_until(lambda: asked["times"] > 2)
+        assert intake.put(GOOD).result(SECONDS) is Intake.NEW
 
 
 def test_what_waits_in_memory_is_bounded_by_bytes(database: Database) -> None:
