@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from storage import gif, iso_media, jpeg, mp3, png, riff, webm
 from storage.errors import AssetDamaged, NotAnAsset
-from storage.structure import WALKS, Reader, mp3_frame_bytes
+from storage.structure import Reader, Size
 
 # Enough for every signature below and for the text of an error page to show itself.
 HEAD_BYTES = 1_024
@@ -24,6 +26,19 @@ class Media:
     verified: bool
 
 
+WALKS: dict[str, Callable[[Reader], Size]] = {
+    "png": png.walk_png,
+    "jpg": jpeg.walk_jpeg,
+    "webp": riff.walk_webp,
+    "gif": gif.walk_gif,
+    "avif": iso_media.walk_still_boxes,
+    "heic": iso_media.walk_still_boxes,
+    "mp4": iso_media.walk_movie_boxes,
+    "mov": iso_media.walk_movie_boxes,
+    "webm": webm.walk_webm,
+    "mp3": mp3.walk_mp3,
+    "wav": riff.walk_wav,
+}
 AVIF_BRANDS = frozenset({b"avif", b"avis"})
 HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 MP4_BRANDS = frozenset(
@@ -49,7 +64,7 @@ def sniff(head: bytes) -> tuple[str, str] | None:
         return _sniff_boxes(head)
     if head.startswith(b"\x1a\x45\xdf\xa3") and b"\x42\x82\x84webm" in head[:64]:
         return "video/webm", "webm"
-    if head.startswith(b"ID3") or mp3_frame_bytes(head[:4]):
+    if head.startswith(b"ID3") or mp3.frame_bytes(head[:4]):
         return "audio/mpeg", "mp3"
     return None
 
