@@ -88,6 +88,8 @@ def _asset(parts: Parts, asset: Asset) -> dict[str, Any]:
         "size": asset.size,
         "media_type": asset.media_type,
         "error": asset.error,
+        "trailing_bytes": (asset.trailing_bytes or 0) if kept else None,
+        "notes": asset.notes or [],
     }
 
 

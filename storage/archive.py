@@ -126,6 +126,7 @@ class Archiver:
         values = {
             "key": key, "sha256": fetched.sha256, "size": fetched.size, "media_type": fetched.media_type,
             "width": fetched.width, "height": fetched.height, "verified": fetched.verified,
+            "trailing_bytes": fetched.trailing_bytes or None, "notes": list(fetched.notes) or None,
             "superseded": superseded, "fetched": {"host": fetched.host, "headers": fetched.headers},
         }  # fmt: skip
         with self._database.write() as session:

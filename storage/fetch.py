@@ -69,6 +69,7 @@ class Fetched:
 
     `media_type`, `extension`, `width`, `height`: what the bytes themselves say. `verified` False: accepted although
     the structure is broken. `headers`: those of KEPT_HEADERS that came, as sent, to be shown and never trusted.
+    `trailing_bytes`: how many follow the picture's end. `notes`: what was odd and did no harm.
     """
 
     size: int
@@ -80,6 +81,8 @@ class Fetched:
     verified: bool
     headers: dict[str, str] = field(repr=False)
     host: str
+    trailing_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class Fetcher:
@@ -156,6 +159,8 @@ class Fetcher:
             found.verified,
             headers,
             target.host,
+            found.trailing_bytes,
+            found.notes,
         )
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ def walk_gif(reader: Reader) -> Size:
     width, height, flags = struct.unpack("<6xHHBxx", reader.take(13))
     size, frames = sized(width, height), 0
     _skip_colours(reader, flags)
-    while (block := reader.take(1)) != b"\x3b":
+    while (block := _next_block(reader)) != b"\x3b":
         if block == b"\x2c":
             _skip_colours(reader, reader.take(9)[8])
             reader.take(1)
@@ -26,8 +26,17 @@ def walk_gif(reader: Reader) -> Size:
             reader.skip(length)
     if not frames:
         raise AssetDamaged("no picture data before the trailer")
-    reader.end()
     return size
+
+
+def _next_block(reader: Reader) -> bytes:
+    """Encoders end an empty list of sub-blocks twice; decoders pass over the zero bytes between blocks."""
+    zeros = 0
+    while (block := reader.take(1)) == b"\0":
+        zeros += 1
+    if zeros:
+        reader.note("zero bytes between blocks")
+    return block
 
 
 def _skip_colours(reader: Reader, flags: int) -> None:

@@ -16,16 +16,28 @@ STILL_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}
 MOVIE_CONTAINERS = {b"moov": 0, b"trak": 0}
 
 
+TYPE = re.compile(rb"[ -~\xa9]{4}")
+TEXT = re.compile(rb"[\t\n\r -~]{8}")
+
+
 def _boxes(reader: Reader, end: int, containers: dict[bytes, int], depth: int = 0) -> Iterator[tuple[bytes, bytes]]:
-    """Every box up to `end`, `containers` opened: (type, the first bytes of its content)."""
+    """Every box up to `end`, `containers` opened: (type, the first bytes of its content).
+
+    Between the boxes of the file what begins no box is its end, and is left unread.
+    """
     while reader.at < end:
         start = reader.at
-        length, kind = struct.unpack(">I4s", reader.take(8))
+        header = reader.take(8)
+        length, kind = struct.unpack(">I4s", header)
         if length == 1:
             length = int.from_bytes(reader.take(8), "big")
         stop = end if length == 0 else start + length
-        if not re.fullmatch(rb"[ -~\xa9]{4}", kind) or stop < reader.at:
-            raise AssetDamaged(f"no box at byte {start}: cut, or bytes after the end")
+        no_box = not TYPE.fullmatch(kind) or stop < reader.at or (stop > end and TEXT.fullmatch(header))
+        if no_box and depth == 0:
+            reader.rewind(reader.at - start)
+            return
+        if no_box:
+            raise AssetDamaged(f"no box at byte {start}")
         if stop > end:
             raise AssetDamaged(f"cut short inside {kind.decode('latin-1')}")
         before = containers.get(kind)
@@ -57,6 +69,8 @@ def walk_movie_boxes(reader: Reader) -> Size:
             size = _track_size(first)
     if not kinds >= {b"moov", b"mdat"}:
         raise AssetDamaged("no moov or no mdat")
+    if reader.left and b"moof" in kinds:  # more fragments may have stood there: this film has no end of its own
+        raise AssetDamaged(f"no box at byte {reader.at}")
     return size
 
 

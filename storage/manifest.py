@@ -40,6 +40,8 @@ MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_MANIFESTS = 100
 # RFC 8785 numbers are doubles: a larger integer (element ids) is written as its decimal string.
 MAX_EXACT_INTEGER = 2**53 - 1
+# Members of a file that stand in the manifest only where there is something to say.
+ODD = ("trailing_bytes", "notes")
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,7 @@ def _asset(asset: Asset) -> dict[str, Any]:
         "created_at": _iso(asset.created_at),
         "files_expire_at": _iso(asset.files_expire_at),
         "archived_at": _iso(asset.archived_at),
+        **{name: value for name in ODD if (value := getattr(asset, name))},
     }
 
 

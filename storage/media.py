@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from storage import gif, iso_media, jpeg, mp3, png, riff, webm
+from storage import foreign, gif, iso_media, jpeg, mp3, png, riff, webm
 from storage.errors import AssetDamaged, NotAnAsset
 from storage.structure import Reader, Size
 
@@ -17,13 +16,18 @@ HEAD_BYTES = 1_024
 
 @dataclass(frozen=True)
 class Media:
-    """`width`, `height` in pixels, None for sound and where the file does not say. `verified`: found whole."""
+    """`width`, `height` in pixels, None for sound and where the file does not say. `verified`: found whole.
+
+    `trailing_bytes`: how many follow its end. `notes`: what in it is odd and harmless.
+    """
 
     media_type: str
     extension: str
     width: int | None
     height: int | None
     verified: bool
+    trailing_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
 
 WALKS: dict[str, Callable[[Reader], Size]] = {
@@ -84,52 +88,12 @@ def _sniff_boxes(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-# What may stand before the first element. Possessive throughout: hostile text must not make a regex backtrack.
-PROLOGUE = re.compile(rb"(?:\s++|(?><!--.*?-->)|(?><\?.*?\?>)|(?><!doctype\s+svg[^>]*+>))*+", re.I | re.S)
-MARKUP = (
-    ("svg", re.compile(rb"<svg\b", re.I)),
-    ("html", re.compile(rb"<(!doctype\s+html|html|head|body|script|style|title|meta|center|h1|p|div)\b", re.I)),
-    ("xml", re.compile(rb"<[!?]?[a-z]", re.I)),
-    ("json", re.compile(rb'\{\s*+["}]|\[\s*+[\[{"\]\d-]')),
-)
-SIGNATURES = (
-    ("a zip archive", (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")),
-    ("a gzip archive", (b"\x1f\x8b",)),
-    ("an archive", (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\xfd7zXZ", b"BZh", b"\x28\xb5\x2f\xfd", b"MSCF")),
-    (
-        "an executable",
-        (b"\x7fELF", b"MZ", b"\xca\xfe\xba\xbe", b"\xcf\xfa\xed\xfe", b"\xce\xfa\xed\xfe", b"#!", b"\0asm"),
-    ),
-    ("a pdf", (b"%PDF",)),
-)
-TEXT = re.compile(rb"[\t\n\r\x20-\x7e\x80-\xff]++\Z")
-
-
-def _looks_like(head: bytes) -> str:
-    for name, signatures in SIGNATURES:
-        if head.startswith(signatures):
-            return name
-    if head[257:262] == b"ustar":
-        return "an archive"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "text in UTF-16"
-    text = head.removeprefix(b"\xef\xbb\xbf")
-    prologue = PROLOGUE.match(text)
-    element = text[prologue.end() :] if prologue else text
-    for name, pattern in MARKUP:
-        if pattern.match(element):
-            return name
-    if text.lstrip()[:5].lower() == b"<?xml":
-        return "xml"
-    return "text" if TEXT.match(text) else f"something unknown (first bytes {head[:8].hex(' ')})"
-
-
 def inspect(file: BinaryIO) -> Media:
     """Walk `file` from beginning to end and say what it is.
 
-    Memory is constant and time bounded (MAX_PIECES). Raises `NotAnAsset` naming what it looks like, and
-    `AssetDamaged` when a file of a known format is cut short, contradicts itself, goes on after its end or is
-    larger than MAX_PIXELS or longer than MAX_FRAMES.
+    Memory is constant and time grows with the bytes alone (BYTES_PER_PIECE). Raises `NotAnAsset` naming what it looks
+    like, and `AssetDamaged` when a file of a known format is cut short, contradicts itself, carries a page, an archive
+    or a program behind its end or is larger than MAX_PIXELS or longer than MAX_FRAMES.
     """
     file.seek(0)
     head = file.read(HEAD_BYTES)
@@ -137,11 +101,15 @@ def inspect(file: BinaryIO) -> Media:
         raise NotAnAsset("the file is empty")
     sniffed = sniff(head)
     if sniffed is None:
-        raise NotAnAsset(f"looks like {_looks_like(head)}")
+        raise NotAnAsset(f"looks like {foreign.looks_like(head)}")
     media_type, extension = sniffed
     reader = Reader(file)
     try:
         size = WALKS[extension](reader)
+        trailing_bytes = reader.left
+        if hidden := foreign.hidden_in(reader):
+            raise AssetDamaged(f"{trailing_bytes} bytes after the end hold {hidden}")
     except AssetDamaged as error:
         raise AssetDamaged(f"{extension}: {error}") from None
-    return Media(media_type, extension, size.width, size.height, verified=True)
+    notes = tuple(reader.notes)
+    return Media(media_type, extension, size.width, size.height, True, trailing_bytes, notes)

@@ -232,6 +232,9 @@ class Asset(Claimable, table=True):
     width: int | None = None
     height: int | None = None
     verified: bool | None = None
+    # NULL where there is nothing to say: bytes behind the picture's end (of `size`); what was odd and did no harm
+    trailing_bytes: int | None = Field(default=None, sa_type=BigInteger)
+    notes: list[str] | None = Field(default=None, sa_type=Json, nullable=True)
     accept_unverified: bool = False
     fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
     superseded: list[str] = Field(default_factory=list, sa_type=Json)

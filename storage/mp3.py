@@ -41,4 +41,5 @@ def walk_mp3(reader: Reader) -> Size:
         if not reader.left:
             return NO_SIZE
         header = reader.take(4)
+    reader.skip(reader.left)
     return NO_SIZE

@@ -28,7 +28,6 @@ def walk_png(reader: Reader) -> Size:
         check_frames(max(frames, int.from_bytes(body[:4], "big") if kind == b"acTL" else 0))
     if not has_data or body:
         raise AssetDamaged("no picture data before IEND")
-    reader.end()
     return size
 
 

@@ -186,6 +186,7 @@ def asset_from(task: Task, told: Mapping[str, Any]) -> Asset:
              "accept_unverified", "fetched", "superseded", "error")  # fmt: skip
     times = ("created_at", "files_expire_at", "archived_at")
     values: dict[str, Any] = {name: told[name] for name in plain} | {name: _moment(told[name]) for name in times}
+    values |= {name: told.get(name) for name in manifest.ODD}
     asset = Asset(
         **values,
         id=uuid.UUID(told["id"]),

@@ -10,18 +10,20 @@ from storage.structure import NO_SIZE, Reader, Size, check_frames, sized
 
 
 def _riff_chunks(reader: Reader) -> Iterator[tuple[bytes, bytes]]:
-    """Every chunk's (type, first bytes), after checking that the list is as long as the file."""
-    declared = struct.unpack("<4xI4x", reader.take(12))[0] + 8
-    if declared > reader.size and declared != 0xFFFF_FFFF + 8:  # a WAV written to a pipe has no length
-        raise AssetDamaged(f"cut short: {declared - reader.size} bytes are missing at the end")
-    if declared < reader.size:
-        raise AssetDamaged(f"{reader.size - declared} bytes after the end")
-    while reader.left:
+    """Every chunk's (type, first bytes) up to the end that the list declares."""
+    end = struct.unpack("<4xI4x", reader.take(12))[0] + 8
+    if end == 0xFFFF_FFFF + 8:  # a WAV written to a pipe has no length
+        end = reader.size
+    if end > reader.size:
+        raise AssetDamaged(f"cut short: {end - reader.size} bytes are missing at the end")
+    while reader.at < end:
         kind, length = struct.unpack("<4sI", reader.take(8))
         length = reader.left if length == 0xFFFF_FFFF else length
         first = reader.take(min(length, 32))
         reader.skip(length - len(first))
-        reader.skip(min(length & 1, reader.left))
+        reader.skip(min(length & 1, max(0, end - reader.at)))
+        if reader.at > end:
+            raise AssetDamaged(f"the chunk that ends at byte {reader.at} goes on after the end")
         yield kind, first
 
 

@@ -16,14 +16,14 @@ def walk_webm(reader: Reader) -> Size:
     length = _ebml_length(reader)
     if length is not None and length > reader.left:
         raise AssetDamaged(f"cut short: {length - reader.left} bytes are missing at the end")
-    if length is not None and length < reader.left:
-        raise AssetDamaged(f"{reader.left - length} bytes after the end")
-    while reader.left:
+    end = reader.size if length is None else reader.at + length
+    while reader.at < end:
         element = _ebml_id(reader)
         length = _ebml_length(reader)
-        if element == CLUSTER and (length is None or length <= reader.left):
+        if element == CLUSTER and (length is None or length <= end - reader.at):
+            reader.skip(end - reader.at)
             return NO_SIZE
-        reader.skip(reader.left if length is None else length)
+        reader.skip(end - reader.at if length is None else length)
     raise AssetDamaged("no Cluster")
 
 

@@ -426,7 +426,7 @@ def test_many_threads_share_the_connections(host: FileHost) -> None:
         (answer(b"<!DOCTYPE html><title>Sorry</title>"), NotAnAsset, "html"),
         (answer(png()[:-5]), AssetDamaged, "cut short"),
         (answer(png()[:-5], length=None), AssetDamaged, "cut short"),
-        (answer(png() + b"<script>"), AssetDamaged, "after the end"),
+        (answer(png() + b"<script>"), AssetDamaged, "8 bytes after the end hold markup"),
     ],
 )
 def test_hostile_answers(host: FileHost, script: bytes, error: type[Exception], reason: str) -> None:

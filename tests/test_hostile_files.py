@@ -22,6 +22,7 @@ from rich.console import Console
 from receiver import waiting
 from receiver.sandbox import Sandbox
 from receiver.wiring import Parts
+from storage import manifest
 from storage.archive import UNUSABLE
 from storage.fetch import Fetcher
 from storage.models import Asset, Task
@@ -30,6 +31,7 @@ from tests.pipeline import assets_of, kept, plant, run
 from tests.rows import new_asset
 from tests.test_fetch import FileHost, Script, answer
 from tests.test_media import DAMAGED, FOREIGN, chunk, png
+from tests.test_media import WHOLE as PICTURES
 
 MIB = 2**20
 MAX_BYTES = MIB
@@ -40,6 +42,7 @@ FLAT_MIB = 24
 
 WHOLE = png(*[chunk(b"IDAT", b"x" * 50)] * 6, chunk(b"tEXt", b"a\0b"), chunk(b"IEND"))
 BOUNDARIES = (33, *range(33 + 62, len(WHOLE), 62), len(WHOLE) - 12, len(WHOLE) - 4)
+STRAY = PICTURES["jpeg"][0][:20] + b"stray" + PICTURES["jpeg"][0][20:]
 FILES: dict[str, tuple[bytes, str]] = {
     **DAMAGED,
     **FOREIGN,
@@ -92,6 +95,22 @@ def test_every_hostile_file_is_refused_for_its_own_reason(parts: Parts, host: Fi
     status = status_of(parts, task)
     assert all(str(row.error) in status for row in rows.values())
     assert "Signature" not in status
+
+
+def test_what_follows_a_whole_picture_is_kept_counted_and_shown(parts: Parts, host: FileHost) -> None:
+    bodies = {"tail": WHOLE + b"SEFT" * 9, "stray": STRAY, "plain": WHOLE}
+    rows = archive(parts, host, {name: answer(body) for name, body in bodies.items()})
+    run(parts, "finishes")
+    with parts.database.read() as session:
+        task = session.get_one(Task, rows["tail"].task_id)
+    shown = {file["key"]: file for file in waiting.report(parts, task.external_task_id)["assets"]}
+    told = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), MIB))
+    odd = {"tail": (36, []), "stray": (0, ["stray bytes between segments"]), "plain": (0, [])}
+    for name, row in rows.items():
+        assert parts.bucket.read_bytes(str(row.key), MIB) == bodies[name]
+        assert (shown[row.key]["trailing_bytes"], shown[row.key]["notes"]) == odd[name]
+        (facts,) = (one for one in told["assets"] if one["key"] == row.key)
+        assert (facts.get("trailing_bytes", 0), facts.get("notes", [])) == odd[name]
 
 
 def test_a_task_of_refused_files_ends_incomplete(parts: Parts, host: FileHost) -> None:

@@ -21,7 +21,7 @@ from receiver.wiring import Parts
 from storage import manifest
 from storage.audit import Audit
 from storage.models import Asset, Task, TaskAlias
-from storage.rebuild import Problem, Rebuild
+from storage.rebuild import Problem, Rebuild, asset_from
 from storage.states import ArchiveState, AssetState
 from tests.archives import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
@@ -102,6 +102,14 @@ def test_the_highest_whole_manifest_counts(parts: Parts, empty: Parts) -> None:
     restored = task_of(empty, task.external_task_id)
     assert (counts["tasks"], problem.detail) == (1, "not readable: it is no manifest")
     assert (restored.manifest_key, restored.manifests) == (task.manifest_key, 2)
+
+
+def test_what_was_odd_about_a_file_is_restored(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    (facts,) = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), 2**20))["assets"]
+    for odd in ({"trailing_bytes": 3, "notes": ["a", "b"]}, {}):
+        restored = asset_from(task, facts | odd)
+        assert (restored.trailing_bytes, restored.notes) == (odd.get("trailing_bytes"), odd.get("notes"))
 
 
 def test_what_cannot_be_restored_is_said(parts: Parts, empty: Parts) -> None:
