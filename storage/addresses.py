@@ -219,7 +219,7 @@ URL_PARTS = re.compile(
 AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{0,5}))?")
 LABEL = re.compile(r"[a-z0-9_-]{1,63}")
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-# Printable ASCII stays as it was: a signature covers the bytes of the URL.
+# Printable ASCII stays as it was, for a signature covers the bytes of the URL; a space is sent as %20.
 ASCII_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
@@ -241,12 +241,21 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     return Target(scheme, host, port, f"{scheme}://{_authority(scheme, host, port)}{path}", path, private)
 
 
+def tidy(url: str) -> str:
+    """Cut the blanks and line ends around a URL, as every client does. Inside it a space is allowed, and sent as %20.
+
+    Raises `FetchRefused` for what two parsers read differently: a control character or a backslash.
+    """
+    url = url.strip(" \t\r\n")
+    if any(character < " " or character == "\x7f" or character == "\\" for character in url):
+        raise FetchRefused("URL holds a control character or a backslash")
+    return url
+
+
 def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
     if len(url) > MAX_URL_CHARACTERS:
         raise FetchRefused(f"URL is longer than {MAX_URL_CHARACTERS} characters")
-    if any(character <= " " or character == "\x7f" or character == "\\" for character in url):
-        raise FetchRefused("URL holds a space, a control character or a backslash")
-    parts = URL_PARTS.match(url)
+    parts = URL_PARTS.match(tidy(url))
     if parts is None:
         raise FetchRefused("not an absolute http(s) URL")
     path = (parts["path"] or "/") + (parts["query"] or "")

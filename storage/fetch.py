@@ -24,7 +24,7 @@ from urllib.parse import urljoin
 import httpcore
 
 from storage import media, wire
-from storage.addresses import AddressPolicy, Target, check_url
+from storage.addresses import AddressPolicy, Target, check_url, tidy
 from storage.errors import (
     AssetDamaged,
     DiskFull,
@@ -209,7 +209,7 @@ class Fetcher:
         if "location" not in headers:
             raise FetchInterrupted(f"{target.host} redirected to nowhere")
         try:
-            onward = check_url(urljoin(target.url, headers["location"]), self._policy)
+            onward = check_url(urljoin(target.url, tidy(headers["location"])), self._policy)
         except ValueError:
             raise FetchRefused(f"redirect from {target.host} refused: not an absolute http(s) URL") from None
         except FetchRefused as error:

@@ -308,9 +308,9 @@ def _without_query(text: str) -> str:
     if "://" not in text:
         return text
     try:
-        parts = urlsplit(text)
+        parts = urlsplit(text.strip())
     except ValueError:
         return text.split("?")[0].split("#")[0]
-    if parts.scheme not in ("http", "https") or " " in text:
+    if parts.scheme not in ("http", "https"):
         return text
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
