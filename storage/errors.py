@@ -5,7 +5,8 @@ Retry(after)          the same work may succeed later
 ├── ProviderThrottled     the provider asks us to slow down (1302, 429)
 │   └── ProviderFull          too many of the account's pictures are in work (1303)
 ├── NoSlots               the same by our own count: nothing was asked
-├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx, other 4xx)
+├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx, other 4xx) or
+│                         redirected where we do not go
 ├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
 ├── StoreUnavailable      the bucket is down or refuses us
 │   └── DatabaseUnavailable   the same of the database

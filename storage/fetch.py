@@ -135,7 +135,7 @@ class Fetcher:
         return it stands at its beginning. On any error it holds an unspecified prefix and the caller discards it.
         `accept_unverified`: keep a file whose structure is broken, with `verified` False.
 
-        Raises `FetchRefused` (the URL's form), `AddressRefused` (what its name resolves to), `FetchExpired`,
+        Raises `FetchRefused` (the form of `url` itself), `AddressRefused` (what its name resolves to), `FetchExpired`,
         `FetchInterrupted`, `FetchTooLarge`, `DiskFull`, `NotAnAsset`, `AssetDamaged`. Messages name hosts, never
         paths or queries.
         """
@@ -178,7 +178,7 @@ class Fetcher:
                     size, sha256 = self._receive(response, headers, sink)
                     return target, size, sha256, _kept(headers)
                 target = self._redirected(target, headers)
-        raise FetchRefused(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
+        raise FetchInterrupted(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
 
     @contextmanager
     def _request(self, target: Target) -> Iterator[httpcore.Response]:
@@ -206,17 +206,19 @@ class Fetcher:
             response.close()
 
     def _redirected(self, target: Target, headers: Mapping[str, str]) -> Target:
+        """Where it leads, if we may go there. Where not, the link is asked again later: a redirect is the state its
+        host is in (an edge that redirects to itself while it reloads), not the form of the link."""
         if "location" not in headers:
             raise FetchInterrupted(f"{target.host} redirected to nowhere")
         try:
             onward = check_url(urljoin(target.url, tidy(headers["location"])), self._policy)
         except ValueError:
-            raise FetchRefused(f"redirect from {target.host} refused: not an absolute http(s) URL") from None
+            raise FetchInterrupted(f"redirect from {target.host} refused: not an absolute http(s) URL") from None
         except FetchRefused as error:
-            raise FetchRefused(f"redirect from {target.host} refused: {error}") from None
+            raise FetchInterrupted(f"redirect from {target.host} refused: {error}") from None
         # Not even onto a host listed as private: who may name it can name it in the message itself.
         if target.scheme == "https" and onward.scheme != "https":
-            raise FetchRefused(f"redirect from {target.host} refused: from https to http")
+            raise FetchInterrupted(f"redirect from {target.host} refused: from https to http")
         return onward
 
     def _receive(self, response: httpcore.Response, headers: Mapping[str, str], sink: BinaryIO) -> tuple[int, str]:

@@ -221,7 +221,7 @@ def test_a_redirect_to_a_refused_url_is_never_dialled(host: FileHost) -> None:
     client = fetcher(host, dial=recorder)
     for number, url in enumerate(REDIRECTABLE):
         host.scripts[f"/{number}"] = answer(b"", f"Location: {url}", status="302 Found")
-        with pytest.raises(FetchRefused, match=r"redirect from 127\.0\.0\.1 refused"):
+        with pytest.raises(FetchInterrupted, match=r"redirect from 127\.0\.0\.1 refused"):
             client.fetch(f"{host.url}/{number}", io.BytesIO())
     assert {attempt[1:] for attempt in recorder.attempts} == {("127.0.0.1", host.port)}
 
@@ -349,7 +349,7 @@ def test_https_is_never_left_for_http(
     secure[0].scripts["/"] = answer(b"", f"Location: {host.url}/", status="302 Found")
     recorder = Recorder(reroute=secure[0].port)
     client = fetcher(host, dial=recorder, ssl_context=tls[1])
-    with pytest.raises(FetchRefused, match="from https to http"):
+    with pytest.raises(FetchInterrupted, match="from https to http"):
         client.fetch("https://cdn.example.com/", io.BytesIO())
     assert host.connections == 0
 
@@ -387,7 +387,7 @@ def test_a_space_in_a_link_is_sent_as_every_client_sends_it(host: FileHost) -> N
 
 def test_a_control_character_in_a_location_is_refused(host: FileHost) -> None:
     host.scripts["/"] = answer(b"", "Location: /a\tb.png", status="302 Found")
-    with pytest.raises(FetchRefused, match=r"redirect from .* refused: URL holds a control character"):
+    with pytest.raises(FetchInterrupted, match=r"redirect from .* refused: URL holds a control character"):
         fetch(host)
 
 
@@ -570,7 +570,7 @@ def test_three_redirects_are_followed_and_not_a_fourth(host: FileHost) -> None:
         host.scripts[f"/{number}"] = answer(b"", f"Location: {number + 1}", status=f"{status} Moved")
     host.scripts["/4"] = answer(png())
     assert fetch(host, "/1").verified
-    with pytest.raises(FetchRefused, match="more than 3 redirects"):
+    with pytest.raises(FetchInterrupted, match="more than 3 redirects"):
         fetch(host, "/0")
 
 

@@ -7,6 +7,7 @@ and what `receiver status` says are looked at afterwards.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import re
 import socket
@@ -27,7 +28,7 @@ from storage.archive import UNUSABLE
 from storage.fetch import Fetcher
 from storage.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
-from tests.pipeline import assets_of, kept, plant, run
+from tests.pipeline import assets_of, hurry, kept, plant, run
 from tests.rows import new_asset
 from tests.test_fetch import FileHost, Script, answer
 from tests.test_media import DAMAGED, FOREIGN, chunk, png
@@ -153,9 +154,9 @@ ANSWERS: dict[str, tuple[Script, str, AssetState]] = {
     "gzip-encoded": (closing(ZIPPED), "Content-Encoding", AssetState.DUE),
     "drip": (drip, "longer than|slower than", AssetState.DUE),
     "empty": (answer(b""), "empty", AssetState.FAILED),
-    "to metadata": (moved("http://169.254.169.254/latest/meta-data"), "redirect .* refused", AssetState.FAILED),
-    "to loopback": (moved("https://127.0.0.1/x"), "redirect .* refused", AssetState.FAILED),
-    "to a file": (moved("file:///etc/passwd"), "redirect .* refused", AssetState.FAILED),
+    "to metadata": (moved("http://169.254.169.254/latest/meta-data"), "redirect .* refused", AssetState.DUE),
+    "to loopback": (moved("https://127.0.0.1/x"), "redirect .* refused", AssetState.DUE),
+    "to a file": (moved("file:///etc/passwd"), "redirect .* refused", AssetState.DUE),
     "to a private name": (moved("https://inside.example/x"), "inside.example", AssetState.DUE),
 }
 
@@ -177,6 +178,15 @@ def test_a_redirect_between_permitted_hosts_is_followed(parts: Parts, host: File
     rows = archive(parts, host, {"moved": moved(f"{host.url}/there")})
     assert rows["moved"].state is AssetState.ARCHIVED
     assert list(kept(parts)) == [rows["moved"].key]
+
+
+def test_an_edge_that_redirects_to_itself_for_a_while_is_asked_again(parts: Parts, host: FileHost) -> None:
+    row = archive(parts, host, {"edge": moved("0.png?Signature=s")})["edge"]
+    assert (row.state, row.error) == (AssetState.DUE, "more than 3 redirects, the last one to 127.0.0.1")
+    host.scripts["/0.png?Signature=s"] = answer(WHOLE)
+    hurry(parts)
+    run(parts, "assets")
+    assert list(kept(parts).values()) == [hashlib.sha256(WHOLE).hexdigest()]
 
 
 STREAM = """
