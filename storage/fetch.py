@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import email.utils
 import errno
-import hashlib
 import ssl
 import stat
 import tempfile
@@ -25,13 +24,13 @@ import httpcore
 
 from storage import media, wire
 from storage.addresses import AddressPolicy, Target, check_url, tidy
+from storage.body import Body
 from storage.errors import (
     AssetDamaged,
     DiskFull,
     FetchExpired,
     FetchInterrupted,
     FetchRefused,
-    FetchTooLarge,
 )
 from storage.media import Media
 
@@ -48,6 +47,10 @@ TOTAL_SECONDS = 600.0
 KEEPALIVE_SECONDS = 4.0
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+# What breaks a transfer on its way; a large file over a bad path goes on from there.
+BROKEN = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
+# Each must have brought something. A path that ends every connection after 13 MB still carries 256 MiB.
+MAX_RESUMES = 20
 # 404 and 410 as well: signed URLs of removed objects answer so.
 EXPIRED = frozenset({401, 403, 404, 410})
 # Longer waits are not honoured: resellers delete results after 24 hours.
@@ -133,6 +136,7 @@ class Fetcher:
         Nothing in the URL is trusted: every connection goes to an address that was checked, at most 3 redirects are
         followed, each checked anew and none from https to http. `sink`: empty, readable, writable and seekable; on
         return it stands at its beginning. On any error it holds an unspecified prefix and the caller discards it.
+        A transfer that breaks goes on from there, where its host offers ranges, within the same deadline.
         `accept_unverified`: keep a file whose structure is broken, with `verified` False.
 
         Raises `FetchRefused` (the form of `url` itself), `AddressRefused` (what its name resolves to), `FetchExpired`,
@@ -146,42 +150,51 @@ class Fetcher:
             min_bytes_per_second=self._min_bytes_per_second,
         )
         with wire.keeping(pace), _decisions():
-            target, size, sha256, headers = self._follow(target, sink, pace)
+            target, body = self._follow(target, sink, pace)
             found = _look_into(sink, accept_unverified=accept_unverified)
             sink.seek(0)
         return Fetched(
-            size,
-            sha256,
+            body.size,
+            body.sha256,
             found.media_type,
             found.extension,
             found.width,
             found.height,
             found.verified,
-            headers,
+            _kept(body.headers),
             target.host,
             found.trailing_bytes,
-            found.notes,
+            tuple(dict.fromkeys((*body.notes, *found.notes))),
         )
 
     def close(self) -> None:
         """Close every connection; a fetch under way in another thread ends with an error."""
         self._pool.close()
 
-    def _follow(self, target: Target, sink: BinaryIO, pace: wire.Pace) -> tuple[Target, int, str, dict[str, str]]:
-        for _ in range(MAX_REDIRECTS + 1):
+    def _follow(self, target: Target, sink: BinaryIO, pace: wire.Pace) -> tuple[Target, Body]:
+        """Through redirects to the file; where its connection breaks, and its host offers ranges, for the rest."""
+        body, redirects, resumes = Body(sink, self._max_bytes), 0, 0
+        while redirects <= MAX_REDIRECTS:
+            before = body.size
             pace.expect_head()
-            with self._request(target) as response:
-                headers = _headers(response)
-                if response.status not in REDIRECTS:
-                    _check_status(response.status, headers, target.host)
-                    pace.expect_body()
-                    size, sha256 = self._receive(response, headers, sink)
-                    return target, size, sha256, _kept(headers)
-                target = self._redirected(target, headers)
+            try:
+                with self._request(target, body.request_headers()) as response:
+                    headers = _headers(response)
+                    if response.status not in REDIRECTS:
+                        _check_status(response.status, headers, target.host)
+                        pace.expect_body()
+                        stream = response.extensions["network_stream"]
+                        body.receive(response.status, headers, response.iter_stream(), stream)
+                        return target, body
+                    target, redirects = self._redirected(target, headers), redirects + 1
+            except BROKEN:
+                resumes += 1
+                if not body.resumable or body.size <= before or resumes > MAX_RESUMES:
+                    raise
         raise FetchInterrupted(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
 
     @contextmanager
-    def _request(self, target: Target) -> Iterator[httpcore.Response]:
+    def _request(self, target: Target, more: list[tuple[bytes, bytes]]) -> Iterator[httpcore.Response]:
         response = self._pool.handle_request(
             httpcore.Request(
                 "GET",
@@ -196,6 +209,7 @@ class Fetcher:
                     (b"User-Agent", self._user_agent),
                     (b"Accept", b"*/*"),
                     (b"Accept-Encoding", b"identity"),
+                    *more,
                 ],
                 extensions={"timeout": self._timeouts},
             )
@@ -221,41 +235,6 @@ class Fetcher:
             raise FetchInterrupted(f"redirect from {target.host} refused: from https to http")
         return onward
 
-    def _receive(self, response: httpcore.Response, headers: Mapping[str, str], sink: BinaryIO) -> tuple[int, str]:
-        """Count on what reaches the sink. A coded body is refused, not decoded: we asked for the bytes as they are,
-        and what a decoder makes of them is not what the sender's length and hash speak of."""
-        if headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
-            raise FetchInterrupted("sent with a Content-Encoding although asked for none")
-        declared = _declared_length(headers)
-        if declared is not None and declared > self._max_bytes:
-            raise FetchTooLarge(f"{declared} bytes announced, {self._max_bytes} allowed")
-        digest, size = hashlib.sha256(), 0
-        for block in response.iter_stream():
-            size += len(block)
-            if size > self._max_bytes:
-                raise FetchTooLarge(f"more than the {self._max_bytes} bytes allowed")
-            digest.update(block)
-            sink.write(block)
-        sink.flush()
-        _check_length(response, declared)
-        return size, digest.hexdigest()
-
-
-def _check_length(response: httpcore.Response, declared: int | None) -> None:
-    """A shorter body than declared is httpcore's error already; a longer one shows on the wire only."""
-    stream = response.extensions["network_stream"]
-    if not isinstance(stream, wire.GuardedStream) or declared is None:
-        return  # chunked or until the end: a connection whose remains cannot be known is not used again
-    if stream.body_bytes != declared:
-        raise FetchInterrupted("sent more bytes than its Content-Length says")
-    stream.reusable = True
-
-
-def _declared_length(headers: Mapping[str, str]) -> int | None:
-    """Content-Length, unless chunks frame the body (RFC 9112 §6.3). The parser below has refused malformed ones."""
-    text = headers.get("content-length", "")
-    return int(text) if text.isascii() and text.isdigit() and "transfer-encoding" not in headers else None
-
 
 def _look_into(sink: BinaryIO, *, accept_unverified: bool) -> Media:
     try:
@@ -280,7 +259,7 @@ def _kept(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _check_status(status: int, headers: Mapping[str, str], host: str) -> None:
-    if status == 200:
+    if status in (200, 206):
         return
     if status in EXPIRED:
         raise FetchExpired(f"{host} answered {status}")

@@ -199,22 +199,44 @@ def _named(error: OSError) -> str:
 
 
 HEAD_END = re.compile(rb"\n\r?\n")
+LINE = re.compile(rb"[^\n]*\n")
+FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n|\r?\n")
+# What frames the body: a line that speaks of it is never left out, so a malformed one is refused.
+FRAMING = re.compile(rb"content-length|transfer-encoding", re.I)
+# httpcore's own bound on an answer's head.
+MAX_HEAD_BYTES = 100 * 1024
 
 
 class GuardedStream(httpcore.NetworkStream):
     """A socket that reads in large blocks, keeps the pace and counts what came after the response head.
 
     The count is what tells a body longer than its Content-Length, which httpcore would leave in its buffer as the
-    beginning of the next answer on this connection.
+    beginning of the next answer on this connection. Lines in the head that are no header fields, which browsers pass
+    over and httpcore's parser refuses, are left out and counted in `junk_lines`.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._head = bytearray()
         self.body_bytes: int | None = None
+        self.junk_lines = 0
         self.reusable = False
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        while self.body_bytes is None:
+            data = self._receive(timeout)
+            self._head += data
+            heads = self._whole_heads()
+            if heads:
+                return heads
+            if not data or len(self._head) > MAX_HEAD_BYTES:  # what is wrong with it is the parser's to say
+                unfinished, self._head = bytes(self._head), bytearray()
+                return unfinished
+        data = self._receive(timeout)
+        self.body_bytes += len(data)
+        return data
+
+    def _receive(self, timeout: float | None) -> bytes:
         allowed = _allow(timeout)
         started = time.monotonic()
         try:
@@ -225,7 +247,6 @@ class GuardedStream(httpcore.NetworkStream):
             raise httpcore.ReadTimeout from error
         except OSError as error:
             raise httpcore.ReadError(_named(error)) from error
-        self._count(data)
         pace = _pace.get()
         if pace is not None:
             pace.received(len(data), time.monotonic() - started)
@@ -242,23 +263,33 @@ class GuardedStream(httpcore.NetworkStream):
             pass  # nothing more yet, or an error that the next read meets again
         return b"".join(blocks)
 
-    def _count(self, data: bytes) -> None:
-        if self.body_bytes is not None:
-            self.body_bytes += len(data)
-            return
-        self._head += data
-        while (end := HEAD_END.search(self._head)) is not None:
-            informational = self._head[9:10] == b"1"  # "HTTP/1.1 103 Early Hints": the real head follows
-            rest = self._head[end.end() :]
-            self._head = rest if informational else bytearray()
+    def _whole_heads(self) -> bytes:
+        """The heads that are complete, and after the last one what has come of the body."""
+        heads = b""
+        while self.body_bytes is None and (end := HEAD_END.search(self._head)) is not None:
+            head, rest = bytes(self._head[: end.end()]), self._head[end.end() :]
+            informational = head[9:10] == b"1"  # "HTTP/1.1 103 Early Hints": the real head follows
+            heads += self._without_junk(head)
             if not informational:
                 self.body_bytes = len(rest)
-                return
+                heads += rest
+            self._head = rest if informational else bytearray()
+        return heads
+
+    def _without_junk(self, head: bytes) -> bytes:
+        first, *lines = LINE.findall(head)
+        kept, good = [first], False
+        for line in lines:
+            folded = good and line[:1] in b"\t "  # goes on with the line before (RFC 9112 §5.2)
+            good = folded or bool(FIELD_LINE.fullmatch(line) or FRAMING.search(line))
+            kept += [line] * good
+        self.junk_lines += len(lines) + 1 - len(kept)
+        return b"".join(kept)
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
         if not buffer:
             return
-        self._head, self.body_bytes, self.reusable = bytearray(), None, False
+        self._head, self.body_bytes, self.junk_lines, self.reusable = bytearray(), None, 0, False
         try:
             self._socket.settimeout(_allow(timeout))
             self._socket.sendall(buffer)

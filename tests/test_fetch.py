@@ -7,6 +7,7 @@ down every attempt and lets none leave loopback.
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import io
 import ipaddress
@@ -64,6 +65,13 @@ def answer(body: bytes = b"", *headers: str, status: str = "200 OK", length: int
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def part(body: bytes, start: int, total: int, *headers: str) -> bytes:
+    """`body` as the bytes from `start` on of a file of `total`."""
+    content_range = f"Content-Range: bytes {start}-{start + len(body) - 1}/{total}"
+    return answer(body, content_range, *headers, status="206 Partial Content")
+
+
+GZIPPED = gzip.compress(png())
 Script = bytes | Callable[[socket.socket], None]
 
 
@@ -421,7 +429,12 @@ def test_many_threads_share_the_connections(host: FileHost) -> None:
     [
         (answer(png(), length=10_000), FetchInterrupted, "broke off"),
         (answer(png() + b"HTTP/1.1 200 OK\r\n", length=len(png())), FetchInterrupted, "more bytes than"),
-        (answer(png(), "Content-Encoding: gzip"), FetchInterrupted, "Content-Encoding"),
+        (answer(b"\x0b\x02" + png(), "Content-Encoding: br"), FetchInterrupted, "Content-Encoding"),
+        (answer(GZIPPED[:-1], "Content-Encoding: gzip"), FetchInterrupted, "coding is cut short"),
+        (answer(GZIPPED[:-1] + b"x", "Content-Encoding: gzip"), FetchInterrupted, "coding is broken"),
+        (answer(GZIPPED + GZIPPED, "Content-Encoding: gzip"), FetchInterrupted, "after its end"),
+        (answer(gzip.compress(bytes(9 * MIB)), "Content-Encoding: gzip"), FetchTooLarge, "more than"),
+        (answer(gzip.compress(b"<html>"), "Content-Encoding: gzip"), NotAnAsset, "html"),
         (answer(png(), length=9 * MIB), FetchTooLarge, "announced"),
         (answer(png(), "Transfer-Encoding: gzip", length=None), FetchInterrupted, "not HTTP"),
         (answer(b"ffffffffffffffff\r\n", "Transfer-Encoding: chunked", length=None), FetchInterrupted, "broke off"),
@@ -432,6 +445,12 @@ def test_many_threads_share_the_connections(host: FileHost) -> None:
         (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", FetchInterrupted, "not HTTP"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, FetchInterrupted, "not HTTP"),
         (answer(png(), status="206 Partial Content"), FetchInterrupted, "206"),
+        (part(png(), 1, 99), FetchInterrupted, "206"),
+        (part(png(), 0, 99), FetchInterrupted, "206"),
+        (answer(png(), "Content-Range: bytes 0-9/*", status="206 Partial Content"), FetchInterrupted, "206"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length : 9\r\n\r\n" + png(), FetchInterrupted, "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: a\rContent-Length: 9\r\n\r\n" + png(), FetchInterrupted, "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX Transfer-Encoding: chunked\r\n\r\n" + png(), FetchInterrupted, "not HTTP"),
         (answer(b"", length=None, status="302 Found"), FetchInterrupted, "nowhere"),
         (answer(b""), NotAnAsset, "empty"),
         (answer(b"<!DOCTYPE html><title>Sorry</title>"), NotAnAsset, "html"),

@@ -6,7 +6,6 @@ and what `receiver status` says are looked at afterwards.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import re
@@ -144,14 +143,13 @@ def moved(to: str) -> bytes:
     return answer(b"", f"Location: {to}", status="302 Found")
 
 
-ZIPPED = answer(gzip.compress(png()), "Content-Encoding: gzip", "Content-Type: image/png")
 # What ends a transfer, not a file: tried again (`due`), unless it can never be otherwise (`failed`).
 ANSWERS: dict[str, tuple[Script, str, AssetState]] = {
     "stream without end": (endless, f"more than the {MAX_BYTES} bytes", AssetState.FAILED),
     "length over the cap": (closing(answer(png(), length=9 * GIB)), "announced", AssetState.FAILED),
     "length too long": (closing(answer(png(), length=10_000)), "broke off", AssetState.DUE),
     "length too short": (closing(answer(png(), length=20)), "more bytes than|Content-Length", AssetState.DUE),
-    "gzip-encoded": (closing(ZIPPED), "Content-Encoding", AssetState.DUE),
+    "brotli-encoded": (closing(answer(b"\x0b\2" + png(), "Content-Encoding: br")), "Content-Encoding", AssetState.DUE),
     "drip": (drip, "longer than|slower than", AssetState.DUE),
     "empty": (answer(b""), "empty", AssetState.FAILED),
     "to metadata": (moved("http://169.254.169.254/latest/meta-data"), "redirect .* refused", AssetState.DUE),
