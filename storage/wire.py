@@ -7,14 +7,17 @@ checked for. The name stays the one asked for in SNI, in the certificate check a
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import logging
 import re
 import selectors
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,6 +36,11 @@ READ_BYTES = 512 * 1024
 TLS_RECORD_BYTES = 16 * 1024
 # Of the addresses a name has: enough to get past a dead one, few enough to end within the connect timeout.
 MAX_DIALS = 4
+# Seconds to look up a name where nothing else says; glibc gives one silent server up after 10 (two tries of 5 s).
+LOOKUP_SECONDS = 10.0
+# Names looked up at once, those given up included: four times the threads that fetch by default, and its sinks.
+MAX_LOOKUPS = 64
+_lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
 # How long transfer speed is averaged over before it is judged: a pause for one retransmission is no drip.
 SPEED_WINDOW_SECONDS = 10.0
 
@@ -53,6 +61,32 @@ def resolve(host: str, port: int) -> list[str]:
     """Every address the system has for `host`, best first. Raises OSError (`socket.gaierror`) when there is none."""
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
+
+
+def _look_up(work: Callable[[], Sequence[str]], seconds: float | None) -> Sequence[str]:
+    """The answers, or an OSError after `seconds`: the system's resolver takes no deadline, and a server that is silent
+    holds it for 5 s a try and server (resolv.conf(5)). What is given up ends by itself, in a thread of its own."""
+    if not _lookups.acquire(blocking=False):
+        raise OSError(errno.EAGAIN, f"{MAX_LOOKUPS} lookups have no answer yet")
+    done: Future[Sequence[str]] = Future()
+
+    def look() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:  # noqa: BLE001 - the thread that asked raises it
+            done.set_exception(error)
+        finally:
+            _lookups.release()
+
+    try:
+        threading.Thread(target=look, name="lookup", daemon=True).start()
+    except RuntimeError as error:  # no thread to be had
+        _lookups.release()
+        raise OSError(errno.EAGAIN, str(error)) from error
+    try:
+        return done.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(errno.ETIMEDOUT, "no answer in time") from error
 
 
 def dial(host: str, address: str, port: int, timeout: float | None) -> socket.socket:
@@ -155,7 +189,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         socket_options: Any = None,
     ) -> httpcore.NetworkStream:
         """Raises `AddressRefused` when any answer is refused: a name that mixes public and private is not trusted."""
-        addresses = self.checked(host, port)[:MAX_DIALS]
+        addresses = self.checked(host, port, timeout)[:MAX_DIALS]
         failure: OSError = ConnectionError("no addresses")
         for address in addresses:
             share = None if timeout is None else timeout / len(addresses)
@@ -165,15 +199,15 @@ class GuardedBackend(httpcore.NetworkBackend):
                 failure = error
         raise httpcore.ConnectError(_named(failure)) from failure
 
-    def checked(self, host: str, port: int) -> list[Address]:
-        """Resolve once and check every answer."""
+    def checked(self, host: str, port: int, timeout: float | None = None) -> list[Address]:
+        """Resolve once, in `timeout` seconds at most, and check every answer."""
+        if _is_literal(host):
+            return [self._check(host, host, port)]
         try:
-            return [self._check(host, host, port)] if _is_literal(host) else self._answers(host, port)
+            answers = _look_up(lambda: self._resolve(host, port), _allow(timeout or LOOKUP_SECONDS))
         except OSError as error:
             raise httpcore.ConnectError(f"name not resolved: {_named(error)}") from error
-
-    def _answers(self, host: str, port: int) -> list[Address]:
-        return [self._check(answer, host, port) for answer in self._resolve(host, port)]
+        return [self._check(answer, host, port) for answer in answers]
 
     def _check(self, answer: str, host: str, port: int) -> Address:
         try:

@@ -42,6 +42,7 @@ from storage.errors import (
     NotAnAsset,
 )
 from storage.fetch import Fetched, Fetcher, retry_after, spool, sweep
+from tests.harness import wait_until
 from tests.vectors import ALLOWED_ADDRESSES, ALLOWED_URLS, FORBIDDEN_ADDRESSES, MIXED_ANSWERS, REFUSED_URLS
 
 PUBLIC = "93.184.215.14"
@@ -296,6 +297,28 @@ def test_an_unknown_name_is_tried_again_later() -> None:
 
     with pytest.raises(FetchInterrupted, match="not resolved"):
         fetcher(resolve=unknown).fetch("https://nowhere.example.com/a.png", io.BytesIO())
+
+
+def test_a_name_server_that_is_silent_holds_no_thread_for_long() -> None:
+    silence = threading.Event()
+
+    def silent(name: str, port: int) -> list[str]:
+        silence.wait(30)
+        return [PUBLIC]
+
+    client = fetcher(resolve=silent, connect_timeout_seconds=0.1)
+    started = time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        tries = [threads.submit(client.fetch, f"https://{n}.example.com/", io.BytesIO()) for n in range(80)]
+        errors = [str(one.exception(20)) for one in tries]
+    assert time.monotonic() - started < 10
+    stuck = [thread for thread in threading.enumerate() if thread.name == "lookup"]
+    silence.set()
+    assert len(stuck) == wire.MAX_LOOKUPS == sum("no answer in time" in error for error in errors)
+    assert sum("64 lookups have no answer yet" in error for error in errors) == 80 - wire.MAX_LOOKUPS
+    wait_until(lambda: not any(thread.is_alive() for thread in stuck))
+    with pytest.raises(FetchInterrupted, match="not dialled in tests"):
+        fetcher(resolve=silent, dial=Recorder()).fetch("https://cdn.example.com/", io.BytesIO())
 
 
 def test_the_environment_is_not_read(host: FileHost, monkeypatch: pytest.MonkeyPatch) -> None:
