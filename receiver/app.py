@@ -28,7 +28,7 @@ from receiver.stream import Stream
 from receiver.tokens import Tokens
 from storage import deadlines, measures, migrations, outbox, rolling, workers
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.inbox import Inbox
 from storage.objects import Bucket
 from storage.slots import Slots
@@ -85,7 +85,7 @@ class Health:
             if not behind:
                 checks["workers"] = "ok" if workers.count_alive(self._database) else "none alive"
                 checks |= self._lateness()
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             checks |= {"database": str(error), "schema": "unknown"}
         return checks
 
@@ -115,7 +115,7 @@ class Health:
         try:
             with self._database.read() as session:
                 found = measures.measure(session, deadline_seconds=self._deadline_seconds, slots=self._slots)
-        except StoreUnavailable:
+        except DatabaseUnavailable:
             found = None
         telemetry.show_work(found.as_dict() if found else None)
         return generate_latest(telemetry.REGISTRY)

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from receiver.tokens import ASSET_PURPOSE, Tokens
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.keys import EXTENSIONS
 from storage.models import Asset
 from storage.objects import Bucket, NoSuchObject
@@ -67,7 +67,7 @@ class Assets:
             raise HTTPException(404)
         try:
             return await self._answer(request, named.task_id, extension)
-        except StoreUnavailable as error:
+        except (DatabaseUnavailable, StoreUnavailable) as error:
             log.error("asset.not_served", asset=str(named.task_id), error=str(error))
             return _later()
 

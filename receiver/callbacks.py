@@ -31,7 +31,7 @@ from receiver.timeouts import Timeouts
 from receiver.tokens import Named, Tokens
 from storage import states, tasks
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.events import EventName, record
 from storage.inbox import Delivery, Inbox, InboxFull, Intake, TaskFull, store
 from storage.models import Callback
@@ -144,7 +144,7 @@ class Callbacks:
             return _answer(503, "busy, try again", "full")
         except TimeoutError:
             return _answer(503, "could not be stored in time, try again", "late")
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.error("callback.not_stored", error=str(error))
             return _answer(503, "could not be stored, try again", "database")
         except Exception:
@@ -161,7 +161,7 @@ class Callbacks:
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
         try:
             is_kept = await run_in_threadpool(self._keep_refused, delivery)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.error("callback.not_stored", error=str(error))
             return _answer(503, "could not be stored, try again", "database")
         if not is_kept and self._may_say.now(named.task_id):

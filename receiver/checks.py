@@ -30,7 +30,14 @@ from receiver.providers.kling import Kling
 from receiver.sinks.setting import Entry
 from receiver.wiring import Parts
 from storage import migrations, states, workers
-from storage.errors import ProviderRejected, ProviderThrottled, ProviderUnavailable, StoreUnavailable, UserError
+from storage.errors import (
+    DatabaseUnavailable,
+    ProviderRejected,
+    ProviderThrottled,
+    ProviderUnavailable,
+    StoreUnavailable,
+    UserError,
+)
 from storage.models import Task, Worker
 from storage.objects import reason_code
 from storage.probe import Capabilities
@@ -156,14 +163,14 @@ def database(parts: Parts) -> Iterator[Result]:
             yield _callback_secrets(parts)
             yield _workers(parts)
             yield _slots(parts)
-    except (StoreUnavailable, DBAPIError, OSError) as error:
+    except (DatabaseUnavailable, DBAPIError, OSError) as error:
         advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
         yield Result("database", Status.FAULT, f"cannot be used ({_words(parts, error)})", advice)
 
 
 def _words(parts: Parts, error: BaseException) -> str:
     """The driver's own words, without the password should it quote it."""
-    if isinstance(error, StoreUnavailable) and isinstance(error.__cause__, DBAPIError):
+    if isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError):
         error = error.__cause__
     words = str(error.orig if isinstance(error, DBAPIError) else error)
     password = parts.database.url.password

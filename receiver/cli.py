@@ -72,6 +72,6 @@ def _show(text: str) -> None:
 
 
 def _is_known(error: Exception) -> bool:
-    from storage.errors import StoreUnavailable, UserError
+    from storage.errors import DatabaseUnavailable, StoreUnavailable, UserError
 
-    return isinstance(error, UserError | StoreUnavailable)
+    return isinstance(error, UserError | DatabaseUnavailable | StoreUnavailable)

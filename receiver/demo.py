@@ -34,7 +34,7 @@ from receiver.sandbox import Knobs, Sandbox
 from receiver.sandbox.seaweed import Mortal, Seaweed, answers, is_free, random_port, weed_binary
 from receiver.waiting import find, is_over
 from receiver.wiring import Parts
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.models import Asset, Callback, Task
 from storage.states import TaskState
 
@@ -94,7 +94,7 @@ def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds
             if keep:
                 demo_view.say_stays(console, program, environment, stage.log_path)
                 _stay(stage)
-        except (RuntimeError, OSError, StoreUnavailable) as error:
+        except (RuntimeError, OSError, DatabaseUnavailable, StoreUnavailable) as error:
             log = stage.log_path if directory else _rescued(stage.log_path)
             where = f"\nThe receiver's log: {log}" if log.exists() else ""
             raise DemoFailed(f"{error}{where}") from error

@@ -34,7 +34,7 @@ from receiver.gateway_answers import Refused, Reply, success, too_fast
 from receiver.gateway_creates import Ask, Begun, Creates, Patience
 from receiver.gateway_queries import Queries
 from receiver.listener import Listener
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Gateway:
             return await self._route(request, request_id)
         except Refused as refused:
             return refused.reply(request_id)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.error("gateway.database_away", error=str(error))
             return _away().reply(request_id)
         except Exception:
@@ -187,7 +187,7 @@ class Gateway:
     def _sent(self, sending: asyncio.Task[None]) -> None:
         self._sending.discard(sending)
         error = _failure(sending)
-        if isinstance(error, StoreUnavailable):
+        if isinstance(error, DatabaseUnavailable):
             log.error("gateway.database_away", error=str(error))
         elif error:
             log.error("gateway.send_failed", exc_info=error)

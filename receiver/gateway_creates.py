@@ -35,7 +35,7 @@ from receiver.submit import Submitter
 from storage import idempotency
 from storage.addresses import AddressPolicy, check_url
 from storage.database import Database
-from storage.errors import FetchRefused, NoSlots, ProviderThrottled, StoreUnavailable
+from storage.errors import DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
 from storage.idempotency import Key
 from storage.keys import encode_id
 from storage.models import Idempotency, Task
@@ -171,7 +171,7 @@ class Creates:
         if ask.key:
             try:
                 self._remember(ask.key, refusal, reply)
-            except StoreUnavailable as error:
+            except DatabaseUnavailable as error:
                 log.error("gateway.answer_not_remembered", task=begun.task.external_task_id, error=str(error))
             except Exception:
                 log.exception("gateway.answer_not_remembered", task=begun.task.external_task_id)
@@ -181,7 +181,7 @@ class Creates:
         """The row as it is now, or as it was committed when it cannot be read."""
         try:
             return self._row(begun)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.error("gateway.row_not_read", task=begun.task.external_task_id, error=str(error))
         except Exception:
             log.exception("gateway.row_not_read", task=begun.task.external_task_id)

@@ -103,7 +103,7 @@ class Receiver:
     def __init__(self, **settings: Any) -> None:
         """`settings`: what differs from the environment, named like `RECEIVER_…` in lower case without the prefix.
 
-        Raises `SettingsInvalid` (a line per fault), `SchemaBehind` (run `receiver migrate`), `StoreUnavailable`.
+        Raises `SettingsInvalid` (a line per fault), `SchemaBehind` (run `receiver migrate`), `DatabaseUnavailable`.
         """
         self._parts = Parts(config.load(**settings))
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)

@@ -16,7 +16,7 @@ from sqlmodel import Session
 from receiver.provider import Provider
 from storage import claims, states, tasks
 from storage.database import Database, clock
-from storage.errors import LostClaim, ReportUnreadable, StoreUnavailable
+from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
 from storage.events import EventName, record
 from storage.models import Callback, Task
 from storage.states import CallbackState, Report, TaskState
@@ -107,7 +107,7 @@ class Matcher:
         alone = [row for row in rows if not row.task_id]
         try:
             self._apply_together(named)
-        except StoreUnavailable:
+        except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - whichever row it was will tell by itself
             log.warning("callback.batch_split", rows=len(named), error=type(error).__name__)
@@ -120,7 +120,7 @@ class Matcher:
         for row in rows:
             try:
                 self.work(row)
-            except StoreUnavailable:
+            except DatabaseUnavailable:
                 for fault in faults:  # else nobody would hear of them: the rows are claimed again as if nothing was
                     log.error("worker.bug", exc_info=fault)
                 raise

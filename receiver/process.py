@@ -135,7 +135,7 @@ class Supervisor:
 
 
 def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
-    """Run the web server and the workers until SIGTERM or SIGINT. Raises `SchemaBehind`, `StoreUnavailable`."""
+    """Run the web server and the workers until SIGTERM or SIGINT. Raises `SchemaBehind`, `DatabaseUnavailable`."""
     settings = parts.settings
     await_schema(parts.database, migrate=settings.migrates_on_start)
     web = app.build(

@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from receiver.cloudevents import Envelope
 from storage import events
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.models import Event
 
 log = structlog.get_logger()
@@ -73,7 +73,7 @@ class Stream:
                 raise ValueError(f"no event has the number {asked} yet, the newest is {newest}")
         except ValueError as error:
             return _refusal(400, str(error))
-        except StoreUnavailable:
+        except DatabaseUnavailable:
             return _refusal(503, "the database is away", {"Retry-After": str(RETRY_AFTER_SECONDS)})
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
@@ -104,7 +104,7 @@ class Stream:
                 continue
             try:
                 last, page = await run_in_threadpool(self._page, after, names)
-            except StoreUnavailable:
+            except DatabaseUnavailable:
                 return  # the reader comes back, to a database that is there again or to a 503
             after = max(newest, last) if len(page) < PAGE else last
             for told in page:
@@ -143,7 +143,7 @@ class Stream:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 newest = await run_in_threadpool(self._look)
-            except StoreUnavailable as error:
+            except DatabaseUnavailable as error:
                 log.warning("stream.database_away", error=str(error))
             except Exception:
                 log.exception("stream.bug")

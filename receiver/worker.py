@@ -21,7 +21,7 @@ from storage import claims, workers
 from storage.alongside import alongside
 from storage.circuit import Circuit
 from storage.database import Database
-from storage.errors import LostClaim, StoreUnavailable
+from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.slots import Slots
 
 log = structlog.get_logger()
@@ -121,7 +121,7 @@ class Worker:
                 thread.join(IDLE_SECONDS)  # wakes by itself: a signal may be taken by another thread than this one
         try:
             self._drain()
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.warning("worker.database_away", error=str(error))
         finally:
             self._ended.set()
@@ -131,7 +131,7 @@ class Worker:
         while not self._stop.is_set():
             try:
                 return workers.register(self._database, sum(lane.threads for lane in self._lanes))
-            except StoreUnavailable as error:
+            except DatabaseUnavailable as error:
                 log.warning("worker.database_away", chore="register", error=str(error))
             self._stop.wait(DATABASE_AWAY_SECONDS)
         return None
@@ -218,7 +218,7 @@ class Worker:
     def _claim_or_wait(self, lane: Lane, limit: int) -> list[Any]:
         try:
             return self._claim(lane, limit)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.warning("worker.database_away", lane=lane.name, error=str(error))
         except Exception:
             log.exception("worker.bug", lane=lane.name)
@@ -233,7 +233,7 @@ class Worker:
             else:
                 for row in rows:
                     lane.work(row)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.warning("worker.database_away", lane=lane.name, rows=ids, error=str(error))
             self._stranded.extend(rows)
         except Exception:
@@ -249,7 +249,7 @@ class Worker:
         try:
             with self._database.write() as session:
                 claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
-        except (LostClaim, StoreUnavailable):
+        except (LostClaim, DatabaseUnavailable):
             return
 
     def _sleep(self, seen: int, seconds: float = IDLE_SECONDS) -> None:
@@ -279,8 +279,10 @@ class Worker:
         """Whatever goes wrong is told, and its thread lives to do it the next time."""
         try:
             do()
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.warning("worker.database_away", chore=chore, error=str(error))
+        except StoreUnavailable as error:
+            log.warning("worker.store_away", chore=chore, error=str(error))
         except Exception:
             log.exception("worker.bug", chore=chore)
 

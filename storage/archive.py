@@ -18,7 +18,7 @@ from sqlmodel import Session
 from storage import claims, objects, tasks
 from storage.circuit import Circuit
 from storage.database import Database, clock, run
-from storage.errors import DatabaseUnavailable, GiveUp, LostClaim, Refresh, Retry, StoreUnavailable
+from storage.errors import GiveUp, LostClaim, Refresh, Retry, StoreUnavailable
 from storage.events import EventName, file_facts, record
 from storage.fetch import Fetched, Fetcher, spool
 from storage.keys import object_key
@@ -79,7 +79,7 @@ class Archiver:
         except Refresh as error:
             self._refresh(asset, error)
         except Retry as error:
-            if isinstance(error, StoreUnavailable) and not isinstance(error, DatabaseUnavailable):
+            if isinstance(error, StoreUnavailable):
                 self._circuit.failed()
             self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
         except GiveUp as error:

@@ -42,7 +42,7 @@ def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted
     """Delete one task that is over: its files, superseded ones and manifests included, all versions of them.
 
     Raises `NoSuchTask`, `Refused` for one that goes on or whose objects are locked (then
-    nothing is changed), `StoreUnavailable`.
+    nothing is changed), `StoreUnavailable`, `DatabaseUnavailable`.
     """
     task, folders = look(database, bucket, external_task_id)
     _refuse_locked(bucket, folders)

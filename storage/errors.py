@@ -9,7 +9,7 @@ Retry(after)          the same work may succeed later
 │                         redirected where we do not go
 ├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
 ├── StoreUnavailable      the bucket is down or refuses us
-│   └── DatabaseUnavailable   the same of the database
+├── DatabaseUnavailable   the database is down or refuses us
 └── DiskFull              no room to spool
 Refresh               the URL died; read the task again for a new one
 └── FetchExpired          401 403 404 410 on a result URL
@@ -83,7 +83,7 @@ class StoreUnavailable(Retry):
     pass
 
 
-class DatabaseUnavailable(StoreUnavailable):
+class DatabaseUnavailable(Retry):
     pass
 
 

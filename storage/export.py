@@ -51,7 +51,7 @@ class Export:
         self._folder = folder.absolute()
 
     def run(self, chosen: Iterator[Task]) -> Iterator[Exported]:
-        """Export these tasks. Raises `StoreUnavailable`, OSError."""
+        """Export these tasks. Raises `StoreUnavailable`, `DatabaseUnavailable`, OSError."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="export") as threads:
             for batch in in_batches(chosen, BATCH_TASKS):
                 yield from threads.map(self._task, batch)

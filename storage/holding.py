@@ -12,7 +12,7 @@ from storage import claims
 from storage.alongside import alongside
 from storage.claims import Row
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 
 log = structlog.get_logger()
 
@@ -35,7 +35,7 @@ def _renew(database: Database, row: Row, lease_seconds: float, ended: threading.
         try:
             with database.write() as session:
                 claims.renew(session, type(row), [row.id], lease, lease_seconds)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.warning("claim.not_renewed", row=str(row.id), error=str(error))
         except Exception:
             log.exception("claim.not_renewed", row=str(row.id))

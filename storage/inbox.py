@@ -30,7 +30,7 @@ from sqlmodel import Session, col, select
 from storage import free_space
 from storage.claims import PARK_LOSSES
 from storage.database import WAKE_CHANNEL, Database, clock, run
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.free_space import Disk
 from storage.models import Callback
 from storage.states import CallbackState
@@ -64,7 +64,7 @@ class Intake(Enum):
     DUPLICATE = "duplicate"
 
 
-class InboxFull(StoreUnavailable):
+class InboxFull(DatabaseUnavailable):
     """Too much waits for its commit; the sender should try again in a moment."""
 
 
@@ -320,7 +320,7 @@ class Inbox:
         try:
             new, full = self._write([delivery for delivery, _ in batch])
         except Exception as error:  # noqa: BLE001 - whatever it is, every waiter is told
-            if len(batch) == 1 or isinstance(error, StoreUnavailable):
+            if len(batch) == 1 or isinstance(error, DatabaseUnavailable):
                 for _, tell in batch:
                     tell(error)
                 return

@@ -74,7 +74,7 @@ class Rebuild:
         self._deep = deep
 
     def run(self) -> Iterator[Restored]:
-        """Restore folder by folder; what was yielded is committed. Raises `StoreUnavailable`."""
+        """Restore folder by folder; what was yielded is committed. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="rebuild") as threads:
             for batch in in_batches(object_folders(self._bucket), BATCH_FOLDERS):
                 found = list(threads.map(lambda item: self._look(*item), batch))

@@ -16,7 +16,7 @@ from sqlmodel import Session, col
 from storage import manifest, tasks
 from storage.audit import ENDED, Finding, Kind
 from storage.database import Database, clock
-from storage.errors import ObjectConflict, StoreUnavailable
+from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
 from storage.fetch import spool
 from storage.keys import manifest_name, object_key
 from storage.models import Asset, Task
@@ -54,7 +54,7 @@ class Repairer:
                     return "left alone: no row says whose it is"
                 case Kind.SUPERSEDED:
                     return "left alone: nothing is wrong with it"
-        except (StoreUnavailable, ObjectConflict) as error:
+        except (DatabaseUnavailable, StoreUnavailable, ObjectConflict) as error:
             return f"not repaired: {error}"
 
     def _set_aside(self, finding: Finding) -> str | None:

@@ -19,7 +19,7 @@ from sqlmodel import Session, func, select
 from structlog.testing import capture_logs
 
 from storage.database import Database, Turnstile, Waker, clock, normal_url
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.models import Worker
 from tests.harness import wait_until
 from tests.postgres import Postgres
@@ -234,9 +234,9 @@ def test_a_wait_ends_by_itself_and_an_undone_transaction_wakes_nobody(database: 
 
 def test_an_unreachable_postgresql_is_unavailable_and_its_waker_only_waits() -> None:
     away = Database("postgresql://nobody@127.0.0.1:1/none")
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(DatabaseUnavailable):
         away.now()
-    with pytest.raises(StoreUnavailable), away.write() as session:
+    with pytest.raises(DatabaseUnavailable), away.write() as session:
         session.execute(text("SELECT 1"))
     away.waker().wait(0)
 
@@ -259,7 +259,7 @@ def test_a_postgresql_that_vanishes_is_given_up(database: Database, query: str, 
 def test_a_connection_that_postgresql_ends_is_unavailable_once(database: Database, postgres: Postgres) -> None:
     waker = database.waker()
     waker.wait(0)
-    with pytest.raises(StoreUnavailable), database.write() as session:
+    with pytest.raises(DatabaseUnavailable), database.write() as session:
         break_and_use(session, postgres, str(database.url.database))
     waker.wait(0)
     assert database.now()
@@ -311,13 +311,13 @@ def test_a_waker_of_a_sqlite_file_that_is_away_says_so_once(tmp_path: Path) -> N
 
 def test_a_sqlite_file_in_no_folder_is_unavailable(tmp_path: Path) -> None:
     away = Database(f"sqlite:///{tmp_path}/none/receiver.db")
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(DatabaseUnavailable):
         away.now()
-    with pytest.raises(StoreUnavailable), away.write():
+    with pytest.raises(DatabaseUnavailable), away.write():
         pass
 
 
 def test_a_query_that_is_wrong_is_no_outage(database: Database) -> None:
     with pytest.raises(Exception, match="nonsense") as caught, database.read() as session:
         session.execute(text("SELECT nonsense FROM task"))
-    assert not isinstance(caught.value, StoreUnavailable)
+    assert not isinstance(caught.value, DatabaseUnavailable)

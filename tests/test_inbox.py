@@ -18,7 +18,7 @@ from sqlmodel import func, select
 
 from storage import free_space, inbox
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.inbox import Delivery, Inbox, InboxFull, Intake
 from storage.models import Callback
 from storage.states import CallbackState
@@ -174,7 +174,7 @@ def test_what_waits_in_memory_is_bounded_by_bytes(database: Database) -> None:
     large = replace(GOOD, body=bytes(2**20))
     for _ in range(inbox.MAX_WAITING_BYTES // 2**20):
         idle.put(large)
-    with pytest.raises(StoreUnavailable):  # InboxFull is one: the sender tries again
+    with pytest.raises(DatabaseUnavailable):  # InboxFull is one: the sender tries again
         idle.put(GOOD)
 
 

@@ -17,7 +17,7 @@ from sqlmodel import SQLModel
 
 from storage import migrations
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 
 UPGRADE = """
 import sys
@@ -117,5 +117,5 @@ def test_a_schema_of_a_later_release_is_refused_and_left_alone(database: Databas
 def test_an_unreachable_database_is_unavailable() -> None:
     away = Database("postgresql://nobody@127.0.0.1:1/none")
     for ask in (migrations.current, migrations.upgrade):
-        with pytest.raises(StoreUnavailable):
+        with pytest.raises(DatabaseUnavailable):
             ask(away)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +16,13 @@ import pytest
 from sqlmodel import col, select, update
 from structlog.testing import capture_logs
 
-from receiver.worker import Lane, Worker
+from receiver.worker import Chore, Lane, Worker
 from storage import claims, workers
 from storage.database import Database
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
+from storage.folders import sweep_uploads
 from storage.models import Asset, Task
+from storage.objects import Bucket
 from storage.states import Step
 from tests.harness import wait_until
 from tests.postgres import Postgres
@@ -45,7 +47,7 @@ class Desk:
         try:
             with self.database.write() as session:
                 claims.settle(session, row, due_in=None)
-        except StoreUnavailable:
+        except DatabaseUnavailable:
             self.stranded.append(row.id)
             raise
         self.done.append(row.id)
@@ -62,9 +64,11 @@ def desk(database: Database) -> Desk:
 
 
 @contextmanager
-def running(database: Database, *lanes: Lane, lease: float = 5, grace: float = 10) -> Iterator[Worker]:
+def running(
+    database: Database, *lanes: Lane, lease: float = 5, grace: float = 10, chores: Sequence[Chore] = ()
+) -> Iterator[Worker]:
     """A worker at work in a thread; on leaving it is stopped and has ended."""
-    worker = Worker(database, lanes, lease_seconds=lease, grace_seconds=grace)
+    worker = Worker(database, lanes, lease_seconds=lease, grace_seconds=grace, chores=chores)
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
@@ -351,3 +355,13 @@ def test_work_goes_on_after_the_database_was_away(database: Database, desk: Desk
         postgres.start()
         wait_until(lambda: not waiting(database), seconds=30)
     assert sorted(desk.done) == sorted(asset.id for asset in assets)
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_a_bucket_that_is_away_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
+    away = Bucket("away", endpoint_url="http://127.0.0.1:9")
+    chore = Chore("uploads", 60, lambda: sweep_uploads(away))
+    with capture_logs() as logs, running(database, assets_lane(desk.work), chores=[chore]):
+        (line,) = wait_until(lambda: [each for each in logs if each.get("chore") == "uploads"])
+    assert line["event"] == "worker.store_away"
+    assert "cannot be reached" in line["error"]

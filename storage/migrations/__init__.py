@@ -24,7 +24,7 @@ def head() -> str:
 
 
 def current(database: Database) -> str | None:
-    """The schema the database has, None = none of ours yet. Raises `StoreUnavailable`."""
+    """The schema the database has, None = none of ours yet. Raises `DatabaseUnavailable`."""
     with database.read() as session:
         if not inspect(session.connection()).has_table("alembic_version"):
             return None

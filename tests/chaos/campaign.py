@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import func, update
 from sqlmodel import col, select
 
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.models import Asset, Callback, Task
 from storage.states import TERMINAL, ArchiveState
 from tests.chaos import plan as kinds
@@ -140,7 +140,7 @@ class Campaign:
         while True:
             try:
                 self._stage.parts.submitter.submit(request, external_task_id=name)
-            except StoreUnavailable:
+            except DatabaseUnavailable:
                 if time.monotonic() > self._started + self._plan.storm_seconds + SUBMIT_GRACE_SECONDS:
                     raise
                 time.sleep(SUBMIT_AGAIN_SECONDS)
