@@ -7,7 +7,6 @@ on one batch of rows where a lane can. A step settles its own row; the loop is d
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from receiver.in_hand import InHand, claims_of
 from storage import claims, workers
 from storage.alongside import alongside
 from storage.circuit import Circuit
@@ -91,11 +91,8 @@ class Worker:
         self._stop = threading.Event()
         self._wake = threading.Condition()
         self._commits = 0
-        self._held: dict[tuple[str, Any, uuid.UUID], tuple[Lane, Any]] = {}
-        self._held_lock = threading.Lock()
+        self._in_hand = InHand()
         self._stranded: list[Any] = []
-        self._alone = threading.Event()
-        self._gate = threading.Lock()
         self._ended = threading.Event()
 
     def stop(self) -> None:
@@ -168,8 +165,8 @@ class Worker:
             return []
         if lane.circuit and not (limit := lane.circuit.allowance(limit)):
             return []
-        with self._gate:
-            if self._alone.is_set() and not alone:
+        with self._in_hand.claiming(alone=alone) as may:
+            if not may:
                 return []
             with self._database.write() as session:
                 if queue is not None:
@@ -177,8 +174,7 @@ class Worker:
                 rows: list[Any] = claims.claim(
                     session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
                 )
-            with self._held_lock:
-                self._held.update({_claim_of(lane, row): (lane, row) for row in rows})
+            self._in_hand.take(rows)
         return rows
 
     def _is_any_due(self, lane: Lane, queue: Slots | None) -> bool:
@@ -226,7 +222,7 @@ class Worker:
         return []
 
     def _do(self, lane: Lane, rows: list[Any]) -> None:
-        ids, held = [str(row.id) for row in rows], [_claim_of(lane, row) for row in rows]
+        ids, held = [str(row.id) for row in rows], claims_of(rows)
         try:
             if lane.work_many and len(rows) > 1:
                 lane.work_many(rows)
@@ -241,9 +237,7 @@ class Worker:
             for row in rows:
                 self._settle_bug(row)
         finally:
-            with self._held_lock:
-                for claim in held:
-                    self._held.pop(claim, None)
+            self._in_hand.put_down(held)
 
     def _settle_bug(self, row: Any) -> None:
         try:
@@ -297,11 +291,9 @@ class Worker:
         del self._stranded[: len(rows)]
 
     def renew_held(self) -> None:
-        with self._held_lock:
-            held = list(self._held.values())
         by_lease: dict[tuple[Any, uuid.UUID], list[Any]] = {}
-        for lane, row in held:
-            by_lease.setdefault((lane.model, row.lease), []).append(row.id)
+        for row in self._in_hand.rows:
+            by_lease.setdefault((type(row), row.lease), []).append(row.id)
         with self._database.write() as session:
             for (model, lease), ids in by_lease.items():
                 claims.renew(session, model, ids, lease, self._lease_seconds)
@@ -330,15 +322,10 @@ class Worker:
             lanes = [lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True)]
         if not lanes:
             return 0
-        self._alone.set()
-        with self._gate:
-            pass  # a claim that was under way has ended
         try:
-            while self._held and not self._stop.is_set():
-                time.sleep(0.05)
-            return sum(map(self._work_on_suspect, lanes))
+            with self._in_hand.quarantine(self._stop):
+                return sum(map(self._work_on_suspect, lanes))
         finally:
-            self._alone.clear()
             self._alert()
 
     def _work_on_suspect(self, lane: Lane) -> int:
@@ -351,22 +338,14 @@ class Worker:
         return len(rows)
 
     def _drain(self) -> None:
-        deadline = time.monotonic() + self._grace_seconds
-        while self._held and time.monotonic() < deadline:
-            time.sleep(0.02)
-        with self._held_lock:
-            left = [row for _, row in self._held.values()] + self._stranded
+        self._in_hand.wait_until_empty(self._grace_seconds)
+        left = self._in_hand.rows + self._stranded
         if left:
             with self._database.write() as session:
                 for row in left:
                     claims.release(session, row)
         workers.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))
-
-
-def _claim_of(lane: Lane, row: Any) -> tuple[str, Any, uuid.UUID]:
-    """What is held is a claim: a report may take a row from the thread that reads it, and the next thread claims it."""
-    return lane.name, row.id, row.lease
 
 
 @contextmanager

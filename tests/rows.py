@@ -57,16 +57,17 @@ def event_names(database: Database, task: Task) -> list[str]:
         return [event.name for event in events.of_task(session, task.id)]
 
 
+def is_any_blocked(database: Database) -> bool:
+    """Whether a transaction waits for another's lock, on PostgreSQL."""
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = :name AND wait_event_type = 'Lock'")
+    with database.read() as session:
+        return bool(session.execute(waiting, {"name": database.url.database}).scalar_one())
+
+
 def wait_until_blocked(database: Database, other: Future[Any]) -> None:
     """Until the other thread waits for our transaction, or is done (which may be the fault that is looked for).
 
     On SQLite it waits at its first statement, where nobody can see it.
     """
-    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = :name AND wait_event_type = 'Lock'")
-
-    def is_blocked() -> bool:
-        with database.read() as session:
-            return bool(session.execute(waiting, {"name": database.url.database}).scalar_one())
-
     if not database.is_sqlite:
-        wait_until(lambda: other.done() or is_blocked())
+        wait_until(lambda: other.done() or is_any_blocked(database))
