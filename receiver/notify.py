@@ -155,12 +155,13 @@ class Dispatcher:
         return Message(event_id(event), event, external_task_id, self._envelope.encode(event, external_task_id))
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
+        """Tell the circuit. A refusal of one message says nothing: it may have been made here, before any sending."""
         for outcome in outcomes if self._circuit else ():
             assert self._circuit is not None
-            if isinstance(outcome, Retry) and not isinstance(outcome, NotTried):
-                self._circuit.failed()
-            elif not isinstance(outcome, NotTried):
+            if outcome is None or isinstance(outcome, SinkGone):
                 self._circuit.succeeded()
+            elif isinstance(outcome, Retry) and not isinstance(outcome, NotTried):
+                self._circuit.failed()
 
     def _settle(self, session: Session, row: Dispatch, outcome: Outcome) -> str:
         """Write what came of it; returns the word for it."""

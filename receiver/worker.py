@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import structlog
 from receiver.in_hand import InHand, claims_of
 from storage import claims, workers
 from storage.alongside import alongside
-from storage.circuit import Circuit
+from storage.circuit import Circuit, Grant
 from storage.database import Database
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.slots import Slots
@@ -36,6 +36,9 @@ SUSPECT_LOOK_SECONDS = 1.0
 BUG_CAP_SECONDS = 3_600.0
 # Frees a worker from a database that is away without spinning.
 DATABASE_AWAY_SECONDS = 1.0
+
+
+NOTHING = Grant(0)
 
 
 @dataclass(frozen=True)
@@ -154,37 +157,43 @@ class Worker:
         return alongside("renew", self._renew)
 
     def _work_once(self, lane: Lane) -> int:
-        rows = self._claim(lane, lane.batch())
+        rows, grant = self._claim_granted(lane, lane.batch())
         if rows:
-            self._do(lane, rows)
+            self._do(lane, rows, grant)
         return len(rows)
 
+    def _claim_granted(self, lane: Lane, wanted: int) -> tuple[list[Any], Grant]:
+        """Due rows, as many as the lane's circuit lets start; the grant ends with the work on them."""
+        if not self._is_any_due(lane):
+            return [], NOTHING
+        with ExitStack() as unless_claimed:
+            grant = unless_claimed.enter_context(_grant(lane, wanted))
+            rows = self._claim(lane, grant.count) if grant.count else []
+            if rows:
+                unless_claimed.pop_all()
+            return rows, grant
+
     def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
-        queue = None if alone else lane.slots
-        if not self._is_any_due(lane, queue):
-            return []
-        if lane.circuit and not (limit := lane.circuit.allowance(limit)):
-            return []
         with self._in_hand.claiming(alone=alone) as may:
             if not may:
                 return []
             with self._database.write() as session:
-                if queue is not None:
-                    queue.admit(session, limit)
+                if lane.slots is not None and not alone:
+                    lane.slots.admit(session, limit)
                 rows: list[Any] = claims.claim(
                     session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
                 )
             self._in_hand.take(rows)
         return rows
 
-    def _is_any_due(self, lane: Lane, queue: Slots | None) -> bool:
+    def _is_any_due(self, lane: Lane) -> bool:
         with self._database.glance() as connection:
             if claims.is_any_due(connection, lane.model, where=lane.where):
                 return True
-        if queue is None:
+        if lane.slots is None:
             return False
         with self._database.read() as session:
-            return queue.is_any_next(session)
+            return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
         idle = threading.Semaphore(lane.threads)
@@ -192,36 +201,36 @@ class Worker:
         while not self._stop.is_set():
             seen = self._commits
             with _slots(idle, lane.threads) as free:
-                batches = self._claim_batches(lane, len(free))
+                batches, grant = self._claim_batches(lane, len(free))
                 is_idle = bool(free) and not batches
                 for rows in batches:
                     free.pop()
-                    pool.submit(self._do, lane, rows).add_done_callback(lambda _: idle.release())
+                    pool.submit(self._do, lane, rows, grant).add_done_callback(lambda _: idle.release())
             if is_idle:
                 self._sleep(seen)
             if lane.linger_seconds:
                 self._stop.wait(lane.linger_seconds)
         pool.shutdown(wait=False)
 
-    def _claim_batches(self, lane: Lane, free: int) -> list[list[Any]]:
+    def _claim_batches(self, lane: Lane, free: int) -> tuple[list[list[Any]], Grant]:
         """Work for `free` idle threads: a row each, or a batch."""
         if not free or self._stop.is_set():
-            return []
+            return [], NOTHING
         size = lane.batch()
-        rows = self._claim_or_wait(lane, free * size)
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
+        rows, grant = self._claim_or_wait(lane, free * size)
+        return [rows[start : start + size] for start in range(0, len(rows), size)], grant
 
-    def _claim_or_wait(self, lane: Lane, limit: int) -> list[Any]:
+    def _claim_or_wait(self, lane: Lane, wanted: int) -> tuple[list[Any], Grant]:
         try:
-            return self._claim(lane, limit)
+            return self._claim_granted(lane, wanted)
         except DatabaseUnavailable as error:
             log.warning("worker.database_away", lane=lane.name, error=str(error))
         except Exception:
             log.exception("worker.bug", lane=lane.name)
         self._stop.wait(DATABASE_AWAY_SECONDS)
-        return []
+        return [], NOTHING
 
-    def _do(self, lane: Lane, rows: list[Any]) -> None:
+    def _do(self, lane: Lane, rows: list[Any], grant: Grant) -> None:
         ids, held = [str(row.id) for row in rows], claims_of(rows)
         try:
             if lane.work_many and len(rows) > 1:
@@ -238,6 +247,8 @@ class Worker:
                 self._settle_bug(row)
         finally:
             self._in_hand.put_down(held)
+            if grant.give_back():
+                self._alert()  # the next trial need not wait for a look
 
     def _settle_bug(self, row: Any) -> None:
         try:
@@ -331,10 +342,11 @@ class Worker:
     def _work_on_suspect(self, lane: Lane) -> int:
         if self._stop.is_set():
             return 0  # what is still in hand goes on meanwhile, and the process ends in the midst of it
-        rows = self._claim(lane, 1, alone=True)
-        for row in rows:
-            log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
-            self._do(lane, [row])
+        with _grant(lane, 1) as grant:
+            rows = self._claim(lane, 1, alone=True) if grant.count else []
+            for row in rows:
+                log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
+                self._do(lane, [row], grant)
         return len(rows)
 
     def _drain(self) -> None:
@@ -346,6 +358,10 @@ class Worker:
                     claims.release(session, row)
         workers.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))
+
+
+def _grant(lane: Lane, wanted: int) -> Grant:
+    return lane.circuit.grant(wanted) if lane.circuit else Grant(wanted)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from sqlmodel import Session
 from storage import claims, objects, tasks
 from storage.circuit import Circuit
 from storage.database import Database, clock, run
-from storage.errors import GiveUp, LostClaim, Refresh, Retry, StoreUnavailable
+from storage.errors import GiveUp, LostClaim, ObjectConflict, Refresh, Retry, StoreUnavailable
 from storage.events import EventName, file_facts, record
 from storage.fetch import Fetched, Fetcher, spool
 from storage.keys import object_key
@@ -73,14 +73,14 @@ class Archiver:
         try:
             if asset.losses >= claims.PARK_LOSSES:
                 raise GiveUp(f"ended its worker {asset.losses} times; `receiver retry` tries again")
-            self._archive(asset)
+            with self._circuit.watching(StoreUnavailable, ObjectConflict):
+                self._store(asset)
+            self._settle_archived(asset)
         except LostClaim:
             return
         except Refresh as error:
             self._refresh(asset, error)
         except Retry as error:
-            if isinstance(error, StoreUnavailable):
-                self._circuit.failed()
             self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
         except GiveUp as error:
             self._refused(asset, error)
@@ -89,9 +89,8 @@ class Archiver:
             attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
         )  # fmt: skip
 
-    def _archive(self, asset: Asset) -> None:
+    def _store(self, asset: Asset) -> None:
         if asset.key and self._is_there(asset):
-            self._settle_archived(asset)
             return
         self._abort_upload(asset)
         origin = self._origin(asset)
@@ -99,8 +98,6 @@ class Archiver:
             fetched = self._fetcher.fetch(asset.source_url, sink, accept_unverified=asset.accept_unverified)
             self._note(asset, origin, fetched)
             self._put(asset, origin, fetched, sink)
-        self._circuit.succeeded()
-        self._settle_archived(asset)
 
     def _origin(self, asset: Asset) -> Origin:
         with self._database.read() as session:

@@ -7,11 +7,39 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from storage.errors import Retry
+
 # One failure may be that request's own; three in a row are the other side's.
 FAILURES = 3
 FIRST_PAUSE_SECONDS = 1.0
 # An outage's end is noticed within half a minute, at a cost of two tries a minute and process.
 PAUSE_CAP_SECONDS = 30.0
+
+
+class Grant:
+    """Leave to start `count` tries, as a context around them.
+
+    The trial of an open circuit counts only once the circuit is told how it went. One that ends untold never reached
+    the other side (an expired link, a lost claim, an empty claim): it is given back, and the next may start at once.
+    """
+
+    def __init__(self, count: int, circuit: Circuit | None = None) -> None:
+        self.count = count
+        self._circuit = circuit
+
+    @property
+    def is_trial(self) -> bool:
+        return self._circuit is not None
+
+    def __enter__(self) -> Grant:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> bool:
+        """End it. Whether it was a trial of which nothing had been told."""
+        return self._circuit is not None and self._circuit._take_back(self)
 
 
 class Circuit:
@@ -28,45 +56,60 @@ class Circuit:
         self._lock = threading.Lock()
         self._failures = 0
         self._pause = 0.0
-        self._closed_until = 0.0
-        self._on_trial = False
+        self._next_trial_at = 0.0
+        self._trial: Grant | None = None
+        self._trial_was_due_at = 0.0
 
     @property
     def is_open(self) -> bool:
         return self._failures >= FAILURES
 
-    def allowance(self, wanted: int) -> int:
-        """How many of `wanted` tries may start now. A trial counts as started."""
+    def grant(self, wanted: int, *, left_for_seconds: float = 0) -> Grant:
+        """How many of `wanted` tries may start now; use it as a context around them.
+
+        `left_for_seconds`: a trial is taken only if nobody else has taken it for so long.
+        """
         with self._lock:
-            if not self.is_open:
-                return wanted
-            if self._now() < self._closed_until:
-                return 0
-            self._closed_until = self._now() + self._pause  # the trial's own time: one per pause
-            self._on_trial = True
-            return min(wanted, 1)
+            if not self.is_open or not wanted:
+                return Grant(wanted)
+            if self._now() < self._next_trial_at + left_for_seconds:
+                return Grant(0)
+            self._trial, self._trial_was_due_at = Grant(1, self), self._next_trial_at
+            self._next_trial_at = self._now() + self._pause  # the trial's own time: a hanging one holds up no other
+            return self._trial
+
+    def _take_back(self, trial: Grant) -> bool:
+        with self._lock:
+            untold = self._trial is trial
+            if untold:
+                self._trial, self._next_trial_at = None, self._trial_was_due_at
+            return untold
 
     def succeeded(self) -> None:
         with self._lock:
-            self._failures, self._pause, self._on_trial = 0, 0.0, False
+            self._failures, self._pause, self._trial = 0, 0.0, None
 
     def failed(self) -> None:
         with self._lock:
             was_open = self.is_open
             self._failures += 1
-            if self.is_open and (self._on_trial or not was_open):
+            if self.is_open and (self._trial or not was_open):
                 self._pause = min(max(self._pause * 2, FIRST_PAUSE_SECONDS), PAUSE_CAP_SECONDS)
-                self._closed_until, self._on_trial = self._now() + self._pause, False
+                self._next_trial_at, self._trial = self._now() + self._pause, None
 
     @contextmanager
-    def watching(self, *outages: type[Exception]) -> Iterator[None]:
-        """Count one use of the other side: `outages` are failures, any other error is an answer too."""
+    def watching(self, outage: type[Retry], *answers: type[Exception]) -> Iterator[None]:
+        """Tell the circuit how one use of the other side went.
+
+        `outage`: a failure. `answers`: refusals that the other side itself gave, so it is there. Any other error says
+        nothing: it was raised before the other side was reached, or is a bug.
+        """
         try:
             yield
-        except outages:
-            self.failed()
-            raise
-        except Exception:
+        except answers:
             self.succeeded()
+            raise
+        except outage:
+            self.failed()
             raise
         self.succeeded()

@@ -75,7 +75,8 @@ class Finisher:
             self._park(task)
             return
         try:
-            written = self._write(task)
+            with self._circuit.watching(StoreUnavailable, ObjectConflict):
+                written = self._write(task)
             with self._database.write() as session:
                 row = tasks.lock_claimed(session, task)
                 self._end(session, row, written)
@@ -112,10 +113,9 @@ class Finisher:
 
     def _put(self, key: str, content: bytes) -> None:
         sha256 = hashlib.sha256(content).hexdigest()
-        with self._circuit.watching(StoreUnavailable):
-            self._bucket.put_once(
-                key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
-            )
+        self._bucket.put_once(
+            key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
+        )
 
     def _digest_of(self, key: str) -> str | None:
         try:

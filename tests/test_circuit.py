@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from sqlmodel import func, select
 
 from receiver.sandbox import Sandbox
+from receiver.sinks import sqs
 from receiver.wiring import Parts
+from receiver.worker import Lane, Worker
+from storage import claims
 from storage.circuit import FAILURES, FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS, Circuit
-from storage.models import Task
-from storage.states import TaskState
+from storage.database import Database
+from storage.errors import FetchExpired, LostClaim, ObjectConflict, StoreUnavailable
+from storage.models import Asset, Task
+from storage.states import DispatchState, TaskState
+from tests import sinks
 from tests.pipeline import hurry, plant, run
-from tests.rows import LONG_AGO, new_task
+from tests.rows import LONG_AGO, new_assets, new_task
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 TASKS = 6
@@ -37,22 +45,22 @@ def test_few_failures_change_nothing() -> None:
     circuit = Circuit(Clock())
     for _ in range(FAILURES - 1):
         circuit.failed()
-    assert circuit.allowance(8) == 8
+    assert circuit.grant(8).count == 8
 
 
 def test_an_open_circuit_lets_one_trial_through_per_pause() -> None:
     clock = Clock()
     circuit = opened(clock)
-    assert circuit.allowance(8) == 0
+    assert circuit.grant(8).count == 0
     clock.seconds += FIRST_PAUSE_SECONDS
-    assert (circuit.allowance(8), circuit.allowance(8)) == (1, 0)
+    assert (circuit.grant(8).count, circuit.grant(8).count) == (1, 0)
 
 
 def test_a_good_trial_closes_it() -> None:
     clock = Clock()
     circuit = opened(clock)
     circuit.succeeded()
-    assert circuit.allowance(8) == 8
+    assert circuit.grant(8).count == 8
 
 
 def test_the_pause_grows_to_its_cap_trial_by_trial() -> None:
@@ -60,12 +68,12 @@ def test_the_pause_grows_to_its_cap_trial_by_trial() -> None:
     circuit = opened(clock)
     for _ in range(20):
         clock.seconds += PAUSE_CAP_SECONDS
-        assert circuit.allowance(1) == 1
+        assert circuit.grant(1).count == 1
         circuit.failed()
     clock.seconds += PAUSE_CAP_SECONDS - 0.001
-    assert circuit.allowance(1) == 0
+    assert circuit.grant(1).count == 0
     clock.seconds += 0.001
-    assert circuit.allowance(1) == 1
+    assert circuit.grant(1).count == 1
 
 
 def test_what_was_under_way_when_it_opened_does_not_lengthen_the_pause() -> None:
@@ -74,15 +82,101 @@ def test_what_was_under_way_when_it_opened_does_not_lengthen_the_pause() -> None
     for _ in range(20):
         circuit.failed()
     clock.seconds += FIRST_PAUSE_SECONDS
-    assert circuit.allowance(1) == 1
+    assert circuit.grant(1).count == 1
 
 
-def test_only_an_outage_counts_as_a_failure() -> None:
+def watch(circuit: Circuit, *errors: type[Exception]) -> None:
+    for error in errors:
+        with pytest.raises(error), circuit.watching(StoreUnavailable, ObjectConflict):
+            raise error("no")
+
+
+def test_an_answer_ends_the_row_of_failures_and_what_never_reached_the_store_does_not() -> None:
+    outages = [StoreUnavailable] * (FAILURES - 1)
     circuit = Circuit(Clock())
-    for error in [*[ConnectionError] * (FAILURES - 1), LookupError, *[ConnectionError] * (FAILURES - 1)]:
-        with pytest.raises(error), circuit.watching(ConnectionError):
-            raise error
+    watch(circuit, *outages, ObjectConflict, *outages)
     assert not circuit.is_open
+    watch(circuit, FetchExpired, LostClaim, StoreUnavailable)
+    assert circuit.is_open
+
+
+def test_a_trial_of_which_nothing_is_told_is_given_back() -> None:
+    clock = Clock()
+    circuit = opened(clock)
+    clock.seconds += FIRST_PAUSE_SECONDS
+    for _ in range(3):
+        with circuit.grant(8) as trial:
+            assert (trial.count, circuit.grant(8).count) == (1, 0)
+    with circuit.grant(8):
+        circuit.failed()
+    assert circuit.grant(8).count == 0
+    clock.seconds += 2 * FIRST_PAUSE_SECONDS
+    with circuit.grant(8):
+        circuit.succeeded()
+    assert circuit.grant(8).count == 8
+
+
+def test_a_trial_that_hangs_holds_up_no_other_and_gives_back_none_but_itself() -> None:
+    clock = Clock()
+    circuit = opened(clock)
+    clock.seconds += FIRST_PAUSE_SECONDS
+    hanging = circuit.grant(1)
+    clock.seconds += FIRST_PAUSE_SECONDS
+    with circuit.grant(1) as other:
+        assert other.count == 1
+        assert not hanging.give_back()
+        assert circuit.grant(1).count == 0
+
+
+# -- a lane's ---------------------------------------------------------------------------------------------------------
+
+
+def worker(database: Database, circuit: Circuit) -> Worker:
+    """Of one lane whose work ends before it reaches the store."""
+
+    def work(row: Any) -> None:
+        with database.write() as session:
+            claims.settle(session, row, due_in=None)
+
+    lane = Lane("assets", Asset, work, 1, circuit=circuit)
+    return Worker(database, [lane], lease_seconds=60, grace_seconds=0)
+
+
+def test_rows_that_never_reach_the_store_are_no_trials(database: Database) -> None:
+    clock = Clock()
+    circuit = opened(clock)
+    new_assets(database, TASKS)
+    assert worker(database, circuit).run_until_idle() == 0
+    clock.seconds += FIRST_PAUSE_SECONDS
+    assert worker(database, circuit).run_until_idle() == TASKS
+    assert circuit.is_open
+
+
+def test_a_claim_that_finds_nothing_is_no_trial(database: Database) -> None:
+    clock = Clock()
+    circuit = opened(clock)
+    new_assets(database, 1, losses=claims.SUSPECT_LOSSES)  # due, and not for everybody
+    clock.seconds += FIRST_PAUSE_SECONDS
+    assert worker(database, circuit).run_until_idle() == 0
+    assert circuit.grant(1).count == 1
+
+
+# -- a sink's ---------------------------------------------------------------------------------------------------------
+
+
+@ONE_DATABASE
+def test_a_message_that_is_refused_before_it_is_sent_is_no_trial(
+    database: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqs, "MAX_BYTES", 1)
+    clock = Clock()
+    circuit = opened(clock)
+    clock.seconds += FIRST_PAUSE_SECONDS
+    with sinks.sqs_case(request) as case:
+        sinks.tell(database, case, sinks.STEPS[0])
+        sinks.run(database, case, circuit=circuit)
+    assert [row.state for row in sinks.dispatches(database)] == [DispatchState.DEAD]
+    assert (circuit.is_open, circuit.grant(1).count) == (True, 1)
 
 
 # -- the provider's own -----------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ class Kling:
     def _ask(self, method: str, path: str, content: bytes | None = None) -> _Answer:
         """One request, minted anew once if the provider dislikes the token's times. Raises what a refusal means."""
         token = self._token()
-        with self._circuit.watching(Unavailable):
+        with self._circuit.watching(Unavailable, ProviderRejected, ProviderThrottled):
             answer = self._exchange(method, path, content, token)
             if answer.code in JWT_CLOCK_CODES and self._jwt and not self._api_key:
                 answer = self._exchange(method, path, content, self._jwt.token(fresh=True))

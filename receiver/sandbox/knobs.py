@@ -127,7 +127,8 @@ class Knobs(BaseModel):
         description="The URLs of a callback answer 403 until the task is read. Also by a prompt with [expire].",
     )
     fresh_urls_on_read: bool = Field(
-        default=False, description="Every read of a task brings new URLs; old ones stay good."
+        default=False,
+        description="Every read of a task brings new URLs, which live as long; old ones stay good.",
     )
     cdn_faults: list[CdnFault] = Field(default=[], description="How the next downloads go wrong, one entry each.")
     cdn_503_rate: Rate = Field(default=0, description="Share of downloads answered 503.")

@@ -25,7 +25,7 @@ class Task:
     """`slots`: concurrency it holds until it ends. `alias`: the task_id a gateway invented for the create answer.
 
     `revision` counts the sets of URLs handed out, `live_from` is the first whose URLs work. `visible_ms`: queries
-    find it from then on. `expires`: when its links die, in seconds since 1970.
+    find it from then on. `expires`: when the newest links die, in seconds since 1970.
     """
 
     id: str

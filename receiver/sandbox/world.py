@@ -241,12 +241,12 @@ class World:
         task = self._find(name, now)
         if task is None:
             raise Refused(1201, f"Task not found by id/external id: {name}")
-        return self._read(task)
+        return self._read(task, now)
 
     def _page(self, page: str, size: str, now: float) -> list[dict[str, Any]]:
         number, length = _whole("pageNum", page, 1_000), _whole("pageSize", size, 500)
         newest_first = [task for task in reversed(self.tasks.values()) if task.visible_ms <= _ms(now)]
-        return [self._read(task) for task in newest_first[(number - 1) * length : number * length]]
+        return [self._read(task, now) for task in newest_first[(number - 1) * length : number * length]]
 
     def _many(self, params: Mapping[str, str], now: float) -> list[dict[str, Any]]:
         by_id, by_external = params.get("task_ids"), params.get("external_task_ids")
@@ -257,12 +257,14 @@ class World:
             raise Refused(1201, f"At most {MAX_IDS} ids per query")
         found = [task for name in names if (task := self._find(name, now))]
         fitting = [task for task in found if (task.id in names or task.alias in names) == bool(by_id)]
-        return [self._read(task, new_shape=True) for task in fitting]
+        return [self._read(task, now, new_shape=True) for task in fitting]
 
-    def _read(self, task: Task, *, new_shape: bool = False) -> dict[str, Any]:
+    def _read(self, task: Task, now: float, *, new_shape: bool = False) -> dict[str, Any]:
         """The record for a reader, who may bring dead URLs to life."""
         if task.ended:
             task.revision = max(task.live_from, task.revision + int(self.knobs.fresh_urls_on_read))
+            if self.knobs.fresh_urls_on_read:
+                task.expires = int(now) + self.knobs.result_lifetime_seconds
         if new_shape:
             return new_record(task, self._link)
         return old_record(task, self._link, task_info=self.knobs.task_info)

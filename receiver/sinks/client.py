@@ -6,7 +6,7 @@ Unlike the other sinks it is many: every host has a circuit of its own, so that 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -54,11 +54,15 @@ class Clients:
             return None  # nothing new to tell
         url = task.client_callback_url
         circuit = self._circuit(urlsplit(url).netloc)
-        if not circuit.allowance(1):
-            return NotTried("its host is down", after=PAUSE_CAP_SECONDS)
-        headers = {"Content-Type": MEDIA_TYPE, **self._signer.headers(message.id, body, datetime.now(UTC))}
+        with circuit.grant(1) as grant:
+            if not grant.count:
+                return NotTried("its host is down", after=PAUSE_CAP_SECONDS)
+            headers = {"Content-Type": MEDIA_TYPE, **self._signer.headers(message.id, body, datetime.now(UTC))}
+            return self._post(circuit, url, body, headers)
+
+    def _post(self, circuit: Circuit, url: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
         try:
-            with circuit.watching(Retry):
+            with circuit.watching(Retry, SinkGone):
                 outcome = self._poster.post(url, body, headers).outcome()
                 if outcome is not None:
                     raise outcome
