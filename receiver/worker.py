@@ -19,7 +19,7 @@ import structlog
 from receiver.in_hand import InHand, claims_of
 from storage import claims, workers
 from storage.alongside import alongside
-from storage.circuit import Circuit, Grant
+from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant
 from storage.database import Database
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.slots import Slots
@@ -328,25 +328,34 @@ class Worker:
             self._try("suspects", self._work_on_suspects)
 
     def _work_on_suspects(self) -> int:
-        """A row that has ended three workers is worked on by a process that does nothing else meanwhile."""
-        with self._database.glance() as connection:
-            lanes = [lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True)]
-        if not lanes:
-            return 0
-        try:
+        """A row that has ended three workers is worked on by a process that does nothing else meanwhile.
+
+        The circuit is asked before anything is stopped. An open one's trial is left to other rows, which stop nothing;
+        when none has taken it for a whole pause, there is none.
+        """
+        with ExitStack() as granted:
+            grants = [(lane, granted.enter_context(_grant(lane, 1, PAUSE_CAP_SECONDS))) for lane in self._suspected()]
+            lanes = [lane for lane, grant in grants if grant.count]
+            if not lanes:
+                return 0
             with self._in_hand.quarantine(self._stop):
-                return sum(map(self._work_on_suspect, lanes))
-        finally:
-            self._alert()
+                done = sum(map(self._work_on_suspect, lanes))
+        self._alert()
+        return done
+
+    def _suspected(self) -> list[Lane]:
+        with self._database.glance() as connection:
+            return [
+                lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True, where=lane.where)
+            ]
 
     def _work_on_suspect(self, lane: Lane) -> int:
         if self._stop.is_set():
             return 0  # what is still in hand goes on meanwhile, and the process ends in the midst of it
-        with _grant(lane, 1) as grant:
-            rows = self._claim(lane, 1, alone=True) if grant.count else []
-            for row in rows:
-                log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
-                self._do(lane, [row], grant)
+        rows = self._claim(lane, 1, alone=True)
+        for row in rows:
+            log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
+            self._do(lane, [row], NOTHING)
         return len(rows)
 
     def _drain(self) -> None:
@@ -360,8 +369,8 @@ class Worker:
         log.info("worker.stopped", handed_back=len(left))
 
 
-def _grant(lane: Lane, wanted: int) -> Grant:
-    return lane.circuit.grant(wanted) if lane.circuit else Grant(wanted)
+def _grant(lane: Lane, wanted: int, left_for_seconds: float = 0) -> Grant:
+    return lane.circuit.grant(wanted, left_for_seconds=left_for_seconds) if lane.circuit else Grant(wanted)
 
 
 @contextmanager

@@ -95,7 +95,8 @@ def _any_due(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
     table = model.__table__.c
     due = select(table.id).where(table.due_at <= moment(), *where)
     if alone:
-        due = due.where(table.losses >= SUSPECT_LOSSES - 1)
+        losses = table.losses + case((table.lease.is_not(None), 1), else_=0)
+        due = due.where(losses >= SUSPECT_LOSSES)
     return due.order_by(table.due_at).limit(1)
 
 

@@ -177,6 +177,13 @@ def test_a_row_that_was_never_claimed_cannot_be_settled(database: Database) -> N
     assert stored(database, asset)["due_at"] == LONG_AGO
 
 
+def test_a_row_that_lost_two_leases_and_is_free_again_is_no_suspect(database: Database) -> None:
+    new_assets(database, 1, losses=claims.SUSPECT_LOSSES - 1)
+    with database.glance() as connection:
+        assert claims.is_any_due(connection, Asset)
+        assert not claims.is_any_due(connection, Asset, alone=True)
+
+
 def test_after_three_losses_a_row_is_claimed_alone(database: Database) -> None:
     new_assets(database, 1)
     for _ in range(claims.SUSPECT_LOSSES):
