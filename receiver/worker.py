@@ -168,12 +168,12 @@ class Worker:
             return [], NOTHING
         with ExitStack() as unless_claimed:
             grant = unless_claimed.enter_context(_grant(lane, wanted))
-            rows = self._claim(lane, grant.count) if grant.count else []
+            rows = self._claim(lane, grant.count, in_turn=grant.is_trial) if grant.count else []
             if rows:
                 unless_claimed.pop_all()
             return rows, grant
 
-    def _claim(self, lane: Lane, limit: int, *, alone: bool = False) -> list[Any]:
+    def _claim(self, lane: Lane, limit: int, *, alone: bool = False, in_turn: bool = False) -> list[Any]:
         with self._in_hand.claiming(alone=alone) as may:
             if not may:
                 return []
@@ -181,8 +181,9 @@ class Worker:
                 if lane.slots is not None and not alone:
                     lane.slots.admit(session, limit)
                 rows: list[Any] = claims.claim(
-                    session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, where=lane.where
-                )
+                    session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, in_turn=in_turn,
+                    where=lane.where,
+                )  # fmt: skip
             self._in_hand.take(rows)
         return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ FAILURES = 3
 FIRST_PAUSE_SECONDS = 1.0
 # An outage's end is noticed within half a minute, at a cost of two tries a minute and process.
 PAUSE_CAP_SECONDS = 30.0
+# A failure that may be one request's own is taken for that while others go well.
+DOUBT_SECONDS = 10.0
 
 
 class Grant:
@@ -59,6 +62,7 @@ class Circuit:
         self._next_trial_at = 0.0
         self._trial: Grant | None = None
         self._trial_was_due_at = 0.0
+        self._went_well_at = -math.inf
 
     @property
     def is_open(self) -> bool:
@@ -88,9 +92,13 @@ class Circuit:
     def succeeded(self) -> None:
         with self._lock:
             self._failures, self._pause, self._trial = 0, 0.0, None
+            self._went_well_at = self._now()
 
-    def failed(self) -> None:
+    def failed(self, *, doubtful: bool = False) -> None:
+        """`doubtful`: it may be that request's own, and counts only when nothing went well for a while."""
         with self._lock:
+            if doubtful and self._now() - self._went_well_at < DOUBT_SECONDS:
+                return
             was_open = self.is_open
             self._failures += 1
             if self.is_open and (self._trial or not was_open):
@@ -101,15 +109,16 @@ class Circuit:
     def watching(self, outage: type[Retry], *answers: type[Exception]) -> Iterator[None]:
         """Tell the circuit how one use of the other side went.
 
-        `outage`: a failure. `answers`: refusals that the other side itself gave, so it is there. Any other error says
-        nothing: it was raised before the other side was reached, or is a bug.
+        `outage`: a failure, as far as its `is_outage` says so. `answers`: refusals that the other side itself gave, so
+        it is there. Any other error says nothing: it was raised before the other side was reached, or is a bug.
         """
         try:
             yield
         except answers:
             self.succeeded()
             raise
-        except outage:
-            self.failed()
+        except outage as error:
+            if error.is_outage is not False:
+                self.failed(doubtful=error.is_outage is None)
             raise
         self.succeeded()

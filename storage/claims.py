@@ -44,25 +44,28 @@ def claim(
     limit: int,
     lease_seconds: float,
     alone: bool = False,
+    in_turn: bool = False,
     where: Sequence[Any] = (),
 ) -> list[Row]:
     """Claim up to `limit` due rows in one statement, the soonest to be deleted by the provider first.
 
     Rows that others hold are passed over, never waited for. `alone`: claim suspects instead (see SUSPECT_LOSSES);
-    the caller has nothing else in flight. Returns the rows as claimed, all with the same fresh `lease`; [] when
+    the caller has nothing else in flight. `in_turn`: those that have waited longest first, so that none is tried
+    again before the others. Returns the rows as claimed, all with the same fresh `lease`; [] when
     nothing is due. `attempts` counts this claim; `losses` counts the lease that ran out before it, if one did.
     """
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
-    rows: list[Row] = list(session.scalars(_claim(model, alone, tuple(where)), values))
+    rows: list[Row] = list(session.scalars(_claim(model, alone, in_turn, tuple(where)), values))
     return sorted(rows, key=_place)
 
 
 @lru_cache(maxsize=STATEMENTS)
-def _claim(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
+def _claim(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> Any:
     losses = model.losses + case((model.lease.is_not(None), 1), else_=0)
     suspect = losses >= SUSPECT_LOSSES if alone else losses < SUSPECT_LOSSES
     due = select(model.id).where(model.due_at <= moment(), suspect, *where)
-    due = due.order_by(*_urgency(model)).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
+    order = (model.due_at,) if in_turn else _urgency(model)
+    due = due.order_by(*order).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
     return (
         update(model)
         .where(model.id.in_(select(due.cte("due").c.id)))

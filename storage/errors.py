@@ -9,6 +9,8 @@ Retry(after)          the same work may succeed later
 │                         redirected where we do not go
 ├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
 ├── StoreUnavailable      the bucket is down or refuses us
+│   ├── ObjectRefused         it refuses this one object, for its size or an argument: no outage
+│   └── ObjectForbidden       403: perhaps this one object, perhaps every one
 ├── DatabaseUnavailable   the database is down or refuses us
 └── DiskFull              no room to spool
 Refresh               the URL died; read the task again for a new one
@@ -33,7 +35,12 @@ from __future__ import annotations
 
 
 class Retry(Exception):
-    """The same work may succeed later. `after`: seconds the other side asked us to wait, None for our own backoff."""
+    """The same work may succeed later. `after`: seconds the other side asked us to wait, None for our own backoff.
+
+    `is_outage`: whether the other side as a whole is away or refuses us, for a circuit; None = it cannot be told.
+    """
+
+    is_outage: bool | None = True
 
     def __init__(self, message: str, *, after: float | None = None) -> None:
         super().__init__(message)
@@ -81,6 +88,14 @@ class AddressRefused(Retry):
 
 class StoreUnavailable(Retry):
     pass
+
+
+class ObjectRefused(StoreUnavailable):
+    is_outage = False
+
+
+class ObjectForbidden(StoreUnavailable):
+    is_outage = None
 
 
 class DatabaseUnavailable(Retry):

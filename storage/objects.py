@@ -34,7 +34,7 @@ from storage.keys import object_key as object_key
 from storage.probe import Capabilities, Probe, whole_checksum
 from storage.puts import Put, PutOptions
 from storage.signed import ConditionFailed, Signed, Unexpected
-from storage.store_errors import code, diagnose, status
+from storage.store_errors import code, refusal, status
 from storage.store_errors import reason_code as reason_code
 
 log = structlog.get_logger()
@@ -376,7 +376,7 @@ class Bucket:
         md5 = evidence.md5_of(put.file)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
         arguments = {**put.options, **put.condition, **self._md5(md5), "ChecksumSHA256": checksum}
-        with self._creating():
+        with self._creating(put):
             answer = self._send_whole(put, arguments)
         return evidence.of_answer(answer, checksum, md5)
 
@@ -400,7 +400,7 @@ class Bucket:
 
     def _put_in_parts(self, put: Put) -> Evidence:
         """A multipart upload with one part in memory, aborted on any failure."""
-        with self._creating():
+        with self._creating(put):
             found = multipart.upload(self._client(), self.name, put, self._md5)
         # SeaweedFS 4.48 checks the condition and completes in two steps, so 2 racing completions both succeeded in 21
         # of 40 rounds (single puts never did). The loser must notice.
@@ -462,9 +462,9 @@ class Bucket:
         return digest.hexdigest()
 
     @contextmanager
-    def _creating(self) -> Iterator[None]:
+    def _creating(self, put: Put) -> Iterator[None]:
         """As `_errors`, and `_Taken` when the store would not create the object because of another."""
-        with self._errors():
+        with self._errors(put.size):
             try:
                 yield
             except boto_errors.ClientError as error:
@@ -473,15 +473,16 @@ class Bucket:
                 raise
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, size: int | None = None) -> Iterator[None]:
+        """Raise boto3's errors as ours. `size`: of the object that is being put."""
         try:
             yield
         except boto_errors.ClientError as error:
             if code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404"):
                 raise NoSuchObject("nothing is stored under that key") from error
-            raise StoreUnavailable(diagnose(error, self.name, self._endpoint_url)) from error
+            raise refusal(error, self.name, self._endpoint_url, size) from error
         except boto_errors.BotoCoreError as error:
-            raise StoreUnavailable(diagnose(error, self.name, self._endpoint_url)) from error
+            raise refusal(error, self.name, self._endpoint_url, size) from error
 
 
 def _without_sums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as boto_errors
 
-from storage.errors import StoreUnavailable
+from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 
 # What to tell a person, by the store's error code; a HEAD has no body and says only the number.
 REASONS = {
@@ -25,6 +25,33 @@ REASONS = {
     "AuthorizationHeaderMalformed": "is in another region",
     "SecondLevelDomainForbidden": "wants the bucket in the host name (RECEIVER_S3_ADDRESSING=virtual)",
 }
+# What a store answers about one object, whatever it makes of others. A proxy in front says 413 and no word of S3's.
+TOO_LARGE = "EntityTooLarge"
+OF_ONE_OBJECT = {"InvalidRequest", "InvalidArgument"}
+FORBIDDEN = {"AccessDenied", "403"}
+
+
+def refusal(error: Exception, bucket: str, endpoint_url: str | None, size: int | None = None) -> StoreUnavailable:
+    """What the error means for the work on one object. `size`: of the object that was being put, in bytes,
+    None when it was not put."""
+    words = diagnose(error, bucket, endpoint_url)
+    if not isinstance(error, boto_errors.ClientError):
+        return StoreUnavailable(words)
+    if size is not None and (status(error) == 413 or code(error) == TOO_LARGE):
+        return ObjectRefused(_too_large(error, bucket, _host(endpoint_url), size))
+    if size is not None and code(error) in OF_ONE_OBJECT:
+        return ObjectRefused(words)
+    return ObjectForbidden(words) if code(error) in FORBIDDEN else StoreUnavailable(words)
+
+
+def _too_large(error: Exception, bucket: str, host: str, size: int) -> str:
+    what = f"an object of {size:,} bytes (bucket {bucket}, HTTP {status(error)})"
+    if code(error) == TOO_LARGE:
+        return f"the store at {host} refuses {what}: raise its limit for one object"
+    return (
+        f"a limit in front of the store at {host} refuses {what}: raise the request limit of the proxy there "
+        "(nginx: client_max_body_size) to RECEIVER_MAX_ASSET_BYTES"
+    )
 
 
 def diagnose(error: Exception, bucket: str, endpoint_url: str | None) -> str:

@@ -12,9 +12,9 @@ from receiver.sinks import sqs
 from receiver.wiring import Parts
 from receiver.worker import Lane, Worker
 from storage import claims
-from storage.circuit import FAILURES, FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS, Circuit
+from storage.circuit import DOUBT_SECONDS, FAILURES, FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS, Circuit
 from storage.database import Database
-from storage.errors import FetchExpired, LostClaim, ObjectConflict, StoreUnavailable
+from storage.errors import FetchExpired, LostClaim, ObjectConflict, ObjectForbidden, ObjectRefused, StoreUnavailable
 from storage.models import Asset, Task
 from storage.states import DispatchState, TaskState
 from tests import sinks
@@ -126,6 +126,17 @@ def test_a_trial_that_hangs_holds_up_no_other_and_gives_back_none_but_itself() -
         assert other.count == 1
         assert not hanging.give_back()
         assert circuit.grant(1).count == 0
+
+
+def test_what_may_be_one_requests_own_counts_when_nothing_goes_well() -> None:
+    clock = Clock()
+    circuit = Circuit(clock)
+    circuit.succeeded()
+    watch(circuit, *[ObjectForbidden, ObjectRefused] * FAILURES)
+    assert not circuit.is_open
+    clock.seconds += DOUBT_SECONDS
+    watch(circuit, *[ObjectForbidden] * FAILURES)
+    assert circuit.is_open
 
 
 # -- a lane's ---------------------------------------------------------------------------------------------------------

@@ -184,6 +184,16 @@ def test_a_row_that_lost_two_leases_and_is_free_again_is_no_suspect(database: Da
         assert not claims.is_any_due(connection, Asset, alone=True)
 
 
+def test_in_turn_is_who_has_waited_longest(database: Database) -> None:
+    soonest, longest = new_assets(database, 2)
+    with database.write() as session:
+        session.get_one(Asset, soonest.id).due_at = LONG_AGO + timedelta(days=1)
+        session.flush()
+        for in_turn, first in ((True, longest), (False, soonest)):
+            (row,) = claims.claim(session, Asset, limit=1, lease_seconds=60, in_turn=in_turn)
+            assert row.id == first.id
+
+
 def test_after_three_losses_a_row_is_claimed_alone(database: Database) -> None:
     new_assets(database, 1)
     for _ in range(claims.SUSPECT_LOSSES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from receiver.wiring import Parts
 from storage.circuit import FAILURES
 from storage.models import Asset
 from storage.objects import Bucket
-from storage.states import ArchiveState
+from storage.states import ArchiveState, AssetState
 from tests.archives import REQUEST
-from tests.fault_proxy import Answer, FaultProxy
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
-from tests.pipeline import Wired, hurry, run, task_of, working
+from tests.pipeline import Wired, assets_of, hurry, run, task_of, working
 from tests.rows import LONG_AGO
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])  # a circuit is a process's own
@@ -50,10 +51,10 @@ def behind(parts: Parts, proxy: FaultProxy) -> Iterator[Parts]:
     made.close()
 
 
-def read(parts: Parts, sandbox: Sandbox, *names: str) -> None:
+def read(parts: Parts, sandbox: Sandbox, *names: str, **fields: Any) -> None:
     """Submit these tasks and learn of their pictures, which are due then."""
     for name in names:
-        parts.submitter.submit(REQUEST, external_task_id=name)
+        parts.submitter.submit({**REQUEST, **fields}, external_task_id=name)
         wait_until(lambda name=name: sandbox.ledger().task(name).status == "succeed")  # type: ignore[misc]
     hurry(parts)
     run(parts, "reads")
@@ -61,6 +62,86 @@ def read(parts: Parts, sandbox: Sandbox, *names: str) -> None:
 
 def are_archived(parts: Parts, *names: str) -> bool:
     return all(task_of(parts, name).archive is ArchiveState.ARCHIVED for name in names)
+
+
+LIMIT_BYTES = 100_000
+LARGE, SMALL = 6, 8
+DENIED = b"<Error><Code>AccessDenied</Code></Error>"
+REFUSALS = {
+    "a proxy's limit": Answer(413, {"content-type": "text/html"}, b"<html>413</html>"),
+    "the store's limit": Answer(400, {}, b"<Error><Code>EntityTooLarge</Code></Error>"),
+    "an argument": Answer(400, {}, b"<Error><Code>InvalidArgument</Code></Error>"),
+    "a request": Answer(400, {}, b"<Error><Code>InvalidRequest</Code></Error>"),
+}
+
+
+def large_beside_small(parts: Parts, sandbox: Sandbox) -> None:
+    """Pictures that wait, the large ones first: the provider deletes those soonest."""
+    for name, pictures, size in (("large", LARGE, 2 * LIMIT_BYTES), ("small", SMALL, 20_000)):
+        sandbox.set(picture_bytes=size)
+        read(parts, sandbox, name, n=pictures)
+    with parts.database.write() as session:
+        large = col(Asset.task_id) == task_of(parts, "large").id
+        session.execute(update(Asset).where(large).values(files_expire_at=LONG_AGO))
+
+
+def refuse_large(proxy: FaultProxy, answer: Answer) -> None:
+    def limited(request: Request, forward: Forward) -> Answer:
+        return answer if request.puts_an_object and len(request.body) > LIMIT_BYTES else forward(request)
+
+    proxy.fault = limited
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_what_is_refused_alone_holds_up_nothing(
+    behind: Parts, sandbox: Sandbox, proxy: FaultProxy, refusal: str
+) -> None:
+    large_beside_small(behind, sandbox)
+    refuse_large(proxy, REFUSALS[refusal])
+    assert run(behind, "assets") >= LARGE + SMALL
+    run(behind, "finishes")
+    assert are_archived(behind, "small")
+    assert {asset.state for asset in assets_of(behind, task_of(behind, "large"))} == {AssetState.DUE}
+    proxy.fault = lambda request, forward: forward(request)
+    hurry(behind)
+    run(behind, "assets", "finishes")
+    assert are_archived(behind, "large")
+
+
+def test_too_large_says_how_large_and_whose_limit_it_is(behind: Parts, sandbox: Sandbox, proxy: FaultProxy) -> None:
+    sandbox.set(picture_bytes=2 * LIMIT_BYTES)
+    read(behind, sandbox, "large")
+    refuse_large(proxy, REFUSALS["a proxy's limit"])
+    run(behind, "assets")
+    (asset,) = assets_of(behind, task_of(behind, "large"))
+    host = proxy.endpoint_url.removeprefix("http://")
+    assert f"a limit in front of the store at {host} refuses an object of {asset.size:,} bytes" in str(asset.error)
+    assert "raise the request limit of the proxy there (nginx: client_max_body_size)" in str(asset.error)
+
+
+def test_403_on_some_keys_is_no_outage_while_others_go_well(behind: Parts, sandbox: Sandbox, proxy: FaultProxy) -> None:
+    large_beside_small(behind, sandbox)
+    with behind.database.write() as session:
+        first = col(Asset.task_id) == task_of(behind, "small").id, col(Asset.index) == 0
+        session.execute(update(Asset).where(*first).values(files_expire_at=LONG_AGO - timedelta(days=1)))
+    refuse_large(proxy, Answer(403, {}, DENIED))
+    assert run(behind, "assets") >= LARGE + SMALL
+
+
+def test_403_on_every_key_is_an_outage(behind: Parts, sandbox: Sandbox, proxy: FaultProxy) -> None:
+    large_beside_small(behind, sandbox)
+    proxy.fault = lambda request, forward: Answer(403, {}, DENIED)
+    assert run(behind, "assets") == FAILURES
+
+
+def test_files_that_fail_like_an_outage_leave_the_trials_to_others(
+    behind: Parts, sandbox: Sandbox, proxy: FaultProxy
+) -> None:
+    """The soonest to expire was every trial, as soon as it was due again."""
+    large_beside_small(behind, sandbox)
+    refuse_large(proxy, Answer(503, {}, b""))
+    with working(behind):
+        wait_until(lambda: try_again(behind) or are_archived(behind, "small"), every=0.2)
 
 
 def try_again(parts: Parts) -> None:
