@@ -10,10 +10,12 @@ import httpx
 import pytest
 
 from receiver import callbacks, door
+from receiver.wiring import Parts
 from tests.harness import wait_until
-from tests.pipeline import Web
+from tests.pipeline import Web, callbacks_of
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 @contextmanager
@@ -34,6 +36,15 @@ def read_to_end(raw: socket.socket) -> bytes:
         if not chunk:
             return answer
         answer += chunk
+
+
+def sent_of(raw: socket.socket, data: bytes) -> int | None:
+    """All of it; None when the other side has ended the connection before."""
+    try:
+        raw.sendall(data)
+    except ConnectionError:
+        return None
+    return len(data)
 
 
 @pytest.fixture
@@ -75,10 +86,11 @@ def test_a_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None
         (b"GET /" + b"a" * 3_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"414"),
         (b"GET /healthz HTTP/1.1\r\nX-Long: " + b"a" * 40_000, b"431"),
         (b"GET /healthz HTTP/1.1\r\n" + b"X-Many: yes\r\n" * 3_000, b"431"),
+        (b"GET /healthz HTTP/1.1\r\n" + b"A:\r\n" * 101 + b"\r\n", b"431"),
         (b"what is this\r\n\r\n", b"400"),
         (b"GET /healthz HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"400"),
     ],
-    ids=["long-url", "long-header", "many-headers", "nonsense", "two-lengths"],
+    ids=["long-url", "long-header", "many-headers", "small-headers", "nonsense", "two-lengths"],
 )
 def test_heads_are_bounded(web: Web, head: bytes, status: bytes) -> None:
     with connection(web) as raw:
@@ -119,6 +131,41 @@ def test_the_longest_idle_kept_connection_makes_room(web: Web, monkeypatch: pyte
         assert read_to_end(second) == b""
         first.sendall(ask)
         assert first.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"1;" + b"a" * 200_000,
+        b"0" * 200_000,
+        b"1\r\n{\r\n" * 2 + b"1;" + b"a" * 200_000,
+        b"0\r\nX-Long: " + b"a" * 200_000,
+        b"0\r\n" + b"X-Many: yes\r\n" * 20_000,
+    ],
+    ids=["extension", "leading-zeros", "later-extension", "long-trailer", "many-trailers"],
+)
+def test_what_surrounds_a_body_is_bounded(web: Web, rest: bytes) -> None:
+    head = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with connection(web) as raw:
+        assert sent_of(raw, head + rest) is None or read_to_end(raw).split()[1] in (b"400", b"431")
+
+
+def test_a_few_requests_may_wait_and_one_more_ends_the_connection(web: Web) -> None:
+    with connection(web) as raw:
+        raw.sendall(GET * (door.MAX_PIPELINED + 1))
+        wait_until(lambda: raw.recv(65_536, socket.MSG_PEEK).count(b"HTTP/1.1 200") == door.MAX_PIPELINED + 1)
+        raw.sendall(GET * (door.MAX_PIPELINED + 5))
+        statuses = [line.split()[1] for line in read_to_end(raw).splitlines() if b"HTTP/1.1 " in line]
+        assert statuses.count(b"200") == 2 * (door.MAX_PIPELINED + 1) and b"429" in statuses[-1]
+
+
+def test_what_is_wrong_behind_a_delivery_is_refused_after_it(web: Web, parts: Parts) -> None:
+    post = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    with connection(web) as raw:
+        raw.sendall(post + post.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked"))
+        answers = read_to_end(raw)
+        assert answers.startswith(b"HTTP/1.1 200") and answers.count(b"HTTP/1.1 400") == 1
+    assert [row.body for row in callbacks_of(parts)] == [b"{}"]
 
 
 def test_a_body_that_arrives_while_it_stops_does_not_hold_it_up(web: Web) -> None:
