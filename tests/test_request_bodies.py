@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
@@ -88,11 +89,19 @@ def stored(parts: Parts) -> list[bytes]:
 
 
 def first_status(raw: socket.socket) -> bytes:
-    """Of the final answer: 100 Continue is none."""
-    answer = raw.recv(65_536)
-    while answer.startswith(b"HTTP/1.1 100"):
-        answer = answer.partition(b"\r\n\r\n")[2] or raw.recv(65_536)
-    return answer.split()[1] if answer else b""
+    """The status of the final answer, which is read whole; 100 Continue is none. Empty when the server hangs up."""
+    answer = b""
+    while True:
+        head, end, body = answer.partition(b"\r\n\r\n")
+        if end and head.startswith(b"HTTP/1.1 100"):
+            answer = body
+            continue
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if end and len(body) >= int(length[1] if length else 0):
+            return head.split()[1]
+        if not (more := raw.recv(65_536)):
+            return b""
+        answer += more
 
 
 @ON_SQLITE
