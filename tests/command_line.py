@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from receiver.sandbox import Sandbox
-from storage.objects import Bucket
+from storage.bucket.bucket import Bucket
 
 TIMEOUT_SECONDS = 60
 
@@ -72,12 +72,12 @@ class CommandLine:
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.everything"])
+FORKS.set_forkserver_preload(["tests.preload"])
 
 
 def _run(words: tuple[str, ...], values: dict[str, str], folder: str, files: list[str]) -> None:
     """In the child: become `receiver words…`."""
-    from receiver.cli import main
+    from receiver.cli.main import main
 
     flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
     for number, (file, flag) in enumerate(zip(files, flags, strict=True)):

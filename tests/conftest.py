@@ -20,17 +20,17 @@ import pytest
 import structlog
 from structlog._config import BoundLoggerLazyProxy
 
+from receiver.app.embedded_store import Seaweed
+from receiver.app.wiring import Parts
 from receiver.sandbox import Knobs, Sandbox
-from receiver.sandbox.seaweed import Seaweed
-from receiver.wiring import Parts
-from storage import migrations
-from storage.database import Database
-from tests import manifests
+from storage.rows import migrations
+from storage.rows.database import Database
+from tests import manifest_checks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
 
 if TYPE_CHECKING:
-    from storage.objects import Bucket
+    from storage.bucket.bucket import Bucket
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -159,7 +159,7 @@ def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> dict[st
 @pytest.fixture(scope="session")
 def store(seaweed: Seaweed) -> Bucket:
     """The run's bucket, connected and probed: half a second that is spent once and not in every test."""
-    from storage.objects import Bucket  # boto3 takes a second to import: only for the tests that need it
+    from storage.bucket.bucket import Bucket  # boto3 takes a second to import: only for the tests that need it
 
     whole = Bucket(seaweed.bucket, endpoint_url=seaweed.endpoint_url)
     with pytest.MonkeyPatch.context() as environment:
@@ -175,7 +175,7 @@ def bucket(store: Bucket, s3_environment: dict[str, str], request: pytest.Fixtur
     own = copy.copy(store)
     own.prefix = f"{re.sub(r'[^A-Za-z0-9]+', '-', request.node.name)[:60]}-{uuid.uuid4().hex[:8]}/"
     yield own
-    manifests.check(own)
+    manifest_checks.check(own)
 
 
 @pytest.fixture(scope="session")

@@ -23,10 +23,11 @@ from typing import Any
 import httpx
 from sqlmodel import func, select
 
-from receiver import app, config, telemetry
-from receiver.wiring import Parts
-from storage import migrations
-from storage.models import Callback, Task
+from receiver.app.wiring import Parts
+from receiver.base import config, telemetry
+from receiver.web import app
+from storage.rows import migrations
+from storage.rows.models import Callback, Task
 from storage.states import Step, TaskState
 
 CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "payloads").glob("*.json"))]

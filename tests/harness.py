@@ -2,7 +2,7 @@
 
 The only doubles, each an honest second implementation that speaks over real sockets:
 - `receiver.sandbox`: the provider (task endpoints, callbacks, result files) with its knobs for failures;
-- `tests.hooks`: a receiver of webhooks that can fail, be slow and be down;
+- `tests.webhook_receiver`: a receiver of webhooks that can fail, be slow and be down;
 - `tests.fault_proxy`: a proxy in front of SeaweedFS that swallows, changes or ignores what it is told.
 Everything else is real: SeaweedFS is the S3 server, SQLite and PostgreSQL are the databases, child processes
 are killed with real signals. Our own code is never replaced.
@@ -15,7 +15,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+PAYLOADS = ROOT / "tests" / "payloads"
 
 T = TypeVar("T")
 

@@ -14,15 +14,16 @@ from typing import Any
 from sqlalchemy import update
 from sqlmodel import col, select
 
-from receiver import app, config
-from receiver.process import _Server, web_config
+from receiver.app.embedded_store import is_free, random_port
+from receiver.app.process import _Server, web_config
+from receiver.app.wiring import Parts
+from receiver.base import config
 from receiver.sandbox import Sandbox
-from receiver.sandbox.seaweed import is_free, random_port
-from receiver.wiring import Parts
-from storage import tasks
-from storage.inbox import Delivery, store
+from receiver.web import app
 from storage.keys import task_folder
-from storage.models import Asset, Callback, Task
+from storage.rows import tasks
+from storage.rows.inbox import Delivery, store
+from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.harness import CALLBACK_SECRET, wait_until
 from tests.rows import LONG_AGO, new_task
@@ -191,7 +192,7 @@ def assets_of(parts: Parts, task: Task) -> list[Asset]:
 
 def drain(parts: Parts, external_task_id: str, *, seconds: float = 30) -> Task:
     """Do all due work in this thread until the task is over; returns its row."""
-    from receiver.waiting import is_over
+    from receiver.tasks.task_view import is_over
 
     worker = parts.worker()
 

@@ -24,7 +24,7 @@ from typing import IO
 import psycopg
 from psycopg import sql
 
-from receiver.sandbox.seaweed import Mortal, is_free, random_port
+from receiver.app.embedded_store import Mortal, is_free, random_port
 
 FOLDER_PREFIX = "receiver-postgres-"
 START_SECONDS = 60
@@ -55,7 +55,7 @@ class Postgres:
             os.chown(self._folder, *self._user)
 
     def url(self, database: str = "postgres") -> str:
-        """As a user writes it; `storage.database` adds the driver."""
+        """As a user writes it; `storage.rows.database` adds the driver."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:

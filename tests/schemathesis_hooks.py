@@ -7,7 +7,7 @@ from typing import Any
 
 import schemathesis
 
-from receiver.providers.kling_request import MAX_INPUTS, MODELS
+from receiver.providers.kling.request import MAX_INPUTS, MODELS
 
 ANY_MODELS_FIELDS = ("model_name", "prompt", "callback_url", "external_task_id")
 

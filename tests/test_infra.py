@@ -25,7 +25,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from receiver.config import Settings, load
+from receiver.base.config import Settings, load
 from tests.pipeline import free_port
 
 ROOT = Path(__file__).parent.parent

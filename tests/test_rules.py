@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from receiver import config
-from receiver.cli import app
+from receiver.base import config
+from receiver.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,9 +20,9 @@ from contextlib import ExitStack
 
 from sqlmodel import func, select
 
-from storage.database import Database
-from storage.inbox import Delivery, store
-from storage.models import Callback
+from storage.rows.database import Database
+from storage.rows.inbox import Delivery, store
+from storage.rows.models import Callback
 from storage.states import CallbackState, Step, TaskState
 from tests.bench import stage
 from tests.rows import new_task

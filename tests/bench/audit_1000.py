@@ -20,17 +20,17 @@ from pathlib import Path
 
 from sqlmodel import col, func, select
 
-from receiver import telemetry
+from receiver.app.embedded_store import Seaweed
+from receiver.app.wiring import Parts
+from receiver.base import telemetry
 from receiver.sandbox import Knobs, Sandbox
-from receiver.sandbox.seaweed import Seaweed
-from receiver.wiring import Parts
-from storage import migrations
-from storage.audit import Audit, Counts, Finding
-from storage.models import Asset, Task
-from storage.objects import Bucket
-from storage.rebuild import Rebuild
-from storage.repair import Repairer
-from tests.archives import REQUEST, all_assets, flip, put
+from storage.archive.audit import Audit, Counts, Finding
+from storage.archive.rebuild import Rebuild
+from storage.archive.repair import Repairer
+from storage.bucket.bucket import Bucket
+from storage.rows import migrations
+from storage.rows.models import Asset, Task
+from tests.archived_tasks import REQUEST, all_assets, flip, put
 from tests.conftest import s3_variables
 from tests.pipeline import settings_for
 

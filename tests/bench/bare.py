@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from receiver.process import web_config
+from receiver.app.process import web_config
 
 
 async def receive(request: Request) -> Response:

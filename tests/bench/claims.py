@@ -25,9 +25,9 @@ from typing import Any
 from sqlalchemy import bindparam, text
 from sqlmodel import Session, col
 
-from storage import claims, migrations
-from storage.database import Database
-from storage.models import Asset, Callback, Task
+from storage.rows import claims, migrations
+from storage.rows.database import Database
+from storage.rows.models import Asset, Callback, Task
 from storage.states import AssetState, CallbackState, Step, TaskState
 from tests.postgres import Postgres
 

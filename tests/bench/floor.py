@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from receiver.process import web_config
+from receiver.app.process import web_config
 
 MOST = 256
 Insert = Callable[[list[tuple[str, bytes]]], None]

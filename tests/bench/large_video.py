@@ -23,17 +23,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from receiver import telemetry
+from receiver.app.embedded_store import OPTIONS, Seaweed
+from receiver.app.wiring import Parts
+from receiver.base import telemetry
 from receiver.sandbox import Sandbox
-from receiver.sandbox.seaweed import OPTIONS, Seaweed
-from receiver.wiring import Parts
-from storage import migrations
-from storage.objects import Bucket
+from storage.bucket.bucket import Bucket
+from storage.rows import migrations
 from storage.states import ArchiveState
 from tests.conftest import s3_variables
 from tests.harness import wait_until
 from tests.pipeline import assets_of, deliver, plant, settings_for, task_of
-from tests.test_media import TRACK, box
+from tests.storage.fetch.test_media_types import TRACK, box
 
 MB = 1_000_000
 MOST_ABOVE_IDLE_BYTES = 200 * MB

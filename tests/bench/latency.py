@@ -17,9 +17,9 @@ from botocore.config import Config
 from pydantic import SecretStr
 from sqlmodel import select
 
-from receiver.tokens import Tokens
-from storage.database import Database
-from storage.models import Asset
+from receiver.base.tokens import Tokens
+from storage.rows.database import Database
+from storage.rows.models import Asset
 from storage.states import Step, TaskState
 from tests.bench import stage
 from tests.bench.pictures import Source, source

@@ -23,7 +23,7 @@ from typing import Any
 import uvloop
 from pydantic import SecretStr
 
-from receiver.tokens import Tokens
+from receiver.base.tokens import Tokens
 from tests.harness import CALLBACK_SECRET
 
 # One for each status, as the provider sends them (KLING §5).

@@ -18,10 +18,10 @@ from typing import Any
 
 from sqlmodel import func, select
 
-from storage.database import Database
-from storage.models import Asset, Event, Task, Worker
+from storage.rows.database import Database
+from storage.rows.models import Asset, Event, Task, Worker
+from storage.rows.tasks import asset_id
 from storage.states import ArchiveState, AssetName, AssetState, TaskState
-from storage.tasks import asset_id
 from tests.bench import stage
 from tests.bench.late import png
 from tests.bench.table import Sample

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from receiver.tokens import Tokens
+from receiver.base.tokens import Tokens
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from receiver import config
-from receiver.sandbox.seaweed import Seaweed
-from receiver.wiring import Parts
-from storage import migrations
-from storage import workers as heartbeats
+from receiver.app.embedded_store import Seaweed
+from receiver.app.wiring import Parts
+from receiver.base import config
+from storage.operations import heartbeats as heartbeats
+from storage.rows import migrations
 from tests.conftest import s3_variables
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port

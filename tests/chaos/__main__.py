@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from receiver import telemetry
+from receiver.base import telemetry
 from tests.chaos import campaign, plan
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import func, update
 from sqlmodel import col, select
 
 from storage.errors import DatabaseUnavailable
-from storage.models import Asset, Callback, Task
+from storage.rows.models import Asset, Callback, Task
 from storage.states import TERMINAL, ArchiveState
 from tests.chaos import plan as kinds
 from tests.chaos.ledgers import Findings, reconcile

@@ -12,13 +12,13 @@ import boto3
 from sqlmodel import select
 
 from receiver.sandbox.ledger import AssetKey, Ledger
-from storage.database import Database
-from storage.events import EventName
 from storage.keys import manifest_key
-from storage.models import Asset, Callback, Event, Task
+from storage.rows.database import Database
+from storage.rows.events import EventName
+from storage.rows.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState
 from tests.chaos.stage import Stage
-from tests.scene import BUCKET
+from tests.running_product import BUCKET
 
 PROBE_FOLDER = ".receiver-probe/"
 

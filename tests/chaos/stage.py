@@ -8,7 +8,7 @@ from pathlib import Path
 from receiver.sandbox import Knobs
 from tests.chaos.plan import LEASE_SECONDS, Plan
 from tests.chaos.store import ChaosStore
-from tests.scene import Scene
+from tests.running_product import Scene
 
 PICTURE_BYTES = 20_000
 CALLBACK_TRIES = 4

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from receiver import telemetry
+from receiver.base import telemetry
 from storage.errors import StoreUnavailable
 from tests.conformance import capabilities, promises
 from tests.conformance.stage import Broken, Case, Lacks, Stage, stage

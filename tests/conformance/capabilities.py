@@ -15,8 +15,8 @@ from unittest import mock
 
 import httpx
 
+from storage.bucket.probe import sha256_base64
 from storage.errors import StoreUnavailable
-from storage.probe import sha256_base64
 from tests.conformance.stage import CONTENT, Case, Lacks, Stage
 
 # What object_key makes of ids with every kind of character, and what people's prefixes hold.

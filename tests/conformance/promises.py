@@ -15,18 +15,20 @@ from unittest import mock
 
 from sqlalchemy import update
 
+from receiver.app.wiring import Parts
 from receiver.sandbox import Knobs, Sandbox
-from receiver.wiring import Parts
-from storage import claims, evidence, migrations, objects
-from storage.archive import Archiver
-from storage.audit import Audit
-from storage.delete import delete
+from storage.archive.archiver import Archiver
+from storage.archive.audit import Audit
+from storage.archive.delete import delete
+from storage.archive.rebuild import Rebuild
+from storage.bucket import bucket as objects
+from storage.bucket import checksums
 from storage.errors import ObjectConflict, StoreUnavailable
-from storage.fetch import Fetched, Fetcher
-from storage.models import Asset
-from storage.rebuild import Rebuild
+from storage.fetch.client import Fetched, Fetcher
+from storage.rows import claims, migrations
+from storage.rows.models import Asset
 from storage.states import ArchiveState, AssetState
-from tests.archives import archive, flip, work_off
+from tests.archived_tasks import archive, flip, work_off
 from tests.conformance.stage import Broken, Case, Stage
 from tests.pipeline import Wired, assets_of, hurry, kept, settings_for
 from tests.rows import LONG_AGO
@@ -191,7 +193,7 @@ def deleted(stage: Stage) -> None:
 @contextmanager
 def _small_parts() -> Iterator[None]:
     part, threshold = SMALL_PARTS
-    with mock.patch.object(evidence, "PART_BYTES", part):
+    with mock.patch.object(checksums, "PART_BYTES", part):
         with mock.patch.object(objects, "MULTIPART_THRESHOLD_BYTES", threshold):
             yield
 

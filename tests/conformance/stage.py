@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from storage.objects import Bucket
+from storage.bucket.bucket import Bucket
 
 # Bytes that no checksum is the same of by chance, and no power of two.
 CONTENT = bytes(range(256)) * 400 + b"end"

@@ -1,0 +1,56 @@
+"""Whether what leaves us could arrive: events at their sinks, results at the gateway's clients. Nothing is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from receiver.app.findings import Result, Status
+from receiver.base.config import Settings
+from receiver.base.sink_setting import Entry
+from receiver.events.dispatcher import Unsure
+from receiver.events.make import make
+from receiver.providers.base import plain
+from storage.errors import GiveUp, Retry
+
+# By kind of sink: what to do when it cannot be reached.
+SINK_ADVICE = {
+    "webhook": "correct it in RECEIVER_EVENT_SINKS; a receiver of your own network belongs on "
+    "RECEIVER_PRIVATE_EVENT_HOSTS as HOST:PORT",
+    "sqs": "correct the queue's URL in RECEIVER_EVENT_SINKS, or the credentials and the region that boto3 finds",
+    "file": "make its folder, for this user to write to, or correct RECEIVER_EVENT_SINKS",
+    "stdout": "",
+}
+GRANT = "grant sqs:GetQueueAttributes to have the queue looked at; sending needs sqs:SendMessage alone"
+HANGING = "see that its address in RECEIVER_EVENT_SINKS is right, and that no firewall is in between"
+MAX_LINE_CHARS = 300
+
+
+def name_of(entry: Entry) -> str:
+    return f"events to {entry.name}"
+
+
+def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
+    """Whether this sink could be given events from here."""
+    name = name_of(entry)
+    try:
+        with closing(make(entry, settings.event_policy, settings.event_secrets)) as made:
+            yield Result(name, Status.OK, made.look())
+    except Unsure as error:
+        yield Result(name, Status.NOTE, f"may not be looked at ({error})", GRANT)
+    except (Retry, GiveUp) as error:
+        line = plain(f"cannot be reached ({error})", MAX_LINE_CHARS)
+        yield Result(name, Status.FAULT, line, SINK_ADVICE[entry.kind])
+
+
+def gateway(settings: Settings) -> Iterator[Result]:
+    """Whether clients of the gateway get links that last."""
+    if not settings.api_keys:
+        return
+    if settings.public_url:
+        yield Result("gateway", Status.OK, f"clients ask {settings.public_url}/kling")
+        return
+    days = settings.result_lifetime_seconds / 86_400
+    line = f"is on, and RECEIVER_PUBLIC_URL is not set: clients get the provider's links, which die after {days:g} days"
+    advice = "set it to the https address at which clients reach us, for links that last"
+    yield Result("gateway", Status.NOTE, line, advice)

@@ -1,0 +1,368 @@
+"""What `receiver check` looks at, and what to do about what it finds. One result a problem, none with a secret.
+
+settings ─┬─▶ database ─▶ schema ─▶ callback secrets, workers ─┐
+          ├─▶ bucket, with what it can do                      ├─▶ clock ─▶ what to paste
+          ├─▶ provider                                         │
+          └─▶ each sink of events                              ┘
+              (side by side, each bounded in time)
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+from sqlalchemy.exc import DBAPIError
+from sqlmodel import col, delete, false, or_, select
+
+from receiver.app import check_events
+from receiver.app.findings import Result as Result
+from receiver.app.findings import Status as Status
+from receiver.app.wiring import Parts
+from receiver.base import config
+from receiver.base.sink_setting import Entry
+from receiver.providers.base import Provider, Unavailable, plain
+from receiver.providers.kling.client import Kling
+from storage import states
+from storage.bucket.bucket import reason_code
+from storage.bucket.probe import Capabilities
+from storage.errors import (
+    DatabaseUnavailable,
+    ProviderRejected,
+    ProviderThrottled,
+    ProviderUnavailable,
+    StoreUnavailable,
+    UserError,
+)
+from storage.operations import heartbeats
+from storage.rows import migrations
+from storage.rows.models import Task, Worker
+
+# All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
+BOUND_SECONDS = 10.0
+# As the issue says; a JWT is refused after seconds, signed requests and callbacks after minutes.
+MAX_SKEW_SECONDS = 60.0
+MAX_LINE_CHARS = 300
+SECRET_BYTES = 32  # 43 characters, and no comma among them
+
+SYNCHRONISE = "turn on time synchronisation (NTP) on this machine"
+SET_KEY = (
+    "set RECEIVER_KLING_API_KEY (or RECEIVER_KLING_ACCESS_KEY and RECEIVER_KLING_SECRET_KEY) as the provider shows it"
+)
+SETTLE = "settle it in the provider's console; nothing can be submitted until then"
+SET_REGION = "set AWS_DEFAULT_REGION to the bucket's region"
+# What hangs is what the network swallows.
+HANGING = {
+    "database": "see that RECEIVER_DATABASE_URL is right, no other program holds the database, no firewall is between",
+    "bucket": "see that RECEIVER_S3_ENDPOINT_URL is right and no firewall is in between",
+    "provider": "see that RECEIVER_KLING_BASE_URL is right and no firewall is in between",
+}
+# By the store's own code (the names of boto3's exceptions where none came from a store).
+BUCKET_ADVICE = {
+    "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "fetch new credentials",
+    "RequestTimeTooSkewed": SYNCHRONISE,
+    "AccessDenied": "grant s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket, or use another key",
+    "NoSuchBucket": "create it, or correct RECEIVER_S3_BUCKET",
+    "PermanentRedirect": SET_REGION,
+    "AuthorizationHeaderMalformed": SET_REGION,
+    "NoRegionError": SET_REGION,
+    "NoCredentialsError": "",  # the line says it
+    "PartialCredentialsError": "",
+}
+# By the provider's own code, KLING §6.
+PROVIDER_ADVICE = {
+    **dict.fromkeys((1000, 1001, 1002), SET_KEY),
+    **dict.fromkeys((1003, 1004), SYNCHRONISE),
+    **dict.fromkeys((1100, 1101, 1102), SETTLE),
+    1103: "ask the provider for access to this API",
+    1304: "allow this machine's address in the provider's console",
+}
+Look = Callable[[Parts], Iterable[Result]]
+CLOCK_CODES = ("RequestTimeTooSkewed", 1003, 1004)
+# What each missing ability means here; none of them loses a picture.
+WITHOUT = {
+    "conditional_put": "objects are looked for before they are written; let nothing else write below the prefix",
+    "refuses_wrong_checksum": "every object is read back and hashed after it was written; expect twice the traffic",
+    "returns_checksum": "an object that was there already is read back to be compared; nothing to do",
+    "keeps_metadata": "where a picture came from is in manifest.json alone; nothing to do",
+    "multipart": "files over 64 MiB go in one request; allow multipart uploads if they fail",
+    "refuses_wrong_part": "large objects are read back and hashed after they were written; expect twice the traffic",
+    "conditional_multipart": "large objects are looked for before they are written; let nothing else write there",
+    "delete": "grant s3:DeleteObject, or remove .receiver-probe/ by hand",
+}
+
+
+def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> list[Result]:
+    """Look at everything, writing nothing that stays. What gives no answer within `bound_seconds` is a fault."""
+    parts = Parts(settings)
+    looks: dict[str, Look] = {"database": database, "bucket": bucket, "provider": provider}
+    for entry in settings.event_entries:
+        looks[check_events.name_of(entry)] = partial(_sink, entry)
+    pending = {name: _start(look, parts) for name, look in looks.items()}
+    late = wait(pending.values(), bound_seconds).not_done
+    results = [*environment()]
+    for name, future in pending.items():
+        advice = HANGING.get(name, check_events.HANGING)
+        silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
+        results += [silence] if future in late else future.result()
+    results += [*clock(parts), *callbacks(parts), *check_events.gateway(settings)]
+    if not late:  # a thread that hangs still uses them; the end of the process closes them
+        parts.close()
+    return results
+
+
+def _sink(entry: Entry, parts: Parts) -> Iterator[Result]:
+    return check_events.sink(entry, parts.settings)
+
+
+def _start(look: Look, parts: Parts) -> Future[list[Result]]:
+    """In a thread that ends with the process: a call that hangs in a library cannot be stopped."""
+    future: Future[list[Result]] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(list(look(parts)))
+        except BaseException as error:  # noqa: BLE001 - raised again by result() in the thread that waits
+            future.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return future
+
+
+def refused_settings(error: config.SettingsInvalid) -> Iterator[Result]:
+    """When the settings are wrong, these lines are all there is to say, and a secret where one is missing."""
+    lines = str(error).splitlines()
+    for line in lines:
+        yield Result("settings", Status.FAULT, line)
+    yield from environment(read=False)
+    if any("RECEIVER_CALLBACK_SECRETS:" in line for line in lines):
+        yield _fresh_secret()
+
+
+def environment(*, read: bool = True) -> Iterator[Result]:
+    """Whether every RECEIVER_ variable is one that we read."""
+    unknown = config.unknown_variables()
+    for name in unknown:
+        yield Result("settings", Status.NOTE, f"nothing reads {name}", "correct its name, or remove it")
+    if read and not unknown:
+        yield Result("settings", Status.OK, "complete")
+
+
+def database(parts: Parts) -> Iterator[Result]:
+    """Whether the database answers, takes writes and has our schema; then what its rows tell."""
+    try:
+        schema = _missing_file(parts) or _schema(parts)
+        yield schema
+        if schema.status is Status.OK:
+            yield _callback_secrets(parts)
+            yield _workers(parts)
+            yield _slots(parts)
+    except (DatabaseUnavailable, DBAPIError, OSError) as error:
+        advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
+        yield Result("database", Status.FAULT, f"cannot be used ({_words(parts, error)})", advice)
+
+
+def _words(parts: Parts, error: BaseException) -> str:
+    """The driver's own words, without the password should it quote it."""
+    if isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError):
+        error = error.__cause__
+    words = str(error.orig if isinstance(error, DBAPIError) else error)
+    password = parts.database.url.password
+    return plain(words.replace(str(password), "…") if password else words, MAX_LINE_CHARS)
+
+
+def _missing_file(parts: Parts) -> Result | None:
+    """A SQLite file that is not there yet, without making it; None when there is one, or a server."""
+    file = Path(parts.database.url.database or "")
+    if not parts.database.is_sqlite or file.exists():
+        return None
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        line = f"the folder {file.parent} is not there or may not be written"
+        return Result("database", Status.FAULT, line, "create it for this user, or correct RECEIVER_DATABASE_URL")
+    return _no_schema(parts, f"{file} does not exist yet")
+
+
+def _no_schema(parts: Parts, line: str) -> Result:
+    if parts.settings.migrates_on_start:
+        return Result("database", Status.NOTE, line, "`receiver serve` makes it")
+    return Result("database", Status.FAULT, line, "run `receiver migrate`")
+
+
+def _schema(parts: Parts) -> Result:
+    current, wanted = migrations.current(parts.database), migrations.head()
+    if current == wanted:
+        with parts.database.write() as session:
+            session.execute(delete(Worker).where(false()))  # refused by a standby and by a read-only file
+        return Result("database", Status.OK, f"takes writes, schema {current} is current")
+    if current is None:
+        return _no_schema(parts, f"the database has no schema yet, this version needs {wanted}")
+    line = f"the database schema is {current}, this version needs {wanted}"
+    newer = current > wanted  # numbered steps
+    advice = "run a receiver of the version that made it" if newer else "run `receiver migrate`"
+    return Result("database", Status.FAULT, line, advice)
+
+
+def _callback_secrets(parts: Parts) -> Result:
+    """Whether callbacks of unfinished tasks would be let in."""
+    unfinished = select(Task.provider, Task.callback_url).where(
+        # One of the two always is, and their indexes leave out the millions.
+        or_(col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None)),
+        col(Task.state).not_in(states.TERMINAL),
+        col(Task.callback_url).is_not(None),
+    )
+    count = unlisted = 0
+    with parts.database.read() as session:
+        for name, url in session.exec(unfinished.execution_options(yield_per=1_000)):
+            count += 1
+            unlisted += parts.tokens.read(name, str(url).rpartition("/")[2]) is None
+    if not unlisted:
+        return Result("callback secrets", Status.OK, f"{count} unfinished tasks have a callback URL, all of them good")
+    line = f"{unlisted} of {count} unfinished tasks have a callback URL that no listed secret made"
+    advice = "list the secret of that time after the others in RECEIVER_CALLBACK_SECRETS until they have ended"
+    return Result("callback secrets", Status.FAULT, line, advice)
+
+
+def _workers(parts: Parts) -> Result:
+    alive = heartbeats.count_alive(parts.database)
+    if alive:
+        return Result("workers", Status.NOTE, f"{alive} worker processes are alive")
+    return Result("workers", Status.NOTE, "no worker process is alive", "start `receiver serve` or `receiver work`")
+
+
+def _slots(parts: Parts) -> Result:
+    """How many of the account's pictures are in work, by our own count, and how many tasks wait for their turn."""
+    with parts.database.read() as session:
+        held, limit = sum(parts.slots.held(session).values()), parts.slots.limit(session)
+        waiting = parts.slots.count_queued(session)
+    if limit is None:
+        advice = (
+            "set RECEIVER_KLING_SLOTS to what the account's pack allows, so that nothing is refused for being too much"
+        )
+        return Result("slots", Status.NOTE, f"no limit of our own; {held} pictures are in work", advice)
+    lowered = (
+        f" (lowered from {parts.slots.setting}: the provider said it was full)" if limit != parts.slots.setting else ""
+    )
+    return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waiting} tasks wait for theirs")
+
+
+def bucket(parts: Parts) -> Iterator[Result]:
+    """Whether the bucket can be written and read, and what else it can do."""
+    name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", _host(parts.settings.s3_endpoint_url)
+    try:
+        can = parts.bucket.probe()
+    except StoreUnavailable as error:
+        code = reason_code(error)
+        advice = BUCKET_ADVICE.get(code, "see that RECEIVER_S3_ENDPOINT_URL is right and the store runs")
+        yield Result("bucket", _status(code, parts.bucket.clock_ahead_seconds), str(error), advice)
+        return
+    except (LookupError, ValueError):  # words that no S3 store says, or an address that boto3 cannot dial
+        line = f"what answers at {where} is no S3 store"
+        yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
+        return
+    yield Result("bucket", Status.OK, f"{name} at {where} was written and read back")
+    yield from _capabilities(can)
+
+
+def _capabilities(can: Capabilities) -> Iterator[Result]:
+    for ability, advice in WITHOUT.items():
+        if not can.multipart and ability in ("refuses_wrong_part", "conditional_multipart"):
+            continue
+        status = Status.OK if getattr(can, ability) else Status.NOTE
+        line, advice = ("yes", "") if status is Status.OK else ("no", advice)
+        yield Result(f"bucket: {ability.replace('_', ' ')}", status, line, advice)
+
+
+def provider(parts: Parts) -> Iterator[Result]:
+    """Whether the provider takes our credentials, by a call that costs nothing."""
+    chosen = parts.settings
+    if not (chosen.kling_api_key or chosen.kling_access_key):
+        yield Result("provider", Status.FAULT, "no provider credentials are set", SET_KEY)
+        return
+    try:
+        kling = parts.kling
+    except UserError as error:
+        yield Result("provider", Status.FAULT, str(error), "correct the RECEIVER_KLING_… setting")
+        return
+    host = _host(chosen.kling_base_url)
+    try:
+        _ask_for_free(kling)
+    except ProviderRejected as error:
+        yield _refused(host, error, kling.clock_ahead_seconds)
+    except ProviderThrottled as error:
+        yield Result("provider", Status.NOTE, f"{host} is busy ({error})", "check again in a minute")
+    except ProviderUnavailable as error:
+        advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here without a proxy"
+        yield Result("provider", Status.FAULT, f"{host} gave no answer of Kling's ({error})", advice)
+    else:
+        yield Result("provider", Status.OK, f"{host} takes our credentials")
+
+
+def _ask_for_free(provider: Provider) -> None:
+    """The list, or where a gateway has none, a task that cannot exist: "not found" is an answer to a known key."""
+    try:
+        provider.list_page(1, 1)
+    except (ProviderRejected, Unavailable) as error:
+        known = isinstance(error, ProviderRejected) and (error.code in PROVIDER_ADVICE or error.http_status == 401)
+        unreached = isinstance(error, Unavailable) and not error.sent
+        if known or unreached:
+            raise
+        provider.read(provider_task_id=None, external_task_id=str(uuid.uuid4()))
+
+
+def _refused(host: str, error: ProviderRejected, skew_seconds: float | None) -> Result:
+    advice = PROVIDER_ADVICE.get(error.code or 0, SET_KEY)
+    return Result("provider", _status(error.code, skew_seconds), f"{host} refuses us ({error})", advice)
+
+
+def _status(code: str | int | None, skew_seconds: float | None) -> Status:
+    """A fault, unless it is our clock's, which is one fault already."""
+    blamed = code in CLOCK_CODES and abs(skew_seconds or 0) > MAX_SKEW_SECONDS
+    return Status.NOTE if blamed else Status.FAULT
+
+
+def clock(parts: Parts) -> Iterator[Result]:
+    """How far this machine's clock is from the `Date` of whoever answered."""
+    asked = {"the bucket's": vars(parts).get("bucket"), "the provider's": vars(parts).get("kling")}
+    skews = {whose: one.clock_ahead_seconds for whose, one in asked.items() if one is not None}
+    known = {whose: seconds for whose, seconds in skews.items() if seconds is not None}
+    wrong = {whose: seconds for whose, seconds in known.items() if abs(seconds) > MAX_SKEW_SECONDS}
+    if wrong:
+        told = (f"{abs(s):,.0f} s {'ahead of' if s > 0 else 'behind'} {whose}" for whose, s in wrong.items())
+        yield Result("clock", Status.FAULT, f"this machine's clock is {' and '.join(told)}", SYNCHRONISE)
+    elif known:
+        yield Result("clock", Status.OK, f"within {MAX_SKEW_SECONDS:g} s of {' and '.join(known)}")
+    else:
+        yield Result("clock", Status.NOTE, "neither bucket nor provider told the time", "check again when one answers")
+
+
+def callbacks(parts: Parts) -> Iterator[Result]:
+    """Whether callbacks are asked for, and what the operator has to paste for that."""
+    chosen = parts.settings
+    if not chosen.callback_secrets:
+        yield _fresh_secret()
+    if not chosen.public_url:
+        line, advice = "RECEIVER_PUBLIC_URL is not set, so tasks are polled", "set it to be called back"
+        yield Result("callbacks", Status.NOTE, line, advice)
+    elif chosen.callback_secrets:
+        url = f"{chosen.public_url}/callbacks/{Kling.name}/{parts.tokens.sign(Kling.name, None)}"
+        line = "for tasks made elsewhere, the provider's console can call back too"
+        yield Result("callbacks", Status.NOTE, line, "paste the address below there and keep it secret", url)
+
+
+def _fresh_secret() -> Result:
+    line, advice = "no usable callback secret is set", "paste the line below, a fresh one, into the environment or .env"
+    paste = f"RECEIVER_CALLBACK_SECRETS={secrets.token_urlsafe(SECRET_BYTES)}"
+    return Result("callback secrets: fresh", Status.NOTE, line, advice, paste)
+
+
+def _host(url: str | None) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"

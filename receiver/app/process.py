@@ -1,0 +1,247 @@
+"""The long-running processes: the web server with its supervised workers, and a worker."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+import uvicorn
+
+from receiver.app.wiring import Parts
+from receiver.web import app
+from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, Door
+from storage.errors import DatabaseUnavailable, UserError
+from storage.fetch.client import sweep
+from storage.rows import checkpoints, migrations
+from storage.rows.database import Database
+
+log = structlog.get_logger()
+
+# A worker that dies at once is started again after 1, 2, 4 … 30 s; one that lived a minute starts afresh.
+RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
+LIVED_SECONDS = 60.0
+# After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this
+# it is no start-up any more: exit 1, and whoever supervises us sees it and tries again.
+DATABASE_START_SECONDS = 60.0
+DATABASE_LOOK_SECONDS = 2.0
+# How long a request in flight may take to end at SIGTERM: a body has 10 s, its commit 5 s.
+WEB_GRACE_SECONDS = 15
+# Beyond its grace time a worker gets this long to hand back its rows before it is killed.
+KILL_AFTER_SECONDS = 5.0
+
+
+class SchemaBehind(UserError):
+    """The database has another schema than this code; the message says which command to run."""
+
+
+def ready_schema(database: Database, *, migrate: bool) -> None:
+    """Bring the schema up to date where that is wanted, else insist that it is. Raises `SchemaBehind`."""
+    if migrate:
+        migrations.upgrade(database)
+        return
+    current, wanted = migrations.current(database), migrations.head()
+    if current != wanted:
+        raise SchemaBehind(f"the database schema is {current or 'empty'}, this version needs {wanted}: "
+                           "run `receiver migrate`")  # fmt: skip
+
+
+def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE_START_SECONDS) -> None:
+    """`ready_schema` for a process that goes on: a PostgreSQL that is away is waited for, loudly, for so many seconds.
+
+    An SQLite file is there or not. Raises `SchemaBehind`, `DatabaseUnavailable`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ready_schema(database, migrate=migrate)
+        except DatabaseUnavailable as error:
+            left = deadline - time.monotonic()
+            if database.is_sqlite or left < 0:
+                raise
+            log.warning("start.database_away", error=str(error), gives_up_in=round(left))
+            time.sleep(DATABASE_LOOK_SECONDS)
+        else:
+            return
+
+
+class Supervisor:
+    """Keeps `count` worker processes alive: a dead one is started again with backoff.
+
+    Each worker holds the other end of a pipe and stops when this process is gone, however it ended.
+    """
+
+    def __init__(self, count: int, *, grace_seconds: float, environment: dict[str, str] | None = None) -> None:
+        self._grace_seconds = grace_seconds
+        self._environment = {**os.environ, **(environment or {})}
+        self._stop = threading.Event()
+        # Held while a worker is started, so that none starts once we stop, and `stop` sees every one that did.
+        self._starting = threading.Lock()
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._threads = [threading.Thread(target=self._keep, args=(number,), daemon=True) for number in range(count)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Drain all workers; those that outlive the grace time are killed, and their leases run out. None is left."""
+        with self._starting:
+            self._stop.set()
+            children = list(self._children.values())
+        for child in children:
+            child.terminate()
+        deadline = time.monotonic() + self._grace_seconds + KILL_AFTER_SECONDS
+        for child in children:
+            try:
+                child.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def _keep(self, number: int) -> None:
+        delay = RESTART_FIRST_SECONDS
+        while not self._stop.is_set():
+            started = time.monotonic()
+            command = [sys.executable, "-m", "receiver", "work", "--supervised"]
+            code = self._run_once(number, command)
+            if self._stop.is_set():
+                return
+            delay = RESTART_FIRST_SECONDS if time.monotonic() - started > LIVED_SECONDS else delay
+            log.error("worker.died", number=number, code=code, restart_in=delay)
+            self._stop.wait(delay)
+            delay = min(delay * 2, RESTART_CAP_SECONDS)
+
+    def _run_once(self, number: int, command: Sequence[str]) -> int | str:
+        """How the process ended: its exit code, or why it could not be started, as for want of memory."""
+        with self._starting:
+            if self._stop.is_set():
+                return "not started: we stop"
+            try:
+                child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
+            except OSError as error:
+                return f"not started: {error.strerror}"
+            self._children[number] = child
+        with child:
+            return child.wait()
+
+
+def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
+    """Run the web server and the workers until SIGTERM or SIGINT. Raises `SchemaBehind`, `DatabaseUnavailable`."""
+    settings = parts.settings
+    await_schema(parts.database, migrate=settings.migrates_on_start)
+    web = app.build(
+        parts.database, parts.providers, parts.tokens, parts.schedule,
+        bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,
+        slots=parts.slots,
+    )  # fmt: skip
+    server = _Server(web_config(web, settings.host, settings.port), on_listening)
+    environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
+    supervisor = Supervisor(settings.workers, grace_seconds=settings.grace_seconds, environment=environment)
+    supervisor.start()
+    # What is imported stays: looking through it again and again held every answer up for 100 to 400 ms a time.
+    gc.collect()
+    gc.freeze()
+    try:
+        with checkpoints.beside(parts.database):
+            server.run()
+    finally:
+        supervisor.stop()
+        parts.database.close()
+
+
+def web_config(web: Any, host: str, port: int) -> uvicorn.Config:
+    """Our uvicorn settings: no banner, no access log (paths hold tokens), no trust in forwarded headers."""
+    return uvicorn.Config(
+        web,
+        host=host,
+        port=port,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        http=Door,
+        ws="none",
+        log_config=None,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=WEB_GRACE_SECONDS,
+    )
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and ends without ending the process."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Ours, because uvicorn raises the signal again when it is done, which would end us before our workers."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Answers that wait for their readers to leave, or for a provider, are told to end: SIGTERM would wait."""
+        for end in self.config.app.endings:  # type: ignore[union-attr]
+            end()
+        await super().shutdown(sockets)
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            log.info("web.listening", host=self.config.host, port=self.port)
+            if self._on_listening is not None:
+                self._on_listening()
+
+    @property
+    def port(self) -> int:
+        for server in self.servers:
+            for socket in server.sockets:
+                return int(socket.getsockname()[1])
+        return self.config.port
+
+
+def work(parts: Parts, *, supervised: bool) -> None:
+    """Run one worker process until SIGTERM or SIGINT, or, `supervised`, until its parent is gone."""
+    settings = parts.settings
+    await_schema(parts.database, migrate=False)
+    sweep(settings.spool_dir)
+    worker = parts.worker()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop())
+    if supervised:
+        threading.Thread(target=_watch_parent, args=(worker.stop,), daemon=True).start()
+    log.info("worker.started", threads=settings.worker_threads)
+    with checkpoints.beside(parts.database):
+        worker.run()
+    # A download that outlived the grace time sits in a thread that cannot be stopped; its row was handed back.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def work_once(parts: Parts) -> int:
+    """Work on everything that is due now, then return how many rows were worked on."""
+    ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
+    worker, count = parts.worker(), 0
+    while done := worker.run_until_idle() + worker.run_suspects() + parts.sequence():
+        count += done
+    return count
+
+
+def _watch_parent(stop: Callable[[], None]) -> None:
+    while os.read(0, 1024):
+        pass
+    stop()

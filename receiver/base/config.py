@@ -1,0 +1,307 @@
+"""Settings: environment variables (also from `.env`), every secret also as `NAME_FILE`. Read once, at the start."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from receiver.base import sink_setting as sinks
+from receiver.base.signature import key_of
+from storage.bucket.put_options import PutOptions, parse_tags
+from storage.errors import UserError
+from storage.fetch.addresses import AddressPolicy
+from storage.rows.database import normal_url
+
+PREFIX = "RECEIVER_"
+SECRET_MIN_CHARACTERS = 32
+# Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
+# specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
+EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+CREDENTIAL = re.compile(r"[\x21-\x7e]+")
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class SettingsInvalid(UserError, ValueError):
+    """One line per fault, each naming its variable. The start stops (exit 1)."""
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_at_spaces(value: Any) -> Any:
+    return value.split() if isinstance(value, str) else value
+
+
+def _host_port(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise ValueError(f"write HOST:PORT, not {value!r}")
+    return value
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    try:
+        normal_url(value.get_secret_value())
+    except Exception as error:  # the parser's own message may quote the password
+        raise ValueError("use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME") from error
+    return value
+
+
+def _http_url(value: str | None) -> str | None:
+    if value is None:
+        return None
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise ValueError("write a plain https:// address, without user, query or fragment")
+    return value.rstrip("/")
+
+
+def _tags(value: str) -> str:
+    parse_tags(value)
+    return value
+
+
+def _nothing_if_empty(value: Any) -> Any:
+    return None if value == "" else value
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
+Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_spaces)]
+Delays = Annotated[tuple[Annotated[float, Field(ge=0.1, le=604_800)], ...], NoDecode, BeforeValidator(_split)]
+HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+OptionalUrl = Annotated[str | None, BeforeValidator(_nothing_if_empty), AfterValidator(_http_url)]
+OptionalText = Annotated[str | None, BeforeValidator(_nothing_if_empty)]
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_nothing_if_empty)]
+
+
+class Settings(BaseSettings):
+    """All settings, with their units in their names. See the README's table for what each is for."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
+
+    database_url: Annotated[SecretStr, AfterValidator(_database_url)] = SecretStr("sqlite:///receiver.db")
+    migrate_on_start: bool | None = None
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535)
+    public_url: OptionalUrl = None
+    allow_http: bool = False
+    callback_secrets: Secrets = ()
+
+    kling_base_url: HttpUrl = "https://api-singapore.klingai.com"
+    kling_api_key: OptionalSecret = None
+    kling_access_key: OptionalText = Field(default=None, repr=False)
+    kling_secret_key: OptionalSecret = None
+    kling_webhook_secrets: Secrets = ()
+    kling_slots: Annotated[Annotated[int, Field(ge=1, le=100_000)] | None, BeforeValidator(_nothing_if_empty)] = None
+
+    confirm: Literal["auto", "always", "never"] = "auto"
+    poll_after_seconds: float = Field(default=60, ge=0.1)
+    poll_max_seconds: float = Field(default=3_600, ge=0.1)
+    result_lifetime_seconds: float = Field(default=2_592_000, ge=60)
+    result_hosts: Words = ()
+    private_result_hosts: HostPorts = ()
+    max_asset_bytes: int = Field(default=256 * 2**20, ge=1)
+    spool_dir: Path | None = None
+
+    s3_bucket: str = Field(min_length=1)
+    s3_endpoint_url: OptionalUrl = None
+    s3_prefix: str = ""
+    s3_public_endpoint_url: OptionalUrl = None
+    s3_checksums: Literal["when_supported", "when_required", "never"] = "when_supported"
+    s3_addressing: Literal["auto", "path", "virtual"] = "auto"
+    s3_storage_class: OptionalText = None
+    s3_sse: Annotated[Literal["AES256", "aws:kms"] | None, BeforeValidator(_nothing_if_empty)] = None
+    s3_kms_key_id: OptionalText = None
+    s3_lock_mode: Annotated[Literal["GOVERNANCE", "COMPLIANCE"] | None, BeforeValidator(_nothing_if_empty)] = None
+    s3_lock_days: Annotated[Annotated[int, Field(ge=1, le=36_500)] | None, BeforeValidator(_nothing_if_empty)] = None
+    s3_tags: Annotated[str, AfterValidator(_tags)] = ""
+    s3_cache_control: OptionalText = None
+
+    api_keys: Secrets = ()
+    gateway_results: Literal["archived", "provider"] = "archived"
+    event_sinks: Entries = ()
+    event_secrets: Secrets = ()
+    private_event_hosts: HostPorts = ()
+    event_retry_seconds: Delays = EVENT_RETRY_SECONDS
+
+    workers: int = Field(default=1, ge=0, le=64)
+    worker_threads: int = Field(default=8, ge=1, le=256)
+    lease_seconds: float = Field(default=60, ge=1)
+    grace_seconds: float = Field(default=25, ge=0)
+
+    audit_days: Annotated[Annotated[float, Field(ge=0.01, le=3_650)] | None, BeforeValidator(_nothing_if_empty)] = None
+    # 1.7 TB a day, and a sixth of a gigabit line: what is archived and served meanwhile hardly notices.
+    audit_bytes_per_second: int = Field(default=20_000_000, ge=1_000)
+
+    metrics_token: OptionalSecret = None
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "console", "json"] = "auto"
+
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        faults = list(self._faults())
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def _faults(self) -> Iterator[str]:
+        if self.public_url and not self.callback_secrets:
+            yield f"{PREFIX}CALLBACK_SECRETS: required with {PREFIX}PUBLIC_URL; `receiver check` prints a fresh one"
+        if any(len(secret.get_secret_value()) < SECRET_MIN_CHARACTERS for secret in self.callback_secrets):
+            yield f"{PREFIX}CALLBACK_SECRETS: each needs at least {SECRET_MIN_CHARACTERS} characters"
+        if any(not secret.get_secret_value().startswith("whsec_") for secret in self.kling_webhook_secrets):
+            yield f"{PREFIX}KLING_WEBHOOK_SECRETS: each starts with whsec_, as the provider's console shows it"
+        if bool(self.kling_access_key) != bool(self.kling_secret_key):
+            yield f"{PREFIX}KLING_ACCESS_KEY and {PREFIX}KLING_SECRET_KEY: set both or neither"
+        if self.s3_kms_key_id and self.s3_sse != "aws:kms":
+            yield f"{PREFIX}S3_KMS_KEY_ID: needs {PREFIX}S3_SSE=aws:kms"
+        if bool(self.s3_lock_mode) != bool(self.s3_lock_days):
+            yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
+        if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in self.api_keys):
+            yield f"{PREFIX}API_KEYS: each is printable ASCII without spaces, as it stands in an Authorization header"
+        yield from self._event_faults()
+        for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
+            if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
+                yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
+
+    def _event_faults(self) -> Iterator[str]:
+        try:
+            wanted = self.event_entries
+        except ValueError as error:
+            yield from (f"{PREFIX}EVENT_SINKS: {line}" for line in str(error).splitlines())
+            wanted = []
+        try:
+            for secret in self.event_secrets:
+                key_of(secret)
+        except ValueError as error:
+            yield f"{PREFIX}EVENT_SECRETS: {error}"
+        if not self.event_secrets and any(entry.kind == "webhook" for entry in wanted):
+            yield f"{PREFIX}EVENT_SECRETS: required with a webhook in {PREFIX}EVENT_SINKS, which would be unsigned"
+
+    @property
+    def event_entries(self) -> list[sinks.Entry]:
+        """Where events go. Raises ValueError, one line per fault."""
+        return sinks.parse([entry.get_secret_value() for entry in self.event_sinks], self.event_policy)
+
+    @property
+    def event_policy(self) -> AddressPolicy:
+        """Where events and clients' callbacks may be posted to."""
+        return AddressPolicy(
+            private_hosts=private_pairs(self.private_event_hosts), private_setting=f"{PREFIX}PRIVATE_EVENT_HOSTS"
+        )
+
+    @property
+    def put_options(self) -> PutOptions:
+        """What every object that is put gets."""
+        return PutOptions(
+            storage_class=self.s3_storage_class,
+            sse=self.s3_sse,
+            kms_key_id=self.s3_kms_key_id,
+            lock_mode=self.s3_lock_mode,
+            lock_days=self.s3_lock_days,
+            tags=parse_tags(self.s3_tags),
+            cache_control=self.s3_cache_control,
+        )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _SecretFiles(settings_cls), dotenv_settings
+
+    @property
+    def migrates_on_start(self) -> bool:
+        """On for SQLite, off for PostgreSQL, where several hosts may run different versions for a while."""
+        if self.migrate_on_start is not None:
+            return self.migrate_on_start
+        return self.database_url.get_secret_value().startswith("sqlite")
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """`RECEIVER_X_FILE=/run/secrets/x`, in `.env` as well: the file's text without its last line break."""
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls)
+        self._dotenv = DotEnvSettingsSource(settings_cls).env_vars  # names in lower case
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        name = f"{PREFIX}{field_name.upper()}_FILE"
+        path = os.environ.get(name) or self._dotenv.get(name.lower())
+        if not path:
+            return None, field_name, False
+        try:
+            return Path(path).read_text(encoding="utf-8").rstrip("\r\n"), field_name, False
+        except (OSError, UnicodeDecodeError) as error:
+            fault = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise SettingsInvalid(f"{PREFIX}{field_name.upper()}_FILE: cannot read {path}: {fault}") from error
+
+    def __call__(self) -> dict[str, Any]:
+        values = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def private_pairs(entries: tuple[str, ...]) -> frozenset[tuple[str, int]]:
+    """HOST:PORT entries as an `AddressPolicy` wants them."""
+    parts = (entry.rpartition(":") for entry in entries)
+    return frozenset((host.strip("[]").lower(), int(port)) for host, _, port in parts)
+
+
+def is_loopback(url: str) -> bool:
+    return (urlsplit(url).hostname or "") in LOOPBACK_HOSTS
+
+
+def load(**overrides: Any) -> Settings:
+    """Read the settings; keyword arguments win over the environment.
+
+    Raises `SettingsInvalid` with one line per fault, each naming its variable; no line shows a value, which may
+    be a secret.
+    """
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsInvalid("\n".join(_lines(error))) from None
+    except UnicodeDecodeError:
+        raise SettingsInvalid(".env: is not UTF-8 text") from None
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_input=False, include_url=False):
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["loc"]:
+            name = f"{PREFIX}{str(fault['loc'][0]).upper()}"
+            message = "required" if fault["type"] == "missing" else message
+            yield f"{name}: {message[:1].lower()}{message[1:]}"
+        else:
+            yield message
+
+
+def unknown_variables() -> list[str]:
+    """RECEIVER_… variables in the environment or in `.env` that no setting reads: most often a slip of the pen."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    given = {*os.environ, *(name.upper() for name in DotEnvSettingsSource(Settings).env_vars)}
+    names = (name for name in given if name.startswith(PREFIX))
+    return sorted(name for name in names if name.removesuffix("_FILE") not in known)

@@ -1,0 +1,110 @@
+"""RECEIVER_EVENT_SINKS: `[name=]URL[#filter,filter]`, any number, with space between. Pure: nothing is opened.
+
+    https://hooks.example.com/pictures                      a webhook, called hooks.example.com
+    audit=file:///var/log/receiver/events.jsonl             JSON lines
+    stdout:#task.*                                          the same, of all events of tasks
+    archived=sqs+https://sqs.eu-central-1.amazonaws.com/123456789012/pictures#task.archived
+
+A URL may hold a secret: no message shows more of an entry than its place, its name and its host.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from storage.errors import FetchRefused
+from storage.fetch.addresses import AddressPolicy, check_url
+from storage.rows.events import names_matching
+
+Kind = Literal["webhook", "sqs", "file", "stdout"]
+
+NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62})=(?=[A-Za-z][A-Za-z0-9+.-]*:)")
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+SQS_PREFIX = "sqs+"
+# The sink of gateway clients, which is no entry of the setting.
+RESERVED = "client"
+FORMS = "write [name=]URL[#filters] with https://, sqs+https://, file:/// or stdout:"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sink that is asked for. `names`: of the events it wants. `url`: as it is used, without prefix and filters."""
+
+    name: str
+    kind: Kind
+    url: str = field(repr=False)
+    names: frozenset[str]
+
+    @property
+    def path(self) -> Path:
+        return Path(unquote(urlsplit(self.url).path))
+
+
+def parse(texts: Sequence[str], policy: AddressPolicy) -> list[Entry]:
+    """The sinks in the order of the setting. Raises ValueError, one line per fault."""
+    entries: list[Entry] = []
+    faults = []
+    for place, text in enumerate(texts, 1):
+        try:
+            entries.append(_entry(text, policy))
+        except (ValueError, FetchRefused) as error:
+            faults.append(f"entry {place}: {error}")
+    faults += _doubles(entries)
+    if faults:
+        raise ValueError("\n".join(faults))
+    return entries
+
+
+def _doubles(entries: Sequence[Entry]) -> Iterator[str]:
+    names = [entry.name for entry in entries]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"{names.count(name)} sinks are called {name}: name them, as in one=https://… other=https://…"
+    if RESERVED in names:
+        yield f"{RESERVED} is what the gateway's own callbacks are called: choose another name"
+
+
+def _entry(text: str, policy: AddressPolicy) -> Entry:
+    named = NAMED.match(text)
+    url, _, filters = (text[named.end() :] if named else text).partition("#")
+    kind, url, own_name = _target(url, policy)
+    names = names_matching(part for part in filters.split(",") if part)
+    name = named.group(1) if named else NOT_IN_NAMES.sub("-", own_name).strip("-")[:63]
+    return Entry(name or kind, kind, url, frozenset(map(str, names)))
+
+
+def _target(url: str, policy: AddressPolicy) -> tuple[Kind, str, str]:
+    """What kind it is, the URL that is used, and what it is called when it has no name."""
+    if url == "stdout:":
+        return "stdout", url, "stdout"
+    scheme = url.partition(":")[0].lower()
+    if scheme == "file":
+        return "file", url, _file(url).stem
+    if scheme in ("http", "https"):
+        return "webhook", url, check_url(url, policy).host
+    if scheme in ("sqs+http", "sqs+https"):
+        return _queue(url[len(SQS_PREFIX) :], policy)
+    raise ValueError(FORMS)
+
+
+def _file(url: str) -> Path:
+    parts = urlsplit(url)
+    path = Path(unquote(parts.path))
+    if parts.netloc or not path.is_absolute() or path.name == "" or url.endswith("/"):
+        raise ValueError("write file:///FOLDER/FILE, the whole path")
+    return path
+
+
+def _queue(url: str, policy: AddressPolicy) -> tuple[Kind, str, str]:
+    """An https queue may be anywhere, at a private endpoint as well: it is the operator's own, and boto3 dials it."""
+    parts = urlsplit(url)
+    account, _, queue = parts.path.strip("/").partition("/")
+    if not parts.hostname or parts.username or not account or not queue:
+        raise ValueError("write sqs+ and the queue's URL, as in sqs+https://sqs.REGION.amazonaws.com/ACCOUNT/QUEUE")
+    if parts.scheme == "http":
+        check_url(url, policy)
+    return "sqs", url, queue.rpartition("/")[2]

@@ -1,0 +1,147 @@
+"""Logs and metrics. One canonical line per unit of work; nothing here ever sees a URL's query, a token or a key."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+REGISTRY = CollectorRegistry()
+DELIVERIES = Counter("receiver_deliveries", "Callback requests by what became of them", ["outcome"], registry=REGISTRY)
+# How the work stands, by the names of `storage.operations.measures.Measures`: asked of the database when they are read.
+WORK = {
+    name: Gauge(f"receiver_{name}", words, registry=REGISTRY)
+    for name, words in {
+        "due": "Rows waiting for a worker now",
+        "overdue": "Rows that have waited for a worker for more than a minute",
+        "oldest_due_seconds": "How long the oldest waiting row has been due",
+        "archived_day": "Tasks that ended in the last 24 h and are archived",
+        "incomplete_day": "Tasks that ended in the last 24 h and could not be kept whole",
+        "failed_day": "Tasks that failed at the provider in the last 24 h",
+        "failed_assets": "Files that were given up; receiver retry brings them back",
+        "unmatched": "Deliveries of which no task is known",
+        "deadline_near": "Tasks whose files the provider deletes soon and that are not all kept",
+        "callbacks_expected": "Tasks of the last 24 h that should have been called back by now",
+        "callbacks_lost": "Those of them whose end no callback told",
+        "callbacks_late": "Tasks of the last 24 h whose callback came after a read had told their end",
+        "late_seconds": "The longest such delay",
+        "events_open": "Events on their way to a sink, one for each",
+        "oldest_event_seconds": "How long the oldest of them has been on its way",
+        "events_dead": "Events that a sink never took; receiver events redeliver sends them again",
+        "audit_faults": "Faults that the audit in the workers found and that are there still",
+        "audit_hashed": "Files hashed in its round under way",
+        "audit_share": "How much of that round is done, 0 to 1",
+        "audit_late": "1 while that round takes longer than RECEIVER_AUDIT_DAYS",
+        "audit_age_seconds": "How long ago the last whole round ended; NaN: none has",
+        "callback_loss_rate": "Callbacks lost of those expected, 0 to 1",
+    }.items()
+}
+
+
+def _gauges(label: str, prefix: str, words: Mapping[str, str]) -> dict[str, Gauge]:
+    return {name: Gauge(f"receiver_{prefix}{name}", said, [label], registry=REGISTRY) for name, said in words.items()}
+
+
+# The same of each account and of each sink.
+WORK_OF_EACH = {
+    "accounts": _gauges(
+        "account",
+        "",
+        {
+            "slots_held": "Pictures in work, by our own count",
+            "slot_limit": "How many may be in work now; NaN: no limit of our own",
+            "tasks_queued": "Tasks waiting for slots",
+        },
+    ),
+    "sinks": _gauges(
+        "sink",
+        "sink_",
+        {
+            "events_open": "Events on their way to it",
+            "oldest_event_seconds": "How long the oldest of them has been on its way",
+            "events_dead": "Events that it never took",
+        },
+    ),
+}
+
+
+def show_work(measures: Mapping[str, Any] | None) -> None:
+    """Set the gauges of work; None: the database is away, and no number is better than an old one."""
+    for name, gauge in WORK.items():
+        _set(gauge, measures[name] if measures else None)
+    for group, gauges in WORK_OF_EACH.items():
+        found = measures[group] if measures else {}
+        for name, gauge in gauges.items():
+            for label, numbers in found.items():
+                _set(gauge.labels(label), numbers[name])
+            told = {value for each in gauge.collect() for sample in each.samples for value in sample.labels.values()}
+            for gone in told - found.keys():
+                gauge.remove(gone)
+
+
+def _set(gauge: Gauge, number: float | None) -> None:
+    gauge.set(float("nan") if number is None else number)
+
+
+# The last line of defence: whatever a message quotes, a signed URL's query and a token in a path do not get out. No
+# word boundaries: in a quoted text the character before may be the n of a line break.
+SECRET_SHAPES = (
+    (re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]*"), r"\1?…"),
+    (re.compile(r"(/(?:callbacks/[a-z0-9_-]+|assets)/)[A-Za-z0-9_-]{20,}"), r"\1…"),
+    (re.compile(r"(Bearer\s+)\S+", re.IGNORECASE), r"\1…"),
+    (re.compile(r"(://[^\s:/@\"']*:)[^\s/@\"']+@"), r"\1…@"),
+    (re.compile(r"whsec_[A-Za-z0-9+/=]+"), "whsec_…"),
+    (re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), "eyJ…"),
+)
+
+
+def scrub(text: str) -> str:
+    """`text` with everything that has the shape of a secret cut short."""
+    for shape, kept in SECRET_SHAPES:
+        text = shape.sub(kept, text)
+    return text
+
+
+def _scrubbed(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Every value however deep; what the renderer would only know by its `repr` becomes scrubbed text here."""
+    return {name: value if name in ("_record", "_from_structlog") else _plain(value) for name, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {scrub(str(name)): _plain(held) for name, held in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(held) for held in value]
+    return scrub(value if isinstance(value, str) else repr(value))
+
+
+def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:
+    """Send structured logs to standard error. `auto`: for eyes on a terminal, JSON elsewhere."""
+    console = output == "console" or (output == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+        structlog.processors.format_exc_info,
+        _scrubbed,
+    ]
+    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[*shared, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in ("httpx", "httpcore", "botocore", "boto3", "urllib3"):  # at debug they print headers and whole URLs
+        logging.getLogger(name).setLevel(logging.WARNING)

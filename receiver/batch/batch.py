@@ -1,0 +1,217 @@
+"""Batches: what a file asks for beside what is here already, its rows put in, and what failed of it tried again.
+
+file ─▶ `batch_file.read` ─▶ compare with the rows there are ─▶ rows, queued, some hundred a transaction ─▶ workers send
+
+Nothing is sent from here. Whatever dies half-way, the same file again puts in what is missing and nothing twice.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from sqlmodel import Session
+
+from receiver.batch.batch_file import BatchInvalid, Fault, Line
+from receiver.providers.base import plain
+from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
+from receiver.tasks.operate import Tally, change
+from receiver.tasks.submit import Submitter
+from storage.accounts import batches, slots
+from storage.accounts.batches import CHUNK, Counts
+from storage.errors import UserError
+from storage.operations import maintenance
+from storage.rows import tasks
+from storage.rows.database import Database
+from storage.rows.models import Batch, Task
+from storage.states import ArchiveState, Step, TaskState
+
+T = TypeVar("T")
+
+# Failures shown to people; the report has them all.
+REASONS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A file beside the rows. `new`: lines without a row; `known`: how many have one. `moved`: (row, line) of those
+    that are not yet noted at that line of this batch; `left_over`: tasks of the batch that are not in the file."""
+
+    name: str
+    new: list[Line] = field(default_factory=list)
+    moved: list[tuple[uuid.UUID, int]] = field(default_factory=list)
+    known: int = 0
+    left_over: int = 0
+
+
+class NoSuchBatch(UserError, LookupError):
+    """No batch has this name."""
+
+
+class Batches:
+    """Batches on one database. `submitter`: makes their rows as it makes any."""
+
+    def __init__(self, database: Database, submitter: Submitter, schedule: tasks.Schedule) -> None:
+        self._database = database
+        self._submitter = submitter
+        self._schedule = schedule
+
+    def check(self, request: OmniImageRequest) -> None:
+        """Raises `RequestInvalid` for a request that the account can never take."""
+        self._submitter.row(request, None)
+
+    def plan(self, name: str, lines: Sequence[Line]) -> Plan:
+        """Compare a file with the rows there are. Changes nothing.
+
+        Raises `BatchInvalid`: an external id of the file has another request here, or belongs to another batch.
+        """
+        new: list[Line] = []
+        moved: list[tuple[uuid.UUID, int]] = []
+        faults: list[Fault] = []
+        with self._database.read() as session:
+            batch = batches.find(session, name)
+            left_over = batches.counts(session, batch.id).total if batch else 0
+            for chunk in _chunks(lines):
+                known = batches.known(session, [line.external_task_id for line in chunk])
+                faults += _faults(chunk, known, batch)
+                new += [line for line in chunk if line.external_task_id not in known]
+                placed = batch.id if batch else None
+                for line, row in ((line, known.get(line.external_task_id)) for line in chunk):
+                    if row and (row.batch_id, row.batch_line) != (placed, line.number):
+                        moved.append((row.id, line.number))
+                    left_over -= bool(row and row.batch_id)
+        if faults:
+            raise BatchInvalid(faults)
+        return Plan(name, new, moved, len(lines) - len(new), left_over)
+
+    def put(self, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> int:
+        """Put the rows in, queued, in the order of the file. Returns how many were new.
+
+        Each transaction holds some hundred; what is committed stays when this ends early. `progress`: is told after
+        each how many lines have got their row. Raises `BatchInvalid` when meanwhile somebody else took an id.
+        """
+        with self._database.write() as session:
+            batch = batches.make(session, plan.name)
+        done = new = 0
+        for moved in _chunks(plan.moved):
+            with self._database.write() as session:
+                batches.place(session, batch.id, moved)
+        for chunk in _chunks(plan.new):
+            with self._database.write() as session:
+                new += self._put(session, batch, chunk)
+                self._database.wake(session)
+            done += len(chunk)
+            progress(done)
+        return new
+
+    def _put(self, session: Session, batch: Batch, lines: Sequence[Line]) -> int:
+        now = tasks.now(session)
+        rows = []
+        for line in lines:
+            row = self._submitter.row(line.request, line.external_task_id)
+            row.batch_id, row.batch_line, row.created_at = batch.id, line.number, now
+            slots.wait(row, now)
+            rows.append(row)
+        new = batches.insert_queued(session, rows)
+        if len(new) < len(rows):
+            known = batches.known(session, [row.external_task_id for row in rows if row.id not in new])
+            if faults := list(_faults(lines, known, batch)):
+                raise BatchInvalid(faults)
+        return len(new)
+
+    def counts(self, name: str) -> Counts:
+        """How the tasks of a batch stand. Raises `NoSuchBatch`."""
+        with self._database.read() as session:
+            return batches.counts(session, self._batch(session, name).id)
+
+    def newest(self, limit: int) -> list[tuple[Batch, Counts]]:
+        """The newest batches with how they stand."""
+        with self._database.read() as session:
+            return [(batch, batches.counts(session, batch.id)) for batch in batches.newest(session, limit)]
+
+    def pages(self, name: str) -> Iterator[list[Task]]:
+        """The tasks of a batch in the order of its file, some hundred at a time. Raises `NoSuchBatch`."""
+        after = None
+        while True:
+            with self._database.read() as session:
+                rows = batches.page(session, self._batch(session, name).id, after)
+            if not rows:
+                return
+            yield rows
+            after = (rows[-1].batch_line or 0, rows[-1].external_task_id)
+
+    def retry(self, name: str, *, dry_run: bool = False) -> Tally:
+        """Try again what failed of a batch. Files that were given up are due; a create that the provider refused is
+        sent again, under its own id, so it is never paid twice. What failed at the provider stays so: asking anew is
+        another batch. What was dismissed is left alone. Raises `NoSuchBatch`."""
+        tally = Tally()
+        with self._database.read() as session:
+            ids = batches.not_kept(session, self._batch(session, name).id, dismissed=False)
+        for task_id in ids:
+            with change(self._database, dry_run=dry_run) as session:
+                task = tasks.lock(session, task_id)
+                assert task is not None  # task rows are never removed
+                self._retry(session, tally, task)
+        return tally
+
+    def _retry(self, session: Session, tally: Tally, task: Task) -> None:
+        if task.state is TaskState.FAILED and task.provider_task_id is None:
+            reason = _send_again(session, task)
+            tally.counts["creates_queued"] += reason is None
+        else:
+            done = maintenance.retry(session, task, self._schedule)
+            reason = done.reason
+            tally.counts["files_due"] += done.files
+            if done.step is not None:
+                tally.counts[f"{done.step}s_due"] += 1
+        if reason:
+            tally.left[task.external_task_id] = reason
+
+    def failures(self, name: str) -> list[Task]:
+        """The first of what failed, in the order of the file. Raises `NoSuchBatch`."""
+        with self._database.read() as session:
+            ids = batches.not_kept(session, self._batch(session, name).id)[:REASONS]
+            return [session.get_one(Task, task_id) for task_id in ids]
+
+    def _batch(self, session: Session, name: str) -> Batch:
+        batch = batches.find(session, name)
+        if batch is None:
+            raise NoSuchBatch(f"no batch {plain(name, 80)!r} here; `receiver batch list` shows those there are")
+        return batch
+
+
+def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Batch | None) -> Iterator[Fault]:
+    """Lines that may not go under their ids, as those are here already for something else."""
+    for line in lines:
+        row = known.get(line.external_task_id)
+        shown = plain(line.external_task_id, 80)
+        if row and row.request_hash != line.request_hash:
+            yield Fault(line.number, f"external_task_id: {shown!r} was submitted before with another request")
+        elif row and row.batch_id is not None and (batch is None or row.batch_id != batch.id):
+            yield Fault(line.number, f"external_task_id: {shown!r} belongs to another batch")
+
+
+def _send_again(session: Session, task: Task) -> str | None:
+    """Queue a create that was refused; the reason why not, if there is one."""
+    if task.lease is not None:
+        return "a worker is at it"
+    if maintenance.is_dismissed(task):  # since we looked
+        return "dismissed"
+    try:
+        request = parse_request(task.request)
+    except RequestInvalid:
+        return "its pictures were not kept: submit the line again under another name"
+    task.state, task.archive = TaskState.CREATED, ArchiveState.NONE
+    task.error = task.note = task.completed_at = None
+    task.submitted_at = task.reported_at = task.missed_at = None
+    task.step, task.losses, task.slots, task.polls = Step.CREATE, 0, request.slots, 0
+    slots.wait(task, tasks.now(session))
+    session.flush()
+    return None
+
+
+def _chunks(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), CHUNK):
+        yield items[start : start + CHUNK]

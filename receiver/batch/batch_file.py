@@ -1,0 +1,318 @@
+"""A batch's file, JSON lines or CSV, read whole and checked whole: every fault with the line an editor shows.
+
+bytes ─▶ records (line, fields) ─▶ requests ─▶ external ids ─▶ Lines, or `BatchInvalid` with all that is wrong
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from receiver.providers.base import is_storable, plain
+from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
+from storage.keys import MAX_ID_BYTES, encode_id
+
+Format = Literal["jsonl", "csv"]
+
+# A record may hold a few pictures in Base64; more belong behind URLs, as the file is held in memory whole.
+MAX_LINE_BYTES = 32 * 2**20
+MAX_FILE_BYTES = 256 * 2**20
+# As many rows are looked through whenever a slot is free; at twenty slots that is a week of pictures.
+MAX_RECORDS = 100_000
+HASH_CHARS = 16
+# Columns of a CSV file that are not fields of the request as they are; several values are set apart by spaces.
+IMAGES, ELEMENTS, WATERMARK, ID = "image", "element_id", "watermark", "external_task_id"
+PLAIN = ("model_name", "prompt", "resolution", "n", "result_type", "series_amount", "aspect_ratio")
+# A CSV cell that ends as it should, with the comma behind it; a quote that its own line does not close.
+CLOSED_CELL = re.compile(r'(?:"(?:[^"]++|"")*+"|(?!")[^,\r\n]*+),')
+OPEN_QUOTE = re.compile(r'"(?:[^"\r\n]++|"")*+(?!")')
+COLUMNS = (*PLAIN, IMAGES, ELEMENTS, WATERMARK, ID)
+
+
+class Fault(NamedTuple):
+    """`line`: from 1, where the record begins, or what is wrong with it; 0: the file as a whole."""
+
+    line: int
+    text: str
+
+
+class BatchInvalid(ValueError):
+    """The file cannot be submitted: every fault that was found, in the order of the lines. Nothing was sent."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        self.faults = sorted(faults, key=lambda fault: fault.line)
+        super().__init__("\n".join(f"line {line}: {text}" if line else text for line, text in self.faults))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One request of the file, under the id it has for good."""
+
+    number: int
+    external_task_id: str
+    request: OmniImageRequest
+    request_hash: str
+
+
+class Record(NamedTuple):
+    line: int
+    fields: dict[str, Any]
+
+
+def read(
+    file: BinaryIO, format: Format, name: str, check: Callable[[OmniImageRequest], None] = lambda _: None
+) -> list[Line]:
+    """Read and check a whole file. `name`: the batch's. `check`: raises `RequestInvalid` for what else may be wrong.
+
+    A line without an external id gets `name`, the first 16 hex digits of the hash over its request, and which of the
+    equal ones it is: the same in every run, wherever the line stands. Raises `BatchInvalid`.
+    """
+    faults = list(_name_faults(name))
+    lines = _lines(file, faults)
+    records = _json_records(lines, faults) if format == "jsonl" else _csv_records(lines, faults)
+    found: list[Line] = []
+    equal: Counter[str] = Counter()
+    count = 0
+    for record in records:
+        count += 1
+        if count > MAX_RECORDS:
+            faults.append(Fault(record.line, f"the file has more than {MAX_RECORDS:,} requests; split it"))
+            break
+        line = _line(record, name, equal, check, faults)
+        found += [line] if line else []
+    faults += _twins(found)
+    if not count and not faults:
+        faults.append(Fault(0, "the file holds no request"))
+    if faults:
+        raise BatchInvalid(faults)
+    return found
+
+
+def _name_faults(name: str) -> Iterator[Fault]:
+    longest = f"{name}-{'0' * HASH_CHARS}-{MAX_RECORDS}"
+    if not name.strip() or not is_storable(name) or not name.isprintable():
+        yield Fault(0, f"the batch's name {plain(name, 60)!r} must be printable text")
+        return
+    try:
+        encode_id(longest)
+    except ValueError:
+        yield Fault(0, f"the batch's name is too long: ids made from it pass {MAX_ID_BYTES} bytes")
+
+
+def _lines(file: BinaryIO, faults: list[Fault]) -> Iterator[tuple[int, str | None]]:
+    """(number, text) of every line, as editors count them; None in the place of one that cannot be read."""
+    size, number = 0, 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        size, number = size + len(line), number + 1
+        if size > MAX_FILE_BYTES:
+            faults.append(Fault(number, f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB; split it"))
+            return
+        if len(line) > MAX_LINE_BYTES:
+            faults.append(Fault(number, f"is longer than {MAX_LINE_BYTES // 2**20} MiB; give large pictures as URLs"))
+            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                pass
+            yield number, None
+            continue
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            faults.append(Fault(number, f"is not UTF-8 (byte {error.start + 1})"))
+            yield number, None
+
+
+# -- JSON lines -------------------------------------------------------------------------------------------------------
+
+
+def _json_records(lines: Iterator[tuple[int, str | None]], faults: list[Fault]) -> Iterator[Record]:
+    for number, text in lines:
+        if text is None or not text.strip():
+            continue
+        try:
+            fields = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_no_constant, parse_float=_finite)
+        except json.JSONDecodeError as error:
+            faults.append(Fault(number, f"is no JSON: {error.msg} (column {error.colno})"))
+        except RecursionError:
+            faults.append(Fault(number, "is nested too deeply"))
+        except ValueError as error:
+            faults.append(Fault(number, plain(str(error), 200)))
+        else:
+            if isinstance(fields, dict):
+                yield Record(number, fields)
+            else:
+                faults.append(Fault(number, "is no JSON object: write one request a line, {…}"))
+
+
+def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = next((name for name, count in Counter(name for name, _ in pairs).items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(f"{plain(twice, 60)}: is given twice")
+    return dict(pairs)
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{plain(text, 40)} is too large a number")
+    return number
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+
+class _Source:
+    """The lines that a `csv.reader` asks for; those of the record it is at can be given back."""
+
+    def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
+        self._lines = lines
+        self._again: list[tuple[int, str | None]] = []  # given back, the next one last
+        self._record: list[tuple[int, str | None]] = []
+
+    def __iter__(self) -> _Source:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._lines)
+        self._record.append(line)
+        return "\n" if line[1] is None else line[1]
+
+    def begin(self) -> None:
+        """The next line begins a record."""
+        self._record.clear()
+
+    @property
+    def first(self) -> int:
+        """The number of the record's first line."""
+        return self._record[0][0]
+
+    @property
+    def is_unread(self) -> bool:
+        """Whether a line of the record could not be read, which is a fault of its own."""
+        return any(text is None for _, text in self._record)
+
+    def give_back_behind_quote(self) -> tuple[int, bool]:
+        """Give a faulty record's lines back behind the one that it is faulty from.
+
+        Returns that line's number, and whether it opens a quote that it does not close. Lines come back twice at most:
+        a quote stays open over lines that hold no quotes or pairs of them, and none of those opens another.
+        """
+        text = "".join(text or "\n" for _, text in self._record)
+        end = 0
+        while cell := CLOSED_CELL.match(text, end):
+            end = cell.end()
+        place = text.count("\n", 0, end)
+        self._again += reversed(self._record[place + 1 :])
+        return self._record[place][0], bool(OPEN_QUOTE.match(text, end))
+
+
+def _csv_records(lines: Iterator[tuple[int, str | None]], faults: list[Fault]) -> Iterator[Record]:
+    """Records of a file whose first line names the columns. A quoted line break does not move a record's line."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    source = _Source(lines)
+    reader = csv.reader(source, strict=True)
+    header: list[str] | None = None
+    while True:
+        source.begin()
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            number, is_open = source.give_back_behind_quote()
+            words = f"opens a quote that is not closed ({error})" if is_open else f"is no CSV: {error}"
+            faults.append(Fault(number, words))
+            if header is None:
+                return
+            continue
+        if source.is_unread or not any(cell.strip() for cell in cells):
+            continue
+        if header is None:
+            header = [cell.strip().replace("-", "_").lower() for cell in cells]
+            if not _is_header(header, source.first, faults):
+                return
+        elif len(cells) != len(header):
+            faults.append(Fault(source.first, f"has {len(cells)} columns; the header names {len(header)}"))
+        else:
+            yield Record(source.first, _fields(dict(zip(header, cells, strict=True))))
+
+
+def _is_header(header: list[str], line: int, faults: list[Fault]) -> bool:
+    before = len(faults)
+    for name, count in Counter(header).items():
+        if name not in COLUMNS:
+            faults.append(Fault(line, f"column {plain(name, 60)!r} is not known; columns are {', '.join(COLUMNS)}"))
+        elif count > 1:
+            faults.append(Fault(line, f"column {name!r} is there {count} times"))
+    faults += [Fault(line, f"column {name!r} is missing") for name in ("model_name", "prompt") if name not in header]
+    return len(faults) == before
+
+
+def _fields(cells: dict[str, str]) -> dict[str, Any]:
+    """A row as a request's fields; empty cells are left out."""
+    given = {name: value for name, value in cells.items() if value.strip()}
+    fields: dict[str, Any] = {name: given[name] for name in (*PLAIN, ID) if name in given}
+    if re.fullmatch("[0-9]{1,9}", fields.get("n", "")):
+        fields["n"] = int(fields["n"])
+    if IMAGES in given:
+        fields["image_list"] = [{"image": one} for one in given[IMAGES].split()]
+    if ELEMENTS in given:
+        fields["element_list"] = [{"element_id": one} for one in given[ELEMENTS].split()]
+    if WATERMARK in given:
+        word = given[WATERMARK].strip().lower()
+        fields["watermark_info"] = {"enabled": {"true": True, "false": False}.get(word, given[WATERMARK])}
+    return fields
+
+
+# -- requests and their ids -------------------------------------------------------------------------------------------
+
+
+def _line(
+    record: Record,
+    name: str,
+    equal: Counter[str],
+    check: Callable[[OmniImageRequest], None],
+    faults: list[Fault],
+) -> Line | None:
+    own_id = record.fields.pop(ID, None) or None
+    wrong = _id_fault(own_id) if own_id is not None else None
+    if wrong:
+        faults.append(Fault(record.line, wrong))
+    try:
+        request = parse_request(record.fields)
+        check(request)
+    except RequestInvalid as error:
+        faults += [Fault(record.line, text) for text in error.faults]
+        return None
+    digest = request.canonical_hash()
+    if own_id is None:
+        equal[digest] += 1
+        own_id = f"{name}-{digest[:HASH_CHARS]}-{equal[digest]}"
+    return None if wrong else Line(record.line, own_id, request, digest)
+
+
+def _id_fault(external_task_id: Any) -> str | None:
+    if not isinstance(external_task_id, str) or not is_storable(external_task_id):
+        return "external_task_id: must be text"
+    try:
+        encode_id(external_task_id)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _twins(lines: list[Line]) -> Iterator[Fault]:
+    first: dict[str, int] = {}
+    for line in lines:
+        before = first.setdefault(line.external_task_id, line.number)
+        if before != line.number:
+            shown = plain(line.external_task_id, 80)
+            yield Fault(line.number, f"external_task_id: {shown!r} is taken by line {before}")

@@ -1,0 +1,97 @@
+"""What became of a batch, line by line, with the keys of what was archived: as JSON, and as CSV with a row a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from receiver.batch.batch import Batches
+from storage.accounts import batches
+from storage.rows.database import Database
+from storage.rows.models import Asset, Task
+from storage.states import AssetState
+
+TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "state", "archive", "expected", "units")
+FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
+# What a spreadsheet takes for a formula; errors are a provider's words.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def lines(database: Database, of: Batches, name: str) -> Iterator[dict[str, Any]]:
+    """Every task of the batch in the order of its file. Raises `NoSuchBatch`."""
+    for tasks in of.pages(name):
+        with database.read() as session:
+            files = batches.files_of(session, [task.id for task in tasks])
+        for task in tasks:
+            yield _line(task, files.get(task.id, []))
+
+
+def _line(task: Task, files: list[Asset]) -> dict[str, Any]:
+    return {
+        "line": task.batch_line,
+        "external_task_id": task.external_task_id,
+        "task_id": str(task.id),
+        "provider_task_id": task.provider_task_id,
+        "state": task.state,
+        "archive": task.archive,
+        "expected": task.expected,
+        "units": task.units,
+        "error": task.error,
+        "note": task.note,
+        "files": [_file(asset) for asset in files],
+    }
+
+
+def _file(asset: Asset) -> dict[str, Any]:
+    kept = asset.state is AssetState.ARCHIVED
+    return {
+        "kind": asset.kind,
+        "index": asset.index,
+        "state": asset.state,
+        "key": asset.key if kept else None,
+        "sha256": asset.sha256 if kept else None,
+        "size": asset.size if kept else None,
+        "media_type": asset.media_type if kept else None,
+        "error": asset.error,
+    }
+
+
+def write_json(file: TextIO, name: str, found: Iterable[dict[str, Any]]) -> None:
+    """`{"batch": NAME, "tasks": [one a line]}`, written as it is read."""
+    file.write(f'{{"batch": {json.dumps(name)}, "tasks": [')
+    for number, line in enumerate(found):
+        file.write((",\n" if number else "\n") + json.dumps(line))
+    file.write("\n]}\n")
+
+
+def write_csv(file: TextIO, found: Iterable[dict[str, Any]]) -> None:
+    """A row for every file, and one for each task without any."""
+    writer = csv.writer(file)
+    writer.writerow((*TASK_COLUMNS, *FILE_COLUMNS, "error"))
+    for line in found:
+        for each in line["files"] or [{}]:
+            error = _harmless(each.get("error") or line["error"] or line["note"] or "")
+            own = [each.get(column) for column in FILE_COLUMNS]
+            writer.writerow([*(line[column] for column in TASK_COLUMNS), *own, error])
+
+
+def _harmless(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text
+
+
+def write(path: Path, name: str, found: Iterable[dict[str, Any]]) -> None:
+    """Write a report, CSV when the file is called so, else JSON. The file appears whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                write_csv(file, found)
+            else:
+                write_json(file, name, found)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

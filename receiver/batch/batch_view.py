@@ -1,0 +1,80 @@
+"""A batch as people see it while it runs: where its tasks stand, at what rate they end, how long that will take."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from storage.accounts.batches import Counts
+
+LOOK_SECONDS = 1.0
+# Tasks take half a minute (KLING §7); a rate over five minutes is steady enough to tell the time left by.
+RATE_SECONDS = 300.0
+# Where nobody watches a terminal, a line now and then.
+LINE_SECONDS = 30.0
+WORKERS_LOOK_SECONDS = 10.0
+
+
+class Rate:
+    """How many tasks ended a second, over the last five minutes. `now`: monotonic seconds."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def see(self, over: int, now: float) -> float:
+        """Note how many are over by now; returns tasks a second, 0 when not known."""
+        self._seen.append((now, over))
+        while self._seen[0][0] < now - RATE_SECONDS:
+            self._seen.popleft()
+        first_at, first = self._seen[0]
+        return (over - first) / (now - first_at) if now > first_at else 0.0
+
+
+def words(counts: Counts, rate: float = 0) -> str:
+    """One line: where the tasks are, what failed, and when all is over at this rate."""
+    stand = {
+        "queued": counts.queued,
+        "sending": counts.sending,
+        "running": counts.running,
+        "archiving": counts.archiving,
+        "archived": counts.archived,
+        "incomplete": counts.incomplete,
+        "failed": counts.failed,
+        "deleted": counts.deleted,
+    }
+    always = ("queued", "running", "archived", "failed")
+    parts = [f"{name} {count:,}" for name, count in stand.items() if count or name in always]
+    if counts.silent:
+        parts.append(f"silent for a day {counts.silent:,}")
+    if rate > 0:
+        left = timedelta(seconds=round((counts.total - counts.over) / rate))
+        parts.append(f"{rate * 60:,.1f}/min, {left} left")
+    return " · ".join(parts)
+
+
+def watch(look: Callable[[], Counts], workers: Callable[[], int], console: Console) -> Counts:
+    """Show the batch until all its tasks are over; returns how they stand then. Ctrl-C ends the watching alone."""
+    rate, is_live = Rate(), console.is_terminal
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, disable=not is_live) as progress:
+        bar = progress.add_task("", total=None)
+        looked_at = said_at = float("-inf")
+        alive = 1
+        while True:
+            now, counts = time.monotonic(), look()
+            if now - looked_at > WORKERS_LOOK_SECONDS:
+                looked_at, alive = now, workers()
+            line = words(counts, rate.see(counts.over, now)) + ("" if alive else " · NO WORKER IS ALIVE")
+            progress.update(bar, total=counts.total, completed=counts.over, description=line)
+            is_over = counts.over == counts.total
+            if not is_live and (is_over or now - said_at > LINE_SECONDS):
+                said_at = now
+                console.print(f"{counts.over:,}/{counts.total:,} {line}", highlight=False, soft_wrap=True)
+            if is_over:
+                return counts
+            time.sleep(LOOK_SECONDS)

@@ -1,0 +1,249 @@
+"""Verbs that look after what is kept: audit, rebuild, export, delete."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from receiver.cli.operate import DryRun, Json, Since, Until, _parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from receiver.app.wiring import Parts
+    from storage.archive.audit import Audit, Batch, Counts, Finding
+    from storage.archive.audit_log import AuditLog
+    from storage.archive.repair import Repairer
+    from storage.rows.models import Task
+
+
+def audit(
+    deep: Annotated[bool, typer.Option("--deep", help="Read every file back and hash it.")] = False,
+    sample: Annotated[int | None, typer.Option(help="Hash only so many files, chosen at random.", min=1)] = None,
+    max_bytes_per_second: Annotated[
+        int | None, typer.Option(help="Read files no faster than this, all together.", min=1)
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep findings and progress here; go on from there if cut off.")
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make due again what a worker can fetch or write again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare rows and objects both ways: missing, unknown, damaged, manifests that are absent or disagree.
+
+    Exit code 1 when there is a fault. Sizes and manifests are always looked at, files with --deep or --sample.
+    Changes nothing without --repair; a damaged file is then set aside under its own hash before it is fetched again.
+    """
+    from storage.archive.audit import Audit
+    from storage.archive.repair import Repairer
+
+    with _parts() as parts:
+        looking = Audit(
+            parts.database, parts.bucket, deep=deep or sample is not None, sample=sample,
+            max_bytes_per_second=max_bytes_per_second,
+        )  # fmt: skip
+        repairer = Repairer(parts.database, parts.bucket, parts.schedule, spool_dir=parts.settings.spool_dir)
+        counts = _print_audit(looking, resume, repairer if repair else None, as_json)
+    if counts.faults:
+        raise typer.Exit(1)
+
+
+def rebuild(
+    deep: Annotated[bool, typer.Option("--deep", help="Read every file back and hash it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring rows back from the bucket alone: every finished task and its files, from their manifests, verified.
+
+    Safe to repeat: tasks that are there already are left as they are. Exit code 1 when something could not be
+    restored; it is listed with the command that would bring it back.
+    """
+    from collections import Counter
+
+    from storage.archive.rebuild import Rebuild
+
+    counts: Counter[str] = Counter()
+
+    def problems() -> Iterator[Any]:
+        for restored in Rebuild(parts.database, parts.bucket, deep=deep).run():
+            counts.update(restored.counts)
+            counts["problems"] += len(restored.problems)
+            advance(restored.counts["folders"])
+            yield from restored.problems
+
+    with _parts(migrate=True) as parts, _progress("rebuilding", None) as advance:
+        _write_list("problems", problems(), as_json, _problem_line)
+    if as_json:
+        typer.echo(f', "counts": {json.dumps(counts)}, "ok": {json.dumps(not counts["problems"])}}}')
+    else:
+        restored = f"restored {counts['tasks']:,} tasks with {counts['assets']:,} files"
+        typer.echo(f"{restored}; {counts['known']:,} were there already; {counts['problems']:,} problems")
+    if counts["problems"]:
+        raise typer.Exit(1)
+
+
+def _problem_line(problem: Any) -> str:
+    return f"{problem.key}: {problem.detail}" + (f"; try `{problem.advice}`" if problem.advice else "")
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="Where to put the files; made if it is not there.")],
+    task: Annotated[list[str] | None, typer.Option(help="External id of a task. Repeatable.")] = None,
+    since: Since = None,
+    until: Until = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy archived files and manifests into a folder, each hash verified on the way.
+
+    Exit code 1 when one is missing or corrupted: it is named, and not in the folder. Safe to repeat: what is there is
+    verified and kept.
+    """
+    if not (task or since or until or everything):
+        raise typer.BadParameter("say which: --task, --since, --until or --all")
+    from storage.archive.export import Export
+
+    files = copied_bytes = 0
+    faults: list[dict[str, str]] = []
+    with _parts() as parts, _progress("exporting", None) as advance:
+        for exported in Export(parts.database, parts.bucket, folder).run(_chosen(parts, task, since, until)):
+            advance(1)
+            files, copied_bytes = files + exported.files, copied_bytes + exported.bytes
+            for key, detail in exported.faults:
+                faults.append({"task": exported.task, "key": key, "detail": detail})
+                typer.echo(f"{key}: {detail}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"ok": not faults, "files": files, "bytes": copied_bytes, "faults": faults}))
+    else:
+        typer.echo(f"{files:,} files, {copied_bytes:,} bytes, all verified; {len(faults):,} could not be exported")
+    if faults:
+        raise typer.Exit(1)
+
+
+def delete(
+    external_task_id: Annotated[str, typer.Argument(help="The task to delete.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a task's files and manifests for good, blank its prompt and addresses; a row that says so stays.
+
+    Everything in its folder goes, in all versions. Refused while the task goes on, and under Object Lock.
+    """
+    from receiver.tasks import task_view
+    from storage.archive import delete as deletion
+
+    with _parts() as parts:
+        if dry_run:
+            _, folders = deletion.look(parts.database, parts.bucket, external_task_id)
+            _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)
+            return
+        task_view.find(parts, external_task_id)
+        if not yes:
+            typer.confirm(f"Delete {external_task_id} and its files for good?", abort=True, err=True)
+        done = deletion.delete(parts.database, parts.bucket, external_task_id)
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "dry_run": False, **vars(done)}))
+    else:
+        before = "; it had been deleted before" if done.again else ""
+        typer.echo(f"deleted; {done.objects:,} objects removed{before}")
+
+
+def _show_deletable(keys: list[str], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "dry_run": True, "keys": keys}))
+    else:
+        typer.echo("\n".join(["dry run, nothing was deleted:", *keys]))
+
+
+def _chosen(parts: Parts, names: list[str] | None, since: datetime | None, until: datetime | None) -> Iterator[Task]:
+    from receiver.tasks import task_view
+    from storage.archive.export import tasks_between
+
+    if names:
+        return iter([task_view.find(parts, name)[0] for name in names])
+    return tasks_between(parts.database, since, until)
+
+
+def _print_audit(looking: Audit, resume: Path | None, repairer: Repairer | None, as_json: bool) -> Counts:
+    from storage.archive.audit import Counts
+    from storage.archive.audit_log import AuditLog
+
+    log = AuditLog(resume) if resume else None
+    counts = Counts.from_json(log.counts.as_json()) if log else Counts()
+    total = counts.assets + looking.count_assets(log.after if log else "")
+    with _progress("auditing", total, counts.assets) as advance:
+        _write_list("findings", _findings(looking, log, repairer, counts, advance), as_json, _finding_line)
+    if log:
+        log.end()
+    if as_json:
+        typer.echo(f', "counts": {json.dumps(counts.as_json())}, "ok": {json.dumps(not counts.faults)}}}')
+    else:
+        typer.echo(_audit_line(counts))
+    return counts
+
+
+def _findings(
+    looking: Audit, log: AuditLog | None, repairer: Repairer | None, counts: Counts, advance: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Those of an earlier part, then what is found now; each batch is kept before it is shown."""
+    if log:
+        yield from log.findings()
+    for batch in looking.run(log.after if log else "", counts.hashed):
+        repaired = _repaired(batch, repairer)
+        if log:
+            log.add(repaired)
+        counts.add(repaired.counts)
+        advance(repaired.counts.assets)
+        yield from repaired.findings
+
+
+def _repaired(batch: Batch, repairer: Repairer | None) -> Batch:
+    if repairer is None:
+        return batch
+    return replace(batch, findings=[replace(each, repair=repairer.repair(each)) for each in batch.findings])
+
+
+def _audit_line(counts: Counts) -> str:
+    looked = f"{counts.assets:,} files in {counts.folders:,} folders, {counts.hashed:,} of them read and hashed"
+    found = ", ".join(f"{kind.replace('_', ' ')}: {count:,}" for kind, count in sorted(counts.found.items()))
+    return f"{looked}; {found or 'nothing is wrong'}"
+
+
+def _finding_line(finding: Finding) -> str:
+    return f"{finding.kind}  {finding.key}: {finding.detail}" + (f"; {finding.repair}" if finding.repair else "")
+
+
+def _write_list(name: str, items: Iterable[Any], as_json: bool, line: Callable[[Any], str]) -> None:
+    """Print each item as it comes, so that a million of them need no memory. The JSON object is left open."""
+    if as_json:
+        typer.echo(f'{{"{name}": [', nl=False)
+    for number, item in enumerate(items):
+        if as_json:
+            typer.echo((",\n" if number else "\n") + json.dumps(item.as_json()), nl=False)
+        else:
+            typer.echo(line(item))
+    if as_json:
+        typer.echo("]", nl=False)
+
+
+@contextmanager
+def _progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error where somebody looks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=total, completed=done)
+        yield lambda count: progress.advance(bar, count)

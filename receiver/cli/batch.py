@@ -1,0 +1,298 @@
+"""Verbs for many requests at once: submit --batch, and batch status, retry, export, list."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from receiver.cli.operate import DryRun, Json, _answer, _parts
+from receiver.cli.serve import AllowHttp
+
+if TYPE_CHECKING:
+    from receiver.app.wiring import Parts
+    from receiver.batch.batch import Batches, Plan
+    from receiver.batch.batch_file import BatchInvalid, Line
+    from receiver.providers.kling.prices import Estimate
+    from storage.accounts.batches import Counts
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Batches that were submitted: how they stand, again, what they brought.",
+)
+
+Name = Annotated[str, typer.Argument(help="The batch, as `receiver batch list` shows it.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until all of it is over, with progress.")]
+# Faults shown to people; --json has them all. A file with more of them has one mistake in every line.
+MAX_SHOWN = 200
+
+
+@app.command("status")
+def status(name: Name, wait: Wait = False, as_json: Json = False) -> None:
+    """Where the tasks of a batch stand; exit code 1 while they are not all archived."""
+    with _parts() as parts:
+        counts = _watch(parts, name) if wait else _batches(parts).counts(name)
+        _show(parts, name, counts, as_json=as_json)
+
+
+@app.command("list")
+def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: Json = False) -> None:
+    """The newest batches and how they stand."""
+    from receiver.batch.batch_view import words
+
+    with _parts() as parts:
+        found = _batches(parts).newest(limit)
+    if as_json:
+        typer.echo(json.dumps([{"batch": batch.name, **_counts(counts)} for batch, counts in found]))
+        return
+    for batch, counts in found:
+        typer.echo(f"{batch.created_at:%Y-%m-%d %H:%M}  {batch.name}  {words(counts)}")
+
+
+@app.command("retry")
+def retry(name: Name, dry_run: DryRun = False, as_json: Json = False, allow_http: AllowHttp = False) -> None:
+    """Try again what failed: files that were given up, and creates that the provider refused (which cost nothing).
+
+    What failed at the provider stays so; to pay for it again submit it under another --name. What was dismissed is
+    left alone.
+    """
+    with _parts(allow_http) as parts:
+        tally = _batches(parts).retry(name, dry_run=dry_run)
+    _answer(tally, dry_run, as_json)
+
+
+@app.command("export")
+def export(
+    name: Name,
+    output: Annotated[
+        Path | None, typer.Option(help="Write to this file; CSV when it is called so.", show_default="standard output")
+    ] = None,
+    format: Annotated[Literal["json", "csv"], typer.Option(help="Of standard output.")] = "json",
+) -> None:
+    """The report: every task in the order of the file, with the keys of what was archived."""
+    from receiver.batch import batch_report
+
+    with _parts() as parts:
+        lines = batch_report.lines(parts.database, _batches(parts), name)
+        _batches(parts).counts(name)  # an unknown batch fails before a file is made
+        if output is not None:
+            batch_report.write(output, name, lines)
+        elif format == "csv":
+            batch_report.write_csv(sys.stdout, lines)
+        else:
+            batch_report.write_json(sys.stdout, name, lines)
+
+
+def submit(
+    file: str,
+    *,
+    name: str | None,
+    format: str | None,
+    dry_run: bool,
+    prices: Path | None,
+    report: Sequence[Path],
+    wait: bool,
+    as_json: bool,
+    allow_http: bool,
+) -> None:
+    """`receiver submit --batch FILE`. Puts rows in; workers send them."""
+    if file == "-" and not name:
+        raise typer.BadParameter("standard input has no name: give --name", param_hint="--name")
+    if report and not wait:
+        raise typer.BadParameter("belongs to --wait; later `receiver batch export` writes it", param_hint="--report")
+    name = name or Path(file).stem
+    from receiver.batch.batch_file import BatchInvalid
+
+    with _parts_of(allow_http, dry_run=dry_run) as parts:
+        try:
+            plan, lines = _plan(parts, file, name, format)
+            if dry_run:
+                _show_estimate(plan, lines, prices, as_json=as_json)
+                return
+            _put(parts, plan)
+        except BatchInvalid as error:
+            _show_faults(file, error, as_json=as_json)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            again = "stopped: what was put in goes on; the same command puts in the rest, and nothing twice"
+            typer.echo(again, err=True)
+            raise typer.Exit(1) from None
+        if wait:
+            counts = _watch(parts, name, report)
+            _show(parts, name, counts, as_json=as_json)
+        else:
+            _show_put(parts, plan, as_json=as_json)
+
+
+@contextmanager
+def _parts_of(allow_http: bool, *, dry_run: bool) -> Iterator[Parts]:
+    """As for any verb that makes rows; a dry run makes no database, and needs none."""
+    if not dry_run:
+        with _parts(allow_http, migrate=True) as parts:
+            yield parts
+        return
+    from receiver.app import process
+    from receiver.app.wiring import Parts
+    from receiver.base import config
+
+    parts = Parts(config.load(allow_http=allow_http or None))
+    try:
+        if not _is_missing(parts):
+            process.ready_schema(parts.database, migrate=False)
+        yield parts
+    finally:
+        parts.close()
+
+
+def _is_missing(parts: Parts) -> bool:
+    return parts.database.is_sqlite and not Path(parts.database.url.database or "").exists()
+
+
+def _batches(parts: Parts) -> Batches:
+    from receiver.batch.batch import Batches
+
+    return Batches(parts.database, parts.submitter, parts.schedule)
+
+
+def _plan(parts: Parts, file: str, name: str, format: str | None) -> tuple[Plan, list[Line]]:
+    from receiver.batch import batch_file
+
+    of = _batches(parts)
+    kind: batch_file.Format = "csv" if (format or Path(file).suffix.lstrip(".").lower()) == "csv" else "jsonl"
+    if file == "-":
+        lines = batch_file.read(sys.stdin.buffer, kind, name, of.check)
+    else:
+        try:
+            with Path(file).open("rb") as opened:
+                lines = batch_file.read(opened, kind, name, of.check)
+        except OSError as error:
+            raise typer.BadParameter(f"{file} cannot be read: {error.strerror}", param_hint="--batch") from None
+    if _is_missing(parts):
+        from receiver.batch.batch import Plan
+
+        return Plan(name, new=lines), lines
+    return of.plan(name, lines), lines
+
+
+def _put(parts: Parts, plan: Plan) -> None:
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{plan.name}: putting in") as status:
+        total = len(plan.new)
+        _batches(parts).put(plan, lambda done: status.update(f"{plan.name}: {done:,} of {total:,} put in"))
+
+
+def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
+    """Wait for the end; Ctrl-C says how to go on."""
+    from rich.console import Console
+
+    from receiver.batch import batch_report, batch_view
+    from storage.operations import heartbeats
+
+    of = _batches(parts)
+    counts = of.counts(name)
+    if counts.over < counts.total and not heartbeats.count_alive(parts.database):
+        typer.echo(f"{name}: {batch_view.words(counts)}")
+        typer.echo("no worker is alive, so nothing is sent: start `receiver serve` (or `receiver work`)", err=True)
+        raise typer.Exit(1)
+    try:
+        look = lambda: of.counts(name)  # noqa: E731 - said twice below
+        counts = batch_view.watch(look, lambda: heartbeats.count_alive(parts.database), Console(stderr=True))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped watching; the workers go on. Watch again: receiver batch status {name} --wait", err=True)
+        raise typer.Exit(1) from None
+    for path in report:
+        batch_report.write(path, name, batch_report.lines(parts.database, of, name))
+    return counts
+
+
+def _counts(counts: Counts) -> dict[str, Any]:
+    return {**vars(counts), "total": counts.total}
+
+
+def _show(parts: Parts, name: str, counts: Counts, *, as_json: bool) -> None:
+    from receiver.batch.batch_view import words
+    from receiver.tasks.task_view import is_over
+
+    with parts.database.read() as session:
+        held, limit = sum(parts.slots.held(session).values()), parts.slots.limit(session)
+    failures = [task for task in _batches(parts).failures(name) if is_over(task)]
+    if as_json:
+        slots = {"held": held, "limit": limit, "setting": parts.slots.setting}
+        failed = [{"external_task_id": task.external_task_id, "error": task.error or task.note} for task in failures]
+        typer.echo(json.dumps({"batch": name, **_counts(counts), "slots": slots, "failures": failed}))
+    else:
+        typer.echo(f"{name}: {words(counts)}")
+        typer.echo(f"slots of the account: {held} held of {limit}" if limit else f"slots of the account: {held} held")
+        for task in failures:
+            typer.echo(f"line {task.batch_line}: {task.external_task_id}: {task.error or task.note}", err=True)
+    if counts.archived < counts.total:
+        raise typer.Exit(1)
+
+
+def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
+    from storage.operations import heartbeats
+
+    alive = heartbeats.count_alive(parts.database)
+    found = {"batch": plan.name, "new": len(plan.new), "known": plan.known, "left_over": plan.left_over}
+    if as_json:
+        typer.echo(json.dumps({**found, "workers": alive}))
+    else:
+        typer.echo(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; {_next(plan.name)}")
+    if plan.left_over:
+        typer.echo(f"{plan.left_over:,} tasks of this batch are not in the file; they go on all the same", err=True)
+    if not alive:
+        typer.echo("no worker is alive, so nothing is sent yet: start `receiver serve` (or `receiver work`)", err=True)
+
+
+def _next(name: str) -> str:
+    return f"`receiver batch status {name} --wait` watches it"
+
+
+def _show_estimate(plan: Plan, lines: Sequence[Line], prices: Path | None, *, as_json: bool) -> None:
+    from receiver.providers.kling.prices import KLING, PricesUnreadable, estimate, read_prices
+
+    try:
+        table = read_prices(prices) if prices else KLING
+    except PricesUnreadable as error:
+        raise typer.BadParameter(str(error), param_hint="--prices") from None
+    found = estimate((line.request for line in plan.new), table)
+    warnings = {warning for line in lines for warning in line.request.warnings()}
+    if as_json:
+        known = {"batch": plan.name, "dry_run": True, "new": len(plan.new), "known": plan.known}
+        typer.echo(json.dumps({**known, **found.as_dict(), "warnings": sorted(warnings)}))
+        return
+    typer.echo(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; dry run, nothing was written")
+    typer.echo(_cost(found))
+    for warning in sorted(warnings)[:MAX_SHOWN]:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _cost(found: Estimate) -> str:
+    most = "at most " if found.auto else ""
+    text = (
+        f"{most}{found.pictures:,} pictures ({found.slots:,} slots), {most}{found.units:,f} units = "
+        f"{most}{found.usd:,.2f} USD by prices of {found.date}"
+    )
+    if found.auto:
+        text += f"; {found.auto:,} series of automatic length count as nine pictures"
+    if found.unpriced:
+        text += f"; the table has no price for {found.unpriced:,} of the pictures"
+    return text
+
+
+def _show_faults(file: str, error: BatchInvalid, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"ok": False, "faults": [fault._asdict() for fault in error.faults]}))
+        return
+    for fault in error.faults[:MAX_SHOWN]:
+        typer.echo(f"{file}:{fault.line}: {fault.text}", err=True)
+    if len(error.faults) > MAX_SHOWN:
+        typer.echo(f"… and {len(error.faults) - MAX_SHOWN:,} more; --json shows all", err=True)
+    typer.echo(f"{len(error.faults):,} faults; nothing was sent", err=True)

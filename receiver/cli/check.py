@@ -1,0 +1,79 @@
+"""The verb that looks at the surroundings: check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from receiver.cli.serve import AllowHttp
+
+if TYPE_CHECKING:
+    from receiver.app.checks import Result
+
+COLOURS = {"ok": "green", "note": "cyan", "fault": "bold red"}
+# Wider than any result: where nobody looks, one result stays one line.
+UNSEEN_WIDTH = 2_000
+
+
+def check(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    allow_http: AllowHttp = False,
+) -> None:
+    """Look at settings, database, bucket, provider, clock and sinks of events; say what to do about each fault.
+
+    Exit code 1 if there is one. Nothing is submitted, no event is sent, and what is written to the bucket is removed
+    again. Prints what you have to paste where: a fresh callback secret while none is set, else the address for the
+    provider's console. Each of these is a secret.
+    """
+    from receiver.app import checks
+    from receiver.base import config, telemetry
+
+    try:
+        settings = config.load(allow_http=allow_http or None)
+    except config.SettingsInvalid as error:
+        results = [*checks.refused_settings(error)]
+    else:
+        telemetry.configure("warning", settings.log_format)
+        results = checks.run(settings)
+    is_good = all(result.status is not checks.Status.FAULT for result in results)
+    if as_json:
+        typer.echo(json.dumps({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1))
+    else:
+        _show(results)
+    if not is_good:
+        raise typer.Exit(1)
+
+
+def _show(results: Sequence[Result]) -> None:
+    """The table, then the lines to paste, unwrapped."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("", "check", "found"):
+        table.add_column(heading, overflow="fold")
+    for result in results:
+        found = f"{result.line}: {result.advice}" if result.advice else result.line
+        table.add_row(Text(result.status, COLOURS[result.status]), Text(result.name), Text(found))
+    console = Console()
+    if console.is_terminal:
+        console.print(table)
+    else:
+        _echo_plain(table)
+    for result in results:
+        if result.paste:
+            typer.echo(f"\n{result.paste}")
+
+
+def _echo_plain(table: object) -> None:
+    from rich.console import Console
+
+    console = Console(width=UNSEEN_WIDTH)
+    with console.capture() as captured:
+        console.print(table)
+    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))

@@ -1,0 +1,236 @@
+"""`receiver events`: what was told, what was not, and telling it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from receiver.cli.operate import MAX_SHOWN, DryRun, Json, _parts
+
+if TYPE_CHECKING:
+    from receiver.app.wiring import Parts
+    from storage.rows.models import Dispatch, Event
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Events on their way out: list, redeliver, tail, enable, disable."
+)
+
+# The last ones that `tail` begins with, as tail(1) does with lines.
+TAIL = 10
+PAGE = 200
+# `tail --follow` without anything new looks this often.
+FOLLOW_SECONDS = 0.5
+
+Sink = Annotated[str | None, typer.Option(metavar="NAME", help="Only of this sink.")]
+Types = Annotated[str, typer.Option(metavar="PATTERNS", help="Only these, as in task.*,asset.archived.")]
+
+
+@app.command("list")
+def list_(
+    dead: Annotated[bool, typer.Option("--dead", help="Those that were given up.")] = False,
+    is_open: Annotated[bool, typer.Option("--open", help="Those on their way.")] = False,
+    sink: Sink = None,
+    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=100_000)] = 100,
+    as_json: Json = False,
+) -> None:
+    """Show deliveries that are open or dead, with their last error. Exit code 1 when there are dead ones among them."""
+    from storage.operations import outbox
+    from storage.states import DispatchState
+
+    wanted = [DispatchState.DEAD] * (dead or not is_open) + [DispatchState.DUE] * (is_open or not dead)
+    with _parts() as parts, parts.database.read() as session:
+        found = [
+            _shown(*each)
+            for state in wanted
+            for each in outbox.dispatches(session, state=state, sink=sink, limit=limit)
+        ]
+        disabled = outbox.disabled(session)
+        unknown = sorted({str(each["sink"]) for each in found} - parts.sinks.keys())
+    if as_json:
+        typer.echo(json.dumps({"deliveries": found, "disabled": disabled, "unknown": unknown}, indent=1))
+    else:
+        _table(found)
+        _explain(disabled, unknown)
+    if any(each["state"] == DispatchState.DEAD for each in found):
+        raise typer.Exit(1)
+
+
+def _shown(row: Dispatch, event: Event, external_task_id: str | None) -> dict[str, object]:
+    due_at = row.due_at.isoformat() if row.due_at else None
+    return {
+        "id": row.id,
+        "sink": row.sink,
+        "state": row.state,
+        "event": event.name,
+        "seq": event.seq,
+        "external_task_id": external_task_id,
+        "tries": row.tries,
+        "due_at": due_at,
+        "error": row.error,
+    }
+
+
+def _table(found: Sequence[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if not found:
+        typer.echo("nothing is open and nothing is dead")
+        return
+    table = Table("id", "sink", "state", "event", "task", "tries", "due", "error", box=None, pad_edge=False)
+    for each in found:
+        names = ("id", "sink", "state", "event", "external_task_id", "tries", "due_at", "error")
+        table.add_row(*(str(each[name] if each[name] is not None else "") for name in names))
+    Console().print(table, markup=False)
+
+
+def _explain(disabled: dict[str, str], unknown: Sequence[str]) -> None:
+    for name, reason in disabled.items():
+        typer.echo(f"{name} is disabled: {reason}; `receiver events enable {name}` queues for it again", err=True)
+    for name in unknown:
+        typer.echo(f"{name} is not in RECEIVER_EVENT_SINKS; `receiver events disable {name}` gives it up", err=True)
+
+
+@app.command()
+def redeliver(
+    number: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="As `list` shows them.")] = None,
+    all_dead: Annotated[bool, typer.Option("--all-dead", help="Everything that was given up.")] = False,
+    sink: Sink = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Send deliveries again, as if for the first time: these, or all dead ones (of one sink: --sink).
+
+    Receivers know them by their id, which is the same as before.
+    """
+    if bool(number) is all_dead or (number and sink):
+        raise typer.BadParameter("give numbers, or --all-dead (and --sink)")
+    from receiver.tasks.operate import change
+    from storage.operations import outbox
+
+    count, seen = 0, set[int]()
+    with _parts() as parts:
+        for page in _pages(parts, number or [], sink):
+            with change(parts.database, dry_run=dry_run) as session:
+                count += outbox.redeliver(session, page)
+            seen |= {row.id or 0 for row in page}
+    missing = sorted(set(number or []) - seen)
+    _tell({"redelivered": count, "missing": missing}, dry_run, as_json)
+    for each in missing[:MAX_SHOWN]:
+        typer.echo(f"{each}: no such delivery", err=True)
+    if missing:
+        raise typer.Exit(1)
+
+
+def _pages(parts: Parts, numbers: Sequence[int], sink: str | None) -> Iterator[list[Dispatch]]:
+    from storage.operations import outbox
+    from storage.states import DispatchState
+
+    after, state = 0, None if numbers else DispatchState.DEAD
+    while True:
+        with parts.database.read() as session:
+            found = outbox.dispatches(session, state=state, sink=sink, ids=numbers, after=after, limit=PAGE)
+        if not found:
+            return
+        rows = [row for row, _, _ in found]
+        after = rows[-1].id or 0
+        yield rows
+
+
+@app.command()
+def tail(
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until interrupted.")] = False,
+    after: Annotated[int | None, typer.Option(metavar="NUMBER", help="From this event on.", min=0)] = None,
+    types: Types = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print CloudEvents, one a line.")] = False,
+) -> None:
+    """Print events in the order in which they became true: the last ones, or all after a number."""
+    import time
+
+    from storage.rows import events
+
+    try:
+        names = events.names_matching(word for word in types.split(",") if word)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--types") from None
+    with _parts() as parts:
+        with parts.database.read() as session:
+            last = after if after is not None else max(events.newest_seq(session) - TAIL, 0)
+        while True:
+            with parts.database.read() as session:
+                newest = events.newest_seq(session)
+                found = events.after(session, last, PAGE, names)
+            for event, subject in found:
+                _print(parts, event, subject, as_json)
+            last = (found[-1][0].seq or last) if len(found) == PAGE else max(last, newest)
+            if not found and not follow:
+                return
+            if not found:
+                time.sleep(FOLLOW_SECONDS)
+
+
+def _print(parts: Parts, event: Event, subject: str | None, as_json: bool) -> None:
+    import sys
+
+    if as_json:
+        line = parts.envelope.encode(event, subject).decode()
+    else:
+        line = f"{event.seq}  {event.at:%Y-%m-%d %H:%M:%S}  {event.name}  {subject or ''}".rstrip()
+    typer.echo(line)
+    sys.stdout.flush()
+
+
+@app.command()
+def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json = False) -> None:
+    """Queue events for a disabled sink again, from now on; `redeliver --all-dead --sink` sends what it missed."""
+    from storage.operations import outbox
+
+    with _parts() as parts, parts.database.write() as session:
+        done = outbox.enable(session, name)
+    _tell({"enabled": int(done)}, False, as_json)
+    if not done:
+        typer.echo(f"{name}: no such disabled sink", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def disable(
+    name: Annotated[str, typer.Argument(help="The sink.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept.")] = "by hand",
+    as_json: Json = False,
+) -> None:
+    """Queue nothing more for a sink, and give up what is on its way to it: also for one that is configured no more."""
+    from storage.operations import outbox
+
+    with _parts() as parts:
+        _check_name(parts, name)
+        with parts.database.write() as session:
+            outbox.disable(session, name, reason)
+        dead = outbox.end_disabled(parts.database)
+    _tell({"disabled": 1, "given_up": dead}, False, as_json)
+
+
+def _check_name(parts: Parts, name: str) -> None:
+    """A slip of the pen would disable nothing, and make /readyz degraded by a sink that is not there."""
+    from storage.operations import outbox
+
+    known = {each.sink for each in parts.subscriptions}
+    if name in known:
+        return
+    with parts.database.read() as session:
+        known |= outbox.remembered(session)
+    if name not in known:
+        raise typer.BadParameter(f"no sink is called {name!r}; there are {', '.join(sorted(known))}")
+
+
+def _tell(counts: dict[str, object], dry_run: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({**counts, "dry_run": dry_run}))
+        return
+    words = ", ".join(
+        f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items() if isinstance(count, int)
+    )
+    typer.echo(f"dry run, nothing was changed: {words}" if dry_run else words)

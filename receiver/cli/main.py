@@ -1,0 +1,77 @@
+"""The command line. Every verb imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+import receiver
+from receiver.cli import archive, batch, check, events, operate, sandbox, serve, status, submit
+
+app = typer.Typer(
+    name="receiver",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+    rich_markup_mode=None,  # drawing boxes would take longer than all the rest of `--help`
+    help="Ask an image model, never lose its callback, keep every picture byte for byte in S3-compatible storage.\n\n"
+    "New here? `receiver demo` shows everything working on this machine, without an account.",
+)
+VERBS: tuple[Callable[..., None], ...] = (
+    *(serve.serve, serve.work, submit.submit, status.status, check.check, serve.migrate, sandbox.sandbox, sandbox.demo),
+    *(operate.retry, operate.replay, operate.reconcile, operate.adopt, operate.dismiss, operate.prune),
+    *(archive.audit, archive.rebuild, archive.export, archive.delete),
+)
+for verb in VERBS:
+    app.command()(verb)
+app.add_typer(batch.app, name="batch")
+app.add_typer(events.app, name="events")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(receiver.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point. A fault we know ends in its own clear lines and exit code 1; anything else is a bug and shows."""
+    threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
+    try:
+        app()
+    except Exception as error:  # noqa: BLE001 - shown whole, but for secrets
+        _show(str(error)) if _is_known(error) else _show_bug(error)
+        sys.exit(1)
+
+
+def _show_bug(error: BaseException) -> None:
+    import traceback
+
+    _show("".join(traceback.format_exception(error)).rstrip())
+
+
+def _show(text: str) -> None:
+    """The command line's own words, but for what has the shape of a secret."""
+    from receiver.base.telemetry import scrub
+
+    print(scrub(text), file=sys.stderr)  # noqa: T201 - standard error is where they belong
+
+
+def _is_known(error: Exception) -> bool:
+    from storage.errors import DatabaseUnavailable, StoreUnavailable, UserError
+
+    return isinstance(error, UserError | DatabaseUnavailable | StoreUnavailable)

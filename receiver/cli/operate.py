@@ -1,0 +1,221 @@
+"""Verbs of whoever runs it: retry, replay, reconcile, adopt, dismiss, prune."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from receiver.cli.serve import AllowHttp
+
+if TYPE_CHECKING:
+    from receiver.app.wiring import Parts
+    from receiver.tasks.operate import Operator, Tally
+
+# Rows of one `retry --all-failed`; the next call takes the next.
+MAX_FAILED = 100_000
+# Beyond this many nobody reads them; `--json` has them all.
+MAX_SHOWN = 20
+UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+WHEN = "2026-11-23, 2026-11-23T10:00 (UTC), or an age: 90m, 6h, 7d"
+
+
+def _moment(text: str) -> datetime:
+    """A time as an operator writes it, aware."""
+    if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
+        return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no time: write {WHEN}") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Since = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help=f"From then on: {WHEN}.")]
+Until = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Before that time.")]
+
+
+def retry(
+    name: Annotated[str | None, typer.Argument(help="A task (external id) or a file (asset id).")] = None,
+    all_failed: Annotated[bool, typer.Option("--all-failed", help="Every file that was given up.")] = False,
+    since: Since = None,
+    error: Annotated[str | None, typer.Option(metavar="TEXT", help="Only where the error contains this.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many, the oldest first.", min=1)] = None,
+    accept_unverified: Annotated[
+        bool, typer.Option("--accept-unverified", help="Archive this one file although it is broken inside.")
+    ] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    allow_http: AllowHttp = False,
+) -> None:
+    """Try again: files that were given up, or whatever a task waits for, are due now.
+
+    A failed task is read once more, a success that came after all still counts; nothing is sent again, only `submit`
+    sends. --since, --error and --limit belong to --all-failed, which leaves alone what was dismissed; --since means
+    tasks created then or later.
+    """
+    filtered = since is not None or error is not None or limit is not None
+    if (name is None) is not all_failed or (not all_failed and filtered) or (all_failed and accept_unverified):
+        raise typer.BadParameter("give a task or a file, or --all-failed with its filters")
+    with _parts(allow_http) as parts:
+        operator = _operator(parts, dry_run)
+        if name is not None:
+            tally = operator.retry(name, accept_unverified=accept_unverified)
+        else:
+            tally = operator.retry_failed(since=since, error=error, limit=limit or MAX_FAILED)
+    _answer(tally, dry_run, as_json)
+
+
+def replay(
+    delivery: Annotated[list[int] | None, typer.Argument(help="Deliveries by their number.")] = None,
+    since: Since = None,
+    until: Until = None,
+    state: Annotated[
+        Literal["unmatched", "rejected", "unreadable", "applied"] | None, typer.Option(help="Only these.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    allow_http: AllowHttp = False,
+) -> None:
+    """Apply stored deliveries anew, by number or by the time they came, through today's code. Harmless to repeat.
+
+    One that was refused for its signature is applied only if today's secrets verify it as of its arrival.
+    """
+    in_range = since is not None or until is not None
+    if bool(delivery) is in_range or (delivery and state):
+        raise typer.BadParameter("give deliveries, or --since and --until (and --state)")
+    from storage.states import CallbackState
+
+    with _parts(allow_http) as parts:
+        wanted = CallbackState(state) if state else None
+        tally = _operator(parts, dry_run).replay(delivery or (), since=since, until=until, state=wanted)
+    _answer(tally, dry_run, as_json)
+
+
+def reconcile(
+    external_task_id: Annotated[list[str] | None, typer.Argument(help="Tasks. [default: every unfinished one]")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Read them in this process and wait for the end.")] = False,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    allow_http: AllowHttp = False,
+) -> None:
+    """Ask the provider now how tasks stand, without waiting for their next read."""
+    with _parts(allow_http) as parts:
+        operator = _operator(parts, dry_run)
+        tally, reads = operator.reconcile(external_task_id or ())
+        if wait and not dry_run:
+            from rich.console import Console
+
+            lane = next(lane for lane in parts.lanes() if lane.name == "reads")
+            with Console(stderr=True).status(f"reading {len(reads.ids)} tasks"):
+                done = operator.read(reads, lane, lease_seconds=parts.settings.lease_seconds)
+            tally.counts.update(done.counts)
+            tally.left.update(done.left)
+    _answer(tally, dry_run, as_json)
+
+
+def adopt(
+    task: Annotated[list[str] | None, typer.Argument(help="Tasks by external id or by the provider's id.")] = None,
+    listed_days: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Everything the provider lists of the last N days.")
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    allow_http: AllowHttp = False,
+) -> None:
+    """Take over tasks that were made elsewhere, and archive what they made.
+
+    Tasks known here stay as they are, so it may be repeated. Also the way back after an old backup was restored.
+    """
+    if bool(task) is (listed_days is not None):
+        raise typer.BadParameter("give tasks, or --listed-days N")
+    from rich.console import Console
+
+    from receiver.tasks.adopt import Adopter
+
+    with _parts(allow_http, migrate=not dry_run) as parts, Console(stderr=True).status("asking the provider"):
+        adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_limit, dry_run=dry_run)
+        tally = adopter.take(task) if task else adopter.take_listed(timedelta(days=listed_days or 0))
+    _answer(tally, dry_run, as_json)
+
+
+def dismiss(
+    external_task_id: Annotated[str, typer.Argument(help="The task.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept with the task.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """End the alarms of a task that cannot be completed: what it waits for is given up, what is archived stays.
+
+    A success that comes after all still counts, and `receiver retry` brings the task back.
+    """
+    if not reason.strip():
+        raise typer.BadParameter("say why", param_hint="--reason")
+    with _parts() as parts:
+        tally = _operator(parts, dry_run).dismiss(external_task_id, reason)
+    _answer(tally, dry_run, as_json)
+
+
+def prune(
+    older_than: Annotated[int, typer.Option(metavar="DAYS", min=1, help="Older than this many days.")],
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Forget old deliveries, events and request bodies; tasks and files stay, and all of what is not over.
+
+    SQLite keeps the freed room in its file for new rows.
+    """
+    from rich.console import Console
+
+    with _parts() as parts, Console(stderr=True).status("pruning"):
+        tally = _operator(parts, dry_run).prune(timedelta(days=older_than))
+    _answer(tally, dry_run, as_json)
+
+
+@contextmanager
+def _parts(allow_http: bool = False, *, migrate: bool = False) -> Iterator[Parts]:
+    from receiver.app import process
+    from receiver.app.wiring import Parts
+    from receiver.base import config, telemetry
+
+    settings = config.load(allow_http=allow_http or None)
+    telemetry.configure("warning", settings.log_format)
+    parts = Parts(settings)
+    try:
+        process.ready_schema(parts.database, migrate=migrate and settings.migrates_on_start)
+        yield parts
+    finally:
+        parts.close()
+
+
+def _operator(parts: Parts, dry_run: bool) -> Operator:
+    from receiver.tasks.operate import Operator
+
+    return Operator(parts.database, parts.providers, parts.schedule, dry_run=dry_run)
+
+
+def _answer(tally: Tally, dry_run: bool, as_json: bool) -> None:
+    """What was done, and on standard error what was not; exit code 1 when something asked for by name was not."""
+    if as_json:
+        typer.echo(json.dumps({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left}))
+    else:
+        _show(tally, dry_run)
+    if not tally.is_good:
+        raise typer.Exit(1)
+
+
+def _show(tally: Tally, dry_run: bool) -> None:
+    done = [f"{name.replace('_', ' ')}: {count:,}" for name, count in tally.counts.items() if count]
+    words = ", ".join(done) or "nothing to do"
+    typer.echo(f"dry run, nothing was changed: {words}" if dry_run else words)
+    for name, why in list(tally.left.items())[:MAX_SHOWN]:
+        typer.echo(f"{name}: {why}", err=True)
+    if len(tally.left) > MAX_SHOWN:
+        typer.echo(f"… and {len(tally.left) - MAX_SHOWN:,} more; --json shows all", err=True)

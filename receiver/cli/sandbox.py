@@ -1,0 +1,183 @@
+"""Verbs to try things out without an account: demo, sandbox."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from receiver.sandbox import Knobs, Sandbox
+
+LOOK_SECONDS = 0.5  # for Ctrl-C
+
+
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
+    directory: Annotated[
+        Path | None,
+        typer.Option(help="A new directory for rows, objects and log, left as it is.", show_default="a temporary one"),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds until it gives up.", min=0.1)] = 120,
+) -> None:
+    """Show everything working on this machine: five requests, their callbacks, their pictures in an S3 bucket.
+
+    Starts an S3 server, a stand-in for the provider and the receiver, on loopback only.
+
+    Compares every object with what was served, then cleans up; exit code 1 when anything is wrong.
+
+    Needs no account and no network, and reads none of your settings.
+    """
+    from rich.console import Console
+
+    from receiver.demo.demo import DemoFailed, run
+
+    try:
+        run(Console(), directory=directory, keep=keep, timeout_seconds=timeout, program=_program())
+    except DemoFailed as error:
+        typer.echo(f"\nThe demo failed: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("\nStopped before the end; everything it had started has ended.", err=True)
+        raise typer.Exit(1) from None
+
+
+def _program() -> str:
+    """How the reader can call us again."""
+    if shutil.which("receiver"):
+        return "receiver"
+    return sys.argv[0] if Path(sys.argv[0]).name == "receiver" else f"{sys.executable} -m receiver"
+
+
+# Longer than usual: typer wants every option as a parameter.
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)] = 9000,
+    api_key: Annotated[list[str] | None, typer.Option(help="API key to accept. Repeatable.")] = None,
+    webhook_secret: Annotated[
+        list[str] | None, typer.Option(help="whsec_… secret that signs every callback. Repeatable.")
+    ] = None,
+    processing_seconds: Annotated[float | None, typer.Option(help="Seconds a task stays processing.")] = None,
+    fail_rate: Annotated[float | None, typer.Option(help="Share of tasks that fail, 0 to 1.")] = None,
+    callback_drop_rate: Annotated[float | None, typer.Option(help="Share of callbacks never sent, 0 to 1.")] = None,
+    callback_shape: Annotated[
+        str | None, typer.Option(help="Body of callbacks: old, new, wrapped or no_task_info.")
+    ] = None,
+    allow_remote_host: Annotated[
+        bool, typer.Option("--allow-remote-host", help="Allow a --host outside loopback.")
+    ] = False,
+    allow_remote_callbacks: Annotated[
+        bool, typer.Option("--allow-remote-callbacks", help="Allow callback URLs outside loopback.")
+    ] = False,
+    knob: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set any knob of --knobs. Repeatable.")
+    ] = None,
+    knobs: Annotated[bool, typer.Option("--knobs", help="Print every knob and its default, then exit.")] = False,
+) -> None:
+    """Run a stand-in for the provider: creates, queries, callbacks and result files, with knobs for its failures.
+
+    A prompt with \\[fail] fails, one with \\[drop] gets no callback, one with \\[expire] gets links dead at first.
+
+    While it runs, POST /sandbox/knobs changes knobs and GET /sandbox/ledger tells what it did.
+    """
+    if knobs:
+        _print_knobs()
+        return
+    options = {
+        "api_keys": api_key,
+        "webhook_secrets": webhook_secret,
+        "processing_seconds": processing_seconds,
+        "fail_rate": fail_rate,
+        "callback_drop_rate": callback_drop_rate,
+        "callback_shape": callback_shape,
+        "allow_remote_host": allow_remote_host or None,
+        "allow_remote_callbacks": allow_remote_callbacks or None,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    _run_sandbox(host, port, _knobs({**given, **_pairs(knob or [])}))
+
+
+def _print_knobs() -> None:
+    from receiver.sandbox import Knobs
+
+    for name, field in Knobs.model_fields.items():
+        typer.echo(f"{name}={json.dumps(field.default)}\n    {field.description}")
+
+
+def _pairs(words: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` words as knobs: a value is JSON where it reads as such, else text."""
+    values = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"write NAME=VALUE, not {word!r}", param_hint="--knob")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def _knobs(values: dict[str, Any]) -> Knobs:
+    from pydantic import ValidationError
+
+    from receiver.sandbox import Knobs
+
+    try:
+        return Knobs(**values)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise typer.BadParameter("; ".join(faults), param_hint="a knob") from None
+
+
+def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    import signal
+    import threading
+
+    from receiver.sandbox import Sandbox
+
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    try:
+        server = Sandbox(host=host, port=port, knobs=knobs).start()
+    except ValueError:
+        raise typer.BadParameter(f"{host} is not on loopback; --allow-remote-host permits it") from None
+    except OSError as error:
+        typer.echo(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes a free port", err=True)
+        raise typer.Exit(1) from None
+    try:
+        typer.echo(f"provider  {server.url}\nAPI key   {server.api_key}\n")
+        typer.echo("For a receiver beside it, paste this into its shell or .env; the bucket's settings are yours:\n")
+        for name, value in _settings(server, knobs).items():
+            typer.echo(f"export {name}={value}")
+        typer.echo("\nCtrl-C ends it.")
+        sys.stdout.flush()
+        while not ended.wait(LOOK_SECONDS):
+            pass  # looks by itself: a signal may be taken by another thread than this one
+    finally:
+        server.stop()
+
+
+def _settings(server: Sandbox, knobs: Knobs) -> dict[str, str]:
+    """What a receiver needs to have this sandbox as its provider."""
+    import secrets
+
+    settings = {
+        "RECEIVER_KLING_BASE_URL": server.url,
+        "RECEIVER_KLING_API_KEY": server.api_key,
+        "RECEIVER_PRIVATE_RESULT_HOSTS": server.url.removeprefix("http://"),
+        "RECEIVER_PUBLIC_URL": "http://127.0.0.1:8000",
+        "RECEIVER_CALLBACK_SECRETS": secrets.token_urlsafe(32),
+    }
+    if knobs.webhook_secrets:
+        settings["RECEIVER_KLING_WEBHOOK_SECRETS"] = ",".join(knobs.webhook_secrets)
+    if knobs.allow_remote_host:
+        settings["RECEIVER_ALLOW_HTTP"] = "true"
+    return settings

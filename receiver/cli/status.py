@@ -1,0 +1,48 @@
+"""Verbs that look: status."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def status(
+    external_task_id: Annotated[
+        str | None, typer.Argument(help="One task with its timeline; without it the latest.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many of the latest tasks.", min=1, max=10_000)] = 20,
+    urls: Annotated[
+        bool, typer.Option("--urls", help="Print a link to each archived file of the task; each is a secret.")
+    ] = False,
+    expires: Annotated[int, typer.Option(help="Seconds these links work for.", min=1, max=604_800)] = 3_600,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Show how one task stands, with its files and timeline, or a table of the latest tasks."""
+    from rich.console import Console
+
+    from receiver.app import process
+    from receiver.app.wiring import Parts
+    from receiver.base import config
+    from receiver.tasks import task_view
+
+    parts = Parts(config.load())
+    process.ready_schema(parts.database, migrate=False)
+    if urls:
+        if external_task_id is None:
+            raise typer.BadParameter("--urls needs a task")
+        links = task_view.urls(parts, external_task_id, expires)
+        typer.echo(json.dumps(links, indent=1) if as_json else "\n".join(link["url"] for link in links))
+    elif external_task_id is None and as_json:
+        found = [task_view.report(parts, task.external_task_id) for task in task_view.latest(parts, limit)]
+        audit = task_view.audited(parts).as_json()
+        typer.echo(
+            json.dumps({"summary": task_view.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
+        )
+    elif external_task_id is None:
+        task_view.show_latest(parts, limit, Console())
+    elif as_json:
+        typer.echo(task_view.report_json(parts, external_task_id))
+    else:
+        task_view.show(parts, external_task_id, Console())

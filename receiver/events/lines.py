@@ -1,0 +1,107 @@
+"""Events as JSON lines: to a file, on the disk before they count, or to standard output.
+
+Each batch opens the file anew, so that logrotate may move it at any time. Several processes may write to the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from receiver.events.dispatcher import Message, NotTried, Outcome, SinkUnavailable
+
+# One flush to the disk for so many.
+BATCH = 100
+STDOUT = 1
+# Not blocking: a pipe that nobody reads would hold this thread for ever.
+FLAGS = os.O_APPEND | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Lines:
+    """A `receiver.events.dispatcher.Sink`. `path`: None = standard output, where a line counts once it is written."""
+
+    batch = BATCH
+    threads = 1
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def send(self, messages: Sequence[Message]) -> list[Outcome]:
+        """All or nothing: after a failure the same lines come again, whatever part of them had been written."""
+        lines = b"".join(message.body + b"\n" for message in messages)
+        try:
+            with self._opened() as file:
+                _write(file, lines)
+        except OSError as error:
+            failed = SinkUnavailable(f"{self._path or 'standard output'}: {error.strerror}")
+            return [failed, *(NotTried("not tried") for _ in messages[1:])]
+        return [None] * len(messages)
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        if self._path is None:
+            with _alone_on(STDOUT):
+                yield STDOUT
+            return
+        file = os.open(self._path, FLAGS | os.O_CREAT, 0o640)
+        try:
+            _refuse_irregular(file)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _end_torn_line(file)
+            yield file
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def look(self) -> str:
+        """Open the file as `send` does, or see that it could be made; it is not."""
+        if self._path is None:
+            return "standard output"
+        try:
+            if not self._path.exists() and os.access(self._path.parent, os.W_OK | os.X_OK):
+                return f"{self._path} can be made"
+            file = os.open(self._path, FLAGS)
+            try:
+                _refuse_irregular(file)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise SinkUnavailable(f"{self._path}: {error.strerror}") from error
+        return f"{self._path} can be appended to"
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def _alone_on(file: int) -> Iterator[None]:
+    """Keep the other worker processes off a descriptor they have inherited too: a pipe takes 4 KB at once, no more.
+
+    A process's lock, which works on pipes, sockets and terminals; a `flock` would be theirs as well.
+    """
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def _refuse_irregular(file: int) -> None:
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+
+
+def _end_torn_line(file: int) -> None:
+    """A disk that was full, or a crash, may have left half a line: ours begins on a new one."""
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        _write(file, b"\n")
+
+
+def _write(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]

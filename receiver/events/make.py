@@ -1,0 +1,30 @@
+"""From an entry of the setting to the sink it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import SecretStr
+
+from receiver.base.signature import Signer
+from receiver.base.sink_setting import Entry
+from receiver.events.dispatcher import Sink
+from receiver.events.http_post import Poster
+from receiver.events.lines import Lines
+from receiver.events.webhook import THREADS, Webhook
+from storage.fetch.addresses import AddressPolicy
+
+
+def make(entry: Entry, policy: AddressPolicy, secrets: Sequence[SecretStr]) -> Sink:
+    """Nothing is opened before something is sent."""
+    match entry.kind:
+        case "webhook":
+            return Webhook(entry.url, Poster(policy, connections=THREADS), Signer(secrets))
+        case "sqs":
+            from receiver.events.sqs import Sqs  # boto3 takes a second to import: only for those who have a queue
+
+            return Sqs(entry.url)
+        case "file":
+            return Lines(entry.path)
+        case "stdout":
+            return Lines(None)

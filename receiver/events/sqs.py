@@ -1,0 +1,116 @@
+"""Events to an Amazon SQS queue, or one that speaks its protocol. Credentials come by boto3's own chain."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from receiver.base.once import made_once
+from receiver.events.cloudevents import MEDIA_TYPE
+from receiver.events.dispatcher import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
+
+# SendMessageBatch takes no more (SQS API reference).
+BATCH = 10
+# Of a batch and of a message alike: 256 KiB, less some room for the attributes. SQS itself allows four times that
+# since 2025, others that speak its protocol do not.
+MAX_BYTES = 250_000
+THREADS = 2
+CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0
+AWS_HOST = re.compile(r"(?:sqs|queue)\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
+
+
+class Sqs:
+    """A `dispatcher.Sink`. In a FIFO queue the task is the message group and the event's id deduplicates."""
+
+    batch = BATCH
+    threads = THREADS
+
+    def __init__(self, queue_url: str) -> None:
+        self._queue_url = queue_url
+        self._is_fifo = urlsplit(queue_url).path.endswith(".fifo")
+
+    @made_once
+    def _client(self) -> Any:
+        parts = urlsplit(self._queue_url)
+        aws = AWS_HOST.fullmatch(parts.hostname or "")
+        once = {"total_max_attempts": 1}  # the schedule is ours
+        options = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=once)
+        return boto3.Session().client(  # the one that all share is not for several threads
+            "sqs",
+            endpoint_url=f"{parts.scheme}://{parts.netloc}",
+            region_name=aws.group(1) if aws else None,
+            config=options,
+        )
+
+    def send(self, messages: Sequence[Message]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for group in _groups(messages):
+            silent = bool(outcomes) and isinstance(outcomes[-1], SinkSilent)
+            outcomes += [NotTried("not tried") for _ in group] if silent else self._send(group)
+        return outcomes
+
+    def _send(self, group: Sequence[Message]) -> list[Outcome]:
+        if len(group[0].body) > MAX_BYTES:
+            return [SinkRefused(f"{len(group[0].body)} bytes, SQS takes {MAX_BYTES}")]
+        entries = [self._entry(str(place), message) for place, message in enumerate(group)]
+        try:
+            answer = self._client.send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+        except ClientError as error:
+            failed: Outcome = SinkUnavailable(f"SQS: {error.response.get('Error', {}).get('Code', 'no code')}")
+        except BotoCoreError as error:
+            failed = SinkSilent(f"SQS: {type(error).__name__}")
+        else:
+            faults = {fault["Id"]: _fault(fault) for fault in answer.get("Failed", [])}
+            return [faults.get(entry["Id"]) for entry in entries]
+        return [failed] * len(group)
+
+    def _entry(self, name: str, message: Message) -> dict[str, Any]:
+        media_type = {"DataType": "String", "StringValue": MEDIA_TYPE}
+        entry = {
+            "Id": name,
+            "MessageBody": message.body.decode(),
+            "MessageAttributes": {"content-type": media_type},
+        }
+        if self._is_fifo:
+            entry |= {"MessageGroupId": message.group, "MessageDeduplicationId": message.id}
+        return entry
+
+    def look(self) -> str:
+        """Reach the queue. Who may send to it needs no right to ask for its attributes."""
+        try:
+            found = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=["QueueArn"])
+        except ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", "no code"))
+            raise (Unsure if "AccessDenied" in code else SinkUnavailable)(f"SQS: {code}") from error
+        except BotoCoreError as error:
+            raise SinkSilent(f"SQS: {type(error).__name__}") from error
+        return f"the queue {found.get('Attributes', {}).get('QueueArn', '')} answers"
+
+    def close(self) -> None:
+        if "_client" in self.__dict__:
+            self._client.close()
+
+
+def _fault(fault: dict[str, Any]) -> Exception:
+    words = f"SQS: {fault.get('Code', 'no code')}"
+    return SinkRefused(words) if fault.get("SenderFault") else SinkUnavailable(words)
+
+
+def _groups(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """As many as one call takes; one that is too large for any call comes alone."""
+    group: list[Message] = []
+    size = 0
+    for message in messages:
+        if group and (len(group) == BATCH or size + len(message.body) > MAX_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(message)
+        size += len(message.body)
+    if group:
+        yield group

@@ -1,0 +1,247 @@
+"""Our rows in Kling's words: the records that the gateway answers with and that its clients are called back with.
+
+Pure: no I/O, no clock. Everything that Kling would not say stands under the one key `receiver`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from storage.errors import ProviderRejected, ProviderThrottled
+from storage.rows.events import EventName
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState, TaskState
+
+Status = Literal["submitted", "processing", "succeed", "failed"]
+Results = Literal["archived", "provider"]
+
+STATUS_OF_STATE: dict[TaskState, Status] = {
+    TaskState.CREATED: "submitted",
+    TaskState.SUBMITTED: "submitted",
+    TaskState.PROCESSING: "processing",
+    TaskState.FAILED: "failed",
+    TaskState.SUCCEEDED: "succeed",
+}
+# As in storage.states: a client, too, is never told anything that takes an earlier word back but a late success.
+RANK: dict[Status, int] = {"submitted": 0, "processing": 1, "failed": 2, "succeed": 3}
+USUAL_CODES = {401: 1002, 403: 1103, 404: 1203}
+# Facts of the provider's own words.
+STATUS_OF_EVENT: dict[str, Status] = {
+    EventName.TASK_SUBMITTED: "submitted",
+    EventName.TASK_PROCESSING: "processing",
+    EventName.TASK_SUCCEEDED: "succeed",
+    EventName.TASK_FAILED: "failed",
+}
+# Come again after a retry or a repair, and also when a task is dismissed that never succeeded.
+ENDS_OF_ARCHIVE = frozenset({EventName.TASK_ARCHIVED, EventName.TASK_INCOMPLETE})
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How results are told.
+
+    `results`: `archived` = a task is `processing` until its pictures are ours; `provider` = it succeeds when the
+    provider says so. `link`: the lasting link to an archived file, None where none can be made (no public URL).
+    """
+
+    results: Results
+    link: Callable[[Asset], str | None]
+
+
+def record(task: Task, assets: Sequence[Asset], wording: Wording) -> dict[str, Any]:
+    """The task as a query tells it, from its rows as they are now. Holds result links: a secret."""
+    status = status_of(task, wording.results)
+    return _record(task, assets, status, _changed_at(task, status, wording.results), wording)
+
+
+def created(task: Task, status: Status = "submitted") -> dict[str, Any]:
+    """`data` of the answer to a create. Kling's is always `submitted`, however quick the task."""
+    made_ms = _ms(task.created_at)
+    return {
+        "task_id": str(task.id),
+        "task_status": status,
+        "task_info": _info(task),
+        "created_at": made_ms,
+        "updated_at": made_ms,
+        "receiver": _ours(task),
+    }
+
+
+def callback_body(
+    task: Task, assets: Sequence[Asset], event_name: str, *, at: datetime, earlier: Sequence[str], wording: Wording
+) -> bytes | None:
+    """What a client is POSTed because of one fact; None when that fact tells it nothing new.
+
+    A bare old-shape record (KLING §4) in the status that the fact made true, whatever has happened since. Each status
+    is told once and in rising order, so a repair's second `task.archived` is silent. With `results` archived,
+    `task.succeeded` is told as `processing`, and the one `succeed` is `task.archived` or `task.incomplete`.
+
+    `at`: when the fact became true. `earlier`: the names of all facts of this task before it, oldest first. `assets`:
+    as they are now. The bytes hold result links: never log them. The same arguments give the same bytes.
+    """
+    *before, status = _statuses_told([*_since_created(earlier), event_name], wording.results)
+    if status is None or RANK[status] <= max((RANK[told] for told in before if told), default=-1):
+        return None
+    return json.dumps(_record(task, assets, status, at, wording), ensure_ascii=False).encode()
+
+
+def _since_created(event_names: Sequence[str]) -> Sequence[str]:
+    """Without what was true of a create that was refused, before the same id was asked for again."""
+    created_at = [number for number, name in enumerate(event_names) if name == EventName.TASK_CREATED]
+    return event_names[created_at[-1] :] if created_at else event_names
+
+
+def _statuses_told(event_names: Sequence[str], results: Results) -> Iterator[Status | None]:
+    """What each fact in turn means for a client; None: nothing."""
+    succeeded = False
+    for name in event_names:
+        succeeded = succeeded or name == EventName.TASK_SUCCEEDED
+        if name in ENDS_OF_ARCHIVE:
+            yield "succeed" if succeeded else None
+        elif name == EventName.TASK_SUCCEEDED and results == "archived":
+            yield "processing"
+        else:
+            yield STATUS_OF_EVENT.get(name)
+
+
+def status_of(task: Task, results: Results) -> Status:
+    """The word for the task's rows. It never goes back: what was archived once stays `succeed` while it is repaired."""
+    if task.state is TaskState.SUCCEEDED and results == "archived" and not _is_settled(task):
+        return "processing"
+    return STATUS_OF_STATE[task.state]
+
+
+def _is_settled(task: Task) -> bool:
+    ended = task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
+    return ended or task.archived_at is not None or task.deleted_at is not None
+
+
+def _changed_at(task: Task, status: Status, results: Results) -> datetime:
+    moments = {
+        "submitted": task.submitted_at,
+        "processing": task.completed_at or task.reported_at,
+        "succeed": (task.archived_at if results == "archived" else None) or task.completed_at,
+        "failed": task.completed_at,
+    }
+    return moments[status] or task.created_at
+
+
+def _record(
+    task: Task, assets: Sequence[Asset], status: Status, changed_at: datetime, wording: Wording
+) -> dict[str, Any]:
+    done = status == "succeed"
+    told: dict[str, Any] = {
+        "task_id": str(task.id),
+        "task_status": status,
+        "task_status_msg": (task.error or "") if status == "failed" else "",
+        "task_info": _info(task),
+        "created_at": _ms(task.created_at),
+        "updated_at": _ms(changed_at),
+        "task_result": _result(task, assets, wording) if done else {},
+        "receiver": _ours(task),
+    }
+    if done and task.units is not None:
+        told["final_unit_deduction"] = task.units
+    return told
+
+
+def _info(task: Task) -> dict[str, str]:
+    """Kling tells no external id where the caller gave none; ours is then the task's own (see receiver.gateway)."""
+    own = task.external_task_id == str(task.id)
+    return {} if own else {"external_task_id": task.external_task_id}
+
+
+def _ours(task: Task) -> dict[str, Any]:
+    return {"provider_task_id": task.provider_task_id, "archive": task.archive.value}
+
+
+def _result(task: Task, assets: Sequence[Asset], wording: Wording) -> dict[str, Any]:
+    kind = "series" if task.series else "image"
+    watermarked = {asset.index: asset for asset in assets if asset.kind == "watermark" and asset.original == kind}
+    pictures = [
+        _picture(asset, watermarked.get(asset.index), wording)
+        for asset in sorted(assets, key=lambda each: each.index)
+        if asset.kind == kind
+    ]
+    others: dict[str, Any] = {"videos": [], "audios": []}
+    if task.series:
+        return {"result_type": "series", "images": [], "series_images": pictures, **others}
+    return {"images": pictures, **others}
+
+
+def _picture(asset: Asset, watermarked: Asset | None, wording: Wording) -> dict[str, Any]:
+    told: dict[str, Any] = {"index": asset.index, "url": _url(asset, wording)}
+    if watermarked is not None:
+        told["watermark_url"] = _url(watermarked, wording)
+    return told
+
+
+def _url(asset: Asset, wording: Wording) -> str:
+    """Ours once archived; a picture that is not (yet) kept has the provider's."""
+    link = wording.link(asset) if asset.state is AssetState.ARCHIVED and asset.key else None
+    return link or asset.source_url
+
+
+def _ms(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
+
+
+# -- envelopes (KLING §2, §6) -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP answer. `after`: seconds the client should wait before it asks again."""
+
+    http_status: int
+    body: dict[str, Any] = field(repr=False)
+    after: int | None = None
+
+
+class Refused(Exception):
+    """The gateway says no, in Kling's words. `by_provider`: they are the provider's own, passed on."""
+
+    def __init__(
+        self, http_status: int, code: int, message: str, *, after: int | None = None, by_provider: bool = False
+    ) -> None:
+        super().__init__(f"{code} {message}")
+        self.http_status, self.code, self.message = http_status, code, message
+        self.after, self.by_provider = after, by_provider
+
+    def reply(self, request_id: str) -> Reply:
+        body: dict[str, Any] = {"code": self.code, "message": self.message, "request_id": request_id}
+        if self.by_provider:
+            body["receiver"] = {"refused_by": "provider"}
+        return Reply(self.http_status, body, self.after)
+
+
+def success(data: Any, request_id: str) -> Reply:
+    return Reply(200, {"code": 0, "message": "SUCCEED", "request_id": request_id, "data": data})
+
+
+def bad_parameter(message: str) -> Refused:
+    return Refused(400, 1201, message)
+
+
+def too_fast(message: str) -> Refused:
+    """Nothing was made; the client may ask again in a moment."""
+    return Refused(429, 1302, message, after=1)
+
+
+def already_exists(external_task_id: str) -> Refused:
+    return bad_parameter(f"External_task_id {external_task_id} already exists")
+
+
+def passed_on(refusal: ProviderRejected | ProviderThrottled) -> Refused:
+    """The provider's refusal with its HTTP status and code; where it gave no code, the closest of KLING §6."""
+    status, code = refusal.http_status, refusal.code
+    if status is None:  # not the provider's answer: we had nothing to show it
+        return Refused(401, 1000, str(refusal))
+    usual = 1302 if isinstance(refusal, ProviderThrottled) else USUAL_CODES.get(status, 1201)
+    after = math.ceil(refusal.after) if isinstance(refusal, ProviderThrottled) and refusal.after else None
+    return Refused(status, code or usual, refusal.said or str(refusal), after=after, by_provider=True)

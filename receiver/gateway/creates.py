@@ -1,0 +1,276 @@
+"""What a create through the gateway does to rows: read the request, commit a row, answer from what became of it.
+
+body ─▶ Ask ─▶ begin: row (and Idempotency-Key) committed ─▶ send ─┬─ refused ─▶ row failed, refusal passed through
+                        │                                          └─ else ────▶ 200 submitted, the row goes on
+                        └─ the key is taken ─▶ its first answer, once there is one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from sqlmodel import Session
+
+from receiver.gateway.answers import (
+    Refused,
+    Reply,
+    Wording,
+    already_exists,
+    bad_parameter,
+    created,
+    passed_on,
+    status_of,
+    success,
+    too_fast,
+)
+from receiver.providers.base import is_storable, plain
+from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
+from receiver.tasks.create_outcome import Listener, Refusal
+from receiver.tasks.submit import Submitter
+from storage.accounts import idempotency
+from storage.accounts.idempotency import Key
+from storage.errors import DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
+from storage.fetch.addresses import AddressPolicy, check_url
+from storage.keys import encode_id
+from storage.rows.database import Database
+from storage.rows.models import Idempotency, Task
+from storage.states import Step
+
+log = structlog.get_logger()
+
+# A UUID has 36; whoever wants more can hash.
+MAX_KEY_CHARS = 255
+# How long a twin is waited for: while its create is under way, as long as it waits itself; from then on for its commit.
+UNDER_WAY_SECONDS, ANSWER_SECONDS = 20.0, 2.0
+# Far more than a person reads; a request may have a fault in each of its fields.
+MAX_MESSAGE_CHARS = 1_000
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One readable create. `callback_url`: the client's own, a secret. `key`: its Idempotency-Key, if it gave one."""
+
+    request: OmniImageRequest = field(repr=False)
+    external_task_id: str | None
+    callback_url: str | None = field(repr=False)
+    key: Key | None = None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A committed row. `first` False: the key was taken before, by this request or a twin of it; nothing is sent."""
+
+    task: Task
+    first: bool
+
+
+@dataclass
+class Patience:
+    """How long a twin waits for the first's answer, from its first look on. In monotonic seconds."""
+
+    began_at: float
+    _ended_at: float | None = None
+
+    def is_over(self, *, is_under_way: bool, now: float) -> bool:
+        """While the create is under way the twin waits as long as the first does. Once it was seen to have ended, the
+        answer is about to be committed, however long the create took before."""
+        if self._ended_at is None and not is_under_way:
+            self._ended_at = now
+        if self._ended_at is None:
+            return now - self.began_at >= UNDER_WAY_SECONDS
+        return now - self._ended_at >= ANSWER_SECONDS
+
+
+class Creates:
+    """The synchronous half of `POST …/omni-image`. Safe for threads.
+
+    `callback_policy`: where clients may want to be called back.
+    """
+
+    def __init__(
+        self, database: Database, submitter: Submitter, wording: Wording, callback_policy: AddressPolicy
+    ) -> None:
+        self._database = database
+        self._submitter = submitter
+        self._wording = wording
+        self._callback_policy = callback_policy
+
+    def read(self, body: bytes, client: str, key_word: str) -> Ask:
+        """What is asked for. `client`: SHA-256 of its API key. `key_word`: its Idempotency-Key, empty = none.
+
+        Raises `Refused` naming the field.
+        """
+        fields = _fields(body)
+        external_task_id = _text(fields, "external_task_id")
+        if external_task_id is not None:
+            _check_id(external_task_id)
+        callback_url = _text(fields, "callback_url")
+        if callback_url is not None:
+            callback_url = self._checked_url(callback_url)
+        rest = {name: value for name, value in fields.items() if name not in ("external_task_id", "callback_url")}
+        try:
+            request = parse_request(rest)
+        except RequestInvalid as error:
+            raise _invalid(error) from None
+        key = _key(client, key_word, fields) if key_word else None
+        return Ask(request, external_task_id, callback_url, key)
+
+    def _checked_url(self, url: str) -> str:
+        try:
+            return check_url(url, self._callback_policy).url
+        except FetchRefused as error:
+            raise bad_parameter(f"callback_url: {error}") from None
+
+    def begin(self, ask: Ask) -> Begun:
+        """Commit the row, and the key with it; a crash after it leaves a row that a worker goes on with.
+
+        Raises `Refused`: the id exists, the key stands for another body, no slots are free. Then nothing is kept.
+        """
+        try:
+            wanted = self._submitter.row(ask.request, ask.external_task_id)
+            wanted.client_callback_url = ask.callback_url
+            with self._database.write() as session:
+                known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
+                if known is not None and ask.key is not None:
+                    _check_same(known, ask.key)
+                    return Begun(session.get_one(Task, known.task_id), first=False)
+                return Begun(self._insert(session, wanted, ask.key), first=True)
+        except RequestInvalid as error:
+            raise _invalid(error) from None
+        except NoSlots as error:
+            raise Refused(429, 1303, f"parallel task over resource pack limit: {error}", after=1) from None
+
+    def _insert(self, session: Session, wanted: Task, key: Key | None) -> Task:
+        """The row of a new id, or of one whose create was refused: at Kling such an id is still free."""
+        if self._submitter.insert(session, wanted):
+            return wanted
+        again = self._submitter.insert_again(session, wanted)
+        if again is None:
+            raise already_exists(wanted.external_task_id)
+        if key:
+            idempotency.point_to(session, key, again.id)
+        return again
+
+    def send(self, begun: Begun, listener: Listener) -> None:
+        self._submitter.send(begun.task, listener)
+
+    def conclude(self, ask: Ask, begun: Begun, refusal: Refusal | None, request_id: str) -> Reply:
+        """The answer to a create that was sent, remembered under its key.
+
+        Not so that the provider asks us to slow down: nothing was made, and the client is to ask again. Never raises
+        for our own faults: the create is under way, and a client that was told 503 would send it a second time. Where
+        the answer could not be remembered, the key tells the row's state, as after a crash.
+        """
+        refused = passed_on(refusal) if refusal else None
+        reply = refused.reply(request_id) if refused else success(created(self._latest(begun)), request_id)
+        if ask.key:
+            try:
+                self._remember(ask.key, refusal, reply)
+            except DatabaseUnavailable as error:
+                log.error("gateway.answer_not_remembered", task=begun.task.external_task_id, error=str(error))
+            except Exception:
+                log.exception("gateway.answer_not_remembered", task=begun.task.external_task_id)
+        return reply
+
+    def _latest(self, begun: Begun) -> Task:
+        """The row as it is now, or as it was committed when it cannot be read."""
+        try:
+            return self._row(begun)
+        except DatabaseUnavailable as error:
+            log.error("gateway.row_not_read", task=begun.task.external_task_id, error=str(error))
+        except Exception:
+            log.exception("gateway.row_not_read", task=begun.task.external_task_id)
+        return begun.task
+
+    def _remember(self, key: Key, refusal: Refusal | None, reply: Reply) -> None:
+        with self._database.write() as session:
+            if isinstance(refusal, ProviderThrottled):
+                idempotency.give_back(session, key)
+            else:
+                idempotency.answer(session, key, reply.http_status, reply.body)
+
+    def replay(self, ask: Ask, begun: Begun, request_id: str, patience: Patience, *, now: float) -> Reply | None:
+        """What was answered under the key; None: a twin may be about to, look again.
+
+        `patience`: the same for all looks. `now`: monotonic seconds. Where nobody answers (a crash), it is the row's
+        state in the end. Raises `Refused` when the key was given back.
+        """
+        assert ask.key is not None
+        with self._database.read() as session:
+            first = idempotency.find(session, ask.key)
+        task = self._row(begun)
+        if first is None or first.status is not None:
+            return _answered(first)
+        is_under_way = task.step is Step.CREATE and task.lease is not None
+        if not patience.is_over(is_under_way=is_under_way, now=now):
+            return None
+        reply = success(created(task, status_of(task, self._wording.results)), request_id)
+        with self._database.write() as session:
+            idempotency.answer(session, ask.key, reply.http_status, reply.body)
+            first = idempotency.find(session, ask.key)  # the first's own, if it came after all
+        return _answered(first)
+
+    def _row(self, begun: Begun) -> Task:
+        with self._database.read() as session:
+            return session.get_one(Task, begun.task.id)
+
+
+def _answered(first: Idempotency | None) -> Reply:
+    if first is None or first.status is None:
+        raise too_fast("the first request with this Idempotency-Key was not accepted; ask again")
+    return Reply(first.status, first.answer or {})
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(body, parse_float=_float)
+    except (ValueError, RecursionError):
+        raise Refused(400, 1200, "Request body is not valid JSON") from None
+    if not isinstance(document, dict):
+        raise Refused(400, 1200, "Request body must be a JSON object")
+    return document
+
+
+def _float(digits: str) -> float | int:
+    """5.0 is the whole number 5 (JSON knows one kind of number), as far as that is exact."""
+    number = float(digits)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str | None:
+    """A text; empty ones count as left out, as the provider's own example sends them."""
+    value = fields.get(name)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, str) or not is_storable(value):
+        raise bad_parameter(f"{name}: must be text, without NUL and lone surrogates")
+    return value
+
+
+def _invalid(error: RequestInvalid) -> Refused:
+    return bad_parameter(plain("; ".join(error.faults), MAX_MESSAGE_CHARS))
+
+
+def _check_id(external_task_id: str) -> None:
+    try:
+        encode_id(external_task_id)
+    except ValueError as error:
+        raise bad_parameter(str(error)) from None
+
+
+def _key(client: str, word: str, fields: Mapping[str, Any]) -> Key:
+    """Bodies are the same when their JSON is, however it was written."""
+    if len(word) > MAX_KEY_CHARS or not is_storable(word):
+        raise bad_parameter(f"Idempotency-Key: at most {MAX_KEY_CHARS} characters")
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    return Key(client, word, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _check_same(known: Idempotency, key: Key) -> None:
+    if known.body_hash != key.body_hash:
+        raise Refused(409, 1201, "Idempotency-Key: was used with another request body; choose another key")

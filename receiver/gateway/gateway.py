@@ -1,0 +1,260 @@
+"""The drop-in gateway: Kling's own paths, bodies and codes on our server, for clients that change one base URL.
+
+    POST /kling/v1/images/omni-image            create; waits up to 20 s for the provider
+    GET  /kling/v1/images/omni-image            list, newest first
+    GET  /kling/v1/images/omni-image/{id}       one task, by our task_id or by external_task_id
+    GET  /kling/openapi.json                    what all this looks like; needs no key
+
+401 no key of ours (no body read, no query) · 404/1202 any other path or method · 408 a slow body · 413 a long one
+429/1302 more at once than we take · 503/5001 the database is away, and no row is known to be committed, or
+the server ends before a twin has heard the first's answer. Everything else as Kling says it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import structlog
+from anyio import CapacityLimiter, to_thread
+from pydantic import SecretStr
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from receiver.gateway.answers import Refused, Reply, success, too_fast
+from receiver.gateway.creates import Ask, Begun, Creates, Patience
+from receiver.gateway.queries import Queries
+from receiver.tasks.create_outcome import Listener
+from storage.errors import DatabaseUnavailable
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+PREFIX = "/kling"
+OMNI_IMAGE = f"{PREFIX}/v1/images/omni-image"
+OPENAPI = f"{PREFIX}/openapi.json"
+# KLING §2: up to 10 pictures of 10 MB, in Base64 (4/3), and a mebibyte for all else.
+MAX_BODY_BYTES = 10 * 10 * 2**20 * 4 // 3 + 2**20
+# Bodies in hand together: one of the largest beside many ordinary ones. Each is in memory about four times at most
+# while it is read.
+MAX_BODIES_BYTES = 2 * MAX_BODY_BYTES
+# A body has 10 s, as a callback has, and a second more for each 256 KiB that has come: 9 minutes for the largest.
+BODY_SECONDS, SLOWEST_BYTES_PER_SECOND = 10.0, 256 * 1024
+# How long a client waits for the provider's answer; afterwards the row tells.
+PROVIDER_SECONDS = 20.0
+# Creates at once: each waits in a thread of its own, with its row committed. Far above what 5 reads a second and a
+# pack of slots allow, far below what a process can hold.
+MAX_CREATES = 64
+# Reads and short writes, which a waiting create must not hold up.
+SHORT_THREADS = 8
+LOOK_SECONDS = 0.1
+RETRY_AFTER_SECONDS = 5
+# How long a twin goes on looking for the first's answer once the server ends: creates answer then, and commit it.
+TWIN_SECONDS = 2.0
+
+
+class Gateway:
+    """The ASGI application under `/kling`. Whoever ends the server calls `close` first.
+
+    `api_keys`: whoever shows one of them sees the one account. `document`: describes all this (see receiver.openapi).
+    """
+
+    def __init__(
+        self, api_keys: Sequence[SecretStr], creates: Creates, queries: Queries, document: dict[str, Any]
+    ) -> None:
+        self._clients = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in api_keys]
+        self._creates = creates
+        self._queries = queries
+        self._document = document
+        self._short = CapacityLimiter(SHORT_THREADS)
+        self._long = CapacityLimiter(MAX_CREATES)
+        self._creating = 0
+        self._body_bytes = 0
+        self._sending: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
+        self._closes_at = math.inf
+
+    def close(self) -> None:
+        """Answer every create that waits, so that the server can end. Called in its event loop.
+
+        The provider is given 20 s and the server 15 s to end: what waited on would be cut off with a 500.
+        """
+        self._closes_at = time.monotonic() + TWIN_SECONDS
+        self._closing.set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = str(uuid.uuid4())
+        reply = await self._reply(Request(scope, receive), request_id)
+        headers = {"Retry-After": str(reply.after)} if reply.after else {}
+        if reply.http_status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        await JSONResponse(reply.body, reply.http_status, headers)(scope, receive, send)
+
+    async def _reply(self, request: Request, request_id: str) -> Reply:
+        try:
+            return await self._route(request, request_id)
+        except Refused as refused:
+            return refused.reply(request_id)
+        except DatabaseUnavailable as error:
+            log.error("gateway.database_away", error=str(error))
+            return _away().reply(request_id)
+        except Exception:
+            log.exception("gateway.bug")
+            return Refused(500, 5000, "Server internal error").reply(request_id)
+
+    async def _route(self, request: Request, request_id: str) -> Reply:
+        path, method = request.scope["path"], request.method
+        if (method, path) == ("GET", OPENAPI):
+            return Reply(200, self._document)
+        client = self._client(request.headers.get("authorization", ""))
+        if (method, path) == ("POST", OMNI_IMAGE):
+            with self._admitted():
+                return await self._create(request, client, request_id)
+        if (method, path) == ("GET", OMNI_IMAGE):
+            return success(await self._briefly(self._queries.page, dict(request.query_params)), request_id)
+        name = path.removeprefix(f"{OMNI_IMAGE}/")
+        if method == "GET" and name not in ("", path):
+            return success(await self._briefly(self._queries.one, name), request_id)
+        raise Refused(404, 1202, "The requested method is invalid")
+
+    def _client(self, authorization: str) -> str:
+        """SHA-256 of the key that was shown, as 64 hex digits. Raises `Refused`."""
+        scheme, _, key = authorization.partition(" ")
+        if not scheme or (scheme.lower() == "bearer" and not key.strip()):
+            raise Refused(401, 1001, "Authorization is empty")
+        shown = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # A sum, not any(): how long it takes says nothing about which key matched.
+        if not sum(hmac.compare_digest(shown, known) for known in self._clients) or scheme.lower() != "bearer":
+            raise Refused(401, 1002, "Authorization is invalid")
+        return shown.hex()
+
+    # -- create -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._creating >= MAX_CREATES:
+            raise too_fast("API request too fast: too many creates are waiting for the provider")
+        self._creating += 1
+        try:
+            yield
+        finally:
+            self._creating -= 1
+
+    async def _create(self, request: Request, client: str, request_id: str) -> Reply:
+        with self._room() as take:
+            ask = await self._ask(request, client, take)
+            begun = await self._briefly(self._creates.begin, ask)
+            if not begun.first:
+                return await self._replay(ask, begun, request_id)
+            return await self._send(ask, begun, request_id)
+
+    async def _ask(self, request: Request, client: str, take: Callable[[int], None]) -> Ask:
+        body = await _read_body(request, take)
+        return await self._briefly(self._creates.read, body, client, request.headers.get("idempotency-key", ""))
+
+    async def _send(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
+        """Wait for the provider, for a while or until the server ends; a refusal that comes later is the row's affair.
+
+        The row is committed and goes on by itself: whatever fails from here on, the client must not send again.
+        """
+        listener = Listener()
+        sending = asyncio.create_task(to_thread.run_sync(self._creates.send, begun, listener, limiter=self._long))
+        self._sending.add(sending)
+        sending.add_done_callback(self._sent)
+        await self._first_of(sending, seconds=PROVIDER_SECONDS)
+        if listener.leave():
+            await asyncio.wait({sending})  # the refusal stands once the row has ended
+        refusal = None if _failure(sending) else listener.refusal
+        return await self._briefly(self._creates.conclude, ask, begun, refusal, request_id)
+
+    async def _first_of(self, sending: asyncio.Task[None], *, seconds: float) -> None:
+        """Return when the create was sent, the time is over or the server ends."""
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({sending, closing}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+
+    def _sent(self, sending: asyncio.Task[None]) -> None:
+        self._sending.discard(sending)
+        error = _failure(sending)
+        if isinstance(error, DatabaseUnavailable):
+            log.error("gateway.database_away", error=str(error))
+        elif error:
+            log.error("gateway.send_failed", exc_info=error)
+
+    async def _replay(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
+        """The first's answer. When the server ends before there is one, the twin may come again: its key is taken."""
+        patience = Patience(time.monotonic())
+        while True:
+            look = partial(self._creates.replay, ask, begun, request_id, patience, now=time.monotonic())
+            reply = await self._briefly(look)
+            if reply is not None:
+                return reply
+            if time.monotonic() > self._closes_at:
+                raise _away()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    @contextmanager
+    def _room(self) -> Iterator[Callable[[int], None]]:
+        """Counts one body among those in hand, as it comes and until its create has been answered."""
+        size = 0
+
+        def take(count: int) -> None:
+            nonlocal size
+            if self._body_bytes + count > MAX_BODIES_BYTES:
+                raise too_fast("API request too fast: too many large requests are in hand")
+            self._body_bytes += count
+            size += count
+
+        try:
+            yield take
+        finally:
+            self._body_bytes -= size
+
+    async def _briefly(self, work: Callable[..., T], *words: Any) -> T:
+        return await to_thread.run_sync(work, *words, limiter=self._short)
+
+
+def _failure(sending: asyncio.Task[None]) -> BaseException | None:
+    """What ended it before the row was settled; None: nothing did, so far."""
+    return sending.exception() if sending.done() and not sending.cancelled() else None
+
+
+async def _read_body(request: Request, take: Callable[[int], None]) -> bytes:
+    """The body. `take` is told of each piece before it is kept. Raises `Refused`."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:12]) > MAX_BODY_BYTES:
+        raise _too_long()
+    started, size, chunks = asyncio.get_running_loop().time(), 0, []
+    try:
+        async with asyncio.timeout(BODY_SECONDS) as limit:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MAX_BODY_BYTES:
+                    raise _too_long()
+                take(len(chunk))
+                chunks.append(chunk)
+                limit.reschedule(started + BODY_SECONDS + size / SLOWEST_BYTES_PER_SECOND)
+    except TimeoutError:
+        raise Refused(408, 1200, "Request body came too slowly") from None
+    except ClientDisconnect:
+        raise Refused(400, 1200, "Request body ended early") from None
+    return b"".join(chunks)
+
+
+def _away() -> Refused:
+    return Refused(503, 5001, "Server temporarily unavailable", after=RETRY_AFTER_SECONDS)
+
+
+def _too_long() -> Refused:
+    return Refused(413, 1201, f"Request body is longer than {MAX_BODY_BYTES} bytes")

@@ -1,0 +1,66 @@
+"""What the gateway's queries answer: from our rows alone, the provider is not asked."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from sqlmodel import Session
+
+from receiver.gateway.answers import Refused, Wording, bad_parameter, record
+from receiver.providers.base import is_storable, plain
+from storage.rows import tasks
+from storage.rows.database import Database
+from storage.rows.models import Task
+
+# KLING §3. Without a word the first 30, as the sandbox has it; Kling's own default is not documented.
+MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE = 1_000, 500, 30
+
+
+class Queries:
+    """Safe for threads."""
+
+    def __init__(self, database: Database, wording: Wording) -> None:
+        self._database = database
+        self._wording = wording
+
+    def one(self, name: str) -> dict[str, Any]:
+        """The task with this `task_id` (ours) or `external_task_id`. Raises `Refused`."""
+        with self._database.read() as session:
+            task = _find(session, name) if is_storable(name) else None
+            if task is None:
+                raise _unknown(name)
+            return record(task, tasks.assets_of(session, task.id), self._wording)
+
+    def page(self, params: Mapping[str, str]) -> list[dict[str, Any]]:
+        """One page of all tasks, newest first; past the end it is empty. Raises `Refused`."""
+        number = _whole(params, "pageNum", MAX_PAGE, 1)
+        size = _whole(params, "pageSize", MAX_PAGE_SIZE, PAGE_SIZE)
+        with self._database.read() as session:
+            found = tasks.newest(session, size, skip=(number - 1) * size)
+            assets = tasks.assets_of_all(session, [task.id for task in found])
+        return [record(task, assets[task.id], self._wording) for task in found]
+
+
+def _find(session: Session, name: str) -> Task | None:
+    try:
+        task_id = uuid.UUID(name)
+    except ValueError:
+        task_id = None
+    is_ours = task_id is not None and str(task_id) == name  # one spelling counts
+    task = session.get(Task, task_id) if is_ours else None
+    return task or tasks.by_external_id(session, name)
+
+
+def _unknown(name: str) -> Refused:
+    return bad_parameter(f"Task not found by id/external id: {plain(name, 200)}")
+
+
+def _whole(params: Mapping[str, str], name: str, most: int, default: int) -> int:
+    """A whole number from 1; an empty one counts as left out."""
+    text = params.get(name) or str(default)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(most)) else 0
+    if not 1 <= number <= most:
+        raise bad_parameter(f"{name}: must be a whole number from 1 to {most}")
+    return number

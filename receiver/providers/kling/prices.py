@@ -1,0 +1,88 @@
+"""What pictures cost, by a dated table: the provider's own (KLING §7), or one from a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from receiver.providers.kling.request import DEFAULTS, OmniImageRequest
+
+MAX_BYTES = 64 * 1024
+FORM = '{"date": "2026-09", "usd_per_unit": "0.0035", "units_per_picture": {"1k": 8, "2k": 8, "4k": 16}}'
+
+
+class PricesUnreadable(ValueError):
+    """The file is no price table; the message says what one looks like."""
+
+
+@dataclass(frozen=True)
+class Prices:
+    """`date`: as of when. `units_per_picture`: by resolution. `usd_per_unit`: US dollars for one unit."""
+
+    date: str
+    usd_per_unit: Decimal
+    units_per_picture: dict[str, Decimal]
+
+    def units(self, resolution: str) -> Decimal | None:
+        """Units of one picture, None when the table does not say."""
+        return self.units_per_picture.get(resolution)
+
+
+# Kling's price page as of 2026-09: 8 units are 0.028 USD, taken at completion.
+KLING = Prices("2026-09", Decimal("0.0035"), {"1k": Decimal(8), "2k": Decimal(8), "4k": Decimal(16)})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What requests ask for. `auto`: series among them whose length the provider chooses, counted as nine pictures
+    each, so the sums are the most it may be. `unpriced`: pictures of resolutions the table does not know."""
+
+    tasks: int
+    pictures: int
+    slots: int
+    units: Decimal
+    usd: Decimal
+    auto: int
+    unpriced: int
+    date: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "units": float(self.units), "usd": float(self.usd)}
+
+
+def estimate(requests: Iterable[OmniImageRequest], prices: Prices) -> Estimate:
+    """Add up what these requests would cost. `slots`: of all of them together, should all run at once."""
+    tasks = slots = auto = unpriced = 0
+    units = Decimal(0)
+    for request in requests:
+        pictures = request.slots  # as many as are made; watermarked copies are none of their own
+        each = prices.units(request.resolution or DEFAULTS["resolution"])
+        tasks, slots = tasks + 1, slots + pictures
+        auto += request.expected is None
+        unpriced += pictures if each is None else 0
+        units += pictures * (each or 0)
+    return Estimate(tasks, slots, slots, units, units * prices.usd_per_unit, auto, unpriced, prices.date)
+
+
+def read_prices(path: Path) -> Prices:
+    """Read a table of the form FORM. Raises `PricesUnreadable`."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(MAX_BYTES + 1)[:MAX_BYTES])
+        table = {str(name): _amount(units) for name, units in found["units_per_picture"].items()}
+        return Prices(str(found["date"]), _amount(found["usd_per_unit"]), table)
+    except OSError as error:
+        raise PricesUnreadable(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, InvalidOperation, RecursionError):
+        raise PricesUnreadable(f"{path} is no price table; write {FORM}") from None
+
+
+def _amount(value: Any) -> Decimal:
+    amount = Decimal(str(value))
+    if not amount.is_finite() or amount < 0:
+        raise ValueError(value)
+    return amount

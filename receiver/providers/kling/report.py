@@ -1,0 +1,215 @@
+"""Kling's bodies read into Reports: both shapes, bare or wrapped, whatever hostile hands make of them.
+
+What is no usable value counts as missing; what is no task record at all raises `ReportUnreadable`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from receiver.providers.base import Record, is_storable, plain
+from storage.errors import ReportUnreadable
+from storage.states import MAX_INDEX, Output, OutputType, Report, TaskState
+
+MAX_ID_CHARS = 200
+MAX_URL_CHARS = 16_384  # about 1 kB was seen
+MAX_OUTPUTS = 500  # nine pictures, twice with watermark, is the most one can ask for
+STATES = {
+    "submitted": TaskState.SUBMITTED,
+    "processing": TaskState.PROCESSING,
+    "succeed": TaskState.SUCCEEDED,
+    "succeeded": TaskState.SUCCEEDED,
+    "failed": TaskState.FAILED,
+}
+
+# Signed URLs tell their end in Unix seconds, decimal (seen) or hexadecimal (third); other numbers are no times.
+EXPIRY_PARAMETERS = (("Expires", 10), ("ksTime", 16))
+EXPIRY_RANGE = (1_577_836_800, 4_102_444_800)  # 2020-01-01 .. 2100-01-01
+
+
+def loads(body: bytes) -> Any:
+    """JSON with what would break later left out: numbers no column holds become null."""
+    return json.loads(
+        body.decode("utf-8-sig"),
+        parse_int=lambda digits: int(digits) if len(digits) <= 20 else None,
+        parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,
+        parse_constant=lambda _word: None,
+    )
+
+
+def find_record(document: Any, depth: int = 0) -> dict[str, Any] | None:
+    """The task record in a body, bare or wrapped in `{code, data: …}`; the innermost wins."""
+    if isinstance(document, list) and len(document) == 1:
+        document = document[0]
+    if not isinstance(document, dict):
+        return None
+    inner = find_record(document.get("data"), depth + 1) if depth < 3 else None
+    is_record = "task_id" in document or "task_status" in document or ("id" in document and "status" in document)
+    return inner or (document if is_record else None)
+
+
+def read_record(record: dict[str, Any]) -> Record:
+    try:
+        body = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    except RecursionError:
+        raise ReportUnreadable("nested too deeply") from None
+    return Record(body, read_report(record))
+
+
+def read_report(record: Mapping[str, Any]) -> Report:
+    """The record of either shape as a Report; what is no usable value in it counts as missing."""
+    word = status_word(record)
+    if not word:
+        raise ReportUnreadable("the task has no status")
+    result = _object(record.get("task_result"))
+    outputs = _old_outputs(result) or _new_outputs(record.get("outputs"))
+    if len(outputs) > MAX_OUTPUTS:
+        raise ReportUnreadable(f"names {len(outputs)} files; at most {MAX_OUTPUTS}")
+    info = _object(record.get("task_info"))
+    externals = (info.get("external_task_id"), record.get("external_task_id"), record.get("external_id"))
+    messages = (record.get("task_status_msg"), record.get("message"))
+    return Report(
+        provider_task_id=usable_id(task_id_in(record)),
+        external_task_id=_first(usable_id(value) for value in externals),
+        status=STATES.get(word.lower()),
+        raw_status=plain(word, 100),
+        message=_first(plain(value, 1_000) for value in messages if isinstance(value, str)) or "",
+        outputs=tuple(outputs),
+        series=_series_claim(result),
+        created_ms=_milliseconds(record.get("created_at", record.get("create_time"))),
+        updated_ms=_milliseconds(record.get("updated_at", record.get("update_time"))),
+        units=_units(record),
+    )
+
+
+def task_id_in(record: Mapping[str, Any]) -> Any:
+    return record.get("task_id", record.get("id"))
+
+
+def status_word(record: Mapping[str, Any]) -> str:
+    word = record.get("task_status", record.get("status"))
+    return word.strip() if isinstance(word, str) else ""
+
+
+def _series_claim(result: Mapping[str, Any]) -> bool | None:
+    if result.get("result_type") in ("series", "single"):
+        return bool(result["result_type"] == "series")
+    return True if result.get("series_images") and not result.get("images") else None
+
+
+def _old_outputs(result: Mapping[str, Any]) -> list[Output]:
+    return [
+        *_pictures(result.get("images"), "image"),
+        *_pictures(result.get("series_images"), "image"),
+        *_pictures(result.get("videos"), "video"),
+        *_sounds(result.get("audios")),
+    ]
+
+
+def _new_outputs(items: Any) -> list[Output]:
+    by_type: dict[Any, list[Any]] = {"image": [], "video": [], "audio": []}
+    for item in items if isinstance(items, list) else ():
+        word = _object(item).get("type", "image")
+        if isinstance(word, str) and word in by_type:
+            by_type[word].append(item)
+    return [*_pictures(by_type["image"], "image"), *_pictures(by_type["video"], "video"), *_sounds(by_type["audio"])]
+
+
+def _pictures(items: Any, kind: OutputType) -> list[Output]:
+    """The usable ones. Where one is left out, positions stand in for missing indexes: the others keep their names."""
+    places = [_picture(item, kind) for item in items] if isinstance(items, list) else []
+    usable = [output for output in places if output]
+    if len(usable) == len(places) or all(output.index is not None for output in usable):
+        return usable
+    return [replace(output, index=place) for place, output in enumerate(places) if output]
+
+
+def _picture(item: Any, kind: OutputType) -> Output | None:
+    fields = _object(item)
+    url, watermark_url = _url(fields.get("url")), _url(fields.get("watermark_url"))
+    index = whole(fields.get("index"))
+    if not (url or watermark_url):
+        return None
+    return Output(kind, url, index if index is not None and 0 <= index <= MAX_INDEX else None, watermark_url)
+
+
+def _sounds(items: Any) -> list[Output]:
+    """Each entry is up to two files (mp3, wav) and owns two indexes, so a file that comes later renames none."""
+    sounds = []
+    for place, item in enumerate(items if isinstance(items, list) else ()):
+        fields = _object(item)
+        urls = (_url(fields.get("url_mp3")) or _url(fields.get("url")), _url(fields.get("url_wav")))
+        sounds += [Output("audio", url, 2 * place + step) for step, url in enumerate(urls) if url]
+    return sounds
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _first(values: Iterable[str | None]) -> str | None:
+    return next((value for value in values if value), None)
+
+
+def usable_id(value: Any) -> str | None:
+    """An id as text. One that is no id at all, or that no column holds, is none."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    usable = isinstance(text, str) and 0 < len(text) <= MAX_ID_CHARS and is_storable(text)
+    return text if usable else None
+
+
+def _url(value: Any) -> str | None:
+    """A URL byte for byte: its query is part of a signature."""
+    usable = isinstance(value, str) and value.strip() and len(value) <= MAX_URL_CHARS and is_storable(value)
+    return value if usable else None
+
+
+def whole(value: Any) -> int | None:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _milliseconds(value: Any) -> int | None:
+    """Milliseconds since 1970 between 2001 and 5138; anything else, seconds too, is no time we may trust."""
+    number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{13,14}", value) else whole(value)
+    return number if number is not None and 10**12 <= number < 10**14 else None
+
+
+def _units(record: Mapping[str, Any]) -> str | None:
+    """What the task cost: the old shape's word, or the sum of the new shape's unit charges."""
+    if _amount(record.get("final_unit_deduction")) is not None:
+        return str(record["final_unit_deduction"])
+    bills = record.get("billing")
+    charges = [_object(bill) for bill in bills] if isinstance(bills, list) else []
+    amounts = [_amount(charge.get("amount")) for charge in charges if charge.get("charge_type") == "unit"]
+    known = [amount for amount in amounts if amount is not None]
+    return str(sum(known)) if known else None
+
+
+def _amount(value: Any) -> Decimal | None:
+    text = str(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else ""
+    return Decimal(text) if re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,6})?", text) else None
+
+
+def url_expiry(url: str) -> datetime | None:
+    """When a signed URL says it ends; None when it does not say."""
+    try:
+        query = parse_qs(urlsplit(url).query, max_num_fields=100)
+    except ValueError:
+        return None
+    for name, base in EXPIRY_PARAMETERS:
+        for value in query.get(name, ()):
+            if re.fullmatch("[0-9a-fA-F]{8,10}", value) and (base == 16 or value.isdigit()):
+                seconds = int(value, base)
+                if EXPIRY_RANGE[0] <= seconds <= EXPIRY_RANGE[1]:
+                    return datetime.fromtimestamp(seconds, UTC)
+    return None

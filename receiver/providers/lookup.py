@@ -1,0 +1,51 @@
+"""Find one task at the provider: by a read of its own, or where there is no such call, in the list of the account."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from receiver.providers.base import NoSuchCall, Provider, Record
+from storage.accounts.rate_limit import ReadLimit
+
+# Kling lists up to 500 a page, newest first (KLING §3); twenty pages are 10,000 tasks made since the one we look for.
+PAGE_SIZE = 500
+MAX_PAGES = 20
+# The list ends for us at tasks made so long before ours: no clock is that wrong.
+SLACK = timedelta(hours=1)
+
+
+def read_task(
+    provider: Provider,
+    limit: ReadLimit,
+    *,
+    provider_task_id: str | None,
+    external_task_id: str,
+    made_at: datetime | None = None,
+) -> Record | None:
+    """Read one task at the pace that all processes share. None: the provider does not know it.
+
+    `made_at`: not long before our own row was made; older tasks in the list cannot be it. Raises what the provider's
+    calls raise, and `TooManyReads`.
+    """
+    limit.wait(provider.name)
+    try:
+        return provider.read(provider_task_id=provider_task_id, external_task_id=external_task_id)
+    except NoSuchCall:
+        return _listed(provider, limit, {provider_task_id, external_task_id} - {None}, made_at)
+
+
+def _listed(provider: Provider, limit: ReadLimit, names: set[str | None], made_at: datetime | None) -> Record | None:
+    for page in range(1, MAX_PAGES + 1):
+        limit.wait(provider.name)
+        records = provider.list_page(page, PAGE_SIZE)
+        for record in records:
+            if names & {record.report.external_task_id, record.report.provider_task_id}:
+                return record
+        if not records or (made_at is not None and _is_older(records[-1], made_at - SLACK)):
+            return None
+    return None
+
+
+def _is_older(record: Record, than: datetime) -> bool:
+    made_ms = record.report.created_ms
+    return made_ms is not None and datetime.fromtimestamp(made_ms / 1000, UTC) < than

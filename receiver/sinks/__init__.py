@@ -1,1 +1,0 @@
-"""Where events go: each module is one kind of `receiver.notify.Sink`."""

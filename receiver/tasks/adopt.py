@@ -1,0 +1,185 @@
+"""Take over tasks that were made elsewhere: found by id or in the provider's list, kept like our own from then on.
+
+Also the way back after an old backup was restored: what the provider still has gets its row, and its pictures their
+place, again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import TypeVar
+
+from sqlmodel import Session
+
+from receiver.providers.base import Provider, Record
+from receiver.providers.lookup import read_task
+from receiver.tasks import apply_deliveries
+from receiver.tasks.operate import Tally, change
+from storage.accounts.rate_limit import ReadLimit, TooManyReads
+from storage.errors import GiveUp, Retry
+from storage.keys import IdInvalid, encode_id
+from storage.operations import maintenance
+from storage.rows import claims, tasks
+from storage.rows.database import Database
+from storage.rows.inbox import Delivery, store_poll
+from storage.rows.models import Task
+from storage.states import CallbackState, Report, TaskState
+
+T = TypeVar("T")
+
+# An id is not read, a page not listed, when this many tries in a row went unanswered.
+TRIES = 3
+MAX_WAIT_SECONDS = 30.0
+# While workers read at full pace we wait for our turn, some 5 s at a time.
+MAX_TURNS = 60
+# The provider gives at most 1,000 pages of 500 (KLING §3); 100 tasks with all their URLs stay below 2 MB an answer.
+PAGE_SIZE = 100
+MAX_PAGES = 1_000
+
+
+class Adopter:
+    """Makes rows for what the provider has. `dry_run`: nothing is kept but the pace of reads, everything is counted."""
+
+    def __init__(
+        self,
+        database: Database,
+        providers: Mapping[str, Provider],
+        schedule: tasks.Schedule,
+        limit: ReadLimit,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        self._database = database
+        self._providers = providers
+        self._schedule = schedule
+        self._limit = limit
+        self._dry_run = dry_run
+
+    def take(self, names: Sequence[str]) -> Tally:
+        """Take over tasks made elsewhere, by either id. Those known here stay as they are."""
+        tally = Tally()
+        made = set[tuple[str, str]]()  # in a dry run no row says so
+        for name in names:
+            try:
+                found = [(each, record) for each in self._providers.values() if (record := self._read(each, name))]
+            except (Retry, GiveUp) as error:
+                tally.left[name] = str(error)
+                continue
+            if not found:
+                tally.left[name] = "the provider does not know it"
+            for provider, record in found:
+                task = provider.name, _id(record) or record.report.external_task_id or name
+                if task in made:
+                    tally.counts["known"] += 1
+                elif self._take(tally, provider, record, name):
+                    made.add(task)
+        return tally
+
+    def take_listed(self, age: timedelta, *, page_size: int = PAGE_SIZE) -> Tally:
+        """Take over everything the provider lists that was made within `age`; those known here stay as they are.
+
+        Harmless to repeat, also after it broke off: `left` then says at which page.
+        """
+        tally, since = Tally(), self._database.now() - age
+        seen = set[str | None]()  # new tasks push old ones on to the next page while we turn pages
+        for provider in self._providers.values():
+            for page in range(1, MAX_PAGES + 1):
+                try:
+                    records = _patiently(partial(self._list, provider, page, page_size))
+                except (Retry, GiveUp) as error:
+                    tally.left[f"page {page} of {provider.name}"] = str(error)
+                    break
+                self._take_page(tally, provider, [each for each in records if _id(each) not in seen], since)
+                seen.update(map(_id, records))
+                if not records or _is_past(records, since):
+                    break
+        return tally
+
+    def _read(self, provider: Provider, name: str) -> Record | None:
+        read = partial(read_task, provider, self._limit, provider_task_id=name, external_task_id=name)
+        return _patiently(read)
+
+    def _list(self, provider: Provider, page: int, size: int) -> list[Record]:
+        self._limit.wait(provider.name)
+        return provider.list_page(page, size)
+
+    def _take_page(self, tally: Tally, provider: Provider, records: Sequence[Record], since: datetime) -> None:
+        for record in records:
+            made_at = _made_at(record.report)
+            if made_at is None or made_at >= since:
+                self._take(tally, provider, record)
+            else:
+                tally.counts["too_old"] += 1
+
+    def _take(self, tally: Tally, provider: Provider, record: Record, name: str | None = None) -> bool:
+        """Returns whether it was made a row of, or would be."""
+        report = record.report
+        # A gateway may leave our id out: what the task was found by is one of its ids.
+        external_id = report.external_task_id or name or report.provider_task_id or ""
+        try:
+            encode_id(external_id)
+        except IdInvalid as error:
+            tally.left[name or external_id or "a task without an id"] = str(error)
+            return False
+        with change(self._database, dry_run=self._dry_run) as session:
+            known = apply_deliveries.find(session, provider.name, external_id, report.provider_task_id)
+            task = session.get(Task, known) if known else None
+            if task is None:
+                return self._insert(session, tally, provider, record, external_id)
+            if name and task.state is TaskState.FAILED and task.provider_task_id is None:
+                tally.left[name] = "its create failed here: `receiver submit --adopt` with its request takes it over"
+            else:
+                tally.counts["known"] += 1
+        return False
+
+    def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> bool:
+        """One task row as if we had made it, with its first read: everything that follows is the worker's."""
+        now, report = tasks.now(session), record.report
+        if report.status is None:  # whatever the word means, the provider has it
+            report = replace(report, status=TaskState.SUBMITTED)
+        task = Task(external_task_id=external_id, provider=provider.name, adopt=True)
+        task.created_at = task.sent_at = task.submitted_at = min(now, _made_at(report) or now)
+        if not maintenance.adopt(session, task, report, self._schedule):
+            tally.counts["known"] += 1  # somebody else was quicker
+            return False
+        delivery = Delivery(provider.name, "poll", task.id, record.body)
+        store_poll(session, delivery, CallbackState.APPLIED, None)
+        tally.counts["adopted"] += 1
+        tally.counts["files_due"] += len(tasks.assets_of(session, task.id))
+        return True
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Ask, and again when the provider is away, wants us to slow down, or others read it. Raises what ended it."""
+    failures = turns = 0
+    while True:
+        try:
+            return ask()
+        except TooManyReads as error:
+            turns += 1
+            if turns == MAX_TURNS:
+                raise
+            time.sleep(error.after or 0)
+        except Retry as error:
+            failures += 1
+            if failures == TRIES:
+                raise
+            time.sleep(min(max(error.after or 0, claims.backoff(failures, base=1)), MAX_WAIT_SECONDS))
+
+
+def _id(record: Record) -> str | None:
+    return record.report.provider_task_id
+
+
+def _made_at(report: Report) -> datetime | None:
+    return None if report.created_ms is None else datetime.fromtimestamp(report.created_ms / 1000, UTC)
+
+
+def _is_past(records: Sequence[Record], since: datetime) -> bool:
+    """Whether later pages are older still. The order of the list is documented nowhere: it is believed when seen."""
+    times = [made_at for record in records if (made_at := _made_at(record.report))]
+    return bool(times) and times[0] < since and times == sorted(times, reverse=True)

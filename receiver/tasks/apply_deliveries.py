@@ -1,0 +1,244 @@
+"""One delivery -> the rows it speaks of: parse it, find its task, believe it or ask, apply it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import structlog
+from sqlmodel import Session
+
+from receiver.providers.base import Provider
+from storage import states
+from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
+from storage.rows import claims, tasks
+from storage.rows.database import Database, clock
+from storage.rows.events import EventName, record
+from storage.rows.models import Callback, Task
+from storage.states import CallbackState, Report, TaskState
+
+log = structlog.get_logger()
+
+# An unmatched delivery is looked at once more (see `reconcile.Finder`): its task's row may have been on its
+# way to its commit, or was lost with a database.
+LOOK_AGAIN_SECONDS = 60
+LOOKS = 3
+# Deliveries claimed at once, and in one transaction as far as the time allows: a commit costs about as much as applying
+# one. On SQLite the intake waits meanwhile, so a busy worker, where each takes ten times as long, ends it sooner.
+BATCH = 16
+HOLD_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """When a delivery is believed. `auto`: see `is_believed`; `always`: every terminal one is read; `never`: none.
+
+    `trusted_hosts`: hosts that results may come from without asking; each stands for what is below it too.
+    """
+
+    mode: Literal["auto", "always", "never"] = "auto"
+    trusted_hosts: tuple[str, ...] = ()
+
+    def is_believed(self, report: Report, task: Task, *, signed: bool, by_token: bool) -> bool:
+        """Whether a report is applied as it came, or its task is read first.
+
+        A delivery without a verified signature is believed when it says nothing final, or when it brings at least
+        the expected pictures, all from trusted hosts. An unsigned `failed` never is: one read settles it.
+        """
+        if report.status not in states.TERMINAL or self.mode == "never":
+            return by_token or self.mode == "never"
+        if self.mode == "always" or not by_token:
+            return False
+        if signed:
+            return True
+        named = states.assets_in(report, task.series)
+        enough = task.expected is not None and len(named) >= task.expected
+        return report.status is TaskState.SUCCEEDED and enough and all(map(self._is_trusted, named.values()))
+
+    def _is_trusted(self, url: str) -> bool:
+        try:
+            host = (urlsplit(url).hostname or "").rstrip(".")
+        except ValueError:
+            return False
+        return any(host == trusted or host.endswith("." + trusted) for trusted in self.trusted_hosts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a delivery ended and why."""
+
+    state: CallbackState
+    reason: str | None = None
+    event: EventName | None = None
+
+
+class Matcher:
+    """Applies claimed deliveries. Applying one twice is harmless."""
+
+    def __init__(
+        self,
+        database: Database,
+        providers: Mapping[str, Provider],
+        schedule: tasks.Schedule,
+        confirmation: Confirmation,
+    ) -> None:
+        self._database = database
+        self._providers = providers
+        self._schedule = schedule
+        self._confirmation = confirmation
+
+    def work(self, row: Callback) -> None:
+        """Apply one claimed delivery: its rows, its facts and its own end in one transaction."""
+        with suppress(LostClaim):
+            self._apply_together([row])
+
+    def work_many(self, rows: Sequence[Callback]) -> None:
+        """Apply claimed deliveries together, or one by one when that fails: no one's fault is another's.
+
+        Half of an application's cost is its commit and its claim. In the order of their tasks: two transactions
+        that lock the same tasks in different orders would wait for each other; without a token the task is only
+        found on the way, so those go alone.
+        """
+        named = sorted((row for row in rows if row.task_id), key=lambda row: (str(row.task_id), row.id))
+        alone = [row for row in rows if not row.task_id]
+        try:
+            self._apply_together(named)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - whichever row it was will tell by itself
+            log.warning("callback.batch_split", rows=len(named), error=type(error).__name__)
+            alone = [*named, *alone]
+        self._apply_apart(alone)
+
+    def _apply_apart(self, rows: Sequence[Callback]) -> None:
+        """Each by itself; what fails is raised when the last has had its turn."""
+        faults: list[Exception] = []
+        for row in rows:
+            try:
+                self.work(row)
+            except DatabaseUnavailable:
+                for fault in faults:  # else nobody would hear of them: the rows are claimed again as if nothing was
+                    log.error("worker.bug", exc_info=fault)
+                raise
+            except Exception as error:  # noqa: BLE001 - raised below
+                faults.append(error)
+        if faults:
+            raise ExceptionGroup("deliveries that could not be applied", faults)
+
+    def _apply_together(self, rows: Sequence[Callback]) -> None:
+        left = [(row, self._parse(row)) for row in rows]
+        while left:
+            del left[: self._apply_some(left)]
+
+    def _apply_some(self, parsed: Sequence[tuple[Callback, Report | str]]) -> int:
+        """Apply the first and what follows it within `HOLD_SECONDS`, in one transaction. Returns how many."""
+        verdicts: list[Verdict] = []
+        with self._database.write() as session:
+            end = time.monotonic() + HOLD_SECONDS
+            for row, report in parsed:
+                verdict = self._apply(session, row, report)
+                self._settle(session, row, verdict, report)
+                verdicts.append(verdict)
+                if time.monotonic() > end:
+                    break
+            self._database.wake(session)
+        for (row, _), verdict in zip(parsed, verdicts, strict=False):
+            state, reason = verdict.state, verdict.reason
+            log.info("callback.settled", callback=row.id, task=str(row.task_id), state=state, reason=reason)
+        return len(verdicts)
+
+    def _settle(self, session: Session, row: Callback, verdict: Verdict, parsed: Report | str) -> None:
+        values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": clock()}
+        due_in = None
+        if verdict.state is CallbackState.UNMATCHED and isinstance(parsed, Report):
+            values |= {"external_task_id": parsed.external_task_id, "provider_task_id": parsed.provider_task_id}
+            due_in = LOOK_AGAIN_SECONDS if row.attempts < LOOKS else None
+        claims.settle(session, row, due_in=due_in, **values)
+
+    def _parse(self, row: Callback) -> Report | str:
+        if row.losses >= claims.PARK_LOSSES:
+            return f"ended its worker {row.losses} times; `receiver replay` tries again"
+        provider = self._providers.get(row.provider)
+        if provider is None:
+            return f"no provider named {row.provider}"
+        try:
+            return provider.parse(row.body)
+        except ReportUnreadable as error:
+            return str(error)
+
+    def _apply(self, session: Session, row: Callback, parsed: Report | str) -> Verdict:
+        if isinstance(parsed, str):
+            return self._unreadable(session, row, parsed)
+        task = self._task(session, row, parsed)
+        if task is None:
+            record(session, EventName.CALLBACK_UNMATCHED, row.task_id, {"callback": row.id})
+            return Verdict(CallbackState.UNMATCHED, "no task of ours has this id")
+        if contradiction := _contradiction(session, task, parsed):
+            record(session, EventName.CALLBACK_REJECTED, task.id, {"callback": row.id, "reason": contradiction})
+            return Verdict(CallbackState.REJECTED, contradiction)
+        return self._believe_or_ask(session, row, task, parsed)
+
+    def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
+        """Something happened to the task that we cannot read: ask."""
+        task = tasks.lock(session, row.task_id) if row.task_id else None
+        if task is not None and task.state not in states.TERMINAL:
+            tasks.reschedule(session, task, self._schedule, read_now=True)
+        return Verdict(CallbackState.UNREADABLE, reason)
+
+    def _task(self, session: Session, row: Callback, report: Report) -> Task | None:
+        """The task of the token, else (no token, or its row was lost and made anew) the one the body names; locked."""
+        if row.task_id and (task := tasks.lock(session, row.task_id)):
+            return task
+        named = find(session, row.provider, report.external_task_id, report.provider_task_id)
+        return tasks.lock(session, named) if named else None
+
+    def _believe_or_ask(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
+        signed, by_token = row.webhook_id is not None, row.task_id == task.id
+        if self._confirmation.is_believed(report, task, signed=signed, by_token=by_token) or _is_known(
+            session, task, report
+        ):
+            tasks.apply(session, task, report, self._schedule, now=tasks.now(session), pushed=True)
+            note = None if report.status else f"unknown status {report.raw_status!r}"
+            return Verdict(CallbackState.APPLIED, note)
+        tasks.note_called_back(task, report, tasks.now(session))
+        tasks.reschedule(session, task, self._schedule, read_now=True)
+        return Verdict(CallbackState.APPLIED, "confirmed by a read of the task")
+
+
+def find(
+    session: Session, provider: str, external_task_id: str | None, provider_task_id: str | None
+) -> uuid.UUID | None:
+    """The task of ours that goes by either id, by our own first."""
+    if external_task_id and (task := tasks.by_external_id(session, external_task_id)):
+        return task.id
+    return tasks.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
+
+
+def _is_known(session: Session, task: Task, report: Report) -> bool:
+    """Whether the report would change nothing, so that a replayed delivery causes no reads."""
+    facts = tasks.facts(task, tasks.assets_of(session, task.id))
+    decision = states.decide(facts, report)
+    unchanged = decision.state is facts.state and decision.archive is facts.archive
+    return unchanged and not (decision.contradicted or decision.add or decision.replace)
+
+
+def _contradiction(session: Session, task: Task, report: Report) -> str | None:
+    """A body contradicts its token only by naming another task of ours, or another external id."""
+    if report.external_task_id is not None and report.external_task_id != task.external_task_id:
+        return "the body names another external_task_id than the token's task"
+    owner = tasks.by_provider_id(session, task.provider, report.provider_task_id) if report.provider_task_id else None
+    if owner not in (None, task.id):
+        return "the body's task_id belongs to another task"
+    return None
+
+
+def trusted_hosts(provider_hosts: Sequence[str], base_url: str, extra: Sequence[str]) -> tuple[str, ...]:
+    """The hosts of `RECEIVER_CONFIRM=auto`: the provider's own, its base URL's, and what the settings list."""
+    listed: list[Any] = [*provider_hosts, urlsplit(base_url).hostname or ""]
+    listed += [entry.rpartition(":")[0].strip("[]") if ":" in entry else entry for entry in extra]
+    return tuple(sorted({host.lower().rstrip(".") for host in listed if host}))

@@ -1,0 +1,333 @@
+"""The operator's verbs: bring work back, put deliveries back, read now, end alarms, forget what is old.
+
+Each changes rows in short transactions, wakes the workers, and may be repeated. A crash half-way leaves what was
+committed until then. A dry run does the same work and rolls every transaction back, so its counts are what would be.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from itertools import groupby
+
+from sqlmodel import Session, col, select
+
+from receiver.app.worker import Lane, Worker
+from receiver.providers.base import BadSignature, Provider, plain
+from receiver.tasks.reconcile import NEVER_REPORTED
+from storage.operations import maintenance
+from storage.rows import tasks
+from storage.rows.database import Database
+from storage.rows.models import Asset, Callback, Task
+from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
+
+MAX_REASON_CHARS = 300
+# How a delivery that was refused for its signature says so (`receiver.web.callbacks`).
+SIGNATURE_REASON = "signature: "
+# A wait for reads ends this long after the last one that made progress; a read itself takes up to 60 s.
+STUCK_SECONDS = 120.0
+LOOK_SECONDS = 0.1
+# A task counts as not read when this many tries in a row went unanswered.
+TRIES = 3
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Tasks that were made due for a read, at `since`."""
+
+    ids: list[uuid.UUID]
+    since: datetime
+
+
+@dataclass
+class Tally:
+    """What a verb did, counted, and what it was asked for by name and did not do: `{name: why}`."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        return not self.left
+
+
+@contextmanager
+def change(database: Database, *, dry_run: bool) -> Iterator[Session]:
+    """One transaction that wakes the workers, or that comes to nothing in a dry run."""
+    with database.write() as session:
+        yield session
+        database.wake(session)
+        session.flush()
+        if dry_run:
+            session.rollback()
+
+
+class Operator:
+    """The verbs, on one database. `dry_run`: nothing is changed, everything is counted."""
+
+    def __init__(
+        self,
+        database: Database,
+        providers: Mapping[str, Provider],
+        schedule: tasks.Schedule,
+        *,
+        dry_run: bool = False,
+    ) -> None:
+        self._database = database
+        self._providers = providers
+        self._schedule = schedule
+        self._dry_run = dry_run
+
+    # -- retry --------------------------------------------------------------------------------------------------------
+
+    def retry(self, name: str, *, accept_unverified: bool = False) -> Tally:
+        """Make a task (its external id) or one file (its asset id) due again. See `maintenance.retry`.
+
+        `accept_unverified`: for a file alone; one that is broken inside is archived as it is, marked `verified: false`.
+        """
+        tally = Tally()
+        with change(self._database, dry_run=self._dry_run) as session:
+            task = tasks.by_external_id(session, name)
+            asset = None if task else _asset(session, name)
+            if asset is not None:
+                self._retry_asset(session, tally, asset, accept_unverified)
+            elif task is None:
+                tally.left[name] = "no task has this external id and no file this asset id"
+            elif accept_unverified:
+                tally.left[name] = "--accept-unverified takes the id of one file (`receiver status ID --json`)"
+            else:
+                self._retry_task(session, tally, task.id, name)
+        return tally
+
+    def _retry_task(self, session: Session, tally: Tally, task_id: uuid.UUID, name: str) -> None:
+        task = tasks.lock(session, task_id)
+        assert task is not None
+        done = maintenance.retry(session, task, self._schedule)
+        if done.reason:
+            tally.left[name] = done.reason
+        tally.counts["files_due"] += done.files
+        if done.step is not None:
+            tally.counts[f"{done.step}s_due"] += 1
+
+    def _retry_asset(self, session: Session, tally: Tally, asset: Asset, accept_unverified: bool) -> None:
+        task = tasks.lock(session, asset.task_id)
+        assert task is not None
+        done = maintenance.retry_files(session, task, [asset.id], self._schedule, accept_unverified=accept_unverified)
+        tally.counts["files_due"] += done
+        if not done:
+            is_kept = asset.state is AssetState.ARCHIVED
+            tally.left[str(asset.id)] = "archived already" if is_kept else "a worker is at it"
+
+    def retry_failed(self, *, since: datetime | None = None, error: str | None = None, limit: int) -> Tally:
+        """Make every file due that was given up, and tasks that were parked, brought no file or fell silent.
+
+        `since`, `error`: filters, see `maintenance.failed_files`. `limit`: at most this many files and as many tasks.
+        What was dismissed is left alone.
+        """
+        with self._database.read() as session:
+            files = maintenance.failed_files(session, since=since, error=error, limit=limit)
+            others = maintenance.failed_tasks(session, silent=NEVER_REPORTED, since=since, error=error, limit=limit)
+        tally, whole = Tally(), set(others)
+        for task_id, group in groupby(files, key=lambda pair: pair[0]):
+            if task_id in whole:  # below, with all of its files
+                continue
+            with change(self._database, dry_run=self._dry_run) as session:
+                task = tasks.lock(session, task_id)
+                assert task is not None
+                ids = [asset_id for _, asset_id in group]
+                tally.counts["files_due"] += maintenance.retry_files(session, task, ids, self._schedule)
+        for task_id in others:
+            with change(self._database, dry_run=self._dry_run) as session:
+                self._retry_task(session, tally, task_id, str(task_id))
+        return Tally(tally.counts + Counter(in_work=len(tally.left)))
+
+    # -- replay -------------------------------------------------------------------------------------------------------
+
+    def replay(
+        self,
+        ids: Sequence[int] = (),
+        *,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        state: CallbackState | None = None,
+    ) -> Tally:
+        """Put deliveries back, so that today's code applies them anew: these `ids`, or all received in a time range.
+
+        One that was refused for its signature goes back only if today's secrets verify it as of its arrival. A task's
+        reads are no deliveries of anybody's: `reconcile` asks anew.
+        """
+        tally, after = Tally(left={str(each): "no such delivery" for each in ids}), 0
+        while True:
+            with self._database.read() as session:
+                rows = maintenance.deliveries(session, ids=ids, since=since, until=until, state=state, after=after)
+            if not rows:
+                break
+            after = rows[-1].id or 0
+            for row in rows:
+                tally.left.pop(str(row.id), None)
+            self._replay(tally, rows, named=bool(ids))
+        return tally
+
+    def _replay(self, tally: Tally, rows: Sequence[Callback], *, named: bool) -> None:
+        ready, kept_back = [], dict[int | None, str]()
+        for row in rows:
+            if row.source != "push":
+                kept_back[row.id] = "the answer to a read; `receiver reconcile` reads its task anew"
+            elif row.state is not CallbackState.REJECTED or not (row.reason or "").startswith(SIGNATURE_REASON):
+                ready.append(row.id or 0)
+            elif not self._put_back_verified(row):
+                kept_back[row.id] = "its signature does not verify with today's secrets either"
+            else:
+                tally.counts["replayed"] += 1
+        with change(self._database, dry_run=self._dry_run) as session:
+            done = maintenance.put_back(session, ready)
+        tally.counts["replayed"] += done
+        tally.counts["left_alone"] += len(kept_back)
+        tally.counts["in_work"] += len(ready) - done
+        if named:
+            tally.left.update({str(each): why for each, why in kept_back.items()})
+
+    def _put_back_verified(self, row: Callback) -> bool:
+        with self._database.read() as session:
+            whole = session.get_one(Callback, row.id)
+        provider = self._providers.get(whole.provider)
+        try:
+            verified = provider and provider.verify(whole.headers, whole.body, now=whole.received_at.timestamp())
+        except BadSignature:
+            return False
+        if not verified:
+            return False
+        with change(self._database, dry_run=self._dry_run) as session:
+            return bool(maintenance.put_back(session, [whole.id or 0], webhook_id=verified))
+
+    # -- reconcile ----------------------------------------------------------------------------------------------------
+
+    def reconcile(self, names: Sequence[str] = ()) -> tuple[Tally, Reads]:
+        """Make every unfinished task due for a read now, or those named, whatever their state."""
+        tally, since = Tally(), self._database.now()
+        if names:
+            ids = [task_id for name in names if (task_id := self._reconcile(tally, name))]
+            return tally, Reads(ids, since)
+        chosen: list[uuid.UUID] = []
+        while batch := self._unfinished(chosen[-1] if chosen else None):
+            with change(self._database, dry_run=self._dry_run) as session:
+                done = maintenance.make_reads_due(session, batch)
+            tally.counts["reads_due"] += done
+            tally.counts["in_work"] += len(batch) - done
+            chosen += batch
+        with self._database.read() as session:
+            tally.counts["not_sent_yet"] = maintenance.count_unsent(session)
+        return tally, Reads(chosen, since)
+
+    def _unfinished(self, after: uuid.UUID | None) -> list[uuid.UUID]:
+        with self._database.read() as session:
+            return maintenance.unfinished(session, after)
+
+    def _reconcile(self, tally: Tally, name: str) -> uuid.UUID | None:
+        with change(self._database, dry_run=self._dry_run) as session:
+            found = tasks.by_external_id(session, name)
+            task = tasks.lock(session, found.id) if found else None
+            if task is None:
+                tally.left[name] = "no task has this external id"
+            elif task.deleted_at is not None:
+                tally.left[name] = "deleted"
+            elif task.step is Step.CREATE:
+                tally.left[name] = "not sent yet: a worker sends it, or finds out whether it arrived"
+            elif task.state is TaskState.FAILED and task.provider_task_id is None:
+                tally.left[name] = "its create failed: the provider has nothing of it to read"
+            else:
+                if task.lease is None or task.step is not Step.READ:
+                    tasks.reschedule(session, task, self._schedule, read_now=True)
+                tally.counts["reads_due"] += 1
+                return task.id
+        return None
+
+    def read(self, reads: Reads, lane: Lane, *, lease_seconds: float) -> Tally:
+        """Do these reads in this process, until each was answered or could not be; others may help.
+
+        `lane`: the worker's own for reads. Counts those answered; `left` says of each other what the provider said.
+        """
+        tally = Tally()
+        worker = Worker(self._database, [lane], lease_seconds=lease_seconds, grace_seconds=0)
+        waiting, moved_at = reads.ids, time.monotonic()
+        while waiting and time.monotonic() < moved_at + STUCK_SECONDS:
+            before = len(waiting)
+            if not worker.run_until_idle():
+                time.sleep(LOOK_SECONDS)
+            waiting = self._look(tally, waiting, reads.since)
+            moved_at = time.monotonic() if len(waiting) < before else moved_at
+        for task_id in waiting:
+            tally.left[str(task_id)] = "a worker has been at it for too long"
+        return tally
+
+    def _look(self, tally: Tally, ids: Sequence[uuid.UUID], since: datetime) -> list[uuid.UUID]:
+        """Count the tasks whose read has ended; returns the others."""
+        waiting = []
+        for start in range(0, len(ids), maintenance.BATCH):
+            with self._database.read() as session:
+                found = session.exec(select(Task).where(col(Task.id).in_(ids[start : start + maintenance.BATCH])))
+                for task in found:
+                    if task.step is not Step.READ or (task.reported_at and task.reported_at >= since):
+                        tally.counts["read"] += 1
+                    elif task.lease is None and task.attempts >= TRIES:
+                        tally.left[task.external_task_id] = task.note or "it could not be read"
+                    else:
+                        waiting.append(task.id)
+        return waiting
+
+    # -- dismiss, prune -----------------------------------------------------------------------------------------------
+
+    def dismiss(self, name: str, reason: str) -> Tally:
+        """End the alarms of a task that cannot be completed, and say why. See `maintenance.dismiss`."""
+        tally = Tally()
+        with change(self._database, dry_run=self._dry_run) as session:
+            found = tasks.by_external_id(session, name)
+            task = tasks.lock(session, found.id) if found else None
+            if task is None:
+                tally.left[name] = "no task has this external id"
+            elif task.archive is ArchiveState.ARCHIVED or task.deleted_at is not None:
+                tally.left[name] = "archived or deleted: there is nothing to dismiss"
+            elif task.step is Step.CREATE and task.lease is not None:
+                tally.left[name] = "its request is on its way right now; try again in a minute"
+            elif maintenance.is_dismissed(task):
+                tally.counts["dismissed_before"] += 1
+            else:
+                given_up = maintenance.dismiss(session, task, plain(reason, MAX_REASON_CHARS), self._schedule)
+                tally.counts.update(dismissed=1, files_given_up=given_up)
+        return tally
+
+    def prune(self, older_than: timedelta) -> Tally:
+        """Forget old deliveries, events and request bodies of tasks that are over. See `maintenance.prunable`."""
+        tally = Tally()
+        with self._database.read() as session:
+            kinds = maintenance.prunable(session, tasks.now(session) - older_than)
+        for kind in kinds:
+            tally.counts[kind.name] = self._count(kind) if self._dry_run else self._prune(kind)
+        return tally
+
+    def _count(self, kind: maintenance.Kind) -> int:
+        with self._database.read() as session:
+            return maintenance.count_old(session, kind)
+
+    def _prune(self, kind: maintenance.Kind) -> int:
+        count, last = 0, None
+        while True:
+            with self._database.read() as session:
+                ids = maintenance.old_ids(session, kind, last)
+            if not ids:
+                return count
+            with self._database.write() as session:
+                count += maintenance.prune(session, kind, ids)
+            last = ids[-1]
+
+
+def _asset(session: Session, name: str) -> Asset | None:
+    try:
+        return session.get(Asset, uuid.UUID(name))
+    except ValueError:
+        return None

@@ -1,0 +1,258 @@
+"""Ask again: read tasks whose callback is late, doubted or lost, and apply the answer like any delivery.
+
+due reads ─▶ up to 20 at once through the batch call, where there is one ─┬─ told ──▶ applied
+                                                                         └─ not ───▶ one by one, or from the list
+unmatched delivery ─▶ looked at once more: is its task's row there now? does the provider know a task our token names?
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from sqlmodel import Session
+
+from receiver.providers.base import Provider, Record
+from receiver.providers.lookup import read_task
+from receiver.tasks import apply_deliveries
+from storage import states
+from storage.accounts.rate_limit import ReadLimit, TooManyReads
+from storage.accounts.slots import keep_silent, note_beside
+from storage.errors import GiveUp, LostClaim, Retry
+from storage.keys import encode_id
+from storage.operations import maintenance
+from storage.rows import claims, tasks
+from storage.rows.database import Database
+from storage.rows.inbox import Delivery, store_poll
+from storage.rows.models import Callback, Task
+from storage.states import CallbackState, Report, TaskState
+
+log = structlog.get_logger()
+
+NEVER_REPORTED = "never_reported"
+# A provider that is away is asked again at this pace at the latest, whatever the task's own poll delay is.
+READ_RETRY_CAP_SECONDS = 300
+# One batch call takes so many ids (KLING §3); more are refused.
+BATCH = 20
+# A base URL without a batch call is asked for it again after this long: gateways learn, if slowly.
+NO_BATCH_SECONDS = 3_600.0
+
+
+class Reader:
+    """Works on claimed task rows in step `read`. `now`: monotonic seconds."""
+
+    def __init__(
+        self,
+        database: Database,
+        providers: Mapping[str, Provider],
+        schedule: tasks.Schedule,
+        limit: ReadLimit,
+        *,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._database = database
+        self._providers = providers
+        self._schedule = schedule
+        self._limit = limit
+        self._now = now
+        self._no_batch_until: dict[str, float] = {}
+
+    def batch(self) -> int:
+        """How many tasks are worth reading in one go: some provider may have a batch call, as far as we know."""
+        return BATCH if any(self._may_have_batch(name) for name in self._providers) else 1
+
+    def work(self, task: Task) -> None:
+        """Read one task and settle what the answer says, in one transaction."""
+        self._read_each([task])
+
+    def work_many(self, rows: Sequence[Task]) -> None:
+        """Read these tasks, at most `BATCH`, with as few calls as the provider allows; each is settled by itself."""
+        for name in {row.provider for row in rows}:
+            mine = [row for row in rows if row.provider == name]
+            if len(mine) > 1 and self._may_have_batch(name):
+                left = self._read_batch(name, mine)
+                if self._read_each(left) and len(left) == len(mine):
+                    self._forget_batch(name)  # it answered, and knew none of those that are there
+            else:
+                self._read_each(mine)
+
+    def _may_have_batch(self, provider: str) -> bool:
+        return self._now() >= self._no_batch_until.get(provider, float("-inf"))
+
+    def _read_batch(self, name: str, rows: list[Task]) -> list[Task]:
+        """Settle what one batch call tells, by our own ids. Returns the rows it says nothing about."""
+        try:
+            self._limit.wait(name)
+            found = self._providers[name].read_many(external_task_ids=[row.external_task_id for row in rows])
+        except (Retry, GiveUp) as error:
+            for row in rows:
+                self._unanswered(row, error)
+            return []
+        if found is None:
+            self._forget_batch(name)
+            return rows
+        for row in rows:
+            if row.external_task_id in found:
+                self._settle(row, found[row.external_task_id])
+        return [row for row in rows if row.external_task_id not in found]
+
+    def _forget_batch(self, provider: str) -> None:
+        self._no_batch_until[provider] = self._now() + NO_BATCH_SECONDS
+        log.info("provider.no_batch_reads", provider=provider)
+
+    def _read_each(self, rows: Sequence[Task]) -> int:
+        """Read one by one; once the provider is away, the rest is not tried. Returns how many it knows."""
+        known, away = 0, None
+        for row in rows:
+            try:
+                if row.losses >= claims.PARK_LOSSES:
+                    self._park(row)
+                    continue
+                if away is not None:
+                    raise away
+                record = self._read(row)
+            except (Retry, GiveUp) as error:
+                away = error if isinstance(error, Retry) else None
+                self._unanswered(row, error)
+            else:
+                known += record is not None
+                self._settle(row, record)
+        return known
+
+    def _park(self, row: Task) -> None:
+        note = f"reading it ended its worker {row.losses} times; `receiver retry` tries again"
+        with contextlib.suppress(LostClaim), self._database.write() as session:
+            claims.settle(session, row, due_in=None, note=note_beside(note))
+        log.error("task.parked", task=row.external_task_id, note=note)
+
+    def _read(self, row: Task) -> Record | None:
+        return read_task(
+            self._providers[row.provider],
+            self._limit,
+            provider_task_id=row.provider_task_id,
+            external_task_id=row.external_task_id,
+            made_at=row.created_at,
+        )
+
+    def _settle(self, task: Task, record: Record | None) -> None:
+        try:
+            with self._database.write() as session:
+                row = tasks.lock_claimed(session, task)
+                moment = tasks.now(session)
+                row.lease, row.losses, row.step = None, 0, None
+                keep_silent(row)
+                row.polls += 1
+                if record is not None:
+                    delivery = Delivery(task.provider, "poll", task.id, record.body)
+                    store_poll(session, delivery, CallbackState.APPLIED, None)
+                report = self._report(row, record, moment)
+                tasks.apply(session, row, report, self._schedule, now=moment, pushed=False)
+                self._database.wake(session)
+        except LostClaim:
+            return
+        log.info("task.read", task=task.external_task_id, state=row.state, found=record is not None)
+
+    def _report(self, task: Task, record: Record | None, moment: datetime) -> Report:
+        if record is not None and record.report.status in states.TERMINAL:
+            return record.report
+        if task.state not in states.TERMINAL and self._is_past_its_lifetime(task, moment):
+            return Report(None, None, TaskState.FAILED, message=NEVER_REPORTED)
+        return record.report if record else Report(None, None, None)
+
+    def _is_past_its_lifetime(self, task: Task, moment: datetime) -> bool:
+        since = task.submitted_at or task.created_at
+        return moment > since + timedelta(seconds=self._schedule.result_lifetime_seconds)
+
+    def _unanswered(self, task: Task, error: Retry | GiveUp) -> None:
+        """Nothing is known, so nothing changes but the time of the next read; refused for a lifetime, it ends."""
+        if isinstance(error, GiveUp) and self._is_past_its_lifetime(task, self._database.now()):
+            self._settle(task, None)
+            return
+        waits_its_turn = isinstance(error, TooManyReads)  # not its fault: it counts as no attempt
+        after = error.after if isinstance(error, Retry) else None
+        due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
+        values = {"attempts": max(task.attempts - 1, 0)} if waits_its_turn else {"note": note_beside(str(error))}
+        try:
+            with self._database.write() as session:
+                claims.settle(session, task, due_in=due_in, **values)
+        except LostClaim:
+            return
+        if not waits_its_turn:
+            log.warning("task.unread", task=task.external_task_id, error=str(error), seconds=round(due_in, 1))
+
+
+class Finder:
+    """Works on unmatched deliveries, once each: a row may have come since, or was lost with a database."""
+
+    def __init__(
+        self, database: Database, providers: Mapping[str, Provider], schedule: tasks.Schedule, limit: ReadLimit
+    ) -> None:
+        self._database = database
+        self._providers = providers
+        self._schedule = schedule
+        self._limit = limit
+
+    def work(self, row: Callback) -> None:
+        """Have the delivery applied if its task is known by now; if its token is ours, adopt the task by reading it."""
+        record, due_in = None, None
+        try:
+            record = self._read(row)
+        except Retry as error:
+            due_in = max(error.after or 0, claims.backoff(row.attempts))
+        except GiveUp as error:
+            log.warning("callback.not_looked_up", callback=row.id, error=str(error))
+        try:
+            with self._database.write() as session:
+                found = self._find_or_adopt(session, row, record)
+                if not found:
+                    claims.settle(session, row, due_in=due_in)
+                self._database.wake(session)
+        except LostClaim:
+            return
+        log.info("callback.looked_at_again", callback=row.id, found=found)
+
+    def _find_or_adopt(self, session: Session, row: Callback, record: Record | None) -> bool:
+        """Whether the delivery has a task now; it is due then."""
+        known = apply_deliveries.find(session, row.provider, row.external_task_id, row.provider_task_id)
+        if known is None and record is None:
+            return False
+        if known is not None or record is None or not self._adopt(session, row, record):  # adopting makes it due itself
+            claims.settle(session, row, due_in=0, state=CallbackState.RECEIVED, reason=None)
+        return True
+
+    def _read(self, row: Callback) -> Record | None:
+        """What the provider has under the ids in the delivery; None also where the token proves nothing."""
+        external_task_id = row.external_task_id or row.provider_task_id
+        if (
+            row.losses >= claims.PARK_LOSSES
+            or row.task_id is None
+            or external_task_id is None
+            or not _is_usable(external_task_id)
+        ):
+            return None
+        provider = self._providers[row.provider]
+        return read_task(
+            provider, self._limit, provider_task_id=row.provider_task_id, external_task_id=external_task_id
+        )
+
+    def _adopt(self, session: Session, row: Callback, record: Record) -> bool:
+        """The task row under the id that our token carries, so that the callbacks still to come find it too."""
+        names = (record.report.external_task_id, row.external_task_id, row.provider_task_id)
+        external_task_id = next(name for name in names if name and _is_usable(name))
+        assert row.task_id is not None
+        task = Task(id=row.task_id, external_task_id=external_task_id, provider=row.provider, adopt=True)
+        now, made_ms = tasks.now(session), record.report.created_ms
+        task.created_at = now if made_ms is None else min(now, datetime.fromtimestamp(made_ms / 1000, UTC))
+        task.sent_at = task.submitted_at = task.created_at
+        return maintenance.adopt(session, task, record.report, self._schedule)
+
+
+def _is_usable(external_task_id: str) -> bool:
+    try:
+        encode_id(external_task_id)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,220 @@
+"""The web application: callbacks in, health and metrics out, and the gateway. Below the handlers all is synchronous."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import SecretStr
+from sqlalchemy import text
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route, Router
+from starlette.types import ASGIApp, Lifespan
+
+from receiver.base import telemetry
+from receiver.base.tokens import Tokens
+from receiver.providers.base import Provider
+from receiver.web.assets import Assets
+from receiver.web.callbacks import Callbacks
+from receiver.web.event_stream import Stream
+from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
+from storage.accounts.slots import Slots
+from storage.archive import continuous_audit
+from storage.bucket.availability import BucketWatch
+from storage.bucket.bucket import Bucket
+from storage.errors import DatabaseUnavailable
+from storage.operations import deadlines, heartbeats, measures, outbox
+from storage.rows import migrations
+from storage.rows.database import Database
+from storage.rows.inbox import Inbox
+from storage.rows.tasks import Schedule
+
+if TYPE_CHECKING:
+    from receiver.gateway.gateway import Gateway  # which most installations do without
+
+
+class Health:
+    """`/healthz`, `/readyz`, `/metrics`."""
+
+    def __init__(
+        self,
+        database: Database,
+        inbox: Inbox,
+        metrics_token: SecretStr | None,
+        *,
+        deadline_seconds: float,
+        bucket: Bucket | None = None,
+        slots: Slots | None = None,
+    ) -> None:
+        self._database = database
+        self._bucket = BucketWatch(bucket) if bucket else None
+        self._deadline_seconds = deadline_seconds
+        self._slots = slots
+        self._inbox = inbox
+        self._metrics_token = metrics_token
+
+    async def alive(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while a delivery can be stored; bucket, workers, lateness and deadlines count only with `?strict=1`."""
+        checks = await run_in_threadpool(self._checks)
+        fault = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
+        degraded = any(word != "ok" for word in checks.values())
+        status = 503 if fault or (degraded and request.query_params.get("strict") == "1") else 200
+        body: dict[str, Any] = {"status": "unavailable" if fault else "degraded" if degraded else "ok"}
+        if self._is_permitted(request):
+            body["checks"] = checks
+        return JSONResponse(body, status_code=status)
+
+    def _checks(self) -> dict[str, str]:
+        checks = {"intake": "full" if self._inbox.is_full else "ok"}
+        if self._bucket is not None:
+            checks["bucket"] = self._bucket.state()
+        try:
+            with self._database.write() as session:
+                session.execute(text("SELECT 1"))
+            behind = migrations.current(self._database) != migrations.head()
+            checks |= {"database": "ok", "schema": "behind" if behind else "ok"}
+            if not behind:
+                checks["workers"] = "ok" if heartbeats.count_alive(self._database) else "none alive"
+                checks |= self._lateness()
+        except DatabaseUnavailable as error:
+            checks |= {"database": str(error), "schema": "unknown"}
+        return checks
+
+    def _lateness(self) -> dict[str, str]:
+        with self._database.read() as session:
+            overdue = measures.count_overdue(session)
+            near = measures.count_deadline_near(session, self._deadline_seconds)
+            dead, gone = measures.count_dead_events(session), outbox.disabled(session)
+            faults = continuous_audit.standing(session).faults
+        undelivered = [f"{dead} were given up"] if dead else []
+        undelivered += [f"sink {name} is disabled" for name in gone]
+        return {
+            "events": ", ".join(undelivered) or "ok",
+            "work": f"{overdue} rows are overdue" if overdue else "ok",
+            "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+            "audit": f"{faults} faults, see receiver status" if faults else "ok",
+        }
+
+    async def metrics(self, request: Request) -> Response:
+        if self._metrics_token is None:
+            raise HTTPException(404)
+        if not self._is_permitted(request):
+            raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
+        return Response(await run_in_threadpool(self._metrics), media_type=CONTENT_TYPE_LATEST)
+
+    def _metrics(self) -> bytes:
+        try:
+            with self._database.read() as session:
+                found = measures.measure(session, deadline_seconds=self._deadline_seconds, slots=self._slots)
+        except DatabaseUnavailable:
+            found = None
+        telemetry.show_work(found.as_dict() if found else None)
+        return generate_latest(telemetry.REGISTRY)
+
+    def _is_permitted(self, request: Request) -> bool:
+        if self._metrics_token is None:
+            return False
+        given = request.headers.get("authorization", "").encode()
+        return hmac.compare_digest(given, b"Bearer " + self._metrics_token.get_secret_value().encode())
+
+
+def build(
+    database: Database,
+    providers: Mapping[str, Provider],
+    tokens: Tokens,
+    schedule: Schedule,
+    *,
+    bucket: Bucket | None = None,
+    metrics_token: SecretStr | None = None,
+    gateway: Gateway | None = None,
+    stream: Stream | None = None,
+    slots: Slots | None = None,
+) -> Web:
+    """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it.
+    `bucket`: where archived files are served from, None = they are not. `gateway`: answers below `/kling`, None = 404.
+    `stream`: answers `/events`. Whoever ends the server calls the application's `endings` first.
+    `slots`: of the account whose limit `/metrics` tells."""
+    inbox = Inbox(database)
+    callbacks = Callbacks(database, inbox, providers, tokens, schedule)
+    lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
+    health = Health(database, inbox, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        inbox.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(inbox.stop)
+
+    pages = Starlette(
+        routes=[
+            Route("/healthz", health.alive),
+            Route("/readyz", health.ready),
+            Route("/metrics", health.metrics),
+            *([Route("/assets/{token}.{extension}", Assets(database, bucket, tokens).serve)] if bucket else []),
+            *([_below("/kling", gateway)] if gateway else []),
+            *([Route("/events", stream.serve)] if stream else []),
+        ],
+        exception_handlers={HTTPException: _http_error, Exception: _bug},
+    )
+    pages.router.redirect_slashes = False
+    pages.add_middleware(_Headers)
+    return Web(callbacks, pages, lifespan, [each.close for each in (gateway, stream) if each])
+
+
+class Web(Router):
+    """Callbacks first, then all the rest: the four layers that Starlette puts around every page cost a callback a
+    fifth of its time, and it needs none of them. `endings`: what has to be told that the server ends."""
+
+    def __init__(
+        self, callbacks: Callbacks, pages: Starlette, lifespan: Lifespan[Any], endings: list[Callable[[], None]]
+    ) -> None:
+        path = "/callbacks/{provider}/{token}"
+        routes = [Route(path, callbacks), Route(path + "/", callbacks)]
+        super().__init__(routes, redirect_slashes=False, default=pages, lifespan=lifespan)
+        self.endings = endings
+
+
+def _below(path: str, app: ASGIApp) -> Mount:
+    """A mount that also takes paths with line breaks in them: what is wrong with those is the application's word."""
+    mount = Mount(path, app)
+    mount.path_regex = re.compile(f"^{path}/(?P<path>.*)$", re.DOTALL)
+    return mount
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {401: "a token is needed", 404: "not found", 405: "method not allowed"}
+    message = words.get(error.status_code, "refused")
+    return JSONResponse({"error": message}, status_code=error.status_code, headers=error.headers)
+
+
+async def _bug(_request: Request, _error: Exception) -> Response:
+    return JSONResponse({"error": "internal error"}, status_code=500, headers=SECURITY_HEADERS)
+
+
+class _Headers:
+    """Adds the security headers to every answer."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *HEADER_PAIRS]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -1,0 +1,290 @@
+"""`POST /callbacks/{provider}/{token}`: check the token, read the body within bounds, commit it, then answer 200.
+
+404 bad token (no body read, no query) · 408 body slower than 10 s · 413 over 256 KiB · 401 bad signature (kept)
+503 we could not store it in time · 200 committed, whatever it says. Never 4xx for our own fault.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache, partial
+
+import structlog
+from prometheus_client import Counter
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from receiver.base import telemetry
+from receiver.base.tokens import Named, Tokens
+from receiver.providers.base import BadSignature, Provider
+from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
+from receiver.web.timeouts import Timeouts
+from storage import states
+from storage.errors import DatabaseUnavailable
+from storage.rows import tasks
+from storage.rows.database import Database
+from storage.rows.events import EventName, record
+from storage.rows.inbox import Delivery, Inbox, InboxFull, Intake, TaskFull, store
+from storage.rows.models import Callback
+from storage.states import CallbackState
+
+log = structlog.get_logger()
+
+# About 1 kB per result URL, 32 kB are planned for (KLING §5); eight times that is nobody's honest callback.
+MAX_BODY_BYTES = 256 * 1024
+BODY_SECONDS = 10.0
+# From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
+COMMIT_SECONDS = 5.0
+RETRY_AFTER_SECONDS = 5
+# Evidence of a wrong signature is worth keeping a few times, not without bound.
+MAX_REJECTED_PER_TASK = 20
+# So many are counted among the newest deliveries of the task: all of its own, and of the account's URL, where more come
+# than may be looked at under the lock of a write, a window that moves on.
+NEWEST = 500
+# A task with too many deliveries is made due for a read at most this often, and what is not kept of one is said so
+# often in the log; so many of them are remembered.
+READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
+REMEMBERED_TASKS = 10_000
+# Kept beside the body to tell senders apart; everything else may hold a secret.
+KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
+# Of a refused delivery too, so that `receiver replay` can verify it once the right secret is set. It is no secret: it
+# signs this body alone, and only within minutes of its time.
+SIGNATURE_HEADER = "webhook-signature"
+MAX_HEADER_CHARACTERS = 200
+ACCEPTED = b'{"status":"accepted"}'
+ACCEPTED_HEADERS = [
+    (b"content-length", b"%d" % len(ACCEPTED)),
+    (b"content-type", b"application/json"),
+    *HEADER_PAIRS,
+]
+ACCEPTED_START: Message = {"type": "http.response.start", "status": 200, "headers": ACCEPTED_HEADERS}
+ACCEPTED_BODY: Message = {"type": "http.response.body", "body": ACCEPTED}
+MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
+
+
+class Callbacks:
+    """The endpoint. `schedule` says when a task is read whose delivery was refused."""
+
+    def __init__(
+        self,
+        database: Database,
+        inbox: Inbox,
+        providers: Mapping[str, Provider],
+        tokens: Tokens,
+        schedule: tasks.Schedule,
+    ) -> None:
+        self._database = database
+        self._inbox = inbox
+        self._providers = providers
+        self._tokens = tokens
+        self._schedule = schedule
+        self._answers = _Answers()
+        self._bodies, self._commits = Timeouts(), Timeouts()
+        self._may_read_soon, self._may_say = _Seldom(READ_SOON_SECONDS), _Seldom(SAY_SECONDS)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
+
+        An ASGI application of its own: what Starlette wraps around a function cost as much as all that happens here.
+        """
+        if scope["method"] != "POST":
+            refusal: Response | None = _answer(405, "method not allowed", "method", {"Allow": "POST"})
+        else:
+            refusal = await self._take(scope, receive)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        await send(ACCEPTED_START)
+        await send(ACCEPTED_BODY)
+
+    async def _take(self, scope: Scope, receive: Receive) -> Response | None:
+        path = scope["path_params"]
+        provider = self._providers.get(path["provider"])
+        named = self._tokens.read(provider.name, path["token"]) if provider else None
+        if provider is None or named is None:
+            return _answer(404, "not found", "bad_token")
+        try:
+            with self._bodies.within(BODY_SECONDS):
+                body = await _read_body(scope, receive)
+        except TimeoutError:
+            return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
+        except ClientDisconnect:
+            return _answer(400, "the body ended early", "cut_body")
+        if body is None:
+            return _answer(413, f"the body is longer than {MAX_BODY_BYTES} bytes", "long_body")
+        headers = _kept_headers(scope)
+        try:
+            webhook_id = provider.verify(Headers(scope=scope), body)
+        except BadSignature as error:
+            if signature := Headers(scope=scope).get(SIGNATURE_HEADER):
+                headers[SIGNATURE_HEADER] = signature[:MAX_SIGNATURE_CHARACTERS]
+            return await self._refuse(provider, named, headers, body, str(error))
+        delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
+        return await self._store(delivery)
+
+    async def _store(self, delivery: Delivery) -> Response | None:
+        """None: it is stored. Else why not."""
+        try:
+            with self._commits.within(COMMIT_SECONDS):
+                intake = await self._answers.stored(self._inbox, delivery)
+        except TaskFull:
+            if self._may_read_soon.now(delivery.task_id):
+                await run_in_threadpool(self._read_soon, delivery)
+            return _answer(503, "this task has more deliveries than can be kept; it is read instead", "task_full")
+        except InboxFull:
+            return _answer(503, "busy, try again", "full")
+        except TimeoutError:
+            return _answer(503, "could not be stored in time, try again", "late")
+        except DatabaseUnavailable as error:
+            log.error("callback.not_stored", error=str(error))
+            return _answer(503, "could not be stored, try again", "database")
+        except Exception:
+            log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
+            return _answer(503, "could not be stored, try again", "bug")
+        _count("new" if intake is Intake.NEW else "duplicate")
+        return None
+
+    async def _refuse(
+        self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
+    ) -> Response:
+        """Keep the evidence, make the task due for a read: a misconfiguration costs seconds, not pictures."""
+        state = CallbackState.REJECTED
+        delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
+        try:
+            is_kept = await run_in_threadpool(self._keep_refused, delivery)
+        except DatabaseUnavailable as error:
+            log.error("callback.not_stored", error=str(error))
+            return _answer(503, "could not be stored, try again", "database")
+        if not is_kept and self._may_say.now(named.task_id):
+            task = str(named.task_id) if named.task_id else None
+            log.warning("callback.refused_not_kept", task=task, reason=reason, kept=MAX_REJECTED_PER_TASK)
+        return _answer(401, "the signature is missing or wrong", "bad_signature")
+
+    def _keep_refused(self, delivery: Delivery) -> bool:
+        """Returns False when enough are kept already."""
+        newest = select(Callback.state).where(Callback.task_id == delivery.task_id)
+        looked_at = newest.order_by(col(Callback.id).desc()).limit(NEWEST).subquery()
+        rejected = select(func.count()).where(looked_at.c.state == CallbackState.REJECTED)
+        with self._database.write() as session:
+            is_kept = session.exec(rejected).one() < MAX_REJECTED_PER_TASK
+            if is_kept and store(session, [delivery]):
+                record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
+            self._make_due(session, delivery)
+        return is_kept
+
+    def _read_soon(self, delivery: Delivery) -> None:
+        with self._database.write() as session:
+            self._make_due(session, delivery)
+
+    def _make_due(self, session: Session, delivery: Delivery) -> None:
+        task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
+        if task is not None and task.state not in states.TERMINAL:
+            tasks.read_soon(session, task)
+            self._database.wake(session)
+
+
+class _Seldom:
+    """Once in so many seconds and task: what is refused for its number must not cost more than what is taken."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._not_before: dict[uuid.UUID | None, float] = {}
+
+    def now(self, task_id: uuid.UUID | None) -> bool:
+        now = time.monotonic()
+        if now < self._not_before.get(task_id, now):
+            return False
+        while len(self._not_before) >= REMEMBERED_TASKS:
+            self._not_before.pop(next(iter(self._not_before)))
+        self._not_before[task_id] = now + self._seconds
+        return True
+
+
+class _Answers:
+    """Ends what handlers wait for, from the inbox's thread: one wake-up of the loop for all that a commit answers.
+
+    `asyncio.wrap_future` wakes it for each, which cost as much as the handlers themselves.
+    """
+
+    def __init__(self) -> None:
+        self._outcomes: deque[tuple[asyncio.Future[Intake], Intake | Exception]] = deque()
+        self._is_told = False
+
+    async def stored(self, inbox: Inbox, delivery: Delivery) -> Intake:
+        """What became of the delivery, once that is durable. Raises what `Inbox.put` and its future raise."""
+        loop = asyncio.get_running_loop()
+        waiter: asyncio.Future[Intake] = loop.create_future()
+        inbox.submit(delivery, partial(self._tell, loop, waiter))
+        return await waiter
+
+    def _tell(
+        self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[Intake], outcome: Intake | Exception
+    ) -> None:
+        self._outcomes.append((waiter, outcome))
+        if not self._is_told:  # else the turn that was asked for has yet to look
+            self._is_told = True
+            with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
+                loop.call_soon_threadsafe(self._end_all)
+
+    def _end_all(self) -> None:
+        self._is_told = False  # before looking: whatever comes from now on asks for another turn
+        while self._outcomes:
+            waiter, outcome = self._outcomes.popleft()
+            if waiter.done():  # timed out, or its sender has gone
+                continue
+            if isinstance(outcome, Exception):
+                waiter.set_exception(outcome)
+            else:
+                waiter.set_result(outcome)
+
+
+async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
+    """The body; None when it is over the bound, declared or not. Raises ClientDisconnect."""
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value[:12]) > MAX_BODY_BYTES:
+            return None
+    chunks, size, is_more = [], 0, True
+    while is_more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY_BYTES:
+            return None
+        is_more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+def _kept_headers(scope: Scope) -> dict[str, str]:
+    return {
+        KEPT_HEADERS[name]: value[:MAX_HEADER_CHARACTERS].decode("latin-1")
+        for name, value in scope["headers"]
+        if name in KEPT_HEADERS and value
+    }
+
+
+def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] | None = None) -> Response:
+    """A refusal."""
+    _count(outcome)
+    more = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else headers or {}
+    return JSONResponse({"error": message}, status_code=status, headers={**SECURITY_HEADERS, **more})
+
+
+@cache
+def _counter(outcome: str) -> Counter:
+    return telemetry.DELIVERIES.labels(outcome)
+
+
+def _count(outcome: str) -> None:
+    _counter(outcome).inc()

@@ -1,0 +1,309 @@
+"""Rows against objects, both ways: what is missing, what nobody knows, what is not what it was.
+
+A row says which bytes lie under which key; the store's listing says what is there. Sizes come with the listing, each
+task's manifest is read; `deep` reads the files themselves and hashes them. Nothing is changed here, see `repair`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sqlmodel import col, func, select
+
+from storage.archive import manifest
+from storage.archive.folders import Folder, Objects, Rows, external_id_of, in_batches, look_again, manifest_number, walk
+from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.keys import manifest_name
+from storage.operations.maintenance import DISMISSED
+from storage.rows.database import Database
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState
+
+# So many folders are looked at between two checkpoints: a few seconds of work, more when files are hashed.
+BATCH_FOLDERS = 64
+THREADS = 4
+ENDED = (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
+
+
+class Kind(StrEnum):
+    """What may be found. All but the last are faults."""
+
+    MISSING = "missing"
+    SIZE = "size_differs"
+    CHECKSUM = "checksum_differs"
+    ORPHANED = "orphaned"
+    MANIFEST_MISSING = "manifest_missing"
+    MANIFEST_DIFFERS = "manifest_differs"
+    UNREADABLE = "unreadable"  # the store lists it and gives errors when it is read; see `rolling`
+    SUPERSEDED = "superseded"  # an earlier download that had other bytes: known, kept, no fault
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found. `task`: external id, None for a stranger's object. `repair`: what was done about it."""
+
+    kind: Kind
+    key: str
+    task: str | None
+    detail: str
+    asset_id: uuid.UUID | None = None
+    repair: str | None = None
+
+    @property
+    def is_fault(self) -> bool:
+        return self.kind is not Kind.SUPERSEDED
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "asset_id": str(self.asset_id) if self.asset_id else None}
+
+
+@dataclass
+class Counts:
+    """What was looked at, and how much of each kind was found."""
+
+    folders: int = 0
+    objects: int = 0
+    assets: int = 0
+    manifests: int = 0
+    hashed: int = 0
+    hashed_bytes: int = 0
+    found: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def faults(self) -> int:
+        return sum(count for kind, count in self.found.items() if Kind(kind) is not Kind.SUPERSEDED)
+
+    def add(self, other: Counts) -> None:
+        for name in ("folders", "objects", "assets", "manifests", "hashed", "hashed_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.found += other.found
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "found": dict(sorted(self.found.items()))}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Counts:
+        return cls(**{**values, "found": Counter(values["found"])})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of an audit. `after`: the last folder looked at, where another run may go on."""
+
+    after: str
+    counts: Counts
+    findings: list[Finding]
+
+
+class Throttle:
+    """Lets at most so many bytes pass in a second, for all threads together; None = as many as come."""
+
+    def __init__(self, bytes_per_second: float | None) -> None:
+        self._rate = bytes_per_second
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> None:
+        """Wait until these bytes may have come."""
+        if self._rate is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + count / self._rate
+            wait = self._free_at - now
+        time.sleep(wait)
+
+
+class Audit:
+    """One audit. Memory is bounded by a page of rows and one of the listing, whatever there is.
+
+    `deep`: read and hash the files too; `sample`: only so many of them, chosen at random. Work that goes on beside it
+    is no fault: each difference is looked at again, with rows and objects of the same moment, before it is reported.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        bucket: Bucket,
+        *,
+        deep: bool = False,
+        sample: int | None = None,
+        max_bytes_per_second: float | None = None,
+    ) -> None:
+        self._database = database
+        self._bucket = bucket
+        self._deep = deep
+        self._sample = sample
+        self._throttle = Throttle(max_bytes_per_second)
+
+    def run(self, after: str = "", hashed: int = 0) -> Iterator[Batch]:
+        """Look at every folder behind `after`. `hashed`: how many files an earlier part of this audit hashed.
+
+        Raises `StoreUnavailable`; what was yielded before that stands, and `after` of the last batch goes on.
+        """
+        chooser = _Chooser(self._sample, hashed, self.count_assets(after)) if self._deep else None
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="audit") as threads:
+            for folders in in_batches(walk(self._database, self._bucket, after), BATCH_FOLDERS):
+                chosen = [_chosen(folder, chooser) for folder in folders]
+                counts, findings = Counts(), []
+                for found_counts, found in threads.map(self._check, folders, chosen):
+                    counts.add(found_counts)
+                    findings += found
+                yield Batch(folders[-1].name, counts, findings)
+
+    def count_assets(self, after: str = "") -> int:
+        """How many archived files there are behind `after`."""
+        archived = select(func.count()).select_from(Asset).where(Asset.state == AssetState.ARCHIVED)
+        with self._database.read() as session:
+            return session.exec(archived.where(col(Asset.key) > after)).one()
+
+    def look_at(self, name: str) -> tuple[Counts, list[Finding]]:
+        """Look at one folder alone; with `deep` at all of its files. Raises `StoreUnavailable`.
+
+        A file that hashed otherwise, or was gone when it was to be read, is read a second time before that is said:
+        somebody may have repaired or deleted it meanwhile.
+        """
+        folder = look_again(self._database, self._bucket, name)
+        counts, found = self._check(folder, _chosen(folder, _Chooser(None, 0, 0) if self._deep else None))
+        doubted = frozenset(finding.asset_id for finding in found if finding.is_fault and finding.asset_id)
+        if doubted:
+            _, found = self._check(look_again(self._database, self._bucket, name), doubted)
+            counts.found = Counter(finding.kind.value for finding in found)
+        return counts, found
+
+    def _check(self, folder: Folder, chosen: frozenset[uuid.UUID]) -> tuple[Counts, list[Finding]]:
+        found = self._judge(folder)
+        if not folder.rows or any(finding.is_fault for finding in found):
+            seen_rows = bool(folder.rows)
+            folder = look_again(self._database, self._bucket, folder.name)
+            if folder.rows and not seen_rows:  # it comes, or came, from its rows' side too
+                return Counts(), []
+            found = self._judge(folder)
+        counts = Counts(folders=1, objects=len(folder.objects), assets=len(folder.rows.assets))
+        counts.manifests = sum(manifest_number(key) is not None for key in folder.objects)
+        doubted = {finding.asset_id for finding in found if finding.is_fault}
+        for asset in folder.rows.assets:
+            if asset.id in chosen and asset.id not in doubted and asset.state is AssetState.ARCHIVED:
+                found += self._hash(folder.rows, asset, counts)
+        counts.found.update(finding.kind.value for finding in found)
+        return counts, found
+
+    def _judge(self, folder: Folder) -> list[Finding]:
+        found = [*judge(folder.name, folder.rows, folder.objects)]
+        task = folder.rows.task
+        if task and task.archive in ENDED and task.manifest_key in folder.objects:
+            found += self._read_manifest(task, folder.rows.assets)
+        return found
+
+    def _read_manifest(self, task: Task, assets: list[Asset]) -> list[Finding]:
+        key = str(task.manifest_key)
+        try:
+            told = manifest.read(self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
+            detail = disagreement(task, assets, told)
+        except NoSuchObject:
+            return [Finding(Kind.MANIFEST_MISSING, key, task.external_task_id, "there is no such object")]
+        except ValueError as error:
+            detail = str(error)
+        return [Finding(Kind.MANIFEST_DIFFERS, key, task.external_task_id, detail)] if detail else []
+
+    def _hash(self, rows: Rows, asset: Asset, counts: Counts) -> list[Finding]:
+        key, digest = str(asset.key), hashlib.sha256()
+        task = rows.task.external_task_id if rows.task else external_id_of(key)
+        try:
+            for chunk in self._bucket.read(key):
+                digest.update(chunk)
+                counts.hashed_bytes += len(chunk)
+                self._throttle.take(len(chunk))
+        except NoSuchObject:
+            return [Finding(Kind.MISSING, key, task, "there is no such object", asset.id)]
+        counts.hashed += 1
+        if digest.hexdigest() == asset.sha256:
+            return []
+        detail = f"its bytes hash to {digest.hexdigest()}, the row says {asset.sha256}"
+        return [Finding(Kind.CHECKSUM, key, task, detail, asset.id)]
+
+
+def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
+    """What differs between the rows and the listing of one folder. Pure: rows and listing of the same moment."""
+    name = rows.task.external_task_id if rows.task else external_id_of(folder)
+    known = set()
+    for asset in rows.assets:
+        key = str(asset.key)
+        known.add(key)
+        known.update(asset.superseded)
+        given_up = asset.state is AssetState.FAILED and not (asset.error or "").startswith(DISMISSED)
+        if given_up and key not in objects:
+            yield Finding(Kind.MISSING, key, name, f"given up: {asset.error}", asset.id)
+        if asset.state is not AssetState.ARCHIVED:
+            continue
+        if key not in objects:
+            yield Finding(Kind.MISSING, key, name, "there is no such object", asset.id)
+        elif objects[key].size != asset.size:
+            detail = f"it has {objects[key].size} bytes, the row says {asset.size}"
+            yield Finding(Kind.SIZE, key, name, detail, asset.id)
+        for old in asset.superseded:
+            if old in objects:
+                yield Finding(Kind.SUPERSEDED, old, name, f"an earlier download; {key} counts", asset.id)
+    if rows.task and rows.task.manifest_key:
+        last = _numbered(rows.task.manifest_key)
+        known.update(last)
+        for key in last:
+            if key not in objects:
+                yield Finding(Kind.MANIFEST_MISSING, key, name, "there is no such object")
+    finishing = rows.task is not None and rows.task.archive not in ENDED
+    for key in objects:
+        if key not in known and not (finishing and manifest_number(key)):
+            yield Finding(Kind.ORPHANED, key, name if rows else None, "no row knows it")
+
+
+def disagreement(task: Task, assets: list[Asset], told: dict[str, Any]) -> str | None:
+    """Where a manifest says other things than the rows of an ended archive; None = nowhere."""
+    if told["digest"] != task.manifest_digest:
+        return f"its digest is {told['digest']}, the row says {task.manifest_digest}"
+    if told.get("task", {}).get("id") != str(task.id):
+        return "it is another task's"
+    files = {each["id"]: (each["key"], each["sha256"], each["size"]) for each in told["assets"] if each["key"]}
+    rows = {str(asset.id): (asset.key, asset.sha256, asset.size) for asset in assets}
+    if files != rows:
+        return "it names other files than the rows"
+    return None
+
+
+def _numbered(last: str) -> list[str]:
+    """The keys of all manifests up to this one."""
+    folder = last.rpartition("/")[0]
+    names = (manifest_name(number) for number in range(1, (manifest_number(last) or 1) + 1))
+    return [f"{folder}/{name}" for name in names]
+
+
+class _Chooser:
+    """Chooses exactly `sample` of `total` files, each as likely as any other, in one pass (Knuth's algorithm S)."""
+
+    def __init__(self, sample: int | None, hashed: int, total: int) -> None:
+        self._needed = None if sample is None else max(sample - hashed, 0)
+        self._left = total
+
+    def takes(self) -> bool:
+        if self._needed is None:
+            return True
+        taken = random.random() * max(self._left, 1) < self._needed  # noqa: S311 - no secret
+        self._left -= 1
+        self._needed -= taken
+        return taken
+
+
+def _chosen(folder: Folder, chooser: _Chooser | None) -> frozenset[uuid.UUID]:
+    if chooser is None:
+        return frozenset()
+    archived = (asset for asset in folder.rows.assets if asset.state is AssetState.ARCHIVED)
+    return frozenset(asset.id for asset in archived if chooser.takes())

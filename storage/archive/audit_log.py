@@ -1,0 +1,78 @@
+"""A long audit's own file: what was found so far and where to go on, a line of JSON each, appended.
+
+{"finding": {…}}   one thing found
+{"after": "…", "counts": {…}}   all findings before this line are whole; behind that folder the audit goes on
+{"ended": true}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from storage.archive.audit import Batch, Counts, Finding, Kind
+
+
+class AuditLog:
+    """One audit in one file; one that had ended, or is no such file's beginning, starts again.
+
+    A crash leaves whole lines and perhaps half a one: what stands behind the last checkpoint is cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.after = ""
+        self.counts = Counts()
+        end = self._last_checkpoint()
+        with path.open("ab") as file:
+            file.truncate(end)
+
+    def _last_checkpoint(self) -> int:
+        end = 0
+        if not self._path.exists():
+            return end
+        with self._path.open("rb") as file:
+            for line in iter(file.readline, b""):
+                entry = _entry(line)
+                if "ended" in entry:
+                    self.after, self.counts, end = "", Counts(), 0
+                    break
+                if "after" in entry:
+                    self.after, self.counts, end = entry["after"], Counts.from_json(entry["counts"]), file.tell()
+        return end
+
+    def findings(self) -> Iterator[Finding]:
+        """What earlier parts of this audit found."""
+        with self._path.open("rb") as file:
+            for line in iter(file.readline, b""):
+                if found := _entry(line).get("finding"):
+                    asset_id = uuid.UUID(found["asset_id"]) if found["asset_id"] else None
+                    yield Finding(**{**found, "kind": Kind(found["kind"]), "asset_id": asset_id})
+
+    def add(self, batch: Batch) -> None:
+        """Keep one batch; it is on disk when this returns."""
+        self.after = batch.after
+        self.counts.add(batch.counts)
+        entries: list[dict[str, Any]] = [{"finding": finding.as_json()} for finding in batch.findings]
+        self._append(*entries, {"after": self.after, "counts": self.counts.as_json()})
+
+    def end(self) -> None:
+        self._append({"ended": True})
+
+    def _append(self, *entries: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}

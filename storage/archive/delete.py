@@ -1,0 +1,102 @@
+"""A task's objects taken away for good, its words and addresses blanked; a tombstone row stays.
+
+    tombstone (nothing that is reported counts any more) ─▶ objects ─▶ rows blanked
+
+Whatever dies half-way, deleting again goes on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import delete as delete_rows
+from sqlmodel import col, select
+
+from storage.archive.folders import folder_of
+from storage.bucket.bucket import Bucket
+from storage.errors import NoSuchTask, UserError
+from storage.keys import task_folder
+from storage.operations.maintenance import IS_OVER
+from storage.rows import tasks
+from storage.rows.database import Database
+from storage.rows.models import Asset, Callback, Task
+from storage.states import ArchiveState
+
+NOTE = "deleted"
+
+
+class Refused(UserError):
+    """It may not be deleted; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """`objects`: how many versions of objects were removed. `again`: it had been deleted before."""
+
+    objects: int
+    again: bool
+
+
+def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted:
+    """Delete one task that is over: its files, superseded ones and manifests included, all versions of them.
+
+    Raises `NoSuchTask`, `Refused` for one that goes on or whose objects are locked (then
+    nothing is changed), `StoreUnavailable`, `DatabaseUnavailable`.
+    """
+    task, folders = look(database, bucket, external_task_id)
+    _refuse_locked(bucket, folders)
+    _bury(database, task)
+    count = sum(bucket.purge(folder) for folder in sorted(folders))
+    _blank(database, task)
+    return Deleted(count, task.deleted_at is not None)
+
+
+def look(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
+    """The task, and the folders that its objects may lie in. Raises `NoSuchTask`."""
+    with database.read() as session:
+        task = tasks.by_external_id(session, external_task_id)
+        if task is None:
+            raise NoSuchTask(external_task_id)
+        assets = tasks.assets_of(session, task.id)
+    keys = [asset.key for asset in assets] + [key for asset in assets for key in asset.superseded] + [task.manifest_key]
+    own = task_folder(bucket.prefix, task.created_at, task.external_task_id)
+    return task, {own} | {folder_of(key) for key in keys if key}
+
+
+def _refuse_locked(bucket: Bucket, folders: set[str]) -> None:
+    for folder in folders:
+        for each in bucket.list(folder):
+            if until := bucket.locked_until(each.key):
+                raise Refused(f"{each.key} is under Object Lock until {_words(until)}; nothing was deleted")
+
+
+def _words(until: datetime) -> str:
+    forever = datetime.max.replace(tzinfo=until.tzinfo)
+    return "its legal hold ends" if until == forever else f"{until:%Y-%m-%d %H:%M} UTC"
+
+
+def _bury(database: Database, task: Task) -> None:
+    """Set the tombstone. From here on no report brings anything back."""
+    with database.write() as session:
+        row = tasks.lock(session, task.id)
+        assert row is not None  # task rows are never removed
+        if row.deleted_at is None:
+            if session.execute(select(Task.id).where(Task.id == row.id, IS_OVER)).first() is None:
+                raise Refused(f"{row.external_task_id} is not over: `receiver dismiss {row.external_task_id}` ends it")
+            row.deleted_at = tasks.now(session)
+            row.note = NOTE
+
+
+def _blank(database: Database, task: Task) -> None:
+    """What is left says which task it was, when, and how it ended."""
+    with database.write() as session:
+        row = tasks.lock(session, task.id)
+        assert row is not None
+        session.execute(delete_rows(Asset).where(col(Asset.task_id) == task.id))
+        session.execute(delete_rows(Callback).where(col(Callback.task_id) == task.id))
+        row.request, row.request_hash, row.callback_url, row.error = {}, "", None, None
+        row.client_callback_url = None
+        row.archive, row.archived_at, row.files_expire_at = ArchiveState.NONE, None, None
+        row.manifest_key, row.manifest_digest, row.manifests = None, None, 0
+        row.step = row.due_at = row.lease = None

@@ -1,0 +1,317 @@
+"""What a task's folder says of itself: `manifest.json` beside the pictures, and the end of the archive.
+
+A manifest is made from rows alone, no clock: whoever makes it again after a crash makes the same bytes. It is created
+only once; a later change writes `manifest.2.json`, … which names its predecessor's digest. The highest number counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import rfc8785
+import structlog
+from sqlmodel import Session, col, select
+
+from storage import states
+from storage.bucket.bucket import Bucket
+from storage.circuit import Circuit
+from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
+from storage.keys import manifest_key
+from storage.rows import claims, tasks
+from storage.rows.database import Database
+from storage.rows.events import EventName, file_facts, record
+from storage.rows.models import Asset, Callback, Task
+from storage.states import ArchiveState, AssetState, CallbackState
+
+log = structlog.get_logger()
+
+SCHEMA = "kling-receiver/manifest/1"
+MEDIA_TYPE = "application/json"
+# Nine pictures with their copies take about 20 kB; a manifest beyond this was not written by us.
+MAX_MANIFEST_BYTES = 8 * 2**20
+# Each number is one change of the task's pictures; this many mean something else is wrong.
+MAX_MANIFESTS = 100
+# RFC 8785 numbers are doubles: a larger integer (element ids) is written as its decimal string.
+MAX_EXACT_INTEGER = 2**53 - 1
+# Members of a file that stand in the manifest only where there is something to say.
+ODD = ("trailing_bytes", "notes")
+
+
+@dataclass(frozen=True)
+class Written:
+    key: str
+    digest: str
+    number: int
+
+
+class Finisher:
+    """Works on claimed task rows in step `finish`: writes the manifest, then ends the archive with its key."""
+
+    def __init__(
+        self,
+        database: Database,
+        bucket: Bucket,
+        schedule: tasks.Schedule,
+        *,
+        version: str,
+        circuit: Circuit | None = None,
+    ) -> None:
+        self._database = database
+        self._bucket = bucket
+        self._schedule = schedule
+        self._version = version
+        self._circuit = circuit or Circuit()
+
+    def work(self, task: Task) -> None:
+        """End one archive. The task becomes `archived` or `incomplete` in the transaction that records the key."""
+        if task.losses >= claims.PARK_LOSSES:
+            self._park(task)
+            return
+        try:
+            with self._circuit.watching(StoreUnavailable, ObjectConflict):
+                written = self._write(task)
+            with self._database.write() as session:
+                row = tasks.lock_claimed(session, task)
+                self._end(session, row, written)
+                self._database.wake(session)
+        except LostClaim:
+            return
+        except (Retry, GiveUp) as error:
+            self._later(task, error)
+            return
+        log.info("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
+
+    def _write(self, task: Task) -> Written:
+        with self._database.read() as session:
+            assets = tasks.assets_of(session, task.id)
+            aliases = tasks.aliases_of(session, task.id)
+            delivery = _final_delivery(session, task.id)
+        predecessor, number = task.manifest_digest, task.manifests + 1
+        while number <= MAX_MANIFESTS:
+            content, digest = build(task, assets, aliases, delivery, self._version, predecessor)
+            key = manifest_key(self._bucket.prefix, task.created_at, task.external_task_id, number)
+            try:
+                self._put(key, content)
+                return Written(key, digest, number)
+            except ObjectConflict:  # a finisher that died before its commit wrote this number from older rows
+                predecessor = self._digest_of(key)
+                self._pass_over(task, number, key, predecessor)
+                number += 1
+        raise GiveUp(f"{MAX_MANIFESTS} manifests stand in this task's folder already")
+
+    def _pass_over(self, task: Task, number: int, key: str, digest: str | None) -> None:
+        """Have the row answer for what stands there before the next number is put: who has lost the claim puts none."""
+        with self._database.write() as session:
+            claims.keep(session, task, manifests=number, manifest_key=key, manifest_digest=digest)
+
+    def _put(self, key: str, content: bytes) -> None:
+        sha256 = hashlib.sha256(content).hexdigest()
+        self._bucket.put_once(
+            key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
+        )
+
+    def _digest_of(self, key: str) -> str | None:
+        try:
+            return str(read(self._bucket.read_bytes(key, MAX_MANIFEST_BYTES))["digest"])
+        except ManifestDamaged:
+            return None
+
+    def _end(self, session: Session, row: Task, written: Written) -> None:
+        assets = tasks.assets_of(session, row.id)
+        facts = tasks.facts(row, assets)
+        row.archive = states.outcome(facts)
+        row.note = states.shortfall(facts)
+        row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
+        row.archived_at = tasks.now(session)
+        row.step, row.due_at, row.lease, row.losses, row.attempts = None, None, None, 0, 0
+        archived = row.archive is ArchiveState.ARCHIVED
+        kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
+        fact = {"manifest": written.key, "files": len(facts.assets), "note": row.note, "assets": kept}
+        record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)
+
+    def _park(self, task: Task) -> None:
+        note = f"ending its archive ended its worker {task.losses} times; `receiver retry` tries again"
+        try:
+            with self._database.write() as session:
+                claims.settle(session, task, due_in=None, note=note)
+        except LostClaim:
+            return
+        log.error("task.parked", task=task.external_task_id, note=note)
+
+    def _later(self, task: Task, error: Exception) -> None:
+        after = error.after if isinstance(error, Retry) else None
+        due_in = max(after or 0, claims.backoff(task.attempts))
+        try:
+            with self._database.write() as session:
+                claims.settle(session, task, due_in=due_in, note=str(error))
+        except LostClaim:
+            return
+        log.warning("task.finish_later", task=task.external_task_id, error=str(error), seconds=round(due_in, 1))
+
+
+def _final_delivery(session: Session, task_id: uuid.UUID) -> Callback | None:
+    """The delivery that told the end: the last applied one."""
+    applied = select(Callback).where(Callback.task_id == task_id, Callback.state == CallbackState.APPLIED)
+    return session.exec(applied.order_by(col(Callback.received_at).desc(), col(Callback.id).desc()).limit(1)).first()
+
+
+def build(
+    task: Task,
+    assets: Sequence[Asset],
+    aliases: Sequence[str],
+    delivery: Callback | None,
+    version: str,
+    predecessor: str | None,
+) -> tuple[bytes, str]:
+    """The manifest's bytes and its digest: SHA-256 of its RFC 8785 form without the member `digest`.
+
+    Holds no secret and no signed URL: of every address in it only what stands before `?` is kept.
+    `aliases`: every id the provider has called the task by. `predecessor`: digest of the manifest that this one
+    replaces. `manifest.schema.json` beside this file says what may be in it.
+    """
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "tool_version": version,
+        "predecessor": predecessor,
+        "task": _task(task, assets, aliases),
+        "request": task.request,
+        "delivery": _delivery(delivery) if delivery else None,
+        "assets": [_asset(asset) for asset in assets],
+    }
+    plain = cut(content)
+    digest = digest_of(plain)
+    return rfc8785.dumps({**plain, "digest": digest}), digest
+
+
+class ManifestDamaged(ValueError):
+    """These bytes are no manifest of ours, or not as it was written; the message says why."""
+
+
+def read(content: bytes) -> dict[str, Any]:
+    """A manifest's members, its own digest verified. Raises `ManifestDamaged`."""
+    try:
+        found = json.loads(content)
+        schema, claimed = found["schema"], found["digest"]
+        actual = digest_of(found)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ManifestDamaged("it is no manifest") from error
+    if schema != SCHEMA:
+        raise ManifestDamaged(f"its schema is not {SCHEMA}")
+    if claimed != actual:
+        raise ManifestDamaged("its digest is not that of its content")
+    return dict(found)
+
+
+def digest_of(members: Mapping[str, Any]) -> str:
+    """SHA-256, as hex, of the RFC 8785 form without the member `digest`."""
+    rest = {name: value for name, value in members.items() if name != "digest"}
+    return hashlib.sha256(rfc8785.dumps(rest)).hexdigest()
+
+
+def _task(task: Task, assets: Sequence[Asset], aliases: Sequence[str]) -> dict[str, Any]:
+    facts = tasks.facts(task, assets)
+    return {
+        "id": str(task.id),
+        "external_task_id": task.external_task_id,
+        "provider": task.provider,
+        "provider_task_id": task.provider_task_id,
+        "aliases": list(aliases),
+        "request_hash": task.request_hash,
+        "adopt": task.adopt,
+        "state": task.state.value,
+        "archive": states.outcome(facts).value,
+        "series": task.series,
+        "expected": task.expected,
+        "contradicted": task.contradicted,
+        "completeness_reads": task.completeness_reads,
+        "error": task.error,
+        "note": states.shortfall(facts),
+        "units": task.units,
+        "created_at": _iso(task.created_at),
+        "sent_at": _iso(task.sent_at),
+        "submitted_at": _iso(task.submitted_at),
+        "completed_at": _iso(task.completed_at),
+        "files_expire_at": _iso(task.files_expire_at),
+    }
+
+
+def _delivery(delivery: Callback) -> dict[str, Any]:
+    return {
+        "source": delivery.source,
+        "sha256": hashlib.sha256(delivery.body).hexdigest(),
+        "received_at": _iso(delivery.received_at),
+        "body": _parsed(delivery.body),
+    }
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _asset(asset: Asset) -> dict[str, Any]:
+    return {
+        "id": str(asset.id),
+        "kind": asset.kind,
+        "index": asset.index,
+        "original": asset.original,
+        "state": asset.state.value,
+        "key": asset.key,
+        "sha256": asset.sha256,
+        "size": asset.size,
+        "media_type": asset.media_type,
+        "width": asset.width,
+        "height": asset.height,
+        "verified": asset.verified,
+        "accept_unverified": asset.accept_unverified,
+        "source": asset.source_url,
+        "fetched": asset.fetched,
+        "superseded": asset.superseded,
+        "error": asset.error,
+        "created_at": _iso(asset.created_at),
+        "files_expire_at": _iso(asset.files_expire_at),
+        "archived_at": _iso(asset.archived_at),
+        **{name: value for name in ODD if (value := getattr(asset, name))},
+    }
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return moment.isoformat() if moment else None
+
+
+def cut(value: Any) -> Any:
+    """`value` with every URL cut before `?`, and with numbers that RFC 8785 can carry."""
+    if isinstance(value, Mapping):
+        return {str(name): cut(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [cut(inner) for inner in value]
+    if isinstance(value, str):
+        return _without_query(value)
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_EXACT_INTEGER:
+        return str(value)
+    return value
+
+
+def _without_query(text: str) -> str:
+    text = text.encode("utf-8", "replace").decode()  # lone surrogates have no UTF-8 form
+    if "://" not in text:
+        return text
+    try:
+        parts = urlsplit(text.strip())
+    except ValueError:
+        return text.split("?")[0].split("#")[0]
+    if parts.scheme not in ("http", "https"):
+        return text
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

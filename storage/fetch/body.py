@@ -1,0 +1,191 @@
+"""The body of a file as its host sends it: which part, how coded, how long; hashed and counted on its way to a sink."""
+
+from __future__ import annotations
+
+import email.utils
+import hashlib
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO
+
+from storage.errors import FetchInterrupted, FetchTooLarge
+from storage.fetch import connection, media_types
+
+# Registered content codings (IANA); anything else in Content-Encoding says nothing of the bytes: people store objects
+# with `UTF-8` or `aws-chunked` there, and stores hand it out again.
+CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
+GZIP = frozenset({"gzip", "x-gzip"})
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", re.I)
+# The most that one call of the decoder makes of its input: a bomb grows by this much before it is counted.
+DECODED_BYTES = 256 * 1024
+
+
+class Body:
+    """One file in one response, or in several when the connection breaks and its host offers ranges.
+
+    `headers`: of the response that began it. `notes`: what was odd and did no harm.
+    """
+
+    def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
+        self._sink = sink
+        self._max_bytes = max_bytes
+        self._restart()
+        self._validator: str | None = None
+        self._parts = 1
+
+    def _restart(self) -> None:
+        self.size = 0
+        self.headers: Mapping[str, str] = {}
+        self.notes: list[str] = []
+        self._digest = hashlib.sha256()
+        self._total: int | None = None
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    @property
+    def resumable(self) -> bool:
+        return self._validator is not None and self.size > 0
+
+    def request_headers(self) -> list[tuple[bytes, bytes]]:
+        """What asks for the rest of this very file, and for all of it if it is another by now (RFC 9110 §13.1.5)."""
+        if self._validator is None or not self.size:
+            return []
+        return [(b"Range", b"bytes=%d-" % self.size), (b"If-Range", self._validator.encode("latin-1"))]
+
+    def receive(self, status: int, headers: Mapping[str, str], blocks: Iterable[bytes], stream: object) -> None:
+        """Write one response's body into the sink. `blocks`: it, as sent; `stream`: what it was read from.
+
+        Raises `FetchInterrupted`, `FetchTooLarge` and what reading a block raises.
+        """
+        declared = _declared_length(headers)
+        self._begin(status, headers, declared)
+        if (self._total or 0) > self._max_bytes:
+            raise FetchTooLarge(f"{self._total} bytes announced, {self._max_bytes} allowed")
+        coded = bool(_codings(headers))
+        for block in _plain(blocks, headers, self.notes):
+            self.size += len(block)
+            if self.size > self._max_bytes:
+                raise FetchTooLarge(f"more than the {self._max_bytes} bytes allowed")
+            self._digest.update(block)
+            self._sink.write(block)
+        self._sink.flush()
+        if not coded and self._total not in (None, self.size):
+            raise FetchInterrupted(f"{self.size} bytes came of {self._total} announced")
+        _check_length(stream, declared, self.notes)
+        if self._parts > 1:
+            self.notes.append(f"came in {self._parts} parts")
+
+    def _begin(self, status: int, headers: Mapping[str, str], declared: int | None) -> None:
+        part = _part(headers) if status == 206 else None
+        if self.resumable and status == 206:
+            same = headers.get("etag", self._validator) == self._validator or "etag" not in self.headers
+            if part is None or part != (self.size, self._total) or not same or _codings(headers):
+                raise FetchInterrupted("answered 206 with another part than the one asked for")
+            self._parts += 1
+            return
+        if status == 206 and (part is None or part[0] != 0):
+            raise FetchInterrupted("answered 206 with a part that nobody asked for")
+        if self.size:  # all of it again: this host's ranges are not relied on any more
+            self._sink.seek(0)
+            self._sink.truncate()
+            self._restart()
+            self._validator = None
+        elif status == 200 and declared is not None and not _codings(headers):
+            self._validator = _validator(headers)
+        self.headers = headers
+        self._total = part[1] if part else declared
+        if part:
+            self.notes.append("answered 206 with the whole file")
+
+
+def _part(headers: Mapping[str, str]) -> tuple[int, int] | None:
+    """(first byte, size of the whole file) of a part that goes on to the file's end; None = of anything else."""
+    found = CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
+    first, last, total = (int(number) for number in found.groups()) if found else (0, 0, 0)
+    if found is None or last != total - 1 or first > last or _declared_length(headers) not in (None, total - first):
+        return None
+    return first, total
+
+
+def _validator(headers: Mapping[str, str]) -> str | None:
+    """What tells this file from a later one under its name, where its host offers ranges: a strong ETag, or a time of
+    change a second or more before the answer (RFC 9110 §8.8.2.2)."""
+    if headers.get("accept-ranges", "").strip().lower() != "bytes":
+        return None
+    etag = headers.get("etag", "")
+    if etag.startswith('"') and etag.isascii():
+        return etag
+    modified, date = (email.utils.parsedate_tz(headers.get(name, "")) for name in ("last-modified", "date"))
+    if etag or modified is None or date is None:
+        return None
+    later = email.utils.mktime_tz(date) - email.utils.mktime_tz(modified)
+    return headers["last-modified"] if later >= 1 else None
+
+
+def _codings(headers: Mapping[str, str]) -> list[str]:
+    words = (word.strip().lower() for word in headers.get("content-encoding", "").split(","))
+    return [word for word in words if word in CODINGS]
+
+
+def _plain(blocks: Iterable[bytes], headers: Mapping[str, str], notes: list[str]) -> Iterator[bytes]:
+    """The body without its coding. Nobody asked for one; gzip is decoded all the same, and a picture said to be coded
+    that begins as a picture is taken for one. What a wrong guess makes of it does not pass the look into the file."""
+    if headers.get("content-encoding", "").strip().lower() in ("", "identity"):
+        yield from blocks
+        return
+    codings, blocks, head = _codings(headers), iter(blocks), b""
+    while codings and len(head) < media_types.HEAD_BYTES and (block := next(blocks, b"")):
+        head += block
+    blocks = itertools.chain([head], blocks)
+    if not codings:
+        notes.append("Content-Encoding names no coding")
+        yield from blocks
+    elif media_types.sniff(head):
+        notes.append("said to be coded and is not")
+        yield from blocks
+    elif len(codings) == 1 and codings[0] in GZIP:
+        notes.append("decoded from gzip")
+        yield from _decoded(blocks)
+    else:
+        raise FetchInterrupted("sent with a Content-Encoding although asked for none")
+
+
+def _decoded(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Out of one gzip member (RFC 1952), its checksum and length compared by zlib."""
+    decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        for block in blocks:
+            rest = block
+            while rest and not decoder.eof:
+                yield decoder.decompress(rest, DECODED_BYTES)
+                rest = decoder.unconsumed_tail
+            if rest or decoder.unused_data:
+                raise FetchInterrupted("its gzip coding goes on after its end")
+        yield decoder.flush()
+    except zlib.error:
+        raise FetchInterrupted("its gzip coding is broken") from None
+    if not decoder.eof:
+        raise FetchInterrupted("its gzip coding is cut short")
+
+
+def _declared_length(headers: Mapping[str, str]) -> int | None:
+    """Content-Length, unless chunks frame the body (RFC 9112 §6.3). The parser below has refused malformed ones."""
+    text = headers.get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() and "transfer-encoding" not in headers else None
+
+
+def _check_length(stream: object, declared: int | None, notes: list[str]) -> None:
+    """A shorter body than declared is httpcore's error already; a longer one shows on the wire only."""
+    if not isinstance(stream, connection.GuardedStream):
+        return
+    if stream.junk_lines:
+        notes.append(f"{stream.junk_lines} header lines that are none")
+    if declared is None:
+        return  # chunked or until the end: a connection whose remains cannot be known is not used again
+    if stream.body_bytes != declared:
+        raise FetchInterrupted("sent more bytes than its Content-Length says")
+    stream.reusable = True

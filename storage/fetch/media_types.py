@@ -1,0 +1,115 @@
+"""What a file is, by its own bytes: never by its name or by what the sender says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from storage.errors import AssetDamaged, NotAnAsset
+from storage.fetch import foreign, gif, iso_media, jpeg, mp3, png, riff, webm
+from storage.fetch.structure import Reader, Size
+
+# Enough for every signature below and for the text of an error page to show itself.
+HEAD_BYTES = 1_024
+
+
+@dataclass(frozen=True)
+class Media:
+    """`width`, `height` in pixels, None for sound and where the file does not say. `verified`: found whole.
+
+    `trailing_bytes`: how many follow its end. `notes`: what in it is odd and harmless.
+    """
+
+    media_type: str
+    extension: str
+    width: int | None
+    height: int | None
+    verified: bool
+    trailing_bytes: int = 0
+    notes: tuple[str, ...] = ()
+
+
+WALKS: dict[str, Callable[[Reader], Size]] = {
+    "png": png.walk_png,
+    "jpg": jpeg.walk_jpeg,
+    "webp": riff.walk_webp,
+    "gif": gif.walk_gif,
+    "avif": iso_media.walk_still_boxes,
+    "heic": iso_media.walk_still_boxes,
+    "mp4": iso_media.walk_movie_boxes,
+    "mov": iso_media.walk_movie_boxes,
+    "webm": webm.walk_webm,
+    "mp3": mp3.walk_mp3,
+    "wav": riff.walk_wav,
+}
+AVIF_BRANDS = frozenset({b"avif", b"avis"})
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+MP4_BRANDS = frozenset(
+    {b"isom", b"mp41", b"mp42", b"avc1", b"dash", b"mmp4", b"MSNV", b"M4V ", b"M4VH", b"M4VP", b"f4v ", b"cmfc"}
+    | {b"iso%d" % n for n in range(2, 10)}
+    | {b"3gp%d" % n for n in range(4, 8)}
+)
+
+
+def sniff(head: bytes) -> tuple[str, str] | None:
+    """(media type, extension) by the first HEAD_BYTES of a file; None when it is nothing we keep."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png", "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg", "jpg"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "image/gif", "gif"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "image/webp", "webp"
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "audio/wav", "wav"
+    if head[4:8] == b"ftyp":
+        return _sniff_boxes(head)
+    if head.startswith(b"\x1a\x45\xdf\xa3") and b"\x42\x82\x84webm" in head[:64]:
+        return "video/webm", "webm"
+    if head.startswith(b"ID3") or mp3.frame_bytes(head[:4]):
+        return "audio/mpeg", "mp3"
+    return None
+
+
+def _sniff_boxes(head: bytes) -> tuple[str, str] | None:
+    size = min(int.from_bytes(head[:4], "big"), 256)
+    compatible = {head[at : at + 4] for at in range(16, size - 3, 4)}
+    for brands in ({head[8:12]}, compatible):
+        if brands & AVIF_BRANDS:
+            return "image/avif", "avif"
+        if brands & HEIC_BRANDS and not compatible & AVIF_BRANDS:
+            return "image/heic", "heic"
+        if b"qt  " in brands:
+            return "video/quicktime", "mov"
+        if brands & MP4_BRANDS:
+            return "video/mp4", "mp4"
+    return None
+
+
+def inspect(file: BinaryIO) -> Media:
+    """Walk `file` from beginning to end and say what it is.
+
+    Memory is constant and time grows with the bytes alone (BYTES_PER_PIECE). Raises `NotAnAsset` naming what it looks
+    like, and `AssetDamaged` when a file of a known format is cut short, contradicts itself, carries a page, an archive
+    or a program behind its end or is larger than MAX_PIXELS or longer than MAX_FRAMES.
+    """
+    file.seek(0)
+    head = file.read(HEAD_BYTES)
+    if not head:
+        raise NotAnAsset("the file is empty")
+    sniffed = sniff(head)
+    if sniffed is None:
+        raise NotAnAsset(f"looks like {foreign.looks_like(head)}")
+    media_type, extension = sniffed
+    reader = Reader(file)
+    try:
+        size = WALKS[extension](reader)
+        trailing_bytes = reader.left
+        if hidden := foreign.hidden_in(reader):
+            raise AssetDamaged(f"{trailing_bytes} bytes after the end hold {hidden}")
+    except AssetDamaged as error:
+        raise AssetDamaged(f"{extension}: {error}") from None
+    notes = tuple(reader.notes)
+    return Media(media_type, extension, size.width, size.height, True, trailing_bytes, notes)

@@ -1,0 +1,45 @@
+"""MP3 (ISO 11172-3, 13818-3): an ID3v2 tag (id3.org), then frames. Two in a row are asked for, not all of them."""
+
+from __future__ import annotations
+
+import struct
+
+from storage.errors import AssetDamaged
+from storage.fetch.structure import NO_SIZE, Reader, Size
+
+KBITS = {
+    3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
+
+
+def frame_bytes(header: bytes) -> int:
+    """The length of the layer III frame that `header` (4 bytes) begins; 0 when it begins none."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
+        return 0
+    version, bit_rate, rate, padding = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1
+    if version == 1 or bit_rate in (0, 15) or rate == 3:
+        return 0
+    samples = 144 if version == 3 else 72
+    return samples * KBITS[3 if version == 3 else 2][bit_rate] * 1_000 // RATES[version][rate] + padding
+
+
+def walk_mp3(reader: Reader) -> Size:
+    header = reader.take(4)
+    if header[:3] == b"ID3":
+        flags, *parts = struct.unpack(">xB4B", reader.take(6))
+        if max(parts) > 0x7F:
+            raise AssetDamaged("the ID3 tag has no length")
+        reader.skip(sum(part << 7 * (3 - at) for at, part in enumerate(parts)) + (10 if flags & 0x10 else 0))
+        header = reader.take(4)
+    for _ in range(2):
+        length = frame_bytes(header)
+        if not length:
+            raise AssetDamaged(f"no sound frame at byte {reader.at - 4}")
+        reader.skip(length - 4)
+        if not reader.left:
+            return NO_SIZE
+        header = reader.take(4)
+    reader.skip(reader.left)
+    return NO_SIZE

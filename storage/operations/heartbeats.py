@@ -1,0 +1,48 @@
+"""Heartbeats: one row per worker process, so that anyone can see whether work is being done."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+
+from sqlalchemy import func
+from sqlmodel import col, delete, select
+
+from storage.rows.database import Database, clock
+from storage.rows.models import Worker
+
+BEAT_SECONDS = 5.0
+# Three missed beats and a slow moment: dead.
+ALIVE_SECONDS = 20.0
+# Rows of long-dead workers are removed by the next one that starts.
+FORGET_SECONDS = 86_400.0
+
+
+def register(database: Database, threads: int) -> uuid.UUID:
+    """Announce this process; removes the rows of workers that died long ago."""
+    row = Worker(host=socket.gethostname(), pid=os.getpid(), threads=threads)
+    row.started_at = row.seen_at = clock()  # type: ignore[assignment]
+    with database.write() as session:
+        session.execute(delete(Worker).where(col(Worker.seen_at) < clock(-FORGET_SECONDS)))
+        session.add(row)
+    return row.id
+
+
+def beat(database: Database, worker_id: uuid.UUID) -> None:
+    with database.write() as session:
+        row = session.get(Worker, worker_id)
+        if row is not None:
+            row.seen_at = clock()  # type: ignore[assignment]
+
+
+def unregister(database: Database, worker_id: uuid.UUID) -> None:
+    with database.write() as session:
+        session.execute(delete(Worker).where(col(Worker.id) == worker_id))
+
+
+def count_alive(database: Database) -> int:
+    """How many worker processes were alive within the last 20 s."""
+    with database.read() as session:
+        alive = select(func.count()).select_from(Worker).where(col(Worker.seen_at) > clock(-ALIVE_SECONDS))
+        return session.exec(alive).one()

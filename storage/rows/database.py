@@ -1,0 +1,388 @@
+"""One database: SQLite in one file, or PostgreSQL. Sessions, the database's clock, the turnstile, the wake-up call."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+from sqlalchemy import (
+    BindParameter,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    Float,
+    ScalarSelect,
+    bindparam,
+    create_engine,
+    event,
+    literal,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.pool import PoolProxiedConnection
+from sqlalchemy.sql.functions import FunctionElement
+from sqlmodel import Session
+
+from storage.errors import DatabaseUnavailable
+from storage.rows.models import UtcTime
+
+log = structlog.get_logger()
+
+# How long a writer waits for SQLite's own lock. The turnstile makes waiting fair, so this is only for strangers.
+SQLITE_BUSY_SECONDS = 30
+# A SQLite waiter looks this often whether anyone has committed: 20 look-ups a second cost about 0.05 % of a core.
+SQLITE_LOOK_SECONDS = 0.05
+# PostgreSQL tells of every commit, and whoever is woken asks for work of every kind: with eight workers each commit was
+# some sixty questions, which took more of two cores than the pictures did. The first call after a rest wakes at once,
+# those that follow so much later, all together; who has work in hand looks for more without being called.
+WAKE_SECONDS = 0.2
+# A server that answers at all does so within a moment; an intake has 5 s from body to commit.
+CONNECT_SECONDS = 4
+# A host that vanishes without a word (failover, a firewall that forgot us) is given up ten seconds later, whether bytes
+# of ours are on their way or it is we who wait; Linux alone would take a quarter of an hour, or for ever. What the URL
+# says of these goes before.
+POSTGRESQL_OPTIONS = {
+    "connect_timeout": CONNECT_SECONDS,
+    "tcp_user_timeout": 10_000,  # milliseconds
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
+WAKE_CHANNEL = "receiver_work"
+# Checkpoints are made beside the commits (checkpoints.py). Where nothing runs that makes them, a commit does so
+# itself once the log has 64 MB.
+SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
+# What SQLite says when the file, not the statement, is at fault; its error class is the same for both.
+SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
+# An execution option of ours: statements on such a connection are transactions of their own.
+NO_BEGIN = "receiver_no_begin"
+URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+
+
+class clock(FunctionElement[datetime]):
+    """The database's time, plus `seconds`: leases are set and judged by one clock, whatever the hosts think.
+
+    `seconds` may be a parameter by name, for a statement that is made once and run with many values.
+    """
+
+    type = UtcTime()
+    inherit_cache = True
+
+    def __init__(self, seconds: float | str = 0) -> None:
+        self.seconds = seconds
+        number: BindParameter[float] = (
+            bindparam(seconds, type_=Float) if isinstance(seconds, str) else literal(float(seconds))
+        )
+        super().__init__(number)
+
+
+@compiles(clock, "postgresql")
+def _clock_postgresql(element: clock, compiler: Any, **options: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
+
+
+@compiles(clock, "sqlite")
+def _clock_sqlite(element: clock, compiler: Any, **options: Any) -> str:
+    seconds = compiler.process(element.clauses, **options)
+    return f"(strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds})))"
+
+
+def moment(seconds: float = 0) -> ScalarSelect[datetime]:
+    """`clock(seconds)` to compare a column with: asked once for the whole statement.
+
+    PostgreSQL uses no index up to a volatile function: beside 100,000 waiting rows a look took 23 ms instead of 4.
+    """
+    return select(clock(seconds)).scalar_subquery()
+
+
+def run(
+    session: Session, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+) -> CursorResult[Any]:
+    """Execute a statement on tables (not on classes) that was made once, with the `values` of its parameters.
+
+    Measured: to put a statement together anew and to pass it through the ORM takes three times the CPU of running it.
+    Settling a picture took 3.9 ms so and takes 1.3 this way, noting its key 0.9 and 0.5, claiming it 1.9 and 0.9.
+    What the session has changed so far is written first, as the ORM does for its own statements.
+    """
+    session.flush()
+    return session.connection().execute(statement, values)
+
+
+class Turnstile:
+    """A lock that every write transaction of every process passes, because SQLite's busy handler is not fair.
+
+    Without it two workers committing in a loop kept an intake waiting for 7-13 s; with it p99 was 0.11 s.
+    Never held across other I/O.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread_lock = threading.Lock()
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> None:
+        self._thread_lock.acquire()
+        try:
+            if self._file is None:
+                self._file = self._path.open("a")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError as error:
+            self._thread_lock.release()
+            raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
+        except BaseException:
+            self._thread_lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._thread_lock.release()
+
+    def close(self) -> None:
+        with self._thread_lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
+class Database:
+    """Sessions on one database.
+
+    `write()` is one transaction, committed at the end of the block, rolled back when it raises; `read()` sees
+    one snapshot. A database that cannot be reached raises `DatabaseUnavailable`.
+    """
+
+    def __init__(self, url: str, *, connections: int = 12) -> None:
+        self.url = normal_url(url)
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.turnstile: AbstractContextManager[None]
+        if self.is_sqlite:
+            self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
+            self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
+            self.reader = _sqlite_engine(self.url, "BEGIN", pool_size=connections, max_overflow=10)
+            self._single = self.writer.execution_options(**{NO_BEGIN: True})
+            self._glance = self.reader.execution_options(**{NO_BEGIN: True})
+        else:
+            self.turnstile = nullcontext()
+            self.writer = self.reader = create_engine(
+                self.url,
+                pool_pre_ping=True,
+                pool_use_lifo=True,
+                pool_size=connections,
+                max_overflow=10,
+                pool_timeout=CONNECT_SECONDS,
+                connect_args=self.postgresql_options,
+                hide_parameters=True,
+            )
+            self._single = self._glance = self.writer.execution_options(isolation_level="AUTOCOMMIT")
+
+    @property
+    def postgresql_options(self) -> dict[str, Any]:
+        return {name: value for name, value in POSTGRESQL_OPTIONS.items() if name not in self.url.query}
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        with _unavailable(), self.turnstile:
+            with Session(self.writer, expire_on_commit=False) as session, session.begin():
+                yield session
+
+    @contextmanager
+    def single(self) -> Iterator[Connection]:
+        """A connection on which every statement is a transaction of its own, durable when it returns.
+
+        For the one statement of an intake's batch: neither session nor BEGIN nor COMMIT, each of which is a round trip
+        to PostgreSQL and, with SQLite, a wait for the interpreter lock beside a busy event loop.
+        """
+        with _unavailable(), self.turnstile, self._single.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def glance(self) -> Iterator[Connection]:
+        """`single()` for statements that only read: what idle lanes ask again and again, without a transaction."""
+        with _unavailable(), self._glance.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        with _unavailable(), Session(self.reader, expire_on_commit=False) as session:
+            yield session
+
+    def now(self) -> datetime:
+        with self.read() as session:
+            moment: datetime = session.execute(select(clock())).scalar_one()
+            return moment
+
+    def free_share(self) -> float:
+        """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, which keeps its own house."""
+        if not self.is_sqlite:
+            return 1.0
+        usage = shutil.disk_usage(Path(self.url.database or ".").absolute().parent)
+        return usage.free / usage.total
+
+    def close(self) -> None:
+        self.writer.dispose()
+        self.reader.dispose()
+        if isinstance(self.turnstile, Turnstile):
+            self.turnstile.close()
+
+    def waker(self) -> Waker:
+        return _SqliteWaker(self) if self.is_sqlite else _PostgresWaker(self)
+
+    def wake(self, session: Session) -> None:
+        """Wake waiting workers when this transaction commits."""
+        if not self.is_sqlite:
+            session.execute(text(f"NOTIFY {WAKE_CHANNEL}"))
+
+
+def normal_url(url: str) -> URL:
+    """`postgresql://` means psycopg 3; SQLite must name a file. Raises ValueError with what to write instead."""
+    parsed = _parse(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername == "postgresql+psycopg":
+        return parsed
+    if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        return parsed
+    raise ValueError(URL_FORMS)
+
+
+def _parse(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):  # a port that is none: its message would show a part of the password
+        raise ValueError(URL_FORMS) from None
+
+
+def _sqlite_engine(url: URL, begin: str, *, pool_size: int, max_overflow: int) -> Engine:
+    options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
+    # An error's text would quote its values, and they hold tokens and signed links.
+    engine = create_engine(
+        url, connect_args=options, pool_size=pool_size, max_overflow=max_overflow, hide_parameters=True
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in SQLITE_PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def start(connection: Connection) -> None:
+        if not connection.get_execution_options().get(NO_BEGIN):
+            connection.exec_driver_sql(begin)
+
+    return engine
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except PoolTimeout as error:
+        raise DatabaseUnavailable("database: every connection is busy") from error
+    except DBAPIError as error:
+        is_postgresql = type(error.orig).__module__.startswith("psycopg")
+        if error.connection_invalidated or (is_postgresql and isinstance(error, OperationalError)):
+            raise DatabaseUnavailable(f"database: {type(error.orig).__name__}") from error
+        if any(words in str(error.orig) for words in SQLITE_OUTAGES):
+            raise DatabaseUnavailable(f"database: {error.orig}") from error
+        raise
+
+
+class Waker:
+    """Waits until someone committed work, or until the time is over. One per waiting thread."""
+
+    def wait(self, seconds: float) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class _SqliteWaker(Waker):
+    """SQLite counts foreign commits in `data_version`; asking costs some microseconds and takes no lock.
+
+    A file that cannot be asked is opened anew, said once, and meanwhile each wait ends by itself.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: PoolProxiedConnection | None = None
+        self._seen: int | None = None  # of this connection: another one counts by itself
+        self._is_lost = False
+
+    def wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        try:
+            while self._seen == (version := self._version()) and time.monotonic() < deadline:
+                time.sleep(SQLITE_LOOK_SECONDS)
+        except (sqlite3.Error, SQLAlchemyError) as error:
+            if not self._is_lost:
+                log.warning("waker.lost", error=type(error).__name__)
+            self._is_lost = True
+            self._give_up()
+            time.sleep(min(seconds, 1))  # the database is away: polling goes on at this pace
+        else:
+            self._seen, self._is_lost = version, False
+
+    def _version(self) -> int:
+        if self._connection is None:
+            self._connection = self._database.reader.raw_connection()
+        cursor = self._connection.cursor()
+        return int(cursor.execute("PRAGMA data_version").fetchone()[0])
+
+    def _give_up(self) -> None:
+        connection, self._connection, self._seen = self._connection, None, None
+        if connection is not None:
+            connection.invalidate()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+class _PostgresWaker(Waker):
+    def __init__(self, database: Database) -> None:
+        import psycopg  # 50 ms of every start, and only here is it needed by name
+
+        self._driver = psycopg
+        self._database = database
+        self._connection: psycopg.Connection[Any] | None = None
+        self._woke_at = float("-inf")
+
+    def wait(self, seconds: float) -> None:
+        try:
+            if self._connection is None:
+                url = self._database.url.set(drivername="postgresql").render_as_string(hide_password=False)
+                self._connection = self._driver.connect(url, autocommit=True, **self._database.postgresql_options)
+                self._connection.execute(f"LISTEN {WAKE_CHANNEL}")
+                return
+            if not any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1)):
+                return
+            time.sleep(max(0.0, self._woke_at + WAKE_SECONDS - time.monotonic()))
+            for _ in self._connection.notifies(timeout=0):  # what was called out meanwhile is one call
+                pass
+            self._woke_at = time.monotonic()
+        except self._driver.OperationalError:
+            self.close()
+            time.sleep(min(seconds, 1))  # the database is away: polling goes on at this pace
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

@@ -1,0 +1,48 @@
+"""The schema, one numbered step after another. A released step is never edited; see `versions/`.
+
+Alembic is imported when there is something to do: reading its number from the database takes a start no time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from sqlalchemy import inspect, text
+
+from storage.rows.database import Database
+
+# Any constant will do: it names our migrations among PostgreSQL's advisory locks.
+ADVISORY_LOCK = 7_236_101
+FOLDER = Path(__file__).parent
+
+
+@cache
+def head() -> str:
+    """The schema this code was written for: the number of the last step."""
+    return max(step.name.partition("_")[0] for step in (FOLDER / "versions").glob("[0-9]*.py"))
+
+
+def current(database: Database) -> str | None:
+    """The schema the database has, None = none of ours yet. Raises `DatabaseUnavailable`."""
+    with database.read() as session:
+        if not inspect(session.connection()).has_table("alembic_version"):
+            return None
+        return session.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
+def upgrade(database: Database, revision: str = "head") -> None:
+    """Bring the schema up to date in one transaction, under a lock: any number of processes may call it at once."""
+    if revision == "head" and current(database) == head():
+        return
+    from alembic import command
+    from alembic.config import Config
+
+    with database.write() as session:
+        if not database.is_sqlite:
+            session.execute(text(f"SELECT pg_advisory_xact_lock({ADVISORY_LOCK})"))
+        config = Config()
+        config.set_main_option("script_location", str(FOLDER))
+        config.set_main_option("path_separator", "os")
+        config.attributes["connection"] = session.connection()
+        command.upgrade(config, revision)

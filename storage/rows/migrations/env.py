@@ -1,0 +1,14 @@
+"""Alembic's entry: it runs on the connection that `storage.rows.migrations` hands it, inside that transaction."""
+
+from alembic import context
+from sqlmodel import SQLModel
+
+import storage.rows.models  # noqa: F401 - registers the tables
+
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection,
+    target_metadata=SQLModel.metadata,
+    transactional_ddl=True,
+)
+context.run_migrations()

@@ -1,0 +1,387 @@
+"""The rows. A row that waits for work is the job: its due time, attempts and lease are columns of it.
+
+`due_at` is the one column a claim looks at: set = the row waits for a worker from then on, NULL = nothing to do.
+A claim moves it to the end of its lease, so an expired lease is simply due again; a settled row sets it to NULL.
+"""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    LargeBinary,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlmodel import Field, SQLModel
+
+from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """An aware UTC time: timestamptz on PostgreSQL; on SQLite text with six decimals, which sorts as time does."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).replace(tzinfo=UTC)  # strptime takes 40 times as long
+        return value.astimezone(UTC)  # type: ignore[no-any-return]
+
+
+class Word(TypeDecorator[str]):
+    """A StrEnum kept as its plain word."""
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, words: type[StrEnum]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return None if value is None else self.words(value)
+
+
+Json = JSON().with_variant(JSONB(), "postgresql")
+# SQLite counts up by itself only in INTEGER primary keys.
+BigId = BigInteger().with_variant(Integer(), "sqlite")
+# Compared and sorted by bytes, as stores list keys; SQLite does so anyway.
+KeyText = Text().with_variant(Text(collation="C"), "postgresql")
+
+
+def _time(*, nullable: bool = True) -> Any:
+    return Field(default=None, sa_type=UtcTime, nullable=nullable)
+
+
+def _text(default: str | None = None, **options: Any) -> Any:
+    return Field(default=default, sa_type=Text, nullable=default is None, **options)
+
+
+class Claimable(SQLModel):
+    """The claim columns: `attempts` counts claims since progress, `losses` claims whose lease ran out unsettled."""
+
+    due_at: datetime | None = _time()
+    attempts: int = 0
+    losses: int = 0
+    lease: uuid.UUID | None = None
+
+
+def _partial_index(name: str, column: str, condition: str) -> Index:
+    where = text(condition)
+    return Index(name, column, postgresql_where=where, sqlite_where=where)
+
+
+def _due_index(table: str, *, within: str | None = None) -> Index:
+    """`within`: a column that every claim of the table names, so that one's due rows are not in another's way."""
+    where = text("due_at IS NOT NULL")
+    columns = [within, "due_at"] if within else ["due_at"]
+    return Index(f"{table}_due", *columns, postgresql_where=where, sqlite_where=where)
+
+
+class Task(Claimable, table=True):
+    """One thing we asked for. `state` and `archive` are changed by the apply step alone, under this row's lock."""
+
+    __tablename__: ClassVar[str] = "task"
+    __table_args__ = (
+        _due_index("task"),
+        _partial_index("task_deadline", "files_expire_at", "archive = 'archiving'"),
+        Index("task_newest", "created_at"),
+        Index("task_completed", "completed_at"),
+        Index("task_manifest_key", "manifest_key"),
+        Index("task_batch", "batch_id"),
+        _partial_index("task_queued", "queued_at", "queued_at IS NOT NULL"),
+        _partial_index("task_slots", "provider", "slots > 0"),
+    )
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
+    external_task_id: str = Field(sa_type=Text, unique=True)
+    provider: str = Field(sa_type=Text)
+    provider_task_id: str | None = _text()
+    request: dict[str, Any] = Field(default_factory=dict, sa_type=Json, repr=False)
+    request_hash: str = _text("")
+    callback_url: str | None = _text(repr=False)
+    adopt: bool = False
+
+    state: TaskState = Field(default=TaskState.CREATED, sa_type=Word(TaskState))
+    archive: ArchiveState = Field(default=ArchiveState.NONE, sa_type=Word(ArchiveState))
+    series: bool | None = None
+    expected: int | None = None
+    contradicted: bool = False
+    error: str | None = _text()
+    note: str | None = _text()
+    units: str | None = _text()
+
+    step: Step | None = Field(default=None, sa_type=Word(Step), nullable=True)
+    sent_at: datetime | None = _time()
+    missed_at: datetime | None = _time()
+    polls: int = 0
+    completeness_reads: int = 0
+    reported_at: datetime | None = _time()
+    called_back_at: datetime | None = _time()
+    end_called_back_at: datetime | None = _time()  # the first callback that told the end, believed or not
+
+    created_at: datetime = _time(nullable=False)
+    submitted_at: datetime | None = _time()
+    completed_at: datetime | None = _time()
+    archived_at: datetime | None = _time()
+    files_expire_at: datetime | None = _time()
+    deadline_near_at: datetime | None = _time()
+    manifest_key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
+    manifest_digest: str | None = _text()
+    manifests: int = 0
+    deleted_at: datetime | None = _time()  # its objects are gone: nothing that is reported of it counts any more
+
+    # how many of the account's concurrent pictures it holds now; below 0: how many it waits for (accounts/slots.py)
+    slots: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+    queued_at: datetime | None = _time()  # waits for slots; not before then; its create is not due meanwhile
+    batch_id: uuid.UUID | None = None
+    batch_line: int | None = None
+    client_callback_url: str | None = _text(repr=False)  # where a gateway's client wants to be called back
+
+
+class TaskAlias(SQLModel, table=True):
+    """Every id the provider (or a gateway before it) has called a task by."""
+
+    __tablename__: ClassVar[str] = "task_alias"
+    __table_args__ = (Index("task_alias_task", "task_id"),)
+
+    provider: str = Field(sa_type=Text, primary_key=True)
+    provider_task_id: str = Field(sa_type=Text, primary_key=True)
+    task_id: uuid.UUID = Field(foreign_key="task.id")
+
+
+class Callback(Claimable, table=True):
+    """One raw delivery, kept as it came. `task_id`: the task its token names (its row may not exist here).
+
+    `external_task_id`, `provider_task_id`: the ids in the body of an unmatched one, by which it finds its task later.
+    """
+
+    __tablename__: ClassVar[str] = "callback"
+    __table_args__ = (
+        _due_index("callback"),
+        _partial_index("callback_unmatched_external", "external_task_id", "state = 'unmatched'"),
+        _partial_index("callback_unmatched_provider", "provider_task_id", "state = 'unmatched'"),
+        Index("callback_task", "task_id"),
+        Index("callback_newest", "received_at"),
+    )
+
+    id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
+    delivery_key: str = Field(sa_type=Text, unique=True)
+    provider: str = Field(sa_type=Text)
+    source: str = Field(sa_type=Text)  # push, poll
+    task_id: uuid.UUID | None = None
+    webhook_id: str | None = _text()  # set = the signature was verified
+    headers: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
+    body: bytes = Field(sa_type=LargeBinary, repr=False)
+    received_at: datetime = _time(nullable=False)
+    state: CallbackState = Field(default=CallbackState.RECEIVED, sa_type=Word(CallbackState))
+    reason: str | None = _text()
+    external_task_id: str | None = _text()
+    provider_task_id: str | None = _text()
+    applied_at: datetime | None = _time()
+
+
+class Asset(Claimable, table=True):
+    """One file to keep. `key`, `sha256`, `size` are written before the put: whoever takes over looks there first."""
+
+    __tablename__: ClassVar[str] = "asset"
+    __table_args__ = (
+        _due_index("asset"),
+        _partial_index("asset_failed", "task_id", "state = 'failed'"),
+        Index("asset_key", "key"),
+        UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),
+    )
+
+    id: uuid.UUID = Field(primary_key=True)
+    task_id: uuid.UUID = Field(foreign_key="task.id")
+    kind: str = Field(sa_type=Text)
+    index: int
+    original: str = _text("")
+    source_url: str = Field(sa_type=Text, repr=False)
+    state: AssetState = Field(default=AssetState.DUE, sa_type=Word(AssetState))
+    files_expire_at: datetime | None = _time()
+    key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
+    sha256: str | None = _text()
+    size: int | None = Field(default=None, sa_type=BigInteger)
+    media_type: str | None = _text()
+    width: int | None = None
+    height: int | None = None
+    verified: bool | None = None
+    # NULL where there is nothing to say: bytes behind the picture's end (of `size`); what was odd and did no harm
+    trailing_bytes: int | None = Field(default=None, sa_type=BigInteger)
+    notes: list[str] | None = Field(default=None, sa_type=Json, nullable=True)
+    accept_unverified: bool = False
+    fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
+    superseded: list[str] = Field(default_factory=list, sa_type=Json)
+    error: str | None = _text()
+    created_at: datetime = _time(nullable=False)
+    archived_at: datetime | None = _time()
+
+
+class Event(SQLModel, table=True):
+    """One fact, in the transaction that made it true.
+
+    `seq` is given after that commit, under a lock (a smaller `id` may commit later on PostgreSQL): readers go by
+    `seq` alone and miss nothing. NULL = not yet given.
+    """
+
+    __tablename__: ClassVar[str] = "event"
+    __table_args__ = (
+        Index("event_task", "task_id"),
+        Index("event_seq", "seq", unique=True),
+        _partial_index("event_unsequenced", "id", "seq IS NULL"),
+    )
+
+    id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
+    task_id: uuid.UUID | None = None
+    name: str = Field(sa_type=Text)
+    at: datetime = _time(nullable=False)
+    data: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
+    seq: int | None = Field(default=None, sa_type=BigInteger)
+
+
+class Dispatch(Claimable, table=True):
+    """One event on its way to one sink. Per sink and task they leave in the order of their ids."""
+
+    __tablename__: ClassVar[str] = "dispatch"
+    __table_args__ = (
+        _due_index("dispatch", within="sink"),
+        _partial_index("dispatch_dead", "sink", "state = 'dead'"),
+        _partial_index("dispatch_open", "task_id", "state = 'due'"),
+        UniqueConstraint("sink", "event_id", name="dispatch_once"),
+        Index("dispatch_event", "event_id"),
+    )
+
+    id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
+    sink: str = Field(sa_type=Text)
+    event_id: int = Field(sa_type=BigInteger)
+    task_id: uuid.UUID | None = None
+    state: DispatchState = Field(default=DispatchState.DUE, sa_type=Word(DispatchState))
+    tries: int = 0  # sendings that were answered or failed; `attempts` counts claims
+    error: str | None = _text()
+    created_at: datetime = _time(nullable=False)
+    settled_at: datetime | None = _time()
+
+
+class Sink(SQLModel, table=True):
+    """What is remembered of a receiver of events; how to reach it is a setting. `disabled_at`: it answered 410."""
+
+    __tablename__: ClassVar[str] = "sink"
+
+    name: str = Field(sa_type=Text, primary_key=True)
+    disabled_at: datetime | None = _time()
+    reason: str | None = _text()
+
+
+class Counter(SQLModel, table=True):
+    """A number that one transaction at a time counts up: its row is the lock."""
+
+    __tablename__: ClassVar[str] = "counter"
+
+    name: str = Field(sa_type=Text, primary_key=True)
+    value: int = Field(sa_type=BigInteger)
+
+
+class Batch(SQLModel, table=True):
+    """Requests submitted together, under one name."""
+
+    __tablename__: ClassVar[str] = "batch"
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
+    name: str = Field(sa_type=Text, unique=True)
+    created_at: datetime = _time(nullable=False)
+
+
+class Account(SQLModel, table=True):
+    """A provider's account: its row is locked while slots are taken.
+
+    `slot_limit`: lowered when the provider refuses for want of slots, NULL = as the setting says.
+    """
+
+    __tablename__: ClassVar[str] = "account"
+
+    provider: str = Field(sa_type=Text, primary_key=True)
+    slot_limit: int | None = None
+    changed_at: datetime = _time(nullable=False)
+
+
+class Idempotency(SQLModel, table=True):
+    """The first answer to a gateway client's `Idempotency-Key`. `answer` NULL: not answered yet."""
+
+    __tablename__: ClassVar[str] = "idempotency"
+    __table_args__ = (Index("idempotency_newest", "created_at"),)
+
+    client: str = Field(sa_type=Text, primary_key=True)  # SHA-256 of the API key
+    key: str = Field(sa_type=Text, primary_key=True)
+    body_hash: str = Field(sa_type=Text)
+    task_id: uuid.UUID
+    status: int | None = None
+    answer: dict[str, Any] | None = Field(default=None, sa_type=Json, nullable=True)
+    created_at: datetime = _time(nullable=False)
+
+
+class Worker(SQLModel, table=True):
+    """One worker process and when it was last alive."""
+
+    __tablename__: ClassVar[str] = "worker"
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
+    host: str = Field(sa_type=Text)
+    pid: int
+    threads: int
+    started_at: datetime = _time(nullable=False)
+    seen_at: datetime = _time(nullable=False)
+
+
+class RollingAudit(SQLModel, table=True):
+    """Where the audit in the workers stands (see `storage.archive.continuous_audit`): one row, claimed as others are.
+
+    `cursor`: the last task that was looked at, NULL = the round begins. `checked`, `last`: the round under way, {} =
+    none is, and the last whole one. `findings`: the newest faults there are.
+    """
+
+    __tablename__: ClassVar[str] = "rolling_audit"
+
+    name: str = Field(sa_type=Text, primary_key=True)
+    due_at: datetime = _time(nullable=False)
+    lease: uuid.UUID | None = None
+    cursor: uuid.UUID | None = None
+    round_started_at: datetime | None = _time()
+    round_ended_at: datetime | None = _time()
+    checked: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
+    last: dict[str, Any] | None = Field(default=None, sa_type=Json, nullable=True)
+    findings: list[dict[str, Any]] = Field(default_factory=list, sa_type=Json)
+
+
+class Pace(SQLModel, table=True):
+    """When a provider's account may be read again, for all processes together."""
+
+    __tablename__: ClassVar[str] = "pace"
+
+    account: str = Field(sa_type=Text, primary_key=True)
+    next_free_at: datetime = _time(nullable=False)

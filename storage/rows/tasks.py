@@ -1,0 +1,391 @@
+"""Task rows and their assets: find, lock, apply a report, say what comes next. Callers own the transaction."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy
+from sqlalchemy import bindparam, insert, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import Session, col, select
+
+from storage import states
+from storage.accounts.slots import give_back, heard_of
+from storage.errors import LostClaim
+from storage.rows.database import clock, run
+from storage.rows.events import EventName, record
+from storage.rows.inbox import rematch
+from storage.rows.models import Asset, Task, TaskAlias
+from storage.states import (
+    AssetFacts,
+    AssetName,
+    AssetState,
+    Decision,
+    Report,
+    Step,
+    TaskFacts,
+    TaskState,
+)
+
+STATE_EVENTS = {
+    TaskState.SUBMITTED: EventName.TASK_SUBMITTED,
+    TaskState.PROCESSING: EventName.TASK_PROCESSING,
+    TaskState.SUCCEEDED: EventName.TASK_SUCCEEDED,
+    TaskState.FAILED: EventName.TASK_FAILED,
+}
+# Names an asset for ever: the same task, kind and index give the same id after a rebuild.
+ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When unfinished tasks are read, and how long the provider keeps files. All in seconds."""
+
+    poll_after_seconds: float = 60
+    poll_max_seconds: float = 3_600
+    result_lifetime_seconds: float = 2_592_000
+    # When a signed URL says itself how long it lives, that counts.
+    url_expiry: Callable[[str], datetime | None] = lambda url: None
+
+    def poll_delay(self, polls: int) -> float:
+        """Doubling with jitter (±20 %), so that tasks sent together are not read together for ever."""
+        delay = min(self.poll_max_seconds, self.poll_after_seconds * 2.0 ** min(polls, 30))
+        return delay * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
+
+
+def insert_new(session: Session, task: Task) -> bool:
+    """Insert a task unless its external id is taken; unmatched deliveries of it are due. Returns whether it was."""
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    values = {name: getattr(task, name) for name in Task.__table__.columns.keys()}  # type: ignore[attr-defined]  # noqa: SIM118
+    statement: Any = dialect.insert(Task).values(values).on_conflict_do_nothing(index_elements=["external_task_id"])
+    if session.execute(statement.returning(Task.id)).scalar_one_or_none() is None:
+        return False
+    record(session, EventName.TASK_CREATED, task.id, {"external_task_id": task.external_task_id})
+    rematch(session, task.id, task.provider, external_task_id=task.external_task_id)
+    return True
+
+
+_BY_EXTERNAL_ID = select(Task).where(Task.external_task_id == bindparam("wanted"))
+
+
+def by_external_id(session: Session, external_task_id: str) -> Task | None:
+    return session.scalars(_BY_EXTERNAL_ID, {"wanted": external_task_id}).one_or_none()
+
+
+_ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
+_OWNER = sqlalchemy.select(_ALIASES.task_id)
+_OWNER = _OWNER.where(_ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted"))
+
+
+def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
+    """The task of ours that the provider, or a gateway before it, calls by this id."""
+    owner: uuid.UUID | None = run(session, _OWNER, {"by": provider, "wanted": provider_task_id}).scalar()
+    return owner
+
+
+_LOCKED = select(Task).where(Task.id == bindparam("wanted")).with_for_update()
+_LOCKED = _LOCKED.execution_options(populate_existing=True)
+
+
+def lock(session: Session, task_id: uuid.UUID) -> Task | None:
+    """The task row, locked until the transaction ends, as it stands now."""
+    return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
+
+
+def lock_claimed(session: Session, claimed: Task) -> Task:
+    """The task row, locked, still held under the claim's lease. Raises `LostClaim` when it is not."""
+    task = lock(session, claimed.id)
+    if task is None or task.lease != claimed.lease:
+        raise LostClaim(f"task {claimed.id}")
+    return task
+
+
+_ASSETS_OF = select(Asset).where(Asset.task_id == bindparam("of"))
+_ASSETS_OF = _ASSETS_OF.order_by(Asset.kind, Asset.original, col(Asset.index))
+_ASSETS_OF = _ASSETS_OF.execution_options(populate_existing=True)
+
+
+def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
+    """The task's assets in reading order."""
+    return list(session.scalars(_ASSETS_OF, {"of": task_id}))
+
+
+def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
+    """The assets of many tasks at once; a task without any has an empty list."""
+    found: dict[uuid.UUID, list[Asset]] = {task_id: [] for task_id in task_ids}
+    for asset in session.exec(select(Asset).where(col(Asset.task_id).in_(task_ids))):
+        found[asset.task_id].append(asset)
+    return found
+
+
+_ALIASES_OF = sqlalchemy.select(_ALIASES.provider_task_id).where(_ALIASES.task_id == bindparam("of"))
+_ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
+
+
+def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
+    """Every id the provider has called the task by."""
+    return list(run(session, _ALIASES_OF, {"of": task_id}).scalars())
+
+
+def name_of(asset: Asset) -> AssetName:
+    return AssetName(asset.kind, asset.index, asset.original)
+
+
+def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
+    """The part of the rows that decisions read."""
+    return _facts(task, {name_of(asset): AssetFacts(asset.state, asset.source_url) for asset in assets})
+
+
+_ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
+_ASSET_FACTS = sqlalchemy.select(
+    _ASSETS.kind, _ASSETS.index, _ASSETS.original, _ASSETS.state, _ASSETS.source_url
+).where(_ASSETS.task_id == bindparam("of"))
+
+
+def _facts_now(session: Session, task: Task) -> TaskFacts:
+    """`facts` as the rows stand now, without making objects of them: every settled file asks."""
+    rows = run(session, _ASSET_FACTS, {"of": task.id}).mappings().all()
+    names = [AssetName(row["kind"], row["index"], row["original"]) for row in rows]
+    return _facts(
+        task, {name: AssetFacts(row["state"], row["source_url"]) for name, row in zip(names, rows, strict=True)}
+    )
+
+
+def _facts(task: Task, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
+    return TaskFacts(
+        state=task.state,
+        archive=task.archive,
+        series=task.series,
+        expected=task.expected,
+        contradicted=task.contradicted,
+        completeness_reads=task.completeness_reads,
+        assets=assets,
+    )
+
+
+def apply(session: Session, task: Task, report: Report, schedule: Schedule, *, now: datetime, pushed: bool) -> Decision:
+    """Apply one report to a locked task: its state, its assets, the facts, and what it waits for next.
+
+    Harmless to repeat. `now`: the database's time. `pushed`: it came as a callback, not as an answer to a read.
+    """
+    assets = {name_of(asset): asset for asset in assets_of(session, task.id)}
+    before = facts(task, list(assets.values()))
+    if task.deleted_at is not None:
+        _rest(session, task)
+        return Decision(task.state, task.archive)
+    if before.series is None and report.series is not None:
+        task.series = report.series
+    if not pushed:
+        task.step = None  # the read that waited has been made
+    if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
+        task.completeness_reads += 1
+    decision = states.decide(replace(before, series=task.series), report)
+    _note_time(task, report, now=now, pushed=pushed)
+    _change_state(session, task, report, decision, now)
+    _write_assets(session, task, assets, report, decision, schedule, now)
+    _note_provider_id(session, task, report)
+    reschedule(session, task, schedule, read_now=decision.contradicted)
+    return decision
+
+
+def _note_provider_id(session: Session, task: Task, report: Report) -> None:
+    if report.provider_task_id is None:
+        return
+    if task.provider_task_id is None:
+        task.provider_task_id = report.provider_task_id
+    note_alias(session, task, report.provider_task_id)
+
+
+_NEW_ALIAS = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(TaskAlias.__table__)  # type: ignore[attr-defined]
+    .on_conflict_do_nothing()
+    .returning(_ALIASES.task_id)
+    for dialect in (sqlite, postgresql)
+}
+
+
+def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
+    """Remember an id the provider calls the task by; an id that another task has keeps its owner.
+
+    Unmatched deliveries that came under a new one are due.
+    """
+    values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
+    if run(session, _NEW_ALIAS[session.get_bind().dialect.name], values).first() is not None:
+        rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
+
+
+def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool) -> None:
+    task.reported_at = now
+    if pushed:
+        note_called_back(task, report, now)
+        task.polls = 0
+    if report.units is not None:
+        task.units = report.units
+
+
+def note_called_back(task: Task, report: Report, now: datetime) -> None:
+    """Remember that the provider called back, whether or not its words are believed."""
+    task.called_back_at = now
+    heard_of(task)
+    if report.status in states.TERMINAL:
+        task.end_called_back_at = task.end_called_back_at or now
+
+
+def _change_state(session: Session, task: Task, report: Report, decision: Decision, now: datetime) -> None:
+    if decision.contradicted:
+        task.contradicted = True
+        record(session, EventName.TASK_CONTRADICTED, task.id, {"kept": decision.state, "reported": report.status})
+    task.archive = decision.archive
+    if decision.state is task.state:
+        return
+    task.state = decision.state
+    task.submitted_at = task.submitted_at or now
+    if decision.state in states.TERMINAL:
+        task.completed_at = now
+        give_back(task)
+    failed = decision.state is TaskState.FAILED
+    task.error = (report.message or "the provider gave no reason") if failed else None
+    record(session, STATE_EVENTS[decision.state], task.id, {"error": task.error} if failed else None)
+
+
+def _write_assets(
+    session: Session,
+    task: Task,
+    assets: dict[AssetName, Asset],
+    report: Report,
+    decision: Decision,
+    schedule: Schedule,
+    now: datetime,
+) -> None:
+    for name, url in decision.replace.items():
+        asset = assets[name]
+        asset.source_url = url
+        asset.files_expire_at = _files_expire_at(url, report, schedule, now)
+        _make_due(session, asset, now)
+    added = [
+        _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now)
+        for name, url in decision.add.items()
+    ]
+    if added:
+        run(session, _NEW_ASSETS, added)
+    expiries = [row["files_expire_at"] for row in added] + [asset.files_expire_at for asset in assets.values()]
+    task.files_expire_at = min((moment for moment in expiries if moment), default=None)
+    session.flush()
+
+
+def _make_due(session: Session, asset: Asset, now: datetime) -> None:
+    """Unless it is settled or somebody holds it, which may be so since we looked: a claim takes no task lock."""
+    free = update(Asset).where(
+        col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
+    )
+    free = free.values(due_at=now, attempts=0, error=None)
+    session.execute(free.execution_options(synchronize_session=False))
+
+
+_NEW_ASSETS = insert(Asset.__table__)  # type: ignore[attr-defined]
+# What no report says of a new asset. Made once: a row object for each would cost more than its insertion.
+_BLANK = Asset.model_construct().model_dump()
+
+
+def _new_asset(task: Task, name: AssetName, url: str, files_expire_at: datetime, now: datetime) -> dict[str, Any]:
+    return {
+        **_BLANK,
+        "id": asset_id(task.id, name),
+        "task_id": task.id,
+        "kind": name.kind,
+        "index": name.index,
+        "original": name.original,
+        "source_url": url,
+        "files_expire_at": files_expire_at,
+        "due_at": now,
+        "created_at": now,
+    }
+
+
+def asset_id(task_id: uuid.UUID, name: AssetName) -> uuid.UUID:
+    """The same for the same task, kind and index, for ever."""
+    return uuid.uuid5(ASSET_NAMESPACE, f"{task_id}/{name.kind}/{name.original}/{name.index}")
+
+
+def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime) -> datetime:
+    """The URL's own word, else the lifetime counted from when the provider says the task ended (never after now)."""
+    ended = now
+    if report.updated_ms is not None:
+        ended = min(now, datetime.fromtimestamp(report.updated_ms / 1000, UTC))
+    return schedule.url_expiry(url) or ended + timedelta(seconds=schedule.result_lifetime_seconds)
+
+
+def read_soon(session: Session, task: Task) -> None:
+    """Make a waiting read of the locked task due now. A step in flight is left to its owner."""
+    if task.lease is None and task.step is Step.READ:
+        task.due_at = clock()  # type: ignore[assignment]
+        session.flush()
+
+
+def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bool = False) -> None:
+    """Set what the locked task waits for next, from its rows as they are now.
+
+    A create is settled by its own step alone: one that waits is made due at once, unless for slots; one in flight is
+    left to its owner. A read or a finish in flight started from rows that have just changed: its claim is taken
+    away, so that it settles nothing, and the step is due anew. A read that comes sooner than the next is not put off.
+    """
+    if task.deleted_at is not None:
+        _rest(session, task)
+        return
+    if task.step is Step.CREATE:
+        if task.lease is None and task.queued_at is None:
+            task.due_at = clock()  # type: ignore[assignment]
+        return
+    following = states.next_step(_facts_now(session, task), schedule.poll_delay(task.polls))
+    if read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
+        following = states.Next(Step.READ, 0)
+    elif following and _waits_for(session, task, following):
+        return
+    task.lease = None
+    task.attempts = task.losses = 0
+    task.step = following.step if following else None
+    task.due_at = clock(following.delay_seconds) if following else None  # type: ignore[assignment]
+    session.flush()
+
+
+def _waits_for(session: Session, task: Task, following: states.Next) -> bool:
+    """Whether the locked task is in nobody's hands and waits for this step as it is: a read, for none that is later."""
+    if task.lease is not None or task.step is not following.step:
+        return False
+    if following.step is Step.READ:
+        return wants_read(session, task, within_seconds=following.delay_seconds)
+    return task.due_at is not None
+
+
+def _rest(session: Session, task: Task) -> None:
+    """A deleted task waits for nothing, whatever is reported of it."""
+    task.step = task.due_at = task.lease = None
+    session.flush()
+
+
+def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bool:
+    """Whether a read of the locked task waits and is due by now, or within some seconds."""
+    if task.step is not Step.READ:  # nearly always: then there is nothing to ask
+        return False
+    waits = (Task.id == task.id, Task.step == Step.READ, col(Task.lease).is_(None))
+    return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= clock(within_seconds))).first() is not None
+
+
+_NOW = sqlalchemy.select(clock())
+
+
+def now(session: Session) -> datetime:
+    """The database's time."""
+    moment: datetime = run(session, _NOW).scalar_one()
+    return moment
+
+
+def newest(session: Session, limit: int, *, skip: int = 0) -> list[Task]:
+    """The newest tasks, newest first, after the `skip` newest of all."""
+    order = (col(Task.created_at).desc(), col(Task.id))
+    return list(session.exec(select(Task).order_by(*order).limit(limit).offset(skip)))

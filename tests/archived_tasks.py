@@ -1,0 +1,63 @@
+"""Archives to look after: tasks that the sandbox did and our worker archived."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+from sqlmodel import col, select
+
+from receiver.app.wiring import Parts
+from storage.rows.models import Asset, Task
+from tests.pipeline import hurry
+
+REQUEST = {"model_name": "kling-image-o1", "prompt": "a boat"}
+
+
+def archive(parts: Parts, count: int, **fields: Any) -> list[Task]:
+    """Submit so many tasks and do all work on them; returns their rows as they are then."""
+    submitted = [parts.submitter.submit({**REQUEST, **fields}).task.id for _ in range(count)]
+    work_off(parts)
+    with parts.database.read() as session:
+        return list(session.exec(select(Task).where(col(Task.id).in_(submitted)).order_by(Task.external_task_id)))
+
+
+def work_off(parts: Parts) -> None:
+    """Do what is due, then what is due later, until nothing waits."""
+    worker = parts.worker()
+    for _ in range(20):
+        worker.run_until_idle()
+        with parts.database.read() as session:
+            waiting = [
+                session.exec(select(model).where(col(model.due_at).is_not(None))).first() for model in (Task, Asset)
+            ]
+        if not any(waiting):
+            return
+        hurry(parts)
+    raise AssertionError(f"still waiting: {waiting}")
+
+
+def all_assets(parts: Parts) -> list[Asset]:
+    with parts.database.read() as session:
+        return list(session.exec(select(Asset).order_by(Asset.key)))
+
+
+# Keys that a test has written to by hand: what lies there now need not be a manifest of ours.
+BY_HAND: set[str] = set()
+
+
+def put(parts: Parts, key: str, content: bytes) -> None:
+    """An object as somebody else would put it; what stood there is gone."""
+    BY_HAND.add(key)
+    parts.bucket.delete(key)
+    sha256 = hashlib.sha256(content).hexdigest()
+    file = io.BytesIO(content)
+    parts.bucket.put_once(key, file, sha256=sha256, size=len(content), media_type="image/png", metadata={})
+
+
+def flip(parts: Parts, key: str) -> None:
+    """The same object with one bit turned."""
+    content = bytearray(parts.bucket.read_bytes(key, 2**26))
+    content[len(content) // 2] ^= 1
+    put(parts, key, bytes(content))

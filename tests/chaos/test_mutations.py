@@ -1,0 +1,15 @@
+"""The mutations of `python -m tests.chaos.mutations` fit the code as it is; whether they are noticed takes minutes."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.chaos.mutations import MUTATIONS, Mutation, mutated
+from tests.chaos.processes import ROOT
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS[1:], ids=lambda mutation: mutation.name)
+def test_a_mutation_fits(mutation: Mutation) -> None:
+    ast.parse(mutated(mutation, ROOT))

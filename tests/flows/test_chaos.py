@@ -1,0 +1,121 @@
+"""The bounded chaos campaign, and sharper tests beside it: of the promises that it rests on, and of what it found.
+
+`python -m tests.chaos` is the whole campaign, `python -m tests.chaos.mutations` shows that these tests can fail.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import text
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.rows import claims
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState
+from tests.chaos import campaign, plan
+from tests.harness import wait_until
+from tests.pipeline import Web, assert_archived, assets_of, deliver, drain, hurry, kept, plant, run, task_of
+from tests.rows import event_names, stored
+
+POSTGRESQL_ONLY = pytest.mark.parametrize("database_kind", ["postgresql"])  # SQLite writes one transaction at a time
+
+
+def test_nothing_is_lost_or_doubled_whatever_dies(database_kind: Any) -> None:
+    outcome = campaign.run(plan.bounded(database_kind, seed=1))
+    assert not outcome.failures, campaign.report(outcome)
+
+
+def test_a_worker_that_lost_its_claim_changes_nothing(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_pictures(parts, 1)
+    frozen = claim(parts)
+    hurry(parts, Asset)
+    drain(parts, task.external_task_id)
+    before, objects = stored(parts.database, frozen), kept(parts)
+    archive(parts, frozen)
+    assert (stored(parts.database, frozen), kept(parts)) == (before, objects)
+    assert event_names(parts.database, task).count("asset.archived") == 1
+    assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
+
+
+def test_a_finisher_that_lost_its_claim_leaves_no_second_manifest(parts: Parts) -> None:
+    task = with_due_pictures(parts, 1)
+    run(parts, "assets")
+    frozen = claim(parts, Task)
+    hurry(parts, Task)
+    run(parts, "finishes")
+    deliver(parts, task, {"task_id": "late", "task_status": "processing"})  # it would write other bytes now
+    before = kept(parts)
+    next(lane for lane in parts.lanes() if lane.name == "finishes").work(frozen)
+    assert (kept(parts), task_of(parts, task.external_task_id).manifests) == (before, 1)
+
+
+def test_no_delivery_is_answered_before_its_commit(parts: Parts, web: Web) -> None:
+    task = plant(parts)
+    url = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
+    with parts.database.write() as session:  # so nobody else can commit a delivery
+        if not parts.database.is_sqlite:
+            session.execute(text("LOCK TABLE callback IN EXCLUSIVE MODE"))
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json={"task_id": "1", "task_status": "processing"}, timeout=1)
+    answer = httpx.post(url, json={"task_id": "1", "task_status": "processing"}, timeout=20)
+    assert answer.status_code == 200
+
+
+def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_pictures(parts, 1)
+    sandbox.set(cdn_faults=["503"] * 4 + ["truncated_silent"])
+    for _ in range(6):
+        hurry(parts, Asset)
+        run(parts, "assets")
+    run(parts, "finishes")
+    assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
+
+
+@POSTGRESQL_ONLY
+def test_of_two_last_pictures_settled_at_once_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_pictures(parts, 2)
+    with ThreadPoolExecutor(2) as workers:
+        with parts.database.write() as session:
+            session.execute(text("LOCK TABLE event IN SHARE MODE"))  # both stop in the middle of their settles
+            settling = [workers.submit(archive, parts, claim(parts)) for _ in range(2)]
+            wait_until(lambda: waiting_for_a_lock(parts) == 2 or any(map(Future.done, settling)))
+        for each in settling:
+            each.result(20)
+    run(parts, "finishes")
+    assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED
+    assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
+
+
+def with_due_pictures(parts: Parts, count: int) -> Task:
+    """A task whose pictures are known and of which none is archived."""
+    request = {"model_name": "kling-image-o1", "prompt": "a boat", "n": count}
+    name = parts.submitter.submit(request).task.external_task_id
+
+    def known() -> bool:
+        hurry(parts, Task)
+        run(parts, "reads")
+        return len(assets_of(parts, task_of(parts, name))) == count
+
+    wait_until(known)
+    return task_of(parts, name)
+
+
+def claim(parts: Parts, model: Any = Asset) -> Any:
+    with parts.database.write() as session:
+        return claims.claim(session, model, limit=1, lease_seconds=60)[0]
+
+
+def archive(parts: Parts, asset: Asset) -> None:
+    """What a worker does with a picture it has claimed."""
+    next(lane for lane in parts.lanes() if lane.name == "assets").work(asset)
+
+
+def waiting_for_a_lock(parts: Parts) -> int:
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE datname = :name AND wait_event_type = 'Lock'")
+    with parts.database.read() as session:
+        return int(session.execute(waiting, {"name": parts.database.url.database}).scalar_one())

@@ -1,0 +1,350 @@
+"""Whatever dies, and wherever: after a restart everything is archived, once.
+
+First in this process: a fuse dies before or after one effect (commit, HTTP call, put), the rest is abandoned as it
+stands, leases run out, and fresh parts drain. Then real worker processes, killed and frozen with real signals.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import update
+from sqlmodel import Session, col, select
+
+from receiver.app.wiring import Parts
+from receiver.base.once import made_once
+from receiver.sandbox import Sandbox
+from receiver.tasks.task_view import is_over
+from storage.rows.database import Database
+from storage.rows.inbox import Delivery, store
+from storage.rows.models import Asset, Callback, Event, Task
+from storage.states import ArchiveState, AssetState
+from tests.harness import wait_until
+from tests.pipeline import Wired, assert_archived, assets_of, hurry, kept, run, task_of
+from tests.unreported_tasks import undelivered
+
+REQUEST = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2}
+TEN_FILES = {
+    "model_name": "kling-v3-omni", "prompt": "a boat", "result_type": "series", "series_amount": 5,
+    "watermark_info": {"enabled": True},
+}  # fmt: skip
+
+
+# Threads that renew claims by the clock: no effect of the step, and its boundaries must be the same each time.
+RENEWERS = ("renew", "holding")
+
+
+class Died(BaseException):
+    """The process ends here: nothing of ours catches it."""
+
+
+class Fuse:
+    """Counts the boundaries of effects and dies at number `at`, from 1 on."""
+
+    def __init__(self, at: int) -> None:
+        self._at, self._passed = at, 0
+
+    def boundary(self, name: str) -> None:
+        if threading.current_thread().name in RENEWERS:
+            return
+        self._passed += 1
+        if self._passed == self._at:
+            raise Died(name)
+
+    @contextmanager
+    def effect(self, name: str) -> Iterator[None]:
+        self.boundary(f"before {name}")
+        yield
+        self.boundary(f"after {name}")
+
+
+class Mortal:
+    """A part of which some methods have effects that may be the last."""
+
+    def __init__(self, part: Any, fuse: Fuse, *effects: str) -> None:
+        self._part, self._fuse, self._effects = part, fuse, effects
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._part, name)
+
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            with self._fuse.effect(name):
+                return method(*arguments, **options)
+
+        return guarded if name in self._effects else method
+
+
+class MortalDatabase(Database):
+    fuse: Fuse
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        with super().write() as session:
+            yield session
+            self.fuse.boundary("before a commit")
+        self.fuse.boundary("after a commit")
+
+
+@dataclass(frozen=True)
+class MortalParts(Wired):
+    """The parts of a process that dies at the fuse's word. What remembers nothing is shared: TLS contexts, bucket."""
+
+    kling: Any = field(kw_only=True)
+    fetcher: Any = field(kw_only=True)
+    fuse: Fuse = field(kw_only=True)
+
+    @made_once
+    def database(self) -> Database:
+        database = MortalDatabase(self.settings.database_url.get_secret_value())
+        database.fuse = self.fuse
+        return database
+
+
+@contextmanager
+def mortal(parts: Parts, fuse: Fuse) -> Iterator[Parts]:
+    made = MortalParts(
+        parts.settings,
+        bucket=Mortal(parts.bucket, fuse, "put_once", "holds"),
+        kling=Mortal(parts.kling, fuse, "create", "read", "read_many"),
+        fetcher=Mortal(parts.fetcher, fuse, "fetch"),
+        fuse=fuse,
+    )
+    try:
+        yield made
+    finally:
+        made.database.close()
+
+
+# -- die there --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """Nothing happens by itself: polls are far away, and callbacks go to a port where nobody listens."""
+    return {"poll_after_seconds": 3_600, "lease_seconds": 1, "worker_threads": 4}
+
+
+def ended(sandbox: Sandbox, external_task_id: str) -> bool:
+    return sandbox.ledger().task(external_task_id).status == "succeed"
+
+
+def ask(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
+    parts.submitter.submit(REQUEST, external_task_id=external_task_id)
+    wait_until(lambda: ended(sandbox, external_task_id))
+
+
+def take_in(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
+    """The last callback arrives."""
+    sent = [each for each in sandbox.ledger().callbacks if each.external_task_id == external_task_id]
+    delivery = Delivery("kling", "push", task_of(parts, external_task_id).id, sent[-1].body)
+    with parts.database.write() as session:
+        store(session, [delivery])
+
+
+def apply(parts: Parts, *_: object) -> None:
+    run(parts, "callbacks")
+
+
+def read(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
+    with parts.database.read() as session:  # not a step of ours: its commit may not be the one that dies
+        session.execute(update(Task).values(due_at=Task.created_at))
+        session.commit()
+    run(parts, "reads")
+
+
+def archive(parts: Parts, *_: object) -> None:
+    run(parts, "assets")
+
+
+def end(parts: Parts, *_: object) -> None:
+    run(parts, "finishes")
+
+
+Act = Callable[[Parts, Sandbox, str], None]
+# The step to die in, and the way to it.
+STEPS: dict[str, tuple[Act, list[Act]]] = {
+    "submit": (ask, []),
+    "intake": (take_in, [ask]),
+    "apply": (apply, [ask, take_in]),
+    "read": (read, [ask]),
+    "archive": (archive, [ask, take_in, apply]),
+    "finish": (end, [ask, take_in, apply, archive]),
+}
+
+
+def dies(parts: Parts, sandbox: Sandbox, step: str, external_task_id: str, at: int) -> str | None:
+    """Do everything up to the step, then the step until boundary number `at`. Returns its name, None = not reached."""
+    act, before = STEPS[step]
+    for each in before:
+        each(parts, sandbox, external_task_id)
+    with mortal(parts, Fuse(at)) as doomed:
+        try:
+            act(doomed, sandbox, external_task_id)
+        except Died as death:
+            return str(death)
+    return None
+
+
+def take_over(parts: Parts, external_task_id: str) -> Task:
+    """Another process: the caller asks again, the dead one's leases have run out, all due work is done."""
+    parts.submitter.submit(REQUEST, external_task_id=external_task_id)
+    worker = parts.worker()
+
+    def over() -> Task | None:
+        hurry(parts)
+        worker.run_until_idle()
+        task = task_of(parts, external_task_id)
+        return task if is_over(task) else None
+
+    return wait_until(over)
+
+
+def assert_done_once(parts: Parts, sandbox: Sandbox, task: Task) -> None:
+    assert_archived(parts, sandbox, task)
+    made = [each for each in sandbox.ledger().tasks if each.external_task_id == task.external_task_id]
+    assert len(made) == 1
+    with parts.database.read() as session:
+        names = session.exec(select(Event.name).where(Event.task_id == task.id)).all()
+    assert sorted(name for name in names if name.endswith("archived")) == ["asset.archived"] * 2 + ["task.archived"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_after_a_death_at_any_boundary_all_is_archived_once(step: str, parts: Parts, sandbox: Sandbox) -> None:
+    deaths = []
+    for at in range(1, 100):
+        external_task_id = f"{step}-{at}"
+        death = dies(parts, sandbox, step, external_task_id, at)
+        try:
+            assert_done_once(parts, sandbox, take_over(parts, external_task_id))
+        except AssertionError as error:
+            raise AssertionError(f"died {death} (boundary {at} of {step})") from error
+        if death is None:
+            break
+        deaths.append(death)
+    assert {"before a commit", "after a commit"} <= set(deaths)
+
+
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+START_SECONDS = 60  # of a worker process on a busy machine; it takes two on an idle one
+
+
+def environment_of(parts: Parts) -> dict[str, str]:
+    """The settings of `parts` as a child process reads them."""
+    given = {name: getattr(parts.settings, name) for name in parts.settings.model_fields_set}
+    return {**os.environ, **{f"RECEIVER_{name.upper()}": word(value) for name, value in given.items()}}
+
+
+def word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(word, value))
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
+
+
+@contextmanager
+def worker_process(parts: Parts, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with (folder / "worker.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "receiver", "work"], env=environment_of(parts), cwd=folder, stdout=log, stderr=log
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(20)
+
+
+def count(parts: Parts, *conditions: Any) -> int:
+    with parts.database.read() as session:
+        return len(session.exec(select(Asset.id).where(*conditions)).all())
+
+
+def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
+    parts: Parts, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    parts.submitter.submit(TEN_FILES, external_task_id="ten")
+    wait_until(lambda: ended(sandbox, "ten"))
+    hurry(parts)
+    with undelivered(sandbox, but=3), worker_process(parts, tmp_path) as first:
+        wait_until(lambda: count(parts, col(Asset.state) == AssetState.ARCHIVED) == 3, seconds=START_SECONDS)
+        first.kill()
+        first.wait(20)
+    assert count(parts, col(Asset.lease).is_not(None)) > 0
+    assert count(parts, col(Asset.state) == AssetState.ARCHIVED) == 3
+    with worker_process(parts, tmp_path):
+        wait_until(lambda: task_of(parts, "ten").archive is ArchiveState.ARCHIVED, seconds=START_SECONDS)
+    assert_archived(parts, sandbox, task_of(parts, "ten"))
+
+
+def rows_of(parts: Parts) -> list[dict[str, Any]]:
+    with parts.database.read() as session:
+        return [row.model_dump() for model in (Task, Callback, Asset, Event) for row in session.exec(select(model))]
+
+
+def give_other_bytes(parts: Parts, frozen: Asset, other: Asset) -> None:
+    """Whoever takes over finds another picture than the frozen worker holds: a second object would show."""
+    with parts.database.write() as session:
+        changed = update(Asset).where(col(Asset.id) == frozen.id).values(source_url=other.source_url)
+        session.execute(changed)
+
+
+def is_free(parts: Parts) -> bool:
+    """Whether nobody is writing: always, as far as PostgreSQL goes, where nobody waits for strangers' rows."""
+    if not parts.database.is_sqlite:
+        return True
+    with Path(f"{parts.database.url.database}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def freeze(parts: Parts, sandbox: Sandbox, process: subprocess.Popen[bytes]) -> Asset:
+    """Stop the process while it downloads; returns the asset in its hands."""
+    wait_until(lambda: sum(asset.hits for asset in sandbox.ledger().assets.values()), seconds=START_SECONDS)
+    process.send_signal(signal.SIGSTOP)
+    for _ in range(100):
+        if is_free(parts):
+            break
+        process.send_signal(signal.SIGCONT)  # stopped amid a chore's commit it would hold up everybody
+        time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+    (held,) = [asset for asset in assets_of(parts, task_of(parts, "two")) if asset.lease]
+    return held
+
+
+@pytest.mark.parametrize("changes", [{"poll_after_seconds": 3_600, "lease_seconds": 1, "worker_threads": 1}])
+def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
+    parts: Parts, sandbox: Sandbox, tmp_path: Path
+) -> None:
+    sandbox.set(cdn_seconds=3)
+    ask(parts, sandbox, "two")
+    hurry(parts)
+    with worker_process(parts, tmp_path) as process:
+        held = freeze(parts, sandbox, process)
+        other = next(asset for asset in assets_of(parts, task_of(parts, "two")) if asset.id != held.id)
+        give_other_bytes(parts, held, other)
+        sandbox.set(cdn_seconds=0)
+        wait_until(lambda: parts.worker().run_until_idle() and is_over(task_of(parts, "two")))
+        parts.sequence()  # the woken one's chores give the facts their numbers, which is no harm
+        before = rows_of(parts), kept(parts)
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(signal.SIGTERM)  # it ends what it has in hand
+        assert process.wait(30) == 0
+    assert (rows_of(parts), kept(parts)) == before
+    assert len(before[1]) == 3 and task_of(parts, "two").archive is ArchiveState.ARCHIVED

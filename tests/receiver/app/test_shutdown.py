@@ -1,0 +1,127 @@
+"""SIGTERM under load: in time, nothing acknowledged is missing, no lease is left that another must wait out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from sqlmodel import col, func, select
+
+from receiver.app.wiring import Parts
+from receiver.base.tokens import Tokens
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.rows.database import Database
+from storage.rows.models import Asset, Callback, Task
+from tests.command_line import variables
+from tests.harness import wait_until
+from tests.pipeline import CALLBACK_SECRET, free_port, plant
+
+SENDERS = 8
+# The web ends a slow body after 10 s and the workers have theirs besides; twice that is a hang.
+EXIT_SECONDS = 40
+
+
+@contextmanager
+def serving(settings: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`receiver serve` with one worker process, ready; killed at the end if it still runs."""
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "receiver", "serve"], env={**rest, **settings}, cwd=folder, stderr=log
+        )
+    url = settings["RECEIVER_PUBLIC_URL"]
+    try:
+        wait_until(lambda: _answers(f"{url}/readyz?strict=1"), seconds=40)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Sender:
+    """Posts distinct callbacks of many tasks until it is refused; remembers what was answered 200."""
+
+    def __init__(self, urls: list[str]) -> None:
+        self.accepted: list[bytes] = []
+        self._urls = urls
+        self.thread = threading.Thread(target=self._send)
+        self.thread.start()
+
+    def _send(self) -> None:
+        with httpx.Client(trust_env=False, timeout=30) as client:
+            for number in range(100_000):
+                body = {"task_id": uuid.uuid4().hex, "task_status": "processing", "task_status_msg": str(number)}
+                raw = json.dumps(body).encode()
+                try:
+                    answer = client.post(self._urls[number % len(self._urls)], content=raw)
+                except httpx.HTTPError:
+                    return
+                if answer.status_code == 200:
+                    self.accepted.append(raw)
+
+
+@contextmanager
+def open_body(url: str) -> Iterator[None]:
+    """A request whose body never ends."""
+    host, port = url.removeprefix("http://").split("/")[0].split(":")
+    path = url.removeprefix(f"http://{host}:{port}")
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{{".encode())
+        yield
+
+
+def leases(database: Database) -> int:
+    with database.read() as session:
+        held = [select(func.count()).where(col(model.lease).is_not(None)) for model in (Task, Asset, Callback)]
+        return sum(session.exec(count).one() for count in held)
+
+
+def missing(database: Database, accepted: list[bytes]) -> int:
+    with database.read() as session:
+        stored = set(session.exec(select(Callback.body)))
+    return len(set(accepted) - stored)
+
+
+@pytest.fixture
+def settings(database_url: str, bucket: Bucket, sandbox: Sandbox) -> dict[str, str]:
+    port = free_port()
+    own = {
+        "RECEIVER_PORT": str(port),
+        "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}",
+        "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRET,
+    }
+    return {**variables(database_url, bucket, sandbox), **own}
+
+
+def test_sigterm_under_load(settings: dict[str, str], parts: Parts, tmp_path: Path) -> None:
+    tokens = Tokens(parts.settings.callback_secrets)
+    tasks = [plant(parts, external_task_id=f"t-{number}") for number in range(20)]
+    urls = [f"{settings['RECEIVER_PUBLIC_URL']}/callbacks/kling/{tokens.sign('kling', task.id)}" for task in tasks]
+    with serving(settings, tmp_path) as process, open_body(urls[0]):
+        senders = [Sender(urls) for _ in range(SENDERS)]
+        wait_until(lambda: sum(len(sender.accepted) for sender in senders) > 200, seconds=60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(EXIT_SECONDS) == 0
+        for sender in senders:
+            sender.thread.join(40)
+    accepted = [body for sender in senders for body in sender.accepted]
+    assert (missing(parts.database, accepted), leases(parts.database)) == (0, 0)

@@ -1,0 +1,79 @@
+"""Starting: a database server that is away is waited for, within bounds; a file is not. What the web is set to."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from receiver.app.process import await_schema, web_config
+from storage.errors import DatabaseUnavailable
+from storage.operations import heartbeats
+from storage.rows.database import Database
+from storage.rows.models import Worker
+from tests.harness import ROOT, wait_until
+from tests.postgres import MigratedDatabases, Postgres
+from tests.rows import LONG_AGO
+
+
+@pytest.fixture
+def absent(postgres: Postgres) -> Iterator[Database]:
+    """A database that the server does not have (yet)."""
+    database = Database(postgres.url(f"test_{uuid.uuid4().hex}"))
+    yield database
+    database.close()
+    postgres.drop_database(str(database.url.database))
+
+
+def test_a_server_that_is_away_is_waited_for(
+    absent: Database, postgres: Postgres, migrated_databases: MigratedDatabases, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ""
+
+    def has_said() -> bool:
+        nonlocal said
+        said += capsys.readouterr().out
+        return "start.database_away" in said
+
+    with ThreadPoolExecutor(1) as starter:
+        started = starter.submit(await_schema, absent, migrate=False)
+        wait_until(has_said)
+        postgres.create_database(str(absent.url.database), migrated_databases.template)
+        started.result(timeout=30)
+
+
+def test_it_is_not_waited_for_without_end(absent: Database) -> None:
+    with pytest.raises(DatabaseUnavailable):
+        await_schema(absent, migrate=False, seconds=0)
+
+
+def test_a_file_that_cannot_be_opened_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DatabaseUnavailable):
+        await_schema(Database(f"sqlite:///{tmp_path}/missing/receiver.db"), migrate=True)
+    assert "start.database_away" not in capsys.readouterr().out
+
+
+def test_a_worker_that_starts_forgets_those_that_died_long_ago(database: Database) -> None:
+    old = Worker(host="gone", pid=1, threads=1, started_at=LONG_AGO, seen_at=LONG_AGO)
+    with database.write() as session:
+        session.add(old)
+    first, second = heartbeats.register(database, 1), heartbeats.register(database, 1)
+    with database.read() as session:
+        assert session.get(Worker, old.id) is None
+        assert session.get(Worker, first) is not None
+    heartbeats.unregister(database, second)
+    assert heartbeats.count_alive(database) == 1
+
+
+def test_whoever_reuses_a_connection_hangs_up_first() -> None:
+    """A connection that we close in the moment it is reused is a delivery that fails."""
+    ours = web_config(None, "127.0.0.1", 0).timeout_keep_alive
+    routes = (ROOT / "infra" / "proxy" / "routes.yaml").read_text()
+    named = re.search(r"idleConnTimeout: ([0-9]+)s", routes)
+    assert named is not None
+    assert int(named[1]) < ours
+    assert ours > 90  # Traefik's own default; nginx and AWS 60 s, Java's HttpClient 30 s

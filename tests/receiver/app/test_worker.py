@@ -1,0 +1,296 @@
+"""The worker: lanes claim, threads work, everything ends well, whatever the work or the database does meanwhile.
+
+The lanes here carry work of the test's own, so that it can hang, break and count; rows and claims are real.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from sqlmodel import col, select, update
+from structlog.testing import capture_logs
+
+from receiver.app.worker import Chore, Lane, Worker
+from storage.archive.folders import sweep_uploads
+from storage.bucket.bucket import Bucket
+from storage.errors import DatabaseUnavailable
+from storage.operations import heartbeats
+from storage.rows import claims
+from storage.rows.database import Database
+from storage.rows.models import Asset, Task
+from storage.states import Step
+from tests.harness import wait_until
+from tests.postgres import Postgres
+from tests.rows import LONG_AGO, new_assets, new_task, stored
+
+
+class Desk:
+    """Work that notes its rows, waits at the gate, then settles them."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.begun: list[Any] = []
+        self.done: list[Any] = []
+        self.stranded: list[Any] = []
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def work(self, row: Any) -> None:
+        self.begun.append(row.id)
+        self.gate.wait(20)
+        try:
+            with self.database.write() as session:
+                claims.settle(session, row, due_in=None)
+        except DatabaseUnavailable:
+            self.stranded.append(row.id)
+            raise
+        self.done.append(row.id)
+
+    def work_many(self, rows: list[Any]) -> None:
+        self.batches.append(len(rows))
+        for row in rows:
+            self.work(row)
+
+
+@pytest.fixture
+def desk(database: Database) -> Desk:
+    return Desk(database)
+
+
+@contextmanager
+def running(
+    database: Database, *lanes: Lane, lease: float = 5, grace: float = 10, chores: Sequence[Chore] = ()
+) -> Iterator[Worker]:
+    """A worker at work in a thread; on leaving it is stopped and has ended."""
+    worker = Worker(database, lanes, lease_seconds=lease, grace_seconds=grace, chores=chores)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        wait_until(lambda: heartbeats.count_alive(database))
+        yield worker
+    finally:
+        worker.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def assets_lane(work: Callable[[Any], None], threads: int = 4, **options: Any) -> Lane:
+    return Lane("assets", Asset, work, threads, **options)
+
+
+def waiting(database: Database) -> int:
+    with database.read() as session:
+        return len(session.exec(select(Asset.id).where(col(Asset.due_at).is_not(None))).all())
+
+
+def test_every_due_row_is_worked_on_once(database: Database, desk: Desk) -> None:
+    assets = new_assets(database, 12)
+    with running(database, assets_lane(desk.work)):
+        wait_until(lambda: not waiting(database))
+    assert sorted(desk.done) == sorted(asset.id for asset in assets)
+
+
+def test_lanes_take_only_their_own_step(database: Database, desk: Desk) -> None:
+    with database.write() as session:
+        reads = [new_task(session, step=Step.READ).id for _ in range(2)]
+        new_task(session, step=Step.CREATE)
+    lane = Lane("reads", Task, desk.work, 1, (col(Task.step) == Step.READ,))
+    assert Worker(database, [lane], lease_seconds=5, grace_seconds=0).run_until_idle() == 2
+    assert sorted(desk.done) == sorted(reads)
+
+
+def test_a_stuck_lane_holds_up_no_other(database: Database, desk: Desk) -> None:
+    desk.gate.clear()
+    (asset,) = new_assets(database, 1)
+    free = Desk(database)
+    with running(database, assets_lane(desk.work, 1), Lane("tasks", Task, free.work, 1)):
+        wait_until(lambda: desk.begun)
+        with database.write() as session:
+            task = new_task(session)
+        wait_until(lambda: free.done == [task.id])
+        assert desk.done == []
+        desk.gate.set()
+    assert desk.done == [asset.id]
+
+
+def test_a_lane_that_can_takes_rows_in_batches(database: Database, desk: Desk) -> None:
+    new_assets(database, 11)
+    lane = assets_lane(desk.work, 2, work_many=desk.work_many, batch=lambda: 5)
+    assert Worker(database, [lane], lease_seconds=5, grace_seconds=0).run_until_idle() == 11
+    assert desk.batches == [5, 5]  # the one that was left came alone
+
+
+def test_batches_are_spread_over_the_threads(database: Database, desk: Desk) -> None:
+    new_assets(database, 10)
+    with running(database, assets_lane(desk.work, 2, work_many=desk.work_many, batch=lambda: 5)):
+        wait_until(lambda: not waiting(database))
+    assert len(desk.done) == 10
+    assert max(desk.batches) <= 5
+
+
+def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(database: Database, desk: Desk) -> None:
+    desk.gate.clear()
+    new_assets(database, 4)
+    with running(database, assets_lane(desk.work, 2)) as worker:
+        wait_until(lambda: len(desk.begun) == 2)
+        worker.stop()
+        desk.gate.set()
+    assert (len(desk.done), waiting(database)) == (2, 2)
+    assert heartbeats.count_alive(database) == 0
+
+
+def test_leases_are_renewed_while_work_goes_on_and_while_draining(database: Database, desk: Desk) -> None:
+    desk.gate.clear()
+    (asset,) = new_assets(database, 1)
+    with running(database, assets_lane(desk.work), lease=1) as worker:
+        wait_until(lambda: desk.begun)
+        worker.stop()
+        first = stored(database, asset)["due_at"]
+        wait_until(lambda: (stored(database, asset)["due_at"] - first).total_seconds() > 1)
+        desk.gate.set()
+    assert desk.done == [asset.id]
+
+
+def test_what_outlives_the_grace_time_is_handed_back(database: Database, desk: Desk) -> None:
+    """Due at once, and the attempt is not counted: the next worker waits for no lease."""
+    desk.gate.clear()
+    (asset,) = new_assets(database, 1)
+    with running(database, assets_lane(desk.work, 1), lease=600, grace=0.1):
+        wait_until(lambda: desk.begun)
+    row = stored(database, asset)
+    assert (row["lease"], row["attempts"], row["losses"]) == (None, 0, 0)
+    assert row["due_at"] <= database.now()
+    desk.gate.set()
+    wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("assets")] == [])
+    assert desk.done == []  # it had lost its claim by then
+
+
+def test_a_row_claimed_anew_while_its_old_claim_ends_is_still_in_hand(database: Database, desk: Desk) -> None:
+    """A report takes a read's claim away and makes the row due: one worker may then hold the row twice."""
+    (asset,) = new_assets(database, 1)
+    first_may_end, second_may_end = threading.Event(), threading.Event()
+    gates = iter((first_may_end, second_may_end))
+    lock = threading.Lock()
+
+    def work(row: Any) -> None:
+        desk.begun.append(row.id)
+        with lock:
+            gate = next(gates)
+        gate.wait(20)
+        desk.done.append(row.id)
+
+    with running(database, assets_lane(work), grace=0.1):
+        wait_until(lambda: len(desk.begun) == 1)
+        with database.write() as session:
+            session.execute(update(Asset).values(lease=None, due_at=LONG_AGO))
+        wait_until(lambda: len(desk.begun) == 2)
+        first_may_end.set()
+        wait_until(lambda: len(desk.done) == 1)
+    assert stored(database, asset)["lease"] is None  # handed back at the end of the grace time
+    second_may_end.set()
+
+
+def test_a_bug_is_retried_later_and_harms_no_other_row(database: Database, desk: Desk) -> None:
+    bad, good = new_assets(database, 2)
+
+    def work(row: Any) -> None:
+        if row.id == bad.id:
+            raise ZeroDivisionError
+        desk.work(row)
+
+    with running(database, assets_lane(work)):
+        wait_until(lambda: desk.done == [good.id] and stored(database, bad)["lease"] is None)
+    row = stored(database, bad)
+    assert row["due_at"] is not None
+    assert (row["attempts"] >= 1, row["losses"]) == (True, 0)
+
+
+def test_a_bug_in_a_batch_settles_every_row_of_it(database: Database) -> None:
+    assets = new_assets(database, 3)
+
+    def fail(_rows: Any) -> None:
+        raise ZeroDivisionError
+
+    lane = assets_lane(fail, work_many=fail, batch=lambda: 3)
+    Worker(database, [lane], lease_seconds=600, grace_seconds=0).run_until_idle()
+    assert [stored(database, asset)["lease"] for asset in assets] == [None] * 3
+
+
+def test_a_long_piece_of_work_keeps_its_lease_where_nothing_runs_for_long(database: Database, desk: Desk) -> None:
+    (asset,) = new_assets(database, 1)
+
+    def work(row: Any) -> None:
+        wait_until(lambda: stored(database, asset)["due_at"] > row.due_at)
+        desk.work(row)
+
+    assert Worker(database, [assets_lane(work)], lease_seconds=1.5, grace_seconds=0).run_until_idle() == 1
+
+
+def test_leases_are_renewed_after_a_renewal_met_a_bug(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (asset,) = new_assets(database, 1)
+    desk.gate.clear()
+    renew, bugs = claims.renew, [ZeroDivisionError()]
+
+    def renew_badly(*arguments: Any) -> None:
+        if bugs:
+            raise bugs.pop()
+        renew(*arguments)
+
+    monkeypatch.setattr(claims, "renew", renew_badly)
+    with running(database, assets_lane(desk.work), lease=1.5):
+        wait_until(lambda: desk.begun)
+        claimed_until = stored(database, asset)["due_at"]
+        wait_until(lambda: stored(database, asset)["due_at"] > claimed_until)
+        assert not bugs
+        desk.gate.set()
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
+    database: Database, desk: Desk, postgres: Postgres
+) -> None:
+    new_assets(database, 1)
+    postgres.stop()
+    worker = Worker(database, [assets_lane(desk.work)], lease_seconds=5, grace_seconds=10)
+    with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
+        running = pool.submit(worker.run)
+        try:
+            wait_until(lambda: logs)
+            postgres.start()
+            wait_until(lambda: desk.done)
+        finally:
+            worker.stop()
+        running.result(30)
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_work_goes_on_after_the_database_was_away(database: Database, desk: Desk, postgres: Postgres) -> None:
+    """What could not be settled is handed back when the database returns, long before its lease would have ended."""
+    desk.gate.clear()
+    assets = new_assets(database, 3)
+    with running(database, assets_lane(desk.work, 2), lease=9):
+        wait_until(lambda: len(desk.begun) == 2)
+        postgres.stop()
+        desk.gate.set()
+        wait_until(lambda: len(desk.stranded) == 2)
+        postgres.start()
+        wait_until(lambda: not waiting(database), seconds=30)
+    assert sorted(desk.done) == sorted(asset.id for asset in assets)
+
+
+@pytest.mark.usefixtures("s3_environment")
+def test_a_bucket_that_is_away_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
+    away = Bucket("away", endpoint_url="http://127.0.0.1:9")
+    chore = Chore("uploads", 60, lambda: sweep_uploads(away))
+    with capture_logs() as logs, running(database, assets_lane(desk.work), chores=[chore]):
+        (line,) = wait_until(lambda: [each for each in logs if each.get("chore") == "uploads"])
+    assert line["event"] == "worker.store_away"
+    assert "cannot be reached" in line["error"]

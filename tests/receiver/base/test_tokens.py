@@ -1,0 +1,139 @@
+"""Tokens in URLs: what one secret signed for one task, provider and purpose opens that and nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+import re
+import string
+import uuid
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from receiver.base import tokens
+from receiver.base.tokens import ASSET_PURPOSE, CHARACTERS, Named, Tokens
+
+OLD, NEW, FOREIGN = (
+    SecretStr(f"{word} secret of more than thirty-two characters") for word in ("old", "new", "foreign")
+)
+TASK = uuid.UUID("3b241101-e2bb-4255-8caf-4136c566a962")
+BOTH = Tokens([NEW, OLD])
+GOOD = BOTH.sign("kling", TASK)
+ALPHABET = string.ascii_letters + string.digits + "-_"
+
+
+def raw(token: str) -> bytes:
+    return base64.urlsafe_b64decode(token + "=")
+
+
+def text(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def test_a_token_names_its_task() -> None:
+    assert BOTH.read("kling", GOOD) == Named(TASK, secret_number=0)
+
+
+def test_the_accounts_token_names_no_task() -> None:
+    assert BOTH.read("kling", BOTH.sign("kling", None)) == Named(None, secret_number=0)
+
+
+def test_the_form_is_promised() -> None:
+    """At most 64 characters of `A-Za-z0-9_-`; the form of every one of them is the same, and stays the same."""
+    made = [BOTH.sign("kling", uuid.uuid4()) for _ in range(200)] + [BOTH.sign("kling", None), GOOD]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]{55}", token) for token in made)
+    assert CHARACTERS == 55 <= 64
+    assert {len(raw(token)) for token in made} == {1 + 16 + 24} and {raw(token)[0] for token in made} == {1}
+    assert len(set(made)) == len(made)
+    fixed = Tokens([SecretStr("x" * 32)]).sign("kling", TASK)
+    assert fixed == "ATskEQHiu0JVjK9BNsVmqWIVqnumd9XGCcThGuCW6YLYnUqGcNigXnU"  # addresses live on for months
+
+
+def test_a_rotation_signs_with_the_first_and_reads_with_all() -> None:
+    before = Tokens([OLD]).sign("kling", TASK)
+    assert BOTH.read("kling", before) == Named(TASK, secret_number=1)
+    assert Tokens([OLD, NEW]).read("kling", GOOD) == Named(TASK, secret_number=1)
+    assert before != GOOD
+
+
+def test_a_retired_secret_opens_nothing() -> None:
+    before = Tokens([OLD]).sign("kling", TASK)
+    assert Tokens([NEW]).read("kling", before) is None
+    assert Tokens([OLD]).read("kling", GOOD) is None
+    assert Tokens([FOREIGN]).read("kling", GOOD) is None
+    assert Tokens([]).read("kling", GOOD) is None
+
+
+def test_every_single_bit_counts() -> None:
+    whole = raw(GOOD)
+    for bit in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        assert BOTH.read("kling", text(bytes(flipped))) is None
+
+
+@pytest.mark.parametrize("place", range(CHARACTERS))
+def test_every_character_counts(place: int) -> None:
+    """Also in the last one, whose two lowest bits are padding: one token has one spelling."""
+    others = [GOOD[:place] + other + GOOD[place + 1 :] for other in ALPHABET if other != GOOD[place]]
+    assert len(others) == 63 and not any(BOTH.read("kling", other) for other in others)
+
+
+def test_every_truncation_and_every_addition_is_refused() -> None:
+    for end in range(CHARACTERS):
+        assert BOTH.read("kling", GOOD[:end]) is None
+        assert BOTH.read("kling", GOOD[end + 1 :]) is None
+    for added in ("=", "A", "\0", "\n", " ", "%00", "/", ".png"):
+        assert BOTH.read("kling", GOOD + added) is None and BOTH.read("kling", added + GOOD) is None
+        assert BOTH.read("kling", (GOOD[: CHARACTERS - len(added)]) + added) is None
+
+
+def test_a_token_opens_no_other_task() -> None:
+    other = uuid.uuid4()
+    swapped = raw(GOOD)[:1] + other.bytes + raw(GOOD)[17:]
+    assert BOTH.read("kling", text(swapped)) is None
+    assert BOTH.read("kling", text(raw(GOOD)[:1] + bytes(16) + raw(GOOD)[17:])) is None
+
+
+@pytest.mark.parametrize("purpose", [ASSET_PURPOSE, "event", "", "callback\0", "callbac"])
+def test_a_token_serves_no_other_purpose(purpose: str) -> None:
+    other = BOTH.sign("kling", TASK, purpose=purpose)
+    assert BOTH.read("kling", other, purpose=purpose) == Named(TASK, secret_number=0)
+    assert BOTH.read("kling", other) is None
+    assert BOTH.read("kling", GOOD, purpose=purpose) is None
+
+
+def test_a_token_opens_no_other_provider() -> None:
+    assert BOTH.read("fal", GOOD) is None and BOTH.read("", GOOD) is None
+    assert BOTH.read("kling", BOTH.sign("fal", TASK)) is None
+
+
+def test_what_is_signed_cannot_be_read_in_two_ways() -> None:
+    """Moving a character over the border between purpose and provider makes another token."""
+    made = {BOTH.sign(provider, TASK, purpose=purpose) for provider, purpose in (("ab", "c"), ("b", "ca"), ("", "cab"))}
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("version", [0, 2, 255])
+def test_another_version_is_refused(version: int) -> None:
+    assert BOTH.read("kling", text(bytes([version]) + raw(GOOD)[1:])) is None
+
+
+@given(st.text(max_size=70) | st.text(ALPHABET, min_size=55, max_size=55))
+def test_no_text_breaks_the_check(token: str) -> None:
+    assert BOTH.read("kling", token) is None
+
+
+def test_every_secret_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it takes must not tell which secret matched. The one test that counts calls: time shows nothing here."""
+    calls: list[tuple[bytes, bytes]] = []
+    real = hmac.compare_digest
+    monkeypatch.setattr(tokens.hmac, "compare_digest", lambda a, b: calls.append((a, b)) or real(a, b))
+    three = Tokens([NEW, OLD, FOREIGN])
+    for token in (three.sign("kling", TASK), Tokens([FOREIGN]).sign("kling", TASK), text(raw(GOOD)[:17] + bytes(24))):
+        calls.clear()
+        three.read("kling", token)
+        assert len(calls) == 3 and {len(mac) for pair in calls for mac in pair} == {24}

@@ -1,0 +1,451 @@
+"""Batches: put in once, gone on with by the same file, sent by workers, tried again, reported with their keys."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import BytesIO, StringIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlmodel import col, select, update
+
+from receiver.app.wiring import Parts
+from receiver.batch import batch_file, batch_report, batch_view
+from receiver.batch.batch import Batches, Plan
+from receiver.batch.batch_file import BatchInvalid, Line
+from receiver.cli import main
+from receiver.sandbox import Sandbox
+from receiver.tasks.operate import Operator
+from storage.accounts import batches
+from storage.accounts.batches import Counts
+from storage.archive.delete import delete
+from storage.operations import heartbeats
+from storage.rows.models import Asset, Callback, Task
+from storage.states import ArchiveState, CallbackState, TaskState
+from tests.command_line import Done, variables
+from tests.harness import wait_until
+from tests.night_run import run as spend_a_night
+from tests.pipeline import assert_archived, deliver, hurry, kept, run, task_of
+from tests.receiver.batch.test_batch_file import FAULTS, GOOD, PICTURE, faulty_file, jsonl
+from tests.rows import event_names, new_asset
+
+LINES = [{**GOOD, "prompt": f"boat {number}"} for number in range(5)]
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # what is shown is the same on both
+limited = pytest.mark.parametrize("changes", [{"kling_slots": 2}], ids=["two"])
+
+
+def of(parts: Parts) -> Batches:
+    return Batches(parts.database, parts.submitter, parts.schedule)
+
+
+def read(parts: Parts, *lines: Any, name: str = "night") -> list[Line]:
+    return batch_file.read(BytesIO(jsonl(*lines)), "jsonl", name, of(parts).check)
+
+
+def plan(parts: Parts, *lines: Any, name: str = "night") -> Plan:
+    return of(parts).plan(name, read(parts, *lines, name=name))
+
+
+def put(parts: Parts, *lines: Any, name: str = "night") -> int:
+    return of(parts).put(plan(parts, *lines, name=name))
+
+
+def rows(parts: Parts) -> list[Task]:
+    with parts.database.read() as session:
+        return list(session.exec(select(Task).order_by(col(Task.batch_line), col(Task.created_at))))
+
+
+def dismiss(parts: Parts, task: Task) -> None:
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(task.external_task_id, "not worth the money")
+
+
+def finish(parts: Parts, name: str = "night") -> Counts:
+    """Do all there is to do, in this thread; nobody hears callbacks here, so tasks are read."""
+    worker = parts.worker()
+
+    def over() -> Counts | None:
+        worker.run_until_idle()
+        hurry(parts, Task)
+        found = of(parts).counts(name)
+        return found if found.over == found.total else None
+
+    return wait_until(over, seconds=30)
+
+
+# -- putting in -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_wait_in_the_order_of_the_file_and_are_sent_once(parts: Parts, sandbox: Sandbox) -> None:
+    assert put(parts, *LINES) == 5
+    made = rows(parts)
+    assert [(row.batch_line, row.slots, row.due_at, row.state) for row in made] == [
+        (line, -1, None, TaskState.CREATED) for line in range(1, 6)
+    ]
+    assert event_names(parts.database, made[0]) == ["task.created"]
+    run(parts, "creates")
+    prompts = [create.body["prompt"] for create in sandbox.ledger().creates]
+    assert prompts == [line["prompt"] for line in LINES]
+
+
+def test_the_same_file_again_puts_in_nothing(parts: Parts) -> None:
+    put(parts, *LINES)
+    again = plan(parts, *LINES)
+    assert (again.new, again.known, again.moved, again.left_over) == ([], 5, [], 0)
+    assert of(parts).put(again) == 0
+    assert len(rows(parts)) == 5
+
+
+def test_a_submission_that_died_half_way_is_gone_on_with(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("receiver.batch.batch.CHUNK", 2)
+
+    def die(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        of(parts).put(plan(parts, *LINES), die)
+    assert [row.batch_line for row in rows(parts)] == [1, 2]
+    assert put(parts, *LINES) == 3
+    assert [row.batch_line for row in rows(parts)] == [1, 2, 3, 4, 5]
+
+
+def test_two_that_put_in_the_same_file_make_one_batch(parts: Parts) -> None:
+    first, second = plan(parts, *LINES), plan(parts, *LINES)
+    assert (of(parts).put(first), of(parts).put(second)) == (5, 0)
+    assert len(rows(parts)) == 5
+
+
+@ONE_DATABASE
+def test_a_changed_file_adds_what_is_new_and_says_what_it_left_out(parts: Parts) -> None:
+    put(parts, *LINES)
+    changed = plan(parts, {**GOOD, "prompt": "new"}, *LINES[1:])
+    assert (len(changed.new), changed.known, changed.left_over) == (1, 4, 1)
+    of(parts).put(changed)
+    assert sorted(row.batch_line or 0 for row in rows(parts)) == [1, 1, 2, 3, 4, 5]
+
+
+@ONE_DATABASE
+def test_another_name_pays_again(parts: Parts) -> None:
+    put(parts, *LINES)
+    assert put(parts, *LINES, name="again") == 5
+    assert len({row.external_task_id for row in rows(parts)}) == 10
+
+
+@ONE_DATABASE
+def test_an_id_that_has_another_request_is_a_fault_and_nothing_is_put_in(parts: Parts) -> None:
+    put(parts, {**GOOD, "external_task_id": "mine"})
+    with pytest.raises(BatchInvalid, match=r"line 2: external_task_id: 'mine' was submitted before"):
+        plan(parts, GOOD, {**GOOD, "n": 2, "external_task_id": "mine"})
+    with pytest.raises(BatchInvalid, match="another batch"):
+        plan(parts, {**GOOD, "external_task_id": "mine"}, name="other")
+    assert len(rows(parts)) == 1
+
+
+def test_an_id_that_somebody_takes_meanwhile_is_a_fault(parts: Parts) -> None:
+    ready = plan(parts, {**GOOD, "external_task_id": "mine"})
+    parts.submitter.submit({**GOOD, "n": 2}, external_task_id="mine")
+    with pytest.raises(BatchInvalid, match="another request"):
+        of(parts).put(ready)
+
+
+@ONE_DATABASE
+def test_a_task_that_was_submitted_alone_joins_the_batch(parts: Parts, sandbox: Sandbox) -> None:
+    parts.submitter.submit(GOOD, external_task_id="mine")
+    assert put(parts, LINES[0], {**GOOD, "external_task_id": "mine"}) == 1
+    assert of(parts).counts("night").total == 2
+    assert task_of(parts, "mine").batch_line == 2
+    assert len(sandbox.ledger().creates) == 1
+
+
+def test_a_delivery_that_came_before_its_row_finds_it(parts: Parts) -> None:
+    body = {"task_id": "777", "task_status": "processing", "task_info": {"external_task_id": "late"}}
+    assert deliver(parts, None, body).state is CallbackState.UNMATCHED
+    put(parts, {**GOOD, "external_task_id": "late"})
+    with parts.database.read() as session:
+        assert session.exec(select(Callback.state)).one() is CallbackState.RECEIVED
+
+
+@ONE_DATABASE
+@limited
+def test_a_line_the_account_can_never_take_is_a_fault(parts: Parts) -> None:
+    with pytest.raises(BatchInvalid, match=r"line 2: .*RECEIVER_KLING_SLOTS"):
+        read(parts, GOOD, {**GOOD, "n": 3})
+
+
+# -- to the end -------------------------------------------------------------------------------------------------------
+
+
+@limited
+def test_a_batch_is_archived_within_its_slots_and_reported(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(concurrency_limit=2)
+    put(parts, *LINES[:3], {**GOOD, "n": 2, "prompt": "[fail]"})
+    found = finish(parts)
+    assert (found.archived, found.failed, found.total) == (3, 1, 4)
+    ledger = sandbox.ledger()
+    assert (ledger.slots_peak, ledger.counts["create:1303"]) == (2, 0)
+    lines = list(batch_report.lines(parts.database, of(parts), "night"))
+    assert [(line["line"], len(line["files"])) for line in lines] == [(1, 1), (2, 1), (3, 1), (4, 0)]
+    objects = kept(parts)
+    assert all(objects[file["key"]] == file["sha256"] for line in lines for file in line["files"])
+    for row in rows(parts)[:3]:
+        assert_archived(parts, sandbox, row)
+
+
+@ONE_DATABASE
+def test_reports_hold_every_line_as_json_and_csv(parts: Parts, tmp_path: Path) -> None:
+    put(parts, *LINES[:2], {**GOOD, "prompt": "[fail]"})
+    finish(parts)
+    for name in ("report.json", "report.csv"):
+        batch_report.write(tmp_path / name, "night", batch_report.lines(parts.database, of(parts), "night"))
+    told = json.loads((tmp_path / "report.json").read_text())
+    table = list(csv.DictReader(StringIO((tmp_path / "report.csv").read_text())))
+    assert told["batch"] == "night"
+    assert [line["state"] for line in told["tasks"]] == ["succeeded", "succeeded", "failed"]
+    assert [row["key"] for row in table] == [*(line["files"][0]["key"] for line in told["tasks"][:2]), ""]
+    assert table[2]["error"] == told["tasks"][2]["error"]
+    assert {"report.json", "report.csv"} == {name for name in os.listdir(tmp_path) if "report" in name}
+
+
+@ONE_DATABASE
+def test_a_report_is_read_in_pieces(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(parts, *LINES)
+    monkeypatch.setattr(batches, "CHUNK", 2)
+    assert [line["line"] for line in batch_report.lines(parts.database, of(parts), "night")] == [1, 2, 3, 4, 5]
+
+
+def test_words_that_a_spreadsheet_would_run_are_made_harmless() -> None:
+    line: dict[str, Any] = dict.fromkeys((*batch_report.TASK_COLUMNS, "note"))
+    out = StringIO()
+    batch_report.write_csv(out, [{**line, "error": "=1+1", "files": []}])
+    assert out.getvalue().rstrip().endswith(",'=1+1")
+
+
+@ONE_DATABASE
+def test_counts_say_where_every_task_stands(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(processing_seconds=60)
+    put(parts, *LINES[:2])
+    run(parts, "creates")
+    put(parts, *LINES)
+    assert of(parts).counts("night") == Counts(queued=3, running=2)
+
+
+def test_a_deleted_task_is_over(parts: Parts) -> None:
+    put(parts, *LINES[:2])
+    finish(parts)
+    delete(parts.database, parts.bucket, rows(parts)[0].external_task_id)
+    found = of(parts).counts("night")
+    assert found.over == found.total == 2
+    assert found == Counts(archived=1, deleted=1)
+    assert "deleted 1" in batch_view.words(found)
+
+
+# -- again ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"])
+    put(parts, *LINES[:2])
+    assert finish(parts).failed == 1
+    assert of(parts).retry("night", dry_run=True).counts == {"creates_queued": 1}
+    assert of(parts).counts("night").failed == 1
+    assert of(parts).retry("night").counts == {"creates_queued": 1}
+    assert finish(parts).archived == 2
+    assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == 2
+
+
+def test_what_was_dismissed_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+    put(parts, *LINES[:2])
+    dismiss(parts, rows(parts)[0])
+    assert of(parts).retry("night").counts == {}
+    run(parts, "creates")
+    assert [create.body["prompt"] for create in sandbox.ledger().creates] == ["boat 1"]
+    assert [task.batch_line for task in of(parts).failures("night")] == [1], "it is shown all the same"
+
+
+@ONE_DATABASE
+def test_a_dismissed_file_is_not_due_again(parts: Parts) -> None:
+    put(parts, LINES[0])
+    with parts.database.write() as session:
+        ended = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "queued_at": None, "slots": 0}
+        session.execute(update(Task).values(ended))
+        new_asset(session, session.exec(select(Task)).one(), 0)
+    dismiss(parts, rows(parts)[0])
+    assert of(parts).retry("night").counts == {}
+
+
+@ONE_DATABASE
+def test_one_that_is_sent_again_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"])
+    put(parts, LINES[0])
+    run(parts, "creates")
+    with parts.database.write() as session:
+        session.execute(update(Task).values(archive=ArchiveState.INCOMPLETE))  # as if it had been dismissed once
+    of(parts).retry("night")
+    assert of(parts).counts("night") == Counts(queued=1)
+
+
+@ONE_DATABASE
+def test_a_refused_create_whose_picture_is_not_kept_says_so(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1301"])
+    put(parts, {**GOOD, "image_list": [{"image": PICTURE}]})
+    finish(parts)
+    tally = of(parts).retry("night")
+    assert "another name" in next(iter(tally.left.values()))
+    assert not tally.is_good
+
+
+@ONE_DATABASE
+def test_files_that_were_given_up_are_due_again(parts: Parts, sandbox: Sandbox) -> None:
+    put(parts, LINES[0])
+    sandbox.set(cdn_faults=["html"] * 4)
+
+    def given_up() -> bool:
+        parts.worker().run_until_idle()
+        hurry(parts, Task, Asset)
+        return of(parts).counts("night").incomplete == 1
+
+    wait_until(given_up)
+    assert of(parts).retry("night").counts["files_due"] == 1
+    assert finish(parts).archived == 1
+
+
+@ONE_DATABASE
+def test_what_failed_at_the_provider_is_read_and_never_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+    put(parts, {**GOOD, "prompt": "[fail]"})
+    finish(parts)
+    assert of(parts).retry("night").counts["reads_due"] == 1
+    assert finish(parts).failed == 1
+    assert len(sandbox.ledger().creates) == 1
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_rate_is_told_over_five_minutes_with_the_time_left() -> None:
+    rate = batch_view.Rate()
+    seen = [rate.see(over, now) for now, over in ((0.0, 0), (100.0, 50), (310.0, 100))]
+    assert seen == [0, 0.5, 50 / 210]
+    assert "30.0/min, 0:01:00 left" in batch_view.words(Counts(queued=30, archived=7), 0.5)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def command(parts: Parts, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`receiver …` in this process, in a folder of its own: a process each would take the time of ten tests."""
+    settings = variables(parts.settings.database_url.get_secret_value(), parts.bucket, sandbox)
+    for name, value in {**settings, "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*words: str, given: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(given.encode())))
+        out, err, code = StringIO(), StringIO(), 0  # never closed: loggers remember where they wrote
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                main.app(list(words))
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except LookupError:
+                code = 1  # as `main.main` ends
+        return Done(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@ONE_DATABASE
+def test_thirty_faults_are_all_listed_and_nothing_is_sent(command: Command, parts: Parts, sandbox: Sandbox) -> None:
+    Path("night.jsonl").write_bytes(faulty_file())
+    done = command("submit", "--batch", "night.jsonl")
+    lines = [line.split(":")[1] for line in done.err.splitlines() if line.startswith("night.jsonl:")]
+    assert lines == [str(2 + 2 * number) for number in range(len(FAULTS))]
+    assert (done.code, f"{len(FAULTS)} faults; nothing was sent" in done.err) == (1, True)
+    told = command("submit", "--batch", "night.jsonl", "--json").json
+    assert len(told["faults"]) == len(FAULTS)
+    assert (rows(parts), sandbox.ledger().creates) == ([], ())
+
+
+@ONE_DATABASE
+def test_a_batch_from_standard_input_to_its_report(command: Command, parts: Parts) -> None:
+    table = "model_name,prompt\nkling-v3-omni,a boat\nkling-v3-omni,[fail]\n"
+    done = command("submit", "--batch", "-", "--name", "night", "--format", "csv", given=table)
+    assert (done.code, "2 new, 0 submitted before" in done.out) == (0, True)
+    assert "no worker is alive" in done.err
+    assert command("batch", "status", "night").code == 1
+    finish(parts)
+    told = command("batch", "status", "night", "--json")
+    assert (told.code, json.loads(told.out)["archived"]) == (1, 1)
+    assert len(json.loads(told.out)["failures"]) == 1
+    assert command("batch", "export", "night", "--format", "csv").out.count("\n") == 3
+    assert command("batch", "export", "night", "--output", "all.json").code == 0
+    assert len(json.loads(Path("all.json").read_text())["tasks"]) == 2
+    assert "night" in command("batch", "list").out
+    assert command("batch", "status", "other").code == 1
+
+
+@ONE_DATABASE
+def test_waiting_without_a_worker_says_so_at_once(command: Command, parts: Parts) -> None:
+    Path("night.jsonl").write_bytes(jsonl(*LINES))
+    done = command("submit", "--batch", "night.jsonl", "--wait")
+    assert (done.code, "no worker is alive" in done.err) == (1, True)
+    assert len(rows(parts)) == 5
+
+
+@ONE_DATABASE
+def test_waiting_ends_with_the_batch_and_writes_its_report(command: Command, parts: Parts) -> None:
+    Path("night.jsonl").write_bytes(jsonl(*LINES[:2]))
+    command("submit", "--batch", "night.jsonl")
+    finish(parts)
+    heartbeats.register(parts.database, 1)
+    done = command("submit", "--batch", "night.jsonl", "--wait", "--report", "all.csv", "--report", "all.json")
+    assert (done.code, "archived 2" in done.out) == (0, True)
+    assert Path("all.csv").read_text().count(".png") == 2
+
+
+@ONE_DATABASE
+def test_a_dry_run_says_what_it_costs_and_writes_nothing(
+    command: Command, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("night.jsonl").write_bytes(jsonl(*LINES, {**GOOD, "n": 3}))
+    done = command("submit", "--batch", "night.jsonl", "--dry-run")
+    assert "8 pictures (8 slots), 64 units = 0.22 USD by prices of 2026-09" in done.out
+    assert rows(parts) == []
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", "sqlite:///no.db")
+    assert command("submit", "--batch", "night.jsonl", "--dry-run", "--json").json["new"] == 6
+    assert not Path("no.db").exists()
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--batch", "-"],
+        ["--batch", "night.jsonl", "--prompt", "a boat"],
+        ["--batch", "missing.jsonl"],
+        ["--batch", "night.jsonl", "--report", "all.csv"],
+        ["--prompt", "a boat", "--dry-run"],
+    ],
+    ids=["no name", "field beside", "no file", "report unwaited", "no batch"],
+)
+def test_wrong_usage_is_told(command: Command, words: list[str]) -> None:
+    Path("night.jsonl").write_bytes(jsonl(GOOD))
+    assert command("submit", *words).code == 2
+
+
+# -- the whole of it --------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_survives_kills_in_the_night(database_kind: str, tmp_path: Path) -> None:
+    """The short form of `python -m tests.night_run`."""
+    outcome = spend_a_night(tmp_path, lines=24, database=database_kind, kills=1)
+    assert outcome.faults == []
+    assert outcome.figures["archived"] == 24

@@ -1,0 +1,236 @@
+"""The command line as a user meets it: words, exit codes and JSON, in real processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import receiver as package
+from receiver.cli.main import app
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.rows import migrations
+from tests.command_line import CommandLine, Done, variables
+from tests.harness import wait_until
+
+VERBS = get_command(app).commands  # type: ignore[attr-defined]
+ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
+# DESIGN, section 6. What we say beyond it may change, this may not.
+TASK_KEYS = "external_task_id task_id provider_task_id state archive expected error assets events"
+ASSET_KEYS = "kind index state key uri sha256 size media_type error"
+
+
+@pytest.fixture
+def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
+    """On a SQLite file that is not there yet."""
+    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
+
+
+@pytest.fixture
+def ready(receiver: CommandLine, migrated_sqlite: Path) -> CommandLine:
+    """On a SQLite file with the schema."""
+    (receiver.folder / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
+    return receiver
+
+
+def last_line(done: Done) -> str:
+    return done.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_lists_every_option(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    shown = CliRunner().invoke(app, [verb, "--help"])
+    assert shown.exit_code == 0
+    assert VERBS[verb].help.splitlines()[0] in " ".join(shown.output.split())
+    for parameter in VERBS[verb].params:
+        if parameter.param_type_name == "option" and not parameter.hidden:
+            assert parameter.opts[0] in shown.output, parameter.name
+
+
+def test_help_and_version_in_a_process(receiver: CommandLine) -> None:
+    shown = receiver("--help")
+    assert shown.code == 0
+    assert all(f" {verb} " in shown.out for verb in VERBS)
+    assert receiver("--version") == Done(0, f"{package.__version__}\n", "")
+
+
+def test_help_needs_no_settings_and_reads_no_env_file(receiver: CommandLine) -> None:
+    (receiver.folder / ".env").write_text("RECEIVER_PORT=nonsense\n")
+    assert receiver("submit", "--help", RECEIVER_S3_BUCKET=None).code == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("nonsense",),
+        ("status", "--nonsense"),
+        (*ASK, "--n", "many"),
+        ("submit", "--request", "missing.json"),
+        ("submit", "--request", "-"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_exit_code_2(ready: CommandLine, words: tuple[str, ...]) -> None:
+    done = ready(*words, given="[1, 2]")
+    assert (done.code, done.out) == (2, "")
+    assert "Usage: " in done.err and "Traceback" not in done.err
+
+
+def test_settings_faults_are_one_line_each(receiver: CommandLine) -> None:
+    done = receiver("status", RECEIVER_S3_BUCKET=None, RECEIVER_PORT="many", RECEIVER_KLING_API_KEY="")
+    assert (done.code, done.out) == (1, "")
+    assert [line.split(":")[0] for line in done.err.splitlines()] == ["RECEIVER_PORT", "RECEIVER_S3_BUCKET"]
+    wrong = receiver(*ASK, RECEIVER_PUBLIC_URL="http://example.com", RECEIVER_DATABASE_URL="oracle://u:hunter2@h/x")
+    assert wrong.code == 1
+    assert "hunter2" not in wrong.err
+
+
+def test_migrate_says_what_it_did(receiver: CommandLine) -> None:
+    before = receiver("status")
+    assert (before.code, before.out) == (1, "")
+    assert "run `receiver migrate`" in before.err
+    assert receiver("migrate") == Done(0, f"schema empty -> {migrations.head()}\n", "")
+    assert receiver("migrate") == Done(0, f"schema {migrations.head()} was there already\n", "")
+
+
+def test_submit_work_status(receiver: CommandLine, bucket: Bucket) -> None:
+    """From nothing to pictures in the bucket, on a database that submit itself makes ready."""
+    submitted = receiver(*ASK, "--n", "2")
+    assert (submitted.code, submitted.err) == (0, "")
+    name = submitted.out.strip()
+
+    def archived() -> Any:
+        worked = receiver("work", "--once")
+        assert worked.code == 0 and worked.out.startswith("worked on ")
+        report = receiver("status", name, "--json").json
+        return report if report["archive"] == "archived" else None
+
+    report = wait_until(archived, seconds=60)
+    assert {one["uri"] for one in report["assets"]} <= {bucket.uri(each.key) for each in bucket.list(bucket.prefix)}
+    for shown in (receiver("status").out, receiver("status", name).out):
+        assert name in shown and "succeeded" in shown and "archived" in shown
+    assert len(receiver("status", "--json").json["tasks"]) == 1
+    check_the_contract(report, name)
+
+
+def check_the_contract(report: dict[str, Any], name: str) -> None:
+    assert " ".join(key for key in report if key != "note") == TASK_KEYS
+    assert (report["external_task_id"], report["state"], report["expected"]) == (name, "succeeded", 2)
+    assert [one["index"] for one in report["assets"]] == [0, 1]
+    for asset in report["assets"]:
+        assert " ".join(key for key in asset if key not in ("id", "trailing_bytes", "notes")) == ASSET_KEYS
+        assert (asset["kind"], asset["state"], asset["media_type"]) == ("image", "archived", "image/png")
+        assert len(asset["sha256"]) == 64 and asset["size"] > 0
+    assert all(set(event) == {"name", "at"} for event in report["events"])
+    names = [event["name"] for event in report["events"]]
+    assert (names[0], names[-1]) == ("task.created", "task.archived")
+
+
+def test_submit_reports_json_before_anything_came(ready: CommandLine) -> None:
+    report = ready(*ASK, "--json", "--external-task-id", "mine").json
+    assert (report["external_task_id"], report["archive"], report["assets"]) == ("mine", "none", [])
+
+
+def test_every_wrong_field_is_named(ready: CommandLine, sandbox: Sandbox) -> None:
+    done = ready("submit", "--model-name", "kling-image-o1", "--n", "12", "--resolution", "8k", "--aspect-ratio", "5:1")
+    assert (done.code, done.out) == (1, "")
+    named = {line.split(":")[0] for line in done.err.splitlines()}
+    assert {"prompt", "n", "resolution", "aspect_ratio"} <= named
+    assert not sandbox.ledger().creates
+    assert ready("status", "--json").json["tasks"] == []
+
+
+def test_the_same_id_again(ready: CommandLine, sandbox: Sandbox) -> None:
+    mine = ("--external-task-id", "mine")
+    assert ready(*ASK, *mine).out == "mine\n"
+    again = ready(*ASK, *mine)
+    assert (again.code, again.out) == (0, "mine\n")
+    assert "submitted before" in again.err
+    other = ready(*ASK, *mine, "--n", "3")
+    assert (other.code, other.out) == (1, "")
+    assert "another request" in last_line(other)
+    assert len(sandbox.ledger().creates) == 1
+
+
+def test_waiting_without_a_worker_says_so_at_once(ready: CommandLine) -> None:
+    done = ready(*ASK, "--wait", "--external-task-id", "mine")
+    assert (done.code, done.out) == (1, "mine\n")
+    assert "no worker is alive: start `receiver serve`" in last_line(done)
+
+
+def test_a_refused_request_is_exit_code_1(ready: CommandLine, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1301"])
+    done = ready(*ASK, "--external-task-id", "mine")
+    assert (done.code, done.out) == (1, "mine\n")
+    assert last_line(done).startswith("failed: ") and "1301" in last_line(done)
+
+
+def test_a_task_that_is_not_there(ready: CommandLine) -> None:
+    for words in (("status", "nothing"), ("status", "nothing", "--json")):
+        assert ready(*words) == Done(1, "", "no task 'nothing' here\n")
+
+
+WRONG = {
+    "a batch that is not here": (("batch", "status", "none"), {}, "no batch 'none' here"),
+    "a task that is not here": (("delete", "none", "--yes"), {}, "no task 'none' here"),
+    "an id that is too long": ((*ASK, "--external-task-id", "x" * 201), {}, "external_task_id takes 201 bytes"),
+    "a key with a space": (ASK, {"RECEIVER_KLING_API_KEY": "a b"}, "api_key must be printable ASCII"),
+    "a store nobody can dial": (("audit",), {"RECEIVER_S3_ENDPOINT_URL": "http://my_store"}, "boto3 can dial no such"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_the_caller_got_wrong_is_said_in_one_line(case: str, ready: CommandLine) -> None:
+    words, changes, said = WRONG[case]
+    done = ready(*words, **changes)
+    assert (done.code, len(done.err.splitlines()), said in done.err) == (1, 1, True), done.err
+
+
+def test_an_env_file_that_is_no_text_is_said_in_one_line(ready: CommandLine) -> None:
+    (ready.folder / ".env").write_bytes(b"RECEIVER_PORT=\xff\n")
+    assert ready("status") == Done(1, "", ".env: is not UTF-8 text\n")
+
+
+@pytest.mark.parametrize("fault", ['{}["key"]', "[][0]", 'b"\\xff".decode()', 'int("x")'])
+def test_a_bug_shows_its_traceback_whatever_its_class(fault: str) -> None:
+    program = f"from receiver import cli\ncli.app.command('bug')(lambda: {fault})\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", program, "bug"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "Traceback (most recent call last):")
+
+
+def test_a_request_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
+    """Options win over the file; its callback_url is ours to choose."""
+    request = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2, "external_task_id": "theirs"}
+    (ready.folder / "r.json").write_text(json.dumps({**request, "callback_url": "https://example.com"}))
+    assert ready("submit", "--request", "r.json", "--n", "3").out == "theirs\n"
+    assert ready("submit", "--request", "r.json", "--external-task-id", "mine").out == "mine\n"
+    assert ready("submit", "--request", "-", given=json.dumps({**request, "external_task_id": "piped"})).code == 0
+    sent = [create.body for create in sandbox.ledger().creates]
+    assert [(body["external_task_id"], body["n"]) for body in sent] == [("theirs", 3), ("mine", 2), ("piped", 2)]
+    assert not any("callback_url" in body for body in sent)
+
+
+def test_an_image_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (320, 320)).save(ready.folder / "in.png")
+    assert ready(*ASK, "--image", "in.png", "--image", "https://example.com/a.png").code == 0
+    (create,) = sandbox.ledger().creates
+    first, second = create.body["image_list"]
+    assert len(first["image"]) > 100 and second == {"image": "https://example.com/a.png"}
+    refused = ready(*ASK, "--image", "missing.png")
+    assert (refused.code, last_line(refused).split(":")[0]) == (1, "image_list[0].image")
+
+
+def test_an_unknown_model_passes_with_a_warning(ready: CommandLine) -> None:
+    done = ready("submit", "--model-name", "kling-v9", "--prompt", "a boat")
+    assert done.code == 0
+    assert done.err.startswith("warning: ")

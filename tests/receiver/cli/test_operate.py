@@ -1,0 +1,116 @@
+"""The operator's verbs as commands: words, exit codes, JSON, and dry runs that change nothing."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col
+from typer.testing import CliRunner
+
+from receiver.app.wiring import Parts
+from receiver.cli.main import app
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.rows.database import Database
+from storage.rows.models import Callback, Event, Task
+from tests.command_line import CommandLine, variables
+from tests.pipeline import deliver, plant
+from tests.receiver.tasks.test_adopt import made_elsewhere
+from tests.receiver.tasks.test_operate import ASKED, counted, everything, lost, operating
+from tests.rows import LONG_AGO
+
+
+def accidents(parts: Parts) -> dict[str, Any]:
+    """One of each thing that a verb would change, and the verbs."""
+    task, [asset] = lost(parts.database)
+    waiting = plant(parts)
+    row = deliver(parts, waiting, {"task_id": "7", "task_status": "processing"})
+    with parts.database.write() as session:
+        session.execute(update(Callback).values(received_at=LONG_AGO, task_id=task.id))
+        session.execute(update(Event).values(at=LONG_AGO))
+        session.execute(update(Task).where(col(Task.id) == task.id).values(request=ASKED))
+    return {
+        "retry": lambda operator: operator.retry(str(asset.id)),
+        "retry_failed": lambda operator: operator.retry_failed(limit=10),
+        "replay": lambda operator: operator.replay([row.id or 0]),
+        "reconcile": lambda operator: operator.reconcile()[0],
+        "reconcile_one": lambda operator: operator.reconcile([waiting.external_task_id])[0],
+        "dismiss": lambda operator: operator.dismiss(waiting.external_task_id, "why"),
+        "prune": lambda operator: operator.prune(timedelta(days=1)),
+    }
+
+
+@pytest.mark.parametrize("verb", ["retry", "retry_failed", "replay", "reconcile", "reconcile_one", "dismiss", "prune"])
+def test_a_dry_run_counts_what_would_be_done_and_changes_nothing(parts: Parts, verb: str) -> None:
+    call = accidents(parts)[verb]
+    before = everything(parts.database)
+    would = call(operating(parts.database, parts, dry_run=True))
+    assert everything(parts.database) == before
+    did = call(operating(parts.database, parts))
+    assert everything(parts.database) != before
+    assert counted(would) == counted(did) != {}
+
+
+@pytest.fixture
+def receiver(bucket: Bucket, sandbox: Sandbox, migrated_sqlite: Path, tmp_path: Path) -> CommandLine:
+    """On a SQLite file with the schema."""
+    (tmp_path / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
+    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
+
+
+@pytest.fixture
+def beside(receiver: CommandLine) -> Database:
+    """The file that the commands work on."""
+    return Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
+
+
+def test_words_and_exit_codes(receiver: CommandLine, beside: Database) -> None:
+    task, _ = lost(beside, 2)
+    would = receiver("retry", task.external_task_id, "--dry-run")
+    assert (would.code, would.out) == (0, "dry run, nothing was changed: files due: 2\n")
+    again = receiver("dismiss", "no-such-task", "--reason", "why")
+    assert (again.code, again.out) == (1, "nothing to do\n")
+    assert again.err == "no-such-task: no task has this external id\n"
+    beside.close()
+
+
+def test_json_for_machines(receiver: CommandLine, beside: Database) -> None:
+    lost(beside, 2)
+    done = receiver("retry", "--all-failed", "--since", "2019-12-31", "--error", "no picture", "--limit", "1", "--json")
+    assert done.json == {"ok": True, "dry_run": False, "counts": {"files_due": 1}, "left": {}}
+    beside.close()
+
+
+def test_adopt_and_reconcile_in_a_process(receiver: CommandLine, beside: Database, sandbox: Sandbox) -> None:
+    sandbox.set(processing_seconds=600)
+    made_elsewhere(sandbox, "theirs")
+    assert receiver("adopt", "--listed-days", "1").out == "adopted: 1\n"
+    done = receiver("reconcile", "--wait")
+    assert (done.code, done.out) == (0, "reads due: 1, read: 1\n")
+    beside.close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("retry",),
+        ("retry", "x", "--all-failed"),
+        ("retry", "x", "--limit", "3"),
+        ("retry", "--all-failed", "--accept-unverified"),
+        ("replay",),
+        ("replay", "--since", "yesterday"),
+        ("replay", "1", "--since", "3h"),
+        ("adopt",),
+        ("adopt", "x", "--listed-days", "3"),
+        ("dismiss", "x"),
+        ("dismiss", "x", "--reason", " "),
+        ("prune",),
+        ("prune", "--older-than", "0"),
+    ],
+)
+def test_wrong_usage_is_said_before_anything_is_opened(words: tuple[str, ...]) -> None:
+    assert CliRunner().invoke(app, list(words)).exit_code == 2

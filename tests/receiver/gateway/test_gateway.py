@@ -1,0 +1,483 @@
+"""The gateway over real sockets: a client that changes its base URL and nothing else."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from sqlmodel import select, update
+
+from receiver.app.wiring import Parts
+from receiver.gateway import gateway
+from receiver.providers.kling.client import Kling
+from receiver.providers.kling.request import parse_request
+from receiver.sandbox import Sandbox
+from receiver.tasks.create_outcome import Listener
+from receiver.tasks.operate import Operator
+from receiver.tasks.task_view import is_over
+from storage.rows.models import Task
+from storage.states import Step, TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, hurry, plant, run, task_of
+from tests.postgres import Postgres
+from tests.receiver.web.test_callbacks import BODY, answer_on, connected, path_of, post
+from tests.rows import LONG_AGO, event_names
+from tests.seed_client import EXAMPLE, Failed, SeedClient
+from tests.unreported_tasks import creates, drawn, encoded, unanswered
+
+KEY, OTHER_KEY = "a-gateway-key-of-more-than-32-characters", "another-gateway-key-of-more-than-32-chars"
+CHANGES = {"api_keys": f"{KEY},{OTHER_KEY}"}
+ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
+ON_POSTGRESQL = pytest.mark.parametrize("database_kind", ["postgresql"])
+PATH = "/kling/v1/images/omni-image"
+PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
+ID = "order-4711"
+PATIENCE_SECONDS = 120
+FULL: dict[str, Any] = {
+    "model_name": "kling-v3-omni",
+    "prompt": "a boat <<<image_1>>>, no people\nat “dusk” 🌅",
+    "image_list": [{"image": "https://p2-fdl.klingai.com/ksc2/z3.png?cacheKey=Ch~_-&x-kcdn-pid=112757&pkey=AA"}],
+    "element_list": [{"element_id": 835266081714884677}],
+    "resolution": "2k",
+    "n": 2,
+    "result_type": "series",
+    "series_amount": 3,
+    "aspect_ratio": "21:9",
+    "watermark_info": {"enabled": True},
+    "external_task_id": "order/4711 é",
+}
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return dict(CHANGES)
+
+
+@pytest.fixture
+def client(web: Web) -> SeedClient:
+    return SeedClient(f"{web.url}/kling", KEY)
+
+
+def ask(web: Web, method: str, path: str = PATH, *, key: str = KEY, **options: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}", **options.pop("headers", {})}
+    return httpx.request(method, web.url + path, headers=headers, timeout=PATIENCE_SECONDS, **options)
+
+
+def create(web: Web, body: Any = PLAIN, **options: Any) -> httpx.Response:
+    return ask(web, "POST", json=body, **options)
+
+
+def told(answer: httpx.Response) -> tuple[int, int]:
+    return answer.status_code, answer.json()["code"]
+
+
+def rows(parts: Parts) -> list[Task]:
+    with parts.database.read() as session:
+        return list(session.exec(select(Task)))
+
+
+# -- who is let in, and where to --------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{}])
+def test_without_keys_there_is_no_gateway(web: Web) -> None:
+    for path in (PATH, f"{PATH}/x", "/kling/openapi.json", "/kling/", "/kling"):
+        for method in ("GET", "POST"):
+            answer = ask(web, method, path)
+            assert (answer.status_code, answer.json()) == (404, {"error": "not found"})
+
+
+SHOWN = {
+    "": 1001, "Bearer ": 1001, "Bearer " + "x" * 40: 1002, f"Basic {KEY}": 1002, f"Bearer {KEY[:-1]}": 1002,
+    f"Bearer {KEY},{OTHER_KEY}": 1002, "Bearer é": 1002,
+}  # fmt: skip
+
+
+@ON_SQLITE
+def test_without_a_key_of_ours_it_is_401_and_no_body_is_waited_for(web: Web, parts: Parts) -> None:
+    for shown, code in SHOWN.items():
+        header = f"Authorization: {shown}".encode().decode("latin-1")
+        with connected(web, PATH, header, "Content-Length: 1000", "Connection: close") as connection:
+            status, body = answer_on(connection)
+        assert (status, body["code"]) == (401, code), shown
+    assert ask(web, "GET", "/kling/other", key="wrong").status_code == 401
+    assert rows(parts) == []
+
+
+@ON_SQLITE
+def test_every_key_sees_the_same_account(web: Web) -> None:
+    task_id = create(web, key=KEY).json()["data"]["task_id"]
+    assert ask(web, "GET", f"{PATH}/{task_id}", key=OTHER_KEY).status_code == 200
+
+
+OTHER_CALLS = [
+    ("DELETE", PATH), ("PUT", PATH), ("POST", f"{PATH}/x"), ("GET", f"{PATH}/"), ("GET", "/kling/tasks"),
+    ("POST", "/kling/v1/images/generations"), ("GET", "/kling/"), ("GET", "/kling/%0A"),
+    ("POST", "/kling/openapi.json"),
+]  # fmt: skip
+
+
+@ON_SQLITE
+def test_other_calls_of_kling_are_404_with_its_code(web: Web) -> None:
+    for method, path in OTHER_CALLS:
+        assert told(ask(web, method, path)) == (404, 1202), (method, path)
+
+
+# -- what goes upstream -----------------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+def test_every_field_arrives_upstream_as_it_was_sent(client: SeedClient, sandbox: Sandbox) -> None:
+    """The same client asks the provider itself and us; the bytes that reached the provider are compared."""
+    direct = SeedClient(sandbox.url, sandbox.api_key)
+    added = ("callback_url", "external_task_id")  # ours is another callback URL, and an id where none was given
+    for fields in (EXAMPLE, FULL, {**PLAIN, "image_list": [], "callback_url": None, "n": None}):
+        direct.create(**{**fields, "external_task_id": ""})
+        client.create(**fields)
+        theirs, ours = (json.loads(made.raw) for made in sandbox.ledger().creates[-2:])
+        wanted = {name: value for name, value in theirs.items() if value not in ("", [], None)}
+        assert {name: value for name, value in ours.items() if name not in added} == wanted
+        assert ours["external_task_id"] == fields.get("external_task_id") or not fields.get("external_task_id")
+    assert b'"element_id": 835266081714884677' in sandbox.ledger().creates[1].raw
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{**CHANGES, "private_event_hosts": "127.0.0.1:9"}])
+def test_the_clients_callback_url_stays_with_us(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    url = "http://127.0.0.1:9/mine?secret=1"
+    create(web, {**PLAIN, "callback_url": url})
+    (task,) = rows(parts)
+    assert task.client_callback_url == url
+    assert url not in repr(task)
+    assert creates(sandbox)[0]["callback_url"] == task.callback_url
+    assert b"secret=1" not in sandbox.ledger().creates[0].raw
+
+
+@ON_SQLITE
+def test_base64_goes_upstream_and_is_kept_as_its_hash(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    picture = encoded(drawn(400, 300))
+    assert create(web, {**PLAIN, "image_list": [{"image": f"data:image/png;base64,{picture}"}]}).status_code == 200
+    assert creates(sandbox)[0]["image_list"] == [{"image": picture}]
+    assert picture not in json.dumps(rows(parts)[0].request)
+
+
+# -- what is answered -------------------------------------------------------------------------------------------------
+
+
+def test_a_create_is_answered_as_kling_does_with_our_own_id(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    body = create(web, {**PLAIN, "external_task_id": ID}).json()
+    task, data = task_of(parts, ID), body["data"]
+    assert (body["code"], body["message"], set(body)) == (0, "SUCCEED", {"code", "message", "request_id", "data"})
+    assert (data["task_id"], data["task_status"]) == (str(task.id), "submitted")
+    assert data["task_info"] == {"external_task_id": ID}
+    assert data["created_at"] == data["updated_at"] == round(task.created_at.timestamp() * 1000)
+    assert data["receiver"]["provider_task_id"] == sandbox.ledger().task(ID).task_id != data["task_id"]
+
+
+@ON_SQLITE
+def test_an_id_that_the_client_did_not_give_is_not_shown(web: Web, sandbox: Sandbox) -> None:
+    data = create(web).json()["data"]
+    assert data["task_info"] == {}
+    assert creates(sandbox)[0]["external_task_id"] == data["task_id"]
+
+
+INVALID = {
+    "prompt": {"model_name": "kling-image-o1", "prompt": ""}, "n": {**PLAIN, "n": 10}, "model_name": {"prompt": "a"},
+    "aspect_ratio": {**PLAIN, "aspect_ratio": "5:4"}, "colour": {**PLAIN, "colour": "red"},
+    "external_task_id": {**PLAIN, "external_task_id": "é" * 100},
+    "image_list": {**PLAIN, "image_list": [{"image": ""}]},
+    "callback_url": {**PLAIN, "callback_url": "http://10.0.0.1/hidden-path"},
+}  # fmt: skip
+NO_OBJECTS = (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"prompt": ' + b"9" * 5_000 + b"}")
+
+
+@ON_SQLITE
+def test_a_fault_is_1201_and_names_the_field(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    for field, body in INVALID.items():
+        answer = create(web, body)
+        assert told(answer) == (400, 1201)
+        assert field in answer.json()["message"]
+        assert "hidden-path" not in answer.text
+    for raw in NO_OBJECTS:
+        assert told(ask(web, "POST", content=raw)) == (400, 1200), raw[:20]
+    assert (rows(parts), creates(sandbox)) == ([], [])
+
+
+REFUSALS = {"1002": 401, "1101": 429, "1103": 403, "1203": 404, "1301": 400, "1304": 429, "1302": 429, "1303": 429}
+
+
+def test_a_refusal_passes_through_and_ends_the_row(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=list(REFUSALS))
+    for code, status in REFUSALS.items():
+        answer = create(web, {**PLAIN, "external_task_id": code})
+        assert told(answer) == (status, int(code))
+        assert answer.json()["receiver"] == {"refused_by": "provider"}
+        task = task_of(parts, code)
+        assert (task.state, task.due_at, task.lease) == (TaskState.FAILED, None, None)
+    assert run(parts, "creates") == 0
+    assert len(creates(sandbox)) == len(REFUSALS)
+
+
+def test_a_dismissed_id_that_is_asked_for_again_is_not_over(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1303"])
+    create(web, {**PLAIN, "external_task_id": ID})
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not needed")
+    create(web, {**PLAIN, "external_task_id": ID})
+    assert not is_over(task_of(parts, ID))
+
+
+def test_a_refused_id_is_free_as_it_is_at_kling(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1303"])
+    assert create(web, {**PLAIN, "external_task_id": ID}).status_code == 429
+    again = create(web, {**PLAIN, "prompt": "a ship", "external_task_id": ID})
+    assert (again.status_code, task_of(parts, ID).provider_task_id is None) == (200, False)
+    assert [body["prompt"] for body in creates(sandbox)] == ["a boat", "a ship"]
+    assert len(rows(parts)) == 1
+    assert event_names(parts.database, task_of(parts, ID))[2] == "task.created"
+
+
+def test_an_unclear_outcome_is_200_and_resolved_from_the_row(
+    web: Web, client: SeedClient, parts: Parts, sandbox: Sandbox
+) -> None:
+    faults = ["5000:created", "5002:created", "broken:created", "5001", "html"]
+    sandbox.set(create_faults=faults, submitted_seconds=600)
+    for fault in faults:
+        made = client.create(**PLAIN, external_task_id=fault)
+        assert (made["task_status"], made["receiver"]["provider_task_id"]) == ("submitted", None)
+        assert client.task(fault)["task_status"] == "submitted"
+    hurry(parts, Task)
+    wait_until(lambda: run(parts, "creates") + 1 and all(is_accepted(client, fault) for fault in faults[:3]))
+    sent = [body["external_task_id"] for body in creates(sandbox)]
+    assert [sent.count(fault) for fault in faults[:3]] == [1, 1, 1]
+
+
+def is_accepted(client: SeedClient, name: str) -> bool:
+    return client.task(name)["receiver"]["provider_task_id"] is not None
+
+
+@ON_SQLITE
+def test_a_provider_that_is_away_leaves_the_row_to_the_workers(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.stop()
+    assert told(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
+    sandbox.start()
+    assert task_of(parts, ID).state is TaskState.CREATED
+    wait_until(lambda: run(parts, "creates"))
+    assert task_of(parts, ID).state is TaskState.SUBMITTED
+
+
+@ON_SQLITE
+def test_an_id_used_before_already_exists(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    body = {**PLAIN, "external_task_id": ID}
+    assert create(web, body).status_code == 200
+    for again in (body, {**body, "n": 2}):
+        answer = create(web, again)
+        assert told(answer) == (400, 1201)
+        assert answer.json()["message"] == f"External_task_id {ID} already exists"
+    assert len(creates(sandbox)) == 1
+
+
+@ON_SQLITE
+def test_an_id_that_exists_at_the_provider_alone_already_exists(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
+    sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
+    answer = create(web, {**PLAIN, "external_task_id": ID})
+    assert told(answer) == (400, 1201)
+    assert "already exists" in answer.json()["message"]
+    assert task_of(parts, ID).state is TaskState.FAILED
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{**CHANGES, "kling_slots": 2}])
+def test_without_free_slots_it_is_1303_and_no_row_is_left(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(submitted_seconds=600)
+    assert create(web, {**PLAIN, "n": 2, "external_task_id": ID}).status_code == 200
+    for body in (PLAIN, {**PLAIN, "external_task_id": "new"}):
+        assert told(create(web, body, headers={"Idempotency-Key": "k"})) == (429, 1303)
+    assert told(create(web, {**PLAIN, "external_task_id": ID})) == (400, 1201)
+    assert len(rows(parts)) == len(creates(sandbox)) == 1
+
+
+# -- a slow provider, many clients ------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+def test_after_its_patience_the_client_is_told_submitted(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.2)
+    with unanswered(sandbox):
+        assert told(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
+        assert task_of(parts, ID).state is TaskState.CREATED
+    wait_until(lambda: task_of(parts, ID).state is TaskState.SUBMITTED)
+    assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.parametrize("code", ["1303", "1301"])
+def test_a_refusal_after_its_client_has_left_is_the_rows_affair(code: str, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=[code])
+    task = parts.submitter.row(parse_request(PLAIN), ID)
+    task.client_callback_url = "https://client.example/"
+    with parts.database.write() as session:
+        assert parts.submitter.insert(session, task)
+    listener = Listener()
+    listener.leave()
+    parts.submitter.send(task, listener)
+    row = task_of(parts, ID)
+    assert (row.state is TaskState.CREATED and row.step is Step.CREATE) == (code == "1303")
+    assert row.client_callback_url == "https://client.example/"
+    assert listener.refusal is None
+
+
+def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox: Sandbox) -> None:
+    """The id exists already; while that task is read, another worker gets the row."""
+    theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
+    sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
+    sandbox.set(query_faults=["hang"], hang_seconds=1)
+    task = parts.submitter.row(parse_request(PLAIN), ID)
+    with parts.database.write() as session:
+        assert parts.submitter.insert(session, task)
+    listener = Listener()
+    sending = threading.Thread(target=parts.submitter.send, args=(task, listener))
+    sending.start()
+    wait_until(lambda: sandbox.ledger().counts["query"])
+    with parts.database.write() as session:
+        session.execute(update(Task).values(lease=uuid.uuid4()))
+    sending.join()
+    assert (listener.refusal, task_of(parts, ID).state) == (None, TaskState.CREATED)
+
+
+@pytest.fixture
+def patient(parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for the provider does so for longer than any test."""
+    kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=PATIENCE_SECONDS)
+    parts.__dict__["kling"] = kling  # where the cached property keeps it
+    monkeypatch.setattr(gateway, "PROVIDER_SECONDS", PATIENCE_SECONDS)
+
+
+@ON_SQLITE
+@pytest.mark.usefixtures("patient")
+def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["hang:created"] * 40, hang_seconds=PATIENCE_SECONDS)
+    task = plant(parts)
+    with ThreadPoolExecutor(40) as pool:
+        waiting = [pool.submit(create, web) for _ in range(40)]
+        wait_until(lambda: len(creates(sandbox)) == 40)
+        answers = [post(web, path_of(parts, task), BODY + b" " * count).status_code for count in range(5)]
+        found = ask(web, "GET", f"{PATH}/{task.id}").status_code
+        assert not any(each.done() for each in waiting)
+        assert (set(answers), found) == ({200}, 200)
+        sandbox.stop()  # breaks the connections off: unclear outcomes, all of them
+        assert {told(each.result()) for each in waiting} == {(200, 0)}
+
+
+@ON_SQLITE
+def test_more_creates_than_threads_are_too_fast(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "MAX_CREATES", 1)
+    first = threading.Thread(target=create, args=(web,))
+    with unanswered(sandbox):
+        first.start()
+        wait_until(lambda: creates(sandbox))
+        answer = create(web)
+    first.join()
+    assert (told(answer), answer.headers["retry-after"]) == ((429, 1302), "1")
+    assert told(create(web)) == (200, 0)
+
+
+@ON_POSTGRESQL
+def test_while_the_database_is_away_it_is_5001(web: Web, parts: Parts, sandbox: Sandbox, postgres: Postgres) -> None:
+    postgres.stop()
+    try:
+        for answer in (create(web), ask(web, "GET"), ask(web, "GET", f"{PATH}/x")):
+            assert told(answer) == (503, 5001)
+            assert answer.headers["retry-after"] == "5"
+    finally:
+        postgres.start()
+    assert creates(sandbox) == []
+
+
+# -- how much is read -------------------------------------------------------------------------------------------------
+
+
+def head(*lines: str) -> tuple[str, ...]:
+    return (f"Authorization: Bearer {KEY}", *lines)
+
+
+@ON_SQLITE
+def test_a_body_declared_too_long_is_413_before_it_is_sent(web: Web) -> None:
+    length = f"Content-Length: {gateway.MAX_BODY_BYTES + 1}"
+    with connected(web, PATH, *head(length, "Connection: close")) as connection:
+        status, body = answer_on(connection)
+    assert (status, body["code"]) == (413, 1201)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(("bound", "answered"), [("MAX_BODY_BYTES", (413, 1201)), ("MAX_BODIES_BYTES", (429, 1302))])
+def test_a_chunked_body_is_refused_once_it_is_too_much(
+    bound: str, answered: tuple[int, int], web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, bound, 65_536)
+    with connected(web, PATH, *head("Transfer-Encoding: chunked")) as connection:
+        connection.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n1\r\nx\r\n")  # and no end
+        status, body = answer_on(connection)
+    assert (status, body["code"]) == answered
+    assert told(create(web)) == (200, 0)  # and what was taken is given back
+
+
+@ON_SQLITE
+def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "BODY_SECONDS", 0.2)
+    with connected(web, PATH, *head("Content-Length: 100")) as connection:
+        connection.sendall(b'{"prompt"')
+        status, body = answer_on(connection)
+    assert (status, body["code"], rows(parts)) == (408, 1200, [])
+
+
+# -- queries ----------------------------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+def test_an_unknown_task_is_1201_in_klings_words(web: Web) -> None:
+    for name in ("42", "a%2Fb", "%00", "%0A", "%ED%A0%80", "..%2F..", "x" * 1_000):
+        answer = ask(web, "GET", f"{PATH}/{name}")
+        assert told(answer) == (400, 1201), name
+        assert answer.json()["message"].startswith("Task not found by id/external id: ")
+
+
+def test_a_task_is_found_by_our_id_and_by_the_clients_never_by_the_providers(
+    client: SeedClient, web: Web, sandbox: Sandbox
+) -> None:
+    made = client.create(**FULL)
+    assert client.task(made["task_id"])["task_info"] == {"external_task_id": "order/4711 é"}
+    assert client.task("order%2F4711%20%C3%A9")["task_id"] == made["task_id"]
+    for unknown in (made["receiver"]["provider_task_id"], made["task_id"].upper(), made["task_id"].replace("-", "")):
+        with pytest.raises(Failed, match="Task not found"):
+            client.task(unknown)
+    assert sandbox.ledger().counts["query"] == 0
+
+
+def test_the_list_is_newest_first(web: Web, parts: Parts) -> None:
+    made = [create(web).json()["data"]["task_id"] for _ in range(3)]
+    plant(parts, created_at=LONG_AGO)
+
+    def page(**params: int) -> list[str]:
+        return [task["task_id"] for task in ask(web, "GET", params=params).json()["data"]]
+
+    assert page()[:3] == made[::-1]
+    assert (len(page()), page(pageSize=2), page(pageNum=2, pageSize=2)[0]) == (4, made[:0:-1], made[0])
+    assert page(pageNum=1_000, pageSize=500) == []
+
+
+@ON_SQLITE
+def test_a_page_that_does_not_exist_is_1201(web: Web) -> None:
+    for query in ("pageNum=0", "pageNum=1001", "pageSize=501", "pageSize=-1", "pageSize=x", "pageNum=1.5"):
+        answer = ask(web, "GET", f"{PATH}?{query}")
+        assert told(answer) == (400, 1201)
+        assert query.partition("=")[0] in answer.json()["message"]

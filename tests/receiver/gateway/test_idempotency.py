@@ -1,0 +1,208 @@
+"""`Idempotency-Key`: one create however often it is asked for, and the first answer to all."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlmodel import select, update
+
+from receiver.app.wiring import Parts
+from receiver.gateway import creates as gateway_creates
+from receiver.gateway import gateway
+from receiver.gateway.answers import Refused, Reply
+from receiver.gateway.creates import Creates, Patience
+from receiver.sandbox import Sandbox
+from receiver.tasks.create_outcome import Listener
+from storage.accounts import idempotency
+from storage.errors import ProviderThrottled
+from storage.rows.models import Idempotency
+from storage.states import TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, drain
+from tests.receiver.gateway.test_gateway import (
+    CHANGES,
+    ID,
+    KEY,
+    ON_POSTGRESQL,
+    ON_SQLITE,
+    OTHER_KEY,
+    PLAIN,
+    create,
+    rows,
+    told,
+)
+from tests.unreported_tasks import creates, unanswered
+
+WORD = {"Idempotency-Key": "try-1"}
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return dict(CHANGES)
+
+
+def keys(parts: Parts) -> list[Idempotency]:
+    with parts.database.read() as session:
+        return list(session.exec(select(Idempotency)))
+
+
+def forget_the_answer(parts: Parts) -> None:
+    """As if the process had died between the row and the answer."""
+    with parts.database.write() as session:
+        session.execute(update(Idempotency).values(status=None, answer=None))
+
+
+def test_the_same_key_and_body_get_the_first_answer(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    first = create(web, {**PLAIN, "n": 1}, headers=WORD)
+    drain(parts, rows(parts)[0].external_task_id)
+    again = create(web, {"n": 1, **PLAIN}, headers=WORD)
+    assert (again.status_code, again.json()) == (first.status_code, first.json())
+    assert len(creates(sandbox)) == len(rows(parts)) == 1
+
+
+@ON_SQLITE
+def test_another_body_is_409_and_another_client_has_keys_of_its_own(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    create(web, headers=WORD)
+    for body in ({**PLAIN, "n": 2}, {**PLAIN, "external_task_id": ID}):
+        answer = create(web, body, headers=WORD)
+        assert told(answer) == (409, 1201)
+        assert "Idempotency-Key" in answer.json()["message"]
+    assert told(create(web, {**PLAIN, "n": 2}, headers=WORD, key=OTHER_KEY)) == (200, 0)
+    assert len(creates(sandbox)) == 2
+    assert not any(KEY in kept.client or OTHER_KEY in kept.client for kept in keys(parts))
+
+
+@ON_SQLITE
+def test_a_fault_takes_no_key_and_a_key_has_its_bound(web: Web, parts: Parts) -> None:
+    assert told(create(web, {**PLAIN, "n": 10}, headers=WORD)) == (400, 1201)
+    assert told(create(web, headers={"Idempotency-Key": "k" * 256})) == (400, 1201)
+    assert told(create(web, headers={"Idempotency-Key": ""})) == (200, 0)
+    assert keys(parts) == []
+    assert told(create(web, headers=WORD)) == (200, 0)
+
+
+def test_a_refusal_is_the_first_answer_but_not_being_too_fast(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1303", "1301"])
+    answers = [told(create(web, {**PLAIN, "external_task_id": ID}, headers=WORD)) for _ in range(3)]
+    assert answers == [(429, 1303), (400, 1301), (400, 1301)]
+    assert len(creates(sandbox)) == 2
+
+
+def test_twins_at_once_make_one_task_and_hear_the_same(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["hang:created"], hang_seconds=0.5)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: create(web, headers=WORD), range(8)))
+    assert all(answer.json() == answers[0].json() for answer in answers)
+    assert answers[0].json()["data"]["receiver"]["provider_task_id"] is not None
+    assert len(creates(sandbox)) == len(rows(parts)) == 1
+
+
+@ON_SQLITE
+def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
+    creates = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    ask = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
+    first, twin = creates.begin(ask), creates.begin(ask)
+    assert (first.first, twin.first, twin.task.id) == (True, False, first.task.id)
+    patience = Patience(0)
+    assert creates.replay(ask, twin, "request", patience, now=0) is None
+    assert (
+        creates.conclude(ask, first, ProviderThrottled("slow", code=1303, http_status=429), "request").http_status
+        == 429
+    )
+    with pytest.raises(Refused, match="1302"):
+        creates.replay(ask, twin, "request", patience, now=0)
+
+
+@pytest.mark.parametrize("seconds", [2.5, 19.0, 20.5])
+def test_however_long_a_create_took_its_own_answer_is_the_first(seconds: float, parts: Parts, sandbox: Sandbox) -> None:
+    """Twins that look between the row's end and the commit of its answer."""
+    sandbox.set(create_faults=["1301"])
+    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    ask, listener, patience = made.read(json.dumps(PLAIN).encode(), "client", "try-1"), Listener(), Patience(0)
+    first, twin = made.begin(ask), made.begin(ask)
+    assert made.replay(ask, twin, "twin", patience, now=0) is None
+    made.send(first, listener)
+    assert made.replay(ask, twin, "twin", patience, now=seconds) is None
+    own = made.conclude(ask, first, listener.refusal, "first")
+    assert (own.http_status, own.body["code"]) == (400, 1301)
+    for now in (seconds + 0.1, seconds + gateway_creates.ANSWER_SECONDS, seconds + 60):
+        assert made.replay(ask, twin, "twin", patience, now=now) == Reply(400, own.body)
+
+
+def test_a_twin_waits_for_the_answer_alone_once_the_create_has_ended() -> None:
+    patience = Patience(0)
+    moments = {19.9: True, 20.0: False, 21.9: True, 22.0: True}
+    told = [patience.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
+    assert told == [False, False, False, True]
+    assert Patience(0).is_over(is_under_way=True, now=20)
+
+
+@ON_POSTGRESQL
+def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -> None:
+    """Between the insert that meets it and the look at who took it: PostgreSQL lets others commit in between."""
+    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    ask = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
+    first = made.begin(ask)
+    waiting = [ProviderThrottled("slow", code=1302, http_status=429)]
+
+    def give_back(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT idempotency") and waiting:
+            made.conclude(ask, first, waiting.pop(), "first")
+
+    event.listen(parts.database.writer, "before_cursor_execute", give_back)
+    second = made.begin(ask)
+    event.remove(parts.database.writer, "before_cursor_execute", give_back)
+    assert waiting == []
+    assert (second.first, [kept.task_id for kept in keys(parts)]) == (True, [second.task.id])
+
+
+@pytest.mark.parametrize("case", ["accepted", "archived", "failed"])
+def test_after_a_crash_the_key_tells_the_rows_state(
+    case: str, web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_creates, "ANSWER_SECONDS", 0)
+    sandbox.set(create_faults=["1301"] if case == "failed" else [])
+    create(web, {**PLAIN, "external_task_id": ID}, headers=WORD)
+    if case == "archived":
+        drain(parts, ID)
+    forget_the_answer(parts)
+    again = create(web, {**PLAIN, "external_task_id": ID}, headers=WORD)
+    word = {"accepted": {"submitted", "processing"}, "archived": {"succeed"}, "failed": {"failed"}}[case]
+    assert told(again) == (200, 0)
+    assert again.json()["data"]["task_status"] in word
+    assert create(web, {**PLAIN, "external_task_id": ID}, headers=WORD).json() == again.json()
+    assert len(creates(sandbox)) == 1
+
+
+@ON_SQLITE
+def test_a_crash_before_the_request_left_is_waited_for_and_then_told(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.3)
+    monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.3)
+    with unanswered(sandbox):
+        first = create(web, headers=WORD)
+        forget_the_answer(parts)
+        again = create(web, headers=WORD)
+        assert (again.json()["data"]["task_id"], told(again)) == (first.json()["data"]["task_id"], (200, 0))
+        assert rows(parts)[0].state is TaskState.CREATED
+    wait_until(lambda: rows(parts)[0].state is TaskState.SUBMITTED)
+    assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.parametrize("cleaned", [True, False])
+def test_a_key_stands_for_a_day(cleaned: bool, web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    first = create(web, headers=WORD).json()
+    with parts.database.write() as session:
+        day = timedelta(seconds=idempotency.KEPT_SECONDS)
+        session.execute(update(Idempotency).values(created_at=parts.database.now() - day))
+    if cleaned:
+        assert (idempotency.prune_all(parts.database), keys(parts)) == (1, [])
+    assert create(web, {**PLAIN, "n": 2}, headers=WORD).json() != first
+    assert idempotency.prune_all(parts.database) == 0
+    assert len(creates(sandbox)) == 2

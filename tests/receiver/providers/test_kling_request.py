@@ -1,0 +1,353 @@
+"""What one may ask: for each field one value that passes and, where there is a rule, one that is refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import struct
+import zlib
+from io import BytesIO
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from receiver.providers.base import RequestFacts
+from receiver.providers.kling.request import (
+    ASPECT_RATIOS,
+    MAX_IMAGE_BYTES,
+    OmniImageRequest,
+    RequestInvalid,
+    facts_of,
+    parse_request,
+    redacted,
+)
+
+URL = "https://cdn.example/cat.png?Signature=canary~_-"
+SEED_EXAMPLE = {
+    "model_name": "kling-image-o1",
+    "prompt": "生成一张海边跳舞的图片",
+    "element_list": [{"element_id": 835266081714884677}],
+    "resolution": "",
+    "n": 1,
+    "aspect_ratio": "",
+    "callback_url": "",
+    "external_task_id": "",
+}
+
+
+def picture(width: int = 300, height: int = 300, kind: str = "PNG") -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (width, height)).save(file, kind)
+    return file.getvalue()
+
+
+def encoded(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def request(**fields: Any) -> OmniImageRequest:
+    return parse_request({"model_name": "kling-v3-omni", "prompt": "a cat", **fields})
+
+
+def faults(**fields: Any) -> list[str]:
+    with pytest.raises(RequestInvalid) as caught:
+        request(**fields)
+    assert str(caught.value) == "\n".join(caught.value.faults)
+    return caught.value.faults
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_name": "kling-image-o1"},
+        {"prompt": "图" * 2_500},
+        {"image_list": [{"image": URL}] * 10},
+        {"image_list": [{"image": encoded(picture())}]},
+        {"image_list": [{"image": encoded(picture(750, 300, "JPEG"))}]},
+        {"image_list": [{"image": encoded(picture(300, 750))}]},
+        {"element_list": [{"element_id": 2**63 - 1}]},
+        *({"resolution": value} for value in ("1k", "2k", "4k")),
+        *({"n": value} for value in (1, 9)),
+        *({"result_type": value} for value in ("single", "series")),
+        *({"series_amount": value} for value in (2, 9, "auto")),
+        *({"aspect_ratio": value} for value in ASPECT_RATIOS),
+        *({"watermark_info": {"enabled": value}} for value in (True, False)),
+    ],
+)
+def test_what_passes_is_sent_as_given(fields: dict[str, Any]) -> None:
+    assert request(**fields).wire() == {"model_name": "kling-v3-omni", "prompt": "a cat", **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"model_name": ""}, "model_name: '': must not be empty"),
+        ({"model_name": 3}, "model_name: 3: must be text"),
+        ({"prompt": " "}, "prompt: '': must not be empty"),
+        ({"prompt": None}, "prompt: None: must be text"),
+        ({"prompt": b"cat"}, "prompt: a bytes: must be text"),
+        ({"prompt": "a\0"}, "prompt: 'a': must hold no NUL and no lone surrogate"),
+        ({"prompt": "\ud800a"}, "prompt: 'a': must hold no NUL and no lone surrogate"),
+        ({"element_list": [{"element_id": 0}]}, "element_list[0].element_id: 0: must be a 64-bit id above 0"),
+        (
+            {"element_list": [{"element_id": 2**63}]},
+            "element_list[0].element_id: 9223372036854775808: must be a 64-bit id",
+        ),
+        ({"element_list": [{"element_id": "x"}]}, "element_list[0].element_id: 'x': must be a whole number"),
+        ({"element_list": [{"element_id": 1.0}]}, "element_list[0].element_id: 1.0: must be a whole number"),
+        ({"element_list": 5}, "element_list: 5: must be a list"),
+        ({"element_list": [5]}, "element_list[0]: 5: must be an object"),
+        ({"resolution": "8k"}, "resolution: '8k': must be 1k or 2k or 4k"),
+        ({"n": 0}, "n: 0: must be 1 to 9"),
+        ({"n": 10}, "n: 10: must be 1 to 9"),
+        ({"n": 10**5_000}, "n: a huge number: must be 1 to 9"),
+        ({"n": True}, "n: True: must be a whole number"),
+        ({"n": "3"}, "n: '3': must be a whole number"),
+        ({"result_type": "both"}, "result_type: 'both': must be single or series"),
+        ({"series_amount": 1}, "series_amount: 1: must be 2 to 9, or auto"),
+        ({"series_amount": 10}, "series_amount: 10: must be 2 to 9, or auto"),
+        ({"series_amount": "many"}, "series_amount: 'many': must be a whole number, or auto"),
+        ({"series_amount": True}, "series_amount: True: must be a whole number, or auto"),
+        ({"aspect_ratio": "5:1"}, "aspect_ratio: '5:1': must be 16:9 or 9:16 or"),
+        ({"watermark_info": {"enabled": 1}}, "watermark_info.enabled: 1: must be true or false"),
+        ({"watermark_info": {}}, "watermark_info.enabled: is required"),
+        ({"watermark_info": {"enabled": True, "text": "x"}}, "watermark_info.text: 'x': is no field"),
+        ({"seed": 7}, "seed: 7: is no field of this request"),
+        ({"callback_url": "https://us.example/x"}, "callback_url: 'https://us.example/…': is made by the receiver"),
+        ({"external_task_id": "mine"}, "external_task_id: 'mine': is given beside the request"),
+        ({"\ud800": 1}, "'': is no field name"),
+    ],
+)
+def test_what_is_refused_names_field_value_and_rule(fields: dict[str, Any], fault: str) -> None:
+    lines = faults(**fields)
+    assert len(lines) == 1
+    assert lines[0].startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("image", "rule"),
+    [
+        ("", "must not be empty"),
+        ("cat.png", "must be an http(s) URL or Base64"),
+        ("ftp://host/cat.png", "must be an http(s) URL or Base64"),
+        ("https://", "must be an http(s) URL with a host"),
+        ("https://[::1", "must be an http(s) URL with a host"),
+        ("https://a b/c", "must be an http(s) URL with a host"),
+        ("https://host/" + "x" * 8_192, "must be an http(s) URL with a host"),
+        ("data:image/png,AAAA", "must be data:…;base64,…"),
+        ("data:image/png;base64,", "must not be empty"),
+        (encoded(picture(kind="WEBP")), "must be a jpg or png picture"),
+        (encoded(b"GIF89a" + b"x" * 50), "must be a jpg or png picture"),
+        (encoded(b"\x89PNG\r\n\x1a\n"), "must be a jpg or png picture"),
+        (encoded(b"\xff\xd8\xff\xe0\x00"), "must be a jpg or png picture"),
+        (encoded(picture(299, 300)), "is 299 × 300 pixels; each side must have at least 300"),
+        (encoded(picture(300, 751)), "is 300 × 751 pixels; the ratio must lie between 1:2.5 and 2.5:1"),
+        (encoded(picture(751, 300)), "is 751 × 300 pixels; the ratio must lie between 1:2.5 and 2.5:1"),
+        (encoded(picture() + b"x" * MAX_IMAGE_BYTES), "holds"),
+    ],
+)
+def test_an_image_that_is_refused(image: str, rule: str) -> None:
+    [line] = faults(image_list=[{"image": URL}, {"image": image}])
+    assert line.startswith("image_list[1].image: '")
+    assert rule in line
+    assert len(line) < 250
+
+
+def test_a_picture_is_judged_by_its_header_alone() -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    enormous = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"")
+    assert request(image_list=[{"image": encoded(enormous)}]).wire()["image_list"]
+
+
+def test_images_and_elements_share_one_limit() -> None:
+    images, elements = [{"image": URL}] * 6, [{"element_id": 7}] * 5
+    [line] = faults(image_list=images, element_list=elements)
+    assert line == "element_list: '6 images and 5 elements': images and elements together: at most 10"
+    assert "at most 10" in faults(image_list=[{"image": URL}] * 11)[0]
+
+
+@pytest.mark.parametrize("fields", [{"resolution": "4k"}, {"result_type": "series"}])
+def test_what_only_the_other_model_can(fields: dict[str, Any]) -> None:
+    [line] = faults(model_name="kling-image-o1", **fields)
+    assert line.endswith("for this model")
+
+
+def test_all_faults_come_at_once() -> None:
+    lines = faults(prompt="x" * 2_501, n=0, resolution=5, image_list=[{"image": ""}, {"image": "?"}])
+    assert [line.partition(":")[0] for line in lines] == [
+        "prompt",
+        "image_list[0].image",
+        "image_list[1].image",
+        "resolution",
+        "n",
+    ]
+
+
+def test_required_fields() -> None:
+    with pytest.raises(RequestInvalid) as caught:
+        parse_request({})
+    assert caught.value.faults == ["model_name: is required", "prompt: is required"]
+
+
+def test_faults_show_no_long_value_and_no_query() -> None:
+    text = "\n".join(faults(seed=URL, extra="x" * 10_000, n=URL))
+    assert "canary" not in text
+    assert max(map(len, text.splitlines())) < 150
+
+
+def test_the_seeds_example_as_it_stands() -> None:
+    wire = parse_request(SEED_EXAMPLE).wire()
+    assert wire == {name: SEED_EXAMPLE[name] for name in ("model_name", "prompt", "element_list", "n")}
+    assert b'"element_id": 835266081714884677' in json.dumps(wire).encode()
+
+
+def test_empty_strings_are_refused_when_asked() -> None:
+    with pytest.raises(RequestInvalid) as caught:
+        parse_request(SEED_EXAMPLE, drop_empty=False)
+    named = [line.partition(":")[0] for line in caught.value.faults]
+    assert named == ["resolution", "aspect_ratio", "callback_url", "external_task_id"]
+
+
+def test_empty_lists_and_nulls_are_left_out() -> None:
+    assert request(image_list=[], element_list=[], n=None).wire() == request().wire()
+
+
+@pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
+@pytest.mark.parametrize("line_chars", [76, 10_000])
+def test_base64_is_sent_bare(prefix: str, line_chars: int) -> None:
+    text = encoded(picture())
+    lines = "\r\n".join(text[at : at + line_chars] for at in range(0, len(text), line_chars))
+    assert request(image_list=[{"image": prefix + lines}]).wire()["image_list"] == [{"image": text}]
+
+
+def test_numbers_may_come_as_digits_where_a_command_line_needs_it() -> None:
+    wire = request(element_list=[{"element_id": "835266081714884677"}], series_amount="4").wire()
+    assert wire["element_list"] == [{"element_id": 835266081714884677}]
+    assert wire["series_amount"] == 4
+
+
+def test_an_unknown_model_passes_with_a_warning() -> None:
+    asked = request(model_name="kling-v9", n=30, resolution="8k", prompt="x" * 9_999, image_list=[{"image": "AAAA"}])
+    [warning] = asked.warnings()
+    assert warning.startswith("model_name: 'kling-v9' is not known here")
+    assert asked.wire()["n"] == 30
+
+
+@pytest.mark.parametrize("fields", [{"n": "30"}, {"resolution": 8}, {"image_list": [{"image": "?"}]}, {"seed": 1}])
+def test_an_unknown_model_is_checked_for_its_shape(fields: dict[str, Any]) -> None:
+    assert faults(model_name="kling-v9", **fields)
+
+
+def test_warnings_for_what_would_have_no_effect() -> None:
+    assert request().warnings() == []
+    assert request(result_type="series", n=3).warnings()[0].startswith("n: ignored")
+    assert request(series_amount=3).warnings()[0].startswith("series_amount: ignored")
+    [warning] = request(prompt="<<<image_2>>>", image_list=[{"image": URL}]).warnings()
+    assert warning == "prompt: refers to <<<image_2>>> but 1 given"
+
+
+# The same request
+
+
+def test_spelling_out_a_default_is_the_same_request() -> None:
+    spelled = {"resolution": "1k", "n": 1, "result_type": "single", "aspect_ratio": "auto", "series_amount": 4}
+    same = request(**spelled, watermark_info={"enabled": False})
+    assert same.canonical_hash() == request().canonical_hash()
+    assert len(same.canonical_hash()) == 64
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a dog"},
+        {"model_name": "kling-image-o1"},
+        {"n": 2},
+        {"resolution": "2k"},
+        {"image_list": [{"image": URL}]},
+        {"element_list": [{"element_id": 7}]},
+        {"watermark_info": {"enabled": True}},
+    ],
+)
+def test_another_value_is_another_request(fields: dict[str, Any]) -> None:
+    assert request(**fields).canonical_hash() != request().canonical_hash()
+
+
+def test_images_are_compared_by_their_bytes() -> None:
+    bare, other = encoded(picture()), encoded(picture(301))
+    hashes = [
+        request(image_list=[{"image": image}]).canonical_hash()
+        for image in (bare, f"data:image/png;base64,{bare}", other)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_hash_is_over_canonical_json() -> None:
+    text = (
+        '{"aspect_ratio":"auto","image_list":[{"image":"https://cdn.example/cat.png?Signature=canary~_-"}],'
+        '"model_name":"kling-v3-omni","n":1,"prompt":"a cat","resolution":"1k","result_type":"single",'
+        '"series_amount":4,"watermark_info":{"enabled":false}}'
+    )
+    asked = request(image_list=[{"image": URL}])
+    assert asked.canonical_hash() == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_what_is_kept_holds_no_picture() -> None:
+    content = picture()
+    kept = request(image_list=[{"image": encoded(content)}, {"image": URL}]).redacted()
+    fingerprint = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert kept["image_list"] == [{"image": fingerprint}, {"image": URL}]
+    assert redacted(kept) == kept
+
+
+def test_repr_holds_no_picture_and_no_query() -> None:
+    assert "canary" not in repr(request(image_list=[{"image": URL}]))
+
+
+# What to expect
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts"),
+    [
+        ({}, RequestFacts(False, 1, 1)),
+        ({"n": 4}, RequestFacts(False, 4, 4)),
+        ({"n": 4, "watermark_info": {"enabled": True}}, RequestFacts(False, 8, 4)),
+        ({"n": 4, "series_amount": 3}, RequestFacts(False, 4, 4)),
+        ({"n": 2, "result_type": "series"}, RequestFacts(True, 4, 4)),
+        ({"result_type": "series", "series_amount": 3, "watermark_info": {"enabled": True}}, RequestFacts(True, 6, 3)),
+        ({"result_type": "series", "series_amount": "auto"}, RequestFacts(True, None, 9)),
+    ],
+)
+def test_what_a_request_lets_us_expect(fields: dict[str, Any], facts: RequestFacts) -> None:
+    asked = request(**fields)
+    assert asked.facts == facts_of(asked.redacted()) == facts
+    assert (asked.series, asked.expected, asked.slots) == (facts.series, facts.expected, facts.slots)
+
+
+ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=30)
+VALUES = ODD | st.lists(ODD | st.dictionaries(st.sampled_from(["image", "element_id"]), ODD), max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from([*OmniImageRequest.model_fields, "odd"]), VALUES))
+def test_any_fields_are_a_request_or_refused(fields: dict[str, Any]) -> None:
+    try:
+        asked = parse_request(fields)
+    except RequestInvalid as error:
+        str(error).encode()
+        return
+    json.dumps(asked.wire()).encode()
+    assert len(asked.canonical_hash()) == 64
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.sampled_from(["n", "result_type", "series_amount", "watermark_info"]), VALUES))
+def test_facts_of_anything(fields: dict[str, Any]) -> None:
+    assert facts_of(fields).slots >= 1

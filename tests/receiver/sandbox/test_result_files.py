@@ -1,0 +1,170 @@
+"""The sandbox's result files over real sockets, its knobs and its ledger, start and stop."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import pytest
+from PIL import Image
+
+from receiver.sandbox import Knobs, Sandbox
+from tests.harness import wait_until
+from tests.receiver.sandbox.test_sandbox import PATH, QUICK, client, create, ended, urls
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Sandbox]:
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def sandbox(running: Sandbox) -> Sandbox:
+    """The running sandbox, as new."""
+    running.set(**{**Knobs().model_dump(), **QUICK})
+    running.reset()
+    return running
+
+
+@pytest.fixture
+def api(sandbox: Sandbox) -> Iterator[httpx.Client]:
+    with client(sandbox) as speaking:
+        yield speaking
+
+
+def test_every_file_is_a_picture_of_its_own_and_in_the_ledger(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, n=2, external_task_id="x", watermark_info={"enabled": True}, aspect_ratio="16:9")
+    served = [httpx.get(url).content for url in urls(ended(api, "x"))]
+    for data in served:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            assert (picture.format, round(picture.width / picture.height, 1)) == ("PNG", 1.8)
+        assert 15_000 < len(data) < 30_000
+    names = [("x", "image", 0), ("x", "watermark", 0), ("x", "image", 1), ("x", "watermark", 1)]
+    assert sandbox.ledger().sha256 == dict(
+        zip(names, (hashlib.sha256(data).hexdigest() for data in served), strict=True)
+    )
+    assert len(set(served)) == 4
+
+
+@pytest.mark.parametrize(("resolution", "least", "most"), [("1k", 1e6, 2e6), ("2k", 4e6, 8e6)])
+def test_pictures_are_as_large_as_real_ones(
+    api: httpx.Client, sandbox: Sandbox, resolution: str, least: float, most: float
+) -> None:
+    sandbox.set(picture_bytes=None)
+    create(api, resolution=resolution, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    assert least < len(httpx.get(url).content) < most
+
+
+def test_links_expire_and_cannot_be_made_up(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    record = ended(api, "x")
+    (url,) = urls(record)
+    expires = parse_qs(urlsplit(url).query)["Expires"][0]
+    assert int(expires) == record["updated_at"] // 1000 + 2_592_000
+    assert httpx.get(url.replace(f"Expires={expires}", "Expires=9999999999")).status_code == 403
+    assert httpx.get(url.replace("-image-0", "-image-1")).status_code == 403
+    sandbox.set(result_lifetime_seconds=0)
+    create(api, external_task_id="y")
+    assert httpx.get(urls(ended(api, "y"))[0]).status_code == 403
+
+
+def test_downloads_go_wrong_as_told(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    sandbox.set(cdn_faults=["503", "403", "html", "truncated_silent", "truncated", "truncated_chunked"])
+    whole = sandbox.ledger().assets["x", "image", 0]
+    answers = [httpx.get(url) for _ in range(4)]
+    assert [answer.status_code for answer in answers] == [503, 403, 200, 200]
+    assert len(answers[3].content) == whole.size // 2
+    for _ in range(2):
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(url)
+    assert hashlib.sha256(httpx.get(url).content).hexdigest() == whole.sha256
+    wait_until(lambda: sandbox.ledger().assets["x", "image", 0].served == 1)
+    assert sandbox.ledger().assets["x", "image", 0].hits == 7
+
+
+def test_redirects_lead_to_the_picture(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    sandbox.set(cdn_redirects=2)
+    answer = httpx.get(url, follow_redirects=True)
+    assert (answer.status_code, len(answer.history)) == (200, 2)
+
+
+def test_fewer_pictures_than_asked_for(api: httpx.Client, sandbox: Sandbox) -> None:
+    sandbox.set(deliver_fewer=1, fresh_urls_on_read=True)
+    create(api, n=3, external_task_id="x")
+    first, second = urls(ended(api, "x")), urls(ended(api, "x"))
+    assert len(first) == len(second) == 2
+    assert not set(first) & set(second)
+    assert [httpx.get(url).status_code for url in first + second] == [200] * 4
+
+
+def test_downloads_can_lead_elsewhere_and_take_their_time(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    sandbox.set(cdn_redirect_to="http://192.0.2.1/x.png")
+    assert httpx.get(url).headers["Location"] == "http://192.0.2.1/x.png"
+    sandbox.set(cdn_redirect_to=None, cdn_seconds=60)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(url, timeout=0.2)
+
+
+# -- knobs, ledger, start and stop ------------------------------------------------------------------------------------
+
+
+def test_knobs_and_ledger_over_http(api: httpx.Client, sandbox: Sandbox) -> None:
+    assert api.post("/sandbox/knobs", json={"fail_rate": 1}).json()["fail_rate"] == 1
+    create(api, external_task_id="x")
+    assert ended(api, "x")["task_status_msg"] == "Failure to pass the risk control system"
+    ledger = api.get("/sandbox/ledger").json()
+    assert ledger["creates"][0]["body"]["external_task_id"] == "x"
+    assert ledger["tasks"][0]["status"] == "failed"
+    api.post("/sandbox/reset")
+    assert api.get("/sandbox/ledger").json()["tasks"] == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"no_such": 1}, {"fail_rate": 2}, {"allow_remote_callbacks": True}, {"webhook_secrets": ["whsec_"]}, []]
+)
+def test_wrong_knobs_are_refused(api: httpx.Client, sandbox: Sandbox, wrong: Any) -> None:
+    before = api.get("/sandbox/knobs").json()
+    assert api.post("/sandbox/knobs", json=wrong).status_code == 400
+    assert api.get("/sandbox/knobs").json() == before
+
+
+def test_every_knob_is_described() -> None:
+    assert [name for name, field in Knobs.model_fields.items() if not field.description] == []
+
+
+def test_the_same_seed_makes_the_same_choices(api: httpx.Client, sandbox: Sandbox) -> None:
+    def choices() -> list[Any]:
+        sandbox.reset()
+        return [create(api, result_type="series", series_amount="auto").json()["data"]["task_id"] for _ in range(3)]
+
+    assert choices() == choices()
+
+
+def test_it_listens_on_loopback_unless_told() -> None:
+    with pytest.raises(ValueError, match="not a loopback address"):
+        Sandbox(host="0.0.0.0")  # noqa: S104 – the point is that it is refused
+    Sandbox(host="0.0.0.0", knobs=Knobs(allow_remote_host=True))  # noqa: S104 – allowed, but never started
+
+
+def test_stopped_and_started_again_it_keeps_port_and_tasks() -> None:
+    sandbox = Sandbox(knobs=Knobs(**QUICK))
+    with sandbox:
+        url, headers = sandbox.url, {"Authorization": f"Bearer {sandbox.api_key}"}
+        httpx.post(url + PATH, headers=headers, json={"model_name": "m", "prompt": "p", "external_task_id": "x"})
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}{PATH}/x", headers=headers)
+    with sandbox, httpx.Client(base_url=url, headers=headers) as api:
+        assert ended(api, "x")["task_status"] == "succeed"

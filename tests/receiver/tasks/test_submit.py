@@ -1,0 +1,423 @@
+"""Asking once: what the row says before, while and after the provider is asked, whatever the provider answers."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlmodel import update
+
+from receiver.app.wiring import Parts
+from receiver.app.worker import Worker
+from receiver.providers.kling.client import Kling
+from receiver.sandbox import Sandbox
+from receiver.tasks.operate import Operator
+from receiver.tasks.submit import NOT_FOUND_AGAIN_SECONDS, UNREAD_TRIES, Conflict
+from receiver.tasks.task_view import is_over
+from storage.rows.models import Task
+from storage.states import Step, TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, settings_for, task_of
+from tests.rows import LONG_AGO, new_task, stored
+from tests.unreported_tasks import REQUEST, creates, drawn, encoded, unanswered
+
+ID = "order-4711"
+
+
+@pytest.fixture(autouse=True)
+def slow_tasks(sandbox: Sandbox) -> None:
+    """Nothing upstream moves by itself: what a row says is what the create told it."""
+    sandbox.set(submitted_seconds=600, processing_seconds=600)
+
+
+def ask(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **fields: Any) -> Task:
+    return parts.submitter.submit({**REQUEST, **fields}, external_task_id=external_task_id, adopt=adopt).task
+
+
+def ask_in_vain(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
+    """The create arrives and goes wrong; who asks waits for its answer for a moment only."""
+    sandbox.set(create_faults=[fault], hang_seconds=600)
+    hasty = Parts(parts.settings)
+    kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=0.5)
+    hasty.__dict__["kling"] = kling  # where the cached property keeps it
+    task = ask(hasty)
+    hasty.close()
+    wait_until(lambda: sandbox.ledger().counts[f"fault:create:{fault}"])
+    return task
+
+
+def go_on(parts: Parts, **values: Any) -> Task:
+    """Make the one row due, with `values` written into it, and let a worker go on with its create."""
+    with parts.database.write() as session:
+        session.execute(update(Task).values(**{"due_at": LONG_AGO, **values}))
+    lanes = [lane for lane in parts.lanes() if lane.name == "creates"]
+    Worker(parts.database, lanes, lease_seconds=5, grace_seconds=0).run_until_idle()
+    return task_of(parts, ID)
+
+
+def due_in(parts: Parts, task: Task) -> float:
+    assert task.due_at is not None
+    return (task.due_at - parts.database.now()).total_seconds()
+
+
+def make_upstream(parts: Parts, sandbox: Sandbox, *, seconds_ago: float) -> str:
+    """A task that somebody made at the provider under our id."""
+    made = parts.kling.create(REQUEST, external_task_id=ID, callback_url=None)
+    sandbox.world.tasks[made.provider_task_id].created_ms -= int(seconds_ago * 1000)
+    return made.provider_task_id
+
+
+# -- the row and the request --------------------------------------------------------------------------------------
+
+
+def test_an_accepted_request_is_submitted(parts: Parts, sandbox: Sandbox) -> None:
+    submitted = parts.submitter.submit(REQUEST)
+    task, (made,) = submitted.task, sandbox.ledger().tasks
+    assert submitted.new
+    assert (task.state, task.step, task.lease, task.error) == (TaskState.SUBMITTED, Step.READ, None, None)
+    assert (task.provider_task_id, task.external_task_id) == (made.task_id, made.external_task_id)
+    assert uuid.UUID(task.external_task_id).version == 4
+
+
+def test_the_row_is_committed_and_claimed_before_the_request_leaves(parts: Parts, sandbox: Sandbox) -> None:
+    asking = threading.Thread(target=ask, args=(parts,))
+    with unanswered(sandbox):
+        asking.start()
+        wait_until(lambda: creates(sandbox))
+        row, seconds = task_of(parts, ID), due_in(parts, task_of(parts, ID))
+    asking.join()
+    assert (row.state, row.step, row.attempts) == (TaskState.CREATED, Step.CREATE, 1)
+    assert row.lease is not None
+    assert row.sent_at is not None
+    assert 0 < seconds <= parts.settings.lease_seconds
+    assert task_of(parts, ID).state is TaskState.SUBMITTED
+
+
+def test_the_callback_url_carries_the_token_of_the_task(parts: Parts, sandbox: Sandbox) -> None:
+    task = ask(parts)
+    (body,) = creates(sandbox)
+    public_url, _, token = body["callback_url"].rpartition("/callbacks/kling/")
+    named = parts.tokens.read("kling", token)
+    assert (public_url, task.callback_url) == (parts.settings.public_url, body["callback_url"])
+    assert named is not None
+    assert named.task_id == task.id
+
+
+def test_without_a_public_url_no_callback_is_asked_for(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
+    settings = settings_for(database_url, bucket, sandbox).model_copy(update={"public_url": None})
+    private = Parts(settings)
+    task = ask(private)
+    private.close()
+    assert (task.state, task.callback_url) == (TaskState.SUBMITTED, None)
+    assert "callback_url" not in creates(sandbox)[0]
+
+
+def test_sending_again_uses_the_stored_callback_url(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1302"])
+    before = ask(parts).callback_url
+    moved = Parts(parts.settings.model_copy(update={"public_url": "https://moved.example"}))
+    go_on(moved)
+    moved.close()
+    assert [body["callback_url"] for body in creates(sandbox)] == [before, before]
+
+
+@pytest.mark.parametrize("again", [{}, {"n": 1, "aspect_ratio": "auto"}], ids=["same", "defaults spelled out"])
+def test_the_same_request_is_sent_once(parts: Parts, sandbox: Sandbox, again: dict[str, Any]) -> None:
+    first = ask(parts)
+    second = parts.submitter.submit({**REQUEST, **again}, external_task_id=ID)
+    assert (second.new, second.task.id) == (False, first.id)
+    assert len(creates(sandbox)) == 1
+
+
+def test_another_request_under_the_same_id_is_a_conflict(parts: Parts, sandbox: Sandbox) -> None:
+    before = stored(parts.database, ask(parts))
+    with pytest.raises(Conflict, match=ID):
+        ask(parts, n=2)
+    assert stored(parts.database, task_of(parts, ID)) == before
+    assert len(creates(sandbox)) == 1
+
+
+def test_submitters_at_once_send_once(parts: Parts, sandbox: Sandbox) -> None:
+    threads = [threading.Thread(target=ask, args=(parts,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(creates(sandbox)) == 1
+
+
+def test_base64_input_is_kept_as_its_hash_once_the_create_is_settled(parts: Parts, sandbox: Sandbox) -> None:
+    picture = drawn(400, 300)
+    sandbox.set(create_faults=["1302"])
+    images = [{"image": encoded(picture)}]
+    assert ask(parts, image_list=images).request["image_list"] == images
+    kept = go_on(parts).request["image_list"]
+    assert kept == [{"image": {"sha256": hashlib.sha256(picture).hexdigest(), "bytes": len(picture)}}]
+    assert [body["image_list"] for body in creates(sandbox)] == [images, images]
+    assert parts.submitter.submit({**REQUEST, "image_list": images}, external_task_id=ID).new is False
+
+
+# -- credentials and addresses ------------------------------------------------------------------------------------
+
+
+def test_access_and_secret_key_sign_the_request(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
+    knobs = sandbox.world.knobs
+    keys = {"kling_access_key": knobs.access_key, "kling_secret_key": knobs.secret_key}
+    signed = Parts(settings_for(database_url, bucket, sandbox, kling_api_key=None, **keys))
+    assert ask(signed).state is TaskState.SUBMITTED
+    signed.close()
+
+
+def test_a_base_url_may_have_a_path(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
+    gateway = Parts(settings_for(database_url, bucket, sandbox, kling_base_url=f"{sandbox.url}/kling"))
+    assert ask(gateway).state is TaskState.SUBMITTED
+    gateway.close()
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ["1000", "1002", "1101", "1103", "1201", "1203", "1301", "1304"])
+def test_a_definite_refusal_fails_the_task(parts: Parts, sandbox: Sandbox, code: str) -> None:
+    sandbox.set(create_faults=[code])
+    task = ask(parts)
+    assert (task.state, task.step, task.lease, task.due_at) == (TaskState.FAILED, None, None, None)
+    assert f"code {code}" in (task.error or "")
+    assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.parametrize("code", ["1302", "1303"])
+def test_a_throttled_request_goes_on_from_its_row(parts: Parts, sandbox: Sandbox, code: str) -> None:
+    sandbox.set(create_faults=[code, code])
+    task = ask(parts)
+    assert (task.state, task.step, task.sent_at) == (TaskState.CREATED, Step.CREATE, None)
+    assert f"code {code}" in (task.note or "")
+    assert 0 < due_in(parts, task) <= 30
+    assert go_on(parts).state is TaskState.CREATED
+    again = go_on(parts)
+    assert (again.state, again.note, again.attempts) == (TaskState.SUBMITTED, None, 0)
+    assert len(sandbox.ledger().tasks) == 1
+
+
+def test_a_full_account_is_asked_again_until_there_is_room(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(concurrency_limit=1)
+    ask(parts, "first")
+    assert ask(parts).state is TaskState.CREATED
+    sandbox.set(concurrency_limit=2)
+    assert go_on(parts).state is TaskState.SUBMITTED
+    assert [task.external_task_id for task in sandbox.ledger().tasks] == ["first", ID]
+
+
+def test_a_request_that_never_left_is_sent_without_looking_it_up(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.stop()
+    task = ask(parts)
+    assert (task.state, task.sent_at) == (TaskState.CREATED, None)
+    sandbox.start()
+    assert go_on(parts).state is TaskState.SUBMITTED
+    assert sandbox.ledger().counts["query"] == 0
+
+
+# -- unclear answers ----------------------------------------------------------------------------------------------
+
+UNCLEAR = ["5000", "5001", "5002", "html", "broken", "hang"]
+
+
+@pytest.mark.parametrize("fault", UNCLEAR)
+def test_an_unclear_answer_after_creation_is_looked_up(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+    task = ask_in_vain(parts, sandbox, f"{fault}:created")
+    assert (task.state, task.step, task.lease) == (TaskState.CREATED, Step.CREATE, None)
+    assert task.sent_at is not None
+    found = go_on(parts)
+    assert (found.state, found.provider_task_id) == (TaskState.SUBMITTED, sandbox.ledger().task(ID).task_id)
+    assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.parametrize("fault", UNCLEAR)
+def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
+    parts: Parts, sandbox: Sandbox, fault: str
+) -> None:
+    ask_in_vain(parts, sandbox, fault)
+    missed = go_on(parts)
+    assert missed.missed_at is not None
+    assert due_in(parts, missed) > 8
+    assert go_on(parts).missed_at == missed.missed_at
+    assert len(creates(sandbox)) == 1
+    again = go_on(parts, missed_at=missed.missed_at - timedelta(seconds=10))
+    assert (again.state, again.external_task_id) == (TaskState.SUBMITTED, ID)
+    assert [body["external_task_id"] for body in creates(sandbox)] == [ID, ID]
+    assert len(sandbox.ledger().tasks) == 1
+
+
+def test_one_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
+    ask(parts)
+    assert go_on(parts).missed_at is not None
+    sandbox.world.tasks[sandbox.ledger().task(ID).task_id].visible_ms = 0
+    assert go_on(parts, missed_at=LONG_AGO).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 1
+
+
+def test_one_that_is_found_later_than_it_was_sent_again_is_still_ours(parts: Parts, sandbox: Sandbox) -> None:
+    """The provider's reads lag so far behind that we send again: "already exists" tells, and the read comes later."""
+    sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
+    ask(parts)
+    go_on(parts, missed_at=LONG_AGO)
+    assert [create.code for create in sandbox.ledger().creates] == [5000, 1201]
+    assert task_of(parts, ID).state is TaskState.CREATED
+    sandbox.world.tasks[sandbox.ledger().task(ID).task_id].visible_ms = 0
+    assert go_on(parts).state is TaskState.SUBMITTED
+    assert len(sandbox.ledger().tasks) == 1
+
+
+@pytest.mark.parametrize("fault", ["5001", "html", "1002"])
+def test_a_look_up_without_an_answer_says_nothing(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+    sandbox.set(create_faults=["5000:created"])
+    ask(parts)
+    sandbox.set(query_faults=[fault])
+    unread = go_on(parts)
+    assert (unread.state, unread.missed_at) == (TaskState.CREATED, None)
+    assert go_on(parts).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_where_tasks_cannot_be_read_the_list_tells_whether_it_arrived(
+    parts: Parts, sandbox: Sandbox, arrived: bool
+) -> None:
+    sandbox.set(create_faults=["5000:created" if arrived else "5000"], query_faults=["1202"])
+    ask(parts)
+    task = go_on(parts)
+    assert (task.state is TaskState.SUBMITTED, task.missed_at is None) == (arrived, arrived)
+    assert len(creates(sandbox)) == 1
+
+
+def test_a_look_up_that_never_answers_is_loud_after_an_hour(
+    parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sandbox.set(create_faults=["5000:created"], query_faults=["5001"] * 2)
+    ask(parts)
+    go_on(parts)
+    assert "task.create_overdue" not in capsys.readouterr().out
+    long_tried = {"created_at": parts.database.now() - timedelta(hours=1), "attempts": 5}
+    assert go_on(parts, **long_tried).state is TaskState.CREATED
+    assert "task.create_overdue" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["5001", "1002"])
+def test_a_look_up_that_never_answers_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+    sandbox.set(create_faults=["5000:created"], query_faults=[fault] * 2)
+    ask(parts)
+    lifetime = timedelta(seconds=parts.settings.result_lifetime_seconds)
+    assert go_on(parts, sent_at=parts.database.now() - lifetime + timedelta(minutes=1)).state is TaskState.CREATED
+    ended = go_on(parts, sent_at=parts.database.now() - lifetime)
+    assert (ended.state, ended.step, ended.due_at) == (TaskState.FAILED, None, None)
+    assert "no answer whether it arrived" in (ended.error or "")
+    assert ask(parts, adopt=True).state is TaskState.SUBMITTED
+
+
+def test_one_that_exists_and_can_never_be_read_ends(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
+    ask(parts)
+    assert go_on(parts, missed_at=LONG_AGO).state is TaskState.CREATED
+    task = go_on(parts, attempts=UNREAD_TRIES - 1, missed_at=LONG_AGO)
+    assert (task.state, task.step) == (TaskState.FAILED, None)
+    assert "--adopt" in (task.error or "")
+
+
+def test_a_create_that_fails_again_and_again_is_sent_less_and_less(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["5000"])
+    ask(parts)
+    random.seed(7)  # full jitter: now and then a wait is short
+    assert due_in(parts, go_on(parts, attempts=20)) > 4 * NOT_FOUND_AGAIN_SECONDS
+
+
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_crashed_submitter_is_taken_over(parts: Parts, sandbox: Sandbox, arrived: bool) -> None:
+    """Its lease ran out; nobody knows whether the request had left."""
+    now = parts.database.now()
+    with parts.database.write() as session:
+        new_task(
+            session, external_task_id=ID, request=REQUEST, created_at=now, sent_at=now, attempts=1, lease=uuid.uuid4()
+        )
+    if arrived:
+        make_upstream(parts, sandbox, seconds_ago=0)
+    task = go_on(parts)
+    assert (task.state is TaskState.SUBMITTED, task.missed_at is None) == (arrived, arrived)
+    assert go_on(parts, missed_at=LONG_AGO).state is TaskState.SUBMITTED
+    assert [create.code for create in sandbox.ledger().creates] == [0]
+
+
+def test_a_row_that_keeps_ending_its_workers_is_parked(parts: Parts, sandbox: Sandbox) -> None:
+    with parts.database.write() as session:
+        task = new_task(session, external_task_id=ID, request=REQUEST, losses=6, lease=uuid.uuid4())
+    parts.submitter.work(task)
+    assert "ended its worker 6 times" in (task_of(parts, ID).error or "")
+    assert creates(sandbox) == []
+
+
+# -- "already exists" ---------------------------------------------------------------------------------------------
+
+
+def test_an_existing_task_made_after_our_row_is_ours(parts: Parts, sandbox: Sandbox) -> None:
+    """A minute's difference between the two clocks is tolerated."""
+    made = make_upstream(parts, sandbox, seconds_ago=55)
+    task = ask(parts)
+    assert (task.state, task.provider_task_id, task.error) == (TaskState.SUBMITTED, made, None)
+
+
+def test_an_older_existing_task_is_a_conflict_until_it_is_adopted(parts: Parts, sandbox: Sandbox) -> None:
+    made = make_upstream(parts, sandbox, seconds_ago=65)
+    refused = ask(parts)
+    assert (refused.state, refused.provider_task_id) == (TaskState.FAILED, None)
+    assert "--adopt" in (refused.error or "")
+    adopted = ask(parts, adopt=True)
+    assert (adopted.id, adopted.state, adopted.provider_task_id) == (refused.id, TaskState.SUBMITTED, made)
+    assert len(sandbox.ledger().tasks) == 1
+
+
+def test_a_dismissed_one_that_is_adopted_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
+    make_upstream(parts, sandbox, seconds_ago=65)
+    ask(parts)
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not ours")
+    adopted = ask(parts, adopt=True)
+    assert (is_over(adopted), adopted.note) == (False, None)
+
+
+def test_adopting_takes_over_at_once(parts: Parts, sandbox: Sandbox) -> None:
+    made = make_upstream(parts, sandbox, seconds_ago=10_000)
+    task = ask(parts, adopt=True)
+    assert (task.state, task.provider_task_id) == (TaskState.SUBMITTED, made)
+
+
+def test_an_unclear_answer_for_an_older_task_is_a_conflict(parts: Parts, sandbox: Sandbox) -> None:
+    make_upstream(parts, sandbox, seconds_ago=65)
+    sandbox.set(create_faults=["5000"])
+    ask(parts)
+    assert "--adopt" in (go_on(parts).error or "")
+
+
+# -- callbacks that overtake the answer ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "state"), [("a boat", TaskState.SUCCEEDED), ("[fail]", TaskState.FAILED)])
+def test_a_callback_may_overtake_the_create_answer(
+    parts: Parts, sandbox: Sandbox, web: Web, prompt: str, state: TaskState
+) -> None:
+    sandbox.set(submitted_seconds=0, processing_seconds=0)
+    confirm = Parts(parts.settings.model_copy(update={"confirm": "never"}))
+    asking = threading.Thread(target=ask, args=(parts,), kwargs={"prompt": prompt})
+    callbacks = Worker(confirm.database, confirm.lanes()[:1], lease_seconds=5, grace_seconds=0)
+    with unanswered(sandbox):
+        asking.start()
+        wait_until(lambda: callbacks.run_until_idle() and task_of(parts, ID).state is state)
+        assert task_of(parts, ID).step is Step.CREATE
+    asking.join()
+    task = task_of(parts, ID)
+    assert (task.state, task.lease, task.step is Step.CREATE) == (state, None, False)
+    assert task.provider_task_id == sandbox.ledger().task(ID).task_id
+    confirm.close()

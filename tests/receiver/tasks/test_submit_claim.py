@@ -1,0 +1,167 @@
+"""A create holds its claim for as long as it takes, and sends nothing once it has lost it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import pytest
+from sqlmodel import update
+
+from receiver.app.wiring import Parts
+from receiver.providers.kling.request import parse_request
+from receiver.sandbox import Sandbox
+from receiver.tasks.create_outcome import Listener
+from storage.rows.database import Database
+from storage.rows.lease_renewal import holding
+from storage.rows.models import Task
+from storage.states import TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, hurry, run, task_of
+from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, create, told
+from tests.receiver.tasks.test_submit import make_upstream
+from tests.rows import LONG_AGO, new_task, stored
+from tests.unreported_tasks import REQUEST, creates, queries
+
+# How long the provider takes to answer, which is more than two leases.
+SLOW_SECONDS, LEASE_SECONDS = 7, 3
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return {**CHANGES, "lease_seconds": LEASE_SECONDS}
+
+
+@pytest.fixture(autouse=True)
+def slow_tasks(sandbox: Sandbox) -> None:
+    sandbox.set(submitted_seconds=600, hang_seconds=SLOW_SECONDS)
+
+
+def inserted(parts: Parts) -> Task:
+    """A row as a submitter or the gateway commits it, claimed and not sent yet."""
+    task = parts.submitter.row(parse_request(REQUEST), ID)
+    with parts.database.write() as session:
+        assert parts.submitter.insert(session, task)
+    return task
+
+
+def nobody_else_finds_work(parts: Parts, asking: Future[Any]) -> None:
+    """Workers look for creates until this one is done; what they find they would send again."""
+    found = 0
+    while not wait([asking], timeout=0.1).done:
+        found += run(parts, "creates")
+    assert found == 0
+
+
+def by_library(parts: Parts) -> None:
+    parts.submitter.submit(REQUEST, external_task_id=ID)
+
+
+def by_worker(parts: Parts) -> None:
+    """As `work --once` does it, beside other workers."""
+    inserted(parts)
+    with parts.database.write() as session:
+        session.execute(update(Task).values(sent_at=None, lease=None, due_at=LONG_AGO))
+    run(parts, "creates")
+
+
+@pytest.mark.parametrize("way", [by_library, by_worker])
+def test_a_create_that_takes_longer_than_its_lease_is_sent_once(
+    way: Callable[[Parts], None], parts: Parts, sandbox: Sandbox
+) -> None:
+    sandbox.set(create_faults=["hang"])
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(way, parts)
+        wait_until(lambda: creates(sandbox))
+        nobody_else_finds_work(parts, asking)
+        asking.result()
+    assert (len(creates(sandbox)), task_of(parts, ID).losses) == (1, 0)
+
+
+@ON_SQLITE
+def test_nor_is_one_through_the_gateway(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["hang:created"])
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(create, web, {**REQUEST, "external_task_id": ID})
+        wait_until(lambda: creates(sandbox))
+        nobody_else_finds_work(parts, asking)
+        assert told(asking.result()) == (200, 0)
+    task = task_of(parts, ID)
+    assert (task.state, task.losses, len(creates(sandbox))) == (TaskState.SUBMITTED, 0, 1)
+
+
+@ON_SQLITE
+def test_a_slow_look_for_what_is_adopted_holds_its_claim(parts: Parts, sandbox: Sandbox) -> None:
+    made = make_upstream(parts, sandbox, seconds_ago=1_000)
+    parts.submitter.submit(REQUEST, external_task_id=ID)
+    sandbox.set(query_faults=["hang"])
+    before = queries(sandbox)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(parts.submitter.submit, REQUEST, external_task_id=ID, adopt=True)
+        wait_until(lambda: queries(sandbox) > before)
+        nobody_else_finds_work(parts, asking)
+        assert asking.result().task.provider_task_id == made
+    assert task_of(parts, ID).losses == 0
+
+
+def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Parts, sandbox: Sandbox) -> None:
+    """It waited for a thread, and a worker has taken its row: that one asks whether it arrived, and then sends it."""
+    task, listener = inserted(parts), Listener()
+    hurry(parts)
+    assert run(parts, "creates") == 1
+    parts.submitter.send(task, listener)
+    assert (creates(sandbox), listener.refusal, task_of(parts, ID).state) == ([], None, TaskState.CREATED)
+    hurry(parts)
+    run(parts, "creates")
+    assert (len(creates(sandbox)), task_of(parts, ID).state) == (1, TaskState.SUBMITTED)
+
+
+@ON_SQLITE
+def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sandbox: Sandbox) -> None:
+    task = inserted(parts)
+    hurry(parts)  # its lease is over, and nobody has looked yet
+    sandbox.set(create_faults=["hang"])
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(parts.submitter.send, task)
+        wait_until(lambda: creates(sandbox))
+        nobody_else_finds_work(parts, asking)
+    assert len(creates(sandbox)) == 1
+
+
+# -- the renewal itself -----------------------------------------------------------------------------------------------
+
+
+def held_task(database: Database) -> Task:
+    now = database.now()
+    with database.write() as session:
+        return new_task(session, lease=uuid.uuid4(), due_at=now)
+
+
+def test_a_held_claim_is_renewed_until_the_end(database: Database) -> None:
+    task = held_task(database)
+    with holding(database, task, lease_seconds=0.3):
+        seen = {wait_until(lambda: newer_than(database, task, task.due_at))}
+        seen.add(wait_until(lambda: newer_than(database, task, max(seen))))
+    last = stored(database, task)["due_at"]
+    assert len(seen) == 2 and last >= max(seen)
+    assert stored(database, task)["lease"] == task.lease
+
+
+def newer_than(database: Database, task: Task, moment: Any) -> Any:
+    due_at = stored(database, task)["due_at"]
+    return due_at if due_at > moment else None
+
+
+def test_a_claim_of_somebody_else_is_left_alone(database: Database) -> None:
+    task = held_task(database)
+    theirs = uuid.uuid4()
+    with holding(database, task, lease_seconds=0.3):
+        with database.write() as session:
+            session.execute(update(Task).values(lease=theirs, due_at=task.due_at))
+        mine = held_task(database)
+        with holding(database, mine, lease_seconds=0.3):  # renewed twice means that the other had its turn
+            first = wait_until(lambda: newer_than(database, mine, mine.due_at))
+            wait_until(lambda: newer_than(database, mine, first))
+    assert (stored(database, task)["lease"], stored(database, task)["due_at"]) == (theirs, task.due_at)

@@ -1,0 +1,105 @@
+"""Deliveries of which no task is known wait for their row, and find it, whichever way it comes."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+from sqlmodel import update
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.accounts.rate_limit import ReadLimit
+from storage.rows.models import Callback, Task
+from storage.states import ArchiveState, CallbackState, Step
+from tests.pipeline import callback_of, deliver, drain, hurry, plant, run, task_of
+from tests.rows import LONG_AGO
+from tests.unreported_tasks import OTHERS, REQUEST, all_assets, queries
+
+
+@pytest.fixture
+def unpaced(parts: Parts) -> Parts:
+    """Parts whose reads are not slowed down, for the tests that are not about their pace."""
+    parts.__dict__["read_limit"] = ReadLimit(parts.database, per_second=10_000)
+    return parts
+
+
+def assert_asked(parts: Parts, delivery: Callback, external_task_id: str) -> None:
+    """A delivery to the account's URL is never believed: the task it names is read."""
+    row, task = callback_of(parts, delivery.delivery_key), task_of(parts, external_task_id)
+    assert (row.state, row.reason) == (CallbackState.APPLIED, "confirmed by a read of the task")
+    assert task.due_at is not None
+    assert (task.step, task.due_at <= parts.database.now()) == (Step.READ, True)
+
+
+def test_an_unmatched_delivery_is_applied_once_its_task_is_submitted(unpaced: Parts, sandbox: Sandbox) -> None:
+    delivery = deliver(unpaced, None, OTHERS)
+    assert (delivery.state, delivery.external_task_id, delivery.provider_task_id) == ("unmatched", "late", "777")
+    sandbox.set(submitted_seconds=600)
+    unpaced.submitter.submit(REQUEST, external_task_id="late")
+    run(unpaced, "callbacks")
+    assert_asked(unpaced, delivery, "late")
+
+
+def test_an_unmatched_delivery_is_applied_once_its_alias_is_learnt(unpaced: Parts) -> None:
+    """A gateway's own id without ours; the callback to our own URL, later, carries it too."""
+    delivery = deliver(unpaced, None, {"task_id": "777", "task_status": "processing"})
+    task = plant(unpaced)
+    run(unpaced, "callbacks")
+    assert callback_of(unpaced, delivery.delivery_key).state is CallbackState.UNMATCHED
+    deliver(unpaced, task, {"task_id": "777", "task_status": "submitted"})
+    run(unpaced, "callbacks")
+    assert_asked(unpaced, delivery, task.external_task_id)
+
+
+def test_a_delivery_that_stays_unmatched_is_looked_at_once_more_and_kept(unpaced: Parts, sandbox: Sandbox) -> None:
+    delivery = deliver(unpaced, None, OTHERS)
+    assert delivery.due_at is not None
+    hurry(unpaced)
+    assert run(unpaced, "callbacks", "unmatched") == 1
+    kept_row = callback_of(unpaced, delivery.delivery_key)
+    assert (kept_row.state, kept_row.due_at, kept_row.lease) == (CallbackState.UNMATCHED, None, None)
+    assert queries(sandbox) == 0  # an account URL names no task of ours: nothing is asked, nothing is adopted
+
+
+def test_a_row_that_was_on_its_way_is_found_by_the_second_look(unpaced: Parts) -> None:
+    """As when the task's commit and the delivery's crossed: neither saw the other."""
+    delivery = deliver(unpaced, None, OTHERS)
+    task = plant(unpaced, external_task_id="late")
+    with unpaced.database.write() as session:
+        session.execute(update(Callback).values(state=CallbackState.UNMATCHED, due_at=LONG_AGO))
+    run(unpaced, "callbacks", "unmatched")
+    assert_asked(unpaced, delivery, task.external_task_id)
+
+
+def test_a_task_lost_with_its_database_is_adopted_by_its_token(unpaced: Parts, sandbox: Sandbox) -> None:
+    """An old backup was restored: the provider calls back for a task of ours that has no row."""
+    lost = Task(id=uuid.uuid4(), external_task_id="lost", provider="kling")
+    made = unpaced.kling.create({**REQUEST, "n": 2}, external_task_id="lost", callback_url=None)
+    delivery = deliver(unpaced, lost, {"task_id": made.provider_task_id, "task_status": "submitted"})
+    assert delivery.state is CallbackState.UNMATCHED
+    hurry(unpaced)
+    run(unpaced, "unmatched", "callbacks")
+    assert callback_of(unpaced, delivery.delivery_key).state is CallbackState.APPLIED
+    assert task_of(unpaced, "lost").id == lost.id
+    done = drain(unpaced, "lost")
+    assert {asset.sha256 for asset in all_assets(unpaced)} == set(sandbox.ledger().sha256.values())
+    assert done.archive is ArchiveState.ARCHIVED
+
+
+def test_a_token_whose_task_nobody_knows_stays_unmatched(unpaced: Parts, sandbox: Sandbox) -> None:
+    unknown = Task(id=uuid.uuid4(), external_task_id="unknown", provider="kling")
+    delivery = deliver(unpaced, unknown, {"task_id": "777", "task_status": "submitted"})
+    hurry(unpaced)
+    run(unpaced, "unmatched", "callbacks")
+    row = callback_of(unpaced, delivery.delivery_key)
+    assert (row.state, row.due_at, queries(sandbox)) == (CallbackState.UNMATCHED, None, 1)
+
+
+def test_an_unmatched_delivery_waits_for_a_provider_that_is_away(unpaced: Parts, sandbox: Sandbox) -> None:
+    lost = Task(id=uuid.uuid4(), external_task_id="lost", provider="kling")
+    delivery = deliver(unpaced, lost, {"task_id": "777", "task_status": "submitted"})
+    sandbox.set(query_faults=["5001"])
+    hurry(unpaced)
+    run(unpaced, "unmatched")
+    assert callback_of(unpaced, delivery.delivery_key).due_at is not None

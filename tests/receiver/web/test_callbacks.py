@@ -1,0 +1,403 @@
+"""The callback endpoint over real sockets: who is let in, how much is read, what is answered, what is kept."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+from pydantic import SecretStr
+from sqlalchemy import text
+from standardwebhooks import Webhook
+
+from receiver.app.wiring import Parts
+from receiver.base.tokens import ASSET_PURPOSE, Tokens
+from receiver.web import callbacks
+from storage.operations import heartbeats
+from storage.rows import inbox
+from storage.rows.models import Callback, Task
+from storage.states import CallbackState, Step, TaskState
+from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, plant, run, task_of
+from tests.postgres import Postgres
+from tests.rows import event_names
+
+ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
+ON_POSTGRESQL = pytest.mark.parametrize("database_kind", ["postgresql"])
+SECRET, NEXT_SECRET = "whsec_dGVzdHNlY3JldHRlc3RzZWNyZXR0ZXN0c2VjcmV0MTI=", "whsec_" + "bmV4dHNlY3JldA" * 4
+SIGNED = pytest.mark.parametrize("changes", [{"kling_webhook_secrets": SECRET}])
+METRICS_TOKEN = "a-metrics-token"
+WATCHED = pytest.mark.parametrize("changes", [{"metrics_token": METRICS_TOKEN}])
+BODY = b'{"task_id": "901", "task_status": "processing"}'
+
+
+def path_of(parts: Parts, task: Task, **options: Any) -> str:
+    return f"/callbacks/kling/{parts.tokens.sign('kling', task.id, **options)}"
+
+
+def post(web: Web, path: str, body: bytes = BODY, **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.post(web.url + path, content=body, headers=named, timeout=10)
+
+
+@contextmanager
+def connected(web: Web, path: str, *headers: str) -> Iterator[socket.socket]:
+    """A connection that has sent the head of a POST, and nothing of its body yet."""
+    host, port = web.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        lines = [f"POST {path} HTTP/1.1", f"Host: {host}", *headers, "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        yield connection
+
+
+def answer_on(connection: socket.socket) -> tuple[int, dict[str, Any]]:
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response.status, json.loads(response.read())
+
+
+# -- who is let in --------------------------------------------------------------------------------------------------
+
+
+def test_a_delivery_is_committed_as_it_came_and_answered_200(web: Web, parts: Parts) -> None:
+    task = plant(parts)
+    answer = post(web, path_of(parts, task), user_agent="Apache-HttpClient/4.5", authorization="Bearer secret")
+    assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
+    (row,) = callbacks_of(parts)
+    assert (row.source, row.task_id, row.body, row.state) == ("push", task.id, BODY, CallbackState.RECEIVED)
+    assert row.headers == {"user-agent": "Apache-HttpClient/4.5"}
+    assert row.due_at is not None
+
+
+BAD_TOKENS = ["x" * 55, "AA", "%00" * 10, "A" * 64, "..%2f..", "é" * 55]
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("token", BAD_TOKENS)
+def test_a_bad_token_is_404_and_its_body_is_not_waited_for(token: str, web: Web, parts: Parts) -> None:
+    path = httpx.URL(f"/callbacks/kling/{token}").raw_path.decode()
+    with connected(web, path, "Content-Length: 1000", "Connection: close") as connection:
+        assert answer_on(connection) == (404, {"error": "not found"})
+    assert callbacks_of(parts) == []
+
+
+@ON_SQLITE
+def test_a_token_for_something_else_is_404(web: Web, parts: Parts) -> None:
+    task = plant(parts)
+    other_provider = parts.tokens.sign("fal", task.id)
+    good = parts.tokens.sign("kling", task.id)
+    changed = good[:-1] + ("E" if good.endswith("A") else "A")
+    for token in (other_provider, changed, parts.tokens.sign("kling", task.id, purpose=ASSET_PURPOSE)):
+        assert post(web, f"/callbacks/kling/{token}").status_code == 404
+    assert post(web, f"/callbacks/fal/{other_provider}").status_code == 404
+    assert callbacks_of(parts) == []
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{"callback_secrets": f"{'n' * 40},{CALLBACK_SECRET}"}])
+def test_a_token_of_the_secret_before_is_still_good(web: Web, parts: Parts) -> None:
+    old = Tokens([SecretStr(CALLBACK_SECRET)]).sign("kling", plant(parts).id)
+    assert post(web, f"/callbacks/kling/{old}").status_code == 200
+
+
+@ON_SQLITE
+def test_a_task_that_has_no_row_is_taken_all_the_same(web: Web, parts: Parts) -> None:
+    gone = Task(external_task_id="gone", provider="kling")
+    assert post(web, path_of(parts, gone)).status_code == 200
+    assert callbacks_of(parts)[0].task_id == gone.id
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
+def test_other_methods_are_405(method: str, web: Web, parts: Parts) -> None:
+    answer = httpx.request(method, web.url + path_of(parts, plant(parts)))
+    assert (answer.status_code, answer.json()) == (405, {"error": "method not allowed"})
+    assert answer.headers["allow"] == "POST"
+
+
+@ON_SQLITE
+def test_one_trailing_slash_is_accepted_and_nothing_is_ever_redirected(web: Web, parts: Parts) -> None:
+    path = path_of(parts, plant(parts))
+    answers = [post(web, path + end).status_code for end in ("", "/", "//", "/more")]
+    assert answers == [200, 200, 404, 404]
+    assert httpx.get(f"{web.url}/healthz/").status_code == 404
+
+
+# -- how much is read -----------------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+def test_a_body_declared_too_long_is_413_before_it_is_sent(web: Web, parts: Parts) -> None:
+    length = f"Content-Length: {callbacks.MAX_BODY_BYTES + 1}"
+    with connected(web, path_of(parts, plant(parts)), length, "Connection: close") as connection:
+        status, _ = answer_on(connection)
+    assert (status, callbacks_of(parts)) == (413, [])
+
+
+@ON_SQLITE
+def test_a_chunked_body_is_413_once_it_is_too_long(web: Web, parts: Parts) -> None:
+    with connected(web, path_of(parts, plant(parts)), "Transfer-Encoding: chunked") as connection:
+        chunk = b"x" * 65_536
+        for _ in range(callbacks.MAX_BODY_BYTES // len(chunk)):
+            connection.sendall(b"10000\r\n" + chunk + b"\r\n")
+        connection.sendall(b"1\r\nx\r\n")  # and no end
+        status, _ = answer_on(connection)
+    assert (status, callbacks_of(parts)) == (413, [])
+
+
+@ON_SQLITE
+def test_the_longest_body_allowed_is_taken(web: Web, parts: Parts) -> None:
+    body = b'"' + b"x" * (callbacks.MAX_BODY_BYTES - 2) + b'"'
+    assert post(web, path_of(parts, plant(parts)), body).status_code == 200
+
+
+@ON_SQLITE
+def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "BODY_SECONDS", 0.2)
+    with connected(web, path_of(parts, plant(parts)), "Content-Length: 100") as connection:
+        connection.sendall(b"half of it")
+        status, _ = answer_on(connection)
+    assert (status, callbacks_of(parts)) == (408, [])
+
+
+# -- what is answered -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_delivery_again_is_200_and_kept_once(web: Web, parts: Parts) -> None:
+    path = path_of(parts, plant(parts))
+    assert [post(web, path).status_code for _ in range(3)] == [200] * 3
+    assert len(callbacks_of(parts)) == 1
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("body", [b"", b"\x00\xff", b"<html>", b'{"task_status": "succeed"'])
+def test_what_cannot_be_read_is_200_and_kept_as_unreadable(body: bytes, web: Web, parts: Parts) -> None:
+    assert post(web, path_of(parts, plant(parts)), body).status_code == 200
+    run(parts, "callbacks")
+    (row,) = callbacks_of(parts)
+    assert (row.state, row.body) == (CallbackState.UNREADABLE, body)
+
+
+@ON_SQLITE
+def test_a_contradicting_body_is_200_and_kept_as_rejected(web: Web, parts: Parts) -> None:
+    body = json.dumps({**json.loads(BODY), "task_info": {"external_task_id": "another"}}).encode()
+    assert post(web, path_of(parts, plant(parts)), body).status_code == 200
+    run(parts, "callbacks")
+    assert callbacks_of(parts)[0].state is CallbackState.REJECTED
+
+
+# -- signatures -----------------------------------------------------------------------------------------------------
+
+
+def signature(body: bytes, *secrets: str, minutes_ago: float = 0, webhook_id: str = "msg_1") -> dict[str, str]:
+    moment = datetime.now(UTC) - timedelta(minutes=minutes_ago)
+    signed = " ".join(Webhook(secret).sign(webhook_id, moment, body.decode()) for secret in secrets)
+    return {
+        "webhook_id": webhook_id,
+        "webhook_timestamp": str(int(moment.timestamp())),
+        "webhook_signature": signed,
+    }
+
+
+@SIGNED
+def test_a_signed_delivery_is_taken_and_remembers_its_id(web: Web, parts: Parts) -> None:
+    assert post(web, path_of(parts, plant(parts)), **signature(BODY, SECRET)).status_code == 200
+    (row,) = callbacks_of(parts)
+    assert (row.webhook_id, row.state) == ("msg_1", CallbackState.RECEIVED)
+
+
+REFUSED: dict[str, Callable[[], dict[str, str]]] = {  # made when they are sent: their time counts
+    "unsigned": dict,
+    "another secret's": lambda: signature(BODY, NEXT_SECRET),
+    "another body's": lambda: signature(b"{}", SECRET),
+    "too old": lambda: signature(BODY, SECRET, minutes_ago=6),
+    "too new": lambda: signature(BODY, SECRET, minutes_ago=-6),
+    "no Base64": lambda: {**signature(BODY, SECRET), "webhook_signature": "v1,%%%%"},
+    "no time": lambda: {**signature(BODY, SECRET), "webhook_timestamp": "now"},
+}
+
+
+@ON_SQLITE
+@SIGNED
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_badly_signed_delivery_is_401_kept_and_causes_a_read(case: str, web: Web, parts: Parts) -> None:
+    task = plant(parts)
+    answer = post(web, path_of(parts, task), **REFUSED[case]())
+    assert (answer.status_code, answer.json()) == (401, {"error": "the signature is missing or wrong"})
+    (row,) = callbacks_of(parts)
+    assert (row.state, row.due_at, row.body) == (CallbackState.REJECTED, None, BODY)
+    found = task_of(parts, task.external_task_id)
+    assert (found.state, found.step) == (TaskState.SUBMITTED, Step.READ)
+    assert found.due_at is not None and found.due_at <= parts.database.now()
+
+
+@SIGNED
+def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: Parts) -> None:
+    task = plant(parts)
+    bodies = [json.dumps({"number": number}).encode() for number in range(23)]
+    assert {post(web, path_of(parts, task), body).status_code for body in bodies} == {401}
+    assert len(callbacks_of(parts)) == callbacks.MAX_REJECTED_PER_TASK == 20
+    assert event_names(parts.database, task).count("callback.rejected") == 20
+
+
+@SIGNED
+def test_what_is_refused_and_not_kept_is_said_once_a_minute(web: Web, parts: Parts) -> None:
+    bodies = [json.dumps({"number": number}).encode() for number in range(23)]
+    with structlog.testing.capture_logs() as logs:
+        for path in (path_of(parts, plant(parts)), f"/callbacks/kling/{web.account_token}"):
+            assert {post(web, path, body).status_code for body in bodies} == {401}
+    assert [line["log_level"] for line in logs if line["event"] == "callback.refused_not_kept"] == ["warning"] * 2
+
+
+@SIGNED
+def test_refused_deliveries_to_the_account_are_kept_again_once_others_came(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "MAX_REJECTED_PER_TASK", 1)
+    monkeypatch.setattr(callbacks, "NEWEST", 2)
+    path = f"/callbacks/kling/{web.account_token}"
+    for number in range(3):
+        good, bad = (json.dumps({"number": number, "good": good}).encode() for good in (True, False))
+        assert (post(web, path, good, **signature(good, SECRET)).status_code, post(web, path, bad).status_code) == (
+            200,
+            401,
+        )
+    assert [row.state for row in callbacks_of(parts)].count(CallbackState.REJECTED) == 2
+
+
+@SIGNED
+def test_the_genuine_delivery_after_a_refused_one_is_applied(web: Web, parts: Parts) -> None:
+    task = plant(parts)
+    assert post(web, path_of(parts, task)).status_code == 401
+    assert post(web, path_of(parts, task), **signature(BODY, SECRET)).status_code == 200
+    run(parts, "callbacks")
+    assert {row.state for row in callbacks_of(parts)} == {CallbackState.REJECTED, CallbackState.APPLIED}
+    assert task_of(parts, task.external_task_id).state is TaskState.PROCESSING
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{"kling_webhook_secrets": f"{NEXT_SECRET},{SECRET}"}])
+@pytest.mark.parametrize("secrets", [[SECRET], [NEXT_SECRET], [SECRET, NEXT_SECRET]])
+def test_while_secrets_change_either_one_is_good(secrets: list[str], web: Web, parts: Parts) -> None:
+    assert post(web, path_of(parts, plant(parts)), **signature(BODY, *secrets)).status_code == 200
+
+
+# -- when we cannot store -------------------------------------------------------------------------------------------
+
+
+def assert_try_again(answer: httpx.Response) -> None:
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, str(callbacks.RETRY_AFTER_SECONDS))
+    assert set(answer.json()) == {"error"} and "try again" in answer.json()["error"]
+    assert not any(word in answer.text.lower() for word in ("sql", "psycopg", "127.0.0.1", "error:", "/", "table"))
+
+
+@ON_SQLITE
+def test_a_full_inbox_is_503_and_the_receiver_not_ready(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "MAX_WAITING", 0)
+    assert_try_again(post(web, path_of(parts, plant(parts))))
+    assert httpx.get(f"{web.url}/readyz").status_code == 503
+    assert callbacks_of(parts) == []
+
+
+def test_a_task_with_too_many_deliveries_is_read_instead(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "COUNT_FROM", 1)
+    monkeypatch.setattr(inbox, "MAX_KEPT_PER_TASK", 2)
+    task = plant(parts)
+    bodies = [b'{"task_id": "901", "task_status": "processing", "n": %d}' % number for number in range(4)]
+    answers = [post(web, path_of(parts, task), body).status_code for body in bodies]
+    assert answers == [200, 200, 503, 503]
+    due_at = task_of(parts, task.external_task_id).due_at
+    assert due_at is not None
+    assert due_at <= datetime.now(UTC)
+    assert post(web, path_of(parts, task), bodies[0]).status_code == 200  # known already
+
+
+@ON_POSTGRESQL
+def test_while_the_database_is_away_a_delivery_is_503_and_later_200(web: Web, parts: Parts, postgres: Postgres) -> None:
+    path = path_of(parts, plant(parts))
+    postgres.stop()
+    try:
+        assert_try_again(post(web, path))
+        ready = httpx.get(f"{web.url}/readyz", timeout=10)
+        assert (ready.status_code, ready.json()) == (503, {"status": "unavailable"})
+        assert httpx.get(f"{web.url}/healthz").status_code == 200
+    finally:
+        postgres.start()
+    assert post(web, path).status_code == 200
+    assert len(callbacks_of(parts)) == 1
+
+
+@ON_SQLITE
+def test_a_commit_that_comes_too_late_is_503_and_harmless(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "COMMIT_SECONDS", 0.2)
+    path = path_of(parts, plant(parts))
+    with parts.database.write():
+        assert_try_again(post(web, path))
+    monkeypatch.undo()
+    assert post(web, path).status_code == 200
+    assert len(callbacks_of(parts)) == 1
+
+
+def test_a_fault_of_our_own_is_503_and_says_nothing_of_our_insides(web: Web, parts: Parts) -> None:
+    path = path_of(parts, plant(parts))
+    with parts.database.write() as session:
+        session.execute(text(f"ALTER TABLE {Callback.__tablename__} RENAME TO gone"))
+    assert_try_again(post(web, path))
+
+
+# -- health ---------------------------------------------------------------------------------------------------------
+
+
+def test_ready_says_ok_with_a_worker_and_degraded_without(web: Web, parts: Parts) -> None:
+    ready = httpx.get(f"{web.url}/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"status": "degraded"})
+    assert httpx.get(f"{web.url}/readyz?strict=1").status_code == 503
+    heartbeats.register(parts.database, 1)
+    assert httpx.get(f"{web.url}/readyz?strict=1").json() == {"status": "ok"}
+
+
+def test_a_schema_that_is_behind_is_not_ready(web: Web, parts: Parts) -> None:
+    with parts.database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
+    assert httpx.get(f"{web.url}/readyz").json() == {"status": "unavailable"}
+
+
+@ON_SQLITE
+@WATCHED
+def test_details_are_for_who_has_the_token(web: Web) -> None:
+    bearer = {"Authorization": f"Bearer {METRICS_TOKEN}"}
+    assert "checks" not in httpx.get(f"{web.url}/readyz").json()
+    assert httpx.get(f"{web.url}/readyz", headers=bearer).json()["checks"]["database"] == "ok"
+    assert httpx.get(f"{web.url}/metrics").status_code == 401
+    assert httpx.get(f"{web.url}/metrics", headers={"Authorization": "Bearer other"}).status_code == 401
+    metrics = httpx.get(f"{web.url}/metrics", headers=bearer)
+    assert metrics.status_code == 200 and "receiver_deliveries" in metrics.text
+
+
+@ON_SQLITE
+def test_without_a_token_configured_there_are_no_metrics(web: Web) -> None:
+    for headers in ({}, {"Authorization": "Bearer"}, {"Authorization": "Bearer None"}):
+        assert httpx.get(f"{web.url}/metrics", headers=headers).status_code == 404
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/callbacks/kling/x", f"/{uuid.UUID(int=7)}"])
+def test_every_answer_is_bare_and_safe(path: str, web: Web) -> None:
+    answer = httpx.get(web.url + path)
+    assert "server" not in answer.headers and not answer.is_redirect
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-security-policy"] == "default-src 'none'"
+    assert answer.headers["cache-control"] == "no-store"

@@ -1,0 +1,125 @@
+"""What connections may cost: memory, time and descriptors. Against real processes, and the front door alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from receiver.app.process import web_config
+from receiver.web import http_protocol
+from tests.harness import wait_until
+from tests.pipeline import CALLBACK_SECRET, free_port
+from tests.receiver.web.test_http_protocol import GET, read_to_end, sent_of
+
+LARGE, PIECE = 32 * 2**20, 64 * 1024
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[int, int]]:
+    """`receiver serve` in a process of its own, without workers: its port and its process id."""
+    port, log = free_port(), folder / "log"
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    settings = {
+        "RECEIVER_DATABASE_URL": f"sqlite:///{folder}/receiver.db", "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRET,
+        "RECEIVER_PORT": str(port), "RECEIVER_S3_BUCKET": "unused", "RECEIVER_WORKERS": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "receiver", "serve"]
+    with log.open("wb") as written, subprocess.Popen(command, env={**rest, **settings}, stderr=written) as server:
+        try:
+            wait_until(lambda: b"web.listening" in log.read_bytes(), seconds=60)
+            yield port, server.pid
+        finally:
+            server.kill()
+
+
+def peak_kib(pid: int) -> int:
+    [kib] = re.findall(r"VmHWM:\s+([0-9]+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(kib)
+
+
+async def large(scope: Any, receive: Any, send: Any) -> None:
+    """An application whose answers are larger than what the kernel holds for a client that does not read."""
+    if scope["type"] == "lifespan":
+        while (await receive())["type"] != "lifespan.shutdown":
+            await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+        return
+    headers = [(b"content-length", b"%d" % LARGE)]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for sent in range(0, LARGE, PIECE):
+        await send({"type": "http.response.body", "body": bytes(PIECE), "more_body": sent + PIECE < LARGE})
+
+
+@contextmanager
+def large_answers() -> Iterator[tuple[int, set[Any]]]:
+    """The front door with that behind it: its port and its connections."""
+    port = free_port()
+    server = uvicorn.Server(web_config(large, "127.0.0.1", port))
+    server.capture_signals = nullcontext  # type: ignore[method-assign,assignment] # only the main thread may
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield port, server.server_state.connections
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="The memory of a process is read from /proc.")
+def test_pipelined_requests_take_no_memory(tmp_path: Path) -> None:
+    with serving(tmp_path) as (port, pid), socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        before = peak_kib(pid)
+        assert sent_of(raw, GET * (9_600_000 // len(GET))) is None  # refused before it was all sent
+        assert peak_kib(pid) - before < 16 * 1024
+
+
+@contextmanager
+def unread(port: int) -> Iterator[socket.socket]:
+    """A connection that has asked for a large answer and takes nothing of it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.sendall(GET)
+        yield raw
+
+
+def test_an_answer_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "WRITE_SECONDS", 0.3)
+    with large_answers() as (port, connections), unread(port) as kept, unread(port) as closed:
+        closed.sendall(b"nonsense\r\n")
+        wait_until(lambda: len(connections) == 2)
+        wait_until(lambda: not connections)
+        for raw in (kept, closed):
+            assert len(read_to_end(raw)) < LARGE
+
+
+def test_an_answer_that_is_taken_slowly_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "WRITE_SECONDS", 0.3)
+    with large_answers() as (port, connections), unread(port) as raw:
+        taken = 0
+        while taken < LARGE:
+            taken += len(raw.recv(1 << 20))
+            time.sleep(0.02)  # a slow reader: all of it takes longer than the time an answer may stand still
+        assert connections
+
+
+def test_whoever_takes_nothing_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 3)
+    with large_answers() as (port, connections), unread(port) as first, unread(port) as second, unread(port):
+        wait_until(lambda: [each.flow.write_paused for each in connections] == [True] * 3)
+        answer = httpx.get(f"http://127.0.0.1:{port}/", trust_env=False)
+        assert len(answer.content) == LARGE
+        assert len(read_to_end(first)) < LARGE
+        assert second.recv(1) == b"H"  # it goes on

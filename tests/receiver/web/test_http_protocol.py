@@ -1,0 +1,185 @@
+"""The front door, with raw sockets: what dribbles, idles or swells is closed; what is honest passes beside it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.web import callbacks, http_protocol
+from tests.harness import wait_until
+from tests.pipeline import Web, callbacks_of
+
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@contextmanager
+def connection(web: Web) -> Iterator[socket.socket]:
+    host, port = web.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as raw:
+        yield raw
+
+
+def read_to_end(raw: socket.socket) -> bytes:
+    """Everything until the server closes; TimeoutError if it never does."""
+    answer = b""
+    while True:
+        try:
+            chunk = raw.recv(65_536)
+        except ConnectionResetError:
+            return answer
+        if not chunk:
+            return answer
+        answer += chunk
+
+
+def sent_of(raw: socket.socket, data: bytes) -> int | None:
+    """All of it; None when the other side has ended the connection before."""
+    try:
+        raw.sendall(data)
+    except ConnectionError:
+        return None
+    return len(data)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines of half a second instead of ten."""
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(callbacks, "BODY_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-A: "])
+def test_a_head_that_never_ends_is_closed(web: Web, start: bytes) -> None:
+    with connection(web) as raw:
+        raw.sendall(start)
+        assert read_to_end(raw).startswith(b"HTTP/1.1 408")
+
+
+def test_a_second_head_has_its_own_deadline(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connection(web) as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+        monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nX-")
+        assert b"HTTP/1.1 408" in read_to_end(raw)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None:
+    token = web.account_token
+    with connection(web) as raw:
+        head = f"POST /callbacks/kling/{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{"
+        raw.sendall(head.encode())
+        assert read_to_end(raw).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /" + b"a" * 3_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", b"414"),
+        (b"GET /healthz HTTP/1.1\r\nX-Long: " + b"a" * 40_000, b"431"),
+        (b"GET /healthz HTTP/1.1\r\n" + b"X-Many: yes\r\n" * 3_000, b"431"),
+        (b"GET /healthz HTTP/1.1\r\n" + b"A:\r\n" * 101 + b"\r\n", b"431"),
+        (b"what is this\r\n\r\n", b"400"),
+        (b"GET /healthz HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", b"400"),
+    ],
+    ids=["long-url", "long-header", "many-headers", "small-headers", "nonsense", "two-lengths"],
+)
+def test_heads_are_bounded(web: Web, head: bytes, status: bytes) -> None:
+    with connection(web) as raw:
+        raw.sendall(head)
+        assert read_to_end(raw).split()[1] == status
+
+
+def test_a_body_nobody_reads_ends_the_connection(web: Web) -> None:
+    with connection(web) as raw:
+        raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
+        answer = read_to_end(raw)
+        assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" in answer
+
+
+def test_a_body_that_was_sent_whole_keeps_the_connection(web: Web) -> None:
+    with connection(web) as raw:
+        for _ in range(2):
+            raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            answer = raw.recv(65_536)
+            assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" not in answer
+
+
+def test_the_longest_dawdler_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 5)
+    with connection(web) as first, connection(web), connection(web), connection(web), connection(web):
+        assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
+        assert read_to_end(first) == b""
+
+
+def test_the_longest_idle_kept_connection_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 3)
+    ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connection(web) as first, connection(web) as second, connection(web) as third:
+        for raw in (second, first, third):
+            raw.sendall(ask)
+            assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+        assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
+        assert read_to_end(second) == b""
+        first.sendall(ask)
+        assert first.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"1;" + b"a" * 200_000,
+        b"0" * 200_000,
+        b"1\r\n{\r\n" * 2 + b"1;" + b"a" * 200_000,
+        b"0\r\nX-Long: " + b"a" * 200_000,
+        b"0\r\n" + b"X-Many: yes\r\n" * 20_000,
+    ],
+    ids=["extension", "leading-zeros", "later-extension", "long-trailer", "many-trailers"],
+)
+def test_what_surrounds_a_body_is_bounded(web: Web, rest: bytes) -> None:
+    head = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with connection(web) as raw:
+        assert sent_of(raw, head + rest) is None or read_to_end(raw).split()[1] in (b"400", b"431")
+
+
+def test_a_few_requests_may_wait_and_one_more_ends_the_connection(web: Web) -> None:
+    with connection(web) as raw:
+        raw.sendall(GET * (http_protocol.MAX_PIPELINED + 1))
+        wait_until(lambda: raw.recv(65_536, socket.MSG_PEEK).count(b"HTTP/1.1 200") == http_protocol.MAX_PIPELINED + 1)
+        raw.sendall(GET * (http_protocol.MAX_PIPELINED + 5))
+        statuses = [line.split()[1] for line in read_to_end(raw).splitlines() if b"HTTP/1.1 " in line]
+        assert statuses.count(b"200") == 2 * (http_protocol.MAX_PIPELINED + 1) and b"429" in statuses[-1]
+
+
+def test_what_is_wrong_behind_a_delivery_is_refused_after_it(web: Web, parts: Parts) -> None:
+    post = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    with connection(web) as raw:
+        raw.sendall(post + post.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked"))
+        answers = read_to_end(raw)
+        assert answers.startswith(b"HTTP/1.1 200") and answers.count(b"HTTP/1.1 400") == 1
+    assert [row.body for row in callbacks_of(parts)] == [b"{}"]
+
+
+def test_a_body_that_arrives_while_it_stops_does_not_hold_it_up(web: Web) -> None:
+    path = f"/callbacks/kling/{web.account_token}".encode()
+    with connection(web) as raw:
+        raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
+        wait_until(lambda: web.requests_under_way)
+        web.stop_listening()
+        raw.sendall(b"{}")
+        answer = read_to_end(raw)
+        assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
+
+
+def test_no_banner(web: Web) -> None:
+    answer = httpx.get(f"{web.url}/healthz", trust_env=False)
+    assert "server" not in answer.headers
+    assert answer.headers["x-content-type-options"] == "nosniff"

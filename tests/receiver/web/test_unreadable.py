@@ -1,0 +1,107 @@
+"""An unreadable delivery that comes again says again that something happened. On both databases."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import event, update
+from sqlmodel import col
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.rows import claims, inbox
+from storage.rows.models import Callback, Task
+from storage.states import CallbackState
+from tests.pipeline import Web, callbacks_of, hurry, plant, run
+from tests.rows import LONG_AGO
+
+pytestmark = pytest.mark.parametrize("changes", [{"poll_after_seconds": 3_600}])
+REQUEST = {"model_name": "kling-v3-omni", "prompt": "a cat"}
+
+
+def submitted(parts: Parts, sandbox: Sandbox) -> Task:
+    """A task that the provider works on for as long as the test takes, calling nobody back."""
+    sandbox.set(processing_seconds=600, callback_drop_rate=1)
+    return parts.submitter.submit(REQUEST).task
+
+
+def deliver(web: Web, parts: Parts, task: Task | None, body: bytes = b"") -> Callback:
+    """As a proxy that drops bodies passes it on. Returns the newest row."""
+    token = parts.tokens.sign("kling", task.id if task else None)
+    assert httpx.post(f"{web.url}/callbacks/kling/{token}", content=body, timeout=10).status_code == 200
+    return callbacks_of(parts)[-1]
+
+
+def age(parts: Parts) -> None:
+    """Let what was applied have been applied long ago."""
+    with parts.database.write() as session:
+        session.execute(update(Callback).where(col(Callback.applied_at).is_not(None)).values(applied_at=LONG_AGO))
+
+
+def reads(parts: Parts, sandbox: Sandbox) -> int:
+    """How many the provider has seen, once all that is due is done."""
+    run(parts, "callbacks", "reads")
+    return sandbox.ledger().counts["query"]
+
+
+def test_an_unreadable_delivery_that_comes_again_causes_a_read_again(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    task = submitted(parts, sandbox)
+    before = reads(parts, sandbox)
+    deliver(web, parts, task)
+    assert reads(parts, sandbox) == before + 1
+    age(parts)
+    deliver(web, parts, task)
+    assert reads(parts, sandbox) == before + 2
+    assert [row.state for row in callbacks_of(parts) if row.source == "push"] == [CallbackState.UNREADABLE]
+
+
+def test_a_hundred_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    task = submitted(parts, sandbox)
+    before = reads(parts, sandbox)
+    for number in range(100):
+        deliver(web, parts, task, b"" if number % 2 else b"{")
+        hurry(parts, Callback)
+        reads(parts, sandbox)
+    assert reads(parts, sandbox) == before + inbox.UNREADABLE_LOOKS
+
+
+def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Parts) -> None:
+    task = plant(parts)
+    deliver(web, parts, task)
+    run(parts, "callbacks")
+    first = deliver(web, parts, task)
+    assert first.due_at and timedelta(0) < first.due_at - parts.database.now() <= timedelta(
+        seconds=inbox.UNREADABLE_SECONDS
+    )
+    assert (first.state, deliver(web, parts, task).due_at) == (CallbackState.RECEIVED, first.due_at)
+    assert run(parts, "callbacks") == 0
+
+
+def test_a_repeat_of_what_could_be_read_writes_nothing(web: Web, parts: Parts) -> None:
+    task, written = plant(parts), list[str]()
+    body = b'{"task_id": "901", "task_status": "processing"}'
+    deliver(web, parts, task, body)
+    run(parts, "callbacks")
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        written.extend([statement] if statement.lstrip().startswith(("UPDATE", "WITH repeated")) else [])
+
+    event.listen(parts.database.writer, "before_cursor_execute", note)
+    assert deliver(web, parts, task, body).state is CallbackState.APPLIED
+    assert written == []
+
+
+@pytest.mark.parametrize("is_parked", [True, False])
+def test_what_is_parked_or_names_no_task_stays_as_it_is(is_parked: bool, web: Web, parts: Parts) -> None:
+    task = plant(parts) if is_parked else None
+    deliver(web, parts, task)
+    if is_parked:  # it was claimed once more than its leases were lost
+        with parts.database.write() as session:
+            session.execute(update(Callback).values(attempts=claims.PARK_LOSSES, losses=claims.PARK_LOSSES))
+        parts.worker([lane for lane in parts.lanes() if lane.name == "callbacks"]).run_suspects()
+    run(parts, "callbacks")
+    age(parts)
+    assert deliver(web, parts, task).state is CallbackState.UNREADABLE

@@ -1,0 +1,108 @@
+"""The product's own processes with provider, store and database around them: where the long runs are played."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from receiver.app.embedded_store import Mortal, Seaweed
+from receiver.app.wiring import Parts
+from receiver.base import config
+from receiver.sandbox import Knobs, Sandbox
+from storage.rows import migrations
+from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
+from tests.chaos.processes import ROOT, Kept
+from tests.pipeline import free_port
+from tests.postgres import Postgres
+
+BUCKET = "pictures"
+
+
+class Scene:
+    """A context manager: whatever happens inside, nothing of it runs afterwards. A play builds it in `_build`.
+
+    All of it listens on loopback alone, and dies with this process (Linux) even when that is killed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            self._build()
+        except BaseException:
+            self.stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def _build(self) -> None:
+        raise NotImplementedError
+
+    def start_servers(self, database: str, knobs: Knobs) -> None:
+        """Store, provider and, if `database` says so, PostgreSQL."""
+        self.seaweed = self.stack.enter_context(Seaweed(self.folder / "seaweed", BUCKET))
+        self.sandbox = self.stack.enter_context(Sandbox(knobs=knobs))
+        self.postgres = self.stack.enter_context(Postgres()) if database == "postgresql" else None
+
+    def know_the_store(self) -> None:
+        """Let this process, too, put objects into the store."""
+        ours = self.stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in self.seaweed.environment.items():
+            ours.setenv(name, value)
+
+    def start_processes(self, workers: int, *, store_url: str | None = None, **variables: str) -> None:
+        """The web server and so many workers, ready. `store_url`: of what stands in front of the store."""
+        self.environment = {**self._environment(store_url or self.seaweed.endpoint_url), **variables}
+        self.parts = Parts(settings_in(self.environment))
+        self.stack.callback(self.parts.close)
+        migrations.upgrade(self.parts.database)
+        mortal = Mortal()
+        self.web = Kept(WEB_KILLED, ["serve"], self.environment, self.folder, mortal)
+        self.workers = [Kept(WORKER_KILLED, ["work"], self.environment, self.folder, mortal) for _ in range(workers)]
+        for each in (self.web, *self.workers):
+            self.stack.callback(each.stop)
+            each.start()
+        for each in (self.web, *self.workers):
+            if not each.wait_until_ready():
+                raise RuntimeError(f"a process did not start:\n{each.log.read_text()[-3_000:]}")
+
+    def _environment(self, store_url: str) -> dict[str, str]:
+        """The whole environment of the processes: nothing of the caller's reaches them but the path of Python."""
+        port = free_port()
+        url = self.postgres.url() if self.postgres else f"sqlite:///{self.folder / 'receiver.db'}"
+        return {
+            "PATH": os.defpath,
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(self.folder),
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            **self.seaweed.environment,
+            "RECEIVER_DATABASE_URL": url,
+            "RECEIVER_PORT": str(port),
+            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}",
+            "RECEIVER_CALLBACK_SECRETS": "a-secret-of-more-than-thirty-two-characters",
+            "RECEIVER_KLING_BASE_URL": self.sandbox.url,
+            "RECEIVER_KLING_API_KEY": self.sandbox.api_key,
+            "RECEIVER_PRIVATE_RESULT_HOSTS": self.sandbox.url.removeprefix("http://"),
+            "RECEIVER_S3_BUCKET": BUCKET,
+            "RECEIVER_S3_ENDPOINT_URL": store_url,
+            "RECEIVER_SPOOL_DIR": str(self.folder),
+            "RECEIVER_WORKERS": "0",
+            "RECEIVER_LOG_FORMAT": "json",
+        }
+
+
+def settings_in(environment: dict[str, str]) -> config.Settings:
+    """The settings that the processes have, for the part of the work that is done in this one."""
+    prefix = config.PREFIX
+    mine = {name.removeprefix(prefix).lower(): value for name, value in environment.items() if name.startswith(prefix)}
+    return config.load(**mine)

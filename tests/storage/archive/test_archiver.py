@@ -1,0 +1,220 @@
+"""One asset row becomes one object: who takes over, what stands there already, when it is given up."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import uuid
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.archive.archiver import Archiver
+from storage.fetch.client import Fetched, Fetcher
+from storage.keys import object_key
+from storage.rows import claims
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState
+from tests.harness import wait_until
+from tests.pipeline import assert_archived, assets_of, hurry, kept, run, task_of
+from tests.rows import LONG_AGO, event_names
+
+PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """No public URL, and polls far away: a test says itself when the task is read."""
+    return {"public_url": "", "poll_after_seconds": 3_600}
+
+
+def with_due_assets(parts: Parts, sandbox: Sandbox, pictures: int = 1) -> Task:
+    """A succeeded task whose pictures wait for a worker."""
+    parts.submitter.submit({**PLAIN, "n": pictures}, external_task_id="task")
+    wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
+    hurry(parts)
+    run(parts, "reads")
+    assert len(assets_of(parts, task_of(parts, "task"))) == pictures
+    return task_of(parts, "task")
+
+
+def only_asset(parts: Parts) -> Asset:
+    (asset,) = assets_of(parts, task_of(parts, "task"))
+    return asset
+
+
+def abandon(parts: Parts, **values: Any) -> None:
+    """The row as a worker leaves it that died before it could settle it; its lease has run out."""
+    left = {"state": AssetState.DUE, "lease": uuid.uuid4(), "due_at": LONG_AGO, "archived_at": None, **values}
+    with parts.database.write() as session:
+        session.execute(update(Asset).values(left))
+        session.execute(update(Task).values(step=None, due_at=None))
+
+
+def claim(parts: Parts, *, alone: bool = False) -> Asset:
+    with parts.database.write() as session:
+        (row,) = claims.claim(session, Asset, limit=1, lease_seconds=60, alone=alone)
+    return row
+
+
+def work(parts: Parts, row: Asset) -> None:
+    (lane,) = (lane for lane in parts.lanes() if lane.name == "assets")
+    lane.work(row)
+
+
+def hits(sandbox: Sandbox) -> int:
+    return sum(asset.hits for asset in sandbox.ledger().task("task").assets)
+
+
+def put(parts: Parts, key: str, content: bytes) -> None:
+    digest = hashlib.sha256(content).hexdigest()
+    parts.bucket.put_once(
+        key, io.BytesIO(content), sha256=digest, size=len(content), media_type="image/png", metadata={}
+    )  # fmt: skip
+
+
+def test_an_archived_asset_says_what_is_where(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_assets(parts, sandbox)
+    run(parts, "assets", "finishes")
+    (made,), asset = sandbox.ledger().task("task").assets, only_asset(parts)
+    assert (asset.state, asset.sha256, asset.size) == (AssetState.ARCHIVED, made.sha256, made.size)
+    assert (asset.media_type, asset.error, asset.due_at, asset.lease) == ("image/png", None, None, None)
+    stored = parts.bucket.head(str(asset.key))
+    assert stored is not None and (stored.sha256, stored.media_type) == (made.sha256, "image/png")
+    assert stored.metadata["task"] == "task" and stored.metadata["task-id"] == str(task.id)
+    assert event_names(parts.database, task)[-2:] == ["asset.archived", "task.archived"]
+
+
+def test_who_takes_over_finds_the_object_and_downloads_nothing(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    run(parts, "assets")
+    abandon(parts)
+    run(parts, "assets", "finishes")
+    assert hits(sandbox) == 1
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_who_takes_over_before_the_put_downloads_again(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    run(parts, "assets")
+    parts.bucket.delete(str(only_asset(parts).key))
+    abandon(parts)
+    run(parts, "assets", "finishes")
+    assert hits(sandbox) == 2
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+class Overtaken(Fetcher):
+    """While it downloads, something else happens."""
+
+    meanwhile: Callable[[], None]
+
+    def fetch(self, url: str, sink: BinaryIO, **options: Any) -> Fetched:
+        self.meanwhile()
+        return super().fetch(url, sink, **options)
+
+
+def archiver(parts: Parts, fetcher: Fetcher) -> Archiver:
+    return Archiver(parts.database, parts.bucket, fetcher, parts.schedule)
+
+
+def test_an_object_with_other_bytes_that_came_late_is_recorded_as_superseded(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_assets(parts, sandbox)
+    earlier = b"what a frozen worker had downloaded"
+    digest = hashlib.sha256(earlier).hexdigest()
+    key = object_key(parts.bucket.prefix, task.created_at, "task", "image", 0, digest, "png")
+    abandon(parts, key=key, sha256=digest, size=len(earlier))
+    fetcher = Overtaken(parts.address_policy, max_bytes=10**6)
+    fetcher.meanwhile = lambda: put(parts, key, earlier)
+    archiver(parts, fetcher).work(claim(parts))
+    fetcher.close()
+    asset = only_asset(parts)
+    assert (asset.state, asset.superseded) == (AssetState.ARCHIVED, [key])
+    assert set(kept(parts)) == {key, asset.key} and asset.key != key
+
+
+def test_another_object_under_our_key_is_not_overwritten(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_assets(parts, sandbox)
+    (made,) = sandbox.ledger().task("task").assets
+    key = object_key(parts.bucket.prefix, task.created_at, "task", "image", 0, made.sha256, "png")
+    put(parts, key, b"somebody else's")
+    run(parts, "assets", "finishes")
+    asset = only_asset(parts)
+    assert asset.state is AssetState.FAILED and "another object" in str(asset.error)
+    assert kept(parts)[key] == hashlib.sha256(b"somebody else's").hexdigest()
+    assert task_of(parts, "task").archive is ArchiveState.INCOMPLETE
+
+
+def test_what_stays_no_picture_is_given_up_after_four_tries(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    sandbox.set(cdn_faults=["html"] * 4)
+    tries = []
+    for _ in range(4):
+        work(parts, claim(parts))
+        tries.append(only_asset(parts).state)
+        hurry(parts, Asset)
+    assert tries == [AssetState.DUE] * 3 + [AssetState.FAILED]
+    run(parts, "finishes")
+    assert task_of(parts, "task").archive is ArchiveState.INCOMPLETE
+
+
+@pytest.mark.parametrize("changes", [{"public_url": "", "poll_after_seconds": 3_600, "max_asset_bytes": 10_000}])
+def test_what_is_too_large_is_given_up_at_once_and_the_manifest_says_so(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    run(parts, "assets", "finishes")
+    task, asset = task_of(parts, "task"), only_asset(parts)
+    assert (asset.state, asset.attempts, task.archive) == (AssetState.FAILED, 1, ArchiveState.INCOMPLETE)
+    assert set(kept(parts)) == {task.manifest_key}
+    manifest = json.loads(parts.bucket.read_bytes(str(task.manifest_key), 2**20))
+    assert [(entry["state"], entry["error"]) for entry in manifest["assets"]] == [("failed", asset.error)]
+    assert event_names(parts.database, task)[-2:] == ["asset.failed", "task.incomplete"]
+
+
+def test_a_row_that_ended_six_workers_is_parked(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    abandon(parts, losses=claims.PARK_LOSSES - 1)
+    assert run(parts, "assets") == 0  # suspects are for a process that does nothing else
+    work(parts, claim(parts, alone=True))
+    run(parts, "finishes")
+    asset = only_asset(parts)
+    assert asset.state is AssetState.FAILED and "receiver retry" in str(asset.error)
+    assert (hits(sandbox), task_of(parts, "task").archive) == (0, ArchiveState.INCOMPLETE)
+
+
+def test_a_suspect_that_lets_its_worker_live_is_archived(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    abandon(parts, losses=claims.SUSPECT_LOSSES)
+    work(parts, claim(parts, alone=True))
+    run(parts, "finishes")
+    assert only_asset(parts).losses == 0
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_a_worker_whose_claim_was_lost_writes_no_row_and_puts_no_object(parts: Parts, sandbox: Sandbox) -> None:
+    with_due_assets(parts, sandbox)
+    frozen = claim(parts)
+    hurry(parts, Asset)
+    owner = claim(parts)
+    work(parts, frozen)
+    assert kept(parts) == {} and only_asset(parts).lease == owner.lease
+    work(parts, owner)
+    run(parts, "finishes")
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox: Sandbox) -> None:
+    task = with_due_assets(parts, sandbox, 2)
+    with parts.database.write() as session:
+        dead = update(Asset).where(col(Asset.index) == 0).values(source_url=f"{sandbox.url}/cdn/gone.png")
+        session.execute(dead)
+    run(parts, "assets")  # the other one is archived after, and takes the wish for a read not back
+    assert sorted(asset.state for asset in assets_of(parts, task)) == [AssetState.ARCHIVED, AssetState.DUE]
+    assert run(parts, "reads") == 1
+    run(parts, "assets", "finishes")
+    assert_archived(parts, sandbox, task_of(parts, "task"))

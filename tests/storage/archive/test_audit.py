@@ -1,0 +1,236 @@
+"""Rows against objects, both ways; what is repaired, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlmodel import select
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.archive import folders
+from storage.archive.audit import Audit, Counts, Finding, Kind
+from storage.archive.audit_log import AuditLog
+from storage.archive.repair import FETCHED_AGAIN, WRITTEN_AGAIN, Repairer
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState, Step, TaskState
+from tests.archived_tasks import all_assets, archive, flip, put, work_off
+from tests.command_line import CommandLine, variables
+from tests.pipeline import assets_of, kept, plant, task_of
+from tests.rows import new_asset
+
+
+def audit(parts: Parts, *, after: str = "", **options: Any) -> tuple[Counts, list[Finding]]:
+    counts, findings = Counts(), []
+    for batch in Audit(parts.database, parts.bucket, **options).run(after):
+        counts.add(batch.counts)
+        findings += batch.findings
+    return counts, findings
+
+
+def kinds(findings: list[Finding]) -> list[tuple[str, str]]:
+    return sorted((finding.kind.value, finding.key) for finding in findings)
+
+
+def repair(parts: Parts, findings: list[Finding]) -> list[str]:
+    repairer = Repairer(parts.database, parts.bucket, parts.schedule)
+    said = [repairer.repair(finding) for finding in findings]
+    work_off(parts)
+    return said
+
+
+def test_a_good_archive_has_no_findings(parts: Parts) -> None:
+    archive(parts, 3, n=2)
+    counts, findings = audit(parts, deep=True)
+    assert findings == [] and counts.faults == 0
+    looked = (counts.folders, counts.objects, counts.assets, counts.manifests, counts.hashed)
+    assert looked == (3, 9, 6, 3, 6)
+    assert counts.hashed_bytes == sum(asset.size or 0 for asset in all_assets(parts))
+
+
+def test_every_kind_is_found_and_nothing_else(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "PAGE_ROWS", 7)  # so that they are many pages
+    archive(parts, 20, n=3)
+    keys = [str(asset.key) for asset in all_assets(parts)]
+    for key in keys[:4]:
+        parts.bucket.delete(key)
+    for key in keys[10:13]:
+        flip(parts, key)
+    put(parts, keys[20], b"short")
+    strangers = [f"{parts.bucket.prefix}{name}" for name in ("0", "2020/01/01/who/image-0-aa.png", "zz/top.png")]
+    for key in (*strangers, keys[30] + ".bak"):
+        put(parts, key, b"a stranger's")
+    expected = [("missing", key) for key in keys[:4]] + [("checksum_differs", key) for key in keys[10:13]]
+    expected += [("size_differs", keys[20])] + [("orphaned", key) for key in (*strangers, keys[30] + ".bak")]
+    counts, findings = audit(parts, deep=True)
+    assert kinds(findings) == sorted(expected)
+    assert (counts.faults, counts.assets, counts.hashed) == (12, 60, 55)
+
+
+def test_without_deep_only_sizes_are_compared(parts: Parts) -> None:
+    archive(parts, 1)
+    (asset,) = all_assets(parts)
+    flip(parts, str(asset.key))
+    assert audit(parts)[1] == []
+    assert kinds(audit(parts, deep=True)[1]) == [("checksum_differs", asset.key)]
+
+
+def test_a_sample_hashes_exactly_so_many(parts: Parts) -> None:
+    archive(parts, 6, n=2)
+    assert audit(parts, deep=True, sample=5)[0].hashed == 5
+    assert audit(parts, deep=True, sample=50)[0].hashed == 12
+
+
+def test_repair_brings_back_what_the_provider_still_has(parts: Parts) -> None:
+    archive(parts, 4)
+    before = kept(parts)
+    missing, flipped, short, _ = (str(asset.key) for asset in all_assets(parts))
+    parts.bucket.delete(missing)
+    flip(parts, flipped)
+    put(parts, short, b"short")
+    damaged = {digest for key, digest in kept(parts).items() if key in (flipped, short)}
+    assert repair(parts, audit(parts, deep=True)[1]) == [FETCHED_AGAIN] * 3
+    counts, findings = audit(parts, deep=True)
+    after = kept(parts)
+    assert (counts.faults, counts.hashed, {finding.kind for finding in findings}) == (0, 4, {Kind.SUPERSEDED})
+    assert before.items() <= after.items()
+    assert {after[finding.key] for finding in findings} == damaged  # nothing that was there is lost
+
+
+def test_what_the_provider_has_no_more_stays_a_fault(parts: Parts, sandbox: Sandbox) -> None:
+    (task,) = archive(parts, 1)
+    (asset,) = all_assets(parts)
+    parts.bucket.delete(str(asset.key))
+    sandbox.set(cdn_html_rate=1)
+    assert repair(parts, audit(parts)[1]) == [FETCHED_AGAIN]
+    (row,) = assets_of(parts, task)
+    assert (row.state, row.archived_at) == (AssetState.FAILED, None)
+    assert task_of(parts, task.external_task_id).archive is ArchiveState.INCOMPLETE
+    (finding,) = audit(parts, deep=True)[1]
+    assert finding.kind is Kind.MISSING and finding.detail.startswith("given up: ")
+    sandbox.set(cdn_html_rate=0)
+    assert repair(parts, [finding]) == [FETCHED_AGAIN] and audit(parts, deep=True)[1] == []
+
+
+def test_manifests_that_are_gone_or_say_something_else(parts: Parts) -> None:
+    gone, broken, foreign = archive(parts, 3)
+    parts.bucket.delete(str(gone.manifest_key))
+    flip(parts, str(broken.manifest_key))
+    put(parts, str(foreign.manifest_key), parts.bucket.read_bytes(str(broken.manifest_key), 2**20)[:-1])
+    findings = audit(parts)[1]
+    expected = [("manifest_differs", key) for key in sorted([str(broken.manifest_key), str(foreign.manifest_key)])]
+    assert kinds(findings) == [*expected, ("manifest_missing", gone.manifest_key)]
+    assert repair(parts, findings) == [WRITTEN_AGAIN] * 3
+    assert audit(parts)[1] == []
+    assert task_of(parts, gone.external_task_id).manifest_key == gone.manifest_key
+    assert str(task_of(parts, broken.external_task_id).manifest_key).endswith("/manifest.2.json")
+
+
+def test_a_manifest_that_names_other_files_than_the_rows(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    with parts.database.write() as session:
+        session.exec(select(Asset)).one().size = 1
+    (finding, *_) = audit(parts)[1]
+    assert (finding.kind, finding.task) == (Kind.SIZE, task.external_task_id)
+    assert {found.kind for found in audit(parts)[1]} == {Kind.SIZE, Kind.MANIFEST_DIFFERS}
+
+
+def test_an_object_as_its_row_says_is_never_removed(parts: Parts) -> None:
+    archive(parts, 1)
+    (asset,) = all_assets(parts)
+    lie = Finding(Kind.CHECKSUM, str(asset.key), None, "", asset.id)
+    assert repair(parts, [lie]) == ["left alone: it is as its row says, looked at again"]
+    assert audit(parts, deep=True)[1] == []
+
+
+def test_work_in_hand_is_no_fault(parts: Parts) -> None:
+    """A key is noted before its object is put, a manifest is put before its key is noted."""
+    task = plant(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
+    folder = f"{parts.bucket.prefix}{task.created_at:%Y/%m/%d}/{task.external_task_id}/"
+    with parts.database.write() as session:
+        new_asset(session, task, 0, key=folder + "image-0-aaaaaaaaaaaa.png", sha256="a" * 64, size=3)
+        new_asset(session, task, 1, key=folder + "image-1-bbbbbbbbbbbb.png", sha256="b" * 64, size=3)
+    put(parts, folder + "image-0-aaaaaaaaaaaa.png", b"new")
+    put(parts, folder + "manifest.json", b"{}")
+    assert audit(parts, deep=True)[1] == []
+
+
+def test_ids_that_stores_sort_in_different_ways(parts: Parts) -> None:
+    """`a-b/` comes before `a/` by bytes, and after it in SeaweedFS's listing."""
+    for name in ("a", "a-b", "a.b", "a b", "a0"):
+        parts.submitter.submit({"model_name": "kling-image-o1", "prompt": "a boat"}, external_task_id=name)
+    work_off(parts)
+    put(parts, str(all_assets(parts)[0].key).replace("/image", "/stranger/image"), b"x")
+    counts, findings = audit(parts, deep=True)
+    assert (counts.folders, counts.hashed, [finding.kind for finding in findings]) == (5, 5, [Kind.ORPHANED])
+
+
+def test_objects_under_an_earlier_prefix_are_found_by_their_rows(parts: Parts) -> None:
+    archive(parts, 2)
+    parts.bucket.prefix += "moved/"
+    counts, findings = audit(parts, deep=True)
+    assert (counts.hashed, findings) == (2, [])
+
+
+def test_an_audit_goes_on_where_it_was_cut_off(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.archive.audit.BATCH_FOLDERS", 2)
+    archive(parts, 6)
+    parts.bucket.delete(str(all_assets(parts)[1].key))
+    file = tmp_path / "audit.log"
+    log = AuditLog(file)
+    log.add(next(Audit(parts.database, parts.bucket, deep=True).run()))
+    with file.open("a") as half:
+        half.write('{"finding": {"ki')
+    resumed = AuditLog(file)
+    assert [finding.kind for finding in resumed.findings()] == [Kind.MISSING]
+    for batch in Audit(parts.database, parts.bucket, deep=True).run(resumed.after):
+        resumed.add(batch)
+    assert (resumed.counts.folders, resumed.counts.hashed, resumed.counts.faults) == (6, 5, 1)
+    resumed.end()
+    assert (AuditLog(file).after, file.read_text()) == ("", "")
+
+
+@pytest.fixture
+def receiver(database_url: str, parts: Parts, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
+    return CommandLine(variables(database_url, parts.bucket, sandbox), tmp_path)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_the_verb(parts: Parts, receiver: CommandLine) -> None:
+    archive(parts, 2)
+    good = receiver("audit", "--deep", "--json", "--max-bytes-per-second", "10000000")
+    assert (good.code, good.json["ok"], good.json["findings"], good.err) == (0, True, [], "")
+    key = str(all_assets(parts)[0].key)
+    parts.bucket.delete(key)
+    bad = receiver("audit", "--repair", "--resume", "audit.log", "--json")
+    assert (bad.code, [found["key"] for found in bad.json["findings"]]) == (1, [key])
+    assert bad.json["findings"][0]["repair"] == FETCHED_AGAIN
+    assert json.dumps(bad.json["counts"]["found"]) == '{"missing": 1}'
+    work_off(parts)
+    done = receiver("audit", "--sample", "1")
+    assert (done.code, done.out.strip()) == (0, "2 files in 2 folders, 1 of them read and hashed; nothing is wrong")
+
+
+def test_rows_that_name_a_key_are_read_through_the_index(parts: Parts) -> None:
+    for model, column in ((Asset, Asset.key), (Task, Task.manifest_key)):
+        statement = select(model).where(column > "a").order_by(column).limit(10)
+        with parts.database.read() as session:
+            plan = explain(session, statement)
+        assert f"{model.__tablename__}_{column.key}" in plan, plan
+
+
+def explain(session: Any, statement: Any) -> str:
+    from sqlalchemy import text
+
+    if sqlite := session.get_bind().dialect.name == "sqlite":
+        words = "EXPLAIN QUERY PLAN"
+    else:
+        session.execute(text("SET LOCAL enable_seqscan = off"))  # a table of no rows is read whole otherwise
+        session.execute(text("SET LOCAL enable_bitmapscan = off"))
+        words = "EXPLAIN"
+    sql = statement.compile(session.get_bind(), compile_kwargs={"literal_binds": True})
+    assert sqlite or sql
+    return "\n".join(str(row) for row in session.execute(text(f"{words} {sql}")))

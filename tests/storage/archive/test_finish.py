@@ -1,0 +1,53 @@
+"""The end of an archive: what ends its worker again and again is parked, loud, and comes back with `receiver retry`."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+from sqlmodel import update
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from receiver.tasks.operate import Operator
+from storage.rows import claims
+from storage.rows.models import Task
+from storage.states import ArchiveState, Step
+from tests.harness import wait_until
+from tests.pipeline import assert_archived, hurry, kept, run, task_of
+from tests.unreported_tasks import REQUEST
+
+
+def before_its_finish(parts: Parts) -> str:
+    """A task whose files are all kept, and whose manifest is not."""
+    name = parts.submitter.submit(REQUEST).task.external_task_id
+
+    def is_next() -> bool:
+        hurry(parts, Task)
+        run(parts, "reads", "assets")
+        return task_of(parts, name).step is Step.FINISH
+
+    wait_until(is_next)
+    return name
+
+
+def test_a_finish_that_keeps_ending_its_workers_is_parked_until_it_is_retried(
+    parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = before_its_finish(parts)
+    objects = kept(parts)
+    with parts.database.write() as session:
+        session.execute(update(Task).values(losses=claims.PARK_LOSSES - 1, lease=uuid.uuid4()))
+    with parts.database.write() as session:
+        (claimed,) = claims.claim(session, Task, limit=1, lease_seconds=60, alone=True)
+    next(lane for lane in parts.lanes() if lane.name == "finishes").work(claimed)
+    parked = task_of(parts, name)
+    assert (parked.step, parked.due_at, parked.lease, parked.archive) == (
+        Step.FINISH, None, None, ArchiveState.ARCHIVING
+    )  # fmt: skip
+    assert "ended its worker 6 times; `receiver retry`" in str(parked.note)
+    assert "task.parked" in capsys.readouterr().out
+    assert kept(parts) == objects
+    Operator(parts.database, parts.providers, parts.schedule).retry(name)
+    run(parts, "finishes")
+    assert_archived(parts, sandbox, task_of(parts, name))

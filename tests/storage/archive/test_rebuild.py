@@ -1,0 +1,202 @@
+"""From the bucket alone back to rows; what every manifest holds, by its published schema."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rfc8785
+from jsonschema import Draft202012Validator
+from pydantic import SecretStr
+from sqlmodel import col, select
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.archive import manifest
+from storage.archive.audit import Audit
+from storage.archive.rebuild import Problem, Rebuild, asset_from
+from storage.rows.models import Asset, Task, TaskAlias
+from storage.states import ArchiveState, AssetState
+from tests.archived_tasks import all_assets, archive, flip, put, work_off
+from tests.command_line import CommandLine, variables
+from tests.pipeline import Wired, assets_of, kept, task_of
+
+# What no bucket can know: a secret, the pace of reads and callbacks, the moment an archive ended.
+UNKNOWN = {"callback_url", "archived_at", "polls", "reported_at", "called_back_at", "end_called_back_at"}
+SERIES = {"model_name": "kling-v3-omni", "result_type": "series", "series_amount": 3,
+          "watermark_info": {"enabled": True}}  # fmt: skip
+SCHEMA = json.loads((files("storage.archive") / "manifest.schema.json").read_text())
+
+
+@pytest.fixture
+def empty(parts: Wired, migrated_sqlite: Path, tmp_path: Path) -> Iterator[Wired]:
+    """The same bucket and provider, an empty database."""
+    shutil.copy(migrated_sqlite, tmp_path / "empty.db")
+    settings = parts.settings.model_copy(update={"database_url": SecretStr(f"sqlite:///{tmp_path / 'empty.db'}")})
+    wired = Wired(settings, bucket=parts.bucket)
+    yield wired
+    wired.close()
+
+
+def rebuild(parts: Parts, **options: Any) -> tuple[Counter[str], list[Problem]]:
+    counts: Counter[str] = Counter()
+    problems: list[Problem] = []
+    for restored in Rebuild(parts.database, parts.bucket, **options).run():
+        counts += restored.counts
+        problems += restored.problems
+    return counts, problems
+
+
+def rows(parts: Parts, model: Any, without: set[str]) -> list[dict[str, Any]]:
+    with parts.database.read() as session:
+        found = session.exec(select(model).order_by(*model.__table__.primary_key)).all()
+    return [row.model_dump(exclude=without) for row in found]
+
+
+def manifests(parts: Parts) -> list[dict[str, Any]]:
+    keys = [key for key in kept(parts) if "/manifest" in key]
+    return [json.loads(parts.bucket.read_bytes(key, 2**20)) for key in keys]
+
+
+def test_all_rows_come_back_as_they_were(parts: Parts, empty: Parts) -> None:
+    archive(parts, 2, n=2)
+    archive(parts, 1, **SERIES)
+    assert rebuild(empty) == ({"folders": 3, "tasks": 3, "assets": 10}, [])
+    assert rows(empty, Task, UNKNOWN) == rows(parts, Task, UNKNOWN)
+    assert rows(empty, Asset, {"source_url"}) == rows(parts, Asset, {"source_url"})
+    assert rows(empty, TaskAlias, set()) == rows(parts, TaskAlias, set())
+    for before, after in zip(all_assets(parts), all_assets(empty), strict=True):
+        assert after.source_url == before.source_url.partition("?")[0]
+    (counts,) = [batch.counts for batch in Audit(empty.database, empty.bucket, deep=True).run()]
+    assert (counts.hashed, counts.faults) == (10, 0)
+
+
+def test_a_second_time_changes_nothing(parts: Parts, empty: Parts) -> None:
+    archive(parts, 2)
+    rebuild(empty, deep=True)
+    before = rows(empty, Task, set())
+    assert rebuild(empty, deep=True) == ({"folders": 2, "known": 2}, [])
+    assert rows(empty, Task, set()) == before
+
+
+def test_old_tokens_name_the_right_tasks_and_work_goes_on(parts: Parts, empty: Parts) -> None:
+    (task,) = archive(parts, 1)
+    rebuild(empty)
+    named = empty.tokens.read("kling", parts.tokens.sign("kling", task.id))
+    assert named is not None
+    assert named.task_id == task_of(empty, task.external_task_id).id
+    (new,) = archive(empty, 1)
+    assert new.archive is ArchiveState.ARCHIVED
+
+
+def test_the_highest_whole_manifest_counts(parts: Parts, empty: Parts) -> None:
+    (task,) = archive(parts, 1)
+    put(parts, str(task.manifest_key).replace(".json", ".2.json"), b"{}")
+    counts, (problem,) = rebuild(empty)
+    restored = task_of(empty, task.external_task_id)
+    assert (counts["tasks"], problem.detail) == (1, "not readable: it is no manifest")
+    assert (restored.manifest_key, restored.manifests) == (task.manifest_key, 2)
+
+
+def test_a_signed_link_is_cut_in_the_manifest_whatever_its_spaces() -> None:
+    for link in ("https://h/my image.png?Signature=s", " https://h/a.png?Signature=s\n", "https://h/a.png#Signature=s"):
+        assert "Signature" not in manifest.cut({"url": [link]})["url"][0]
+    assert manifest.cut("a boat? see below") == "a boat? see below"
+
+
+def test_what_was_odd_about_a_file_is_restored(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    (facts,) = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), 2**20))["assets"]
+    for odd in ({"trailing_bytes": 3, "notes": ["a", "b"]}, {}):
+        restored = asset_from(task, facts | odd)
+        assert (restored.trailing_bytes, restored.notes) == (odd.get("trailing_bytes"), odd.get("notes"))
+
+
+def test_what_cannot_be_restored_is_said(parts: Parts, empty: Parts) -> None:
+    lost, changed, bare = archive(parts, 3)
+    for task, harm in ((lost, parts.bucket.delete), (changed, lambda key: flip(parts, key))):
+        harm(str(assets_of(parts, task)[0].key))
+    parts.bucket.delete(str(bare.manifest_key))
+    put(parts, parts.bucket.prefix + "notes.txt", b"a stranger's")
+    counts, problems = rebuild(empty)
+    assert (counts["tasks"], counts["assets"]) == (2, 0)
+    said = {problem.task: (problem.detail.split(":")[0].split(" to ")[0], problem.advice) for problem in problems}
+    assert said == {
+        lost.external_task_id: ("there is no such object", f"receiver retry {lost.external_task_id}"),
+        changed.external_task_id: ("its bytes hash", f"receiver retry {changed.external_task_id}"),
+        bare.external_task_id: ("no manifest", f"receiver adopt {bare.external_task_id}"),
+    }
+    states = {asset.state for asset in all_assets(empty)}
+    assert states == {AssetState.FAILED}
+
+
+def test_a_file_that_was_lost_is_fetched_again(parts: Parts, empty: Parts) -> None:
+    (task,) = archive(parts, 1)
+    before = kept(parts)
+    parts.bucket.delete(str(assets_of(parts, task)[0].key))
+    rebuild(empty)
+    from storage.operations import maintenance
+    from storage.rows import tasks
+
+    with empty.database.write() as session:
+        row = tasks.by_external_id(session, task.external_task_id)
+        assert row
+        maintenance.retry(session, row, empty.schedule)
+    work_off(empty)
+    assert task_of(empty, task.external_task_id).archive is ArchiveState.ARCHIVED
+    assert before.items() <= kept(empty).items()
+
+
+def test_a_manifest_in_a_foreign_folder_is_not_believed(parts: Parts, empty: Parts) -> None:
+    (task,) = archive(parts, 1)
+    key = str(task.manifest_key)
+    put(parts, key.replace(task.external_task_id, "other"), parts.bucket.read_bytes(key, 2**20))
+    counts, problems = rebuild(empty)
+    assert counts["tasks"] == 1
+    assert [problem.detail for problem in problems] == ["not readable: it is another folder's", "no manifest"]
+
+
+def test_manifests_follow_their_schema_and_hold_no_secret(parts: Parts) -> None:
+    archive(parts, 2, n=2)
+    archive(parts, 1, **SERIES)
+    Draft202012Validator.check_schema(SCHEMA)
+    found = manifests(parts)
+    assert len(found) == 3
+    for each in found:
+        Draft202012Validator(SCHEMA).validate(each)
+        assert each["digest"] == manifest.digest_of(each)
+        assert not any(secret in json.dumps(each) for secret in ("callback_url", "/callbacks/", "?", "Signature"))
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"nonsense", b'{"schema": 1}'])
+def test_what_is_no_manifest_is_said_to_be_none(damage: bytes) -> None:
+    with pytest.raises(manifest.ManifestDamaged):
+        manifest.read(damage)
+
+
+def test_a_changed_manifest_is_found_out() -> None:
+    members = {"schema": manifest.SCHEMA, "task": {"state": "archived"}}
+    whole = members | {"digest": manifest.digest_of(members)}
+    assert manifest.read(rfc8785.dumps(whole)) == whole
+    with pytest.raises(manifest.ManifestDamaged, match="digest"):
+        manifest.read(rfc8785.dumps(whole | {"task": {"state": "failed"}}))
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_the_verb(parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
+    archive(parts, 2)
+    receiver = CommandLine(variables("sqlite:///fresh.db", parts.bucket, sandbox), tmp_path)
+    done = receiver("rebuild", "--deep")
+    assert (done.code, done.out) == (0, "restored 2 tasks with 2 files; 0 were there already; 0 problems\n")
+    assert receiver("audit", "--deep").code == 0
+    parts.bucket.delete(str(archive(parts, 1)[0].manifest_key))
+    again = receiver("rebuild", "--json")
+    assert (again.code, again.json["counts"]["known"], len(again.json["problems"])) == (1, 2, 1)
+    with parts.database.read() as session:
+        assert session.exec(select(Task).where(col(Task.id).is_not(None))).first()

@@ -1,0 +1,59 @@
+"""What a store's answer proves: pure, on answers as stores give them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any
+
+import pytest
+
+from storage.bucket import checksums
+from storage.bucket.checksums import Evidence
+from storage.bucket.probe import sha256_base64
+from storage.errors import StoreUnavailable
+
+CONTENT = b"twelve bytes"
+SUM = sha256_base64(CONTENT)
+MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("answer", "sum_agrees", "etag_agrees"),
+    [
+        ({"ChecksumSHA256": SUM, "ETag": f'"{MD5}"'}, True, True),
+        ({"ChecksumSHA256": "other", "ETag": f'"{"0" * 32}"'}, False, False),
+        ({}, None, None),
+        ({"ETag": '"0123456789abcdef0123456789abcdef-3"'}, None, None),
+        ({"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "aws:kms"}, None, None),
+        ({"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "AES256"}, None, False),
+    ],
+    ids=["both agree", "both contradict", "silent", "of parts", "KMS", "SSE-S3"],
+)
+def test_an_answer_agrees_contradicts_or_is_silent(
+    answer: dict[str, Any], sum_agrees: bool | None, etag_agrees: bool | None
+) -> None:
+    assert checksums.of_answer(answer, SUM, MD5) == Evidence(sum_agrees, etag_agrees, answer.get("ETag", ""))
+
+
+def test_parts_are_the_file_and_their_sum_is_s3s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "PART_BYTES", 5)
+    parts = list(checksums.parts_of(io.BytesIO(CONTENT), len(CONTENT), hashlib.sha256(CONTENT).hexdigest()))
+    assert [part.content for part in parts] == [b"twelv", b"e byt", b"es"]
+    assert [part.arguments["PartNumber"] for part in parts] == [1, 2, 3]
+    whole = b"".join(hashlib.sha256(part.content).digest() for part in parts)
+    assert checksums.composite([part.sha256 for part in parts]) == f"{sha256_base64(whole)}-3"
+
+
+def test_a_file_that_is_not_what_was_hashed_ends_in_an_error() -> None:
+    with pytest.raises(StoreUnavailable, match="changed on our disk"):
+        list(checksums.parts_of(io.BytesIO(CONTENT), len(CONTENT), "0" * 64))
+
+
+def test_a_file_is_cut_into_no_more_parts_than_s3_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "PART_BYTES", 1)
+    monkeypatch.setattr(checksums, "MAX_PARTS", 4)
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    assert [part.content for part in checksums.parts_of(io.BytesIO(CONTENT), len(CONTENT), digest)] == [
+        b"twe", b"lve", b" by", b"tes",
+    ]  # fmt: skip

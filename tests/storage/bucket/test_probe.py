@@ -1,0 +1,51 @@
+"""What a probe leaves that is killed half-way is removed by a later one, once it is old."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+
+from receiver.app.embedded_store import Seaweed
+from storage.bucket.bucket import PROBE_FOLDER, Bucket
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+
+
+def leave(bucket: Bucket) -> str:
+    """An object and an unfinished upload, as of a probe that was killed."""
+    key = f"{bucket.prefix}{PROBE_FOLDER}0123456789abcdef/first"
+    client = bucket._client()
+    client.put_object(Bucket=bucket.name, Key=key, Body=io.BytesIO(b"x"))
+    client.create_multipart_upload(Bucket=bucket.name, Key=key)
+    return key
+
+
+def left(bucket: Bucket) -> tuple[list[str], list[str]]:
+    uploads = bucket._client().list_multipart_uploads(Bucket=bucket.name, Prefix=bucket.prefix).get("Uploads", ())
+    return [each.key for each in bucket.list(bucket.prefix)], [upload["Key"] for upload in uploads]
+
+
+def in_the_past(request: Request, forward: Forward) -> Answer:
+    """Everything that is listed is of 2020."""
+    answer = forward(request)
+    if request.method != "GET" or "prefix=" not in request.path:
+        return answer
+    old = re.sub(rb"<(LastModified|Initiated)>20[0-9]{2}", rb"<\1>2020", answer.body)
+    return replace(answer, body=old)
+
+
+def test_old_leftovers_are_swept_and_young_ones_may_be_a_probe_at_work(bucket: Bucket, seaweed: Seaweed) -> None:
+    key = leave(bucket)
+    bucket.probe()
+    assert left(bucket) == ([key], [key])
+    with FaultProxy(seaweed, in_the_past) as proxy:
+        Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix).probe()
+    assert left(bucket) == ([], [])
+
+
+def test_nothing_else_is_swept(bucket: Bucket, seaweed: Seaweed) -> None:
+    key = f"{bucket.prefix}picture.png"
+    bucket._client().put_object(Bucket=bucket.name, Key=key, Body=io.BytesIO(b"x"))
+    with FaultProxy(seaweed, in_the_past) as proxy:
+        Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix).probe()
+    assert left(bucket) == ([key], [])

@@ -1,0 +1,283 @@
+"""Requests of our own beside boto3's: the same to the store, and boto3 has the last word on all that is unexpected."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from botocore import exceptions as boto_errors
+from botocore.awsrequest import AWSPreparedRequest
+
+from receiver.app.embedded_store import Seaweed
+from storage.bucket import bucket as objects
+from storage.bucket.bucket import Bucket
+from storage.bucket.probe import Capabilities
+from storage.bucket.put_options import PutOptions
+from storage.errors import StoreUnavailable
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+
+# What differs by request, or is boto3's count of its own tries.
+ITS_OWN = {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-request"}
+OPTIONS = PutOptions(
+    storage_class="STANDARD_IA", sse="aws:kms", kms_key_id="a-key", tags={"a": "b&c"}, cache_control="max-age=60"
+)
+
+
+class NotDialled(Exception):
+    """A request got as far as the socket."""
+
+
+@contextmanager
+def slow_store(bytes_per_second: int, headers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """A store that has nothing and takes everything, slowly, with small buffers; its URL, and what it was asked."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            self.answer(404, {})
+
+        def do_PUT(self) -> None:
+            left = int(self.headers["Content-Length"])
+            while left and (piece := self.rfile.read(min(left, 8192))):
+                left -= len(piece)
+                time.sleep(len(piece) / bytes_per_second)
+            self.answer(200, headers)
+
+        def answer(self, status: int, headers: dict[str, str]) -> None:
+            requests.append(self.command)
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": "0"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def is_ours(request: Request) -> bool:
+    return "amz-sdk-invocation-id" not in request.headers
+
+
+class Recorder:
+    """A fault that keeps the requests for objects; `refuse` changes what our own are answered with."""
+
+    def __init__(self) -> None:
+        self.seen: list[Request] = []
+        self.refuse: int | None = None
+
+    def __call__(self, request: Request, forward: Forward) -> Answer | None:
+        self.seen.append(request)
+        if is_ours(request) and self.refuse is not None:
+            return Answer(self.refuse, {}, b"") if self.refuse else None
+        return forward(request)
+
+    @property
+    def told(self) -> list[tuple[str, bool]]:
+        return [(request.method, is_ours(request)) for request in self.seen]
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def through(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> Iterator[Bucket]:
+    with FaultProxy(seaweed, recorder) as proxy:
+        known = bucket.capabilities
+        yield Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=known)
+
+
+def put(bucket: Bucket, name: str, content: bytes) -> bool:
+    digest = hashlib.sha256(content).hexdigest()
+    return bucket.put_once(
+        bucket.prefix + name, io.BytesIO(content), sha256=digest, size=len(content), media_type="image/png",
+        metadata={"task": "bild-ö %+/?=&"},
+    )  # fmt: skip
+
+
+def test_a_new_file_takes_two_requests_and_boto3_none(through: Bucket, recorder: Recorder) -> None:
+    content = os.urandom(3_000_000)
+    assert put(through, "a b+ö%2F.png", content) is True
+    assert recorder.told == [("HEAD", True), ("PUT", True)]
+    assert recorder.seen[1].body == content
+    assert through.clock_ahead_seconds is not None
+
+
+@pytest.mark.parametrize("mode", ["when_supported", "never"])
+def test_the_store_is_told_what_boto3_tells_it(through: Bucket, recorder: Recorder, mode: objects.ChecksumMode) -> None:
+    endpoint_url, known = through._endpoint_url, replace(through.capabilities, refuses_wrong_checksum=True)
+    sent = {}
+    for by_us in (True, False):
+        own = Bucket(
+            through.name, endpoint_url=endpoint_url, prefix=through.prefix, capabilities=known, put_options=OPTIONS,
+            checksum_mode=mode,
+        )  # fmt: skip
+        assert own._own_requests() is not None
+        own._signed = own._signed if by_us else None
+        recorder.refuse = 503 if by_us else None  # so that neither object is there for the other
+        recorder.seen.clear()
+        with pytest.raises(StoreUnavailable):  # SeaweedFS has no such KMS key
+            put(own, "a ö+%2F.png", b"content")
+        chosen = next(request for request in recorder.seen if request.method == "PUT" and is_ours(request) == by_us)
+        headers = {name: value for name, value in chosen.headers.items() if name not in ITS_OWN}
+        sent[by_us] = replace(chosen, headers=headers)
+    assert sent[True] == sent[False]
+
+
+@pytest.mark.parametrize("refusal", [0, 500, 503], ids=["closed", "broken", "busy"])
+def test_an_outage_is_boto3s_to_ride_out(through: Bucket, recorder: Recorder, refusal: int) -> None:
+    put(through, "before.png", b"one")
+    recorder.refuse = refusal
+    assert put(through, "a.png", b"one") is True
+    recorder.refuse = None
+    recorder.seen.clear()
+    put(through, "b.png", b"one")
+    assert recorder.told == [("HEAD", True), ("PUT", True)]
+
+
+@pytest.mark.parametrize("refusal", [301, 400, 403])
+def test_where_only_boto3_is_understood_it_is_left_alone(through: Bucket, recorder: Recorder, refusal: int) -> None:
+    recorder.refuse = refusal
+    assert put(through, "a.png", b"one") is True
+    assert put(through, "b.png", b"one") is True
+    recorder.seen.clear()
+    put(through, "c.png", b"one")
+    assert not any(ours for _, ours in recorder.told)
+
+
+@pytest.mark.parametrize(("refusal", "times"), [(403, 1), (429, 5)])
+def test_a_refusal_that_passes_changes_nothing(through: Bucket, recorder: Recorder, refusal: int, times: int) -> None:
+    recorder.refuse = refusal
+    assert all(put(through, f"{number}.png", b"one") for number in range(times))
+    recorder.refuse = None
+    assert put(through, "then.png", b"one") is True
+    assert recorder.told[-2:] == [("HEAD", True), ("PUT", True)]
+
+
+@pytest.mark.parametrize("addressing", ["auto", "path", "virtual"])
+@pytest.mark.parametrize(
+    ("region", "switch"),
+    [
+        *((region, None) for region in ("us-east-1", "eu-central-1", "me-central-1", "cn-north-1", "us-gov-west-1")),
+        ("us-west-2", "AWS_USE_FIPS_ENDPOINT"),
+        ("us-west-2", "AWS_USE_DUALSTACK_ENDPOINT"),
+    ],
+)
+def test_at_aws_we_ask_the_place_that_boto3_asks(
+    region: str, switch: str | None, addressing: objects.Addressing, monkeypatch: pytest.MonkeyPatch,
+    s3_environment: dict[str, str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AWS_DEFAULT_REGION", region)
+    if switch:
+        monkeypatch.setenv(switch, "true")
+    bucket = Bucket("a-bucket", addressing=addressing)
+    signed, client = bucket._own_requests(), bucket._client()
+    assert signed is not None
+    asked = []
+
+    def dial(request: AWSPreparedRequest) -> None:
+        signature = request.headers["Authorization"]
+        words = signature.decode() if isinstance(signature, bytes) else signature
+        scope = words.partition("Credential=")[2].partition(",")[0]
+        asked.append((request.url, scope))
+        raise NotDialled
+
+    client._endpoint.http_session.send = dial
+    for ask in (signed.is_missing, bucket.head):
+        with pytest.raises(NotDialled):
+            ask("a ö/k")
+    assert asked[0] == asked[1]
+
+
+def test_a_slow_uplink_is_given_its_time(
+    monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
+) -> None:
+    """The time-out for connecting is also that of each block sent; 2.5 s here, and a body of 4 s."""
+    monkeypatch.setattr(objects, "CONNECT_SECONDS", 2.5)
+    content = os.urandom(1_200_000)
+    digest = hashlib.sha256(content)
+    told = {"x-amz-checksum-sha256": base64.b64encode(digest.digest()).decode(), "etag": '"x"'}
+    with slow_store(bytes_per_second=300_000, headers=told) as (url, requests):
+        slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities, refuses_wrong_checksum=True))
+        signed = slow._own_requests()
+        assert signed is not None
+        # On a loopback connection the kernel would take the whole body at once.
+        signed._http._manager.connection_pool_kw["socket_options"] = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)]
+        assert put(slow, "a.png", content) is True
+    assert requests == ["HEAD", "PUT"]
+
+
+def test_a_lost_race_is_told_without_asking_again(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> None:
+    def race(request: Request, forward: Forward) -> Answer | None:
+        if request.method == "PUT":
+            put(bucket, "a.png", b"one")
+        return recorder(request, forward)
+
+    with FaultProxy(seaweed, race) as proxy:
+        own = Bucket(
+            bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=bucket.capabilities
+        )
+        assert put(own, "a.png", b"one") is False
+    assert recorder.told == [("HEAD", True), ("PUT", True), ("HEAD", False)]
+
+
+def test_a_silent_store_is_given_up_after_one_wait(
+    monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
+) -> None:
+    monkeypatch.setattr(objects, "READ_SECONDS", 0.3)
+    accepted = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    accepted.append(server.accept()[0])
+                except OSError:
+                    return
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        silent = Bucket(bucket.name, endpoint_url=url, capabilities=bucket.capabilities)
+        with pytest.raises(StoreUnavailable) as raised:
+            put(silent, "a.png", b"one")
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    for connection in accepted:
+        connection.close()
+    assert isinstance(raised.value.__cause__, boto_errors.ReadTimeoutError)
+    assert len(accepted) == 1
+
+
+def test_without_credentials_boto3_says_so(monkeypatch: pytest.MonkeyPatch, seaweed: Seaweed) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    everything = Capabilities(*(True for _ in Capabilities.__dataclass_fields__))
+    with pytest.raises(StoreUnavailable, match="no credentials"):
+        put(Bucket("any", endpoint_url=seaweed.endpoint_url, capabilities=everything), "a.png", b"one")

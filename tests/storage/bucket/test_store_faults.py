@@ -1,0 +1,180 @@
+"""A store that loses, flips, ignores or lies: each is noticed, and nothing wrong is counted as archived.
+
+Both when the probe has seen it do so, and when the store starts only after it was probed and believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from receiver.app.embedded_store import Seaweed
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.keys import object_key
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState
+from tests.archived_tasks import REQUEST, put
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+from tests.harness import wait_until
+from tests.pipeline import Wired, assert_archived, assets_of, hurry, kept, run, task_of
+
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])
+SUM = "x-amz-checksum-sha256"
+WRONG_SUM = "n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg="
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return {"public_url": "", "poll_after_seconds": 3_600}
+
+
+@dataclass
+class Faulty:
+    """Our parts on a store behind a proxy, with one picture that waits. `reads`: of objects through the proxy."""
+
+    parts: Parts
+    honest: Parts
+    proxy: FaultProxy
+    sandbox: Sandbox
+    reads: list[str] = field(default_factory=list)
+
+    def begin(self, spoil: Callable[[Request, Forward], Answer | None]) -> None:
+        def fault(request: Request, forward: Forward) -> Answer | None:
+            if request.method == "GET" and "/image-" in request.path and "?" not in request.path:
+                self.reads.append(request.path)
+            return spoil(request, forward)
+
+        self.proxy.fault = fault
+
+    def end(self) -> None:
+        self.proxy.fault = lambda request, forward: forward(request)
+        hurry(self.parts)
+        run(self.parts, "assets", "finishes")
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.parts, "task")
+
+    @property
+    def asset(self) -> Asset:
+        return assets_of(self.parts, self.task)[0]
+
+    @property
+    def downloads(self) -> int:
+        return sum(asset.hits for asset in self.sandbox.ledger().task("task").assets)
+
+
+@pytest.fixture(params=["seen by the probe", "begins after the probe"])
+def faulty(
+    request: pytest.FixtureRequest, parts: Parts, seaweed: Seaweed, sandbox: Sandbox
+) -> Iterator[Callable[..., Faulty]]:
+    parts.submitter.submit(REQUEST, external_task_id="task")
+    wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
+    hurry(parts)
+    run(parts, "reads")
+    with FaultProxy(seaweed) as proxy:
+        bucket = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+        made = Faulty(Wired(parts.settings, bucket=bucket), parts, proxy, sandbox)
+
+        def begin(spoil: Callable[[Request, Forward], Answer | None]) -> Faulty:
+            if request.param == "begins after the probe":
+                assert bucket.capabilities.believed
+            made.begin(spoil)
+            assert bucket.capabilities is not None
+            return made
+
+        yield begin
+        made.parts.close()
+
+
+def told(answer: Answer, checksum: str | None) -> Answer:
+    headers = {name: value for name, value in answer.headers.items() if name != SUM}
+    return replace(answer, headers=headers if checksum is None else headers | {SUM: checksum})
+
+
+def test_a_connection_lost_after_the_object_was_stored(faulty: Callable[..., Faulty]) -> None:
+    def hang_up(request: Request, forward: Forward) -> Answer | None:
+        answer = forward(request)
+        return None if request.puts_an_object else answer
+
+    on = faulty(hang_up)
+    run(on.parts, "assets")
+    assert (on.asset.state, list(kept(on.honest))) == (AssetState.DUE, [on.asset.key])
+    on.end()
+    assert on.downloads == 1  # what lies there is found, read and settled
+    assert_archived(on.honest, on.sandbox, on.task)
+
+
+@pytest.mark.parametrize("says", ["nothing", "what it was sent"])
+def test_a_flipped_byte_behind_a_200(faulty: Callable[..., Faulty], says: str) -> None:
+    def flip(request: Request, forward: Forward) -> Answer:
+        if not request.body or "x-amz-decoded-content-length" in request.headers or "/.receiver" in request.path:
+            return forward(request.without(SUM) if request.method == "PUT" else request)
+        sent = request.headers.get(SUM)
+        body = bytes([request.body[0] ^ 1]) + request.body[1:]
+        answer = forward(replace(request.without(SUM), body=body))
+        return told(answer, sent if says == "what it was sent" else None)
+
+    on = faulty(flip)
+    run(on.parts, "assets")
+    assert (on.asset.state, kept(on.honest)) == (AssetState.DUE, {})
+    assert "other bytes" in str(on.asset.error) and not on.parts.bucket.capabilities.believed
+    on.end()
+    assert_archived(on.honest, on.sandbox, on.task)
+
+
+def test_a_condition_that_is_ignored(faulty: Callable[..., Faulty]) -> None:
+    on = faulty(lambda request, forward: forward(request.without("if-none-match")))
+    (made,) = on.sandbox.ledger().task("task").assets
+    key = object_key(on.parts.bucket.prefix, on.task.created_at, "task", "image", 0, made.sha256, "png")
+    put(on.honest, key, b"a stranger's")
+    before = kept(on.honest)
+    run(on.parts, "assets", "finishes")
+    assert (on.asset.state, on.task.archive) == (AssetState.FAILED, ArchiveState.INCOMPLETE)
+    assert before.items() <= kept(on.honest).items() and "another object" in str(on.asset.error)
+
+
+@pytest.mark.parametrize("checksum", [None, WRONG_SUM], ids=["none", "a wrong one"])
+def test_no_checksum_or_a_wrong_one_is_no_proof(faulty: Callable[..., Faulty], checksum: str | None) -> None:
+    on = faulty(lambda request, forward: told(forward(request), checksum))
+    run(on.parts, "assets", "finishes")
+    seen = not on.parts.bucket.capabilities.returns_checksum
+    # Seen by the probe and silent, it is believed as it refuses wrong ones; what it says wrongly is never believed.
+    assert len(on.reads) == (0 if seen and checksum is None else 1)
+    assert_archived(on.honest, on.sandbox, on.task)
+
+
+def test_a_store_that_speaks_the_truth_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
+    on = faulty(lambda request, forward: forward(request))
+    run(on.parts, "assets", "finishes")
+    assert on.reads == []
+    assert_archived(on.honest, on.sandbox, on.task)
+
+
+def test_a_store_that_refuses_checksum_headers_is_served_without(
+    faulty: Callable[..., Faulty], request: pytest.FixtureRequest
+) -> None:
+    """As Backblaze B2 is documented to do. RECEIVER_S3_CHECKSUMS=never: nothing of them is sent, all is read back."""
+    unsupported = b"<Error><Code>InvalidArgument</Code><Message>Unsupported header</Message></Error>"
+
+    def refuse(sent: Request, forward: Forward) -> Answer:
+        has_sum = any(
+            name.startswith(("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer")) for name in sent.headers
+        )
+        return Answer(400, {"content-type": "application/xml"}, unsupported) if has_sum else told(forward(sent), None)
+
+    on = faulty(lambda sent, forward: forward(sent))
+    bucket = Bucket(
+        on.parts.bucket.name, endpoint_url=on.proxy.endpoint_url, prefix=on.parts.bucket.prefix, checksum_mode="never"
+    )
+    on.parts.close()
+    on.parts = Wired(on.honest.settings, bucket=bucket)
+    on.begin(refuse)
+    run(on.parts, "assets", "finishes")
+    assert len(on.reads) == 1 and not bucket.capabilities.believed
+    assert_archived(on.honest, on.sandbox, on.task)

@@ -1,0 +1,135 @@
+"""Answers that are odd and bring the file all the same, and files that come in parts; over loopback as `test_fetch`."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import re
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from storage.errors import FetchInterrupted
+from storage.fetch.client import MAX_RESUMES
+from tests.storage.fetch.test_client import GZIPPED, FileHost, Script, answer, fetch, fetcher, opened, part, png
+
+
+@pytest.fixture
+def host() -> Iterator[FileHost]:
+    server = FileHost()
+    yield server
+    server.close()
+    while opened:
+        opened.pop().close()
+
+
+JUNK = ("5 header lines that are none",)
+ODD: dict[str, tuple[bytes, tuple[str, ...]]] = {
+    "206": (part(png(), 0, len(png())), ("answered 206 with the whole file",)),
+    "utf-8": (answer(png(), "Content-Encoding: UTF-8"), ("Content-Encoding names no coding",)),
+    "aws": (answer(png(), "Content-Encoding: aws-chunked"), ("Content-Encoding names no coding",)),
+    "identity": (answer(png(), "Content-Encoding: Identity"), ()),
+    "empty": (answer(png(), "Content-Encoding:"), ()),
+    "gzip": (answer(GZIPPED, "Content-Encoding: x-gzip"), ("decoded from gzip",)),
+    "gzip in chunks": (
+        answer(b"".join(b"1\r\n%c\r\n" % byte for byte in GZIPPED) + b"0\r\n\r\n",
+               "Content-Encoding: gzip", "Transfer-Encoding: chunked", length=None),
+        ("decoded from gzip",),
+    ),
+    "not gzip": (answer(png(), "Content-Encoding: gzip"), ("said to be coded and is not",)),
+    "junk": (answer(png(), "this is no header", " nor this", "X Y: z", ": b", "Z: \0"), JUNK),
+    "folded": (answer(png(), "X: a", " b"), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_every_browser_takes_is_kept_and_noted(host: FileHost, name: str) -> None:
+    host.scripts["/"], notes = ODD[name]
+    client, sink = fetcher(host), io.BytesIO()
+    fetched = client.fetch(host.url, sink)
+    assert (fetched.notes, fetched.sha256, fetched.size) == (notes, hashlib.sha256(png()).hexdigest(), len(png()))
+    assert (sink.read(), fetched.verified) == (png(), True)
+
+
+# A connection that breaks
+
+LARGE = png(random.Random(5).randbytes(400_000))
+STRONG = ('ETag: "a"', "Accept-Ranges: bytes")
+DATED = ("Last-Modified: Sun, 01 Nov 2026 00:00:00 GMT", "Date: Sun, 01 Nov 2026 00:00:09 GMT", "Accept-Ranges: bytes")
+
+
+def breaking(*headers: str, at: float = 0.6, ranged: Callable[[int], bytes] | None = None, host: FileHost) -> Script:
+    """Sends `at` of what is asked for and hangs up; `ranged`: the whole answer to a range request instead."""
+
+    def script(connection: socket.socket) -> None:
+        asked = re.search(r"Range: bytes=(\d+)-", host.heads[-1])
+        start = int(asked[1]) if asked else 0
+        if asked and ranged:
+            connection.sendall(ranged(start))
+            return
+        rest = LARGE[start:]
+        whole = part(rest, start, len(LARGE), *headers) if asked else answer(rest, *headers)
+        sent = len(rest) if len(rest) < 20_000 else int(at * len(rest))
+        connection.sendall(whole[: len(whole) - len(rest) + sent])
+
+    return script
+
+
+@pytest.mark.parametrize(("headers", "validator"), [(STRONG, '"a"'), (DATED, "Sun, 01 Nov 2026 00:00:00 GMT")])
+def test_a_transfer_that_always_breaks_at_sixty_percent_ends(
+    host: FileHost, headers: tuple[str, ...], validator: str
+) -> None:
+    host.scripts["/"] = breaking(*headers, host=host)
+    client, sink = fetcher(host), io.BytesIO()
+    fetched = client.fetch(host.url, sink)
+    assert (sink.read(), fetched.sha256) == (LARGE, hashlib.sha256(LARGE).hexdigest())
+    assert fetched.notes == ("came in 5 parts",)
+    assert fetched.headers["content-length"] == str(len(LARGE))
+    assert [f"If-Range: {validator}" in head for head in host.heads] == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("headers", [(), STRONG[:1], ('ETag: W/"a"', *DATED), DATED[1:], (DATED[0], DATED[2])])
+def test_without_an_offer_of_ranges_a_broken_transfer_begins_again_later(
+    host: FileHost, headers: tuple[str, ...]
+) -> None:
+    host.scripts["/"] = breaking(*headers, host=host)
+    with pytest.raises(FetchInterrupted, match="broke off"):
+        fetch(host)
+    assert len(host.heads) == 1
+
+
+RANGED: dict[str, tuple[Callable[[int], bytes], str]] = {
+    "another range": (lambda start: part(LARGE[start + 1 :], start + 1, len(LARGE)), "206 with another part"),
+    "another total": (lambda start: part(LARGE[start:], start, len(LARGE) + 1), "206 with another part"),
+    "another file": (lambda start: part(LARGE[start:], start, len(LARGE), 'ETag: "b"'), "206 with another part"),
+    "no range": (lambda start: answer(LARGE[start:], status="206 Partial Content"), "206 with another part"),
+    "an error": (lambda start: answer(b"", status="416 Range Not Satisfiable"), "416"),
+    "nothing": (lambda start: b"", "broke off"),
+    "all of it, broken": (lambda start: answer(LARGE, *STRONG)[:-9], "broke off"),
+}
+
+
+@pytest.mark.parametrize("name", RANGED)
+def test_a_rest_that_does_not_fit_is_no_rest(host: FileHost, name: str) -> None:
+    ranged, reason = RANGED[name]
+    host.scripts["/"] = breaking(*STRONG, ranged=ranged, host=host)
+    with pytest.raises(FetchInterrupted, match=reason):
+        fetch(host)
+    assert len(host.heads) == 2
+
+
+def test_all_of_another_file_takes_the_place_of_what_came(host: FileHost) -> None:
+    host.scripts["/"] = breaking(*STRONG, ranged=lambda start: answer(png(), 'ETag: "b"'), host=host)
+    client, sink = fetcher(host), io.BytesIO()
+    fetched = client.fetch(host.url, sink)
+    assert (sink.read(), fetched.sha256, fetched.notes) == (png(), hashlib.sha256(png()).hexdigest(), ())
+    assert fetched.headers["etag"] == '"b"'
+
+
+def test_resumes_are_bounded(host: FileHost) -> None:
+    host.scripts["/"] = breaking(*STRONG, at=0.01, host=host)
+    with pytest.raises(FetchInterrupted, match="broke off"):
+        fetch(host)
+    assert len(host.heads) == MAX_RESUMES + 1

@@ -1,0 +1,667 @@
+"""Fetching, watched where it matters: at the connect call, and on real loopback sockets for what a sender may do.
+
+The only doubles are the seams of `Fetcher`: a resolver that gives the answers of the test, and a dial that writes
+down every attempt and lets none leave loopback.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import io
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import ssl
+import struct
+import subprocess
+import threading
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from storage.errors import (
+    AddressRefused,
+    AssetDamaged,
+    DiskFull,
+    FetchExpired,
+    FetchInterrupted,
+    FetchRefused,
+    FetchTooLarge,
+    NotAnAsset,
+)
+from storage.fetch import connection as wire
+from storage.fetch.addresses import AddressPolicy
+from storage.fetch.client import Fetched, Fetcher, retry_after, spool, sweep
+from tests.address_vectors import ALLOWED_ADDRESSES, ALLOWED_URLS, FORBIDDEN_ADDRESSES, MIXED_ANSWERS, REFUSED_URLS
+from tests.harness import wait_until
+
+PUBLIC = "93.184.215.14"
+MIB = 1024 * 1024
+
+
+def png(body: bytes = b"\0" * 13) -> bytes:
+    """A 2 × 2 picture whose data chunk holds `body` (nobody here decodes it)."""
+    header = struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0)
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def answer(body: bytes = b"", *headers: str, status: str = "200 OK", length: int | None = -1) -> bytes:
+    """A whole response. `length`: -1 = the true Content-Length, None = none, else that lie."""
+    declared = len(body) if length == -1 else length
+    lines = [f"HTTP/1.1 {status}", *headers, *([] if declared is None else [f"Content-Length: {declared}"])]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def part(body: bytes, start: int, total: int, *headers: str) -> bytes:
+    """`body` as the bytes from `start` on of a file of `total`."""
+    content_range = f"Content-Range: bytes {start}-{start + len(body) - 1}/{total}"
+    return answer(body, content_range, *headers, status="206 Partial Content")
+
+
+GZIPPED = gzip.compress(png())
+Script = bytes | Callable[[socket.socket], None]
+
+
+class FileHost:
+    """An HTTP/1.1 server on loopback that says exactly what its script for a path says, and closes where it must."""
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
+        self.scripts: dict[str, Script] = {}
+        self.heads: list[str] = []
+        self.connections = 0
+        self._context = context
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            connection.settimeout(10)
+            self.connections += 1
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with self._context.wrap_socket(connection, server_side=True) if self._context else connection as plain:
+                while self._answer(plain):
+                    pass
+        except OSError:
+            pass  # the client has had enough
+
+    def _answer(self, connection: socket.socket) -> bool:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            received = connection.recv(65_536)
+            if not received:
+                return False
+            head += received
+        self.heads.append(head.decode())
+        script = self.scripts[head.split(b" ")[1].decode()]
+        if callable(script):
+            script(connection)
+            return False
+        connection.sendall(script)
+        return b"Content-Length" in script
+
+
+@pytest.fixture
+def host() -> Iterator[FileHost]:
+    server = FileHost()
+    yield server
+    server.close()
+
+
+class Recorder:
+    """The dial seam: writes down every attempt; only loopback is really connected to, or `reroute` when given."""
+
+    def __init__(self, reroute: int | None = None) -> None:
+        self.attempts: list[tuple[str, str, int]] = []
+        self._reroute = reroute
+
+    def __call__(self, host: str, address: str, port: int, timeout: float | None) -> socket.socket:
+        self.attempts.append((host, address, port))
+        if self._reroute:
+            return wire.dial(host, "127.0.0.1", self._reroute, timeout)
+        if address != "127.0.0.1":
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "not dialled in tests")
+        return wire.dial(host, address, port, timeout)
+
+
+# Trusts nobody, and costs no reading of 140 certificates a test.
+NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+opened: list[Fetcher] = []
+
+
+def fetcher(*hosts: FileHost, answers: tuple[str, ...] = (PUBLIC,), **settings) -> Fetcher:
+    """A Fetcher for which `hosts` are listed as private; closed at the end of the test."""
+    policy = AddressPolicy(private_hosts=frozenset(("127.0.0.1", host.port) for host in hosts))
+    timeouts = {"connect_timeout_seconds": 5, "read_timeout_seconds": 5}
+    defaults = {"max_bytes": 8 * MIB, "resolve": lambda host, port: answers, "ssl_context": NO_CERTIFICATES} | timeouts
+    opened.append(Fetcher(policy, **(defaults | settings)))
+    return opened[-1]
+
+
+@pytest.fixture(autouse=True)
+def _close_fetchers() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().close()
+
+
+def fetch(host: FileHost, path: str = "/", *, accept_unverified: bool = False, **settings) -> Fetched:
+    return fetcher(host, **settings).fetch(host.url + path, io.BytesIO(), accept_unverified=accept_unverified)
+
+
+# Where we may
+
+
+@pytest.fixture(scope="module")
+def nowhere() -> tuple[Fetcher, Recorder]:
+    recorder = Recorder()
+    return fetcher(dial=recorder), recorder
+
+
+@pytest.mark.parametrize(("url", "reason"), REFUSED_URLS)
+def test_refused_url_is_never_dialled(url: str, reason: str, nowhere: tuple[Fetcher, Recorder]) -> None:
+    client, recorder = nowhere
+    recorder.attempts.clear()
+    with pytest.raises(FetchRefused, match=reason):
+        client.fetch(url, io.BytesIO())
+    assert recorder.attempts == []
+
+
+@pytest.mark.parametrize(("url", "name"), ALLOWED_URLS)
+def test_allowed_url_is_dialled_at_the_checked_address(url: str, name: str, nowhere: tuple[Fetcher, Recorder]) -> None:
+    client, recorder = nowhere
+    recorder.attempts.clear()
+    with pytest.raises(FetchInterrupted, match="not dialled in tests"):
+        client.fetch(url, io.BytesIO())
+    literal = ":" in name or name == "8.8.8.8"
+    assert recorder.attempts == [(name, name if literal else PUBLIC, 443)]
+
+
+@pytest.mark.parametrize("answers", [*((text,) for text in FORBIDDEN_ADDRESSES), *MIXED_ANSWERS], ids=str)
+def test_a_name_with_a_forbidden_answer_is_never_dialled(answers: tuple[str, ...]) -> None:
+    recorder = Recorder()
+    with pytest.raises(AddressRefused) as refusal:
+        fetcher(answers=answers, dial=recorder).fetch("https://cdn.example.com/a.png", io.BytesIO())
+    assert recorder.attempts == []
+    assert refusal.value.after == 900
+
+
+@pytest.mark.parametrize("text", ALLOWED_ADDRESSES)
+def test_allowed_answers_are_tried_in_order_and_only_they(text: str) -> None:
+    recorder = Recorder()
+    with pytest.raises(FetchInterrupted):
+        fetcher(answers=(text, PUBLIC), dial=recorder).fetch("https://cdn.example.com/a.png", io.BytesIO())
+    expected = str(ipaddress.ip_address(text))
+    assert recorder.attempts == [("cdn.example.com", expected, 443), ("cdn.example.com", PUBLIC, 443)]
+
+
+NOT_IN_A_HEADER = ("absolute", "control", "surrogate", "international")
+REDIRECTABLE = [url for url, reason in REFUSED_URLS if reason not in NOT_IN_A_HEADER]
+
+
+def test_a_redirect_to_a_refused_url_is_never_dialled(host: FileHost) -> None:
+    recorder = Recorder()
+    client = fetcher(host, dial=recorder)
+    for number, url in enumerate(REDIRECTABLE):
+        host.scripts[f"/{number}"] = answer(b"", f"Location: {url}", status="302 Found")
+        with pytest.raises(FetchInterrupted, match=r"redirect from 127\.0\.0\.1 refused"):
+            client.fetch(f"{host.url}/{number}", io.BytesIO())
+    assert {attempt[1:] for attempt in recorder.attempts} == {("127.0.0.1", host.port)}
+
+
+def test_rebinding_gains_nothing(host: FileHost) -> None:
+    """The name answers a public address first and loopback ever after: it is asked once a connection."""
+    answers, asked, recorder = [PUBLIC], [], Recorder()
+
+    def flipping(name: str, port: int) -> list[str]:
+        asked.append(name)
+        return [answers.pop() if answers else "127.0.0.1"]
+
+    client = fetcher(resolve=flipping, dial=recorder)
+    with pytest.raises(FetchInterrupted):
+        client.fetch("https://rebind.example.com/a.png", io.BytesIO())
+    assert (asked, recorder.attempts) == (["rebind.example.com"], [("rebind.example.com", PUBLIC, 443)])
+    with pytest.raises(AddressRefused):
+        client.fetch("https://rebind.example.com/a.png", io.BytesIO())
+    assert len(recorder.attempts) == 1
+
+
+class FlippingDns:
+    """A DNS server on loopback whose A records for any name alternate between a public and a private address."""
+
+    def __init__(self) -> None:
+        self.queries = 0
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self._socket.settimeout(10)
+        self._address = self._socket.getsockname()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with self._socket:
+            for address in (PUBLIC, "127.0.0.1", PUBLIC, "169.254.169.254"):
+                query, client = self._socket.recvfrom(512)
+                self.queries += 1
+                record = struct.pack(">HHHIH4s", 0xC00C, 1, 1, 0, 4, socket.inet_aton(address))
+                self._socket.sendto(query[:2] + struct.pack(">HHHHH", 0x8180, 1, 1, 0, 0) + query[12:] + record, client)
+
+    def resolve(self, name: str, port: int) -> list[str]:
+        labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(10)
+            client.sendto(
+                struct.pack(">HHHHHH", 1, 256, 1, 0, 0, 0) + labels + b"\0\0\1\0\1", self._socket.getsockname()
+            )
+            return [socket.inet_ntoa(client.recv(512)[-4:])]
+
+
+def test_a_dns_server_that_flips_is_asked_once_a_connection() -> None:
+    dns, recorder = FlippingDns(), Recorder()
+    client = fetcher(resolve=dns.resolve, dial=recorder)
+    for expected in (FetchInterrupted, AddressRefused, FetchInterrupted, AddressRefused):
+        with pytest.raises(expected):
+            client.fetch("https://rebind.example.com/a.png", io.BytesIO())
+    assert dns.queries == 4
+    assert recorder.attempts == [("rebind.example.com", PUBLIC, 443)] * 2
+
+
+def test_an_unknown_name_is_tried_again_later() -> None:
+    def unknown(name: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with pytest.raises(FetchInterrupted, match="not resolved"):
+        fetcher(resolve=unknown).fetch("https://nowhere.example.com/a.png", io.BytesIO())
+
+
+def test_a_name_server_that_is_silent_holds_no_thread_for_long() -> None:
+    silence = threading.Event()
+
+    def silent(name: str, port: int) -> list[str]:
+        silence.wait(30)
+        return [PUBLIC]
+
+    client = fetcher(resolve=silent, connect_timeout_seconds=0.1)
+    started = time.monotonic()
+    with ThreadPoolExecutor(16) as threads:
+        tries = [threads.submit(client.fetch, f"https://{n}.example.com/", io.BytesIO()) for n in range(80)]
+        errors = [str(one.exception(20)) for one in tries]
+    assert time.monotonic() - started < 10
+    stuck = [thread for thread in threading.enumerate() if thread.name == "lookup"]
+    silence.set()
+    assert len(stuck) == wire.MAX_LOOKUPS == sum("no answer in time" in error for error in errors)
+    assert sum("64 lookups have no answer yet" in error for error in errors) == 80 - wire.MAX_LOOKUPS
+    wait_until(lambda: not any(thread.is_alive() for thread in stuck))
+    with pytest.raises(FetchInterrupted, match="not dialled in tests"):
+        fetcher(resolve=silent, dial=Recorder()).fetch("https://cdn.example.com/", io.BytesIO())
+
+
+def test_the_environment_is_not_read(host: FileHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    host.scripts["/"] = answer(png())
+    assert fetch(host).verified
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """(server, client) contexts around one certificate for cdn.example.com."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test"
+    names = ["-addext", "subjectAltName=DNS:cdn.example.com", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *request.split(), *names], check=True, capture_output=True)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate, key)
+    return server, ssl.create_default_context(cafile=str(certificate))
+
+
+@pytest.fixture
+def secure(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> Iterator[tuple[FileHost, Fetcher, Recorder]]:
+    server = FileHost(tls[0])
+    recorder = Recorder(reroute=server.port)
+    client = fetcher(dial=recorder, ssl_context=tls[1])
+    yield server, client, recorder
+    server.close()
+
+
+def test_host_and_certificate_stay_those_of_the_name(secure: tuple[FileHost, Fetcher, Recorder]) -> None:
+    server, client, recorder = secure
+    body = png(os.urandom(MIB))
+    server.scripts["/a.png?b=c"] = answer(body)
+    for _ in range(2):
+        sink = io.BytesIO()
+        assert client.fetch("https://CDN.example.com./a.png?b=c", sink).host == "cdn.example.com"
+        assert sink.read() == body
+    assert recorder.attempts == [("cdn.example.com", PUBLIC, 443)]
+    assert "\r\nHost: cdn.example.com\r\n" in server.heads[0]
+
+
+def test_a_certificate_for_another_name_is_refused(secure: tuple[FileHost, Fetcher, Recorder]) -> None:
+    with pytest.raises(FetchInterrupted, match="TLS"):
+        secure[1].fetch("https://other.example.com/a.png", io.BytesIO())
+    assert secure[0].heads == []
+
+
+def test_https_is_never_left_for_http(
+    secure: tuple[FileHost, Fetcher, Recorder], host: FileHost, tls: tuple[ssl.SSLContext, ssl.SSLContext]
+) -> None:
+    secure[0].scripts["/"] = answer(b"", f"Location: {host.url}/", status="302 Found")
+    recorder = Recorder(reroute=secure[0].port)
+    client = fetcher(host, dial=recorder, ssl_context=tls[1])
+    with pytest.raises(FetchInterrupted, match="from https to http"):
+        client.fetch("https://cdn.example.com/", io.BytesIO())
+    assert host.connections == 0
+
+
+# What arrives
+
+
+def test_a_file_arrives_whole_and_described(host: FileHost) -> None:
+    body = png(os.urandom(3 * MIB))
+    host.scripts["/a"] = answer(body, "ETag: " + "e" * 500, "Content-Type: text/html", "Set-Cookie: a=b")
+    sink = io.BytesIO()
+    fetched = fetcher(host).fetch(f"{host.url}/a", sink)
+    assert sink.read() == body
+    assert (fetched.size, fetched.sha256) == (len(body), hashlib.sha256(body).hexdigest())
+    assert (fetched.media_type, fetched.extension, fetched.verified) == ("image/png", "png", True)
+    assert (fetched.width, fetched.height, fetched.host) == (2, 2, "127.0.0.1")
+    assert fetched.headers == {"content-length": str(len(body)), "content-type": "text/html", "etag": "e" * 256}
+
+
+def test_the_request_says_no_more_than_it_must(host: FileHost) -> None:
+    host.scripts["/a?b=%20c"] = answer(png(), "Set-Cookie: session=1")
+    client = fetcher(host, user_agent="receiver-test")
+    for _ in range(2):
+        client.fetch(f"{host.url}/a?b=%20c#fragment", io.BytesIO())
+    expected = f"Host: 127.0.0.1:{host.port}\r\nUser-Agent: receiver-test\r\nAccept: */*\r\nAccept-Encoding: identity"
+    assert host.heads == [f"GET /a?b=%20c HTTP/1.1\r\n{expected}\r\n\r\n"] * 2
+    assert host.connections == 1
+
+
+def test_a_space_in_a_link_is_sent_as_every_client_sends_it(host: FileHost) -> None:
+    moved = answer(b"", "Location:  my new image.png?sig=a+b%2F~ c \t", status="302 Found")
+    host.scripts |= {"/my%20image.png?sig=a%20b&c=%2f+": moved, "/my%20new%20image.png?sig=a+b%2F~%20c": answer(png())}
+    assert fetch(host, "/my image.png?sig=a b&c=%2f+ \r\n").verified
+
+
+def test_a_control_character_in_a_location_is_refused(host: FileHost) -> None:
+    host.scripts["/"] = answer(b"", "Location: /a\tb.png", status="302 Found")
+    with pytest.raises(FetchInterrupted, match=r"redirect from .* refused: URL holds a control character"):
+        fetch(host)
+
+
+def test_chunked_and_unframed_bodies_arrive_whole(host: FileHost) -> None:
+    chunked = b"".join(b"%x;x=y\r\n%c\r\n" % (1, byte) for byte in png()) + b"0\r\nTrailer: x\r\n\r\n"
+    host.scripts["/chunked"] = answer(chunked, "Transfer-Encoding: chunked", length=None)
+    host.scripts["/unframed"] = answer(png(), length=None)
+    host.scripts["/hints"] = b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" + answer(png())
+    for path in host.scripts:
+        assert fetch(host, path).size == len(png())
+
+
+def test_many_threads_share_the_connections(host: FileHost) -> None:
+    bodies = {f"/{n}": png(os.urandom(50_000)) for n in range(8)}
+    host.scripts |= {path: answer(body) for path, body in bodies.items()}
+    client = fetcher(host, connections=8)
+
+    def one(path: str) -> bool:
+        return client.fetch(host.url + path, io.BytesIO()).sha256 == hashlib.sha256(bodies[path]).hexdigest()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(one, [*bodies] * 8))
+    assert host.connections <= 8
+
+
+# Lies and delays
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "reason"),
+    [
+        (answer(png(), length=10_000), FetchInterrupted, "broke off"),
+        (answer(png() + b"HTTP/1.1 200 OK\r\n", length=len(png())), FetchInterrupted, "more bytes than"),
+        (answer(b"\x0b\x02" + png(), "Content-Encoding: br"), FetchInterrupted, "Content-Encoding"),
+        (answer(GZIPPED[:-1], "Content-Encoding: gzip"), FetchInterrupted, "coding is cut short"),
+        (answer(GZIPPED[:-1] + b"x", "Content-Encoding: gzip"), FetchInterrupted, "coding is broken"),
+        (answer(GZIPPED + GZIPPED, "Content-Encoding: gzip"), FetchInterrupted, "after its end"),
+        (answer(gzip.compress(bytes(9 * MIB)), "Content-Encoding: gzip"), FetchTooLarge, "more than"),
+        (answer(gzip.compress(b"<html>"), "Content-Encoding: gzip"), NotAnAsset, "html"),
+        (answer(png(), length=9 * MIB), FetchTooLarge, "announced"),
+        (answer(png(), "Transfer-Encoding: gzip", length=None), FetchInterrupted, "not HTTP"),
+        (answer(b"ffffffffffffffff\r\n", "Transfer-Encoding: chunked", length=None), FetchInterrupted, "broke off"),
+        (answer(b"-1\r\n", "Transfer-Encoding: chunked", length=None), FetchInterrupted, "not HTTP"),
+        (answer(png(), "Content-Length: 1"), FetchInterrupted, "not HTTP"),
+        (answer(png(), length=-2), FetchInterrupted, "not HTTP"),
+        (b"", FetchInterrupted, "broke off"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n\r\n", FetchInterrupted, "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, FetchInterrupted, "not HTTP"),
+        (answer(png(), status="206 Partial Content"), FetchInterrupted, "206"),
+        (part(png(), 1, 99), FetchInterrupted, "206"),
+        (part(png(), 0, 99), FetchInterrupted, "206"),
+        (answer(png(), "Content-Range: bytes 0-9/*", status="206 Partial Content"), FetchInterrupted, "206"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length : 9\r\n\r\n" + png(), FetchInterrupted, "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: a\rContent-Length: 9\r\n\r\n" + png(), FetchInterrupted, "not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX Transfer-Encoding: chunked\r\n\r\n" + png(), FetchInterrupted, "not HTTP"),
+        (answer(b"", length=None, status="302 Found"), FetchInterrupted, "nowhere"),
+        (answer(b""), NotAnAsset, "empty"),
+        (answer(b"<!DOCTYPE html><title>Sorry</title>"), NotAnAsset, "html"),
+        (answer(png()[:-5]), AssetDamaged, "cut short"),
+        (answer(png()[:-5], length=None), AssetDamaged, "cut short"),
+        (answer(png() + b"<script>"), AssetDamaged, "8 bytes after the end hold markup"),
+    ],
+)
+def test_hostile_answers(host: FileHost, script: bytes, error: type[Exception], reason: str) -> None:
+    host.scripts["/"] = script if b"Content-Length" in script and error is not FetchInterrupted else _then_close(script)
+    with pytest.raises(error, match=reason):
+        fetch(host)
+
+
+def _then_close(script: bytes) -> Callable[[socket.socket], None]:
+    return lambda connection: connection.sendall(script)
+
+
+def test_bytes_after_an_answer_are_never_taken_for_the_next(host: FileHost) -> None:
+    other = answer(png(b"other"))
+    host.scripts["/long"] = answer(png() + other, length=len(png()))
+    host.scripts["/next"] = answer(png(b"next!"))
+    client, sink = fetcher(host), io.BytesIO()
+    with pytest.raises(FetchInterrupted):
+        client.fetch(f"{host.url}/long", io.BytesIO())
+    client.fetch(f"{host.url}/next", sink)
+    assert sink.read() == png(b"next!")
+    assert host.connections == 2
+
+
+def test_a_stream_without_end_stops_at_the_cap_in_flat_memory(host: FileHost) -> None:
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(answer(png()[:50], length=None))
+        while True:
+            connection.sendall(b"\0" * MIB)
+
+    host.scripts["/"] = endless
+    client = fetcher(host, max_bytes=96 * MIB)
+    tracemalloc.start()
+    with spool(None) as sink, pytest.raises(FetchTooLarge):
+        client.fetch(host.url, sink)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * MIB
+
+
+HASTY_HEAD = {"connect_timeout_seconds": 0.2, "read_timeout_seconds": 0.2}
+
+
+def _dripping(first: bytes, byte: bytes = b"\0") -> Callable[[socket.socket], None]:
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(first)
+        while True:
+            time.sleep(0.02)
+            connection.sendall(byte)
+
+    return drip
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "bounds"),
+    [
+        (_dripping(answer(png(), length=None)), "longer than 0.6 s", {"total_seconds": 0.6}),
+        # A drip that is late by the machine's fault is a silence.
+        (_dripping(b"HTTP/1.1 200 OK\r\nX: "), "no complete response head within 0.4 s|timed out", HASTY_HEAD),
+        (lambda connection: connection.recv(1), "timed out|no complete response head", HASTY_HEAD),
+        (
+            lambda connection: (connection.sendall(answer(b"", length=9)), connection.recv(1)),
+            "timed out",
+            {"read_timeout_seconds": 0.2},
+        ),
+    ],
+    ids=["body drips", "head drips", "silence", "silence in the body"],
+)
+def test_nobody_holds_a_thread_for_long(host: FileHost, script: Script, reason: str, bounds: dict[str, float]) -> None:
+    host.scripts["/"] = script
+    with pytest.raises(FetchInterrupted, match=reason):
+        fetch(host, **bounds)
+
+
+def test_slow_senders_are_judged_by_the_time_we_waited_for_them() -> None:
+    now = [0.0]
+    pace = wire.Pace(600, head_seconds=40, min_bytes_per_second=4_096, clock=lambda: now[0])
+    pace.received(1, waited=30)  # before the head is complete only its own deadline counts
+    pace.expect_body()
+    for _ in range(40):
+        pace.received(MIB, waited=0.25)
+    with pytest.raises(FetchInterrupted, match="slower than 4096 bytes a second"):
+        pace.received(1, waited=10)
+    now[0] = 600
+    with pytest.raises(FetchInterrupted, match="longer than 600 s"):
+        pace.allow(30)
+
+
+# Status codes and redirects
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410])
+def test_a_dead_url_asks_for_a_new_one(host: FileHost, status: int) -> None:
+    host.scripts["/"] = answer(b"<Error/>", status=f"{status} Gone")
+    with pytest.raises(FetchExpired, match=str(status)):
+        fetch(host)
+
+
+@pytest.mark.parametrize("status", [400, 402, 405, 408, 418, 425, 429, 451, 500, 502, 503, 504, 599, 204, 300, 304])
+def test_other_statuses_are_tried_again(host: FileHost, status: int) -> None:
+    host.scripts["/"] = answer(b"", "Retry-After: 17", status=f"{status} Later")
+    with pytest.raises(FetchInterrupted, match=str(status)) as interruption:
+        fetch(host)
+    assert interruption.value.after == 17
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", None),
+        ("120", 120),
+        (" 5 ", 5),
+        ("99999999999999999999", 3600),
+        ("Sun, 01 Nov 2026 00:01:00 GMT", 60),
+        ("Sunday, 01-Nov-26 00:01:00 GMT", 60),
+        ("Sun, 01 Nov 2026 09:00:00 GMT", 3600),
+        ("Sat, 31 Oct 2026 00:00:00 GMT", None),
+        *(
+            (nonsense, None)
+            for nonsense in ("", "-5", "1.5", "soon", "²", "inf", "nan", "Sun, 99 Nov 2026 00:00:00 GMT")
+        ),
+    ],
+)
+def test_retry_after(value: str, seconds: float | None) -> None:
+    assert retry_after(value, datetime(2026, 11, 1, tzinfo=UTC)) == seconds
+
+
+def test_three_redirects_are_followed_and_not_a_fourth(host: FileHost) -> None:
+    for number, status in enumerate((301, 302, 303, 307)):
+        host.scripts[f"/{number}"] = answer(b"", f"Location: {number + 1}", status=f"{status} Moved")
+    host.scripts["/4"] = answer(png())
+    assert fetch(host, "/1").verified
+    with pytest.raises(FetchInterrupted, match="more than 3 redirects"):
+        fetch(host, "/0")
+
+
+def test_signatures_reach_neither_logs_nor_errors(host: FileHost, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    location = f"Location: {host.url}/end?Signature=canary"
+    host.scripts["/?Signature=canary"] = answer(b"", location, status="302 Found")
+    host.scripts["/end?Signature=canary"] = answer(b"canary\r\n", status="403 Forbidden")
+    with pytest.raises(FetchExpired) as expiry:
+        fetch(host, "/?Signature=canary")
+    assert "canary" not in caplog.text + repr(expiry.value)
+
+
+# Damaged on purpose kept, and the disk
+
+
+def test_accept_unverified_keeps_a_damaged_file_and_says_so(host: FileHost) -> None:
+    host.scripts["/"] = answer(png()[:-5])
+    fetched = fetch(host, accept_unverified=True)
+    assert (fetched.media_type, fetched.extension, fetched.verified) == ("image/png", "png", False)
+
+
+def test_accept_unverified_does_not_make_a_page_a_picture(host: FileHost) -> None:
+    host.scripts["/"] = answer(b"<html>")
+    with pytest.raises(NotAnAsset):
+        fetch(host, accept_unverified=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_a_retry(host: FileHost) -> None:
+    host.scripts["/"] = answer(png())
+    with Path("/dev/full").open("r+b", buffering=0) as full, pytest.raises(DiskFull):
+        fetcher(host).fetch(host.url, full)
+
+
+def test_spool_goes_to_its_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    with spool(tmp_path, memory_bytes=10) as file:
+        file.write(b"x" * 100)
+        file.seek(0)
+        assert file.read() == b"x" * 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_removes_stale_spool_files_and_nothing_else(tmp_path: Path) -> None:
+    stale, fresh, foreign = (tmp_path / name for name in ("receiver-spool-a", "receiver-spool-b", "holiday.jpg"))
+    for path in (stale, fresh, foreign):
+        path.touch()
+    for path in (stale, foreign):
+        os.utime(path, (0, 0))
+    (tmp_path / "receiver-spool-link").symlink_to(foreign)
+    assert sweep(tmp_path) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"receiver-spool-b", "holiday.jpg", "receiver-spool-link"}

@@ -1,0 +1,216 @@
+"""Every kind of hostile file through the real fetch and archive step: refused for its own reason, nothing kept of it.
+
+The tables of `test_media` and the scripted file host of `test_fetch` are served over loopback; the rows, the bucket
+and what `receiver status` says are looked at afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from receiver.tasks import task_view
+from storage.archive import manifest
+from storage.archive.archiver import UNUSABLE
+from storage.fetch.client import Fetcher
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState, TaskState
+from tests.pipeline import assets_of, hurry, kept, plant, run
+from tests.rows import new_asset
+from tests.storage.fetch.test_client import FileHost, Script, answer
+from tests.storage.fetch.test_media_types import DAMAGED, FOREIGN, chunk, png
+from tests.storage.fetch.test_media_types import WHOLE as PICTURES
+
+MIB = 2**20
+MAX_BYTES = MIB
+LAST_TRY = {UNUSABLE: 3}  # so often it came unusable already: the next time is the last
+GIB = 2**30
+# Peak memory may differ by this much between a stream of 16 MiB and one of 1 GiB.
+FLAT_MIB = 24
+
+WHOLE = png(*[chunk(b"IDAT", b"x" * 50)] * 6, chunk(b"tEXt", b"a\0b"), chunk(b"IEND"))
+BOUNDARIES = (33, *range(33 + 62, len(WHOLE), 62), len(WHOLE) - 12, len(WHOLE) - 4)
+STRAY = PICTURES["jpeg"][0][:20] + b"stray" + PICTURES["jpeg"][0][20:]
+FILES: dict[str, tuple[bytes, str]] = {
+    **DAMAGED,
+    **FOREIGN,
+    **{f"png cut at {place}": (WHOLE[:place], "cut short") for place in BOUNDARIES},
+    "html with status 200": (b"<!DOCTYPE html><title>Sorry</title>", "html"),
+}
+
+
+@pytest.fixture
+def host() -> Iterator[FileHost]:
+    server = FileHost()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def changes(host: FileHost, sandbox: Sandbox) -> dict[str, Any]:
+    private = f"{sandbox.url.removeprefix('http://')},127.0.0.1:{host.port}"
+    return {"private_result_hosts": private, "max_asset_bytes": MAX_BYTES}
+
+
+def archive(parts: Parts, host: FileHost, scripts: Mapping[str, Script]) -> dict[str, Asset]:
+    """Serve each as a result of one task, archive what can be; the asset rows by the names of the scripts."""
+    over = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "step": None, "due_at": None}
+    task = plant(parts, expected=len(scripts), **over)
+    with parts.database.write() as session:
+        for index, script in enumerate(scripts.values()):
+            host.scripts[f"/{index}.png?Signature=s"] = script
+            url = f"{host.url}/{index}.png?Signature=s"
+            new_asset(session, task, index, source_url=url, fetched=LAST_TRY)
+    run(parts, "assets")
+    return dict(zip(scripts, assets_of(parts, task), strict=True))
+
+
+def status_of(parts: Parts, task: Task) -> str:
+    shown = io.StringIO()
+    task_view.show(parts, task.external_task_id, Console(file=shown, width=1_000))
+    return shown.getvalue()
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_every_hostile_file_is_refused_for_its_own_reason(parts: Parts, host: FileHost) -> None:
+    rows = archive(parts, host, {name: answer(data) for name, (data, _) in FILES.items()})
+    wrong = {name: row.error for name, row in rows.items() if not re.search(FILES[name][1], row.error or "")}
+    assert wrong == {}
+    assert {row.state for row in rows.values()} == {AssetState.FAILED}
+    assert kept(parts) == {}
+    with parts.database.read() as session:
+        task = session.get_one(Task, rows["html"].task_id)
+    status = status_of(parts, task)
+    assert all(str(row.error) in status for row in rows.values())
+    assert "Signature" not in status
+
+
+def test_what_follows_a_whole_picture_is_kept_counted_and_shown(parts: Parts, host: FileHost) -> None:
+    bodies = {"tail": WHOLE + b"SEFT" * 9, "stray": STRAY, "plain": WHOLE}
+    rows = archive(parts, host, {name: answer(body) for name, body in bodies.items()})
+    run(parts, "finishes")
+    with parts.database.read() as session:
+        task = session.get_one(Task, rows["tail"].task_id)
+    shown = {file["key"]: file for file in task_view.report(parts, task.external_task_id)["assets"]}
+    told = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), MIB))
+    odd = {"tail": (36, []), "stray": (0, ["stray bytes between segments"]), "plain": (0, [])}
+    for name, row in rows.items():
+        assert parts.bucket.read_bytes(str(row.key), MIB) == bodies[name]
+        assert (shown[row.key]["trailing_bytes"], shown[row.key]["notes"]) == odd[name]
+        (facts,) = (one for one in told["assets"] if one["key"] == row.key)
+        assert (facts.get("trailing_bytes", 0), facts.get("notes", [])) == odd[name]
+
+
+def test_a_task_of_refused_files_ends_incomplete(parts: Parts, host: FileHost) -> None:
+    rows = archive(parts, host, {name: answer(FILES[name][0]) for name in ("html", "png + zip")})
+    run(parts, "finishes")
+    with parts.database.read() as session:
+        task = session.get_one(Task, rows["html"].task_id)
+    assert task.archive is ArchiveState.INCOMPLETE
+    assert set(kept(parts)) <= {task.manifest_key}
+
+
+def endless(connection: socket.socket) -> None:
+    connection.sendall(answer(png()[:50], length=None))
+    while True:
+        connection.sendall(b"\0" * MIB)
+
+
+def drip(connection: socket.socket) -> None:
+    connection.sendall(answer(png()[:50], length=None))
+    while True:
+        time.sleep(0.05)
+        connection.sendall(b"\0")
+
+
+def closing(script: bytes) -> Callable[[socket.socket], None]:
+    return lambda connection: connection.sendall(script)
+
+
+def moved(to: str) -> bytes:
+    return answer(b"", f"Location: {to}", status="302 Found")
+
+
+# What ends a transfer, not a file: tried again (`due`), unless it can never be otherwise (`failed`).
+ANSWERS: dict[str, tuple[Script, str, AssetState]] = {
+    "stream without end": (endless, f"more than the {MAX_BYTES} bytes", AssetState.FAILED),
+    "length over the cap": (closing(answer(png(), length=9 * GIB)), "announced", AssetState.FAILED),
+    "length too long": (closing(answer(png(), length=10_000)), "broke off", AssetState.DUE),
+    "length too short": (closing(answer(png(), length=20)), "more bytes than|Content-Length", AssetState.DUE),
+    "brotli-encoded": (closing(answer(b"\x0b\2" + png(), "Content-Encoding: br")), "Content-Encoding", AssetState.DUE),
+    "drip": (drip, "longer than|slower than", AssetState.DUE),
+    "empty": (answer(b""), "empty", AssetState.FAILED),
+    "to metadata": (moved("http://169.254.169.254/latest/meta-data"), "redirect .* refused", AssetState.DUE),
+    "to loopback": (moved("https://127.0.0.1/x"), "redirect .* refused", AssetState.DUE),
+    "to a file": (moved("file:///etc/passwd"), "redirect .* refused", AssetState.DUE),
+    "to a private name": (moved("https://inside.example/x"), "inside.example", AssetState.DUE),
+}
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_every_hostile_answer_is_refused_for_its_own_reason(parts: Parts, host: FileHost) -> None:
+    parts.__dict__["fetcher"] = Fetcher(
+        parts.address_policy, max_bytes=MAX_BYTES, total_seconds=3, resolve=lambda name, port: ("10.0.0.1",)
+    )
+    rows = archive(parts, host, {name: script for name, (script, _, _) in ANSWERS.items()})
+    for name, (_, reason, state) in ANSWERS.items():
+        assert (rows[name].state, bool(re.search(reason, rows[name].error or ""))) == (state, True), rows[name].error
+    assert kept(parts) == {}
+    assert "169.254" not in " ".join(host.heads)
+
+
+def test_a_redirect_between_permitted_hosts_is_followed(parts: Parts, host: FileHost) -> None:
+    host.scripts["/there"] = answer(WHOLE)
+    rows = archive(parts, host, {"moved": moved(f"{host.url}/there")})
+    assert rows["moved"].state is AssetState.ARCHIVED
+    assert list(kept(parts)) == [rows["moved"].key]
+
+
+def test_an_edge_that_redirects_to_itself_for_a_while_is_asked_again(parts: Parts, host: FileHost) -> None:
+    row = archive(parts, host, {"edge": moved("0.png?Signature=s")})["edge"]
+    assert (row.state, row.error) == (AssetState.DUE, "more than 3 redirects, the last one to 127.0.0.1")
+    host.scripts["/0.png?Signature=s"] = answer(WHOLE)
+    hurry(parts)
+    run(parts, "assets")
+    assert list(kept(parts).values()) == [hashlib.sha256(WHOLE).hexdigest()]
+
+
+STREAM = """
+import resource, sys
+from storage.addresses import AddressPolicy
+from storage.errors import FetchTooLarge
+from storage.fetch import Fetcher, spool
+host, port, cap = "127.0.0.1", int(sys.argv[1]), int(sys.argv[2])
+fetcher = Fetcher(AddressPolicy(private_hosts=frozenset({(host, port)})), max_bytes=cap)
+try:
+    with spool(None) as sink:
+        fetcher.fetch(f"http://{host}:{port}/", sink)
+except FetchTooLarge as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def peak_mib(host: FileHost, stream_bytes: int) -> int:
+    command = [sys.executable, "-c", STREAM, str(host.port), str(stream_bytes)]
+    return int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+
+
+def test_a_gibibyte_without_a_length_takes_no_more_memory_than_sixteen_mebibytes(
+    host: FileHost, record_property: Callable[[str, object], None]
+) -> None:
+    host.scripts["/"] = endless
+    small, large = peak_mib(host, 16 * MIB), peak_mib(host, GIB)
+    record_property("peak MiB of 16 MiB and of 1 GiB", (small, large))
+    assert large - small < FLAT_MIB

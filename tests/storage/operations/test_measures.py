@@ -1,0 +1,274 @@
+"""How the work stands: what waits, what is late, which deadlines are near, how callbacks come."""
+
+from __future__ import annotations
+
+import re
+import threading
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import generate_latest
+from sqlalchemy import delete, event, text
+from sqlmodel import col, select, update
+
+from receiver.app.wiring import Parts
+from receiver.base import telemetry
+from receiver.base.telemetry import WORK, WORK_OF_EACH
+from receiver.sandbox import Sandbox
+from receiver.tasks import task_view
+from storage.accounts.rate_limit import ReadLimit
+from storage.operations import deadlines
+from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
+from storage.rows.database import Database
+from storage.rows.models import Dispatch, Event, Task
+from storage.states import ArchiveState, AssetState, DispatchState, TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, callbacks_of, deliver, drain, plant, run
+from tests.rows import LONG_AGO, event_names, new_asset, new_task, stored
+from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
+
+
+@pytest.fixture
+def unpaced(parts: Parts) -> Parts:
+    """Parts whose reads are not slowed down, for the tests that are not about their pace."""
+    parts.__dict__["read_limit"] = ReadLimit(parts.database, per_second=10_000)
+    return parts
+
+
+def expiring(parts: Parts, hours: float, asset_state: AssetState = AssetState.DUE) -> Task:
+    task = plant(parts, archive=ArchiveState.ARCHIVING, step=None, due_at=None)
+    expires = parts.database.now() + timedelta(hours=hours)
+    with parts.database.write() as session:
+        new_asset(session, task, 0, state=asset_state)
+        session.execute(update(Task).where(col(Task.id) == task.id).values(files_expire_at=expires))
+    return task
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_is_announced_once_and_hours_before(parts: Parts) -> None:
+    near, past, far = (expiring(parts, hours) for hours in (5, -1, 7))
+    done = expiring(parts, 5, AssetState.ARCHIVED)
+    lead = deadlines.lead_seconds(30 * 86_400)
+    assert [deadlines.announce(parts.database, lead) for _ in range(3)] == [2, 0, 0]
+    named = [event_names(parts.database, task).count("task.deadline_near") for task in (near, past, far, done)]
+    assert named == [1, 1, 0, 0]
+    assert stored(parts.database, near)["deadline_near_at"] is not None
+
+
+def test_where_files_live_for_a_day_six_hours_are_early_enough() -> None:
+    assert [deadlines.lead_seconds(days * 86_400) / 3_600 for days in (30, 1, 1 / 24)] == [6, 6, 0.25]
+
+
+def test_workers_announce_deadlines(parts: Parts) -> None:
+    task = expiring(parts, 1)
+    worker = parts.worker([])
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    wait_until(lambda: "task.deadline_near" in event_names(parts.database, task))
+    worker.stop()
+    thread.join(20)
+
+
+def test_the_event_of_a_deadline_says_when(parts: Parts) -> None:
+    task = expiring(parts, 1)
+    deadlines.announce(parts.database, 6 * 3_600)
+    with parts.database.read() as session:
+        event = session.exec(select(Event).where(Event.name == "task.deadline_near")).one()
+    assert event.data == {"files_expire_at": stored(parts.database, task)["files_expire_at"].isoformat()}
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def measured(parts: Parts) -> Measures:
+    with parts.database.read() as session:
+        return measure(session, deadline_seconds=6 * 3_600)
+
+
+def test_lost_and_late_callbacks_are_counted(web: Web, unpaced: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(callback_drop_rate=1)
+    made = submit(unpaced, 3)
+    assert states_of(unpaced, [drain(unpaced, task.external_task_id) for task in made]) == {TaskState.SUCCEEDED}
+    sandbox.set(callback_drop_rate=0)
+    heard = unpaced.submitter.submit(REQUEST).task
+    wait_until(lambda: [each for each in callbacks_of(unpaced) if each.source == "push"])
+    drain(unpaced, heard.external_task_id)
+    late = unpaced.kling.read(provider_task_id=None, external_task_id=made[0].external_task_id)
+    assert late is not None
+    deliver(unpaced, made[0], late.body)
+    assert measured(unpaced).callbacks_expected == 0  # they have five minutes to come
+    age(unpaced, minutes=10)
+    found = measured(unpaced)
+    assert (found.callbacks_expected, found.callbacks_lost, found.callbacks_late) == (4, 2, 1)
+    assert (found.callback_loss_rate, found.late_seconds > 0, found.archived_day) == (0.5, True, 4)
+
+
+def age(parts: Parts, *, minutes: int) -> None:
+    """As if everything had happened so much earlier."""
+    earlier = timedelta(minutes=minutes)
+    with parts.database.write() as session:
+        for task in session.exec(select(Task)):
+            assert task.completed_at is not None
+            task.completed_at -= earlier
+            task.end_called_back_at = task.end_called_back_at and task.end_called_back_at - earlier
+
+
+def test_a_callback_that_was_not_believed_is_not_lost(unpaced: Parts, sandbox: Sandbox) -> None:
+    (task,) = submit(unpaced, 1, prompt="[fail]")
+    wait_until(lambda: sandbox.ledger().tasks[0].status == "failed")
+    deliver(unpaced, task, {"task_id": task.provider_task_id, "task_status": "failed", "task_status_msg": "no"})
+    run(unpaced, "reads")
+    age(unpaced, minutes=10)
+    found = measured(unpaced)
+    assert (found.callbacks_expected, found.callbacks_lost, found.failed_day) == (1, 0, 1)
+
+
+def test_the_work_that_waits_is_counted(parts: Parts) -> None:
+    plant(parts, due_at=parts.database.now())
+    plant(parts, due_at=parts.database.now() - timedelta(minutes=10))
+    plant(parts)
+    deliver(parts, None, OTHERS)
+    expiring(parts, 1)
+    found = measured(parts)
+    assert (found.due, found.overdue, found.unmatched, found.deadline_near) == (3, 2, 1, 1)
+    assert found.oldest_due_seconds >= 600
+
+
+def test_every_measure_has_its_gauge(parts: Parts) -> None:
+    found = measured(parts).as_dict()
+    assert WORK.keys() | WORK_OF_EACH.keys() == found.keys()
+    assert {name: gauges.keys() for name, gauges in WORK_OF_EACH.items()} == {
+        "accounts": asdict(AccountMeasures()).keys(),
+        "sinks": asdict(SinkMeasures()).keys(),
+    }
+
+
+# -- accounts, sinks --------------------------------------------------------------------------------------------------
+
+
+def queued(parts: Parts, *, held: int, waiting: int) -> None:
+    """Tasks that hold two slots each, and tasks that wait for one."""
+    with parts.database.write() as session:
+        for _ in range(held):
+            new_task(session, slots=2, due_at=None)
+        for _ in range(waiting):
+            new_task(session, slots=-1, queued_at=LONG_AGO, due_at=None)
+
+
+def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -> None:
+    """An event that waits for this sink, or that it never took."""
+    with parts.database.write() as session:
+        then = parts.database.now() - timedelta(seconds=seconds_ago)
+        fact = Event(name="task.failed", at=then)
+        session.add(fact)
+        session.flush()
+        session.add(Dispatch(sink=sink, event_id=fact.id, state=state, created_at=then))
+
+
+@pytest.mark.parametrize("changes", [{"kling_slots": 20}])
+def test_slots_and_queue_are_told_of_each_account(parts: Parts) -> None:
+    queued(parts, held=3, waiting=2)
+    assert task_view.measured(parts).accounts == {"kling": AccountMeasures(6, 20, 2)}
+    with parts.database.write() as session:
+        parts.slots.refused(session, 1)
+    found = task_view.measured(parts)
+    assert found.accounts["kling"].slot_limit == 5
+    assert task_view.summary(found).startswith("0 due · kling: 6 of 5 slots held, 2 tasks wait · ")
+
+
+def test_without_a_limit_an_account_is_told_by_its_rows(parts: Parts) -> None:
+    assert measured(parts).accounts == {}
+    queued(parts, held=1, waiting=1)
+    assert measured(parts).accounts == {"kling": AccountMeasures(2, None, 1)}
+    assert "kling: 1 tasks wait for slots" in task_view.summary(measured(parts))
+
+
+def test_events_are_told_of_each_sink(parts: Parts) -> None:
+    for sink, state, age in (("a", "due", 60), ("a", "due", 10), ("a", "dead", 90), ("b", "dead", 5), ("b", "due", 5)):
+        tell(parts, sink, DispatchState(state), seconds_ago=age)
+    tell(parts, "c", DispatchState.DELIVERED, seconds_ago=5)
+    found = measured(parts)
+    counts = {name: (each.events_open, each.events_dead) for name, each in found.sinks.items()}
+    assert counts == {"a": (2, 1), "b": (1, 1)}
+    oldest = found.sinks["a"].oldest_event_seconds
+    assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
+    assert (found.events_open, found.events_dead) == (3, 2)
+    assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in task_view.summary(found)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_gauges_of_what_nothing_waits_for_any_more_are_gone(parts: Parts) -> None:
+    def lines() -> set[str]:
+        telemetry.show_work(measured(parts).as_dict())
+        text = generate_latest(telemetry.REGISTRY).decode()
+        return {line for line in text.splitlines() if "hook-of-mine" in line or 'account="kling"' in line}
+
+    queued(parts, held=1, waiting=1)
+    tell(parts, "hook-of-mine", DispatchState.DEAD, seconds_ago=5)
+    found = lines()
+    assert {'receiver_slots_held{account="kling"} 2.0', 'receiver_tasks_queued{account="kling"} 1.0'} < found
+    assert 'receiver_sink_events_dead{sink="hook-of-mine"} 1.0' in found
+    with parts.database.write() as session:
+        session.execute(update(Task).values(slots=0, queued_at=None))
+        session.execute(delete(Dispatch))
+    assert lines() == set()
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_no_measure_reads_a_whole_table(parts: Parts) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    event.listen(parts.database.reader, "before_cursor_execute", note)
+    task_view.measured(parts)
+    event.remove(parts.database.reader, "before_cursor_execute", note)
+    with parts.database.read() as session:
+        connection = session.connection()
+        plans = [
+            row[3]
+            for statement, parameters in asked
+            if statement.startswith("SELECT")
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+    assert len(plans) > 10
+    whole = [plan for plan in plans if re.fullmatch(r"SCAN (task|callback|asset|event|dispatch)( AS .*)?", plan)]
+    assert whole == []
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_rare_states_are_found_by_their_partial_indexes(database: Database) -> None:
+    plans = []
+    with database.read() as session:
+        for question in (
+            "SELECT id FROM callback WHERE external_task_id = 'x' AND state = 'unmatched'",
+            "SELECT id FROM task WHERE archive = 'archiving' AND files_expire_at < '2026'",
+        ):
+            plans += [row[3] for row in session.execute(text(f"EXPLAIN QUERY PLAN {question}"))]
+    assert [plan.split("INDEX ")[1].split()[0] for plan in plans] == ["callback_unmatched_external", "task_deadline"]
+
+
+def test_one_line_says_how_the_work_stands(parts: Parts) -> None:
+    deliver(parts, None, OTHERS)
+    line = task_view.summary(measured(parts))
+    assert line == "0 due · 1 deliveries unmatched · last 24 h: 0 archived, 0 incomplete, 0 failed"
+
+
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token", "kling_slots": 20}])
+def test_gauges_and_readiness_tell_what_is_late(web: Web, parts: Parts) -> None:
+    plant(parts, due_at=LONG_AGO)
+    expiring(parts, 1)
+    permitted = {"Authorization": "Bearer a-token"}
+    numbers = httpx.get(f"{web.url}/metrics", headers=permitted).text
+    assert {"receiver_overdue 2.0", "receiver_deadline_near 1.0", "receiver_unmatched 0.0"} <= set(numbers.splitlines())
+    assert 'receiver_slot_limit{account="kling"} 20.0' in numbers
+    ready = httpx.get(f"{web.url}/readyz", headers=permitted)
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    late = {name: ready.json()["checks"][name] for name in ("work", "deadlines")}
+    assert late == {"work": "2 rows are overdue", "deadlines": "1 tasks are about to lose files"}

@@ -1,0 +1,321 @@
+"""Events out of the database: numbers in commit order, each sink's queue, order per task, what a failure holds up."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col, func, select
+
+from receiver.app.wiring import Parts
+from storage.operations import outbox
+from storage.operations.outbox import Subscription
+from storage.rows import claims, events
+from storage.rows.database import Database
+from storage.rows.events import EventName, record
+from storage.rows.models import Dispatch, Event, Task
+from storage.states import ArchiveState, DispatchState
+from tests import event_delivery_run
+from tests.harness import wait_until
+from tests.pipeline import Web, working
+from tests.rows import LONG_AGO, new_task, wait_until_blocked
+from tests.webhook_receiver import SECRET, Hook
+
+ALL = frozenset(map(str, EventName))
+HOOK = Subscription("hook", ALL)
+
+
+def tell(database: Database, task: Task | None, *names: EventName) -> None:
+    """Each in a transaction of its own."""
+    for name in names:
+        with database.write() as session:
+            record(session, name, task.id if task else None)
+
+
+def task_in(database: Database, **values: Any) -> Task:
+    """A task whose creation has been told."""
+    with database.write() as session:
+        task = new_task(session, **values)
+    outbox.sequence_all(database, [])
+    return task
+
+
+def claim(database: Database, sink: str = "hook", limit: int = 100) -> list[Dispatch]:
+    with database.write() as session:
+        return claims.claim(session, Dispatch, limit=limit, lease_seconds=60, where=(col(Dispatch.sink) == sink,))
+
+
+def settle(database: Database, rows: list[Dispatch], how: Callable[..., None] = outbox.delivered, *words: Any) -> None:
+    with database.write() as session:
+        for row in rows:
+            how(session, row, *words)
+
+
+def names_of(database: Database, rows: list[Dispatch]) -> list[str]:
+    with database.read() as session:
+        return [session.get_one(Event, row.event_id).name for row in rows]
+
+
+def queue(database: Database) -> list[Dispatch]:
+    with database.read() as session:
+        return list(session.exec(select(Dispatch).order_by(col(Dispatch.id))))
+
+
+def seen(database: Database, after: int = 0) -> list[tuple[int, str]]:
+    with database.read() as session:
+        return [(event.seq or 0, event.name) for event, _ in events.after(session, after, 1_000)]
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_numbered_without_gaps_in_the_order_of_their_commits(database: Database) -> None:
+    tell(database, None, EventName.TASK_CREATED, EventName.TASK_SUBMITTED)
+    assert outbox.sequence_all(database, []) == 2
+    tell(database, None, EventName.TASK_FAILED)
+    assert (outbox.sequence_all(database, []), outbox.sequence_all(database, [])) == (1, 0)
+    assert seen(database) == [(1, "task.created"), (2, "task.submitted"), (3, "task.failed")]
+    assert seen(database, after=2) == [(3, "task.failed")]
+
+
+def test_more_than_a_batch_is_numbered_batch_by_batch(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    tell(database, None, *[EventName.TASK_CREATED] * 5)
+    with database.write() as session:
+        assert outbox.sequence(session, [], limit=3) == 3
+    assert outbox.sequence_all(database, []) == 2
+    assert [seq for seq, _ in seen(database)] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_batch_is_followed_by_the_rest(database: Database) -> None:
+    with database.write() as session:
+        for _ in range(outbox.BATCH + 1):
+            record(session, EventName.TASK_CREATED, None)
+    assert outbox.sequence_all(database, []) == outbox.BATCH + 1
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_of_two_interleaved_transactions_no_reader_misses_the_earlier_event(database: Database) -> None:
+    """The one with the smaller id commits last. SQLite has one writer at a time: there is nothing to interleave."""
+    with database.write() as slow:
+        record(slow, EventName.TASK_CREATED, None)
+        tell(database, None, EventName.TASK_FAILED)
+        assert outbox.sequence_all(database, [HOOK]) == 1
+        before = seen(database)
+    outbox.sequence_all(database, [HOOK])
+    with database.read() as session:
+        ids = {name: number for number, name in session.execute(select(Event.id, Event.name)).all()}
+    assert ids["task.created"] < ids["task.failed"]
+    assert before == [(1, "task.failed")]
+    assert seen(database, after=1) == [(2, "task.created")]
+    assert names_of(database, queue(database)) == ["task.failed", "task.created"]
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_who_finds_another_at_it_does_not_wait(database: Database) -> None:
+    tell(database, None, EventName.TASK_CREATED)
+    outbox.sequence_all(database, [])
+    tell(database, None, EventName.TASK_CREATED, EventName.TASK_CREATED)
+    with database.write() as first:
+        assert outbox.sequence(first, [], limit=1) == 1
+        assert outbox.sequence_all(database, []) == 0
+    assert outbox.sequence_all(database, []) == 1
+
+
+# -- each sink's queue ------------------------------------------------------------------------------------------------
+
+
+def test_each_sink_gets_what_it_asked_for(database: Database) -> None:
+    archived = Subscription("archive", frozenset({"task.archived"}))
+    tell(database, None, EventName.TASK_CREATED, EventName.TASK_ARCHIVED)
+    outbox.sequence_all(database, [HOOK, archived])
+    assert [row.sink for row in queue(database)] == ["hook", "hook", "archive"]
+    assert names_of(database, claim(database, "archive")) == ["task.archived"]
+
+
+def test_a_sink_added_later_gets_what_comes_from_then_on(database: Database) -> None:
+    tell(database, None, EventName.TASK_CREATED)
+    outbox.sequence_all(database, [])
+    tell(database, None, EventName.TASK_FAILED)
+    outbox.sequence_all(database, [HOOK])
+    assert names_of(database, queue(database)) == ["task.failed"]
+
+
+def test_only_clients_that_asked_are_called_back(database: Database) -> None:
+    asked = task_in(database, client_callback_url="https://client.example.com/")
+    silent = task_in(database)
+    clients = Subscription("client", ALL, of_clients=True)
+    for task in (asked, silent, None):
+        tell(database, task, EventName.TASK_SUBMITTED)
+    outbox.sequence_all(database, [clients])
+    assert [row.task_id for row in queue(database)] == [asked.id]
+
+
+def test_events_of_a_task_go_one_after_the_other_and_others_beside_them(database: Database) -> None:
+    one, other = task_in(database), task_in(database)
+    tell(database, one, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
+    tell(database, other, EventName.TASK_FAILED)
+    tell(database, None, EventName.CALLBACK_UNMATCHED, EventName.CALLBACK_UNMATCHED)
+    outbox.sequence_all(database, [HOOK])
+    first = claim(database)
+    assert names_of(database, first) == ["task.submitted", "task.failed", "callback.unmatched", "callback.unmatched"]
+    tell(database, one, EventName.TASK_SUCCEEDED)
+    outbox.sequence_all(database, [HOOK])
+    assert claim(database) == []
+    settle(database, first)
+    second = claim(database)
+    assert names_of(database, second) == ["task.processing"]
+    settle(database, second)
+    assert names_of(database, claim(database)) == ["task.succeeded"]
+
+
+@pytest.mark.parametrize("how", [outbox.failed, outbox.put_off], ids=["failed", "put_off"])
+def test_what_is_behind_a_failure_waits(database: Database, how: Callable[..., None]) -> None:
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
+    outbox.sequence_all(database, [HOOK])
+    words = ("down", 600) if how is outbox.failed else (600,)
+    settle(database, claim(database), how, *words)
+    assert claim(database) == []
+    assert [row.due_at is None for row in queue(database)] == [False, True]
+    assert queue(database)[0].tries == (how is outbox.failed)
+
+
+def test_what_is_behind_a_dead_one_goes_on(database: Database) -> None:
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
+    outbox.sequence_all(database, [HOOK])
+    settle(database, claim(database), outbox.dead, "never")
+    assert names_of(database, claim(database)) == ["task.processing"]
+    assert (queue(database)[0].state, queue(database)[0].error) == (DispatchState.DEAD, "never")
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_one_put_behind_another_that_is_being_settled_is_not_forgotten(database: Database) -> None:
+    """Neither sees what the other has not committed; whoever comes second must wait for the first."""
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED)
+    outbox.sequence_all(database, [HOOK])
+    [held] = claim(database)
+    tell(database, task, EventName.TASK_FAILED)
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            outbox.delivered(session, held)
+            other = pool.submit(outbox.sequence_all, database, [HOOK])
+            wait_until_blocked(database, other)
+        assert other.result(10) == 1
+    assert names_of(database, claim(database)) == ["task.failed"]
+
+
+# -- gone, and back ---------------------------------------------------------------------------------------------------
+
+
+def test_a_disabled_sink_is_queued_nothing_and_owes_nothing_until_it_is_enabled(database: Database) -> None:
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
+    outbox.sequence_all(database, [HOOK])
+    with database.write() as session:
+        outbox.disable(session, "hook", "answered 410")
+    assert (outbox.end_disabled(database), outbox.end_disabled(database)) == (2, 0)
+    tell(database, task, EventName.TASK_SUCCEEDED)
+    outbox.sequence_all(database, [HOOK])
+    assert [row.state for row in queue(database)] == [DispatchState.DEAD] * 2
+    with database.write() as session:
+        assert outbox.disabled(session) == {"hook": "answered 410"}
+        assert (outbox.enable(session, "hook"), outbox.enable(session, "hook")) == (True, False)
+    tell(database, task, EventName.TASK_ARCHIVED)
+    outbox.sequence_all(database, [HOOK])
+    assert names_of(database, claim(database)) == ["task.archived"]
+
+
+def test_what_is_sent_again_keeps_its_order(database: Database) -> None:
+    task = task_in(database)
+    tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
+    outbox.sequence_all(database, [HOOK])
+    while rows := claim(database):
+        settle(database, rows, outbox.dead, "never")
+    with database.write() as session:
+        assert outbox.redeliver(session, queue(database)) == 3
+    order = []
+    while rows := claim(database):
+        order += names_of(database, rows)
+        settle(database, rows)
+    assert order == ["task.submitted", "task.processing", "task.failed"]
+    assert {row.state for row in queue(database)} == {DispatchState.DELIVERED}
+
+
+def test_one_that_a_worker_holds_is_not_sent_again(database: Database) -> None:
+    tell(database, None, EventName.TASK_FAILED)
+    outbox.sequence_all(database, [HOOK])
+    held = claim(database)
+    with database.write() as session:
+        assert outbox.redeliver(session, queue(database)) == 0
+    settle(database, held)
+    assert queue(database)[0].state is DispatchState.DELIVERED
+
+
+def test_a_lost_lease_settles_nothing(database: Database) -> None:
+    tell(database, None, EventName.TASK_FAILED)
+    outbox.sequence_all(database, [HOOK])
+    [held] = claim(database)
+    with database.write() as session:
+        session.execute(update(Dispatch).values(lease=uuid.uuid4(), due_at=LONG_AGO))
+    with pytest.raises(claims.LostClaim):
+        settle(database, [held])
+    assert queue(database)[0].state is DispatchState.DUE
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_choose_names() -> None:
+    assert events.names_matching(["asset.*"]) == {EventName.ASSET_ARCHIVED, EventName.ASSET_FAILED}
+    assert events.names_matching([]) == set(EventName)
+    with pytest.raises(ValueError, match=r"no event is called 'task\.done'"):
+        events.names_matching(["task.done"])
+
+
+# -- all together -----------------------------------------------------------------------------------------------------
+
+
+TOLD_TASKS = 12
+
+
+@pytest.fixture
+def hook() -> Iterator[Hook]:
+    with Hook(event_delivery_run.Failing()) as running:
+        yield running
+
+
+@pytest.fixture
+def changes(hook: Hook) -> dict[str, Any]:
+    return {
+        "event_sinks": f"hook={hook.url}",
+        "event_secrets": SECRET,
+        "private_event_hosts": hook.host,
+        "event_retry_seconds": ",".join(["0.1"] * 20),
+    }
+
+
+def test_every_event_arrives_whatever_the_receiver_does(web: Web, parts: Parts, hook: Hook) -> None:
+    """The short form of `python -m tests.event_delivery_run`: 30 % of the requests fail, and it is down for a while."""
+    with working(parts):
+        for _ in range(TOLD_TASKS):
+            parts.submitter.submit({"model_name": "kling-image-o1", "prompt": "a boat"})
+        wait_until(lambda: hook.taken)
+        hook.down()
+        wait_until(lambda: archived(parts.database) == TOLD_TASKS, seconds=60)
+        hook.up()
+        wait_until(lambda: not event_delivery_run.open_dispatches(parts.database), seconds=60)
+    outcome = event_delivery_run.compare(parts.database, hook.got)
+    assert outcome.faults == []
+    assert outcome.figures["events"] >= TOLD_TASKS * 5
+    assert outcome.figures["failed on purpose"] > 0
+
+
+def archived(database: Database) -> int:
+    with database.read() as session:
+        return session.exec(select(func.count()).where(Task.archive == ArchiveState.ARCHIVED)).one()

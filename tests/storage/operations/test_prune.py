@@ -1,0 +1,179 @@
+"""What is forgotten after its time, and what never is."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col, func, select
+
+from receiver.tasks.operate import Operator
+from storage.operations import maintenance
+from storage.operations.outbox import Subscription, sequence_all
+from storage.rows import events
+from storage.rows.database import Database
+from storage.rows.events import EventName, record
+from storage.rows.models import Asset, Callback, Dispatch, Event, Task
+from storage.rows.tasks import Schedule
+from storage.states import ArchiveState, CallbackState, DispatchState, Step, TaskState
+from tests.rows import LONG_AGO, new_asset, new_task, stored
+
+RETENTION = timedelta(days=30)
+DONE = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVED, "step": None, "due_at": None}
+ARCHIVED = Subscription("hook", frozenset({EventName.TASK_ARCHIVED}))
+CLIENT = "https://client.example.com/done?token=a-secret"
+WAITS = {"state": TaskState.PROCESSING, "step": Step.READ}
+
+
+@pytest.fixture
+def operator(database: Database) -> Operator:
+    return Operator(database, {}, Schedule())
+
+
+def old(database: Database, **values: Any) -> Task:
+    """A task with one delivery, its creation and an event that was sent, its request and one file, all long ago."""
+    with database.write() as session:
+        request = {"request": {"prompt": "a boat"}, "request_hash": "h", "client_callback_url": CLIENT}
+        task = new_task(session, **request | DONE | values)
+        new_asset(session, task, 0, due_at=None)
+        session.add(delivery(task.id))
+        record(session, EventName.TASK_ARCHIVED, task.id)
+        session.flush()
+        session.execute(update(Event).values(at=LONG_AGO))
+    sequence_all(database, [ARCHIVED])
+    dispatch(database, DispatchState.DELIVERED)
+    return task
+
+
+def dispatch(database: Database, state: DispatchState) -> None:
+    """What became of the events that are on their way."""
+    with database.write() as session:
+        session.execute(update(Dispatch).values(state=state, due_at=None))
+
+
+def delivery(task_id: uuid.UUID | None, **values: Any) -> Callback:
+    start = {"delivery_key": uuid.uuid4().hex, "provider": "kling", "source": "push", "body": b"{}"}
+    return Callback(**start | {"task_id": task_id, "received_at": LONG_AGO, "state": CallbackState.APPLIED} | values)
+
+
+def left(database: Database) -> dict[str, int]:
+    with database.read() as session:
+        tables = {"deliveries": Callback, "dispatches": Dispatch, "events": Event, "tasks": Task, "files": Asset}
+        return {name: session.exec(select(func.count()).select_from(model)).one() for name, model in tables.items()}
+
+
+def test_what_is_over_and_old_is_forgotten_and_its_catalogue_stays(database: Database, operator: Operator) -> None:
+    task = old(database)
+    assert dict(operator.prune(RETENTION).counts) == {
+        "deliveries": 1,
+        "dispatches": 1,
+        "events": 2,
+        "requests": 1,
+    }
+    assert left(database) == {"deliveries": 0, "dispatches": 0, "events": 0, "tasks": 1, "files": 1}
+    row = stored(database, task)
+    assert (row["request"], row["request_hash"], row["client_callback_url"]) == ({}, "h", None)
+    assert operator.prune(RETENTION).counts.total() == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        WAITS,
+        {"archive": ArchiveState.ARCHIVING},
+        {"step": Step.READ, "due_at": LONG_AGO},
+        {"state": TaskState.CREATED, "archive": ArchiveState.NONE, "step": Step.CREATE},
+    ],
+)
+def test_nothing_of_a_task_that_is_not_over(database: Database, operator: Operator, values: dict[str, Any]) -> None:
+    old(database, **values)
+    before = left(database)
+    assert operator.prune(RETENTION).counts.total() == 0
+    assert left(database) == before
+
+
+def test_nothing_young_and_nothing_that_waits(database: Database, operator: Operator) -> None:
+    task, now = old(database), database.now()
+    with database.write() as session:
+        session.execute(update(Callback).values(received_at=now))
+        session.execute(update(Event).values(at=now))
+        session.execute(update(Task).values(archived_at=now))
+        session.add(delivery(task.id, state=CallbackState.RECEIVED, due_at=now))
+        session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED, received_at=now))
+        session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED, due_at=now))
+    before = left(database)
+    assert operator.prune(RETENTION).counts.total() == 0
+    assert left(database) == before
+
+
+def test_failed_tasks_and_old_unmatched_deliveries_are_over(database: Database, operator: Operator) -> None:
+    old(database, state=TaskState.FAILED, archive=ArchiveState.NONE)
+    with database.write() as session:
+        session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED))
+    assert operator.prune(RETENTION).counts["deliveries"] == 2
+
+
+def test_a_delivery_that_names_no_task_stays_while_it_may_be_somebodys(database: Database, operator: Operator) -> None:
+    with database.write() as session:
+        session.add(delivery(None))
+        task = new_task(session, **WAITS, created_at=LONG_AGO)
+    assert operator.prune(RETENTION).counts["deliveries"] == 0
+    with database.write() as session:
+        session.execute(update(Task).where(col(Task.id) == task.id).values(created_at=LONG_AGO + RETENTION))
+    assert operator.prune(RETENTION).counts["deliveries"] == 1
+
+
+def test_it_goes_on_batch_by_batch(database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "BATCH", 2)
+    with database.write() as session:
+        unfinished = new_task(session, **WAITS)
+        session.add_all([delivery(unfinished.id) for _ in range(3)])
+        session.add_all([delivery(uuid.uuid4()) for _ in range(5)])
+        session.add_all([delivery(unfinished.id)])
+    assert operator.prune(RETENTION).counts["deliveries"] == 5
+    assert left(database)["deliveries"] == 4
+
+
+@pytest.mark.parametrize(("state", "gone"), [(DispatchState.DEAD, 2), (DispatchState.DUE, 1)])
+def test_an_event_stays_while_a_sink_may_still_get_it(
+    database: Database, operator: Operator, state: DispatchState, gone: int
+) -> None:
+    old(database)
+    dispatch(database, state)
+    counts = operator.prune(RETENTION).counts
+    assert (counts["dispatches"], counts["events"]) == (gone - 1, gone)
+
+
+def test_what_the_newest_number_was_is_not_forgotten(database: Database, operator: Operator) -> None:
+    old(database)
+    assert operator.prune(RETENTION).counts["events"] == 2
+    with database.read() as session:
+        assert (events.after(session, 0, 10), events.newest_seq(session)) == ([], 2)
+
+
+def test_an_event_without_a_number_was_seen_by_no_reader(database: Database, operator: Operator) -> None:
+    old(database)
+    with database.write() as session:
+        session.execute(update(Event).values(seq=None))
+    assert operator.prune(RETENTION).counts["events"] == 0
+
+
+@pytest.mark.parametrize("untold", [{Dispatch.state: DispatchState.DUE}, {Event.seq: None}], ids=["on its way", "new"])
+def test_where_a_client_is_called_back_is_known_until_it_was(
+    database: Database, operator: Operator, untold: dict[Any, Any]
+) -> None:
+    task = old(database)
+    with database.write() as session:
+        ((column, value),) = untold.items()
+        session.execute(update(column.class_).values({column: value}))
+    assert operator.prune(RETENTION).counts["requests"] == 0
+    assert stored(database, task)["client_callback_url"] == CLIENT
+
+
+def test_an_address_without_a_request_is_forgotten_too(database: Database, operator: Operator) -> None:
+    task = old(database, request={})
+    assert operator.prune(RETENTION).counts["requests"] == 1
+    assert stored(database, task)["client_callback_url"] is None

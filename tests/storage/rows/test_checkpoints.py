@@ -1,0 +1,90 @@
+"""SQLite's log is copied beside the commits, and begun anew although they never stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from storage.rows import checkpoints
+from storage.rows.database import Database
+from tests.harness import wait_until
+from tests.postgres import Postgres
+
+PAGE_BYTES = 4096
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    with database.write() as session:
+        session.execute(text("CREATE TABLE t (a INTEGER PRIMARY KEY, b BLOB)"))
+    yield database
+    database.close()
+
+
+def commit(database: Database, pages: int = 8) -> None:
+    with database.write() as session:
+        session.execute(text("INSERT INTO t (b) VALUES (zeroblob(:size))"), {"size": pages * PAGE_BYTES})
+
+
+def size(database: Database, end: str = "") -> int:
+    return Path(f"{database.url.database}{end}").stat().st_size
+
+
+def test_no_commit_makes_a_checkpoint_of_its_own(sqlite: Database) -> None:
+    before = size(sqlite)
+    for _ in range(300):  # 2,400 pages, where SQLite's own limit is 1,000
+        commit(sqlite)
+    assert size(sqlite) == before
+
+
+@contextmanager
+def committing(database: Database) -> Iterator[None]:
+    """One commit after the other meanwhile."""
+    stopping = threading.Event()
+
+    def write() -> None:
+        while not stopping.is_set():
+            commit(database)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        writer.join()
+
+
+def beginnings(database: Database) -> int:
+    """How often the log was begun anew, which its head counts (https://sqlite.org/fileformat2.html#walformat)."""
+    return int.from_bytes(Path(f"{database.url.database}-wal").read_bytes()[12:16])
+
+
+def test_commits_that_never_stop_do_not_make_the_log_grow(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is begun anew again and again, so it is never longer than what came between two checkpoints."""
+    monkeypatch.setattr(checkpoints, "LOOK_SECONDS", 0.01)
+    with sqlite.write() as session:
+        session.execute(text("PRAGMA wal_autocheckpoint=0"))  # else a commit would do so in the end
+    with checkpoints.beside(sqlite), committing(sqlite):
+        wait_until(lambda: beginnings(sqlite) >= 10)
+
+
+def test_with_nobody_to_make_them_a_commit_makes_it_in_the_end(sqlite: Database) -> None:
+    before = size(sqlite)
+    for _ in range(3):
+        commit(sqlite, pages=6_000)  # 72 MB
+    assert size(sqlite) > before
+
+
+def test_a_database_without_a_file_of_its_own_is_left_alone(postgres: Postgres) -> None:
+    database = Database(postgres.create_database("checkpoints"))
+    threads = threading.active_count()
+    with checkpoints.beside(database):
+        assert threading.active_count() == threads
+    database.close()

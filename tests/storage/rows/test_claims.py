@@ -1,0 +1,261 @@
+"""One owner at a time, and an owner who lost its claim changes nothing. On both databases."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import event, insert, text
+from sqlmodel import SQLModel
+
+from storage.errors import LostClaim
+from storage.rows import claims
+from storage.rows.database import Database
+from storage.rows.models import Asset, Callback, Task
+from tests.rows import LONG_AGO, new_asset, new_assets, new_task, stored
+
+LEASE_SECONDS = 600  # never ends within a test
+EXPIRED = -1  # a lease that has run out as soon as it is given
+
+
+def claim(
+    database: Database, model: Any = Asset, limit: int = 10, lease: float = LEASE_SECONDS, **how: Any
+) -> list[Any]:
+    with database.write() as session:
+        return claims.claim(session, model, limit=limit, lease_seconds=lease, **how)
+
+
+def test_the_soonest_to_be_deleted_goes_first(database: Database) -> None:
+    with database.write() as session:
+        task = new_task(session, due_at=None)
+        for index, days in enumerate((3, None, 1, 2)):
+            expiry = None if days is None else LONG_AGO + timedelta(days=days)
+            new_asset(session, task, index, files_expire_at=expiry)
+    order = [row.index for _ in range(4) for row in claim(database, limit=1)]
+    assert order == [2, 3, 0, 1]
+
+
+def test_callbacks_go_in_the_order_they_became_due(database: Database) -> None:
+    with database.write() as session:
+        for place in (2, 0, 1):
+            due_at = LONG_AGO + timedelta(seconds=place)
+            row = Callback(delivery_key=str(place), provider="k", source="push", body=b"", received_at=due_at)
+            row.due_at = due_at
+            session.add(row)
+    assert [row.delivery_key for _ in range(3) for row in claim(database, Callback, 1)] == ["0", "1", "2"]
+
+
+def test_a_claim_takes_what_is_due_under_one_fresh_lease(database: Database) -> None:
+    assets = new_assets(database, 3)
+    with database.write() as session:
+        new_asset(session, new_task(session), 9, due_at=LONG_AGO + timedelta(days=365_000))
+    rows = claim(database)
+    assert {row.id for row in rows} == {asset.id for asset in assets}
+    assert len({row.lease for row in rows}) == 1
+    assert {(row.attempts, row.losses) for row in rows} == {(1, 0)}
+    assert claim(database) == []
+    assert claims.is_claimed(rows[0])
+    assert claim(database, where=[Asset.index == 0]) == []
+
+
+def test_two_claimers_never_get_the_same_row(database: Database) -> None:
+    new_assets(database, 60)
+    taken: Counter[uuid.UUID] = Counter()
+
+    def drain(_: int) -> None:
+        while rows := claim(database, limit=3):
+            taken.update(row.id for row in rows)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(drain, range(6)))
+    # SKIP LOCKED may leave a row to a claimer that has gone home: whatever is left is claimed now.
+    drain(0)
+    assert (len(taken), set(taken.values())) == (60, {1})
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_rows_in_an_open_transaction_are_passed_over(database: Database) -> None:
+    new_assets(database, 2)
+    with database.write() as holder:
+        claims.claim(holder, Asset, limit=1, lease_seconds=LEASE_SECONDS)
+        assert [row.index for row in claim(database)] == [1]
+
+
+def test_an_expired_lease_is_claimable_and_counts_as_a_loss(database: Database) -> None:
+    new_assets(database, 1)
+    seen = [(row.attempts, row.losses) for _ in range(3) for row in claim(database, lease=EXPIRED)]
+    assert seen == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_a_settled_row_forgets_its_losses_and_waits_as_told(database: Database) -> None:
+    new_assets(database, 2)
+    claim(database, lease=EXPIRED)
+    once, again = claim(database)
+    with database.write() as session:
+        claims.settle(session, once, due_in=None, error="no")
+        claims.settle(session, again, due_in=-1)
+    row = stored(database, once)
+    assert (row["due_at"], row["lease"], row["losses"], row["error"]) == (None, None, 0, "no")
+    assert [(row.id, row.losses) for row in claim(database)] == [(again.id, 0)]
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_renewing_waits_for_nobody(database: Database) -> None:
+    new_assets(database, 3)
+    rows = claim(database)
+    with database.write() as settling, database.write() as renewing:
+        claims.settle(settling, rows[1], due_in=None)
+        renewing.execute(text("SET LOCAL lock_timeout = '5s'"))
+        assert claims.renew(renewing, Asset, [row.id for row in rows], rows[0].lease, LEASE_SECONDS) == 2
+
+
+def test_keep_and_renew_hold_the_claim(database: Database) -> None:
+    new_assets(database, 2)
+    rows = claim(database, lease=EXPIRED)
+    with database.write() as session:
+        claims.keep(session, rows[0], key="k", size=2**40)
+        assert claims.renew(session, Asset, [row.id for row in rows], rows[0].lease, LEASE_SECONDS) == 2
+    assert claim(database) == []
+    row = stored(database, rows[0])
+    assert (row["key"], row["size"], row["lease"]) == ("k", 2**40, rows[0].lease)
+
+
+def test_a_released_row_is_due_at_once_and_not_an_attempt(database: Database) -> None:
+    new_assets(database, 1)
+    with database.write() as session:
+        claims.release(session, *claims.claim(session, Asset, limit=1, lease_seconds=LEASE_SECONDS))
+    (row,) = claim(database)
+    assert (row.attempts, row.losses) == (1, 0)
+
+
+@pytest.mark.parametrize("successor", ["holds it", "settled it"])
+def test_an_owner_that_froze_past_its_lease_changes_nothing(database: Database, successor: str) -> None:
+    new_assets(database, 1)
+    (frozen,) = claim(database, lease=EXPIRED)
+    (owner,) = claim(database)
+    if successor == "settled it":
+        with database.write() as session:
+            claims.settle(session, owner, due_in=None, sha256="good")
+    before = stored(database, owner)
+    for write in (claims.settle, claims.keep):
+        due_in = {"due_in": 0} if write is claims.settle else {}
+        with pytest.raises(LostClaim), database.write() as session:
+            write(session, frozen, sha256="bad", **due_in)
+    with database.write() as session:
+        claims.release(session, frozen)
+        assert claims.renew(session, Asset, [frozen.id], frozen.lease, LEASE_SECONDS) == 0
+    assert stored(database, owner) == before
+
+
+def test_a_lost_claim_undoes_the_rest_of_its_transaction(database: Database) -> None:
+    new_assets(database, 2)
+    first, second = claim(database)
+
+    def settle(*rows: Asset) -> None:
+        with database.write() as session:
+            for row in rows:
+                claims.settle(session, row, due_in=None)
+
+    settle(second)
+    with pytest.raises(LostClaim):
+        settle(first, second)
+    assert stored(database, first)["lease"] == first.lease
+
+
+def test_a_row_that_was_never_claimed_cannot_be_settled(database: Database) -> None:
+    (asset,) = new_assets(database, 1)
+    with pytest.raises(LostClaim), database.write() as session:
+        claims.settle(session, asset, due_in=None)
+    assert stored(database, asset)["due_at"] == LONG_AGO
+
+
+def test_a_row_that_lost_two_leases_and_is_free_again_is_no_suspect(database: Database) -> None:
+    new_assets(database, 1, losses=claims.SUSPECT_LOSSES - 1)
+    with database.glance() as connection:
+        assert claims.is_any_due(connection, Asset)
+        assert not claims.is_any_due(connection, Asset, alone=True)
+
+
+def test_in_turn_is_who_has_waited_longest(database: Database) -> None:
+    soonest, longest = new_assets(database, 2)
+    with database.write() as session:
+        session.get_one(Asset, soonest.id).due_at = LONG_AGO + timedelta(days=1)
+        session.flush()
+        for in_turn, first in ((True, longest), (False, soonest)):
+            (row,) = claims.claim(session, Asset, limit=1, lease_seconds=60, in_turn=in_turn)
+            assert row.id == first.id
+
+
+def test_after_three_losses_a_row_is_claimed_alone(database: Database) -> None:
+    new_assets(database, 1)
+    for _ in range(claims.SUSPECT_LOSSES):
+        assert claim(database, alone=True) == []
+        assert len(claim(database, lease=EXPIRED)) == 1
+    assert claim(database) == []
+    losses = [row.losses for _ in range(4) for row in claim(database, lease=EXPIRED, alone=True)]
+    assert losses == [3, 4, 5, claims.PARK_LOSSES]
+
+
+@given(attempts=st.integers(0, 10_000), cap=st.floats(1, 1e6))
+def test_backoff_is_bounded(attempts: int, cap: float) -> None:
+    seconds = claims.backoff(attempts, cap=cap)
+    assert 0.5 <= seconds <= max(0.5, min(cap, claims.BACKOFF_BASE_SECONDS * 2.0 ** min(attempts, 30)))
+
+
+def fill(database: Database, model: Any, count: int, due_at: datetime | None) -> None:
+    """Many rows that differ in nothing else."""
+    common = {"due_at": due_at, "created_at": LONG_AGO, "provider": "kling"}
+    with database.write() as session:
+        task_id = new_task(session, due_at=None).id
+        asset = {**common, "task_id": task_id, "kind": "image", "source_url": "https://a"}
+        callback = {**common, "source": "push", "body": b"", "received_at": LONG_AGO}
+        make: dict[Any, Callable[[int], SQLModel]] = {
+            Task: lambda _: Task(**common, id=uuid.uuid4(), external_task_id=uuid.uuid4().hex),
+            Asset: lambda number: Asset(**asset, id=uuid.uuid4(), index=number),
+            Callback: lambda _: Callback(**callback, delivery_key=uuid.uuid4().hex),
+        }
+        unknown = {"id"} if model is Callback else set()
+        session.execute(insert(model), [make[model](number).model_dump(exclude=unknown) for number in range(count)])
+
+
+def plans_of_a_claim(database: Database, model: Any) -> list[str]:
+    """EXPLAIN of the very statements that a worker sends: the look for something due, and the claim."""
+    sent: list[Any] = []
+    for engine in {database.reader, database.writer}:
+        event.listen(engine, "before_cursor_execute", lambda *call: sent.append(call[2:4]))
+    with database.glance() as connection:
+        assert claims.is_any_due(connection, model)
+    look = sent[-1]
+    claim(database, model, limit=5)
+    claimed = next(call for call in sent if "RETURNING" in call[0])
+    explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
+    plans = []
+    for statement, parameters in (look, claimed):
+        with database.write() as session:
+            rows = session.connection().exec_driver_sql(explain + statement, parameters)
+            plans.append("\n".join(str(row[-1]) for row in rows))
+    return plans
+
+
+@pytest.mark.parametrize("model", [Task, Asset, Callback])
+def test_look_and_claim_read_their_index_up_to_now_and_no_further(database: Database, model: Any) -> None:
+    """Neither finished rows nor rows that wait for a later time are visited."""
+    fill(database, model, 2_000, due_at=None)
+    fill(database, model, 500, due_at=LONG_AGO + timedelta(days=36_500))
+    fill(database, model, 5, due_at=LONG_AGO)
+    with database.write() as session:
+        session.execute(text("ANALYZE"))
+    index = f"{model.__tablename__}_due"
+    for plan in plans_of_a_claim(database, model):
+        if database.is_sqlite:
+            assert re.search(rf"USING (COVERING )?INDEX {index} \(due_at<\?\)", plan), plan
+        else:
+            assert re.search(rf"{index}\b.*\n +Index Cond: \(due_at <= ", plan), plan

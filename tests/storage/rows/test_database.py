@@ -1,0 +1,323 @@
+"""Sessions, the database's clock, the turnstile and the wake-up call. On both databases where both have one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlmodel import Session, func, select
+from structlog.testing import capture_logs
+
+from storage.errors import DatabaseUnavailable
+from storage.rows.database import Database, Turnstile, Waker, clock, normal_url
+from storage.rows.models import Worker
+from tests.harness import wait_until
+from tests.postgres import Postgres
+
+SECONDS = 30  # whoever waits longer hangs
+
+
+@pytest.fixture
+def file(tmp_path: Path, migrated_sqlite: Path) -> Path:
+    copy = tmp_path / "receiver.db"
+    copy.write_bytes(migrated_sqlite.read_bytes())
+    return copy
+
+
+@pytest.fixture
+def sqlite(file: Path) -> Iterator[Database]:
+    opened = Database(f"sqlite:///{file}")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "driver", "name"),
+    [
+        ("sqlite:///receiver.db", "sqlite", "receiver.db"),
+        ("sqlite:////var/lib/receiver.db", "sqlite", "/var/lib/receiver.db"),
+        ("postgresql://u:p@h/n", "postgresql+psycopg", "n"),
+        ("postgres://u@h:5433/n?sslmode=require", "postgresql+psycopg", "n"),
+        ("postgresql+psycopg://u@h/n", "postgresql+psycopg", "n"),
+    ],
+)
+def test_urls_that_are_accepted(given: str, driver: str, name: str) -> None:
+    url = normal_url(given)
+    assert (url.drivername, url.database) == (driver, name)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "receiver.db",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite+aiosqlite:///a.db",
+        "mysql://u:s3cret@h/n",
+        "postgresql+psycopg2://u:s3cret@h/n",
+        "postgresql://u:p@h:s3cret/n",
+    ],
+)
+def test_urls_that_are_refused_without_showing_their_secret(given: str) -> None:
+    with pytest.raises(ValueError, match="use sqlite:///FILE or postgresql://") as caught:
+        normal_url(given)
+    assert "s3cret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def ask(database: Database, *columns: Any) -> tuple[Any, ...]:
+    with database.read() as session:
+        return tuple(session.execute(select(*columns)).one())
+
+
+def test_the_clock_counts_seconds_from_the_databases_time(database: Database) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=1)  # SQLite's clock has milliseconds
+    now, soon, past, month = ask(database, clock(), clock(0.25), clock(-90), clock(2_592_000))
+    assert before <= now <= datetime.now(UTC)
+    for moment, seconds in ((soon, 0.25), (past, -90), (month, 2_592_000)):
+        assert abs((moment - now).total_seconds() - seconds) < 5
+    assert before <= database.now() <= datetime.now(UTC)
+
+
+def test_the_clock_goes_on_within_a_transaction(database: Database) -> None:
+    with database.write() as session:
+        first = session.execute(select(clock())).scalar_one()
+        wait_until(lambda: session.execute(select(clock())).scalar_one() > first)
+
+
+def test_the_clock_compares_with_times_of_ours(database: Database) -> None:
+    moment = datetime.now(UTC)
+    earlier, later = (moment + timedelta(hours=hours) for hours in (-1, 1))
+    with database.read() as session:
+        passed = select(clock() > earlier, clock() < later, clock() > later)
+        assert tuple(map(bool, session.execute(passed).one())) == (True, True, False)
+
+
+def test_sqlite_syncs_every_commit(sqlite: Database) -> None:
+    wanted = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
+    for open_session in (sqlite.read, sqlite.write):
+        with open_session() as session:
+            found = {name: session.execute(text(f"PRAGMA {name}")).scalar_one() for name in wanted}
+        assert found == wanted
+
+
+def fail_after(database: Database, act: Callable[[Session], object]) -> None:
+    """A transaction that did something and then raised."""
+    with pytest.raises(ZeroDivisionError), database.write() as session:
+        divide(act(session))
+
+
+def divide(_: object) -> None:
+    raise ZeroDivisionError
+
+
+def test_a_block_that_raises_leaves_nothing(database: Database) -> None:
+    fail_after(database, add_worker)
+    with database.read() as session:
+        assert session.exec(select(func.count()).select_from(Worker)).one() == 0
+
+
+def test_a_reader_sees_what_was_committed_while_a_writer_works(sqlite: Database) -> None:
+    with sqlite.write() as session:
+        add_worker(session)
+        with sqlite.read() as reader:
+            assert reader.exec(select(func.count()).select_from(Worker)).one() == 0
+
+
+TAKE_TURNS = """
+import sys
+from pathlib import Path
+from storage.database import Turnstile
+folder = Path(sys.argv[1])
+turnstile = Turnstile(folder / "db.lock")
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(200):
+    with turnstile:
+        count = int((folder / "count").read_text())
+        (folder / "count").write_text(str(count + 1))
+"""
+
+
+def test_the_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
+    counter = tmp_path / "count"
+    counter.write_text("0")
+    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
+    turnstile = Turnstile(tmp_path / "db.lock")
+
+    def take_turns() -> None:
+        for _ in range(200):
+            with turnstile:
+                counter.write_text(str(int(counter.read_text()) + 1))
+
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other, ThreadPoolExecutor(2) as pool:
+        assert other.stdout
+        assert other.stdout.readline() == "ready\n"
+        ours = [pool.submit(take_turns) for _ in range(2)]
+        other.communicate("go\n", timeout=SECONDS)
+        for turns in ours:
+            turns.result(SECONDS)
+    turnstile.close()
+    assert counter.read_text() == "600"
+
+
+def test_a_turnstile_left_by_an_error_is_open(sqlite: Database) -> None:
+    for _ in range(2):
+        fail_after(sqlite, add_worker)
+    with sqlite.write() as session:
+        assert session.execute(text("SELECT 1")).scalar_one() == 1
+
+
+def waiting(waker: Waker) -> Callable[[], bool]:
+    """Wait in a thread for as long as it takes; call the answer to know whether it woke."""
+    thread = threading.Thread(target=waker.wait, args=(SECONDS * 10,), daemon=True)
+    thread.start()
+    return lambda: not thread.is_alive()
+
+
+def add_worker(session: Session) -> None:
+    now = datetime.now(UTC)
+    session.add(Worker(host="h", pid=1, threads=1, started_at=now, seen_at=now))
+    session.flush()
+
+
+def announce(database: Database) -> None:
+    """Commit a row and say so."""
+    with database.write() as session:
+        add_worker(session)
+        database.wake(session)
+
+
+def test_a_commit_wakes_everybody_who_waits(database: Database) -> None:
+    wakers = [database.waker() for _ in range(3)]
+    for waker in wakers:
+        waker.wait(0)  # PostgreSQL begins to listen here
+    woke = [waiting(waker) for waker in wakers]
+    announce(database)
+    wait_until(lambda: all(awake() for awake in woke), seconds=SECONDS)
+    for waker in wakers:
+        waker.close()
+
+
+def test_a_commit_between_two_waits_is_not_missed(database: Database) -> None:
+    waker = database.waker()
+    waker.wait(0)
+    announce(database)
+    wait_until(waiting(waker), seconds=SECONDS)
+    waker.close()
+
+
+def test_a_wait_ends_by_itself_and_an_undone_transaction_wakes_nobody(database: Database) -> None:
+    waker = database.waker()
+    waker.wait(0)
+    fail_after(database, database.wake)
+    waker.wait(0.2)
+    still = waiting(waker)
+    assert not still()
+    announce(database)
+    wait_until(still, seconds=SECONDS)
+    waker.close()
+
+
+def test_an_unreachable_postgresql_is_unavailable_and_its_waker_only_waits() -> None:
+    away = Database("postgresql://nobody@127.0.0.1:1/none")
+    with pytest.raises(DatabaseUnavailable):
+        away.now()
+    with pytest.raises(DatabaseUnavailable), away.write() as session:
+        session.execute(text("SELECT 1"))
+    away.waker().wait(0)
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+@pytest.mark.parametrize(("query", "milliseconds"), [("", 10_000), ("?tcp_user_timeout=4000", 4_000)])
+def test_a_postgresql_that_vanishes_is_given_up(database: Database, query: str, milliseconds: int) -> None:
+    """No address that swallows packets can be had here: what the kernel was told of the connection is looked at."""
+    opened = Database(database.url.render_as_string(hide_password=False) + query)
+    with opened.read() as session:
+        driver = session.connection().connection.driver_connection
+        with socket.socket(fileno=os.dup(driver.fileno())) as connection:  # type: ignore[union-attr]
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == milliseconds
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+    opened.close()
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_a_connection_that_postgresql_ends_is_unavailable_once(database: Database, postgres: Postgres) -> None:
+    waker = database.waker()
+    waker.wait(0)
+    with pytest.raises(DatabaseUnavailable), database.write() as session:
+        break_and_use(session, postgres, str(database.url.database))
+    waker.wait(0)
+    assert database.now()
+    waker.wait(0)
+    woke = waiting(waker)
+    wait_until(lambda: announce(database) or woke(), seconds=SECONDS)
+    waker.close()
+
+
+def break_and_use(session: Session, postgres: Postgres, name: str) -> None:
+    """End every connection to the database, this session's included, and go on."""
+    add_worker(session)
+    outside = Database(postgres.url())
+    end = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
+    with outside.read() as operator:
+        operator.execute(end, {"name": name}).all()
+    outside.close()
+    add_worker(session)
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_a_waker_whose_connection_breaks_goes_on(database: Database) -> None:
+    opened: list[Any] = []
+    event.listen(database.reader, "connect", lambda connection, _: opened.append(connection))
+    waker = database.waker()
+    waker.wait(0)
+    opened[-1].close()
+    with capture_logs() as logs:
+        waker.wait(0)
+        waker.wait(0)
+        woke = waiting(waker)
+        announce(database)
+        wait_until(woke, seconds=SECONDS)
+    assert [line["event"] for line in logs] == ["waker.lost"]
+    waker.close()
+
+
+def test_a_waker_of_a_sqlite_file_that_is_away_says_so_once(tmp_path: Path) -> None:
+    folder = tmp_path / "later"
+    waker = Database(f"sqlite:///{folder}/receiver.db").waker()
+    with capture_logs() as logs:
+        for _ in range(3):
+            waker.wait(0)
+        folder.mkdir()
+        waker.wait(0)
+    assert [line["event"] for line in logs] == ["waker.lost"]
+    waker.close()
+
+
+def test_a_sqlite_file_in_no_folder_is_unavailable(tmp_path: Path) -> None:
+    away = Database(f"sqlite:///{tmp_path}/none/receiver.db")
+    with pytest.raises(DatabaseUnavailable):
+        away.now()
+    with pytest.raises(DatabaseUnavailable), away.write():
+        pass
+
+
+def test_a_query_that_is_wrong_is_no_outage(database: Database) -> None:
+    with pytest.raises(Exception, match="nonsense") as caught, database.read() as session:
+        session.execute(text("SELECT nonsense FROM task"))
+    assert not isinstance(caught.value, DatabaseUnavailable)

@@ -1,0 +1,121 @@
+"""The schema that the migrations make is the one that the models say, and any number of processes may make it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import inspect, text
+from sqlmodel import SQLModel
+
+from storage.errors import DatabaseUnavailable
+from storage.rows import migrations
+from storage.rows.database import Database
+
+UPGRADE = """
+import sys
+from storage import migrations
+from storage.database import Database
+database = Database(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+migrations.upgrade(database)
+print(migrations.current(database))
+database.close()
+"""
+
+
+@pytest.fixture
+def empty(empty_database_url: str) -> Iterator[Database]:
+    opened = Database(empty_database_url)
+    yield opened
+    opened.close()
+
+
+def tables(database: Database) -> set[str]:
+    return set(inspect(database.reader).get_table_names())
+
+
+def test_models_and_migrations_agree(database: Database) -> None:
+    with database.read() as session:
+        context = MigrationContext.configure(session.connection(), opts={"compare_server_default": True})
+        assert compare_metadata(context, SQLModel.metadata) == []
+
+
+def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
+    """A partial index's condition is nothing that comparing metadata sees."""
+    dialect = database.reader.dialect.name
+    for table in ("task", "callback", "asset"):
+        (index,) = [one for one in inspect(database.reader).get_indexes(table) if one["name"] == f"{table}_due"]
+        condition = str(index["dialect_options"][f"{dialect}_where"]).strip("()")
+        assert (index["column_names"], condition) == (["due_at"], "due_at IS NOT NULL")
+
+
+def test_the_last_step_is_the_head_that_alembic_finds() -> None:
+    assert ScriptDirectory(str(migrations.FOLDER)).get_heads() == [migrations.head()]
+
+
+def test_an_empty_database_has_no_schema_until_it_is_upgraded(empty: Database) -> None:
+    assert migrations.current(empty) is None
+    migrations.upgrade(empty)
+    assert migrations.current(empty) == migrations.head()
+    assert tables(empty) == {*SQLModel.metadata.tables, "alembic_version"}
+
+
+def test_upgrading_again_changes_nothing(database: Database) -> None:
+    before = tables(database)
+    migrations.upgrade(database)
+    assert (migrations.current(database), tables(database)) == (migrations.head(), before)
+
+
+def test_threads_may_upgrade_at_once(empty: Database) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(migrations.upgrade, empty) for _ in range(4)]:
+            done.result(60)
+    assert migrations.current(empty) == migrations.head()
+
+
+def test_processes_may_upgrade_at_once(empty_database_url: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", UPGRADE, empty_database_url]
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
+    for process in started:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    ends = [(*process.communicate(timeout=60), process.returncode) for process in started]
+    assert ends == [(f"{migrations.head()}\n", "", 0)] * 2
+
+
+def test_an_upgrade_that_fails_leaves_nothing(empty: Database) -> None:
+    with empty.write() as session:
+        session.execute(text("CREATE TABLE worker (id int)"))  # in the way of the first step
+    with pytest.raises(Exception, match="worker"):
+        migrations.upgrade(empty)
+    assert tables(empty) == {"worker"}
+    assert migrations.current(empty) is None
+
+
+def test_a_schema_of_a_later_release_is_refused_and_left_alone(database: Database) -> None:
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(CommandError, match="9999"):
+        migrations.upgrade(database)
+    assert migrations.current(database) == "9999"
+
+
+def test_an_unreachable_database_is_unavailable() -> None:
+    away = Database("postgresql://nobody@127.0.0.1:1/none")
+    for ask in (migrations.current, migrations.upgrade):
+        with pytest.raises(DatabaseUnavailable):
+            ask(away)
