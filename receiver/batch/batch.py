@@ -26,6 +26,7 @@ from storage.operations import maintenance
 from storage.rows import tasks
 from storage.rows.database import Database
 from storage.rows.models import Batch, Task
+from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, Step, TaskState
 
 T = TypeVar("T")
@@ -197,7 +198,7 @@ def _send_again(session: Session, task: Task) -> str | None:
     """Queue a create that was refused; the reason why not, if there is one."""
     if task.lease is not None:
         return "a worker is at it"
-    if maintenance.is_dismissed(task):  # since we looked
+    if is_dismissed(task):  # since we looked
         return "dismissed"
     try:
         request = parse_request(task.request)

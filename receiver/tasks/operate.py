@@ -24,6 +24,7 @@ from storage.operations import maintenance
 from storage.rows import tasks
 from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
+from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 
 MAX_REASON_CHARS = 300
@@ -294,7 +295,7 @@ class Operator:
                 tally.left[name] = "archived or deleted: there is nothing to dismiss"
             elif task.step is Step.CREATE and task.lease is not None:
                 tally.left[name] = "its request is on its way right now; try again in a minute"
-            elif maintenance.is_dismissed(task):
+            elif is_dismissed(task):
                 tally.counts["dismissed_before"] += 1
             else:
                 given_up = maintenance.dismiss(session, task, plain(reason, MAX_REASON_CHARS), self._schedule)

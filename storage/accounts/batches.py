@@ -16,11 +16,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.operations.maintenance import not_dismissed
 from storage.rows.database import clock
 from storage.rows.events import EventName
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Batch, Callback, Event, Task
+from storage.rows.task_conditions import not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 
 # Rows of one insert. SQLite takes 32,766 values in a statement, and a task has some fifty; it takes about 50 ms, in

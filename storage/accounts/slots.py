@@ -19,12 +19,13 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import case, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage import states
 from storage.rows.database import Database, clock, moment
+from storage.rows.held_slots import SILENT, give_back
 from storage.rows.models import Account, Task
 from storage.states import Step
 
@@ -38,7 +39,6 @@ IN_VAIN_SECONDS = 1.0
 RAISE_SECONDS = 60.0
 # The provider's tail reaches over an hour (KLING §7); nothing heard for a day is nothing that goes on.
 SILENT_SECONDS = 86_400.0
-SILENT = "silent for 24 h: its slots were given back"
 
 
 class Waiting(NamedTuple):
@@ -198,32 +198,6 @@ def wait(task: Task, since: datetime) -> datetime:
     task.due_at = task.lease = task.sent_at = None
     task.attempts = 0
     return since
-
-
-def give_back(task: Task) -> None:
-    """What the locked task held or waited for is free, and that it was silent is no news any more."""
-    task.slots, task.queued_at = 0, None
-    heard_of(task)
-
-
-def heard_of(task: Task) -> None:
-    """The locked task is not silent, or not any more."""
-    if _is_silent(task.note):
-        task.note = None
-
-
-def keep_silent(task: Task) -> None:
-    """Clear the locked task's note but for the word that it gave its slots back."""
-    task.note = SILENT if _is_silent(task.note) else None
-
-
-def note_beside(note: str) -> Any:
-    """`note` as a value to write into a task's row, behind the word that it gave its slots back, where it did."""
-    return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)
-
-
-def _is_silent(note: str | None) -> bool:
-    return (note or "").startswith(SILENT)
 
 
 def give_back_silent(database: Database) -> int:

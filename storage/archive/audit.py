@@ -24,9 +24,9 @@ from storage.archive import manifest
 from storage.archive.folders import Folder, Objects, Rows, external_id_of, in_batches, look_again, manifest_number, walk
 from storage.bucket.bucket import Bucket, NoSuchObject
 from storage.keys import manifest_name
-from storage.operations.maintenance import DISMISSED
 from storage.rows.database import Database
 from storage.rows.models import Asset, Task
+from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState
 
 # So many folders are looked at between two checkpoints: a few seconds of work, more when files are hashed.

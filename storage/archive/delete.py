@@ -17,10 +17,10 @@ from storage.archive.folders import folder_of
 from storage.bucket.bucket import Bucket
 from storage.errors import NoSuchTask, UserError
 from storage.keys import task_folder
-from storage.operations.maintenance import IS_OVER
 from storage.rows import tasks
 from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
+from storage.rows.task_conditions import IS_OVER
 from storage.states import ArchiveState
 
 NOTE = "deleted"

@@ -22,16 +22,11 @@ from storage.rows import tasks
 from storage.rows.database import clock
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
+from storage.rows.task_conditions import DISMISSED, IS_OVER, not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Report, Step, TaskState
 
 # So many rows are changed in one transaction: some 10 ms, in which nobody else can write on SQLite.
 BATCH = 1_000
-# What a dismissed task's note, and the error of its files, begin with: `retry --all-failed` leaves them alone.
-DISMISSED = "dismissed: "
-
-IS_OVER = and_(
-    col(Task.due_at).is_(None), col(Task.state).in_(states.TERMINAL), col(Task.archive) != ArchiveState.ARCHIVING
-)
 
 
 # -- retry ------------------------------------------------------------------------------------------------------------
@@ -156,15 +151,6 @@ def _failed_since(since: datetime | None) -> list[Any]:
 
 def _saying(column: Any, text: str | None) -> list[Any]:
     return [] if text is None else [func.lower(column).contains(text.lower(), autoescape=True)]
-
-
-def is_dismissed(task: Task) -> bool:
-    return (task.note or "").startswith(DISMISSED)
-
-
-def not_dismissed(column: Any) -> Any:
-    """The condition that a task's note, or a file's error, is not `dismiss`'s."""
-    return func.coalesce(column, "").not_like(f"{DISMISSED}%")
 
 
 # -- dismiss ----------------------------------------------------------------------------------------------------------

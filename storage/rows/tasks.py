@@ -15,10 +15,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.accounts.slots import give_back, heard_of
 from storage.errors import LostClaim
 from storage.rows.database import clock, run
 from storage.rows.events import EventName, record
+from storage.rows.held_slots import give_back, heard_of
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Task, TaskAlias
 from storage.states import (
