@@ -123,7 +123,7 @@ class Receiver:
 
     def status(self, external_task_id: str) -> Result:
         """How the task stands now. Raises `LookupError`."""
-        task, assets, _ = task_view.find(self._parts, external_task_id)
+        task, assets, _ = task_view.find(self._parts.database, external_task_id)
         return self._result(task, assets)
 
     def wait(self, external_task_id: str, *, timeout_seconds: float) -> Result:

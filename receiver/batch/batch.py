@@ -10,14 +10,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlmodel import Session
 
 from receiver.batch.batch_file import BatchInvalid, Fault, Line
-from receiver.providers.base import plain
-from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
-from receiver.tasks.operate import Tally, change
+from receiver.providers.base import ProviderRequest, RequestInvalid, plain
+from receiver.tasks.changes import Tally, change
 from receiver.tasks.submit import Submitter
 from storage.accounts import batches, slots
 from storage.accounts.batches import CHUNK, Counts
@@ -59,9 +58,11 @@ class Batches:
         self._submitter = submitter
         self._schedule = schedule
 
-    def check(self, request: OmniImageRequest) -> None:
-        """Raises `RequestInvalid` for a request that the account can never take."""
+    def check(self, fields: Mapping[str, Any]) -> ProviderRequest:
+        """Check a line's fields. Raises `RequestInvalid`, also for a request that the account can never take."""
+        request = self._submitter.parse(fields)
         self._submitter.row(request, None)
+        return request
 
     def plan(self, name: str, lines: Sequence[Line]) -> Plan:
         """Compare a file with the rows there are. Changes nothing.
@@ -159,7 +160,7 @@ class Batches:
 
     def _retry(self, session: Session, tally: Tally, task: Task) -> None:
         if task.state is TaskState.FAILED and task.provider_task_id is None:
-            reason = _send_again(session, task)
+            reason = _send_again(session, task, self._submitter)
             tally.counts["creates_queued"] += reason is None
         else:
             done = maintenance.retry(session, task, self._schedule)
@@ -194,14 +195,14 @@ def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Ba
             yield Fault(line.number, f"external_task_id: {shown!r} belongs to another batch")
 
 
-def _send_again(session: Session, task: Task) -> str | None:
+def _send_again(session: Session, task: Task, submitter: Submitter) -> str | None:
     """Queue a create that was refused; the reason why not, if there is one."""
     if task.lease is not None:
         return "a worker is at it"
     if is_dismissed(task):  # since we looked
         return "dismissed"
     try:
-        request = parse_request(task.request)
+        request = submitter.parse(task.request)
     except RequestInvalid:
         return "its pictures were not kept: submit the line again under another name"
     task.state, task.archive = TaskState.CREATED, ArchiveState.NONE

@@ -10,12 +10,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from receiver.providers.base import is_storable, plain
-from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
+from receiver.providers.base import ProviderRequest, RequestInvalid, is_storable, plain
 from storage.keys import MAX_ID_BYTES, encode_id
 
 Format = Literal["jsonl", "csv"]
@@ -56,7 +55,7 @@ class Line:
 
     number: int
     external_task_id: str
-    request: OmniImageRequest
+    request: ProviderRequest
     request_hash: str
 
 
@@ -65,10 +64,11 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
-def read(
-    file: BinaryIO, format: Format, name: str, check: Callable[[OmniImageRequest], None] = lambda _: None
-) -> list[Line]:
-    """Read and check a whole file. `name`: the batch's. `check`: raises `RequestInvalid` for what else may be wrong.
+Check = Callable[[Mapping[str, Any]], ProviderRequest]
+
+
+def read(file: BinaryIO, format: Format, name: str, check: Check) -> list[Line]:
+    """Read and check a whole file. `name`: the batch's. `check`: reads a line's fields, or raises `RequestInvalid`.
 
     A line without an external id gets `name`, the first 16 hex digits of the hash over its request, and which of the
     equal ones it is: the same in every run, wherever the line stands. Raises `BatchInvalid`.
@@ -279,7 +279,7 @@ def _line(
     record: Record,
     name: str,
     equal: Counter[str],
-    check: Callable[[OmniImageRequest], None],
+    check: Check,
     faults: list[Fault],
 ) -> Line | None:
     own_id = record.fields.pop(ID, None) or None
@@ -287,8 +287,7 @@ def _line(
     if wrong:
         faults.append(Fault(record.line, wrong))
     try:
-        request = parse_request(record.fields)
-        check(request)
+        request = check(record.fields)
     except RequestInvalid as error:
         faults += [Fault(record.line, text) for text in error.faults]
         return None

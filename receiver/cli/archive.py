@@ -147,7 +147,7 @@ def delete(
             _, folders = deletion.look(parts.database, parts.bucket, external_task_id)
             _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)
             return
-        task_view.find(parts, external_task_id)
+        task_view.find(parts.database, external_task_id)
         if not yes:
             typer.confirm(f"Delete {external_task_id} and its files for good?", abort=True, err=True)
         done = deletion.delete(parts.database, parts.bucket, external_task_id)
@@ -170,7 +170,7 @@ def _chosen(parts: Parts, names: list[str] | None, since: datetime | None, until
     from storage.archive.export import tasks_between
 
     if names:
-        return iter([task_view.find(parts, name)[0] for name in names])
+        return iter([task_view.find(parts.database, name)[0] for name in names])
     return tasks_between(parts.database, since, until)
 
 

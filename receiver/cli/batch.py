@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from receiver.app.wiring import Parts
     from receiver.batch.batch import Batches, Plan
     from receiver.batch.batch_file import BatchInvalid, Line
-    from receiver.providers.kling.prices import Estimate
+    from receiver.providers.base import Estimate
     from storage.accounts.batches import Counts
 
 app = typer.Typer(
@@ -113,7 +113,7 @@ def submit(
         try:
             plan, lines = _plan(parts, file, name, format)
             if dry_run:
-                _show_estimate(plan, lines, prices, as_json=as_json)
+                _show_estimate(parts, plan, lines, prices, as_json=as_json)
                 return
             _put(parts, plan)
         except BatchInvalid as error:
@@ -255,14 +255,13 @@ def _next(name: str) -> str:
     return f"`receiver batch status {name} --wait` watches it"
 
 
-def _show_estimate(plan: Plan, lines: Sequence[Line], prices: Path | None, *, as_json: bool) -> None:
-    from receiver.providers.kling.prices import KLING, PricesUnreadable, estimate, read_prices
+def _show_estimate(parts: Parts, plan: Plan, lines: Sequence[Line], prices: Path | None, *, as_json: bool) -> None:
+    from receiver.providers.base import PricesUnreadable
 
     try:
-        table = read_prices(prices) if prices else KLING
+        found = parts.kling.estimate((line.request.wire() for line in plan.new), prices)
     except PricesUnreadable as error:
         raise typer.BadParameter(str(error), param_hint="--prices") from None
-    found = estimate((line.request for line in plan.new), table)
     warnings = {warning for line in lines for warning in line.request.warnings()}
     if as_json:
         known = {"batch": plan.name, "dry_run": True, "new": len(plan.new), "known": plan.known}

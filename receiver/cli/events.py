@@ -108,7 +108,7 @@ def redeliver(
     """
     if bool(number) is all_dead or (number and sink):
         raise typer.BadParameter("give numbers, or --all-dead (and --sink)")
-    from receiver.tasks.operate import change
+    from receiver.tasks.changes import change
     from storage.operations import outbox
 
     count, seen = 0, set[int]()

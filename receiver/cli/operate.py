@@ -15,7 +15,8 @@ from receiver.cli.serve import AllowHttp
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
-    from receiver.tasks.operate import Operator, Tally
+    from receiver.tasks.changes import Tally
+    from receiver.tasks.operate import Operator
 
 # Rows of one `retry --all-failed`; the next call takes the next.
 MAX_FAILED = 100_000
@@ -113,9 +114,11 @@ def reconcile(
         if wait and not dry_run:
             from rich.console import Console
 
+            from receiver.app.read_now import read_now
+
             lane = next(lane for lane in parts.lanes() if lane.name == "reads")
             with Console(stderr=True).status(f"reading {len(reads.ids)} tasks"):
-                done = operator.read(reads, lane, lease_seconds=parts.settings.lease_seconds)
+                done = read_now(parts.database, lane, reads, lease_seconds=parts.settings.lease_seconds)
             tally.counts.update(done.counts)
             tally.left.update(done.left)
     _answer(tally, dry_run, as_json)

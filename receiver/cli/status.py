@@ -25,24 +25,23 @@ def status(
     from receiver.app import process
     from receiver.app.wiring import Parts
     from receiver.base import config
-    from receiver.tasks import task_view
+    from receiver.cli import show
+    from receiver.tasks.task_view import report
 
     parts = Parts(config.load())
     process.ready_schema(parts.database, migrate=False)
     if urls:
         if external_task_id is None:
             raise typer.BadParameter("--urls needs a task")
-        links = task_view.urls(parts, external_task_id, expires)
+        links = show.urls(parts, external_task_id, expires)
         typer.echo(json.dumps(links, indent=1) if as_json else "\n".join(link["url"] for link in links))
     elif external_task_id is None and as_json:
-        found = [task_view.report(parts, task.external_task_id) for task in task_view.latest(parts, limit)]
-        audit = task_view.audited(parts).as_json()
-        typer.echo(
-            json.dumps({"summary": task_view.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
-        )
+        found = [report(parts.database, parts.bucket, task.external_task_id) for task in show.latest(parts, limit)]
+        audit = show.audited(parts).as_json()
+        typer.echo(json.dumps({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1))
     elif external_task_id is None:
-        task_view.show_latest(parts, limit, Console())
+        show.show_latest(parts, limit, Console())
     elif as_json:
-        typer.echo(task_view.report_json(parts, external_task_id))
+        typer.echo(show.report_json(parts, external_task_id))
     else:
-        task_view.show(parts, external_task_id, Console())
+        show.show(parts, external_task_id, Console())

@@ -122,12 +122,10 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, adopt: bool) -> Task:
-    from receiver.providers.kling.request import parse_request
-
     in_file = fields.pop("external_task_id", None)
     external_task_id = external_task_id or in_file or None
     fields.pop("callback_url", None)
-    request = parse_request(fields)
+    request = parts.submitter.parse(fields)
     for warning in request.warnings():
         typer.echo(f"warning: {warning}", err=True)
     submitted = parts.submitter.submit(request, external_task_id=external_task_id, adopt=adopt)
@@ -139,13 +137,13 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
 
 
 def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
-    from receiver.tasks import task_view
+    from receiver.cli import show
     from storage.operations import heartbeats
     from storage.states import ArchiveState, TaskState
 
     if not wait:
         if as_json:
-            typer.echo(task_view.report_json(parts, task.external_task_id))
+            typer.echo(show.report_json(parts, task.external_task_id))
         else:
             typer.echo(task.external_task_id)
         if task.state is TaskState.FAILED:
@@ -153,11 +151,11 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
             raise typer.Exit(1)
         return
     if not heartbeats.count_alive(parts.database):
-        typer.echo(task_view.report_json(parts, task.external_task_id) if as_json else task.external_task_id)
+        typer.echo(show.report_json(parts, task.external_task_id) if as_json else task.external_task_id)
         typer.echo("submitted, but no worker is alive: start `receiver serve` (or `receiver work`)", err=True)
         raise typer.Exit(1)
-    finished = task_view.wait(parts, task.external_task_id)
-    typer.echo(task_view.report_json(parts, task.external_task_id) if as_json else task_view.uris(parts, finished))
+    finished = show.wait(parts, task.external_task_id)
+    typer.echo(show.report_json(parts, task.external_task_id) if as_json else show.uris(parts, finished))
     if finished.archive is not ArchiveState.ARCHIVED:
         typer.echo(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)
         raise typer.Exit(1)

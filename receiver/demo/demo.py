@@ -212,7 +212,7 @@ def _perform(console: Console, stage: Stage) -> None:
             for wish in WISHES:
                 parts.submitter.submit(wish.request, external_task_id=wish.external_task_id)
                 watch.show()
-            while not all(is_over(find(parts, wish.external_task_id)[0]) for wish in WISHES):
+            while not all(is_over(find(parts.database, wish.external_task_id)[0]) for wish in WISHES):
                 stage.check("not every task ended")
                 time.sleep(LOOK_SECONDS)
                 watch.show()
@@ -239,7 +239,7 @@ def compare(stage: Stage, parts: Parts) -> list[Outcome]:
     outcomes = []
     for wish in WISHES:
         name = wish.external_task_id
-        task, rows, _ = find(parts, name)
+        task, rows, _ = find(parts.database, name)
         keys = {(row.kind, row.index): row.key or "" for row in rows}
         objects = tuple(
             Compared(each.kind, each.index, each.size, each.sha256, found.get(keys.get((each.kind, each.index), "")))

@@ -28,8 +28,8 @@ from receiver.gateway.answers import (
     success,
     too_fast,
 )
-from receiver.providers.base import is_storable, plain
-from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
+from receiver.providers.base import RequestInvalid, is_storable, plain
+from receiver.providers.kling.request import OmniImageRequest, parse_request
 from receiver.tasks.create_outcome import Listener, Refusal
 from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency

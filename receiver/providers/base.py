@@ -9,6 +9,8 @@ ProviderThrottled            (storage.errors) slow down; a refused create costs 
 ProviderRejected             (storage.errors) a definite refusal
 ├── AlreadyExists               this external id was used before: read the task back
 └── NoSuchCall                  a gateway that does not pass this question on: ask another one
+RequestInvalid               the caller's fields break a rule: nothing is sent
+PricesUnreadable             a price table in another form
 BadSignature                 a delivery that does not prove its sender: answered 401
 """
 
@@ -16,14 +18,16 @@ from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
 from typing import Any, Protocol
 
 from standardwebhooks.webhooks import Webhook
 
-from storage.errors import ProviderRejected, ProviderUnavailable
+from storage.errors import ProviderRejected, ProviderUnavailable, UserError
 from storage.states import Report
 
 # Standard Webhooks and Kling's page of 2026-08-07 both say five minutes, in both directions.
@@ -51,6 +55,18 @@ class AlreadyExists(ProviderRejected):
 
 class NoSuchCall(ProviderRejected):
     """This base URL knows no such question, whatever task it is about."""
+
+
+class RequestInvalid(UserError, ValueError):
+    """The request cannot be sent. One line per fault: the field, the value (shortened), the rule."""
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+class PricesUnreadable(ValueError):
+    """The file is no price table; the message says what one looks like."""
 
 
 class BadSignature(Exception):
@@ -85,6 +101,49 @@ class RequestFacts:
     series: bool
     expected: int | None
     slots: int
+
+
+class ProviderRequest(Protocol):
+    """A caller's fields, checked by the provider's rules (`Provider.parse_request`)."""
+
+    @property
+    def series(self) -> bool:
+        """Whether the pictures form one series."""
+
+    @property
+    def expected(self) -> int | None:
+        """Files to come, watermarked copies counted; None when the provider chooses."""
+
+    @property
+    def slots(self) -> int:
+        """How many of the account's concurrent pictures it occupies until it ends."""
+
+    def wire(self) -> dict[str, Any]:
+        """The fields as they are sent, without the external id and the callback URL."""
+
+    def canonical_hash(self) -> str:
+        """64 hex digits, equal for requests that ask for the same thing."""
+
+    def warnings(self) -> list[str]:
+        """What the caller may not have meant; none of it stops the request."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What requests ask for. `auto`: series among them whose length the provider chooses, counted as nine pictures
+    each, so the sums are the most it may be. `unpriced`: pictures of resolutions the table does not know."""
+
+    tasks: int
+    pictures: int
+    slots: int
+    units: Decimal
+    usd: Decimal
+    auto: int
+    unpriced: int
+    date: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "units": float(self.units), "usd": float(self.usd)}
 
 
 class Provider(Protocol):
@@ -126,6 +185,15 @@ class Provider(Protocol):
         """The verified id of a signed delivery, None when no secrets are configured. Raises `BadSignature`.
 
         `now`: Unix seconds at its arrival, None = it arrives just now.
+        """
+
+    def parse_request(self, fields: Mapping[str, Any]) -> ProviderRequest:
+        """Check a caller's fields. Raises `RequestInvalid` with every fault found."""
+
+    def estimate(self, fields: Iterable[Mapping[str, Any]], table: Path | None) -> Estimate:
+        """What requests with these fields cost. `table`: a file with the user's prices, None = the provider's own.
+
+        Raises `PricesUnreadable`.
         """
 
     def request_facts(self, request: Mapping[str, Any]) -> RequestFacts:

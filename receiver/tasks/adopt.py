@@ -18,7 +18,7 @@ from sqlmodel import Session
 from receiver.providers.base import Provider, Record
 from receiver.providers.lookup import read_task
 from receiver.tasks import apply_deliveries
-from receiver.tasks.operate import Tally, change
+from receiver.tasks.changes import Tally, change
 from storage.accounts.rate_limit import ReadLimit, TooManyReads
 from storage.errors import GiveUp, Retry
 from storage.keys import IdInvalid, encode_id

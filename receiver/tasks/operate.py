@@ -6,35 +6,28 @@ committed until then. A dry run does the same work and rolls every transaction b
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
 
-from sqlmodel import Session, col, select
+from sqlmodel import Session
 
-from receiver.app.worker import Lane, Worker
 from receiver.providers.base import BadSignature, Provider, plain
+from receiver.tasks.changes import Tally, change
 from receiver.tasks.reconcile import NEVER_REPORTED
 from storage.operations import maintenance
 from storage.rows import tasks
 from storage.rows.database import Database
-from storage.rows.models import Asset, Callback, Task
+from storage.rows.models import Asset, Callback
 from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 
 MAX_REASON_CHARS = 300
 # How a delivery that was refused for its signature says so (`receiver.web.callbacks`).
 SIGNATURE_REASON = "signature: "
-# A wait for reads ends this long after the last one that made progress; a read itself takes up to 60 s.
-STUCK_SECONDS = 120.0
-LOOK_SECONDS = 0.1
-# A task counts as not read when this many tries in a row went unanswered.
-TRIES = 3
 
 
 @dataclass(frozen=True)
@@ -43,29 +36,6 @@ class Reads:
 
     ids: list[uuid.UUID]
     since: datetime
-
-
-@dataclass
-class Tally:
-    """What a verb did, counted, and what it was asked for by name and did not do: `{name: why}`."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    left: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_good(self) -> bool:
-        return not self.left
-
-
-@contextmanager
-def change(database: Database, *, dry_run: bool) -> Iterator[Session]:
-    """One transaction that wakes the workers, or that comes to nothing in a dry run."""
-    with database.write() as session:
-        yield session
-        database.wake(session)
-        session.flush()
-        if dry_run:
-            session.rollback()
 
 
 class Operator:
@@ -247,39 +217,6 @@ class Operator:
                 tally.counts["reads_due"] += 1
                 return task.id
         return None
-
-    def read(self, reads: Reads, lane: Lane, *, lease_seconds: float) -> Tally:
-        """Do these reads in this process, until each was answered or could not be; others may help.
-
-        `lane`: the worker's own for reads. Counts those answered; `left` says of each other what the provider said.
-        """
-        tally = Tally()
-        worker = Worker(self._database, [lane], lease_seconds=lease_seconds, grace_seconds=0)
-        waiting, moved_at = reads.ids, time.monotonic()
-        while waiting and time.monotonic() < moved_at + STUCK_SECONDS:
-            before = len(waiting)
-            if not worker.run_until_idle():
-                time.sleep(LOOK_SECONDS)
-            waiting = self._look(tally, waiting, reads.since)
-            moved_at = time.monotonic() if len(waiting) < before else moved_at
-        for task_id in waiting:
-            tally.left[str(task_id)] = "a worker has been at it for too long"
-        return tally
-
-    def _look(self, tally: Tally, ids: Sequence[uuid.UUID], since: datetime) -> list[uuid.UUID]:
-        """Count the tasks whose read has ended; returns the others."""
-        waiting = []
-        for start in range(0, len(ids), maintenance.BATCH):
-            with self._database.read() as session:
-                found = session.exec(select(Task).where(col(Task.id).in_(ids[start : start + maintenance.BATCH])))
-                for task in found:
-                    if task.step is not Step.READ or (task.reported_at and task.reported_at >= since):
-                        tally.counts["read"] += 1
-                    elif task.lease is None and task.attempts >= TRIES:
-                        tally.left[task.external_task_id] = task.note or "it could not be read"
-                    else:
-                        waiting.append(task.id)
-        return waiting
 
     # -- dismiss, prune -----------------------------------------------------------------------------------------------
 

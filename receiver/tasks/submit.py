@@ -23,8 +23,15 @@ import structlog
 from sqlmodel import Session
 
 from receiver.base.tokens import Tokens
-from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
-from receiver.providers.kling.request import OmniImageRequest, RequestInvalid, parse_request
+from receiver.providers.base import (
+    AlreadyExists,
+    Created,
+    Provider,
+    ProviderRequest,
+    Record,
+    RequestInvalid,
+    Unavailable,
+)
 from receiver.providers.lookup import read_task
 from receiver.tasks.create_outcome import Listener
 from storage.accounts import slots
@@ -108,7 +115,7 @@ class Submitter:
 
     def submit(
         self,
-        request: OmniImageRequest | Mapping[str, Any],
+        request: ProviderRequest | Mapping[str, Any],
         *,
         external_task_id: str | None = None,
         adopt: bool = False,
@@ -122,7 +129,7 @@ class Submitter:
         accepted, or for which no slots are free, comes back in state `created`; it goes on from its row. Raises
         `RequestInvalid` (one line per fault), `IdInvalid` and `Conflict`.
         """
-        wanted = request if isinstance(request, OmniImageRequest) else parse_request(request)
+        wanted = self.parse(request) if isinstance(request, Mapping) else request
         task = self.row(wanted, external_task_id or str(uuid.uuid4()), adopt=adopt)
         with self._database.write() as session:
             new = self.insert(session, task, queue=True)
@@ -132,7 +139,11 @@ class Submitter:
             self.send(task)
         return Submitted(self._again(task.external_task_id), new=True)
 
-    def row(self, request: OmniImageRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:
+    def parse(self, fields: Mapping[str, Any]) -> ProviderRequest:
+        """Check a caller's fields. Raises `RequestInvalid` with every fault found."""
+        return self._provider.parse_request(fields)
+
+    def row(self, request: ProviderRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:
         """A claimed row for `request`, in no database yet. Without a caller's id its external id is its own.
 
         Raises `IdInvalid`, and `RequestInvalid` when it asks for more pictures at once than the account may have.

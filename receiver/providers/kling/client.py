@@ -13,9 +13,10 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +27,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 from receiver.providers.base import (
     AlreadyExists,
     Created,
+    Estimate,
     NoSuchCall,
     Record,
     RequestFacts,
@@ -33,6 +35,7 @@ from receiver.providers.base import (
     plain,
     verify_standard_webhook,
 )
+from receiver.providers.kling import prices
 from receiver.providers.kling.report import (
     find_record,
     loads,
@@ -44,7 +47,7 @@ from receiver.providers.kling.report import (
     usable_id,
     whole,
 )
-from receiver.providers.kling.request import facts_of, redacted
+from receiver.providers.kling.request import OmniImageRequest, facts_of, parse_request, redacted
 from storage.circuit import Circuit
 from storage.errors import ProviderFull, ProviderRejected, ProviderThrottled, ReportUnreadable, UserError
 from storage.fetch import connection
@@ -219,6 +222,12 @@ class Kling:
         if not self._webhook_secrets:
             return None
         return verify_standard_webhook(self._webhook_secrets, headers, body, now=self._now() if now is None else now)
+
+    def parse_request(self, fields: Mapping[str, Any]) -> OmniImageRequest:
+        return parse_request(fields)
+
+    def estimate(self, fields: Iterable[Mapping[str, Any]], table: Path | None) -> Estimate:
+        return prices.estimate(fields, prices.read_prices(table) if table else prices.KLING)
 
     def request_facts(self, request: Mapping[str, Any]) -> RequestFacts:
         return facts_of(request)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from receiver.providers.kling.request import DEFAULTS, OmniImageRequest
+from receiver.providers.base import Estimate, PricesUnreadable
+from receiver.providers.kling.request import DEFAULTS, facts_of
 
 MAX_BYTES = 64 * 1024
 FORM = '{"date": "2026-09", "usd_per_unit": "0.0035", "units_per_picture": {"1k": 8, "2k": 8, "4k": 16}}'
-
-
-class PricesUnreadable(ValueError):
-    """The file is no price table; the message says what one looks like."""
 
 
 @dataclass(frozen=True)
@@ -36,33 +33,16 @@ class Prices:
 KLING = Prices("2026-09", Decimal("0.0035"), {"1k": Decimal(8), "2k": Decimal(8), "4k": Decimal(16)})
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What requests ask for. `auto`: series among them whose length the provider chooses, counted as nine pictures
-    each, so the sums are the most it may be. `unpriced`: pictures of resolutions the table does not know."""
-
-    tasks: int
-    pictures: int
-    slots: int
-    units: Decimal
-    usd: Decimal
-    auto: int
-    unpriced: int
-    date: str
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "units": float(self.units), "usd": float(self.usd)}
-
-
-def estimate(requests: Iterable[OmniImageRequest], prices: Prices) -> Estimate:
-    """Add up what these requests would cost. `slots`: of all of them together, should all run at once."""
+def estimate(requests: Iterable[Mapping[str, Any]], prices: Prices) -> Estimate:
+    """Add up what requests with these checked fields cost. `slots`: of all of them together, should all run at once."""
     tasks = slots = auto = unpriced = 0
     units = Decimal(0)
     for request in requests:
-        pictures = request.slots  # as many as are made; watermarked copies are none of their own
-        each = prices.units(request.resolution or DEFAULTS["resolution"])
+        facts = facts_of(request)
+        pictures = facts.slots  # watermarked copies cost nothing of their own
+        each = prices.units(request.get("resolution", DEFAULTS["resolution"]))
         tasks, slots = tasks + 1, slots + pictures
-        auto += request.expected is None
+        auto += facts.expected is None
         unpriced += pictures if each is None else 0
         units += pictures * (each or 0)
     return Estimate(tasks, slots, slots, units, units * prices.usd_per_unit, auto, unpriced, prices.date)

@@ -33,8 +33,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from receiver.providers.base import RequestFacts, is_storable, plain
-from storage.errors import UserError
+from receiver.providers.base import RequestFacts, RequestInvalid, is_storable, plain
 from storage.states import expected_files
 
 MAX_PROMPT_CHARS = 2_500
@@ -72,14 +71,6 @@ MODELS = {
 }
 # For a request that names no model: what any of them takes.
 ANY_MODEL = Model(("1k", "2k", "4k"), ("single", "series"))
-
-
-class RequestInvalid(UserError, ValueError):
-    """The request cannot be sent. One line per fault: the field, the value (shortened), the rule."""
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
 
 
 class Fault(NamedTuple):

@@ -15,7 +15,8 @@ from hypothesis import strategies as some
 
 from receiver.batch import batch_file
 from receiver.batch.batch_file import BatchInvalid, Format, Line
-from receiver.providers.kling.prices import KLING, PricesUnreadable, estimate, read_prices
+from receiver.providers.base import PricesUnreadable
+from receiver.providers.kling.prices import KLING, estimate, read_prices
 from receiver.providers.kling.request import OmniImageRequest, parse_request
 from tests.unreported_tasks import drawn, encoded
 
@@ -67,7 +68,7 @@ def jsonl(*lines: Any) -> bytes:
 
 
 def read(content: bytes, format: Format = "jsonl", name: str = "night") -> list[Line]:
-    return batch_file.read(BytesIO(content), format, name)
+    return batch_file.read(BytesIO(content), format, name, parse_request)
 
 
 def faults_in(content: bytes, format: Format = "jsonl", name: str = "night") -> list[tuple[int, str]]:
@@ -263,7 +264,7 @@ def test_prices_are_kling_s_of_their_date() -> None:
         {"resolution": "4k"},
         {"result_type": "series", "series_amount": 5, "watermark_info": {"enabled": True}},
     ]
-    found = estimate([parse_request({**GOOD, **fields}) for fields in asked], KLING)
+    found = estimate([parse_request({**GOOD, **fields}).wire() for fields in asked], KLING)
     assert (found.tasks, found.pictures, found.units, found.usd) == (3, 9, 3 * 8 + 16 + 5 * 8, Decimal("0.2800"))
     assert (found.auto, found.unpriced, found.date) == (0, 0, "2026-09")
 
@@ -271,14 +272,14 @@ def test_prices_are_kling_s_of_their_date() -> None:
 def test_automatic_series_count_as_nine_and_unknown_resolutions_as_unpriced() -> None:
     series = parse_request({**GOOD, "result_type": "series", "series_amount": "auto"})
     unknown = parse_request({**GOOD, "model_name": "kling-v9", "resolution": "9k", "n": 2})
-    found = estimate([series, unknown], KLING)
+    found = estimate([series.wire(), unknown.wire()], KLING)
     assert (found.auto, found.unpriced, found.units) == (1, 2, 72)
 
 
 def test_a_price_table_is_read(tmp_path: Path) -> None:
     file = tmp_path / "prices.json"
     file.write_text('{"date": "2027-01", "usd_per_unit": "0.5", "units_per_picture": {"1k": 2}}')
-    assert estimate([parse_request(GOOD)], read_prices(file)).usd == 1
+    assert estimate([parse_request(GOOD).wire()], read_prices(file)).usd == 1
 
 
 @pytest.mark.parametrize(

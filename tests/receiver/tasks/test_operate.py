@@ -13,10 +13,12 @@ from sqlalchemy import select, update
 from sqlmodel import SQLModel
 from standardwebhooks.webhooks import Webhook
 
+from receiver.app.read_now import read_now
 from receiver.app.wiring import Parts
 from receiver.providers.kling.client import Kling
 from receiver.sandbox import Sandbox
-from receiver.tasks.operate import Operator, Reads, Tally
+from receiver.tasks.changes import Tally
+from receiver.tasks.operate import Operator, Reads
 from storage.errors import AssetDamaged, LostClaim
 from storage.rows import claims
 from storage.rows.database import Database
@@ -331,25 +333,25 @@ def test_reads_are_done_here_until_they_are_answered(parts: Parts, sandbox: Sand
     task = parts.submitter.submit(ASKED).task
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
     sandbox.set(query_faults=["5001"])
-    assert read(parts, operator, operator.reconcile()[1]).counts == {"read": 1}
+    assert read(parts, operator.reconcile()[1]).counts == {"read": 1}
     assert task_of(parts, task.external_task_id).state is TaskState.SUCCEEDED
     tally, reads = operator.reconcile([task.external_task_id])
     assert counted(tally) == {"reads_due": 1}
-    assert read(parts, operator, reads).counts == {"read": 1}
+    assert read(parts, reads).counts == {"read": 1}
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 def test_a_provider_that_is_away_ends_the_wait(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     task = plant(parts)
     sandbox.stop()
-    tally = read(parts, operator, operator.reconcile()[1])
+    tally = read(parts, operator.reconcile()[1])
     assert "no connection" in tally.left[task.external_task_id]
     assert not tally.counts["read"]
 
 
-def read(parts: Parts, operator: Operator, reads: Reads) -> Tally:
+def read(parts: Parts, reads: Reads) -> Tally:
     [lane] = [lane for lane in parts.lanes() if lane.name == "reads"]
-    return operator.read(reads, lane, lease_seconds=5)
+    return read_now(parts.database, lane, reads, lease_seconds=5)
 
 
 # -- dismiss ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from receiver.app.wiring import Parts
-from receiver.providers.kling.request import RequestInvalid
+from receiver.providers.base import RequestInvalid
 from receiver.sandbox import Sandbox
 from storage.rows.models import Task
 from storage.states import TaskState

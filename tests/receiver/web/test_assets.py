@@ -13,8 +13,8 @@ from sqlalchemy import event
 
 from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE
+from receiver.cli import show
 from receiver.sandbox import Sandbox
-from receiver.tasks import task_view
 from receiver.web import assets
 from receiver.web.assets import asset_link
 from storage.rows.models import Asset, Task
@@ -125,7 +125,7 @@ def test_readers_who_leave_free_their_place(
 
 
 def test_links_as_people_get_them(parts: Parts, task: Task, link: str, asset: Asset) -> None:
-    (one,) = task_view.urls(parts, task.external_task_id, 60)
+    (one,) = show.urls(parts, task.external_task_id, 60)
     assert (one["kind"], one["index"], one["key"], one["link"]) == ("image", 0, asset.key, link)
     assert hashlib.sha256(get(one["url"]).content).hexdigest() == asset.sha256
     with pytest.raises(ValueError, match="not archived"):

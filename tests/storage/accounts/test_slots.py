@@ -17,7 +17,7 @@ from sqlalchemy import update
 from sqlmodel import Session, col, func, select
 
 from receiver.app.wiring import Parts
-from receiver.providers.kling.request import RequestInvalid
+from receiver.providers.base import RequestInvalid
 from receiver.sandbox import Sandbox
 from storage.accounts import slots
 from storage.accounts.slots import Slots, Waiting, choose, limit_at

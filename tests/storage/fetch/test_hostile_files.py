@@ -20,6 +20,7 @@ import pytest
 from rich.console import Console
 
 from receiver.app.wiring import Parts
+from receiver.cli import show
 from receiver.sandbox import Sandbox
 from receiver.tasks import task_view
 from storage.archive import manifest
@@ -79,7 +80,7 @@ def archive(parts: Parts, host: FileHost, scripts: Mapping[str, Script]) -> dict
 
 def status_of(parts: Parts, task: Task) -> str:
     shown = io.StringIO()
-    task_view.show(parts, task.external_task_id, Console(file=shown, width=1_000))
+    show.show(parts, task.external_task_id, Console(file=shown, width=1_000))
     return shown.getvalue()
 
 
@@ -103,7 +104,7 @@ def test_what_follows_a_whole_picture_is_kept_counted_and_shown(parts: Parts, ho
     run(parts, "finishes")
     with parts.database.read() as session:
         task = session.get_one(Task, rows["tail"].task_id)
-    shown = {file["key"]: file for file in task_view.report(parts, task.external_task_id)["assets"]}
+    shown = {file["key"]: file for file in task_view.report(parts.database, parts.bucket, task.external_task_id)["assets"]}
     told = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), MIB))
     odd = {"tail": (36, []), "stray": (0, ["stray bytes between segments"]), "plain": (0, [])}
     for name, row in rows.items():

@@ -17,8 +17,8 @@ from sqlmodel import col, select, update
 from receiver.app.wiring import Parts
 from receiver.base import telemetry
 from receiver.base.telemetry import WORK, WORK_OF_EACH
+from receiver.cli import show
 from receiver.sandbox import Sandbox
-from receiver.tasks import task_view
 from storage.accounts.rate_limit import ReadLimit
 from storage.operations import deadlines
 from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
@@ -173,19 +173,19 @@ def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -
 @pytest.mark.parametrize("changes", [{"kling_slots": 20}])
 def test_slots_and_queue_are_told_of_each_account(parts: Parts) -> None:
     queued(parts, held=3, waiting=2)
-    assert task_view.measured(parts).accounts == {"kling": AccountMeasures(6, 20, 2)}
+    assert show.measured(parts).accounts == {"kling": AccountMeasures(6, 20, 2)}
     with parts.database.write() as session:
         parts.slots.refused(session, 1)
-    found = task_view.measured(parts)
+    found = show.measured(parts)
     assert found.accounts["kling"].slot_limit == 5
-    assert task_view.summary(found).startswith("0 due · kling: 6 of 5 slots held, 2 tasks wait · ")
+    assert show.summary(found).startswith("0 due · kling: 6 of 5 slots held, 2 tasks wait · ")
 
 
 def test_without_a_limit_an_account_is_told_by_its_rows(parts: Parts) -> None:
     assert measured(parts).accounts == {}
     queued(parts, held=1, waiting=1)
     assert measured(parts).accounts == {"kling": AccountMeasures(2, None, 1)}
-    assert "kling: 1 tasks wait for slots" in task_view.summary(measured(parts))
+    assert "kling: 1 tasks wait for slots" in show.summary(measured(parts))
 
 
 def test_events_are_told_of_each_sink(parts: Parts) -> None:
@@ -198,7 +198,7 @@ def test_events_are_told_of_each_sink(parts: Parts) -> None:
     oldest = found.sinks["a"].oldest_event_seconds
     assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
     assert (found.events_open, found.events_dead) == (3, 2)
-    assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in task_view.summary(found)
+    assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
@@ -227,7 +227,7 @@ def test_no_measure_reads_a_whole_table(parts: Parts) -> None:
         asked.append((statement, parameters))
 
     event.listen(parts.database.reader, "before_cursor_execute", note)
-    task_view.measured(parts)
+    show.measured(parts)
     event.remove(parts.database.reader, "before_cursor_execute", note)
     with parts.database.read() as session:
         connection = session.connection()
@@ -256,7 +256,7 @@ def test_rare_states_are_found_by_their_partial_indexes(database: Database) -> N
 
 def test_one_line_says_how_the_work_stands(parts: Parts) -> None:
     deliver(parts, None, OTHERS)
-    line = task_view.summary(measured(parts))
+    line = show.summary(measured(parts))
     assert line == "0 due · 1 deliveries unmatched · last 24 h: 0 archived, 0 incomplete, 0 failed"
 
 

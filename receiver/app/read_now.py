@@ -1,0 +1,59 @@
+"""`receiver reconcile --wait`: do the reads that were made due in this process and say how each ended."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+
+from sqlmodel import col, select
+
+from receiver.app.worker import Lane, Worker
+from receiver.tasks.changes import Tally
+from receiver.tasks.operate import Reads
+from storage.operations import maintenance
+from storage.rows.database import Database
+from storage.rows.models import Task
+from storage.states import Step
+
+# The wait ends this long after the last read that made progress; one read takes up to 60 s.
+STUCK_SECONDS = 120.0
+POLL_INTERVAL_SECONDS = 0.1
+# A task counts as not read when this many tries in a row went unanswered.
+TRIES = 3
+
+
+def read_now(database: Database, lane: Lane, reads: Reads, *, lease_seconds: float) -> Tally:
+    """Do these reads until each was answered or could not be; other workers may help.
+
+    `lane`: the worker's own for reads. Returns the number answered; `left` holds what the provider said of each other.
+    """
+    tally = Tally()
+    worker = Worker(database, [lane], lease_seconds=lease_seconds, grace_seconds=0)
+    waiting, moved_at = reads.ids, time.monotonic()
+    while waiting and time.monotonic() < moved_at + STUCK_SECONDS:
+        before = len(waiting)
+        if not worker.run_until_idle():
+            time.sleep(POLL_INTERVAL_SECONDS)
+        waiting = _count_ended(database, tally, waiting, reads.since)
+        moved_at = time.monotonic() if len(waiting) < before else moved_at
+    for task_id in waiting:
+        tally.left[str(task_id)] = "a worker has been at it for too long"
+    return tally
+
+
+def _count_ended(database: Database, tally: Tally, ids: Sequence[uuid.UUID], since: datetime) -> list[uuid.UUID]:
+    """Count the tasks whose read has ended; returns the others."""
+    waiting = []
+    for start in range(0, len(ids), maintenance.BATCH):
+        with database.read() as session:
+            found = session.exec(select(Task).where(col(Task.id).in_(ids[start : start + maintenance.BATCH])))
+            for task in found:
+                if task.step is not Step.READ or (task.reported_at and task.reported_at >= since):
+                    tally.counts["read"] += 1
+                elif task.lease is None and task.attempts >= TRIES:
+                    tally.left[task.external_task_id] = task.note or "it could not be read"
+                else:
+                    waiting.append(task.id)
+    return waiting

@@ -1,0 +1,163 @@
+"""What the verbs print of tasks: one with its files and timeline, the latest, how the work stands, links."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from receiver.app.wiring import Parts
+from receiver.tasks.task_view import find, is_over, report
+from receiver.web.assets import asset_link
+from storage.archive import continuous_audit
+from storage.operations import deadlines
+from storage.operations.measures import Measures, measure
+from storage.rows import tasks
+from storage.rows.models import Asset, Task
+from storage.states import AssetState
+
+POLL_INTERVAL_SECONDS = 0.2
+# Under the summary, the newest last; `--json` has them all.
+SHOWN_FAULTS = 20
+
+
+def wait(parts: Parts, external_task_id: str) -> Task:
+    """Block until the task is over, with a live line on a terminal. Returns the task row."""
+    console = Console(file=sys.stderr)
+    with console.status(f"{external_task_id}: waiting") as status:
+        while True:
+            task, assets, _ = find(parts.database, external_task_id)
+            if is_over(task):
+                return task
+            kept = sum(asset.state is AssetState.ARCHIVED for asset in assets)
+            status.update(f"{external_task_id}: {task.state}, {kept} of {task.expected or len(assets) or '?'} archived")
+            time.sleep(POLL_INTERVAL_SECONDS)
+
+
+def uris(parts: Parts, task: Task) -> str:
+    """The s3:// addresses of the task's archived files, one a line."""
+    _, assets, _ = find(parts.database, task.external_task_id)
+    return "\n".join(parts.bucket.uri(asset.key) for asset in assets if asset.key and asset.state == "archived")
+
+
+def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict[str, Any]]:
+    """Links to the task's archived files, each with what it leads to; whoever has one may read that file.
+
+    `url`: presigned, for `expires_seconds` (1 to 604,800). `link`: through our web server for good, None without a
+    public URL. Raises `NoSuchTask`.
+    """
+    _, assets, _ = find(parts.database, external_task_id)
+    public_url = parts.settings.public_url
+    return [
+        {
+            "kind": asset.kind,
+            "index": asset.index,
+            "key": asset.key,
+            "url": parts.bucket.presigned_get(str(asset.key), expires_seconds=expires_seconds),
+            "link": asset_link(parts.tokens, public_url, asset) if public_url else None,
+        }
+        for asset in assets
+        if asset.state is AssetState.ARCHIVED
+    ]
+
+
+def show(parts: Parts, external_task_id: str, console: Console) -> None:
+    """One task with its files and its timeline."""
+    task, assets, facts = find(parts.database, external_task_id)
+    console.print(f"[bold]{task.external_task_id}[/bold]  {task.state}, archive {task.archive}", highlight=False)
+    for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", task.note)):
+        if value:
+            console.print(f"  {label}: {value}", highlight=False, markup=False)
+    if assets:
+        console.print(_asset_table(parts, assets))
+    for fact in facts:
+        console.print(f"  {fact.at:%Y-%m-%d %H:%M:%S.%f}  {fact.name}", highlight=False)
+
+
+def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("file", "state", "bytes", "sha256", "where or why"):
+        table.add_column(heading, overflow="fold")
+    for asset in assets:
+        kept = asset.state is AssetState.ARCHIVED and asset.key is not None
+        where = parts.bucket.uri(asset.key or "") if kept else (asset.error or "")
+        size = f"{asset.size:,}" if asset.size is not None else ""
+        table.add_row(f"{asset.kind} {asset.index}", asset.state, size, (asset.sha256 or "")[:12], where)
+    return table
+
+
+def latest(parts: Parts, limit: int) -> list[Task]:
+    """The newest tasks, newest first."""
+    with parts.database.read() as session:
+        return tasks.newest(session, limit)
+
+
+def measured(parts: Parts) -> Measures:
+    """How the work stands."""
+    lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
+    with parts.database.read() as session:
+        return measure(session, deadline_seconds=lead, slots=parts.slots)
+
+
+def audited(parts: Parts) -> continuous_audit.Standing:
+    """How the audit in the workers stands, with the faults that it found."""
+    with parts.database.read() as session:
+        return continuous_audit.standing(session)
+
+
+def summary(found: Measures) -> str:
+    """The same in one line: what waits, what is wrong, how callbacks come."""
+    parts = [f"{found.due} due", *_accounts(found)]
+    wrong = {
+        "overdue": found.overdue,
+        "files given up": found.failed_assets,
+        "deliveries unmatched": found.unmatched,
+        "near their deadline": found.deadline_near,
+        "audit faults": found.audit_faults,
+    }
+    parts += [f"{count} {words}" for words, count in wrong.items() if count]
+    parts += ["audit behind its days"] if found.audit_late else []
+    parts += _sinks(found)
+    parts.append(
+        f"last 24 h: {found.archived_day} archived, {found.incomplete_day} incomplete, {found.failed_day} failed"
+    )
+    if found.callbacks_expected:
+        lost = f"callbacks: {found.callbacks_lost} of {found.callbacks_expected} lost ({found.callback_loss_rate:.0%})"
+        parts.append(lost + (f", {found.callbacks_late} late" if found.callbacks_late else ""))
+    return " · ".join(parts)
+
+
+def _accounts(found: Measures) -> Iterator[str]:
+    for name, account in found.accounts.items():
+        if account.slot_limit is not None:
+            yield f"{name}: {account.slots_held} of {account.slot_limit} slots held, {account.tasks_queued} tasks wait"
+        elif account.tasks_queued:
+            yield f"{name}: {account.tasks_queued} tasks wait for slots"
+
+
+def _sinks(found: Measures) -> Iterator[str]:
+    for name, sink in found.sinks.items():
+        dead = f", {sink.events_dead} given up" if sink.events_dead else ""
+        yield f"events to {name}: {sink.events_open} wait{dead}"
+
+
+def show_latest(parts: Parts, limit: int, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("external id", "state", "archive", "created", "error"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "created")
+    for task in latest(parts, limit):
+        created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
+        table.add_row(task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
+    console.print(table)
+    console.print(summary(measured(parts)), highlight=False)
+    for fault in audited(parts).findings[-SHOWN_FAULTS:]:
+        console.print(f"  {fault['kind']}  {fault['key']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def report_json(parts: Parts, external_task_id: str) -> str:
+    return json.dumps(report(parts.database, parts.bucket, external_task_id), indent=1)
