@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def alongside(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
+def background_thread(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
     """Run `work` in a daemon thread of that name. When the block ends its event is set, and it is waited for."""
     ended = threading.Event()
     thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)

@@ -10,7 +10,7 @@ from sqlmodel import col, select
 
 from receiver.app.wiring import Parts
 from storage.rows.models import Asset, Task
-from tests.pipeline import hurry
+from tests.pipeline import make_due_now
 
 REQUEST = {"model_name": "kling-image-o1", "prompt": "a boat"}
 
@@ -34,7 +34,7 @@ def work_off(parts: Parts) -> None:
             ]
         if not any(waiting):
             return
-        hurry(parts)
+        make_due_now(parts)
     raise AssertionError(f"still waiting: {waiting}")
 
 

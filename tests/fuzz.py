@@ -102,7 +102,7 @@ def headers(chance: random.Random) -> dict[str, bytes]:
     return {name: value.encode("latin-1") for name, value in chosen if name not in ("transfer-encoding", "expect")}
 
 
-def plant(parts: Parts, count: int) -> list[str]:
+def insert_row(parts: Parts, count: int) -> list[str]:
     """Task rows to be spoken of, and the paths that reach them; also the account's, and two bad ones."""
     paths = [f"/callbacks/kling/{parts.tokens.sign('kling', None)}", "/callbacks/kling/bad", "/callbacks/other/x"]
     with parts.database.write() as session:
@@ -118,7 +118,7 @@ def plant(parts: Parts, count: int) -> list[str]:
 async def send(parts: Parts, chance: random.Random, count: int) -> Counter[int]:
     """Send them all, 64 at a time; how often each status was answered."""
     web = app.build(parts.database, parts.providers, parts.tokens, parts.schedule)
-    paths = plant(parts, max(20, count // BODIES_PER_TASK))
+    paths = insert_row(parts, max(20, count // BODIES_PER_TASK))
     wanted = bodies(chance, count)
     answers: Counter[int] = Counter()
     async with web.lifespan_context(web):

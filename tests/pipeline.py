@@ -123,7 +123,7 @@ def working(parts: Parts) -> Iterator[None]:
         thread.join(30)
 
 
-def hurry(parts: Parts, *models: Any) -> None:
+def make_due_now(parts: Parts, *models: Any) -> None:
     """Let the waiting be over: what is due later, or held under the lease of a dead worker, is due now."""
     with parts.database.write() as session:
         for model in models or (Task, Callback, Asset):
@@ -131,7 +131,7 @@ def hurry(parts: Parts, *models: Any) -> None:
         session.execute(update(Task).where(col(Task.missed_at).is_not(None)).values(missed_at=LONG_AGO))
 
 
-def plant(parts: Parts, **values: Any) -> Task:
+def insert_row(parts: Parts, **values: Any) -> Task:
     """A task the provider has accepted long ago, whose next read is far away."""
     later = datetime.now(UTC) + timedelta(hours=1)
     start = {"state": TaskState.SUBMITTED, "step": Step.READ, "due_at": later, "expected": 1, "series": False}

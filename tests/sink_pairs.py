@@ -26,7 +26,7 @@ from receiver.events.http_post import Poster
 from receiver.events.lines import Lines
 from receiver.events.sqs import Sqs
 from receiver.events.webhook import Webhook
-from receiver.gateway.answers import Wording
+from receiver.gateway.answers import ResponseFormat
 from receiver.gateway.client_callback import Clients
 from storage.circuit import Circuit
 from storage.fetch.addresses import AddressPolicy
@@ -41,7 +41,7 @@ from tests.webhook_receiver import SECRET, Hook
 STEPS = (EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
 NAMES = frozenset(map(str, STEPS))
 ENVELOPE = Envelope("https://pictures.example.com", "pictures")
-WORDING = Wording("archived", lambda _: None)
+WORDING = ResponseFormat("archived", lambda _: None)
 RETRY_SECONDS = (60.0,) * 3
 Arrival = tuple[str, str, str]
 
@@ -159,9 +159,9 @@ def tell(database: Database, case: Case, *steps: EventName) -> str:
     return task.external_task_id
 
 
-def run(database: Database, case: Case, *, hurry: bool = False, circuit: Circuit | None = None) -> None:
-    """Send what is due, as a worker does. `hurry`: what waits for a later time is due."""
-    if hurry:
+def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: Circuit | None = None) -> None:
+    """Send what is due, as a worker does. `make_due_now`: what waits for a later time is due."""
+    if make_due_now:
         with database.write() as session:
             session.execute(update(Dispatch).where(col(Dispatch.due_at).is_not(None)).values(due_at=LONG_AGO))
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS, circuit=circuit)

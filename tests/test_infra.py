@@ -159,7 +159,7 @@ def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_compose_commands_are_the_program_s(name: str) -> None:
-    _passes(sys.executable, "-c", "from receiver.cli import main; main()", *SERVICES[name]["command"], "--help")
+    _passes(sys.executable, "-c", "from receiver.cli.main import main; main()", *SERVICES[name]["command"], "--help")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.reconcile import Reader
 from storage.rows.models import Asset, Task
 from storage.states import TaskState
-from tests.pipeline import hurry, task_of
+from tests.pipeline import make_due_now, task_of
 
 REQUEST = {"model_name": "kling-v3-omni", "prompt": "a boat"}
 # A delivery of a task that has no row here.
@@ -30,7 +30,7 @@ OTHERS = {"task_id": "777", "task_status": "processing", "task_info": {"external
 def submit(parts: Parts, count: int, **fields: Any) -> list[Task]:
     """Tasks whose callbacks nobody hears (no web server runs), due for a read."""
     made = [parts.submitter.submit({**REQUEST, **fields}).task for _ in range(count)]
-    hurry(parts, Task)
+    make_due_now(parts, Task)
     return made
 
 
@@ -43,7 +43,7 @@ def queries(sandbox: Sandbox) -> int:
 
 
 def reader(parts: Parts) -> Reader:
-    return Reader(parts.database, parts.providers, parts.schedule, parts.read_limit)
+    return Reader(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
 
 
 def all_assets(parts: Parts) -> list[Asset]:

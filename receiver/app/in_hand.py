@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 # How late a stop is noticed while a suspect waits for what is in hand.
-LOOK_SECONDS = 0.05
+STOP_POLL_INTERVAL_SECONDS = 0.05
 
 Claim = tuple[Any, Any, uuid.UUID]
 
 
-class InHand:
+class RowsInHand:
     """Thread-safe. What is held is a claim (model, id, lease), not a row: a report may take a row from the thread that
     reads it, and the next thread claims it."""
 
@@ -77,7 +77,7 @@ class InHand:
         with self._changed:
             self._quarantined = True
         try:
-            while not stop.is_set() and not self.wait_until_empty(LOOK_SECONDS):
+            while not stop.is_set() and not self.wait_until_empty(STOP_POLL_INTERVAL_SECONDS):
                 pass
             yield
         finally:

@@ -29,7 +29,7 @@ from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState
 
 # As often as the command line looks; one indexed read each.
-LOOK_SECONDS = 0.2
+POLL_INTERVAL_SECONDS = 0.2
 EVENTS_AT_ONCE = 500
 
 
@@ -136,7 +136,7 @@ class Receiver:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(f"{external_task_id}: {result.state} after {timeout_seconds:g} s; it goes on")
-            time.sleep(min(LOOK_SECONDS, left))
+            time.sleep(min(POLL_INTERVAL_SECONDS, left))
         if not result.is_archived:
             raise NotArchived(result)
         return result
@@ -164,7 +164,7 @@ class Receiver:
             if not found and not follow:
                 return
             if not found:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_INTERVAL_SECONDS)
 
     def next_events(self, after: int) -> list[Fact]:
         """At most 500 facts after a `seq`, in order; an empty list when there are none yet."""
@@ -235,7 +235,7 @@ class AsyncReceiver:
         try:
             async with asyncio.timeout(timeout_seconds):
                 while not (result := await self.status(external_task_id)).is_over:
-                    await asyncio.sleep(LOOK_SECONDS)
+                    await asyncio.sleep(POLL_INTERVAL_SECONDS)
         except TimeoutError:
             raise TimeoutError(f"{external_task_id}: not over after {timeout_seconds:g} s; it goes on") from None
         if not result.is_archived:
@@ -257,4 +257,4 @@ class AsyncReceiver:
             if not found and not follow:
                 return
             if not found:
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(POLL_INTERVAL_SECONDS)

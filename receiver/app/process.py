@@ -18,7 +18,7 @@ import uvicorn
 
 from receiver.app.wiring import Parts
 from receiver.web import app
-from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, Door
+from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, BoundedHttpProtocol
 from storage.errors import DatabaseUnavailable, UserError
 from storage.fetch.client import sweep
 from storage.rows import checkpoints, migrations
@@ -32,7 +32,7 @@ LIVED_SECONDS = 60.0
 # After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this
 # it is no start-up any more: exit 1, and whoever supervises us sees it and tries again.
 DATABASE_START_SECONDS = 60.0
-DATABASE_LOOK_SECONDS = 2.0
+DATABASE_INTERVAL_SECONDS = 2.0
 # How long a request in flight may take to end at SIGTERM: a body has 10 s, its commit 5 s.
 WEB_GRACE_SECONDS = 15
 # Beyond its grace time a worker gets this long to hand back its rows before it is killed.
@@ -68,7 +68,7 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
             if database.is_sqlite or left < 0:
                 raise
             log.warning("start.database_away", error=str(error), gives_up_in=round(left))
-            time.sleep(DATABASE_LOOK_SECONDS)
+            time.sleep(DATABASE_INTERVAL_SECONDS)
         else:
             return
 
@@ -167,7 +167,7 @@ def web_config(web: Any, host: str, port: int) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        http=Door,
+        http=BoundedHttpProtocol,
         ws="none",
         log_config=None,
         lifespan="on",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlmodel import col
 
 import receiver
-from receiver.app.worker import LINGER_SECONDS, Chore, Lane, Worker
+from receiver.app.worker import LINGER_SECONDS, Lane, PeriodicJob, Worker
 from receiver.base.config import Settings, private_pairs
 from receiver.base.once import made_once
 from receiver.base.signature import Signer
@@ -19,14 +19,14 @@ from receiver.events.dispatcher import Dispatcher, Sink
 from receiver.events.http_post import Poster
 from receiver.events.make import make
 from receiver.gateway import client_callback
-from receiver.gateway.answers import Wording
+from receiver.gateway.answers import ResponseFormat
 from receiver.providers.base import Provider
 from receiver.providers.kling.client import Kling
-from receiver.tasks.apply_deliveries import BATCH, Confirmation, Matcher, trusted_hosts
-from receiver.tasks.reconcile import Finder, Reader
+from receiver.tasks.apply_deliveries import BATCH, Confirmation, DeliveryApplier, trusted_hosts
+from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
 from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency
-from storage.accounts.rate_limit import ReadLimit
+from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots, give_back_silent
 from storage.archive import continuous_audit
 from storage.archive.archiver import Archiver
@@ -51,25 +51,25 @@ CALLBACK_THREADS = 2
 # A create or a read waits up to 20 s for the provider; four at once are below its 5 reads a second.
 TASK_THREADS = 4
 # Deadlines are hours away; one look a minute and worker costs an index look-up.
-DEADLINE_LOOK_SECONDS = 60.0
+DEADLINE_INTERVAL_SECONDS = 60.0
 # Half uploaded files lie there for a day before they are swept; a few looks a day cost as many list requests.
-UPLOADS_LOOK_SECONDS = 6 * 3_600.0
+UPLOADS_INTERVAL_SECONDS = 6 * 3_600.0
 # The largest file allowed must come within TOTAL_SECONDS, or within what it takes at this pace.
 SLOWEST_BYTES_PER_SECOND = 450_000.0
 # A day's silence is noticed a minute later, at the cost of a look into the index of held slots.
-SILENT_LOOK_SECONDS = 60.0
+SILENT_INTERVAL_SECONDS = 60.0
 # Events are numbered at once where a commit wakes workers, and this late at most: one index look-up by each worker.
-SEQUENCE_LOOK_SECONDS = 0.5
+SEQUENCE_INTERVAL_SECONDS = 0.5
 # When the next step of the audit is due its row says; a look reads that one row.
-AUDIT_LOOK_SECONDS = 1.0
+AUDIT_INTERVAL_SECONDS = 1.0
 # An audit that was switched off is forgotten by the next worker that starts, and by those that go on.
-AUDIT_OFF_LOOK_SECONDS = 86_400.0
+AUDIT_OFF_INTERVAL_SECONDS = 86_400.0
 # Names this installation in events where it has no public URL.
 NAMELESS = "urn:kling-receiver"
 
 
 # A key stands for its answer for a day; an hour more or less of a small row costs nothing.
-IDEMPOTENCY_LOOK_SECONDS = 3_600.0
+IDEMPOTENCY_INTERVAL_SECONDS = 3_600.0
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Parts:
         )
 
     @made_once
-    def read_limit(self) -> ReadLimit:
-        return ReadLimit(self.database)
+    def read_rate_limit(self) -> ReadRateLimit:
+        return ReadRateLimit(self.database)
 
     @made_once
     def bucket(self) -> Bucket:
@@ -164,7 +164,7 @@ class Parts:
             self.tokens,
             self.schedule,
             public_url=self.settings.public_url,
-            read_limit=self.read_limit,
+            read_rate_limit=self.read_rate_limit,
             lease_seconds=self.settings.lease_seconds,
             slots=self.slots,
         )
@@ -180,18 +180,18 @@ class Parts:
         chosen = self.settings
         if not chosen.api_keys:
             return None
-        creates = Creates(self.database, self.submitter, self.wording, chosen.event_policy)
-        queries = Queries(self.database, self.wording)
+        creates = Creates(self.database, self.submitter, self.response_format, chosen.event_policy)
+        queries = Queries(self.database, self.response_format)
         return Gateway(chosen.api_keys, creates, queries, document(receiver.__version__, chosen.public_url))
 
     @made_once
-    def wording(self) -> Wording:
+    def response_format(self) -> ResponseFormat:
         """How the gateway tells its clients of results."""
         from receiver.web.assets import asset_link  # with what serves HTTP, as above
 
         url = self.settings.public_url if self.settings.callback_secrets else None
         link = (lambda asset: asset_link(self.tokens, url, asset)) if url else (lambda _: None)
-        return Wording(self.settings.gateway_results, link)
+        return ResponseFormat(self.settings.gateway_results, link)
 
     @made_once
     def envelope(self) -> Envelope:
@@ -205,7 +205,7 @@ class Parts:
         poster = Poster(policy, connections=client_callback.THREADS)
         return {
             **sinks,
-            client_callback.NAME: client_callback.Clients(self.database, poster, Signer(secrets), self.wording),
+            client_callback.NAME: client_callback.Clients(self.database, poster, Signer(secrets), self.response_format),
         }
 
     @made_once
@@ -245,9 +245,9 @@ class Parts:
         """Everything a worker does. A row's step says which lane it waits for."""
         settings, step = self.settings, Task.step
         unmatched = col(Callback.state) == CallbackState.UNMATCHED
-        matcher = Matcher(self.database, self.providers, self.schedule, self.confirmation)
-        reader = Reader(self.database, self.providers, self.schedule, self.read_limit)
-        finder = Finder(self.database, self.providers, self.schedule, self.read_limit)
+        applier = DeliveryApplier(self.database, self.providers, self.schedule, self.confirmation)
+        reader = Reader(self.database, self.providers, self.schedule, self.read_rate_limit)
+        unmatched_deliveries = UnmatchedDeliveries(self.database, self.providers, self.schedule, self.read_rate_limit)
         store, provider = Circuit(), self.provider_circuit
         finisher = Finisher(self.database, self.bucket, self.schedule, version=receiver.__version__, circuit=store)
         archiver = Archiver(
@@ -257,13 +257,13 @@ class Parts:
             Lane(
                 "callbacks",
                 Callback,
-                matcher.work,
+                applier.work,
                 CALLBACK_THREADS,
                 (~unmatched,),
-                work_many=matcher.work_many,
+                work_many=applier.work_many,
                 batch=lambda: BATCH,
             ),
-            Lane("unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider),
+            Lane("unmatched", Callback, unmatched_deliveries.work, 1, (unmatched,), circuit=provider),
             Lane(
                 "creates",
                 Task,
@@ -288,31 +288,31 @@ class Parts:
             *(self._event_lane(name, sink) for name, sink in self.sinks.items()),
         )
 
-    def chores(self) -> Sequence[Chore]:
+    def periodic_jobs(self) -> Sequence[PeriodicJob]:
         """What every worker looks after beside its lanes."""
         lead = deadlines.lead_seconds(self.settings.result_lifetime_seconds)
         return (
-            Chore("idempotency keys", IDEMPOTENCY_LOOK_SECONDS, lambda: idempotency.prune_all(self.database)),
-            Chore("deadlines", DEADLINE_LOOK_SECONDS, lambda: deadlines.announce(self.database, lead)),
-            Chore("uploads", UPLOADS_LOOK_SECONDS, lambda: sweep_uploads(self.bucket)),
-            Chore("silent", SILENT_LOOK_SECONDS, lambda: give_back_silent(self.database)),
-            Chore("sequence", SEQUENCE_LOOK_SECONDS, self.sequence, wakes=True),
-            Chore("disabled sinks", DEADLINE_LOOK_SECONDS, lambda: outbox.end_disabled(self.database)),
-            self._audit_chore(),
+            PeriodicJob("idempotency keys", IDEMPOTENCY_INTERVAL_SECONDS, lambda: idempotency.prune_all(self.database)),
+            PeriodicJob("deadlines", DEADLINE_INTERVAL_SECONDS, lambda: deadlines.announce(self.database, lead)),
+            PeriodicJob("uploads", UPLOADS_INTERVAL_SECONDS, lambda: sweep_uploads(self.bucket)),
+            PeriodicJob("silent", SILENT_INTERVAL_SECONDS, lambda: give_back_silent(self.database)),
+            PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, self.sequence, wakes=True),
+            PeriodicJob("disabled sinks", DEADLINE_INTERVAL_SECONDS, lambda: outbox.end_disabled(self.database)),
+            self._audit_job(),
         )
 
-    def _audit_chore(self) -> Chore:
+    def _audit_job(self) -> PeriodicJob:
         chosen = self.settings
         if chosen.audit_days is None:
-            return Chore("audit", AUDIT_OFF_LOOK_SECONDS, lambda: continuous_audit.forget(self.database))
-        work = continuous_audit.Rolling(
+            return PeriodicJob("audit", AUDIT_OFF_INTERVAL_SECONDS, lambda: continuous_audit.forget(self.database))
+        work = continuous_audit.ContinuousAudit(
             self.database,
             self.bucket,
             days=chosen.audit_days,
             bytes_per_second=chosen.audit_bytes_per_second,
             lease_seconds=chosen.lease_seconds,
         )
-        return Chore("audit", AUDIT_LOOK_SECONDS, work.run)
+        return PeriodicJob("audit", AUDIT_INTERVAL_SECONDS, work.run)
 
     def worker(self, lanes: Sequence[Lane] | None = None) -> Worker:
         """A worker process's loop over all lanes, or over the given ones."""
@@ -322,7 +322,7 @@ class Parts:
             lanes or self.lanes(),
             lease_seconds=chosen.lease_seconds,
             grace_seconds=chosen.grace_seconds,
-            chores=self.chores(),
+            periodic_jobs=self.periodic_jobs(),
         )
 
     def close(self) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import structlog
 
-from receiver.app.in_hand import InHand, claims_of
+from receiver.app.in_hand import RowsInHand, claims_of
 from storage.accounts.slots import Slots
-from storage.background import alongside
+from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.operations import heartbeats
@@ -31,8 +31,8 @@ log = structlog.get_logger()
 IDLE_SECONDS = 0.5
 # What is not urgent waits this long for more of its kind: one transaction then serves many.
 LINGER_SECONDS = 0.1
-# Suspects (see claims.SUSPECT_LOSSES) are rare: looking once a second costs one index look-up.
-SUSPECT_LOOK_SECONDS = 1.0
+# Suspects (see claims.QUARANTINE_AFTER) are rare: looking once a second costs one index look-up.
+QUARANTINE_INTERVAL_SECONDS = 1.0
 # A bug is retried with this cap: loud in the log, and cured by the next release without anyone's help.
 BUG_CAP_SECONDS = 3_600.0
 # Frees a worker from a database that is away without spinning.
@@ -63,7 +63,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Chore:
+class PeriodicJob:
     """Something to look after now and then. Every worker process does it: several at once must be harmless.
 
     `wakes`: also soon after a commit.
@@ -85,17 +85,17 @@ class Worker:
         *,
         lease_seconds: float,
         grace_seconds: float,
-        chores: Sequence[Chore] = (),
+        periodic_jobs: Sequence[PeriodicJob] = (),
     ) -> None:
         self._database = database
         self._lanes = lanes
-        self._chores = chores
+        self._periodic_jobs = periodic_jobs
         self._lease_seconds = lease_seconds
         self._grace_seconds = grace_seconds
         self._stop = threading.Event()
         self._wake = threading.Condition()
         self._commits = 0
-        self._in_hand = InHand()
+        self._in_hand = RowsInHand()
         self._stranded: list[Any] = []
         self._ended = threading.Event()
 
@@ -113,7 +113,9 @@ class Worker:
         background = [self._listen, self._beat, self._look_for_suspects]
         threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
         threads += [threading.Thread(target=self._renew, args=(self._ended,), name="renew", daemon=True)]
-        threads += [threading.Thread(target=self._look_after, args=(chore,), daemon=True) for chore in self._chores]
+        threads += [
+            threading.Thread(target=self._run_periodic, args=(job,), daemon=True) for job in self._periodic_jobs
+        ]
         feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
         for thread in [*threads, *feeders]:
             thread.start()
@@ -133,7 +135,7 @@ class Worker:
             try:
                 return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes))
             except DatabaseUnavailable as error:
-                log.warning("worker.database_away", chore="register", error=str(error))
+                log.warning("worker.database_away", job="register", error=str(error))
             self._stop.wait(DATABASE_AWAY_SECONDS)
         return None
 
@@ -155,7 +157,7 @@ class Worker:
 
     def _renewing(self) -> AbstractContextManager[None]:
         """Extend the leases of what is in hand meanwhile, as `run` does."""
-        return alongside("renew", self._renew)
+        return background_thread("renew", self._renew)
 
     def _work_once(self, lane: Lane) -> int:
         rows, grant = self._claim_granted(lane, lane.batch())
@@ -189,7 +191,7 @@ class Worker:
         return rows
 
     def _is_any_due(self, lane: Lane) -> bool:
-        with self._database.glance() as connection:
+        with self._database.autocommit_reader() as connection:
             if claims.is_any_due(connection, lane.model, where=lane.where):
                 return True
         if lane.slots is None:
@@ -202,7 +204,7 @@ class Worker:
         pool = ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name)
         while not self._stop.is_set():
             seen = self._commits
-            with _slots(idle, lane.threads) as free:
+            with _idle_threads(idle, lane.threads) as free:
                 batches, grant = self._claim_batches(lane, len(free))
                 is_idle = bool(free) and not batches
                 for rows in batches:
@@ -282,16 +284,16 @@ class Worker:
             self._try("renew", self.renew_held)
             self._try("hand_back", self._hand_back_stranded)
 
-    def _try(self, chore: str, do: Callable[[], object]) -> None:
+    def _try(self, job: str, do: Callable[[], object]) -> None:
         """Whatever goes wrong is told, and its thread lives to do it the next time."""
         try:
             do()
         except DatabaseUnavailable as error:
-            log.warning("worker.database_away", chore=chore, error=str(error))
+            log.warning("worker.database_away", job=job, error=str(error))
         except StoreUnavailable as error:
-            log.warning("worker.store_away", chore=chore, error=str(error))
+            log.warning("worker.store_away", job=job, error=str(error))
         except Exception:
-            log.exception("worker.bug", chore=chore)
+            log.exception("worker.bug", job=job)
 
     def _hand_back_stranded(self) -> None:
         """Rows that could not be settled while the database was away: nobody need wait for their leases to end."""
@@ -315,18 +317,18 @@ class Worker:
         while not self._ended.wait(heartbeats.BEAT_SECONDS):
             self._try("beat", lambda: heartbeats.beat(self._database, self._id))
 
-    def _look_after(self, chore: Chore) -> None:
+    def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
             seen = self._commits
-            self._try(chore.name, chore.run)
-            if chore.wakes:
-                self._sleep(seen, chore.every_seconds)
+            self._try(job.name, job.run)
+            if job.wakes:
+                self._sleep(seen, job.every_seconds)
                 self._stop.wait(LINGER_SECONDS)
             else:
-                self._stop.wait(chore.every_seconds)
+                self._stop.wait(job.every_seconds)
 
     def _look_for_suspects(self) -> None:
-        while not self._stop.wait(SUSPECT_LOOK_SECONDS):
+        while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
             self._try("suspects", self._work_on_suspects)
 
     def _work_on_suspects(self) -> int:
@@ -346,7 +348,7 @@ class Worker:
         return done
 
     def _suspected(self) -> list[Lane]:
-        with self._database.glance() as connection:
+        with self._database.autocommit_reader() as connection:
             return [
                 lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True, where=lane.where)
             ]
@@ -376,7 +378,7 @@ def _grant(lane: Lane, wanted: int, left_for_seconds: float = 0) -> Grant:
 
 
 @contextmanager
-def _slots(idle: threading.Semaphore, limit: int) -> Iterator[list[None]]:
+def _idle_threads(idle: threading.Semaphore, limit: int) -> Iterator[list[None]]:
     """Take every idle slot there is, none if none comes soon; those still in the list at the end are given back."""
     taken: list[None] = [None] if idle.acquire(timeout=IDLE_SECONDS) else []
     while 0 < len(taken) < limit and idle.acquire(blocking=False):

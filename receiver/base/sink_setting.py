@@ -21,7 +21,7 @@ from storage.errors import FetchRefused
 from storage.fetch.addresses import AddressPolicy, check_url
 from storage.rows.events import names_matching
 
-Kind = Literal["webhook", "sqs", "file", "stdout"]
+SinkKind = Literal["webhook", "sqs", "file", "stdout"]
 
 NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62})=(?=[A-Za-z][A-Za-z0-9+.-]*:)")
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
@@ -36,7 +36,7 @@ class Entry:
     """One sink that is asked for. `names`: of the events it wants. `url`: as it is used, without prefix and filters."""
 
     name: str
-    kind: Kind
+    kind: SinkKind
     url: str = field(repr=False)
     names: frozenset[str]
 
@@ -77,7 +77,7 @@ def _entry(text: str, policy: AddressPolicy) -> Entry:
     return Entry(name or kind, kind, url, frozenset(map(str, names)))
 
 
-def _target(url: str, policy: AddressPolicy) -> tuple[Kind, str, str]:
+def _target(url: str, policy: AddressPolicy) -> tuple[SinkKind, str, str]:
     """What kind it is, the URL that is used, and what it is called when it has no name."""
     if url == "stdout:":
         return "stdout", url, "stdout"
@@ -99,7 +99,7 @@ def _file(url: str) -> Path:
     return path
 
 
-def _queue(url: str, policy: AddressPolicy) -> tuple[Kind, str, str]:
+def _queue(url: str, policy: AddressPolicy) -> tuple[SinkKind, str, str]:
     """An https queue may be anywhere, at a private endpoint as well: it is the operator's own, and boto3 dials it."""
     parts = urlsplit(url)
     account, _, queue = parts.path.strip("/").partition("/")

@@ -70,7 +70,7 @@ WORK_OF_EACH = {
 }
 
 
-def show_work(measures: Mapping[str, Any] | None) -> None:
+def update_work_gauges(measures: Mapping[str, Any] | None) -> None:
     """Set the gauges of work; None: the database is away, and no number is better than an old one."""
     for name, gauge in WORK.items():
         _set(gauge, measures[name] if measures else None)

@@ -12,12 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from storage.accounts.batches import Counts
 
-LOOK_SECONDS = 1.0
+POLL_INTERVAL_SECONDS = 1.0
 # Tasks take half a minute (KLING §7); a rate over five minutes is steady enough to tell the time left by.
 RATE_SECONDS = 300.0
 # Where nobody watches a terminal, a line now and then.
 LINE_SECONDS = 30.0
-WORKERS_LOOK_SECONDS = 10.0
+WORKERS_INTERVAL_SECONDS = 10.0
 
 
 class Rate:
@@ -67,7 +67,7 @@ def watch(look: Callable[[], Counts], workers: Callable[[], int], console: Conso
         alive = 1
         while True:
             now, counts = time.monotonic(), look()
-            if now - looked_at > WORKERS_LOOK_SECONDS:
+            if now - looked_at > WORKERS_INTERVAL_SECONDS:
                 looked_at, alive = now, workers()
             line = words(counts, rate.see(counts.over, now)) + ("" if alive else " · NO WORKER IS ALIVE")
             progress.update(bar, total=counts.total, completed=counts.over, description=line)
@@ -77,4 +77,4 @@ def watch(look: Callable[[], Counts], workers: Callable[[], int], console: Conso
                 console.print(f"{counts.over:,}/{counts.total:,} {line}", highlight=False, soft_wrap=True)
             if is_over:
                 return counts
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)

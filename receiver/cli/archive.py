@@ -144,7 +144,7 @@ def delete(
 
     with _parts() as parts:
         if dry_run:
-            _, folders = deletion.look(parts.database, parts.bucket, external_task_id)
+            _, folders = deletion.folders_of_task(parts.database, parts.bucket, external_task_id)
             _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)
             return
         task_view.find(parts.database, external_task_id)

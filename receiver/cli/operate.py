@@ -144,7 +144,7 @@ def adopt(
     from receiver.tasks.adopt import Adopter
 
     with _parts(allow_http, migrate=not dry_run) as parts, Console(stderr=True).status("asking the provider"):
-        adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_limit, dry_run=dry_run)
+        adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
         tally = adopter.take(task) if task else adopter.take_listed(timedelta(days=listed_days or 0))
     _answer(tally, dry_run, as_json)
 

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from receiver.sandbox import Knobs, Sandbox
 
-LOOK_SECONDS = 0.5  # for Ctrl-C
+CTRL_C_INTERVAL_SECONDS = 0.5  # for Ctrl-C
 
 
 def demo(
@@ -159,7 +159,7 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
             typer.echo(f"export {name}={value}")
         typer.echo("\nCtrl-C ends it.")
         sys.stdout.flush()
-        while not ended.wait(LOOK_SECONDS):
+        while not ended.wait(CTRL_C_INTERVAL_SECONDS):
             pass  # looks by itself: a signal may be taken by another thread than this one
     finally:
         server.stop()

@@ -45,7 +45,7 @@ FOREIGN_PREFIXES, FOREIGN_SUFFIX = ("RECEIVER_", "AWS_"), "_PROXY"
 SUBMITTED_SECONDS, PROCESSING_SECONDS, POLL_AFTER_SECONDS = 0.3, 0.7, 2.0
 GRACE_SECONDS = 5  # what the receiver's workers get to finish in; a demo has nothing to lose
 STOP_SECONDS = 20.0  # serve ends within its workers' grace time and 5 s more
-LOOK_SECONDS = 0.1
+POLL_INTERVAL_SECONDS = 0.1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 O1, V3 = "kling-image-o1", "kling-v3-omni"
@@ -172,7 +172,7 @@ class Stage:
             )
         while not answers("GET", self._port, "/readyz?strict=1"):
             self.check("the receiver did not become ready")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_INTERVAL_SECONDS)
 
     def check(self, what_if_late: str) -> None:
         """Raises `DemoFailed` when the receiver is gone or the time is up."""
@@ -185,7 +185,7 @@ class Stage:
         """Block until the receiver ends, which it should not. Raises `DemoFailed` then."""
         assert self._receiver is not None
         while (code := self._receiver.poll()) is None:
-            time.sleep(LOOK_SECONDS)  # looks by itself: a signal may be taken by another thread than this one
+            time.sleep(POLL_INTERVAL_SECONDS)  # looks by itself: a signal may be taken by another thread than this one
         raise DemoFailed(f"the receiver ended by itself with exit code {code}")
 
     def stop(self, *, in_order: bool) -> None:
@@ -214,7 +214,7 @@ def _perform(console: Console, stage: Stage) -> None:
                 watch.show()
             while not all(is_over(find(parts.database, wish.external_task_id)[0]) for wish in WISHES):
                 stage.check("not every task ended")
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_INTERVAL_SECONDS)
                 watch.show()
             watch.show()
         outcomes = compare(stage, parts)

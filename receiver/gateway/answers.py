@@ -42,7 +42,7 @@ ENDS_OF_ARCHIVE = frozenset({EventName.TASK_ARCHIVED, EventName.TASK_INCOMPLETE}
 
 
 @dataclass(frozen=True)
-class Wording:
+class ResponseFormat:
     """How results are told.
 
     `results`: `archived` = a task is `processing` until its pictures are ours; `provider` = it succeeds when the
@@ -53,10 +53,10 @@ class Wording:
     link: Callable[[Asset], str | None]
 
 
-def record(task: Task, assets: Sequence[Asset], wording: Wording) -> dict[str, Any]:
+def record(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:
     """The task as a query tells it, from its rows as they are now. Holds result links: a secret."""
-    status = status_of(task, wording.results)
-    return _record(task, assets, status, _changed_at(task, status, wording.results), wording)
+    status = status_of(task, response_format.results)
+    return _record(task, assets, status, _changed_at(task, status, response_format.results), response_format)
 
 
 def created(task: Task, status: Status = "submitted") -> dict[str, Any]:
@@ -73,7 +73,13 @@ def created(task: Task, status: Status = "submitted") -> dict[str, Any]:
 
 
 def callback_body(
-    task: Task, assets: Sequence[Asset], event_name: str, *, at: datetime, earlier: Sequence[str], wording: Wording
+    task: Task,
+    assets: Sequence[Asset],
+    event_name: str,
+    *,
+    at: datetime,
+    earlier: Sequence[str],
+    response_format: ResponseFormat,
 ) -> bytes | None:
     """What a client is POSTed because of one fact; None when that fact tells it nothing new.
 
@@ -84,10 +90,10 @@ def callback_body(
     `at`: when the fact became true. `earlier`: the names of all facts of this task before it, oldest first. `assets`:
     as they are now. The bytes hold result links: never log them. The same arguments give the same bytes.
     """
-    *before, status = _statuses_told([*_since_created(earlier), event_name], wording.results)
+    *before, status = _statuses_told([*_since_created(earlier), event_name], response_format.results)
     if status is None or RANK[status] <= max((RANK[told] for told in before if told), default=-1):
         return None
-    return json.dumps(_record(task, assets, status, at, wording), ensure_ascii=False).encode()
+    return json.dumps(_record(task, assets, status, at, response_format), ensure_ascii=False).encode()
 
 
 def _since_created(event_names: Sequence[str]) -> Sequence[str]:
@@ -132,7 +138,7 @@ def _changed_at(task: Task, status: Status, results: Results) -> datetime:
 
 
 def _record(
-    task: Task, assets: Sequence[Asset], status: Status, changed_at: datetime, wording: Wording
+    task: Task, assets: Sequence[Asset], status: Status, changed_at: datetime, response_format: ResponseFormat
 ) -> dict[str, Any]:
     done = status == "succeed"
     told: dict[str, Any] = {
@@ -142,7 +148,7 @@ def _record(
         "task_info": _info(task),
         "created_at": _ms(task.created_at),
         "updated_at": _ms(changed_at),
-        "task_result": _result(task, assets, wording) if done else {},
+        "task_result": _result(task, assets, response_format) if done else {},
         "receiver": _ours(task),
     }
     if done and task.units is not None:
@@ -160,11 +166,11 @@ def _ours(task: Task) -> dict[str, Any]:
     return {"provider_task_id": task.provider_task_id, "archive": task.archive.value}
 
 
-def _result(task: Task, assets: Sequence[Asset], wording: Wording) -> dict[str, Any]:
+def _result(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:
     kind = "series" if task.series else "image"
     watermarked = {asset.index: asset for asset in assets if asset.kind == "watermark" and asset.original == kind}
     pictures = [
-        _picture(asset, watermarked.get(asset.index), wording)
+        _picture(asset, watermarked.get(asset.index), response_format)
         for asset in sorted(assets, key=lambda each: each.index)
         if asset.kind == kind
     ]
@@ -174,16 +180,16 @@ def _result(task: Task, assets: Sequence[Asset], wording: Wording) -> dict[str, 
     return {"images": pictures, **others}
 
 
-def _picture(asset: Asset, watermarked: Asset | None, wording: Wording) -> dict[str, Any]:
-    told: dict[str, Any] = {"index": asset.index, "url": _url(asset, wording)}
+def _picture(asset: Asset, watermarked: Asset | None, response_format: ResponseFormat) -> dict[str, Any]:
+    told: dict[str, Any] = {"index": asset.index, "url": _url(asset, response_format)}
     if watermarked is not None:
-        told["watermark_url"] = _url(watermarked, wording)
+        told["watermark_url"] = _url(watermarked, response_format)
     return told
 
 
-def _url(asset: Asset, wording: Wording) -> str:
+def _url(asset: Asset, response_format: ResponseFormat) -> str:
     """Ours once archived; a picture that is not (yet) kept has the provider's."""
-    link = wording.link(asset) if asset.state is AssetState.ARCHIVED and asset.key else None
+    link = response_format.link(asset) if asset.state is AssetState.ARCHIVED and asset.key else None
     return link or asset.source_url
 
 

@@ -15,7 +15,7 @@ from sqlmodel import col, select
 from receiver.base.signature import Signer
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, SinkRefused
 from receiver.events.http_post import Poster
-from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, Wording, callback_body
+from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, callback_body
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit
 from storage.errors import GiveUp, Retry
 from storage.rows import tasks
@@ -37,11 +37,11 @@ class Clients:
     batch = 1
     threads = THREADS
 
-    def __init__(self, database: Database, poster: Poster, signer: Signer, wording: Wording) -> None:
+    def __init__(self, database: Database, poster: Poster, signer: Signer, response_format: ResponseFormat) -> None:
         self._database = database
         self._poster = poster
         self._signer = signer
-        self._wording = wording
+        self._response_format = response_format
         self._circuits: dict[str, Circuit] = {}
         self._lock = threading.Lock()
 
@@ -81,7 +81,9 @@ class Clients:
             before = select(Event.name).where(Event.task_id == task.id, col(Event.seq) < event.seq)
             earlier = list(session.exec(before.order_by(col(Event.seq))))
             assets = tasks.assets_of(session, task.id)
-        return task, callback_body(task, assets, event.name, at=event.at, earlier=earlier, wording=self._wording)
+        return task, callback_body(
+            task, assets, event.name, at=event.at, earlier=earlier, response_format=self._response_format
+        )
 
     def _circuit(self, host: str) -> Circuit:
         with self._lock:

@@ -19,7 +19,7 @@ from sqlmodel import Session
 from receiver.gateway.answers import (
     Refused,
     Reply,
-    Wording,
+    ResponseFormat,
     already_exists,
     bad_parameter,
     created,
@@ -30,7 +30,7 @@ from receiver.gateway.answers import (
 )
 from receiver.providers.base import RequestInvalid, is_storable, plain
 from receiver.providers.kling.request import OmniImageRequest, parse_request
-from receiver.tasks.create_outcome import Listener, Refusal
+from receiver.tasks.create_outcome import CreateOutcome, Refusal
 from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
@@ -52,7 +52,7 @@ MAX_MESSAGE_CHARS = 1_000
 
 
 @dataclass(frozen=True)
-class Ask:
+class CreateRequest:
     """One readable create. `callback_url`: the client's own, a secret. `key`: its Idempotency-Key, if it gave one."""
 
     request: OmniImageRequest = field(repr=False)
@@ -62,7 +62,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Begun:
+class StartedCreate:
     """A committed row. `first` False: the key was taken before, by this request or a twin of it; nothing is sent."""
 
     task: Task
@@ -70,7 +70,7 @@ class Begun:
 
 
 @dataclass
-class Patience:
+class DuplicateWait:
     """How long a twin waits for the first's answer, from its first look on. In monotonic seconds."""
 
     began_at: float
@@ -93,14 +93,14 @@ class Creates:
     """
 
     def __init__(
-        self, database: Database, submitter: Submitter, wording: Wording, callback_policy: AddressPolicy
+        self, database: Database, submitter: Submitter, response_format: ResponseFormat, callback_policy: AddressPolicy
     ) -> None:
         self._database = database
         self._submitter = submitter
-        self._wording = wording
+        self._response_format = response_format
         self._callback_policy = callback_policy
 
-    def read(self, body: bytes, client: str, key_word: str) -> Ask:
+    def read(self, body: bytes, client: str, key_word: str) -> CreateRequest:
         """What is asked for. `client`: SHA-256 of its API key. `key_word`: its Idempotency-Key, empty = none.
 
         Raises `Refused` naming the field.
@@ -118,7 +118,7 @@ class Creates:
         except RequestInvalid as error:
             raise _invalid(error) from None
         key = _key(client, key_word, fields) if key_word else None
-        return Ask(request, external_task_id, callback_url, key)
+        return CreateRequest(request, external_task_id, callback_url, key)
 
     def _checked_url(self, url: str) -> str:
         try:
@@ -126,7 +126,7 @@ class Creates:
         except FetchRefused as error:
             raise bad_parameter(f"callback_url: {error}") from None
 
-    def begin(self, ask: Ask) -> Begun:
+    def begin(self, ask: CreateRequest) -> StartedCreate:
         """Commit the row, and the key with it; a crash after it leaves a row that a worker goes on with.
 
         Raises `Refused`: the id exists, the key stands for another body, no slots are free. Then nothing is kept.
@@ -138,8 +138,8 @@ class Creates:
                 known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
                 if known is not None and ask.key is not None:
                     _check_same(known, ask.key)
-                    return Begun(session.get_one(Task, known.task_id), first=False)
-                return Begun(self._insert(session, wanted, ask.key), first=True)
+                    return StartedCreate(session.get_one(Task, known.task_id), first=False)
+                return StartedCreate(self._insert(session, wanted, ask.key), first=True)
         except RequestInvalid as error:
             raise _invalid(error) from None
         except NoSlots as error:
@@ -156,10 +156,10 @@ class Creates:
             idempotency.point_to(session, key, again.id)
         return again
 
-    def send(self, begun: Begun, listener: Listener) -> None:
-        self._submitter.send(begun.task, listener)
+    def send(self, begun: StartedCreate, outcome_listener: CreateOutcome) -> None:
+        self._submitter.send(begun.task, outcome_listener)
 
-    def conclude(self, ask: Ask, begun: Begun, refusal: Refusal | None, request_id: str) -> Reply:
+    def conclude(self, ask: CreateRequest, begun: StartedCreate, refusal: Refusal | None, request_id: str) -> Reply:
         """The answer to a create that was sent, remembered under its key.
 
         Not so that the provider asks us to slow down: nothing was made, and the client is to ask again. Never raises
@@ -177,7 +177,7 @@ class Creates:
                 log.exception("gateway.answer_not_remembered", task=begun.task.external_task_id)
         return reply
 
-    def _latest(self, begun: Begun) -> Task:
+    def _latest(self, begun: StartedCreate) -> Task:
         """The row as it is now, or as it was committed when it cannot be read."""
         try:
             return self._row(begun)
@@ -194,10 +194,12 @@ class Creates:
             else:
                 idempotency.answer(session, key, reply.http_status, reply.body)
 
-    def replay(self, ask: Ask, begun: Begun, request_id: str, patience: Patience, *, now: float) -> Reply | None:
+    def replay(
+        self, ask: CreateRequest, begun: StartedCreate, request_id: str, duplicate_wait: DuplicateWait, *, now: float
+    ) -> Reply | None:
         """What was answered under the key; None: a twin may be about to, look again.
 
-        `patience`: the same for all looks. `now`: monotonic seconds. Where nobody answers (a crash), it is the row's
+        `duplicate_wait`: the same at every poll. `now`: monotonic s. Where nobody answers (a crash), it is the row's
         state in the end. Raises `Refused` when the key was given back.
         """
         assert ask.key is not None
@@ -207,15 +209,15 @@ class Creates:
         if first is None or first.status is not None:
             return _answered(first)
         is_under_way = task.step is Step.CREATE and task.lease is not None
-        if not patience.is_over(is_under_way=is_under_way, now=now):
+        if not duplicate_wait.is_over(is_under_way=is_under_way, now=now):
             return None
-        reply = success(created(task, status_of(task, self._wording.results)), request_id)
+        reply = success(created(task, status_of(task, self._response_format.results)), request_id)
         with self._database.write() as session:
             idempotency.answer(session, ask.key, reply.http_status, reply.body)
             first = idempotency.find(session, ask.key)  # the first's own, if it came after all
         return _answered(first)
 
-    def _row(self, begun: Begun) -> Task:
+    def _row(self, begun: StartedCreate) -> Task:
         with self._database.read() as session:
             return session.get_one(Task, begun.task.id)
 

@@ -31,9 +31,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from receiver.gateway.answers import Refused, Reply, success, too_fast
-from receiver.gateway.creates import Ask, Begun, Creates, Patience
+from receiver.gateway.creates import CreateRequest, Creates, DuplicateWait, StartedCreate
 from receiver.gateway.queries import Queries
-from receiver.tasks.create_outcome import Listener
+from receiver.tasks.create_outcome import CreateOutcome
 from storage.errors import DatabaseUnavailable
 
 log = structlog.get_logger()
@@ -56,7 +56,7 @@ PROVIDER_SECONDS = 20.0
 MAX_CREATES = 64
 # Reads and short writes, which a waiting create must not hold up.
 SHORT_THREADS = 8
-LOOK_SECONDS = 0.1
+POLL_INTERVAL_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5
 # How long a twin goes on looking for the first's answer once the server ends: creates answer then, and commit it.
 TWIN_SECONDS = 2.0
@@ -157,23 +157,25 @@ class Gateway:
                 return await self._replay(ask, begun, request_id)
             return await self._send(ask, begun, request_id)
 
-    async def _ask(self, request: Request, client: str, take: Callable[[int], None]) -> Ask:
+    async def _ask(self, request: Request, client: str, take: Callable[[int], None]) -> CreateRequest:
         body = await _read_body(request, take)
         return await self._briefly(self._creates.read, body, client, request.headers.get("idempotency-key", ""))
 
-    async def _send(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
+    async def _send(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
         """Wait for the provider, for a while or until the server ends; a refusal that comes later is the row's affair.
 
         The row is committed and goes on by itself: whatever fails from here on, the client must not send again.
         """
-        listener = Listener()
-        sending = asyncio.create_task(to_thread.run_sync(self._creates.send, begun, listener, limiter=self._long))
+        outcome_listener = CreateOutcome()
+        sending = asyncio.create_task(
+            to_thread.run_sync(self._creates.send, begun, outcome_listener, limiter=self._long)
+        )
         self._sending.add(sending)
         sending.add_done_callback(self._sent)
         await self._first_of(sending, seconds=PROVIDER_SECONDS)
-        if listener.leave():
+        if outcome_listener.leave():
             await asyncio.wait({sending})  # the refusal stands once the row has ended
-        refusal = None if _failure(sending) else listener.refusal
+        refusal = None if _failure(sending) else outcome_listener.refusal
         return await self._briefly(self._creates.conclude, ask, begun, refusal, request_id)
 
     async def _first_of(self, sending: asyncio.Task[None], *, seconds: float) -> None:
@@ -192,17 +194,17 @@ class Gateway:
         elif error:
             log.error("gateway.send_failed", exc_info=error)
 
-    async def _replay(self, ask: Ask, begun: Begun, request_id: str) -> Reply:
+    async def _replay(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
         """The first's answer. When the server ends before there is one, the twin may come again: its key is taken."""
-        patience = Patience(time.monotonic())
+        duplicate_wait = DuplicateWait(time.monotonic())
         while True:
-            look = partial(self._creates.replay, ask, begun, request_id, patience, now=time.monotonic())
+            look = partial(self._creates.replay, ask, begun, request_id, duplicate_wait, now=time.monotonic())
             reply = await self._briefly(look)
             if reply is not None:
                 return reply
             if time.monotonic() > self._closes_at:
                 raise _away()
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
     @contextmanager
     def _room(self) -> Iterator[Callable[[int], None]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlmodel import Session
 
-from receiver.gateway.answers import Refused, Wording, bad_parameter, record
+from receiver.gateway.answers import Refused, ResponseFormat, bad_parameter, record
 from receiver.providers.base import is_storable, plain
 from storage.rows import tasks
 from storage.rows.database import Database
@@ -21,9 +21,9 @@ MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE = 1_000, 500, 30
 class Queries:
     """Safe for threads."""
 
-    def __init__(self, database: Database, wording: Wording) -> None:
+    def __init__(self, database: Database, response_format: ResponseFormat) -> None:
         self._database = database
-        self._wording = wording
+        self._response_format = response_format
 
     def one(self, name: str) -> dict[str, Any]:
         """The task with this `task_id` (ours) or `external_task_id`. Raises `Refused`."""
@@ -31,7 +31,7 @@ class Queries:
             task = _find(session, name) if is_storable(name) else None
             if task is None:
                 raise _unknown(name)
-            return record(task, tasks.assets_of(session, task.id), self._wording)
+            return record(task, tasks.assets_of(session, task.id), self._response_format)
 
     def page(self, params: Mapping[str, str]) -> list[dict[str, Any]]:
         """One page of all tasks, newest first; past the end it is empty. Raises `Refused`."""
@@ -40,7 +40,7 @@ class Queries:
         with self._database.read() as session:
             found = tasks.newest(session, size, skip=(number - 1) * size)
             assets = tasks.assets_of_all(session, [task.id for task in found])
-        return [record(task, assets[task.id], self._wording) for task in found]
+        return [record(task, assets[task.id], self._response_format) for task in found]
 
 
 def _find(session: Session, name: str) -> Task | None:

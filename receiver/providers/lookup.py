@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 from receiver.providers.base import NoSuchCall, Provider, Record
-from storage.accounts.rate_limit import ReadLimit
+from storage.accounts.rate_limit import ReadRateLimit
 
 # Kling lists up to 500 a page, newest first (KLING §3); twenty pages are 10,000 tasks made since the one we look for.
 PAGE_SIZE = 500
@@ -16,7 +16,7 @@ SLACK = timedelta(hours=1)
 
 def read_task(
     provider: Provider,
-    limit: ReadLimit,
+    limit: ReadRateLimit,
     *,
     provider_task_id: str | None,
     external_task_id: str,
@@ -34,7 +34,9 @@ def read_task(
         return _listed(provider, limit, {provider_task_id, external_task_id} - {None}, made_at)
 
 
-def _listed(provider: Provider, limit: ReadLimit, names: set[str | None], made_at: datetime | None) -> Record | None:
+def _listed(
+    provider: Provider, limit: ReadRateLimit, names: set[str | None], made_at: datetime | None
+) -> Record | None:
     for page in range(1, MAX_PAGES + 1):
         limit.wait(provider.name)
         records = provider.list_page(page, PAGE_SIZE)

@@ -19,7 +19,7 @@ from receiver.providers.base import Provider, Record
 from receiver.providers.lookup import read_task
 from receiver.tasks import apply_deliveries
 from receiver.tasks.changes import Tally, change
-from storage.accounts.rate_limit import ReadLimit, TooManyReads
+from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.errors import GiveUp, Retry
 from storage.keys import IdInvalid, encode_id
 from storage.operations import maintenance
@@ -49,7 +49,7 @@ class Adopter:
         database: Database,
         providers: Mapping[str, Provider],
         schedule: tasks.Schedule,
-        limit: ReadLimit,
+        limit: ReadRateLimit,
         *,
         dry_run: bool = False,
     ) -> None:

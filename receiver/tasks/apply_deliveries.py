@@ -17,14 +17,14 @@ from receiver.providers.base import Provider
 from storage import states
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
 from storage.rows import claims, tasks
-from storage.rows.database import Database, clock
+from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Report, TaskState
 
 log = structlog.get_logger()
 
-# An unmatched delivery is looked at once more (see `reconcile.Finder`): its task's row may have been on its
+# An unmatched delivery is looked at once more (`reconcile.UnmatchedDeliveries`): its task's row may have been on its
 # way to its commit, or was lost with a database.
 LOOK_AGAIN_SECONDS = 60
 LOOKS = 3
@@ -77,7 +77,7 @@ class Verdict:
     event: EventName | None = None
 
 
-class Matcher:
+class DeliveryApplier:
     """Applies claimed deliveries. Applying one twice is harmless."""
 
     def __init__(
@@ -153,7 +153,7 @@ class Matcher:
         return len(verdicts)
 
     def _settle(self, session: Session, row: Callback, verdict: Verdict, parsed: Report | str) -> None:
-        values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": clock()}
+        values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}
         due_in = None
         if verdict.state is CallbackState.UNMATCHED and isinstance(parsed, Report):
             values |= {"external_task_id": parsed.external_task_id, "provider_task_id": parsed.provider_task_id}

@@ -9,7 +9,7 @@ from storage.errors import ProviderRejected, ProviderThrottled
 Refusal = ProviderRejected | ProviderThrottled
 
 
-class Listener:
+class CreateOutcome:
     """A refusal is told to whoever waits, and then the row ends; or nobody waits any more, and the row goes on.
 
     Never both: which of the two it is, is decided once, under a lock. Safe for threads.

@@ -248,11 +248,11 @@ class Operator:
             tally.counts[kind.name] = self._count(kind) if self._dry_run else self._prune(kind)
         return tally
 
-    def _count(self, kind: maintenance.Kind) -> int:
+    def _count(self, kind: maintenance.Prunable) -> int:
         with self._database.read() as session:
             return maintenance.count_old(session, kind)
 
-    def _prune(self, kind: maintenance.Kind) -> int:
+    def _prune(self, kind: maintenance.Prunable) -> int:
         count, last = 0, None
         while True:
             with self._database.read() as session:

@@ -19,7 +19,7 @@ from receiver.providers.base import Provider, Record
 from receiver.providers.lookup import read_task
 from receiver.tasks import apply_deliveries
 from storage import states
-from storage.accounts.rate_limit import ReadLimit, TooManyReads
+from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.errors import GiveUp, LostClaim, Retry
 from storage.keys import encode_id
 from storage.operations import maintenance
@@ -49,7 +49,7 @@ class Reader:
         database: Database,
         providers: Mapping[str, Provider],
         schedule: tasks.Schedule,
-        limit: ReadLimit,
+        limit: ReadRateLimit,
         *,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -184,11 +184,11 @@ class Reader:
             log.warning("task.unread", task=task.external_task_id, error=str(error), seconds=round(due_in, 1))
 
 
-class Finder:
+class UnmatchedDeliveries:
     """Works on unmatched deliveries, once each: a row may have come since, or was lost with a database."""
 
     def __init__(
-        self, database: Database, providers: Mapping[str, Provider], schedule: tasks.Schedule, limit: ReadLimit
+        self, database: Database, providers: Mapping[str, Provider], schedule: tasks.Schedule, limit: ReadRateLimit
     ) -> None:
         self._database = database
         self._providers = providers

@@ -33,9 +33,9 @@ from receiver.providers.base import (
     Unavailable,
 )
 from receiver.providers.lookup import read_task
-from receiver.tasks.create_outcome import Listener
+from receiver.tasks.create_outcome import CreateOutcome
 from storage.accounts import slots
-from storage.accounts.rate_limit import ReadLimit
+from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
 from storage.errors import (
     LostClaim,
@@ -50,9 +50,9 @@ from storage.errors import (
 )
 from storage.keys import encode_id
 from storage.rows import claims, tasks
-from storage.rows.database import Database, clock
+from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
-from storage.rows.lease_renewal import holding
+from storage.rows.lease_renewal import renewing_lease
 from storage.rows.models import Task
 from storage.states import ArchiveState, Report, Step, TaskState
 
@@ -100,7 +100,7 @@ class Submitter:
         schedule: tasks.Schedule,
         *,
         public_url: str | None,
-        read_limit: ReadLimit,
+        read_rate_limit: ReadRateLimit,
         lease_seconds: float = 60,
         slots: Slots | None = None,
     ) -> None:
@@ -109,7 +109,7 @@ class Submitter:
         self._tokens = tokens
         self._schedule = schedule
         self._public_url = public_url
-        self._read_limit = read_limit
+        self._read_rate_limit = read_rate_limit
         self._lease_seconds = lease_seconds
         self._slots = slots or Slots(provider.name)
 
@@ -207,17 +207,17 @@ class Submitter:
         session.flush()
         return row
 
-    def send(self, task: Task, listener: Listener | None = None) -> None:
-        """Send a row that was inserted, and settle its create. `listener`: is told of a refusal, which ends the row.
+    def send(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
+        """Send a row that was inserted, and settle its create. `outcome_listener`: hears of a refusal, which ends it.
 
         Its claim is renewed meanwhile. One that was lost before (it waited too long) sends nothing: who has it does.
         """
-        with self._holding(task):
+        with self._renewing_lease(task):
             if self._mark_sent(task):
-                self._post(task, listener)
+                self._post(task, outcome_listener)
 
-    def _holding(self, task: Task) -> AbstractContextManager[None]:
-        return holding(self._database, task, lease_seconds=self._lease_seconds)
+    def _renewing_lease(self, task: Task) -> AbstractContextManager[None]:
+        return renewing_lease(self._database, task, lease_seconds=self._lease_seconds)
 
     def _existing(self, wanted: Task) -> Task:
         task = self._again(wanted.external_task_id)
@@ -244,7 +244,7 @@ class Submitter:
             if not free:  # when its turn comes, `sent_at` makes a worker look before it sends
                 task.sent_at = slots.wait(task, task.sent_at)
         if free:
-            with self._holding(task):
+            with self._renewing_lease(task):
                 self._look_up(task)
 
     def _again(self, external_task_id: str) -> Task:
@@ -265,25 +265,25 @@ class Submitter:
 
     def _mark_sent(self, task: Task) -> bool:
         """Right before the POST: whether the claim is still ours, from now on for a whole lease."""
-        due_at = clock(self._lease_seconds)
+        due_at = db_now(self._lease_seconds)
         try:
             with self._database.write() as session:
-                claims.keep(session, task, due_at=due_at, sent_at=clock(), missed_at=None)
+                claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
         except LostClaim:
             return False
         return True
 
-    def _post(self, task: Task, listener: Listener | None = None) -> None:
+    def _post(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
         try:
             created = self._provider.create(
                 task.request, external_task_id=task.external_task_id, callback_url=task.callback_url
             )
         except ProviderThrottled as error:
             is_full = isinstance(error, ProviderFull) and self._slots.setting is not None
-            if listener and listener.tell(error):
+            if outcome_listener and outcome_listener.tell(error):
                 if is_full:
                     self._lower_limit(task)
-                self._fail(task, str(error), listener)
+                self._fail(task, str(error), outcome_listener)
                 return
             wait = claims.backoff(task.attempts, base=THROTTLE_BASE_SECONDS, cap=THROTTLE_CAP_SECONDS)
             wait = max(error.after or 0, wait, THROTTLE_BASE_SECONDS)
@@ -292,9 +292,9 @@ class Submitter:
             else:
                 self._later(task, str(error), wait, waits_its_turn=True, sent_at=None)
         except AlreadyExists as error:
-            self._look_up(task, error, listener)
+            self._look_up(task, error, outcome_listener)
         except ProviderRejected as error:
-            self._refused(task, str(error), error, listener)
+            self._refused(task, str(error), error, outcome_listener)
         except Unavailable as error:
             self._unclear(task, error)
         else:
@@ -306,7 +306,7 @@ class Submitter:
 
     def _queue_again(self, task: Task, note: str, wait: float) -> None:
         """The account is fuller than we thought: fewer slots from now on, and this task waits for its own anew."""
-        again = {"queued_at": clock(wait), "slots": -task.slots, "sent_at": None}
+        again = {"queued_at": db_now(wait), "slots": -task.slots, "sent_at": None}
         try:
             with self._database.write() as session:
                 limit = self._slots.refused(session, task.slots)
@@ -321,12 +321,14 @@ class Submitter:
         else:
             self._later(task, str(error), max(error.after or 0, claims.backoff(task.attempts)), sent_at=None)
 
-    def _look_up(self, task: Task, already: AlreadyExists | None = None, listener: Listener | None = None) -> None:
+    def _look_up(
+        self, task: Task, already: AlreadyExists | None = None, outcome_listener: CreateOutcome | None = None
+    ) -> None:
         """Read the task by our id. `already`: the provider's words that it exists."""
         try:
             record = read_task(
                 self._provider,
-                self._read_limit,
+                self._read_rate_limit,
                 provider_task_id=None,
                 external_task_id=task.external_task_id,
                 made_at=None if task.adopt else task.created_at,
@@ -342,7 +344,7 @@ class Submitter:
             self._later(task, f"cannot be read yet: {already}", NOT_FOUND_AGAIN_SECONDS, missed_at=None)
         else:
             words = f"{task.external_task_id} already exists at the provider and is not ours; "
-            self._refused(task, words + "`receiver submit --adopt` takes it over", already, listener)
+            self._refused(task, words + "`receiver submit --adopt` takes it over", already, outcome_listener)
 
     def _unanswered(self, task: Task, error: Retry | ProviderRejected) -> None:
         """Ask again later; after a whole result lifetime there is nothing left to be found, and the task ends."""
@@ -360,7 +362,7 @@ class Submitter:
         since = self._age_seconds(task.missed_at) if task.missed_at else None
         if since is None:
             wait = max(NOT_FOUND_AGAIN_SECONDS, claims.backoff(task.attempts))  # sent in vain again and again: rarer
-            self._later(task, "looking up whether it arrived", wait, missed_at=clock())
+            self._later(task, "looking up whether it arrived", wait, missed_at=db_now())
         elif since < NOT_FOUND_AGAIN_SECONDS:
             self._later(task, "looking up whether it arrived", NOT_FOUND_AGAIN_SECONDS - since)
         elif self._mark_sent(task):
@@ -382,16 +384,18 @@ class Submitter:
     def _accept(self, task: Task, answer: Created | Record) -> None:
         self._settle(task, answer.report)
 
-    def _refused(self, task: Task, message: str, refusal: ProviderRejected | None, listener: Listener | None) -> None:
-        told = listener is not None and refusal is not None and listener.tell(refusal)
-        self._fail(task, message, listener if told else None)
+    def _refused(
+        self, task: Task, message: str, refusal: ProviderRejected | None, outcome_listener: CreateOutcome | None
+    ) -> None:
+        told = outcome_listener is not None and refusal is not None and outcome_listener.tell(refusal)
+        self._fail(task, message, outcome_listener if told else None)
 
-    def _fail(self, task: Task, message: str, told: Listener | None = None) -> None:
+    def _fail(self, task: Task, message: str, told: CreateOutcome | None = None) -> None:
         """`told`: who knows of it already, and wants no callback."""
         if not self._settle(task, Report(None, None, TaskState.FAILED, message=message), told=told) and told:
             told.take_back()
 
-    def _settle(self, task: Task, report: Report, *, told: Listener | None = None) -> bool:
+    def _settle(self, task: Task, report: Report, *, told: CreateOutcome | None = None) -> bool:
         """End the create step under the ranks of states: a callback may have come before this answer.
 
         Returns whether the claim was still ours and the row took the report's state.

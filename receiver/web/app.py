@@ -28,7 +28,7 @@ from receiver.web.event_stream import Stream
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
-from storage.bucket.availability import BucketWatch
+from storage.bucket.availability import BucketAvailability
 from storage.bucket.bucket import Bucket
 from storage.errors import DatabaseUnavailable
 from storage.operations import deadlines, heartbeats, measures, outbox
@@ -55,7 +55,7 @@ class Health:
         slots: Slots | None = None,
     ) -> None:
         self._database = database
-        self._bucket = BucketWatch(bucket) if bucket else None
+        self._bucket = BucketAvailability(bucket) if bucket else None
         self._deadline_seconds = deadline_seconds
         self._slots = slots
         self._inbox = inbox
@@ -119,7 +119,7 @@ class Health:
                 found = measures.measure(session, deadline_seconds=self._deadline_seconds, slots=self._slots)
         except DatabaseUnavailable:
             found = None
-        telemetry.show_work(found.as_dict() if found else None)
+        telemetry.update_work_gauges(found.as_dict() if found else None)
         return generate_latest(telemetry.REGISTRY)
 
     def _is_permitted(self, request: Request) -> bool:

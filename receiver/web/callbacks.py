@@ -88,9 +88,9 @@ class Callbacks:
         self._providers = providers
         self._tokens = tokens
         self._schedule = schedule
-        self._answers = _Answers()
+        self._answers = _CommitResults()
         self._bodies, self._commits = Timeouts(), Timeouts()
-        self._may_read_soon, self._may_say = _Seldom(READ_SOON_SECONDS), _Seldom(SAY_SECONDS)
+        self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
@@ -193,7 +193,7 @@ class Callbacks:
             self._database.wake(session)
 
 
-class _Seldom:
+class _RateLimit:
     """Once in so many seconds and task: what is refused for its number must not cost more than what is taken."""
 
     def __init__(self, seconds: float) -> None:
@@ -210,7 +210,7 @@ class _Seldom:
         return True
 
 
-class _Answers:
+class _CommitResults:
     """Ends what handlers wait for, from the inbox's thread: one wake-up of the loop for all that a commit answers.
 
     `asyncio.wrap_future` wakes it for each, which cost as much as the handlers themselves.
@@ -224,10 +224,10 @@ class _Answers:
         """What became of the delivery, once that is durable. Raises what `Inbox.put` and its future raise."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Intake] = loop.create_future()
-        inbox.submit(delivery, partial(self._tell, loop, waiter))
+        inbox.submit(delivery, partial(self._on_commit, loop, waiter))
         return await waiter
 
-    def _tell(
+    def _on_commit(
         self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[Intake], outcome: Intake | Exception
     ) -> None:
         self._outcomes.append((waiter, outcome))

@@ -35,7 +35,7 @@ MAX_STREAMS = 64
 # Read at once and dropped when the reader has them: some 100 kB.
 PAGE = 100
 # One look-up for all streams of the process together; a delay nobody sees beside the provider's half a minute.
-LOOK_SECONDS = 0.25
+POLL_INTERVAL_SECONDS = 0.25
 # Proxies close what is silent for 30 to 60 s.
 HEARTBEAT_SECONDS = 15.0
 HEARTBEAT = b": still there\n\n"
@@ -140,7 +140,7 @@ class Stream:
 
     async def _watch(self) -> None:
         while not self._is_closing:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_INTERVAL_SECONDS)
             try:
                 newest = await run_in_threadpool(self._look)
             except DatabaseUnavailable as error:

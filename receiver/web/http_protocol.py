@@ -76,14 +76,14 @@ class _Flow(FlowControl):
         self.pause_reading()
 
 
-class Door(HttpToolsProtocol):
+class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection. It stands in one of two queues, those without progress for longest first.
 
     `_waiting`: for their clients, that is for a head, for a body or for an answer to be taken. `_working`: the others.
     """
 
-    _waiting: dict[Door, None] = {}  # noqa: RUF012 - one for all connections of the process, on purpose
-    _working: dict[Door, None] = {}  # noqa: RUF012
+    _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - one for all connections of the process, on purpose
+    _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     flow: _Flow
 
     def __init__(self, *args: Any, **options: Any) -> None:

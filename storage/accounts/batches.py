@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.rows.database import clock
+from storage.rows.database import db_now
 from storage.rows.events import EventName
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Batch, Callback, Event, Task
@@ -73,7 +73,7 @@ def find(session: Session, name: str) -> Batch | None:
 def make(session: Session, name: str) -> Batch:
     """The batch of that name, made if it is new."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    values = {"id": uuid.uuid4(), "name": name, "created_at": clock()}
+    values = {"id": uuid.uuid4(), "name": name, "created_at": db_now()}
     session.execute(dialect.insert(Batch).values(values).on_conflict_do_nothing(index_elements=["name"]))
     return session.exec(select(Batch).where(Batch.name == name)).one()
 
@@ -106,7 +106,7 @@ def insert_queued(session: Session, rows: Sequence[Task]) -> set[uuid.UUID]:
     # As a list of parameters, not of VALUES: the statement is compiled once, not for every chunk.
     new = set(session.scalars(statement.returning(table.c.id), values))
     made = {row.external_task_id: row for row in rows if row.id in new}
-    moment = session.execute(select(clock())).scalar_one()
+    moment = session.execute(select(db_now())).scalar_one()
     facts = [
         {"task_id": row.id, "name": EventName.TASK_CREATED.value, "at": moment, "data": {"external_task_id": each}}
         for each, row in made.items()

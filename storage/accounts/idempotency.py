@@ -10,7 +10,7 @@ from sqlalchemy import CursorResult, delete, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
-from storage.rows.database import Database, clock, moment
+from storage.rows.database import Database, db_now, db_now_once
 from storage.rows.models import Idempotency
 
 # As long as the issue promises; a client that retries for longer than a day has made another decision.
@@ -31,7 +31,7 @@ def take(session: Session, key: Key, task_id: uuid.UUID) -> Idempotency | None:
 
     Of several at once one takes it, and the others wait for that transaction's end.
     """
-    session.execute(delete(Idempotency).where(_is(key), col(Idempotency.created_at) <= clock(-KEPT_SECONDS)))
+    session.execute(delete(Idempotency).where(_is(key), col(Idempotency.created_at) <= db_now(-KEPT_SECONDS)))
     while not _insert(session, key, task_id):
         known = find(session, key)
         if known is not None:
@@ -43,7 +43,7 @@ def take(session: Session, key: Key, task_id: uuid.UUID) -> Idempotency | None:
 def _insert(session: Session, key: Key, task_id: uuid.UUID) -> bool:
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = {"client": key.client, "key": key.word, "body_hash": key.body_hash, "task_id": task_id}
-    taken: Any = dialect.insert(Idempotency).values(created_at=clock(), **values).on_conflict_do_nothing()
+    taken: Any = dialect.insert(Idempotency).values(created_at=db_now(), **values).on_conflict_do_nothing()
     return session.execute(taken.returning(Idempotency.task_id)).first() is not None
 
 
@@ -71,7 +71,7 @@ def give_back(session: Session, key: Key) -> None:
 def prune_all(database: Database) -> int:
     """Forget the keys whose time is over. Returns how many."""
     with database.write() as session:
-        old = delete(Idempotency).where(col(Idempotency.created_at) <= moment(-KEPT_SECONDS))
+        old = delete(Idempotency).where(col(Idempotency.created_at) <= db_now_once(-KEPT_SECONDS))
         result = session.execute(old)
     assert isinstance(result, CursorResult)
     return result.rowcount

@@ -13,8 +13,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, select
 
 from storage.errors import Retry
-from storage.rows.database import Database, clock
-from storage.rows.models import Pace
+from storage.rows.database import Database, db_now
+from storage.rows.models import ProviderRate
 
 # DESIGN §6: Kling's own limit is not published; nobody was ever refused at this pace.
 READS_PER_SECOND = 5.0
@@ -26,7 +26,7 @@ class TooManyReads(Retry):
     """The account's next free moment is too far ahead; `after` says how far. Nothing was asked."""
 
 
-class ReadLimit:
+class ReadRateLimit:
     """At most `per_second` reads of an account, whichever process they come from. Safe to share between threads.
 
     `patience_seconds`: how long a caller is kept waiting at most.
@@ -55,19 +55,19 @@ class ReadLimit:
     def _take(self, session: Session, account: str) -> float:
         """Seconds until the next free moment, which is taken unless it lies too far ahead."""
         row = self._lock(session, account)
-        now = session.execute(select(clock())).scalar_one()
+        now = session.execute(select(db_now())).scalar_one()
         start = max(row.next_free_at, now)
         seconds: float = (start - now).total_seconds()
         if seconds <= self._patience_seconds:
             row.next_free_at = start + self._interval
         return seconds
 
-    def _lock(self, session: Session, account: str) -> Pace:
-        statement = select(Pace).where(Pace.account == account).with_for_update()
+    def _lock(self, session: Session, account: str) -> ProviderRate:
+        statement = select(ProviderRate).where(ProviderRate.account == account).with_for_update()
         row = session.exec(statement).one_or_none()
         if row is None:
             dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-            first = dialect.insert(Pace).values(account=account, next_free_at=clock()).on_conflict_do_nothing()
+            first = dialect.insert(ProviderRate).values(account=account, next_free_at=db_now()).on_conflict_do_nothing()
             session.execute(first)
             row = session.exec(statement).one()
         return row

@@ -24,7 +24,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage import states
-from storage.rows.database import Database, clock, moment
+from storage.rows.database import Database, db_now, db_now_once
 from storage.rows.held_slots import SILENT, give_back
 from storage.rows.models import Account, Task
 from storage.states import Step
@@ -124,7 +124,7 @@ class Slots:
         # Their rows may be changed by others meanwhile (dismissed, reported of): those are passed over.
         free = select(col(Task.id)).where(col(Task.id).in_(chosen), *self._queued()).with_for_update(skip_locked=True)
         admitted = update(Task).where(col(Task.id).in_(list(session.scalars(free))))
-        admitted = admitted.values(slots=-col(Task.slots), queued_at=None, due_at=clock())
+        admitted = admitted.values(slots=-col(Task.slots), queued_at=None, due_at=db_now())
         result: Any = session.execute(admitted.execution_options(synchronize_session=False))
         return int(result.rowcount)
 
@@ -138,7 +138,7 @@ class Slots:
         limit = min(self._lock(session, self.setting), sum(self.held(session).values()))
         lowered = max(limit - slots, 1)
         changed = update(Account).where(col(Account.provider) == self.provider)
-        session.execute(changed.values(slot_limit=lowered, changed_at=clock()))
+        session.execute(changed.values(slot_limit=lowered, changed_at=db_now()))
         return lowered
 
     def held(self, session: Session) -> dict[uuid.UUID | None, int]:
@@ -171,7 +171,7 @@ class Slots:
         columns: Any = (Task.id, Task.batch_id, Task.slots, Task.queued_at, Task.created_at, Task.batch_line)
         queued = select(*columns, place).where(*self._queued()).subquery()
         mine = queued.c
-        ready = (mine.queued_at <= moment()).label("ready")
+        ready = (mine.queued_at <= db_now_once()).label("ready")
         heads = select(mine.id, mine.batch_id, -mine.slots, ready).where(mine.place <= AT_ONCE)
         return [Waiting(*row) for row in session.execute(heads.order_by(mine.created_at, mine.batch_line))]
 
@@ -182,13 +182,13 @@ class Slots:
         account = session.scalars(statement).one_or_none()
         if account is None:
             dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-            first = dialect.insert(Account).values(provider=self.provider, changed_at=clock())
+            first = dialect.insert(Account).values(provider=self.provider, changed_at=db_now())
             session.execute(first.on_conflict_do_nothing())
             account = session.scalars(statement).one()
         return self._limit(session, account, setting)
 
     def _limit(self, session: Session, account: Account, setting: int) -> int:
-        now: datetime = session.execute(select(clock())).scalar_one()
+        now: datetime = session.execute(select(db_now())).scalar_one()
         return limit_at(setting, account.slot_limit, account.changed_at, now)
 
 
@@ -210,7 +210,7 @@ def give_back_silent(database: Database) -> int:
     heard_at = func.coalesce(Task.called_back_at, Task.sent_at, Task.created_at)
     silent = select(Task).where(
         col(Task.slots) > 0,
-        heard_at < moment(-SILENT_SECONDS),
+        heard_at < db_now_once(-SILENT_SECONDS),
         col(Task.state).not_in(states.TERMINAL),
         col(Task.step) != Step.CREATE,
     )

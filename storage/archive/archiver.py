@@ -22,7 +22,7 @@ from storage.errors import GiveUp, LostClaim, ObjectConflict, Refresh, Retry, St
 from storage.fetch.client import Fetched, Fetcher, spool
 from storage.keys import object_key
 from storage.rows import claims, tasks
-from storage.rows.database import Database, clock, run
+from storage.rows.database import Database, db_now, run
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
 from storage.states import AssetState, Step
@@ -128,7 +128,7 @@ class Archiver:
             "superseded": superseded, "fetched": {"host": fetched.host, "headers": fetched.headers},
         }  # fmt: skip
         with self._database.write() as session:
-            claims.keep(session, asset, **values)
+            claims.update_claimed(session, asset, **values)
         asset.key, asset.sha256, asset.size, asset.media_type = key, fetched.sha256, fetched.size, fetched.media_type
 
     def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:
@@ -150,7 +150,7 @@ class Archiver:
         with self._database.write() as session:
             task = self._lock_task(session, asset)
             claims.settle(
-                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=clock(), attempts=0
+                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=db_now(), attempts=0
             )
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
             self._look_at_task(session, task)

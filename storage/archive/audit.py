@@ -35,7 +35,7 @@ THREADS = 4
 ENDED = (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
 
 
-class Kind(StrEnum):
+class FindingKind(StrEnum):
     """What may be found. All but the last are faults."""
 
     MISSING = "missing"
@@ -52,7 +52,7 @@ class Kind(StrEnum):
 class Finding:
     """One thing found. `task`: external id, None for a stranger's object. `repair`: what was done about it."""
 
-    kind: Kind
+    kind: FindingKind
     key: str
     task: str | None
     detail: str
@@ -61,7 +61,7 @@ class Finding:
 
     @property
     def is_fault(self) -> bool:
-        return self.kind is not Kind.SUPERSEDED
+        return self.kind is not FindingKind.SUPERSEDED
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "asset_id": str(self.asset_id) if self.asset_id else None}
@@ -81,7 +81,7 @@ class Counts:
 
     @property
     def faults(self) -> int:
-        return sum(count for kind, count in self.found.items() if Kind(kind) is not Kind.SUPERSEDED)
+        return sum(count for kind, count in self.found.items() if FindingKind(kind) is not FindingKind.SUPERSEDED)
 
     def add(self, other: Counts) -> None:
         for name in ("folders", "objects", "assets", "manifests", "hashed", "hashed_bytes"):
@@ -211,10 +211,10 @@ class Audit:
             told = manifest.read(self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
             detail = disagreement(task, assets, told)
         except NoSuchObject:
-            return [Finding(Kind.MANIFEST_MISSING, key, task.external_task_id, "there is no such object")]
+            return [Finding(FindingKind.MANIFEST_MISSING, key, task.external_task_id, "there is no such object")]
         except ValueError as error:
             detail = str(error)
-        return [Finding(Kind.MANIFEST_DIFFERS, key, task.external_task_id, detail)] if detail else []
+        return [Finding(FindingKind.MANIFEST_DIFFERS, key, task.external_task_id, detail)] if detail else []
 
     def _hash(self, rows: Rows, asset: Asset, counts: Counts) -> list[Finding]:
         key, digest = str(asset.key), hashlib.sha256()
@@ -225,12 +225,12 @@ class Audit:
                 counts.hashed_bytes += len(chunk)
                 self._throttle.take(len(chunk))
         except NoSuchObject:
-            return [Finding(Kind.MISSING, key, task, "there is no such object", asset.id)]
+            return [Finding(FindingKind.MISSING, key, task, "there is no such object", asset.id)]
         counts.hashed += 1
         if digest.hexdigest() == asset.sha256:
             return []
         detail = f"its bytes hash to {digest.hexdigest()}, the row says {asset.sha256}"
-        return [Finding(Kind.CHECKSUM, key, task, detail, asset.id)]
+        return [Finding(FindingKind.CHECKSUM, key, task, detail, asset.id)]
 
 
 def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
@@ -243,27 +243,27 @@ def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
         known.update(asset.superseded)
         given_up = asset.state is AssetState.FAILED and not (asset.error or "").startswith(DISMISSED)
         if given_up and key not in objects:
-            yield Finding(Kind.MISSING, key, name, f"given up: {asset.error}", asset.id)
+            yield Finding(FindingKind.MISSING, key, name, f"given up: {asset.error}", asset.id)
         if asset.state is not AssetState.ARCHIVED:
             continue
         if key not in objects:
-            yield Finding(Kind.MISSING, key, name, "there is no such object", asset.id)
+            yield Finding(FindingKind.MISSING, key, name, "there is no such object", asset.id)
         elif objects[key].size != asset.size:
             detail = f"it has {objects[key].size} bytes, the row says {asset.size}"
-            yield Finding(Kind.SIZE, key, name, detail, asset.id)
+            yield Finding(FindingKind.SIZE, key, name, detail, asset.id)
         for old in asset.superseded:
             if old in objects:
-                yield Finding(Kind.SUPERSEDED, old, name, f"an earlier download; {key} counts", asset.id)
+                yield Finding(FindingKind.SUPERSEDED, old, name, f"an earlier download; {key} counts", asset.id)
     if rows.task and rows.task.manifest_key:
         last = _numbered(rows.task.manifest_key)
         known.update(last)
         for key in last:
             if key not in objects:
-                yield Finding(Kind.MANIFEST_MISSING, key, name, "there is no such object")
+                yield Finding(FindingKind.MANIFEST_MISSING, key, name, "there is no such object")
     finishing = rows.task is not None and rows.task.archive not in ENDED
     for key in objects:
         if key not in known and not (finishing and manifest_number(key)):
-            yield Finding(Kind.ORPHANED, key, name if rows else None, "no row knows it")
+            yield Finding(FindingKind.ORPHANED, key, name if rows else None, "no row knows it")
 
 
 def disagreement(task: Task, assets: list[Asset], told: dict[str, Any]) -> str | None:

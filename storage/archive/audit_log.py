@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from storage.archive.audit import Batch, Counts, Finding, Kind
+from storage.archive.audit import Batch, Counts, Finding, FindingKind
 
 
 class AuditLog:
@@ -51,7 +51,7 @@ class AuditLog:
             for line in iter(file.readline, b""):
                 if found := _entry(line).get("finding"):
                     asset_id = uuid.UUID(found["asset_id"]) if found["asset_id"] else None
-                    yield Finding(**{**found, "kind": Kind(found["kind"]), "asset_id": asset_id})
+                    yield Finding(**{**found, "kind": FindingKind(found["kind"]), "asset_id": asset_id})
 
     def add(self, batch: Batch) -> None:
         """Keep one batch; it is on disk when this returns."""

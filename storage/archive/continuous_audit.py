@@ -25,14 +25,14 @@ from sqlalchemy import CursorResult, or_, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
-from storage.archive.audit import Audit, Counts, Finding, Kind
-from storage.archive.delete import look as look_up
-from storage.background import alongside
+from storage.archive.audit import Audit, Counts, Finding, FindingKind
+from storage.archive.delete import folders_of_task as look_up
+from storage.background import background_thread
 from storage.bucket.bucket import Bucket
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.rows import tasks
 from storage.rows.claims import backoff
-from storage.rows.database import Database, clock
+from storage.rows.database import Database, db_now
 from storage.rows.models import RollingAudit, Task
 
 log = structlog.get_logger()
@@ -43,7 +43,7 @@ ALL_IDS = 2**128
 # The least time between two steps of a round that is not behind: 17 tasks come up in it, of a million in a week.
 STEP_SECONDS = 10.0
 # The most: a task that has just come may be the next one.
-LOOK_SECONDS = 3_600.0
+STANDING_INTERVAL_SECONDS = 3_600.0
 # What a worker that dies loses: so many tasks, and no further task once so many bytes were hashed.
 STEP_TASKS = 64
 STEP_BYTES = 64 * 2**20
@@ -73,7 +73,7 @@ class Round:
 
 
 @dataclass
-class Looked:
+class StepResult:
     """What one step saw: the external ids of its tasks, the last one's id, the faults; `failed`: why it stopped.
 
     `left`: more tasks are behind the hand. `is_over`: the round is.
@@ -95,7 +95,7 @@ class Looked:
         self.faults += [{"kind": each.kind.value, "key": each.key, "task": name} for each in found if each.is_fault]
 
 
-class Rolling:
+class ContinuousAudit:
     """Audits some tasks whenever that is due. Any number of processes may ask; one at a time does it.
 
     `days`: in which every file is hashed once. `bytes_per_second`: how fast files are read at most.
@@ -137,13 +137,13 @@ class Rolling:
     # -- the lease ----------------------------------------------------------------------------------------------------
 
     def _claim(self) -> RollingAudit | None:
-        is_due = col(RollingAudit.due_at) <= clock()
+        is_due = col(RollingAudit.due_at) <= db_now()
         with self._database.read() as session:
             if session.exec(select(RollingAudit.name).where(~is_due)).first():
                 return None
         with self._database.write() as session:
             _insert_once(session)
-            claimed = update(RollingAudit).where(is_due).values(lease=uuid.uuid4(), due_at=clock(self._lease_seconds))
+            claimed = update(RollingAudit).where(is_due).values(lease=uuid.uuid4(), due_at=db_now(self._lease_seconds))
             options = {"synchronize_session": False}
             row = session.scalars(claimed.returning(RollingAudit).execution_options(**options)).one_or_none()
             if row and not row.checked:
@@ -153,13 +153,13 @@ class Rolling:
 
     def _renewed(self, row: RollingAudit) -> AbstractContextManager[None]:
         """Keep the lease while the block runs: one large file on a slow line outlasts it."""
-        return alongside("audit-lease", lambda ended: self._renew(row, ended))
+        return background_thread("audit-lease", lambda ended: self._renew(row, ended))
 
     def _renew(self, row: RollingAudit, ended: threading.Event) -> None:
         while not ended.wait(self._lease_seconds / 3):
             try:
                 with self._database.write() as session:
-                    _write(session, row, due_at=clock(self._lease_seconds))
+                    _write(session, row, due_at=db_now(self._lease_seconds))
             except LostClaim:
                 return
             except DatabaseUnavailable as error:
@@ -167,9 +167,9 @@ class Rolling:
 
     # -- looking ------------------------------------------------------------------------------------------------------
 
-    def _look(self, row: RollingAudit) -> Looked:
-        tries, hand = Round.from_json(row.checked).tries, self._hand(row, self._database.now())
-        looked, chosen = Looked(row.cursor), self._behind(row.cursor, hand)
+    def _look(self, row: RollingAudit) -> StepResult:
+        tries, hand = Round.from_json(row.checked).tries, self._target_position(row, self._database.now())
+        looked, chosen = StepResult(row.cursor), self._tasks_before(row.cursor, hand)
         for task_id, name in chosen[:STEP_TASKS]:
             try:
                 looked.add(task_id, name, *self._look_at(name, 0 if looked.tasks else tries))
@@ -186,12 +186,12 @@ class Rolling:
             looked.is_over = hand.int == ALL_IDS - 1
         return looked
 
-    def _hand(self, row: RollingAudit, now: datetime) -> uuid.UUID:
+    def _target_position(self, row: RollingAudit, now: datetime) -> uuid.UUID:
         assert row.round_started_at is not None
         share = (now - row.round_started_at).total_seconds() / self._round_seconds
         return uuid.UUID(int=min(int(max(share, 0.0) * ALL_IDS), ALL_IDS - 1))
 
-    def _behind(self, cursor: uuid.UUID | None, hand: uuid.UUID) -> list[tuple[uuid.UUID, str]]:
+    def _tasks_before(self, cursor: uuid.UUID | None, hand: uuid.UUID) -> list[tuple[uuid.UUID, str]]:
         """The next tasks that the hand has passed, one more than a step looks at."""
         statement = select(Task.id, Task.external_task_id).where(col(Task.id) <= hand)
         if cursor is not None:
@@ -218,12 +218,12 @@ class Rolling:
         """The store that lists the folder is not away: what it cannot read is at fault. Else raises what that says."""
         objects = sum(1 for _ in self._bucket.list(folder))
         counts = Counts(folders=1, objects=objects)
-        counts.found[Kind.UNREADABLE.value] += 1
-        return counts, [Finding(Kind.UNREADABLE, folder, name, "it is listed, and not read")]
+        counts.found[FindingKind.UNREADABLE.value] += 1
+        return counts, [Finding(FindingKind.UNREADABLE, folder, name, "it is listed, and not read")]
 
     # -- what comes of it ---------------------------------------------------------------------------------------------
 
-    def _settle(self, row: RollingAudit, looked: Looked) -> None:
+    def _settle(self, row: RollingAudit, looked: StepResult) -> None:
         """Write what was seen and when to go on; then be loud about each fault that is new. Raises `LostClaim`."""
         before = Round.from_json(row.checked)
         current = _advanced(before, looked)
@@ -247,7 +247,7 @@ class Rolling:
         assert row.round_started_at is not None
         return row.round_started_at + timedelta(seconds=self._round_seconds * share)
 
-    def _next_due(self, session: Session, row: RollingAudit, looked: Looked, now: datetime, tries: int) -> datetime:
+    def _next_due(self, session: Session, row: RollingAudit, looked: StepResult, now: datetime, tries: int) -> datetime:
         if looked.failed:
             return now + timedelta(seconds=backoff(tries))
         if looked.left or looked.is_over:
@@ -255,11 +255,11 @@ class Rolling:
         ahead = select(Task.id).where(col(Task.id) > looked.cursor).order_by(col(Task.id)).limit(1)
         found = session.exec(ahead).first()
         planned = self._at(row, found.int / ALL_IDS if found else 1)
-        least, most = (now + timedelta(seconds=seconds) for seconds in (STEP_SECONDS, LOOK_SECONDS))
+        least, most = (now + timedelta(seconds=seconds) for seconds in (STEP_SECONDS, STANDING_INTERVAL_SECONDS))
         return min(max(planned, least), most, max(self._at(row, 1), now))
 
 
-def _advanced(before: Round, looked: Looked) -> Round:
+def _advanced(before: Round, looked: StepResult) -> Round:
     counts = Counts.from_json(before.counts.as_json())
     counts.add(looked.counts)
     again = before.tries if not looked.tasks else 0
@@ -267,14 +267,14 @@ def _advanced(before: Round, looked: Looked) -> Round:
     return replace(before, looked=before.looked + len(looked.tasks), counts=counts, tries=tries)
 
 
-def _progress(current: Round, looked: Looked, now: datetime) -> dict[str, Any]:
+def _progress(current: Round, looked: StepResult, now: datetime) -> dict[str, Any]:
     if looked.is_over:
         return {"cursor": None, "checked": {}, "last": current.as_json(), "round_ended_at": now}
     return {"cursor": looked.cursor, "checked": current.as_json()}
 
 
 def _merge(
-    known: list[dict[str, Any]], looked: Looked, now: datetime
+    known: list[dict[str, Any]], looked: StepResult, now: datetime
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The faults there are now, oldest first, and those among them that were not known.
 
@@ -291,7 +291,7 @@ def _merge(
 
 def _insert_once(session: Session) -> None:
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    first = dialect.insert(RollingAudit).values(name=NAME, due_at=clock(), checked={}, findings=[])
+    first = dialect.insert(RollingAudit).values(name=NAME, due_at=db_now(), checked={}, findings=[])
     session.execute(first.on_conflict_do_nothing())
 
 
@@ -308,13 +308,13 @@ def forget(database: Database) -> bool:
 
     One that some worker still holds is left alone. Returns whether there was something to forget.
     """
-    free = or_(col(RollingAudit.lease).is_(None), col(RollingAudit.due_at) <= clock())
+    free = or_(col(RollingAudit.lease).is_(None), col(RollingAudit.due_at) <= db_now())
     with database.read() as session:
         row = session.exec(select(RollingAudit).where(free)).first()
     if row is None or not row.findings:
         return False
     with database.write() as session:
-        session.execute(update(RollingAudit).where(free).values(findings=[], lease=None, due_at=clock()))
+        session.execute(update(RollingAudit).where(free).values(findings=[], lease=None, due_at=db_now()))
     return True
 
 

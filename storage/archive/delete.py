@@ -44,15 +44,15 @@ def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted
     Raises `NoSuchTask`, `Refused` for one that goes on or whose objects are locked (then
     nothing is changed), `StoreUnavailable`, `DatabaseUnavailable`.
     """
-    task, folders = look(database, bucket, external_task_id)
+    task, folders = folders_of_task(database, bucket, external_task_id)
     _refuse_locked(bucket, folders)
-    _bury(database, task)
+    _set_tombstone(database, task)
     count = sum(bucket.purge(folder) for folder in sorted(folders))
     _blank(database, task)
     return Deleted(count, task.deleted_at is not None)
 
 
-def look(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
+def folders_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
     """The task, and the folders that its objects may lie in. Raises `NoSuchTask`."""
     with database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
@@ -76,7 +76,7 @@ def _words(until: datetime) -> str:
     return "its legal hold ends" if until == forever else f"{until:%Y-%m-%d %H:%M} UTC"
 
 
-def _bury(database: Database, task: Task) -> None:
+def _set_tombstone(database: Database, task: Task) -> None:
     """Set the tombstone. From here on no report brings anything back."""
     with database.write() as session:
         row = tasks.lock(session, task.id)

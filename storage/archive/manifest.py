@@ -110,7 +110,7 @@ class Finisher:
     def _pass_over(self, task: Task, number: int, key: str, digest: str | None) -> None:
         """Have the row answer for what stands there before the next number is put: who has lost the claim puts none."""
         with self._database.write() as session:
-            claims.keep(session, task, manifests=number, manifest_key=key, manifest_digest=digest)
+            claims.update_claimed(session, task, manifests=number, manifest_key=key, manifest_digest=digest)
 
     def _put(self, key: str, content: bytes) -> None:
         sha256 = hashlib.sha256(content).hexdigest()
@@ -186,7 +186,7 @@ def build(
         "delivery": _delivery(delivery) if delivery else None,
         "assets": [_asset(asset) for asset in assets],
     }
-    plain = cut(content)
+    plain = without_signatures(content)
     digest = digest_of(plain)
     return rfc8785.dumps({**plain, "digest": digest}), digest
 
@@ -289,12 +289,12 @@ def _iso(moment: datetime | None) -> str | None:
     return moment.isoformat() if moment else None
 
 
-def cut(value: Any) -> Any:
+def without_signatures(value: Any) -> Any:
     """`value` with every URL cut before `?`, and with numbers that RFC 8785 can carry."""
     if isinstance(value, Mapping):
-        return {str(name): cut(inner) for name, inner in value.items()}
+        return {str(name): without_signatures(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [cut(inner) for inner in value]
+        return [without_signatures(inner) for inner in value]
     if isinstance(value, str):
         return _without_query(value)
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):

@@ -14,13 +14,13 @@ from sqlalchemy import CursorResult, update
 from sqlmodel import Session, col
 
 from storage.archive import manifest
-from storage.archive.audit import ENDED, Finding, Kind
+from storage.archive.audit import ENDED, Finding, FindingKind
 from storage.bucket.bucket import Bucket, NoSuchObject
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
 from storage.fetch.client import spool
 from storage.keys import manifest_name, object_key
 from storage.rows import tasks
-from storage.rows.database import Database, clock
+from storage.rows.database import Database, db_now
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 
@@ -43,17 +43,17 @@ class Repairer:
         """Do what can be done about one finding; says what that was, or why nothing could be."""
         try:
             match finding.kind:
-                case Kind.MISSING:
+                case FindingKind.MISSING:
                     return self._fetch_again(finding)
-                case Kind.SIZE | Kind.CHECKSUM:
+                case FindingKind.SIZE | FindingKind.CHECKSUM:
                     return self._set_aside(finding) or self._fetch_again(finding)
-                case Kind.MANIFEST_MISSING | Kind.MANIFEST_DIFFERS:
+                case FindingKind.MANIFEST_MISSING | FindingKind.MANIFEST_DIFFERS:
                     return self._write_again(finding)
-                case Kind.UNREADABLE:
+                case FindingKind.UNREADABLE:
                     return "left alone: nobody knows what it holds while the store does not say"
-                case Kind.ORPHANED:
+                case FindingKind.ORPHANED:
                     return "left alone: no row says whose it is"
-                case Kind.SUPERSEDED:
+                case FindingKind.SUPERSEDED:
                     return "left alone: nothing is wrong with it"
         except (DatabaseUnavailable, StoreUnavailable, ObjectConflict) as error:
             return f"not repaired: {error}"
@@ -122,7 +122,7 @@ class Repairer:
             col(Asset.key) == finding.key,
             col(Asset.state).in_((AssetState.ARCHIVED, AssetState.FAILED)),
         )
-        values = {"state": AssetState.DUE, "due_at": clock(), "lease": None, "attempts": 0, "losses": 0}
+        values = {"state": AssetState.DUE, "due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
         result = session.execute(
             chosen.values(**values, archived_at=None, error=None).execution_options(synchronize_session=False)
         )
@@ -141,7 +141,7 @@ class Repairer:
             task = tasks.by_external_id(session, finding.task or "")
         if task is None or task.manifest_key is None or task.deleted_at is not None:
             return "left alone: the row has changed since"
-        missing = finding.kind is Kind.MANIFEST_MISSING
+        missing = finding.kind is FindingKind.MANIFEST_MISSING
         if missing and finding.key != task.manifest_key:
             return "not repaired: an earlier manifest is history that nobody else has"
         number, digest = self._before(task) if missing else (task.manifests, task.manifest_digest)

@@ -9,12 +9,12 @@ from storage.bucket.bucket import PROBE_FOLDER, Bucket
 from storage.errors import StoreUnavailable
 
 # One HEAD in five seconds costs nothing; an outage shows in the next look.
-LOOK_SECONDS = 5.0
+REFRESH_SECONDS = 5.0
 # A bucket on the same continent answers in a tenth of this; whoever asks for health has little time.
-PATIENCE_SECONDS = 0.5
+MAX_WAIT_SECONDS = 0.5
 
 
-class BucketWatch:
+class BucketAvailability:
     """Looks when it is asked, in a thread of its own that goes on when the asker has lost patience. Thread-safe."""
 
     def __init__(self, bucket: Bucket) -> None:
@@ -28,11 +28,11 @@ class BucketWatch:
         """ "ok", or in words what was wrong at the last look, which is 5 s old at most, or is being taken."""
         with self._lock:
             looking = self._looking
-            if looking is None and time.monotonic() > self._looked_at + LOOK_SECONDS:
+            if looking is None and time.monotonic() > self._looked_at + REFRESH_SECONDS:
                 looking = self._looking = threading.Thread(target=self._look, name="bucket-watch", daemon=True)
                 looking.start()
         if looking is not None:
-            looking.join(PATIENCE_SECONDS)
+            looking.join(MAX_WAIT_SECONDS)
         return self._state
 
     def _look(self) -> None:

@@ -144,12 +144,12 @@ class Fetcher:
         paths or queries.
         """
         target = check_url(url, self._policy)
-        pace = connection.Pace(
+        pace = connection.TransferDeadline(
             self._total_seconds,
             head_seconds=self._timeouts["connect"] + self._timeouts["read"],
             min_bytes_per_second=self._min_bytes_per_second,
         )
-        with connection.keeping(pace), _decisions():
+        with connection.with_deadline(pace), _decisions():
             target, body = self._follow(target, sink, pace)
             found = _look_into(sink, accept_unverified=accept_unverified)
             sink.seek(0)
@@ -171,7 +171,7 @@ class Fetcher:
         """Close every connection; a fetch under way in another thread ends with an error."""
         self._pool.close()
 
-    def _follow(self, target: Target, sink: BinaryIO, pace: connection.Pace) -> tuple[Target, Body]:
+    def _follow(self, target: Target, sink: BinaryIO, pace: connection.TransferDeadline) -> tuple[Target, Body]:
         """Through redirects to the file; where its connection breaks, and its host offers ranges, for the rest."""
         body, redirects, resumes = Body(sink, self._max_bytes), 0, 0
         while redirects <= MAX_REDIRECTS:

@@ -103,7 +103,7 @@ def dial(host: str, address: str, port: int, timeout: float | None) -> socket.so
 
 
 @dataclass
-class Pace:
+class TransferDeadline:
     """The time one fetch may take: a total, a head deadline, and a minimum speed once the body runs.
 
     Speed is bytes over the time spent *waiting* for them, so our own slow disk is never blamed on the sender.
@@ -151,21 +151,21 @@ class Pace:
 
 
 # httpcore's synchronous pool does a request's reading and writing in the thread that asked for it.
-_pace: ContextVar[Pace | None] = ContextVar("pace", default=None)
+_transfer_deadline: ContextVar[TransferDeadline | None] = ContextVar("pace", default=None)
 
 
 @contextmanager
-def keeping(pace: Pace) -> Iterator[None]:
+def with_deadline(pace: TransferDeadline) -> Iterator[None]:
     """Hold every wait of this thread's connections to `pace`."""
-    token = _pace.set(pace)
+    token = _transfer_deadline.set(pace)
     try:
         yield
     finally:
-        _pace.reset(token)
+        _transfer_deadline.reset(token)
 
 
 def _allow(timeout: float | None) -> float | None:
-    pace = _pace.get()
+    pace = _transfer_deadline.get()
     return timeout if pace is None else pace.allow(timeout)
 
 
@@ -281,7 +281,7 @@ class GuardedStream(httpcore.NetworkStream):
             raise httpcore.ReadTimeout from error
         except OSError as error:
             raise httpcore.ReadError(_named(error)) from error
-        pace = _pace.get()
+        pace = _transfer_deadline.get()
         if pace is not None:
             pace.received(len(data), time.monotonic() - started)
         return data

@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy import ColumnElement, exists, literal_column, update
 from sqlmodel import col, select
 
-from storage.rows.database import Database, clock, moment
+from storage.rows.database import Database, db_now, db_now_once
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
@@ -31,7 +31,7 @@ def is_near(seconds: float) -> ColumnElement[bool]:
     """Whether files of a task that are not kept yet are deleted within `seconds`, or were."""
     due = exists().where(col(Asset.task_id) == col(Task.id), col(Asset.state) == AssetState.DUE)
     archiving = col(Task.archive) == literal_column(f"'{ArchiveState.ARCHIVING}'")  # as the partial index says it
-    soon = archiving & (col(Task.files_expire_at) < moment(seconds))
+    soon = archiving & (col(Task.files_expire_at) < db_now_once(seconds))
     return soon & due
 
 
@@ -45,7 +45,7 @@ def announce(database: Database, seconds: float) -> int:
         if session.execute(fresh.limit(1)).first() is None:
             return 0
     marked: Any = update(Task).where(col(Task.id).in_(fresh), col(Task.deadline_near_at).is_(None))
-    marked = marked.values(deadline_near_at=clock()).execution_options(synchronize_session=False)
+    marked = marked.values(deadline_near_at=db_now()).execution_options(synchronize_session=False)
     with database.write() as session:
         tasks = session.execute(marked.returning(Task.id, Task.external_task_id, Task.files_expire_at)).all()
         for task_id, _, expires_at in tasks:

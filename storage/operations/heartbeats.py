@@ -9,7 +9,7 @@ import uuid
 from sqlalchemy import func
 from sqlmodel import col, delete, select
 
-from storage.rows.database import Database, clock
+from storage.rows.database import Database, db_now
 from storage.rows.models import Worker
 
 BEAT_SECONDS = 5.0
@@ -22,9 +22,9 @@ FORGET_SECONDS = 86_400.0
 def register(database: Database, threads: int) -> uuid.UUID:
     """Announce this process; removes the rows of workers that died long ago."""
     row = Worker(host=socket.gethostname(), pid=os.getpid(), threads=threads)
-    row.started_at = row.seen_at = clock()  # type: ignore[assignment]
+    row.started_at = row.seen_at = db_now()  # type: ignore[assignment]
     with database.write() as session:
-        session.execute(delete(Worker).where(col(Worker.seen_at) < clock(-FORGET_SECONDS)))
+        session.execute(delete(Worker).where(col(Worker.seen_at) < db_now(-FORGET_SECONDS)))
         session.add(row)
     return row.id
 
@@ -33,7 +33,7 @@ def beat(database: Database, worker_id: uuid.UUID) -> None:
     with database.write() as session:
         row = session.get(Worker, worker_id)
         if row is not None:
-            row.seen_at = clock()  # type: ignore[assignment]
+            row.seen_at = db_now()  # type: ignore[assignment]
 
 
 def unregister(database: Database, worker_id: uuid.UUID) -> None:
@@ -44,5 +44,5 @@ def unregister(database: Database, worker_id: uuid.UUID) -> None:
 def count_alive(database: Database) -> int:
     """How many worker processes were alive within the last 20 s."""
     with database.read() as session:
-        alive = select(func.count()).select_from(Worker).where(col(Worker.seen_at) > clock(-ALIVE_SECONDS))
+        alive = select(func.count()).select_from(Worker).where(col(Worker.seen_at) > db_now(-ALIVE_SECONDS))
         return session.exec(alive).one()

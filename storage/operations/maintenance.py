@@ -19,7 +19,7 @@ from sqlmodel import Session, col, select
 from storage import states
 from storage.operations import outbox
 from storage.rows import tasks
-from storage.rows.database import clock
+from storage.rows.database import db_now
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import DISMISSED, IS_OVER, not_dismissed
@@ -49,7 +49,7 @@ def retry(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
     if task.deleted_at is not None:
         return Retried(reason="deleted")
     if task.state not in states.TERMINAL:
-        return _hurry(session, task)
+        return _make_due_now(session, task)
     if task.state is TaskState.FAILED:
         return _read_failed(session, task, schedule)
     if task.archive is ArchiveState.ARCHIVED:
@@ -61,7 +61,7 @@ def retry(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
         task.completeness_reads = task.completeness_reads if assets else 0  # none came: ask as if for the first time
         tasks.reschedule(session, task, schedule)
         return Retried(step=task.step)
-    own = _hurry(session, task)
+    own = _make_due_now(session, task)
     return Retried(files, own.step, None if files else own.reason)
 
 
@@ -75,7 +75,7 @@ def retry_files(
     open_states = (AssetState.DUE, AssetState.FAILED)
     chosen = update(Asset).where(col(Asset.id).in_(ids), col(Asset.task_id) == task.id)
     chosen = chosen.where(col(Asset.state).in_(open_states), col(Asset.lease).is_(None))
-    values: dict[str, Any] = {"state": AssetState.DUE, "due_at": clock(), "attempts": 0, "losses": 0, "error": None}
+    values: dict[str, Any] = {"state": AssetState.DUE, "due_at": db_now(), "attempts": 0, "losses": 0, "error": None}
     if accept_unverified:
         values["accept_unverified"] = True
     count = _execute(session, chosen.values(**values))
@@ -88,13 +88,13 @@ def retry_files(
     return count
 
 
-def _hurry(session: Session, task: Task) -> Retried:
+def _make_due_now(session: Session, task: Task) -> Retried:
     """Whatever the task waits for, now."""
     if task.queued_at is not None:
         return Retried(reason="it waits for its turn: all slots of the account are held")
     if task.lease is not None or task.step is None:
         return Retried(reason="a worker is at it")
-    task.due_at, task.attempts, task.losses = clock(), 0, 0  # type: ignore[assignment]
+    task.due_at, task.attempts, task.losses = db_now(), 0, 0  # type: ignore[assignment]
     session.flush()
     return Retried(step=task.step)
 
@@ -196,7 +196,7 @@ def unfinished(session: Session, after: uuid.UUID | None = None, limit: int = BA
 def make_reads_due(session: Session, ids: Sequence[uuid.UUID]) -> int:
     """Make the waiting reads of these tasks due now; one in flight is left to its owner. Returns how many."""
     chosen = update(Task).where(col(Task.id).in_(ids), col(Task.step) == Step.READ, col(Task.lease).is_(None))
-    return _execute(session, chosen.values(due_at=clock(), attempts=0, losses=0))
+    return _execute(session, chosen.values(due_at=db_now(), attempts=0, losses=0))
 
 
 def adopt(session: Session, task: Task, report: Report, schedule: tasks.Schedule) -> bool:
@@ -252,7 +252,7 @@ def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = N
     `webhook_id`: of one whose signature was verified now.
     """
     chosen = update(Callback).where(col(Callback.id).in_(ids), col(Callback.lease).is_(None))
-    values: dict[str, Any] = {"state": CallbackState.RECEIVED, "due_at": clock(), "attempts": 0, "losses": 0}
+    values: dict[str, Any] = {"state": CallbackState.RECEIVED, "due_at": db_now(), "attempts": 0, "losses": 0}
     if webhook_id is not None:
         values["webhook_id"] = webhook_id
     return _execute(session, chosen.values(**values, reason=None, applied_at=None))
@@ -262,7 +262,7 @@ def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = N
 
 
 @dataclass(frozen=True)
-class Kind:
+class Prunable:
     """One kind of thing that is pruned: rows of `model` for which `old` holds; `values` None = the rows go."""
 
     name: str
@@ -271,7 +271,7 @@ class Kind:
     values: dict[str, Any] | None = None
 
 
-def prunable(session: Session, before: datetime) -> list[Kind]:
+def prunable(session: Session, before: datetime) -> list[Prunable]:
     """What may be forgotten of the time before `before`: nothing of a task that is not over, and nothing that waits.
 
     A delivery to the account's own URL does not say whose it is: it is kept while any task is not over that was
@@ -302,10 +302,10 @@ def prunable(session: Session, before: datetime) -> list[Kind]:
     filled = or_(col(Task.request) != {}, col(Task.client_callback_url).is_not(None))
     asked = and_(IS_OVER, ended_at < before, filled, ~untold)
     return [
-        Kind("deliveries", Callback, settled),
-        Kind("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_told)),
-        Kind("events", Event, told),
-        Kind("requests", Task, asked, {"request": {}, "client_callback_url": None}),
+        Prunable("deliveries", Callback, settled),
+        Prunable("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_told)),
+        Prunable("events", Event, told),
+        Prunable("requests", Task, asked, {"request": {}, "client_callback_url": None}),
     ]
 
 
@@ -313,12 +313,12 @@ def _is_over(task_id: Any) -> Any:
     return ~exists().where(col(Task.id) == task_id, ~IS_OVER)
 
 
-def count_old(session: Session, kind: Kind) -> int:
+def count_old(session: Session, kind: Prunable) -> int:
     """How many rows `prune` would take."""
     return session.exec(select(func.count()).select_from(kind.model).where(kind.old)).one()
 
 
-def old_ids(session: Session, kind: Kind, after: Any = None) -> list[Any]:
+def old_ids(session: Session, kind: Prunable, after: Any = None) -> list[Any]:
     """The next rows to prune, at most a batch, by id from `after` on."""
     found = select(kind.model.id).where(kind.old)
     if after is not None:
@@ -326,7 +326,7 @@ def old_ids(session: Session, kind: Kind, after: Any = None) -> list[Any]:
     return list(session.exec(found.order_by(kind.model.id).limit(BATCH)))
 
 
-def prune(session: Session, kind: Kind, ids: Sequence[Any]) -> int:
+def prune(session: Session, kind: Prunable, ids: Sequence[Any]) -> int:
     """Forget these rows, or what `kind` empties in them, where it is still so. Returns how many."""
     model = kind.model
     statement: Any = delete(model) if kind.values is None else update(model).values(**kind.values)

@@ -14,7 +14,7 @@ from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
 from storage.operations import deadlines, outbox
 from storage.rows import tasks
-from storage.rows.database import moment
+from storage.rows.database import db_now_once
 from storage.rows.models import Asset, Callback, Dispatch, Task
 from storage.states import ArchiveState, AssetState, CallbackState
 
@@ -125,7 +125,7 @@ def count_deadline_near(session: Session, seconds: float) -> int:
 
 def count_overdue(session: Session) -> int:
     """Rows that have been due for more than a minute."""
-    return sum(_count(session, each.due_at <= moment(-OVERDUE_SECONDS)) for each in WAITING)
+    return sum(_count(session, each.due_at <= db_now_once(-OVERDUE_SECONDS)) for each in WAITING)
 
 
 def _count(session: Session, condition: Any) -> int:

@@ -22,7 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage.rows import claims
-from storage.rows.database import Database, clock, run
+from storage.rows.database import Database, db_now, run
 from storage.rows.events import COUNTER
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
@@ -116,7 +116,7 @@ def _fan_out(session: Session, told: Sequence[Any], subscriptions: Sequence[Subs
     if not wanted:
         return
     occupied = _open_chains(session, {task_id for _, _, task_id in wanted if task_id})
-    now, rows = session.execute(select(clock())).scalar_one(), []
+    now, rows = session.execute(select(db_now())).scalar_one(), []
     for sink, event_id, task_id in wanted:
         is_first = task_id is None or (sink, task_id) not in occupied
         occupied.add((sink, task_id))
@@ -184,7 +184,7 @@ def dead(session: Session, row: Dispatch, error: str) -> None:
 
 
 def _end(session: Session, row: Dispatch, state: DispatchState, error: str | None) -> None:
-    now = clock()
+    now = db_now()
     claims.settle(session, row, due_in=None, state=state, tries=row.tries + 1, error=error, settled_at=now)
     if row.task_id is not None:
         _advance(session, row.sink, [row.task_id])
@@ -197,7 +197,7 @@ def _advance(session: Session, sink: str, task_ids: Collection[uuid.UUID]) -> No
     )
     first = first.group_by(col(Dispatch.task_id))
     waiting = update(Dispatch).where(col(Dispatch.id).in_(first), col(Dispatch.due_at).is_(None))
-    _execute(session, waiting.values(due_at=clock()))
+    _execute(session, waiting.values(due_at=db_now()))
 
 
 # -- sinks that are gone, and their return ----------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def _advance(session: Session, sink: str, task_ids: Collection[uuid.UUID]) -> No
 def disable(session: Session, sink: str, reason: str) -> None:
     """Queue nothing more for this sink. What is open is ended by `end_disabled`, in short transactions."""
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    values = {"disabled_at": clock(), "reason": reason[:MAX_ERROR_CHARS]}
+    values = {"disabled_at": db_now(), "reason": reason[:MAX_ERROR_CHARS]}
     row: Any = dialect.insert(Sink).values(name=sink, **values)
     session.execute(row.on_conflict_do_update(index_elements=["name"], set_=values))
 
@@ -231,7 +231,7 @@ def _end_open(session: Session, sink: str, reason: str, *, limit: int = BATCH) -
     some = select(Dispatch.id).where(IS_OPEN, Dispatch.sink == sink).limit(limit)
     values = {"state": DispatchState.DEAD, "due_at": None, "lease": None, "losses": 0}
     ended = update(Dispatch).where(col(Dispatch.id).in_(some))
-    return _execute(session, ended.values(**values, error=reason[:MAX_ERROR_CHARS], settled_at=clock()))
+    return _execute(session, ended.values(**values, error=reason[:MAX_ERROR_CHARS], settled_at=db_now()))
 
 
 def enable(session: Session, sink: str) -> bool:
@@ -289,7 +289,7 @@ def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:
         of_sink = [row for row in rows if row.sink == sink]
         _advance(session, sink, {row.task_id for row in of_sink if row.task_id})
         alone = update(Dispatch).where(col(Dispatch.id).in_([row.id for row in of_sink if row.task_id is None]))
-        _execute(session, alone.where(IS_OPEN, col(Dispatch.lease).is_(None)).values(due_at=clock()))
+        _execute(session, alone.where(IS_OPEN, col(Dispatch.lease).is_(None)).values(due_at=db_now()))
     return count
 
 

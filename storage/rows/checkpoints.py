@@ -14,27 +14,27 @@ from typing import Any
 
 import structlog
 
-from storage.background import alongside
+from storage.background import background_thread
 from storage.errors import DatabaseUnavailable
 from storage.rows.database import Database
 
 log = structlog.get_logger()
 
 # Twice a second, if anybody has committed: at 4,000 deliveries a second that is 5,000 pages (20 MB) at a time.
-LOOK_SECONDS = 0.5
+CHECKPOINT_INTERVAL_SECONDS = 0.5
 
 
 def beside(database: Database) -> AbstractContextManager[None]:
     """Make this database's checkpoints in a thread of their own meanwhile. PostgreSQL has a process for them."""
     if not database.is_sqlite:
         return nullcontext()
-    return alongside("checkpoints", partial(_keep_up, database))
+    return background_thread("checkpoints", partial(_keep_up, database))
 
 
 def _keep_up(database: Database, stopping: threading.Event) -> None:
     with closing(database.reader.raw_connection()) as connection:
         cursor, seen = connection.cursor(), None
-        while not stopping.wait(LOOK_SECONDS):
+        while not stopping.wait(CHECKPOINT_INTERVAL_SECONDS):
             try:
                 version = cursor.execute("PRAGMA data_version").fetchone()[0]
                 if version != seen:

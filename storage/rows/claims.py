@@ -19,13 +19,13 @@ from sqlalchemy import ClauseElement, Connection, CursorResult, Integer, Uuid, b
 from sqlmodel import Session
 
 from storage.errors import LostClaim
-from storage.rows.database import clock, moment, run
+from storage.rows.database import db_now, db_now_once, run
 from storage.rows.models import Asset, Callback, Claimable, Dispatch, Task
 
 Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 
 # After three lost leases a row is suspected of ending its workers: it is claimed by a process that does nothing else.
-SUSPECT_LOSSES = 3
+QUARANTINE_AFTER = 3
 # If it ends that process three times more, it is parked: no claim until `receiver retry`.
 PARK_LOSSES = 6
 
@@ -49,28 +49,28 @@ def claim(
 ) -> list[Row]:
     """Claim up to `limit` due rows in one statement, the soonest to be deleted by the provider first.
 
-    Rows that others hold are passed over, never waited for. `alone`: claim suspects instead (see SUSPECT_LOSSES);
+    Rows that others hold are passed over, never waited for. `alone`: claim suspects instead (see QUARANTINE_AFTER);
     the caller has nothing else in flight. `in_turn`: those that have waited longest first, so that none is tried
     again before the others. Returns the rows as claimed, all with the same fresh `lease`; [] when
     nothing is due. `attempts` counts this claim; `losses` counts the lease that ran out before it, if one did.
     """
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
     rows: list[Row] = list(session.scalars(_claim(model, alone, in_turn, tuple(where)), values))
-    return sorted(rows, key=_place)
+    return sorted(rows, key=_work_order)
 
 
 @lru_cache(maxsize=STATEMENTS)
 def _claim(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> Any:
     losses = model.losses + case((model.lease.is_not(None), 1), else_=0)
-    suspect = losses >= SUSPECT_LOSSES if alone else losses < SUSPECT_LOSSES
-    due = select(model.id).where(model.due_at <= moment(), suspect, *where)
+    suspect = losses >= QUARANTINE_AFTER if alone else losses < QUARANTINE_AFTER
+    due = select(model.id).where(model.due_at <= db_now_once(), suspect, *where)
     order = (model.due_at,) if in_turn else _urgency(model)
     due = due.order_by(*order).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
     return (
         update(model)
         .where(model.id.in_(select(due.cte("due").c.id)))
         .values(
-            due_at=clock("lease_seconds"), lease=bindparam("token", type_=Uuid), attempts=model.attempts + 1,
+            due_at=db_now("lease_seconds"), lease=bindparam("token", type_=Uuid), attempts=model.attempts + 1,
             losses=losses,
         )
         .returning(model)
@@ -78,7 +78,7 @@ def _claim(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> An
     )  # fmt: skip
 
 
-def _place(row: Any) -> Any:
+def _work_order(row: Any) -> Any:
     """The order in which claimed rows are worked on; RETURNING promises none. Deliveries and events: as they came."""
     if isinstance(row, Callback | Dispatch):
         return row.id
@@ -96,10 +96,10 @@ def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False,
 @lru_cache(maxsize=STATEMENTS)
 def _any_due(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
     table = model.__table__.c
-    due = select(table.id).where(table.due_at <= moment(), *where)
+    due = select(table.id).where(table.due_at <= db_now_once(), *where)
     if alone:
         losses = table.losses + case((table.lease.is_not(None), 1), else_=0)
-        due = due.where(losses >= SUSPECT_LOSSES)
+        due = due.where(losses >= QUARANTINE_AFTER)
     return due.order_by(table.due_at).limit(1)
 
 
@@ -114,11 +114,11 @@ def settle(session: Session, row: Row, *, due_in: float | None, **values: Any) -
 
     The row's `losses` are forgotten: it let its worker live. Raises `LostClaim` when the lease is not ours any more.
     """
-    due_at = None if due_in is None else clock(due_in)
+    due_at = None if due_in is None else db_now(due_in)
     _write(session, row, {"lease": None, "due_at": due_at, "losses": 0, **values})
 
 
-def keep(session: Session, row: Row, **values: Any) -> None:
+def update_claimed(session: Session, row: Row, **values: Any) -> None:
     """Write `values` while keeping the claim. Raises `LostClaim`."""
     _write(session, row, values)
 
@@ -139,7 +139,7 @@ def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UU
     """
     table: Any = model
     held = select(table.id).where(table.id.in_(ids), table.lease == lease).with_for_update(skip_locked=True)
-    return _execute(session, update(table).where(table.id.in_(held)).values(due_at=clock(lease_seconds)))
+    return _execute(session, update(table).where(table.id.in_(held)).values(due_at=db_now(lease_seconds)))
 
 
 def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
@@ -159,14 +159,14 @@ def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
 
 
 def _is_time(value: Any) -> bool:
-    return isinstance(value, clock)
+    return isinstance(value, db_now)
 
 
 @lru_cache(maxsize=STATEMENTS)
 def _owned(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
     """An update of these columns (name, whether it is set to the clock) while the lease is ours."""
     table = model.__table__
-    new = {name: clock(f"new_{name}") if told else bindparam(f"new_{name}") for name, told in columns}
+    new = {name: db_now(f"new_{name}") if told else bindparam(f"new_{name}") for name, told in columns}
     owned = update(table).where(table.c.id == bindparam("row_id"), table.c.lease == bindparam("held"))
     return owned.values(new)
 

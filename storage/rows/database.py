@@ -46,7 +46,7 @@ log = structlog.get_logger()
 # How long a writer waits for SQLite's own lock. The turnstile makes waiting fair, so this is only for strangers.
 SQLITE_BUSY_SECONDS = 30
 # A SQLite waiter looks this often whether anyone has committed: 20 look-ups a second cost about 0.05 % of a core.
-SQLITE_LOOK_SECONDS = 0.05
+SQLITE_POLL_INTERVAL_SECONDS = 0.05
 # PostgreSQL tells of every commit, and whoever is woken asks for work of every kind: with eight workers each commit was
 # some sixty questions, which took more of two cores than the pictures did. The first call after a rest wakes at once,
 # those that follow so much later, all together; who has work in hand looks for more without being called.
@@ -74,7 +74,7 @@ NO_BEGIN = "receiver_no_begin"
 URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
 
 
-class clock(FunctionElement[datetime]):
+class db_now(FunctionElement[datetime]):
     """The database's time, plus `seconds`: leases are set and judged by one clock, whatever the hosts think.
 
     `seconds` may be a parameter by name, for a statement that is made once and run with many values.
@@ -91,23 +91,23 @@ class clock(FunctionElement[datetime]):
         super().__init__(number)
 
 
-@compiles(clock, "postgresql")
-def _clock_postgresql(element: clock, compiler: Any, **options: Any) -> str:
+@compiles(db_now, "postgresql")
+def _clock_postgresql(element: db_now, compiler: Any, **options: Any) -> str:
     return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
 
 
-@compiles(clock, "sqlite")
-def _clock_sqlite(element: clock, compiler: Any, **options: Any) -> str:
+@compiles(db_now, "sqlite")
+def _clock_sqlite(element: db_now, compiler: Any, **options: Any) -> str:
     seconds = compiler.process(element.clauses, **options)
     return f"(strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds})))"
 
 
-def moment(seconds: float = 0) -> ScalarSelect[datetime]:
-    """`clock(seconds)` to compare a column with: asked once for the whole statement.
+def db_now_once(seconds: float = 0) -> ScalarSelect[datetime]:
+    """`db_now(seconds)` to compare a column with: asked once for the whole statement.
 
     PostgreSQL uses no index up to a volatile function: beside 100,000 waiting rows a look took 23 ms instead of 4.
     """
-    return select(clock(seconds)).scalar_subquery()
+    return select(db_now(seconds)).scalar_subquery()
 
 
 def run(
@@ -202,7 +202,7 @@ class Database:
                 yield session
 
     @contextmanager
-    def single(self) -> Iterator[Connection]:
+    def autocommit_writer(self) -> Iterator[Connection]:
         """A connection on which every statement is a transaction of its own, durable when it returns.
 
         For the one statement of an intake's batch: neither session nor BEGIN nor COMMIT, each of which is a round trip
@@ -212,8 +212,8 @@ class Database:
             yield connection
 
     @contextmanager
-    def glance(self) -> Iterator[Connection]:
-        """`single()` for statements that only read: what idle lanes ask again and again, without a transaction."""
+    def autocommit_reader(self) -> Iterator[Connection]:
+        """`autocommit_writer()` for statements that only read: idle lanes poll with it, without a transaction."""
         with _unavailable(), self._glance.connect() as connection:
             yield connection
 
@@ -224,8 +224,8 @@ class Database:
 
     def now(self) -> datetime:
         with self.read() as session:
-            moment: datetime = session.execute(select(clock())).scalar_one()
-            return moment
+            db_now_once: datetime = session.execute(select(db_now())).scalar_one()
+            return db_now_once
 
     def free_share(self) -> float:
         """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, which keeps its own house."""
@@ -330,7 +330,7 @@ class _SqliteWaker(Waker):
         deadline = time.monotonic() + seconds
         try:
             while self._seen == (version := self._version()) and time.monotonic() < deadline:
-                time.sleep(SQLITE_LOOK_SECONDS)
+                time.sleep(SQLITE_POLL_INTERVAL_SECONDS)
         except (sqlite3.Error, SQLAlchemyError) as error:
             if not self._is_lost:
                 log.warning("waker.lost", error=type(error).__name__)

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import bindparam, insert
 from sqlmodel import Session, col, select
 
-from storage.rows.database import clock
+from storage.rows.database import db_now
 from storage.rows.models import Asset, Counter, Event, Task
 
 # Counts the numbers given; `storage.operations.outbox` gives them.
@@ -35,7 +35,7 @@ class EventName(StrEnum):
 
 
 _FACT = insert(Event.__table__).values(  # type: ignore[attr-defined]
-    task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=clock()
+    task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=db_now()
 )
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 # The rest belongs to what was accepted already: its rows, its downloads on their way.
 MIN_FREE_SHARE = 0.05
-LOOK_SECONDS = 1.0
+FREE_SPACE_INTERVAL_SECONDS = 1.0
 
 
 class Disk:
@@ -24,9 +24,9 @@ class Disk:
         self.is_short = False
 
     def look(self) -> None:
-        """Look at most once in `LOOK_SECONDS`. A disk that cannot be looked at counts as it was."""
+        """Look at most once in `FREE_SPACE_INTERVAL_SECONDS`. A disk that cannot be looked at counts as it was."""
         if time.monotonic() > self._look_at:
-            self._look_at = time.monotonic() + LOOK_SECONDS
+            self._look_at = time.monotonic() + FREE_SPACE_INTERVAL_SECONDS
             # Commits meet a broken disk too, and say so to their senders. Some file systems name no size: 0.
             with suppress(OSError, ZeroDivisionError):
                 self.is_short = self._free_share() < MIN_FREE_SHARE

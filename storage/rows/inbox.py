@@ -30,7 +30,7 @@ from sqlmodel import Session, col, select
 from storage.errors import DatabaseUnavailable
 from storage.rows import free_space
 from storage.rows.claims import PARK_LOSSES
-from storage.rows.database import WAKE_CHANNEL, Database, clock, run
+from storage.rows.database import WAKE_CHANNEL, Database, db_now, run
 from storage.rows.free_space import Disk
 from storage.rows.models import Callback
 from storage.states import CallbackState
@@ -72,7 +72,7 @@ class TaskFull(InboxFull):
     """So many deliveries of this task are kept that new ones say nothing new: read the task instead."""
 
 
-Tell = Callable[[Intake | Exception], None]
+OnCommit = Callable[[Intake | Exception], None]
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ def _digest(*words: str, body: bytes) -> str:
 # anew for each batch, which took more of an acknowledgement's CPU than all the rest of it.
 _COLUMNS = "delivery_key, provider, source, task_id, webhook_id, headers, body, state, reason"
 _INTO = f"INSERT INTO callback ({_COLUMNS}, received_at, due_at, attempts, losses)"
-_NOW = clock().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+_NOW = db_now().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
 # The driver lets go of the interpreter and asks for it again once per statement, and beside a busy event loop each time
 # costs up to 5 ms: so all rows in one, of the smallest size that holds them, the rest of it left NULL.
 _SQLITE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -203,7 +203,7 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
     if row is None:
         row = Callback(provider=delivery.provider, source="poll", task_id=delivery.task_id, delivery_key="", body=b"")
     row.delivery_key, row.body, row.state, row.reason = delivery.key, delivery.body, state, reason
-    row.received_at = row.applied_at = clock()  # type: ignore[assignment]
+    row.received_at = row.applied_at = db_now()  # type: ignore[assignment]
     session.add(row)
     session.flush()
     return row
@@ -211,7 +211,7 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
 
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
 _UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
-_AGAIN = {"state": CallbackState.RECEIVED, "reason": None, "lease": None, "attempts": 0, "due_at": clock()}
+_AGAIN = {"state": CallbackState.RECEIVED, "reason": None, "lease": None, "attempts": 0, "due_at": db_now()}
 _DUE_AGAIN = update(Callback.__table__).where(_UNMATCHED).values(_AGAIN)  # type: ignore[attr-defined]
 _BY_TOKEN = _DUE_AGAIN.where(_CALLBACKS.task_id == bindparam("token_of"))
 _BY_BODY = {  # one index each
@@ -244,7 +244,7 @@ _REPEATED = select_columns(_CALLBACKS.id).where(
 )
 # Rows that another transaction changes are passed over: two that wait for several rows could deadlock.
 _FREE = select_columns(_REPEATED.with_for_update(skip_locked=True).cte("repeated").c.id)
-_APPLY_AT = case((_CALLBACKS.applied_at <= clock(-UNREADABLE_SECONDS), clock()), else_=clock(UNREADABLE_SECONDS))
+_APPLY_AT = case((_CALLBACKS.applied_at <= db_now(-UNREADABLE_SECONDS), db_now()), else_=db_now(UNREADABLE_SECONDS))
 _APPLY_AGAIN = update(Callback.__table__).where(_CALLBACKS.id.in_(_FREE))  # type: ignore[attr-defined]
 _APPLY_AGAIN = _APPLY_AGAIN.values(state=CallbackState.RECEIVED, reason=None, due_at=_APPLY_AT)
 
@@ -260,7 +260,7 @@ class Inbox:
         self._database = database
         self._disk = Disk(free_share or database.free_share)
         self._counted: OrderedDict[int, int] = OrderedDict()  # by a task id's number, which hashes faster
-        self._waiting: deque[tuple[Delivery, Tell]] = deque()
+        self._waiting: deque[tuple[Delivery, OnCommit]] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
         self._stopping = False
@@ -289,12 +289,12 @@ class Inbox:
         self.submit(delivery, partial(_end, future))
         return future
 
-    def submit(self, delivery: Delivery, tell: Tell) -> None:
-        """As `put`, with `tell` called in the inbox's thread; it returns at once and raises nothing."""
+    def submit(self, delivery: Delivery, on_commit: OnCommit) -> None:
+        """As `put`, with `on_commit` called in the inbox's thread; it returns at once and raises nothing."""
         with self._changed:
             if self.is_full or self._stopping:
                 raise InboxFull("no room: too many deliveries wait for their commit, or the disk is nearly full")
-            self._waiting.append((delivery, tell))
+            self._waiting.append((delivery, on_commit))
             self._bytes += len(delivery.body)
             self._changed.notify()
 
@@ -305,10 +305,11 @@ class Inbox:
                 self._commit(batch)
             self._disk.look()
 
-    def _take(self) -> list[tuple[Delivery, Tell]] | None:
+    def _take(self) -> list[tuple[Delivery, OnCommit]] | None:
         """What waits; [] when nothing came for a while, None when nothing comes any more."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._waiting or self._stopping, free_space.LOOK_SECONDS):
+            pause = free_space.FREE_SPACE_INTERVAL_SECONDS
+            if not self._changed.wait_for(lambda: self._waiting or self._stopping, pause):
                 return []
             if not self._waiting:
                 return None
@@ -316,29 +317,29 @@ class Inbox:
             self._bytes -= sum(len(delivery.body) for delivery, _ in batch)
             return batch
 
-    def _commit(self, batch: list[tuple[Delivery, Tell]]) -> None:
+    def _commit(self, batch: list[tuple[Delivery, OnCommit]]) -> None:
         try:
             new, full = self._write([delivery for delivery, _ in batch])
         except Exception as error:  # noqa: BLE001 - whatever it is, every waiter is told
             if len(batch) == 1 or isinstance(error, DatabaseUnavailable):
-                for _, tell in batch:
-                    tell(error)
+                for _, on_commit in batch:
+                    on_commit(error)
                 return
             for single in batch:  # one bad delivery fails no other
                 self._commit([single])
             return
-        for delivery, tell in batch:
+        for delivery, on_commit in batch:
             if delivery.key in full:
-                tell(TaskFull(f"{MAX_KEPT_PER_TASK} deliveries of this task are kept already"))
+                on_commit(TaskFull(f"{MAX_KEPT_PER_TASK} deliveries of this task are kept already"))
                 continue
             intake = Intake.NEW if delivery.key in new else Intake.DUPLICATE
             new.discard(delivery.key)  # twins in one batch: the first was new
-            tell(intake)
+            on_commit(intake)
 
     def _write(self, deliveries: list[Delivery]) -> tuple[set[str], set[str]]:
         """Store what there is room for. Returns the new keys, and those refused as their task is full."""
         full = self._over(deliveries)
-        with self._database.single() as connection:
+        with self._database.autocommit_writer() as connection:
             new = _insert(connection, [delivery for delivery in deliveries if delivery.key not in full])
         self._count([delivery.task_id.int for delivery in deliveries if delivery.task_id and delivery.key in new])
         if known := {delivery.key for delivery in deliveries} - new - full:
@@ -348,7 +349,7 @@ class Inbox:
     def _apply_unreadable_again(self, keys: set[str]) -> None:
         """Make the unreadable among these rows due again, within their bounds. Without any it costs one read: 0.1 ms
         for one key and 0.8 for 256."""
-        with self._database.glance() as connection:
+        with self._database.autocommit_reader() as connection:
             if connection.execute(_REPEATED, {"keys": keys}).first() is None:
                 return
         with self._database.write() as session:

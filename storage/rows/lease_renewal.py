@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from storage.background import alongside
+from storage.background import background_thread
 from storage.errors import DatabaseUnavailable
 from storage.rows import claims
 from storage.rows.claims import Row
@@ -18,14 +18,14 @@ log = structlog.get_logger()
 
 
 @contextmanager
-def holding(database: Database, row: Row, *, lease_seconds: float) -> Iterator[None]:
+def renewing_lease(database: Database, row: Row, *, lease_seconds: float) -> Iterator[None]:
     """Renew the claim on `row` every third of its lease, for the first time after a third, until the block ends.
 
     A claim that is lost is not taken back: whoever settles the row hears `LostClaim`, and whoever must know before
-    asks `claims.keep`. While the database is away it is tried again a third later. A crash leaves a lease that runs
-    out. `lease_seconds`: what each renewal gives, and what the claim was made for.
+    asks `claims.update_claimed`. While the database is away it is tried again a third later. A crash leaves a lease
+    that runs out. `lease_seconds`: what each renewal gives, and what the claim was made for.
     """
-    with alongside("holding", lambda ended: _renew(database, row, lease_seconds, ended)):
+    with background_thread("lease-renewal", lambda ended: _renew(database, row, lease_seconds, ended)):
         yield
 
 

@@ -378,7 +378,7 @@ class RollingAudit(SQLModel, table=True):
     findings: list[dict[str, Any]] = Field(default_factory=list, sa_type=Json)
 
 
-class Pace(SQLModel, table=True):
+class ProviderRate(SQLModel, table=True):
     """When a provider's account may be read again, for all processes together."""
 
     __tablename__: ClassVar[str] = "pace"

@@ -16,7 +16,7 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.errors import LostClaim
-from storage.rows.database import clock, run
+from storage.rows.database import db_now, run
 from storage.rows.events import EventName, record
 from storage.rows.held_slots import give_back, heard_of
 from storage.rows.inbox import rematch
@@ -323,7 +323,7 @@ def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime
 def read_soon(session: Session, task: Task) -> None:
     """Make a waiting read of the locked task due now. A step in flight is left to its owner."""
     if task.lease is None and task.step is Step.READ:
-        task.due_at = clock()  # type: ignore[assignment]
+        task.due_at = db_now()  # type: ignore[assignment]
         session.flush()
 
 
@@ -339,7 +339,7 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
         return
     if task.step is Step.CREATE:
         if task.lease is None and task.queued_at is None:
-            task.due_at = clock()  # type: ignore[assignment]
+            task.due_at = db_now()  # type: ignore[assignment]
         return
     following = states.next_step(_facts_now(session, task), schedule.poll_delay(task.polls))
     if read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
@@ -349,7 +349,7 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
     task.lease = None
     task.attempts = task.losses = 0
     task.step = following.step if following else None
-    task.due_at = clock(following.delay_seconds) if following else None  # type: ignore[assignment]
+    task.due_at = db_now(following.delay_seconds) if following else None  # type: ignore[assignment]
     session.flush()
 
 
@@ -373,10 +373,10 @@ def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bo
     if task.step is not Step.READ:  # nearly always: then there is nothing to ask
         return False
     waits = (Task.id == task.id, Task.step == Step.READ, col(Task.lease).is_(None))
-    return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= clock(within_seconds))).first() is not None
+    return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= db_now(within_seconds))).first() is not None
 
 
-_NOW = sqlalchemy.select(clock())
+_NOW = sqlalchemy.select(db_now())
 
 
 def now(session: Session) -> datetime:

@@ -35,7 +35,7 @@ CHUNK = 500
 LOAD_SECONDS, BOUND_SECONDS = 3.0, 120.0
 
 
-def plant(database: Database, count: int) -> None:
+def insert_row(database: Database, count: int) -> None:
     """So many tasks that have been asked for, each with the delivery that tells of its end, not applied yet."""
     for start in range(0, count, CHUNK):
         with database.write() as session:
@@ -65,7 +65,7 @@ def measure(kind: str, deliveries: int, rate: float) -> tuple[list[float], float
         url = stack.enter_context(stage.database(kind, place))
         database = Database(url)
         stack.callback(database.close)
-        plant(database, deliveries)
+        insert_row(database, deliveries)
         changes = {"RECEIVER_CONFIRM": "never", "RECEIVER_PRIVATE_RESULT_HOSTS": REFUSING}
         variables = stage.environment(url, **changes)
         port = stack.enter_context(stage.served(variables, place))

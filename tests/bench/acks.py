@@ -72,7 +72,7 @@ def p99_beside_archive(small: bool) -> Sample:
         port = stack.enter_context(stage.served(variables, place))
         stack.enter_context(stage.workers(variables, place))
         idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
-        due = pictures.plant(url, source, 16 if small else 400)
+        due = pictures.insert_row(url, source, 16 if small else 400)
         busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=busy_seconds)["waits"])
         assert small or pictures.count_archived(url) < due, "the archive was done before the measurement was"
     return Sample(busy * 1e3, idle * 1e3)

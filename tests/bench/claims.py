@@ -128,7 +128,7 @@ def claim_once(database: Database, lane: str, times: Times) -> None:
     """Claim some rows as a worker does, and hand them back."""
     model, where, _ = LANES[lane]
     began = time.perf_counter()
-    with database.glance() as connection:
+    with database.autocommit_reader() as connection:
         assert claims.is_any_due(connection, model, where=where)
     with database.write() as session:
         started = time.perf_counter()

@@ -32,7 +32,7 @@ from storage.rows import migrations
 from storage.states import ArchiveState
 from tests.conftest import s3_variables
 from tests.harness import wait_until
-from tests.pipeline import assets_of, deliver, plant, settings_for, task_of
+from tests.pipeline import assets_of, deliver, insert_row, settings_for, task_of
 from tests.storage.fetch.test_media_types import TRACK, box
 
 MB = 1_000_000
@@ -179,7 +179,7 @@ def run(parts: Parts, folder: Path, megabytes: int, *, crash: bool) -> Figures:
         worker = workers.enter_context(Worker(parts, folder, hosts, film.size))
         figures.idle_bytes = worker.wait_until_idle()
         started = time.monotonic()
-        task = plant(parts, provider_task_id=f"film-{crash}", expected=1)
+        task = insert_row(parts, provider_task_id=f"film-{crash}", expected=1)
         result = {"videos": [{"index": 0, "url": url}]}
         deliver(parts, task, {"task_id": task.provider_task_id, "task_status": "succeed", "task_result": result})
         if crash:

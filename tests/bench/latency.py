@@ -29,7 +29,7 @@ from tests.pipeline import CALLBACK_SECRET
 from tests.rows import new_task
 
 PICTURE_BYTES = 3_000_000
-LOOK_SECONDS = 0.002
+POLL_INTERVAL_SECONDS = 0.002
 PAUSE_SECONDS = 1.0  # idle again, and every connection pool as it would be
 
 
@@ -75,7 +75,7 @@ def _ours(url: str, port: int, files: Source, name: str) -> float:
             asset = session.exec(select(Asset).where(Asset.task_id == task.id)).one_or_none()
             return asset is not None and asset.state == "archived"
 
-    wait_until(is_archived, seconds=30, every=LOOK_SECONDS)
+    wait_until(is_archived, seconds=30, every=POLL_INTERVAL_SECONDS)
     took = time.perf_counter() - started
     database.close()
     return took

@@ -53,7 +53,7 @@ def source(place: Path, *, count: int, size: int) -> Iterator[Source]:
         yield Source(address, names)
 
 
-def plant(url: str, source: Source, count: int) -> int:
+def insert_row(url: str, source: Source, count: int) -> int:
     """Due pictures, in one transaction, of tasks that have succeeded; the source's files again and again."""
     database = Database(url)
     now = datetime.now(UTC)
@@ -90,7 +90,7 @@ def count_archived(url: str) -> int:
 def archive(url: str, source: Source, count: int) -> float:
     """Plant them and wait until the last is archived; seconds from the commit that made them due."""
     database = Database(url)
-    plant(url, source, count)
+    insert_row(url, source, count)
     started = time.monotonic()
     archived = select(func.count()).where(Asset.state == AssetState.ARCHIVED)
 

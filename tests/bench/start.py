@@ -14,7 +14,7 @@ from tests.harness import wait_until
 from tests.pipeline import free_port
 
 IMPORTS = "import boto3, sqlmodel, starlette, uvicorn; boto3.client('s3', region_name='us-east-1')"
-LOOK_SECONDS = 0.01
+POLL_INTERVAL_SECONDS = 0.01
 
 
 def serve_to_ready(small: bool) -> Sample:
@@ -25,7 +25,7 @@ def serve_to_ready(small: bool) -> Sample:
         variables = stage.environment(url, RECEIVER_PORT=str(port), RECEIVER_WORKERS="0")
         started = time.perf_counter()
         with stage.running([sys.executable, "-m", "receiver", "serve"], variables, place):
-            wait_until(lambda: _is_ready(port), seconds=stage.START_SECONDS, every=LOOK_SECONDS)
+            wait_until(lambda: _is_ready(port), seconds=stage.START_SECONDS, every=POLL_INTERVAL_SECONDS)
             ours = time.perf_counter() - started
         return Sample(ours, _timed([sys.executable, "-c", IMPORTS]))
 

@@ -30,7 +30,7 @@ from storage.rows.models import Asset
 from storage.states import ArchiveState, AssetState
 from tests.archived_tasks import archive, flip, work_off
 from tests.conformance.stage import Broken, Case, Stage
-from tests.pipeline import Wired, assets_of, hurry, kept, settings_for
+from tests.pipeline import Wired, assets_of, kept, make_due_now, settings_for
 from tests.rows import LONG_AGO
 
 MIB = 2**20
@@ -205,12 +205,12 @@ def _until_assets(parts: Parts, task: Any) -> None:
         parts.worker(others).run_until_idle()
         if assets_of(parts, task):
             return
-        hurry(parts)
+        make_due_now(parts)
     raise Broken("the task brought no picture")
 
 
 def _work_one(parts: Parts, archiver: Archiver) -> None:
-    hurry(parts, Asset)
+    make_due_now(parts, Asset)
     with parts.database.write() as session:
         (row,) = claims.claim(session, Asset, limit=1, lease_seconds=60)
     archiver.work(row)

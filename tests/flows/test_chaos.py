@@ -19,7 +19,7 @@ from storage.rows.models import Asset, Task
 from storage.states import ArchiveState
 from tests.chaos import campaign, plan
 from tests.harness import wait_until
-from tests.pipeline import Web, assert_archived, assets_of, deliver, drain, hurry, kept, plant, run, task_of
+from tests.pipeline import Web, assert_archived, assets_of, deliver, drain, insert_row, kept, make_due_now, run, task_of
 from tests.rows import event_names, stored
 
 POSTGRESQL_ONLY = pytest.mark.parametrize("database_kind", ["postgresql"])  # SQLite writes one transaction at a time
@@ -33,7 +33,7 @@ def test_nothing_is_lost_or_doubled_whatever_dies(database_kind: Any) -> None:
 def test_a_worker_that_lost_its_claim_changes_nothing(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 1)
     frozen = claim(parts)
-    hurry(parts, Asset)
+    make_due_now(parts, Asset)
     drain(parts, task.external_task_id)
     before, objects = stored(parts.database, frozen), kept(parts)
     archive(parts, frozen)
@@ -46,7 +46,7 @@ def test_a_finisher_that_lost_its_claim_leaves_no_second_manifest(parts: Parts) 
     task = with_due_pictures(parts, 1)
     run(parts, "assets")
     frozen = claim(parts, Task)
-    hurry(parts, Task)
+    make_due_now(parts, Task)
     run(parts, "finishes")
     deliver(parts, task, {"task_id": "late", "task_status": "processing"})  # it would write other bytes now
     before = kept(parts)
@@ -55,7 +55,7 @@ def test_a_finisher_that_lost_its_claim_leaves_no_second_manifest(parts: Parts) 
 
 
 def test_no_delivery_is_answered_before_its_commit(parts: Parts, web: Web) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     url = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
     with parts.database.write() as session:  # so nobody else can commit a delivery
         if not parts.database.is_sqlite:
@@ -70,7 +70,7 @@ def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts
     task = with_due_pictures(parts, 1)
     sandbox.set(cdn_faults=["503"] * 4 + ["truncated_silent"])
     for _ in range(6):
-        hurry(parts, Asset)
+        make_due_now(parts, Asset)
         run(parts, "assets")
     run(parts, "finishes")
     assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
@@ -97,7 +97,7 @@ def with_due_pictures(parts: Parts, count: int) -> Task:
     name = parts.submitter.submit(request).task.external_task_id
 
     def known() -> bool:
-        hurry(parts, Task)
+        make_due_now(parts, Task)
         run(parts, "reads")
         return len(assets_of(parts, task_of(parts, name))) == count
 

@@ -33,7 +33,7 @@ from storage.rows.inbox import Delivery, store
 from storage.rows.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState
 from tests.harness import wait_until
-from tests.pipeline import Wired, assert_archived, assets_of, hurry, kept, run, task_of
+from tests.pipeline import Wired, assert_archived, assets_of, kept, make_due_now, run, task_of
 from tests.unreported_tasks import undelivered
 
 REQUEST = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2}
@@ -204,7 +204,7 @@ def take_over(parts: Parts, external_task_id: str) -> Task:
     worker = parts.worker()
 
     def over() -> Task | None:
-        hurry(parts)
+        make_due_now(parts)
         worker.run_until_idle()
         task = task_of(parts, external_task_id)
         return task if is_over(task) else None
@@ -278,7 +278,7 @@ def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
 ) -> None:
     parts.submitter.submit(TEN_FILES, external_task_id="ten")
     wait_until(lambda: ended(sandbox, "ten"))
-    hurry(parts)
+    make_due_now(parts)
     with undelivered(sandbox, but=3), worker_process(parts, tmp_path) as first:
         wait_until(lambda: count(parts, col(Asset.state) == AssetState.ARCHIVED) == 3, seconds=START_SECONDS)
         first.kill()
@@ -334,7 +334,7 @@ def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
 ) -> None:
     sandbox.set(cdn_seconds=3)
     ask(parts, sandbox, "two")
-    hurry(parts)
+    make_due_now(parts)
     with worker_process(parts, tmp_path) as process:
         held = freeze(parts, sandbox, process)
         other = next(asset for asset in assets_of(parts, task_of(parts, "two")) if asset.id != held.id)

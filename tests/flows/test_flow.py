@@ -26,9 +26,9 @@ from tests.pipeline import (
     assert_archived,
     assets_of,
     callbacks_of,
-    hurry,
+    insert_row,
     kept,
-    plant,
+    make_due_now,
     run,
     task_of,
 )
@@ -138,7 +138,7 @@ TOLD = {
 @pytest.mark.parametrize("name", TOLD)
 def test_a_recorded_callback_is_applied(name: str, web: Web, parts: Parts) -> None:
     told = TOLD[name]
-    task = plant(
+    task = insert_row(
         parts, external_task_id=told.external_task_id, series=told.series, expected=len(told.rows) or 1
     )  # fmt: skip
     answer = receive(web, parts, task, payload(name))
@@ -154,7 +154,7 @@ FAILED_ID = "e41f5b8d-7c0d-4b0b-b0a5-5b8f0d5f7d90"
 
 
 def test_a_recorded_failure_is_read_before_it_is_believed(web: Web, parts: Parts) -> None:
-    task = plant(parts, external_task_id=FAILED_ID)
+    task = insert_row(parts, external_task_id=FAILED_ID)
     assert receive(web, parts, task, payload("callback-failed")).status_code == 200
     (callback,) = callbacks_of(parts)
     assert (callback.state, callback.reason) == (CallbackState.APPLIED, "confirmed by a read of the task")
@@ -165,7 +165,7 @@ def test_a_recorded_failure_is_read_before_it_is_believed(web: Web, parts: Parts
 
 @pytest.mark.parametrize("changes", [{"confirm": "never"}])
 def test_a_recorded_failure_is_applied(web: Web, parts: Parts) -> None:
-    task = plant(parts, external_task_id=FAILED_ID)
+    task = insert_row(parts, external_task_id=FAILED_ID)
     assert receive(web, parts, task, payload("callback-failed")).status_code == 200
     found = task_of(parts, FAILED_ID)
     assert (found.state, found.error) == (TaskState.FAILED, "Failure to pass the risk control system")
@@ -193,7 +193,7 @@ def test_a_create_over_the_concurrency_limit_waits_in_its_row(parts: Parts, sand
     assert (task.state, task.step, task.sent_at) == (TaskState.CREATED, Step.CREATE, None)
     assert task.due_at is not None and "1303" in str(task.note)
     sandbox.set(concurrency_limit=2)
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "creates")
     assert task_of(parts, "two").state is TaskState.SUBMITTED
 
@@ -225,18 +225,18 @@ def test_an_id_that_exists_already_is_ours_when_the_task_is_younger_than_our_row
     for made in sandbox.world.tasks.values():
         made.visible_ms += 3_600_000  # reads do not find it yet
     for _ in range(3):  # not found, not found, sent again: "already exists"
-        hurry(parts)
+        make_due_now(parts)
         run(parts, "creates")
     assert task_of(parts, "ours").state is TaskState.CREATED
     for made in sandbox.world.tasks.values():
         made.visible_ms = 0
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "creates")
     assert task_of(parts, "ours").state is TaskState.SUCCEEDED
 
 
 def test_a_task_that_is_not_found_is_read_again_later(parts: Parts) -> None:
-    plant(parts, external_task_id="42", due_at=LONG_AGO, submitted_at=parts.database.now())
+    insert_row(parts, external_task_id="42", due_at=LONG_AGO, submitted_at=parts.database.now())
     run(parts, "reads")
     task = task_of(parts, "42")
     assert (task.state, task.step, task.polls, task.lease) == (TaskState.SUBMITTED, Step.READ, 1, None)
@@ -276,7 +276,7 @@ def finish(parts: Parts, external_task_id: str) -> Task:
     def over() -> Task | None:
         worker.run_until_idle()
         task = task_of(parts, external_task_id)
-        hurry(parts, *([Task, Asset] if task.state is TaskState.SUCCEEDED else [Asset]))
+        make_due_now(parts, *([Task, Asset] if task.state is TaskState.SUCCEEDED else [Asset]))
         return task if is_over(task) else None
 
     return wait_until(over)
@@ -306,7 +306,7 @@ def ended(sandbox: Sandbox, external_task_id: str) -> bool:
 def test_a_task_whose_callbacks_never_come_is_read(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     parts.submitter.submit({**PLAIN, "prompt": "a boat [drop]"}, external_task_id="silent")
     wait_until(lambda: ended(sandbox, "silent"))
-    hurry(parts)
+    make_due_now(parts)
     task = finish(parts, "silent")
     assert_archived(parts, sandbox, task)
     assert (task.called_back_at, task.polls) == (None, 1)
@@ -338,7 +338,7 @@ def test_one_dead_url_among_nine_holds_up_none_of_the_others(web: Web, parts: Pa
     states = [asset.state for asset in assets_of(parts, task_of(parts, "nine"))]
     assert states == [AssetState.ARCHIVED] * 4 + [AssetState.DUE] + [AssetState.ARCHIVED] * 4
     sandbox.set(query_faults=[])
-    hurry(parts)
+    make_due_now(parts)
     assert_archived(parts, sandbox, finish(parts, "nine"))
 
 

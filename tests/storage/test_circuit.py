@@ -18,7 +18,7 @@ from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import DispatchState, TaskState
 from tests import sink_pairs
-from tests.pipeline import hurry, plant, run
+from tests.pipeline import insert_row, make_due_now, run
 from tests.rows import LONG_AGO, new_assets, new_task
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
@@ -166,7 +166,7 @@ def test_rows_that_never_reach_the_store_are_no_trials(database: Database) -> No
 def test_a_claim_that_finds_nothing_is_no_trial(database: Database) -> None:
     clock = Clock()
     circuit = opened(clock)
-    new_assets(database, 1, losses=claims.SUSPECT_LOSSES)  # due, and not for everybody
+    new_assets(database, 1, losses=claims.QUARANTINE_AFTER)  # due, and not for everybody
     clock.seconds += FIRST_PAUSE_SECONDS
     assert worker(database, circuit).run_until_idle() == 0
     assert circuit.grant(1).count == 1
@@ -234,11 +234,11 @@ def test_a_provider_that_fails_is_asked_little_and_the_reads_resume(
     parts: Parts, sandbox: Sandbox, clock: Clock
 ) -> None:
     for _ in range(TASKS):
-        plant(parts, due_at=LONG_AGO)
+        insert_row(parts, due_at=LONG_AGO)
     sandbox.set(query_faults=["5001"] * 100)
     for _ in range(FAILURES):  # one call a batch: the rest of it is not tried
         run(parts, "reads")
-        hurry(parts, Task)
+        make_due_now(parts, Task)
     assert (run(parts, "reads"), run(parts, "unmatched")) == (0, 0)
     assert sandbox.ledger().counts["fault:query:5001"] == FAILURES
     sandbox.set(query_faults=[])

@@ -123,7 +123,7 @@ def test_a_suspect_whose_circuit_is_open_stops_no_other_lane(database: Database,
     circuit = opened(clock)
     clock.seconds += FIRST_PAUSE_SECONDS  # a trial may start
     with database.write() as session:
-        new_task(session, losses=claims.SUSPECT_LOSSES)
+        new_task(session, losses=claims.QUARANTINE_AFTER)
         new_task(session, step=Step.READ)
     creates = Lane("creates", Task, suspects.work, 1, (col(Task.step) == Step.CREATE,), circuit=circuit)
     reads = Lane("reads", Task, desk.work, 1, (col(Task.step) == Step.READ,))
@@ -143,7 +143,7 @@ def test_a_suspect_whose_circuit_is_open_stops_no_other_lane(database: Database,
 
 def test_the_trial_of_an_open_circuit_is_a_suspects_when_nobody_else_takes_it(database: Database, desk: Desk) -> None:
     clock = Clock()
-    new_assets(database, 1, losses=claims.SUSPECT_LOSSES)
+    new_assets(database, 1, losses=claims.QUARANTINE_AFTER)
     lane = assets_lane(desk.work, circuit=opened(clock))
     worker = Worker(database, [lane], lease_seconds=5, grace_seconds=0)
     clock.seconds += FIRST_PAUSE_SECONDS

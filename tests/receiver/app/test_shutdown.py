@@ -26,7 +26,7 @@ from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import variables
 from tests.harness import wait_until
-from tests.pipeline import CALLBACK_SECRET, free_port, plant
+from tests.pipeline import CALLBACK_SECRET, free_port, insert_row
 
 SENDERS = 8
 # The web ends a slow body after 10 s and the workers have theirs besides; twice that is a hang.
@@ -114,7 +114,7 @@ def settings(database_url: str, bucket: Bucket, sandbox: Sandbox) -> dict[str, s
 
 def test_sigterm_under_load(settings: dict[str, str], parts: Parts, tmp_path: Path) -> None:
     tokens = Tokens(parts.settings.callback_secrets)
-    tasks = [plant(parts, external_task_id=f"t-{number}") for number in range(20)]
+    tasks = [insert_row(parts, external_task_id=f"t-{number}") for number in range(20)]
     urls = [f"{settings['RECEIVER_PUBLIC_URL']}/callbacks/kling/{tokens.sign('kling', task.id)}" for task in tasks]
     with serving(settings, tmp_path) as process, open_body(urls[0]):
         senders = [Sender(urls) for _ in range(SENDERS)]

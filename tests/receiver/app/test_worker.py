@@ -15,7 +15,7 @@ import pytest
 from sqlmodel import col, select, update
 from structlog.testing import capture_logs
 
-from receiver.app.worker import Chore, Lane, Worker
+from receiver.app.worker import Lane, PeriodicJob, Worker
 from storage.archive.folders import sweep_uploads
 from storage.bucket.bucket import Bucket
 from storage.errors import DatabaseUnavailable
@@ -65,10 +65,10 @@ def desk(database: Database) -> Desk:
 
 @contextmanager
 def running(
-    database: Database, *lanes: Lane, lease: float = 5, grace: float = 10, chores: Sequence[Chore] = ()
+    database: Database, *lanes: Lane, lease: float = 5, grace: float = 10, periodic_jobs: Sequence[PeriodicJob] = ()
 ) -> Iterator[Worker]:
     """A worker at work in a thread; on leaving it is stopped and has ended."""
-    worker = Worker(database, lanes, lease_seconds=lease, grace_seconds=grace, chores=chores)
+    worker = Worker(database, lanes, lease_seconds=lease, grace_seconds=grace, periodic_jobs=periodic_jobs)
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:
@@ -289,8 +289,8 @@ def test_work_goes_on_after_the_database_was_away(database: Database, desk: Desk
 @pytest.mark.usefixtures("s3_environment")
 def test_a_bucket_that_is_away_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
     away = Bucket("away", endpoint_url="http://127.0.0.1:9")
-    chore = Chore("uploads", 60, lambda: sweep_uploads(away))
-    with capture_logs() as logs, running(database, assets_lane(desk.work), chores=[chore]):
+    chore = PeriodicJob("uploads", 60, lambda: sweep_uploads(away))
+    with capture_logs() as logs, running(database, assets_lane(desk.work), periodic_jobs=[chore]):
         (line,) = wait_until(lambda: [each for each in logs if each.get("chore") == "uploads"])
     assert line["event"] == "worker.store_away"
     assert "cannot be reached" in line["error"]

@@ -31,7 +31,7 @@ from storage.states import ArchiveState, CallbackState, TaskState
 from tests.command_line import Done, variables
 from tests.harness import wait_until
 from tests.night_run import run as spend_a_night
-from tests.pipeline import assert_archived, deliver, hurry, kept, run, task_of
+from tests.pipeline import assert_archived, deliver, kept, make_due_now, run, task_of
 from tests.receiver.batch.test_batch_file import FAULTS, GOOD, PICTURE, faulty_file, jsonl
 from tests.rows import event_names, new_asset
 
@@ -71,7 +71,7 @@ def finish(parts: Parts, name: str = "night") -> Counts:
 
     def over() -> Counts | None:
         worker.run_until_idle()
-        hurry(parts, Task)
+        make_due_now(parts, Task)
         found = of(parts).counts(name)
         return found if found.over == found.total else None
 
@@ -306,7 +306,7 @@ def test_files_that_were_given_up_are_due_again(parts: Parts, sandbox: Sandbox) 
 
     def given_up() -> bool:
         parts.worker().run_until_idle()
-        hurry(parts, Task, Asset)
+        make_due_now(parts, Task, Asset)
         return of(parts).counts("night").incomplete == 1
 
     wait_until(given_up)

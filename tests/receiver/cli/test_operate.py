@@ -18,7 +18,7 @@ from storage.bucket.bucket import Bucket
 from storage.rows.database import Database
 from storage.rows.models import Callback, Event, Task
 from tests.command_line import CommandLine, variables
-from tests.pipeline import deliver, plant
+from tests.pipeline import deliver, insert_row
 from tests.receiver.tasks.test_adopt import made_elsewhere
 from tests.receiver.tasks.test_operate import ASKED, counted, everything, lost, operating
 from tests.rows import LONG_AGO
@@ -27,7 +27,7 @@ from tests.rows import LONG_AGO
 def accidents(parts: Parts) -> dict[str, Any]:
     """One of each thing that a verb would change, and the verbs."""
     task, [asset] = lost(parts.database)
-    waiting = plant(parts)
+    waiting = insert_row(parts)
     row = deliver(parts, waiting, {"task_id": "7", "task_status": "processing"})
     with parts.database.write() as session:
         session.execute(update(Callback).values(received_at=LONG_AGO, task_id=task.id))

@@ -38,7 +38,7 @@ MISLEADING = {
     "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
     "HTTP_PROXY": "http://127.0.0.1:1",
 }
-LOOK_SECONDS = 0.2  # a look costs some milliseconds of the core that the demo needs
+POLL_INTERVAL_SECONDS = 0.2  # a look costs some milliseconds of the core that the demo needs
 LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp
 Listener = tuple[str, int]
 
@@ -142,7 +142,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Running]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One whole demo, watched until it ended."""
     with started(tmp_path_factory.mktemp("demo")) as running:
-        wait_until(running.has_ended, seconds=150, every=LOOK_SECONDS)
+        wait_until(running.has_ended, seconds=150, every=POLL_INTERVAL_SECONDS)
         yield running
 
 
@@ -207,9 +207,9 @@ def test_it_fits_eighty_columns(demo: Running) -> None:
 
 def test_terminated_in_the_middle_it_cleans_up(tmp_path: Path) -> None:
     with started(tmp_path) as running:
-        wait_until(lambda: running.says("request"), seconds=60, every=LOOK_SECONDS)
+        wait_until(lambda: running.says("request"), seconds=60, every=POLL_INTERVAL_SECONDS)
         running.process.send_signal(signal.SIGTERM)
-        wait_until(running.has_ended, seconds=60, every=LOOK_SECONDS)
+        wait_until(running.has_ended, seconds=60, every=POLL_INTERVAL_SECONDS)
         assert running.process.returncode == 1
         assert "Stopped before the end" in running.output
         assert running.leftovers() == []
@@ -217,13 +217,13 @@ def test_terminated_in_the_middle_it_cleans_up(tmp_path: Path) -> None:
 
 def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
     with started(tmp_path, "--keep", "--directory", "here") as running:
-        wait_until(lambda: running.says("Ctrl-C here"), seconds=120, every=LOOK_SECONDS)
+        wait_until(lambda: running.says("Ctrl-C here"), seconds=120, every=POLL_INTERVAL_SECONDS)
         pasted = dict(re.findall(r"^export (\w+)=(.*)$", running.output, re.MULTILINE))
         command = [sys.executable, "-m", "receiver", "status", "demo-series", "--json"]
         told = subprocess.run(command, env={**os.environ, **pasted}, capture_output=True, text=True, check=True)
         assert told.stdout.count('"archived"') == 7  # the task and its six objects
         running.process.send_signal(signal.SIGINT)
-        wait_until(running.has_ended, seconds=60, every=LOOK_SECONDS)
+        wait_until(running.has_ended, seconds=60, every=POLL_INTERVAL_SECONDS)
         assert running.process.returncode == 0
         assert running.leftovers() == []
         assert (tmp_path / "here" / "receiver.log").stat().st_size
@@ -231,7 +231,7 @@ def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
 
 def test_out_of_time_it_names_the_log(tmp_path: Path) -> None:
     with started(tmp_path, "--timeout", "0.1") as running:
-        wait_until(running.has_ended, seconds=60, every=LOOK_SECONDS)
+        wait_until(running.has_ended, seconds=60, every=POLL_INTERVAL_SECONDS)
     log = re.findall(r"The receiver's log: (.+)", running.output)
     assert running.process.returncode == 1
     assert "in time" in running.output

@@ -79,7 +79,7 @@ def test_a_failure_is_tried_again_later_and_nothing_overtakes_it(database: Datab
     case.heal()
     run(database, case)
     assert case.arrived() == []
-    run(database, case, hurry=True)
+    run(database, case, make_due_now=True)
     arrived = case.arrived()
     assert of(arrived, task) == list(map(str, STEPS))
     assert {key: name for key, _, name in arrived} == ids(database)
@@ -104,7 +104,7 @@ def test_after_the_schedule_it_is_dead_and_the_next_one_goes(database: Database,
     case.fail()
 
     def is_dead() -> bool:
-        run(database, case, hurry=True)
+        run(database, case, make_due_now=True)
         return dispatches(database)[0].state is DispatchState.DEAD
 
     wait_until(is_dead)
@@ -170,9 +170,9 @@ def test_while_a_sink_is_down_little_is_tried_and_afterwards_all_arrives(
         circuit = Circuit()
         run(database, case, circuit=circuit)
         assert sum(row.tries for row in dispatches(database)) <= 8  # one batch: it has opened the circuit
-        run(database, case, hurry=True, circuit=circuit)
+        run(database, case, make_due_now=True, circuit=circuit)
         case.heal()
-        run(database, case, hurry=True)
+        run(database, case, make_due_now=True)
         assert len(case.arrived()) == 12
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from receiver.gateway.answers import Results, Wording, callback_body, created, record, status_of
+from receiver.gateway.answers import ResponseFormat, Results, callback_body, created, record, status_of
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
 from tests.harness import PAYLOADS
@@ -27,8 +27,10 @@ ALL_ARCHIVED = [
 ]
 
 
-def wording(results: Results = "archived", *, public: bool = True) -> Wording:
-    return Wording(results, lambda asset: f"https://me.example/assets/{asset.kind}-{asset.index}" if public else None)
+def response_format(results: Results = "archived", *, public: bool = True) -> ResponseFormat:
+    return ResponseFormat(
+        results, lambda asset: f"https://me.example/assets/{asset.kind}-{asset.index}" if public else None
+    )
 
 
 def task(state: TaskState = TaskState.SUCCEEDED, archive: ArchiveState = ArchiveState.ARCHIVED, **values: Any) -> Task:
@@ -48,7 +50,7 @@ def bodies(names: list[str], results: Results = "archived", row: Task | None = N
     """What each fact is told as, by its place among them."""
     told = (
         callback_body(row or task(), [asset()], name, at=AT + timedelta(seconds=place), earlier=names[:place],
-                      wording=wording(results))
+                      response_format=response_format(results))
         for place, name in enumerate(names)
     )  # fmt: skip
     return {place: json.loads(body) for place, body in enumerate(told) if body is not None}
@@ -74,7 +76,7 @@ def test_it_has_the_shape_of_what_was_recorded(name: str) -> None:
     kind = "series" if series else "image"
     assets = [asset(each["index"], kind=kind) for each in pictures]
     assets += [asset(each["index"], kind="watermark", original=kind) for each in pictures if "watermark_url" in each]
-    told = record(row, assets[::-1], wording())
+    told = record(row, assets[::-1], response_format())
     assert set(told) - {"receiver"} == set(wanted) - {"watermark_info"}
     assert shape(told["task_result"]) == shape(wanted["task_result"])
     same = ("task_status", "task_status_msg", "task_info")
@@ -90,25 +92,25 @@ def shape(document: Any) -> Any:
 
 
 def test_our_words_stand_under_one_key() -> None:
-    told = record(task(), [asset()], wording())
+    told = record(task(), [asset()], response_format())
     assert told["receiver"] == {"provider_task_id": "901", "archive": "archived"}
     assert (told["task_id"], created(task())["task_id"]) == (str(uuid.UUID(int=7)),) * 2
 
 
 @pytest.mark.parametrize("state", [AssetState.DUE, AssetState.FAILED])
 def test_a_picture_that_is_not_kept_has_the_providers_address(state: AssetState) -> None:
-    told = record(task(archive=ArchiveState.INCOMPLETE), [asset(0), asset(1, state)], wording())
+    told = record(task(archive=ArchiveState.INCOMPLETE), [asset(0), asset(1, state)], response_format())
     urls = [picture["url"] for picture in told["task_result"]["images"]]
     assert urls == ["https://me.example/assets/image-0", URL]
 
 
 def test_without_a_public_url_the_providers_addresses_stay() -> None:
-    told = record(task(), [asset()], wording(public=False))
+    told = record(task(), [asset()], response_format(public=False))
     assert told["task_result"]["images"][0]["url"] == URL
 
 
 def test_an_id_that_is_the_rows_own_is_not_shown() -> None:
-    assert record(task(external_task_id=str(uuid.UUID(int=7))), [], wording())["task_info"] == {}
+    assert record(task(external_task_id=str(uuid.UUID(int=7))), [], response_format())["task_info"] == {}
 
 
 ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED, "archived_at": AT}
@@ -130,7 +132,7 @@ ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED,
 )
 def test_a_query_says_processing_until_the_pictures_are_ours(row: Task, archived: str, provider: str) -> None:
     assert (status_of(row, "archived"), status_of(row, "provider")) == (archived, provider)
-    told = record(row, [asset()], wording())
+    told = record(row, [asset()], response_format())
     assert bool(told["task_result"]) == (archived == "succeed")
 
 
@@ -182,7 +184,7 @@ def test_a_late_body_tells_what_was_true_then() -> None:
 def test_the_same_fact_is_told_in_the_same_bytes() -> None:
     row, kept = task(), [asset(1), asset(0)]
     told = {
-        callback_body(row, order, "task.archived", at=AT, earlier=ALL_ARCHIVED[:-1], wording=wording())
+        callback_body(row, order, "task.archived", at=AT, earlier=ALL_ARCHIVED[:-1], response_format=response_format())
         for order in (kept, kept[::-1])
     }
     assert len(told) == 1

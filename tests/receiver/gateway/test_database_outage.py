@@ -13,13 +13,13 @@ from sqlalchemy import text
 
 from receiver.app.wiring import Parts
 from receiver.gateway import creates as gateway_creates
-from receiver.gateway.creates import Creates, Patience
+from receiver.gateway.creates import Creates, DuplicateWait
 from receiver.sandbox import Sandbox
-from receiver.tasks.create_outcome import Listener
+from receiver.tasks.create_outcome import CreateOutcome
 from storage.errors import DatabaseUnavailable, ProviderRejected
 from storage.states import TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, hurry, run, task_of
+from tests.pipeline import Web, make_due_now, run, task_of
 from tests.postgres import Postgres
 from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_POSTGRESQL, PLAIN, create, told
 from tests.rows import wait_until_blocked
@@ -89,7 +89,7 @@ def test_it_goes_on_by_itself_when_the_database_is_back(
             mortal.stop()
         assert told(asking.result()) == (200, 0)
     mortal.start()
-    hurry(parts)
+    make_due_now(parts)
     assert run(parts, "creates") == 1
     assert (task_of(parts, ID).state, len(creates(sandbox))) == (TaskState.SUBMITTED, 1)
 
@@ -100,18 +100,18 @@ def test_a_database_that_goes_before_the_answer_is_remembered(
     refused: bool, parts: Parts, sandbox: Sandbox, mortal: Postgres
 ) -> None:
     sandbox.set(create_faults=["1301"] if refused else [])
-    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
-    ask, listener = made.read(json.dumps(BODY).encode(), "client", "try-1"), Listener()
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
+    ask, outcome_listener = made.read(json.dumps(BODY).encode(), "client", "try-1"), CreateOutcome()
     begun = made.begin(ask)
-    made.send(begun, listener)
+    made.send(begun, outcome_listener)
     mortal.stop()
-    reply = made.conclude(ask, begun, listener.refusal, "request")
+    reply = made.conclude(ask, begun, outcome_listener.refusal, "request")
     mortal.start()
-    assert isinstance(listener.refusal, ProviderRejected) == refused
+    assert isinstance(outcome_listener.refusal, ProviderRejected) == refused
     assert (reply.http_status, reply.body["code"]) == ((400, 1301) if refused else (200, 0))
-    patience, much_later = Patience(0), 60.0
-    assert made.replay(ask, begun, "later", patience, now=0) is None
-    told_later = made.replay(ask, begun, "later", patience, now=much_later)
+    duplicate_wait, much_later = DuplicateWait(0), 60.0
+    assert made.replay(ask, begun, "later", duplicate_wait, now=0) is None
+    told_later = made.replay(ask, begun, "later", duplicate_wait, now=much_later)
     assert told_later is not None
     assert told_later.body["data"]["task_id"] == str(begun.task.id)
 

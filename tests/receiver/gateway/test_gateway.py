@@ -17,13 +17,13 @@ from receiver.gateway import gateway
 from receiver.providers.kling.client import Kling
 from receiver.providers.kling.request import parse_request
 from receiver.sandbox import Sandbox
-from receiver.tasks.create_outcome import Listener
+from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.operate import Operator
 from receiver.tasks.task_view import is_over
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, hurry, plant, run, task_of
+from tests.pipeline import Web, insert_row, make_due_now, run, task_of
 from tests.postgres import Postgres
 from tests.receiver.web.test_callbacks import BODY, answer_on, connected, path_of, post
 from tests.rows import LONG_AGO, event_names
@@ -251,7 +251,7 @@ def test_an_unclear_outcome_is_200_and_resolved_from_the_row(
         made = client.create(**PLAIN, external_task_id=fault)
         assert (made["task_status"], made["receiver"]["provider_task_id"]) == ("submitted", None)
         assert client.task(fault)["task_status"] == "submitted"
-    hurry(parts, Task)
+    make_due_now(parts, Task)
     wait_until(lambda: run(parts, "creates") + 1 and all(is_accepted(client, fault) for fault in faults[:3]))
     sent = [body["external_task_id"] for body in creates(sandbox)]
     assert [sent.count(fault) for fault in faults[:3]] == [1, 1, 1]
@@ -325,13 +325,13 @@ def test_a_refusal_after_its_client_has_left_is_the_rows_affair(code: str, parts
     task.client_callback_url = "https://client.example/"
     with parts.database.write() as session:
         assert parts.submitter.insert(session, task)
-    listener = Listener()
-    listener.leave()
-    parts.submitter.send(task, listener)
+    outcome_listener = CreateOutcome()
+    outcome_listener.leave()
+    parts.submitter.send(task, outcome_listener)
     row = task_of(parts, ID)
     assert (row.state is TaskState.CREATED and row.step is Step.CREATE) == (code == "1303")
     assert row.client_callback_url == "https://client.example/"
-    assert listener.refusal is None
+    assert outcome_listener.refusal is None
 
 
 def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox: Sandbox) -> None:
@@ -342,14 +342,14 @@ def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox
     task = parts.submitter.row(parse_request(PLAIN), ID)
     with parts.database.write() as session:
         assert parts.submitter.insert(session, task)
-    listener = Listener()
-    sending = threading.Thread(target=parts.submitter.send, args=(task, listener))
+    outcome_listener = CreateOutcome()
+    sending = threading.Thread(target=parts.submitter.send, args=(task, outcome_listener))
     sending.start()
     wait_until(lambda: sandbox.ledger().counts["query"])
     with parts.database.write() as session:
         session.execute(update(Task).values(lease=uuid.uuid4()))
     sending.join()
-    assert (listener.refusal, task_of(parts, ID).state) == (None, TaskState.CREATED)
+    assert (outcome_listener.refusal, task_of(parts, ID).state) == (None, TaskState.CREATED)
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def patient(parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("patient")
 def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["hang:created"] * 40, hang_seconds=PATIENCE_SECONDS)
-    task = plant(parts)
+    task = insert_row(parts)
     with ThreadPoolExecutor(40) as pool:
         waiting = [pool.submit(create, web) for _ in range(40)]
         wait_until(lambda: len(creates(sandbox)) == 40)
@@ -465,7 +465,7 @@ def test_a_task_is_found_by_our_id_and_by_the_clients_never_by_the_providers(
 
 def test_the_list_is_newest_first(web: Web, parts: Parts) -> None:
     made = [create(web).json()["data"]["task_id"] for _ in range(3)]
-    plant(parts, created_at=LONG_AGO)
+    insert_row(parts, created_at=LONG_AGO)
 
     def page(**params: int) -> list[str]:
         return [task["task_id"] for task in ask(web, "GET", params=params).json()["data"]]

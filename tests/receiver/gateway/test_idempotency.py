@@ -15,9 +15,9 @@ from receiver.app.wiring import Parts
 from receiver.gateway import creates as gateway_creates
 from receiver.gateway import gateway
 from receiver.gateway.answers import Refused, Reply
-from receiver.gateway.creates import Creates, Patience
+from receiver.gateway.creates import Creates, DuplicateWait
 from receiver.sandbox import Sandbox
-from receiver.tasks.create_outcome import Listener
+from receiver.tasks.create_outcome import CreateOutcome
 from storage.accounts import idempotency
 from storage.errors import ProviderThrottled
 from storage.rows.models import Idempotency
@@ -104,48 +104,52 @@ def test_twins_at_once_make_one_task_and_hear_the_same(web: Web, parts: Parts, s
 
 @ON_SQLITE
 def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
-    creates = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    creates = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
     ask = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first, twin = creates.begin(ask), creates.begin(ask)
     assert (first.first, twin.first, twin.task.id) == (True, False, first.task.id)
-    patience = Patience(0)
-    assert creates.replay(ask, twin, "request", patience, now=0) is None
+    duplicate_wait = DuplicateWait(0)
+    assert creates.replay(ask, twin, "request", duplicate_wait, now=0) is None
     assert (
         creates.conclude(ask, first, ProviderThrottled("slow", code=1303, http_status=429), "request").http_status
         == 429
     )
     with pytest.raises(Refused, match="1302"):
-        creates.replay(ask, twin, "request", patience, now=0)
+        creates.replay(ask, twin, "request", duplicate_wait, now=0)
 
 
 @pytest.mark.parametrize("seconds", [2.5, 19.0, 20.5])
 def test_however_long_a_create_took_its_own_answer_is_the_first(seconds: float, parts: Parts, sandbox: Sandbox) -> None:
     """Twins that look between the row's end and the commit of its answer."""
     sandbox.set(create_faults=["1301"])
-    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
-    ask, listener, patience = made.read(json.dumps(PLAIN).encode(), "client", "try-1"), Listener(), Patience(0)
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
+    ask, outcome_listener, duplicate_wait = (
+        made.read(json.dumps(PLAIN).encode(), "client", "try-1"),
+        CreateOutcome(),
+        DuplicateWait(0),
+    )
     first, twin = made.begin(ask), made.begin(ask)
-    assert made.replay(ask, twin, "twin", patience, now=0) is None
-    made.send(first, listener)
-    assert made.replay(ask, twin, "twin", patience, now=seconds) is None
-    own = made.conclude(ask, first, listener.refusal, "first")
+    assert made.replay(ask, twin, "twin", duplicate_wait, now=0) is None
+    made.send(first, outcome_listener)
+    assert made.replay(ask, twin, "twin", duplicate_wait, now=seconds) is None
+    own = made.conclude(ask, first, outcome_listener.refusal, "first")
     assert (own.http_status, own.body["code"]) == (400, 1301)
     for now in (seconds + 0.1, seconds + gateway_creates.ANSWER_SECONDS, seconds + 60):
-        assert made.replay(ask, twin, "twin", patience, now=now) == Reply(400, own.body)
+        assert made.replay(ask, twin, "twin", duplicate_wait, now=now) == Reply(400, own.body)
 
 
 def test_a_twin_waits_for_the_answer_alone_once_the_create_has_ended() -> None:
-    patience = Patience(0)
+    duplicate_wait = DuplicateWait(0)
     moments = {19.9: True, 20.0: False, 21.9: True, 22.0: True}
-    told = [patience.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
+    told = [duplicate_wait.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
     assert told == [False, False, False, True]
-    assert Patience(0).is_over(is_under_way=True, now=20)
+    assert DuplicateWait(0).is_over(is_under_way=True, now=20)
 
 
 @ON_POSTGRESQL
 def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -> None:
     """Between the insert that meets it and the look at who took it: PostgreSQL lets others commit in between."""
-    made = Creates(parts.database, parts.submitter, parts.wording, parts.settings.event_policy)
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
     ask = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first = made.begin(ask)
     waiting = [ProviderThrottled("slow", code=1302, http_status=429)]

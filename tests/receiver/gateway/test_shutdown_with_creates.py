@@ -15,7 +15,7 @@ from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.states import TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, free_port, hurry, run, task_of
+from tests.pipeline import Web, free_port, make_due_now, run, task_of
 from tests.receiver.app.test_shutdown import EXIT_SECONDS, leases, serving
 from tests.receiver.app.test_shutdown import settings as settings  # a fixture
 from tests.receiver.gateway.test_gateway import CHANGES, ID, KEY, ON_SQLITE, PATH, PLAIN, create, told
@@ -52,7 +52,7 @@ def test_creates_that_wait_are_told_submitted_and_go_on(parts: Parts, sandbox: S
     sandbox.stop()
     wait_until(lambda: task_of(parts, ID).lease is None)
     sandbox.start()
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "creates")
     assert (task_of(parts, ID).state, len(creates(sandbox))) == (TaskState.SUBMITTED, 1)
 

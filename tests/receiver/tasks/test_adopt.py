@@ -13,7 +13,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.adopt import Adopter
 from storage.states import ArchiveState, CallbackState, Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, callback_of, deliver, drain, plant, run, task_of
+from tests.pipeline import assert_archived, callback_of, deliver, drain, insert_row, run, task_of
 from tests.receiver.tasks.test_operate import ASKED, counted, everything
 from tests.rows import event_names
 
@@ -27,7 +27,7 @@ def changes() -> dict[str, Any]:
 
 @pytest.fixture
 def adopter(parts: Parts) -> Adopter:
-    return Adopter(parts.database, parts.providers, parts.schedule, parts.read_limit)
+    return Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
 
 
 def made_elsewhere(sandbox: Sandbox, external_task_id: str | None = None, *, until: str = "") -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_an_unfinished_one_is_read_until_it_ends(parts: Parts, sandbox: Sandbox,
 def test_everything_listed_is_taken_page_by_page(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     for number in range(5):
         made_elsewhere(sandbox, f"theirs-{number}")
-    plant(parts, external_task_id="theirs-3")
+    insert_row(parts, external_task_id="theirs-3")
     assert counted(adopter.take_listed(DAY, page_size=2))["adopted"] == 4
     assert counted(adopter.take_listed(DAY, page_size=2)) == {"known": 5}
     assert {task_of(parts, f"theirs-{number}").provider for number in range(5)} == {"kling"}
@@ -90,7 +90,7 @@ def test_what_is_older_is_left_alone(parts: Parts, sandbox: Sandbox, adopter: Ad
 def test_a_dry_run_takes_nothing(parts: Parts, sandbox: Sandbox) -> None:
     made_elsewhere(sandbox, "theirs", until="succeed")
     before = everything(parts.database)
-    adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_limit, dry_run=True)
+    adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=True)
     assert counted(adopter.take(["theirs"])) == {"adopted": 1, "files_due": 2}
     assert counted(adopter.take_listed(DAY)) == {"adopted": 1, "files_due": 2}
     assert everything(parts.database) == before
@@ -99,7 +99,7 @@ def test_a_dry_run_takes_nothing(parts: Parts, sandbox: Sandbox) -> None:
 def test_one_that_is_named_twice_is_taken_once_and_a_dry_run_says_so(parts: Parts, sandbox: Sandbox) -> None:
     theirs = made_elsewhere(sandbox, "theirs", until="succeed")
     for dry_run in (True, False):
-        adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_limit, dry_run=dry_run)
+        adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
         tally = adopter.take(["theirs", theirs["task_id"], "theirs"])
         assert counted(tally) == {"adopted": 1, "files_due": 2, "known": 2}
 
@@ -114,7 +114,7 @@ def test_what_the_provider_does_not_know_is_said(parts: Parts, sandbox: Sandbox,
 
 def test_a_create_that_failed_here_is_not_overwritten(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     made_elsewhere(sandbox, "theirs")
-    plant(parts, external_task_id="theirs", state=TaskState.FAILED, step=None, due_at=None)
+    insert_row(parts, external_task_id="theirs", state=TaskState.FAILED, step=None, due_at=None)
     assert "--adopt" in adopter.take(["theirs"]).left["theirs"]
     assert counted(adopter.take_listed(DAY)) == {"known": 1}
     assert task_of(parts, "theirs").state is TaskState.FAILED

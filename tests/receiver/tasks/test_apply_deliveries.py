@@ -21,7 +21,7 @@ from storage.rows.inbox import Delivery, store
 from storage.rows.models import Callback, Task, TaskAlias
 from storage.states import CallbackState, Output, Report, Step, TaskState
 from tests.harness import PAYLOADS
-from tests.pipeline import assets_of, callback_of, deliver, hurry, plant, run, task_of
+from tests.pipeline import assets_of, callback_of, deliver, insert_row, make_due_now, run, task_of
 from tests.rows import LONG_AGO, event_names
 
 SUBMITTED, PROCESSING, SUCCEEDED, FAILED = (
@@ -98,7 +98,7 @@ def is_read_now(parts: Parts, task: Task) -> bool:
 
 
 def test_a_believed_delivery_makes_the_assets_due(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1))
     assert (row.state, row.reason, row.due_at) == (CallbackState.APPLIED, None, None)
     (asset,) = assets_of(parts, task)
@@ -106,7 +106,7 @@ def test_a_believed_delivery_makes_the_assets_due(parts: Parts) -> None:
 
 
 def test_a_doubted_delivery_writes_nothing_but_makes_the_task_due_for_a_read(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1, host=FOREIGN))
     assert (row.state, row.reason) == (CallbackState.APPLIED, BY_READ)
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
@@ -117,20 +117,20 @@ def test_a_doubted_delivery_writes_nothing_but_makes_the_task_due_for_a_read(par
     "changes", [{"result_hosts": "files.example.net"}, {"private_result_hosts": "files.example.net:8000"}]
 )
 def test_hosts_of_the_settings_are_trusted(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     assert deliver(parts, task, body("succeed", 1, host=FOREIGN)).reason is None
     assert len(assets_of(parts, task)) == 1
 
 
 def test_a_signed_delivery_is_believed_whatever_it_brings(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     deliver(parts, task, body("failed", task_status_msg="no"), webhook_id="msg_1")
     found = task_of(parts, task.external_task_id)
     assert (found.state, found.error, found.due_at) == (FAILED, "no", None)
 
 
 def test_a_late_report_does_not_put_off_a_read_that_was_asked_for(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     deliver(parts, task, body("failed"))
     deliver(parts, task, body("processing"))
     assert task_of(parts, task.external_task_id).state is PROCESSING
@@ -141,21 +141,21 @@ def test_a_late_report_does_not_put_off_a_read_that_was_asked_for(parts: Parts) 
 
 
 def test_on_the_account_url_a_delivery_finds_its_task_by_our_id_and_is_read(parts: Parts) -> None:
-    task = plant(parts, external_task_id="ours")
+    task = insert_row(parts, external_task_id="ours")
     row = deliver(parts, None, body("succeed", 1, **info("ours")))
     assert (row.state, row.reason) == (CallbackState.APPLIED, BY_READ)
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
 def test_on_the_account_url_a_delivery_finds_its_task_by_the_providers_id(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     deliver(parts, task, body("processing", task_id="901"))
     assert deliver(parts, None, body("succeed", 1, task_id="901")).reason == BY_READ
     assert is_read_now(parts, task)
 
 
 def test_on_the_account_url_an_unknown_id_is_unmatched(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, None, CONSOLE_TEST)
     assert (row.state, row.task_id) == (CallbackState.UNMATCHED, None)
     assert event_names(parts.database, task) == ["task.created"]
@@ -164,8 +164,8 @@ def test_on_the_account_url_an_unknown_id_is_unmatched(parts: Parts) -> None:
 def test_an_unmatched_delivery_is_applied_when_its_task_appears(parts: Parts) -> None:
     row = deliver(parts, None, body("processing", **info("restored")))
     assert row.state is CallbackState.UNMATCHED
-    task = plant(parts, external_task_id="restored")
-    hurry(parts, Callback)
+    task = insert_row(parts, external_task_id="restored")
+    make_due_now(parts, Callback)
     run(parts, "callbacks")
     assert callback_of(parts, row.delivery_key).state is CallbackState.APPLIED
     assert is_read_now(parts, task)
@@ -179,7 +179,7 @@ def test_a_good_token_without_a_row_is_unmatched_and_keeps_the_tokens_word(parts
 
 
 def test_an_unknown_task_id_is_learnt_as_an_alias(parts: Parts) -> None:
-    task = plant(parts, provider_task_id="gateway-1")
+    task = insert_row(parts, provider_task_id="gateway-1")
     deliver(parts, task, body("processing", task_id="901"))
     with parts.database.read() as session:
         aliases = session.exec(select(TaskAlias.provider_task_id).where(TaskAlias.task_id == task.id)).all()
@@ -188,9 +188,9 @@ def test_an_unknown_task_id_is_learnt_as_an_alias(parts: Parts) -> None:
 
 @pytest.mark.parametrize("told", [body("succeed", 1, **info("another")), body("succeed", 1, task_id="902")])
 def test_a_body_that_names_another_task_is_rejected_and_touches_nothing(told: dict[str, Any], parts: Parts) -> None:
-    other = plant(parts)
+    other = insert_row(parts)
     deliver(parts, other, body("processing", task_id="902"))
-    task = plant(parts, external_task_id="mine")
+    task = insert_row(parts, external_task_id="mine")
     row = deliver(parts, task, told)
     assert row.state is CallbackState.REJECTED and row.reason
     found = task_of(parts, "mine")
@@ -199,7 +199,7 @@ def test_a_body_that_names_another_task_is_rejected_and_touches_nothing(told: di
 
 
 def test_the_genuine_delivery_after_a_contradicting_one_is_applied(parts: Parts) -> None:
-    task = plant(parts, external_task_id="mine")
+    task = insert_row(parts, external_task_id="mine")
     deliver(parts, task, body("succeed", 1, **info("another")))
     assert deliver(parts, task, body("succeed", 1, **info("mine"))).state is CallbackState.APPLIED
     assert task_of(parts, "mine").state is SUCCEEDED
@@ -208,14 +208,14 @@ def test_the_genuine_delivery_after_a_contradicting_one_is_applied(parts: Parts)
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 @pytest.mark.parametrize("raw", [b"", b"\xff", b"[]", b"null", b'{"a": 1}', b"[" * 100_000, b"<html>"])
 def test_what_cannot_be_read_is_kept_and_the_task_is_read(raw: bytes, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, task, raw)
     assert (row.state, row.body) == (CallbackState.UNREADABLE, raw) and row.reason
     assert is_read_now(parts, task)
 
 
 def test_an_unknown_status_keeps_the_task_waiting(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, task, body("resting"))
     assert (row.state, row.reason) == (CallbackState.APPLIED, "unknown status 'resting'")
     assert task_of(parts, task.external_task_id).state is SUBMITTED
@@ -240,7 +240,7 @@ def test_a_transaction_of_many_deliveries_ends_when_it_has_taken_its_time(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, hold_seconds: float, transactions: int
 ) -> None:
     monkeypatch.setattr(apply_deliveries, "HOLD_SECONDS", hold_seconds)
-    put_all(parts, [(plant(parts), body("succeed", 1, task_id=f"90{number}")) for number in range(5)])
+    put_all(parts, [(insert_row(parts), body("succeed", 1, task_id=f"90{number}")) for number in range(5)])
     (lane,) = (lane for lane in parts.lanes() if lane.name == "callbacks")
     with parts.database.write() as session:
         rows = claims.claim(session, Callback, limit=5, lease_seconds=60)
@@ -263,7 +263,7 @@ def test_a_delivery_that_cannot_be_applied_holds_up_none_of_those_claimed_with_i
         return parse(self, raw)
 
     monkeypatch.setattr(Kling, "parse", fail)
-    planted = sorted((plant(parts) for _ in range(5)), key=lambda task: str(task.id))  # as they are applied
+    planted = sorted((insert_row(parts) for _ in range(5)), key=lambda task: str(task.id))  # as they are applied
     put_all(parts, [(task, body("succeed", 1, task_id=f"90{number}")) for number, task in enumerate(planted)])
     run(parts, "callbacks")
     applied, received = CallbackState.APPLIED, CallbackState.RECEIVED
@@ -286,7 +286,7 @@ def test_what_could_not_be_applied_is_told_though_the_database_goes_away_after_i
         return parse(self, raw)
 
     monkeypatch.setattr(Kling, "parse", fail)
-    planted = sorted((plant(parts) for _ in range(5)), key=lambda task: str(task.id))
+    planted = sorted((insert_row(parts) for _ in range(5)), key=lambda task: str(task.id))
     put_all(parts, [(task, body("succeed", 1, task_id=f"90{number}")) for number, task in enumerate(planted)])
     with structlog.testing.capture_logs() as logs:
         run(parts, "callbacks")
@@ -307,7 +307,7 @@ def replay(parts: Parts, row: Callback) -> Callback:
 
 @pytest.mark.parametrize("changes", [{"confirm": "always"}])
 def test_a_delivery_that_says_nothing_new_causes_no_read(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1))
     assert row.reason == BY_READ and is_read_now(parts, task)
     with parts.database.write() as session:  # the read said the same
@@ -320,7 +320,7 @@ def test_a_delivery_that_says_nothing_new_causes_no_read(parts: Parts) -> None:
 
 
 def test_a_replayed_delivery_changes_no_row_of_the_task(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1))
     before = task_of(parts, task.external_task_id), assets_of(parts, task)
     assert replay(parts, row).state is CallbackState.APPLIED
@@ -334,7 +334,7 @@ def test_a_replayed_delivery_changes_no_row_of_the_task(parts: Parts) -> None:
 
 
 def test_a_success_after_a_failure_wins_and_is_read_once(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     deliver(parts, task, body("failed"), webhook_id="msg_1")
     deliver(parts, task, body("succeed", 1), webhook_id="msg_2")
     found = task_of(parts, task.external_task_id)

@@ -33,8 +33,8 @@ from tests.pipeline import (
     callbacks_of,
     deliver,
     drain,
-    hurry,
-    plant,
+    insert_row,
+    make_due_now,
     run,
     task_of,
 )
@@ -77,11 +77,11 @@ def broken(parts: Parts, sandbox: Sandbox, **knobs: Any) -> Task:
     """A task whose only picture was given up because of `knobs`, which are over now."""
     task = parts.submitter.submit(ASKED).task
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
-    hurry(parts, Task)
+    make_due_now(parts, Task)
     run(parts, "reads")
     sandbox.set(**knobs)
     for _ in range(AssetDamaged.tries):
-        hurry(parts, Asset)
+        make_due_now(parts, Asset)
         run(parts, "assets")
     run(parts, "finishes")
     sandbox.set(**dict.fromkeys(knobs, 0))
@@ -144,7 +144,7 @@ def test_an_unknown_name_is_said(operator: Operator) -> None:
 
 
 def test_a_failed_create_is_never_sent_again(parts: Parts, operator: Operator, sandbox: Sandbox) -> None:
-    task = plant(parts, state=TaskState.FAILED, step=None, due_at=None, error="content policy")
+    task = insert_row(parts, state=TaskState.FAILED, step=None, due_at=None, error="content policy")
     before = stored(parts.database, task)
     assert "only `receiver submit` sends" in operator.retry(task.external_task_id).left[task.external_task_id]
     assert list(operator.reconcile([task.external_task_id])[0].left) == [task.external_task_id]
@@ -170,7 +170,7 @@ def silent(parts: Parts, sandbox: Sandbox, external_task_id: str = "mute") -> Ta
     created = parts.kling.create(ASKED, external_task_id=external_task_id, callback_url=None)
     wait_until(lambda: sandbox.ledger().task(external_task_id).status == "succeed")
     values = {"state": TaskState.FAILED, "step": None, "due_at": None, "error": "never_reported"}
-    return plant(parts, external_task_id=external_task_id, provider_task_id=created.provider_task_id, **values)
+    return insert_row(parts, external_task_id=external_task_id, provider_task_id=created.provider_task_id, **values)
 
 
 def test_a_task_that_fell_silent_is_read_and_its_success_wins(
@@ -229,7 +229,7 @@ def test_a_file_of_a_parked_task_counts_once(
 def test_whatever_a_task_waits_for_is_due(
     parts: Parts, operator: Operator, values: dict[str, Any], counts: dict[str, int]
 ) -> None:
-    task = plant(parts, **values)
+    task = insert_row(parts, **values)
     tally = operator.retry(task.external_task_id)
     assert (counted(tally), tally.is_good) == (counts, bool(counts))
     row = stored(parts.database, task)
@@ -240,7 +240,7 @@ def test_whatever_a_task_waits_for_is_due(
 
 
 def test_a_replayed_delivery_changes_nothing_it_changed_before(parts: Parts, operator: Operator) -> None:
-    task = plant(parts, external_task_id="one")
+    task = insert_row(parts, external_task_id="one")
     body = {"task_id": "7", "task_status": "processing", "task_info": {"external_task_id": "one"}}
     row = deliver(parts, task, body)
     names = event_names(parts.database, task)
@@ -252,7 +252,7 @@ def test_a_replayed_delivery_changes_nothing_it_changed_before(parts: Parts, ope
 
 
 def test_a_range_takes_the_deliveries_of_one_state(parts: Parts, operator: Operator) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     unreadable = deliver(parts, task, b"hello")
     applied = deliver(parts, task, {"task_id": "7", "task_status": "processing"})
     long_ago, soon = LONG_AGO, parts.database.now() + timedelta(hours=1)
@@ -265,7 +265,7 @@ def test_a_range_takes_the_deliveries_of_one_state(parts: Parts, operator: Opera
 
 
 def test_what_cannot_be_replayed_is_said(parts: Parts, operator: Operator) -> None:
-    row = deliver(parts, plant(parts), {"task_id": "7", "task_status": "processing"})
+    row = deliver(parts, insert_row(parts), {"task_id": "7", "task_status": "processing"})
     with parts.database.write() as session:
         session.execute(update(Callback).values(source="poll"))
     tally = operator.replay([row.id or 0, 99])
@@ -289,7 +289,7 @@ SIGNED = {"kling_webhook_secrets": SECRETS[0], "callback_secrets": "s" * 40, "po
 
 @pytest.mark.parametrize("changes", [SIGNED])
 def test_a_refused_delivery_counts_once_the_right_secret_is_set(parts: Parts, web: Web, operator: Operator) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     assert post_signed(web, parts, task, SECRETS[1]) == 401
     [row] = callbacks_of(parts)
     assert "does not verify" in operator.replay([row.id or 0]).left[str(row.id)]
@@ -306,7 +306,7 @@ def test_a_refused_delivery_counts_once_the_right_secret_is_set(parts: Parts, we
 
 @pytest.mark.parametrize("changes", [SIGNED])
 def test_a_signature_is_judged_by_the_time_it_came(parts: Parts, web: Web, operator: Operator) -> None:
-    assert post_signed(web, parts, plant(parts), SECRETS[1]) == 401
+    assert post_signed(web, parts, insert_row(parts), SECRETS[1]) == 401
     with parts.database.write() as session:
         session.execute(update(Callback).values(received_at=LONG_AGO))
     today = Kling(base_url="http://127.0.0.1:9", webhook_secrets=[SecretStr(SECRETS[1])])
@@ -319,9 +319,9 @@ def test_a_signature_is_judged_by_the_time_it_came(parts: Parts, web: Web, opera
 
 
 def test_every_unfinished_task_is_due_for_a_read(parts: Parts, operator: Operator) -> None:
-    waiting = plant(parts, attempts=5)
-    plant(parts, lease=uuid.uuid4())
-    plant(parts, state=TaskState.CREATED, step=Step.CREATE)
+    waiting = insert_row(parts, attempts=5)
+    insert_row(parts, lease=uuid.uuid4())
+    insert_row(parts, state=TaskState.CREATED, step=Step.CREATE)
     lost(parts.database)
     tally, reads = operator.reconcile()
     assert counted(tally) == {"reads_due": 1, "in_work": 1, "not_sent_yet": 1}
@@ -342,7 +342,7 @@ def test_reads_are_done_here_until_they_are_answered(parts: Parts, sandbox: Sand
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 def test_a_provider_that_is_away_ends_the_wait(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     sandbox.stop()
     tally = read(parts, operator.reconcile()[1])
     assert "no connection" in tally.left[task.external_task_id]
@@ -358,7 +358,7 @@ def read(parts: Parts, reads: Reads) -> Tally:
 
 
 def test_a_dismissed_task_waits_for_nothing_and_says_why(parts: Parts, operator: Operator) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     assert counted(operator.dismiss(task.external_task_id, "the account\nis closed")) == {"dismissed": 1}
     row = stored(parts.database, task)
     assert (row["state"], row["archive"]) == (TaskState.FAILED, ArchiveState.INCOMPLETE)
@@ -399,7 +399,7 @@ def test_retry_brings_a_dismissed_task_back_only_by_name(parts: Parts, sandbox: 
 def test_a_success_after_a_dismissal_still_wins(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     created = parts.kling.create(ASKED, external_task_id="late", callback_url=None)
     wait_until(lambda: sandbox.ledger().task("late").status == "succeed")
-    task = plant(parts, external_task_id="late", provider_task_id=created.provider_task_id)
+    task = insert_row(parts, external_task_id="late", provider_task_id=created.provider_task_id)
     operator.dismiss("late", "too late")
     record = parts.kling.read(provider_task_id=created.provider_task_id, external_task_id="late")
     assert record is not None
@@ -418,7 +418,7 @@ def test_a_success_after_a_dismissal_still_wins(parts: Parts, sandbox: Sandbox, 
 def test_what_needs_no_dismissal_is_left_alone(
     parts: Parts, operator: Operator, values: dict[str, Any], why: str
 ) -> None:
-    task = plant(parts, **values)
+    task = insert_row(parts, **values)
     before = stored(parts.database, task)
     assert why in operator.dismiss(task.external_task_id, "why not").left[task.external_task_id]
     assert stored(parts.database, task) == before

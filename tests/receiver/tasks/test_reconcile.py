@@ -16,12 +16,23 @@ from sqlmodel import col, update
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks.reconcile import BATCH, NEVER_REPORTED, NO_BATCH_SECONDS, Reader
-from storage.accounts.rate_limit import ReadLimit
+from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows import claims, tasks
 from storage.rows.models import Task
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, callbacks_of, deliver, drain, hurry, kept, plant, run, settings_for, task_of
+from tests.pipeline import (
+    assert_archived,
+    callbacks_of,
+    deliver,
+    drain,
+    insert_row,
+    kept,
+    make_due_now,
+    run,
+    settings_for,
+    task_of,
+)
 from tests.rows import LONG_AGO, event_names
 from tests.unreported_tasks import REQUEST, all_assets, queries, reader, states_of, submit
 
@@ -31,7 +42,7 @@ SILENT_TASKS = int(os.environ.get("SILENT_TASKS", "25"))
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
     """Parts whose reads are not slowed down, for the tests that are not about their pace."""
-    parts.__dict__["read_limit"] = ReadLimit(parts.database, per_second=10_000)
+    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 
@@ -41,7 +52,7 @@ def one_by_one(database_url: str, bucket: Any, sandbox: Sandbox) -> Iterator[Par
     knobs = sandbox.world.knobs
     keys = {"kling_access_key": knobs.access_key, "kling_secret_key": knobs.secret_key}
     private = Parts(settings_for(database_url, bucket, sandbox, kling_api_key=None, **keys))
-    private.__dict__["read_limit"] = ReadLimit(private.database, per_second=10_000)
+    private.__dict__["read_limit"] = ReadRateLimit(private.database, per_second=10_000)
     yield private
     private.close()
 
@@ -82,12 +93,12 @@ def test_where_there_is_no_batch_call_it_is_not_tried_again_for_an_hour(
     unpaced: Parts, sandbox: Sandbox, fault: str
 ) -> None:
     clock = [0.0]
-    asks = Reader(unpaced.database, unpaced.providers, unpaced.schedule, unpaced.read_limit, now=lambda: clock[0])
+    asks = Reader(unpaced.database, unpaced.providers, unpaced.schedule, unpaced.read_rate_limit, now=lambda: clock[0])
     made = submit(unpaced, 2)
     sandbox.set(query_faults=[fault])
     asks.work_many(claim_reads(unpaced))
     assert (queries(sandbox), asks.batch()) == (3, 1)
-    hurry(unpaced, Task)
+    make_due_now(unpaced, Task)
     asks.work_many(claim_reads(unpaced))
     clock[0] = NO_BATCH_SECONDS
     assert (asks.batch(), states_of(unpaced, made) <= {TaskState.PROCESSING, TaskState.SUCCEEDED}) == (BATCH, True)
@@ -110,7 +121,7 @@ def test_what_a_batch_answer_leaves_out_is_read_by_itself(unpaced: Parts, sandbo
 
 def test_a_task_missing_everywhere_is_read_again_later(unpaced: Parts, sandbox: Sandbox) -> None:
     (known,) = submit(unpaced, 1)
-    missing = plant(unpaced, external_task_id="missing", due_at=LONG_AGO, submitted_at=unpaced.database.now())
+    missing = insert_row(unpaced, external_task_id="missing", due_at=LONG_AGO, submitted_at=unpaced.database.now())
     run(unpaced, "reads")
     row = task_of(unpaced, missing.external_task_id)
     assert (row.state, row.step, row.polls, row.lease) == (TaskState.SUBMITTED, Step.READ, 1, None)

@@ -13,13 +13,13 @@ from sqlmodel import update
 from receiver.app.wiring import Parts
 from receiver.providers.kling.request import parse_request
 from receiver.sandbox import Sandbox
-from receiver.tasks.create_outcome import Listener
+from receiver.tasks.create_outcome import CreateOutcome
 from storage.rows.database import Database
-from storage.rows.lease_renewal import holding
+from storage.rows.lease_renewal import renewing_lease
 from storage.rows.models import Task
 from storage.states import TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, hurry, run, task_of
+from tests.pipeline import Web, make_due_now, run, task_of
 from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, create, told
 from tests.receiver.tasks.test_submit import make_upstream
 from tests.rows import LONG_AGO, new_task, stored
@@ -108,12 +108,12 @@ def test_a_slow_look_for_what_is_adopted_holds_its_claim(parts: Parts, sandbox: 
 
 def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Parts, sandbox: Sandbox) -> None:
     """It waited for a thread, and a worker has taken its row: that one asks whether it arrived, and then sends it."""
-    task, listener = inserted(parts), Listener()
-    hurry(parts)
+    task, outcome_listener = inserted(parts), CreateOutcome()
+    make_due_now(parts)
     assert run(parts, "creates") == 1
-    parts.submitter.send(task, listener)
-    assert (creates(sandbox), listener.refusal, task_of(parts, ID).state) == ([], None, TaskState.CREATED)
-    hurry(parts)
+    parts.submitter.send(task, outcome_listener)
+    assert (creates(sandbox), outcome_listener.refusal, task_of(parts, ID).state) == ([], None, TaskState.CREATED)
+    make_due_now(parts)
     run(parts, "creates")
     assert (len(creates(sandbox)), task_of(parts, ID).state) == (1, TaskState.SUBMITTED)
 
@@ -121,7 +121,7 @@ def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Part
 @ON_SQLITE
 def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sandbox: Sandbox) -> None:
     task = inserted(parts)
-    hurry(parts)  # its lease is over, and nobody has looked yet
+    make_due_now(parts)  # its lease is over, and nobody has looked yet
     sandbox.set(create_faults=["hang"])
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(parts.submitter.send, task)
@@ -141,7 +141,7 @@ def held_task(database: Database) -> Task:
 
 def test_a_held_claim_is_renewed_until_the_end(database: Database) -> None:
     task = held_task(database)
-    with holding(database, task, lease_seconds=0.3):
+    with renewing_lease(database, task, lease_seconds=0.3):
         seen = {wait_until(lambda: newer_than(database, task, task.due_at))}
         seen.add(wait_until(lambda: newer_than(database, task, max(seen))))
     last = stored(database, task)["due_at"]
@@ -157,11 +157,11 @@ def newer_than(database: Database, task: Task, moment: Any) -> Any:
 def test_a_claim_of_somebody_else_is_left_alone(database: Database) -> None:
     task = held_task(database)
     theirs = uuid.uuid4()
-    with holding(database, task, lease_seconds=0.3):
+    with renewing_lease(database, task, lease_seconds=0.3):
         with database.write() as session:
             session.execute(update(Task).values(lease=theirs, due_at=task.due_at))
         mine = held_task(database)
-        with holding(database, mine, lease_seconds=0.3):  # renewed twice means that the other had its turn
+        with renewing_lease(database, mine, lease_seconds=0.3):  # renewed twice means that the other had its turn
             first = wait_until(lambda: newer_than(database, mine, mine.due_at))
             wait_until(lambda: newer_than(database, mine, first))
     assert (stored(database, task)["lease"], stored(database, task)["due_at"]) == (theirs, task.due_at)

@@ -9,10 +9,10 @@ from sqlmodel import update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
-from storage.accounts.rate_limit import ReadLimit
+from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, CallbackState, Step
-from tests.pipeline import callback_of, deliver, drain, hurry, plant, run, task_of
+from tests.pipeline import callback_of, deliver, drain, insert_row, make_due_now, run, task_of
 from tests.rows import LONG_AGO
 from tests.unreported_tasks import OTHERS, REQUEST, all_assets, queries
 
@@ -20,7 +20,7 @@ from tests.unreported_tasks import OTHERS, REQUEST, all_assets, queries
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
     """Parts whose reads are not slowed down, for the tests that are not about their pace."""
-    parts.__dict__["read_limit"] = ReadLimit(parts.database, per_second=10_000)
+    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 
@@ -44,7 +44,7 @@ def test_an_unmatched_delivery_is_applied_once_its_task_is_submitted(unpaced: Pa
 def test_an_unmatched_delivery_is_applied_once_its_alias_is_learnt(unpaced: Parts) -> None:
     """A gateway's own id without ours; the callback to our own URL, later, carries it too."""
     delivery = deliver(unpaced, None, {"task_id": "777", "task_status": "processing"})
-    task = plant(unpaced)
+    task = insert_row(unpaced)
     run(unpaced, "callbacks")
     assert callback_of(unpaced, delivery.delivery_key).state is CallbackState.UNMATCHED
     deliver(unpaced, task, {"task_id": "777", "task_status": "submitted"})
@@ -55,7 +55,7 @@ def test_an_unmatched_delivery_is_applied_once_its_alias_is_learnt(unpaced: Part
 def test_a_delivery_that_stays_unmatched_is_looked_at_once_more_and_kept(unpaced: Parts, sandbox: Sandbox) -> None:
     delivery = deliver(unpaced, None, OTHERS)
     assert delivery.due_at is not None
-    hurry(unpaced)
+    make_due_now(unpaced)
     assert run(unpaced, "callbacks", "unmatched") == 1
     kept_row = callback_of(unpaced, delivery.delivery_key)
     assert (kept_row.state, kept_row.due_at, kept_row.lease) == (CallbackState.UNMATCHED, None, None)
@@ -65,7 +65,7 @@ def test_a_delivery_that_stays_unmatched_is_looked_at_once_more_and_kept(unpaced
 def test_a_row_that_was_on_its_way_is_found_by_the_second_look(unpaced: Parts) -> None:
     """As when the task's commit and the delivery's crossed: neither saw the other."""
     delivery = deliver(unpaced, None, OTHERS)
-    task = plant(unpaced, external_task_id="late")
+    task = insert_row(unpaced, external_task_id="late")
     with unpaced.database.write() as session:
         session.execute(update(Callback).values(state=CallbackState.UNMATCHED, due_at=LONG_AGO))
     run(unpaced, "callbacks", "unmatched")
@@ -78,7 +78,7 @@ def test_a_task_lost_with_its_database_is_adopted_by_its_token(unpaced: Parts, s
     made = unpaced.kling.create({**REQUEST, "n": 2}, external_task_id="lost", callback_url=None)
     delivery = deliver(unpaced, lost, {"task_id": made.provider_task_id, "task_status": "submitted"})
     assert delivery.state is CallbackState.UNMATCHED
-    hurry(unpaced)
+    make_due_now(unpaced)
     run(unpaced, "unmatched", "callbacks")
     assert callback_of(unpaced, delivery.delivery_key).state is CallbackState.APPLIED
     assert task_of(unpaced, "lost").id == lost.id
@@ -90,7 +90,7 @@ def test_a_task_lost_with_its_database_is_adopted_by_its_token(unpaced: Parts, s
 def test_a_token_whose_task_nobody_knows_stays_unmatched(unpaced: Parts, sandbox: Sandbox) -> None:
     unknown = Task(id=uuid.uuid4(), external_task_id="unknown", provider="kling")
     delivery = deliver(unpaced, unknown, {"task_id": "777", "task_status": "submitted"})
-    hurry(unpaced)
+    make_due_now(unpaced)
     run(unpaced, "unmatched", "callbacks")
     row = callback_of(unpaced, delivery.delivery_key)
     assert (row.state, row.due_at, queries(sandbox)) == (CallbackState.UNMATCHED, None, 1)
@@ -100,6 +100,6 @@ def test_an_unmatched_delivery_waits_for_a_provider_that_is_away(unpaced: Parts,
     lost = Task(id=uuid.uuid4(), external_task_id="lost", provider="kling")
     delivery = deliver(unpaced, lost, {"task_id": "777", "task_status": "submitted"})
     sandbox.set(query_faults=["5001"])
-    hurry(unpaced)
+    make_due_now(unpaced)
     run(unpaced, "unmatched")
     assert callback_of(unpaced, delivery.delivery_key).due_at is not None

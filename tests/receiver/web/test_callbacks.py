@@ -25,7 +25,7 @@ from storage.operations import heartbeats
 from storage.rows import inbox
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Step, TaskState
-from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, plant, run, task_of
+from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, insert_row, run, task_of
 from tests.postgres import Postgres
 from tests.rows import event_names
 
@@ -67,7 +67,7 @@ def answer_on(connection: socket.socket) -> tuple[int, dict[str, Any]]:
 
 
 def test_a_delivery_is_committed_as_it_came_and_answered_200(web: Web, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     answer = post(web, path_of(parts, task), user_agent="Apache-HttpClient/4.5", authorization="Bearer secret")
     assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
     (row,) = callbacks_of(parts)
@@ -90,7 +90,7 @@ def test_a_bad_token_is_404_and_its_body_is_not_waited_for(token: str, web: Web,
 
 @ON_SQLITE
 def test_a_token_for_something_else_is_404(web: Web, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     other_provider = parts.tokens.sign("fal", task.id)
     good = parts.tokens.sign("kling", task.id)
     changed = good[:-1] + ("E" if good.endswith("A") else "A")
@@ -103,7 +103,7 @@ def test_a_token_for_something_else_is_404(web: Web, parts: Parts) -> None:
 @ON_SQLITE
 @pytest.mark.parametrize("changes", [{"callback_secrets": f"{'n' * 40},{CALLBACK_SECRET}"}])
 def test_a_token_of_the_secret_before_is_still_good(web: Web, parts: Parts) -> None:
-    old = Tokens([SecretStr(CALLBACK_SECRET)]).sign("kling", plant(parts).id)
+    old = Tokens([SecretStr(CALLBACK_SECRET)]).sign("kling", insert_row(parts).id)
     assert post(web, f"/callbacks/kling/{old}").status_code == 200
 
 
@@ -117,14 +117,14 @@ def test_a_task_that_has_no_row_is_taken_all_the_same(web: Web, parts: Parts) ->
 @ON_SQLITE
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
 def test_other_methods_are_405(method: str, web: Web, parts: Parts) -> None:
-    answer = httpx.request(method, web.url + path_of(parts, plant(parts)))
+    answer = httpx.request(method, web.url + path_of(parts, insert_row(parts)))
     assert (answer.status_code, answer.json()) == (405, {"error": "method not allowed"})
     assert answer.headers["allow"] == "POST"
 
 
 @ON_SQLITE
 def test_one_trailing_slash_is_accepted_and_nothing_is_ever_redirected(web: Web, parts: Parts) -> None:
-    path = path_of(parts, plant(parts))
+    path = path_of(parts, insert_row(parts))
     answers = [post(web, path + end).status_code for end in ("", "/", "//", "/more")]
     assert answers == [200, 200, 404, 404]
     assert httpx.get(f"{web.url}/healthz/").status_code == 404
@@ -136,14 +136,14 @@ def test_one_trailing_slash_is_accepted_and_nothing_is_ever_redirected(web: Web,
 @ON_SQLITE
 def test_a_body_declared_too_long_is_413_before_it_is_sent(web: Web, parts: Parts) -> None:
     length = f"Content-Length: {callbacks.MAX_BODY_BYTES + 1}"
-    with connected(web, path_of(parts, plant(parts)), length, "Connection: close") as connection:
+    with connected(web, path_of(parts, insert_row(parts)), length, "Connection: close") as connection:
         status, _ = answer_on(connection)
     assert (status, callbacks_of(parts)) == (413, [])
 
 
 @ON_SQLITE
 def test_a_chunked_body_is_413_once_it_is_too_long(web: Web, parts: Parts) -> None:
-    with connected(web, path_of(parts, plant(parts)), "Transfer-Encoding: chunked") as connection:
+    with connected(web, path_of(parts, insert_row(parts)), "Transfer-Encoding: chunked") as connection:
         chunk = b"x" * 65_536
         for _ in range(callbacks.MAX_BODY_BYTES // len(chunk)):
             connection.sendall(b"10000\r\n" + chunk + b"\r\n")
@@ -155,13 +155,13 @@ def test_a_chunked_body_is_413_once_it_is_too_long(web: Web, parts: Parts) -> No
 @ON_SQLITE
 def test_the_longest_body_allowed_is_taken(web: Web, parts: Parts) -> None:
     body = b'"' + b"x" * (callbacks.MAX_BODY_BYTES - 2) + b'"'
-    assert post(web, path_of(parts, plant(parts)), body).status_code == 200
+    assert post(web, path_of(parts, insert_row(parts)), body).status_code == 200
 
 
 @ON_SQLITE
 def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "BODY_SECONDS", 0.2)
-    with connected(web, path_of(parts, plant(parts)), "Content-Length: 100") as connection:
+    with connected(web, path_of(parts, insert_row(parts)), "Content-Length: 100") as connection:
         connection.sendall(b"half of it")
         status, _ = answer_on(connection)
     assert (status, callbacks_of(parts)) == (408, [])
@@ -171,7 +171,7 @@ def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: p
 
 
 def test_the_same_delivery_again_is_200_and_kept_once(web: Web, parts: Parts) -> None:
-    path = path_of(parts, plant(parts))
+    path = path_of(parts, insert_row(parts))
     assert [post(web, path).status_code for _ in range(3)] == [200] * 3
     assert len(callbacks_of(parts)) == 1
 
@@ -179,7 +179,7 @@ def test_the_same_delivery_again_is_200_and_kept_once(web: Web, parts: Parts) ->
 @ON_SQLITE
 @pytest.mark.parametrize("body", [b"", b"\x00\xff", b"<html>", b'{"task_status": "succeed"'])
 def test_what_cannot_be_read_is_200_and_kept_as_unreadable(body: bytes, web: Web, parts: Parts) -> None:
-    assert post(web, path_of(parts, plant(parts)), body).status_code == 200
+    assert post(web, path_of(parts, insert_row(parts)), body).status_code == 200
     run(parts, "callbacks")
     (row,) = callbacks_of(parts)
     assert (row.state, row.body) == (CallbackState.UNREADABLE, body)
@@ -188,7 +188,7 @@ def test_what_cannot_be_read_is_200_and_kept_as_unreadable(body: bytes, web: Web
 @ON_SQLITE
 def test_a_contradicting_body_is_200_and_kept_as_rejected(web: Web, parts: Parts) -> None:
     body = json.dumps({**json.loads(BODY), "task_info": {"external_task_id": "another"}}).encode()
-    assert post(web, path_of(parts, plant(parts)), body).status_code == 200
+    assert post(web, path_of(parts, insert_row(parts)), body).status_code == 200
     run(parts, "callbacks")
     assert callbacks_of(parts)[0].state is CallbackState.REJECTED
 
@@ -208,7 +208,7 @@ def signature(body: bytes, *secrets: str, minutes_ago: float = 0, webhook_id: st
 
 @SIGNED
 def test_a_signed_delivery_is_taken_and_remembers_its_id(web: Web, parts: Parts) -> None:
-    assert post(web, path_of(parts, plant(parts)), **signature(BODY, SECRET)).status_code == 200
+    assert post(web, path_of(parts, insert_row(parts)), **signature(BODY, SECRET)).status_code == 200
     (row,) = callbacks_of(parts)
     assert (row.webhook_id, row.state) == ("msg_1", CallbackState.RECEIVED)
 
@@ -228,7 +228,7 @@ REFUSED: dict[str, Callable[[], dict[str, str]]] = {  # made when they are sent:
 @SIGNED
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_badly_signed_delivery_is_401_kept_and_causes_a_read(case: str, web: Web, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     answer = post(web, path_of(parts, task), **REFUSED[case]())
     assert (answer.status_code, answer.json()) == (401, {"error": "the signature is missing or wrong"})
     (row,) = callbacks_of(parts)
@@ -240,7 +240,7 @@ def test_a_badly_signed_delivery_is_401_kept_and_causes_a_read(case: str, web: W
 
 @SIGNED
 def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     bodies = [json.dumps({"number": number}).encode() for number in range(23)]
     assert {post(web, path_of(parts, task), body).status_code for body in bodies} == {401}
     assert len(callbacks_of(parts)) == callbacks.MAX_REJECTED_PER_TASK == 20
@@ -251,7 +251,7 @@ def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: P
 def test_what_is_refused_and_not_kept_is_said_once_a_minute(web: Web, parts: Parts) -> None:
     bodies = [json.dumps({"number": number}).encode() for number in range(23)]
     with structlog.testing.capture_logs() as logs:
-        for path in (path_of(parts, plant(parts)), f"/callbacks/kling/{web.account_token}"):
+        for path in (path_of(parts, insert_row(parts)), f"/callbacks/kling/{web.account_token}"):
             assert {post(web, path, body).status_code for body in bodies} == {401}
     assert [line["log_level"] for line in logs if line["event"] == "callback.refused_not_kept"] == ["warning"] * 2
 
@@ -274,7 +274,7 @@ def test_refused_deliveries_to_the_account_are_kept_again_once_others_came(
 
 @SIGNED
 def test_the_genuine_delivery_after_a_refused_one_is_applied(web: Web, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     assert post(web, path_of(parts, task)).status_code == 401
     assert post(web, path_of(parts, task), **signature(BODY, SECRET)).status_code == 200
     run(parts, "callbacks")
@@ -286,7 +286,7 @@ def test_the_genuine_delivery_after_a_refused_one_is_applied(web: Web, parts: Pa
 @pytest.mark.parametrize("changes", [{"kling_webhook_secrets": f"{NEXT_SECRET},{SECRET}"}])
 @pytest.mark.parametrize("secrets", [[SECRET], [NEXT_SECRET], [SECRET, NEXT_SECRET]])
 def test_while_secrets_change_either_one_is_good(secrets: list[str], web: Web, parts: Parts) -> None:
-    assert post(web, path_of(parts, plant(parts)), **signature(BODY, *secrets)).status_code == 200
+    assert post(web, path_of(parts, insert_row(parts)), **signature(BODY, *secrets)).status_code == 200
 
 
 # -- when we cannot store -------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_a_full_inbox_is_503_and_the_receiver_not_ready(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inbox, "MAX_WAITING", 0)
-    assert_try_again(post(web, path_of(parts, plant(parts))))
+    assert_try_again(post(web, path_of(parts, insert_row(parts))))
     assert httpx.get(f"{web.url}/readyz").status_code == 503
     assert callbacks_of(parts) == []
 
@@ -313,7 +313,7 @@ def test_a_task_with_too_many_deliveries_is_read_instead(
 ) -> None:
     monkeypatch.setattr(inbox, "COUNT_FROM", 1)
     monkeypatch.setattr(inbox, "MAX_KEPT_PER_TASK", 2)
-    task = plant(parts)
+    task = insert_row(parts)
     bodies = [b'{"task_id": "901", "task_status": "processing", "n": %d}' % number for number in range(4)]
     answers = [post(web, path_of(parts, task), body).status_code for body in bodies]
     assert answers == [200, 200, 503, 503]
@@ -325,7 +325,7 @@ def test_a_task_with_too_many_deliveries_is_read_instead(
 
 @ON_POSTGRESQL
 def test_while_the_database_is_away_a_delivery_is_503_and_later_200(web: Web, parts: Parts, postgres: Postgres) -> None:
-    path = path_of(parts, plant(parts))
+    path = path_of(parts, insert_row(parts))
     postgres.stop()
     try:
         assert_try_again(post(web, path))
@@ -343,7 +343,7 @@ def test_a_commit_that_comes_too_late_is_503_and_harmless(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callbacks, "COMMIT_SECONDS", 0.2)
-    path = path_of(parts, plant(parts))
+    path = path_of(parts, insert_row(parts))
     with parts.database.write():
         assert_try_again(post(web, path))
     monkeypatch.undo()
@@ -352,7 +352,7 @@ def test_a_commit_that_comes_too_late_is_503_and_harmless(
 
 
 def test_a_fault_of_our_own_is_503_and_says_nothing_of_our_insides(web: Web, parts: Parts) -> None:
-    path = path_of(parts, plant(parts))
+    path = path_of(parts, insert_row(parts))
     with parts.database.write() as session:
         session.execute(text(f"ALTER TABLE {Callback.__tablename__} RENAME TO gone"))
     assert_try_again(post(web, path))

@@ -18,7 +18,7 @@ from sqlmodel import func, select
 from receiver.app.wiring import Parts
 from storage.rows.models import Asset, Callback, Task
 from storage.states import CallbackState, TaskState
-from tests.pipeline import Web, plant, run
+from tests.pipeline import Web, insert_row, run
 
 CALLBACKS = int(os.environ.get("DUPLICATED_CALLBACKS", "40"))
 COPIES = 20
@@ -29,7 +29,7 @@ def storm(parts: Parts, web: Web) -> list[tuple[str, bytes]]:
     """Every copy of every callback, shuffled: (URL, body)."""
     wanted = []
     for number in range(CALLBACKS):
-        task = plant(parts, external_task_id=f"twin-{number}")
+        task = insert_row(parts, external_task_id=f"twin-{number}")
         picture = {"index": 0, "url": f"https://p1.klingai.com/{number}.png"}
         body = {"task_id": f"9{number:017}", "task_status": "succeed", "task_result": {"images": [picture]}}
         url = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"

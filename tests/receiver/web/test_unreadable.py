@@ -15,7 +15,7 @@ from receiver.sandbox import Sandbox
 from storage.rows import claims, inbox
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState
-from tests.pipeline import Web, callbacks_of, hurry, plant, run
+from tests.pipeline import Web, callbacks_of, insert_row, make_due_now, run
 from tests.rows import LONG_AGO
 
 pytestmark = pytest.mark.parametrize("changes", [{"poll_after_seconds": 3_600}])
@@ -63,13 +63,13 @@ def test_a_hundred_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts:
     before = reads(parts, sandbox)
     for number in range(100):
         deliver(web, parts, task, b"" if number % 2 else b"{")
-        hurry(parts, Callback)
+        make_due_now(parts, Callback)
         reads(parts, sandbox)
     assert reads(parts, sandbox) == before + inbox.UNREADABLE_LOOKS
 
 
 def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     deliver(web, parts, task)
     run(parts, "callbacks")
     first = deliver(web, parts, task)
@@ -81,7 +81,7 @@ def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Part
 
 
 def test_a_repeat_of_what_could_be_read_writes_nothing(web: Web, parts: Parts) -> None:
-    task, written = plant(parts), list[str]()
+    task, written = insert_row(parts), list[str]()
     body = b'{"task_id": "901", "task_status": "processing"}'
     deliver(web, parts, task, body)
     run(parts, "callbacks")
@@ -96,7 +96,7 @@ def test_a_repeat_of_what_could_be_read_writes_nothing(web: Web, parts: Parts) -
 
 @pytest.mark.parametrize("is_parked", [True, False])
 def test_what_is_parked_or_names_no_task_stays_as_it_is(is_parked: bool, web: Web, parts: Parts) -> None:
-    task = plant(parts) if is_parked else None
+    task = insert_row(parts) if is_parked else None
     deliver(web, parts, task)
     if is_parked:  # it was claimed once more than its leases were lost
         with parts.database.write() as session:

@@ -9,16 +9,16 @@ import pytest
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
-from storage.accounts.rate_limit import ReadLimit, TooManyReads
+from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.rows.database import Database
-from storage.rows.models import Pace, Task
+from storage.rows.models import ProviderRate, Task
 from storage.states import Step, TaskState
-from tests.pipeline import hurry, run, task_of
+from tests.pipeline import make_due_now, run, task_of
 from tests.unreported_tasks import REQUEST, queries, submit
 
 
 def test_moments_are_given_out_at_an_even_pace(database: Database) -> None:
-    limit = ReadLimit(database, per_second=0.1, patience_seconds=25)
+    limit = ReadRateLimit(database, per_second=0.1, patience_seconds=25)
     with database.write() as session:
         waits = [limit._take(session, "kling") for _ in range(4)]
     assert [round(seconds / 10) for seconds in waits] == [0, 1, 2, 3]
@@ -27,7 +27,7 @@ def test_moments_are_given_out_at_an_even_pace(database: Database) -> None:
 
 
 def test_a_moment_too_far_ahead_is_not_taken(database: Database) -> None:
-    impatient = ReadLimit(database, per_second=0.01, patience_seconds=0)
+    impatient = ReadRateLimit(database, per_second=0.01, patience_seconds=0)
     impatient.wait("kling")
     for _ in range(2):
         with pytest.raises(TooManyReads) as caught:
@@ -39,10 +39,10 @@ def test_a_moment_too_far_ahead_is_not_taken(database: Database) -> None:
 def test_processes_share_one_pace(database_url: str) -> None:
     """Eight threads over two databases' handles take twenty moments: none twice, and as far apart as said."""
     opened = [Database(database_url) for _ in range(2)]
-    limits = [ReadLimit(each, per_second=0.01, patience_seconds=100_000) for each in opened]
+    limits = [ReadRateLimit(each, per_second=0.01, patience_seconds=100_000) for each in opened]
     waits: list[float] = []
 
-    def take(limit: ReadLimit) -> None:
+    def take(limit: ReadRateLimit) -> None:
         for _ in range(5):
             with limit._database.write() as session:
                 waits.append(limit._take(session, "kling"))
@@ -58,10 +58,10 @@ def test_processes_share_one_pace(database_url: str) -> None:
 
 
 def test_a_read_beyond_the_pace_comes_back_and_counts_as_no_attempt(parts: Parts, sandbox: Sandbox) -> None:
-    parts.__dict__["read_limit"] = ReadLimit(parts.database, patience_seconds=0)
+    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, patience_seconds=0)
     (task,) = submit(parts, 1)
     with parts.database.write() as session:
-        session.add(Pace(account="kling", next_free_at=parts.database.now() + timedelta(seconds=50)))
+        session.add(ProviderRate(account="kling", next_free_at=parts.database.now() + timedelta(seconds=50)))
     run(parts, "reads")
     row = task_of(parts, task.external_task_id)
     assert (row.step, row.attempts, row.polls, row.note) == (Step.READ, 0, 0, None)
@@ -71,11 +71,11 @@ def test_a_read_beyond_the_pace_comes_back_and_counts_as_no_attempt(parts: Parts
 
 
 def test_looking_up_an_unclear_create_keeps_the_pace(parts: Parts, sandbox: Sandbox) -> None:
-    parts.__dict__["read_limit"] = ReadLimit(parts.database, patience_seconds=0)
+    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, patience_seconds=0)
     sandbox.set(create_faults=["5000:created"])
     task = parts.submitter.submit(REQUEST).task
     with parts.database.write() as session:
-        session.add(Pace(account="kling", next_free_at=parts.database.now() + timedelta(seconds=50)))
-    hurry(parts, Task)
+        session.add(ProviderRate(account="kling", next_free_at=parts.database.now() + timedelta(seconds=50)))
+    make_due_now(parts, Task)
     run(parts, "creates")
     assert (task_of(parts, task.external_task_id).state, queries(sandbox)) == (TaskState.CREATED, 0)

@@ -23,11 +23,11 @@ from storage.accounts import slots
 from storage.accounts.slots import Slots, Waiting, choose, limit_at
 from storage.errors import LostClaim, NoSlots
 from storage.rows import claims, tasks
-from storage.rows.database import Database, clock
+from storage.rows.database import Database, db_now
 from storage.rows.models import Account, Task
 from storage.states import Report, Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import deliver, hurry, run, task_of
+from tests.pipeline import deliver, make_due_now, run, task_of
 from tests.rows import LONG_AGO, new_task, stored
 
 REQUEST = {"model_name": "kling-v3-omni", "prompt": "a boat"}
@@ -164,7 +164,7 @@ def test_a_refusal_lowers_the_limit_below_what_was_held(database: Database) -> N
     with database.read() as session:
         assert mine.limit(session) == 9
     with database.write() as session:
-        session.execute(update(Account).values(changed_at=clock(-120)))
+        session.execute(update(Account).values(changed_at=db_now(-120)))
         assert mine.limit(session) == 11
 
 
@@ -196,7 +196,7 @@ def test_a_silent_task_says_so_until_it_is_heard_of(parts: Parts, sandbox: Sandb
     assert run(parts, "reads")  # still in work: no news
     assert task_of(parts, task.external_task_id).note == slots.SILENT
     sandbox.set(query_faults=["5001"])
-    hurry(parts, Task)
+    make_due_now(parts, Task)
     assert run(parts, "reads")
     note = task_of(parts, task.external_task_id).note or ""
     assert note.startswith(f"{slots.SILENT}; ") and "5001" in note
@@ -273,7 +273,7 @@ def test_without_a_setting_a_full_account_is_asked_again_later(parts: Parts, san
     sandbox.set(create_faults=["1303"])
     task = parts.submitter.submit(REQUEST).task
     assert (task.queued_at, task.slots) == (None, 1)
-    hurry(parts, Task)
+    make_due_now(parts, Task)
     assert run(parts, "creates") == 1
     assert len(sandbox.ledger().tasks) == 1
 
@@ -380,7 +380,7 @@ class Crowd:
             with suppress(LostClaim), self.database.write() as session:
                 if rng.random() < 0.2:
                     self.slots.refused(session, row.slots)
-                    values: dict[str, Any] = {"queued_at": clock(), "slots": -row.slots}
+                    values: dict[str, Any] = {"queued_at": db_now(), "slots": -row.slots}
                 else:
                     values = {"slots": 0, "state": TaskState.SUCCEEDED}
                 claims.settle(session, row, due_in=None, **values)

@@ -22,7 +22,7 @@ from storage.rows import claims
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, assets_of, hurry, kept, run, task_of
+from tests.pipeline import assert_archived, assets_of, kept, make_due_now, run, task_of
 from tests.rows import LONG_AGO, event_names
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
@@ -38,7 +38,7 @@ def with_due_assets(parts: Parts, sandbox: Sandbox, pictures: int = 1) -> Task:
     """A succeeded task whose pictures wait for a worker."""
     parts.submitter.submit({**PLAIN, "n": pictures}, external_task_id="task")
     wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "reads")
     assert len(assets_of(parts, task_of(parts, "task"))) == pictures
     return task_of(parts, "task")
@@ -158,7 +158,7 @@ def test_what_stays_no_picture_is_given_up_after_four_tries(parts: Parts, sandbo
     for _ in range(4):
         work(parts, claim(parts))
         tries.append(only_asset(parts).state)
-        hurry(parts, Asset)
+        make_due_now(parts, Asset)
     assert tries == [AssetState.DUE] * 3 + [AssetState.FAILED]
     run(parts, "finishes")
     assert task_of(parts, "task").archive is ArchiveState.INCOMPLETE
@@ -189,7 +189,7 @@ def test_a_row_that_ended_six_workers_is_parked(parts: Parts, sandbox: Sandbox) 
 
 def test_a_suspect_that_lets_its_worker_live_is_archived(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
-    abandon(parts, losses=claims.SUSPECT_LOSSES)
+    abandon(parts, losses=claims.QUARANTINE_AFTER)
     work(parts, claim(parts, alone=True))
     run(parts, "finishes")
     assert only_asset(parts).losses == 0
@@ -199,7 +199,7 @@ def test_a_suspect_that_lets_its_worker_live_is_archived(parts: Parts, sandbox: 
 def test_a_worker_whose_claim_was_lost_writes_no_row_and_puts_no_object(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     frozen = claim(parts)
-    hurry(parts, Asset)
+    make_due_now(parts, Asset)
     owner = claim(parts)
     work(parts, frozen)
     assert kept(parts) == {} and only_asset(parts).lease == owner.lease

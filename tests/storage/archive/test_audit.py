@@ -12,14 +12,14 @@ from sqlmodel import select
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.archive import folders
-from storage.archive.audit import Audit, Counts, Finding, Kind
+from storage.archive.audit import Audit, Counts, Finding, FindingKind
 from storage.archive.audit_log import AuditLog
 from storage.archive.repair import FETCHED_AGAIN, WRITTEN_AGAIN, Repairer
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
-from tests.pipeline import assets_of, kept, plant, task_of
+from tests.pipeline import assets_of, insert_row, kept, task_of
 from tests.rows import new_asset
 
 
@@ -95,7 +95,7 @@ def test_repair_brings_back_what_the_provider_still_has(parts: Parts) -> None:
     assert repair(parts, audit(parts, deep=True)[1]) == [FETCHED_AGAIN] * 3
     counts, findings = audit(parts, deep=True)
     after = kept(parts)
-    assert (counts.faults, counts.hashed, {finding.kind for finding in findings}) == (0, 4, {Kind.SUPERSEDED})
+    assert (counts.faults, counts.hashed, {finding.kind for finding in findings}) == (0, 4, {FindingKind.SUPERSEDED})
     assert before.items() <= after.items()
     assert {after[finding.key] for finding in findings} == damaged  # nothing that was there is lost
 
@@ -110,7 +110,7 @@ def test_what_the_provider_has_no_more_stays_a_fault(parts: Parts, sandbox: Sand
     assert (row.state, row.archived_at) == (AssetState.FAILED, None)
     assert task_of(parts, task.external_task_id).archive is ArchiveState.INCOMPLETE
     (finding,) = audit(parts, deep=True)[1]
-    assert finding.kind is Kind.MISSING and finding.detail.startswith("given up: ")
+    assert finding.kind is FindingKind.MISSING and finding.detail.startswith("given up: ")
     sandbox.set(cdn_html_rate=0)
     assert repair(parts, [finding]) == [FETCHED_AGAIN] and audit(parts, deep=True)[1] == []
 
@@ -134,21 +134,21 @@ def test_a_manifest_that_names_other_files_than_the_rows(parts: Parts) -> None:
     with parts.database.write() as session:
         session.exec(select(Asset)).one().size = 1
     (finding, *_) = audit(parts)[1]
-    assert (finding.kind, finding.task) == (Kind.SIZE, task.external_task_id)
-    assert {found.kind for found in audit(parts)[1]} == {Kind.SIZE, Kind.MANIFEST_DIFFERS}
+    assert (finding.kind, finding.task) == (FindingKind.SIZE, task.external_task_id)
+    assert {found.kind for found in audit(parts)[1]} == {FindingKind.SIZE, FindingKind.MANIFEST_DIFFERS}
 
 
 def test_an_object_as_its_row_says_is_never_removed(parts: Parts) -> None:
     archive(parts, 1)
     (asset,) = all_assets(parts)
-    lie = Finding(Kind.CHECKSUM, str(asset.key), None, "", asset.id)
+    lie = Finding(FindingKind.CHECKSUM, str(asset.key), None, "", asset.id)
     assert repair(parts, [lie]) == ["left alone: it is as its row says, looked at again"]
     assert audit(parts, deep=True)[1] == []
 
 
 def test_work_in_hand_is_no_fault(parts: Parts) -> None:
     """A key is noted before its object is put, a manifest is put before its key is noted."""
-    task = plant(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
+    task = insert_row(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
     folder = f"{parts.bucket.prefix}{task.created_at:%Y/%m/%d}/{task.external_task_id}/"
     with parts.database.write() as session:
         new_asset(session, task, 0, key=folder + "image-0-aaaaaaaaaaaa.png", sha256="a" * 64, size=3)
@@ -165,7 +165,7 @@ def test_ids_that_stores_sort_in_different_ways(parts: Parts) -> None:
     work_off(parts)
     put(parts, str(all_assets(parts)[0].key).replace("/image", "/stranger/image"), b"x")
     counts, findings = audit(parts, deep=True)
-    assert (counts.folders, counts.hashed, [finding.kind for finding in findings]) == (5, 5, [Kind.ORPHANED])
+    assert (counts.folders, counts.hashed, [finding.kind for finding in findings]) == (5, 5, [FindingKind.ORPHANED])
 
 
 def test_objects_under_an_earlier_prefix_are_found_by_their_rows(parts: Parts) -> None:
@@ -185,7 +185,7 @@ def test_an_audit_goes_on_where_it_was_cut_off(parts: Parts, tmp_path: Path, mon
     with file.open("a") as half:
         half.write('{"finding": {"ki')
     resumed = AuditLog(file)
-    assert [finding.kind for finding in resumed.findings()] == [Kind.MISSING]
+    assert [finding.kind for finding in resumed.findings()] == [FindingKind.MISSING]
     for batch in Audit(parts.database, parts.bucket, deep=True).run(resumed.after):
         resumed.add(batch)
     assert (resumed.counts.folders, resumed.counts.hashed, resumed.counts.faults) == (6, 5, 1)

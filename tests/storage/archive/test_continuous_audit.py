@@ -23,7 +23,7 @@ from receiver.base import config
 from receiver.sandbox import Sandbox
 from storage.archive import continuous_audit, manifest
 from storage.archive.audit import Audit
-from storage.archive.continuous_audit import Rolling, Standing, standing
+from storage.archive.continuous_audit import ContinuousAudit, Standing, standing
 from storage.archive.repair import Repairer
 from storage.bucket.bucket import Bucket
 from storage.keys import object_key
@@ -33,7 +33,7 @@ from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
-from tests.pipeline import Web, plant, working
+from tests.pipeline import Web, insert_row, working
 from tests.rows import LONG_AGO, new_asset, new_task
 
 DAY = 86_400
@@ -71,9 +71,9 @@ def gated(parts: Parts, seaweed: Seaweed, gate: Gate) -> Iterator[Bucket]:
         yield Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
 
 
-def audit(parts: Parts, bucket: Bucket | None = None, *, days: float = 7, lease_seconds: float = 60) -> Rolling:
+def audit(parts: Parts, bucket: Bucket | None = None, *, days: float = 7, lease_seconds: float = 60) -> ContinuousAudit:
     chosen = bucket or parts.bucket
-    return Rolling(parts.database, chosen, days=days, bytes_per_second=1e9, lease_seconds=lease_seconds)
+    return ContinuousAudit(parts.database, chosen, days=days, bytes_per_second=1e9, lease_seconds=lease_seconds)
 
 
 def row(parts: Parts) -> RollingAudit:
@@ -84,7 +84,7 @@ def row(parts: Parts) -> RollingAudit:
 def keep(parts: Parts, count: int) -> None:
     """So many tasks with a picture each, put there without asking a provider; there are no manifests."""
     for _ in range(count):
-        task, content = plant(parts, step=None, due_at=None), uuid.uuid4().bytes
+        task, content = insert_row(parts, step=None, due_at=None), uuid.uuid4().bytes
         sha256 = hashlib.sha256(content).hexdigest()
         key = object_key(parts.bucket.prefix, task.created_at, task.external_task_id, "image", 0, sha256, "png")
         put(parts, key, content)
@@ -103,19 +103,19 @@ def change(parts: Parts, **values: Any) -> None:
         session.execute(update(RollingAudit).values(**values))
 
 
-def hurry(parts: Parts) -> None:
+def make_due_now(parts: Parts) -> None:
     """The next step is due, and the hand at the end of its round if one is under way."""
     change(parts, due_at=LONG_AGO)
     if row(parts).checked:
         change(parts, round_started_at=LONG_AGO)
 
 
-def go_round(parts: Parts, work: Rolling) -> Standing:
+def go_round(parts: Parts, work: ContinuousAudit) -> Standing:
     """Take steps without waiting for their time until a round has ended."""
     work.step()
     before = stands(parts).round_ended_at
     for _ in range(30):
-        hurry(parts)
+        make_due_now(parts)
         assert work.step()
         if stands(parts).round_ended_at != before:
             return stands(parts)
@@ -181,7 +181,7 @@ def test_the_list_is_bounded_and_the_number_is_not(parts: Parts, monkeypatch: py
 
 
 def given_up(parts: Parts) -> Asset:
-    task = plant(parts, archive=ArchiveState.INCOMPLETE, step=None, due_at=None)
+    task = insert_row(parts, archive=ArchiveState.INCOMPLETE, step=None, due_at=None)
     key = f"{parts.bucket.prefix}{task.created_at:%Y/%m/%d}/{task.external_task_id}/image-0-aaaaaaaaaaaa.png"
     failed = {"state": AssetState.FAILED, "due_at": None, "error": f"no picture: {SIGNED}"}
     with parts.database.write() as session:
@@ -197,7 +197,9 @@ def test_a_file_that_the_store_cannot_read_is_a_fault_and_stops_nothing(
     first = next(iter(all_assets(parts)))
     gate.refuses = str(first.key)
     begin(parts)
-    counted = {step: stands(parts).faults for step in range(4) if audit(parts, gated).step() and not hurry(parts)}
+    counted = {
+        step: stands(parts).faults for step in range(4) if audit(parts, gated).step() and not make_due_now(parts)
+    }
     expected = [("unreadable", str(first.key).rpartition("/")[0] + "/")]
     assert (found(stands(parts)), counted) == (expected, {0: 0, 1: 0, 2: 1, 3: 1})
     gate.refuses = ""
@@ -241,7 +243,7 @@ def test_an_object_that_brings_out_a_bug_stops_nothing(parts: Parts, capsys: pyt
 def begin(parts: Parts) -> None:
     """A round whose time is over: all tasks are behind the hand."""
     assert audit(parts).step()
-    hurry(parts)
+    make_due_now(parts)
 
 
 def plant_at(parts: Parts, *shares: float) -> None:
@@ -375,7 +377,7 @@ def test_who_lost_the_lease_changes_nothing_and_the_next_goes_on_at_the_cursor(
 
 
 def chore(parts: Parts) -> Any:
-    (found,) = [each for each in parts.chores() if each.name == "audit"]
+    (found,) = [each for each in parts.periodic_jobs() if each.name == "audit"]
     return found.run
 
 

@@ -29,7 +29,7 @@ from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, TaskState
 from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
-from tests.pipeline import Wired, deliver, kept, plant, task_of
+from tests.pipeline import Wired, deliver, insert_row, kept, task_of
 
 
 def export(parts: Parts, folder: Path, *names: str) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ def test_a_corrupted_file_is_named_and_not_exported(parts: Parts, tmp_path: Path
 def test_tasks_are_chosen_by_time_and_by_name(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.archive.export.PAGE_ROWS", 1)
     first, second, third = sorted(archive(parts, 3), key=lambda task: task.created_at)
-    plant(parts)  # nothing of it is archived
+    insert_row(parts)  # nothing of it is archived
     chosen = tasks_between(parts.database, second.created_at, third.created_at)
     assert [task.id for task in chosen] == [second.id]
     assert [task.id for task in tasks_between(parts.database, None, None)] == [first.id, second.id, third.id]
@@ -145,7 +145,7 @@ def test_nothing_brings_a_deleted_task_back(parts: Parts) -> None:
 
 
 def test_a_task_that_goes_on_is_not_deleted(parts: Parts) -> None:
-    task = plant(parts)
+    task = insert_row(parts)
     with pytest.raises(Refused, match="receiver dismiss"):
         delete(parts.database, parts.bucket, task.external_task_id)
     assert task_of(parts, task.external_task_id).deleted_at is None

@@ -14,7 +14,7 @@ from storage.rows import claims
 from storage.rows.models import Task
 from storage.states import ArchiveState, Step
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, hurry, kept, run, task_of
+from tests.pipeline import assert_archived, kept, make_due_now, run, task_of
 from tests.unreported_tasks import REQUEST
 
 
@@ -23,7 +23,7 @@ def before_its_finish(parts: Parts) -> str:
     name = parts.submitter.submit(REQUEST).task.external_task_id
 
     def is_next() -> bool:
-        hurry(parts, Task)
+        make_due_now(parts, Task)
         run(parts, "reads", "assets")
         return task_of(parts, name).step is Step.FINISH
 

@@ -23,7 +23,7 @@ from storage.rows import claims
 from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState
 from tests.archived_tasks import put
-from tests.pipeline import Wired, kept, plant, run
+from tests.pipeline import Wired, insert_row, kept, run
 from tests.rows import LONG_AGO, new_asset
 
 PAIRS = int(os.environ.get("RECEIVER_TEST_PAIRS", "10"))
@@ -56,7 +56,7 @@ def workers(parts: Parts) -> Iterator[list[Parts]]:
 
 def two_of_one_task(parts: Parts, number: int) -> list[Asset]:
     """A succeeded task whose two files lie in the bucket, unsettled, each claimed by a worker that looks for it."""
-    task = plant(
+    task = insert_row(
         parts, external_task_id=f"pair-{number}", state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING,
         expected=2, step=None, due_at=None,
     )  # fmt: skip

@@ -106,8 +106,8 @@ def test_the_highest_whole_manifest_counts(parts: Parts, empty: Parts) -> None:
 
 def test_a_signed_link_is_cut_in_the_manifest_whatever_its_spaces() -> None:
     for link in ("https://h/my image.png?Signature=s", " https://h/a.png?Signature=s\n", "https://h/a.png#Signature=s"):
-        assert "Signature" not in manifest.cut({"url": [link]})["url"][0]
-    assert manifest.cut("a boat? see below") == "a boat? see below"
+        assert "Signature" not in manifest.without_signatures({"url": [link]})["url"][0]
+    assert manifest.without_signatures("a boat? see below") == "a boat? see below"
 
 
 def test_what_was_odd_about_a_file_is_restored(parts: Parts) -> None:

@@ -21,7 +21,7 @@ from storage.states import ArchiveState, AssetState
 from tests.archived_tasks import REQUEST
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
-from tests.pipeline import Wired, assets_of, hurry, run, task_of, working
+from tests.pipeline import Wired, assets_of, make_due_now, run, task_of, working
 from tests.rows import LONG_AGO
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])  # a circuit is a process's own
@@ -56,7 +56,7 @@ def read(parts: Parts, sandbox: Sandbox, *names: str, **fields: Any) -> None:
     for name in names:
         parts.submitter.submit({**REQUEST, **fields}, external_task_id=name)
         wait_until(lambda name=name: sandbox.ledger().task(name).status == "succeed")  # type: ignore[misc]
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "reads")
 
 
@@ -103,7 +103,7 @@ def test_what_is_refused_alone_holds_up_nothing(
     assert are_archived(behind, "small")
     assert {asset.state for asset in assets_of(behind, task_of(behind, "large"))} == {AssetState.DUE}
     proxy.fault = lambda request, forward: forward(request)
-    hurry(behind)
+    make_due_now(behind)
     run(behind, "assets", "finishes")
     assert are_archived(behind, "large")
 

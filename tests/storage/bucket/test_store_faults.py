@@ -21,7 +21,7 @@ from storage.states import ArchiveState, AssetState
 from tests.archived_tasks import REQUEST, put
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
-from tests.pipeline import Wired, assert_archived, assets_of, hurry, kept, run, task_of
+from tests.pipeline import Wired, assert_archived, assets_of, kept, make_due_now, run, task_of
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])
 SUM = "x-amz-checksum-sha256"
@@ -53,7 +53,7 @@ class Faulty:
 
     def end(self) -> None:
         self.proxy.fault = lambda request, forward: forward(request)
-        hurry(self.parts)
+        make_due_now(self.parts)
         run(self.parts, "assets", "finishes")
 
     @property
@@ -75,7 +75,7 @@ def faulty(
 ) -> Iterator[Callable[..., Faulty]]:
     parts.submitter.submit(REQUEST, external_task_id="task")
     wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "reads")
     with FaultProxy(seaweed) as proxy:
         bucket = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)

@@ -28,7 +28,7 @@ from storage.archive.archiver import UNUSABLE
 from storage.fetch.client import Fetcher
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
-from tests.pipeline import assets_of, hurry, kept, plant, run
+from tests.pipeline import assets_of, insert_row, kept, make_due_now, run
 from tests.rows import new_asset
 from tests.storage.fetch.test_client import FileHost, Script, answer
 from tests.storage.fetch.test_media_types import DAMAGED, FOREIGN, chunk, png
@@ -68,7 +68,7 @@ def changes(host: FileHost, sandbox: Sandbox) -> dict[str, Any]:
 def archive(parts: Parts, host: FileHost, scripts: Mapping[str, Script]) -> dict[str, Asset]:
     """Serve each as a result of one task, archive what can be; the asset rows by the names of the scripts."""
     over = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "step": None, "due_at": None}
-    task = plant(parts, expected=len(scripts), **over)
+    task = insert_row(parts, expected=len(scripts), **over)
     with parts.database.write() as session:
         for index, script in enumerate(scripts.values()):
             host.scripts[f"/{index}.png?Signature=s"] = script
@@ -104,7 +104,9 @@ def test_what_follows_a_whole_picture_is_kept_counted_and_shown(parts: Parts, ho
     run(parts, "finishes")
     with parts.database.read() as session:
         task = session.get_one(Task, rows["tail"].task_id)
-    shown = {file["key"]: file for file in task_view.report(parts.database, parts.bucket, task.external_task_id)["assets"]}
+    shown = {
+        file["key"]: file for file in task_view.report(parts.database, parts.bucket, task.external_task_id)["assets"]
+    }
     told = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), MIB))
     odd = {"tail": (36, []), "stray": (0, ["stray bytes between segments"]), "plain": (0, [])}
     for name, row in rows.items():
@@ -183,7 +185,7 @@ def test_an_edge_that_redirects_to_itself_for_a_while_is_asked_again(parts: Part
     row = archive(parts, host, {"edge": moved("0.png?Signature=s")})["edge"]
     assert (row.state, row.error) == (AssetState.DUE, "more than 3 redirects, the last one to 127.0.0.1")
     host.scripts["/0.png?Signature=s"] = answer(WHOLE)
-    hurry(parts)
+    make_due_now(parts)
     run(parts, "assets")
     assert list(kept(parts).values()) == [hashlib.sha256(WHOLE).hexdigest()]
 

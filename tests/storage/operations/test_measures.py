@@ -19,14 +19,14 @@ from receiver.base import telemetry
 from receiver.base.telemetry import WORK, WORK_OF_EACH
 from receiver.cli import show
 from receiver.sandbox import Sandbox
-from storage.accounts.rate_limit import ReadLimit
+from storage.accounts.rate_limit import ReadRateLimit
 from storage.operations import deadlines
 from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
 from storage.rows.database import Database
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, callbacks_of, deliver, drain, plant, run
+from tests.pipeline import Web, callbacks_of, deliver, drain, insert_row, run
 from tests.rows import LONG_AGO, event_names, new_asset, new_task, stored
 from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
 
@@ -34,12 +34,12 @@ from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
     """Parts whose reads are not slowed down, for the tests that are not about their pace."""
-    parts.__dict__["read_limit"] = ReadLimit(parts.database, per_second=10_000)
+    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 
 def expiring(parts: Parts, hours: float, asset_state: AssetState = AssetState.DUE) -> Task:
-    task = plant(parts, archive=ArchiveState.ARCHIVING, step=None, due_at=None)
+    task = insert_row(parts, archive=ArchiveState.ARCHIVING, step=None, due_at=None)
     expires = parts.database.now() + timedelta(hours=hours)
     with parts.database.write() as session:
         new_asset(session, task, 0, state=asset_state)
@@ -129,9 +129,9 @@ def test_a_callback_that_was_not_believed_is_not_lost(unpaced: Parts, sandbox: S
 
 
 def test_the_work_that_waits_is_counted(parts: Parts) -> None:
-    plant(parts, due_at=parts.database.now())
-    plant(parts, due_at=parts.database.now() - timedelta(minutes=10))
-    plant(parts)
+    insert_row(parts, due_at=parts.database.now())
+    insert_row(parts, due_at=parts.database.now() - timedelta(minutes=10))
+    insert_row(parts)
     deliver(parts, None, OTHERS)
     expiring(parts, 1)
     found = measured(parts)
@@ -204,7 +204,7 @@ def test_events_are_told_of_each_sink(parts: Parts) -> None:
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_gauges_of_what_nothing_waits_for_any_more_are_gone(parts: Parts) -> None:
     def lines() -> set[str]:
-        telemetry.show_work(measured(parts).as_dict())
+        telemetry.update_work_gauges(measured(parts).as_dict())
         text = generate_latest(telemetry.REGISTRY).decode()
         return {line for line in text.splitlines() if "hook-of-mine" in line or 'account="kling"' in line}
 
@@ -262,7 +262,7 @@ def test_one_line_says_how_the_work_stands(parts: Parts) -> None:
 
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token", "kling_slots": 20}])
 def test_gauges_and_readiness_tell_what_is_late(web: Web, parts: Parts) -> None:
-    plant(parts, due_at=LONG_AGO)
+    insert_row(parts, due_at=LONG_AGO)
     expiring(parts, 1)
     permitted = {"Authorization": "Bearer a-token"}
     numbers = httpx.get(f"{web.url}/metrics", headers=permitted).text

@@ -121,7 +121,7 @@ def test_keep_and_renew_hold_the_claim(database: Database) -> None:
     new_assets(database, 2)
     rows = claim(database, lease=EXPIRED)
     with database.write() as session:
-        claims.keep(session, rows[0], key="k", size=2**40)
+        claims.update_claimed(session, rows[0], key="k", size=2**40)
         assert claims.renew(session, Asset, [row.id for row in rows], rows[0].lease, LEASE_SECONDS) == 2
     assert claim(database) == []
     row = stored(database, rows[0])
@@ -145,7 +145,7 @@ def test_an_owner_that_froze_past_its_lease_changes_nothing(database: Database, 
         with database.write() as session:
             claims.settle(session, owner, due_in=None, sha256="good")
     before = stored(database, owner)
-    for write in (claims.settle, claims.keep):
+    for write in (claims.settle, claims.update_claimed):
         due_in = {"due_in": 0} if write is claims.settle else {}
         with pytest.raises(LostClaim), database.write() as session:
             write(session, frozen, sha256="bad", **due_in)
@@ -178,8 +178,8 @@ def test_a_row_that_was_never_claimed_cannot_be_settled(database: Database) -> N
 
 
 def test_a_row_that_lost_two_leases_and_is_free_again_is_no_suspect(database: Database) -> None:
-    new_assets(database, 1, losses=claims.SUSPECT_LOSSES - 1)
-    with database.glance() as connection:
+    new_assets(database, 1, losses=claims.QUARANTINE_AFTER - 1)
+    with database.autocommit_reader() as connection:
         assert claims.is_any_due(connection, Asset)
         assert not claims.is_any_due(connection, Asset, alone=True)
 
@@ -196,7 +196,7 @@ def test_in_turn_is_who_has_waited_longest(database: Database) -> None:
 
 def test_after_three_losses_a_row_is_claimed_alone(database: Database) -> None:
     new_assets(database, 1)
-    for _ in range(claims.SUSPECT_LOSSES):
+    for _ in range(claims.QUARANTINE_AFTER):
         assert claim(database, alone=True) == []
         assert len(claim(database, lease=EXPIRED)) == 1
     assert claim(database) == []
@@ -231,7 +231,7 @@ def plans_of_a_claim(database: Database, model: Any) -> list[str]:
     sent: list[Any] = []
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: sent.append(call[2:4]))
-    with database.glance() as connection:
+    with database.autocommit_reader() as connection:
         assert claims.is_any_due(connection, model)
     look = sent[-1]
     claim(database, model, limit=5)

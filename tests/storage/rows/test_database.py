@@ -19,7 +19,7 @@ from sqlmodel import Session, func, select
 from structlog.testing import capture_logs
 
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import Database, Turnstile, Waker, clock, normal_url
+from storage.rows.database import Database, Turnstile, Waker, db_now, normal_url
 from storage.rows.models import Worker
 from tests.harness import wait_until
 from tests.postgres import Postgres
@@ -85,7 +85,7 @@ def ask(database: Database, *columns: Any) -> tuple[Any, ...]:
 
 def test_the_clock_counts_seconds_from_the_databases_time(database: Database) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)  # SQLite's clock has milliseconds
-    now, soon, past, month = ask(database, clock(), clock(0.25), clock(-90), clock(2_592_000))
+    now, soon, past, month = ask(database, db_now(), db_now(0.25), db_now(-90), db_now(2_592_000))
     assert before <= now <= datetime.now(UTC)
     for moment, seconds in ((soon, 0.25), (past, -90), (month, 2_592_000)):
         assert abs((moment - now).total_seconds() - seconds) < 5
@@ -94,15 +94,15 @@ def test_the_clock_counts_seconds_from_the_databases_time(database: Database) ->
 
 def test_the_clock_goes_on_within_a_transaction(database: Database) -> None:
     with database.write() as session:
-        first = session.execute(select(clock())).scalar_one()
-        wait_until(lambda: session.execute(select(clock())).scalar_one() > first)
+        first = session.execute(select(db_now())).scalar_one()
+        wait_until(lambda: session.execute(select(db_now())).scalar_one() > first)
 
 
 def test_the_clock_compares_with_times_of_ours(database: Database) -> None:
     moment = datetime.now(UTC)
     earlier, later = (moment + timedelta(hours=hours) for hours in (-1, 1))
     with database.read() as session:
-        passed = select(clock() > earlier, clock() < later, clock() > later)
+        passed = select(db_now() > earlier, db_now() < later, db_now() > later)
         assert tuple(map(bool, session.execute(passed).one())) == (True, True, False)
 
 
