@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import structlog
@@ -18,7 +19,7 @@ import uvicorn
 
 from receiver.app.wiring import Parts
 from receiver.web import app
-from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, BoundedHttpProtocol
+from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from storage.errors import DatabaseUnavailable, UserError
 from storage.fetch.client import sweep
 from storage.rows import checkpoints, migrations
@@ -37,6 +38,9 @@ DATABASE_INTERVAL_SECONDS = 2.0
 WEB_GRACE_SECONDS = 15
 # Beyond its grace time a worker gets this long to hand back its rows before it is killed.
 KILL_AFTER_SECONDS = 5.0
+# Descriptors that are not for connections: 20 of an idle web process (on SQLite), two for each of SQLite's 22 readers,
+# one for each of 64 creates at the provider, ten to the bucket, one a worker; and room for what is closed in a moment.
+RESERVED_DESCRIPTORS = 160
 
 
 class SchemaBehind(UserError):
@@ -71,6 +75,26 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
             time.sleep(DATABASE_INTERVAL_SECONDS)
         else:
             return
+
+
+def fit_descriptors() -> int:
+    """How many connections there may be at once. Raises the soft limit as far as they need, at most to the hard one.
+
+    Beyond the limit the event loop resets whatever comes, callbacks too, and logs nothing. Where there are few
+    descriptors, half of them are for connections.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + RESERVED_DESCRIPTORS
+    if 0 <= soft < wanted:  # RLIM_INFINITY is -1
+        enough = wanted if hard < 0 else min(hard, wanted)
+        with suppress(OSError, ValueError):  # forbidden: then with what there is
+            resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+            soft = enough
+    if soft < 0 or soft >= wanted:
+        return MAX_CONNECTIONS
+    connections = soft - min(RESERVED_DESCRIPTORS, soft // 2)
+    log.warning("start.few_descriptors", limit=soft, connections=connections, wanted=wanted)
+    return connections
 
 
 class Supervisor:
@@ -138,6 +162,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     """Run the web server and the workers until SIGTERM or SIGINT. Raises `SchemaBehind`, `DatabaseUnavailable`."""
     settings = parts.settings
     await_schema(parts.database, migrate=settings.migrates_on_start)
+    BoundedHttpProtocol.max_connections = fit_descriptors()
     web = app.build(
         parts.database, parts.providers, parts.tokens, parts.schedule,
         bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,

@@ -40,7 +40,7 @@ MAX_PIPELINED = 8
 WRITE_SECONDS = 60.0
 # Of answers that nobody takes a connection keeps about so much. uvloop's own limit, 64 KiB, is 268 MB for all of them.
 WRITE_BUFFER_BYTES = 16 * 1024
-# Far above what a provider opens at once, far below the usual limit of 65,536 file descriptors in a container.
+# Far above what a provider opens at once. Where there are fewer file descriptors, `BoundedHttpProtocol.max_connections` is lower.
 MAX_CONNECTIONS = 4_096
 
 _ANSWERS = {
@@ -84,6 +84,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - one for all connections of the process, on purpose
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
+    max_connections = MAX_CONNECTIONS  # of this process, for which there are descriptors
     flow: _Flow
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -106,7 +107,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.flow = _Flow(transport, self.pipeline)
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._await_head()
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > min(MAX_CONNECTIONS, self.max_connections):
             self._make_room()
 
     def _make_room(self) -> None:

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from pydantic import SecretStr
 
-from receiver.app.process import web_config
+from receiver.app.process import RESERVED_DESCRIPTORS, web_config
+from receiver.base.tokens import Tokens
 from receiver.web import http_protocol
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port
 from tests.receiver.web.test_http_protocol import GET, read_to_end, sent_of
 
+CALLBACK = f"/callbacks/kling/{Tokens([SecretStr(CALLBACK_SECRET)]).sign('kling', None)}"
+ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="What a process has is read from /proc.")
 LARGE, PIECE = 32 * 2**20, 64 * 1024
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[tuple[int, int]]:
-    """`receiver serve` in a process of its own, without workers: its port and its process id."""
+def serving(folder: Path, *, limits: str = "true") -> Iterator[tuple[int, int]]:
+    """`receiver serve` in a process of its own, without workers: its port and its process id. `limits`: shell words."""
     port, log = free_port(), folder / "log"
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     settings = {
         "RECEIVER_DATABASE_URL": f"sqlite:///{folder}/receiver.db", "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRET,
         "RECEIVER_PORT": str(port), "RECEIVER_S3_BUCKET": "unused", "RECEIVER_WORKERS": "0",
     }  # fmt: skip
-    command = [sys.executable, "-m", "receiver", "serve"]
+    command = ["sh", "-c", f"{limits} && exec {sys.executable} -m receiver serve"]
     with log.open("wb") as written, subprocess.Popen(command, env={**rest, **settings}, stderr=written) as server:
         try:
             wait_until(lambda: b"web.listening" in log.read_bytes(), seconds=60)
@@ -79,7 +85,7 @@ def large_answers() -> Iterator[tuple[int, set[Any]]]:
         thread.join(20)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="The memory of a process is read from /proc.")
+@ON_LINUX
 def test_pipelined_requests_take_no_memory(tmp_path: Path) -> None:
     with serving(tmp_path) as (port, pid), socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         before = peak_kib(pid)
@@ -123,3 +129,44 @@ def test_whoever_takes_nothing_for_longest_makes_room(monkeypatch: pytest.Monkey
         assert len(answer.content) == LARGE
         assert len(read_to_end(first)) < LARGE
         assert second.recv(1) == b"H"  # it goes on
+
+
+@contextmanager
+def silent(port: int) -> Iterator[Callable[[int], None]]:
+    """Opens so many connections that say nothing, and keeps them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ExitStack() as opened:
+
+        def more(count: int) -> None:
+            for _ in range(count):
+                opened.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+
+        yield more
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def logged(folder: Path, event: str) -> list[dict[str, Any]]:
+    lines = (json.loads(line) for line in (folder / "log").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+@ON_LINUX
+def test_deliveries_are_taken_beside_more_silent_connections_than_descriptors(tmp_path: Path) -> None:
+    with serving(tmp_path, limits="ulimit -n 256") as (port, pid), silent(port) as more:
+        more(4 * 256)
+        for number in range(100):
+            more(4)
+            answer = httpx.post(f"http://127.0.0.1:{port}{CALLBACK}", content=b"{}%d" % number, trust_env=False)
+            assert answer.status_code == 200
+        assert len(list(Path(f"/proc/{pid}/fd").iterdir())) < 192
+    [warning] = logged(tmp_path, "start.few_descriptors")
+    assert (warning["limit"], warning["connections"]) == (256, 128)
+
+
+@ON_LINUX
+def test_the_soft_limit_is_raised_as_far_as_connections_need(tmp_path: Path) -> None:
+    needed = http_protocol.MAX_CONNECTIONS + RESERVED_DESCRIPTORS
+    with serving(tmp_path, limits=f"ulimit -Sn 256 && ulimit -Hn {needed}") as (_, pid):
+        assert re.search(rf"Max open files +{needed} ", Path(f"/proc/{pid}/limits").read_text())
+    assert logged(tmp_path, "start.few_descriptors") == []
