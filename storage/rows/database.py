@@ -163,8 +163,8 @@ class Turnstile:
 class Database:
     """Sessions on one database.
 
-    `write()` is one transaction, committed at the end of the block, rolled back when it raises; `read()` sees
-    one snapshot. A database that cannot be reached raises `DatabaseUnavailable`.
+    `write()` is one transaction, committed at the end of the block, rolled back when it raises. `read()` writes nothing
+    and sees one snapshot, taken at its first statement. A database that cannot be reached raises `DatabaseUnavailable`.
     """
 
     def __init__(self, url: str, *, connections: int = 12) -> None:
@@ -179,7 +179,7 @@ class Database:
             self._glance = self.reader.execution_options(**{NO_BEGIN: True})
         else:
             self.turnstile = nullcontext()
-            self.writer = self.reader = create_engine(
+            self.writer = create_engine(
                 self.url,
                 pool_pre_ping=True,
                 pool_use_lifo=True,
@@ -189,6 +189,9 @@ class Database:
                 connect_args=self.postgresql_options,
                 hide_parameters=True,
             )
+            event.listen(self.writer, "checkin", _forget_read_only)
+            # The driver says both in its BEGIN: a snapshot costs no round trip.
+            self.reader = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             self._single = self._glance = self.writer.execution_options(isolation_level="AUTOCOMMIT")
 
     @property
@@ -287,6 +290,15 @@ def _sqlite_engine(url: URL, begin: str, *, pool_size: int, max_overflow: int) -
             connection.exec_driver_sql(begin)
 
     return engine
+
+
+def _forget_read_only(connection: Any, _: object) -> None:
+    """Leave it to the server again whether the connection's next transaction may write.
+
+    SQLAlchemy resets to READ WRITE, which overrides the read-only mode that a server with a full disk is put into.
+    """
+    if connection is not None:  # None: it broke
+        connection.read_only = None
 
 
 @contextmanager

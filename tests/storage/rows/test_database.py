@@ -134,7 +134,36 @@ def test_a_reader_sees_what_was_committed_while_a_writer_works(sqlite: Database)
     with sqlite.write() as session:
         add_worker(session)
         with sqlite.read() as reader:
-            assert reader.exec(select(func.count()).select_from(Worker)).one() == 0
+            assert count_workers(reader) == 0
+
+
+def count_workers(session: Session) -> int:
+    return session.exec(select(func.count()).select_from(Worker)).one()
+
+
+def test_a_read_block_sees_one_snapshot_whatever_is_committed_meanwhile(database: Database) -> None:
+    with database.read() as reader:
+        assert count_workers(reader) == 0
+        with database.write() as session:
+            add_worker(session)
+        assert count_workers(reader) == 0
+    with database.read() as reader:
+        assert count_workers(reader) == 1
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_a_connection_that_read_writes_again_unless_the_server_says_otherwise(database: Database) -> None:
+    mode = text("SELECT pg_backend_pid(), current_setting('transaction_read_only')")
+    with database.read() as session:
+        process, is_read_only = session.execute(mode).one()
+        assert is_read_only == "on"
+    with database.write() as session:
+        assert session.execute(mode).one() == (process, "off")
+        session.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+    with database.read() as session:
+        session.execute(mode)
+    with database.write() as session:
+        assert session.execute(mode).one() == (process, "on")
 
 
 TAKE_TURNS = """
