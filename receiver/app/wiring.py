@@ -50,6 +50,14 @@ if TYPE_CHECKING:
 CALLBACK_THREADS = 2
 # A create or a read waits up to 20 s for the provider; four at once are below its 5 reads a second.
 TASK_THREADS = 4
+# No sink has more.
+SINK_THREADS = 4
+# Threads of a worker process beside those of its lanes: a feeder for each of the six lanes that are not a sink's, eight
+# chores, the wake-up call, heartbeat, suspects, renewal, checkpoints; the rest is room.
+OTHER_THREADS = 24
+# Threads of the web server: 40 for pages, the gateway's 64 creates, a renewal beside each and 8 for all else, the
+# inbox; the rest is room.
+WEB_THREADS = 180
 # Deadlines are hours away; one look a minute and worker costs an index look-up.
 DEADLINE_INTERVAL_SECONDS = 60.0
 # Half uploaded files lie there for a day before they are swept; a few looks a day cost as many list requests.
@@ -80,7 +88,17 @@ class Parts:
 
     @made_once
     def database(self) -> Database:
-        return Database(self.settings.database_url.get_secret_value())
+        return Database(self.settings.database_url.get_secret_value(), connections=self.database_threads)
+
+    @property
+    def database_threads(self) -> int:
+        """The most threads of one process, a worker or the web server, that need a connection at once.
+
+        One for each thread of a lane, one to renew the claim beside each create, one for each sink's feeder.
+        """
+        sinks = (len(self.settings.event_entries) + 1) * (SINK_THREADS + 1)
+        rows = 2 * CALLBACK_THREADS + 1 + 3 * TASK_THREADS + self.settings.worker_threads
+        return max(rows + sinks + OTHER_THREADS, WEB_THREADS)
 
     @made_once
     def kling(self) -> Kling:

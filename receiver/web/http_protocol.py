@@ -40,7 +40,7 @@ MAX_PIPELINED = 8
 WRITE_SECONDS = 60.0
 # Of answers that nobody takes a connection keeps about so much. uvloop's own limit, 64 KiB, is 268 MB for all of them.
 WRITE_BUFFER_BYTES = 16 * 1024
-# Far above what a provider opens at once. Where there are fewer file descriptors, `BoundedHttpProtocol.max_connections` is lower.
+# Far above what a provider opens at once. With fewer file descriptors `max_connections` is lower.
 MAX_CONNECTIONS = 4_096
 
 _ANSWERS = {

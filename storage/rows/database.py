@@ -63,6 +63,9 @@ POSTGRESQL_OPTIONS = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
+# Connections that stay open while nobody needs them. What is open beyond is closed as soon as it is given back: every
+# process of an installation keeps its own, and PostgreSQL allows 100 unless it is told otherwise.
+KEPT_CONNECTIONS = 12
 WAKE_CHANNEL = "receiver_work"
 # Checkpoints are made beside the commits (checkpoints.py). Where nothing runs that makes them, a commit does so
 # itself once the log has 64 MB.
@@ -165,16 +168,19 @@ class Database:
 
     `write()` is one transaction, committed at the end of the block, rolled back when it raises. `read()` writes nothing
     and sees one snapshot, taken at its first statement. A database that cannot be reached raises `DatabaseUnavailable`.
+    `connections`: the most at once. A thread that finds none free for 4 s meets `DatabaseUnavailable`, too.
     """
 
-    def __init__(self, url: str, *, connections: int = 12) -> None:
+    def __init__(self, url: str, *, connections: int = 32) -> None:
         self.url = normal_url(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.turnstile: AbstractContextManager[None]
+        kept = min(connections, KEPT_CONNECTIONS)
+        pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": CONNECT_SECONDS}
         if self.is_sqlite:
             self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
             self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
-            self.reader = _sqlite_engine(self.url, "BEGIN", pool_size=connections, max_overflow=10)
+            self.reader = _sqlite_engine(self.url, "BEGIN", **pool)
             self._single = self.writer.execution_options(**{NO_BEGIN: True})
             self._glance = self.reader.execution_options(**{NO_BEGIN: True})
         else:
@@ -183,11 +189,9 @@ class Database:
                 self.url,
                 pool_pre_ping=True,
                 pool_use_lifo=True,
-                pool_size=connections,
-                max_overflow=10,
-                pool_timeout=CONNECT_SECONDS,
                 connect_args=self.postgresql_options,
                 hide_parameters=True,
+                **pool,
             )
             event.listen(self.writer, "checkin", _forget_read_only)
             # The driver says both in its BEGIN: a snapshot costs no round trip.
@@ -271,12 +275,10 @@ def _parse(url: str) -> URL:
         raise ValueError(URL_FORMS) from None
 
 
-def _sqlite_engine(url: URL, begin: str, *, pool_size: int, max_overflow: int) -> Engine:
+def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
     options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
     # An error's text would quote its values, and they hold tokens and signed links.
-    engine = create_engine(
-        url, connect_args=options, pool_size=pool_size, max_overflow=max_overflow, hide_parameters=True
-    )
+    engine = create_engine(url, connect_args=options, hide_parameters=True, **pool)
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:

@@ -18,13 +18,21 @@ from sqlalchemy import event, text
 from sqlmodel import Session, func, select
 from structlog.testing import capture_logs
 
+from receiver.app import wiring
+from receiver.app.wiring import Parts
+from receiver.base import config
+from receiver.gateway import gateway
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import Database, Turnstile, Waker, db_now, normal_url
+from storage.rows.database import KEPT_CONNECTIONS, Database, Turnstile, Waker, db_now, normal_url
 from storage.rows.models import Worker
 from tests.harness import wait_until
 from tests.postgres import Postgres
+from tests.webhook_receiver import SECRET
 
 SECONDS = 30  # whoever waits longer hangs
+# Threads that use the database beside those counted from their parts: the wake-up call, heartbeat, suspects, renewal,
+# checkpoints; the writer of deliveries, checkpoints; Starlette's threads for pages.
+BACKGROUND, INBOX, PAGES = 5, 2, 40
 
 
 @pytest.fixture
@@ -164,6 +172,41 @@ def test_a_connection_that_read_writes_again_unless_the_server_says_otherwise(da
         session.execute(mode)
     with database.write() as session:
         assert session.execute(mode).one() == (process, "on")
+
+
+def parts_of(database: Database, **settings: Any) -> Parts:
+    url = database.url.render_as_string(hide_password=False)
+    return Parts(config.load(s3_bucket="pictures", database_url=url, **settings))
+
+
+def test_every_thread_has_a_connection_and_few_stay_open(database: Database) -> None:
+    pool, readers = parts_of(database, worker_threads=8).database, 30
+    together = threading.Barrier(readers, timeout=SECONDS)
+
+    def read(_: int) -> int:
+        with pool.read() as session:
+            count = count_workers(session)
+            together.wait()
+            return count
+
+    with ThreadPoolExecutor(readers) as threads:
+        assert list(threads.map(read, range(readers))) == [0] * readers
+    engine: Any = pool.reader
+    assert (engine.pool.checkedin(), engine.pool.checkedout()) == (KEPT_CONNECTIONS, 0)
+    pool.close()
+
+
+@pytest.mark.parametrize("sinks", [0, 20])
+@pytest.mark.parametrize("threads", [8, 256])
+def test_connections_suffice_for_all_that_a_process_runs(sqlite: Database, threads: int, sinks: int) -> None:
+    entries = " ".join(f"hook{number}=https://hooks.example.com/{number}" for number in range(sinks))
+    parts = parts_of(sqlite, worker_threads=threads, event_sinks=entries, event_secrets=SECRET)
+    lanes = parts.lanes()
+    worker = sum(lane.threads + 1 for lane in lanes) + len(parts.chores()) + wiring.TASK_THREADS + BACKGROUND
+    web = PAGES + 2 * gateway.MAX_CREATES + gateway.SHORT_THREADS + INBOX
+    assert max(worker, web) <= parts.database_threads
+    assert max(sink.threads for sink in parts.sinks.values()) <= wiring.SINK_THREADS
+    parts.close()
 
 
 TAKE_TURNS = """
