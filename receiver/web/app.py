@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hmac
 import re
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import SecretStr
-from sqlalchemy import text
+from sqlalchemy import delete, text
+from sqlmodel import col
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -26,6 +28,7 @@ from receiver.web.assets import Assets
 from receiver.web.callbacks import Callbacks
 from receiver.web.event_stream import Stream
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
+from receiver.web.readiness import Readiness
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
 from storage.bucket.availability import BucketAvailability
@@ -34,8 +37,10 @@ from storage.errors import DatabaseUnavailable
 from storage.operations import deadlines, heartbeats, measures, outbox
 from storage.rows import migrations
 from storage.rows.database import Database
-from storage.rows.inbox import Inbox
+from storage.rows.inbox import Delivery, Inbox, store
+from storage.rows.models import Callback
 from storage.rows.tasks import Schedule
+from storage.states import CallbackState
 
 if TYPE_CHECKING:
     from receiver.gateway.gateway import Gateway  # which most installations do without
@@ -48,6 +53,7 @@ class Health:
         self,
         database: Database,
         inbox: Inbox,
+        callbacks: Callbacks,
         metrics_token: SecretStr | None,
         *,
         deadline_seconds: float,
@@ -59,14 +65,22 @@ class Health:
         self._deadline_seconds = deadline_seconds
         self._slots = slots
         self._inbox = inbox
+        self._callbacks = callbacks
+        self._readiness = Readiness(self._look)
         self._metrics_token = metrics_token
 
     async def alive(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 while a delivery can be stored; bucket, workers, lateness and deadlines count only with `?strict=1`."""
-        checks = await run_in_threadpool(self._checks)
+        """200 while a delivery can be stored; bucket, workers, lateness and deadlines count only with `?strict=1`.
+
+        What deliveries have just met decides before what was looked at: the look may go well where they fail.
+        """
+        checks = await self._readiness.checks()
+        checks["intake"] = "full" if self._inbox.is_full else "ok"
+        if self._callbacks.fault is not None:
+            checks["database"] = f"the last delivery was not stored: {self._callbacks.fault}"
         fault = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
         degraded = any(word != "ok" for word in checks.values())
         status = 503 if fault or (degraded and request.query_params.get("strict") == "1") else 200
@@ -75,13 +89,18 @@ class Health:
             body["checks"] = checks
         return JSONResponse(body, status_code=status)
 
-    def _checks(self) -> dict[str, str]:
-        checks = {"intake": "full" if self._inbox.is_full else "ok"}
+    def _look(self) -> dict[str, str]:
+        checks = {}
         if self._bucket is not None:
             checks["bucket"] = self._bucket.state()
         try:
-            with self._database.write() as session:
-                session.execute(text("SELECT 1"))
+            if (fault := self._callbacks.fault) is None:
+                with self._database.write() as session:
+                    session.execute(text("SELECT 1"))
+            else:
+                self._store_one()
+                if self._callbacks.fault is fault:  # else another has come meanwhile
+                    self._callbacks.fault = None
             behind = migrations.current(self._database) != migrations.head()
             checks |= {"database": "ok", "schema": "behind" if behind else "ok"}
             if not behind:
@@ -90,6 +109,13 @@ class Health:
         except DatabaseUnavailable as error:
             checks |= {"database": str(error), "schema": "unknown"}
         return checks
+
+    def _store_one(self) -> None:
+        """Commit a delivery that nobody sent, and its end. A receiver that is not ready is sent none to try with."""
+        ours = Delivery("readiness", "push", None, uuid.uuid4().bytes, state=CallbackState.REJECTED)
+        with self._database.write() as session:
+            store(session, [ours])
+            session.execute(delete(Callback).where(col(Callback.delivery_key) == ours.key))
 
     def _lateness(self) -> dict[str, str]:
         with self._database.read() as session:
@@ -148,7 +174,7 @@ def build(
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
-    health = Health(database, inbox, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
+    health = Health(database, inbox, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

@@ -89,6 +89,7 @@ class Callbacks:
         self._tokens = tokens
         self._schedule = schedule
         self._answers = _CommitResults()
+        self.fault: str | None = None  # why the last delivery was not stored; None: it was, or none has come
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
 
@@ -144,13 +145,16 @@ class Callbacks:
         except InboxFull:
             return _answer(503, "busy, try again", "full")
         except TimeoutError:
+            self.fault = f"not within {COMMIT_SECONDS} s"
             return _answer(503, "could not be stored in time, try again", "late")
         except DatabaseUnavailable as error:
+            self.fault = str(error)
             log.error("callback.not_stored", error=str(error))
             return _answer(503, "could not be stored, try again", "database")
         except Exception:
             log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
             return _answer(503, "could not be stored, try again", "bug")
+        self.fault = None
         _count("new" if intake is Intake.NEW else "duplicate")
         return None
 
@@ -163,6 +167,7 @@ class Callbacks:
         try:
             is_kept = await run_in_threadpool(self._keep_refused, delivery)
         except DatabaseUnavailable as error:
+            self.fault = str(error)
             log.error("callback.not_stored", error=str(error))
             return _answer(503, "could not be stored, try again", "database")
         if not is_kept and self._may_say.now(named.task_id):

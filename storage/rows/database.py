@@ -72,6 +72,8 @@ WAKE_CHANNEL = "receiver_work"
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # What SQLite says when the file, not the statement, is at fault; its error class is the same for both.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
+# What PostgreSQL answers to a write where it is a standby, or was put into read-only mode because its disk is full.
+READ_ONLY = "25006"
 # An execution option of ours: statements on such a connection are transactions of their own.
 NO_BEGIN = "receiver_no_begin"
 URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
@@ -311,7 +313,8 @@ def _unavailable() -> Iterator[None]:
         raise DatabaseUnavailable("database: every connection is busy") from error
     except DBAPIError as error:
         is_postgresql = type(error.orig).__module__.startswith("psycopg")
-        if error.connection_invalidated or (is_postgresql and isinstance(error, OperationalError)):
+        is_down = isinstance(error, OperationalError) or getattr(error.orig, "sqlstate", None) == READ_ONLY
+        if error.connection_invalidated or (is_postgresql and is_down):
             raise DatabaseUnavailable(f"database: {type(error.orig).__name__}") from error
         if any(words in str(error.orig) for words in SQLITE_OUTAGES):
             raise DatabaseUnavailable(f"database: {error.orig}") from error

@@ -315,8 +315,9 @@ def test_an_error_of_the_database_does_not_quote_its_values(database: Database) 
 
 LOGGED = """
 import structlog
-from receiver import telemetry, waiting
-from tests.test_canaries import CANARY, SIGNED, raise_with_a_local
+from receiver.base import telemetry
+from receiver.cli import show
+from tests.flows.test_canaries import CANARY, SIGNED, raise_with_a_local
 telemetry.configure("debug", {output!r})
 try:
     raise_with_a_local()

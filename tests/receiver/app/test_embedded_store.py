@@ -67,7 +67,7 @@ def test_what_it_kept_is_there_after_a_restart(
 PARENT = """
 import sys, time
 from pathlib import Path
-from receiver.sandbox.seaweed import Seaweed
+from receiver.app.embedded_store import Seaweed
 server = Seaweed(Path(sys.argv[1]), "pictures")
 server.start()
 print(*server.ports, flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlmodel import col, update
 
-from receiver.app.worker import SUSPECT_LOOK_SECONDS, Lane, Worker
+from receiver.app.worker import QUARANTINE_INTERVAL_SECONDS, Lane, Worker
 from storage.accounts.slots import Slots
 from storage.circuit import FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS
 from storage.rows import claims
@@ -131,7 +131,7 @@ def test_a_suspect_whose_circuit_is_open_stops_no_other_lane(database: Database,
     desk.gate.clear()
     with running(database, creates, reads, assets_lane(free.work)):
         wait_until(lambda: desk.begun)
-        look_until = time.monotonic() + 2.5 * SUSPECT_LOOK_SECONDS
+        look_until = time.monotonic() + 2.5 * QUARANTINE_INTERVAL_SECONDS
         while time.monotonic() < look_until:
             (asset,) = new_assets(database, 1)
             wait_until(lambda wanted=asset.id: wanted in free.done, seconds=5)  # type: ignore[misc]

@@ -201,7 +201,7 @@ def test_an_env_file_that_is_no_text_is_said_in_one_line(ready: CommandLine) -> 
 
 @pytest.mark.parametrize("fault", ['{}["key"]', "[][0]", 'b"\\xff".decode()', 'int("x")'])
 def test_a_bug_shows_its_traceback_whatever_its_class(fault: str) -> None:
-    program = f"from receiver import cli\ncli.app.command('bug')(lambda: {fault})\ncli.main()"
+    program = f"from receiver.cli import main\nmain.app.command('bug')(lambda: {fault})\nmain.main()"
     done = subprocess.run([sys.executable, "-c", program, "bug"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.splitlines()[0]) == (1, "Traceback (most recent call last):")
 

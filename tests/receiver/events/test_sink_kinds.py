@@ -293,8 +293,8 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
 
 
 WRITER = """
-from receiver.sinks.lines import Lines
-from tests.sinks import messages
+from receiver.events.lines import Lines
+from tests.sink_pairs import messages
 batch = messages(100, note="x" * 600)
 for _ in range(10):
     assert Lines(None).send(batch) == [None] * 100

@@ -25,6 +25,7 @@ from storage.operations import heartbeats
 from storage.rows import inbox
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Step, TaskState
+from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, insert_row, run, task_of
 from tests.postgres import Postgres
 from tests.rows import event_names
@@ -366,7 +367,7 @@ def test_ready_says_ok_with_a_worker_and_degraded_without(web: Web, parts: Parts
     assert (ready.status_code, ready.json()) == (200, {"status": "degraded"})
     assert httpx.get(f"{web.url}/readyz?strict=1").status_code == 503
     heartbeats.register(parts.database, 1)
-    assert httpx.get(f"{web.url}/readyz?strict=1").json() == {"status": "ok"}
+    wait_until(lambda: httpx.get(f"{web.url}/readyz?strict=1").json() == {"status": "ok"})
 
 
 def test_a_schema_that_is_behind_is_not_ready(web: Web, parts: Parts) -> None:

@@ -165,7 +165,7 @@ def test_who_has_seen_all_goes_on_after_it_was_forgotten(web: Web, parts: Parts)
 def test_one_that_comes_takes_no_news_from_those_that_wait(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_stream, "LOOK_SECONDS", 60)  # so that it looks before the look-out of all does
+    monkeypatch.setattr(event_stream, "POLL_INTERVAL_SECONDS", 60)  # so that it looks before the look-out of all does
     with reading(web) as messages:
         next(messages)
         tell(parts, EventName.TASK_FAILED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.sandbox import Sandbox
+from receiver.web import readiness
 from storage.archive import continuous_audit, manifest
 from storage.archive.audit import Audit
 from storage.archive.continuous_audit import ContinuousAudit, Standing, standing
@@ -422,6 +424,7 @@ def test_health_and_metrics_tell_of_faults(web: Web, parts: Parts) -> None:
     assert "receiver_audit_age_seconds NaN" in httpx.get(f"{web.url}/metrics", headers=permitted).text
     given_up(parts)
     go_round(parts, audit(parts))
+    time.sleep(readiness.FRESH_SECONDS)
     ready = httpx.get(f"{web.url}/readyz", headers=permitted)
     assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
     assert ready.json()["checks"]["audit"] == "1 faults, see receiver status"

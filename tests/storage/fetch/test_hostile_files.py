@@ -192,7 +192,7 @@ def test_an_edge_that_redirects_to_itself_for_a_while_is_asked_again(parts: Part
 
 STREAM = """
 import resource, sys
-from storage.addresses import AddressPolicy
+from storage.fetch.addresses import AddressPolicy
 from storage.errors import FetchTooLarge
 from storage.fetch import Fetcher, spool
 host, port, cap = "127.0.0.1", int(sys.argv[1]), int(sys.argv[2])

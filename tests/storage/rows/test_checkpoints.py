@@ -68,7 +68,7 @@ def beginnings(database: Database) -> int:
 
 def test_commits_that_never_stop_do_not_make_the_log_grow(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is begun anew again and again, so it is never longer than what came between two checkpoints."""
-    monkeypatch.setattr(checkpoints, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_INTERVAL_SECONDS", 0.01)
     with sqlite.write() as session:
         session.execute(text("PRAGMA wal_autocheckpoint=0"))  # else a commit would do so in the end
     with checkpoints.beside(sqlite), committing(sqlite):

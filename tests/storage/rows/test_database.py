@@ -202,7 +202,7 @@ def test_connections_suffice_for_all_that_a_process_runs(sqlite: Database, threa
     entries = " ".join(f"hook{number}=https://hooks.example.com/{number}" for number in range(sinks))
     parts = parts_of(sqlite, worker_threads=threads, event_sinks=entries, event_secrets=SECRET)
     lanes = parts.lanes()
-    worker = sum(lane.threads + 1 for lane in lanes) + len(parts.chores()) + wiring.TASK_THREADS + BACKGROUND
+    worker = sum(lane.threads + 1 for lane in lanes) + len(parts.periodic_jobs()) + wiring.TASK_THREADS + BACKGROUND
     web = PAGES + 2 * gateway.MAX_CREATES + gateway.SHORT_THREADS + INBOX
     assert max(worker, web) <= parts.database_threads
     assert max(sink.threads for sink in parts.sinks.values()) <= wiring.SINK_THREADS
@@ -212,7 +212,7 @@ def test_connections_suffice_for_all_that_a_process_runs(sqlite: Database, threa
 TAKE_TURNS = """
 import sys
 from pathlib import Path
-from storage.database import Turnstile
+from storage.rows.database import Turnstile
 folder = Path(sys.argv[1])
 turnstile = Turnstile(folder / "db.lock")
 print("ready", flush=True)

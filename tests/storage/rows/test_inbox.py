@@ -125,7 +125,7 @@ def test_what_waits_in_memory_is_bounded_by_number(database: Database) -> None:
 @contextmanager
 def on_disk(database: Database, monkeypatch: pytest.MonkeyPatch, free_share: Callable[[], float]) -> Iterator[Inbox]:
     """An inbox that looks at its disk all the time."""
-    monkeypatch.setattr(free_space, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(free_space, "FREE_SPACE_INTERVAL_SECONDS", 0.01)
     intake = Inbox(database, free_share=free_share)
     intake.start()
     yield intake

@@ -21,8 +21,8 @@ from storage.rows.database import Database
 
 UPGRADE = """
 import sys
-from storage import migrations
-from storage.database import Database
+from storage.rows import migrations
+from storage.rows.database import Database
 database = Database(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -1,0 +1,93 @@
+"""`/readyz`: what it costs however many ask, and what it says when the database only seems to be well."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import event, text
+
+from receiver.app.wiring import Parts
+from receiver.web import readiness
+from storage.rows.database import Database
+from storage.rows.models import Task
+from tests.harness import wait_until
+from tests.pipeline import Web, callbacks_of, insert_row
+
+ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
+ASKERS = 8
+
+
+def ask(web: Web) -> int:
+    return httpx.get(f"{web.url}/readyz", timeout=10).status_code
+
+
+def deliver(web: Web, parts: Parts, task: Task) -> int:
+    path = f"/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
+    return httpx.post(
+        web.url + path, content=b'{"task_id": "901", "task_status": "processing"}', timeout=10
+    ).status_code
+
+
+def test_eight_askers_look_at_the_database_once_a_second(web: Web, parts: Parts) -> None:
+    looks: list[float] = []
+
+    def seen(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement == "SELECT 1":
+            looks.append(time.monotonic())
+
+    def ask_on(_: int) -> list[int]:
+        return [ask(web) for _ in range(20)]
+
+    event.listen(parts.database.writer, "before_cursor_execute", seen)
+    began = time.monotonic()
+    with ThreadPoolExecutor(ASKERS) as askers:
+        answers = [answer for some in askers.map(ask_on, range(ASKERS)) for answer in some]
+    assert answers == [200] * ASKERS * 20
+    assert 1 <= len(looks) <= 1 + (time.monotonic() - began) / readiness.FRESH_SECONDS
+
+
+@ON_SQLITE
+def test_a_look_that_hangs_is_not_ready_and_keeps_nobody(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "HANG_SECONDS", 0.3)
+    assert ask(web) == 200
+    time.sleep(readiness.FRESH_SECONDS)
+    with parts.database.write(), ThreadPoolExecutor(ASKERS) as askers:
+        wait_until(lambda: ask(web) == 503, seconds=2)
+        began = time.monotonic()
+        assert list(askers.map(ask, [web] * ASKERS)) == [503] * ASKERS
+        assert time.monotonic() - began < 1
+    wait_until(lambda: ask(web) == 200)
+
+
+def set_read_only(database: Database, how: str) -> None:
+    """Turn the database read-only under the running server, as a full disk does, or back."""
+    name = database.url.database
+    with database.single() as connection:
+        if database.is_sqlite:
+            connection.execute(text(f"PRAGMA query_only = {how}"))
+            return
+        connection.execute(text("SET default_transaction_read_only = off"))
+        connection.execute(text(f'ALTER DATABASE "{name}" SET default_transaction_read_only = {how}'))
+    database.writer.dispose()
+
+
+def test_a_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, parts: Parts) -> None:
+    task = insert_row(parts)
+    assert ask(web) == 200
+    set_read_only(parts.database, "on")
+    try:
+        assert deliver(web, parts, task) == 503
+        ends_at = time.monotonic() + 2 * readiness.FRESH_SECONDS
+        while time.monotonic() < ends_at:
+            assert ask(web) == 503
+    finally:
+        set_read_only(parts.database, "off")
+    wait_until(lambda: ask(web) == 200)
+    assert callbacks_of(parts) == []
+    assert deliver(web, parts, task) == 200
