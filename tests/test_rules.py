@@ -1,18 +1,12 @@
-"""The house rules, kept by machines: imports, lint, types, and prose that agrees with the code."""
+"""The rules that machines check: imports, lint, format, types, version and top level. `test_pages` checks the prose."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.main import get_command
-
-from receiver.base import config
-from receiver.cli.main import app
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,36 +25,6 @@ def test_machine_rules_hold(command: list[str]) -> None:
     program = Path(sys.executable).parent / command[0]
     done = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_readme_documents_every_setting() -> None:
-    readme = (ROOT / "README.md").read_text()
-    documented = set(re.findall(r"RECEIVER_[A-Z0-9_]+", readme))
-    settings = {f"RECEIVER_{name.upper()}" for name in config.Settings.model_fields}
-    assert documented - settings <= {"RECEIVER_KLING_"}
-    assert settings <= documented
-
-
-def test_readme_documents_every_verb() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for verb in get_command(app).commands:  # type: ignore[attr-defined]
-        assert f"`receiver {verb}" in readme, verb
-
-
-def options_of(command: Any, name: str = "") -> dict[str, set[str]]:
-    """The options of each verb, by its name."""
-    if not hasattr(command, "commands"):
-        return {name: {option for parameter in command.params for option in parameter.opts}}
-    verbs = [options_of(each, f"{name} {word}".strip()) for word, each in command.commands.items()]
-    return {verb: options for found in verbs for verb, options in found.items()}
-
-
-def test_readme_says_which_verbs_have_a_dry_run_and_json() -> None:
-    readme, verbs = (ROOT / "README.md").read_text(), options_of(get_command(app))
-    [dry] = re.findall(r"\(`--dry-run`\): ([^;]*);", readme)
-    [mute] = re.findall(r"\(`--json`\): every verb but ([^.]*), which", readme)
-    assert set(re.findall("`(.*?)`", dry)) == {verb for verb, options in verbs.items() if "--dry-run" in options}
-    assert set(re.findall("`(.*?)`", mute)) == {verb for verb, options in verbs.items() if "--json" not in options}
 
 
 def test_changelog_names_this_version() -> None:
