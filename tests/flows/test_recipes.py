@@ -1,4 +1,4 @@
-"""README-recipes.md, run as it stands there."""
+"""README-recipes.md: each recipe runs as printed."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ def changes(port: int, sqs_server: str, s3_environment: dict[str, str]) -> dict[
     """A webhook and a queue, as the page sets them."""
     sqs = boto3.client("sqs", endpoint_url=sqs_server)
     queue = sqs.create_queue(QueueName=f"pictures-{port}")["QueueUrl"]
-    told = f"http://127.0.0.1:{port}/told#task.archived,task.incomplete"
+    webhook = f"http://127.0.0.1:{port}/events#task.archived,task.incomplete"
     private = f"127.0.0.1:{port} {sqs_server.removeprefix('http://')}"
-    sinks = f"{told} sqs+{queue}#asset.archived"
+    sinks = f"{webhook} sqs+{queue}#asset.archived"
     return {"event_sinks": sinks, "event_secrets": SECRET, "private_event_hosts": private.replace(" ", ",")}
 
 
@@ -104,15 +104,15 @@ def served(app: Any, port: int) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("environment", "working")
-def test_the_asgi_app_asks_and_is_told(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_asgi_app_submits_requests_and_receives_events(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECEIVER_EVENT_SECRETS", SECRET)
     defined = recipe("asgi-app")
     with served(defined["app"], port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         answer = client.post("/orders", json={"number": 17, "prompt": "a lighthouse"})
         assert (answer.status_code, answer.json()["id"]) == (202, "order-17")
-        (uris,) = wait_until(lambda: list(defined["shown"].values()))
+        (uris,) = wait_until(lambda: list(defined["handled"].values()))
         assert len(uris) == 2 and all(uri.startswith("s3://") for uri in uris)
-        assert client.post("/told", json={"id": "forged"}).status_code == 401
+        assert client.post("/events", json={"id": "forged"}).status_code == 401
 
 
 @pytest.mark.usefixtures("environment", "working")
