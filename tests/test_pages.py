@@ -7,6 +7,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typer.main import get_command
 from receiver.base import config, telemetry
 from receiver.cli.main import app
 from storage.rows.events import EventName
+from storage.states import ArchiveState, TaskState
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "infra" / "docs"
@@ -118,6 +120,11 @@ def test_command_line_page_names_only_options_of_the_command() -> None:
         verb = row[0].strip("`").removeprefix("receiver ")
         named = {word.split()[0] for word in INLINE.findall(row[1]) if word.startswith("--")}
         assert named <= VERBS[verb], verb
+
+
+@pytest.mark.parametrize(("column", "states"), [("state", TaskState), ("archive", ArchiveState)])
+def test_command_line_page_documents_every_state_in_order(column: str, states: type[StrEnum]) -> None:
+    assert [row[0].strip("`") for row in rows_of(text_of("command-line.md"), column)] == list(states)
 
 
 def commands_in(page: str) -> Iterator[list[str]]:
