@@ -289,8 +289,8 @@ def test_work_goes_on_after_the_database_was_away(database: Database, desk: Desk
 @pytest.mark.usefixtures("s3_environment")
 def test_a_bucket_that_is_away_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
     away = Bucket("away", endpoint_url="http://127.0.0.1:9")
-    chore = PeriodicJob("uploads", 60, lambda: sweep_uploads(away))
-    with capture_logs() as logs, running(database, assets_lane(desk.work), periodic_jobs=[chore]):
-        (line,) = wait_until(lambda: [each for each in logs if each.get("chore") == "uploads"])
+    job = PeriodicJob("uploads", 60, lambda: sweep_uploads(away))
+    with capture_logs() as logs, running(database, assets_lane(desk.work), periodic_jobs=[job]):
+        (line,) = wait_until(lambda: [each for each in logs if each.get("job") == "uploads"])
     assert line["event"] == "worker.store_away"
     assert "cannot be reached" in line["error"]

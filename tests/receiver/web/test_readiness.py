@@ -68,7 +68,7 @@ def test_a_look_that_hangs_is_not_ready_and_keeps_nobody(
 def set_read_only(database: Database, how: str) -> None:
     """Turn the database read-only under the running server, as a full disk does, or back."""
     name = database.url.database
-    with database.single() as connection:
+    with database.autocommit_writer() as connection:
         if database.is_sqlite:
             connection.execute(text(f"PRAGMA query_only = {how}"))
             return
