@@ -1,0 +1,80 @@
+"""How many of our functions run for one callback, from the POST to the manifest; `-s` prints them by file.
+
+A reader follows the same path. The bound keeps it from growing unseen.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+import httpx
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from tests.harness import ROOT
+from tests.pipeline import Web, assert_archived, drain, task_of
+
+# What the path had when it was counted last. Lower them when it gets shorter.
+MAX_FUNCTIONS, MAX_FILES = 320, 46
+COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>", "<lambda>")
+
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+
+
+class Path:
+    """The functions of `receiver` and `storage` that any thread entered while `is_on`."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self._codes: set[CodeType] = set()
+
+    def profile(self, frame: FrameType, event: str, _argument: Any) -> None:
+        if self.is_on and event == "call":
+            self._codes.add(frame.f_code)
+
+    def by_file(self) -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for code in self._codes:
+            file = code.co_filename.removeprefix(f"{ROOT}/")
+            ours = file.startswith(("receiver/", "storage/")) and not file.startswith("receiver/sandbox/")
+            if ours and code.co_name not in COMPREHENSIONS:
+                found[file].append(code.co_qualname)
+        return {file: sorted(found[file]) for file in sorted(found)}
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    """Before the web server: a thread is profiled from its start or not at all."""
+    counted = Path()
+    threading.setprofile(counted.profile)
+    sys.setprofile(counted.profile)
+    yield counted
+    sys.setprofile(None)
+    threading.setprofile(None)
+
+
+def test_one_callback_runs_few_functions_in_few_files(path: Path, web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    for name in ("warm-up", "counted"):
+        sandbox.set(callback_drop_rate=1)
+        request = {"model_name": "kling-image-o1", "prompt": name, "n": 1}
+        parts.submitter.submit(request, external_task_id=name)
+        task = task_of(parts, name)
+        record = parts.kling.read(provider_task_id=task.provider_task_id, external_task_id=name)
+        assert record is not None
+        path.is_on = name == "counted"
+        url = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
+        assert httpx.post(url, content=record.body).status_code == 200
+        drain(parts, name)
+        path.is_on = False
+        assert_archived(parts, sandbox, task_of(parts, name))
+    functions = path.by_file()
+    count = sum(map(len, functions.values()))
+    lines = [f"{file}: {', '.join(names)}" for file, names in functions.items()]
+    sys.stdout.write("\n".join([*lines, f"{count} functions in {len(functions)} files", ""]))
+    assert (count <= MAX_FUNCTIONS, len(functions) <= MAX_FILES) == (True, True), f"{count} in {len(functions)} files"
