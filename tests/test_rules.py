@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,40 @@ def test_machine_rules_hold(command: list[str]) -> None:
     program = Path(sys.executable).parent / command[0]
     done = subprocess.run([program, *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+CLAIM_COLUMNS = {"due_at", "attempts", "lease", "losses"}
+NO_CLAIMS = {
+    "storage/rows/claims.py": "the one that writes them",
+    "storage/rows/models.py": "declares them",
+    "storage/archive/continuous_audit.py": "the audit's own row, which counts neither attempts nor losses",
+    "receiver/cli/events.py": "shows them",
+}
+
+
+def written(node: ast.AST) -> set[str | None]:
+    """Names that an expression writes: of attributes, of a call's arguments, of a dictionary's keys."""
+    match node:
+        case ast.Attribute(attr=name, ctx=ast.Store()):
+            return {name}
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="claims" | "log"))):
+            return set()
+        case ast.Call(keywords=keywords):
+            return {keyword.arg for keyword in keywords}
+        case ast.Dict(keys=keys):
+            return {key.value for key in keys if isinstance(key, ast.Constant)}
+    return set()
+
+
+def test_only_claims_writes_claim_columns() -> None:
+    paths = [path for folder in ("storage", "receiver") for path in (ROOT / folder).rglob("*.py")]
+    found = set()
+    for path in paths:
+        name = str(path.relative_to(ROOT))
+        if name not in NO_CLAIMS and not {"migrations", "sandbox"} & set(path.parts):
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if written(node) & CLAIM_COLUMNS]
+            found |= {f"{name}:{getattr(node, 'lineno', 0)}" for node in nodes}
+    assert not found
 
 
 def test_changelog_names_this_version() -> None:

@@ -208,7 +208,7 @@ def _send_again(session: Session, task: Task, submitter: Submitter) -> str | Non
     task.state, task.archive = TaskState.CREATED, ArchiveState.NONE
     task.error = task.note = task.completed_at = None
     task.submitted_at = task.reported_at = task.missed_at = None
-    task.step, task.losses, task.slots, task.polls = Step.CREATE, 0, request.slots, 0
+    task.step, task.slots, task.polls = Step.CREATE, request.slots, 0
     slots.wait(task, tasks.now(session))
     session.flush()
     return None

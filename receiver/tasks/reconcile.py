@@ -142,7 +142,8 @@ class Reader:
             with self._database.write() as session:
                 row = tasks.lock_claimed(session, task)
                 moment = tasks.now(session)
-                row.lease, row.losses, row.step = None, 0, None
+                claims.rest(row)
+                row.step = None
                 keep_silent(row)
                 row.polls += 1
                 if record is not None:
@@ -174,10 +175,10 @@ class Reader:
         waits_its_turn = isinstance(error, TooManyReads)  # not its fault: it counts as no attempt
         after = error.after if isinstance(error, Retry) else None
         due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
-        values = {"attempts": max(task.attempts - 1, 0)} if waits_its_turn else {"note": note_beside(str(error))}
+        values = {} if waits_its_turn else {"note": note_beside(str(error))}
         try:
             with self._database.write() as session:
-                claims.settle(session, task, due_in=due_in, **values)
+                claims.settle(session, task, due_in=due_in, counts=not waits_its_turn, **values)
         except LostClaim:
             return
         if not waits_its_turn:

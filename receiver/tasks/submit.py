@@ -144,7 +144,7 @@ class Submitter:
         return self._provider.parse_request(fields)
 
     def row(self, request: ProviderRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:
-        """A claimed row for `request`, in no database yet. Without a caller's id its external id is its own.
+        """A row for `request`, in no database yet. Without a caller's id its external id is its own.
 
         Raises `IdInvalid`, and `RequestInvalid` when it asks for more pictures at once than the account may have.
         """
@@ -160,18 +160,18 @@ class Submitter:
         if self._public_url:
             token = self._tokens.sign(self._provider.name, task.id)
             task.callback_url = f"{self._public_url}/callbacks/{self._provider.name}/{token}"
-        task.step, task.lease, task.attempts, task.slots = Step.CREATE, uuid.uuid4(), 1, request.slots
+        task.step, task.slots = Step.CREATE, request.slots
         return task
 
     def insert(self, session: Session, task: Task, *, queue: bool = False) -> bool:
-        """Insert a row as sent just now, unless its external id is taken. Returns whether it was; then `send` it.
+        """Insert a row, claimed and sent just now, unless its external id is taken. Returns whether it was.
 
-        `queue`: while its slots are not free it waits in the queue instead (`queued_at` is set: do not send it).
-        Without, raises `NoSlots` then, and the caller's transaction must come to nothing.
+        Then `send` it. `queue`: while its slots are not free it waits in the queue instead (`queued_at` is set: do not
+        send it). Without, raises `NoSlots` then, and the caller's transaction must come to nothing.
         """
         free = self._slots.reserve(session, task.slots)
         task.created_at = task.sent_at = tasks.now(session)
-        task.due_at = task.created_at + timedelta(seconds=self._lease_seconds)
+        claims.take(task, task.created_at, self._lease_seconds)
         if not free:
             slots.wait(task, task.created_at)
         new = tasks.insert_new(session, task)
@@ -200,9 +200,9 @@ class Submitter:
         row.state, row.archive = TaskState.CREATED, ArchiveState.NONE
         row.error = row.note = row.completed_at = None
         row.submitted_at = row.reported_at = row.missed_at = None
-        row.step, row.lease, row.attempts, row.polls = Step.CREATE, uuid.uuid4(), 1, 0
+        row.step, row.polls = Step.CREATE, 0
         row.created_at = row.sent_at = tasks.now(session)
-        row.due_at = row.created_at + timedelta(seconds=self._lease_seconds)
+        claims.take(row, row.created_at, self._lease_seconds)
         record(session, EventName.TASK_CREATED, row.id, {"external_task_id": row.external_task_id, "again": True})
         session.flush()
         return row
@@ -238,9 +238,9 @@ class Submitter:
                 return
             task.state, task.archive, task.adopt = TaskState.CREATED, ArchiveState.NONE, True
             task.error = task.note = task.completed_at = None
-            task.request, task.step, task.lease, task.attempts = request, Step.CREATE, uuid.uuid4(), 1
+            task.request, task.step, task.slots = request, Step.CREATE, wanted
             task.sent_at, task.missed_at = tasks.now(session), None
-            task.due_at, task.slots = task.sent_at + timedelta(seconds=self._lease_seconds), wanted
+            claims.take(task, task.sent_at, self._lease_seconds)
             if not free:  # when its turn comes, `sent_at` makes a worker look before it sends
                 task.sent_at = slots.wait(task, task.sent_at)
         if free:
@@ -306,7 +306,7 @@ class Submitter:
 
     def _queue_again(self, task: Task, note: str, wait: float) -> None:
         """The account is fuller than we thought: fewer slots from now on, and this task waits for its own anew."""
-        again = {"queued_at": db_now(wait), "slots": -task.slots, "sent_at": None}
+        again: dict[str, Any] = {"queued_at": db_now(wait), "slots": -task.slots, "sent_at": None}
         try:
             with self._database.write() as session:
                 limit = self._slots.refused(session, task.slots)
@@ -405,7 +405,8 @@ class Submitter:
         try:
             with self._database.write() as session:
                 row = tasks.lock_claimed(session, task)
-                row.lease, row.losses, row.note, row.step = None, 0, None, None
+                claims.rest(row)
+                row.note = row.step = None
                 row.request = self._provider.redacted(row.request)
                 tasks.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
                 if told and row.state is report.status:

@@ -24,6 +24,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage import states
+from storage.rows import claims
 from storage.rows.database import Database, db_now, db_now_once
 from storage.rows.held_slots import SILENT, give_back
 from storage.rows.models import Account, Task
@@ -124,7 +125,7 @@ class Slots:
         # Their rows may be changed by others meanwhile (dismissed, reported of): those are passed over.
         free = select(col(Task.id)).where(col(Task.id).in_(chosen), *self._queued()).with_for_update(skip_locked=True)
         admitted = update(Task).where(col(Task.id).in_(list(session.scalars(free))))
-        admitted = admitted.values(slots=-col(Task.slots), queued_at=None, due_at=db_now())
+        admitted = admitted.values(slots=-col(Task.slots), queued_at=None, **claims.due())
         result: Any = session.execute(admitted.execution_options(synchronize_session=False))
         return int(result.rowcount)
 
@@ -195,8 +196,8 @@ class Slots:
 def wait(task: Task, since: datetime) -> datetime:
     """Put the task, new or locked, into its queue: nobody works on it until it is admitted. Returns `since`."""
     task.queued_at, task.slots = since, -abs(task.slots)
-    task.due_at = task.lease = task.sent_at = None
-    task.attempts = 0
+    task.sent_at = None
+    claims.rest(task)
     return since
 
 

@@ -17,7 +17,7 @@ from storage.archive.folders import folder_of
 from storage.bucket.bucket import Bucket
 from storage.errors import NoSuchTask, UserError
 from storage.keys import task_folder
-from storage.rows import tasks
+from storage.rows import claims, tasks
 from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import IS_OVER
@@ -99,4 +99,5 @@ def _blank(database: Database, task: Task) -> None:
         row.client_callback_url = None
         row.archive, row.archived_at, row.files_expire_at = ArchiveState.NONE, None, None
         row.manifest_key, row.manifest_digest, row.manifests = None, None, 0
-        row.step = row.due_at = row.lease = None
+        row.step = None
+        claims.rest(row)

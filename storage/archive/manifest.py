@@ -131,7 +131,8 @@ class Finisher:
         row.note = states.shortfall(facts)
         row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
         row.archived_at = tasks.now(session)
-        row.step, row.due_at, row.lease, row.losses, row.attempts = None, None, None, 0, 0
+        row.step = None
+        claims.rest(row)
         archived = row.archive is ArchiveState.ARCHIVED
         kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
         fact = {"manifest": written.key, "files": len(facts.assets), "note": row.note, "assets": kept}

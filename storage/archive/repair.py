@@ -19,8 +19,8 @@ from storage.bucket.bucket import Bucket, NoSuchObject
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
 from storage.fetch.client import spool
 from storage.keys import manifest_name, object_key
-from storage.rows import tasks
-from storage.rows.database import Database, db_now
+from storage.rows import claims, tasks
+from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 
@@ -122,10 +122,8 @@ class Repairer:
             col(Asset.key) == finding.key,
             col(Asset.state).in_((AssetState.ARCHIVED, AssetState.FAILED)),
         )
-        values = {"state": AssetState.DUE, "due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
-        result = session.execute(
-            chosen.values(**values, archived_at=None, error=None).execution_options(synchronize_session=False)
-        )
+        again = chosen.values(state=AssetState.DUE, **claims.AFRESH, archived_at=None, error=None)
+        result = session.execute(again.execution_options(synchronize_session=False))
         assert isinstance(result, CursorResult)
         return result.rowcount == 1
 

@@ -18,8 +18,7 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.operations import outbox
-from storage.rows import tasks
-from storage.rows.database import db_now
+from storage.rows import claims, tasks
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import DISMISSED, IS_OVER, not_dismissed
@@ -75,7 +74,7 @@ def retry_files(
     open_states = (AssetState.DUE, AssetState.FAILED)
     chosen = update(Asset).where(col(Asset.id).in_(ids), col(Asset.task_id) == task.id)
     chosen = chosen.where(col(Asset.state).in_(open_states), col(Asset.lease).is_(None))
-    values: dict[str, Any] = {"state": AssetState.DUE, "due_at": db_now(), "attempts": 0, "losses": 0, "error": None}
+    values: dict[str, Any] = {"state": AssetState.DUE, **claims.AFRESH, "error": None}
     if accept_unverified:
         values["accept_unverified"] = True
     count = _execute(session, chosen.values(**values))
@@ -94,7 +93,7 @@ def _make_due_now(session: Session, task: Task) -> Retried:
         return Retried(reason="it waits for its turn: all slots of the account are held")
     if task.lease is not None or task.step is None:
         return Retried(reason="a worker is at it")
-    task.due_at, task.attempts, task.losses = db_now(), 0, 0  # type: ignore[assignment]
+    claims.make_due(task)
     session.flush()
     return Retried(step=task.step)
 
@@ -163,7 +162,8 @@ def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule)
     wins. Work in flight loses its claim and changes no row. What is archived stays; `retry` brings the rest back.
     """
     words = DISMISSED + reason
-    task.step = task.lease = task.due_at = None
+    task.step = None
+    claims.rest(task)
     if task.state not in states.TERMINAL:
         failure = Report(None, None, TaskState.FAILED, message=words)
         tasks.apply(session, task, failure, schedule, now=tasks.now(session), pushed=False)
@@ -173,10 +173,9 @@ def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule)
         record(session, EventName.ASSET_FAILED, task.id, fact)
     unkept = update(Asset).where(col(Asset.task_id) == task.id, col(Asset.state) != AssetState.ARCHIVED)
     before = func.coalesce(literal(" (") + col(Asset.error) + ")", "")
-    values = {"state": AssetState.FAILED, "error": literal(words) + before, "due_at": None, "lease": None, "losses": 0}
-    _execute(session, unkept.values(**values))
+    _execute(session, unkept.values(state=AssetState.FAILED, error=literal(words) + before, **claims.AT_REST))
     task.archive, task.note, task.step = ArchiveState.INCOMPLETE, words, None
-    task.due_at, task.lease, task.attempts, task.losses = None, None, 0, 0
+    claims.rest(task)
     record(session, EventName.TASK_INCOMPLETE, task.id, {"reason": reason, "given_up": len(waiting)})
     session.flush()
     return len(waiting)
@@ -196,7 +195,7 @@ def unfinished(session: Session, after: uuid.UUID | None = None, limit: int = BA
 def make_reads_due(session: Session, ids: Sequence[uuid.UUID]) -> int:
     """Make the waiting reads of these tasks due now; one in flight is left to its owner. Returns how many."""
     chosen = update(Task).where(col(Task.id).in_(ids), col(Task.step) == Step.READ, col(Task.lease).is_(None))
-    return _execute(session, chosen.values(due_at=db_now(), attempts=0, losses=0))
+    return _execute(session, chosen.values(claims.AFRESH))
 
 
 def adopt(session: Session, task: Task, report: Report, schedule: tasks.Schedule) -> bool:
@@ -252,7 +251,7 @@ def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = N
     `webhook_id`: of one whose signature was verified now.
     """
     chosen = update(Callback).where(col(Callback.id).in_(ids), col(Callback.lease).is_(None))
-    values: dict[str, Any] = {"state": CallbackState.RECEIVED, "due_at": db_now(), "attempts": 0, "losses": 0}
+    values: dict[str, Any] = {"state": CallbackState.RECEIVED, **claims.AFRESH}
     if webhook_id is not None:
         values["webhook_id"] = webhook_id
     return _execute(session, chosen.values(**values, reason=None, applied_at=None))

@@ -120,7 +120,8 @@ def _fan_out(session: Session, told: Sequence[Any], subscriptions: Sequence[Subs
     for sink, event_id, task_id in wanted:
         is_first = task_id is None or (sink, task_id) not in occupied
         occupied.add((sink, task_id))
-        rows.append(_dispatch(sink, event_id, task_id, now, due_at=now if is_first else None))
+        claim = claims.due(now) if is_first else claims.AT_REST
+        rows.append(_dispatch(sink, event_id, task_id, now, claim))
     session.execute(insert(Dispatch.__table__), rows)  # type: ignore[attr-defined]
 
 
@@ -142,9 +143,9 @@ def _wanted(
 
 
 def _dispatch(
-    sink: str, event_id: int, task_id: uuid.UUID | None, now: datetime, *, due_at: datetime | None
+    sink: str, event_id: int, task_id: uuid.UUID | None, now: datetime, claim: dict[str, Any]
 ) -> dict[str, Any]:
-    row = Dispatch(sink=sink, event_id=event_id, task_id=task_id, created_at=now, due_at=due_at)
+    row = Dispatch(sink=sink, event_id=event_id, task_id=task_id, created_at=now, **claim)
     return row.model_dump(exclude={"id"})
 
 
@@ -175,7 +176,7 @@ def failed(session: Session, row: Dispatch, error: str, due_in: float) -> None:
 
 def put_off(session: Session, row: Dispatch, due_in: float) -> None:
     """Not tried: no try is counted."""
-    claims.settle(session, row, due_in=due_in, attempts=max(row.attempts - 1, 0))
+    claims.settle(session, row, due_in=due_in, counts=False)
 
 
 def dead(session: Session, row: Dispatch, error: str) -> None:
@@ -197,7 +198,7 @@ def _advance(session: Session, sink: str, task_ids: Collection[uuid.UUID]) -> No
     )
     first = first.group_by(col(Dispatch.task_id))
     waiting = update(Dispatch).where(col(Dispatch.id).in_(first), col(Dispatch.due_at).is_(None))
-    _execute(session, waiting.values(due_at=db_now()))
+    _execute(session, waiting.values(claims.due()))
 
 
 # -- sinks that are gone, and their return ----------------------------------------------------------------------------
@@ -229,9 +230,8 @@ def end_disabled(database: Database) -> int:
 def _end_open(session: Session, sink: str, reason: str, *, limit: int = BATCH) -> int:
     """Up to `limit` of a sink, those in hand as well."""
     some = select(Dispatch.id).where(IS_OPEN, Dispatch.sink == sink).limit(limit)
-    values = {"state": DispatchState.DEAD, "due_at": None, "lease": None, "losses": 0}
-    ended = update(Dispatch).where(col(Dispatch.id).in_(some))
-    return _execute(session, ended.values(**values, error=reason[:MAX_ERROR_CHARS], settled_at=db_now()))
+    values = {"state": DispatchState.DEAD, "error": reason[:MAX_ERROR_CHARS], "settled_at": db_now(), **claims.AT_REST}
+    return _execute(session, update(Dispatch).where(col(Dispatch.id).in_(some)).values(values))
 
 
 def enable(session: Session, sink: str) -> bool:
@@ -283,13 +283,14 @@ def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:
     Those of one task go in their order, and before what waits; what was sent meanwhile has overtaken them.
     """
     free = update(Dispatch).where(col(Dispatch.id).in_([row.id for row in rows]), col(Dispatch.lease).is_(None))
-    again = {"state": DispatchState.DUE, "tries": 0, "attempts": 0, "losses": 0, "error": None, "settled_at": None}
-    count = _execute(session, free.values(**again, due_at=None))
+    again = {**claims.AFRESH, **claims.AT_REST}  # the first of its chain is made due below
+    again |= {"state": DispatchState.DUE, "tries": 0, "error": None, "settled_at": None}
+    count = _execute(session, free.values(again))
     for sink in sorted({row.sink for row in rows}):
         of_sink = [row for row in rows if row.sink == sink]
         _advance(session, sink, {row.task_id for row in of_sink if row.task_id})
         alone = update(Dispatch).where(col(Dispatch.id).in_([row.id for row in of_sink if row.task_id is None]))
-        _execute(session, alone.where(IS_OPEN, col(Dispatch.lease).is_(None)).values(due_at=db_now()))
+        _execute(session, alone.where(IS_OPEN, col(Dispatch.lease).is_(None)).values(claims.due()))
     return count
 
 

@@ -1,10 +1,14 @@
-"""Who works on a row: claim, renew, settle, release. The only module that writes the claim columns of a leased row.
+"""Who works on a row: claim, renew, settle, release. The only module that writes the claim columns of a row.
+
+Elsewhere rows are inserted, and what is written here is named: tests/test_rules.py looks for the columns' names. A row
+without a lease has lost none: `losses` is 0.
 
     due_at <= now ──claim──▶ lease = fresh token, due_at = end of lease ──settle──▶ lease NULL, due_at NULL or later
          ▲                                   │ died, froze
          └──────── the lease ran out ◀───────┘   (simply due again; there is no rescue process)
 
 Every write by an owner says `WHERE id = … AND lease = mine`; no row changed = the claim was lost = `LostClaim`.
+Who holds the task's lock may take a claim away: `make_due`, `rest`, and `AFRESH` and `AT_REST` in a statement.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Sequence
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -109,12 +114,15 @@ def _urgency(model: Any) -> tuple[Any, ...]:
     return (model.files_expire_at.asc().nulls_last(), model.due_at)
 
 
-def settle(session: Session, row: Row, *, due_in: float | None, **values: Any) -> None:
+def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = True, **values: Any) -> None:
     """Give up the claim on `row` and write `values`. `due_in`: seconds until it wants work again, None = never.
 
-    The row's `losses` are forgotten: it let its worker live. Raises `LostClaim` when the lease is not ours any more.
+    `counts`: whether this claim was an attempt. The row's `losses` are forgotten: it let its worker live. Raises
+    `LostClaim` when the lease is not ours any more.
     """
     due_at = None if due_in is None else db_now(due_in)
+    if not counts:
+        values["attempts"] = max(row.attempts - 1, 0)
     _write(session, row, {"lease": None, "due_at": due_at, "losses": 0, **values})
 
 
@@ -126,7 +134,7 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
 def release(session: Session, row: Row) -> None:
     """Hand an untouched claim back: due at once, not counted as an attempt. A lost one is left alone."""
     try:
-        settle(session, row, due_in=0, attempts=max(row.attempts - 1, 0))
+        settle(session, row, due_in=0, counts=False)
     except LostClaim:
         return
 
@@ -175,6 +183,41 @@ def _execute(session: Session, statement: Any) -> int:
     result = session.execute(statement.execution_options(synchronize_session=False))
     assert isinstance(result, CursorResult)
     return result.rowcount
+
+
+# -- without a claim of one's own -------------------------------------------------------------------------------------
+
+# For statements: due at once, as if for the first time; and waiting for nothing. Whoever holds such a row has lost it.
+AFRESH: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
+AT_REST: dict[str, Any] = {"due_at": None, "lease": None, "losses": 0}
+
+
+def due(at: Any = None) -> dict[str, Any]:
+    """The claim columns of rows that nobody holds and that are due `at` a time, None: now. For statements."""
+    return {"due_at": db_now() if at is None else at}
+
+
+def take(row: Task, now: datetime, lease_seconds: float) -> None:
+    """Claim a row that is new, or locked and in nobody's hands, whether it is due or not: its first attempt."""
+    row.lease, row.attempts, row.losses = uuid.uuid4(), 1, 0
+    row.due_at = now + timedelta(seconds=lease_seconds)
+
+
+def hasten(row: Task) -> None:
+    """Let a locked row be due now that is in nobody's hands."""
+    row.due_at = db_now()  # type: ignore[assignment]
+
+
+def make_due(row: Task, in_seconds: float = 0) -> None:
+    """Let a locked row be due as if for the first time. Whoever holds it has lost it."""
+    rest(row)
+    row.due_at = db_now(in_seconds)  # type: ignore[assignment]
+
+
+def rest(row: Task) -> None:
+    """Let a locked row wait for nothing. Whoever holds it has lost it."""
+    row.due_at = row.lease = None
+    row.attempts = row.losses = 0
 
 
 def is_claimed(row: Claimable) -> bool:

@@ -28,7 +28,7 @@ from sqlalchemy.dialects import sqlite
 from sqlmodel import Session, col, select
 
 from storage.errors import DatabaseUnavailable
-from storage.rows import free_space
+from storage.rows import claims, free_space
 from storage.rows.claims import PARK_LOSSES
 from storage.rows.database import WAKE_CHANNEL, Database, db_now, run
 from storage.rows.free_space import Disk
@@ -211,7 +211,7 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
 
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
 _UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
-_AGAIN = {"state": CallbackState.RECEIVED, "reason": None, "lease": None, "attempts": 0, "due_at": db_now()}
+_AGAIN = {"state": CallbackState.RECEIVED, "reason": None, **claims.AFRESH}
 _DUE_AGAIN = update(Callback.__table__).where(_UNMATCHED).values(_AGAIN)  # type: ignore[attr-defined]
 _BY_TOKEN = _DUE_AGAIN.where(_CALLBACKS.task_id == bindparam("token_of"))
 _BY_BODY = {  # one index each
@@ -246,7 +246,7 @@ _REPEATED = select_columns(_CALLBACKS.id).where(
 _FREE = select_columns(_REPEATED.with_for_update(skip_locked=True).cte("repeated").c.id)
 _APPLY_AT = case((_CALLBACKS.applied_at <= db_now(-UNREADABLE_SECONDS), db_now()), else_=db_now(UNREADABLE_SECONDS))
 _APPLY_AGAIN = update(Callback.__table__).where(_CALLBACKS.id.in_(_FREE))  # type: ignore[attr-defined]
-_APPLY_AGAIN = _APPLY_AGAIN.values(state=CallbackState.RECEIVED, reason=None, due_at=_APPLY_AT)
+_APPLY_AGAIN = _APPLY_AGAIN.values(state=CallbackState.RECEIVED, reason=None, **claims.due(_APPLY_AT))
 
 
 class Inbox:

@@ -16,6 +16,7 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.errors import LostClaim
+from storage.rows import claims
 from storage.rows.database import db_now, run
 from storage.rows.events import EventName, record
 from storage.rows.held_slots import give_back, heard_of
@@ -266,7 +267,7 @@ def _write_assets(
         asset = assets[name]
         asset.source_url = url
         asset.files_expire_at = _files_expire_at(url, report, schedule, now)
-        _make_due(session, asset, now)
+        _make_due(session, asset)
     added = [
         _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now)
         for name, url in decision.add.items()
@@ -278,12 +279,12 @@ def _write_assets(
     session.flush()
 
 
-def _make_due(session: Session, asset: Asset, now: datetime) -> None:
+def _make_due(session: Session, asset: Asset) -> None:
     """Unless it is settled or somebody holds it, which may be so since we looked: a claim takes no task lock."""
     free = update(Asset).where(
         col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
     )
-    free = free.values(due_at=now, attempts=0, error=None)
+    free = free.values(**claims.AFRESH, error=None)
     session.execute(free.execution_options(synchronize_session=False))
 
 
@@ -302,8 +303,8 @@ def _new_asset(task: Task, name: AssetName, url: str, files_expire_at: datetime,
         "original": name.original,
         "source_url": url,
         "files_expire_at": files_expire_at,
-        "due_at": now,
         "created_at": now,
+        **claims.due(now),
     }
 
 
@@ -323,7 +324,7 @@ def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime
 def read_soon(session: Session, task: Task) -> None:
     """Make a waiting read of the locked task due now. A step in flight is left to its owner."""
     if task.lease is None and task.step is Step.READ:
-        task.due_at = db_now()  # type: ignore[assignment]
+        claims.hasten(task)
         session.flush()
 
 
@@ -339,17 +340,18 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
         return
     if task.step is Step.CREATE:
         if task.lease is None and task.queued_at is None:
-            task.due_at = db_now()  # type: ignore[assignment]
+            claims.hasten(task)
         return
     following = states.next_step(_facts_now(session, task), schedule.poll_delay(task.polls))
     if read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
         following = states.Next(Step.READ, 0)
     elif following and _waits_for(session, task, following):
         return
-    task.lease = None
-    task.attempts = task.losses = 0
     task.step = following.step if following else None
-    task.due_at = db_now(following.delay_seconds) if following else None  # type: ignore[assignment]
+    if following:
+        claims.make_due(task, following.delay_seconds)
+    else:
+        claims.rest(task)
     session.flush()
 
 
@@ -364,7 +366,8 @@ def _waits_for(session: Session, task: Task, following: states.Next) -> bool:
 
 def _rest(session: Session, task: Task) -> None:
     """A deleted task waits for nothing, whatever is reported of it."""
-    task.step = task.due_at = task.lease = None
+    task.step = None
+    claims.rest(task)
     session.flush()
 
 

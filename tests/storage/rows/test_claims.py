@@ -19,7 +19,9 @@ from sqlmodel import SQLModel
 from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.database import Database
+from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Callback, Task
+from storage.states import CallbackState
 from tests.rows import LONG_AGO, new_asset, new_assets, new_task, stored
 
 LEASE_SECONDS = 600  # never ends within a test
@@ -93,6 +95,30 @@ def test_an_expired_lease_is_claimable_and_counts_as_a_loss(database: Database) 
     new_assets(database, 1)
     seen = [(row.attempts, row.losses) for _ in range(3) for row in claim(database, lease=EXPIRED)]
     assert seen == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_a_delivery_whose_claim_is_taken_away_has_lost_none(database: Database) -> None:
+    with database.write() as session:
+        row = Callback(delivery_key="1", provider="k", source="push", body=b"", received_at=LONG_AGO, due_at=LONG_AGO)
+        row.state, row.external_task_id = CallbackState.UNMATCHED, "known"
+        session.add(row)
+    assert [row.losses for _ in range(3) for row in claim(database, Callback, lease=EXPIRED)] == [0, 1, 2]
+    with database.write() as session:
+        assert rematch(session, uuid.uuid4(), "k", external_task_id="known") == 1
+    assert [(row.attempts, row.losses) for row in claim(database, Callback)] == [(1, 0)]
+
+
+@pytest.mark.parametrize("take_away", [claims.rest, claims.make_due])
+def test_a_task_whose_claim_is_taken_away_has_lost_none(database: Database, take_away: Callable[[Task], None]) -> None:
+    with database.write() as session:
+        task = new_task(session)
+    for _ in range(3):
+        claim(database, Task, lease=EXPIRED)
+    with database.write() as session:
+        row = session.get_one(Task, task.id)
+        take_away(row)
+    assert (row.lease, row.attempts, row.losses) == (None, 0, 0)
+    assert len(claim(database, Task)) == (take_away is claims.make_due)
 
 
 def test_a_settled_row_forgets_its_losses_and_waits_as_told(database: Database) -> None:
