@@ -1,7 +1,9 @@
 """The seam between us and whoever makes the pictures: what every provider adapter can do, in whose words.
 
 An adapter turns the provider's wire protocol into `storage.states.Report` and its refusals into the
-error classes of `storage.errors`; nothing outside `receiver/providers/` knows a field name of a provider.
+error classes of `storage.errors`; nothing outside `receiver/providers/` reads an answer or a callback of a provider.
+Requests are in Kling's words everywhere (`providers/kling_request.py`), and so are the gateway and the sandbox, which
+speak its protocol to others.
 
 ProviderUnavailable          (storage.errors) the same work may succeed later
 └── Unavailable                 the same, and knows whether the request can have left this host

@@ -1,4 +1,6 @@
-"""Objects in one S3 bucket: created once, verified, never overwritten. The only file that knows boto3.
+"""Objects in one S3 bucket: created once, verified, never overwritten. The only file here that makes clients of boto3.
+
+`signed` signs with botocore, `store_errors` words its errors; `probe` and `multipart` use the client they are given.
 
 What a store really does is probed, not assumed: only one that refuses a wrong checksum is believed about
 checksums; from any other the object is read back and hashed before `put_once` succeeds.

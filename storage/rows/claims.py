@@ -91,7 +91,7 @@ def _work_order(row: Any) -> Any:
 
 
 def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
-    """Whether a claim would find something: a read, so that idle workers take no write lock.
+    """Whether a claim may find something: a read, so that idle workers take no write lock. Suspects are told of, too.
 
     In the order of the due index: for one row of any order PostgreSQL reads the table past every row that waits.
     """

@@ -1,6 +1,6 @@
 """Durable intake: a delivery is answered after its row is committed, and bursts share one commit.
 
-    put() ─▶ waiting list ─▶ one writer thread: everything that has queued up, one transaction ─▶ every waiter answered
+    put() ─▶ waiting list ─▶ one writer thread: up to 256 that have queued up, one transaction ─▶ every waiter answered
 
 Nothing waits here that was acknowledged; what was not acknowledged may be lost with the process.
 """
@@ -250,7 +250,8 @@ _APPLY_AGAIN = _APPLY_AGAIN.values(state=CallbackState.RECEIVED, reason=None, **
 
 
 class Inbox:
-    """The one writer of pushed deliveries in this process. Start it, `put` from any thread, stop it.
+    """The one writer of good deliveries in this process; refused ones are kept by their handler. Start it, `put` from
+    any thread, stop it.
 
     `stop()` commits and answers what has been put, then refuses more: a delivery is either committed and answered
     or not acknowledged. A database that does not answer is waited for no longer than `STOP_SECONDS`.
@@ -290,7 +291,10 @@ class Inbox:
         return future
 
     def submit(self, delivery: Delivery, on_commit: OnCommit) -> None:
-        """As `put`, with `on_commit` called in the inbox's thread; it returns at once and raises nothing."""
+        """As `put`, with `on_commit` called in the inbox's thread: it must return at once and raise nothing.
+
+        Raises `InboxFull`, as `put` does; `on_commit` is not called then.
+        """
         with self._changed:
             if self.is_full or self._stopping:
                 raise InboxFull("no room: too many deliveries wait for their commit, or the disk is nearly full")
