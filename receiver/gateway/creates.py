@@ -28,6 +28,7 @@ from receiver.gateway.answers import (
     success,
     too_fast,
 )
+from receiver.gateway.create_body import read_fields
 from receiver.providers.base import RequestInvalid, is_storable, plain
 from receiver.providers.kling.request import OmniImageRequest, parse_request
 from receiver.tasks.create_outcome import CreateOutcome, Refusal
@@ -100,12 +101,12 @@ class Creates:
         self._response_format = response_format
         self._callback_policy = callback_policy
 
-    def read(self, body: bytes, client: str, key_word: str) -> CreateRequest:
+    def read(self, body: bytes | bytearray, client: str, key_word: str) -> CreateRequest:
         """What is asked for. `client`: SHA-256 of its API key. `key_word`: its Idempotency-Key, empty = none.
 
         Raises `Refused` naming the field.
         """
-        fields = _fields(body)
+        fields = read_fields(body)
         external_task_id = _text(fields, "external_task_id")
         if external_task_id is not None:
             _check_id(external_task_id)
@@ -228,22 +229,6 @@ def _answered(first: Idempotency | None) -> Reply:
     return Reply(first.status, first.answer or {})
 
 
-def _fields(body: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(body, parse_float=_float)
-    except (ValueError, RecursionError):
-        raise Refused(400, 1200, "Request body is not valid JSON") from None
-    if not isinstance(document, dict):
-        raise Refused(400, 1200, "Request body must be a JSON object")
-    return document
-
-
-def _float(digits: str) -> float | int:
-    """5.0 is the whole number 5 (JSON knows one kind of number), as far as that is exact."""
-    number = float(digits)
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
-
-
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
     """A text; empty ones count as left out, as the provider's own example sends them."""
     value = fields.get(name)
@@ -269,8 +254,10 @@ def _key(client: str, word: str, fields: Mapping[str, Any]) -> Key:
     """Bodies are the same when their JSON is, however it was written."""
     if len(word) > MAX_KEY_CHARS or not is_storable(word):
         raise bad_parameter(f"Idempotency-Key: at most {MAX_KEY_CHARS} characters")
-    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-    return Key(client, word, hashlib.sha256(text.encode()).hexdigest())
+    digest = hashlib.sha256()
+    for piece in json.JSONEncoder(sort_keys=True, separators=(",", ":")).iterencode(fields):  # each picture by itself
+        digest.update(piece.encode())
+    return Key(client, word, digest.hexdigest())
 
 
 def _check_same(known: Idempotency, key: Key) -> None:

@@ -42,6 +42,8 @@ MAX_IMAGE_BYTES = 10 * 1024 * 1024
 MIN_IMAGE_PIXELS = 300
 MAX_PICTURES = 9
 MAX_URL_CHARS = 8_192
+# What MIME puts between the lines of Base64.
+BREAKS = " \t\r\n\v\f"
 ASPECT_RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4", "3:2", "2:3", "21:9", "auto")
 
 READERS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -113,7 +115,8 @@ def _image(text: str) -> str:
         head, comma, text = text.partition(",")
         if not (comma and head.endswith(";base64")):
             raise _refuse("must be data:…;base64,… when it starts with data:")
-    text = re.sub(r"\s+", "", text)
+    if any(space in text for space in BREAKS):  # else it stays the caller's own 14 MB
+        text = text.translate(dict.fromkeys(map(ord, BREAKS)))
     try:
         decoded = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
