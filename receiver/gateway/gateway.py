@@ -18,6 +18,7 @@ import hmac
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -46,6 +47,8 @@ OPENAPI = f"{PREFIX}/openapi.json"
 MAX_BODY_BYTES = 10 * 10 * 2**20 * 4 // 3 + 2**20
 # Bodies in hand together: one of the largest beside many ordinary ones. Reading the largest takes 2.3 times its size.
 MAX_BODIES_BYTES = 2 * MAX_BODY_BYTES
+# Of one client: one of the largest and half of that in others.
+CLIENT_BODIES_SHARE = 0.75
 # A body has 10 s, as a callback has, and a second more for each 256 KiB that has come: 9 minutes for the largest.
 BODY_SECONDS, SLOWEST_BYTES_PER_SECOND = 10.0, 256 * 1024
 # How long a client waits for the provider's answer; afterwards the row tells.
@@ -53,6 +56,9 @@ PROVIDER_SECONDS = 20.0
 # Creates at once: each waits in a thread of its own, with its row committed. Far above what 5 reads a second and a
 # pack of slots allow, far below what a process can hold.
 MAX_CREATES = 64
+# A client has at most twice as many as are free ("dynamic threshold", Choudhury and Hahne 1998): alone 43, and whoever
+# comes next finds a place.
+CLIENT_CREATES_PER_FREE = 2
 # Reads and short writes, which a waiting create must not hold up.
 SHORT_THREADS = 8
 POLL_INTERVAL_SECONDS = 0.1
@@ -76,8 +82,7 @@ class Gateway:
         self._document = document
         self._short = CapacityLimiter(SHORT_THREADS)
         self._long = CapacityLimiter(MAX_CREATES)
-        self._creating = 0
-        self._body_bytes = 0
+        self._creating, self._body_bytes = Counter[str](), Counter[str]()  # by client
         self._sending: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
         self._closes_at = math.inf
@@ -116,8 +121,7 @@ class Gateway:
             return Reply(200, self._document)
         client = self._client(request.headers.get("authorization", ""))
         if (method, path) == ("POST", OMNI_IMAGE):
-            with self._admitted():
-                return await self._create(request, client, request_id)
+            return await self._create(request, client, request_id)
         if (method, path) == ("GET", OMNI_IMAGE):
             return success(await self._briefly(self._queries.page, dict(request.query_params)), request_id)
         name = path.removeprefix(f"{OMNI_IMAGE}/")
@@ -138,27 +142,28 @@ class Gateway:
 
     # -- create -------------------------------------------------------------------------------------------------------
 
+    async def _create(self, request: Request, client: str, request_id: str) -> Reply:
+        with self._room(client) as take:
+            body = await _read_body(request, take)
+            with self._admitted(client):
+                key_word = request.headers.get("idempotency-key", "")
+                ask = await self._briefly(self._creates.read, body, client, key_word)
+                del body  # as large as all that was read from it
+                begun = await self._briefly(self._creates.begin, ask)
+                if not begun.first:
+                    return await self._replay(ask, begun, request_id)
+                return await self._send(ask, begun, request_id)
+
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        if self._creating >= MAX_CREATES:
+    def _admitted(self, client: str) -> Iterator[None]:
+        """Counts a create from when its body is there: a head and one byte hold no place."""
+        if self._creating[client] >= CLIENT_CREATES_PER_FREE * (MAX_CREATES - self._creating.total()):
             raise too_fast("API request too fast: too many creates are waiting for the provider")
-        self._creating += 1
+        self._creating[client] += 1
         try:
             yield
         finally:
-            self._creating -= 1
-
-    async def _create(self, request: Request, client: str, request_id: str) -> Reply:
-        with self._room() as take:
-            ask = await self._ask(request, client, take)
-            begun = await self._briefly(self._creates.begin, ask)
-            if not begun.first:
-                return await self._replay(ask, begun, request_id)
-            return await self._send(ask, begun, request_id)
-
-    async def _ask(self, request: Request, client: str, take: Callable[[int], None]) -> CreateRequest:
-        body = await _read_body(request, take)
-        return await self._briefly(self._creates.read, body, client, request.headers.get("idempotency-key", ""))
+            self._creating[client] -= 1
 
     async def _send(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
         """Wait for the provider, for a while or until the server ends; a refusal that comes later is the row's affair.
@@ -206,21 +211,22 @@ class Gateway:
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
     @contextmanager
-    def _room(self) -> Iterator[Callable[[int], None]]:
+    def _room(self, client: str) -> Iterator[Callable[[int], None]]:
         """Counts one body among those in hand, as it comes and until its create has been answered."""
         size = 0
 
         def take(count: int) -> None:
             nonlocal size
-            if self._body_bytes + count > MAX_BODIES_BYTES:
+            all_bytes, clients_bytes = self._body_bytes.total() + count, self._body_bytes[client] + count
+            if all_bytes > MAX_BODIES_BYTES or clients_bytes > MAX_BODIES_BYTES * CLIENT_BODIES_SHARE:
                 raise too_fast("API request too fast: too many large requests are in hand")
-            self._body_bytes += count
+            self._body_bytes[client] += count
             size += count
 
         try:
             yield take
         finally:
-            self._body_bytes -= size
+            self._body_bytes[client] -= size
 
     async def _briefly(self, work: Callable[..., T], *words: Any) -> T:
         return await to_thread.run_sync(work, *words, limiter=self._short)

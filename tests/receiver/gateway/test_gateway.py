@@ -6,6 +6,7 @@ import json
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -389,6 +390,41 @@ def test_more_creates_than_threads_are_too_fast(
     first.join()
     assert (told(answer), answer.headers["retry-after"]) == ((429, 1302), "1")
     assert told(create(web)) == (200, 0)
+
+
+@ON_SQLITE
+def test_heads_and_a_byte_each_hold_no_place(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "MAX_CREATES", 2)
+    with ExitStack() as opened:
+        for _ in range(4):
+            connection = opened.enter_context(connected(web, PATH, *head("Content-Length: 100")))
+            connection.sendall(b"{")
+        wait_until(lambda: web.requests_under_way == 4)
+        assert [told(create(web, key=key)) for key in (KEY, OTHER_KEY)] == [(200, 0)] * 2
+
+
+@ON_SQLITE
+def test_one_client_leaves_a_place_to_others(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway, "MAX_CREATES", 3)
+    with ThreadPoolExecutor(3) as pool:
+        with unanswered(sandbox):
+            waiting = [pool.submit(create, web) for _ in range(2)]
+            wait_until(lambda: len(rows(parts)) == 2)
+            assert told(create(web)) == (429, 1302)
+            waiting.append(pool.submit(create, web, key=OTHER_KEY))
+            wait_until(lambda: len(rows(parts)) == 3)
+        assert {told(each.result()) for each in waiting} == {(200, 0)}
+
+
+@ON_SQLITE
+def test_one_clients_bodies_leave_room_to_others(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "MAX_BODIES_BYTES", 80_000)
+    with connected(web, PATH, *head("Transfer-Encoding: chunked")) as connection:
+        connection.sendall(b"EA60\r\n" + b" " * 60_000 + b"\r\n1\r\nx\r\n")  # and no end
+        status, body = answer_on(connection)
+        assert (status, body["code"]) == (429, 1302)
 
 
 @ON_POSTGRESQL
