@@ -190,6 +190,7 @@ class Parts:
     @made_once
     def gateway(self) -> Gateway | None:
         """The ASGI application below `/kling`; None without API keys."""
+        from receiver.gateway.api_keys import ApiKeys
         from receiver.gateway.creates import Creates
         from receiver.gateway.gateway import Gateway  # with what serves HTTP, which most commands do without
         from receiver.gateway.openapi import document
@@ -200,7 +201,7 @@ class Parts:
             return None
         creates = Creates(self.database, self.submitter, self.response_format, chosen.event_policy)
         queries = Queries(self.database, self.response_format)
-        return Gateway(chosen.api_keys, creates, queries, document(receiver.__version__, chosen.public_url))
+        return Gateway(ApiKeys(chosen.api_keys), creates, queries, document(receiver.__version__, chosen.public_url))
 
     @made_once
     def response_format(self) -> ResponseFormat:

@@ -54,9 +54,11 @@ MAX_MESSAGE_CHARS = 1_000
 
 @dataclass(frozen=True)
 class CreateRequest:
-    """One readable create. `callback_url`: the client's own, a secret. `key`: its Idempotency-Key, if it gave one."""
+    """One readable create. `client`: a fingerprint of its API key. `callback_url`: the client's own, a secret. `key`:
+    its Idempotency-Key, if it gave one."""
 
     request: OmniImageRequest = field(repr=False)
+    client: str
     external_task_id: str | None
     callback_url: str | None = field(repr=False)
     key: Key | None = None
@@ -102,7 +104,7 @@ class Creates:
         self._callback_policy = callback_policy
 
     def read(self, body: bytes | bytearray, client: str, key_word: str) -> CreateRequest:
-        """What is asked for. `client`: SHA-256 of its API key. `key_word`: its Idempotency-Key, empty = none.
+        """What is asked for. `client`: a fingerprint of its API key. `key_word`: its Idempotency-Key, empty = none.
 
         Raises `Refused` naming the field.
         """
@@ -119,7 +121,7 @@ class Creates:
         except RequestInvalid as error:
             raise _invalid(error) from None
         key = _key(client, key_word, fields) if key_word else None
-        return CreateRequest(request, external_task_id, callback_url, key)
+        return CreateRequest(request, client, external_task_id, callback_url, key)
 
     def _checked_url(self, url: str) -> str:
         try:
@@ -134,7 +136,7 @@ class Creates:
         """
         try:
             wanted = self._submitter.row(ask.request, ask.external_task_id)
-            wanted.client_callback_url = ask.callback_url
+            wanted.client, wanted.client_callback_url = ask.client, ask.callback_url
             with self._database.write() as session:
                 known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
                 if known is not None and ask.key is not None:

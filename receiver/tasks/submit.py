@@ -193,9 +193,8 @@ class Submitter:
         if not free:
             raise NoSlots(ALL_HELD)
         row.slots = wanted.slots
-        row.request, row.request_hash, row.client_callback_url = (
-            wanted.request, wanted.request_hash, wanted.client_callback_url,
-        )  # fmt: skip
+        row.request, row.request_hash = wanted.request, wanted.request_hash
+        row.client, row.client_callback_url = wanted.client, wanted.client_callback_url
         row.series, row.expected, row.adopt = wanted.series, wanted.expected, False
         row.state, row.archive = TaskState.CREATED, ArchiveState.NONE
         row.error = row.note = row.completed_at = None

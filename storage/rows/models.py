@@ -161,6 +161,7 @@ class Task(Claimable, table=True):
     queued_at: datetime | None = _time()  # waits for slots; not before then; its create is not due meanwhile
     batch_id: uuid.UUID | None = None
     batch_line: int | None = None
+    client: str | None = _text()  # of the gateway: a fingerprint of the API key that asked for it
     client_callback_url: str | None = _text(repr=False)  # where a gateway's client wants to be called back
 
 
@@ -336,7 +337,7 @@ class Idempotency(SQLModel, table=True):
     __tablename__: ClassVar[str] = "idempotency"
     __table_args__ = (Index("idempotency_newest", "created_at"),)
 
-    client: str = Field(sa_type=Text, primary_key=True)  # SHA-256 of the API key
+    client: str = Field(sa_type=Text, primary_key=True)  # a fingerprint of the API key
     key: str = Field(sa_type=Text, primary_key=True)
     body_hash: str = Field(sa_type=Text)
     task_id: uuid.UUID

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Uuid, bindparam, event, text
 from sqlmodel import select, update
 
 from receiver.app.wiring import Parts
 from receiver.gateway import creates as gateway_creates
 from receiver.gateway import gateway
 from receiver.gateway.answers import Refused, Reply
+from receiver.gateway.api_keys import fingerprint
 from receiver.gateway.creates import Creates, DuplicateWait
 from receiver.sandbox import Sandbox
 from receiver.tasks.create_outcome import CreateOutcome
 from storage.accounts import idempotency
+from storage.accounts.idempotency import Key
 from storage.errors import ProviderThrottled
-from storage.rows.models import Idempotency
+from storage.rows import migrations
+from storage.rows.database import Database
+from storage.rows.models import Idempotency, UtcTime
 from storage.states import TaskState
 from tests.harness import wait_until
 from tests.pipeline import Web, drain
@@ -74,7 +80,15 @@ def test_another_body_is_409_and_another_client_has_keys_of_its_own(web: Web, pa
         assert "Idempotency-Key" in answer.json()["message"]
     assert told(create(web, {**PLAIN, "n": 2}, headers=WORD, key=OTHER_KEY)) == (200, 0)
     assert len(creates(sandbox)) == 2
-    assert not any(KEY in kept.client or OTHER_KEY in kept.client for kept in keys(parts))
+
+
+@ON_SQLITE
+def test_the_database_holds_no_cheap_hash_of_a_key(web: Web, parts: Parts) -> None:
+    create(web, headers=WORD)
+    clients = {keys(parts)[0].client, rows(parts)[0].client}
+    assert clients == {fingerprint(KEY)}
+    cheap = [name for name in hashlib.algorithms_guaranteed if not name.startswith("shake")]
+    assert not clients & {hashlib.new(name, KEY.encode()).hexdigest() for name in cheap}
 
 
 @ON_SQLITE
@@ -210,3 +224,19 @@ def test_a_key_stands_for_a_day(cleaned: bool, web: Web, parts: Parts, sandbox: 
     assert create(web, {**PLAIN, "n": 2}, headers=WORD).json() != first
     assert idempotency.prune_all(parts.database) == 0
     assert len(creates(sandbox)) == 2
+
+
+def test_a_key_outlives_the_upgrade_that_renames_its_client(empty_database_url: str) -> None:
+    database = Database(empty_database_url)
+    migrations.upgrade(database, "0005")
+    row = {"old": hashlib.sha256(KEY.encode()).hexdigest(), "task": uuid.uuid4(), "now": database.now()}
+    columns = "(client, key, body_hash, task_id, created_at)"
+    insert = text(f"INSERT INTO idempotency {columns} VALUES (:old, 'try-1', 'h', :task, :now)")
+    with database.write() as session:
+        session.execute(insert.bindparams(bindparam("task", type_=Uuid()), bindparam("now", type_=UtcTime())), row)
+    migrations.upgrade(database)
+    with database.read() as session:
+        found = idempotency.find(session, Key(fingerprint(KEY), "try-1", "h"))
+    database.close()
+    assert found is not None
+    assert found.task_id == row["task"]
