@@ -65,7 +65,7 @@ def told(line: str | bytes) -> Arrival:
 
 def poster(*hooks: Hook, seconds: float = 5) -> Poster:
     policy = AddressPolicy(private_hosts=private_pairs(tuple(hook.host for hook in hooks)))
-    return Poster(policy, connections=4, timeout_seconds=seconds)
+    return Poster(policy, connections=8, timeout_seconds=seconds)
 
 
 def signer(*secrets: str) -> Signer:
@@ -148,10 +148,10 @@ def sqs_case(request: pytest.FixtureRequest) -> Iterator[Case]:
 CASES = {"webhook": webhook_case, "client": client_case, "file": lines_case, "sqs": sqs_case}
 
 
-def tell(database: Database, case: Case, *steps: EventName) -> str:
+def tell(database: Database, case: Case, *steps: EventName, client: str | None = None) -> str:
     """One task with these facts; returns its external id."""
     with database.write() as session:
-        task = new_task(session, client_callback_url=case.url or None)
+        task = new_task(session, client_callback_url=case.url or None, client=client)
     for step in steps:
         with database.write() as session:
             record(session, step, task.id, {"error": "no luck"} if step is EventName.TASK_FAILED else None)
@@ -167,6 +167,20 @@ def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: 
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS, circuit=circuit)
     lane = Lane("it", Dispatch, work.work, 1, circuit=circuit, work_many=work.work_many, batch=lambda: case.sink.batch)
     Worker(database, [lane], lease_seconds=60, grace_seconds=0).run_until_idle()
+
+
+@contextmanager
+def sending(database: Database, case: Case) -> Iterator[None]:
+    """As a worker process does, with all of the sink's threads."""
+    work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS)
+    worker = Worker(database, [Lane("it", Dispatch, work.work, case.sink.threads)], lease_seconds=60, grace_seconds=0)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        worker.stop()
+        thread.join(30)
 
 
 def dispatches(database: Database) -> list[Dispatch]:

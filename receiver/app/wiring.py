@@ -221,7 +221,8 @@ class Parts:
         """Where events go, by name."""
         policy, secrets = self.settings.event_policy, self.settings.event_secrets
         sinks = {entry.name: make(entry, policy, secrets) for entry in self.settings.event_entries}
-        poster = Poster(policy, connections=client_callback.THREADS)
+        seconds = client_callback.TIMEOUT_SECONDS
+        poster = Poster(policy, connections=client_callback.THREADS, timeout_seconds=seconds)
         return {
             **sinks,
             client_callback.NAME: client_callback.Clients(self.database, poster, Signer(secrets), self.response_format),

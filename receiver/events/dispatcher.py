@@ -143,7 +143,8 @@ class Dispatcher:
         with self._database.write() as session:
             done = [self._settle(session, row, known.get(row.id, _unsendable(row))) for row in rows]
             self._database.wake(session)
-        log.info("events.sent", sink=self._name, **{word: done.count(word) for word in sorted({*done})})
+        say = log.debug if {*done} == {"put_off"} else log.info  # a slow host's are put off many times
+        say("events.sent", sink=self._name, **{word: done.count(word) for word in sorted({*done})})
         self._end_if_gone(outcomes)
 
     def _messages(self, session: Session, rows: Sequence[Dispatch]) -> dict[int | None, Message]:

@@ -1,12 +1,14 @@
 """A gateway's clients: each is called back in Kling's words at the address it gave with its task.
 
-Unlike the other sinks it is many: every host has a circuit of its own, so that one that is down holds up nobody else.
+Unlike the other sinks it is many: every host has a circuit of its own, and threads are shared between hosts and between
+clients, so one that is down or slow holds up nobody else.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
@@ -16,6 +18,7 @@ from receiver.base.signature import Signer
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, SinkRefused
 from receiver.events.http_post import Poster
 from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, callback_body
+from receiver.gateway.callback_turns import CallbackTurns
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit
 from storage.errors import GiveUp, Retry
 from storage.rows import tasks
@@ -26,7 +29,11 @@ NAME = "client"
 # The facts that may tell a client something; `callback_body` says which do.
 EVENTS = frozenset(str(name) for name in (*STATUS_OF_EVENT, *ENDS_OF_ARCHIVE))
 MEDIA_TYPE = "application/json; charset=utf-8"
-THREADS = 4
+THREADS = 8
+# A third of what an operator's own receiver has: a client that works for longer should answer first.
+TIMEOUT_SECONDS = 5.0
+# An answer that takes longer counts as a failure of its host, as silence does.
+SLOW_SECONDS = 2.5
 # Of hosts; whoever makes up more names than that only loses the memory of which of them were down.
 MAX_CIRCUITS = 1_000
 
@@ -42,6 +49,7 @@ class Clients:
         self._poster = poster
         self._signer = signer
         self._response_format = response_format
+        self._turns = CallbackTurns(THREADS)
         self._circuits: dict[str, Circuit] = {}
         self._lock = threading.Lock()
 
@@ -52,25 +60,32 @@ class Clients:
         task, body = self._told(message.event)
         if body is None or task is None or not task.client_callback_url:
             return None  # nothing new to tell
-        url = task.client_callback_url
-        circuit = self._circuit(urlsplit(url).netloc)
+        host, client = urlsplit(task.client_callback_url).netloc, task.client or ""
+        if wait := self._turns.begin(host, client):
+            return NotTried("others are before it", after=wait)
+        began = time.monotonic()
+        try:
+            return self._post(task.client_callback_url, host, body, message)
+        finally:
+            self._turns.end(host, client, time.monotonic() - began)
+
+    def _post(self, url: str, host: str, body: bytes, message: Message) -> Outcome:
+        circuit = self._circuit(host)
         with circuit.grant(1) as grant:
             if not grant.count:
                 return NotTried("its host is down", after=PAUSE_CAP_SECONDS)
             headers = {"Content-Type": MEDIA_TYPE, **self._signer.headers(message.id, body, datetime.now(UTC))}
-            return self._post(circuit, url, body, headers)
-
-    def _post(self, circuit: Circuit, url: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
-        try:
-            with circuit.watching(Retry, SinkGone):
+            began = time.monotonic()
+            try:
                 outcome = self._poster.post(url, body, headers).outcome()
-                if outcome is not None:
-                    raise outcome
-        except SinkGone as error:
-            return SinkRefused(str(error))  # it speaks for this address alone
-        except (Retry, GiveUp) as error:
-            return error
-        return None
+            except (Retry, GiveUp) as error:
+                outcome = error
+            if isinstance(outcome, Retry) or time.monotonic() - began > SLOW_SECONDS:
+                circuit.failed()
+            elif outcome is None or isinstance(outcome, SinkGone):
+                circuit.succeeded()  # a refusal of one message says nothing of its host
+        # 410 speaks for this address alone.
+        return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome
 
     def _told(self, event: Event) -> tuple[Task | None, bytes | None]:
         """The task, and what its client is to be told of this fact."""

@@ -19,7 +19,7 @@ KEPT_SECONDS = 86_400
 
 @dataclass(frozen=True)
 class Key:
-    """One key of one client. `client`: a fingerprint of its API key. `body_hash`: of what it asks for under this key."""
+    """One key of one client. `client`: a fingerprint of its API key. `body_hash`: of what it asks for under it."""
 
     client: str
     word: str = field(repr=False)

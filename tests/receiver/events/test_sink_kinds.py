@@ -8,10 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from receiver.events import sqs
 from receiver.events.dispatcher import NotTried, SinkRefused, SinkUnavailable
 from receiver.events.lines import Lines
 from receiver.events.sqs import Sqs
+from receiver.gateway import client_callback
 from receiver.gateway.gateway import OMNI_IMAGE
 from receiver.sandbox import Sandbox
 from storage import circuit
@@ -41,6 +43,7 @@ from tests.sink_pairs import (
     messages,
     of,
     run,
+    sending,
     tell,
     webhook_case,
     webhook_to,
@@ -185,6 +188,41 @@ def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> No
         assert of(case.arrived(), live) == list(map(str, STEPS))
         dead.up()
     assert [row.tries for row in dispatches(database)] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("clients", [["a"], ["a", "b"]], ids=["one client", "two clients"])
+def test_a_slow_host_holds_up_no_other(clients: list[str], database: Database) -> None:
+    """A host of the same client, or twelve hosts of another. The deadline of a silent one is 5 s."""
+    told_others = threading.Event()
+    with ExitStack() as opened:
+        slow = [opened.enter_context(Hook(lambda: told_others.wait(30) and 204)) for _ in range(12)]
+        case, hook = opened.enter_context(client_case_of(database, *slow))
+        opened.callback(told_others.set)
+        for number in range(24):
+            url = slow[number % 12 if len(clients) > 1 else 0].url
+            tell(database, replace(case, url=url), STEPS[0], client="a")
+        tell(database, case, *STEPS, client=clients[-1])
+        opened.enter_context(sending(database, case))
+        wait_until(lambda: len(hook.taken) == len(STEPS), seconds=4)
+
+
+def test_a_slow_answer_is_a_failure_of_its_host(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_callback, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(circuit, "FIRST_PAUSE_SECONDS", 30)
+    with client_case_of(database) as (case, hook):
+        hook.pause_seconds = 0.2
+        for _ in range(5):
+            tell(database, case, STEPS[0])
+        run(database, case)
+    assert [row.state for row in dispatches(database)] == [DispatchState.DELIVERED] * 3 + [DispatchState.DUE] * 2
+
+
+def test_a_quick_host_has_many_callbacks_and_none_waits_long(database: Database) -> None:
+    with client_case_of(database) as (case, hook):
+        for _ in range(60):
+            tell(database, case, STEPS[0])
+        with sending(database, case):
+            wait_until(lambda: len(hook.taken) == 60)
 
 
 def test_410_ends_one_callback_and_disables_no_client(database: Database) -> None:

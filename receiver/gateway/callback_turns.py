@@ -1,0 +1,82 @@
+"""Which client's callback goes next: no host and no client holds more than its share of the threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from storage.circuit import PAUSE_CAP_SECONDS
+
+# A host that has not answered yet, or took longer than this for its last answer, has one callback under way at a time.
+QUICK_SECONDS = 1.0
+FIRST_GUESS_SECONDS = 0.1
+# Hosts and clients; whoever makes up more names than that only loses the memory of how they were.
+MAX_LINES = 1_000
+
+
+@dataclass
+class _Line:
+    """The calls to one host, or of one client. `seconds`: how long the last took. `free_at`: when those put off are
+    through."""
+
+    calls: int = 0
+    began_at: float = 0.0
+    seconds: float | None = None
+    free_at: float = 0.0
+
+    @property
+    def is_quick(self) -> bool:
+        return self.seconds is not None and self.seconds < QUICK_SECONDS
+
+    def begin(self, now: float) -> None:
+        self.calls += 1
+        self.began_at = now
+
+    def end(self, now: float, seconds: float) -> None:
+        self.calls -= 1
+        self.seconds = seconds
+        self.free_at = min(self.free_at, now + seconds)
+
+    def put_off(self, now: float) -> float:
+        """How long to wait, each after the one before it: all at once would only be put off again."""
+        step = max(self.seconds or FIRST_GUESS_SECONDS, now - self.began_at)
+        self.free_at = min(max(self.free_at, now) + step, now + PAUSE_CAP_SECONDS)
+        return self.free_at - now
+
+
+class CallbackTurns:
+    """Shares `threads` between hosts and clients. A host has one, a quick one half of them; a client has half.
+
+    Per process, in memory, thread-safe. `now`: monotonic seconds.
+    """
+
+    def __init__(self, threads: int, now: Callable[[], float] = time.monotonic) -> None:
+        self._share = max(threads // 2, 1)
+        self._now = now
+        self._lock = threading.Lock()
+        self._lines: dict[tuple[str, str], _Line] = {}
+
+    def begin(self, host: str, client: str) -> float:
+        """0: the call may start, and is to be ended. Else the seconds after which to ask again."""
+        with self._lock:
+            of_host, of_client = self._line("host", host), self._line("client", client)
+            now = self._now()
+            for line, share in ((of_host, self._share if of_host.is_quick else 1), (of_client, self._share)):
+                if line.calls >= share:
+                    return line.put_off(now)
+            of_host.begin(now)
+            of_client.begin(now)
+            return 0.0
+
+    def end(self, host: str, client: str, seconds: float) -> None:
+        """The call took so long."""
+        with self._lock:
+            for line in (self._line("host", host), self._line("client", client)):
+                line.end(self._now(), seconds)
+
+    def _line(self, kind: str, name: str) -> _Line:
+        while (kind, name) not in self._lines and len(self._lines) >= MAX_LINES:
+            self._lines.pop(next(key for key, line in self._lines.items() if not line.calls))
+        return self._lines.setdefault((kind, name), _Line())
