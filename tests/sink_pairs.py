@@ -27,7 +27,7 @@ from receiver.events.lines import Lines
 from receiver.events.sqs import Sqs
 from receiver.events.webhook import Webhook
 from receiver.gateway.answers import ResponseFormat
-from receiver.gateway.client_callback import Clients
+from receiver.gateway.client_callback import Clients, callback_id
 from storage.circuit import Circuit
 from storage.fetch.addresses import AddressPolicy
 from storage.operations import outbox
@@ -56,6 +56,7 @@ class Case:
     fail: Callable[[], None]
     heal: Callable[[], None]
     url: str = ""
+    id_of: Callable[[str], str] = lambda event_id: event_id
 
 
 def told(line: str | bytes) -> Arrival:
@@ -96,8 +97,13 @@ def client_case(request: pytest.FixtureRequest) -> Iterator[Case]:
 @contextmanager
 def client_case_of(database: Database, *others: Hook) -> Iterator[tuple[Case, Hook]]:
     """Clients that may be called back at this hook, and at `others`."""
-    with Hook() as hook, closing(Clients(database, poster(hook, *others), signer(), WORDING)) as sink:
-        yield Case("client", sink, lambda: [called_back(got) for got in hook.taken], *failing(hook), hook.url), hook
+    with Hook() as hook, closing(Clients(database, poster(hook, *others), [SecretStr(SECRET)], WORDING)) as sink:
+        yield (
+            Case(
+                "client", sink, lambda: [called_back(got) for got in hook.taken], *failing(hook), hook.url, callback_id
+            ),
+            hook,
+        )
 
 
 def failing(hook: Hook) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -188,10 +194,10 @@ def dispatches(database: Database) -> list[Dispatch]:
         return list(session.exec(select(Dispatch).order_by(col(Dispatch.id))))
 
 
-def ids(database: Database) -> dict[str, str]:
+def ids(database: Database, case: Case) -> dict[str, str]:
     """{id: event name} of all that was to be sent."""
     with database.read() as session:
-        return {event_id(event): event.name for event in session.exec(select(Event)) if event.name in NAMES}
+        return {case.id_of(event_id(event)): event.name for event in session.exec(select(Event)) if event.name in NAMES}
 
 
 def of(arrivals: list[Arrival], external_task_id: str) -> list[str]:

@@ -12,7 +12,6 @@ import receiver
 from receiver.app.worker import LINGER_SECONDS, Lane, PeriodicJob, Worker
 from receiver.base.config import Settings, private_pairs
 from receiver.base.once import made_once
-from receiver.base.signature import Signer
 from receiver.base.tokens import Tokens
 from receiver.events.cloudevents import Envelope
 from receiver.events.dispatcher import Dispatcher, Sink
@@ -199,7 +198,7 @@ class Parts:
         chosen = self.settings
         if not chosen.api_keys:
             return None
-        creates = Creates(self.database, self.submitter, self.response_format, chosen.event_policy)
+        creates = Creates(self.database, self.submitter, self.response_format, chosen.callback_policy)
         queries = Queries(self.database, self.response_format)
         return Gateway(ApiKeys(chosen.api_keys), creates, queries, document(receiver.__version__, chosen.public_url))
 
@@ -222,10 +221,10 @@ class Parts:
         policy, secrets = self.settings.event_policy, self.settings.event_secrets
         sinks = {entry.name: make(entry, policy, secrets) for entry in self.settings.event_entries}
         seconds = client_callback.TIMEOUT_SECONDS
-        poster = Poster(policy, connections=client_callback.THREADS, timeout_seconds=seconds)
+        poster = Poster(self.settings.callback_policy, connections=client_callback.THREADS, timeout_seconds=seconds)
         return {
             **sinks,
-            client_callback.NAME: client_callback.Clients(self.database, poster, Signer(secrets), self.response_format),
+            client_callback.NAME: client_callback.Clients(self.database, poster, secrets, self.response_format),
         }
 
     @made_once

@@ -22,7 +22,7 @@ from receiver.base import sink_setting as sinks
 from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
 from storage.errors import UserError
-from storage.fetch.addresses import AddressPolicy
+from storage.fetch.addresses import AddressPolicy, endpoint
 from storage.rows.database import normal_url
 
 PREFIX = "RECEIVER_"
@@ -141,6 +141,7 @@ class Settings(BaseSettings):
     event_sinks: Entries = ()
     event_secrets: Secrets = ()
     private_event_hosts: HostPorts = ()
+    private_callback_hosts: HostPorts = ()
     event_retry_seconds: Delays = EVENT_RETRY_SECONDS
 
     workers: int = Field(default=1, ge=0, le=64)
@@ -204,9 +205,19 @@ class Settings(BaseSettings):
 
     @property
     def event_policy(self) -> AddressPolicy:
-        """Where events and clients' callbacks may be posted to."""
+        """Where events may be posted to."""
         return AddressPolicy(
             private_hosts=private_pairs(self.private_event_hosts), private_setting=f"{PREFIX}PRIVATE_EVENT_HOSTS"
+        )
+
+    @property
+    def callback_policy(self) -> AddressPolicy:
+        """Where clients of the gateway may be called back: nowhere that our own events go."""
+        posted = (entry.url for entry in self.event_entries if entry.kind == "webhook" or entry.url.startswith("http:"))
+        return AddressPolicy(
+            private_hosts=private_pairs(self.private_callback_hosts),
+            private_setting=f"{PREFIX}PRIVATE_CALLBACK_HOSTS",
+            sinks=frozenset(map(endpoint, posted)),
         )
 
     @property

@@ -33,6 +33,15 @@ class Signer:
         return {"webhook-id": message_id, "webhook-timestamp": moment, "webhook-signature": signatures}
 
 
+def client_secret(secret: SecretStr, client: str) -> SecretStr:
+    """What signs one client's callbacks: made from a secret of ours, so it proves nothing about events or to others.
+
+    `client`: its fingerprint.
+    """
+    key = hmac.new(key_of(secret), f"client callback v1/{client}".encode(), hashlib.sha256).digest()
+    return SecretStr(PREFIX + base64.b64encode(key).decode())
+
+
 def key_of(secret: SecretStr) -> bytes:
     """The key in `whsec_` + Base64. Raises ValueError, without a word of the secret."""
     text = secret.get_secret_value()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
+from pydantic import SecretStr
 from sqlmodel import col, select
 
-from receiver.base.signature import Signer
+from receiver.base.signature import Signer, client_secret
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, SinkRefused
 from receiver.events.http_post import Poster
 from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, callback_body
@@ -26,6 +28,7 @@ from storage.rows.database import Database
 from storage.rows.models import Event, Task
 
 NAME = "client"
+NAMESPACE = uuid.UUID("4c0f6a55-2f0e-4f0c-9f0b-6b7d1d1c3f9e")
 # The facts that may tell a client something; `callback_body` says which do.
 EVENTS = frozenset(str(name) for name in (*STATUS_OF_EVENT, *ENDS_OF_ARCHIVE))
 MEDIA_TYPE = "application/json; charset=utf-8"
@@ -38,16 +41,25 @@ SLOW_SECONDS = 2.5
 MAX_CIRCUITS = 1_000
 
 
+def callback_id(event_id: str) -> str:
+    """The `webhook-id` of the callback about an event. Another than the event's own: a receiver that drops ids it has
+    seen must not drop an event for a callback."""
+    return str(uuid.uuid5(NAMESPACE, event_id))
+
+
 class Clients:
-    """A `dispatcher.Sink`. Signed when there are secrets: Kling's own callbacks are not, and clients know that."""
+    """A `dispatcher.Sink`. Signed when there are `secrets`, with one of the client's own made from each: Kling's own
+    callbacks are not signed, and clients know that."""
 
     batch = 1
     threads = THREADS
 
-    def __init__(self, database: Database, poster: Poster, signer: Signer, response_format: ResponseFormat) -> None:
+    def __init__(
+        self, database: Database, poster: Poster, secrets: Sequence[SecretStr], response_format: ResponseFormat
+    ) -> None:
         self._database = database
         self._poster = poster
-        self._signer = signer
+        self._secrets = secrets
         self._response_format = response_format
         self._turns = CallbackTurns(THREADS)
         self._circuits: dict[str, Circuit] = {}
@@ -65,16 +77,21 @@ class Clients:
             return NotTried("others are before it", after=wait)
         began = time.monotonic()
         try:
-            return self._post(task.client_callback_url, host, body, message)
+            return self._post(task.client_callback_url, host, body, self._headers(task.client, message, body))
         finally:
             self._turns.end(host, client, time.monotonic() - began)
 
-    def _post(self, url: str, host: str, body: bytes, message: Message) -> Outcome:
+    def _headers(self, client: str | None, message: Message, body: bytes) -> dict[str, str]:
+        # A task without a client is older than clients' own secrets.
+        secrets = [client_secret(secret, client) for secret in self._secrets] if client else self._secrets
+        signed = Signer(secrets).headers(callback_id(message.id), body, datetime.now(UTC))
+        return {"Content-Type": MEDIA_TYPE, **signed}
+
+    def _post(self, url: str, host: str, body: bytes, headers: Mapping[str, str]) -> Outcome:
         circuit = self._circuit(host)
         with circuit.grant(1) as grant:
             if not grant.count:
                 return NotTried("its host is down", after=PAUSE_CAP_SECONDS)
-            headers = {"Content-Type": MEDIA_TYPE, **self._signer.headers(message.id, body, datetime.now(UTC))}
             began = time.monotonic()
             try:
                 outcome = self._poster.post(url, body, headers).outcome()

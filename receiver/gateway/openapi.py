@@ -156,7 +156,7 @@ CALLBACK_URL: Schema = {
     "type": "string",
     "pattern": r"^https://([a-z0-9]{1,20}\.){1,3}(com|net|org|example)(/[!-~]*)?$",
     "maxLength": MAX_URL_CHARS,
-    "description": "public and https (more hosts by RECEIVER_PRIVATE_EVENT_HOSTS): is called back in Kling's words",
+    "description": "public and https (more hosts by RECEIVER_PRIVATE_CALLBACK_HOSTS): is called back in Kling's words",
 }
 
 

@@ -175,12 +175,14 @@ class AddressPolicy:
     `result_hosts`: empty = any public https host, else a host must be one of these or below one.
     `private_hosts`: (host, port) pairs that may be plain http, on another port than 443, or at a private address;
     hosts in lower case, IPv6 without brackets. They need not be repeated in `result_hosts`. `private_setting`: what
-    the list is called where people read of it.
+    the list is called where people read of it. `sinks`: (host, port) pairs that are refused, because our own events
+    go there.
     """
 
     result_hosts: tuple[str, ...] = ()
     private_hosts: frozenset[tuple[str, int]] = frozenset()
     private_setting: str = "RECEIVER_PRIVATE_RESULT_HOSTS"
+    sinks: frozenset[tuple[str, int]] = frozenset()
 
     def lists(self, host: str, port: int) -> bool:
         return (host, port) in self.private_hosts
@@ -229,8 +231,10 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     Returns the `Target` to request: what the rest of the program uses is rebuilt from the checked parts, so no
     second parser can read it differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
     """
-    scheme, authority, path = _split(url)
-    host, port = _host_and_port(authority, HTTPS_PORT if scheme == "https" else HTTP_PORT)
+    scheme, _, path = _split(url)
+    host, port = endpoint(url)
+    if (host, port) in policy.sinks:
+        raise FetchRefused(f"{host} is where events go")
     private = policy.lists(host, port)
     if not private:
         _refuse_unlisted(scheme, host, port, policy)
@@ -250,6 +254,12 @@ def tidy(url: str) -> str:
     if any(character < " " or character == "\x7f" or character == "\\" for character in url):
         raise FetchRefused("URL holds a control character or a backslash")
     return url
+
+
+def endpoint(url: str) -> tuple[str, int]:
+    """Host and port of a URL, in the form that `AddressPolicy` lists them. Raises `FetchRefused`."""
+    scheme, authority, _ = _split(url)
+    return _host_and_port(authority, HTTPS_PORT if scheme == "https" else HTTP_PORT)
 
 
 def _split(url: str) -> tuple[Literal["http", "https"], str, str]:

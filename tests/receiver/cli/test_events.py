@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from receiver.base.config import Settings, SettingsInvalid, load
+from receiver.base.signature import key_of
 from receiver.base.sink_setting import Entry
 from receiver.cli.main import app
+from receiver.gateway.api_keys import fingerprint
 from storage.operations import outbox
 from storage.operations.outbox import Subscription
 from storage.rows.database import Database
@@ -169,6 +172,18 @@ def test_tail_follows(database: Database, environment: dict[str, str]) -> None:
         finally:
             process.kill()
             process.wait()
+
+
+def test_each_api_key_has_a_secret_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("client-secret")[0] == 1
+    monkeypatch.setenv("RECEIVER_API_KEYS", "one-key,another-key")
+    code, output = run("client-secret", "--json")
+    first, second = json.loads(output)
+    assert (code, first["client"]) == (0, fingerprint("one-key"))
+    made = {*first["secrets"], *second["secrets"]}
+    assert len(made - {SECRET}) == 2
+    assert all(len(key_of(SecretStr(secret))) == 32 for secret in made)
+    assert "one-key" not in output + run("client-secret")[1]
 
 
 # -- the setting ------------------------------------------------------------------------------------------------------

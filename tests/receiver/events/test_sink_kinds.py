@@ -19,18 +19,25 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
+from sqlmodel import select
+from standardwebhooks.webhooks import WebhookVerificationError
 
 from receiver.app.wiring import Parts
+from receiver.base.signature import client_secret
 from receiver.events import sqs
+from receiver.events.cloudevents import event_id
 from receiver.events.dispatcher import NotTried, SinkRefused, SinkUnavailable
 from receiver.events.lines import Lines
 from receiver.events.sqs import Sqs
 from receiver.gateway import client_callback
+from receiver.gateway.api_keys import fingerprint
 from receiver.gateway.gateway import OMNI_IMAGE
 from receiver.sandbox import Sandbox
 from storage import circuit
 from storage.operations import outbox
 from storage.rows.database import Database
+from storage.rows.models import Event
 from storage.states import DispatchState
 from tests.harness import ROOT, wait_until
 from tests.pipeline import Web, working
@@ -190,6 +197,19 @@ def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> No
     assert [row.tries for row in dispatches(database)] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
+def test_a_callback_is_no_event_and_no_other_clients(database: Database) -> None:
+    with client_case_of(database) as (case, hook):
+        tell(database, case, STEPS[0], client=fingerprint(API_KEY))
+        run(database, case)
+        [got] = hook.taken
+    assert got.verified(own_secret(API_KEY))
+    for other in (SECRET, own_secret("another key")):
+        with pytest.raises(WebhookVerificationError):
+            got.verified(other)
+    with database.read() as session:
+        assert got.headers["webhook-id"] not in {event_id(event) for event in session.exec(select(Event))}
+
+
 @pytest.mark.parametrize("clients", [["a"], ["a", "b"]], ids=["one client", "two clients"])
 def test_a_slow_host_holds_up_no_other(clients: list[str], database: Database) -> None:
     """A host of the same client, or twelve hosts of another. The deadline of a silent one is 5 s."""
@@ -261,9 +281,13 @@ def callback_hook() -> Iterator[Hook]:
 API_KEY = "a-key-of-the-client"
 
 
+def own_secret(key: str) -> str:
+    return client_secret(SecretStr(SECRET), fingerprint(key)).get_secret_value()
+
+
 @pytest.fixture
 def changes(callback_hook: Hook) -> dict[str, Any]:
-    return {"api_keys": API_KEY, "event_secrets": SECRET, "private_event_hosts": callback_hook.host}
+    return {"api_keys": API_KEY, "event_secrets": SECRET, "private_callback_hosts": callback_hook.host}
 
 
 def test_a_gateways_client_is_called_back_as_by_kling(
@@ -276,7 +300,7 @@ def test_a_gateways_client_is_called_back_as_by_kling(
         wait_until(
             lambda: go_on_after(sandbox, len(callback_hook.got)) or len(callback_hook.got) == len(STEPS), seconds=60
         )
-    told = [got.verified() for got in callback_hook.got]
+    told = [got.verified(own_secret(API_KEY)) for got in callback_hook.got]
     assert [record["task_status"] for record in told] == ["submitted", "processing", "succeed"]
     assert {record["task_id"] for record in told} == {answer.json()["data"]["task_id"]}
     urls = [picture["url"] for picture in told[-1]["task_result"]["images"]]

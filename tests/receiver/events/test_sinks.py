@@ -66,7 +66,7 @@ def test_every_event_arrives_under_its_own_id_and_per_task_in_order(database: Da
     run(database, case)
     arrived = case.arrived()
     assert [of(arrived, task) for task in tasks] == [list(map(str, STEPS))] * 3
-    assert {key: name for key, _, name in arrived} == ids(database)
+    assert {key: name for key, _, name in arrived} == ids(database, case)
     assert {row.state for row in dispatches(database)} == {DispatchState.DELIVERED}
 
 
@@ -82,7 +82,7 @@ def test_a_failure_is_tried_again_later_and_nothing_overtakes_it(database: Datab
     run(database, case, make_due_now=True)
     arrived = case.arrived()
     assert of(arrived, task) == list(map(str, STEPS))
-    assert {key: name for key, _, name in arrived} == ids(database)
+    assert {key: name for key, _, name in arrived} == ids(database, case)
 
 
 def test_what_was_sent_and_not_settled_comes_again_under_the_same_id(database: Database, case: Case) -> None:

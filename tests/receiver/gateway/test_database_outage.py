@@ -100,7 +100,7 @@ def test_a_database_that_goes_before_the_answer_is_remembered(
     refused: bool, parts: Parts, sandbox: Sandbox, mortal: Postgres
 ) -> None:
     sandbox.set(create_faults=["1301"] if refused else [])
-    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask, outcome_listener = made.read(json.dumps(BODY).encode(), "client", "try-1"), CreateOutcome()
     begun = made.begin(ask)
     made.send(begun, outcome_listener)

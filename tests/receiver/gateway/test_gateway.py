@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from sqlmodel import select, update
 
 from receiver.app.wiring import Parts
+from receiver.events.http_post import Poster
 from receiver.gateway import gateway
 from receiver.providers.kling.client import Kling
 from receiver.providers.kling.request import parse_request
@@ -21,6 +23,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.operate import Operator
 from receiver.tasks.task_view import is_over
+from storage.errors import FetchRefused
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until
@@ -30,6 +33,7 @@ from tests.receiver.web.test_callbacks import BODY, answer_on, connected, path_o
 from tests.rows import LONG_AGO, event_names
 from tests.seed_client import EXAMPLE, Failed, SeedClient
 from tests.unreported_tasks import creates, drawn, encoded, unanswered
+from tests.webhook_receiver import SECRET
 
 KEY, OTHER_KEY = "a-gateway-key-of-more-than-32-characters", "another-gateway-key-of-more-than-32-chars"
 CHANGES = {"api_keys": f"{KEY},{OTHER_KEY}"}
@@ -149,7 +153,7 @@ def test_every_field_arrives_upstream_as_it_was_sent(client: SeedClient, sandbox
 
 
 @ON_SQLITE
-@pytest.mark.parametrize("changes", [{**CHANGES, "private_event_hosts": "127.0.0.1:9"}])
+@pytest.mark.parametrize("changes", [{**CHANGES, "private_callback_hosts": "127.0.0.1:9"}])
 def test_the_clients_callback_url_stays_with_us(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     url = "http://127.0.0.1:9/mine?secret=1"
     create(web, {**PLAIN, "callback_url": url})
@@ -158,6 +162,25 @@ def test_the_clients_callback_url_stays_with_us(web: Web, parts: Parts, sandbox:
     assert url not in repr(task)
     assert creates(sandbox)[0]["callback_url"] == task.callback_url
     assert b"secret=1" not in sandbox.ledger().creates[0].raw
+
+
+SINK = {"event_sinks": "http://127.0.0.1:9/hook", "event_secrets": SECRET, "private_event_hosts": "127.0.0.1:9"}
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({**CHANGES, "private_event_hosts": "127.0.0.1:9"}, "not on RECEIVER_PRIVATE_CALLBACK_HOSTS"),
+        ({**CHANGES, **SINK, "private_callback_hosts": "127.0.0.1:9"}, "is where events go"),
+    ],
+)
+def test_a_client_is_not_called_back_where_events_go(reason: str, web: Web, parts: Parts) -> None:
+    answer = create(web, {**PLAIN, "callback_url": "http://127.0.0.1:9/hook"})
+    assert told(answer) == (400, 1201)
+    assert reason in answer.json()["message"]
+    with pytest.raises(FetchRefused, match=re.escape(reason)):
+        Poster(parts.settings.callback_policy, connections=1).post("http://127.0.0.1:9/hook", b"", {})
 
 
 @ON_SQLITE

@@ -118,7 +118,7 @@ def test_twins_at_once_make_one_task_and_hear_the_same(web: Web, parts: Parts, s
 
 @ON_SQLITE
 def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
-    creates = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
+    creates = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first, twin = creates.begin(ask), creates.begin(ask)
     assert (first.first, twin.first, twin.task.id) == (True, False, first.task.id)
@@ -136,7 +136,7 @@ def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
 def test_however_long_a_create_took_its_own_answer_is_the_first(seconds: float, parts: Parts, sandbox: Sandbox) -> None:
     """Twins that look between the row's end and the commit of its answer."""
     sandbox.set(create_faults=["1301"])
-    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask, outcome_listener, duplicate_wait = (
         made.read(json.dumps(PLAIN).encode(), "client", "try-1"),
         CreateOutcome(),
@@ -163,7 +163,7 @@ def test_a_twin_waits_for_the_answer_alone_once_the_create_has_ended() -> None:
 @ON_POSTGRESQL
 def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -> None:
     """Between the insert that meets it and the look at who took it: PostgreSQL lets others commit in between."""
-    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.event_policy)
+    made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first = made.begin(ask)
     waiting = [ProviderThrottled("slow", code=1302, http_status=429)]

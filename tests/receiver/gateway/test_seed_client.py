@@ -9,9 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import SecretStr
 from standardwebhooks import Webhook
 
 from receiver.app.wiring import Parts
+from receiver.base.signature import client_secret
+from receiver.gateway.api_keys import fingerprint
 from receiver.sandbox import Sandbox
 from tests.harness import wait_until
 from tests.pipeline import Web
@@ -21,6 +24,7 @@ from tests.unreported_tasks import go_on_after
 from tests.webhook_receiver import Hook
 
 SECRET = "whsec_dGVzdHNlY3JldHRlc3RzZWNyZXR0ZXN0c2VjcmV0MTI="
+OWN_SECRET = client_secret(SecretStr(SECRET), fingerprint(KEY)).get_secret_value()
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def hook() -> Iterator[Hook]:
 
 @pytest.fixture
 def changes(hook: Hook) -> dict[str, Any]:
-    return {**CHANGES, "private_event_hosts": hook.host, "event_secrets": SECRET}
+    return {**CHANGES, "private_callback_hosts": hook.host, "event_secrets": SECRET}
 
 
 def told(hook: Hook) -> list[dict[str, Any]]:
@@ -56,7 +60,7 @@ def test_a_client_that_changes_its_base_url_gets_its_pictures(
     assert [each["task_status"] for each in told(hook)] == ["submitted", "processing", "succeed"]
     assert {each["task_id"] for each in told(hook)} == {made["task_id"]}
     for got in hook.taken:
-        assert Webhook(SECRET).verify(got.body.decode(), dict(got.headers))
+        assert Webhook(OWN_SECRET).verify(got.body.decode(), dict(got.headers))
     task = client.task(made["task_id"])
     assert told(hook)[-1]["task_result"] == task["task_result"]
     pictures = [httpx.get(each["url"], follow_redirects=True) for each in task["task_result"]["images"]]
