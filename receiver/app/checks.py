@@ -114,7 +114,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         advice = HANGING.get(name, check_events.HANGING)
         silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
-    results += [*clock(parts), *callbacks(parts), *check_events.gateway(settings)]
+    results += [*clock(parts), *callbacks(parts), *check_events.gateway(settings), *weak_secrets(settings)]
     if not late:  # a thread that hangs still uses them; the end of the process closes them
         parts.close()
     return results
@@ -356,6 +356,11 @@ def callbacks(parts: Parts) -> Iterator[Result]:
         url = f"{chosen.public_url}/callbacks/{Kling.name}/{parts.tokens.sign(Kling.name, None)}"
         line = "for tasks made elsewhere, the provider's console can call back too"
         yield Result("callbacks", Status.NOTE, line, "paste the address below there and keep it secret", url)
+
+
+def weak_secrets(settings: config.Settings) -> Iterator[Result]:
+    advice = "take random ones; the next release refuses to start with those"
+    return (Result(name, Status.NOTE, f"is easily guessed: {fault}", advice) for name, fault in settings.weak_secrets())
 
 
 def _fresh_secret() -> Result:

@@ -27,6 +27,7 @@ from storage.rows.database import normal_url
 
 PREFIX = "RECEIVER_"
 SECRET_MIN_CHARACTERS = 32
+KEY_MIN_CHARACTERS = 24
 # Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
 # specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
@@ -197,6 +198,18 @@ class Settings(BaseSettings):
             yield f"{PREFIX}EVENT_SECRETS: {error}"
         if not self.event_secrets and any(entry.kind == "webhook" for entry in wanted):
             yield f"{PREFIX}EVENT_SECRETS: required with a webhook in {PREFIX}EVENT_SINKS, which would be unsigned"
+
+    def weak_secrets(self) -> Iterator[tuple[str, str]]:
+        """Each variable with a secret that can be guessed, and what it needs. The next release refuses those."""
+        if any(len(key.get_secret_value()) < KEY_MIN_CHARACTERS for key in self.api_keys):
+            yield f"{PREFIX}API_KEYS", f"each needs at least {KEY_MIN_CHARACTERS} characters"
+        if self.metrics_token and len(self.metrics_token.get_secret_value()) < KEY_MIN_CHARACTERS:
+            yield f"{PREFIX}METRICS_TOKEN", f"needs at least {KEY_MIN_CHARACTERS} characters"
+        try:
+            for secret in self.kling_webhook_secrets:
+                key_of(secret)
+        except ValueError as error:
+            yield f"{PREFIX}KLING_WEBHOOK_SECRETS", str(error)
 
     @property
     def event_entries(self) -> list[sinks.Entry]:

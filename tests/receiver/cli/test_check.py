@@ -500,3 +500,12 @@ def test_the_process_ends_though_nothing_answers(receiver: CommandLine, silent: 
     )
     lines = [line for line in done.out.splitlines() if line.startswith("fault")]
     assert (done.code, len(lines), done.err) == (1, 3, "")
+
+
+def test_secrets_that_can_be_guessed_are_named(look: Look, database_url: str) -> None:
+    weak = {"api_keys": f"x,{'k' * 24}", "metrics_token": "m", "kling_webhook_secrets": "whsec_YQ=="}
+    found = look(database_url, **weak)
+    named = {name for name, one in found.items() if "easily guessed" in one.line and one.status is Status.NOTE}
+    assert named == {"RECEIVER_API_KEYS", "RECEIVER_METRICS_TOKEN", "RECEIVER_KLING_WEBHOOK_SECRETS"}
+    strong = look(database_url, api_keys="k" * 24, metrics_token="m" * 24, kling_webhook_secrets=SECRET)
+    assert not named & strong.keys()
