@@ -201,8 +201,11 @@ class Settings(BaseSettings):
 
     def weak_secrets(self) -> Iterator[tuple[str, str]]:
         """Each variable with a secret that can be guessed, and what it needs. The next release refuses those."""
-        if any(len(key.get_secret_value()) < KEY_MIN_CHARACTERS for key in self.api_keys):
-            yield f"{PREFIX}API_KEYS", f"each needs at least {KEY_MIN_CHARACTERS} characters"
+        # Of ACCESS_KEY:SECRET_KEY the secret alone counts. Kling's have 32 characters, as HS256 wants (RFC 7518 §3.2).
+        keys = [key.get_secret_value().rpartition(":") for key in self.api_keys]
+        if any(len(key) < (SECRET_MIN_CHARACTERS if access else KEY_MIN_CHARACTERS) for access, _, key in keys):
+            least = f"{KEY_MIN_CHARACTERS} characters, a secret key {SECRET_MIN_CHARACTERS}"
+            yield f"{PREFIX}API_KEYS", f"each needs at least {least}"
         if self.metrics_token and len(self.metrics_token.get_secret_value()) < KEY_MIN_CHARACTERS:
             yield f"{PREFIX}METRICS_TOKEN", f"needs at least {KEY_MIN_CHARACTERS} characters"
         try:

@@ -217,14 +217,14 @@ def disable(
 def client_secret_(as_json: Json = False) -> None:
     """Show the secrets that sign the callbacks of each of RECEIVER_API_KEYS, to be given to whoever holds that key."""
     from receiver.base.signature import client_secret
-    from receiver.gateway.api_keys import fingerprint
+    from receiver.gateway.api_keys import client_of
 
     with _parts() as parts:
         keys, secrets = parts.settings.api_keys, parts.settings.event_secrets
     if not keys or not secrets:
         typer.echo("callbacks are signed once RECEIVER_API_KEYS and RECEIVER_EVENT_SECRETS are set", err=True)
         raise typer.Exit(1)
-    clients = [fingerprint(key.get_secret_value()) for key in keys]
+    clients = dict.fromkeys(client_of(key.get_secret_value()) for key in keys)
     made = [
         {"client": client, "secrets": [client_secret(secret, client).get_secret_value() for secret in secrets]}
         for client in clients
@@ -233,7 +233,7 @@ def client_secret_(as_json: Json = False) -> None:
         typer.echo(json.dumps(made, indent=1))
         return
     for place, each in enumerate(made, 1):
-        typer.echo(f"key {place} of RECEIVER_API_KEYS: {' '.join(each['secrets'])}")
+        typer.echo(f"client {place} of RECEIVER_API_KEYS: {' '.join(each['secrets'])}")
 
 
 def _check_name(parts: Parts, name: str) -> None:

@@ -1,10 +1,15 @@
-"""Whose request it is: the API keys that clients show, and the names under which rows know them."""
+"""Whose request it is: the API keys that clients show, and the names under which rows know them.
+
+An entry of RECEIVER_API_KEYS is a key, shown as it is, or ACCESS_KEY:SECRET_KEY. With a pair the client shows a JWT, as
+Kling's own samples make it (KLING §1): HS256 with the secret key, `iss` the access key, `exp` and `nbf` around now.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 from pydantic import SecretStr
@@ -19,7 +24,10 @@ class ApiKeys:
 
     def __init__(self, entries: Sequence[SecretStr]) -> None:
         keys = [entry.get_secret_value() for entry in entries]
-        self._clients = [(_digest(key), fingerprint(key)) for key in keys]
+        self._clients = [(_digest(key), client_of(key)) for key in keys]
+        self._secret_keys: dict[str, list[str]] = {}
+        for access_key, secret_key in filter(None, map(pair_in, keys)):
+            self._secret_keys.setdefault(access_key, []).append(secret_key)
 
     def client(self, authorization: str) -> str:
         """The fingerprint of the key in an Authorization header. Raises `Refused`."""
@@ -29,9 +37,46 @@ class ApiKeys:
         shown = _digest(key.strip())
         # All are compared: how long it takes says nothing about which key matched.
         found = [client for known, client in self._clients if hmac.compare_digest(shown, known)]
-        if not found or scheme.lower() != "bearer":
-            raise Refused(401, 1002, "Authorization is invalid")
-        return found[0]
+        if scheme.lower() != "bearer" or not (found or self._secret_keys):
+            raise _invalid()
+        return found[0] if found else fingerprint(self._issuer(key.strip()))
+
+    def _issuer(self, token: str) -> str:
+        """The access key whose secret key signed this JWT. Raises `Refused`."""
+        import jwt  # with cryptography a tenth of a second, which plain keys do not need
+
+        # `iat`: jsonwebtoken (npm) adds it as its own clock says; the tolerance of 5 s is in `nbf` alone.
+        options: jwt.types.Options = {"require": ["iss", "exp"], "verify_iat": False}
+        try:
+            issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
+            secret_keys = self._secret_keys.get(issuer, []) if isinstance(issuer, str) else []
+            for secret_key in secret_keys:
+                with suppress(jwt.InvalidSignatureError):
+                    jwt.decode(token, secret_key, algorithms=["HS256"], options=options, issuer=issuer)
+                    return str(issuer)
+        except jwt.ImmatureSignatureError:
+            raise Refused(401, 1003, "Authorization is not valid yet") from None
+        except jwt.ExpiredSignatureError:
+            raise Refused(401, 1004, "Authorization has expired") from None
+        except (jwt.PyJWTError, ValueError, OverflowError, RecursionError):
+            raise _invalid() from None
+        raise _invalid()
+
+
+def _invalid() -> Refused:
+    return Refused(401, 1002, "Authorization is invalid")
+
+
+def pair_in(entry: str) -> tuple[str, str] | None:
+    """Access key and secret key of an entry; None: it is a plain key."""
+    access_key, _, secret_key = entry.partition(":")
+    return (access_key, secret_key) if access_key and secret_key else None
+
+
+def client_of(entry: str) -> str:
+    """What rows call the client of an entry: the same when the secret key of a pair changes."""
+    pair = pair_in(entry)
+    return fingerprint(pair[0] if pair else entry)
 
 
 @cache

@@ -112,7 +112,7 @@ def _refusal(description: str) -> dict[str, Any]:
 THE_TASK = {"operationId": "getOmniImage", "parameters": {"id": "$response.body#/data/task_id"}}
 REFUSALS = {
     "400": _refusal("1200 no JSON object; 1201 a bad parameter, a task not found, or an id that already exists"),
-    "401": _refusal("1001 no key; 1002 not a key of this server"),
+    "401": _refusal("1001 no key; 1002 not a key of this server; 1003 a JWT before, 1004 after its time"),
     "408": _refusal("1200 the body came too slowly"),
     "409": _refusal("1201 the Idempotency-Key was used with another body"),
     "413": _refusal("1201 the body is too long"),
