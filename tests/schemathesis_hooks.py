@@ -23,6 +23,6 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if case.meta is not None and case.meta.generation.mode.is_positive:
         images, elements = body.get("image_list") or [], body.get("element_list") or []
         body = {**body, "element_list": elements[: MAX_INPUTS - len(images)]}
-        if body["model_name"] not in MODELS:
+        if body.get("model_name") and body["model_name"] not in MODELS:
             body = {field: body[field] for field in ANY_MODELS_FIELDS if field in body}
     case.body = body

@@ -177,7 +177,7 @@ def _result(task: Task, assets: Sequence[Asset], response_format: ResponseFormat
     others: dict[str, Any] = {"videos": [], "audios": []}
     if task.series:
         return {"result_type": "series", "images": [], "series_images": pictures, **others}
-    return {"images": pictures, **others}
+    return {"result_type": "single", "images": pictures, "series_images": [], **others}
 
 
 def _picture(asset: Asset, watermarked: Asset | None, response_format: ResponseFormat) -> dict[str, Any]:

@@ -44,6 +44,8 @@ from storage.states import Step
 
 log = structlog.get_logger()
 
+# As on Kling's own page; the seed's requires the field.
+DEFAULT_MODEL = "kling-image-o1"
 # A UUID has 36; whoever wants more can hash.
 MAX_KEY_CHARS = 255
 # How long a twin is waited for: while its create is under way, as long as it waits itself; from then on for its commit.
@@ -116,6 +118,8 @@ class Creates:
         if callback_url is not None:
             callback_url = self._checked_url(callback_url)
         rest = {name: value for name, value in fields.items() if name not in ("external_task_id", "callback_url")}
+        if rest.get("model_name") in (None, ""):
+            rest["model_name"] = DEFAULT_MODEL  # the row's request says it
         try:
             request = parse_request(rest)
         except RequestInvalid as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 import uuid
 from collections import Counter
@@ -40,6 +41,10 @@ T = TypeVar("T")
 
 PREFIX = "/kling"
 OMNI_IMAGE = f"{PREFIX}/v1/images/omni-image"
+# A base URL that ends with a slash doubles it, and some clients end every path with one.
+ENDPOINT = re.compile(f"{PREFIX}/+v1/+images/+omni-image(?:/(?P<name>.*))?", re.DOTALL)
+# Where a base URL without our prefix leads.
+LOST_PREFIX = "/v1/"
 OPENAPI = f"{PREFIX}/openapi.json"
 # KLING §2: up to 10 pictures of 10 MB, in Base64 (4/3), and a mebibyte for all else.
 MAX_BODY_BYTES = 10 * 10 * 2**20 * 4 // 3 + 2**20
@@ -115,19 +120,24 @@ class Gateway:
         path, method = request.scope["path"], request.method
         if (method, path) == ("GET", OPENAPI):
             return Reply(200, self._document)
+        if path.startswith(LOST_PREFIX):
+            raise Refused(404, 1202, f"The base URL ends with {PREFIX} here: ask {PREFIX}{LOST_PREFIX}…")
         client = self._api_keys.client(request.headers.get("authorization", ""))
-        if (method, path) == ("POST", OMNI_IMAGE):
+        called = ENDPOINT.fullmatch(path)
+        name = (called["name"] or "") if called else ""
+        if called and method == "POST" and not name.strip("/"):
             return await self._create(request, client, request_id)
-        if (method, path) == ("GET", OMNI_IMAGE):
+        if called and method == "GET" and not name.strip("/"):
             return success(await self._briefly(self._queries.page, dict(request.query_params)), request_id)
-        name = path.removeprefix(f"{OMNI_IMAGE}/")
-        if method == "GET" and name not in ("", path):
+        if called and method == "GET":
             return success(await self._briefly(self._queries.one, name), request_id)
         raise Refused(404, 1202, "The requested method is invalid")
 
     # -- create -------------------------------------------------------------------------------------------------------
 
     async def _create(self, request: Request, client: str, request_id: str) -> Reply:
+        if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+            raise Refused(400, 1200, "Request body is compressed: send it without Content-Encoding")
         with self._room(client) as take:
             body = await _read_body(request, take)
             with self._admitted(client):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from receiver.gateway.creates import DEFAULT_MODEL
 from receiver.providers.kling.request import (
     ASPECT_RATIOS,
     MAX_INPUTS,
@@ -143,6 +144,7 @@ STRING: Schema = {"type": "string"}
 # Not blank, and no NUL.
 WORDS: Schema = {"type": "string", "pattern": r"^[^\x00]*[^\x00\s][^\x00]*$"}
 MILLISECONDS: Schema = {"type": "integer", "minimum": 0}
+DIGITS: Schema = {"type": "string", "pattern": "^[2-9]$"}
 # As the provider's own example sends fields that are not used.
 EMPTY: Schema = {"const": ""}
 IMAGE: Schema = {
@@ -183,20 +185,25 @@ def _request(model: Schema, rules: Model | None) -> Schema:
             _closed("element_id", element_id=_between(1, 2**63 - 1)), MAX_INPUTS if rules else None
         ),
         "resolution": _optional(_one_of(rules.resolutions) if rules else WORDS),
-        "n": _optional(_between(1, MAX_PICTURES) if rules else INTEGER),
+        "n": _optional(_between(1, MAX_PICTURES) if rules else INTEGER, DIGITS),
         "result_type": _optional(_one_of(rules.result_types) if rules else WORDS),
-        "series_amount": _optional(_between(2, MAX_PICTURES) if rules else INTEGER, {"const": "auto"}),
+        "series_amount": _optional(_between(2, MAX_PICTURES) if rules else INTEGER, DIGITS, {"const": "auto"}),
         "aspect_ratio": _optional(_one_of(ASPECT_RATIOS) if rules else WORDS),
         "watermark_info": _optional(_closed("enabled", enabled={"type": "boolean"})),
         "callback_url": _optional(CALLBACK_URL),
         "external_task_id": _optional({"type": "string", "pattern": "^[A-Za-z0-9._~-]{1,200}$"}),
     }
-    return _closed("model_name prompt", **fields)
+    required = "prompt" if rules is MODELS[DEFAULT_MODEL] else "model_name prompt"
+    return {**_object(required, **fields), "additionalProperties": {"enum": ["", [], {}, None]}}
 
 
 REQUEST: Schema = {
-    "description": "image_list and element_list together: at most 10. Empty strings and lists count as left out.",
-    "anyOf": [_request({"const": name}, rules) for name, rules in MODELS.items()]
+    "description": "image_list and element_list together: at most 10. Empty strings and lists count as left out. "
+    f"Without `model_name` it is `{DEFAULT_MODEL}`.",
+    "anyOf": [
+        _request(_optional({"const": name}) if name == DEFAULT_MODEL else {"const": name}, rules)
+        for name, rules in MODELS.items()
+    ]
     + [_request({**WORDS, "not": {"enum": list(MODELS)}}, None)],
 }
 

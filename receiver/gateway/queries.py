@@ -10,6 +10,7 @@ from sqlmodel import Session
 
 from receiver.gateway.answers import Refused, ResponseFormat, bad_parameter, record
 from receiver.providers.base import is_storable, plain
+from receiver.providers.kling.client import Kling
 from storage.rows import tasks
 from storage.rows.database import Database
 from storage.rows.models import Task
@@ -26,9 +27,12 @@ class Queries:
         self._response_format = response_format
 
     def one(self, name: str) -> dict[str, Any]:
-        """The task with this `task_id` (ours) or `external_task_id`. Raises `Refused`."""
+        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of one that was adopted.
+
+        Slashes around the name are a client's own, unless a task is called so. Raises `Refused`.
+        """
         with self._database.read() as session:
-            task = _find(session, name) if is_storable(name) else None
+            task = _find(session, name) or _find(session, name.strip("/")) if is_storable(name) else None
             if task is None:
                 raise _unknown(name)
             return record(task, tasks.assets_of(session, task.id), self._response_format)
@@ -50,7 +54,14 @@ def _find(session: Session, name: str) -> Task | None:
         task_id = None
     is_ours = task_id is not None and str(task_id) == name  # one spelling counts
     task = session.get(Task, task_id) if is_ours else None
-    return task or tasks.by_external_id(session, name)
+    return task or tasks.by_external_id(session, name) or _adopted(session, name)
+
+
+def _adopted(session: Session, name: str) -> Task | None:
+    """A task made before its client asked us: Kling's id is all that the client holds."""
+    owner = tasks.by_provider_id(session, Kling.name, name)
+    task = session.get(Task, owner) if owner else None
+    return task if task is not None and task.adopt else None
 
 
 def _unknown(name: str) -> Refused:

@@ -190,7 +190,7 @@ def build(
             Route("/readyz", health.ready),
             Route("/metrics", health.metrics),
             *([Route("/assets/{token}.{extension}", Assets(database, bucket, tokens).serve)] if bucket else []),
-            *([_below("/kling", gateway)] if gateway else []),
+            *([_below("/kling", gateway), _below("/v1", gateway)] if gateway else []),
             *([Route("/events", stream.serve)] if stream else []),
         ],
         exception_handlers={HTTPException: _http_error, Exception: _bug},

@@ -44,6 +44,7 @@ MAX_PICTURES = 9
 MAX_URL_CHARS = 8_192
 # What MIME puts between the lines of Base64.
 BREAKS = " \t\r\n\v\f"
+URL_SAFE = str.maketrans("-_", "+/")
 ASPECT_RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4", "3:2", "2:3", "21:9", "auto")
 
 READERS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -118,12 +119,20 @@ def _image(text: str) -> str:
     if any(space in text for space in BREAKS):  # else it stays the caller's own 14 MB
         text = text.translate(dict.fromkeys(map(ord, BREAKS)))
     try:
+        text = _standard(text)
         decoded = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise _refuse("must be an http(s) URL or Base64") from None
     if not decoded:
         raise _refuse("must not be empty")
     return text
+
+
+def _standard(text: str) -> str:
+    """Base64 in the alphabet and with the padding of RFC 4648 §4, which is what the provider takes."""
+    if "-" in text or "_" in text:
+        text = text.translate(URL_SAFE)
+    return text + "=" * (-len(text) % 4) if len(text) % 4 != 1 else text
 
 
 def _image_url(text: str) -> str:
@@ -165,7 +174,7 @@ class OmniImageRequest(_Strict):
     image_list: list[ImageInput] | None = None
     element_list: list[ElementInput] | None = None
     resolution: Text | None = None
-    n: StrictInt | None = None
+    n: Number | None = None
     result_type: Text | None = None
     series_amount: Annotated[int | str, PlainValidator(_amount)] | None = None
     aspect_ratio: Text | None = None
@@ -352,11 +361,17 @@ def _count(value: Any, default: int) -> int:
 def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniImageRequest:
     """Check a caller's fields.
 
-    `drop_empty`: leave out optional fields given as "" or [], as the provider's own example sends them; False refuses
-    them. Raises RequestInvalid with every fault found.
+    `drop_empty`: leave out fields given as "" or [], as the provider's own example sends them, and unknown ones
+    also as null or {}; False refuses them. Raises RequestInvalid with every fault found.
     """
-    optional = (OURS.keys() | OmniImageRequest.model_fields.keys()) - {"model_name", "prompt"}
-    unused = {name for name, value in data.items() if drop_empty and name in optional and value in ("", [])}
+    known = OURS.keys() | OmniImageRequest.model_fields.keys()
+    unused = {
+        name
+        for name, value in data.items()
+        if drop_empty
+        and name not in ("model_name", "prompt")
+        and (value in ("", []) or (name not in known and value in (None, {})))
+    }
     fields = {name: value for name, value in data.items() if name not in unused}
     odd_names = [name for name in fields if not (isinstance(name, str) and is_storable(name))]
     if odd_names:

@@ -106,7 +106,7 @@ def test_what_passes_is_sent_as_given(fields: dict[str, Any]) -> None:
         ({"n": 10}, "n: 10: must be 1 to 9"),
         ({"n": 10**5_000}, "n: a huge number: must be 1 to 9"),
         ({"n": True}, "n: True: must be a whole number"),
-        ({"n": "3"}, "n: '3': must be a whole number"),
+        ({"n": "three"}, "n: 'three': must be a whole number"),
         ({"result_type": "both"}, "result_type: 'both': must be single or series"),
         ({"series_amount": 1}, "series_amount: 1: must be 2 to 9, or auto"),
         ({"series_amount": 10}, "series_amount: 10: must be 2 to 9, or auto"),
@@ -227,10 +227,18 @@ def test_base64_is_sent_bare(prefix: str, line_chars: int) -> None:
     assert request(image_list=[{"image": prefix + lines}]).wire()["image_list"] == [{"image": text}]
 
 
+def test_base64_may_be_url_safe_and_unpadded() -> None:
+    pictures = [picture() + bytes([251, 239, 190, *range(count)]) for count in range(3)]
+    for content in pictures:
+        text = encoded(content)
+        for variant in (text.rstrip("="), text.translate(str.maketrans("+/", "-_")), f"data:image/png;base64,{text}"):
+            assert request(image_list=[{"image": variant}]).wire()["image_list"] == [{"image": text}]
+
+
 def test_numbers_may_come_as_digits_where_a_command_line_needs_it() -> None:
-    wire = request(element_list=[{"element_id": "835266081714884677"}], series_amount="4").wire()
+    wire = request(element_list=[{"element_id": "835266081714884677"}], n="2", series_amount="4").wire()
     assert wire["element_list"] == [{"element_id": 835266081714884677}]
-    assert wire["series_amount"] == 4
+    assert (wire["n"], wire["series_amount"]) == (2, 4)
 
 
 def test_an_unknown_model_passes_with_a_warning() -> None:
@@ -240,7 +248,7 @@ def test_an_unknown_model_passes_with_a_warning() -> None:
     assert asked.wire()["n"] == 30
 
 
-@pytest.mark.parametrize("fields", [{"n": "30"}, {"resolution": 8}, {"image_list": [{"image": "?"}]}, {"seed": 1}])
+@pytest.mark.parametrize("fields", [{"n": "x"}, {"resolution": 8}, {"image_list": [{"image": "?"}]}, {"seed": 1}])
 def test_an_unknown_model_is_checked_for_its_shape(fields: dict[str, Any]) -> None:
     assert faults(model_name="kling-v9", **fields)
 
