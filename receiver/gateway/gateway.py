@@ -139,15 +139,19 @@ class Gateway:
         if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise Refused(400, 1200, "Request body is compressed: send it without Content-Encoding")
         with self._room(client) as take:
-            body = await _read_body(request, take)
-            with self._admitted(client):
-                key_word = request.headers.get("idempotency-key", "")
-                ask = await self._briefly(self._creates.read, body, client, key_word)
-                del body  # as large as all that was read from it
-                begun = await self._briefly(self._creates.begin, ask)
-                if not begun.first:
-                    return await self._replay(ask, begun, request_id)
-                return await self._send(ask, begun, request_id)
+            body = bytearray()
+            try:
+                await _read_body(request, body, take)
+                with self._admitted(client):
+                    key_word = request.headers.get("idempotency-key", "")
+                    ask = await self._briefly(self._creates.read, body, client, key_word)
+                    body.clear()  # as large as all that was read from it
+                    begun = await self._briefly(self._creates.begin, ask)
+                    if not begun.first:
+                        return await self._replay(ask, begun, request_id)
+                    return await self._send(ask, begun, request_id)
+            finally:
+                body.clear()  # a refusal's traceback holds it until the garbage is collected
 
     @contextmanager
     def _admitted(self, client: str) -> Iterator[None]:
@@ -232,12 +236,12 @@ def _failure(sending: asyncio.Task[None]) -> BaseException | None:
     return sending.exception() if sending.done() and not sending.cancelled() else None
 
 
-async def _read_body(request: Request, take: Callable[[int], None]) -> bytearray:
-    """The body. `take` is told of each piece before it is kept. Raises `Refused`."""
+async def _read_body(request: Request, body: bytearray, take: Callable[[int], None]) -> None:
+    """Fill `body`, which grows in place. `take` is told of each piece before it is kept. Raises `Refused`."""
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:12]) > MAX_BODY_BYTES:
         raise _too_long()
-    started, body = asyncio.get_running_loop().time(), bytearray()  # grows in place
+    started = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(BODY_SECONDS) as limit:
             async for chunk in request.stream():
@@ -250,7 +254,6 @@ async def _read_body(request: Request, take: Callable[[int], None]) -> bytearray
         raise Refused(408, 1200, "Request body came too slowly") from None
     except ClientDisconnect:
         raise Refused(400, 1200, "Request body ended early") from None
-    return body
 
 
 def _away() -> Refused:

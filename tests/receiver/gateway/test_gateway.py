@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import re
 import threading
+import tracemalloc
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -501,6 +503,23 @@ def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: p
         connection.sendall(b'{"prompt"')
         status, body = answer_on(connection)
     assert (status, body["code"], rows(parts)) == (408, 1200, [])
+
+
+@ON_SQLITE
+def test_a_refused_body_is_let_go_at_once(web: Web) -> None:
+    """A traceback kept it until the next full garbage collection, which a frozen heap makes rare."""
+    body = b'{"prompt": [' + b"[[],[]]," * 2**20 + b"[]]}"
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with connected(web, PATH, *head(f"Content-Length: {len(body)}", "Connection: close")) as connection:
+            connection.sendall(body)
+            status, answer = answer_on(connection)
+        wait_until(lambda: tracemalloc.get_traced_memory()[0] < len(body) / 2, seconds=5)
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    assert (status, answer["code"]) == (400, 1200)
 
 
 # -- queries ----------------------------------------------------------------------------------------------------------
