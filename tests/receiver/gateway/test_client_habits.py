@@ -1,0 +1,82 @@
+"""What real clients of Kling's send that its page does not mention."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from receiver.tasks.adopt import Adopter
+from tests.pipeline import Web, task_of
+from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, PATH, PLAIN, ask, create, rows, told
+from tests.unreported_tasks import creates
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return dict(CHANGES)
+
+
+@ON_SQLITE
+def test_slashes_that_clients_add_change_nothing(web: Web) -> None:
+    for number, path in enumerate(
+        (f"/kling/{PATH.removeprefix('/kling')}", f"{PATH}/", "/kling///v1/images/omni-image")
+    ):
+        assert told(ask(web, "POST", path, json={**PLAIN, "external_task_id": f"id-{number}"})) == (200, 0), path
+        assert len(ask(web, "GET", path).json()["data"]) == number + 1
+    for path in (f"{PATH}/id-0/", f"{PATH}//id-0", "/kling//v1/images/omni-image/id-0"):
+        assert ask(web, "GET", path).json()["data"]["task_info"] == {"external_task_id": "id-0"}, path
+
+
+@ON_SQLITE
+def test_a_task_whose_id_has_slashes_is_found_by_it_first(web: Web) -> None:
+    for name in ("a", "a/", "/a"):
+        create(web, {**PLAIN, "external_task_id": name})
+    for name in ("a", "a/", "/a"):
+        found = ask(web, "GET", f"{PATH}/{quote(name, safe='')}").json()
+        assert found["data"]["task_info"] == {"external_task_id": name}
+
+
+@ON_SQLITE
+def test_a_path_that_lost_our_prefix_is_told_so(web: Web) -> None:
+    for method, path in (("POST", "/v1/images/omni-image"), ("GET", "/v1/images/omni-image/x"), ("GET", "/v1/tasks")):
+        answer = ask(web, method, path)
+        assert told(answer) == (404, 1202)
+        assert "/kling/v1/" in answer.json()["message"]
+
+
+@ON_SQLITE
+def test_a_request_without_a_model_is_for_klings_default(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    for fields in ({"prompt": "a"}, {"prompt": "a", "model_name": ""}, {"prompt": "a", "model_name": None}):
+        assert told(create(web, fields)) == (200, 0)
+    assert {body["model_name"] for body in creates(sandbox)} == {"kling-image-o1"}
+    assert {row.request["model_name"] for row in rows(parts)} == {"kling-image-o1"}
+
+
+@ON_SQLITE
+def test_unknown_fields_may_be_empty_and_numbers_digits(web: Web, sandbox: Sandbox) -> None:
+    empty = {"colour": "", "styles": [], "seed": None, "camera": {}}
+    assert told(create(web, {**PLAIN, **empty, "n": "2"})) == (200, 0)
+    assert {name: creates(sandbox)[0][name] for name in ("n", *PLAIN)} == {"n": 2, **PLAIN}
+    assert not empty.keys() & creates(sandbox)[0].keys()
+
+
+@ON_SQLITE
+def test_a_compressed_body_is_told_so(web: Web) -> None:
+    body = gzip.compress(json.dumps(PLAIN).encode())
+    for headers in ({"Content-Encoding": "gzip"}, {}):
+        answer = ask(web, "POST", content=body, headers=headers)
+        assert (told(answer), "compressed" in answer.json()["message"]) == ((400, 1200), True)
+
+
+def test_an_adopted_task_is_found_by_klings_own_id(web: Web, parts: Parts) -> None:
+    theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None).provider_task_id
+    assert told(ask(web, "GET", f"{PATH}/{theirs}")) == (400, 1201)
+    Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit).take([theirs])
+    found = ask(web, "GET", f"{PATH}/{theirs}").json()["data"]
+    assert (found["task_id"], found["receiver"]["provider_task_id"]) == (str(task_of(parts, ID).id), theirs)
