@@ -233,8 +233,8 @@ class Database:
 
     def now(self) -> datetime:
         with self.read() as session:
-            db_now_once: datetime = session.execute(select(db_now())).scalar_one()
-            return db_now_once
+            now: datetime = session.execute(select(db_now())).scalar_one()
+            return now
 
     def free_share(self) -> float:
         """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, which keeps its own house."""

@@ -159,7 +159,7 @@ def apply(parts: Parts, *_: object) -> None:
 
 
 def read(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
-    with parts.database.read() as session:  # not a step of ours: its commit may not be the one that dies
+    with Session(parts.database.writer) as session:  # not a step of ours: its commit may not be the one that dies
         session.execute(update(Task).values(due_at=Task.created_at))
         session.commit()
     run(parts, "reads")

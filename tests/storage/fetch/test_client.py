@@ -556,7 +556,7 @@ def test_nobody_holds_a_thread_for_long(host: FileHost, script: Script, reason: 
 
 def test_slow_senders_are_judged_by_the_time_we_waited_for_them() -> None:
     now = [0.0]
-    pace = wire.Pace(600, head_seconds=40, min_bytes_per_second=4_096, clock=lambda: now[0])
+    pace = wire.TransferDeadline(600, head_seconds=40, min_bytes_per_second=4_096, clock=lambda: now[0])
     pace.received(1, waited=30)  # before the head is complete only its own deadline counts
     pace.expect_body()
     for _ in range(40):
