@@ -249,6 +249,6 @@ def queues(sqs_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     for name, value in {**nothing, **keys}.items():
         monkeypatch.setenv(name, value)
-    opened = boto3.client("sqs", endpoint_url=sqs_server)
+    opened = boto3.Session().client("sqs", endpoint_url=sqs_server)
     yield opened
     opened.close()

@@ -82,7 +82,7 @@ def _ours(url: str, port: int, files: Source, name: str) -> float:
 
 
 def _curl(place: Path, files: Source, name: str, found: dict[str, str]) -> float:
-    store = boto3.client(
+    store = boto3.Session().client(
         "s3", endpoint_url=found["RECEIVER_S3_ENDPOINT_URL"], region_name="us-east-1",
         aws_access_key_id=found["AWS_ACCESS_KEY_ID"], aws_secret_access_key=found["AWS_SECRET_ACCESS_KEY"],
         config=Config(signature_version="s3v4"),

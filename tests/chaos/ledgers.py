@@ -156,7 +156,7 @@ def read_rows(database: Database) -> Rows:
 
 def read_objects(stage: Stage) -> dict[str, str]:
     """{key: SHA-256 of the bytes as they are read back}, straight from the store and not through our own code."""
-    client = boto3.client(
+    client = boto3.Session().client(
         "s3",
         endpoint_url=stage.seaweed.endpoint_url,
         aws_access_key_id=stage.seaweed.access_key,

@@ -81,7 +81,7 @@ def port() -> int:
 @pytest.fixture
 def changes(port: int, sqs_server: str, s3_environment: dict[str, str]) -> dict[str, Any]:
     """A webhook and a queue, as the page sets them."""
-    sqs = boto3.client("sqs", endpoint_url=sqs_server)
+    sqs = boto3.Session().client("sqs", endpoint_url=sqs_server)
     queue = sqs.create_queue(QueueName=f"pictures-{port}")["QueueUrl"]
     webhook = f"http://127.0.0.1:{port}/events#task.archived,task.incomplete"
     private = f"127.0.0.1:{port} {sqs_server.removeprefix('http://')}"

@@ -178,7 +178,7 @@ def test_the_verb_tells_machines_what_it_deletes(parts: Parts, receiver: Command
 
 @pytest.fixture
 def client(seaweed: Seaweed, s3_environment: dict[str, str]) -> Any:
-    return boto3.client("s3", endpoint_url=seaweed.endpoint_url)
+    return boto3.Session().client("s3", endpoint_url=seaweed.endpoint_url)
 
 
 @pytest.fixture
