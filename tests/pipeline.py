@@ -70,7 +70,7 @@ class Web:
         web = app.build(
             parts.database, parts.providers, parts.tokens, parts.schedule,
             bucket=parts.bucket, metrics_token=chosen.metrics_token, gateway=parts.gateway, stream=parts.stream,
-            slots=parts.slots,
+            slots=parts.slots, console=parts.console,
         )  # fmt: skip
         self._server = _Server(web_config(web, chosen.host, chosen.port), None)
         self._server.capture_signals = _no_signals  # type: ignore[method-assign] # only the main thread may

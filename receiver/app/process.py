@@ -166,7 +166,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     web = app.build(
         parts.database, parts.providers, parts.tokens, parts.schedule,
         bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,
-        slots=parts.slots,
+        slots=parts.slots, console=parts.console,
     )  # fmt: skip
     server = _Server(web_config(web, settings.host, settings.port), on_listening)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}

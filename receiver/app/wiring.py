@@ -42,6 +42,7 @@ from storage.rows.tasks import Schedule
 from storage.states import CallbackState, Step
 
 if TYPE_CHECKING:
+    from receiver.console.console import Console
     from receiver.gateway.gateway import Gateway
     from receiver.web.event_stream import Stream
 
@@ -242,6 +243,15 @@ class Parts:
 
         keys = self.settings.api_keys
         return Stream(self.database, self.envelope, keys) if keys else None
+
+    @cached_property
+    def console(self) -> Console | None:
+        """The pages below `/console`; None without keys."""
+        if not self.settings.console_keys:
+            return None
+        from receiver.app.console_parts import make_console  # with what serves HTTP, as above
+
+        return make_console(self)
 
     def _event_lane(self, name: str, sink: Sink) -> Lane:
         """A sink's own lane: one that is slow or down holds up nothing else."""

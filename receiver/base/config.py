@@ -19,6 +19,8 @@ from pydantic_settings import (
 )
 
 from receiver.base import sink_setting as sinks
+from receiver.base.console_keys import ConsoleKey
+from receiver.base.console_keys import parse as parse_console_keys
 from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
 from storage.errors import UserError
@@ -154,6 +156,10 @@ class Settings(BaseSettings):
     # 1.7 TB a day, and a sixth of a gigabit line: what is archived and served meanwhile hardly notices.
     audit_bytes_per_second: int = Field(default=20_000_000, ge=1_000)
 
+    console_keys: Secrets = ()
+    console_thumbnail_dir: Path | None = None
+    console_thumbnail_bytes: int = Field(default=256 * 2**20, ge=2**20)
+
     metrics_token: OptionalSecret = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
@@ -180,6 +186,10 @@ class Settings(BaseSettings):
             yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
         if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in self.api_keys):
             yield f"{PREFIX}API_KEYS: each is printable ASCII without spaces, as it stands in an Authorization header"
+        try:
+            _ = self.console_people
+        except ValueError as error:
+            yield from (f"{PREFIX}CONSOLE_KEYS: {line}" for line in str(error).splitlines())
         yield from self._event_faults()
         for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
             if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
@@ -213,6 +223,11 @@ class Settings(BaseSettings):
                 key_of(secret)
         except ValueError as error:
             yield f"{PREFIX}KLING_WEBHOOK_SECRETS", str(error)
+
+    @property
+    def console_people(self) -> list[ConsoleKey]:
+        """Who may log in to the console. Raises ValueError, one line per fault."""
+        return parse_console_keys(self.console_keys)
 
     @property
     def event_entries(self) -> list[sinks.Entry]:

@@ -43,7 +43,8 @@ from storage.rows.tasks import Schedule
 from storage.states import CallbackState
 
 if TYPE_CHECKING:
-    from receiver.gateway.gateway import Gateway  # which most installations do without
+    from receiver.console.console import Console  # which, as the next, most installations do without
+    from receiver.gateway.gateway import Gateway
 
 
 class Health:
@@ -166,15 +167,19 @@ def build(
     gateway: Gateway | None = None,
     stream: Stream | None = None,
     slots: Slots | None = None,
+    console: Console | None = None,
 ) -> Web:
     """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it.
     `bucket`: where archived files are served from, None = they are not. `gateway`: answers below `/kling`, None = 404.
     `stream`: answers `/events`. Whoever ends the server calls the application's `endings` first.
-    `slots`: of the account whose limit `/metrics` tells."""
+    `slots`: of the account whose limit `/metrics` tells. `console`: answers below `/console`, None = 404; it needs a
+    bucket."""
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
     health = Health(database, inbox, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
+
+    assets = Assets(database, bucket, tokens) if bucket else None
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -189,7 +194,7 @@ def build(
             Route("/healthz", health.alive),
             Route("/readyz", health.ready),
             Route("/metrics", health.metrics),
-            *([Route("/assets/{token}.{extension}", Assets(database, bucket, tokens).serve)] if bucket else []),
+            *([Route("/assets/{token}.{extension}", assets.serve)] if assets else []),
             *([_below("/kling", gateway), _below("/v1", gateway)] if gateway else []),
             *([Route("/events", stream.serve)] if stream else []),
         ],
@@ -197,18 +202,27 @@ def build(
     )
     pages.router.redirect_slashes = False
     pages.add_middleware(_Headers)
-    return Web(callbacks, pages, lifespan, [each.close for each in (gateway, stream) if each])
+    people = console.application(assets.answer) if console and assets else None
+    return Web(callbacks, pages, lifespan, [each.close for each in (gateway, stream, console) if each], people)
 
 
 class Web(Router):
     """Callbacks first, then all the rest: the four layers that Starlette puts around every page cost a callback a
-    fifth of its time, and it needs none of them. `endings`: what has to be told that the server ends."""
+    fifth of its time, and it needs none of them. `endings`: what has to be told that the server ends. `console`: has
+    headers and error pages of its own."""
 
     def __init__(
-        self, callbacks: Callbacks, pages: Starlette, lifespan: Lifespan[Any], endings: list[Callable[[], None]]
+        self,
+        callbacks: Callbacks,
+        pages: Starlette,
+        lifespan: Lifespan[Any],
+        endings: list[Callable[[], None]],
+        console: Starlette | None = None,
     ) -> None:
         path = "/callbacks/{provider}/{token}"
         routes = [Route(path, callbacks), Route(path + "/", callbacks)]
+        if console is not None:
+            routes += [Route("/console", console), Route("/console/{rest:path}", console)]
         super().__init__(routes, redirect_slashes=False, default=pages, lifespan=lifespan)
         self.endings = endings
 

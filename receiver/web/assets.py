@@ -66,14 +66,15 @@ class Assets:
         if named is None or named.task_id is None or extension not in EXTENSIONS:
             raise HTTPException(404)
         try:
-            return await self._answer(request, named.task_id, extension)
+            return await self.answer(request, named.task_id, extension)
         except (DatabaseUnavailable, StoreUnavailable) as error:
             log.error("asset.not_served", asset=str(named.task_id), error=str(error))
             return _later()
 
-    async def _answer(self, request: Request, asset_id: uuid.UUID, extension: str) -> Response:
+    async def answer(self, request: Request, asset_id: uuid.UUID, extension: str | None = None) -> Response:
+        """The file, for a reader who may have it. Raises HTTPException 404, `StoreUnavailable`."""
         asset = await run_in_threadpool(self._find, asset_id)
-        if asset is None or asset.key is None or _extension(asset.key) != extension:
+        if asset is None or asset.key is None or extension not in (None, _extension(asset.key)):
             raise HTTPException(404)
         if self._bucket.is_reached_from_outside:
             link = await run_in_threadpool(self._bucket.presigned_get, asset.key, expires_seconds=LINK_SECONDS)

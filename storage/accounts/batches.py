@@ -17,7 +17,7 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.rows.database import db_now
-from storage.rows.events import EventName
+from storage.rows.events import EventName, with_person
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Batch, Callback, Event, Task
 from storage.rows.task_conditions import not_dismissed
@@ -108,7 +108,12 @@ def insert_queued(session: Session, rows: Sequence[Task]) -> set[uuid.UUID]:
     made = {row.external_task_id: row for row in rows if row.id in new}
     moment = session.execute(select(db_now())).scalar_one()
     facts = [
-        {"task_id": row.id, "name": EventName.TASK_CREATED.value, "at": moment, "data": {"external_task_id": each}}
+        {
+            "task_id": row.id,
+            "name": EventName.TASK_CREATED.value,
+            "at": moment,
+            "data": with_person({"external_task_id": each}),
+        }
         for each, row in made.items()
     ]
     if facts:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -39,10 +41,31 @@ _FACT = insert(Event.__table__).values(  # type: ignore[attr-defined]
 )
 
 
+# Who does what this thread does now, where it is a person at the console.
+_PERSON: ContextVar[str | None] = ContextVar("person", default=None)
+
+
+@contextmanager
+def by(person: str) -> Iterator[None]:
+    """Let every fact that is written in this block have the person's name in its data, as `by`."""
+    before = _PERSON.set(person)
+    try:
+        yield
+    finally:
+        _PERSON.reset(before)
+
+
+def with_person(data: dict[str, Any]) -> dict[str, Any]:
+    """A fact's data, with who did it where a person did."""
+    person = _PERSON.get()
+    return data if person is None else {**data, "by": person}
+
+
 def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: dict[str, Any] | None = None) -> None:
     """Write one fact; it becomes true when the caller's transaction commits."""
     # Not through `run`: what the session has changed of other rows need not be written before a fact.
-    session.connection().execute(_FACT, {"task_id": task_id, "name": name.value, "data": data or {}})
+    values = {"task_id": task_id, "name": name.value, "data": with_person(data or {})}
+    session.connection().execute(_FACT, values)
 
 
 def file_facts(asset: Asset) -> dict[str, Any]:

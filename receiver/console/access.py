@@ -1,0 +1,162 @@
+"""Who is at the console: keys, sessions in signed cookies, one-time links, tokens against forged requests.
+
+    cookie = base64url( expires 8 bytes │ nonce 16 bytes │ HMAC-SHA256(secret of the key, purpose, expires, nonce) )
+
+No session is stored: its MAC is made with a secret derived from the person's key, so it dies with the key.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from receiver.base.console_keys import ConsoleKey
+
+COOKIE = "receiver_console"
+SESSION_SECONDS = 12 * 3_600
+ONCE_SECONDS = 600
+SESSION, ONCE = b"session", b"once"
+NONCE_BYTES, HEAD_BYTES, MAC_BYTES = 16, 24, 32
+# Base64 of HEAD_BYTES + MAC_BYTES; longer text is not decoded.
+TOKEN_CHARS = 75
+# Wrong keys of one address a minute. A key has at least 24 characters: this bounds the work, not the guessing.
+FAILURES, FAILURE_SECONDS = 10, 60.0
+# Addresses and ended sessions remembered by this process.
+REMEMBERED = 10_000
+
+
+@dataclass(frozen=True)
+class Session:
+    """One person's log-in. `csrf`: what every form of theirs carries."""
+
+    name: str
+    may_act: bool
+    nonce: bytes = field(repr=False)
+    csrf: str = field(repr=False)
+
+
+class Access:
+    """Checks keys and tokens. `now`: Unix seconds."""
+
+    def __init__(self, keys: Sequence[ConsoleKey], now: Callable[[], float] = time.time) -> None:
+        self._people = [(key.name, key.may_act, *_derived(key)) for key in keys]
+        self._now = now
+        self._ended: OrderedDict[bytes, float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def log_in(self, key: str) -> str | None:
+        """A session token for whoever has this key, None for a wrong one."""
+        shown = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        secret = None
+        for _, _, digest, own in self._people:  # to the end: how long it takes says nothing about which key matched
+            secret = own if hmac.compare_digest(shown, digest) else secret
+        return self._token(secret, SESSION, SESSION_SECONDS) if secret else None
+
+    def session(self, token: str | None) -> Session | None:
+        """Whose session a cookie is; None when it is none, is over, was ended, or its key is gone."""
+        return self._read(token, SESSION)
+
+    def end(self, session: Session) -> None:
+        """Let a session be over, in this process also where its cookie was copied."""
+        self._use_up(session.nonce, SESSION_SECONDS)
+
+    def redeem(self, token: str | None) -> str | None:
+        """A session token for a one-time link, which is used up by this; None when it was, or is none."""
+        found = self._read(token, ONCE)
+        if found is None or not self._use_up(found.nonce, ONCE_SECONDS):
+            return None
+        own = next(
+            secret for name, may_act, _, secret in self._people if (name, may_act) == (found.name, found.may_act)
+        )
+        return self._token(own, SESSION, SESSION_SECONDS)
+
+    def is_open(self, token: str | None) -> Session | None:
+        """Whose one-time link this is, without using it up."""
+        return self._read(token, ONCE)
+
+    def _token(self, secret: bytes, purpose: bytes, seconds: float) -> str:
+        head = int(self._now() + seconds).to_bytes(8, "big") + secrets.token_bytes(NONCE_BYTES)
+        return base64.urlsafe_b64encode(head + _mac(secret, purpose, head)).rstrip(b"=").decode()
+
+    def _read(self, token: str | None, purpose: bytes) -> Session | None:
+        raw = _decoded(token)
+        if raw is None:
+            return None
+        head, mac = raw[:HEAD_BYTES], raw[HEAD_BYTES:]
+        whose = None
+        for name, may_act, _, secret in self._people:
+            if hmac.compare_digest(mac, _mac(secret, purpose, head)):
+                whose = (name, may_act, secret)
+        nonce = head[8:]
+        if whose is None or int.from_bytes(head[:8], "big") <= self._now() or nonce in self._ended:
+            return None
+        name, may_act, secret = whose
+        return Session(name, may_act, nonce, _mac(secret, b"csrf", head).hex()[:32])
+
+    def _use_up(self, nonce: bytes, seconds: float) -> bool:
+        """Remember that a nonce counts no more; False when that is so already."""
+        with self._lock:
+            if nonce in self._ended:
+                return False
+            self._ended[nonce] = self._now() + seconds
+            while len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
+            return True
+
+
+def one_time_token(key: ConsoleKey) -> str:
+    """A token that logs in once, within ten minutes."""
+    return Access([key])._token(_derived(key)[1], ONCE, ONCE_SECONDS)
+
+
+def _derived(key: ConsoleKey) -> tuple[bytes, bytes]:
+    """The key's hash, to compare with, and the secret of its sessions. The role is in it: losing it ends them too."""
+    raw = key.key.get_secret_value().encode()
+    role = b"act" if key.may_act else b"read"
+    return hashlib.sha256(raw).digest(), hmac.digest(raw, b"receiver console " + role + key.name.encode(), "sha256")
+
+
+def _mac(secret: bytes, purpose: bytes, head: bytes) -> bytes:
+    return hmac.digest(secret, purpose + b"\0" + head, "sha256")
+
+
+def _decoded(token: str | None) -> bytes | None:
+    if token is None or len(token) != TOKEN_CHARS or not token.isascii():
+        return None
+    try:
+        raw = base64.urlsafe_b64decode(token + "=")
+    except (binascii.Error, ValueError):
+        return None
+    return raw if len(raw) == HEAD_BYTES + MAC_BYTES else None
+
+
+class LoginThrottle:
+    """Refuses an address for a minute after ten wrong keys. A proxy in front is one address."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def wait_seconds(self, address: str) -> int:
+        """How long this address has to wait; 0 = it may try."""
+        with self._lock:
+            times = self._failures.get(address, deque())
+            while times and times[0] <= self._now() - FAILURE_SECONDS:
+                times.popleft()
+            return int(times[0] + FAILURE_SECONDS - self._now()) + 1 if len(times) >= FAILURES else 0
+
+    def failed(self, address: str) -> None:
+        with self._lock:
+            self._failures.setdefault(address, deque(maxlen=FAILURES)).append(self._now())
+            self._failures.move_to_end(address)
+            while len(self._failures) > REMEMBERED:
+                self._failures.popitem(last=False)

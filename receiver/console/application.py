@@ -1,0 +1,325 @@
+"""The console's ASGI application: log-in, languages, static files, and the guard before every page.
+
+request ─▶ session? ─▶ POST: may act? same site? CSRF token? bounded body ─▶ page function, in a thread ─▶ headers
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+import mimetypes
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import structlog
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from receiver.console import catalogue
+from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
+from receiver.console.visit import HERE, Notices, Visit, environment, own_path, parse_form, render, versions
+from storage.errors import StoreUnavailable
+
+log = structlog.get_logger()
+
+HOME, LOGIN = "/console", "/console/login"
+LANGUAGE_COOKIE = "receiver_console_language"
+YEAR_SECONDS = 365 * 86_400
+MAX_FORM_BYTES = 64 * 1024
+BODY_SECONDS = 60.0
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+PageFunction = Callable[[Visit], Response]
+# Pages that stream need the event loop and not a thread.
+AsyncPage = Callable[[Visit], Awaitable[Response]]
+
+
+class Policy:
+    """The Content-Security-Policy: what a page may load, which is ours alone and, where presigned links are of use to
+    readers, pictures from the store. `origin_of_links`: found out once, as it needs the store's credentials."""
+
+    def __init__(self, origin_of_links: Callable[[], str | None]) -> None:
+        self._origin_of_links = origin_of_links
+        self._is_known = False
+        self.header = _policy("'self'")
+
+    def learn(self) -> None:
+        if not self._is_known:
+            origin = self._origin_of_links()
+            self.header, self._is_known = _policy(f"'self' {origin}" if origin else "'self'"), True
+
+
+def _policy(pictures: str) -> str:
+    return (
+        f"default-src 'none'; img-src {pictures}; media-src {pictures}; style-src 'self'; script-src 'self'; "
+        "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    )
+
+
+class Guard:
+    """Turns page functions into endpoints that only somebody who is logged in reaches."""
+
+    def __init__(self, access: Access, policy: Policy, counts: Callable[[], dict[str, int]]) -> None:
+        self.access = access
+        self.policy = policy
+        self.templates = environment()
+        self.notices = Notices()
+        self._counts = counts
+
+    def page(self, path: str, function: PageFunction) -> Route:
+        return Route(path, self._endpoint(function, max_bytes=0), methods=["GET"])
+
+    def stream(self, path: str, function: AsyncPage) -> Route:
+        return Route(path, self._endpoint(function, max_bytes=0), methods=["GET"])
+
+    def action(self, path: str, function: PageFunction, *, max_bytes: int = MAX_FORM_BYTES) -> Route:
+        return Route(path, self._endpoint(function, max_bytes=max_bytes), methods=["POST"])
+
+    def _endpoint(
+        self, function: Callable[[Visit], Any], *, max_bytes: int
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            session = self.access.session(request.cookies.get(COOKIE))
+            if session is None:
+                return _to_login(request)
+            visit = Visit(request, session, language_of(request), self.templates, self.notices)
+            if request.method == "POST":
+                await self._accept(visit, max_bytes)
+            if asyncio.iscoroutinefunction(function):
+                answer: Response = await function(visit)
+                return answer
+            return await run_in_threadpool(self._answer, function, visit)
+
+        return endpoint
+
+    def _answer(self, function: PageFunction, visit: Visit) -> Response:
+        try:
+            self.policy.learn()
+            visit.counts = self._counts()
+            return function(visit)
+        except StoreUnavailable as error:
+            log.warning("console.store_away", error=str(error))
+            raise HTTPException(503) from error
+
+    async def _accept(self, visit: Visit, max_bytes: int) -> None:
+        """Read a form, or raise HTTPException: it may change something only from one of our own pages."""
+        if not is_same_site(visit.request):
+            raise HTTPException(403)
+        body = await read_body(visit.request, max_bytes)
+        content_type = visit.request.headers.get("content-type", "")
+        pairs, visit.uploads = await run_in_threadpool(parse_form, content_type, body)
+        visit.form, visit.chosen = dict(pairs), [value for name, value in pairs if name == "id"]
+        if not visit.session.may_act or not hmac.compare_digest(
+            visit.form.get("csrf", "").encode(), visit.session.csrf.encode()
+        ):
+            raise HTTPException(403)
+
+
+class Front:
+    """What is there without a session: log-in, languages, static files."""
+
+    def __init__(self, guard: Guard, *, is_secure: bool) -> None:
+        self._guard = guard
+        self._is_secure = is_secure
+        self._throttle = LoginThrottle()
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            Route(LOGIN, self.login, methods=["GET", "POST"]),
+            Route("/console/logout", self.log_out, methods=["POST"]),
+            Route("/console/language/{language}", self.language, methods=["GET"]),
+            Route("/console/static/{name}", static, methods=["GET"]),
+        ]
+
+    async def login(self, request: Request) -> Response:
+        if request.method == "GET":
+            return self._form(request, request.query_params.get("next"), once=request.query_params.get("once"))
+        if not is_same_site(request):
+            raise HTTPException(403)
+        address = request.client.host if request.client else ""
+        if wait := self._throttle.wait_seconds(address):
+            return self._form(request, None, problem="login.throttled", status=429, wait=wait)
+        pairs, _ = parse_form(request.headers.get("content-type", ""), await read_body(request, 4_096))
+        form = dict(pairs)
+        access = self._guard.access
+        token = access.redeem(form["once"]) if "once" in form else access.log_in(form.get("key", ""))
+        if token is None:
+            self._throttle.failed(address)
+            log.warning("console.login_refused", address=address)
+            problem = "login.used" if "once" in form else "login.wrong"
+            return self._form(request, form.get("next"), problem=problem, status=401)
+        found = access.session(token)
+        log.info("console.logged_in", person=found.name if found else None)
+        answer = RedirectResponse(own_path(form.get("next"), HOME), status_code=303)
+        answer.set_cookie(
+            COOKIE,
+            token,
+            max_age=SESSION_SECONDS,
+            path="/console",
+            httponly=True,
+            samesite="strict",
+            secure=self._is_secure,
+        )
+        return answer
+
+    def _form(
+        self, request: Request, following: str | None, *, problem: str = "", once: str | None = None, status: int = 200,
+        wait: int = 0,
+    ) -> Response:  # fmt: skip
+        whose = self._guard.access.is_open(once)
+        if once and whose is None:
+            problem, once = "login.used", None
+        language = language_of(request)
+        page = render(
+            self._guard.templates, "login.html", language,
+            next=own_path(following, HOME), problem=problem, once=once, whose=whose, wait=wait,
+        )  # fmt: skip
+        return HTMLResponse(page, status, headers={"Retry-After": str(wait)} if wait else None)
+
+    async def log_out(self, request: Request) -> Response:
+        """Readers may end their own session: this POST changes nothing else."""
+        session = self._guard.access.session(request.cookies.get(COOKIE))
+        pairs, _ = parse_form(request.headers.get("content-type", ""), await read_body(request, 4_096))
+        given = dict(pairs).get("csrf", "")
+        if session is not None:
+            if not is_same_site(request) or not hmac.compare_digest(given.encode(), session.csrf.encode()):
+                raise HTTPException(403)
+            self._guard.access.end(session)
+        answer = RedirectResponse(LOGIN, status_code=303)
+        answer.delete_cookie(COOKIE, path="/console", httponly=True, samesite="strict", secure=self._is_secure)
+        return answer
+
+    async def language(self, request: Request) -> Response:
+        language = request.path_params["language"]
+        if language not in catalogue.LANGUAGES:
+            raise HTTPException(404)
+        answer = RedirectResponse(own_path(request.query_params.get("next"), HOME), status_code=303)
+        answer.set_cookie(
+            LANGUAGE_COOKIE, language, max_age=YEAR_SECONDS, path="/console", samesite="lax", secure=self._is_secure
+        )
+        return answer
+
+
+def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> Starlette:
+    """The application. Each answer has the headers of the console, unless its page set its own."""
+    front = Front(guard, is_secure=is_secure)
+    handlers: dict[Any, Any] = {
+        HTTPException: functools.partial(_error_page, guard),
+        Exception: functools.partial(_bug_page, guard),
+    }
+    made = Starlette(routes=[*front.routes(), *routes], exception_handlers=handlers)
+    made.router.redirect_slashes = False
+    made.add_middleware(_Headers, policy=guard.policy)
+    return made
+
+
+class _Headers:
+    """Adds the headers that an answer does not have yet."""
+
+    def __init__(self, app: Any, policy: Policy) -> None:
+        self._app = app
+        self._policy = policy
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                own = {name for name, _ in message["headers"]}
+                ours = {**HEADERS, "Content-Security-Policy": self._policy.header}
+                pairs = [(name.lower().encode(), value.encode()) for name, value in ours.items()]
+                message = {**message, "headers": [*message["headers"], *(pair for pair in pairs if pair[0] not in own)]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+
+def language_of(request: Request) -> str:
+    return catalogue.choose(request.cookies.get(LANGUAGE_COOKIE), request.headers.get("accept-language", ""))
+
+
+def is_same_site(request: Request) -> bool:
+    """Whether a form comes from a page of ours, as browsers say by themselves. A program that says nothing passes:
+    the cookie is not sent from elsewhere (SameSite=Strict), and the CSRF token is still asked for."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body. Raises HTTPException 413 or 408."""
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdigit() or int(declared) > max_bytes:
+        raise HTTPException(413)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise HTTPException(413)
+    except TimeoutError:
+        raise HTTPException(408) from None
+    return bytes(body)
+
+
+def _to_login(request: Request) -> Response:
+    if "x-live" in request.headers or request.method != "GET":
+        return Response(status_code=401)
+    path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    fields = "" if path == HOME else f"?next={quote(path)}"
+    return RedirectResponse(LOGIN + fields, status_code=303)
+
+
+@functools.cache
+def _static_files() -> dict[str, bytes]:
+    return {name: (Path(HERE) / "static" / name).read_bytes() for name in versions()}
+
+
+async def static(request: Request) -> Response:
+    """A file of ours; its address names its version, so it may be kept."""
+    name = request.path_params["name"]
+    content = _static_files().get(name)
+    if content is None:
+        raise HTTPException(404)
+    kept = request.query_params.get("v") == versions_cached()[name]
+    age = "public, max-age=31536000, immutable" if kept else "no-cache"
+    return Response(content, media_type=mimetypes.guess_type(name)[0], headers={"Cache-Control": age})
+
+
+@functools.cache
+def versions_cached() -> dict[str, str]:
+    return versions()
+
+
+async def _error_page(guard: Guard, request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _page_of(guard, request, error.status_code)
+
+
+async def _bug_page(guard: Guard, request: Request, _error: Exception) -> Response:
+    log.exception("console.bug", path=request.url.path)
+    answer = _page_of(guard, request, 500)
+    answer.headers.update({**HEADERS, "Content-Security-Policy": guard.policy.header})
+    return answer
+
+
+def _page_of(guard: Guard, request: Request, status: int) -> Response:
+    """An error in words; it needs no database."""
+    language = language_of(request)
+    session: Session | None = guard.access.session(request.cookies.get(COOKIE))
+    page = render(guard.templates, "error.html", language, status=status, session=session)
+    return HTMLResponse(page, status)

@@ -1,0 +1,98 @@
+"""The console put together: every page, every action, and the application that serves them."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from receiver.console.access import Access
+from receiver.console.application import Guard, Policy, build
+from receiver.console.installation import Files, Installation
+from receiver.console.live import Live
+from receiver.console.needs import Needs
+from receiver.console.pages.actions import Actions
+from receiver.console.pages.ask import Ask
+from receiver.console.pages.batches import MAX_UPLOAD_BYTES, BatchPages
+from receiver.console.pages.deliveries import Deliveries
+from receiver.console.pages.events import EventsOut
+from receiver.console.pages.gallery import Gallery
+from receiver.console.pages.overview import Overview
+from receiver.console.pages.standing import StandingPages
+from receiver.console.pages.tasks import Tasks
+
+# What a form adds to the file in it.
+FORM_BYTES = 64 * 1024
+
+
+class Console:
+    """The console of one installation. Off, and imported by nobody, without keys."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+        self._needs = Needs(of)
+        self._live = Live(of.database)
+        self._overview = Overview(of, self._needs)
+        self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs.counts)
+
+    def application(self, files: Files) -> Starlette:
+        """Serves `/console` and all below it. `files`: answers with an archived file's bytes, or a redirect."""
+        return build(self._guard, [*self._looking(files), *self._acting()], is_secure=self._of.is_secure)
+
+    def _origin_of_links(self) -> str | None:
+        """Where presigned links lead; None where they are of no use to readers."""
+        if not self._of.bucket.is_reached_from_outside:
+            return None
+        parts = urlsplit(self._of.bucket.presigned_get("any", expires_seconds=60))
+        return f"{parts.scheme}://{parts.netloc}"
+
+    def close(self) -> None:
+        """End the open streams, so that the server can, and what goes on beside it."""
+        self._live.close()
+        self._overview.close()
+
+    def _looking(self, files: Files) -> list[BaseRoute]:
+        guard, of = self._guard, self._of
+        gallery, standing = Gallery(of, files), StandingPages(of, self._needs)
+        tasks, deliveries, batches = Tasks(of), Deliveries(of), BatchPages(of)
+        return [
+            guard.page("/console", self._overview.show),
+            guard.page("/console/tasks", tasks.table),
+            guard.page("/console/tasks/{id:path}", tasks.show),
+            guard.page("/console/gallery", gallery.show),
+            guard.page("/console/gallery/zip", gallery.zip),
+            guard.stream("/console/files/{id}", gallery.file),
+            guard.stream("/console/thumbnails/{id}", gallery.thumbnail),
+            guard.page("/console/deliveries", deliveries.table),
+            guard.page("/console/deliveries/replay", deliveries.ask_replay),
+            guard.page("/console/deliveries/{id}", deliveries.show),
+            guard.page("/console/deliveries/{id}/body", deliveries.body),
+            guard.page("/console/events", EventsOut(of, self._needs.now).show),
+            guard.page("/console/batches", batches.table),
+            guard.page("/console/batches/new", batches.form),
+            guard.page("/console/batches/{id}", batches.show),
+            guard.page("/console/batches/{id}/report.csv", batches.export),
+            guard.page("/console/ask", Ask(of).form),
+            guard.page("/console/archive", standing.archive),
+            guard.page("/console/settings", standing.settings),
+            guard.action("/console/act/audit", standing.sample),
+            guard.action("/console/settings", standing.check),
+            guard.stream("/console/live", self._live.serve),
+        ]
+
+    def _acting(self) -> list[BaseRoute]:
+        guard, of = self._guard, self._of
+        deliveries, events, batches = Deliveries(of), EventsOut(of, self._needs.now), BatchPages(of)
+        # A pasted file comes back from the price to be sent: urlencoded it may be three times as long.
+        upload = 3 * MAX_UPLOAD_BYTES + FORM_BYTES
+        return [
+            *Actions(of).routes(guard),
+            guard.action("/console/act/replay", deliveries.replay),
+            guard.action("/console/act/redeliver", events.redeliver),
+            guard.action("/console/act/disable", events.disable),
+            guard.action("/console/act/enable", events.enable),
+            guard.action("/console/act/batch-retry", batches.retry),
+            guard.action("/console/batches/new", batches.check, max_bytes=upload),
+            guard.action("/console/ask", Ask(of).send),
+        ]

@@ -1,0 +1,95 @@
+"""`GET /console/live`: says when something changed, as server-sent events; the page then fetches itself anew.
+
+One look a second for all consoles together: the newest event and the newest delivery, by their primary keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import structlog
+from sqlalchemy import func, select
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response, StreamingResponse
+
+from receiver.console.visit import Visit
+from storage.errors import StoreUnavailable
+from storage.rows.database import Database
+from storage.rows.models import Callback, Event
+
+log = structlog.get_logger()
+
+MAX_OPEN = 100
+LOOK_SECONDS = 1.0
+# Proxies end what is silent; the browser's script takes it for a sign of life too.
+HEARTBEAT_SECONDS = 15.0
+# A page left open over night logs in again: a session is looked at as often.
+MAX_SECONDS = 600.0
+HELLO = b"retry: 3000\n\nevent: hello\ndata: 1\n\n"
+
+
+class Live:
+    """The endpoint. Its one look-out runs while a console is open."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._open = 0
+        self._seen = (0, 0)
+        self._changed = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
+        self._is_closing = False
+
+    async def serve(self, _visit: Visit) -> Response:
+        if self._open >= MAX_OPEN or self._is_closing:
+            return Response(status_code=503, headers={"Retry-After": "30"})
+        return StreamingResponse(self._tell(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    def close(self) -> None:
+        """End every stream, so that the server can. Called in its event loop."""
+        self._is_closing = True
+        self._announce()
+
+    async def _tell(self) -> AsyncIterator[bytes]:
+        self._open += 1
+        if self._watching is None:
+            self._watching = asyncio.create_task(self._watch())
+        try:
+            ends = asyncio.get_running_loop().time() + MAX_SECONDS
+            yield HELLO
+            while not self._is_closing and asyncio.get_running_loop().time() < ends:
+                changed = self._changed
+                try:
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        await changed.wait()
+                except TimeoutError:
+                    yield b"event: still\ndata: 1\n\n"
+                else:
+                    yield b"event: change\ndata: %d\n\n" % sum(self._seen)
+        finally:
+            self._open -= 1
+            if self._open == 0 and self._watching is not None:
+                self._watching.cancel()
+                self._watching = None
+
+    async def _watch(self) -> None:
+        while not self._is_closing:
+            try:
+                seen = await run_in_threadpool(self._look)
+            except StoreUnavailable as error:
+                log.info("console.live_waits", error=str(error))
+            else:
+                if seen != self._seen:
+                    self._seen = seen
+                    self._announce()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _look(self) -> tuple[int, int]:
+        with self._database.read() as session:
+            newest = (session.execute(select(func.max(key))).scalar() or 0 for key in (Event.id, Callback.id))
+            event, delivery = newest
+            return event, delivery
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,135 @@
+"""What needs a person now: each with one sentence, what it means, and where its one action is."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+
+from receiver.console.installation import Installation
+from receiver.console.words import short
+from storage.bucket.availability import BucketAvailability
+from storage.operations import heartbeats, outbox
+from storage.operations.measures import Measures, measure
+from storage.rows import tasks
+from storage.rows.models import Asset, Batch, Callback, Task
+from storage.states import AssetState, CallbackState
+
+# Every page asks for these numbers; ten consoles ask the rows once.
+FRESH_SECONDS = 3.0
+# A batch of which nothing has ended for so long stands still.
+STILL = timedelta(minutes=30)
+SHOWN_BATCHES = 3
+MANY = 10_000
+
+
+class Need(NamedTuple):
+    """`kind`: bad = work is lost or stands still; wait = it goes on by itself for now. `values`: of the sentences."""
+
+    kind: str
+    key: str
+    link: str
+    values: dict[str, Any]
+
+
+class Standing(NamedTuple):
+    """How everything stands. `workers`: alive; `oldest`: seconds that the oldest due row has waited."""
+
+    needs: list[Need]
+    measures: Measures
+    workers: int
+
+
+class Needs:
+    """Looks at the rows, at most every three seconds."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+        self._store = BucketAvailability(of.bucket)
+        self._lock = threading.Lock()
+        self._seen: tuple[float, Standing] | None = None
+
+    def now(self) -> Standing:
+        """How everything stands. Raises StoreUnavailable when the database is away."""
+        with self._lock:
+            if self._seen is None or time.monotonic() > self._seen[0] + FRESH_SECONDS:
+                self._seen = time.monotonic(), self._look()
+            return self._seen[1]
+
+    def counts(self) -> dict[str, int]:
+        """The numbers beside the names of pages."""
+        stands = self.now()
+        found = {each.key: each.values.get("n", 1) for each in stands.needs}
+        return {
+            "overview": len(stands.needs),
+            "deliveries": found.get("unmatched", 0) + found.get("rejected", 0),
+            "events": found.get("dead", 0),
+            "archive": found.get("audit", 0),
+        }
+
+    def _look(self) -> Standing:
+        workers = heartbeats.count_alive(self._of.database)
+        with self._of.database.read() as session:
+            found = measure(session, deadline_seconds=self._of.deadline_seconds, slots=self._of.slots)
+            needs = list(self._needs(session, found, workers))
+        return Standing(sorted(needs, key=lambda need: need.kind != "bad"), found, workers)
+
+    def _needs(self, session: Session, found: Measures, workers: int) -> Iterator[Need]:
+        if (state := self._store.state()) != "ok":
+            yield Need("bad", "store", "/console/archive", {"reason": short(state)})
+        if not workers:
+            yield Need("bad", "workers", "/console/settings", {"due": found.due})
+        if found.deadline_near:
+            yield Need("bad", "deadline", "/console/tasks?archive=archiving", {"n": found.deadline_near})
+        if found.failed_assets:
+            yield Need("bad", "failed", "/console/tasks?archive=incomplete", {"n": found.failed_assets})
+        if count := _again(session):
+            yield Need("wait", "again", "/console/tasks?archive=archiving", {"n": count})
+        if found.overdue and workers:
+            yield Need("wait", "overdue", "/console/tasks", {"n": found.overdue})
+        if found.events_dead:
+            yield Need("bad", "dead", "/console/events?state=dead", {"n": found.events_dead})
+        for name, reason in outbox.disabled(session).items():
+            yield Need("bad", "disabled", "/console/events", {"sink": short(name, 40), "reason": short(reason)})
+        if found.unmatched:
+            yield Need("wait", "unmatched", "/console/deliveries?state=unmatched", {"n": found.unmatched})
+        if count := _rejected(session):
+            yield Need("wait", "rejected", "/console/deliveries?state=rejected", {"n": count})
+        if found.audit_faults:
+            yield Need("bad", "audit", "/console/archive", {"n": found.audit_faults})
+        for batch_id, name, open_tasks in _still(session):
+            yield Need("wait", "batch", f"/console/batches/{batch_id}", {"name": short(name, 60), "n": open_tasks})
+
+
+def _again(session: Session) -> int:
+    """Files that were tried and wait for their next try."""
+    waiting = (col(Asset.due_at).is_not(None), Asset.state == AssetState.DUE, col(Asset.error).is_not(None))
+    some = select(Asset.id).where(*waiting).limit(MANY).subquery()
+    return session.execute(select(func.count()).select_from(some)).scalar_one() or 0
+
+
+def _rejected(session: Session) -> int:
+    """Deliveries that were refused within a day."""
+    recent = col(Callback.received_at) > tasks.now(session) - timedelta(days=1)
+    newest = select(Callback.state).where(recent).order_by(col(Callback.received_at).desc()).limit(MANY).subquery()
+    refused = newest.c.state.in_([CallbackState.REJECTED, CallbackState.UNREADABLE])
+    return session.execute(select(func.count()).select_from(newest).where(refused)).scalar_one() or 0
+
+
+def _still(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
+    """Batches of which tasks wait and none has ended lately. Reads what waits, and of few batches when one ended."""
+    waits = (col(Task.batch_id).is_not(None), col(Task.due_at).is_not(None) | col(Task.queued_at).is_not(None))
+    some = select(Task.batch_id).where(*waits).limit(MANY).subquery()
+    counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)
+    long_ago = tasks.now(session) - STILL
+    for batch_id, count in session.execute(counted).all():
+        batch = session.get_one(Batch, batch_id)
+        last = session.execute(select(func.max(Task.completed_at)).where(Task.batch_id == batch_id)).scalar()
+        if max(batch.created_at, last or batch.created_at) < long_ago:
+            yield batch.id, batch.name, count

@@ -1,0 +1,166 @@
+"""What a person does to a task or a file. Each is a POST, is kept with their name, and says what it did."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import uuid
+from typing import TypeVar
+
+from sqlmodel import Session
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+
+from receiver.console.application import Guard
+from receiver.console.installation import Installation, log_deed, note_person
+from receiver.console.pages.tasks import path_of
+from receiver.console.visit import Visit
+from receiver.console.words import short
+from receiver.providers.base import ProviderRequest, RequestInvalid
+from receiver.tasks.changes import Tally
+from receiver.tasks.submit import Conflict
+from storage.archive import delete
+from storage.bucket.bucket import NoSuchObject
+from storage.rows import events, tasks
+from storage.rows.models import Asset, Task
+
+T = TypeVar("T", Task, Asset)
+# Each reads a whole object; two at once leave the store to the workers.
+VERIFYING = 2
+
+
+class Actions:
+    """The verbs of `receiver`, by hand."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+        self._verifying = threading.BoundedSemaphore(VERIFYING)
+
+    def routes(self, guard: Guard) -> list[Route]:
+        verbs = {
+            "retry": self.retry, "read": self.read, "dismiss": self.dismiss, "delete": self.delete,
+            "file-retry": self.retry_file, "verify": self.verify, "again": self.again,
+        }  # fmt: skip
+        return [guard.action(f"/console/act/{name}", verb) for name, verb in verbs.items()]
+
+    def retry(self, visit: Visit) -> Response:
+        task = self._task(visit)
+        tally = self._of.operator.retry(task.external_task_id)
+        return self._done(visit, task, "retry", tally)
+
+    def read(self, visit: Visit) -> Response:
+        task = self._task(visit)
+        tally, _ = self._of.operator.reconcile([task.external_task_id])
+        return self._done(visit, task, "read", tally)
+
+    def dismiss(self, visit: Visit) -> Response:
+        task, reason = self._task(visit), visit.form.get("reason", "").strip()
+        if not reason:
+            visit.say(visit.text("act.reason_missing"), bad=True)
+            return visit.redirect(path_of(task))
+        with events.by(visit.session.name):
+            tally = self._of.operator.dismiss(task.external_task_id, reason)
+        return self._done(visit, task, "dismiss", tally, is_told=True)
+
+    def delete(self, visit: Visit) -> Response:
+        task = self._task(visit)
+        if visit.form.get("typed", "") != task.external_task_id:
+            visit.say(visit.text("act.typed_wrong"), bad=True)
+            return visit.redirect(path_of(task))
+        try:
+            done = delete.delete(self._of.database, self._of.bucket, task.external_task_id)
+        except delete.Refused as error:
+            visit.say(short(str(error), 300), bad=True)
+            return visit.redirect(path_of(task))
+        visit.say(visit.text("act.deleted", n=done.objects))
+        return self._done(visit, task, "delete", Tally(), quiet=True)
+
+    def retry_file(self, visit: Visit) -> Response:
+        """One file; `accept`: although it is broken inside."""
+        asset, task = self._file(visit)
+        accept = visit.form.get("accept") == "1"
+        tally = self._of.operator.retry(str(asset.id), accept_unverified=accept)
+        return self._done(visit, task, "accept" if accept else "retry", tally)
+
+    def verify(self, visit: Visit) -> Response:
+        """Read an object back and hash it."""
+        asset, task = self._file(visit)
+        if not asset.key or not asset.sha256:
+            raise HTTPException(404)
+        with self._verifying:
+            digest, size = hashlib.sha256(), 0
+            try:
+                for chunk in self._of.bucket.read(asset.key):
+                    digest.update(chunk)
+                    size += len(chunk)
+            except NoSuchObject:
+                visit.say(visit.text("verify.gone"), bad=True)
+                return visit.redirect(path_of(task))
+        same = digest.hexdigest() == asset.sha256 and size == asset.size
+        visit.say(visit.text("verify.good" if same else "verify.differs", sha=digest.hexdigest()[:12]), bad=not same)
+        log_deed(visit.session.name, "verify", task.external_task_id)
+        return visit.redirect(path_of(task))
+
+    def again(self, visit: Visit) -> Response:
+        """The same request as a new task, which is paid anew."""
+        task = self._task(visit)
+        try:
+            request = self._of.submitter.parse(task.request)
+        except RequestInvalid as error:
+            visit.say(visit.text("act.again_invalid", why=short(str(error), 200)), bad=True)
+            return visit.redirect(path_of(task))
+        made = submit(self._of, visit, request)
+        return visit.redirect(path_of(made) if made else path_of(task))
+
+    def _task(self, visit: Visit) -> Task:
+        with self._of.database.read() as session:
+            found = _row(session, Task, visit.form.get("task", ""))
+        if found is None:
+            raise HTTPException(404)
+        return found
+
+    def _file(self, visit: Visit) -> tuple[Asset, Task]:
+        with self._of.database.read() as session:
+            asset = _row(session, Asset, visit.form.get("file", ""))
+            if asset is None:
+                raise HTTPException(404)
+            return asset, session.get_one(Task, asset.task_id)
+
+    def _done(
+        self, visit: Visit, task: Task, deed: str, tally: Tally, *, is_told: bool = False, quiet: bool = False
+    ) -> Response:
+        """Keep who did it and say what came of it. `is_told`: a fact has the name already."""
+        person = visit.session.name
+        log_deed(person, deed, task.external_task_id)
+        if tally.is_good and not is_told:
+            with self._of.database.write() as session:
+                if row := tasks.lock(session, task.id):
+                    note_person(session, row, person, deed)
+        for why in list(tally.left.values())[:3]:
+            visit.say(short(why, 200), bad=True)
+        if tally.is_good and not quiet:
+            visit.say(visit.text(f"act.{deed}_done"))
+        return visit.redirect(path_of(task))
+
+
+def submit(
+    of: Installation, visit: Visit, request: ProviderRequest, external_task_id: str | None = None
+) -> Task | None:
+    """Send one request with the person's name in its first fact; says why it could not be."""
+    try:
+        with events.by(visit.session.name):
+            done = of.submitter.submit(request, external_task_id=external_task_id)
+    except (RequestInvalid, Conflict, ValueError) as error:
+        visit.say(short(str(error), 300), bad=True)
+        return None
+    log_deed(visit.session.name, "submit", done.task.external_task_id)
+    visit.say(visit.text("act.submitted" if done.new else "act.submitted_before"))
+    return done.task
+
+
+def _row(session: Session, model: type[T], text: str) -> T | None:
+    try:
+        return session.get(model, uuid.UUID(text))
+    except ValueError:
+        return None

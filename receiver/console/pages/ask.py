@@ -1,0 +1,66 @@
+"""`/console/ask`: one request by hand, its price before it is sent, its task afterwards."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+from receiver.console import words
+from receiver.console.installation import Installation
+from receiver.console.pages.actions import submit
+from receiver.console.pages.tasks import path_of
+from receiver.console.visit import Visit
+from receiver.providers.base import RequestInvalid
+
+PLAIN = ("model_name", "prompt", "negative_prompt", "resolution", "aspect_ratio", "result_type")
+NUMBERS = ("n", "series_amount")
+OTHER = ("images", "more", "external_task_id")
+
+
+class Ask:
+    """The form. It asks for a price first; the same fields with `step=send` are sent."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+
+    def form(self, visit: Visit) -> Response:
+        return visit.page("ask.html", given=visit.query, faults=[], estimate=None, warnings=[])
+
+    def send(self, visit: Visit) -> Response:
+        given = {name: visit.form.get(name, "").strip() for name in (*PLAIN, *NUMBERS, *OTHER)}
+        try:
+            request = self._of.submitter.parse(fields(given))
+        except RequestInvalid as error:
+            faults = [words.short(fault, 300) for fault in error.faults]
+            return visit.page("ask.html", status=422, given=given, faults=faults, estimate=None, warnings=[])
+        if visit.form.get("step") == "send":
+            made = submit(self._of, visit, request, given["external_task_id"] or None)
+            return visit.redirect(path_of(made) if made else "/console/ask")
+        estimate = self._of.estimate([request.wire()])
+        warnings = [words.short(each, 300) for each in request.warnings()]
+        return visit.page("ask.html", given=given, faults=[], estimate=estimate, warnings=warnings)
+
+
+def fields(given: dict[str, str]) -> dict[str, Any]:
+    """The form as a request's fields; empty ones are left out. Raises `RequestInvalid`."""
+    found: dict[str, Any] = {name: given[name] for name in PLAIN if given[name]}
+    for name in NUMBERS:
+        if given[name]:
+            found[name] = (
+                int(given[name])
+                if given[name].isascii() and given[name].isdigit() and len(given[name]) < 9
+                else given[name]
+            )
+    if images := given["images"].split():
+        found["image_list"] = [{"image": one} for one in images]
+    if given["more"]:
+        try:
+            more = json.loads(given["more"])
+        except (ValueError, RecursionError):
+            more = None
+        if not isinstance(more, dict):
+            raise RequestInvalid(["more fields: write a JSON object, {…}"])
+        found |= more
+    return found

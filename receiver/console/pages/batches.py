@@ -1,0 +1,154 @@
+"""`/console/batches`: many requests under one name: how they stand, what failed, and a new one from a file."""
+
+from __future__ import annotations
+
+import io
+import uuid
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import Session
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+
+from receiver.batch import batch_file, batch_report
+from receiver.batch.batch_file import BatchInvalid, Format, Line
+from receiver.console import words
+from receiver.console.installation import Installation, log_deed
+from receiver.console.pages.tasks import path_of
+from receiver.console.visit import Visit
+from storage.accounts import batches
+from storage.accounts.batches import Counts
+from storage.rows import events
+from storage.rows.models import Batch
+
+HOME = "/console/batches"
+SHOWN = 50
+SHOWN_FAULTS = 100
+# Larger files go by `receiver submit --batch`, which reads them as they lie.
+MAX_UPLOAD_BYTES = 8 * 2**20
+STAGES = ("archived", "archiving", "running", "sending", "queued", "incomplete", "failed", "deleted")
+KINDS = {"archived": "ok", "archiving": "run", "running": "run", "incomplete": "bad", "failed": "bad"}
+
+
+class BatchPages:
+    """The pages and their actions."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+
+    def table(self, visit: Visit) -> Response:
+        found = [(batch, counts, stages(counts)) for batch, counts in self._of.batches.newest(SHOWN)]
+        return visit.page("batches.html", found=found)
+
+    def show(self, visit: Visit) -> Response:
+        with self._of.database.read() as session:
+            batch = self._batch(session, visit.path("id"))
+            counts = batches.counts(session, batch.id)
+        failures = self._of.batches.failures(batch.name)
+        return visit.page(
+            "batch.html", section="batches", batch=batch, counts=counts, stages=stages(counts), failures=failures,
+            path_of=path_of,
+        )  # fmt: skip
+
+    def retry(self, visit: Visit) -> Response:
+        with self._of.database.read() as session:
+            batch = self._batch(session, visit.form.get("batch", ""))
+        tally = self._of.batches.retry(batch.name)
+        log_deed(visit.session.name, "retry batch", batch.name)
+        visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
+        for why in list(dict.fromkeys(tally.left.values()))[:3]:
+            visit.say(words.short(why, 200), bad=True)
+        return visit.redirect(f"{HOME}/{batch.id}")
+
+    def export(self, visit: Visit) -> Response:
+        """The report as a file, streamed as it is read."""
+        with self._of.database.read() as session:
+            batch = self._batch(session, visit.path("id"))
+        lines = batch_report.lines(self._of.database, self._of.batches, batch.name)
+        headers = {"Content-Disposition": f'attachment; filename="batch-{batch.id}.csv"'}
+        return StreamingResponse(_csv(lines), media_type="text/csv; charset=utf-8", headers=headers)
+
+    def form(self, visit: Visit) -> Response:
+        return visit.page("batch_new.html", section="batches", **_nothing())
+
+    def check(self, visit: Visit) -> Response:
+        """A dry run: every fault with its line, or what it would cost; nothing is sent. Then the same form sends it."""
+        name, content, format = _given(visit)
+        found = _nothing() | {"name": name, "content": content.decode("utf-8", "replace"), "format": format}
+        try:
+            lines = batch_file.read(io.BytesIO(content), format, name, self._of.batches.check)
+            plan = self._of.batches.plan(name, lines)
+        except BatchInvalid as error:
+            faults = [(fault.line, words.short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
+            found |= {"faults": faults, "fault_count": len(error.faults)}
+            return visit.page("batch_new.html", section="batches", status=422, **found)
+        if visit.form.get("step") == "send":
+            return self._send(visit, plan, name)
+        estimate = self._estimate(lines, {line.number for line in plan.new})
+        return visit.page("batch_new.html", section="batches", **(found | {"plan": plan, "estimate": estimate}))
+
+    def _send(self, visit: Visit, plan: Any, name: str) -> Response:
+        try:
+            with events.by(visit.session.name):
+                new = self._of.batches.put(plan)
+        except BatchInvalid as error:
+            visit.say(words.short(str(error), 300), bad=True)
+            return visit.redirect(f"{HOME}/new")
+        log_deed(visit.session.name, "submit batch", name)
+        visit.say(visit.text("batch.sent", n=new))
+        with self._of.database.read() as session:
+            batch = batches.find(session, name)
+        return visit.redirect(f"{HOME}/{batch.id}" if batch else HOME)
+
+    def _estimate(self, lines: list[Line], new: set[int]) -> Any:
+        return self._of.estimate([line.request.wire() for line in lines if line.number in new])
+
+    def _batch(self, session: Session, text: str) -> Batch:
+        try:
+            found = session.get(Batch, uuid.UUID(text))
+        except ValueError:
+            found = None
+        if found is None:
+            raise HTTPException(404)
+        return found
+
+
+def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:
+    """name, kind, count, and x and width of its part of a bar 100 wide, for each stage that has tasks."""
+    found, start, total = [], 0.0, counts.total or 1
+    for name in STAGES:
+        count = getattr(counts, name)
+        if count:
+            width = count / total * 100
+            found.append((name, KINDS.get(name, "wait"), count, f"{start:.2f}", f"{width:.2f}"))
+            start += width
+    return found
+
+
+def _nothing() -> dict[str, Any]:
+    empty = {"name": "", "content": "", "format": "jsonl"}
+    return {**empty, "faults": [], "fault_count": 0, "plan": None, "estimate": None}
+
+
+def _given(visit: Visit) -> tuple[str, bytes, Format]:
+    """The batch's name, its bytes and their format: from a file, or from the field where lines are pasted."""
+    upload = visit.uploads.get("file")
+    has_file = upload is not None and bool(upload.content)
+    content = upload.content if upload and has_file else visit.form.get("content", "").encode()
+    suffix = Path(upload.name).suffix.lower() if upload and has_file else f".{visit.form.get('format', 'jsonl')}"
+    name = visit.form.get("name", "").strip() or (Path(upload.name).stem if upload and has_file else "")
+    return name, content, "csv" if suffix == ".csv" else "jsonl"
+
+
+def _csv(lines: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """In pieces: no report is held whole."""
+    is_first = True
+    while part := list(islice(lines, 500)):
+        target = io.StringIO()
+        batch_report.write_csv(target, part)
+        text = target.getvalue()
+        yield text if is_first else text.partition("\r\n")[2]
+        is_first = False

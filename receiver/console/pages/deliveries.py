@@ -1,0 +1,108 @@
+"""`/console/deliveries`: every callback that was kept, its verdict, its body as it came; and applying it anew."""
+
+from __future__ import annotations
+
+from sqlmodel import Session
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from receiver.console import words
+from receiver.console.installation import Installation, log_deed, note_person
+from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
+from receiver.console.visit import Visit
+from receiver.tasks.changes import Tally
+from storage.operations.lists import DeliveryFilter, newest_deliveries, read_delivery_filter
+from storage.rows import tasks
+from storage.rows.models import Callback, Task
+from storage.states import CallbackState
+
+HOME = "/console/deliveries"
+# One form puts back so many at most, and says so; the next takes the next.
+MAX_REPLAY = 500
+
+
+class Deliveries:
+    """The pages and their actions."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+
+    def table(self, visit: Visit) -> Response:
+        wanted = read_delivery_filter(visit.query)
+        with self._of.database.read() as session:
+            page = newest_deliveries(session, wanted, visit.query.get("before"))
+        return visit.page(
+            "deliveries.html", wanted=wanted, rows=page, states=list(CallbackState), kinds=DELIVERY_KINDS,
+            providers=self._of.providers,
+        )  # fmt: skip
+
+    def show(self, visit: Visit) -> Response:
+        with self._of.database.read() as session:
+            row = self._row(session, visit.path("id"))
+            task = session.get(Task, row.task_id) if row.task_id else None
+        return visit.page(
+            "delivery.html", row=row, task=task, kinds=DELIVERY_KINDS, path_of=path_of, size=len(row.body),
+            raw=words.raw(row.body), pretty=words.pretty(row.body),
+            headers={words.short(name, 80): words.short(str(value), 400) for name, value in row.headers.items()},
+        )  # fmt: skip
+
+    def body(self, visit: Visit) -> Response:
+        """The bytes as they came, to be saved: they hold signed links, so only for somebody who may act."""
+        if not visit.session.may_act:
+            raise HTTPException(403)
+        with self._of.database.read() as session:
+            row = self._row(session, visit.path("id"))
+        name = f'attachment; filename="delivery-{row.id}.bin"'
+        headers = {"Content-Disposition": name, "Content-Security-Policy": "default-src 'none'; sandbox"}
+        return Response(row.body, media_type="application/octet-stream", headers=headers)
+
+    def ask_replay(self, visit: Visit) -> Response:
+        """How many a replay of all that match would put back; its button does it."""
+        wanted = read_delivery_filter(visit.query)
+        ids, further = self._matching(wanted)
+        return visit.page("replay.html", wanted=wanted, count=len(ids), further=further)
+
+    def replay(self, visit: Visit) -> Response:
+        """One delivery, or all that match the filter of the form."""
+        if one := visit.form.get("delivery"):
+            with self._of.database.read() as session:
+                before = self._row(session, one)
+            tally = self._replay(visit, [before.id or 0])
+            if task_id := before.task_id:
+                self._note(visit, task_id)
+            return self._told(visit, tally, f"{HOME}/{before.id}")
+        wanted = read_delivery_filter(visit.form)
+        if not wanted.is_set:
+            raise HTTPException(400)
+        ids, _ = self._matching(wanted)
+        return self._told(visit, self._replay(visit, ids), HOME)
+
+    def _matching(self, wanted: DeliveryFilter) -> tuple[list[int], bool]:
+        """The newest that match, and whether there are more, or may be."""
+        with self._of.database.read() as session:
+            page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
+        return [row.id or 0 for row, _, _ in page.rows], page.further is not None
+
+    def _replay(self, visit: Visit, ids: list[int]) -> Tally:
+        log_deed(visit.session.name, "replay", f"{len(ids)} deliveries from {min(ids, default=0)}")
+        return self._of.operator.replay(ids) if ids else Tally()
+
+    def _note(self, visit: Visit, task_id: object) -> None:
+        with self._of.database.write() as session:
+            task = tasks.lock(session, task_id)  # type: ignore[arg-type]
+            if task is not None:
+                note_person(session, task, visit.session.name, "replay")
+
+    def _told(self, visit: Visit, tally: Tally, to: str) -> Response:
+        visit.say(visit.text("replay.done", n=tally.counts["replayed"]), bad=not tally.counts["replayed"])
+        for why in list(dict.fromkeys(tally.left.values()))[:3]:
+            visit.say(words.short(why, 200), bad=True)
+        return visit.redirect(to)
+
+    def _row(self, session: Session, number: str) -> Callback:
+        found = (
+            session.get(Callback, int(number)) if number.isascii() and number.isdigit() and len(number) < 18 else None
+        )
+        if found is None or found.source != "push":
+            raise HTTPException(404)
+        return found

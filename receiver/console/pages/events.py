@@ -1,0 +1,108 @@
+"""`/console/events`: where facts are sent, what waits, what was given up, and sending it again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlmodel import Session, col, select
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from receiver.console import words
+from receiver.console.installation import Installation, log_deed
+from receiver.console.visit import Visit
+from receiver.tasks.changes import change
+from storage.operations import lists, outbox
+from storage.operations.measures import SinkMeasures
+from storage.rows.models import Dispatch, Event, Task
+from storage.states import DispatchState
+
+HOME = "/console/events"
+CONDITIONS: dict[str, Any] = {DispatchState.DUE: outbox.IS_OPEN, DispatchState.DEAD: outbox.IS_DEAD}
+# One press of "all" sends so many again, in pages of PAGE.
+MAX_REDELIVER, PAGE = 10_000, 200
+
+
+class EventsOut:
+    """The page and its actions."""
+
+    def __init__(self, of: Installation, measured: Any) -> None:
+        self._of = of
+        self._measured = measured
+
+    def show(self, visit: Visit) -> Response:
+        state = visit.query.get("state", "")
+        sink = visit.query.get("sink", "")[:100]
+        with self._of.database.read() as session:
+            rows = _newest(session, state, sink, visit.query.get("before", ""))
+            disabled = outbox.disabled(session)
+        found: dict[str, SinkMeasures] = self._measured().measures.sinks
+        names = sorted({*self._of.sinks, *found, *disabled})
+        sinks = [(name, found.get(name, SinkMeasures()), disabled.get(name), name in self._of.sinks) for name in names]
+        further = str(rows[-1][0].id) if len(rows) > lists.PAGE else None
+        return visit.page(
+            "events.html", rows=rows[: lists.PAGE], further=further, sinks=sinks, state=state, sink=sink,
+            states=list(DispatchState),
+        )  # fmt: skip
+
+    def redeliver(self, visit: Visit) -> Response:
+        """One (`id`), those chosen, or every dead one of a sink (`sink`)."""
+        ids = [int(each) for each in visit.chosen if each.isascii() and each.isdigit() and len(each) < 18][:PAGE]
+        sink = visit.form.get("sink") or None
+        if not ids and not sink:
+            raise HTTPException(400)
+        count = after = 0
+        while count < MAX_REDELIVER:
+            with self._of.database.read() as session:
+                state = None if ids else DispatchState.DEAD
+                found = outbox.dispatches(session, state=state, sink=sink, ids=ids, after=after, limit=PAGE)
+            if not found:
+                break
+            after = found[-1][0].id or 0
+            with change(self._of.database, dry_run=False) as session:
+                count += outbox.redeliver(session, [row for row, _, _ in found])
+        log_deed(visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])))
+        visit.say(visit.text("events.redelivered", n=count), bad=not count)
+        return visit.redirect(HOME)
+
+    def disable(self, visit: Visit) -> Response:
+        name = self._known(visit)
+        reason = f"by {visit.session.name}: {words.short(visit.form.get('reason') or 'by hand', 200)}"
+        with self._of.database.write() as session:
+            outbox.disable(session, name, reason)
+        count = outbox.end_disabled(self._of.database)
+        log_deed(visit.session.name, "disable", name)
+        visit.say(visit.text("events.disabled", sink=name, n=count))
+        return visit.redirect(HOME)
+
+    def enable(self, visit: Visit) -> Response:
+        name = self._known(visit)
+        with self._of.database.write() as session:
+            done = outbox.enable(session, name)
+        log_deed(visit.session.name, "enable", name)
+        visit.say(visit.text("events.enabled", sink=name), bad=not done)
+        return visit.redirect(HOME)
+
+    def _known(self, visit: Visit) -> str:
+        """A sink that is there: a slip of the pen would disable nothing and raise an alarm."""
+        name = visit.form.get("sink", "")
+        with self._of.database.read() as session:
+            if name in {*self._of.sinks, *outbox.disabled(session)}:
+                return name
+            if session.scalars(select(Dispatch.id).where(col(Dispatch.sink) == name).limit(1)).first() is None:
+                raise HTTPException(404)
+        return name
+
+
+def _newest(session: Session, state: str, sink: str, before: str) -> list[tuple[Dispatch, Event, str | None]]:
+    """Dispatches, newest first, one more than a page: those open and dead unless a state is asked for."""
+    found = select(Dispatch, Event, Task.external_task_id).join(Event, col(Event.id) == col(Dispatch.event_id))
+    found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id))
+    if state in list(DispatchState):
+        found = found.where(CONDITIONS.get(state, col(Dispatch.state) == DispatchState(state)))
+    if sink:
+        found = found.where(col(Dispatch.sink) == sink)
+    if before.isascii() and before.isdigit() and len(before) < 18:
+        found = found.where(col(Dispatch.id) < int(before))
+    found = found.order_by(col(Dispatch.id).desc()).limit(lists.PAGE + 1)
+    return [(row, event, name) for row, event, name in session.execute(found)]

@@ -1,0 +1,116 @@
+"""`/console/gallery`: archived pictures by day, newest first; the files themselves, small copies, and many as a zip."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import groupby
+
+from sqlmodel import Session, col, select
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+
+from receiver.console import words
+from receiver.console.installation import Files, Installation
+from receiver.console.pages.tasks import path_of
+from receiver.console.thumbnails import Thumbnails, ratio_class
+from receiver.console.visit import Visit
+from storage.archive.zip_stream import zip_stream
+from storage.errors import StoreUnavailable
+from storage.operations import lists
+from storage.rows.models import Asset, Task
+from storage.states import ArchiveState, AssetState
+
+TASKS_A_PAGE = 36
+MAX_ZIP_FILES, MAX_ZIPS = 200, 4
+SANDBOX = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; sandbox"
+
+
+class Gallery:
+    """The page, and what its pictures are loaded from. `files`: answers with an archived file."""
+
+    def __init__(self, of: Installation, files: Files) -> None:
+        self._of = of
+        self._files = files
+        self._thumbnails = Thumbnails(of.bucket, of.thumbnail_folder, of.thumbnail_bytes)
+        self._zips = threading.BoundedSemaphore(MAX_ZIPS)
+
+    def show(self, visit: Visit) -> Response:
+        wanted = lists.read_filter(visit.query)
+        with self._of.database.read() as session:
+            page = lists.newest_tasks(session, wanted, visit.query.get("before"), TASKS_A_PAGE, kept=True)
+            files = lists.files_of(session, page.rows)
+        kept = {task.id: [each for each in files.get(task.id, []) if lists.is_kept(each)] for task in page.rows}
+        shown = [task for task in page.rows if kept[task.id]]
+        days = [(day, list(group)) for day, group in groupby(shown, key=lambda task: task.created_at.date())]
+        return visit.page(
+            "gallery.html", wanted=wanted, rows=page, days=days,
+            kept=kept, path_of=path_of, prompt_of=words.prompt_of, model_of=words.model_of, uri=self._of.bucket.uri,
+            ratio=ratio_class, archives=list(ArchiveState), providers=self._of.providers,
+        )  # fmt: skip
+
+    async def file(self, visit: Visit) -> Response:
+        """An archived file as it is, or a redirect to it. `?download=1`: to be saved."""
+        try:
+            answer = await self._files(visit.request, _id(visit.path("id")))
+        except StoreUnavailable:
+            raise HTTPException(503) from None
+        if answer.status_code == 200:
+            answer.headers["Content-Security-Policy"] = SANDBOX
+            answer.headers["Cache-Control"] = "private, max-age=3600"
+            if visit.query.get("download") and "content-disposition" in answer.headers:
+                shown = answer.headers["content-disposition"]
+                answer.headers["Content-Disposition"] = shown.replace("inline", "attachment", 1)
+        return answer
+
+    async def thumbnail(self, visit: Visit) -> Response:
+        """A small WebP; 404 for what has none."""
+        content = await run_in_threadpool(self._thumbnail, _id(visit.path("id")))
+        if content is None:
+            raise HTTPException(404)
+        headers = {"Cache-Control": "private, max-age=86400, immutable", "Content-Security-Policy": SANDBOX}
+        return Response(content, media_type="image/webp", headers=headers)
+
+    def _thumbnail(self, asset_id: uuid.UUID) -> bytes | None:
+        with self._of.database.read() as session:
+            asset = session.get(Asset, asset_id)
+        return self._thumbnails.get(asset) if asset and asset.state is AssetState.ARCHIVED else None
+
+    def zip(self, visit: Visit) -> Response:
+        """The chosen files in one archive, streamed: nothing of it is held."""
+        chosen = visit.request.query_params.getlist("id")
+        ids = [_id(each) for each in chosen[:MAX_ZIP_FILES]]
+        with self._of.database.read() as session:
+            assets = _archived(session, ids)
+        if not assets or len(chosen) > MAX_ZIP_FILES:
+            raise HTTPException(404 if not assets else 413)
+        if not self._zips.acquire(blocking=False):
+            raise HTTPException(503)
+        name = f"pictures-{datetime.now(UTC):%Y%m%d-%H%M%S}.zip"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return StreamingResponse(self._zipped(assets), media_type="application/zip", headers=headers)
+
+    def _zipped(self, assets: Sequence[Asset]) -> Iterator[bytes]:
+        try:
+            yield from zip_stream(self._of.bucket, assets)
+        finally:
+            self._zips.release()
+
+
+def _archived(session: Session, ids: Sequence[uuid.UUID]) -> list[Asset]:
+    found = select(Asset).join(Task, col(Task.id) == col(Asset.task_id)).order_by(col(Asset.key))
+    return list(
+        session.scalars(
+            found.where(col(Asset.id).in_(ids), Asset.state == AssetState.ARCHIVED, col(Asset.key).is_not(None))
+        )
+    )
+
+
+def _id(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise HTTPException(404) from None

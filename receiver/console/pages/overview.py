@@ -1,0 +1,50 @@
+"""`/console`: what needs a person, then the day and the month in figures."""
+
+from __future__ import annotations
+
+from starlette.responses import Response
+
+from receiver.console.installation import Installation
+from receiver.console.needs import Needs
+from receiver.console.visit import Visit
+from receiver.console.words import bars, seconds, size
+from storage.operations import rollups
+
+
+class Overview:
+    """The page."""
+
+    def __init__(self, of: Installation, needs: Needs) -> None:
+        self._of = of
+        self._needs = needs
+        self._rollups = rollups.Rollups(of.database)
+        self.close = self._rollups.close
+
+    def show(self, visit: Visit) -> Response:
+        stands = self._needs.now()
+        is_month = visit.query.get("span") == "30d"
+        span = self._rollups.span(rollups.MONTH_HOURS if is_month else 24)
+        return visit.page(
+            "overview.html", needs=stands.needs, workers=stands.workers, measures=stands.measures,
+            span=span, is_month=is_month, figures=self._figures(visit, span),
+        )  # fmt: skip
+
+    def _figures(self, visit: Visit, span: rollups.Span) -> list[dict[str, object]]:
+        """name, the figure, what stands below it, and the bars of its chart."""
+        total, t = span.total, visit.text
+        rate = total.lost / total.expected if total.expected else 0.0
+        usd = total.units * self._of.usd_per_unit
+        p95 = t("figure.p95", value=seconds(span.p95))
+        shown = [
+            ("pictures", f"{total.pictures:,}", size(total.bytes), "pictures"),
+            ("latency", seconds(span.median), p95, "median"),
+            ("callbacks", f"{total.callbacks:,}", t("figure.expected", n=total.expected), "callbacks"),
+            ("lost", f"{rate:.1%}", t("figure.of", n=total.lost, all=total.expected), "lost"),
+            ("failures", f"{total.failures:,}", t("figure.failures_help"), "failures"),
+            ("units", f"{total.units:,.0f}", f"{usd:,.2f} USD", "units"),
+        ]
+        return [
+            {"name": name, "value": value, "below": below, "bars": bars(span.series[series]),
+             "is_bad": series in ("lost", "failures"), "most": max(span.series[series], default=0)}
+            for name, value, below, series in shown
+        ]  # fmt: skip

@@ -1,0 +1,109 @@
+"""`/console/archive` and `/console/settings`: what is known of the store, the audit, the workers and the settings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from sqlmodel import col, select
+from starlette.responses import Response
+
+from receiver.console import words
+from receiver.console.installation import CheckLine, Installation, log_deed
+from receiver.console.needs import Needs
+from receiver.console.visit import Visit
+from storage.archive import continuous_audit
+from storage.archive.audit import Audit, Counts
+from storage.errors import StoreUnavailable
+from storage.operations import heartbeats
+from storage.rows.database import db_now
+from storage.rows.models import Worker
+
+SAMPLE = 50
+SHOWN_FINDINGS = 100
+# As fast as a sample may read: the workers' transfers hardly notice.
+SAMPLE_BYTES_PER_SECOND = 20e6
+
+
+class SampleAudit:
+    """One audit of some files, chosen at random, beside the web server; its findings stay until the next."""
+
+    def __init__(self, of: Installation) -> None:
+        self._of = of
+        self._lock = threading.Lock()
+        self.is_running = False
+        self.counts = Counts()
+        self.findings: list[dict[str, object]] = []
+        self.problem = ""
+        self.by = ""
+
+    def start(self, person: str) -> bool:
+        """Begin unless one is under way; returns whether it began."""
+        with self._lock:
+            if self.is_running:
+                return False
+            self.is_running, self.counts, self.findings, self.problem, self.by = True, Counts(), [], "", person
+        threading.Thread(target=self._run, daemon=True).start()
+        return True
+
+    def _run(self) -> None:
+        try:
+            audit = Audit(
+                self._of.database,
+                self._of.bucket,
+                deep=True,
+                sample=SAMPLE,
+                max_bytes_per_second=SAMPLE_BYTES_PER_SECOND,
+            )
+            for batch in audit.run():
+                self.counts.add(batch.counts)
+                room = SHOWN_FINDINGS - len(self.findings)
+                self.findings += [finding.as_json() for finding in batch.findings if finding.is_fault][:room]
+        except (StoreUnavailable, LookupError) as error:
+            self.problem = words.short(str(error), 300)
+        finally:
+            self.is_running = False
+
+
+class StandingPages:
+    """The two pages."""
+
+    def __init__(self, of: Installation, needs: Needs) -> None:
+        self._of = of
+        self._needs = needs
+        self._sample = SampleAudit(of)
+
+    def archive(self, visit: Visit) -> Response:
+        with self._of.database.read() as session:
+            audit = continuous_audit.standing(session)
+        problem, capabilities = "", {}
+        try:
+            capabilities = asdict(self._of.bucket.capabilities)
+        except StoreUnavailable as error:
+            problem = words.short(str(error), 300)
+        return visit.page(
+            "archive.html", audit=audit, capabilities=capabilities, problem=problem, sample=self._sample,
+            bucket=f"s3://{self._of.bucket.name}/{self._of.bucket.prefix}", findings=audit.findings[-SHOWN_FINDINGS:],
+        )  # fmt: skip
+
+    def sample(self, visit: Visit) -> Response:
+        began = self._sample.start(visit.session.name)
+        log_deed(visit.session.name, "audit", f"{SAMPLE} files")
+        visit.say(visit.text("audit.began" if began else "audit.running"), bad=not began)
+        return visit.redirect("/console/archive")
+
+    def settings(self, visit: Visit) -> Response:
+        return self._settings(visit, None)
+
+    def check(self, visit: Visit) -> Response:
+        """What `receiver check` says; writes and removes small objects, so it is an action."""
+        log_deed(visit.session.name, "check", "everything")
+        return self._settings(visit, self._of.check())
+
+    def _settings(self, visit: Visit, checked: Sequence[CheckLine] | None) -> Response:
+        alive = col(Worker.seen_at) > db_now(-heartbeats.ALIVE_SECONDS)
+        with self._of.database.read() as session:
+            workers = session.exec(select(Worker).where(alive).order_by(col(Worker.started_at))).all()
+        people = [(key.name, key.may_act) for key in self._of.keys]
+        return visit.page("settings.html", workers=workers, settings=self._of.settings, people=people, checked=checked)

@@ -1,0 +1,133 @@
+// What is live: the page renews its marked parts when something changed. Everything else works without this script.
+"use strict";
+
+const main = document.querySelector("main[data-live-url]");
+const busy = () => document.querySelector("dialog[open], details.menu[open]") ||
+  (document.activeElement && document.activeElement.matches("main input, main select, main textarea"));
+
+// -- times ------------------------------------------------------------------------------------------------------------
+const words = new Intl.RelativeTimeFormat(document.documentElement.lang, { numeric: "auto", style: "short" });
+const steps = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]];
+function renewTimes(root) {
+  for (const each of root.querySelectorAll("time[datetime]")) {
+    const away = (Date.parse(each.dateTime) - Date.now()) / 1000;
+    const [unit, seconds] = steps.find(([, length]) => Math.abs(away) >= length) || steps[3];
+    each.textContent = words.format(Math.round(away / seconds), unit);
+  }
+}
+
+// -- live -------------------------------------------------------------------------------------------------------------
+// Two seconds apart at least: a batch of a thousand tasks is not a thousand fetches.
+const APART = 2000;
+let wanted = false, fetching = false, fetchedAt = 0;
+async function renew() {
+  wanted = true;
+  if (fetching || document.hidden || busy() || Date.now() - fetchedAt < APART) return;
+  fetching = true; wanted = false;
+  try {
+    const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
+    if (answer.status === 401) { location.reload(); return; }
+    if (!answer.ok) return;
+    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const part of document.querySelectorAll("[data-live]")) {
+      const other = fresh.querySelector(`[data-live="${CSS.escape(part.dataset.live)}"]`);
+      if (!other) { if (part.dataset.live.startsWith("count-")) part.remove(); continue; }
+      if (part.innerHTML !== other.innerHTML && !part.contains(document.activeElement)) {
+        const open = [...part.querySelectorAll("details[open][id]")].map((each) => each.id);
+        part.replaceChildren(...other.childNodes);
+        for (const id of open) { const each = document.getElementById(id); if (each) each.open = true; }
+        renewTimes(part);
+      }
+    }
+    if (window.restoreTicks) window.restoreTicks();
+  } catch { wanted = true; } finally { fetching = false; fetchedAt = Date.now(); }
+}
+if (main && document.querySelector("[data-live]") && window.EventSource) {
+  const state = document.querySelector("[data-live-state]");
+  const source = new EventSource(main.dataset.liveUrl);
+  const show = (on) => { if (state) { state.classList.toggle("on", on); state.textContent = on ? state.dataset.on : state.dataset.off; } };
+  let lost = false;
+  source.addEventListener("hello", () => { show(true); if (lost) renew(); lost = false; });
+  source.addEventListener("change", renew);
+  source.addEventListener("error", () => { lost = true; show(false); });
+  setInterval(() => { if (wanted) renew(); }, 1000);
+  document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
+  addEventListener("pagehide", () => source.close());
+}
+setInterval(() => renewTimes(document), 10000);
+
+// -- small helps ------------------------------------------------------------------------------------------------------
+document.addEventListener("click", async (event) => {
+  const copy = event.target.closest("[data-copy]");
+  if (copy) {
+    event.preventDefault();
+    try { await navigator.clipboard.writeText(copy.dataset.copy); copy.dataset.done = "1"; } catch { return; }
+    const before = copy.textContent; copy.textContent = "✓"; setTimeout(() => { copy.textContent = before; }, 900);
+  }
+  for (const menu of document.querySelectorAll("details.menu[open]")) if (!menu.contains(event.target)) menu.open = false;
+});
+document.addEventListener("change", (event) => {
+  if (event.target.matches("[data-submit]")) event.target.form.requestSubmit();
+});
+document.addEventListener("submit", (event) => {
+  const form = event.target;
+  if (form.method !== "get") { if (form.dataset.sent) { event.preventDefault(); return; } form.dataset.sent = "1"; setTimeout(() => delete form.dataset.sent, 4000); return; }
+  for (const field of form.elements) if (field.name && !field.value) field.disabled = true; // short addresses to send on
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") for (const menu of document.querySelectorAll("details.menu[open]")) { menu.open = false; menu.querySelector("summary").focus(); }
+  if (event.key === "/" && !event.target.matches("input, textarea, select")) {
+    const find = document.querySelector("input[type=search]");
+    if (find) { event.preventDefault(); find.focus(); }
+  }
+});
+document.addEventListener("error", (event) => {
+  if (event.target.matches("img[data-else]")) { const say = document.createElement("span"); say.className = "other"; say.textContent = event.target.dataset.else; event.target.replaceWith(say); }
+}, true);
+
+// -- gallery ----------------------------------------------------------------------------------------------------------
+const box = document.querySelector("dialog#lightbox");
+if (box) {
+  const tiles = () => [...document.querySelectorAll(".tile > a")];
+  let at = -1;
+  const put = (name, text) => { box.querySelector(`[data-put=${name}]`).textContent = text || ""; };
+  function open(index) {
+    const all = tiles();
+    if (index < 0 || index >= all.length) return;
+    at = index;
+    const link = all[index], data = link.dataset, stage = box.querySelector(".stagebox");
+    const shown = document.createElement(data.kind === "video" ? "video" : data.kind === "audio" ? "audio" : "img");
+    shown.src = data.file;
+    if (shown.tagName === "IMG") shown.alt = data.prompt || data.name; else shown.controls = true;
+    stage.replaceChildren(shown);
+    for (const name of ["prompt", "name", "facts", "key", "sha"]) put(name, data[name]);
+    box.querySelector("[data-copy]").dataset.copy = data.uri;
+    box.querySelector("[data-task]").href = data.task;
+    box.querySelector("[data-download]").href = data.file + "?download=1";
+    if (!box.open) box.showModal();
+  }
+  document.addEventListener("click", (event) => {
+    const link = event.target.closest(".tile > a");
+    if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) { event.preventDefault(); open(tiles().indexOf(link)); }
+    if (event.target.closest("[data-close]")) box.close();
+    if (event.target.closest("[data-step]")) open(at + Number(event.target.closest("[data-step]").dataset.step));
+  });
+  box.addEventListener("close", () => { box.querySelector(".stagebox").replaceChildren(); const link = tiles()[at]; if (link) link.focus(); });
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step || event.target.matches("input, textarea, select, video, audio")) return;
+    const all = tiles(), now = box.open ? at : all.indexOf(document.activeElement);
+    event.preventDefault();
+    if (box.open) open(now + step); else if (all.length) all[Math.max(0, Math.min(all.length - 1, now + step))].focus();
+  });
+  const picked = document.querySelector(".picked"), ticks = () => [...document.querySelectorAll(".tile input")], chosen = new Set();
+  window.restoreTicks = () => { for (const each of ticks()) each.checked = chosen.has(each.value); };
+  document.addEventListener("change", (event) => {
+    if (!event.target.matches(".tile input")) return;
+    event.target.checked ? chosen.add(event.target.value) : chosen.delete(event.target.value);
+    picked.hidden = chosen.size === 0;
+    picked.querySelector("[data-number]").textContent = chosen.size;
+    picked.querySelector("[data-copy]").dataset.copy = ticks().filter((each) => each.checked).map((each) => each.dataset.uri).join("\n");
+  });
+  if (picked) picked.hidden = !ticks().some((each) => each.checked);
+}

@@ -1,0 +1,174 @@
+"""Small WebP copies of archived pictures, made when they are first asked for and kept on disk.
+
+asked ─▶ on disk? ─▶ one of two threads: object ≤ 64 MiB, ≤ 50 million pixels ─▶ decoded, 480 pixels at most ─▶ file
+
+An asset's bytes never change under its SHA-256, which is the file's name: nothing is ever out of date.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import structlog
+from PIL import Image, UnidentifiedImageError
+
+from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.errors import StoreUnavailable
+from storage.rows.models import Asset
+
+log = structlog.get_logger()
+
+SIDE_PIXELS = 480
+QUALITY = 78
+MAX_OBJECT_BYTES = 64 * 2**20
+# 150 MB as RGB, and two threads: decoding never takes more than 300 MB.
+MAX_PIXELS = 50_000_000
+THREADS = 2
+# More waiting than this are answered "not yet"; a page of pictures asks for a hundred.
+MAX_WAITING = 400
+WAIT_SECONDS = 20.0
+# What could not be made is not tried again before so long.
+REMEMBERED_SECONDS, REMEMBERED = 600.0, 5_000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
+SUFFIX = ".webp"
+
+
+class Thumbnails:
+    """`folder`: this program's own; `max_bytes`: how much may lie there, the longest unused goes first."""
+
+    def __init__(self, bucket: Bucket, folder: Path, max_bytes: int) -> None:
+        self._bucket = bucket
+        self._folder = folder
+        self._max_bytes = max_bytes
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="thumbnail")
+        self._lock = threading.Lock()
+        self._under_way: dict[str, Future[bytes | None]] = {}
+        self._failed: dict[str, float] = {}
+        self._size: int | None = None
+
+    def get(self, asset: Asset) -> bytes | None:
+        """The picture, small; None where none can be made, or not within 20 s."""
+        name = asset.sha256 or ""
+        if not name.isalnum() or not (asset.media_type or "").startswith("image/"):
+            return None
+        if (kept := self._read(name)) is not None:
+            return kept
+        with self._lock:
+            if self._failed.get(name, 0.0) > time.monotonic():
+                return None
+            future = self._under_way.get(name)
+            if future is None:
+                if len(self._under_way) >= MAX_WAITING:
+                    return None
+                future = self._under_way[name] = self._threads.submit(
+                    self._make, name, asset.key or "", asset.size or 0
+                )
+        try:
+            return future.result(WAIT_SECONDS)
+        except TimeoutError:
+            return None
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name[:2] / f"{name}{SUFFIX}"
+
+    def _read(self, name: str) -> bytes | None:
+        path = self._path(name)
+        try:
+            content = path.read_bytes()
+            os.utime(path)  # used just now
+        except OSError:
+            return None
+        return content
+
+    def _make(self, name: str, key: str, size: int) -> bytes | None:
+        try:
+            if not 0 < size <= MAX_OBJECT_BYTES:
+                raise ValueError(f"{size} bytes")
+            content = shrink(self._bucket.read_bytes(key, MAX_OBJECT_BYTES))
+        except (ValueError, OSError, SyntaxError, NoSuchObject, UnidentifiedImageError, Image.DecompressionBombError):
+            self._fail(name)
+            return None
+        except StoreUnavailable as error:
+            log.info("thumbnail.store_away", error=str(error))
+            return None
+        else:
+            self._keep(name, content)
+            return content
+        finally:
+            with self._lock:
+                self._under_way.pop(name, None)
+
+    def _fail(self, name: str) -> None:
+        """Do not try it again for a while."""
+        with self._lock:
+            if len(self._failed) >= REMEMBERED:
+                self._failed.clear()
+            self._failed[name] = time.monotonic() + REMEMBERED_SECONDS
+
+    def _keep(self, name: str, content: bytes) -> None:
+        """Write it, and make room. A full disk keeps nothing and breaks nothing."""
+        path = self._path(name)
+        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            part.write_bytes(content)
+            part.replace(path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            log.warning("thumbnail.not_kept", error=error.strerror)
+            return
+        with self._lock:
+            self._size = (
+                self._size + len(content) if self._size is not None else sum(size for _, size, _ in self._files())
+            )
+            if self._size > self._max_bytes:
+                self._make_room()
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        found = []
+        for path in self._folder.glob(f"*/*{SUFFIX}"):
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
+
+    def _make_room(self) -> None:
+        """Take the longest unused away, down to nine tenths: not with every new one."""
+        files = self._files()
+        self._size = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if self._size <= self._max_bytes * 0.9:
+                break
+            path.unlink(missing_ok=True)
+            self._size -= size
+
+
+def shrink(content: bytes) -> bytes:
+    """A WebP of at most 480 pixels a side. Raises ValueError for too many pixels, OSError and others for no picture."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > MAX_PIXELS:
+            raise ValueError(f"{width} x {height} pixels")
+        picture.draft("RGB", (SIDE_PIXELS * 2, SIDE_PIXELS * 2))  # JPEG alone: decodes it smaller at once
+        has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+        small = picture.convert("RGBA" if has_alpha else "RGB")
+    small.thumbnail((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
+    target = io.BytesIO()
+    small.save(target, "WEBP", quality=QUALITY, method=2)
+    return target.getvalue()
+
+
+def ratio_class(width: int | None, height: int | None) -> str:
+    """The class of `ratios.css` nearest to a picture's form: pages may hold no style attributes."""
+    if not width or not height:
+        return "r70"
+
+    return f"r{max(0, min(140, round(math.log(width / height) / math.log(1.02)) + 70))}"

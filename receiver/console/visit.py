@@ -1,0 +1,178 @@
+"""One request by somebody who is logged in: what they asked for, who they are, and the page they get."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from email.parser import BytesParser
+from email.policy import HTTP
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from receiver.console import catalogue, words
+from receiver.console.access import Session
+
+HERE = Path(__file__).parent
+MAX_FIELDS = 600
+# Messages that wait for their reader's next page, by session.
+REMEMBERED = 1_000
+PAGES = ("overview", "tasks", "gallery", "deliveries", "events", "batches", "ask", "archive", "settings")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file of a form."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+
+def versions() -> dict[str, str]:
+    """The first digits of each static file's hash: what a browser keeps is never an older release's."""
+    files = sorted((HERE / "static").iterdir())
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
+
+
+def environment() -> Environment:
+    """The templates. Everything that is filled in is escaped."""
+    made = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"size": words.size, "seconds": words.seconds, "short": words.short, "seen": words.seen}
+    made.globals |= {
+        "versions": versions(),
+        "languages": catalogue.LANGUAGES,
+        "quote": lambda part: quote(part, safe=""),
+    }
+    return made
+
+
+class Notices:
+    """What is said once on a person's next page, by session."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[bytes, list[tuple[str, str]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, session: Session, kind: str, words: str) -> None:
+        with self._lock:
+            self._waiting.setdefault(session.nonce, []).append((kind, words))
+            while len(self._waiting) > REMEMBERED:
+                self._waiting.popitem(last=False)
+
+    def pop(self, session: Session) -> list[tuple[str, str]]:
+        with self._lock:
+            return self._waiting.pop(session.nonce, [])
+
+
+@dataclass
+class Visit:
+    """`form`: the fields of a POST, `uploads`: its files. `counts`: numbers beside the names of pages."""
+
+    request: Request
+    session: Session
+    language: str
+    templates: Environment
+    notices: Notices
+    form: Mapping[str, str] = field(default_factory=dict)
+    chosen: list[str] = field(default_factory=list)  # the values of every field called `id`
+    uploads: Mapping[str, Upload] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        return self.request.query_params
+
+    def path(self, name: str) -> str:
+        return str(self.request.path_params[name])
+
+    def text(self, key: str, /, **values: Any) -> str:
+        return catalogue.text(self.language, key, **values)
+
+    def say(self, words: str, *, bad: bool = False) -> None:
+        """Show these words on top of the person's next page."""
+        self.notices.add(self.session, "bad" if bad else "ok", words)
+
+    def page(self, template: str, *, status: int = 200, **values: Any) -> Response:
+        """A whole page."""
+        is_live = "x-live" in self.request.headers  # the script fetches it to renew what changed
+        notices = [] if is_live else self.notices.pop(self.session)
+        values |= {"visit": self, "session": self.session, "notices": notices, "page": template.partition(".")[0]}
+        return HTMLResponse(render(self.templates, template, self.language, **values), status)
+
+    def redirect(self, to: str) -> Response:
+        return RedirectResponse(to, status_code=303)
+
+    def back(self, default: str) -> Response:
+        """To the page the form was on."""
+        return self.redirect(own_path(self.form.get("next"), default))
+
+    def link(self, **changes: str | None) -> str:
+        """This page's address with other query fields; None takes one away."""
+        kept = {**dict(self.query), **changes}
+        fields = urlencode({name: value for name, value in kept.items() if value})
+        return f"{self.request.url.path}?{fields}" if fields else self.request.url.path
+
+
+def render(templates: Environment, template: str, language: str, **values: Any) -> str:
+    """Fill a template in. `t`: the words for a key; `w`: the word for a value; `when`: a time element."""
+    values |= {
+        "t": lambda key, **given: catalogue.text(language, key, **given),
+        "w": lambda group, value: catalogue.word(language, group, value),
+        "when": lambda moment: words.when(moment, language),
+        "language": language,
+        "pages": PAGES,
+    }
+    return templates.get_template(template).render(values)
+
+
+def own_path(path: str | None, default: str) -> str:
+    """A path of the console, or `default`: nobody is sent elsewhere by a link."""
+    good = (
+        path and path.startswith("/console") and path[8:9] in ("", "/", "?") and path.isascii() and path.isprintable()
+    )
+    return path if good and path and "\\" not in path and "//" not in path.partition("?")[0] else default
+
+
+def parse_form(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
+    """The fields and the files of a POST. Raises HTTPException 400."""
+    kind = content_type.partition(";")[0].strip().lower()
+    try:
+        if kind == "application/x-www-form-urlencoded":
+            pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="replace")
+            return pairs, {}
+        if kind == "multipart/form-data":
+            return _parse_multipart(content_type, body)
+    except ValueError:
+        pass
+    raise HTTPException(400)
+
+
+def _parse_multipart(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
+    head = f"Content-Type: {content_type}\r\n\r\n".encode("ascii")
+    message = BytesParser(policy=HTTP).parsebytes(head + body)
+    fields: list[tuple[str, str]] = []
+    uploads: dict[str, Upload] = {}
+    for number, part in enumerate(message.iter_parts()):
+        name = part.get_param("name", header="content-disposition")
+        content = part.get_payload(decode=True)
+        if number >= MAX_FIELDS or not isinstance(name, str) or not isinstance(content, bytes):
+            raise ValueError("no form")
+        if (filename := part.get_filename()) is not None:
+            uploads[name] = Upload(str(filename), content)
+        else:
+            fields.append((name, content.decode("utf-8", "replace")))
+    return fields, uploads

@@ -1,0 +1,116 @@
+"""Values as people read them: sizes, numbers, times, durations; and foreign text that stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+from receiver.console.catalogue import text
+from storage.rows.models import Task
+
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+# Of every address only the host is shown: paths hold tokens and queries hold signatures. JSON may write "/" as "\/".
+_ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>\\]*)(?:\\?[/?#])[^\s\"'<>]*", re.I)
+# Control characters but line breaks and tabs, and what turns the direction of writing round.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+MAX_PRETTY_CHARS = 300_000
+STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
+
+
+def size(count: int | float | None) -> str:
+    """Bytes in a unit of three digits at most."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in UNITS:
+        if value < 1_000 or unit == UNITS[-1]:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1_000
+    raise AssertionError
+
+
+def seconds(value: float | None) -> str:
+    """A duration in its largest unit."""
+    if value is None:
+        return "–"
+    if value < 10:
+        return f"{value:.1f} s"
+    if value < 90:
+        return f"{value:.0f} s"
+    if value < 5_400:
+        return f"{value / 60:.0f} min"
+    return f"{value / 3_600:.0f} h" if value < 2 * 86_400 else f"{value / 86_400:.0f} d"
+
+
+def relative(moment: datetime, now: datetime, language: str) -> str:
+    """`3 min ago`, `in 2 h`. The console's script does the same in the browser."""
+    away = (now - moment).total_seconds()
+    if abs(away) < 5:
+        return text(language, "time.now")
+    key = "time.ago" if away > 0 else "time.in"
+    return text(
+        language, key, span=seconds(float(max(round(abs(away)), 10))) if abs(away) >= 10 else f"{abs(away):.0f} s"
+    )
+
+
+def when(moment: datetime | None, language: str) -> Markup | str:
+    """A time element: relative words, the exact time on hover."""
+    if moment is None:
+        return "–"
+    exact = moment.astimezone(UTC)
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(
+        exact.isoformat(), f"{exact:%Y-%m-%d %H:%M:%S} UTC", relative(exact, datetime.now(UTC), language)
+    )
+
+
+def seen(foreign: str) -> str:
+    """Foreign text with every invisible character written out and every address cut down to its host."""
+    return hosts_only(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign))
+
+
+def hosts_only(foreign: str) -> str:
+    return _ADDRESS.sub(r"\1\2/…", foreign)
+
+
+def raw(body: bytes) -> str:
+    """A body byte for byte as far as it is text; other bytes as `\\xNN`."""
+    return seen(body.decode("utf-8", "backslashreplace"))
+
+
+def pretty(body: bytes | Any) -> str | None:
+    """JSON with a line for each value; None when the body is none, or too much of it."""
+    try:
+        found = json.loads(body) if isinstance(body, bytes) else body
+        shown = json.dumps(found, indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError, UnicodeDecodeError):
+        return None
+    return seen(shown) if len(shown) <= MAX_PRETTY_CHARS else None
+
+
+def short(foreign: str | None, most: int = 160) -> str:
+    """The beginning of a foreign text, on one line."""
+    flat = " ".join(seen((foreign or "")[: 8 * most]).split())
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
+def prompt_of(task: Task, most: int = 160) -> str:
+    """The beginning of what was asked for."""
+    prompt = task.request.get("prompt")
+    return short(prompt, most) if isinstance(prompt, str) else ""
+
+
+def model_of(task: Task) -> str:
+    model = task.request.get("model_name")
+    return short(model, 60) if isinstance(model, str) else ""
+
+
+def bars(values: Sequence[float], height: float = 44, width: float = 240) -> list[tuple[str, str, str, str]]:
+    """x, y, width, height of a bar for each value. A value above zero is at least a pixel and a half high."""
+    most, step = max(values, default=0) or 1, width / max(len(values), 1)
+    tall = [max(1.5, value / most * height) if value else 0 for value in values]
+    return [(f"{n * step:.1f}", f"{height - h:.1f}", f"{step * 0.72:.1f}", f"{h:.1f}") for n, h in enumerate(tall)]

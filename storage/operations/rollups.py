@@ -1,0 +1,190 @@
+"""The day and the month in figures: an hour at a time, kept in memory, so that a page never reads a month of rows.
+
+An hour that is over changes little; it is read again when it is looked at after `STALE_SECONDS`. The current and the
+last hour are read at most twice a minute. A month is filled from its newest hour on by one thread in the background.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+import structlog
+from sqlalchemy import func
+from sqlmodel import Session, col, select
+
+from storage import states
+from storage.errors import StoreUnavailable
+from storage.operations.measures import CALLBACK_PATIENCE_SECONDS
+from storage.rows.database import Database
+from storage.rows.models import Asset, Callback, Task
+from storage.states import ArchiveState, AssetState, TaskState
+
+log = structlog.get_logger()
+
+HOUR = timedelta(hours=1)
+MONTH_HOURS = 30 * 24
+FRESH_SECONDS = 30.0
+STALE_SECONDS = 3_600.0
+# So many durations of an hour are looked at; more tell the same median.
+SAMPLED = 500
+# Hours that one page may read itself; the background thread reads the rest.
+READ_AT_ONCE = 26
+CLOSE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Hour:
+    """`seconds`: from a task's last callback to its last object, a sample. `expected`: callbacks asked for."""
+
+    callbacks: int = 0
+    pictures: int = 0
+    bytes: int = 0
+    failures: int = 0
+    expected: int = 0
+    lost: int = 0
+    units: float = 0.0
+    seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some hours together. `series`: one value an hour or a day for each chart. `whole`: every hour has been read."""
+
+    total: Hour
+    series: dict[str, list[float]]
+    begins: datetime
+    whole: bool
+
+    @property
+    def median(self) -> float | None:
+        return _rank(self.total.seconds, 0.5)
+
+    @property
+    def p95(self) -> float | None:
+        return _rank(self.total.seconds, 0.95)
+
+
+@dataclass
+class Rollups:
+    """The hours that were read so far."""
+
+    database: Database
+    _hours: dict[datetime, tuple[float, Hour]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _thread: threading.Thread | None = None
+    _is_closing: bool = False
+
+    def span(self, hours: int) -> Span:
+        """The last so many hours up to now: 24 in hours, more in days."""
+        current = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+        wanted = [current - HOUR * back for back in range(hours)]
+        self._read([hour for hour in wanted[:READ_AT_ONCE] if self._is_old(hour, current)])
+        if hours > READ_AT_ONCE and any(self._is_old(hour, current) for hour in wanted[READ_AT_ONCE:]):
+            self._fill_beside(wanted[READ_AT_ONCE:], current)
+        found = [self._hours.get(hour, (0.0, Hour()))[1] for hour in reversed(wanted)]
+        step = 1 if hours <= 24 else 24
+        parts = [_sum(found[start : start + step]) for start in range(0, len(found), step)]
+        whole = all(hour in self._hours for hour in wanted)
+        return Span(_sum(found), _series(parts), wanted[-1], whole)
+
+    def _is_old(self, hour: datetime, current: datetime) -> bool:
+        age = time.monotonic() - self._hours[hour][0] if hour in self._hours else math.inf
+        return age > (FRESH_SECONDS if hour >= current - HOUR else STALE_SECONDS)
+
+    def _read(self, hours: Sequence[datetime]) -> None:
+        with self._lock:
+            for hour in hours:
+                with self.database.read() as session:
+                    self._hours[hour] = (time.monotonic(), read_hour(session, hour))
+
+    def _fill_beside(self, hours: Sequence[datetime], current: datetime) -> None:
+        with self._lock:
+            if self._is_closing or (self._thread is not None and self._thread.is_alive()):
+                return
+            self._thread = threading.Thread(target=self._fill, args=(hours, current), daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Read no further hour. Waits for the one that is being read, which takes milliseconds."""
+        self._is_closing = True
+        if self._thread is not None:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _fill(self, hours: Sequence[datetime], current: datetime) -> None:
+        try:
+            for hour in hours:
+                if self._is_closing:
+                    return
+                if self._is_old(hour, current):
+                    self._read([hour])
+            oldest = current - HOUR * (MONTH_HOURS + 24)
+            for hour in [each for each in list(self._hours) if each < oldest]:
+                self._hours.pop(hour, None)
+        except StoreUnavailable as error:
+            log.info("rollups.wait", error=str(error))
+
+
+def read_hour(session: Session, hour: datetime) -> Hour:
+    """Read what ended and came in one hour, by the indexes of those times."""
+    within = (col(Task.completed_at) >= hour, col(Task.completed_at) < hour + HOUR)
+    came = (col(Callback.received_at) >= hour, col(Callback.received_at) < hour + HOUR, Callback.source == "push")
+    callbacks = session.execute(select(func.count()).select_from(Callback).where(*came)).scalar_one()
+    states_of = select(Task.state, Task.archive, func.count()).where(*within).group_by(Task.state, Task.archive)
+    ended = session.execute(states_of).all()
+    failures = sum(n for state, archive, n in ended if state is TaskState.FAILED or archive is ArchiveState.INCOMPLETE)
+    kept = select(func.count(), func.coalesce(func.sum(Asset.size), 0)).select_from(Asset)
+    kept = kept.join(Task, col(Task.id) == col(Asset.task_id)).where(*within, Asset.state == AssetState.ARCHIVED)
+    pictures, size = session.execute(kept).one()
+    expected, lost = _callbacks(session, within, hour)
+    return Hour(
+        callbacks, pictures, int(size), failures, expected, lost, _units(session, within), _seconds(session, within)
+    )
+
+
+def _callbacks(session: Session, within: Sequence[object], hour: datetime) -> tuple[int, int]:
+    patient = datetime.now(UTC) - timedelta(seconds=CALLBACK_PATIENCE_SECONDS)
+    asked = (*within, col(Task.callback_url).is_not(None), col(Task.completed_at) < patient)
+    count = select(func.count(), func.count(col(Task.end_called_back_at))).select_from(Task)
+    expected, told = session.execute(count.where(*asked, col(Task.state).in_(states.TERMINAL))).one()  # type: ignore[arg-type]
+    return expected, expected - told
+
+
+def _units(session: Session, within: Sequence[object]) -> float:
+    """The provider tells units as text, and few different ones."""
+    found = select(Task.units, func.count()).where(*within, col(Task.units).is_not(None)).group_by(Task.units)  # type: ignore[arg-type]
+    total = 0.0
+    for units, count in session.execute(found.limit(SAMPLED)):
+        try:
+            number = float(units)
+        except ValueError:
+            continue
+        total += number * count if math.isfinite(number) and number >= 0 else 0.0
+    return total
+
+
+def _seconds(session: Session, within: Sequence[object]) -> tuple[float, ...]:
+    both = (col(Task.archived_at).is_not(None), col(Task.end_called_back_at).is_not(None))
+    found = select(Task.archived_at, Task.end_called_back_at).where(*within, *both).limit(SAMPLED)  # type: ignore[arg-type]
+    gaps = ((archived - told).total_seconds() for archived, told in session.execute(found))
+    return tuple(gap for gap in gaps if gap >= 0)
+
+
+def _sum(hours: Sequence[Hour]) -> Hour:
+    seconds = tuple(each for hour in hours for each in hour.seconds)
+    counted = ("callbacks", "pictures", "bytes", "failures", "expected", "lost", "units")
+    return Hour(**{name: sum(getattr(hour, name) for hour in hours) for name in counted}, seconds=seconds)
+
+
+def _series(parts: Sequence[Hour]) -> dict[str, list[float]]:
+    named = ("callbacks", "pictures", "bytes", "failures", "lost", "units")
+    counted = {name: [float(getattr(part, name)) for part in parts] for name in named}
+    return {**counted, "median": [_rank(part.seconds, 0.5) or 0.0 for part in parts]}
+
+
+def _rank(values: Sequence[float], share: float) -> float | None:
+    return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)] if values else None

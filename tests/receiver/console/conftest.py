@@ -1,0 +1,37 @@
+"""The console over the real server, on both databases, with some things to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.console_reader import KEYS, READ_KEY, Reader
+from tests.pipeline import Web
+
+
+@pytest.fixture
+def changes(tmp_path: Path) -> dict[str, Any]:
+    return {"console_keys": KEYS, "console_thumbnail_dir": tmp_path / "thumbnails"}
+
+
+@pytest.fixture
+def ann(web: Web) -> Iterator[Reader]:
+    """May act."""
+    with Reader(web.url) as reader:
+        yield reader
+
+
+@pytest.fixture
+def ben(web: Web) -> Iterator[Reader]:
+    """May look."""
+    with Reader(web.url, READ_KEY) as reader:
+        yield reader
+
+
+@pytest.fixture
+def stranger(web: Web) -> Iterator[Reader]:
+    with Reader(web.url, None) as reader:
+        yield reader

@@ -1,0 +1,184 @@
+"""Who gets in: keys, sessions, one-time links, the throttle, and forms from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+
+import httpx
+import pytest
+from pydantic import SecretStr
+
+from receiver.app.wiring import Parts
+from receiver.base import config
+from receiver.base.console_keys import ConsoleKey, parse
+from receiver.console.access import COOKIE, Access, LoginThrottle, one_time_token
+from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
+from tests.pipeline import Web
+
+ANN, BEN = ConsoleKey("ann", True, SecretStr(ACT_KEY)), ConsoleKey("ben", False, SecretStr(READ_KEY))
+POSTS = (
+    "/act/retry", "/act/read", "/act/dismiss", "/act/delete", "/act/file-retry", "/act/verify", "/act/again",
+    "/act/replay", "/act/redeliver", "/act/disable", "/act/enable", "/act/batch-retry", "/act/audit", "/batches/new",
+    "/ask", "/settings",
+)  # fmt: skip
+
+
+class Clock:
+    now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_session_names_its_person_and_what_they_may() -> None:
+    access = Access([ANN, BEN])
+    sessions = [access.session(access.log_in(key)) for key in (ACT_KEY, READ_KEY)]
+    assert [(each.name, each.may_act) for each in sessions if each] == [("ann", True), ("ben", False)]
+    assert access.log_in("another-key-of-more-than-24") is None
+
+
+def test_session_dies_with_its_key_and_with_its_role() -> None:
+    token = Access([ANN, BEN]).log_in(ACT_KEY)
+    assert Access([BEN]).session(token) is None
+    assert Access([ANN._replace(may_act=False)]).session(token) is None
+    assert Access([ANN]).session(token) is not None
+
+
+def test_session_is_over_after_twelve_hours_and_after_logging_out() -> None:
+    clock = Clock()
+    access = Access([ANN], clock)
+    token = access.log_in(ACT_KEY)
+    session = access.session(token)
+    assert session is not None
+    clock.now += 12 * 3_600 - 1
+    assert access.session(token) is not None
+    access.end(session)
+    assert access.session(token) is None
+    clock.now += 2
+    assert Access([ANN], clock).session(token) is None
+
+
+def test_one_time_link_logs_in_once_and_is_no_session() -> None:
+    access, token = Access([ANN]), one_time_token(ANN)
+    assert access.session(token) is None
+    session = access.session(access.redeem(token))
+    assert session is not None and session.name == "ann"
+    assert access.redeem(token) is None and access.is_open(token) is None
+
+
+def test_forged_tokens_are_none() -> None:
+    access = Access([ANN])
+    token = str(access.log_in(ACT_KEY))
+    raw = bytearray(base64.urlsafe_b64decode(token + "="))
+    raw[0] ^= 1
+    later = base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+    forged = (later, token[:-2] + "AA", token + "A", "", "é" * 75, "A" * 75, None)
+    assert [access.session(each) for each in forged] == [None] * 7
+
+
+def test_throttle_lets_an_address_wait_after_ten_wrong_keys() -> None:
+    clock = Clock()
+    throttle = LoginThrottle(clock)
+    for _ in range(10):
+        assert throttle.wait_seconds("a") == 0
+        throttle.failed("a")
+    assert 0 < throttle.wait_seconds("a") <= 61 and throttle.wait_seconds("b") == 0
+    clock.now += 61
+    assert throttle.wait_seconds("a") == 0
+
+
+KEY = "a-key-of-more-than-24-characters"
+
+
+@pytest.mark.parametrize("entry", ["ann", "ann=short", f"={KEY}", f"ann(write)={KEY}", f"a b={KEY}"])
+def test_a_faulty_entry_stops_the_start_without_showing_the_key(entry: str) -> None:
+    with pytest.raises(config.SettingsInvalid) as fault:
+        config.load(s3_bucket="b", console_keys=entry)
+    assert str(fault.value).startswith("RECEIVER_CONSOLE_KEYS: ") and "a-key-of" not in str(fault.value)
+
+
+def test_a_name_may_have_two_keys_and_a_key_one_name() -> None:
+    assert len(parse([SecretStr(f"ann={ACT_KEY}"), SecretStr(f"ann={READ_KEY}")])) == 2
+    with pytest.raises(ValueError, match="same key"):
+        parse([SecretStr(f"ann={ACT_KEY}"), SecretStr(f"ben={ACT_KEY}")])
+
+
+# -- over the real server ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}])
+def test_console_is_not_there_without_keys(web: Web, changes: dict[str, str]) -> None:
+    answers = [httpx.get(f"{web.url}/console{path}") for path in ("", "/login", "/tasks", "/static/style.css")]
+    assert [each.status_code for each in answers] == [404] * 4
+
+
+def test_stranger_is_sent_to_the_login_from_every_page(stranger: Reader) -> None:
+    for path in (*PAGES, "/live", "/files/x", "/thumbnails/x", "/gallery/zip", "/deliveries/1/body"):
+        answer = stranger.get(path, follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"].partition("?")[0]) == (303, "/console/login"), path
+    assert [stranger.post(path).status_code for path in POSTS] == [401] * len(POSTS)
+
+
+def test_cookie_is_strict_and_out_of_reach_of_scripts(stranger: Reader) -> None:
+    answer = stranger.http.post("/console/login", data={"key": ACT_KEY}, follow_redirects=False)
+    cookie = answer.headers["set-cookie"]
+    assert all(words in cookie for words in ("HttpOnly", "SameSite=strict", "Path=/console", "Max-Age=43200"))
+    assert ACT_KEY not in cookie and "Secure" not in cookie
+
+
+@pytest.mark.parametrize("changes", [{"console_keys": f"ann={ACT_KEY}", "public_url": "https://receiver.example.com"}])
+def test_cookie_is_secure_over_https(web: Web, changes: dict[str, str]) -> None:
+    answer = httpx.post(f"{web.url}/console/login", data={"key": ACT_KEY})
+    assert "Secure" in answer.headers["set-cookie"]
+
+
+def test_wrong_keys_are_refused_and_then_throttled(stranger: Reader) -> None:
+    statuses = [stranger.http.post("/console/login", data={"key": f"wrong-{n}"}).status_code for n in range(12)]
+    assert statuses == [401] * 10 + [429] * 2
+    assert stranger.http.post("/console/login", data={"key": ACT_KEY}).status_code == 429
+
+
+def test_reader_may_change_nothing(ben: Reader, parts: Parts) -> None:
+    for path in POSTS:
+        assert ben.post(path, task="x", step="send").status_code == 403, path
+    for path in PAGES:
+        assert 'action="/console/act/' not in ben.page(path)
+
+
+def test_forms_from_elsewhere_are_refused(ann: Reader) -> None:
+    for path in POSTS:
+        assert ann.post(path, csrf="").status_code == 403, path
+        assert ann.post(path, csrf="0" * 32).status_code == 403, path
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "https://evil.example"},
+    ):
+        answer = ann.http.post("/console/act/audit", data={"csrf": ann.csrf}, headers=headers)
+        assert answer.status_code == 403, headers
+        assert ann.http.post("/console/login", data={"key": ACT_KEY}, headers=headers).status_code == 403
+
+
+def test_logging_out_ends_a_copied_cookie_too(ann: Reader, web: Web) -> None:
+    copied = ann.http.cookies[COOKIE]
+    assert ann.post("/logout").url.path == "/console/login"
+    answer = httpx.get(f"{web.url}/console", cookies={COOKIE: copied})
+    assert answer.headers["location"] == "/console/login"
+
+
+def test_one_time_link_shows_a_button_first(stranger: Reader, web: Web) -> None:
+    link = f"/login?once={one_time_token(ANN)}"
+    assert "Log in as ann" in stranger.page(link) and "Log in as ann" in stranger.page(link)
+    token = link.partition("=")[2]
+    assert stranger.http.post("/console/login", data={"once": token}).url.path == "/console"
+    assert "used already" in stranger.page(link)
+
+
+def test_login_leads_back_and_never_elsewhere(stranger: Reader) -> None:
+    for following, arrives in (
+        ("/console/tasks?state=failed", "/console/tasks"), ("https://evil.example", "/console"),
+        ("//evil.example", "/console"), ("/console//evil.example", "/console"), ("/consolex", "/console"),
+        ("/console\\@evil", "/console"), ("/metrics", "/console"),
+    ):  # fmt: skip
+        answer = stranger.http.post("/console/login", data={"key": ACT_KEY, "next": following})
+        assert (answer.url.path, answer.url.host) == (arrives, "127.0.0.1"), following

@@ -1,0 +1,143 @@
+"""What strangers sent is shown and never believed: markup, addresses, secrets, sizes, and who may frame a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from receiver.app.wiring import Parts
+from receiver.console import visit, words
+from storage.rows.events import EventName, record
+from storage.rows.models import Callback, Task
+from storage.states import ArchiveState, AssetState, TaskState
+from tests.archived_tasks import archive
+from tests.console_reader import PAGES, Reader
+from tests.pipeline import assets_of, deliver, insert_row
+from tests.rows import new_asset
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}${7*7}&lt;\u202eRTL\u0007"
+LONG = "w" * 10_000
+# Markup of ours never has these; a page that has them filled something in unescaped.
+RAW = ("<script>alert", "<img src=x", "onerror=alert(2)>", "\u202e", "\u0007")
+SIGNED = "https://cdn.example.com/path-of-a-token/x.png?Signature=s3cr3t&Key-Pair-Id=K1"
+
+
+def hostile(parts: Parts) -> tuple[Task, Callback]:
+    """A task, a file, facts and deliveries full of markup, script, RTL and words without an end."""
+    request = {"prompt": EVIL + LONG, "model_name": EVIL, "image_list": [{"image": SIGNED}]}
+    ended = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.INCOMPLETE}
+    named = {"external_task_id": EVIL.replace("\u0007", ""), "provider_task_id": EVIL}
+    task = insert_row(parts, **ended, **named, request=request, error=EVIL + LONG, note=EVIL, units="<b>9")
+    with parts.database.write() as session:
+        words = {"error": EVIL + LONG, "media_type": "text/html<script>", "fetched": {"host": EVIL, "server": LONG}}
+        new_asset(session, task, 0, source_url=SIGNED, state=AssetState.FAILED, superseded=[EVIL], **words)
+        told = {"error": EVIL, "kind": EVIL, "other": {"url": SIGNED, "x": EVIL}}
+        record(session, EventName.ASSET_FAILED, task.id, told)
+    body = json.dumps({"task_id": EVIL, "evil": EVIL, "url": SIGNED, "long": LONG}, ensure_ascii=False).encode()
+    return task, deliver(parts, None, body.replace(b"/x.png", b"\\/x.png"))
+
+
+def test_hostile_words_are_shown_as_words_on_every_page(parts: Parts, ann: Reader) -> None:
+    task, callback = hostile(parts)
+    for path in (
+        *PAGES,
+        f"/tasks/{task.id}",
+        f"/deliveries/{callback.id}",
+        "/tasks?q=" + "%3Cscript%3Ealert(1)%3C/script%3E",
+    ):
+        page = ann.page(path)
+        assert [each for each in RAW if each in page] == [], path
+        assert "s3cr3t" not in page and "path-of-a-token" not in page, path
+    assert "&lt;script&gt;alert(1)" in ann.page(f"/tasks/{task.id}")
+    assert "&lt;script&gt;alert(1)" in ann.page(f"/deliveries/{callback.id}")
+
+
+def test_every_answer_has_the_headers_of_a_page_nobody_may_frame(parts: Parts, ann: Reader, stranger: Reader) -> None:
+    answers = [ann.get(path) for path in (*PAGES, "/tasks/none", "/static/console.js")] + [stranger.get("/login")]
+    answers += [ann.post("/act/retry", csrf="wrong")]
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "script-src 'self'" in policy
+        assert "unsafe" not in policy and answer.headers["x-frame-options"] == "DENY"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_no_page_has_inline_script_or_style(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1, n=2)[0]
+    for path in (*PAGES, f"/tasks/{task.external_task_id}", "/login"):
+        page = ann.page(path)
+        assert re.search(r"<script(?! src=)|<style|\sstyle=|\son[a-z]+=|javascript:", page) is None, path
+        assert re.findall(r'(?:src|href|action)="(?!/console|#)[^"]*"', page) == [], path
+
+
+def test_no_secret_of_the_settings_is_on_any_page(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    secrets = [
+        value.get_secret_value()
+        for given in vars(parts.settings).values()
+        for value in (given if isinstance(given, tuple) else (given,))
+        if isinstance(value, SecretStr) and len(value.get_secret_value()) > 8
+    ]
+    assert len(secrets) > 3
+    urls = [asset.source_url for asset in assets_of(parts, task)] + [task.callback_url]
+    for path in (*PAGES, f"/tasks/{task.external_task_id}"):
+        page = ann.page(path)
+        assert [each for each in (*secrets, *urls) if each and each in page] == [], path
+    assert not any(each in ann.post("/settings").text for each in secrets)
+
+
+def test_a_file_comes_with_a_policy_that_runs_nothing(parts: Parts, ann: Reader) -> None:
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    for path in (f"/files/{asset.id}", f"/thumbnails/{asset.id}"):
+        answer = ann.get(path)
+        assert "sandbox" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert ann.get(f"/files/{asset.id}?download=1").headers["content-disposition"].startswith("attachment")
+
+
+def test_body_is_saved_and_never_shown_by_the_browser(parts: Parts, ann: Reader, ben: Reader) -> None:
+    callback = deliver(parts, None, b"<script>alert(1)</script>\x00\xff")
+    answer = ann.get(f"/deliveries/{callback.id}/body")
+    assert (answer.content, answer.headers["content-type"]) == (callback.body, "application/octet-stream")
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert "\\x00" not in answer.text and "\\u0000\\xff" in ann.page(f"/deliveries/{callback.id}")
+    assert ben.get(f"/deliveries/{callback.id}/body").status_code == 403
+
+
+def test_large_forms_are_refused_unread(ann: Reader) -> None:
+    assert ann.post("/act/dismiss", reason="x" * 70_000).status_code == 413
+    assert ann.http.post("/console/login", data={"key": "x" * 5_000}).status_code == 413
+    chunked = ann.http.post("/console/act/dismiss", content=(b"x" * 1_000 for _ in range(100)))
+    assert chunked.status_code == 413
+
+
+NOWHERE = ("/tasks/none", "/deliveries/0", "/deliveries/x", "/batches/x", "/files/x", "/nothing", "x")
+
+
+@pytest.mark.parametrize("path", NOWHERE)
+def test_what_is_not_there_is_said_in_words(ann: Reader, path: str) -> None:
+    answer = ann.get(path)
+    assert answer.status_code == 404 and (path == "x" or "There is nothing here" in answer.text)
+
+
+def test_templates_never_mark_foreign_words_as_safe() -> None:
+    for template in (Path(visit.HERE) / "templates").glob("*.html"):
+        assert not re.search(r"\|\s*safe|autoescape false|Markup", template.read_text()), template
+
+
+@pytest.mark.parametrize(
+    ("foreign", "shown"),
+    [
+        ("see https://a.example/b?c=d now", "see https://a.example/… now"),
+        ('{"u":"https:\\/\\/a.example\\/b?c"}', '{"u":"https:\\/\\/a.example/…"}'),
+        ("https://user:pw@a.example/b", "https://a.example/…"),
+        ("https://a.example", "https://a.example"),
+        ("a\u202eb\x00", "a\\u202eb\\u0000"),
+    ],
+)
+def test_of_an_address_only_the_host_is_shown(foreign: str, shown: str) -> None:
+    assert words.seen(foreign) == shown
