@@ -25,7 +25,8 @@ from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 
 TASKS_A_PAGE = 36
-MAX_ZIP_FILES, MAX_ZIPS = 200, 4
+# An address has 2 KiB, and each id takes 40 bytes of it.
+MAX_ZIP_FILES, MAX_ZIPS = 45, 4
 SANDBOX = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; sandbox"
 
 
@@ -49,7 +50,7 @@ class Gallery:
         return visit.page(
             "gallery.html", wanted=wanted, rows=page, days=days,
             kept=kept, path_of=path_of, prompt_of=words.prompt_of, model_of=words.model_of, uri=self._of.bucket.uri,
-            ratio=ratio_class, archives=list(ArchiveState), providers=self._of.providers,
+            ratio=ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
         )  # fmt: skip
 
     async def file(self, visit: Visit) -> Response:

@@ -48,9 +48,12 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
   const show = (on) => { if (state) { state.classList.toggle("on", on); state.textContent = on ? state.dataset.on : state.dataset.off; } };
   let lost = false;
   source.addEventListener("hello", () => { show(true); if (lost) renew(); lost = false; });
-  source.addEventListener("change", renew);
+  let trailing;
+  // Numbers over the whole database are up to three seconds old: look once more when nothing follows.
+  source.addEventListener("change", () => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, 4000); });
   source.addEventListener("error", () => { lost = true; show(false); });
   setInterval(() => { if (wanted) renew(); }, 1000);
+  setInterval(renew, 30000); // what needs a person may come with time alone
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
   addEventListener("pagehide", () => source.close());
 }
@@ -127,6 +130,8 @@ if (box) {
     event.target.checked ? chosen.add(event.target.value) : chosen.delete(event.target.value);
     picked.hidden = chosen.size === 0;
     picked.querySelector("[data-number]").textContent = chosen.size;
+    const zip = picked.querySelector("[data-most]");
+    zip.disabled = chosen.size > Number(zip.dataset.most);
     picked.querySelector("[data-copy]").dataset.copy = ticks().filter((each) => each.checked).map((each) => each.dataset.uri).join("\n");
   });
   if (picked) picked.hidden = !ticks().some((each) => each.checked);

@@ -1,0 +1,192 @@
+"""What a person does at the console, and that it is kept with their name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import httpx
+from sqlmodel import col, select
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.operations import outbox
+from storage.rows.models import Asset, Batch, Dispatch, Event, Task
+from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step
+from tests.archived_tasks import archive, flip, work_off
+from tests.console_reader import Reader
+from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
+
+GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
+
+
+def with_a_failed_file(parts: Parts) -> tuple[Task, Asset]:
+    task = archive(parts, 1, n=2)[0]
+    with parts.database.write() as session:
+        row, asset = session.get_one(Task, task.id), session.get_one(Asset, assets_of(parts, task)[0].id)
+        asset.state, asset.error, row.archive = AssetState.FAILED, "broken inside", ArchiveState.INCOMPLETE
+    return task, asset
+
+
+def facts(parts: Parts, task: Task, name: str) -> list[dict[str, Any]]:
+    with parts.database.read() as session:
+        return [e.data for e in session.exec(select(Event).where(Event.task_id == task.id, Event.name == name))]
+
+
+def test_retry_brings_a_failed_file_back(parts: Parts, ann: Reader) -> None:
+    task, _ = with_a_failed_file(parts)
+    assert "It is tried again now" in ann.post("/act/retry", task=task.id).text
+    assert task_of(parts, task.external_task_id).note == "by ann: retry"
+    work_off(parts)
+    assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED
+
+
+def test_an_unverified_file_is_accepted_by_hand(parts: Parts, ann: Reader) -> None:
+    task, asset = with_a_failed_file(parts)
+    ann.post("/act/file-retry", file=asset.id, accept="1")
+    with parts.database.read() as session:
+        row = session.get_one(Asset, asset.id)
+    assert (row.state, row.accept_unverified) == (AssetState.DUE, True)
+    assert task_of(parts, task.external_task_id).note == "by ann: accept"
+
+
+def test_read_now_makes_the_read_due(parts: Parts, ann: Reader) -> None:
+    task = insert_row(parts, step=Step.READ)
+    ann.post("/act/read", task=task.id)
+    now = task_of(parts, task.external_task_id)
+    assert now.due_at is not None and now.due_at <= parts.database.now() and now.note == "by ann: read"
+
+
+def test_dismissing_needs_a_reason_and_its_facts_name_the_person(parts: Parts, ann: Reader) -> None:
+    task = insert_row(parts)
+    assert "Say why" in ann.post("/act/dismiss", task=task.id, reason=" ").text
+    ann.post("/act/dismiss", task=task.id, reason="no longer wanted")
+    [fact] = facts(parts, task, "task.incomplete")
+    assert (fact["by"], fact["reason"]) == ("ann", "no longer wanted")
+    assert "by ann" in ann.page(f"/tasks/{task.external_task_id}")
+
+
+def test_deleting_needs_the_id_typed(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    assert "Nothing was deleted" in ann.post("/act/delete", task=task.id, typed="another").text
+    assert task_of(parts, task.external_task_id).deleted_at is None
+    assert "Deleted, with 2 objects" in ann.post("/act/delete", task=task.id, typed=task.external_task_id).text
+    row = task_of(parts, task.external_task_id)
+    assert row.deleted_at is not None and row.note == "deleted · by ann: delete"
+
+
+def test_verify_reads_the_object_back(parts: Parts, ann: Reader) -> None:
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    assert "it is what was archived" in ann.post("/act/verify", file=asset.id).text
+    flip(parts, str(asset.key))
+    assert "NOT what was archived" in ann.post("/act/verify", file=asset.id).text
+    parts.bucket.delete(str(asset.key))
+    assert "not in the store" in ann.post("/act/verify", file=asset.id).text
+
+
+def test_the_same_request_goes_again_as_a_new_task(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    answer = ann.post("/act/again", task=task.id)
+    name = answer.url.path.rpartition("/")[2]
+    again = task_of(parts, name)
+    assert again.id != task.id and again.request == task.request
+    assert facts(parts, again, "task.created")[0]["by"] == "ann"
+
+
+def test_a_request_is_priced_before_it_is_sent(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
+    fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "n": "2"}
+    priced = ann.post("/ask", **fields, step="price").text
+    assert "16 units" in priced and "0.056 USD" in priced and not sandbox.ledger().tasks
+    answer = ann.post("/ask", **fields, step="send")
+    task = task_of(parts, answer.url.path.rpartition("/")[2])
+    assert task.request["n"] == 2 and task.expected == 2
+
+
+def test_a_faulty_request_says_every_fault(ann: Reader) -> None:
+    answer = ann.post("/ask", model_name="none", prompt="", n="99", more="[1]")
+    assert answer.status_code == 422 and "JSON object" in answer.text
+    assert "model_name" in ann.post("/ask", model_name="none", prompt="x", n="99").text
+
+
+def test_one_delivery_is_replayed(parts: Parts, ann: Reader) -> None:
+    callback = deliver(parts, insert_row(parts), b"no json")
+    assert "1 delivery is applied anew" in ann.post("/act/replay", delivery=callback.id).text
+    assert callbacks_of(parts)[0].state is CallbackState.RECEIVED
+    run(parts, "callbacks")
+    assert callbacks_of(parts)[0].state is CallbackState.UNREADABLE
+
+
+def test_all_that_match_are_counted_and_then_replayed(parts: Parts, ann: Reader, ben: Reader) -> None:
+    for number in range(3):
+        deliver(parts, None, {"task_id": f"unknown-{number}", "task_status": "succeed"})
+    deliver(parts, insert_row(parts), b"no json")
+    assert "3 deliveries match" in ann.page("/deliveries/replay?state=unmatched")
+    assert "Replay 3" not in ben.page("/deliveries/replay?state=unmatched")
+    assert ann.post("/act/replay").status_code == 400
+    assert "3 deliveries are applied anew" in ann.post("/act/replay", state="unmatched").text
+
+
+def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Parts, ann: Reader) -> None:
+    task = insert_row(parts)
+    with parts.database.write() as session:
+        event = session.exec(select(Event).where(Event.task_id == task.id)).one()
+        now = parts.database.now()
+        session.add(Dispatch(sink="client", event_id=event.id or 0, task_id=task.id, created_at=now,
+                             state=DispatchState.DEAD, error="answered 500", tries=14))  # fmt: skip
+    assert "answered 500" in ann.page("/events?state=dead")
+    assert "1 event is sent again" in ann.post("/act/redeliver", sink="client").text
+    assert "client is disabled; 1" in ann.post("/act/disable", sink="client").text
+    with parts.database.read() as session:
+        assert outbox.disabled(session) == {"client": "by ann: by hand"}
+    assert "client is enabled" in ann.post("/act/enable", sink="client").text
+    assert ann.post("/act/disable", sink="a slip").status_code == 404
+
+
+def batch_form(ann: Reader, content: str, **fields: str) -> httpx.Response:
+    files = {"file": ("spring.jsonl", content.encode(), "application/octet-stream")}
+    return ann.http.post("/console/batches/new", data={"csrf": ann.csrf, **fields}, files=files)
+
+
+def test_a_batch_with_a_fault_in_line_three_is_not_sent(parts: Parts, ann: Reader) -> None:
+    answer = batch_form(ann, GOOD * 2 + '{"model_name": "none", "prompt": 7}\n')
+    assert answer.status_code == 422 and "line 3" in answer.text and "Nothing was sent" in answer.text
+    with parts.database.read() as session:
+        assert session.exec(select(Batch)).all() == []
+
+
+def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader) -> None:
+    answer = batch_form(ann, GOOD * 3)
+    assert "3 requests are new" in answer.text and "24 units" in answer.text
+    sent = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD * 3)
+    assert "3 tasks are queued" in sent.text and "0 of 3 are over" in sent.text
+    with parts.database.read() as session:
+        rows = session.exec(select(Task).where(col(Task.batch_id).is_not(None))).all()
+    assert len(rows) == 3 and all(facts(parts, row, "task.created")[0]["by"] == "ann" for row in rows)
+    report = ann.get(f"/batches/{rows[0].batch_id}/report.csv")
+    assert report.headers["content-disposition"].startswith("attachment") and report.text.count("\r\n") == 4
+
+
+def test_what_failed_of_a_batch_is_tried_again(parts: Parts, ann: Reader) -> None:
+    task, _ = with_a_failed_file(parts)
+    with parts.database.write() as session:
+        batch = Batch(name="spring", created_at=parts.database.now())
+        session.add(batch)
+        row = session.get_one(Task, task.id)
+        row.batch_id, row.batch_line = batch.id, 1
+    assert task.external_task_id in ann.page(f"/batches/{batch.id}")
+    assert "1 thing is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
+
+
+def test_a_sample_audit_tells_what_it_found(parts: Parts, ann: Reader) -> None:
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    parts.bucket.delete(str(asset.key))
+    ann.post("/act/audit")
+    from tests.harness import wait_until
+
+    page = wait_until(lambda: (found := ann.page("/archive")) and "Done" in found and found)
+    assert re.search(r"missing</span> <span class=\"mono\">" + re.escape(str(asset.key)), page)
+
+
+def test_check_says_what_receiver_check_says(ann: Reader) -> None:
+    page = ann.post("/settings").text
+    assert "takes writes, schema" in page and "takes our credentials" in page and "/callbacks/kling/" not in page

@@ -1,0 +1,218 @@
+"""The console in a real browser: what a person does from log-in to log-out, and that no stranger's script runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlmodel import select
+
+from receiver.app.wiring import Parts
+from storage.rows.models import Asset, Dispatch, Event, Task
+from storage.states import ArchiveState, AssetState, DispatchState
+from tests import webdriver
+from tests.archived_tasks import archive
+from tests.console_reader import ACT_KEY, PAGES, READ_KEY
+from tests.pipeline import Web, assets_of, callbacks_of, deliver, insert_row, task_of, working
+from tests.receiver.console.test_safety import hostile
+from tests.webdriver import Browser
+
+pytestmark = pytest.mark.skipif(not webdriver.is_installed(), reason=webdriver.MISSING)
+GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
+WIDTHS = (360, 390, 1440, 3840)
+CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
+
+
+@pytest.fixture(params=["sqlite"])
+def database_kind(request: pytest.FixtureRequest) -> str:
+    """The pages' own tests run on both; a browser sees no difference."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    browser = Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(opened: Browser, web: Web) -> Browser:
+    opened.resize(1440, 900)
+    opened.scheme("light")
+    log_in(opened, web, ACT_KEY)
+    opened.console_log()
+    return opened
+
+
+def log_in(browser: Browser, web: Web, key: str) -> None:
+    browser.open(f"{web.url}/console/login")
+    browser.type("input[name=key]", key)
+    browser.press("Enter")
+    browser.waits_for("Needs you")
+
+
+def test_a_live_task_is_followed_from_the_form_to_the_picture(parts: Parts, browser: Browser, web: Web) -> None:
+    browser.open(f"{web.url}/console/ask")
+    browser.fill("textarea[name=prompt]", "a red kite over dunes")
+    browser.click("button[value=price]")
+    browser.waits_for("0.028 USD")
+    browser.click("button[value=send]")
+    browser.waits_for("Submitted. The picture appears here")
+    with working(parts):
+        browser.waits_for("Archived whole")
+    shown = "return [...document.querySelectorAll('.shot img')].map((e) => e.complete && e.naturalWidth)"
+    assert webdriver.wait_until(lambda: (found := browser.run(shown)) and all(found) and found)
+    assert browser.console_log() == []
+
+
+def test_a_filter_is_in_the_address(parts: Parts, browser: Browser, web: Web) -> None:
+    insert_row(parts, external_task_id="red-one", request={"prompt": "a red kite"})
+    insert_row(parts, external_task_id="blue-one", request={"prompt": "a blue kite"})
+    browser.open(f"{web.url}/console/tasks")
+    browser.fill("input[type=search]", "red")
+    browser.press("Enter")
+    browser.waits_for("Clear")
+    assert browser.url == f"{web.url}/console/tasks?q=red"
+    assert "red-one" in browser.text and "blue-one" not in browser.text
+
+
+def test_an_unmatched_delivery_is_replayed(parts: Parts, browser: Browser, web: Web) -> None:
+    deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
+    browser.open(f"{web.url}/console")
+    browser.waits_for("1 delivery matches no task")
+    browser.click('a[href="/console/deliveries?state=unmatched"]')
+    browser.click("tbody a.row")
+    browser.click("header button.main")
+    browser.waits_for("1 delivery is applied anew")
+    assert callbacks_of(parts)[0].state == "received"
+
+
+def test_a_failed_file_is_retried(parts: Parts, browser: Browser, web: Web) -> None:
+    task = archive(parts, 1)[0]
+    with parts.database.write() as session:
+        asset = session.get_one(Asset, assets_of(parts, task)[0].id)
+        asset.state, asset.error = AssetState.FAILED, "broken inside"
+        session.get_one(Task, task.id).archive = ArchiveState.INCOMPLETE
+    browser.open(f"{web.url}/console/tasks/{task.external_task_id}")
+    assert "broken inside" in browser.text
+    browser.click("header .actions button.main")
+    with working(parts):
+        browser.waits_for("Archived whole")
+
+
+def test_a_dead_event_is_sent_again(parts: Parts, browser: Browser, web: Web) -> None:
+    task = insert_row(parts)
+    with parts.database.write() as session:
+        event = session.exec(select(Event).where(Event.task_id == task.id)).one()
+        values: dict[str, Any] = {
+            "state": DispatchState.DEAD,
+            "error": "answered 500",
+            "created_at": parts.database.now(),
+        }
+        session.add(Dispatch(sink="client", event_id=event.id or 0, task_id=task.id, **values))
+    browser.open(f"{web.url}/console/events?state=dead")
+    browser.click("section:last-of-type tbody button")
+    browser.waits_for("1 event is sent again")
+
+
+def test_a_batch_with_a_fault_in_line_three_and_then_a_good_one(
+    parts: Parts, browser: Browser, web: Web, tmp_path: Path
+) -> None:
+    file = tmp_path / "spring.jsonl"
+    for content, said in ((GOOD * 2 + '{"prompt": 7}\n', "line 3"), (GOOD * 3, "3 requests are new")):
+        file.write_text(content)
+        browser.open(f"{web.url}/console/batches/new")
+        browser.type("input[type=file]", str(file))
+        browser.click("form.fields button.main")
+        browser.waits_for(said)
+    browser.click("section form button.main")
+    browser.waits_for("3 tasks are queued")
+    with working(parts):
+        browser.waits_for("3 of 3 are over", seconds=40)
+
+
+def test_the_gallery_goes_by_keyboard(parts: Parts, browser: Browser, web: Web) -> None:
+    archive(parts, 1, n=3, prompt="three red kites")
+    browser.open(f"{web.url}/console/gallery")
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    browser.press("Enter")
+    browser.waits_for("three red kites")
+    first = browser.run("return document.querySelector('dialog img').src")
+    browser.press("ArrowRight")
+    assert browser.run("return document.querySelector('dialog img').src") != first
+    browser.press("Escape")
+    assert browser.run(
+        "return [document.querySelector('dialog').open, document.activeElement.matches('.tile > a')]"
+    ) == [False, True]
+
+
+def test_a_task_is_deleted_by_typing_its_id(parts: Parts, browser: Browser, web: Web) -> None:
+    task = archive(parts, 1)[0]
+    browser.open(f"{web.url}/console/tasks/{task.external_task_id}")
+    browser.click("summary.danger")
+    browser.type("input[name=typed]", task.external_task_id)
+    browser.press("Enter")
+    browser.waits_for("Deleted, with 2 objects")
+    assert task_of(parts, task.external_task_id).deleted_at is not None
+
+
+def test_language_switches_and_the_session_ends(browser: Browser, web: Web) -> None:
+    browser.click("a[lang=zh]")
+    browser.waits_for("需要您处理")
+    browser.click("a[lang=en]")
+    browser.waits_for("Needs you")
+    browser.click(".rail footer button")
+    browser.waits_for("Your key")
+    browser.open(f"{web.url}/console/tasks")
+    assert "/console/login" in browser.url
+
+
+def test_a_reader_sees_and_cannot_act(parts: Parts, browser: Browser, web: Web) -> None:
+    task = archive(parts, 1)[0]
+    browser.click(".rail footer button")
+    browser.waits_for("Your key")
+    log_in(browser, web, READ_KEY)
+    browser.open(f"{web.url}/console/tasks/{task.external_task_id}")
+    assert "may look, not act" in browser.text and "Retry" not in browser.text
+    sent = """const done = arguments[0]; fetch("/console/act/retry", {method: "POST", body: new URLSearchParams({csrf:
+              document.querySelector("[name=csrf]").value})}).then((answer) => done(answer.status));"""
+    assert browser.run_async(sent) == 403
+
+
+def test_no_script_of_a_stranger_runs_and_nothing_breaks_the_layout(parts: Parts, browser: Browser, web: Web) -> None:
+    task, callback = hostile(parts)
+    for path in (*PAGES, f"/tasks/{task.id}", f"/deliveries/{callback.id}"):
+        for width in WIDTHS:
+            browser.resize(width, 900)
+            browser.open(f"{web.url}/console{path}")  # an alert would be an error here: unexpected alert open
+            assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), (path, width)
+    assert [
+        line for line in browser.console_log() if "Content Security Policy" in line or "error" in line.lower()
+    ] == []
+
+
+def test_everything_has_a_name_and_contrast_in_both_schemes(parts: Parts, browser: Browser, web: Web) -> None:
+    task = archive(parts, 1, n=2)[0]
+    callback = deliver(parts, insert_row(parts), b"{}")
+    for path in (*PAGES, f"/tasks/{task.external_task_id}", f"/deliveries/{callback.id}"):
+        for scheme in ("light", "dark"):
+            browser.scheme(scheme)
+            browser.open(f"{web.url}/console{path}")
+            assert browser.run(CHECKS + "return poorContrast();") == [], (path, scheme)
+        assert browser.run(CHECKS + "return nameless();") == [], path
+
+
+def test_pages_hold_less_than_100_kilobytes_without_pictures(parts: Parts, browser: Browser, web: Web) -> None:
+    archive(parts, 1, n=2)
+    browser.open(f"{web.url}/console/tasks")
+    found = json.loads(
+        browser.run("""return JSON.stringify(performance.getEntries().filter((e) => e.decodedBodySize)
+        .map((e) => [e.name, e.decodedBodySize]))""")
+    )
+    assert sum(size for name, size in found if "/thumbnails/" not in name) < 100_000
+    assert all(name.startswith(web.url) for name, _ in found)

@@ -1,0 +1,226 @@
+"""Lists: what they filter, how they page by key, what they cost; the figures; thumbnails; the zip; what is live."""
+
+from __future__ import annotations
+
+import io
+import time
+import zipfile
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+from sqlalchemy import event
+
+from receiver.app.wiring import Parts
+from receiver.console import thumbnails
+from receiver.console.access import COOKIE
+from receiver.console.thumbnails import Thumbnails, ratio_class, shrink
+from receiver.console.words import relative, size
+from storage.operations import lists
+from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
+from storage.operations.rollups import Rollups
+from storage.rows.models import Task
+from storage.states import ArchiveState, TaskState
+from tests.archived_tasks import archive
+from tests.console_reader import Reader
+from tests.pipeline import Web, assets_of, deliver, insert_row
+from tests.rows import LONG_AGO
+
+Found = list[str]
+
+
+def names(parts: Parts, **wanted: str) -> Found:
+    with parts.database.read() as session:
+        return [task.external_task_id for task in newest_tasks(session, TaskFilter(**wanted), None).rows]
+
+
+def test_tasks_page_by_key_and_none_comes_twice(parts: Parts) -> None:
+    for number in range(7):
+        insert_row(parts, external_task_id=f"t{number}", created_at=LONG_AGO + timedelta(seconds=number // 3))
+    seen: Found = []
+    cursor = None
+    with parts.database.read() as session:
+        while True:
+            page = newest_tasks(session, TaskFilter(), cursor, 2)
+            seen += [task.external_task_id for task in page.rows]
+            cursor = page.further
+            if cursor is None:
+                break
+    assert sorted(seen) == [f"t{number}" for number in range(7)] and seen[0] == "t6"
+
+
+def test_tasks_are_filtered_by_state_model_time_and_words(parts: Parts) -> None:
+    insert_row(parts, external_task_id="one", request={"prompt": "A Red kite 100%", "model_name": "m1"})
+    insert_row(parts, external_task_id="two", state=TaskState.FAILED, created_at=LONG_AGO - timedelta(days=9))
+    insert_row(parts, external_task_id="ids", archive=ArchiveState.INCOMPLETE, request={"prompt": 7})
+    assert names(parts, q="red KITE") == names(parts, model="m1") == names(parts, q="100%") == ["one"]
+    assert names(parts, state="failed") == names(parts, until="2019-12-25") == ["two"]
+    assert names(parts, archive="incomplete") == names(parts, q="id") == ["ids"]
+    assert names(parts, q="%") == ["one"] and names(parts, batch="none") == []
+    assert len(names(parts, provider="kling", since="nonsense")) == 3
+
+
+def test_a_long_look_ends_at_its_bound_and_goes_on(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lists, "SCANNED", 3)
+    for number in range(5):
+        state = TaskState.FAILED if number == 0 else TaskState.SUBMITTED
+        insert_row(parts, external_task_id=f"t{number}", state=state, created_at=LONG_AGO + timedelta(seconds=number))
+    with parts.database.read() as session:
+        first = newest_tasks(session, TaskFilter(state="failed"), None)
+        second = newest_tasks(session, TaskFilter(state="failed"), first.further)
+    assert list(first.rows) == [] and first.looked_until == LONG_AGO + timedelta(seconds=2)
+    assert [task.external_task_id for task in second.rows] == ["t0"] and second.further is None
+
+
+def test_deliveries_are_filtered_and_page_by_key(parts: Parts) -> None:
+    task = insert_row(parts)
+    ids = [deliver(parts, task, f"no json {number}".encode()).id for number in range(3)]
+    deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
+    with parts.database.read() as session:
+        page = newest_deliveries(session, DeliveryFilter(state="unreadable"), None, 2)
+        rest = newest_deliveries(session, DeliveryFilter(task=task.external_task_id, cause="JSON"), page.further)
+    assert [row.id for row, _, _ in page.rows] == ids[:0:-1] and [row.id for row, _, _ in rest.rows] == ids[:1]
+    assert page.rows[0][1:] == (9, task.external_task_id)
+
+
+def test_an_exact_id_leads_to_its_task(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    odd = insert_row(parts, external_task_id="../x/?#%2F")
+    for words in (task.external_task_id, str(task.provider_task_id), str(task.id)):
+        assert ann.get("/tasks", params={"q": words}).url.path == f"/console/tasks/{task.external_task_id}"
+    assert ann.get("/tasks", params={"q": odd.external_task_id}).url.path == f"/console/tasks/{odd.id}"
+
+
+NONSENSE = (
+    "before=x", "before=1~2", "before=9999-12-31T23:59:59~x", "state=x&archive=y", "since=0001-01-01", "q=" + "x" * 500,
+    "q=%00", "until=9999-12-31", "before=" + "9" * 40,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("query", NONSENSE)
+def test_nonsense_in_an_address_is_no_fault(ann: Reader, query: str) -> None:
+    for path in ("/tasks", "/gallery", "/deliveries", "/events"):
+        assert ann.get(f"{path}?{query}").status_code == 200
+
+
+def test_a_page_asks_the_same_few_questions_however_much_there_is(parts: Parts, ann: Reader) -> None:
+    asked: list[str] = []
+    event.listen(parts.database.reader, "before_cursor_execute", lambda *given: asked.append(given[2]))
+
+    def questions(path: str) -> int:
+        ann.page(path)
+        asked.clear()
+        ann.page(path)
+        return len(asked)
+
+    before = [questions(path) for path in ("/tasks", "/gallery", "/deliveries")]
+    archive(parts, 4, n=2)
+    assert [questions(path) for path in ("/tasks", "/gallery", "/deliveries")] <= [each + 3 for each in before]
+
+
+def test_figures_add_up_what_ended_and_came(parts: Parts) -> None:
+    tasks = archive(parts, 2, n=2)
+    deliver(parts, insert_row(parts), b"no json")
+    with parts.database.write() as session:
+        session.get_one(Task, tasks[0].id).units = "16"
+        session.get_one(Task, tasks[1].id).units = "none"
+    rollups = Rollups(parts.database)
+    day = rollups.span(24)
+    sizes = sum(asset.size or 0 for task in tasks for asset in assets_of(parts, task))
+    assert (day.total.pictures, day.total.bytes, day.total.units, day.whole) == (4, sizes, 16.0, True)
+    assert day.total.callbacks >= 1 and len(day.series["pictures"]) == 24 and day.series["pictures"][-1] == 4
+    rollups.close()
+
+
+def test_a_month_is_counted_beside_the_page(parts: Parts) -> None:
+    then = datetime.now(UTC) - timedelta(days=20)
+    insert_row(parts, state=TaskState.FAILED, completed_at=then, step=None, due_at=None)
+    rollups, deadline = Rollups(parts.database), time.monotonic() + 60
+    while not (month := rollups.span(720)).whole and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert month.whole and month.total.failures == 1 and len(month.series["failures"]) == 30
+    rollups.close()
+
+
+def picture(width: int = 900, height: int = 600, mode: str = "RGB", form: str = "PNG") -> bytes:
+    target = io.BytesIO()
+    Image.new(mode, (width, height)).save(target, form)
+    return target.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"), [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("L", "PNG")]
+)
+def test_thumbnails_are_small_webp(mode: str, form: str) -> None:
+    with Image.open(io.BytesIO(shrink(picture(mode=mode, form=form)))) as small:
+        assert (small.format, small.size) == ("WEBP", (480, 320))
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thumbnails, "MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="900 x 600"):
+        shrink(picture())
+    with pytest.raises(OSError, match="identify"):
+        shrink(b"<svg onload=alert(1)>")
+
+
+def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None:
+    assets = [each for task in archive(parts, 3, n=2) for each in assets_of(parts, task)]
+    kept = Thumbnails(parts.bucket, tmp_path / "t", 20_000)
+    contents = [kept.get(each) for each in assets]
+    sizes = [file.stat().st_size for file in (tmp_path / "t").glob("*/*.webp")]
+    assert all(contents) and sum(sizes) <= 20_000 < sum(len(each or b"") for each in contents)
+    assert not list((tmp_path / "t").rglob("*.part"))
+
+
+def test_a_vanished_object_has_no_thumbnail_and_is_asked_for_once(parts: Parts, tmp_path: Path) -> None:
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    parts.bucket.delete(str(asset.key))
+    kept = Thumbnails(parts.bucket, tmp_path / "t", 10**6)
+    assert kept.get(asset) is None and kept.get(asset) is None and len(kept._failed) == 1
+
+
+def test_forms_of_pictures_have_a_class_of_the_stylesheet() -> None:
+    sheet = (Path(thumbnails.__file__).parent / "static" / "ratios.css").read_text()
+    classes = {
+        ratio_class(width, height) for width, height in ((1, 1), (16, 9), (9, 16), (1, 100), (100, 1), (None, 5))
+    }
+    assert classes == {"r70", "r99", "r41", "r0", "r140"} and all(f".{each}{{" in sheet for each in classes)
+
+
+def test_chosen_files_come_as_one_zip(parts: Parts, ben: Reader) -> None:
+    assets = [each for task in archive(parts, 2, n=2) for each in assets_of(parts, task)]
+    answer = ben.get("/gallery/zip", params={"id": [str(each.id) for each in assets]})
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as found:
+        assert found.testzip() is None
+        sizes = {entry.filename.rpartition("/")[2]: entry.file_size for entry in found.infolist()}
+    assert sizes == {str(each.key).rpartition("/")[2]: each.size for each in assets} or len(sizes) < len(assets)
+    assert ben.get("/gallery/zip", params={"id": ["x"]}).status_code == 404
+    assert ben.get("/gallery/zip", params={"id": [str(assets[0].id)] * 46}).status_code == 413
+
+
+def test_an_open_page_is_told_that_something_changed(parts: Parts, ann: Reader, web: Web) -> None:
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.iter_lines()
+        assert next(line for line in lines if line.startswith("event:")) == "event: hello"
+        insert_row(parts)
+        assert next(line for line in lines if line.startswith("event:")) == "event: change"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(None, "–"), (0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (2 * 10**9, "2.0 GB")]
+)
+def test_sizes_have_three_digits(count: Any, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_times_are_relative_in_both_directions() -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    assert relative(now - timedelta(minutes=3), now, "en") == "3 min ago"
+    assert relative(now + timedelta(hours=5), now, "zh") == "5 h后"
+    assert relative(now, now, "en") == "now"
