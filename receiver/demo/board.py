@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from pydantic import SecretStr
 from rich import box
 from rich.console import Console
 from rich.live import Live
@@ -20,6 +21,8 @@ from rich.table import Table
 from sqlmodel import col, select
 
 from receiver.app.wiring import Parts
+from receiver.base.console_keys import parse as parse_console_keys
+from receiver.console.access import one_time_token
 from storage.rows.events import EventName
 from storage.rows.models import Callback, Event, Task
 from storage.states import ArchiveState, TaskState
@@ -230,7 +233,9 @@ def _seconds(outcome: Outcome) -> str:
 
 def say_stays(console: Console, program: str, settings: Mapping[str, str], log: Path) -> None:
     """What can be done while everything stays up, and how to end it."""
-    say(console, "\nAll of it stays up. To use it from another terminal, paste there:\n")
+    say(console, "\nAll of it stays up. Look at it in a browser; the link works once, for ten minutes:\n")
+    say(console, console_link(settings))
+    say(console, "\nTo use it from another terminal, paste there:\n")
     for name, value in settings.items():
         say(console, f"export {name}={shlex.quote(value)}")
     steps = {
@@ -242,6 +247,12 @@ def say_stays(console: Console, program: str, settings: Mapping[str, str], log: 
     }
     _say_steps(console, steps)
     say(console, f"\nCtrl-C here, or kill {os.getpid()}, ends it.")
+
+
+def console_link(settings: Mapping[str, str]) -> str:
+    """A link that logs in to the console once."""
+    [key] = parse_console_keys([SecretStr(settings["RECEIVER_CONSOLE_KEYS"])])
+    return f"{settings['RECEIVER_PUBLIC_URL']}/console/login?once={one_time_token(key)}"
 
 
 def say_end(console: Console, directory: Path | None) -> None:

@@ -146,6 +146,8 @@ class Stage:
             "RECEIVER_PORT": str(self._port),
             "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
             "RECEIVER_CALLBACK_SECRETS": secrets.token_urlsafe(32),
+            "RECEIVER_CONSOLE_KEYS": f"demo={secrets.token_urlsafe(32)}",
+            "RECEIVER_CONSOLE_THUMBNAIL_DIR": str(self.directory / "thumbnails"),
             "RECEIVER_KLING_BASE_URL": self.sandbox.url,
             "RECEIVER_KLING_API_KEY": self.sandbox.api_key,
             "RECEIVER_PRIVATE_RESULT_HOSTS": self.sandbox.url.removeprefix("http://"),

@@ -7,12 +7,12 @@ behind the cursor; a page that comes out short says how far back it looked and g
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import func, or_
+from sqlalchemy import func, literal_column, or_
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
@@ -21,7 +21,9 @@ from storage.rows import tasks
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
-PAGE, MAX_PAGE = 50, 100
+K = TypeVar("K")
+
+PAGE = 50
 # 20,000 rows by the index of creation times take PostgreSQL 30 to 60 ms and SQLite 40 to 90 ms beside a million.
 SCANNED = 20_000
 # What filters look at.
@@ -72,7 +74,7 @@ def newest_tasks(
     reach = _in_reach(session, wanted)
     if reach is None:
         return Page()
-    found = found.where(*reach, *_behind(Task.created_at, Task.id, _task_cursor(before)))
+    found = found.where(*reach, *_behind(Task.created_at, Task.id, _cursor(before, uuid.UUID)))
     ordered = found.order_by(col(Task.created_at).desc(), col(Task.id).desc())
     # Without a condition of its own the outer query would only make SQLite sort the whole window.
     narrow = bool(_matching(Task, wanted, kept))
@@ -85,11 +87,11 @@ def newest_tasks(
     }
     page = Page([rows[key.id] for key in keys[:limit] if key.id in rows])
     if len(keys) > limit:
-        page.further = _cursor(keys[limit - 1])
+        page.further = _cursor_text(keys[limit - 1].created_at, keys[limit - 1].id)
     elif narrow:
         last = select(window.c.id, window.c.created_at).order_by(window.c.created_at.desc(), window.c.id.desc())
         if end := session.execute(last.offset(SCANNED - 1).limit(1)).first():
-            page.further, page.looked_until = _cursor(end), end.created_at
+            page.further, page.looked_until = _cursor_text(end.created_at, end.id), end.created_at
     return page
 
 
@@ -179,28 +181,41 @@ def read_delivery_filter(query: Mapping[str, str]) -> DeliveryFilter:
 def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | None, limit: int = PAGE) -> Page:
     """One page of (delivery, size of its body, external id of its task); bodies are not loaded."""
     found: Any = select(*(getattr(Callback, name) for name in ("id", "state", "provider", "reason", "received_at")))
-    found = found.where(Callback.source == "push")
-    if before and before.isascii() and before.isdigit() and len(before) <= 18:
-        found = found.where(col(Callback.id) < int(before))
+    found = found.where(Callback.source == "push", *_deliveries_in_reach(session, wanted))
+    found = found.where(*_behind(Callback.received_at, Callback.id, _cursor(before, _number)))
+    narrow = bool(_delivery_conditions(Callback, wanted))
+    ordered = found.order_by(col(Callback.received_at).desc(), col(Callback.id).desc())
+    window = ordered.limit(SCANNED if narrow else limit + 1).subquery()
+    order = (window.c.received_at.desc(), window.c.id.desc())
+    chosen = select(window.c.id, window.c.received_at).where(*_delivery_conditions(window.c, wanted))
+    keys = session.execute(chosen.order_by(*order).limit(limit + 1)).all()
+    page = Page(_deliveries(session, [key.id for key in keys[:limit]]))
+    if len(keys) > limit:
+        page.further = _cursor_text(keys[limit - 1].received_at, keys[limit - 1].id)
+    elif narrow:
+        last = select(window.c.id, window.c.received_at).order_by(*order).offset(SCANNED - 1).limit(1)
+        if end := session.execute(last).first():
+            page.further, page.looked_until = _cursor_text(end.received_at, end.id), end.received_at
+    return page
+
+
+def _deliveries_in_reach(session: Session, wanted: DeliveryFilter) -> list[Any]:
+    """Conditions that an index answers."""
+    conditions: list[Any] = []
+    since, until = _day(wanted.since), _day(wanted.until)
     if wanted.task:
         task = exact(session, wanted.task)
-        found = found.where(col(Callback.task_id) == (task.id if task else uuid.UUID(int=0)))
-    since, until = _day(wanted.since), _day(wanted.until)
-    found = found.where(*([Callback.received_at >= since] if since else []))
-    found = found.where(*([Callback.received_at < until + timedelta(days=1)] if until else []))
-    if wanted.state in (CallbackState.UNMATCHED, CallbackState.RECEIVED):
-        found = found.where(col(Callback.state) == CallbackState(wanted.state))  # few rows, found by their index
-    window = found.order_by(col(Callback.id).desc()).limit(SCANNED).subquery()
-    chosen = select(window.c.id).where(*_delivery_conditions(window.c, wanted)).order_by(window.c.id.desc())
-    ids = list(session.scalars(chosen.limit(limit + 1)))
-    page = Page(_deliveries(session, ids[:limit]))
-    if len(ids) > limit:
-        page.further = str(ids[limit - 1])
-    elif wanted.is_set:
-        last = select(window.c.id, window.c.received_at).order_by(window.c.id.desc()).offset(SCANNED - 1).limit(1)
-        if end := session.execute(last).first():
-            page.further, page.looked_until = str(end.id), end.received_at
-    return page
+        conditions.append(col(Callback.task_id) == (task.id if task else uuid.UUID(int=0)))
+    if since:
+        conditions.append(col(Callback.received_at) >= since)
+    if until:
+        conditions.append(col(Callback.received_at) < until + timedelta(days=1))
+    if wanted.state == CallbackState.UNMATCHED:  # a literal: SQLite uses no partial index for a parameter
+        few = select(Callback.id).where(col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'"))
+        conditions.append(col(Callback.id).in_(few.limit(SCANNED).subquery().select()))
+    if wanted.state == CallbackState.RECEIVED:
+        conditions.append(col(Callback.due_at).is_not(None))
+    return conditions
 
 
 def _delivery_conditions(columns: Any, wanted: DeliveryFilter) -> list[Any]:
@@ -218,27 +233,34 @@ def _deliveries(session: Session, ids: Sequence[int]) -> list[tuple[Callback, in
     body: Any = Callback.body
     found = select(Callback, func.length(body), Task.external_task_id)
     found = found.outerjoin(Task, col(Task.id) == col(Callback.task_id)).options(defer(body, raiseload=True))
-    found = found.where(col(Callback.id).in_(ids)).order_by(col(Callback.id).desc())
+    found = found.where(col(Callback.id).in_(ids)).order_by(col(Callback.received_at).desc(), col(Callback.id).desc())
     return [(row, size, name) for row, size, name in session.execute(found)]
 
 
 # -- cursors ----------------------------------------------------------------------------------------------------------
 
 
-def _cursor(key: Any) -> str:
-    return f"{key.created_at.isoformat()}~{key.id.hex}"
+def _cursor_text(at: datetime, key: uuid.UUID | int) -> str:
+    return f"{at.isoformat()}~{key.hex if isinstance(key, uuid.UUID) else key}"
 
 
-def _task_cursor(text: str | None) -> tuple[datetime, uuid.UUID] | None:
+def _cursor(text: str | None, read_key: Callable[[str], K]) -> tuple[datetime, K] | None:
+    """What stands in an address, or None for what is no cursor."""
     moment, _, key = (text or "").partition("~")
     try:
         at = datetime.fromisoformat(moment)
-        return (at if at.tzinfo else at.replace(tzinfo=UTC)), uuid.UUID(key)
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)), read_key(key)
     except ValueError:
         return None
 
 
-def _behind(at: Any, key: Any, cursor: tuple[datetime, uuid.UUID] | None) -> list[Any]:
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+        raise ValueError(text)
+    return int(text)
+
+
+def _behind(at: Any, key: Any, cursor: tuple[datetime, Any] | None) -> list[Any]:
     if cursor is None:
         return []
     moment, last = cursor

@@ -35,6 +35,8 @@ SAMPLED = 500
 # Hours that one page may read itself; the background thread reads the rest.
 READ_AT_ONCE = 26
 CLOSE_SECONDS = 2.0
+# Between two hours: a month takes some 20 s, and pages asked for meanwhile hardly notice.
+REST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Rollups:
     _hours: dict[datetime, tuple[float, Hour]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
-    _is_closing: bool = False
+    _closing: threading.Event = field(default_factory=threading.Event)
 
     def span(self, hours: int) -> Span:
         """The last so many hours up to now: 24 in hours, more in days."""
@@ -104,24 +106,24 @@ class Rollups:
 
     def _fill_beside(self, hours: Sequence[datetime], current: datetime) -> None:
         with self._lock:
-            if self._is_closing or (self._thread is not None and self._thread.is_alive()):
+            if self._closing.is_set() or (self._thread is not None and self._thread.is_alive()):
                 return
             self._thread = threading.Thread(target=self._fill, args=(hours, current), daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """Read no further hour. Waits for the one that is being read, which takes milliseconds."""
-        self._is_closing = True
+        self._closing.set()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
 
     def _fill(self, hours: Sequence[datetime], current: datetime) -> None:
         try:
             for hour in hours:
-                if self._is_closing:
-                    return
                 if self._is_old(hour, current):
                     self._read([hour])
+                    if self._closing.wait(REST_SECONDS):
+                        return
             oldest = current - HOUR * (MONTH_HOURS + 24)
             for hour in [each for each in list(self._hours) if each < oldest]:
                 self._hours.pop(hour, None)

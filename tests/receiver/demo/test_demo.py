@@ -222,6 +222,9 @@ def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "receiver", "status", "demo-series", "--json"]
         told = subprocess.run(command, env={**os.environ, **pasted}, capture_output=True, text=True, check=True)
         assert told.stdout.count('"archived"') == 7  # the task and its six objects
+        [(url, token)] = re.findall(r"(http://\S+/console/login)\?once=(\S+)", running.output)
+        opened = httpx.post(url, data={"once": token}, follow_redirects=True)
+        assert "Needs you" in opened.text and httpx.post(url, data={"once": token}).status_code == 401
         running.process.send_signal(signal.SIGINT)
         wait_until(running.has_ended, seconds=60, every=POLL_INTERVAL_SECONDS)
         assert running.process.returncode == 0
