@@ -35,6 +35,7 @@ from storage.rows.database import Database
 from storage.rows.inbox import Delivery
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import CommandLine, variables
+from tests.console_reader import PAGES, Reader
 from tests.harness import wait_until
 from tests.pipeline import Wired, free_port, settings_for, task_of
 
@@ -47,6 +48,7 @@ WEBHOOK_SECRETS = [
     f"whsec_{base64.b64encode(f'{CANARY} webhook {n} of 32 characters!'.encode()).decode()}" for n in "12"
 ]
 METRICS_TOKEN = f"{CANARY}-metrics-token"
+CONSOLE_KEY = f"{CANARY}-console-key-of-24-characters"
 DATABASE_PASSWORD = f"{CANARY}-database-password"
 # What a result link's query and a minted JWT look like, wherever they turn up.
 SHAPES = (re.compile("Signature=[^…&\"' ]"), re.compile(r"eyJ[\w-]{8,}\.[\w-]+\."), re.compile("Key-Pair-Id=K"))
@@ -128,6 +130,7 @@ def receiver(
         "RECEIVER_DATABASE_URL": database_url.replace("postgres@", f"postgres:{DATABASE_PASSWORD}@"),
         "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{port}", "RECEIVER_PORT": str(port),
         "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRETS, "RECEIVER_METRICS_TOKEN": METRICS_TOKEN,
+        "RECEIVER_CONSOLE_KEYS": f"ann={CONSOLE_KEY}",
         "RECEIVER_KLING_WEBHOOK_SECRETS": ",".join(WEBHOOK_SECRETS), "RECEIVER_LOG_LEVEL": "debug",
     }  # fmt: skip
     return CommandLine({**common, **s3_environment, **secret, **CREDENTIALS[database_kind]}, tmp_path)
@@ -191,6 +194,17 @@ def knock(seen: Seen, web: str, token: str) -> None:
     assert {200, 401, 404, 405, 413} <= {answer.status_code for answer in answers}
     for answer in answers:
         seen.add(f"{answer.request.method} {answer.status_code}", f"{answer.headers} {answer.text}")
+
+
+def look(seen: Seen, web: str, database: Database) -> None:
+    """Every page of the console, with every task and every callback."""
+    with database.read() as session:
+        paths = [f"/tasks/{each}" for each in session.exec(select(Task.id))]
+        paths += [f"/deliveries/{each.id}" for each in session.exec(select(Callback)) if each.source == "push"]
+    with Reader(web, CONSOLE_KEY) as ann:
+        for path in (*PAGES, *paths):
+            seen.add(f"the console's {path}", ann.page(path))
+        seen.add("the console's check", ann.post("/settings").text)
 
 
 def provoke(receiver: CommandLine, seen: Seen, echo: str) -> None:
@@ -272,6 +286,7 @@ def test_no_secret_gets_out(
     with serving(receiver, seen) as web:
         archive_and_fail(receiver, seen, parts)
         knock(seen, web, parts.tokens.sign("kling", None))
+        look(seen, web, database)
     provoke(receiver, seen, echo)
     force_exceptions(receiver, seen, database, echo)
     run(receiver, seen, ("status",), ("status", "--json"), ("status", "a boat"), ("status", "[expire]", "--json"))
@@ -289,7 +304,8 @@ SIGNED = f"https://p1.klingai.com/a.png?Expires=1&Signature={CANARY}&Key-Pair-Id
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_no_repr_shows_a_secret(database_url: str, bucket: Bucket, sandbox: Sandbox) -> None:
-    keys = {"callback_secrets": CALLBACK_SECRETS, "metrics_token": METRICS_TOKEN, "kling_api_key": API_KEY,
+    keys = {"callback_secrets": CALLBACK_SECRETS, "metrics_token": METRICS_TOKEN,
+            "console_keys": f"ann={CONSOLE_KEY}", "kling_api_key": API_KEY,
             "kling_access_key": ACCESS_KEY, "kling_secret_key": SECRET_KEY, "kling_webhook_secrets": WEBHOOK_SECRETS,
             "database_url": f"postgresql://u:{DATABASE_PASSWORD}@127.0.0.1:1/x"}  # fmt: skip
     parts = Wired(settings_for(bucket=bucket, sandbox=sandbox, **keys), bucket=bucket)

@@ -1,0 +1,52 @@
+"""What lists cost beside many rows: each enters by an index and reads a bounded number of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
+from storage.rows.database import Database
+
+
+def plans(database: Database, look: Any) -> str:
+    """The plans of the statements that `look` runs, SQLite's words."""
+    asked: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        asked.append((statement, values))
+
+    event.listen(database.reader, "before_cursor_execute", note)
+    with database.read() as session:
+        look(session)
+    event.remove(database.reader, "before_cursor_execute", note)
+    with database.reader.connect() as connection:
+        found = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {each}", values).all() for each, values in asked]
+    return "\n".join(str(row[-1]) for rows in found for row in rows)
+
+
+@pytest.fixture
+def database_kind() -> str:
+    """PostgreSQL chooses its plans by how much there is."""
+    return "sqlite"
+
+
+@pytest.mark.parametrize("wanted", [TaskFilter(), TaskFilter(state="failed"), TaskFilter(since="2026-01-01", q="x")])
+def test_tasks_are_entered_by_the_time_of_their_creation(database: Database, wanted: TaskFilter) -> None:
+    found = plans(database, lambda session: newest_tasks(session, wanted, "2026-01-01T00:00:00~" + "0" * 32))
+    assert "SEARCH task USING INDEX task_newest" in found and "SCAN task\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        (DeliveryFilter(), "callback_newest"),
+        (DeliveryFilter(state="rejected", cause="x"), "callback_newest"),
+        (DeliveryFilter(state="unmatched"), "callback_unmatched"),
+    ],
+)
+def test_deliveries_are_entered_by_an_index(database: Database, wanted: DeliveryFilter, index: str) -> None:
+    found = plans(database, lambda session: newest_deliveries(session, wanted, None))
+    assert index in found and "SCAN callback\n" not in f"{found}\n"
