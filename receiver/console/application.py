@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import structlog
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -34,6 +34,8 @@ LANGUAGE_COOKIE = "receiver_console_language"
 YEAR_SECONDS = 365 * 86_400
 MAX_FORM_BYTES = 64 * 1024
 BODY_SECONDS = 60.0
+# Of their own: slow pages take no thread from health, assets and the gateway.
+THREADS = 8
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -58,7 +60,10 @@ class Policy:
 
     def learn(self) -> None:
         if not self._is_known:
-            origin = self._origin_of_links()
+            try:
+                origin = self._origin_of_links()
+            except StoreUnavailable:  # pages are shown without its pictures, and say that it is away
+                return
             self.header, self._is_known = _policy(f"'self' {origin}" if origin else "'self'"), True
 
 
@@ -78,6 +83,7 @@ class Guard:
         self.templates = environment()
         self.notices = Notices()
         self._counts = counts
+        self._threads = CapacityLimiter(THREADS)
 
     def page(self, path: str, function: PageFunction) -> Route:
         return Route(path, self._endpoint(function, max_bytes=0), methods=["GET"])
@@ -101,7 +107,7 @@ class Guard:
             if asyncio.iscoroutinefunction(function):
                 answer: Response = await function(visit)
                 return answer
-            return await run_in_threadpool(self._answer, function, visit)
+            return await to_thread.run_sync(self._answer, function, visit, limiter=self._threads)
 
         return endpoint
 
@@ -116,15 +122,13 @@ class Guard:
 
     async def _accept(self, visit: Visit, max_bytes: int) -> None:
         """Read a form, or raise HTTPException: it may change something only from one of our own pages."""
-        if not is_same_site(visit.request):
+        if not visit.session.may_act or not is_same_site(visit.request):
             raise HTTPException(403)
         body = await read_body(visit.request, max_bytes)
         content_type = visit.request.headers.get("content-type", "")
-        pairs, visit.uploads = await run_in_threadpool(parse_form, content_type, body)
+        pairs, visit.uploads = await to_thread.run_sync(parse_form, content_type, body, limiter=self._threads)
         visit.form, visit.chosen = dict(pairs), [value for name, value in pairs if name == "id"]
-        if not visit.session.may_act or not hmac.compare_digest(
-            visit.form.get("csrf", "").encode(), visit.session.csrf.encode()
-        ):
+        if not hmac.compare_digest(visit.form.get("csrf", "").encode(), visit.session.csrf.encode()):
             raise HTTPException(403)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 
+from anyio import CapacityLimiter, to_thread
 from sqlmodel import Session, col, select
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
@@ -25,6 +25,8 @@ from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 
 TASKS_A_PAGE = 36
+# Threads that wait for thumbnails; two make them. A browser asks for six at once.
+WAITING = 12
 # An address has 2 KiB, and each id takes 40 bytes of it.
 MAX_ZIP_FILES, MAX_ZIPS = 45, 4
 SANDBOX = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; sandbox"
@@ -37,6 +39,7 @@ class Gallery:
         self._of = of
         self._files = files
         self._thumbnails = Thumbnails(of.bucket, of.thumbnail_folder, of.thumbnail_bytes)
+        self._waiting = CapacityLimiter(WAITING)
         self._zips = threading.BoundedSemaphore(MAX_ZIPS)
 
     def show(self, visit: Visit) -> Response:
@@ -69,7 +72,7 @@ class Gallery:
 
     async def thumbnail(self, visit: Visit) -> Response:
         """A small WebP; 404 for what has none."""
-        content = await run_in_threadpool(self._thumbnail, _id(visit.path("id")))
+        content = await to_thread.run_sync(self._thumbnail, _id(visit.path("id")), limiter=self._waiting)
         if content is None:
             raise HTTPException(404)
         headers = {"Cache-Control": "private, max-age=86400, immutable", "Content-Security-Policy": SANDBOX}

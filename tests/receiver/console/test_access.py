@@ -182,3 +182,8 @@ def test_login_leads_back_and_never_elsewhere(stranger: Reader) -> None:
     ):  # fmt: skip
         answer = stranger.http.post("/console/login", data={"key": ACT_KEY, "next": following})
         assert (answer.url.path, answer.url.host) == (arrives, "127.0.0.1"), following
+
+
+def test_a_readers_form_is_refused_before_it_is_read(ben: Reader) -> None:
+    answer = ben.http.post("/console/batches/new", content=b"x" * 1_000_000, headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 403
