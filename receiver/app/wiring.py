@@ -244,7 +244,7 @@ class Parts:
         keys = self.settings.api_keys
         return Stream(self.database, self.envelope, keys) if keys else None
 
-    @cached_property
+    @made_once
     def console(self) -> Console | None:
         """The pages below `/console`; None without keys."""
         if not self.settings.console_keys:

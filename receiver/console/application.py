@@ -25,7 +25,7 @@ from starlette.routing import BaseRoute, Route
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.visit import HERE, Notices, Visit, environment, own_path, parse_form, render, versions
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable, StoreUnavailable
 
 log = structlog.get_logger()
 
@@ -62,7 +62,10 @@ class Policy:
         if not self._is_known:
             try:
                 origin = self._origin_of_links()
-            except StoreUnavailable:  # pages are shown without its pictures, and say that it is away
+            except (
+                DatabaseUnavailable,
+                StoreUnavailable,
+            ):  # pages are shown without its pictures, and say that it is away
                 return
             self.header, self._is_known = _policy(f"'self' {origin}" if origin else "'self'"), True
 
@@ -116,7 +119,7 @@ class Guard:
             self.policy.learn()
             visit.counts = self._counts()
             return function(visit)
-        except StoreUnavailable as error:
+        except (DatabaseUnavailable, StoreUnavailable) as error:
             log.warning("console.store_away", error=str(error))
             raise HTTPException(503) from error
 

@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from receiver.console.visit import Visit
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.rows.database import Database
 from storage.rows.models import Callback, Event
 
@@ -76,7 +76,7 @@ class Live:
         while not self._is_closing:
             try:
                 seen = await run_in_threadpool(self._look)
-            except StoreUnavailable as error:
+            except (DatabaseUnavailable, StoreUnavailable) as error:
                 log.info("console.live_waits", error=str(error))
             else:
                 if seen != self._seen:

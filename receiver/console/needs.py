@@ -56,7 +56,7 @@ class Needs:
         self._seen: tuple[float, Standing] | None = None
 
     def now(self) -> Standing:
-        """How everything stands. Raises StoreUnavailable when the database is away."""
+        """How everything stands. Raises DatabaseUnavailable when the database is away."""
         with self._lock:
             if self._seen is None or time.monotonic() > self._seen[0] + FRESH_SECONDS:
                 self._seen = time.monotonic(), self._look()

@@ -18,7 +18,7 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable
 from storage.operations.measures import CALLBACK_PATIENCE_SECONDS
 from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
@@ -127,7 +127,7 @@ class Rollups:
             oldest = current - HOUR * (MONTH_HOURS + 24)
             for hour in [each for each in list(self._hours) if each < oldest]:
                 self._hours.pop(hour, None)
-        except StoreUnavailable as error:
+        except DatabaseUnavailable as error:
             log.info("rollups.wait", error=str(error))
 
 

@@ -19,7 +19,7 @@ from receiver.console.pages.tasks import path_of
 from receiver.console.thumbnails import Thumbnails, ratio_class
 from receiver.console.visit import Visit
 from storage.archive.zip_stream import zip_stream
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
@@ -60,7 +60,7 @@ class Gallery:
         """An archived file as it is, or a redirect to it. `?download=1`: to be saved."""
         try:
             answer = await self._files(visit.request, _id(visit.path("id")))
-        except StoreUnavailable:
+        except (DatabaseUnavailable, StoreUnavailable):
             raise HTTPException(503) from None
         if answer.status_code == 200:
             answer.headers["Content-Security-Policy"] = SANDBOX

@@ -15,7 +15,7 @@ from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from storage.archive import continuous_audit
 from storage.archive.audit import Audit, Counts
-from storage.errors import StoreUnavailable
+from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import heartbeats
 from storage.rows.database import db_now
 from storage.rows.models import Worker
@@ -60,7 +60,7 @@ class SampleAudit:
                 self.counts.add(batch.counts)
                 room = SHOWN_FINDINGS - len(self.findings)
                 self.findings += [finding.as_json() for finding in batch.findings if finding.is_fault][:room]
-        except (StoreUnavailable, LookupError) as error:
+        except (DatabaseUnavailable, StoreUnavailable, LookupError) as error:
             self.problem = words.short(str(error), 300)
         finally:
             self.is_running = False
@@ -80,7 +80,7 @@ class StandingPages:
         problem, capabilities = "", {}
         try:
             capabilities = asdict(self._of.bucket.capabilities)
-        except StoreUnavailable as error:
+        except (DatabaseUnavailable, StoreUnavailable) as error:
             problem = words.short(str(error), 300)
         return visit.page(
             "archive.html", audit=audit, capabilities=capabilities, problem=problem, sample=self._sample,
