@@ -143,8 +143,11 @@ class Dispatcher:
         with self._database.write() as session:
             done = [self._settle(session, row, known.get(row.id, _unsendable(row))) for row in rows]
             self._database.wake(session)
-        say = log.debug if {*done} == {"put_off"} else log.info  # a slow host's are put off many times
-        say("events.sent", sink=self._name, **{word: done.count(word) for word in sorted({*done})})
+        counts = {word: done.count(word) for word in sorted({*done})}
+        if [*counts] == ["put_off"]:  # a slow host's are put off many times
+            log.debug("events.put_off", sink=self._name, **counts)
+        else:
+            log.info("events.sent", sink=self._name, **counts)
         self._end_if_gone(outcomes)
 
     def _messages(self, session: Session, rows: Sequence[Dispatch]) -> dict[int | None, Message]:
