@@ -11,6 +11,11 @@ from storage.errors import UserError
 EXTENSIONS = frozenset({"png", "jpg", "webp", "gif", "avif", "heic", "mp4", "webm", "mov", "mp3", "wav"})
 # What user metadata may hold as it is: it travels in headers, and those are ASCII.
 HEADER_TEXT = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+# Characters that a terminal obeys (ESC, line ends, bidirectional controls) or hides. No new id holds any: an operator
+# could be shown another line, title or id than the one there is.
+TERMINAL_CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 MAX_ID_BYTES = 200  # encoded; leaves room for prefix, date and name in the 1,024 bytes of an S3 key
 
 
@@ -43,6 +48,14 @@ def encode_id(external_task_id: str) -> str:
             f"external_task_id takes {len(encoded)} bytes in an object key, at most {MAX_ID_BYTES} are allowed"
         )
     return encoded
+
+
+def check_new_id(external_task_id: str) -> None:
+    """Raises `IdInvalid` for an id that no new task may have. Rows that have such an id already go on as they are."""
+    encode_id(external_task_id)
+    if found := TERMINAL_CONTROLS.search(external_task_id):
+        shown = found[0].encode("unicode_escape").decode()
+        raise IdInvalid(f"external_task_id holds a control character ({shown} at character {found.start() + 1})")
 
 
 def task_folder(prefix: str, created_at: datetime, external_task_id: str) -> str:

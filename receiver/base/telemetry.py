@@ -11,6 +11,8 @@ from typing import Any, Literal
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from receiver.base.visible import visible
+
 REGISTRY = CollectorRegistry()
 DELIVERIES = Counter("receiver_deliveries", "Callback requests by what became of them", ["outcome"], registry=REGISTRY)
 # How the work stands, by the names of `storage.operations.measures.Measures`: asked of the database when they are read.
@@ -122,6 +124,18 @@ def _plain(value: Any) -> Any:
     return scrub(value if isinstance(value, str) else repr(value))
 
 
+def _visible(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """For a terminal: ids and texts of strangers in one line each; tracebacks keep their lines."""
+
+    def shown(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        lines = value.split("\n") if name in ("exception", "stack") else [value]
+        return "\n".join(map(visible, lines))
+
+    return {name: shown(name, value) for name, value in fields.items()}
+
+
 def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:
     """Send structured logs to standard error. `auto`: for eyes on a terminal, JSON elsewhere."""
     console = output == "console" or (output == "auto" and sys.stderr.isatty())
@@ -133,6 +147,8 @@ def configure(level: str = "info", output: Literal["auto", "console", "json"] = 
         structlog.processors.format_exc_info,
         _scrubbed,
     ]
+    if console:
+        shared.append(_visible)
     renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[*shared, renderer],

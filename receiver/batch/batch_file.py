@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from receiver.providers.base import ProviderRequest, RequestInvalid, is_storable, plain
-from storage.keys import MAX_ID_BYTES, encode_id
+from storage.keys import MAX_ID_BYTES, check_new_id, encode_id
 
 Format = Literal["jsonl", "csv"]
 
@@ -302,7 +302,7 @@ def _id_fault(external_task_id: Any) -> str | None:
     if not isinstance(external_task_id, str) or not is_storable(external_task_id):
         return "external_task_id: must be text"
     try:
-        encode_id(external_task_id)
+        check_new_id(external_task_id)
     except ValueError as error:
         return str(error)
     return None

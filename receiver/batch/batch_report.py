@@ -7,13 +7,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from receiver.batch.batch import Batches
 from storage.accounts import batches
 from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "state", "archive", "expected", "units")
 FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
@@ -60,7 +63,7 @@ def _file(asset: Asset) -> dict[str, Any]:
     }
 
 
-def write_json(file: TextIO, name: str, found: Iterable[dict[str, Any]]) -> None:
+def write_json(file: SupportsWrite[str], name: str, found: Iterable[dict[str, Any]]) -> None:
     """`{"batch": NAME, "tasks": [one a line]}`, written as it is read."""
     file.write(f'{{"batch": {json.dumps(name)}, "tasks": [')
     for number, line in enumerate(found):
@@ -68,7 +71,7 @@ def write_json(file: TextIO, name: str, found: Iterable[dict[str, Any]]) -> None
     file.write("\n]}\n")
 
 
-def write_csv(file: TextIO, found: Iterable[dict[str, Any]]) -> None:
+def write_csv(file: SupportsWrite[str], found: Iterable[dict[str, Any]]) -> None:
     """A row for every file, and one for each task without any."""
     writer = csv.writer(file)
     writer.writerow((*TASK_COLUMNS, *FILE_COLUMNS, "error"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from receiver.base.visible import visible
 from receiver.cli.operate import DryRun, Json, Since, Until, _parts
+from receiver.cli.terminal import json_text, say, say_json, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,10 +84,10 @@ def rebuild(
     with _parts(migrate=True) as parts, _progress("rebuilding", None) as advance:
         _write_list("problems", problems(), as_json, _problem_line)
     if as_json:
-        typer.echo(f', "counts": {json.dumps(counts)}, "ok": {json.dumps(not counts["problems"])}}}')
+        _close_json(counts, is_good=not counts["problems"])
     else:
         restored = f"restored {counts['tasks']:,} tasks with {counts['assets']:,} files"
-        typer.echo(f"{restored}; {counts['known']:,} were there already; {counts['problems']:,} problems")
+        say(f"{restored}; {counts['known']:,} were there already; {counts['problems']:,} problems")
     if counts["problems"]:
         raise typer.Exit(1)
 
@@ -120,11 +121,11 @@ def export(
             files, copied_bytes = files + exported.files, copied_bytes + exported.bytes
             for key, detail in exported.faults:
                 faults.append({"task": exported.task, "key": key, "detail": detail})
-                typer.echo(f"{key}: {detail}", err=True)
+                say(f"{key}: {detail}", err=True)
     if as_json:
-        typer.echo(json.dumps({"ok": not faults, "files": files, "bytes": copied_bytes, "faults": faults}))
+        say_json({"ok": not faults, "files": files, "bytes": copied_bytes, "faults": faults})
     else:
-        typer.echo(f"{files:,} files, {copied_bytes:,} bytes, all verified; {len(faults):,} could not be exported")
+        say(f"{files:,} files, {copied_bytes:,} bytes, all verified; {len(faults):,} could not be exported")
     if faults:
         raise typer.Exit(1)
 
@@ -149,20 +150,20 @@ def delete(
             return
         task_view.find(parts.database, external_task_id)
         if not yes:
-            typer.confirm(f"Delete {external_task_id} and its files for good?", abort=True, err=True)
+            typer.confirm(f"Delete {visible(external_task_id)} and its files for good?", abort=True, err=True)
         done = deletion.delete(parts.database, parts.bucket, external_task_id)
     if as_json:
-        typer.echo(json.dumps({"ok": True, "dry_run": False, **vars(done)}))
+        say_json({"ok": True, "dry_run": False, **vars(done)})
     else:
         before = "; it had been deleted before" if done.again else ""
-        typer.echo(f"deleted; {done.objects:,} objects removed{before}")
+        say(f"deleted; {done.objects:,} objects removed{before}")
 
 
 def _show_deletable(keys: list[str], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"ok": True, "dry_run": True, "keys": keys}))
+        say_json({"ok": True, "dry_run": True, "keys": keys})
     else:
-        typer.echo("\n".join(["dry run, nothing was deleted:", *keys]))
+        say("dry run, nothing was deleted:", *keys)
 
 
 def _chosen(parts: Parts, names: list[str] | None, since: datetime | None, until: datetime | None) -> Iterator[Task]:
@@ -186,9 +187,9 @@ def _print_audit(looking: Audit, resume: Path | None, repairer: Repairer | None,
     if log:
         log.end()
     if as_json:
-        typer.echo(f', "counts": {json.dumps(counts.as_json())}, "ok": {json.dumps(not counts.faults)}}}')
+        _close_json(counts.as_json(), is_good=not counts.faults)
     else:
-        typer.echo(_audit_line(counts))
+        say(_audit_line(counts))
     return counts
 
 
@@ -226,14 +227,18 @@ def _finding_line(finding: Finding) -> str:
 def _write_list(name: str, items: Iterable[Any], as_json: bool, line: Callable[[Any], str]) -> None:
     """Print each item as it comes, so that a million of them need no memory. The JSON object is left open."""
     if as_json:
-        typer.echo(f'{{"{name}": [', nl=False)
+        write(f'{{"{name}": [')
     for number, item in enumerate(items):
         if as_json:
-            typer.echo((",\n" if number else "\n") + json.dumps(item.as_json()), nl=False)
+            write((",\n" if number else "\n") + json_text(item.as_json()))
         else:
-            typer.echo(line(item))
+            say(line(item))
     if as_json:
-        typer.echo("]", nl=False)
+        write("]")
+
+
+def _close_json(counts: Any, *, is_good: bool) -> None:
+    write(f', "counts": {json_text(counts)}, "ok": {json_text(is_good)}}}\n')
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import typer
 
 from receiver.cli.operate import DryRun, Json, _answer, _parts
 from receiver.cli.serve import AllowHttp
+from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -49,10 +49,10 @@ def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: J
     with _parts() as parts:
         found = _batches(parts).newest(limit)
     if as_json:
-        typer.echo(json.dumps([{"batch": batch.name, **_counts(counts)} for batch, counts in found]))
+        say_json([{"batch": batch.name, **_counts(counts)} for batch, counts in found])
         return
     for batch, counts in found:
-        typer.echo(f"{batch.created_at:%Y-%m-%d %H:%M}  {batch.name}  {words(counts)}")
+        say(f"{batch.created_at:%Y-%m-%d %H:%M}  {batch.name}  {words(counts)}")
 
 
 @app.command("retry")
@@ -84,9 +84,9 @@ def export(
         if output is not None:
             batch_report.write(output, name, lines)
         elif format == "csv":
-            batch_report.write_csv(sys.stdout, lines)
+            batch_report.write_csv(CsvOutput(), lines)
         else:
-            batch_report.write_json(sys.stdout, name, lines)
+            batch_report.write_json(JsonOutput(), name, lines)
 
 
 def submit(
@@ -121,7 +121,7 @@ def submit(
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             again = "stopped: what was put in goes on; the same command puts in the rest, and nothing twice"
-            typer.echo(again, err=True)
+            say(again, err=True)
             raise typer.Exit(1) from None
         if wait:
             counts = _watch(parts, name, report)
@@ -183,9 +183,9 @@ def _plan(parts: Parts, file: str, name: str, format: str | None) -> tuple[Plan,
 def _put(parts: Parts, plan: Plan) -> None:
     from rich.console import Console
 
-    with Console(stderr=True).status(f"{plan.name}: putting in") as status:
+    with Console(stderr=True).status(cell(f"{plan.name}: putting in")) as status:
         total = len(plan.new)
-        _batches(parts).put(plan, lambda done: status.update(f"{plan.name}: {done:,} of {total:,} put in"))
+        _batches(parts).put(plan, lambda done: status.update(cell(f"{plan.name}: {done:,} of {total:,} put in")))
 
 
 def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
@@ -198,14 +198,14 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
     of = _batches(parts)
     counts = of.counts(name)
     if counts.over < counts.total and not heartbeats.count_alive(parts.database):
-        typer.echo(f"{name}: {batch_view.words(counts)}")
-        typer.echo("no worker is alive, so nothing is sent: start `receiver serve` (or `receiver work`)", err=True)
+        say(f"{name}: {batch_view.words(counts)}")
+        say("no worker is alive, so nothing is sent: start `receiver serve` (or `receiver work`)", err=True)
         raise typer.Exit(1)
     try:
         look = lambda: of.counts(name)  # noqa: E731 - said twice below
         counts = batch_view.watch(look, lambda: heartbeats.count_alive(parts.database), Console(stderr=True))
     except KeyboardInterrupt:
-        typer.echo(f"stopped watching; the workers go on. Watch again: receiver batch status {name} --wait", err=True)
+        say(f"stopped watching; the workers go on. Watch again: receiver batch status {name} --wait", err=True)
         raise typer.Exit(1) from None
     for path in report:
         batch_report.write(path, name, batch_report.lines(parts.database, of, name))
@@ -226,12 +226,12 @@ def _show(parts: Parts, name: str, counts: Counts, *, as_json: bool) -> None:
     if as_json:
         slots = {"held": held, "limit": limit, "setting": parts.slots.setting}
         failed = [{"external_task_id": task.external_task_id, "error": task.error or task.note} for task in failures]
-        typer.echo(json.dumps({"batch": name, **_counts(counts), "slots": slots, "failures": failed}))
+        say_json({"batch": name, **_counts(counts), "slots": slots, "failures": failed})
     else:
-        typer.echo(f"{name}: {words(counts)}")
-        typer.echo(f"slots of the account: {held} held of {limit}" if limit else f"slots of the account: {held} held")
+        say(f"{name}: {words(counts)}")
+        say(f"slots of the account: {held} held of {limit}" if limit else f"slots of the account: {held} held")
         for task in failures:
-            typer.echo(f"line {task.batch_line}: {task.external_task_id}: {task.error or task.note}", err=True)
+            say(f"line {task.batch_line}: {task.external_task_id}: {task.error or task.note}", err=True)
     if counts.archived < counts.total:
         raise typer.Exit(1)
 
@@ -242,13 +242,13 @@ def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
     alive = heartbeats.count_alive(parts.database)
     found = {"batch": plan.name, "new": len(plan.new), "known": plan.known, "left_over": plan.left_over}
     if as_json:
-        typer.echo(json.dumps({**found, "workers": alive}))
+        say_json({**found, "workers": alive})
     else:
-        typer.echo(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; {_next(plan.name)}")
+        say(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; {_next(plan.name)}")
     if plan.left_over:
-        typer.echo(f"{plan.left_over:,} tasks of this batch are not in the file; they go on all the same", err=True)
+        say(f"{plan.left_over:,} tasks of this batch are not in the file; they go on all the same", err=True)
     if not alive:
-        typer.echo("no worker is alive, so nothing is sent yet: start `receiver serve` (or `receiver work`)", err=True)
+        say("no worker is alive, so nothing is sent yet: start `receiver serve` (or `receiver work`)", err=True)
 
 
 def _next(name: str) -> str:
@@ -265,12 +265,12 @@ def _show_estimate(parts: Parts, plan: Plan, lines: Sequence[Line], prices: Path
     warnings = {warning for line in lines for warning in line.request.warnings()}
     if as_json:
         known = {"batch": plan.name, "dry_run": True, "new": len(plan.new), "known": plan.known}
-        typer.echo(json.dumps({**known, **found.as_dict(), "warnings": sorted(warnings)}))
+        say_json({**known, **found.as_dict(), "warnings": sorted(warnings)})
         return
-    typer.echo(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; dry run, nothing was written")
-    typer.echo(_cost(found))
+    say(f"{plan.name}: {len(plan.new):,} new, {plan.known:,} submitted before; dry run, nothing was written")
+    say(_cost(found))
     for warning in sorted(warnings)[:MAX_SHOWN]:
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
 
 
 def _cost(found: Estimate) -> str:
@@ -288,10 +288,10 @@ def _cost(found: Estimate) -> str:
 
 def _show_faults(file: str, error: BatchInvalid, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"ok": False, "faults": [fault._asdict() for fault in error.faults]}))
+        say_json({"ok": False, "faults": [fault._asdict() for fault in error.faults]})
         return
     for fault in error.faults[:MAX_SHOWN]:
-        typer.echo(f"{file}:{fault.line}: {fault.text}", err=True)
+        say(f"{file}:{fault.line}: {fault.text}", err=True)
     if len(error.faults) > MAX_SHOWN:
-        typer.echo(f"… and {len(error.faults) - MAX_SHOWN:,} more; --json shows all", err=True)
-    typer.echo(f"{len(error.faults):,} faults; nothing was sent", err=True)
+        say(f"… and {len(error.faults) - MAX_SHOWN:,} more; --json shows all", err=True)
+    say(f"{len(error.faults):,} faults; nothing was sent", err=True)

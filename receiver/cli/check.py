@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from receiver.cli.serve import AllowHttp
+from receiver.cli.terminal import cell, say, say_json, show
 
 if TYPE_CHECKING:
     from receiver.app.checks import Result
@@ -41,7 +42,7 @@ def check(
         results = checks.run(settings)
     is_good = all(result.status is not checks.Status.FAULT for result in results)
     if as_json:
-        typer.echo(json.dumps({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1))
+        say_json({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1)
     else:
         _show(results)
     if not is_good:
@@ -50,30 +51,15 @@ def check(
 
 def _show(results: Sequence[Result]) -> None:
     """The table, then the lines to paste, unwrapped."""
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("", "check", "found"):
         table.add_column(heading, overflow="fold")
     for result in results:
         found = f"{result.line}: {result.advice}" if result.advice else result.line
-        table.add_row(Text(result.status, COLOURS[result.status]), Text(result.name), Text(found))
-    console = Console()
-    if console.is_terminal:
-        console.print(table)
-    else:
-        _echo_plain(table)
+        table.add_row(cell(result.status, COLOURS[result.status]), cell(result.name), cell(found))
+    show(table, width=None if sys.stdout.isatty() else UNSEEN_WIDTH)
     for result in results:
         if result.paste:
-            typer.echo(f"\n{result.paste}")
-
-
-def _echo_plain(table: object) -> None:
-    from rich.console import Console
-
-    console = Console(width=UNSEEN_WIDTH)
-    with console.capture() as captured:
-        console.print(table)
-    typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+            say("", result.paste)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from receiver.cli.operate import MAX_SHOWN, DryRun, Json, _parts
+from receiver.cli.terminal import cell, say, say_json, show
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -50,7 +50,7 @@ def list_(
         disabled = outbox.disabled(session)
         unknown = sorted({str(each["sink"]) for each in found} - parts.sinks.keys())
     if as_json:
-        typer.echo(json.dumps({"deliveries": found, "disabled": disabled, "unknown": unknown}, indent=1))
+        say_json({"deliveries": found, "disabled": disabled, "unknown": unknown}, indent=1)
     else:
         _table(found)
         _explain(disabled, unknown)
@@ -74,24 +74,23 @@ def _shown(row: Dispatch, event: Event, external_task_id: str | None) -> dict[st
 
 
 def _table(found: Sequence[dict[str, object]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     if not found:
-        typer.echo("nothing is open and nothing is dead")
+        say("nothing is open and nothing is dead")
         return
     table = Table("id", "sink", "state", "event", "task", "tries", "due", "error", box=None, pad_edge=False)
     for each in found:
         names = ("id", "sink", "state", "event", "external_task_id", "tries", "due_at", "error")
-        table.add_row(*(str(each[name] if each[name] is not None else "") for name in names))
-    Console().print(table, markup=False)
+        table.add_row(*(cell(str(each[name] if each[name] is not None else "")) for name in names))
+    show(table)
 
 
 def _explain(disabled: dict[str, str], unknown: Sequence[str]) -> None:
     for name, reason in disabled.items():
-        typer.echo(f"{name} is disabled: {reason}; `receiver events enable {name}` queues for it again", err=True)
+        say(f"{name} is disabled: {reason}; `receiver events enable {name}` queues for it again", err=True)
     for name in unknown:
-        typer.echo(f"{name} is not in RECEIVER_EVENT_SINKS; `receiver events disable {name}` gives it up", err=True)
+        say(f"{name} is not in RECEIVER_EVENT_SINKS; `receiver events disable {name}` gives it up", err=True)
 
 
 @app.command()
@@ -120,7 +119,7 @@ def redeliver(
     missing = sorted(set(number or []) - seen)
     _tell({"redelivered": count, "missing": missing}, dry_run, as_json)
     for each in missing[:MAX_SHOWN]:
-        typer.echo(f"{each}: no such delivery", err=True)
+        say(f"{each}: no such delivery", err=True)
     if missing:
         raise typer.Exit(1)
 
@@ -173,14 +172,10 @@ def tail(
 
 
 def _print(parts: Parts, event: Event, subject: str | None, as_json: bool) -> None:
-    import sys
-
     if as_json:
-        line = parts.envelope.encode(event, subject).decode()
+        say(parts.envelope.encode(event, subject).decode())
     else:
-        line = f"{event.seq}  {event.at:%Y-%m-%d %H:%M:%S}  {event.name}  {subject or ''}".rstrip()
-    typer.echo(line)
-    sys.stdout.flush()
+        say(f"{event.seq}  {event.at:%Y-%m-%d %H:%M:%S}  {event.name}  {subject or ''}".rstrip())
 
 
 @app.command()
@@ -192,7 +187,7 @@ def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json
         done = outbox.enable(session, name)
     _tell({"enabled": int(done)}, False, as_json)
     if not done:
-        typer.echo(f"{name}: no such disabled sink", err=True)
+        say(f"{name}: no such disabled sink", err=True)
         raise typer.Exit(1)
 
 
@@ -251,9 +246,9 @@ def _check_name(parts: Parts, name: str) -> None:
 
 def _tell(counts: dict[str, object], dry_run: bool, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({**counts, "dry_run": dry_run}))
+        say_json({**counts, "dry_run": dry_run})
         return
     words = ", ".join(
         f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items() if isinstance(count, int)
     )
-    typer.echo(f"dry run, nothing was changed: {words}" if dry_run else words)
+    say(f"dry run, nothing was changed: {words}" if dry_run else words)

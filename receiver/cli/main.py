@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import receiver
+from receiver.base.visible import visible
 from receiver.cli import archive, batch, check, events, operate, sandbox, serve, status, submit
+from receiver.cli.terminal import say
 
 app = typer.Typer(
     name="receiver",
@@ -35,7 +39,7 @@ app.add_typer(events.app, name="events")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(receiver.__version__)
+        say(receiver.__version__)
         raise typer.Exit
 
 
@@ -52,10 +56,28 @@ def main() -> None:
     """Entry point. A fault we know ends in its own clear lines and exit code 1; anything else is a bug and shows."""
     threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+    except typer.exceptions.TyperException as error:
+        code = _show_usage(error)
+    except typer.Abort:
+        _show("Aborted!")
+        code = 1
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception as error:  # noqa: BLE001 - shown whole, but for secrets
         _show(str(error)) if _is_known(error) else _show_bug(error)
-        sys.exit(1)
+        code = 1
+    sys.exit(code)
+
+
+def _show_usage(error: Any) -> int:
+    """What typer says of wrong words, which may quote the name of a stranger's file. Returns the exit code."""
+    error.message = visible(error.message)
+    shown = io.StringIO()
+    error.show(file=shown)
+    _show(shown.getvalue().rstrip())
+    return int(error.exit_code)
 
 
 def _show_bug(error: BaseException) -> None:
@@ -68,7 +90,7 @@ def _show(text: str) -> None:
     """The command line's own words, but for what has the shape of a secret."""
     from receiver.base.telemetry import scrub
 
-    print(scrub(text), file=sys.stderr)  # noqa: T201 - standard error is where they belong
+    say(*scrub(text).split("\n"), err=True)
 
 
 def _is_known(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from receiver.cli.serve import AllowHttp
+from receiver.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -207,7 +207,7 @@ def _operator(parts: Parts, dry_run: bool) -> Operator:
 def _answer(tally: Tally, dry_run: bool, as_json: bool) -> None:
     """What was done, and on standard error what was not; exit code 1 when something asked for by name was not."""
     if as_json:
-        typer.echo(json.dumps({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left}))
+        say_json({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left})
     else:
         _show(tally, dry_run)
     if not tally.is_good:
@@ -217,8 +217,8 @@ def _answer(tally: Tally, dry_run: bool, as_json: bool) -> None:
 def _show(tally: Tally, dry_run: bool) -> None:
     done = [f"{name.replace('_', ' ')}: {count:,}" for name, count in tally.counts.items() if count]
     words = ", ".join(done) or "nothing to do"
-    typer.echo(f"dry run, nothing was changed: {words}" if dry_run else words)
+    say(f"dry run, nothing was changed: {words}" if dry_run else words)
     for name, why in list(tally.left.items())[:MAX_SHOWN]:
-        typer.echo(f"{name}: {why}", err=True)
+        say(f"{name}: {why}", err=True)
     if len(tally.left) > MAX_SHOWN:
-        typer.echo(f"… and {len(tally.left) - MAX_SHOWN:,} more; --json shows all", err=True)
+        say(f"… and {len(tally.left) - MAX_SHOWN:,} more; --json shows all", err=True)

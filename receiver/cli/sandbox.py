@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from receiver.cli.terminal import say
+
 if TYPE_CHECKING:
     from receiver.sandbox import Knobs, Sandbox
 
@@ -40,10 +42,10 @@ def demo(
     try:
         run(Console(), directory=directory, keep=keep, timeout_seconds=timeout, program=_program())
     except DemoFailed as error:
-        typer.echo(f"\nThe demo failed: {error}", err=True)
+        say("", *f"The demo failed: {error}".split("\n"), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("\nStopped before the end; everything it had started has ended.", err=True)
+        say("", "Stopped before the end; everything it had started has ended.", err=True)
         raise typer.Exit(1) from None
 
 
@@ -106,7 +108,7 @@ def _print_knobs() -> None:
     from receiver.sandbox import Knobs
 
     for name, field in Knobs.model_fields.items():
-        typer.echo(f"{name}={json.dumps(field.default)}\n    {field.description}")
+        say(f"{name}={json.dumps(field.default)}", f"    {field.description}")
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:
@@ -150,15 +152,14 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
     except ValueError:
         raise typer.BadParameter(f"{host} is not on loopback; --allow-remote-host permits it") from None
     except OSError as error:
-        typer.echo(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes a free port", err=True)
+        say(f"cannot listen on {host}:{port}: {error.strerror}; --port 0 takes a free port", err=True)
         raise typer.Exit(1) from None
     try:
-        typer.echo(f"provider  {server.url}\nAPI key   {server.api_key}\n")
-        typer.echo("For a receiver beside it, paste this into its shell or .env; the bucket's settings are yours:\n")
+        say(f"provider  {server.url}", f"API key   {server.api_key}", "")
+        say("For a receiver beside it, paste this into its shell or .env; the bucket's settings are yours:", "")
         for name, value in _settings(server, knobs).items():
-            typer.echo(f"export {name}={value}")
-        typer.echo("\nCtrl-C ends it.")
-        sys.stdout.flush()
+            say(f"export {name}={value}")
+        say("", "Ctrl-C ends it.")
         while not ended.wait(CTRL_C_INTERVAL_SECONDS):
             pass  # looks by itself: a signal may be taken by another thread than this one
     finally:

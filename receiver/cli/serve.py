@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from receiver.cli.terminal import say
+
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Accept http:// addresses that are not loopback.")]
 
 
@@ -37,7 +39,7 @@ def work(
     settings = config.load(allow_http=allow_http or None)
     telemetry.configure(settings.log_level, settings.log_format)
     if once:
-        typer.echo(f"worked on {process.work_once(Parts(settings))} rows")
+        say(f"worked on {process.work_once(Parts(settings))} rows")
     else:
         process.work(Parts(settings), supervised=supervised)
 
@@ -52,4 +54,4 @@ def migrate() -> None:
     before = migrations.current(database)
     migrations.upgrade(database)
     after = migrations.current(database)
-    typer.echo(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")
+    say(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from receiver.app.wiring import Parts
-from receiver.tasks.task_view import find, is_over, report
+from receiver.cli import terminal
+from receiver.cli.terminal import cell, say
+from receiver.tasks.task_view import find, is_over
 from receiver.web.assets import asset_link
 from storage.archive import continuous_audit
 from storage.operations import deadlines
@@ -28,21 +28,21 @@ SHOWN_FAULTS = 20
 
 def wait(parts: Parts, external_task_id: str) -> Task:
     """Block until the task is over, with a live line on a terminal. Returns the task row."""
-    console = Console(file=sys.stderr)
-    with console.status(f"{external_task_id}: waiting") as status:
+    with Console(stderr=True).status(cell(f"{external_task_id}: waiting")) as status:
         while True:
             task, assets, _ = find(parts.database, external_task_id)
             if is_over(task):
                 return task
             kept = sum(asset.state is AssetState.ARCHIVED for asset in assets)
-            status.update(f"{external_task_id}: {task.state}, {kept} of {task.expected or len(assets) or '?'} archived")
+            count = f"{kept} of {task.expected or len(assets) or '?'} archived"
+            status.update(cell(f"{external_task_id}: {task.state}, {count}"))
             time.sleep(POLL_INTERVAL_SECONDS)
 
 
-def uris(parts: Parts, task: Task) -> str:
-    """The s3:// addresses of the task's archived files, one a line."""
+def uris(parts: Parts, task: Task) -> list[str]:
+    """The s3:// addresses of the task's archived files."""
     _, assets, _ = find(parts.database, task.external_task_id)
-    return "\n".join(parts.bucket.uri(asset.key) for asset in assets if asset.key and asset.state == "archived")
+    return [parts.bucket.uri(asset.key) for asset in assets if asset.key and asset.state == "archived"]
 
 
 def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict[str, Any]]:
@@ -66,17 +66,17 @@ def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict
     ]
 
 
-def show(parts: Parts, external_task_id: str, console: Console) -> None:
+def show(parts: Parts, external_task_id: str) -> None:
     """One task with its files and its timeline."""
     task, assets, facts = find(parts.database, external_task_id)
-    console.print(f"[bold]{task.external_task_id}[/bold]  {task.state}, archive {task.archive}", highlight=False)
+    say(f"{task.external_task_id}  {task.state}, archive {task.archive}")
     for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", task.note)):
         if value:
-            console.print(f"  {label}: {value}", highlight=False, markup=False)
+            say(f"  {label}: {value}")
     if assets:
-        console.print(_asset_table(parts, assets))
+        terminal.show(_asset_table(parts, assets))
     for fact in facts:
-        console.print(f"  {fact.at:%Y-%m-%d %H:%M:%S.%f}  {fact.name}", highlight=False)
+        say(f"  {fact.at:%Y-%m-%d %H:%M:%S.%f}  {fact.name}")
 
 
 def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
@@ -87,7 +87,8 @@ def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
         kept = asset.state is AssetState.ARCHIVED and asset.key is not None
         where = parts.bucket.uri(asset.key or "") if kept else (asset.error or "")
         size = f"{asset.size:,}" if asset.size is not None else ""
-        table.add_row(f"{asset.kind} {asset.index}", asset.state, size, (asset.sha256 or "")[:12], where)
+        cells = (f"{asset.kind} {asset.index}", asset.state, size, (asset.sha256 or "")[:12], where)
+        table.add_row(*map(cell, cells))
     return table
 
 
@@ -146,18 +147,15 @@ def _sinks(found: Measures) -> Iterator[str]:
         yield f"events to {name}: {sink.events_open} wait{dead}"
 
 
-def show_latest(parts: Parts, limit: int, console: Console) -> None:
+def show_latest(parts: Parts, limit: int) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("external id", "state", "archive", "created", "error"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "created")
     for task in latest(parts, limit):
         created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
-        table.add_row(task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
-    console.print(table)
-    console.print(summary(measured(parts)), highlight=False)
+        cells = (task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
+        table.add_row(*map(cell, cells))
+    terminal.show(table)
+    say(summary(measured(parts)))
     for fault in audited(parts).findings[-SHOWN_FAULTS:]:
-        console.print(f"  {fault['kind']}  {fault['key']}", highlight=False, markup=False, soft_wrap=True)
-
-
-def report_json(parts: Parts, external_task_id: str) -> str:
-    return json.dumps(report(parts.database, parts.bucket, external_task_id), indent=1)
+        say(f"  {fault['kind']}  {fault['key']}")

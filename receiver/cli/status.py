@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
+
+from receiver.cli.terminal import say, say_json
 
 
 def status(
@@ -20,8 +21,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show how one task stands, with its files and timeline, or a table of the latest tasks."""
-    from rich.console import Console
-
     from receiver.app import process
     from receiver.app.wiring import Parts
     from receiver.base import config
@@ -34,14 +33,17 @@ def status(
         if external_task_id is None:
             raise typer.BadParameter("--urls needs a task")
         links = show.urls(parts, external_task_id, expires)
-        typer.echo(json.dumps(links, indent=1) if as_json else "\n".join(link["url"] for link in links))
+        if as_json:
+            say_json(links, indent=1)
+        else:
+            say(*(link["url"] for link in links))
     elif external_task_id is None and as_json:
         found = [report(parts.database, parts.bucket, task.external_task_id) for task in show.latest(parts, limit)]
         audit = show.audited(parts).as_json()
-        typer.echo(json.dumps({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1))
+        say_json({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
     elif external_task_id is None:
-        show.show_latest(parts, limit, Console())
+        show.show_latest(parts, limit)
     elif as_json:
-        typer.echo(show.report_json(parts, external_task_id))
+        say_json(report(parts.database, parts.bucket, external_task_id), indent=1)
     else:
-        show.show(parts, external_task_id, Console())
+        show.show(parts, external_task_id)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from receiver.cli.serve import AllowHttp
+from receiver.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -127,13 +128,19 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
     fields.pop("callback_url", None)
     request = parts.submitter.parse(fields)
     for warning in request.warnings():
-        typer.echo(f"warning: {warning}", err=True)
+        say(f"warning: {warning}", err=True)
     submitted = parts.submitter.submit(request, external_task_id=external_task_id, adopt=adopt)
     if not submitted.new:
-        typer.echo("the same request was submitted before; nothing was sent", err=True)
+        say("the same request was submitted before; nothing was sent", err=True)
     elif submitted.task.queued_at is not None:
-        typer.echo("all slots of the account are held: a worker sends it when its turn comes", err=True)
+        say("all slots of the account are held: a worker sends it when its turn comes", err=True)
     return submitted.task
+
+
+def _report(parts: Parts, task: Task) -> dict[str, Any]:
+    from receiver.tasks.task_view import report
+
+    return report(parts.database, parts.bucket, task.external_task_id)
 
 
 def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
@@ -143,19 +150,25 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
 
     if not wait:
         if as_json:
-            typer.echo(show.report_json(parts, task.external_task_id))
+            say_json(_report(parts, task), indent=1)
         else:
-            typer.echo(task.external_task_id)
+            say(task.external_task_id)
         if task.state is TaskState.FAILED:
-            typer.echo(f"failed: {task.error}", err=True)
+            say(f"failed: {task.error}", err=True)
             raise typer.Exit(1)
         return
     if not heartbeats.count_alive(parts.database):
-        typer.echo(show.report_json(parts, task.external_task_id) if as_json else task.external_task_id)
-        typer.echo("submitted, but no worker is alive: start `receiver serve` (or `receiver work`)", err=True)
+        if as_json:
+            say_json(_report(parts, task), indent=1)
+        else:
+            say(task.external_task_id)
+        say("submitted, but no worker is alive: start `receiver serve` (or `receiver work`)", err=True)
         raise typer.Exit(1)
     finished = show.wait(parts, task.external_task_id)
-    typer.echo(show.report_json(parts, task.external_task_id) if as_json else show.uris(parts, finished))
+    if as_json:
+        say_json(_report(parts, task), indent=1)
+    else:
+        say(*show.uris(parts, finished))
     if finished.archive is not ArchiveState.ARCHIVED:
-        typer.echo(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)
+        say(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)
         raise typer.Exit(1)

@@ -37,7 +37,7 @@ from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
 from storage.errors import DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
 from storage.fetch.addresses import AddressPolicy, check_url
-from storage.keys import encode_id
+from storage.keys import check_new_id
 from storage.rows.database import Database
 from storage.rows.models import Idempotency, Task
 from storage.states import Step
@@ -251,7 +251,7 @@ def _invalid(error: RequestInvalid) -> Refused:
 
 def _check_id(external_task_id: str) -> None:
     try:
-        encode_id(external_task_id)
+        check_new_id(external_task_id)
     except ValueError as error:
         raise bad_parameter(str(error)) from None
 

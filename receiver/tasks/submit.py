@@ -48,7 +48,7 @@ from storage.errors import (
     Retry,
     UserError,
 )
-from storage.keys import encode_id
+from storage.keys import check_new_id
 from storage.rows import claims, tasks
 from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
@@ -153,7 +153,7 @@ class Submitter:
             raise RequestInvalid([f"asks for up to {request.slots} pictures at once, {allowed}"])
         own_id = uuid.uuid4()
         external_task_id = str(own_id) if external_task_id is None else external_task_id
-        encode_id(external_task_id)
+        check_new_id(external_task_id)
         task = Task(id=own_id, external_task_id=external_task_id, provider=self._provider.name, request=request.wire())
         task.request_hash = request.canonical_hash()
         task.series, task.expected, task.adopt = request.series, request.expected, adopt

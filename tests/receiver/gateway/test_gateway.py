@@ -236,6 +236,13 @@ def test_a_fault_is_1201_and_names_the_field(web: Web, parts: Parts, sandbox: Sa
     assert (rows(parts), creates(sandbox)) == ([], [])
 
 
+@ON_SQLITE
+def test_an_id_with_a_control_character_is_refused(web: Web, parts: Parts) -> None:
+    answer = create(web, {**PLAIN, "external_task_id": "a\x1b]0;owned\x07"})
+    assert told(answer) == (400, 1201) and "control character" in answer.json()["message"]
+    assert rows(parts) == []
+
+
 REFUSALS = {"1002": 401, "1101": 429, "1103": 403, "1203": 404, "1301": 400, "1304": 429, "1302": 429, "1303": 429}
 
 

@@ -6,6 +6,7 @@ and what `receiver status` says are looked at afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import re
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from receiver.app.wiring import Parts
 from receiver.cli import show
@@ -79,8 +79,9 @@ def archive(parts: Parts, host: FileHost, scripts: Mapping[str, Script]) -> dict
 
 
 def status_of(parts: Parts, task: Task) -> str:
-    shown = io.StringIO()
-    show.show(parts, task.external_task_id, Console(file=shown, width=1_000))
+    with pytest.MonkeyPatch.context() as terminal, contextlib.redirect_stdout(io.StringIO()) as shown:
+        terminal.setenv("COLUMNS", "1000")
+        show.show(parts, task.external_task_id)
     return shown.getvalue()
 
 

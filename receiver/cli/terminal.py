@@ -1,0 +1,88 @@
+"""Everything the verbs print goes through here: text of strangers is shown and never obeyed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from receiver.base.visible import visible
+from storage.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+
+class OutputFailed(UserError):
+    """Standard output takes nothing more, as on a full disk."""
+
+
+def say(*lines: str, err: bool = False) -> None:
+    r"""Print each argument as one line. A line end or an escape sequence inside one shows as `\n` or `\x1b`."""
+    write("".join(f"{visible(line)}\n" for line in lines), err=err)
+
+
+def say_json(value: Any, *, indent: int | None = None) -> None:
+    """Print `value` as JSON."""
+    write(json_text(value, indent=indent) + "\n")
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON that a terminal shows as it is."""
+    return _without_delete(json.dumps(value, indent=indent))
+
+
+def _without_delete(text: str) -> str:
+    """json.dumps escapes everything outside ASCII, and of ASCII's controls all but DEL."""
+    return text.replace("\x7f", "\\u007f")
+
+
+def show(table: RenderableType, *, width: int | None = None) -> None:
+    """Print what rich draws; its texts are made by `cell`. `width`: None = that of the terminal."""
+    from rich.console import Console
+
+    console = Console(width=width)
+    with console.capture() as captured:
+        console.print(table)
+    text = captured.get()
+    write(text if console.is_terminal else "".join(f"{line.rstrip()}\n" for line in text.splitlines()))
+
+
+def cell(text: str, style: str = "") -> Text:
+    """A text for rich, without markup and without anything that a terminal obeys."""
+    from rich.text import Text
+
+    return Text(visible(text), style)
+
+
+class CsvOutput:
+    """Standard output for a writer of CSV, which writes one row with its line end at a time."""
+
+    def write(self, row: str) -> None:
+        ending = "\r\n" if row.endswith("\r\n") else ""
+        write(visible(row.removesuffix(ending)) + ending)
+
+
+class JsonOutput:
+    """Standard output for a writer of JSON."""
+
+    def write(self, text: str) -> None:
+        write(_without_delete(text))
+
+
+def write(text: str, *, err: bool = False) -> None:
+    """Print a text that is ours, or was made harmless. Raises `OutputFailed`."""
+    stream = sys.stderr if err else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    try:
+        # what the terminal's encoding lacks is escaped, a lone surrogate too
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:  # the reader has seen enough; click ends the process quietly
+        raise
+    except OSError as error:
+        # The interpreter flushes once more at its end, and would fail there in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise OutputFailed(f"standard output cannot be written: {error.strerror}") from None
