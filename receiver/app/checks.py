@@ -22,13 +22,13 @@ from urllib.parse import urlsplit
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, delete, false, or_, select
 
-from receiver.app import check_events
+from receiver.app import check_events, database_faults
 from receiver.app.findings import Result as Result
 from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.sink_setting import Entry
-from receiver.providers.base import Provider, Unavailable, plain
+from receiver.providers.base import Provider, Unavailable
 from receiver.providers.kling.client import Kling
 from storage import states
 from storage.bucket.bucket import reason_code
@@ -152,7 +152,9 @@ def environment(*, read: bool = True) -> Iterator[Result]:
     """Whether every RECEIVER_ variable is one that we read."""
     unknown = config.unknown_variables()
     for name in unknown:
-        yield Result("settings", Status.NOTE, f"nothing reads {name}", "correct its name, or remove it")
+        nearest = config.nearest_variable(name)
+        advice = f"{nearest} is the nearest there is" if nearest else "correct its name, or remove it"
+        yield Result("settings", Status.NOTE, f"nothing reads {name}", advice)
     if read and not unknown:
         yield Result("settings", Status.OK, "complete")
 
@@ -168,16 +170,9 @@ def database(parts: Parts) -> Iterator[Result]:
             yield _slots(parts)
     except (DatabaseUnavailable, DBAPIError, OSError) as error:
         advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
-        yield Result("database", Status.FAULT, f"cannot be used ({_words(parts, error)})", advice)
-
-
-def _words(parts: Parts, error: BaseException) -> str:
-    """The driver's own words, without the password should it quote it."""
-    if isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError):
-        error = error.__cause__
-    words = str(error.orig if isinstance(error, DBAPIError) else error)
-    password = parts.database.url.password
-    return plain(words.replace(str(password), "…") if password else words, MAX_LINE_CHARS)
+        url = parts.database.url
+        line = f"{database_faults.place(url)} cannot be used ({database_faults.words(url, error)})"
+        yield Result("database", Status.FAULT, line, advice)
 
 
 def _missing_file(parts: Parts) -> Result | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import structlog
 import uvicorn
 
+from receiver.app import database_faults
 from receiver.app.wiring import Parts
 from receiver.web import app
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
@@ -30,6 +35,8 @@ log = structlog.get_logger()
 # A worker that dies at once is started again after 1, 2, 4 … 30 s; one that lived a minute starts afresh.
 RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
 LIVED_SECONDS = 60.0
+# Ctrl-C and systemd signal the whole group: a worker may have ended before our own handler has run.
+SIGNAL_SECONDS = 0.2
 # After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this
 # it is no start-up any more: exit 1, and whoever supervises us sees it and tries again.
 DATABASE_START_SECONDS = 60.0
@@ -43,15 +50,26 @@ KILL_AFTER_SECONDS = 5.0
 RESERVED_DESCRIPTORS = 160
 
 
+class ListenFailed(UserError):
+    """The web server's address is taken, not ours, or none at all."""
+
+
 class SchemaBehind(UserError):
     """The database has another schema than this code; the message says which command to run."""
 
 
 def ready_schema(database: Database, *, migrate: bool) -> None:
-    """Bring the schema up to date where that is wanted, else insist that it is. Raises `SchemaBehind`."""
+    """Bring the schema up to date where that is wanted, else insist that it is, and make nothing.
+
+    Raises `SchemaBehind`.
+    """
     if migrate:
         migrations.upgrade(database)
         return
+    if database.is_sqlite and not Path(database.url.database or "").exists():
+        path = database_faults.place(database.url)
+        raise SchemaBehind(f"{path} holds no database: stand in the right folder, correct RECEIVER_DATABASE_URL, "
+                           "or run `receiver migrate` to make one")  # fmt: skip
     current, wanted = migrations.current(database), migrations.head()
     if current != wanted:
         raise SchemaBehind(f"the database schema is {current or 'empty'}, this version needs {wanted}: "
@@ -61,7 +79,8 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
 def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE_START_SECONDS) -> None:
     """`ready_schema` for a process that goes on: a PostgreSQL that is away is waited for, loudly, for so many seconds.
 
-    An SQLite file is there or not. Raises `SchemaBehind`, `DatabaseUnavailable`.
+    An SQLite file is there or not, and a wrong role or database name stays wrong. Raises `SchemaBehind`,
+    `DatabaseUnavailable`.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -69,9 +88,10 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
             ready_schema(database, migrate=migrate)
         except DatabaseUnavailable as error:
             left = deadline - time.monotonic()
-            if database.is_sqlite or left < 0:
+            if database.is_sqlite or left < 0 or database_faults.is_for_good(error):
                 raise
-            log.warning("start.database_away", error=str(error), gives_up_in=round(left))
+            words = database_faults.sentence(database.url, error)
+            log.warning("start.database_away", error=words, gives_up_in=round(left))
             time.sleep(DATABASE_INTERVAL_SECONDS)
         else:
             return
@@ -107,6 +127,8 @@ class Supervisor:
         self._grace_seconds = grace_seconds
         self._environment = {**os.environ, **(environment or {})}
         self._stop = threading.Event()
+        # Set by a signal's handler, where an Event's lock could be held by the very thread that is interrupted.
+        self._is_ending = False
         # Held while a worker is started, so that none starts once we stop, and `stop` sees every one that did.
         self._starting = threading.Lock()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -115,6 +137,10 @@ class Supervisor:
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def announce_end(self) -> None:
+        """A signal told us to end, and may have told the workers too: none that ends from now on has died."""
+        self._is_ending = True
 
     def stop(self) -> None:
         """Drain all workers; those that outlive the grace time are killed, and their leases run out. None is left."""
@@ -137,17 +163,21 @@ class Supervisor:
             started = time.monotonic()
             command = [sys.executable, "-m", "receiver", "work", "--supervised"]
             code = self._run_once(number, command)
-            if self._stop.is_set():
+            self._stop.wait(SIGNAL_SECONDS)
+            if self._stop.is_set() or self._is_ending:
                 return
             delay = RESTART_FIRST_SECONDS if time.monotonic() - started > LIVED_SECONDS else delay
-            log.error("worker.died", number=number, code=code, restart_in=delay)
+            if code == 0:  # somebody sent it a SIGTERM
+                log.info("worker.ended", number=number, restart_in=delay)
+            else:
+                log.error("worker.died", number=number, code=code, restart_in=delay)
             self._stop.wait(delay)
             delay = min(delay * 2, RESTART_CAP_SECONDS)
 
     def _run_once(self, number: int, command: Sequence[str]) -> int | str:
         """How the process ended: its exit code, or why it could not be started, as for want of memory."""
         with self._starting:
-            if self._stop.is_set():
+            if self._stop.is_set() or self._is_ending:
                 return "not started: we stop"
             try:
                 child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
@@ -168,16 +198,17 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
         bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,
         slots=parts.slots, console=parts.console,
     )  # fmt: skip
-    server = _Server(web_config(web, settings.host, settings.port), on_listening)
+    sockets = listen(settings.host, settings.port)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
     supervisor = Supervisor(settings.workers, grace_seconds=settings.grace_seconds, environment=environment)
+    server = _Server(web_config(web, settings.host, settings.port), on_listening, supervisor.announce_end)
     supervisor.start()
     # What is imported stays: looking through it again and again held every answer up for 100 to 400 ms a time.
     gc.collect()
     gc.freeze()
     try:
         with checkpoints.beside(parts.database):
-            server.run()
+            server.run(sockets=sockets)
     finally:
         supervisor.stop()
         parts.database.close()
@@ -201,12 +232,58 @@ def web_config(web: Any, host: str, port: int) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
-    """Says when it listens, and ends without ending the process."""
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to the addresses of `host` that this machine has. `port` 0: a free one, the same at each.
 
-    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None] | None) -> None:
+    Raises `ListenFailed`.
+    """
+    sockets: list[socket.socket] = []
+    reason = "no address of this machine"
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        found, reason = [], getattr(error, "strerror", None) or "no such host name"
+    for family, _, _, _, address in dict.fromkeys(found):
+        wanted = port or (sockets[0].getsockname()[1] if sockets else 0)
+        try:
+            sockets.append(_bound(family, (address[0], wanted, *address[2:])))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6 may name ::1
+                for each in sockets:
+                    each.close()
+                sockets, reason = [], os.strerror(error.errno or 0)
+                break
+    if not sockets:
+        raise ListenFailed(f"cannot listen on {host}:{port}: {reason}; choose another with --host and --port")
+    return sockets
+
+
+def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        opened.bind(address)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens, and ends without ending the process. `on_signal`: called in the signal's handler."""
+
+    def __init__(
+        self, config: uvicorn.Config, on_listening: Callable[[], None] | None, on_signal: Callable[[], object] = bool
+    ) -> None:
         super().__init__(config)
         self._on_listening = on_listening
+        self._on_signal = on_signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_signal()
+        super().handle_exit(sig, frame)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -234,8 +311,8 @@ class _Server(uvicorn.Server):
     @property
     def port(self) -> int:
         for server in self.servers:
-            for socket in server.sockets:
-                return int(socket.getsockname()[1])
+            for each in server.sockets:
+                return int(each.getsockname()[1])
         return self.config.port
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -33,6 +34,13 @@ KEY_MIN_CHARACTERS = 24
 # Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
 # specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+ENV_FILE = ".env"
+# Options that other tools write into a URL, and what says the same to PostgreSQL's own library.
+INSTEAD_OF_OPTION = {
+    "ssl": "write sslmode=require",
+    "schema": "write options=-csearch_path%3DNAME",
+    "currentSchema": "write options=-csearch_path%3DNAME",
+}
 CREDENTIAL = re.compile(r"[\x21-\x7e]+")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -56,11 +64,22 @@ def _host_port(value: str) -> str:
     return value
 
 
+def _unquoted(value: Any) -> Any:
+    return value.strip().strip("\"'") if isinstance(value, str) else value
+
+
 def _database_url(value: SecretStr) -> SecretStr:
     try:
-        normal_url(value.get_secret_value())
+        url = normal_url(value.get_secret_value())
     except Exception as error:  # the parser's own message may quote the password
         raise ValueError("use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME") from error
+    if url.query and url.get_backend_name() == "postgresql":
+        from psycopg.pq import Conninfo  # 50 ms of a start, for the few URLs that have options
+
+        known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+        for name in sorted(set(url.query) - known):
+            instead = INSTEAD_OF_OPTION.get(name, "leave it out")
+            raise ValueError(f"PostgreSQL's library knows no option {name[:40]!r}: {instead}")
     return value
 
 
@@ -78,29 +97,31 @@ def _tags(value: str) -> str:
     return value
 
 
-def _nothing_if_empty(value: Any) -> Any:
-    return None if value == "" else value
-
-
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_spaces)]
 Delays = Annotated[tuple[Annotated[float, Field(ge=0.1, le=604_800)], ...], NoDecode, BeforeValidator(_split)]
 HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
-OptionalUrl = Annotated[str | None, BeforeValidator(_nothing_if_empty), AfterValidator(_http_url)]
-OptionalText = Annotated[str | None, BeforeValidator(_nothing_if_empty)]
-OptionalSecret = Annotated[SecretStr | None, BeforeValidator(_nothing_if_empty)]
+OptionalUrl = Annotated[str | None, AfterValidator(_http_url)]
 
 
 class Settings(BaseSettings):
     """All settings, with their units in their names. See the README's table for what each is for."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True
+        env_prefix=PREFIX,
+        env_file=ENV_FILE,
+        env_file_encoding="utf-8-sig",  # Windows' editors begin a file with a byte order mark
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
     )
 
-    database_url: Annotated[SecretStr, AfterValidator(_database_url)] = SecretStr("sqlite:///receiver.db")
+    database_url: Annotated[SecretStr, BeforeValidator(_unquoted), AfterValidator(_database_url)] = SecretStr(
+        "sqlite:///receiver.db"
+    )
     migrate_on_start: bool | None = None
 
     host: str = "127.0.0.1"
@@ -110,11 +131,11 @@ class Settings(BaseSettings):
     callback_secrets: Secrets = ()
 
     kling_base_url: HttpUrl = "https://api-singapore.klingai.com"
-    kling_api_key: OptionalSecret = None
-    kling_access_key: OptionalText = Field(default=None, repr=False)
-    kling_secret_key: OptionalSecret = None
+    kling_api_key: SecretStr | None = None
+    kling_access_key: str | None = Field(default=None, repr=False)
+    kling_secret_key: SecretStr | None = None
     kling_webhook_secrets: Secrets = ()
-    kling_slots: Annotated[Annotated[int, Field(ge=1, le=100_000)] | None, BeforeValidator(_nothing_if_empty)] = None
+    kling_slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
     confirm: Literal["auto", "always", "never"] = "auto"
     poll_after_seconds: float = Field(default=60, ge=0.1)
@@ -131,13 +152,13 @@ class Settings(BaseSettings):
     s3_public_endpoint_url: OptionalUrl = None
     s3_checksums: Literal["when_supported", "when_required", "never"] = "when_supported"
     s3_addressing: Literal["auto", "path", "virtual"] = "auto"
-    s3_storage_class: OptionalText = None
-    s3_sse: Annotated[Literal["AES256", "aws:kms"] | None, BeforeValidator(_nothing_if_empty)] = None
-    s3_kms_key_id: OptionalText = None
-    s3_lock_mode: Annotated[Literal["GOVERNANCE", "COMPLIANCE"] | None, BeforeValidator(_nothing_if_empty)] = None
-    s3_lock_days: Annotated[Annotated[int, Field(ge=1, le=36_500)] | None, BeforeValidator(_nothing_if_empty)] = None
+    s3_storage_class: str | None = None
+    s3_sse: Literal["AES256", "aws:kms"] | None = None
+    s3_kms_key_id: str | None = None
+    s3_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = None
+    s3_lock_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
     s3_tags: Annotated[str, AfterValidator(_tags)] = ""
-    s3_cache_control: OptionalText = None
+    s3_cache_control: str | None = None
 
     api_keys: Secrets = ()
     gateway_results: Literal["archived", "provider"] = "archived"
@@ -152,7 +173,7 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(default=60, ge=1)
     grace_seconds: float = Field(default=25, ge=0)
 
-    audit_days: Annotated[Annotated[float, Field(ge=0.01, le=3_650)] | None, BeforeValidator(_nothing_if_empty)] = None
+    audit_days: Annotated[float, Field(ge=0.01, le=3_650)] | None = None
     # 1.7 TB a day, and a sixth of a gigabit line: what is archived and served meanwhile hardly notices.
     audit_bytes_per_second: int = Field(default=20_000_000, ge=1_000)
 
@@ -160,9 +181,16 @@ class Settings(BaseSettings):
     console_thumbnail_dir: Path | None = None
     console_thumbnail_bytes: int = Field(default=256 * 2**20, ge=2**20)
 
-    metrics_token: OptionalSecret = None
+    metrics_token: SecretStr | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "console", "json"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _trimmed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`echo` ends a secret with a line end, compose makes an empty variable of one that is not set."""
+        trimmed = {name: value.strip("\r\n") if isinstance(value, str) else value for name, value in values.items()}
+        return {name: value for name, value in trimmed.items() if value != ""}
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
@@ -191,9 +219,19 @@ class Settings(BaseSettings):
         except ValueError as error:
             yield from (f"{PREFIX}CONSOLE_KEYS: {line}" for line in str(error).splitlines())
         yield from self._event_faults()
+        yield from self._key_faults()
         for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
             if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
                 yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
+
+    def _key_faults(self) -> Iterator[str]:
+        keys = {"KLING_API_KEY": self.kling_api_key, "KLING_SECRET_KEY": self.kling_secret_key}
+        given = {name: key.get_secret_value() for name, key in keys.items() if key is not None}
+        for name, key in {**given, "KLING_ACCESS_KEY": self.kling_access_key or "-"}.items():
+            if key.lower().startswith("bearer "):
+                yield f'{PREFIX}{name}: write the key alone, without "Bearer" before it'
+            elif not CREDENTIAL.fullmatch(key):
+                yield f"{PREFIX}{name}: must be printable ASCII without spaces, as the provider shows it"
 
     def _event_faults(self) -> Iterator[str]:
         try:
@@ -322,12 +360,37 @@ def load(**overrides: Any) -> Settings:
     Raises `SettingsInvalid` with one line per fault, each naming its variable; no line shows a value, which may
     be a secret.
     """
+    check_env_file()
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise SettingsInvalid("\n".join(_lines(error))) from None
-    except UnicodeDecodeError:
-        raise SettingsInvalid(".env: is not UTF-8 text") from None
+
+
+def env_file() -> Path | None:
+    """The `.env` of the folder one stands in, where there is one."""
+    path = Path(ENV_FILE).absolute()
+    return path if path.is_file() else None
+
+
+def check_env_file() -> None:
+    """Raises `SettingsInvalid` for a `.env` that cannot be read as text, naming file and line."""
+    path = env_file()
+    if path is None:
+        return
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SettingsInvalid(f"{path}: cannot be read: {error.strerror}") from None
+    if b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise SettingsInvalid(
+            f"{path}:1: is UTF-16, as PowerShell writes it; save it as UTF-8 (Set-Content -Encoding utf8)"
+        )
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SettingsInvalid(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8") from None
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
@@ -343,7 +406,21 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 def unknown_variables() -> list[str]:
     """RECEIVER_… variables in the environment or in `.env` that no setting reads: most often a slip of the pen."""
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    given = {*os.environ, *(name.upper() for name in DotEnvSettingsSource(Settings).env_vars)}
+    try:
+        check_env_file()
+        written = DotEnvSettingsSource(Settings).env_vars
+    except SettingsInvalid:
+        written = {}
+    given = {*os.environ, *(name.upper() for name in written)}
     names = (name for name in given if name.startswith(PREFIX))
-    return sorted(name for name in names if name.removesuffix("_FILE") not in known)
+    return sorted(name for name in names if name.removesuffix("_FILE") not in _variables())
+
+
+def nearest_variable(name: str) -> str | None:
+    """The setting that an unknown variable most likely means."""
+    near = difflib.get_close_matches(name.removesuffix("_FILE"), _variables(), 1, 0.8)
+    return near[0] + ("_FILE" if name.endswith("_FILE") else "") if near else None
+
+
+def _variables() -> set[str]:
+    return {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}

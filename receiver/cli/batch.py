@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from receiver.cli.operate import DryRun, Json, _answer, _parts
+from receiver.cli.opening import opened
+from receiver.cli.operate import DryRun, Json, _answer
 from receiver.cli.serve import AllowHttp
 from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json
 
@@ -36,7 +37,7 @@ MAX_SHOWN = 200
 @app.command("status")
 def status(name: Name, wait: Wait = False, as_json: Json = False) -> None:
     """Where the tasks of a batch stand; exit code 1 while they are not all archived."""
-    with _parts() as parts:
+    with opened() as parts:
         counts = _watch(parts, name) if wait else _batches(parts).counts(name)
         _show(parts, name, counts, as_json=as_json)
 
@@ -46,7 +47,7 @@ def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: J
     """The newest batches and how they stand."""
     from receiver.batch.batch_view import words
 
-    with _parts() as parts:
+    with opened() as parts:
         found = _batches(parts).newest(limit)
     if as_json:
         say_json([{"batch": batch.name, **_counts(counts)} for batch, counts in found])
@@ -62,7 +63,7 @@ def retry(name: Name, dry_run: DryRun = False, as_json: Json = False, allow_http
     What failed at the provider stays so; to pay for it again submit it under another --name. What was dismissed is
     left alone.
     """
-    with _parts(allow_http) as parts:
+    with opened(allow_http) as parts:
         tally = _batches(parts).retry(name, dry_run=dry_run)
     _answer(tally, dry_run, as_json)
 
@@ -78,7 +79,7 @@ def export(
     """The report: every task in the order of the file, with the keys of what was archived."""
     from receiver.batch import batch_report
 
-    with _parts() as parts:
+    with opened() as parts:
         lines = batch_report.lines(parts.database, _batches(parts), name)
         _batches(parts).counts(name)  # an unknown batch fails before a file is made
         if output is not None:
@@ -134,20 +135,15 @@ def submit(
 def _parts_of(allow_http: bool, *, dry_run: bool) -> Iterator[Parts]:
     """As for any verb that makes rows; a dry run makes no database, and needs none."""
     if not dry_run:
-        with _parts(allow_http, migrate=True) as parts:
+        with opened(allow_http, migrate=True) as parts:
             yield parts
         return
     from receiver.app import process
-    from receiver.app.wiring import Parts
-    from receiver.base import config
 
-    parts = Parts(config.load(allow_http=allow_http or None))
-    try:
+    with opened(allow_http, ready=False) as parts:
         if not _is_missing(parts):
             process.ready_schema(parts.database, migrate=False)
         yield parts
-    finally:
-        parts.close()
 
 
 def _is_missing(parts: Parts) -> bool:

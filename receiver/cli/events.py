@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receiver.cli.operate import MAX_SHOWN, DryRun, Json, _parts
+from receiver.cli.opening import opened
+from receiver.cli.operate import MAX_SHOWN, DryRun, Json
 from receiver.cli.terminal import cell, say, say_json, show
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def list_(
     from storage.states import DispatchState
 
     wanted = [DispatchState.DEAD] * (dead or not is_open) + [DispatchState.DUE] * (is_open or not dead)
-    with _parts() as parts, parts.database.read() as session:
+    with opened() as parts, parts.database.read() as session:
         found = [
             _shown(*each)
             for state in wanted
@@ -111,7 +112,7 @@ def redeliver(
     from storage.operations import outbox
 
     count, seen = 0, set[int]()
-    with _parts() as parts:
+    with opened() as parts:
         for page in _pages(parts, number or [], sink):
             with change(parts.database, dry_run=dry_run) as session:
                 count += outbox.redeliver(session, page)
@@ -155,7 +156,7 @@ def tail(
         names = events.names_matching(word for word in types.split(",") if word)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--types") from None
-    with _parts() as parts:
+    with opened() as parts:
         with parts.database.read() as session:
             last = after if after is not None else max(events.newest_seq(session) - TAIL, 0)
         while True:
@@ -183,7 +184,7 @@ def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json
     """Queue events for a disabled sink again, from now on; `redeliver --all-dead --sink` sends what it missed."""
     from storage.operations import outbox
 
-    with _parts() as parts, parts.database.write() as session:
+    with opened() as parts, parts.database.write() as session:
         done = outbox.enable(session, name)
     _tell({"enabled": int(done)}, False, as_json)
     if not done:
@@ -200,7 +201,7 @@ def disable(
     """Queue nothing more for a sink, and give up what is on its way to it: also for one that is configured no more."""
     from storage.operations import outbox
 
-    with _parts() as parts:
+    with opened() as parts:
         _check_name(parts, name)
         with parts.database.write() as session:
             outbox.disable(session, name, reason)
@@ -214,10 +215,10 @@ def client_secret_(as_json: Json = False) -> None:
     from receiver.base.signature import client_secret
     from receiver.gateway.api_keys import client_of
 
-    with _parts() as parts:
+    with opened() as parts:
         keys, secrets = parts.settings.api_keys, parts.settings.event_secrets
     if not keys or not secrets:
-        typer.echo("callbacks are signed once RECEIVER_API_KEYS and RECEIVER_EVENT_SECRETS are set", err=True)
+        say("callbacks are signed once RECEIVER_API_KEYS and RECEIVER_EVENT_SECRETS are set", err=True)
         raise typer.Exit(1)
     clients = dict.fromkeys(client_of(key.get_secret_value()) for key in keys)
     made = [
@@ -225,10 +226,10 @@ def client_secret_(as_json: Json = False) -> None:
         for client in clients
     ]
     if as_json:
-        typer.echo(json.dumps(made, indent=1))
+        say_json(made, indent=1)
         return
     for place, each in enumerate(made, 1):
-        typer.echo(f"client {place} of RECEIVER_API_KEYS: {' '.join(each['secrets'])}")
+        say(f"client {place} of RECEIVER_API_KEYS: {' '.join(each['secrets'])}")
 
 
 def _check_name(parts: Parts, name: str) -> None:

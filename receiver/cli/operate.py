@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from receiver.cli.opening import opened
 from receiver.cli.serve import AllowHttp
 from receiver.cli.terminal import say, say_json
 
@@ -65,7 +64,7 @@ def retry(
     filtered = since is not None or error is not None or limit is not None
     if (name is None) is not all_failed or (not all_failed and filtered) or (all_failed and accept_unverified):
         raise typer.BadParameter("give a task or a file, or --all-failed with its filters")
-    with _parts(allow_http) as parts:
+    with opened(allow_http) as parts:
         operator = _operator(parts, dry_run)
         if name is not None:
             tally = operator.retry(name, accept_unverified=accept_unverified)
@@ -94,7 +93,7 @@ def replay(
         raise typer.BadParameter("give deliveries, or --since and --until (and --state)")
     from storage.states import CallbackState
 
-    with _parts(allow_http) as parts:
+    with opened(allow_http) as parts:
         wanted = CallbackState(state) if state else None
         tally = _operator(parts, dry_run).replay(delivery or (), since=since, until=until, state=wanted)
     _answer(tally, dry_run, as_json)
@@ -108,7 +107,7 @@ def reconcile(
     allow_http: AllowHttp = False,
 ) -> None:
     """Ask the provider now how tasks stand, without waiting for their next read."""
-    with _parts(allow_http) as parts:
+    with opened(allow_http) as parts:
         operator = _operator(parts, dry_run)
         tally, reads = operator.reconcile(external_task_id or ())
         if wait and not dry_run:
@@ -143,7 +142,7 @@ def adopt(
 
     from receiver.tasks.adopt import Adopter
 
-    with _parts(allow_http, migrate=not dry_run) as parts, Console(stderr=True).status("asking the provider"):
+    with opened(allow_http, migrate=not dry_run) as parts, Console(stderr=True).status("asking the provider"):
         adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
         tally = adopter.take(task) if task else adopter.take_listed(timedelta(days=listed_days or 0))
     _answer(tally, dry_run, as_json)
@@ -161,7 +160,7 @@ def dismiss(
     """
     if not reason.strip():
         raise typer.BadParameter("say why", param_hint="--reason")
-    with _parts() as parts:
+    with opened() as parts:
         tally = _operator(parts, dry_run).dismiss(external_task_id, reason)
     _answer(tally, dry_run, as_json)
 
@@ -177,25 +176,9 @@ def prune(
     """
     from rich.console import Console
 
-    with _parts() as parts, Console(stderr=True).status("pruning"):
+    with opened() as parts, Console(stderr=True).status("pruning"):
         tally = _operator(parts, dry_run).prune(timedelta(days=older_than))
     _answer(tally, dry_run, as_json)
-
-
-@contextmanager
-def _parts(allow_http: bool = False, *, migrate: bool = False) -> Iterator[Parts]:
-    from receiver.app import process
-    from receiver.app.wiring import Parts
-    from receiver.base import config, telemetry
-
-    settings = config.load(allow_http=allow_http or None)
-    telemetry.configure("warning", settings.log_format)
-    parts = Parts(settings)
-    try:
-        process.ready_schema(parts.database, migrate=migrate and settings.migrates_on_start)
-        yield parts
-    finally:
-        parts.close()
 
 
 def _operator(parts: Parts, dry_run: bool) -> Operator:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from receiver.cli.opening import opened
 from receiver.cli.terminal import say
 
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Accept http:// addresses that are not loopback.")]
@@ -18,12 +19,10 @@ def serve(
 ) -> None:
     """Receive callbacks and archive their pictures: the web server and its worker processes."""
     from receiver.app import process
-    from receiver.app.wiring import Parts
-    from receiver.base import config, telemetry
 
-    settings = config.load(host=host, port=port, allow_http=allow_http or None)
-    telemetry.configure(settings.log_level, settings.log_format)
-    process.serve(Parts(settings))
+    with opened(allow_http, ready=False, quiet=False, host=host, port=port) as parts:
+        _name_unread_settings()
+        process.serve(parts)
 
 
 def work(
@@ -33,25 +32,32 @@ def work(
 ) -> None:
     """Run one worker process: applies deliveries, sends and reads tasks, archives pictures."""
     from receiver.app import process
-    from receiver.app.wiring import Parts
-    from receiver.base import config, telemetry
 
-    settings = config.load(allow_http=allow_http or None)
-    telemetry.configure(settings.log_level, settings.log_format)
-    if once:
-        say(f"worked on {process.work_once(Parts(settings))} rows")
-    else:
-        process.work(Parts(settings), supervised=supervised)
+    with opened(allow_http, ready=False, quiet=False) as parts:
+        if not supervised:  # its `receiver serve` has said it
+            _name_unread_settings()
+        if once:
+            say(f"worked on {process.work_once(parts)} rows")
+        else:
+            process.work(parts, supervised=supervised)
 
 
 def migrate() -> None:
     """Bring the database schema up to date. Safe to repeat, and to run on several hosts at once."""
-    from receiver.app.wiring import Parts
-    from receiver.base import config
     from storage.rows import migrations
 
-    database = Parts(config.load()).database
-    before = migrations.current(database)
-    migrations.upgrade(database)
-    after = migrations.current(database)
+    with opened(ready=False) as parts:
+        before = migrations.current(parts.database)
+        migrations.upgrade(parts.database)
+        after = migrations.current(parts.database)
     say(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")
+
+
+def _name_unread_settings() -> None:
+    """A slip of the pen in a variable's name leaves the setting at its default without a word."""
+    import structlog
+
+    from receiver.base import config
+
+    for name in config.unknown_variables():
+        structlog.get_logger().warning("settings.unknown", variable=name, nearest=config.nearest_variable(name))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from receiver.cli.opening import opened
 from receiver.cli.terminal import say, say_json
 
 
@@ -21,29 +22,25 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show how one task stands, with its files and timeline, or a table of the latest tasks."""
-    from receiver.app import process
-    from receiver.app.wiring import Parts
-    from receiver.base import config
     from receiver.cli import show
     from receiver.tasks.task_view import report
 
-    parts = Parts(config.load())
-    process.ready_schema(parts.database, migrate=False)
-    if urls:
-        if external_task_id is None:
-            raise typer.BadParameter("--urls needs a task")
-        links = show.urls(parts, external_task_id, expires)
-        if as_json:
-            say_json(links, indent=1)
+    with opened() as parts:
+        if urls:
+            if external_task_id is None:
+                raise typer.BadParameter("--urls needs a task")
+            links = show.urls(parts, external_task_id, expires)
+            if as_json:
+                say_json(links, indent=1)
+            else:
+                say(*(link["url"] for link in links))
+        elif external_task_id is None and as_json:
+            found = [report(parts.database, parts.bucket, task.external_task_id) for task in show.latest(parts, limit)]
+            audit = show.audited(parts).as_json()
+            say_json({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
+        elif external_task_id is None:
+            show.show_latest(parts, limit)
+        elif as_json:
+            say_json(report(parts.database, parts.bucket, external_task_id), indent=1)
         else:
-            say(*(link["url"] for link in links))
-    elif external_task_id is None and as_json:
-        found = [report(parts.database, parts.bucket, task.external_task_id) for task in show.latest(parts, limit)]
-        audit = show.audited(parts).as_json()
-        say_json({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
-    elif external_task_id is None:
-        show.show_latest(parts, limit)
-    elif as_json:
-        say_json(report(parts.database, parts.bucket, external_task_id), indent=1)
-    else:
-        show.show(parts, external_task_id)
+            show.show(parts, external_task_id)

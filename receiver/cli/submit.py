@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from receiver.cli.opening import opened
 from receiver.cli.serve import AllowHttp
 from receiver.cli.terminal import say, say_json
 
@@ -60,9 +61,6 @@ def submit(
     --batch checks a whole file and puts all of it in, or lists every fault and sends nothing. The same file and name
     again go on with what is missing; paying again takes another --name.
     """
-    from receiver.app import process
-    from receiver.app.wiring import Parts
-    from receiver.base import config, telemetry
     from receiver.cli import batch
 
     fields = {
@@ -88,12 +86,9 @@ def submit(
         return
     if name or format or dry_run or prices or report:
         raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
-    settings = config.load(allow_http=allow_http or None)
-    telemetry.configure("warning", settings.log_format)
-    parts = Parts(settings)
-    process.ready_schema(parts.database, migrate=settings.migrates_on_start)
-    task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
-    _answer(parts, task, wait=wait, as_json=as_json)
+    with opened(allow_http, migrate=True) as parts:
+        task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
+        _answer(parts, task, wait=wait, as_json=as_json)
 
 
 def _image(given: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,28 +20,32 @@ from tests.rows import LONG_AGO
 
 
 @pytest.fixture
-def absent(postgres: Postgres) -> Iterator[Database]:
-    """A database that the server does not have (yet)."""
-    database = Database(postgres.url(f"test_{uuid.uuid4().hex}"))
+def absent(postgres: Postgres, migrated_databases: MigratedDatabases) -> Iterator[Database]:
+    """A database of a server that does not run (yet)."""
+    lent = migrated_databases.lend()
+    database = Database(next(lent))
+    postgres.stop()
     yield database
     database.close()
-    postgres.drop_database(str(database.url.database))
+    if postgres.process is None or postgres.process.poll() is not None:
+        postgres.start()
+    next(lent, None)
 
 
 def test_a_server_that_is_away_is_waited_for(
-    absent: Database, postgres: Postgres, migrated_databases: MigratedDatabases, capsys: pytest.CaptureFixture[str]
+    absent: Database, postgres: Postgres, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = ""
 
     def has_said() -> bool:
         nonlocal said
         said += capsys.readouterr().out
-        return "start.database_away" in said
+        return "start.database_away" in said and f"127.0.0.1:{postgres.port}: Connection refused" in said
 
     with ThreadPoolExecutor(1) as starter:
         started = starter.submit(await_schema, absent, migrate=False)
         wait_until(has_said)
-        postgres.create_database(str(absent.url.database), migrated_databases.template)
+        postgres.start()
         started.result(timeout=30)
 
 

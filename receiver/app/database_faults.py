@@ -1,0 +1,83 @@
+"""A database that refuses or cannot be reached, in one line: the setting, the place, the database's own sentence."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+
+from receiver.providers.base import plain
+from storage.errors import DatabaseUnavailable, UserError
+from storage.rows.database import Database
+
+MAX_WORDS_CHARS = 300
+# What the settings or an administrator must mend, by the first characters of SQLSTATE (PostgreSQL, appendix A):
+# authorization, names, privileges, resources, an operator's intervention.
+REFUSED = ("28", "3D", "42501", "25006", "53", "57", "58")
+# A connection's refusal has no SQLSTATE, so these go by PostgreSQL's words.
+FOR_GOOD = re.compile(
+    r"FATAL:.*(?:(?:role|database) \".*\" does not exist|password authentication failed|no pg_hba.conf entry"
+    r"|permission denied for database|is not permitted to log in)|server does not support SSL|invalid \w+ value",
+    re.DOTALL,
+)
+CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
+
+
+class DatabaseRefused(UserError):
+    """The database is there and refuses us; the message says where and why."""
+
+
+def place(url: URL) -> str:
+    """Host and port, or the file, as the URL names them."""
+    if url.get_backend_name() == "sqlite":
+        return str(Path(url.database or "").absolute())
+    named = url.query.get("host")
+    if named and not url.host:
+        return ",".join(named) if isinstance(named, tuple) else named
+    return f"{url.host or 'the local socket'}:{url.port or 5432}"
+
+
+def words(url: URL, error: BaseException) -> str:
+    """The database's own sentence, in one line and without the password."""
+    if isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError):
+        error = error.__cause__
+    driver = error.orig if isinstance(error, DBAPIError) else error
+    primary = getattr(getattr(driver, "diag", None), "message_primary", None)
+    said = CONNECTION_PREFIX.sub("", primary or str(driver).removeprefix("database: "))
+    password = str(url.password) if url.password else None
+    return plain(said.replace(password, "…") if password else said, MAX_WORDS_CHARS)
+
+
+def sentence(url: URL, error: BaseException) -> str:
+    return f"RECEIVER_DATABASE_URL: {place(url)}: {words(url, error)}"
+
+
+def is_for_good(error: DatabaseUnavailable) -> bool:
+    """Whether waiting does not help: a role, a password or a database name that is wrong."""
+    cause = error.__cause__
+    return isinstance(cause, DBAPIError) and bool(FOR_GOOD.search(str(cause.orig)))
+
+
+@contextmanager
+def explained(database: Database) -> Iterator[None]:
+    """Raises what the database refuses with its `sentence`. A statement that is wrong stays a bug."""
+    try:
+        yield
+    except DatabaseUnavailable as error:
+        raise DatabaseUnavailable(sentence(database.url, error)) from error.__cause__
+    except DBAPIError as error:
+        if not _is_refusal(error):
+            raise
+        raise DatabaseRefused(sentence(database.url, error)) from error
+
+
+def _is_refusal(error: DBAPIError) -> bool:
+    driver = error.orig
+    state = getattr(driver, "sqlstate", None)
+    is_damaged = type(driver) is sqlite3.DatabaseError  # "file is not a database", "malformed"
+    return is_damaged or (state or "").startswith(REFUSED)

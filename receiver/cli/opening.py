@@ -1,0 +1,36 @@
+"""What every verb begins with: settings, logs, the database with its schema, and their faults in one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from receiver.app.wiring import Parts
+
+
+@contextmanager
+def opened(
+    allow_http: bool = False, *, migrate: bool = False, ready: bool = True, quiet: bool = True, **settings: Any
+) -> Iterator[Parts]:
+    """The parts of a verb, closed at its end.
+
+    `migrate`: the verb makes rows, so it may make the schema where the settings allow it; without, nothing is made.
+    `ready`: look at the schema first. `quiet`: log warnings alone. `settings`: what the verb's options say.
+    """
+    from receiver.app import process
+    from receiver.app.database_faults import explained
+    from receiver.app.wiring import Parts
+    from receiver.base import config, telemetry
+
+    chosen = config.load(allow_http=allow_http or None, **settings)
+    telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
+    parts = Parts(chosen)
+    try:
+        with explained(parts.database):
+            if ready:
+                process.ready_schema(parts.database, migrate=migrate and chosen.migrates_on_start)
+            yield parts
+    finally:
+        parts.close()

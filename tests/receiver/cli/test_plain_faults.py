@@ -1,0 +1,241 @@
+"""What people have in their shells, files and databases: each fault is one line that names the place and the remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.rows.database import Database
+from tests.command_line import CommandLine, variables
+from tests.harness import wait_until
+from tests.pipeline import free_port
+from tests.postgres import MigratedDatabases, Postgres
+
+ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
+
+
+@pytest.fixture
+def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
+    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
+
+
+@pytest.fixture
+def ready(receiver: CommandLine, migrated_sqlite: Path) -> CommandLine:
+    (receiver.folder / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
+    return receiver
+
+
+@pytest.fixture
+def postgres_url(migrated_databases: MigratedDatabases) -> Iterator[str]:
+    yield from migrated_databases.lend()
+
+
+@pytest.fixture
+def role(postgres: Postgres, postgres_url: str) -> Iterator[str]:
+    """A role that may connect and nothing else."""
+    database = Database(postgres.url())
+    with database.write() as session:
+        session.execute(text("CREATE ROLE weak LOGIN PASSWORD 'hunter2'"))
+    yield "weak"
+    with database.write() as session:
+        session.execute(text("DROP ROLE weak"))
+    database.close()
+
+
+READING = [
+    ("status",),
+    ("status", "x"),
+    ("audit",),
+    ("retry", "x"),
+    ("events", "list"),
+    ("batch", "list"),
+    ("work", "--once"),
+]
+
+
+@pytest.mark.parametrize("words", READING[:-1], ids=" ".join)
+def test_reading_verbs_make_no_database_and_say_where_none_is(receiver: CommandLine, words: tuple[str, ...]) -> None:
+    done = receiver(*words)
+    assert (done.code, done.out, len(done.err.splitlines())) == (1, "", 1)
+    assert f"{receiver.folder / 'receiver.db'} holds no database" in done.err
+    assert list(receiver.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["RECEIVER_PORT", "RECEIVER_S3_PREFIX", "RECEIVER_WORKERS", "RECEIVER_LOG_LEVEL"])
+def test_an_empty_variable_is_an_unset_one(ready: CommandLine, name: str) -> None:
+    assert ready("status", **{name: ""}).code == 0
+    (ready.folder / ".env").write_text(f"{name}=\n")
+    assert ready("status", **{name: None}).code == 0
+
+
+@pytest.mark.parametrize("verb", [("work", "--once"), ("check",)], ids=" ".join)
+def test_a_misspelt_setting_is_named_with_the_nearest(ready: CommandLine, verb: tuple[str, ...]) -> None:
+    done = ready(*verb, RECEIVER_WORKER="3")
+    assert re.search(r"RECEIVER_WORKER\b", done.out + done.err)
+    assert "RECEIVER_WORKERS" in done.out + done.err
+
+
+def test_an_env_file_of_powershell_is_named(ready: CommandLine) -> None:
+    (ready.folder / ".env").write_bytes("RECEIVER_PORT=1\n".encode("utf-16"))
+    done = ready("status")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith(f"{ready.folder}/.env:1: is UTF-16") and "save it as UTF-8" in done.err
+    assert f"{ready.folder}/.env:1: is UTF-16" in ready("check").out
+
+
+def test_an_env_file_names_the_line_that_is_no_text(ready: CommandLine) -> None:
+    (ready.folder / ".env").write_bytes(b"RECEIVER_PORT=1\nX=\xff\n")
+    assert ready("status").err == f"{ready.folder}/.env:2: is not UTF-8 text; save the file as UTF-8\n"
+
+
+def test_an_env_file_with_a_byte_order_mark_is_read(ready: CommandLine) -> None:
+    (ready.folder / ".env").write_bytes(b"\xef\xbb\xbfRECEIVER_LOG_LEVEL=nonsense\n")
+    assert ready("status").err.startswith("RECEIVER_LOG_LEVEL: ")
+
+
+@pytest.mark.parametrize("words", [("status",), ("check",), ("batch", "list"), ("events", "list")], ids=" ".join)
+def test_a_full_disk_behind_json_is_one_line(ready: CommandLine, words: tuple[str, ...]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "receiver", *words, "--json"],
+            env={**environment, **ready.variables}, cwd=ready.folder, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "standard output cannot be written: No space left on device\n")
+
+
+def test_a_key_with_a_line_end_works(ready: CommandLine) -> None:
+    key = ready.variables["RECEIVER_KLING_API_KEY"]
+    assert ready(*ASK, RECEIVER_KLING_API_KEY=f"{key}\n").code == 0
+
+
+@pytest.mark.parametrize("name", ["RECEIVER_KLING_API_KEY", "RECEIVER_KLING_SECRET_KEY"])
+def test_a_key_with_bearer_before_it_names_its_variable(ready: CommandLine, name: str) -> None:
+    done = ready(
+        "status", **{"RECEIVER_KLING_ACCESS_KEY": "a", "RECEIVER_KLING_SECRET_KEY": "s", name: "Bearer hunter2"}
+    )
+    assert (done.code, done.err) == (1, f'{name}: write the key alone, without "Bearer" before it\n')
+
+
+@pytest.mark.parametrize("end", ["{}\n", '"{}"', "'{}'\r\n", " {} "])
+def test_a_database_url_with_a_line_end_or_quotes_is_read_without(ready: CommandLine, end: str) -> None:
+    assert ready("status", RECEIVER_DATABASE_URL=end.format("sqlite:///receiver.db")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("ssl=true", "sslmode=require"), ("pgbouncer=true", "leave it out"), ("schema=public", "search_path")],
+)
+def test_an_option_that_libpq_does_not_know_is_one_line(receiver: CommandLine, option: str, said: str) -> None:
+    for words in (("status",), ("migrate",), ("serve",)):
+        done = receiver(*words, RECEIVER_DATABASE_URL=f"postgresql://u:hunter2@127.0.0.1:1/x?{option}")
+        assert (done.code, len(done.err.splitlines())) == (1, 1)
+        assert done.err.startswith("RECEIVER_DATABASE_URL: ") and said in done.err and "hunter2" not in done.err
+
+
+@pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",), ASK], ids=lambda words: words[0])
+def test_a_file_that_is_no_database_is_one_line(receiver: CommandLine, words: tuple[str, ...]) -> None:
+    (receiver.folder / "receiver.db").write_bytes(b"a picture, and no database" * 100)
+    done = receiver(*words)
+    path = receiver.folder / "receiver.db"
+    assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {path}: file is not a database\n")
+
+
+@pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",)], ids=" ".join)
+def test_a_wrong_role_or_database_name_is_said_at_once(
+    receiver: CommandLine, postgres: Postgres, words: tuple[str, ...]
+) -> None:
+    place = f"127.0.0.1:{postgres.port}"
+    wrong = {
+        f"postgresql://nobody_here:hunter2@{place}/postgres": 'role "nobody_here" does not exist',
+        f"postgresql://postgres:hunter2@{place}/nope": 'database "nope" does not exist',
+    }
+    for url, said in wrong.items():
+        began = time.monotonic()
+        done = receiver(*words, RECEIVER_DATABASE_URL=url)
+        assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {place}: {said}\n")
+        assert time.monotonic() - began < 20
+        assert f"{place} cannot be used ({said})" in receiver("check", RECEIVER_DATABASE_URL=url).out
+
+
+@pytest.mark.parametrize(
+    "words", [("status",), ("serve",), ("work",), ("events", "list"), ASK], ids=lambda words: words[0]
+)
+def test_a_role_without_rights_on_our_tables_is_one_line(
+    receiver: CommandLine, postgres_url: str, role: str, words: tuple[str, ...]
+) -> None:
+    done = receiver(*words, RECEIVER_DATABASE_URL=postgres_url.replace("postgres@", f"{role}:hunter2@"))
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert "permission denied for table" in done.err and "hunter2" not in done.err
+
+
+def test_a_role_without_create_on_the_schema_is_one_line(receiver: CommandLine, postgres: Postgres, role: str) -> None:
+    url = postgres.create_database("bare")
+    try:
+        done = receiver("migrate", RECEIVER_DATABASE_URL=url.replace("postgres@", f"{role}:hunter2@"))
+    finally:
+        postgres.drop_database("bare")
+    place = f"127.0.0.1:{postgres.port}"
+    assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {place}: permission denied for schema public\n")
+
+
+def test_a_port_that_is_taken_and_an_unknown_host_are_one_sentence(ready: CommandLine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for words in (("--port", port), ("--host", "nope.invalid"), ("--host", "203.0.113.1")):
+            done = ready("serve", *words)
+            assert (done.code, len(done.err.splitlines())) == (1, 1), done.err
+            assert done.err.startswith("cannot listen on ")
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def serving(receiver: CommandLine, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """`receiver serve` in a process group of its own, listening."""
+    log = receiver.folder / "serve.log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    with log.open("wb") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "receiver", "serve", *words],
+            env={**environment, **receiver.variables}, cwd=receiver.folder, stderr=err, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait_until(lambda: "worker.started" in log.read_text() and "web.listening" in log.read_text(), seconds=40)
+        yield process, log
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_host_in_brackets_is_listened_on(ready: CommandLine) -> None:
+    port = free_port()
+    with serving(ready, "--host", "[::1]", "--port", str(port)):
+        socket.create_connection(("::1", port), timeout=5).close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_no_death_of_a_worker(ready: CommandLine, number: signal.Signals) -> None:
+    with serving(ready, "--port", str(free_port())) as (process, log):
+        os.killpg(process.pid, number)
+        assert process.wait(40) == 0
+        assert "worker.died" not in log.read_text() and "worker.ended" not in log.read_text()
