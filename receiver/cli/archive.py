@@ -49,7 +49,7 @@ def audit(
     from storage.archive.audit import Audit
     from storage.archive.repair import Repairer
 
-    with opened() as parts:
+    with opened(starts_store=True) as parts:
         looking = Audit(
             parts.database, parts.bucket, deep=deep or sample is not None, sample=sample,
             max_bytes_per_second=max_bytes_per_second,
@@ -82,7 +82,7 @@ def rebuild(
             advance(restored.counts["folders"])
             yield from restored.problems
 
-    with opened(migrate=True) as parts, _progress("rebuilding", None) as advance:
+    with opened(migrate=True, starts_store=True) as parts, _progress("rebuilding", None) as advance:
         _write_list("problems", problems(), as_json, _problem_line)
     if as_json:
         _close_json(counts, is_good=not counts["problems"])
@@ -116,7 +116,7 @@ def export(
 
     files = copied_bytes = 0
     faults: list[dict[str, str]] = []
-    with opened() as parts, _progress("exporting", None) as advance:
+    with opened(starts_store=True) as parts, _progress("exporting", None) as advance:
         for exported in Export(parts.database, parts.bucket, folder).run(_chosen(parts, task, since, until)):
             advance(1)
             files, copied_bytes = files + exported.files, copied_bytes + exported.bytes
@@ -144,7 +144,7 @@ def delete(
     from receiver.tasks import task_view
     from storage.archive import delete as deletion
 
-    with opened() as parts:
+    with opened(starts_store=True) as parts:
         if dry_run:
             _, folders = deletion.folders_of_task(parts.database, parts.bucket, external_task_id)
             _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)

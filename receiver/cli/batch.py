@@ -101,6 +101,7 @@ def submit(
     wait: bool,
     as_json: bool,
     allow_http: bool,
+    store: Path | None,
 ) -> None:
     """`receiver submit --batch FILE`. Puts rows in; workers send them."""
     if file == "-" and not name:
@@ -110,7 +111,7 @@ def submit(
     name = name or Path(file).stem
     from receiver.batch.batch_file import BatchInvalid
 
-    with _parts_of(allow_http, dry_run=dry_run) as parts:
+    with _parts_of(allow_http, store, dry_run=dry_run) as parts:
         try:
             plan, lines = _plan(parts, file, name, format)
             if dry_run:
@@ -132,15 +133,15 @@ def submit(
 
 
 @contextmanager
-def _parts_of(allow_http: bool, *, dry_run: bool) -> Iterator[Parts]:
+def _parts_of(allow_http: bool, store: Path | None, *, dry_run: bool) -> Iterator[Parts]:
     """As for any verb that makes rows; a dry run makes no database, and needs none."""
     if not dry_run:
-        with opened(allow_http, migrate=True) as parts:
+        with opened(allow_http, migrate=True, store=store) as parts:
             yield parts
         return
     from receiver.app import process
 
-    with opened(allow_http, ready=False) as parts:
+    with opened(allow_http, ready=False, store=store) as parts:
         if not _is_missing(parts):
             process.ready_schema(parts.database, migrate=False)
         yield parts

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receiver.cli.serve import AllowHttp
+from receiver.cli.serve import AllowHttp, Store
 from receiver.cli.terminal import cell, say, say_json, show
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ UNSEEN_WIDTH = 2_000
 
 def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
     """Look at settings, database, bucket, provider, clock and sinks of events; say what to do about each fault.
@@ -30,16 +31,17 @@ def check(
     again. Prints what you have to paste where: a fresh callback secret while none is set, else the address for the
     provider's console. Each of these is a secret.
     """
-    from receiver.app import checks
+    from receiver.app import checks, local_store
     from receiver.base import config, telemetry
 
     try:
-        settings = config.load(allow_http=allow_http or None)
+        settings = config.load(allow_http=allow_http or None, store=store)
     except config.SettingsInvalid as error:
         results = [*checks.refused_settings(error)]
     else:
         telemetry.configure("warning", settings.log_format)
-        results = checks.run(settings)
+        with local_store.running(settings):
+            results = checks.run(settings)
     is_good = all(result.status is not checks.Status.FAULT for result in results)
     if as_json:
         say_json({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1)

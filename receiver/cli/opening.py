@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,25 +13,34 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened(
-    allow_http: bool = False, *, migrate: bool = False, ready: bool = True, quiet: bool = True, **settings: Any
+    allow_http: bool = False,
+    *,
+    migrate: bool = False,
+    ready: bool = True,
+    quiet: bool = True,
+    store: Path | None = None,
+    starts_store: bool = False,
+    **settings: Any,
 ) -> Iterator[Parts]:
     """The parts of a verb, closed at its end.
 
     `migrate`: the verb makes rows, so it may make the schema where the settings allow it; without, nothing is made.
-    `ready`: look at the schema first. `quiet`: log warnings alone. `settings`: what the verb's options say.
+    `ready`: look at the schema first. `quiet`: log warnings alone. `store`: the folder of a store of our own, and
+    `starts_store`: the verb needs it to run. `settings`: what the verb's other options say.
     """
-    from receiver.app import process
+    from receiver.app import local_store, process
     from receiver.app.database_faults import explained
     from receiver.app.wiring import Parts
     from receiver.base import config, telemetry
 
-    chosen = config.load(allow_http=allow_http or None, **settings)
+    chosen = config.load(allow_http=allow_http or None, store=store, **settings)
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
-    parts = Parts(chosen)
-    try:
-        with explained(parts.database):
-            if ready:
-                process.ready_schema(parts.database, migrate=migrate and chosen.migrates_on_start)
-            yield parts
-    finally:
-        parts.close()
+    with local_store.running(chosen) if starts_store else nullcontext():
+        parts = Parts(chosen)
+        try:
+            with explained(parts.database):
+                if ready:
+                    process.ready_schema(parts.database, migrate=migrate and chosen.migrates_on_start)
+                yield parts
+        finally:
+            parts.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,18 +10,23 @@ import typer
 from receiver.cli.opening import opened
 from receiver.cli.terminal import say
 
+Store = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep pictures in DIR: runs an S3 store of our own, on loopback."),
+]
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Accept http:// addresses that are not loopback.")]
 
 
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="RECEIVER_HOST")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default="RECEIVER_PORT")] = None,
+    store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
     """Receive callbacks and archive their pictures: the web server and its worker processes."""
     from receiver.app import process
 
-    with opened(allow_http, ready=False, quiet=False, host=host, port=port) as parts:
+    with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
         _name_unread_settings()
         process.serve(parts)
 
@@ -28,12 +34,13 @@ def serve(
 def work(
     once: Annotated[bool, typer.Option("--once", help="Work on what is due now, then exit.")] = False,
     supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
     """Run one worker process: applies deliveries, sends and reads tasks, archives pictures."""
     from receiver.app import process
 
-    with opened(allow_http, ready=False, quiet=False) as parts:
+    with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
         if not supervised:  # its `receiver serve` has said it
             _name_unread_settings()
         if once:

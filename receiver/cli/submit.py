@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from receiver.cli.opening import opened
-from receiver.cli.serve import AllowHttp
+from receiver.cli.serve import AllowHttp, Store
 from receiver.cli.terminal import say, say_json
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def submit(
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the task as JSON.")] = False,
+    store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
     """Ask for pictures. Prints the external id; with --wait also the s3:// addresses of what was archived.
@@ -81,12 +82,12 @@ def submit(
             raise typer.BadParameter("the file says what to ask for: give no field beside it", param_hint="--batch")
         batch.submit(
             batch_file, name=name, format=format, dry_run=dry_run, prices=prices, report=report or (),
-            wait=wait, as_json=as_json, allow_http=allow_http,
+            wait=wait, as_json=as_json, allow_http=allow_http, store=store,
         )  # fmt: skip
         return
     if name or format or dry_run or prices or report:
         raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
-    with opened(allow_http, migrate=True) as parts:
+    with opened(allow_http, migrate=True, store=store) as parts:
         task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
         _answer(parts, task, wait=wait, as_json=as_json)
 

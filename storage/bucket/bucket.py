@@ -103,7 +103,7 @@ class Bucket:
     its header: they get an MD5, and everything is read back. `addressing`: whether the bucket is named in the path or
     in the host; "auto" = in the host at AWS, in the path elsewhere. `connections`: in the pool, one per thread that
     uses it. `capabilities`: None = probed when the first object is put. `put_options`: what every object that is put
-    gets (storage class, encryption, lock, tags, cache header).
+    gets (storage class, encryption, lock, tags, cache header). `keys`: access and secret key, in place of the chain.
     """
 
     def __init__(
@@ -118,9 +118,11 @@ class Bucket:
         connections: int = 16,
         capabilities: Capabilities | None = None,
         put_options: PutOptions | None = None,
+        keys: tuple[str, str] | None = None,
     ) -> None:
         self.name = name
         self.prefix = normal_prefix(prefix)
+        self._keys = keys
         self._endpoint_url = endpoint_url
         self._public_endpoint_url = public_endpoint_url
         self._config = Config(
@@ -323,7 +325,7 @@ class Bucket:
         endpoint_url = endpoint_url or self._endpoint_url
         with self._clients_lock:
             if endpoint_url not in self._clients:
-                session = boto3.Session()
+                session = boto3.Session(*self._keys, region_name="us-east-1") if self._keys else boto3.Session()
                 try:
                     client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
                 except boto_errors.BotoCoreError:

@@ -1,0 +1,144 @@
+"""`--store DIR`: an S3 store of one's own on this machine, where there is no other. SeaweedFS with its data in DIR.
+
+    DIR/store.json   0600: its keys, made once, its ports, and the process that runs it
+    DIR/store.lock   held by that process and by the server, so that no second server works on the same data
+    DIR/s3/          the data
+
+The first verb that needs the store starts it and ends it again; any other finds the running one through the file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from receiver.app.embedded_store import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
+from receiver.base.config import Settings
+from storage.errors import UserError
+
+LOCK_INTERVAL_SECONDS = 0.2
+
+
+class StoreFailed(UserError):
+    """The store of `--store` cannot be used; the message says why."""
+
+
+def address(settings: Settings) -> tuple[str | None, tuple[str, str] | None]:
+    """The store's endpoint, and its keys where they are ours to know; None: boto3's own chain finds them."""
+    if settings.store is None:
+        return settings.s3_endpoint_url, None
+    with _named(settings.store):
+        keys = _read(settings.store) or _fresh()  # made by the first verb that runs it
+    return f"http://127.0.0.1:{keys['ports']['s3']}", (keys["access_key"], keys["secret_key"])
+
+
+@contextmanager
+def running(settings: Settings) -> Iterator[None]:
+    """The store of `--store` runs until the end of the block. Raises `StoreFailed`. Without `--store`: nothing."""
+    if settings.store is None:
+        yield
+        return
+    with _named(settings.store):
+        server = _started(settings.store.absolute(), settings.s3_bucket)
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.stop()
+
+
+@contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreFailed(f"RECEIVER_STORE: {error.filename or directory}: {error.strerror}") from None
+
+
+def _started(directory: Path, bucket: str) -> Seaweed | None:
+    """A server of ours that answers; None when another process runs one."""
+    try:
+        weed_binary()
+    except RuntimeError as error:
+        raise StoreFailed(f"RECEIVER_STORE: {error}") from None
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Held by the server too: after a kill -9 of ours the next one waits until it has ended.
+    with open(os.open(directory / "store.lock", os.O_RDWR | os.O_CREAT, 0o600), "wb") as lock:
+        if not _waited_for(lock.fileno(), directory):
+            return None
+        keys = _read(directory) or _fresh()
+        if not all(pair_is_free(port) for port in keys["ports"].values()):
+            keys["ports"] = pick_ports()
+        _write(directory, {**keys, "owner": os.getpid()})
+        server = Seaweed(
+            directory / "s3", bucket, access_key=keys["access_key"], secret_key=keys["secret_key"],
+            ports=keys["ports"], size=KEPT, held=lock.fileno(),
+        )  # fmt: skip
+        try:
+            server.start()
+        except RuntimeError as error:
+            raise StoreFailed(f"RECEIVER_STORE: {error}") from None
+    return server
+
+
+def _waited_for(lock: int, directory: Path) -> bool:
+    """Take the lock; False when a living process holds it and its store answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while not _locked(lock):
+        keys = _read(directory)
+        if keys and _is_alive(keys.get("owner")) and answers("GET", keys["ports"]["s3"], "/healthz"):
+            return False
+        if time.monotonic() > deadline:
+            raise StoreFailed(f"RECEIVER_STORE: {directory}/store.lock is held, and no store answers")
+        time.sleep(LOCK_INTERVAL_SECONDS)  # one that ends, or one that has just begun
+    return True
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_alive(process_id: Any) -> bool:
+    try:
+        os.kill(int(process_id or 0), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return bool(process_id)
+
+
+def _fresh() -> dict[str, Any]:
+    return {"access_key": secrets.token_hex(10), "secret_key": secrets.token_urlsafe(30), "ports": pick_ports()}
+
+
+def _read(directory: Path) -> dict[str, Any] | None:
+    path = directory / "store.json"
+    try:
+        keys = json.loads(path.read_bytes())
+        return {**keys, "ports": {part: int(port) for part, port in keys["ports"].items()}}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise StoreFailed(f"RECEIVER_STORE: {path} is not what was written there; restore it from a backup") from None
+
+
+def _write(directory: Path, keys: dict[str, Any]) -> None:
+    """Whole or not at all, and readable for this user alone."""
+    unfinished = directory / f".store.json.{os.getpid()}"
+    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump(keys, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(directory / "store.json")
