@@ -12,12 +12,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from receiver.providers.base import ProviderRequest, RequestInvalid, is_storable, plain
 from storage.keys import MAX_ID_BYTES, check_new_id, encode_id
 
 Format = Literal["jsonl", "csv"]
+NumberedLines = Iterator[tuple[int, str | None]]
 
 # A record may hold a few pictures in Base64; more belong behind URLs, as the file is held in memory whole.
 MAX_LINE_BYTES = 32 * 2**20
@@ -28,8 +30,12 @@ HASH_CHARS = 16
 # Columns of a CSV file that are not fields of the request as they are; several values are set apart by spaces.
 IMAGES, ELEMENTS, WATERMARK, ID = "image", "element_id", "watermark", "external_task_id"
 PLAIN = ("model_name", "prompt", "resolution", "n", "result_type", "series_amount", "aspect_ratio")
-# A CSV cell that ends as it should, with the comma behind it; a quote that its own line does not close.
-CLOSED_CELL = re.compile(r'(?:"(?:[^"]++|"")*+"|(?!")[^,\r\n]*+),')
+# A comma, and what spreadsheets write where the comma is a decimal sign, or to be pasted.
+SEPARATORS = (",", ";", "\t")
+# A CSV cell that ends as it should, with the separator behind it; a quote that its own line does not close.
+CLOSED_CELL = {each: re.compile(rf'(?:"(?:[^"]++|"")*+"|(?!")[^{each}\r\n]*+){each}') for each in SEPARATORS}
+# Excel reads the separator from such a first line, and writes it.
+SEPARATOR_LINE = re.compile(r'"?sep=([,;\t])"?\s*')
 OPEN_QUOTE = re.compile(r'"(?:[^"\r\n]++|"")*+(?!")')
 COLUMNS = (*PLAIN, IMAGES, ELEMENTS, WATERMARK, ID)
 
@@ -67,15 +73,18 @@ class Record(NamedTuple):
 Check = Callable[[Mapping[str, Any]], ProviderRequest]
 
 
-def read(file: BinaryIO, format: Format, name: str, check: Check) -> list[Line]:
+def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list[Line]:
     """Read and check a whole file. `name`: the batch's. `check`: reads a line's fields, or raises `RequestInvalid`.
+
+    `format`: None = CSV when the first line is a header of it, else JSON lines.
 
     A line without an external id gets `name`, the first 16 hex digits of the hash over its request, and which of the
     equal ones it is: the same in every run, wherever the line stands. Raises `BatchInvalid`.
     """
     faults = list(_name_faults(name))
-    lines = _lines(file, faults)
-    records = _json_records(lines, faults) if format == "jsonl" else _csv_records(lines, faults)
+    lines, separator = _separated(_lines(file, faults))
+    is_csv = format == "csv" or (format is None and separator is not None)
+    records = _csv_records(lines, separator or ",", faults) if is_csv else _json_records(lines, faults)
     found: list[Line] = []
     equal: Counter[str] = Counter()
     count = 0
@@ -105,7 +114,7 @@ def _name_faults(name: str) -> Iterator[Fault]:
         yield Fault(0, f"the batch's name is too long: ids made from it pass {MAX_ID_BYTES} bytes")
 
 
-def _lines(file: BinaryIO, faults: list[Fault]) -> Iterator[tuple[int, str | None]]:
+def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
     """(number, text) of every line, as editors count them; None in the place of one that cannot be read."""
     size, number = 0, 0
     while line := file.readline(MAX_LINE_BYTES + 1):
@@ -126,10 +135,36 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> Iterator[tuple[int, str | Non
             yield number, None
 
 
+def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:
+    """The lines from the first one that says something on, and the separator that it proves: None = it is no header."""
+    separator = None
+    for number, line in lines:
+        text = line or ""
+        if separator is None and (directive := SEPARATOR_LINE.fullmatch(text)):
+            separator = directive[1]
+        elif line is None or text.strip():
+            proven = next((each for each in SEPARATORS if _is_proven(text, each)), None)
+            return chain([(number, line)], lines), separator or proven
+    return iter(()), separator
+
+
+def _is_proven(text: str, separator: str) -> bool:
+    """Whether the line names the columns that no request is without, and none but those there are."""
+    try:
+        names = {_column(cell) for cell in next(csv.reader([text], delimiter=separator))}
+    except csv.Error:
+        return False
+    return {"model_name", "prompt"} <= names <= set(COLUMNS)
+
+
+def _column(cell: str) -> str:
+    return cell.strip().replace("-", "_").lower()
+
+
 # -- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def _json_records(lines: Iterator[tuple[int, str | None]], faults: list[Fault]) -> Iterator[Record]:
+def _json_records(lines: NumberedLines, faults: list[Fault]) -> Iterator[Record]:
     for number, text in lines:
         if text is None or not text.strip():
             continue
@@ -172,8 +207,9 @@ def _finite(text: str) -> float:
 class _Source:
     """The lines that a `csv.reader` asks for; those of the record it is at can be given back."""
 
-    def __init__(self, lines: Iterator[tuple[int, str | None]]) -> None:
+    def __init__(self, lines: NumberedLines, separator: str) -> None:
         self._lines = lines
+        self._closed_cell = CLOSED_CELL[separator]
         self._again: list[tuple[int, str | None]] = []  # given back, the next one last
         self._record: list[tuple[int, str | None]] = []
 
@@ -207,18 +243,18 @@ class _Source:
         """
         text = "".join(text or "\n" for _, text in self._record)
         end = 0
-        while cell := CLOSED_CELL.match(text, end):
+        while cell := self._closed_cell.match(text, end):
             end = cell.end()
         place = text.count("\n", 0, end)
         self._again += reversed(self._record[place + 1 :])
         return self._record[place][0], bool(OPEN_QUOTE.match(text, end))
 
 
-def _csv_records(lines: Iterator[tuple[int, str | None]], faults: list[Fault]) -> Iterator[Record]:
+def _csv_records(lines: NumberedLines, separator: str, faults: list[Fault]) -> Iterator[Record]:
     """Records of a file whose first line names the columns. A quoted line break does not move a record's line."""
     csv.field_size_limit(MAX_LINE_BYTES)
-    source = _Source(lines)
-    reader = csv.reader(source, strict=True)
+    source = _Source(lines, separator)
+    reader = csv.reader(source, strict=True, delimiter=separator)
     header: list[str] | None = None
     while True:
         source.begin()
@@ -236,7 +272,7 @@ def _csv_records(lines: Iterator[tuple[int, str | None]], faults: list[Fault]) -
         if source.is_unread or not any(cell.strip() for cell in cells):
             continue
         if header is None:
-            header = [cell.strip().replace("-", "_").lower() for cell in cells]
+            header = [_column(cell) for cell in cells]
             if not _is_header(header, source.first, faults):
                 return
         elif len(cells) != len(header):

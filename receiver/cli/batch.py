@@ -104,8 +104,11 @@ def submit(
     store: Path | None,
 ) -> None:
     """`receiver submit --batch FILE`. Puts rows in; workers send them."""
-    if file == "-" and not name:
-        raise typer.BadParameter("standard input has no name: give --name", param_hint="--name")
+    path = Path(file)
+    if not name and (file == "-" or (path.exists() and not path.is_file() and not path.is_dir())):
+        # a pipe's name is its descriptor's number, and ids are made from the name: they would be paid twice
+        what = "standard input" if file == "-" else f"{file} (no regular file)"
+        raise typer.BadParameter(f"{what} has no name: give --name", param_hint="--name")
     if report and not wait:
         raise typer.BadParameter("belongs to --wait; later `receiver batch export` writes it", param_hint="--report")
     name = name or Path(file).stem
@@ -161,7 +164,8 @@ def _plan(parts: Parts, file: str, name: str, format: str | None) -> tuple[Plan,
     from receiver.batch import batch_file
 
     of = _batches(parts)
-    kind: batch_file.Format = "csv" if (format or Path(file).suffix.lstrip(".").lower()) == "csv" else "jsonl"
+    named = format or Path(file).suffix.lstrip(".").lower()
+    kind: batch_file.Format | None = "csv" if named == "csv" else "jsonl" if named == "jsonl" else None
     if file == "-":
         lines = batch_file.read(sys.stdin.buffer, kind, name, of.check)
     else:

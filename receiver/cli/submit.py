@@ -43,7 +43,7 @@ def submit(
         str | None, typer.Option(help="Of the batch; ids are made from it.", show_default="the file's name")
     ] = None,
     format: Annotated[
-        Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name")
+        Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name or header")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check a batch and say what it would cost.")] = False,
     prices: Annotated[

@@ -449,3 +449,25 @@ def test_a_batch_survives_kills_in_the_night(database_kind: str, tmp_path: Path)
     outcome = spend_a_night(tmp_path, lines=24, database=database_kind, kills=1)
     assert outcome.faults == []
     assert outcome.figures["archived"] == 24
+
+
+@ONE_DATABASE
+def test_a_pipe_needs_a_name(command: Command, parts: Parts) -> None:
+    """As `<(make-prompts)` gives one: the name would be the descriptor's number, another one each night."""
+    reader, writer = os.pipe()
+    with open(writer, "wb") as pipe:
+        pipe.write(jsonl(*LINES))
+    path = f"/dev/fd/{reader}"
+    refused = command("submit", "--batch", path)
+    assert (refused.code, "(no regular file) has no name: give --name" in refused.err) == (2, True)
+    assert rows(parts) == []
+    assert command("submit", "--batch", path, "--name", "night").code == 0
+    assert len(rows(parts)) == 5
+    os.close(reader)
+
+
+@ONE_DATABASE
+def test_a_spreadsheet_saved_as_text_is_read(command: Command, parts: Parts) -> None:
+    Path("night.txt").write_text("model_name;prompt\nkling-v3-omni;a boat\n")
+    assert command("submit", "--batch", "night.txt").code == 0
+    assert len(rows(parts)) == 1

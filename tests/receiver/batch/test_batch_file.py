@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from decimal import Decimal
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +290,41 @@ def test_what_is_no_price_table_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "prices.json").write_text(text)
     with pytest.raises(PricesUnreadable):
         read_prices(tmp_path / "prices.json")
+
+
+TABLE = [["model-name", "prompt", "n"], ["kling-v3-omni", "a boat, at sea; by night", "2"], ["kling-v3-omni", "b", ""]]
+
+
+def table(separator: str, *, first: str = "", columns: list[list[str]] | None = None) -> bytes:
+    out = StringIO()
+    csv.writer(out, delimiter=separator).writerows(columns or TABLE)
+    return f"{first}{out.getvalue()}".encode("utf-8-sig")
+
+
+@pytest.mark.parametrize("format", ["csv", None])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("directive", [False, True])
+def test_the_header_proves_the_separator(separator: str, directive: bool, format: Format | None) -> None:
+    first = f"sep={separator}\r\n" if directive else "\r\n"
+    lines = batch_file.read(BytesIO(table(separator, first=first)), format, "night", parse_request)
+    plain = batch_file.read(BytesIO(table(",")), "csv", "night", parse_request)
+    assert [line.external_task_id for line in lines] == [line.external_task_id for line in plain]
+    assert [line.number for line in lines] == [3, 4]
+
+
+def test_semicolons_keep_a_fault_at_its_line() -> None:
+    broken = table(";") + b'kling-v3-omni;"open;1\r\n' + b"kling-v3-omni;c;x\r\n"
+    with pytest.raises(BatchInvalid) as caught:
+        batch_file.read(BytesIO(broken), None, "night", parse_request)
+    assert [(fault.line, fault.text.split(" ")[0]) for fault in caught.value.faults] == [(4, "opens"), (5, "n:")]
+
+
+@pytest.mark.parametrize("header", ["a;b", "model_name;prompt;colour", "prompt;n"])
+def test_a_header_that_proves_nothing_is_read_with_commas(header: str) -> None:
+    with pytest.raises(BatchInvalid, match="is not known"):
+        batch_file.read(BytesIO(f"{header}\nx;y;z\n".encode()), "csv", "night", parse_request)
+
+
+def test_json_lines_are_read_whatever_the_file_is_called() -> None:
+    (line,) = batch_file.read(BytesIO(json.dumps(GOOD).encode()), None, "night", parse_request)
+    assert line.request.wire()["prompt"] == "a boat"
