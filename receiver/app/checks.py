@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -114,7 +115,8 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         advice = HANGING.get(name, check_events.HANGING)
         silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
-    results += [*clock(parts), *callbacks(parts), *check_events.gateway(settings), *weak_secrets(settings)]
+    own = [*files(parts), *clock(parts), *callbacks(parts), *check_events.gateway(settings)]
+    results += [*own, *weak_secrets(settings)]
     if not late:  # a thread that hangs still uses them; the end of the process closes them
         parts.close()
     return results
@@ -156,7 +158,27 @@ def environment(*, read: bool = True) -> Iterator[Result]:
         advice = f"{nearest} is the nearest there is" if nearest else "correct its name, or remove it"
         yield Result("settings", Status.NOTE, f"nothing reads {name}", advice)
     if read and not unknown:
-        yield Result("settings", Status.OK, "complete")
+        path = config.env_file()
+        yield Result("settings", Status.OK, f"complete; {path} was read" if path else "complete")
+
+
+def files(parts: Parts) -> Iterator[Result]:
+    """Whether other users of this machine may read or change what is ours: rows, settings and secrets."""
+    found = {".env": config.env_file(), **config.secret_files()}
+    if parts.settings.store:
+        found["store.json"] = parts.settings.store / "store.json"
+    if parts.database.is_sqlite:
+        name = parts.database.url.database
+        found |= {f"database{end}": Path(f"{name}{end}") for end in ("", "-wal", "-shm", ".lock")}
+    for what, path in found.items():
+        if path is None or not path.exists():
+            continue
+        mode = stat.S_IMODE(path.stat().st_mode)
+        name, line = f"file: {what}", f"{path} has mode {mode:04o}: other users may"
+        if config.is_writable_by_others(path.stat()):
+            yield Result(name, Status.FAULT, f"{line} write it", f"make it your own, and run `chmod 600 {path}`")
+        elif mode & stat.S_IROTH:
+            yield Result(name, Status.NOTE, f"{line} read it", f"run `chmod 600 {path}`")
 
 
 def database(parts: Parts) -> Iterator[Result]:

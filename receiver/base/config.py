@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import grp
 import os
+import pwd
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -372,6 +375,27 @@ def load(**overrides: Any) -> Settings:
         raise SettingsInvalid("\n".join(_lines(error))) from None
 
 
+def is_writable_by_others(state: os.stat_result) -> bool:
+    """Whether anyone but this user and root may change the file. A user's private group is the user."""
+    if state.st_uid not in (0, os.geteuid()) or state.st_mode & stat.S_IWOTH:
+        return True
+    if not state.st_mode & stat.S_IWGRP:
+        return False
+    try:
+        owner, group = pwd.getpwuid(state.st_uid), grp.getgrgid(state.st_gid)
+    except KeyError:
+        return True
+    return not (group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name})
+
+
+def secret_files() -> dict[str, Path]:
+    """The files that `NAME_FILE` variables name, by the variable."""
+    written = DotEnvSettingsSource(Settings).env_vars
+    names = (f"{name}_FILE" for name in _variables())
+    found = {name: os.environ.get(name) or written.get(name.lower()) for name in names}
+    return {name: Path(path) for name, path in sorted(found.items()) if path}
+
+
 def env_file() -> Path | None:
     """The `.env` of the folder one stands in, where there is one."""
     path = Path(ENV_FILE).absolute()
@@ -379,14 +403,19 @@ def env_file() -> Path | None:
 
 
 def check_env_file() -> None:
-    """Raises `SettingsInvalid` for a `.env` that cannot be read as text, naming file and line."""
+    """Raises `SettingsInvalid` for a `.env` that others may write, or that is no text, naming file and line."""
     path = env_file()
     if path is None:
         return
     try:
-        content = path.read_bytes()
+        content, state = path.read_bytes(), path.stat()
     except OSError as error:
         raise SettingsInvalid(f"{path}: cannot be read: {error.strerror}") from None
+    if is_writable_by_others(state):
+        raise SettingsInvalid(
+            f"{path}: other users may write it, and what it says decides where your keys are sent: "
+            "make it your own and run `chmod go-w` on it, or remove it"
+        )
     if b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise SettingsInvalid(
             f"{path}:1: is UTF-16, as PowerShell writes it; save it as UTF-8 (Set-Content -Encoding utf8)"

@@ -27,7 +27,7 @@ def serve(
     from receiver.app import process
 
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
-        _name_unread_settings()
+        _name_settings()
         process.serve(parts)
 
 
@@ -42,7 +42,7 @@ def work(
 
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
         if not supervised:  # its `receiver serve` has said it
-            _name_unread_settings()
+            _name_settings()
         if once:
             say(f"worked on {process.work_once(parts)} rows")
         else:
@@ -60,11 +60,13 @@ def migrate() -> None:
     say(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")
 
 
-def _name_unread_settings() -> None:
-    """A slip of the pen in a variable's name leaves the setting at its default without a word."""
+def _name_settings() -> None:
+    """Where settings came from. A slip of the pen in a variable's name leaves one at its default without a word."""
     import structlog
 
     from receiver.base import config
 
+    if path := config.env_file():
+        structlog.get_logger().info("settings.read", file=str(path))
     for name in config.unknown_variables():
         structlog.get_logger().warning("settings.unknown", variable=name, nearest=config.nearest_variable(name))

@@ -1,0 +1,130 @@
+"""Other users of the machine: what we make is not for them, and what they made decides nothing here."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.errors import DatabaseUnavailable
+from storage.rows.database import Database, Turnstile
+from tests.command_line import CommandLine, variables
+from tests.harness import wait_until
+
+ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
+
+
+@pytest.fixture
+def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
+    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o000)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_the_database_and_its_lock_are_for_one_user(receiver: CommandLine) -> None:
+    assert receiver("migrate").code == 0
+    database = Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
+    with database.read():
+        names = {path.name: oct(mode(path)) for path in receiver.folder.iterdir()}
+        with database.write():
+            names |= {path.name: oct(mode(path)) for path in receiver.folder.iterdir()}
+    database.close()
+    assert {"receiver.db", "receiver.db.lock"} <= names.keys()
+    assert set(names.values()) == {"0o600"}, names
+
+
+def test_the_write_ahead_log_is_for_one_user(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'own.db'}")
+    with database.autocommit_writer() as connection:
+        connection.exec_driver_sql("CREATE TABLE one (two)")
+        names = {path.name: oct(mode(path)) for path in tmp_path.iterdir()}
+    database.close()
+    assert names == dict.fromkeys(["own.db", "own.db-wal", "own.db-shm", "own.db.lock"], "0o600")
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """As a stranger may who can open it."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_lock_that_a_stranger_holds_is_told_and_its_waiters_have_a_bound(tmp_path: Path) -> None:
+    turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3)
+    words = "x.lock has been locked for 0.3 s by another program"
+
+    def enter() -> None:
+        with turnstile:
+            pass
+
+    with capture_logs() as logs, ThreadPoolExecutor(2) as pool:
+        with held(tmp_path / "x.lock"):
+            first = pool.submit(enter)
+            wait_until(lambda: [each for each in logs if each["event"] == "database.locked" and words in each["error"]])
+            with pytest.raises(DatabaseUnavailable, match=re.escape(words)):
+                enter()
+        first.result(timeout=10)
+        enter()
+    turnstile.close()
+
+
+def test_check_names_files_that_others_may_read_or_write(receiver: CommandLine) -> None:
+    assert receiver("migrate").code == 0
+    (receiver.folder / "receiver.db").chmod(0o644)
+    (receiver.folder / ".env").write_text("")
+    (receiver.folder / ".env").chmod(0o600)
+    (receiver.folder / "key").write_text("k")
+    (receiver.folder / "key").chmod(0o666)
+    done = receiver("check", RECEIVER_METRICS_TOKEN_FILE="key")
+    said = [" ".join(line.split()) for line in done.out.splitlines()]
+    readable = "has mode 0644: other users may read it: run `chmod 600 receiver.db`"
+    writable = "has mode 0666: other users may write it: make it your own, and run `chmod 600 key`"
+    assert f"note file: database receiver.db {readable}" in said
+    assert f"fault file: RECEIVER_METRICS_TOKEN_FILE key {writable}" in said
+    assert f"complete; {receiver.folder}/.env was read" in done.out
+    assert done.code == 1
+
+
+@pytest.mark.parametrize("words", [("status",), ("check",), ("work", "--once"), ASK], ids=lambda words: words[0])
+def test_an_env_file_that_others_may_write_is_refused(receiver: CommandLine, words: tuple[str, ...]) -> None:
+    (receiver.folder / ".env").write_text("RECEIVER_KLING_BASE_URL=https://thief.example\n")
+    (receiver.folder / ".env").chmod(0o666)
+    done = receiver(*words)
+    assert done.code == 1
+    assert f"{receiver.folder}/.env: other users may write it" in done.out + done.err
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file away")
+def test_an_env_file_of_another_user_is_refused(receiver: CommandLine) -> None:
+    (receiver.folder / ".env").write_text("")
+    (receiver.folder / ".env").chmod(0o644)
+    os.chown(receiver.folder / ".env", 12_345, 12_345)
+    assert "other users may write it" in receiver("status").err
+
+
+def test_a_worker_says_which_env_file_it_read(receiver: CommandLine) -> None:
+    (receiver.folder / ".env").write_text("")
+    (receiver.folder / ".env").chmod(0o644)
+    done = receiver("work", "--once")
+    assert done.code == 0
+    assert "settings.read" in done.err and f"{receiver.folder}/.env" in done.err
