@@ -1,1 +1,6 @@
-"""What we keep: rows and objects. Knows no web framework and no provider."""
+"""Rows and objects: everything that is kept. Knows no web framework, no provider, and nothing of `receiver`.
+
+Rooms, each leaning on those below it: operations; archive; fetch, bucket, accounts; rows. At the root are modules that
+every room may use: `errors` (the error tree), `states` (states and their ranks), `keys` (object keys), `circuit`
+(circuit breaker), `background` (a thread beside a block). Read `states.py` and `errors.py` first.
+"""

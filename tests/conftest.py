@@ -165,7 +165,7 @@ def store(seaweed: Seaweed) -> Bucket:
     with pytest.MonkeyPatch.context() as environment:
         for name, value in s3_variables(seaweed).items():
             environment.setenv(name, value)
-        assert whole.capabilities.believed
+        assert whole.capabilities().believed
     return whole
 
 

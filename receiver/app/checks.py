@@ -32,8 +32,8 @@ from receiver.base.sink_setting import Entry
 from receiver.providers.base import Provider, Unavailable
 from receiver.providers.kling.client import Kling
 from storage import states
-from storage.bucket.bucket import reason_code
 from storage.bucket.probe import Capabilities
+from storage.bucket.store_errors import reason_code
 from storage.errors import (
     DatabaseUnavailable,
     ProviderRejected,

@@ -1,9 +1,7 @@
-"""Objects in one S3 bucket: created once, verified, never overwritten. The only file here that makes clients of boto3.
+"""Objects in one S3 bucket: created once, verified, never overwritten.
 
-`signed` signs with botocore, `store_errors` words its errors; `probe` and `multipart` use the client they are given.
-
-What a store really does is probed, not assumed: only one that refuses a wrong checksum is believed about
-checksums; from any other the object is read back and hashed before `put_once` succeeds.
+The store's behaviour is probed, not assumed. A checksum from the store counts only if the store refuses a wrong one.
+Otherwise `put_once` reads the object back and hashes it before it succeeds.
 """
 
 from __future__ import annotations
@@ -30,25 +28,21 @@ from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
 from storage.bucket.probe import Capabilities, Probe, whole_checksum
 from storage.bucket.put_options import Put, PutOptions
-from storage.bucket.signed_requests import ConditionFailed, Signed, Unexpected
+from storage.bucket.signed_requests import ConditionFailed, SignedRequests, UnexpectedResponse
 from storage.bucket.store_errors import code, refusal, status
-from storage.bucket.store_errors import reason_code as reason_code
 from storage.errors import ObjectConflict, StoreUnavailable, UserError
-from storage.keys import encode_id as encode_id
 from storage.keys import header_text, normal_prefix
-from storage.keys import manifest_key as manifest_key
-from storage.keys import object_key as object_key
 
 log = structlog.get_logger()
 
-MAX_LINK_SECONDS = 7 * 24 * 3600  # the limit of a presigned link: AWS Signature Version 4
-# Above this a file goes in parts, one of them in memory at a time.
+MAX_LINK_SECONDS = 7 * 24 * 3600  # limit of AWS Signature Version 4 for presigned URLs
+# A larger file is uploaded in parts. One part is in memory at a time.
 MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1024 * 1024
 PROBE_FOLDER = ".receiver-probe/"
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
-# Two tries catch a connection that the store had closed while it idled; everything longer is the claim's backoff.
+# The second try covers an idle connection that the store has closed. Longer outages are left to the row's backoff.
 TRIES = 2
 
 ChecksumMode = Literal["when_supported", "when_required", "never"]
@@ -56,20 +50,19 @@ Addressing = Literal["auto", "path", "virtual"]
 
 
 class EndpointInvalid(UserError, ValueError):
-    """An endpoint's URL that boto3 does not take."""
+    """An endpoint URL that boto3 refuses."""
 
 
 class NoSuchObject(LookupError):
-    """Nothing is stored under the key that was read."""
+    """No object is stored under the key."""
 
 
 @dataclass(frozen=True)
 class Stored:
     """One object as the store describes it.
 
-    `sha256`: of the whole object, 64 hex digits: the store's own checksum where it keeps one, else what was
-    claimed when it was put; None when neither is known. `checksum`: the store's own alone. `metadata`: what `put_once`
-    was given.
+    `sha256`: of the whole object, 64 hex digits. It is the store's own checksum, else the one in the metadata that
+    `put_once` wrote; None when neither is known. `checksum`: the store's own only. `metadata`: as given to `put_once`.
     """
 
     size: int
@@ -88,22 +81,19 @@ class Listed(NamedTuple):
     modified_at: datetime
 
 
-class _Taken(Exception):
-    """The store refused to create the object because one stands there, or someone ended our upload."""
-
-
 class Bucket:
-    """One bucket. Thread-safe; credentials and region come by boto3's own chain when it is first used.
+    """One bucket. Thread-safe. Credentials and region come from boto3's own chain at the first use.
 
-    Every method raises `StoreUnavailable` for whatever may pass or be put right outside (down, refused,
-    missing bucket, no credentials); its message says which and holds no secret.
-    `prefix`: of every key that the caller makes; kept here in its normal form. `public_endpoint_url`: how
-    links are signed for readers outside. `checksum_mode`: whether boto3 adds its default checksums to other
-    requests, which broke some stores; the SHA-256 of an object is sent in any case but "never", for stores that refuse
-    its header: they get an MD5, and everything is read back. `addressing`: whether the bucket is named in the path or
-    in the host; "auto" = in the host at AWS, in the path elsewhere. `connections`: in the pool, one per thread that
-    uses it. `capabilities`: None = probed when the first object is put. `put_options`: what every object that is put
-    gets (storage class, encryption, lock, tags, cache header). `keys`: access and secret key, in place of the chain.
+    Every method raises `StoreUnavailable` for faults that may pass or that an operator can repair: store down, request
+    refused, bucket missing, no credentials. Its message names the fault and holds no secret.
+
+    `prefix`: begins every key that callers make; normalised here. `public_endpoint_url`: the endpoint in presigned
+    links. `checksum_mode`: whether boto3 adds its default checksums to other requests, which some stores refuse. The
+    SHA-256 of an object is always sent, except with "never": then an MD5 is sent and every object is read back.
+    `addressing`: bucket name in the path or in the host; "auto" = in the host at AWS, in the path elsewhere.
+    `connections`: size of the pool, one per thread that uses it. `capabilities`: None = probed at the first put.
+    `put_options`: storage class, encryption, lock, tags and cache header of every object. `keys`: access and secret
+    key, in place of the chain.
     """
 
     def __init__(
@@ -134,22 +124,21 @@ class Bucket:
             tcp_keepalive=True,
             s3=None if addressing == "auto" else {"addressing_style": addressing},
             request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
-            response_checksum_validation="when_required",  # what is read back is hashed here, with SHA-256
+            response_checksum_validation="when_required",  # reads are hashed here, with SHA-256
         )
         self._clients: dict[str | None, Any] = {}
         self._clients_lock = threading.Lock()
-        self._signed: Signed | None = None
+        self._signed: SignedRequests | None = None
         self._capabilities = capabilities
         self._put_options = put_options or PutOptions()
-        self._sends_sums = checksum_mode != "never"
-        self._etags_are_md5 = True  # until a read shows one that is none
-        # This host's clock minus the Date of the store's last answer, for `receiver check`; None before the first.
+        self._sends_checksums = checksum_mode != "never"
+        self._etags_are_md5 = True  # until an object with the right bytes has another ETag
+        # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
         self._probe_lock = threading.Lock()
 
-    @property
     def capabilities(self) -> Capabilities:
-        """What the store can do: probed once, then remembered."""
+        """What the store can do. The first call probes it over the network; later ones return the same result."""
         with self._probe_lock:
             if self._capabilities is None:
                 self._capabilities = self.probe()
@@ -157,7 +146,7 @@ class Bucket:
 
     @property
     def is_reached_from_outside(self) -> bool:
-        """Whether a presigned link is of use to anyone: a private store without a public endpoint signs for nobody."""
+        """Whether a presigned link works for outside readers: at AWS, or with a public endpoint."""
         return self._public_endpoint_url is not None or self._endpoint_url is None
 
     def uri(self, key: str) -> str:
@@ -168,49 +157,58 @@ class Bucket:
     ) -> bool:
         """Create the object, or find the same bytes already there.
 
-        Nothing that stood there is overwritten. Only where the store's own condition is not atomic (none at
-        all, or on multipart completion) can two writers of *different* bytes at the same instant both be told
-        True, and the later stands; asset keys name their bytes, so there both write the same.
-        When it returns, the bytes under `key` are proven to be `file`'s. A crash half-way leaves the whole
-        object or none; calling again tells which. `file`: seekable, `size` bytes with this `sha256` (hex).
-        `metadata`: text values; `sha256` is added. Returns True when this call created it, False when it was
-        there. Raises `ObjectConflict` when another object stands there (never retry), `StoreUnavailable`.
+        An existing object is never overwritten. One exception: where the store's conditional write is missing or not
+        atomic, two writers of *different* bytes at the same instant may both get True, and the later object remains.
+        Asset keys contain the hash of the bytes, so both write the same there.
+        On return the bytes under `key` are proven to be those of `file`. A crash half-way leaves the whole object or
+        none; a repeated call finds out. `file`: seekable, `size` bytes with this `sha256` (hex). `metadata`: text
+        values; `sha256` is added. Returns True when this call created the object, False when it existed. Raises
+        `ObjectConflict` when another object exists under `key` (never retry), `StoreUnavailable`.
         """
-        can = self.capabilities
+        can = self.capabilities()
         in_parts = can.multipart and size > MULTIPART_THRESHOLD_BYTES
         conditional = can.conditional_multipart if in_parts else can.conditional_put
-        put = Put(key, file, sha256, size, self._options(key, sha256, media_type, metadata), conditional)
-        # Looked for first in any case: a store refuses parts only after it has got them all, and one that has
-        # forgotten its conditions since it was probed would overwrite.
+        described = {name: header_text(value) for name, value in metadata.items()} | {"sha256": sha256}
+        own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": described}
+        put = Put(key, file, sha256, size, {**self._put_options.arguments(), **own}, conditional)
+        # A store refuses a multipart upload only after all parts have been sent, and a store that has lost its
+        # conditional writes since the probe would overwrite. So the key is looked up first.
         if not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False
-        return self._create(put, self._put_in_parts if in_parts else self._put_whole)
+        try:
+            evidence = self._put_in_parts(put) if in_parts else self._put_whole(put)
+        except ConditionFailed:
+            if self.holds(key, sha256=sha256, size=size):
+                return False
+            raise StoreUnavailable(f"another process wrote {key} at the same time; retrying") from None
+        if not (conditional and self._is_proof(evidence)):
+            self._verify_by_reading(put, evidence)
+        return True
 
     def holds(self, key: str, *, sha256: str, size: int) -> bool:
-        """Whether exactly these bytes stand under `key`; False when nothing does.
+        """Whether the object under `key` has exactly these bytes; False when there is no object.
 
-        Read back and hashed unless a store that is to be believed names their checksum: one that was claimed when they
-        were put, or that is of parts, does not count. Raises `ObjectConflict` when another object stands there,
-        `StoreUnavailable`.
+        The object is read and hashed, unless the store names its checksum and is trusted to. The checksum in the
+        metadata and a checksum of parts do not count. Raises `ObjectConflict` for other bytes, `StoreUnavailable`.
         """
         stored = self.head(key)
         if stored is None:
             return False
-        told = stored.checksum == sha256 and self.capabilities.believed
-        if stored.size == size and (told or self._hash(key) == sha256):
+        proven = stored.checksum == sha256 and self.capabilities().believed
+        if stored.size == size and (proven or self.sha256(key) == sha256):
             return True
-        raise ObjectConflict(f"another object of {stored.size} bytes stands under {key}")
+        raise ObjectConflict(f"another object of {stored.size} bytes is stored under {key}")
 
     def _is_missing(self, key: str) -> bool:
-        """Whether nothing stands there for certain: what every new file is asked, at half of what `head` takes."""
+        """Whether there certainly is no object. Takes half the CPU of `head`."""
         with self._errors():
-            signed = self._own_requests()
-            with suppress(Unexpected):
+            signed = self._signed_requests()
+            with suppress(UnexpectedResponse):
                 return signed is not None and signed.is_missing(key)
         return False
 
     def head(self, key: str) -> Stored | None:
-        """Describe the object; None when there is none (or no such bucket: the store does not say which)."""
+        """Describe the object; None when there is no object or no such bucket, which a HEAD does not tell apart."""
         try:
             with self._errors():
                 answer = self._client().head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
@@ -228,7 +226,7 @@ class Bucket:
         )
 
     def read(self, key: str) -> Iterator[bytes]:
-        """The object's bytes, at most 1 MiB at a time. Raises `NoSuchObject`, `StoreUnavailable` on the way."""
+        """The object's bytes in chunks of at most 1 MiB. Raises `NoSuchObject`, `StoreUnavailable`, also half-way."""
         with self._errors():
             answer = self._client().get_object(Bucket=self.name, Key=key)
             with closing(answer["Body"]) as body:
@@ -244,18 +242,30 @@ class Bucket:
                 raise ValueError(f"{key} is longer than {max_bytes} bytes")
         return bytes(content)
 
+    def sha256(self, key: str, on_chunk: Callable[[bytes], object] | None = None) -> str:
+        """Read the whole object and return its SHA-256 as 64 hex digits. `on_chunk` gets each chunk.
+
+        Raises as `read`.
+        """
+        digest = hashlib.sha256()
+        for chunk in self.read(key):
+            digest.update(chunk)
+            if on_chunk is not None:
+                on_chunk(chunk)
+        return digest.hexdigest()
+
     def delete(self, key: str) -> None:
-        """Remove the object; nothing when there is none."""
+        """Remove the object if it exists."""
         with self._errors():
             self._client().delete_object(Bucket=self.name, Key=key)
 
     def purge(self, folder: str) -> int:
-        """Remove everything under `folder`, all versions of it. Returns how many there were.
+        """Remove every version of every object under `folder`. Returns how many there were.
 
-        On a bucket with versions a plain delete only hides.
+        In a versioned bucket `delete` only adds a delete marker.
         """
         if not folder:
-            raise ValueError("a folder must be named")
+            raise ValueError("folder is empty; name the folder to purge")
         count = 0
         with self._errors():
             for key, version in self._versions(folder):
@@ -264,7 +274,7 @@ class Bucket:
         return count
 
     def _versions(self, folder: str) -> Iterator[tuple[str, Mapping[str, str]]]:
-        """Every version and delete marker; the objects alone where a store does not list versions."""
+        """Every version and delete marker, or only the objects if the store cannot list versions."""
         try:
             pages = self._client().get_paginator("list_object_versions").paginate(Bucket=self.name, Prefix=folder)
             for page in pages:
@@ -277,7 +287,7 @@ class Bucket:
                 yield listed.key, {}
 
     def locked_until(self, key: str) -> datetime | None:
-        """Until when the object cannot be removed, None when it can; under a legal hold that is the end of time."""
+        """When Object Lock ends, None when the object can be removed, `datetime.max` under a legal hold."""
         try:
             with self._errors():
                 answer = self._client().head_object(Bucket=self.name, Key=key)
@@ -289,7 +299,7 @@ class Bucket:
         return until.astimezone(UTC) if until and until > datetime.now(UTC) else None
 
     def list(self, prefix: str, *, after: str = "") -> Iterator[Listed]:
-        """Every object whose whole key begins with `prefix` and comes behind `after`, in the store's order of keys."""
+        """Every object whose key begins with `prefix` and sorts after `after`, in the store's order."""
         place = {"Bucket": self.name, "Prefix": prefix} | ({"StartAfter": after} if after else {})
         with self._errors():
             for page in self._client().get_paginator("list_objects_v2").paginate(**place):
@@ -298,9 +308,9 @@ class Bucket:
                     yield Listed(each["Key"], each["Size"], each.get("ETag", ""), modified_at)
 
     def presigned_get(self, key: str, *, expires_seconds: int) -> str:
-        """A link that reads the object without credentials for 1–604,800 seconds. It is a secret until then."""
+        """A URL that reads the object without credentials for 1 to 604,800 seconds. Treat it as a secret."""
         if not 1 <= expires_seconds <= MAX_LINK_SECONDS:
-            raise ValueError(f"expires_seconds must be 1 to {MAX_LINK_SECONDS}")
+            raise ValueError(f"expires_seconds is {expires_seconds}; it must be 1 to {MAX_LINK_SECONDS}")
         with self._errors():
             client = self._client(self._public_endpoint_url)
             link: str = client.generate_presigned_url(
@@ -309,9 +319,9 @@ class Bucket:
             return link
 
     def probe(self) -> Capabilities:
-        """Find out what the store does, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
+        """Find out what the store can do, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
 
-        Raises `StoreUnavailable` when one cannot be written or read back.
+        Raises `StoreUnavailable` when an object cannot be written or read back.
         """
         folder = f"{self.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
         with self._errors():
@@ -330,99 +340,81 @@ class Bucket:
                     client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
                 except boto_errors.BotoCoreError:
                     raise
-                except ValueError:  # a host name with an underscore, as compose files have
-                    raise EndpointInvalid("boto3 can dial no such host as RECEIVER_S3_ENDPOINT_URL names") from None
+                except ValueError:  # for example a host name with an underscore, common in Compose files
+                    raise EndpointInvalid(
+                        "boto3 refuses the host in RECEIVER_S3_ENDPOINT_URL; use a name without underscores"
+                    ) from None
                 client.meta.events.register("after-call.s3", self._note_date)
-                if not self._sends_sums:
-                    client.meta.events.register("provide-client-params.s3", _without_sums)
+                if not self._sends_checksums:
+                    client.meta.events.register("provide-client-params.s3", _without_checksums)
                 if endpoint_url == self._endpoint_url:
-                    self._signed = Signed.of(client, session.get_credentials(), self.name, self._note_date)
+                    credentials = session.get_credentials()
+                    self._signed = SignedRequests.for_client(client, credentials, self.name, self._note_date)
                 self._clients[endpoint_url] = client
             return self._clients[endpoint_url]
 
-    def _own_requests(self) -> Signed | None:
-        """What sends the two commonest requests without boto3, where it can; made with the client."""
+    def _signed_requests(self) -> SignedRequests | None:
+        """Sends the two commonest requests without boto3; None where only boto3 can. Created with the client."""
         self._client()
         return self._signed
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
-        with suppress(TypeError, ValueError):  # no Date, or none that is one
+        with suppress(TypeError, ValueError):  # the Date header is missing or malformed
             sent_at = parsedate_to_datetime(http_response.headers.get("Date"))
             self.clock_ahead_seconds = time.time() - sent_at.timestamp()
 
-    def _options(self, key: str, sha256: str, media_type: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-        values = {name: header_text(value) for name, value in metadata.items()}
-        own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": values | {"sha256": sha256}}
-        return {**self._put_options.arguments(), **own}
-
-    def _create(self, put: Put, send: Callable[[Put], Evidence]) -> bool:
-        """Send it, then prove it unless that was done. False: the same bytes were there first."""
-        with suppress(_Taken):
-            found = send(put)
-            if not (self._is_proof(found) and put.conditional):
-                self._prove(put, found)
-            return True
-        if self.holds(put.key, sha256=put.sha256, size=put.size):
-            return False
-        raise StoreUnavailable("another writer was at the same key; it must be looked at again")
-
-    def _is_proof(self, found: Evidence) -> bool:
-        """Whether the answer speaks for our bytes as far as this store speaks at all; loud when it contradicts them."""
-        can = self.capabilities
-        etag_agrees = found.etag_agrees is not False or not self._etags_are_md5
-        sum_agrees = found.sum_agrees is True or (found.sum_agrees is None and not can.returns_checksum)
-        if can.believed and not (sum_agrees and etag_agrees):
-            log.warning("store.doubted", bucket=self.name, checksum=found.sum_agrees, etag=found.etag_agrees)
-        return can.believed and sum_agrees and etag_agrees
+    def _is_proof(self, evidence: Evidence) -> bool:
+        """Whether the store's response proves that it stored our bytes. A contradiction is logged."""
+        can = self.capabilities()
+        etag_agrees = evidence.etag_agrees is not False or not self._etags_are_md5
+        checksum_agrees = evidence.checksum_agrees
+        if checksum_agrees is None:  # silence counts only from a store that was silent in the probe too
+            checksum_agrees = not can.returns_checksum
+        if can.believed and not (checksum_agrees and etag_agrees):
+            checksum, etag = evidence.checksum_agrees, evidence.etag_agrees
+            log.warning("store.doubted", bucket=self.name, checksum=checksum, etag=etag)
+        return can.believed and checksum_agrees and etag_agrees
 
     def _put_whole(self, put: Put) -> Evidence:
-        """One request."""
+        """Send the file in one request of our own. boto3 repeats it after any response that is not plain success."""
         md5 = checksums.md5_of(put.file)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
-        arguments = {**put.options, **put.condition, **self._md5(md5), "ChecksumSHA256": checksum}
+        arguments = {**put.options, **put.condition, **self._md5_header(md5), "ChecksumSHA256": checksum}
         with self._creating(put):
-            answer = self._send_whole(put, arguments)
-        return checksums.of_answer(answer, checksum, md5)
-
-    def _send_whole(self, put: Put, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Boto3's answer, or one in its words. What our own request was refused, boto3 is asked for."""
-        signed = self._own_requests()
-        if signed is not None:
-            sent = arguments if self._sends_sums else _without_sums(arguments)
-            try:
-                return signed.put(sent, put.file, sha256=put.sha256, size=put.size)
-            except ConditionFailed as error:
-                raise _Taken from error
-            except Unexpected:
-                pass
-        put.file.seek(0)
-        answer: Mapping[str, Any] = self._client().put_object(**arguments, Body=put.file, ContentLength=put.size)
-        if signed is not None and signed.is_refused:
-            log.warning("store.only_by_boto3", bucket=self.name)
-            self._signed = None  # boto3 knows something of this store that we do not: another region, mostly
-        return answer
+            signed = self._signed_requests()
+            if signed is not None:
+                sent = arguments if self._sends_checksums else _without_checksums(arguments)
+                with suppress(UnexpectedResponse):
+                    answer = signed.put(sent, put.file, sha256=put.sha256, size=put.size)
+                    return checksums.evidence_of(answer, checksum, md5)
+            put.file.seek(0)
+            answer = self._client().put_object(**arguments, Body=put.file, ContentLength=put.size)
+            if signed is not None and signed.is_refused:
+                log.warning("store.only_by_boto3", bucket=self.name)
+                self._signed = None  # boto3 knows what our request lacks; mostly the region differs
+            return checksums.evidence_of(answer, checksum, md5)
 
     def _put_in_parts(self, put: Put) -> Evidence:
-        """A multipart upload with one part in memory, aborted on any failure."""
+        """Send the file as a multipart upload, which is aborted on any failure."""
         with self._creating(put):
-            found = multipart.upload(self._client(), self.name, put, self._md5)
-        # SeaweedFS 4.48 checks the condition and completes in two steps, so 2 racing completions both succeeded in 21
-        # of 40 rounds (single puts never did). The loser must notice.
+            evidence = multipart.upload(self._client(), self.name, put, self._md5_header)
+        # SeaweedFS 4.48 checks the condition and completes the upload in two steps: two concurrent completions both
+        # succeeded in 21 of 40 rounds (single puts never did). So the loser compares the ETag with its own.
         stored = self.head(put.key)
-        if stored is None:
-            raise StoreUnavailable("the object was gone right after it was stored")
-        if stored.etag != found.etag and not self.holds(put.key, sha256=put.sha256, size=put.size):
-            raise StoreUnavailable("the object was gone right after it was stored")
-        return found
+        is_ours = stored is not None and stored.etag == evidence.etag
+        if not is_ours and not self.holds(put.key, sha256=put.sha256, size=put.size):
+            raise StoreUnavailable("the object was gone right after it was stored; retrying")
+        return evidence
 
-    def _md5(self, md5: str) -> Mapping[str, str]:
-        """What a store that takes no SHA-256 checks instead, on the way in."""
-        return {} if self._sends_sums else {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
+    def _md5_header(self, md5: str) -> Mapping[str, str]:
+        """The MD5 that a store checks on arrival when it gets no SHA-256."""
+        return {} if self._sends_checksums else {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
 
     def abort_uploads(self, prefix: str, *, older_than_seconds: float = 0, only: Callable[[str], object] = bool) -> int:
-        """Abort unfinished multipart uploads of keys that begin with `prefix` and are `only`'s. Returns how many.
+        """Abort unfinished multipart uploads of keys that begin with `prefix` and satisfy `only`. Returns how many.
 
-        Whoever still writes one finds it gone and must look again. A store that does not list them has none to abort.
+        A writer of such an upload gets `NoSuchUpload` and checks the key again. A store that cannot list uploads
+        (HTTP 501) counts as having none.
         """
         count = 0
         with suppress(NoSuchObject), self._errors():
@@ -436,61 +428,52 @@ class Bucket:
                     raise
         return count
 
-    def _prove(self, put: Put, found: Evidence) -> None:
-        """Read back what was just put. Damaged, it is removed, so that the next try may put it again."""
+    def _verify_by_reading(self, put: Put, evidence: Evidence) -> None:
+        """Read back the new object. Remove it if its bytes are wrong, so that the next try can put it again."""
         try:
-            if self._hash(put.key) == put.sha256:
-                self._etags_are_md5 = self._etags_are_md5 and found.etag_agrees is not False
+            if self.sha256(put.key) == put.sha256:
+                self._etags_are_md5 = self._etags_are_md5 and evidence.etag_agrees is not False
                 return
         except NoSuchObject:
             pass
-        stored = self.head(put.key)  # after the read: another writer's object may have taken its place meanwhile
+        stored = self.head(put.key)  # after the read, because another writer may have replaced the object meanwhile
         if stored is None:
-            raise StoreUnavailable("the store said it kept the object, but there is none")
-        if stored.etag != found.etag or stored.metadata.get("sha256") != put.sha256:
-            raise ObjectConflict(f"another writer's object stands under {put.key}")
-        self._disbelieve()
-        self.delete(put.key)
-        raise StoreUnavailable("the store kept other bytes than it was sent; they were removed")
-
-    def _disbelieve(self) -> None:
-        """From now on everything is read back, whatever the probe had found."""
-        if self.capabilities.believed:
+            raise StoreUnavailable("the store confirmed the put, but there is no object; retrying")
+        if stored.etag != evidence.etag or stored.metadata.get("sha256") != put.sha256:
+            raise ObjectConflict(f"another writer's object is stored under {put.key}")
+        if self.capabilities().believed:
             log.error("store.lied", bucket=self.name)
-        self._capabilities = replace(self.capabilities, refuses_wrong_checksum=False)
-
-    def _hash(self, key: str) -> str:
-        digest = hashlib.sha256()
-        for chunk in self.read(key):
-            digest.update(chunk)
-        return digest.hexdigest()
+        # From now on every object is read back.
+        self._capabilities = replace(self.capabilities(), refuses_wrong_checksum=False)
+        self.delete(put.key)
+        raise StoreUnavailable("the store kept other bytes than it was sent; they were removed, retrying")
 
     @contextmanager
     def _creating(self, put: Put) -> Iterator[None]:
-        """As `_errors`, and `_Taken` when the store would not create the object because of another."""
+        """As `_errors`. Raises `ConditionFailed` when an object exists or the upload was aborted by someone else."""
         with self._errors(put.size):
             try:
                 yield
             except boto_errors.ClientError as error:
                 if status(error) in (409, 412) or code(error) == "NoSuchUpload":
-                    raise _Taken from error
+                    raise ConditionFailed(code(error)) from error
                 raise
 
     @contextmanager
     def _errors(self, size: int | None = None) -> Iterator[None]:
-        """Raise boto3's errors as ours. `size`: of the object that is being put."""
+        """Translate boto3's errors. `size`: of the object that is being put."""
         try:
             yield
         except boto_errors.ClientError as error:
             if code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404"):
-                raise NoSuchObject("nothing is stored under that key") from error
+                raise NoSuchObject("no object is stored under the key") from error
             raise refusal(error, self.name, self._endpoint_url, size) from error
         except boto_errors.BotoCoreError as error:
             raise refusal(error, self.name, self._endpoint_url, size) from error
 
 
-def _without_sums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    """The arguments of any request without what makes boto3 send, or ask for, an `x-amz-checksum-…` header."""
+def _without_checksums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+    """Arguments of a request without those that make boto3 send or request an `x-amz-checksum-…` header."""
     kept = {name: value for name, value in params.items() if not name.startswith("Checksum")}
     if parts := params.get("MultipartUpload", {}).get("Parts"):
         kept["MultipartUpload"] = {"Parts": [{name: part[name] for name in ("PartNumber", "ETag")} for part in parts]}

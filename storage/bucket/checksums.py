@@ -1,6 +1,6 @@
-"""What a store's answer to a put proves: the SHA-256 it names, and the MD5 that its ETag most often is.
+"""What a store's response to a put proves: the SHA-256 it names, and the MD5 that its ETag most often is.
 
-Two witnesses, and neither is the client's word come back: a store that took other bytes would have to lie twice.
+The store computes both values itself, so a wrong object would need two wrong values.
 """
 
 from __future__ import annotations
@@ -15,43 +15,39 @@ from typing import Any, BinaryIO
 from storage.bucket.probe import sha256_base64
 from storage.errors import StoreUnavailable
 
-# One is in memory for each thread. S3 takes parts from 5 MiB.
+# One part per thread is in memory. S3 requires at least 5 MiB.
 PART_BYTES = 6 * 1024 * 1024
 MAX_PARTS = 10_000  # S3's limit
-READ_BYTES = 1024 * 1024
 MD5 = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of one put. `sum_agrees`: None = the store names no checksum. `etag_agrees`: None = its ETag is no MD5."""
+    """From one put. `checksum_agrees`: None = the store names no checksum. `etag_agrees`: None = its ETag is no MD5."""
 
-    sum_agrees: bool | None
+    checksum_agrees: bool | None
     etag_agrees: bool | None
     etag: str
 
 
-def of_answer(answer: Mapping[str, Any], sha256: str, md5: str | None) -> Evidence:
-    """`sha256`: as base64. `md5`: as hex, None where no ETag can be one."""
-    told, etag = answer.get("ChecksumSHA256"), str(answer.get("ETag", ""))
+def evidence_of(answer: Mapping[str, Any], sha256: str, md5: str | None) -> Evidence:
+    """Compare a store's answer with our checksums. `sha256`: base64. `md5`: hex, None where no ETag can be one."""
+    named, etag = answer.get("ChecksumSHA256"), str(answer.get("ETag", ""))
     plain = etag.strip('"')
-    # Under SSE-KMS an ETag looks like an MD5 and is none.
-    says = md5 is not None and MD5.fullmatch(plain) and "kms" not in answer.get("ServerSideEncryption", "")
-    return Evidence(None if told is None else told == sha256, plain == md5 if says else None, etag)
+    # With SSE-KMS the ETag looks like an MD5 but is not one.
+    is_md5 = md5 is not None and MD5.fullmatch(plain) and "kms" not in answer.get("ServerSideEncryption", "")
+    return Evidence(None if named is None else named == sha256, plain == md5 if is_md5 else None, etag)
 
 
 def md5_of(file: BinaryIO) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
     file.seek(0)
-    while block := file.read(READ_BYTES):
-        digest.update(block)
-    file.seek(0)
-    return digest.hexdigest()
+    readable: Any = file  # typing.BinaryIO lacks `readinto`
+    return hashlib.file_digest(readable, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a file on its way. `arguments`: what `upload_part` and the completion say of it."""
+    """One part of a file. `arguments`: for `upload_part` and for the completion."""
 
     content: bytes
     arguments: Mapping[str, Any]
@@ -60,7 +56,7 @@ class Part:
 
 
 def parts_of(file: BinaryIO, size: int, sha256: str) -> Iterator[Part]:
-    """The file in parts, one in memory at a time. Raises `StoreUnavailable` at its end when it is not `sha256`'s."""
+    """The file in parts, one in memory at a time. Raises `StoreUnavailable` at the end if its hash is not `sha256`."""
     part_bytes, whole = max(PART_BYTES, -(-size // MAX_PARTS)), hashlib.sha256()
     file.seek(0)
     for number in range(1, MAX_PARTS + 1):
@@ -70,13 +66,13 @@ def parts_of(file: BinaryIO, size: int, sha256: str) -> Iterator[Part]:
         whole.update(content)
         md5, digest = hashlib.md5(content, usedforsecurity=False).hexdigest(), sha256_base64(content)
         part = Part(content, {"PartNumber": number, "ChecksumSHA256": digest}, digest, md5)
-        del content  # else it would be there beside the next while that is read
+        del content  # frees this part before the next one is read
         yield part
         del part
-    if whole.hexdigest() != sha256:  # nothing else ties the parts' sums to the whole file's
-        raise StoreUnavailable("the file changed on our disk before it was stored")
+    if whole.hexdigest() != sha256:  # nothing else ties the parts' checksums to that of the file
+        raise StoreUnavailable("the file changed on our disk before it was stored; retrying")
 
 
-def composite(sums: Sequence[str]) -> str:
-    """The checksum of a whole made of parts, as S3 writes it: the sum of their sums, and how many."""
-    return f"{sha256_base64(b''.join(base64.b64decode(each) for each in sums))}-{len(sums)}"
+def composite(parts: Sequence[str]) -> str:
+    """S3's checksum of a multipart object: the SHA-256 of the parts' SHA-256 values, `-`, the number of parts."""
+    return f"{sha256_base64(b''.join(base64.b64decode(each) for each in parts))}-{len(parts)}"

@@ -1,4 +1,4 @@
-"""What an S3 store really does, found out with a few small objects. Works on a boto3 client it is given."""
+"""What an S3 store can do, found out with a few small objects. Works on a boto3 client that it is given."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from storage.errors import StoreUnavailable
 
 # A wrong checksum is refused with one of these (BadDigest is 400); a conditional write with 412 alone.
 CHECKSUM_REFUSALS = (400, 412, 422)
-# A probe takes seconds: what is older was left by a process that was killed, however wrong our clock may be.
+# A probe takes seconds. Older leftovers come from a killed process, even if our clock is some minutes wrong.
 LEFT_AFTER = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a store was seen to do. One that cannot be written or read back has none: the probe raises.
+    """What a store did in the probe. The probe raises if an object cannot be written and read back.
 
-    Conditions are tried one after another: whether two writers at the same instant are told apart is not probed.
+    Conditional writes are tried one after another, so a race between two writers is not probed.
     """
 
     conditional_put: bool
@@ -36,12 +36,12 @@ class Capabilities:
 
     @property
     def believed(self) -> bool:
-        """Whether what it says of checksums counts: it refuses wrong ones on every way in that we use."""
+        """Whether the store's checksums count: it refuses wrong ones in every kind of put that we use."""
         return self.refuses_wrong_checksum and (self.refuses_wrong_part or not self.multipart)
 
 
 class Probe:
-    """One run of the probe. `folder`: begins the keys it uses, so nothing may stand there before."""
+    """One run of the probe. `folder`: begins its keys and must be empty."""
 
     def __init__(self, client: Any, bucket: str, folder: str) -> None:
         self._client = client
@@ -50,12 +50,12 @@ class Probe:
         self._keys: list[str] = []
 
     def run(self) -> Capabilities:
-        """Try everything. Raises boto3's errors, and `StoreUnavailable` when other bytes come back."""
+        """Try every capability. Raises boto3's errors, and `StoreUnavailable` when other bytes come back."""
         body = self._folder.encode()
         first = self._key("first")
         self._put(first, body)
         if self._read(first) != body:
-            raise StoreUnavailable("the store gave back other bytes than were written")
+            raise StoreUnavailable("the store returned other bytes than were written; examine the store")
         head = self._client.head_object(Bucket=self._bucket, Key=first, ChecksumMode="ENABLED")
         conditional_put = self._refusal(lambda: self._put(first, b"other", IfNoneMatch="*")) == 412
         multipart = not self._refusal(lambda: self._put_in_parts(self._key("parts"), body))
@@ -72,15 +72,15 @@ class Probe:
         )
 
     def clean_up(self) -> None:
-        """Remove what the run left, and what runs left that were killed, as far as the store lets us."""
+        """Remove the objects of this run and of killed runs. Errors are ignored."""
         for key in self._keys:
             with suppress(Exception):
                 self._delete(key)
         with suppress(Exception):
-            self._sweep()
+            self._remove_leftovers()
 
-    def _sweep(self) -> None:
-        """The first page of old leftovers: the next probe takes the rest."""
+    def _remove_leftovers(self) -> None:
+        """Remove the first page of leftovers of killed runs; the next probe removes the rest."""
         place = {"Bucket": self._bucket, "Prefix": f"{self._folder.rpartition('/')[0]}/"}
         before = datetime.now(UTC) - LEFT_AFTER
         for each in self._client.list_objects_v2(**place).get("Contents", ()):
@@ -101,7 +101,7 @@ class Probe:
         return self._refusal(lambda: self._put_in_parts(key, b"something", wrong)) in CHECKSUM_REFUSALS
 
     def _refusal(self, call: Callable[[], object]) -> int:
-        """The status with which the store refused, 0 when it did as told. "Later" and "broken" are no answer."""
+        """The HTTP status of the store's refusal, 0 if it did the call. Temporary errors (408, 429, 5xx) are raised."""
         try:
             call()
         except self._client.exceptions.ClientError as error:
@@ -142,14 +142,14 @@ class Probe:
 
 
 def sha256_base64(content: bytes) -> str:
-    """As S3 writes checksums."""
+    """The SHA-256 in the form of S3's headers."""
     return base64.b64encode(hashlib.sha256(content).digest()).decode()
 
 
 def whole_checksum(answer: dict[str, Any]) -> str | None:
-    """The SHA-256 of the whole object in a store's answer, as hex; None when it gave none, or one of parts."""
+    """The SHA-256 of the whole object in a store's response, as hex; None when it has none, or one of parts."""
     try:
         digest = base64.b64decode(answer.get("ChecksumSHA256", ""), validate=True)
-    except ValueError:  # `…-3`: the sum of three parts' sums
+    except ValueError:  # `…-3`: a checksum over the checksums of three parts
         return None
     return digest.hex() if len(digest) == 32 else None

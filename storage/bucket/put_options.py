@@ -1,4 +1,4 @@
-"""How objects are put: storage class, encryption, Object Lock, tags, cache headers; the same for all of them."""
+"""Options of every put: storage class, encryption, Object Lock, tags and cache header."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ MAX_TAGS, MAX_TAG_NAME, MAX_TAG_VALUE = 10, 128, 256
 
 @dataclass(frozen=True)
 class PutOptions:
-    """What every object gets. None, or empty = the bucket's own default.
+    """Options that every object gets. None or empty = the bucket's default.
 
-    `sse`: `AES256` (SSE-S3) or `aws:kms`, the latter with `kms_key_id` or the account's own key. `lock_mode`,
-    `lock_days`: Object Lock from the moment of the put on; the bucket must have been made with it. `cache_control`:
-    the header that readers get.
+    `sse`: `AES256` (SSE-S3) or `aws:kms`, the latter with `kms_key_id` or the account's default key. `lock_mode`,
+    `lock_days`: Object Lock from the time of the put; the bucket must have been created with it. `cache_control`: the
+    header that readers get.
     """
 
     storage_class: str | None = None
@@ -31,7 +31,7 @@ class PutOptions:
     cache_control: str | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """As boto3's `put_object` and `create_multipart_upload` take them."""
+        """Arguments for boto3's `put_object` and `create_multipart_upload`."""
         until = datetime.now(UTC) + timedelta(days=self.lock_days) if self.lock_days else None
         values = {
             "StorageClass": self.storage_class,
@@ -47,7 +47,7 @@ class PutOptions:
 
 @dataclass(frozen=True)
 class Put:
-    """One object on its way. `options`: of boto3, for either way of putting."""
+    """One object to be put. `options`: boto3's arguments for a single put and for a multipart upload."""
 
     key: str
     file: BinaryIO
@@ -67,10 +67,10 @@ def parse_tags(words: str) -> dict[str, str]:
     for word in filter(None, (word.strip() for word in words.split(","))):
         name, equals, value = word.partition("=")
         if not equals or not name.strip():
-            raise ValueError(f"write NAME=VALUE, not {word!r}")
+            raise ValueError(f"{word!r} is no tag; write NAME=VALUE")
         tags[name.strip()] = value.strip()
     if len(tags) > MAX_TAGS:
-        raise ValueError(f"at most {MAX_TAGS} tags")
+        raise ValueError(f"{len(tags)} tags; S3 allows at most {MAX_TAGS}")
     if any(len(name) > MAX_TAG_NAME or len(value) > MAX_TAG_VALUE for name, value in tags.items()):
-        raise ValueError(f"a tag's name has at most {MAX_TAG_NAME} characters, its value {MAX_TAG_VALUE}")
+        raise ValueError(f"a tag is too long; its name may have {MAX_TAG_NAME} characters, its value {MAX_TAG_VALUE}")
     return tags

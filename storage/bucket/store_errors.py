@@ -1,4 +1,4 @@
-"""What a store's refusals mean, in words for a person: boto3's errors as one line each, without URLs and secrets."""
+"""Translates boto3's errors into ours, each with one line for an operator that holds no URL path and no secret."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from botocore import exceptions as boto_errors
 
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 
-# What to tell a person, by the store's error code; a HEAD has no body and says only the number.
+# By the store's error code. The answer to a HEAD has no body, so its code is the HTTP status.
 REASONS = {
     "InvalidAccessKeyId": "does not know the access key",
     "SignatureDoesNotMatch": "says the secret key is wrong",
@@ -25,23 +25,22 @@ REASONS = {
     "AuthorizationHeaderMalformed": "is in another region",
     "SecondLevelDomainForbidden": "wants the bucket in the host name (RECEIVER_S3_ADDRESSING=virtual)",
 }
-# What a store answers about one object, whatever it makes of others. A proxy in front says 413 and no word of S3's.
+# Refusals of one object that say nothing about others. A proxy in front answers 413 without an S3 error code.
 TOO_LARGE = "EntityTooLarge"
 OF_ONE_OBJECT = {"InvalidRequest", "InvalidArgument"}
 FORBIDDEN = {"AccessDenied", "403"}
 
 
 def refusal(error: Exception, bucket: str, endpoint_url: str | None, size: int | None = None) -> StoreUnavailable:
-    """What the error means for the work on one object. `size`: of the object that was being put, in bytes,
-    None when it was not put."""
-    words = diagnose(error, bucket, endpoint_url)
+    """Our error for one of boto3's. `size`: bytes of the object that was being put, None for other requests."""
+    message = _message(error, bucket, endpoint_url)
     if not isinstance(error, boto_errors.ClientError):
-        return StoreUnavailable(words)
+        return StoreUnavailable(message)
     if size is not None and (status(error) == 413 or code(error) == TOO_LARGE):
         return ObjectRefused(_too_large(error, bucket, _host(endpoint_url), size))
     if size is not None and code(error) in OF_ONE_OBJECT:
-        return ObjectRefused(words)
-    return ObjectForbidden(words) if code(error) in FORBIDDEN else StoreUnavailable(words)
+        return ObjectRefused(message)
+    return ObjectForbidden(message) if code(error) in FORBIDDEN else StoreUnavailable(message)
 
 
 def _too_large(error: Exception, bucket: str, host: str, size: int) -> str:
@@ -54,8 +53,7 @@ def _too_large(error: Exception, bucket: str, host: str, size: int) -> str:
     )
 
 
-def diagnose(error: Exception, bucket: str, endpoint_url: str | None) -> str:
-    """Why the store did not do it."""
+def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
     store = f"the store at {_host(endpoint_url)}"
     if isinstance(error, boto_errors.ClientError):
         found = code(error)
@@ -68,7 +66,7 @@ def diagnose(error: Exception, bucket: str, endpoint_url: str | None) -> str:
 
 
 def reason_code(error: StoreUnavailable) -> str:
-    """The store's own error code behind it (`NoSuchBucket`), else the name of what went wrong on the way."""
+    """The store's error code (`NoSuchBucket`), else the class of the transport error."""
     cause = error.__cause__
     return code(cause) if isinstance(cause, boto_errors.ClientError) else type(cause or error).__name__
 
@@ -82,5 +80,5 @@ def code(error: Any) -> str:
 
 
 def _host(url: str | None) -> str:
-    """The host and port alone: people put passwords into URLs."""
+    """Host and port only, because a URL may hold a password."""
     return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"

@@ -1,0 +1,6 @@
+"""Room: fetches one result file from an untrusted URL and checks that it is a whole picture, film or sound.
+
+The room leans on `storage.errors` only; it knows no rows and no bucket. Read `client.py` first (`Fetcher.fetch`), then
+`addresses.py` (which addresses may be dialled), `connection.py` (the guarded socket), `body.py` (length, coding,
+resume) and `media_types.py` (formats, one module each). In memory per process: the TLS context and a bound on lookups.
+"""

@@ -75,7 +75,7 @@ def main() -> int:
                 kind = "promise" if result.is_promise else "capability"
                 sys.stdout.write(f"{result.word:7} {kind:11} {result.name}  {result.detail}".rstrip() + "\n")
                 sys.stdout.flush()
-        believed = on.bucket.capabilities.believed
+        believed = on.bucket.capabilities().believed
     faults = [result.name for result in results if result.is_fault]
     summary = {"ok": not faults, "believed": believed, "faults": faults}
     if chosen.json:

@@ -95,7 +95,7 @@ def big_file(stage: Stage) -> str:
         _raises(StoreUnavailable, lambda: stage.put_once("big-changed", content, claimed=b"other"))
     _same(stage.get("big"), content)
     _same((stage.is_there("big-changed"), stage.bucket.abort_uploads(stage.key("big"))), (False, 0))
-    return "in parts" if stage.bucket.capabilities.multipart else "in one piece"
+    return "in parts" if stage.bucket.capabilities().multipart else "in one piece"
 
 
 def raced(stage: Stage) -> str:

@@ -69,11 +69,11 @@ def test_seaweedfs_keeps_every_promise(seaweed: Seaweed, on: Stage, monkeypatch:
     results = list(run(on, [case for case in CASES if not any(words in case.name for words in ELSEWHERE)]))
     assert len(results) > 24 and [result for result in results if result.is_fault] == []
     assert {name for name, word in words_of(results).items() if word == LACKS} == SEAWEED_LACKS
-    assert on.bucket.capabilities.believed
+    assert on.bucket.capabilities().believed
 
 
 def test_a_store_that_gives_back_other_bytes_breaks_promises(proxy: FaultProxy, on: Stage) -> None:
-    assert on.bucket.capabilities.believed
+    assert on.bucket.capabilities().believed
 
     def spoil(request: Request, forward: Forward) -> Answer:
         answer = forward(request)

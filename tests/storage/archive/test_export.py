@@ -195,7 +195,7 @@ def locking(seaweed: Seaweed, client: Any, parts: Parts) -> Iterator[Parts]:
 
 def test_every_object_gets_the_options(seaweed: Seaweed, bucket: Bucket, client: Any) -> None:
     options = PutOptions(storage_class="STANDARD_IA", tags={"team": "a b&c", "kind": "x"}, cache_control="max-age=60")
-    known = bucket.capabilities
+    known = bucket.capabilities()
     own = Bucket(bucket.name, endpoint_url=seaweed.endpoint_url, capabilities=known, put_options=options)
     place = {"Bucket": bucket.name, "Key": bucket.prefix + "one.png"}
     put_one(own, place["Key"])
@@ -220,7 +220,7 @@ def test_encryption_lock_and_class_are_kept_by_the_store(
     name = f"kept-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
     options = PutOptions(storage_class="STANDARD_IA", sse="AES256", lock_mode="GOVERNANCE", lock_days=2)
-    own = Bucket(name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities, put_options=options)
+    own = Bucket(name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities(), put_options=options)
     put_one(own, "one.png", bytes(size))
     head = client.head_object(Bucket=name, Key="one.png")
     kept = (head["StorageClass"], head["ServerSideEncryption"], head["ObjectLockMode"])
@@ -232,7 +232,7 @@ def test_encryption_lock_and_class_are_kept_by_the_store(
 
 def test_a_store_without_kms_says_so(seaweed: Seaweed, bucket: Bucket) -> None:
     own = Bucket(
-        bucket.name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities,
+        bucket.name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities(),
         put_options=PutOptions(sse="aws:kms", kms_key_id="a-key"),
     )  # fmt: skip
     with pytest.raises(StoreUnavailable):

@@ -45,7 +45,7 @@ def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
 def behind(parts: Parts, proxy: FaultProxy) -> Iterator[Parts]:
     """Our parts on a store behind the proxy, probed while it does nothing."""
     bucket = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
-    assert bucket.capabilities.believed
+    assert bucket.capabilities().believed
     made = Wired(parts.settings, bucket=bucket)
     yield made
     made.close()

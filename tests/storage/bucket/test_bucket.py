@@ -336,7 +336,7 @@ def test_flipped_byte_is_found_and_removed(proxy: FaultProxy, through_proxy: Buc
         return forward(request.without("x-amz-checksum-sha256"))
 
     proxy.fault = flip
-    assert through_proxy.capabilities.refuses_wrong_checksum is False
+    assert through_proxy.capabilities().refuses_wrong_checksum is False
     with pytest.raises(StoreUnavailable, match="kept other bytes"):
         put(through_proxy, "a.png", b"one")
     assert through_proxy.head(through_proxy.prefix + "a.png") is None
@@ -344,7 +344,7 @@ def test_flipped_byte_is_found_and_removed(proxy: FaultProxy, through_proxy: Buc
 
 def test_store_without_conditions_is_asked_first(proxy: FaultProxy, through_proxy: Bucket) -> None:
     proxy.fault = lambda request, forward: forward(request.without("if-none-match"))
-    assert through_proxy.capabilities == replace(AWS_LIKE, conditional_put=False, conditional_multipart=False)
+    assert through_proxy.capabilities() == replace(AWS_LIKE, conditional_put=False, conditional_multipart=False)
     assert put(through_proxy, "a.png", b"one") is True
     assert put(through_proxy, "a.png", b"one") is False
     with pytest.raises(ObjectConflict):
@@ -360,7 +360,7 @@ def with_checksum(answer: Answer, value: str | None) -> Answer:
 @pytest.mark.parametrize("value", [None, "n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg="])
 def test_store_that_returns_no_or_a_wrong_checksum(proxy: FaultProxy, through_proxy: Bucket, value: str | None) -> None:
     proxy.fault = lambda request, forward: with_checksum(forward(request), value)
-    assert through_proxy.capabilities.returns_checksum is False
+    assert through_proxy.capabilities().returns_checksum is False
     assert put(through_proxy, "a.png", b"one") is True
     assert put(through_proxy, "a.png", b"one") is False
     assert content_of(through_proxy, "a.png") == b"one"

@@ -19,7 +19,7 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
 
 
 @pytest.mark.parametrize(
-    ("answer", "sum_agrees", "etag_agrees"),
+    ("answer", "checksum_agrees", "etag_agrees"),
     [
         ({"ChecksumSHA256": SUM, "ETag": f'"{MD5}"'}, True, True),
         ({"ChecksumSHA256": "other", "ETag": f'"{"0" * 32}"'}, False, False),
@@ -30,10 +30,10 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
     ],
     ids=["both agree", "both contradict", "silent", "of parts", "KMS", "SSE-S3"],
 )
-def test_an_answer_agrees_contradicts_or_is_silent(
-    answer: dict[str, Any], sum_agrees: bool | None, etag_agrees: bool | None
+def test_response_agrees_contradicts_or_is_silent(
+    answer: dict[str, Any], checksum_agrees: bool | None, etag_agrees: bool | None
 ) -> None:
-    assert checksums.of_answer(answer, SUM, MD5) == Evidence(sum_agrees, etag_agrees, answer.get("ETag", ""))
+    assert checksums.evidence_of(answer, SUM, MD5) == Evidence(checksum_agrees, etag_agrees, answer.get("ETag", ""))
 
 
 def test_parts_are_the_file_and_their_sum_is_s3s(monkeypatch: pytest.MonkeyPatch) -> None:

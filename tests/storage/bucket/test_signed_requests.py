@@ -106,7 +106,7 @@ def recorder() -> Recorder:
 @pytest.fixture
 def through(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> Iterator[Bucket]:
     with FaultProxy(seaweed, recorder) as proxy:
-        known = bucket.capabilities
+        known = bucket.capabilities()
         yield Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=known)
 
 
@@ -128,14 +128,14 @@ def test_a_new_file_takes_two_requests_and_boto3_none(through: Bucket, recorder:
 
 @pytest.mark.parametrize("mode", ["when_supported", "never"])
 def test_the_store_is_told_what_boto3_tells_it(through: Bucket, recorder: Recorder, mode: objects.ChecksumMode) -> None:
-    endpoint_url, known = through._endpoint_url, replace(through.capabilities, refuses_wrong_checksum=True)
+    endpoint_url, known = through._endpoint_url, replace(through.capabilities(), refuses_wrong_checksum=True)
     sent = {}
     for by_us in (True, False):
         own = Bucket(
             through.name, endpoint_url=endpoint_url, prefix=through.prefix, capabilities=known, put_options=OPTIONS,
             checksum_mode=mode,
         )  # fmt: skip
-        assert own._own_requests() is not None
+        assert own._signed_requests() is not None
         own._signed = own._signed if by_us else None
         recorder.refuse = 503 if by_us else None  # so that neither object is there for the other
         recorder.seen.clear()
@@ -194,7 +194,7 @@ def test_at_aws_we_ask_the_place_that_boto3_asks(
     if switch:
         monkeypatch.setenv(switch, "true")
     bucket = Bucket("a-bucket", addressing=addressing)
-    signed, client = bucket._own_requests(), bucket._client()
+    signed, client = bucket._signed_requests(), bucket._client()
     assert signed is not None
     asked = []
 
@@ -221,8 +221,8 @@ def test_a_slow_uplink_is_given_its_time(
     digest = hashlib.sha256(content)
     told = {"x-amz-checksum-sha256": base64.b64encode(digest.digest()).decode(), "etag": '"x"'}
     with slow_store(bytes_per_second=300_000, headers=told) as (url, requests):
-        slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities, refuses_wrong_checksum=True))
-        signed = slow._own_requests()
+        slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities(), refuses_wrong_checksum=True))
+        signed = slow._signed_requests()
         assert signed is not None
         # On a loopback connection the kernel would take the whole body at once.
         signed._http._manager.connection_pool_kw["socket_options"] = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)]
@@ -238,7 +238,7 @@ def test_a_lost_race_is_told_without_asking_again(bucket: Bucket, seaweed: Seawe
 
     with FaultProxy(seaweed, race) as proxy:
         own = Bucket(
-            bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=bucket.capabilities
+            bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=bucket.capabilities()
         )
         assert put(own, "a.png", b"one") is False
     assert recorder.told == [("HEAD", True), ("PUT", True), ("HEAD", False)]
@@ -261,7 +261,7 @@ def test_a_silent_store_is_given_up_after_one_wait(
         thread = threading.Thread(target=accept)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        silent = Bucket(bucket.name, endpoint_url=url, capabilities=bucket.capabilities)
+        silent = Bucket(bucket.name, endpoint_url=url, capabilities=bucket.capabilities())
         with pytest.raises(StoreUnavailable) as raised:
             put(silent, "a.png", b"one")
         server.shutdown(socket.SHUT_RDWR)

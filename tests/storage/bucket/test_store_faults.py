@@ -83,9 +83,9 @@ def faulty(
 
         def begin(spoil: Callable[[Request, Forward], Answer | None]) -> Faulty:
             if request.param == "begins after the probe":
-                assert bucket.capabilities.believed
+                assert bucket.capabilities().believed
             made.begin(spoil)
-            assert bucket.capabilities is not None
+            assert bucket.capabilities() is not None
             return made
 
         yield begin
@@ -123,7 +123,7 @@ def test_a_flipped_byte_behind_a_200(faulty: Callable[..., Faulty], says: str) -
     on = faulty(flip)
     run(on.parts, "assets")
     assert (on.asset.state, kept(on.honest)) == (AssetState.DUE, {})
-    assert "other bytes" in str(on.asset.error) and not on.parts.bucket.capabilities.believed
+    assert "other bytes" in str(on.asset.error) and not on.parts.bucket.capabilities().believed
     on.end()
     assert_archived(on.honest, on.sandbox, on.task)
 
@@ -143,7 +143,7 @@ def test_a_condition_that_is_ignored(faulty: Callable[..., Faulty]) -> None:
 def test_no_checksum_or_a_wrong_one_is_no_proof(faulty: Callable[..., Faulty], checksum: str | None) -> None:
     on = faulty(lambda request, forward: told(forward(request), checksum))
     run(on.parts, "assets", "finishes")
-    seen = not on.parts.bucket.capabilities.returns_checksum
+    seen = not on.parts.bucket.capabilities().returns_checksum
     # Seen by the probe and silent, it is believed as it refuses wrong ones; what it says wrongly is never believed.
     assert len(on.reads) == (0 if seen and checksum is None else 1)
     assert_archived(on.honest, on.sandbox, on.task)
@@ -176,5 +176,5 @@ def test_a_store_that_refuses_checksum_headers_is_served_without(
     on.parts = Wired(on.honest.settings, bucket=bucket)
     on.begin(refuse)
     run(on.parts, "assets", "finishes")
-    assert len(on.reads) == 1 and not bucket.capabilities.believed
+    assert len(on.reads) == 1 and not bucket.capabilities().believed
     assert_archived(on.honest, on.sandbox, on.task)
