@@ -1,4 +1,4 @@
-"""A thread that goes on beside a block of code and ends with it."""
+"""A thread that runs beside a block of code and ends with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def background_thread(name: str, work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work` in a daemon thread of that name. When the block ends its event is set, and it is waited for."""
+    """Run `work` in a daemon thread. When the block ends, its event is set and the thread is joined."""
     ended = threading.Event()
     thread = threading.Thread(target=work, args=(ended,), name=name, daemon=True)
     thread.start()

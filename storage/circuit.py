@@ -1,4 +1,4 @@
-"""Stop hammering what is down: after some failures in a row nothing is tried for a while, then one thing is."""
+"""Circuit breaker: after three failures in a row work pauses, then one trial decides (half-open)."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from contextlib import contextmanager
 
 from storage.errors import Retry
 
-# One failure may be that request's own; three in a row are the other side's.
+# One failure may belong to that request; three in a row are an outage.
 FAILURES = 3
 FIRST_PAUSE_SECONDS = 1.0
-# An outage's end is noticed within half a minute, at a cost of two tries a minute and process.
+# The end of an outage is noticed within 30 s, at a cost of two tries per minute and process.
 PAUSE_CAP_SECONDS = 30.0
-# A failure that may be one request's own is taken for that while others go well.
+# A failure that may belong to one request alone does not count if another request succeeded within this time.
 DOUBT_SECONDS = 10.0
 
 
 class Grant:
-    """Leave to start `count` tries, as a context around them.
+    """Permission to start `count` tries, used as a context around them.
 
-    The trial of an open circuit counts only once the circuit is told how it went. One that ends untold never reached
-    the other side (an expired link, a lost claim, an empty claim): it is given back, and the next may start at once.
+    A trial of an open circuit that ends without a result never reached the other side: an expired link, a lost claim,
+    an empty claim. It is given back, and the next trial may start at once.
     """
 
     def __init__(self, count: int, circuit: Circuit | None = None) -> None:
@@ -41,17 +41,16 @@ class Grant:
         self.give_back()
 
     def give_back(self) -> bool:
-        """End it. Whether it was a trial of which nothing had been told."""
+        """End the grant. Returns whether it was a trial without a result."""
         return self._circuit is not None and self._circuit._take_back(self)
 
 
 class Circuit:
-    """Closed: everything passes. Open: nothing does until the pause is over, then one trial decides.
+    """Closed: every try is granted. Open: none is until the pause is over, then one trial decides.
 
-    A failed trial doubles the pause; failures of what was under way when it opened do not.
-
-    Per process, in memory: it only saves work, the rows keep their own due times. Thread-safe.
-    `now`: monotonic seconds.
+    A failed trial doubles the pause. Failures of tries that were running when the circuit opened do not. The state is
+    in memory, per process; it only saves work, because rows keep their own due times. Thread-safe. `now`: monotonic
+    seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
@@ -69,9 +68,9 @@ class Circuit:
         return self._failures >= FAILURES
 
     def grant(self, wanted: int, *, left_for_seconds: float = 0) -> Grant:
-        """How many of `wanted` tries may start now; use it as a context around them.
+        """Grant up to `wanted` tries now. Use the result as a context around them.
 
-        `left_for_seconds`: a trial is taken only if nobody else has taken it for so long.
+        `left_for_seconds`: take a trial only if it has been available for so long.
         """
         with self._lock:
             if not self.is_open or not wanted:
@@ -79,15 +78,15 @@ class Circuit:
             if self._now() < self._next_trial_at + left_for_seconds:
                 return Grant(0)
             self._trial, self._trial_was_due_at = Grant(1, self), self._next_trial_at
-            self._next_trial_at = self._now() + self._pause  # the trial's own time: a hanging one holds up no other
+            self._next_trial_at = self._now() + self._pause  # a trial that hangs does not hold up the next one
             return self._trial
 
     def _take_back(self, trial: Grant) -> bool:
         with self._lock:
-            untold = self._trial is trial
-            if untold:
+            has_no_result = self._trial is trial
+            if has_no_result:
                 self._trial, self._next_trial_at = None, self._trial_was_due_at
-            return untold
+            return has_no_result
 
     def succeeded(self) -> None:
         with self._lock:
@@ -95,7 +94,7 @@ class Circuit:
             self._went_well_at = self._now()
 
     def failed(self, *, doubtful: bool = False) -> None:
-        """`doubtful`: it may be that request's own, and counts only when nothing went well for a while."""
+        """`doubtful`: the failure may belong to one request; it counts only if none succeeded for DOUBT_SECONDS."""
         with self._lock:
             if doubtful and self._now() - self._went_well_at < DOUBT_SECONDS:
                 return
@@ -107,10 +106,11 @@ class Circuit:
 
     @contextmanager
     def watching(self, outage: type[Retry], *answers: type[Exception]) -> Iterator[None]:
-        """Tell the circuit how one use of the other side went.
+        """Report the result of the block to the circuit.
 
-        `outage`: a failure, as far as its `is_outage` says so. `answers`: refusals that the other side itself gave, so
-        it is there. Any other error says nothing: it was raised before the other side was reached, or is a bug.
+        `outage`: counts as a failure if its `is_outage` is True, as a doubtful one if None. `answers`: refusals by the
+        other side, which is therefore reachable. Any other error is no result: the other side was not reached, or it
+        is a bug.
         """
         try:
             yield

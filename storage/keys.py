@@ -1,4 +1,4 @@
-"""Names of objects: pure functions of the public contract, importable without boto3."""
+"""Object keys: pure functions of the public contract, importable without boto3."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from urllib.parse import quote
 from storage.errors import UserError
 
 EXTENSIONS = frozenset({"png", "jpg", "webp", "gif", "avif", "heic", "mp4", "webm", "mov", "mp3", "wav"})
-# What user metadata may hold as it is: it travels in headers, and those are ASCII.
+# User metadata travels in HTTP headers. These characters need no encoding there.
 HEADER_TEXT = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 # Characters that a terminal obeys (ESC, line ends, bidirectional controls) or hides. No new id holds any: an operator
 # could be shown another line, title or id than the one there is.
 TERMINAL_CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-MAX_ID_BYTES = 200  # encoded; leaves room for prefix, date and name in the 1,024 bytes of an S3 key
+MAX_ID_BYTES = 200  # encoded; leaves room for prefix, date and file name in an S3 key of at most 1,024 bytes
 
 
 class IdInvalid(UserError, ValueError):
-    """An external id that no object's key can hold."""
+    """An external id that cannot be part of an object key."""
 
 
 def normal_prefix(prefix: str) -> str:
-    """Without a leading `/`, with a closing one; empty stays empty."""
+    """The prefix without leading `/` and with a trailing `/`; empty stays empty."""
     trimmed = prefix.lstrip("/")
     return trimmed if not trimmed or trimmed.endswith("/") else f"{trimmed}/"
 
 
 def encode_id(external_task_id: str) -> str:
-    """The id as one path segment of a key: every UTF-8 byte outside `A-Za-z0-9-_.~` percent-encoded.
+    """The id as one path segment of a key: every UTF-8 byte outside `A-Za-z0-9-_.~` is percent-encoded.
 
-    An id of dots only is encoded too, because `.` and `..` are eaten on the way by some clients. Raises
-    `IdInvalid` for an id that has no such form or whose form is longer than 200 bytes; submit asks first.
+    An id of dots only is encoded too, because some clients remove `.` and `..` from paths. Raises `IdInvalid` when
+    the id is empty, is not valid Unicode, or takes more than 200 bytes encoded. Submit checks this first.
     """
     if not external_task_id:
-        raise IdInvalid("external_task_id is empty")
+        raise IdInvalid("external_task_id is empty; give every task an id")
     try:
         encoded = quote(external_task_id, safe="")
     except UnicodeEncodeError:
-        raise IdInvalid("external_task_id is not valid Unicode (a lone surrogate)") from None
+        raise IdInvalid("external_task_id is not valid Unicode; remove the lone surrogate") from None
     if not external_task_id.strip("."):
         encoded = external_task_id.replace(".", "%2E")
     if len(encoded) > MAX_ID_BYTES:
@@ -59,7 +59,7 @@ def check_new_id(external_task_id: str) -> None:
 
 
 def task_folder(prefix: str, created_at: datetime, external_task_id: str) -> str:
-    """Where everything of a task lies: `{prefix}{yyyy}/{mm}/{dd}/{external_task_id}/`, the date in UTC."""
+    """The folder of all objects of a task: `{prefix}{yyyy}/{mm}/{dd}/{external_task_id}/`, the date in UTC."""
     if created_at.tzinfo is None:
         raise ValueError("created_at has no time zone")
     day = created_at.astimezone(UTC)
@@ -69,11 +69,11 @@ def task_folder(prefix: str, created_at: datetime, external_task_id: str) -> str
 def object_key(
     prefix: str, created_at: datetime, external_task_id: str, kind: str, index: int, sha256: str, extension: str
 ) -> str:
-    """The key of one asset, as the public contract has it (DESIGN §7); the same for the same asset for ever."""
+    """The key of one asset (DESIGN §7). The same asset always has the same key."""
     if extension not in EXTENSIONS:
-        raise ValueError(f"no such extension: {extension!r}")
+        raise ValueError(f"{extension!r} is not an extension of EXTENSIONS")
     if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError("sha256 is 64 lower-case hex digits")
+        raise ValueError("sha256 must be 64 lower-case hex digits")
     return f"{task_folder(prefix, created_at, external_task_id)}{kind}-{index}-{sha256[:12]}.{extension}"
 
 
@@ -87,5 +87,5 @@ def manifest_name(number: int) -> str:
 
 
 def header_text(value: str) -> str:
-    """Printable ASCII as it is, everything else and `%` percent-encoded; the way back is `unquote`."""
+    """Percent-encode everything but printable ASCII, and `%`. `urllib.parse.unquote` reverses it."""
     return quote(value.strip(), safe=HEADER_TEXT)

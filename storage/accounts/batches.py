@@ -1,6 +1,6 @@
-"""Requests submitted together under one name: their rows, how they stand, and what they brought.
+"""Batches: requests submitted together under one name, their tasks and their progress.
 
-Queries and inserts alone: sessions are passed in, callers own the transaction.
+Queries and inserts only. Sessions are passed in and callers own the transaction.
 """
 
 from __future__ import annotations
@@ -12,25 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import and_, case, func, insert, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.rows.database import db_now
+from storage.rows.database import db_now, insert_or_ignore
 from storage.rows.events import EventName, with_person
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Batch, Callback, Event, Task
 from storage.rows.task_conditions import not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 
-# Rows of one insert. SQLite takes 32,766 values in a statement, and a task has some fifty; it takes about 50 ms, in
-# which nobody else writes.
+# Rows of one insert. SQLite allows 32,766 values in a statement and a task has about fifty. One insert takes about
+# 50 ms, and on SQLite no one else can write meanwhile.
 CHUNK = 200
 
 
 @dataclass(frozen=True)
 class Known:
-    """A task row that has an external id of a batch's file."""
+    """An existing task whose external id occurs in a batch's file."""
 
     id: uuid.UUID
     request_hash: str
@@ -40,11 +39,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many tasks of a batch stand where; together they are all of it. `pictures`: files archived.
+    """Numbers of tasks of a batch by progress. All but `silent` add up to the whole batch.
 
-    `queued`: wait for slots; `sending`: on their way to the provider, or in doubt; `running`: accepted;
-    `archiving`: made, being kept; `incomplete`: over, and not all of it kept; `deleted`: over, by `receiver delete`,
-    whatever was kept of it. `silent`: those of `running` whose slots were given back, as nothing was heard for 24 h.
+    `queued`: wait for slots. `sending`: create not settled. `running`: accepted by the provider. `archiving`: ended,
+    files not yet archived. `incomplete`: ended, some files given up. `deleted`: removed by `receiver delete`. `silent`:
+    those of `running` whose slots were given back because the provider reported nothing for 24 h.
     """
 
     queued: int = 0
@@ -71,10 +70,8 @@ def find(session: Session, name: str) -> Batch | None:
 
 
 def make(session: Session, name: str) -> Batch:
-    """The batch of that name, made if it is new."""
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    values = {"id": uuid.uuid4(), "name": name, "created_at": db_now()}
-    session.execute(dialect.insert(Batch).values(values).on_conflict_do_nothing(index_elements=["name"]))
+    """The batch of that name; it is created if it does not exist."""
+    insert_or_ignore(session, Batch, {"id": uuid.uuid4(), "name": name, "created_at": db_now()})
     return session.exec(select(Batch).where(Batch.name == name)).one()
 
 
@@ -84,27 +81,23 @@ def newest(session: Session, limit: int) -> list[Batch]:
 
 
 def known(session: Session, external_ids: Sequence[str]) -> dict[str, Known]:
-    """The rows that have these external ids, by external id. At most some thousand at once."""
+    """Existing tasks with these external ids, by external id. `external_ids`: at most some thousand."""
     columns: Any = (Task.external_task_id, Task.id, Task.request_hash, Task.batch_id, Task.batch_line)
     found = session.execute(select(*columns).where(col(Task.external_task_id).in_(external_ids)))
     return {external_id: Known(*rest) for external_id, *rest in found}
 
 
 def insert_queued(session: Session, rows: Sequence[Task]) -> set[uuid.UUID]:
-    """Insert tasks that wait for their turn, at most `CHUNK`, unless their external ids are taken. Returns those new.
+    """Insert queued tasks, at most `CHUNK`, unless their external ids are taken. Returns the ids of the new rows.
 
-    What `tasks.insert_new` does, for many: their facts, and unmatched deliveries of them are due.
+    As `tasks.insert_new` for many: records their events and makes their unmatched deliveries due.
     """
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    table = Task.__table__  # type: ignore[attr-defined]
-    # In the order of their ids: two that insert the same ids in different orders would wait for each other.
-    names = [column.key for column in table.columns]
+    names = [column.key for column in Task.__table__.columns]  # type: ignore[attr-defined]
+    # Sorted, because two transactions that insert the same ids in different orders would deadlock.
     values = [
         {name: getattr(row, name) for name in names} for row in sorted(rows, key=lambda row: row.external_task_id)
     ]
-    statement: Any = dialect.insert(table).on_conflict_do_nothing(index_elements=["external_task_id"])
-    # As a list of parameters, not of VALUES: the statement is compiled once, not for every chunk.
-    new = set(session.scalars(statement.returning(table.c.id), values))
+    new = set(insert_or_ignore(session, Task, values))
     made = {row.external_task_id: row for row in rows if row.id in new}
     moment = session.execute(select(db_now())).scalar_one()
     facts = [
@@ -126,14 +119,14 @@ def insert_queued(session: Session, rows: Sequence[Task]) -> set[uuid.UUID]:
 
 
 def place(session: Session, batch_id: uuid.UUID, lines: Sequence[tuple[uuid.UUID, int]]) -> None:
-    """Say of tasks (id, line) that they belong to the batch, at that line of its file."""
-    for task_id, line in sorted(lines, key=lambda pair: str(pair[0])):  # the order in which others lock several
+    """Assign tasks, each given as (id, line of the batch's file), to the batch."""
+    for task_id, line in sorted(lines, key=lambda pair: str(pair[0])):  # every writer of several tasks locks by id
         placed = update(Task).where(col(Task.id) == task_id).values(batch_id=batch_id, batch_line=line)
         session.execute(placed.execution_options(synchronize_session=False))
 
 
 def counts(session: Session, batch_id: uuid.UUID) -> Counts:
-    """How the tasks of the batch stand. Reads all of them once."""
+    """The progress of the batch. Reads all of its tasks."""
     over = col(Task.state).in_(states.TERMINAL)
     silent = and_(~over, col(Task.queued_at).is_(None), col(Task.slots) == 0, col(Task.step) != Step.CREATE)
     where = case(
@@ -154,7 +147,7 @@ def counts(session: Session, batch_id: uuid.UUID) -> Counts:
 
 
 def page(session: Session, batch_id: uuid.UUID, after: tuple[int, str] | None) -> list[Task]:
-    """The next tasks of the batch in the order of their lines, at most `CHUNK`; `after`: (line, external id)."""
+    """The next `CHUNK` tasks of the batch in the order of their lines. `after`: (line, external id) of the last one."""
     found = select(Task).where(Task.batch_id == batch_id)
     if after is not None:
         line, external_id = after
@@ -164,7 +157,7 @@ def page(session: Session, batch_id: uuid.UUID, after: tuple[int, str] | None) -
 
 
 def files_of(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
-    """The files of these tasks, by task, in reading order."""
+    """The files of these tasks by task id, each list by kind, originals last, and index."""
     found = select(Asset).where(col(Asset.task_id).in_(task_ids))
     files = defaultdict(list)
     for asset in session.exec(found.order_by(Asset.kind, Asset.original, col(Asset.index))):
@@ -173,10 +166,7 @@ def files_of(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID,
 
 
 def not_kept(session: Session, batch_id: uuid.UUID, *, dismissed: bool = True) -> list[uuid.UUID]:
-    """Tasks of the batch that failed, or of which a file was given up, in the order of their lines.
-
-    `dismissed` False: without what the operator dismissed.
-    """
+    """Ids of tasks that failed or lost a file, in the order of their lines. `dismissed`: include dismissed ones."""
     lost = select(Asset.task_id).where(Asset.task_id == Task.id, Asset.state == AssetState.FAILED)
     ended = (col(Task.state) == TaskState.FAILED) | (col(Task.archive) == ArchiveState.INCOMPLETE)
     if not dismissed:

@@ -1,7 +1,7 @@
-"""How often an account is read, by all processes together: a row per account says when the next read may start.
+"""Rate limit of reads per account across all processes: a row per account holds when the next read may start.
 
 read_limit.wait(account) ─▶ row locked ─▶ next_free_at = max(now, next_free_at) + 0.2 s ─▶ committed ─▶ sleep until then
-                                 └── farther ahead than we wait: nothing is taken, `TooManyReads(after)`
+                                 └── too far ahead: the row is left as it is, `TooManyReads(after)`
 """
 
 from __future__ import annotations
@@ -9,27 +9,26 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, select
 
 from storage.errors import Retry
-from storage.rows.database import Database, db_now
+from storage.rows.database import Database, db_now, insert_or_ignore
 from storage.rows.models import ProviderRate
 
-# DESIGN §6: Kling's own limit is not published; nobody was ever refused at this pace.
+# Kling does not publish its limit (DESIGN §6). No read has been refused at this rate.
 READS_PER_SECOND = 5.0
-# A thread that waits does nothing else; beyond this the row comes back later and the thread is free.
+# The longest that a worker thread sleeps. For a longer wait the row becomes due later and the thread is free.
 PATIENCE_SECONDS = 5.0
 
 
 class TooManyReads(Retry):
-    """The account's next free moment is too far ahead; `after` says how far. Nothing was asked."""
+    """The next free moment is too far ahead, in `after` seconds. No read was made."""
 
 
 class ReadRateLimit:
-    """At most `per_second` reads of an account, whichever process they come from. Safe to share between threads.
+    """At most `per_second` reads of an account, over all processes. Thread-safe.
 
-    `patience_seconds`: how long a caller is kept waiting at most.
+    `patience_seconds`: the longest wait of a caller.
     """
 
     def __init__(
@@ -40,20 +39,20 @@ class ReadRateLimit:
         self._patience_seconds = patience_seconds
 
     def wait(self, account: str) -> None:
-        """Take the account's next free moment and sleep until it has come.
+        """Reserve the account's next free moment and sleep until then.
 
-        Nothing is held while sleeping; a moment taken by a process that dies is lost, no more. Raises `TooManyReads`
-        when that moment lies too far ahead, and `DatabaseUnavailable`.
+        No lock is held while sleeping. A process that dies wastes the one moment it reserved. Raises `TooManyReads`
+        when the moment is too far ahead, and `DatabaseUnavailable`.
         """
         with self._database.write() as session:
-            seconds = self._take(session, account)
+            seconds = self._reserve(session, account)
         if seconds > self._patience_seconds:
-            raise TooManyReads("more reads are due than the account may be asked for", after=seconds)
+            raise TooManyReads("the account's rate limit of reads is exhausted", after=seconds)
         if seconds > 0:
             time.sleep(seconds)
 
-    def _take(self, session: Session, account: str) -> float:
-        """Seconds until the next free moment, which is taken unless it lies too far ahead."""
+    def _reserve(self, session: Session, account: str) -> float:
+        """Seconds until the next free moment, which is reserved unless it is too far ahead."""
         row = self._lock(session, account)
         now = session.execute(select(db_now())).scalar_one()
         start = max(row.next_free_at, now)
@@ -66,8 +65,6 @@ class ReadRateLimit:
         statement = select(ProviderRate).where(ProviderRate.account == account).with_for_update()
         row = session.exec(statement).one_or_none()
         if row is None:
-            dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-            first = dialect.insert(ProviderRate).values(account=account, next_free_at=db_now()).on_conflict_do_nothing()
-            session.execute(first)
+            insert_or_ignore(session, ProviderRate, {"account": account, "next_free_at": db_now()})
             row = session.exec(statement).one()
         return row

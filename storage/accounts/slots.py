@@ -1,12 +1,12 @@
-"""How many pictures a provider's account may have in work at once, and whose turn it is.
+"""Slots: how many pictures a provider's account may have in work at once, and which queued task is next.
 
     waits (queued_at set, slots < 0, not due) ──admit──▶ holds (slots > 0, due) ──terminal, refused, silent──▶ slots 0
                     ▲                                            │
                     └──────── refused for want of slots ◀────────┘
 
-Slots are taken under the lock of the account's row alone, so what is held never passes the limit; they are given back
-under the task's. One order of locks: the account before any task. Whoever holds a task never waits for the account,
-and who holds the account passes over tasks that others hold.
+Slots are taken under the lock of the account's row, so the slots held never exceed the limit. They are given back under
+the task's lock. The account is always locked before any task: a transaction that holds a task never waits for the
+account, and one that holds the account skips locked tasks.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage import states
 from storage.rows import claims
-from storage.rows.database import Database, db_now, db_now_once
+from storage.rows.database import Database, db_now, db_now_once, insert_or_ignore, run
 from storage.rows.held_slots import SILENT, give_back
 from storage.rows.models import Account, Task
 from storage.states import Step
 
 log = structlog.get_logger()
 
-# So many tasks of each queue are looked at, and so many silent ones freed, in one transaction.
-AT_ONCE = 50
-# Where slots are free but too few for whose turn it is, or that one backs off, the queue is not read at every commit.
-IN_VAIN_SECONDS = 1.0
-# DESIGN: the provider refused for want of slots; a minute without that is a reason to try one more.
+# Tasks per queue that one transaction considers, and silent tasks whose slots it frees.
+BATCH = 50
+# If the next task needs more slots than are free, or backs off, the queue is not read again for this time, unless the
+# number of held slots or the limit changes.
+RECHECK_SECONDS = 1.0
+# After a refusal for lack of slots the limit grows by one slot in this time.
 RAISE_SECONDS = 60.0
-# The provider's tail reaches over an hour (KLING §7); nothing heard for a day is nothing that goes on.
+# The slowest pictures take over an hour (KLING §7). After a day without news a task is taken to have ended.
 SILENT_SECONDS = 86_400.0
 
 
 class Waiting(NamedTuple):
-    """A task in a queue. `queue`: its batch, None for those outside of batches. `ready`: may be sent by now."""
+    """A queued task. `queue`: its batch, None outside of batches. `ready`: its backoff is over."""
 
     id: uuid.UUID
     queue: uuid.UUID | None
@@ -52,11 +52,11 @@ class Waiting(NamedTuple):
 
 
 def choose(waiting: Sequence[Waiting], held: Mapping[uuid.UUID | None, int], limit: int | None) -> list[uuid.UUID]:
-    """Whose turn it is: always the queue that holds fewest slots, oldest first on a tie, its tasks in their order.
+    """Choose the tasks to admit: next is always the queue that holds the fewest slots, on a tie the oldest.
 
-    `waiting`: oldest first. `held`: slots by queue. `limit` None: all are free. Nobody overtakes the one whose turn
-    it is, so a large task does not starve; one that is larger than the limit goes when nothing else is held. A queue
-    whose first task is not ready waits for it: after a refusal the whole queue backs off.
+    `waiting`: oldest first. `held`: slots by queue. `limit` None: no limit. No task overtakes the next one, so a large
+    task does not starve. A task larger than the limit is admitted when no slot is held. A queue whose first task is
+    not ready is skipped, so a refusal makes its whole queue back off.
     """
     queues: dict[uuid.UUID | None, deque[Waiting]] = defaultdict(deque)
     for task in waiting:
@@ -74,37 +74,35 @@ def choose(waiting: Sequence[Waiting], held: Mapping[uuid.UUID | None, int], lim
 
 
 def limit_at(setting: int, lowered: int | None, changed_at: datetime, now: datetime) -> int:
-    """The limit by now: what a refusal lowered it to, plus one for every minute since, up to the setting."""
+    """The current limit: the one that a refusal set, plus one for every minute since, at most the setting."""
     if lowered is None:
         return setting
     return min(setting, lowered + int((now - changed_at).total_seconds() // RAISE_SECONDS))
 
 
 class Slots:
-    """The slots of one provider's account. `setting`: how many there are; None = no limit of our own, no locks.
-
-    Safe to share between threads.
-    """
+    """The slots of one provider's account. `setting`: their number; None = no limit and no locks. Thread-safe."""
 
     def __init__(self, provider: str, setting: int | None = None) -> None:
         self.provider = provider
         self.setting = setting
-        self._in_vain: tuple[int, int | None] | None = None  # slots held and limit when nobody was next, and
-        self._in_vain_until = 0.0  # how long (monotonic) that is taken to be so
+        # Slots held and limit when no task could be admitted, and until when (monotonic) that counts.
+        self._none_admitted_at: tuple[int, int | None] | None = None
+        self._none_admitted_until = 0.0
 
     def is_any_next(self, session: Session) -> bool:
-        """Whether `admit` may find something: a cheap read, so that nobody takes a lock for nothing."""
+        """Whether `admit` may find a task. A cheap read without locks."""
         if not self._is_any_queued(session):
             return False
         held, limit = sum(self.held(session).values()), self.limit(session)
-        was_in_vain = self._in_vain == (held, limit) and time.monotonic() < self._in_vain_until
-        return (limit is None or held < limit) and not was_in_vain
+        is_known = self._none_admitted_at == (held, limit) and time.monotonic() < self._none_admitted_until
+        return (limit is None or held < limit) and not is_known
 
     def reserve(self, session: Session, wanted: int) -> bool:
-        """Whether a new task outside of batches may hold `wanted` slots from this transaction on.
+        """Whether a new task outside of batches may hold `wanted` slots at once: True if it would be admitted next.
 
-        True only when it is its turn. Locks the account until the transaction ends: the caller, who holds no task
-        yet, writes the row either way.
+        Locks the account until the transaction ends, in which the caller writes the task's row. The caller holds no
+        task yet.
         """
         if self.setting is None:
             return True
@@ -113,26 +111,27 @@ class Slots:
         return mine.id in choose([*self._heads(session), mine], self.held(session), limit)
 
     def admit(self, session: Session, at_most: int) -> int:
-        """Make queued tasks due whose turn it is, as many as there are slots for, and `at_most`. Returns how many."""
+        """Make the next queued tasks due, as far as slots are free, `at_most` so many. Returns how many."""
         if not self._is_any_queued(session):
             return 0
         limit = None if self.setting is None else self._lock(session, self.setting)
         held = self.held(session)
         chosen = [] if limit and sum(held.values()) >= limit else choose(self._heads(session), held, limit)[:at_most]
         if not chosen:
-            self._in_vain, self._in_vain_until = (sum(held.values()), limit), time.monotonic() + IN_VAIN_SECONDS
+            self._none_admitted_at = sum(held.values()), limit
+            self._none_admitted_until = time.monotonic() + RECHECK_SECONDS
             return 0
-        # Their rows may be changed by others meanwhile (dismissed, reported of): those are passed over.
+        # Another transaction may be changing some of them (dismiss, a report); those are skipped.
         free = select(col(Task.id)).where(col(Task.id).in_(chosen), *self._queued()).with_for_update(skip_locked=True)
         admitted = update(Task).where(col(Task.id).in_(list(session.scalars(free))))
         admitted = admitted.values(slots=-col(Task.slots), queued_at=None, **claims.due())
-        result: Any = session.execute(admitted.execution_options(synchronize_session=False))
-        return int(result.rowcount)
+        return run(session, admitted).rowcount
 
     def refused(self, session: Session, slots: int) -> int:
-        """The provider had no room for a task of `slots`: lower the limit below what was held. Returns the new one.
+        """Lower the limit after the provider had no room for a task of `slots`. Returns the new limit.
 
-        Locks the account until the transaction ends, so it comes before any task. The caller puts the task back.
+        Locks the account until the transaction ends, so call it before locking a task. The caller then queues
+        the task again.
         """
         if self.setting is None:
             return 0
@@ -143,20 +142,20 @@ class Slots:
         return lowered
 
     def held(self, session: Session) -> dict[uuid.UUID | None, int]:
-        """Slots held now, by batch; None: by the tasks outside of batches."""
+        """Slots held now, by batch; under None those of tasks outside of batches."""
         holding = (col(Task.provider) == self.provider, col(Task.slots) > 0)
         found = select(col(Task.batch_id), func.sum(col(Task.slots))).where(*holding).group_by(col(Task.batch_id))
         return {batch_id: int(slots) for batch_id, slots in session.execute(found)}
 
     def limit(self, session: Session) -> int | None:
-        """How many may be held now; None = no limit of our own. Locks nothing."""
+        """The current limit, None = no limit. Takes no lock."""
         if self.setting is None:
             return None
         account = session.get(Account, self.provider, populate_existing=True)
         return self._limit(session, account, self.setting) if account else self.setting
 
     def count_queued(self, session: Session) -> int:
-        """How many tasks wait for their turn."""
+        """How many tasks are queued."""
         return int(session.execute(select(func.count()).where(*self._queued())).scalar_one())
 
     def _is_any_queued(self, session: Session) -> bool:
@@ -166,25 +165,23 @@ class Slots:
         return col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
 
     def _heads(self, session: Session) -> list[Waiting]:
-        """The first tasks of every queue, oldest first. Reads the whole queue once, without its requests."""
+        """The first `BATCH` tasks of every queue, oldest first. Reads all queued rows, without their requests."""
         order = (col(Task.created_at), col(Task.batch_line), col(Task.id))
         place = func.row_number().over(partition_by=col(Task.batch_id), order_by=order).label("place")
         columns: Any = (Task.id, Task.batch_id, Task.slots, Task.queued_at, Task.created_at, Task.batch_line)
         queued = select(*columns, place).where(*self._queued()).subquery()
         mine = queued.c
         ready = (mine.queued_at <= db_now_once()).label("ready")
-        heads = select(mine.id, mine.batch_id, -mine.slots, ready).where(mine.place <= AT_ONCE)
+        heads = select(mine.id, mine.batch_id, -mine.slots, ready).where(mine.place <= BATCH)
         return [Waiting(*row) for row in session.execute(heads.order_by(mine.created_at, mine.batch_line))]
 
     def _lock(self, session: Session, setting: int) -> int:
-        """The limit, with the account's row locked."""
+        """Lock the account's row. Returns the current limit."""
         statement = select(Account).where(col(Account.provider) == self.provider).with_for_update()
         statement = statement.execution_options(populate_existing=True)
         account = session.scalars(statement).one_or_none()
         if account is None:
-            dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-            first = dialect.insert(Account).values(provider=self.provider, changed_at=db_now())
-            session.execute(first.on_conflict_do_nothing())
+            insert_or_ignore(session, Account, {"provider": self.provider, "changed_at": db_now()})
             account = session.scalars(statement).one()
         return self._limit(session, account, setting)
 
@@ -194,7 +191,7 @@ class Slots:
 
 
 def wait(task: Task, since: datetime) -> datetime:
-    """Put the task, new or locked, into its queue: nobody works on it until it is admitted. Returns `since`."""
+    """Queue a new or locked task: it is not due until it is admitted. Returns `since`."""
     task.queued_at, task.slots = since, -abs(task.slots)
     task.sent_at = None
     claims.rest(task)
@@ -202,11 +199,11 @@ def wait(task: Task, since: datetime) -> datetime:
 
 
 def give_back_silent(database: Database) -> int:
-    """Free the slots of accepted tasks of which nothing was heard for 24 h since they were sent. Returns how many.
+    """Free the slots of accepted tasks without a callback for 24 h. Returns how many.
 
-    Reads that bring no end are not heard of: a task that stays in work that long is not worked on. Its row goes on
-    being read, and its note says so until it ends or the provider calls back. A task whose create is in doubt keeps its
-    slots: it may be sent again.
+    A read that finds the task still in work does not count: after a day the provider is not working on it. The row
+    keeps being read, and its note says so until the task ends or the provider calls back. A task whose create is not
+    settled keeps its slots, because it may be sent again.
     """
     heard_at = func.coalesce(Task.called_back_at, Task.sent_at, Task.created_at)
     silent = select(Task).where(
@@ -219,7 +216,7 @@ def give_back_silent(database: Database) -> int:
         if session.scalars(silent.limit(1)).first() is None:
             return 0
     with database.write() as session:
-        rows = list(session.scalars(silent.limit(AT_ONCE).with_for_update(skip_locked=True)))
+        rows = list(session.scalars(silent.limit(BATCH).with_for_update(skip_locked=True)))
         for task in rows:
             give_back(task)
             task.note = SILENT

@@ -1,12 +1,11 @@
-"""Rows against objects, both ways: what is missing, what nobody knows, what is not what it was.
+"""Audit: compares rows with objects in both directions, for missing, unknown and changed objects.
 
-A row says which bytes lie under which key; the store's listing says what is there. Sizes come with the listing, each
-task's manifest is read; `deep` reads the files themselves and hashes them. Nothing is changed here, see `repair`.
+A row names the key, size and hash of an object; the store's listing names keys and sizes. Each task's current manifest
+is read. With `deep` the files are read and hashed. Nothing is changed here; `repair` does that.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
 import time
@@ -21,7 +20,16 @@ from typing import Any
 from sqlmodel import col, func, select
 
 from storage.archive import manifest
-from storage.archive.folders import Folder, Objects, Rows, external_id_of, in_batches, look_again, manifest_number, walk
+from storage.archive.folders import (
+    Folder,
+    Objects,
+    Rows,
+    current_folder,
+    external_id_of,
+    in_batches,
+    manifest_number,
+    walk,
+)
 from storage.bucket.bucket import Bucket, NoSuchObject
 from storage.keys import manifest_name
 from storage.rows.database import Database
@@ -29,14 +37,14 @@ from storage.rows.models import Asset, Task
 from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState
 
-# So many folders are looked at between two checkpoints: a few seconds of work, more when files are hashed.
+# Folders between two checkpoints: a few seconds of work, more when files are hashed.
 BATCH_FOLDERS = 64
 THREADS = 4
 ENDED = (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
 
 
 class FindingKind(StrEnum):
-    """What may be found. All but the last are faults."""
+    """Kinds of findings. All but SUPERSEDED are faults."""
 
     MISSING = "missing"
     SIZE = "size_differs"
@@ -44,13 +52,13 @@ class FindingKind(StrEnum):
     ORPHANED = "orphaned"
     MANIFEST_MISSING = "manifest_missing"
     MANIFEST_DIFFERS = "manifest_differs"
-    UNREADABLE = "unreadable"  # the store lists it and gives errors when it is read; see `rolling`
-    SUPERSEDED = "superseded"  # an earlier download that had other bytes: known, kept, no fault
+    UNREADABLE = "unreadable"  # listed, but reading it fails; found by `continuous_audit` only
+    SUPERSEDED = "superseded"  # an earlier download with other bytes; kept on purpose
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found. `task`: external id, None for a stranger's object. `repair`: what was done about it."""
+    """One difference. `task`: external id, None for an object of no task. `repair`: the result of a repair."""
 
     kind: FindingKind
     key: str
@@ -69,7 +77,7 @@ class Finding:
 
 @dataclass
 class Counts:
-    """What was looked at, and how much of each kind was found."""
+    """How much was examined, and the number of findings by kind."""
 
     folders: int = 0
     objects: int = 0
@@ -98,7 +106,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step of an audit. `after`: the last folder looked at, where another run may go on."""
+    """One step of an audit. `after`: the last folder examined, from which another run continues."""
 
     after: str
     counts: Counts
@@ -106,7 +114,7 @@ class Batch:
 
 
 class Throttle:
-    """Lets at most so many bytes pass in a second, for all threads together; None = as many as come."""
+    """Rate limit in bytes per second for all threads together; None = no limit."""
 
     def __init__(self, bytes_per_second: float | None) -> None:
         self._rate = bytes_per_second
@@ -114,7 +122,7 @@ class Throttle:
         self._lock = threading.Lock()
 
     def take(self, count: int) -> None:
-        """Wait until these bytes may have come."""
+        """Count bytes that were read and sleep until the rate allows them."""
         if self._rate is None:
             return
         with self._lock:
@@ -125,10 +133,10 @@ class Throttle:
 
 
 class Audit:
-    """One audit. Memory is bounded by a page of rows and one of the listing, whatever there is.
+    """One audit. Memory is bounded by one page of rows and one page of the listing.
 
-    `deep`: read and hash the files too; `sample`: only so many of them, chosen at random. Work that goes on beside it
-    is no fault: each difference is looked at again, with rows and objects of the same moment, before it is reported.
+    `deep`: also read and hash the files. `sample`: only so many of them, chosen at random. Tasks may be archived
+    meanwhile: before a difference is reported, the folder's rows and objects are read again.
     """
 
     def __init__(
@@ -147,9 +155,9 @@ class Audit:
         self._throttle = Throttle(max_bytes_per_second)
 
     def run(self, after: str = "", hashed: int = 0) -> Iterator[Batch]:
-        """Look at every folder behind `after`. `hashed`: how many files an earlier part of this audit hashed.
+        """Audit every folder that sorts after `after`. `hashed`: files that an earlier part of this audit hashed.
 
-        Raises `StoreUnavailable`; what was yielded before that stands, and `after` of the last batch goes on.
+        Raises `StoreUnavailable`. A later run continues from `after` of the last batch.
         """
         chooser = _Chooser(self._sample, hashed, self.count_assets(after)) if self._deep else None
         with ThreadPoolExecutor(THREADS, thread_name_prefix="audit") as threads:
@@ -162,31 +170,31 @@ class Audit:
                 yield Batch(folders[-1].name, counts, findings)
 
     def count_assets(self, after: str = "") -> int:
-        """How many archived files there are behind `after`."""
+        """How many archived files have keys after `after`."""
         archived = select(func.count()).select_from(Asset).where(Asset.state == AssetState.ARCHIVED)
         with self._database.read() as session:
             return session.exec(archived.where(col(Asset.key) > after)).one()
 
-    def look_at(self, name: str) -> tuple[Counts, list[Finding]]:
-        """Look at one folder alone; with `deep` at all of its files. Raises `StoreUnavailable`.
+    def check_folder(self, name: str) -> tuple[Counts, list[Finding]]:
+        """Audit one folder, with `deep` all of its files. Raises `StoreUnavailable`.
 
-        A file that hashed otherwise, or was gone when it was to be read, is read a second time before that is said:
-        somebody may have repaired or deleted it meanwhile.
+        A file with another hash, or one that is missing, is read a second time before it is reported, because it may
+        have been repaired or deleted meanwhile.
         """
-        folder = look_again(self._database, self._bucket, name)
+        folder = current_folder(self._database, self._bucket, name)
         counts, found = self._check(folder, _chosen(folder, _Chooser(None, 0, 0) if self._deep else None))
         doubted = frozenset(finding.asset_id for finding in found if finding.is_fault and finding.asset_id)
         if doubted:
-            _, found = self._check(look_again(self._database, self._bucket, name), doubted)
+            _, found = self._check(current_folder(self._database, self._bucket, name), doubted)
             counts.found = Counter(finding.kind.value for finding in found)
         return counts, found
 
     def _check(self, folder: Folder, chosen: frozenset[uuid.UUID]) -> tuple[Counts, list[Finding]]:
         found = self._judge(folder)
         if not folder.rows or any(finding.is_fault for finding in found):
-            seen_rows = bool(folder.rows)
-            folder = look_again(self._database, self._bucket, folder.name)
-            if folder.rows and not seen_rows:  # it comes, or came, from its rows' side too
+            had_rows = bool(folder.rows)
+            folder = current_folder(self._database, self._bucket, folder.name)
+            if folder.rows and not had_rows:  # `walk` yields this folder a second time, with its rows
                 return Counts(), []
             found = self._judge(folder)
         counts = Counts(folders=1, objects=len(folder.objects), assets=len(folder.rows.assets))
@@ -208,8 +216,8 @@ class Audit:
     def _read_manifest(self, task: Task, assets: list[Asset]) -> list[Finding]:
         key = str(task.manifest_key)
         try:
-            told = manifest.read(self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
-            detail = disagreement(task, assets, told)
+            members = manifest.read(self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
+            detail = disagreement(task, assets, members)
         except NoSuchObject:
             return [Finding(FindingKind.MANIFEST_MISSING, key, task.external_task_id, "there is no such object")]
         except ValueError as error:
@@ -217,24 +225,26 @@ class Audit:
         return [Finding(FindingKind.MANIFEST_DIFFERS, key, task.external_task_id, detail)] if detail else []
 
     def _hash(self, rows: Rows, asset: Asset, counts: Counts) -> list[Finding]:
-        key, digest = str(asset.key), hashlib.sha256()
+        key = str(asset.key)
         task = rows.task.external_task_id if rows.task else external_id_of(key)
+
+        def count(chunk: bytes) -> None:
+            counts.hashed_bytes += len(chunk)
+            self._throttle.take(len(chunk))
+
         try:
-            for chunk in self._bucket.read(key):
-                digest.update(chunk)
-                counts.hashed_bytes += len(chunk)
-                self._throttle.take(len(chunk))
+            sha256 = self._bucket.sha256(key, count)
         except NoSuchObject:
             return [Finding(FindingKind.MISSING, key, task, "there is no such object", asset.id)]
         counts.hashed += 1
-        if digest.hexdigest() == asset.sha256:
+        if sha256 == asset.sha256:
             return []
-        detail = f"its bytes hash to {digest.hexdigest()}, the row says {asset.sha256}"
+        detail = f"its bytes hash to {sha256}, the row says {asset.sha256}"
         return [Finding(FindingKind.CHECKSUM, key, task, detail, asset.id)]
 
 
 def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
-    """What differs between the rows and the listing of one folder. Pure: rows and listing of the same moment."""
+    """The differences between the rows and the listing of one folder. Pure; both must be of the same moment."""
     name = rows.task.external_task_id if rows.task else external_id_of(folder)
     known = set()
     for asset in rows.assets:
@@ -263,16 +273,16 @@ def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
     finishing = rows.task is not None and rows.task.archive not in ENDED
     for key in objects:
         if key not in known and not (finishing and manifest_number(key)):
-            yield Finding(FindingKind.ORPHANED, key, name if rows else None, "no row knows it")
+            yield Finding(FindingKind.ORPHANED, key, name if rows else None, "no row names it")
 
 
-def disagreement(task: Task, assets: list[Asset], told: dict[str, Any]) -> str | None:
-    """Where a manifest says other things than the rows of an ended archive; None = nowhere."""
-    if told["digest"] != task.manifest_digest:
-        return f"its digest is {told['digest']}, the row says {task.manifest_digest}"
-    if told.get("task", {}).get("id") != str(task.id):
+def disagreement(task: Task, assets: list[Asset], members: dict[str, Any]) -> str | None:
+    """How a manifest differs from the rows of an ended archive; None = not at all."""
+    if members["digest"] != task.manifest_digest:
+        return f"its digest is {members['digest']}, the row says {task.manifest_digest}"
+    if members.get("task", {}).get("id") != str(task.id):
         return "it is another task's"
-    files = {each["id"]: (each["key"], each["sha256"], each["size"]) for each in told["assets"] if each["key"]}
+    files = {each["id"]: (each["key"], each["sha256"], each["size"]) for each in members["assets"] if each["key"]}
     rows = {str(asset.id): (asset.key, asset.sha256, asset.size) for asset in assets}
     if files != rows:
         return "it names other files than the rows"
@@ -280,14 +290,14 @@ def disagreement(task: Task, assets: list[Asset], told: dict[str, Any]) -> str |
 
 
 def _numbered(last: str) -> list[str]:
-    """The keys of all manifests up to this one."""
+    """The keys of all manifests up to `last`."""
     folder = last.rpartition("/")[0]
     names = (manifest_name(number) for number in range(1, (manifest_number(last) or 1) + 1))
     return [f"{folder}/{name}" for name in names]
 
 
 class _Chooser:
-    """Chooses exactly `sample` of `total` files, each as likely as any other, in one pass (Knuth's algorithm S)."""
+    """Chooses exactly `sample` of `total` files with equal probability in one pass (Knuth's algorithm S)."""
 
     def __init__(self, sample: int | None, hashed: int, total: int) -> None:
         self._needed = None if sample is None else max(sample - hashed, 0)

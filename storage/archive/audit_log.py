@@ -1,7 +1,7 @@
-"""A long audit's own file: what was found so far and where to go on, a line of JSON each, appended.
+"""The file of a long audit: findings and checkpoints, one line of JSON each, appended.
 
-{"finding": {…}}   one thing found
-{"after": "…", "counts": {…}}   all findings before this line are whole; behind that folder the audit goes on
+{"finding": {…}}   one finding
+{"after": "…", "counts": {…}}   a checkpoint: the findings above are complete, the audit continues after that folder
 {"ended": true}
 """
 
@@ -18,9 +18,9 @@ from storage.archive.audit import Batch, Counts, Finding, FindingKind
 
 
 class AuditLog:
-    """One audit in one file; one that had ended, or is no such file's beginning, starts again.
+    """One audit in one file. An audit that had ended starts again, as does a file without a checkpoint.
 
-    A crash leaves whole lines and perhaps half a one: what stands behind the last checkpoint is cut off.
+    A crash may leave findings and half a line after the last checkpoint; they are cut off.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,7 +46,7 @@ class AuditLog:
         return end
 
     def findings(self) -> Iterator[Finding]:
-        """What earlier parts of this audit found."""
+        """The findings of earlier parts of this audit."""
         with self._path.open("rb") as file:
             for line in iter(file.readline, b""):
                 if found := _entry(line).get("finding"):
@@ -54,7 +54,7 @@ class AuditLog:
                     yield Finding(**{**found, "kind": FindingKind(found["kind"]), "asset_id": asset_id})
 
     def add(self, batch: Batch) -> None:
-        """Keep one batch; it is on disk when this returns."""
+        """Append one batch. It is on disk when this returns."""
         self.after = batch.after
         self.counts.add(batch.counts)
         entries: list[dict[str, Any]] = [{"finding": finding.as_json()} for finding in batch.findings]

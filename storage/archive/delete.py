@@ -1,8 +1,8 @@
-"""A task's objects taken away for good, its words and addresses blanked; a tombstone row stays.
+"""Deletes a task's objects for good and blanks its request and URLs. A tombstone row stays.
 
-    tombstone (nothing that is reported counts any more) ─▶ objects ─▶ rows blanked
+    set tombstone (later reports are ignored) ─▶ remove objects ─▶ blank rows
 
-Whatever dies half-way, deleting again goes on.
+After a crash a repeated delete finishes the rest.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ NOTE = "deleted"
 
 
 class Refused(UserError):
-    """It may not be deleted; the message says why and what to do."""
+    """The task may not be deleted. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Deleted:
-    """`objects`: how many versions of objects were removed. `again`: it had been deleted before."""
+    """`objects`: removed versions of objects. `again`: the task had been deleted before."""
 
     objects: int
     again: bool
 
 
 def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted:
-    """Delete one task that is over: its files, superseded ones and manifests included, all versions of them.
+    """Delete one task that is over: all versions of its files, superseded files and manifests.
 
-    Raises `NoSuchTask`, `Refused` for one that goes on or whose objects are locked (then
-    nothing is changed), `StoreUnavailable`, `DatabaseUnavailable`.
+    Raises `NoSuchTask`, `StoreUnavailable`, `DatabaseUnavailable`, and `Refused` for a task that is not over or whose
+    objects are locked; then nothing is changed.
     """
     task, folders = folders_of_task(database, bucket, external_task_id)
     _refuse_locked(bucket, folders)
@@ -53,7 +53,7 @@ def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted
 
 
 def folders_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
-    """The task, and the folders that its objects may lie in. Raises `NoSuchTask`."""
+    """The task and the folders that may hold its objects. Raises `NoSuchTask`."""
     with database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
         if task is None:
@@ -68,16 +68,13 @@ def _refuse_locked(bucket: Bucket, folders: set[str]) -> None:
     for folder in folders:
         for each in bucket.list(folder):
             if until := bucket.locked_until(each.key):
-                raise Refused(f"{each.key} is under Object Lock until {_words(until)}; nothing was deleted")
-
-
-def _words(until: datetime) -> str:
-    forever = datetime.max.replace(tzinfo=until.tzinfo)
-    return "its legal hold ends" if until == forever else f"{until:%Y-%m-%d %H:%M} UTC"
+                forever = datetime.max.replace(tzinfo=until.tzinfo)
+                end = "its legal hold ends" if until == forever else f"{until:%Y-%m-%d %H:%M} UTC"
+                raise Refused(f"{each.key} is under Object Lock until {end}; nothing was deleted")
 
 
 def _set_tombstone(database: Database, task: Task) -> None:
-    """Set the tombstone. From here on no report brings anything back."""
+    """Set `deleted_at`. From then on reports change nothing."""
     with database.write() as session:
         row = tasks.lock(session, task.id)
         assert row is not None  # task rows are never removed
@@ -89,7 +86,7 @@ def _set_tombstone(database: Database, task: Task) -> None:
 
 
 def _blank(database: Database, task: Task) -> None:
-    """What is left says which task it was, when, and how it ended."""
+    """Keep only the task's ids, times and states."""
     with database.write() as session:
         row = tasks.lock(session, task.id)
         assert row is not None

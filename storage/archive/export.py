@@ -1,4 +1,4 @@
-"""Archived files and their manifests from the bucket into a folder, each hash verified on the way."""
+"""Exports archived files and their manifests from the bucket into a local folder and verifies each hash."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ from storage.states import AssetState
 PAGE_ROWS = 500
 BATCH_TASKS = 32
 THREADS = 8
-READ_BYTES = 2**20
 
 
 @dataclass
 class Exported:
-    """What came of one task. `faults`: key and reason of everything that is not in the folder now."""
+    """The result for one task. `faults`: key and reason of every file that is not in the folder now."""
 
     task: str
     files: int = 0
@@ -40,10 +39,10 @@ class Exported:
 
 
 class Export:
-    """One export into `folder`, laid out as the bucket is, without its prefix.
+    """One export into `folder`, in the layout of the bucket without its prefix.
 
-    A file appears there whole and verified or not at all; one that is there already with the right hash is kept, so
-    that an export that was cut off goes on.
+    A file appears whole and verified or not at all. An existing file with the right hash is kept, so an interrupted
+    export can be repeated.
     """
 
     def __init__(self, database: Database, bucket: Bucket, folder: Path) -> None:
@@ -63,36 +62,36 @@ class Export:
             assets = tasks.assets_of(session, task.id)
         for asset in assets:
             if asset.state is AssetState.ARCHIVED:
-                self._note(exported, str(asset.key), self._file(asset))
+                self._count(exported, str(asset.key), self._export_file(asset))
         if task.manifest_key:
             folder = task.manifest_key.rpartition("/")[0]
             for number in range(1, task.manifests + 1):
                 key = f"{folder}/{manifest_name(number)}"
                 digest = task.manifest_digest if key == task.manifest_key else None
-                self._note(exported, key, self._manifest(key, digest))
+                self._count(exported, key, self._export_manifest(key, digest))
         return exported
 
-    def _note(self, exported: Exported, key: str, outcome: int | str) -> None:
+    def _count(self, exported: Exported, key: str, outcome: int | str) -> None:
         if isinstance(outcome, str):
             exported.faults.append((key, outcome))
         else:
             exported.files += 1
             exported.bytes += outcome
 
-    def _file(self, asset: Asset) -> int | str:
-        """The size of what lies in the folder now, or why it does not."""
+    def _export_file(self, asset: Asset) -> int | str:
+        """The size of the exported file, or why it was not exported."""
         target = self.path_of(str(asset.key))
-        if target.exists() and _hash(target) == asset.sha256:
-            return target.stat().st_size
-        part, digest, size = _part(target), hashlib.sha256(), 0
+        if target.exists():
+            with target.open("rb") as existing:
+                if hashlib.file_digest(existing, "sha256").hexdigest() == asset.sha256:
+                    return target.stat().st_size
+        part = _part(target)
         try:
             with part.open("wb") as file:
-                for chunk in self._bucket.read(str(asset.key)):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-            if digest.hexdigest() != asset.sha256:
-                return f"corrupted: its bytes hash to {digest.hexdigest()}, the row says {asset.sha256}"
+                sha256 = self._bucket.sha256(str(asset.key), file.write)
+                size = file.tell()
+            if sha256 != asset.sha256:
+                return f"corrupted: its bytes hash to {sha256}, the row says {asset.sha256}"
             part.replace(target)
         except NoSuchObject:
             return "missing: there is no such object"
@@ -100,8 +99,8 @@ class Export:
             part.unlink(missing_ok=True)
         return size
 
-    def _manifest(self, key: str, digest: str | None) -> int | str:
-        """As `_file`. `digest`: what the row says, None for an earlier one, which speaks for itself."""
+    def _export_manifest(self, key: str, digest: str | None) -> int | str:
+        """As `_export_file`. `digest`: from the row, None for an earlier manifest, which is checked by its own."""
         try:
             content = self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES)
             found = manifest.read(content)["digest"]
@@ -118,7 +117,7 @@ class Export:
         return len(content)
 
     def path_of(self, key: str) -> Path:
-        """Where an object of ours comes to lie. Raises ValueError for a key that would lead out of the folder."""
+        """The local path of an object. Raises ValueError for a key that leads out of the folder."""
         match = FOLDER.match(key)
         if match is None:
             raise ValueError(f"{key} is in no task's folder")
@@ -129,7 +128,7 @@ class Export:
 
 
 def tasks_between(database: Database, since: datetime | None, until: datetime | None) -> Iterator[Task]:
-    """Tasks with something archived that were created from `since` on and before `until`, oldest first, in pages."""
+    """Tasks with an archive that were created from `since` to before `until`, oldest first, read in pages."""
     wanted: list[Any] = [Task.archive != "none"]
     wanted += [col(Task.created_at) >= since] if since else []
     wanted += [col(Task.created_at) < until] if until else []
@@ -148,11 +147,3 @@ def tasks_between(database: Database, since: datetime | None, until: datetime | 
 def _part(target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.name}.{os.getpid()}.part")
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,8 +1,8 @@
-"""What belongs to one task, seen from both sides: its rows, and the objects in its folder.
+"""Pairs each task's rows with the objects in its folder.
 
-Rows come in pages by key, objects in the store's listing; both are cut into folders and walked side by side, so that
-a million tasks take no more memory than one page. Each page is a moment of its own: whoever finds a difference looks
-again at that one folder before saying so.
+Rows are read in pages sorted by key and objects in the store's listing. Both are grouped by folder and merged, so a
+million tasks need the memory of one page. The pages are of different moments: before a caller reports a difference, it
+reads the folder again with `current_folder`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import heapq
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -22,13 +22,13 @@ from storage.rows import tasks
 from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 
-# Rows and listings come in pages of a thousand: S3's own limit, and some 2 MB of rows.
+# S3's limit for a page of a listing. A page of rows takes about 2 MB.
 PAGE_ROWS = 1_000
 FOLDER = re.compile(r"(?:.*?/)?\d{4}/\d\d/\d\d/([^/]+)/", re.DOTALL)
 FILE = re.compile(FOLDER.pattern + r"[a-z]+-\d+-[0-9a-f]{12}\.[a-z0-9]+", re.DOTALL)
 MANIFEST = re.compile(r"manifest(?:\.([2-9]|[1-9][0-9]{1,3}))?\.json")
 
-# Uploading the largest file takes hours on a slow line; what began a day ago has no owner.
+# The largest file takes hours on a slow line. An upload that began a day ago belongs to a crashed process.
 ORPHAN_AFTER_SECONDS = 86_400.0
 
 Item = TypeVar("Item")
@@ -37,7 +37,7 @@ Objects = Mapping[str, Listed]
 
 @dataclass
 class Rows:
-    """The rows of one folder: those of its task that name a key in it."""
+    """The rows of one task that name a key in the folder."""
 
     task: Task | None = None
     assets: list[Asset] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Folder:
-    """One folder as two pages showed it; a side that showed nothing is empty."""
+    """One folder, from two pages. Either side may be empty."""
 
     name: str
     rows: Rows
@@ -56,13 +56,13 @@ class Folder:
 
 
 def folder_of(key: str) -> str:
-    """The task's folder that `key` lies in, at any depth; a key outside of all such folders is its own."""
+    """The task folder that contains `key`, at any depth; the key itself if there is none."""
     match = FOLDER.match(key)
     return match[0] if match else key
 
 
 def external_id_of(folder: str) -> str | None:
-    """The external id that a folder's name says; None when it is no task's folder."""
+    """The external id in a folder's name; None if it is no task's folder."""
     match = FOLDER.fullmatch(folder)
     return unquote(match[1]) if match else None
 
@@ -74,19 +74,19 @@ def manifest_number(key: str) -> int | None:
 
 
 def sweep_uploads(bucket: Bucket, *, older_than_seconds: float = ORPHAN_AFTER_SECONDS) -> int:
-    """Abort what crashes left of our multipart uploads: nobody sees them, and most stores bill them.
+    """Abort old multipart uploads of crashed processes, which no listing shows and most stores bill. Returns how many.
 
-    Only keys under our prefix that look like ours: others may share the bucket. Who takes over a row aborts its upload
-    at once (see `Archiver`); this finds the rest. Returns how many there were.
+    Only keys in our layout under our prefix, because others may share the bucket. A worker that takes over a row
+    aborts its upload at once (see `Archiver`); this finds the rest.
     """
     return bucket.abort_uploads(bucket.prefix, older_than_seconds=older_than_seconds, only=FILE.fullmatch)
 
 
 def walk(database: Database, bucket: Bucket, after: str = "") -> Iterator[Folder]:
-    """Every folder behind `after` that has rows or objects.
+    """Every folder after `after` that has rows or objects.
 
-    A store that lists in another order than by bytes (SeaweedFS lists `a/` before `a-b/`) makes a folder come
-    twice, once from each side.
+    If the store does not list in the order of bytes (SeaweedFS lists `a/` before `a-b/`), a folder may come twice, once
+    with its rows and once with its objects.
     """
     of_rows, of_objects = row_folders(database, after), object_folders(bucket, after)
     row, listed = next(of_rows, None), next(of_objects, None)
@@ -104,7 +104,9 @@ def walk(database: Database, bucket: Bucket, after: str = "") -> Iterator[Folder
 def row_folders(database: Database, after: str) -> Iterator[tuple[str, Rows]]:
     """The rows that name a key, by folder, in the order of their keys' bytes."""
     keyed = heapq.merge(
-        _pages(database, Asset, Asset.key, after), _pages(database, Task, Task.manifest_key, after), key=_first
+        _pages(database, Asset, Asset.key, after),
+        _pages(database, Task, Task.manifest_key, after),
+        key=lambda item: item[0],
     )
     for folder, group in groupby(keyed, key=lambda item: folder_of(item[0])):
         if folder == after:
@@ -130,7 +132,7 @@ def _pages(database: Database, model: Any, column: Any, after: str) -> Iterator[
 
 
 def object_folders(bucket: Bucket, after: str = "") -> Iterator[tuple[str, dict[str, Listed]]]:
-    """The objects under the bucket's prefix, by folder, as the store lists them; what a probe put there is left out."""
+    """The objects under the bucket's prefix by folder, in the store's order, without those of a probe."""
     probes = bucket.prefix + PROBE_FOLDER
     listed = (each for each in bucket.list(bucket.prefix, after=after) if not each.key.startswith(probes))
     for folder, group in groupby(listed, key=lambda each: folder_of(each.key)):
@@ -138,8 +140,8 @@ def object_folders(bucket: Bucket, after: str = "") -> Iterator[tuple[str, dict[
             yield folder, {each.key: each for each in group}
 
 
-def look_again(database: Database, bucket: Bucket, folder: str) -> Folder:
-    """One folder as it is now. Its rows are read after its objects: a row names its object before that is put."""
+def current_folder(database: Database, bucket: Bucket, folder: str) -> Folder:
+    """One folder as it is now. Rows are read after objects, because a row names its object before the put."""
     objects = {each.key: each for each in bucket.list(folder) if folder_of(each.key) == folder}
     external_id = external_id_of(folder)
     if external_id is None:
@@ -159,17 +161,7 @@ def _is_in(task: Task, folder: str) -> bool:
     return f"{task.created_at:%Y/%m/%d}/" in folder and task.deleted_at is None
 
 
-def _first(item: tuple[str, Item]) -> str:
-    return item[0]
-
-
 def in_batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
     """`items` in lists of at most `size`."""
-    batch: list[Item] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    while batch := list(islice(items, size)):
         yield batch

@@ -1,13 +1,12 @@
-"""From the bucket alone back to rows: each folder's highest manifest is read, its files are looked at, rows are made.
+"""Restores rows from the bucket alone: each folder's newest readable manifest is read and its files are checked.
 
-A row is written only for what was verified: a manifest whose digest holds and which lies in its own folder. A file that
-is not as its manifest says comes back as failed, so that `receiver retry` fetches it again. Idempotent: tasks that are
-there already are left as they are.
+A row is written only from a manifest whose digest is right and which is stored in its own task's folder. A file that
+differs from its manifest is restored as failed, so that `receiver retry` fetches it again. Idempotent: existing tasks
+are left unchanged.
 """
 
 from __future__ import annotations
 
-import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,6 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import insert
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session
 
 from storage.archive import manifest
@@ -25,19 +23,19 @@ from storage.archive.folders import Objects, external_id_of, in_batches, manifes
 from storage.bucket.bucket import Bucket, Listed, NoSuchObject
 from storage.keys import task_folder
 from storage.rows import tasks
-from storage.rows.database import Database
+from storage.rows.database import Database, insert_or_ignore
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetName, AssetState, TaskState
 
-# One transaction: some 50 ms, in which nobody else can write on SQLite.
+# Folders of one transaction. It takes about 50 ms, in which no one else can write on SQLite.
 BATCH_FOLDERS = 64
 THREADS = 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that could not be restored, or not whole. `advice`: what would bring it back, None = nothing known."""
+    """Something that was not or only partly restored. `advice`: a command that restores it, None = none."""
 
     key: str
     task: str | None
@@ -50,7 +48,7 @@ class Problem:
 
 @dataclass
 class Restored:
-    """One batch: `counts` of tasks, assets, tasks that were there already, and problems by folder."""
+    """The result of one batch. `counts`: `folders`, `tasks`, `assets`, and `known` for existing tasks."""
 
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
@@ -58,7 +56,7 @@ class Restored:
 
 @dataclass
 class _Found:
-    """The rows of one folder, not yet written."""
+    """The rows of one folder, before they are inserted."""
 
     task: Task | None = None
     assets: list[Asset] = field(default_factory=list)
@@ -75,10 +73,10 @@ class Rebuild:
         self._deep = deep
 
     def run(self) -> Iterator[Restored]:
-        """Restore folder by folder; what was yielded is committed. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
+        """Restore folder by folder. A yielded batch is committed. Raises `StoreUnavailable`, `DatabaseUnavailable`."""
         with ThreadPoolExecutor(THREADS, thread_name_prefix="rebuild") as threads:
             for batch in in_batches(object_folders(self._bucket), BATCH_FOLDERS):
-                found = list(threads.map(lambda item: self._look(*item), batch))
+                found = list(threads.map(lambda item: self._read_folder(*item), batch))
                 restored = Restored(problems=[problem for each in found for problem in each.problems])
                 restored.counts["folders"] = len(found)
                 with self._database.write() as session:
@@ -87,29 +85,29 @@ class Rebuild:
                             self._insert(session, each.task, each, restored)
                 yield restored
 
-    def _look(self, folder: str, objects: Objects) -> _Found:
+    def _read_folder(self, folder: str, objects: Objects) -> _Found:
         external_id = external_id_of(folder)
         found = _Found()
-        if external_id is None:  # a stranger's: nothing of ours to restore
+        if external_id is None:  # not a folder of a task
             return found
         numbers = {number: key for key in objects if (number := manifest_number(key))}
         for number in sorted(numbers, reverse=True):
             try:
                 members = manifest.read(self._bucket.read_bytes(numbers[number], manifest.MAX_MANIFEST_BYTES))
-                self._take(found, folder, numbers[number], members, objects)
+                self._restore(found, folder, numbers[number], members, objects)
                 assert found.task
-                found.task.manifests = max(numbers)  # the next one is written above all that stand
+                found.task.manifests = max(numbers)  # the next manifest gets a higher number than every existing one
                 return found
             except (NoSuchObject, ValueError, KeyError, TypeError) as error:
                 found.problems.append(Problem(numbers[number], external_id, f"not readable: {error}"))
         found.problems.append(Problem(folder, external_id, "no manifest", f"receiver adopt {external_id}"))
         return found
 
-    def _take(self, found: _Found, folder: str, key: str, members: Mapping[str, Any], objects: Objects) -> None:
+    def _restore(self, found: _Found, folder: str, key: str, members: Mapping[str, Any], objects: Objects) -> None:
         task = task_from(members, key, objects[key])
         if not f"/{folder}".endswith("/" + task_folder("", task.created_at, task.external_task_id)):
             raise ValueError("it is another folder's")
-        assets = [asset_from(task, told) for told in members["assets"]]
+        assets = [asset_from(task, described) for described in members["assets"]]
         for asset in assets:
             if asset.state is AssetState.ARCHIVED and (fault := self._fault(asset, objects)):
                 asset.state, asset.error, asset.archived_at = AssetState.FAILED, f"rebuild: {fault}", None
@@ -119,24 +117,19 @@ class Rebuild:
         found.task, found.assets, found.aliases = task, assets, list(members["task"]["aliases"])
 
     def _fault(self, asset: Asset, objects: Objects) -> str | None:
-        """Why the object is not the asset's, None when it is."""
+        """How the object differs from the asset, None when it matches."""
         key = str(asset.key)
         if key not in objects:
             return "there is no such object"
         if objects[key].size != asset.size:
             return f"it has {objects[key].size} bytes, the manifest says {asset.size}"
         stored = self._bucket.head(key)
-        sha256 = self._hash(key) if self._deep or stored is None or stored.sha256 is None else stored.sha256
+        sha256 = None if self._deep or stored is None else stored.sha256
+        sha256 = sha256 or self._bucket.sha256(key)
         return None if sha256 == asset.sha256 else f"its bytes hash to {sha256}, the manifest says {asset.sha256}"
 
-    def _hash(self, key: str) -> str:
-        digest = hashlib.sha256()
-        for chunk in self._bucket.read(key):
-            digest.update(chunk)
-        return digest.hexdigest()
-
     def _insert(self, session: Session, task: Task, found: _Found, restored: Restored) -> None:
-        if not _insert_task(session, task):
+        if not insert_or_ignore(session, Task, task.model_dump()):
             there = tasks.by_external_id(session, task.external_task_id)
             if there is None or there.id != task.id:
                 restored.problems.append(Problem(str(task.manifest_key), task.external_task_id, "its id is taken"))
@@ -151,29 +144,24 @@ class Rebuild:
         restored.counts["assets"] += sum(asset.state is AssetState.ARCHIVED for asset in found.assets)
 
 
-def _insert_task(session: Session, task: Task) -> bool:
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    statement: Any = dialect.insert(Task).values(task.model_dump()).on_conflict_do_nothing()
-    return session.execute(statement.returning(Task.id)).scalar_one_or_none() is not None
-
-
 def task_from(members: Mapping[str, Any], key: str, listed: Listed) -> Task:
-    """The task row that a manifest tells of, as it was when its archive ended. Raises ValueError, KeyError, TypeError.
+    """The task row described by a manifest, as when its archive ended. Raises ValueError, KeyError, TypeError.
 
-    What no manifest knows is left at its beginning: the callback URL (a secret), the pace of reads, and when the
-    archive ended, for which the time of the manifest's own object stands.
+    Columns that no manifest holds keep their defaults: the callback URL (a secret) and the schedule of reads. The time
+    of the archive's end is that of the manifest's object.
     """
-    told = members["task"]
+    described = members["task"]
     plain = ("external_task_id", "provider", "provider_task_id", "request_hash", "adopt", "series", "expected",
              "contradicted", "completeness_reads", "error", "note", "units")  # fmt: skip
     times = ("created_at", "sent_at", "submitted_at", "completed_at", "files_expire_at")
-    values: dict[str, Any] = {name: told[name] for name in plain} | {name: _moment(told[name]) for name in times}
+    values: dict[str, Any] = {name: described[name] for name in plain}
+    values |= {name: _time(described[name]) for name in times}
     return Task(
         **values,
-        id=uuid.UUID(told["id"]),
+        id=uuid.UUID(described["id"]),
         request=members["request"],
-        state=TaskState(told["state"]),
-        archive=ArchiveState(told["archive"]),
+        state=TaskState(described["state"]),
+        archive=ArchiveState(described["archive"]),
         archived_at=listed.modified_at,
         manifest_key=key,
         manifest_digest=members["digest"],
@@ -181,24 +169,25 @@ def task_from(members: Mapping[str, Any], key: str, listed: Listed) -> Task:
     )
 
 
-def asset_from(task: Task, told: Mapping[str, Any]) -> Asset:
-    """The asset row that a manifest tells of; its source is without the signature, which nobody kept."""
+def asset_from(task: Task, described: Mapping[str, Any]) -> Asset:
+    """The asset row described by a manifest. Its source URL lacks the signature, which is not in the manifest."""
     plain = ("kind", "index", "original", "key", "sha256", "size", "media_type", "width", "height", "verified",
              "accept_unverified", "fetched", "superseded", "error")  # fmt: skip
     times = ("created_at", "files_expire_at", "archived_at")
-    values: dict[str, Any] = {name: told[name] for name in plain} | {name: _moment(told[name]) for name in times}
-    values |= {name: told.get(name) for name in manifest.ODD}
+    values: dict[str, Any] = {name: described[name] for name in plain}
+    values |= {name: _time(described[name]) for name in times}
+    values |= {name: described.get(name) for name in manifest.ODD}
     asset = Asset(
         **values,
-        id=uuid.UUID(told["id"]),
+        id=uuid.UUID(described["id"]),
         task_id=task.id,
-        source_url=told["source"],
-        state=AssetState(told["state"]),
+        source_url=described["source"],
+        state=AssetState(described["state"]),
     )
     if asset.id != tasks.asset_id(task.id, AssetName(asset.kind, asset.index, asset.original)):
         raise ValueError(f"{asset.kind} {asset.index} has another task's id")
     return asset
 
 
-def _moment(text: str | None) -> datetime | None:
+def _time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None

@@ -1,9 +1,8 @@
 """Which URLs may be fetched and which addresses dialled. Pure: no resolution, no sockets, no clock.
 
-The table is ours, not `ipaddress.is_global`, which changes between Python patch levels. It follows the two IANA
-special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry) and is stricter where no file
-host can live: IPv6 is refused unless it is inside 2000::/3, and blocks that are reachable only for a protocol's sake
-(AS112, AMT, PCP and TURN anycast) are refused too.
+The table replaces `ipaddress.is_global`, which changes between Python patch levels. It follows the two IANA
+special-purpose registries (iana-ipv4-special-registry, iana-ipv6-special-registry). It is stricter where no file host
+can be: IPv6 outside 2000::/3 and blocks that serve one protocol only (AS112, AMT, PCP and TURN anycast) are refused.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from storage.errors import FetchRefused
 
 Address = IPv4Address | IPv6Address
 
-# Signed URLs run to about 2,000 characters; servers commonly stop at 8,192.
+# Signed URLs have up to about 2,000 characters. Servers commonly accept up to 8,192.
 MAX_URL_CHARACTERS = 8_192
 HTTPS_PORT, HTTP_PORT = 443, 80
 
 
 class Row(NamedTuple):
-    """One refused block. `listed`: may be dialled all the same for a host on RECEIVER_PRIVATE_RESULT_HOSTS."""
+    """One refused block. `listed`: may be dialled for a host on RECEIVER_PRIVATE_RESULT_HOSTS."""
 
     network: IPv4Network | IPv6Network
     what: str
@@ -39,7 +38,7 @@ def _row(network: str, what: str, source: str, *, listed: bool = False) -> Row:
     return Row(ipaddress.ip_network(network), what, source, listed)
 
 
-# The first match gives the reason, so single addresses stand before the blocks that hold them.
+# The first match gives the reason, so single addresses come before the blocks that contain them.
 IPV4_ROWS = (
     _row("169.254.169.254/32", "cloud metadata", "AWS, Azure, Google, OpenStack instance metadata"),
     _row("169.254.170.2/32", "cloud metadata", "AWS ECS task credentials"),
@@ -102,7 +101,7 @@ IPV6_ROWS = (
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 NOT_GLOBAL_UNICAST = _row("::/0", "not global unicast", "RFC 4291 §2.4: IANA assigns from 2000::/3 only")
 
-# Names that never lead to a public host, refused at once rather than asked every 15 minutes.
+# Names that never resolve to a public host. Refusing them saves a lookup every 15 minutes.
 PRIVATE_NAMES = {
     "localhost": "RFC 6761 §6.3",
     "local": "RFC 6762",
@@ -113,7 +112,7 @@ PRIVATE_NAMES = {
 
 
 def forbidden(address: Address) -> str | None:
-    """Say why `address` must not be dialled; None = it may. An IPv4 address hidden in IPv6 is looked at as well."""
+    """Why `address` must not be dialled; None = it may. Also checks an IPv4 address embedded in IPv6."""
     row = _refusing_row(address)
     if row is not None:
         return _reason(address, row)
@@ -125,16 +124,16 @@ def forbidden(address: Address) -> str | None:
 
 
 def forbidden_even_listed(address: Address) -> str | None:
-    """The same for a host on RECEIVER_PRIVATE_RESULT_HOSTS: private and loopback may be dialled, metadata never."""
+    """As `forbidden` for a host on RECEIVER_PRIVATE_RESULT_HOSTS: private and loopback addresses may be dialled."""
     row = _refusing_row(address)
     return None if row is not None and row.listed else forbidden(address)
 
 
 def hidden_ipv4(address: Address) -> IPv4Address | None:
-    """The IPv4 address that an IPv6 one carries, None when it carries none.
+    """The IPv4 address embedded in an IPv6 address, None if there is none.
 
-    Mapped, compatible, translated, NAT64 (RFC 6052; inside 64:ff9b:1::/48 as its own /48 or as a /96), 6to4
-    (RFC 3056), Teredo (RFC 4380: the client, inverted) and ISATAP (RFC 5214: any prefix).
+    Mapped, compatible, translated, NAT64 (RFC 6052; inside 64:ff9b:1::/48 as its own /48 or as a /96), 6to4 (RFC 3056),
+    Teredo (RFC 4380: the client's address, inverted) and ISATAP (RFC 5214: any prefix).
     """
     if isinstance(address, IPv4Address):
         return None
@@ -170,13 +169,12 @@ def _reason(address: Address, row: Row) -> str:
 
 @dataclass(frozen=True)
 class AddressPolicy:
-    """Where results may come from.
+    """Which hosts may serve results.
 
-    `result_hosts`: empty = any public https host, else a host must be one of these or below one.
-    `private_hosts`: (host, port) pairs that may be plain http, on another port than 443, or at a private address;
-    hosts in lower case, IPv6 without brackets. They need not be repeated in `result_hosts`. `private_setting`: what
-    the list is called where people read of it. `sinks`: (host, port) pairs that are refused, because our own events
-    go there.
+    `result_hosts`: empty = any public https host, else a host must equal one of these or be a subdomain of one.
+    `private_hosts`: (host, port) pairs that may use plain http, another port than 443, or a private address; hosts in
+    lower case, IPv6 without brackets. They need not be in `result_hosts`. `private_setting`: the name of that setting
+    in error messages. `sinks`: (host, port) pairs that are refused, because our own events go there.
     """
 
     result_hosts: tuple[str, ...] = ()
@@ -194,24 +192,24 @@ class AddressPolicy:
         return any(host == suffix or host.endswith(f".{suffix}") for suffix in suffixes if suffix)
 
     def refuses(self, address: Address, host: str, port: int) -> str | None:
-        """Why `address`, an answer for `host`, must not be dialled on `port`; None = it may."""
+        """Why `address`, to which `host` resolves, must not be dialled on `port`; None = it may."""
         return forbidden_even_listed(address) if self.lists(host, port) else forbidden(address)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A URL that passed. `host`: lower case ASCII, IPv6 without brackets. `url`: rebuilt, without fragment."""
+    """A checked URL. `host`: lower-case ASCII, IPv6 without brackets. `url`: rebuilt, without fragment."""
 
     scheme: Literal["http", "https"]
     host: str
     port: int
     url: str = field(repr=False)
-    path: str = field(repr=False)  # with the query: what stands in the request line
+    path: str = field(repr=False)  # with the query, as in the request line
     private: bool = False
 
     @property
     def authority(self) -> str:
-        """Host and port as they stand in a URL and in the Host header."""
+        """Host and port as in a URL and in the Host header."""
         return _authority(self.scheme, self.host, self.port)
 
 
@@ -221,15 +219,15 @@ URL_PARTS = re.compile(
 AUTHORITY = re.compile(r"(?P<host>\[[^\[\]]*\]|[^:\[\]]*)(?::(?P<port>[0-9]{0,5}))?")
 LABEL = re.compile(r"[a-z0-9_-]{1,63}")
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-# Printable ASCII stays as it was, for a signature covers the bytes of the URL; a space is sent as %20.
+# Printable ASCII stays unchanged, because a signature covers the bytes of the URL. A space is sent as %20.
 ASCII_PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 
 
 def check_url(url: str, policy: AddressPolicy) -> Target:
-    """Take a URL apart and refuse every form we do not fetch. Nothing is resolved here.
+    """Parse a URL and refuse every form that must not be fetched. Nothing is resolved here.
 
-    Returns the `Target` to request: what the rest of the program uses is rebuilt from the checked parts, so no
-    second parser can read it differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
+    Returns the `Target` to request. It is rebuilt from the checked parts, so no second parser can read the URL
+    differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
     """
     scheme, _, path = _split(url)
     host, port = endpoint(url)
@@ -246,9 +244,9 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
 
 
 def tidy(url: str) -> str:
-    """Cut the blanks and line ends around a URL, as every client does. Inside it a space is allowed, and sent as %20.
+    """Strip blanks and line ends around a URL, as every client does. A space inside is allowed and sent as %20.
 
-    Raises `FetchRefused` for what two parsers read differently: a control character or a backslash.
+    Raises `FetchRefused` for characters that parsers read differently: control characters and the backslash.
     """
     url = url.strip(" \t\r\n")
     if any(character < " " or character == "\x7f" or character == "\\" for character in url):
@@ -312,7 +310,7 @@ def _host(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    """Full-width letters, ideographic dots and the like become what they stand for (UTS 46) before any check."""
+    """The host in ASCII. Full-width letters, ideographic dots and so on are mapped (UTS 46) before any check."""
     if text.isascii():
         return text
     try:

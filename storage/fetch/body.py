@@ -1,4 +1,4 @@
-"""The body of a file as its host sends it: which part, how coded, how long; hashed and counted on its way to a sink."""
+"""Receives the body of a file: checks its part, coding and length, hashes it and writes it to a sink."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import BinaryIO
 from storage.errors import FetchInterrupted, FetchTooLarge
 from storage.fetch import connection, media_types
 
-# Registered content codings (IANA); anything else in Content-Encoding says nothing of the bytes: people store objects
-# with `UTF-8` or `aws-chunked` there, and stores hand it out again.
+# Registered content codings (IANA). Other values say nothing about the bytes: uploaders set `UTF-8` or `aws-chunked`,
+# and stores return it.
 CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
 GZIP = frozenset({"gzip", "x-gzip"})
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", re.I)
-# The most that one call of the decoder makes of its input: a bomb grows by this much before it is counted.
+# The largest output of one call of the decoder: a zip bomb grows by this much before the size is checked.
 DECODED_BYTES = 256 * 1024
 
 
 class Body:
-    """One file in one response, or in several when the connection breaks and its host offers ranges.
+    """One file, from one response, or from several if the connection breaks and the host supports ranges.
 
-    `headers`: of the response that began it. `notes`: what was odd and did no harm.
+    `headers`: of the first response. `notes`: harmless irregularities.
     """
 
     def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
@@ -51,15 +51,15 @@ class Body:
         return self._validator is not None and self.size > 0
 
     def request_headers(self) -> list[tuple[bytes, bytes]]:
-        """What asks for the rest of this very file, and for all of it if it is another by now (RFC 9110 §13.1.5)."""
+        """Headers that request the rest of the same file, or all of it if it has changed (RFC 9110 §13.1.5)."""
         if self._validator is None or not self.size:
             return []
         return [(b"Range", b"bytes=%d-" % self.size), (b"If-Range", self._validator.encode("latin-1"))]
 
     def receive(self, status: int, headers: Mapping[str, str], blocks: Iterable[bytes], stream: object) -> None:
-        """Write one response's body into the sink. `blocks`: it, as sent; `stream`: what it was read from.
+        """Write one response's body into the sink. `blocks`: the body as sent. `stream`: the connection it came from.
 
-        Raises `FetchInterrupted`, `FetchTooLarge` and what reading a block raises.
+        Raises `FetchInterrupted`, `FetchTooLarge` and the errors of reading a block.
         """
         declared = _declared_length(headers)
         self._begin(status, headers, declared)
@@ -74,22 +74,22 @@ class Body:
             self._sink.write(block)
         self._sink.flush()
         if not coded and self._total not in (None, self.size):
-            raise FetchInterrupted(f"{self.size} bytes came of {self._total} announced")
+            raise FetchInterrupted(f"received {self.size} of {self._total} announced bytes")
         _check_length(stream, declared, self.notes)
         if self._parts > 1:
-            self.notes.append(f"came in {self._parts} parts")
+            self.notes.append(f"received in {self._parts} parts")
 
     def _begin(self, status: int, headers: Mapping[str, str], declared: int | None) -> None:
         part = _part(headers) if status == 206 else None
         if self.resumable and status == 206:
             same = headers.get("etag", self._validator) == self._validator or "etag" not in self.headers
             if part is None or part != (self.size, self._total) or not same or _codings(headers):
-                raise FetchInterrupted("answered 206 with another part than the one asked for")
+                raise FetchInterrupted("answered 206 with another part than requested")
             self._parts += 1
             return
         if status == 206 and (part is None or part[0] != 0):
-            raise FetchInterrupted("answered 206 with a part that nobody asked for")
-        if self.size:  # all of it again: this host's ranges are not relied on any more
+            raise FetchInterrupted("answered 206 with a part that was not requested")
+        if self.size:  # the whole file again: this host's ranges are not used any more
             self._sink.seek(0)
             self._sink.truncate()
             self._restart()
@@ -103,7 +103,7 @@ class Body:
 
 
 def _part(headers: Mapping[str, str]) -> tuple[int, int] | None:
-    """(first byte, size of the whole file) of a part that goes on to the file's end; None = of anything else."""
+    """(first byte, size of the whole file) if the part reaches the file's end, else None."""
     found = CONTENT_RANGE.fullmatch(headers.get("content-range", "").strip())
     first, last, total = (int(number) for number in found.groups()) if found else (0, 0, 0)
     if found is None or last != total - 1 or first > last or _declared_length(headers) not in (None, total - first):
@@ -112,8 +112,8 @@ def _part(headers: Mapping[str, str]) -> tuple[int, int] | None:
 
 
 def _validator(headers: Mapping[str, str]) -> str | None:
-    """What tells this file from a later one under its name, where its host offers ranges: a strong ETag, or a time of
-    change a second or more before the answer (RFC 9110 §8.8.2.2)."""
+    """The validator for resuming, if the host supports ranges: a strong ETag, or a Last-Modified at least one second
+    before the Date (RFC 9110 §8.8.2.2)."""
     if headers.get("accept-ranges", "").strip().lower() != "bytes":
         return None
     etag = headers.get("etag", "")
@@ -132,8 +132,11 @@ def _codings(headers: Mapping[str, str]) -> list[str]:
 
 
 def _plain(blocks: Iterable[bytes], headers: Mapping[str, str], notes: list[str]) -> Iterator[bytes]:
-    """The body without its coding. Nobody asked for one; gzip is decoded all the same, and a picture said to be coded
-    that begins as a picture is taken for one. What a wrong guess makes of it does not pass the look into the file."""
+    """The body without its content coding, although none was requested.
+
+    gzip is decoded. A body that begins as a picture is taken as not coded, whatever the header says. After a wrong
+    guess the file fails `media_types.inspect`.
+    """
     if headers.get("content-encoding", "").strip().lower() in ("", "identity"):
         yield from blocks
         return
@@ -145,17 +148,17 @@ def _plain(blocks: Iterable[bytes], headers: Mapping[str, str], notes: list[str]
         notes.append("Content-Encoding names no coding")
         yield from blocks
     elif media_types.sniff(head):
-        notes.append("said to be coded and is not")
+        notes.append("Content-Encoding names a coding, but the body is not coded")
         yield from blocks
     elif len(codings) == 1 and codings[0] in GZIP:
         notes.append("decoded from gzip")
         yield from _decoded(blocks)
     else:
-        raise FetchInterrupted("sent with a Content-Encoding although asked for none")
+        raise FetchInterrupted("sent with a Content-Encoding although none was requested")
 
 
 def _decoded(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Out of one gzip member (RFC 1952), its checksum and length compared by zlib."""
+    """The content of one gzip member (RFC 1952). zlib checks its checksum and length."""
     decoder = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
         for block in blocks:
@@ -164,28 +167,28 @@ def _decoded(blocks: Iterable[bytes]) -> Iterator[bytes]:
                 yield decoder.decompress(rest, DECODED_BYTES)
                 rest = decoder.unconsumed_tail
             if rest or decoder.unused_data:
-                raise FetchInterrupted("its gzip coding goes on after its end")
+                raise FetchInterrupted("bytes follow the end of the gzip coding")
         yield decoder.flush()
     except zlib.error:
-        raise FetchInterrupted("its gzip coding is broken") from None
+        raise FetchInterrupted("the gzip coding is broken") from None
     if not decoder.eof:
-        raise FetchInterrupted("its gzip coding is cut short")
+        raise FetchInterrupted("the gzip coding is cut short")
 
 
 def _declared_length(headers: Mapping[str, str]) -> int | None:
-    """Content-Length, unless chunks frame the body (RFC 9112 §6.3). The parser below has refused malformed ones."""
+    """Content-Length, unless the body is chunked (RFC 9112 §6.3). httpcore has refused malformed values."""
     text = headers.get("content-length", "")
     return int(text) if text.isascii() and text.isdigit() and "transfer-encoding" not in headers else None
 
 
 def _check_length(stream: object, declared: int | None, notes: list[str]) -> None:
-    """A shorter body than declared is httpcore's error already; a longer one shows on the wire only."""
+    """Refuse a body longer than declared, which only the connection sees. httpcore refuses a shorter one."""
     if not isinstance(stream, connection.GuardedStream):
         return
     if stream.junk_lines:
-        notes.append(f"{stream.junk_lines} header lines that are none")
+        notes.append(f"{stream.junk_lines} malformed header lines")
     if declared is None:
-        return  # chunked or until the end: a connection whose remains cannot be known is not used again
+        return  # chunked or until the end: bytes may remain on the connection, so it is not reused
     if stream.body_bytes != declared:
         raise FetchInterrupted("sent more bytes than its Content-Length says")
     stream.reusable = True

@@ -1,7 +1,7 @@
-"""Fetch one result file: only from where we may, only as much as we may, and only if it is what it claims.
+"""Fetches one result file: only from allowed addresses, only up to a size, and only if it is a whole picture or film.
 
-`Fetcher.fetch` streams, hashes and counts in one pass; nothing of the file but one block is in memory. What came is
-then looked into (`storage.fetch.media_types`) before anyone may call it an asset.
+`Fetcher.fetch` streams, hashes and counts in one pass with one block in memory. Then `storage.fetch.media_types`
+checks the file's type and structure.
 """
 
 from __future__ import annotations
@@ -34,45 +34,45 @@ from storage.fetch.addresses import AddressPolicy, Target, check_url, tidy
 from storage.fetch.body import Body
 from storage.fetch.media_types import Media
 
-USER_AGENT = "kling-receiver"
-# A CDN answers a connect within one round trip; 10 s rides out three lost SYNs (1 + 2 + 4 s).
+USER_AGENT = b"kling-receiver"
+# A CDN accepts a connection within one round trip. 10 s covers three lost SYNs (1 + 2 + 4 s).
 CONNECT_TIMEOUT_SECONDS = 10.0
-# Silence after which a sender is given up; object stores close idle transfers after 20 to 60 s themselves.
+# Object stores close idle transfers after 20 to 60 s.
 READ_TIMEOUT_SECONDS = 30.0
-# A 3 MB picture below this takes longer than TOTAL_SECONDS anyway.
+# Below this rate a 3 MB picture takes longer than TOTAL_SECONDS anyway.
 MIN_BYTES_PER_SECOND = 4_096.0
-# The largest file allowed by default (256 MiB) at 450 kB/s; a worker thread is held no longer by one sender.
+# The longest that one sender holds a worker thread: the default maximum of 256 MiB at 450 kB/s.
 TOTAL_SECONDS = 600.0
-# An idle connection is kept shorter than the 5 s after which common servers close theirs (uvicorn, Node, Apache).
+# Shorter than the 5 s after which common servers close an idle connection (uvicorn, Node, Apache).
 KEEPALIVE_SECONDS = 4.0
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# What breaks a transfer on its way; a large file over a bad path goes on from there.
+# Errors after which a transfer is resumed.
 BROKEN = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError)
-# Each must have brought something. A path that ends every connection after 13 MB still carries 256 MiB.
+# Each try must receive some bytes. A network that ends every connection after 13 MB still carries 256 MiB.
 MAX_RESUMES = 20
-# 404 and 410 as well: signed URLs of removed objects answer so.
+# 404 and 410 too: hosts answer so for signed URLs of removed objects.
 EXPIRED = frozenset({401, 403, 404, 410})
-# Longer waits are not honoured: resellers delete results after 24 hours.
+# A longer Retry-After is shortened, because resellers delete results after 24 hours.
 MAX_RETRY_AFTER_SECONDS = 3_600.0
 KEPT_HEADERS = ("content-length", "content-type", "etag", "last-modified")
 MAX_HEADER_CHARACTERS = 256
-# Nearly every picture (about 3 MB) is held in memory; eight threads then hold 32 MiB at most.
+# Nearly every picture (about 3 MB) stays in memory; eight threads hold 32 MiB at most.
 SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
 SPOOL_PREFIX = "receiver-spool-"
-# Far longer than TOTAL_SECONDS and the put after it: a spool file this old has no owner.
+# Far longer than TOTAL_SECONDS and the put after it: a spool file this old belongs to a crashed process.
 SPOOL_STALE_HOURS = 24.0
-# EDQUOT where the system has quotas (not on Windows).
+# Windows has no EDQUOT.
 NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What arrived. `size` in bytes, `sha256` as 64 hex digits, `host` the one that sent the bytes.
+    """A fetched file. `size` in bytes, `sha256` as 64 hex digits, `host`: the host that sent the bytes.
 
-    `media_type`, `extension`, `width`, `height`: what the bytes themselves say. `verified` False: accepted although
-    the structure is broken. `headers`: those of KEPT_HEADERS that came, as sent, to be shown and never trusted.
-    `trailing_bytes`: how many follow the picture's end. `notes`: what was odd and did no harm.
+    `media_type`, `extension`, `width`, `height`: from the bytes. `verified` False: accepted although the structure is
+    broken. `headers`: those of KEPT_HEADERS that were sent, for display, never trusted. `trailing_bytes`: bytes after
+    the end of the picture. `notes`: harmless irregularities.
     """
 
     size: int
@@ -89,12 +89,12 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches result files over a pool of connections that all threads share.
+    """Fetches result files over one pool of connections. Thread-safe.
 
     `max_bytes`: cap on a file. `connections`: at least the number of threads that fetch. The timeouts are for one
-    connection, one wait and one whole fetch, redirects included. `resolve`, `dial`, `ssl_context` are seams for
-    tests; left out, the system's resolver, a TCP connection and the certificate store of certifi are used. The
-    environment (proxies, .netrc, certificate paths) is not read, no cookie is kept, no referrer sent.
+    connect, one wait, and one whole fetch including redirects. `resolve`, `dial`, `ssl_context`: seams for tests; the
+    defaults are the system's resolver, a TCP connection and certifi's roots. The environment (proxies, .netrc,
+    certificate paths) is not read, no cookie is kept and no referrer sent.
     """
 
     def __init__(
@@ -103,7 +103,6 @@ class Fetcher:
         *,
         max_bytes: int,
         connections: int = 16,
-        user_agent: str = USER_AGENT,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         read_timeout_seconds: float = READ_TIMEOUT_SECONDS,
         min_bytes_per_second: float = MIN_BYTES_PER_SECOND,
@@ -114,7 +113,6 @@ class Fetcher:
     ) -> None:
         self._policy = policy
         self._max_bytes = max_bytes
-        self._user_agent = user_agent.encode("ascii")
         self._timeouts = {
             "connect": connect_timeout_seconds,
             "read": read_timeout_seconds,
@@ -131,58 +129,62 @@ class Fetcher:
         )
 
     def fetch(self, url: str, sink: BinaryIO, *, accept_unverified: bool = False) -> Fetched:
-        """Stream `url` into `sink` and describe what arrived.
+        """Stream `url` into `sink` and describe the file.
 
-        Nothing in the URL is trusted: every connection goes to an address that was checked, at most 3 redirects are
-        followed, each checked anew and none from https to http. `sink`: empty, readable, writable and seekable; on
-        return it stands at its beginning. On any error it holds an unspecified prefix and the caller discards it.
-        A transfer that breaks goes on from there, where its host offers ranges, within the same deadline.
-        `accept_unverified`: keep a file whose structure is broken, with `verified` False.
+        Nothing in the URL is trusted: every connection goes to a checked address. At most 3 redirects are followed,
+        each is checked, and none leads from https to http. A broken transfer is resumed within the same deadline if
+        the host supports ranges. `sink`: empty, readable, writable, seekable. It is rewound on return; on any error it
+        holds an unspecified prefix and the caller discards it. `accept_unverified`: accept a file with a broken
+        structure, with `verified` False.
 
-        Raises `FetchRefused` (the form of `url` itself), `AddressRefused` (what its name resolves to), `FetchExpired`,
-        `FetchInterrupted`, `FetchTooLarge`, `DiskFull`, `NotAnAsset`, `AssetDamaged`. Messages name hosts, never
-        paths or queries.
+        Raises `FetchRefused` (the form of `url`), `AddressRefused` (an address it resolves to), `FetchExpired`,
+        `FetchInterrupted`, `FetchTooLarge`, `DiskFull`, `NotAnAsset`, `AssetDamaged`. Messages name hosts, never paths
+        or queries.
         """
         target = check_url(url, self._policy)
-        pace = connection.TransferDeadline(
+        deadline = connection.TransferDeadline(
             self._total_seconds,
             head_seconds=self._timeouts["connect"] + self._timeouts["read"],
             min_bytes_per_second=self._min_bytes_per_second,
         )
-        with connection.with_deadline(pace), _decisions():
-            target, body = self._follow(target, sink, pace)
-            found = _look_into(sink, accept_unverified=accept_unverified)
+        with connection.with_deadline(deadline), _our_errors():
+            target, body = self._follow(target, sink, deadline)
+            media = _inspect(sink, accept_unverified=accept_unverified)
             sink.seek(0)
         return Fetched(
             body.size,
             body.sha256,
-            found.media_type,
-            found.extension,
-            found.width,
-            found.height,
-            found.verified,
-            _kept(body.headers),
+            media.media_type,
+            media.extension,
+            media.width,
+            media.height,
+            media.verified,
+            {name: body.headers[name][:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if name in body.headers},
             target.host,
-            found.trailing_bytes,
-            tuple(dict.fromkeys((*body.notes, *found.notes))),
+            media.trailing_bytes,
+            tuple(dict.fromkeys((*body.notes, *media.notes))),
         )
 
     def close(self) -> None:
-        """Close every connection; a fetch under way in another thread ends with an error."""
+        """Close every connection. A fetch running in another thread ends with an error."""
         self._pool.close()
 
-    def _follow(self, target: Target, sink: BinaryIO, pace: connection.TransferDeadline) -> tuple[Target, Body]:
-        """Through redirects to the file; where its connection breaks, and its host offers ranges, for the rest."""
+    def _follow(self, target: Target, sink: BinaryIO, deadline: connection.TransferDeadline) -> tuple[Target, Body]:
+        """Follow redirects and receive the file; resume it after a broken connection if the host supports ranges."""
         body, redirects, resumes = Body(sink, self._max_bytes), 0, 0
         while redirects <= MAX_REDIRECTS:
             before = body.size
-            pace.expect_head()
+            deadline.expect_head()
             try:
                 with self._request(target, body.request_headers()) as response:
-                    headers = _headers(response)
+                    # Of several values the last counts. A Location may be UTF-8.
+                    headers = {
+                        name.decode("ascii").lower(): value.decode("utf-8", errors="replace")
+                        for name, value in response.headers
+                    }
                     if response.status not in REDIRECTS:
                         _check_status(response.status, headers, target.host)
-                        pace.expect_body()
+                        deadline.expect_body()
                         stream = response.extensions["network_stream"]
                         body.receive(response.status, headers, response.iter_stream(), stream)
                         return target, body
@@ -206,7 +208,7 @@ class Fetcher:
                 ),
                 headers=[
                     (b"Host", target.authority.encode()),
-                    (b"User-Agent", self._user_agent),
+                    (b"User-Agent", USER_AGENT),
                     (b"Accept", b"*/*"),
                     (b"Accept-Encoding", b"identity"),
                     *more,
@@ -220,23 +222,23 @@ class Fetcher:
             response.close()
 
     def _redirected(self, target: Target, headers: Mapping[str, str]) -> Target:
-        """Where it leads, if we may go there. Where not, the link is asked again later: a redirect is the state its
-        host is in (an edge that redirects to itself while it reloads), not the form of the link."""
+        """The checked target of a redirect. A refused one raises `FetchInterrupted`, so the link is tried again:
+        a redirect shows the present state of the host (an edge that redirects to itself while it reloads)."""
         if "location" not in headers:
-            raise FetchInterrupted(f"{target.host} redirected to nowhere")
+            raise FetchInterrupted(f"{target.host} redirected without a Location")
         try:
             onward = check_url(urljoin(target.url, tidy(headers["location"])), self._policy)
         except ValueError:
             raise FetchInterrupted(f"redirect from {target.host} refused: not an absolute http(s) URL") from None
         except FetchRefused as error:
             raise FetchInterrupted(f"redirect from {target.host} refused: {error}") from None
-        # Not even onto a host listed as private: who may name it can name it in the message itself.
+        # Also refused for a private host, because a result URL can name that host directly.
         if target.scheme == "https" and onward.scheme != "https":
             raise FetchInterrupted(f"redirect from {target.host} refused: from https to http")
         return onward
 
 
-def _look_into(sink: BinaryIO, *, accept_unverified: bool) -> Media:
+def _inspect(sink: BinaryIO, *, accept_unverified: bool) -> Media:
     try:
         return media_types.inspect(sink)
     except AssetDamaged:
@@ -244,18 +246,9 @@ def _look_into(sink: BinaryIO, *, accept_unverified: bool) -> Media:
             raise
     sink.seek(0)
     sniffed = media_types.sniff(sink.read(media_types.HEAD_BYTES))
-    if sniffed is None:  # inspect() has said NotAnAsset then
-        raise AssertionError("a damaged asset without a type")
+    if sniffed is None:  # inspect() has raised NotAnAsset then
+        raise AssertionError("a damaged asset has no type")
     return Media(*sniffed, width=None, height=None, verified=False)
-
-
-def _headers(response: httpcore.Response) -> dict[str, str]:
-    """Lower-case names; of several values the last. UTF-8 where it is that, for a Location may be."""
-    return {name.decode("ascii").lower(): value.decode("utf-8", errors="replace") for name, value in response.headers}
-
-
-def _kept(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: headers[name][:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if name in headers}
 
 
 def _check_status(status: int, headers: Mapping[str, str], host: str) -> None:
@@ -268,9 +261,9 @@ def _check_status(status: int, headers: Mapping[str, str], host: str) -> None:
 
 
 def retry_after(value: str, now: datetime) -> float | None:
-    """Seconds that a Retry-After asks for, at most MAX_RETRY_AFTER_SECONDS; None when it asks for nothing readable.
+    """Seconds of a Retry-After header, at most MAX_RETRY_AFTER_SECONDS; None if it is malformed or in the past.
 
-    Both forms: seconds and an HTTP date (RFC 9110 §10.2.3). A time that has passed asks for nothing.
+    Both forms: seconds and an HTTP date (RFC 9110 §10.2.3).
     """
     value = value.strip()
     if value.isascii() and value.isdigit():
@@ -285,8 +278,8 @@ def retry_after(value: str, now: datetime) -> float | None:
 
 
 @contextmanager
-def _decisions() -> Iterator[None]:
-    """Turn what broke into what to do. A protocol error's own text may quote a header, so it is not kept."""
+def _our_errors() -> Iterator[None]:
+    """Translate errors of httpcore and the disk. The text of a protocol error may quote a header and is dropped."""
     try:
         yield
     except httpcore.TimeoutException as error:
@@ -294,18 +287,18 @@ def _decisions() -> Iterator[None]:
     except httpcore.NetworkError as error:
         raise FetchInterrupted(f"connection broke: {str(error)[:200]}") from error
     except (httpcore.ProtocolError, httpcore.UnsupportedProtocol):
-        raise FetchInterrupted("the answer broke off or is not HTTP/1.1") from None
+        raise FetchInterrupted("the response broke off or is not HTTP/1.1") from None
     except OSError as error:
         if error.errno in NO_ROOM:
-            raise DiskFull("no room to spool the file") from error
+            raise DiskFull("the disk of the spool folder is full; free space there") from error
         raise
 
 
 def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> BinaryIO:
-    """Open a file to fetch into: memory up to `memory_bytes`, then disk, below `directory` (None: the system's).
+    """Open a file to fetch into: in memory up to `memory_bytes`, then in `directory` (None: the system's).
 
-    Closing it removes it. Where the system has nameless files (Linux) a crash leaves nothing behind; elsewhere
-    `sweep` finds the name. Use it as a context manager.
+    Closing it removes it, so use it as a context manager. On Linux the file has no name and a crash leaves nothing;
+    elsewhere `sweep` finds it.
     """
     return cast(
         BinaryIO,
@@ -316,7 +309,7 @@ def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> 
 
 
 def sweep(directory: Path | None, *, older_than_hours: float = SPOOL_STALE_HOURS) -> int:
-    """Remove spool files that a crash left in `directory` (None: the system's). Returns how many."""
+    """Remove spool files of crashed processes from `directory` (None: the system's). Returns how many."""
     before = time.time() - older_than_hours * 3_600
     removed = 0
     for path in Path(directory or tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
@@ -326,5 +319,5 @@ def sweep(directory: Path | None, *, older_than_hours: float = SPOOL_STALE_HOURS
                 path.unlink()
                 removed += 1
         except OSError:
-            continue  # another process was faster, or it is not ours to remove
+            continue  # another process has removed it, or we may not
     return removed

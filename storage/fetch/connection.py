@@ -1,8 +1,8 @@
-"""One connection: resolve once, check every answer, dial exactly what was checked, keep time.
+"""One connection: resolve once, check every address, dial exactly the checked addresses, keep the deadline.
 
-`GuardedBackend` is the only place here that opens a socket. httpcore calls it for every new connection, so a
-redirect or a second request cannot pass by it, and reuses a connection only for the scheme, host and port it was
-checked for. The name stays the one asked for in SNI, in the certificate check and in the Host header.
+Only `GuardedBackend` opens sockets. httpcore calls it for every new connection, so redirects and further requests are
+checked too. httpcore reuses a connection only for the same scheme, host and port. SNI, certificate check and Host
+header use the original name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,22 +29,22 @@ import httpcore
 from storage.errors import AddressRefused, FetchInterrupted
 from storage.fetch.addresses import Address, AddressPolicy
 
-# httpcore asks for 64 KiB. Measured over loopback, CPU to fetch 3 MB: 12.5 ms in blocks of 256 KiB, 8.3 of 512 KiB,
-# no less of 1 MiB.
+# httpcore reads 64 KiB at a time. CPU to fetch 3 MB over loopback: 12.5 ms with 256 KiB, 8.3 ms with 512 KiB and with
+# 1 MiB.
 READ_BYTES = 512 * 1024
-# The most that OpenSSL hands out in one call (RFC 8446 §5.1).
+# The most that OpenSSL returns in one call (RFC 8446 §5.1).
 TLS_RECORD_BYTES = 16 * 1024
-# Of the addresses a name has: enough to get past a dead one, few enough to end within the connect timeout.
+# Addresses of a name that are tried: enough to skip a dead one, few enough for the connect timeout.
 MAX_DIALS = 4
-# Seconds to look up a name where nothing else says; glibc gives one silent server up after 10 (two tries of 5 s).
+# Used when the caller gives no timeout. glibc gives a silent name server up after 10 s (two tries of 5 s).
 LOOKUP_SECONDS = 10.0
-# Names looked up at once, those given up included: four times the threads that fetch by default, and its sinks.
+# Concurrent lookups, including those that timed out: four times the default number of fetching threads, plus sinks.
 MAX_LOOKUPS = 64
 _lookups = threading.BoundedSemaphore(MAX_LOOKUPS)
-# How long transfer speed is averaged over before it is judged: a pause for one retransmission is no drip.
+# Speed is averaged over this time, so that one retransmission does not count as slow.
 SPEED_WINDOW_SECONDS = 10.0
 
-# At debug level httpcore logs response headers, and a Location holds a signature. This holds whatever the root says.
+# At debug level httpcore logs response headers, and a Location may hold a signature. Independent of the root logger.
 logging.getLogger("httpcore").setLevel(logging.INFO)
 
 Resolve = Callable[[str, int], Sequence[str]]
@@ -53,21 +53,24 @@ Dial = Callable[[str, str, int, float | None], socket.socket]
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Verifies against certifi's roots. One for the process: reading 140 roots takes 25 ms and half a megabyte."""
+    """Verifies against certifi's roots. One per process, because reading 140 roots takes 25 ms and 0.5 MB."""
     return httpcore.default_ssl_context()
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Every address the system has for `host`, best first. Raises OSError (`socket.gaierror`) when there is none."""
+    """The addresses of `host` from the system's resolver, best first. Raises OSError (`socket.gaierror`)."""
     answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(answer[4][0]) for answer in answers))
 
 
 def _look_up(work: Callable[[], Sequence[str]], seconds: float | None) -> Sequence[str]:
-    """The answers, or an OSError after `seconds`: the system's resolver takes no deadline, and a server that is silent
-    holds it for 5 s a try and server (resolv.conf(5)). What is given up ends by itself, in a thread of its own."""
+    """The result of `work`, or OSError after `seconds`.
+
+    The system's resolver takes no deadline; a silent name server holds it for 5 s per try and server (resolv.conf(5)).
+    So it runs in a thread, which ends by itself after a timeout.
+    """
     if not _lookups.acquire(blocking=False):
-        raise OSError(errno.EAGAIN, f"{MAX_LOOKUPS} lookups have no answer yet")
+        raise OSError(errno.EAGAIN, f"{MAX_LOOKUPS} lookups are unanswered")
     done: Future[Sequence[str]] = Future()
 
     def look() -> None:
@@ -80,7 +83,7 @@ def _look_up(work: Callable[[], Sequence[str]], seconds: float | None) -> Sequen
 
     try:
         threading.Thread(target=look, name="lookup", daemon=True).start()
-    except RuntimeError as error:  # no thread to be had
+    except RuntimeError as error:  # the system has no thread left
         _lookups.release()
         raise OSError(errno.EAGAIN, str(error)) from error
     try:
@@ -90,7 +93,7 @@ def _look_up(work: Callable[[], Sequence[str]], seconds: float | None) -> Sequen
 
 
 def dial(host: str, address: str, port: int, timeout: float | None) -> socket.socket:
-    """Connect to `address`, a literal that was checked; `host` is what it was resolved from (tests record it)."""
+    """Connect to the checked `address`. `host`: the name it was resolved from, recorded by tests."""
     connection = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
     try:
         connection.settimeout(timeout)
@@ -104,9 +107,9 @@ def dial(host: str, address: str, port: int, timeout: float | None) -> socket.so
 
 @dataclass
 class TransferDeadline:
-    """The time one fetch may take: a total, a head deadline, and a minimum speed once the body runs.
+    """Time limits of one fetch: in total, for the response head, and a minimum speed for the body.
 
-    Speed is bytes over the time spent *waiting* for them, so our own slow disk is never blamed on the sender.
+    Speed is bytes per second spent *waiting* for them, so a slow local disk does not count against the sender.
     """
 
     total_seconds: float
@@ -123,14 +126,14 @@ class TransferDeadline:
         self.expect_head()
 
     def expect_head(self) -> None:
-        """A request begins: its connection and response head share `head_seconds`."""
+        """Start `head_seconds` for a request's connection and response head."""
         self._head_ends = self.clock() + self.head_seconds
 
     def expect_body(self) -> None:
         self._head_ends, self._waited, self._bytes = None, 0.0, 0
 
     def allow(self, timeout: float | None) -> float:
-        """Seconds the next wait may take, `timeout` at most. Raises `FetchInterrupted` when there are none left."""
+        """Seconds that the next wait may take, at most `timeout`. Raises `FetchInterrupted` when no time is left."""
         now = self.clock()
         if now >= self._ends:
             raise FetchInterrupted(f"took longer than {self.total_seconds:g} s")
@@ -140,7 +143,7 @@ class TransferDeadline:
         return ends - now if timeout is None else min(timeout, ends - now)
 
     def received(self, size: int, waited: float) -> None:
-        """Count one read. Raises `FetchInterrupted` when the last window was slower than the minimum."""
+        """Count one read. Raises `FetchInterrupted` if the last window was slower than the minimum."""
         self._waited += waited
         self._bytes += size
         if self._head_ends is not None or self._waited < SPEED_WINDOW_SECONDS:
@@ -150,14 +153,15 @@ class TransferDeadline:
         self._waited, self._bytes = 0.0, 0
 
 
-# httpcore's synchronous pool does a request's reading and writing in the thread that asked for it.
-_transfer_deadline: ContextVar[TransferDeadline | None] = ContextVar("pace", default=None)
+# A context variable, because httpcore passes no argument through to the connection. Its synchronous pool reads and
+# writes in the thread of the request.
+_transfer_deadline: ContextVar[TransferDeadline | None] = ContextVar("transfer_deadline", default=None)
 
 
 @contextmanager
-def with_deadline(pace: TransferDeadline) -> Iterator[None]:
-    """Hold every wait of this thread's connections to `pace`."""
-    token = _transfer_deadline.set(pace)
+def with_deadline(deadline: TransferDeadline) -> Iterator[None]:
+    """Apply `deadline` to every wait of this thread's connections."""
+    token = _transfer_deadline.set(deadline)
     try:
         yield
     finally:
@@ -165,14 +169,14 @@ def with_deadline(pace: TransferDeadline) -> Iterator[None]:
 
 
 def _allow(timeout: float | None) -> float | None:
-    pace = _transfer_deadline.get()
-    return timeout if pace is None else pace.allow(timeout)
+    deadline = _transfer_deadline.get()
+    return timeout if deadline is None else deadline.allow(timeout)
 
 
 class GuardedBackend(httpcore.NetworkBackend):
-    """Opens connections for an httpcore pool, only to addresses that `policy` does not refuse.
+    """Opens connections for an httpcore pool, only to addresses that `policy` allows.
 
-    `resolve`, `dial`: seams for tests; `dial` sees every connection that is attempted.
+    `resolve`, `dial`: seams for tests. `dial` sees every attempted connection.
     """
 
     def __init__(self, policy: AddressPolicy, *, resolve: Resolve = resolve, dial: Dial = dial) -> None:
@@ -188,7 +192,7 @@ class GuardedBackend(httpcore.NetworkBackend):
         local_address: str | None = None,
         socket_options: Any = None,
     ) -> httpcore.NetworkStream:
-        """Raises `AddressRefused` when any answer is refused: a name that mixes public and private is not trusted."""
+        """Raises `AddressRefused` if any address is refused: a name with public and private ones is not trusted."""
         addresses = self.checked(host, port, timeout)[:MAX_DIALS]
         failure: OSError = ConnectionError("no addresses")
         for address in addresses:
@@ -197,56 +201,49 @@ class GuardedBackend(httpcore.NetworkBackend):
                 return GuardedStream(self._dial(host, str(address), port, _allow(share)))
             except OSError as error:
                 failure = error
-        raise httpcore.ConnectError(_named(failure)) from failure
+        raise httpcore.ConnectError(_message(failure)) from failure
 
     def checked(self, host: str, port: int, timeout: float | None = None) -> list[Address]:
-        """Resolve once, in `timeout` seconds at most, and check every answer."""
-        if _is_literal(host):
+        """Resolve once, in at most `timeout` seconds, and check every address."""
+        with suppress(ValueError):
+            ipaddress.ip_address(host)
             return [self._check(host, host, port)]
         try:
             answers = _look_up(lambda: self._resolve(host, port), _allow(timeout or LOOKUP_SECONDS))
         except OSError as error:
-            raise httpcore.ConnectError(f"name not resolved: {_named(error)}") from error
+            raise httpcore.ConnectError(f"name not resolved: {_message(error)}") from error
         return [self._check(answer, host, port) for answer in answers]
 
     def _check(self, answer: str, host: str, port: int) -> Address:
         try:
             address = ipaddress.ip_address(answer)
         except ValueError:
-            raise AddressRefused(f"{host} resolves to something that is no address") from None
+            raise AddressRefused(f"{host} resolves to a malformed address") from None
         reason = self._policy.refuses(address, host, port)
         if reason:
             raise AddressRefused(f"{host} resolves to {address}, which may not be dialled: {reason}")
         return address
 
 
-def _is_literal(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _named(error: OSError) -> str:
+def _message(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
 HEAD_END = re.compile(rb"\n\r?\n")
 LINE = re.compile(rb"[^\n]*\n")
 FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n|\r?\n")
-# What frames the body: a line that speaks of it is never left out, so a malformed one is refused.
+# These headers frame the body. A malformed line that contains one is passed on, so that httpcore refuses it.
 FRAMING = re.compile(rb"content-length|transfer-encoding", re.I)
-# httpcore's own bound on an answer's head.
+# httpcore's own bound on a response head.
 MAX_HEAD_BYTES = 100 * 1024
 
 
 class GuardedStream(httpcore.NetworkStream):
-    """A socket that reads in large blocks, keeps the pace and counts what came after the response head.
+    """A socket that reads in large blocks, keeps the deadline and counts the bytes after the response head.
 
-    The count is what tells a body longer than its Content-Length, which httpcore would leave in its buffer as the
-    beginning of the next answer on this connection. Lines in the head that are no header fields, which browsers pass
-    over and httpcore's parser refuses, are left out and counted in `junk_lines`.
+    The count detects a body longer than its Content-Length, which httpcore would take for the beginning of the next
+    response on this connection. Malformed lines in the head, which browsers ignore and httpcore refuses, are removed
+    and counted in `junk_lines`.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -263,7 +260,7 @@ class GuardedStream(httpcore.NetworkStream):
             heads = self._whole_heads()
             if heads:
                 return heads
-            if not data or len(self._head) > MAX_HEAD_BYTES:  # what is wrong with it is the parser's to say
+            if not data or len(self._head) > MAX_HEAD_BYTES:  # httpcore's parser raises the error
                 unfinished, self._head = bytes(self._head), bytearray()
                 return unfinished
         data = self._receive(timeout)
@@ -280,25 +277,25 @@ class GuardedStream(httpcore.NetworkStream):
             _allow(timeout)
             raise httpcore.ReadTimeout from error
         except OSError as error:
-            raise httpcore.ReadError(_named(error)) from error
-        pace = _transfer_deadline.get()
-        if pace is not None:
-            pace.received(len(data), time.monotonic() - started)
+            raise httpcore.ReadError(_message(error)) from error
+        deadline = _transfer_deadline.get()
+        if deadline is not None:
+            deadline.received(len(data), time.monotonic() - started)
         return data
 
     def _records(self) -> bytes:
-        """Wait for one TLS record, then add those that have already arrived."""
+        """Wait for one TLS record, then add the records that have already arrived."""
         blocks = [self._socket.recv(TLS_RECORD_BYTES)]
         self._socket.settimeout(0)
         try:
             while blocks[-1] and len(blocks) < READ_BYTES // TLS_RECORD_BYTES:
                 blocks.append(self._socket.recv(TLS_RECORD_BYTES))
         except OSError:
-            pass  # nothing more yet, or an error that the next read meets again
+            pass  # nothing more yet, or an error that the next read raises again
         return b"".join(blocks)
 
     def _whole_heads(self) -> bytes:
-        """The heads that are complete, and after the last one what has come of the body."""
+        """The complete heads, followed by the first bytes of the body after the last one."""
         heads = b""
         while self.body_bytes is None and (end := HEAD_END.search(self._head)) is not None:
             head, rest = bytes(self._head[: end.end()]), self._head[end.end() :]
@@ -314,7 +311,7 @@ class GuardedStream(httpcore.NetworkStream):
         first, *lines = LINE.findall(head)
         kept, good = [first], False
         for line in lines:
-            folded = good and line[:1] in b"\t "  # goes on with the line before (RFC 9112 §5.2)
+            folded = good and line[:1] in b"\t "  # continues the previous line (RFC 9112 §5.2)
             good = folded or bool(FIELD_LINE.fullmatch(line) or FRAMING.search(line))
             kept += [line] * good
         self.junk_lines += len(lines) + 1 - len(kept)
@@ -330,7 +327,7 @@ class GuardedStream(httpcore.NetworkStream):
         except TimeoutError as error:
             raise httpcore.WriteTimeout from error
         except OSError as error:
-            raise httpcore.WriteError(_named(error)) from error
+            raise httpcore.WriteError(_message(error)) from error
 
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
@@ -343,7 +340,7 @@ class GuardedStream(httpcore.NetworkStream):
             raise httpcore.ConnectTimeout from error
         except OSError as error:
             self.close()
-            raise httpcore.ConnectError(f"TLS: {_named(error)}") from error
+            raise httpcore.ConnectError(f"TLS: {_message(error)}") from error
         except BaseException:
             self.close()
             raise
@@ -353,7 +350,7 @@ class GuardedStream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         match info:
-            case "is_readable":  # asked of an idle connection: True makes the pool drop it
+            case "is_readable":  # of an idle connection: True makes the pool drop it
                 return not self.reusable or _readable(self._socket)
             case "ssl_object" if isinstance(self._socket, ssl.SSLSocket):
                 return self._socket

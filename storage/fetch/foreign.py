@@ -1,9 +1,9 @@
-"""What is no picture, film or sound: pages, archives and programs, as a whole file or behind a picture's end.
+"""Recognises pages, archives and programs, as a whole file or after the end of a picture.
 
-Behind a picture's end cameras, phones and generators put a second picture (MPF, gain maps), a film, makers' records,
-provenance and padding: harmless, and kept. Refused there is what makes the file something else for another program:
-ZIP and PDF readers look from the end, RAR and 7z readers search for their signature, a PHP or HTML interpreter runs
-what it finds anywhere, and a program behind a picture is how programs are carried past checks.
+Cameras, phones and generators append a second picture (MPF, gain maps), a film, maker records, provenance or padding.
+These are harmless and kept. Refused are appended bytes that make the file something else for another program: ZIP and
+PDF readers start from the end, RAR and 7z readers search for their signature, PHP and HTML interpreters run code found
+anywhere, and programs are smuggled past checks this way.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 
 from storage.fetch.structure import Reader
 
-# What may stand before the first element. Possessive throughout: hostile text must not make a regex backtrack.
+# Text before the first element. All quantifiers are possessive, so that hostile text causes no backtracking.
 PROLOGUE = re.compile(rb"(?:\s++|(?><!--.*?-->)|(?><\?.*?\?>)|(?><!doctype\s+svg[^>]*+>))*+", re.I | re.S)
 MARKUP = (
     ("svg", re.compile(rb"<svg\b", re.I)),
@@ -31,8 +31,8 @@ SIGNATURES = (
     ("a pdf", (b"%PDF",)),
 )
 TEXT = re.compile(rb"[\t\n\r\x20-\x7e\x80-\xff]++\Z")
-# Looked for anywhere behind a picture's end, so each is long enough not to occur by chance in coded pictures there:
-# five bytes do once in a million tails of a megabyte. Markup in lower case, for it may be written in either.
+# Searched for anywhere after the end of a picture, so each is long enough not to occur by chance in compressed data:
+# five bytes occur once in a million tails of 1 MB. Markup is compared in lower case.
 HIDDEN = (
     ("a zip archive", (b"PK\x05\x06\0\0\0\0", b"PK\x03\x04\x14\0", b"PK\x03\x04\x0a\0", b"PK\x03\x04\x2d\0")),
     ("an archive", (b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07", b"\xfd7zXZ\0", b"1AY&SY", b"ustar\0", b"ustar  ")),
@@ -41,14 +41,14 @@ HIDDEN = (
     ("a pdf", (b"%PDF-",)),
 )
 HIDDEN_MARKUP = (b"<!doctype", b"<html", b"<script", b"<svg ", b"<svg>", b"<svg\n", b"<?php")
-# Kept of each block for a signature that lies across two; none is longer.
+# Bytes kept of each block, for a signature across two blocks. No signature is longer.
 LONGEST = 32
-# What fills the space before the next record: zeros to a page, FF, blank lines.
+# Padding before an appended record: zeros, FF, blank lines.
 PADDING = b"\0\xff\t\n\r "
 
 
 def looks_like(head: bytes) -> str:
-    """A word for what begins with `head` and is no asset."""
+    """Names the kind of a file that begins with `head` and is no asset."""
     name = _signature(head)
     if name:
         return name
@@ -68,7 +68,7 @@ def looks_like(head: bytes) -> str:
 
 
 def hidden_in(rest: Reader) -> str | None:
-    """What the bytes that are left carry that nobody wants behind a picture; None = nothing known."""
+    """The kind of unwanted content in the bytes after a picture; None = none found."""
     before, padding = b"", True
     for block in rest.blocks(rest.left):
         found = _signature(block.lstrip(PADDING)) if padding else None

@@ -30,7 +30,7 @@ def walk_gif(reader: Reader) -> Size:
 
 
 def _next_block(reader: Reader) -> bytes:
-    """Encoders end an empty list of sub-blocks twice; decoders pass over the zero bytes between blocks."""
+    """The next block's first byte. Some encoders write zero bytes between blocks, which decoders skip."""
     zeros = 0
     while (block := reader.take(1)) == b"\0":
         zeros += 1

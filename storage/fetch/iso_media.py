@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from storage.errors import AssetDamaged
 from storage.fetch.structure import NO_SIZE, Reader, Size, sized
 
-# Boxes in boxes; MP4 needs 2 down to the track header, AVIF 3 down to the picture size.
+# Nesting of boxes: the track header of MP4 is at level 2, the picture size of AVIF at level 3.
 MAX_DEPTH = 4
-# Boxes that are opened, with the bytes before their first inner box (QuickTime's `meta` has none: it stays shut).
+# Boxes that are opened, with the bytes before their first inner box. QuickTime's `meta` differs and is not opened.
 STILL_CONTAINERS = {b"meta": 4, b"iprp": 0, b"ipco": 0}
 MOVIE_CONTAINERS = {b"moov": 0, b"trak": 0}
 
@@ -21,9 +21,9 @@ TEXT = re.compile(rb"[\t\n\r -~]{8}")
 
 
 def _boxes(reader: Reader, end: int, containers: dict[bytes, int], depth: int = 0) -> Iterator[tuple[bytes, bytes]]:
-    """Every box up to `end`, `containers` opened: (type, the first bytes of its content).
+    """Every box up to `end`, with `containers` opened: (type, the first bytes of its content).
 
-    Between the boxes of the file what begins no box is its end, and is left unread.
+    At the top level the first bytes that begin no box end the file and stay unread.
     """
     while reader.at < end:
         start = reader.at
@@ -69,13 +69,13 @@ def walk_movie_boxes(reader: Reader) -> Size:
             size = _track_size(first)
     if not kinds >= {b"moov", b"mdat"}:
         raise AssetDamaged("no moov or no mdat")
-    if reader.left and b"moof" in kinds:  # more fragments may have stood there: this film has no end of its own
+    if reader.left and b"moof" in kinds:  # a fragmented film has no marked end; fragments may be missing
         raise AssetDamaged(f"no box at byte {reader.at}")
     return size
 
 
 def _track_size(first: bytes) -> Size:
-    """From a track header: 16.16 fixed point, the last 8 bytes; a sound track has 0 × 0."""
+    """The size in a track header: its last 8 bytes, 16.16 fixed point; 0 × 0 for sound."""
     length = 96 if first[:1] == b"\x01" else 84
     if len(first) < length:
         return NO_SIZE

@@ -11,11 +11,11 @@ from storage.fetch.structure import BLOCK_BYTES, NO_SIZE, Reader, Size, sized
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 CODED_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in coded data FF00 is a byte and FFD0 to FFD7 restarts
 SEGMENT_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")  # between segments FF01 and FFD0 to FFD7 stand alone
-# Between segments libjpeg, and every browser by it, passes over bytes that begin none: a segment's length that is a few
-# bytes wrong, padding to a page of memory. More is a hole.
+# libjpeg, and so every browser, skips stray bytes between segments: a length that is wrong by a few bytes, padding to a
+# memory page. More means that data is missing.
 MAX_STRAY_BYTES = 4_096
-# The first look behind a scan's header; each further one is twice as long.
-FIRST_LOOK_BYTES = 4_096
+# First read of coded data after a scan's header; each further read is twice as long.
+FIRST_READ_BYTES = 4_096
 
 
 def walk_jpeg(reader: Reader) -> Size:
@@ -38,7 +38,7 @@ def walk_jpeg(reader: Reader) -> Size:
 
 
 def _marker(reader: Reader) -> int:
-    """The next segment's marker, at once or after fill bytes (FF) and a few stray ones."""
+    """The next segment's marker, after any fill bytes (FF) and a few stray bytes."""
     start = reader.at
     block = reader.take(2)
     if not SEGMENT_MARKER.match(block):
@@ -55,10 +55,10 @@ def _marker(reader: Reader) -> int:
 
 def _marker_after_scan(reader: Reader) -> int:
     """Skip coded data up to the next marker. A block's last byte is read again: it may be the marker's first half."""
-    look = FIRST_LOOK_BYTES
+    size = FIRST_READ_BYTES
     while reader.left:
-        block = reader.take(min(reader.left, look))
-        look = min(2 * look, BLOCK_BYTES)
+        block = reader.take(min(reader.left, size))
+        size = min(2 * size, BLOCK_BYTES)
         found = CODED_MARKER.search(block)
         if found:
             reader.rewind(len(block) - found.end())

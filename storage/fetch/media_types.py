@@ -1,4 +1,4 @@
-"""What a file is, by its own bytes: never by its name or by what the sender says of it."""
+"""The type of a file from its own bytes, never from its name or from headers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from storage.errors import AssetDamaged, NotAnAsset
 from storage.fetch import foreign, gif, iso_media, jpeg, mp3, png, riff, webm
 from storage.fetch.structure import Reader, Size
 
-# Enough for every signature below and for the text of an error page to show itself.
+# Enough for every signature below and to recognise an error page.
 HEAD_BYTES = 1_024
 
 
 @dataclass(frozen=True)
 class Media:
-    """`width`, `height` in pixels, None for sound and where the file does not say. `verified`: found whole.
+    """`width`, `height` in pixels, None for sound and if unknown. `verified`: the structure is whole.
 
-    `trailing_bytes`: how many follow its end. `notes`: what in it is odd and harmless.
+    `trailing_bytes`: bytes after the end of the content. `notes`: harmless irregularities.
     """
 
     media_type: str
@@ -53,7 +53,7 @@ MP4_BRANDS = frozenset(
 
 
 def sniff(head: bytes) -> tuple[str, str] | None:
-    """(media type, extension) by the first HEAD_BYTES of a file; None when it is nothing we keep."""
+    """(media type, extension) from the first HEAD_BYTES of a file; None for a type that is not archived."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png", "png"
     if head.startswith(b"\xff\xd8\xff"):
@@ -89,11 +89,11 @@ def _sniff_boxes(head: bytes) -> tuple[str, str] | None:
 
 
 def inspect(file: BinaryIO) -> Media:
-    """Walk `file` from beginning to end and say what it is.
+    """Check `file` from beginning to end and describe it.
 
-    Memory is constant and time grows with the bytes alone (BYTES_PER_PIECE). Raises `NotAnAsset` naming what it looks
-    like, and `AssetDamaged` when a file of a known format is cut short, contradicts itself, carries a page, an archive
-    or a program behind its end or is larger than MAX_PIXELS or longer than MAX_FRAMES.
+    Memory is constant, and time is linear in the size (BYTES_PER_PIECE). Raises `NotAnAsset`, which names the kind of
+    file, and `AssetDamaged` if a file of a known format is cut short, contradicts itself, has a page, an archive or a
+    program after its end, or exceeds MAX_PIXELS or MAX_FRAMES.
     """
     file.seek(0)
     head = file.read(HEAD_BYTES)

@@ -1,4 +1,4 @@
-"""MP3 (ISO 11172-3, 13818-3): an ID3v2 tag (id3.org), then frames. Two in a row are asked for, not all of them."""
+"""MP3 (ISO 11172-3, 13818-3): an ID3v2 tag (id3.org), then frames. Only the first two frames are checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RATES = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 1
 
 
 def frame_bytes(header: bytes) -> int:
-    """The length of the layer III frame that `header` (4 bytes) begins; 0 when it begins none."""
+    """The length of the layer III frame with this header (4 bytes); 0 if it is no frame header."""
     if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE6 != 0xE2:
         return 0
     version, bit_rate, rate, padding = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3, header[2] >> 1 & 1

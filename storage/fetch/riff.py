@@ -10,7 +10,7 @@ from storage.fetch.structure import NO_SIZE, Reader, Size, check_frames, sized
 
 
 def _riff_chunks(reader: Reader) -> Iterator[tuple[bytes, bytes]]:
-    """Every chunk's (type, first bytes) up to the end that the list declares."""
+    """(type, first bytes) of every chunk up to the declared end of the list."""
     end = struct.unpack("<4xI4x", reader.take(12))[0] + 8
     if end == 0xFFFF_FFFF + 8:  # a WAV written to a pipe has no length
         end = reader.size

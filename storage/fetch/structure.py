@@ -1,8 +1,8 @@
-"""Whether a file is whole: walks it by lengths and markers alone. Nothing is decoded, so no bomb goes off.
+"""Checks that a file is whole, by lengths and markers only. Nothing is decoded, so decompression bombs are harmless.
 
-A walk reads forward in constant memory, whatever the file promises, and leaves its reader at the end of the picture.
-It returns the picture's size and raises `AssetDamaged` where the file ends early, contradicts itself or promises absurd
-dimensions. What follows the end is looked at in `storage.fetch.foreign`.
+Each format has a walk function. It reads forward in constant memory and leaves its reader at the end of the picture. It
+returns the picture's size and raises `AssetDamaged` if the file ends early, contradicts itself or declares absurd
+dimensions. `storage.fetch.foreign` checks the bytes after the end.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import BinaryIO, NamedTuple
 from storage.errors import AssetDamaged
 
 BLOCK_BYTES = 256 * 1024
-# What Pillow refuses to open by default (twice 89,478,485): a picture nobody can look at is not archived unseen.
+# Pillow refuses to open larger pictures by default (twice 89,478,485 pixels).
 MAX_PIXELS = 178_956_970
 # JPEG's own limit, the largest of the formats with one.
 MAX_SIDE = 65_535
 # An animation of 40 s at 25 frames a second.
 MAX_FRAMES = 1_000
-# Pieces (reads of a chunk, segment, box or sub-block) a file may be made of: so many, and one for so many bytes of it.
-# The smallest pieces that real writers fill are GIF's sub-blocks of 255 bytes; an animation of MAX_FRAMES tiny frames
-# takes 10,000. Without the bound a JPEG of 590,000 empty segments (2.4 MB) took 5 s of CPU.
+# Bound on pieces (reads of a chunk, segment, box or sub-block): FREE_PIECES plus one per BYTES_PER_PIECE bytes. The
+# smallest pieces that real encoders fill are GIF's sub-blocks of 255 bytes; an animation of MAX_FRAMES tiny frames has
+# 10,000. Without the bound a JPEG of 590,000 empty segments (2.4 MB) took 5 s of CPU.
 FREE_PIECES = 16_384
 BYTES_PER_PIECE = 192
 
@@ -50,7 +50,7 @@ class Reader:
         return self.size - self.at
 
     def note(self, text: str) -> None:
-        """Keep that something is odd and harmless; the same thing once."""
+        """Note a harmless irregularity, each text once."""
         if text not in self.notes:
             self.notes.append(text)
 
@@ -58,7 +58,7 @@ class Reader:
         """The next `count` bytes (small: headers); one piece."""
         self._pieces_left -= 1
         if self._pieces_left < 0:
-            raise AssetDamaged("made of too many pieces")
+            raise AssetDamaged("it consists of too many pieces")
         data = self._file.read(count)
         self.at += len(data)
         if len(data) < count:
@@ -76,7 +76,7 @@ class Reader:
         self.at = self._file.seek(self.at - count)
 
     def blocks(self, count: int) -> Iterator[bytes]:
-        """The next `count` bytes, a block at a time."""
+        """The next `count` bytes in blocks."""
         while count > 0:
             block = self.take(min(count, BLOCK_BYTES))
             count -= len(block)

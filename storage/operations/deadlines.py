@@ -1,4 +1,4 @@
-"""Be loud before files are deleted at the provider: one event and one log line a task, hours ahead."""
+"""Alerts hours before the provider deletes files that are not archived: one event and one log line per task."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from storage.states import ArchiveState, AssetState
 
 log = structlog.get_logger()
 
-# Long enough for someone to be woken and mend a bucket; where files live a day only, a quarter of it.
+# Time to wake someone who repairs a bucket. Where the provider keeps files for one day only, a quarter of that day.
 LEAD_SECONDS = 6 * 3_600.0
 LEAD_SHARE = 0.25
-# So many are announced in one transaction; the rest follows with the next look.
+# Tasks per transaction. The next run announces the rest.
 BATCH = 500
 
 
 def lead_seconds(result_lifetime_seconds: float) -> float:
-    """How long before the provider deletes its files a task that still misses some is announced."""
+    """How long before the provider deletes the files of an incomplete task the alert is sent."""
     return min(LEAD_SECONDS, LEAD_SHARE * result_lifetime_seconds)
 
 
 def is_near(seconds: float) -> ColumnElement[bool]:
-    """Whether files of a task that are not kept yet are deleted within `seconds`, or were."""
+    """SQL condition: the provider deletes files that are not archived within `seconds`, or has deleted them."""
     due = exists().where(col(Asset.task_id) == col(Task.id), col(Asset.state) == AssetState.DUE)
-    archiving = col(Task.archive) == literal_column(f"'{ArchiveState.ARCHIVING}'")  # as the partial index says it
+    archiving = col(Task.archive) == literal_column(f"'{ArchiveState.ARCHIVING}'")  # literal, as in the partial index
     soon = archiving & (col(Task.files_expire_at) < db_now_once(seconds))
     return soon & due
 
 
 def announce(database: Database, seconds: float) -> int:
-    """Record `task.deadline_near` for tasks that come within `seconds` of their deadline. Returns how many.
+    """Record `task.deadline_near` for tasks within `seconds` of their deadline. Returns how many.
 
-    Once per task, however many processes look at the same time.
+    Once per task, also with several processes at the same time.
     """
     fresh = select(Task.id).where(is_near(seconds), col(Task.deadline_near_at).is_(None)).limit(BATCH)
     with database.read() as session:

@@ -1,4 +1,4 @@
-"""Heartbeats: one row per worker process, so that anyone can see whether work is being done."""
+"""Heartbeats: one row per worker process, which shows whether workers are alive."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from storage.rows.database import Database, db_now
 from storage.rows.models import Worker
 
 BEAT_SECONDS = 5.0
-# Three missed beats and a slow moment: dead.
+# Three missed heartbeats plus 5 s for a slow moment.
 ALIVE_SECONDS = 20.0
-# Rows of long-dead workers are removed by the next one that starts.
+# The next worker that starts removes rows older than this.
 FORGET_SECONDS = 86_400.0
 
 
 def register(database: Database, threads: int) -> uuid.UUID:
-    """Announce this process; removes the rows of workers that died long ago."""
+    """Insert this process's row and remove the rows of workers that died a day ago. Returns the row's id."""
     row = Worker(host=socket.gethostname(), pid=os.getpid(), threads=threads)
     row.started_at = row.seen_at = db_now()  # type: ignore[assignment]
     with database.write() as session:

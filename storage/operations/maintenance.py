@@ -1,7 +1,7 @@
-"""What an operator may do to rows: bring work back, put deliveries back, end alarms, forget what is old.
+"""Maintenance of rows by an operator: retry, dismiss, reconcile, adopt, reprocess deliveries, prune.
 
-Queries and updates alone: sessions are passed in, callers own the transaction. Rows that a worker holds are left to
-it, except by `dismiss`. What waits for a worker afterwards is due now.
+Queries and updates only. Sessions are passed in and callers own the transaction. Rows that a worker holds are left
+alone, except by `dismiss`. Rows that wait for a worker afterwards are due now.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, CursorResult, and_, delete, exists, func, literal, or_, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, literal, or_, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
 from storage.operations import outbox
 from storage.rows import claims, tasks
+from storage.rows.database import run
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import DISMISSED, IS_OVER, not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Report, Step, TaskState
 
-# So many rows are changed in one transaction: some 10 ms, in which nobody else can write on SQLite.
+# Rows changed in one transaction. It takes about 10 ms, in which no one else can write on SQLite.
 BATCH = 1_000
 
 
@@ -33,7 +34,7 @@ BATCH = 1_000
 
 @dataclass(frozen=True)
 class Retried:
-    """What a retry made due: how many files, and the task's own step. `reason`: why something was left alone."""
+    """What a retry made due: the number of files, and the task's step. `reason`: why nothing was changed."""
 
     files: int = 0
     step: Step | None = None
@@ -41,9 +42,9 @@ class Retried:
 
 
 def retry(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
-    """Make everything of a locked task due that waits or was given up. A create that failed is never sent again.
+    """Make the waiting step and the given-up files of a locked task due. A failed create is never sent again.
 
-    A failed task is read once: ranks only rise, but a success that came after all still wins.
+    A failed task is read once more, because a success ranks above a failure.
     """
     if task.deleted_at is not None:
         return Retried(reason="deleted")
@@ -57,7 +58,7 @@ def retry(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
     files = retry_files(session, task, [asset.id for asset in assets], schedule)
     if not files and task.archive is ArchiveState.INCOMPLETE:
         task.archive, task.note = ArchiveState.ARCHIVING, None
-        task.completeness_reads = task.completeness_reads if assets else 0  # none came: ask as if for the first time
+        task.completeness_reads = task.completeness_reads if assets else 0  # without any file all reads start anew
         tasks.reschedule(session, task, schedule)
         return Retried(step=task.step)
     own = _make_due_now(session, task)
@@ -69,7 +70,7 @@ def retry_files(
 ) -> int:
     """Make these files of a locked task due, if they failed or wait. Returns how many.
 
-    An archive that had ended goes on. `accept_unverified`: a file whose structure is broken is kept as it is.
+    An incomplete archive is archiving again. `accept_unverified`: archive a file even if its structure is broken.
     """
     open_states = (AssetState.DUE, AssetState.FAILED)
     chosen = update(Asset).where(col(Asset.id).in_(ids), col(Asset.task_id) == task.id)
@@ -77,22 +78,21 @@ def retry_files(
     values: dict[str, Any] = {"state": AssetState.DUE, **claims.AFRESH, "error": None}
     if accept_unverified:
         values["accept_unverified"] = True
-    count = _execute(session, chosen.values(**values))
+    count = run(session, chosen.values(**values)).rowcount
     if count:
         if task.archive is ArchiveState.INCOMPLETE:
             task.archive, task.note = ArchiveState.ARCHIVING, None
-        if task.step is not Step.READ:  # a read looks at the files itself when it ends; a finish would come too early
+        if task.step is not Step.READ:  # a read schedules the next step itself; a finish would come too early
             tasks.reschedule(session, task, schedule)
     session.flush()
     return count
 
 
 def _make_due_now(session: Session, task: Task) -> Retried:
-    """Whatever the task waits for, now."""
     if task.queued_at is not None:
-        return Retried(reason="it waits for its turn: all slots of the account are held")
+        return Retried(reason="queued: all slots of the account are in use; it starts when one is free")
     if task.lease is not None or task.step is None:
-        return Retried(reason="a worker is at it")
+        return Retried(reason="a worker holds it; retry when it has finished")
     claims.make_due(task)
     session.flush()
     return Retried(step=task.step)
@@ -100,10 +100,10 @@ def _make_due_now(session: Session, task: Task) -> Retried:
 
 def _read_failed(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
     if task.provider_task_id is None:
-        return Retried(reason="its create failed, and only `receiver submit` sends: with --adopt and the same request, "
-                              "or with another id")  # fmt: skip
+        return Retried(reason="its create failed and only `receiver submit` sends: use --adopt and the same request, "
+                              "or another id")  # fmt: skip
     if task.lease is not None:
-        return Retried(reason="a worker is at it")
+        return Retried(reason="a worker holds it; retry when it has finished")
     if task.archive is ArchiveState.INCOMPLETE:  # dismissed
         task.archive, task.note = ArchiveState.NONE, None
     tasks.reschedule(session, task, schedule, read_now=True)
@@ -113,9 +113,9 @@ def _read_failed(session: Session, task: Task, schedule: tasks.Schedule) -> Retr
 def failed_files(
     session: Session, *, since: datetime | None, error: str | None, limit: int
 ) -> list[tuple[uuid.UUID, uuid.UUID]]:
-    """(task, asset) of files that were given up, those of the oldest tasks first; dismissed ones left out.
+    """(task id, asset id) of files that were given up and not dismissed, oldest tasks first.
 
-    `since`: only of tasks created then or later. `error`: only where the error contains this text, in any case.
+    `since`: only of tasks created then or later. `error`: only where the error contains this text, ignoring case.
     """
     found = select(Asset.task_id, Asset.id).join(Task, col(Task.id) == col(Asset.task_id))
     found = found.where(Asset.state == AssetState.FAILED, not_dismissed(Asset.error), col(Task.deleted_at).is_(None))
@@ -126,19 +126,21 @@ def failed_files(
 def failed_tasks(
     session: Session, *, silent: str, since: datetime | None, error: str | None, limit: int
 ) -> list[uuid.UUID]:
-    """Tasks that may still be mended: parked ones, and those that brought no file or fell silent.
+    """Tasks that a retry may still complete: parked ones, succeeded ones without files, and silent ones.
 
-    What the provider failed is left alone: that is its last word.
-    `silent`: the error of a task that never reported. The rest as in `failed_files`.
+    Tasks that the provider failed are left out, because that is final. `silent`: the error of a task that never
+    reported. The rest as in `failed_files`.
     """
     empty = and_(
         col(Task.state) == TaskState.SUCCEEDED,
         col(Task.archive) == ArchiveState.INCOMPLETE,
         ~exists().where(col(Asset.task_id) == col(Task.id)),
     )
-    mute = and_(col(Task.state) == TaskState.FAILED, col(Task.error) == silent, col(Task.provider_task_id).is_not(None))
+    never_reported = and_(
+        col(Task.state) == TaskState.FAILED, col(Task.error) == silent, col(Task.provider_task_id).is_not(None)
+    )
     parked = and_(col(Task.step).is_not(None), col(Task.due_at).is_(None), col(Task.queued_at).is_(None))
-    found = select(Task.id).where(or_(empty, mute, parked), not_dismissed(Task.note), *_failed_since(since))
+    found = select(Task.id).where(or_(empty, never_reported, parked), not_dismissed(Task.note), *_failed_since(since))
     found = found.where(col(Task.deleted_at).is_(None))
     found = found.where(*_saying(func.coalesce(Task.error, Task.note), error))
     return list(session.exec(found.order_by(col(Task.created_at)).limit(limit)))
@@ -156,25 +158,26 @@ def _saying(column: Any, text: str | None) -> list[Any]:
 
 
 def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule) -> int:
-    """End a locked task that cannot be completed: nothing of it waits any more. Returns how many files were given up.
+    """End a locked task that cannot be completed. Returns how many files were given up.
 
-    One that the provider has not ended is failed here, through the apply step: a success that comes after all still
-    wins. Work in flight loses its claim and changes no row. What is archived stays; `retry` brings the rest back.
+    A task that the provider has not ended is failed here through `tasks.apply`; a later success still wins. A worker
+    that holds one of its rows loses the lease and changes nothing. Archived files stay; `retry` undoes the rest.
     """
-    words = DISMISSED + reason
+    note = DISMISSED + reason
     task.step = None
     claims.rest(task)
     if task.state not in states.TERMINAL:
-        failure = Report(None, None, TaskState.FAILED, message=words)
+        failure = Report(None, None, TaskState.FAILED, message=note)
         tasks.apply(session, task, failure, schedule, now=tasks.now(session), pushed=False)
     waiting = [asset for asset in tasks.assets_of(session, task.id) if asset.state is AssetState.DUE]
     for asset in waiting:
         fact = {"kind": asset.kind, "index": asset.index, "error": asset.error, "reason": reason}
         record(session, EventName.ASSET_FAILED, task.id, fact)
-    unkept = update(Asset).where(col(Asset.task_id) == task.id, col(Asset.state) != AssetState.ARCHIVED)
+    not_archived = update(Asset).where(col(Asset.task_id) == task.id, col(Asset.state) != AssetState.ARCHIVED)
     before = func.coalesce(literal(" (") + col(Asset.error) + ")", "")
-    _execute(session, unkept.values(state=AssetState.FAILED, error=literal(words) + before, **claims.AT_REST))
-    task.archive, task.note, task.step = ArchiveState.INCOMPLETE, words, None
+    values = {"state": AssetState.FAILED, "error": literal(note) + before, **claims.AT_REST}
+    run(session, not_archived.values(**values))
+    task.archive, task.note, task.step = ArchiveState.INCOMPLETE, note, None
     claims.rest(task)
     record(session, EventName.TASK_INCOMPLETE, task.id, {"reason": reason, "given_up": len(waiting)})
     session.flush()
@@ -185,7 +188,7 @@ def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule)
 
 
 def unfinished(session: Session, after: uuid.UUID | None = None, limit: int = BATCH) -> list[uuid.UUID]:
-    """Tasks the provider may still have news of, by id from `after` on. Those not sent yet have a step of their own."""
+    """Ids of tasks that wait for the provider's result, sorted, from after `after`. Unsent tasks have another step."""
     found = select(Task.id).where(col(Task.state).not_in(states.TERMINAL), Task.step == Step.READ)
     if after is not None:
         found = found.where(col(Task.id) > after)
@@ -193,15 +196,15 @@ def unfinished(session: Session, after: uuid.UUID | None = None, limit: int = BA
 
 
 def make_reads_due(session: Session, ids: Sequence[uuid.UUID]) -> int:
-    """Make the waiting reads of these tasks due now; one in flight is left to its owner. Returns how many."""
+    """Make the waiting reads of these tasks due now, except those that a worker holds. Returns how many."""
     chosen = update(Task).where(col(Task.id).in_(ids), col(Task.step) == Step.READ, col(Task.lease).is_(None))
-    return _execute(session, chosen.values(claims.AFRESH))
+    return run(session, chosen.values(claims.AFRESH)).rowcount
 
 
 def adopt(session: Session, task: Task, report: Report, schedule: tasks.Schedule) -> bool:
-    """Insert a task that was made elsewhere, with all that `report` says of it. Returns False when its id is taken.
+    """Insert a task that was created elsewhere and apply `report` to it. Returns False when its id is taken.
 
-    It goes on from its row: its files are due, or it is read until it ends. It is never sent.
+    Its files are due, or it is read until it ends. It is never sent.
     """
     if not tasks.insert_new(session, task):
         return False
@@ -229,9 +232,9 @@ def deliveries(
     after: int = 0,
     limit: int = BATCH,
 ) -> list[Callback]:
-    """Stored deliveries by id from `after` on: these `ids`, or the pushed ones received from `since` up to `until`.
+    """Stored deliveries by id, from after `after`: these `ids`, or pushed ones received from `since` to before `until`.
 
-    Their bodies are not loaded: a batch of the largest would be 250 MB.
+    Their bodies are not loaded, because a batch of the largest takes 250 MB.
     """
     body: Any = Callback.body
     found = select(Callback).options(defer(body, raiseload=True)).where(col(Callback.id) > after)
@@ -246,15 +249,15 @@ def deliveries(
 
 
 def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = None) -> int:
-    """Set deliveries back to `received`, due now, unless somebody works on them. Returns how many.
+    """Set deliveries back to `received`, due now, unless a worker holds them. Returns how many.
 
-    `webhook_id`: of one whose signature was verified now.
+    `webhook_id`: the id of a delivery whose signature is verified only now.
     """
     chosen = update(Callback).where(col(Callback.id).in_(ids), col(Callback.lease).is_(None))
     values: dict[str, Any] = {"state": CallbackState.RECEIVED, **claims.AFRESH}
     if webhook_id is not None:
         values["webhook_id"] = webhook_id
-    return _execute(session, chosen.values(**values, reason=None, applied_at=None))
+    return run(session, chosen.values(**values, reason=None, applied_at=None)).rowcount
 
 
 # -- prune ------------------------------------------------------------------------------------------------------------
@@ -262,7 +265,7 @@ def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = N
 
 @dataclass(frozen=True)
 class Prunable:
-    """One kind of thing that is pruned: rows of `model` for which `old` holds; `values` None = the rows go."""
+    """One kind of prunable data: rows of `model` that satisfy `old`. `values`: written to them, None = rows deleted."""
 
     name: str
     model: Any
@@ -271,11 +274,11 @@ class Prunable:
 
 
 def prunable(session: Session, before: datetime) -> list[Prunable]:
-    """What may be forgotten of the time before `before`: nothing of a task that is not over, and nothing that waits.
+    """What may be pruned from before `before`: nothing of a task that is not over, and nothing that waits for work.
 
-    A delivery to the account's own URL does not say whose it is: it is kept while any task is not over that was
-    there when it came. An event that a sink has not got yet is kept, and one that has no number: no reader saw it.
-    With a request goes where its client wanted to be called back, which may hold a secret; not before it was.
+    A delivery to the account's URL names no task, so it is kept while any task is not over that existed when it came.
+    An event is kept until it has a number and every sink has it. The client's callback URL, which may hold a secret,
+    is pruned with the request, after the client has been called back.
     """
     oldest = session.exec(select(func.min(Task.created_at)).where(~IS_OVER)).one()
     unnamed = col(Callback.received_at) < min(before, oldest or before)
@@ -286,25 +289,25 @@ def prunable(session: Session, before: datetime) -> list[Prunable]:
         or_(col(Callback.task_id).is_not(None), unnamed),
         _is_over(Callback.task_id),
     )
-    told = and_(
+    delivered = and_(
         col(Event.at) < before,
         col(Event.seq).is_not(None),
         _is_over(Event.task_id),
         ~exists().where(col(Dispatch.event_id) == col(Event.id), outbox.IS_OPEN),
     )
-    of_told = exists().where(col(Event.id) == col(Dispatch.event_id), told)
+    of_delivered = exists().where(col(Event.id) == col(Dispatch.event_id), delivered)
     ended_at = func.coalesce(Task.archived_at, Task.completed_at, Task.created_at)
-    untold = or_(
+    undelivered = or_(
         exists().where(col(Dispatch.task_id) == col(Task.id), outbox.IS_OPEN),
         exists().where(col(Event.task_id) == col(Task.id), col(Event.seq).is_(None)),
     )
     filled = or_(col(Task.request) != {}, col(Task.client_callback_url).is_not(None))
-    asked = and_(IS_OVER, ended_at < before, filled, ~untold)
+    requests = and_(IS_OVER, ended_at < before, filled, ~undelivered)
     return [
         Prunable("deliveries", Callback, settled),
-        Prunable("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_told)),
-        Prunable("events", Event, told),
-        Prunable("requests", Task, asked, {"request": {}, "client_callback_url": None}),
+        Prunable("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_delivered)),
+        Prunable("events", Event, delivered),
+        Prunable("requests", Task, requests, {"request": {}, "client_callback_url": None}),
     ]
 
 
@@ -313,12 +316,12 @@ def _is_over(task_id: Any) -> Any:
 
 
 def count_old(session: Session, kind: Prunable) -> int:
-    """How many rows `prune` would take."""
+    """How many rows `prune` would delete or empty."""
     return session.exec(select(func.count()).select_from(kind.model).where(kind.old)).one()
 
 
 def old_ids(session: Session, kind: Prunable, after: Any = None) -> list[Any]:
-    """The next rows to prune, at most a batch, by id from `after` on."""
+    """Ids of the next rows to prune, sorted, at most a batch, from after `after`."""
     found = select(kind.model.id).where(kind.old)
     if after is not None:
         found = found.where(kind.model.id > after)
@@ -326,13 +329,7 @@ def old_ids(session: Session, kind: Prunable, after: Any = None) -> list[Any]:
 
 
 def prune(session: Session, kind: Prunable, ids: Sequence[Any]) -> int:
-    """Forget these rows, or what `kind` empties in them, where it is still so. Returns how many."""
+    """Delete or empty those of these rows that are still prunable. Returns how many."""
     model = kind.model
     statement: Any = delete(model) if kind.values is None else update(model).values(**kind.values)
-    return _execute(session, statement.where(model.id.in_(ids), kind.old))
-
-
-def _execute(session: Session, statement: Any) -> int:
-    result = session.execute(statement.execution_options(synchronize_session=False))
-    assert isinstance(result, CursorResult)
-    return result.rowcount
+    return run(session, statement.where(model.id.in_(ids), kind.old)).rowcount

@@ -1,4 +1,4 @@
-"""How the work stands, asked of the rows: what waits, what is late, what failed, and how well callbacks come."""
+"""Measures of the rows: what waits, what is overdue, what failed, and how many callbacks arrive."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from storage.rows.database import db_now_once
 from storage.rows.models import Asset, Callback, Dispatch, Task
 from storage.states import ArchiveState, AssetState, CallbackState
 
-# Due for longer than this is late: idle workers take a row within a second.
+# An idle worker claims a due row within a second.
 OVERDUE_SECONDS = 60
-# What ended within this time is counted; the whole table would be read otherwise.
+# Only tasks that ended within this time are counted, because counting all would read the whole table.
 WINDOW_SECONDS = 86_400
-# A callback gets this long after we learnt of the end otherwise before it counts as lost.
+# A callback counts as lost this long after a read has reported the end.
 CALLBACK_PATIENCE_SECONDS = 300
 WAITING: tuple[Any, ...] = (Task, Callback, Asset)
 
 
 @dataclass(frozen=True)
 class AccountMeasures:
-    """A provider's account. `slots_held`: pictures in work, by our own count; `slot_limit`: how many may be now, None =
-    no limit of our own; `tasks_queued`: tasks that wait for their slots."""
+    """A provider's account. `slots_held`: pictures in work, by our own count. `slot_limit`: the current limit, None =
+    no limit. `tasks_queued`: tasks that wait for slots."""
 
     slots_held: int = 0
     slot_limit: int | None = None
@@ -39,7 +39,7 @@ class AccountMeasures:
 
 @dataclass(frozen=True)
 class SinkMeasures:
-    """A sink that some event waits for or was never taken by. The words are those of `Measures`, for it alone."""
+    """A sink with open or dead events. The fields are those of `Measures`, for this sink."""
 
     events_open: int = 0
     oldest_event_seconds: float = 0.0
@@ -48,15 +48,15 @@ class SinkMeasures:
 
 @dataclass(frozen=True)
 class Measures:
-    """Rows as of now; those that ended within the last 24 h, where it says `day`.
+    """Rows as of now. Fields named `…_day`: tasks that ended within the last 24 h.
 
-    `due`: rows waiting for a worker now, `overdue`: for over a minute. `callbacks_expected`: tasks that ended in the
-    day, asked for a callback and had five minutes to get it; `callbacks_lost`: those among them that a read told us
-    and no callback has; `callbacks_late`: those whose callback came after a read had told; `late_seconds`: the longest
-    of those delays. `events_open`: events on their way to a sink, one for each; `oldest_event_seconds`: how long the
-    oldest of them has been; `events_dead`: those that were given up. `audit_…`: the audit in the workers: faults there
-    are now, files hashed in this round, how much of it is done (0 to 1), whether it takes longer than it may (0 or 1),
-    and the seconds since the last whole round ended, None = none has. `accounts`, `sinks`: by their names.
+    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `callbacks_expected`: tasks that ended
+    in the last 24 h, at least five minutes ago, and asked for a callback. `callbacks_lost`: those of them whose end no
+    callback reported. `callbacks_late`: tasks whose callback came after a read had reported the end. `late_seconds`:
+    the longest of those delays. `events_open`: undelivered events, counted per sink. `oldest_event_seconds`: age of the
+    oldest of them. `events_dead`: events that were given up. `audit_…`: the continuous audit: current faults, files
+    hashed in this round, completed share of it (0 to 1), whether it is late (0 or 1), seconds since the last complete
+    round (None = no round has ended). `accounts`, `sinks`: by name.
     """
 
     due: int
@@ -85,27 +85,31 @@ class Measures:
 
     @property
     def callback_loss_rate(self) -> float:
-        """Between 0 and 1; 0 when none was expected."""
+        """Lost callbacks divided by expected ones, 0 to 1; 0 when none was expected."""
         return self.callbacks_lost / self.callbacks_expected if self.callbacks_expected else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers by name; under `accounts` and `sinks` the same by the name of each."""
+        """The measures as JSON values, with `callback_loss_rate`."""
         return {**asdict(self), "callback_loss_rate": round(self.callback_loss_rate, 4)}
 
 
 def measure(session: Session, *, deadline_seconds: float, slots: Slots | None = None) -> Measures:
-    """Ask the rows. Costs some milliseconds, whatever has ended before the last day; under 0.1 s where 100,000 tasks
-    and 50,000 events wait.
+    """Measure the rows. Takes some milliseconds, and under 0.1 s while 100,000 tasks and 50,000 events wait.
 
-    `slots`: of the account whose limit is known here; other accounts are told without theirs, while they hold some.
+    `slots`: of the account whose limit is configured here. Other accounts are listed without a limit while they hold
+    slots or have queued tasks.
     """
-    now = tasks.now(session)
+    now, audit = tasks.now(session), continuous_audit.standing(session)
     return Measures(
         **_waiting(session, now),
         **_ended(session, now),
         **_callbacks(session, now),
         **_events(session, now),
-        **_audit(session),
+        audit_faults=audit.faults,
+        audit_hashed=audit.hashed,
+        audit_share=audit.share,
+        audit_late=int(audit.late),
+        audit_age_seconds=audit.age_seconds,
         accounts=_accounts(session, slots),
         failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
         unmatched=_count(session, col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")),
@@ -114,12 +118,12 @@ def measure(session: Session, *, deadline_seconds: float, slots: Slots | None = 
 
 
 def count_dead_events(session: Session) -> int:
-    """Events that a sink never took, one for each such sink."""
+    """Events that were given up, counted per sink."""
     return _count(session, outbox.IS_DEAD)
 
 
 def count_deadline_near(session: Session, seconds: float) -> int:
-    """Tasks whose files are deleted at the provider within `seconds`, or were, and are not all kept."""
+    """Tasks that are not fully archived and whose files the provider deletes within `seconds`, or has deleted."""
     return _count(session, deadlines.is_near(seconds))
 
 
@@ -129,7 +133,7 @@ def count_overdue(session: Session) -> int:
 
 
 def _count(session: Session, condition: Any) -> int:
-    """Conditions on states are literals: SQLite uses no partial index for a parameter."""
+    """Conditions on states must be literals, because SQLite uses no partial index for a parameter."""
     return session.exec(select(func.count()).where(condition)).one()
 
 
@@ -154,7 +158,7 @@ def _ended(session: Session, now: datetime) -> dict[str, Any]:
 
 
 def _events(session: Session, now: datetime) -> dict[str, Any]:
-    """Of all sinks together, and of each: the sums are made here, the rows are read once."""
+    """Open and dead events per sink and in total. The rows are read once."""
     waiting = select(Dispatch.sink, func.count(), func.min(Dispatch.created_at)).where(outbox.IS_OPEN)
     dead = select(Dispatch.sink, func.count()).where(outbox.IS_DEAD).group_by(Dispatch.sink)
     sinks = {name: SinkMeasures(events_dead=count) for name, count in session.exec(dead)}
@@ -181,25 +185,14 @@ def _accounts(session: Session, slots: Slots | None) -> dict[str, AccountMeasure
     }
 
 
-def _audit(session: Session) -> dict[str, Any]:
-    stands = continuous_audit.standing(session)
-    return {
-        "audit_faults": stands.faults,
-        "audit_hashed": stands.hashed,
-        "audit_share": stands.share,
-        "audit_late": int(stands.late),
-        "audit_age_seconds": stands.age_seconds,
-    }
-
-
 def _callbacks(session: Session, now: datetime) -> dict[str, Any]:
     since, until = (now - timedelta(seconds=seconds) for seconds in (WINDOW_SECONDS, CALLBACK_PATIENCE_SECONDS))
-    ended, told = col(Task.completed_at), col(Task.end_called_back_at)
+    ended, called_back = col(Task.completed_at), col(Task.end_called_back_at)
     asked = (col(Task.callback_url).is_not(None), ended > since, col(Task.state).in_(states.TERMINAL))
     expected = session.exec(select(func.count()).where(*asked, ended < until)).one()
-    lost = session.exec(select(func.count()).where(*asked, ended < until, told.is_(None))).one()
-    late = session.execute(select(ended, told).where(*asked, told > ended)).all()
-    delays = [(told_at - ended_at).total_seconds() for ended_at, told_at in late]
+    lost = session.exec(select(func.count()).where(*asked, ended < until, called_back.is_(None))).one()
+    late = session.execute(select(ended, called_back).where(*asked, called_back > ended)).all()
+    delays = [(called_back_at - ended_at).total_seconds() for ended_at, called_back_at in late]
     return {
         "callbacks_expected": expected,
         "callbacks_lost": lost,

@@ -31,6 +31,7 @@ from sqlalchemy import (
     select,
     text,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -127,6 +128,21 @@ def run(
     """
     session.flush()
     return session.connection().execute(statement, values)
+
+
+def insert_or_ignore(
+    session: Session, model: Any, values: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> list[Any]:
+    """Insert one row or many, except those whose unique keys are taken. Returns the primary keys of the new rows.
+
+    Many rows are passed as parameters, so the statement is compiled once; their values hold no SQL expressions.
+    """
+    table = model.__table__
+    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
+    statement: Any = dialect.insert(table).on_conflict_do_nothing().returning(*table.primary_key)
+    if isinstance(values, Mapping):
+        return list(session.scalars(statement.values(values)))
+    return list(session.scalars(statement, values))
 
 
 class Turnstile:

@@ -79,7 +79,7 @@ class StandingPages:
             audit = continuous_audit.standing(session)
         problem, capabilities = "", {}
         try:
-            capabilities = asdict(self._of.bucket.capabilities)
+            capabilities = asdict(self._of.bucket.capabilities())
         except (DatabaseUnavailable, StoreUnavailable) as error:
             problem = words.short(str(error), 300)
         return visit.page(

@@ -20,10 +20,10 @@ from tests.unreported_tasks import REQUEST, queries, submit
 def test_moments_are_given_out_at_an_even_pace(database: Database) -> None:
     limit = ReadRateLimit(database, per_second=0.1, patience_seconds=25)
     with database.write() as session:
-        waits = [limit._take(session, "kling") for _ in range(4)]
+        waits = [limit._reserve(session, "kling") for _ in range(4)]
     assert [round(seconds / 10) for seconds in waits] == [0, 1, 2, 3]
     with database.write() as session:
-        assert limit._take(session, "another") == 0
+        assert limit._reserve(session, "another") == 0
 
 
 def test_a_moment_too_far_ahead_is_not_taken(database: Database) -> None:
@@ -45,7 +45,7 @@ def test_processes_share_one_pace(database_url: str) -> None:
     def take(limit: ReadRateLimit) -> None:
         for _ in range(5):
             with limit._database.write() as session:
-                waits.append(limit._take(session, "kling"))
+                waits.append(limit._reserve(session, "kling"))
 
     threads = [threading.Thread(target=take, args=(limit,)) for limit in limits for _ in range(2)]
     for thread in threads:

@@ -142,7 +142,7 @@ def test_an_object_as_its_row_says_is_never_removed(parts: Parts) -> None:
     archive(parts, 1)
     (asset,) = all_assets(parts)
     lie = Finding(FindingKind.CHECKSUM, str(asset.key), None, "", asset.id)
-    assert repair(parts, [lie]) == ["left alone: it is as its row says, looked at again"]
+    assert repair(parts, [lie]) == ["left alone: read again, it matches its row"]
     assert audit(parts, deep=True)[1] == []
 
 

@@ -25,7 +25,7 @@ def host() -> Iterator[FileHost]:
         opened.pop().close()
 
 
-JUNK = ("5 header lines that are none",)
+JUNK = ("5 malformed header lines",)
 ODD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "206": (part(png(), 0, len(png())), ("answered 206 with the whole file",)),
     "utf-8": (answer(png(), "Content-Encoding: UTF-8"), ("Content-Encoding names no coding",)),
@@ -38,7 +38,10 @@ ODD: dict[str, tuple[bytes, tuple[str, ...]]] = {
                "Content-Encoding: gzip", "Transfer-Encoding: chunked", length=None),
         ("decoded from gzip",),
     ),
-    "not gzip": (answer(png(), "Content-Encoding: gzip"), ("said to be coded and is not",)),
+    "not gzip": (
+        answer(png(), "Content-Encoding: gzip"),
+        ("Content-Encoding names a coding, but the body is not coded",),
+    ),
     "junk": (answer(png(), "this is no header", " nor this", "X Y: z", ": b", "Z: \0"), JUNK),
     "folded": (answer(png(), "X: a", " b"), ()),
 }  # fmt: skip
@@ -85,7 +88,7 @@ def test_a_transfer_that_always_breaks_at_sixty_percent_ends(
     client, sink = fetcher(host), io.BytesIO()
     fetched = client.fetch(host.url, sink)
     assert (sink.read(), fetched.sha256) == (LARGE, hashlib.sha256(LARGE).hexdigest())
-    assert fetched.notes == ("came in 5 parts",)
+    assert fetched.notes == ("received in 5 parts",)
     assert fetched.headers["content-length"] == str(len(LARGE))
     assert [f"If-Range: {validator}" in head for head in host.heads] == [False, True, True, True, True]
 
