@@ -148,7 +148,7 @@ def _plain(blocks: Iterable[bytes], headers: Mapping[str, str], notes: list[str]
         notes.append("Content-Encoding names no coding")
         yield from blocks
     elif media_types.sniff(head):
-        notes.append("Content-Encoding names a coding, but the body is not coded")
+        notes.append("coded only according to Content-Encoding")
         yield from blocks
     elif len(codings) == 1 and codings[0] in GZIP:
         notes.append("decoded from gzip")

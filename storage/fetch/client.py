@@ -34,7 +34,7 @@ from storage.fetch.addresses import AddressPolicy, Target, check_url, tidy
 from storage.fetch.body import Body
 from storage.fetch.media_types import Media
 
-USER_AGENT = b"kling-receiver"
+USER_AGENT = "kling-receiver"
 # A CDN accepts a connection within one round trip. 10 s covers three lost SYNs (1 + 2 + 4 s).
 CONNECT_TIMEOUT_SECONDS = 10.0
 # Object stores close idle transfers after 20 to 60 s.
@@ -208,7 +208,7 @@ class Fetcher:
                 ),
                 headers=[
                     (b"Host", target.authority.encode()),
-                    (b"User-Agent", USER_AGENT),
+                    (b"User-Agent", USER_AGENT.encode()),
                     (b"Accept", b"*/*"),
                     (b"Accept-Encoding", b"identity"),
                     *more,

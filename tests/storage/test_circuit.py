@@ -41,14 +41,14 @@ def opened(clock: Clock) -> Circuit:
     return circuit
 
 
-def test_few_failures_change_nothing() -> None:
+def test_circuit_stays_closed_below_three_failures() -> None:
     circuit = Circuit(Clock())
     for _ in range(FAILURES - 1):
         circuit.failed()
     assert circuit.grant(8).count == 8
 
 
-def test_an_open_circuit_lets_one_trial_through_per_pause() -> None:
+def test_open_circuit_grants_one_trial_per_pause() -> None:
     clock = Clock()
     circuit = opened(clock)
     assert circuit.grant(8).count == 0
@@ -56,14 +56,14 @@ def test_an_open_circuit_lets_one_trial_through_per_pause() -> None:
     assert (circuit.grant(8).count, circuit.grant(8).count) == (1, 0)
 
 
-def test_a_good_trial_closes_it() -> None:
+def test_successful_trial_closes_the_circuit() -> None:
     clock = Clock()
     circuit = opened(clock)
     circuit.succeeded()
     assert circuit.grant(8).count == 8
 
 
-def test_the_pause_grows_to_its_cap_trial_by_trial() -> None:
+def test_pause_doubles_with_each_failed_trial_up_to_its_cap() -> None:
     clock = Clock()
     circuit = opened(clock)
     for _ in range(20):
@@ -76,7 +76,7 @@ def test_the_pause_grows_to_its_cap_trial_by_trial() -> None:
     assert circuit.grant(1).count == 1
 
 
-def test_what_was_under_way_when_it_opened_does_not_lengthen_the_pause() -> None:
+def test_failures_of_earlier_tries_do_not_lengthen_the_pause() -> None:
     clock = Clock()
     circuit = opened(clock)
     for _ in range(20):
@@ -91,7 +91,7 @@ def watch(circuit: Circuit, *errors: type[Exception]) -> None:
             raise error("no")
 
 
-def test_an_answer_ends_the_row_of_failures_and_what_never_reached_the_store_does_not() -> None:
+def test_answer_resets_the_failures_and_an_unsent_request_does_not() -> None:
     outages = [StoreUnavailable] * (FAILURES - 1)
     circuit = Circuit(Clock())
     watch(circuit, *outages, ObjectConflict, *outages)
@@ -100,7 +100,7 @@ def test_an_answer_ends_the_row_of_failures_and_what_never_reached_the_store_doe
     assert circuit.is_open
 
 
-def test_a_trial_of_which_nothing_is_told_is_given_back() -> None:
+def test_trial_without_a_result_is_given_back() -> None:
     clock = Clock()
     circuit = opened(clock)
     clock.seconds += FIRST_PAUSE_SECONDS
@@ -116,7 +116,7 @@ def test_a_trial_of_which_nothing_is_told_is_given_back() -> None:
     assert circuit.grant(8).count == 8
 
 
-def test_a_trial_that_hangs_holds_up_no_other_and_gives_back_none_but_itself() -> None:
+def test_hanging_trial_does_not_hold_up_or_give_back_another() -> None:
     clock = Clock()
     circuit = opened(clock)
     clock.seconds += FIRST_PAUSE_SECONDS
@@ -128,7 +128,7 @@ def test_a_trial_that_hangs_holds_up_no_other_and_gives_back_none_but_itself() -
         assert circuit.grant(1).count == 0
 
 
-def test_what_may_be_one_requests_own_counts_when_nothing_goes_well() -> None:
+def test_doubtful_failures_count_only_without_successes() -> None:
     clock = Clock()
     circuit = Circuit(clock)
     circuit.succeeded()
@@ -153,7 +153,7 @@ def worker(database: Database, circuit: Circuit) -> Worker:
     return Worker(database, [lane], lease_seconds=60, grace_seconds=0)
 
 
-def test_rows_that_never_reach_the_store_are_no_trials(database: Database) -> None:
+def test_row_that_never_reaches_the_store_is_no_trial(database: Database) -> None:
     clock = Clock()
     circuit = opened(clock)
     new_assets(database, TASKS)
@@ -163,7 +163,7 @@ def test_rows_that_never_reach_the_store_are_no_trials(database: Database) -> No
     assert circuit.is_open
 
 
-def test_a_claim_that_finds_nothing_is_no_trial(database: Database) -> None:
+def test_empty_claim_is_no_trial(database: Database) -> None:
     clock = Clock()
     circuit = opened(clock)
     new_assets(database, 1, losses=claims.QUARANTINE_AFTER)  # due, and not for everybody
@@ -176,7 +176,7 @@ def test_a_claim_that_finds_nothing_is_no_trial(database: Database) -> None:
 
 
 @ONE_DATABASE
-def test_a_message_that_is_refused_before_it_is_sent_is_no_trial(
+def test_message_refused_before_sending_is_no_trial(
     database: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqs, "MAX_BYTES", 1)
@@ -214,9 +214,7 @@ def clock(parts: Parts) -> Clock:
 
 
 @ONE_DATABASE
-def test_a_provider_that_fails_is_asked_little_and_the_creates_resume(
-    parts: Parts, sandbox: Sandbox, clock: Clock
-) -> None:
+def test_creates_pause_while_the_provider_fails_and_resume(parts: Parts, sandbox: Sandbox, clock: Clock) -> None:
     unsent(parts)
     sandbox.set(create_faults=["5002"] * 100)
     assert (run(parts, "creates"), run(parts, "creates")) == (FAILURES, 0)
@@ -230,9 +228,7 @@ def test_a_provider_that_fails_is_asked_little_and_the_creates_resume(
 
 
 @ONE_DATABASE
-def test_a_provider_that_fails_is_asked_little_and_the_reads_resume(
-    parts: Parts, sandbox: Sandbox, clock: Clock
-) -> None:
+def test_reads_pause_while_the_provider_fails_and_resume(parts: Parts, sandbox: Sandbox, clock: Clock) -> None:
     for _ in range(TASKS):
         insert_row(parts, due_at=LONG_AGO)
     sandbox.set(query_faults=["5001"] * 100)
@@ -248,7 +244,7 @@ def test_a_provider_that_fails_is_asked_little_and_the_reads_resume(
 
 @ONE_DATABASE
 @pytest.mark.parametrize("fault", ["1303", "1201"])
-def test_throttled_or_refused_is_an_answer(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+def test_throttling_and_refusal_keep_the_circuit_closed(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     unsent(parts)
     sandbox.set(create_faults=[fault] * TASKS)
     assert run(parts, "creates") == TASKS

@@ -29,14 +29,14 @@ DAY = datetime(2026, 3, 4, 23, 30, tzinfo=UTC)
         ("", DAY, "..", "image", 0, "png", "2026/03/04/%2E%2E/image-0-0123456789ab.png"),
     ],
 )  # fmt: skip
-def test_object_key(
+def test_object_key_follows_the_contract(
     prefix: str, created_at: datetime, task: str, kind: str, index: int, extension: str, key: str
 ) -> None:
     assert object_key(prefix, created_at, task, kind, index, SHA256, extension) == key
 
 
 @given(task=st.text(min_size=1, max_size=16), prefix=st.sampled_from(["", "a", "/a/b/"]), index=st.integers(0, 9_999))
-def test_every_id_is_one_segment_that_leads_back_to_it(task: str, prefix: str, index: int) -> None:
+def test_every_id_is_one_segment_and_can_be_decoded(task: str, prefix: str, index: int) -> None:
     key = object_key(prefix, DAY, task, "image", index, SHA256, "png")
     segment, name = key.removeprefix(normal_prefix(prefix)).split("/")[3:]
     assert unquote(segment) == task
@@ -51,7 +51,7 @@ def test_two_ids_never_share_a_folder(one: str, other: str) -> None:
 
 
 @given(moment=st.datetimes(timezones=st.timezones()))
-def test_the_folder_is_the_utc_day(moment: datetime) -> None:
+def test_folder_uses_the_utc_day(moment: datetime) -> None:
     try:
         day = moment.astimezone(UTC)
     except OverflowError:  # the first and the last day of the calendar
@@ -71,12 +71,12 @@ def test_the_folder_is_the_utc_day(moment: datetime) -> None:
         ("\ud800", "not valid Unicode"),
     ],
 )
-def test_ids_without_a_key_are_refused(task: str, reason: str) -> None:
+def test_ids_that_fit_no_key_are_refused(task: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         encode_id(task)
 
 
-def test_the_longest_id_fits() -> None:
+def test_longest_id_fits_into_a_key() -> None:
     assert encode_id("x" * 200) == "x" * 200
 
 
@@ -86,11 +86,11 @@ def test_manifests_are_numbered_from_the_second() -> None:
 
 
 @pytest.mark.parametrize(("given_prefix", "kept"), [("", ""), ("/", ""), ("a", "a/"), ("/a/", "a/"), ("a/b", "a/b/")])
-def test_prefix(given_prefix: str, kept: str) -> None:
+def test_prefix_is_normalised(given_prefix: str, kept: str) -> None:
     assert normal_prefix(given_prefix) == kept
 
 
-def test_nonsense_makes_no_key() -> None:
+def test_invalid_arguments_make_no_key() -> None:
     with pytest.raises(ValueError, match="time zone"):
         object_key("", DAY.replace(tzinfo=None), "a", "image", 0, SHA256, "png")
     with pytest.raises(ValueError, match="extension"):
@@ -101,7 +101,7 @@ def test_nonsense_makes_no_key() -> None:
 
 
 @given(value=st.text(st.characters(exclude_categories=["Cs"])))
-def test_metadata_travels_as_ascii(value: str) -> None:
+def test_metadata_is_encoded_as_ascii(value: str) -> None:
     sent = header_text(value)
     assert sent.isascii()
     assert sent.isprintable()

@@ -17,7 +17,7 @@ from tests.pipeline import make_due_now, run, task_of
 from tests.unreported_tasks import REQUEST, queries, submit
 
 
-def test_moments_are_given_out_at_an_even_pace(database: Database) -> None:
+def test_free_moments_are_one_interval_apart(database: Database) -> None:
     limit = ReadRateLimit(database, per_second=0.1, patience_seconds=25)
     with database.write() as session:
         waits = [limit._reserve(session, "kling") for _ in range(4)]
@@ -26,7 +26,7 @@ def test_moments_are_given_out_at_an_even_pace(database: Database) -> None:
         assert limit._reserve(session, "another") == 0
 
 
-def test_a_moment_too_far_ahead_is_not_taken(database: Database) -> None:
+def test_moment_too_far_ahead_is_not_reserved(database: Database) -> None:
     impatient = ReadRateLimit(database, per_second=0.01, patience_seconds=0)
     impatient.wait("kling")
     for _ in range(2):
@@ -36,7 +36,7 @@ def test_a_moment_too_far_ahead_is_not_taken(database: Database) -> None:
         assert 0 < caught.value.after <= 100
 
 
-def test_processes_share_one_pace(database_url: str) -> None:
+def test_processes_share_one_rate(database_url: str) -> None:
     """Eight threads over two databases' handles take twenty moments: none twice, and as far apart as said."""
     opened = [Database(database_url) for _ in range(2)]
     limits = [ReadRateLimit(each, per_second=0.01, patience_seconds=100_000) for each in opened]
@@ -57,7 +57,7 @@ def test_processes_share_one_pace(database_url: str) -> None:
         each.close()
 
 
-def test_a_read_beyond_the_pace_comes_back_and_counts_as_no_attempt(parts: Parts, sandbox: Sandbox) -> None:
+def test_read_beyond_the_rate_is_due_later_and_counts_no_attempt(parts: Parts, sandbox: Sandbox) -> None:
     parts.__dict__["read_limit"] = ReadRateLimit(parts.database, patience_seconds=0)
     (task,) = submit(parts, 1)
     with parts.database.write() as session:
@@ -70,7 +70,7 @@ def test_a_read_beyond_the_pace_comes_back_and_counts_as_no_attempt(parts: Parts
     assert queries(sandbox) == 0
 
 
-def test_looking_up_an_unclear_create_keeps_the_pace(parts: Parts, sandbox: Sandbox) -> None:
+def test_lookup_of_an_unsettled_create_keeps_the_rate(parts: Parts, sandbox: Sandbox) -> None:
     parts.__dict__["read_limit"] = ReadRateLimit(parts.database, patience_seconds=0)
     sandbox.set(create_faults=["5000:created"])
     task = parts.submitter.submit(REQUEST).task

@@ -50,26 +50,26 @@ def test_two_batches_take_turns_whichever_came_first() -> None:
     assert chosen(waiting((A, 1), (A, 1), (A, 1), (B, 1), (B, 1)), {}, 4) == [0, 3, 1, 4]
 
 
-def test_the_batch_that_holds_less_comes_first() -> None:
+def test_batch_with_fewer_slots_is_next() -> None:
     assert chosen(waiting((A, 1), (A, 1), (B, 1), (None, 1)), {A: 3, B: 1}, 7) == [3, 2, 0]
 
 
-def test_a_large_task_is_not_overtaken() -> None:
+def test_large_task_is_not_overtaken() -> None:
     assert chosen(waiting((A, 9), (B, 1)), {None: 15}, 20) == []
     assert chosen(waiting((A, 9), (B, 1)), {None: 11}, 20) == [0]
 
 
-def test_a_task_larger_than_the_limit_goes_alone() -> None:
+def test_task_larger_than_the_limit_is_admitted_alone() -> None:
     assert chosen(waiting((A, 9), (A, 1)), {}, 4) == [0]
     assert chosen(waiting((A, 9), (A, 1)), {B: 1}, 4) == []
 
 
-def test_a_queue_backs_off_as_its_first_task_does() -> None:
+def test_queue_backs_off_with_its_first_task() -> None:
     refused = Waiting(uuid.UUID(int=7), A, 1, False)
     assert chosen([refused, *waiting((A, 1), (B, 1))], {}, 20) == [1]
 
 
-def test_without_a_limit_everybody_goes() -> None:
+def test_without_a_limit_every_ready_task_is_chosen() -> None:
     assert sorted(chosen(waiting((A, 9), (B, 9), (None, 9)), {A: 100}, None)) == [0, 1, 2]
 
 
@@ -78,7 +78,7 @@ def test_without_a_limit_everybody_goes() -> None:
     some.dictionaries(some.sampled_from([A, B, None]), some.integers(0, 9)),
     some.integers(1, 40),
 )
-def test_what_is_chosen_fits_and_keeps_its_order(
+def test_chosen_tasks_fit_the_limit_and_keep_their_order(
     entries: list[tuple[uuid.UUID | None, int]], held: dict[uuid.UUID | None, int], limit: int
 ) -> None:
     given_tasks = waiting(*entries)
@@ -134,7 +134,7 @@ def test_at_most_as_many_are_admitted_as_can_be_sent(database: Database) -> None
         assert Slots("kling", None).admit(session, 3) == 3
 
 
-def test_nobody_takes_a_lock_where_nobody_is_next(database: Database) -> None:
+def test_no_lock_is_taken_if_no_task_can_be_admitted(database: Database) -> None:
     mine = Slots("kling", 2)
     with database.write() as session:
         new_task(session, slots=2, due_at=None)
@@ -145,7 +145,7 @@ def test_nobody_takes_a_lock_where_nobody_is_next(database: Database) -> None:
         assert not Slots("other", 3).is_any_next(session)
 
 
-def test_a_task_that_ends_gives_its_slots_back(database: Database) -> None:
+def test_ended_task_gives_its_slots_back(database: Database) -> None:
     with database.write() as session:
         task = new_task(session, slots=3, state=TaskState.SUBMITTED, step=Step.READ)
     with database.write() as session:
@@ -156,7 +156,7 @@ def test_a_task_that_ends_gives_its_slots_back(database: Database) -> None:
     assert held(database) == 0
 
 
-def test_a_refusal_lowers_the_limit_below_what_was_held(database: Database) -> None:
+def test_refusal_lowers_the_limit_below_the_slots_held(database: Database) -> None:
     mine = Slots("kling", 20)
     with database.write() as session:
         new_task(session, slots=12)
@@ -168,7 +168,7 @@ def test_a_refusal_lowers_the_limit_below_what_was_held(database: Database) -> N
         assert mine.limit(session) == 11
 
 
-def test_a_day_of_silence_frees_the_slots(database: Database) -> None:
+def test_task_silent_for_a_day_gives_its_slots_back(database: Database) -> None:
     now = database.now()
     day = {"sent_at": now - timedelta(days=2), "step": Step.READ, "state": TaskState.SUBMITTED, "slots": 1}
     with database.write() as session:
@@ -190,7 +190,7 @@ def silenced(parts: Parts) -> Task:
     return task
 
 
-def test_a_silent_task_says_so_until_it_is_heard_of(parts: Parts, sandbox: Sandbox) -> None:
+def test_silent_task_has_a_note_until_its_callback(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=600)
     task = silenced(parts)
     assert run(parts, "reads")  # still in work: no news
@@ -205,7 +205,7 @@ def test_a_silent_task_says_so_until_it_is_heard_of(parts: Parts, sandbox: Sandb
     assert (row.state, row.note, row.slots) == (TaskState.PROCESSING, None, 0)
 
 
-def test_a_silent_task_that_ends_is_silent_no_more(parts: Parts, sandbox: Sandbox) -> None:
+def test_silent_task_that_ends_loses_its_note(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=600)
     task = silenced(parts)
     with parts.database.write() as session:
@@ -223,7 +223,7 @@ limited = pytest.mark.parametrize("changes", [{"kling_slots": 4}], ids=["four"])
 
 
 @limited
-def test_a_request_without_free_slots_waits_and_a_worker_sends_it(parts: Parts, sandbox: Sandbox) -> None:
+def test_request_without_free_slots_is_queued_and_sent_by_a_worker(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=60)
     first = parts.submitter.submit({**REQUEST, "n": 3}).task
     second = parts.submitter.submit({**REQUEST, "n": 2}).task
@@ -238,7 +238,7 @@ def test_a_request_without_free_slots_waits_and_a_worker_sends_it(parts: Parts, 
 
 @ONE_DATABASE
 @limited
-def test_a_gateway_is_told_at_once_and_nothing_is_kept(parts: Parts) -> None:
+def test_gateway_request_without_free_slots_is_refused_and_not_stored(parts: Parts) -> None:
     parts.submitter.submit({**REQUEST, "n": 4})
     row = parts.submitter.row(_parsed(n=1), "beside")
     with pytest.raises(NoSlots), parts.database.write() as session:
@@ -249,13 +249,13 @@ def test_a_gateway_is_told_at_once_and_nothing_is_kept(parts: Parts) -> None:
 
 @ONE_DATABASE
 @limited
-def test_more_pictures_than_the_account_has_slots_are_refused_with_the_setting(parts: Parts) -> None:
+def test_request_larger_than_the_setting_is_refused(parts: Parts) -> None:
     with pytest.raises(RequestInvalid, match="RECEIVER_KLING_SLOTS"):
         parts.submitter.submit({**REQUEST, "n": 5})
 
 
 @limited
-def test_a_full_account_lowers_the_limit_and_the_task_goes_back_to_its_queue(parts: Parts, sandbox: Sandbox) -> None:
+def test_full_account_lowers_the_limit_and_queues_the_task_again(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1303"])
     task = parts.submitter.submit({**REQUEST, "n": 2}).task
     assert (task.state, task.slots, task.sent_at) == (TaskState.CREATED, -2, None)
@@ -269,7 +269,7 @@ def test_a_full_account_lowers_the_limit_and_the_task_goes_back_to_its_queue(par
 
 
 @ONE_DATABASE
-def test_without_a_setting_a_full_account_is_asked_again_later(parts: Parts, sandbox: Sandbox) -> None:
+def test_full_account_is_retried_later_without_a_limit(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1303"])
     task = parts.submitter.submit(REQUEST).task
     assert (task.queued_at, task.slots) == (None, 1)
@@ -280,7 +280,7 @@ def test_without_a_setting_a_full_account_is_asked_again_later(parts: Parts, san
 
 @ONE_DATABASE
 @limited
-def test_a_create_that_is_refused_gives_its_slots_back(parts: Parts, sandbox: Sandbox) -> None:
+def test_refused_create_gives_its_slots_back(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1301"])
     assert parts.submitter.submit({**REQUEST, "n": 4}).task.slots == 0
     assert parts.submitter.submit({**REQUEST, "n": 4}).task.state is TaskState.SUBMITTED
@@ -288,7 +288,7 @@ def test_a_create_that_is_refused_gives_its_slots_back(parts: Parts, sandbox: Sa
 
 @ONE_DATABASE
 @limited
-def test_a_retry_does_not_jump_the_queue(parts: Parts) -> None:
+def test_retry_does_not_overtake_the_queue(parts: Parts) -> None:
     from receiver.tasks.operate import Operator
 
     parts.submitter.submit({**REQUEST, "n": 4})
@@ -301,7 +301,7 @@ def test_a_retry_does_not_jump_the_queue(parts: Parts) -> None:
 
 @ONE_DATABASE
 @limited
-def test_a_task_that_is_dismissed_leaves_the_queue(parts: Parts) -> None:
+def test_dismissed_task_leaves_the_queue(parts: Parts) -> None:
     from receiver.tasks.operate import Operator
 
     parts.submitter.submit({**REQUEST, "n": 4})
@@ -390,7 +390,7 @@ class Crowd:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_what_is_held_never_passes_the_limit(database: Database, seed: int) -> None:
+def test_slots_held_never_exceed_the_limit(database: Database, seed: int) -> None:
     crowd = Crowd(database, seed)
     crowd.run(workers=4, steps=12)
     assert 0 < crowd.most <= LIMIT

@@ -42,7 +42,7 @@ def repair(parts: Parts, findings: list[Finding]) -> list[str]:
     return said
 
 
-def test_a_good_archive_has_no_findings(parts: Parts) -> None:
+def test_intact_archive_has_no_findings(parts: Parts) -> None:
     archive(parts, 3, n=2)
     counts, findings = audit(parts, deep=True)
     assert findings == [] and counts.faults == 0
@@ -51,7 +51,7 @@ def test_a_good_archive_has_no_findings(parts: Parts) -> None:
     assert counts.hashed_bytes == sum(asset.size or 0 for asset in all_assets(parts))
 
 
-def test_every_kind_is_found_and_nothing_else(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_finding_is_found_and_nothing_else(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "PAGE_ROWS", 7)  # so that they are many pages
     archive(parts, 20, n=3)
     keys = [str(asset.key) for asset in all_assets(parts)]
@@ -78,13 +78,13 @@ def test_without_deep_only_sizes_are_compared(parts: Parts) -> None:
     assert kinds(audit(parts, deep=True)[1]) == [("checksum_differs", asset.key)]
 
 
-def test_a_sample_hashes_exactly_so_many(parts: Parts) -> None:
+def test_sample_hashes_exactly_the_given_number(parts: Parts) -> None:
     archive(parts, 6, n=2)
     assert audit(parts, deep=True, sample=5)[0].hashed == 5
     assert audit(parts, deep=True, sample=50)[0].hashed == 12
 
 
-def test_repair_brings_back_what_the_provider_still_has(parts: Parts) -> None:
+def test_repair_fetches_files_that_the_provider_still_has(parts: Parts) -> None:
     archive(parts, 4)
     before = kept(parts)
     missing, flipped, short, _ = (str(asset.key) for asset in all_assets(parts))
@@ -100,7 +100,7 @@ def test_repair_brings_back_what_the_provider_still_has(parts: Parts) -> None:
     assert {after[finding.key] for finding in findings} == damaged  # nothing that was there is lost
 
 
-def test_what_the_provider_has_no_more_stays_a_fault(parts: Parts, sandbox: Sandbox) -> None:
+def test_file_that_the_provider_has_deleted_stays_a_fault(parts: Parts, sandbox: Sandbox) -> None:
     (task,) = archive(parts, 1)
     (asset,) = all_assets(parts)
     parts.bucket.delete(str(asset.key))
@@ -115,7 +115,7 @@ def test_what_the_provider_has_no_more_stays_a_fault(parts: Parts, sandbox: Sand
     assert repair(parts, [finding]) == [FETCHED_AGAIN] and audit(parts, deep=True)[1] == []
 
 
-def test_manifests_that_are_gone_or_say_something_else(parts: Parts) -> None:
+def test_missing_and_changed_manifests_are_written_again(parts: Parts) -> None:
     gone, broken, foreign = archive(parts, 3)
     parts.bucket.delete(str(gone.manifest_key))
     flip(parts, str(broken.manifest_key))
@@ -129,7 +129,7 @@ def test_manifests_that_are_gone_or_say_something_else(parts: Parts) -> None:
     assert str(task_of(parts, broken.external_task_id).manifest_key).endswith("/manifest.2.json")
 
 
-def test_a_manifest_that_names_other_files_than_the_rows(parts: Parts) -> None:
+def test_manifest_that_names_other_files_is_a_fault(parts: Parts) -> None:
     (task,) = archive(parts, 1)
     with parts.database.write() as session:
         session.exec(select(Asset)).one().size = 1
@@ -138,7 +138,7 @@ def test_a_manifest_that_names_other_files_than_the_rows(parts: Parts) -> None:
     assert {found.kind for found in audit(parts)[1]} == {FindingKind.SIZE, FindingKind.MANIFEST_DIFFERS}
 
 
-def test_an_object_as_its_row_says_is_never_removed(parts: Parts) -> None:
+def test_repair_never_removes_an_object_that_matches_its_row(parts: Parts) -> None:
     archive(parts, 1)
     (asset,) = all_assets(parts)
     lie = Finding(FindingKind.CHECKSUM, str(asset.key), None, "", asset.id)
@@ -146,7 +146,7 @@ def test_an_object_as_its_row_says_is_never_removed(parts: Parts) -> None:
     assert audit(parts, deep=True)[1] == []
 
 
-def test_work_in_hand_is_no_fault(parts: Parts) -> None:
+def test_unfinished_archive_is_no_fault(parts: Parts) -> None:
     """A key is noted before its object is put, a manifest is put before its key is noted."""
     task = insert_row(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
     folder = f"{parts.bucket.prefix}{task.created_at:%Y/%m/%d}/{task.external_task_id}/"
@@ -158,7 +158,7 @@ def test_work_in_hand_is_no_fault(parts: Parts) -> None:
     assert audit(parts, deep=True)[1] == []
 
 
-def test_ids_that_stores_sort_in_different_ways(parts: Parts) -> None:
+def test_folders_listed_in_another_order_are_paired_with_their_rows(parts: Parts) -> None:
     """`a-b/` comes before `a/` by bytes, and after it in SeaweedFS's listing."""
     for name in ("a", "a-b", "a.b", "a b", "a0"):
         parts.submitter.submit({"model_name": "kling-image-o1", "prompt": "a boat"}, external_task_id=name)
@@ -175,7 +175,9 @@ def test_objects_under_an_earlier_prefix_are_found_by_their_rows(parts: Parts) -
     assert (counts.hashed, findings) == (2, [])
 
 
-def test_an_audit_goes_on_where_it_was_cut_off(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_audit_continues_at_its_checkpoint(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("storage.archive.audit.BATCH_FOLDERS", 2)
     archive(parts, 6)
     parts.bucket.delete(str(all_assets(parts)[1].key))

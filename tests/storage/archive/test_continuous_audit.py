@@ -131,7 +131,7 @@ def found(told: Standing) -> list[tuple[str, str]]:
 # -- what it finds ----------------------------------------------------------------------------------------------------
 
 
-def test_a_round_finds_what_is_gone_changed_or_unknown_until_it_is_repaired(
+def test_round_finds_missing_changed_and_unknown_objects_until_repaired(
     parts: Parts, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive(parts, 4)
@@ -162,7 +162,7 @@ def repair(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_it_repairs_nothing_and_leaves_strangers_outside_of_tasks_alone(parts: Parts) -> None:
+def test_continuous_audit_changes_no_row_and_no_object(parts: Parts) -> None:
     archive(parts, 1)
     (asset,) = all_assets(parts)
     stranger = f"{parts.bucket.prefix}2020/01/01/who/image-0-aa.png"
@@ -174,7 +174,7 @@ def test_it_repairs_nothing_and_leaves_strangers_outside_of_tasks_alone(parts: P
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_list_is_bounded_and_the_number_is_not(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_of_faults_is_bounded_but_their_number_is_not(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuous_audit, "MAX_FINDINGS", 2)
     for _ in range(4):
         given_up(parts)
@@ -191,9 +191,7 @@ def given_up(parts: Parts) -> Asset:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_a_file_that_the_store_cannot_read_is_a_fault_and_stops_nothing(
-    parts: Parts, gated: Bucket, gate: Gate
-) -> None:
+def test_unreadable_file_is_a_fault_and_the_round_continues(parts: Parts, gated: Bucket, gate: Gate) -> None:
     keep(parts, 2)
     gate.open.set()
     first = next(iter(all_assets(parts)))
@@ -209,7 +207,7 @@ def test_a_file_that_the_store_cannot_read_is_a_fault_and_stops_nothing(
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_a_store_that_is_away_is_no_fault(parts: Parts, gated: Bucket, gate: Gate) -> None:
+def test_store_outage_is_no_fault(parts: Parts, gated: Bucket, gate: Gate) -> None:
     keep(parts, 1)
     gate.open.set()
     gate.refuses = "/"
@@ -224,7 +222,7 @@ def test_a_store_that_is_away_is_no_fault(parts: Parts, gated: Bucket, gate: Gat
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_an_object_that_brings_out_a_bug_stops_nothing(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
     keep(parts, 2)
     (asset, _) = all_assets(parts)
     key = f"{str(asset.key).rpartition('/')[0]}/manifest.json"
@@ -255,7 +253,7 @@ def plant_at(parts: Parts, *shares: float) -> None:
             new_task(session, id=uuid.UUID(int=int(share * 2**128)), due_at=None, step=None)
 
 
-def test_a_task_is_due_when_the_hand_comes_to_it(parts: Parts) -> None:
+def test_task_is_due_when_the_target_reaches_its_id(parts: Parts) -> None:
     plant_at(parts, 0.25, 0.5, 0.995)
     work = audit(parts, days=0.01)
     for looked, passed, after in ((0, 0, 216), (1, 216, 432), (2, 432, 859.68), (3, 860, 864)):
@@ -275,7 +273,7 @@ def test_a_task_is_due_when_the_hand_comes_to_it(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_many_tasks_come_up_in_steps_and_few_are_looked_for_every_hour(parts: Parts) -> None:
+def test_steps_are_at_least_ten_seconds_and_at_most_an_hour_apart(parts: Parts) -> None:
     assert audit(parts).step()
     first = row(parts)
     assert first.round_started_at and 3_590 < (first.due_at - first.round_started_at).total_seconds() < 3_610
@@ -287,7 +285,7 @@ def test_many_tasks_come_up_in_steps_and_few_are_looked_for_every_hour(parts: Pa
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_fewer_days_count_within_the_hour(parts: Parts) -> None:
+def test_fewer_days_apply_within_the_hour(parts: Parts) -> None:
     plant_at(parts, 0.5)
     assert audit(parts, days=30).step()
     change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() - timedelta(days=1))
@@ -297,7 +295,7 @@ def test_fewer_days_count_within_the_hour(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_more_days_repeat_nothing(parts: Parts) -> None:
+def test_more_days_repeat_no_task(parts: Parts) -> None:
     plant_at(parts, 0.25)
     assert audit(parts, days=1).step()
     change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() - timedelta(hours=12))
@@ -323,7 +321,7 @@ def steps_until_over(parts: Parts) -> int:
     return sum(taken)
 
 
-def test_two_workers_that_are_late_share_one_round_without_a_pause(
+def test_two_late_workers_share_one_round_without_a_pause(
     parts: Parts, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(continuous_audit, "STEP_TASKS", 1)
@@ -336,7 +334,7 @@ def test_two_workers_that_are_late_share_one_round_without_a_pause(
     assert steps >= 4 and capsys.readouterr().out.count("audit.late") == 1
 
 
-def test_who_comes_while_another_works_does_nothing(parts: Parts, gated: Bucket, gate: Gate) -> None:
+def test_second_worker_does_nothing_while_the_lease_is_held(parts: Parts, gated: Bucket, gate: Gate) -> None:
     """The lease is kept for as long as that takes."""
     keep(parts, 1)
     begin(parts)
@@ -351,7 +349,7 @@ def test_who_comes_while_another_works_does_nothing(parts: Parts, gated: Bucket,
     assert (stands(parts).hashed, row(parts).lease) == (1, None)
 
 
-def test_who_lost_the_lease_changes_nothing_and_the_next_goes_on_at_the_cursor(
+def test_worker_that_lost_the_lease_changes_nothing_and_the_next_continues(
     parts: Parts, gated: Bucket, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(continuous_audit, "STEP_TASKS", 1)
@@ -402,7 +400,7 @@ def test_what_another_worker_audits_is_not_forgotten(parts: Parts) -> None:
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 @pytest.mark.parametrize("changes", [{"audit_days": 0.01}])
-def test_a_worker_audits(parts: Parts) -> None:
+def test_worker_runs_the_continuous_audit(parts: Parts) -> None:
     asset = given_up(parts)
     begin(parts)
     with working(parts):
@@ -411,14 +409,14 @@ def test_a_worker_audits(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("days", [0, 0.001, -1, "many"])
-def test_days_that_are_none_are_refused(days: Any) -> None:
+def test_invalid_days_are_refused(days: Any) -> None:
     with pytest.raises(config.SettingsInvalid, match="RECEIVER_AUDIT_DAYS"):
         config.load(s3_bucket="pictures", audit_days=days)
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
-def test_health_and_metrics_tell_of_faults(web: Web, parts: Parts) -> None:
+def test_readiness_and_metrics_show_faults(web: Web, parts: Parts) -> None:
     permitted = {"Authorization": "Bearer a-token"}
     assert httpx.get(f"{web.url}/readyz", headers=permitted).json()["checks"]["audit"] == "ok"
     assert "receiver_audit_age_seconds NaN" in httpx.get(f"{web.url}/metrics", headers=permitted).text
@@ -437,7 +435,7 @@ def test_health_and_metrics_tell_of_faults(web: Web, parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_status_tells_of_faults_and_of_no_signature(
+def test_status_shows_faults_without_signatures(
     parts: Parts, database_url: str, sandbox: Sandbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = given_up(parts).key

@@ -47,13 +47,13 @@ def in_folder(parts: Parts, folder: Path) -> dict[str, str]:
 # -- export -------------------------------------------------------------------------------------------------------
 
 
-def test_everything_comes_out_as_it_lies_in_the_bucket(parts: Parts, tmp_path: Path) -> None:
+def test_export_has_the_layout_and_bytes_of_the_bucket(parts: Parts, tmp_path: Path) -> None:
     archive(parts, 3, n=2)
     assert export(parts, tmp_path / "out") == []
     assert in_folder(parts, tmp_path / "out") == kept(parts)
 
 
-def test_a_second_export_mends_what_was_cut_off(parts: Parts, tmp_path: Path) -> None:
+def test_second_export_completes_an_interrupted_one(parts: Parts, tmp_path: Path) -> None:
     archive(parts, 2)
     export(parts, tmp_path / "out")
     one, two = sorted((tmp_path / "out").rglob("image*"))
@@ -63,7 +63,7 @@ def test_a_second_export_mends_what_was_cut_off(parts: Parts, tmp_path: Path) ->
     assert in_folder(parts, tmp_path / "out") == kept(parts)
 
 
-def test_a_corrupted_file_is_named_and_not_exported(parts: Parts, tmp_path: Path) -> None:
+def test_corrupted_file_is_named_and_not_exported(parts: Parts, tmp_path: Path) -> None:
     broken, gone, whole = archive(parts, 3)
     assets = {asset.task_id: str(asset.key) for asset in all_assets(parts)}
     flip(parts, assets[broken.id])
@@ -78,7 +78,7 @@ def test_a_corrupted_file_is_named_and_not_exported(parts: Parts, tmp_path: Path
     }  # fmt: skip
 
 
-def test_tasks_are_chosen_by_time_and_by_name(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_selects_tasks_by_time_and_by_id(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.archive.export.PAGE_ROWS", 1)
     first, second, third = sorted(archive(parts, 3), key=lambda task: task.created_at)
     insert_row(parts)  # nothing of it is archived
@@ -115,7 +115,7 @@ def test_the_verb(parts: Parts, receiver: CommandLine) -> None:
 # -- delete -------------------------------------------------------------------------------------------------------
 
 
-def test_a_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
+def test_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     gone, stays = archive(parts, 2)
     with parts.database.write() as session:
         told = {"client_callback_url": "https://client.example.com/done?token=a-secret"}
@@ -135,7 +135,7 @@ def test_a_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     assert delete(parts.database, parts.bucket, gone.external_task_id).again
 
 
-def test_nothing_brings_a_deleted_task_back(parts: Parts) -> None:
+def test_reports_do_not_restore_a_deleted_task(parts: Parts) -> None:
     (task,) = archive(parts, 1)
     delete(parts.database, parts.bucket, task.external_task_id)
     result = {"images": [{"index": 0, "url": "https://p1.klingai.com/x.png?sign=1"}]}
@@ -144,7 +144,7 @@ def test_nothing_brings_a_deleted_task_back(parts: Parts) -> None:
     assert kept(parts) == {} and all_assets(parts) == []
 
 
-def test_a_task_that_goes_on_is_not_deleted(parts: Parts) -> None:
+def test_task_that_is_not_over_is_not_deleted(parts: Parts) -> None:
     task = insert_row(parts)
     with pytest.raises(Refused, match="receiver dismiss"):
         delete(parts.database, parts.bucket, task.external_task_id)
@@ -154,7 +154,7 @@ def test_a_task_that_goes_on_is_not_deleted(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_verb_deletes(parts: Parts, receiver: CommandLine) -> None:
+def test_delete_removes_the_task(parts: Parts, receiver: CommandLine) -> None:
     (task,) = archive(parts, 1)
     dry = receiver("delete", task.external_task_id, "--dry-run")
     assert (dry.code, len(dry.out.splitlines()), len(kept(parts))) == (0, 3, 2)
@@ -164,7 +164,7 @@ def test_the_verb_deletes(parts: Parts, receiver: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_verb_tells_machines_what_it_deletes(parts: Parts, receiver: CommandLine) -> None:
+def test_delete_prints_json(parts: Parts, receiver: CommandLine) -> None:
     (task,) = archive(parts, 1)
     dry = receiver("delete", task.external_task_id, "--dry-run", "--json").json
     assert (dry["dry_run"], sorted(dry["keys"])) == (True, sorted(kept(parts)))
@@ -193,7 +193,7 @@ def locking(seaweed: Seaweed, client: Any, parts: Parts) -> Iterator[Parts]:
     wired.close()
 
 
-def test_every_object_gets_the_options(seaweed: Seaweed, bucket: Bucket, client: Any) -> None:
+def test_every_object_is_put_with_the_options(seaweed: Seaweed, bucket: Bucket, client: Any) -> None:
     options = PutOptions(storage_class="STANDARD_IA", tags={"team": "a b&c", "kind": "x"}, cache_control="max-age=60")
     known = bucket.capabilities()
     own = Bucket(bucket.name, endpoint_url=seaweed.endpoint_url, capabilities=known, put_options=options)
@@ -212,7 +212,7 @@ def put_one(bucket: Bucket, key: str, content: bytes = b"one") -> None:
 
 
 @pytest.mark.parametrize("size", [3, 6_000_000], ids=["in one piece", "in parts"])
-def test_encryption_lock_and_class_are_kept_by_the_store(
+def test_store_keeps_encryption_lock_and_storage_class(
     seaweed: Seaweed, client: Any, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     """As far as SeaweedFS 4.48 keeps them: SSE-S3 yes; a put with aws:kms it refuses without a key server."""
@@ -230,7 +230,7 @@ def test_encryption_lock_and_class_are_kept_by_the_store(
     assert own.read_bytes("one.png", size) == bytes(size)
 
 
-def test_a_store_without_kms_says_so(seaweed: Seaweed, bucket: Bucket) -> None:
+def test_store_without_kms_is_reported(seaweed: Seaweed, bucket: Bucket) -> None:
     own = Bucket(
         bucket.name, endpoint_url=seaweed.endpoint_url, capabilities=bucket.capabilities(),
         put_options=PutOptions(sse="aws:kms", kms_key_id="a-key"),
@@ -241,7 +241,7 @@ def test_a_store_without_kms_says_so(seaweed: Seaweed, bucket: Bucket) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_object_lock_protects_an_archive_from_delete(locking: Parts) -> None:
+def test_object_lock_refuses_delete(locking: Parts) -> None:
     (task,) = archive(locking, 1)
     before = kept(locking)
     with pytest.raises(Refused, match="under Object Lock until"):
@@ -250,7 +250,7 @@ def test_object_lock_protects_an_archive_from_delete(locking: Parts) -> None:
     assert task_of(locking, task.external_task_id).deleted_at is None
 
 
-def test_delete_takes_every_version(seaweed: Seaweed, client: Any, s3_environment: dict[str, str]) -> None:
+def test_delete_removes_every_version(seaweed: Seaweed, client: Any, s3_environment: dict[str, str]) -> None:
     name = f"versions-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=name)
     client.put_bucket_versioning(Bucket=name, VersioningConfiguration={"Status": "Enabled"})
@@ -262,7 +262,7 @@ def test_delete_takes_every_version(seaweed: Seaweed, client: Any, s3_environmen
     assert "Versions" not in left and "DeleteMarkers" not in left
 
 
-def test_options_as_boto3_takes_them() -> None:
+def test_options_become_arguments_of_boto3() -> None:
     given = PutOptions(
         sse="aws:kms", kms_key_id="key", lock_mode="COMPLIANCE", lock_days=2, tags={"a": "b"}
     ).arguments()
@@ -280,13 +280,13 @@ def test_options_as_boto3_takes_them() -> None:
      {"s3_sse": "rot13"}],
     ids=lambda wrong: next(iter(wrong)),
 )  # fmt: skip
-def test_wrong_settings_name_their_variable(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_put_settings_name_their_variable(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     (name,) = wrong
     with pytest.raises(config.SettingsInvalid, match=f"RECEIVER_{name.upper()}"):
         config.load(s3_bucket="pictures", **wrong)
 
 
-def test_settings_become_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_put_settings_become_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     chosen = config.load(s3_bucket="b", s3_tags="team=art, kind=", s3_lock_mode="GOVERNANCE", s3_lock_days=7, s3_sse="")
     expected = PutOptions(tags={"team": "art", "kind": ""}, lock_mode="GOVERNANCE", lock_days=7)

@@ -64,7 +64,7 @@ def manifests(parts: Parts) -> list[dict[str, Any]]:
     return [json.loads(parts.bucket.read_bytes(key, 2**20)) for key in keys]
 
 
-def test_all_rows_come_back_as_they_were(parts: Parts, empty: Parts) -> None:
+def test_rebuild_restores_all_rows(parts: Parts, empty: Parts) -> None:
     archive(parts, 2, n=2)
     archive(parts, 1, **SERIES)
     assert rebuild(empty) == ({"folders": 3, "tasks": 3, "assets": 10}, [])
@@ -77,7 +77,7 @@ def test_all_rows_come_back_as_they_were(parts: Parts, empty: Parts) -> None:
     assert (counts.hashed, counts.faults) == (10, 0)
 
 
-def test_a_second_time_changes_nothing(parts: Parts, empty: Parts) -> None:
+def test_second_rebuild_changes_nothing(parts: Parts, empty: Parts) -> None:
     archive(parts, 2)
     rebuild(empty, deep=True)
     before = rows(empty, Task, set())
@@ -85,7 +85,7 @@ def test_a_second_time_changes_nothing(parts: Parts, empty: Parts) -> None:
     assert rows(empty, Task, set()) == before
 
 
-def test_old_tokens_name_the_right_tasks_and_work_goes_on(parts: Parts, empty: Parts) -> None:
+def test_old_callback_urls_and_work_continue_after_rebuild(parts: Parts, empty: Parts) -> None:
     (task,) = archive(parts, 1)
     rebuild(empty)
     named = empty.tokens.read("kling", parts.tokens.sign("kling", task.id))
@@ -95,7 +95,7 @@ def test_old_tokens_name_the_right_tasks_and_work_goes_on(parts: Parts, empty: P
     assert new.archive is ArchiveState.ARCHIVED
 
 
-def test_the_highest_whole_manifest_counts(parts: Parts, empty: Parts) -> None:
+def test_rebuild_uses_the_newest_readable_manifest(parts: Parts, empty: Parts) -> None:
     (task,) = archive(parts, 1)
     put(parts, str(task.manifest_key).replace(".json", ".2.json"), b"{}")
     counts, (problem,) = rebuild(empty)
@@ -104,13 +104,13 @@ def test_the_highest_whole_manifest_counts(parts: Parts, empty: Parts) -> None:
     assert (restored.manifest_key, restored.manifests) == (task.manifest_key, 2)
 
 
-def test_a_signed_link_is_cut_in_the_manifest_whatever_its_spaces() -> None:
+def test_manifest_holds_urls_without_signature() -> None:
     for link in ("https://h/my image.png?Signature=s", " https://h/a.png?Signature=s\n", "https://h/a.png#Signature=s"):
         assert "Signature" not in manifest.without_signatures({"url": [link]})["url"][0]
     assert manifest.without_signatures("a boat? see below") == "a boat? see below"
 
 
-def test_what_was_odd_about_a_file_is_restored(parts: Parts) -> None:
+def test_rebuild_restores_notes_about_a_file(parts: Parts) -> None:
     (task,) = archive(parts, 1)
     (facts,) = manifest.read(parts.bucket.read_bytes(str(task.manifest_key), 2**20))["assets"]
     for odd in ({"trailing_bytes": 3, "notes": ["a", "b"]}, {}):
@@ -118,7 +118,7 @@ def test_what_was_odd_about_a_file_is_restored(parts: Parts) -> None:
         assert (restored.trailing_bytes, restored.notes) == (odd.get("trailing_bytes"), odd.get("notes"))
 
 
-def test_what_cannot_be_restored_is_said(parts: Parts, empty: Parts) -> None:
+def test_rebuild_reports_what_it_cannot_restore(parts: Parts, empty: Parts) -> None:
     lost, changed, bare = archive(parts, 3)
     for task, harm in ((lost, parts.bucket.delete), (changed, lambda key: flip(parts, key))):
         harm(str(assets_of(parts, task)[0].key))
@@ -136,7 +136,7 @@ def test_what_cannot_be_restored_is_said(parts: Parts, empty: Parts) -> None:
     assert states == {AssetState.FAILED}
 
 
-def test_a_file_that_was_lost_is_fetched_again(parts: Parts, empty: Parts) -> None:
+def test_lost_file_is_fetched_again_after_rebuild(parts: Parts, empty: Parts) -> None:
     (task,) = archive(parts, 1)
     before = kept(parts)
     parts.bucket.delete(str(assets_of(parts, task)[0].key))
@@ -153,7 +153,7 @@ def test_a_file_that_was_lost_is_fetched_again(parts: Parts, empty: Parts) -> No
     assert before.items() <= kept(empty).items()
 
 
-def test_a_manifest_in_a_foreign_folder_is_not_believed(parts: Parts, empty: Parts) -> None:
+def test_manifest_in_another_folder_is_ignored(parts: Parts, empty: Parts) -> None:
     (task,) = archive(parts, 1)
     key = str(task.manifest_key)
     put(parts, key.replace(task.external_task_id, "other"), parts.bucket.read_bytes(key, 2**20))
@@ -175,12 +175,12 @@ def test_manifests_follow_their_schema_and_hold_no_secret(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"nonsense", b'{"schema": 1}'])
-def test_what_is_no_manifest_is_said_to_be_none(damage: bytes) -> None:
+def test_malformed_manifest_is_refused(damage: bytes) -> None:
     with pytest.raises(manifest.ManifestDamaged):
         manifest.read(damage)
 
 
-def test_a_changed_manifest_is_found_out() -> None:
+def test_changed_manifest_has_a_wrong_digest() -> None:
     members = {"schema": manifest.SCHEMA, "task": {"state": "archived"}}
     whole = members | {"digest": manifest.digest_of(members)}
     assert manifest.read(rfc8785.dumps(whole)) == whole

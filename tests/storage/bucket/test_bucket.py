@@ -96,7 +96,7 @@ def uploads_left(bucket: Bucket) -> list[str]:
     return [upload["Key"] for upload in answer.get("Uploads", ())]
 
 
-def test_probe_knows_seaweed_and_leaves_nothing(bucket: Bucket) -> None:
+def test_probe_finds_the_capabilities_of_seaweed_and_leaves_nothing(bucket: Bucket) -> None:
     assert bucket.probe() == AWS_LIKE
     assert list(bucket.list(bucket.prefix)) == []
 
@@ -111,7 +111,7 @@ def test_put_is_described_and_read_back(bucket: Bucket) -> None:
     assert content_of(bucket, "a.png") == content
 
 
-def test_the_same_again_is_success_another_is_a_conflict(bucket: Bucket) -> None:
+def test_same_bytes_again_succeed_and_other_bytes_conflict(bucket: Bucket) -> None:
     assert put(bucket, "a.png", b"one") is True
     assert put(bucket, "a.png", b"one") is False
     with pytest.raises(ObjectConflict):
@@ -125,7 +125,7 @@ def test_wrong_checksum_leaves_no_object(bucket: Bucket) -> None:
     assert bucket.head(bucket.prefix + "a.png") is None
 
 
-def test_racing_different_bytes_have_one_winner(bucket: Bucket) -> None:
+def test_concurrent_puts_of_different_bytes_have_one_winner(bucket: Bucket) -> None:
     contents = [b"content %d" % number for number in range(16)]
     outcomes = race(bucket, contents)
     assert outcomes.count(True) == 1
@@ -133,13 +133,13 @@ def test_racing_different_bytes_have_one_winner(bucket: Bucket) -> None:
     assert content_of(bucket, "raced.png") == contents[outcomes.index(True)]
 
 
-def test_racing_equal_bytes_are_created_once(bucket: Bucket) -> None:
+def test_concurrent_puts_of_equal_bytes_create_one_object(bucket: Bucket) -> None:
     outcomes = race(bucket, [b"the same"] * 16)
     assert (outcomes.count(True), outcomes.count(False)) == (1, 15)
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_big_file_goes_in_parts_once(bucket: Bucket) -> None:
+def test_large_file_is_uploaded_in_parts_once(bucket: Bucket) -> None:
     content = os.urandom(11_000_000)
     assert put(bucket, "a.mp4", content) is True
     assert put(bucket, "a.mp4", content) is False
@@ -152,7 +152,7 @@ def test_big_file_goes_in_parts_once(bucket: Bucket) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_racing_equal_big_files_end_as_one_whole_object(bucket: Bucket) -> None:
+def test_concurrent_equal_multipart_uploads_leave_one_whole_object(bucket: Bucket) -> None:
     """How many are told True is the store's affair: SeaweedFS 4.48 completes racing uploads more than once."""
     content = os.urandom(6_500_000)
     outcomes = race(bucket, [content] * 4)
@@ -163,7 +163,7 @@ def test_racing_equal_big_files_end_as_one_whole_object(bucket: Bucket) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_racing_different_big_files_never_mix(bucket: Bucket) -> None:
+def test_concurrent_different_multipart_uploads_never_mix(bucket: Bucket) -> None:
     """The object is one of the winners', whole. That there is one winner only cannot be had from SeaweedFS."""
     contents = [bytes([number]) * 6_500_000 for number in range(4)]
     outcomes = race(bucket, contents)
@@ -173,7 +173,7 @@ def test_racing_different_big_files_never_mix(bucket: Bucket) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_big_file_does_not_replace_what_came_meanwhile(
+def test_multipart_upload_does_not_replace_an_object_created_meanwhile(
     proxy: FaultProxy, through_proxy: Bucket, bucket: Bucket
 ) -> None:
     def come_first(request: Request, forward: Forward) -> Answer:
@@ -189,7 +189,7 @@ def test_big_file_does_not_replace_what_came_meanwhile(
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_big_file_that_changed_on_disk_is_not_stored(bucket: Bucket) -> None:
+def test_large_file_that_changed_on_disk_is_not_stored(bucket: Bucket) -> None:
     with pytest.raises(StoreUnavailable, match="changed on our disk"):
         put(bucket, "a.mp4", bytes(7_000_000), claimed=sha256(b"what was hashed"))
     assert bucket.head(bucket.prefix + "a.mp4") is None
@@ -205,7 +205,7 @@ def test_unfinished_uploads_are_aborted_by_prefix_and_age(bucket: Bucket) -> Non
     assert bucket.abort_uploads(bucket.prefix) == 1
 
 
-def test_holds_says_what_stands_there(bucket: Bucket) -> None:
+def test_holds_compares_the_bytes_under_the_key(bucket: Bucket) -> None:
     put(bucket, "a.png", b"one")
     assert bucket.holds(bucket.prefix + "a.png", sha256=sha256(b"one"), size=3) is True
     assert bucket.holds(bucket.prefix + "b.png", sha256=sha256(b"one"), size=3) is False
@@ -213,12 +213,12 @@ def test_holds_says_what_stands_there(bucket: Bucket) -> None:
         bucket.holds(bucket.prefix + "a.png", sha256=sha256(b"two"), size=3)
 
 
-def test_object_put_by_a_stranger_is_read_and_hashed(bucket: Bucket) -> None:
+def test_object_without_our_checksum_is_read_and_hashed(bucket: Bucket) -> None:
     bucket._client().put_object(Bucket=bucket.name, Key=bucket.prefix + "a.png", Body=b"one")
     assert put(bucket, "a.png", b"one") is False
 
 
-def test_list_and_delete(bucket: Bucket) -> None:
+def test_objects_are_listed_in_order_and_deleted(bucket: Bucket) -> None:
     for name in ("b/2.png", "a/1.png"):
         put(bucket, name, name.encode())
     assert [listed.key for listed in bucket.list(bucket.prefix)] == [
@@ -230,7 +230,7 @@ def test_list_and_delete(bucket: Bucket) -> None:
     assert [listed.key for listed in bucket.list(bucket.prefix)] == [bucket.prefix + "b/2.png"]
 
 
-def test_reading_nothing_and_too_much(bucket: Bucket) -> None:
+def test_reading_a_missing_or_too_long_object_raises(bucket: Bucket) -> None:
     put(bucket, "a.png", b"four")
     with pytest.raises(NoSuchObject):
         bucket.read_bytes(bucket.prefix + "missing.png", 10)
@@ -261,7 +261,7 @@ def test_links_are_signed_for_the_public_endpoint(bucket: Bucket, seaweed: Seawe
         ("virtual", "https://pictures.s3.example/"),
     ],
 )
-def test_the_bucket_is_named_where_the_store_wants_it(addressing: objects.Addressing, start: str) -> None:
+def test_addressing_places_the_bucket_name(addressing: objects.Addressing, start: str) -> None:
     made = Bucket("pictures", endpoint_url="https://s3.example", addressing=addressing)
     assert made.presigned_get("a.png", expires_seconds=60).startswith(start)
 
@@ -273,7 +273,7 @@ def test_the_bucket_is_named_where_the_store_wants_it(addressing: objects.Addres
         ("AWS_SECRET_ACCESS_KEY", "wrong-secret", "says the secret key is wrong"),
     ],
 )
-def test_wrong_credentials_say_so(
+def test_wrong_credentials_are_named_without_the_secret(
     bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -282,26 +282,26 @@ def test_wrong_credentials_say_so(
     assert "wrong-secret" not in str(refused.value)
 
 
-def test_no_credentials_say_so(bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_named(bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(StoreUnavailable, match="set AWS_ACCESS_KEY_ID"):
         put(fresh(bucket, seaweed), "a.png", b"one")
 
 
-def test_missing_bucket_says_so(bucket: Bucket, seaweed: Seaweed) -> None:
+def test_missing_bucket_is_named(bucket: Bucket, seaweed: Seaweed) -> None:
     with pytest.raises(StoreUnavailable, match=r"has no such bucket \(bucket elsewhere"):
         put(Bucket("elsewhere", endpoint_url=seaweed.endpoint_url), "a.png", b"one")
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_store_that_is_down_says_so_without_its_password() -> None:
+def test_unreachable_store_is_named_without_its_password() -> None:
     down = Bucket("pictures", endpoint_url="http://user:secret@127.0.0.1:9")
     with pytest.raises(StoreUnavailable, match=r"the store at 127\.0\.0\.1:9 cannot be reached") as refused:
         down.head("a.png")
     assert "secret" not in str(refused.value)
 
 
-def test_lost_answers_are_resolved_by_looking_again(proxy: FaultProxy, through_proxy: Bucket) -> None:
+def test_lost_responses_are_resolved_by_a_second_put(proxy: FaultProxy, through_proxy: Bucket) -> None:
     def keep_and_hang_up(request: Request, forward: Forward) -> Answer | None:
         answer = forward(request)
         return None if request.puts_an_object else answer
@@ -314,7 +314,7 @@ def test_lost_answers_are_resolved_by_looking_again(proxy: FaultProxy, through_p
     assert content_of(through_proxy, "a.png") == b"one"
 
 
-def test_one_lost_answer_goes_unnoticed(proxy: FaultProxy, through_proxy: Bucket) -> None:
+def test_one_lost_response_is_retried_by_boto3(proxy: FaultProxy, through_proxy: Bucket) -> None:
     lost: list[Request] = []
 
     def hang_up_once(request: Request, forward: Forward) -> Answer | None:
@@ -329,7 +329,7 @@ def test_one_lost_answer_goes_unnoticed(proxy: FaultProxy, through_proxy: Bucket
     assert content_of(through_proxy, "a.png") == b"one"
 
 
-def test_flipped_byte_is_found_and_removed(proxy: FaultProxy, through_proxy: Bucket) -> None:
+def test_object_with_a_flipped_byte_is_removed(proxy: FaultProxy, through_proxy: Bucket) -> None:
     def flip(request: Request, forward: Forward) -> Answer:
         if request.puts_an_object:
             request = replace(request, body=bytes([request.body[0] ^ 1]) + request.body[1:])
@@ -342,7 +342,7 @@ def test_flipped_byte_is_found_and_removed(proxy: FaultProxy, through_proxy: Buc
     assert through_proxy.head(through_proxy.prefix + "a.png") is None
 
 
-def test_store_without_conditions_is_asked_first(proxy: FaultProxy, through_proxy: Bucket) -> None:
+def test_store_without_conditional_writes_is_asked_before_the_put(proxy: FaultProxy, through_proxy: Bucket) -> None:
     proxy.fault = lambda request, forward: forward(request.without("if-none-match"))
     assert through_proxy.capabilities() == replace(AWS_LIKE, conditional_put=False, conditional_multipart=False)
     assert put(through_proxy, "a.png", b"one") is True
@@ -358,7 +358,9 @@ def with_checksum(answer: Answer, value: str | None) -> Answer:
 
 
 @pytest.mark.parametrize("value", [None, "n4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg="])
-def test_store_that_returns_no_or_a_wrong_checksum(proxy: FaultProxy, through_proxy: Bucket, value: str | None) -> None:
+def test_put_succeeds_if_the_store_returns_no_or_a_wrong_checksum(
+    proxy: FaultProxy, through_proxy: Bucket, value: str | None
+) -> None:
     proxy.fault = lambda request, forward: with_checksum(forward(request), value)
     assert through_proxy.capabilities().returns_checksum is False
     assert put(through_proxy, "a.png", b"one") is True

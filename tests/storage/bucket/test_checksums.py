@@ -36,7 +36,7 @@ def test_response_agrees_contradicts_or_is_silent(
     assert checksums.evidence_of(answer, SUM, MD5) == Evidence(checksum_agrees, etag_agrees, answer.get("ETag", ""))
 
 
-def test_parts_are_the_file_and_their_sum_is_s3s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_and_their_composite_checksum_follow_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksums, "PART_BYTES", 5)
     parts = list(checksums.parts_of(io.BytesIO(CONTENT), len(CONTENT), hashlib.sha256(CONTENT).hexdigest()))
     assert [part.content for part in parts] == [b"twelv", b"e byt", b"es"]
@@ -45,12 +45,12 @@ def test_parts_are_the_file_and_their_sum_is_s3s(monkeypatch: pytest.MonkeyPatch
     assert checksums.composite([part.sha256 for part in parts]) == f"{sha256_base64(whole)}-3"
 
 
-def test_a_file_that_is_not_what_was_hashed_ends_in_an_error() -> None:
+def test_file_with_another_hash_raises_after_its_last_part() -> None:
     with pytest.raises(StoreUnavailable, match="changed on our disk"):
         list(checksums.parts_of(io.BytesIO(CONTENT), len(CONTENT), "0" * 64))
 
 
-def test_a_file_is_cut_into_no_more_parts_than_s3_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_has_at_most_the_number_of_parts_of_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checksums, "PART_BYTES", 1)
     monkeypatch.setattr(checksums, "MAX_PARTS", 4)
     digest = hashlib.sha256(CONTENT).hexdigest()

@@ -30,7 +30,7 @@ def changes() -> dict[str, Any]:
     return {"public_url": "", "confirm": "never", "poll_after_seconds": 3_600}
 
 
-def test_a_video_survives_a_worker_killed_in_the_midst_of_its_upload(parts: Parts, tmp_path: Path) -> None:
+def test_video_is_archived_after_its_worker_is_killed_during_the_upload(parts: Parts, tmp_path: Path) -> None:
     figures = run(parts, tmp_path, MEGABYTES, crash=True)
     assert len(figures.downloads) == 2 and figures.above_idle < MOST_ABOVE_IDLE_BYTES
 
@@ -39,7 +39,7 @@ def begin_upload(parts: Parts, key: str) -> None:
     parts.bucket._client().create_multipart_upload(Bucket=parts.bucket.name, Key=key)
 
 
-def test_who_takes_over_aborts_the_upload_of_the_one_before(
+def test_worker_that_takes_over_aborts_the_previous_upload(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bucket, "MULTIPART_THRESHOLD_BYTES", 1_000)
@@ -57,7 +57,7 @@ def test_who_takes_over_aborts_the_upload_of_the_one_before(
     assert parts.bucket.abort_uploads(parts.bucket.prefix) == 1
 
 
-def test_the_sweep_takes_old_uploads_of_ours_alone(parts: Parts) -> None:
+def test_sweep_aborts_only_old_uploads_in_our_layout(parts: Parts) -> None:
     ours = parts.bucket.prefix + "2026/11/23/task/video-0-1f6c3e0a9b42.mp4"
     others = [parts.bucket.prefix + name for name in ("backup.tar", "2026/11/23/notes.txt", ours[-12:])]
     for key in (ours, *others):

@@ -34,7 +34,7 @@ def in_the_past(request: Request, forward: Forward) -> Answer:
     return replace(answer, body=old)
 
 
-def test_old_leftovers_are_swept_and_young_ones_may_be_a_probe_at_work(bucket: Bucket, seaweed: Seaweed) -> None:
+def test_probe_removes_old_leftovers_but_not_those_of_a_running_probe(bucket: Bucket, seaweed: Seaweed) -> None:
     key = leave(bucket)
     bucket.probe()
     assert left(bucket) == ([key], [key])
@@ -43,7 +43,7 @@ def test_old_leftovers_are_swept_and_young_ones_may_be_a_probe_at_work(bucket: B
     assert left(bucket) == ([], [])
 
 
-def test_nothing_else_is_swept(bucket: Bucket, seaweed: Seaweed) -> None:
+def test_probe_removes_nothing_outside_its_folder(bucket: Bucket, seaweed: Seaweed) -> None:
     key = f"{bucket.prefix}picture.png"
     bucket._client().put_object(Bucket=bucket.name, Key=key, Body=io.BytesIO(b"x"))
     with FaultProxy(seaweed, in_the_past) as proxy:

@@ -118,7 +118,7 @@ def put(bucket: Bucket, name: str, content: bytes) -> bool:
     )  # fmt: skip
 
 
-def test_a_new_file_takes_two_requests_and_boto3_none(through: Bucket, recorder: Recorder) -> None:
+def test_new_file_takes_two_signed_requests_and_none_of_boto3(through: Bucket, recorder: Recorder) -> None:
     content = os.urandom(3_000_000)
     assert put(through, "a b+ö%2F.png", content) is True
     assert recorder.told == [("HEAD", True), ("PUT", True)]
@@ -127,7 +127,9 @@ def test_a_new_file_takes_two_requests_and_boto3_none(through: Bucket, recorder:
 
 
 @pytest.mark.parametrize("mode", ["when_supported", "never"])
-def test_the_store_is_told_what_boto3_tells_it(through: Bucket, recorder: Recorder, mode: objects.ChecksumMode) -> None:
+def test_signed_requests_send_the_headers_of_boto3(
+    through: Bucket, recorder: Recorder, mode: objects.ChecksumMode
+) -> None:
     endpoint_url, known = through._endpoint_url, replace(through.capabilities(), refuses_wrong_checksum=True)
     sent = {}
     for by_us in (True, False):
@@ -148,7 +150,7 @@ def test_the_store_is_told_what_boto3_tells_it(through: Bucket, recorder: Record
 
 
 @pytest.mark.parametrize("refusal", [0, 500, 503], ids=["closed", "broken", "busy"])
-def test_an_outage_is_boto3s_to_ride_out(through: Bucket, recorder: Recorder, refusal: int) -> None:
+def test_failed_request_is_repeated_by_boto3(through: Bucket, recorder: Recorder, refusal: int) -> None:
     put(through, "before.png", b"one")
     recorder.refuse = refusal
     assert put(through, "a.png", b"one") is True
@@ -159,7 +161,9 @@ def test_an_outage_is_boto3s_to_ride_out(through: Bucket, recorder: Recorder, re
 
 
 @pytest.mark.parametrize("refusal", [301, 400, 403])
-def test_where_only_boto3_is_understood_it_is_left_alone(through: Bucket, recorder: Recorder, refusal: int) -> None:
+def test_store_that_refuses_signed_requests_gets_those_of_boto3(
+    through: Bucket, recorder: Recorder, refusal: int
+) -> None:
     recorder.refuse = refusal
     assert put(through, "a.png", b"one") is True
     assert put(through, "b.png", b"one") is True
@@ -169,7 +173,7 @@ def test_where_only_boto3_is_understood_it_is_left_alone(through: Bucket, record
 
 
 @pytest.mark.parametrize(("refusal", "times"), [(403, 1), (429, 5)])
-def test_a_refusal_that_passes_changes_nothing(through: Bucket, recorder: Recorder, refusal: int, times: int) -> None:
+def test_single_refusal_keeps_signed_requests(through: Bucket, recorder: Recorder, refusal: int, times: int) -> None:
     recorder.refuse = refusal
     assert all(put(through, f"{number}.png", b"one") for number in range(times))
     recorder.refuse = None
@@ -186,7 +190,7 @@ def test_a_refusal_that_passes_changes_nothing(through: Bucket, recorder: Record
         ("us-west-2", "AWS_USE_DUALSTACK_ENDPOINT"),
     ],
 )
-def test_at_aws_we_ask_the_place_that_boto3_asks(
+def test_signed_requests_use_the_url_and_scope_of_boto3_at_aws(
     region: str, switch: str | None, addressing: objects.Addressing, monkeypatch: pytest.MonkeyPatch,
     s3_environment: dict[str, str],
 ) -> None:  # fmt: skip
@@ -212,7 +216,7 @@ def test_at_aws_we_ask_the_place_that_boto3_asks(
     assert asked[0] == asked[1]
 
 
-def test_a_slow_uplink_is_given_its_time(
+def test_slow_uplink_does_not_time_out(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
     """The time-out for connecting is also that of each block sent; 2.5 s here, and a body of 4 s."""
@@ -230,7 +234,7 @@ def test_a_slow_uplink_is_given_its_time(
     assert requests == ["HEAD", "PUT"]
 
 
-def test_a_lost_race_is_told_without_asking_again(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> None:
+def test_lost_race_is_noticed_without_a_second_put(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> None:
     def race(request: Request, forward: Forward) -> Answer | None:
         if request.method == "PUT":
             put(bucket, "a.png", b"one")
@@ -244,7 +248,7 @@ def test_a_lost_race_is_told_without_asking_again(bucket: Bucket, seaweed: Seawe
     assert recorder.told == [("HEAD", True), ("PUT", True), ("HEAD", False)]
 
 
-def test_a_silent_store_is_given_up_after_one_wait(
+def test_silent_store_is_given_up_after_one_timeout(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
     monkeypatch.setattr(objects, "READ_SECONDS", 0.3)
@@ -272,7 +276,7 @@ def test_a_silent_store_is_given_up_after_one_wait(
     assert len(accepted) == 1
 
 
-def test_without_credentials_boto3_says_so(monkeypatch: pytest.MonkeyPatch, seaweed: Seaweed) -> None:
+def test_missing_credentials_are_reported_by_boto3(monkeypatch: pytest.MonkeyPatch, seaweed: Seaweed) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):

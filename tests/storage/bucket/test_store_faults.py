@@ -97,7 +97,7 @@ def told(answer: Answer, checksum: str | None) -> Answer:
     return replace(answer, headers=headers if checksum is None else headers | {SUM: checksum})
 
 
-def test_a_connection_lost_after_the_object_was_stored(faulty: Callable[..., Faulty]) -> None:
+def test_object_is_found_after_its_response_was_lost(faulty: Callable[..., Faulty]) -> None:
     def hang_up(request: Request, forward: Forward) -> Answer | None:
         answer = forward(request)
         return None if request.puts_an_object else answer
@@ -111,7 +111,7 @@ def test_a_connection_lost_after_the_object_was_stored(faulty: Callable[..., Fau
 
 
 @pytest.mark.parametrize("says", ["nothing", "what it was sent"])
-def test_a_flipped_byte_behind_a_200(faulty: Callable[..., Faulty], says: str) -> None:
+def test_flipped_byte_behind_a_200_is_removed(faulty: Callable[..., Faulty], says: str) -> None:
     def flip(request: Request, forward: Forward) -> Answer:
         if not request.body or "x-amz-decoded-content-length" in request.headers or "/.receiver" in request.path:
             return forward(request.without(SUM) if request.method == "PUT" else request)
@@ -128,7 +128,7 @@ def test_a_flipped_byte_behind_a_200(faulty: Callable[..., Faulty], says: str) -
     assert_archived(on.honest, on.sandbox, on.task)
 
 
-def test_a_condition_that_is_ignored(faulty: Callable[..., Faulty]) -> None:
+def test_ignored_condition_overwrites_nothing(faulty: Callable[..., Faulty]) -> None:
     on = faulty(lambda request, forward: forward(request.without("if-none-match")))
     (made,) = on.sandbox.ledger().task("task").assets
     key = object_key(on.parts.bucket.prefix, on.task.created_at, "task", "image", 0, made.sha256, "png")
@@ -140,7 +140,7 @@ def test_a_condition_that_is_ignored(faulty: Callable[..., Faulty]) -> None:
 
 
 @pytest.mark.parametrize("checksum", [None, WRONG_SUM], ids=["none", "a wrong one"])
-def test_no_checksum_or_a_wrong_one_is_no_proof(faulty: Callable[..., Faulty], checksum: str | None) -> None:
+def test_missing_or_wrong_checksum_is_no_proof(faulty: Callable[..., Faulty], checksum: str | None) -> None:
     on = faulty(lambda request, forward: told(forward(request), checksum))
     run(on.parts, "assets", "finishes")
     seen = not on.parts.bucket.capabilities().returns_checksum
@@ -149,14 +149,14 @@ def test_no_checksum_or_a_wrong_one_is_no_proof(faulty: Callable[..., Faulty], c
     assert_archived(on.honest, on.sandbox, on.task)
 
 
-def test_a_store_that_speaks_the_truth_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
+def test_trusted_store_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
     on = faulty(lambda request, forward: forward(request))
     run(on.parts, "assets", "finishes")
     assert on.reads == []
     assert_archived(on.honest, on.sandbox, on.task)
 
 
-def test_a_store_that_refuses_checksum_headers_is_served_without(
+def test_store_that_refuses_checksum_headers_gets_none(
     faulty: Callable[..., Faulty], request: pytest.FixtureRequest
 ) -> None:
     """As Backblaze B2 is documented to do. RECEIVER_S3_CHECKSUMS=never: nothing of them is sent, all is read back."""

@@ -86,7 +86,7 @@ def status_of(parts: Parts, task: Task) -> str:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
-def test_every_hostile_file_is_refused_for_its_own_reason(parts: Parts, host: FileHost) -> None:
+def test_hostile_file_is_refused_for_its_reason(parts: Parts, host: FileHost) -> None:
     rows = archive(parts, host, {name: answer(data) for name, (data, _) in FILES.items()})
     wrong = {name: row.error for name, row in rows.items() if not re.search(FILES[name][1], row.error or "")}
     assert wrong == {}
@@ -99,7 +99,7 @@ def test_every_hostile_file_is_refused_for_its_own_reason(parts: Parts, host: Fi
     assert "Signature" not in status
 
 
-def test_what_follows_a_whole_picture_is_kept_counted_and_shown(parts: Parts, host: FileHost) -> None:
+def test_bytes_after_a_picture_are_archived_counted_and_shown(parts: Parts, host: FileHost) -> None:
     bodies = {"tail": WHOLE + b"SEFT" * 9, "stray": STRAY, "plain": WHOLE}
     rows = archive(parts, host, {name: answer(body) for name, body in bodies.items()})
     run(parts, "finishes")
@@ -117,7 +117,7 @@ def test_what_follows_a_whole_picture_is_kept_counted_and_shown(parts: Parts, ho
         assert (facts.get("trailing_bytes", 0), facts.get("notes", [])) == odd[name]
 
 
-def test_a_task_of_refused_files_ends_incomplete(parts: Parts, host: FileHost) -> None:
+def test_task_whose_files_are_refused_ends_incomplete(parts: Parts, host: FileHost) -> None:
     rows = archive(parts, host, {name: answer(FILES[name][0]) for name in ("html", "png + zip")})
     run(parts, "finishes")
     with parts.database.read() as session:
@@ -164,7 +164,7 @@ ANSWERS: dict[str, tuple[Script, str, AssetState]] = {
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_every_hostile_answer_is_refused_for_its_own_reason(parts: Parts, host: FileHost) -> None:
+def test_hostile_response_is_refused_for_its_reason(parts: Parts, host: FileHost) -> None:
     parts.__dict__["fetcher"] = Fetcher(
         parts.address_policy, max_bytes=MAX_BYTES, total_seconds=3, resolve=lambda name, port: ("10.0.0.1",)
     )
@@ -175,14 +175,14 @@ def test_every_hostile_answer_is_refused_for_its_own_reason(parts: Parts, host: 
     assert "169.254" not in " ".join(host.heads)
 
 
-def test_a_redirect_between_permitted_hosts_is_followed(parts: Parts, host: FileHost) -> None:
+def test_redirect_between_permitted_hosts_is_followed(parts: Parts, host: FileHost) -> None:
     host.scripts["/there"] = answer(WHOLE)
     rows = archive(parts, host, {"moved": moved(f"{host.url}/there")})
     assert rows["moved"].state is AssetState.ARCHIVED
     assert list(kept(parts)) == [rows["moved"].key]
 
 
-def test_an_edge_that_redirects_to_itself_for_a_while_is_asked_again(parts: Parts, host: FileHost) -> None:
+def test_host_that_redirects_to_itself_is_retried(parts: Parts, host: FileHost) -> None:
     row = archive(parts, host, {"edge": moved("0.png?Signature=s")})["edge"]
     assert (row.state, row.error) == (AssetState.DUE, "more than 3 redirects, the last one to 127.0.0.1")
     host.scripts["/0.png?Signature=s"] = answer(WHOLE)
@@ -211,7 +211,7 @@ def peak_mib(host: FileHost, stream_bytes: int) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
 
 
-def test_a_gibibyte_without_a_length_takes_no_more_memory_than_sixteen_mebibytes(
+def test_body_without_a_length_stops_at_the_size_limit_in_constant_memory(
     host: FileHost, record_property: Callable[[str, object], None]
 ) -> None:
     host.scripts["/"] = endless

@@ -179,7 +179,7 @@ def look(data: bytes) -> Media:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_file(name: str) -> None:
+def test_whole_file_is_described(name: str) -> None:
     data, media_type, extension = WHOLE[name]
     width, height = (None, None) if name.split()[0] in SOUNDS else SIZES.get(name, (60, 40))
     assert look(data) == Media(media_type, extension, width, height, verified=True)
@@ -187,14 +187,14 @@ def test_whole_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_file(name: str) -> None:
+def test_damaged_file_is_refused_with_its_reason(name: str) -> None:
     data, reason = DAMAGED[name]
     with pytest.raises(AssetDamaged, match=reason):
         look(data)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_no_asset(name: str) -> None:
+def test_file_of_another_kind_is_named(name: str) -> None:
     data, looks_like = FOREIGN[name]
     with pytest.raises(NotAnAsset, match=looks_like):
         look(data)
@@ -250,7 +250,7 @@ WITH_AN_END = [name for name in WHOLE if not name.startswith("mp3")]
 
 
 @pytest.mark.parametrize("name", WITH_AN_END)
-def test_what_follows_the_end_is_counted(name: str) -> None:
+def test_harmless_bytes_after_the_end_are_counted(name: str) -> None:
     data, media_type, _ = WHOLE[name]
     for tail in HARMLESS.values():
         found = look(data + tail)
@@ -259,19 +259,19 @@ def test_what_follows_the_end_is_counted(name: str) -> None:
 
 
 @pytest.mark.parametrize("tail", HARMFUL)
-def test_no_page_archive_or_program_may_follow_the_end(tail: str) -> None:
+def test_page_archive_or_program_after_the_end_is_refused(tail: str) -> None:
     for name in WITH_AN_END:
         with pytest.raises(AssetDamaged, match="after the end hold"):
             look(WHOLE[name][0] + HARMFUL[tail])
 
 
-def test_what_hides_across_two_blocks_is_found() -> None:
+def test_signature_across_two_blocks_is_found() -> None:
     for shift in range(12):
         with pytest.raises(AssetDamaged, match="markup"):
             look(png() + b"." * (structure.BLOCK_BYTES - shift) + b"<!doctype html>")
 
 
-def test_stray_bytes_that_every_decoder_passes_over_are_noted() -> None:
+def test_stray_bytes_that_decoders_skip_are_noted() -> None:
     start, rest = WHOLE["jpeg"][0][:2], WHOLE["jpeg"][0][2:]
     for stray in (b"hello", b"\xff\0", b"\xff\xd5\0o", b"\0" * structure.BLOCK_BYTES):
         if len(stray) > jpeg.MAX_STRAY_BYTES:
@@ -284,7 +284,7 @@ def test_stray_bytes_that_every_decoder_passes_over_are_noted() -> None:
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6))
-def test_changed_bytes_end_in_a_decision(name: str, changes: list[tuple[float, int]]) -> None:
+def test_changed_file_is_described_or_refused(name: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(WHOLE[name][0])
     for share, byte in changes:
         data[int(share**3 * (len(data) - 1))] = byte  # more often near the beginning, where the structure is
@@ -293,13 +293,13 @@ def test_changed_bytes_end_in_a_decision(name: str, changes: list[tuple[float, i
 
 
 @given(st.binary(max_size=200), st.sampled_from([entry[0][:12] for entry in WHOLE.values()]))
-def test_any_bytes_end_in_a_decision(data: bytes, start: bytes) -> None:
+def test_any_bytes_are_described_or_refused(data: bytes, start: bytes) -> None:
     for candidate in (data, start + data):
         with suppress(AssetDamaged, NotAnAsset):
             look(candidate)
 
 
-def test_markers_split_between_two_blocks_are_found() -> None:
+def test_marker_split_between_two_blocks_is_found() -> None:
     start, scan, end = WHOLE["jpeg"][0].partition(b"\xff\xda")[0], b"\xff\xda\0\2", b"\xff\xd9"
     for shift in range(-4, 5):
         body = b"\x01" * (structure.BLOCK_BYTES + shift)
@@ -315,7 +315,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_memory_does_not_grow_with_the_file(name: str) -> None:
+def test_memory_is_constant_for_a_large_file(name: str) -> None:
     file = io.BytesIO(LARGE[name]())
     tracemalloc.start()
     try:
@@ -337,7 +337,7 @@ PIECES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_pieces_without_end_are_given_up_before_they_cost_a_second(name: str) -> None:
+def test_file_of_too_many_pieces_is_refused_within_a_second(name: str) -> None:
     started = time.process_time()
     with pytest.raises(AssetDamaged, match="too many pieces"):
         look(PIECES[name])

@@ -50,7 +50,7 @@ def expiring(parts: Parts, hours: float, asset_state: AssetState = AssetState.DU
 # -- deadlines --------------------------------------------------------------------------------------------------------
 
 
-def test_a_deadline_is_announced_once_and_hours_before(parts: Parts) -> None:
+def test_deadline_is_announced_once_hours_before(parts: Parts) -> None:
     near, past, far = (expiring(parts, hours) for hours in (5, -1, 7))
     done = expiring(parts, 5, AssetState.ARCHIVED)
     lead = deadlines.lead_seconds(30 * 86_400)
@@ -60,7 +60,7 @@ def test_a_deadline_is_announced_once_and_hours_before(parts: Parts) -> None:
     assert stored(parts.database, near)["deadline_near_at"] is not None
 
 
-def test_where_files_live_for_a_day_six_hours_are_early_enough() -> None:
+def test_lead_time_is_at_most_six_hours() -> None:
     assert [deadlines.lead_seconds(days * 86_400) / 3_600 for days in (30, 1, 1 / 24)] == [6, 6, 0.25]
 
 
@@ -74,7 +74,7 @@ def test_workers_announce_deadlines(parts: Parts) -> None:
     thread.join(20)
 
 
-def test_the_event_of_a_deadline_says_when(parts: Parts) -> None:
+def test_event_of_a_deadline_has_its_time(parts: Parts) -> None:
     task = expiring(parts, 1)
     deadlines.announce(parts.database, 6 * 3_600)
     with parts.database.read() as session:
@@ -118,7 +118,7 @@ def age(parts: Parts, *, minutes: int) -> None:
             task.end_called_back_at = task.end_called_back_at and task.end_called_back_at - earlier
 
 
-def test_a_callback_that_was_not_believed_is_not_lost(unpaced: Parts, sandbox: Sandbox) -> None:
+def test_unverified_callback_is_not_counted_as_lost(unpaced: Parts, sandbox: Sandbox) -> None:
     (task,) = submit(unpaced, 1, prompt="[fail]")
     wait_until(lambda: sandbox.ledger().tasks[0].status == "failed")
     deliver(unpaced, task, {"task_id": task.provider_task_id, "task_status": "failed", "task_status_msg": "no"})
@@ -128,7 +128,7 @@ def test_a_callback_that_was_not_believed_is_not_lost(unpaced: Parts, sandbox: S
     assert (found.callbacks_expected, found.callbacks_lost, found.failed_day) == (1, 0, 1)
 
 
-def test_the_work_that_waits_is_counted(parts: Parts) -> None:
+def test_due_and_overdue_rows_are_counted(parts: Parts) -> None:
     insert_row(parts, due_at=parts.database.now())
     insert_row(parts, due_at=parts.database.now() - timedelta(minutes=10))
     insert_row(parts)
@@ -171,7 +171,7 @@ def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -
 
 
 @pytest.mark.parametrize("changes", [{"kling_slots": 20}])
-def test_slots_and_queue_are_told_of_each_account(parts: Parts) -> None:
+def test_slots_and_queue_are_measured_per_account(parts: Parts) -> None:
     queued(parts, held=3, waiting=2)
     assert show.measured(parts).accounts == {"kling": AccountMeasures(6, 20, 2)}
     with parts.database.write() as session:
@@ -181,14 +181,14 @@ def test_slots_and_queue_are_told_of_each_account(parts: Parts) -> None:
     assert show.summary(found).startswith("0 due · kling: 6 of 5 slots held, 2 tasks wait · ")
 
 
-def test_without_a_limit_an_account_is_told_by_its_rows(parts: Parts) -> None:
+def test_account_without_a_limit_is_measured_from_its_rows(parts: Parts) -> None:
     assert measured(parts).accounts == {}
     queued(parts, held=1, waiting=1)
     assert measured(parts).accounts == {"kling": AccountMeasures(2, None, 1)}
     assert "kling: 1 tasks wait for slots" in show.summary(measured(parts))
 
 
-def test_events_are_told_of_each_sink(parts: Parts) -> None:
+def test_events_are_measured_per_sink(parts: Parts) -> None:
     for sink, state, age in (("a", "due", 60), ("a", "due", 10), ("a", "dead", 90), ("b", "dead", 5), ("b", "due", 5)):
         tell(parts, sink, DispatchState(state), seconds_ago=age)
     tell(parts, "c", DispatchState.DELIVERED, seconds_ago=5)
@@ -202,7 +202,7 @@ def test_events_are_told_of_each_sink(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
-def test_gauges_of_what_nothing_waits_for_any_more_are_gone(parts: Parts) -> None:
+def test_gauges_of_idle_sinks_and_accounts_disappear(parts: Parts) -> None:
     def lines() -> set[str]:
         telemetry.update_work_gauges(measured(parts).as_dict())
         text = generate_latest(telemetry.REGISTRY).decode()
@@ -254,14 +254,14 @@ def test_rare_states_are_found_by_their_partial_indexes(database: Database) -> N
     assert [plan.split("INDEX ")[1].split()[0] for plan in plans] == ["callback_unmatched_external", "task_deadline"]
 
 
-def test_one_line_says_how_the_work_stands(parts: Parts) -> None:
+def test_status_prints_the_measures_in_one_line(parts: Parts) -> None:
     deliver(parts, None, OTHERS)
     line = show.summary(measured(parts))
     assert line == "0 due · 1 deliveries unmatched · last 24 h: 0 archived, 0 incomplete, 0 failed"
 
 
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token", "kling_slots": 20}])
-def test_gauges_and_readiness_tell_what_is_late(web: Web, parts: Parts) -> None:
+def test_gauges_and_readiness_show_overdue_work(web: Web, parts: Parts) -> None:
     insert_row(parts, due_at=LONG_AGO)
     expiring(parts, 1)
     permitted = {"Authorization": "Bearer a-token"}

@@ -115,7 +115,7 @@ def test_of_two_interleaved_transactions_no_reader_misses_the_earlier_event(data
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_who_finds_another_at_it_does_not_wait(database: Database) -> None:
+def test_numbering_does_not_wait_for_another_process(database: Database) -> None:
     tell(database, None, EventName.TASK_CREATED)
     outbox.sequence_all(database, [])
     tell(database, None, EventName.TASK_CREATED, EventName.TASK_CREATED)
@@ -128,7 +128,7 @@ def test_who_finds_another_at_it_does_not_wait(database: Database) -> None:
 # -- each sink's queue ------------------------------------------------------------------------------------------------
 
 
-def test_each_sink_gets_what_it_asked_for(database: Database) -> None:
+def test_each_sink_gets_the_events_it_subscribed_to(database: Database) -> None:
     archived = Subscription("archive", frozenset({"task.archived"}))
     tell(database, None, EventName.TASK_CREATED, EventName.TASK_ARCHIVED)
     outbox.sequence_all(database, [HOOK, archived])
@@ -136,7 +136,7 @@ def test_each_sink_gets_what_it_asked_for(database: Database) -> None:
     assert names_of(database, claim(database, "archive")) == ["task.archived"]
 
 
-def test_a_sink_added_later_gets_what_comes_from_then_on(database: Database) -> None:
+def test_new_sink_gets_later_events_only(database: Database) -> None:
     tell(database, None, EventName.TASK_CREATED)
     outbox.sequence_all(database, [])
     tell(database, None, EventName.TASK_FAILED)
@@ -144,7 +144,7 @@ def test_a_sink_added_later_gets_what_comes_from_then_on(database: Database) -> 
     assert names_of(database, queue(database)) == ["task.failed"]
 
 
-def test_only_clients_that_asked_are_called_back(database: Database) -> None:
+def test_client_sink_gets_only_tasks_with_a_callback_url(database: Database) -> None:
     asked = task_in(database, client_callback_url="https://client.example.com/")
     silent = task_in(database)
     clients = Subscription("client", ALL, of_clients=True)
@@ -154,7 +154,7 @@ def test_only_clients_that_asked_are_called_back(database: Database) -> None:
     assert [row.task_id for row in queue(database)] == [asked.id]
 
 
-def test_events_of_a_task_go_one_after_the_other_and_others_beside_them(database: Database) -> None:
+def test_events_of_one_task_are_sent_in_order_and_of_others_in_parallel(database: Database) -> None:
     one, other = task_in(database), task_in(database)
     tell(database, one, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
     tell(database, other, EventName.TASK_FAILED)
@@ -173,7 +173,7 @@ def test_events_of_a_task_go_one_after_the_other_and_others_beside_them(database
 
 
 @pytest.mark.parametrize("how", [outbox.failed, outbox.put_off], ids=["failed", "put_off"])
-def test_what_is_behind_a_failure_waits(database: Database, how: Callable[..., None]) -> None:
+def test_later_events_wait_behind_a_failed_one(database: Database, how: Callable[..., None]) -> None:
     task = task_in(database)
     tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
     outbox.sequence_all(database, [HOOK])
@@ -184,7 +184,7 @@ def test_what_is_behind_a_failure_waits(database: Database, how: Callable[..., N
     assert queue(database)[0].tries == (how is outbox.failed)
 
 
-def test_what_is_behind_a_dead_one_goes_on(database: Database) -> None:
+def test_later_events_continue_after_a_dead_one(database: Database) -> None:
     task = task_in(database)
     tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
     outbox.sequence_all(database, [HOOK])
@@ -194,7 +194,7 @@ def test_what_is_behind_a_dead_one_goes_on(database: Database) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_one_put_behind_another_that_is_being_settled_is_not_forgotten(database: Database) -> None:
+def test_event_inserted_while_the_previous_one_is_settled_becomes_due(database: Database) -> None:
     """Neither sees what the other has not committed; whoever comes second must wait for the first."""
     task = task_in(database)
     tell(database, task, EventName.TASK_SUBMITTED)
@@ -213,7 +213,7 @@ def test_one_put_behind_another_that_is_being_settled_is_not_forgotten(database:
 # -- gone, and back ---------------------------------------------------------------------------------------------------
 
 
-def test_a_disabled_sink_is_queued_nothing_and_owes_nothing_until_it_is_enabled(database: Database) -> None:
+def test_disabled_sink_gets_no_events_until_it_is_enabled(database: Database) -> None:
     task = task_in(database)
     tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING)
     outbox.sequence_all(database, [HOOK])
@@ -231,7 +231,7 @@ def test_a_disabled_sink_is_queued_nothing_and_owes_nothing_until_it_is_enabled(
     assert names_of(database, claim(database)) == ["task.archived"]
 
 
-def test_what_is_sent_again_keeps_its_order(database: Database) -> None:
+def test_redelivered_events_keep_their_order(database: Database) -> None:
     task = task_in(database)
     tell(database, task, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_FAILED)
     outbox.sequence_all(database, [HOOK])
@@ -247,7 +247,7 @@ def test_what_is_sent_again_keeps_its_order(database: Database) -> None:
     assert {row.state for row in queue(database)} == {DispatchState.DELIVERED}
 
 
-def test_one_that_a_worker_holds_is_not_sent_again(database: Database) -> None:
+def test_claimed_dispatch_is_not_redelivered(database: Database) -> None:
     tell(database, None, EventName.TASK_FAILED)
     outbox.sequence_all(database, [HOOK])
     held = claim(database)
@@ -257,7 +257,7 @@ def test_one_that_a_worker_holds_is_not_sent_again(database: Database) -> None:
     assert queue(database)[0].state is DispatchState.DELIVERED
 
 
-def test_a_lost_lease_settles_nothing(database: Database) -> None:
+def test_lost_lease_settles_nothing(database: Database) -> None:
     tell(database, None, EventName.TASK_FAILED)
     outbox.sequence_all(database, [HOOK])
     [held] = claim(database)
@@ -271,7 +271,7 @@ def test_a_lost_lease_settles_nothing(database: Database) -> None:
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_patterns_choose_names() -> None:
+def test_patterns_select_event_names() -> None:
     assert events.names_matching(["asset.*"]) == {EventName.ASSET_ARCHIVED, EventName.ASSET_FAILED}
     assert events.names_matching([]) == set(EventName)
     with pytest.raises(ValueError, match=r"no event is called 'task\.done'"):
@@ -300,7 +300,7 @@ def changes(hook: Hook) -> dict[str, Any]:
     }
 
 
-def test_every_event_arrives_whatever_the_receiver_does(web: Web, parts: Parts, hook: Hook) -> None:
+def test_every_event_is_delivered_despite_receiver_faults(web: Web, parts: Parts, hook: Hook) -> None:
     """The short form of `python -m tests.event_delivery_run`: 30 % of the requests fail, and it is down for a while."""
     with working(parts):
         for _ in range(TOLD_TASKS):

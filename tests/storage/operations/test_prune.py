@@ -65,7 +65,7 @@ def left(database: Database) -> dict[str, int]:
         return {name: session.exec(select(func.count()).select_from(model)).one() for name, model in tables.items()}
 
 
-def test_what_is_over_and_old_is_forgotten_and_its_catalogue_stays(database: Database, operator: Operator) -> None:
+def test_old_data_of_ended_tasks_is_pruned_but_the_task_stays(database: Database, operator: Operator) -> None:
     task = old(database)
     assert dict(operator.prune(RETENTION).counts) == {
         "deliveries": 1,
@@ -88,14 +88,16 @@ def test_what_is_over_and_old_is_forgotten_and_its_catalogue_stays(database: Dat
         {"state": TaskState.CREATED, "archive": ArchiveState.NONE, "step": Step.CREATE},
     ],
 )
-def test_nothing_of_a_task_that_is_not_over(database: Database, operator: Operator, values: dict[str, Any]) -> None:
+def test_prune_keeps_everything_of_a_task_that_is_not_over(
+    database: Database, operator: Operator, values: dict[str, Any]
+) -> None:
     old(database, **values)
     before = left(database)
     assert operator.prune(RETENTION).counts.total() == 0
     assert left(database) == before
 
 
-def test_nothing_young_and_nothing_that_waits(database: Database, operator: Operator) -> None:
+def test_prune_keeps_recent_and_waiting_rows(database: Database, operator: Operator) -> None:
     task, now = old(database), database.now()
     with database.write() as session:
         session.execute(update(Callback).values(received_at=now))
@@ -109,14 +111,14 @@ def test_nothing_young_and_nothing_that_waits(database: Database, operator: Oper
     assert left(database) == before
 
 
-def test_failed_tasks_and_old_unmatched_deliveries_are_over(database: Database, operator: Operator) -> None:
+def test_prune_removes_failed_tasks_and_old_unmatched_deliveries(database: Database, operator: Operator) -> None:
     old(database, state=TaskState.FAILED, archive=ArchiveState.NONE)
     with database.write() as session:
         session.add(delivery(uuid.uuid4(), state=CallbackState.UNMATCHED))
     assert operator.prune(RETENTION).counts["deliveries"] == 2
 
 
-def test_a_delivery_that_names_no_task_stays_while_it_may_be_somebodys(database: Database, operator: Operator) -> None:
+def test_prune_keeps_unnamed_deliveries_while_an_older_task_is_not_over(database: Database, operator: Operator) -> None:
     with database.write() as session:
         session.add(delivery(None))
         task = new_task(session, **WAITS, created_at=LONG_AGO)
@@ -126,7 +128,9 @@ def test_a_delivery_that_names_no_task_stays_while_it_may_be_somebodys(database:
     assert operator.prune(RETENTION).counts["deliveries"] == 1
 
 
-def test_it_goes_on_batch_by_batch(database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prune_continues_batch_by_batch(
+    database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(maintenance, "BATCH", 2)
     with database.write() as session:
         unfinished = new_task(session, **WAITS)
@@ -138,7 +142,7 @@ def test_it_goes_on_batch_by_batch(database: Database, operator: Operator, monke
 
 
 @pytest.mark.parametrize(("state", "gone"), [(DispatchState.DEAD, 2), (DispatchState.DUE, 1)])
-def test_an_event_stays_while_a_sink_may_still_get_it(
+def test_prune_keeps_an_undelivered_event(
     database: Database, operator: Operator, state: DispatchState, gone: int
 ) -> None:
     old(database)
@@ -147,14 +151,14 @@ def test_an_event_stays_while_a_sink_may_still_get_it(
     assert (counts["dispatches"], counts["events"]) == (gone - 1, gone)
 
 
-def test_what_the_newest_number_was_is_not_forgotten(database: Database, operator: Operator) -> None:
+def test_event_numbers_continue_after_prune(database: Database, operator: Operator) -> None:
     old(database)
     assert operator.prune(RETENTION).counts["events"] == 2
     with database.read() as session:
         assert (events.after(session, 0, 10), events.newest_seq(session)) == ([], 2)
 
 
-def test_an_event_without_a_number_was_seen_by_no_reader(database: Database, operator: Operator) -> None:
+def test_prune_keeps_an_event_without_a_number(database: Database, operator: Operator) -> None:
     old(database)
     with database.write() as session:
         session.execute(update(Event).values(seq=None))
@@ -162,7 +166,7 @@ def test_an_event_without_a_number_was_seen_by_no_reader(database: Database, ope
 
 
 @pytest.mark.parametrize("untold", [{Dispatch.state: DispatchState.DUE}, {Event.seq: None}], ids=["on its way", "new"])
-def test_where_a_client_is_called_back_is_known_until_it_was(
+def test_prune_keeps_the_callback_url_until_the_client_was_called(
     database: Database, operator: Operator, untold: dict[Any, Any]
 ) -> None:
     task = old(database)
@@ -173,7 +177,7 @@ def test_where_a_client_is_called_back_is_known_until_it_was(
     assert stored(database, task)["client_callback_url"] == CLIENT
 
 
-def test_an_address_without_a_request_is_forgotten_too(database: Database, operator: Operator) -> None:
+def test_prune_removes_a_callback_url_without_a_request(database: Database, operator: Operator) -> None:
     task = old(database, request={})
     assert operator.prune(RETENTION).counts["requests"] == 1
     assert stored(database, task)["client_callback_url"] is None
