@@ -1,4 +1,4 @@
-"""Addresses and URLs that a fetcher must refuse or allow. Plain data, for other guards to be held against as well.
+"""Addresses and URLs that a fetcher must refuse or allow. Plain data, shared by several tests.
 
 FORBIDDEN_ADDRESSES and ALLOWED_ADDRESSES: what a name may resolve to, or stand as a literal in a URL.
 REFUSED_URLS: (url, a word of the reason) with no list of private hosts. ALLOWED_URLS: (url, host that is asked for).

@@ -86,7 +86,7 @@ class Poster:
 
     @contextmanager
     def _request(self, target: Target, body: bytes, headers: Mapping[str, str]) -> Iterator[httpcore.Response]:
-        own = {"Host": target.authority, "User-Agent": USER_AGENT.decode(), "Accept": "*/*"}
+        own = {"Host": target.authority, "User-Agent": USER_AGENT, "Accept": "*/*"}
         every = {**own, **headers, "Content-Length": str(len(body))}
         seconds = self._timeout_seconds
         timeouts = {"connect": min(CONNECT_SECONDS, seconds), "read": seconds, "write": seconds, "pool": seconds}

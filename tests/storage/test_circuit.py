@@ -1,4 +1,4 @@
-"""The circuit opens after failures in a row, lets one trial through per pause, and closes by itself."""
+"""The circuit breaker opens after failures in a row, grants one trial per pause, and closes after a success."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.rows import LONG_AGO, new_assets, new_task
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 TASKS = 6
-ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # rows play no part: a circuit is a process's own
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # a circuit is in memory
 
 
 class Clock:
@@ -143,7 +143,7 @@ def test_doubtful_failures_count_only_without_successes() -> None:
 
 
 def worker(database: Database, circuit: Circuit) -> Worker:
-    """Of one lane whose work ends before it reaches the store."""
+    """A worker of one lane whose work ends before it reaches the store."""
 
     def work(row: Any) -> None:
         with database.write() as session:
@@ -166,7 +166,7 @@ def test_row_that_never_reaches_the_store_is_no_trial(database: Database) -> Non
 def test_empty_claim_is_no_trial(database: Database) -> None:
     clock = Clock()
     circuit = opened(clock)
-    new_assets(database, 1, losses=claims.QUARANTINE_AFTER)  # due, and not for everybody
+    new_assets(database, 1, losses=claims.QUARANTINE_AFTER)  # due, but quarantined
     clock.seconds += FIRST_PAUSE_SECONDS
     assert worker(database, circuit).run_until_idle() == 0
     assert circuit.grant(1).count == 1
@@ -207,7 +207,7 @@ def submitted(parts: Parts) -> int:
 
 @pytest.fixture
 def clock(parts: Parts) -> Clock:
-    """What the provider's circuit goes by; it stands still by itself."""
+    """The clock of the provider's circuit. Only tests advance it."""
     made = Clock()
     parts.__dict__["provider_circuit"] = Circuit(made)  # where the cached property keeps it
     return made
@@ -232,7 +232,7 @@ def test_reads_pause_while_the_provider_fails_and_resume(parts: Parts, sandbox: 
     for _ in range(TASKS):
         insert_row(parts, due_at=LONG_AGO)
     sandbox.set(query_faults=["5001"] * 100)
-    for _ in range(FAILURES):  # one call a batch: the rest of it is not tried
+    for _ in range(FAILURES):  # one call per batch; the rest of a batch is not tried
         run(parts, "reads")
         make_due_now(parts, Task)
     assert (run(parts, "reads"), run(parts, "unmatched")) == (0, 0)

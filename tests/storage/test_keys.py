@@ -1,4 +1,4 @@
-"""Names of objects are a public contract: they never change for the same asset."""
+"""Object keys are a public contract: they never change for the same asset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads keep to a pace that all processes share."""
+"""The rate limit of reads, shared by all processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_moment_too_far_ahead_is_not_reserved(database: Database) -> None:
 
 
 def test_processes_share_one_rate(database_url: str) -> None:
-    """Eight threads over two databases' handles take twenty moments: none twice, and as far apart as said."""
+    """Eight threads on two handles reserve twenty moments: none twice, one interval apart."""
     opened = [Database(database_url) for _ in range(2)]
     limits = [ReadRateLimit(each, per_second=0.01, patience_seconds=100_000) for each in opened]
     waits: list[float] = []

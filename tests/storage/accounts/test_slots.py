@@ -1,4 +1,4 @@
-"""Slots: whose turn it is, and that what is held never passes the limit, whoever submits, ends, is refused or dies."""
+"""Slots: the order of admission, and that held slots never exceed the limit."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_chosen_tasks_fit_the_limit_and_keep_their_order(
     assert picked or not entries or sum(held.values())
 
 
-def test_a_lowered_limit_rises_by_one_a_minute_up_to_the_setting() -> None:
+def test_lowered_limit_rises_by_one_a_minute_up_to_the_setting() -> None:
     start = datetime(2026, 11, 23, tzinfo=UTC)
     after = {
         seconds: limit_at(20, 15, start, start + timedelta(seconds=seconds)) for seconds in (0, 59, 60, 239, 9_999)
@@ -181,7 +181,7 @@ def test_task_silent_for_a_day_gives_its_slots_back(database: Database) -> None:
 
 
 def silenced(parts: Parts) -> Task:
-    """A task in work at the provider that was silent for a day and gave its slots back."""
+    """A task that was silent for a day and gave its slots back."""
     task = parts.submitter.submit(REQUEST).task
     with parts.database.write() as session:
         long_ago = {"sent_at": LONG_AGO, "due_at": LONG_AGO}
@@ -193,7 +193,7 @@ def silenced(parts: Parts) -> Task:
 def test_silent_task_has_a_note_until_its_callback(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=600)
     task = silenced(parts)
-    assert run(parts, "reads")  # still in work: no news
+    assert run(parts, "reads")  # still in work, so still silent
     assert task_of(parts, task.external_task_id).note == slots.SILENT
     sandbox.set(query_faults=["5001"])
     make_due_now(parts, Task)
@@ -321,7 +321,7 @@ def _parsed(**fields: Any) -> Any:
 
 
 class Crowd:
-    """Threads that submit, claim, end, are refused, and die holding what they hold; one that watches."""
+    """Threads that submit, claim, end, are refused and die with a lease; another one watches the limit."""
 
     def __init__(self, database: Database, seed: int) -> None:
         self.database, self.seed, self.slots = database, seed, Slots("kling", LIMIT)

@@ -1,4 +1,4 @@
-"""Rows against objects, both ways; what is repaired, and what is said of the rest."""
+"""Audit of rows and objects in both directions, and repair of the findings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_intact_archive_has_no_findings(parts: Parts) -> None:
 
 
 def test_every_kind_of_finding_is_found_and_nothing_else(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "PAGE_ROWS", 7)  # so that they are many pages
+    monkeypatch.setattr(folders, "PAGE_ROWS", 7)  # several pages
     archive(parts, 20, n=3)
     keys = [str(asset.key) for asset in all_assets(parts)]
     for key in keys[:4]:
@@ -97,7 +97,7 @@ def test_repair_fetches_files_that_the_provider_still_has(parts: Parts) -> None:
     after = kept(parts)
     assert (counts.faults, counts.hashed, {finding.kind for finding in findings}) == (0, 4, {FindingKind.SUPERSEDED})
     assert before.items() <= after.items()
-    assert {after[finding.key] for finding in findings} == damaged  # nothing that was there is lost
+    assert {after[finding.key] for finding in findings} == damaged  # damaged objects are kept under another key
 
 
 def test_file_that_the_provider_has_deleted_stays_a_fault(parts: Parts, sandbox: Sandbox) -> None:
@@ -147,7 +147,7 @@ def test_repair_never_removes_an_object_that_matches_its_row(parts: Parts) -> No
 
 
 def test_unfinished_archive_is_no_fault(parts: Parts) -> None:
-    """A key is noted before its object is put, a manifest is put before its key is noted."""
+    """A file's key is written before its object is put; a manifest is put before its key is written."""
     task = insert_row(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
     folder = f"{parts.bucket.prefix}{task.created_at:%Y/%m/%d}/{task.external_task_id}/"
     with parts.database.write() as session:
@@ -159,7 +159,7 @@ def test_unfinished_archive_is_no_fault(parts: Parts) -> None:
 
 
 def test_folders_listed_in_another_order_are_paired_with_their_rows(parts: Parts) -> None:
-    """`a-b/` comes before `a/` by bytes, and after it in SeaweedFS's listing."""
+    """`a-b/` sorts before `a/` by bytes, but after it in SeaweedFS's listing."""
     for name in ("a", "a-b", "a.b", "a b", "a0"):
         parts.submitter.submit({"model_name": "kling-image-o1", "prompt": "a boat"}, external_task_id=name)
     work_off(parts)
@@ -201,7 +201,7 @@ def receiver(database_url: str, parts: Parts, sandbox: Sandbox, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_verb(parts: Parts, receiver: CommandLine) -> None:
+def test_audit_command(parts: Parts, receiver: CommandLine) -> None:
     archive(parts, 2)
     good = receiver("audit", "--deep", "--json", "--max-bytes-per-second", "10000000")
     assert (good.code, good.json["ok"], good.json["findings"], good.err) == (0, True, [], "")
@@ -230,7 +230,7 @@ def explain(session: Any, statement: Any) -> str:
     if sqlite := session.get_bind().dialect.name == "sqlite":
         words = "EXPLAIN QUERY PLAN"
     else:
-        session.execute(text("SET LOCAL enable_seqscan = off"))  # a table of no rows is read whole otherwise
+        session.execute(text("SET LOCAL enable_seqscan = off"))  # otherwise PostgreSQL scans an empty table
         session.execute(text("SET LOCAL enable_bitmapscan = off"))
         words = "EXPLAIN"
     sql = statement.compile(session.get_bind(), compile_kwargs={"literal_binds": True})

@@ -1,4 +1,4 @@
-"""The audit that goes on in the workers: what it finds in a round, its pace, its lease, and who is told."""
+"""The continuous audit in the workers: findings of a round, schedule, lease, and reports."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SIGNED = "https://cdn.example/picture.png?signature=canary"
 
 
 class Gate:
-    """A fault of the store: reads of pictures wait while it is shut. `refuses`: paths that it denies, by a part."""
+    """A proxy fault: reads of pictures wait while the gate is shut. `refuses`: a part of the paths that are denied."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -84,7 +84,7 @@ def row(parts: Parts) -> RollingAudit:
 
 
 def keep(parts: Parts, count: int) -> None:
-    """So many tasks with a picture each, put there without asking a provider; there are no manifests."""
+    """Insert `count` archived tasks with one picture each, without a provider and without manifests."""
     for _ in range(count):
         task, content = insert_row(parts, step=None, due_at=None), uuid.uuid4().bytes
         sha256 = hashlib.sha256(content).hexdigest()
@@ -106,14 +106,14 @@ def change(parts: Parts, **values: Any) -> None:
 
 
 def make_due_now(parts: Parts) -> None:
-    """The next step is due, and the hand at the end of its round if one is under way."""
+    """Make the next step due and, in a round, move the target to its end."""
     change(parts, due_at=LONG_AGO)
     if row(parts).checked:
         change(parts, round_started_at=LONG_AGO)
 
 
 def go_round(parts: Parts, work: ContinuousAudit) -> Standing:
-    """Take steps without waiting for their time until a round has ended."""
+    """Take steps without waiting until a round has ended."""
     work.step()
     before = stands(parts).round_ended_at
     for _ in range(30):
@@ -226,7 +226,7 @@ def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture
     keep(parts, 2)
     (asset, _) = all_assets(parts)
     key = f"{str(asset.key).rpartition('/')[0]}/manifest.json"
-    odd: dict[str, Any] = {"schema": manifest.SCHEMA, "task": []}  # which should be an object
+    odd: dict[str, Any] = {"schema": manifest.SCHEMA, "task": []}  # it should be an object
     digest = manifest.digest_of(odd)
     put(parts, key, json.dumps({**odd, "digest": digest}).encode())
     with parts.database.write() as session:
@@ -241,13 +241,13 @@ def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture
 
 
 def begin(parts: Parts) -> None:
-    """A round whose time is over: all tasks are behind the hand."""
+    """Begin a round whose time is over: all tasks are below the target."""
     assert audit(parts).step()
     make_due_now(parts)
 
 
 def plant_at(parts: Parts, *shares: float) -> None:
-    """Tasks that come up when so much of a round is over."""
+    """Insert tasks that are due at these shares of a round."""
     with parts.database.write() as session:
         for share in shares:
             new_task(session, id=uuid.UUID(int=int(share * 2**128)), due_at=None, step=None)
@@ -277,7 +277,7 @@ def test_steps_are_at_least_ten_seconds_and_at_most_an_hour_apart(parts: Parts) 
     assert audit(parts).step()
     first = row(parts)
     assert first.round_started_at and 3_590 < (first.due_at - first.round_started_at).total_seconds() < 3_610
-    plant_at(parts, *(number / 1_000_000 for number in range(1, 50)))  # a million tasks, as their first come
+    plant_at(parts, *(number / 1_000_000 for number in range(1, 50)))  # the first of a million tasks
     change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() - timedelta(seconds=10))
     assert audit(parts).step()
     told, now = row(parts), parts.database.now()
@@ -310,7 +310,7 @@ def test_more_days_repeat_no_task(parts: Parts) -> None:
 
 
 def steps_until_over(parts: Parts) -> int:
-    """What the chore of one worker does until a round has ended; how many steps it took."""
+    """Run one worker's periodic job until a round has ended. Returns the number of steps."""
     work, taken = audit(parts), []
 
     def is_over() -> bool:
@@ -335,7 +335,7 @@ def test_two_late_workers_share_one_round_without_a_pause(
 
 
 def test_second_worker_does_nothing_while_the_lease_is_held(parts: Parts, gated: Bucket, gate: Gate) -> None:
-    """The lease is kept for as long as that takes."""
+    """The lease is renewed meanwhile."""
     keep(parts, 1)
     begin(parts)
     with ThreadPoolExecutor(1) as threads:
@@ -361,7 +361,7 @@ def test_worker_that_lost_the_lease_changes_nothing_and_the_next_continues(
     with ThreadPoolExecutor(1) as threads:
         frozen = threads.submit(audit(parts, gated).step)
         assert gate.arrived.wait(20) and row(parts).cursor == first
-        change(parts, due_at=LONG_AGO)  # its lease has run out
+        change(parts, due_at=LONG_AGO)  # the lease has run out
         assert audit(parts).step()
         after = row(parts)
         gate.open.set()

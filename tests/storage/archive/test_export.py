@@ -1,4 +1,4 @@
-"""Archived files out of the bucket, verified; a task deleted for good; how objects are put."""
+"""Export of verified files, deletion of a task, and put options."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_corrupted_file_is_named_and_not_exported(parts: Parts, tmp_path: Path) 
 def test_export_selects_tasks_by_time_and_by_id(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.archive.export.PAGE_ROWS", 1)
     first, second, third = sorted(archive(parts, 3), key=lambda task: task.created_at)
-    insert_row(parts)  # nothing of it is archived
+    insert_row(parts)  # a task without an archive
     chosen = tasks_between(parts.database, second.created_at, third.created_at)
     assert [task.id for task in chosen] == [second.id]
     assert [task.id for task in tasks_between(parts.database, None, None)] == [first.id, second.id, third.id]
@@ -101,7 +101,7 @@ def receiver(database_url: str, parts: Parts, sandbox: Sandbox, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_verb(parts: Parts, receiver: CommandLine) -> None:
+def test_export_command(parts: Parts, receiver: CommandLine) -> None:
     archive(parts, 2)
     assert receiver("export", "out").code == 2
     done = receiver("export", "out", "--all", "--json")
@@ -183,7 +183,7 @@ def client(seaweed: Seaweed, s3_environment: dict[str, str]) -> Any:
 
 @pytest.fixture
 def locking(seaweed: Seaweed, client: Any, parts: Parts) -> Iterator[Parts]:
-    """The parts with a bucket that locks what is put."""
+    """The parts with a bucket that locks every object."""
     name = f"locked-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
     options = PutOptions(lock_mode="GOVERNANCE", lock_days=1)
@@ -215,7 +215,7 @@ def put_one(bucket: Bucket, key: str, content: bytes = b"one") -> None:
 def test_store_keeps_encryption_lock_and_storage_class(
     seaweed: Seaweed, client: Any, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """As far as SeaweedFS 4.48 keeps them: SSE-S3 yes; a put with aws:kms it refuses without a key server."""
+    """With SSE-S3 only: SeaweedFS 4.48 refuses aws:kms without a key server."""
     monkeypatch.setattr("storage.bucket.bucket.MULTIPART_THRESHOLD_BYTES", 5_500_000)
     name = f"kept-{uuid.uuid4().hex[:8]}"
     client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)

@@ -1,4 +1,4 @@
-"""From the bucket alone back to rows; what every manifest holds, by its published schema."""
+"""Rebuild of rows from the bucket alone, and manifests against their published schema."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.pipeline import Wired, assets_of, kept, task_of
 
-# What no bucket can know: a secret, the pace of reads and callbacks, the moment an archive ended.
+# Columns that no manifest holds: a secret, the schedule of reads and callbacks, the end of the archive.
 UNKNOWN = {"callback_url", "archived_at", "polls", "reported_at", "called_back_at", "end_called_back_at"}
 SERIES = {"model_name": "kling-v3-omni", "result_type": "series", "series_amount": 3,
           "watermark_info": {"enabled": True}}  # fmt: skip
@@ -189,7 +189,7 @@ def test_changed_manifest_has_a_wrong_digest() -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_verb(parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
+def test_rebuild_command(parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
     archive(parts, 2)
     receiver = CommandLine(variables("sqlite:///fresh.db", parts.bucket, sandbox), tmp_path)
     done = receiver("rebuild", "--deep")

@@ -1,4 +1,4 @@
-"""Objects in a real S3 server: created once, proven, never overwritten; also behind a proxy with faults."""
+"""Objects in a real S3 server, also behind a proxy with faults: created once, verified, never overwritten."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def put(bucket: Bucket, name: str, content: bytes, claimed: str | None = None, *
 
 
 def fresh(bucket: Bucket, server: Seaweed) -> Bucket:
-    """The same place with a client of its own, which reads the environment anew."""
+    """The same bucket with a new client, which reads the environment again."""
     return Bucket(bucket.name, endpoint_url=server.endpoint_url, prefix=bucket.prefix)
 
 
@@ -58,7 +58,7 @@ def content_of(bucket: Bucket, name: str) -> bytes:
 
 
 def race(bucket: Bucket, contents: list[bytes]) -> list[bool | type[Exception]]:
-    """Put all contents under one name at once; what each call returned or raised."""
+    """Put all contents under one name at once. Returns the result or the error of each call."""
     together = threading.Barrier(len(contents), timeout=30)
 
     def attempt(content: bytes) -> bool | type[Exception]:
@@ -74,7 +74,7 @@ def race(bucket: Bucket, contents: list[bytes]) -> list[bool | type[Exception]]:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files above 6 MiB go in parts of 5 MiB, S3's least, so that the tests need no big ones."""
+    """Files above 6 MiB are uploaded in parts of 5 MiB, S3's minimum, so that tests need no larger ones."""
     monkeypatch.setattr(objects, "MULTIPART_THRESHOLD_BYTES", 6 * 1024 * 1024)
     monkeypatch.setattr(checksums, "PART_BYTES", 5 * 1024 * 1024)
 
@@ -87,7 +87,7 @@ def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def through_proxy(bucket: Bucket, proxy: FaultProxy) -> Bucket:
-    """The test's prefix, seen through the proxy."""
+    """The test's bucket through the proxy."""
     return Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix)
 
 
@@ -153,7 +153,7 @@ def test_large_file_is_uploaded_in_parts_once(bucket: Bucket) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 def test_concurrent_equal_multipart_uploads_leave_one_whole_object(bucket: Bucket) -> None:
-    """How many are told True is the store's affair: SeaweedFS 4.48 completes racing uploads more than once."""
+    """Several calls may return True: SeaweedFS 4.48 completes concurrent uploads more than once."""
     content = os.urandom(6_500_000)
     outcomes = race(bucket, [content] * 4)
     assert set(outcomes) <= {True, False}
@@ -164,7 +164,7 @@ def test_concurrent_equal_multipart_uploads_leave_one_whole_object(bucket: Bucke
 
 @pytest.mark.usefixtures("small_parts")
 def test_concurrent_different_multipart_uploads_never_mix(bucket: Bucket) -> None:
-    """The object is one of the winners', whole. That there is one winner only cannot be had from SeaweedFS."""
+    """The object is that of one winner. SeaweedFS does not guarantee a single winner."""
     contents = [bytes([number]) * 6_500_000 for number in range(4)]
     outcomes = race(bucket, contents)
     stored = [content for content, outcome in zip(contents, outcomes, strict=True) if outcome is True]

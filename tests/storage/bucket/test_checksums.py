@@ -1,4 +1,4 @@
-"""What a store's answer proves: pure, on answers as stores give them."""
+"""What a store's response proves; pure, on responses of real stores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file that goes in parts: memory, a worker killed half-way, and what crashes leave in the bucket."""
+"""Multipart uploads: memory, a worker killed half-way, and leftovers of crashes in the bucket."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.pipeline import assert_archived, assets_of, task_of
 from tests.rows import LONG_AGO
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])
-# Above the threshold of 64 MiB, in five parts.
+# Above the threshold of 64 MiB; five parts.
 MEGABYTES = 80
 
 

@@ -1,4 +1,4 @@
-"""What a probe leaves that is killed half-way is removed by a later one, once it is old."""
+"""Old leftovers of a killed probe are removed by a later one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 
 
 def leave(bucket: Bucket) -> str:
-    """An object and an unfinished upload, as of a probe that was killed."""
+    """An object and an unfinished upload, as a killed probe leaves them."""
     key = f"{bucket.prefix}{PROBE_FOLDER}0123456789abcdef/first"
     client = bucket._client()
     client.put_object(Bucket=bucket.name, Key=key, Body=io.BytesIO(b"x"))
@@ -26,7 +26,7 @@ def left(bucket: Bucket) -> tuple[list[str], list[str]]:
 
 
 def in_the_past(request: Request, forward: Forward) -> Answer:
-    """Everything that is listed is of 2020."""
+    """A proxy fault: everything listed has a time in 2020."""
     answer = forward(request)
     if request.method != "GET" or "prefix=" not in request.path:
         return answer

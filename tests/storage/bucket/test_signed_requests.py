@@ -1,4 +1,4 @@
-"""Requests of our own beside boto3's: the same to the store, and boto3 has the last word on all that is unexpected."""
+"""Our own signed requests: the store gets the same as from boto3, and boto3 repeats every unexpected response."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from storage.bucket.put_options import PutOptions
 from storage.errors import StoreUnavailable
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 
-# What differs by request, or is boto3's count of its own tries.
+# Headers that differ by request or count boto3's tries.
 ITS_OWN = {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-request"}
 OPTIONS = PutOptions(
     storage_class="STANDARD_IA", sse="aws:kms", kms_key_id="a-key", tags={"a": "b&c"}, cache_control="max-age=60"
@@ -34,12 +34,12 @@ OPTIONS = PutOptions(
 
 
 class NotDialled(Exception):
-    """A request got as far as the socket."""
+    """A request reached the socket."""
 
 
 @contextmanager
 def slow_store(bytes_per_second: int, headers: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
-    """A store that has nothing and takes everything, slowly, with small buffers; its URL, and what it was asked."""
+    """An empty store that accepts every put slowly, with small buffers. Yields its URL and its requests."""
     requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -81,7 +81,7 @@ def is_ours(request: Request) -> bool:
 
 
 class Recorder:
-    """A fault that keeps the requests for objects; `refuse` changes what our own are answered with."""
+    """A proxy fault that records requests. `refuse`: the status for our own requests, 0 = hang up."""
 
     def __init__(self) -> None:
         self.seen: list[Request] = []
@@ -139,7 +139,7 @@ def test_signed_requests_send_the_headers_of_boto3(
         )  # fmt: skip
         assert own._signed_requests() is not None
         own._signed = own._signed if by_us else None
-        recorder.refuse = 503 if by_us else None  # so that neither object is there for the other
+        recorder.refuse = 503 if by_us else None  # so that neither way finds the other's object
         recorder.seen.clear()
         with pytest.raises(StoreUnavailable):  # SeaweedFS has no such KMS key
             put(own, "a ö+%2F.png", b"content")
@@ -219,7 +219,7 @@ def test_signed_requests_use_the_url_and_scope_of_boto3_at_aws(
 def test_slow_uplink_does_not_time_out(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
-    """The time-out for connecting is also that of each block sent; 2.5 s here, and a body of 4 s."""
+    """The connect timeout also applies to each block sent: 2.5 s here, for a body that takes 4 s."""
     monkeypatch.setattr(objects, "CONNECT_SECONDS", 2.5)
     content = os.urandom(1_200_000)
     digest = hashlib.sha256(content)
@@ -228,7 +228,7 @@ def test_slow_uplink_does_not_time_out(
         slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities(), refuses_wrong_checksum=True))
         signed = slow._signed_requests()
         assert signed is not None
-        # On a loopback connection the kernel would take the whole body at once.
+        # Otherwise the kernel accepts the whole body at once on loopback.
         signed._http._manager.connection_pool_kw["socket_options"] = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)]
         assert put(slow, "a.png", content) is True
     assert requests == ["HEAD", "PUT"]

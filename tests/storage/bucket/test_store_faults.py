@@ -1,4 +1,4 @@
-"""A store that loses, flips, ignores or lies: each is noticed, and nothing wrong is counted as archived.
+"""A store that loses, changes, ignores or misreports: each fault is noticed, and no wrong object counts as archived.
 
 Both when the probe has seen it do so, and when the store starts only after it was probed and believed.
 """
@@ -35,7 +35,7 @@ def changes() -> dict[str, Any]:
 
 @dataclass
 class Faulty:
-    """Our parts on a store behind a proxy, with one picture that waits. `reads`: of objects through the proxy."""
+    """The application on a store behind a proxy, with one due picture. `reads`: paths of objects read through it."""
 
     parts: Parts
     honest: Parts
@@ -106,7 +106,7 @@ def test_object_is_found_after_its_response_was_lost(faulty: Callable[..., Fault
     run(on.parts, "assets")
     assert (on.asset.state, list(kept(on.honest))) == (AssetState.DUE, [on.asset.key])
     on.end()
-    assert on.downloads == 1  # what lies there is found, read and settled
+    assert on.downloads == 1  # the existing object is found, verified and settled
     assert_archived(on.honest, on.sandbox, on.task)
 
 
@@ -144,7 +144,7 @@ def test_missing_or_wrong_checksum_is_no_proof(faulty: Callable[..., Faulty], ch
     on = faulty(lambda request, forward: told(forward(request), checksum))
     run(on.parts, "assets", "finishes")
     seen = not on.parts.bucket.capabilities().returns_checksum
-    # Seen by the probe and silent, it is believed as it refuses wrong ones; what it says wrongly is never believed.
+    # A store that was silent in the probe is trusted, because it refuses wrong checksums. A wrong one is never trusted.
     assert len(on.reads) == (0 if seen and checksum is None else 1)
     assert_archived(on.honest, on.sandbox, on.task)
 
@@ -159,7 +159,7 @@ def test_trusted_store_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
 def test_store_that_refuses_checksum_headers_gets_none(
     faulty: Callable[..., Faulty], request: pytest.FixtureRequest
 ) -> None:
-    """As Backblaze B2 is documented to do. RECEIVER_S3_CHECKSUMS=never: nothing of them is sent, all is read back."""
+    """As documented for Backblaze B2. With RECEIVER_S3_CHECKSUMS=never no checksum is sent; objects are read back."""
     unsupported = b"<Error><Code>InvalidArgument</Code><Message>Unsupported header</Message></Error>"
 
     def refuse(sent: Request, forward: Forward) -> Answer:

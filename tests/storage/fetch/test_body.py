@@ -1,4 +1,4 @@
-"""Answers that are odd and bring the file all the same, and files that come in parts; over loopback as `test_fetch`."""
+"""Irregular responses that still bring the file, and files received in several parts; over loopback."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_irregularities_that_browsers_accept_are_noted(host: FileHost, name: str
     assert (sink.read(), fetched.verified) == (png(), True)
 
 
-# A connection that breaks
+# Broken connections
 
 LARGE = png(random.Random(5).randbytes(400_000))
 STRONG = ('ETag: "a"', "Accept-Ranges: bytes")
@@ -61,7 +61,7 @@ DATED = ("Last-Modified: Sun, 01 Nov 2026 00:00:00 GMT", "Date: Sun, 01 Nov 2026
 
 
 def breaking(*headers: str, at: float = 0.6, ranged: Callable[[int], bytes] | None = None, host: FileHost) -> Script:
-    """Sends `at` of what is asked for and hangs up; `ranged`: the whole answer to a range request instead."""
+    """Sends the share `at` of the requested bytes and hangs up. `ranged`: the response to a range request instead."""
 
     def script(connection: socket.socket) -> None:
         asked = re.search(r"Range: bytes=(\d+)-", host.heads[-1])

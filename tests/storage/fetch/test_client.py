@@ -1,4 +1,4 @@
-"""Fetching, watched where it matters: at the connect call, and on real loopback sockets for what a sender may do.
+"""Fetching, observed at the connect call, and over real loopback sockets for the behaviour of hosts.
 
 The only doubles are the seams of `Fetcher`: a resolver that gives the answers of the test, and a dial that writes
 down every attempt and lets none leave loopback.
@@ -51,7 +51,7 @@ MIB = 1024 * 1024
 
 
 def png(body: bytes = b"\0" * 13) -> bytes:
-    """A 2 × 2 picture whose data chunk holds `body` (nobody here decodes it)."""
+    """A 2 × 2 picture whose data chunk holds `body`, which no test decodes."""
     header = struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0)
     chunks = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -61,14 +61,14 @@ def png(body: bytes = b"\0" * 13) -> bytes:
 
 
 def answer(body: bytes = b"", *headers: str, status: str = "200 OK", length: int | None = -1) -> bytes:
-    """A whole response. `length`: -1 = the true Content-Length, None = none, else that lie."""
+    """A whole response. `length`: -1 = the true Content-Length, None = no header, else a false one."""
     declared = len(body) if length == -1 else length
     lines = [f"HTTP/1.1 {status}", *headers, *([] if declared is None else [f"Content-Length: {declared}"])]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 def part(body: bytes, start: int, total: int, *headers: str) -> bytes:
-    """`body` as the bytes from `start` on of a file of `total`."""
+    """A 206 response: `body` is the part from byte `start` of a file of `total` bytes."""
     content_range = f"Content-Range: bytes {start}-{start + len(body) - 1}/{total}"
     return answer(body, content_range, *headers, status="206 Partial Content")
 
@@ -78,7 +78,7 @@ Script = bytes | Callable[[socket.socket], None]
 
 
 class FileHost:
-    """An HTTP/1.1 server on loopback that says exactly what its script for a path says, and closes where it must."""
+    """An HTTP/1.1 server on loopback that sends exactly the script of a path and closes if the script is not framed."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.scripts: dict[str, Script] = {}
@@ -110,7 +110,7 @@ class FileHost:
                 while self._answer(plain):
                     pass
         except OSError:
-            pass  # the client has had enough
+            pass  # the client closed the connection
 
     def _answer(self, connection: socket.socket) -> bool:
         head = b""
@@ -136,7 +136,7 @@ def host() -> Iterator[FileHost]:
 
 
 class Recorder:
-    """The dial seam: writes down every attempt; only loopback is really connected to, or `reroute` when given."""
+    """The dial seam: records every attempt and connects only to loopback, or to port `reroute` there."""
 
     def __init__(self, reroute: int | None = None) -> None:
         self.attempts: list[tuple[str, str, int]] = []
@@ -151,7 +151,7 @@ class Recorder:
         return wire.dial(host, address, port, timeout)
 
 
-# Trusts nobody, and costs no reading of 140 certificates a test.
+# Trusts no certificate, and saves reading 140 of them in each test.
 NO_CERTIFICATES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 opened: list[Fetcher] = []
 
@@ -176,7 +176,7 @@ def fetch(host: FileHost, path: str = "/", *, accept_unverified: bool = False, *
     return fetcher(host, **settings).fetch(host.url + path, io.BytesIO(), accept_unverified=accept_unverified)
 
 
-# Where we may
+# Allowed addresses
 
 
 # The tables are run in full against the policy (test_addresses.py). Here some rows of each go through the fetcher.
@@ -387,7 +387,7 @@ def test_redirect_from_https_to_http_is_refused(
     assert host.connections == 0
 
 
-# What arrives
+# Received files
 
 
 def test_fetched_file_is_whole_and_described(host: FileHost) -> None:
@@ -446,7 +446,7 @@ def test_threads_share_the_connections(host: FileHost) -> None:
     assert host.connections <= 8
 
 
-# Lies and delays
+# Hostile and slow hosts
 
 
 @pytest.mark.parametrize(
@@ -539,7 +539,7 @@ def _dripping(first: bytes, byte: bytes = b"\0") -> Callable[[socket.socket], No
     ("script", "reason", "bounds"),
     [
         (_dripping(answer(png(), length=None)), "longer than 0.6 s", {"total_seconds": 0.6}),
-        # A drip that is late by the machine's fault is a silence.
+        # A drip that a busy machine delays looks like silence.
         (_dripping(b"HTTP/1.1 200 OK\r\nX: "), "no complete response head within 0.4 s|timed out", HASTY_HEAD),
         (lambda connection: connection.recv(1), "timed out|no complete response head", HASTY_HEAD),
         (
@@ -559,7 +559,7 @@ def test_slow_host_is_given_up_in_time(host: FileHost, script: Script, reason: s
 def test_speed_counts_only_the_time_spent_waiting() -> None:
     now = [0.0]
     pace = wire.TransferDeadline(600, head_seconds=40, min_bytes_per_second=4_096, clock=lambda: now[0])
-    pace.received(1, waited=30)  # before the head is complete only its own deadline counts
+    pace.received(1, waited=30)  # until the head is complete, only the head deadline counts
     pace.expect_body()
     for _ in range(40):
         pace.received(MIB, waited=0.25)
@@ -624,7 +624,7 @@ def test_url_signatures_are_in_no_log_and_no_error(host: FileHost, caplog: pytes
     assert "canary" not in caplog.text + repr(expiry.value)
 
 
-# Damaged on purpose kept, and the disk
+# Damaged files and the disk
 
 
 def test_accept_unverified_keeps_a_damaged_file_as_unverified(host: FileHost) -> None:

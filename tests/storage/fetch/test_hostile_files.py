@@ -1,4 +1,4 @@
-"""Every kind of hostile file through the real fetch and archive step: refused for its own reason, nothing kept of it.
+"""Every kind of hostile file through the real fetch and archive step: refused for its reason, and not stored.
 
 The tables of `test_media` and the scripted file host of `test_fetch` are served over loopback; the rows, the bucket
 and what `receiver status` says are looked at afterwards.
@@ -36,7 +36,7 @@ from tests.storage.fetch.test_media_types import WHOLE as PICTURES
 
 MIB = 2**20
 MAX_BYTES = MIB
-LAST_TRY = {UNUSABLE: 3}  # so often it came unusable already: the next time is the last
+LAST_TRY = {UNUSABLE: 3}  # earlier unusable downloads: the next one is the last
 GIB = 2**30
 # Peak memory may differ by this much between a stream of 16 MiB and one of 1 GiB.
 FLAT_MIB = 24
@@ -66,7 +66,7 @@ def changes(host: FileHost, sandbox: Sandbox) -> dict[str, Any]:
 
 
 def archive(parts: Parts, host: FileHost, scripts: Mapping[str, Script]) -> dict[str, Asset]:
-    """Serve each as a result of one task, archive what can be; the asset rows by the names of the scripts."""
+    """Serve each script as a result of one task and archive them. Returns the asset rows by script name."""
     over = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "step": None, "due_at": None}
     task = insert_row(parts, expected=len(scripts), **over)
     with parts.database.write() as session:
@@ -147,7 +147,7 @@ def moved(to: str) -> bytes:
     return answer(b"", f"Location: {to}", status="302 Found")
 
 
-# What ends a transfer, not a file: tried again (`due`), unless it can never be otherwise (`failed`).
+# Faults of a transfer: retried (`due`), unless the result can never change (`failed`).
 ANSWERS: dict[str, tuple[Script, str, AssetState]] = {
     "stream without end": (endless, f"more than the {MAX_BYTES} bytes", AssetState.FAILED),
     "length over the cap": (closing(answer(png(), length=9 * GIB)), "announced", AssetState.FAILED),

@@ -1,4 +1,4 @@
-"""What a file is and whether it is whole: real files of every format, and a table of hostile ones."""
+"""Type and structure of files: real files of every format, and a table of hostile ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def picture(kind: str, *, frames: int = 1, **options) -> bytes:
-    """A real file by Pillow: 60 × 40 noise, so that it does not compress to nothing."""
+    """A real file by Pillow: 60 × 40 pixels of noise, which hardly compresses."""
     noise = random.Random(frames)
     images = [Image.frombytes("RGB", (60, 40), noise.randbytes(60 * 40 * 3)) for _ in range(frames)]
     file = io.BytesIO()
@@ -96,7 +96,7 @@ if features.check("avif"):
     WHOLE["avif animated"] = (picture("AVIF", frames=3), "image/avif", "avif")
 
 SIZES = {"heic": (640, 480), "mp4": (1280, 720), "mov": (1280, 720)}
-SOUNDS = {"webm", "mp3", "wav"}  # and what keeps its size where we do not look
+SOUNDS = {"webm", "mp3", "wav"}  # and formats whose size is not read
 FRAMES_10_000 = chunk(b"acTL", struct.pack(">II", 10_000, 0))
 ZIP = b"PK\x03\x04\x14\0\0\0\0\0" + b"\0" * 40
 
@@ -200,7 +200,7 @@ def test_file_of_another_kind_is_named(name: str) -> None:
         look(data)
 
 
-# Sound may end anywhere between two frames; the other formats know their end.
+# Sound may end between any two frames; the other formats mark their end.
 @pytest.mark.parametrize("name", [name for name in WHOLE if not name.startswith("mp3")])
 def test_every_truncation_is_refused(name: str) -> None:
     data = WHOLE[name][0]
@@ -245,7 +245,7 @@ HARMFUL: dict[str, bytes] = {
     "shell": b"\n#!/bin/sh\n",
     "pdf": b"comment\n%PDF-1.7",
 }
-# An unfinished box, sound frames without an end: what follows there is no tail of its own.
+# Boxes and sound frames have no marked end, so appended bytes belong to the file.
 WITH_AN_END = [name for name in WHOLE if not name.startswith("mp3")]
 
 
@@ -255,7 +255,7 @@ def test_harmless_bytes_after_the_end_are_counted(name: str) -> None:
     for tail in HARMLESS.values():
         found = look(data + tail)
         assert (found.media_type, found.trailing_bytes) in ((media_type, len(tail)), (media_type, 0))
-        assert found.trailing_bytes or tail is MP4  # boxes after boxes are more of the same file
+        assert found.trailing_bytes or tail is MP4  # appended boxes belong to the same file
 
 
 @pytest.mark.parametrize("tail", HARMFUL)
@@ -287,7 +287,7 @@ def test_stray_bytes_that_decoders_skip_are_noted() -> None:
 def test_changed_file_is_described_or_refused(name: str, changes: list[tuple[float, int]]) -> None:
     data = bytearray(WHOLE[name][0])
     for share, byte in changes:
-        data[int(share**3 * (len(data) - 1))] = byte  # more often near the beginning, where the structure is
+        data[int(share**3 * (len(data) - 1))] = byte  # mostly near the beginning, where the structure is
     with suppress(AssetDamaged, NotAnAsset):
         look(bytes(data))
 

@@ -1,4 +1,4 @@
-"""How the work stands: what waits, what is late, which deadlines are near, how callbacks come."""
+"""Measures: waiting and overdue rows, near deadlines, lost and late callbacks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
 
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
-    """Parts whose reads are not slowed down, for the tests that are not about their pace."""
+    """Parts without a rate limit of reads."""
     parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
@@ -101,7 +101,7 @@ def test_lost_and_late_callbacks_are_counted(web: Web, unpaced: Parts, sandbox: 
     late = unpaced.kling.read(provider_task_id=None, external_task_id=made[0].external_task_id)
     assert late is not None
     deliver(unpaced, made[0], late.body)
-    assert measured(unpaced).callbacks_expected == 0  # they have five minutes to come
+    assert measured(unpaced).callbacks_expected == 0  # a callback is expected after five minutes
     age(unpaced, minutes=10)
     found = measured(unpaced)
     assert (found.callbacks_expected, found.callbacks_lost, found.callbacks_late) == (4, 2, 1)
@@ -109,7 +109,7 @@ def test_lost_and_late_callbacks_are_counted(web: Web, unpaced: Parts, sandbox: 
 
 
 def age(parts: Parts, *, minutes: int) -> None:
-    """As if everything had happened so much earlier."""
+    """Move all times into the past."""
     earlier = timedelta(minutes=minutes)
     with parts.database.write() as session:
         for task in session.exec(select(Task)):
@@ -161,7 +161,7 @@ def queued(parts: Parts, *, held: int, waiting: int) -> None:
 
 
 def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -> None:
-    """An event that waits for this sink, or that it never took."""
+    """An event that is open for this sink, or dead."""
     with parts.database.write() as session:
         then = parts.database.now() - timedelta(seconds=seconds_ago)
         fact = Event(name="task.failed", at=then)

@@ -1,4 +1,4 @@
-"""Events out of the database: numbers in commit order, each sink's queue, order per task, what a failure holds up."""
+"""The outbox: numbers in commit order, one queue per sink, order per task, and the effect of failures."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ HOOK = Subscription("hook", ALL)
 
 
 def tell(database: Database, task: Task | None, *names: EventName) -> None:
-    """Each in a transaction of its own."""
+    """Record each event in its own transaction."""
     for name in names:
         with database.write() as session:
             record(session, name, task.id if task else None)
 
 
 def task_in(database: Database, **values: Any) -> Task:
-    """A task whose creation has been told."""
+    """A task whose events have their numbers."""
     with database.write() as session:
         task = new_task(session, **values)
     outbox.sequence_all(database, [])
@@ -99,7 +99,7 @@ def test_a_full_batch_is_followed_by_the_rest(database: Database) -> None:
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
 def test_of_two_interleaved_transactions_no_reader_misses_the_earlier_event(database: Database) -> None:
-    """The one with the smaller id commits last. SQLite has one writer at a time: there is nothing to interleave."""
+    """The transaction with the smaller id commits last. SQLite has one writer, so nothing interleaves there."""
     with database.write() as slow:
         record(slow, EventName.TASK_CREATED, None)
         tell(database, None, EventName.TASK_FAILED)
@@ -195,7 +195,7 @@ def test_later_events_continue_after_a_dead_one(database: Database) -> None:
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
 def test_event_inserted_while_the_previous_one_is_settled_becomes_due(database: Database) -> None:
-    """Neither sees what the other has not committed; whoever comes second must wait for the first."""
+    """Neither sees the other's uncommitted rows, so the second must wait for the first."""
     task = task_in(database)
     tell(database, task, EventName.TASK_SUBMITTED)
     outbox.sequence_all(database, [HOOK])
@@ -301,7 +301,7 @@ def changes(hook: Hook) -> dict[str, Any]:
 
 
 def test_every_event_is_delivered_despite_receiver_faults(web: Web, parts: Parts, hook: Hook) -> None:
-    """The short form of `python -m tests.event_delivery_run`: 30 % of the requests fail, and it is down for a while."""
+    """The short form of `python -m tests.event_delivery_run`: 30 % of requests fail, and the receiver is down once."""
     with working(parts):
         for _ in range(TOLD_TASKS):
             parts.submitter.submit({"model_name": "kling-image-o1", "prompt": "a boat"})

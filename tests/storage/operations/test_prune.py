@@ -1,4 +1,4 @@
-"""What is forgotten after its time, and what never is."""
+"""What prune removes and what it keeps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def operator(database: Database) -> Operator:
 
 
 def old(database: Database, **values: Any) -> Task:
-    """A task with one delivery, its creation and an event that was sent, its request and one file, all long ago."""
+    """An old task with a request, one file, one delivery, and two events of which one was sent."""
     with database.write() as session:
         request = {"request": {"prompt": "a boat"}, "request_hash": "h", "client_callback_url": CLIENT}
         task = new_task(session, **request | DONE | values)
@@ -49,7 +49,7 @@ def old(database: Database, **values: Any) -> Task:
 
 
 def dispatch(database: Database, state: DispatchState) -> None:
-    """What became of the events that are on their way."""
+    """Set the state of all dispatches."""
     with database.write() as session:
         session.execute(update(Dispatch).values(state=state, due_at=None))
 
