@@ -18,7 +18,8 @@ from pathlib import Path
 import structlog
 from PIL import Image, UnidentifiedImageError
 
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
+from storage.bucket.store_errors import NoSuchObject
 from storage.errors import StoreUnavailable
 from storage.rows.models import Asset
 

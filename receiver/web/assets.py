@@ -19,7 +19,8 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
+from storage.bucket.store_errors import NoSuchObject
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.keys import EXTENSIONS
 from storage.rows.database import Database

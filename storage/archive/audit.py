@@ -30,7 +30,8 @@ from storage.archive.folders import (
     manifest_number,
     walk,
 )
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
+from storage.bucket.store_errors import NoSuchObject
 from storage.keys import manifest_name
 from storage.rows.database import Database
 from storage.rows.models import Asset, Task

@@ -16,7 +16,8 @@ from sqlmodel import col, select
 
 from storage.archive import manifest
 from storage.archive.folders import FOLDER, in_batches
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
+from storage.bucket.store_errors import NoSuchObject
 from storage.keys import manifest_name
 from storage.rows import tasks
 from storage.rows.database import Database

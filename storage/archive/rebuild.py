@@ -20,7 +20,8 @@ from sqlmodel import Session
 
 from storage.archive import manifest
 from storage.archive.folders import Objects, external_id_of, in_batches, manifest_number, object_folders
-from storage.bucket.bucket import Bucket, Listed, NoSuchObject
+from storage.bucket.bucket import Bucket, Listed
+from storage.bucket.store_errors import NoSuchObject
 from storage.keys import task_folder
 from storage.rows import tasks
 from storage.rows.database import Database, insert_or_ignore

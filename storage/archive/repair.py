@@ -13,7 +13,8 @@ from sqlmodel import Session, col
 
 from storage.archive import manifest
 from storage.archive.audit import ENDED, Finding, FindingKind
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
+from storage.bucket.store_errors import NoSuchObject
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
 from storage.fetch.client import spool
 from storage.keys import manifest_name, object_key

@@ -8,7 +8,8 @@ from itertools import chain
 
 import structlog
 
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
+from storage.bucket.store_errors import NoSuchObject
 from storage.rows.models import Asset
 
 log = structlog.get_logger()

@@ -15,22 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote
 
-import boto3
 import structlog
 from botocore import exceptions as boto_errors
-from botocore.config import Config
 
 from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
 from storage.bucket.probe import Capabilities, Probe, whole_checksum
 from storage.bucket.put_options import Put, PutOptions
-from storage.bucket.signed_requests import ConditionFailed, SignedRequests, UnexpectedResponse
-from storage.bucket.store_errors import code, refusal, status
-from storage.errors import ObjectConflict, StoreUnavailable, UserError
+from storage.bucket.signed_requests import ConditionFailed, UnexpectedResponse
+from storage.bucket.store_connection import Addressing, ChecksumMode, StoreConnection, without_checksums
+from storage.bucket.store_errors import NoSuchObject, code, status
+from storage.errors import ObjectConflict, StoreUnavailable
 from storage.keys import header_text, normal_prefix
 
 log = structlog.get_logger()
@@ -40,21 +38,6 @@ MAX_LINK_SECONDS = 7 * 24 * 3600  # limit of AWS Signature Version 4 for presign
 MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1024 * 1024
 PROBE_FOLDER = ".receiver-probe/"
-CONNECT_SECONDS = 5
-READ_SECONDS = 60
-# The second try covers an idle connection that the store has closed. Longer outages are left to the row's backoff.
-TRIES = 2
-
-ChecksumMode = Literal["when_supported", "when_required", "never"]
-Addressing = Literal["auto", "path", "virtual"]
-
-
-class EndpointInvalid(UserError, ValueError):
-    """An endpoint URL that boto3 refuses."""
-
-
-class NoSuchObject(LookupError):
-    """No object is stored under the key."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,7 @@ class Listed(NamedTuple):
     modified_at: datetime
 
 
-class Bucket:
+class Bucket(StoreConnection):
     """One bucket. Thread-safe. Credentials and region come from boto3's own chain at the first use.
 
     Every method raises `StoreUnavailable` for faults that may pass or that an operator can repair: store down, request
@@ -110,31 +93,11 @@ class Bucket:
         put_options: PutOptions | None = None,
         keys: tuple[str, str] | None = None,
     ) -> None:
-        self.name = name
+        super().__init__(name, endpoint_url, public_endpoint_url, checksum_mode, addressing, connections, keys)
         self.prefix = normal_prefix(prefix)
-        self._keys = keys
-        self._endpoint_url = endpoint_url
-        self._public_endpoint_url = public_endpoint_url
-        self._config = Config(
-            signature_version="s3v4",
-            connect_timeout=CONNECT_SECONDS,
-            read_timeout=READ_SECONDS,
-            retries={"mode": "standard", "total_max_attempts": TRIES},
-            max_pool_connections=connections,
-            tcp_keepalive=True,
-            s3=None if addressing == "auto" else {"addressing_style": addressing},
-            request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
-            response_checksum_validation="when_required",  # reads are hashed here, with SHA-256
-        )
-        self._clients: dict[str | None, Any] = {}
-        self._clients_lock = threading.Lock()
-        self._signed: SignedRequests | None = None
         self._capabilities = capabilities
         self._put_options = put_options or PutOptions()
-        self._sends_checksums = checksum_mode != "never"
         self._etags_are_md5 = True  # until an object with the right bytes has another ETag
-        # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
-        self.clock_ahead_seconds: float | None = None
         self._probe_lock = threading.Lock()
 
     def capabilities(self) -> Capabilities:
@@ -143,11 +106,6 @@ class Bucket:
             if self._capabilities is None:
                 self._capabilities = self.probe()
             return self._capabilities
-
-    @property
-    def is_reached_from_outside(self) -> bool:
-        """Whether a presigned link works for outside readers: at AWS, or with a public endpoint."""
-        return self._public_endpoint_url is not None or self._endpoint_url is None
 
     def uri(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
@@ -331,38 +289,6 @@ class Bucket:
             finally:
                 probe.clean_up()
 
-    def _client(self, endpoint_url: str | None = None) -> Any:
-        endpoint_url = endpoint_url or self._endpoint_url
-        with self._clients_lock:
-            if endpoint_url not in self._clients:
-                session = boto3.Session(*self._keys, region_name="us-east-1") if self._keys else boto3.Session()
-                try:
-                    client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
-                except boto_errors.BotoCoreError:
-                    raise
-                except ValueError:  # for example a host name with an underscore, common in Compose files
-                    raise EndpointInvalid(
-                        "boto3 refuses the host in RECEIVER_S3_ENDPOINT_URL; use a name without underscores"
-                    ) from None
-                client.meta.events.register("after-call.s3", self._note_date)
-                if not self._sends_checksums:
-                    client.meta.events.register("provide-client-params.s3", _without_checksums)
-                if endpoint_url == self._endpoint_url:
-                    credentials = session.get_credentials()
-                    self._signed = SignedRequests.for_client(client, credentials, self.name, self._note_date)
-                self._clients[endpoint_url] = client
-            return self._clients[endpoint_url]
-
-    def _signed_requests(self) -> SignedRequests | None:
-        """Sends the two commonest requests without boto3; None where only boto3 can. Created with the client."""
-        self._client()
-        return self._signed
-
-    def _note_date(self, http_response: Any, **_: Any) -> None:
-        with suppress(TypeError, ValueError):  # the Date header is missing or malformed
-            sent_at = parsedate_to_datetime(http_response.headers.get("Date"))
-            self.clock_ahead_seconds = time.time() - sent_at.timestamp()
-
     def _is_proof(self, evidence: Evidence) -> bool:
         """Whether the store's response proves that it stored our bytes. A contradiction is logged."""
         can = self.capabilities()
@@ -383,7 +309,7 @@ class Bucket:
         with self._creating(put):
             signed = self._signed_requests()
             if signed is not None:
-                sent = arguments if self._sends_checksums else _without_checksums(arguments)
+                sent = arguments if self._sends_checksums else without_checksums(arguments)
                 with suppress(UnexpectedResponse):
                     answer = signed.put(sent, put.file, sha256=put.sha256, size=put.size)
                     return checksums.evidence_of(answer, checksum, md5)
@@ -458,23 +384,3 @@ class Bucket:
                 if status(error) in (409, 412) or code(error) == "NoSuchUpload":
                     raise ConditionFailed(code(error)) from error
                 raise
-
-    @contextmanager
-    def _errors(self, size: int | None = None) -> Iterator[None]:
-        """Translate boto3's errors. `size`: of the object that is being put."""
-        try:
-            yield
-        except boto_errors.ClientError as error:
-            if code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404"):
-                raise NoSuchObject("no object is stored under the key") from error
-            raise refusal(error, self.name, self._endpoint_url, size) from error
-        except boto_errors.BotoCoreError as error:
-            raise refusal(error, self.name, self._endpoint_url, size) from error
-
-
-def _without_checksums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
-    """Arguments of a request without those that make boto3 send or request an `x-amz-checksum-…` header."""
-    kept = {name: value for name, value in params.items() if not name.startswith("Checksum")}
-    if parts := params.get("MultipartUpload", {}).get("Parts"):
-        kept["MultipartUpload"] = {"Parts": [{name: part[name] for name in ("PartNumber", "ETag")} for part in parts]}
-    return kept

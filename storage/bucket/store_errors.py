@@ -31,6 +31,10 @@ OF_ONE_OBJECT = {"InvalidRequest", "InvalidArgument"}
 FORBIDDEN = {"AccessDenied", "403"}
 
 
+class NoSuchObject(LookupError):
+    """No object is stored under the key."""
+
+
 def refusal(error: Exception, bucket: str, endpoint_url: str | None, size: int | None = None) -> StoreUnavailable:
     """Our error for one of boto3's. `size`: bytes of the object that was being put, None for other requests."""
     message = _message(error, bucket, endpoint_url)

@@ -205,11 +205,10 @@ def end_disabled(database: Database) -> int:
         while ended == BATCH:
             some = select(Dispatch.id).where(IS_OPEN, Dispatch.sink == sink).limit(BATCH)  # claimed ones too
             values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.AT_REST}
-            give_up = (
-                update(Dispatch).where(col(Dispatch.id).in_(some)).values(**values, error=reason[:MAX_ERROR_CHARS])
-            )
+            given_up = update(Dispatch).where(col(Dispatch.id).in_(some))
+            given_up = given_up.values(**values, error=reason[:MAX_ERROR_CHARS])
             with database.write() as session:
-                ended = run(session, give_up).rowcount
+                ended = run(session, given_up).rowcount
             count += ended
     return count
 

@@ -21,7 +21,7 @@ from receiver.providers.base import ProviderRequest, RequestInvalid
 from receiver.tasks.changes import Tally
 from receiver.tasks.submit import Conflict
 from storage.archive import delete
-from storage.bucket.bucket import NoSuchObject
+from storage.bucket.store_errors import NoSuchObject
 from storage.rows import events, tasks
 from storage.rows.models import Asset, Task
 

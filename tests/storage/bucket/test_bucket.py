@@ -16,8 +16,10 @@ import pytest
 from receiver.app.embedded_store import Seaweed
 from storage.bucket import bucket as objects
 from storage.bucket import checksums
-from storage.bucket.bucket import Bucket, NoSuchObject
+from storage.bucket.bucket import Bucket
 from storage.bucket.probe import Capabilities
+from storage.bucket.store_connection import Addressing
+from storage.bucket.store_errors import NoSuchObject
 from storage.errors import ObjectConflict, StoreUnavailable
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 
@@ -261,7 +263,7 @@ def test_links_are_signed_for_the_public_endpoint(bucket: Bucket, seaweed: Seawe
         ("virtual", "https://pictures.s3.example/"),
     ],
 )
-def test_addressing_places_the_bucket_name(addressing: objects.Addressing, start: str) -> None:
+def test_addressing_places_the_bucket_name(addressing: Addressing, start: str) -> None:
     made = Bucket("pictures", endpoint_url="https://s3.example", addressing=addressing)
     assert made.presigned_get("a.png", expires_seconds=60).startswith(start)
 

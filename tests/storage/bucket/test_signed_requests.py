@@ -19,7 +19,7 @@ from botocore import exceptions as boto_errors
 from botocore.awsrequest import AWSPreparedRequest
 
 from receiver.app.embedded_store import Seaweed
-from storage.bucket import bucket as objects
+from storage.bucket import store_connection
 from storage.bucket.bucket import Bucket
 from storage.bucket.probe import Capabilities
 from storage.bucket.put_options import PutOptions
@@ -128,7 +128,7 @@ def test_new_file_takes_two_signed_requests_and_none_of_boto3(through: Bucket, r
 
 @pytest.mark.parametrize("mode", ["when_supported", "never"])
 def test_signed_requests_send_the_headers_of_boto3(
-    through: Bucket, recorder: Recorder, mode: objects.ChecksumMode
+    through: Bucket, recorder: Recorder, mode: store_connection.ChecksumMode
 ) -> None:
     endpoint_url, known = through._endpoint_url, replace(through.capabilities(), refuses_wrong_checksum=True)
     sent = {}
@@ -191,7 +191,7 @@ def test_single_refusal_keeps_signed_requests(through: Bucket, recorder: Recorde
     ],
 )
 def test_signed_requests_use_the_url_and_scope_of_boto3_at_aws(
-    region: str, switch: str | None, addressing: objects.Addressing, monkeypatch: pytest.MonkeyPatch,
+    region: str, switch: str | None, addressing: store_connection.Addressing, monkeypatch: pytest.MonkeyPatch,
     s3_environment: dict[str, str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("AWS_DEFAULT_REGION", region)
@@ -220,7 +220,7 @@ def test_slow_uplink_does_not_time_out(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
     """The connect timeout also applies to each block sent: 2.5 s here, for a body that takes 4 s."""
-    monkeypatch.setattr(objects, "CONNECT_SECONDS", 2.5)
+    monkeypatch.setattr(store_connection, "CONNECT_SECONDS", 2.5)
     content = os.urandom(1_200_000)
     digest = hashlib.sha256(content)
     told = {"x-amz-checksum-sha256": base64.b64encode(digest.digest()).decode(), "etag": '"x"'}
@@ -251,7 +251,7 @@ def test_lost_race_is_noticed_without_a_second_put(bucket: Bucket, seaweed: Seaw
 def test_silent_store_is_given_up_after_one_timeout(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(objects, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(store_connection, "READ_SECONDS", 0.3)
     accepted = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 

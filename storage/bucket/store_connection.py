@@ -1,0 +1,123 @@
+"""Connections to one S3 store: boto3's clients, our own signed requests, and translation of errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+import boto3
+from botocore import exceptions as boto_errors
+from botocore.config import Config
+
+from storage.bucket.signed_requests import SignedRequests
+from storage.bucket.store_errors import NoSuchObject, code, refusal, status
+from storage.errors import UserError
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 60
+# The second try covers an idle connection that the store has closed. Longer outages are left to the row's backoff.
+TRIES = 2
+
+ChecksumMode = Literal["when_supported", "when_required", "never"]
+Addressing = Literal["auto", "path", "virtual"]
+
+
+class EndpointInvalid(UserError, ValueError):
+    """An endpoint URL that boto3 refuses."""
+
+
+class StoreConnection:
+    """The clients of one bucket, created at their first use. Thread-safe. The arguments are those of `Bucket`."""
+
+    def __init__(
+        self,
+        name: str,
+        endpoint_url: str | None,
+        public_endpoint_url: str | None,
+        checksum_mode: ChecksumMode,
+        addressing: Addressing,
+        connections: int,
+        keys: tuple[str, str] | None,
+    ) -> None:
+        self.name = name
+        self._keys = keys
+        self._endpoint_url = endpoint_url
+        self._public_endpoint_url = public_endpoint_url
+        self._sends_checksums = checksum_mode != "never"
+        self._config = Config(
+            signature_version="s3v4",
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+            retries={"mode": "standard", "total_max_attempts": TRIES},
+            max_pool_connections=connections,
+            tcp_keepalive=True,
+            s3=None if addressing == "auto" else {"addressing_style": addressing},
+            request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
+            response_checksum_validation="when_required",  # reads are hashed here, with SHA-256
+        )
+        self._clients: dict[str | None, Any] = {}
+        self._clients_lock = threading.Lock()
+        self._signed: SignedRequests | None = None
+        # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
+        self.clock_ahead_seconds: float | None = None
+
+    @property
+    def is_reached_from_outside(self) -> bool:
+        """Whether a presigned link works for outside readers: at AWS, or with a public endpoint."""
+        return self._public_endpoint_url is not None or self._endpoint_url is None
+
+    def _client(self, endpoint_url: str | None = None) -> Any:
+        endpoint_url = endpoint_url or self._endpoint_url
+        with self._clients_lock:
+            if endpoint_url not in self._clients:
+                session = boto3.Session(*self._keys, region_name="us-east-1") if self._keys else boto3.Session()
+                try:
+                    client = session.client("s3", endpoint_url=endpoint_url, config=self._config)
+                except boto_errors.BotoCoreError:
+                    raise
+                except ValueError:  # for example a host name with an underscore, common in Compose files
+                    raise EndpointInvalid(
+                        "boto3 refuses the host in RECEIVER_S3_ENDPOINT_URL; use a name without underscores"
+                    ) from None
+                client.meta.events.register("after-call.s3", self._note_date)
+                if not self._sends_checksums:
+                    client.meta.events.register("provide-client-params.s3", without_checksums)
+                if endpoint_url == self._endpoint_url:
+                    credentials = session.get_credentials()
+                    self._signed = SignedRequests.for_client(client, credentials, self.name, self._note_date)
+                self._clients[endpoint_url] = client
+            return self._clients[endpoint_url]
+
+    def _signed_requests(self) -> SignedRequests | None:
+        """Sends the two commonest requests without boto3; None where only boto3 can. Created with the client."""
+        self._client()
+        return self._signed
+
+    def _note_date(self, http_response: Any, **_: Any) -> None:
+        with suppress(TypeError, ValueError):  # the Date header is missing or malformed
+            sent_at = parsedate_to_datetime(http_response.headers.get("Date"))
+            self.clock_ahead_seconds = time.time() - sent_at.timestamp()
+
+    @contextmanager
+    def _errors(self, size: int | None = None) -> Iterator[None]:
+        """Translate boto3's errors. `size`: of the object that is being put."""
+        try:
+            yield
+        except boto_errors.ClientError as error:
+            if code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404"):
+                raise NoSuchObject("no object is stored under the key") from error
+            raise refusal(error, self.name, self._endpoint_url, size) from error
+        except boto_errors.BotoCoreError as error:
+            raise refusal(error, self.name, self._endpoint_url, size) from error
+
+
+def without_checksums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+    """Arguments of a request without those that make boto3 send or request an `x-amz-checksum-…` header."""
+    kept = {name: value for name, value in params.items() if not name.startswith("Checksum")}
+    if parts := params.get("MultipartUpload", {}).get("Parts"):
+        kept["MultipartUpload"] = {"Parts": [{name: part[name] for name in ("PartNumber", "ETag")} for part in parts]}
+    return kept
