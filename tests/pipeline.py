@@ -19,7 +19,6 @@ from receiver.app.process import _Server, web_config
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.sandbox import Sandbox
-from receiver.web import app
 from storage.keys import task_folder
 from storage.rows import tasks
 from storage.rows.inbox import Delivery, store
@@ -67,12 +66,7 @@ class Web:
 
     def __init__(self, parts: Parts) -> None:
         chosen = parts.settings
-        web = app.build(
-            parts.database, parts.providers, parts.tokens, parts.schedule,
-            bucket=parts.bucket, metrics_token=chosen.metrics_token, gateway=parts.gateway, stream=parts.stream,
-            slots=parts.slots, console=parts.console,
-        )  # fmt: skip
-        self._server = _Server(web_config(web, chosen.host, chosen.port), None)
+        self._server = _Server(web_config(parts.web(), chosen.host, chosen.port), None)
         self._server.capture_signals = _no_signals  # type: ignore[method-assign] # only the main thread may
         self._thread = threading.Thread(target=self._server.run)
         self.url = f"http://{chosen.host}:{chosen.port}"

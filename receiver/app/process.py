@@ -23,7 +23,6 @@ import uvicorn
 
 from receiver.app import database_faults
 from receiver.app.wiring import Parts
-from receiver.web import app
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from storage.errors import DatabaseUnavailable, UserError
 from storage.fetch.client import sweep
@@ -193,17 +192,12 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     settings = parts.settings
     await_schema(parts.database, migrate=settings.migrates_on_start)
     BoundedHttpProtocol.max_connections = fit_descriptors()
-    web = app.build(
-        parts.database, parts.providers, parts.tokens, parts.schedule,
-        bucket=parts.bucket, metrics_token=settings.metrics_token, gateway=parts.gateway, stream=parts.stream,
-        slots=parts.slots, console=parts.console,
-    )  # fmt: skip
     sockets = listen(settings.host, settings.port)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
     if settings.store:
         environment["RECEIVER_STORE"] = str(settings.store.absolute())
     supervisor = Supervisor(settings.workers, grace_seconds=settings.grace_seconds, environment=environment)
-    server = _Server(web_config(web, settings.host, settings.port), on_listening, supervisor.announce_end)
+    server = _Server(web_config(parts.web(), settings.host, settings.port), on_listening, supervisor.announce_end)
     supervisor.start()
     # What is imported stays: looking through it again and again held every answer up for 100 to 400 ms a time.
     gc.collect()

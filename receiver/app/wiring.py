@@ -45,6 +45,7 @@ from storage.states import CallbackState, Step
 if TYPE_CHECKING:
     from receiver.console.console import Console
     from receiver.gateway.gateway import Gateway
+    from receiver.web.app import Web
     from receiver.web.event_stream import Stream
 
 # Deliveries are short work on one database; two threads keep one busy while the other commits.
@@ -260,6 +261,29 @@ class Parts:
         from receiver.app.console_parts import make_console  # with what serves HTTP, as above
 
         return make_console(self)
+
+    def web(self) -> Web:
+        """The ASGI application."""
+        from receiver.web import app  # with what serves HTTP, as above
+        from receiver.web.assets import Assets
+
+        chosen = self.settings
+        assets = Assets(
+            self.database, self.bucket, self.tokens, streams=chosen.stream_assets, origins=chosen.cors_origins
+        )
+        return app.build(
+            self.database,
+            self.providers,
+            self.tokens,
+            self.schedule,
+            bucket=self.bucket,
+            assets=assets,
+            metrics_token=chosen.metrics_token,
+            gateway=self.gateway,
+            stream=self.stream,
+            slots=self.slots,
+            console=self.console,
+        )
 
     def _event_lane(self, name: str, sink: Sink) -> Lane:
         """A sink's own lane: one that is slow or down holds up nothing else."""

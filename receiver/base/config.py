@@ -96,6 +96,13 @@ def _http_url(value: str | None) -> str | None:
     return value.rstrip("/")
 
 
+def _origin(value: str) -> str:
+    parts = urlsplit(value)
+    if value != "*" and (parts.scheme not in ("http", "https") or value != f"{parts.scheme}://{parts.netloc}"):
+        raise ValueError(f"write https://HOST or https://HOST:PORT without a path, or *, not {value!r}")
+    return value
+
+
 def _tags(value: str) -> str:
     parse_tags(value)
     return value
@@ -106,6 +113,7 @@ Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_spaces)]
 Delays = Annotated[tuple[Annotated[float, Field(ge=0.1, le=604_800)], ...], NoDecode, BeforeValidator(_split)]
 HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 OptionalUrl = Annotated[str | None, AfterValidator(_http_url)]
 
@@ -185,6 +193,9 @@ class Settings(BaseSettings):
     console_keys: Secrets = ()
     console_thumbnail_dir: Path | None = None
     console_thumbnail_bytes: int = Field(default=256 * 2**20, ge=2**20)
+
+    cors_origins: Origins = ()
+    stream_assets: bool = False
 
     metrics_token: SecretStr | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -163,6 +163,7 @@ def build(
     schedule: Schedule,
     *,
     bucket: Bucket | None = None,
+    assets: Assets | None = None,
     metrics_token: SecretStr | None = None,
     gateway: Gateway | None = None,
     stream: Stream | None = None,
@@ -170,16 +171,15 @@ def build(
     console: Console | None = None,
 ) -> Web:
     """The ASGI application. Its lifespan starts the inbox and, at the end, commits and answers what is in it.
-    `bucket`: where archived files are served from, None = they are not. `gateway`: answers below `/kling`, None = 404.
-    `stream`: answers `/events`. Whoever ends the server calls the application's `endings` first.
-    `slots`: of the account whose limit `/metrics` tells. `console`: answers below `/console`, None = 404; it needs a
-    bucket."""
+
+    `bucket`: whose state `/readyz` shows. `assets`: answers `/assets`; `gateway`: `/kling`; `stream`: `/events`;
+    `console`: `/console`, for which it needs `assets`; each None = 404. `slots`: of the account whose limit `/metrics`
+    tells. Whoever ends the server calls the application's `endings` first.
+    """
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
     health = Health(database, inbox, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
-
-    assets = Assets(database, bucket, tokens) if bucket else None
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -194,7 +194,7 @@ def build(
             Route("/healthz", health.alive),
             Route("/readyz", health.ready),
             Route("/metrics", health.metrics),
-            *([Route("/assets/{token}.{extension}", assets.serve)] if assets else []),
+            *([assets.route()] if assets else []),
             *([_below("/kling", gateway), _below("/v1", gateway)] if gateway else []),
             *([Route("/events", stream.serve)] if stream else []),
         ],
@@ -246,7 +246,7 @@ async def _bug(_request: Request, _error: Exception) -> Response:
 
 
 class _Headers:
-    """Adds the security headers to every answer."""
+    """Adds the security headers to every answer, except those that the endpoint sets itself."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -254,7 +254,9 @@ class _Headers:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], *HEADER_PAIRS]}
+                own = {name.lower() for name, _ in message["headers"]}
+                added = [pair for pair in HEADER_PAIRS if pair[0] not in own]
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

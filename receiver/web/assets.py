@@ -1,22 +1,28 @@
-"""`GET /assets/{token}.{ext}`: a lasting link to one archived file. Whoever has it may read that one file, no more.
+"""`GET /assets/{token}.{ext}`: a lasting link to one archived file. It opens that file for everyone who has it.
 
-404 a token that is none (no query is made), a file that is not archived, another extension · 302 a fresh presigned
-link, where readers outside reach the store · 200 the bytes, where they do not · 503 the store or the database is away.
+200, 206 the bytes, where readers cannot reach the store or RECEIVER_STREAM_ASSETS is set · 302 a fresh presigned link
+304 the reader has the file already · 404 no such token (decided without a query), file or extension
+416 a range behind the end of the file · 503 too many readers, or the store or database is away. HEAD never redirects.
 """
 
 from __future__ import annotations
 
+import asyncio
+import re
+import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from itertools import chain
 
 import structlog
-from sqlmodel import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
 from storage.bucket.bucket import Bucket
@@ -29,19 +35,31 @@ from storage.states import AssetState
 
 log = structlog.get_logger()
 
-# Long enough for a slow reader to begin, short enough that a link passed on is worth little.
+# A slow reader can begin within this time, and a presigned link that is passed on soon expires.
 LINK_SECONDS = 300
-# Each holds one connection to the store and 1 MiB; intake must not feel them.
-MAX_STREAMS = 32
+# A stream holds one connection to the store, 1 MiB, and a thread while it reads. Callbacks must not feel them.
+MAX_STREAMS = 40
+# One link, however often it is passed on, leaves room for other files. Viewers open up to six connections to a host.
+MAX_STREAMS_OF_ASSET = 8
+# One address leaves room for others. A TLS proxy is one address for all of its readers, so this is most of the room.
+MAX_STREAMS_OF_ADDRESS = 32
+# A reader may be idle this long in all; beyond it the average must reach the least speed, 256 kbit/s.
+STREAM_GRACE_SECONDS = 20.0
+LEAST_BYTES_PER_SECOND = 32_000
+# One write. Each waits until the one before has left the buffer, so this is what a slow reader leaves behind there.
+PIECE_BYTES = 64 * 1024
 RETRY_AFTER_SECONDS = 5
-# Assets have no provider in their tokens: the id alone names one.
+# The bytes behind a link never change. Shared caches would keep a file after its link was revoked, hence private.
+CACHE_CONTROL = "private, max-age=31536000, immutable"
+# Asset tokens name no provider: the id alone identifies the file.
 ANY_PROVIDER = ""
-# What a browser shows without running anything; all else is saved.
+# Browsers show these without running anything. Other types are downloaded.
 SHOWN = ("image/", "video/", "audio/")
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
 def asset_link(tokens: Tokens, public_url: str, asset: Asset) -> str:
-    """The lasting link to an archived file; a secret, as long as the callback secret that signed it is listed.
+    """The lasting link to an archived file. It is a secret, and works while the callback secret behind it is listed.
 
     Raises ValueError when the file is not archived, IndexError without a secret.
     """
@@ -52,16 +70,42 @@ def asset_link(tokens: Tokens, public_url: str, asset: Asset) -> str:
 
 
 class Assets:
-    """The endpoint."""
+    """The endpoint. `streams`: never redirect to the store. `origins`: whose web pages may read the answers."""
 
-    def __init__(self, database: Database, bucket: Bucket, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        database: Database,
+        bucket: Bucket,
+        tokens: Tokens,
+        *,
+        streams: bool = False,
+        origins: Sequence[str] = (),
+    ) -> None:
         self._database = database
         self._bucket = bucket
         self._tokens = tokens
-        self._streams = 0
+        self._streams = streams
+        self._origins = origins
+        self._readers: list[tuple[uuid.UUID, str]] = []  # asset and client address of each open stream
+
+    def route(self) -> Route:
+        """The route, with CORS (WHATWG Fetch) for the allowed origins."""
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=self._origins,
+            allow_methods=("GET", "HEAD"),
+            allow_headers=("Range", "If-None-Match", "If-Range"),
+            expose_headers=("ETag", "Content-Length", "Content-Range", "Accept-Ranges", "Content-Disposition"),
+        )
+        path = "/assets/{token}.{extension}"
+        if not self._origins:
+            return Route(path, self.serve)
+        return Route(path, self.serve, methods=["GET", "OPTIONS"], middleware=[cors])
 
     async def serve(self, request: Request) -> Response:
-        """Answer one GET or HEAD."""
+        """Answer one GET or HEAD. The CORS middleware answers preflights before."""
+        if request.method == "OPTIONS":
+            raise HTTPException(405)
         extension = request.path_params["extension"]
         named = self._tokens.read(ANY_PROVIDER, request.path_params["token"], purpose=ASSET_PURPOSE)
         if named is None or named.task_id is None or extension not in EXTENSIONS:
@@ -70,82 +114,141 @@ class Assets:
             return await self.answer(request, named.task_id, extension)
         except (DatabaseUnavailable, StoreUnavailable) as error:
             log.error("asset.not_served", asset=str(named.task_id), error=str(error))
-            return _later()
+            return _unavailable()
 
     async def answer(self, request: Request, asset_id: uuid.UUID, extension: str | None = None) -> Response:
         """The file, for a reader who may have it. Raises HTTPException 404, `StoreUnavailable`."""
-        asset = await run_in_threadpool(self._find, asset_id)
-        if asset is None or asset.key is None or extension not in (None, _extension(asset.key)):
+        asset = await run_in_threadpool(self._archived, asset_id)
+        if asset is None or asset.key is None or asset.size is None or extension not in (None, _extension(asset.key)):
             raise HTTPException(404)
-        if self._bucket.is_reached_from_outside:
-            link = await run_in_threadpool(self._bucket.presigned_get, asset.key, expires_seconds=LINK_SECONDS)
-            return RedirectResponse(link, status_code=302)
-        headers = _headers(asset)
+        headers = _headers(asset, asset.key)
+        if _is_known(request, headers["ETag"]):
+            return Response(status_code=304, headers={name: headers[name] for name in ("ETag", "Cache-Control")})
         if request.method == "HEAD":
             return Response(headers={**headers, "Content-Length": str(asset.size)})
-        if self._streams >= MAX_STREAMS:
-            return _later()
-        return await self._stream(asset.key, headers)
+        if self._bucket.is_reached_from_outside and not self._streams:
+            link = await run_in_threadpool(self._bucket.presigned_get, asset.key, expires_seconds=LINK_SECONDS)
+            return RedirectResponse(link, status_code=302)
+        span = _span(request, headers["ETag"], asset.size)
+        if span is not None and not span:
+            return Response(status_code=416, headers={"Content-Range": f"bytes */{asset.size}"})
+        return await self._stream(request, asset, asset.key, span, headers)
 
-    def _find(self, asset_id: uuid.UUID) -> Asset | None:
+    def _archived(self, asset_id: uuid.UUID) -> Asset | None:
         with self._database.read() as session:
-            return _archived(session, asset_id)
+            asset = session.get(Asset, asset_id)
+            return asset if asset and asset.state is AssetState.ARCHIVED else None
 
-    async def _stream(self, key: str, headers: dict[str, str]) -> Response:
-        """The first bytes are read before anything is answered: an object that is gone is a 404, not a broken 200."""
-        chunks = self._bucket.read(key)
-        self._streams += 1
+    async def _stream(
+        self, request: Request, asset: Asset, key: str, span: range | None, headers: dict[str, str]
+    ) -> Response:
+        """Read the first bytes before answering: an object that is gone is a 404, not a broken 200."""
+        reader = asset.id, request.client.host if request.client else ""
+        of_asset, of_address = (sum(other[i] == reader[i] for other in self._readers) for i in (0, 1))
+        if (
+            len(self._readers) >= MAX_STREAMS
+            or of_asset >= MAX_STREAMS_OF_ASSET
+            or of_address >= MAX_STREAMS_OF_ADDRESS
+        ):
+            return _unavailable()
+        chunks = self._bucket.read(key, span)
+        self._readers.append(reader)
+
+        def end() -> None:
+            self._readers.remove(reader)
+            if isinstance(chunks, Generator):
+                chunks.close()  # its connection to the store, when the reader left early
+
         try:
             first = await run_in_threadpool(next, chunks, b"")
         except NoSuchObject:
-            self._streams -= 1
+            end()
             log.error("asset.object_missing", key=key)
             raise HTTPException(404) from None
         except BaseException:
-            self._streams -= 1
+            end()
             raise
-        return _Stream(chain([first], chunks), headers, on_end=lambda: self._end(chunks))
-
-    def _end(self, chunks: Iterator[bytes]) -> None:
-        self._streams -= 1
-        if isinstance(chunks, Generator):
-            chunks.close()  # its connection to the store, when the reader left early
+        status = 200
+        if span is not None:
+            status, headers["Content-Range"] = 206, f"bytes {span.start}-{span.stop - 1}/{asset.size}"
+        headers["Content-Length"] = str(asset.size if span is None else len(span))
+        return _Stream(chain([first], chunks), status, headers, end)
 
 
 class _Stream(StreamingResponse):
-    """Reads each chunk in a thread when the reader has taken the one before; says when it ended, however it did."""
+    """Reads a chunk in a thread once the reader has taken the one before, and drops a reader that is too slow.
 
-    def __init__(self, chunks: Iterator[bytes], headers: dict[str, str], on_end: Callable[[], None]) -> None:
-        super().__init__(chunks, headers=headers)
+    `on_end` is called however the stream ends.
+    """
+
+    def __init__(
+        self, chunks: Iterator[bytes], status: int, headers: dict[str, str], on_end: Callable[[], None]
+    ) -> None:
+        super().__init__(_pieces(chunks), status_code=status, headers=headers)
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        waited = sent = 0.0
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal waited, sent
+            started = time.monotonic()
+            async with asyncio.timeout(STREAM_GRACE_SECONDS + sent / LEAST_BYTES_PER_SECOND - waited):
+                await send(message)
+            waited += time.monotonic() - started  # for the reader alone: the store's time is not its fault
+            sent += len(message.get("body", b""))
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_time)
+        except TimeoutError:
+            log.info("asset.reader_too_slow", sent=int(sent))
         finally:
             self._on_end()
 
 
-def _archived(session: Session, asset_id: uuid.UUID) -> Asset | None:
-    asset = session.get(Asset, asset_id)
-    return asset if asset and asset.state is AssetState.ARCHIVED else None
+async def _pieces(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+    while chunk := await run_in_threadpool(next, chunks, b""):
+        for start in range(0, len(chunk), PIECE_BYTES):
+            yield chunk[start : start + PIECE_BYTES]
 
 
-def _headers(asset: Asset) -> dict[str, str]:
+def _headers(asset: Asset, key: str) -> dict[str, str]:
     media_type = asset.media_type or "application/octet-stream"
-    how = "inline" if media_type.startswith(SHOWN) else "attachment"
-    name = str(asset.key).rpartition("/")[2]
+    disposition = "inline" if media_type.startswith(SHOWN) else "attachment"
     return {
         "Content-Type": media_type,
-        "Content-Length": str(asset.size),
-        "Content-Disposition": f'{how}; filename="{name}"',
+        "Content-Disposition": f'{disposition}; filename="{key.rpartition("/")[2]}"',
         "ETag": f'"{asset.sha256}"',
+        "Accept-Ranges": "bytes",
+        "Cache-Control": CACHE_CONTROL,
     }
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Whether `If-None-Match` holds this file's ETag (RFC 9110 section 13.1.2: weak comparison)."""
+    given = [part.strip().removeprefix("W/") for part in request.headers.get("if-none-match", "").split(",")]
+    return etag in given or "*" in given
+
+
+def _span(request: Request, etag: str, size: int) -> range | None:
+    """The bytes that `Range` asks for; empty = behind the end; None = all of them.
+
+    Several ranges, other units and an `If-Range` of another file are ignored, as RFC 9110 sections 13.1.5 and 14.2 say.
+    """
+    asked = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
+    if asked is None or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last = asked.groups()
+    if first and last and int(last) < int(first):
+        return None
+    if first:
+        return range(int(first), min(int(last) + 1 if last else size, size))
+    return range(max(size - int(last), 0), size) if last else None
 
 
 def _extension(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _later() -> Response:
+def _unavailable() -> Response:
     return Response(status_code=503, headers={"Retry-After": str(RETRY_AFTER_SECONDS)})

@@ -1,11 +1,12 @@
-"""`GET /events`: facts as they come, as server-sent events (WHATWG HTML §9.2), to holders of an API key.
+"""`GET /events`: events as they happen, as server-sent events (WHATWG HTML section 9.2), for holders of an API key.
 
-    id: 42                                    the number to go on from: `Last-Event-ID: 42`, or `?after=42`
+    id: 42                                    continue after it with `Last-Event-ID: 42` or `?after=42`
     event: task.archived
     data: {"specversion":"1.0", …}            a CloudEvent
 
-200 a stream without end, from now on or after that number · 400 a filter or number that is none · 401 no key of ours
-503 as many streams as there may be, or the database is away. `?types=task.*,asset.archived` chooses events by name.
+200 a stream without end, of new events or of those after that number · 400 invalid filter or number · 401 no API key.
+`?types=task.*,asset.archived` selects events by name. Where no stream can be served now, the answer is a stream that
+ends at once and says when to reconnect: a browser's EventSource never reconnects after a 503.
 """
 
 from __future__ import annotations
@@ -30,177 +31,183 @@ from storage.rows.models import Event
 
 log = structlog.get_logger()
 
-# Each holds one connection and one page; the file descriptors and the thread pool are intake's first of all.
+# A stream holds one connection and one page of events. Callbacks come first for file descriptors and threads.
 MAX_STREAMS = 64
-# Read at once and dropped when the reader has them: some 100 kB.
+# Events that one query reads. They are dropped once the reader has them; some 100 kB.
 PAGE = 100
-# One look-up for all streams of the process together; a delay nobody sees beside the provider's half a minute.
+# One query serves all streams of the process. Nobody notices this delay beside the provider's half a minute.
 POLL_INTERVAL_SECONDS = 0.25
-# Proxies close what is silent for 30 to 60 s.
+# Proxies close connections that are silent for 30 to 60 s.
 HEARTBEAT_SECONDS = 15.0
-HEARTBEAT = b": still there\n\n"
-# How long a reader may leave what was sent to it unread; afterwards it may come back where it was.
+# A reader that leaves events unread for this long is disconnected. It can continue where it was.
 SEND_SECONDS = 30.0
-# What the reader's client waits before it comes back, in milliseconds.
-HELLO = b"retry: 2000\n\n"
-RETRY_AFTER_SECONDS = 5
+# No blank line follows these: httpx-sse makes an empty event of each blank line, and simple readers fail on it.
+HEARTBEAT = b": still there\n"
+RETRY = b"retry: %d\n"
+RECONNECT_MILLISECONDS = 2_000
+UNAVAILABLE_MILLISECONDS = 5_000
 MAX_DIGITS = 18
+MEDIA_TYPE = "text/event-stream"
 
 
 class Stream:
-    """The endpoint. A reader holds no database connection and no more memory than one page while it reads."""
+    """The endpoint. Between two pages a reader holds no database connection; it never holds more than one page.
+
+    Where there are several API keys, one key opens at most half of the streams.
+    """
 
     def __init__(self, database: Database, envelope: Envelope, api_keys: Sequence[SecretStr]) -> None:
         self._database = database
         self._envelope = envelope
         self._keys = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in api_keys]
-        self._open = 0
+        self._open: list[bytes] = []  # the key of each open stream
         self._newest = 0
         self._news = asyncio.Event()
-        self._watching: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
         self._is_closing = False
 
     async def serve(self, request: Request) -> Response:
         """Answer one GET or HEAD."""
-        if not self._is_permitted(request.headers.get("authorization", "")):
-            return _refusal(401, "a key is needed", {"WWW-Authenticate": "Bearer"})
+        key = self._matching_key(request.headers.get("authorization", ""))
+        if key is None:
+            return _refusal(401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
         try:
-            names = events.names_matching(_words(request.query_params.get("types", "")))
+            names = events.names_matching(_split(request.query_params.getlist("types")))
             asked = _number(request.headers.get("last-event-id") or request.query_params.get("after"))
-            newest = await run_in_threadpool(self._look)
-            self._see(newest)
-            if asked is not None and asked > newest:
-                raise ValueError(f"no event has the number {asked} yet, the newest is {newest}")
+            newest = await run_in_threadpool(self._read_newest)
         except ValueError as error:
             return _refusal(400, str(error))
         except DatabaseUnavailable:
-            return _refusal(503, "the database is away", {"Retry-After": str(RETRY_AFTER_SECONDS)})
+            return _unavailable(b"the database is away")
+        self._announce(newest)
+        if asked is not None and asked > newest:
+            return _refusal(400, f"no event has the number {asked} yet; the newest is {newest}")
         if request.method == "HEAD":
-            return Response(media_type="text/event-stream")
-        if self._open >= MAX_STREAMS or self._is_closing:
-            return _refusal(503, "too many streams", {"Retry-After": str(RETRY_AFTER_SECONDS)})
-        return _Response(self, self._told(newest if asked is None else asked, names))
+            return Response(media_type=MEDIA_TYPE)
+        of_key = MAX_STREAMS // 2 if len(self._keys) > 1 else MAX_STREAMS
+        if self._is_closing or len(self._open) >= MAX_STREAMS or self._open.count(key) >= of_key:
+            return _unavailable(b"too many streams are open")
+        return _Response(self, key, self._messages(newest if asked is None else asked, names))
 
     def close(self) -> None:
-        """End every stream, so that the server can. Called in its event loop."""
+        """End every stream, so that the server can stop. Called in its event loop."""
         self._is_closing = True
-        self._announce()
+        self._wake()
 
-    def _is_permitted(self, authorization: str) -> bool:
-        scheme, _, key = authorization.partition(" ")
-        shown = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # A sum, not any(): how long it takes says nothing about which key matched.
-        return scheme.lower() == "bearer" and sum(hmac.compare_digest(shown, known) for known in self._keys) > 0
+    def _matching_key(self, authorization: str) -> bytes | None:
+        scheme, _, given = authorization.partition(" ")
+        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
+        # Compares with every key: the time taken does not tell which one matched.
+        matching = [known for known in self._keys if hmac.compare_digest(digest, known)]
+        return matching[0] if matching and scheme.lower() == "bearer" else None
 
-    # -- the readers' side --------------------------------------------------------------------------------------------
-
-    async def _told(self, after: int, names: frozenset[events.EventName]) -> AsyncIterator[bytes]:
-        yield HELLO
+    async def _messages(self, after: int, names: frozenset[events.EventName]) -> AsyncIterator[bytes]:
+        yield RETRY % RECONNECT_MILLISECONDS
         while not self._is_closing:
             news, newest = self._news, self._newest
             if newest <= after:
-                if not await _comes(news, HEARTBEAT_SECONDS):
+                try:
+                    async with asyncio.timeout(HEARTBEAT_SECONDS):
+                        await news.wait()
+                except TimeoutError:
                     yield HEARTBEAT
                 continue
             try:
-                last, page = await run_in_threadpool(self._page, after, names)
+                last, page = await run_in_threadpool(self._read_page, after, names)
             except DatabaseUnavailable:
-                return  # the reader comes back, to a database that is there again or to a 503
+                return  # the reader reconnects where it was
             after = max(newest, last) if len(page) < PAGE else last
-            for told in page:
-                yield told
+            for message in page:
+                yield message
 
-    def _page(self, after: int, names: frozenset[events.EventName]) -> tuple[int, list[bytes]]:
-        """The next events as they are sent, and the number of the last."""
+    def _read_page(self, after: int, names: frozenset[events.EventName]) -> tuple[int, list[bytes]]:
+        """The number of the last event read, and the next events as messages."""
         with self._database.read() as session:
             found = events.after(session, after, PAGE, names)
         last = found[-1][0].seq if found else None
-        return last or after, [self._lines(event, subject) for event, subject in found]
+        return last or after, [self._message(event, subject) for event, subject in found]
 
-    def _lines(self, event: Event, subject: str | None) -> bytes:
+    def _message(self, event: Event, subject: str | None) -> bytes:
         data = self._envelope.encode(event, subject).decode()
         return f"id: {event.seq}\nevent: {event.name}\ndata: {data}\n\n".encode()
 
-    def _look(self) -> int:
+    def _read_newest(self) -> int:
         with self._database.read() as session:
             return events.newest_seq(session)
 
-    # -- the one look-out of all readers ------------------------------------------------------------------------------
+    def begin(self, key: bytes) -> None:
+        """Count a stream. The first one starts the query that serves all of them."""
+        self._open.append(key)
+        if self._polling is None:
+            self._polling = asyncio.create_task(self._poll())
 
-    def begin(self) -> None:
-        self._open += 1
-        if self._watching is None:
-            self._watching = asyncio.create_task(self._watch())
+    def end(self, key: bytes) -> None:
+        self._open.remove(key)
+        if not self._open and self._polling is not None:
+            self._polling.cancel()
+            self._polling = None
 
-    def end(self) -> None:
-        self._open -= 1
-        if self._open == 0 and self._watching is not None:
-            self._watching.cancel()
-            self._watching = None
-
-    async def _watch(self) -> None:
+    async def _poll(self) -> None:
         while not self._is_closing:
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
             try:
-                newest = await run_in_threadpool(self._look)
+                newest = await run_in_threadpool(self._read_newest)
             except DatabaseUnavailable as error:
                 log.warning("stream.database_away", error=str(error))
             except Exception:
                 log.exception("stream.bug")
             else:
-                self._see(newest)
+                self._announce(newest)
 
-    def _see(self, newest: int) -> None:
-        """Whoever looked, all readers that wait are told."""
+    def _announce(self, newest: int) -> None:
+        """Wake all waiting streams. A new request may find new events before the poll does."""
         if newest != self._newest:
             self._newest = newest
-            self._announce()
+            self._wake()
 
-    def _announce(self) -> None:
+    def _wake(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
 
 
 class _Response(StreamingResponse):
-    """Counts itself, and lets go of a reader that does not read."""
+    """Counts as open while it runs, and disconnects a reader that does not read."""
 
-    def __init__(self, stream: Stream, told: AsyncIterator[bytes]) -> None:
-        super().__init__(told, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    def __init__(self, stream: Stream, key: bytes, messages: AsyncIterator[bytes]) -> None:
+        super().__init__(messages, media_type=MEDIA_TYPE, headers={"X-Accel-Buffering": "no"})
         self._stream = stream
+        self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(SEND_SECONDS):
                 await send(message)
 
-        self._stream.begin()
+        self._stream.begin(self._key)
         try:
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
             log.info("stream.reader_stuck")
         finally:
-            self._stream.end()
+            self._stream.end(self._key)
 
 
-async def _comes(news: asyncio.Event, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            return await news.wait()
-    except TimeoutError:
-        return False
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _split(lists: list[str]) -> list[str]:
+    return [name.strip() for each in lists for name in each.split(",") if name.strip()]
 
 
 def _number(text: str | None) -> int | None:
+    """An event's number, or its `sequence`, which has leading zeros."""
     if not text:
         return None
-    if not (text.isascii() and text.isdigit()) or len(text) > MAX_DIGITS:
-        raise ValueError("Last-Event-ID is the number of an event")
+    if not (text.isascii() and text.isdigit()) or len(text.lstrip("0")) > MAX_DIGITS:
+        raise ValueError("Last-Event-ID must be the number of an event")
     return int(text)
 
 
-def _refusal(status: int, words: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": words}, status_code=status, headers=headers)
+def _unavailable(reason: bytes) -> Response:
+    return Response(b": " + reason + b"\n" + RETRY % UNAVAILABLE_MILLISECONDS, media_type=MEDIA_TYPE)
+
+
+def _refusal(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": reason}, status_code=status, headers=headers)

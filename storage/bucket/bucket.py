@@ -183,11 +183,17 @@ class Bucket(StoreConnection):
             metadata=metadata,
         )
 
-    def read(self, key: str) -> Iterator[bytes]:
-        """The object's bytes in chunks of at most 1 MiB. Raises `NoSuchObject`, `StoreUnavailable`, also half-way."""
+    def read(self, key: str, span: range | None = None) -> Iterator[bytes]:
+        """The object's bytes, at most 1 MiB at a time. Raises `NoSuchObject`, `StoreUnavailable` on the way.
+
+        `span`: the positions to read, not empty; None = all.
+        """
+        wanted = {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
         with self._errors():
-            answer = self._client().get_object(Bucket=self.name, Key=key)
+            answer = self._client().get_object(Bucket=self.name, Key=key, **wanted)
             with closing(answer["Body"]) as body:
+                if span is not None and answer["ContentLength"] != len(span):
+                    raise StoreUnavailable("the store ignored the range of a read")
                 while chunk := body.read(READ_BYTES):
                     yield chunk
 

@@ -1,9 +1,12 @@
-"""`GET /assets/{token}.{ext}`: one archived file to whoever has its link, and nothing to anybody else."""
+"""`GET /assets/{token}.{ext}`: everyone with the link reads that one file, and nothing else."""
 
 from __future__ import annotations
 
 import hashlib
+import socket
 import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -40,11 +43,16 @@ def link(parts: Parts, asset: Asset) -> str:
     return asset_link(parts.tokens, str(parts.settings.public_url), asset)
 
 
-def get(url: str, method: str = "GET") -> httpx.Response:
-    return httpx.request(method, url, timeout=20, follow_redirects=False)
+def get(url: str, method: str = "GET", **headers: str) -> httpx.Response:
+    return httpx.request(method, url, headers=headers, timeout=20, follow_redirects=False)
 
 
-def test_a_private_store_is_read_for_the_reader(link: str, asset: Asset) -> None:
+def make_public(parts: Parts) -> None:
+    """As if readers could reach the store."""
+    parts.bucket._public_endpoint_url = parts.bucket._endpoint_url
+
+
+def test_file_in_a_private_store_is_streamed(link: str, asset: Asset) -> None:
     answer = get(link)
     assert (answer.status_code, hashlib.sha256(answer.content).hexdigest()) == (200, asset.sha256)
     assert {name: answer.headers[name] for name in ("content-type", "content-length", "x-content-type-options")} == {
@@ -52,28 +60,89 @@ def test_a_private_store_is_read_for_the_reader(link: str, asset: Asset) -> None
     }  # fmt: skip
     name = str(asset.key).rpartition("/")[2]
     assert answer.headers["content-disposition"] == f'inline; filename="{name}"'
+    assert (answer.headers["etag"], answer.headers["accept-ranges"]) == (f'"{asset.sha256}"', "bytes")
+    assert answer.headers.get_list("cache-control") == ["private, max-age=31536000, immutable"]
 
 
-def test_head_tells_the_same_without_the_bytes(link: str, asset: Asset) -> None:
+@pytest.mark.parametrize("public", [False, True])
+def test_known_file_is_not_sent_again(parts: Parts, link: str, asset: Asset, public: bool) -> None:
+    if public:
+        make_public(parts)
+    for known in (f'"{asset.sha256}"', f'"other", W/"{asset.sha256}"', "*"):
+        answer = get(link, **{"If-None-Match": known})
+        assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", f'"{asset.sha256}"')
+    assert get(link, **{"If-None-Match": '"other"'}).status_code == (302 if public else 200)
+
+
+def test_range_is_answered_with_that_part(link: str, asset: Asset) -> None:
+    whole, size = get(link).content, asset.size or 0
+    for asked, start, end in (("0-0", 0, 1), ("10-", 10, size), ("-7", size - 7, size), ("5-99999999", 5, size)):
+        answer = get(link, Range=f"bytes={asked}", **{"If-Range": f'"{asset.sha256}"'})
+        assert (answer.status_code, answer.content) == (206, whole[start:end])
+        assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{size}"
+        assert answer.headers["content-length"] == str(end - start)
+
+
+def test_range_behind_the_end_is_refused(link: str, asset: Asset) -> None:
+    for asked in (f"{asset.size}-", "-0"):
+        answer = get(link, Range=f"bytes={asked}")
+        assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{asset.size}")
+
+
+def test_other_ranges_are_ignored(link: str, asset: Asset) -> None:
+    headers = [{"Range": asked} for asked in ("bytes=0-1,4-5", "bytes=5-2", "bytes=-", "lines=0-1", "bytes=x")]
+    for each in (*headers, {"Range": "bytes=0-1", "If-Range": '"another file"'}):
+        answer = get(link, **each)
+        assert (answer.status_code, len(answer.content)) == (200, asset.size)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_head_describes_the_file_without_a_redirect(parts: Parts, link: str, asset: Asset, public: bool) -> None:
+    if public:
+        make_public(parts)
     answer = get(link, "HEAD")
     assert (answer.status_code, answer.headers["content-length"], answer.content) == (200, str(asset.size), b"")
 
 
-def test_a_public_store_is_pointed_at(parts: Parts, link: str, asset: Asset) -> None:
-    parts.bucket._public_endpoint_url = parts.bucket._endpoint_url
+def test_file_in_a_public_store_is_redirected_to(parts: Parts, link: str, asset: Asset) -> None:
+    make_public(parts)
     answer = get(link)
     assert (answer.status_code, answer.content) == (302, b"")
     assert "X-Amz-Signature" in answer.headers["location"] and answer.headers["cache-control"] == "no-store"
     assert hashlib.sha256(get(answer.headers["location"]).content).hexdigest() == asset.sha256
 
 
-def test_what_a_browser_might_run_is_saved(parts: Parts, link: str, asset: Asset) -> None:
+@pytest.mark.parametrize("changes", [{"stream_assets": True}], ids=["RECEIVER_STREAM_ASSETS"])
+def test_file_in_a_public_store_is_streamed_where_asked_for(parts: Parts, link: str, asset: Asset) -> None:
+    make_public(parts)
+    assert (get(link).status_code, get(link, Range="bytes=0-3").content) == (200, b"\x89PNG")
+
+
+@pytest.mark.parametrize("changes", [{"cors_origins": "https://a.example,https://b.example:8443"}], ids=["origins"])
+def test_pages_of_allowed_origins_read_the_file(link: str, web: Web) -> None:
+    for origin in ("https://a.example", "https://b.example:8443"):
+        answer = get(link, Origin=origin)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
+        assert "Content-Range" in answer.headers["access-control-expose-headers"] and "Origin" in answer.headers["vary"]
+    asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "GET"}
+    preflight = get(link, "OPTIONS", **asked, **{"Access-Control-Request-Headers": "if-none-match"})
+    assert preflight.status_code == 200 and "If-None-Match" in preflight.headers["access-control-allow-headers"]
+    assert get(f"{web.url}/assets/{'A' * 55}.png", Origin="https://a.example").status_code == 404
+    assert "access-control-allow-origin" not in get(link, Origin="https://c.example").headers
+    assert get(link, "OPTIONS").status_code == 405
+
+
+def test_no_origin_is_allowed_by_default(link: str) -> None:
+    assert "access-control-allow-origin" not in get(link, Origin="https://a.example").headers
+
+
+def test_file_that_a_browser_might_run_is_downloaded(parts: Parts, link: str, asset: Asset) -> None:
     with parts.database.write() as session:
         session.get_one(Asset, asset.id).media_type = "text/html"
     assert get(link).headers["content-disposition"].startswith("attachment;")
 
 
-def test_no_query_is_made_before_the_token_is_checked(parts: Parts, web: Web, link: str) -> None:
+def test_invalid_token_causes_no_query(parts: Parts, web: Web, link: str) -> None:
     token = urlsplit(link).path.split("/")[-1].partition(".")[0]
     of_task = parts.tokens.sign("", uuid.uuid4())
     forged = ["A" * 55, token[:-1] + ("A" if token[-1] != "A" else "B"), token + "A", token[:-1], of_task, "%00", "é"]
@@ -86,7 +155,7 @@ def test_no_query_is_made_before_the_token_is_checked(parts: Parts, web: Web, li
     assert queries == []
 
 
-def test_a_good_token_of_no_archived_file(parts: Parts, web: Web, link: str, asset: Asset) -> None:
+def test_valid_token_without_an_archived_file_is_404(parts: Parts, web: Web, link: str, asset: Asset) -> None:
     unknown = parts.tokens.sign("", uuid.uuid4(), purpose=ASSET_PURPOSE)
     nobody = parts.tokens.sign("", None, purpose=ASSET_PURPOSE)
     for name in (f"{unknown}.png", f"{nobody}.png"):
@@ -98,25 +167,23 @@ def test_a_good_token_of_no_archived_file(parts: Parts, web: Web, link: str, ass
     assert get(link).status_code == 404
 
 
-def test_an_object_that_is_gone(parts: Parts, link: str, asset: Asset) -> None:
+def test_missing_object_is_404(parts: Parts, link: str, asset: Asset) -> None:
     parts.bucket.delete(str(asset.key))
     assert get(link).status_code == 404
 
 
-def test_a_store_that_is_away(parts: Parts, link: str, asset: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_store_is_503(parts: Parts, link: str, asset: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.bucket, "name", "no-such-bucket")
     assert get(link).status_code == 503
 
 
-def test_a_link_is_no_callback_token_and_the_other_way_round(parts: Parts, web: Web, link: str, task: Task) -> None:
+def test_asset_and_callback_tokens_are_not_interchangeable(parts: Parts, web: Web, link: str, task: Task) -> None:
     token = link.rpartition("/")[2].partition(".")[0]
     assert httpx.post(f"{web.url}/callbacks/kling/{token}", content=b"{}").status_code == 404
     assert get(f"{web.url}/assets/{parts.tokens.sign('kling', task.id)}.png").status_code == 404
 
 
-def test_readers_who_leave_free_their_place(
-    parts: Parts, link: str, asset: Asset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reader_who_leaves_frees_its_stream(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "MAX_STREAMS", 1)
     for _ in range(3):
         with httpx.stream("GET", link, timeout=20) as answer:
@@ -124,7 +191,59 @@ def test_readers_who_leave_free_their_place(
         wait_until(lambda: get(link).status_code == 200)
 
 
-def test_links_as_people_get_them(parts: Parts, task: Task, link: str, asset: Asset) -> None:
+@pytest.fixture
+def large(parts: Parts, asset: Asset) -> int:
+    """The file is far larger than the buffers of a connection."""
+    size = 16 * 2**20
+    parts.bucket._client().put_object(Bucket=parts.bucket.name, Key=asset.key, Body=bytes(size))
+    with parts.database.write() as session:
+        session.get_one(Asset, asset.id).size = size
+    return size
+
+
+@contextmanager
+def stuck_readers(link: str, count: int) -> Iterator[None]:
+    """Connections that ask for the file and do not read the answer."""
+    url = urlsplit(link)
+    with ExitStack() as opened:
+        for _ in range(count):
+            reader = opened.enter_context(socket.socket())
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            reader.settimeout(10)
+            reader.connect((url.hostname, url.port))
+            reader.sendall(f"GET {url.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert reader.recv(12).startswith(b"HTTP/1.1")
+        yield
+
+
+def test_readers_of_one_link_leave_room_for_other_files(parts: Parts, link: str, large: int, web: Web) -> None:
+    (other,) = archive(parts, 1)
+    other_link = asset_link(parts.tokens, web.url, assets_of(parts, other)[0])
+    with stuck_readers(link, 40):
+        assert (get(link).status_code, get(other_link).status_code) == (503, 200)
+
+
+def test_readers_at_one_address_leave_room_for_others(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "MAX_STREAMS_OF_ADDRESS", 1)
+    with stuck_readers(link, 1):
+        assert get(link, Range="bytes=0-3").status_code == 503
+
+
+def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(assets, "LEAST_BYTES_PER_SECOND", 2**30)
+    monkeypatch.setattr(assets, "MAX_STREAMS_OF_ASSET", 1)
+    with stuck_readers(link, 1):
+        assert not is_served(link)
+        wait_until(lambda: is_served(link))
+
+
+def is_served(link: str) -> bool:
+    with httpx.stream("GET", link, timeout=20) as answer:
+        return answer.status_code == 200
+
+
+def test_status_has_lasting_and_presigned_links(parts: Parts, task: Task, link: str, asset: Asset) -> None:
     (one,) = show.urls(parts, task.external_task_id, 60)
     assert (one["kind"], one["index"], one["key"], one["link"]) == ("image", 0, asset.key, link)
     assert hashlib.sha256(get(one["url"]).content).hexdigest() == asset.sha256

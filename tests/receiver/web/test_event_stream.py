@@ -1,4 +1,4 @@
-"""`GET /events` on the real server: who may read, what comes, going on after a cut, slow readers, the end."""
+"""`GET /events` on the real server: keys, filters, continuing after a cut, slow readers, the end of the server."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def task_of(parts: Parts) -> Task:
 
 @contextmanager
 def reading(web: Web, query: str = "", **headers: str) -> Iterator[Iterator[dict[str, str]]]:
-    """The fields of each message as they come."""
+    """The fields of each event, and each comment and `retry` as it comes."""
     with httpx.stream("GET", f"{web.url}/events{query}", headers={**KEYS, **headers}, timeout=PATIENCE) as answer:
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         yield fields(answer.iter_lines())
@@ -67,13 +67,16 @@ def fields(lines: Iterator[str]) -> Iterator[dict[str, str]]:
         if not line and message:
             yield message
             message = {}
+        elif line.startswith((":", "retry:")):
+            name, _, value = line.partition(":")
+            yield {name or "comment": value.strip()}
         elif line:
             name, _, value = line.partition(":")
-            message[name or "comment"] = value.strip()
+            message[name] = value.strip()
 
 
 def take(messages: Iterator[dict[str, str]], count: int) -> list[dict[str, str]]:
-    """The next events; what else is said is left out."""
+    """The next events, without comments and `retry`."""
     found: list[dict[str, str]] = []
     while len(found) < count:
         message = next(messages)
@@ -86,17 +89,26 @@ def numbers(messages: list[dict[str, str]]) -> list[int]:
 
 
 def status(web: Web, query: str = "", **headers: str) -> int:
-    """Only the head is waited for: a stream has no end."""
+    """Reads only the head: a stream has no end."""
     with httpx.stream("GET", f"{web.url}/events{query}", headers=headers, timeout=PATIENCE) as answer:
         return answer.status_code
 
 
+def is_served(web: Web, key: str = KEY) -> bool:
+    """Whether a new stream is served. One that is not ends at once and says when to reconnect."""
+    with reading(web, Authorization=f"Bearer {key}") as messages:
+        if next(messages) == {"retry": "2000"}:
+            return True
+        assert list(messages) == [{"retry": "5000"}]
+        return False
+
+
 @pytest.mark.parametrize("shown", ["", "Bearer", "Bearer nobody", f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer{KEY}"])
-def test_without_a_key_of_ours_nothing_is_told(web: Web, shown: str) -> None:
+def test_stream_without_a_valid_key_is_refused(web: Web, shown: str) -> None:
     assert status(web, Authorization=shown) == 401
 
 
-def test_both_keys_open_it(web: Web, parts: Parts) -> None:
+def test_each_configured_key_opens_a_stream(web: Web, parts: Parts) -> None:
     for key in (KEY, OTHER_KEY):
         with reading(web, Authorization=f"Bearer {key}") as messages:
             tell(parts, EventName.TASK_FAILED)
@@ -104,35 +116,46 @@ def test_both_keys_open_it(web: Web, parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("query", ["?types=task.done", "?after=x", "?after=-1", "?after=99", "?after=" + "1" * 30])
-def test_what_makes_no_sense_is_refused(web: Web, query: str) -> None:
+def test_invalid_filter_or_number_is_refused(web: Web, query: str) -> None:
     assert status(web, query, **KEYS) == 400
 
 
-def test_a_head_request_ends(web: Web) -> None:
+def test_head_request_ends(web: Web) -> None:
     assert httpx.head(f"{web.url}/events", headers=KEYS).status_code == 200
 
 
-def test_events_come_as_they_happen_and_none_from_before(web: Web, parts: Parts) -> None:
+def test_new_events_are_streamed_and_old_ones_are_not(web: Web, parts: Parts) -> None:
     task = task_of(parts)
     tell(parts, EventName.TASK_SUBMITTED)
     with reading(web) as messages:
         tell(parts, EventName.TASK_ARCHIVED, task=task)
         [message] = take(messages, 1)
-    told = json.loads(message["data"])
+    event = json.loads(message["data"])
     assert (message["id"], message["event"]) == ("3", "task.archived")
-    assert (told["type"], told["subject"], told["specversion"]) == ("task.archived", task.external_task_id, "1.0")
+    assert (event["type"], event["subject"], event["specversion"]) == ("task.archived", task.external_task_id, "1.0")
 
 
-def test_a_filter_leaves_the_rest_out_and_does_not_stop_at_it(web: Web, parts: Parts) -> None:
+def test_filter_skips_other_events(web: Web, parts: Parts) -> None:
     tell(parts, *[EventName.TASK_PROCESSING] * 3, EventName.ASSET_FAILED, EventName.TASK_FAILED)
-    with reading(web, "?after=0&types=asset.*,task.failed") as messages:
-        assert [message["event"] for message in take(messages, 2)] == ["asset.failed", "task.failed"]
+    for query in ("types=asset.*,task.failed", "types=asset.*&types=task.failed"):
+        with reading(web, f"?after=0&{query}") as messages:
+            assert [message["event"] for message in take(messages, 2)] == ["asset.failed", "task.failed"]
+    with reading(web, "?types=asset.*,task.failed") as messages:
+        next(messages)
         tell(parts, EventName.TASK_PROCESSING, EventName.ASSET_FAILED)
         assert numbers(take(messages, 1)) == [7]
 
 
-def test_after_a_cut_it_goes_on_without_a_gap(web: Web, parts: Parts) -> None:
-    """Readers come and go while events are told; each goes on where the last one was cut off."""
+def test_after_accepts_the_sequence_of_an_event(web: Web, parts: Parts) -> None:
+    tell(parts, *[EventName.TASK_PROCESSING] * 3)
+    with reading(web, "?after=0") as messages:
+        sequence = json.loads(take(messages, 2)[-1]["data"])["sequence"]
+    with reading(web, f"?after={sequence}") as messages:
+        assert numbers(take(messages, 1)) == [3]
+
+
+def test_reader_continues_after_a_cut_without_a_gap(web: Web, parts: Parts) -> None:
+    """Readers come and go while events are written; each continues where the last one was cut off."""
     ended = threading.Event()
 
     def telling() -> None:
@@ -153,7 +176,7 @@ def test_after_a_cut_it_goes_on_without_a_gap(web: Web, parts: Parts) -> None:
     assert cuts >= 8
 
 
-def test_who_has_seen_all_goes_on_after_it_was_forgotten(web: Web, parts: Parts) -> None:
+def test_reader_continues_after_its_last_event_was_pruned(web: Web, parts: Parts) -> None:
     tell(parts, *[EventName.TASK_PROCESSING] * 3)
     with parts.database.write() as session:
         session.execute(delete(Event))
@@ -162,10 +185,8 @@ def test_who_has_seen_all_goes_on_after_it_was_forgotten(web: Web, parts: Parts)
         assert numbers(take(messages, 1)) == [4]
 
 
-def test_one_that_comes_takes_no_news_from_those_that_wait(
-    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(event_stream, "POLL_INTERVAL_SECONDS", 60)  # so that it looks before the look-out of all does
+def test_new_request_wakes_the_streams_that_wait(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "POLL_INTERVAL_SECONDS", 60)  # the new request reads before the poll does
     with reading(web) as messages:
         next(messages)
         tell(parts, EventName.TASK_FAILED)
@@ -173,7 +194,7 @@ def test_one_that_comes_takes_no_news_from_those_that_wait(
         assert numbers(take(messages, 1)) == [1]
 
 
-def test_a_bug_met_while_looking_out_ends_no_look_out(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polling_continues_after_an_unexpected_error(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     look, bugs = events.newest_seq, [ZeroDivisionError()]
     with reading(web) as messages:
 
@@ -188,24 +209,50 @@ def test_a_bug_met_while_looking_out_ends_no_look_out(web: Web, parts: Parts, mo
         assert len(take(messages, 1)) == 1
 
 
-def test_silence_is_broken_now_and_then(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_stream_has_heartbeats(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "HEARTBEAT_SECONDS", 0.05)
     with reading(web) as messages:
         assert next(messages) == {"retry": "2000"}
         assert [next(messages), next(messages)] == [{"comment": "still there"}] * 2
 
 
-def test_there_are_only_so_many_at_once_and_who_leaves_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_blank_line_makes_an_empty_event(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx-sse yields an event for each blank line once it has seen an id or a `retry`."""
+    monkeypatch.setattr(event_stream, "HEARTBEAT_SECONDS", 0.05)
+    tell(parts, EventName.TASK_FAILED)
+    with httpx.stream("GET", f"{web.url}/events?after=0", headers=KEYS, timeout=PATIENCE) as answer:
+        lines = answer.iter_lines()
+        found = [next(lines).partition(":")[0] for _ in range(7)]
+    assert found == ["retry", "id", "event", "data", "", "", ""]
+
+
+def test_a_stream_that_cannot_be_served_says_when_to_reconnect(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "MAX_STREAMS", 0)
+    answer = httpx.get(f"{web.url}/events", headers=KEYS)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert answer.text == ": too many streams are open\nretry: 5000\n"
+
+
+def test_one_key_leaves_half_of_the_streams_to_others(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "MAX_STREAMS", 2)
+    with reading(web) as messages:
+        next(messages)
+        assert not is_served(web)
+        assert is_served(web, OTHER_KEY)
+
+
+@pytest.mark.parametrize("changes", [{"api_keys": KEY}], ids=["one key"])
+def test_reader_who_leaves_frees_its_stream(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "MAX_STREAMS", 1)
     with reading(web) as messages:
         next(messages)
-        assert status(web, **KEYS) == 503
-    wait_until(lambda: status(web, **KEYS) == 200)
+        assert not is_served(web)
+    wait_until(lambda: is_served(web))
 
 
 @contextmanager
 def stuck(web: Web) -> Iterator[None]:
-    """A reader that asks for everything, is let in, and reads nothing."""
+    """A reader that asks for all events and reads only the first bytes."""
     with socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         host, _, port = web.url.removeprefix("http://").partition(":")
@@ -215,28 +262,29 @@ def stuck(web: Web) -> Iterator[None]:
         yield
 
 
-def much(parts: Parts, count: int = 2_000) -> None:
-    """Far more than the sockets between us hold."""
+def many_events(parts: Parts, count: int = 2_000) -> None:
+    """Far more than the buffers of the connection hold."""
     with parts.database.write() as session:
         for _ in range(count):
             record(session, EventName.ASSET_FAILED, None, {"error": "x" * 4_000})
     parts.sequence()
 
 
-@pytest.mark.parametrize(("seconds", "others"), [(60, 503), (0.2, 200)], ids=["waited for", "let go"])
-def test_a_reader_that_does_not_read_holds_nothing_and_is_let_go(
-    seconds: float, others: int, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [{"api_keys": KEY}], ids=["one key"])
+@pytest.mark.parametrize(("seconds", "others"), [(60, False), (0.2, True)], ids=["waited for", "disconnected"])
+def test_stuck_reader_holds_no_connection_to_the_database_and_is_disconnected(
+    seconds: float, others: bool, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`others`: how they are answered while it counts, and afterwards."""
+    """`others`: whether they are served while its time runs, and afterwards."""
     monkeypatch.setattr(event_stream, "SEND_SECONDS", seconds)
     monkeypatch.setattr(event_stream, "MAX_STREAMS", 1)
-    much(parts)
+    many_events(parts)
     with stuck(web):
-        wait_until(lambda: status(web, **KEYS) == others)
+        wait_until(lambda: is_served(web) is others)
         wait_until(lambda: parts.database.reader.pool.checkedout() == 0)  # type: ignore[attr-defined]
 
 
-def test_the_server_ends_at_once_whoever_reads(parts: Parts) -> None:
+def test_server_stops_at_once_while_streams_are_open(parts: Parts) -> None:
     with Web(parts) as web, reading(web) as messages:
         next(messages)
         ending = timed(lambda: web.__exit__())
@@ -245,7 +293,7 @@ def test_the_server_ends_at_once_whoever_reads(parts: Parts) -> None:
 
 
 def timed(work: Callable[[], Any]) -> Callable[[], float]:
-    """Do it in a thread; returns how to wait for how long it took."""
+    """Run `work` in a thread. The function returned waits for it and returns its seconds."""
     started, took = time.monotonic(), list[float]()
     thread = threading.Thread(target=lambda: (work(), took.append(time.monotonic() - started)))
     thread.start()
@@ -253,5 +301,5 @@ def timed(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 @pytest.mark.parametrize("changes", [{}], ids=["no key"])
-def test_without_keys_it_is_not_there(web: Web) -> None:
+def test_stream_is_404_without_api_keys(web: Web) -> None:
     assert status(web, **KEYS) == 404
