@@ -1,4 +1,4 @@
-"""Everything put together from the settings. Imported by the entry points and tests alone."""
+"""Constructs every part of one process from the settings. Only entry points and tests import it."""
 
 from __future__ import annotations
 
@@ -6,41 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sqlmodel import col
-
 import receiver
-from receiver.app import local_store
-from receiver.app.worker import LINGER_SECONDS, Lane, PeriodicJob, Worker
+from receiver.app import jobs, local_store
+from receiver.app.worker import Lane, PeriodicJob, Worker
 from receiver.base.config import Settings, private_pairs
 from receiver.base.once import made_once
 from receiver.base.tokens import Tokens
 from receiver.events.cloudevents import Envelope
-from receiver.events.dispatcher import Dispatcher, Sink
+from receiver.events.dispatcher import Sink
 from receiver.events.http_post import Poster
 from receiver.events.make import make
 from receiver.gateway import client_callback
 from receiver.gateway.answers import ResponseFormat
 from receiver.providers.base import Provider
 from receiver.providers.kling.client import Kling
-from receiver.tasks.apply_deliveries import BATCH, Confirmation, DeliveryApplier, trusted_hosts
-from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
+from receiver.tasks.apply_deliveries import Confirmation, trusted_hosts
 from receiver.tasks.submit import Submitter
-from storage.accounts import idempotency
 from storage.accounts.rate_limit import ReadRateLimit
-from storage.accounts.slots import Slots, give_back_silent
-from storage.archive import continuous_audit
-from storage.archive.archiver import Archiver
-from storage.archive.folders import sweep_uploads
-from storage.archive.manifest import Finisher
+from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.fetch.addresses import AddressPolicy
 from storage.fetch.client import TOTAL_SECONDS, Fetcher
-from storage.operations import deadlines, outbox
+from storage.operations import outbox
 from storage.rows.database import Database
-from storage.rows.models import Asset, Callback, Dispatch, Task
 from storage.rows.tasks import Schedule
-from storage.states import CallbackState, Step
 
 if TYPE_CHECKING:
     from receiver.console.console import Console
@@ -48,43 +38,18 @@ if TYPE_CHECKING:
     from receiver.web.app import Web
     from receiver.web.event_stream import Stream
 
-# Deliveries are short work on one database; two threads keep one busy while the other commits.
-CALLBACK_THREADS = 2
-# A create or a read waits up to 20 s for the provider; four at once are below its 5 reads a second.
-TASK_THREADS = 4
-# No sink has more.
-SINK_THREADS = 4
-# Threads of a worker process beside those of its lanes: a feeder for each of the six lanes that are not a sink's, eight
-# chores, the wake-up call, heartbeat, suspects, renewal, checkpoints; the rest is room.
-OTHER_THREADS = 24
-# Threads of the web server: 40 for pages, the gateway's 64 creates, a renewal beside each and 8 for all else, the
-# inbox; the rest is room.
+# Threads of the web server: 40 for pages, the gateway's 64 creates with a lease renewal beside each, 8 for the rest,
+# the inbox. What remains is reserve.
 WEB_THREADS = 180
-# Deadlines are hours away; one look a minute and worker costs an index look-up.
-DEADLINE_INTERVAL_SECONDS = 60.0
-# Half uploaded files lie there for a day before they are swept; a few looks a day cost as many list requests.
-UPLOADS_INTERVAL_SECONDS = 6 * 3_600.0
-# The largest file allowed must come within TOTAL_SECONDS, or within what it takes at this pace.
+# A download may take TOTAL_SECONDS, or as long as the largest file allowed takes at this speed.
 SLOWEST_BYTES_PER_SECOND = 450_000.0
-# A day's silence is noticed a minute later, at the cost of a look into the index of held slots.
-SILENT_INTERVAL_SECONDS = 60.0
-# Events are numbered at once where a commit wakes workers, and this late at most: one index look-up by each worker.
-SEQUENCE_INTERVAL_SECONDS = 0.5
-# When the next step of the audit is due its row says; a look reads that one row.
-AUDIT_INTERVAL_SECONDS = 1.0
-# An audit that was switched off is forgotten by the next worker that starts, and by those that go on.
-AUDIT_OFF_INTERVAL_SECONDS = 86_400.0
-# Names this installation in events where it has no public URL.
+# The source of events (CloudEvents) where the installation has no public URL.
 NAMELESS = "urn:kling-receiver"
-
-
-# A key stands for its answer for a day; an hour more or less of a small row costs nothing.
-IDEMPOTENCY_INTERVAL_SECONDS = 3_600.0
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one process, each made when it is first asked for."""
+    """The parts of one process, each made at its first use."""
 
     settings: Settings
 
@@ -94,13 +59,13 @@ class Parts:
 
     @property
     def database_threads(self) -> int:
-        """The most threads of one process, a worker or the web server, that need a connection at once.
+        """How many threads of one process, a worker or the web server, may need a connection at once.
 
-        One for each thread of a lane, one to renew the claim beside each create, one for each sink's feeder.
+        A worker has those of its lanes, one to renew the lease beside each create, and a feeder for each sink.
         """
-        sinks = (len(self.settings.event_entries) + 1) * (SINK_THREADS + 1)
-        rows = 2 * CALLBACK_THREADS + 1 + 3 * TASK_THREADS + self.settings.worker_threads
-        return max(rows + sinks + OTHER_THREADS, WEB_THREADS)
+        sinks = (len(self.settings.event_entries) + 1) * (jobs.SINK_THREADS + 1)
+        rows = 2 * jobs.CALLBACK_THREADS + 1 + 3 * jobs.TASK_THREADS + self.settings.worker_threads
+        return max(rows + sinks + jobs.OTHER_THREADS, WEB_THREADS)
 
     @made_once
     def kling(self) -> Kling:
@@ -158,7 +123,7 @@ class Parts:
             checksum_mode=chosen.s3_checksums,
             addressing=chosen.s3_addressing,
             put_options=chosen.put_options,
-            connections=chosen.worker_threads + TASK_THREADS,
+            connections=chosen.worker_threads + jobs.TASK_THREADS,
         )
 
     @made_once
@@ -201,7 +166,7 @@ class Parts:
         """The ASGI application below `/kling`; None without API keys."""
         from receiver.gateway.api_keys import ApiKeys
         from receiver.gateway.creates import Creates
-        from receiver.gateway.gateway import Gateway  # with what serves HTTP, which most commands do without
+        from receiver.gateway.gateway import Gateway  # with the HTTP server, which most commands do not need
         from receiver.gateway.openapi import document
         from receiver.gateway.queries import Queries
 
@@ -214,8 +179,8 @@ class Parts:
 
     @made_once
     def response_format(self) -> ResponseFormat:
-        """How the gateway tells its clients of results."""
-        from receiver.web.assets import asset_link  # with what serves HTTP, as above
+        """How the gateway words a result for its clients."""
+        from receiver.web.assets import asset_link  # with the HTTP server, as above
 
         url = self.settings.public_url if self.settings.callback_secrets else None
         link = (lambda asset: asset_link(self.tokens, url, asset)) if url else (lambda _: None)
@@ -239,16 +204,16 @@ class Parts:
 
     @made_once
     def subscriptions(self) -> Sequence[outbox.Subscription]:
-        asked = [outbox.Subscription(entry.name, entry.names) for entry in self.settings.event_entries]
-        return (*asked, outbox.Subscription(client_callback.NAME, client_callback.EVENTS, of_clients=True))
+        sinks = [outbox.Subscription(entry.name, entry.names) for entry in self.settings.event_entries]
+        return (*sinks, outbox.Subscription(client_callback.NAME, client_callback.EVENTS, of_clients=True))
 
     def sequence(self) -> int:
-        """Number the events there are and queue them for their sinks. Returns how many."""
+        """Number new events and queue them for their sinks. Returns how many."""
         return outbox.sequence_all(self.database, self.subscriptions)
 
     @made_once
     def stream(self) -> Stream | None:
-        from receiver.web.event_stream import Stream  # with what serves HTTP, as above
+        from receiver.web.event_stream import Stream  # with the HTTP server, as above
 
         keys = self.settings.api_keys
         return Stream(self.database, self.envelope, keys) if keys else None
@@ -264,7 +229,7 @@ class Parts:
 
     def web(self) -> Web:
         """The ASGI application."""
-        from receiver.web import app  # with what serves HTTP, as above
+        from receiver.web import app  # with the HTTP server, as above
         from receiver.web.assets import Assets
 
         chosen = self.settings
@@ -285,98 +250,14 @@ class Parts:
             console=self.console,
         )
 
-    def _event_lane(self, name: str, sink: Sink) -> Lane:
-        """A sink's own lane: one that is slow or down holds up nothing else."""
-        circuit = None if name == client_callback.NAME else Circuit()
-        retry_seconds = self.settings.event_retry_seconds
-        work = Dispatcher(self.database, name, sink, self.envelope, retry_seconds=retry_seconds, circuit=circuit)
-        return Lane(
-            f"events-{name}",
-            Dispatch,
-            work.work,
-            sink.threads,
-            (col(Dispatch.sink) == name,),
-            circuit=circuit,
-            work_many=work.work_many,
-            batch=lambda: sink.batch,
-            linger_seconds=LINGER_SECONDS,
-        )
-
     def lanes(self) -> Sequence[Lane]:
-        """Everything a worker does. A row's step says which lane it waits for."""
-        settings, step = self.settings, Task.step
-        unmatched = col(Callback.state) == CallbackState.UNMATCHED
-        applier = DeliveryApplier(self.database, self.providers, self.schedule, self.confirmation)
-        reader = Reader(self.database, self.providers, self.schedule, self.read_rate_limit)
-        unmatched_deliveries = UnmatchedDeliveries(self.database, self.providers, self.schedule, self.read_rate_limit)
-        store, provider = Circuit(), self.provider_circuit
-        finisher = Finisher(self.database, self.bucket, self.schedule, version=receiver.__version__, circuit=store)
-        archiver = Archiver(
-            self.database, self.bucket, self.fetcher, self.schedule, spool_dir=settings.spool_dir, circuit=store
-        )
-        return (
-            Lane(
-                "callbacks",
-                Callback,
-                applier.work,
-                CALLBACK_THREADS,
-                (~unmatched,),
-                work_many=applier.work_many,
-                batch=lambda: BATCH,
-            ),
-            Lane("unmatched", Callback, unmatched_deliveries.work, 1, (unmatched,), circuit=provider),
-            Lane(
-                "creates",
-                Task,
-                self.submitter.work,
-                TASK_THREADS,
-                (step == Step.CREATE,),
-                circuit=provider,
-                slots=self.slots,
-            ),
-            Lane(
-                "reads",
-                Task,
-                reader.work,
-                TASK_THREADS,
-                (step == Step.READ,),
-                circuit=provider,
-                work_many=reader.work_many,
-                batch=reader.batch,
-            ),
-            Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
-            Lane("assets", Asset, archiver.work, settings.worker_threads, circuit=store),
-            *(self._event_lane(name, sink) for name, sink in self.sinks.items()),
-        )
+        return jobs.lanes(self)
 
     def periodic_jobs(self) -> Sequence[PeriodicJob]:
-        """What every worker looks after beside its lanes."""
-        lead = deadlines.lead_seconds(self.settings.result_lifetime_seconds)
-        return (
-            PeriodicJob("idempotency keys", IDEMPOTENCY_INTERVAL_SECONDS, lambda: idempotency.prune_all(self.database)),
-            PeriodicJob("deadlines", DEADLINE_INTERVAL_SECONDS, lambda: deadlines.announce(self.database, lead)),
-            PeriodicJob("uploads", UPLOADS_INTERVAL_SECONDS, lambda: sweep_uploads(self.bucket)),
-            PeriodicJob("silent", SILENT_INTERVAL_SECONDS, lambda: give_back_silent(self.database)),
-            PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, self.sequence, wakes=True),
-            PeriodicJob("disabled sinks", DEADLINE_INTERVAL_SECONDS, lambda: outbox.end_disabled(self.database)),
-            self._audit_job(),
-        )
-
-    def _audit_job(self) -> PeriodicJob:
-        chosen = self.settings
-        if chosen.audit_days is None:
-            return PeriodicJob("audit", AUDIT_OFF_INTERVAL_SECONDS, lambda: continuous_audit.forget(self.database))
-        work = continuous_audit.ContinuousAudit(
-            self.database,
-            self.bucket,
-            days=chosen.audit_days,
-            bytes_per_second=chosen.audit_bytes_per_second,
-            lease_seconds=chosen.lease_seconds,
-        )
-        return PeriodicJob("audit", AUDIT_INTERVAL_SECONDS, work.run)
+        return jobs.periodic_jobs(self)
 
     def worker(self, lanes: Sequence[Lane] | None = None) -> Worker:
-        """A worker process's loop over all lanes, or over the given ones."""
+        """A worker process over all lanes, or over the given ones."""
         chosen = self.settings
         return Worker(
             self.database,
@@ -387,7 +268,7 @@ class Parts:
         )
 
     def close(self) -> None:
-        """Close what was opened; nothing is opened to be closed."""
+        """Close the parts that were made."""
         for sink in self.__dict__.get("sinks", {}).values():
             sink.close()
         for name in ("fetcher", "kling", "database"):

@@ -1,8 +1,8 @@
-"""The headers of every answer."""
+"""The security headers of every answer."""
 
 from __future__ import annotations
 
-# A page a browser shows is never meant here; these cost nothing and close what sniffing opens.
+# No answer is a page for browsers. Without these headers a browser might guess that one is.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'",

@@ -1,10 +1,13 @@
-"""The front door: uvicorn's HTTP protocol with the deadlines and bounds that it leaves open.
+"""uvicorn's HTTP protocol with the deadlines and bounds that it lacks.
 
-uvicorn 0.54 waits for ever for a first byte and for the end of a header, and httptools reads a header of any size.
-Here each connection has 10 s for a complete head, a head has 16 KiB, a URL 2 KiB; a body nobody reads ends its
-connection; and above the connection limit the one whose client has kept us waiting for longest makes room.
-A body has as many bytes as its head or its chunks announce, else its request is refused. A few requests may wait behind
-the one in work, then nothing is read; and an answer of which its client takes nothing for a minute is given up.
+uvicorn 0.54 waits for ever for a first byte and for the end of a head, and httptools accepts a head of any size. Here:
+
+- A complete head arrives within 10 s, has at most 16 KiB, and its URL 2 KiB.
+- A body has as many bytes as its head or its chunks announce, or its request is refused. A body that no handler reads
+  ends its connection.
+- A few requests may wait behind the one in work. Nothing more is read then.
+- An answer that makes no progress for 60 s is aborted.
+- Above the connection limit, the connection without progress for longest makes room.
 """
 
 from __future__ import annotations
@@ -17,30 +20,30 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# First byte to end of head, and also the first byte itself. An honest client sends both in one packet.
+# From connecting to the end of a head, and from a head's first byte to its end. Honest clients send one in one packet.
 HEAD_SECONDS = 10.0
-# How long a kept connection may idle. Whoever reuses one in the moment we close it sees a reset instead of an answer,
-# and neither Go's nor Java's client sends a POST again: so the other side has to hang up first. Idle connections are
-# closed by the JDK's client after 30 s, by nginx and AWS's balancers after 60 s, by Traefik after 90 s. Apache's, which
-# Kling uses, keeps them for as long as we do, but looks whether one is closed that has idled for two seconds.
+# How long a kept connection may idle. A client that sends at the moment we close sees a reset instead of an answer, and
+# Go's and Java's clients do not repeat a POST. So the client has to close first: the JDK's client does after 30 s,
+# nginx and AWS's load balancers after 60 s, Traefik after 90 s. Apache's, which Kling uses, keeps a connection as long
+# as we do, but checks whether it was closed once it has idled for 2 s.
 KEEP_ALIVE_SECONDS = 120
 # The recorded heads are under 1 kB; proxies add a few hundred bytes.
 MAX_HEAD_BYTES = 16 * 1024
 MAX_URL_BYTES = 2 * 1024
-# A header of four bytes takes some 150 in memory. Apache allows as many.
+# A header of four bytes takes some 150 bytes of memory. Apache allows as many headers.
 MAX_HEADERS = 100
-# All that surrounds a body (head, sizes of chunks and what is appended to them, trailers) may have as many bytes as a
-# head and so many for each byte of the body. A chunk of one byte has five around it.
+# Framing is head, chunk sizes, chunk extensions and trailers. It may have MAX_HEAD_BYTES, and this much for each byte
+# of body. A chunk of one byte has five bytes of framing.
 FRAMING_PER_BODY_BYTE = 8
-# Requests that wait behind the one in work, each of them some 4 kB. No client that is known to us sends a second one
-# before it has its answer; uvicorn keeps all that one read brings, 2,400, and reads again after each answer.
+# Requests that may wait behind the one in work, each some 4 kB. No client we know pipelines. uvicorn keeps all that one
+# read brings, 2,400 requests, and reads again after each answer.
 MAX_PIPELINED = 8
-# An answer that makes no progress for so long is given up; nginx's `send_timeout` is as long. The kernel takes more
-# from us when a third of its buffer is free, so that a slow line makes progress in steps.
+# nginx's `send_timeout` is as long. The kernel takes more from us once a third of its buffer is free, so a slow line
+# makes progress in steps.
 WRITE_SECONDS = 60.0
-# Of answers that nobody takes a connection keeps about so much. uvloop's own limit, 64 KiB, is 268 MB for all of them.
+# What a connection buffers of an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to 268 MB.
 WRITE_BUFFER_BYTES = 16 * 1024
-# Far above what a provider opens at once. With fewer file descriptors `max_connections` is lower.
+# Far above what a provider opens at once. `max_connections` is lower where there are fewer file descriptors.
 MAX_CONNECTIONS = 4_096
 
 _ANSWERS = {
@@ -60,31 +63,31 @@ class _Refused(Exception):
 
 
 class _Flow(FlowControl):
-    """Reads nothing while requests wait behind the one in work, and nothing more after `end_reading`."""
+    """Pauses reading while requests wait behind the one in work, and for good after `end_reading`."""
 
     def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
         super().__init__(transport)
         self._pipeline = pipeline
-        self._is_at_end = False
+        self._has_ended = False
 
     def resume_reading(self) -> None:
-        if not self._pipeline and not self._is_at_end:
+        if not self._pipeline and not self._has_ended:
             super().resume_reading()
 
     def end_reading(self) -> None:
-        self._is_at_end = True
+        self._has_ended = True
         self.pause_reading()
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. It stands in one of two queues, those without progress for longest first.
+    """One connection. All connections of the process are in two queues, those without progress for longest first.
 
-    `_waiting`: for their clients, that is for a head, for a body or for an answer to be taken. `_working`: the others.
+    `_waiting`: we wait for the client, to send a head or body or to read an answer. `_working`: a handler is at work.
     """
 
-    _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - one for all connections of the process, on purpose
+    _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - shared by all connections on purpose
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
-    max_connections = MAX_CONNECTIONS  # of this process, for which there are descriptors
+    max_connections = MAX_CONNECTIONS  # of this process, set from its file descriptors
     flow: _Flow
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -99,14 +102,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._keeps_alive = True
 
     def shutdown(self) -> None:
-        self._keeps_alive = False  # else the end of a body under way would bring it back, and hold up our end
+        self._keeps_alive = False  # the end of a body under way would restore it and delay the shutdown
         super().shutdown()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport, self.pipeline)
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
-        self._await_head()
+        self._start_head_timer()
         if len(self.connections) > min(MAX_CONNECTIONS, self.max_connections):
             self._make_room()
 
@@ -118,8 +121,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
-        self._end_write()
+        self._cancel_head_timer()
+        self._cancel_write_timer()
         self._leave_queues()
         super().connection_lost(exc)
 
@@ -127,19 +130,19 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._waiting.pop(self, None)
         self._working.pop(self, None)
 
-    def _has_moved(self) -> None:
-        """To the end of its queue."""
+    def _note_progress(self) -> None:
+        """Go to the end of the queue that fits now."""
         self._leave_queues()
-        is_ours = self._is_at_work and not self._in_body and not self.flow.write_paused
-        (self._working if is_ours else self._waiting)[self] = None
+        is_working = self._has_request and not self._in_body and not self.flow.write_paused
+        (self._working if is_working else self._waiting)[self] = None
 
     @property
-    def _is_at_work(self) -> bool:
+    def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
         if self._head_timer is None and not self._in_body:
-            self._await_head()  # the first bytes of the next request on a kept connection
+            self._start_head_timer()  # the first bytes of the next request on a kept connection
         self._framing_bytes += len(data)
         self._unset_keepalive_if_required()
         try:
@@ -154,10 +157,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._refuse(400 if self._in_body else 431)
 
     def _parse(self, data: bytes) -> None:
-        """Pass over offers to upgrade: Java's HttpClient and `curl --http2` offer h2c with each first request.
+        """Feed the parser, ignoring offers to upgrade: Java's HttpClient and `curl --http2` offer h2c at first.
 
-        llhttp ends the message at the head of an offer and takes its body for bytes of another protocol. The offer is
-        known when its head ends, so a fresh parser reads that head again without the `Upgrade` field, then the rest.
+        llhttp ends the message after the head of an offer and treats the body as another protocol. So at the end of
+        such a head a fresh parser reads it again without its `Upgrade` field, then the rest.
         """
         while True:
             try:
@@ -170,7 +173,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 data = start + b"".join(fields) + b"\r\n" + data[offer.args[0] :]
                 self._header_bytes = 0
                 self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
             else:
                 return
 
@@ -183,35 +186,35 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
             raise _Refused(431)
-        if not self._in_body:  # a trailer is no header: the handler may be at work on those
+        if not self._in_body:  # trailers are dropped: the handler may be reading the headers
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise _Refused(400)  # what follows is a tunnel's, whatever its length says
-            return  # `_parse` comes back with this head
-        self._end_head()
+                raise _Refused(400)  # what follows belongs to a tunnel, whatever its length says
+            return  # `_parse` feeds this head again
+        self._cancel_head_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused(429)
-        self._announce()
+        self._read_length()
         super().on_headers_complete()
         self._in_body = True
-        if self.cycle is not None:  # an answer before the body's end says that it closes, and no client sends on
+        if self.cycle is not None:  # an answer before the body's end says `close`: the client stops sending
             self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
-        self._has_moved()
+        self._note_progress()
 
-    def _announce(self) -> None:
-        """How long the body is going to be. -1: not known before its chunks end."""
+    def _read_length(self) -> None:
+        """Set the announced length of the body. -1: unknown until its last chunk."""
         fields = dict(self.headers)
         self._announced = -1 if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
         if self.parser.get_method() == b"POST" and not fields.keys() & {b"content-length", b"transfer-encoding"}:
-            raise _Refused(411)  # without a length its body is empty (RFC 9112 section 6.3), whatever its sender meant
+            raise _Refused(411)  # RFC 9112 section 6.3 would make its body empty, whatever was sent
 
     def on_body(self, body: bytes) -> None:
         self._delivered += len(body)
         self._framing_bytes -= len(body)
-        self._has_moved()
+        self._note_progress()
         super().on_body(body)
 
     def on_chunk_complete(self) -> None:
@@ -221,85 +224,85 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         if self._delivered != self._announced:
-            raise _Refused(400)  # llhttp has ended the body early: what is there must not be taken for all of it
+            raise _Refused(400)  # llhttp ended the body early; a part must not pass for the whole
         self._in_body = False
         self._framing_bytes = self._header_bytes = self._delivered = 0
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = self._keeps_alive
         super().on_message_complete()
-        self._has_moved()
+        self._note_progress()
 
     def on_response_complete(self) -> None:
         is_last = not self.pipeline
         if is_last and self._refusal is not None:
-            self._end_with(self._refusal)
+            self._close_with(self._refusal)
         elif is_last and self.cycle is not None and self.cycle.more_body:
-            self.transport.close()  # answered before its body ended: nobody will read the rest
+            self.transport.close()  # answered before the body ended: no handler reads the rest
         super().on_response_complete()
         if self.parser is None:
-            return  # lost already: uvicorn tells only the newest of several requests
+            return  # already lost; uvicorn informs only the newest of several requests
         if self.transport.is_closing():
-            self._await_write()
-        self._has_moved()
+            self._start_write_timer()
+        self._note_progress()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._await_write()
-        self._has_moved()
+        self._start_write_timer()
+        self._note_progress()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._end_write()
+        self._cancel_write_timer()
         if self.transport.is_closing():
-            self._await_write()  # for the rest
-        self._has_moved()
+            self._start_write_timer()  # what is still buffered
+        self._note_progress()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._await_write()
+        self._start_write_timer()
 
-    def _await_write(self) -> None:
-        """Give the connection up if nothing more of what is to be sent has been taken when the time is over."""
-        self._end_write()
+    def _start_write_timer(self) -> None:
+        """Abort the connection if the client reads nothing of what is buffered in WRITE_SECONDS."""
+        self._cancel_write_timer()
         left = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._look_at_write, left)
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._check_write, left)
 
-    def _look_at_write(self, before: int) -> None:
+    def _check_write(self, before: int) -> None:
         if self.transport.get_write_buffer_size() < before:
-            self._await_write()
+            self._start_write_timer()
         else:
             self.transport.abort()
 
-    def _end_write(self) -> None:
+    def _cancel_write_timer(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
 
-    def _await_head(self) -> None:
+    def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
-        self._has_moved()  # a kept one has waited for its first byte; now it waits for the rest
+        self._note_progress()  # on a kept connection the first byte is progress
 
-    def _end_head(self) -> None:
+    def _cancel_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
     def _refuse(self, status: int) -> None:
-        """Answer so and close, once all requests before this one are answered."""
-        self._end_head()
+        """Answer with `status` and close, after the answers to all earlier requests."""
+        self._cancel_head_timer()
         if self.transport.is_closing():
             return
         if self._in_body and self.pipeline:
-            self.pipeline.popleft()  # this request: its handler has not begun
-        elif self._in_body or not self._is_at_work:
-            self._end_with(status)
+            self.pipeline.popleft()  # this request; its handler has not started
+        elif self._in_body or not self._has_request:
+            self._close_with(status)
             return
         self._refusal = status
         self.flow.end_reading()
 
-    def _end_with(self, status: int) -> None:
+    def _close_with(self, status: int) -> None:
         if not self.transport.is_closing():
-            if not (self._is_at_work and self.cycle.response_started):  # else it would be taken for a part of that
+            if not (self._has_request and self.cycle.response_started):  # it would seem a part of that one
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()
-            self._await_write()
+            self._start_write_timer()

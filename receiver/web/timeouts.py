@@ -1,6 +1,7 @@
-"""`asyncio.timeout` for very many short waits, all equally long: one timer for all of them instead of one each.
+"""`asyncio.timeout` for many short waits of the same length, with one timer for all of them.
 
-A timer made and cancelled for each body and each commit was a twelfth of what the event loop spent on a callback.
+A callback waits twice, for its body and for its commit. On Python 3.11 with uvloop `asyncio.timeout` takes 5 µs each
+time and this 1 µs, of some 140 µs that the event loop spends on a callback.
 """
 
 from __future__ import annotations
@@ -11,34 +12,34 @@ from types import TracebackType
 
 
 class Timeouts:
-    """`with timeouts.within(seconds):` around awaits of one task; all who use the same object wait equally long."""
+    """`with timeouts.within(seconds):` around awaits of one task. `seconds` is the same for all uses of one object."""
 
     def __init__(self) -> None:
         self._waits: deque[_Wait] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
     def within(self, seconds: float) -> _Wait:
-        """A block that raises `TimeoutError` after so many seconds."""
+        """A block that raises `TimeoutError` after `seconds`."""
         return _Wait(self, seconds)
 
     def enter(self, wait: _Wait) -> None:
         self._waits.append(wait)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(wait.ends_at, self._look)
+            self._timer = asyncio.get_running_loop().call_at(wait.ends_at, self._end_due_waits)
 
     def leave(self) -> None:
         while self._waits and self._waits[0].task is None:
             self._waits.popleft()
 
-    def _look(self) -> None:
-        """End the waits whose time is over; the oldest of the others says when to look again."""
+    def _end_due_waits(self) -> None:
+        """End the waits that are over, and set the timer for the oldest of the others."""
         loop = asyncio.get_running_loop()
         self._timer = None
         for wait in self._waits:
             if wait.task is None:
                 continue
             if wait.ends_at > loop.time():
-                self._timer = loop.call_at(wait.ends_at, self._look)
+                self._timer = loop.call_at(wait.ends_at, self._end_due_waits)
                 return
             wait.end()
 
@@ -65,7 +66,7 @@ class _Wait:
             raise TimeoutError from error
 
     def end(self) -> None:
-        """Cancel the task's await; where the block ends that becomes a `TimeoutError`."""
+        """Cancel the task's await. The end of the block turns that into a `TimeoutError`."""
         if self.task is not None and not self._is_over:
             self._is_over = True
             self.task.cancel()

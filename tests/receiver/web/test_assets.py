@@ -229,13 +229,16 @@ def test_readers_at_one_address_leave_room_for_others(link: str, large: int, mon
         assert get(link, Range="bytes=0-3").status_code == 503
 
 
-def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", 0.2)
+@pytest.mark.parametrize(("seconds", "others"), [(60, False), (0.2, True)], ids=["waited for", "dropped"])
+def test_reader_below_the_least_speed_is_dropped(
+    seconds: float, others: bool, link: str, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`others`: whether they are served while its time runs, and afterwards."""
+    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", seconds)
     monkeypatch.setattr(assets, "LEAST_BYTES_PER_SECOND", 2**30)
     monkeypatch.setattr(assets, "MAX_STREAMS_OF_ASSET", 1)
     with stuck_readers(link, 1):
-        assert not is_served(link)
-        wait_until(lambda: is_served(link))
+        wait_until(lambda: is_served(link) is others)
 
 
 def is_served(link: str) -> bool:

@@ -1,4 +1,4 @@
-"""What connections may cost: memory, time and descriptors. Against real processes, and the front door alone."""
+"""Bounds on what connections cost: memory, time and descriptors. Against real processes and the protocol alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from receiver.base.tokens import Tokens
 from receiver.web import http_protocol
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port
-from tests.receiver.web.test_http_protocol import GET, read_to_end, sent_of
+from tests.receiver.web.test_http_protocol import GET, read_to_end, send_all
 
 CALLBACK = f"/callbacks/kling/{Tokens([SecretStr(CALLBACK_SECRET)]).sign('kling', None)}"
 ON_LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="What a process has is read from /proc.")
@@ -71,7 +71,7 @@ async def large(scope: Any, receive: Any, send: Any) -> None:
 
 @contextmanager
 def large_answers() -> Iterator[tuple[int, set[Any]]]:
-    """The front door with that behind it: its port and its connections."""
+    """The HTTP protocol with `large` behind it: its port and its connections."""
     port = free_port()
     server = uvicorn.Server(web_config(large, "127.0.0.1", port))
     server.capture_signals = nullcontext  # type: ignore[method-assign,assignment] # only the main thread may
@@ -86,24 +86,24 @@ def large_answers() -> Iterator[tuple[int, set[Any]]]:
 
 
 @ON_LINUX
-def test_pipelined_requests_take_no_memory(tmp_path: Path) -> None:
+def test_pipelined_requests_take_little_memory(tmp_path: Path) -> None:
     with serving(tmp_path) as (port, pid), socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         before = peak_kib(pid)
-        assert sent_of(raw, GET * (9_600_000 // len(GET))) is None  # refused before it was all sent
+        assert send_all(raw, GET * (9_600_000 // len(GET))) is None  # refused before it was all sent
         assert peak_kib(pid) - before < 16 * 1024
 
 
 @contextmanager
-def unread(port: int) -> Iterator[socket.socket]:
-    """A connection that has asked for a large answer and takes nothing of it."""
+def unread_answer(port: int) -> Iterator[socket.socket]:
+    """A connection that asked for a large answer and reads nothing of it."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
         raw.sendall(GET)
         yield raw
 
 
-def test_an_answer_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_answer_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "WRITE_SECONDS", 0.3)
-    with large_answers() as (port, connections), unread(port) as kept, unread(port) as closed:
+    with large_answers() as (port, connections), unread_answer(port) as kept, unread_answer(port) as closed:
         closed.sendall(b"nonsense\r\n")
         wait_until(lambda: len(connections) == 2)
         wait_until(lambda: not connections)
@@ -111,29 +111,34 @@ def test_an_answer_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch
             assert len(read_to_end(raw)) < LARGE
 
 
-def test_an_answer_that_is_taken_slowly_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slowly_read_answer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "WRITE_SECONDS", 0.3)
-    with large_answers() as (port, connections), unread(port) as raw:
+    with large_answers() as (port, connections), unread_answer(port) as raw:
         taken = 0
         while taken < LARGE:
             taken += len(raw.recv(1 << 20))
-            time.sleep(0.02)  # a slow reader: all of it takes longer than the time an answer may stand still
+            time.sleep(0.02)  # the whole takes longer than an answer may go without progress
         assert connections
 
 
-def test_whoever_takes_nothing_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_that_leaves_its_answer_unread_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 3)
-    with large_answers() as (port, connections), unread(port) as first, unread(port) as second, unread(port):
+    with (
+        large_answers() as (port, connections),
+        unread_answer(port) as first,
+        unread_answer(port) as second,
+        unread_answer(port),
+    ):
         wait_until(lambda: [each.flow.write_paused for each in connections] == [True] * 3)
         answer = httpx.get(f"http://127.0.0.1:{port}/", trust_env=False)
         assert len(answer.content) == LARGE
         assert len(read_to_end(first)) < LARGE
-        assert second.recv(1) == b"H"  # it goes on
+        assert second.recv(1) == b"H"
 
 
 @contextmanager
 def silent(port: int) -> Iterator[Callable[[int], None]]:
-    """Opens so many connections that say nothing, and keeps them."""
+    """A function that opens that many connections, which stay open and send nothing."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with ExitStack() as opened:
@@ -152,7 +157,7 @@ def logged(folder: Path, event: str) -> list[dict[str, Any]]:
 
 
 @ON_LINUX
-def test_deliveries_are_taken_beside_more_silent_connections_than_descriptors(tmp_path: Path) -> None:
+def test_deliveries_are_stored_beside_more_silent_connections_than_descriptors(tmp_path: Path) -> None:
     with serving(tmp_path, limits="ulimit -n 256") as (port, pid), silent(port) as more:
         more(4 * 256)
         for number in range(100):
@@ -165,7 +170,7 @@ def test_deliveries_are_taken_beside_more_silent_connections_than_descriptors(tm
 
 
 @ON_LINUX
-def test_the_soft_limit_is_raised_as_far_as_connections_need(tmp_path: Path) -> None:
+def test_soft_limit_of_descriptors_is_raised_to_what_connections_need(tmp_path: Path) -> None:
     needed = http_protocol.MAX_CONNECTIONS + RESERVED_DESCRIPTORS
     with serving(tmp_path, limits=f"ulimit -Sn 256 && ulimit -Hn {needed}") as (_, pid):
         assert re.search(rf"Max open files +{needed} ", Path(f"/proc/{pid}/limits").read_text())

@@ -1,4 +1,4 @@
-"""The front door, with raw sockets: what dribbles, idles or swells is closed; what is honest passes beside it."""
+"""The HTTP protocol over raw sockets: slow, idle and oversized connections end, honest ones beside them do not."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def read_to_end(raw: socket.socket) -> bytes:
         answer += chunk
 
 
-def sent_of(raw: socket.socket, data: bytes) -> int | None:
-    """All of it; None when the other side has ended the connection before."""
+def send_all(raw: socket.socket, data: bytes) -> int | None:
+    """The number of bytes; None when the server ended the connection before."""
     try:
         raw.sendall(data)
     except ConnectionError:
@@ -48,21 +48,21 @@ def sent_of(raw: socket.socket, data: bytes) -> int | None:
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deadlines of half a second instead of ten."""
     monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.5)
     monkeypatch.setattr(callbacks, "BODY_SECONDS", 0.5)
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("short_deadlines")
 @pytest.mark.parametrize("start", [b"", b"GET / HT", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-A: "])
-def test_a_head_that_never_ends_is_closed(web: Web, start: bytes) -> None:
+def test_head_that_never_ends_is_answered_408(web: Web, start: bytes) -> None:
     with connection(web) as raw:
         raw.sendall(start)
         assert read_to_end(raw).startswith(b"HTTP/1.1 408")
 
 
-def test_a_second_head_has_its_own_deadline(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_head_has_its_own_deadline(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     with connection(web) as raw:
         raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
@@ -71,8 +71,8 @@ def test_a_second_head_has_its_own_deadline(web: Web, monkeypatch: pytest.Monkey
         assert b"HTTP/1.1 408" in read_to_end(raw)
 
 
-@pytest.mark.usefixtures("hasty")
-def test_a_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None:
+@pytest.mark.usefixtures("short_deadlines")
+def test_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None:
     token = web.account_token
     with connection(web) as raw:
         head = f"POST /callbacks/kling/{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{"
@@ -92,20 +92,20 @@ def test_a_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None
     ],
     ids=["long-url", "long-header", "many-headers", "small-headers", "nonsense", "two-lengths"],
 )
-def test_heads_are_bounded(web: Web, head: bytes, status: bytes) -> None:
+def test_oversized_or_invalid_head_is_refused(web: Web, head: bytes, status: bytes) -> None:
     with connection(web) as raw:
         raw.sendall(head)
         assert read_to_end(raw).split()[1] == status
 
 
-def test_a_body_nobody_reads_ends_the_connection(web: Web) -> None:
+def test_unread_body_ends_the_connection(web: Web) -> None:
     with connection(web) as raw:
         raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n")
         answer = read_to_end(raw)
         assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" in answer
 
 
-def test_a_body_that_was_sent_whole_keeps_the_connection(web: Web) -> None:
+def test_complete_unread_body_keeps_the_connection(web: Web) -> None:
     with connection(web) as raw:
         for _ in range(2):
             raw.sendall(b"POST /callbacks/kling/bad HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
@@ -113,14 +113,14 @@ def test_a_body_that_was_sent_whole_keeps_the_connection(web: Web) -> None:
             assert answer.startswith(b"HTTP/1.1 404") and b"connection: close" not in answer
 
 
-def test_the_longest_dawdler_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_that_waits_longest_for_a_head_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 5)
     with connection(web) as first, connection(web), connection(web), connection(web), connection(web):
         assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
         assert read_to_end(first) == b""
 
 
-def test_the_longest_idle_kept_connection_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_connection_that_idles_longest_makes_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 3)
     ask = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     with connection(web) as first, connection(web) as second, connection(web) as third:
@@ -144,13 +144,13 @@ def test_the_longest_idle_kept_connection_makes_room(web: Web, monkeypatch: pyte
     ],
     ids=["extension", "leading-zeros", "later-extension", "long-trailer", "many-trailers"],
 )
-def test_what_surrounds_a_body_is_bounded(web: Web, rest: bytes) -> None:
+def test_framing_of_a_chunked_body_is_bounded(web: Web, rest: bytes) -> None:
     head = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     with connection(web) as raw:
-        assert sent_of(raw, head + rest) is None or read_to_end(raw).split()[1] in (b"400", b"431")
+        assert send_all(raw, head + rest) is None or read_to_end(raw).split()[1] in (b"400", b"431")
 
 
-def test_a_few_requests_may_wait_and_one_more_ends_the_connection(web: Web) -> None:
+def test_one_pipelined_request_too_many_ends_the_connection(web: Web) -> None:
     with connection(web) as raw:
         raw.sendall(GET * (http_protocol.MAX_PIPELINED + 1))
         wait_until(lambda: raw.recv(65_536, socket.MSG_PEEK).count(b"HTTP/1.1 200") == http_protocol.MAX_PIPELINED + 1)
@@ -159,7 +159,7 @@ def test_a_few_requests_may_wait_and_one_more_ends_the_connection(web: Web) -> N
         assert statuses.count(b"200") == 2 * (http_protocol.MAX_PIPELINED + 1) and b"429" in statuses[-1]
 
 
-def test_what_is_wrong_behind_a_delivery_is_refused_after_it(web: Web, parts: Parts) -> None:
+def test_invalid_request_behind_a_delivery_is_refused_after_its_answer(web: Web, parts: Parts) -> None:
     post = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode()
     with connection(web) as raw:
         raw.sendall(post + post.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked"))
@@ -168,7 +168,7 @@ def test_what_is_wrong_behind_a_delivery_is_refused_after_it(web: Web, parts: Pa
     assert [row.body for row in callbacks_of(parts)] == [b"{}"]
 
 
-def test_a_body_that_arrives_while_it_stops_does_not_hold_it_up(web: Web) -> None:
+def test_body_that_arrives_during_shutdown_does_not_delay_it(web: Web) -> None:
     path = f"/callbacks/kling/{web.account_token}".encode()
     with connection(web) as raw:
         raw.sendall(b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
@@ -179,7 +179,7 @@ def test_a_body_that_arrives_while_it_stops_does_not_hold_it_up(web: Web) -> Non
         assert answer.startswith(b"HTTP/1.1 200") and b"connection: close" in answer
 
 
-def test_no_banner(web: Web) -> None:
+def test_answers_have_security_headers_and_no_banner(web: Web) -> None:
     answer = httpx.get(f"{web.url}/healthz", trust_env=False)
     assert "server" not in answer.headers
     assert answer.headers["x-content-type-options"] == "nosniff"

@@ -1,4 +1,4 @@
-"""`/readyz`: what it costs however many ask, and what it says when the database only seems to be well."""
+"""`/readyz`: its load on the database, and its answer when the database fails for deliveries alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, insert_row
 
 ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
-ASKERS = 8
+CALLERS = 8
 
 
 def ask(web: Web) -> int:
@@ -32,36 +32,36 @@ def deliver(web: Web, parts: Parts, task: Task) -> int:
     ).status_code
 
 
-def test_eight_askers_look_at_the_database_once_a_second(web: Web, parts: Parts) -> None:
-    looks: list[float] = []
+def test_eight_callers_check_the_database_once_a_second(web: Web, parts: Parts) -> None:
+    checks: list[float] = []
 
-    def seen(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+    def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if statement == "SELECT 1":
-            looks.append(time.monotonic())
+            checks.append(time.monotonic())
 
-    def ask_on(_: int) -> list[int]:
+    def ask_often(_: int) -> list[int]:
         return [ask(web) for _ in range(20)]
 
-    event.listen(parts.database.writer, "before_cursor_execute", seen)
-    began = time.monotonic()
-    with ThreadPoolExecutor(ASKERS) as askers:
-        answers = [answer for some in askers.map(ask_on, range(ASKERS)) for answer in some]
-    assert answers == [200] * ASKERS * 20
-    assert 1 <= len(looks) <= 1 + (time.monotonic() - began) / readiness.FRESH_SECONDS
+    event.listen(parts.database.writer, "before_cursor_execute", count)
+    started = time.monotonic()
+    with ThreadPoolExecutor(CALLERS) as callers:
+        answers = [answer for some in callers.map(ask_often, range(CALLERS)) for answer in some]
+    assert answers == [200] * CALLERS * 20
+    assert 1 <= len(checks) <= 1 + (time.monotonic() - started) / readiness.FRESH_SECONDS
 
 
 @ON_SQLITE
-def test_a_look_that_hangs_is_not_ready_and_keeps_nobody(
+def test_check_that_hangs_is_not_ready_and_delays_nobody(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readiness, "HANG_SECONDS", 0.3)
     assert ask(web) == 200
     time.sleep(readiness.FRESH_SECONDS)
-    with parts.database.write(), ThreadPoolExecutor(ASKERS) as askers:
+    with parts.database.write(), ThreadPoolExecutor(CALLERS) as callers:
         wait_until(lambda: ask(web) == 503, seconds=2)
-        began = time.monotonic()
-        assert list(askers.map(ask, [web] * ASKERS)) == [503] * ASKERS
-        assert time.monotonic() - began < 1
+        started = time.monotonic()
+        assert list(callers.map(ask, [web] * CALLERS)) == [503] * CALLERS
+        assert time.monotonic() - started < 1
     wait_until(lambda: ask(web) == 200)
 
 
@@ -77,7 +77,7 @@ def set_read_only(database: Database, how: str) -> None:
     database.writer.dispose()
 
 
-def test_a_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, parts: Parts) -> None:
+def test_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
     assert ask(web) == 200
     set_read_only(parts.database, "on")

@@ -1,4 +1,4 @@
-"""The short form of `tests/bench/slow_connections.py`: beside connections that dawdle, every delivery is taken."""
+"""The short form of `tests/bench/slow_connections.py`: every delivery is stored beside slow connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def beside(port: int) -> tuple[Slow, list[float]]:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
-def test_deliveries_pass_beside_slow_connections_that_are_all_closed(
+def test_deliveries_are_stored_while_slow_connections_are_closed(
     web: Web, parts: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 2.5)

@@ -18,7 +18,7 @@ from sqlalchemy import event, text
 from sqlmodel import Session, func, select
 from structlog.testing import capture_logs
 
-from receiver.app import wiring
+from receiver.app import jobs
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.gateway import gateway
@@ -202,10 +202,10 @@ def test_connections_suffice_for_all_that_a_process_runs(sqlite: Database, threa
     entries = " ".join(f"hook{number}=https://hooks.example.com/{number}" for number in range(sinks))
     parts = parts_of(sqlite, worker_threads=threads, event_sinks=entries, event_secrets=SECRET)
     lanes = parts.lanes()
-    worker = sum(lane.threads + 1 for lane in lanes) + len(parts.periodic_jobs()) + wiring.TASK_THREADS + BACKGROUND
+    worker = sum(lane.threads + 1 for lane in lanes) + len(parts.periodic_jobs()) + jobs.TASK_THREADS + BACKGROUND
     web = PAGES + 2 * gateway.MAX_CREATES + gateway.SHORT_THREADS + INBOX
     assert max(worker, web) <= parts.database_threads
-    assert max(sink.threads for sink in parts.sinks.values()) <= wiring.SINK_THREADS
+    assert max(sink.threads for sink in parts.sinks.values()) <= jobs.SINK_THREADS
     parts.close()
 
 

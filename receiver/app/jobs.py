@@ -1,0 +1,126 @@
+"""What a worker does: its lanes, one for each kind of row, and its periodic jobs. `receiver work --once` runs these.
+
+A task's step decides its lane. Threads and intervals are set here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sqlmodel import col
+
+import receiver
+from receiver.app.worker import LINGER_SECONDS, Lane, PeriodicJob
+from receiver.events.dispatcher import Dispatcher, Sink
+from receiver.gateway import client_callback
+from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
+from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
+from storage.accounts import idempotency
+from storage.accounts.slots import give_back_silent
+from storage.archive import continuous_audit
+from storage.archive.archiver import Archiver
+from storage.archive.folders import sweep_uploads
+from storage.archive.manifest import Finisher
+from storage.circuit import Circuit
+from storage.operations import deadlines, outbox
+from storage.rows.models import Asset, Callback, Dispatch, Task
+from storage.states import CallbackState, Step
+
+if TYPE_CHECKING:
+    from receiver.app.wiring import Parts
+
+# Deliveries are short work on one database: two threads keep it busy, because one works while the other commits.
+CALLBACK_THREADS = 2
+# A create or a read waits up to 20 s for the provider. Four at once stay below its 5 reads a second.
+TASK_THREADS = 4
+# The most that a sink has.
+SINK_THREADS = 4
+# Threads of a worker beside those of its lanes: a feeder for each of the six lanes that are no sink's, eight periodic
+# jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints. The rest is reserve.
+OTHER_THREADS = 24
+
+# A client's `Idempotency-Key` is kept for a day. Its row is small, so an hour more does not matter.
+IDEMPOTENCY_INTERVAL_SECONDS = 3_600.0
+# Deadlines are hours away; a check costs one index look-up.
+DEADLINE_INTERVAL_SECONDS = 60.0
+# Unfinished uploads are aborted when they are a day old; a check lists the bucket.
+UPLOADS_INTERVAL_SECONDS = 6 * 3_600.0
+# A task is silent after 24 h; a check costs a look-up in the index of held slots.
+SILENT_INTERVAL_SECONDS = 60.0
+# The latest that an event is numbered. A commit that wakes the workers numbers its events at once.
+SEQUENCE_INTERVAL_SECONDS = 0.5
+# The audit's own row says when its next step is due; a check reads that row.
+AUDIT_INTERVAL_SECONDS = 1.0
+# While the audit is off, each worker deletes the audit's state at its start and once a day.
+AUDIT_OFF_INTERVAL_SECONDS = 86_400.0
+
+
+def lanes(parts: Parts) -> Sequence[Lane]:
+    """The lanes of one worker process. The store's lanes share a circuit, and so do the provider's."""
+    settings, step = parts.settings, Task.step
+    unmatched = col(Callback.state) == CallbackState.UNMATCHED
+    applier = DeliveryApplier(parts.database, parts.providers, parts.schedule, parts.confirmation)
+    reader = Reader(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
+    finder = UnmatchedDeliveries(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
+    store, provider = Circuit(), parts.provider_circuit
+    finisher = Finisher(parts.database, parts.bucket, parts.schedule, version=receiver.__version__, circuit=store)
+    archiver = Archiver(
+        parts.database, parts.bucket, parts.fetcher, parts.schedule, spool_dir=settings.spool_dir, circuit=store
+    )
+    return (
+        Lane(
+            "callbacks", Callback, applier.work, CALLBACK_THREADS, (~unmatched,), work_many=applier.work_many,
+            batch=lambda: BATCH,
+        ),
+        Lane("unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider),
+        Lane(
+            "creates", Task, parts.submitter.work, TASK_THREADS, (step == Step.CREATE,), circuit=provider,
+            slots=parts.slots,
+        ),
+        Lane(
+            "reads", Task, reader.work, TASK_THREADS, (step == Step.READ,), circuit=provider,
+            work_many=reader.work_many, batch=reader.batch,
+        ),
+        Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
+        Lane("assets", Asset, archiver.work, settings.worker_threads, circuit=store),
+        *(_sink_lane(parts, name, sink) for name, sink in parts.sinks.items()),
+    )  # fmt: skip
+
+
+def _sink_lane(parts: Parts, name: str, sink: Sink) -> Lane:
+    """One lane for each sink: a slow or unreachable sink does not delay the others."""
+    circuit = None if name == client_callback.NAME else Circuit()
+    dispatcher = Dispatcher(
+        parts.database, name, sink, parts.envelope, retry_seconds=parts.settings.event_retry_seconds, circuit=circuit
+    )
+    return Lane(
+        f"events-{name}", Dispatch, dispatcher.work, sink.threads, (col(Dispatch.sink) == name,), circuit=circuit,
+        work_many=dispatcher.work_many, batch=lambda: sink.batch, linger_seconds=LINGER_SECONDS,
+    )  # fmt: skip
+
+
+def periodic_jobs(parts: Parts) -> Sequence[PeriodicJob]:
+    """What every worker process does at intervals."""
+    database = parts.database
+    lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
+    return (
+        PeriodicJob("idempotency keys", IDEMPOTENCY_INTERVAL_SECONDS, lambda: idempotency.prune_all(database)),
+        PeriodicJob("deadlines", DEADLINE_INTERVAL_SECONDS, lambda: deadlines.announce(database, lead)),
+        PeriodicJob("uploads", UPLOADS_INTERVAL_SECONDS, lambda: sweep_uploads(parts.bucket)),
+        PeriodicJob("silent", SILENT_INTERVAL_SECONDS, lambda: give_back_silent(database)),
+        PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, parts.sequence, wakes=True),
+        PeriodicJob("disabled sinks", DEADLINE_INTERVAL_SECONDS, lambda: outbox.end_disabled(database)),
+        _audit_job(parts),
+    )
+
+
+def _audit_job(parts: Parts) -> PeriodicJob:
+    chosen = parts.settings
+    if chosen.audit_days is None:
+        return PeriodicJob("audit", AUDIT_OFF_INTERVAL_SECONDS, lambda: continuous_audit.forget(parts.database))
+    audit = continuous_audit.ContinuousAudit(
+        parts.database, parts.bucket, days=chosen.audit_days, bytes_per_second=chosen.audit_bytes_per_second,
+        lease_seconds=chosen.lease_seconds,
+    )  # fmt: skip
+    return PeriodicJob("audit", AUDIT_INTERVAL_SECONDS, audit.run)

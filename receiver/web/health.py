@@ -1,0 +1,143 @@
+"""`GET /healthz`, `/readyz` and `/metrics`: whether the process lives, whether it can store deliveries, and figures."""
+
+from __future__ import annotations
+
+import hmac
+import uuid
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import SecretStr
+from sqlalchemy import delete, text
+from sqlmodel import col
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from receiver.base import telemetry
+from receiver.web.callbacks import Callbacks
+from receiver.web.readiness import Readiness
+from storage.accounts.slots import Slots
+from storage.archive import continuous_audit
+from storage.bucket.availability import BucketAvailability
+from storage.bucket.bucket import Bucket
+from storage.errors import DatabaseUnavailable
+from storage.operations import heartbeats, measures, outbox
+from storage.rows import migrations
+from storage.rows.database import Database
+from storage.rows.inbox import Delivery, Inbox, store
+from storage.rows.models import Callback
+from storage.states import CallbackState
+
+
+class Health:
+    """The endpoints. `metrics_token`: opens `/metrics` and the details of `/readyz`; None = nobody sees them.
+
+    `deadline_seconds`: how long before the provider deletes a file its task counts as near its deadline.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        inbox: Inbox,
+        callbacks: Callbacks,
+        metrics_token: SecretStr | None,
+        *,
+        deadline_seconds: float,
+        bucket: Bucket | None = None,
+        slots: Slots | None = None,
+    ) -> None:
+        self._database = database
+        self._inbox = inbox
+        self._callbacks = callbacks
+        self._metrics_token = metrics_token
+        self._deadline_seconds = deadline_seconds
+        self._bucket = BucketAvailability(bucket) if bucket else None
+        self._slots = slots
+        self._readiness = Readiness(self._check)
+
+    async def alive(self, _request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 while deliveries can be stored. Bucket, workers, lateness and deadlines count only with `?strict=1`.
+
+        A delivery that could not be stored decides over the checks: they may succeed where deliveries fail.
+        """
+        checks = await self._readiness.checks()
+        checks["intake"] = "full" if self._inbox.is_full else "ok"
+        if self._callbacks.fault is not None:
+            checks["database"] = f"the last delivery was not stored: {self._callbacks.fault}"
+        is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
+        is_degraded = any(state != "ok" for state in checks.values())
+        status = 503 if is_down or (is_degraded and request.query_params.get("strict") == "1") else 200
+        body: dict[str, Any] = {"status": "unavailable" if is_down else "degraded" if is_degraded else "ok"}
+        if self._is_permitted(request):
+            body["checks"] = checks
+        return JSONResponse(body, status_code=status)
+
+    def _check(self) -> dict[str, str]:
+        checks = {}
+        if self._bucket is not None:
+            checks["bucket"] = self._bucket.state()
+        try:
+            if (fault := self._callbacks.fault) is None:
+                with self._database.write() as session:
+                    session.execute(text("SELECT 1"))
+            else:
+                self._store_probe()
+                if self._callbacks.fault is fault:  # else another delivery has failed meanwhile
+                    self._callbacks.fault = None
+            is_behind = migrations.current(self._database) != migrations.head()
+            checks |= {"database": "ok", "schema": "behind" if is_behind else "ok"}
+            if not is_behind:
+                checks["workers"] = "ok" if heartbeats.count_alive(self._database) else "none alive"
+                checks |= self._check_lateness()
+        except DatabaseUnavailable as error:
+            checks |= {"database": str(error), "schema": "unknown"}
+        return checks
+
+    def _store_probe(self) -> None:
+        """Store a delivery of our own and delete it. No load balancer sends one to a receiver that is not ready."""
+        probe = Delivery("readiness", "push", None, uuid.uuid4().bytes, state=CallbackState.REJECTED)
+        with self._database.write() as session:
+            store(session, [probe])
+            session.execute(delete(Callback).where(col(Callback.delivery_key) == probe.key))
+
+    def _check_lateness(self) -> dict[str, str]:
+        with self._database.read() as session:
+            overdue = measures.count_overdue(session)
+            near = measures.count_deadline_near(session, self._deadline_seconds)
+            dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
+            faults = continuous_audit.standing(session).faults
+        undelivered = [f"{dead} were given up"] if dead else []
+        undelivered += [f"sink {name} is disabled" for name in disabled]
+        return {
+            "events": ", ".join(undelivered) or "ok",
+            "work": f"{overdue} rows are overdue" if overdue else "ok",
+            "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+            "audit": f"{faults} faults, see receiver status" if faults else "ok",
+        }
+
+    async def metrics(self, request: Request) -> Response:
+        if self._metrics_token is None:
+            raise HTTPException(404)
+        if not self._is_permitted(request):
+            raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
+        return Response(await run_in_threadpool(self._measure), media_type=CONTENT_TYPE_LATEST)
+
+    def _measure(self) -> bytes:
+        try:
+            with self._database.read() as session:
+                found = measures.measure(session, deadline_seconds=self._deadline_seconds, slots=self._slots)
+        except DatabaseUnavailable:
+            found = None
+        telemetry.update_work_gauges(found.as_dict() if found else None)
+        return generate_latest(telemetry.REGISTRY)
+
+    def _is_permitted(self, request: Request) -> bool:
+        if self._metrics_token is None:
+            return False
+        given = request.headers.get("authorization", "").encode()
+        return hmac.compare_digest(given, b"Bearer " + self._metrics_token.get_secret_value().encode())
