@@ -334,7 +334,7 @@ def work_once(parts: Parts) -> int:
     """Work on everything that is due now, then return how many rows were worked on."""
     ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
     worker, count = parts.worker(), 0
-    while done := worker.run_until_idle() + worker.run_suspects() + parts.sequence():
+    while done := worker.run_until_idle() + worker.run_quarantined() + parts.sequence():
         count += done
     return count
 

@@ -1,4 +1,4 @@
-"""`receiver reconcile --wait`: do the reads that were made due in this process and say how each ended."""
+"""`receiver reconcile --wait`: do the reads that were made due, in this process, and report how each ended."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from storage.rows.database import Database
 from storage.rows.models import Task
 from storage.states import Step
 
-# The wait ends this long after the last read that made progress; one read takes up to 60 s.
+# The wait ends when no read has ended for this long. One read takes up to 60 s.
 STUCK_SECONDS = 120.0
 POLL_INTERVAL_SECONDS = 0.1
-# A task counts as not read when this many tries in a row went unanswered.
+# A task counts as not read after this many tries without an answer.
 TRIES = 3
 
 
 def read_now(database: Database, lane: Lane, reads: Reads, *, lease_seconds: float) -> Tally:
-    """Do these reads until each was answered or could not be; other workers may help.
+    """Do these reads until each one has been answered or has failed. Other workers may do some of them.
 
-    `lane`: the worker's own for reads. Returns the number answered; `left` holds what the provider said of each other.
+    `lane`: the worker's lane of reads. Returns the number of answered reads; `left` has the reason for each other task.
     """
     tally = Tally()
     worker = Worker(database, [lane], lease_seconds=lease_seconds, grace_seconds=0)
-    waiting, moved_at = reads.ids, time.monotonic()
-    while waiting and time.monotonic() < moved_at + STUCK_SECONDS:
+    waiting, progress_at = reads.ids, time.monotonic()
+    while waiting and time.monotonic() < progress_at + STUCK_SECONDS:
         before = len(waiting)
         if not worker.run_until_idle():
             time.sleep(POLL_INTERVAL_SECONDS)
         waiting = _count_ended(database, tally, waiting, reads.since)
-        moved_at = time.monotonic() if len(waiting) < before else moved_at
+        progress_at = time.monotonic() if len(waiting) < before else progress_at
     for task_id in waiting:
-        tally.left[str(task_id)] = "a worker has been at it for too long"
+        tally.left[str(task_id)] = f"no answer within {STUCK_SECONDS:g} s; run the command again"
     return tally
 
 
 def _count_ended(database: Database, tally: Tally, ids: Sequence[uuid.UUID], since: datetime) -> list[uuid.UUID]:
-    """Count the tasks whose read has ended; returns the others."""
+    """Count the tasks whose read has ended. Returns the others."""
     waiting = []
     for start in range(0, len(ids), maintenance.BATCH):
         with database.read() as session:

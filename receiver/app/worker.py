@@ -1,7 +1,7 @@
-"""Worker process: lanes of threads that claim due rows and work on them, leases renewed, drained on SIGTERM.
+"""One worker process: lanes of threads that claim due rows and work on them, until SIGTERM.
 
-Each lane has one feeder that claims as many rows as its threads are idle, and threads that work on one row each, or
-on one batch of rows where a lane can. A step settles its own row; the loop is dumb.
+Each lane has a feeder thread that claims as many rows as its threads are idle for. A thread works on one row, or on one
+batch where the lane can. The work settles its own rows; the worker renews their leases meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,27 +27,27 @@ from storage.rows.database import Database
 
 log = structlog.get_logger()
 
-# The safety net under the wake-up call, and how late a row may be that becomes due by time alone.
+# How late work may start whose commit woke nobody, or that becomes due by time alone.
 IDLE_SECONDS = 0.5
-# What is not urgent waits this long for more of its kind: one transaction then serves many.
+# Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 LINGER_SECONDS = 0.1
-# Suspects (see claims.QUARANTINE_AFTER) are rare: looking once a second costs one index look-up.
+# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. A check costs one index look-up for each lane.
 QUARANTINE_INTERVAL_SECONDS = 1.0
-# A bug is retried with this cap: loud in the log, and cured by the next release without anyone's help.
+# The longest pause between two tries of a row that meets a bug: the next release may cure it.
 BUG_CAP_SECONDS = 3_600.0
-# Frees a worker from a database that is away without spinning.
+# The pause after an attempt that found the database away.
 DATABASE_AWAY_SECONDS = 1.0
-
 
 NOTHING = Grant(0)
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One kind of work: rows of `model` for which `where` holds, `threads` at a time, each handed to `work`.
+    """One kind of work: `work` is called with each due row of `model` for which `where` holds, in `threads` threads.
 
-    `work_many`: takes up to `batch()` rows at once; a row that comes alone goes to `work`. `linger_seconds`: between
-    claims, so that one transaction serves many rows where a moment does not matter.
+    `work_many`: takes up to `batch()` rows; a single row goes to `work`. `linger_seconds`: pause between claims.
+    `circuit`: of the store, provider or sink that the work needs; while it is open, nothing is claimed. `slots`: of the
+    account; queued rows are admitted when the lane claims.
     """
 
     name: str
@@ -55,18 +55,18 @@ class Lane:
     work: Callable[[Any], None]
     threads: int
     where: Sequence[Any] = ()
-    circuit: Circuit | None = None  # of the store or provider that the work needs: open = nothing is claimed
+    circuit: Circuit | None = None
     work_many: Callable[[list[Any]], None] | None = None
     batch: Callable[[], int] = lambda: 1
     linger_seconds: float = 0
-    slots: Slots | None = None  # what its rows may be queued for: they are admitted where they are claimed
+    slots: Slots | None = None
 
 
 @dataclass(frozen=True)
 class PeriodicJob:
-    """Something to look after now and then. Every worker process does it: several at once must be harmless.
+    """A job that every worker process runs every `every_seconds`, so several at once must be harmless.
 
-    `wakes`: also soon after a commit.
+    `wakes`: it also runs soon after a commit.
     """
 
     name: str
@@ -76,7 +76,7 @@ class PeriodicJob:
 
 
 class Worker:
-    """Runs the lanes until stopped. `run_until_idle` is the same work in the calling thread, for tests and `--once`."""
+    """Runs the lanes until it is stopped. `run_until_idle` does the same work in the calling thread, then returns."""
 
     def __init__(
         self,
@@ -96,21 +96,21 @@ class Worker:
         self._wake = threading.Condition()
         self._commits = 0
         self._in_hand = RowsInHand()
-        self._stranded: list[Any] = []
+        self._unsettled: list[Any] = []  # rows whose work met a database that was away
         self._ended = threading.Event()
 
     def stop(self) -> None:
-        """Take no more rows; finish those in hand within the grace time."""
+        """Claim no more rows. Those in hand may finish within the grace time."""
         self._stop.set()
-        self._alert()
+        self._wake_feeders()
 
     def run(self) -> None:
-        """Work until `stop()`. On return no row is held: the unfinished ones were handed back."""
+        """Work until `stop()`. On return unfinished rows were released, unless the database was away."""
         registered = self._register()
         if registered is None:
             return
         self._id = registered
-        background = [self._listen, self._beat, self._look_for_suspects]
+        background = [self._wait_for_commits, self._beat, self._run_quarantine]
         threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
         threads += [threading.Thread(target=self._renew, args=(self._ended,), name="renew", daemon=True)]
         threads += [
@@ -121,7 +121,7 @@ class Worker:
             thread.start()
         for thread in feeders:
             while thread.is_alive():
-                thread.join(IDLE_SECONDS)  # wakes by itself: a signal may be taken by another thread than this one
+                thread.join(IDLE_SECONDS)  # not for ever: a signal handler runs only when this thread wakes
         try:
             self._drain()
         except DatabaseUnavailable as error:
@@ -130,7 +130,7 @@ class Worker:
             self._ended.set()
 
     def _register(self) -> uuid.UUID | None:
-        """Announce this process, whenever the database is there. None: it was stopped before."""
+        """Register this process as soon as the database answers. None: it was stopped before."""
         while not self._stop.is_set():
             try:
                 return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes))
@@ -140,45 +140,41 @@ class Worker:
         return None
 
     def run_until_idle(self) -> int:
-        """Work on everything that is due now, one row or batch at a time. Returns how many rows were worked on.
+        """Work on everything that is due now, one row or batch at a time. Returns the number of rows.
 
-        Suspects are left to `run_suspects`.
+        Rows in quarantine are left to `run_quarantined`.
         """
-        with self._renewing():
-            count = 0
-            while done := next((done for lane in self._lanes if (done := self._work_once(lane))), 0):
-                count += done
-            return count
+        count = 0
+        with background_thread("renew", self._renew):
+            while True:
+                for lane in self._lanes:
+                    rows, grant = self._claim_granted(lane, lane.batch())
+                    if rows:
+                        self._work(lane, rows, grant)
+                        count += len(rows)
+                        break
+                else:
+                    return count
 
-    def run_suspects(self) -> int:
-        """Work on a suspect of each lane, a row that has ended three workers, and on nothing else. Returns how many."""
-        with self._renewing():
-            return self._work_on_suspects()
-
-    def _renewing(self) -> AbstractContextManager[None]:
-        """Extend the leases of what is in hand meanwhile, as `run` does."""
-        return background_thread("renew", self._renew)
-
-    def _work_once(self, lane: Lane) -> int:
-        rows, grant = self._claim_granted(lane, lane.batch())
-        if rows:
-            self._do(lane, rows, grant)
-        return len(rows)
+    def run_quarantined(self) -> int:
+        """Work on one row in quarantine of each lane, and on nothing else meanwhile. Returns the number of rows."""
+        with background_thread("renew", self._renew):
+            return self._work_on_quarantined()
 
     def _claim_granted(self, lane: Lane, wanted: int) -> tuple[list[Any], Grant]:
-        """Due rows, as many as the lane's circuit lets start; the grant ends with the work on them."""
+        """Claim up to `wanted` due rows if the circuit permits. The grant ends with the work on them."""
         if not self._is_any_due(lane):
             return [], NOTHING
-        with ExitStack() as unless_claimed:
-            grant = unless_claimed.enter_context(_grant(lane, wanted))
+        with ExitStack() as if_nothing_claimed:
+            grant = if_nothing_claimed.enter_context(_grant(lane, wanted))
             rows = self._claim(lane, grant.count, in_turn=grant.is_trial) if grant.count else []
             if rows:
-                unless_claimed.pop_all()
+                if_nothing_claimed.pop_all()
             return rows, grant
 
     def _claim(self, lane: Lane, limit: int, *, alone: bool = False, in_turn: bool = False) -> list[Any]:
-        with self._in_hand.claiming(alone=alone) as may:
-            if not may:
+        with self._in_hand.claiming(alone=alone) as is_permitted:
+            if not is_permitted:
                 return []
             with self._database.write() as session:
                 if lane.slots is not None and not alone:
@@ -187,7 +183,7 @@ class Worker:
                     session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, in_turn=in_turn,
                     where=lane.where,
                 )  # fmt: skip
-            self._in_hand.take(rows)
+            self._in_hand.add(rows)
         return rows
 
     def _is_any_due(self, lane: Lane) -> bool:
@@ -209,24 +205,21 @@ class Worker:
                 is_idle = bool(free) and not batches
                 for rows in batches:
                     free.pop()
-                    pool.submit(self._do, lane, rows, grant).add_done_callback(lambda _: idle.release())
+                    pool.submit(self._work, lane, rows, grant).add_done_callback(lambda _: idle.release())
             if is_idle:
-                self._sleep(seen)
+                self._wait_for_work(seen)
             if lane.linger_seconds:
                 self._stop.wait(lane.linger_seconds)
         pool.shutdown(wait=False)
 
     def _claim_batches(self, lane: Lane, free: int) -> tuple[list[list[Any]], Grant]:
-        """Work for `free` idle threads: a row each, or a batch."""
+        """Rows for `free` idle threads, one row or one batch each."""
         if not free or self._stop.is_set():
             return [], NOTHING
-        size = lane.batch()
-        rows, grant = self._claim_or_wait(lane, free * size)
-        return [rows[start : start + size] for start in range(0, len(rows), size)], grant
-
-    def _claim_or_wait(self, lane: Lane, wanted: int) -> tuple[list[Any], Grant]:
         try:
-            return self._claim_granted(lane, wanted)
+            size = lane.batch()
+            rows, grant = self._claim_granted(lane, free * size)
+            return [rows[start : start + size] for start in range(0, len(rows), size)], grant
         except DatabaseUnavailable as error:
             log.warning("worker.database_away", lane=lane.name, error=str(error))
         except Exception:
@@ -234,7 +227,8 @@ class Worker:
         self._stop.wait(DATABASE_AWAY_SECONDS)
         return [], NOTHING
 
-    def _do(self, lane: Lane, rows: list[Any], grant: Grant) -> None:
+    def _work(self, lane: Lane, rows: list[Any], grant: Grant) -> None:
+        """Call the lane's work. The work may change a row's lease, so the claims are noted first."""
         ids, held = [str(row.id) for row in rows], claims_of(rows)
         try:
             if lane.work_many and len(rows) > 1:
@@ -244,50 +238,44 @@ class Worker:
                     lane.work(row)
         except DatabaseUnavailable as error:
             log.warning("worker.database_away", lane=lane.name, rows=ids, error=str(error))
-            self._stranded.extend(rows)
+            self._unsettled.extend(rows)
         except Exception:
             log.exception("worker.bug", lane=lane.name, rows=ids)
             for row in rows:
-                self._settle_bug(row)
+                with suppress(LostClaim, DatabaseUnavailable), self._database.write() as session:
+                    claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
         finally:
-            self._in_hand.put_down(held)
+            self._in_hand.remove(held)
             if grant.give_back():
-                self._alert()  # the next trial need not wait for a look
+                self._wake_feeders()  # the next trial may start at once
 
-    def _settle_bug(self, row: Any) -> None:
-        try:
-            with self._database.write() as session:
-                claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
-        except (LostClaim, DatabaseUnavailable):
-            return
-
-    def _sleep(self, seen: int, seconds: float = IDLE_SECONDS) -> None:
+    def _wait_for_work(self, seen: int, seconds: float = IDLE_SECONDS) -> None:
         with self._wake:
             self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), seconds)
 
-    def _alert(self) -> None:
+    def _wake_feeders(self) -> None:
         with self._wake:
             self._commits += 1
             self._wake.notify_all()
 
-    def _listen(self) -> None:
-        """Pass on the database's wake-up call. Without it polling goes on."""
+    def _wait_for_commits(self) -> None:
+        """Wake the feeders after each commit of another process. Without this they still poll."""
         waker = self._database.waker()
         while not self._stop.is_set():
             waker.wait(IDLE_SECONDS)
-            self._alert()
+            self._wake_feeders()
         waker.close()
 
     def _renew(self, ended: threading.Event) -> None:
-        """Extend the leases of all rows in hand, also while draining."""
+        """Renew the leases of all rows in hand, also while draining, and release rows that could not be settled."""
         while not ended.wait(self._lease_seconds / 3):
-            self._try("renew", self.renew_held)
-            self._try("hand_back", self._hand_back_stranded)
+            self._run_logged("renew", self._renew_leases)
+            self._run_logged("hand_back", self._release_unsettled)
 
-    def _try(self, job: str, do: Callable[[], object]) -> None:
-        """Whatever goes wrong is told, and its thread lives to do it the next time."""
+    def _run_logged(self, job: str, run: Callable[[], object]) -> None:
+        """Run it and log any error, so that its thread goes on."""
         try:
-            do()
+            run()
         except DatabaseUnavailable as error:
             log.warning("worker.database_away", job=job, error=str(error))
         except StoreUnavailable as error:
@@ -295,17 +283,7 @@ class Worker:
         except Exception:
             log.exception("worker.bug", job=job)
 
-    def _hand_back_stranded(self) -> None:
-        """Rows that could not be settled while the database was away: nobody need wait for their leases to end."""
-        rows = list(self._stranded)
-        if rows:
-            with self._database.write() as session:
-                for row in rows:
-                    claims.release(session, row)
-                self._database.wake(session)
-        del self._stranded[: len(rows)]
-
-    def renew_held(self) -> None:
+    def _renew_leases(self) -> None:
         by_lease: dict[tuple[Any, uuid.UUID], list[Any]] = {}
         for row in self._in_hand.rows:
             by_lease.setdefault((type(row), row.lease), []).append(row.id)
@@ -313,58 +291,66 @@ class Worker:
             for (model, lease), ids in by_lease.items():
                 claims.renew(session, model, ids, lease, self._lease_seconds)
 
+    def _release_unsettled(self) -> None:
+        """The database is back: these rows need not wait for the end of their leases."""
+        rows = list(self._unsettled)
+        if rows:
+            with self._database.write() as session:
+                for row in rows:
+                    claims.release(session, row)
+                self._database.wake(session)
+        del self._unsettled[: len(rows)]
+
     def _beat(self) -> None:
         while not self._ended.wait(heartbeats.BEAT_SECONDS):
-            self._try("beat", lambda: heartbeats.beat(self._database, self._id))
+            self._run_logged("beat", lambda: heartbeats.beat(self._database, self._id))
 
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
             seen = self._commits
-            self._try(job.name, job.run)
+            self._run_logged(job.name, job.run)
             if job.wakes:
-                self._sleep(seen, job.every_seconds)
+                self._wait_for_work(seen, job.every_seconds)
                 self._stop.wait(LINGER_SECONDS)
             else:
                 self._stop.wait(job.every_seconds)
 
-    def _look_for_suspects(self) -> None:
+    def _run_quarantine(self) -> None:
         while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
-            self._try("suspects", self._work_on_suspects)
+            self._run_logged("quarantine", self._work_on_quarantined)
 
-    def _work_on_suspects(self) -> int:
-        """A row that has ended three workers is worked on by a process that does nothing else meanwhile.
+    def _work_on_quarantined(self) -> int:
+        """Work on one row in quarantine of each lane while this process does nothing else.
 
-        The circuit is asked before anything is stopped. An open one's trial is left to other rows, which stop nothing;
-        when none has taken it for a whole pause, there is none.
+        The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
+        stop nothing, unless none has taken it for the longest pause.
         """
+        with self._database.autocommit_reader() as connection:
+            waiting = [
+                lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True, where=lane.where)
+            ]
         with ExitStack() as granted:
-            grants = [(lane, granted.enter_context(_grant(lane, 1, PAUSE_CAP_SECONDS))) for lane in self._suspected()]
+            grants = [(lane, granted.enter_context(_grant(lane, 1, PAUSE_CAP_SECONDS))) for lane in waiting]
             lanes = [lane for lane, grant in grants if grant.count]
             if not lanes:
                 return 0
             with self._in_hand.quarantine(self._stop):
-                done = sum(map(self._work_on_suspect, lanes))
-        self._alert()
+                done = sum(map(self._work_on_one_quarantined, lanes))
+        self._wake_feeders()
         return done
 
-    def _suspected(self) -> list[Lane]:
-        with self._database.autocommit_reader() as connection:
-            return [
-                lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True, where=lane.where)
-            ]
-
-    def _work_on_suspect(self, lane: Lane) -> int:
+    def _work_on_one_quarantined(self, lane: Lane) -> int:
         if self._stop.is_set():
-            return 0  # what is still in hand goes on meanwhile, and the process ends in the midst of it
+            return 0  # other rows are still in hand, and the process may end during this one
         rows = self._claim(lane, 1, alone=True)
         for row in rows:
-            log.warning("worker.suspect", lane=lane.name, row=str(row.id), losses=row.losses)
-            self._do(lane, [row], NOTHING)
+            log.warning("worker.row_quarantined", lane=lane.name, row=str(row.id), losses=row.losses)
+            self._work(lane, [row], NOTHING)
         return len(rows)
 
     def _drain(self) -> None:
         self._in_hand.wait_until_empty(self._grace_seconds)
-        left = self._in_hand.rows + self._stranded
+        left = self._in_hand.rows + self._unsettled
         if left:
             with self._database.write() as session:
                 for row in left:
@@ -379,7 +365,7 @@ def _grant(lane: Lane, wanted: int, left_for_seconds: float = 0) -> Grant:
 
 @contextmanager
 def _idle_threads(idle: threading.Semaphore, limit: int) -> Iterator[list[None]]:
-    """Take every idle slot there is, none if none comes soon; those still in the list at the end are given back."""
+    """Acquire all idle threads, or none after IDLE_SECONDS. Those left in the list at the end are released."""
     taken: list[None] = [None] if idle.acquire(timeout=IDLE_SECONDS) else []
     while 0 < len(taken) < limit and idle.acquire(blocking=False):
         taken.append(None)

@@ -52,8 +52,8 @@ def build(
     """The ASGI application. Its lifespan starts the inbox and at the end commits and answers what is in it.
 
     `bucket`: its state is part of `/readyz`. `slots`: their limit is part of `/metrics`. `assets` answers `/assets`,
-    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. Call the application's
-    `endings` before the server stops.
+    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. Call the
+    application's `endings` before the server stops.
     """
     inbox = Inbox(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
@@ -86,7 +86,7 @@ def build(
 
 
 class Web(Router):
-    """Routes callbacks directly, the console to its own application, and everything else through Starlette's middleware.
+    """Routes callbacks and the console directly, and everything else through Starlette's middleware.
 
     Those four layers took a fifth of a callback's time, and a callback needs none of them. `endings`: to be called when
     the server stops, in its event loop. `console`: has headers and error pages of its own.

@@ -1,7 +1,7 @@
-"""SQLite's checkpoints, beside the commits instead of in them.
+"""SQLite's checkpoints in a thread of their own instead of within a commit.
 
-By itself SQLite copies its log into the database within whichever commit passes 1,000 pages, and everybody who waits
-for the turnstile waits for that: one batch of acknowledgements in sixteen took 20 times as long as the others.
+SQLite itself copies its log into the database within the commit that passes 1,000 pages, while all other writers wait
+at the turnstile: one group commit in sixteen took 20 times as long as the others.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from storage.rows.database import Database
 
 log = structlog.get_logger()
 
-# Twice a second, if anybody has committed: at 4,000 deliveries a second that is 5,000 pages (20 MB) at a time.
+# At 4,000 deliveries a second that is 5,000 pages (20 MB) at a time. Without new commits there is no checkpoint.
 CHECKPOINT_INTERVAL_SECONDS = 0.5
 
 
 def beside(database: Database) -> AbstractContextManager[None]:
-    """Make this database's checkpoints in a thread of their own meanwhile. PostgreSQL has a process for them."""
+    """Make checkpoints in a thread during the block. Does nothing for PostgreSQL, which has a process for them."""
     if not database.is_sqlite:
         return nullcontext()
-    return background_thread("checkpoints", partial(_keep_up, database))
+    return background_thread("checkpoints", partial(_run, database))
 
 
-def _keep_up(database: Database, stopping: threading.Event) -> None:
+def _run(database: Database, stopping: threading.Event) -> None:
     with closing(database.reader.raw_connection()) as connection:
         cursor, seen = connection.cursor(), None
         while not stopping.wait(CHECKPOINT_INTERVAL_SECONDS):
@@ -40,14 +40,15 @@ def _keep_up(database: Database, stopping: threading.Event) -> None:
                 if version != seen:
                     checkpoint(database, cursor)
                 seen = version
-            except (sqlite3.Error, DatabaseUnavailable) as error:  # commits meet it too, and say so to their callers
+            except (sqlite3.Error, DatabaseUnavailable) as error:  # commits meet it too and report it
                 log.warning("checkpoint.failed", error=str(error))
 
 
 def checkpoint(database: Database, cursor: Any) -> None:
-    """Copy the log twice: nearly all of it while others write, and what they wrote meanwhile while they wait.
+    """Copy the log twice: most of it while others write, then the rest while they wait.
 
-    Only a log that is copied to its end is begun anew; without the second time it would grow as long as there is work.
+    SQLite starts a log anew only when all of it is copied. Without the second copy it would grow as long as there is
+    work.
     """
     cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
     with database.turnstile:

@@ -1,14 +1,13 @@
-"""Who works on a row: claim, renew, settle, release. The only module that writes the claim columns of a row.
-
-Elsewhere rows are inserted, and what is written here is named: tests/test_rules.py looks for the columns' names. A row
-without a lease has lost none: `losses` is 0.
+"""Claims: which worker works on a row. Claim, renew, settle, release.
 
     due_at <= now ──claim──▶ lease = fresh token, due_at = end of lease ──settle──▶ lease NULL, due_at NULL or later
-         ▲                                   │ died, froze
-         └──────── the lease ran out ◀───────┘   (simply due again; there is no rescue process)
+         ▲                                   │ the worker died or hung
+         └──────── the lease ran out ◀───────┘   (the row is simply due again; there is no rescue process)
 
-Every write by an owner says `WHERE id = … AND lease = mine`; no row changed = the claim was lost = `LostClaim`.
-Who holds the task's lock may take a claim away: `make_due`, `rest`, and `AFRESH` and `AT_REST` in a statement.
+Every write by an owner says `WHERE id = … AND lease = mine`. If it changes no row, the claim is lost: `LostClaim`.
+A transaction that holds the task's lock may take a claim away: `make_due`, `rest`, and `AFRESH` and `AT_REST` in
+statements. Only this module writes the claim columns of existing rows; a test looks for their names elsewhere. A row
+without a lease has `losses` 0.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from storage.rows.models import Asset, Callback, Claimable, Dispatch, Task
 
 Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 
-# After three lost leases a row is suspected of ending its workers: it is claimed by a process that does nothing else.
+# A row that lost so many leases may have ended its workers. A process claims it only while it does nothing else.
 QUARANTINE_AFTER = 3
-# If it ends that process three times more, it is parked: no claim until `receiver retry`.
+# After three more lost leases it is parked: not claimed again until `receiver retry`.
 PARK_LOSSES = 6
 
-# What a lane claims by is the same for the life of a process, and there are some ten lanes.
+# Statements kept in each cache. A lane's conditions never change, and there are some ten lanes.
 STATEMENTS = 64
 
 BACKOFF_BASE_SECONDS = 2.0
-# Long enough to leave a struggling host alone, short enough that an outage's end is noticed within minutes.
+# Spares a host in trouble, and notices the end of an outage within minutes.
 BACKOFF_CAP_SECONDS = 300.0
 
 
@@ -52,23 +51,23 @@ def claim(
     in_turn: bool = False,
     where: Sequence[Any] = (),
 ) -> list[Row]:
-    """Claim up to `limit` due rows in one statement, the soonest to be deleted by the provider first.
+    """Claim up to `limit` due rows in one statement, those whose files the provider deletes soonest first.
 
-    Rows that others hold are passed over, never waited for. `alone`: claim suspects instead (see QUARANTINE_AFTER);
-    the caller has nothing else in flight. `in_turn`: those that have waited longest first, so that none is tried
-    again before the others. Returns the rows as claimed, all with the same fresh `lease`; [] when
-    nothing is due. `attempts` counts this claim; `losses` counts the lease that ran out before it, if one did.
+    Rows that other transactions have locked are skipped. `alone`: claim only rows in quarantine (see QUARANTINE_AFTER);
+    the caller does nothing else meanwhile. `in_turn`: those that have waited longest first, so that none is tried again
+    before the others. Returns the rows as claimed, all with the same fresh `lease`; [] when nothing is due. `attempts`
+    counts this claim, `losses` the lease that ran out before it.
     """
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
-    rows: list[Row] = list(session.scalars(_claim(model, alone, in_turn, tuple(where)), values))
+    rows: list[Row] = list(session.scalars(_claim_statement(model, alone, in_turn, tuple(where)), values))
     return sorted(rows, key=_work_order)
 
 
 @lru_cache(maxsize=STATEMENTS)
-def _claim(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> Any:
+def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> Any:
     losses = model.losses + case((model.lease.is_not(None), 1), else_=0)
-    suspect = losses >= QUARANTINE_AFTER if alone else losses < QUARANTINE_AFTER
-    due = select(model.id).where(model.due_at <= db_now_once(), suspect, *where)
+    in_quarantine = losses >= QUARANTINE_AFTER if alone else losses < QUARANTINE_AFTER
+    due = select(model.id).where(model.due_at <= db_now_once(), in_quarantine, *where)
     order = (model.due_at,) if in_turn else _urgency(model)
     due = due.order_by(*order).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
     return (
@@ -84,22 +83,22 @@ def _claim(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> An
 
 
 def _work_order(row: Any) -> Any:
-    """The order in which claimed rows are worked on; RETURNING promises none. Deliveries and events: as they came."""
+    """Sort key of claimed rows, because RETURNING has no order. Deliveries and events keep the order of their ids."""
     if isinstance(row, Callback | Dispatch):
         return row.id
     return row.files_expire_at is None, row.files_expire_at, str(row.id)
 
 
 def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False, where: Sequence[Any] = ()) -> bool:
-    """Whether a claim may find something: a read, so that idle workers take no write lock. Suspects are told of, too.
+    """Whether a claim may find a row. A read, so that idle workers take no write lock. Includes rows in quarantine.
 
-    In the order of the due index: for one row of any order PostgreSQL reads the table past every row that waits.
+    It reads in the order of the due index. Without an order PostgreSQL scans the table past every waiting row.
     """
-    return connection.execute(_any_due(model, alone, tuple(where))).first() is not None
+    return connection.execute(_any_due_statement(model, alone, tuple(where))).first() is not None
 
 
 @lru_cache(maxsize=STATEMENTS)
-def _any_due(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
+def _any_due_statement(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
     table = model.__table__.c
     due = select(table.id).where(table.due_at <= db_now_once(), *where)
     if alone:
@@ -115,10 +114,10 @@ def _urgency(model: Any) -> tuple[Any, ...]:
 
 
 def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = True, **values: Any) -> None:
-    """Give up the claim on `row` and write `values`. `due_in`: seconds until it wants work again, None = never.
+    """Write `values` and end the claim on `row`. `due_in`: seconds until the row is due again, None = never.
 
-    `counts`: whether this claim was an attempt. The row's `losses` are forgotten: it let its worker live. Raises
-    `LostClaim` when the lease is not ours any more.
+    `counts`: whether this claim counts as an attempt. Resets `losses` to 0, because this worker survived the row.
+    Raises `LostClaim` when the lease is no longer ours.
     """
     due_at = None if due_in is None else db_now(due_in)
     if not counts:
@@ -127,12 +126,12 @@ def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = T
 
 
 def update_claimed(session: Session, row: Row, **values: Any) -> None:
-    """Write `values` while keeping the claim. Raises `LostClaim`."""
+    """Write `values` and keep the claim. Raises `LostClaim`."""
     _write(session, row, values)
 
 
 def release(session: Session, row: Row) -> None:
-    """Hand an untouched claim back: due at once, not counted as an attempt. A lost one is left alone."""
+    """End a claim without an attempt: the row is due at once. Does nothing when the claim is lost."""
     try:
         settle(session, row, due_in=0, counts=False)
     except LostClaim:
@@ -140,10 +139,9 @@ def release(session: Session, row: Row) -> None:
 
 
 def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UUID, lease_seconds: float) -> int:
-    """Extend the leases of rows still held under `lease`. Returns how many still were.
+    """Extend the leases of the rows still held under `lease`. Returns how many these were.
 
-    Those that another transaction has locked are passed over: somebody writes them just now, and to wait for several
-    of them beside whoever writes several is how PostgreSQL comes to a deadlock.
+    Skips locked rows. Waiting for several rows while another transaction updates several can deadlock on PostgreSQL.
     """
     table: Any = model
     held = select(table.id).where(table.id.in_(ids), table.lease == lease).with_for_update(skip_locked=True)
@@ -152,16 +150,18 @@ def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UU
 
 def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
     model: Any = type(row)
-    if row.lease is None:  # never claimed: `lease = NULL` would be written as IS NULL and match
+    if row.lease is None:  # SQLAlchemy writes `lease = NULL` as IS NULL, which would match
         raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
     owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
-    said = {name: value for name, value in values.items() if isinstance(value, ClauseElement) and not _is_time(value)}
-    columns = tuple((name, _is_time(value)) for name, value in values.items() if name not in said)
-    for name, told in columns:
-        owned[f"new_{name}"] = values[name].seconds if told else values[name]
-    statement = _owned(model, columns)
-    if said:  # rarely: a value in SQL's own words
-        statement = statement.values(said)
+    expressions = {
+        name: value for name, value in values.items() if isinstance(value, ClauseElement) and not _is_time(value)
+    }
+    columns = tuple((name, _is_time(value)) for name, value in values.items() if name not in expressions)
+    for name, is_time in columns:
+        owned[f"new_{name}"] = values[name].seconds if is_time else values[name]
+    statement = _owned_update(model, columns)
+    if expressions:  # rare, so not cached
+        statement = statement.values(expressions)
     if run(session, statement, owned).rowcount == 0:
         raise LostClaim(f"{model.__tablename__} {row.id}")
 
@@ -171,10 +171,10 @@ def _is_time(value: Any) -> bool:
 
 
 @lru_cache(maxsize=STATEMENTS)
-def _owned(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
-    """An update of these columns (name, whether it is set to the clock) while the lease is ours."""
+def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
+    """An update while the lease is ours. Each column: its name, and whether it is set to the database's time."""
     table = model.__table__
-    new = {name: db_now(f"new_{name}") if told else bindparam(f"new_{name}") for name, told in columns}
+    new = {name: db_now(f"new_{name}") if is_time else bindparam(f"new_{name}") for name, is_time in columns}
     owned = update(table).where(table.c.id == bindparam("row_id"), table.c.lease == bindparam("held"))
     return owned.values(new)
 
@@ -185,37 +185,37 @@ def _execute(session: Session, statement: Any) -> int:
     return result.rowcount
 
 
-# -- without a claim of one's own -------------------------------------------------------------------------------------
+# -- without a claim ---------------------------------------------------------------------------------------------------
 
-# For statements: due at once, as if for the first time; and waiting for nothing. Whoever holds such a row has lost it.
+# For statements: due now as if for the first time, and not due. A worker that holds such a row loses its lease.
 AFRESH: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
 AT_REST: dict[str, Any] = {"due_at": None, "lease": None, "losses": 0}
 
 
 def due(at: Any = None) -> dict[str, Any]:
-    """The claim columns of rows that nobody holds and that are due `at` a time, None: now. For statements."""
+    """The claim columns of rows without a claim that are due `at` a time, None: now. For statements."""
     return {"due_at": db_now() if at is None else at}
 
 
 def take(row: Task, now: datetime, lease_seconds: float) -> None:
-    """Claim a row that is new, or locked and in nobody's hands, whether it is due or not: its first attempt."""
+    """Claim a row that is new, or locked and unclaimed, whether it is due or not. This is its first attempt."""
     row.lease, row.attempts, row.losses = uuid.uuid4(), 1, 0
     row.due_at = now + timedelta(seconds=lease_seconds)
 
 
 def hasten(row: Task) -> None:
-    """Let a locked row be due now that is in nobody's hands."""
+    """Make a locked and unclaimed row due now."""
     row.due_at = db_now()  # type: ignore[assignment]
 
 
 def make_due(row: Task, in_seconds: float = 0) -> None:
-    """Let a locked row be due as if for the first time. Whoever holds it has lost it."""
+    """Make a locked row due as if for the first time. A worker that holds it loses its lease."""
     rest(row)
     row.due_at = db_now(in_seconds)  # type: ignore[assignment]
 
 
 def rest(row: Task) -> None:
-    """Let a locked row wait for nothing. Whoever holds it has lost it."""
+    """Make a locked row not due. A worker that holds it loses its lease."""
     row.due_at = row.lease = None
     row.attempts = row.losses = 0
 
@@ -228,7 +228,7 @@ def is_claimed(row: Claimable) -> bool:
 def backoff(attempts: int, *, base: float = BACKOFF_BASE_SECONDS, cap: float = BACKOFF_CAP_SECONDS) -> float:
     """Seconds to wait after the `attempts`-th failure: exponential, capped, full jitter.
 
-    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. Never under half a second, so that
-    a lucky draw does not become a busy loop.
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. At least 0.5 s, so that a low draw makes no
+    busy loop.
     """
     return max(0.5, random.uniform(0, min(cap, base * 2 ** min(attempts, 30))))  # noqa: S311 - no secret

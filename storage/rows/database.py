@@ -1,4 +1,4 @@
-"""One database: SQLite in one file, or PostgreSQL. Sessions, the database's clock, the turnstile, the wake-up call."""
+"""One database, an SQLite file or PostgreSQL: sessions, its clock, fair turns for writers, and waking of workers."""
 
 from __future__ import annotations
 
@@ -45,19 +45,18 @@ from storage.rows.models import UtcTime
 
 log = structlog.get_logger()
 
-# How long a writer waits for SQLite's own lock. The turnstile makes waiting fair, so this is only for strangers.
+# How long a writer waits for SQLite's own lock. The turnstile orders our own writers, so this concerns other programs.
 SQLITE_BUSY_SECONDS = 30
-# A SQLite waiter looks this often whether anyone has committed: 20 look-ups a second cost about 0.05 % of a core.
+# How often a waiting thread checks an SQLite file for commits. 20 checks a second cost 0.05 % of a core.
 SQLITE_POLL_INTERVAL_SECONDS = 0.05
-# PostgreSQL tells of every commit, and whoever is woken asks for work of every kind: with eight workers each commit was
-# some sixty questions, which took more of two cores than the pictures did. The first call after a rest wakes at once,
-# those that follow so much later, all together; who has work in hand looks for more without being called.
+# PostgreSQL notifies of each commit, and a woken process asks for work of every kind. With eight workers that was 60
+# queries for each commit, more CPU than the pictures took. The first notification wakes at once, the following ones
+# together after this time. A lane with work in hand claims more without being woken.
 WAKE_SECONDS = 0.2
-# A server that answers at all does so within a moment; an intake has 5 s from body to commit.
+# A server that is up answers in less. A delivery has 5 s from its body to its commit.
 CONNECT_SECONDS = 4
-# A host that vanishes without a word (failover, a firewall that forgot us) is given up ten seconds later, whether bytes
-# of ours are on their way or it is we who wait; Linux alone would take a quarter of an hour, or for ever. What the URL
-# says of these goes before.
+# A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
+# Linux's own limits are 15 minutes, or none. Options in the URL take precedence.
 POSTGRESQL_OPTIONS = {
     "connect_timeout": CONNECT_SECONDS,
     "tcp_user_timeout": 10_000,  # milliseconds
@@ -65,26 +64,25 @@ POSTGRESQL_OPTIONS = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
 }
-# Connections that stay open while nobody needs them. What is open beyond is closed as soon as it is given back: every
-# process of an installation keeps its own, and PostgreSQL allows 100 unless it is told otherwise.
+# Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
+# connections by default.
 KEPT_CONNECTIONS = 12
 WAKE_CHANNEL = "receiver_work"
-# Checkpoints are made beside the commits (checkpoints.py). Where nothing runs that makes them, a commit does so
-# itself once the log has 64 MB.
+# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit does one at 64 MB of log.
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
-# What SQLite says when the file, not the statement, is at fault; its error class is the same for both.
+# SQLite's messages for a fault of the file. Faults of the statement have the same error class.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
-# What PostgreSQL answers to a write where it is a standby, or was put into read-only mode because its disk is full.
+# PostgreSQL's code for a write to a standby, or to a server that is read-only because its disk is full.
 READ_ONLY = "25006"
-# An execution option of ours: statements on such a connection are transactions of their own.
+# Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
 URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
 
 
 class db_now(FunctionElement[datetime]):
-    """The database's time, plus `seconds`: leases are set and judged by one clock, whatever the hosts think.
+    """The database's time plus `seconds`. Leases are set and compared by this one clock; clocks of hosts differ.
 
-    `seconds` may be a parameter by name, for a statement that is made once and run with many values.
+    `seconds` may be the name of a parameter, for a statement that is built once.
     """
 
     type = UtcTime()
@@ -99,20 +97,21 @@ class db_now(FunctionElement[datetime]):
 
 
 @compiles(db_now, "postgresql")
-def _clock_postgresql(element: db_now, compiler: Any, **options: Any) -> str:
+def _now_postgresql(element: db_now, compiler: Any, **options: Any) -> str:
     return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
 
 
 @compiles(db_now, "sqlite")
-def _clock_sqlite(element: db_now, compiler: Any, **options: Any) -> str:
+def _now_sqlite(element: db_now, compiler: Any, **options: Any) -> str:
     seconds = compiler.process(element.clauses, **options)
     return f"(strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds})))"
 
 
 def db_now_once(seconds: float = 0) -> ScalarSelect[datetime]:
-    """`db_now(seconds)` to compare a column with: asked once for the whole statement.
+    """`db_now(seconds)` for comparing with a column: evaluated once for the whole statement.
 
-    PostgreSQL uses no index up to a volatile function: beside 100,000 waiting rows a look took 23 ms instead of 4.
+    PostgreSQL uses no index for a comparison with a volatile function: with 100,000 waiting rows a check for due rows
+    took 23 ms instead of 4 ms.
     """
     return select(db_now(seconds)).scalar_subquery()
 
@@ -120,11 +119,11 @@ def db_now_once(seconds: float = 0) -> ScalarSelect[datetime]:
 def run(
     session: Session, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
 ) -> CursorResult[Any]:
-    """Execute a statement on tables (not on classes) that was made once, with the `values` of its parameters.
+    """Execute a statement on tables (not classes) that was built once, with the `values` of its parameters.
 
-    Measured: to put a statement together anew and to pass it through the ORM takes three times the CPU of running it.
-    Settling a picture took 3.9 ms so and takes 1.3 this way, noting its key 0.9 and 0.5, claiming it 1.9 and 0.9.
-    What the session has changed so far is written first, as the ORM does for its own statements.
+    Building a statement anew and running it through the ORM takes three times the CPU. Settling a picture took 3.9 ms
+    that way and takes 1.3 ms this way, noting its key 0.9 and 0.5 ms, claiming it 1.9 and 0.9 ms. The session's
+    changes so far are flushed first, as before a statement of the ORM.
     """
     session.flush()
     return session.connection().execute(statement, values)
@@ -146,10 +145,10 @@ def insert_or_ignore(
 
 
 class Turnstile:
-    """A lock that every write transaction of every process passes, because SQLite's busy handler is not fair.
+    """A lock around every write transaction of every process, because SQLite's busy handler is not fair.
 
-    Without it two workers committing in a loop kept an intake waiting for 7-13 s; with it p99 was 0.11 s.
-    Never held across other I/O.
+    Without it two workers that committed in a loop delayed a delivery by 7 to 13 s; with it p99 was 0.11 s. It is never
+    held across other I/O.
     """
 
     def __init__(self, path: Path, *, wait_seconds: float = SQLITE_BUSY_SECONDS) -> None:
@@ -217,9 +216,9 @@ class Turnstile:
 class Database:
     """Sessions on one database.
 
-    `write()` is one transaction, committed at the end of the block, rolled back when it raises. `read()` writes nothing
-    and sees one snapshot, taken at its first statement. A database that cannot be reached raises `DatabaseUnavailable`.
-    `connections`: the most at once. A thread that finds none free for 4 s meets `DatabaseUnavailable`, too.
+    `write()` is one transaction, committed at the end of the block and rolled back when the block raises. `read()` sees
+    one snapshot, taken at its first statement, and writes nothing. Raises `DatabaseUnavailable` when the database
+    cannot be reached or no connection is free for 4 s. `connections`: the most at once.
     """
 
     def __init__(self, url: str, *, connections: int = 32) -> None:
@@ -232,8 +231,8 @@ class Database:
             self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
             self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
             self.reader = _sqlite_engine(self.url, "BEGIN", **pool)
-            self._single = self.writer.execution_options(**{NO_BEGIN: True})
-            self._glance = self.reader.execution_options(**{NO_BEGIN: True})
+            self._autocommit_writer = self.writer.execution_options(**{NO_BEGIN: True})
+            self._autocommit_reader = self.reader.execution_options(**{NO_BEGIN: True})
         else:
             self.turnstile = nullcontext()
             self.writer = create_engine(
@@ -245,9 +244,11 @@ class Database:
                 **pool,
             )
             event.listen(self.writer, "checkin", _forget_read_only)
-            # The driver says both in its BEGIN: a snapshot costs no round trip.
+            # The driver puts both into its BEGIN, so a snapshot costs no round trip.
             self.reader = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
-            self._single = self._glance = self.writer.execution_options(isolation_level="AUTOCOMMIT")
+            self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
+                isolation_level="AUTOCOMMIT"
+            )
 
     @property
     def postgresql_options(self) -> dict[str, Any]:
@@ -261,18 +262,18 @@ class Database:
 
     @contextmanager
     def autocommit_writer(self) -> Iterator[Connection]:
-        """A connection on which every statement is a transaction of its own, durable when it returns.
+        """A connection on which each statement is a transaction of its own, durable when it returns.
 
-        For the one statement of an intake's batch: neither session nor BEGIN nor COMMIT, each of which is a round trip
-        to PostgreSQL and, with SQLite, a wait for the interpreter lock beside a busy event loop.
+        For the single statement of a group commit: BEGIN and COMMIT are a round trip each on PostgreSQL, and on SQLite
+        a wait for the interpreter lock beside a busy event loop.
         """
-        with _unavailable(), self.turnstile, self._single.connect() as connection:
+        with _unavailable(), self.turnstile, self._autocommit_writer.connect() as connection:
             yield connection
 
     @contextmanager
     def autocommit_reader(self) -> Iterator[Connection]:
-        """`autocommit_writer()` for statements that only read: idle lanes poll with it, without a transaction."""
-        with _unavailable(), self._glance.connect() as connection:
+        """The same for reads: idle lanes poll without a transaction."""
+        with _unavailable(), self._autocommit_reader.connect() as connection:
             yield connection
 
     @contextmanager
@@ -286,7 +287,7 @@ class Database:
             return now
 
     def free_share(self) -> float:
-        """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, which keeps its own house."""
+        """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, whose disk we cannot see."""
         if not self.is_sqlite:
             return 1.0
         usage = shutil.disk_usage(Path(self.url.database or ".").absolute().parent)
@@ -308,7 +309,7 @@ class Database:
 
 
 def normal_url(url: str) -> URL:
-    """`postgresql://` means psycopg 3; SQLite must name a file. Raises ValueError with what to write instead."""
+    """`postgresql://` means psycopg 3; SQLite needs a file. Raises ValueError with the valid forms."""
     parsed = _parse(url)
     if parsed.drivername in ("postgresql", "postgres"):
         return parsed.set(drivername="postgresql+psycopg")
@@ -322,13 +323,13 @@ def normal_url(url: str) -> URL:
 def _parse(url: str) -> URL:
     try:
         return make_url(url)
-    except (ArgumentError, ValueError):  # a port that is none: its message would show a part of the password
+    except (ArgumentError, ValueError):  # an invalid port: the message would show a part of the password
         raise ValueError(URL_FORMS) from None
 
 
 def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
     options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
-    # An error's text would quote its values, and they hold tokens and signed links.
+    # Errors would quote parameters, which hold tokens and signed links.
     engine = create_engine(url, connect_args=options, hide_parameters=True, **pool)
 
     @event.listens_for(engine, "do_connect")
@@ -339,7 +340,7 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # we say BEGIN ourselves
+        connection.isolation_level = None  # `start` sends BEGIN
         for pragma in SQLITE_PRAGMAS:
             connection.execute(f"PRAGMA {pragma}")
 
@@ -352,11 +353,11 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
 
 
 def _forget_read_only(connection: Any, _: object) -> None:
-    """Leave it to the server again whether the connection's next transaction may write.
+    """Leave it to the server whether the connection's next transaction may write.
 
-    SQLAlchemy resets to READ WRITE, which overrides the read-only mode that a server with a full disk is put into.
+    SQLAlchemy resets to READ WRITE, which would override the read-only mode of a server with a full disk.
     """
-    if connection is not None:  # None: it broke
+    if connection is not None:  # None: it is broken
         connection.read_only = None
 
 
@@ -377,7 +378,7 @@ def _unavailable() -> Iterator[None]:
 
 
 class Waker:
-    """Waits until someone committed work, or until the time is over. One per waiting thread."""
+    """Waits for a commit of work, at most for the given time. Each waiting thread has its own."""
 
     def wait(self, seconds: float) -> None:
         raise NotImplementedError
@@ -387,15 +388,15 @@ class Waker:
 
 
 class _SqliteWaker(Waker):
-    """SQLite counts foreign commits in `data_version`; asking costs some microseconds and takes no lock.
+    """Polls `data_version`, in which SQLite counts commits of other connections: some microseconds and no lock.
 
-    A file that cannot be asked is opened anew, said once, and meanwhile each wait ends by itself.
+    After an error it opens the file anew, and waits end by time alone until that works. It is logged once.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._connection: PoolProxiedConnection | None = None
-        self._seen: int | None = None  # of this connection: another one counts by itself
+        self._seen: int | None = None  # by this connection: each counts on its own
         self._is_lost = False
 
     def wait(self, seconds: float) -> None:
@@ -407,8 +408,8 @@ class _SqliteWaker(Waker):
             if not self._is_lost:
                 log.warning("waker.lost", error=type(error).__name__)
             self._is_lost = True
-            self._give_up()
-            time.sleep(min(seconds, 1))  # the database is away: polling goes on at this pace
+            self._disconnect()
+            time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
         else:
             self._seen, self._is_lost = version, False
 
@@ -418,7 +419,7 @@ class _SqliteWaker(Waker):
         cursor = self._connection.cursor()
         return int(cursor.execute("PRAGMA data_version").fetchone()[0])
 
-    def _give_up(self) -> None:
+    def _disconnect(self) -> None:
         connection, self._connection, self._seen = self._connection, None, None
         if connection is not None:
             connection.invalidate()
@@ -430,7 +431,7 @@ class _SqliteWaker(Waker):
 
 class _PostgresWaker(Waker):
     def __init__(self, database: Database) -> None:
-        import psycopg  # 50 ms of every start, and only here is it needed by name
+        import psycopg  # its import takes 50 ms, and only PostgreSQL needs it
 
         self._driver = psycopg
         self._database = database
@@ -447,12 +448,12 @@ class _PostgresWaker(Waker):
             if not any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1)):
                 return
             time.sleep(max(0.0, self._woke_at + WAKE_SECONDS - time.monotonic()))
-            for _ in self._connection.notifies(timeout=0):  # what was called out meanwhile is one call
+            for _ in self._connection.notifies(timeout=0):  # drop the notifications that came meanwhile
                 pass
             self._woke_at = time.monotonic()
         except self._driver.OperationalError:
             self.close()
-            time.sleep(min(seconds, 1))  # the database is away: polling goes on at this pace
+            time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
 
     def close(self) -> None:
         if self._connection is not None:

@@ -1,4 +1,4 @@
-"""Facts, written in the transaction that made them true. Prose for people is made where it is shown."""
+"""Events, each written in the transaction that makes it true."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sqlmodel import Session, col, select
 from storage.rows.database import db_now
 from storage.rows.models import Asset, Counter, Event, Task
 
-# Counts the numbers given; `storage.operations.outbox` gives them.
+# The row of the counter from which `storage/operations/outbox.py` numbers events.
 COUNTER = "event"
 
 
@@ -36,7 +36,7 @@ class EventName(StrEnum):
     CALLBACK_UNMATCHED = "callback.unmatched"
 
 
-_FACT = insert(Event.__table__).values(  # type: ignore[attr-defined]
+_INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
     task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=db_now()
 )
 
@@ -62,29 +62,29 @@ def with_person(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: dict[str, Any] | None = None) -> None:
-    """Write one fact; it becomes true when the caller's transaction commits."""
-    # Not through `run`: what the session has changed of other rows need not be written before a fact.
+    """Write one event. It exists once the caller's transaction commits."""
+    # Not through `run`: an event needs no flush of the session's other changes.
     values = {"task_id": task_id, "name": name.value, "data": with_person(data or {})}
-    session.connection().execute(_FACT, values)
+    session.connection().execute(_INSERT, values)
 
 
 def file_facts(asset: Asset) -> dict[str, Any]:
-    """What an event says of an archived file: enough to fetch and to verify it. `original`: of a watermarked copy."""
+    """An archived file as events describe it, enough to fetch and verify it. `original`: only of a watermarked copy."""
     facts = {name: getattr(asset, name) for name in ("kind", "index", "key", "sha256", "size", "media_type")}
     return {**facts, "original": asset.original} if asset.original else facts
 
 
 def of_task(session: Session, task_id: uuid.UUID) -> list[Event]:
-    """The task's facts, oldest first."""
+    """The task's events, oldest first."""
     return list(session.exec(select(Event).where(Event.task_id == task_id).order_by(col(Event.id))))
 
 
 def after(
     session: Session, seq: int, limit: int, names: Collection[str] | None = None
 ) -> list[tuple[Event, str | None]]:
-    """The next facts in the order of their numbers, each with its task's external id. `names`: only these.
+    """The next events by their numbers, each with its task's external id. `names`: only these; None = all.
 
-    A fact has its number a moment after its commit, given by a worker; then no reader who goes by numbers misses it.
+    A worker numbers an event after its commit, so a reader that goes by numbers misses none.
     """
     found = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
     found = found.where(col(Event.seq) > seq)
@@ -94,16 +94,16 @@ def after(
 
 
 def newest_seq(session: Session) -> int:
-    """The highest number given so far, 0 for none: also where its event has been forgotten since."""
+    """The highest number so far, 0 for none. Its event may have been pruned since."""
     return session.exec(select(Counter.value).where(Counter.name == COUNTER)).one_or_none() or 0
 
 
 def names_matching(patterns: Iterable[str]) -> frozenset[EventName]:
-    """The names that patterns as `task.*` choose; no pattern = all. Raises ValueError for one that chooses none."""
+    """The names that match patterns like `task.*`; no pattern = all. Raises ValueError for one that matches none."""
     chosen: set[EventName] = set()
     for pattern in patterns:
         matching = {name for name in EventName if fnmatchcase(name, pattern)}
         if not matching:
-            raise ValueError(f"no event is called {pattern[:40]!r}; there are {', '.join(EventName)}")
+            raise ValueError(f"no event is called {pattern[:40]!r}; the events are {', '.join(EventName)}")
         chosen |= matching
     return frozenset(chosen or EventName)

@@ -1,6 +1,6 @@
-"""The slot columns of one task's row: what it holds of its account, given back, and the note that it fell silent.
+"""The slot columns of one task: giving slots back, and the note on a task that is silent.
 
-Whose turn it is decides `storage.accounts.slots`; the apply step gives slots back when a task ends.
+`storage/accounts/slots.py` decides which task gets slots. A task gives its slots back when it ends.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ SILENT = "silent for 24 h: its slots were given back"
 
 
 def give_back(task: Task) -> None:
-    """Free what the locked task holds or waits for, and clear the note that it was silent."""
+    """Give back the slots that the locked task holds or waits for, and clear its note of silence."""
     task.slots, task.queued_at = 0, None
     heard_of(task)
 
 
 def heard_of(task: Task) -> None:
-    """Clear the locked task's note that it was silent."""
+    """Clear the locked task's note of silence."""
     if _is_silent(task.note):
         task.note = None
 
 
 def keep_silent(task: Task) -> None:
-    """Clear the locked task's note, except that it gave its slots back."""
+    """Clear the locked task's note, unless it is the note of silence."""
     task.note = SILENT if _is_silent(task.note) else None
 
 
 def note_beside(note: str) -> Any:
-    """`note` as a value for a task's row, appended to the note that it gave its slots back where that is set."""
+    """`note` as an SQL value, behind the note of silence where the task has one."""
     return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)
 
 

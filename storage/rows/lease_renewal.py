@@ -1,4 +1,4 @@
-"""Hold a claim outside a worker process, whose own thread renews those in its hands (see receiver.worker)."""
+"""Renewal of one lease outside of a worker, which renews the leases of its own rows (`receiver/app/worker.py`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = structlog.get_logger()
 
 @contextmanager
 def renewing_lease(database: Database, row: Row, *, lease_seconds: float) -> Iterator[None]:
-    """Renew the claim on `row` every third of its lease, for the first time after a third, until the block ends.
+    """Renew the claim on `row` every third of `lease_seconds` until the block ends.
 
-    A claim that is lost is not taken back: whoever settles the row hears `LostClaim`, and whoever must know before
-    asks `claims.update_claimed`. While the database is away it is tried again a third later. A crash leaves a lease
-    that runs out. `lease_seconds`: what each renewal gives, and what the claim was made for.
+    A lost claim stays lost: `claims.settle` raises `LostClaim`, and so does `claims.update_claimed` before. While the
+    database is away, renewal is tried again a third later. After a crash the lease runs out. `lease_seconds`: of the
+    claim and of each renewal.
     """
     with background_thread("lease-renewal", lambda ended: _renew(database, row, lease_seconds, ended)):
         yield

@@ -1,7 +1,7 @@
-"""The rows. A row that waits for work is the job: its due time, attempts and lease are columns of it.
+"""The tables. A row that waits for work is the job itself: due time, attempts and lease are columns of it.
 
-`due_at` is the one column a claim looks at: set = the row waits for a worker from then on, NULL = nothing to do.
-A claim moves it to the end of its lease, so an expired lease is simply due again; a settled row sets it to NULL.
+`due_at` set: the row waits for a worker from then on. NULL: nothing to do. A claim moves `due_at` to the end of its
+lease, so a row whose lease ran out is due again. Settling sets it to NULL or to a later time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class UtcTime(TypeDecorator[datetime]):
 
 
 class Word(TypeDecorator[str]):
-    """A StrEnum kept as its plain word."""
+    """A StrEnum stored as its text."""
 
     impl = Text
     cache_ok = True
@@ -68,9 +68,9 @@ class Word(TypeDecorator[str]):
 
 
 Json = JSON().with_variant(JSONB(), "postgresql")
-# SQLite counts up by itself only in INTEGER primary keys.
+# SQLite autoincrements INTEGER primary keys only.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
-# Compared and sorted by bytes, as stores list keys; SQLite does so anyway.
+# Sorted by bytes, as stores list keys. SQLite always does so.
 KeyText = Text().with_variant(Text(collation="C"), "postgresql")
 
 
@@ -83,7 +83,7 @@ def _text(default: str | None = None, **options: Any) -> Any:
 
 
 class Claimable(SQLModel):
-    """The claim columns: `attempts` counts claims since progress, `losses` claims whose lease ran out unsettled."""
+    """The claim columns. `attempts`: claims since the last progress. `losses`: claims whose lease ran out."""
 
     due_at: datetime | None = _time()
     attempts: int = 0
@@ -97,14 +97,14 @@ def _partial_index(name: str, column: str, condition: str) -> Index:
 
 
 def _due_index(table: str, *, within: str | None = None) -> Index:
-    """`within`: a column that every claim of the table names, so that one's due rows are not in another's way."""
+    """`within`: a column that every claim of the table names, so that a claim reads only its own due rows."""
     where = text("due_at IS NOT NULL")
     columns = [within, "due_at"] if within else ["due_at"]
     return Index(f"{table}_due", *columns, postgresql_where=where, sqlite_where=where)
 
 
 class Task(Claimable, table=True):
-    """One thing we asked for. `state` and `archive` are changed by the apply step alone, under this row's lock."""
+    """One request to a provider. `state` and `archive` are changed by the apply step alone, under this row's lock."""
 
     __tablename__: ClassVar[str] = "task"
     __table_args__ = (
@@ -143,7 +143,7 @@ class Task(Claimable, table=True):
     completeness_reads: int = 0
     reported_at: datetime | None = _time()
     called_back_at: datetime | None = _time()
-    end_called_back_at: datetime | None = _time()  # the first callback that told the end, believed or not
+    end_called_back_at: datetime | None = _time()  # the first callback that reported the end, believed or not
 
     created_at: datetime = _time(nullable=False)
     submitted_at: datetime | None = _time()
@@ -154,19 +154,19 @@ class Task(Claimable, table=True):
     manifest_key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
     manifest_digest: str | None = _text()
     manifests: int = 0
-    deleted_at: datetime | None = _time()  # its objects are gone: nothing that is reported of it counts any more
+    deleted_at: datetime | None = _time()  # its objects are deleted; later reports are ignored
 
-    # how many of the account's concurrent pictures it holds now; below 0: how many it waits for (accounts/slots.py)
+    # account slots that it holds; negative: slots that it waits for (accounts/slots.py)
     slots: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
-    queued_at: datetime | None = _time()  # waits for slots; not before then; its create is not due meanwhile
+    queued_at: datetime | None = _time()  # it waits for slots, from this time on; its create is not due
     batch_id: uuid.UUID | None = None
     batch_line: int | None = None
     client: str | None = _text()  # of the gateway: a fingerprint of the API key that asked for it
-    client_callback_url: str | None = _text(repr=False)  # where a gateway's client wants to be called back
+    client_callback_url: str | None = _text(repr=False)  # where a client of the gateway is called back
 
 
 class TaskAlias(SQLModel, table=True):
-    """Every id the provider (or a gateway before it) has called a task by."""
+    """Every id that the provider, or a gateway in front of it, has used for a task."""
 
     __tablename__: ClassVar[str] = "task_alias"
     __table_args__ = (Index("task_alias_task", "task_id"),)
@@ -177,9 +177,9 @@ class TaskAlias(SQLModel, table=True):
 
 
 class Callback(Claimable, table=True):
-    """One raw delivery, kept as it came. `task_id`: the task its token names (its row may not exist here).
+    """One raw delivery. `task_id`: the task that its token names; this database may have no row for it.
 
-    `external_task_id`, `provider_task_id`: the ids in the body of an unmatched one, by which it finds its task later.
+    `external_task_id`, `provider_task_id`: the ids in the body of an unmatched delivery, to find its task later.
     """
 
     __tablename__: ClassVar[str] = "callback"
@@ -208,7 +208,7 @@ class Callback(Claimable, table=True):
 
 
 class Asset(Claimable, table=True):
-    """One file to keep. `key`, `sha256`, `size` are written before the put: whoever takes over looks there first."""
+    """One file to archive. `key`, `sha256`, `size` are written before the put, so that the next worker finds it."""
 
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
@@ -233,7 +233,7 @@ class Asset(Claimable, table=True):
     width: int | None = None
     height: int | None = None
     verified: bool | None = None
-    # NULL where there is nothing to say: bytes behind the picture's end (of `size`); what was odd and did no harm
+    # bytes of `size` behind the picture's end; harmless oddities; NULL = none
     trailing_bytes: int | None = Field(default=None, sa_type=BigInteger)
     notes: list[str] | None = Field(default=None, sa_type=Json, nullable=True)
     accept_unverified: bool = False
@@ -245,10 +245,10 @@ class Asset(Claimable, table=True):
 
 
 class Event(SQLModel, table=True):
-    """One fact, in the transaction that made it true.
+    """One event, written in the transaction that made it true.
 
-    `seq` is given after that commit, under a lock (a smaller `id` may commit later on PostgreSQL): readers go by
-    `seq` alone and miss nothing. NULL = not yet given.
+    `seq` is assigned after that commit, under a lock, because on PostgreSQL a smaller `id` may commit later. Readers go
+    by `seq` and miss nothing. NULL = not yet assigned.
     """
 
     __tablename__: ClassVar[str] = "event"
@@ -267,7 +267,7 @@ class Event(SQLModel, table=True):
 
 
 class Dispatch(Claimable, table=True):
-    """One event on its way to one sink. Per sink and task they leave in the order of their ids."""
+    """One event on its way to one sink. For each sink and task they are sent in the order of their ids."""
 
     __tablename__: ClassVar[str] = "dispatch"
     __table_args__ = (
@@ -283,14 +283,14 @@ class Dispatch(Claimable, table=True):
     event_id: int = Field(sa_type=BigInteger)
     task_id: uuid.UUID | None = None
     state: DispatchState = Field(default=DispatchState.DUE, sa_type=Word(DispatchState))
-    tries: int = 0  # sendings that were answered or failed; `attempts` counts claims
+    tries: int = 0  # sends that were answered or failed; `attempts` counts claims
     error: str | None = _text()
     created_at: datetime = _time(nullable=False)
     settled_at: datetime | None = _time()
 
 
 class Sink(SQLModel, table=True):
-    """What is remembered of a receiver of events; how to reach it is a setting. `disabled_at`: it answered 410."""
+    """The state of a sink; its address is a setting. `disabled_at`: when it answered 410."""
 
     __tablename__: ClassVar[str] = "sink"
 
@@ -300,7 +300,7 @@ class Sink(SQLModel, table=True):
 
 
 class Counter(SQLModel, table=True):
-    """A number that one transaction at a time counts up: its row is the lock."""
+    """A number that one transaction at a time increments: its row is the lock."""
 
     __tablename__: ClassVar[str] = "counter"
 
@@ -319,9 +319,9 @@ class Batch(SQLModel, table=True):
 
 
 class Account(SQLModel, table=True):
-    """A provider's account: its row is locked while slots are taken.
+    """A provider's account. Its row is locked while slots are assigned.
 
-    `slot_limit`: lowered when the provider refuses for want of slots, NULL = as the setting says.
+    `slot_limit`: lowered when the provider refuses a create for lack of slots; NULL = the setting.
     """
 
     __tablename__: ClassVar[str] = "account"
@@ -332,7 +332,7 @@ class Account(SQLModel, table=True):
 
 
 class Idempotency(SQLModel, table=True):
-    """The first answer to a gateway client's `Idempotency-Key`. `answer` NULL: not answered yet."""
+    """The first answer for an `Idempotency-Key` of a gateway client. `answer` NULL: not answered yet."""
 
     __tablename__: ClassVar[str] = "idempotency"
     __table_args__ = (Index("idempotency_newest", "created_at"),)
@@ -360,10 +360,10 @@ class Worker(SQLModel, table=True):
 
 
 class RollingAudit(SQLModel, table=True):
-    """Where the audit in the workers stands (see `storage.archive.continuous_audit`): one row, claimed as others are.
+    """The state of the audit in the workers (`storage/archive/continuous_audit.py`): one row with a claim of its own.
 
-    `cursor`: the last task that was looked at, NULL = the round begins. `checked`, `last`: the round under way, {} =
-    none is, and the last whole one. `findings`: the newest faults there are.
+    `cursor`: the last task that was audited, NULL = at the start of a round. `checked`: counts of the round under way,
+    {} = none. `last`: those of the last complete round. `findings`: the newest faults.
     """
 
     __tablename__: ClassVar[str] = "rolling_audit"
@@ -380,7 +380,7 @@ class RollingAudit(SQLModel, table=True):
 
 
 class ProviderRate(SQLModel, table=True):
-    """When a provider's account may be read again, for all processes together."""
+    """When any process may read from a provider's account again."""
 
     __tablename__: ClassVar[str] = "pace"
 

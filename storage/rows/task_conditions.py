@@ -1,4 +1,4 @@
-"""Conditions on task rows that several rooms ask for: whether a task is over, and whether a person dismissed it."""
+"""Conditions on tasks that several rooms use: whether a task is over, and whether a person dismissed it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from storage import states
 from storage.rows.models import Task
 from storage.states import ArchiveState
 
-# What a dismissed task's note, and the error of its files, begin with: `retry --all-failed` leaves them alone.
+# The note of a dismissed task and the error of its files start with this. `retry --all-failed` skips them.
 DISMISSED = "dismissed: "
 
 IS_OVER = and_(
@@ -24,5 +24,5 @@ def is_dismissed(task: Task) -> bool:
 
 
 def not_dismissed(column: Any) -> Any:
-    """The condition that a task's note, or a file's error, is not `dismiss`'s."""
+    """The condition that a task's note, or a file's error, was not written by `receiver dismiss`."""
     return func.coalesce(column, "").not_like(f"{DISMISSED}%")

@@ -1,4 +1,4 @@
-"""Quarantine: a row that has ended three workers is worked on by a process that does nothing else meanwhile."""
+"""Quarantine: a row that ended three workers is worked on while its process does nothing else."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from tests.storage.test_circuit import Clock, opened
 
 
 def lost(database: Database, asset: Asset, times: int) -> None:
-    """The asset as left by a worker that died holding it, for the `times`-th time."""
+    """The asset as a worker leaves it that dies holding it, for the `times`-th time."""
     with database.write() as session:
         values = {"losses": times - 1, "lease": uuid.uuid4(), "due_at": LONG_AGO}
         session.execute(update(Asset).where(col(Asset.id) == asset.id).values(**values))
 
 
-def test_a_suspect_is_worked_on_alone(database: Database, desk: Desk) -> None:
-    """A row that has ended three workers waits until nothing else is in hand, and nothing else is taken meanwhile."""
+def test_quarantined_row_is_worked_on_alone(database: Database, desk: Desk) -> None:
+    """It waits until nothing else is in hand, and nothing else is claimed meanwhile."""
     desk.gate.clear()
-    suspect, *others = new_assets(database, 5)
-    lost(database, suspect, 3)
+    bad, *others = new_assets(database, 5)
+    lost(database, bad, 3)
     alone: list[set[Any]] = []
 
     def work(row: Any) -> None:
-        if row.id == suspect.id:
+        if row.id == bad.id:
             alone.append(set(desk.begun) - set(desk.done))
         desk.work(row)
 
     with running(database, assets_lane(work, 2)):
         wait_until(lambda: len(desk.begun) == 2)
-        assert suspect.id not in desk.begun
+        assert bad.id not in desk.begun
         desk.gate.set()
         wait_until(lambda: not waiting(database))
     assert alone == [set()]
@@ -55,7 +55,7 @@ def test_a_suspect_is_worked_on_alone(database: Database, desk: Desk) -> None:
 
 @contextmanager
 def claims_of_creates_wait(database: Database) -> Iterator[Lane]:
-    """A lane whose claim waits in the database, for the row of the account, as long as the block runs."""
+    """A lane whose claim waits in the database for the account's row until the block ends."""
     slots = Slots("kling", 4)
     with database.write() as session:
         new_task(session, due_at=None, queued_at=LONG_AGO, slots=-1)
@@ -64,8 +64,8 @@ def claims_of_creates_wait(database: Database) -> Iterator[Lane]:
         yield Lane("creates", Task, Desk(database).work, 1, (col(Task.step) == Step.CREATE,), slots=slots)
 
 
-@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)  # SQLite has one writer at a time by itself
-def test_a_lane_whose_claim_waits_stops_no_other_lane(database: Database, desk: Desk) -> None:
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)  # SQLite has one writer at a time
+def test_claim_that_waits_delays_no_other_lane(database: Database, desk: Desk) -> None:
     with ExitStack() as worker:
         with claims_of_creates_wait(database) as creates:
             worker.enter_context(running(database, creates, assets_lane(desk.work)))
@@ -75,20 +75,20 @@ def test_a_lane_whose_claim_waits_stops_no_other_lane(database: Database, desk: 
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_a_suspect_waits_for_the_claims_under_way(database: Database, desk: Desk) -> None:
-    (suspect,) = new_assets(database, 1, due_at=None)
+def test_quarantined_row_waits_for_claims_under_way(database: Database, desk: Desk) -> None:
+    (row,) = new_assets(database, 1, due_at=None)
     with ExitStack() as worker:
         with claims_of_creates_wait(database) as creates:
             at_work = worker.enter_context(running(database, creates, assets_lane(desk.work)))
             wait_until(lambda: is_any_blocked(database))
-            lost(database, suspect, 3)
+            lost(database, row, 3)
             wait_until(lambda: at_work._in_hand.is_quarantined)
             time.sleep(0.3)
             assert desk.begun == []
-        wait_until(lambda: desk.done == [suspect.id])
+        wait_until(lambda: desk.done == [row.id])
 
 
-def test_a_suspect_that_lets_its_worker_live_is_none_any_more(database: Database, desk: Desk) -> None:
+def test_quarantine_ends_when_the_worker_survives(database: Database, desk: Desk) -> None:
     (asset,) = new_assets(database, 1)
     lost(database, asset, 4)
     with running(database, assets_lane(desk.work)):
@@ -96,19 +96,19 @@ def test_a_suspect_that_lets_its_worker_live_is_none_any_more(database: Database
     assert stored(database, asset)["losses"] == 0
 
 
-def test_a_suspect_is_worked_on_where_nothing_runs_for_long(database: Database, desk: Desk) -> None:
-    suspect, other = new_assets(database, 2)
-    lost(database, suspect, 3)
+def test_run_quarantined_works_on_one_row(database: Database, desk: Desk) -> None:
+    row, other = new_assets(database, 2)
+    lost(database, row, 3)
     worker = Worker(database, [assets_lane(desk.work)], lease_seconds=5, grace_seconds=0)
     assert (worker.run_until_idle(), desk.done) == (1, [other.id])
-    assert (worker.run_suspects(), desk.done) == (1, [other.id, suspect.id])
-    assert worker.run_suspects() == 0
+    assert (worker.run_quarantined(), desk.done) == (1, [other.id, row.id])
+    assert worker.run_quarantined() == 0
 
 
-def test_who_stops_begins_with_no_suspect(database: Database, desk: Desk) -> None:
+def test_stopping_worker_starts_no_quarantined_row(database: Database, desk: Desk) -> None:
     desk.gate.clear()
-    suspect, other = new_assets(database, 2)
-    lost(database, suspect, 3)
+    row, other = new_assets(database, 2)
+    lost(database, row, 3)
     with running(database, assets_lane(desk.work)) as worker:
         wait_until(lambda: worker._in_hand.is_quarantined)
         worker.stop()
@@ -117,42 +117,42 @@ def test_who_stops_begins_with_no_suspect(database: Database, desk: Desk) -> Non
     assert desk.begun == [other.id]
 
 
-def test_a_suspect_whose_circuit_is_open_stops_no_other_lane(database: Database, desk: Desk) -> None:
-    """Nor while a long piece of work is in hand, which it would have to wait for."""
-    clock, suspects = Clock(), Desk(database)
+def test_quarantined_row_behind_an_open_circuit_stops_no_lane(database: Database, desk: Desk) -> None:
+    """Also while long work is in hand, for which the quarantine would have to wait."""
+    clock, quarantined = Clock(), Desk(database)
     circuit = opened(clock)
     clock.seconds += FIRST_PAUSE_SECONDS  # a trial may start
     with database.write() as session:
         new_task(session, losses=claims.QUARANTINE_AFTER)
         new_task(session, step=Step.READ)
-    creates = Lane("creates", Task, suspects.work, 1, (col(Task.step) == Step.CREATE,), circuit=circuit)
+    creates = Lane("creates", Task, quarantined.work, 1, (col(Task.step) == Step.CREATE,), circuit=circuit)
     reads = Lane("reads", Task, desk.work, 1, (col(Task.step) == Step.READ,))
     free = Desk(database)
     desk.gate.clear()
     with running(database, creates, reads, assets_lane(free.work)):
         wait_until(lambda: desk.begun)
-        look_until = time.monotonic() + 2.5 * QUARANTINE_INTERVAL_SECONDS
-        while time.monotonic() < look_until:
+        ends_at = time.monotonic() + 2.5 * QUARANTINE_INTERVAL_SECONDS
+        while time.monotonic() < ends_at:
             (asset,) = new_assets(database, 1)
             wait_until(lambda wanted=asset.id: wanted in free.done, seconds=5)  # type: ignore[misc]
-        assert suspects.begun == []
+        assert quarantined.begun == []
         circuit.succeeded()
         desk.gate.set()
-        wait_until(lambda: suspects.done)
+        wait_until(lambda: quarantined.done)
 
 
-def test_the_trial_of_an_open_circuit_is_a_suspects_when_nobody_else_takes_it(database: Database, desk: Desk) -> None:
+def test_quarantined_row_takes_a_trial_that_no_other_row_takes(database: Database, desk: Desk) -> None:
     clock = Clock()
     new_assets(database, 1, losses=claims.QUARANTINE_AFTER)
     lane = assets_lane(desk.work, circuit=opened(clock))
     worker = Worker(database, [lane], lease_seconds=5, grace_seconds=0)
     clock.seconds += FIRST_PAUSE_SECONDS
-    assert worker.run_suspects() == 0
+    assert worker.run_quarantined() == 0
     clock.seconds += PAUSE_CAP_SECONDS
-    assert worker.run_suspects() == 1
+    assert worker.run_quarantined() == 1
 
 
-def test_losses_reach_the_work_so_that_it_can_park_the_row(database: Database, desk: Desk) -> None:
+def test_work_sees_the_losses_of_its_row(database: Database, desk: Desk) -> None:
     (asset,) = new_assets(database, 1)
     lost(database, asset, claims.PARK_LOSSES)
     losses: list[int] = []

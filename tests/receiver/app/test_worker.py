@@ -1,6 +1,6 @@
-"""The worker: lanes claim, threads work, everything ends well, whatever the work or the database does meanwhile.
+"""The worker: lanes, threads, leases and the end, whatever the work or the database does meanwhile.
 
-The lanes here carry work of the test's own, so that it can hang, break and count; rows and claims are real.
+The lanes do work of the test's own, which can hang, fail and count. Rows and claims are real.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tests.rows import LONG_AGO, new_assets, new_task, stored
 
 
 class Desk:
-    """Work that notes its rows, waits at the gate, then settles them."""
+    """Work that records its rows, waits for the gate, then settles them."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
         self.begun: list[Any] = []
         self.done: list[Any] = []
-        self.stranded: list[Any] = []
+        self.unsettled: list[Any] = []
         self.batches: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
@@ -48,7 +48,7 @@ class Desk:
             with self.database.write() as session:
                 claims.settle(session, row, due_in=None)
         except DatabaseUnavailable:
-            self.stranded.append(row.id)
+            self.unsettled.append(row.id)
             raise
         self.done.append(row.id)
 
@@ -67,7 +67,7 @@ def desk(database: Database) -> Desk:
 def running(
     database: Database, *lanes: Lane, lease: float = 5, grace: float = 10, periodic_jobs: Sequence[PeriodicJob] = ()
 ) -> Iterator[Worker]:
-    """A worker at work in a thread; on leaving it is stopped and has ended."""
+    """A worker in a thread. It has stopped when the block ends."""
     worker = Worker(database, lanes, lease_seconds=lease, grace_seconds=grace, periodic_jobs=periodic_jobs)
     thread = threading.Thread(target=worker.run)
     thread.start()
@@ -105,7 +105,7 @@ def test_lanes_take_only_their_own_step(database: Database, desk: Desk) -> None:
     assert sorted(desk.done) == sorted(reads)
 
 
-def test_a_stuck_lane_holds_up_no_other(database: Database, desk: Desk) -> None:
+def test_stuck_lane_does_not_delay_others(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     (asset,) = new_assets(database, 1)
     free = Desk(database)
@@ -119,11 +119,11 @@ def test_a_stuck_lane_holds_up_no_other(database: Database, desk: Desk) -> None:
     assert desk.done == [asset.id]
 
 
-def test_a_lane_that_can_takes_rows_in_batches(database: Database, desk: Desk) -> None:
+def test_lane_with_batches_takes_rows_in_batches(database: Database, desk: Desk) -> None:
     new_assets(database, 11)
     lane = assets_lane(desk.work, 2, work_many=desk.work_many, batch=lambda: 5)
     assert Worker(database, [lane], lease_seconds=5, grace_seconds=0).run_until_idle() == 11
-    assert desk.batches == [5, 5]  # the one that was left came alone
+    assert desk.batches == [5, 5]  # a single row goes to `work`
 
 
 def test_batches_are_spread_over_the_threads(database: Database, desk: Desk) -> None:
@@ -134,7 +134,7 @@ def test_batches_are_spread_over_the_threads(database: Database, desk: Desk) -> 
     assert max(desk.batches) <= 5
 
 
-def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(database: Database, desk: Desk) -> None:
+def test_stop_finishes_rows_in_hand_and_claims_no_more(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     new_assets(database, 4)
     with running(database, assets_lane(desk.work, 2)) as worker:
@@ -145,7 +145,7 @@ def test_stopping_finishes_what_is_in_hand_and_takes_nothing_new(database: Datab
     assert heartbeats.count_alive(database) == 0
 
 
-def test_leases_are_renewed_while_work_goes_on_and_while_draining(database: Database, desk: Desk) -> None:
+def test_leases_are_renewed_during_work_and_while_draining(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     (asset,) = new_assets(database, 1)
     with running(database, assets_lane(desk.work), lease=1) as worker:
@@ -157,8 +157,8 @@ def test_leases_are_renewed_while_work_goes_on_and_while_draining(database: Data
     assert desk.done == [asset.id]
 
 
-def test_what_outlives_the_grace_time_is_handed_back(database: Database, desk: Desk) -> None:
-    """Due at once, and the attempt is not counted: the next worker waits for no lease."""
+def test_row_that_outlives_the_grace_time_is_released(database: Database, desk: Desk) -> None:
+    """It is due at once, so that the next worker waits for no lease, and the attempt is not counted."""
     desk.gate.clear()
     (asset,) = new_assets(database, 1)
     with running(database, assets_lane(desk.work, 1), lease=600, grace=0.1):
@@ -168,11 +168,11 @@ def test_what_outlives_the_grace_time_is_handed_back(database: Database, desk: D
     assert row["due_at"] <= database.now()
     desk.gate.set()
     wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("assets")] == [])
-    assert desk.done == []  # it had lost its claim by then
+    assert desk.done == []  # its claim was lost by then
 
 
-def test_a_row_claimed_anew_while_its_old_claim_ends_is_still_in_hand(database: Database, desk: Desk) -> None:
-    """A report takes a read's claim away and makes the row due: one worker may then hold the row twice."""
+def test_row_claimed_again_while_its_old_claim_ends_is_still_in_hand(database: Database, desk: Desk) -> None:
+    """A report takes a claim away and makes the row due. One worker may then hold the row twice."""
     (asset,) = new_assets(database, 1)
     first_may_end, second_may_end = threading.Event(), threading.Event()
     gates = iter((first_may_end, second_may_end))
@@ -192,11 +192,11 @@ def test_a_row_claimed_anew_while_its_old_claim_ends_is_still_in_hand(database: 
         wait_until(lambda: len(desk.begun) == 2)
         first_may_end.set()
         wait_until(lambda: len(desk.done) == 1)
-    assert stored(database, asset)["lease"] is None  # handed back at the end of the grace time
+    assert stored(database, asset)["lease"] is None  # released at the end of the grace time
     second_may_end.set()
 
 
-def test_a_bug_is_retried_later_and_harms_no_other_row(database: Database, desk: Desk) -> None:
+def test_row_that_meets_a_bug_is_retried_later_and_others_go_on(database: Database, desk: Desk) -> None:
     bad, good = new_assets(database, 2)
 
     def work(row: Any) -> None:
@@ -211,7 +211,7 @@ def test_a_bug_is_retried_later_and_harms_no_other_row(database: Database, desk:
     assert (row["attempts"] >= 1, row["losses"]) == (True, 0)
 
 
-def test_a_bug_in_a_batch_settles_every_row_of_it(database: Database) -> None:
+def test_bug_in_a_batch_settles_each_row_of_it(database: Database) -> None:
     assets = new_assets(database, 3)
 
     def fail(_rows: Any) -> None:
@@ -222,7 +222,7 @@ def test_a_bug_in_a_batch_settles_every_row_of_it(database: Database) -> None:
     assert [stored(database, asset)["lease"] for asset in assets] == [None] * 3
 
 
-def test_a_long_piece_of_work_keeps_its_lease_where_nothing_runs_for_long(database: Database, desk: Desk) -> None:
+def test_run_until_idle_renews_leases(database: Database, desk: Desk) -> None:
     (asset,) = new_assets(database, 1)
 
     def work(row: Any) -> None:
@@ -232,7 +232,7 @@ def test_a_long_piece_of_work_keeps_its_lease_where_nothing_runs_for_long(databa
     assert Worker(database, [assets_lane(work)], lease_seconds=1.5, grace_seconds=0).run_until_idle() == 1
 
 
-def test_leases_are_renewed_after_a_renewal_met_a_bug(
+def test_renewal_continues_after_an_unexpected_error(
     database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (asset,) = new_assets(database, 1)
@@ -254,7 +254,7 @@ def test_leases_are_renewed_after_a_renewal_met_a_bug(
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
+def test_worker_waits_at_its_start_for_a_database_that_is_away(
     database: Database, desk: Desk, postgres: Postgres
 ) -> None:
     new_assets(database, 1)
@@ -272,22 +272,24 @@ def test_a_worker_that_starts_while_the_database_is_away_waits_for_it(
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_work_goes_on_after_the_database_was_away(database: Database, desk: Desk, postgres: Postgres) -> None:
-    """What could not be settled is handed back when the database returns, long before its lease would have ended."""
+def test_rows_unsettled_while_the_database_was_away_are_released(
+    database: Database, desk: Desk, postgres: Postgres
+) -> None:
+    """They are released when the database returns, long before their leases end."""
     desk.gate.clear()
     assets = new_assets(database, 3)
     with running(database, assets_lane(desk.work, 2), lease=9):
         wait_until(lambda: len(desk.begun) == 2)
         postgres.stop()
         desk.gate.set()
-        wait_until(lambda: len(desk.stranded) == 2)
+        wait_until(lambda: len(desk.unsettled) == 2)
         postgres.start()
         wait_until(lambda: not waiting(database), seconds=30)
     assert sorted(desk.done) == sorted(asset.id for asset in assets)
 
 
 @pytest.mark.usefixtures("s3_environment")
-def test_a_bucket_that_is_away_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
+def test_unreachable_bucket_is_not_logged_as_the_database(database: Database, desk: Desk) -> None:
     away = Bucket("away", endpoint_url="http://127.0.0.1:9")
     job = PeriodicJob("uploads", 60, lambda: sweep_uploads(away))
     with capture_logs() as logs, running(database, assets_lane(desk.work), periodic_jobs=[job]):

@@ -101,7 +101,7 @@ def test_what_is_parked_or_names_no_task_stays_as_it_is(is_parked: bool, web: We
     if is_parked:  # it was claimed once more than its leases were lost
         with parts.database.write() as session:
             session.execute(update(Callback).values(attempts=claims.PARK_LOSSES, losses=claims.PARK_LOSSES))
-        parts.worker([lane for lane in parts.lanes() if lane.name == "callbacks"]).run_suspects()
+        parts.worker([lane for lane in parts.lanes() if lane.name == "callbacks"]).run_quarantined()
     run(parts, "callbacks")
     age(parts)
     assert deliver(web, parts, task).state is CallbackState.UNREADABLE
