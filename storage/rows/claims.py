@@ -19,12 +19,12 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ClauseElement, Connection, CursorResult, Integer, Uuid, bindparam, case, select, update
+from sqlalchemy import ClauseElement, Connection, Integer, Uuid, bindparam, case, select, update
 from sqlmodel import Session
 
 from storage.errors import LostClaim
 from storage.rows.database import db_now, db_now_once, run
-from storage.rows.models import Asset, Callback, Claimable, Dispatch, Task
+from storage.rows.models import Asset, Callback, Dispatch, Task
 
 Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 
@@ -143,9 +143,9 @@ def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UU
 
     Skips locked rows. Waiting for several rows while another transaction updates several can deadlock on PostgreSQL.
     """
-    table: Any = model
-    held = select(table.id).where(table.id.in_(ids), table.lease == lease).with_for_update(skip_locked=True)
-    return _execute(session, update(table).where(table.id.in_(held)).values(due_at=db_now(lease_seconds)))
+    table = model.__table__  # type: ignore[attr-defined]
+    held = select(table.c.id).where(table.c.id.in_(ids), table.c.lease == lease).with_for_update(skip_locked=True)
+    return run(session, update(table).where(table.c.id.in_(held)).values(due_at=db_now(lease_seconds))).rowcount
 
 
 def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
@@ -177,12 +177,6 @@ def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
     new = {name: db_now(f"new_{name}") if is_time else bindparam(f"new_{name}") for name, is_time in columns}
     owned = update(table).where(table.c.id == bindparam("row_id"), table.c.lease == bindparam("held"))
     return owned.values(new)
-
-
-def _execute(session: Session, statement: Any) -> int:
-    result = session.execute(statement.execution_options(synchronize_session=False))
-    assert isinstance(result, CursorResult)
-    return result.rowcount
 
 
 # -- without a claim ---------------------------------------------------------------------------------------------------
@@ -218,11 +212,6 @@ def rest(row: Task) -> None:
     """Make a locked row not due. A worker that holds it loses its lease."""
     row.due_at = row.lease = None
     row.attempts = row.losses = 0
-
-
-def is_claimed(row: Claimable) -> bool:
-    """Whether some worker holds the row, or died holding it."""
-    return row.lease is not None
 
 
 def backoff(attempts: int, *, base: float = BACKOFF_BASE_SECONDS, cap: float = BACKOFF_CAP_SECONDS) -> float:

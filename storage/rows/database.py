@@ -1,20 +1,17 @@
-"""One database, an SQLite file or PostgreSQL: sessions, its clock, fair turns for writers, and waking of workers."""
+"""One database, an SQLite file or PostgreSQL: sessions, its clock, and fair turns for writers."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-import sqlite3
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import structlog
 from sqlalchemy import (
     BindParameter,
     Connection,
@@ -33,26 +30,18 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
 from storage.errors import DatabaseUnavailable
 from storage.rows.models import UtcTime
-
-log = structlog.get_logger()
+from storage.rows.wakers import PostgresWaker, SqliteWaker, Waker
 
 # How long a writer waits for SQLite's own lock. The turnstile orders our own writers, so this concerns other programs.
 SQLITE_BUSY_SECONDS = 30
-# How often a waiting thread checks an SQLite file for commits. 20 checks a second cost 0.05 % of a core.
-SQLITE_POLL_INTERVAL_SECONDS = 0.05
-# PostgreSQL notifies of each commit, and a woken process asks for work of every kind. With eight workers that was 60
-# queries for each commit, more CPU than the pictures took. The first notification wakes at once, the following ones
-# together after this time. A lane with work in hand claims more without being woken.
-WAKE_SECONDS = 0.2
 # A server that is up answers in less. A delivery has 5 s from its body to its commit.
 CONNECT_SECONDS = 4
 # A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
@@ -300,7 +289,7 @@ class Database:
             self.turnstile.close()
 
     def waker(self) -> Waker:
-        return _SqliteWaker(self) if self.is_sqlite else _PostgresWaker(self)
+        return SqliteWaker(self) if self.is_sqlite else PostgresWaker(self, WAKE_CHANNEL)
 
     def wake(self, session: Session) -> None:
         """Wake waiting workers when this transaction commits."""
@@ -375,87 +364,3 @@ def _unavailable() -> Iterator[None]:
         if any(words in str(error.orig) for words in SQLITE_OUTAGES):
             raise DatabaseUnavailable(f"database: {error.orig}") from error
         raise
-
-
-class Waker:
-    """Waits for a commit of work, at most for the given time. Each waiting thread has its own."""
-
-    def wait(self, seconds: float) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
-
-
-class _SqliteWaker(Waker):
-    """Polls `data_version`, in which SQLite counts commits of other connections: some microseconds and no lock.
-
-    After an error it opens the file anew, and waits end by time alone until that works. It is logged once.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._connection: PoolProxiedConnection | None = None
-        self._seen: int | None = None  # by this connection: each counts on its own
-        self._is_lost = False
-
-    def wait(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        try:
-            while self._seen == (version := self._version()) and time.monotonic() < deadline:
-                time.sleep(SQLITE_POLL_INTERVAL_SECONDS)
-        except (sqlite3.Error, SQLAlchemyError) as error:
-            if not self._is_lost:
-                log.warning("waker.lost", error=type(error).__name__)
-            self._is_lost = True
-            self._disconnect()
-            time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
-        else:
-            self._seen, self._is_lost = version, False
-
-    def _version(self) -> int:
-        if self._connection is None:
-            self._connection = self._database.reader.raw_connection()
-        cursor = self._connection.cursor()
-        return int(cursor.execute("PRAGMA data_version").fetchone()[0])
-
-    def _disconnect(self) -> None:
-        connection, self._connection, self._seen = self._connection, None, None
-        if connection is not None:
-            connection.invalidate()
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-
-
-class _PostgresWaker(Waker):
-    def __init__(self, database: Database) -> None:
-        import psycopg  # its import takes 50 ms, and only PostgreSQL needs it
-
-        self._driver = psycopg
-        self._database = database
-        self._connection: psycopg.Connection[Any] | None = None
-        self._woke_at = float("-inf")
-
-    def wait(self, seconds: float) -> None:
-        try:
-            if self._connection is None:
-                url = self._database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                self._connection = self._driver.connect(url, autocommit=True, **self._database.postgresql_options)
-                self._connection.execute(f"LISTEN {WAKE_CHANNEL}")
-                return
-            if not any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1)):
-                return
-            time.sleep(max(0.0, self._woke_at + WAKE_SECONDS - time.monotonic()))
-            for _ in self._connection.notifies(timeout=0):  # drop the notifications that came meanwhile
-                pass
-            self._woke_at = time.monotonic()
-        except self._driver.OperationalError:
-            self.close()
-            time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None

@@ -1,4 +1,4 @@
-"""One owner at a time, and an owner who lost its claim changes nothing. On both databases."""
+"""A row has one owner at a time, and an owner that lost its claim changes nothing. On both databases."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def claim(
         return claims.claim(session, model, limit=limit, lease_seconds=lease, **how)
 
 
-def test_the_soonest_to_be_deleted_goes_first(database: Database) -> None:
+def test_files_that_expire_soonest_are_claimed_first(database: Database) -> None:
     with database.write() as session:
         task = new_task(session, due_at=None)
         for index, days in enumerate((3, None, 1, 2)):
@@ -45,7 +45,7 @@ def test_the_soonest_to_be_deleted_goes_first(database: Database) -> None:
     assert order == [2, 3, 0, 1]
 
 
-def test_callbacks_go_in_the_order_they_became_due(database: Database) -> None:
+def test_callbacks_are_claimed_in_the_order_they_became_due(database: Database) -> None:
     with database.write() as session:
         for place in (2, 0, 1):
             due_at = LONG_AGO + timedelta(seconds=place)
@@ -55,7 +55,7 @@ def test_callbacks_go_in_the_order_they_became_due(database: Database) -> None:
     assert [row.delivery_key for _ in range(3) for row in claim(database, Callback, 1)] == ["0", "1", "2"]
 
 
-def test_a_claim_takes_what_is_due_under_one_fresh_lease(database: Database) -> None:
+def test_claim_takes_due_rows_under_one_fresh_lease(database: Database) -> None:
     assets = new_assets(database, 3)
     with database.write() as session:
         new_asset(session, new_task(session), 9, due_at=LONG_AGO + timedelta(days=365_000))
@@ -64,7 +64,7 @@ def test_a_claim_takes_what_is_due_under_one_fresh_lease(database: Database) -> 
     assert len({row.lease for row in rows}) == 1
     assert {(row.attempts, row.losses) for row in rows} == {(1, 0)}
     assert claim(database) == []
-    assert claims.is_claimed(rows[0])
+    assert rows[0].lease is not None
     assert claim(database, where=[Asset.index == 0]) == []
 
 
@@ -78,26 +78,26 @@ def test_two_claimers_never_get_the_same_row(database: Database) -> None:
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(drain, range(6)))
-    # SKIP LOCKED may leave a row to a claimer that has gone home: whatever is left is claimed now.
+    # SKIP LOCKED may skip a row for a claimer that has ended: claim what is left.
     drain(0)
     assert (len(taken), set(taken.values())) == (60, {1})
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_rows_in_an_open_transaction_are_passed_over(database: Database) -> None:
+def test_locked_rows_are_skipped(database: Database) -> None:
     new_assets(database, 2)
     with database.write() as holder:
         claims.claim(holder, Asset, limit=1, lease_seconds=LEASE_SECONDS)
         assert [row.index for row in claim(database)] == [1]
 
 
-def test_an_expired_lease_is_claimable_and_counts_as_a_loss(database: Database) -> None:
+def test_expired_lease_is_claimable_and_counts_as_a_loss(database: Database) -> None:
     new_assets(database, 1)
     seen = [(row.attempts, row.losses) for _ in range(3) for row in claim(database, lease=EXPIRED)]
     assert seen == [(1, 0), (2, 1), (3, 2)]
 
 
-def test_a_delivery_whose_claim_is_taken_away_has_lost_none(database: Database) -> None:
+def test_delivery_whose_claim_is_taken_away_has_no_losses(database: Database) -> None:
     with database.write() as session:
         row = Callback(delivery_key="1", provider="k", source="push", body=b"", received_at=LONG_AGO, due_at=LONG_AGO)
         row.state, row.external_task_id = CallbackState.UNMATCHED, "known"
@@ -109,7 +109,7 @@ def test_a_delivery_whose_claim_is_taken_away_has_lost_none(database: Database) 
 
 
 @pytest.mark.parametrize("take_away", [claims.rest, claims.make_due])
-def test_a_task_whose_claim_is_taken_away_has_lost_none(database: Database, take_away: Callable[[Task], None]) -> None:
+def test_task_whose_claim_is_taken_away_has_no_losses(database: Database, take_away: Callable[[Task], None]) -> None:
     with database.write() as session:
         task = new_task(session)
     for _ in range(3):
@@ -121,7 +121,7 @@ def test_a_task_whose_claim_is_taken_away_has_lost_none(database: Database, take
     assert len(claim(database, Task)) == (take_away is claims.make_due)
 
 
-def test_a_settled_row_forgets_its_losses_and_waits_as_told(database: Database) -> None:
+def test_settling_resets_losses_and_sets_the_next_due_time(database: Database) -> None:
     new_assets(database, 2)
     claim(database, lease=EXPIRED)
     once, again = claim(database)
@@ -134,7 +134,7 @@ def test_a_settled_row_forgets_its_losses_and_waits_as_told(database: Database) 
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_renewing_waits_for_nobody(database: Database) -> None:
+def test_renewal_skips_locked_rows(database: Database) -> None:
     new_assets(database, 3)
     rows = claim(database)
     with database.write() as settling, database.write() as renewing:
@@ -143,7 +143,7 @@ def test_renewing_waits_for_nobody(database: Database) -> None:
         assert claims.renew(renewing, Asset, [row.id for row in rows], rows[0].lease, LEASE_SECONDS) == 2
 
 
-def test_keep_and_renew_hold_the_claim(database: Database) -> None:
+def test_update_and_renewal_keep_the_claim(database: Database) -> None:
     new_assets(database, 2)
     rows = claim(database, lease=EXPIRED)
     with database.write() as session:
@@ -154,7 +154,7 @@ def test_keep_and_renew_hold_the_claim(database: Database) -> None:
     assert (row["key"], row["size"], row["lease"]) == ("k", 2**40, rows[0].lease)
 
 
-def test_a_released_row_is_due_at_once_and_not_an_attempt(database: Database) -> None:
+def test_released_row_is_due_at_once_and_counts_no_attempt(database: Database) -> None:
     new_assets(database, 1)
     with database.write() as session:
         claims.release(session, *claims.claim(session, Asset, limit=1, lease_seconds=LEASE_SECONDS))
@@ -163,7 +163,7 @@ def test_a_released_row_is_due_at_once_and_not_an_attempt(database: Database) ->
 
 
 @pytest.mark.parametrize("successor", ["holds it", "settled it"])
-def test_an_owner_that_froze_past_its_lease_changes_nothing(database: Database, successor: str) -> None:
+def test_owner_whose_lease_ran_out_changes_nothing(database: Database, successor: str) -> None:
     new_assets(database, 1)
     (frozen,) = claim(database, lease=EXPIRED)
     (owner,) = claim(database)
@@ -181,7 +181,7 @@ def test_an_owner_that_froze_past_its_lease_changes_nothing(database: Database, 
     assert stored(database, owner) == before
 
 
-def test_a_lost_claim_undoes_the_rest_of_its_transaction(database: Database) -> None:
+def test_lost_claim_rolls_its_transaction_back(database: Database) -> None:
     new_assets(database, 2)
     first, second = claim(database)
 
@@ -196,21 +196,21 @@ def test_a_lost_claim_undoes_the_rest_of_its_transaction(database: Database) -> 
     assert stored(database, first)["lease"] == first.lease
 
 
-def test_a_row_that_was_never_claimed_cannot_be_settled(database: Database) -> None:
+def test_unclaimed_row_cannot_be_settled(database: Database) -> None:
     (asset,) = new_assets(database, 1)
     with pytest.raises(LostClaim), database.write() as session:
         claims.settle(session, asset, due_in=None)
     assert stored(database, asset)["due_at"] == LONG_AGO
 
 
-def test_a_row_that_lost_two_leases_and_is_free_again_is_no_suspect(database: Database) -> None:
+def test_row_that_lost_two_leases_is_not_in_quarantine(database: Database) -> None:
     new_assets(database, 1, losses=claims.QUARANTINE_AFTER - 1)
     with database.autocommit_reader() as connection:
         assert claims.is_any_due(connection, Asset)
         assert not claims.is_any_due(connection, Asset, alone=True)
 
 
-def test_in_turn_is_who_has_waited_longest(database: Database) -> None:
+def test_claim_in_turn_takes_the_row_that_has_waited_longest(database: Database) -> None:
     soonest, longest = new_assets(database, 2)
     with database.write() as session:
         session.get_one(Asset, soonest.id).due_at = LONG_AGO + timedelta(days=1)
@@ -220,7 +220,7 @@ def test_in_turn_is_who_has_waited_longest(database: Database) -> None:
             assert row.id == first.id
 
 
-def test_after_three_losses_a_row_is_claimed_alone(database: Database) -> None:
+def test_row_is_in_quarantine_after_three_losses(database: Database) -> None:
     new_assets(database, 1)
     for _ in range(claims.QUARANTINE_AFTER):
         assert claim(database, alone=True) == []
@@ -237,7 +237,7 @@ def test_backoff_is_bounded(attempts: int, cap: float) -> None:
 
 
 def fill(database: Database, model: Any, count: int, due_at: datetime | None) -> None:
-    """Many rows that differ in nothing else."""
+    """Many rows that differ only in their ids."""
     common = {"due_at": due_at, "created_at": LONG_AGO, "provider": "kling"}
     with database.write() as session:
         task_id = new_task(session, due_at=None).id
@@ -253,18 +253,18 @@ def fill(database: Database, model: Any, count: int, due_at: datetime | None) ->
 
 
 def plans_of_a_claim(database: Database, model: Any) -> list[str]:
-    """EXPLAIN of the very statements that a worker sends: the look for something due, and the claim."""
+    """EXPLAIN of the statements that a worker sends: the check for due rows, and the claim."""
     sent: list[Any] = []
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: sent.append(call[2:4]))
     with database.autocommit_reader() as connection:
         assert claims.is_any_due(connection, model)
-    look = sent[-1]
+    check = sent[-1]
     claim(database, model, limit=5)
     claimed = next(call for call in sent if "RETURNING" in call[0])
     explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
     plans = []
-    for statement, parameters in (look, claimed):
+    for statement, parameters in (check, claimed):
         with database.write() as session:
             rows = session.connection().exec_driver_sql(explain + statement, parameters)
             plans.append("\n".join(str(row[-1]) for row in rows))
@@ -272,8 +272,8 @@ def plans_of_a_claim(database: Database, model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("model", [Task, Asset, Callback])
-def test_look_and_claim_read_their_index_up_to_now_and_no_further(database: Database, model: Any) -> None:
-    """Neither finished rows nor rows that wait for a later time are visited."""
+def test_check_and_claim_read_their_index_only_up_to_now(database: Database, model: Any) -> None:
+    """They visit neither finished rows nor rows that are due later."""
     fill(database, model, 2_000, due_at=None)
     fill(database, model, 500, due_at=LONG_AGO + timedelta(days=36_500))
     fill(database, model, 5, due_at=LONG_AGO)

@@ -1,4 +1,4 @@
-"""Sessions, the database's clock, the turnstile and the wake-up call. On both databases where both have one."""
+"""Sessions, the database's clock, the turnstile and the wakers, on both databases where both have them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.gateway import gateway
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import KEPT_CONNECTIONS, Database, Turnstile, Waker, db_now, normal_url
+from storage.rows.database import KEPT_CONNECTIONS, Database, Turnstile, db_now, normal_url
 from storage.rows.models import Worker
+from storage.rows.wakers import Waker
 from tests.harness import wait_until
 from tests.postgres import Postgres
 from tests.webhook_receiver import SECRET
 
-SECONDS = 30  # whoever waits longer hangs
-# Threads that use the database beside those counted from their parts: the wake-up call, heartbeat, suspects, renewal,
-# checkpoints; the writer of deliveries, checkpoints; Starlette's threads for pages.
+SECONDS = 30  # a wait that is longer hangs
+# Threads that use the database beside those of lanes and jobs: waker, heartbeat, quarantine, renewal, checkpoints. In
+# the web server: group commit and checkpoints; Starlette's threads for pages.
 BACKGROUND, INBOX, PAGES = 5, 2, 40
 
 
@@ -59,7 +60,7 @@ def sqlite(file: Path) -> Iterator[Database]:
         ("postgresql+psycopg://u@h/n", "postgresql+psycopg", "n"),
     ],
 )
-def test_urls_that_are_accepted(given: str, driver: str, name: str) -> None:
+def test_valid_urls_are_accepted(given: str, driver: str, name: str) -> None:
     url = normal_url(given)
     assert (url.drivername, url.database) == (driver, name)
 
@@ -78,7 +79,7 @@ def test_urls_that_are_accepted(given: str, driver: str, name: str) -> None:
         "postgresql://u:p@h:s3cret/n",
     ],
 )
-def test_urls_that_are_refused_without_showing_their_secret(given: str) -> None:
+def test_invalid_url_is_refused_without_showing_its_password(given: str) -> None:
     with pytest.raises(ValueError, match="use sqlite:///FILE or postgresql://") as caught:
         normal_url(given)
     assert "s3cret" not in str(caught.value)
@@ -91,7 +92,7 @@ def ask(database: Database, *columns: Any) -> tuple[Any, ...]:
         return tuple(session.execute(select(*columns)).one())
 
 
-def test_the_clock_counts_seconds_from_the_databases_time(database: Database) -> None:
+def test_db_now_adds_seconds_to_the_databases_time(database: Database) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)  # SQLite's clock has milliseconds
     now, soon, past, month = ask(database, db_now(), db_now(0.25), db_now(-90), db_now(2_592_000))
     assert before <= now <= datetime.now(UTC)
@@ -100,13 +101,13 @@ def test_the_clock_counts_seconds_from_the_databases_time(database: Database) ->
     assert before <= database.now() <= datetime.now(UTC)
 
 
-def test_the_clock_goes_on_within_a_transaction(database: Database) -> None:
+def test_db_now_advances_within_a_transaction(database: Database) -> None:
     with database.write() as session:
         first = session.execute(select(db_now())).scalar_one()
         wait_until(lambda: session.execute(select(db_now())).scalar_one() > first)
 
 
-def test_the_clock_compares_with_times_of_ours(database: Database) -> None:
+def test_db_now_compares_with_python_times(database: Database) -> None:
     moment = datetime.now(UTC)
     earlier, later = (moment + timedelta(hours=hours) for hours in (-1, 1))
     with database.read() as session:
@@ -123,7 +124,7 @@ def test_sqlite_syncs_every_commit(sqlite: Database) -> None:
 
 
 def fail_after(database: Database, act: Callable[[Session], object]) -> None:
-    """A transaction that did something and then raised."""
+    """A transaction that does something and then raises."""
     with pytest.raises(ZeroDivisionError), database.write() as session:
         divide(act(session))
 
@@ -132,13 +133,13 @@ def divide(_: object) -> None:
     raise ZeroDivisionError
 
 
-def test_a_block_that_raises_leaves_nothing(database: Database) -> None:
+def test_block_that_raises_is_rolled_back(database: Database) -> None:
     fail_after(database, add_worker)
     with database.read() as session:
         assert session.exec(select(func.count()).select_from(Worker)).one() == 0
 
 
-def test_a_reader_sees_what_was_committed_while_a_writer_works(sqlite: Database) -> None:
+def test_reader_does_not_see_an_open_transaction(sqlite: Database) -> None:
     with sqlite.write() as session:
         add_worker(session)
         with sqlite.read() as reader:
@@ -149,7 +150,7 @@ def count_workers(session: Session) -> int:
     return session.exec(select(func.count()).select_from(Worker)).one()
 
 
-def test_a_read_block_sees_one_snapshot_whatever_is_committed_meanwhile(database: Database) -> None:
+def test_read_block_sees_one_snapshot(database: Database) -> None:
     with database.read() as reader:
         assert count_workers(reader) == 0
         with database.write() as session:
@@ -160,7 +161,7 @@ def test_a_read_block_sees_one_snapshot_whatever_is_committed_meanwhile(database
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_a_connection_that_read_writes_again_unless_the_server_says_otherwise(database: Database) -> None:
+def test_connection_writes_after_a_read_unless_the_server_is_read_only(database: Database) -> None:
     mode = text("SELECT pg_backend_pid(), current_setting('transaction_read_only')")
     with database.read() as session:
         process, is_read_only = session.execute(mode).one()
@@ -198,7 +199,7 @@ def test_every_thread_has_a_connection_and_few_stay_open(database: Database) -> 
 
 @pytest.mark.parametrize("sinks", [0, 20])
 @pytest.mark.parametrize("threads", [8, 256])
-def test_connections_suffice_for_all_that_a_process_runs(sqlite: Database, threads: int, sinks: int) -> None:
+def test_pool_has_a_connection_for_each_thread_of_a_process(sqlite: Database, threads: int, sinks: int) -> None:
     entries = " ".join(f"hook{number}=https://hooks.example.com/{number}" for number in range(sinks))
     parts = parts_of(sqlite, worker_threads=threads, event_sinks=entries, event_secrets=SECRET)
     lanes = parts.lanes()
@@ -224,7 +225,7 @@ for _ in range(200):
 """
 
 
-def test_the_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
+def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
     counter = tmp_path / "count"
     counter.write_text("0")
     command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
@@ -246,7 +247,7 @@ def test_the_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
     assert counter.read_text() == "600"
 
 
-def test_a_turnstile_left_by_an_error_is_open(sqlite: Database) -> None:
+def test_turnstile_is_free_after_an_error(sqlite: Database) -> None:
     for _ in range(2):
         fail_after(sqlite, add_worker)
     with sqlite.write() as session:
@@ -267,16 +268,16 @@ def add_worker(session: Session) -> None:
 
 
 def announce(database: Database) -> None:
-    """Commit a row and say so."""
+    """Commit a row and wake the waiters."""
     with database.write() as session:
         add_worker(session)
         database.wake(session)
 
 
-def test_a_commit_wakes_everybody_who_waits(database: Database) -> None:
+def test_commit_wakes_every_waiter(database: Database) -> None:
     wakers = [database.waker() for _ in range(3)]
     for waker in wakers:
-        waker.wait(0)  # PostgreSQL begins to listen here
+        waker.wait(0)  # PostgreSQL starts to listen here
     woke = [waiting(waker) for waker in wakers]
     announce(database)
     wait_until(lambda: all(awake() for awake in woke), seconds=SECONDS)
@@ -284,7 +285,7 @@ def test_a_commit_wakes_everybody_who_waits(database: Database) -> None:
         waker.close()
 
 
-def test_a_commit_between_two_waits_is_not_missed(database: Database) -> None:
+def test_commit_between_two_waits_is_not_missed(database: Database) -> None:
     waker = database.waker()
     waker.wait(0)
     announce(database)
@@ -292,7 +293,7 @@ def test_a_commit_between_two_waits_is_not_missed(database: Database) -> None:
     waker.close()
 
 
-def test_a_wait_ends_by_itself_and_an_undone_transaction_wakes_nobody(database: Database) -> None:
+def test_wait_ends_by_time_and_a_rolled_back_transaction_wakes_nobody(database: Database) -> None:
     waker = database.waker()
     waker.wait(0)
     fail_after(database, database.wake)
@@ -304,7 +305,7 @@ def test_a_wait_ends_by_itself_and_an_undone_transaction_wakes_nobody(database: 
     waker.close()
 
 
-def test_an_unreachable_postgresql_is_unavailable_and_its_waker_only_waits() -> None:
+def test_unreachable_postgresql_is_unavailable_and_its_waker_only_waits() -> None:
     away = Database("postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(DatabaseUnavailable):
         away.now()
@@ -315,8 +316,8 @@ def test_an_unreachable_postgresql_is_unavailable_and_its_waker_only_waits() -> 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
 @pytest.mark.parametrize(("query", "milliseconds"), [("", 10_000), ("?tcp_user_timeout=4000", 4_000)])
-def test_a_postgresql_that_vanishes_is_given_up(database: Database, query: str, milliseconds: int) -> None:
-    """No address that swallows packets can be had here: what the kernel was told of the connection is looked at."""
+def test_connection_to_a_vanished_postgresql_times_out(database: Database, query: str, milliseconds: int) -> None:
+    """Checks the socket options: no address here drops packets silently."""
     opened = Database(database.url.render_as_string(hide_password=False) + query)
     with opened.read() as session:
         driver = session.connection().connection.driver_connection
@@ -328,7 +329,7 @@ def test_a_postgresql_that_vanishes_is_given_up(database: Database, query: str, 
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_a_connection_that_postgresql_ends_is_unavailable_once(database: Database, postgres: Postgres) -> None:
+def test_connection_that_postgresql_closes_is_unavailable_once(database: Database, postgres: Postgres) -> None:
     waker = database.waker()
     waker.wait(0)
     with pytest.raises(DatabaseUnavailable), database.write() as session:
@@ -342,7 +343,7 @@ def test_a_connection_that_postgresql_ends_is_unavailable_once(database: Databas
 
 
 def break_and_use(session: Session, postgres: Postgres, name: str) -> None:
-    """End every connection to the database, this session's included, and go on."""
+    """End every connection to the database, also of this session, then use the session."""
     add_worker(session)
     outside = Database(postgres.url())
     end = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
@@ -353,7 +354,7 @@ def break_and_use(session: Session, postgres: Postgres, name: str) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
-def test_a_waker_whose_connection_breaks_goes_on(database: Database) -> None:
+def test_waker_reconnects_after_its_connection_breaks(database: Database) -> None:
     opened: list[Any] = []
     event.listen(database.reader, "connect", lambda connection, _: opened.append(connection))
     waker = database.waker()
@@ -369,7 +370,7 @@ def test_a_waker_whose_connection_breaks_goes_on(database: Database) -> None:
     waker.close()
 
 
-def test_a_waker_of_a_sqlite_file_that_is_away_says_so_once(tmp_path: Path) -> None:
+def test_waker_logs_a_missing_sqlite_file_once(tmp_path: Path) -> None:
     folder = tmp_path / "later"
     waker = Database(f"sqlite:///{folder}/receiver.db").waker()
     with capture_logs() as logs:
@@ -381,7 +382,7 @@ def test_a_waker_of_a_sqlite_file_that_is_away_says_so_once(tmp_path: Path) -> N
     waker.close()
 
 
-def test_a_sqlite_file_in_no_folder_is_unavailable(tmp_path: Path) -> None:
+def test_sqlite_file_in_a_missing_folder_is_unavailable(tmp_path: Path) -> None:
     away = Database(f"sqlite:///{tmp_path}/none/receiver.db")
     with pytest.raises(DatabaseUnavailable):
         away.now()
@@ -389,7 +390,7 @@ def test_a_sqlite_file_in_no_folder_is_unavailable(tmp_path: Path) -> None:
         pass
 
 
-def test_a_query_that_is_wrong_is_no_outage(database: Database) -> None:
+def test_wrong_query_is_not_an_outage(database: Database) -> None:
     with pytest.raises(Exception, match="nonsense") as caught, database.read() as session:
         session.execute(text("SELECT nonsense FROM task"))
     assert not isinstance(caught.value, DatabaseUnavailable)
