@@ -1,12 +1,12 @@
-"""The receiver from Python: ask, wait for what was archived, read the facts.
+"""The receiver as a Python library: submit, wait for the archived files, read events.
 
     with Receiver() as receiver:                                  # settings as the command line reads them
         task = receiver.submit({"model_name": "kling-v3-omni", "prompt": "a lighthouse"})
         for file in receiver.wait(task.external_task_id, timeout_seconds=3_600).files:
             print(file.uri, file.sha256)
 
-Everything blocks; `AsyncReceiver` is the same with each call in a thread. `receiver serve` (or `work`) does the work
-meanwhile: this module writes rows and reads them.
+Calls block; `AsyncReceiver` runs each one in a thread. This module only writes and reads rows: `receiver serve` or
+`receiver work` does the work.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from storage.rows import events
 from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState
 
-# As often as the command line looks; one indexed read each.
+# As often as the command line; one indexed read each.
 POLL_INTERVAL_SECONDS = 0.2
 EVENTS_AT_ONCE = 500
 
 
 class NotArchived(Exception):
-    """The task is over and not everything it named is in the bucket. `result`: how it stands, with the reasons."""
+    """The task is over and not all of its files are archived. `result`: its state, with the reasons."""
 
     def __init__(self, result: Result) -> None:
         self.result = result
@@ -64,8 +64,11 @@ class File:
 
 @dataclass(frozen=True)
 class Result:
-    """How a task stands. `state`: created < submitted < processing < failed < succeeded; `archive`: none, archiving,
-    archived, incomplete. `error`: the provider's reason; `note`: ours."""
+    """The state of a task.
+
+    `state`: created < submitted < processing < failed < succeeded. `archive`: none, archiving, archived, incomplete.
+    `error`: the provider's reason. `note`: ours.
+    """
 
     external_task_id: str
     task_id: uuid.UUID
@@ -80,15 +83,15 @@ class Result:
 
     @property
     def is_archived(self) -> bool:
-        """Whether every file the provider named is in the bucket."""
+        """Whether every file that the provider named is archived."""
         return self.archive is ArchiveState.ARCHIVED
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One event. `seq` rises in the order in which readers may see facts; keep it to go on from there.
+    """One event. `seq` grows in the order of reading; keep it to continue after it.
 
-    `id`: the fact's own for ever, the same as in the CloudEvents that sinks get; who acts twice on one id acts once.
+    `id`: the same as in the CloudEvent that sinks get. It never changes, so it identifies duplicates.
     """
 
     seq: int
@@ -100,10 +103,10 @@ class Fact:
 
 
 class Receiver:
-    """One process's access to the receiver. Safe to share between threads; close it, or use it in a `with`."""
+    """Access to the receiver. Threads may share it. Close it, or use it in a `with`."""
 
     def __init__(self, **settings: Any) -> None:
-        """`settings`: what differs from the environment, named like `RECEIVER_…` in lower case without the prefix.
+        """`settings`: those that differ from the environment, in lower case and without the prefix `RECEIVER_`.
 
         Raises `SettingsInvalid` (a line per fault), `SchemaBehind` (run `receiver migrate`), `DatabaseUnavailable`.
         """
@@ -111,25 +114,25 @@ class Receiver:
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)
 
     def submit(self, request: Mapping[str, Any], *, external_task_id: str | None = None) -> Result:
-        """Commit a row for the request, then ask the provider. An unclear answer is resolved by a worker.
+        """Commit a row for the request, then send it. A worker finds out what became of an unclear answer.
 
-        `request`: the provider's fields, as in `receiver submit --request`. The same id with the same request sends
-        nothing and returns the task that exists, so a caller that crashed may simply repeat. `external_task_id` None:
-        a fresh UUID, and a repeat pays again. Raises `RequestInvalid` (a line per fault), `Conflict` (the id is
-        another request's), `ValueError` (the id's form).
+        The same id with the same request sends nothing and returns the existing task, so a caller may repeat after a
+        crash. `request`: the provider's fields, as in `receiver submit --request`. `external_task_id` None: a fresh
+        UUID; a repeat is a new, paid task. Raises `RequestInvalid` (a line per fault), `Conflict` (another request has
+        the id), `ValueError` (the form of the id).
         """
         submitted = self._parts.submitter.submit(request, external_task_id=external_task_id)
         return self.status(submitted.task.external_task_id)
 
     def status(self, external_task_id: str) -> Result:
-        """How the task stands now. Raises `LookupError`."""
+        """The current state of the task. Raises `LookupError`."""
         task, assets, _ = task_view.find(self._parts.database, external_task_id)
         return self._result(task, assets)
 
     def wait(self, external_task_id: str, *, timeout_seconds: float) -> Result:
-        """Block until everything the task named is archived.
+        """Block until all files of the task are archived.
 
-        Raises `NotArchived` when it ended otherwise, `TimeoutError` (the task goes on), `LookupError`.
+        Raises `NotArchived` when it ends otherwise, `TimeoutError` (the task goes on), `LookupError`.
         """
         deadline = time.monotonic() + timeout_seconds
         while not (result := self.status(external_task_id)).is_over:
@@ -142,7 +145,7 @@ class Receiver:
         return result
 
     def url(self, file: File, *, expires_seconds: int = 3_600) -> str:
-        """A presigned link to an archived file (1 to 604,800 s); whoever has it may read that file.
+        """A presigned link to an archived file, valid 1 to 604,800 s for everyone who has it.
 
         Raises `ValueError` for a file that is not archived.
         """
@@ -151,9 +154,10 @@ class Receiver:
         return self._parts.bucket.presigned_get(file.key, expires_seconds=expires_seconds)
 
     def events(self, *, after: int = 0, names: Collection[str] = (), follow: bool = False) -> Iterator[Fact]:
-        """The facts after a `seq`, in order, per task and over all. `names`: only these (see DESIGN: event names).
+        """The events after a `seq`, in order. `names`: only these.
 
-        `follow`: go on for ever, else until there are no more. A worker gives the numbers: without one nothing comes.
+        `follow`: wait for more for ever; otherwise end after the last. Workers number events: without a worker there
+        are none.
         """
         while True:
             found = self.next_events(after)
@@ -167,7 +171,7 @@ class Receiver:
                 time.sleep(POLL_INTERVAL_SECONDS)
 
     def next_events(self, after: int) -> list[Fact]:
-        """At most 500 facts after a `seq`, in order; an empty list when there are none yet."""
+        """At most 500 events after a `seq`, in order; an empty list when there are none yet."""
         with self._parts.database.read() as session:
             return [_fact(event, external_id) for event, external_id in events.after(session, after, EVENTS_AT_ONCE)]
 
@@ -217,13 +221,13 @@ def _fact(event: Event, external_task_id: str | None) -> Fact:
 
 
 class AsyncReceiver:
-    """`Receiver` for async callers: each call runs in a thread; cancelling a call leaves the task going on."""
+    """`Receiver` for async callers. Each call runs in a thread; a cancelled call does not cancel the task."""
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
 
     async def submit(self, request: Mapping[str, Any], *, external_task_id: str | None = None) -> Result:
-        """See `Receiver.submit`. Give an id of your own: a cancelled call may have asked already."""
+        """See `Receiver.submit`. Pass an id of your own: a cancelled call may have sent the request."""
         return await asyncio.to_thread(self._receiver.submit, request, external_task_id=external_task_id)
 
     async def status(self, external_task_id: str) -> Result:

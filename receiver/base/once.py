@@ -1,4 +1,4 @@
-"""A part of an object that is made when it is first asked for, once, whoever asks."""
+"""A lazy attribute that several threads may meet first, made once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ T = TypeVar("T")
 
 
 class made_once(Generic[T]):
-    """As `functools.cached_property`, under a lock: from Python 3.12 on that has none, so several threads that come
-    first each make one, and all but the last are leaked with their connections. Once made it costs no lock."""
+    """`functools.cached_property` with a lock, which that lacks from Python 3.12 on.
+
+    Without a lock each of several first threads makes a value, and all but the last leak with their connections. Once
+    made, the value costs no lock.
+    """
 
     def __init__(self, make: Callable[[Any], T]) -> None:
         self._make = make
@@ -21,8 +24,8 @@ class made_once(Generic[T]):
 
     def __get__(self, instance: Any, owner: type | None = None) -> T:
         if instance is None:
-            return self  # type: ignore[return-value] # asked of the class, as tools do
-        made: dict[str, T] = instance.__dict__  # found there before this method from then on
+            return self  # type: ignore[return-value] # on the class, for tools
+        made: dict[str, T] = instance.__dict__  # attribute lookup finds it there first from then on
         with self._making:
             if self._name not in made:
                 made[self._name] = self._make(instance)

@@ -1,4 +1,4 @@
-"""Logs and metrics. One canonical line per unit of work; nothing here ever sees a URL's query, a token or a key."""
+"""Logs and metrics: the metrics' definitions, the set-up of the logs, and the removal of secrets from log lines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from receiver.base.visible import visible
 
 REGISTRY = CollectorRegistry()
-DELIVERIES = Counter("receiver_deliveries", "Callback requests by what became of them", ["outcome"], registry=REGISTRY)
-# How the work stands, by the names of `storage.operations.measures.Measures`: asked of the database when they are read.
+DELIVERIES = Counter("receiver_deliveries", "Callback requests by outcome", ["outcome"], registry=REGISTRY)
+# Gauges by the field of `storage.operations.measures.Measures` that they show. A scrape reads the database.
 WORK = {
     name: Gauge(f"receiver_{name}", words, registry=REGISTRY)
     for name, words in {
@@ -23,33 +23,33 @@ WORK = {
         "overdue": "Rows that have waited for a worker for more than a minute",
         "oldest_due_seconds": "How long the oldest waiting row has been due",
         "archived_day": "Tasks that ended in the last 24 h and are archived",
-        "incomplete_day": "Tasks that ended in the last 24 h and could not be kept whole",
+        "incomplete_day": "Tasks that ended in the last 24 h and are not archived completely",
         "failed_day": "Tasks that failed at the provider in the last 24 h",
         "failed_assets": "Files that were given up; receiver retry brings them back",
-        "unmatched": "Deliveries of which no task is known",
-        "deadline_near": "Tasks whose files the provider deletes soon and that are not all kept",
+        "unmatched": "Deliveries without a known task",
+        "deadline_near": "Tasks whose files the provider deletes soon and that are not all archived",
         "callbacks_expected": "Tasks of the last 24 h that should have been called back by now",
-        "callbacks_lost": "Those of them whose end no callback told",
-        "callbacks_late": "Tasks of the last 24 h whose callback came after a read had told their end",
+        "callbacks_lost": "Those of them whose end no callback reported",
+        "callbacks_late": "Tasks of the last 24 h whose callback came after a read had reported their end",
         "late_seconds": "The longest such delay",
         "events_open": "Events on their way to a sink, one for each",
         "oldest_event_seconds": "How long the oldest of them has been on its way",
-        "events_dead": "Events that a sink never took; receiver events redeliver sends them again",
-        "audit_faults": "Faults that the audit in the workers found and that are there still",
+        "events_dead": "Events that a sink never accepted; receiver events redeliver sends them again",
+        "audit_faults": "Faults that the audit in the workers found and that remain",
         "audit_hashed": "Files hashed in its round under way",
-        "audit_share": "How much of that round is done, 0 to 1",
+        "audit_share": "The finished part of that round, 0 to 1",
         "audit_late": "1 while that round takes longer than RECEIVER_AUDIT_DAYS",
-        "audit_age_seconds": "How long ago the last whole round ended; NaN: none has",
+        "audit_age_seconds": "How long ago the last complete round ended; NaN: none has",
         "callback_loss_rate": "Callbacks lost of those expected, 0 to 1",
     }.items()
 }
 
 
-def _gauges(label: str, prefix: str, words: Mapping[str, str]) -> dict[str, Gauge]:
-    return {name: Gauge(f"receiver_{prefix}{name}", said, [label], registry=REGISTRY) for name, said in words.items()}
+def _gauges(label: str, prefix: str, texts: Mapping[str, str]) -> dict[str, Gauge]:
+    return {name: Gauge(f"receiver_{prefix}{name}", text, [label], registry=REGISTRY) for name, text in texts.items()}
 
 
-# The same of each account and of each sink.
+# The same for each account and each sink.
 WORK_OF_EACH = {
     "accounts": _gauges(
         "account",
@@ -66,14 +66,14 @@ WORK_OF_EACH = {
         {
             "events_open": "Events on their way to it",
             "oldest_event_seconds": "How long the oldest of them has been on its way",
-            "events_dead": "Events that it never took",
+            "events_dead": "Events that it never accepted",
         },
     ),
 }
 
 
 def update_work_gauges(measures: Mapping[str, Any] | None) -> None:
-    """Set the gauges of work; None: the database is away, and no number is better than an old one."""
+    """Set the gauges. None: the database is away; they become NaN, because no number is better than an old one."""
     for name, gauge in WORK.items():
         _set(gauge, measures[name] if measures else None)
     for group, gauges in WORK_OF_EACH.items():
@@ -81,8 +81,8 @@ def update_work_gauges(measures: Mapping[str, Any] | None) -> None:
         for name, gauge in gauges.items():
             for label, numbers in found.items():
                 _set(gauge.labels(label), numbers[name])
-            told = {value for each in gauge.collect() for sample in each.samples for value in sample.labels.values()}
-            for gone in told - found.keys():
+            shown = {value for each in gauge.collect() for sample in each.samples for value in sample.labels.values()}
+            for gone in shown - found.keys():
                 gauge.remove(gone)
 
 
@@ -90,8 +90,8 @@ def _set(gauge: Gauge, number: float | None) -> None:
     gauge.set(float("nan") if number is None else number)
 
 
-# The last line of defence: whatever a message quotes, a signed URL's query and a token in a path do not get out. No
-# word boundaries: in a quoted text the character before may be the n of a line break.
+# The last defence: whatever a message quotes, queries of signed URLs and tokens in paths are cut. Without word
+# boundaries, because in quoted text the character before may be the n of an escaped line break.
 SECRET_SHAPES = (
     (re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]*"), r"\1?…"),
     (re.compile(r"(/(?:callbacks/[a-z0-9_-]+|assets)/)[A-Za-z0-9_-]{20,}"), r"\1…"),
@@ -103,14 +103,14 @@ SECRET_SHAPES = (
 
 
 def scrub(text: str) -> str:
-    """`text` with everything that has the shape of a secret cut short."""
+    """`text` without anything that has the form of a secret."""
     for shape, kept in SECRET_SHAPES:
         text = shape.sub(kept, text)
     return text
 
 
 def _scrubbed(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Every value however deep; what the renderer would only know by its `repr` becomes scrubbed text here."""
+    """A structlog processor: scrub every value at any depth. Objects become the scrubbed text of their `repr`."""
     return {name: value if name in ("_record", "_from_structlog") else _plain(value) for name, value in fields.items()}
 
 
@@ -137,7 +137,7 @@ def _visible(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> Mu
 
 
 def configure(level: str = "info", output: Literal["auto", "console", "json"] = "auto") -> None:
-    """Send structured logs to standard error. `auto`: for eyes on a terminal, JSON elsewhere."""
+    """Send structured logs to standard error. `auto`: readable lines on a terminal, otherwise JSON."""
     console = output == "console" or (output == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -159,5 +159,5 @@ def configure(level: str = "info", output: Literal["auto", "console", "json"] = 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared))
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in ("httpx", "httpcore", "botocore", "boto3", "urllib3"):  # at debug they print headers and whole URLs
+    for name in ("httpx", "httpcore", "botocore", "boto3", "urllib3"):  # at debug level they log headers and whole URLs
         logging.getLogger(name).setLevel(logging.WARNING)

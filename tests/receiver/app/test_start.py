@@ -1,4 +1,4 @@
-"""Starting: a database server that is away is waited for, within bounds; a file is not. What the web is set to."""
+"""The start: waiting for a database server within bounds, and the settings of the web server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def absent(postgres: Postgres, migrated_databases: MigratedDatabases) -> Iterato
     next(lent, None)
 
 
-def test_a_server_that_is_away_is_waited_for(
+def test_start_waits_for_a_database_server(
     absent: Database, postgres: Postgres, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = ""
@@ -49,18 +49,18 @@ def test_a_server_that_is_away_is_waited_for(
         started.result(timeout=30)
 
 
-def test_it_is_not_waited_for_without_end(absent: Database) -> None:
+def test_start_waits_only_for_a_bounded_time(absent: Database) -> None:
     with pytest.raises(DatabaseUnavailable):
         await_schema(absent, migrate=False, seconds=0)
 
 
-def test_a_file_that_cannot_be_opened_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_that_cannot_be_opened_ends_the_start_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DatabaseUnavailable):
         await_schema(Database(f"sqlite:///{tmp_path}/missing/receiver.db"), migrate=True)
     assert "start.database_away" not in capsys.readouterr().out
 
 
-def test_a_worker_that_starts_forgets_those_that_died_long_ago(database: Database) -> None:
+def test_starting_worker_deletes_rows_of_workers_that_died_long_ago(database: Database) -> None:
     old = Worker(host="gone", pid=1, threads=1, started_at=LONG_AGO, seen_at=LONG_AGO)
     with database.write() as session:
         session.add(old)
@@ -72,8 +72,8 @@ def test_a_worker_that_starts_forgets_those_that_died_long_ago(database: Databas
     assert heartbeats.count_alive(database) == 1
 
 
-def test_whoever_reuses_a_connection_hangs_up_first() -> None:
-    """A connection that we close in the moment it is reused is a delivery that fails."""
+def test_connections_are_kept_longer_than_clients_keep_them() -> None:
+    """A connection that we close as it is reused loses a delivery."""
     ours = web_config(None, "127.0.0.1", 0).timeout_keep_alive
     routes = (ROOT / "infra" / "proxy" / "routes.yaml").read_text()
     named = re.search(r"idleConnTimeout: ([0-9]+)s", routes)

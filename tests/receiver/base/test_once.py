@@ -1,4 +1,4 @@
-"""Parts that several threads meet first are made once."""
+"""A lazy attribute that several threads meet first is made once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Slow:
 
 
 def seen_by_threads(owner: Any, name: str) -> set[int]:
-    """The ids of what they get that ask at the same time."""
+    """The ids of the values that threads get at the same time."""
     together = threading.Barrier(THREADS)
 
     def ask(_: int) -> Any:
@@ -40,14 +40,14 @@ def seen_by_threads(owner: Any, name: str) -> set[int]:
         return set(map(id, list(threads.map(ask, range(THREADS)))))
 
 
-def test_threads_that_come_first_together_share_what_is_made() -> None:
+def test_first_threads_share_one_value() -> None:
     first, other = Slow(), Slow()
     assert len(seen_by_threads(first, "part")) == 1 == first.made
     assert other.part is other.part is not first.part
 
 
 @pytest.mark.parametrize("sink", ["webhook", "sqs"])
-def test_the_threads_of_a_sink_share_its_connections(sink: str, queues: Any) -> None:
+def test_threads_of_a_sink_share_its_connections(sink: str, queues: Any) -> None:
     poster, queue = Poster(AddressPolicy(), connections=THREADS), Sqs("http://127.0.0.1:1/1/queue")
     owner, name = (poster, "_pool") if sink == "webhook" else (queue, "_client")
     assert len(seen_by_threads(owner, name)) == 1

@@ -1,4 +1,4 @@
-"""Tokens in URLs: what one secret signed for one task, provider and purpose opens that and nothing else."""
+"""Tokens in URLs: a token opens the task, provider and purpose it was signed for, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def text(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def test_a_token_names_its_task() -> None:
+def test_token_names_its_task() -> None:
     assert BOTH.read("kling", GOOD) == Named(TASK, secret_number=0)
 
 
-def test_the_accounts_token_names_no_task() -> None:
+def test_token_of_the_account_names_no_task() -> None:
     assert BOTH.read("kling", BOTH.sign("kling", None)) == Named(None, secret_number=0)
 
 
-def test_the_form_is_promised() -> None:
-    """At most 64 characters of `A-Za-z0-9_-`; the form of every one of them is the same, and stays the same."""
+def test_token_has_the_documented_form() -> None:
+    """At most 64 characters of `A-Za-z0-9_-`, the same form for all tokens."""
     made = [BOTH.sign("kling", uuid.uuid4()) for _ in range(200)] + [BOTH.sign("kling", None), GOOD]
     assert all(re.fullmatch(r"[A-Za-z0-9_-]{55}", token) for token in made)
     assert CHARACTERS == 55 <= 64
@@ -52,14 +52,14 @@ def test_the_form_is_promised() -> None:
     assert fixed == "ATskEQHiu0JVjK9BNsVmqWIVqnumd9XGCcThGuCW6YLYnUqGcNigXnU"  # addresses live on for months
 
 
-def test_a_rotation_signs_with_the_first_and_reads_with_all() -> None:
+def test_rotation_signs_with_the_first_secret_and_accepts_all() -> None:
     before = Tokens([OLD]).sign("kling", TASK)
     assert BOTH.read("kling", before) == Named(TASK, secret_number=1)
     assert Tokens([OLD, NEW]).read("kling", GOOD) == Named(TASK, secret_number=1)
     assert before != GOOD
 
 
-def test_a_retired_secret_opens_nothing() -> None:
+def test_removed_secret_opens_nothing() -> None:
     before = Tokens([OLD]).sign("kling", TASK)
     assert Tokens([NEW]).read("kling", before) is None
     assert Tokens([OLD]).read("kling", GOOD) is None
@@ -67,7 +67,7 @@ def test_a_retired_secret_opens_nothing() -> None:
     assert Tokens([]).read("kling", GOOD) is None
 
 
-def test_every_single_bit_counts() -> None:
+def test_change_of_any_bit_is_refused() -> None:
     whole = raw(GOOD)
     for bit in range(len(whole) * 8):
         flipped = bytearray(whole)
@@ -76,13 +76,13 @@ def test_every_single_bit_counts() -> None:
 
 
 @pytest.mark.parametrize("place", range(CHARACTERS))
-def test_every_character_counts(place: int) -> None:
-    """Also in the last one, whose two lowest bits are padding: one token has one spelling."""
+def test_change_of_any_character_is_refused(place: int) -> None:
+    """Also of the last one, whose two lowest bits are padding."""
     others = [GOOD[:place] + other + GOOD[place + 1 :] for other in ALPHABET if other != GOOD[place]]
     assert len(others) == 63 and not any(BOTH.read("kling", other) for other in others)
 
 
-def test_every_truncation_and_every_addition_is_refused() -> None:
+def test_shorter_and_longer_tokens_are_refused() -> None:
     for end in range(CHARACTERS):
         assert BOTH.read("kling", GOOD[:end]) is None
         assert BOTH.read("kling", GOOD[end + 1 :]) is None
@@ -91,7 +91,7 @@ def test_every_truncation_and_every_addition_is_refused() -> None:
         assert BOTH.read("kling", (GOOD[: CHARACTERS - len(added)]) + added) is None
 
 
-def test_a_token_opens_no_other_task() -> None:
+def test_token_opens_no_other_task() -> None:
     other = uuid.uuid4()
     swapped = raw(GOOD)[:1] + other.bytes + raw(GOOD)[17:]
     assert BOTH.read("kling", text(swapped)) is None
@@ -99,36 +99,36 @@ def test_a_token_opens_no_other_task() -> None:
 
 
 @pytest.mark.parametrize("purpose", [ASSET_PURPOSE, "event", "", "callback\0", "callbac"])
-def test_a_token_serves_no_other_purpose(purpose: str) -> None:
+def test_token_serves_no_other_purpose(purpose: str) -> None:
     other = BOTH.sign("kling", TASK, purpose=purpose)
     assert BOTH.read("kling", other, purpose=purpose) == Named(TASK, secret_number=0)
     assert BOTH.read("kling", other) is None
     assert BOTH.read("kling", GOOD, purpose=purpose) is None
 
 
-def test_a_token_opens_no_other_provider() -> None:
+def test_token_opens_no_other_provider() -> None:
     assert BOTH.read("fal", GOOD) is None and BOTH.read("", GOOD) is None
     assert BOTH.read("kling", BOTH.sign("fal", TASK)) is None
 
 
-def test_what_is_signed_cannot_be_read_in_two_ways() -> None:
-    """Moving a character over the border between purpose and provider makes another token."""
+def test_signed_fields_have_unambiguous_borders() -> None:
+    """Moving a character from purpose to provider changes the token."""
     made = {BOTH.sign(provider, TASK, purpose=purpose) for provider, purpose in (("ab", "c"), ("b", "ca"), ("", "cab"))}
     assert len(made) == 3
 
 
 @pytest.mark.parametrize("version", [0, 2, 255])
-def test_another_version_is_refused(version: int) -> None:
+def test_other_version_is_refused(version: int) -> None:
     assert BOTH.read("kling", text(bytes([version]) + raw(GOOD)[1:])) is None
 
 
 @given(st.text(max_size=70) | st.text(ALPHABET, min_size=55, max_size=55))
-def test_no_text_breaks_the_check(token: str) -> None:
+def test_any_text_is_refused_without_an_error(token: str) -> None:
     assert BOTH.read("kling", token) is None
 
 
-def test_every_secret_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long it takes must not tell which secret matched. The one test that counts calls: time shows nothing here."""
+def test_every_secret_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time must not tell which secret matched. This test counts calls, because times show nothing here."""
     calls: list[tuple[bytes, bytes]] = []
     real = hmac.compare_digest
     monkeypatch.setattr(tokens.hmac, "compare_digest", lambda a, b: calls.append((a, b)) or real(a, b))

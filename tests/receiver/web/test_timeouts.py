@@ -1,4 +1,4 @@
-"""Many waits and one timer, on an event loop whose clock stands still while anything can run."""
+"""Many waits with one timer, on an event loop whose clock stands still while anything can run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS = 0.05
 
 
 class Leaping(selectors.DefaultSelector):
-    """Where a loop would sleep, its clock goes on to the next timer instead."""
+    """Instead of sleeping, the clock of the loop jumps to the next timer."""
 
     now = 0.0
 
@@ -38,17 +38,17 @@ def run(main: Coroutine[Any, Any, None], *, seconds: float = 5) -> None:
         runner.run(asyncio.wait_for(main, seconds))
 
 
-def test_an_await_that_takes_too_long_is_a_timeout_error() -> None:
+def test_await_that_takes_too_long_raises_timeout_error() -> None:
     async def main() -> None:
         timeouts = Timeouts()
         with pytest.raises(TimeoutError), timeouts.within(SECONDS):
             await asyncio.sleep(10)
-        await asyncio.sleep(0)  # and nothing of the cancellation is left
+        await asyncio.sleep(0)  # raises if a cancellation is left
 
     run(main())
 
 
-def test_an_await_that_ends_in_time_is_left_alone() -> None:
+def test_await_that_ends_in_time_is_not_cancelled() -> None:
     async def main() -> None:
         timeouts = Timeouts()
         for _ in range(3):
@@ -59,7 +59,7 @@ def test_an_await_that_ends_in_time_is_left_alone() -> None:
     run(main())
 
 
-def test_each_of_many_ends_at_its_own_time() -> None:
+def test_each_wait_ends_at_its_own_time() -> None:
     timeouts = Timeouts()
     took: dict[int, float] = {}
 
@@ -80,7 +80,7 @@ def test_each_of_many_ends_at_its_own_time() -> None:
     assert took == pytest.approx(dict.fromkeys(range(1, 20, 2), SECONDS))
 
 
-def test_somebody_elses_cancellation_stays_one() -> None:
+def test_cancellation_by_others_stays_a_cancellation() -> None:
     async def main() -> None:
         timeouts = Timeouts()
 
@@ -97,7 +97,7 @@ def test_somebody_elses_cancellation_stays_one() -> None:
     run(main())
 
 
-def test_an_error_inside_passes_through() -> None:
+def test_error_in_the_block_passes_through() -> None:
     async def main() -> None:
         with pytest.raises(ValueError, match="mine"), Timeouts().within(10):
             raise ValueError("mine")

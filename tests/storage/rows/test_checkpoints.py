@@ -1,4 +1,4 @@
-"""SQLite's log is copied beside the commits, and begun anew although they never stop."""
+"""SQLite's log is copied outside of commits, and started anew although commits never stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def size(database: Database, end: str = "") -> int:
     return Path(f"{database.url.database}{end}").stat().st_size
 
 
-def test_no_commit_makes_a_checkpoint_of_its_own(sqlite: Database) -> None:
+def test_commits_make_no_checkpoints(sqlite: Database) -> None:
     before = size(sqlite)
     for _ in range(300):  # 2,400 pages, where SQLite's own limit is 1,000
         commit(sqlite)
@@ -45,7 +45,7 @@ def test_no_commit_makes_a_checkpoint_of_its_own(sqlite: Database) -> None:
 
 @contextmanager
 def committing(database: Database) -> Iterator[None]:
-    """One commit after the other meanwhile."""
+    """One commit after the other during the block."""
     stopping = threading.Event()
 
     def write() -> None:
@@ -62,12 +62,12 @@ def committing(database: Database) -> Iterator[None]:
 
 
 def beginnings(database: Database) -> int:
-    """How often the log was begun anew, which its head counts (https://sqlite.org/fileformat2.html#walformat)."""
+    """How often the log was started anew, which its header counts (https://sqlite.org/fileformat2.html#walformat)."""
     return int.from_bytes(Path(f"{database.url.database}-wal").read_bytes()[12:16])
 
 
-def test_commits_that_never_stop_do_not_make_the_log_grow(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is begun anew again and again, so it is never longer than what came between two checkpoints."""
+def test_log_stays_short_while_commits_never_stop(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started anew again and again, so it holds only what is written between two checkpoints."""
     monkeypatch.setattr(checkpoints, "CHECKPOINT_INTERVAL_SECONDS", 0.01)
     with sqlite.write() as session:
         session.execute(text("PRAGMA wal_autocheckpoint=0"))  # else a commit would do so in the end
@@ -75,14 +75,14 @@ def test_commits_that_never_stop_do_not_make_the_log_grow(sqlite: Database, monk
         wait_until(lambda: beginnings(sqlite) >= 10)
 
 
-def test_with_nobody_to_make_them_a_commit_makes_it_in_the_end(sqlite: Database) -> None:
+def test_commit_makes_a_checkpoint_of_a_long_log(sqlite: Database) -> None:
     before = size(sqlite)
     for _ in range(3):
         commit(sqlite, pages=6_000)  # 72 MB
     assert size(sqlite) > before
 
 
-def test_a_database_without_a_file_of_its_own_is_left_alone(postgres: Postgres) -> None:
+def test_postgresql_needs_no_checkpoints(postgres: Postgres) -> None:
     database = Database(postgres.create_database("checkpoints"))
     threads = threading.active_count()
     with checkpoints.beside(database):
