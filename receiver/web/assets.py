@@ -25,6 +25,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
+from receiver.web.abort import abort
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -202,6 +203,7 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
             log.info("asset.reader_too_slow", sent=int(sent))
+            await abort(scope, receive)
         finally:
             self._on_end()
 

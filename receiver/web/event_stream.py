@@ -24,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from receiver.events.cloudevents import Envelope
+from receiver.web.abort import abort
 from storage.errors import DatabaseUnavailable
 from storage.rows import events
 from storage.rows.database import Database
@@ -188,6 +189,7 @@ class _Response(StreamingResponse):
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
             log.info("stream.reader_stuck")
+            await abort(scope, receive)
         finally:
             self._stream.end(self._key)
 

@@ -20,6 +20,8 @@ import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from receiver.web.abort import ABORT
+
 # From connecting to the end of a head, and from a head's first byte to its end. Honest clients send one in one packet.
 HEAD_SECONDS = 10.0
 # How long a kept connection may idle. A client that sends at the moment we close sees a reset instead of an answer, and
@@ -176,6 +178,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
             else:
                 return
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]
 
     def on_url(self, url: bytes) -> None:
         if len(self.url) + len(url) > MAX_URL_BYTES:

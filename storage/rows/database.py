@@ -6,12 +6,14 @@ import fcntl
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import structlog
 from sqlalchemy import (
     BindParameter,
     Connection,
@@ -39,6 +41,8 @@ from sqlmodel import Session
 from storage.errors import DatabaseUnavailable
 from storage.rows.models import UtcTime
 from storage.rows.wakers import PostgresWaker, SqliteWaker, Waker
+
+log = structlog.get_logger()
 
 # How long a writer waits for SQLite's own lock. The turnstile orders our own writers, so this concerns other programs.
 SQLITE_BUSY_SECONDS = 30
