@@ -5,8 +5,11 @@ Retry(after)          the same work may succeed later
 ├── ProviderThrottled     the provider asks us to slow down (1302, 429)
 │   └── ProviderFull          too many of the account's pictures are in work (1303)
 ├── NoSlots               the same by our own count: nothing was asked
-├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx, other 4xx) or
-│                         redirected where we do not go
+├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx)
+│   └── FetchUnusable         an answer came and is no file to keep: a redirect we do not follow, other 4xx, an odd
+│       │                     part or coding. Tried again on a schedule over the file's life, then given up
+│       ├── NotAnAsset            the bytes are no picture, video or audio (an error page)
+│       └── AssetDamaged          an asset by its first bytes, broken inside (cut without a length)
 ├── AddressRefused        a name resolved to an address we may not dial; DNS may be right again in 15 minutes
 ├── StoreUnavailable      the bucket is down or refuses us
 │   ├── ObjectRefused         it refuses this one object, for its size or an argument: no outage
@@ -20,8 +23,6 @@ GiveUp(reason)        it will not by itself; kept, shown, `receiver retry` bring
 ├── ReportUnreadable      a callback body that is no task record
 ├── FetchRefused          a URL we may not fetch, for its form
 ├── FetchTooLarge         more bytes than RECEIVER_MAX_ASSET_BYTES
-├── NotAnAsset            the bytes are no picture, video or audio
-├── AssetDamaged          an asset by its first bytes, broken inside
 └── ObjectConflict        another object stands under our key
 LostClaim             the row is not ours any more: change nothing
 UserError             wrong as it was asked; the command line shows the message without a traceback
@@ -79,6 +80,19 @@ class FetchInterrupted(Retry):
     pass
 
 
+class FetchUnusable(FetchInterrupted):
+    """The host answered, and the answer is no file to keep. It may be the CDN's state of the moment or the file's for
+    good, which nobody can tell: tried ever more seldom while the provider has the file."""
+
+
+class NotAnAsset(FetchUnusable):
+    pass
+
+
+class AssetDamaged(FetchUnusable):
+    pass
+
+
 class AddressRefused(Retry):
     """One bad DNS answer must not cost paid work: the name is asked again every 15 minutes."""
 
@@ -115,9 +129,7 @@ class FetchExpired(Refresh):
 
 
 class GiveUp(Exception):
-    """It will not work by itself. `tries`: attempts granted before giving up (a CDN's error page may pass)."""
-
-    tries = 1
+    """It will not work by itself."""
 
 
 class ProviderRejected(GiveUp):
@@ -143,14 +155,6 @@ class FetchRefused(GiveUp):
 
 class FetchTooLarge(GiveUp):
     pass
-
-
-class NotAnAsset(GiveUp):
-    tries = 4  # an error page served with status 200 is often gone a minute later
-
-
-class AssetDamaged(GiveUp):
-    tries = 4  # a file cut short without a length looks just like a broken one
 
 
 class ObjectConflict(GiveUp):

@@ -64,6 +64,9 @@ OutputType = Literal["image", "video", "audio"]
 
 # The provider promises three tries' worth of silence at most: a shortfall is believed after these reads.
 COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
+# So often in a row a file came as something unusable, the last time 15 minutes after the first by the schedule of
+# `storage.archive.unusable`: then its task is said to be incomplete, though it is tried on.
+SAID_AFTER_TRIES = 8
 # An index beyond this is nonsense (or an attack on an integer column); positions are used instead.
 MAX_INDEX = 9_999
 
@@ -109,8 +112,16 @@ class AssetName:
 
 @dataclass(frozen=True)
 class AssetFacts:
+    """`unusable_tries`: how often in a row its host answered with something that is no file to keep."""
+
     state: AssetState
     url: str = field(repr=False)
+    unusable_tries: int = 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the end of the archive waits for it; one that is unusable for 15 minutes is tried on without."""
+        return self.state is AssetState.DUE and self.unusable_tries < SAID_AFTER_TRIES
 
 
 @dataclass(frozen=True)
@@ -211,13 +222,21 @@ def next_step(task: TaskFacts, poll_delay_seconds: float) -> Next | None:
         return None
     if is_short(task) and task.completeness_reads < len(COMPLETENESS_DELAYS_SECONDS):
         return Next(Step.READ, COMPLETENESS_DELAYS_SECONDS[task.completeness_reads])
-    if any(asset.state is AssetState.DUE for asset in task.assets.values()):
+    if any(asset.is_awaited for asset in task.assets.values()):
         return None
     return Next(Step.FINISH, 0)
 
 
+def reopened(archive: ArchiveState) -> ArchiveState:
+    """What an archive is once a file of it was settled: one that was said to be incomplete has an end to come."""
+    return ArchiveState.ARCHIVING if archive is ArchiveState.INCOMPLETE else archive
+
+
 def outcome(task: TaskFacts) -> ArchiveState:
-    """How a finished archive ends: incomplete = a file the provider named could not be kept, or none came."""
+    """How a finished archive ends: incomplete = a file the provider named is not kept, or none came.
+
+    It may still change while a file of it is due.
+    """
     states = {asset.state for asset in task.assets.values()}
     return ArchiveState.ARCHIVED if states == {AssetState.ARCHIVED} else ArchiveState.INCOMPLETE
 

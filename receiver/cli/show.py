@@ -12,7 +12,7 @@ from rich.table import Table
 from receiver.app.wiring import Parts
 from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
-from receiver.tasks.task_view import find, is_over
+from receiver.tasks.task_view import find, is_over, waiting_of
 from receiver.web.assets import asset_link
 from storage.archive import continuous_audit
 from storage.operations import deadlines
@@ -85,11 +85,18 @@ def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
         table.add_column(heading, overflow="fold")
     for asset in assets:
         kept = asset.state is AssetState.ARCHIVED and asset.key is not None
-        where = parts.bucket.uri(asset.key or "") if kept else (asset.error or "")
+        where = parts.bucket.uri(asset.key or "") if kept else _reason(asset)
         size = f"{asset.size:,}" if asset.size is not None else ""
         cells = (f"{asset.kind} {asset.index}", asset.state, size, (asset.sha256 or "")[:12], where)
         table.add_row(*map(cell, cells))
     return table
+
+
+def _reason(asset: Asset) -> str:
+    """Why it is not kept, and whether that is the end of it."""
+    if (found := waiting_of(asset)) is None:
+        return asset.error or ""
+    return f"not yet, {found['tries']} tries since {found['since']}, next at {found['next_try_at']}: {asset.error}"
 
 
 def latest(parts: Parts, limit: int) -> list[Task]:
@@ -118,6 +125,7 @@ def summary(found: Measures) -> str:
         "overdue": found.overdue,
         "files given up": found.failed_assets,
         "deliveries unmatched": found.unmatched,
+        "files unusable and tried on": found.unusable_files,
         "near their deadline": found.deadline_near,
         "audit faults": found.audit_faults,
     }

@@ -149,7 +149,7 @@ def _record(
         "created_at": _ms(task.created_at),
         "updated_at": _ms(changed_at),
         "task_result": _result(task, assets, response_format) if done else {},
-        "receiver": _ours(task),
+        "receiver": _ours(task, assets),
     }
     if done and task.units is not None:
         told["final_unit_deduction"] = task.units
@@ -162,8 +162,14 @@ def _info(task: Task) -> dict[str, str]:
     return {} if own else {"external_task_id": task.external_task_id}
 
 
-def _ours(task: Task) -> dict[str, Any]:
-    return {"provider_task_id": task.provider_task_id, "archive": task.archive.value}
+def _ours(task: Task, assets: Sequence[Asset] = ()) -> dict[str, Any]:
+    """`waiting`: there while files that came unusable are tried on; without it an incomplete archive is over."""
+    ours: dict[str, Any] = {"provider_task_id": task.provider_task_id, "archive": task.archive.value}
+    waiting = [(asset.unusable_since, asset.due_at) for asset in assets if asset.unusable_since and asset.due_at]
+    if waiting:
+        since, next_try_at = (_ms(min(moments)) for moments in zip(*waiting, strict=True))
+        ours["waiting"] = {"files": len(waiting), "since": since, "next_try_at": next_try_at}
+    return ours
 
 
 def _result(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:

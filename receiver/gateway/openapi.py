@@ -209,7 +209,10 @@ REQUEST: Schema = {
 
 ENVELOPE: dict[str, Schema] = {"code": {"const": 0}, "message": STRING, "request_id": STRING}
 STATUS = _one_of(("submitted", "processing", "succeed", "failed"))
-OURS = _object("provider_task_id archive", provider_task_id={"type": ["string", "null"]}, archive=STRING)
+WAITING = _object("files since next_try_at", files=INTEGER, since=MILLISECONDS, next_try_at=MILLISECONDS)
+OURS = _object(
+    "provider_task_id archive", provider_task_id={"type": ["string", "null"]}, archive=STRING, waiting=WAITING
+)
 TASK: dict[str, Schema] = {
     "task_id": {"type": "string", "format": "uuid"},
     "task_status": STATUS,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import hmac
 import random
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from receiver.sandbox.knobs import Knobs
 from receiver.sandbox.tasks import Name, Task
 
 PATH = re.compile(r"^/cdn/(?P<task_id>\d+)-(?P<kind>image|series|watermark)-(?P<index>\d)\.png$")
+RANGE = re.compile(r"bytes=(\d{1,15})-")
 # The alphabet of CloudFront's signed URLs: Base64 with + = / replaced.
 SIGNATURE_ALPHABET = str.maketrans("+=/", "-_~")
 
@@ -55,8 +58,41 @@ def _sign(key: bytes, here: str, expires: int, pair: str) -> str:
     return base64.b64encode(digest).decode("ascii").translate(SIGNATURE_ALPHABET)
 
 
-def next_fault(knobs: Knobs, rng: random.Random) -> Fault:
-    """How the next download goes wrong: first the queue, then chance; '' = it goes well."""
+@dataclass(frozen=True)
+class Served:
+    """A file as it goes out: all of it or one range, odd or not. `cut`: so many bytes, then the connection closes."""
+
+    status: int
+    content: bytes = field(repr=False)
+    headers: dict[str, str]
+    cut: int | None = None
+
+
+def serve(data: bytes, knobs: Knobs, wanted_range: str = "") -> Served:
+    """What a download that goes well gets. `wanted_range`: the request's Range, empty = none."""
+    status, first = 200, 0
+    headers: dict[str, str] = {}
+    if knobs.cdn_ranges:
+        headers |= {"accept-ranges": "bytes", "etag": f'"{hashlib.sha256(data).hexdigest()[:16]}"'}
+        if (match := RANGE.fullmatch(wanted_range)) and int(match[1]) < len(data):
+            first = int(match[1])
+    if first or knobs.cdn_206_whole:
+        status, headers["content-range"] = 206, f"bytes {first}-{len(data) - 1}/{len(data)}"
+    content = data[first:]
+    if knobs.cdn_content_encoding:
+        headers["content-encoding"] = knobs.cdn_content_encoding
+        content = gzip.compress(content, 1) if knobs.cdn_content_encoding.lower() == "gzip" else content
+    cut = int(len(data) * knobs.cdn_break_share) if knobs.cdn_break_share else None
+    return Served(status, content, headers, cut if cut and cut < len(content) else None)
+
+
+def next_fault(knobs: Knobs, rng: random.Random, seconds: float) -> Fault:
+    """How the next download goes wrong: first the time since the task's end, the queue, then chance; '' = it does not.
+
+    `seconds`: that time.
+    """
+    if seconds < knobs.cdn_html_seconds:
+        return "html"
     if knobs.cdn_faults:
         return knobs.cdn_faults.pop(0)
     for fault, knob in FAULT_RATES.items():

@@ -141,6 +141,22 @@ class Knobs(BaseModel):
     cdn_truncated_silent_rate: Rate = Field(
         default=0, description="Share of downloads that end properly with half the file."
     )
+    cdn_html_seconds: Seconds = Field(
+        default=0, description="Seconds from the end of a task in which its files are an HTML page with status 200."
+    )
+    cdn_self_redirect_seconds: Seconds = Field(
+        default=0, description="Seconds from the end of a task in which its files redirect to their own links."
+    )
+    cdn_content_encoding: str | None = Field(
+        default=None,
+        pattern=r"^[\x21-\x7e]{1,40}$",
+        description="A Content-Encoding that nobody asked for; of any but gzip only the header comes.",
+    )
+    cdn_206_whole: bool = Field(default=False, description="Answer plain downloads 206 with the whole file as a part.")
+    cdn_break_share: float | None = Field(
+        default=None, gt=0, lt=1, description="Every connection breaks after this share of the file; none = no break."
+    )
+    cdn_ranges: bool = Field(default=False, description="Offer and serve ranges, by which a broken download resumes.")
     cdn_html_rate: Rate = Field(default=0, description="Share of downloads that are an HTML page with status 200.")
     cdn_seconds: Seconds = Field(default=0, description="Seconds a picture's body takes.")
     cdn_redirects: int = Field(default=0, ge=0, le=20, description="Redirects before a picture.")

@@ -27,6 +27,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
+from receiver.sandbox import cdn
 from receiver.sandbox.access import is_loopback
 from receiver.sandbox.answers import Answer
 from receiver.sandbox.callbacks import Sender
@@ -77,9 +78,11 @@ class Body(Response):
     ) -> None:
         super().__init__(media_type=media_type)
         self.data, self.promised, self.seconds, self.cut, self.done = data, promised, seconds, cut, done
+        self.more: dict[str, str] = {}  # headers beside type and length
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", (self.media_type or "").encode())]
+        headers += [(name.encode(), value.encode()) for name, value in self.more.items()]
         if self.promised is not None:
             headers.append((b"content-length", str(self.promised).encode()))
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
@@ -156,17 +159,21 @@ class Api:
             return Response(ERROR_PAGE, 503, media_type="text/html")
         if download.fault == "html":
             return Response(ERROR_PAGE, media_type="text/html")
-        return await self._picture(download)
+        return await self._picture(download, request.headers.get("range", ""))
 
-    async def _picture(self, download: Download) -> Response:
+    async def _picture(self, download: Download, wanted_range: str) -> Response:
         data = await run_in_threadpool(self.world.gallery.data, download.task, download.name)
         seconds = self.world.knobs.cdn_seconds
         if not download.fault:
-            done = partial(self.world.served, download)
-            return Body(data, "image/png", promised=len(data), seconds=seconds, done=done)
+            served = cdn.serve(data, self.world.knobs, wanted_range)
+            body, promised = served.content[: served.cut], len(served.content)
+            done = None if served.cut else partial(self.world.served, download)
+            answer = Body(body, "image/png", promised=promised, seconds=seconds, cut=bool(served.cut), done=done)
+            answer.status_code, answer.more = served.status, served.headers
+            return answer
         half = data[: len(data) // 2]
-        promised = len(data) if download.fault == "truncated" else None
-        return Body(half, "image/png", promised=promised, seconds=seconds, cut=download.fault != "truncated_silent")
+        whole = len(data) if download.fault == "truncated" else None
+        return Body(half, "image/png", promised=whole, seconds=seconds, cut=download.fault != "truncated_silent")
 
     async def knobs(self, request: Request) -> Response:
         if request.method == "GET":

@@ -285,18 +285,22 @@ class World:
             name = Name(match["kind"], int(match["index"]))
             if name not in task.files():
                 return None
-            redirect = self._redirect(task.origin + path, query)
+            seconds = now - task.updated_ms / 1000
+            redirect = self._redirect(task.origin + path, query, seconds)
             if redirect:
                 self._counts["fault:cdn:redirect"] += 1
                 return Download(task, name, "", redirect)
             self._hits[task.id, name] += 1
-            fault = cdn.next_fault(self.knobs, self._rng)
+            fault = cdn.next_fault(self.knobs, self._rng, seconds)
             self._counts[f"fault:cdn:{fault}" if fault else "cdn:200"] += 1
             return Download(task, name, fault)
 
-    def _redirect(self, url: str, query: Mapping[str, str]) -> str | None:
+    def _redirect(self, url: str, query: Mapping[str, str], seconds: float) -> str | None:
+        """`seconds`: since the task's end."""
         if self.knobs.cdn_redirect_to:
             return self.knobs.cdn_redirect_to
+        if seconds < self.knobs.cdn_self_redirect_seconds:
+            return f"{url}?{'&'.join(f'{key}={value}' for key, value in query.items())}"
         hop = int(query["hop"]) if query.get("hop", "").isdecimal() else 0
         if hop >= self.knobs.cdn_redirects:
             return None

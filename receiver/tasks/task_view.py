@@ -23,7 +23,7 @@ def find(database: Database, external_task_id: str) -> tuple[Task, list[Asset], 
 
 
 def is_over(task: Task) -> bool:
-    """Whether nothing more will happen by itself."""
+    """Whether it has an end by now. That of an incomplete one may still change while a file of it is tried on."""
     if task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE):
         return True
     return task.state in states.TERMINAL and task.archive is ArchiveState.NONE
@@ -46,6 +46,17 @@ def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[st
     }
 
 
+def waiting_of(asset: Asset) -> dict[str, Any] | None:
+    """Of a file that came as something unusable and is tried on: since when, how often, when next. None: it is not.
+
+    `next_try_at`: the end of its lease while a worker is at it.
+    """
+    if asset.unusable_since is None or asset.due_at is None:
+        return None
+    since, due_at = (moment.isoformat(timespec="seconds") for moment in (asset.unusable_since, asset.due_at))
+    return {"since": since, "tries": asset.unusable_tries, "next_try_at": due_at}
+
+
 def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
     kept = asset.state is AssetState.ARCHIVED
     return {
@@ -59,6 +70,7 @@ def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
         "size": asset.size,
         "media_type": asset.media_type,
         "error": asset.error,
+        "waiting": waiting_of(asset),
         "trailing_bytes": (asset.trailing_bytes or 0) if kept else None,
         "notes": asset.notes or [],
     }

@@ -110,6 +110,7 @@ class Health:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
             dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
+            unusable = measures.unusable_files(session)
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
         undelivered += [f"sink {name} is disabled" for name in disabled]
@@ -117,6 +118,7 @@ class Health:
             "events": ", ".join(undelivered) or "ok",
             "work": f"{overdue} rows are overdue" if overdue else "ok",
             "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+            "files": str(unusable) if unusable.said else "ok",
             "audit": f"{faults} faults, see receiver status" if faults else "ok",
         }
 

@@ -7,32 +7,38 @@ claimed ─▶ known object there? ─▶ settled, nothing downloaded
 from __future__ import annotations
 
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import structlog
-from sqlalchemy import bindparam, select
+from sqlalchemy import bindparam, func, select
 from sqlmodel import Session
 
+from storage import states
+from storage.archive import unusable
 from storage.bucket import bucket as objects
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
-from storage.errors import GiveUp, LostClaim, ObjectConflict, Refresh, Retry, StoreUnavailable
+from storage.errors import FetchUnusable, GiveUp, LostClaim, ObjectConflict, Refresh, Retry, StoreUnavailable
 from storage.fetch.client import Fetched, Fetcher, spool
 from storage.keys import object_key
 from storage.rows import claims, tasks
 from storage.rows.database import Database, db_now, run
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
-from storage.states import AssetState, Step
+from storage.states import ArchiveState, AssetState, Step
 
 log = structlog.get_logger()
 
 # A dead URL is tried again at this pace at the latest; each try also reads the task for a fresh one.
 REFRESH_CAP_SECONDS = 900
-# In `fetched` of an asset not archived: how many downloads came whole and were no usable file.
-UNUSABLE = "unusable"
+# A link is read anew before a file that came unusable is tried with it: a CDN may keep its error page by the link.
+LINK_OLD_SECONDS = 900.0
+# Of a file's life as the setting says it, counted from when we learnt of the task's end: a poll learns it later.
+LIFE_SHARE = 0.95
+# What a settled row says of unusable answers.
+USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 
 
 class Origin(NamedTuple):
@@ -74,6 +80,8 @@ class Archiver:
         try:
             if asset.losses >= claims.PARK_LOSSES:
                 raise GiveUp(f"ended its worker {asset.losses} times; `receiver retry` tries again")
+            if self._wants_fresh_link(asset):
+                raise Refresh(asset.error or "it came unusable")
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 self._store(asset)
             self._settle_archived(asset)
@@ -81,10 +89,12 @@ class Archiver:
             return
         except Refresh as error:
             self._refresh(asset, error)
+        except FetchUnusable as error:
+            self._unusable(asset, error)
         except Retry as error:
             self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
         except GiveUp as error:
-            self._refused(asset, error)
+            self._fail(asset, str(error))
         log.info(
             "asset.worked", asset=str(asset.id), task=str(asset.task_id), kind=asset.kind, index=asset.index,
             attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
@@ -150,36 +160,71 @@ class Archiver:
         with self._database.write() as session:
             task = self._lock_task(session, asset)
             claims.settle(
-                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=db_now(), attempts=0
-            )
+                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=db_now(), attempts=0,
+                **USABLE,
+            )  # fmt: skip
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
-            self._look_at_task(session, task)
+            self._settled(session, task)
 
-    def _refused(self, asset: Asset, error: GiveUp) -> None:
-        """Give up after as many tries that ended like this: broken downloads and outages before them do not count."""
-        tries = asset.fetched.get(UNUSABLE, 0) + 1
-        if tries < error.tries:
-            self._retry(asset, str(error), claims.backoff(tries), fetched={UNUSABLE: tries})
-        else:
-            self._fail(asset, str(error))
+    def _unusable(self, asset: Asset, error: FetchUnusable) -> None:
+        """Try again by a schedule of its own, to the end of the file's life (`storage.archive.unusable`).
+
+        Broken transfers and outages in between do not count. Once it is awaited no more, its task can end without it.
+        """
+        try:
+            with self._database.write() as session:
+                task, now = self._lock_task(session, asset), tasks.now(session)
+                tries = asset.unusable_tries + 1
+                life_ends = (task.completed_at or now) + LIFE_SHARE * timedelta(
+                    seconds=self._schedule.result_lifetime_seconds
+                )
+                due_in = unusable.next_try(tries, now=now, link_ends=asset.files_expire_at, life_ends=life_ends)
+                if due_in is not None:
+                    values: dict[str, Any] = {
+                        "unusable_since": asset.unusable_since or now,
+                        "unusable_tries": tries,
+                        "error": str(error),
+                    }
+                    due_in = max(due_in, error.after or 0)
+                    claims.settle(session, asset, due_in=due_in, **claims.NO_ATTEMPTS, **values)
+                    if task.archive is ArchiveState.ARCHIVING:
+                        self._look_at_task(session, task)
+        except LostClaim:
+            return
+        if due_in is None:
+            self._fail(asset, f"{error} (tried {tries} times since {asset.unusable_since:%Y-%m-%d})")
+            return
+        log.warning(
+            "asset.unusable", asset=str(asset.id), task=str(asset.task_id), error=str(error), tries=tries,
+            seconds=round(due_in, 1),
+        )  # fmt: skip
+
+    def _wants_fresh_link(self, asset: Asset) -> bool:
+        """Whether a file that came unusable has an old link. The task is read once before the try (`attempts`), which
+        is made with the old link when the read brings no other."""
+        if not asset.unusable_tries or asset.attempts > 1:
+            return False
+        with self._database.read() as session:
+            old = select(_TASKS.id).where(_TASKS.id == asset.task_id)
+            known = func.coalesce(_TASKS.reported_at, _TASKS.created_at)
+            return session.execute(old.where(known < db_now(-LINK_OLD_SECONDS))).first() is not None
 
     def _fail(self, asset: Asset, reason: str) -> None:
         try:
             with self._database.write() as session:
                 task = self._lock_task(session, asset)
-                kept = {name: value for name, value in asset.fetched.items() if name != UNUSABLE}
-                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason, fetched=kept)
+                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason, **USABLE)
                 fact = {"kind": asset.kind, "index": asset.index, "error": reason}
                 record(session, EventName.ASSET_FAILED, asset.task_id, fact)
-                self._look_at_task(session, task)
+                self._settled(session, task)
         except LostClaim:
             return
         log.error("asset.failed", asset=str(asset.id), task=str(asset.task_id), error=reason)
 
-    def _retry(self, asset: Asset, reason: str, due_in: float, **values: Any) -> None:
+    def _retry(self, asset: Asset, reason: str, due_in: float) -> None:
         try:
             with self._database.write() as session:
-                claims.settle(session, asset, due_in=due_in, error=reason, **values)
+                claims.settle(session, asset, due_in=due_in, error=reason)
         except LostClaim:
             return
         log.warning("asset.retry", asset=str(asset.id), task=str(asset.task_id), error=reason, seconds=round(due_in, 1))
@@ -205,9 +250,14 @@ class Archiver:
             raise LostClaim(f"task {asset.task_id} is gone")
         return task
 
+    def _settled(self, session: Session, task: Task) -> None:
+        """One of its files is archived or given up: what was said of an archive that had ended holds no more."""
+        task.archive = states.reopened(task.archive)
+        self._look_at_task(session, task)
+
     def _look_at_task(self, session: Session, task: Task) -> None:
-        """Make the finish due when this was the last asset. A read in flight, or one that another asset's dead URL
-        has asked for, is left to be made: it looks again itself."""
-        if task.lease is None and not tasks.wants_read(session, task):
+        """Make the finish due when this was the last asset; one in flight started from rows that have changed. A read
+        in flight, or one that another asset's dead URL has asked for, is left to be made: it looks again itself."""
+        if (task.lease is None or task.step is Step.FINISH) and not tasks.wants_read(session, task):
             tasks.reschedule(session, task, self._schedule)
         self._database.wake(session)

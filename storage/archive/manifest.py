@@ -41,8 +41,10 @@ MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_MANIFESTS = 100
 # RFC 8785 numbers are doubles: a larger integer (element ids) is written as its decimal string.
 MAX_EXACT_INTEGER = 2**53 - 1
+# The note of an archive that is incomplete and may not stay so.
+WAITING = "{} of {} files came as something unusable; they are tried on, see the next try of each"
 # Members of a file that stand in the manifest only where there is something to say.
-ODD = ("trailing_bytes", "notes")
+ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,10 @@ class Finisher:
         except (Retry, GiveUp) as error:
             self._later(task, error)
             return
-        log.info("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
+        if row.archive is ArchiveState.ARCHIVED:
+            log.info("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
+        else:
+            log.error("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
 
     def _write(self, task: Task) -> Written:
         with self._database.read() as session:
@@ -128,7 +133,8 @@ class Finisher:
         assets = tasks.assets_of(session, row.id)
         facts = tasks.facts(row, assets)
         row.archive = states.outcome(facts)
-        row.note = states.shortfall(facts)
+        waiting = [asset for asset in assets if asset.state is AssetState.DUE]
+        row.note = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
         row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
         row.archived_at = tasks.now(session)
         row.step = None
@@ -136,6 +142,8 @@ class Finisher:
         archived = row.archive is ArchiveState.ARCHIVED
         kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
         fact = {"manifest": written.key, "files": len(facts.assets), "note": row.note, "assets": kept}
+        if waiting:
+            fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
         record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)
 
     def _park(self, task: Task) -> None:
@@ -282,12 +290,16 @@ def _asset(asset: Asset) -> dict[str, Any]:
         "created_at": _iso(asset.created_at),
         "files_expire_at": _iso(asset.files_expire_at),
         "archived_at": _iso(asset.archived_at),
-        **{name: value for name in ODD if (value := getattr(asset, name))},
+        **{name: _plain(value) for name in ODD if (value := getattr(asset, name))},
     }
 
 
 def _iso(moment: datetime | None) -> str | None:
     return moment.isoformat() if moment else None
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def without_signatures(value: Any) -> Any:

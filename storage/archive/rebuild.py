@@ -23,7 +23,7 @@ from storage.archive.folders import Objects, external_id_of, in_batches, manifes
 from storage.bucket.bucket import Bucket, Listed
 from storage.bucket.store_errors import NoSuchObject
 from storage.keys import task_folder
-from storage.rows import tasks
+from storage.rows import claims, tasks
 from storage.rows.database import Database, insert_or_ignore
 from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Task
@@ -178,12 +178,16 @@ def asset_from(task: Task, described: Mapping[str, Any]) -> Asset:
     values: dict[str, Any] = {name: described[name] for name in plain}
     values |= {name: _time(described[name]) for name in times}
     values |= {name: described.get(name) for name in manifest.ODD}
+    values |= {"unusable_since": _time(described.get("unusable_since"))}
+    values |= {"unusable_tries": described.get("unusable_tries", 0)}
     asset = Asset(
         **values,
         id=uuid.UUID(described["id"]),
         task_id=task.id,
         source_url=described["source"],
         state=AssetState(described["state"]),
+        # Its old link is dead, so its next try reads the task for another.
+        **(claims.due(values["created_at"]) if described["state"] == AssetState.DUE else {}),
     )
     if asset.id != tasks.asset_id(task.id, AssetName(asset.kind, asset.index, asset.original)):
         raise ValueError(f"{asset.kind} {asset.index} has another task's id")

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import BinaryIO
 
-from storage.errors import FetchInterrupted, FetchTooLarge
+from storage.errors import FetchTooLarge, FetchUnusable
 from storage.fetch import connection, media_types
 
 # Registered content codings (IANA). Other values say nothing about the bytes: uploaders set `UTF-8` or `aws-chunked`,
@@ -59,7 +59,7 @@ class Body:
     def receive(self, status: int, headers: Mapping[str, str], blocks: Iterable[bytes], stream: object) -> None:
         """Write one response's body into the sink. `blocks`: the body as sent. `stream`: the connection it came from.
 
-        Raises `FetchInterrupted`, `FetchTooLarge` and the errors of reading a block.
+        Raises `FetchUnusable`, `FetchTooLarge` and the errors of reading a block.
         """
         declared = _declared_length(headers)
         self._begin(status, headers, declared)
@@ -74,7 +74,7 @@ class Body:
             self._sink.write(block)
         self._sink.flush()
         if not coded and self._total not in (None, self.size):
-            raise FetchInterrupted(f"received {self.size} of {self._total} announced bytes")
+            raise FetchUnusable(f"received {self.size} of {self._total} announced bytes")
         _check_length(stream, declared, self.notes)
         if self._parts > 1:
             self.notes.append(f"received in {self._parts} parts")
@@ -84,11 +84,11 @@ class Body:
         if self.resumable and status == 206:
             same = headers.get("etag", self._validator) == self._validator or "etag" not in self.headers
             if part is None or part != (self.size, self._total) or not same or _codings(headers):
-                raise FetchInterrupted("answered 206 with another part than requested")
+                raise FetchUnusable("answered 206 with another part than requested")
             self._parts += 1
             return
         if status == 206 and (part is None or part[0] != 0):
-            raise FetchInterrupted("answered 206 with a part that was not requested")
+            raise FetchUnusable("answered 206 with a part that was not requested")
         if self.size:  # the whole file again: this host's ranges are not used any more
             self._sink.seek(0)
             self._sink.truncate()
@@ -154,7 +154,7 @@ def _plain(blocks: Iterable[bytes], headers: Mapping[str, str], notes: list[str]
         notes.append("decoded from gzip")
         yield from _decoded(blocks)
     else:
-        raise FetchInterrupted("sent with a Content-Encoding although none was requested")
+        raise FetchUnusable("sent with a Content-Encoding although none was requested")
 
 
 def _decoded(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -167,12 +167,12 @@ def _decoded(blocks: Iterable[bytes]) -> Iterator[bytes]:
                 yield decoder.decompress(rest, DECODED_BYTES)
                 rest = decoder.unconsumed_tail
             if rest or decoder.unused_data:
-                raise FetchInterrupted("bytes follow the end of the gzip coding")
+                raise FetchUnusable("bytes follow the end of the gzip coding")
         yield decoder.flush()
     except zlib.error:
-        raise FetchInterrupted("the gzip coding is broken") from None
+        raise FetchUnusable("the gzip coding is broken") from None
     if not decoder.eof:
-        raise FetchInterrupted("the gzip coding is cut short")
+        raise FetchUnusable("the gzip coding is cut short")
 
 
 def _declared_length(headers: Mapping[str, str]) -> int | None:
@@ -190,5 +190,5 @@ def _check_length(stream: object, declared: int | None, notes: list[str]) -> Non
     if declared is None:
         return  # chunked or until the end: bytes may remain on the connection, so it is not reused
     if stream.body_bytes != declared:
-        raise FetchInterrupted("sent more bytes than its Content-Length says")
+        raise FetchUnusable("sent more bytes than its Content-Length says")
     stream.reusable = True

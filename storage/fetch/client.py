@@ -28,6 +28,7 @@ from storage.errors import (
     FetchExpired,
     FetchInterrupted,
     FetchRefused,
+    FetchUnusable,
 )
 from storage.fetch import connection, media_types
 from storage.fetch.addresses import AddressPolicy, Target, check_url, tidy
@@ -53,6 +54,8 @@ BROKEN = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProto
 MAX_RESUMES = 20
 # 404 and 410 too: hosts answer so for signed URLs of removed objects.
 EXPIRED = frozenset({401, 403, 404, 410})
+# "Later" in words. Another 4xx says the same at every try.
+LATER = frozenset({408, 425, 429})
 # A longer Retry-After is shortened, because resellers delete results after 24 hours.
 MAX_RETRY_AFTER_SECONDS = 3_600.0
 KEPT_HEADERS = ("content-length", "content-type", "etag", "last-modified")
@@ -138,8 +141,8 @@ class Fetcher:
         structure, with `verified` False.
 
         Raises `FetchRefused` (the form of `url`), `AddressRefused` (an address it resolves to), `FetchExpired`,
-        `FetchInterrupted`, `FetchTooLarge`, `DiskFull`, `NotAnAsset`, `AssetDamaged`. Messages name hosts, never paths
-        or queries.
+        `FetchInterrupted`, `FetchUnusable` (`NotAnAsset`, `AssetDamaged`: the bytes), `FetchTooLarge`, `DiskFull`.
+        Messages name hosts, never paths or queries.
         """
         target = check_url(url, self._policy)
         deadline = connection.TransferDeadline(
@@ -193,7 +196,7 @@ class Fetcher:
                 resumes += 1
                 if not body.resumable or body.size <= before or resumes > MAX_RESUMES:
                     raise
-        raise FetchInterrupted(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
+        raise FetchUnusable(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
 
     @contextmanager
     def _request(self, target: Target, more: list[tuple[bytes, bytes]]) -> Iterator[httpcore.Response]:
@@ -225,16 +228,18 @@ class Fetcher:
         """The checked target of a redirect. A refused one raises `FetchInterrupted`, so the link is tried again:
         a redirect shows the present state of the host (an edge that redirects to itself while it reloads)."""
         if "location" not in headers:
-            raise FetchInterrupted(f"{target.host} redirected without a Location")
+            raise FetchUnusable(f"{target.host} redirected without a Location")
         try:
             onward = check_url(urljoin(target.url, tidy(headers["location"])), self._policy)
         except ValueError:
-            raise FetchInterrupted(f"redirect from {target.host} refused: not an absolute http(s) URL") from None
+            raise FetchUnusable(f"redirect from {target.host} refused: not an absolute http(s) URL") from None
         except FetchRefused as error:
-            raise FetchInterrupted(f"redirect from {target.host} refused: {error}") from None
+            raise FetchUnusable(f"redirect from {target.host} refused: {error}") from None
+        if onward == target:
+            raise FetchUnusable(f"{target.host} redirected to the same link")
         # Also refused for a private host, because a result URL can name that host directly.
         if target.scheme == "https" and onward.scheme != "https":
-            raise FetchInterrupted(f"redirect from {target.host} refused: from https to http")
+            raise FetchUnusable(f"redirect from {target.host} refused: from https to http")
         return onward
 
 
@@ -257,7 +262,8 @@ def _check_status(status: int, headers: Mapping[str, str], host: str) -> None:
     if status in EXPIRED:
         raise FetchExpired(f"{host} answered {status}")
     after = retry_after(headers.get("retry-after", ""), datetime.now(UTC))
-    raise FetchInterrupted(f"{host} answered {status}", after=after)
+    error = FetchInterrupted if status in LATER or status >= 500 else FetchUnusable
+    raise error(f"{host} answered {status}", after=after)
 
 
 def retry_after(value: str, now: datetime) -> float | None:

@@ -11,6 +11,7 @@ from sqlmodel import col, select
 from storage.rows.database import Database, db_now, db_now_once
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Task
+from storage.rows.task_conditions import HAS_UNUSABLE
 from storage.states import ArchiveState, AssetState
 
 log = structlog.get_logger()
@@ -27,12 +28,16 @@ def lead_seconds(result_lifetime_seconds: float) -> float:
     return min(LEAD_SECONDS, LEAD_SHARE * result_lifetime_seconds)
 
 
-def is_near(seconds: float) -> ColumnElement[bool]:
-    """SQL condition: the provider deletes files that are not archived within `seconds`, or has deleted them."""
+def near(seconds: float) -> tuple[ColumnElement[bool], ...]:
+    """SQL conditions, one of which holds: the provider deletes files that are not archived within `seconds`.
+
+    Two, because each has an index of its own: archives under way, and incomplete ones that are still tried.
+    """
     due = exists().where(col(Asset.task_id) == col(Task.id), col(Asset.state) == AssetState.DUE)
     archiving = col(Task.archive) == literal_column(f"'{ArchiveState.ARCHIVING}'")  # literal, as in the partial index
-    soon = archiving & (col(Task.files_expire_at) < db_now_once(seconds))
-    return soon & due
+    soon = col(Task.files_expire_at) < db_now_once(seconds)
+    incomplete = col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'")
+    return archiving & soon & due, incomplete & soon & HAS_UNUSABLE
 
 
 def announce(database: Database, seconds: float) -> int:
@@ -40,7 +45,11 @@ def announce(database: Database, seconds: float) -> int:
 
     Once per task, also with several processes at the same time.
     """
-    fresh = select(Task.id).where(is_near(seconds), col(Task.deadline_near_at).is_(None)).limit(BATCH)
+    return sum(_announce(database, each) for each in near(seconds))
+
+
+def _announce(database: Database, is_near: ColumnElement[bool]) -> int:
+    fresh = select(Task.id).where(is_near, col(Task.deadline_near_at).is_(None)).limit(BATCH)
     with database.read() as session:
         if session.execute(fresh.limit(1)).first() is None:
             return 0

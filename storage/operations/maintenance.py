@@ -76,6 +76,7 @@ def retry_files(
     chosen = update(Asset).where(col(Asset.id).in_(ids), col(Asset.task_id) == task.id)
     chosen = chosen.where(col(Asset.state).in_(open_states), col(Asset.lease).is_(None))
     values: dict[str, Any] = {"state": AssetState.DUE, **claims.AFRESH, "error": None}
+    values |= {"unusable_since": None, "unusable_tries": 0}
     if accept_unverified:
         values["accept_unverified"] = True
     count = run(session, chosen.values(**values)).rowcount
@@ -113,12 +114,13 @@ def _read_failed(session: Session, task: Task, schedule: tasks.Schedule) -> Retr
 def failed_files(
     session: Session, *, since: datetime | None, error: str | None, limit: int
 ) -> list[tuple[uuid.UUID, uuid.UUID]]:
-    """(task id, asset id) of files that were given up and not dismissed, oldest tasks first.
+    """(task id, asset id) of files that were given up or are unusable and not dismissed, oldest tasks first.
 
     `since`: only of tasks created then or later. `error`: only where the error contains this text, ignoring case.
     """
     found = select(Asset.task_id, Asset.id).join(Task, col(Task.id) == col(Asset.task_id))
-    found = found.where(Asset.state == AssetState.FAILED, not_dismissed(Asset.error), col(Task.deleted_at).is_(None))
+    given_up = or_(col(Asset.state) == AssetState.FAILED, col(Asset.unusable_since).is_not(None))
+    found = found.where(given_up, not_dismissed(Asset.error), col(Task.deleted_at).is_(None))
     found = found.where(*_failed_since(since), *_saying(Asset.error, error))
     return list(session.exec(found.order_by(col(Task.created_at), col(Task.id), col(Asset.id)).limit(limit)))
 
@@ -175,7 +177,8 @@ def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule)
         record(session, EventName.ASSET_FAILED, task.id, fact)
     not_archived = update(Asset).where(col(Asset.task_id) == task.id, col(Asset.state) != AssetState.ARCHIVED)
     before = func.coalesce(literal(" (") + col(Asset.error) + ")", "")
-    values = {"state": AssetState.FAILED, "error": literal(note) + before, **claims.AT_REST}
+    values: dict[str, Any] = {"state": AssetState.FAILED, "error": literal(note) + before, **claims.AT_REST}
+    values |= {"unusable_since": None, "unusable_tries": 0}
     run(session, not_archived.values(**values))
     task.archive, task.note, task.step = ArchiveState.INCOMPLETE, note, None
     claims.rest(task)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, literal_column
+from sqlalchemy import case, distinct, func, literal_column
 from sqlmodel import Session, col, select
 
 from storage import states
@@ -50,7 +50,9 @@ class SinkMeasures:
 class Measures:
     """Rows as of now. Fields named `…_day`: tasks that ended within the last 24 h.
 
-    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `callbacks_expected`: tasks that ended
+    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `unusable_files`: files whose hosts
+    answer with something else and that are still tried, `unusable_seconds`: age of the oldest, `incomplete_open`:
+    tasks that are incomplete for want of them. `callbacks_expected`: tasks that ended
     in the last 24 h, at least five minutes ago, and asked for a callback. `callbacks_lost`: those of them whose end no
     callback reported. `callbacks_late`: tasks whose callback came after a read had reported the end. `late_seconds`:
     the longest of those delays. `events_open`: undelivered events, counted per sink. `oldest_event_seconds`: age of the
@@ -68,6 +70,9 @@ class Measures:
     failed_assets: int
     unmatched: int
     deadline_near: int
+    unusable_files: int
+    unusable_seconds: float
+    incomplete_open: int
     callbacks_expected: int
     callbacks_lost: int
     callbacks_late: int
@@ -110,6 +115,7 @@ def measure(session: Session, *, deadline_seconds: float, slots: Slots | None = 
         audit_share=audit.share,
         audit_late=int(audit.late),
         audit_age_seconds=audit.age_seconds,
+        **_unusable(session, now),
         accounts=_accounts(session, slots),
         failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
         unmatched=_count(session, col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")),
@@ -123,8 +129,35 @@ def count_dead_events(session: Session) -> int:
 
 
 def count_deadline_near(session: Session, seconds: float) -> int:
-    """Tasks that are not fully archived and whose files the provider deletes within `seconds`, or has deleted."""
-    return _count(session, deadlines.is_near(seconds))
+    """Tasks whose files are deleted at the provider within `seconds`, or were, and are not all kept."""
+    return sum(_count(session, each) for each in deadlines.near(seconds))
+
+
+@dataclass(frozen=True)
+class UnusableFiles:
+    """Files whose hosts answer with something that is no file to keep: they are tried on, so nothing is lost yet.
+
+    `files`: how many; `said`: how many tasks are said to be incomplete by now for want of them. `since`: when the first
+    of them began; `next_try_at`: when the next of them is tried; None = there are none.
+    """
+
+    files: int = 0
+    said: int = 0
+    since: datetime | None = None
+    next_try_at: datetime | None = None
+
+    def __str__(self) -> str:
+        words = f"{self.files} files came unusable"
+        if self.since and self.next_try_at:
+            words += f" since {self.since:%Y-%m-%d %H:%M} UTC, next try at {self.next_try_at:%Y-%m-%d %H:%M} UTC"
+        return words
+
+
+def unusable_files(session: Session) -> UnusableFiles:
+    said = func.count(distinct(case((col(Task.archive) == ArchiveState.INCOMPLETE, col(Task.id)))))
+    columns: Any = (func.count(), said, func.min(Asset.unusable_since), func.min(Asset.due_at))
+    found = select(*columns).join(Task, col(Task.id) == col(Asset.task_id))
+    return UnusableFiles(*session.execute(found.where(col(Asset.unusable_since).is_not(None))).one())
 
 
 def count_overdue(session: Session) -> int:
@@ -155,6 +188,12 @@ def _ended(session: Session, now: datetime) -> dict[str, Any]:
         "incomplete_day": sum(count for _, archive, count in rows if archive is ArchiveState.INCOMPLETE),
         "failed_day": sum(count for state, _, count in rows if state is states.TaskState.FAILED),
     }
+
+
+def _unusable(session: Session, now: datetime) -> dict[str, Any]:
+    found = unusable_files(session)
+    age = (now - found.since).total_seconds() if found.since else 0.0
+    return {"unusable_files": found.files, "incomplete_open": found.said, "unusable_seconds": age}
 
 
 def _events(session: Session, now: datetime) -> dict[str, Any]:

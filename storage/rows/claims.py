@@ -184,6 +184,8 @@ def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
 # For statements: due now as if for the first time, and not due. A worker that holds such a row loses its lease.
 AFRESH: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
 AT_REST: dict[str, Any] = {"due_at": None, "lease": None, "losses": 0}
+# Of a row whose tries are counted elsewhere.
+NO_ATTEMPTS: dict[str, Any] = {"attempts": 0}
 
 
 def due(at: Any = None) -> dict[str, Any]:

@@ -214,6 +214,7 @@ class Asset(Claimable, table=True):
     __table_args__ = (
         _due_index("asset"),
         _partial_index("asset_failed", "task_id", "state = 'failed'"),
+        _partial_index("asset_unusable", "task_id", "unusable_since IS NOT NULL"),
         Index("asset_key", "key"),
         UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),
     )
@@ -237,6 +238,9 @@ class Asset(Claimable, table=True):
     trailing_bytes: int | None = Field(default=None, sa_type=BigInteger)
     notes: list[str] | None = Field(default=None, sa_type=Json, nullable=True)
     accept_unverified: bool = False
+    # while its host answers with something that is no file to keep: since when, and how often in a row
+    unusable_since: datetime | None = _time()
+    unusable_tries: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
     fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
     superseded: list[str] = Field(default_factory=list, sa_type=Json)
     error: str | None = _text()

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import and_, func
+from sqlalchemy import and_, func, select
 from sqlmodel import col
 
 from storage import states
-from storage.rows.models import Task
+from storage.rows.models import Asset, Task
 from storage.states import ArchiveState
 
 # The note of a dismissed task and the error of its files start with this. `retry --all-failed` skips them.
 DISMISSED = "dismissed: "
 
+# Of its files some came unusable and are tried on: its archive, also one that is said to be incomplete, may change.
+HAS_UNUSABLE = col(Task.id).in_(select(col(Asset.task_id)).where(col(Asset.unusable_since).is_not(None)))
+
 IS_OVER = and_(
-    col(Task.due_at).is_(None), col(Task.state).in_(states.TERMINAL), col(Task.archive) != ArchiveState.ARCHIVING
+    col(Task.due_at).is_(None),
+    col(Task.state).in_(states.TERMINAL),
+    col(Task.archive) != ArchiveState.ARCHIVING,
+    ~HAS_UNUSABLE,
 )
 
 

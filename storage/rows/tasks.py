@@ -139,12 +139,13 @@ def name_of(asset: Asset) -> AssetName:
 
 def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
     """The part of the rows that decisions read."""
-    return _facts(task, {name_of(asset): AssetFacts(asset.state, asset.source_url) for asset in assets})
+    found = (AssetFacts(asset.state, asset.source_url, asset.unusable_tries) for asset in assets)
+    return _facts(task, dict(zip(map(name_of, assets), found, strict=True)))
 
 
 _ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
 _ASSET_FACTS = sqlalchemy.select(
-    _ASSETS.kind, _ASSETS.index, _ASSETS.original, _ASSETS.state, _ASSETS.source_url
+    _ASSETS.kind, _ASSETS.index, _ASSETS.original, _ASSETS.state, _ASSETS.source_url, _ASSETS.unusable_tries
 ).where(_ASSETS.task_id == bindparam("of"))
 
 
@@ -152,9 +153,8 @@ def _facts_now(session: Session, task: Task) -> TaskFacts:
     """`facts` as the rows stand now, without making objects of them: every settled file asks."""
     rows = run(session, _ASSET_FACTS, {"of": task.id}).mappings().all()
     names = [AssetName(row["kind"], row["index"], row["original"]) for row in rows]
-    return _facts(
-        task, {name: AssetFacts(row["state"], row["source_url"]) for name, row in zip(names, rows, strict=True)}
-    )
+    found = (AssetFacts(row["state"], row["source_url"], row["unusable_tries"]) for row in rows)
+    return _facts(task, dict(zip(names, found, strict=True)))
 
 
 def _facts(task: Task, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
@@ -280,10 +280,14 @@ def _write_assets(
 
 
 def _make_due(session: Session, asset: Asset) -> None:
-    """Unless it is settled or somebody holds it, which may be so since we looked: a claim takes no task lock."""
+    """Make a file due now unless it is settled or claimed, which may be so by now: a claim takes no task lock.
+
+    An unusable file keeps to its schedule, unless its try waits for this very link (`attempts` counts it).
+    """
     free = update(Asset).where(
         col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
     )
+    free = free.where((col(Asset.unusable_tries) == 0) | (col(Asset.attempts) > 0))
     free = free.values(**claims.AFRESH, error=None)
     session.execute(free.execution_options(synchronize_session=False))
 

@@ -13,6 +13,7 @@ from storage.states import (
     COMPLETENESS_DELAYS_SECONDS,
     MAX_INDEX,
     RANK,
+    SAID_AFTER_TRIES,
     TERMINAL,
     ArchiveState,
     AssetFacts,
@@ -30,6 +31,7 @@ from storage.states import (
     is_short,
     next_step,
     outcome,
+    reopened,
     shortfall,
 )
 
@@ -112,6 +114,10 @@ def test_applying_a_report_twice_changes_nothing_more(first: str, second: str) -
     assert (decision.contradicted, dict(decision.add), dict(decision.replace)) == (False, {}, {})
 
 
+def due_names(task: TaskFacts) -> list[AssetName]:
+    return sorted(name for name, asset in task.assets.items() if asset.state is AssetState.DUE)
+
+
 class Life(RuleBasedStateMachine):
     """A task that hears reports while workers archive, fail and finish."""
 
@@ -129,12 +135,22 @@ class Life(RuleBasedStateMachine):
         for name, asset in before.assets.items():
             assert self.task.assets[name] == asset or asset.state is not AssetState.ARCHIVED
 
-    @precondition(lambda self: self.task.assets)
+    @precondition(lambda self: due_names(self.task))
     @rule(data=st.data(), state=st.sampled_from([AssetState.ARCHIVED, AssetState.FAILED]))
     def settle_asset(self, data: st.DataObject, state: AssetState) -> None:
-        name = data.draw(st.sampled_from(sorted(self.task.assets)))
-        settled = replace(self.task.assets[name], state=state)
-        self.task = replace(self.task, assets={**self.task.assets, name: settled})
+        name = data.draw(st.sampled_from(due_names(self.task)))
+        self.write(name, replace(self.task.assets[name], state=state, unusable_tries=0))
+        self.task = replace(self.task, archive=reopened(self.task.archive))
+
+    @precondition(lambda self: due_names(self.task))
+    @rule(data=st.data(), tries=st.integers(1, SAID_AFTER_TRIES))
+    def come_unusable(self, data: st.DataObject, tries: int) -> None:
+        name = data.draw(st.sampled_from(due_names(self.task)))
+        before = self.task.assets[name]
+        self.write(name, replace(before, unusable_tries=before.unusable_tries + tries))
+
+    def write(self, name: AssetName, asset: AssetFacts) -> None:
+        self.task = replace(self.task, assets={**self.task.assets, name: asset})
 
     @precondition(lambda self: is_short(self.task))
     @rule()
@@ -151,6 +167,17 @@ class Life(RuleBasedStateMachine):
         working = any(asset.state is AssetState.DUE for asset in self.task.assets.values())
         over = self.task.state in TERMINAL and self.task.archive is not ArchiveState.ARCHIVING
         assert next_step(self.task, 60) or working or over
+
+    @invariant()
+    def what_is_tried_on_keeps_no_end_waiting(self) -> None:
+        assets = list(self.task.assets.values())
+        waits = self.task.archive is ArchiveState.ARCHIVING and not next_step(self.task, 60)
+        assert not waits or any(asset.is_awaited for asset in assets)
+
+    @invariant()
+    def archived_means_every_file_is_kept(self) -> None:
+        if self.task.archive is ArchiveState.ARCHIVED:
+            assert {asset.state for asset in self.task.assets.values()} == {AssetState.ARCHIVED}
 
     @invariant()
     def a_contradiction_is_flagged_once(self) -> None:
@@ -266,6 +293,12 @@ def archive_of(*states: AssetState, expected: int | None = 2, reads: int = 0) ->
     return replace(archiving, expected=expected, completeness_reads=reads, assets=assets)
 
 
+def unusable(task: TaskFacts, tries: int) -> TaskFacts:
+    """Its due files came unusable so often."""
+    came = {name: replace(task.assets[name], unusable_tries=tries) for name in due_names(task)}
+    return replace(task, assets={**task.assets, **came})
+
+
 KEPT, LOST, DUE = AssetState.ARCHIVED, AssetState.FAILED, AssetState.DUE
 
 
@@ -283,6 +316,9 @@ KEPT, LOST, DUE = AssetState.ARCHIVED, AssetState.FAILED, AssetState.DUE
         (archive_of(KEPT, reads=len(COMPLETENESS_DELAYS_SECONDS)), Next(Step.FINISH, 0)),
         (archive_of(expected=None), Next(Step.READ, 0)),
         (replace(archive_of(KEPT, KEPT), archive=ArchiveState.ARCHIVED), None),
+        (unusable(archive_of(DUE, KEPT), SAID_AFTER_TRIES - 1), None),
+        (unusable(archive_of(DUE, KEPT), SAID_AFTER_TRIES), Next(Step.FINISH, 0)),
+        (replace(unusable(archive_of(DUE, KEPT), SAID_AFTER_TRIES), archive=ArchiveState.INCOMPLETE), None),
     ],
 )
 def test_next_step(task: TaskFacts, wanted: Next | None) -> None:
@@ -300,6 +336,7 @@ def test_a_shortfall_is_believed_after_three_reads_within_ten_minutes() -> None:
         (archive_of(KEPT, KEPT), ArchiveState.ARCHIVED, None),
         (archive_of(KEPT), ArchiveState.ARCHIVED, "delivered 1 of 2"),
         (archive_of(KEPT, LOST), ArchiveState.INCOMPLETE, None),
+        (archive_of(KEPT, DUE), ArchiveState.INCOMPLETE, None),
         (archive_of(), ArchiveState.INCOMPLETE, "delivered 0 of 2"),
         (archive_of(KEPT, expected=None), ArchiveState.ARCHIVED, None),
         (archive_of(expected=None), ArchiveState.INCOMPLETE, None),

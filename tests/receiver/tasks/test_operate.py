@@ -19,11 +19,11 @@ from receiver.providers.kling.client import Kling
 from receiver.sandbox import Sandbox
 from receiver.tasks.changes import Tally
 from receiver.tasks.operate import Operator, Reads
-from storage.errors import AssetDamaged, LostClaim
+from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
-from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
+from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
 from tests.pipeline import (
     Web,
@@ -74,13 +74,13 @@ def lost(database: Database, count: int = 1, **values: Any) -> tuple[Task, list[
 
 
 def broken(parts: Parts, sandbox: Sandbox, **knobs: Any) -> Task:
-    """A task whose only picture was given up because of `knobs`, which are over now."""
+    """A task that is said to be incomplete, as its only picture is unusable because of `knobs`, which are over now."""
     task = parts.submitter.submit(ASKED).task
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
     make_due_now(parts, Task)
     run(parts, "reads")
     sandbox.set(**knobs)
-    for _ in range(AssetDamaged.tries):
+    for _ in range(SAID_AFTER_TRIES):
         make_due_now(parts, Asset)
         run(parts, "assets")
     run(parts, "finishes")

@@ -151,19 +151,6 @@ def test_another_object_under_our_key_is_not_overwritten(parts: Parts, sandbox: 
     assert task_of(parts, "task").archive is ArchiveState.INCOMPLETE
 
 
-def test_what_stays_no_picture_is_given_up_after_four_tries(parts: Parts, sandbox: Sandbox) -> None:
-    with_due_assets(parts, sandbox)
-    sandbox.set(cdn_faults=["html"] * 4)
-    tries = []
-    for _ in range(4):
-        work(parts, claim(parts))
-        tries.append(only_asset(parts).state)
-        make_due_now(parts, Asset)
-    assert tries == [AssetState.DUE] * 3 + [AssetState.FAILED]
-    run(parts, "finishes")
-    assert task_of(parts, "task").archive is ArchiveState.INCOMPLETE
-
-
 @pytest.mark.parametrize("changes", [{"public_url": "", "poll_after_seconds": 3_600, "max_asset_bytes": 10_000}])
 def test_what_is_too_large_is_given_up_at_once_and_the_manifest_says_so(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)

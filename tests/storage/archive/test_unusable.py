@@ -1,0 +1,263 @@
+"""Files that came as something else are tried while the provider has them, and their tasks say so."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col, select
+
+from receiver.app.wiring import Parts
+from receiver.gateway import answers
+from receiver.gateway.answers import ResponseFormat
+from receiver.sandbox import Sandbox
+from receiver.tasks import task_view
+from receiver.tasks.operate import Operator
+from storage.archive import manifest
+from storage.archive.unusable import DELAYS_SECONDS, MARGIN_SECONDS, MAX_TRIES, next_try
+from storage.operations import deadlines, maintenance, measures
+from storage.rows.models import Asset, Task
+from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState
+from tests.harness import wait_until
+from tests.pipeline import assert_archived, assets_of, make_due_now, run, task_of, working
+from tests.rows import event_names
+
+PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
+DAY = 86_400.0
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ASSET_TIMES = ("due_at", "unusable_since", "files_expire_at")
+TASK_TIMES = ("due_at", "reported_at", "completed_at", "files_expire_at")
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """No public URL, and polls far away: a test says itself when the task is read."""
+    return {"public_url": "", "poll_after_seconds": 3_600}
+
+
+def succeeded(parts: Parts, sandbox: Sandbox, pictures: int = 1, **knobs: Any) -> Task:
+    """A task whose pictures wait for a worker while `knobs` hold."""
+    parts.submitter.submit({**PLAIN, "n": pictures}, external_task_id="task")
+    wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
+    sandbox.set(**knobs)
+    make_due_now(parts)
+    run(parts, "reads")
+    return task_of(parts, "task")
+
+
+def pass_time(parts: Parts, seconds: float) -> None:
+    """What the rows remember is so much longer ago, what they wait for so much nearer."""
+    with parts.database.write() as session:
+        for model, names in ((Asset, ASSET_TIMES), (Task, TASK_TIMES)):
+            for row in session.exec(select(model)):
+                for name in names:
+                    moment = getattr(row, name)
+                    setattr(row, name, moment and moment - timedelta(seconds=seconds))
+
+
+def try_until(parts: Parts, seconds: float) -> float:
+    """Let time pass from try to try until so much is over, or nothing is tried any more. Returns what has passed."""
+    passed = 0.0
+    while due := [asset.due_at for asset in assets_of(parts, task_of(parts, "task")) if asset.due_at]:
+        wait = max(0.0, (min(due) - parts.database.now()).total_seconds())
+        if passed + wait > seconds:
+            break
+        passed += wait
+        pass_time(parts, wait)
+        run(parts, "assets", "reads", "finishes")
+    return passed
+
+
+def hits(sandbox: Sandbox) -> list[int]:
+    return [asset.hits for asset in sandbox.ledger().task("task").assets]
+
+
+def asset_of(parts: Parts) -> Asset:
+    (asset,) = assets_of(parts, task_of(parts, "task"))
+    return asset
+
+
+def manifest_of(parts: Parts) -> dict[str, Any]:
+    task = task_of(parts, "task")
+    return manifest.read(parts.bucket.read_bytes(str(task.manifest_key), 2**20))
+
+
+def test_an_error_page_of_a_minute_costs_no_picture(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, 3, cdn_html_rate=1)
+    assert try_until(parts, 60) > 25
+    assert {asset.state for asset in assets_of(parts, task_of(parts, "task"))} == {AssetState.DUE}
+    assert task_of(parts, "task").archive is ArchiveState.ARCHIVING
+    sandbox.set(cdn_html_rate=0)
+    try_until(parts, 120)
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+    assert max(hits(sandbox)) <= 7
+
+
+def test_an_error_page_of_twenty_minutes_is_said_and_passes(parts: Parts, sandbox: Sandbox) -> None:
+    task = succeeded(parts, sandbox, 2, cdn_html_rate=1)
+    try_until(parts, 20 * 60)
+    said = task_of(parts, "task")
+    assert (said.archive, said.manifests) == (ArchiveState.INCOMPLETE, 1)
+    assert [entry["state"] for entry in manifest_of(parts)["assets"]] == ["due", "due"]
+    assert manifest_of(parts)["assets"][0]["unusable_tries"] >= SAID_AFTER_TRIES
+    sandbox.set(cdn_html_rate=0)
+    try_until(parts, 20 * 60)
+    after = task_of(parts, "task")
+    assert (after.archive, after.note) == (ArchiveState.ARCHIVED, None)
+    assert {asset.unusable_since for asset in assets_of(parts, after)} == {None}
+    assert event_names(parts.database, task)[-1] == "task.archived"
+    assert event_names(parts.database, task).count("asset.archived") == 2
+    assert {entry["state"] for entry in manifest_of(parts)["assets"]} == {"archived"}
+    assert max(hits(sandbox)) <= 10
+
+
+def test_files_cut_without_a_length_half_of_the_time_are_all_archived(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, 9, cdn_truncated_silent_rate=0.5)
+    try_until(parts, DAY)
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_a_file_that_stays_broken_costs_at_most_twenty_requests_in_thirty_days(parts: Parts, sandbox: Sandbox) -> None:
+    task = succeeded(parts, sandbox, cdn_truncated_silent_rate=1)
+    passed = try_until(parts, 40 * DAY)
+    assert 30 * DAY - 2 * MARGIN_SECONDS < passed < 30 * DAY
+    assert hits(sandbox)[0] in (16, 17, 18)
+    asset, over = asset_of(parts), task_of(parts, "task")
+    assert (asset.state, asset.due_at, asset.unusable_since) == (AssetState.FAILED, None, None)
+    assert (over.archive, over.manifests) == (ArchiveState.INCOMPLETE, 2)
+    assert event_names(parts.database, task)[-3:] == ["task.incomplete", "asset.failed", "task.incomplete"]
+
+
+def test_a_redirect_to_itself_is_tried_on_the_same_schedule(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, cdn_self_redirect_seconds=DAY)
+    try_until(parts, 60)
+    asset = asset_of(parts)
+    assert (asset.state, asset.unusable_tries > 3) == (AssetState.DUE, True)
+    sandbox.set(cdn_self_redirect_seconds=0)
+    try_until(parts, 120)
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_an_old_link_is_read_anew_before_a_late_try(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, cdn_html_rate=1, fresh_urls_on_read=True)
+    try_until(parts, 2 * 3_600)
+    before, tries = asset_of(parts).source_url, hits(sandbox)[0]
+    assert try_until(parts, 4 * 3_600) > 0
+    assert asset_of(parts).source_url != before
+    assert hits(sandbox)[0] == tries + 1
+
+
+def test_the_last_files_to_come_each_make_a_manifest_of_what_is_kept(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, 2, cdn_html_rate=1)
+    try_until(parts, 20 * 60)
+    sandbox.set(cdn_html_rate=0)
+    first, _ = assets_of(parts, task_of(parts, "task"))
+    with parts.database.write() as session:
+        session.execute(update(Asset).where(col(Asset.id) == first.id).values(due_at=NOW))
+    run(parts, "assets", "finishes")
+    task = task_of(parts, "task")
+    assert (task.archive, task.manifests) == (ArchiveState.INCOMPLETE, 2)
+    assert [entry["state"] for entry in manifest_of(parts)["assets"]] == ["archived", "due"]
+
+
+def test_retry_makes_unusable_files_due_at_once(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, cdn_html_rate=1)
+    try_until(parts, DAY)
+    assert retryable(parts) == 1
+    sandbox.set(cdn_html_rate=0)
+    Operator(parts.database, parts.providers, parts.schedule).retry_failed(limit=10)
+    run(parts, "assets", "finishes")
+    assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
+
+
+def retryable(parts: Parts) -> int:
+    with parts.database.read() as session:
+        return len(maintenance.failed_files(session, since=None, error="html", limit=10))
+
+
+def test_not_yet_is_told_apart_from_over(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, cdn_html_rate=1)
+    try_until(parts, DAY / 2)
+    (told,) = task_view.report(parts.database, parts.bucket, "task")["assets"]
+    asset, form = asset_of(parts), ResponseFormat("archived", lambda _: None)
+    assert told["state"] == "due" and told["waiting"]["tries"] == asset.unusable_tries
+    record = answers.record(task_of(parts, "task"), [asset], form)
+    assert (record["task_status"], record["receiver"]["waiting"]["files"]) == ("succeed", 1)
+    assert json.dumps(record["receiver"]["waiting"]["next_try_at"]).isdigit()
+    try_until(parts, 40 * DAY)
+    (told,) = task_view.report(parts.database, parts.bucket, "task")["assets"]
+    assert (told["state"], told["waiting"]) == ("failed", None)
+    assert "waiting" not in answers.record(task_of(parts, "task"), [asset_of(parts)], form)["receiver"]
+
+
+def test_measures_and_deadlines_count_what_is_tried_on(parts: Parts, sandbox: Sandbox) -> None:
+    task = succeeded(parts, sandbox, 2, cdn_html_rate=1)
+    try_until(parts, DAY / 2)
+    with parts.database.read() as session:
+        found, told = measures.measure(session, deadline_seconds=60), measures.unusable_files(session)
+    assert (found.unusable_files, found.incomplete_open, found.failed_assets) == (2, 1, 0)
+    assert found.unusable_seconds > 3_600 and "2 files came unusable since" in str(told)
+    assert deadlines.announce(parts.database, 60) == 0
+    assert deadlines.announce(parts.database, 30 * DAY) == 1
+    assert event_names(parts.database, task)[-1] == "task.deadline_near"
+
+
+def test_dismissing_ends_the_tries(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, cdn_html_rate=1)
+    try_until(parts, DAY / 2)
+    Operator(parts.database, parts.providers, parts.schedule).dismiss("task", "known")
+    asset = asset_of(parts)
+    assert (asset.state, asset.due_at, asset.unusable_since) == (AssetState.FAILED, None, None)
+    with parts.database.read() as session:
+        assert measures.unusable_files(session).files == 0
+
+
+def test_workers_archive_by_themselves_what_an_error_page_held_up(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox, 3, cdn_html_seconds=4)
+    with working(parts):
+        wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+# -- the schedule -----------------------------------------------------------------------------------------------------
+
+
+def test_the_task_is_said_to_be_incomplete_after_fifteen_minutes() -> None:
+    assert sum(DELAYS_SECONDS[: SAID_AFTER_TRIES - 1]) == 900
+
+
+def tries_at(life_seconds: float, link_seconds: float | None = None) -> list[float]:
+    """When a broken file is tried, in seconds; `link_seconds`: its links live so long, and each try has a fresh one."""
+    at, tried = 0.0, [0.0]
+    while True:
+        link = NOW + timedelta(seconds=at + link_seconds if link_seconds else life_seconds)
+        life = NOW + timedelta(seconds=life_seconds)
+        delay = next_try(len(tried), now=NOW + timedelta(seconds=at), link_ends=link, life_ends=life)
+        if delay is None or at > life_seconds:
+            return tried
+        at += delay
+        tried.append(at)
+
+
+@pytest.mark.parametrize("life_seconds", [3_600, 10_000, DAY, 3 * DAY, 20 * DAY, 30 * DAY, 90 * DAY])
+def test_tries_span_the_life_of_a_file(life_seconds: float) -> None:
+    for _ in range(50):
+        tried = tries_at(life_seconds)
+        assert len(tried) <= MAX_TRIES
+        assert 0.5 * life_seconds < tried[-1] < life_seconds
+
+
+@pytest.mark.parametrize("link_seconds", [2, 600, 3_600, DAY])
+def test_short_links_that_come_fresh_do_not_end_the_tries(link_seconds: float) -> None:
+    tried = tries_at(30 * DAY, link_seconds)
+    assert len(tried) <= MAX_TRIES + 1
+    assert tried[-1] > 7 * DAY
+
+
+def test_a_passed_deadline_prevents_no_first_tries() -> None:
+    gone = NOW - timedelta(days=1)
+    delays = [next_try(tries, now=NOW, link_ends=gone, life_ends=gone) for tries in range(1, SAID_AFTER_TRIES + 1)]
+    assert None not in delays[:-1] and delays[-1] is None
