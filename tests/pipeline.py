@@ -21,7 +21,7 @@ from receiver.base import config
 from receiver.sandbox import Sandbox
 from storage.keys import task_folder
 from storage.rows import tasks
-from storage.rows.inbox import Delivery, store
+from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
 from tests.harness import CALLBACK_SECRET, wait_until

@@ -25,7 +25,7 @@ from storage.keys import IdInvalid, encode_id
 from storage.operations import maintenance
 from storage.rows import claims, tasks
 from storage.rows.database import Database
-from storage.rows.inbox import Delivery, store_poll
+from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
 from storage.states import CallbackState, Report, TaskState
 

@@ -25,8 +25,8 @@ from storage.keys import encode_id
 from storage.operations import maintenance
 from storage.rows import claims, tasks
 from storage.rows.database import Database
+from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.held_slots import keep_silent, note_beside
-from storage.rows.inbox import Delivery, store_poll
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Report, TaskState
 

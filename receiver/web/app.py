@@ -27,7 +27,7 @@ from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
 from storage.operations import deadlines
 from storage.rows.database import Database
-from storage.rows.inbox import Inbox
+from storage.rows.group_commit import GroupCommit
 from storage.rows.tasks import Schedule
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def build(
     `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. Call the
     application's `endings` before the server stops.
     """
-    inbox = Inbox(database)
+    inbox = GroupCommit(database)
     callbacks = Callbacks(database, inbox, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
     health = Health(database, inbox, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)

@@ -33,8 +33,9 @@ from storage import states
 from storage.errors import DatabaseUnavailable
 from storage.rows import tasks
 from storage.rows.database import Database
+from storage.rows.deliveries import Delivery, store
 from storage.rows.events import EventName, record
-from storage.rows.inbox import Delivery, Inbox, InboxFull, Intake, TaskFull, store
+from storage.rows.group_commit import GroupCommit, Intake, QueueFull, TaskFull
 from storage.rows.models import Callback
 from storage.states import CallbackState
 
@@ -78,7 +79,7 @@ class Callbacks:
     def __init__(
         self,
         database: Database,
-        inbox: Inbox,
+        inbox: GroupCommit,
         providers: Mapping[str, Provider],
         tokens: Tokens,
         schedule: tasks.Schedule,
@@ -142,7 +143,7 @@ class Callbacks:
             if self._may_read_soon.now(delivery.task_id):
                 await run_in_threadpool(self._read_soon, delivery)
             return _answer(503, "this task has more deliveries than can be kept; it is read instead", "task_full")
-        except InboxFull:
+        except QueueFull:
             return _answer(503, "busy, try again", "full")
         except TimeoutError:
             self.fault = f"not within {COMMIT_SECONDS} s"
@@ -225,8 +226,8 @@ class _CommitResults:
         self._outcomes: deque[tuple[asyncio.Future[Intake], Intake | Exception]] = deque()
         self._is_told = False
 
-    async def stored(self, inbox: Inbox, delivery: Delivery) -> Intake:
-        """What became of the delivery, once that is durable. Raises what `Inbox.put` and its future raise."""
+    async def stored(self, inbox: GroupCommit, delivery: Delivery) -> Intake:
+        """What became of the delivery, once that is durable. Raises what `GroupCommit.put` and its future raise."""
         loop = asyncio.get_running_loop()
         waiter: asyncio.Future[Intake] = loop.create_future()
         inbox.submit(delivery, partial(self._on_commit, loop, waiter))

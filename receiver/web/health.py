@@ -26,7 +26,8 @@ from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats, measures, outbox
 from storage.rows import migrations
 from storage.rows.database import Database
-from storage.rows.inbox import Delivery, Inbox, store
+from storage.rows.deliveries import Delivery, store
+from storage.rows.group_commit import GroupCommit
 from storage.rows.models import Callback
 from storage.states import CallbackState
 
@@ -40,7 +41,7 @@ class Health:
     def __init__(
         self,
         database: Database,
-        inbox: Inbox,
+        inbox: GroupCommit,
         callbacks: Callbacks,
         metrics_token: SecretStr | None,
         *,

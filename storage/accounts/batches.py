@@ -16,8 +16,8 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.rows.database import db_now, insert_or_ignore
+from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, with_person
-from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Batch, Callback, Event, Task
 from storage.rows.task_conditions import not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState

@@ -25,7 +25,7 @@ from storage.bucket.store_errors import NoSuchObject
 from storage.keys import task_folder
 from storage.rows import claims, tasks
 from storage.rows.database import Database, insert_or_ignore
-from storage.rows.inbox import rematch
+from storage.rows.deliveries import rematch
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetName, AssetState, TaskState
 

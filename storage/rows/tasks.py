@@ -18,9 +18,9 @@ from storage import states
 from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.database import db_now, run
+from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
 from storage.rows.held_slots import give_back, heard_of
-from storage.rows.inbox import rematch
 from storage.rows.models import Asset, Task, TaskAlias
 from storage.states import (
     AssetFacts,

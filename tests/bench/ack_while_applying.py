@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from sqlmodel import func, select
 
 from storage.rows.database import Database
-from storage.rows.inbox import Delivery, store
+from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Callback
 from storage.states import CallbackState, Step, TaskState
 from tests.bench import stage

@@ -32,7 +32,7 @@ from receiver.sandbox import Knobs, Sandbox
 from receiver.tasks import task_view
 from storage.bucket.bucket import Bucket
 from storage.rows.database import Database
-from storage.rows.inbox import Delivery
+from storage.rows.deliveries import Delivery
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import CommandLine, variables
 from tests.console_reader import PAGES, Reader

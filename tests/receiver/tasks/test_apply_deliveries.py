@@ -17,7 +17,7 @@ from receiver.tasks import apply_deliveries
 from receiver.tasks.apply_deliveries import Confirmation
 from storage.errors import DatabaseUnavailable
 from storage.rows import claims, tasks
-from storage.rows.inbox import Delivery, store
+from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Callback, Task, TaskAlias
 from storage.states import CallbackState, Output, Report, Step, TaskState
 from tests.harness import PAYLOADS

@@ -22,7 +22,7 @@ from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
 from receiver.web import callbacks
 from storage.operations import heartbeats
-from storage.rows import inbox
+from storage.rows import group_commit
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Step, TaskState
 from tests.harness import wait_until
@@ -303,7 +303,7 @@ def assert_try_again(answer: httpx.Response) -> None:
 def test_a_full_inbox_is_503_and_the_receiver_not_ready(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "MAX_WAITING", 0)
+    monkeypatch.setattr(group_commit, "MAX_WAITING", 0)
     assert_try_again(post(web, path_of(parts, insert_row(parts))))
     assert httpx.get(f"{web.url}/readyz").status_code == 503
     assert callbacks_of(parts) == []
@@ -312,8 +312,8 @@ def test_a_full_inbox_is_503_and_the_receiver_not_ready(
 def test_a_task_with_too_many_deliveries_is_read_instead(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "COUNT_FROM", 1)
-    monkeypatch.setattr(inbox, "MAX_KEPT_PER_TASK", 2)
+    monkeypatch.setattr(group_commit, "COUNT_FROM", 1)
+    monkeypatch.setattr(group_commit, "MAX_KEPT_PER_TASK", 2)
     task = insert_row(parts)
     bodies = [b'{"task_id": "901", "task_status": "processing", "n": %d}' % number for number in range(4)]
     answers = [post(web, path_of(parts, task), body).status_code for body in bodies]

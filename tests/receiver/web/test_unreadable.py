@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
-from storage.rows import claims, inbox
+from storage.rows import claims, deliveries
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 from tests.pipeline import Web, callbacks_of, insert_row, make_due_now, run
@@ -65,7 +65,7 @@ def test_a_hundred_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts:
         deliver(web, parts, task, b"" if number % 2 else b"{")
         make_due_now(parts, Callback)
         reads(parts, sandbox)
-    assert reads(parts, sandbox) == before + inbox.UNREADABLE_LOOKS
+    assert reads(parts, sandbox) == before + deliveries.UNREADABLE_LOOKS
 
 
 def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Parts) -> None:
@@ -74,7 +74,7 @@ def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Part
     run(parts, "callbacks")
     first = deliver(web, parts, task)
     assert first.due_at and timedelta(0) < first.due_at - parts.database.now() <= timedelta(
-        seconds=inbox.UNREADABLE_SECONDS
+        seconds=deliveries.UNREADABLE_SECONDS
     )
     assert (first.state, deliver(web, parts, task).due_at) == (CallbackState.RECEIVED, first.due_at)
     assert run(parts, "callbacks") == 0

@@ -19,7 +19,7 @@ from sqlmodel import SQLModel
 from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.database import Database
-from storage.rows.inbox import rematch
+from storage.rows.deliveries import rematch
 from storage.rows.models import Asset, Callback, Task
 from storage.states import CallbackState
 from tests.rows import LONG_AGO, new_asset, new_assets, new_task, stored

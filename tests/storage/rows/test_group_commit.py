@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event, text
-from sqlmodel import func, select
+from sqlmodel import select
 
 from storage.errors import DatabaseUnavailable
-from storage.rows import free_space, inbox
+from storage.rows import deliveries, free_space, group_commit
 from storage.rows.database import Database
-from storage.rows.inbox import Delivery, Inbox, InboxFull, Intake
+from storage.rows.deliveries import Delivery
+from storage.rows.group_commit import GroupCommit, Intake, QueueFull
 from storage.rows.models import Callback
 from storage.states import CallbackState
 from tests.harness import wait_until
-from tests.rows import wait_until_blocked
 
 TASK = uuid.UUID(int=1)
 GOOD = Delivery("kling", "push", TASK, b"{}")
@@ -35,8 +35,8 @@ def body(number: int) -> Delivery:
 
 
 @pytest.fixture
-def running(database: Database) -> Iterator[Inbox]:
-    intake = Inbox(database)
+def running(database: Database) -> Iterator[GroupCommit]:
+    intake = GroupCommit(database)
     intake.start()
     yield intake
     intake.stop()
@@ -65,7 +65,7 @@ def stored_bodies(database: Database) -> list[bytes]:
         return sorted(session.exec(select(Callback.body)))
 
 
-def test_a_burst_shares_commits_and_every_delivery_is_stored_once(database: Database, running: Inbox) -> None:
+def test_a_burst_shares_commits_and_every_delivery_is_stored_once(database: Database, running: GroupCommit) -> None:
     commits: list[Any] = []
     with writers_wait(database):
         event.listen(database.writer, "commit", commits.append)
@@ -76,7 +76,7 @@ def test_a_burst_shares_commits_and_every_delivery_is_stored_once(database: Data
     assert len(commits) <= 5  # the block's own, the delivery that was first, and three batches of at most 256
 
 
-def test_an_acknowledged_delivery_is_visible_to_another_connection(database: Database, running: Inbox) -> None:
+def test_an_acknowledged_delivery_is_visible_to_another_connection(database: Database, running: GroupCommit) -> None:
     other = Database(str(database.url.set(drivername=database.url.get_backend_name())))
     seen: list[int] = []
 
@@ -100,7 +100,7 @@ POISON = {
 
 
 @pytest.mark.parametrize("poison", POISON)
-def test_one_bad_delivery_fails_no_other(database: Database, running: Inbox, poison: str) -> None:
+def test_one_bad_delivery_fails_no_other(database: Database, running: GroupCommit, poison: str) -> None:
     if database.is_sqlite and poison == "a NUL":
         pytest.skip("SQLite keeps it")
     with writers_wait(database):
@@ -114,19 +114,21 @@ def test_one_bad_delivery_fails_no_other(database: Database, running: Inbox, poi
 
 
 def test_what_waits_in_memory_is_bounded_by_number(database: Database) -> None:
-    idle = Inbox(database)
-    for _ in range(inbox.MAX_WAITING):
+    idle = GroupCommit(database)
+    for _ in range(group_commit.MAX_WAITING):
         idle.put(GOOD)
     assert idle.is_full
-    with pytest.raises(InboxFull):
+    with pytest.raises(QueueFull):
         idle.put(GOOD)
 
 
 @contextmanager
-def on_disk(database: Database, monkeypatch: pytest.MonkeyPatch, free_share: Callable[[], float]) -> Iterator[Inbox]:
+def on_disk(
+    database: Database, monkeypatch: pytest.MonkeyPatch, free_share: Callable[[], float]
+) -> Iterator[GroupCommit]:
     """An inbox that looks at its disk all the time."""
     monkeypatch.setattr(free_space, "FREE_SPACE_INTERVAL_SECONDS", 0.01)
-    intake = Inbox(database, free_share=free_share)
+    intake = GroupCommit(database, free_share=free_share)
     intake.start()
     yield intake
     intake.stop()
@@ -138,7 +140,7 @@ def test_a_nearly_full_disk_refuses_until_there_is_room_again(
     free = [0.01]
     with on_disk(database, monkeypatch, lambda: free[0]) as intake:
         wait_until(lambda: intake.is_full)
-        with pytest.raises(InboxFull):
+        with pytest.raises(QueueFull):
             intake.put(GOOD)
         free[0] = 0.5
         wait_until(lambda: not intake.is_full)
@@ -170,32 +172,32 @@ def test_a_disk_that_cannot_be_looked_at_stops_no_delivery(database: Database, m
 
 
 def test_what_waits_in_memory_is_bounded_by_bytes(database: Database) -> None:
-    idle = Inbox(database)
+    idle = GroupCommit(database)
     large = replace(GOOD, body=bytes(2**20))
-    for _ in range(inbox.MAX_WAITING_BYTES // 2**20):
+    for _ in range(group_commit.MAX_WAITING_BYTES // 2**20):
         idle.put(large)
-    with pytest.raises(DatabaseUnavailable):  # InboxFull is one: the sender tries again
+    with pytest.raises(DatabaseUnavailable):  # QueueFull is one: the sender tries again
         idle.put(GOOD)
 
 
-def test_room_is_made_by_commits(database: Database, running: Inbox) -> None:
+def test_room_is_made_by_commits(database: Database, running: GroupCommit) -> None:
     with writers_wait(database):
         put = put_until_full(running)
-    assert inbox.MAX_WAITING <= len(put) <= inbox.MAX_WAITING + inbox.MAX_BATCH
+    assert group_commit.MAX_WAITING <= len(put) <= group_commit.MAX_WAITING + deliveries.MAX_BATCH
     assert answers(put) == {"new": len(put)}
     assert running.put(body(9_999)).result(SECONDS) is Intake.NEW
 
 
-def put_until_full(running: Inbox) -> list[Future[Intake]]:
+def put_until_full(running: GroupCommit) -> list[Future[Intake]]:
     put: list[Future[Intake]] = []
-    with suppress(InboxFull):
+    with suppress(QueueFull):
         while True:
             put.append(running.put(body(len(put))))
     return put
 
 
 def test_stop_answers_what_was_put_and_refuses_more(database: Database) -> None:
-    stopping = Inbox(database)
+    stopping = GroupCommit(database)
     stopping.start()
     with writers_wait(database):
         futures = [stopping.put(body(number)) for number in range(300)]
@@ -207,10 +209,10 @@ def test_stop_answers_what_was_put_and_refuses_more(database: Database) -> None:
     assert len(stored_bodies(database)) == 300
 
 
-def refuses(stopping: Inbox) -> bool:
+def refuses(stopping: GroupCommit) -> bool:
     try:
         stopping.put(GOOD).cancel()  # one that got in before the stop is nobody's
-    except InboxFull:
+    except QueueFull:
         return True
     return False
 
@@ -218,8 +220,8 @@ def refuses(stopping: Inbox) -> bool:
 def test_a_database_that_does_not_answer_does_not_hold_up_the_end(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inbox, "STOP_SECONDS", 0.2)
-    intake = Inbox(database)
+    monkeypatch.setattr(group_commit, "STOP_SECONDS", 0.2)
+    intake = GroupCommit(database)
     intake.start()
     with writers_wait(database):
         future = intake.put(GOOD)
@@ -228,7 +230,7 @@ def test_a_database_that_does_not_answer_does_not_hold_up_the_end(
     assert future.result(SECONDS) is Intake.NEW
 
 
-def test_a_waiter_that_gave_up_harms_nobody(database: Database, running: Inbox) -> None:
+def test_a_waiter_that_gave_up_harms_nobody(database: Database, running: GroupCommit) -> None:
     with writers_wait(database):
         running.put(body(0))
         gone = [running.put(body(number)) for number in (1, 2)]
@@ -238,7 +240,7 @@ def test_a_waiter_that_gave_up_harms_nobody(database: Database, running: Inbox) 
 
 
 def test_an_unreachable_database_refuses_and_the_inbox_lives_on() -> None:
-    away = Inbox(Database("postgresql://nobody@127.0.0.1:1/none"))
+    away = GroupCommit(Database("postgresql://nobody@127.0.0.1:1/none"))
     away.start()
     for _ in range(2):
         assert answers([away.put(GOOD)]) == {"DatabaseUnavailable": 1}
@@ -247,23 +249,9 @@ def test_an_unreachable_database_refuses_and_the_inbox_lives_on() -> None:
 
 SIGNED = replace(GOOD, webhook_id="w1")
 REJECTED = replace(GOOD, state=CallbackState.REJECTED)
-POLLED = replace(GOOD, source="poll")
 
 
-def test_equal_deliveries_have_one_key_whatever_their_headers() -> None:
-    assert replace(GOOD, headers={"date": "today"}, reason="why").key == GOOD.key
-    assert replace(REJECTED, reason="another id").key == REJECTED.key
-    assert replace(POLLED, webhook_id="w1").key == POLLED.key
-
-
-def test_any_other_delivery_has_another_key() -> None:
-    different = [GOOD, SIGNED, REJECTED, POLLED, replace(SIGNED, webhook_id="w2"), replace(GOOD, body=b"{ }")]
-    different += [replace(GOOD, task_id=None), replace(POLLED, task_id=None), replace(GOOD, provider="fal")]
-    different += [replace(GOOD, webhook_id="{}", body=b""), replace(REJECTED, webhook_id="w1")]
-    assert len({delivery.key for delivery in different}) == len(different)
-
-
-def test_a_refused_delivery_never_shadows_the_genuine_one(database: Database, running: Inbox) -> None:
+def test_a_refused_delivery_never_shadows_the_genuine_one(database: Database, running: GroupCommit) -> None:
     puts = [REJECTED, GOOD, REJECTED, GOOD]
     assert [running.put(delivery).result(SECONDS) for delivery in puts] == [Intake.NEW] * 2 + [Intake.DUPLICATE] * 2
     with database.read() as session:
@@ -271,7 +259,7 @@ def test_a_refused_delivery_never_shadows_the_genuine_one(database: Database, ru
         assert [(row.state, row.due_at is None) for row in rows] == [("received", False), ("rejected", True)]
 
 
-def test_a_delivery_is_kept_as_it_came(database: Database, running: Inbox) -> None:
+def test_a_delivery_is_kept_as_it_came(database: Database, running: GroupCommit) -> None:
     raw = replace(SIGNED, body=bytes(range(256)), headers={"x-a": "1", "é": "\x01"})
     running.put(raw).result(SECONDS)
     with database.read() as session:
@@ -279,32 +267,3 @@ def test_a_delivery_is_kept_as_it_came(database: Database, running: Inbox) -> No
     kept = (row.provider, row.source, row.task_id, row.body, row.headers, row.webhook_id, row.delivery_key)
     assert kept == ("kling", "push", TASK, raw.body, raw.headers, "w1", raw.key)
     assert row.received_at.tzinfo is not None
-
-
-def test_the_newest_poll_answer_replaces_the_one_before(database: Database) -> None:
-    for number, other in ((1, TASK), (2, TASK), (2, TASK), (1, TASK), (1, uuid.UUID(int=2))):
-        answer = replace(POLLED, body=b"%d" % number, task_id=other)
-        with database.write() as session:
-            row = inbox.store_poll(session, answer, CallbackState.APPLIED, None)
-            assert (row.delivery_key, row.due_at) == (answer.key, None)
-    with database.read() as session:
-        counted = session.exec(select(Callback.task_id, func.count()).group_by(Callback.task_id)).all()
-    assert sorted((task.int, count) for task, count in counted if task) == [(1, 1), (2, 1)]
-
-
-@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_batches_with_the_same_deliveries_do_not_deadlock(database: Database) -> None:
-    """Each waits for the smallest key they share before it holds a larger one, in whatever order they were put."""
-    low, high = sorted((body(1), body(2)), key=lambda delivery: delivery.key)
-
-    def store_both() -> set[str]:
-        with database.write() as session:
-            return inbox.store(session, [high, low])
-
-    with ThreadPoolExecutor(1) as pool:
-        with database.write() as session:
-            assert inbox.store(session, [low]) == {low.key}
-            other = pool.submit(store_both)
-            wait_until_blocked(database, other)
-            assert inbox.store(session, [high]) == {high.key}
-        assert other.result(SECONDS) == set()

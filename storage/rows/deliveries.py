@@ -1,0 +1,220 @@
+"""Deliveries as rows: their key, the statement that stores many of them at once, and what makes them due again."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, repeat
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, case, func, literal_column, select, update
+from sqlalchemy.dialects import sqlite
+from sqlmodel import Session
+from sqlmodel import select as select_rows
+
+from storage.rows import claims
+from storage.rows.claims import PARK_LOSSES
+from storage.rows.database import WAKE_CHANNEL, Database, db_now, run
+from storage.rows.models import Callback
+from storage.states import CallbackState
+
+# One statement takes so many rows; a batch larger than this gains nothing more from sharing its fsync and delays its
+# first waiter.
+MAX_BATCH = 256
+# Equal bytes say nothing when they are unreadable: a proxy that drops bodies makes all deliveries of a task alike. So a
+# repeated one is applied again, which reads the task: this long after the time before, and so often for the unreadable
+# rows of a task together, as honest tasks bring three or four. A parked row has more claims and stays parked.
+UNREADABLE_LOOKS = PARK_LOSSES
+UNREADABLE_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One raw delivery. `task_id`: the task its token names. `state`: received, or rejected when kept as evidence.
+
+    `key`: equal deliveries collapse under it. A rejected one has a key of its own that never shadows a good one.
+    """
+
+    provider: str
+    source: str
+    task_id: uuid.UUID | None
+    body: bytes = field(repr=False)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    webhook_id: str | None = None
+    state: CallbackState = CallbackState.RECEIVED
+    reason: str | None = None
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.source == "poll":
+            self.key = _digest("poll", self.provider, str(self.task_id), body=self.body)
+            return
+        verdict = "" if self.state is CallbackState.RECEIVED else self.state.value
+        words = ("push" + verdict, self.provider, str(self.task_id), self.webhook_id or "")
+        self.key = _digest(*words, body=self.body)
+
+
+def _digest(*words: str, body: bytes) -> str:
+    """SHA-256 of all parts, each after its length: no two different deliveries are written alike."""
+    parts = [*(word.encode("utf-8", "surrogatepass") for word in words), body]
+    return hashlib.sha256(b"".join([len(part).to_bytes(8, "big") + part for part in parts])).hexdigest()
+
+
+# One statement for any number of rows, handed to the driver as it is. A multi-row VALUES of SQLAlchemy was compiled
+# anew for each batch, which took more of an acknowledgement's CPU than all the rest of it.
+_COLUMNS = "delivery_key, provider, source, task_id, webhook_id, headers, body, state, reason"
+_INTO = f"INSERT INTO callback ({_COLUMNS}, received_at, due_at, attempts, losses)"
+_NOW = db_now().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+# The driver lets go of the interpreter and asks for it again once per statement, and beside a busy event loop each time
+# costs up to 5 ms: so all rows in one, of the smallest size that holds them, the rest of it left NULL.
+_SQLITE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SQLITE_ROW = f"({', '.join('?' * len(_COLUMNS.split(', ')))})"
+_SQLITE_NO_ROW = (None,) * len(_COLUMNS.split(", "))
+_SQLITE_INSERTS = {
+    size: (
+        f"{_INTO} SELECT given.*, {_NOW}, CASE column8 WHEN 'received' THEN {_NOW} END, 0, 0 "  # noqa: S608 - our own constants
+        f"FROM (VALUES {', '.join([_SQLITE_ROW] * size)}) AS given WHERE column1 IS NOT NULL "
+        "ON CONFLICT (delivery_key) DO NOTHING"
+    )
+    for size in _SQLITE_SIZES
+}
+_SQLITE_AFTER = "SELECT delivery_key FROM callback WHERE id > ?"
+# One document instead of an array per column: psycopg makes arrays in Python, value by value. Workers are woken by the
+# same statement, when it commits, if it brought something new.
+_POSTGRESQL_INSERT = (
+    f"WITH new AS ({_INTO} SELECT delivery_key, provider, source, task_id, webhook_id, headers, "  # noqa: S608 - our own constants
+    "decode(body, 'base64'), state, reason, clock_timestamp(), "
+    "CASE state WHEN 'received' THEN clock_timestamp() END, 0, 0 "
+    "FROM json_to_recordset(%(rows)s::json) AS given (delivery_key text, provider text, source text, task_id uuid, "
+    "webhook_id text, headers jsonb, body text, state text, reason text) "
+    "ON CONFLICT (delivery_key) DO NOTHING RETURNING delivery_key), "
+    f"told AS (SELECT pg_notify('{WAKE_CHANNEL}', '') FROM new LIMIT 1) "
+    "SELECT delivery_key, (SELECT count(*) FROM told) FROM new"
+)
+
+
+def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
+    """Insert deliveries that are not there yet, in the session's transaction. Returns the keys that were new."""
+    return insert(session.connection(), deliveries)
+
+
+def insert(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
+    """In one statement for every 256 of them. Returns the keys that were new."""
+    # In key order: two batches that insert the same keys in different orders deadlock on PostgreSQL.
+    ordered = sorted(deliveries, key=lambda delivery: delivery.key)
+    statement = _insert_postgresql if connection.dialect.name == "postgresql" else _insert_sqlite
+    return set().union(
+        *(statement(connection, ordered[at : at + MAX_BATCH]) for at in range(0, len(ordered), MAX_BATCH))
+    )
+
+
+def _insert_postgresql(connection: Connection, ordered: Sequence[Delivery]) -> set[str]:
+    rows = json.dumps([_document(each) for each in ordered])
+    return set(connection.exec_driver_sql(_POSTGRESQL_INSERT, {"rows": rows}).scalars())
+
+
+def _insert_sqlite(connection: Connection, ordered: Sequence[Delivery]) -> set[str]:
+    size = next(size for size in _SQLITE_SIZES if size >= len(ordered))
+    rows = [*map(_values, ordered), *repeat(_SQLITE_NO_ROW, size - len(ordered))]
+    result = connection.exec_driver_sql(_SQLITE_INSERTS[size], tuple(chain.from_iterable(rows)))
+    keys, count = {each.key for each in ordered}, result.rowcount
+    if count in (0, len(ordered)):
+        return keys if count else set()
+    after = result.lastrowid - count  # one statement gives ids without a gap
+    return keys.intersection(connection.exec_driver_sql(_SQLITE_AFTER, (after,)).scalars())
+
+
+def _values(one: Delivery) -> tuple[Any, ...]:
+    """In the order of the columns, as SQLite keeps them."""
+    task_id, headers = one.task_id.hex if one.task_id else None, _as_json(tuple(one.headers.items()))
+    return one.key, one.provider, one.source, task_id, one.webhook_id, headers, one.body, one.state.value, one.reason
+
+
+@lru_cache(maxsize=256)
+def _as_json(headers: tuple[tuple[str, str], ...]) -> str:
+    """A provider's headers are nearly always the same few."""
+    return json.dumps(dict(headers))
+
+
+def _document(one: Delivery) -> dict[str, Any]:
+    """By the names of the columns, as JSON can say it."""
+    return {
+        "delivery_key": one.key,
+        "provider": one.provider,
+        "source": one.source,
+        "task_id": one.task_id.hex if one.task_id else None,
+        "webhook_id": one.webhook_id,
+        "headers": one.headers,
+        "body": base64.b64encode(one.body).decode(),
+        "state": one.state.value,
+        "reason": one.reason,
+    }
+
+
+def store_poll(session: Session, delivery: Delivery, state: CallbackState, reason: str | None) -> Callback:
+    """Keep the newest answer to a read of the task, one row per task. The caller applies it in the same transaction."""
+    found = select_rows(Callback).where(Callback.task_id == delivery.task_id, Callback.source == "poll")
+    row = session.exec(found).first()
+    if row is None:
+        row = Callback(provider=delivery.provider, source="poll", task_id=delivery.task_id, delivery_key="", body=b"")
+    row.delivery_key, row.body, row.state, row.reason = delivery.key, delivery.body, state, reason
+    row.received_at = row.applied_at = db_now()  # type: ignore[assignment]
+    session.add(row)
+    session.flush()
+    return row
+
+
+_CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
+_UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
+_AGAIN = {"state": CallbackState.RECEIVED, "reason": None, **claims.AFRESH}
+_DUE_AGAIN = update(Callback.__table__).where(_UNMATCHED).values(_AGAIN)  # type: ignore[attr-defined]
+_BY_TOKEN = _DUE_AGAIN.where(_CALLBACKS.task_id == bindparam("token_of"))
+_BY_BODY = {  # one index each
+    name: _DUE_AGAIN.where(_CALLBACKS[name] == bindparam("named"), _CALLBACKS.provider == bindparam("by"))
+    for name in ("external_task_id", "provider_task_id")
+}
+
+
+def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> int:
+    """Make unmatched deliveries due that speak of a task whose row, or whose id, has just become known.
+
+    `ids`: `external_task_id` or `provider_task_id`, as a delivery's body names the task. Whoever is at such a delivery
+    loses its claim. Returns how many there were.
+    """
+    count = sum(run(session, _BY_BODY[name], {"named": value, "by": provider}).rowcount for name, value in ids.items())
+    if "external_task_id" in ids:  # the row is new: deliveries whose token names it waited for it
+        count += run(session, _BY_TOKEN, {"token_of": task_id}).rowcount
+    return count
+
+
+# Where the token names no task the sum is NULL, which is not below the bound: there is nothing to read.
+_OF_TASK = Callback.__table__.alias("of_task").c  # type: ignore[attr-defined]
+_LOOKS = select(func.sum(_OF_TASK.attempts)).where(
+    _OF_TASK.task_id == _CALLBACKS.task_id, _OF_TASK.state.in_((CallbackState.UNREADABLE, CallbackState.RECEIVED))
+)
+_REPEATED = select(_CALLBACKS.id).where(
+    _CALLBACKS.delivery_key.in_(bindparam("keys", expanding=True)),
+    _CALLBACKS.state == CallbackState.UNREADABLE,
+    _LOOKS.scalar_subquery() < UNREADABLE_LOOKS,
+)
+# Rows that another transaction changes are passed over: two that wait for several rows could deadlock.
+_FREE = select(_REPEATED.with_for_update(skip_locked=True).cte("repeated").c.id)
+_APPLY_AT = case((_CALLBACKS.applied_at <= db_now(-UNREADABLE_SECONDS), db_now()), else_=db_now(UNREADABLE_SECONDS))
+_APPLY_AGAIN = update(Callback.__table__).where(_CALLBACKS.id.in_(_FREE))  # type: ignore[attr-defined]
+_APPLY_AGAIN = _APPLY_AGAIN.values(state=CallbackState.RECEIVED, reason=None, **claims.due(_APPLY_AT))
+
+
+def apply_unreadable_again(database: Database, keys: Collection[str]) -> None:
+    """Make the unreadable among these rows due again, within their bounds. Without any it costs one read: 0.1 ms
+    for one key and 0.8 for 256."""
+    with database.autocommit_reader() as connection:
+        if connection.execute(_REPEATED, {"keys": keys}).first() is None:
+            return
+    with database.write() as session:
+        run(session, _APPLY_AGAIN, {"keys": keys})
+        database.wake(session)

@@ -1,0 +1,66 @@
+"""Deliveries as rows: equal ones have one key, a poll keeps its newest answer, batches do not deadlock."""
+
+from __future__ import annotations
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from sqlmodel import func, select
+
+from storage.rows import deliveries
+from storage.rows.database import Database
+from storage.rows.deliveries import Delivery
+from storage.rows.models import Callback
+from storage.states import CallbackState
+from tests.rows import wait_until_blocked
+
+TASK = uuid.UUID(int=1)
+GOOD = Delivery("kling", "push", TASK, b"{}")
+SIGNED = replace(GOOD, webhook_id="w1")
+REJECTED = replace(GOOD, state=CallbackState.REJECTED)
+POLLED = replace(GOOD, source="poll")
+SECONDS = 30  # a future that takes longer hangs
+
+
+def test_equal_deliveries_have_one_key_whatever_their_headers() -> None:
+    assert replace(GOOD, headers={"date": "today"}, reason="why").key == GOOD.key
+    assert replace(REJECTED, reason="another id").key == REJECTED.key
+    assert replace(POLLED, webhook_id="w1").key == POLLED.key
+
+
+def test_any_other_delivery_has_another_key() -> None:
+    different = [GOOD, SIGNED, REJECTED, POLLED, replace(SIGNED, webhook_id="w2"), replace(GOOD, body=b"{ }")]
+    different += [replace(GOOD, task_id=None), replace(POLLED, task_id=None), replace(GOOD, provider="fal")]
+    different += [replace(GOOD, webhook_id="{}", body=b""), replace(REJECTED, webhook_id="w1")]
+    assert len({delivery.key for delivery in different}) == len(different)
+
+
+def test_the_newest_poll_answer_replaces_the_one_before(database: Database) -> None:
+    for number, other in ((1, TASK), (2, TASK), (2, TASK), (1, TASK), (1, uuid.UUID(int=2))):
+        answer = replace(POLLED, body=b"%d" % number, task_id=other)
+        with database.write() as session:
+            row = deliveries.store_poll(session, answer, CallbackState.APPLIED, None)
+            assert (row.delivery_key, row.due_at) == (answer.key, None)
+    with database.read() as session:
+        counted = session.exec(select(Callback.task_id, func.count()).group_by(Callback.task_id)).all()
+    assert sorted((task.int, count) for task, count in counted if task) == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_batches_with_the_same_deliveries_do_not_deadlock(database: Database) -> None:
+    """Each waits for the smallest key they share before it holds a larger one, in whatever order they were put."""
+    low, high = sorted((replace(GOOD, body=body) for body in (b"1", b"2")), key=lambda delivery: delivery.key)
+
+    def store_both() -> set[str]:
+        with database.write() as session:
+            return deliveries.store(session, [high, low])
+
+    with ThreadPoolExecutor(1) as pool:
+        with database.write() as session:
+            assert deliveries.store(session, [low]) == {low.key}
+            other = pool.submit(store_both)
+            wait_until_blocked(database, other)
+            assert deliveries.store(session, [high]) == {high.key}
+        assert other.result(SECONDS) == set()
