@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from receiver.web.event_stream import Stream
 
 # Threads of the web server: 40 for pages, the gateway's 64 creates with a lease renewal beside each, 8 for the rest,
-# the inbox. What remains is reserve.
+# the group commit. What remains is reserve.
 WEB_THREADS = 180
 # A download may take TOTAL_SECONDS, or as long as the largest file allowed takes at this speed.
 SLOWEST_BYTES_PER_SECOND = 450_000.0

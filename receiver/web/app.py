@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -49,24 +48,24 @@ def build(
     slots: Slots | None = None,
     console: Console | None = None,
 ) -> Web:
-    """The ASGI application. Its lifespan starts the inbox and at the end commits and answers what is in it.
+    """The ASGI application. Its lifespan starts the group commit and at the end commits and answers what waits.
 
     `bucket`: its state is part of `/readyz`. `slots`: their limit is part of `/metrics`. `assets` answers `/assets`,
     `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. Call the
     application's `endings` before the server stops.
     """
-    inbox = GroupCommit(database)
-    callbacks = Callbacks(database, inbox, providers, tokens, schedule)
+    group_commit = GroupCommit(database)
+    callbacks = Callbacks(database, group_commit, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)
-    health = Health(database, inbox, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
+    health = Health(database, group_commit, callbacks, metrics_token, deadline_seconds=lead, bucket=bucket, slots=slots)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        inbox.start()
+        group_commit.start()
         try:
             yield
         finally:
-            await run_in_threadpool(inbox.stop)
+            await group_commit.stop()
 
     pages = Starlette(
         routes=[

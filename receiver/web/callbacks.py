@@ -6,13 +6,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 
 import structlog
 from prometheus_client import Counter
@@ -79,17 +76,16 @@ class Callbacks:
     def __init__(
         self,
         database: Database,
-        inbox: GroupCommit,
+        group_commit: GroupCommit,
         providers: Mapping[str, Provider],
         tokens: Tokens,
         schedule: tasks.Schedule,
     ) -> None:
         self._database = database
-        self._inbox = inbox
+        self._group_commit = group_commit
         self._providers = providers
         self._tokens = tokens
         self._schedule = schedule
-        self._answers = _CommitResults()
         self.fault: str | None = None  # why the last delivery was not stored; None: it was, or none has come
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
@@ -138,7 +134,7 @@ class Callbacks:
         """None: it is stored. Else why not."""
         try:
             with self._commits.within(COMMIT_SECONDS):
-                intake = await self._answers.stored(self._inbox, delivery)
+                intake = await self._group_commit.commit(delivery)
         except TaskFull:
             if self._may_read_soon.now(delivery.task_id):
                 await run_in_threadpool(self._read_soon, delivery)
@@ -214,44 +210,6 @@ class _RateLimit:
             self._not_before.pop(next(iter(self._not_before)))
         self._not_before[task_id] = now + self._seconds
         return True
-
-
-class _CommitResults:
-    """Ends what handlers wait for, from the inbox's thread: one wake-up of the loop for all that a commit answers.
-
-    `asyncio.wrap_future` wakes it for each, which cost as much as the handlers themselves.
-    """
-
-    def __init__(self) -> None:
-        self._outcomes: deque[tuple[asyncio.Future[Intake], Intake | Exception]] = deque()
-        self._is_told = False
-
-    async def stored(self, inbox: GroupCommit, delivery: Delivery) -> Intake:
-        """What became of the delivery, once that is durable. Raises what `GroupCommit.put` and its future raise."""
-        loop = asyncio.get_running_loop()
-        waiter: asyncio.Future[Intake] = loop.create_future()
-        inbox.submit(delivery, partial(self._on_commit, loop, waiter))
-        return await waiter
-
-    def _on_commit(
-        self, loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[Intake], outcome: Intake | Exception
-    ) -> None:
-        self._outcomes.append((waiter, outcome))
-        if not self._is_told:  # else the turn that was asked for has yet to look
-            self._is_told = True
-            with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
-                loop.call_soon_threadsafe(self._end_all)
-
-    def _end_all(self) -> None:
-        self._is_told = False  # before looking: whatever comes from now on asks for another turn
-        while self._outcomes:
-            waiter, outcome = self._outcomes.popleft()
-            if waiter.done():  # timed out, or its sender has gone
-                continue
-            if isinstance(outcome, Exception):
-                waiter.set_exception(outcome)
-            else:
-                waiter.set_result(outcome)
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes | None:

@@ -41,7 +41,7 @@ class Health:
     def __init__(
         self,
         database: Database,
-        inbox: GroupCommit,
+        group_commit: GroupCommit,
         callbacks: Callbacks,
         metrics_token: SecretStr | None,
         *,
@@ -50,7 +50,7 @@ class Health:
         slots: Slots | None = None,
     ) -> None:
         self._database = database
-        self._inbox = inbox
+        self._group_commit = group_commit
         self._callbacks = callbacks
         self._metrics_token = metrics_token
         self._deadline_seconds = deadline_seconds
@@ -67,7 +67,7 @@ class Health:
         A delivery that could not be stored decides over the checks: they may succeed where deliveries fail.
         """
         checks = await self._readiness.checks()
-        checks["intake"] = "full" if self._inbox.is_full else "ok"
+        checks["intake"] = "full" if self._group_commit.is_full else "ok"
         if self._callbacks.fault is not None:
             checks["database"] = f"the last delivery was not stored: {self._callbacks.fault}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))

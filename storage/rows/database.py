@@ -156,15 +156,18 @@ class Turnstile:
         if not self._thread_lock.acquire(timeout=self._wait_seconds):
             raise DatabaseUnavailable(self._held())
         try:
-            if self._file is None:
-                self._file = open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-            self._lock(self._file)
+            self._lock(self._opened())
         except OSError as error:
             self._thread_lock.release()
             raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
         except BaseException:
             self._thread_lock.release()
             raise
+
+    def _opened(self) -> TextIO:
+        if self._file is None:
+            self._file = os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
+        return self._file
 
     def _lock(self, file: TextIO) -> None:
         """Take the file's lock. The wait blocks: it is fair, and whatever has a time limit is not.
@@ -193,6 +196,21 @@ class Turnstile:
             f"database: {self._path} has been locked for {self._wait_seconds:g} s by another program; "
             f"`fuser {self._path}` names it"
         )
+
+    def is_entered_at_once(self) -> bool:
+        """Enter it if nobody is inside. False: somebody is. For event loops, which must not wait."""
+        if not self._thread_lock.acquire(blocking=False):
+            return False
+        is_inside = False
+        try:
+            fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_inside = True
+        except OSError:  # held by another process; what else may be wrong, a waiting `with` says
+            pass
+        finally:
+            if not is_inside:
+                self._thread_lock.release()
+        return is_inside
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, repeat
+from struct import Struct
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, case, func, literal_column, select, update
@@ -31,6 +31,9 @@ MAX_BATCH = 256
 # rows of a task together, as honest tasks bring three or four. A parked row has more claims and stays parked.
 UNREADABLE_LOOKS = PARK_LOSSES
 UNREADABLE_SECONDS = 10.0
+
+
+_LENGTH = Struct(">Q").pack  # 8 bytes
 
 
 @dataclass(slots=True)
@@ -61,8 +64,12 @@ class Delivery:
 
 def _digest(*words: str, body: bytes) -> str:
     """SHA-256 of all parts, each after its length: no two different deliveries are written alike."""
-    parts = [*(word.encode("utf-8", "surrogatepass") for word in words), body]
-    return hashlib.sha256(b"".join([len(part).to_bytes(8, "big") + part for part in parts])).hexdigest()
+    pieces: list[bytes] = []
+    for word in words:
+        part = word.encode("utf-8", "surrogatepass")
+        pieces += _LENGTH(len(part)), part
+    pieces += _LENGTH(len(body)), body
+    return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 # One statement for any number of rows, handed to the driver as it is. A multi-row VALUES of SQLAlchemy was compiled
@@ -84,14 +91,15 @@ _SQLITE_INSERTS = {
     for size in _SQLITE_SIZES
 }
 _SQLITE_AFTER = "SELECT delivery_key FROM callback WHERE id > ?"
-# One document instead of an array per column: psycopg makes arrays in Python, value by value. Workers are woken by the
-# same statement, when it commits, if it brought something new.
-_POSTGRESQL_INSERT = (
+# One document instead of an array per column: psycopg makes arrays in Python, value by value. The bodies are one value
+# beside it, each a part of that: base64 in the document was a third more bytes and, of 24 µs of the loop's CPU for each
+# delivery, 2. Workers are woken by the same statement, when it commits, if it brought something new.
+POSTGRESQL_INSERT = (
     f"WITH new AS ({_INTO} SELECT delivery_key, provider, source, task_id, webhook_id, headers, "  # noqa: S608 - our own constants
-    "decode(body, 'base64'), state, reason, clock_timestamp(), "
+    "substring(%(bodies)b FROM starts_at FOR size), state, reason, clock_timestamp(), "
     "CASE state WHEN 'received' THEN clock_timestamp() END, 0, 0 "
     "FROM json_to_recordset(%(rows)s::json) AS given (delivery_key text, provider text, source text, task_id uuid, "
-    "webhook_id text, headers jsonb, body text, state text, reason text) "
+    "webhook_id text, headers jsonb, starts_at int, size int, state text, reason text) "
     "ON CONFLICT (delivery_key) DO NOTHING RETURNING delivery_key), "
     f"told AS (SELECT pg_notify('{WAKE_CHANNEL}', '') FROM new LIMIT 1) "
     "SELECT delivery_key, (SELECT count(*) FROM told) FROM new"
@@ -105,28 +113,42 @@ def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
 
 def insert(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
     """In one statement for every 256 of them. Returns the keys that were new."""
-    # In key order: two batches that insert the same keys in different orders deadlock on PostgreSQL.
-    ordered = sorted(deliveries, key=lambda delivery: delivery.key)
-    statement = _insert_postgresql if connection.dialect.name == "postgresql" else _insert_sqlite
-    return set().union(
-        *(statement(connection, ordered[at : at + MAX_BATCH]) for at in range(0, len(ordered), MAX_BATCH))
-    )
+    if connection.dialect.name == "postgresql":
+        execute = partial(_insert_postgresql, connection)
+    else:
+        execute = partial(insert_sqlite, connection.exec_driver_sql)
+    batches = (deliveries[at : at + MAX_BATCH] for at in range(0, len(deliveries), MAX_BATCH))
+    return set().union(*map(execute, batches))
 
 
-def _insert_postgresql(connection: Connection, ordered: Sequence[Delivery]) -> set[str]:
-    rows = json.dumps([_document(each) for each in ordered])
-    return set(connection.exec_driver_sql(_POSTGRESQL_INSERT, {"rows": rows}).scalars())
+def _insert_postgresql(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
+    return set(connection.exec_driver_sql(POSTGRESQL_INSERT, postgresql_values(deliveries)).scalars())
 
 
-def _insert_sqlite(connection: Connection, ordered: Sequence[Delivery]) -> set[str]:
-    size = next(size for size in _SQLITE_SIZES if size >= len(ordered))
-    rows = [*map(_values, ordered), *repeat(_SQLITE_NO_ROW, size - len(ordered))]
-    result = connection.exec_driver_sql(_SQLITE_INSERTS[size], tuple(chain.from_iterable(rows)))
-    keys, count = {each.key for each in ordered}, result.rowcount
-    if count in (0, len(ordered)):
+def in_key_order(deliveries: Sequence[Delivery]) -> list[Delivery]:
+    """Two batches that insert the same keys in different orders deadlock on PostgreSQL."""
+    return sorted(deliveries, key=lambda delivery: delivery.key)
+
+
+def postgresql_values(deliveries: Sequence[Delivery]) -> dict[str, str | bytes]:
+    """The parameters of `POSTGRESQL_INSERT`."""
+    ordered, documents, starts_at = in_key_order(deliveries), [], 1
+    for each in ordered:
+        documents.append(_document(each, starts_at))
+        starts_at += len(each.body)
+    return {"rows": json.dumps(documents), "bodies": b"".join([each.body for each in ordered])}
+
+
+def insert_sqlite(execute: Callable[[str, tuple[Any, ...]], Any], deliveries: Sequence[Delivery]) -> set[str]:
+    """Insert at most 256 with `execute`, a connection's own, in one statement. Returns the keys that were new."""
+    size = next(size for size in _SQLITE_SIZES if size >= len(deliveries))
+    rows = [*map(_values, in_key_order(deliveries)), *repeat(_SQLITE_NO_ROW, size - len(deliveries))]
+    result = execute(_SQLITE_INSERTS[size], tuple(chain.from_iterable(rows)))
+    keys, count = {each.key for each in deliveries}, result.rowcount
+    if count in (0, len(deliveries)):
         return keys if count else set()
     after = result.lastrowid - count  # one statement gives ids without a gap
-    return keys.intersection(connection.exec_driver_sql(_SQLITE_AFTER, (after,)).scalars())
+    return keys.intersection(key for (key,) in execute(_SQLITE_AFTER, (after,)))
 
 
 def _values(one: Delivery) -> tuple[Any, ...]:
@@ -141,8 +163,8 @@ def _as_json(headers: tuple[tuple[str, str], ...]) -> str:
     return json.dumps(dict(headers))
 
 
-def _document(one: Delivery) -> dict[str, Any]:
-    """By the names of the columns, as JSON can say it."""
+def _document(one: Delivery, starts_at: int) -> dict[str, Any]:
+    """By the names of the columns, as JSON can say it. `starts_at`: where its body begins among the bodies, from 1."""
     return {
         "delivery_key": one.key,
         "provider": one.provider,
@@ -150,7 +172,8 @@ def _document(one: Delivery) -> dict[str, Any]:
         "task_id": one.task_id.hex if one.task_id else None,
         "webhook_id": one.webhook_id,
         "headers": one.headers,
-        "body": base64.b64encode(one.body).decode(),
+        "starts_at": starts_at,
+        "size": len(one.body),
         "state": one.state.value,
         "reason": one.reason,
     }

@@ -1,4 +1,6 @@
-"""With a promise broken on purpose, `tests/flows/test_chaos.py` fails. `python -m tests.chaos.mutations`
+"""With a promise broken on purpose, the chaos campaigns fail, or the tests that a mutation names.
+
+`python -m tests.chaos.mutations`
 
 Each mutation is made in a copy of the tree by replacing exact text; the copy without one must pass. Exit 1 when a
 mutation goes unnoticed, or when nothing is broken and a test fails nevertheless.
@@ -22,16 +24,18 @@ from tests.chaos.processes import ROOT
 
 NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
 TEST_SECONDS = 400
+CAMPAIGNS = "tests/flows/test_chaos.py"
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """`file`: in which `text`, which stands there once, becomes `instead`."""
+    """`file`: in which `text`, which stands there once, becomes `instead`. `tests`: those that have to notice it."""
 
     name: str
     file: str = ""
     text: str = ""
     instead: str = ""
+    tests: str = CAMPAIGNS
 
 
 MUTATIONS = (
@@ -45,8 +49,19 @@ MUTATIONS = (
     Mutation(
         "answered before the commit",
         "receiver/web/callbacks.py",
-        "intake = await self._answers.stored(self._inbox, delivery)",
-        "self._inbox.put(delivery)\n            intake = Intake.NEW",
+        "intake = await self._group_commit.commit(delivery)",
+        "import asyncio\n\n"
+        "                asyncio.ensure_future(self._group_commit.commit(delivery))\n"
+        "                intake = Intake.NEW",
+    ),
+    Mutation(
+        "answered before the commit in the loop",
+        "storage/rows/group_commit.py",
+        "new = await self._connection.insert(deliveries)",
+        "_answer(_outcomes(batch, {each.key for each in deliveries}))\n"
+        "        await asyncio.sleep(0.05)\n"
+        "        new = await self._connection.insert(deliveries)",
+        "tests/storage/rows/test_group_commit.py",
     ),
     Mutation(
         "no task lock before an asset is settled",
@@ -85,7 +100,7 @@ def run(mutation: Mutation, options: Sequence[str]) -> tuple[list[str], list[str
             sys.executable,
             "-m",
             "pytest",
-            "tests/flows/test_chaos.py",
+            mutation.tests,
             "-p",
             "no:cacheprovider",
             "-rfE",

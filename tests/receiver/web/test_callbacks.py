@@ -39,6 +39,12 @@ WATCHED = pytest.mark.parametrize("changes", [{"metrics_token": METRICS_TOKEN}])
 BODY = b'{"task_id": "901", "task_status": "processing"}'
 
 
+@pytest.fixture(autouse=True)
+def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first delivery on. What it cannot commit, it leaves to the thread."""
+    monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0)
+
+
 def path_of(parts: Parts, task: Task, **options: Any) -> str:
     return f"/callbacks/kling/{parts.tokens.sign('kling', task.id, **options)}"
 

@@ -16,6 +16,7 @@ import pytest
 from sqlmodel import func, select
 
 from receiver.app.wiring import Parts
+from storage.rows import group_commit
 from storage.rows.models import Asset, Callback, Task
 from storage.states import CallbackState, TaskState
 from tests.pipeline import Web, insert_row, run
@@ -23,6 +24,12 @@ from tests.pipeline import Web, insert_row, run
 CALLBACKS = int(os.environ.get("DUPLICATED_CALLBACKS", "40"))
 COPIES = 20
 CONCURRENCY = 64
+
+
+@pytest.fixture(autouse=True)
+def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first delivery on. What it cannot commit, it leaves to the thread."""
+    monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0)
 
 
 def storm(parts: Parts, web: Web) -> list[tuple[str, bytes]]:

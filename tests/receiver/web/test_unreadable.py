@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
-from storage.rows import claims, deliveries
+from storage.rows import claims, deliveries, group_commit
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 from tests.pipeline import Web, callbacks_of, insert_row, make_due_now, run
@@ -20,6 +20,12 @@ from tests.rows import LONG_AGO
 
 pytestmark = pytest.mark.parametrize("changes", [{"poll_after_seconds": 3_600}])
 REQUEST = {"model_name": "kling-v3-omni", "prompt": "a cat"}
+
+
+@pytest.fixture(autouse=True)
+def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first delivery on. What it cannot commit, it leaves to the thread."""
+    monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0)
 
 
 def submitted(parts: Parts, sandbox: Sandbox) -> Task:

@@ -1,0 +1,108 @@
+"""Connections on which an event loop commits deliveries itself. The group commit uses them (group_commit.py).
+
+Both say whatever hinders them by an exception, and leave it to the thread of the group commit to judge it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from storage.rows.database import SQLITE_PRAGMAS, Database, Turnstile
+from storage.rows.deliveries import POSTGRESQL_INSERT, Delivery, insert_sqlite, postgresql_values
+from storage.states import CallbackState
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection
+
+# `state` is compared with a constant of ours.
+_UNREADABLE = f"SELECT delivery_key FROM callback WHERE state = '{CallbackState.UNREADABLE}' AND delivery_key "  # noqa: S608
+_UNREADABLE_SQLITE = _UNREADABLE + "IN (SELECT value FROM json_each(?))"  # noqa: S608
+_UNREADABLE_POSTGRESQL = _UNREADABLE + "= ANY(%s)"
+
+
+class Locked(Exception):
+    """Another writer holds the SQLite file."""
+
+
+class LoopConnection(Protocol):
+    """One connection, used by one task of the loop at a time. Every statement is a transaction of its own."""
+
+    async def insert(self, deliveries: Sequence[Delivery]) -> set[str]:
+        """Commit at most 256 deliveries. Returns the keys that were new, once they are durable."""
+
+    async def unreadable(self, keys: Collection[str]) -> set[str]:
+        """Which of these are the keys of unreadable deliveries."""
+
+    async def close(self) -> None: ...
+
+
+class SqliteLoopConnection:
+    """Begins at once or raises `Locked`: it waits neither at the turnstile nor for SQLite's own lock.
+
+    It blocks the loop for as long as the disk takes. Never for a checkpoint: `checkpoints.beside` makes those.
+    """
+
+    def __init__(self, database: Database) -> None:
+        assert isinstance(database.turnstile, Turnstile)
+        self._turnstile = database.turnstile
+        (file,), options = database.writer.dialect.create_connect_args(database.url)
+        no_wait: dict[str, Any] = {**options, "timeout": 0, "isolation_level": None, "check_same_thread": False}
+        self._connection: sqlite3.Connection = sqlite3.connect(file, **no_wait)
+        for pragma in (*SQLITE_PRAGMAS, "wal_autocheckpoint=0"):
+            self._connection.execute(f"PRAGMA {pragma}")
+
+    async def insert(self, deliveries: Sequence[Delivery]) -> set[str]:
+        if not self._turnstile.is_entered_at_once():
+            raise Locked
+        try:
+            return insert_sqlite(self._connection.execute, deliveries)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+                raise Locked from error
+            raise
+        finally:
+            self._turnstile.__exit__()
+
+    async def unreadable(self, keys: Collection[str]) -> set[str]:
+        return {key for (key,) in self._connection.execute(_UNREADABLE_SQLITE, (json.dumps([*keys]),))}
+
+    async def close(self) -> None:
+        self._connection.close()
+
+
+class PostgresLoopConnection:
+    """Waits for the server without blocking the loop. Opened anew after whatever has broken it."""
+
+    def __init__(self, database: Database) -> None:
+        self._url = database.url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._options = database.postgresql_options
+        self._connection: AsyncConnection[Any] | None = None
+
+    async def insert(self, deliveries: Sequence[Delivery]) -> set[str]:
+        connection = await self._opened()
+        result = await connection.execute(POSTGRESQL_INSERT, postgresql_values(deliveries))
+        return {key for key, _ in await result.fetchall()}
+
+    async def unreadable(self, keys: Collection[str]) -> set[str]:
+        connection = await self._opened()
+        result = await connection.execute(_UNREADABLE_POSTGRESQL, ([*keys],))
+        return {key for (key,) in await result.fetchall()}
+
+    async def _opened(self) -> AsyncConnection[Any]:
+        from psycopg import AsyncConnection  # 50 ms of every start, and only here is it needed by name
+
+        if self._connection is None or self._connection.closed:
+            self._connection = await AsyncConnection.connect(self._url, autocommit=True, **self._options)
+        return self._connection
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+
+
+def loop_connection(database: Database) -> LoopConnection:
+    """Raises `sqlite3.Error` where the file cannot be opened; a server is connected to at the first insert."""
+    return SqliteLoopConnection(database) if database.is_sqlite else PostgresLoopConnection(database)
