@@ -44,8 +44,9 @@ MAX_STREAMS = 40
 MAX_STREAMS_OF_ASSET = 8
 # One address leaves room for others. A TLS proxy is one address for all of its readers, so this is most of the room.
 MAX_STREAMS_OF_ADDRESS = 32
-# A reader may be idle this long in all; beyond it the average must reach the least speed, 256 kbit/s.
-STREAM_GRACE_SECONDS = 20.0
+# A write that takes longer is aborted. Below the least speed, 256 kbit/s, a reader may also lag this long in all. The
+# kernel buffers up to 2.8 MB and takes more once a third is free, so a reader at the least speed waits 29 s at most.
+STREAM_GRACE_SECONDS = 30.0
 LEAST_BYTES_PER_SECOND = 32_000
 # One write. Each waits until the one before has left the buffer, so this is what a slow reader leaves behind there.
 PIECE_BYTES = 64 * 1024
@@ -194,7 +195,8 @@ class _Stream(StreamingResponse):
         async def send_in_time(message: Message) -> None:
             nonlocal waited, sent
             started = time.monotonic()
-            async with asyncio.timeout(STREAM_GRACE_SECONDS + sent / LEAST_BYTES_PER_SECOND - waited):
+            lag = waited - sent / LEAST_BYTES_PER_SECOND
+            async with asyncio.timeout(STREAM_GRACE_SECONDS - max(lag, 0)):
                 await send(message)
             waited += time.monotonic() - started  # for the reader alone: the store's time is not its fault
             sent += len(message.get("body", b""))

@@ -377,7 +377,7 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except PoolTimeout as error:
-        raise DatabaseUnavailable("database: every connection is busy") from error
+        raise DatabaseUnavailable(f"database: no connection became free within {CONNECT_SECONDS} s") from error
     except DBAPIError as error:
         is_postgresql = type(error.orig).__module__.startswith("psycopg")
         is_down = isinstance(error, OperationalError) or getattr(error.orig, "sqlstate", None) == READ_ONLY
