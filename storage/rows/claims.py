@@ -122,12 +122,26 @@ def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = T
     due_at = None if due_in is None else db_now(due_in)
     if not counts:
         values["attempts"] = max(row.attempts - 1, 0)
-    _write(session, row, {"lease": None, "due_at": due_at, "losses": 0, **values})
+    update_claimed(session, row, **{"lease": None, "due_at": due_at, "losses": 0, **values})
 
 
 def update_claimed(session: Session, row: Row, **values: Any) -> None:
-    """Write `values` and keep the claim. Raises `LostClaim`."""
-    _write(session, row, values)
+    """Write `values` and keep the claim. Raises `LostClaim` when the lease is no longer ours."""
+    model: Any = type(row)
+    if row.lease is None:  # SQLAlchemy writes `lease = NULL` as IS NULL, which would match
+        raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
+    owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
+    expressions = {
+        name: value for name, value in values.items() if isinstance(value, ClauseElement) and not _is_time(value)
+    }
+    columns = tuple((name, _is_time(value)) for name, value in values.items() if name not in expressions)
+    for name, is_time in columns:
+        owned[f"new_{name}"] = values[name].seconds if is_time else values[name]
+    statement = _owned_update(model, columns)
+    if expressions:  # rare, so not cached
+        statement = statement.values(expressions)
+    if run(session, statement, owned).rowcount == 0:
+        raise LostClaim(f"{model.__tablename__} {row.id}")
 
 
 def release(session: Session, row: Row) -> None:
@@ -146,24 +160,6 @@ def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UU
     table = model.__table__  # type: ignore[attr-defined]
     held = select(table.c.id).where(table.c.id.in_(ids), table.c.lease == lease).with_for_update(skip_locked=True)
     return run(session, update(table).where(table.c.id.in_(held)).values(due_at=db_now(lease_seconds))).rowcount
-
-
-def _write(session: Session, row: Row, values: dict[str, Any]) -> None:
-    model: Any = type(row)
-    if row.lease is None:  # SQLAlchemy writes `lease = NULL` as IS NULL, which would match
-        raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
-    owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
-    expressions = {
-        name: value for name, value in values.items() if isinstance(value, ClauseElement) and not _is_time(value)
-    }
-    columns = tuple((name, _is_time(value)) for name, value in values.items() if name not in expressions)
-    for name, is_time in columns:
-        owned[f"new_{name}"] = values[name].seconds if is_time else values[name]
-    statement = _owned_update(model, columns)
-    if expressions:  # rare, so not cached
-        statement = statement.values(expressions)
-    if run(session, statement, owned).rowcount == 0:
-        raise LostClaim(f"{model.__tablename__} {row.id}")
 
 
 def _is_time(value: Any) -> bool:
