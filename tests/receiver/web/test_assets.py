@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -230,15 +231,21 @@ def test_readers_at_one_address_leave_room_for_others(link: str, large: int, mon
 
 
 @pytest.mark.parametrize(("seconds", "others"), [(60, False), (0.2, True)], ids=["waited for", "dropped"])
-def test_reader_below_the_least_speed_is_dropped(
+def test_reader_that_takes_nothing_is_dropped(
     seconds: float, others: bool, link: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`others`: whether they are served while its time runs, and afterwards."""
     monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", seconds)
-    monkeypatch.setattr(assets, "LEAST_BYTES_PER_SECOND", 2**30)
     monkeypatch.setattr(assets, "MAX_STREAMS_OF_ASSET", 1)
     with stuck_readers(link, 1):
         wait_until(lambda: is_served(link) is others)
+
+
+def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(assets, "LEAST_BYTES_PER_SECOND", 2**30)
+    with httpx.stream("GET", link, timeout=20) as answer, pytest.raises(httpx.TransportError):
+        sum(time.sleep(0.02) or len(piece) for piece in answer.iter_raw(64 * 1024))  # it takes some of each write
 
 
 def test_dropped_reader_is_disconnected_without_an_error_in_the_log(
@@ -247,7 +254,6 @@ def test_dropped_reader_is_disconnected_without_an_error_in_the_log(
     connections = web._server.server_state.connections
     caplog.set_level("ERROR", "uvicorn.error")
     monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", 0.2)
-    monkeypatch.setattr(assets, "LEAST_BYTES_PER_SECOND", 2**30)
     others = set(connections)  # the provider keeps one
     with stuck_readers(link, 1):
         assert connections - others
