@@ -3,7 +3,9 @@
 Retry(after)          the same work may succeed later
 ├── ProviderUnavailable   the provider is down, slow or answered nonsense
 ├── ProviderThrottled     the provider asks us to slow down (1302, 429)
-│   └── ProviderFull          too many of the account's pictures are in work (1303)
+│   ├── ProviderFull          too many of the account's pictures are in work (1303)
+│   └── AccountRefused        it refuses the account (key, balance), whatever the request: its creates pause
+│       └── ModelRefused          the account may not use this model: the model's creates pause
 ├── NoSlots               the same by our own count: nothing was asked
 ├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx)
 │   └── FetchUnusable         an answer came and is no file to keep: a redirect we do not follow, other 4xx, an odd
@@ -70,6 +72,14 @@ class ProviderThrottled(Retry):
 
 class ProviderFull(ProviderThrottled):
     """The account has too many pictures in work for this task to be made."""
+
+
+class AccountRefused(ProviderThrottled):
+    """The provider says no to the account; of the request it says nothing, and nothing was made."""
+
+
+class ModelRefused(AccountRefused):
+    """The same for one model alone."""
 
 
 class NoSlots(Retry):

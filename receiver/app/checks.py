@@ -32,9 +32,11 @@ from receiver.base.sink_setting import Entry
 from receiver.providers.base import Provider, Unavailable
 from receiver.providers.kling.client import Kling
 from storage import states
+from storage.accounts import pauses
 from storage.bucket.probe import Capabilities
 from storage.bucket.store_errors import reason_code
 from storage.errors import (
+    AccountRefused,
     DatabaseUnavailable,
     ProviderRejected,
     ProviderThrottled,
@@ -190,6 +192,7 @@ def database(parts: Parts) -> Iterator[Result]:
             yield _callback_secrets(parts)
             yield _workers(parts)
             yield _slots(parts)
+            yield from _pauses(parts)
     except (DatabaseUnavailable, DBAPIError, OSError) as error:
         advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
         url = parts.database.url
@@ -271,6 +274,15 @@ def _slots(parts: Parts) -> Result:
     return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waiting} tasks wait for theirs")
 
 
+def _pauses(parts: Parts) -> Iterator[Result]:
+    """Whether creates wait because the provider refuses the account."""
+    with parts.database.read() as session:
+        found = pauses.every(session)
+    for each in found:
+        advice = PROVIDER_ADVICE.get(each.code or 0, SET_KEY)
+        yield Result("account", Status.FAULT, pauses.line(each), f"{advice}; what waits goes on by itself")
+
+
 def bucket(parts: Parts) -> Iterator[Result]:
     """Whether the bucket can be written and read, and what else it can do."""
     name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", _host(parts.store_address[0])
@@ -312,7 +324,7 @@ def provider(parts: Parts) -> Iterator[Result]:
     host = _host(chosen.kling_base_url)
     try:
         _ask_for_free(kling)
-    except ProviderRejected as error:
+    except (ProviderRejected, AccountRefused) as error:
         yield _refused(host, error, kling.clock_ahead_seconds)
     except ProviderThrottled as error:
         yield Result("provider", Status.NOTE, f"{host} is busy ({error})", "check again in a minute")
@@ -328,14 +340,14 @@ def _ask_for_free(provider: Provider) -> None:
     try:
         provider.list_page(1, 1)
     except (ProviderRejected, Unavailable) as error:
-        known = isinstance(error, ProviderRejected) and (error.code in PROVIDER_ADVICE or error.http_status == 401)
+        known = isinstance(error, ProviderRejected) and error.code in PROVIDER_ADVICE
         unreached = isinstance(error, Unavailable) and not error.sent
         if known or unreached:
             raise
         provider.read(provider_task_id=None, external_task_id=str(uuid.uuid4()))
 
 
-def _refused(host: str, error: ProviderRejected, skew_seconds: float | None) -> Result:
+def _refused(host: str, error: ProviderRejected | AccountRefused, skew_seconds: float | None) -> Result:
     advice = PROVIDER_ADVICE.get(error.code or 0, SET_KEY)
     return Result("provider", _status(error.code, skew_seconds), f"{host} refuses us ({error})", advice)
 

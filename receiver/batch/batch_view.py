@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from storage.accounts.batches import Counts
@@ -57,8 +58,16 @@ def words(counts: Counts, rate: float = 0) -> str:
     return " · ".join(parts)
 
 
-def watch(look: Callable[[], Counts], workers: Callable[[], int], console: Console) -> Counts:
-    """Show the batch until all its tasks are over; returns how they stand then. Ctrl-C ends the watching alone."""
+def watch(
+    look: Callable[[], Counts],
+    workers: Callable[[], int],
+    console: Console,
+    paused: Callable[[], Sequence[str]] = lambda: (),
+) -> Counts:
+    """Show the batch until all its tasks are over; returns how they stand then. Ctrl-C ends the watching alone.
+
+    `paused`: a line for each account or model whose creates wait.
+    """
     rate, is_live = Rate(), console.is_terminal
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, disable=not is_live) as progress:
@@ -69,12 +78,13 @@ def watch(look: Callable[[], Counts], workers: Callable[[], int], console: Conso
             now, counts = time.monotonic(), look()
             if now - looked_at > WORKERS_INTERVAL_SECONDS:
                 looked_at, alive = now, workers()
-            line = words(counts, rate.see(counts.over, now)) + ("" if alive else " · NO WORKER IS ALIVE")
-            progress.update(bar, total=counts.total, completed=counts.over, description=line)
+            notes = [*(paused() if counts.queued else ()), *([] if alive else ["NO WORKER IS ALIVE"])]
+            line = " · ".join([words(counts, rate.see(counts.over, now)), *notes])
+            progress.update(bar, total=counts.total, completed=counts.over, description=escape(line))
             is_over = counts.over == counts.total
             if not is_live and (is_over or now - said_at > LINE_SECONDS):
                 said_at = now
-                console.print(f"{counts.over:,}/{counts.total:,} {line}", highlight=False, soft_wrap=True)
+                console.print(f"{counts.over:,}/{counts.total:,} {line}", highlight=False, markup=False, soft_wrap=True)
             if is_over:
                 return counts
             time.sleep(POLL_INTERVAL_SECONDS)

@@ -194,6 +194,7 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
     from rich.console import Console
 
     from receiver.batch import batch_report, batch_view
+    from receiver.cli import show
     from storage.operations import heartbeats
 
     of = _batches(parts)
@@ -204,7 +205,8 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
         raise typer.Exit(1)
     try:
         look = lambda: of.counts(name)  # noqa: E731 - said twice below
-        counts = batch_view.watch(look, lambda: heartbeats.count_alive(parts.database), Console(stderr=True))
+        alive = lambda: heartbeats.count_alive(parts.database)  # noqa: E731
+        counts = batch_view.watch(look, alive, Console(stderr=True), lambda: show.pausing(parts))
     except KeyboardInterrupt:
         say(f"stopped watching; the workers go on. Watch again: receiver batch status {name} --wait", err=True)
         raise typer.Exit(1) from None
@@ -219,18 +221,21 @@ def _counts(counts: Counts) -> dict[str, Any]:
 
 def _show(parts: Parts, name: str, counts: Counts, *, as_json: bool) -> None:
     from receiver.batch.batch_view import words
+    from receiver.cli import show
     from receiver.tasks.task_view import is_over
 
+    paused = show.pausing(parts)
     with parts.database.read() as session:
         held, limit = sum(parts.slots.held(session).values()), parts.slots.limit(session)
     failures = [task for task in _batches(parts).failures(name) if is_over(task)]
     if as_json:
         slots = {"held": held, "limit": limit, "setting": parts.slots.setting}
         failed = [{"external_task_id": task.external_task_id, "error": task.error or task.note} for task in failures]
-        say_json({"batch": name, **_counts(counts), "slots": slots, "failures": failed})
+        say_json({"batch": name, **_counts(counts), "slots": slots, "paused": paused, "failures": failed})
     else:
         say(f"{name}: {words(counts)}")
         say(f"slots of the account: {held} held of {limit}" if limit else f"slots of the account: {held} held")
+        say(*paused)
         for task in failures:
             say(f"line {task.batch_line}: {task.external_task_id}: {task.error or task.note}", err=True)
     if counts.archived < counts.total:

@@ -14,6 +14,7 @@ from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
 from receiver.tasks.task_view import find, is_over, waiting_of
 from receiver.web.assets import asset_link
+from storage.accounts import pauses
 from storage.archive import continuous_audit
 from storage.operations import deadlines
 from storage.operations.measures import Measures, measure
@@ -28,15 +29,30 @@ SHOWN_FAULTS = 20
 
 def wait(parts: Parts, external_task_id: str) -> Task:
     """Block until the task is over, with a live line on a terminal. Returns the task row."""
-    with Console(stderr=True).status(cell(f"{external_task_id}: waiting")) as status:
+    console = Console(stderr=True)
+    said: list[str] = []
+    with console.status(cell(f"{external_task_id}: waiting")) as status:
         while True:
             task, assets, _ = find(parts.database, external_task_id)
             if is_over(task):
                 return task
             kept = sum(asset.state is AssetState.ARCHIVED for asset in assets)
+            holds = pausing(parts, task)
+            if holds != said:
+                said = holds
+                say(*(holds or ["the account goes on"]), err=True)
             count = f"{kept} of {task.expected or len(assets) or '?'} archived"
-            status.update(cell(f"{external_task_id}: {task.state}, {count}"))
+            status.update(cell(" · ".join([f"{external_task_id}: {task.state}, {count}", *holds])))
             time.sleep(POLL_INTERVAL_SECONDS)
+
+
+def pausing(parts: Parts, task: Task | None = None) -> list[str]:
+    """Why creates wait for the account, a line each. `task`: only what holds back this one, if it waits."""
+    if task is not None and task.queued_at is None:
+        return []
+    with parts.database.read() as session:
+        found = pauses.every(session)
+    return [pauses.line(each) for each in found if task is None or each.model in ("", task.model)]
 
 
 def uris(parts: Parts, task: Task) -> list[str]:
@@ -120,7 +136,7 @@ def audited(parts: Parts) -> continuous_audit.Standing:
 
 def summary(found: Measures) -> str:
     """The same in one line: what waits, what is wrong, how callbacks come."""
-    parts = [f"{found.due} due", *_accounts(found)]
+    parts = [f"{found.due} due", *paused(found), *_accounts(found)]
     wrong = {
         "overdue": found.overdue,
         "files given up": found.failed_assets,
@@ -139,6 +155,11 @@ def summary(found: Measures) -> str:
         lost = f"callbacks: {found.callbacks_lost} of {found.callbacks_expected} lost ({found.callback_loss_rate:.0%})"
         parts.append(lost + (f", {found.callbacks_late} late" if found.callbacks_late else ""))
     return " · ".join(parts)
+
+
+def paused(found: Measures) -> list[str]:
+    """A line for each account or model that the provider refuses, with its words."""
+    return [line for account in found.accounts.values() for line in account.pauses]
 
 
 def _accounts(found: Measures) -> Iterator[str]:

@@ -129,7 +129,10 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
     if not submitted.new:
         say("the same request was submitted before; nothing was sent", err=True)
     elif submitted.task.queued_at is not None:
-        say("all slots of the account are held: a worker sends it when its turn comes", err=True)
+        from receiver.cli import show
+
+        why = "; ".join(show.pausing(parts, submitted.task)) or "all slots of the account are held"
+        say(f"{why}: a worker sends it when its turn comes", err=True)
     return submitted.task
 
 

@@ -254,6 +254,6 @@ def passed_on(refusal: ProviderRejected | ProviderThrottled) -> Refused:
     status, code = refusal.http_status, refusal.code
     if status is None:  # not the provider's answer: we had nothing to show it
         return Refused(401, 1000, str(refusal))
-    usual = 1302 if isinstance(refusal, ProviderThrottled) else USUAL_CODES.get(status, 1201)
+    usual = 1302 if status == 429 else USUAL_CODES.get(status, 1201)
     after = math.ceil(refusal.after) if isinstance(refusal, ProviderThrottled) and refusal.after else None
     return Refused(status, code or usual, refusal.said or str(refusal), after=after, by_provider=True)

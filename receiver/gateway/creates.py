@@ -35,7 +35,7 @@ from receiver.tasks.create_outcome import CreateOutcome, Refusal
 from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
-from storage.errors import DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
+from storage.errors import AccountRefused, DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
 from storage.fetch.addresses import AddressPolicy, check_url
 from storage.keys import check_new_id
 from storage.rows.database import Database
@@ -136,7 +136,8 @@ class Creates:
     def begin(self, ask: CreateRequest) -> StartedCreate:
         """Commit the row, and the key with it; a crash after it leaves a row that a worker goes on with.
 
-        Raises `Refused`: the id exists, the key stands for another body, no slots are free. Then nothing is kept.
+        Raises `Refused`: the id exists, the key stands for another body, no slots are free, the account is paused. Then
+        nothing is kept.
         """
         try:
             wanted = self._submitter.row(ask.request, ask.external_task_id)
@@ -149,6 +150,8 @@ class Creates:
                 return StartedCreate(self._insert(session, wanted, ask.key), first=True)
         except RequestInvalid as error:
             raise _invalid(error) from None
+        except AccountRefused as error:  # as the provider said a moment ago; it is asked again once a minute
+            raise passed_on(error) from None
         except NoSlots as error:
             raise Refused(429, 1303, f"parallel task over resource pack limit: {error}", after=1) from None
 

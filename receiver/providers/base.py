@@ -8,6 +8,7 @@ speak its protocol to others.
 ProviderUnavailable          (storage.errors) the same work may succeed later
 └── Unavailable                 the same, and knows whether the request can have left this host
 ProviderThrottled            (storage.errors) slow down; a refused create costs nothing
+└── AccountRefused               the key, the balance or (ModelRefused) the permission for a model is refused
 ProviderRejected             (storage.errors) a definite refusal
 ├── AlreadyExists               this external id was used before: read the task back
 └── NoSuchCall                  a gateway that does not pass this question on: ask another one
@@ -97,12 +98,14 @@ class RequestFacts:
     """What a request means for us.
 
     `expected`: files to come, watermarked copies counted, None when the provider chooses.
-    `slots`: how many of the account's concurrent pictures it occupies until it ends.
+    `slots`: how many of the account's concurrent pictures it occupies until it ends. `model`: the provider's word for
+    what makes them, None when it is not known.
     """
 
     series: bool
     expected: int | None
     slots: int
+    model: str | None = None
 
 
 class ProviderRequest(Protocol):
@@ -119,6 +122,10 @@ class ProviderRequest(Protocol):
     @property
     def slots(self) -> int:
         """How many of the account's concurrent pictures it occupies until it ends."""
+
+    @property
+    def model(self) -> str:
+        """The provider's word for what makes the pictures; permission for it is the account's affair."""
 
     def wire(self) -> dict[str, Any]:
         """The fields as they are sent, without the external id and the callback URL."""

@@ -3,6 +3,7 @@
 row (queued: no slots free) ─▶ admitted and claimed by a worker, see `storage.accounts.slots`, then the same
 row (claimed, sent_at) ─▶ POST ─┬─ accepted ───────────────▶ submitted
                                 ├─ refused for good ───────▶ failed
+                                ├─ account refused ────────▶ back to the queue, see `storage.accounts.pauses`
                                 ├─ slow down (1302) ───────▶ due again, nothing was made
                                 ├─ full (1303) ────────────▶ due again, or with slots of our own: back to the queue
                                 └─ unclear ────────────────▶ due: read by external id ─┬─ there ▶ submitted
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -34,10 +35,12 @@ from receiver.providers.base import (
 )
 from receiver.providers.lookup import read_task
 from receiver.tasks.create_outcome import CreateOutcome
-from storage.accounts import slots
+from storage.accounts import pauses, slots
+from storage.accounts.pauses import Trial
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
 from storage.errors import (
+    AccountRefused,
     LostClaim,
     NoSlots,
     NoSuchTask,
@@ -156,7 +159,7 @@ class Submitter:
         check_new_id(external_task_id)
         task = Task(id=own_id, external_task_id=external_task_id, provider=self._provider.name, request=request.wire())
         task.request_hash = request.canonical_hash()
-        task.series, task.expected, task.adopt = request.series, request.expected, adopt
+        task.series, task.expected, task.adopt, task.model = request.series, request.expected, adopt, request.model
         if self._public_url:
             token = self._tokens.sign(self._provider.name, task.id)
             task.callback_url = f"{self._public_url}/callbacks/{self._provider.name}/{token}"
@@ -166,10 +169,14 @@ class Submitter:
     def insert(self, session: Session, task: Task, *, queue: bool = False) -> bool:
         """Insert a row, claimed and sent just now, unless its external id is taken. Returns whether it was.
 
-        Then `send` it. `queue`: while its slots are not free it waits in the queue instead (`queued_at` is set: do not
-        send it). Without, raises `NoSlots` then, and the caller's transaction must come to nothing.
+        Then `send` it. `queue`: while its slots are not free, or the account is paused, it waits in the queue instead
+        (`queued_at` is set: do not send it). Without, raises `NoSlots` or `AccountRefused` then, and the caller's
+        transaction must come to nothing.
         """
-        free = self._slots.reserve(session, task.slots)
+        refusal = pauses.refusal(session, task.provider, task.model)
+        if refusal and not queue:
+            raise refusal
+        free = self._slots.reserve(session, task.slots) and refusal is None
         task.created_at = task.sent_at = tasks.now(session)
         claims.take(task, task.created_at, self._lease_seconds)
         if not free:
@@ -183,8 +190,10 @@ class Submitter:
         """Put `wanted` in the place of a row of the same external id that the provider refused to make.
 
         The row keeps its id and its facts. Returns it claimed, to be `send`-ed; None: the id is taken.
-        Raises `NoSlots`.
+        Raises `NoSlots` and `AccountRefused`.
         """
+        if refusal := pauses.refusal(session, wanted.provider, wanted.model):
+            raise refusal
         free = self._slots.reserve(session, wanted.slots)
         found = tasks.by_external_id(session, wanted.external_task_id)
         row = tasks.lock(session, found.id) if found else None
@@ -195,7 +204,7 @@ class Submitter:
         row.slots = wanted.slots
         row.request, row.request_hash = wanted.request, wanted.request_hash
         row.client, row.client_callback_url = wanted.client, wanted.client_callback_url
-        row.series, row.expected, row.adopt = wanted.series, wanted.expected, False
+        row.series, row.expected, row.adopt, row.model = wanted.series, wanted.expected, False, wanted.model
         row.state, row.archive = TaskState.CREATED, ArchiveState.NONE
         row.error = row.note = row.completed_at = None
         row.submitted_at = row.reported_at = row.missed_at = None
@@ -212,8 +221,7 @@ class Submitter:
         Its claim is renewed meanwhile. One that was lost before (it waited too long) sends nothing: who has it does.
         """
         with self._renewing_lease(task):
-            if self._mark_sent(task):
-                self._post(task, outcome_listener)
+            self._send_once(task, outcome_listener)
 
     def _renewing_lease(self, task: Task) -> AbstractContextManager[None]:
         return renewing_lease(self._database, task, lease_seconds=self._lease_seconds)
@@ -259,25 +267,71 @@ class Submitter:
             self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
         elif task.sent_at is not None:
             self._look_up(task)
-        elif self._mark_sent(task):
-            self._post(task)
+        else:
+            self._send_once(task)
 
-    def _mark_sent(self, task: Task) -> bool:
-        """Right before the POST: whether the claim is still ours, from now on for a whole lease."""
+    def _send_once(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
+        """POST it, if the claim is still ours and the account is not paused. The lease begins anew right before."""
         due_at = db_now(self._lease_seconds)
         try:
             with self._database.write() as session:
-                claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
+                trial = pauses.begin(session, task.provider, task.model)
+                if trial.refusal is None:
+                    claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
         except LostClaim:
-            return False
-        return True
+            return
+        if trial.refusal is None:
+            self._post(task, trial, outcome_listener)
+        else:
+            self._wait_for_account(task, trial.refusal, outcome_listener)
 
-    def _post(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
+    def _post(self, task: Task, trial: Trial, outcome_listener: CreateOutcome | None) -> None:
         try:
             created = self._provider.create(
                 task.request, external_task_id=task.external_task_id, callback_url=task.callback_url
             )
-        except ProviderThrottled as error:
+        except AccountRefused as error:
+            task.model = task.model or self._provider.request_facts(task.request).model
+            with self._database.write() as session:
+                pauses.pause(session, task.provider, task.model, error)
+            self._wait_for_account(task, error, outcome_listener)
+        except Unavailable as error:
+            self._end_trial(trial, error)
+            self._unclear(task, error)
+        except (ProviderThrottled, ProviderRejected) as error:
+            self._end_trial(trial, error)
+            self._settle_refusal(task, error, outcome_listener)
+        else:
+            self._end_trial(trial, None)
+            self._accept(task, created)
+
+    def _end_trial(self, trial: Trial, error: Retry | ProviderRejected | None) -> None:
+        """Say what the answer means for the pauses that the create was a trial of. `error` None: it was accepted."""
+        if not trial.of or (isinstance(error, Unavailable) and error.sent):
+            return
+        with self._database.write() as session:
+            if isinstance(error, Unavailable):
+                pauses.give_back(session, trial)
+            else:
+                pauses.resume(session, trial, keys_alone=error is not None)
+                self._database.wake(session)
+
+    def _wait_for_account(self, task: Task, error: AccountRefused, outcome_listener: CreateOutcome | None) -> None:
+        """Put the task back into its queue, which stands still; a client that waits is told, which ends its row."""
+        if outcome_listener and outcome_listener.tell(error):
+            self._fail(task, str(error), outcome_listener)
+            return
+        with suppress(LostClaim), self._database.write() as session:
+            self._settle_queued(session, task, str(error), 0, attempts=0, model=task.model)
+
+    def _settle_queued(self, session: Session, task: Task, note: str, wait: float, **values: Any) -> None:
+        again = {"queued_at": db_now(wait), "slots": -abs(task.slots), "sent_at": None, **values}
+        claims.settle(session, task, due_in=None, note=note, **again)
+
+    def _settle_refusal(
+        self, task: Task, error: ProviderThrottled | ProviderRejected, outcome_listener: CreateOutcome | None
+    ) -> None:
+        if isinstance(error, ProviderThrottled):
             is_full = isinstance(error, ProviderFull) and self._slots.setting is not None
             if outcome_listener and outcome_listener.tell(error):
                 if is_full:
@@ -290,14 +344,10 @@ class Submitter:
                 self._queue_again(task, str(error), wait)
             else:
                 self._later(task, str(error), wait, waits_its_turn=True, sent_at=None)
-        except AlreadyExists as error:
+        elif isinstance(error, AlreadyExists):
             self._look_up(task, error, outcome_listener)
-        except ProviderRejected as error:
-            self._refused(task, str(error), error, outcome_listener)
-        except Unavailable as error:
-            self._unclear(task, error)
         else:
-            self._accept(task, created)
+            self._refused(task, str(error), error, outcome_listener)
 
     def _lower_limit(self, task: Task) -> None:
         with self._database.write() as session:
@@ -305,11 +355,10 @@ class Submitter:
 
     def _queue_again(self, task: Task, note: str, wait: float) -> None:
         """The account is fuller than we thought: fewer slots from now on, and this task waits for its own anew."""
-        again: dict[str, Any] = {"queued_at": db_now(wait), "slots": -task.slots, "sent_at": None}
         try:
             with self._database.write() as session:
                 limit = self._slots.refused(session, task.slots)
-                claims.settle(session, task, due_in=None, note=note, **again)
+                self._settle_queued(session, task, note, wait)
         except LostClaim:
             return
         log.warning("slots.refused", task=task.external_task_id, limit=limit, note=note, seconds=round(wait, 1))
@@ -364,8 +413,8 @@ class Submitter:
             self._later(task, "looking up whether it arrived", wait, missed_at=db_now())
         elif since < NOT_FOUND_AGAIN_SECONDS:
             self._later(task, "looking up whether it arrived", NOT_FOUND_AGAIN_SECONDS - since)
-        elif self._mark_sent(task):
-            self._post(task)
+        else:
+            self._send_once(task)
 
     def _later(self, task: Task, note: str, due_in: float, *, waits_its_turn: bool = False, **values: Any) -> None:
         """Try again. `waits_its_turn`: the provider said so clearly, which is no reason for an alarm."""

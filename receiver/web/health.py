@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from receiver.base import telemetry
 from receiver.web.callbacks import Callbacks
 from receiver.web.readiness import Readiness
+from storage.accounts import pauses
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
 from storage.bucket.availability import BucketAvailability
@@ -112,6 +113,7 @@ class Health:
             near = measures.count_deadline_near(session, self._deadline_seconds)
             dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
             unusable = measures.unusable_files(session)
+            paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
         undelivered += [f"sink {name} is disabled" for name in disabled]
@@ -119,6 +121,7 @@ class Health:
             "events": ", ".join(undelivered) or "ok",
             "work": f"{overdue} rows are overdue" if overdue else "ok",
             "deadlines": f"{near} tasks are about to lose files" if near else "ok",
+            "account": "; ".join(paused) or "ok",
             "files": str(unusable) if unusable.said else "ok",
             "audit": f"{faults} faults, see receiver status" if faults else "ok",
         }

@@ -19,10 +19,11 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import func, select, update
+from sqlalchemy import func, or_, select, true, update
 from sqlmodel import Session, col
 
 from storage import states
+from storage.accounts import pauses
 from storage.rows import claims
 from storage.rows.database import Database, db_now, db_now_once, insert_or_ignore, run
 from storage.rows.held_slots import SILENT, give_back
@@ -86,17 +87,18 @@ class Slots:
     def __init__(self, provider: str, setting: int | None = None) -> None:
         self.provider = provider
         self.setting = setting
-        # Slots held and limit when no task could be admitted, and until when (monotonic) that counts.
-        self._none_admitted_at: tuple[int, int | None] | None = None
+        # Slots held, limit and pauses when no task could be admitted, and until when (monotonic) that counts.
+        self._none_admitted_at: tuple[int, int | None, pauses.Gate] | None = None
         self._none_admitted_until = 0.0
 
     def is_any_next(self, session: Session) -> bool:
         """Whether `admit` may find a task. A cheap read without locks."""
         if not self._is_any_queued(session):
             return False
+        gate = pauses.gate(session, self.provider)
         held, limit = sum(self.held(session).values()), self.limit(session)
-        is_known = self._none_admitted_at == (held, limit) and time.monotonic() < self._none_admitted_until
-        return (limit is None or held < limit) and not is_known
+        is_known = self._none_admitted_at == (held, limit, gate) and time.monotonic() < self._none_admitted_until
+        return (limit is None or held < limit) and not (is_known or gate.is_closed)
 
     def reserve(self, session: Session, wanted: int) -> bool:
         """Whether a new task outside of batches may hold `wanted` slots at once: True if it would be admitted next.
@@ -111,14 +113,19 @@ class Slots:
         return mine.id in choose([*self._heads(session), mine], self.held(session), limit)
 
     def admit(self, session: Session, at_most: int) -> int:
-        """Make the next queued tasks due, as far as slots are free, `at_most` so many. Returns how many."""
-        if not self._is_any_queued(session):
+        """Make the next queued tasks due, as far as slots are free, `at_most` so many. Returns how many.
+
+        None while the account is paused, and none of a paused model, except when a trial is due.
+        """
+        gate = pauses.gate(session, self.provider)
+        if gate.is_closed or not self._is_any_queued(session):
             return 0
         limit = None if self.setting is None else self._lock(session, self.setting)
         held = self.held(session)
-        chosen = [] if limit and sum(held.values()) >= limit else choose(self._heads(session), held, limit)[:at_most]
+        is_full = limit and sum(held.values()) >= limit
+        chosen = [] if is_full else choose(self._heads(session, gate), held, limit)[:at_most]
         if not chosen:
-            self._none_admitted_at = sum(held.values()), limit
+            self._none_admitted_at = sum(held.values()), limit, gate
             self._none_admitted_until = time.monotonic() + RECHECK_SECONDS
             return 0
         # Another transaction may be changing some of them (dismiss, a report); those are skipped.
@@ -164,12 +171,13 @@ class Slots:
     def _queued(self) -> tuple[Any, ...]:
         return col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
 
-    def _heads(self, session: Session) -> list[Waiting]:
+    def _heads(self, session: Session, gate: pauses.Gate = pauses.Gate()) -> list[Waiting]:  # noqa: B008 - frozen
         """The first `BATCH` tasks of every queue, oldest first. Reads all queued rows, without their requests."""
         order = (col(Task.created_at), col(Task.batch_line), col(Task.id))
         place = func.row_number().over(partition_by=col(Task.batch_id), order_by=order).label("place")
         columns: Any = (Task.id, Task.batch_id, Task.slots, Task.queued_at, Task.created_at, Task.batch_line)
-        queued = select(*columns, place).where(*self._queued()).subquery()
+        allowed = or_(col(Task.model).is_(None), col(Task.model).not_in(gate.held_back)) if gate.held_back else true()
+        queued = select(*columns, place).where(*self._queued(), allowed).subquery()
         mine = queued.c
         ready = (mine.queued_at <= db_now_once()).label("ready")
         heads = select(mine.id, mine.batch_id, -mine.slots, ready).where(mine.place <= BATCH)

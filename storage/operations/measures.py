@@ -10,6 +10,7 @@ from sqlalchemy import case, distinct, func, literal_column
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.accounts import pauses
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
 from storage.operations import deadlines, outbox
@@ -30,11 +31,15 @@ WAITING: tuple[Any, ...] = (Task, Callback, Asset)
 @dataclass(frozen=True)
 class AccountMeasures:
     """A provider's account. `slots_held`: pictures in work, by our own count. `slot_limit`: the current limit, None =
-    no limit. `tasks_queued`: tasks that wait for slots."""
+    no limit. `tasks_queued`: tasks that wait for slots. `account_paused`: 1 while the provider refuses the account.
+    `models_paused`: models it may not use. `pauses`: a line for each, with the provider's words."""
 
     slots_held: int = 0
     slot_limit: int | None = None
     tasks_queued: int = 0
+    account_paused: int = 0
+    models_paused: int = 0
+    pauses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,9 +223,17 @@ def _accounts(session: Session, slots: Slots | None) -> dict[str, AccountMeasure
     held = dict(session.exec(holding.group_by(Task.provider)).all())
     queued = dict(session.exec(waiting.group_by(Task.provider)).all())
     limits = {slots.provider: slots.limit(session)} if slots else {}
+    paused = pauses.every(session)
     return {
-        name: AccountMeasures(int(held.get(name, 0)), limits.get(name), queued.get(name, 0))
-        for name in sorted({*held, *queued, *limits})
+        name: AccountMeasures(
+            slots_held=int(held.get(name, 0)),
+            slot_limit=limits.get(name),
+            tasks_queued=queued.get(name, 0),
+            account_paused=sum(1 for each in paused if each.provider == name and not each.model),
+            models_paused=sum(1 for each in paused if each.provider == name and each.model),
+            pauses=tuple(pauses.line(each) for each in paused if each.provider == name),
+        )
+        for name in sorted({*held, *queued, *limits, *(each.provider for each in paused)})
     }
 
 

@@ -34,6 +34,8 @@ class EventName(StrEnum):
     ASSET_FAILED = "asset.failed"
     CALLBACK_REJECTED = "callback.rejected"
     CALLBACK_UNMATCHED = "callback.unmatched"
+    ACCOUNT_PAUSED = "account.paused"
+    ACCOUNT_RESUMED = "account.resumed"
 
 
 _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]

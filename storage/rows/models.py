@@ -22,6 +22,7 @@ from sqlalchemy import (
     LargeBinary,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -163,10 +164,16 @@ class Task(Claimable, table=True):
     batch_line: int | None = None
     client: str | None = _text()  # of the gateway: a fingerprint of the API key that asked for it
     client_callback_url: str | None = _text(repr=False)  # where a client of the gateway is called back
+    model: str | None = _text()  # the provider's word for it; a paused model holds back its tasks alone
+    # reads that unconfirmed deliveries caused; bounded, because anyone with the callback URL can send them
+    callback_reads: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
 
 
 class TaskAlias(SQLModel, table=True):
-    """Every id that the provider, or a gateway in front of it, has used for a task."""
+    """Every id that the provider, or a gateway in front of it, has used for a task.
+
+    `unsigned`: only an unsigned delivery has said so.
+    """
 
     __tablename__: ClassVar[str] = "task_alias"
     __table_args__ = (Index("task_alias_task", "task_id"),)
@@ -174,6 +181,7 @@ class TaskAlias(SQLModel, table=True):
     provider: str = Field(sa_type=Text, primary_key=True)
     provider_task_id: str = Field(sa_type=Text, primary_key=True)
     task_id: uuid.UUID = Field(foreign_key="task.id")
+    unsigned: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
 
 
 class Callback(Claimable, table=True):
@@ -241,6 +249,8 @@ class Asset(Claimable, table=True):
     # while its host answers with something that is no file to keep: since when, and how often in a row
     unusable_since: datetime | None = _time()
     unusable_tries: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+    # the link comes from an unsigned delivery that no read has confirmed: its redirects stay within the trusted hosts
+    unconfirmed: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
     fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
     superseded: list[str] = Field(default_factory=list, sa_type=Json)
     error: str | None = _text()
@@ -333,6 +343,23 @@ class Account(SQLModel, table=True):
     provider: str = Field(sa_type=Text, primary_key=True)
     slot_limit: int | None = None
     changed_at: datetime = _time(nullable=False)
+
+
+class AccountPause(SQLModel, table=True):
+    """Creates that wait because the provider refuses an account whatever it is asked for. `model` "": all of it.
+
+    `said`: the provider's words; `trial_at`: when the next create may try again.
+    """
+
+    __tablename__: ClassVar[str] = "account_pause"
+
+    provider: str = Field(sa_type=Text, primary_key=True)
+    model: str = Field(sa_type=Text, primary_key=True)
+    code: int | None = None
+    http_status: int | None = None
+    said: str = _text("")
+    since: datetime = _time(nullable=False)
+    trial_at: datetime = _time(nullable=False)
 
 
 class Idempotency(SQLModel, table=True):

@@ -49,7 +49,15 @@ from receiver.providers.kling.report import (
 )
 from receiver.providers.kling.request import OmniImageRequest, facts_of, parse_request, redacted
 from storage.circuit import Circuit
-from storage.errors import ProviderFull, ProviderRejected, ProviderThrottled, ReportUnreadable, UserError
+from storage.errors import (
+    AccountRefused,
+    ModelRefused,
+    ProviderFull,
+    ProviderRejected,
+    ProviderThrottled,
+    ReportUnreadable,
+    UserError,
+)
 from storage.fetch import connection
 from storage.states import Report
 
@@ -63,6 +71,9 @@ JWT_RENEW_SECONDS = 300  # before its end, so that none expires under way
 JWT_CLOCK_CODES = frozenset({1003, 1004})
 FULL_CODE = 1303
 THROTTLED_CODES = frozenset({1302, FULL_CODE})
+# KLING §6: the key is wrong, the account has no balance, the address is not allowed. None is about the request.
+ACCOUNT_CODES = frozenset({1000, 1001, 1002, 1003, 1004, 1100, 1101, 1102, 1304})
+MODEL_CODE = 1103
 # Answers to a question that is not passed on; Kling's own word for an unknown task is 400/1201.
 NO_ROUTE = frozenset({404, 405, 501})
 # 1201 is also the code of any bad parameter: only the message tells these two apart.
@@ -191,7 +202,7 @@ class Kling:
         query = ",".join(quote(task_id, safe="") for task_id in asked)
         try:
             answer = self._ask("GET", f"{BATCH_PATH}?{parameter}={query}")
-        except (ProviderRejected, _NotKling):
+        except (ProviderRejected, AccountRefused, _NotKling):
             return None
         listed = _listed(answer)
         if listed is None:
@@ -255,7 +266,7 @@ class Kling:
             return self._api_key
         if self._jwt:
             return self._jwt.token()
-        raise ProviderRejected("no provider credentials are configured")
+        raise AccountRefused("no provider credentials are configured")
 
     def _exchange(self, method: str, path: str, content: bytes | None, token: str) -> _Answer:
         headers = {"Authorization": f"Bearer {token}"}
@@ -368,9 +379,9 @@ def _refusal(answer: _Answer, *, creating: bool) -> Exception | None:
     refuses = 1_000 <= code < 2_000
     if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
         return NoSuchCall(words, code=answer.code, http_status=status)
-    if code in THROTTLED_CODES or (status == 429 and not refuses):
-        kind = ProviderFull if code == FULL_CODE else ProviderThrottled
-        return kind(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
+    throttled = _throttled(status, code, creating=creating)
+    if throttled is not None:
+        return throttled(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
     if answer.document is None and status != 413:
         return _NotKling(f"the answer is not JSON (HTTP {status})", after=answer.after)
     if 5_000 <= code < 6_000:
@@ -378,9 +389,21 @@ def _refusal(answer: _Answer, *, creating: bool) -> Exception | None:
     if not refuses and 200 <= status < 300:
         return None  # unknown codes included: gateways have their own word for success
     unknown_task = not creating and 400 <= status < 500 and NOT_FOUND.search(answer.message)
-    if refuses or unknown_task or (code and 400 <= status < 500) or status in (401, 403, 413):
+    if refuses or unknown_task or (code and 400 <= status < 500) or status in (403, 413):
         return _definite(answer, creating=creating)
     return _NotKling(words, after=answer.after)
+
+
+def _throttled(status: int, code: int, *, creating: bool) -> type[ProviderThrottled] | None:
+    """Which answer it is that says nothing about the request; None: none of them."""
+    refuses = 1_000 <= code < 2_000
+    if code in ACCOUNT_CODES or (status == 401 and not refuses):
+        return AccountRefused
+    if creating and code == MODEL_CODE:
+        return ModelRefused
+    if code == FULL_CODE:
+        return ProviderFull
+    return ProviderThrottled if code in THROTTLED_CODES or (status == 429 and not refuses) else None
 
 
 def _definite(answer: _Answer, *, creating: bool) -> ProviderRejected:

@@ -227,6 +227,10 @@ class OmniImageRequest(_Strict):
     def slots(self) -> int:
         return self.facts.slots
 
+    @property
+    def model(self) -> str:
+        return self.model_name
+
     def warnings(self) -> list[str]:
         """What the caller may not have meant; none of it stops the request."""
         found = []
@@ -351,7 +355,13 @@ def facts_of(request: Mapping[str, Any]) -> RequestFacts:
     watermark = isinstance(watermark_info, Mapping) and watermark_info.get("enabled") is True
     expected = expected_files(n=n, series=series, series_amount=series_amount, watermark=watermark)
     pictures = expected_files(n=n, series=series, series_amount=series_amount, watermark=False)
-    return RequestFacts(series=series, expected=expected, slots=pictures or MAX_PICTURES)
+    model = request.get("model_name")
+    return RequestFacts(
+        series=series,
+        expected=expected,
+        slots=pictures or MAX_PICTURES,
+        model=model if isinstance(model, str) else None,
+    )
 
 
 def _count(value: Any, default: int) -> int:

@@ -248,7 +248,7 @@ def test_a_deleted_task_is_over(parts: Parts) -> None:
 
 
 def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sandbox: Sandbox) -> None:
-    sandbox.set(create_faults=["1102"])
+    sandbox.set(create_faults=["1301"])
     put(parts, *LINES[:2])
     assert finish(parts).failed == 1
     assert of(parts).retry("night", dry_run=True).counts == {"creates_queued": 1}
@@ -280,7 +280,7 @@ def test_a_dismissed_file_is_not_due_again(parts: Parts) -> None:
 
 @ONE_DATABASE
 def test_one_that_is_sent_again_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
-    sandbox.set(create_faults=["1102"])
+    sandbox.set(create_faults=["1301"])
     put(parts, LINES[0])
     run(parts, "creates")
     with parts.database.write() as session:

@@ -28,7 +28,7 @@ from standardwebhooks.webhooks import Webhook
 
 from receiver.providers.base import AlreadyExists, BadSignature, RequestFacts, Unavailable, verify_standard_webhook
 from receiver.providers.kling.client import MAX_ANSWER_BYTES, Kling
-from storage.errors import ProviderRejected, ProviderThrottled, ReportUnreadable
+from storage.errors import AccountRefused, ModelRefused, ProviderRejected, ProviderThrottled, ReportUnreadable
 from storage.states import Output, Report, TaskState
 from tests.harness import PAYLOADS
 
@@ -170,7 +170,7 @@ def test_a_gateways_bare_create_answer_is_a_submitted_task(server: Scripted, kli
     assert (created.provider_task_id, created.report.status) == ("9", TaskState.SUBMITTED)
 
 
-@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1100, 1102, 1103, 1200, 1201, 1202, 1203, 1300, 1301, 1304])
+@pytest.mark.parametrize("code", [1200, 1201, 1202, 1203, 1300, 1301])
 @pytest.mark.parametrize("status", [200, 429])
 def test_a_definite_refusal_is_told_by_its_code(server: Scripted, kling: Kling, code: int, status: int) -> None:
     server.answer({"code": code, "message": "no"}, status)
@@ -178,6 +178,16 @@ def test_a_definite_refusal_is_told_by_its_code(server: Scripted, kling: Kling, 
         create(kling)
     assert (caught.value.code, caught.value.http_status) == (code, status)
     assert not isinstance(caught.value, AlreadyExists)
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1100, 1102, 1103, 1304])
+@pytest.mark.parametrize("status", [200, 429])
+def test_a_refusal_of_the_account_is_told_by_its_code(server: Scripted, kling: Kling, code: int, status: int) -> None:
+    server.answer({"code": code, "message": "no"}, status)
+    with pytest.raises(AccountRefused) as caught:
+        create(kling)
+    assert (caught.value.code, caught.value.http_status, caught.value.said) == (code, status, "no")
+    assert isinstance(caught.value, ModelRefused) == (code == 1103)
 
 
 def test_a_used_external_id_is_its_own_refusal(server: Scripted, kling: Kling) -> None:
@@ -226,10 +236,12 @@ def test_an_answer_that_says_nothing_leaves_the_create_open(
     assert caught.value.sent is True
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_gateways_own_refusal_of_the_key_is_definite(server: Scripted, kling: Kling, status: int) -> None:
+@pytest.mark.parametrize(("status", "kind"), [(401, AccountRefused), (403, ProviderRejected)])
+def test_a_gateways_own_refusal_of_the_key_is_definite(
+    server: Scripted, kling: Kling, status: int, kind: type[Exception]
+) -> None:
     server.answer({"error": {"message": f"invalid key {KEY}"}}, status)
-    with pytest.raises(ProviderRejected, match=f"HTTP {status}: invalid key …"):
+    with pytest.raises(kind, match=f"HTTP {status}: invalid key …"):
         create(kling)
 
 
@@ -441,7 +453,7 @@ def test_a_token_out_of_time_is_minted_once_more(server: Scripted, signing: Klin
 
 def test_a_token_out_of_time_twice_is_a_refusal(server: Scripted, signing: Kling) -> None:
     server.answer({"code": 1004}, 401)
-    with pytest.raises(ProviderRejected):
+    with pytest.raises(AccountRefused):
         create(signing)
     assert len(server.asked) == 2
 
@@ -452,7 +464,7 @@ def test_a_token_does_not_open_the_batch_call(server: Scripted, signing: Kling) 
 
 
 def test_without_credentials_nothing_is_sent(server: Scripted, make: Callable[..., Kling]) -> None:
-    with pytest.raises(ProviderRejected, match="credentials"):
+    with pytest.raises(AccountRefused, match="credentials"):
         create(make(api_key=None))
     assert server.asked == []
 

@@ -1,0 +1,191 @@
+"""An account that says no is not the task: creates pause, nothing fails, and all goes on by itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import httpx
+import pytest
+from sqlmodel import select
+
+from receiver.app import checks
+from receiver.app.wiring import Parts
+from receiver.batch.batch import Batches
+from receiver.batch.batch_file import Line
+from receiver.cli import show
+from receiver.sandbox import Sandbox
+from storage.accounts import pauses
+from storage.accounts.batches import Counts
+from storage.rows.models import AccountPause, Event, Task
+from storage.states import TaskState
+from tests.harness import wait_until
+from tests.pipeline import Web, run, task_of, working
+from tests.unreported_tasks import REQUEST, creates
+
+ID = "order-4711"
+# The first trial; tests that want the whole minute say `WHOLE_PAUSES=1`.
+WHOLE = os.environ.get("WHOLE_PAUSES") == "1"
+TRIAL_SECONDS = pauses.TRIAL_SECONDS if WHOLE else 1.0
+AWAY_SECONDS = 1.5 * TRIAL_SECONDS
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pauses, "TRIAL_SECONDS", TRIAL_SECONDS)
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return {"api_keys": "a-key-of-a-client-of-ours", "metrics_token": "a-metrics-token"}
+
+
+def ask(parts: Parts, external_task_id: str = ID, **fields: Any) -> Task:
+    return parts.submitter.submit({**REQUEST, **fields}, external_task_id=external_task_id).task
+
+
+def stand(parts: Parts) -> list[AccountPause]:
+    with parts.database.read() as session:
+        return pauses.every(session)
+
+
+def said(parts: Parts) -> list[tuple[str, Any]]:
+    with parts.database.read() as session:
+        found = session.exec(select(Event).order_by(Event.id)).all()  # type: ignore[arg-type]
+    return [(event.name, event.data["code"]) for event in found if event.name.startswith("account.")]
+
+
+def let_the_trial_come(parts: Parts) -> None:
+    wait_until(lambda: all(each.trial_at <= parts.database.now() for each in stand(parts)))
+
+
+@pytest.mark.parametrize("code", ["1000", "1002", "1004", "1100", "1102", "1304"])
+def test_a_refused_account_pauses_and_fails_nothing(parts: Parts, sandbox: Sandbox, code: str) -> None:
+    sandbox.set(create_faults=[code])
+    task = ask(parts)
+    assert (task.state, task.error, task.due_at, task.sent_at) == (TaskState.CREATED, None, None, None)
+    assert ask(parts, "second").queued_at is not None
+    run(parts, "creates")
+    assert (len(creates(sandbox)), said(parts)) == (1, [("account.paused", int(code))])
+    let_the_trial_come(parts)
+    run(parts, "creates")
+    assert {task_of(parts, name).state for name in (ID, "second")} == {TaskState.SUBMITTED}
+    assert (stand(parts), said(parts)[1:]) == ([], [("account.resumed", int(code))])
+
+
+def test_a_trial_that_is_refused_is_the_only_create_of_its_minute(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"] * 2)
+    for number in range(10):
+        ask(parts, f"order-{number}")
+    let_the_trial_come(parts)
+    run(parts, "creates")
+    run(parts, "creates")
+    assert len(creates(sandbox)) == 2
+    assert said(parts) == [("account.paused", 1102)], "the same fault is told once"
+
+
+def test_a_model_without_permission_pauses_alone(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1103"])
+    ask(parts, "refused")
+    other = "kling-image-o1" if REQUEST["model_name"] != "kling-image-o1" else "kling-v3-omni"
+    assert ask(parts, "other", model_name=other).state is TaskState.SUBMITTED
+    assert ask(parts, "waits").queued_at is not None
+    run(parts, "creates")
+    assert [each.model for each in stand(parts)] == [REQUEST["model_name"]]
+    assert len(creates(sandbox)) == 2
+    let_the_trial_come(parts)
+    run(parts, "creates")
+    assert {task_of(parts, name).state for name in ("refused", "waits")} == {TaskState.SUBMITTED}
+
+
+def test_a_refused_request_proves_the_key_and_not_the_balance(parts: Parts, sandbox: Sandbox) -> None:
+    for code, is_over in (("1002", True), ("1102", False)):
+        sandbox.set(create_faults=[code, "1301"])
+        ask(parts, code)
+        let_the_trial_come(parts)
+        run(parts, "creates")
+        assert task_of(parts, code).state is TaskState.FAILED
+        assert (stand(parts) == []) == is_over
+
+
+def test_a_trial_that_never_left_is_no_trial(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"])
+    ask(parts)
+    let_the_trial_come(parts)
+    sandbox.stop()
+    run(parts, "creates")
+    (paused,) = stand(parts)
+    assert paused.trial_at <= parts.database.now()
+    sandbox.start()
+
+
+def create(web: Web, key: str, name: str) -> httpx.Response:
+    headers = {"Authorization": "Bearer a-key-of-a-client-of-ours", "Idempotency-Key": key}
+    body = {**REQUEST, "external_task_id": name}
+    return httpx.post(f"{web.url}/kling/v1/images/omni-image", json=body, headers=headers, timeout=30)
+
+
+@pytest.mark.parametrize(("code", "status"), [("1004", 401), ("1102", 429)])
+def test_a_client_hears_the_refusal_and_its_key_is_not_used_up(
+    web: Web, parts: Parts, sandbox: Sandbox, code: str, status: int
+) -> None:
+    sandbox.set(create_faults=[code])
+    for _ in range(3):
+        answer = create(web, "try-1", ID)
+        assert (answer.status_code, answer.json()["code"]) == (status, int(code))
+        assert answer.json()["receiver"] == {"refused_by": "provider"}
+    assert len(creates(sandbox)) == 1, "one trial a minute, whoever asks"
+    let_the_trial_come(parts)
+    assert create(web, "try-1", ID).status_code == 200
+    assert (stand(parts), len(sandbox.ledger().tasks)) == ([], 1)
+
+
+def test_who_looks_is_told_with_the_providers_words(
+    web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.set(create_faults=["1102"])
+    ask(parts)
+    words = "code 1102: Resource pack depleted or expired"
+    bearer = {"Authorization": "Bearer a-metrics-token"}
+    ready = httpx.get(f"{web.url}/readyz", headers=bearer)
+    assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+    assert words in ready.json()["checks"]["account"]
+    assert 'receiver_account_paused{account="kling"} 1.0' in httpx.get(f"{web.url}/metrics", headers=bearer).text
+    assert words in show.summary(show.measured(parts))
+    assert words in show.pausing(parts, task_of(parts, ID))[0]
+    assert any(words in result.line for result in checks.database(parts))
+
+
+def batch_of(parts: Parts, count: int) -> Batches:
+    batches = Batches(parts.database, parts.submitter, parts.schedule)
+    request = parts.submitter.parse(REQUEST)
+    hash_ = request.canonical_hash()
+    lines = [Line(number, f"night-{number:03}", request, hash_) for number in range(1, count + 1)]
+    batches.put(batches.plan("night", lines))
+    return batches
+
+
+def refused(sandbox: Sandbox) -> list[float]:
+    """When creates were refused for the account's sake: ms of the sandbox's clock."""
+    return [each.at_ms for each in sandbox.ledger().creates if each.code in (1002, 1102)]
+
+
+def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox: Sandbox) -> None:
+    count = 200 if WHOLE else 60
+    batches = batch_of(parts, count)
+    sandbox.set(submitted_seconds=0, processing_seconds=0, picture_bytes=2_000)
+    with working(parts):
+        wait_until(lambda: len(sandbox.ledger().tasks) >= count // 4, seconds=60)
+        sandbox.set(create_faults=["1102"] * 1_000)
+        time.sleep(AWAY_SECONDS)
+        sandbox.set(create_faults=["1002"] * 1_000)
+        time.sleep(AWAY_SECONDS)
+        sandbox.set(create_faults=[])
+        wait_until(lambda: batches.counts("night").over == count, seconds=120 + 2 * TRIAL_SECONDS)
+    assert batches.counts("night") == Counts(archived=count)
+    assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == count
+    times = refused(sandbox)
+    most = max(sum(1 for other in times if 0 <= other - at < TRIAL_SECONDS * 1_000) for at in times)
+    assert most <= 5, f"{len(times)} creates refused, {most} of them in {TRIAL_SECONDS:g} s"
+    assert said(parts) == [("account.paused", 1102), ("account.paused", 1002), ("account.resumed", 1002)]
