@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 
 class TaskState(StrEnum):
@@ -69,6 +70,9 @@ COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
 SAID_AFTER_TRIES = 8
 # An index beyond this is nonsense (or an attack on an integer column); positions are used instead.
 MAX_INDEX = 9_999
+# A task's files are at most twice what was asked for, and never more than this: nine pictures, twice with watermark, is
+# the most that one may ask for. A provider with a rule of its own needs a number of its own here.
+MAX_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,13 @@ class AssetName:
 
 @dataclass(frozen=True)
 class AssetFacts:
-    """`unusable_tries`: how often in a row its host answered with something that is no file to keep."""
+    """`unusable_tries`: how often in a row its host answered with something that is no file. `unconfirmed`: only an
+    unsigned delivery has named this link."""
 
     state: AssetState
     url: str = field(repr=False)
     unusable_tries: int = 0
+    unconfirmed: bool = False
 
     @property
     def is_awaited(self) -> bool:
@@ -197,10 +203,36 @@ def decide(task: TaskFacts, report: Report) -> Decision:
     if report.status is not TaskState.SUCCEEDED:
         return Decision(state, task.archive, contradiction)
     named = assets_in(report, task.series)
-    add = {name: url for name, url in named.items() if name not in task.assets}
+    new = [name for name in named if name not in task.assets]
+    add = {name: named[name] for name in new[: max(max_files(task.expected) - len(task.assets), 0)]}
     replace = {name: url for name, url in named.items() if name in task.assets and _takes(task.assets[name], url)}
     archive = ArchiveState.ARCHIVING if add or task.archive is ArchiveState.NONE else task.archive
     return Decision(state, archive, contradiction, add, replace)
+
+
+def max_files(expected: int | None) -> int:
+    """How many files of one task are kept, whatever is reported."""
+    return MAX_FILES if expected is None else min(2 * max(expected, 1), MAX_FILES)
+
+
+def other_files(task: TaskFacts, report: Report) -> dict[AssetName, str]:
+    """Files that the report names in place of other ones: {name: url}. A fresh link to the same file is none.
+
+    A link's query is its signature, and changes; its host and path are the file.
+    """
+    if report.status is not TaskState.SUCCEEDED:
+        return {}
+    known = task.assets
+    named = assets_in(report, task.series).items()
+    return {name: url for name, url in named if name in known and _place(known[name].url) != _place(url)}
+
+
+def _place(url: str) -> tuple[str, str]:
+    try:
+        parts = urlsplit(url.strip())
+        return (parts.hostname or "", parts.path)
+    except ValueError:
+        return ("", url)
 
 
 def _takes(asset: AssetFacts, url: str) -> bool:

@@ -136,7 +136,13 @@ class Parts:
         threads = self.settings.worker_threads
         most = self.settings.max_asset_bytes
         seconds = max(TOTAL_SECONDS, most / SLOWEST_BYTES_PER_SECOND)
-        return Fetcher(self.address_policy, max_bytes=most, connections=threads, total_seconds=seconds)
+        return Fetcher(
+            self.address_policy,
+            max_bytes=most,
+            trusted_hosts=self.confirmation.trusted_hosts,
+            connections=threads,
+            total_seconds=seconds,
+        )
 
     @made_once
     def confirmation(self) -> Confirmation:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import unicodedata
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from storage.rows import claims, tasks
 from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
-from storage.states import CallbackState, Report, TaskState
+from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskFacts, TaskState
 
 log = structlog.get_logger()
 
@@ -32,6 +33,11 @@ LOOKS = 3
 # one. On SQLite the intake waits meanwhile, so a busy worker, where each takes ten times as long, ends it sooner.
 BATCH = 16
 HOLD_SECONDS = 0.02
+# An honest task brings one or two deliveries that are not believed as they came. Whoever holds its callback URL may
+# send any number, and the account's pace of reads belongs to all.
+MAX_READS_PER_TASK = 20
+BY_READ = "confirmed by a read of the task"
+NOT_READ = f"not believed, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,14 @@ class Confirmation:
     mode: Literal["auto", "always", "never"] = "auto"
     trusted_hosts: tuple[str, ...] = ()
 
-    def is_believed(self, report: Report, task: Task, *, signed: bool, by_token: bool) -> bool:
-        """Whether a report is applied as it came, or its task is read first.
+    def is_believed(
+        self, report: Report, task: Task, *, signed: bool, by_token: bool, known: Collection[AssetName] = ()
+    ) -> bool:
+        """Whether a report is applied as it came, or its task is read first. `known`: the task's files so far.
 
-        A delivery without a verified signature is believed when it says nothing final, or when it brings at least
-        the expected pictures, all from trusted hosts. An unsigned `failed` never is: one read settles it.
+        A delivery without a verified signature is believed when it says nothing final, or when it brings exactly the
+        expected pictures, all from trusted hosts, and adds none to an archive that has ended. An unsigned `failed`
+        never is: one read settles it.
         """
         if report.status not in states.TERMINAL or self.mode == "never":
             return by_token or self.mode == "never"
@@ -57,8 +66,15 @@ class Confirmation:
         if signed:
             return True
         named = states.assets_in(report, task.series)
-        enough = task.expected is not None and len(named) >= task.expected
-        return report.status is TaskState.SUCCEEDED and enough and all(map(self._is_trusted, named.values()))
+        is_over = task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
+        if report.status is not TaskState.SUCCEEDED or (is_over and named.keys() - set(known)):
+            return False
+        is_exact = len(named) == task.expected == len(named.keys() | set(known))
+        return is_exact and all(map(self._is_trusted, named.values()))
+
+    def takes_word(self, *, signed: bool) -> bool:
+        """Whether a delivery is the provider's own word: by its signature, or as the settings say so."""
+        return signed or self.mode == "never"
 
     def _is_trusted(self, url: str) -> bool:
         try:
@@ -187,8 +203,16 @@ class DeliveryApplier:
         """Something happened to the task that we cannot read: ask."""
         task = tasks.lock(session, row.task_id) if row.task_id else None
         if task is not None and task.state not in states.TERMINAL:
-            tasks.reschedule(session, task, self._schedule, read_now=True)
+            self._read_now(session, task)
         return Verdict(CallbackState.UNREADABLE, reason)
+
+    def _read_now(self, session: Session, task: Task) -> bool:
+        """Make the locked task due for a read. False: deliveries have caused enough reads of it."""
+        if task.callback_reads >= MAX_READS_PER_TASK:
+            return False
+        task.callback_reads += 1
+        tasks.reschedule(session, task, self._schedule, read_now=True)
+        return True
 
     def _task(self, session: Session, row: Callback, report: Report) -> Task | None:
         """The task of the token, else (no token, or its row was lost and made anew) the one the body names; locked."""
@@ -199,15 +223,39 @@ class DeliveryApplier:
 
     def _believe_or_ask(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
-        if self._confirmation.is_believed(report, task, signed=signed, by_token=by_token) or _is_known(
-            session, task, report
+        facts = tasks.facts(task, tasks.assets_of(session, task.id))
+        confirmed = self._confirmation.takes_word(signed=signed)
+        if doubt := self._doubt(session, task, facts, report, confirmed=confirmed):
+            return self._ask(session, task, report, doubt)
+        known = facts.assets.keys()
+        if self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known) or _is_known(
+            facts, report
         ):
-            tasks.apply(session, task, report, self._schedule, now=tasks.now(session), pushed=True)
-            note = None if report.status else f"unknown status {report.raw_status!r}"
-            return Verdict(CallbackState.APPLIED, note)
+            moment = tasks.now(session)
+            tasks.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
+            return Verdict(CallbackState.APPLIED)
+        return self._ask(session, task, report, BY_READ)
+
+    def _doubt(self, session: Session, task: Task, facts: TaskFacts, report: Report, *, confirmed: bool) -> str | None:
+        """Why the body is odd, though it speaks of this task: one read tells what it means."""
+        if report.status is None:
+            log.warning("callback.unknown_status", task=task.external_task_id, status=report.raw_status)
+            return f"unknown status {report.raw_status!r}"
+        if report.external_task_id not in (None, task.external_task_id):
+            return "the body's external_task_id is written otherwise"
+        if not confirmed and (other := states.other_files(facts, report)):
+            words = tasks.other_words(other)
+            if tasks.contradict(session, task, task.state, report.status, files=words):
+                log.warning("task.contradicted", task=task.external_task_id, files=words)
+            task.note = f"an unsigned delivery names another file for {words}; the provider is asked"
+            return task.note
+        if not confirmed and report.provider_task_id and _is_others(session, task, report.provider_task_id):
+            return "an unsigned delivery gave this task_id to another task"
+        return None
+
+    def _ask(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
         tasks.note_called_back(task, report, tasks.now(session))
-        tasks.reschedule(session, task, self._schedule, read_now=True)
-        return Verdict(CallbackState.APPLIED, "confirmed by a read of the task")
+        return Verdict(CallbackState.APPLIED, reason if self._read_now(session, task) else NOT_READ)
 
 
 def find(
@@ -219,9 +267,8 @@ def find(
     return tasks.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
 
 
-def _is_known(session: Session, task: Task, report: Report) -> bool:
+def _is_known(facts: TaskFacts, report: Report) -> bool:
     """Whether the report would change nothing, so that a replayed delivery causes no reads."""
-    facts = tasks.facts(task, tasks.assets_of(session, task.id))
     decision = states.decide(facts, report)
     unchanged = decision.state is facts.state and decision.archive is facts.archive
     return unchanged and not (decision.contradicted or decision.add or decision.replace)
@@ -229,12 +276,22 @@ def _is_known(session: Session, task: Task, report: Report) -> bool:
 
 def _contradiction(session: Session, task: Task, report: Report) -> str | None:
     """A body contradicts its token only by naming another task of ours, or another external id."""
-    if report.external_task_id is not None and report.external_task_id != task.external_task_id:
+    if report.external_task_id is not None and _folded(report.external_task_id) != _folded(task.external_task_id):
         return "the body names another external_task_id than the token's task"
-    owner = tasks.by_provider_id(session, task.provider, report.provider_task_id) if report.provider_task_id else None
-    if owner not in (None, task.id):
-        return "the body's task_id belongs to another task"
+    if report.provider_task_id and _is_others(session, task, report.provider_task_id):
+        sure = not tasks.is_alias_unsigned(session, task.provider, report.provider_task_id)
+        return "the body's task_id belongs to another task" if sure else None
     return None
+
+
+def _is_others(session: Session, task: Task, provider_task_id: str) -> bool:
+    """Whether another task of ours goes by this id."""
+    return tasks.by_provider_id(session, task.provider, provider_task_id) not in (None, task.id)
+
+
+def _folded(external_task_id: str) -> str:
+    """An id without case, blanks and Unicode form: senders in between change those, and mean the same task."""
+    return "".join(unicodedata.normalize("NFKC", external_task_id).casefold().split())
 
 
 def trusted_hosts(provider_hosts: Sequence[str], base_url: str, extra: Sequence[str]) -> tuple[str, ...]:

@@ -106,7 +106,9 @@ class Archiver:
         self._abort_upload(asset)
         origin = self._origin(asset)
         with spool(self._spool_dir) as sink:
-            fetched = self._fetcher.fetch(asset.source_url, sink, accept_unverified=asset.accept_unverified)
+            fetched = self._fetcher.fetch(
+                asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed
+            )
             self._note(asset, origin, fetched)
             self._put(asset, origin, fetched, sink)
 
@@ -128,7 +130,7 @@ class Archiver:
         """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
         prefix, created_at, external_id = self._bucket.prefix, origin.created_at, origin.external_task_id
         key = object_key(prefix, created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension)
-        superseded = list(asset.superseded)
+        superseded = [old for old in asset.superseded if old != key]
         if asset.key and asset.key != key and self._bucket.head(asset.key) is not None:
             superseded.append(asset.key)
         values = {

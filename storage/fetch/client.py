@@ -12,7 +12,7 @@ import ssl
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -94,7 +94,8 @@ class Fetched:
 class Fetcher:
     """Fetches result files over one pool of connections. Thread-safe.
 
-    `max_bytes`: cap on a file. `connections`: at least the number of threads that fetch. The timeouts are for one
+    `max_bytes`: cap on a file. `trusted_hosts`: where redirects of an unconfirmed link may lead, with their subdomains;
+    empty = anywhere. `connections`: at least the number of threads that fetch. The timeouts are for one
     connect, one wait, and one whole fetch including redirects. `resolve`, `dial`, `ssl_context`: seams for tests; the
     defaults are the system's resolver, a TCP connection and certifi's roots. The environment (proxies, .netrc,
     certificate paths) is not read, no cookie is kept and no referrer sent.
@@ -105,6 +106,7 @@ class Fetcher:
         policy: AddressPolicy,
         *,
         max_bytes: int,
+        trusted_hosts: Sequence[str] = (),
         connections: int = 16,
         connect_timeout_seconds: float = CONNECT_TIMEOUT_SECONDS,
         read_timeout_seconds: float = READ_TIMEOUT_SECONDS,
@@ -115,6 +117,7 @@ class Fetcher:
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._policy = policy
+        self._trusted = AddressPolicy(result_hosts=tuple(trusted_hosts))
         self._max_bytes = max_bytes
         self._timeouts = {
             "connect": connect_timeout_seconds,
@@ -131,14 +134,17 @@ class Fetcher:
             network_backend=connection.GuardedBackend(policy, resolve=resolve, dial=dial),
         )
 
-    def fetch(self, url: str, sink: BinaryIO, *, accept_unverified: bool = False) -> Fetched:
+    def fetch(
+        self, url: str, sink: BinaryIO, *, accept_unverified: bool = False, trusted_only: bool = False
+    ) -> Fetched:
         """Stream `url` into `sink` and describe the file.
 
         Nothing in the URL is trusted: every connection goes to a checked address. At most 3 redirects are followed,
         each is checked, and none leads from https to http. A broken transfer is resumed within the same deadline if
         the host supports ranges. `sink`: empty, readable, writable, seekable. It is rewound on return; on any error it
         holds an unspecified prefix and the caller discards it. `accept_unverified`: accept a file with a broken
-        structure, with `verified` False.
+        structure, with `verified` False. `trusted_only`: a redirect to a host that is not trusted raises
+        `FetchExpired`; a read of the task then says whether the link is the provider's.
 
         Raises `FetchRefused` (the form of `url`), `AddressRefused` (an address it resolves to), `FetchExpired`,
         `FetchInterrupted`, `FetchUnusable` (`NotAnAsset`, `AssetDamaged`: the bytes), `FetchTooLarge`, `DiskFull`.
@@ -151,7 +157,7 @@ class Fetcher:
             min_bytes_per_second=self._min_bytes_per_second,
         )
         with connection.with_deadline(deadline), _our_errors():
-            target, body = self._follow(target, sink, deadline)
+            target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
             media = _inspect(sink, accept_unverified=accept_unverified)
             sink.seek(0)
         return Fetched(
@@ -172,7 +178,9 @@ class Fetcher:
         """Close every connection. A fetch running in another thread ends with an error."""
         self._pool.close()
 
-    def _follow(self, target: Target, sink: BinaryIO, deadline: connection.TransferDeadline) -> tuple[Target, Body]:
+    def _follow(
+        self, target: Target, sink: BinaryIO, deadline: connection.TransferDeadline, *, trusted_only: bool
+    ) -> tuple[Target, Body]:
         """Follow redirects and receive the file; resume it after a broken connection if the host supports ranges."""
         body, redirects, resumes = Body(sink, self._max_bytes), 0, 0
         while redirects <= MAX_REDIRECTS:
@@ -192,6 +200,8 @@ class Fetcher:
                         body.receive(response.status, headers, response.iter_stream(), stream)
                         return target, body
                     target, redirects = self._redirected(target, headers), redirects + 1
+                    if trusted_only and not self._trusted.allows(target.host):
+                        raise FetchExpired("an unconfirmed link redirects to another host: the task is read first")
             except BROKEN:
                 resumes += 1
                 if not body.resumable or body.size <= before or resumes > MAX_RESUMES:

@@ -197,6 +197,7 @@ class Callback(Claimable, table=True):
         _partial_index("callback_unmatched_provider", "provider_task_id", "state = 'unmatched'"),
         Index("callback_task", "task_id"),
         Index("callback_newest", "received_at"),
+        _partial_index("callback_of_nobody", "received_at", "task_id IS NULL AND state <> 'applied'"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -39,6 +39,10 @@ STATE_EVENTS = {
     TaskState.SUCCEEDED: EventName.TASK_SUCCEEDED,
     TaskState.FAILED: EventName.TASK_FAILED,
 }
+# A gateway rewrites the provider's id once or twice; whoever holds a callback URL may write any.
+MAX_UNSIGNED_ALIASES = 3
+# As many files as a note or an event names of those that are contradicted.
+MAX_NAMED = 9
 # Names an asset for ever: the same task, kind and index give the same id after a rebuild.
 ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
 
@@ -139,7 +143,10 @@ def name_of(asset: Asset) -> AssetName:
 
 def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
     """The part of the rows that decisions read."""
-    found = (AssetFacts(asset.state, asset.source_url, asset.unusable_tries) for asset in assets)
+    found = (
+        AssetFacts(asset.state, asset.source_url, asset.unusable_tries, unconfirmed=asset.unconfirmed)
+        for asset in assets
+    )
     return _facts(task, dict(zip(map(name_of, assets), found, strict=True)))
 
 
@@ -169,10 +176,21 @@ def _facts(task: Task, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
     )
 
 
-def apply(session: Session, task: Task, report: Report, schedule: Schedule, *, now: datetime, pushed: bool) -> Decision:
+def apply(
+    session: Session,
+    task: Task,
+    report: Report,
+    schedule: Schedule,
+    *,
+    now: datetime,
+    pushed: bool,
+    confirmed: bool = True,
+) -> Decision:
     """Apply one report to a locked task: its state, its assets, the facts, and what it waits for next.
 
     Harmless to repeat. `now`: the database's time. `pushed`: it came as a callback, not as an answer to a read.
+    `confirmed`: the provider said so, in an answer or a signed delivery. What only an unsigned delivery said gives way
+    to it: another file for an index takes the place of the first, archived or not.
     """
     assets = {name_of(asset): asset for asset in assets_of(session, task.id)}
     before = facts(task, list(assets.values()))
@@ -185,47 +203,123 @@ def apply(session: Session, task: Task, report: Report, schedule: Schedule, *, n
         task.step = None  # the read that waited has been made
     if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
         task.completeness_reads += 1
-    decision = states.decide(replace(before, series=task.series), report)
-    _note_time(task, report, now=now, pushed=pushed)
+    known = replace(before, series=task.series)
+    decision = states.decide(known, report)
+    _note_time(task, report, now=now, pushed=pushed, confirmed=confirmed)
     _change_state(session, task, report, decision, now)
-    _write_assets(session, task, assets, report, decision, schedule, now)
-    _note_provider_id(session, task, report)
+    _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)
+    if confirmed:
+        _confirm_assets(session, task, known, assets, report, now)
+    _note_provider_id(session, task, report, confirmed=confirmed)
     reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
 
 
-def _note_provider_id(session: Session, task: Task, report: Report) -> None:
+def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:
+    """Only the provider says by which id it is asked: whoever holds a callback URL could name another's task."""
     if report.provider_task_id is None:
         return
-    if task.provider_task_id is None:
+    if task.provider_task_id is None and confirmed:
         task.provider_task_id = report.provider_task_id
-    note_alias(session, task, report.provider_task_id)
+    note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
 
 
-_NEW_ALIAS = {
+_INSERT_ALIAS = {
     dialect.__name__.rpartition(".")[2]: dialect.insert(TaskAlias.__table__)  # type: ignore[attr-defined]
-    .on_conflict_do_nothing()
-    .returning(_ALIASES.task_id)
     for dialect in (sqlite, postgresql)
 }
+_NEW_ALIAS = {
+    name: statement.on_conflict_do_nothing().returning(_ALIASES.task_id) for name, statement in _INSERT_ALIAS.items()
+}
+_SURE_ALIAS = {
+    name: statement.on_conflict_do_update(
+        index_elements=["provider", "provider_task_id"],
+        set_={"task_id": statement.excluded.task_id, "unsigned": False},
+        where=_ALIASES.unsigned,
+    ).returning(_ALIASES.task_id)
+    for name, statement in _INSERT_ALIAS.items()
+}
+_UNSIGNED = sqlalchemy.select(sqlalchemy.func.count()).where(_ALIASES.task_id == bindparam("of"), _ALIASES.unsigned)
 
 
-def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
+def note_alias(session: Session, task: Task, provider_task_id: str, *, unsigned: bool = False) -> None:
     """Remember an id the provider calls the task by; an id that another task has keeps its owner.
 
-    Unmatched deliveries that came under a new one are due.
+    `unsigned`: only an unsigned delivery says so. Three such ids are remembered, and each goes to the task of which the
+    provider says it. Unmatched deliveries that came under a new one are due.
     """
     values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
-    if run(session, _NEW_ALIAS[session.get_bind().dialect.name], values).first() is not None:
-        rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
+    statement = (_NEW_ALIAS if unsigned else _SURE_ALIAS)[session.get_bind().dialect.name]
+    if run(session, statement, {**values, "unsigned": unsigned}).first() is None:
+        return
+    if unsigned and run(session, _UNSIGNED, {"of": task.id}).scalar_one() > MAX_UNSIGNED_ALIASES:
+        mine = (_ALIASES.provider == task.provider, _ALIASES.provider_task_id == provider_task_id)
+        session.execute(sqlalchemy.delete(TaskAlias).where(*mine))
+        return
+    rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
 
 
-def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool) -> None:
+_IS_UNSIGNED = sqlalchemy.select(_ALIASES.unsigned).where(
+    _ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted")
+)
+
+
+def is_alias_unsigned(session: Session, provider: str, provider_task_id: str) -> bool:
+    """Whether no more than an unsigned delivery says whose this id is."""
+    return bool(run(session, _IS_UNSIGNED, {"by": provider, "wanted": provider_task_id}).scalar())
+
+
+def contradict(session: Session, task: Task, decision_state: TaskState, reported: Any, **facts: Any) -> bool:
+    """Flag the locked task as contradicted and say so, once for good. Returns whether that is new."""
+    if task.contradicted:
+        return False
+    task.contradicted = True
+    record(session, EventName.TASK_CONTRADICTED, task.id, {"kept": decision_state, "reported": reported, **facts})
+    return True
+
+
+def other_words(names: Iterable[AssetName]) -> str:
+    """Which files two reports contradict each other about."""
+    return ", ".join(f"{name.kind} {name.index}" for name in sorted(names)[:MAX_NAMED])
+
+
+def _confirm_assets(
+    session: Session, task: Task, known: TaskFacts, assets: dict[AssetName, Asset], report: Report, now: datetime
+) -> None:
+    """What an unsigned delivery said of files is confirmed by the provider's word, or gives way to it."""
+    if report.status is not TaskState.SUCCEEDED:
+        return
+    other = states.other_files(known, report)
+    won = {name: url for name, url in other.items() if assets[name].unconfirmed}
+    for name in states.assets_in(report, known.series).keys() & assets.keys():
+        assets[name].unconfirmed = False
+    if not won:
+        return
+    contradict(session, task, task.state, report.status, files=other_words(won))
+    task.note = f"the provider names another file for {other_words(won)} than an unsigned delivery did"
+    task.archive = states.ArchiveState.ARCHIVING
+    for name, url in won.items():
+        _fetch_anew(session, assets[name], url, now)
+
+
+def _fetch_anew(session: Session, asset: Asset, url: str, now: datetime) -> None:
+    """Whoever fetches the old link loses the claim; what was stored from it is superseded."""
+    session.flush()
+    session.refresh(asset, with_for_update=True)
+    asset.superseded = [*asset.superseded, asset.key] if asset.key else asset.superseded
+    asset.source_url, asset.state, asset.due_at, asset.lease = url, AssetState.DUE, now, None
+    asset.key = asset.sha256 = asset.size = asset.archived_at = asset.error = None
+    asset.attempts = asset.losses = 0
+    asset.fetched = {}
+    session.flush()
+
+
+def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool, confirmed: bool) -> None:
     task.reported_at = now
     if pushed:
         note_called_back(task, report, now)
         task.polls = 0
-    if report.units is not None:
+    if report.units is not None and confirmed:
         task.units = report.units
 
 
@@ -239,8 +333,7 @@ def note_called_back(task: Task, report: Report, now: datetime) -> None:
 
 def _change_state(session: Session, task: Task, report: Report, decision: Decision, now: datetime) -> None:
     if decision.contradicted:
-        task.contradicted = True
-        record(session, EventName.TASK_CONTRADICTED, task.id, {"kept": decision.state, "reported": report.status})
+        contradict(session, task, decision.state, report.status)
     task.archive = decision.archive
     if decision.state is task.state:
         return
@@ -262,6 +355,8 @@ def _write_assets(
     decision: Decision,
     schedule: Schedule,
     now: datetime,
+    *,
+    confirmed: bool,
 ) -> None:
     for name, url in decision.replace.items():
         asset = assets[name]
@@ -269,7 +364,7 @@ def _write_assets(
         asset.files_expire_at = _files_expire_at(url, report, schedule, now)
         _make_due(session, asset)
     added = [
-        _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now)
+        _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now) | {"unconfirmed": not confirmed}
         for name, url in decision.add.items()
     ]
     if added:

@@ -28,6 +28,18 @@ STATES = {
     "succeed": TaskState.SUCCEEDED,
     "succeeded": TaskState.SUCCEEDED,
     "failed": TaskState.FAILED,
+    # Words of other providers, as gateways pass them on. A word that is in neither list causes one read.
+    "pending": TaskState.SUBMITTED,
+    "queued": TaskState.SUBMITTED,
+    "running": TaskState.PROCESSING,
+    "in_progress": TaskState.PROCESSING,
+    "success": TaskState.SUCCEEDED,
+    "successful": TaskState.SUCCEEDED,
+    "complete": TaskState.SUCCEEDED,
+    "completed": TaskState.SUCCEEDED,
+    "fail": TaskState.FAILED,
+    "failure": TaskState.FAILED,
+    "error": TaskState.FAILED,
 }
 
 # Signed URLs tell their end in Unix seconds, decimal (seen) or hexadecimal (third); other numbers are no times.

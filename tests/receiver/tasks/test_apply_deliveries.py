@@ -58,7 +58,7 @@ def report(status: TaskState | None, pictures: int = 0, host: str = OFFICIAL) ->
     [
         ("auto", report(SUCCEEDED, 2), False, True, True),
         ("auto", report(SUCCEEDED, 2, TRUSTED), False, True, True),
-        ("auto", report(SUCCEEDED, 3), False, True, True),
+        ("auto", report(SUCCEEDED, 3), False, True, False),  # more than asked for
         ("auto", report(SUCCEEDED, 1), False, True, False),  # fewer than asked for
         ("auto", report(SUCCEEDED), False, True, False),
         ("auto", report(SUCCEEDED, 2, FOREIGN), False, True, False),
@@ -189,7 +189,7 @@ def test_an_unknown_task_id_is_learnt_as_an_alias(parts: Parts) -> None:
 @pytest.mark.parametrize("told", [body("succeed", 1, **info("another")), body("succeed", 1, task_id="902")])
 def test_a_body_that_names_another_task_is_rejected_and_touches_nothing(told: dict[str, Any], parts: Parts) -> None:
     other = insert_row(parts)
-    deliver(parts, other, body("processing", task_id="902"))
+    deliver(parts, other, body("processing", task_id="902"), webhook_id="msg_1")
     task = insert_row(parts, external_task_id="mine")
     row = deliver(parts, task, told)
     assert row.state is CallbackState.REJECTED and row.reason
@@ -218,7 +218,7 @@ def test_an_unknown_status_keeps_the_task_waiting(parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, task, body("resting"))
     assert (row.state, row.reason) == (CallbackState.APPLIED, "unknown status 'resting'")
-    assert task_of(parts, task.external_task_id).state is SUBMITTED
+    assert task_of(parts, task.external_task_id).state is SUBMITTED and is_read_now(parts, task)
 
 
 # -- many at once -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,10 @@ def upgrade() -> None:
     op.add_column("task", sa.Column("callback_reads", sa.Integer(), server_default="0", nullable=False))
     op.add_column("asset", sa.Column("unconfirmed", sa.Boolean(), server_default=sa.false(), nullable=False))
     op.add_column("task_alias", sa.Column("unsigned", sa.Boolean(), server_default=sa.false(), nullable=False))
+    of_nobody = sa.text("task_id IS NULL AND state <> 'applied'")
+    op.create_index(
+        "callback_of_nobody", "callback", ["received_at"], postgresql_where=of_nobody, sqlite_where=of_nobody
+    )
     op.create_table(
         "account_pause",
         sa.Column("provider", sa.Text(), nullable=False),

@@ -1,0 +1,206 @@
+"""What whoever holds one callback URL, and no signature, can make of a task."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+import pytest
+from sqlmodel import update
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from receiver.tasks import apply_deliveries
+from storage.rows import tasks
+from storage.rows.models import Asset, Task
+from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, TaskState
+from tests.harness import wait_until
+from tests.pipeline import assets_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
+from tests.receiver.tasks.test_apply_deliveries import BY_READ, OFFICIAL, body, info, is_read_now
+from tests.rows import event_names
+from tests.unreported_tasks import submit
+
+
+def confirm(parts: Parts, task: Task, told: dict[str, Any]) -> None:
+    """As if the provider had been read and said so."""
+    with parts.database.write() as session:
+        row = tasks.lock(session, task.id)
+        assert row is not None
+        row.step = None
+        report = parts.kling.parse(str(told).replace("'", '"').encode())
+        tasks.apply(session, row, report, parts.schedule, now=tasks.now(session), pushed=False)
+
+
+def archived(parts: Parts, *, webhook_id: str | None = None, **values: Any) -> Task:
+    """A task whose one picture is kept, by a delivery that was believed, unsigned or not."""
+    task = insert_row(parts, **values)
+    deliver(parts, task, body("succeed", 1), webhook_id=webhook_id)
+    with parts.database.write() as session:
+        session.execute(update(Asset).values(state=AssetState.ARCHIVED, due_at=None, key="a/key", sha256="0" * 64))
+        session.execute(update(Task).values(archive=ArchiveState.ARCHIVED, step=None, due_at=None))
+    return task
+
+
+def test_more_pictures_than_asked_for_are_read_first(parts: Parts) -> None:
+    task = insert_row(parts)
+    for number in range(6):
+        assert deliver(parts, task, body("succeed", 400 + number)).reason == BY_READ
+    assert assets_of(parts, task) == [] and is_read_now(parts, task)
+
+
+def test_an_archived_task_takes_no_more_unread(parts: Parts) -> None:
+    task = archived(parts, expected=2, webhook_id="msg_1")
+    assert deliver(parts, task, body("succeed", 2)).reason == BY_READ
+    assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED
+    assert len(assets_of(parts, task)) == 1 and is_read_now(parts, task)
+
+
+@pytest.mark.parametrize(("expected", "most"), [(1, 2), (9, 18), (None, MAX_FILES)])
+def test_the_files_of_a_task_are_capped_whoever_names_them(parts: Parts, expected: int | None, most: int) -> None:
+    task = insert_row(parts, expected=expected)
+    for count in (400, 450):
+        deliver(parts, task, body("succeed", count), webhook_id=f"msg_{count}")
+    assert len(assets_of(parts, task)) == most
+
+
+def test_the_price_in_an_unsigned_delivery_is_not_believed(parts: Parts) -> None:
+    task = insert_row(parts)
+    deliver(parts, task, body("succeed", 1, final_unit_deduction="999"))
+    assert task_of(parts, task.external_task_id).units is None
+    deliver(parts, task, body("succeed", 1, final_unit_deduction="8"), webhook_id="msg_1")
+    assert task_of(parts, task.external_task_id).units == "8"
+
+
+FORGED = "https://p9-fdl.klingai.com/forged"
+
+
+def test_another_file_for_an_index_is_a_contradiction_and_read_once(parts: Parts) -> None:
+    task = archived(parts)
+    row = deliver(parts, task, body("succeed", 1, host=FORGED))
+    found = task_of(parts, task.external_task_id)
+    assert row.reason == found.note and "another file for image 0" in str(row.reason)
+    assert found.contradicted and is_read_now(parts, task)
+    assert event_names(parts.database, task).count("task.contradicted") == 1
+    (asset,) = assets_of(parts, task)
+    assert (asset.state, asset.source_url.startswith(OFFICIAL)) == (AssetState.ARCHIVED, True)
+
+
+def test_the_providers_answer_replaces_a_forged_picture(parts: Parts) -> None:
+    task = insert_row(parts)
+    deliver(parts, task, body("succeed", 1, host=FORGED))
+    with parts.database.write() as session:
+        session.execute(update(Asset).values(state=AssetState.ARCHIVED, due_at=None, key="forged/key", sha256="0" * 64))
+        session.execute(update(Task).values(archive=ArchiveState.ARCHIVED))
+    confirm(parts, task, body("succeed", 1))
+    (asset,), found = assets_of(parts, task), task_of(parts, task.external_task_id)
+    assert (asset.state, asset.key, asset.superseded) == (AssetState.DUE, None, ["forged/key"])
+    assert asset.source_url.startswith(OFFICIAL) and not asset.unconfirmed
+    assert (found.archive, found.contradicted) == (ArchiveState.ARCHIVING, True)
+    assert "another file for image 0" in (found.note or "")
+
+
+def test_a_fresh_link_to_the_same_file_is_no_contradiction(parts: Parts) -> None:
+    task = archived(parts)
+    fresh = body("succeed", 1)
+    fresh["task_result"]["images"][0]["url"] += "fresh"
+    assert deliver(parts, task, fresh).reason is None
+    confirm(parts, task, fresh)
+    (asset,), found = assets_of(parts, task), task_of(parts, task.external_task_id)
+    assert (asset.state, asset.unconfirmed, found.contradicted) == (AssetState.ARCHIVED, False, False)
+
+
+def test_a_forged_success_that_came_first_ends_with_the_paid_picture(parts: Parts, sandbox: Sandbox) -> None:
+    (task,) = submit(parts, 1)
+    wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+    other = submit(parts, 1, prompt="what somebody else made")[0]
+    wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+    theirs = parts.kling.read(provider_task_id=None, external_task_id=other.external_task_id)
+    assert theirs is not None
+    forged = body("succeed", task_id=str(task.provider_task_id))
+    forged["task_result"] = {"images": [{"index": 0, "url": theirs.report.outputs[0].url}]}
+    assert deliver(parts, task, forged).reason is None
+    run(parts, "assets")
+    paid = parts.kling.read(provider_task_id=None, external_task_id=task.external_task_id)
+    assert paid is not None
+    deliver(parts, task, paid.body)
+    drain(parts, task.external_task_id)
+    (asset,) = assets_of(parts, task)
+    assert asset.sha256 == sandbox.ledger().task(task.external_task_id).assets[0].sha256
+    assert "task.contradicted" in event_names(parts.database, task)
+    assert {asset.key, *asset.superseded} < set(kept(parts, task))
+
+
+def test_an_unread_link_is_not_followed_out_of_the_trusted_hosts(parts: Parts, sandbox: Sandbox) -> None:
+    (task,) = submit(parts, 1)
+    wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+    told = parts.kling.read(provider_task_id=None, external_task_id=task.external_task_id)
+    assert told is not None
+    sandbox.set(cdn_redirect_to="https://elsewhere.example/a.png")
+    deliver(parts, task, told.body)
+    run(parts, "assets")
+    (asset,) = assets_of(parts, task)
+    assert asset.unconfirmed and "the task is read first" in (asset.error or "")
+    assert is_read_now(parts, task)
+    run(parts, "reads")
+    assert not assets_of(parts, task)[0].unconfirmed
+
+
+def test_at_most_three_aliases_come_from_unsigned_deliveries(parts: Parts) -> None:
+    task = insert_row(parts)
+    for number in range(50):
+        deliver(parts, task, body("processing", task_id=f"foreign-{number}"))
+    with parts.database.read() as session:
+        assert len(tasks.aliases_of(session, task.id)) == tasks.MAX_UNSIGNED_ALIASES == 3
+    assert task_of(parts, task.external_task_id).provider_task_id is None
+
+
+def test_the_answer_to_our_create_takes_an_alias_over(parts: Parts, sandbox: Sandbox) -> None:
+    held = insert_row(parts)
+    ours = submit(parts, 1)[0]
+    next_id = str(int(str(ours.provider_task_id)) + 1) if str(ours.provider_task_id).isdigit() else "901"
+    deliver(parts, held, body("processing", task_id=next_id))
+    with parts.database.write() as session:
+        row = tasks.lock(session, ours.id)
+        assert row is not None
+        tasks.note_alias(session, row, next_id)
+        assert tasks.by_provider_id(session, "kling", next_id) == ours.id
+        assert not tasks.is_alias_unsigned(session, "kling", next_id)
+
+
+def test_a_stolen_alias_does_not_reject_the_genuine_delivery(parts: Parts) -> None:
+    held, ours = insert_row(parts), insert_row(parts, external_task_id="ours")
+    deliver(parts, held, body("processing", task_id="902"))
+    row = deliver(parts, ours, body("succeed", 1, task_id="902", **info("ours")))
+    assert row.state is CallbackState.APPLIED and is_read_now(parts, ours)
+
+
+def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_deliveries, "MAX_READS_PER_TASK", 3)
+    task = insert_row(parts)
+    for number in range(10):
+        deliver(parts, task, body("failed", n=number))
+    assert task_of(parts, task.external_task_id).callback_reads == 3
+    assert [row.reason for row in callbacks_of(parts)].count(BY_READ) == 3
+
+
+@pytest.mark.parametrize("word", ["SUCCESS", "completed", " Succeeded "])
+def test_other_providers_words_for_success_are_understood(word: str, parts: Parts) -> None:
+    task = insert_row(parts)
+    assert deliver(parts, task, body(word, 1)).reason is None
+    assert task_of(parts, task.external_task_id).state is TaskState.SUCCEEDED
+
+
+def test_an_unknown_word_with_pictures_causes_one_read(parts: Parts) -> None:
+    task = insert_row(parts)
+    for _ in range(2):
+        row = deliver(parts, task, body("resting", 1))
+    assert row.reason == "unknown status 'resting'" and is_read_now(parts, task)
+    assert task_of(parts, task.external_task_id).callback_reads == 1
+
+
+@pytest.mark.parametrize("name", ["ORDER-é", " order-é ", unicodedata.normalize("NFD", "order-é")])
+def test_an_id_that_is_written_otherwise_causes_one_read(name: str, parts: Parts) -> None:
+    task = insert_row(parts, external_task_id="order-é")
+    row = deliver(parts, task, body("succeed", 1, **info(name)))
+    assert (row.state, row.reason) == (CallbackState.APPLIED, "the body's external_task_id is written otherwise")
+    assert is_read_now(parts, task)
