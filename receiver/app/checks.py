@@ -381,7 +381,15 @@ def callbacks(parts: Parts) -> Iterator[Result]:
     if not chosen.public_url:
         line, advice = "RECEIVER_PUBLIC_URL is not set, so tasks are polled", "set it to be called back"
         yield Result("callbacks", Status.NOTE, line, advice)
-    elif chosen.callback_secrets:
+        return
+    if not chosen.kling_webhook_secrets and chosen.confirm != "always":
+        line = (
+            "nothing proves who sends a callback: whoever knows a callback URL can report a success, and its links to "
+            "files on the provider's hosts are archived until a later report differs"
+        )
+        advice = "set RECEIVER_KLING_WEBHOOK_SECRETS if the provider signs, else RECEIVER_CONFIRM=always (a read each)"
+        yield Result("callbacks: unsigned", Status.NOTE, line, advice)
+    if chosen.callback_secrets:
         url = f"{chosen.public_url}/callbacks/{Kling.name}/{parts.tokens.sign(Kling.name, None)}"
         line = "for tasks made elsewhere, the provider's console can call back too"
         yield Result("callbacks", Status.NOTE, line, "paste the address below there and keep it secret", url)

@@ -256,6 +256,15 @@ def test_the_account_url(look: Look) -> None:
     assert Tokens([SecretStr(CALLBACK_SECRET)]).read("kling", token) == Named(None, 0)
 
 
+def test_callbacks_that_nobody_signs_are_warned_of(look: Look) -> None:
+    public = {"public_url": "https://example.com"}
+    note = look(**public)["callbacks: unsigned"]
+    assert note.status is Status.NOTE
+    assert "RECEIVER_CONFIRM=always" in note.advice
+    for safe in ({"confirm": "always"}, {"kling_webhook_secrets": SECRET}):
+        assert "callbacks: unsigned" not in look(**public, **safe)
+
+
 def test_an_unknown_variable(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECEIVER_S3_BUKET", "pictures")
     found = look()
