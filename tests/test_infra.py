@@ -304,6 +304,13 @@ def test_proxy_tries_again_when_the_web_cannot_store(proxy: _Proxy) -> None:
     assert set(web.seen) == {("POST", CALLBACK, b"{}")}
 
 
+def test_proxy_bounds_how_often_a_callback_is_sent(proxy: _Proxy) -> None:
+    for status, most in ((503, 12), (429, 1)):
+        with _web(proxy.web, status=status) as web:
+            assert proxy.ask("POST", CALLBACK, b"{}") == status
+        assert 1 <= len(web.seen) <= most
+
+
 @pytest.mark.parametrize(("size", "status"), [(262_144, 200), (262_145, 413)])
 def test_proxy_caps_a_callback_where_the_receiver_does(proxy: _Proxy, size: int, status: int) -> None:
     with _web(proxy.web) as web:

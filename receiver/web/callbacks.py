@@ -1,7 +1,8 @@
 """`POST /callbacks/{provider}/{token}`: check the token, read the body within bounds, commit it, then answer 200.
 
-404 bad token (no body read, no query) · 408 body slower than 10 s · 413 over 256 KiB · 401 bad signature (kept)
-503 we could not store it in time · 200 committed, whatever it says. Never 4xx for our own fault.
+404 bad token (no body read, no query) · 408 body slower than 10 s · 413 over 256 KiB, or over 64 KiB at the account's
+URL · 401 bad signature (kept) · 429 the task has all the deliveries it may keep: it is read instead, and a proxy does
+not repeat it · 503 we could not store it in time · 200 committed, whatever it says. Never 4xx for our own fault.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
+from receiver.web.account_budget import Strangers
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.timeouts import Timeouts
 from storage import states
@@ -40,10 +42,14 @@ log = structlog.get_logger()
 
 # About 1 kB per result URL, 32 kB are planned for (KLING §5); eight times that is nobody's honest callback.
 MAX_BODY_BYTES = 256 * 1024
+# At the account's URL, whose token names no task: twice of what is planned for.
+MAX_ACCOUNT_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0
 # From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
 COMMIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 5
+# What a full task refuses says nothing new to it: a sender may come back when deliveries have been pruned.
+FULL_RETRY_AFTER_SECONDS = 3_600
 # Evidence of a wrong signature is worth keeping a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
 # So many are counted among the newest deliveries of the task: all of its own, and of the account's URL, where more come
@@ -52,6 +58,8 @@ NEWEST = 500
 # A task with too many deliveries is made due for a read at most this often, and what is not kept of one is said so
 # often in the log; so many of them are remembered.
 READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
+# Whether the account's URL takes evidence of wrong signatures again is looked at so often.
+LOOK_AGAIN_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
 # Kept beside the body to tell senders apart; everything else may hold a secret.
 KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
@@ -89,6 +97,8 @@ class Callbacks:
         self.fault: str | None = None  # why the last delivery was not stored; None: it was, or none has come
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
+        self._refused = _Refused()
+        self._strangers = Strangers(database)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
@@ -111,15 +121,16 @@ class Callbacks:
         named = self._tokens.read(provider.name, path["token"]) if provider else None
         if provider is None or named is None:
             return _answer(404, "not found", "bad_token")
+        most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
         try:
             with self._bodies.within(BODY_SECONDS):
-                body = await _read_body(scope, receive)
+                body = await _read_body(scope, receive, most)
         except TimeoutError:
             return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
         except ClientDisconnect:
             return _answer(400, "the body ended early", "cut_body")
         if body is None:
-            return _answer(413, f"the body is longer than {MAX_BODY_BYTES} bytes", "long_body")
+            return _answer(413, f"the body is longer than {most} bytes", "long_body")
         headers = _kept_headers(scope)
         try:
             webhook_id = provider.verify(Headers(scope=scope), body)
@@ -132,13 +143,16 @@ class Callbacks:
 
     async def _store(self, delivery: Delivery) -> Response | None:
         """None: it is stored. Else why not."""
+        if delivery.task_id is None and not await self._strangers.have_room():
+            return _answer(503, "the account's address holds all it may of what matches no task", "account_full")
         try:
             with self._commits.within(COMMIT_SECONDS):
                 intake = await self._group_commit.commit(delivery)
         except TaskFull:
             if self._may_read_soon.now(delivery.task_id):
                 await run_in_threadpool(self._read_soon, delivery)
-            return _answer(503, "this task has more deliveries than can be kept; it is read instead", "task_full")
+            words = "this task has more deliveries than can be kept; it is read instead"
+            return _answer(429, words, "task_full", {"Retry-After": str(FULL_RETRY_AFTER_SECONDS)})
         except QueueFull:
             return _answer(503, "busy, try again", "full")
         except TimeoutError:
@@ -152,17 +166,22 @@ class Callbacks:
             log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
             return _answer(503, "could not be stored, try again", "bug")
         self.fault = None
+        if delivery.task_id is None and intake is Intake.NEW:
+            self._strangers.add(len(delivery.body))
         _count("new" if intake is Intake.NEW else "duplicate")
         return None
 
     async def _refuse(
         self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
     ) -> Response:
-        """Keep the evidence, make the task due for a read: a misconfiguration costs seconds, not pictures."""
+        """Keep the evidence, make the task due for a read: a misconfiguration costs seconds, not pictures.
+
+        Both so often for each task, and neither beyond.
+        """
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
         try:
-            is_kept = await run_in_threadpool(self._keep_refused, delivery)
+            is_kept = self._refused.may(named.task_id) and await run_in_threadpool(self._keep_refused, delivery)
         except DatabaseUnavailable as error:
             self.fault = str(error)
             log.error("callback.not_stored", error=str(error))
@@ -181,7 +200,9 @@ class Callbacks:
             is_kept = session.exec(rejected).one() < MAX_REJECTED_PER_TASK
             if is_kept and store(session, [delivery]):
                 record(session, EventName.CALLBACK_REJECTED, delivery.task_id, {"reason": delivery.reason})
-            self._make_due(session, delivery)
+            if is_kept:
+                self._make_due(session, delivery)
+        self._refused.note(delivery.task_id, is_kept=is_kept)
         return is_kept
 
     def _read_soon(self, delivery: Delivery) -> None:
@@ -193,6 +214,31 @@ class Callbacks:
         if task is not None and task.state not in states.TERMINAL:
             tasks.read_soon(session, task)
             self._database.wake(session)
+
+
+class _Refused:
+    """Which tasks may have another refused delivery looked at: so many in this process, until the rows say no.
+
+    At the account's URL, where the window of what is kept moves on, the rows are asked again after a while.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[uuid.UUID | None, int] = {}
+        self._look_at = 0.0
+
+    def may(self, task_id: uuid.UUID | None) -> bool:
+        if task_id is None:
+            return time.monotonic() >= self._look_at
+        return self._counts.get(task_id, 0) < MAX_REJECTED_PER_TASK
+
+    def note(self, task_id: uuid.UUID | None, *, is_kept: bool) -> None:
+        if task_id is None:
+            self._look_at = 0.0 if is_kept else time.monotonic() + LOOK_AGAIN_SECONDS
+            return
+        count = self._counts.pop(task_id, 0) + 1
+        while len(self._counts) >= REMEMBERED_TASKS:
+            self._counts.pop(next(iter(self._counts)))
+        self._counts[task_id] = count if is_kept else MAX_REJECTED_PER_TASK
 
 
 class _RateLimit:
@@ -212,10 +258,10 @@ class _RateLimit:
         return True
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
-    """The body; None when it is over the bound, declared or not. Raises ClientDisconnect."""
+async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes | None:
+    """The body; None when it is over `most` bytes, declared or not. Raises ClientDisconnect."""
     for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value[:12]) > MAX_BODY_BYTES:
+        if name == b"content-length" and value.isdigit() and int(value[:12]) > most:
             return None
     chunks, size, is_more = [], 0, True
     while is_more:
@@ -224,7 +270,7 @@ async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
             raise ClientDisconnect
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
-        if size > MAX_BODY_BYTES:
+        if size > most:
             return None
         is_more = message.get("more_body", False)
     return b"".join(chunks)

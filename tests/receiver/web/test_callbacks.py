@@ -15,12 +15,12 @@ import httpx
 import pytest
 import structlog
 from pydantic import SecretStr
-from sqlalchemy import text
+from sqlalchemy import text, update
 from standardwebhooks import Webhook
 
 from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
-from receiver.web import callbacks
+from receiver.web import account_budget, callbacks
 from storage.operations import heartbeats
 from storage.rows import group_commit
 from storage.rows.models import Callback, Task
@@ -255,6 +255,39 @@ def test_at_most_twenty_refused_deliveries_of_a_task_are_kept(web: Web, parts: P
 
 
 @SIGNED
+def test_refused_deliveries_beyond_those_kept_cost_neither_a_read_nor_a_write(web: Web, parts: Parts) -> None:
+    task = insert_row(parts)
+    bodies = [json.dumps({"number": number}).encode() for number in range(40)]
+    assert {post(web, path_of(parts, task), body).status_code for body in bodies[:21]} == {401}
+    later = datetime.now(UTC) + timedelta(hours=1)
+    with parts.database.write() as session:
+        session.execute(update(Task).values(due_at=later))
+    assert {post(web, path_of(parts, task), body).status_code for body in [*bodies[21:], bodies[0]]} == {401}
+    assert task_of(parts, task.external_task_id).due_at == later
+    assert len(callbacks_of(parts)) == 20
+
+
+@pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_BYTES"])
+def test_what_matches_no_task_has_a_budget_of_its_own(
+    limit: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = [b'{"task_id": "%d", "task_status": "processing"}' % number for number in range(5)]
+    monkeypatch.setattr(account_budget, limit, 2 if limit == "MAX_ROWS" else 2 * len(bodies[0]))
+    path = f"/callbacks/kling/{web.account_token}"
+    assert [post(web, path, body).status_code for body in bodies] == [200, 200, 503, 503, 503]
+    assert post(web, path_of(parts, insert_row(parts)), BODY).status_code == 200, "a task's own URL goes on"
+    with parts.database.read() as session:
+        assert account_budget.count(session) == (2, len(bodies[0]) * 2)
+
+
+@ON_SQLITE
+def test_the_accounts_url_takes_small_bodies_alone(web: Web, parts: Parts) -> None:
+    long = b" " * (callbacks.MAX_ACCOUNT_BODY_BYTES + 1)
+    assert post(web, f"/callbacks/kling/{web.account_token}", long).status_code == 413
+    assert post(web, path_of(parts, insert_row(parts)), long).status_code == 200
+
+
+@SIGNED
 def test_what_is_refused_and_not_kept_is_said_once_a_minute(web: Web, parts: Parts) -> None:
     bodies = [json.dumps({"number": number}).encode() for number in range(23)]
     with structlog.testing.capture_logs() as logs:
@@ -269,6 +302,7 @@ def test_refused_deliveries_to_the_account_are_kept_again_once_others_came(
 ) -> None:
     monkeypatch.setattr(callbacks, "MAX_REJECTED_PER_TASK", 1)
     monkeypatch.setattr(callbacks, "NEWEST", 2)
+    monkeypatch.setattr(callbacks, "LOOK_AGAIN_SECONDS", 0.0)
     path = f"/callbacks/kling/{web.account_token}"
     for number in range(3):
         good, bad = (json.dumps({"number": number, "good": good}).encode() for good in (True, False))
@@ -323,7 +357,7 @@ def test_a_task_with_too_many_deliveries_is_read_instead(
     task = insert_row(parts)
     bodies = [b'{"task_id": "901", "task_status": "processing", "n": %d}' % number for number in range(4)]
     answers = [post(web, path_of(parts, task), body).status_code for body in bodies]
-    assert answers == [200, 200, 503, 503]
+    assert answers == [200, 200, 429, 429], "no proxy repeats a 429"
     due_at = task_of(parts, task.external_task_id).due_at
     assert due_at is not None
     assert due_at <= datetime.now(UTC)
