@@ -11,7 +11,7 @@ from sqlmodel import Session
 from receiver.gateway.answers import Refused, ResponseFormat, bad_parameter, record
 from receiver.providers.base import is_storable, plain
 from receiver.providers.kling.client import Kling
-from storage.rows import tasks
+from storage.rows import aliases, tasks
 from storage.rows.database import Database
 from storage.rows.models import Task
 
@@ -59,7 +59,7 @@ def _find(session: Session, name: str) -> Task | None:
 
 def _adopted(session: Session, name: str) -> Task | None:
     """A task made before its client asked us: Kling's id is all that the client holds."""
-    owner = tasks.by_provider_id(session, Kling.name, name)
+    owner = aliases.by_provider_id(session, Kling.name, name)
     task = session.get(Task, owner) if owner else None
     return task if task is not None and task.adopt else None
 

@@ -17,7 +17,7 @@ from sqlmodel import Session
 from receiver.providers.base import Provider
 from storage import states
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
-from storage.rows import claims, tasks
+from storage.rows import aliases, claims, tasks
 from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
@@ -223,27 +223,29 @@ class DeliveryApplier:
 
     def _believe_or_ask(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
-        facts = tasks.facts(task, tasks.assets_of(session, task.id))
         confirmed = self._confirmation.takes_word(signed=signed)
+        # Nearly every other delivery is decided without the task's files.
+        facts = _facts(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if doubt := self._doubt(session, task, facts, report, confirmed=confirmed):
             return self._ask(session, task, report, doubt)
-        known = facts.assets.keys()
-        if self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known) or _is_known(
-            facts, report
-        ):
+        known = facts.assets.keys() if facts else ()
+        believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
+        if believed or _is_known(facts or _facts(session, task), report):
             moment = tasks.now(session)
             tasks.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             return Verdict(CallbackState.APPLIED)
         return self._ask(session, task, report, BY_READ)
 
-    def _doubt(self, session: Session, task: Task, facts: TaskFacts, report: Report, *, confirmed: bool) -> str | None:
+    def _doubt(
+        self, session: Session, task: Task, facts: TaskFacts | None, report: Report, *, confirmed: bool
+    ) -> str | None:
         """Why the body is odd, though it speaks of this task: one read tells what it means."""
         if report.status is None:
             log.warning("callback.unknown_status", task=task.external_task_id, status=report.raw_status)
             return f"unknown status {report.raw_status!r}"
         if report.external_task_id not in (None, task.external_task_id):
             return "the body's external_task_id is written otherwise"
-        if not confirmed and (other := states.other_files(facts, report)):
+        if facts and (other := states.other_files(facts, report)):
             words = tasks.other_words(other)
             if tasks.contradict(session, task, task.state, report.status, files=words):
                 log.warning("task.contradicted", task=task.external_task_id, files=words)
@@ -255,6 +257,8 @@ class DeliveryApplier:
 
     def _ask(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
         tasks.note_called_back(task, report, tasks.now(session))
+        if report.status is None and task.state in states.TERMINAL:
+            return Verdict(CallbackState.APPLIED, reason)
         return Verdict(CallbackState.APPLIED, reason if self._read_now(session, task) else NOT_READ)
 
 
@@ -264,7 +268,11 @@ def find(
     """The task of ours that goes by either id, by our own first."""
     if external_task_id and (task := tasks.by_external_id(session, external_task_id)):
         return task.id
-    return tasks.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
+    return aliases.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
+
+
+def _facts(session: Session, task: Task) -> TaskFacts:
+    return tasks.facts(task, tasks.assets_of(session, task.id))
 
 
 def _is_known(facts: TaskFacts, report: Report) -> bool:
@@ -279,14 +287,14 @@ def _contradiction(session: Session, task: Task, report: Report) -> str | None:
     if report.external_task_id is not None and _folded(report.external_task_id) != _folded(task.external_task_id):
         return "the body names another external_task_id than the token's task"
     if report.provider_task_id and _is_others(session, task, report.provider_task_id):
-        sure = not tasks.is_alias_unsigned(session, task.provider, report.provider_task_id)
+        sure = not aliases.is_alias_unsigned(session, task.provider, report.provider_task_id)
         return "the body's task_id belongs to another task" if sure else None
     return None
 
 
 def _is_others(session: Session, task: Task, provider_task_id: str) -> bool:
     """Whether another task of ours goes by this id."""
-    return tasks.by_provider_id(session, task.provider, provider_task_id) not in (None, task.id)
+    return aliases.by_provider_id(session, task.provider, provider_task_id) not in (None, task.id)
 
 
 def _folded(external_task_id: str) -> str:

@@ -25,7 +25,7 @@ from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
 from storage.keys import manifest_key
-from storage.rows import claims, tasks
+from storage.rows import aliases, claims, tasks
 from storage.rows.database import Database
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
@@ -97,11 +97,11 @@ class Finisher:
     def _write(self, task: Task) -> Written:
         with self._database.read() as session:
             assets = tasks.assets_of(session, task.id)
-            aliases = tasks.aliases_of(session, task.id)
+            names = aliases.aliases_of(session, task.id)
             delivery = _final_delivery(session, task.id)
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
-            content, digest = build(task, assets, aliases, delivery, self._version, predecessor)
+            content, digest = build(task, assets, names, delivery, self._version, predecessor)
             key = manifest_key(self._bucket.prefix, task.created_at, task.external_task_id, number)
             try:
                 self._put(key, content)

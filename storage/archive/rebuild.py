@@ -23,7 +23,7 @@ from storage.archive.folders import Objects, external_id_of, in_batches, manifes
 from storage.bucket.bucket import Bucket, Listed
 from storage.bucket.store_errors import NoSuchObject
 from storage.keys import task_folder
-from storage.rows import claims, tasks
+from storage.rows import aliases, claims, tasks
 from storage.rows.database import Database, insert_or_ignore
 from storage.rows.deliveries import rematch
 from storage.rows.models import Asset, Task
@@ -139,7 +139,7 @@ class Rebuild:
         if found.assets:
             session.execute(insert(Asset), [asset.model_dump() for asset in found.assets])
         for alias in found.aliases:
-            tasks.note_alias(session, task, alias)
+            aliases.note_alias(session, task, alias)
         rematch(session, task.id, task.provider, external_task_id=task.external_task_id)
         restored.counts["tasks"] += 1
         restored.counts["assets"] += sum(asset.state is AssetState.ARCHIVED for asset in found.assets)

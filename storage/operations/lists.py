@@ -17,7 +17,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage.accounts import batches
-from storage.rows import tasks
+from storage.rows import aliases, tasks
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
@@ -142,7 +142,7 @@ def exact(session: Session, words: str, providers: Sequence[str] = ()) -> Task |
     try:
         return session.get(Task, uuid.UUID(words))
     except ValueError:
-        owners = (tasks.by_provider_id(session, provider, words) for provider in providers)
+        owners = (aliases.by_provider_id(session, provider, words) for provider in providers)
         return next((session.get(Task, owner) for owner in owners if owner), None)
 
 

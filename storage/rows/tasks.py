@@ -16,12 +16,12 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.errors import LostClaim
-from storage.rows import claims
+from storage.rows import aliases, claims
 from storage.rows.database import db_now, run
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
 from storage.rows.held_slots import give_back, heard_of
-from storage.rows.models import Asset, Task, TaskAlias
+from storage.rows.models import Asset, Task
 from storage.states import (
     AssetFacts,
     AssetName,
@@ -39,8 +39,6 @@ STATE_EVENTS = {
     TaskState.SUCCEEDED: EventName.TASK_SUCCEEDED,
     TaskState.FAILED: EventName.TASK_FAILED,
 }
-# A gateway rewrites the provider's id once or twice; whoever holds a callback URL may write any.
-MAX_UNSIGNED_ALIASES = 3
 # As many files as a note or an event names of those that are contradicted.
 MAX_NAMED = 9
 # Names an asset for ever: the same task, kind and index give the same id after a rebuild.
@@ -82,17 +80,6 @@ def by_external_id(session: Session, external_task_id: str) -> Task | None:
     return session.scalars(_BY_EXTERNAL_ID, {"wanted": external_task_id}).one_or_none()
 
 
-_ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
-_OWNER = sqlalchemy.select(_ALIASES.task_id)
-_OWNER = _OWNER.where(_ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted"))
-
-
-def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
-    """The task of ours that the provider, or a gateway before it, calls by this id."""
-    owner: uuid.UUID | None = run(session, _OWNER, {"by": provider, "wanted": provider_task_id}).scalar()
-    return owner
-
-
 _LOCKED = select(Task).where(Task.id == bindparam("wanted")).with_for_update()
 _LOCKED = _LOCKED.execution_options(populate_existing=True)
 
@@ -126,15 +113,6 @@ def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.
     for asset in session.exec(select(Asset).where(col(Asset.task_id).in_(task_ids))):
         found[asset.task_id].append(asset)
     return found
-
-
-_ALIASES_OF = sqlalchemy.select(_ALIASES.provider_task_id).where(_ALIASES.task_id == bindparam("of"))
-_ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
-
-
-def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
-    """Every id the provider has called the task by."""
-    return list(run(session, _ALIASES_OF, {"of": task_id}).scalars())
 
 
 def name_of(asset: Asset) -> AssetName:
@@ -221,52 +199,7 @@ def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed
         return
     if task.provider_task_id is None and confirmed:
         task.provider_task_id = report.provider_task_id
-    note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
-
-
-_INSERT_ALIAS = {
-    dialect.__name__.rpartition(".")[2]: dialect.insert(TaskAlias.__table__)  # type: ignore[attr-defined]
-    for dialect in (sqlite, postgresql)
-}
-_NEW_ALIAS = {
-    name: statement.on_conflict_do_nothing().returning(_ALIASES.task_id) for name, statement in _INSERT_ALIAS.items()
-}
-_SURE_ALIAS = {
-    name: statement.on_conflict_do_update(
-        index_elements=["provider", "provider_task_id"],
-        set_={"task_id": statement.excluded.task_id, "unsigned": False},
-        where=_ALIASES.unsigned,
-    ).returning(_ALIASES.task_id)
-    for name, statement in _INSERT_ALIAS.items()
-}
-_UNSIGNED = sqlalchemy.select(sqlalchemy.func.count()).where(_ALIASES.task_id == bindparam("of"), _ALIASES.unsigned)
-
-
-def note_alias(session: Session, task: Task, provider_task_id: str, *, unsigned: bool = False) -> None:
-    """Remember an id the provider calls the task by; an id that another task has keeps its owner.
-
-    `unsigned`: only an unsigned delivery says so. Three such ids are remembered, and each goes to the task of which the
-    provider says it. Unmatched deliveries that came under a new one are due.
-    """
-    values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
-    statement = (_NEW_ALIAS if unsigned else _SURE_ALIAS)[session.get_bind().dialect.name]
-    if run(session, statement, {**values, "unsigned": unsigned}).first() is None:
-        return
-    if unsigned and run(session, _UNSIGNED, {"of": task.id}).scalar_one() > MAX_UNSIGNED_ALIASES:
-        mine = (_ALIASES.provider == task.provider, _ALIASES.provider_task_id == provider_task_id)
-        session.execute(sqlalchemy.delete(TaskAlias).where(*mine))
-        return
-    rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
-
-
-_IS_UNSIGNED = sqlalchemy.select(_ALIASES.unsigned).where(
-    _ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted")
-)
-
-
-def is_alias_unsigned(session: Session, provider: str, provider_task_id: str) -> bool:
-    """Whether no more than an unsigned delivery says whose this id is."""
-    return bool(run(session, _IS_UNSIGNED, {"by": provider, "wanted": provider_task_id}).scalar())
+    aliases.note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
 
 
 def contradict(session: Session, task: Task, decision_state: TaskState, reported: Any, **facts: Any) -> bool:

@@ -22,6 +22,7 @@ from receiver.console.visit import Visit
 from receiver.tasks.task_view import is_over
 from storage.operations import lists
 from storage.rows import events, tasks
+from storage.rows.aliases import aliases_of
 from storage.rows.models import Asset, Batch, Callback, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
@@ -87,7 +88,7 @@ class Tasks:
                 raise HTTPException(404)
             assets = tasks.assets_of(session, task.id)
             facts, deliveries = events.of_task(session, task.id), _deliveries_of(session, task)
-            aliases = tasks.aliases_of(session, task.id)
+            aliases = aliases_of(session, task.id)
             batch = session.get(Batch, task.batch_id) if task.batch_id else None
         note, deed = split_note(task.note)
         return visit.page(

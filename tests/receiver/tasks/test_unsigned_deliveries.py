@@ -11,7 +11,7 @@ from sqlmodel import update
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
-from storage.rows import tasks
+from storage.rows import aliases, tasks
 from storage.rows.models import Asset, Task
 from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, TaskState
 from tests.harness import wait_until
@@ -150,7 +150,7 @@ def test_at_most_three_aliases_come_from_unsigned_deliveries(parts: Parts) -> No
     for number in range(50):
         deliver(parts, task, body("processing", task_id=f"foreign-{number}"))
     with parts.database.read() as session:
-        assert len(tasks.aliases_of(session, task.id)) == tasks.MAX_UNSIGNED_ALIASES == 3
+        assert len(aliases.aliases_of(session, task.id)) == aliases.MAX_UNSIGNED_ALIASES == 3
     assert task_of(parts, task.external_task_id).provider_task_id is None
 
 
@@ -162,9 +162,9 @@ def test_the_answer_to_our_create_takes_an_alias_over(parts: Parts, sandbox: San
     with parts.database.write() as session:
         row = tasks.lock(session, ours.id)
         assert row is not None
-        tasks.note_alias(session, row, next_id)
-        assert tasks.by_provider_id(session, "kling", next_id) == ours.id
-        assert not tasks.is_alias_unsigned(session, "kling", next_id)
+        aliases.note_alias(session, row, next_id)
+        assert aliases.by_provider_id(session, "kling", next_id) == ours.id
+        assert not aliases.is_alias_unsigned(session, "kling", next_id)
 
 
 def test_a_stolen_alias_does_not_reject_the_genuine_delivery(parts: Parts) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sqlmodel import Session, col, select, update
 
 from storage.errors import LostClaim
-from storage.rows import claims, tasks
+from storage.rows import aliases, claims, tasks
 from storage.rows.database import Database
 from storage.rows.models import Asset, Task, TaskAlias
 from storage.rows.tasks import Schedule
@@ -123,8 +123,8 @@ def test_a_success_writes_state_assets_facts_and_alias(database: Database) -> No
     ]
     assert event_names(database, task) == ["task.created", "task.succeeded"]
     with database.read() as session:
-        assert tasks.by_provider_id(session, "kling", "p1") == task.id
-        assert tasks.by_provider_id(session, "fal", "p1") is None
+        assert aliases.by_provider_id(session, "kling", "p1") == task.id
+        assert aliases.by_provider_id(session, "fal", "p1") is None
     assert claim(database, Asset).source_url.startswith("https://a/")
 
 
