@@ -58,7 +58,7 @@ def waiting_of(asset: Asset) -> dict[str, Any] | None:
 
 
 def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
-    kept = asset.state is AssetState.ARCHIVED
+    kept, waiting = asset.state is AssetState.ARCHIVED, waiting_of(asset)
     return {
         "id": str(asset.id),
         "kind": asset.kind,
@@ -70,7 +70,7 @@ def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
         "size": asset.size,
         "media_type": asset.media_type,
         "error": asset.error,
-        "waiting": waiting_of(asset),
         "trailing_bytes": (asset.trailing_bytes or 0) if kept else None,
         "notes": asset.notes or [],
+        **({"waiting": waiting} if waiting else {}),
     }

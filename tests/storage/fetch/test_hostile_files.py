@@ -67,7 +67,14 @@ def changes(host: FileHost, sandbox: Sandbox) -> dict[str, Any]:
 
 def archive(parts: Parts, host: FileHost, scripts: Mapping[str, Script], **values: Any) -> dict[str, Asset]:
     """Serve each script as a result of one task and archive them. Returns the asset rows by script name."""
-    over = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "step": None, "due_at": None}
+    now = parts.database.now()
+    over = {
+        "reported_at": now,
+        "state": TaskState.SUCCEEDED,
+        "archive": ArchiveState.ARCHIVING,
+        "step": None,
+        "due_at": None,
+    }
     task = insert_row(parts, expected=len(scripts), **over)
     with parts.database.write() as session:
         for index, script in enumerate(scripts.values()):
@@ -118,7 +125,7 @@ def test_bytes_after_a_picture_are_archived_counted_and_shown(parts: Parts, host
 
 
 def test_task_whose_files_are_refused_ends_incomplete(parts: Parts, host: FileHost) -> None:
-    rows = archive(parts, host, {name: answer(FILES[name][0]) for name in ("html", "png + zip")})
+    rows = archive(parts, host, {name: answer(FILES[name][0]) for name in ("html", "png + zip")}, **LAST_TRY)
     run(parts, "finishes")
     with parts.database.read() as session:
         task = session.get_one(Task, rows["html"].task_id)
