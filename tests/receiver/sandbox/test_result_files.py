@@ -91,6 +91,40 @@ def test_downloads_go_wrong_as_told(api: httpx.Client, sandbox: Sandbox) -> None
     assert sandbox.ledger().assets["x", "image", 0].hits == 7
 
 
+def test_a_cdn_is_odd_for_a_while_after_the_end_of_a_task(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    sandbox.set(cdn_html_seconds=600)
+    assert httpx.get(url).headers["content-type"].startswith("text/html")
+    sandbox.set(cdn_html_seconds=0, cdn_self_redirect_seconds=600)
+    assert httpx.get(url).headers["location"] == url
+    sandbox.set(cdn_self_redirect_seconds=0)
+    assert httpx.get(url).headers["content-type"] == "image/png"
+
+
+def test_oddly_served_files_are_whole(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    data = httpx.get(url).content
+    sandbox.set(cdn_content_encoding="gzip")
+    assert httpx.get(url).content == data
+    sandbox.set(cdn_content_encoding="UTF-8", cdn_206_whole=True)
+    answer = httpx.get(url)
+    assert (answer.status_code, answer.headers["content-encoding"], answer.content) == (206, "UTF-8", data)
+    assert answer.headers["content-range"] == f"bytes 0-{len(data) - 1}/{len(data)}"
+
+
+def test_a_connection_breaks_at_its_share_and_resumes(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    data = httpx.get(url).content
+    sandbox.set(cdn_break_share=0.6, cdn_ranges=True)
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(url)
+    rest = httpx.get(url, headers={"Range": f"bytes={len(data) * 6 // 10}-"})
+    assert (rest.status_code, rest.content) == (206, data[len(data) * 6 // 10 :])
+
+
 def test_redirects_lead_to_the_picture(api: httpx.Client, sandbox: Sandbox) -> None:
     create(api, external_task_id="x")
     (url,) = urls(ended(api, "x"))

@@ -222,6 +222,25 @@ def test_workers_archive_by_themselves_what_an_error_page_held_up(parts: Parts, 
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+ODDITIES: dict[str, dict[str, Any]] = {
+    "redirects to itself for a while": {"cdn_self_redirect_seconds": 3},
+    "names no coding": {"cdn_content_encoding": "UTF-8"},
+    "sends gzip unasked": {"cdn_content_encoding": "gzip"},
+    "answers 206 whole": {"cdn_206_whole": True},
+    "breaks at 60 %": {"cdn_break_share": 0.6, "cdn_ranges": True},
+    "cuts without a length": {"cdn_truncated_silent_rate": 0.3},
+}
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_every_oddity_of_a_cdn_ends_archived(parts: Parts, sandbox: Sandbox, oddity: str) -> None:
+    succeeded(parts, sandbox, 2, **ODDITIES[oddity])
+    with working(parts):
+        wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
 # -- the schedule -----------------------------------------------------------------------------------------------------
 
 
