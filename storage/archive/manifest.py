@@ -89,10 +89,9 @@ class Finisher:
         except (Retry, GiveUp) as error:
             self._later(task, error)
             return
-        if row.archive is ArchiveState.ARCHIVED:
-            log.info("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
-        else:
-            log.error("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
+        log.info("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
+        if row.archive is ArchiveState.INCOMPLETE:
+            log.error("task.incomplete", task=row.external_task_id, note=row.note)
 
     def _write(self, task: Task) -> Written:
         with self._database.read() as session:
