@@ -322,7 +322,7 @@ class Submitter:
             self._fail(task, str(error), outcome_listener)
             return
         with suppress(LostClaim), self._database.write() as session:
-            self._settle_queued(session, task, str(error), 0, attempts=0, model=task.model)
+            self._settle_queued(session, task, str(error), 0, model=task.model, **claims.NO_ATTEMPTS)
 
     def _settle_queued(self, session: Session, task: Task, note: str, wait: float, **values: Any) -> None:
         again = {"queued_at": db_now(wait), "slots": -abs(task.slots), "sent_at": None, **values}

@@ -200,13 +200,13 @@ def hasten(row: Task) -> None:
     row.due_at = db_now()  # type: ignore[assignment]
 
 
-def make_due(row: Task, in_seconds: float = 0) -> None:
+def make_due(row: Row, in_seconds: float = 0) -> None:
     """Make a locked row due as if for the first time. A worker that holds it loses its lease."""
     rest(row)
     row.due_at = db_now(in_seconds)  # type: ignore[assignment]
 
 
-def rest(row: Task) -> None:
+def rest(row: Row) -> None:
     """Make a locked row not due. A worker that holds it loses its lease."""
     row.due_at = row.lease = None
     row.attempts = row.losses = 0

@@ -53,7 +53,7 @@ REMEMBERED_TASKS = 10_000
 # A delivery that is not committed 5 s after it was read was answered 503; the last may have been read at the stop.
 STOP_SECONDS = 10.0
 # A commit takes 2 to 5 ms on a disk that is well. On a slower one a thread is better, since the loop reads and answers
-# while that waits: on a busy disk a loop with a bound of 20 ms had 0.7 of the thread's rate (1,765 and 2,537/s).
+# while that waits: on a busy disk a loop that went on up to 20 ms had 0.7 of the rate (1,765 and not 2,537 a second).
 SLOW_IN_LOOP_SECONDS = 0.01
 # The same, measured in the thread, which also waits for its turn at the interpreter lock, up to 5 ms each time.
 SLOW_IN_THREAD_SECONDS = 0.02

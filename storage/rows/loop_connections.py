@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from psycopg import AsyncConnection
 
 # `state` is compared with a constant of ours.
-_UNREADABLE = f"SELECT delivery_key FROM callback WHERE state = '{CallbackState.UNREADABLE}' AND delivery_key "  # noqa: S608
-_UNREADABLE_SQLITE = _UNREADABLE + "IN (SELECT value FROM json_each(?))"  # noqa: S608
+_UNREADABLE = f"SELECT delivery_key FROM callback WHERE state = '{CallbackState.UNREADABLE}' AND delivery_key "  # noqa: S608 - our own constant
+_UNREADABLE_SQLITE = _UNREADABLE + "IN (SELECT value FROM json_each(?))"  # noqa: S608 - our own constants
 _UNREADABLE_POSTGRESQL = _UNREADABLE + "= ANY(%s)"
 
 

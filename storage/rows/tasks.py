@@ -232,18 +232,18 @@ def _confirm_assets(
     task.note = f"the provider names another file for {other_words(won)} than an unsigned delivery did"
     task.archive = states.ArchiveState.ARCHIVING
     for name, url in won.items():
-        _fetch_anew(session, assets[name], url, now)
+        _fetch_anew(session, assets[name], url)
 
 
-def _fetch_anew(session: Session, asset: Asset, url: str, now: datetime) -> None:
+def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
     """Whoever fetches the old link loses the claim; what was stored from it is superseded."""
     session.flush()
     session.refresh(asset, with_for_update=True)
     asset.superseded = [*asset.superseded, asset.key] if asset.key else asset.superseded
-    asset.source_url, asset.state, asset.due_at, asset.lease = url, AssetState.DUE, now, None
+    asset.source_url, asset.state = url, AssetState.DUE
     asset.key = asset.sha256 = asset.size = asset.archived_at = asset.error = None
-    asset.attempts = asset.losses = 0
     asset.fetched = {}
+    claims.make_due(asset)
     session.flush()
 
 
