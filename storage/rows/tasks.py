@@ -194,10 +194,11 @@ def apply(
 
 
 def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:
-    """Only the provider says by which id it is asked: whoever holds a callback URL could name another's task."""
+    """While the create is under way its own answer alone says by which id the provider is asked: whoever holds the
+    callback URL could name another's task."""
     if report.provider_task_id is None:
         return
-    if task.provider_task_id is None and confirmed:
+    if task.provider_task_id is None and (confirmed or task.step is not Step.CREATE):
         task.provider_task_id = report.provider_task_id
     aliases.note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
 

@@ -13,7 +13,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
 from storage.rows import aliases, tasks
 from storage.rows.models import Asset, Task
-from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, TaskState
+from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
 from tests.receiver.tasks.test_apply_deliveries import BY_READ, OFFICIAL, body, info, is_read_now
@@ -146,7 +146,7 @@ def test_an_unread_link_is_not_followed_out_of_the_trusted_hosts(parts: Parts, s
 
 
 def test_at_most_three_aliases_come_from_unsigned_deliveries(parts: Parts) -> None:
-    task = insert_row(parts)
+    task = insert_row(parts, state=TaskState.CREATED, step=Step.CREATE)
     for number in range(50):
         deliver(parts, task, body("processing", task_id=f"foreign-{number}"))
     with parts.database.read() as session:

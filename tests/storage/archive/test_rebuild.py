@@ -28,7 +28,16 @@ from tests.command_line import CommandLine, variables
 from tests.pipeline import Wired, assets_of, kept, task_of
 
 # Columns that no manifest holds: a secret, the schedule of reads and callbacks, the end of the archive.
-UNKNOWN = {"callback_url", "archived_at", "polls", "reported_at", "called_back_at", "end_called_back_at"}
+UNKNOWN = {
+    "model",
+    "callback_reads",
+    "callback_url",
+    "archived_at",
+    "polls",
+    "reported_at",
+    "called_back_at",
+    "end_called_back_at",
+}
 SERIES = {"model_name": "kling-v3-omni", "result_type": "series", "series_amount": 3,
           "watermark_info": {"enabled": True}}  # fmt: skip
 SCHEMA = json.loads((files("storage.archive") / "manifest.schema.json").read_text())
@@ -69,7 +78,7 @@ def test_rebuild_restores_all_rows(parts: Parts, empty: Parts) -> None:
     archive(parts, 1, **SERIES)
     assert rebuild(empty) == ({"folders": 3, "tasks": 3, "assets": 10}, [])
     assert rows(empty, Task, UNKNOWN) == rows(parts, Task, UNKNOWN)
-    assert rows(empty, Asset, {"source_url"}) == rows(parts, Asset, {"source_url"})
+    assert rows(empty, Asset, {"source_url", "unconfirmed"}) == rows(parts, Asset, {"source_url", "unconfirmed"})
     assert rows(empty, TaskAlias, set()) == rows(parts, TaskAlias, set())
     for before, after in zip(all_assets(parts), all_assets(empty), strict=True):
         assert after.source_url == before.source_url.partition("?")[0]
