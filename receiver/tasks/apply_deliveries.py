@@ -38,6 +38,7 @@ HOLD_SECONDS = 0.02
 MAX_READS_PER_TASK = 20
 BY_READ = "confirmed by a read of the task"
 NOT_READ = f"not believed, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
+DECIDED = "not believed: the provider itself named another file"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Confirmation:
 
         A delivery without a verified signature is believed when it says nothing final, or when it brings exactly the
         expected pictures, all from trusted hosts, and adds none to an archive that has ended. An unsigned `failed`
-        never is: one read settles it.
+        never is: one read settles it. Nothing final is once the task's reads are spent: the next poll tells.
         """
         if report.status not in states.TERMINAL or self.mode == "never":
             return by_token or self.mode == "never"
@@ -65,6 +66,8 @@ class Confirmation:
             return False
         if signed:
             return True
+        if task.callback_reads >= MAX_READS_PER_TASK:
+            return False
         named = states.assets_in(report, task.series)
         is_over = task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
         if report.status is not TaskState.SUCCEEDED or (is_over and named.keys() - set(known)):
@@ -206,11 +209,13 @@ class DeliveryApplier:
             self._read_now(session, task)
         return Verdict(CallbackState.UNREADABLE, reason)
 
-    def _read_now(self, session: Session, task: Task) -> bool:
+    def _read_now(self, session: Session, task: Task, *, is_counted: bool = True) -> bool:
         """Make the locked task due for a read. False: deliveries have caused enough reads of it."""
-        if task.callback_reads >= MAX_READS_PER_TASK:
+        if tasks.wants_read(session, task):
+            return True
+        if is_counted and task.callback_reads >= MAX_READS_PER_TASK:
             return False
-        task.callback_reads += 1
+        task.callback_reads += is_counted
         tasks.reschedule(session, task, self._schedule, read_now=True)
         return True
 
@@ -226,7 +231,9 @@ class DeliveryApplier:
         confirmed = self._confirmation.takes_word(signed=signed)
         # Nearly every other delivery is decided without the task's files.
         facts = _facts(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
-        if doubt := self._doubt(session, task, facts, report, confirmed=confirmed):
+        if facts and (other := states.other_files(facts, report)):
+            return self._ask_about_files(session, task, facts, report, other)
+        if doubt := self._doubt(session, task, report, confirmed=confirmed):
             return self._ask(session, task, report, doubt)
         known = facts.assets.keys() if facts else ()
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
@@ -236,24 +243,35 @@ class DeliveryApplier:
             return Verdict(CallbackState.APPLIED)
         return self._ask(session, task, report, BY_READ)
 
-    def _doubt(
-        self, session: Session, task: Task, facts: TaskFacts | None, report: Report, *, confirmed: bool
-    ) -> str | None:
+    def _doubt(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
         """Why the body is odd, though it speaks of this task: one read tells what it means."""
         if report.status is None:
             log.warning("callback.unknown_status", task=task.external_task_id, status=report.raw_status)
             return f"unknown status {report.raw_status!r}"
         if report.external_task_id not in (None, task.external_task_id):
             return "the body's external_task_id is written otherwise"
-        if facts and (other := states.other_files(facts, report)):
-            words = tasks.other_words(other)
-            if tasks.contradict(session, task, task.state, report.status, files=words):
-                log.warning("task.contradicted", task=task.external_task_id, files=words)
-            task.note = f"an unsigned delivery names another file for {words}; the provider is asked"
-            return task.note
         if not confirmed and report.provider_task_id and _is_others(session, task, report.provider_task_id):
             return "an unsigned delivery gave this task_id to another task"
         return None
+
+    def _ask_about_files(
+        self, session: Session, task: Task, facts: TaskFacts, report: Report, other: Collection[AssetName]
+    ) -> Verdict:
+        """An unsigned report names other files than the known ones: ask, unless the provider named those itself.
+
+        The first has a read of its own, which no other delivery can use up. When the others are spent, reads keep to
+        the pace of polls until the provider has named the files: the forged report may have come before the true one.
+        """
+        words = tasks.other_words(other)
+        if is_first := tasks.contradict(session, task, task.state, report.status, files=words):
+            log.warning("task.contradicted", task=task.external_task_id, files=words)
+        tasks.note_called_back(task, report, tasks.now(session))
+        if not any(facts.assets[name].unconfirmed for name in other):
+            return Verdict(CallbackState.APPLIED, DECIDED)
+        task.note = f"an unsigned delivery names another file for {words}; the provider is asked"
+        if not self._read_now(session, task, is_counted=not is_first):
+            tasks.reschedule(session, task, self._schedule, read_later=True)
+        return Verdict(CallbackState.APPLIED, task.note)
 
     def _ask(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
         tasks.note_called_back(task, report, tasks.now(session))

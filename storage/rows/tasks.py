@@ -361,12 +361,15 @@ def read_soon(session: Session, task: Task) -> None:
         session.flush()
 
 
-def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bool = False) -> None:
+def reschedule(
+    session: Session, task: Task, schedule: Schedule, *, read_now: bool = False, read_later: bool = False
+) -> None:
     """Set what the locked task waits for next, from its rows as they are now.
 
     A create is settled by its own step alone: one that waits is made due at once, unless for slots; one in flight is
     left to its owner. A read or a finish in flight started from rows that have just changed: its claim is taken
     away, so that it settles nothing, and the step is due anew. A read that comes sooner than the next is not put off.
+    `read_later`: a read comes first, as late as the first poll of a task does.
     """
     if task.deleted_at is not None:
         _rest(session, task)
@@ -376,9 +379,11 @@ def reschedule(session: Session, task: Task, schedule: Schedule, *, read_now: bo
             claims.hasten(task)
         return
     following = states.next_step(_facts_now(session, task), schedule.poll_delay(task.polls))
-    if read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
+    if read_later:
+        following = states.Next(Step.READ, schedule.poll_after_seconds)
+    elif read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
         following = states.Next(Step.READ, 0)
-    elif following and _waits_for(session, task, following):
+    if not read_now and following and _waits_for(session, task, following):
         return
     task.step = following.step if following else None
     if following:

@@ -37,9 +37,12 @@ STATES = {
     "successful": TaskState.SUCCEEDED,
     "complete": TaskState.SUCCEEDED,
     "completed": TaskState.SUCCEEDED,
+    "done": TaskState.SUCCEEDED,
     "fail": TaskState.FAILED,
     "failure": TaskState.FAILED,
     "error": TaskState.FAILED,
+    "cancelled": TaskState.FAILED,
+    "canceled": TaskState.FAILED,
 }
 
 # Signed URLs tell their end in Unix seconds, decimal (seen) or hexadecimal (third); other numbers are no times.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -179,11 +180,92 @@ def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkey
     task = insert_row(parts)
     for number in range(10):
         deliver(parts, task, body("failed", n=number))
+        confirm(parts, task, body("processing"))
     assert task_of(parts, task.external_task_id).callback_reads == 3
     assert [row.reason for row in callbacks_of(parts)].count(BY_READ) == 3
 
 
-@pytest.mark.parametrize("word", ["SUCCESS", "completed", " Succeeded "])
+def spend_reads(parts: Parts, task: Task) -> None:
+    """As many doubted reports as may cause a read; the provider says each time that it is at work."""
+    for number in range(apply_deliveries.MAX_READS_PER_TASK):
+        assert deliver(parts, task, body("failed", n=number)).reason == BY_READ
+        confirm(parts, task, body("processing"))
+    assert not is_read_now(parts, task)
+
+
+def test_reports_that_one_read_answers_use_up_one(parts: Parts) -> None:
+    task = insert_row(parts)
+    for number in range(25):
+        assert deliver(parts, task, body("failed", n=number)).reason == BY_READ
+    assert task_of(parts, task.external_task_id).callback_reads == 1
+
+
+def test_no_unsigned_success_is_believed_once_the_reads_are_spent(parts: Parts) -> None:
+    task = insert_row(parts)
+    spend_reads(parts, task)
+    for host in (FORGED, OFFICIAL):
+        assert deliver(parts, task, body("succeed", 1, host=host)).reason == apply_deliveries.NOT_READ
+    found = task_of(parts, task.external_task_id)
+    assert assets_of(parts, task) == [] and found.state is TaskState.PROCESSING
+    assert found.step is Step.READ and found.due_at is not None
+    confirm(parts, task, body("succeed", 1))
+    assert assets_of(parts, task)[0].source_url.startswith(OFFICIAL)
+
+
+def test_the_first_contradiction_is_read_though_the_reads_are_spent(parts: Parts) -> None:
+    task = insert_row(parts)
+    deliver(parts, task, body("succeed", 1, host=FORGED))
+    spend_reads(parts, task)
+    row = deliver(parts, task, body("succeed", 1))
+    assert "the provider is asked" in str(row.reason) and is_read_now(parts, task)
+    assert task_of(parts, task.external_task_id).callback_reads == apply_deliveries.MAX_READS_PER_TASK
+    confirm(parts, task, body("succeed", 1))
+    assert assets_of(parts, task)[0].source_url.startswith(OFFICIAL)
+
+
+def test_contradictions_are_read_at_the_pace_of_polls_once_the_reads_are_spent(parts: Parts) -> None:
+    task = insert_row(parts)
+    deliver(parts, task, body("succeed", 1, host=FORGED))
+    for number in range(apply_deliveries.MAX_READS_PER_TASK + 1):
+        deliver(parts, task, body("succeed", 1, host=f"{FORGED}/{number}"))
+        assert is_read_now(parts, task)
+        confirm(parts, task, body("processing"))
+    before = parts.database.now()
+    assert "the provider is asked" in str(deliver(parts, task, body("succeed", 1)).reason)
+    found = task_of(parts, task.external_task_id)
+    assert found.step is Step.READ and found.due_at is not None
+    assert found.due_at >= before + timedelta(seconds=parts.schedule.poll_after_seconds)
+    deliver(parts, task, body("succeed", 1, host=FORGED + "/next"))
+    assert task_of(parts, task.external_task_id).due_at == found.due_at
+
+
+def test_further_files_for_an_index_cause_no_read_beside_one_that_is_due(parts: Parts) -> None:
+    task = archived(parts)
+    for number in range(5):
+        deliver(parts, task, body("succeed", 1, host=f"{FORGED}/{number}"))
+    assert task_of(parts, task.external_task_id).callback_reads == 0 and is_read_now(parts, task)
+
+
+@pytest.mark.parametrize("webhook_id", ["msg_1", None])
+def test_another_file_causes_no_read_once_the_provider_named_its_own(webhook_id: str | None, parts: Parts) -> None:
+    task = archived(parts, webhook_id=webhook_id)
+    confirm(parts, task, body("succeed", 1))
+    for number in range(5):
+        row = deliver(parts, task, body("succeed", 1, host=f"{FORGED}/{number}"))
+        assert row.reason == apply_deliveries.DECIDED and not is_read_now(parts, task)
+    found = task_of(parts, task.external_task_id)
+    assert (found.callback_reads, found.contradicted) == (0, True)
+
+
+@pytest.mark.parametrize("word", ["cancelled", "Canceled"])
+def test_other_providers_words_for_a_cancelled_task_mean_failed(word: str, parts: Parts) -> None:
+    task = insert_row(parts)
+    assert deliver(parts, task, body(word)).reason == BY_READ
+    deliver(parts, task, body(word), webhook_id="msg_1")
+    assert task_of(parts, task.external_task_id).state is TaskState.FAILED
+
+
+@pytest.mark.parametrize("word", ["SUCCESS", "completed", " Succeeded ", "done"])
 def test_other_providers_words_for_success_are_understood(word: str, parts: Parts) -> None:
     task = insert_row(parts)
     assert deliver(parts, task, body(word, 1)).reason is None
