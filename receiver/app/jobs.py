@@ -35,7 +35,7 @@ CALLBACK_THREADS = 2
 # A create or a read waits up to 20 s for the provider. Four at once stay below its 5 reads a second.
 TASK_THREADS = 4
 # The most that a sink has.
-SINK_THREADS = 4
+SINK_THREADS = 8
 # Threads of a worker beside those of its lanes: a feeder for each of the six lanes that are no sink's, eight periodic
 # jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints. The rest is reserve.
 OTHER_THREADS = 24

@@ -22,6 +22,12 @@ from tests.rows import event_names
 from tests.unreported_tasks import submit
 
 
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """No poll becomes due while a test runs: only deliveries cause reads."""
+    return {"poll_after_seconds": 3_600}
+
+
 def confirm(parts: Parts, task: Task, told: dict[str, Any]) -> None:
     """As if the provider had been read and said so."""
     with parts.database.write() as session:
