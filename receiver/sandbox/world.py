@@ -285,7 +285,7 @@ class World:
             name = Name(match["kind"], int(match["index"]))
             if name not in task.files():
                 return None
-            seconds = now - task.updated_ms / 1000
+            seconds = max(0.0, now - task.updated_ms / 1000)  # a world that was advanced ends tasks in the future
             redirect = self._redirect(task.origin + path, query, seconds)
             if redirect:
                 self._counts["fault:cdn:redirect"] += 1

@@ -302,7 +302,7 @@ def test_a_refused_create_whose_picture_is_not_kept_says_so(parts: Parts, sandbo
 @ONE_DATABASE
 def test_files_that_were_given_up_are_due_again(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, LINES[0])
-    sandbox.set(cdn_faults=["html"] * 4)
+    sandbox.set(cdn_faults=["html"] * 8)  # as often as it takes to say that the archive is incomplete
 
     def given_up() -> bool:
         parts.worker().run_until_idle()

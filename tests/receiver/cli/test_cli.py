@@ -183,7 +183,7 @@ WRONG = {
     "a task that is not here": (("delete", "none", "--yes"), {}, "no task 'none' here"),
     "an id that is too long": ((*ASK, "--external-task-id", "x" * 201), {}, "external_task_id takes 201 bytes"),
     "a key with a space": (ASK, {"RECEIVER_KLING_API_KEY": "a b"}, "RECEIVER_KLING_API_KEY: must be printable ASCII"),
-    "a store nobody can dial": (("audit",), {"RECEIVER_S3_ENDPOINT_URL": "http://my_store"}, "boto3 can dial no such"),
+    "a store nobody can dial": (("audit",), {"RECEIVER_S3_ENDPOINT_URL": "http://my_store"}, "boto3 refuses the host"),
 }
 
 

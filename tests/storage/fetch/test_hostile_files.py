@@ -191,7 +191,7 @@ def test_redirect_between_permitted_hosts_is_followed(parts: Parts, host: FileHo
 
 def test_host_that_redirects_to_itself_is_retried(parts: Parts, host: FileHost) -> None:
     row = archive(parts, host, {"edge": moved("0.png?Signature=s")})["edge"]
-    assert (row.state, row.error) == (AssetState.DUE, "127.0.0.1 redirected to the very link")
+    assert (row.state, row.error) == (AssetState.DUE, "127.0.0.1 redirected to the same link")
     host.scripts["/0.png?Signature=s"] = answer(WHOLE)
     make_due_now(parts)
     run(parts, "assets")
