@@ -60,7 +60,7 @@ def test_creates_that_wait_are_told_submitted_and_go_on(parts: Parts, sandbox: S
 @ON_SQLITE
 def test_sigterm_ends_no_create(settings: dict[str, str], parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
     """The whole process: the answer comes before the provider's, whose word is written down before the process ends."""
-    sandbox.set(hang_seconds=5)
+    sandbox.set(hang_seconds=8)  # well beyond what the start of the stop takes on a loaded machine
     body, headers = {**PLAIN, "external_task_id": ID}, {"Authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool, serving({**settings, "RECEIVER_API_KEYS": KEY}, tmp_path) as process:
         url = settings["RECEIVER_PUBLIC_URL"] + PATH
