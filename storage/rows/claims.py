@@ -68,7 +68,8 @@ def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, .
     losses = model.losses + case((model.lease.is_not(None), 1), else_=0)
     in_quarantine = losses >= QUARANTINE_AFTER if alone else losses < QUARANTINE_AFTER
     due = select(model.id).where(model.due_at <= db_now_once(), in_quarantine, *where)
-    order = (model.due_at,) if in_turn else _urgency(model)
+    # Rows made due together have one `due_at`: without `attempts` one of them took every trial.
+    order = (model.due_at, model.attempts) if in_turn else _urgency(model)
     due = due.order_by(*order).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
     return (
         update(model)

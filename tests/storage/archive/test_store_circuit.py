@@ -141,7 +141,7 @@ def test_files_that_fail_like_an_outage_leave_the_trials_to_others(
     large_beside_small(behind, sandbox)
     refuse_large(proxy, Answer(503, {}, b""))
     with working(behind):
-        wait_until(lambda: try_again(behind) or are_archived(behind, "small"), every=0.2)
+        wait_until(lambda: try_again(behind) or are_archived(behind, "small"), every=0.2, seconds=60)
 
 
 def try_again(parts: Parts) -> None:
