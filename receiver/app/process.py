@@ -207,6 +207,8 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
             server.run(sockets=sockets)
     finally:
         supervisor.stop()
+        if parts.gateway is not None:
+            parts.gateway.join()  # the provider's client is closed after this: it would break their answers off
         parts.database.close()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,8 @@ DEFAULT_MODEL = "kling-image-o1"
 MAX_KEY_CHARS = 255
 # How long a twin is waited for: while its create is under way, as long as it waits itself; from then on for its commit.
 UNDER_WAY_SECONDS, ANSWER_SECONDS = 20.0, 2.0
+# A create and, where its answer is unclear, the read that looks for it: 20 s each, and the commits around them.
+SEND_SECONDS = 45.0
 # Far more than a person reads; a request may have a fault in each of its fields.
 MAX_MESSAGE_CHARS = 1_000
 
@@ -104,6 +107,7 @@ class Creates:
         self._submitter = submitter
         self._response_format = response_format
         self._callback_policy = callback_policy
+        self._sends, self._send_ended = 0, threading.Condition()
 
     def read(self, body: bytes | bytearray, client: str, key_word: str) -> CreateRequest:
         """What is asked for. `client`: a fingerprint of its API key. `key_word`: its Idempotency-Key, empty = none.
@@ -167,7 +171,19 @@ class Creates:
         return again
 
     def send(self, begun: StartedCreate, outcome_listener: CreateOutcome) -> None:
-        self._submitter.send(begun.task, outcome_listener)
+        with self._send_ended:
+            self._sends += 1
+        try:
+            self._submitter.send(begun.task, outcome_listener)
+        finally:
+            with self._send_ended:
+                self._sends -= 1
+                self._send_ended.notify_all()
+
+    def join(self) -> None:
+        """Wait until the provider's answers to all creates under way are in their rows, at most `SEND_SECONDS`."""
+        with self._send_ended:
+            self._send_ended.wait_for(lambda: not self._sends, SEND_SECONDS)
 
     def conclude(self, ask: CreateRequest, begun: StartedCreate, refusal: Refusal | None, request_id: str) -> Reply:
         """The answer to a create that was sent, remembered under its key.

@@ -96,6 +96,10 @@ class Gateway:
         self._closes_at = time.monotonic() + TWIN_SECONDS
         self._closing.set()
 
+    def join(self) -> None:
+        """Wait for the creates that are still at the provider. Called when the server has ended."""
+        self._creates.join()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = str(uuid.uuid4())
         reply = await self._reply(Request(scope, receive), request_id)

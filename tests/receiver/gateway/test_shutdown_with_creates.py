@@ -34,7 +34,8 @@ def changes() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def slow_provider(sandbox: Sandbox, parts: Parts) -> Iterator[None]:
     """It answers no create until it is stopped, which breaks the connections off: an unclear outcome."""
-    sandbox.set(create_faults=["hang:created"], hang_seconds=600, submitted_seconds=600)
+    # No callback either: one that is applied before the stop makes the task `submitted` without the create's answer.
+    sandbox.set(create_faults=["hang:created"], hang_seconds=600, submitted_seconds=600, callback_drop_rate=1)
     yield
     sandbox.stop()
     wait_until(lambda: task_of(parts, ID).lease is None)
@@ -60,7 +61,7 @@ def test_creates_that_wait_are_told_submitted_and_go_on(parts: Parts, sandbox: S
 @ON_SQLITE
 def test_sigterm_ends_no_create(settings: dict[str, str], parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
     """The whole process: the answer comes before the provider's, whose word is written down before the process ends."""
-    sandbox.set(hang_seconds=8)  # well beyond what the start of the stop takes on a loaded machine
+    sandbox.set(hang_seconds=8)
     body, headers = {**PLAIN, "external_task_id": ID}, {"Authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool, serving({**settings, "RECEIVER_API_KEYS": KEY}, tmp_path) as process:
         url = settings["RECEIVER_PUBLIC_URL"] + PATH
