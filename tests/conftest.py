@@ -23,8 +23,8 @@ from structlog._config import BoundLoggerLazyProxy
 from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.sandbox import Knobs, Sandbox
+from storage.database.sessions import Database
 from storage.rows import migrations
-from storage.rows.database import Database
 from tests import manifest_checks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres

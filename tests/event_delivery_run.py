@@ -26,7 +26,7 @@ from sqlmodel import col, func, select
 from receiver.base import telemetry
 from receiver.events.cloudevents import event_id
 from receiver.sandbox import Knobs
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import ArchiveState, DispatchState
 from tests.chaos.processes import Kept

@@ -55,7 +55,7 @@ class Postgres:
             os.chown(self._folder, *self._user)
 
     def url(self, database: str = "postgres") -> str:
-        """As a user writes it; `storage.rows.database` adds the driver."""
+        """As a user writes it; `storage.database.sessions` adds the driver."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import inspect, text
 from sqlmodel import Session, SQLModel, select
 
+from storage.database.sessions import Database
 from storage.rows import events, tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until

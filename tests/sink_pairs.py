@@ -29,10 +29,10 @@ from receiver.events.webhook import Webhook
 from receiver.gateway.answers import ResponseFormat
 from receiver.gateway.client_callback import Clients, callback_id
 from storage.circuit import Circuit
+from storage.database.sessions import Database
 from storage.fetch.addresses import AddressPolicy
 from storage.operations import outbox
 from storage.operations.outbox import Subscription
-from storage.rows.database import Database
 from storage.rows.events import EventName, record
 from storage.rows.models import Dispatch, Event
 from tests.rows import LONG_AGO, new_task

@@ -12,8 +12,8 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
 from receiver.providers.base import plain
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, UserError
-from storage.rows.database import Database
 
 MAX_WORDS_CHARS = 300
 # What the settings or an administrator must mend, by the first characters of SQLSTATE (PostgreSQL, appendix A):

@@ -24,10 +24,11 @@ import uvicorn
 from receiver.app import database_faults
 from receiver.app.wiring import Parts
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
+from storage.database import checkpoints
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, UserError
 from storage.fetch.client import sweep
-from storage.rows import checkpoints, migrations
-from storage.rows.database import Database
+from storage.rows import migrations
 
 log = structlog.get_logger()
 

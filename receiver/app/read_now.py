@@ -12,8 +12,8 @@ from sqlmodel import col, select
 from receiver.app.worker import Lane, Worker
 from receiver.tasks.changes import Tally
 from receiver.tasks.operate import Reads
+from storage.database.sessions import Database
 from storage.operations import maintenance
-from storage.rows.database import Database
 from storage.rows.models import Task
 from storage.states import Step
 

@@ -26,10 +26,10 @@ from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
+from storage.database.sessions import Database
 from storage.fetch.addresses import AddressPolicy
 from storage.fetch.client import TOTAL_SECONDS, Fetcher
 from storage.operations import outbox
-from storage.rows.database import Database
 from storage.rows.tasks import Schedule
 
 if TYPE_CHECKING:

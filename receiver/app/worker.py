@@ -20,10 +20,10 @@ from receiver.app.in_hand import RowsInHand, claims_of
 from storage.accounts.slots import Slots
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.operations import heartbeats
 from storage.rows import claims
-from storage.rows.database import Database
 
 log = structlog.get_logger()
 

@@ -20,10 +20,10 @@ from receiver.tasks.changes import Tally, change
 from receiver.tasks.submit import Submitter
 from storage.accounts import batches, slots
 from storage.accounts.batches import CHUNK, Counts
+from storage.database.sessions import Database
 from storage.errors import UserError
 from storage.operations import maintenance
 from storage.rows import tasks
-from storage.rows.database import Database
 from storage.rows.models import Batch, Task
 from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, Step, TaskState

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from receiver.batch.batch import Batches
 from storage.accounts import batches
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
 

@@ -21,7 +21,7 @@ from receiver.tasks.operate import Operator
 from receiver.tasks.submit import Submitter
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Task
 
 log = structlog.get_logger()

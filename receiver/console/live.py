@@ -14,8 +14,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 
 from receiver.console.visit import Visit
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, StoreUnavailable
-from storage.rows.database import Database
 from storage.rows.models import Callback, Event
 
 log = structlog.get_logger()

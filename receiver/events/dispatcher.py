@@ -20,10 +20,10 @@ from sqlmodel import Session, col, select
 
 from receiver.events.cloudevents import Envelope, event_id
 from storage.circuit import Circuit
+from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, Retry
 from storage.operations import outbox
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.models import Dispatch, Event, Task
 
 log = structlog.get_logger()

@@ -22,9 +22,9 @@ from receiver.events.http_post import Poster
 from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, callback_body
 from receiver.gateway.callback_turns import CallbackTurns
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit
+from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.rows import tasks
-from storage.rows.database import Database
 from storage.rows.models import Event, Task
 
 NAME = "client"

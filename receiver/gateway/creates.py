@@ -36,10 +36,10 @@ from receiver.tasks.create_outcome import CreateOutcome, Refusal
 from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
+from storage.database.sessions import Database
 from storage.errors import AccountRefused, DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
 from storage.fetch.addresses import AddressPolicy, check_url
 from storage.keys import check_new_id
-from storage.rows.database import Database
 from storage.rows.models import Idempotency, Task
 from storage.states import Step
 

@@ -11,8 +11,8 @@ from sqlmodel import Session
 from receiver.gateway.answers import Refused, ResponseFormat, bad_parameter, record
 from receiver.providers.base import is_storable, plain
 from receiver.providers.kling.client import Kling
+from storage.database.sessions import Database
 from storage.rows import aliases, tasks
-from storage.rows.database import Database
 from storage.rows.models import Task
 
 # KLING §3. Without a word the first 30, as the sandbox has it; Kling's own default is not documented.

@@ -20,11 +20,11 @@ from receiver.providers.lookup import read_task
 from receiver.tasks import apply_deliveries
 from receiver.tasks.changes import Tally, change
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
+from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.keys import IdInvalid, encode_id
 from storage.operations import maintenance
 from storage.rows import claims, tasks
-from storage.rows.database import Database
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
 from storage.states import CallbackState, Report, TaskState

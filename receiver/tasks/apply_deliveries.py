@@ -16,9 +16,10 @@ from sqlmodel import Session
 
 from receiver.providers.base import Provider
 from storage import states
+from storage.database.clock import db_now
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
 from storage.rows import aliases, claims, tasks
-from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskFacts, TaskState

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from sqlmodel import Session
 
-from storage.rows.database import Database
+from storage.database.sessions import Database
 
 
 @dataclass

@@ -18,9 +18,9 @@ from sqlmodel import Session
 from receiver.providers.base import BadSignature, Provider, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.reconcile import NEVER_REPORTED
+from storage.database.sessions import Database
 from storage.operations import maintenance
 from storage.rows import tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Callback
 from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState

@@ -20,11 +20,11 @@ from receiver.providers.lookup import read_task
 from receiver.tasks import apply_deliveries
 from storage import states
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
+from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, Retry
 from storage.keys import encode_id
 from storage.operations import maintenance
 from storage.rows import claims, tasks
-from storage.rows.database import Database
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.held_slots import keep_silent, note_beside
 from storage.rows.models import Callback, Task

@@ -39,6 +39,8 @@ from storage.accounts import pauses, slots
 from storage.accounts.pauses import Trial
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
+from storage.database.clock import db_now
+from storage.database.sessions import Database
 from storage.errors import (
     AccountRefused,
     LostClaim,
@@ -53,7 +55,6 @@ from storage.errors import (
 )
 from storage.keys import check_new_id
 from storage.rows import claims, tasks
-from storage.rows.database import Database, db_now
 from storage.rows.events import EventName, record
 from storage.rows.lease_renewal import renewing_lease
 from storage.rows.models import Task

@@ -6,9 +6,9 @@ from typing import Any
 
 from storage import states
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.errors import NoSuchTask
 from storage.rows import events, tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState
 

@@ -10,8 +10,8 @@ from sqlalchemy import func, literal_column
 from sqlmodel import Session, col, select
 from starlette.concurrency import run_in_threadpool
 
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import Database
 from storage.rows.models import Callback
 from storage.states import CallbackState
 

@@ -24,8 +24,8 @@ from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.health import Health
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.operations import deadlines
-from storage.rows.database import Database
 from storage.rows.group_commit import GroupCommit
 from storage.rows.tasks import Schedule
 

@@ -28,9 +28,9 @@ from receiver.base.tokens import ASSET_PURPOSE, Tokens
 from receiver.web.abort import abort
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.keys import EXTENSIONS
-from storage.rows.database import Database
 from storage.rows.models import Asset
 from storage.states import AssetState
 

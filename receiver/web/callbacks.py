@@ -29,9 +29,9 @@ from receiver.web.account_budget import Strangers
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.timeouts import Timeouts
 from storage import states
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import tasks
-from storage.rows.database import Database
 from storage.rows.deliveries import Delivery, store
 from storage.rows.events import EventName, record
 from storage.rows.group_commit import GroupCommit, Intake, QueueFull, TaskFull

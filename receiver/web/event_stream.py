@@ -25,9 +25,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from receiver.events.cloudevents import Envelope
 from receiver.web.abort import abort
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import events
-from storage.rows.database import Database
 from storage.rows.models import Event
 
 log = structlog.get_logger()

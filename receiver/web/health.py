@@ -23,10 +23,10 @@ from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
 from storage.bucket.availability import BucketAvailability
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats, measures, outbox
 from storage.rows import migrations
-from storage.rows.database import Database
 from storage.rows.deliveries import Delivery, store
 from storage.rows.group_commit import GroupCommit
 from storage.rows.models import Callback

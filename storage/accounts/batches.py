@@ -15,7 +15,8 @@ from sqlalchemy import and_, case, func, insert, update
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.rows.database import db_now, insert_or_ignore
+from storage.database.clock import db_now
+from storage.database.sessions import insert_or_ignore
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, with_person
 from storage.rows.models import Asset, Batch, Callback, Event, Task

@@ -9,7 +9,8 @@ from typing import Any
 from sqlalchemy import delete, update
 from sqlmodel import Session, col
 
-from storage.rows.database import Database, db_now, db_now_once, insert_or_ignore, run
+from storage.database.clock import db_now, db_now_once
+from storage.database.sessions import Database, insert_or_ignore, run
 from storage.rows.models import Idempotency
 
 # Documented for clients (infra/docs/gateway.md).

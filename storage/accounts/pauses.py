@@ -19,8 +19,8 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
+from storage.database.clock import db_now, db_now_once
 from storage.errors import AccountRefused, ModelRefused
-from storage.rows.database import db_now, db_now_once
 from storage.rows.events import EventName, record
 from storage.rows.models import AccountPause
 

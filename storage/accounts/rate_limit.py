@@ -11,8 +11,9 @@ from datetime import timedelta
 
 from sqlmodel import Session, select
 
+from storage.database.clock import db_now
+from storage.database.sessions import Database, insert_or_ignore
 from storage.errors import Retry
-from storage.rows.database import Database, db_now, insert_or_ignore
 from storage.rows.models import ProviderRate
 
 # Kling does not publish its limit (DESIGN §6). No read has been refused at this rate.

@@ -24,8 +24,9 @@ from sqlmodel import Session, col
 
 from storage import states
 from storage.accounts import pauses
+from storage.database.clock import db_now, db_now_once
+from storage.database.sessions import Database, insert_or_ignore, run
 from storage.rows import claims
-from storage.rows.database import Database, db_now, db_now_once, insert_or_ignore, run
 from storage.rows.held_slots import SILENT, give_back
 from storage.rows.models import Account, Task
 from storage.states import Step

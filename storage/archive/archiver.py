@@ -20,11 +20,12 @@ from storage.archive import unusable
 from storage.bucket import bucket as objects
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
+from storage.database.clock import db_now
+from storage.database.sessions import Database, run
 from storage.errors import FetchUnusable, GiveUp, LostClaim, ObjectConflict, Refresh, Retry, StoreUnavailable
 from storage.fetch.client import Fetched, Fetcher, spool
 from storage.keys import object_key
 from storage.rows import claims, tasks
-from storage.rows.database import Database, db_now, run
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, Step

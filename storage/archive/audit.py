@@ -32,8 +32,8 @@ from storage.archive.folders import (
 )
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
+from storage.database.sessions import Database
 from storage.keys import manifest_name
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.rows.task_conditions import DISMISSED
 from storage.states import ArchiveState, AssetState

@@ -27,10 +27,11 @@ from storage.archive.audit import Audit, Counts, Finding, FindingKind
 from storage.archive.delete import folders_of_task
 from storage.background import background_thread
 from storage.bucket.bucket import Bucket
+from storage.database.clock import db_now
+from storage.database.sessions import Database, insert_or_ignore, run
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.rows import tasks
 from storage.rows.claims import backoff
-from storage.rows.database import Database, db_now, insert_or_ignore, run
 from storage.rows.models import RollingAudit, Task
 
 log = structlog.get_logger()

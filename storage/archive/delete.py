@@ -15,10 +15,10 @@ from sqlmodel import col, select
 
 from storage.archive.folders import folder_of
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.errors import NoSuchTask, UserError
 from storage.keys import task_folder
 from storage.rows import claims, tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import IS_OVER
 from storage.states import ArchiveState

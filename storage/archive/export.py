@@ -18,9 +18,9 @@ from storage.archive import manifest
 from storage.archive.folders import FOLDER, in_batches
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
+from storage.database.sessions import Database
 from storage.keys import manifest_name
 from storage.rows import tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
 

@@ -18,8 +18,8 @@ from urllib.parse import unquote
 from sqlmodel import select
 
 from storage.bucket.bucket import PROBE_FOLDER, Bucket, Listed
+from storage.database.sessions import Database
 from storage.rows import tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 
 # S3's limit for a page of a listing. A page of rows takes about 2 MB.

@@ -23,10 +23,10 @@ from sqlmodel import Session, col, select
 from storage import states
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
+from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
 from storage.keys import manifest_key
 from storage.rows import aliases, claims, tasks
-from storage.rows.database import Database
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, CallbackState

@@ -22,9 +22,9 @@ from storage.archive import manifest
 from storage.archive.folders import Objects, external_id_of, in_batches, manifest_number, object_folders
 from storage.bucket.bucket import Bucket, Listed
 from storage.bucket.store_errors import NoSuchObject
+from storage.database.sessions import Database, insert_or_ignore
 from storage.keys import task_folder
 from storage.rows import aliases, claims, tasks
-from storage.rows.database import Database, insert_or_ignore
 from storage.rows.deliveries import rematch
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetName, AssetState, TaskState

@@ -15,11 +15,11 @@ from storage.archive import manifest
 from storage.archive.audit import ENDED, Finding, FindingKind
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
+from storage.database.sessions import Database, run
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
 from storage.fetch.client import spool
 from storage.keys import manifest_name, object_key
 from storage.rows import claims, tasks
-from storage.rows.database import Database, run
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 

@@ -8,7 +8,8 @@ import structlog
 from sqlalchemy import ColumnElement, exists, literal_column, update
 from sqlmodel import col, select
 
-from storage.rows.database import Database, db_now, db_now_once
+from storage.database.clock import db_now, db_now_once
+from storage.database.sessions import Database
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Task
 from storage.rows.task_conditions import HAS_UNUSABLE

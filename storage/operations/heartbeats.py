@@ -9,7 +9,8 @@ import uuid
 from sqlalchemy import func
 from sqlmodel import col, delete, select
 
-from storage.rows.database import Database, db_now
+from storage.database.clock import db_now
+from storage.database.sessions import Database
 from storage.rows.models import Worker
 
 BEAT_SECONDS = 5.0

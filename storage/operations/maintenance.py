@@ -17,9 +17,9 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.database.sessions import run
 from storage.operations import outbox
 from storage.rows import claims, tasks
-from storage.rows.database import run
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import DISMISSED, IS_OVER, not_dismissed

@@ -13,9 +13,9 @@ from storage import states
 from storage.accounts import pauses
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
+from storage.database.clock import db_now_once
 from storage.operations import deadlines, outbox
 from storage.rows import tasks
-from storage.rows.database import db_now_once
 from storage.rows.models import Asset, Callback, Dispatch, Task
 from storage.states import ArchiveState, AssetState, CallbackState
 

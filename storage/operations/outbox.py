@@ -19,8 +19,9 @@ from typing import Any
 from sqlalchemy import BigInteger, Integer, bindparam, func, insert, literal_column, update
 from sqlmodel import Session, col, select
 
+from storage.database.clock import db_now
+from storage.database.sessions import Database, insert_or_ignore, run
 from storage.rows import claims
-from storage.rows.database import Database, db_now, insert_or_ignore, run
 from storage.rows.events import COUNTER
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState

@@ -18,9 +18,9 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations.measures import CALLBACK_PATIENCE_SECONDS
-from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, TaskState
 

@@ -9,7 +9,7 @@ from sqlalchemy import bindparam
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session
 
-from storage.rows.database import run
+from storage.database.sessions import run
 from storage.rows.deliveries import rematch
 from storage.rows.models import Task, TaskAlias
 

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 from sqlalchemy import ClauseElement, Connection, Integer, Uuid, bindparam, case, select, update
 from sqlmodel import Session
 
+from storage.database.clock import db_now, db_now_once
+from storage.database.sessions import run
 from storage.errors import LostClaim
-from storage.rows.database import db_now, db_now_once, run
 from storage.rows.models import Asset, Callback, Dispatch, Task
 
 Row = TypeVar("Row", Task, Callback, Asset, Dispatch)

@@ -17,9 +17,10 @@ from sqlalchemy.dialects import sqlite
 from sqlmodel import Session
 from sqlmodel import select as select_rows
 
+from storage.database.clock import db_now
+from storage.database.sessions import WAKE_CHANNEL, Database, run
 from storage.rows import claims
 from storage.rows.claims import PARK_LOSSES
-from storage.rows.database import WAKE_CHANNEL, Database, db_now, run
 from storage.rows.models import Callback
 from storage.states import CallbackState
 

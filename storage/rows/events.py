@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import bindparam, insert
 from sqlmodel import Session, col, select
 
-from storage.rows.database import db_now
+from storage.database.clock import db_now
 from storage.rows.models import Asset, Counter, Event, Task
 
 # The row of the counter from which `storage/operations/outbox.py` numbers events.

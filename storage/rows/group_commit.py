@@ -31,11 +31,11 @@ from enum import Enum
 import structlog
 from sqlmodel import Session, col, func, select
 
+from storage.database import free_space
+from storage.database.free_space import Disk
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.rows import free_space
-from storage.rows.database import Database
 from storage.rows.deliveries import MAX_BATCH, Delivery, apply_unreadable_again, insert
-from storage.rows.free_space import Disk
 from storage.rows.loop_connections import Locked, LoopConnection, loop_connection
 from storage.rows.models import Callback
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import structlog
 
 from storage.background import background_thread
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import claims
 from storage.rows.claims import Row
-from storage.rows.database import Database
 
 log = structlog.get_logger()
 

@@ -10,7 +10,8 @@ import sqlite3
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from storage.rows.database import SQLITE_PRAGMAS, Database, Turnstile
+from storage.database.sessions import SQLITE_PRAGMAS, Database
+from storage.database.turnstile import Turnstile
 from storage.rows.deliveries import POSTGRESQL_INSERT, Delivery, insert_sqlite, postgresql_values
 from storage.states import CallbackState
 

@@ -7,7 +7,7 @@ lease, so a row whose lease ran out is due again. Settling sets it to NULL or to
 from __future__ import annotations
 
 import uuid
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -15,7 +15,6 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     Column,
-    DateTime,
     Dialect,
     Index,
     Integer,
@@ -26,32 +25,11 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
+from storage.database.clock import UtcTime
 from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
-
-
-class UtcTime(TypeDecorator[datetime]):
-    """An aware UTC time: timestamptz on PostgreSQL; on SQLite text with six decimals, which sorts as time does."""
-
-    impl = DateTime
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else DateTime(timezone=True))
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        if value is None or dialect.name != "sqlite":
-            return value
-        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return datetime.fromisoformat(value).replace(tzinfo=UTC)  # strptime takes 40 times as long
-        return value.astimezone(UTC)  # type: ignore[no-any-return]
 
 
 class Word(TypeDecorator[str]):

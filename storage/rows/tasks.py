@@ -15,9 +15,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.database.clock import db_now
+from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows import aliases, claims
-from storage.rows.database import db_now, run
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
 from storage.rows.held_slots import give_back, heard_of

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 
 from sqlmodel import func, select
 
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Callback
 from storage.states import CallbackState, Step, TaskState

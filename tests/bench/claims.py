@@ -25,8 +25,8 @@ from typing import Any
 from sqlalchemy import bindparam, text
 from sqlmodel import Session, col
 
+from storage.database.sessions import Database
 from storage.rows import claims, migrations
-from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
 from storage.states import AssetState, CallbackState, Step, TaskState
 from tests.postgres import Postgres

@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from sqlmodel import select
 
 from receiver.base.tokens import Tokens
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Asset
 from storage.states import Step, TaskState
 from tests.bench import stage

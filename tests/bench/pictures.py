@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlmodel import func, select
 
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Asset, Event, Task, Worker
 from storage.rows.tasks import asset_id
 from storage.states import ArchiveState, AssetName, AssetState, TaskState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from tests.bench import stage
 from tests.bench.claims import CLAIMED, Times, claim_once, prepared
 from tests.bench.table import Sample

@@ -12,8 +12,8 @@ import boto3
 from sqlmodel import select
 
 from receiver.sandbox.ledger import AssetKey, Ledger
+from storage.database.sessions import Database
 from storage.keys import manifest_key
-from storage.rows.database import Database
 from storage.rows.events import EventName
 from storage.rows.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState

@@ -31,7 +31,7 @@ from receiver.base import telemetry
 from receiver.sandbox import Knobs, Sandbox
 from receiver.tasks import task_view
 from storage.bucket.bucket import Bucket
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import CommandLine, variables

@@ -28,7 +28,7 @@ from receiver.app.wiring import Parts
 from receiver.base.once import made_once
 from receiver.sandbox import Sandbox
 from receiver.tasks.task_view import is_over
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState

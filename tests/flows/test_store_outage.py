@@ -18,7 +18,7 @@ from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.circuit import FAILURES
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 from tests.harness import wait_until

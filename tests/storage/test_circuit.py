@@ -12,9 +12,9 @@ from receiver.app.worker import Lane, Worker
 from receiver.events import sqs
 from receiver.sandbox import Sandbox
 from storage.circuit import DOUBT_SECONDS, FAILURES, FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS, Circuit
+from storage.database.sessions import Database
 from storage.errors import FetchExpired, LostClaim, ObjectConflict, ObjectForbidden, ObjectRefused, StoreUnavailable
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import DispatchState, TaskState
 from tests import sink_pairs

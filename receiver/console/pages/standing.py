@@ -15,9 +15,9 @@ from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from storage.archive import continuous_audit
 from storage.archive.audit import Audit, Counts
+from storage.database.clock import db_now
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import heartbeats
-from storage.rows.database import db_now
 from storage.rows.models import Worker
 
 SAMPLE = 50

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import inspect, text
 
-from storage.rows.database import Database
+from storage.database.sessions import Database
 
 # Any constant will do: it names our migrations among PostgreSQL's advisory locks.
 ADVISORY_LOCK = 7_236_101

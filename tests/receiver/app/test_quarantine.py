@@ -14,8 +14,8 @@ from sqlmodel import col, update
 from receiver.app.worker import QUARANTINE_INTERVAL_SECONDS, Lane, Worker
 from storage.accounts.slots import Slots
 from storage.circuit import FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS
+from storage.database.sessions import Database
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until

@@ -22,7 +22,7 @@ from receiver.app.wiring import Parts
 from receiver.base.tokens import Tokens
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import variables
 from tests.harness import wait_until

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from receiver.app.process import await_schema, web_config
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats
-from storage.rows.database import Database
 from storage.rows.models import Worker
 from tests.harness import ROOT, wait_until
 from tests.postgres import MigratedDatabases, Postgres

@@ -18,10 +18,10 @@ from structlog.testing import capture_logs
 from receiver.app.worker import Lane, PeriodicJob, Worker
 from storage.archive.folders import sweep_uploads
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until

@@ -27,7 +27,7 @@ from receiver.base.tokens import Named, Tokens
 from receiver.cli.main import app
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.states import TaskState
 from tests.command_line import CommandLine, variables
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request

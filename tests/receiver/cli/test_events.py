@@ -17,9 +17,9 @@ from receiver.base.signature import key_of
 from receiver.base.sink_setting import Entry
 from receiver.cli.main import app
 from receiver.gateway.api_keys import fingerprint
+from storage.database.sessions import Database
 from storage.operations import outbox
 from storage.operations.outbox import Subscription
-from storage.rows.database import Database
 from storage.rows.events import EventName, record
 from storage.states import DispatchState
 from tests.rows import new_task, stored

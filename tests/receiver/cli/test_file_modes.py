@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
+from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import Database, Turnstile
 from tests.command_line import CommandLine, variables
 from tests.harness import wait_until
 

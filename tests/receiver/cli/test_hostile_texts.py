@@ -12,9 +12,9 @@ from receiver.app.wiring import Parts
 from receiver.base import telemetry
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
 from storage.keys import IdInvalid
 from storage.operations import outbox
-from storage.rows.database import Database
 from storage.rows.models import Batch, Dispatch, Event
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.command_line import CommandLine, Done, variables

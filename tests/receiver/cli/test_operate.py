@@ -15,7 +15,7 @@ from receiver.app.wiring import Parts
 from receiver.cli.main import app
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Callback, Event, Task
 from tests.command_line import CommandLine, variables
 from tests.pipeline import deliver, insert_row

@@ -18,7 +18,7 @@ from sqlalchemy import text
 
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from tests.command_line import CommandLine, variables
 from tests.harness import wait_until
 from tests.pipeline import free_port

@@ -35,8 +35,8 @@ from receiver.gateway.api_keys import fingerprint
 from receiver.gateway.gateway import OMNI_IMAGE
 from receiver.sandbox import Sandbox
 from storage import circuit
+from storage.database.sessions import Database
 from storage.operations import outbox
-from storage.rows.database import Database
 from storage.rows.models import Event
 from storage.states import DispatchState
 from tests.harness import ROOT, wait_until

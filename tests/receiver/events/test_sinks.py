@@ -20,9 +20,9 @@ from receiver.events.sqs import Sqs
 from receiver.events.webhook import Webhook
 from storage import circuit as circuits
 from storage.circuit import Circuit
+from storage.database.sessions import Database
 from storage.fetch.addresses import AddressPolicy
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import DispatchState
 from tests.harness import wait_until

@@ -23,10 +23,11 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.create_outcome import CreateOutcome
 from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
+from storage.database.clock import UtcTime
+from storage.database.sessions import Database
 from storage.errors import ProviderThrottled
 from storage.rows import migrations
-from storage.rows.database import Database
-from storage.rows.models import Idempotency, UtcTime
+from storage.rows.models import Idempotency
 from storage.states import TaskState
 from tests.harness import wait_until
 from tests.pipeline import Web, drain

@@ -19,9 +19,9 @@ from receiver.providers.kling.client import Kling
 from receiver.sandbox import Sandbox
 from receiver.tasks.changes import Tally
 from receiver.tasks.operate import Operator, Reads
+from storage.database.sessions import Database
 from storage.errors import LostClaim
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.models import Asset, Callback, Task
 from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until

@@ -21,8 +21,8 @@ from sqlalchemy import text
 
 from receiver.app.wiring import Parts
 from receiver.web import callbacks
+from storage.database.sessions import Database
 from storage.rows import group_commit
-from storage.rows.database import Database
 from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, insert_row
 

@@ -12,7 +12,7 @@ from sqlalchemy import event, text
 
 from receiver.app.wiring import Parts
 from receiver.web import readiness
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import Task
 from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, insert_row

@@ -10,7 +10,7 @@ import pytest
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from storage.rows.models import ProviderRate, Task
 from storage.states import Step, TaskState
 from tests.pipeline import make_due_now, run, task_of

@@ -21,9 +21,10 @@ from receiver.providers.base import RequestInvalid
 from receiver.sandbox import Sandbox
 from storage.accounts import slots
 from storage.accounts.slots import Slots, Waiting, choose, limit_at
+from storage.database.clock import db_now
+from storage.database.sessions import Database
 from storage.errors import LostClaim, NoSlots
 from storage.rows import claims, tasks
-from storage.rows.database import Database, db_now
 from storage.rows.models import Account, Task
 from storage.states import Report, Step, TaskState
 from tests.harness import wait_until

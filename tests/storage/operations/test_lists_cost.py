@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
+from storage.database.sessions import Database
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
-from storage.rows.database import Database
 
 
 def plans(database: Database, look: Any) -> str:

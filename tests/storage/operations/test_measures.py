@@ -20,9 +20,9 @@ from receiver.base.telemetry import WORK, WORK_OF_EACH
 from receiver.cli import show
 from receiver.sandbox import Sandbox
 from storage.accounts.rate_limit import ReadRateLimit
+from storage.database.sessions import Database
 from storage.operations import deadlines
 from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
-from storage.rows.database import Database
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.harness import wait_until

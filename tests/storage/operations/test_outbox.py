@@ -12,10 +12,10 @@ from sqlalchemy import update
 from sqlmodel import col, func, select
 
 from receiver.app.wiring import Parts
+from storage.database.sessions import Database
 from storage.operations import outbox
 from storage.operations.outbox import Subscription
 from storage.rows import claims, events
-from storage.rows.database import Database
 from storage.rows.events import EventName, record
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import ArchiveState, DispatchState

@@ -11,10 +11,10 @@ from sqlalchemy import update
 from sqlmodel import col, func, select
 
 from receiver.tasks.operate import Operator
+from storage.database.sessions import Database
 from storage.operations import maintenance
 from storage.operations.outbox import Subscription, sequence_all
 from storage.rows import events
-from storage.rows.database import Database
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.tasks import Schedule

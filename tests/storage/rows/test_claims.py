@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from sqlalchemy import event, insert, text
 from sqlmodel import SQLModel
 
+from storage.database.sessions import Database
 from storage.errors import LostClaim
 from storage.rows import claims
-from storage.rows.database import Database
 from storage.rows.deliveries import rematch
 from storage.rows.models import Asset, Callback, Task
 from storage.states import CallbackState

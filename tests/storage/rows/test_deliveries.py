@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from sqlmodel import func, select
 
+from storage.database.sessions import Database
 from storage.rows import deliveries
-from storage.rows.database import Database
 from storage.rows.deliveries import Delivery
 from storage.rows.models import Callback
 from storage.states import CallbackState

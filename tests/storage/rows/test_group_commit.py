@@ -20,8 +20,9 @@ import pytest
 from sqlalchemy import text
 from sqlmodel import select
 
-from storage.rows import deliveries, free_space, group_commit
-from storage.rows.database import Database
+from storage.database import free_space
+from storage.database.sessions import Database
+from storage.rows import deliveries, group_commit
 from storage.rows.deliveries import Delivery
 from storage.rows.group_commit import GroupCommit, Intake, QueueFull
 from storage.rows.models import Callback
@@ -223,7 +224,7 @@ def test_a_slow_commit_gives_the_turn_to_the_thread_until_commits_are_quick(
 
 WRITE = """
 import sys, time
-from storage.rows.database import Database
+from storage.database.sessions import Database
 from sqlalchemy import text
 database, longest = Database(sys.argv[1]), 0.0
 print("ready", flush=True)

@@ -15,14 +15,14 @@ from alembic.util import CommandError
 from sqlalchemy import inspect, text
 from sqlmodel import SQLModel
 
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import migrations
-from storage.rows.database import Database
 
 UPGRADE = """
 import sys
 from storage.rows import migrations
-from storage.rows.database import Database
+from storage.database.sessions import Database
 database = Database(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlmodel import Session, col, select, update
 
+from storage.database.sessions import Database
 from storage.errors import LostClaim
 from storage.rows import aliases, claims, tasks
-from storage.rows.database import Database
 from storage.rows.models import Asset, Task, TaskAlias
 from storage.rows.tasks import Schedule
 from storage.states import (

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
 
-from storage.rows.models import UtcTime
+from storage.database.clock import UtcTime
 
 revision = "0001"
 down_revision = None

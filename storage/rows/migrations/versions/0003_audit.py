@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from storage.rows.models import UtcTime
+from storage.database.clock import UtcTime
 
 revision = "0003"
 down_revision = "0002"

@@ -4,7 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.rows.models import BigId, UtcTime
+from storage.database.clock import UtcTime
+from storage.rows.models import BigId
 
 revision = "0004"
 down_revision = "0003"

@@ -4,7 +4,7 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
-from storage.rows.models import UtcTime
+from storage.database.clock import UtcTime
 
 revision = "0005"
 down_revision = "0004"

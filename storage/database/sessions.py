@@ -1,31 +1,23 @@
-"""One database, an SQLite file or PostgreSQL: sessions, its clock, and fair turns for writers."""
+"""One database, an SQLite file or PostgreSQL: connections, sessions and transactions."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import structlog
 from sqlalchemy import (
-    BindParameter,
     Connection,
     CursorResult,
     Engine,
     Executable,
-    Float,
-    ScalarSelect,
-    bindparam,
     create_engine,
     event,
-    literal,
     make_url,
     select,
     text,
@@ -34,18 +26,15 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
+from storage.database.clock import db_now
+from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
+from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
 from storage.errors import DatabaseUnavailable
-from storage.rows.models import UtcTime
-from storage.rows.wakers import PostgresWaker, SqliteWaker, Waker
 
 log = structlog.get_logger()
 
-# How long a writer waits for SQLite's own lock. The turnstile orders our own writers, so this concerns other programs.
-SQLITE_BUSY_SECONDS = 30
 # A server that is up answers in less. A delivery has 5 s from its body to its commit.
 CONNECT_SECONDS = 4
 # A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
@@ -70,43 +59,6 @@ READ_ONLY = "25006"
 # Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
 URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
-
-
-class db_now(FunctionElement[datetime]):
-    """The database's time plus `seconds`. Leases are set and compared by this one clock; clocks of hosts differ.
-
-    `seconds` may be the name of a parameter, for a statement that is built once.
-    """
-
-    type = UtcTime()
-    inherit_cache = True
-
-    def __init__(self, seconds: float | str = 0) -> None:
-        self.seconds = seconds
-        number: BindParameter[float] = (
-            bindparam(seconds, type_=Float) if isinstance(seconds, str) else literal(float(seconds))
-        )
-        super().__init__(number)
-
-
-@compiles(db_now, "postgresql")
-def _now_postgresql(element: db_now, compiler: Any, **options: Any) -> str:
-    return f"(clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **options)}))"
-
-
-@compiles(db_now, "sqlite")
-def _now_sqlite(element: db_now, compiler: Any, **options: Any) -> str:
-    seconds = compiler.process(element.clauses, **options)
-    return f"(strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds})))"
-
-
-def db_now_once(seconds: float = 0) -> ScalarSelect[datetime]:
-    """`db_now(seconds)` for comparing with a column: evaluated once for the whole statement.
-
-    PostgreSQL uses no index for a comparison with a volatile function: with 100,000 waiting rows a check for due rows
-    took 23 ms instead of 4 ms.
-    """
-    return select(db_now(seconds)).scalar_subquery()
 
 
 def run(
@@ -135,93 +87,6 @@ def insert_or_ignore(
     if isinstance(values, Mapping):
         return list(session.scalars(statement.values(values)))
     return list(session.scalars(statement, values))
-
-
-class Turnstile:
-    """A lock around every write transaction of every process, because SQLite's busy handler is not fair.
-
-    Without it two workers that committed in a loop delayed a delivery by 7 to 13 s; with it p99 was 0.11 s. It is never
-    held across other I/O.
-    """
-
-    def __init__(self, path: Path, *, wait_seconds: float = SQLITE_BUSY_SECONDS) -> None:
-        self._path = path
-        self._wait_seconds = wait_seconds
-        self._thread_lock = threading.Lock()
-        self._file: TextIO | None = None
-        self._blocked_since: float | None = None
-        self._watcher: threading.Thread | None = None
-
-    def __enter__(self) -> None:
-        if not self._thread_lock.acquire(timeout=self._wait_seconds):
-            raise DatabaseUnavailable(self._held())
-        try:
-            self._lock(self._opened())
-        except OSError as error:
-            self._thread_lock.release()
-            raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
-        except BaseException:
-            self._thread_lock.release()
-            raise
-
-    def _opened(self) -> TextIO:
-        if self._file is None:
-            self._file = os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
-        return self._file
-
-    def _lock(self, file: TextIO) -> None:
-        """Take the file's lock. The wait blocks: it is fair, and whatever has a time limit is not.
-
-        Measured, three processes that lock in a loop: p99 12 ms; 60 ms with a thread that waits, 1 s with polling.
-        """
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._blocked_since = time.monotonic()
-            if self._watcher is None or not self._watcher.is_alive():
-                self._watcher = threading.Thread(target=self._watch, daemon=True)
-                self._watcher.start()
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self._blocked_since = None
-
-    def _watch(self) -> None:
-        """Say when one wait takes so long that no receiver holds the lock."""
-        while (since := self._blocked_since) is not None:
-            time.sleep(self._wait_seconds)
-            if self._blocked_since == since:
-                log.error("database.locked", error=self._held())
-
-    def _held(self) -> str:
-        return (
-            f"database: {self._path} has been locked for {self._wait_seconds:g} s by another program; "
-            f"`fuser {self._path}` names it"
-        )
-
-    def is_entered_at_once(self) -> bool:
-        """Enter it if nobody is inside. False: somebody is. For event loops, which must not wait."""
-        if not self._thread_lock.acquire(blocking=False):
-            return False
-        is_inside = False
-        try:
-            fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_inside = True
-        except OSError:  # held by another process; what else may be wrong, a waiting `with` says
-            pass
-        finally:
-            if not is_inside:
-                self._thread_lock.release()
-        return is_inside
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._thread_lock.release()
-
-    def close(self) -> None:
-        with self._thread_lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
 
 
 class Database:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
 if TYPE_CHECKING:
-    from storage.rows.database import Database
+    from storage.database.sessions import Database
 
 log = structlog.get_logger()
 

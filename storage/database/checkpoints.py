@@ -15,8 +15,8 @@ from typing import Any
 import structlog
 
 from storage.background import background_thread
+from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import Database
 
 log = structlog.get_logger()
 

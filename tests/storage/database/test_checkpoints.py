@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from storage.rows import checkpoints
-from storage.rows.database import Database
+from storage.database import checkpoints
+from storage.database.sessions import Database
 from tests.harness import wait_until
 from tests.postgres import Postgres
 

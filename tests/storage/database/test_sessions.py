@@ -22,10 +22,12 @@ from receiver.app import jobs
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.gateway import gateway
+from storage.database.clock import db_now
+from storage.database.sessions import KEPT_CONNECTIONS, Database, normal_url
+from storage.database.turnstile import Turnstile
+from storage.database.wakers import Waker
 from storage.errors import DatabaseUnavailable
-from storage.rows.database import KEPT_CONNECTIONS, Database, Turnstile, db_now, normal_url
 from storage.rows.models import Worker
-from storage.rows.wakers import Waker
 from tests.harness import wait_until
 from tests.postgres import Postgres
 from tests.webhook_receiver import SECRET
@@ -213,7 +215,7 @@ def test_pool_has_a_connection_for_each_thread_of_a_process(sqlite: Database, th
 TAKE_TURNS = """
 import sys
 from pathlib import Path
-from storage.rows.database import Turnstile
+from storage.database.turnstile import Turnstile
 folder = Path(sys.argv[1])
 turnstile = Turnstile(folder / "db.lock")
 print("ready", flush=True)

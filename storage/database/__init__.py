@@ -1,0 +1,5 @@
+"""Room: the database. Connections to an SQLite file or PostgreSQL, sessions, transactions, the clock, waking.
+
+It knows no table. Read `sessions.py` first, then `turnstile.py` (fair turns for SQLite's writers) and `wakers.py` (how
+an idle worker learns that another process has committed work).
+"""

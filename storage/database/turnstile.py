@@ -1,0 +1,106 @@
+"""Fair turns for the writers of one SQLite file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TextIO
+
+import structlog
+
+from storage.errors import DatabaseUnavailable
+
+log = structlog.get_logger()
+
+# How long a writer waits for SQLite's own lock. The turnstile orders our own writers, so this concerns other programs.
+SQLITE_BUSY_SECONDS = 30
+
+
+class Turnstile:
+    """A lock around every write transaction of every process, because SQLite's busy handler is not fair.
+
+    Without it two workers that committed in a loop delayed a delivery by 7 to 13 s; with it p99 was 0.11 s. It is never
+    held across other I/O.
+    """
+
+    def __init__(self, path: Path, *, wait_seconds: float = SQLITE_BUSY_SECONDS) -> None:
+        self._path = path
+        self._wait_seconds = wait_seconds
+        self._thread_lock = threading.Lock()
+        self._file: TextIO | None = None
+        self._blocked_since: float | None = None
+        self._watcher: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        if not self._thread_lock.acquire(timeout=self._wait_seconds):
+            raise DatabaseUnavailable(self._held())
+        try:
+            self._lock(self._opened())
+        except OSError as error:
+            self._thread_lock.release()
+            raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
+        except BaseException:
+            self._thread_lock.release()
+            raise
+
+    def _opened(self) -> TextIO:
+        if self._file is None:
+            self._file = os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
+        return self._file
+
+    def _lock(self, file: TextIO) -> None:
+        """Take the file's lock. The wait blocks: it is fair, and whatever has a time limit is not.
+
+        Measured, three processes that lock in a loop: p99 12 ms; 60 ms with a thread that waits, 1 s with polling.
+        """
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._blocked_since = time.monotonic()
+            if self._watcher is None or not self._watcher.is_alive():
+                self._watcher = threading.Thread(target=self._watch, daemon=True)
+                self._watcher.start()
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self._blocked_since = None
+
+    def _watch(self) -> None:
+        """Say when one wait takes so long that no receiver holds the lock."""
+        while (since := self._blocked_since) is not None:
+            time.sleep(self._wait_seconds)
+            if self._blocked_since == since:
+                log.error("database.locked", error=self._held())
+
+    def _held(self) -> str:
+        return (
+            f"database: {self._path} has been locked for {self._wait_seconds:g} s by another program; "
+            f"`fuser {self._path}` names it"
+        )
+
+    def is_entered_at_once(self) -> bool:
+        """Enter it if nobody is inside. False: somebody is. For event loops, which must not wait."""
+        if not self._thread_lock.acquire(blocking=False):
+            return False
+        is_inside = False
+        try:
+            fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_inside = True
+        except OSError:  # held by another process; what else may be wrong, a waiting `with` says
+            pass
+        finally:
+            if not is_inside:
+                self._thread_lock.release()
+        return is_inside
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._thread_lock.release()
+
+    def close(self) -> None:
+        with self._thread_lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
