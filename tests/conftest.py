@@ -20,8 +20,8 @@ import pytest
 import structlog
 from structlog._config import BoundLoggerLazyProxy
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Knobs, Sandbox
 from storage.database.sessions import Database
 from storage.rows import migrations

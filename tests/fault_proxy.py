@@ -16,7 +16,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 
 # Made anew when the request is signed and sent.
 HOP_HEADERS = {"host", "authorization", "x-amz-date", "x-amz-content-sha256", "content-length", "connection", "expect"}

@@ -14,10 +14,10 @@ from typing import Any
 from sqlalchemy import update
 from sqlmodel import col, select
 
-from receiver.app.embedded_store import is_free, random_port
 from receiver.app.process import _Server, web_config
 from receiver.app.wiring import Parts
 from receiver.base import config
+from receiver.local_store.seaweed import is_free, random_port
 from receiver.sandbox import Sandbox
 from storage.keys import task_folder
 from storage.rows import tasks

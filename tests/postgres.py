@@ -24,7 +24,7 @@ from typing import IO
 import psycopg
 from psycopg import sql
 
-from receiver.app.embedded_store import Mortal, is_free, random_port
+from receiver.local_store.seaweed import Mortal, is_free, random_port
 
 FOLDER_PREFIX = "receiver-postgres-"
 START_SECONDS = 60

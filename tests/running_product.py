@@ -9,9 +9,9 @@ from typing import Self
 
 import pytest
 
-from receiver.app.embedded_store import Mortal, Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import config
+from receiver.local_store.seaweed import Mortal, Seaweed
 from receiver.sandbox import Knobs, Sandbox
 from storage.rows import migrations
 from tests.chaos.plan import WEB_KILLED, WORKER_KILLED

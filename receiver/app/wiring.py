@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import receiver
-from receiver.app import jobs, local_store
+from receiver.app import jobs
 from receiver.app.worker import Lane, PeriodicJob, Worker
 from receiver.base.config import Settings, private_pairs
 from receiver.base.once import made_once
@@ -18,6 +18,7 @@ from receiver.events.http_post import Poster
 from receiver.events.make import make
 from receiver.gateway import client_callback
 from receiver.gateway.answers import ResponseFormat
+from receiver.local_store import serve_store
 from receiver.providers.base import Provider
 from receiver.providers.kling.client import Kling
 from receiver.tasks.apply_deliveries import Confirmation, trusted_hosts
@@ -108,7 +109,7 @@ class Parts:
     @made_once
     def store_address(self) -> tuple[str | None, tuple[str, str] | None]:
         """The store's endpoint, and its keys where we run it ourselves."""
-        return local_store.address(self.settings)
+        return serve_store.address(self.settings)
 
     @made_once
     def bucket(self) -> Bucket:

@@ -31,8 +31,9 @@ def check(
     again. Prints what you have to paste where: a fresh callback secret while none is set, else the address for the
     provider's console. Each of these is a secret.
     """
-    from receiver.app import checks, local_store
+    from receiver.app import checks
     from receiver.base import config, telemetry
+    from receiver.local_store import serve_store
 
     try:
         settings = config.load(allow_http=allow_http or None, store=store)
@@ -40,7 +41,7 @@ def check(
         results = [*checks.refused_settings(error)]
     else:
         telemetry.configure("warning", settings.log_format)
-        with local_store.running(settings):
+        with serve_store.running(settings):
             results = checks.run(settings)
     is_good = all(result.status is not checks.Status.FAULT for result in results)
     if as_json:

@@ -28,14 +28,15 @@ def opened(
     `ready`: look at the schema first. `quiet`: log warnings alone. `store`: the folder of a store of our own, and
     `starts_store`: the verb needs it to run. `settings`: what the verb's other options say.
     """
-    from receiver.app import local_store, process
+    from receiver.app import process
     from receiver.app.database_faults import explained
     from receiver.app.wiring import Parts
     from receiver.base import config, telemetry
+    from receiver.local_store import serve_store
 
     chosen = config.load(allow_http=allow_http or None, store=store, **settings)
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
-    with local_store.running(chosen) if starts_store else nullcontext():
+    with serve_store.running(chosen) if starts_store else nullcontext():
         parts = Parts(chosen)
         try:
             with explained(parts.database):

@@ -28,11 +28,11 @@ from types import FrameType
 from rich.console import Console
 from sqlmodel import col, select
 
-from receiver.app.embedded_store import Mortal, Seaweed, answers, is_free, random_port, weed_binary
 from receiver.app.wiring import Parts
 from receiver.base import config, telemetry
 from receiver.demo import board
 from receiver.demo.board import Compared, Outcome, Watch, Wish
+from receiver.local_store.seaweed import Mortal, Seaweed, answers, is_free, random_port, weed_binary
 from receiver.sandbox import Knobs, Sandbox
 from receiver.tasks.task_view import find, is_over
 from storage.errors import DatabaseUnavailable, StoreUnavailable

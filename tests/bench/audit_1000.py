@@ -20,9 +20,9 @@ from pathlib import Path
 
 from sqlmodel import col, func, select
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import telemetry
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Knobs, Sandbox
 from storage.archive.audit import Audit, Counts, Finding
 from storage.archive.rebuild import Rebuild

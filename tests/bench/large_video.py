@@ -23,9 +23,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from receiver.app.embedded_store import OPTIONS, Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import telemetry
+from receiver.local_store.seaweed import OPTIONS, Seaweed
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.rows import migrations

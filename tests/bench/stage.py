@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import config
+from receiver.local_store.seaweed import Seaweed
 from storage.operations import heartbeats as heartbeats
 from storage.rows import migrations
 from tests.conftest import s3_variables

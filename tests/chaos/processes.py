@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from receiver.app.embedded_store import Mortal
+from receiver.local_store.seaweed import Mortal
 from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler
 
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 from tests.chaos.plan import STORE_FAULTS
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request, handler_for
 

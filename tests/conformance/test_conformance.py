@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 from tests.conformance.__main__ import CASES, LACKS, YES, Result, run
 from tests.conformance.stage import Case, Stage, stage
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request

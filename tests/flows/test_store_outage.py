@@ -14,8 +14,8 @@ import httpx
 import pytest
 from sqlmodel import func, select
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.circuit import FAILURES
 from storage.database.sessions import Database

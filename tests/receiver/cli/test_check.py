@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from receiver.app import checks
 from receiver.app.checks import Result, Status
-from receiver.app.embedded_store import Seaweed
 from receiver.base import config
 from receiver.base.tokens import Named, Tokens
 from receiver.cli.main import app
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database

@@ -18,9 +18,9 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col, select
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import config
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from receiver.web import readiness
 from storage.archive import continuous_audit, manifest

@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import select
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.cli.archive import _chosen
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.archive.audit import Audit
 from storage.archive.delete import Refused, delete

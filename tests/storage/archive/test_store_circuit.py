@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.circuit import FAILURES

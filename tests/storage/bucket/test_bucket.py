@@ -13,7 +13,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 from storage.bucket import bucket as objects
 from storage.bucket import checksums
 from storage.bucket.bucket import Bucket

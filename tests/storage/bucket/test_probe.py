@@ -6,7 +6,7 @@ import io
 import re
 from dataclasses import replace
 
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 from storage.bucket.bucket import PROBE_FOLDER, Bucket
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 

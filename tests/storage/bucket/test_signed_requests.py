@@ -18,7 +18,7 @@ import pytest
 from botocore import exceptions as boto_errors
 from botocore.awsrequest import AWSPreparedRequest
 
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 from storage.bucket import store_connection
 from storage.bucket.bucket import Bucket
 from storage.bucket.probe import Capabilities

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from receiver.app.embedded_store import Seaweed
 from receiver.app.wiring import Parts
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.keys import object_key

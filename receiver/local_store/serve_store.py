@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from receiver.app.embedded_store import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
 from receiver.base.config import Settings
+from receiver.local_store.seaweed import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
 from storage.errors import UserError
 
 LOCK_INTERVAL_SECONDS = 0.2

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from receiver.app.embedded_store import Seaweed, is_free
+from receiver.local_store.seaweed import Seaweed, is_free
 from storage.bucket.bucket import Bucket
 from tests.harness import wait_until
 
@@ -67,7 +67,7 @@ def test_what_it_kept_is_there_after_a_restart(
 PARENT = """
 import sys, time
 from pathlib import Path
-from receiver.app.embedded_store import Seaweed
+from receiver.local_store.seaweed import Seaweed
 server = Seaweed(Path(sys.argv[1]), "pictures")
 server.start()
 print(*server.ports, flush=True)
