@@ -1,0 +1,27 @@
+"""What others rely on is there as it was in the release before (contract.py)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.contract import RELEASED, Contract, breaches, contract
+
+
+@pytest.fixture(scope="module")
+def released() -> Contract:
+    found: Contract = json.loads(RELEASED.read_text())
+    return found
+
+
+def test_nothing_that_was_released_is_gone_or_means_something_else(released: Contract) -> None:
+    assert breaches(released, contract()) == []
+
+
+@pytest.mark.parametrize("kind", ["settings", "options", "paths", "events", "manifest", "keys", "metrics"])
+def test_a_name_that_is_gone_or_differs_is_reported(released: Contract, kind: str) -> None:
+    gone, differing, *_ = released[kind]
+    now = {**contract(), kind: {**released[kind], differing: ["another"]}}
+    del now[kind][gone]
+    assert len(breaches(released, now)) == 2
