@@ -75,7 +75,7 @@ def lanes(parts: Parts) -> Sequence[Lane]:
         ),
         Lane("unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider),
         Lane(
-            "creates", Task, parts.submitter.work, TASK_THREADS, (step == Step.CREATE,), circuit=provider,
+            "creates", Task, parts.submitter.create_step.work, TASK_THREADS, (step == Step.CREATE,), circuit=provider,
             slots=parts.slots,
         ),
         Lane(

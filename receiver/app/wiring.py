@@ -22,6 +22,7 @@ from receiver.local_store import serve_store
 from receiver.providers.base import Provider
 from receiver.providers.kling.client import Kling
 from receiver.tasks.apply_deliveries import Confirmation, trusted_hosts
+from receiver.tasks.create_step import CreateStep
 from receiver.tasks.submit import Submitter
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
@@ -157,15 +158,23 @@ class Parts:
 
     @made_once
     def submitter(self) -> Submitter:
+        lease_seconds = self.settings.lease_seconds
+        create_step = CreateStep(
+            self.database,
+            self.kling,
+            self.schedule,
+            self.slots,
+            read_rate_limit=self.read_rate_limit,
+            lease_seconds=lease_seconds,
+        )
         return Submitter(
             self.database,
             self.kling,
             self.tokens,
-            self.schedule,
+            self.slots,
+            create_step,
             public_url=self.settings.public_url,
-            read_rate_limit=self.read_rate_limit,
-            lease_seconds=self.settings.lease_seconds,
-            slots=self.slots,
+            lease_seconds=lease_seconds,
         )
 
     @made_once

@@ -174,7 +174,7 @@ class Creates:
         with self._send_ended:
             self._sends += 1
         try:
-            self._submitter.send(begun.task, outcome_listener)
+            self._submitter.create_step.send(begun.task, outcome_listener)
         finally:
             with self._send_ended:
                 self._sends -= 1

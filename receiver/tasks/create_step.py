@@ -1,0 +1,304 @@
+"""The create step of a task row: POST once, and read the task back when the answer is unclear.
+
+row (queued: no slots free) ─▶ admitted and claimed by a worker, see `storage.accounts.slots`, then the same
+row (claimed, sent_at) ─▶ POST ─┬─ accepted ───────────────▶ submitted
+                                ├─ refused for good ───────▶ failed
+                                ├─ account refused ────────▶ back to the queue, see `storage.accounts.pauses`
+                                ├─ slow down (1302) ───────▶ due again, nothing was made
+                                ├─ full (1303) ────────────▶ due again, or with slots of our own: back to the queue
+                                └─ unclear ────────────────▶ due: read by external id ─┬─ found ▶ submitted
+                                                              (worker, or submitter)   └─ twice not found,
+                                                                                          10 s apart ▶ POST again
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import structlog
+from sqlmodel import Session
+
+from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
+from receiver.providers.lookup import read_task
+from receiver.tasks.create_outcome import CreateOutcome
+from storage.accounts import pauses
+from storage.accounts.pauses import Trial
+from storage.accounts.rate_limit import ReadRateLimit
+from storage.accounts.slots import Slots
+from storage.database.clock import db_now
+from storage.database.sessions import Database
+from storage.errors import (
+    AccountRefused,
+    LostClaim,
+    ProviderFull,
+    ProviderRejected,
+    ProviderThrottled,
+    Retry,
+)
+from storage.rows import claims, tasks
+from storage.rows.lease_renewal import renewing_lease
+from storage.rows.models import Task
+from storage.states import Report, TaskState
+
+log = structlog.get_logger()
+
+# A provider's list may lag behind its creates. "Not found" is believed at the second read, this much later.
+NOT_FOUND_AGAIN_SECONDS = 10
+# The largest difference between our clock and the provider's when we decide whose task an existing one is.
+CLOCK_TOLERANCE = timedelta(seconds=60)
+# After an unclear answer the read waits this long, so that the provider has the task.
+LOOK_UP_SECONDS = 1
+# "Already exists" and not readable: either reads lag that far behind, or the task is another product's. About 90 s.
+UNREAD_TRIES = 10
+# A create without an outcome for an hour is an error in the log at each further try. At least five tries, because a
+# task that waited an hour for its slots has only just begun.
+OVERDUE_SECONDS, OVERDUE_TRIES = 3_600, 5
+# 1302/1303: exponential from 1 s (KLING §6). The limit of 30 s keeps slots from staying idle.
+THROTTLE_BASE_SECONDS, THROTTLE_CAP_SECONDS = 1.0, 30.0
+
+
+class CreateStep:
+    """Sends the creates of rows. Workers go on with what a dead submitter left behind."""
+
+    def __init__(
+        self,
+        database: Database,
+        provider: Provider,
+        schedule: tasks.Schedule,
+        slots: Slots,
+        *,
+        read_rate_limit: ReadRateLimit,
+        lease_seconds: float,
+    ) -> None:
+        self._database = database
+        self._provider = provider
+        self._schedule = schedule
+        self._slots = slots
+        self._read_rate_limit = read_rate_limit
+        self._lease_seconds = lease_seconds
+
+    def send(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
+        """Send a claimed row and settle its create. `outcome_listener` is told of a refusal, which ends the row.
+
+        The lease is renewed meanwhile. A row whose lease was lost before is not sent: its new owner sends it.
+        """
+        with renewing_lease(self._database, task, lease_seconds=self._lease_seconds):
+            self._send_once(task, outcome_listener)
+
+    def look_up(self, task: Task) -> None:
+        """Read a claimed row's task at the provider, and settle its create by what is found."""
+        with renewing_lease(self._database, task, lease_seconds=self._lease_seconds):
+            self._look_up(task)
+
+    def work(self, task: Task) -> None:
+        """Continue a claimed row in step `create`: send it if it was never sent, else find out whether it arrived."""
+        if task.losses >= claims.PARK_LOSSES:
+            self._fail(task, f"ended its worker {task.losses} times; `receiver submit --adopt` looks again")
+        elif task.sent_at is not None:
+            self._look_up(task)
+        else:
+            self._send_once(task)
+
+    def _send_once(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
+        """POST the row if its lease is still ours and the account is not paused. The lease starts anew right before."""
+        due_at = db_now(self._lease_seconds)
+        try:
+            with self._database.write() as session:
+                trial = pauses.begin(session, task.provider, task.model)
+                if trial.refusal is None:
+                    claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
+        except LostClaim:
+            return
+        if trial.refusal is None:
+            self._post(task, trial, outcome_listener)
+        else:
+            self._wait_for_account(task, trial.refusal, outcome_listener)
+
+    def _post(self, task: Task, trial: Trial, outcome_listener: CreateOutcome | None) -> None:
+        try:
+            created = self._provider.create(
+                task.request, external_task_id=task.external_task_id, callback_url=task.callback_url
+            )
+        except AccountRefused as error:
+            task.model = task.model or self._provider.request_facts(task.request).model
+            with self._database.write() as session:
+                pauses.pause(session, task.provider, task.model, error)
+            self._wait_for_account(task, error, outcome_listener)
+        except Unavailable as error:
+            self._end_trial(trial, error)
+            self._unclear(task, error)
+        except (ProviderThrottled, ProviderRejected) as error:
+            self._end_trial(trial, error)
+            self._settle_refusal(task, error, outcome_listener)
+        else:
+            self._end_trial(trial, None)
+            self._accept(task, created)
+
+    def _end_trial(self, trial: Trial, error: Retry | ProviderRejected | None) -> None:
+        """Apply the answer to the pauses of which this create was the trial. `error` None: it was accepted."""
+        if not trial.of or (isinstance(error, Unavailable) and error.sent):
+            return
+        with self._database.write() as session:
+            if isinstance(error, Unavailable):
+                pauses.give_back(session, trial)
+            else:
+                pauses.resume(session, trial, keys_alone=error is not None)
+                self._database.wake(session)
+
+    def _wait_for_account(self, task: Task, error: AccountRefused, outcome_listener: CreateOutcome | None) -> None:
+        """Put the task back into its paused queue. A gateway client that waits is told instead, and its row ends."""
+        if outcome_listener and outcome_listener.tell(error):
+            self._fail(task, str(error), outcome_listener)
+            return
+        with suppress(LostClaim), self._database.write() as session:
+            self._settle_queued(session, task, str(error), 0, model=task.model, **claims.NO_ATTEMPTS)
+
+    def _settle_queued(self, session: Session, task: Task, note: str, wait: float, **values: Any) -> None:
+        again = {"queued_at": db_now(wait), "slots": -abs(task.slots), "sent_at": None, **values}
+        claims.settle(session, task, due_in=None, note=note, **again)
+
+    def _settle_refusal(
+        self, task: Task, error: ProviderThrottled | ProviderRejected, outcome_listener: CreateOutcome | None
+    ) -> None:
+        if isinstance(error, ProviderThrottled):
+            is_full = isinstance(error, ProviderFull) and self._slots.setting is not None
+            if outcome_listener and outcome_listener.tell(error):
+                if is_full:
+                    self._lower_limit(task)
+                self._fail(task, str(error), outcome_listener)
+                return
+            wait = claims.backoff(task.attempts, base=THROTTLE_BASE_SECONDS, cap=THROTTLE_CAP_SECONDS)
+            wait = max(error.after or 0, wait, THROTTLE_BASE_SECONDS)
+            if is_full:
+                self._queue_again(task, str(error), wait)
+            else:
+                self._later(task, str(error), wait, waits_its_turn=True, sent_at=None)
+        elif isinstance(error, AlreadyExists):
+            self._look_up(task, error, outcome_listener)
+        else:
+            self._refused(task, str(error), error, outcome_listener)
+
+    def _lower_limit(self, task: Task) -> None:
+        with self._database.write() as session:
+            self._slots.refused(session, task.slots)
+
+    def _queue_again(self, task: Task, note: str, wait: float) -> None:
+        """The provider is full below our limit: lower the limit and put the task back into the queue."""
+        try:
+            with self._database.write() as session:
+                limit = self._slots.refused(session, task.slots)
+                self._settle_queued(session, task, note, wait)
+        except LostClaim:
+            return
+        log.warning("slots.refused", task=task.external_task_id, limit=limit, note=note, seconds=round(wait, 1))
+
+    def _unclear(self, task: Task, error: Unavailable) -> None:
+        if error.sent:
+            self._later(task, str(error), max(error.after or 0, LOOK_UP_SECONDS), missed_at=None)
+        else:
+            self._later(task, str(error), max(error.after or 0, claims.backoff(task.attempts)), sent_at=None)
+
+    def _look_up(
+        self, task: Task, already: AlreadyExists | None = None, outcome_listener: CreateOutcome | None = None
+    ) -> None:
+        """Read the task by our id. `already`: the provider answered that the id exists."""
+        try:
+            record = read_task(
+                self._provider,
+                self._read_rate_limit,
+                provider_task_id=None,
+                external_task_id=task.external_task_id,
+                made_at=None if task.adopt else task.created_at,
+            )
+        except (Retry, ProviderRejected) as error:
+            self._unanswered(task, error)
+            return
+        if record is not None and (task.adopt or _is_ours(task, record.report, already)):
+            self._accept(task, record)
+        elif record is None and not already:
+            self._missed(task)
+        elif record is None and 1 < task.attempts < UNREAD_TRIES:
+            self._later(task, f"cannot be read yet: {already}", NOT_FOUND_AGAIN_SECONDS, missed_at=None)
+        else:
+            words = f"{task.external_task_id} already exists at the provider and is not ours; "
+            self._refused(task, words + "`receiver submit --adopt` takes it over", already, outcome_listener)
+
+    def _unanswered(self, task: Task, error: Retry | ProviderRejected) -> None:
+        """Read again later. After a whole result lifetime the provider has nothing left, and the task fails."""
+        days = self._age_seconds(task.sent_at or task.created_at) / 86_400
+        if days * 86_400 > self._schedule.result_lifetime_seconds:
+            self._fail(task, f"sent {days:.1f} days ago, and there was no answer whether it arrived: {error}")
+            return
+        after = error.after if isinstance(error, Retry) else None
+        self._later(task, str(error), max(after or 0, claims.backoff(task.attempts)))
+
+    def _age_seconds(self, since: datetime) -> float:
+        return (self._database.now() - since).total_seconds()
+
+    def _missed(self, task: Task) -> None:
+        since = self._age_seconds(task.missed_at) if task.missed_at else None
+        if since is None:
+            wait = max(NOT_FOUND_AGAIN_SECONDS, claims.backoff(task.attempts))  # rarer after each lost POST
+            self._later(task, "looking up whether it arrived", wait, missed_at=db_now())
+        elif since < NOT_FOUND_AGAIN_SECONDS:
+            self._later(task, "looking up whether it arrived", NOT_FOUND_AGAIN_SECONDS - since)
+        else:
+            self._send_once(task)
+
+    def _later(self, task: Task, note: str, due_in: float, *, waits_its_turn: bool = False, **values: Any) -> None:
+        """Try again later. `waits_its_turn`: the provider asked for it, so it is never logged as an error."""
+        try:
+            with self._database.write() as session:
+                claims.settle(session, task, due_in=due_in, note=note, **values)
+                age = tasks.now(session) - task.created_at
+        except LostClaim:
+            return
+        is_old = age.total_seconds() > OVERDUE_SECONDS and task.attempts >= OVERDUE_TRIES
+        overdue = is_old and not waits_its_turn
+        facts = {"task": task.external_task_id, "note": note, "seconds": round(due_in, 1)}
+        log.error("task.create_overdue", **facts) if overdue else log.info("task.create_later", **facts)
+
+    def _accept(self, task: Task, answer: Created | Record) -> None:
+        self._settle(task, answer.report)
+
+    def _refused(
+        self, task: Task, message: str, refusal: ProviderRejected | None, outcome_listener: CreateOutcome | None
+    ) -> None:
+        told = outcome_listener is not None and refusal is not None and outcome_listener.tell(refusal)
+        self._fail(task, message, outcome_listener if told else None)
+
+    def _fail(self, task: Task, message: str, told: CreateOutcome | None = None) -> None:
+        """Fail the row. `told`: the client that has the answer already and gets no callback."""
+        if not self._settle(task, Report(None, None, TaskState.FAILED, message=message), told=told) and told:
+            told.take_back()
+
+    def _settle(self, task: Task, report: Report, *, told: CreateOutcome | None = None) -> bool:
+        """End the create step. Ranks of states decide, because a callback may have come before this answer.
+
+        Returns whether the lease was still ours and the row took the report's state.
+        """
+        if report.status is None:
+            report = Report(report.provider_task_id, report.external_task_id, TaskState.SUBMITTED)
+        try:
+            with self._database.write() as session:
+                row = tasks.lock_claimed(session, task)
+                claims.rest(row)
+                row.note = row.step = None
+                row.request = self._provider.redacted(row.request)
+                tasks.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
+                if told and row.state is report.status:
+                    row.client_callback_url = None
+                self._database.wake(session)
+        except LostClaim:
+            return False
+        log.info("task.create_settled", task=task.external_task_id, state=row.state, error=row.error)
+        return row.state is report.status
+
+
+def _is_ours(task: Task, report: Report, already: AlreadyExists | None) -> bool:
+    """Whether the task read back was made by our request, and not earlier by someone else."""
+    if report.created_ms is None:
+        return already is None  # a gateway hides the time: ours only if our own request was unclear
+    return datetime.fromtimestamp(report.created_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE
