@@ -1,4 +1,4 @@
-"""What the gateway looks like from outside: an OpenAPI 3.1 document. The limits in it are the ones the code has."""
+"""The gateway's OpenAPI 3.1 document. Its limits are the constants that the code uses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from receiver.providers.kling.request import (
     MAX_INPUTS,
     MAX_PICTURES,
     MAX_PROMPT_CHARS,
-    MAX_URL_CHARS,
     MODELS,
     Model,
 )
+from receiver.providers.kling.request_images import MAX_URL_CHARS
 
 PATH = "/kling/v1/images/omni-image"
 Schema = dict[str, Any]

@@ -1,20 +1,14 @@
-"""Kling's image tasks, directly or through a gateway: create, read, list, and the bodies it sends us.
-
-`code` in the answer decides, not the HTTP status; an answer that is not Kling's says nothing about the
-request, so a create that met one is looked up by its external id before it is sent again.
-"""
+"""Kling's image tasks, directly or through a gateway: create, read, list, and the bodies it sends us."""
 
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import json
 import math
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,10 +19,8 @@ from pydantic import SecretStr
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 from receiver.providers.base import (
-    AlreadyExists,
     Created,
     Estimate,
-    NoSuchCall,
     Record,
     RequestFacts,
     Unavailable,
@@ -36,6 +28,7 @@ from receiver.providers.base import (
     verify_standard_webhook,
 )
 from receiver.providers.kling import prices
+from receiver.providers.kling.answers import Answer, NotFound, NotKling, http_date, message_in, refusal, retry_after
 from receiver.providers.kling.report import (
     find_record,
     loads,
@@ -51,8 +44,6 @@ from receiver.providers.kling.request import OmniImageRequest, facts_of, parse_r
 from storage.circuit import Circuit
 from storage.errors import (
     AccountRefused,
-    ModelRefused,
-    ProviderFull,
     ProviderRejected,
     ProviderThrottled,
     ReportUnreadable,
@@ -67,54 +58,20 @@ MAX_BATCH_IDS = 20  # 21 are answered 400/1201 (seen)
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_CHARS = 300
 JWT_LIFETIME_SECONDS = 1_800
-JWT_RENEW_SECONDS = 300  # before its end, so that none expires under way
+JWT_RENEW_SECONDS = 300  # before it expires, so that none expires on its way
 JWT_CLOCK_CODES = frozenset({1003, 1004})
-FULL_CODE = 1303
-THROTTLED_CODES = frozenset({1302, FULL_CODE})
-# KLING §6: the key is wrong, the account has no balance, the address is not allowed. None is about the request.
-ACCOUNT_CODES = frozenset({1000, 1001, 1002, 1003, 1004, 1100, 1101, 1102, 1304})
-MODEL_CODE = 1103
-# Answers to a question that is not passed on; Kling's own word for an unknown task is 400/1201.
-NO_ROUTE = frozenset({404, 405, 501})
-# 1201 is also the code of any bad parameter: only the message tells these two apart.
-EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
-NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)
 
 
 class OptionInvalid(UserError, ValueError):
-    """A base URL, a key or a secret that cannot be right."""
-
-
-class _NotKling(Unavailable):
-    """Something answered, in words that are not Kling's."""
-
-
-class _NotFound(ProviderRejected):
-    """The provider says it knows no such task."""
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One HTTP answer. `document`: its JSON object, None when it was none. `code`: None when there was no number."""
-
-    http_status: int
-    document: dict[str, Any] | None = field(repr=False)
-    code: int | None
-    message: str
-    after: float | None
-
-    @property
-    def words(self) -> str:
-        code = "" if self.code is None else f", code {self.code}"
-        return f"HTTP {self.http_status}{code}: {self.message or 'no message'}"
+    """A base URL, key or secret of an invalid form."""
 
 
 class Kling:
     """The provider `kling`, as `receiver.providers.base.Provider` describes it. Safe to share between threads.
 
     `timeout_seconds`: for each connect, write and read, and for a whole body. `now`: Unix seconds.
-    `circuit`: is told of every call whether the provider answered it, be it with a refusal.
-    Raises `OptionInvalid` for a base URL, key or webhook secret that cannot be right; the message holds none of them.
+    `circuit` counts a call as failed when the provider did not answer; a refusal is an answer.
+    Raises `OptionInvalid` for a base URL, key or webhook secret of an invalid form; its message contains none of them.
     """
 
     name = "kling"
@@ -142,7 +99,7 @@ class Kling:
         self._circuit = circuit or Circuit()
         # The host's clock minus the Date of the last answer, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
-        # No proxy of the environment, no redirect: the request holds the key and goes where we were told.
+        # The request carries the key. So it follows no redirect and uses no proxy of the environment.
         self._client = httpx.Client(
             verify=connection.tls_context(),
             trust_env=False,
@@ -166,7 +123,7 @@ class Kling:
         if record is None or not usable_id(task_id_in(record)):
             raise Unavailable(f"the create answer names no task ({answer.words})")
         if not status_word(record):
-            record = {**record, "task_status": "submitted"}  # some gateways answer with nothing but the id
+            record = {**record, "task_status": "submitted"}  # some gateways answer with the id alone
         created = _believed(record)
         return Created(created.report.provider_task_id or "", created.report, created.body)
 
@@ -180,7 +137,7 @@ class Kling:
     def _read_one(self, task_id: str) -> Record | None:
         try:
             answer = self._ask("GET", f"{CREATE_PATH}/{_path_segment(task_id)}")
-        except _NotFound:
+        except NotFound:
             return None
         record = find_record(answer.document)
         if record is None:
@@ -202,7 +159,7 @@ class Kling:
         query = ",".join(quote(task_id, safe="") for task_id in asked)
         try:
             answer = self._ask("GET", f"{BATCH_PATH}?{parameter}={query}")
-        except (ProviderRejected, AccountRefused, _NotKling):
+        except (ProviderRejected, AccountRefused, NotKling):
             return None
         listed = _listed(answer)
         if listed is None:
@@ -249,16 +206,15 @@ class Kling:
     def url_expiry(self, url: str) -> datetime | None:
         return url_expiry(url)
 
-    def _ask(self, method: str, path: str, content: bytes | None = None) -> _Answer:
-        """One request, minted anew once if the provider dislikes the token's times. Raises what a refusal means."""
+    def _ask(self, method: str, path: str, content: bytes | None = None) -> Answer:
+        """One request, repeated once with a new token if the provider refuses the token's times. Raises refusals."""
         token = self._token()
         with self._circuit.watching(Unavailable, ProviderRejected, ProviderThrottled):
             answer = self._exchange(method, path, content, token)
             if answer.code in JWT_CLOCK_CODES and self._jwt and not self._api_key:
                 answer = self._exchange(method, path, content, self._jwt.token(fresh=True))
-            refusal = _refusal(answer, creating=method == "POST")
-            if refusal is not None:
-                raise refusal
+            if (error := refusal(answer, creating=method == "POST")) is not None:
+                raise error
             return answer
 
     def _token(self) -> str:
@@ -268,7 +224,7 @@ class Kling:
             return self._jwt.token()
         raise AccountRefused("no provider credentials are configured")
 
-    def _exchange(self, method: str, path: str, content: bytes | None, token: str) -> _Answer:
+    def _exchange(self, method: str, path: str, content: bytes | None, token: str) -> Answer:
         headers = {"Authorization": f"Bearer {token}"}
         if content is not None:
             headers["Content-Type"] = "application/json"
@@ -293,34 +249,34 @@ class Kling:
                 raise Unavailable(f"the answer took longer than {self._timeout_seconds:g} s")
         return bytes(body)
 
-    def _answer(self, response: httpx.Response, body: bytes) -> _Answer:
+    def _answer(self, response: httpx.Response, body: bytes) -> Answer:
         try:
             document = loads(body)
         except (ValueError, RecursionError):
             document = None
         document = document if isinstance(document, dict) else None
-        return _Answer(
+        return Answer(
             http_status=response.status_code,
             document=document,
             code=whole((document or {}).get("code")),
-            message=self._safe(_message_in(document or {})),
-            after=_seconds(response.headers.get("retry-after"), self._now()),
+            message=self._safe(message_in(document or {})),
+            after=retry_after(response.headers.get("retry-after"), self._now()),
         )
 
     def _note_date(self, header: str | None) -> None:
-        sent_at = _http_date(header)
+        sent_at = http_date(header)
         if sent_at is not None:
             self.clock_ahead_seconds = self._now() - sent_at
 
     def _safe(self, text: str) -> str:
-        """Foreign words without our keys or token, should the other side echo it."""
+        """The provider's words without our keys and token, in case it repeats them."""
         for key in (self._api_key, self._access_key):
             text = text.replace(key, "…") if key else text
         return plain(re.sub(r"\beyJ[\w.-]{20,}", "…", text), MAX_MESSAGE_CHARS)
 
 
 class _Jwt:
-    """Tokens from access key and secret key, kept until shortly before their end."""
+    """JWTs from access key and secret key, each used until 300 s before it expires."""
 
     def __init__(self, access_key: str, secret_key: str, now: Callable[[], float]) -> None:
         self._access_key = access_key
@@ -340,7 +296,7 @@ class _Jwt:
                     "exp": int(self._minted_at) + JWT_LIFETIME_SECONDS,
                     "nbf": int(self._minted_at) - 5,
                 }
-                import jwt  # with cryptography a tenth of a second, which an API key does not need
+                import jwt  # imports cryptography: 0.1 s that an API key does not need
 
                 self._token = jwt.encode(claims, self._secret_key, algorithm="HS256")
             return self._token
@@ -369,92 +325,26 @@ def _webhook(secret: SecretStr) -> Webhook:
 
 
 def _path_segment(task_id: str) -> str:
-    """An id as one path segment; `.` and `..` would climb."""
+    """An id as one path segment. `.` and `..` are encoded too, because clients remove them."""
     return quote(task_id, safe="") if task_id.strip(".") else task_id.replace(".", "%2E")
 
 
-def _refusal(answer: _Answer, *, creating: bool) -> Exception | None:
-    """What the answer refuses, as the class that decides; None when it may hold what was asked for."""
-    status, code, words = answer.http_status, answer.code or 0, answer.words
-    refuses = 1_000 <= code < 2_000
-    if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
-        return NoSuchCall(words, code=answer.code, http_status=status)
-    throttled = _throttled(status, code, creating=creating)
-    if throttled is not None:
-        return throttled(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
-    if answer.document is None and status != 413:
-        return _NotKling(f"the answer is not JSON (HTTP {status})", after=answer.after)
-    if 5_000 <= code < 6_000:
-        return Unavailable(words, after=answer.after)
-    if not refuses and 200 <= status < 300:
-        return None  # unknown codes included: gateways have their own word for success
-    unknown_task = not creating and 400 <= status < 500 and NOT_FOUND.search(answer.message)
-    if refuses or unknown_task or (code and 400 <= status < 500) or status in (403, 413):
-        return _definite(answer, creating=creating)
-    return _NotKling(words, after=answer.after)
-
-
-def _throttled(status: int, code: int, *, creating: bool) -> type[ProviderThrottled] | None:
-    """Which answer it is that says nothing about the request; None: none of them."""
-    refuses = 1_000 <= code < 2_000
-    if code in ACCOUNT_CODES or (status == 401 and not refuses):
-        return AccountRefused
-    if creating and code == MODEL_CODE:
-        return ModelRefused
-    if code == FULL_CODE:
-        return ProviderFull
-    return ProviderThrottled if code in THROTTLED_CODES or (status == 429 and not refuses) else None
-
-
-def _definite(answer: _Answer, *, creating: bool) -> ProviderRejected:
-    kind = ProviderRejected
-    if creating and EXISTS.search(answer.message):
-        kind = AlreadyExists
-    elif not creating and NOT_FOUND.search(answer.message):
-        kind = _NotFound
-    return kind(answer.words, code=answer.code, http_status=answer.http_status, said=answer.message)
-
-
-def _message_in(document: Mapping[str, Any]) -> str:
-    """The words of an error, Kling's or a gateway's `{"error": {"message"}}`."""
-    error = document.get("error")
-    for words in (document.get("message"), error.get("message") if isinstance(error, dict) else error):
-        if isinstance(words, str) and words:
-            return words
-    return ""
-
-
-def _seconds(header: str | None, now: float) -> float | None:
-    """A Retry-After header, in seconds or as a date (RFC 9110 10.2.3), between 0 and an hour."""
-    moment = _http_date(header)
-    wanted = moment - now if moment is not None else whole(header)
-    return None if wanted is None else min(max(float(wanted), 0), 3_600)
-
-
-def _http_date(header: str | None) -> float | None:
-    try:
-        parsed = email.utils.parsedate_tz(header or "")
-        return None if parsed is None else float(email.utils.mktime_tz(parsed))
-    except (ValueError, OverflowError):
-        return None
-
-
 def _believed(record: dict[str, Any]) -> Record:
-    """A record that we asked for: an unreadable one may be readable next time."""
+    """A record that we asked for. An unreadable one may be readable at the next read."""
     try:
         return read_record(record)
     except ReportUnreadable as error:
         raise Unavailable(f"the answer holds no readable task: {error}") from None
 
 
-def _listed(answer: _Answer) -> list[Record] | None:
-    """The readable records of an answer whose `data` is a list, None when it is none."""
+def _listed(answer: Answer) -> list[Record] | None:
+    """The readable records of an answer whose `data` is a list; None if it is not a list."""
     items = (answer.document or {}).get("data")
     if not isinstance(items, list):
         return None
     records = []
     for item in items:
         record = find_record(item)
-        with contextlib.suppress(ReportUnreadable):  # one odd task must not hide the rest of the page
+        with contextlib.suppress(ReportUnreadable):  # one unreadable task does not hide the rest of the page
             records += [read_record(record)] if record else []
     return records

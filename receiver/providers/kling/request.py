@@ -1,22 +1,17 @@
-"""What one may ask of Kling's omni-image endpoint, checked before it costs a round trip.
+"""Requests to Kling's omni-image endpoint, checked before they are sent.
 
-Types and shape are checked for every model; the rules of KLING's page only for the models it names,
-because models come and go without notice: an unknown name passes through with a warning.
+Types and structure are checked for every model, the documented rules only for documented models. Models come and go
+without notice, so an unknown name is sent with a warning.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from io import BytesIO
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
-from PIL import ImageFile, JpegImagePlugin, PngImagePlugin
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -34,25 +29,15 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from receiver.providers.base import RequestFacts, RequestInvalid, is_storable, plain
+from receiver.providers.kling.request_images import fingerprint, image_input, is_url, picture_fault, refused
 from storage.states import expected_files
 
 MAX_PROMPT_CHARS = 2_500
 MAX_INPUTS = 10  # images and elements together
-MAX_IMAGE_BYTES = 10 * 1024 * 1024
-MIN_IMAGE_PIXELS = 300
 MAX_PICTURES = 9
-MAX_URL_CHARS = 8_192
-# What MIME puts between the lines of Base64.
-BREAKS = " \t\r\n\v\f"
-URL_SAFE = str.maketrans("-_", "+/")
 ASPECT_RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4", "3:2", "2:3", "21:9", "auto")
 
-READERS: dict[bytes, type[ImageFile.ImageFile]] = {
-    b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
-    b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
-}
-
-# Where the page documents what a missing field means; a request that spells it out is the same request.
+# Documented meanings of missing fields. A request that gives such a value is the same request.
 DEFAULTS: dict[str, Any] = {
     "resolution": "1k",
     "n": 1,
@@ -72,7 +57,7 @@ MODELS = {
     "kling-image-o1": Model(("1k", "2k"), ("single",)),
     "kling-v3-omni": Model(("1k", "2k", "4k"), ("single", "series")),
 }
-# For a request that names no model: what any of them takes.
+# For a request without a model: what at least one model takes.
 ANY_MODEL = Model(("1k", "2k", "4k"), ("single", "series"))
 
 
@@ -82,20 +67,16 @@ class Fault(NamedTuple):
     rule: str
 
 
-def _refuse(rule: str) -> PydanticCustomError:
-    return PydanticCustomError("rule", "{rule}", {"rule": rule})
-
-
 def _storable(text: str) -> str:
     if not is_storable(text):
-        raise _refuse("must hold no NUL and no lone surrogate")
+        raise refused("must hold no NUL and no lone surrogate")
     if not text.strip():
-        raise _refuse("must not be empty")
+        raise refused("must not be empty")
     return text
 
 
 def _number(value: Any) -> Any:
-    """A whole number may come as decimal digits: command lines and JavaScript cannot hold 64 bits otherwise."""
+    """A whole number, also as decimal digits: JavaScript numbers do not hold 64 bits."""
     return int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,19}", value) else value
 
 
@@ -105,44 +86,7 @@ def _amount(value: Any) -> int | str:
         return "auto"
     if isinstance(number, int) and not isinstance(number, bool):
         return number
-    raise _refuse("must be a whole number, or auto")
-
-
-def _image(text: str) -> str:
-    """A URL as it came, or Base64 without its `data:` prefix and line breaks."""
-    if re.match(r"https?://", text, re.IGNORECASE):
-        return _image_url(text)
-    if text.startswith("data:"):
-        head, comma, text = text.partition(",")
-        if not (comma and head.endswith(";base64")):
-            raise _refuse("must be data:…;base64,… when it starts with data:")
-    if any(space in text for space in BREAKS):  # else it stays the caller's own 14 MB
-        text = text.translate(dict.fromkeys(map(ord, BREAKS)))
-    try:
-        text = _standard(text)
-        decoded = base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        raise _refuse("must be an http(s) URL or Base64") from None
-    if not decoded:
-        raise _refuse("must not be empty")
-    return text
-
-
-def _standard(text: str) -> str:
-    """Base64 in the alphabet and with the padding of RFC 4648 §4, which is what the provider takes."""
-    if "-" in text or "_" in text:
-        text = text.translate(URL_SAFE)
-    return text + "=" * (-len(text) % 4) if len(text) % 4 != 1 else text
-
-
-def _image_url(text: str) -> str:
-    try:
-        host = urlsplit(text).hostname
-    except ValueError:
-        host = None
-    if not host or re.search(r"\s", text) or len(text) > MAX_URL_CHARS:
-        raise _refuse(f"must be an http(s) URL with a host, without spaces, of at most {MAX_URL_CHARS} characters")
-    return text
+    raise refused("must be a whole number, or auto")
 
 
 Text = Annotated[StrictStr, AfterValidator(_storable)]
@@ -150,12 +94,12 @@ Number = Annotated[StrictInt, BeforeValidator(_number)]
 
 
 class _Strict(BaseModel):
-    # protected_namespaces: `model_name` is the provider's word, not pydantic's.
+    # protected_namespaces: pydantic reserves `model_`, and the provider's field is `model_name`.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, protected_namespaces=())
 
 
 class ImageInput(_Strict):
-    image: Annotated[Text, AfterValidator(_image)] = Field(repr=False)
+    image: Annotated[Text, AfterValidator(image_input)] = Field(repr=False)
 
 
 class ElementInput(_Strict):
@@ -167,7 +111,7 @@ class WatermarkInfo(_Strict):
 
 
 class OmniImageRequest(_Strict):
-    """One request to `POST /v1/images/omni-image`, without what we add to it (callback_url, external_task_id)."""
+    """One request to `POST /v1/images/omni-image`, without the fields that we add (callback_url, external_task_id)."""
 
     model_name: Text
     prompt: Text
@@ -195,18 +139,18 @@ class OmniImageRequest(_Strict):
         return value
 
     def wire(self) -> dict[str, Any]:
-        """What is sent: unused fields left out, element ids as JSON numbers, Base64 without its prefix."""
+        """The JSON that is sent: without unused fields, element ids as numbers, Base64 without its prefix."""
         fields = self.model_dump(mode="json", exclude_none=True)
         return {name: value for name, value in fields.items() if value != []}
 
     def redacted(self) -> dict[str, Any]:
-        """What is kept: like `wire()`, with the bytes of Base64 images replaced by their hash and size."""
+        """The JSON that is stored: like `wire()`, with Base64 images replaced by their hash and size."""
         return redacted(self.wire())
 
     def canonical_hash(self) -> str:
-        """SHA-256 as 64 hex digits over the caller's fields: equal for requests that ask for the same thing.
+        """SHA-256 (64 hex digits) of the caller's fields. Requests that ask for the same have the same hash.
 
-        Documented defaults count as if spelled out, images by their bytes; never the id or the callback URL.
+        Documented defaults count as given, images by their bytes. The id and the callback URL do not count.
         """
         text = json.dumps(DEFAULTS | self.redacted(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
@@ -232,7 +176,7 @@ class OmniImageRequest(_Strict):
         return self.model_name
 
     def warnings(self) -> list[str]:
-        """What the caller may not have meant; none of it stops the request."""
+        """One line for each part that the caller may not have meant. The request is sent anyway."""
         found = []
         if self.model_name not in MODELS:
             known = ", ".join(MODELS)
@@ -255,7 +199,7 @@ def _prompt_rule(prompt: str, _fields: Mapping[str, Any], _model: Model) -> Iter
 
 def _images_rule(images: list[ImageInput], _fields: Mapping[str, Any], _model: Model) -> Iterator[Fault]:
     for position, item in enumerate(images):
-        rule = None if _is_url(item.image) else _picture_fault(item.image)
+        rule = None if is_url(item.image) else picture_fault(item.image)
         if rule:
             yield Fault(f"[{position}].image", item.image, rule)
     if len(images) > MAX_INPUTS:
@@ -297,56 +241,17 @@ RULES: dict[str, Callable[[Any, Mapping[str, Any], Model], Iterator[Fault]]] = {
 }
 
 
-def _is_url(image: str) -> bool:
-    return "://" in image[:10]
-
-
-def _picture_fault(encoded: str) -> str | None:
-    """The rule a Base64 image breaks, None when it breaks none. Reads the header, decodes no pixel."""
-    picture = base64.b64decode(encoded)
-    if len(picture) > MAX_IMAGE_BYTES:
-        return f"holds {len(picture)} bytes; at most {MAX_IMAGE_BYTES} (10 MB)"
-    size = _pixels(picture)
-    if size is None:
-        return "must be a jpg or png picture"
-    width, height = size
-    if min(size) < MIN_IMAGE_PIXELS:
-        return f"is {width} × {height} pixels; each side must have at least {MIN_IMAGE_PIXELS}"
-    if 2 * max(size) > 5 * min(size):
-        return f"is {width} × {height} pixels; the ratio must lie between 1:2.5 and 2.5:1"
-    return None
-
-
-def _pixels(picture: bytes) -> tuple[int, int] | None:
-    reader = next((reader for magic, reader in READERS.items() if picture.startswith(magic)), None)
-    if reader is None:
-        return None
-    # Not Image.open: it tries every format and warns of large dimensions, which are no fault here.
-    try:
-        with reader(BytesIO(picture)) as header:
-            return header.size
-    except (OSError, SyntaxError, ValueError, OverflowError):
-        return None
-
-
-def _fingerprint(image: str) -> str | dict[str, Any]:
-    if _is_url(image):
-        return image
-    picture = base64.b64decode(image)
-    return {"sha256": hashlib.sha256(picture).hexdigest(), "bytes": len(picture)}
-
-
 def redacted(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request as sent, with the bytes of Base64 images replaced by their hash and size. Repeatable."""
+    """A request as sent, with Base64 images replaced by their hash and size. Idempotent."""
     fields = dict(request)
     if "image_list" in fields:
         images = [item["image"] for item in fields["image_list"]]
-        fields["image_list"] = [{"image": _fingerprint(one) if isinstance(one, str) else one} for one in images]
+        fields["image_list"] = [{"image": fingerprint(one) if isinstance(one, str) else one} for one in images]
     return fields
 
 
 def facts_of(request: Mapping[str, Any]) -> RequestFacts:
-    """What a request as sent or as stored lets us expect; whatever is missing or odd counts as its default."""
+    """What to expect of a request, as sent or as stored. A missing or invalid field counts as its default."""
     series = request.get("result_type") == "series"
     n = _count(request.get("n"), DEFAULTS["n"])
     amount = request.get("series_amount")
@@ -393,7 +298,7 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
         raise RequestInvalid(list(dict.fromkeys(lines))) from None
 
 
-# Our words for what pydantic says; anything else keeps pydantic's.
+# Our words for pydantic's error types. Others keep pydantic's words.
 RULE_WORDS = {
     "extra_forbidden": "is no field of this request",
     "string_type": "must be text",
@@ -424,7 +329,7 @@ def _lines(details: ErrorDetails) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value as a person may see it: short, and of a URL only its host."""
+    """A value in an error message: short, and of a URL only its host."""
     if isinstance(value, str):
         return repr(plain(value, 60))
     if isinstance(value, int) and value.bit_length() > 256:

@@ -361,7 +361,7 @@ def test_a_refusal_after_its_client_has_left_is_the_rows_affair(code: str, parts
         assert parts.submitter.insert(session, task)
     outcome_listener = CreateOutcome()
     outcome_listener.leave()
-    parts.submitter.send(task, outcome_listener)
+    parts.submitter.create_step.send(task, outcome_listener)
     row = task_of(parts, ID)
     assert (row.state is TaskState.CREATED and row.step is Step.CREATE) == (code == "1303")
     assert row.client_callback_url == "https://client.example/"
@@ -377,7 +377,7 @@ def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox
     with parts.database.write() as session:
         assert parts.submitter.insert(session, task)
     outcome_listener = CreateOutcome()
-    sending = threading.Thread(target=parts.submitter.send, args=(task, outcome_listener))
+    sending = threading.Thread(target=parts.submitter.create_step.send, args=(task, outcome_listener))
     sending.start()
     wait_until(lambda: sandbox.ledger().counts["query"])
     with parts.database.write() as session:

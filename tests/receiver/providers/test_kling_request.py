@@ -19,13 +19,13 @@ from PIL import Image
 from receiver.providers.base import RequestFacts
 from receiver.providers.kling.request import (
     ASPECT_RATIOS,
-    MAX_IMAGE_BYTES,
     OmniImageRequest,
     RequestInvalid,
     facts_of,
     parse_request,
     redacted,
 )
+from receiver.providers.kling.request_images import MAX_IMAGE_BYTES
 
 URL = "https://cdn.example/cat.png?Signature=canary~_-"
 SEED_EXAMPLE = {

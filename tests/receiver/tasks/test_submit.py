@@ -356,7 +356,7 @@ def test_a_crashed_submitter_is_taken_over(parts: Parts, sandbox: Sandbox, arriv
 def test_a_row_that_keeps_ending_its_workers_is_parked(parts: Parts, sandbox: Sandbox) -> None:
     with parts.database.write() as session:
         task = new_task(session, external_task_id=ID, request=REQUEST, losses=6, lease=uuid.uuid4())
-    parts.submitter.work(task)
+    parts.submitter.create_step.work(task)
     assert "ended its worker 6 times" in (task_of(parts, ID).error or "")
     assert creates(sandbox) == []
 

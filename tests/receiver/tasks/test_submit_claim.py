@@ -111,7 +111,7 @@ def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Part
     task, outcome_listener = inserted(parts), CreateOutcome()
     make_due_now(parts)
     assert run(parts, "creates") == 1
-    parts.submitter.send(task, outcome_listener)
+    parts.submitter.create_step.send(task, outcome_listener)
     assert (creates(sandbox), outcome_listener.refusal, task_of(parts, ID).state) == ([], None, TaskState.CREATED)
     make_due_now(parts)
     run(parts, "creates")
@@ -124,7 +124,7 @@ def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sa
     make_due_now(parts)  # its lease is over, and nobody has looked yet
     sandbox.set(create_faults=["hang"])
     with ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(parts.submitter.send, task)
+        asking = pool.submit(parts.submitter.create_step.send, task)
         wait_until(lambda: creates(sandbox))
         nobody_else_finds_work(parts, asking)
     assert len(creates(sandbox)) == 1

@@ -1,0 +1,118 @@
+"""What an answer of Kling's HTTP API means. `code` in its JSON decides, not the HTTP status.
+
+An answer that is not Kling's says nothing about the request. A create that met one is looked up by its external id
+before it is sent again.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from receiver.providers.base import AlreadyExists, NoSuchCall, Unavailable
+from receiver.providers.kling.report import whole
+from storage.errors import AccountRefused, ModelRefused, ProviderFull, ProviderRejected, ProviderThrottled
+
+FULL_CODE = 1303
+THROTTLED_CODES = frozenset({1302, FULL_CODE})
+# KLING §6: wrong key, no balance, address not allowed. None of these concerns the request.
+ACCOUNT_CODES = frozenset({1000, 1001, 1002, 1003, 1004, 1100, 1101, 1102, 1304})
+MODEL_CODE = 1103
+# A gateway's answers to a call it does not have. Kling's own answer for an unknown task is 400/1201.
+NO_ROUTE = frozenset({404, 405, 501})
+# 1201 is also the code of any invalid parameter. Only the message distinguishes them.
+EXISTS = re.compile(r"external_task_id\b.*\balready exist", re.IGNORECASE)
+NOT_FOUND = re.compile(r"\btask[ _]not[ _](found|exist)", re.IGNORECASE)
+
+
+class NotKling(Unavailable):
+    """An answer that is not Kling's."""
+
+
+class NotFound(ProviderRejected):
+    """The provider answered that it knows no such task."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One HTTP answer. `document`: its JSON object; None if it has none. `code`: None if it is not a number."""
+
+    http_status: int
+    document: dict[str, Any] | None = field(repr=False)
+    code: int | None
+    message: str
+    after: float | None
+
+    @property
+    def words(self) -> str:
+        code = "" if self.code is None else f", code {self.code}"
+        return f"HTTP {self.http_status}{code}: {self.message or 'no message'}"
+
+
+def refusal(answer: Answer, *, creating: bool) -> Exception | None:
+    """The error that an answer stands for; None if it may contain what was asked for."""
+    status, code, words = answer.http_status, answer.code or 0, answer.words
+    refuses = 1_000 <= code < 2_000
+    if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):
+        return NoSuchCall(words, code=answer.code, http_status=status)
+    throttled = _throttled(status, code, creating=creating)
+    if throttled is not None:
+        return throttled(words, after=answer.after, code=answer.code, http_status=status, said=answer.message)
+    if answer.document is None and status != 413:
+        return NotKling(f"the answer is not JSON (HTTP {status})", after=answer.after)
+    if 5_000 <= code < 6_000:
+        return Unavailable(words, after=answer.after)
+    if not refuses and 200 <= status < 300:
+        return None  # unknown codes too: gateways have their own codes for success
+    unknown_task = not creating and 400 <= status < 500 and NOT_FOUND.search(answer.message)
+    if refuses or unknown_task or (code and 400 <= status < 500) or status in (403, 413):
+        return _definite(answer, creating=creating)
+    return NotKling(words, after=answer.after)
+
+
+def _throttled(status: int, code: int, *, creating: bool) -> type[ProviderThrottled] | None:
+    """The error of an answer that says nothing about the request itself; None for other answers."""
+    refuses = 1_000 <= code < 2_000
+    if code in ACCOUNT_CODES or (status == 401 and not refuses):
+        return AccountRefused
+    if creating and code == MODEL_CODE:
+        return ModelRefused
+    if code == FULL_CODE:
+        return ProviderFull
+    return ProviderThrottled if code in THROTTLED_CODES or (status == 429 and not refuses) else None
+
+
+def _definite(answer: Answer, *, creating: bool) -> ProviderRejected:
+    kind = ProviderRejected
+    if creating and EXISTS.search(answer.message):
+        kind = AlreadyExists
+    elif not creating and NOT_FOUND.search(answer.message):
+        kind = NotFound
+    return kind(answer.words, code=answer.code, http_status=answer.http_status, said=answer.message)
+
+
+def message_in(document: Mapping[str, Any]) -> str:
+    """The message of an error, in Kling's form or a gateway's `{"error": {"message": …}}`."""
+    error = document.get("error")
+    for words in (document.get("message"), error.get("message") if isinstance(error, dict) else error):
+        if isinstance(words, str) and words:
+            return words
+    return ""
+
+
+def retry_after(header: str | None, now: float) -> float | None:
+    """A Retry-After header, in seconds or as a date (RFC 9110 10.2.3), between 0 and an hour."""
+    moment = http_date(header)
+    wanted = moment - now if moment is not None else whole(header)
+    return None if wanted is None else min(max(float(wanted), 0), 3_600)
+
+
+def http_date(header: str | None) -> float | None:
+    try:
+        parsed = email.utils.parsedate_tz(header or "")
+        return None if parsed is None else float(email.utils.mktime_tz(parsed))
+    except (ValueError, OverflowError):
+        return None
