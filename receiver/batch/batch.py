@@ -1,8 +1,8 @@
-"""Batches: what a file asks for beside what is here already, its rows put in, and what failed of it tried again.
+"""Batches: a file's lines become task rows, and what failed of them can be tried again.
 
-file ─▶ `batch_file.read` ─▶ compare with the rows there are ─▶ rows, queued, some hundred a transaction ─▶ workers send
+file ─▶ `batch_file.read` ─▶ compare with the rows there are ─▶ queued rows, some hundred a transaction ─▶ workers send
 
-Nothing is sent from here. Whatever dies half-way, the same file again puts in what is missing and nothing twice.
+This module sends nothing. After a crash the same file inserts the missing rows and none twice.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from storage.states import ArchiveState, Step, TaskState
 
 T = TypeVar("T")
 
-# Failures shown to people; the report has them all.
+# Failures that a terminal shows. The report has all.
 REASONS = 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A file beside the rows. `new`: lines without a row; `known`: how many have one. `moved`: (row, line) of those
-    that are not yet noted at that line of this batch; `left_over`: tasks of the batch that are not in the file."""
+    """A file compared with the rows there are. `new`: lines without a row. `known`: how many lines have one. `moved`:
+    (row, line) of those not yet noted at that line of this batch. `left_over`: tasks of the batch that are not in the
+    file.
+    """
 
     name: str
     new: list[Line] = field(default_factory=list)
@@ -51,7 +53,7 @@ class NoSuchBatch(UserError, LookupError):
 
 
 class Batches:
-    """Batches on one database. `submitter`: makes their rows as it makes any."""
+    """Batches on one database. `submitter` makes their rows."""
 
     def __init__(self, database: Database, submitter: Submitter, schedule: tasks.Schedule) -> None:
         self._database = database
@@ -67,7 +69,7 @@ class Batches:
     def plan(self, name: str, lines: Sequence[Line]) -> Plan:
         """Compare a file with the rows there are. Changes nothing.
 
-        Raises `BatchInvalid`: an external id of the file has another request here, or belongs to another batch.
+        Raises `BatchInvalid` if an external id of the file has another request here or belongs to another batch.
         """
         new: list[Line] = []
         moved: list[tuple[uuid.UUID, int]] = []
@@ -89,10 +91,11 @@ class Batches:
         return Plan(name, new, moved, len(lines) - len(new), left_over)
 
     def put(self, plan: Plan, progress: Callable[[int], None] = lambda _: None) -> int:
-        """Put the rows in, queued, in the order of the file. Returns how many were new.
+        """Insert the rows, queued, in the order of the file. Returns how many were new.
 
-        Each transaction holds some hundred; what is committed stays when this ends early. `progress`: is told after
-        each how many lines have got their row. Raises `BatchInvalid` when meanwhile somebody else took an id.
+        Each transaction holds some hundred rows. If this ends early, the committed ones stay. `progress` is called
+        after each transaction with the number of lines that have a row. Raises `BatchInvalid` if another process took
+        an id meanwhile.
         """
         with self._database.write() as session:
             batch = batches.make(session, plan.name)
@@ -124,12 +127,12 @@ class Batches:
         return len(new)
 
     def counts(self, name: str) -> Counts:
-        """How the tasks of a batch stand. Raises `NoSuchBatch`."""
+        """How many tasks of a batch are in which state. Raises `NoSuchBatch`."""
         with self._database.read() as session:
             return batches.counts(session, self._batch(session, name).id)
 
     def newest(self, limit: int) -> list[tuple[Batch, Counts]]:
-        """The newest batches with how they stand."""
+        """The newest batches with their counts."""
         with self._database.read() as session:
             return [(batch, batches.counts(session, batch.id)) for batch in batches.newest(session, limit)]
 
@@ -145,9 +148,12 @@ class Batches:
             after = (rows[-1].batch_line or 0, rows[-1].external_task_id)
 
     def retry(self, name: str, *, dry_run: bool = False) -> Tally:
-        """Try again what failed of a batch. Files that were given up are due; a create that the provider refused is
-        sent again, under its own id, so it is never paid twice. What failed at the provider stays so: asking anew is
-        another batch. What was dismissed is left alone. Raises `NoSuchBatch`."""
+        """Try again what failed of a batch. Raises `NoSuchBatch`.
+
+        Files that were given up become due. A create that the provider refused is sent again under its own id, so it is
+        never paid twice. A task that failed at the provider stays failed: it needs a new batch. Dismissed tasks are
+        left alone.
+        """
         tally = Tally()
         with self._database.read() as session:
             ids = batches.not_kept(session, self._batch(session, name).id, dismissed=False)
@@ -172,7 +178,7 @@ class Batches:
             tally.left[task.external_task_id] = reason
 
     def failures(self, name: str) -> list[Task]:
-        """The first of what failed, in the order of the file. Raises `NoSuchBatch`."""
+        """The first failed tasks, in the order of the file. Raises `NoSuchBatch`."""
         with self._database.read() as session:
             ids = batches.not_kept(session, self._batch(session, name).id)[:REASONS]
             return [session.get_one(Task, task_id) for task_id in ids]
@@ -185,7 +191,7 @@ class Batches:
 
 
 def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Batch | None) -> Iterator[Fault]:
-    """Lines that may not go under their ids, as those are here already for something else."""
+    """A fault for each line whose id is here already for something else."""
     for line in lines:
         row = known.get(line.external_task_id)
         shown = plain(line.external_task_id, 80)
@@ -196,10 +202,10 @@ def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Ba
 
 
 def _send_again(session: Session, task: Task, submitter: Submitter) -> str | None:
-    """Queue a create that was refused; the reason why not, if there is one."""
+    """Queue a create that was refused. Returns the reason why it cannot be queued, or None."""
     if task.lease is not None:
         return "a worker is at it"
-    if is_dismissed(task):  # since we looked
+    if is_dismissed(task):  # it changed since it was read
         return "dismissed"
     try:
         request = submitter.parse(task.request)

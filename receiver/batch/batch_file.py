@@ -1,6 +1,6 @@
-"""A batch's file, JSON lines or CSV, read whole and checked whole: every fault with the line an editor shows.
+"""A batch's file, JSON lines or CSV, read and checked whole. Every fault names the line that an editor shows.
 
-bytes ─▶ records (line, fields) ─▶ requests ─▶ external ids ─▶ Lines, or `BatchInvalid` with all that is wrong
+bytes ─▶ records (line, fields) ─▶ requests ─▶ external ids ─▶ Lines, or `BatchInvalid` with every fault
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from storage.keys import MAX_ID_BYTES, check_new_id, encode_id
 Format = Literal["jsonl", "csv"]
 NumberedLines = Iterator[tuple[int, str | None]]
 
-# A record may hold a few pictures in Base64; more belong behind URLs, as the file is held in memory whole.
+# Room for a few pictures in Base64. The whole file is held in memory, so more pictures belong behind URLs.
 MAX_LINE_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 256 * 2**20
 # As many rows are looked through whenever a slot is free; at twenty slots that is a week of pictures.
 MAX_RECORDS = 100_000
 HASH_CHARS = 16
-# Columns of a CSV file that are not fields of the request as they are; several values are set apart by spaces.
+# Columns of a CSV file that are no fields of the request. Several values are separated by spaces.
 IMAGES, ELEMENTS, WATERMARK, ID = "image", "element_id", "watermark", "external_task_id"
 PLAIN = ("model_name", "prompt", "resolution", "n", "result_type", "series_amount", "aspect_ratio")
-# A comma, and what spreadsheets write where the comma is a decimal sign, or to be pasted.
+# Spreadsheets write `;` where the comma is the decimal sign, and tabs for pasting.
 SEPARATORS = (",", ";", "\t")
 # A CSV cell that ends as it should, with the separator behind it; a quote that its own line does not close.
 CLOSED_CELL = {each: re.compile(rf'(?:"(?:[^"]++|"")*+"|(?!")[^{each}\r\n]*+){each}') for each in SEPARATORS}
-# Excel reads the separator from such a first line, and writes it.
+# Excel reads and writes such a first line to name the separator.
 SEPARATOR_LINE = re.compile(r'"?sep=([,;\t])"?\s*')
 OPEN_QUOTE = re.compile(r'"(?:[^"\r\n]++|"")*+(?!")')
 COLUMNS = (*PLAIN, IMAGES, ELEMENTS, WATERMARK, ID)
 
 
 class Fault(NamedTuple):
-    """`line`: from 1, where the record begins, or what is wrong with it; 0: the file as a whole."""
+    """`line`: from 1, where the record or the fault begins. 0: the file as a whole."""
 
     line: int
     text: str
 
 
 class BatchInvalid(ValueError):
-    """The file cannot be submitted: every fault that was found, in the order of the lines. Nothing was sent."""
+    """The file cannot be submitted. `faults`: all of them, in the order of the lines. Nothing was sent."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = sorted(faults, key=lambda fault: fault.line)
@@ -57,7 +57,7 @@ class BatchInvalid(ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """One request of the file, under the id it has for good."""
+    """One request of the file with its permanent external id."""
 
     number: int
     external_task_id: str
@@ -74,12 +74,12 @@ Check = Callable[[Mapping[str, Any]], ProviderRequest]
 
 
 def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list[Line]:
-    """Read and check a whole file. `name`: the batch's. `check`: reads a line's fields, or raises `RequestInvalid`.
+    """Read and check a whole file. `name`: the batch's. `check` parses a line's fields or raises `RequestInvalid`.
 
-    `format`: None = CSV when the first line is a header of it, else JSON lines.
+    `format`: None = CSV if the first line is a CSV header, else JSON lines.
 
-    A line without an external id gets `name`, the first 16 hex digits of the hash over its request, and which of the
-    equal ones it is: the same in every run, wherever the line stands. Raises `BatchInvalid`.
+    The id of a line without an external id consists of `name`, the first 16 hex digits of the hash of its request, and
+    its number among equal requests. It is the same in every run, wherever the line stands. Raises `BatchInvalid`.
     """
     faults = list(_name_faults(name))
     lines, separator = _separated(_lines(file, faults))
@@ -115,7 +115,7 @@ def _name_faults(name: str) -> Iterator[Fault]:
 
 
 def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
-    """(number, text) of every line, as editors count them; None in the place of one that cannot be read."""
+    """(number, text) of every line, numbered as editors do. `text` is None for a line that cannot be read."""
     size, number = 0, 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         size, number = size + len(line), number + 1
@@ -136,7 +136,7 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
 
 
 def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:
-    """The lines from the first one that says something on, and the separator that it proves: None = it is no header."""
+    """The lines from the first non-empty one on, and the separator that it proves; None if it is no header."""
     separator = None
     for number, line in lines:
         text = line or ""
@@ -149,7 +149,7 @@ def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:
 
 
 def _is_proven(text: str, separator: str) -> bool:
-    """Whether the line names the columns that no request is without, and none but those there are."""
+    """Whether the line names every required column and only known ones."""
     try:
         names = {_column(cell) for cell in next(csv.reader([text], delimiter=separator))}
     except csv.Error:
@@ -205,12 +205,12 @@ def _finite(text: str) -> float:
 
 
 class _Source:
-    """The lines that a `csv.reader` asks for; those of the record it is at can be given back."""
+    """The lines for a `csv.reader`. Those of the current record can be given back."""
 
     def __init__(self, lines: NumberedLines, separator: str) -> None:
         self._lines = lines
         self._closed_cell = CLOSED_CELL[separator]
-        self._again: list[tuple[int, str | None]] = []  # given back, the next one last
+        self._again: list[tuple[int, str | None]] = []  # lines given back; the next one is last
         self._record: list[tuple[int, str | None]] = []
 
     def __iter__(self) -> _Source:
@@ -222,7 +222,7 @@ class _Source:
         return "\n" if line[1] is None else line[1]
 
     def begin(self) -> None:
-        """The next line begins a record."""
+        """Begin a record at the next line."""
         self._record.clear()
 
     @property
@@ -232,13 +232,13 @@ class _Source:
 
     @property
     def is_unread(self) -> bool:
-        """Whether a line of the record could not be read, which is a fault of its own."""
+        """Whether a line of the record could not be read, which is a fault already."""
         return any(text is None for _, text in self._record)
 
     def give_back_behind_quote(self) -> tuple[int, bool]:
-        """Give a faulty record's lines back behind the one that it is faulty from.
+        """Give back the lines of a faulty record behind the line with the fault.
 
-        Returns that line's number, and whether it opens a quote that it does not close. Lines come back twice at most:
+        Returns that line's number and whether it opens a quote that it does not close. A line comes back at most twice:
         a quote stays open over lines that hold no quotes or pairs of them, and none of those opens another.
         """
         text = "".join(text or "\n" for _, text in self._record)
@@ -251,7 +251,7 @@ class _Source:
 
 
 def _csv_records(lines: NumberedLines, separator: str, faults: list[Fault]) -> Iterator[Record]:
-    """Records of a file whose first line names the columns. A quoted line break does not move a record's line."""
+    """Records of a file whose first line names the columns. A record's line is where it begins."""
     csv.field_size_limit(MAX_LINE_BYTES)
     source = _Source(lines, separator)
     reader = csv.reader(source, strict=True, delimiter=separator)
@@ -293,7 +293,7 @@ def _is_header(header: list[str], line: int, faults: list[Fault]) -> bool:
 
 
 def _fields(cells: dict[str, str]) -> dict[str, Any]:
-    """A row as a request's fields; empty cells are left out."""
+    """A row as a request's fields, without empty cells."""
     given = {name: value for name, value in cells.items() if value.strip()}
     fields: dict[str, Any] = {name: given[name] for name in (*PLAIN, ID) if name in given}
     if re.fullmatch("[0-9]{1,9}", fields.get("n", "")):

@@ -1,4 +1,4 @@
-"""What became of a batch, line by line, with the keys of what was archived: as JSON, and as CSV with a row a file."""
+"""The result of a batch, line by line, with the keys of archived files: as JSON, or as CSV with one row a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "state", "archive", "expected", "units")
 FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
-# What a spreadsheet takes for a formula; errors are a provider's words.
+# A spreadsheet takes these for a formula. Error texts come from the provider.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -64,7 +64,7 @@ def _file(asset: Asset) -> dict[str, Any]:
 
 
 def write_json(file: SupportsWrite[str], name: str, found: Iterable[dict[str, Any]]) -> None:
-    """`{"batch": NAME, "tasks": [one a line]}`, written as it is read."""
+    """`{"batch": NAME, "tasks": [one a line]}`, written while it is read."""
     file.write(f'{{"batch": {json.dumps(name)}, "tasks": [')
     for number, line in enumerate(found):
         file.write((",\n" if number else "\n") + json.dumps(line))
@@ -72,7 +72,7 @@ def write_json(file: SupportsWrite[str], name: str, found: Iterable[dict[str, An
 
 
 def write_csv(file: SupportsWrite[str], found: Iterable[dict[str, Any]]) -> None:
-    """A row for every file, and one for each task without any."""
+    """One row for each file, and one for each task without files."""
     writer = csv.writer(file)
     writer.writerow((*TASK_COLUMNS, *FILE_COLUMNS, "error"))
     for line in found:
@@ -87,7 +87,7 @@ def _harmless(text: str) -> str:
 
 
 def write(path: Path, name: str, found: Iterable[dict[str, Any]]) -> None:
-    """Write a report, CSV when the file is called so, else JSON. The file appears whole or not at all."""
+    """Write a report: CSV if the file's name ends so, else JSON. The file appears whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with unfinished.open("w", encoding="utf-8", newline="") as file:

@@ -1,4 +1,4 @@
-"""A batch as people see it while it runs: where its tasks stand, at what rate they end, how long that will take."""
+"""The progress of a batch in the terminal: where its tasks are, how fast they end, how long the rest takes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from storage.accounts.batches import Counts
 
 POLL_INTERVAL_SECONDS = 1.0
-# Tasks take half a minute (KLING §7); a rate over five minutes is steady enough to tell the time left by.
+# Tasks take half a minute (KLING §7). A rate over five minutes is steady enough to estimate the time left.
 RATE_SECONDS = 300.0
-# Where nobody watches a terminal, a line now and then.
+# Without a terminal, one line in this interval.
 LINE_SECONDS = 30.0
 WORKERS_INTERVAL_SECONDS = 10.0
 
 
 class Rate:
-    """How many tasks ended a second, over the last five minutes. `now`: monotonic seconds."""
+    """Tasks that ended per second, over the last five minutes. `now`: monotonic seconds."""
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
 
     def see(self, over: int, now: float) -> float:
-        """Note how many are over by now; returns tasks a second, 0 when not known."""
+        """Note how many tasks are over. Returns tasks a second, 0 if unknown."""
         self._seen.append((now, over))
         while self._seen[0][0] < now - RATE_SECONDS:
             self._seen.popleft()
@@ -37,7 +37,7 @@ class Rate:
 
 
 def words(counts: Counts, rate: float = 0) -> str:
-    """One line: where the tasks are, what failed, and when all is over at this rate."""
+    """One line: where the tasks are, what failed, and when all are over at this rate."""
     stand = {
         "queued": counts.queued,
         "sending": counts.sending,
@@ -64,7 +64,7 @@ def watch(
     console: Console,
     paused: Callable[[], Sequence[str]] = lambda: (),
 ) -> Counts:
-    """Show the batch until all its tasks are over; returns how they stand then. Ctrl-C ends the watching alone.
+    """Show the batch until all its tasks are over. Returns their counts. Ctrl-C ends only the watching.
 
     `paused`: a line for each account or model whose creates wait.
     """

@@ -1,7 +1,7 @@
-"""An event row as a CloudEvent (CloudEvents 1.0.2, JSON event format). Pure.
+"""An event row as a CloudEvent (CloudEvents 1.0.2, JSON event format). Pure functions.
 
-`id` is the event's own for ever: made from what the row says, so that a restored backup that counts on from an old
-number gives another id to another fact. `sequence` (the documented extension) sorts as text.
+The `id` is made from the contents of the row. So a restored backup that reuses a number gives another event another id.
+`sequence` (the documented extension) sorts as text.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from storage.rows.models import Event
 
 MEDIA_TYPE = "application/cloudevents+json"
 EVENT_NAMESPACE = uuid.UUID("8a1e5d0c-7f43-4a0e-9d58-5b1f1c7f2d36")
-# As many digits as a 64-bit number has at most.
+# The most digits that a 64-bit number has.
 SEQUENCE_DIGITS = 19
 
 
 def event_id(event: Event) -> str:
-    """The same for the same fact, whenever and wherever it is told."""
+    """The id of an event: the same for the same fact at any time and on any host."""
     return str(uuid.uuid5(EVENT_NAMESPACE, f"{event.id}/{event.name}/{event.at.astimezone(UTC).isoformat()}"))
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """What all events of one installation share. `source`: its public URL. `bucket`: where the keys in `data` are."""
+    """What all events of an installation share. `source`: its public URL. `bucket`: the bucket of the keys in
+    `data`.
+    """
 
     source: str
     bucket: str
 
     def wrap(self, event: Event, external_task_id: str | None) -> dict[str, Any]:
-        """The event as a JSON object. `subject`, and `external_task_id` in `data`: left out where no task is known."""
+        """The event as a JSON object, without `subject` and `data.external_task_id` if no task is known."""
         told = {
             "specversion": "1.0",
             "id": event_id(event),
@@ -47,7 +49,7 @@ class Envelope:
         return told if external_task_id is None else {**told, "subject": external_task_id}
 
     def encode(self, event: Event, external_task_id: str | None) -> bytes:
-        """The same as one line. ASCII alone: SQS refuses some characters, a lone surrogate has no UTF-8."""
+        """The event as one line of ASCII. SQS refuses some characters, and a lone surrogate has no UTF-8."""
         return json.dumps(self.wrap(event, external_task_id), separators=(",", ":")).encode()
 
     def _data(self, event: Event, external_task_id: str | None) -> dict[str, Any]:

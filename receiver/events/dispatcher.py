@@ -1,11 +1,11 @@
-"""Tell the world: claimed dispatches become messages, a sink takes them, the rows say what came of it.
+"""Delivering events: claimed dispatches become messages, a sink sends them, the rows note the outcome.
 
     dispatch (claimed) ─▶ CloudEvent ─▶ Sink.send ─┬─ None ─────────▶ delivered, the task's next one is due
                                                    ├─ Retry ────────▶ due by the schedule; after its end: dead
-                                                   ├─ NotTried ─────▶ due again, nothing is counted
+                                                   ├─ NotTried ─────▶ due again, not counted as a try
                                                    └─ GiveUp ───────▶ dead (SinkGone: the sink is disabled)
 
-At least once: a crash between the sending and the settling sends again, under the same id.
+Delivery is at least once: after a crash between sending and settling the message is sent again under the same id.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from storage.rows.models import Dispatch, Event, Task
 
 log = structlog.get_logger()
 
-# Receivers that failed together are not tried together.
+# Spreads the tries of receivers that failed at the same time.
 JITTER = 0.2
 
 
 class SinkUnavailable(Retry):
-    """The sink is down, slow, or answered that it did not take the message."""
+    """The sink is down or slow, or answered that it did not accept the message."""
 
 
 class SinkSilent(SinkUnavailable):
-    """There was no answer at all: the messages behind this one would only wait for the same."""
+    """There was no answer. The messages behind this one would wait for the same."""
 
 
 class NotTried(Retry):
-    """Held back, nothing was sent. `after`: seconds until it may be tried, None = at once."""
+    """The message was held back and not sent. `after`: seconds until it may be tried, None = at once."""
 
 
 class SinkRefused(GiveUp):
-    """This message will never be taken."""
+    """This message will never be accepted."""
 
 
 class Unsure(GiveUp):
-    """It could not be found out whether the sink would take a message."""
+    """Whether the sink would accept a message cannot be found out without sending one."""
 
 
 class SinkGone(GiveUp):
-    """The sink wants no messages any more (410)."""
+    """The sink wants no more messages (410)."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One event for one sink. `id`: the same at every try. `body`: a CloudEvent, one line of UTF-8 JSON."""
+    """One event for one sink. `id`: the same at every try. `body`: a CloudEvent as one line of UTF-8 JSON."""
 
     id: str
     event: Event
@@ -67,7 +67,7 @@ class Message:
 
     @property
     def group(self) -> str:
-        """What order is kept within: the task, or the message itself where there is none."""
+        """Messages of one group are delivered in order: the task's, or the message alone if it has no task."""
         return str(self.event.task_id or self.id)
 
 
@@ -75,9 +75,9 @@ Outcome = Exception | None
 
 
 class Sink(Protocol):
-    """Somewhere events go. Safe to share between threads.
+    """A destination of events. Safe to share between threads.
 
-    `batch`: most messages of one call, no two of one task. `threads`: how many calls at once are of use.
+    `batch`: the most messages of one call, no two of the same task. `threads`: how many parallel calls are useful.
     """
 
     @property
@@ -87,17 +87,17 @@ class Sink(Protocol):
     def threads(self) -> int: ...
 
     def send(self, messages: Sequence[Message]) -> Sequence[Outcome]:
-        """Hand each message over, in a bounded time, and say in their order what came of them.
+        """Send each message within a bounded time, and return the outcomes in their order.
 
-        None: the other side has it for good. `Retry`: perhaps later. `NotTried`: it was not sent. `GiveUp`: never.
-        Anything that is raised instead is a bug.
+        None: the receiver has it for good. `Retry`: perhaps later. `NotTried`: it was not sent. `GiveUp`: never. An
+        exception raised instead is a bug.
         """
         ...
 
     def look(self) -> str:
-        """Find out, in a bounded time, whether messages could be handed over, without handing over any.
+        """Check within a bounded time whether messages could be delivered, without delivering any.
 
-        Returns what was found, for people. Raises `Retry` or `GiveUp`, as `send` would say it; `Unsure` where only a
+        Returns a line for people. Raises `Retry` or `GiveUp` as `send` would return them, and `Unsure` if only a
         message would tell.
         """
         ...
@@ -108,8 +108,8 @@ class Sink(Protocol):
 class Dispatcher:
     """The work of one sink's lane.
 
-    `name`: the sink's. `retry_seconds`: from each failed try to the next. `circuit`: the lane's, told how sending went;
-    None for a sink that is many (each client its own).
+    `name`: the sink's. `retry_seconds`: from each failed try to the next. `circuit`: the lane's; None for a sink with
+    many receivers (every gateway client is one).
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Dispatcher:
         self.work_many([row])
 
     def work_many(self, rows: list[Dispatch]) -> None:
-        """Send these claimed dispatches and settle them in one transaction."""
+        """Send these claimed dispatches, and settle them in one transaction."""
         with self._database.read() as session:
             found = self._messages(session, rows)
         sendable = [row for row in rows if row.id in found and row.losses < claims.PARK_LOSSES]
@@ -144,7 +144,7 @@ class Dispatcher:
             done = [self._settle(session, row, known.get(row.id, _unsendable(row))) for row in rows]
             self._database.wake(session)
         counts = {word: done.count(word) for word in sorted({*done})}
-        if [*counts] == ["put_off"]:  # a slow host's are put off many times
+        if [*counts] == ["put_off"]:  # messages of a slow host are put off many times
             log.debug("events.put_off", sink=self._name, **counts)
         else:
             log.info("events.sent", sink=self._name, **counts)
@@ -160,7 +160,9 @@ class Dispatcher:
         return Message(event_id(event), event, external_task_id, self._envelope.encode(event, external_task_id))
 
     def _count(self, outcomes: Sequence[Outcome]) -> None:
-        """Tell the circuit. A refusal of one message says nothing: it may have been made here, before any sending."""
+        """Count the outcome in the circuit. A refusal of one message does not count: it may have been refused before
+        sending.
+        """
         for outcome in outcomes if self._circuit else ():
             assert self._circuit is not None
             if outcome is None or isinstance(outcome, SinkGone):
@@ -169,7 +171,7 @@ class Dispatcher:
                 self._circuit.failed()
 
     def _settle(self, session: Session, row: Dispatch, outcome: Outcome) -> str:
-        """Write what came of it; returns the word for it."""
+        """Write the outcome to the row. Returns its name for the log."""
         try:
             match outcome:
                 case None:
@@ -211,8 +213,9 @@ def _unsendable(row: Dispatch) -> GiveUp:
 def one_by_one(
     messages: Sequence[Message], send: Callable[[Message], Outcome], *, until: Callable[[], bool]
 ) -> list[Outcome]:
-    """Send in turn, for sinks without a call for many. What is behind a silence, a request to wait or a 410, or left
-    when `until()` is true, is not tried."""
+    """Send one after the other, for sinks without batches. The rest is `NotTried` after a silence, a request to wait, a
+    410, or once `until()` is true.
+    """
     outcomes: list[Outcome] = []
     for message in messages:
         if outcomes and until():

@@ -1,4 +1,4 @@
-"""One POST to somebody's receiver: to a checked address, within a bounded time, its answer hardly read."""
+"""One POST to a receiver's URL: to a checked address, within a bounded time, with a bounded read of the answer."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from storage.fetch import connection
 from storage.fetch.addresses import AddressPolicy, Target, check_url
 from storage.fetch.client import KEEPALIVE_SECONDS, USER_AGENT, retry_after
 
-# Standard Webhooks recommends 15 to 30 s: whoever works longer should answer first.
+# Standard Webhooks recommends 15 to 30 s. A receiver that works longer should answer first.
 TIMEOUT_SECONDS = 15.0
-# A name that has several addresses, some of them dead, is past them by then.
+# Enough for a name with several addresses of which some are dead.
 CONNECT_SECONDS = 5.0
-# What is answered does not matter; as much is read as lets the connection be used again.
+# The answer's body is not used. Reading a short one to its end allows the connection to be used again.
 MAX_ANSWER_BYTES = 4_096
 GONE = 410
 
 
 @dataclass(frozen=True)
 class Answer:
-    """`after`: seconds that the other side asks to wait, capped (see `storage.fetch.retry_after`)."""
+    """`after`: seconds that the receiver asks us to wait, capped (see `storage.fetch.retry_after`)."""
 
     host: str
     status: int
     after: float | None
 
     def outcome(self) -> Outcome:
-        """2xx: taken. 410: never again. All else, redirects as well: not now."""
+        """2xx: delivered. 410: never again. Everything else, redirects included: later."""
         if 200 <= self.status < 300:
             return None
         if self.status == GONE:
@@ -43,7 +43,7 @@ class Answer:
 
 
 class Poster:
-    """POSTs over a pool of connections that all threads share. No redirect is followed, no cookie kept, no proxy used.
+    """POSTs over connections that all threads share. No redirect is followed, no cookie kept, no proxy used.
 
     `connections`: at least the number of threads that post.
     """
@@ -55,7 +55,7 @@ class Poster:
 
     @made_once
     def _pool(self) -> httpcore.ConnectionPool:
-        """Made when it is needed: reading the certificates takes time."""
+        """Made at first use, because reading the certificates takes time."""
         return httpcore.ConnectionPool(
             ssl_context=connection.tls_context(),
             max_connections=self._connections,
@@ -74,7 +74,7 @@ class Poster:
         return Answer(target.host, response.status, retry_after(said.get("retry-after", ""), datetime.now(UTC)))
 
     def look(self, url: str) -> str:
-        """Resolve and judge where `url` leads, and dial nothing. Returns the host; raises as `post` does."""
+        """Resolve and check where `url` leads, without connecting. Returns the host. Raises as `post` does."""
         target = check_url(url, self._policy)
         with _silences(target.host):
             connection.GuardedBackend(self._policy).checked(target.host, target.port)
@@ -104,9 +104,9 @@ class Poster:
 
 
 def _read_a_little(response: httpcore.Response) -> None:
-    """To the end, if that is near and the connection holds no more than it: then it serves the next request as well.
+    """Read the answer to its end if the end is near, so that the connection can be used again.
 
-    What breaks here changes nothing: the status was said.
+    Errors here change nothing, because the status has arrived.
     """
     size = 0
     try:
@@ -123,7 +123,7 @@ def _read_a_little(response: httpcore.Response) -> None:
 
 @contextmanager
 def _silences(host: str) -> Iterator[None]:
-    """A protocol error's own text may quote a header, so it is not kept."""
+    """A protocol error's own text may contain a header, so it is not kept."""
     try:
         yield
     except httpcore.TimeoutException as error:

@@ -1,6 +1,6 @@
-"""Events as JSON lines: to a file, on the disk before they count, or to standard output.
+"""Events as JSON lines: to a file, flushed to the disk before they count as delivered, or to standard output.
 
-Each batch opens the file anew, so that logrotate may move it at any time. Several processes may write to the same.
+Each batch opens the file anew, so logrotate may move it at any time. Several processes may write to the same file.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkUnavailable
 
-# One flush to the disk for so many.
+# Events that share one flush to the disk.
 BATCH = 100
 STDOUT = 1
-# Not blocking: a pipe that nobody reads would hold this thread for ever.
+# Not blocking: a pipe without a reader would block this thread for ever.
 FLAGS = os.O_APPEND | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Lines:
-    """A `receiver.events.dispatcher.Sink`. `path`: None = standard output, where a line counts once it is written."""
+    """A `receiver.events.dispatcher.Sink`. `path`: None = standard output, where a written line counts as delivered."""
 
     batch = BATCH
     threads = 1
@@ -32,7 +32,7 @@ class Lines:
         self._path = path
 
     def send(self, messages: Sequence[Message]) -> list[Outcome]:
-        """All or nothing: after a failure the same lines come again, whatever part of them had been written."""
+        """All or nothing: after a failure the same lines are written again, whatever part of them was written."""
         lines = b"".join(message.body + b"\n" for message in messages)
         try:
             with self._opened() as file:
@@ -59,7 +59,7 @@ class Lines:
             os.close(file)
 
     def look(self) -> str:
-        """Open the file as `send` does, or see that it could be made; it is not."""
+        """Open the file as `send` does, or check that it could be made. Makes no file."""
         if self._path is None:
             return "standard output"
         try:
@@ -79,9 +79,9 @@ class Lines:
 
 @contextmanager
 def _alone_on(file: int) -> Iterator[None]:
-    """Keep the other worker processes off a descriptor they have inherited too: a pipe takes 4 KB at once, no more.
+    """Exclude the other worker processes from an inherited descriptor: a pipe takes at most 4 KB at once.
 
-    A process's lock, which works on pipes, sockets and terminals; a `flock` would be theirs as well.
+    The lock belongs to the process and works on pipes, sockets and terminals. The children would share a `flock`.
     """
     fcntl.lockf(file, fcntl.LOCK_EX)
     try:
@@ -96,7 +96,7 @@ def _refuse_irregular(file: int) -> None:
 
 
 def _end_torn_line(file: int) -> None:
-    """A disk that was full, or a crash, may have left half a line: ours begins on a new one."""
+    """End a line that a full disk or a crash cut off, so that ours begins on a new line."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         _write(file, b"\n")

@@ -1,4 +1,4 @@
-"""From an entry of the setting to the sink it asks for."""
+"""Make a sink from its entry in the settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from storage.fetch.addresses import AddressPolicy
 
 
 def make(entry: Entry, policy: AddressPolicy, secrets: Sequence[SecretStr]) -> Sink:
-    """Nothing is opened before something is sent."""
+    """The sink of an entry. It opens nothing before it sends."""
     match entry.kind:
         case "webhook":
             return Webhook(entry.url, Poster(policy, connections=THREADS), Signer(secrets))
         case "sqs":
-            from receiver.events.sqs import Sqs  # boto3 takes a second to import: only for those who have a queue
+            from receiver.events.sqs import Sqs  # boto3 takes a second to import
 
             return Sqs(entry.url)
         case "file":

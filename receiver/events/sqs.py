@@ -1,4 +1,4 @@
-"""Events to an Amazon SQS queue, or one that speaks its protocol. Credentials come by boto3's own chain."""
+"""Events to an Amazon SQS queue or a compatible one. Credentials come from boto3's own chain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from receiver.base.once import made_once
 from receiver.events.cloudevents import MEDIA_TYPE
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
 
-# SendMessageBatch takes no more (SQS API reference).
+# The limit of SendMessageBatch (SQS API reference).
 BATCH = 10
 # Of a batch and of a message alike: 256 KiB, less some room for the attributes. SQS itself allows four times that
 # since 2025, others that speak its protocol do not.
@@ -39,9 +39,9 @@ class Sqs:
     def _client(self) -> Any:
         parts = urlsplit(self._queue_url)
         aws = AWS_HOST.fullmatch(parts.hostname or "")
-        once = {"total_max_attempts": 1}  # the schedule is ours
+        once = {"total_max_attempts": 1}  # we have our own schedule
         options = Config(connect_timeout=CONNECT_SECONDS, read_timeout=READ_SECONDS, retries=once)
-        return boto3.Session().client(  # the one that all share is not for several threads
+        return boto3.Session().client(  # boto3's default session is not thread-safe
             "sqs",
             endpoint_url=f"{parts.scheme}://{parts.netloc}",
             region_name=aws.group(1) if aws else None,
@@ -82,7 +82,7 @@ class Sqs:
         return entry
 
     def look(self) -> str:
-        """Reach the queue. Who may send to it needs no right to ask for its attributes."""
+        """Reach the queue. A sender needs no permission to read its attributes."""
         try:
             found = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=["QueueArn"])
         except ClientError as error:
@@ -103,7 +103,7 @@ def _fault(fault: dict[str, Any]) -> Exception:
 
 
 def _groups(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """As many as one call takes; one that is too large for any call comes alone."""
+    """Messages in groups of at most one call. A message that is too large for a call is a group of its own."""
     group: list[Message] = []
     size = 0
     for message in messages:

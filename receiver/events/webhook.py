@@ -12,15 +12,15 @@ from receiver.events.dispatcher import Message, Outcome, one_by_one
 from receiver.events.http_post import Poster
 from storage.errors import GiveUp, Retry
 
-# One settling for so many: half the cost in rows, and after a crash no more are sent twice than that.
+# One transaction settles so many. It halves the cost of rows, and bounds what a crash sends twice.
 BATCH = 8
-# What is behind a slow answer goes to another thread, or another process.
+# Messages behind a slow answer go to another thread or process.
 BATCH_SECONDS = 5.0
 THREADS = 4
 
 
 class Webhook:
-    """A `receiver.events.dispatcher.Sink`. `url`: may hold a token, it is never shown."""
+    """A `receiver.events.dispatcher.Sink`. `url` is never shown, because it may contain a token."""
 
     batch = BATCH
     threads = THREADS
@@ -42,7 +42,7 @@ class Webhook:
             return error
 
     def look(self) -> str:
-        """Who is there learns nothing of it: the name is resolved, the addresses are judged, none is dialled."""
+        """Resolve the name and check its addresses. Nothing is sent to the receiver."""
         return self._poster.look(self._url)
 
     def close(self) -> None:

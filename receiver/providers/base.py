@@ -1,19 +1,18 @@
-"""The seam between us and whoever makes the pictures: what every provider adapter can do, in whose words.
+"""The interface to providers: what every adapter can do, and its error classes.
 
-An adapter turns the provider's wire protocol into `storage.states.Report` and its refusals into the
-error classes of `storage.errors`; nothing outside `receiver/providers/` reads an answer or a callback of a provider.
-Requests are in Kling's words everywhere (`providers/kling_request.py`), and so are the gateway and the sandbox, which
-speak its protocol to others.
+An adapter turns the provider's wire protocol into `storage.states.Report`, and its refusals into the classes of
+`storage.errors`. Nothing outside `receiver/providers/` reads an answer or a callback of a provider. Requests use
+Kling's words everywhere (`kling/request.py`), as do the gateway and the sandbox, which speak its protocol to others.
 
 ProviderUnavailable          (storage.errors) the same work may succeed later
-└── Unavailable                 the same, and knows whether the request can have left this host
+└── Unavailable                 the same, and knows whether the request may have left this host
 ProviderThrottled            (storage.errors) slow down; a refused create costs nothing
 └── AccountRefused               the key, the balance or (ModelRefused) the permission for a model is refused
 ProviderRejected             (storage.errors) a definite refusal
-├── AlreadyExists               this external id was used before: read the task back
-└── NoSuchCall                  a gateway that does not pass this question on: ask another one
+├── AlreadyExists               this external id was used before: read the task
+└── NoSuchCall                  a gateway without this call: use another one
 RequestInvalid               the caller's fields break a rule: nothing is sent
-PricesUnreadable             a price table in another form
+PricesUnreadable             a price table of another form
 BadSignature                 a delivery that does not prove its sender: answered 401
 """
 
@@ -35,17 +34,17 @@ from storage.states import Report
 
 # Standard Webhooks and Kling's page of 2026-08-07 both say five minutes, in both directions.
 SIGNATURE_TOLERANCE_SECONDS = 300
-# Two secrets sign during a rotation; more signatures than this are somebody's attempt to make us work.
+# Two secrets sign during a rotation. More signatures than this only cost time.
 MAX_SIGNATURES = 10
 MAX_WEBHOOK_ID_CHARS = 200
 
-# Control characters, lone surrogates and direction overrides: PostgreSQL or a terminal would choke on them.
+# Control characters, lone surrogates and direction overrides. PostgreSQL refuses them, or a terminal obeys them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
 _URL = re.compile(r"(https?://)(?:[^\s/?#@\"'<>]*@)?([^\s/?#\"'<>]*)[/?#][^\s\"'<>]*", re.IGNORECASE)
 
 
 class Unavailable(ProviderUnavailable):
-    """No usable answer. `sent` is False only when it is certain that the request never left this host."""
+    """No usable answer. `sent` is False only if the request certainly never left this host."""
 
     def __init__(self, message: str, *, sent: bool = True, after: float | None = None) -> None:
         super().__init__(message, after=after)
@@ -53,15 +52,15 @@ class Unavailable(ProviderUnavailable):
 
 
 class AlreadyExists(ProviderRejected):
-    """The provider knows this external id; nothing was made or charged by this request."""
+    """The provider knows this external id. This request made and cost nothing."""
 
 
 class NoSuchCall(ProviderRejected):
-    """This base URL knows no such question, whatever task it is about."""
+    """This base URL does not have the call at all."""
 
 
 class RequestInvalid(UserError, ValueError):
-    """The request cannot be sent. One line per fault: the field, the value (shortened), the rule."""
+    """The request cannot be sent. One line per fault: field, value (shortened), rule."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__("\n".join(faults))
@@ -69,16 +68,16 @@ class RequestInvalid(UserError, ValueError):
 
 
 class PricesUnreadable(ValueError):
-    """The file is no price table; the message says what one looks like."""
+    """The file is no price table. The message shows the form of one."""
 
 
 class BadSignature(Exception):
-    """The delivery's signature is missing, wrong or out of time. The message says which and holds no header value."""
+    """The delivery's signature is missing, wrong or expired. The message says which, without header values."""
 
 
 @dataclass(frozen=True)
 class Created:
-    """What a create answered. `body`: canonical JSON of the task record, which `parse` reads back as `report`."""
+    """The answer to a create. `body`: canonical JSON of the task record; `parse` reads it as `report`."""
 
     provider_task_id: str
     report: Report
@@ -87,7 +86,7 @@ class Created:
 
 @dataclass(frozen=True)
 class Record:
-    """One task as the provider tells it. `body`: canonical JSON of the record without its envelope."""
+    """One task as the provider describes it. `body`: canonical JSON of the record without its envelope."""
 
     body: bytes = field(repr=False)
     report: Report
@@ -95,11 +94,10 @@ class Record:
 
 @dataclass(frozen=True)
 class RequestFacts:
-    """What a request means for us.
+    """What to expect of a request.
 
-    `expected`: files to come, watermarked copies counted, None when the provider chooses.
-    `slots`: how many of the account's concurrent pictures it occupies until it ends. `model`: the provider's word for
-    what makes them, None when it is not known.
+    `expected`: number of files, watermarked copies included; None when the provider chooses. `slots`: how many of the
+    account's concurrent pictures it uses until it ends. `model`: the provider's name of the model, None if unknown.
     """
 
     series: bool
@@ -117,30 +115,31 @@ class ProviderRequest(Protocol):
 
     @property
     def expected(self) -> int | None:
-        """Files to come, watermarked copies counted; None when the provider chooses."""
+        """Number of files, watermarked copies included; None when the provider chooses."""
 
     @property
     def slots(self) -> int:
-        """How many of the account's concurrent pictures it occupies until it ends."""
+        """How many of the account's concurrent pictures it uses until it ends."""
 
     @property
     def model(self) -> str:
-        """The provider's word for what makes the pictures; permission for it is the account's affair."""
+        """The provider's name of the model. An account may lack permission for it."""
 
     def wire(self) -> dict[str, Any]:
-        """The fields as they are sent, without the external id and the callback URL."""
+        """The fields as sent, without the external id and the callback URL."""
 
     def canonical_hash(self) -> str:
-        """64 hex digits, equal for requests that ask for the same thing."""
+        """64 hex digits, equal for requests that ask for the same."""
 
     def warnings(self) -> list[str]:
-        """What the caller may not have meant; none of it stops the request."""
+        """One line for each part that the caller may not have meant. The request is sent anyway."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What requests ask for. `auto`: series among them whose length the provider chooses, counted as nine pictures
-    each, so the sums are the most it may be. `unpriced`: pictures of resolutions the table does not know."""
+    """The cost of requests. `auto`: series whose length the provider chooses, counted as nine pictures each, so the
+    sums are upper bounds. `unpriced`: pictures of resolutions that the table does not have.
+    """
 
     tasks: int
     pictures: int
@@ -158,67 +157,71 @@ class Estimate:
 class Provider(Protocol):
     """One image provider. Every method may be called from any thread.
 
-    Calls that reach the network raise `Unavailable`, `ProviderThrottled` and `ProviderRejected`; whoever holds
-    the claim on the row acts on the class. Their messages are safe to store and to show.
+    Calls over the network raise `Unavailable`, `ProviderThrottled` and `ProviderRejected`. The owner of the row's claim
+    acts on the class. The messages are safe to store and to show.
     """
 
     @property
     def name(self) -> str:
-        """The word in the callback path and in `task.provider`."""
+        """The name in the callback path and in `task.provider`."""
 
     @property
     def result_hosts(self) -> tuple[str, ...]:
-        """Hosts this provider serves results from; each stands for itself and everything below it."""
+        """Hosts from which this provider serves results, each with all hosts below it."""
 
     def create(self, request: Mapping[str, Any], *, external_task_id: str, callback_url: str | None) -> Created:
-        """Ask for a task, once. `AlreadyExists`: this id was used before. `Unavailable` with `sent`: it may exist."""
+        """Create a task, once. `AlreadyExists`: the id was used before. `Unavailable` with `sent`: the task may
+        exist.
+        """
 
     def read(self, *, provider_task_id: str | None, external_task_id: str) -> Record | None:
-        """Read one task, by the provider's id where we have it, else by ours. None: the provider says "not found".
+        """Read one task, by the provider's id if known, else by ours. None: the provider answers "not found".
 
-        Also raises `NoSuchCall`: it may be in the list all the same.
+        Also raises `NoSuchCall`: the list may have the task nevertheless.
         """
 
     def read_many(
         self, *, provider_task_ids: Sequence[str] = (), external_task_ids: Sequence[str] = ()
     ) -> dict[str, Record] | None:
-        """Read up to 20 tasks by one kind of id: {id: record} of those found. None: no batch reading here."""
+        """Read up to 20 tasks by one kind of id. Returns {id: record} of those found; None if there is no batch
+        call.
+        """
 
     def list_page(self, page: int, size: int) -> list[Record]:
-        """Read one page (from 1) of the account's tasks, `size` a page; an empty list is past the end."""
+        """Read one page of the account's tasks, from 1, with `size` tasks each. An empty list is behind the end."""
 
     def parse(self, body: bytes) -> Report:
         """Read a callback or a `Record.body`. Raises `storage.errors.ReportUnreadable`, and nothing else."""
 
     def verify(self, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> str | None:
-        """The verified id of a signed delivery, None when no secrets are configured. Raises `BadSignature`.
+        """The verified id of a signed delivery; None if no secrets are configured. Raises `BadSignature`.
 
-        `now`: Unix seconds at its arrival, None = it arrives just now.
+        `now`: Unix seconds of its arrival, None = it arrives now.
         """
 
     def parse_request(self, fields: Mapping[str, Any]) -> ProviderRequest:
         """Check a caller's fields. Raises `RequestInvalid` with every fault found."""
 
     def estimate(self, fields: Iterable[Mapping[str, Any]], table: Path | None) -> Estimate:
-        """What requests with these fields cost. `table`: a file with the user's prices, None = the provider's own.
+        """The cost of requests with these fields. `table`: a file with the user's prices, None = the provider's prices.
 
         Raises `PricesUnreadable`.
         """
 
     def request_facts(self, request: Mapping[str, Any]) -> RequestFacts:
-        """What a request, as sent or as stored, lets us expect. Never raises."""
+        """What to expect of a request, as sent or as stored. Never raises."""
 
     def redacted(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The request as it is kept: the bytes of inputs replaced by their hashes."""
+        """The request as it is stored, with the bytes of inputs replaced by their hashes."""
 
     def url_expiry(self, url: str) -> datetime | None:
-        """When a result URL says that it ends; None when it does not say."""
+        """When a result URL expires; None if it does not say."""
 
 
 def plain(text: str, max_chars: int) -> str:
-    """Make foreign words safe to store and to show: one line, no NUL, and of every URL only the host.
+    """Make a stranger's text safe to store and to show: one line, no NUL, and of each URL only the host.
 
-    Queries of URLs hold signatures and paths hold tokens, so both go.
+    Queries hold signatures and paths hold tokens, so both are removed.
     """
     visible = _URL.sub(r"\1\2/…", " ".join(_UNPRINTABLE.sub(" ", text[: 8 * max_chars]).split()))
     return visible if len(visible) <= max_chars else visible[: max_chars - 1] + "…"
@@ -232,11 +235,11 @@ def is_storable(text: str) -> bool:
 
 
 def verify_standard_webhook(secrets: Sequence[Webhook], headers: Mapping[str, str], body: bytes, *, now: float) -> str:
-    """Check a Standard Webhooks delivery against every secret and return its `webhook-id`.
+    """Check a Standard Webhooks delivery against every secret. Returns its `webhook-id`.
 
-    `now`: Unix seconds. Raises BadSignature. Source: standardwebhooks.com specification, Kling 2026-08-07.
-    The package signs; the checks around it are ours, because its own `verify` raises ValueError and
-    binascii.Error on hostile headers and reads the clock itself.
+    `now`: Unix seconds. Raises BadSignature. Source: standardwebhooks.com specification, Kling 2026-08-07. The package
+    computes the signature. The checks are ours, because its `verify` raises ValueError and binascii.Error on hostile
+    headers and reads the clock itself.
     """
     named = {name.lower(): value for name, value in headers.items()}
     webhook_id = named.get("webhook-id", "")
@@ -252,7 +255,7 @@ def verify_standard_webhook(secrets: Sequence[Webhook], headers: Mapping[str, st
         raise BadSignature("webhook-timestamp is more than 300 s from our clock")
     given = [signature.encode("utf-8", "replace") for signature in signatures[:MAX_SIGNATURES]]
     wanted = _signatures(secrets, webhook_id, int(timestamp), body)
-    # A sum, not any(): how long it takes says nothing about which secret matched.
+    # sum() instead of any(): the time it takes does not depend on which secret matched.
     if not sum(hmac.compare_digest(ours, theirs) for ours in wanted for theirs in given):
         raise BadSignature("no signature matches")
     return webhook_id

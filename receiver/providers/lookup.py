@@ -1,4 +1,4 @@
-"""Find one task at the provider: by a read of its own, or where there is no such call, in the list of the account."""
+"""Find one task at the provider: by its own read call, or in the account's list where there is no such call."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from datetime import UTC, datetime, timedelta
 from receiver.providers.base import NoSuchCall, Provider, Record
 from storage.accounts.rate_limit import ReadRateLimit
 
-# Kling lists up to 500 a page, newest first (KLING §3); twenty pages are 10,000 tasks made since the one we look for.
+# Kling lists up to 500 a page, newest first (KLING §3). Twenty pages are 10,000 newer tasks.
 PAGE_SIZE = 500
 MAX_PAGES = 20
-# The list ends for us at tasks made so long before ours: no clock is that wrong.
+# Tasks that were made so long before ours end the search. No clock differs by more.
 SLACK = timedelta(hours=1)
 
 
@@ -24,8 +24,8 @@ def read_task(
 ) -> Record | None:
     """Read one task at the pace that all processes share. None: the provider does not know it.
 
-    `made_at`: not long before our own row was made; older tasks in the list cannot be it. Raises what the provider's
-    calls raise, and `TooManyReads`.
+    `made_at`: when our row was made; older tasks in the list are not it. Raises what the provider's calls raise, and
+    `TooManyReads`.
     """
     limit.wait(provider.name)
     try:

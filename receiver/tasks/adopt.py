@@ -1,7 +1,6 @@
-"""Take over tasks that were made elsewhere: found by id or in the provider's list, kept like our own from then on.
+"""Take over tasks that were made elsewhere, found by id or in the provider's list.
 
-Also the way back after an old backup was restored: what the provider still has gets its row, and its pictures their
-place, again.
+This also restores rows after an old backup: what the provider still has gets its row and its pictures again.
 """
 
 from __future__ import annotations
@@ -31,18 +30,20 @@ from storage.states import CallbackState, Report, TaskState
 
 T = TypeVar("T")
 
-# An id is not read, a page not listed, when this many tries in a row went unanswered.
+# An id or a page is given up after this many tries in a row without an answer.
 TRIES = 3
 MAX_WAIT_SECONDS = 30.0
-# While workers read at full pace we wait for our turn, some 5 s at a time.
+# While workers use the whole pace of reads, a turn takes some 5 s.
 MAX_TURNS = 60
-# The provider gives at most 1,000 pages of 500 (KLING §3); 100 tasks with all their URLs stay below 2 MB an answer.
+# The provider gives at most 1,000 pages of 500 (KLING §3). An answer with 100 tasks and all their URLs is below 2 MB.
 PAGE_SIZE = 100
 MAX_PAGES = 1_000
 
 
 class Adopter:
-    """Makes rows for what the provider has. `dry_run`: nothing is kept but the pace of reads, everything is counted."""
+    """Makes rows for tasks that the provider has. `dry_run`: nothing is kept except the pace of reads, everything is
+    counted.
+    """
 
     def __init__(
         self,
@@ -60,9 +61,9 @@ class Adopter:
         self._dry_run = dry_run
 
     def take(self, names: Sequence[str]) -> Tally:
-        """Take over tasks made elsewhere, by either id. Those known here stay as they are."""
+        """Take over tasks made elsewhere, by either id. Tasks known here stay as they are."""
         tally = Tally()
-        made = set[tuple[str, str]]()  # in a dry run no row says so
+        made = set[tuple[str, str]]()  # in a dry run there is no row yet
         for name in names:
             try:
                 found = [(each, record) for each in self._providers.values() if (record := self._read(each, name))]
@@ -80,12 +81,12 @@ class Adopter:
         return tally
 
     def take_listed(self, age: timedelta, *, page_size: int = PAGE_SIZE) -> Tally:
-        """Take over everything the provider lists that was made within `age`; those known here stay as they are.
+        """Take over all tasks in the provider's list that were made within `age`. Tasks known here stay as they are.
 
-        Harmless to repeat, also after it broke off: `left` then says at which page.
+        It may be repeated, also after it broke off: `left` then names the page.
         """
         tally, since = Tally(), self._database.now() - age
-        seen = set[str | None]()  # new tasks push old ones on to the next page while we turn pages
+        seen = set[str | None]()  # new tasks move old ones to the next page meanwhile
         for provider in self._providers.values():
             for page in range(1, MAX_PAGES + 1):
                 try:
@@ -116,9 +117,9 @@ class Adopter:
                 tally.counts["too_old"] += 1
 
     def _take(self, tally: Tally, provider: Provider, record: Record, name: str | None = None) -> bool:
-        """Returns whether it was made a row of, or would be."""
+        """Returns whether the task got a row, or would get one."""
         report = record.report
-        # A gateway may leave our id out: what the task was found by is one of its ids.
+        # A gateway may omit our id. The id by which the task was found is one of its ids.
         external_id = report.external_task_id or name or report.provider_task_id or ""
         try:
             encode_id(external_id)
@@ -137,14 +138,14 @@ class Adopter:
         return False
 
     def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> bool:
-        """One task row as if we had made it, with its first read: everything that follows is the worker's."""
+        """A task row as if we had made it, with its first read as a delivery. Workers do the rest."""
         now, report = tasks.now(session), record.report
-        if report.status is None:  # whatever the word means, the provider has it
+        if report.status is None:  # the provider has the task, whatever its status word means
             report = replace(report, status=TaskState.SUBMITTED)
         task = Task(external_task_id=external_id, provider=provider.name, adopt=True)
         task.created_at = task.sent_at = task.submitted_at = min(now, _made_at(report) or now)
         if not maintenance.adopt(session, task, report, self._schedule):
-            tally.counts["known"] += 1  # somebody else was quicker
+            tally.counts["known"] += 1  # another process inserted it first
             return False
         delivery = Delivery(provider.name, "poll", task.id, record.body)
         store_poll(session, delivery, CallbackState.APPLIED, None)
@@ -154,7 +155,7 @@ class Adopter:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """Ask, and again when the provider is away, wants us to slow down, or others read it. Raises what ended it."""
+    """Call, and repeat while the provider is away or slows us down, or others use the reads. Raises the last error."""
     failures = turns = 0
     while True:
         try:
@@ -180,6 +181,6 @@ def _made_at(report: Report) -> datetime | None:
 
 
 def _is_past(records: Sequence[Record], since: datetime) -> bool:
-    """Whether later pages are older still. The order of the list is documented nowhere: it is believed when seen."""
+    """Whether later pages are older still. The list's order is undocumented, so it counts only where it is seen."""
     times = [made_at for record in records if (made_at := _made_at(record.report))]
     return bool(times) and times[0] < since and times == sorted(times, reverse=True)

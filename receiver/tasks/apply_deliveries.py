@@ -1,4 +1,4 @@
-"""One delivery -> the rows it speaks of: parse it, find its task, believe it or ask, apply it."""
+"""Applying deliveries: parse the body, find the task, decide whether to believe it or to read the task, change rows."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskF
 
 log = structlog.get_logger()
 
-# An unmatched delivery is looked at once more (`reconcile.UnmatchedDeliveries`): its task's row may have been on its
-# way to its commit, or was lost with a database.
+# An unmatched delivery is looked at once more (`reconcile.UnmatchedDeliveries`). Its task's row may not have been
+# committed yet, or was lost with a database.
 LOOK_AGAIN_SECONDS = 60
 LOOKS = 3
 # Deliveries claimed at once, and in one transaction as far as the time allows: a commit costs about as much as applying
 # one. On SQLite the intake waits meanwhile, so a busy worker, where each takes ten times as long, ends it sooner.
 BATCH = 16
 HOLD_SECONDS = 0.02
-# An honest task brings one or two deliveries that are not believed as they came. Whoever holds its callback URL may
-# send any number, and the account's pace of reads belongs to all.
+# An honest task has one or two deliveries that need a read. A holder of its callback URL can send any number, and all
+# tasks share the account's pace of reads.
 MAX_READS_PER_TASK = 20
 BY_READ = "confirmed by a read of the task"
 NOT_READ = f"not believed, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
@@ -44,9 +44,10 @@ DECIDED = "not believed: the provider itself named another file"
 
 @dataclass(frozen=True)
 class Confirmation:
-    """When a delivery is believed. `auto`: see `is_believed`; `always`: every terminal one is read; `never`: none.
+    """When a delivery is believed. `auto`: see `is_believed`. `always`: the task of every terminal one is read.
+    `never`: none.
 
-    `trusted_hosts`: hosts that results may come from without asking; each stands for what is below it too.
+    `trusted_hosts`: hosts from which results are believed, each with all hosts below it.
     """
 
     mode: Literal["auto", "always", "never"] = "auto"
@@ -55,11 +56,11 @@ class Confirmation:
     def is_believed(
         self, report: Report, task: Task, *, signed: bool, by_token: bool, known: Collection[AssetName] = ()
     ) -> bool:
-        """Whether a report is applied as it came, or its task is read first. `known`: the task's files so far.
+        """Whether a report is applied as it is, or its task is read first. `known`: the task's files so far.
 
-        A delivery without a verified signature is believed when it says nothing final, or when it brings exactly the
+        A delivery without a verified signature is believed if it reports nothing final, or if it brings exactly the
         expected pictures, all from trusted hosts, and adds none to an archive that has ended. An unsigned `failed`
-        never is: one read settles it. Nothing final is once the task's reads are spent: the next poll tells.
+        always causes a read. Once the task's reads are spent, nothing final is believed, and the next poll decides.
         """
         if report.status not in states.TERMINAL or self.mode == "never":
             return by_token or self.mode == "never"
@@ -77,7 +78,7 @@ class Confirmation:
         return is_exact and all(map(self._is_trusted, named.values()))
 
     def takes_word(self, *, signed: bool) -> bool:
-        """Whether a delivery is the provider's own word: by its signature, or as the settings say so."""
+        """Whether a delivery counts as the provider's own word: by its signature, or because the settings say so."""
         return signed or self.mode == "never"
 
     def _is_trusted(self, url: str) -> bool:
@@ -90,7 +91,7 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a delivery ended and why."""
+    """The end of a delivery, and the reason."""
 
     state: CallbackState
     reason: str | None = None
@@ -98,7 +99,7 @@ class Verdict:
 
 
 class DeliveryApplier:
-    """Applies claimed deliveries. Applying one twice is harmless."""
+    """Applies claimed deliveries. Applying one twice changes nothing."""
 
     def __init__(
         self,
@@ -113,16 +114,16 @@ class DeliveryApplier:
         self._confirmation = confirmation
 
     def work(self, row: Callback) -> None:
-        """Apply one claimed delivery: its rows, its facts and its own end in one transaction."""
+        """Apply one claimed delivery. Its rows and its own end are one transaction."""
         with suppress(LostClaim):
             self._apply_together([row])
 
     def work_many(self, rows: Sequence[Callback]) -> None:
-        """Apply claimed deliveries together, or one by one when that fails: no one's fault is another's.
+        """Apply claimed deliveries together; if that fails, one by one, so that a fault of one concerns no other.
 
-        Half of an application's cost is its commit and its claim. In the order of their tasks: two transactions
-        that lock the same tasks in different orders would wait for each other; without a token the task is only
-        found on the way, so those go alone.
+        Half of the cost of applying is commit and claim. They are sorted by task, because two transactions that lock
+        the same tasks in different orders would deadlock. Deliveries without a token go alone: their task is found only
+        on the way.
         """
         named = sorted((row for row in rows if row.task_id), key=lambda row: (str(row.task_id), row.id))
         alone = [row for row in rows if not row.task_id]
@@ -130,13 +131,13 @@ class DeliveryApplier:
             self._apply_together(named)
         except DatabaseUnavailable:
             raise
-        except Exception as error:  # noqa: BLE001 - whichever row it was will tell by itself
+        except Exception as error:  # noqa: BLE001 - each row then raises its own error
             log.warning("callback.batch_split", rows=len(named), error=type(error).__name__)
             alone = [*named, *alone]
         self._apply_apart(alone)
 
     def _apply_apart(self, rows: Sequence[Callback]) -> None:
-        """Each by itself; what fails is raised when the last has had its turn."""
+        """Apply each by itself. Errors are raised after the last one."""
         faults: list[Exception] = []
         for row in rows:
             try:
@@ -156,7 +157,7 @@ class DeliveryApplier:
             del left[: self._apply_some(left)]
 
     def _apply_some(self, parsed: Sequence[tuple[Callback, Report | str]]) -> int:
-        """Apply the first and what follows it within `HOLD_SECONDS`, in one transaction. Returns how many."""
+        """Apply the first, and the following ones within `HOLD_SECONDS`, in one transaction. Returns how many."""
         verdicts: list[Verdict] = []
         with self._database.write() as session:
             end = time.monotonic() + HOLD_SECONDS
@@ -204,7 +205,7 @@ class DeliveryApplier:
         return self._believe_or_ask(session, row, task, parsed)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
-        """Something happened to the task that we cannot read: ask."""
+        """Read the task, because something happened to it that we cannot read."""
         task = tasks.lock(session, row.task_id) if row.task_id else None
         if task is not None and task.state not in states.TERMINAL:
             self._read_now(session, task)
@@ -221,7 +222,7 @@ class DeliveryApplier:
         return True
 
     def _task(self, session: Session, row: Callback, report: Report) -> Task | None:
-        """The task of the token, else (no token, or its row was lost and made anew) the one the body names; locked."""
+        """The locked task of the token, else the one that the body names (no token, or a row that was made anew)."""
         if row.task_id and (task := tasks.lock(session, row.task_id)):
             return task
         named = find(session, row.provider, report.external_task_id, report.provider_task_id)
@@ -230,7 +231,7 @@ class DeliveryApplier:
     def _believe_or_ask(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = self._confirmation.takes_word(signed=signed)
-        # Nearly every other delivery is decided without the task's files.
+        # Nearly all other deliveries are decided without the task's files.
         facts = _facts(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):
             return self._ask_about_files(session, task, facts, report, other)
@@ -245,7 +246,7 @@ class DeliveryApplier:
         return self._ask(session, task, report, BY_READ)
 
     def _doubt(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
-        """Why the body is odd, though it speaks of this task: one read tells what it means."""
+        """Why the body is odd, though it is about this task. One read then decides."""
         if report.status is None:
             log.warning("callback.unknown_status", task=task.external_task_id, status=report.raw_status)
             return f"unknown status {report.raw_status!r}"
@@ -258,10 +259,11 @@ class DeliveryApplier:
     def _ask_about_files(
         self, session: Session, task: Task, facts: TaskFacts, report: Report, other: Collection[AssetName]
     ) -> Verdict:
-        """An unsigned report names other files than the known ones: ask, unless the provider named those itself.
+        """Read the task when an unsigned report names other files than the known ones, unless a read named those.
 
-        The first has a read of its own, which no other delivery can use up. When the others are spent, reads keep to
-        the pace of polls until the provider has named the files: the forged report may have come before the true one.
+        The first such report has a read of its own that no other delivery can use up. Once the others are spent, reads
+        keep to the pace of polls until the provider has named the files: the forged report may have come before the
+        true one.
         """
         words = tasks.other_words(other)
         if is_first := tasks.contradict(session, task, task.state, report.status, files=words):
@@ -284,7 +286,7 @@ class DeliveryApplier:
 def find(
     session: Session, provider: str, external_task_id: str | None, provider_task_id: str | None
 ) -> uuid.UUID | None:
-    """The task of ours that goes by either id, by our own first."""
+    """Our task with either id. The external id is tried first."""
     if external_task_id and (task := tasks.by_external_id(session, external_task_id)):
         return task.id
     return aliases.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
@@ -295,14 +297,14 @@ def _facts(session: Session, task: Task) -> TaskFacts:
 
 
 def _is_known(facts: TaskFacts, report: Report) -> bool:
-    """Whether the report would change nothing, so that a replayed delivery causes no reads."""
+    """Whether the report would change nothing. So a replayed delivery causes no reads."""
     decision = states.decide(facts, report)
     unchanged = decision.state is facts.state and decision.archive is facts.archive
     return unchanged and not (decision.contradicted or decision.add or decision.replace)
 
 
 def _contradiction(session: Session, task: Task, report: Report) -> str | None:
-    """A body contradicts its token only by naming another task of ours, or another external id."""
+    """Why a body contradicts its token: it names another task of ours, or another external id."""
     if report.external_task_id is not None and _folded(report.external_task_id) != _folded(task.external_task_id):
         return "the body names another external_task_id than the token's task"
     if report.provider_task_id and _is_others(session, task, report.provider_task_id):
@@ -312,17 +314,17 @@ def _contradiction(session: Session, task: Task, report: Report) -> str | None:
 
 
 def _is_others(session: Session, task: Task, provider_task_id: str) -> bool:
-    """Whether another task of ours goes by this id."""
+    """Whether another task of ours has this id."""
     return aliases.by_provider_id(session, task.provider, provider_task_id) not in (None, task.id)
 
 
 def _folded(external_task_id: str) -> str:
-    """An id without case, blanks and Unicode form: senders in between change those, and mean the same task."""
+    """An id without case, blanks and Unicode form, which senders on the way change."""
     return "".join(unicodedata.normalize("NFKC", external_task_id).casefold().split())
 
 
 def trusted_hosts(provider_hosts: Sequence[str], base_url: str, extra: Sequence[str]) -> tuple[str, ...]:
-    """The hosts of `RECEIVER_CONFIRM=auto`: the provider's own, its base URL's, and what the settings list."""
+    """The hosts of `RECEIVER_CONFIRM=auto`: the provider's, the base URL's, and those in the settings."""
     listed: list[Any] = [*provider_hosts, urlsplit(base_url).hostname or ""]
     listed += [entry.rpartition(":")[0].strip("[]") if ":" in entry else entry for entry in extra]
     return tuple(sorted({host.lower().rstrip(".") for host in listed if host}))

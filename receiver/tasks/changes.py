@@ -1,4 +1,4 @@
-"""What a verb did to rows: one transaction that a dry run takes back, and the tally that the verb prints."""
+"""Changes by an operator's command: one transaction that a dry run rolls back, and the tally that is printed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storage.database.sessions import Database
 
 @dataclass
 class Tally:
-    """What a verb did, counted, and what it was asked for by name and did not do: `{name: why}`."""
+    """What a command did, counted, and the names it did nothing for: `{name: why}`."""
 
     counts: Counter[str] = field(default_factory=Counter)
     left: dict[str, str] = field(default_factory=dict)
@@ -26,7 +26,7 @@ class Tally:
 
 @contextmanager
 def change(database: Database, *, dry_run: bool) -> Iterator[Session]:
-    """One transaction that wakes the workers, or that comes to nothing in a dry run."""
+    """One transaction that wakes the workers. A dry run rolls it back."""
     with database.write() as session:
         yield session
         database.wake(session)

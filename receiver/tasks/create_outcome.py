@@ -1,4 +1,4 @@
-"""Somebody who waits, for a while, to hear how a create ended."""
+"""The outcome of a create, for a client that waits for it for a while."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Refusal = ProviderRejected | ProviderThrottled
 
 
 class CreateOutcome:
-    """A refusal is told to whoever waits, and then the row ends; or nobody waits any more, and the row goes on.
+    """Either a refusal is told to the waiting client and the row ends, or the client has left and the row goes on.
 
-    Never both: which of the two it is, is decided once, under a lock. Safe for threads.
+    A lock decides this once. Safe for threads.
     """
 
     def __init__(self) -> None:
@@ -21,19 +21,19 @@ class CreateOutcome:
         self.refusal: Refusal | None = None
 
     def tell(self, refusal: Refusal) -> bool:
-        """Whether somebody still waits, who now knows. The caller ends the row, or takes its words back."""
+        """Whether a client still waits and now has the refusal. Then the caller ends the row, or calls `take_back`."""
         with self._lock:
             if self._is_there:
                 self.refusal = refusal
             return self._is_there
 
     def take_back(self) -> None:
-        """What was told did not come to be: the row is somebody else's now."""
+        """Withdraw the refusal: the row did not end with it, because it has another owner by now."""
         with self._lock:
             self.refusal = None
 
     def leave(self) -> bool:
-        """Wait no more. Whether a refusal was told before; it stands once the row has ended."""
+        """Stop waiting. Returns whether a refusal was told before; it counts once the row has ended."""
         with self._lock:
             self._is_there = False
             return self.refusal is not None

@@ -1,7 +1,7 @@
-"""The operator's verbs: bring work back, put deliveries back, read now, end alarms, forget what is old.
+"""The operator's commands: retry, replay, reconcile, dismiss, prune.
 
 Each changes rows in short transactions, wakes the workers, and may be repeated. A crash half-way leaves what was
-committed until then. A dry run does the same work and rolls every transaction back, so its counts are what would be.
+committed. A dry run does the same work and rolls every transaction back, so its counts are exact.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 
 MAX_REASON_CHARS = 300
-# How a delivery that was refused for its signature says so (`receiver.web.callbacks`).
+# The reason of a delivery that was refused for its signature (`receiver.web.callbacks`).
 SIGNATURE_REASON = "signature: "
 
 
 @dataclass(frozen=True)
 class Reads:
-    """Tasks that were made due for a read, at `since`."""
+    """Tasks that were made due for a read at `since`."""
 
     ids: list[uuid.UUID]
     since: datetime
 
 
 class Operator:
-    """The verbs, on one database. `dry_run`: nothing is changed, everything is counted."""
+    """The commands on one database. `dry_run`: nothing is changed, everything is counted."""
 
     def __init__(
         self,
@@ -57,9 +57,10 @@ class Operator:
     # -- retry --------------------------------------------------------------------------------------------------------
 
     def retry(self, name: str, *, accept_unverified: bool = False) -> Tally:
-        """Make a task (its external id) or one file (its asset id) due again. See `maintenance.retry`.
+        """Make a task (by its external id) or one file (by its asset id) due again. See `maintenance.retry`.
 
-        `accept_unverified`: for a file alone; one that is broken inside is archived as it is, marked `verified: false`.
+        `accept_unverified`: only for a file. One that fails its structure check is archived as it is, with `verified:
+        false`.
         """
         tally = Tally()
         with change(self._database, dry_run=self._dry_run) as session:
@@ -95,17 +96,17 @@ class Operator:
             tally.left[str(asset.id)] = "archived already" if is_kept else "a worker is at it"
 
     def retry_failed(self, *, since: datetime | None = None, error: str | None = None, limit: int) -> Tally:
-        """Make every file due that was given up, and tasks that were parked, brought no file or fell silent.
+        """Make all files due that were given up, and tasks that were parked, brought no file or fell silent.
 
-        `since`, `error`: filters, see `maintenance.failed_files`. `limit`: at most this many files and as many tasks.
-        What was dismissed is left alone.
+        `since`, `error`: filters, see `maintenance.failed_files`. `limit`: the most files, and the most tasks.
+        Dismissed tasks are left alone.
         """
         with self._database.read() as session:
             files = maintenance.failed_files(session, since=since, error=error, limit=limit)
             others = maintenance.failed_tasks(session, silent=NEVER_REPORTED, since=since, error=error, limit=limit)
         tally, whole = Tally(), set(others)
         for task_id, group in groupby(files, key=lambda pair: pair[0]):
-            if task_id in whole:  # below, with all of its files
+            if task_id in whole:  # done below, with all of its files
                 continue
             with change(self._database, dry_run=self._dry_run) as session:
                 task = tasks.lock(session, task_id)
@@ -129,8 +130,8 @@ class Operator:
     ) -> Tally:
         """Put deliveries back, so that today's code applies them anew: these `ids`, or all received in a time range.
 
-        One that was refused for its signature goes back only if today's secrets verify it as of its arrival. A task's
-        reads are no deliveries of anybody's: `reconcile` asks anew.
+        One that was refused for its signature goes back only if today's secrets verify it as of its arrival. Answers to
+        reads are not replayed: `reconcile` reads anew.
         """
         tally, after = Tally(left={str(each): "no such delivery" for each in ids}), 0
         while True:
@@ -179,7 +180,7 @@ class Operator:
     # -- reconcile ----------------------------------------------------------------------------------------------------
 
     def reconcile(self, names: Sequence[str] = ()) -> tuple[Tally, Reads]:
-        """Make every unfinished task due for a read now, or those named, whatever their state."""
+        """Make all unfinished tasks due for a read now, or those named in any state."""
         tally, since = Tally(), self._database.now()
         if names:
             ids = [task_id for name in names if (task_id := self._reconcile(tally, name))]
@@ -221,7 +222,7 @@ class Operator:
     # -- dismiss, prune -----------------------------------------------------------------------------------------------
 
     def dismiss(self, name: str, reason: str) -> Tally:
-        """End the alarms of a task that cannot be completed, and say why. See `maintenance.dismiss`."""
+        """End the alarms of a task that cannot be completed, with a reason. See `maintenance.dismiss`."""
         tally = Tally()
         with change(self._database, dry_run=self._dry_run) as session:
             found = tasks.by_external_id(session, name)
@@ -240,7 +241,7 @@ class Operator:
         return tally
 
     def prune(self, older_than: timedelta) -> Tally:
-        """Forget old deliveries, events and request bodies of tasks that are over. See `maintenance.prunable`."""
+        """Remove old deliveries, events and request bodies of tasks that are over. See `maintenance.prunable`."""
         tally = Tally()
         with self._database.read() as session:
             kinds = maintenance.prunable(session, tasks.now(session) - older_than)

@@ -1,8 +1,8 @@
-"""Ask again: read tasks whose callback is late, doubted or lost, and apply the answer like any delivery.
+"""Reads: tasks whose callback is late, doubted or lost are read at the provider, and the answer is applied.
 
-due reads ─▶ up to 20 at once through the batch call, where there is one ─┬─ told ──▶ applied
-                                                                         └─ not ───▶ one by one, or from the list
-unmatched delivery ─▶ looked at once more: is its task's row there now? does the provider know a task our token names?
+due reads ─▶ up to 20 at once by the batch call, if there is one ─┬─ answered ─────▶ applied
+                                                                  └─ not answered ─▶ one by one, or from the list
+unmatched delivery ─▶ once more: is there a row by now? does the provider know the task that our token names?
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from storage.states import CallbackState, Report, TaskState
 log = structlog.get_logger()
 
 NEVER_REPORTED = "never_reported"
-# A provider that is away is asked again at this pace at the latest, whatever the task's own poll delay is.
+# The longest wait between two calls to a provider that is away, whatever the task's own poll delay is.
 READ_RETRY_CAP_SECONDS = 300
-# One batch call takes so many ids (KLING §3); more are refused.
+# The limit of a batch call (KLING §3).
 BATCH = 20
-# A base URL without a batch call is asked for it again after this long: gateways learn, if slowly.
+# A base URL without a batch call is tried again after this long, because gateways are updated.
 NO_BATCH_SECONDS = 3_600.0
 
 
@@ -61,21 +61,21 @@ class Reader:
         self._no_batch_until: dict[str, float] = {}
 
     def batch(self) -> int:
-        """How many tasks are worth reading in one go: some provider may have a batch call, as far as we know."""
+        """How many tasks to read at once: more than one while some provider may have a batch call."""
         return BATCH if any(self._may_have_batch(name) for name in self._providers) else 1
 
     def work(self, task: Task) -> None:
-        """Read one task and settle what the answer says, in one transaction."""
+        """Read one task, and apply the answer in one transaction."""
         self._read_each([task])
 
     def work_many(self, rows: Sequence[Task]) -> None:
-        """Read these tasks, at most `BATCH`, with as few calls as the provider allows; each is settled by itself."""
+        """Read these tasks, at most `BATCH`, with as few calls as possible. Each is settled by itself."""
         for name in {row.provider for row in rows}:
             mine = [row for row in rows if row.provider == name]
             if len(mine) > 1 and self._may_have_batch(name):
                 left = self._read_batch(name, mine)
                 if self._read_each(left) and len(left) == len(mine):
-                    self._forget_batch(name)  # it answered, and knew none of those that are there
+                    self._forget_batch(name)  # it answered and knew none of tasks that exist
             else:
                 self._read_each(mine)
 
@@ -83,7 +83,7 @@ class Reader:
         return self._now() >= self._no_batch_until.get(provider, float("-inf"))
 
     def _read_batch(self, name: str, rows: list[Task]) -> list[Task]:
-        """Settle what one batch call tells, by our own ids. Returns the rows it says nothing about."""
+        """Settle what one batch call answers, by our own ids. Returns the rows without an answer."""
         try:
             self._limit.wait(name)
             found = self._providers[name].read_many(external_task_ids=[row.external_task_id for row in rows])
@@ -104,7 +104,7 @@ class Reader:
         log.info("provider.no_batch_reads", provider=provider)
 
     def _read_each(self, rows: Sequence[Task]) -> int:
-        """Read one by one; once the provider is away, the rest is not tried. Returns how many it knows."""
+        """Read one by one, until the provider is away. Returns how many it knows."""
         known, away = 0, None
         for row in rows:
             try:
@@ -168,11 +168,11 @@ class Reader:
         return moment > since + timedelta(seconds=self._schedule.result_lifetime_seconds)
 
     def _unanswered(self, task: Task, error: Retry | GiveUp) -> None:
-        """Nothing is known, so nothing changes but the time of the next read; refused for a lifetime, it ends."""
+        """Change only the time of the next read. After a whole result lifetime of refusals the task ends."""
         if isinstance(error, GiveUp) and self._is_past_its_lifetime(task, self._database.now()):
             self._settle(task, None)
             return
-        waits_its_turn = isinstance(error, TooManyReads)  # not its fault: it counts as no attempt
+        waits_its_turn = isinstance(error, TooManyReads)  # not the task's fault: no attempt is counted
         after = error.after if isinstance(error, Retry) else None
         due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
         values = {} if waits_its_turn else {"note": note_beside(str(error))}
@@ -186,7 +186,7 @@ class Reader:
 
 
 class UnmatchedDeliveries:
-    """Works on unmatched deliveries, once each: a row may have come since, or was lost with a database."""
+    """Works on unmatched deliveries, once each. A row may have come since, or was lost with a database."""
 
     def __init__(
         self, database: Database, providers: Mapping[str, Provider], schedule: tasks.Schedule, limit: ReadRateLimit
@@ -197,7 +197,7 @@ class UnmatchedDeliveries:
         self._limit = limit
 
     def work(self, row: Callback) -> None:
-        """Have the delivery applied if its task is known by now; if its token is ours, adopt the task by reading it."""
+        """Apply the delivery if its task is known by now. If its token is ours, read the task and adopt it."""
         record, due_in = None, None
         try:
             record = self._read(row)
@@ -216,16 +216,16 @@ class UnmatchedDeliveries:
         log.info("callback.looked_at_again", callback=row.id, found=found)
 
     def _find_or_adopt(self, session: Session, row: Callback, record: Record | None) -> bool:
-        """Whether the delivery has a task now; it is due then."""
+        """Whether the delivery has a task now. Then it is due."""
         known = apply_deliveries.find(session, row.provider, row.external_task_id, row.provider_task_id)
         if known is None and record is None:
             return False
-        if known is not None or record is None or not self._adopt(session, row, record):  # adopting makes it due itself
+        if known is not None or record is None or not self._adopt(session, row, record):  # adopting makes it due
             claims.settle(session, row, due_in=0, state=CallbackState.RECEIVED, reason=None)
         return True
 
     def _read(self, row: Callback) -> Record | None:
-        """What the provider has under the ids in the delivery; None also where the token proves nothing."""
+        """What the provider has under the ids of the delivery. None also if the token proves nothing."""
         external_task_id = row.external_task_id or row.provider_task_id
         if (
             row.losses >= claims.PARK_LOSSES
@@ -240,7 +240,7 @@ class UnmatchedDeliveries:
         )
 
     def _adopt(self, session: Session, row: Callback, record: Record) -> bool:
-        """The task row under the id that our token carries, so that the callbacks still to come find it too."""
+        """The task's row under the id in our token, so that later callbacks find it too."""
         names = (record.report.external_task_id, row.external_task_id, row.provider_task_id)
         external_task_id = next(name for name in names if name and _is_usable(name))
         assert row.task_id is not None

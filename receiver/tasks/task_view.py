@@ -1,4 +1,4 @@
-"""A task as people and programs see it: its rows, whether it is over, and the JSON of `receiver status ID --json`."""
+"""A task for people and programs: its rows, whether it is over, and the JSON of `receiver status ID --json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from storage.states import ArchiveState, AssetState
 
 
 def find(database: Database, external_task_id: str) -> tuple[Task, list[Asset], list[Event]]:
-    """The task with its assets and its facts. Raises `NoSuchTask`."""
+    """The task with its assets and facts. Raises `NoSuchTask`."""
     with database.read() as session:
         task = tasks.by_external_id(session, external_task_id)
         if task is None:
@@ -23,7 +23,7 @@ def find(database: Database, external_task_id: str) -> tuple[Task, list[Asset], 
 
 
 def is_over(task: Task) -> bool:
-    """Whether it has an end by now. That of an incomplete one may still change while a file of it is tried on."""
+    """Whether the task has ended. An incomplete one may still change while a file of it is tried."""
     if task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE):
         return True
     return task.state in states.TERMINAL and task.archive is ArchiveState.NONE
@@ -47,9 +47,9 @@ def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[st
 
 
 def waiting_of(asset: Asset) -> dict[str, Any] | None:
-    """Of a file that came as something unusable and is tried on: since when, how often, when next. None: it is not.
+    """When a file came unusable and is tried again: since when, how often, when next. None for other files.
 
-    `next_try_at`: the end of its lease while a worker is at it.
+    `next_try_at`: the end of its lease while a worker tries it.
     """
     if asset.unusable_since is None or asset.due_at is None:
         return None

@@ -1,4 +1,4 @@
-"""What pictures cost, by a dated table: the provider's own (KLING §7), or one from a file."""
+"""Prices of pictures, from a dated table: the provider's own (KLING §7), or one from a file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FORM = '{"date": "2026-09", "usd_per_unit": "0.0035", "units_per_picture": {"1k"
 
 @dataclass(frozen=True)
 class Prices:
-    """`date`: as of when. `units_per_picture`: by resolution. `usd_per_unit`: US dollars for one unit."""
+    """`date`: when they were valid. `units_per_picture`: by resolution. `usd_per_unit`: US dollars for one unit."""
 
     date: str
     usd_per_unit: Decimal
     units_per_picture: dict[str, Decimal]
 
     def units(self, resolution: str) -> Decimal | None:
-        """Units of one picture, None when the table does not say."""
+        """Units of one picture; None if the table does not have the resolution."""
         return self.units_per_picture.get(resolution)
 
 
@@ -34,12 +34,12 @@ KLING = Prices("2026-09", Decimal("0.0035"), {"1k": Decimal(8), "2k": Decimal(8)
 
 
 def estimate(requests: Iterable[Mapping[str, Any]], prices: Prices) -> Estimate:
-    """Add up what requests with these checked fields cost. `slots`: of all of them together, should all run at once."""
+    """Add up the cost of requests with these checked fields. `slots`: of all together, if all ran at once."""
     tasks = slots = auto = unpriced = 0
     units = Decimal(0)
     for request in requests:
         facts = facts_of(request)
-        pictures = facts.slots  # watermarked copies cost nothing of their own
+        pictures = facts.slots  # watermarked copies are free
         each = prices.units(request.get("resolution", DEFAULTS["resolution"]))
         tasks, slots = tasks + 1, slots + pictures
         auto += facts.expected is None

@@ -1,6 +1,6 @@
-"""Kling's bodies read into Reports: both shapes, bare or wrapped, whatever hostile hands make of them.
+"""Kling's bodies become Reports: both shapes, bare or wrapped, of any quality.
 
-What is no usable value counts as missing; what is no task record at all raises `ReportUnreadable`, and nothing else.
+An unusable value counts as missing. A body without a task record raises `ReportUnreadable`, and nothing else is raised.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from storage.errors import ReportUnreadable
 from storage.states import MAX_INDEX, Output, OutputType, Report, TaskState
 
 MAX_ID_CHARS = 200
-MAX_URL_CHARS = 16_384  # about 1 kB was seen
-MAX_OUTPUTS = 500  # nine pictures, twice with watermark, is the most one can ask for
+MAX_URL_CHARS = 16_384  # seen: about 1 kB
+MAX_OUTPUTS = 500  # a request has at most nine pictures, 18 with watermark
 STATES = {
     "submitted": TaskState.SUBMITTED,
     "processing": TaskState.PROCESSING,
     "succeed": TaskState.SUCCEEDED,
     "succeeded": TaskState.SUCCEEDED,
     "failed": TaskState.FAILED,
-    # Words of other providers, as gateways pass them on. A word that is in neither list causes one read.
+    # Words of other providers, which gateways pass on. An unknown word causes one read.
     "pending": TaskState.SUBMITTED,
     "queued": TaskState.SUBMITTED,
     "running": TaskState.PROCESSING,
@@ -45,13 +45,13 @@ STATES = {
     "canceled": TaskState.FAILED,
 }
 
-# Signed URLs tell their end in Unix seconds, decimal (seen) or hexadecimal (third); other numbers are no times.
+# Signed URLs give their expiry in Unix seconds, decimal (seen) or hexadecimal (third). Other numbers are no times.
 EXPIRY_PARAMETERS = (("Expires", 10), ("ksTime", 16))
 EXPIRY_RANGE = (1_577_836_800, 4_102_444_800)  # 2020-01-01 .. 2100-01-01
 
 
 def loads(body: bytes) -> Any:
-    """JSON with what would break later left out: numbers no column holds become null."""
+    """Parse JSON. Numbers that no column holds become null."""
     return json.loads(
         body.decode("utf-8-sig"),
         parse_int=lambda digits: int(digits) if len(digits) <= 20 else None,
@@ -61,7 +61,7 @@ def loads(body: bytes) -> Any:
 
 
 def find_record(document: Any, depth: int = 0) -> dict[str, Any] | None:
-    """The task record in a body, bare or wrapped in `{code, data: …}`; the innermost wins."""
+    """The task record in a body, bare or wrapped in `{code, data: …}`. The innermost one counts."""
     if isinstance(document, list) and len(document) == 1:
         document = document[0]
     if not isinstance(document, dict):
@@ -80,7 +80,7 @@ def read_record(record: dict[str, Any]) -> Record:
 
 
 def read_report(record: Mapping[str, Any]) -> Report:
-    """The record of either shape as a Report; what is no usable value in it counts as missing."""
+    """The record of either shape as a Report. An unusable value counts as missing."""
     word = status_word(record)
     if not word:
         raise ReportUnreadable("the task has no status")
@@ -139,7 +139,7 @@ def _new_outputs(items: Any) -> list[Output]:
 
 
 def _pictures(items: Any, kind: OutputType) -> list[Output]:
-    """The usable ones. Where one is left out, positions stand in for missing indexes: the others keep their names."""
+    """The usable pictures. If one is left out, positions replace missing indexes, so the others keep their names."""
     places = [_picture(item, kind) for item in items] if isinstance(items, list) else []
     usable = [output for output in places if output]
     if len(usable) == len(places) or all(output.index is not None for output in usable):
@@ -157,7 +157,7 @@ def _picture(item: Any, kind: OutputType) -> Output | None:
 
 
 def _sounds(items: Any) -> list[Output]:
-    """Each entry is up to two files (mp3, wav) and owns two indexes, so a file that comes later renames none."""
+    """Each entry has up to two files (mp3, wav) and two indexes, so a file that comes later renames none."""
     sounds = []
     for place, item in enumerate(items if isinstance(items, list) else ()):
         fields = _object(item)
@@ -175,14 +175,14 @@ def _first(values: Iterable[str | None]) -> str | None:
 
 
 def usable_id(value: Any) -> str | None:
-    """An id as text. One that is no id at all, or that no column holds, is none."""
+    """An id as text; None if it is none or no column holds it."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     usable = isinstance(text, str) and 0 < len(text) <= MAX_ID_CHARS and is_storable(text)
     return text if usable else None
 
 
 def _url(value: Any) -> str | None:
-    """A URL byte for byte: its query is part of a signature."""
+    """A URL byte for byte, because its query is part of a signature."""
     usable = isinstance(value, str) and value.strip() and len(value) <= MAX_URL_CHARS and is_storable(value)
     return value if usable else None
 
@@ -194,13 +194,13 @@ def whole(value: Any) -> int | None:
 
 
 def _milliseconds(value: Any) -> int | None:
-    """Milliseconds since 1970 between 2001 and 5138; anything else, seconds too, is no time we may trust."""
+    """Milliseconds since 1970 between 2001 and 5138. Anything else, seconds included, counts as missing."""
     number = int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{13,14}", value) else whole(value)
     return number if number is not None and 10**12 <= number < 10**14 else None
 
 
 def _units(record: Mapping[str, Any]) -> str | None:
-    """What the task cost: the old shape's word, or the sum of the new shape's unit charges."""
+    """The cost of the task: the old shape's field, or the sum of the new shape's unit charges."""
     if _amount(record.get("final_unit_deduction")) is not None:
         return str(record["final_unit_deduction"])
     bills = record.get("billing")
@@ -216,7 +216,7 @@ def _amount(value: Any) -> Decimal | None:
 
 
 def url_expiry(url: str) -> datetime | None:
-    """When a signed URL says it ends; None when it does not say."""
+    """When a signed URL expires; None if it does not say."""
     try:
         query = parse_qs(urlsplit(url).query, max_num_fields=100)
     except ValueError:
