@@ -1,6 +1,6 @@
-"""Our rows in Kling's words: the records that the gateway answers with and that its clients are called back with.
+"""Our rows as Kling's records: what the gateway answers, and what clients are called back with.
 
-Pure: no I/O, no clock. Everything that Kling would not say stands under the one key `receiver`.
+Pure functions without I/O and clock. Fields that Kling does not have are under the one key `receiver`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ STATUS_OF_STATE: dict[TaskState, Status] = {
     TaskState.FAILED: "failed",
     TaskState.SUCCEEDED: "succeed",
 }
-# As in storage.states: a client, too, is never told anything that takes an earlier word back but a late success.
+# As in storage.states: only a late success may contradict an earlier status.
 RANK: dict[Status, int] = {"submitted": 0, "processing": 1, "failed": 2, "succeed": 3}
 USUAL_CODES = {401: 1002, 403: 1103, 404: 1203}
-# Facts of the provider's own words.
+# Facts that the provider reported.
 STATUS_OF_EVENT: dict[str, Status] = {
     EventName.TASK_SUBMITTED: "submitted",
     EventName.TASK_PROCESSING: "processing",
     EventName.TASK_SUCCEEDED: "succeed",
     EventName.TASK_FAILED: "failed",
 }
-# Come again after a retry or a repair, and also when a task is dismissed that never succeeded.
+# These happen again after a retry or a repair, and also when a task is dismissed that never succeeded.
 ENDS_OF_ARCHIVE = frozenset({EventName.TASK_ARCHIVED, EventName.TASK_INCOMPLETE})
 
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """How results are told.
+    """The form of results.
 
-    `results`: `archived` = a task is `processing` until its pictures are ours; `provider` = it succeeds when the
-    provider says so. `link`: the lasting link to an archived file, None where none can be made (no public URL).
+    `results`: `archived` = a task is `processing` until its pictures are archived; `provider` = it succeeds when the
+    provider says so. `link`: the lasting link to an archived file; None without a public URL.
     """
 
     results: Results
@@ -54,13 +54,13 @@ class ResponseFormat:
 
 
 def record(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:
-    """The task as a query tells it, from its rows as they are now. Holds result links: a secret."""
+    """The task as a query answers it, from its rows as they are. It contains result links, so it is a secret."""
     status = status_of(task, response_format.results)
     return _record(task, assets, status, _changed_at(task, status, response_format.results), response_format)
 
 
 def created(task: Task, status: Status = "submitted") -> dict[str, Any]:
-    """`data` of the answer to a create. Kling's is always `submitted`, however quick the task."""
+    """`data` of the answer to a create. Kling always answers `submitted`, however quick the task is."""
     made_ms = _ms(task.created_at)
     return {
         "task_id": str(task.id),
@@ -81,14 +81,14 @@ def callback_body(
     earlier: Sequence[str],
     response_format: ResponseFormat,
 ) -> bytes | None:
-    """What a client is POSTed because of one fact; None when that fact tells it nothing new.
+    """The body of the callback about one fact; None if the fact tells the client nothing new.
 
-    A bare old-shape record (KLING §4) in the status that the fact made true, whatever has happened since. Each status
-    is told once and in rising order, so a repair's second `task.archived` is silent. With `results` archived,
-    `task.succeeded` is told as `processing`, and the one `succeed` is `task.archived` or `task.incomplete`.
+    It is a bare record of the old shape (KLING §4) with the status of the fact, whatever has happened since. Each
+    status is sent once and in rising order, so a repair's second `task.archived` sends nothing. With `results`
+    archived, `task.succeeded` is sent as `processing`, and the one `succeed` is `task.archived` or `task.incomplete`.
 
-    `at`: when the fact became true. `earlier`: the names of all facts of this task before it, oldest first. `assets`:
-    as they are now. The bytes hold result links: never log them. The same arguments give the same bytes.
+    `at`: when the fact happened. `earlier`: the names of all earlier facts of this task, oldest first. `assets`: as
+    they are now. The bytes contain result links: never log them. The same arguments give the same bytes.
     """
     *before, status = _statuses_told([*_since_created(earlier), event_name], response_format.results)
     if status is None or RANK[status] <= max((RANK[told] for told in before if told), default=-1):
@@ -97,13 +97,13 @@ def callback_body(
 
 
 def _since_created(event_names: Sequence[str]) -> Sequence[str]:
-    """Without what was true of a create that was refused, before the same id was asked for again."""
+    """The facts since the id was last asked for, without those of a refused create before."""
     created_at = [number for number, name in enumerate(event_names) if name == EventName.TASK_CREATED]
     return event_names[created_at[-1] :] if created_at else event_names
 
 
 def _statuses_told(event_names: Sequence[str], results: Results) -> Iterator[Status | None]:
-    """What each fact in turn means for a client; None: nothing."""
+    """The status that each fact tells a client; None if none."""
     succeeded = False
     for name in event_names:
         succeeded = succeeded or name == EventName.TASK_SUCCEEDED
@@ -116,7 +116,9 @@ def _statuses_told(event_names: Sequence[str], results: Results) -> Iterator[Sta
 
 
 def status_of(task: Task, results: Results) -> Status:
-    """The word for the task's rows. It never goes back: what was archived once stays `succeed` while it is repaired."""
+    """The status of the task's rows. It never goes back: a task that was archived once stays `succeed` during a
+    repair.
+    """
     if task.state is TaskState.SUCCEEDED and results == "archived" and not _is_settled(task):
         return "processing"
     return STATUS_OF_STATE[task.state]
@@ -157,13 +159,13 @@ def _record(
 
 
 def _info(task: Task) -> dict[str, str]:
-    """Kling tells no external id where the caller gave none; ours is then the task's own (see receiver.gateway)."""
+    """Kling gives no external id if the caller gave none. Ours is the task's own id then (see receiver.gateway)."""
     own = task.external_task_id == str(task.id)
     return {} if own else {"external_task_id": task.external_task_id}
 
 
 def _ours(task: Task, assets: Sequence[Asset] = ()) -> dict[str, Any]:
-    """`waiting`: there while files that came unusable are tried on; without it an incomplete archive is over."""
+    """`waiting`: present while unusable files are tried again. Without it an incomplete archive is final."""
     ours: dict[str, Any] = {"provider_task_id": task.provider_task_id, "archive": task.archive.value}
     waiting = [(asset.unusable_since, asset.due_at) for asset in assets if asset.unusable_since and asset.due_at]
     if waiting:
@@ -194,7 +196,7 @@ def _picture(asset: Asset, watermarked: Asset | None, response_format: ResponseF
 
 
 def _url(asset: Asset, response_format: ResponseFormat) -> str:
-    """Ours once archived; a picture that is not (yet) kept has the provider's."""
+    """Our link for an archived file, else the provider's."""
     link = response_format.link(asset) if asset.state is AssetState.ARCHIVED and asset.key else None
     return link or asset.source_url
 
@@ -208,7 +210,7 @@ def _ms(moment: datetime) -> int:
 
 @dataclass(frozen=True)
 class Reply:
-    """One HTTP answer. `after`: seconds the client should wait before it asks again."""
+    """One HTTP answer. `after`: seconds until the client should ask again."""
 
     http_status: int
     body: dict[str, Any] = field(repr=False)
@@ -216,7 +218,7 @@ class Reply:
 
 
 class Refused(Exception):
-    """The gateway says no, in Kling's words. `by_provider`: they are the provider's own, passed on."""
+    """The gateway refuses in Kling's words. `by_provider`: the words are the provider's own."""
 
     def __init__(
         self, http_status: int, code: int, message: str, *, after: int | None = None, by_provider: bool = False
@@ -241,7 +243,7 @@ def bad_parameter(message: str) -> Refused:
 
 
 def too_fast(message: str) -> Refused:
-    """Nothing was made; the client may ask again in a moment."""
+    """Nothing was made. The client may ask again soon."""
     return Refused(429, 1302, message, after=1)
 
 
@@ -250,9 +252,9 @@ def already_exists(external_task_id: str) -> Refused:
 
 
 def passed_on(refusal: ProviderRejected | ProviderThrottled) -> Refused:
-    """The provider's refusal with its HTTP status and code; where it gave no code, the closest of KLING §6."""
+    """The provider's refusal with its HTTP status and code. Without a code, the closest one of KLING §6."""
     status, code = refusal.http_status, refusal.code
-    if status is None:  # not the provider's answer: we had nothing to show it
+    if status is None:  # not the provider's answer: we have no credentials for it
         return Refused(401, 1000, str(refusal))
     usual = 1302 if status == 429 else USUAL_CODES.get(status, 1201)
     after = math.ceil(refusal.after) if isinstance(refusal, ProviderThrottled) and refusal.after else None

@@ -1,7 +1,7 @@
-"""Whose request it is: the API keys that clients show, and the names under which rows know them.
+"""API keys of clients, and the fingerprints by which rows know their holders.
 
-An entry of RECEIVER_API_KEYS is a key, shown as it is, or ACCESS_KEY:SECRET_KEY. With a pair the client shows a JWT, as
-Kling's own samples make it (KLING §1): HS256 with the secret key, `iss` the access key, `exp` and `nbf` around now.
+An entry of RECEIVER_API_KEYS is a plain key or ACCESS_KEY:SECRET_KEY. With a pair the client sends a JWT as Kling's own
+samples make it (KLING §1): HS256 with the secret key, `iss` the access key, `exp` and `nbf` around now.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SALT = b"kling-receiver client"
 
 
 class ApiKeys:
-    """The keys of RECEIVER_API_KEYS. Whoever shows one of them sees the one account."""
+    """The keys of RECEIVER_API_KEYS. All holders see the same account."""
 
     def __init__(self, entries: Sequence[SecretStr]) -> None:
         keys = [entry.get_secret_value() for entry in entries]
@@ -35,7 +35,7 @@ class ApiKeys:
         if not scheme or (scheme.lower() == "bearer" and not key.strip()):
             raise Refused(401, 1001, "Authorization is empty")
         shown = _digest(key.strip())
-        # All are compared: how long it takes says nothing about which key matched.
+        # All are compared, so the time does not depend on which key matched.
         found = [client for known, client in self._clients if hmac.compare_digest(shown, known)]
         if scheme.lower() != "bearer" or not (found or self._secret_keys):
             raise _invalid()
@@ -43,9 +43,9 @@ class ApiKeys:
 
     def _issuer(self, token: str) -> str:
         """The access key whose secret key signed this JWT. Raises `Refused`."""
-        import jwt  # with cryptography a tenth of a second, which plain keys do not need
+        import jwt  # imports cryptography: 0.1 s that plain keys do not need
 
-        # `iat`: jsonwebtoken (npm) adds it as its own clock says; the tolerance of 5 s is in `nbf` alone.
+        # `iat` is not checked: jsonwebtoken (npm) sets it by its own clock. The tolerance of 5 s is in `nbf`.
         options: jwt.types.Options = {"require": ["iss", "exp"], "verify_iat": False}
         try:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
@@ -68,23 +68,23 @@ def _invalid() -> Refused:
 
 
 def pair_in(entry: str) -> tuple[str, str] | None:
-    """Access key and secret key of an entry; None: it is a plain key."""
+    """Access key and secret key of an entry; None for a plain key."""
     access_key, _, secret_key = entry.partition(":")
     return (access_key, secret_key) if access_key and secret_key else None
 
 
 def client_of(entry: str) -> str:
-    """What rows call the client of an entry: the same when the secret key of a pair changes."""
+    """The name of an entry's client in rows. It stays the same when the secret key of a pair changes."""
     pair = pair_in(entry)
     return fingerprint(pair[0] if pair else entry)
 
 
 @cache
 def fingerprint(key: str) -> str:
-    """What rows call the holder of an API key: 64 hex digits that stay the same as long as the key does.
+    """The name of a key's holder in rows: 64 hex digits, the same as long as the key is.
 
-    scrypt (RFC 7914) with 16 MB and some 40 ms, so a copy of the database is no cheap test for guessed keys. No secret
-    is mixed in: its rotation would rename every client, and who sends again under an Idempotency-Key would pay twice.
+    scrypt (RFC 7914) with 16 MB and some 40 ms makes guessing keys from a copy of the database expensive. No secret is
+    mixed in: its rotation would rename every client, and a repeated Idempotency-Key would then pay twice.
     """
     return hashlib.scrypt(_digest(key).hex().encode(), salt=SALT, n=2**14, r=8, p=1, dklen=32).hex()
 

@@ -1,4 +1,4 @@
-"""Which client's callback goes next: no host and no client holds more than its share of the threads."""
+"""Turns of client callbacks: no host and no client uses more than its share of the threads."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 
 from storage.circuit import PAUSE_CAP_SECONDS
 
-# A host that has not answered yet, or took longer than this for its last answer, has one callback under way at a time.
+# A host without an answer so far, or whose last answer took longer, gets one callback at a time.
 QUICK_SECONDS = 1.0
 FIRST_GUESS_SECONDS = 0.1
-# Hosts and clients; whoever makes up more names than that only loses the memory of how they were.
+# Hosts and clients. A client that invents more host names only makes us forget how quick they were.
 MAX_LINES = 1_000
 
 
 @dataclass
 class _Line:
-    """The calls to one host, or of one client. `seconds`: how long the last took. `free_at`: when those put off are
-    through."""
+    """The calls to one host or of one client. `seconds`: the duration of the last. `free_at`: when the postponed ones
+    are done.
+    """
 
     calls: int = 0
     began_at: float = 0.0
@@ -40,14 +41,14 @@ class _Line:
         self.free_at = min(self.free_at, now + seconds)
 
     def put_off(self, now: float) -> float:
-        """How long to wait, each after the one before it: all at once would only be put off again."""
+        """Seconds to wait. Each waits behind the one before it, because all at once would only be postponed again."""
         step = max(self.seconds or FIRST_GUESS_SECONDS, now - self.began_at)
         self.free_at = min(max(self.free_at, now) + step, now + PAUSE_CAP_SECONDS)
         return self.free_at - now
 
 
 class CallbackTurns:
-    """Shares `threads` between hosts and clients. A host has one, a quick one half of them; a client has half.
+    """Shares `threads` between hosts and clients. A slow host has one, a quick host and a client have half of them.
 
     Per process, in memory, thread-safe. `now`: monotonic seconds.
     """
@@ -59,7 +60,7 @@ class CallbackTurns:
         self._lines: dict[tuple[str, str], _Line] = {}
 
     def begin(self, host: str, client: str) -> float:
-        """0: the call may start, and is to be ended. Else the seconds after which to ask again."""
+        """0: the call may start, and the caller calls `end` after it. Else the seconds after which to ask again."""
         with self._lock:
             of_host, of_client = self._line("host", host), self._line("client", client)
             now = self._now()
@@ -71,7 +72,7 @@ class CallbackTurns:
             return 0.0
 
     def end(self, host: str, client: str, seconds: float) -> None:
-        """The call took so long."""
+        """Note the end of a call and its duration."""
         with self._lock:
             for line in (self._line("host", host), self._line("client", client)):
                 line.end(self._now(), seconds)

@@ -1,7 +1,7 @@
-"""A gateway's clients: each is called back in Kling's words at the address it gave with its task.
+"""The sink for the gateway's clients: each is called back in Kling's words at the URL that came with its task.
 
-Unlike the other sinks it is many: every host has a circuit of its own, and threads are shared between hosts and between
-clients, so one that is down or slow holds up nobody else.
+Other sinks have one receiver. Here every host has a circuit of its own, and threads are shared between hosts and
+clients, so a slow or unreachable host delays nobody else.
 """
 
 from __future__ import annotations
@@ -29,27 +29,29 @@ from storage.rows.models import Event, Task
 
 NAME = "client"
 NAMESPACE = uuid.UUID("4c0f6a55-2f0e-4f0c-9f0b-6b7d1d1c3f9e")
-# The facts that may tell a client something; `callback_body` says which do.
+# The facts that may concern a client; `callback_body` decides.
 EVENTS = frozenset(str(name) for name in (*STATUS_OF_EVENT, *ENDS_OF_ARCHIVE))
 MEDIA_TYPE = "application/json; charset=utf-8"
 THREADS = 8
-# A third of what an operator's own receiver has: a client that works for longer should answer first.
+# A third of the time that an operator's own receiver has. A client that works longer should answer first.
 TIMEOUT_SECONDS = 5.0
-# An answer that takes longer counts as a failure of its host, as silence does.
+# An answer that takes longer counts as a failure of its host, like no answer.
 SLOW_SECONDS = 2.5
-# Of hosts; whoever makes up more names than that only loses the memory of which of them were down.
+# Hosts with a circuit. A client that invents more host names only makes us forget which were down.
 MAX_CIRCUITS = 1_000
 
 
 def callback_id(event_id: str) -> str:
-    """The `webhook-id` of the callback about an event. Another than the event's own: a receiver that drops ids it has
-    seen must not drop an event for a callback."""
+    """The `webhook-id` of a callback. It differs from the event's id, because a receiver that drops known ids would
+    otherwise drop the event for the callback.
+    """
     return str(uuid.uuid5(NAMESPACE, event_id))
 
 
 class Clients:
-    """A `dispatcher.Sink`. Signed when there are `secrets`, with one of the client's own made from each: Kling's own
-    callbacks are not signed, and clients know that."""
+    """A `dispatcher.Sink`. Signed if there are `secrets`, with a secret of the client derived from each. Kling's own
+    callbacks are not signed, so clients do not require it.
+    """
 
     batch = 1
     threads = THREADS
@@ -71,7 +73,7 @@ class Clients:
     def _send(self, message: Message) -> Outcome:
         task, body = self._told(message.event)
         if body is None or task is None or not task.client_callback_url:
-            return None  # nothing new to tell
+            return None  # nothing new for the client
         host, client = urlsplit(task.client_callback_url).netloc, task.client or ""
         if wait := self._turns.begin(host, client):
             return NotTried("others are before it", after=wait)
@@ -82,7 +84,7 @@ class Clients:
             self._turns.end(host, client, time.monotonic() - began)
 
     def _headers(self, client: str | None, message: Message, body: bytes) -> dict[str, str]:
-        # A task without a client is older than clients' own secrets.
+        # A task without a client was made before clients had secrets of their own.
         secrets = [client_secret(secret, client) for secret in self._secrets] if client else self._secrets
         signed = Signer(secrets).headers(callback_id(message.id), body, datetime.now(UTC))
         return {"Content-Type": MEDIA_TYPE, **signed}
@@ -100,12 +102,12 @@ class Clients:
             if isinstance(outcome, Retry) or time.monotonic() - began > SLOW_SECONDS:
                 circuit.failed()
             elif outcome is None or isinstance(outcome, SinkGone):
-                circuit.succeeded()  # a refusal of one message says nothing of its host
-        # 410 speaks for this address alone.
+                circuit.succeeded()  # a refusal of one message says nothing about the host
+        # A 410 concerns this URL alone.
         return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome
 
     def _told(self, event: Event) -> tuple[Task | None, bytes | None]:
-        """The task, and what its client is to be told of this fact."""
+        """The task, and the body for its client about this fact."""
         with self._database.read() as session:
             task = session.get(Task, event.task_id)
             if task is None:

@@ -1,7 +1,7 @@
-"""The JSON of a create, which may hold 130 MB of pictures in Base64: bounded in its structure before it is parsed.
+"""The JSON of a create, up to 130 MB of pictures in Base64. Its structure is bounded before it is parsed.
 
-Parsed as it came, 130 MB of `[[],[],…` took 4.8 GB and held the interpreter for 10 s. Here long texts are taken out
-first, each is decoded by itself, and the parser sees a mebibyte at most of the rest.
+Parsed directly, 130 MB of `[[],[],…` took 4.8 GB and held the interpreter for 10 s. So long texts are taken out first,
+each is decoded by itself, and the parser gets at most a mebibyte.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from receiver.gateway.answers import Refused
 
 Buffer = bytes | bytearray
 
-# A create has under 200 brackets, commas and colons outside its texts: 12 fields, 10 inputs.
+# An honest create has under 200 brackets, commas and colons outside its texts: 12 fields, 10 inputs.
 MAX_TOKENS = 1_000
-# Quotes inside a text are escaped; a prompt of 2,500 characters may be nothing else.
+# Escaped quotes inside texts. A prompt of 2,500 characters may consist of them.
 MAX_QUOTES = 20_000
 MAX_BACKSLASHES_IN_A_ROW = 8_192
-# Texts from this length on are taken out, so all that is not a picture has to fit into the mebibyte.
+# Texts from this length on are taken out. Everything else has to fit into a mebibyte.
 LONG_BYTES = 64 * 1024
 MAX_REST_BYTES = 2**20
 # KLING §2: a picture has up to 10 MB, 14.0 in Base64, 15.9 where PHP or .NET escapes `/` or `+` and MIME breaks lines.
@@ -31,12 +31,12 @@ STRUCTURE = (b"{", b"[", b",", b":")
 
 
 def read_fields(body: Buffer) -> dict[str, Any]:
-    """The JSON object in `body`. Takes about the size of `body`, whatever it holds. Raises `Refused`."""
+    """The JSON object in `body`. Takes about the size of `body` in memory, whatever it contains. Raises `Refused`."""
     if body.startswith(GZIP):
         raise Refused(400, 1200, "Request body is compressed (gzip): send it as plain JSON")
     rest, long_texts = _without_long_texts(body)
     try:
-        # `NaN` stands for a long text, in their order; `_without_long_texts` lets no other through.
+        # Each `NaN` stands for the next long text; `_without_long_texts` refuses any other.
         document = json.loads(
             rest.decode("utf-8-sig"),
             parse_float=_float,
@@ -58,7 +58,7 @@ def _too_much(what: str) -> Refused:
 
 
 def _without_long_texts(body: Buffer) -> tuple[bytearray, Iterator[tuple[int, int]]]:
-    """`body` with `NaN` in the place of each long text, and where those are. Raises `Refused`."""
+    """`body` with `NaN` in place of each long text, and the positions of those texts. Raises `Refused`."""
     rest, long_texts, tokens, done = bytearray(), [], 0, 0
     for start, end in _texts(body):
         _take(rest, body, done, start)
@@ -94,14 +94,16 @@ def _take(rest: bytearray, body: Buffer, start: int, end: int) -> None:
 
 
 def _count_structure(body: Buffer, start: int, end: int) -> int:
-    """Also refuses the parser's own NaN and Infinity, which are no JSON: no other word outside a text has N or I."""
+    """Bound brackets, commas and colons. Also refuses the parser's NaN and Infinity, which are no JSON: no other word
+    outside a text contains N or I.
+    """
     if body.find(b"N", start, end) >= 0 or body.find(b"I", start, end) >= 0:
         raise not_json()
     return sum(body.count(token, start, end) for token in STRUCTURE)
 
 
 def _texts(body: Buffer) -> Iterator[tuple[int, int]]:
-    """Start and end of each text, its quotes included. A step for each quote and none for each byte."""
+    """Start and end of each text, with its quotes. One step for each quote, none for other bytes."""
     start = body.find(b'"')
     quotes = 1
     while start >= 0:
@@ -119,7 +121,7 @@ def _texts(body: Buffer) -> Iterator[tuple[int, int]]:
 
 
 def _is_escaped(body: Buffer, start: int, quote: int) -> bool:
-    """Whether an odd number of backslashes stands before the quote."""
+    """Whether an odd number of backslashes precedes the quote."""
     if body[quote - 1 : quote] != b"\\":
         return False
     before = body[max(start, quote - MAX_BACKSLASHES_IN_A_ROW) : quote]
@@ -130,6 +132,6 @@ def _is_escaped(body: Buffer, start: int, quote: int) -> bool:
 
 
 def _float(digits: str) -> float | int:
-    """5.0 is the whole number 5 (JSON knows one kind of number), as far as that is exact."""
+    """5.0 is the whole number 5 where that is exact: JSON has one kind of number."""
     number = float(digits)
     return int(number) if number.is_integer() and abs(number) < 2**53 else number

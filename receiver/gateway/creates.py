@@ -1,8 +1,8 @@
-"""What a create through the gateway does to rows: read the request, commit a row, answer from what became of it.
+"""Creates through the gateway: read the request, commit a row, answer with what became of it.
 
-body ─▶ Ask ─▶ begin: row (and Idempotency-Key) committed ─▶ send ─┬─ refused ─▶ row failed, refusal passed through
-                        │                                          └─ else ────▶ 200 submitted, the row goes on
-                        └─ the key is taken ─▶ its first answer, once there is one
+body ─▶ request ─▶ begin: row (and Idempotency-Key) committed ─▶ send ─┬─ refused ─▶ row failed, refusal passed on
+                    │                                                  └─ else ────▶ 200 submitted, the row goes on
+                    └─ the key is taken ─▶ its first answer, once there is one
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ from storage.states import Step
 
 log = structlog.get_logger()
 
-# As on Kling's own page; the seed's requires the field.
+# Kling's documented default.
 DEFAULT_MODEL = "kling-image-o1"
-# A UUID has 36; whoever wants more can hash.
+# A UUID has 36. A longer key can be hashed by the client.
 MAX_KEY_CHARS = 255
-# How long a twin is waited for: while its create is under way, as long as it waits itself; from then on for its commit.
+# A duplicate waits this long for the first's answer: while it is being sent, and then for its commit.
 UNDER_WAY_SECONDS, ANSWER_SECONDS = 20.0, 2.0
-# A create and, where its answer is unclear, the read that looks for it: 20 s each, and the commits around them.
+# A create and, after an unclear answer, its read: 20 s each, and the commits around them.
 SEND_SECONDS = 45.0
-# Far more than a person reads; a request may have a fault in each of its fields.
+# More than a person reads. A request may have a fault in each of its fields.
 MAX_MESSAGE_CHARS = 1_000
 
 
 @dataclass(frozen=True)
 class CreateRequest:
-    """One readable create. `client`: a fingerprint of its API key. `callback_url`: the client's own, a secret. `key`:
-    its Idempotency-Key, if it gave one."""
+    """One valid create. `client`: a fingerprint of its API key. `callback_url`: the client's own, a secret. `key`: its
+    Idempotency-Key, if it gave one.
+    """
 
     request: OmniImageRequest = field(repr=False)
     client: str
@@ -71,7 +72,7 @@ class CreateRequest:
 
 @dataclass(frozen=True)
 class StartedCreate:
-    """A committed row. `first` False: the key was taken before, by this request or a twin of it; nothing is sent."""
+    """A committed row. `first` False: this request, or an equal one, took the key before; nothing is sent."""
 
     task: Task
     first: bool
@@ -79,14 +80,15 @@ class StartedCreate:
 
 @dataclass
 class DuplicateWait:
-    """How long a twin waits for the first's answer, from its first look on. In monotonic seconds."""
+    """How long a duplicate waits for the first request's answer, in monotonic seconds."""
 
     began_at: float
     _ended_at: float | None = None
 
     def is_over(self, *, is_under_way: bool, now: float) -> bool:
-        """While the create is under way the twin waits as long as the first does. Once it was seen to have ended, the
-        answer is about to be committed, however long the create took before."""
+        """While the create is being sent, the duplicate waits as long as the first does. Once it has ended, the answer
+        is about to be committed, so a short time follows.
+        """
         if self._ended_at is None and not is_under_way:
             self._ended_at = now
         if self._ended_at is None:
@@ -97,7 +99,7 @@ class DuplicateWait:
 class Creates:
     """The synchronous half of `POST …/omni-image`. Safe for threads.
 
-    `callback_policy`: where clients may want to be called back.
+    `callback_policy`: the hosts that clients may name for callbacks.
     """
 
     def __init__(
@@ -110,9 +112,9 @@ class Creates:
         self._sends, self._send_ended = 0, threading.Condition()
 
     def read(self, body: bytes | bytearray, client: str, key_word: str) -> CreateRequest:
-        """What is asked for. `client`: a fingerprint of its API key. `key_word`: its Idempotency-Key, empty = none.
+        """The request. `client`: a fingerprint of its API key. `key_word`: its Idempotency-Key, empty = none.
 
-        Raises `Refused` naming the field.
+        Raises `Refused`, which names the field.
         """
         fields = read_fields(body)
         external_task_id = _text(fields, "external_task_id")
@@ -123,7 +125,7 @@ class Creates:
             callback_url = self._checked_url(callback_url)
         rest = {name: value for name, value in fields.items() if name not in ("external_task_id", "callback_url")}
         if rest.get("model_name") in (None, ""):
-            rest["model_name"] = DEFAULT_MODEL  # the row's request says it
+            rest["model_name"] = DEFAULT_MODEL  # the row's request contains it
         try:
             request = parse_request(rest)
         except RequestInvalid as error:
@@ -138,10 +140,10 @@ class Creates:
             raise bad_parameter(f"callback_url: {error}") from None
 
     def begin(self, ask: CreateRequest) -> StartedCreate:
-        """Commit the row, and the key with it; a crash after it leaves a row that a worker goes on with.
+        """Commit the row together with the key. After a crash a worker continues the row.
 
-        Raises `Refused`: the id exists, the key stands for another body, no slots are free, the account is paused. Then
-        nothing is kept.
+        Raises `Refused` and keeps nothing if the id exists, the key was used for another body, no slots are free, or
+        the account is paused.
         """
         try:
             wanted = self._submitter.row(ask.request, ask.external_task_id)
@@ -154,13 +156,13 @@ class Creates:
                 return StartedCreate(self._insert(session, wanted, ask.key), first=True)
         except RequestInvalid as error:
             raise _invalid(error) from None
-        except AccountRefused as error:  # as the provider said a moment ago; it is asked again once a minute
+        except AccountRefused as error:  # the provider's last answer; it is asked again once a minute
             raise passed_on(error) from None
         except NoSlots as error:
             raise Refused(429, 1303, f"parallel task over resource pack limit: {error}", after=1) from None
 
     def _insert(self, session: Session, wanted: Task, key: Key | None) -> Task:
-        """The row of a new id, or of one whose create was refused: at Kling such an id is still free."""
+        """The row of a new id, or of one whose create was refused: Kling lets such an id be used again."""
         if self._submitter.insert(session, wanted):
             return wanted
         again = self._submitter.insert_again(session, wanted)
@@ -181,16 +183,16 @@ class Creates:
                 self._send_ended.notify_all()
 
     def join(self) -> None:
-        """Wait until the provider's answers to all creates under way are in their rows, at most `SEND_SECONDS`."""
+        """Wait until the answers to all creates that are being sent are in their rows, at most `SEND_SECONDS`."""
         with self._send_ended:
             self._send_ended.wait_for(lambda: not self._sends, SEND_SECONDS)
 
     def conclude(self, ask: CreateRequest, begun: StartedCreate, refusal: Refusal | None, request_id: str) -> Reply:
-        """The answer to a create that was sent, remembered under its key.
+        """The answer to a create that was sent. It is stored under its key.
 
-        Not so that the provider asks us to slow down: nothing was made, and the client is to ask again. Never raises
-        for our own faults: the create is under way, and a client that was told 503 would send it a second time. Where
-        the answer could not be remembered, the key tells the row's state, as after a crash.
+        An answer "slow down" is not stored: nothing was made, and the client asks again. Never raises for our own
+        faults: the create was sent, and a client that got 503 would send it twice. If the answer could not be stored,
+        the key answers with the row's state, as after a crash.
         """
         refused = passed_on(refusal) if refusal else None
         reply = refused.reply(request_id) if refused else success(created(self._latest(begun)), request_id)
@@ -204,7 +206,7 @@ class Creates:
         return reply
 
     def _latest(self, begun: StartedCreate) -> Task:
-        """The row as it is now, or as it was committed when it cannot be read."""
+        """The row as it is now, or as it was committed if it cannot be read."""
         try:
             return self._row(begun)
         except DatabaseUnavailable as error:
@@ -223,10 +225,10 @@ class Creates:
     def replay(
         self, ask: CreateRequest, begun: StartedCreate, request_id: str, duplicate_wait: DuplicateWait, *, now: float
     ) -> Reply | None:
-        """What was answered under the key; None: a twin may be about to, look again.
+        """The stored answer of the key; None: it may come soon, ask again.
 
-        `duplicate_wait`: the same at every poll. `now`: monotonic s. Where nobody answers (a crash), it is the row's
-        state in the end. Raises `Refused` when the key was given back.
+        `duplicate_wait`: the same at every call. `now`: monotonic seconds. If no answer comes (a crash), it is the
+        row's state in the end. Raises `Refused` if the key was given back.
         """
         assert ask.key is not None
         with self._database.read() as session:
@@ -240,7 +242,7 @@ class Creates:
         reply = success(created(task, status_of(task, self._response_format.results)), request_id)
         with self._database.write() as session:
             idempotency.answer(session, ask.key, reply.http_status, reply.body)
-            first = idempotency.find(session, ask.key)  # the first's own, if it came after all
+            first = idempotency.find(session, ask.key)  # the first's own answer, if it came meanwhile
         return _answered(first)
 
     def _row(self, begun: StartedCreate) -> Task:
@@ -255,7 +257,7 @@ def _answered(first: Idempotency | None) -> Reply:
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:
-    """A text; empty ones count as left out, as the provider's own example sends them."""
+    """A text. An empty one counts as left out, as the provider's own example sends it."""
     value = fields.get(name)
     if value is None or value == "":
         return None
@@ -276,11 +278,11 @@ def _check_id(external_task_id: str) -> None:
 
 
 def _key(client: str, word: str, fields: Mapping[str, Any]) -> Key:
-    """Bodies are the same when their JSON is, however it was written."""
+    """Bodies with equal JSON have the same hash, however they are written."""
     if len(word) > MAX_KEY_CHARS or not is_storable(word):
         raise bad_parameter(f"Idempotency-Key: at most {MAX_KEY_CHARS} characters")
     digest = hashlib.sha256()
-    for piece in json.JSONEncoder(sort_keys=True, separators=(",", ":")).iterencode(fields):  # each picture by itself
+    for piece in json.JSONEncoder(sort_keys=True, separators=(",", ":")).iterencode(fields):  # one picture at a time
         digest.update(piece.encode())
     return Key(client, word, digest.hexdigest())
 

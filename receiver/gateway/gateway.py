@@ -1,13 +1,13 @@
-"""The drop-in gateway: Kling's own paths, bodies and codes on our server, for clients that change one base URL.
+"""The gateway's HTTP: Kling's paths, bodies and codes on our server, for clients that change their base URL.
 
     POST /kling/v1/images/omni-image            create; waits up to 20 s for the provider
     GET  /kling/v1/images/omni-image            list, newest first
     GET  /kling/v1/images/omni-image/{id}       one task, by our task_id or by external_task_id
-    GET  /kling/openapi.json                    what all this looks like; needs no key
+    GET  /kling/openapi.json                    the OpenAPI document; needs no key
 
-401 no key of ours (no body read, no query) · 404/1202 any other path or method · 408 a slow body · 413 a long one
-429/1302 more at once than we take · 503/5001 the database is away, and no row is known to be committed, or
-the server ends before a twin has heard the first's answer. Everything else as Kling says it.
+401 no valid key (no body read, no query) · 404/1202 another path or method · 408 a slow body · 413 a long one
+429/1302 more at once than the limits allow · 503/5001 the database is away and no row is known to be committed, or the
+server ends before a duplicate has the first's answer. Everything else as Kling answers it.
 """
 
 from __future__ import annotations
@@ -41,39 +41,39 @@ T = TypeVar("T")
 
 PREFIX = "/kling"
 OMNI_IMAGE = f"{PREFIX}/v1/images/omni-image"
-# A base URL that ends with a slash doubles it, and some clients end every path with one.
+# A base URL that ends with a slash doubles it. Some clients end every path with a slash.
 ENDPOINT = re.compile(f"{PREFIX}/+v1/+images/+omni-image(?:/(?P<name>.*))?", re.DOTALL)
-# Where a base URL without our prefix leads.
+# The path of a client whose base URL lacks our prefix.
 LOST_PREFIX = "/v1/"
 OPENAPI = f"{PREFIX}/openapi.json"
-# KLING §2: up to 10 pictures of 10 MB, in Base64 (4/3), and a mebibyte for all else.
+# KLING §2: up to 10 pictures of 10 MB in Base64 (4/3), and a mebibyte for the rest.
 MAX_BODY_BYTES = 10 * 10 * 2**20 * 4 // 3 + 2**20
-# Bodies in hand together: one of the largest beside many ordinary ones. Reading the largest takes 2.3 times its size.
+# All bodies together: one of the largest beside many ordinary ones. Reading the largest takes 2.3 times its size.
 MAX_BODIES_BYTES = 2 * MAX_BODY_BYTES
-# Of one client: one of the largest and half of that in others.
+# The bodies of one client: one of the largest and half of that in others.
 CLIENT_BODIES_SHARE = 0.75
 # A body has 10 s, as a callback has, and a second more for each 256 KiB that has come: 9 minutes for the largest.
 BODY_SECONDS, SLOWEST_BYTES_PER_SECOND = 10.0, 256 * 1024
-# How long a client waits for the provider's answer; afterwards the row tells.
+# How long a client waits for the provider's answer. After that the row has it.
 PROVIDER_SECONDS = 20.0
 # Creates at once: each waits in a thread of its own, with its row committed. Far above what 5 reads a second and a
 # pack of slots allow, far below what a process can hold.
 MAX_CREATES = 64
-# A client has at most twice as many as are free ("dynamic threshold", Choudhury and Hahne 1998): alone 43, and whoever
-# comes next finds a place.
+# A client has at most twice as many as are free ("dynamic threshold", Choudhury and Hahne 1998): 43 if it is alone, and
+# the next client finds a place.
 CLIENT_CREATES_PER_FREE = 2
-# Reads and short writes, which a waiting create must not hold up.
+# Threads for reads and short writes, so that waiting creates do not delay them.
 SHORT_THREADS = 8
 POLL_INTERVAL_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5
-# How long a twin goes on looking for the first's answer once the server ends: creates answer then, and commit it.
+# How long a duplicate still waits for the first's answer once the server ends. Creates then answer and commit it.
 TWIN_SECONDS = 2.0
 
 
 class Gateway:
-    """The ASGI application under `/kling`. Whoever ends the server calls `close` first.
+    """The ASGI application under `/kling`. `close` is called before the server ends.
 
-    `document`: describes all this (see `receiver.gateway.openapi`).
+    `document`: the OpenAPI document (see `receiver.gateway.openapi`).
     """
 
     def __init__(self, api_keys: ApiKeys, creates: Creates, queries: Queries, document: dict[str, Any]) -> None:
@@ -89,15 +89,15 @@ class Gateway:
         self._closes_at = math.inf
 
     def close(self) -> None:
-        """Answer every create that waits, so that the server can end. Called in its event loop.
+        """Answer every waiting create, so that the server can end. Called in its event loop.
 
-        The provider is given 20 s and the server 15 s to end: what waited on would be cut off with a 500.
+        The provider has 20 s and the server has 15 s to end. A create that waited longer would be cut off with a 500.
         """
         self._closes_at = time.monotonic() + TWIN_SECONDS
         self._closing.set()
 
     def join(self) -> None:
-        """Wait for the creates that are still at the provider. Called when the server has ended."""
+        """Wait for the creates that are still at the provider. Called after the server has ended."""
         self._creates.join()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,17 +149,17 @@ class Gateway:
                 with self._admitted(client):
                     key_word = request.headers.get("idempotency-key", "")
                     ask = await self._briefly(self._creates.read, body, client, key_word)
-                    body.clear()  # as large as all that was read from it
+                    body.clear()  # as large as everything that was parsed from it
                     begun = await self._briefly(self._creates.begin, ask)
                     if not begun.first:
                         return await self._replay(ask, begun, request_id)
                     return await self._send(ask, begun, request_id)
             finally:
-                body.clear()  # a refusal's traceback holds it until the garbage is collected
+                body.clear()  # a refusal's traceback would keep it until the next garbage collection
 
     @contextmanager
     def _admitted(self, client: str) -> Iterator[None]:
-        """Counts a create from when its body is there: a head and one byte hold no place."""
+        """Counts a create once its body has arrived: a head and one byte occupy no place."""
         if self._creating[client] >= CLIENT_CREATES_PER_FREE * (MAX_CREATES - self._creating.total()):
             raise too_fast("API request too fast: too many creates are waiting for the provider")
         self._creating[client] += 1
@@ -169,9 +169,9 @@ class Gateway:
             self._creating[client] -= 1
 
     async def _send(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
-        """Wait for the provider, for a while or until the server ends; a refusal that comes later is the row's affair.
+        """Wait for the provider, for a limited time or until the server ends. A later refusal changes only the row.
 
-        The row is committed and goes on by itself: whatever fails from here on, the client must not send again.
+        The row is committed and goes on by itself. Whatever fails from here on, the client must not send again.
         """
         outcome_listener = CreateOutcome()
         sending = asyncio.create_task(
@@ -181,12 +181,12 @@ class Gateway:
         sending.add_done_callback(self._sent)
         await self._first_of(sending, seconds=PROVIDER_SECONDS)
         if outcome_listener.leave():
-            await asyncio.wait({sending})  # the refusal stands once the row has ended
+            await asyncio.wait({sending})  # the refusal is final once the row has ended
         refusal = None if _failure(sending) else outcome_listener.refusal
         return await self._briefly(self._creates.conclude, ask, begun, refusal, request_id)
 
     async def _first_of(self, sending: asyncio.Task[None], *, seconds: float) -> None:
-        """Return when the create was sent, the time is over or the server ends."""
+        """Return when the create was sent, the time is over, or the server ends."""
         closing = asyncio.create_task(self._closing.wait())
         try:
             await asyncio.wait({sending, closing}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -202,7 +202,9 @@ class Gateway:
             log.error("gateway.send_failed", exc_info=error)
 
     async def _replay(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
-        """The first's answer. When the server ends before there is one, the twin may come again: its key is taken."""
+        """The first request's answer. If the server ends before there is one, the client may ask again: its key is
+        taken.
+        """
         duplicate_wait = DuplicateWait(time.monotonic())
         while True:
             look = partial(self._creates.replay, ask, begun, request_id, duplicate_wait, now=time.monotonic())
@@ -215,7 +217,7 @@ class Gateway:
 
     @contextmanager
     def _room(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Counts one body among those in hand, as it comes and until its create has been answered."""
+        """Counts a body's bytes from their arrival until its create is answered."""
         size = 0
 
         def take(count: int) -> None:
@@ -236,12 +238,12 @@ class Gateway:
 
 
 def _failure(sending: asyncio.Task[None]) -> BaseException | None:
-    """What ended it before the row was settled; None: nothing did, so far."""
+    """The error that ended the create before its row was settled; None if none did so far."""
     return sending.exception() if sending.done() and not sending.cancelled() else None
 
 
 async def _read_body(request: Request, body: bytearray, take: Callable[[int], None]) -> None:
-    """Fill `body`, which grows in place. `take` is told of each piece before it is kept. Raises `Refused`."""
+    """Fill `body` in place. `take` is called with each piece before it is kept. Raises `Refused`."""
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:12]) > MAX_BODY_BYTES:
         raise _too_long()

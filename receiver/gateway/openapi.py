@@ -20,7 +20,7 @@ Schema = dict[str, Any]
 
 
 def document(version: str, public_url: str | None) -> dict[str, Any]:
-    """`version`: of this program. `public_url`: where this server is reached, None = where the document came from."""
+    """`version`: of this program. `public_url`: the server's address, None = the host that served the document."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -131,7 +131,7 @@ def _object(required: str, **properties: Schema) -> Schema:
 
 
 def _closed(required: str, **properties: Schema) -> Schema:
-    """What we would have to leave out of what goes upstream is refused instead."""
+    """A schema that refuses unknown fields, because they would not be sent upstream."""
     return {**_object(required, **properties), "additionalProperties": False}
 
 
@@ -141,11 +141,11 @@ def _one_of(words: tuple[str, ...]) -> Schema:
 
 INTEGER: Schema = {"type": "integer"}
 STRING: Schema = {"type": "string"}
-# Not blank, and no NUL.
+# Neither blank nor with NUL.
 WORDS: Schema = {"type": "string", "pattern": r"^[^\x00]*[^\x00\s][^\x00]*$"}
 MILLISECONDS: Schema = {"type": "integer", "minimum": 0}
 DIGITS: Schema = {"type": "string", "pattern": "^[2-9]$"}
-# As the provider's own example sends fields that are not used.
+# The provider's own example sends unused fields so.
 EMPTY: Schema = {"const": ""}
 IMAGE: Schema = {
     "type": "string",
@@ -176,7 +176,7 @@ def _between(low: int, high: int) -> Schema:
 
 
 def _request(model: Schema, rules: Model | None) -> Schema:
-    """`rules` None: a model that is not known here goes upstream unchecked but for the types."""
+    """`rules` None: an unknown model, of which only the types are checked."""
     fields = {
         "model_name": model,
         "prompt": {**WORDS, "maxLength": MAX_PROMPT_CHARS} if rules else WORDS,

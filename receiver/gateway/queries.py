@@ -1,4 +1,4 @@
-"""What the gateway's queries answer: from our rows alone, the provider is not asked."""
+"""The gateway's queries, answered from our rows alone. The provider is not asked."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from storage.database.sessions import Database
 from storage.rows import aliases, tasks
 from storage.rows.models import Task
 
-# KLING §3. Without a word the first 30, as the sandbox has it; Kling's own default is not documented.
+# KLING §3. The default of 30 is ours; Kling's is not documented.
 MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE = 1_000, 500, 30
 
 
 class Queries:
-    """Safe for threads."""
+    """Reads of one database. Safe for threads."""
 
     def __init__(self, database: Database, response_format: ResponseFormat) -> None:
         self._database = database
         self._response_format = response_format
 
     def one(self, name: str) -> dict[str, Any]:
-        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of one that was adopted.
+        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of an adopted one.
 
-        Slashes around the name are a client's own, unless a task is called so. Raises `Refused`.
+        Slashes around the name are removed, unless a task has that name. Raises `Refused`.
         """
         with self._database.read() as session:
             task = _find(session, name) or _find(session, name.strip("/")) if is_storable(name) else None
@@ -38,7 +38,7 @@ class Queries:
             return record(task, tasks.assets_of(session, task.id), self._response_format)
 
     def page(self, params: Mapping[str, str]) -> list[dict[str, Any]]:
-        """One page of all tasks, newest first; past the end it is empty. Raises `Refused`."""
+        """One page of all tasks, newest first. It is empty behind the end. Raises `Refused`."""
         number = _whole(params, "pageNum", MAX_PAGE, 1)
         size = _whole(params, "pageSize", MAX_PAGE_SIZE, PAGE_SIZE)
         with self._database.read() as session:
@@ -52,13 +52,13 @@ def _find(session: Session, name: str) -> Task | None:
         task_id = uuid.UUID(name)
     except ValueError:
         task_id = None
-    is_ours = task_id is not None and str(task_id) == name  # one spelling counts
+    is_ours = task_id is not None and str(task_id) == name  # the first spelling counts
     task = session.get(Task, task_id) if is_ours else None
     return task or tasks.by_external_id(session, name) or _adopted(session, name)
 
 
 def _adopted(session: Session, name: str) -> Task | None:
-    """A task made before its client asked us: Kling's id is all that the client holds."""
+    """A task that was made before its client used the gateway. The client knows only Kling's id."""
     owner = aliases.by_provider_id(session, Kling.name, name)
     task = session.get(Task, owner) if owner else None
     return task if task is not None and task.adopt else None
@@ -69,7 +69,7 @@ def _unknown(name: str) -> Refused:
 
 
 def _whole(params: Mapping[str, str], name: str, most: int, default: int) -> int:
-    """A whole number from 1; an empty one counts as left out."""
+    """A whole number from 1. An empty one counts as left out."""
     text = params.get(name) or str(default)
     number = int(text) if text.isascii() and text.isdigit() and len(text) <= len(str(most)) else 0
     if not 1 <= number <= most:
