@@ -1,8 +1,9 @@
-"""Who is at the console: keys, sessions in signed cookies, one-time links, tokens against forged requests.
+"""Access to the console: keys, sessions in signed cookies, one-time links, CSRF tokens.
 
     cookie = base64url( expires 8 bytes │ nonce 16 bytes │ HMAC-SHA256(secret of the key, purpose, expires, nonce) )
 
-No session is stored: its MAC is made with a secret derived from the person's key, so it dies with the key.
+No session is stored. Its MAC is made with a secret that is derived from the person's key, so it ends when the key is
+removed.
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ SESSION, ONCE = b"session", b"once"
 NONCE_BYTES, HEAD_BYTES, MAC_BYTES = 16, 24, 32
 # Base64 of HEAD_BYTES + MAC_BYTES; longer text is not decoded.
 TOKEN_CHARS = 75
-# Wrong keys of one address a minute. A key has at least 24 characters: this bounds the work, not the guessing.
+# Wrong keys per address and minute. Keys have at least 24 characters, so this bounds work rather than guessing.
 FAILURES, FAILURE_SECONDS = 10, 60.0
-# Addresses and ended sessions remembered by this process.
+# Addresses and ended sessions that this process remembers.
 REMEMBERED = 10_000
 
 
 @dataclass(frozen=True)
 class Session:
-    """One person's log-in. `csrf`: what every form of theirs carries."""
+    """One person's login. `csrf`: the token in all of that person's forms."""
 
     name: str
     may_act: bool
@@ -53,23 +54,23 @@ class Access:
         self._lock = threading.Lock()
 
     def log_in(self, key: str) -> str | None:
-        """A session token for whoever has this key, None for a wrong one."""
+        """A session token for the holder of this key; None for a wrong key."""
         shown = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         secret = None
-        for _, _, digest, own in self._people:  # to the end: how long it takes says nothing about which key matched
+        for _, _, digest, own in self._people:  # no early end: the time does not depend on which key matched
             secret = own if hmac.compare_digest(shown, digest) else secret
         return self._token(secret, SESSION, SESSION_SECONDS) if secret else None
 
     def session(self, token: str | None) -> Session | None:
-        """Whose session a cookie is; None when it is none, is over, was ended, or its key is gone."""
+        """The session of a cookie; None if it is invalid, expired or ended, or its key was removed."""
         return self._read(token, SESSION)
 
     def end(self, session: Session) -> None:
-        """Let a session be over, in this process also where its cookie was copied."""
+        """End a session. In this process copies of its cookie end with it."""
         self._use_up(session.nonce, SESSION_SECONDS)
 
     def redeem(self, token: str | None) -> str | None:
-        """A session token for a one-time link, which is used up by this; None when it was, or is none."""
+        """A session token for a one-time link, which is used up by it; None for an invalid or used one."""
         found = self._read(token, ONCE)
         if found is None or not self._use_up(found.nonce, ONCE_SECONDS):
             return None
@@ -79,7 +80,7 @@ class Access:
         return self._token(own, SESSION, SESSION_SECONDS)
 
     def is_open(self, token: str | None) -> Session | None:
-        """Whose one-time link this is, without using it up."""
+        """Whose one-time link this is. It is not used up."""
         return self._read(token, ONCE)
 
     def _token(self, secret: bytes, purpose: bytes, seconds: float) -> str:
@@ -102,7 +103,7 @@ class Access:
         return Session(name, may_act, nonce, _mac(secret, b"csrf", head).hex()[:32])
 
     def _use_up(self, nonce: bytes, seconds: float) -> bool:
-        """Remember that a nonce counts no more; False when that is so already."""
+        """Mark a nonce as used. False if it was used before."""
         with self._lock:
             if nonce in self._ended:
                 return False
@@ -113,12 +114,14 @@ class Access:
 
 
 def one_time_token(key: ConsoleKey) -> str:
-    """A token that logs in once, within ten minutes."""
+    """A token that logs in once within ten minutes."""
     return Access([key])._token(_derived(key)[1], ONCE, ONCE_SECONDS)
 
 
 def _derived(key: ConsoleKey) -> tuple[bytes, bytes]:
-    """The key's hash, to compare with, and the secret of its sessions. The role is in it: losing it ends them too."""
+    """The key's hash for comparison, and the secret of its sessions. The role is part of both, so a change of role ends
+    the sessions.
+    """
     raw = key.key.get_secret_value().encode()
     role = b"act" if key.may_act else b"read"
     return hashlib.sha256(raw).digest(), hmac.digest(raw, b"receiver console " + role + key.name.encode(), "sha256")
@@ -139,7 +142,7 @@ def _decoded(token: str | None) -> bytes | None:
 
 
 class LoginThrottle:
-    """Refuses an address for a minute after ten wrong keys. A proxy in front is one address."""
+    """Refuses an address for a minute after ten wrong keys. All clients behind a proxy have its address."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now

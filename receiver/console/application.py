@@ -1,4 +1,4 @@
-"""The console's ASGI application: log-in, languages, static files, and the guard before every page.
+"""The console's ASGI application: login, languages, static files, and the guard before every page.
 
 request ─▶ session? ─▶ POST: may act? same site? CSRF token? bounded body ─▶ page function, in a thread ─▶ headers
 """
@@ -34,7 +34,7 @@ LANGUAGE_COOKIE = "receiver_console_language"
 YEAR_SECONDS = 365 * 86_400
 MAX_FORM_BYTES = 64 * 1024
 BODY_SECONDS = 60.0
-# Of their own: slow pages take no thread from health, assets and the gateway.
+# Threads for pages alone, so that slow pages delay neither health nor assets nor the gateway.
 THREADS = 8
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -45,13 +45,14 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 PageFunction = Callable[[Visit], Response]
-# Pages that stream need the event loop and not a thread.
+# Streaming pages run in the event loop.
 AsyncPage = Callable[[Visit], Awaitable[Response]]
 
 
 class Policy:
-    """The Content-Security-Policy: what a page may load, which is ours alone and, where presigned links are of use to
-    readers, pictures from the store. `origin_of_links`: found out once, as it needs the store's credentials."""
+    """The Content-Security-Policy: pages load only our own files and, if presigned links work for readers, pictures
+    from the store. `origin_of_links` is determined once, because it needs the store's credentials.
+    """
 
     def __init__(self, origin_of_links: Callable[[], str | None]) -> None:
         self._origin_of_links = origin_of_links
@@ -65,7 +66,7 @@ class Policy:
             except (
                 DatabaseUnavailable,
                 StoreUnavailable,
-            ):  # pages are shown without its pictures, and say that it is away
+            ):  # pages are shown without its pictures and with a notice
                 return
             self.header, self._is_known = _policy(f"'self' {origin}" if origin else "'self'"), True
 
@@ -78,7 +79,7 @@ def _policy(pictures: str) -> str:
 
 
 class Guard:
-    """Turns page functions into endpoints that only somebody who is logged in reaches."""
+    """Wraps page functions as endpoints that need a session."""
 
     def __init__(self, access: Access, policy: Policy, counts: Callable[[], dict[str, int]]) -> None:
         self.access = access
@@ -124,7 +125,7 @@ class Guard:
             raise HTTPException(503) from error
 
     async def _accept(self, visit: Visit, max_bytes: int) -> None:
-        """Read a form, or raise HTTPException: it may change something only from one of our own pages."""
+        """Read a form. Raises HTTPException unless it was sent from one of our own pages."""
         if not visit.session.may_act or not is_same_site(visit.request):
             raise HTTPException(403)
         body = await read_body(visit.request, max_bytes)
@@ -136,7 +137,7 @@ class Guard:
 
 
 class Front:
-    """What is there without a session: log-in, languages, static files."""
+    """What needs no session: login, languages, static files."""
 
     def __init__(self, guard: Guard, *, is_secure: bool) -> None:
         self._guard = guard
@@ -197,7 +198,7 @@ class Front:
         return HTMLResponse(page, status, headers={"Retry-After": str(wait)} if wait else None)
 
     async def log_out(self, request: Request) -> Response:
-        """Readers may end their own session: this POST changes nothing else."""
+        """Read-only keys may end their own session: this POST changes nothing else."""
         session = self._guard.access.session(request.cookies.get(COOKIE))
         pairs, _ = parse_form(request.headers.get("content-type", ""), await read_body(request, 4_096))
         given = dict(pairs).get("csrf", "")
@@ -221,7 +222,7 @@ class Front:
 
 
 def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> Starlette:
-    """The application. Each answer has the headers of the console, unless its page set its own."""
+    """The application. Each answer has the console's headers, except those that its page set."""
     front = Front(guard, is_secure=is_secure)
     handlers: dict[Any, Any] = {
         HTTPException: functools.partial(_error_page, guard),
@@ -234,7 +235,7 @@ def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> Star
 
 
 class _Headers:
-    """Adds the headers that an answer does not have yet."""
+    """Adds headers that the answer does not have yet."""
 
     def __init__(self, app: Any, policy: Policy) -> None:
         self._app = app
@@ -257,8 +258,9 @@ def language_of(request: Request) -> str:
 
 
 def is_same_site(request: Request) -> bool:
-    """Whether a form comes from a page of ours, as browsers say by themselves. A program that says nothing passes:
-    the cookie is not sent from elsewhere (SameSite=Strict), and the CSRF token is still asked for."""
+    """Whether a form was sent from a page of ours, by the headers that browsers set. A program without them passes: the
+    cookie is not sent from other sites (SameSite=Strict), and the CSRF token is required in any case.
+    """
     site = request.headers.get("sec-fetch-site")
     if site is not None:
         return site in ("same-origin", "none")
@@ -297,7 +299,7 @@ def _static_files() -> dict[str, bytes]:
 
 
 async def static(request: Request) -> Response:
-    """A file of ours; its address names its version, so it may be kept."""
+    """A static file. Its URL contains its version, so browsers may keep it."""
     name = request.path_params["name"]
     content = _static_files().get(name)
     if content is None:
@@ -325,7 +327,7 @@ async def _bug_page(guard: Guard, request: Request, _error: Exception) -> Respon
 
 
 def _page_of(guard: Guard, request: Request, status: int) -> Response:
-    """An error in words; it needs no database."""
+    """An error page. It needs no database."""
     language = language_of(request)
     session: Session | None = guard.access.session(request.cookies.get(COOKIE))
     page = render(guard.templates, "error.html", language, status=status, session=session)

@@ -1,6 +1,6 @@
-"""The words of the console: one JSON file a language, `{key: text}`, with `{name}` for what is filled in.
+"""The texts of the console: one JSON file a language, `{key: text}`, with `{name}` for values.
 
-`one|many` chooses by `n`. A key that a language lacks is shown in English; a test finds such keys.
+`one|many` is chosen by `n`. A key that a language lacks is shown in English. A test finds such keys.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEXTS: dict[str, dict[str, str]] = {
 
 
 def text(language: str, key: str, /, **values: Any) -> str:
-    """The words for `key`. Raises KeyError for a key that no catalogue has."""
+    """The text of `key`. Raises KeyError for an unknown key."""
     found = TEXTS[language].get(key) or TEXTS[DEFAULT][key]
     if "|" in found and "n" in values:
         one, many = found.split("|")
@@ -28,13 +28,13 @@ def text(language: str, key: str, /, **values: Any) -> str:
 
 
 def word(language: str, group: str, value: str) -> str:
-    """The word for a state or another value of a known set; the value itself where no catalogue has one."""
+    """The text of a state or another value of a known set; the value itself if no catalogue has it."""
     key = f"{group}.{value}"
     return TEXTS[language].get(key) or TEXTS[DEFAULT].get(key) or value
 
 
 def choose(cookie: str | None, accept_language: str) -> str:
-    """The reader's language: what they chose, else the first known one that their browser asks for."""
+    """The reader's language: the chosen one, else the first known one of the browser."""
     if cookie in LANGUAGES:
         return str(cookie)
     asked = [_weighed(part) for part in accept_language[:500].split(",")]

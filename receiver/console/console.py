@@ -1,4 +1,4 @@
-"""The console put together: every page, every action, and the application that serves them."""
+"""The console as a whole: all pages and actions, and the application that serves them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from receiver.console.pages.overview import Overview
 from receiver.console.pages.standing import StandingPages
 from receiver.console.pages.tasks import Tasks
 
-# What a form adds to the file in it.
+# Room for the other fields of a form with a file.
 FORM_BYTES = 64 * 1024
 
 
 class Console:
-    """The console of one installation. Off, and imported by nobody, without keys."""
+    """The console of one installation. Without keys it is off and not imported."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
@@ -37,18 +37,18 @@ class Console:
         self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs.counts)
 
     def application(self, files: Files) -> Starlette:
-        """Serves `/console` and all below it. `files`: answers with an archived file's bytes, or a redirect."""
+        """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""
         return build(self._guard, [*self._looking(files), *self._acting()], is_secure=self._of.is_secure)
 
     def _origin_of_links(self) -> str | None:
-        """Where presigned links lead; None where they are of no use to readers."""
+        """The origin of presigned links; None if they do not work for readers."""
         if not self._of.bucket.is_reached_from_outside:
             return None
         parts = urlsplit(self._of.bucket.presigned_get("any", expires_seconds=60))
         return f"{parts.scheme}://{parts.netloc}"
 
     def close(self) -> None:
-        """End the open streams, so that the server can, and what goes on beside it."""
+        """End the open streams and background threads, so that the server can end."""
         self._live.close()
         self._overview.close()
 
@@ -84,7 +84,7 @@ class Console:
     def _acting(self) -> list[BaseRoute]:
         guard, of = self._guard, self._of
         deliveries, events, batches = Deliveries(of), EventsOut(of, self._needs.now), BatchPages(of)
-        # A pasted file comes back from the price to be sent: urlencoded it may be three times as long.
+        # A pasted file is sent a second time with the price, urlencoded, which may triple its length.
         upload = 3 * MAX_UPLOAD_BYTES + FORM_BYTES
         return [
             *Actions(of).routes(guard),

@@ -1,4 +1,4 @@
-"""What the console shows and acts on, put together by the wiring."""
+"""What the console shows and acts on. The wiring makes it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from storage.rows.models import Task
 
 log = structlog.get_logger()
 
-# A task's own note, and who did what last.
+# A task's own note, and the last action by a person.
 _NOTE = re.compile(r"(?:(?P<own>.*) · )?by (?P<deed>[^:]{1,40}: [a-z -]{1,40})", re.S)
 MAX_NOTE_CHARS = 400
-# Answers a GET with an archived file's bytes, or with a redirect to a presigned link.
+# Answers a GET with an archived file's bytes or a redirect to a presigned link.
 Files = Callable[[Request, UUID], Awaitable[Response]]
 
 
 class CheckLine(NamedTuple):
-    """One line of `receiver check`, without what it says to paste."""
+    """One line of `receiver check`, without the secrets it offers to paste."""
 
     name: str
     status: str
@@ -44,8 +44,9 @@ class CheckLine(NamedTuple):
 
 @dataclass(frozen=True)
 class Installation:
-    """`check`: what `receiver check` says, takes seconds. `settings`: names and values, no secret among them.
-    `sinks`: where events are configured to go. `deadline_seconds`: how near the end of a provider's files is near."""
+    """`check`: runs `receiver check`, takes seconds. `settings`: names and values without secrets. `sinks`: the
+    configured sinks. `deadline_seconds`: how close to their deletion the provider's files count as urgent.
+    """
 
     database: Database
     bucket: Bucket
@@ -67,18 +68,20 @@ class Installation:
 
 
 def split_note(note: str | None) -> tuple[str, str]:
-    """The note as the work left it, and who did what last."""
+    """The note of the work, and the last action by a person."""
     found = _NOTE.fullmatch(note or "")
     return (found["own"] or "", found["deed"]) if found else (note or "", "")
 
 
 def note_person(session: Session, task: Task, person: str, deed: str) -> None:
-    """Keep with a task who did what, where no fact says so: behind its own note, until the work writes another."""
+    """Note a person's action in the task's row behind its own note, until the work writes another. For actions without
+    a fact.
+    """
     own = split_note(task.note)[0][:MAX_NOTE_CHARS]
     task.note = f"{own} · by {person}: {deed}" if own else f"by {person}: {deed}"
     session.flush()
 
 
 def log_deed(person: str, deed: str, subject: str) -> None:
-    """One line for each thing that a person did."""
+    """Log a person's action."""
     log.info("console.deed", person=person, deed=deed, subject=subject)

@@ -1,6 +1,6 @@
-"""`GET /console/live`: says when something changed, as server-sent events; the page then fetches itself anew.
+"""`GET /console/live`: server-sent events that say that something changed. The page then fetches itself again.
 
-One look a second for all consoles together: the newest event and the newest delivery, by their primary keys.
+One query a second serves all consoles: the newest event and the newest delivery, by their primary keys.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ log = structlog.get_logger()
 
 MAX_OPEN = 100
 LOOK_SECONDS = 1.0
-# Proxies end what is silent; the browser's script takes it for a sign of life too.
+# Proxies close silent connections. The browser's script also takes this as a sign of life.
 HEARTBEAT_SECONDS = 15.0
-# A page left open over night logs in again: a session is looked at as often.
+# How often an open page's session is checked again.
 MAX_SECONDS = 600.0
 HELLO = b"retry: 3000\n\nevent: hello\ndata: 1\n\n"
 
 
 class Live:
-    """The endpoint. Its one look-out runs while a console is open."""
+    """The endpoint. Its one query loop runs while a console is open."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -46,7 +46,7 @@ class Live:
         return StreamingResponse(self._tell(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     def close(self) -> None:
-        """End every stream, so that the server can. Called in its event loop."""
+        """End every stream, so that the server can end. Called in its event loop."""
         self._is_closing = True
         self._announce()
 

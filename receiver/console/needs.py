@@ -1,4 +1,4 @@
-"""What needs a person now: each with one sentence, what it means, and where its one action is."""
+"""What needs a person now: each with one sentence, its meaning, and a link to its action."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from storage.rows import tasks
 from storage.rows.models import Asset, Batch, Callback, Task
 from storage.states import AssetState, CallbackState
 
-# Every page asks for these numbers; ten consoles ask the rows once.
+# Every page needs these numbers. Ten consoles share one query.
 FRESH_SECONDS = 3.0
-# A batch of which nothing has ended for so long stands still.
+# A batch of which no task has ended for this long counts as stopped.
 STILL = timedelta(minutes=30)
 SHOWN_BATCHES = 3
 MANY = 10_000
 
 
 class Need(NamedTuple):
-    """`kind`: bad = work is lost or stands still; wait = it goes on by itself for now. `values`: of the sentences."""
+    """`kind`: bad = work is lost or stopped; wait = it goes on by itself later. `values`: for the sentence."""
 
     kind: str
     key: str
@@ -39,7 +39,7 @@ class Need(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """How everything stands. `workers`: alive; `oldest`: seconds that the oldest due row has waited."""
+    """The state of the installation. `workers`: alive ones. `oldest`: seconds that the oldest due row has waited."""
 
     needs: list[Need]
     measures: Measures
@@ -47,7 +47,7 @@ class Standing(NamedTuple):
 
 
 class Needs:
-    """Looks at the rows, at most every three seconds."""
+    """Queries the rows, at most every three seconds."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
@@ -56,7 +56,7 @@ class Needs:
         self._seen: tuple[float, Standing] | None = None
 
     def now(self) -> Standing:
-        """How everything stands. Raises DatabaseUnavailable when the database is away."""
+        """The current state. Raises DatabaseUnavailable."""
         with self._lock:
             if self._seen is None or time.monotonic() > self._seen[0] + FRESH_SECONDS:
                 self._seen = time.monotonic(), self._look()
@@ -108,7 +108,7 @@ class Needs:
 
 
 def _again(session: Session) -> int:
-    """Files that were tried and wait for their next try."""
+    """Files that failed and wait for their next try."""
     waiting = (col(Asset.due_at).is_not(None), Asset.state == AssetState.DUE, col(Asset.error).is_not(None))
     some = select(Asset.id).where(*waiting).limit(MANY).subquery()
     return session.execute(select(func.count()).select_from(some)).scalar_one() or 0
@@ -123,7 +123,9 @@ def _rejected(session: Session) -> int:
 
 
 def _still(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
-    """Batches of which tasks wait and none has ended lately. Reads what waits, and of few batches when one ended."""
+    """Batches with waiting tasks of which none has ended lately. Reads the waiting tasks, and for a few batches the
+    last end.
+    """
     waits = (col(Task.batch_id).is_not(None), col(Task.due_at).is_not(None) | col(Task.queued_at).is_not(None))
     some = select(Task.batch_id).where(*waits).limit(MANY).subquery()
     counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)

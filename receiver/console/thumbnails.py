@@ -1,8 +1,8 @@
-"""Small WebP copies of archived pictures, made when they are first asked for and kept on disk.
+"""Small WebP copies of archived pictures, made at the first request and kept on disk.
 
-asked ─▶ on disk? ─▶ one of two threads: object ≤ 64 MiB, ≤ 50 million pixels ─▶ decoded, 480 pixels at most ─▶ file
+request ─▶ on disk? ─▶ one of two threads: object ≤ 64 MiB, ≤ 50 million pixels ─▶ decoded, 480 pixels at most ─▶ file
 
-An asset's bytes never change under its SHA-256, which is the file's name: nothing is ever out of date.
+The file's name is the SHA-256 of the picture, so a copy is never out of date.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ log = structlog.get_logger()
 SIDE_PIXELS = 480
 QUALITY = 78
 MAX_OBJECT_BYTES = 64 * 2**20
-# 150 MB as RGB, and two threads: decoding never takes more than 300 MB.
+# 150 MB as RGB. Two threads decode, so at most 300 MB are used.
 MAX_PIXELS = 50_000_000
 THREADS = 2
-# More waiting than this are answered "not yet"; a page of pictures asks for a hundred.
+# Requests beyond this many waiting ones are answered "not yet". A page of pictures makes a hundred.
 MAX_WAITING = 400
 WAIT_SECONDS = 20.0
-# What could not be made is not tried again before so long.
+# A picture that failed is not tried again for this long.
 REMEMBERED_SECONDS, REMEMBERED = 600.0, 5_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 SUFFIX = ".webp"
 
 
 class Thumbnails:
-    """`folder`: this program's own; `max_bytes`: how much may lie there, the longest unused goes first."""
+    """`folder`: used by this program alone. `max_bytes`: its limit; the longest unused copies are removed first."""
 
     def __init__(self, bucket: Bucket, folder: Path, max_bytes: int) -> None:
         self._bucket = bucket
@@ -54,7 +54,7 @@ class Thumbnails:
         self._size: int | None = None
 
     def get(self, asset: Asset) -> bytes | None:
-        """The picture, small; None where none can be made, or not within 20 s."""
+        """The small picture; None if none can be made within 20 s."""
         name = asset.sha256 or ""
         if not name.isalnum() or not (asset.media_type or "").startswith("image/"):
             return None
@@ -113,7 +113,7 @@ class Thumbnails:
             self._failed[name] = time.monotonic() + REMEMBERED_SECONDS
 
     def _keep(self, name: str, content: bytes) -> None:
-        """Write it, and make room. A full disk keeps nothing and breaks nothing."""
+        """Write it, and make room. On a full disk nothing is kept and nothing fails."""
         path = self._path(name)
         part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         try:
@@ -142,7 +142,9 @@ class Thumbnails:
         return sorted(found)
 
     def _make_room(self) -> None:
-        """Take the longest unused away, down to nine tenths: not with every new one."""
+        """Remove the longest unused copies, down to nine tenths of the limit, so that it does not run at every new
+        one.
+        """
         files = self._files()
         self._size = sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -153,12 +155,14 @@ class Thumbnails:
 
 
 def shrink(content: bytes) -> bytes:
-    """A WebP of at most 480 pixels a side. Raises ValueError for too many pixels, OSError and others for no picture."""
+    """A WebP of at most 480 pixels a side. Raises ValueError for too many pixels, OSError and others for files that are
+    no picture.
+    """
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} pixels")
-        picture.draft("RGB", (SIDE_PIXELS * 2, SIDE_PIXELS * 2))  # JPEG alone: decodes it smaller at once
+        picture.draft("RGB", (SIDE_PIXELS * 2, SIDE_PIXELS * 2))  # for JPEG: decodes at a smaller size
         has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         small = picture.convert("RGBA" if has_alpha else "RGB")
     small.thumbnail((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
@@ -168,7 +172,7 @@ def shrink(content: bytes) -> bytes:
 
 
 def ratio_class(width: int | None, height: int | None) -> str:
-    """The class of `ratios.css` nearest to a picture's form: pages may hold no style attributes."""
+    """The class of `ratios.css` closest to a picture's aspect ratio: the CSP allows no style attributes."""
     if not width or not height:
         return "r70"
 

@@ -1,4 +1,4 @@
-"""One request by somebody who is logged in: what they asked for, who they are, and the page they get."""
+"""One request of a logged-in person: the query and form, the session, and the page that is returned."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from receiver.console.access import Session
 
 HERE = Path(__file__).parent
 MAX_FIELDS = 600
-# Messages that wait for their reader's next page, by session.
+# Sessions whose messages are kept.
 REMEMBERED = 1_000
 PAGES = ("overview", "tasks", "gallery", "deliveries", "events", "batches", "ask", "archive", "settings")
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of a form."""
+    """A file in a form."""
 
     name: str
     content: bytes = field(repr=False)
 
 
 def versions() -> dict[str, str]:
-    """The first digits of each static file's hash: what a browser keeps is never an older release's."""
+    """The first digits of each static file's hash, so that browsers never use an older release's file."""
     files = sorted((HERE / "static").iterdir())
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files}
 
 
 def environment() -> Environment:
-    """The templates. Everything that is filled in is escaped."""
+    """The templates. All values are escaped."""
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,
@@ -61,7 +61,7 @@ def environment() -> Environment:
 
 
 class Notices:
-    """What is said once on a person's next page, by session."""
+    """Messages for a person's next page, by session. Each is shown once."""
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[bytes, list[tuple[str, str]]] = OrderedDict()
@@ -80,7 +80,7 @@ class Notices:
 
 @dataclass
 class Visit:
-    """`form`: the fields of a POST, `uploads`: its files. `counts`: numbers beside the names of pages."""
+    """`form`: the fields of a POST. `uploads`: its files. `counts`: numbers beside the names of pages."""
 
     request: Request
     session: Session
@@ -103,12 +103,12 @@ class Visit:
         return catalogue.text(self.language, key, **values)
 
     def say(self, words: str, *, bad: bool = False) -> None:
-        """Show these words on top of the person's next page."""
+        """Show this text on the person's next page."""
         self.notices.add(self.session, "bad" if bad else "ok", words)
 
     def page(self, template: str, *, status: int = 200, **values: Any) -> Response:
         """A whole page."""
-        is_live = "x-live" in self.request.headers  # the script fetches it to renew what changed
+        is_live = "x-live" in self.request.headers  # the script fetched it to update the page
         notices = [] if is_live else self.notices.pop(self.session)
         values |= {"visit": self, "session": self.session, "notices": notices, "page": template.partition(".")[0]}
         return HTMLResponse(render(self.templates, template, self.language, **values), status)
@@ -117,18 +117,18 @@ class Visit:
         return RedirectResponse(to, status_code=303)
 
     def back(self, default: str) -> Response:
-        """To the page the form was on."""
+        """Redirect to the page with the form."""
         return self.redirect(own_path(self.form.get("next"), default))
 
     def link(self, **changes: str | None) -> str:
-        """This page's address with other query fields; None takes one away."""
+        """This page's address with other query fields. None removes one."""
         kept = {**dict(self.query), **changes}
         fields = urlencode({name: value for name, value in kept.items() if value})
         return f"{self.request.url.path}?{fields}" if fields else self.request.url.path
 
 
 def render(templates: Environment, template: str, language: str, **values: Any) -> str:
-    """Fill a template in. `t`: the words for a key; `w`: the word for a value; `when`: a time element."""
+    """Render a template. `t`: the text of a key; `w`: the text of a value; `when`: a time element."""
     values |= {
         "t": lambda key, **given: catalogue.text(language, key, **given),
         "w": lambda group, value: catalogue.word(language, group, value),
@@ -140,7 +140,7 @@ def render(templates: Environment, template: str, language: str, **values: Any) 
 
 
 def own_path(path: str | None, default: str) -> str:
-    """A path of the console, or `default`: nobody is sent elsewhere by a link."""
+    """A path of the console, or `default`, so that no link redirects elsewhere."""
     good = (
         path and path.startswith("/console") and path[8:9] in ("", "/", "?") and path.isascii() and path.isprintable()
     )
@@ -148,7 +148,7 @@ def own_path(path: str | None, default: str) -> str:
 
 
 def parse_form(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
-    """The fields and the files of a POST. Raises HTTPException 400."""
+    """The fields and files of a POST. Raises HTTPException 400."""
     kind = content_type.partition(";")[0].strip().lower()
     try:
         if kind == "application/x-www-form-urlencoded":

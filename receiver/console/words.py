@@ -1,4 +1,4 @@
-"""Values as people read them: sizes, numbers, times, durations; and foreign text that stays text."""
+"""Values for people: sizes, numbers, times, durations, and strangers' text that stays text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from receiver.console.catalogue import text
 from storage.rows.models import Task
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-# Of every address only the host is shown: paths hold tokens and queries hold signatures. JSON may write "/" as "\/".
+# Only a URL's host is shown: paths contain tokens, and queries contain signatures. JSON may write "/" as "\/".
 _ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>\\]*)(?:\\?[/?#])[^\s\"'<>]*", re.I)
-# Control characters but line breaks and tabs, and what turns the direction of writing round.
+# Control characters except line breaks and tabs, and characters that change the writing direction.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 MAX_PRETTY_CHARS = 300_000
 STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
 
 
 def size(count: int | float | None) -> str:
-    """Bytes in a unit of three digits at most."""
+    """Bytes in a unit with at most three digits."""
     if count is None:
         return "–"
     value = float(count)
@@ -59,7 +59,7 @@ def relative(moment: datetime, now: datetime, language: str) -> str:
 
 
 def when(moment: datetime | None, language: str) -> Markup | str:
-    """A time element: relative words, the exact time on hover."""
+    """A time element: relative text, and the exact time on hover."""
     if moment is None:
         return "–"
     exact = moment.astimezone(UTC)
@@ -69,7 +69,7 @@ def when(moment: datetime | None, language: str) -> Markup | str:
 
 
 def seen(foreign: str) -> str:
-    """Foreign text with every invisible character written out and every address cut down to its host."""
+    """A stranger's text with invisible characters written out and every URL reduced to its host."""
     return hosts_only(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign))
 
 
@@ -78,12 +78,12 @@ def hosts_only(foreign: str) -> str:
 
 
 def raw(body: bytes) -> str:
-    """A body byte for byte as far as it is text; other bytes as `\\xNN`."""
+    """A body byte for byte where it is text, and other bytes as `\\xNN`."""
     return seen(body.decode("utf-8", "backslashreplace"))
 
 
 def pretty(body: bytes | Any) -> str | None:
-    """JSON with a line for each value; None when the body is none, or too much of it."""
+    """JSON with one value a line; None if the body is no JSON or is too large."""
     try:
         found = json.loads(body) if isinstance(body, bytes) else body
         shown = json.dumps(found, indent=2, ensure_ascii=False)
@@ -93,13 +93,13 @@ def pretty(body: bytes | Any) -> str | None:
 
 
 def short(foreign: str | None, most: int = 160) -> str:
-    """The beginning of a foreign text, on one line."""
+    """The beginning of a stranger's text, on one line."""
     flat = " ".join(seen((foreign or "")[: 8 * most]).split())
     return flat if len(flat) <= most else flat[: most - 1] + "…"
 
 
 def prompt_of(task: Task, most: int = 160) -> str:
-    """The beginning of what was asked for."""
+    """The beginning of the prompt."""
     prompt = task.request.get("prompt")
     return short(prompt, most) if isinstance(prompt, str) else ""
 
@@ -110,7 +110,7 @@ def model_of(task: Task) -> str:
 
 
 def bars(values: Sequence[float], height: float = 44, width: float = 240) -> list[tuple[str, str, str, str]]:
-    """x, y, width, height of a bar for each value. A value above zero is at least a pixel and a half high."""
+    """x, y, width and height of a bar for each value. A value above zero has at least a pixel and a half."""
     most, step = max(values, default=0) or 1, width / max(len(values), 1)
     tall = [max(1.5, value / most * height) if value else 0 for value in values]
     return [(f"{n * step:.1f}", f"{height - h:.1f}", f"{step * 0.72:.1f}", f"{h:.1f}") for n, h in enumerate(tall)]

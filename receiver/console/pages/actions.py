@@ -1,4 +1,4 @@
-"""What a person does to a task or a file. Each is a POST, is kept with their name, and says what it did."""
+"""Actions on a task or a file. Each is a POST, is logged with the person's name, and reports its result."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from storage.rows import events, tasks
 from storage.rows.models import Asset, Task
 
 T = TypeVar("T", Task, Asset)
-# Each reads a whole object; two at once leave the store to the workers.
+# Each reads a whole object. Two at once leave most of the store's rate to the workers.
 VERIFYING = 2
 
 
 class Actions:
-    """The verbs of `receiver`, by hand."""
+    """The commands of `receiver` as buttons."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
@@ -77,7 +77,7 @@ class Actions:
         return self._done(visit, task, "delete", Tally(), quiet=True)
 
     def retry_file(self, visit: Visit) -> Response:
-        """One file; `accept`: although it is broken inside."""
+        """Retry one file. `accept`: archive it although its structure check fails."""
         asset, task = self._file(visit)
         accept = visit.form.get("accept") == "1"
         tally = self._of.operator.retry(str(asset.id), accept_unverified=accept)
@@ -103,7 +103,7 @@ class Actions:
         return visit.redirect(path_of(task))
 
     def again(self, visit: Visit) -> Response:
-        """The same request as a new task, which is paid anew."""
+        """Send the same request as a new task, which is paid again."""
         task = self._task(visit)
         try:
             request = self._of.submitter.parse(task.request)
@@ -130,7 +130,7 @@ class Actions:
     def _done(
         self, visit: Visit, task: Task, deed: str, tally: Tally, *, is_told: bool = False, quiet: bool = False
     ) -> Response:
-        """Keep who did it and say what came of it. `is_told`: a fact has the name already."""
+        """Note the person and report the result. `is_told`: a fact has the name already."""
         person = visit.session.name
         log_deed(person, deed, task.external_task_id)
         if tally.is_good and not is_told:
@@ -147,7 +147,7 @@ class Actions:
 def submit(
     of: Installation, visit: Visit, request: ProviderRequest, external_task_id: str | None = None
 ) -> Task | None:
-    """Send one request with the person's name in its first fact; says why it could not be."""
+    """Send one request with the person's name in its first fact. Reports why it could not be sent."""
     try:
         with events.by(visit.session.name):
             done = of.submitter.submit(request, external_task_id=external_task_id)

@@ -1,4 +1,4 @@
-"""`/console/ask`: one request by hand, its price before it is sent, its task afterwards."""
+"""`/console/ask`: one request from a form. The price is shown before it is sent, the task after it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER = ("images", "more", "external_task_id")
 
 
 class Ask:
-    """The form. It asks for a price first; the same fields with `step=send` are sent."""
+    """The form. The first POST shows the price; the same fields with `step=send` send the request."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
@@ -44,7 +44,7 @@ class Ask:
 
 
 def fields(given: dict[str, str]) -> dict[str, Any]:
-    """The form as a request's fields; empty ones are left out. Raises `RequestInvalid`."""
+    """The form as a request's fields, without empty ones. Raises `RequestInvalid`."""
     found: dict[str, Any] = {name: given[name] for name in PLAIN if given[name]}
     for name in NUMBERS:
         if given[name]:

@@ -1,4 +1,4 @@
-"""`/console/batches`: many requests under one name: how they stand, what failed, and a new one from a file."""
+"""`/console/batches`: many requests under one name: progress, failures, and a new batch from a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from storage.rows.models import Batch
 HOME = "/console/batches"
 SHOWN = 50
 SHOWN_FAULTS = 100
-# Larger files go by `receiver submit --batch`, which reads them as they lie.
+# `receiver submit --batch` takes larger files.
 MAX_UPLOAD_BYTES = 8 * 2**20
 STAGES = ("archived", "archiving", "running", "sending", "queued", "incomplete", "failed", "deleted")
 KINDS = {"archived": "ok", "archiving": "run", "running": "run", "incomplete": "bad", "failed": "bad"}
@@ -64,7 +64,7 @@ class BatchPages:
         return visit.redirect(f"{HOME}/{batch.id}")
 
     def export(self, visit: Visit) -> Response:
-        """The report as a file, streamed as it is read."""
+        """The report as a file, streamed while it is read."""
         with self._of.database.read() as session:
             batch = self._batch(session, visit.path("id"))
         lines = batch_report.lines(self._of.database, self._of.batches, batch.name)
@@ -75,7 +75,7 @@ class BatchPages:
         return visit.page("batch_new.html", section="batches", **_nothing())
 
     def check(self, visit: Visit) -> Response:
-        """A dry run: every fault with its line, or what it would cost; nothing is sent. Then the same form sends it."""
+        """A dry run: every fault with its line, or the price; nothing is sent. The same form then sends it."""
         name, content, format = _given(visit)
         found = _nothing() | {"name": name, "content": content.decode("utf-8", "replace"), "format": format}
         try:
@@ -117,7 +117,7 @@ class BatchPages:
 
 
 def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:
-    """name, kind, count, and x and width of its part of a bar 100 wide, for each stage that has tasks."""
+    """name, kind, count, and x and width in a bar of 100, for each stage that has tasks."""
     found, start, total = [], 0.0, counts.total or 1
     for name in STAGES:
         count = getattr(counts, name)
@@ -134,7 +134,7 @@ def _nothing() -> dict[str, Any]:
 
 
 def _given(visit: Visit) -> tuple[str, bytes, Format]:
-    """The batch's name, its bytes and their format: from a file, or from the field where lines are pasted."""
+    """The batch's name, its bytes and their format: from a file, or from the field for pasted lines."""
     upload = visit.uploads.get("file")
     has_file = upload is not None and bool(upload.content)
     content = upload.content if upload and has_file else visit.form.get("content", "").encode()
@@ -144,7 +144,7 @@ def _given(visit: Visit) -> tuple[str, bytes, Format]:
 
 
 def _csv(lines: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """In pieces: no report is held whole."""
+    """The report in pieces, so that none is held in memory as a whole."""
     is_first = True
     while part := list(islice(lines, 500)):
         target = io.StringIO()

@@ -1,4 +1,4 @@
-"""`/console/deliveries`: every callback that was kept, its verdict, its body as it came; and applying it anew."""
+"""`/console/deliveries`: every stored callback, its verdict, its body as received, and replays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 
 HOME = "/console/deliveries"
-# One form puts back so many at most, and says so; the next takes the next.
+# One form replays at most this many, and says so. The next form replays the next ones.
 MAX_REPLAY = 500
 
 
@@ -47,7 +47,7 @@ class Deliveries:
         )  # fmt: skip
 
     def body(self, visit: Visit) -> Response:
-        """The bytes as they came, to be saved: they hold signed links, so only for somebody who may act."""
+        """The bytes as received, as a download. They contain signed links, so read-only keys do not get them."""
         if not visit.session.may_act:
             raise HTTPException(403)
         with self._of.database.read() as session:
@@ -57,13 +57,13 @@ class Deliveries:
         return Response(row.body, media_type="application/octet-stream", headers=headers)
 
     def ask_replay(self, visit: Visit) -> Response:
-        """How many a replay of all that match would put back; its button does it."""
+        """How many deliveries a replay of all matching ones would put back, and its button."""
         wanted = read_delivery_filter(visit.query)
         ids, further = self._matching(wanted)
         return visit.page("replay.html", wanted=wanted, count=len(ids), further=further)
 
     def replay(self, visit: Visit) -> Response:
-        """One delivery, or all that match the filter of the form."""
+        """Replay one delivery, or all that match the form's filter."""
         if one := visit.form.get("delivery"):
             with self._of.database.read() as session:
                 before = self._row(session, one)
@@ -78,7 +78,7 @@ class Deliveries:
         return self._told(visit, self._replay(visit, ids), HOME)
 
     def _matching(self, wanted: DeliveryFilter) -> tuple[list[int], bool]:
-        """The newest that match, and whether there are more, or may be."""
+        """The newest matching deliveries, and whether there are or may be more."""
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
         return [row.id or 0 for row, _, _ in page.rows], page.further is not None

@@ -1,4 +1,4 @@
-"""`/console/events`: where facts are sent, what waits, what was given up, and sending it again."""
+"""`/console/events`: sinks, waiting and dead events, and sending them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage.states import DispatchState
 
 HOME = "/console/events"
 CONDITIONS: dict[str, Any] = {DispatchState.DUE: outbox.IS_OPEN, DispatchState.DEAD: outbox.IS_DEAD}
-# One press of "all" sends so many again, in pages of PAGE.
+# "All" redelivers at most this many, in pages of PAGE.
 MAX_REDELIVER, PAGE = 10_000, 200
 
 
@@ -46,7 +46,7 @@ class EventsOut:
         )  # fmt: skip
 
     def redeliver(self, visit: Visit) -> Response:
-        """One (`id`), those chosen, or every dead one of a sink (`sink`)."""
+        """Redeliver one (`id`), the chosen ones, or every dead one of a sink (`sink`)."""
         ids = [int(each) for each in visit.chosen if each.isascii() and each.isdigit() and len(each) < 18][:PAGE]
         sink = visit.form.get("sink") or None
         if not ids and not sink:
@@ -84,7 +84,7 @@ class EventsOut:
         return visit.redirect(HOME)
 
     def _known(self, visit: Visit) -> str:
-        """A sink that is there: a slip of the pen would disable nothing and raise an alarm."""
+        """A sink that exists: a misspelt name would disable nothing and raise an alarm."""
         name = visit.form.get("sink", "")
         with self._of.database.read() as session:
             if name in {*self._of.sinks, *outbox.disabled(session)}:
@@ -95,7 +95,7 @@ class EventsOut:
 
 
 def _newest(session: Session, state: str, sink: str, before: str) -> list[tuple[Dispatch, Event, str | None]]:
-    """Dispatches, newest first, one more than a page: those open and dead unless a state is asked for."""
+    """Dispatches, newest first, one more than a page; open and dead ones unless a state is asked for."""
     found = select(Dispatch, Event, Task.external_task_id).join(Event, col(Event.id) == col(Dispatch.event_id))
     found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id))
     if state in list(DispatchState):

@@ -1,4 +1,4 @@
-"""`/console/gallery`: archived pictures by day, newest first; the files themselves, small copies, and many as a zip."""
+"""`/console/gallery`: archived pictures by day, newest first; the files, their thumbnails, and many as a zip."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 
 TASKS_A_PAGE = 36
-# Threads that wait for thumbnails; two make them. A browser asks for six at once.
+# Threads that wait for thumbnails, which two threads make. A browser requests six at once.
 WAITING = 12
-# An address has 2 KiB, and each id takes 40 bytes of it.
+# A URL has at most 2 KiB, and each id takes 40 bytes.
 MAX_ZIP_FILES, MAX_ZIPS = 45, 4
 SANDBOX = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; sandbox"
 
 
 class Gallery:
-    """The page, and what its pictures are loaded from. `files`: answers with an archived file."""
+    """The page and the endpoints of its pictures. `files`: answers with an archived file."""
 
     def __init__(self, of: Installation, files: Files) -> None:
         self._of = of
@@ -57,7 +57,7 @@ class Gallery:
         )  # fmt: skip
 
     async def file(self, visit: Visit) -> Response:
-        """An archived file as it is, or a redirect to it. `?download=1`: to be saved."""
+        """An archived file, or a redirect to it. `?download=1`: as a download."""
         try:
             answer = await self._files(visit.request, _id(visit.path("id")))
         except (DatabaseUnavailable, StoreUnavailable):
@@ -71,7 +71,7 @@ class Gallery:
         return answer
 
     async def thumbnail(self, visit: Visit) -> Response:
-        """A small WebP; 404 for what has none."""
+        """A small WebP; 404 if there is none."""
         content = await to_thread.run_sync(self._thumbnail, _id(visit.path("id")), limiter=self._waiting)
         if content is None:
             raise HTTPException(404)
@@ -84,7 +84,7 @@ class Gallery:
         return self._thumbnails.get(asset) if asset and asset.state is AssetState.ARCHIVED else None
 
     def zip(self, visit: Visit) -> Response:
-        """The chosen files in one archive, streamed: nothing of it is held."""
+        """The chosen files in one archive, streamed and never held in memory."""
         chosen = visit.request.query_params.getlist("id")
         ids = [_id(each) for each in chosen[:MAX_ZIP_FILES]]
         with self._of.database.read() as session:

@@ -1,4 +1,4 @@
-"""`/console`: what needs a person, then the day and the month in figures."""
+"""`/console`: what needs a person, then figures of the day and the month."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Overview:
         )  # fmt: skip
 
     def _figures(self, visit: Visit, span: rollups.Span) -> list[dict[str, object]]:
-        """name, the figure, what stands below it, and the bars of its chart."""
+        """name, value, the text below it, and the bars of its chart."""
         total, t = span.total, visit.text
         rate = total.lost / total.expected if total.expected else 0.0
         usd = total.units * self._of.usd_per_unit

@@ -1,4 +1,4 @@
-"""`/console/archive` and `/console/settings`: what is known of the store, the audit, the workers and the settings."""
+"""`/console/archive` and `/console/settings`: the store, the audit, the workers and the settings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from storage.rows.models import Worker
 
 SAMPLE = 50
 SHOWN_FINDINGS = 100
-# As fast as a sample may read: the workers' transfers hardly notice.
+# The rate of reading, low enough to leave the workers' transfers undisturbed.
 SAMPLE_BYTES_PER_SECOND = 20e6
 
 
 class SampleAudit:
-    """One audit of some files, chosen at random, beside the web server; its findings stay until the next."""
+    """An audit of some random files beside the web server. Its findings stay until the next one."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
@@ -39,7 +39,7 @@ class SampleAudit:
         self.by = ""
 
     def start(self, person: str) -> bool:
-        """Begin unless one is under way; returns whether it began."""
+        """Start unless one is running. Returns whether it started."""
         with self._lock:
             if self.is_running:
                 return False
@@ -97,7 +97,7 @@ class StandingPages:
         return self._settings(visit, None)
 
     def check(self, visit: Visit) -> Response:
-        """What `receiver check` says; writes and removes small objects, so it is an action."""
+        """The lines of `receiver check`. It writes and removes small objects, so it is an action."""
         log_deed(visit.session.name, "check", "everything")
         return self._settings(visit, self._of.check())
 

@@ -1,4 +1,4 @@
-"""`/console/tasks`: the table. `/console/tasks/{id}`: one task, its pictures and everything that happened to it."""
+"""`/console/tasks`: the table. `/console/tasks/{id}`: one task, its pictures and its timeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from storage.rows.models import Asset, Batch, Callback, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,199}")
-# Of one task: more deliveries than the newest of these are on the page of deliveries.
+# The newest deliveries of a task; the page of deliveries has the others.
 SHOWN_DELIVERIES = 200
 KINDS = {
     "task.created": "idle", "task.submitted": "run", "task.processing": "run", "task.succeeded": "ok",
@@ -39,13 +39,13 @@ DELIVERY_KINDS = {
     CallbackState.APPLIED: "ok", CallbackState.RECEIVED: "run", CallbackState.UNMATCHED: "wait",
     CallbackState.REJECTED: "bad", CallbackState.UNREADABLE: "bad",
 }  # fmt: skip
-# Fields of a fact that its line does not say already.
+# Fields of a fact that its line does not show.
 TOLD = ("external_task_id", "by", "key", "kind", "index", "error", "reason", "note")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One line of the timeline. `detail`: foreign text, shown when it is asked for. `link`: a page that tells more."""
+    """One line of the timeline. `detail`: a stranger's text, shown on demand. `link`: a page with more."""
 
     at: datetime
     kind: str
@@ -56,13 +56,13 @@ class Moment:
 
 
 def path_of(task: Task) -> str:
-    """The address of a task's page. Ids that are no plain path segment are named by our own id."""
+    """The URL of a task's page. An id that is no plain path segment is replaced by our own id."""
     name = task.external_task_id
     return f"/console/tasks/{quote(name) if PLAIN_ID.fullmatch(name) else task.id}"
 
 
 class Tasks:
-    """The pages that look; `actions` has what changes something."""
+    """The pages without actions; `actions` has those."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
@@ -101,7 +101,7 @@ class Tasks:
 
 
 def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
-    """Whether `retry` has anything to do."""
+    """Whether `retry` would do anything."""
     if task.deleted_at is not None or task.archive is ArchiveState.ARCHIVED:
         return False
     failed = any(asset.state is not AssetState.ARCHIVED for asset in assets)
@@ -111,7 +111,7 @@ def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
 def timeline(
     visit: Visit, task: Task, facts: Sequence[Event], deliveries: Sequence[tuple[Callback, int]]
 ) -> list[Moment]:
-    """Everything that is known to have happened, oldest first, each with the time since the first."""
+    """Everything known to have happened, oldest first, each with the time since the first."""
     found = [_of_fact(visit, fact) for fact in facts] + [_of_delivery(visit, *each) for each in deliveries]
     if task.sent_at and not task.adopt:
         found.append(Moment(task.sent_at, "idle", visit.text("timeline.sent", provider=task.provider)))
