@@ -1,4 +1,4 @@
-"""Verbs that look after what is kept: audit, rebuild, export, delete."""
+"""Commands about the archive: audit, rebuild, export, delete."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ if TYPE_CHECKING:
 
 def audit(
     deep: Annotated[bool, typer.Option("--deep", help="Read every file back and hash it.")] = False,
-    sample: Annotated[int | None, typer.Option(help="Hash only so many files, chosen at random.", min=1)] = None,
+    sample: Annotated[int | None, typer.Option(help="Hash only this many files, chosen at random.", min=1)] = None,
     max_bytes_per_second: Annotated[
-        int | None, typer.Option(help="Read files no faster than this, all together.", min=1)
+        int | None, typer.Option(help="Limit of the read rate of all files together.", min=1)
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keep findings and progress here; go on from there if cut off.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Store findings and progress in this file, and continue from it."),
     ] = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make due again what a worker can fetch or write again.")
+        bool, typer.Option("--repair", help="Make faults due that a worker can repair by fetching or writing again.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compare rows and objects both ways: missing, unknown, damaged, manifests that are absent or disagree.
+    """Compare rows and objects in both directions: missing, unknown, damaged, absent or different manifests.
 
-    Exit code 1 when there is a fault. Sizes and manifests are always looked at, files with --deep or --sample.
-    Changes nothing without --repair; a damaged file is then set aside under its own hash before it is fetched again.
+    Exit code 1 if there is a fault. Sizes and manifests are always checked, files with --deep or --sample. Changes
+    nothing without --repair, which moves a damaged file to a key with its own hash before it is fetched again.
     """
     from storage.archive.audit import Audit
     from storage.archive.repair import Repairer
@@ -64,10 +65,10 @@ def rebuild(
     deep: Annotated[bool, typer.Option("--deep", help="Read every file back and hash it.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Bring rows back from the bucket alone: every finished task and its files, from their manifests, verified.
+    """Restore rows from the bucket alone: every finished task and its files, from their manifests, verified.
 
-    Safe to repeat: tasks that are there already are left as they are. Exit code 1 when something could not be
-    restored; it is listed with the command that would bring it back.
+    It may be repeated: existing tasks are left as they are. Exit code 1 if something could not be restored; it is
+    listed with the command that restores it.
     """
     from collections import Counter
 
@@ -98,16 +99,16 @@ def _problem_line(problem: Any) -> str:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(help="Where to put the files; made if it is not there.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files. Created if missing.")],
     task: Annotated[list[str] | None, typer.Option(help="External id of a task. Repeatable.")] = None,
     since: Since = None,
     until: Until = None,
     everything: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Copy archived files and manifests into a folder, each hash verified on the way.
+    """Copy archived files and manifests into a folder, and verify each hash on the way.
 
-    Exit code 1 when one is missing or corrupted: it is named, and not in the folder. Safe to repeat: what is there is
+    Exit code 1 if a file is missing or corrupted: it is named and left out. It may be repeated: existing files are
     verified and kept.
     """
     if not (task or since or until or everything):
@@ -137,9 +138,9 @@ def delete(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Remove a task's files and manifests for good, blank its prompt and addresses; a row that says so stays.
+    """Remove a task's files and manifests permanently, and blank its prompt and URLs. A row that says so stays.
 
-    Everything in its folder goes, in all versions. Refused while the task goes on, and under Object Lock.
+    Everything in its folder is removed, in all versions. Refused while the task is not over, and under Object Lock.
     """
     from receiver.tasks import task_view
     from storage.archive import delete as deletion
@@ -197,7 +198,7 @@ def _print_audit(looking: Audit, resume: Path | None, repairer: Repairer | None,
 def _findings(
     looking: Audit, log: AuditLog | None, repairer: Repairer | None, counts: Counts, advance: Callable[[int], None]
 ) -> Iterator[Finding]:
-    """Those of an earlier part, then what is found now; each batch is kept before it is shown."""
+    """The findings of an earlier run, then the new ones. Each batch is stored before it is shown."""
     if log:
         yield from log.findings()
     for batch in looking.run(log.after if log else "", counts.hashed):
@@ -244,7 +245,7 @@ def _close_json(counts: Any, *, is_good: bool) -> None:
 
 @contextmanager
 def _progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error where somebody looks."""
+    """A progress bar on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

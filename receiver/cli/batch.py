@@ -1,4 +1,4 @@
-"""Verbs for many requests at once: submit --batch, and batch status, retry, export, list."""
+"""Commands for many requests at once: submit --batch, and batch status, retry, export, list."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Batches that were submitted: how they stand, again, what they brought.",
+    help="Submitted batches: progress, retries, reports.",
 )
 
-Name = Annotated[str, typer.Argument(help="The batch, as `receiver batch list` shows it.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Wait until all of it is over, with progress.")]
-# Faults shown to people; --json has them all. A file with more of them has one mistake in every line.
+Name = Annotated[str, typer.Argument(help="Name of the batch, as in `receiver batch list`.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until all its tasks are over, with progress.")]
+# Faults that are printed; --json has all. A file with more usually has the same fault in every line.
 MAX_SHOWN = 200
 
 
 @app.command("status")
 def status(name: Name, wait: Wait = False, as_json: Json = False) -> None:
-    """Where the tasks of a batch stand; exit code 1 while they are not all archived."""
+    """Show the progress of a batch. Exit code 1 unless all its tasks are archived."""
     with opened() as parts:
         counts = _watch(parts, name) if wait else _batches(parts).counts(name)
         _show(parts, name, counts, as_json=as_json)
@@ -44,7 +44,7 @@ def status(name: Name, wait: Wait = False, as_json: Json = False) -> None:
 
 @app.command("list")
 def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: Json = False) -> None:
-    """The newest batches and how they stand."""
+    """List the newest batches and their progress."""
     from receiver.batch.batch_view import words
 
     with opened() as parts:
@@ -58,10 +58,10 @@ def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: J
 
 @app.command("retry")
 def retry(name: Name, dry_run: DryRun = False, as_json: Json = False, allow_http: AllowHttp = False) -> None:
-    """Try again what failed: files that were given up, and creates that the provider refused (which cost nothing).
+    """Try again what failed: files that were given up, and creates that the provider refused (these cost nothing).
 
-    What failed at the provider stays so; to pay for it again submit it under another --name. What was dismissed is
-    left alone.
+    Tasks that failed at the provider stay failed. To pay for them again, submit them under another --name. Dismissed
+    tasks are left alone.
     """
     with opened(allow_http) as parts:
         tally = _batches(parts).retry(name, dry_run=dry_run)
@@ -72,16 +72,17 @@ def retry(name: Name, dry_run: DryRun = False, as_json: Json = False, allow_http
 def export(
     name: Name,
     output: Annotated[
-        Path | None, typer.Option(help="Write to this file; CSV when it is called so.", show_default="standard output")
+        Path | None,
+        typer.Option(help="Write to this file, as CSV if its name ends with .csv.", show_default="standard output"),
     ] = None,
     format: Annotated[Literal["json", "csv"], typer.Option(help="Of standard output.")] = "json",
 ) -> None:
-    """The report: every task in the order of the file, with the keys of what was archived."""
+    """Write the report: every task in the order of the file, with the keys of its archived files."""
     from receiver.batch import batch_report
 
     with opened() as parts:
         lines = batch_report.lines(parts.database, _batches(parts), name)
-        _batches(parts).counts(name)  # an unknown batch fails before a file is made
+        _batches(parts).counts(name)  # an unknown batch fails before the file is created
         if output is not None:
             batch_report.write(output, name, lines)
         elif format == "csv":
@@ -103,10 +104,10 @@ def submit(
     allow_http: bool,
     store: Path | None,
 ) -> None:
-    """`receiver submit --batch FILE`. Puts rows in; workers send them."""
+    """`receiver submit --batch FILE`. Inserts rows, which workers send."""
     path = Path(file)
     if not name and (file == "-" or (path.exists() and not path.is_file() and not path.is_dir())):
-        # a pipe's name is its descriptor's number, and ids are made from the name: they would be paid twice
+        # a pipe's name is its descriptor's number; ids contain the name, so the same lines would be paid twice
         what = "standard input" if file == "-" else f"{file} (no regular file)"
         raise typer.BadParameter(f"{what} has no name: give --name", param_hint="--name")
     if report and not wait:
@@ -125,7 +126,7 @@ def submit(
             _show_faults(file, error, as_json=as_json)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            again = "stopped: what was put in goes on; the same command puts in the rest, and nothing twice"
+            again = "stopped: the inserted lines go on; the same command inserts the rest, and none twice"
             say(again, err=True)
             raise typer.Exit(1) from None
         if wait:
@@ -137,7 +138,7 @@ def submit(
 
 @contextmanager
 def _parts_of(allow_http: bool, store: Path | None, *, dry_run: bool) -> Iterator[Parts]:
-    """As for any verb that makes rows; a dry run makes no database, and needs none."""
+    """The parts of any command that makes rows. A dry run neither makes nor needs a database."""
     if not dry_run:
         with opened(allow_http, migrate=True, store=store) as parts:
             yield parts
@@ -190,7 +191,7 @@ def _put(parts: Parts, plan: Plan) -> None:
 
 
 def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
-    """Wait for the end; Ctrl-C says how to go on."""
+    """Wait for the end. Ctrl-C prints how to watch again."""
     from rich.console import Console
 
     from receiver.batch import batch_report, batch_view

@@ -1,4 +1,4 @@
-"""The verb that looks at the surroundings: check."""
+"""The command `check`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from receiver.app.checks import Result
 
 COLOURS = {"ok": "green", "note": "cyan", "fault": "bold red"}
-# Wider than any result: where nobody looks, one result stays one line.
+# Wider than any result, so that without a terminal one result is one line.
 UNSEEN_WIDTH = 2_000
 
 
@@ -25,11 +25,11 @@ def check(
     store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Look at settings, database, bucket, provider, clock and sinks of events; say what to do about each fault.
+    """Check settings, database, bucket, provider, clock and event sinks, and print a remedy for each fault.
 
-    Exit code 1 if there is one. Nothing is submitted, no event is sent, and what is written to the bucket is removed
-    again. Prints what you have to paste where: a fresh callback secret while none is set, else the address for the
-    provider's console. Each of these is a secret.
+    Exit code 1 if there is a fault. Nothing is submitted, no event is sent, and test objects in the bucket are removed.
+    Prints lines to paste: a new callback secret while none is set, else the URL for the provider's console. Both are
+    secrets.
     """
     from receiver.app import checks
     from receiver.base import config, telemetry

@@ -1,4 +1,4 @@
-"""`receiver events`: what was told, what was not, and telling it again."""
+"""`receiver events`: what was delivered to sinks, what was not, and delivering it again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from storage.rows.models import Dispatch, Event
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Events on their way out: list, redeliver, tail, enable, disable."
+    no_args_is_help=True, rich_markup_mode=None, help="Events to sinks: list, redeliver, tail, enable, disable."
 )
 
-# The last ones that `tail` begins with, as tail(1) does with lines.
+# Events that `tail` prints first, like the lines of tail(1).
 TAIL = 10
 PAGE = 200
-# `tail --follow` without anything new looks this often.
+# How often `tail --follow` looks for new events.
 FOLLOW_SECONDS = 0.5
 
 Sink = Annotated[str | None, typer.Option(metavar="NAME", help="Only of this sink.")]
@@ -37,7 +37,7 @@ def list_(
     limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=100_000)] = 100,
     as_json: Json = False,
 ) -> None:
-    """Show deliveries that are open or dead, with their last error. Exit code 1 when there are dead ones among them."""
+    """List deliveries that are open or dead, with their last error. Exit code 1 if there are dead ones."""
     from storage.operations import outbox
     from storage.states import DispatchState
 
@@ -97,14 +97,14 @@ def _explain(disabled: dict[str, str], unknown: Sequence[str]) -> None:
 @app.command()
 def redeliver(
     number: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="As `list` shows them.")] = None,
-    all_dead: Annotated[bool, typer.Option("--all-dead", help="Everything that was given up.")] = False,
+    all_dead: Annotated[bool, typer.Option("--all-dead", help="All deliveries that were given up.")] = False,
     sink: Sink = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Send deliveries again, as if for the first time: these, or all dead ones (of one sink: --sink).
+    """Deliver again, as if for the first time: these, or all dead ones (of one sink with --sink).
 
-    Receivers know them by their id, which is the same as before.
+    The id of each event stays the same, so receivers recognise it.
     """
     if bool(number) is all_dead or (number and sink):
         raise typer.BadParameter("give numbers, or --all-dead (and --sink)")
@@ -147,7 +147,7 @@ def tail(
     types: Types = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print CloudEvents, one a line.")] = False,
 ) -> None:
-    """Print events in the order in which they became true: the last ones, or all after a number."""
+    """Print events in the order in which they happened: the last ones, or all after a number."""
     import time
 
     from storage.rows import events
@@ -181,7 +181,7 @@ def _print(parts: Parts, event: Event, subject: str | None, as_json: bool) -> No
 
 @app.command()
 def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json = False) -> None:
-    """Queue events for a disabled sink again, from now on; `redeliver --all-dead --sink` sends what it missed."""
+    """Queue events for a disabled sink again, from now on. `redeliver --all-dead --sink` sends the missed ones."""
     from storage.operations import outbox
 
     with opened() as parts, parts.database.write() as session:
@@ -198,7 +198,7 @@ def disable(
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept.")] = "by hand",
     as_json: Json = False,
 ) -> None:
-    """Queue nothing more for a sink, and give up what is on its way to it: also for one that is configured no more."""
+    """Queue nothing more for a sink, and give up what is queued. Also for a sink that is no longer configured."""
     from storage.operations import outbox
 
     with opened() as parts:
@@ -211,7 +211,7 @@ def disable(
 
 @app.command("client-secret")
 def client_secret_(as_json: Json = False) -> None:
-    """Show the secrets that sign the callbacks of each of RECEIVER_API_KEYS, to be given to whoever holds that key."""
+    """Print the secrets that sign the callbacks of each of RECEIVER_API_KEYS, for the holder of that key."""
     from receiver.base.signature import client_secret
     from receiver.gateway.api_keys import client_of
 
@@ -233,7 +233,7 @@ def client_secret_(as_json: Json = False) -> None:
 
 
 def _check_name(parts: Parts, name: str) -> None:
-    """A slip of the pen would disable nothing, and make /readyz degraded by a sink that is not there."""
+    """A misspelt name would disable nothing, and make /readyz degraded because of a sink that does not exist."""
     from storage.operations import outbox
 
     known = {each.sink for each in parts.subscriptions}

@@ -1,4 +1,4 @@
-"""The command line. Every verb imports what it needs when it runs, so that `--help` answers at once."""
+"""The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
-    rich_markup_mode=None,  # drawing boxes would take longer than all the rest of `--help`
+    rich_markup_mode=None,  # drawing boxes takes longer than the rest of `--help`
     help="Ask an image model, never lose its callback, keep every picture byte for byte in S3-compatible storage.\n\n"
     "New here? `receiver demo` shows everything working on this machine, without an account.",
 )
@@ -53,7 +53,9 @@ def _root(
 
 
 def main() -> None:
-    """Entry point. A fault we know ends in its own clear lines and exit code 1; anything else is a bug and shows."""
+    """Entry point. A known fault prints its own lines and exits with 1. Anything else is a bug and prints a
+    traceback.
+    """
     threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
     try:
         code = app(standalone_mode=False) or 0
@@ -62,7 +64,7 @@ def main() -> None:
     except typer.Abort:
         _show("Aborted!")
         code = 1
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:  # noqa: BLE001 - shown whole, but for secrets
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def _show_usage(error: Any) -> int:
-    """What typer says of wrong words, which may quote the name of a stranger's file. Returns the exit code."""
+    """Print typer's usage error, which may quote a stranger's file name. Returns the exit code."""
     error.message = visible(error.message)
     shown = io.StringIO()
     error.show(file=shown)
@@ -87,7 +89,7 @@ def _show_bug(error: BaseException) -> None:
 
 
 def _show(text: str) -> None:
-    """The command line's own words, but for what has the shape of a secret."""
+    """Print our own words, without anything that looks like a secret."""
     from receiver.base.telemetry import scrub
 
     say(*scrub(text).split("\n"), err=True)

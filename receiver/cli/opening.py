@@ -1,4 +1,4 @@
-"""What every verb begins with: settings, logs, the database with its schema, and their faults in one line each."""
+"""The start of every command: settings, logs, the database with its schema, and their faults in one line each."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def opened(
     starts_store: bool = False,
     **settings: Any,
 ) -> Iterator[Parts]:
-    """The parts of a verb, closed at its end.
+    """The parts for a command, closed at its end.
 
-    `migrate`: the verb makes rows, so it may make the schema where the settings allow it; without, nothing is made.
-    `ready`: look at the schema first. `quiet`: log warnings alone. `store`: the folder of a store of our own, and
-    `starts_store`: the verb needs it to run. `settings`: what the verb's other options say.
+    `migrate`: the command makes rows, so it may create the schema if the settings allow it; otherwise nothing is
+    created. `ready`: check the schema first. `quiet`: log only warnings. `store`: the folder of a local store;
+    `starts_store`: the command needs it running. `settings`: values from the command's options.
     """
     from receiver.app import process
     from receiver.app.database_faults import explained

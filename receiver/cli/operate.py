@@ -1,4 +1,4 @@
-"""Verbs of whoever runs it: retry, replay, reconcile, adopt, dismiss, prune."""
+"""The operator's commands: retry, replay, reconcile, adopt, dismiss, prune."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from receiver.tasks.changes import Tally
     from receiver.tasks.operate import Operator
 
-# Rows of one `retry --all-failed`; the next call takes the next.
+# Rows of one `retry --all-failed`. The next call takes the next ones.
 MAX_FAILED = 100_000
-# Beyond this many nobody reads them; `--json` has them all.
+# The most that are printed. `--json` has all.
 MAX_SHOWN = 20
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 WHEN = "2026-11-23, 2026-11-23T10:00 (UTC), or an age: 90m, 6h, 7d"
 
 
 def _moment(text: str) -> datetime:
-    """A time as an operator writes it, aware."""
+    """A time as an operator writes it, with its time zone."""
     if age := re.fullmatch(r"([0-9]{1,6})([mhd])", text):
         return datetime.now(UTC) - timedelta(**{UNITS[age[2]]: int(age[1])})
     try:
@@ -44,22 +44,22 @@ Until = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", 
 
 def retry(
     name: Annotated[str | None, typer.Argument(help="A task (external id) or a file (asset id).")] = None,
-    all_failed: Annotated[bool, typer.Option("--all-failed", help="Every file that was given up.")] = False,
+    all_failed: Annotated[bool, typer.Option("--all-failed", help="All files that were given up.")] = False,
     since: Since = None,
     error: Annotated[str | None, typer.Option(metavar="TEXT", help="Only where the error contains this.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many, the oldest first.", min=1)] = None,
     accept_unverified: Annotated[
-        bool, typer.Option("--accept-unverified", help="Archive this one file although it is broken inside.")
+        bool, typer.Option("--accept-unverified", help="Archive this one file although its structure check fails.")
     ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Try again: files that were given up, or whatever a task waits for, are due now.
+    """Try again: files that were given up, or what a task waits for, are due now.
 
-    A failed task is read once more, a success that came after all still counts; nothing is sent again, only `submit`
-    sends. --since, --error and --limit belong to --all-failed, which leaves alone what was dismissed; --since means
-    tasks created then or later.
+    A failed task is read once more, because a late success still counts. Nothing is sent again; only `submit` sends.
+    --since, --error and --limit belong to --all-failed, which leaves dismissed tasks alone. --since means tasks created
+    then or later.
     """
     filtered = since is not None or error is not None or limit is not None
     if (name is None) is not all_failed or (not all_failed and filtered) or (all_failed and accept_unverified):
@@ -84,9 +84,9 @@ def replay(
     as_json: Json = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Apply stored deliveries anew, by number or by the time they came, through today's code. Harmless to repeat.
+    """Apply stored deliveries again, by number or by time of arrival, with today's code. It may be repeated.
 
-    One that was refused for its signature is applied only if today's secrets verify it as of its arrival.
+    A delivery that was refused for its signature is applied only if today's secrets verify it as of its arrival.
     """
     in_range = since is not None or until is not None
     if bool(delivery) is in_range or (delivery and state):
@@ -101,12 +101,14 @@ def replay(
 
 def reconcile(
     external_task_id: Annotated[list[str] | None, typer.Argument(help="Tasks. [default: every unfinished one]")] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Read them in this process and wait for the end.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Read them in this process, and wait until all are read.")
+    ] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Ask the provider now how tasks stand, without waiting for their next read."""
+    """Read tasks at the provider now, without waiting for their next read."""
     with opened(allow_http) as parts:
         operator = _operator(parts, dry_run)
         tally, reads = operator.reconcile(external_task_id or ())
@@ -126,15 +128,15 @@ def reconcile(
 def adopt(
     task: Annotated[list[str] | None, typer.Argument(help="Tasks by external id or by the provider's id.")] = None,
     listed_days: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Everything the provider lists of the last N days.")
+        int | None, typer.Option(metavar="N", min=1, help="All tasks that the provider lists of the last N days.")
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Take over tasks that were made elsewhere, and archive what they made.
+    """Take over tasks that were made elsewhere, and archive their files.
 
-    Tasks known here stay as they are, so it may be repeated. Also the way back after an old backup was restored.
+    Tasks known here stay as they are, so it may be repeated. It also restores rows after an old backup.
     """
     if bool(task) is (listed_days is not None):
         raise typer.BadParameter("give tasks, or --listed-days N")
@@ -150,13 +152,13 @@ def adopt(
 
 def dismiss(
     external_task_id: Annotated[str, typer.Argument(help="The task.")],
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept with the task.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="The reason. It is stored with the task.")],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """End the alarms of a task that cannot be completed: what it waits for is given up, what is archived stays.
+    """End the alarms of a task that cannot be completed. Missing files are given up, archived ones stay.
 
-    A success that comes after all still counts, and `receiver retry` brings the task back.
+    A late success still counts, and `receiver retry` brings the task back.
     """
     if not reason.strip():
         raise typer.BadParameter("say why", param_hint="--reason")
@@ -170,9 +172,9 @@ def prune(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Forget old deliveries, events and request bodies; tasks and files stay, and all of what is not over.
+    """Remove old deliveries, events and request bodies of tasks that are over. Tasks and files stay.
 
-    SQLite keeps the freed room in its file for new rows.
+    SQLite keeps the freed space in its file for new rows.
     """
     from rich.console import Console
 
@@ -188,7 +190,7 @@ def _operator(parts: Parts, dry_run: bool) -> Operator:
 
 
 def _answer(tally: Tally, dry_run: bool, as_json: bool) -> None:
-    """What was done, and on standard error what was not; exit code 1 when something asked for by name was not."""
+    """Print what was done, and on standard error what was not. Exit code 1 if a named item was not done."""
     if as_json:
         say_json({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left})
     else:

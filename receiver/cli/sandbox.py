@@ -1,4 +1,4 @@
-"""Verbs to try things out without an account: demo, sandbox."""
+"""Commands to try things without an account: demo, sandbox."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
     directory: Annotated[
         Path | None,
-        typer.Option(help="A new directory for rows, objects and log, left as it is.", show_default="a temporary one"),
+        typer.Option(help="A new directory for rows, objects and log. It is kept.", show_default="a temporary one"),
     ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds until it gives up.", min=0.1)] = 120,
 ) -> None:
@@ -31,7 +31,7 @@ def demo(
 
     Starts an S3 server, a stand-in for the provider and the receiver, on loopback only.
 
-    Compares every object with what was served, then cleans up; exit code 1 when anything is wrong.
+    Compares every object with what was served, then cleans up. Exit code 1 if anything is wrong.
 
     Needs no account and no network, and reads none of your settings.
     """
@@ -50,13 +50,13 @@ def demo(
 
 
 def _program() -> str:
-    """How the reader can call us again."""
+    """The command by which the reader can call us again."""
     if shutil.which("receiver"):
         return "receiver"
     return sys.argv[0] if Path(sys.argv[0]).name == "receiver" else f"{sys.executable} -m receiver"
 
 
-# Longer than usual: typer wants every option as a parameter.
+# Longer than usual, because typer needs every option as a parameter.
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)] = 9000,
@@ -112,7 +112,7 @@ def _print_knobs() -> None:
 
 
 def _pairs(words: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE` words as knobs: a value is JSON where it reads as such, else text."""
+    """`NAME=VALUE` words as knobs. A value that parses as JSON is JSON, any other is text."""
     values = {}
     for word in words:
         name, equals, text = word.partition("=")
@@ -161,13 +161,13 @@ def _run_sandbox(host: str, port: int, knobs: Knobs) -> None:
             say(f"export {name}={value}")
         say("", "Ctrl-C ends it.")
         while not ended.wait(CTRL_C_INTERVAL_SECONDS):
-            pass  # looks by itself: a signal may be taken by another thread than this one
+            pass  # polls, because another thread may receive the signal
     finally:
         server.stop()
 
 
 def _settings(server: Sandbox, knobs: Knobs) -> dict[str, str]:
-    """What a receiver needs to have this sandbox as its provider."""
+    """The settings of a receiver that uses this sandbox as its provider."""
     import secrets
 
     settings = {

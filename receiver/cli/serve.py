@@ -1,4 +1,4 @@
-"""Verbs that run: serve, work, migrate."""
+"""Commands that run the program: serve, work, migrate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from receiver.cli.terminal import say
 
 Store = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Keep pictures in DIR: runs an S3 store of our own, on loopback."),
+    typer.Option(metavar="DIR", help="Keep pictures in DIR: runs the packaged S3 server on loopback."),
 ]
 AllowHttp = Annotated[bool, typer.Option("--allow-http", help="Accept http:// addresses that are not loopback.")]
 
@@ -61,7 +61,7 @@ def migrate() -> None:
 
 
 def _name_settings() -> None:
-    """Where settings came from. A slip of the pen in a variable's name leaves one at its default without a word."""
+    """Log where settings came from. A misspelt variable otherwise leaves its setting at the default silently."""
     import structlog
 
     from receiver.base import config

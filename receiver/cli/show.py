@@ -1,4 +1,4 @@
-"""What the verbs print of tasks: one with its files and timeline, the latest, how the work stands, links."""
+"""Output about tasks: one with its files and timeline, the newest ones, the state of the work, links."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from storage.rows.models import Asset, Task
 from storage.states import AssetState
 
 POLL_INTERVAL_SECONDS = 0.2
-# Under the summary, the newest last; `--json` has them all.
+# Facts that are printed, the newest last. `--json` has all.
 SHOWN_FAULTS = 20
 
 
@@ -47,7 +47,7 @@ def wait(parts: Parts, external_task_id: str) -> Task:
 
 
 def pausing(parts: Parts, task: Task | None = None) -> list[str]:
-    """Why creates wait for the account, a line each. `task`: only what holds back this one, if it waits."""
+    """Why creates wait for the account, one line each. `task`: only the pauses of this one."""
     if task is not None and task.queued_at is None:
         return []
     with parts.database.read() as session:
@@ -62,10 +62,10 @@ def uris(parts: Parts, task: Task) -> list[str]:
 
 
 def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict[str, Any]]:
-    """Links to the task's archived files, each with what it leads to; whoever has one may read that file.
+    """Links to the task's archived files, each with a description. The holder of a link can read its file.
 
-    `url`: presigned, for `expires_seconds` (1 to 604,800). `link`: through our web server for good, None without a
-    public URL. Raises `NoSuchTask`.
+    `url`: presigned, valid for `expires_seconds` (1 to 604,800). `link`: through our web server without expiry; None
+    without a public URL. Raises `NoSuchTask`.
     """
     _, assets, _ = find(parts.database, external_task_id)
     public_url = parts.settings.public_url
@@ -109,7 +109,7 @@ def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
 
 
 def _reason(asset: Asset) -> str:
-    """Why it is not kept, and whether that is the end of it."""
+    """Why a file is not archived, and whether that is final."""
     if (found := waiting_of(asset)) is None:
         return asset.error or ""
     return f"not yet, {found['tries']} tries since {found['since']}, next at {found['next_try_at']}: {asset.error}"
@@ -122,20 +122,20 @@ def latest(parts: Parts, limit: int) -> list[Task]:
 
 
 def measured(parts: Parts) -> Measures:
-    """How the work stands."""
+    """The state of the work."""
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
     with parts.database.read() as session:
         return measure(session, deadline_seconds=lead, slots=parts.slots)
 
 
 def audited(parts: Parts) -> continuous_audit.Standing:
-    """How the audit in the workers stands, with the faults that it found."""
+    """The state of the continuous audit, with its faults."""
     with parts.database.read() as session:
         return continuous_audit.standing(session)
 
 
 def summary(found: Measures) -> str:
-    """The same in one line: what waits, what is wrong, how callbacks come."""
+    """The state of the work in one line: what waits, what is wrong, how callbacks arrive."""
     parts = [f"{found.due} due", *paused(found), *_accounts(found)]
     wrong = {
         "overdue": found.overdue,
@@ -158,7 +158,7 @@ def summary(found: Measures) -> str:
 
 
 def paused(found: Measures) -> list[str]:
-    """A line for each account or model that the provider refuses, with its words."""
+    """One line for each account or model that the provider refuses, with its words."""
     return [line for account in found.accounts.values() for line in account.pauses]
 
 

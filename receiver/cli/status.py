@@ -1,4 +1,4 @@
-"""Verbs that look: status."""
+"""The command `status`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from receiver.cli.terminal import say, say_json
 
 def status(
     external_task_id: Annotated[
-        str | None, typer.Argument(help="One task with its timeline; without it the latest.")
+        str | None, typer.Argument(help="External id of one task; without it the newest tasks.")
     ] = None,
-    limit: Annotated[int, typer.Option(help="How many of the latest tasks.", min=1, max=10_000)] = 20,
+    limit: Annotated[int, typer.Option(help="How many of the newest tasks.", min=1, max=10_000)] = 20,
     urls: Annotated[
-        bool, typer.Option("--urls", help="Print a link to each archived file of the task; each is a secret.")
+        bool, typer.Option("--urls", help="Print a link to each archived file of the task. Each link is a secret.")
     ] = False,
-    expires: Annotated[int, typer.Option(help="Seconds these links work for.", min=1, max=604_800)] = 3_600,
+    expires: Annotated[int, typer.Option(help="Seconds until these links expire.", min=1, max=604_800)] = 3_600,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """Show how one task stands, with its files and timeline, or a table of the latest tasks."""
+    """Show one task with its files and timeline, or a table of the newest tasks."""
     from receiver.cli import show
     from receiver.tasks.task_view import report
 

@@ -1,4 +1,4 @@
-"""The verb that asks: submit."""
+"""The command `submit`."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def submit(
     adopt: Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")] = False,
     batch_file: Annotated[
         str | None,
-        typer.Option("--batch", metavar="FILE", help="Ask for all requests of a JSON lines or CSV file (- for stdin)."),
+        typer.Option("--batch", metavar="FILE", help="Send all requests of a JSON lines or CSV file (- for stdin)."),
     ] = None,
     name: Annotated[
-        str | None, typer.Option(help="Of the batch; ids are made from it.", show_default="the file's name")
+        str | None, typer.Option(help="Name of the batch. Ids contain it.", show_default="the file's name")
     ] = None,
     format: Annotated[
         Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name or header")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check a batch and say what it would cost.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check a batch and print its price.")] = False,
     prices: Annotated[
         Path | None, typer.Option(help="Price table for --dry-run, as JSON.", show_default="Kling's of 2026-09")
     ] = None,
@@ -57,10 +57,10 @@ def submit(
     store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Ask for pictures. Prints the external id; with --wait also the s3:// addresses of what was archived.
+    """Send a request for pictures. Prints the external id; with --wait also the s3:// addresses of archived files.
 
-    --batch checks a whole file and puts all of it in, or lists every fault and sends nothing. The same file and name
-    again go on with what is missing; paying again takes another --name.
+    --batch checks a whole file and inserts all its lines, or lists every fault and sends nothing. The same file with
+    the same name continues with what is missing. Paying again needs another --name.
     """
     from receiver.cli import batch
 
@@ -79,7 +79,7 @@ def submit(
     given = {field: value for field, value in fields.items() if value is not None}
     if batch_file is not None:
         if given or request or external_task_id or adopt:
-            raise typer.BadParameter("the file says what to ask for: give no field beside it", param_hint="--batch")
+            raise typer.BadParameter("the file contains the request: remove the other fields", param_hint="--batch")
         batch.submit(
             batch_file, name=name, format=format, dry_run=dry_run, prices=prices, report=report or (),
             wait=wait, as_json=as_json, allow_http=allow_http, store=store,
@@ -93,11 +93,11 @@ def submit(
 
 
 def _image(given: str) -> str:
-    """A URL or Base64 as it is; a file's bytes as Base64."""
+    """A URL or Base64 unchanged, or a file's bytes as Base64."""
     import base64
     import os
 
-    # os.path: a Path would raise where the Base64 is longer than a file name may be
+    # os.path, because a Path raises for Base64 that is longer than a file name
     if given.startswith(("http://", "https://", "data:")) or not os.path.isfile(given):
         return given
     return base64.b64encode(Path(given).read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""Everything the verbs print goes through here: text of strangers is shown and never obeyed."""
+"""All output of commands: a stranger's text is shown and never obeyed by the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class OutputFailed(UserError):
-    """Standard output takes nothing more, as on a full disk."""
+    """Standard output accepts nothing more, for example because the disk is full."""
 
 
 def say(*lines: str, err: bool = False) -> None:
@@ -30,17 +30,17 @@ def say_json(value: Any, *, indent: int | None = None) -> None:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """`value` as JSON that a terminal shows as it is."""
+    """`value` as JSON that is safe for a terminal."""
     return _without_delete(json.dumps(value, indent=indent))
 
 
 def _without_delete(text: str) -> str:
-    """json.dumps escapes everything outside ASCII, and of ASCII's controls all but DEL."""
+    """json.dumps escapes everything outside ASCII, and all ASCII controls except DEL."""
     return text.replace("\x7f", "\\u007f")
 
 
 def show(table: RenderableType, *, width: int | None = None) -> None:
-    """Print what rich draws; its texts are made by `cell`. `width`: None = that of the terminal."""
+    """Print what rich draws. `cell` makes its texts. `width`: None = the terminal's."""
     from rich.console import Console
 
     console = Console(width=width)
@@ -51,7 +51,7 @@ def show(table: RenderableType, *, width: int | None = None) -> None:
 
 
 def cell(text: str, style: str = "") -> Text:
-    """A text for rich, without markup and without anything that a terminal obeys."""
+    """A text for rich, without markup and without terminal controls."""
     from rich.text import Text
 
     return Text(visible(text), style)
@@ -73,16 +73,16 @@ class JsonOutput:
 
 
 def write(text: str, *, err: bool = False) -> None:
-    """Print a text that is ours, or was made harmless. Raises `OutputFailed`."""
+    """Print a text of ours, or one that was made safe. Raises `OutputFailed`."""
     stream = sys.stderr if err else sys.stdout
     encoding = stream.encoding or "utf-8"
     try:
-        # what the terminal's encoding lacks is escaped, a lone surrogate too
+        # escapes what the terminal's encoding lacks, and lone surrogates
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
-    except BrokenPipeError:  # the reader has seen enough; click ends the process quietly
+    except BrokenPipeError:  # the reader has closed the pipe; click ends the process quietly
         raise
     except OSError as error:
-        # The interpreter flushes once more at its end, and would fail there in its own words.
+        # The interpreter flushes once more at its end, and would print an error of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise OutputFailed(f"standard output cannot be written: {error.strerror}") from None

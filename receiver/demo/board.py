@@ -1,4 +1,4 @@
-"""What a person sees of the demo: what happens while it happens, what came of it, and where to look next."""
+"""The demo's output: events while they happen, the results, and where to look next."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from storage.rows.events import EventName
 from storage.rows.models import Callback, Event, Task
 from storage.states import ArchiveState, TaskState
 
-HASH_CHARACTERS = 16  # of 64, enough to compare by eye
+HASH_CHARACTERS = 16  # of 64 digits, enough to compare by eye
 README_SECTION = 'README.md, "First real use"'
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One request of the demo: how many objects it must bring and how it must end."""
+    """One request of the demo: the number of objects it must bring, and how it must end."""
 
     external_task_id: str
     request: Mapping[str, Any]
@@ -43,7 +43,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Compared:
-    """One picture: `served` and `stored` are SHA-256 as the provider sent it and as the bucket gave it back."""
+    """One picture. `served` and `stored`: its SHA-256 as the provider sent it and as read from the bucket."""
 
     kind: str
     index: int
@@ -58,7 +58,9 @@ class Compared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a wish ended. `stored`: all objects under its id. `seconds`: callback to last object, None = no callback."""
+    """How a request ended. `stored`: all objects under its id. `seconds`: from callback to last object, None = no
+    callback.
+    """
 
     wish: Wish
     task: Task
@@ -82,7 +84,7 @@ class News(NamedTuple):
 
 
 class Feed:
-    """What is new in the rows since it was last read, in words and in order of time. The demo's database is new."""
+    """New rows since the last read, as sentences in order of time. The demo's database starts empty."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -112,12 +114,12 @@ class Feed:
 
 
 def reported(parts: Parts, row: Callback) -> TaskState | None:
-    """The status that a delivery brought."""
+    """The status in a delivery."""
     return parts.kling.parse(row.body).status
 
 
 def _in_words(fact: Event) -> str:
-    """One fact as a sentence; nothing for those that the deliveries tell already."""
+    """One fact as a sentence; empty for facts that deliveries show already."""
     data = fact.data
     file = f"{data.get('kind')} {data.get('index')}"
     sentences = {
@@ -132,7 +134,7 @@ def _in_words(fact: Event) -> str:
 
 
 class Watch:
-    """Shows what is new: on a terminal in a table that changes in place, elsewhere line by line."""
+    """Shows new rows: on a terminal in a table that changes in place, elsewhere line by line."""
 
     def __init__(self, console: Console, parts: Parts, wishes: Sequence[Wish]) -> None:
         self._console = console
@@ -152,7 +154,7 @@ class Watch:
         self._live.stop()
 
     def show(self) -> None:
-        """Show what has happened since the last time."""
+        """Show what has happened since the last call."""
         for news in self._feed.read():
             self._latest[news.external_task_id] = news.text
             self._started = self._started or news.at
@@ -173,12 +175,12 @@ class Watch:
 
 
 def say(console: Console, text: str = "") -> None:
-    """One line as it is, never wrapped, so that it can be copied."""
+    """One line, never wrapped, so that it can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """Every object with its two hashes, then the tasks."""
+    """All objects with their two hashes, then the tasks."""
     for table in (_object_table(outcomes), _task_table(outcomes)):
         say(console)
         console.print(table)
@@ -250,13 +252,13 @@ def say_stays(console: Console, program: str, settings: Mapping[str, str], log: 
 
 
 def console_link(settings: Mapping[str, str]) -> str:
-    """A link that logs in to the console once."""
+    """A one-time link that logs in to the console."""
     [key] = parse_console_keys([SecretStr(settings["RECEIVER_CONSOLE_KEYS"])])
     return f"{settings['RECEIVER_PUBLIC_URL']}/console/login?once={one_time_token(key)}"
 
 
 def say_end(console: Console, directory: Path | None) -> None:
-    """That it is over. `directory`: where files were left, None = nowhere."""
+    """The end. `directory`: where files were left, None = nowhere."""
     left = f"its log, rows and objects are in {directory}" if directory else "nothing is left"
     say(console, f"\nAll of it has ended; {left}.")
 

@@ -1,12 +1,12 @@
-"""`receiver demo`: the whole product on this machine, with real parts and a provider of our own. It leaves nothing.
+"""`receiver demo`: the whole product on this machine with real parts and a stand-in provider. It leaves nothing.
 
     this process                        started by it, ended with it
     ├── sandbox (the provider)          ├── SeaweedFS (the bucket)
     ├── submits the requests            └── receiver serve ── receiver work
     └── compares provider and bucket
 
-The parts see no setting of the user: RECEIVER_…, AWS_… and proxy variables are taken away first, and the working
-directory, where a `.env` file would be read, is the demo's own.
+The parts use no setting of the user: RECEIVER_…, AWS_… and proxy variables are removed first, and the working
+directory, whose `.env` would be read, is the demo's own.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from storage.states import TaskState
 
 BUCKET = "demo"
 FOREIGN_PREFIXES, FOREIGN_SUFFIX = ("RECEIVER_", "AWS_"), "_PROXY"
-# Slow enough to watch: a task takes a second. Its lost callback is made up for by a read two seconds later.
+# Slow enough to watch: a task takes a second. A read replaces its lost callback two seconds later.
 SUBMITTED_SECONDS, PROCESSING_SECONDS, POLL_AFTER_SECONDS = 0.3, 0.7, 2.0
-GRACE_SECONDS = 5  # what the receiver's workers get to finish in; a demo has nothing to lose
+GRACE_SECONDS = 5  # the grace time of the receiver's workers; a demo can lose nothing
 STOP_SECONDS = 20.0  # serve ends within its workers' grace time and 5 s more
 POLL_INTERVAL_SECONDS = 0.1
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -69,15 +69,15 @@ WISHES = (
 
 
 class DemoFailed(RuntimeError):
-    """The demo did not get as far as it should; the message says why and where to look."""
+    """The demo did not reach its goal. The message says why and where to look."""
 
 
 def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds: float, program: str) -> None:
-    """Run the demo and clean up, whatever happens; with `keep` stay up until SIGINT, SIGTERM or SIGHUP.
+    """Run the demo and clean up in any case. With `keep` stay up until SIGINT, SIGTERM or SIGHUP.
 
-    A kill -9 ends what was started too (on Linux), but leaves the temporary directory. `directory`: where everything
-    is put and left, new or empty; None = a temporary one. `program`: how the reader calls us. Raises `DemoFailed`
-    when anything is not as it should be, KeyboardInterrupt when one of those signals came before the end.
+    After kill -9 the started processes end too (on Linux), but the temporary directory stays. `directory`: for all
+    files, new or empty, and kept; None = a temporary one. `program`: the command by which the reader calls us. Raises
+    `DemoFailed` if anything is wrong, KeyboardInterrupt if one of those signals came before the end.
     """
     _require_seaweed()
     with _signals_interrupt(), _place(directory) as place, ExitStack() as cleanup:
@@ -112,7 +112,7 @@ def _require_seaweed() -> None:
 
 
 class Stage:
-    """Everything the demo starts, in one directory, on free ports of the loopback address."""
+    """Everything that the demo starts, in one directory, on free loopback ports."""
 
     def __init__(self, directory: Path, *, deadline: float) -> None:
         self.directory = directory
@@ -125,9 +125,9 @@ class Stage:
         self._mortal = Mortal()
 
     def open(self, console: Console) -> Mapping[str, str]:
-        """Start all parts, one after the other; returns the settings by which the receiver was started.
+        """Start all parts one after the other. Returns the settings with which the receiver was started.
 
-        Raises `DemoFailed`, RuntimeError, OSError; `stop` is still due then.
+        Raises `DemoFailed`, RuntimeError, OSError. The caller calls `stop` also then.
         """
         board.say(console, f"S3 server  SeaweedFS at {self._start_seaweed()}")
         board.say(console, f"provider   sandbox at {self.sandbox.start().url}")
@@ -157,7 +157,7 @@ class Stage:
             "RECEIVER_SPOOL_DIR": str(self.directory),
             "RECEIVER_GRACE_SECONDS": str(GRACE_SECONDS),
             **self.seaweed.environment,
-            # boto3's own chain would also look into the home folder and ask a cloud's metadata address.
+            # boto3's own chain would also read the home folder and a cloud's metadata service.
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true",
@@ -177,27 +177,27 @@ class Stage:
             time.sleep(POLL_INTERVAL_SECONDS)
 
     def check(self, what_if_late: str) -> None:
-        """Raises `DemoFailed` when the receiver is gone or the time is up."""
+        """Raises `DemoFailed` if the receiver has ended or the time is over."""
         if self._receiver is not None and self._receiver.poll() is not None:
             raise DemoFailed(f"the receiver ended by itself with exit code {self._receiver.returncode}")
         if time.monotonic() > self._deadline:
             raise DemoFailed(f"{what_if_late} in time; --timeout gives it more")
 
     def wait_for_receiver(self) -> None:
-        """Block until the receiver ends, which it should not. Raises `DemoFailed` then."""
+        """Block until the receiver ends, which is a fault. Raises `DemoFailed` then."""
         assert self._receiver is not None
         while (code := self._receiver.poll()) is None:
-            time.sleep(POLL_INTERVAL_SECONDS)  # looks by itself: a signal may be taken by another thread than this one
+            time.sleep(POLL_INTERVAL_SECONDS)  # polls, because another thread may receive the signal
         raise DemoFailed(f"the receiver ended by itself with exit code {code}")
 
     def stop(self, *, in_order: bool) -> None:
-        """End everything; harmless for what was never started. `in_order`: what the bucket holds is still wanted."""
+        """End everything that was started. `in_order`: the bucket's contents are still needed."""
         if self._receiver is not None:
             self._receiver.terminate()
             try:
                 self._receiver.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                self._receiver.kill()  # its workers notice that it is gone
+                self._receiver.kill()  # its workers notice its end
                 self._receiver.wait()
         self.sandbox.stop()
         if in_order:
@@ -207,7 +207,7 @@ class Stage:
 
 
 def _perform(console: Console, stage: Stage) -> None:
-    """Submit, watch, compare, and show it. Raises `DemoFailed` when a task or an object is not as it should be."""
+    """Submit, watch, compare, and show it. Raises `DemoFailed` if a task or an object is wrong."""
     parts = Parts(config.load())
     try:
         with Watch(console, parts, WISHES) as watch:
@@ -228,9 +228,9 @@ def _perform(console: Console, stage: Stage) -> None:
 
 
 def compare(stage: Stage, parts: Parts) -> list[Outcome]:
-    """Read back and hash every object in the bucket, and set it against what the provider served.
+    """Read back and hash every object in the bucket, and compare it with what the provider served.
 
-    `Outcome.stored` counts all that lies in the bucket under the task's id, so that an object too many shows.
+    `Outcome.stored` counts all objects under the task's id, so that a surplus object shows.
     """
     served = stage.sandbox.ledger().assets.values()
     found: dict[str, str] = {}
@@ -261,7 +261,7 @@ def _sha256(parts: Parts, key: str) -> str:
 
 
 def _seconds(parts: Parts, task: Task, assets: Sequence[Asset]) -> float | None:
-    """From the callback that named the pictures to the last of them in the bucket; None = no callback brought them."""
+    """From the callback that named the pictures to the last one in the bucket; None = no callback named them."""
     pushed = select(Callback).where(Callback.task_id == task.id, Callback.source == "push").order_by(col(Callback.id))
     with parts.database.read() as session:
         deliveries = session.exec(pushed).all()
@@ -277,7 +277,7 @@ def _stay(stage: Stage) -> None:
 
 @contextmanager
 def _place(wanted: Path | None) -> Iterator[Path]:
-    """The demo's directory: a temporary one, or the caller's, which must hold nothing yet and is left as it ends."""
+    """The demo's directory: a temporary one, or the caller's, which must be empty and is kept."""
     if wanted is None:
         with tempfile.TemporaryDirectory(prefix="receiver-demo-") as name:
             yield Path(name).resolve()
@@ -289,7 +289,7 @@ def _place(wanted: Path | None) -> Iterator[Path]:
 
 
 def _rescued(log: Path) -> Path:
-    """Copy the log, if there is one yet, out of the directory that is about to be removed. Returns where to."""
+    """Copy the log, if there is one, out of the directory that is about to be removed. Returns its new path."""
     copy = Path(tempfile.gettempdir()) / f"{log.parent.name}.log"
     if log.exists():
         shutil.copyfile(log, copy)
@@ -305,7 +305,7 @@ def _without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _only(settings: Mapping[str, str]) -> Iterator[None]:
-    """This process, too, sees these settings and none of the user's: boto3 reads nothing but the environment."""
+    """Set these settings in this process and remove the user's: boto3 reads nothing but the environment."""
     before = dict(os.environ)
     ours = {**_without_foreign(before), **settings}
     os.environ.clear()
@@ -319,7 +319,7 @@ def _only(settings: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, once: what cleans up after the first is not disturbed."""
+    """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once, so that the clean-up after it is not interrupted."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
         if before[number] is not signal.SIG_IGN:  # as under nohup
