@@ -14,6 +14,7 @@ from sqlmodel import Session, col, select
 
 from receiver.console.installation import Installation
 from receiver.console.words import short
+from storage.accounts import pauses
 from storage.bucket.availability import BucketAvailability
 from storage.operations import heartbeats, outbox
 from storage.operations.measures import Measures, measure
@@ -81,6 +82,9 @@ class Needs:
         return Standing(sorted(needs, key=lambda need: need.kind != "bad"), found, workers)
 
     def _needs(self, session: Session, found: Measures, workers: int) -> Iterator[Need]:
+        for pause in pauses.every(session):
+            values = {"account": pause.provider, "model": short(pause.model, 60), "said": short(pause.said)}
+            yield Need("bad", "model" if pause.model else "account", "/console/tasks?state=created", values)
         if (state := self._store.state()) != "ok":
             yield Need("bad", "store", "/console/archive", {"reason": short(state)})
         if not workers:

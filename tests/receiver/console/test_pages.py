@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from receiver.app.wiring import Parts
+from storage.accounts import pauses
+from storage.errors import AccountRefused, ModelRefused
 from tests.archived_tasks import archive
 from tests.console_reader import PAGES, Reader
+from tests.harness import wait_until
 from tests.pipeline import assets_of, deliver, insert_row
 
 
@@ -26,3 +29,14 @@ def test_every_page_answers_with_something_in_it(parts: Parts, ann: Reader) -> N
     for asset in assets_of(parts, task):
         assert ann.get(f"/files/{asset.id}").headers["content-type"] == "image/png"
         assert ann.get(f"/thumbnails/{asset.id}").content[8:12] == b"WEBP"
+
+
+@pytest.mark.parametrize(("code", "sentence"), [(1102, "is paused"), (1103, "may not use kling-image-o1")])
+def test_overview_names_a_paused_account_with_the_providers_words(
+    parts: Parts, ann: Reader, code: int, sentence: str
+) -> None:
+    refusal = (ModelRefused if code == 1103 else AccountRefused)("refused", code=code, said="<b>top up</b>")
+    with parts.database.write() as session:
+        pauses.pause(session, "kling", "kling-image-o1", refusal)
+    wait_until(lambda: sentence in ann.page(""))  # all consoles share one query in three seconds
+    assert "&lt;b&gt;top up&lt;/b&gt;" in ann.page("")
