@@ -28,6 +28,8 @@ def opened(
     created. `ready`: check the schema first. `quiet`: log only warnings. `store`: the folder of a local store;
     `starts_store`: the command needs it running. `settings`: values from the command's options.
     """
+    from pydantic import SecretStr
+
     from receiver.app import process
     from receiver.app.database_faults import explained
     from receiver.app.wiring import Parts
@@ -35,6 +37,9 @@ def opened(
     from receiver.local_store import serve_store
 
     chosen = config.load(allow_http=allow_http or None, store=store, **settings)
+    if starts_store and chosen.store and not chosen.console_keys:
+        key = SecretStr(f"me={serve_store.console_key(chosen.store)}")
+        chosen = chosen.model_copy(update={"console_keys": (key,)})
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
     with serve_store.running(chosen) if starts_store else nullcontext():
         parts = Parts(chosen)

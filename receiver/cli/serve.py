@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from receiver.cli.opening import opened
 from receiver.cli.terminal import say
+
+if TYPE_CHECKING:
+    from receiver.base.config import Settings
 
 Store = Annotated[
     Path | None,
@@ -28,6 +32,8 @@ def serve(
 
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
         _name_settings()
+        if parts.settings.store:
+            _name_console(parts.settings)
         process.serve(parts)
 
 
@@ -58,6 +64,18 @@ def migrate() -> None:
         migrations.upgrade(parts.database)
         after = migrations.current(parts.database)
     say(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")
+
+
+def _name_console(settings: Settings) -> None:
+    """Print a one-time link to the console. Elsewhere than on a terminal output is kept, so it names the key's file."""
+    from receiver.console.access import one_time_token
+
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/console"
+    if sys.stdout.isatty():
+        say(f"console: {url}/login?once={one_time_token(settings.console_people[0])}  (works once, within ten minutes)")
+    else:
+        say(f"console: {url}  (log in with a key of RECEIVER_CONSOLE_KEYS, or the one in {settings.store}/console.key)")
 
 
 def _name_settings() -> None:

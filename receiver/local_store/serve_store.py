@@ -3,6 +3,7 @@
     DIR/store.json   0600: its keys, made once, its ports, and the process that runs it
     DIR/store.lock   held by that process and by the server, so that no second server works on the same data
     DIR/s3/          the data
+    DIR/console.key  0600: the key of the console, where RECEIVER_CONSOLE_KEYS names none
 
 The first verb that needs the store starts it and ends it again; any other finds the running one through the file.
 """
@@ -37,6 +38,20 @@ def address(settings: Settings) -> tuple[str | None, tuple[str, str] | None]:
     with _named(settings.store):
         keys = _read(settings.store) or _fresh()  # made by the first verb that runs it
     return f"http://127.0.0.1:{keys['ports']['s3']}", (keys["access_key"], keys["secret_key"])
+
+
+def console_key(directory: Path) -> str:
+    """The key of the console, made at the first call and kept in DIR/console.key, mode 0600. Raises `StoreFailed`."""
+    path = directory / "console.key"
+    with _named(directory):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return path.read_text().strip()
+        with open(file, "w") as made:
+            made.write(secrets.token_urlsafe(30) + "\n")
+        return path.read_text().strip()
 
 
 @contextmanager

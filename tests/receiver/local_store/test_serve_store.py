@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import stat
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from receiver.base import config
@@ -46,13 +49,13 @@ def receiver(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def serving(receiver: CommandLine) -> Iterator[subprocess.Popen[bytes]]:
+def serving(receiver: CommandLine, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
     log = receiver.folder / "serve.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     with log.open("wb") as err:
         process = subprocess.Popen(
             [sys.executable, "-m", "receiver", "serve", "--store", "kept"],
-            env={**environment, **receiver.variables}, cwd=receiver.folder, stderr=err,
+            env={**environment, **receiver.variables}, cwd=receiver.folder, stdout=stdout, stderr=err,
         )  # fmt: skip
     try:
         wait_until(lambda: "worker.started" in log.read_text(), seconds=60)
@@ -104,6 +107,27 @@ def checked_beside(receiver: CommandLine) -> Done:
     return done
 
 
+def test_serve_on_a_terminal_prints_a_link_that_logs_in_once(receiver: CommandLine) -> None:
+    ours, theirs = pty.openpty()
+    with serving(receiver, stdout=theirs), open(ours, "rb", buffering=0) as terminal:
+        link = re.search(rb"http://127.0.0.1:[0-9]+/console/login\?once=[\w.-]+", terminal.read(4_096))
+        assert link
+        with httpx.Client(follow_redirects=True) as browser:
+            form = browser.get(link[0].decode())
+            [once] = re.findall(r'name="once" value="([^"]+)"', form.text)
+            assert "needs" in browser.post(str(form.url), data={"once": once}).text
+        os.close(theirs)
+
+
+def test_serve_without_a_terminal_names_the_file_with_the_consoles_key(receiver: CommandLine) -> None:
+    printed = receiver.folder / "printed"
+    with printed.open("wb") as file, serving(receiver, stdout=file.fileno()):
+        line = printed.read_text()
+        key = (receiver.folder / "kept" / "console.key").read_text().strip()
+        assert ("kept/console.key" in line, "once=" in line, key in line) == (True, False, False)
+        assert "needs" in httpx.post(f"{line.split()[1]}/login", data={"key": key}, follow_redirects=True).text
+
+
 @linux_only
 def test_its_files_are_for_one_user_and_its_ports_for_this_machine(receiver: CommandLine) -> None:
     with serving(receiver):
@@ -114,7 +138,13 @@ def test_its_files_are_for_one_user_and_its_ports_for_this_machine(receiver: Com
         assert not [each for each in others if is_open(each, keys(receiver)["ports"]["s3"])]
     kept = receiver.folder / "kept"
     modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (kept, *kept.iterdir())}
-    assert modes == {"kept": "0o700", "s3": "0o700", "store.json": "0o600", "store.lock": "0o600"}
+    assert modes == {
+        "kept": "0o700",
+        "s3": "0o700",
+        "store.json": "0o600",
+        "store.lock": "0o600",
+        "console.key": "0o600",
+    }
 
 
 def processes_of(folder: Path) -> Iterator[int]:
