@@ -24,6 +24,8 @@ from receiver.console.pages.tasks import Tasks
 
 # Room for the other fields of a form with a file.
 FORM_BYTES = 64 * 1024
+# Uploaded pictures of one request. Reading the form takes three times as much memory.
+MAX_PICTURES_BYTES = 32 * 2**20
 
 
 class Console:
@@ -94,5 +96,5 @@ class Console:
             guard.action("/console/act/enable", events.enable),
             guard.action("/console/act/batch-retry", batches.retry),
             guard.action("/console/batches/new", batches.check, max_bytes=upload),
-            guard.action("/console/ask", Ask(of).send),
+            guard.action("/console/ask", Ask(of).send, max_bytes=MAX_PICTURES_BYTES),
         ]

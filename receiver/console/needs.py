@@ -127,9 +127,7 @@ def _rejected(session: Session) -> int:
 
 
 def _still(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
-    """Batches with waiting tasks of which none has ended lately. Reads the waiting tasks, and for a few batches the
-    last end.
-    """
+    """Batches with waiting tasks of which none has ended lately. Reads the waiting ones, and the last end of a few."""
     waits = (col(Task.batch_id).is_not(None), col(Task.due_at).is_not(None) | col(Task.queued_at).is_not(None))
     some = select(Task.batch_id).where(*waits).limit(MANY).subquery()
     counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)

@@ -142,9 +142,7 @@ class Thumbnails:
         return sorted(found)
 
     def _make_room(self) -> None:
-        """Remove the longest unused copies, down to nine tenths of the limit, so that it does not run at every new
-        one.
-        """
+        """Remove the longest unused copies, down to nine tenths: not at every new one."""
         files = self._files()
         self._size = sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -155,9 +153,7 @@ class Thumbnails:
 
 
 def shrink(content: bytes) -> bytes:
-    """A WebP of at most 480 pixels a side. Raises ValueError for too many pixels, OSError and others for files that are
-    no picture.
-    """
+    """A WebP of at most 480 pixels a side. Raises ValueError for too many pixels, OSError and others for no picture."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
@@ -175,5 +171,4 @@ def ratio_class(width: int | None, height: int | None) -> str:
     """The class of `ratios.css` closest to a picture's aspect ratio: the CSP allows no style attributes."""
     if not width or not height:
         return "r70"
-
     return f"r{max(0, min(140, round(math.log(width / height) / math.log(1.02)) + 70))}"

@@ -172,7 +172,7 @@ def _parse_multipart(content_type: str, body: bytes) -> tuple[list[tuple[str, st
         if number >= MAX_FIELDS or not isinstance(name, str) or not isinstance(content, bytes):
             raise ValueError("no form")
         if (filename := part.get_filename()) is not None:
-            uploads[name] = Upload(str(filename), content)
+            uploads[name if name not in uploads else f"{name}-{number}"] = Upload(str(filename), content)
         else:
             fields.append((name, content.decode("utf-8", "replace")))
     return fields, uploads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -31,7 +32,7 @@ class Ask:
     def send(self, visit: Visit) -> Response:
         given = {name: visit.form.get(name, "").strip() for name in (*PLAIN, *NUMBERS, *OTHER)}
         try:
-            request = self._of.submitter.parse(fields(given))
+            request = self._of.submitter.parse(fields(given, [each.content for each in visit.uploads.values()]))
         except RequestInvalid as error:
             faults = [words.short(fault, 300) for fault in error.faults]
             return visit.page("ask.html", status=422, given=given, faults=faults, estimate=None, warnings=[])
@@ -40,11 +41,13 @@ class Ask:
             return visit.redirect(path_of(made) if made else "/console/ask")
         estimate = self._of.estimate([request.wire()])
         warnings = [words.short(each, 300) for each in request.warnings()]
+        if any(each.content for each in visit.uploads.values()):  # no page can fill a browser's file field
+            warnings.append(visit.text("ask.choose_again"))
         return visit.page("ask.html", given=given, faults=[], estimate=estimate, warnings=warnings)
 
 
-def fields(given: dict[str, str]) -> dict[str, Any]:
-    """The form as a request's fields, without empty ones. Raises `RequestInvalid`."""
+def fields(given: dict[str, str], pictures: list[bytes]) -> dict[str, Any]:
+    """The form as a request's fields, without empty ones. `pictures`: uploaded ones. Raises `RequestInvalid`."""
     found: dict[str, Any] = {name: given[name] for name in PLAIN if given[name]}
     for name in NUMBERS:
         if given[name]:
@@ -53,7 +56,8 @@ def fields(given: dict[str, str]) -> dict[str, Any]:
                 if given[name].isascii() and given[name].isdigit() and len(given[name]) < 9
                 else given[name]
             )
-    if images := given["images"].split():
+    uploaded = [base64.b64encode(each).decode() for each in pictures if each]
+    if images := given["images"].split() + uploaded:
         found["image_list"] = [{"image": one} for one in images]
     if given["more"]:
         try:

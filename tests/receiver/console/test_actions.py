@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ from storage.states import ArchiveState, AssetState, CallbackState, DispatchStat
 from tests.archived_tasks import archive, flip, work_off
 from tests.console_reader import Reader
 from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
+from tests.receiver.providers.test_kling_request import picture
 
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
 
@@ -100,6 +102,19 @@ def test_a_request_is_priced_before_it_is_sent(parts: Parts, ann: Reader, sandbo
     answer = ann.post("/ask", **fields, step="send")
     task = task_of(parts, answer.url.path.rpartition("/")[2])
     assert task.request["n"] == 2 and task.expected == 2
+
+
+def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_price(
+    parts: Parts, ann: Reader, sandbox: Sandbox
+) -> None:
+    chosen = [("picture", (f"{side}.png", picture(side, side), "image/png")) for side in (400, 500)]
+    fields = {"csrf": ann.csrf, "model_name": "kling-image-o1", "prompt": "two boats", "external_task_id": "boats"}
+    priced = ann.http.post("/console/ask", data={**fields, "step": "price"}, files=chosen)
+    assert "Choose the pictures again" in priced.text
+    assert ann.http.post("/console/ask", data={**fields, "step": "send"}, files=chosen).status_code == 200
+    [create] = sandbox.ledger().creates
+    assert create.body
+    assert [base64.b64decode(each["image"]) for each in create.body["image_list"]] == [each[1][1] for each in chosen]
 
 
 def test_a_faulty_request_says_every_fault(ann: Reader) -> None:
