@@ -28,6 +28,9 @@ def test_machine_rules_hold(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# What one can keep in view at a time. Split a room that grows beyond it.
+MAX_MODULES, MAX_LINES = 14, 2_500
+
 CLAIM_COLUMNS = {"due_at", "attempts", "lease", "losses"}
 NO_CLAIMS = {
     "storage/rows/claims.py": "the one that writes them",
@@ -60,6 +63,14 @@ def test_only_claims_writes_claim_columns() -> None:
             nodes = [node for node in ast.walk(ast.parse(path.read_text())) if written(node) & CLAIM_COLUMNS]
             found |= {f"{name}:{getattr(node, 'lineno', 0)}" for node in nodes}
     assert not found
+
+
+def test_no_room_outgrows_a_reader() -> None:
+    rooms = {file.parent for base in ("receiver", "storage") for file in (ROOT / base).rglob("*.py")}
+    for room in sorted(rooms - {ROOT / "storage/rows/migrations/versions"}):
+        modules = [file for file in room.glob("*.py") if file.name != "__init__.py"]
+        lines = sum(len(file.read_text().splitlines()) for file in modules)
+        assert (len(modules) <= MAX_MODULES, lines <= MAX_LINES) == (True, True), f"{room}: {len(modules)}, {lines}"
 
 
 def test_changelog_names_this_version() -> None:

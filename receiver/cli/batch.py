@@ -105,14 +105,9 @@ def submit(
     store: Path | None,
 ) -> None:
     """`receiver submit --batch FILE`. Inserts rows, which workers send."""
-    path = Path(file)
-    if not name and (file == "-" or (path.exists() and not path.is_file() and not path.is_dir())):
-        # a pipe's name is its descriptor's number; ids contain the name, so the same lines would be paid twice
-        what = "standard input" if file == "-" else f"{file} (no regular file)"
-        raise typer.BadParameter(f"{what} has no name: give --name", param_hint="--name")
     if report and not wait:
         raise typer.BadParameter("belongs to --wait; later `receiver batch export` writes it", param_hint="--report")
-    name = name or Path(file).stem
+    name = name or _name_of(file)
     from receiver.batch.batch_file import BatchInvalid
 
     with _parts_of(allow_http, store, dry_run=dry_run) as parts:
@@ -134,6 +129,17 @@ def submit(
             _show(parts, name, counts, as_json=as_json)
         else:
             _show_put(parts, plan, as_json=as_json)
+
+
+def _name_of(file: str) -> str:
+    """The batch's name from its file. A pipe has none: its name is its descriptor's number, and ids contain the name,
+    so the same lines would be paid twice.
+    """
+    path = Path(file)
+    if file == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+        what = "standard input" if file == "-" else f"{file} (no regular file)"
+        raise typer.BadParameter(f"{what} has no name: give --name", param_hint="--name")
+    return path.stem
 
 
 @contextmanager
