@@ -83,6 +83,12 @@ class Postgres:
         """End the postmaster at once, like a crash (its children notice and end too); `start` recovers."""
         self._end(signal.SIGKILL)
 
+    def move(self) -> None:
+        """The next start is at another port."""
+        self.port = random_port()
+        while not is_free(self.port):
+            self.port = random_port()
+
     def restart(self) -> None:
         self.stop()
         self.start()
@@ -113,6 +119,21 @@ class Postgres:
     def drop_database(self, name: str) -> None:
         """Remove it; who is still connected is disconnected."""
         self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    @contextlib.contextmanager
+    def read_only(self, name: str) -> Iterator[None]:
+        """New sessions of the database may not write during the block; those that are open may."""
+        change = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
+        self._execute(change.format(sql.Identifier(name), sql.SQL("on")))
+        try:
+            yield
+        finally:
+            self._execute(change.format(sql.Identifier(name), sql.SQL("off")))
+
+    def end_sessions(self, name: str) -> None:
+        """As a restart does, or a failover."""
+        end = sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = {}")
+        self._execute(end.format(sql.Literal(name)))
 
     def _execute(self, statement: sql.Composed) -> None:
         with psycopg.connect(self.url(), autocommit=True) as connection:

@@ -35,6 +35,7 @@ from storage import states
 from storage.accounts import pauses
 from storage.bucket.probe import Capabilities
 from storage.bucket.store_errors import reason_code
+from storage.database.urls import place
 from storage.errors import (
     AccountRefused,
     DatabaseUnavailable,
@@ -196,7 +197,7 @@ def database(parts: Parts) -> Iterator[Result]:
     except (DatabaseUnavailable, DBAPIError, OSError) as error:
         advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
         url = parts.database.url
-        line = f"{database_faults.place(url)} cannot be used ({database_faults.words(url, error)})"
+        line = f"{place(url)} cannot be used ({database_faults.reason(url, error)})"
         yield Result("database", Status.FAULT, line, advice)
 
 

@@ -6,16 +6,15 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
-from receiver.providers.base import plain
+from storage.database.outages import words
 from storage.database.sessions import Database
+from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, UserError
 
-MAX_WORDS_CHARS = 300
 # What the settings or an administrator must mend, by the first characters of SQLSTATE (PostgreSQL, appendix A):
 # authorization, names, privileges, resources, an operator's intervention.
 REFUSED = ("28", "3D", "42501", "25006", "53", "57", "58")
@@ -25,36 +24,20 @@ FOR_GOOD = re.compile(
     r"|permission denied for database|is not permitted to log in)|server does not support SSL|invalid \w+ value",
     re.DOTALL,
 )
-CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
 
 
 class DatabaseRefused(UserError):
     """The database is there and refuses us; the message says where and why."""
 
 
-def place(url: URL) -> str:
-    """Host and port, or the file, as the URL names them."""
-    if url.get_backend_name() == "sqlite":
-        return str(Path(url.database or "").absolute())
-    named = url.query.get("host")
-    if named and not url.host:
-        return ",".join(named) if isinstance(named, tuple) else named
-    return f"{url.host or 'the local socket'}:{url.port or 5432}"
-
-
-def words(url: URL, error: BaseException) -> str:
+def reason(url: URL, error: BaseException) -> str:
     """The database's own sentence, in one line and without the password."""
-    if isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError):
-        error = error.__cause__
-    driver = error.orig if isinstance(error, DBAPIError) else error
-    primary = getattr(getattr(driver, "diag", None), "message_primary", None)
-    said = CONNECTION_PREFIX.sub("", primary or str(driver).removeprefix("database: "))
-    password = str(url.password) if url.password else None
-    return plain(said.replace(password, "…") if password else said, MAX_WORDS_CHARS)
+    is_named = isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError)
+    return words(url, error.__cause__ if is_named and error.__cause__ else error).removeprefix("database: ")
 
 
 def sentence(url: URL, error: BaseException) -> str:
-    return f"RECEIVER_DATABASE_URL: {place(url)}: {words(url, error)}"
+    return f"RECEIVER_DATABASE_URL: {place(url)}: {reason(url, error)}"
 
 
 def is_for_good(error: DatabaseUnavailable) -> bool:

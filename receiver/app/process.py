@@ -26,6 +26,7 @@ from receiver.app.wiring import Parts
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from storage.database import checkpoints
 from storage.database.sessions import Database
+from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, UserError
 from storage.fetch.client import sweep
 from storage.rows import migrations
@@ -67,7 +68,7 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
         migrations.upgrade(database)
         return
     if database.is_sqlite and not Path(database.url.database or "").exists():
-        path = database_faults.place(database.url)
+        path = place(database.url)
         raise SchemaBehind(f"{path} holds no database: stand in the right folder, correct RECEIVER_DATABASE_URL, "
                            "or run `receiver migrate` to make one")  # fmt: skip
     current, wanted = migrations.current(database), migrations.head()
@@ -82,7 +83,7 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
     An SQLite file is there or not, and a wrong role or database name stays wrong. Raises `SchemaBehind`,
     `DatabaseUnavailable`.
     """
-    deadline = time.monotonic() + seconds
+    deadline, logged = time.monotonic() + seconds, ""
     while True:
         try:
             ready_schema(database, migrate=migrate)
@@ -91,7 +92,9 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
             if database.is_sqlite or left < 0 or database_faults.is_for_good(error):
                 raise
             words = database_faults.sentence(database.url, error)
-            log.warning("start.database_away", error=words, gives_up_in=round(left))
+            if words != logged:
+                log.warning("start.database_away", error=words, gives_up_in=round(left))
+            logged = words
             time.sleep(DATABASE_INTERVAL_SECONDS)
         else:
             return

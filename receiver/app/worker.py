@@ -87,6 +87,7 @@ class Worker:
         grace_seconds: float,
         periodic_jobs: Sequence[PeriodicJob] = (),
     ) -> None:
+        database.outages.is_on = True
         self._database = database
         self._lanes = lanes
         self._periodic_jobs = periodic_jobs
@@ -125,7 +126,7 @@ class Worker:
         try:
             self._drain()
         except DatabaseUnavailable as error:
-            log.warning("worker.database_away", error=str(error))
+            log.debug("worker.database_away", error=str(error))
         finally:
             self._ended.set()
 
@@ -135,7 +136,7 @@ class Worker:
             try:
                 return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes))
             except DatabaseUnavailable as error:
-                log.warning("worker.database_away", job="register", error=str(error))
+                log.debug("worker.database_away", job="register", error=str(error))
             self._stop.wait(DATABASE_AWAY_SECONDS)
         return None
 
@@ -221,7 +222,7 @@ class Worker:
             rows, grant = self._claim_granted(lane, free * size)
             return [rows[start : start + size] for start in range(0, len(rows), size)], grant
         except DatabaseUnavailable as error:
-            log.warning("worker.database_away", lane=lane.name, error=str(error))
+            log.debug("worker.database_away", lane=lane.name, error=str(error))
         except Exception:
             log.exception("worker.bug", lane=lane.name)
         self._stop.wait(DATABASE_AWAY_SECONDS)
@@ -237,7 +238,7 @@ class Worker:
                 for row in rows:
                     lane.work(row)
         except DatabaseUnavailable as error:
-            log.warning("worker.database_away", lane=lane.name, rows=ids, error=str(error))
+            log.debug("worker.database_away", lane=lane.name, rows=ids, error=str(error))
             self._unsettled.extend(rows)
         except Exception:
             log.exception("worker.bug", lane=lane.name, rows=ids)
@@ -277,7 +278,7 @@ class Worker:
         try:
             run()
         except DatabaseUnavailable as error:
-            log.warning("worker.database_away", job=job, error=str(error))
+            log.debug("worker.database_away", job=job, error=str(error))
         except StoreUnavailable as error:
             log.warning("worker.store_away", job=job, error=str(error))
         except Exception:

@@ -27,7 +27,7 @@ from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
 from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
-from storage.database.sessions import normal_url
+from storage.database.urls import normal_url
 from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, endpoint
 

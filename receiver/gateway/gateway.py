@@ -113,8 +113,7 @@ class Gateway:
             return await self._route(request, request_id)
         except Refused as refused:
             return refused.reply(request_id)
-        except DatabaseUnavailable as error:
-            log.error("gateway.database_away", error=str(error))
+        except DatabaseUnavailable:  # the database has logged it, once
             return _away().reply(request_id)
         except Exception:
             log.exception("gateway.bug")
@@ -196,9 +195,7 @@ class Gateway:
     def _sent(self, sending: asyncio.Task[None]) -> None:
         self._sending.discard(sending)
         error = _failure(sending)
-        if isinstance(error, DatabaseUnavailable):
-            log.error("gateway.database_away", error=str(error))
-        elif error:
+        if error and not isinstance(error, DatabaseUnavailable):
             log.error("gateway.send_failed", exc_info=error)
 
     async def _replay(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:

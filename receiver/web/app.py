@@ -54,6 +54,7 @@ def build(
     `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. Call the
     application's `endings` before the server stops.
     """
+    database.outages.is_on = True
     group_commit = GroupCommit(database)
     callbacks = Callbacks(database, group_commit, providers, tokens, schedule)
     lead = deadlines.lead_seconds(schedule.result_lifetime_seconds)

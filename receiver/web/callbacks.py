@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import structlog
@@ -78,6 +79,14 @@ ACCEPTED_BODY: Message = {"type": "http.response.body", "body": ACCEPTED}
 MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a delivery was not stored, and the size of the largest of them: a file may take small rows alone."""
+
+    reason: str
+    body_bytes: int = 0
+
+
 class Callbacks:
     """The endpoint. `schedule` says when a task is read whose delivery was refused."""
 
@@ -94,7 +103,7 @@ class Callbacks:
         self._providers = providers
         self._tokens = tokens
         self._schedule = schedule
-        self.fault: str | None = None  # why the last delivery was not stored; None: it was, or none has come
+        self.fault: Fault | None = None  # of deliveries since one of that size was stored
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
         self._refused = _Refused()
@@ -156,20 +165,25 @@ class Callbacks:
         except QueueFull:
             return _answer(503, "busy, try again", "full")
         except TimeoutError:
-            self.fault = f"not within {COMMIT_SECONDS} s"
+            self.fault = self.fault or Fault(f"not within {COMMIT_SECONDS} s")
             return _answer(503, "could not be stored in time, try again", "late")
         except DatabaseUnavailable as error:
-            self.fault = str(error)
-            log.error("callback.not_stored", error=str(error))
-            return _answer(503, "could not be stored, try again", "database")
+            return self._away(delivery, error)
         except Exception:
             log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
             return _answer(503, "could not be stored, try again", "bug")
-        self.fault = None
+        if self.fault is not None and len(delivery.body) >= self.fault.body_bytes:
+            self.fault = None
         if delivery.task_id is None and intake is Intake.NEW:
             self._strangers.add(len(delivery.body))
         _count("new" if intake is Intake.NEW else "duplicate")
         return None
+
+    def _away(self, delivery: Delivery, error: DatabaseUnavailable) -> Response:
+        """The database has logged it, once."""
+        most = max(len(delivery.body), self.fault.body_bytes if self.fault else 0)
+        self.fault = Fault(str(error), most)
+        return _answer(503, "could not be stored, try again", "database")
 
     async def _refuse(
         self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
@@ -183,9 +197,7 @@ class Callbacks:
         try:
             is_kept = self._refused.may(named.task_id) and await run_in_threadpool(self._keep_refused, delivery)
         except DatabaseUnavailable as error:
-            self.fault = str(error)
-            log.error("callback.not_stored", error=str(error))
-            return _answer(503, "could not be stored, try again", "database")
+            return self._away(delivery, error)
         if not is_kept and self._may_say.now(named.task_id):
             task = str(named.task_id) if named.task_id else None
             log.warning("callback.refused_not_kept", task=task, reason=reason, kept=MAX_REJECTED_PER_TASK)

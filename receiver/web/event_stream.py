@@ -154,7 +154,7 @@ class Stream:
             try:
                 newest = await run_in_threadpool(self._read_newest)
             except DatabaseUnavailable as error:
-                log.warning("stream.database_away", error=str(error))
+                log.debug("stream.database_away", error=str(error))
             except Exception:
                 log.exception("stream.bug")
             else:

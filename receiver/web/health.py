@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hmac
+import os
 import uuid
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import SecretStr
-from sqlalchemy import delete, text
+from sqlalchemy import delete, false
 from sqlmodel import col
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -29,7 +30,7 @@ from storage.operations import heartbeats, measures, outbox
 from storage.rows import migrations
 from storage.rows.deliveries import Delivery, store
 from storage.rows.group_commit import GroupCommit
-from storage.rows.models import Callback
+from storage.rows.models import Callback, Worker
 from storage.states import CallbackState
 
 
@@ -57,6 +58,7 @@ class Health:
         self._deadline_seconds = deadline_seconds
         self._bucket = BucketAvailability(bucket) if bucket else None
         self._slots = slots
+        self._probe_key = ""
         self._readiness = Readiness(self._check)
 
     async def alive(self, _request: Request) -> Response:
@@ -70,7 +72,7 @@ class Health:
         checks = await self._readiness.checks()
         checks["intake"] = "full" if self._group_commit.is_full else "ok"
         if self._callbacks.fault is not None:
-            checks["database"] = f"the last delivery was not stored: {self._callbacks.fault}"
+            checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
         is_degraded = any(state != "ok" for state in checks.values())
         status = 503 if is_down or (is_degraded and request.query_params.get("strict") == "1") else 200
@@ -84,14 +86,14 @@ class Health:
         if self._bucket is not None:
             checks["bucket"] = self._bucket.state()
         try:
-            if (fault := self._callbacks.fault) is None:
-                with self._database.write() as session:
-                    session.execute(text("SELECT 1"))
-            else:
-                self._store_probe()
+            is_behind = migrations.current(self._database) != migrations.head()
+            if (fault := self._callbacks.fault) is not None:
+                self._store_probe(fault.body_bytes)
                 if self._callbacks.fault is fault:  # else another delivery has failed meanwhile
                     self._callbacks.fault = None
-            is_behind = migrations.current(self._database) != migrations.head()
+            elif not is_behind:
+                with self._database.write() as session:
+                    session.execute(delete(Worker).where(false()))  # refused where nothing may be written
             checks |= {"database": "ok", "schema": "behind" if is_behind else "ok"}
             if not is_behind:
                 checks["workers"] = "ok" if heartbeats.count_alive(self._database) else "none alive"
@@ -100,11 +102,19 @@ class Health:
             checks |= {"database": str(error), "schema": "unknown"}
         return checks
 
-    def _store_probe(self) -> None:
-        """Store a delivery of our own and delete it. No load balancer sends one to a receiver that is not ready."""
-        probe = Delivery("readiness", "push", None, uuid.uuid4().bytes, state=CallbackState.REJECTED)
+    def _store_probe(self, body_bytes: int) -> None:
+        """Store a delivery of our own, as long as the one that failed, and delete it.
+
+        No load balancer sends one to a receiver that is not ready. In two transactions: pages that one transaction
+        takes and gives back are never written.
+        """
+        body = uuid.uuid4().bytes + os.urandom(body_bytes)
+        probe = Delivery("readiness", "push", None, body, state=CallbackState.REJECTED)
         with self._database.write() as session:
+            session.execute(delete(Callback).where(col(Callback.delivery_key) == self._probe_key))
             store(session, [probe])
+        self._probe_key = probe.key  # of a probe that cannot be deleted now
+        with self._database.write() as session:
             session.execute(delete(Callback).where(col(Callback.delivery_key) == probe.key))
 
     def _check_lateness(self) -> dict[str, str]:

@@ -159,7 +159,7 @@ class ContinuousAudit:
             except LostClaim:
                 return
             except DatabaseUnavailable as error:
-                log.warning("audit.database_away", error=str(error))
+                log.debug("audit.database_away", error=str(error))
 
     # -- auditing -----------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import structlog
 from sqlalchemy import (
     Connection,
     CursorResult,
@@ -18,34 +17,23 @@ from sqlalchemy import (
     Executable,
     create_engine,
     event,
-    make_url,
     select,
     text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
 from storage.database.clock import db_now
+from storage.database.outages import Outages, words
+from storage.database.postgresql import READ_ONLY, Sessions
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
+from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
 from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
 from storage.errors import DatabaseUnavailable
 
-log = structlog.get_logger()
-
-# A server that is up answers in less. A delivery has 5 s from its body to its commit.
-CONNECT_SECONDS = 4
-# A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
-# Linux's own limits are 15 minutes, or none. Options in the URL take precedence.
-POSTGRESQL_OPTIONS = {
-    "connect_timeout": CONNECT_SECONDS,
-    "tcp_user_timeout": 10_000,  # milliseconds
-    "keepalives_idle": 5,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-}
 # Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
 # connections by default.
 KEPT_CONNECTIONS = 12
@@ -54,11 +42,12 @@ WAKE_CHANNEL = "receiver_work"
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # SQLite's messages for a fault of the file. Faults of the statement have the same error class.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
-# PostgreSQL's code for a write to a standby, or to a server that is read-only because its disk is full.
-READ_ONLY = "25006"
 # Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
-URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+
+
+class SessionReplaced(DatabaseUnavailable):
+    """An old session refused to write, as those of a demoted primary do. A second try gets a new one, which may."""
 
 
 def run(
@@ -94,11 +83,15 @@ class Database:
 
     `write()` is one transaction, committed at the end of the block and rolled back when the block raises. `read()` sees
     one snapshot, taken at its first statement, and writes nothing. Raises `DatabaseUnavailable` when the database
-    cannot be reached or no connection is free for 4 s. `connections`: the most at once.
+    cannot be reached, takes no writes or has no connection free for 4 s. `connections`: the most at once. `direct_url`:
+    of PostgreSQL itself where `url` is a pooler's; it is for waking alone.
     """
 
-    def __init__(self, url: str, *, connections: int = 32) -> None:
+    def __init__(self, url: str, *, direct_url: str | None = None, connections: int = 32) -> None:
         self.url = normal_url(url)
+        self.direct_url = normal_url(direct_url) if direct_url else None
+        self.outages = Outages()
+        self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
@@ -113,28 +106,25 @@ class Database:
             self.turnstile = nullcontext()
             self.writer = create_engine(
                 self.url,
-                pool_pre_ping=True,
                 pool_use_lifo=True,
-                connect_args=self.postgresql_options,
+                connect_args=psycopg_arguments(self.url),
+                isolation_level="READ COMMITTED",  # the database's own default may be another
                 hide_parameters=True,
                 **pool,
             )
-            event.listen(self.writer, "checkin", _forget_read_only)
+            self.sessions.watch(self.writer)
             # The driver puts both into its BEGIN, so a snapshot costs no round trip.
             self.reader = self.writer.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
 
-    @property
-    def postgresql_options(self) -> dict[str, Any]:
-        return {name: value for name, value in POSTGRESQL_OPTIONS.items() if name not in self.url.query}
-
     @contextmanager
     def write(self) -> Iterator[Session]:
-        with _unavailable(), self.turnstile:
+        with self._unavailable(), self.turnstile:
             with Session(self.writer, expire_on_commit=False) as session, session.begin():
                 yield session
+        self.outages.wrote()
 
     @contextmanager
     def autocommit_writer(self) -> Iterator[Connection]:
@@ -143,18 +133,19 @@ class Database:
         For the single statement of a group commit: BEGIN and COMMIT are a round trip each on PostgreSQL, and on SQLite
         a wait for the interpreter lock beside a busy event loop.
         """
-        with _unavailable(), self.turnstile, self._autocommit_writer.connect() as connection:
+        with self._unavailable(), self.turnstile, self._autocommit_writer.connect() as connection:
             yield connection
+        self.outages.wrote()
 
     @contextmanager
     def autocommit_reader(self) -> Iterator[Connection]:
         """The same for reads: idle lanes poll without a transaction."""
-        with _unavailable(), self._autocommit_reader.connect() as connection:
+        with self._unavailable(), self._autocommit_reader.connect() as connection:
             yield connection
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        with _unavailable(), Session(self.reader, expire_on_commit=False) as session:
+        with self._unavailable(), Session(self.reader, expire_on_commit=False) as session:
             yield session
 
     def now(self) -> datetime:
@@ -169,6 +160,18 @@ class Database:
         usage = shutil.disk_usage(Path(self.url.database or ".").absolute().parent)
         return usage.free / usage.total
 
+    @contextmanager
+    def _unavailable(self) -> Iterator[None]:
+        try:
+            yield
+        except (PoolTimeout, DBAPIError, DatabaseUnavailable) as error:
+            outage = _outage_of(self.url, error)
+            if outage is not None and not isinstance(outage, SessionReplaced):  # a new session may still write
+                self.outages.failed(str(outage))
+            if outage is None or outage is error:
+                raise
+            raise outage from error
+
     def close(self) -> None:
         self.writer.dispose()
         self.reader.dispose()
@@ -182,25 +185,6 @@ class Database:
         """Wake waiting workers when this transaction commits."""
         if not self.is_sqlite:
             session.execute(text(f"NOTIFY {WAKE_CHANNEL}"))
-
-
-def normal_url(url: str) -> URL:
-    """`postgresql://` means psycopg 3; SQLite needs a file. Raises ValueError with the valid forms."""
-    parsed = _parse(url)
-    if parsed.drivername in ("postgresql", "postgres"):
-        return parsed.set(drivername="postgresql+psycopg")
-    if parsed.drivername == "postgresql+psycopg":
-        return parsed
-    if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
-        return parsed
-    raise ValueError(URL_FORMS)
-
-
-def _parse(url: str) -> URL:
-    try:
-        return make_url(url)
-    except (ArgumentError, ValueError):  # an invalid port: the message would show a part of the password
-        raise ValueError(URL_FORMS) from None
 
 
 def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
@@ -228,26 +212,17 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
     return engine
 
 
-def _forget_read_only(connection: Any, _: object) -> None:
-    """Leave it to the server whether the connection's next transaction may write.
-
-    SQLAlchemy resets to READ WRITE, which would override the read-only mode of a server with a full disk.
-    """
-    if connection is not None:  # None: it is broken
-        connection.read_only = None
-
-
-@contextmanager
-def _unavailable() -> Iterator[None]:
-    try:
-        yield
-    except PoolTimeout as error:
-        raise DatabaseUnavailable(f"database: no connection became free within {CONNECT_SECONDS} s") from error
-    except DBAPIError as error:
-        is_postgresql = type(error.orig).__module__.startswith("psycopg")
-        is_down = isinstance(error, OperationalError) or getattr(error.orig, "sqlstate", None) == READ_ONLY
-        if error.connection_invalidated or (is_postgresql and is_down):
-            raise DatabaseUnavailable(f"database: {type(error.orig).__name__}") from error
-        if any(words in str(error.orig) for words in SQLITE_OUTAGES):
-            raise DatabaseUnavailable(f"database: {error.orig}") from error
-        raise
+def _outage_of(url: URL, error: Exception) -> DatabaseUnavailable | None:
+    """The outage that the error means, with place and reason; None = it means another thing."""
+    if isinstance(error, DatabaseUnavailable):
+        return error
+    if isinstance(error, PoolTimeout):
+        return DatabaseUnavailable(f"database: no connection became free within {CONNECT_SECONDS} s")
+    assert isinstance(error, DBAPIError)
+    is_postgresql = type(error.orig).__module__.startswith("psycopg")
+    is_read_only = getattr(error.orig, "sqlstate", None) == READ_ONLY
+    is_away = is_postgresql and (isinstance(error, OperationalError) or is_read_only)
+    if not (error.connection_invalidated or is_away or any(each in str(error.orig) for each in SQLITE_OUTAGES)):
+        return None
+    kind = SessionReplaced if is_read_only and error.connection_invalidated else DatabaseUnavailable
+    return kind(f"database: {place(url)}: {words(url, error)}")

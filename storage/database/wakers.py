@@ -10,6 +10,9 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import PoolProxiedConnection
 
+from storage.database.postgresql import FACTS, is_pooled
+from storage.database.urls import psycopg_arguments
+
 if TYPE_CHECKING:
     from storage.database.sessions import Database
 
@@ -21,6 +24,11 @@ SQLITE_POLL_INTERVAL_SECONDS = 0.05
 # queries for each commit, more CPU than the pictures took. The first notification wakes at once, the following ones
 # together after this time. A lane with work in hand claims more without being woken.
 WAKE_SECONDS = 0.2
+# A pooler that lends a server connection for one transaction passes no notifications on, so every lane looks for work
+# this often. With the ten lanes of a worker that is fifty small queries a second.
+POOLED_INTERVAL_SECONDS = 0.2
+# A notification takes milliseconds. `receiver check` waits this long for one.
+CHECK_SECONDS = 2.0
 
 
 class Waker(Protocol):
@@ -73,8 +81,20 @@ class SqliteWaker:
             self._connection.close()
 
 
+class WakeFault(Exception):
+    """Notifications do not arrive. `is_pooler`: because a pooler stands in between."""
+
+    def __init__(self, message: str, *, is_pooler: bool = False) -> None:
+        super().__init__(message)
+        self.is_pooler = is_pooler
+
+
 class PostgresWaker:
-    """Listens for the notifications of `Database.wake`. It connects anew after an error."""
+    """Listens for the notifications of `Database.wake`, at the direct URL if there is one. It connects anew after an
+    error, and when sessions turned out to be of a server that was demoted.
+
+    Where it finds a pooler it does not listen, and waits for `POOLED_INTERVAL_SECONDS` at most.
+    """
 
     def __init__(self, database: Database, channel: str) -> None:
         import psycopg  # its import takes 50 ms, and only PostgreSQL needs it
@@ -83,14 +103,18 @@ class PostgresWaker:
         self._database = database
         self._channel = channel
         self._connection: psycopg.Connection[Any] | None = None
-        self._woke_at = float("-inf")
+        self._connected_at = self._woke_at = float("-inf")
+        self._is_pooled = False
 
     def wait(self, seconds: float) -> None:
+        if self._is_pooled:
+            time.sleep(min(seconds, POOLED_INTERVAL_SECONDS))
+            return
+        if self._connected_at < self._database.sessions.replaced_at:
+            self.close()
         try:
             if self._connection is None:
-                url = self._database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                self._connection = self._driver.connect(url, autocommit=True, **self._database.postgresql_options)
-                self._connection.execute(f"LISTEN {self._channel}")
+                self._listen()
                 return
             if not any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1)):
                 return
@@ -98,9 +122,33 @@ class PostgresWaker:
             for _ in self._connection.notifies(timeout=0):  # drop the notifications that came meanwhile
                 pass
             self._woke_at = time.monotonic()
-        except self._driver.OperationalError:
+        except self._driver.Error:  # a standby's refusal to listen, too
             self.close()
             time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
+
+    def check(self) -> None:
+        """Listen, notify by way of the other URL, and hear it. Raises `WakeFault`, `DatabaseUnavailable`."""
+        try:
+            self._listen()
+            if self._connection is None:
+                raise WakeFault("it is a pooler, which passes no notifications on", is_pooler=True)
+            with self._database.write() as session:
+                self._database.wake(session)
+            if not any(True for _ in self._connection.notifies(timeout=CHECK_SECONDS, stop_after=1)):
+                raise WakeFault("it is another database: a notification did not arrive")
+        except self._driver.Error as error:
+            raise WakeFault(str(error)) from error
+
+    def _listen(self) -> None:
+        self._connected_at = time.monotonic()
+        arguments = psycopg_arguments(self._database.direct_url or self._database.url)
+        self._connection = self._driver.connect(autocommit=True, **arguments)
+        process_id, _ = self._connection.execute(FACTS).fetchone() or (0, False)
+        self._is_pooled = is_pooled(self._connection, process_id)
+        if self._is_pooled:
+            self.close()
+        else:
+            self._connection.execute(f"LISTEN {self._channel}")
 
     def close(self) -> None:
         if self._connection is not None:

@@ -33,7 +33,7 @@ from sqlmodel import Session, col, func, select
 
 from storage.database import free_space
 from storage.database.free_space import Disk
-from storage.database.sessions import Database
+from storage.database.sessions import Database, SessionReplaced
 from storage.errors import DatabaseUnavailable
 from storage.rows.deliveries import MAX_BATCH, Delivery, apply_unreadable_again, insert
 from storage.rows.loop_connections import Locked, LoopConnection, loop_connection
@@ -256,14 +256,22 @@ class GroupCommit:
     def _write(self, deliveries: list[Delivery]) -> tuple[set[str], set[str]]:
         """Store what there is room for. Returns the new keys, and those refused as their task is full."""
         full = self._kept.over(deliveries)
-        with self._database.autocommit_writer() as connection:
-            started = time.perf_counter()
-            new = insert(connection, [delivery for delivery in deliveries if delivery.key not in full])
-        self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
+        wanted = [delivery for delivery in deliveries if delivery.key not in full]
+        try:
+            new = self._insert(wanted)
+        except SessionReplaced:
+            new = self._insert(wanted)
         self._kept.count(deliveries, new)
         if known := {delivery.key for delivery in deliveries} - new - full:
             apply_unreadable_again(self._database, known)
         return new, full
+
+    def _insert(self, deliveries: list[Delivery]) -> set[str]:
+        with self._database.autocommit_writer() as connection:
+            started = time.perf_counter()
+            new = insert(connection, deliveries)
+        self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
+        return new
 
     # -- for both ----------------------------------------------------------------------------------------------------
 

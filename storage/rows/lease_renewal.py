@@ -36,6 +36,6 @@ def _renew(database: Database, row: Row, lease_seconds: float, ended: threading.
             with database.write() as session:
                 claims.renew(session, type(row), [row.id], lease, lease_seconds)
         except DatabaseUnavailable as error:
-            log.warning("claim.not_renewed", row=str(row.id), error=str(error))
+            log.debug("claim.not_renewed", row=str(row.id), error=str(error))
         except Exception:
             log.exception("claim.not_renewed", row=str(row.id))

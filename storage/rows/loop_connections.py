@@ -10,8 +10,10 @@ import sqlite3
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from storage.database.postgresql import FACTS, READ_ONLY
 from storage.database.sessions import SQLITE_PRAGMAS, Database
 from storage.database.turnstile import Turnstile
+from storage.database.urls import psycopg_arguments
 from storage.rows.deliveries import POSTGRESQL_INSERT, Delivery, insert_sqlite, postgresql_values
 from storage.states import CallbackState
 
@@ -78,13 +80,18 @@ class PostgresLoopConnection:
     """Waits for the server without blocking the loop. Opened anew after whatever has broken it."""
 
     def __init__(self, database: Database) -> None:
-        self._url = database.url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self._options = database.postgresql_options
+        self._arguments = psycopg_arguments(database.url)
+        self._sessions = database.sessions
         self._connection: AsyncConnection[Any] | None = None
 
     async def insert(self, deliveries: Sequence[Delivery]) -> set[str]:
         connection = await self._opened()
-        result = await connection.execute(POSTGRESQL_INSERT, postgresql_values(deliveries))
+        try:
+            result = await connection.execute(POSTGRESQL_INSERT, postgresql_values(deliveries))
+        except Exception as error:
+            if getattr(error, "sqlstate", None) == READ_ONLY:
+                await connection.close()  # a demoted server keeps its sessions for ever
+            raise
         return {key for key, _ in await result.fetchall()}
 
     async def unreadable(self, keys: Collection[str]) -> set[str]:
@@ -96,7 +103,9 @@ class PostgresLoopConnection:
         from psycopg import AsyncConnection  # 50 ms of every start, and only here is it needed by name
 
         if self._connection is None or self._connection.closed:
-            self._connection = await AsyncConnection.connect(self._url, autocommit=True, **self._options)
+            self._connection = await AsyncConnection.connect(autocommit=True, **self._arguments)
+            process_id, is_read_only = await (await self._connection.execute(FACTS)).fetchone() or (0, False)
+            self._sessions.note(self._connection, process_id, is_read_only)
         return self._connection
 
     async def close(self) -> None:

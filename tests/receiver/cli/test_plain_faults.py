@@ -154,6 +154,37 @@ def test_a_file_that_is_no_database_is_one_line(receiver: CommandLine, words: tu
     assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {path}: file is not a database\n")
 
 
+@pytest.mark.parametrize("words", [("migrate",), ("serve",), ASK], ids=lambda words: words[0])
+def test_a_file_that_cannot_be_opened_is_named(receiver: CommandLine, words: tuple[str, ...]) -> None:
+    done = receiver(*words, RECEIVER_DATABASE_URL="sqlite:///none/receiver.db")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert done.err.startswith(f"RECEIVER_DATABASE_URL: {receiver.folder / 'none' / 'receiver.db'}: ")
+
+
+@pytest.mark.parametrize("words", [("status",), ("serve",), ("work",)], ids=" ".join)
+def test_a_server_without_tls_is_said_at_once(
+    receiver: CommandLine, postgres: Postgres, postgres_url: str, words: tuple[str, ...]
+) -> None:
+    done = receiver(*words, RECEIVER_DATABASE_URL=f"{postgres_url}?sslmode=require")
+    said = "server does not support SSL, but SSL was required"
+    assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: 127.0.0.1:{postgres.port}: {said}\n")
+
+
+@pytest.mark.parametrize("words", [("migrate",), ASK], ids=lambda words: words[0])
+def test_a_read_only_database_is_one_line(
+    receiver: CommandLine, postgres: Postgres, postgres_url: str, words: tuple[str, ...]
+) -> None:
+    name = postgres_url.rpartition("/")[2]
+    if words == ("migrate",):
+        name, postgres_url = "bare", postgres.create_database("bare")
+    with postgres.read_only(name):
+        done = receiver(*words, RECEIVER_DATABASE_URL=postgres_url)
+    if name == "bare":
+        postgres.drop_database(name)
+    assert (done.code, len(done.err.splitlines())) == (1, 1), done.err
+    assert f"127.0.0.1:{postgres.port}: cannot execute " in done.err and "read-only" in done.err
+
+
 @pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",)], ids=" ".join)
 def test_a_wrong_role_or_database_name_is_said_at_once(
     receiver: CommandLine, postgres: Postgres, words: tuple[str, ...]

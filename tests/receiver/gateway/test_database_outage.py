@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.gateway import creates as gateway_creates
@@ -121,4 +122,19 @@ def test_a_fault_of_our_own_is_no_reason_to_send_again_either(web: Web, parts: P
         session.execute(text("ALTER TABLE asset RENAME TO gone"))  # what a settle reads
     answer = create(web, BODY, headers=WORD)
     assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
+    assert len(creates(sandbox)) == 1
+
+
+@ON_POSTGRESQL
+def test_a_create_on_a_read_only_database_is_told_to_come_again(
+    web: Web, parts: Parts, sandbox: Sandbox, postgres: Postgres
+) -> None:
+    name = str(parts.database.url.database)
+    with capture_logs() as logs, postgres.read_only(name):
+        postgres.end_sessions(name)
+        answer = create(web, BODY, headers=WORD)
+        assert (told(answer), answer.headers["Retry-After"]) == ((503, 5001), "5")
+        assert told(create(web, BODY, headers=WORD)) == (503, 5001)
+    assert [line["event"] for line in logs] == ["database.away"]
+    wait_until(lambda: told(create(web, BODY, headers=WORD)) == (200, 0))
     assert len(creates(sandbox)) == 1

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -36,7 +40,7 @@ def test_eight_callers_check_the_database_once_a_second(web: Web, parts: Parts) 
     checks: list[float] = []
 
     def count(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement == "SELECT 1":
+        if statement.startswith("DELETE FROM worker"):
             checks.append(time.monotonic())
 
     def ask_often(_: int) -> list[int]:
@@ -91,3 +95,30 @@ def test_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, p
     wait_until(lambda: ask(web) == 200)
     assert callbacks_of(parts) == []
     assert deliver(web, parts, task) == 200
+
+
+@pytest.fixture
+def no_more_growth() -> Iterator[Callable[[int], None]]:
+    """Files of this process may become so long and no longer, as with a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@ON_SQLITE
+def test_file_that_takes_small_deliveries_alone_is_not_ready(
+    web: Web, parts: Parts, no_more_growth: Callable[[int], None]
+) -> None:
+    task, statuses = insert_row(parts), list[int]()
+    path = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
+    no_more_growth(Path(f"{parts.database.url.database}").stat().st_size + 2**20)
+    while 503 not in statuses and len(statuses) < 60:
+        statuses.append(httpx.post(path, content=os.urandom(60_000), timeout=10).status_code)
+    ends_at = time.monotonic() + 2 * readiness.FRESH_SECONDS
+    while time.monotonic() < ends_at:
+        statuses.append(httpx.post(path, content=os.urandom(16), timeout=10).status_code)
+        assert ask(web) == 503
+    assert statuses.count(200) == len(callbacks_of(parts))
+    no_more_growth(resource.RLIM_INFINITY)
+    wait_until(lambda: ask(web) == 200)
+    assert httpx.post(path, content=os.urandom(60_000), timeout=10).status_code == 200

@@ -23,8 +23,9 @@ from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.gateway import gateway
 from storage.database.clock import db_now
-from storage.database.sessions import KEPT_CONNECTIONS, Database, normal_url
+from storage.database.sessions import KEPT_CONNECTIONS, Database
 from storage.database.turnstile import Turnstile
+from storage.database.urls import normal_url
 from storage.database.wakers import Waker
 from storage.errors import DatabaseUnavailable
 from storage.rows.models import Worker
@@ -163,18 +164,19 @@ def test_read_block_sees_one_snapshot(database: Database) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_connection_writes_after_a_read_unless_the_server_is_read_only(database: Database) -> None:
+def test_connection_writes_after_a_read_unless_the_server_is_read_only(database: Database, postgres: Postgres) -> None:
     mode = text("SELECT pg_backend_pid(), current_setting('transaction_read_only')")
     with database.read() as session:
         process, is_read_only = session.execute(mode).one()
         assert is_read_only == "on"
     with database.write() as session:
         assert session.execute(mode).one() == (process, "off")
-        session.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
-    with database.read() as session:
-        session.execute(mode)
-    with database.write() as session:
-        assert session.execute(mode).one() == (process, "on")
+    database.writer.dispose()
+    with postgres.read_only(str(database.url.database)):
+        with database.read() as session:
+            session.execute(mode)
+        with database.write() as session:
+            assert session.execute(mode).one()[1] == "on"
 
 
 def parts_of(database: Database, **settings: Any) -> Parts:
@@ -216,6 +218,7 @@ TAKE_TURNS = """
 import sys
 from pathlib import Path
 from storage.database.turnstile import Turnstile
+from storage.database.urls import normal_url
 folder = Path(sys.argv[1])
 turnstile = Turnstile(folder / "db.lock")
 print("ready", flush=True)

@@ -1,0 +1,60 @@
+"""A database that is away: its own words, and one line in the log for each change of state."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import structlog
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
+
+log = structlog.get_logger()
+
+MAX_WORDS_CHARS = 300
+# psycopg's words before those of the server or of the network.
+CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
+# Lanes try again after 1 s, and a file that is nearly full takes some rows and not others.
+STEADY_SECONDS = 5.0
+
+
+def words(url: URL, error: BaseException) -> str:
+    """The database's own sentence, in one line and without the password."""
+    driver = error.orig if isinstance(error, DBAPIError) else error
+    primary = getattr(getattr(driver, "diag", None), "message_primary", None)
+    said = CONNECTION_PREFIX.sub("", primary or str(driver))
+    said = said.replace(str(url.password), "…") if url.password else said
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in said).split())
+    return line if len(line) <= MAX_WORDS_CHARS else f"{line[: MAX_WORDS_CHARS - 1]}…"
+
+
+class Outages:
+    """Logs `database.away` at the first failure, and `database.back` at a write 5 s after the last one.
+
+    A read that succeeds says nothing: a read-only server answers reads. Off until `is_on`, for the long-running
+    processes: a verb shows its error itself.
+    """
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self._lock = threading.Lock()
+        self._began_at: float | None = None
+        self._failed_at = 0.0
+
+    def failed(self, reason: str) -> None:
+        with self._lock:
+            self._failed_at = time.monotonic()
+            is_first, self._began_at = self._began_at is None, self._began_at or self._failed_at
+        if is_first and self.is_on:
+            log.error("database.away", error=reason)
+
+    def wrote(self) -> None:
+        if self._began_at is None:
+            return
+        with self._lock:
+            if self._began_at is None or time.monotonic() < self._failed_at + STEADY_SECONDS:
+                return
+            lasted, self._began_at = self._failed_at - self._began_at, None
+        if self.is_on:
+            log.info("database.back", was_away_seconds=round(lasted, 1))

@@ -1,0 +1,109 @@
+"""What a new session of PostgreSQL is asked, and when an old one is replaced.
+
+A primary that was demoted keeps its sessions: they refuse writes for ever, while every new session, at the same
+address, may write. So a session that says it is read-only is replaced, and a new one decides.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import InvalidatePoolError
+
+if TYPE_CHECKING:
+    from psycopg import AsyncConnection, Connection
+
+# PostgreSQL's code for a write to a standby, or to a server that is read-only because its disk is full.
+READ_ONLY = "25006"
+# How long a new session's word counts for the others. A server may be read-only for hours.
+BELIEVED_SECONDS = 1.0
+FACTS = "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
+# Asked in place of SQLAlchemy's own ping before a connection of the pool is used again: one round trip, too.
+PING = "SHOW transaction_read_only"
+# psycopg reads times in this style alone, and a database may name another one as its default. PgBouncer, too, keeps it
+# for each of its clients.
+SET_STYLE = "SET DateStyle TO ISO"
+
+
+def is_pooled(connection: Connection[Any] | AsyncConnection[Any], process_id: int) -> bool:
+    """Whether a pooler stands in between: the process that answers is not the one that took the connection."""
+    return connection.info.backend_pid != process_id
+
+
+def needs_style(connection: Connection[Any] | AsyncConnection[Any]) -> bool:
+    return not (connection.info.parameter_status("DateStyle") or "ISO").startswith("ISO")
+
+
+class Sessions:
+    """What this process knows of the server's sessions. Used by all its threads.
+
+    `is_pooled`: whether the newest session went through a pooler, None = there was none yet. Behind a pooler that
+    lends its server connections for one transaction each, nothing is prepared on the server.
+    """
+
+    def __init__(self, *, is_pooled: bool | None = None) -> None:
+        self._is_said_to_be_pooled = bool(is_pooled)
+        self.is_pooled = is_pooled
+        self.replaced_at = float("-inf")
+        self._read_only_until = float("-inf")
+
+    def watch(self, engine: Engine) -> None:
+        event.listen(engine, "connect", self._begin)
+        event.listen(engine, "checkout", self._check)
+        event.listen(engine, "checkin", _forget_read_only)
+        event.listen(engine, "handle_error", self._judge)
+
+    def note(self, connection: Connection[Any] | AsyncConnection[Any], process_id: int, is_read_only: bool) -> None:
+        """What a new session said (`FACTS`)."""
+        self.is_pooled = self._is_said_to_be_pooled or is_pooled(connection, process_id)
+        if self.is_pooled:
+            connection.prepare_threshold = None
+        if is_read_only:
+            self._read_only_until = time.monotonic() + BELIEVED_SECONDS
+
+    def is_replaceable(self) -> bool:
+        """Whether a new session may be able to write where an old one is not."""
+        if time.monotonic() < self._read_only_until:
+            return False
+        self.replaced_at = time.monotonic()
+        return True
+
+    def _begin(self, connection: Connection[Any], record: Any) -> None:
+        connection.autocommit = True
+        process_id, is_read_only = connection.execute(FACTS).fetchone() or (0, False)
+        self.note(connection, process_id, is_read_only)
+        if needs_style(connection):
+            connection.execute(SET_STYLE)
+        connection.autocommit = False
+        record.info["is_new"] = True
+
+    def _check(self, connection: Connection[Any], record: Any, _: object) -> None:
+        if record.info.pop("is_new", False):
+            return
+        from psycopg import Error  # its import takes 50 ms, and only PostgreSQL needs it
+
+        was_autocommit, connection.autocommit = connection.autocommit, True
+        try:
+            (mode,) = connection.execute(PING).fetchone() or ("on",)
+        except Error as error:
+            raise InvalidatePoolError from error
+        connection.autocommit = was_autocommit
+        if mode == "on" and self.is_replaceable():
+            raise InvalidatePoolError
+
+    def _judge(self, context: ExceptionContext) -> None:
+        """A write that was refused breaks its connection, and with it all that are as old."""
+        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY and self.is_replaceable():
+            context.is_disconnect = True
+
+
+def _forget_read_only(connection: Any, _: object) -> None:
+    """Leave it to the server whether the connection's next transaction may write.
+
+    SQLAlchemy resets to READ WRITE, which would override the read-only mode of a server with a full disk.
+    """
+    if connection is not None:  # None: it is broken
+        connection.read_only = None

@@ -1,0 +1,80 @@
+"""The URL of a database as people write it, what psycopg is given of it, and how a message names the place."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from sqlalchemy import make_url
+from sqlalchemy.dialects.postgresql.psycopg import dialect
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError
+
+URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+# A server that is up answers in less. A delivery has 5 s from its body to its commit.
+CONNECT_SECONDS = 4
+# A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
+# Linux's own limits are 15 minutes, or none. Options in the URL take precedence.
+POSTGRESQL_OPTIONS = {
+    "connect_timeout": CONNECT_SECONDS,
+    "tcp_user_timeout": 10_000,  # milliseconds
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
+# libpq's form, which SQLAlchemy does not read: postgresql://USER@HOST1:PORT1,HOST2:PORT2/NAME.
+SEVERAL_HOSTS = re.compile(r"(\w[\w+]*://(?:[^:/@?]*(?::[^@]*)?@)?)([^/?@]+,[^/?@]+)((?:[/?].*)?)", re.DOTALL)
+
+
+def normal_url(url: str) -> URL:
+    """`postgresql://` means psycopg 3; SQLite needs a file. Raises ValueError with the valid forms."""
+    parsed = _parse(url)
+    if parsed.drivername in ("postgresql", "postgres"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername == "postgresql+psycopg":
+        return parsed.set(host=unquote(parsed.host)) if parsed.host else parsed
+    if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        return parsed
+    raise ValueError(URL_FORMS)
+
+
+def _parse(url: str) -> URL:
+    try:
+        several = SEVERAL_HOSTS.fullmatch(url)
+        if several is None:
+            return make_url(url)
+        parts = [re.fullmatch(r"\[?(.*?)\]?(?::(\d*))?", one) for one in several[2].split(",")]
+        hosts, ports = zip(*(part.groups() for part in parts if part), strict=True)
+        named = {"host": ",".join(map(unquote, hosts)), "port": ",".join(port or "5432" for port in ports)}
+        return make_url(several[1] + several[3]).update_query_dict(named)
+    except (ArgumentError, ValueError):  # an invalid port: the message would show a part of the password
+        raise ValueError(URL_FORMS) from None
+
+
+def psycopg_arguments(url: URL) -> dict[str, Any]:
+    """What psycopg connects with. Of several hosts it takes the one that may be written, unless the URL asks for less.
+
+    The encoding is ours, because a database may name another one as its default, which has no letters for a prompt.
+    """
+    named = _driver_names(url)
+    several = {"target_session_attrs": "read-write"} if "," in str(named.get("host", "")) else {}
+    return {**POSTGRESQL_OPTIONS, **several, **named, "client_encoding": "utf8"}
+
+
+def place(url: URL) -> str:
+    """Host and port, or the file, as the URL names them."""
+    if url.get_backend_name() == "sqlite":
+        return str(Path(url.database or "").absolute())
+    named = _driver_names(url)
+    hosts = str(named.get("host") or "the local socket").split(",")
+    ports = str(named.get("port") or 5432).split(",")
+    ports = ports * len(hosts) if len(ports) == 1 else ports
+    return ",".join(f"{host}:{port or 5432}" for host, port in zip(hosts, ports, strict=False))
+
+
+def _driver_names(url: URL) -> dict[str, Any]:
+    """The URL's parts as libpq names them."""
+    _, named = dialect().create_connect_args(url)  # type: ignore[no-untyped-call] # SQLAlchemy's own
+    return dict(named)

@@ -1,0 +1,260 @@
+"""PostgreSQL as people have it: poolers, demoted primaries, several hosts, other defaults."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+
+import pytest
+from sqlalchemy import text
+from sqlmodel import select
+from structlog.testing import capture_logs
+
+from storage.database import outages, postgresql
+from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable
+from storage.rows import loop_connections
+from storage.rows.deliveries import Delivery
+from storage.rows.group_commit import GroupCommit, Intake
+from storage.rows.models import Callback
+from tests.harness import wait_until
+from tests.pgbouncer import NEEDED, PgBouncer
+from tests.postgres import Postgres
+from tests.storage.database.test_sessions import announce, ask, count_workers, waiting
+
+pytestmark = pytest.mark.parametrize("database_kind", ["postgresql"])
+STEADY_SECONDS = 0.5
+PROCESS = text("SELECT pg_backend_pid()")
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Database]]:
+    with ExitStack() as stack:
+        yield lambda url, **more: stack.enter_context(closing(Database(url, **more)))
+
+
+@pytest.fixture
+def pooled_url(postgres: Postgres, database_url: str) -> Iterator[str]:
+    with PgBouncer(postgres, size=1) as pooler:
+        yield pooler.url(database_url)
+
+
+@pytest.fixture
+def demoted(database: Database, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """Its sessions are of a server that was demoted meanwhile; new ones may write."""
+    monkeypatch.setattr(postgresql, "BELIEVED_SECONDS", 0)
+    with postgres.read_only(str(database.url.database)):
+        database.now()
+    return database
+
+
+def commit(database: Database, number: int = 1) -> Intake:
+    """One delivery, by the group commit."""
+
+    async def run() -> Intake:
+        group_commit = GroupCommit(database)
+        group_commit.start()
+        try:
+            return await group_commit.commit(Delivery("kling", "push", None, b"%d" % number))
+        finally:
+            await group_commit.stop()
+
+    return asyncio.run(run())
+
+
+def test_write_on_a_session_that_stayed_read_only_is_done_on_a_new_one(demoted: Database) -> None:
+    with demoted.write() as session:
+        assert session.execute(text("DELETE FROM worker")).rowcount == 0
+    assert commit(demoted) is Intake.NEW
+
+
+def test_session_that_becomes_read_only_in_use_is_replaced_and_the_commit_repeated(database: Database) -> None:
+    database.outages.is_on = True
+    with database.autocommit_writer() as connection:
+        process = connection.execute(PROCESS).scalar_one()
+        # What the check before a use sees differs from what the insert meets.
+        connection.execute(text(
+            "CREATE FUNCTION demote() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+            f"IF pg_backend_pid() = {process} THEN RAISE SQLSTATE '25006'; END IF; RETURN NULL; END $$"
+        ))  # fmt: skip
+        connection.execute(text("CREATE TRIGGER demote BEFORE INSERT ON callback EXECUTE FUNCTION demote()"))
+    with capture_logs() as logs:
+        assert commit(database) is Intake.NEW
+    assert logs == []
+    with database.write() as session:
+        session.execute(text("DROP FUNCTION demote CASCADE"))
+        assert len(session.exec(select(Callback)).all()) == 1
+
+
+def test_loop_connection_of_a_demoted_server_is_opened_anew(database: Database, postgres: Postgres) -> None:
+    async def run() -> set[str]:
+        connection = loop_connections.loop_connection(database)
+        with postgres.read_only(str(database.url.database)):
+            with pytest.raises(Exception, match="read-only"):
+                await connection.insert([Delivery("kling", "push", None, b"1")])
+        try:
+            return await connection.insert([Delivery("kling", "push", None, b"1")])
+        finally:
+            await connection.close()
+
+    assert len(asyncio.run(run())) == 1
+
+
+def test_waker_of_a_demoted_server_listens_anew(demoted: Database) -> None:
+    with closing(demoted.waker()) as waker:
+        waker.wait(0)
+        before = waker._connection  # type: ignore[attr-defined]
+        with demoted.write() as session:
+            session.execute(PROCESS)
+        waker.wait(0)
+        assert waker._connection is not before  # type: ignore[attr-defined]
+        woke = waiting(waker)
+        wait_until(lambda: announce(demoted) or woke())
+
+
+def test_read_only_server_is_one_line_when_it_begins_and_one_when_it_ends(
+    database: Database, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "BELIEVED_SECONDS", STEADY_SECONDS)
+    monkeypatch.setattr(outages, "STEADY_SECONDS", STEADY_SECONDS)
+    database.outages.is_on = True
+    with capture_logs() as logs:
+        with postgres.read_only(str(database.url.database)):
+            database.writer.dispose()
+            for number in range(5):
+                with pytest.raises(DatabaseUnavailable, match="read-only transaction"):
+                    commit(database, number)
+                assert ask(database, text("1")) == (1,)
+        time.sleep(STEADY_SECONDS)
+        assert commit(database) is Intake.NEW
+    assert [line["event"] for line in logs] == ["database.away", "database.back"]
+    assert f"127.0.0.1:{postgres.port}: cannot execute" in logs[0]["error"]
+
+
+def test_of_several_hosts_the_one_that_may_be_written_is_taken(
+    database_url: str, postgres: Postgres, opened: Callable[..., Database]
+) -> None:
+    here = f"127.0.0.1:{postgres.port}"
+    several = opened(database_url.replace(here, f"127.0.0.1:1,{here}") + "?connect_timeout=2")
+    with several.write() as session:
+        assert count_workers(session) == 0
+    with postgres.read_only(str(several.url.database)):
+        several.writer.dispose()
+        with pytest.raises(DatabaseUnavailable, match="session is read-only") as caught:
+            several.now()
+        assert f"127.0.0.1:1,{here}: " in str(caught.value)
+        assert opened(f"{database_url}?target_session_attrs=any").now()
+        with pytest.raises(DatabaseUnavailable, match="session is read-only"):
+            opened(f"{database_url}?target_session_attrs=read-write").now()
+    assert several.now()
+
+
+def test_socket_path_as_a_host_works(database_url: str, postgres: Postgres, opened: Callable[..., Database]) -> None:
+    folder, name = str(postgres._folder), database_url.rpartition("/")[2]
+    for host in (folder.replace("/", "%2F"), folder.replace("/", "%2f")):
+        database = opened(f"postgresql://postgres@{host}:{postgres.port}/{name}")
+        assert database.now()
+        with closing(database.waker()) as waker:
+            waker.wait(0)
+            assert waker._connection is not None  # type: ignore[attr-defined]
+    with pytest.raises(DatabaseUnavailable, match=f"{folder}:1: "):
+        opened(f"postgresql://postgres@{folder.replace('/', '%2F')}:1/{name}").now()
+
+
+@pytest.mark.parametrize(
+    ("default", "value"),
+    [("client_encoding", "latin1"), ("datestyle", "German"), ("default_transaction_isolation", "serializable")],
+)
+def test_defaults_of_the_database_change_nothing(default: str, value: str, database: Database) -> None:
+    name = database.url.database
+    with database.write() as session:
+        session.execute(text(f"ALTER DATABASE \"{name}\" SET {default} = '{value}'"))
+    database.writer.dispose()
+    with database.write() as session:
+        assert session.execute(text("SELECT CAST(:word AS text)"), {"word": "帆船"}).scalar_one() == "帆船"
+        assert session.execute(text("SHOW transaction_isolation")).scalar_one() == "read committed"
+    assert database.now()
+    assert commit(database) is Intake.NEW
+    with database.write() as session:
+        session.execute(text(f'ALTER DATABASE "{name}" RESET {default}'))
+
+
+@pytest.mark.parametrize(("option", "said"), [("sslmode=require", "server does not support SSL"), ("", "refused")])
+def test_outage_names_place_and_reason(
+    option: str, said: str, database_url: str, postgres: Postgres, opened: Callable[..., Database]
+) -> None:
+    port = postgres.port if option else 1
+    url = database_url.replace(f"postgres@127.0.0.1:{postgres.port}", f"postgres:hunter2@127.0.0.1:{port}")
+    with pytest.raises(DatabaseUnavailable, match=f"^database: 127.0.0.1:{port}: .*{said}") as caught:
+        opened(f"{url}?{option}").now()
+    assert "hunter2" not in str(caught.value)
+
+
+@NEEDED
+def test_behind_a_pooler_nothing_is_prepared_and_many_threads_write(
+    pooled_url: str, opened: Callable[..., Database]
+) -> None:
+    database = opened(pooled_url)
+
+    def write(number: int) -> None:
+        for _ in range(10):
+            commit(database, number)
+            announce(database)
+            database.now()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(write, range(4))) == [None] * 4
+    assert database.sessions.is_pooled
+    with database.write() as session:
+        assert session.execute(text("SELECT count(*) FROM pg_prepared_statements")).scalar_one() == 0
+
+
+@NEEDED
+def test_defaults_of_the_database_change_nothing_behind_a_pooler(
+    pooled_url: str, database: Database, opened: Callable[..., Database]
+) -> None:
+    with database.write() as session:
+        session.execute(text(f"ALTER DATABASE \"{database.url.database}\" SET datestyle = 'German'"))
+        session.execute(text(f"ALTER DATABASE \"{database.url.database}\" SET client_encoding = 'latin1'"))
+    first, second = opened(pooled_url), opened(pooled_url)
+    for _ in range(3):
+        for each in (first, second):
+            assert each.now()
+            with each.read() as session:
+                assert session.execute(text("SELECT CAST(:word AS text)"), {"word": "帆船"}).scalar_one() == "帆船"
+    with database.write() as session:
+        session.execute(text(f'ALTER DATABASE "{database.url.database}" RESET ALL'))
+
+
+@NEEDED
+def test_behind_a_pooler_the_direct_url_wakes(
+    pooled_url: str, database_url: str, opened: Callable[..., Database]
+) -> None:
+    database = opened(pooled_url, direct_url=database_url)
+    with closing(database.waker()) as waker:
+        waker.wait(0)
+        woke = waiting(waker)
+        assert not woke()
+        announce(database)
+        wait_until(woke)
+
+
+@NEEDED
+def test_behind_a_pooler_without_a_direct_url_a_wait_is_short(
+    pooled_url: str, database: Database, opened: Callable[..., Database]
+) -> None:
+    with closing(opened(pooled_url).waker()) as waker:
+        for _ in range(3):
+            wait_until(waiting(waker))
+    with database.read() as session:
+        listening = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
+        assert session.execute(listening).scalar_one() == 0
+
+
+def test_direct_connection_is_no_pooler_and_prepares(database: Database) -> None:
+    for _ in range(8):
+        database.now()
+    assert database.sessions.is_pooled is False
