@@ -9,7 +9,6 @@ settings ─┬─▶ database ─▶ schema ─▶ callback secrets, workers �
 
 from __future__ import annotations
 
-import os
 import secrets
 import stat
 import uuid
@@ -21,9 +20,9 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 from sqlalchemy.exc import DBAPIError
-from sqlmodel import col, delete, false, or_, select
+from sqlmodel import col, or_, select
 
-from receiver.app import check_events, database_faults
+from receiver.app import check_database, check_events, database_faults
 from receiver.app.findings import Result as Result
 from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
@@ -46,8 +45,7 @@ from storage.errors import (
     UserError,
 )
 from storage.operations import heartbeats
-from storage.rows import migrations
-from storage.rows.models import Task, Worker
+from storage.rows.models import Task
 
 # All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
 BOUND_SECONDS = 10.0
@@ -187,8 +185,9 @@ def files(parts: Parts) -> Iterator[Result]:
 def database(parts: Parts) -> Iterator[Result]:
     """Whether the database answers, takes writes and has our schema; then what its rows tell."""
     try:
-        schema = _missing_file(parts) or _schema(parts)
+        schema = check_database.missing_file(parts) or check_database.schema(parts)
         yield schema
+        yield from check_database.waking(parts)
         if schema.status is Status.OK:
             yield _callback_secrets(parts)
             yield _workers(parts)
@@ -199,37 +198,6 @@ def database(parts: Parts) -> Iterator[Result]:
         url = parts.database.url
         line = f"{place(url)} cannot be used ({database_faults.reason(url, error)})"
         yield Result("database", Status.FAULT, line, advice)
-
-
-def _missing_file(parts: Parts) -> Result | None:
-    """A SQLite file that is not there yet, without making it; None when there is one, or a server."""
-    file = Path(parts.database.url.database or "")
-    if not parts.database.is_sqlite or file.exists():
-        return None
-    if not os.access(file.parent, os.W_OK | os.X_OK):
-        line = f"the folder {file.parent} is not there or may not be written"
-        return Result("database", Status.FAULT, line, "create it for this user, or correct RECEIVER_DATABASE_URL")
-    return _no_schema(parts, f"{file} does not exist yet")
-
-
-def _no_schema(parts: Parts, line: str) -> Result:
-    if parts.settings.migrates_on_start:
-        return Result("database", Status.NOTE, line, "`receiver serve` makes it")
-    return Result("database", Status.FAULT, line, "run `receiver migrate`")
-
-
-def _schema(parts: Parts) -> Result:
-    current, wanted = migrations.current(parts.database), migrations.head()
-    if current == wanted:
-        with parts.database.write() as session:
-            session.execute(delete(Worker).where(false()))  # refused by a standby and by a read-only file
-        return Result("database", Status.OK, f"takes writes, schema {current} is current")
-    if current is None:
-        return _no_schema(parts, f"the database has no schema yet, this version needs {wanted}")
-    line = f"the database schema is {current}, this version needs {wanted}"
-    newer = current > wanted  # numbered steps
-    advice = "run a receiver of the version that made it" if newer else "run `receiver migrate`"
-    return Result("database", Status.FAULT, line, advice)
 
 
 def _callback_secrets(parts: Parts) -> Result:

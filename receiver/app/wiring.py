@@ -57,7 +57,10 @@ class Parts:
 
     @made_once
     def database(self) -> Database:
-        return Database(self.settings.database_url.get_secret_value(), connections=self.database_threads)
+        chosen = self.settings
+        direct = chosen.database_direct_url.get_secret_value() if chosen.database_direct_url else None
+        url = chosen.database_url.get_secret_value()
+        return Database(url, direct_url=direct, connections=self.database_threads)
 
     @property
     def database_threads(self) -> int:

@@ -25,9 +25,9 @@ from pydantic_settings import (
 from receiver.base import sink_setting as sinks
 from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
+from receiver.base.database_setting import DatabaseUrl
 from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
-from storage.database.urls import normal_url
 from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, endpoint
 
@@ -39,12 +39,6 @@ KEY_MIN_CHARACTERS = 24
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 ENV_FILE = ".env"
 OWN_BUCKET = "pictures"  # of the store that we run ourselves, where no name is set
-# Options that other tools write into a URL, and what says the same to PostgreSQL's own library.
-INSTEAD_OF_OPTION = {
-    "ssl": "write sslmode=require",
-    "schema": "write options=-csearch_path%3DNAME",
-    "currentSchema": "write options=-csearch_path%3DNAME",
-}
 CREDENTIAL = re.compile(r"[\x21-\x7e]+")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -65,25 +59,6 @@ def _host_port(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65_536:
         raise ValueError(f"write HOST:PORT, not {value!r}")
-    return value
-
-
-def _unquoted(value: Any) -> Any:
-    return value.strip().strip("\"'") if isinstance(value, str) else value
-
-
-def _database_url(value: SecretStr) -> SecretStr:
-    try:
-        url = normal_url(value.get_secret_value())
-    except Exception as error:  # the parser's own message may quote the password
-        raise ValueError("use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME") from error
-    if url.query and url.get_backend_name() == "postgresql":
-        from psycopg.pq import Conninfo  # 50 ms of a start, for the few URLs that have options
-
-        known = {option.keyword.decode() for option in Conninfo.get_defaults()}
-        for name in sorted(set(url.query) - known):
-            instead = INSTEAD_OF_OPTION.get(name, "leave it out")
-            raise ValueError(f"PostgreSQL's library knows no option {name[:40]!r}: {instead}")
     return value
 
 
@@ -131,9 +106,8 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    database_url: Annotated[SecretStr, BeforeValidator(_unquoted), AfterValidator(_database_url)] = SecretStr(
-        "sqlite:///receiver.db"
-    )
+    database_url: DatabaseUrl = SecretStr("sqlite:///receiver.db")
+    database_direct_url: DatabaseUrl | None = None
     migrate_on_start: bool | None = None
 
     host: str = "127.0.0.1"
@@ -217,6 +191,9 @@ class Settings(BaseSettings):
         return self
 
     def _faults(self) -> Iterator[str]:
+        urls = [url.get_secret_value() for url in (self.database_url, self.database_direct_url) if url]
+        if len(urls) == 2 and any(url.startswith("sqlite") for url in urls):
+            yield f"{PREFIX}DATABASE_DIRECT_URL: is for PostgreSQL behind a pooler; leave it out with SQLite"
         if self.public_url and not self.callback_secrets:
             yield f"{PREFIX}CALLBACK_SECRETS: required with {PREFIX}PUBLIC_URL; `receiver check` prints a fresh one"
         if any(len(secret.get_secret_value()) < SECRET_MIN_CHARACTERS for secret in self.callback_secrets):

@@ -1,0 +1,73 @@
+"""What `receiver check` looks at in the database: the file, the schema, writes, and how workers are woken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqlmodel import delete, false
+
+from receiver.app.findings import Result, Status
+from receiver.app.wiring import Parts
+from storage.database.outages import words
+from storage.database.urls import place
+from storage.database.wakers import POOLED_INTERVAL_SECONDS, PostgresWaker, WakeFault
+from storage.rows import migrations
+from storage.rows.models import Worker
+
+
+def missing_file(parts: Parts) -> Result | None:
+    """A SQLite file that is not there yet, without making it; None when there is one, or a server."""
+    file = Path(parts.database.url.database or "")
+    if not parts.database.is_sqlite or file.exists():
+        return None
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        line = f"the folder {file.parent} is not there or may not be written"
+        return Result("database", Status.FAULT, line, "create it for this user, or correct RECEIVER_DATABASE_URL")
+    return _no_schema(parts, f"{file} does not exist yet")
+
+
+def _no_schema(parts: Parts, line: str) -> Result:
+    if parts.settings.migrates_on_start:
+        return Result("database", Status.NOTE, line, "`receiver serve` makes it")
+    return Result("database", Status.FAULT, line, "run `receiver migrate`")
+
+
+def schema(parts: Parts) -> Result:
+    current, wanted = migrations.current(parts.database), migrations.head()
+    if current == wanted:
+        with parts.database.write() as session:
+            session.execute(delete(Worker).where(false()))  # refused by a standby and by a read-only file
+        return Result("database", Status.OK, f"takes writes, schema {current} is current")
+    if current is None:
+        return _no_schema(parts, f"the database has no schema yet, this version needs {wanted}")
+    line = f"the database schema is {current}, this version needs {wanted}"
+    newer = current > wanted  # numbered steps
+    advice = "run a receiver of the version that made it" if newer else "run `receiver migrate`"
+    return Result("database", Status.FAULT, line, advice)
+
+
+def waking(parts: Parts) -> Iterator[Result]:
+    """Whether a pooler stands before PostgreSQL, and whether a worker hears of work that another process commits."""
+    database = parts.database
+    waker = database.waker()
+    if not isinstance(waker, PostgresWaker):
+        return
+    direct = database.direct_url
+    try:
+        waker.check()
+    except WakeFault as fault:
+        if direct is None and fault.is_pooler:
+            line = f"a pooler stands before PostgreSQL; workers look for work every {POOLED_INTERVAL_SECONDS:g} s"
+            advice = "set RECEIVER_DATABASE_DIRECT_URL to PostgreSQL's own address, so that they are woken"
+            yield Result("database: pooler", Status.NOTE, line, advice)
+            return
+        setting = "RECEIVER_DATABASE_DIRECT_URL" if direct else "RECEIVER_DATABASE_URL"
+        line = f"workers are not woken by {place(direct or database.url)} ({words(direct or database.url, fault)})"
+        yield Result("database: waking", Status.FAULT, line, f"correct {setting}")
+    else:
+        how = f"through a pooler; workers are woken by {place(direct)}" if direct else "direct; workers are woken"
+        yield Result("database: waking", Status.OK, how)
+    finally:
+        waker.close()
