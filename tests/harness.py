@@ -3,7 +3,8 @@
 The only doubles, each an honest second implementation that speaks over real sockets:
 - `receiver.sandbox`: the provider (task endpoints, callbacks, result files) with its knobs for failures;
 - `tests.webhook_receiver`: a receiver of webhooks that can fail, be slow and be down;
-- `tests.fault_proxy`: a proxy in front of SeaweedFS that swallows, changes or ignores what it is told.
+- `tests.fault_proxy`: a proxy in front of SeaweedFS that swallows, changes or ignores what it is told;
+- `tests.moving_address`: an address that leads to one port, and later to another.
 Everything else is real: SeaweedFS is the S3 server, SQLite and PostgreSQL are the databases, child processes
 are killed with real signals. Our own code is never replaced.
 
