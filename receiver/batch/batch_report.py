@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from receiver.batch.batch import Batches
 from storage.accounts import batches
+from storage.archive.local_folder import LocalFolder
 from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
@@ -88,13 +89,10 @@ def _harmless(text: str) -> str:
 
 def write(path: Path, name: str, found: Iterable[dict[str, Any]]) -> None:
     """Write a report: CSV if the file's name ends so, else JSON. The file appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
+    with LocalFolder(path.parent, folds_case=False).writing([path.name]) as raw:
+        with io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".csv":
                 write_csv(file, found)
             else:
                 write_json(file, name, found)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            file.flush()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sqlmodel import col, select
 
 from storage.archive import manifest
 from storage.archive.folders import FOLDER, in_batches
+from storage.archive.local_folder import LocalFolder
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
@@ -39,8 +41,14 @@ class Exported:
     faults: list[tuple[str, str]] = field(default_factory=list)
 
 
+class _Corrupted(Exception):
+    pass
+
+
 class Export:
     """One export into `folder`, in the layout of the bucket without its prefix.
+
+    An id that is no name on some disks is spelt in another way (`LocalFolder.portable`), so no task replaces another.
 
     A file appears whole and verified or not at all. An existing file with the right hash is kept, so an interrupted
     export can be repeated.
@@ -49,7 +57,7 @@ class Export:
     def __init__(self, database: Database, bucket: Bucket, folder: Path) -> None:
         self._database = database
         self._bucket = bucket
-        self._folder = folder.absolute()
+        self._folder = LocalFolder(folder)
 
     def run(self, chosen: Iterator[Task]) -> Iterator[Exported]:
         """Export these tasks. Raises `StoreUnavailable`, `DatabaseUnavailable`, OSError."""
@@ -63,16 +71,20 @@ class Export:
             assets = tasks.assets_of(session, task.id)
         for asset in assets:
             if asset.state is AssetState.ARCHIVED:
-                self._count(exported, str(asset.key), self._export_file(asset))
+                self._count(exported, str(asset.key), partial(self._export_file, asset))
         if task.manifest_key:
             folder = task.manifest_key.rpartition("/")[0]
             for number in range(1, task.manifests + 1):
                 key = f"{folder}/{manifest_name(number)}"
                 digest = task.manifest_digest if key == task.manifest_key else None
-                self._count(exported, key, self._export_manifest(key, digest))
+                self._count(exported, key, partial(self._export_manifest, key, digest))
         return exported
 
-    def _count(self, exported: Exported, key: str, outcome: int | str) -> None:
+    def _count(self, exported: Exported, key: str, export: Callable[[], int | str]) -> None:
+        try:
+            outcome = export()
+        except NotADirectoryError as error:
+            outcome = f"not written: {error.filename} {error.strerror}"
         if isinstance(outcome, str):
             exported.faults.append((key, outcome))
         else:
@@ -81,24 +93,20 @@ class Export:
 
     def _export_file(self, asset: Asset) -> int | str:
         """The size of the exported file, or why it was not exported."""
-        target = self.path_of(str(asset.key))
-        if target.exists():
-            with target.open("rb") as existing:
-                if hashlib.file_digest(existing, "sha256").hexdigest() == asset.sha256:
-                    return target.stat().st_size
-        part = _part(target)
+        steps = self.steps_of(str(asset.key))
+        with self._folder.existing(steps) as existing:
+            if existing and hashlib.file_digest(existing, "sha256").hexdigest() == asset.sha256:
+                return existing.seek(0, os.SEEK_END)
         try:
-            with part.open("wb") as file:
+            with self._folder.writing(steps) as file:
                 sha256 = self._bucket.sha256(str(asset.key), file.write)
-                size = file.tell()
-            if sha256 != asset.sha256:
-                return f"corrupted: its bytes hash to {sha256}, the row says {asset.sha256}"
-            part.replace(target)
+                if sha256 != asset.sha256:
+                    raise _Corrupted(f"its bytes hash to {sha256}, the row says {asset.sha256}")
+                return file.tell()
+        except _Corrupted as error:
+            return f"corrupted: {error}"
         except NoSuchObject:
             return "missing: there is no such object"
-        finally:
-            part.unlink(missing_ok=True)
-        return size
 
     def _export_manifest(self, key: str, digest: str | None) -> int | str:
         """As `_export_file`. `digest`: from the row, None for an earlier manifest, which is checked by its own."""
@@ -111,21 +119,19 @@ class Export:
             return f"corrupted: {error}"
         if digest not in (None, found):
             return f"corrupted: its digest is {found}, the row says {digest}"
-        target = self.path_of(key)
-        part = _part(target)
-        part.write_bytes(content)
-        part.replace(target)
+        with self._folder.writing(self.steps_of(key)) as file:
+            file.write(content)
         return len(content)
 
-    def path_of(self, key: str) -> Path:
-        """The local path of an object. Raises ValueError for a key that leads out of the folder."""
+    def steps_of(self, key: str) -> list[str]:
+        """The names that lead to an object's file. Raises ValueError for a key that leads out of the folder."""
         match = FOLDER.match(key)
         if match is None:
             raise ValueError(f"{key} is in no task's folder")
-        path = self._folder.joinpath(*match[0].split("/")[-5:-1], *key[match.end() :].split("/"))
-        if ".." in path.parts:
+        steps = [*match[0].split("/")[-5:-1], *key[match.end() :].split("/")]
+        if not {"", ".", ".."}.isdisjoint(steps) or any("\0" in step for step in steps):
             raise ValueError(f"{key} leads out of the folder")
-        return path
+        return [*map(self._folder.portable, steps[:-1]), steps[-1]]
 
 
 def tasks_between(database: Database, since: datetime | None, until: datetime | None) -> Iterator[Task]:
@@ -143,8 +149,3 @@ def tasks_between(database: Database, since: datetime | None, until: datetime | 
         if len(page) < PAGE_ROWS:
             return
         last = [page[-1].created_at, page[-1].id]
-
-
-def _part(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{os.getpid()}.part")

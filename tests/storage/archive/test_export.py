@@ -89,10 +89,10 @@ def test_export_selects_tasks_by_time_and_by_id(parts: Parts, tmp_path: Path, mo
     assert set(in_folder(parts, tmp_path / "out")) == {key for key in kept(parts) if third.external_task_id in key}
 
 
-@pytest.mark.parametrize("key", ["a/../../x", "2026/11/23/../etc", "image.png"])
+@pytest.mark.parametrize("key", ["a/../../x", "2026/11/23/../etc", "2026/11/23/id/../../x.png", "image.png"])
 def test_no_key_leads_out_of_the_folder(parts: Parts, tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="folder"):
-        Export(parts.database, parts.bucket, tmp_path).path_of(key)
+        Export(parts.database, parts.bucket, tmp_path).steps_of(key)
 
 
 @pytest.fixture

@@ -1,0 +1,118 @@
+"""A local folder that others may have prepared: no symlink in it is followed and no name in it can be foreseen.
+
+Every step below the folder is opened by itself, relative to the one before it (openat(2) with O_NOFOLLOW).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO
+
+# Windows, and disks shared with it, open a device for these names whatever their extension, and drop a dot at the end.
+DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
+CAPITAL = re.compile("[A-Z]")
+
+
+class LocalFolder:
+    """One folder and what is below it. Raises OSError, among them NotADirectoryError for a symlink in the way.
+
+    `folds_case`: whether this disk takes `A` and `a` for the same name; None: it is tried.
+    """
+
+    def __init__(self, path: Path, *, folds_case: bool | None = None) -> None:
+        self.path = path.absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._folds_case = self._tries_case() if folds_case is None else folds_case
+
+    def _tries_case(self) -> bool:
+        with self._opened(()) as folder:
+            name = f".{secrets.token_hex(8)}.part"
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, dir_fd=folder))
+            try:
+                os.stat(name.upper(), dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                return False
+            finally:
+                os.unlink(name, dir_fd=folder)
+        return True
+
+    def portable(self, name: str) -> str:
+        """A percent-encoded `name` in another spelling where this disk, or one it is copied to, has no such name."""
+        if self._folds_case:
+            name = CAPITAL.sub(lambda letter: _encoded(letter[0]), name)
+        if DEVICE.match(name):
+            name = _encoded(name[0]) + name[1:]
+        return name[:-1] + _encoded(".") if name.endswith(".") else name
+
+    @contextmanager
+    def _opened(self, steps: Sequence[str]) -> Iterator[int]:
+        """The folder below `steps`, which are made where they are missing."""
+        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            for step in steps:
+                with suppress(FileExistsError):
+                    os.mkdir(step, dir_fd=folder)
+                below = _open_folder(step, folder)
+                os.close(folder)
+                folder = below
+            yield folder
+        finally:
+            os.close(folder)
+
+    @contextmanager
+    def existing(self, steps: Sequence[str]) -> Iterator[BufferedReader | None]:
+        """The regular file at `steps`; None: there is none, or something else stands there."""
+        with self._opened(steps[:-1]) as folder:
+            file = _regular(folder, steps[-1])
+        if file is None:
+            yield None
+            return
+        with file:
+            yield file
+
+    @contextmanager
+    def writing(self, steps: Sequence[str]) -> Iterator[BinaryIO]:
+        """A new file that takes its name at the end of the block. After an exception nothing of it is left."""
+        with self._opened(steps[:-1]) as folder:
+            part = f".{secrets.token_hex(16)}.part"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            try:
+                with os.fdopen(os.open(part, flags, 0o666, dir_fd=folder), "wb") as file:
+                    yield file
+                os.replace(part, steps[-1], src_dir_fd=folder, dst_dir_fd=folder)
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(part, dir_fd=folder)
+
+
+def _open_folder(name: str, folder: int) -> int:
+    try:
+        return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):  # Linux, and the BSDs
+            raise NotADirectoryError(error.errno, "is no folder, and a symlink is not followed", name) from None
+        raise
+
+
+def _regular(folder: int, name: str) -> BufferedReader | None:
+    try:
+        # O_NONBLOCK: a FIFO that somebody put there holds nobody.
+        found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+    except OSError:
+        return None
+    if stat.S_ISREG(os.fstat(found).st_mode):
+        return os.fdopen(found, "rb")
+    os.close(found)
+    return None
+
+
+def _encoded(character: str) -> str:
+    return f"%{ord(character):02X}"
