@@ -62,6 +62,8 @@ class Step(StrEnum):
 
 
 OutputType = Literal["image", "video", "audio"]
+# Kinds of files that are pictures; a watermarked copy has the kind of its original.
+PICTURES = frozenset({"image", "series"})
 
 # The provider promises three tries' worth of silence at most: a shortfall is believed after these reads.
 COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
@@ -112,6 +114,10 @@ class AssetName:
     kind: str
     index: int
     original: str = ""
+
+    @property
+    def is_picture(self) -> bool:
+        return (self.original or self.kind) in PICTURES
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class Confirmation:
         if report.status is not TaskState.SUCCEEDED or (is_over and named.keys() - set(known)):
             return False
         is_exact = len(named) == task.expected == len(named.keys() | set(known))
-        return is_exact and all(map(self._is_trusted, named.values()))
+        are_pictures = all(name.is_picture for name in named)
+        return is_exact and are_pictures and all(map(self._is_trusted, named.values()))
 
     def takes_word(self, *, signed: bool) -> bool:
         """Whether a delivery counts as the provider's own word: by its signature, or because the settings say so."""

@@ -22,13 +22,22 @@ from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.clock import db_now
 from storage.database.sessions import Database, run
-from storage.errors import FetchUnusable, GiveUp, LostClaim, ObjectConflict, Refresh, Retry, StoreUnavailable
+from storage.errors import (
+    FetchUnusable,
+    GiveUp,
+    LostClaim,
+    NotAnAsset,
+    ObjectConflict,
+    Refresh,
+    Retry,
+    StoreUnavailable,
+)
 from storage.fetch.client import Fetched, Fetcher, spool
 from storage.keys import object_key
 from storage.rows import claims, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
-from storage.states import ArchiveState, AssetState, Step
+from storage.states import ArchiveState, AssetName, AssetState, Step
 
 log = structlog.get_logger()
 
@@ -110,6 +119,7 @@ class Archiver:
             fetched = self._fetcher.fetch(
                 asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed
             )
+            _check_kind(asset, fetched)
             self._note(asset, origin, fetched)
             self._put(asset, origin, fetched, sink)
 
@@ -264,3 +274,10 @@ class Archiver:
         if (task.lease is None or task.step is Step.FINISH) and not tasks.wants_read(session, task):
             tasks.reschedule(session, task, self._schedule)
         self._database.wake(session)
+
+
+def _check_kind(asset: Asset, fetched: Fetched) -> None:
+    """A film or sound in place of a picture comes from whoever named the link, or from a CDN that mixes things up."""
+    is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
+    if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
+        raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")

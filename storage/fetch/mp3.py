@@ -1,4 +1,7 @@
-"""MP3 (ISO 11172-3, 13818-3): an ID3v2 tag (id3.org), then frames. Only the first two frames are checked."""
+"""MP3 (ISO 11172-3, 13818-3): an ID3v2 tag (id3.org), then frames without a mark at their end.
+
+Every frame is walked. What follows the last one (ID3v1, APE and Lyrics3 tags, padding, junk) is not part of the sound.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,11 @@ def walk_mp3(reader: Reader) -> Size:
             raise AssetDamaged("the ID3 tag has no length")
         reader.skip(sum(part << 7 * (3 - at) for at, part in enumerate(parts)) + (10 if flags & 0x10 else 0))
         header = reader.take(4)
-    for _ in range(2):
-        length = frame_bytes(header)
-        if not length:
-            raise AssetDamaged(f"no sound frame at byte {reader.at - 4}")
+    start = reader.at - 4
+    while length := frame_bytes(header):
         reader.skip(length - 4)
-        if not reader.left:
-            return NO_SIZE
-        header = reader.take(4)
-    reader.skip(reader.left)
+        header = reader.take(min(4, reader.left))
+    reader.rewind(len(header))
+    if reader.at == start:
+        raise AssetDamaged(f"no sound frame at byte {start}")
     return NO_SIZE

@@ -1,11 +1,15 @@
-"""WebM (RFC 8794, RFC 9559): the EBML header, then one Segment."""
+"""WebM (RFC 8794, RFC 9559): the EBML header, then one Segment, whose elements are walked to its end."""
 
 from __future__ import annotations
+
+import io
 
 from storage.errors import AssetDamaged
 from storage.fetch.structure import NO_SIZE, Reader, Size
 
 SEGMENT, CLUSTER = 0x18538067, 0x1F43B675
+# An id has at most four bytes, a length eight.
+MAX_HEAD_BYTES = 12
 
 
 def walk_webm(reader: Reader) -> Size:
@@ -17,14 +21,31 @@ def walk_webm(reader: Reader) -> Size:
     if length is not None and length > reader.left:
         raise AssetDamaged(f"cut short: {length - reader.left} bytes are missing at the end")
     end = reader.size if length is None else reader.at + length
+    has_cluster = False
     while reader.at < end:
-        element = _ebml_id(reader)
-        length = _ebml_length(reader)
-        if element == CLUSTER and (length is None or length <= end - reader.at):
-            reader.skip(end - reader.at)
-            return NO_SIZE
-        reader.skip(end - reader.at if length is None else length)
-    raise AssetDamaged("no Cluster")
+        element, length = _element(reader)
+        has_cluster = has_cluster or element == CLUSTER
+        if length is None and element != CLUSTER:
+            raise AssetDamaged(f"no length at byte {reader.at}")
+        if (length or 0) > end - reader.at:
+            raise AssetDamaged(f"cut short: {(length or 0) - (end - reader.at)} bytes are missing at the end")
+        reader.skip(length or 0)  # of a live stream's cluster, which has no length, the elements are walked like others
+    if not has_cluster:
+        raise AssetDamaged("no Cluster")
+    return NO_SIZE
+
+
+def _element(reader: Reader) -> tuple[int, int | None]:
+    """Id and length of the next element, which count as one piece."""
+    start = reader.at
+    head = io.BytesIO(reader.take(min(reader.left, MAX_HEAD_BYTES)))
+    inner = Reader(head)
+    try:
+        found = _ebml_id(inner), _ebml_length(inner)
+    except AssetDamaged:
+        raise AssetDamaged(f"no element at byte {start}") from None
+    reader.rewind(inner.left)
+    return found
 
 
 def _ebml_id(reader: Reader) -> int:

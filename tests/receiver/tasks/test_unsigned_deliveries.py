@@ -55,6 +55,15 @@ def test_more_pictures_than_asked_for_are_read_first(parts: Parts) -> None:
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
+@pytest.mark.parametrize("kind", ["videos", "audios"])
+def test_film_or_sound_in_place_of_the_picture_is_read_first(parts: Parts, kind: str) -> None:
+    task = insert_row(parts, expected=1)
+    told = body("succeed")
+    told["task_result"] = {kind: [{"index": 0, "url": f"{OFFICIAL}/0.mp4", "url_mp3": f"{OFFICIAL}/0.mp3"}]}
+    assert deliver(parts, task, told).reason == BY_READ
+    assert assets_of(parts, task) == [] and is_read_now(parts, task)
+
+
 def test_an_archived_task_takes_no_more_unread(parts: Parts) -> None:
     task = archived(parts, expected=2, webhook_id="msg_1")
     assert deliver(parts, task, body("succeed", 2)).reason == BY_READ

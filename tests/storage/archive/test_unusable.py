@@ -22,8 +22,9 @@ from storage.operations import deadlines, maintenance, measures
 from storage.rows.models import Asset, Task
 from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, assets_of, make_due_now, run, task_of, working
+from tests.pipeline import assert_archived, assets_of, kept, make_due_now, run, task_of, working
 from tests.rows import event_names
+from tests.storage.fetch.test_media_types import MP3, MP4, WAV
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 DAY = 86_400.0
@@ -83,6 +84,20 @@ def asset_of(parts: Parts) -> Asset:
 def manifest_of(parts: Parts) -> dict[str, Any]:
     task = task_of(parts, "task")
     return manifest.read(parts.bucket.read_bytes(str(task.manifest_key), 2**20))
+
+
+@pytest.mark.parametrize("file", [MP4, MP3, WAV], ids=["mp4", "mp3", "wav"])
+def test_film_or_sound_in_place_of_a_picture_is_not_taken(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, file: bytes
+) -> None:
+    succeeded(parts, sandbox)
+    with monkeypatch.context() as served:
+        served.setattr(sandbox.world.gallery, "data", lambda task, name: file)
+        run(parts, "assets", "finishes")
+        assert (asset_of(parts).state, kept(parts)) == (AssetState.DUE, {})
+        assert "a picture was asked for" in str(asset_of(parts).error)
+    try_until(parts, 60)
+    assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
 def test_an_error_page_of_a_minute_costs_no_picture(parts: Parts, sandbox: Sandbox) -> None:

@@ -69,6 +69,9 @@ HEIC = box(b"ftyp", b"heic\0\0\0\0mif1heic") + ISPE + box(b"mdat", b"still" * 20
 WEBM = bytes.fromhex("1a45dfa3 87 4282 84") + b"webm" + bytes.fromhex("18538067 8b 1549a966 80 1f43b675 81 00")
 MP3_FRAME = bytes.fromhex("fffb9064") + b"\0" * 413
 MP3 = b"ID3\x04\0\0\0\0\0\x0a" + b"\0" * 10 + MP3_FRAME * 3
+UNKNOWN = b"\x01" + b"\xff" * 7  # a length that a live stream leaves open
+BLOCK = b"\xa3\x83abc"
+LIVE_WEBM = WEBM[:12] + b"\x18\x53\x80\x67" + UNKNOWN + (b"\x1f\x43\xb6\x75" + UNKNOWN + BLOCK * 3) * 2
 WAV = riff(b"WAVE", riff_chunk(b"fmt ", b"\1\0\1\0" + b"\0" * 12), riff_chunk(b"data", b"sound" * 9))
 
 WHOLE: dict[str, tuple[bytes, str, str]] = {
@@ -139,6 +142,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "heic bomb": (HEIC.replace(struct.pack(">II", 640, 480), struct.pack(">II", 60_000, 60_000)), "allowed"),
     "webm + html": (WEBM + b"<html>", "6 bytes after the end hold markup"),
     "webm without cluster": (WEBM[:-6].replace(b"\x67\x8b", b"\x67\x85"), "no Cluster"),
+    "webm with anything behind its first cluster": (LIVE_WEBM + b"\xec\x8fanything", "cut short"),
+    "webm with a page behind its first cluster": (LIVE_WEBM + b"<html>", "cut short|no element"),
+    "mp3 with a page behind its first frames": (MP3 + b"<html>", "6 bytes after the end hold markup"),
+    "mp3 cut within its last frame": (MP3[:-9], "cut short"),
     "mp3 tag without sound": (b"ID3\x04\0\0\0\0\0\0" + b"<html>", "no sound frame"),
     "wav without sound": (riff(b"WAVE", riff_chunk(b"fmt ", b"\0" * 16)), "no sound data"),
 }
@@ -193,6 +200,10 @@ def test_damaged_file_is_refused_with_its_reason(name: str) -> None:
         look(data)
 
 
+def test_live_stream_without_lengths_is_described() -> None:
+    assert look(LIVE_WEBM) == Media("video/webm", "webm", None, None, verified=True)
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_file_of_another_kind_is_named(name: str) -> None:
     data, looks_like = FOREIGN[name]
@@ -245,11 +256,9 @@ HARMFUL: dict[str, bytes] = {
     "shell": b"\n#!/bin/sh\n",
     "pdf": b"comment\n%PDF-1.7",
 }
-# Boxes and sound frames have no marked end, so appended bytes belong to the file.
-WITH_AN_END = [name for name in WHOLE if not name.startswith("mp3")]
 
 
-@pytest.mark.parametrize("name", WITH_AN_END)
+@pytest.mark.parametrize("name", WHOLE)
 def test_harmless_bytes_after_the_end_are_counted(name: str) -> None:
     data, media_type, _ = WHOLE[name]
     for tail in HARMLESS.values():
@@ -260,7 +269,7 @@ def test_harmless_bytes_after_the_end_are_counted(name: str) -> None:
 
 @pytest.mark.parametrize("tail", HARMFUL)
 def test_page_archive_or_program_after_the_end_is_refused(tail: str) -> None:
-    for name in WITH_AN_END:
+    for name in WHOLE:
         with pytest.raises(AssetDamaged, match="after the end hold"):
             look(WHOLE[name][0] + HARMFUL[tail])
 
