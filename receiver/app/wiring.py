@@ -36,6 +36,7 @@ from storage.rows.tasks import Schedule
 
 if TYPE_CHECKING:
     from receiver.console.console import Console
+    from receiver.gateway.api_keys import ApiKeys
     from receiver.gateway.gateway import Gateway
     from receiver.web.app import Web
     from receiver.web.event_stream import Stream
@@ -183,7 +184,6 @@ class Parts:
     @made_once
     def gateway(self) -> Gateway | None:
         """The ASGI application below `/kling`; None without API keys."""
-        from receiver.gateway.api_keys import ApiKeys
         from receiver.gateway.creates import Creates
         from receiver.gateway.gateway import Gateway  # with the HTTP server, which most commands do not need
         from receiver.gateway.openapi import document
@@ -194,7 +194,12 @@ class Parts:
             return None
         creates = Creates(self.database, self.submitter, self.response_format, chosen.callback_policy)
         queries = Queries(self.database, self.response_format)
-        return Gateway(ApiKeys(chosen.api_keys), creates, queries, document(receiver.__version__, chosen.public_url))
+        return Gateway(self._api_keys(), creates, queries, document(receiver.__version__, chosen.public_url))
+
+    def _api_keys(self) -> ApiKeys:
+        from receiver.gateway.api_keys import ApiKeys
+
+        return ApiKeys(self.settings.api_keys, own_only=self.settings.gateway_tasks == "own")
 
     @made_once
     def response_format(self) -> ResponseFormat:
@@ -234,8 +239,7 @@ class Parts:
     def stream(self) -> Stream | None:
         from receiver.web.event_stream import Stream  # with the HTTP server, as above
 
-        keys = self.settings.api_keys
-        return Stream(self.database, self.envelope, keys) if keys else None
+        return Stream(self.database, self.envelope, self._api_keys()) if self.settings.api_keys else None
 
     @made_once
     def console(self) -> Console | None:

@@ -149,6 +149,7 @@ class Settings(BaseSettings):
 
     api_keys: Secrets = ()
     gateway_results: Literal["archived", "provider"] = "archived"
+    gateway_tasks: Literal["all", "own"] = "all"
     event_sinks: Entries = ()
     event_secrets: Secrets = ()
     private_event_hosts: HostPorts = ()

@@ -20,14 +20,25 @@ SALT = b"kling-receiver client"
 
 
 class ApiKeys:
-    """The keys of RECEIVER_API_KEYS. All holders see the same account."""
+    """The keys of RECEIVER_API_KEYS.
 
-    def __init__(self, entries: Sequence[SecretStr]) -> None:
+    `own_only`: a client sees the tasks that it asked for itself; otherwise each key sees all of the account.
+    """
+
+    def __init__(self, entries: Sequence[SecretStr], *, own_only: bool = False) -> None:
+        self._own_only = own_only
         keys = [entry.get_secret_value() for entry in entries]
         self._clients = [(_digest(key), client_of(key)) for key in keys]
         self._secret_keys: dict[str, list[str]] = {}
         for access_key, secret_key in filter(None, map(pair_in, keys)):
             self._secret_keys.setdefault(access_key, []).append(secret_key)
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def sees(self, client: str) -> str | None:
+        """Whose tasks this client sees; None: everybody's."""
+        return client if self._own_only else None
 
     def client(self, authorization: str) -> str:
         """The fingerprint of the key in an Authorization header. Raises `Refused`."""

@@ -126,14 +126,15 @@ class Gateway:
         if path.startswith(LOST_PREFIX):
             raise Refused(404, 1202, f"The base URL ends with {PREFIX} here: ask {PREFIX}{LOST_PREFIX}…")
         client = self._api_keys.client(request.headers.get("authorization", ""))
+        sees = self._api_keys.sees(client)
         called = ENDPOINT.fullmatch(path)
         name = (called["name"] or "") if called else ""
         if called and method == "POST" and not name.strip("/"):
             return await self._create(request, client, request_id)
         if called and method == "GET" and not name.strip("/"):
-            return success(await self._briefly(self._queries.page, dict(request.query_params)), request_id)
+            return success(await self._briefly(self._queries.page, dict(request.query_params), sees), request_id)
         if called and method == "GET":
-            return success(await self._briefly(self._queries.one, name), request_id)
+            return success(await self._briefly(self._queries.one, name, sees), request_id)
         raise Refused(404, 1202, "The requested method is invalid")
 
     # -- create -------------------------------------------------------------------------------------------------------

@@ -26,23 +26,24 @@ class Queries:
         self._database = database
         self._response_format = response_format
 
-    def one(self, name: str) -> dict[str, Any]:
-        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of an adopted one.
+    def one(self, name: str, of_client: str | None) -> dict[str, Any]:
+        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of one that was adopted.
 
-        Slashes around the name are removed, unless a task has that name. Raises `Refused`.
+        Slashes around the name are a client's own, unless a task is called so. `of_client`: only a task that this
+        client asked for; None: any. Raises `Refused`.
         """
         with self._database.read() as session:
             task = _find(session, name) or _find(session, name.strip("/")) if is_storable(name) else None
-            if task is None:
+            if task is None or of_client not in (None, task.client):
                 raise _unknown(name)
             return record(task, tasks.assets_of(session, task.id), self._response_format)
 
-    def page(self, params: Mapping[str, str]) -> list[dict[str, Any]]:
-        """One page of all tasks, newest first. It is empty behind the end. Raises `Refused`."""
+    def page(self, params: Mapping[str, str], of_client: str | None) -> list[dict[str, Any]]:
+        """One page of the tasks, newest first; past the end it is empty. `of_client`: see `one`. Raises `Refused`."""
         number = _whole(params, "pageNum", MAX_PAGE, 1)
         size = _whole(params, "pageSize", MAX_PAGE_SIZE, PAGE_SIZE)
         with self._database.read() as session:
-            found = tasks.newest(session, size, skip=(number - 1) * size)
+            found = tasks.newest(session, size, skip=(number - 1) * size, of_client=of_client)
             assets = tasks.assets_of_all(session, [task.id for task in found])
         return [record(task, assets[task.id], self._response_format) for task in found]
 

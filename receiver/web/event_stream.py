@@ -12,18 +12,17 @@ ends at once and says when to reconnect: a browser's EventSource never reconnect
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import structlog
-from pydantic import SecretStr
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from receiver.events.cloudevents import Envelope
+from receiver.gateway.answers import Refused
+from receiver.gateway.api_keys import ApiKeys
 from receiver.web.abort import abort
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
@@ -57,11 +56,11 @@ class Stream:
     Where there are several API keys, one key opens at most half of the streams.
     """
 
-    def __init__(self, database: Database, envelope: Envelope, api_keys: Sequence[SecretStr]) -> None:
+    def __init__(self, database: Database, envelope: Envelope, api_keys: ApiKeys) -> None:
         self._database = database
         self._envelope = envelope
-        self._keys = [hashlib.sha256(key.get_secret_value().encode()).digest() for key in api_keys]
-        self._open: list[bytes] = []  # the key of each open stream
+        self._api_keys = api_keys
+        self._open: list[str] = []  # the client of each open stream
         self._newest = 0
         self._news = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
@@ -69,9 +68,11 @@ class Stream:
 
     async def serve(self, request: Request) -> Response:
         """Answer one GET or HEAD."""
-        key = self._matching_key(request.headers.get("authorization", ""))
-        if key is None:
-            return _refusal(401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
+        try:
+            client = self._api_keys.client(request.headers.get("authorization", ""))
+        except Refused as refused:
+            words = f"an API key is needed: {refused.message}"
+            return _refusal(401, words, {"WWW-Authenticate": "Bearer"})
         try:
             names = events.names_matching(_split(request.query_params.getlist("types")))
             asked = _number(request.headers.get("last-event-id") or request.query_params.get("after"))
@@ -85,24 +86,20 @@ class Stream:
             return _refusal(400, f"no event has the number {asked} yet; the newest is {newest}")
         if request.method == "HEAD":
             return Response(media_type=MEDIA_TYPE)
-        of_key = MAX_STREAMS // 2 if len(self._keys) > 1 else MAX_STREAMS
-        if self._is_closing or len(self._open) >= MAX_STREAMS or self._open.count(key) >= of_key:
+        share = MAX_STREAMS // 2 if len(self._api_keys) > 1 else MAX_STREAMS
+        if self._is_closing or len(self._open) >= MAX_STREAMS or self._open.count(client) >= share:
             return _unavailable(b"too many streams are open")
-        return _Response(self, key, self._messages(newest if asked is None else asked, names))
+        messages = self._messages(newest if asked is None else asked, names, self._api_keys.sees(client))
+        return _Response(self, client, messages)
 
     def close(self) -> None:
         """End every stream, so that the server can stop. Called in its event loop."""
         self._is_closing = True
         self._wake()
 
-    def _matching_key(self, authorization: str) -> bytes | None:
-        scheme, _, given = authorization.partition(" ")
-        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
-        # Compares with every key: the time taken does not tell which one matched.
-        matching = [known for known in self._keys if hmac.compare_digest(digest, known)]
-        return matching[0] if matching and scheme.lower() == "bearer" else None
-
-    async def _messages(self, after: int, names: frozenset[events.EventName]) -> AsyncIterator[bytes]:
+    async def _messages(
+        self, after: int, names: frozenset[events.EventName], of_client: str | None
+    ) -> AsyncIterator[bytes]:
         yield RETRY % RECONNECT_MILLISECONDS
         while not self._is_closing:
             news, newest = self._news, self._newest
@@ -114,17 +111,19 @@ class Stream:
                     yield HEARTBEAT
                 continue
             try:
-                last, page = await run_in_threadpool(self._read_page, after, names)
+                last, page = await run_in_threadpool(self._read_page, after, names, of_client)
             except DatabaseUnavailable:
                 return  # the reader reconnects where it was
             after = max(newest, last) if len(page) < PAGE else last
             for message in page:
                 yield message
 
-    def _read_page(self, after: int, names: frozenset[events.EventName]) -> tuple[int, list[bytes]]:
+    def _read_page(
+        self, after: int, names: frozenset[events.EventName], of_client: str | None
+    ) -> tuple[int, list[bytes]]:
         """The number of the last event read, and the next events as messages."""
         with self._database.read() as session:
-            found = events.after(session, after, PAGE, names)
+            found = events.after(session, after, PAGE, names, of_client=of_client)
         last = found[-1][0].seq if found else None
         return last or after, [self._message(event, subject) for event, subject in found]
 
@@ -136,14 +135,14 @@ class Stream:
         with self._database.read() as session:
             return events.newest_seq(session)
 
-    def begin(self, key: bytes) -> None:
+    def begin(self, client: str) -> None:
         """Count a stream. The first one starts the query that serves all of them."""
-        self._open.append(key)
+        self._open.append(client)
         if self._polling is None:
             self._polling = asyncio.create_task(self._poll())
 
-    def end(self, key: bytes) -> None:
-        self._open.remove(key)
+    def end(self, client: str) -> None:
+        self._open.remove(client)
         if not self._open and self._polling is not None:
             self._polling.cancel()
             self._polling = None
@@ -174,24 +173,24 @@ class Stream:
 class _Response(StreamingResponse):
     """Counts as open while it runs, and disconnects a reader that does not read."""
 
-    def __init__(self, stream: Stream, key: bytes, messages: AsyncIterator[bytes]) -> None:
+    def __init__(self, stream: Stream, client: str, messages: AsyncIterator[bytes]) -> None:
         super().__init__(messages, media_type=MEDIA_TYPE, headers={"X-Accel-Buffering": "no"})
         self._stream = stream
-        self._key = key
+        self._client = client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(SEND_SECONDS):
                 await send(message)
 
-        self._stream.begin(self._key)
+        self._stream.begin(self._client)
         try:
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
             log.info("stream.reader_stuck")
             await abort(scope, receive)
         finally:
-            self._stream.end(self._key)
+            self._stream.end(self._client)
 
 
 def _split(lists: list[str]) -> list[str]:

@@ -82,9 +82,10 @@ def of_task(session: Session, task_id: uuid.UUID) -> list[Event]:
 
 
 def after(
-    session: Session, seq: int, limit: int, names: Collection[str] | None = None
+    session: Session, seq: int, limit: int, names: Collection[str] | None = None, *, of_client: str | None = None
 ) -> list[tuple[Event, str | None]]:
     """The next events by their numbers, each with its task's external id. `names`: only these; None = all.
+    `of_client`: only of tasks that this client of the gateway asked for; None = of all, and of none.
 
     A worker numbers an event after its commit, so a reader that goes by numbers misses none.
     """
@@ -92,6 +93,8 @@ def after(
     found = found.where(col(Event.seq) > seq)
     if names is not None:
         found = found.where(col(Event.name).in_(names))
+    if of_client is not None:
+        found = found.where(Task.client == of_client)
     return [(event, external_id) for event, external_id in session.exec(found.order_by(col(Event.seq)).limit(limit))]
 
 

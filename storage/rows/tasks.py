@@ -427,7 +427,8 @@ def now(session: Session) -> datetime:
     return moment
 
 
-def newest(session: Session, limit: int, *, skip: int = 0) -> list[Task]:
-    """The newest tasks, newest first, after the `skip` newest of all."""
+def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None = None) -> list[Task]:
+    """The newest tasks, newest first, after the `skip` newest. `of_client`: only those it asked for; None: all."""
+    wanted = [] if of_client is None else [Task.client == of_client]
     order = (col(Task.created_at).desc(), col(Task.id))
-    return list(session.exec(select(Task).order_by(*order).limit(limit).offset(skip)))
+    return list(session.exec(select(Task).where(*wanted).order_by(*order).limit(limit).offset(skip)))

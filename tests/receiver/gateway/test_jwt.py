@@ -8,6 +8,7 @@ import json
 import time
 from typing import Any
 
+import httpx
 import jwt
 import pytest
 
@@ -86,3 +87,12 @@ FORGED = {
 def test_a_forged_jwt_is_refused(web: Web) -> None:
     for name, forge in FORGED.items():
         assert told(ask(web, "GET", key=forge())) == (401, 1002), name
+
+
+@ON_SQLITE
+def test_a_jwt_opens_the_stream_of_events(web: Web) -> None:
+    """Only the head is read: a stream has no end."""
+    for shown, status in ((token(), 200), (KEY, 200), (token("x" * 64), 401)):
+        headers = {"Authorization": f"Bearer {shown}"}
+        with httpx.stream("GET", f"{web.url}/events", headers=headers, timeout=10) as answer:
+            assert answer.status_code == status
