@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 import jwt
 
@@ -45,6 +46,29 @@ def _check_jwt(token: str, knobs: Knobs) -> None:
         raise Refused(1004) from None
     except jwt.PyJWTError as error:
         raise Refused(1000, f"Authentication failed: {error}") from None
+
+
+def is_own_request(host: str, origin: str | None, own_name: str) -> bool:
+    """Whether a request for the sandbox's controls comes from a program or from a page of its own.
+
+    A page elsewhere may send to loopback: its browser names it in `Origin`. One whose name resolves to this machine
+    (DNS rebinding) has its own name in `Host`, so a name counts only if it is `own_name` or localhost.
+    """
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").lower()
+        page = host if origin is None else urlsplit(origin).netloc
+    except ValueError:
+        return False
+    is_named = name in ("localhost", own_name.lower()) or _is_address(name)
+    return is_named and page.lower() == host.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

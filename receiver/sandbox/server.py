@@ -13,7 +13,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from receiver.sandbox import cdn
-from receiver.sandbox.access import is_loopback
+from receiver.sandbox.access import is_loopback, is_own_request
 from receiver.sandbox.answers import Answer
 from receiver.sandbox.callbacks import Sender
 from receiver.sandbox.knobs import Knobs
@@ -102,10 +102,10 @@ class Body(Response):
 
 
 class Api:
-    """The routes. `wake` is set when something may have to be sent."""
+    """The routes. `wake` is set when something may have to be sent. `own_name`: the host it listens as."""
 
-    def __init__(self, world: World, wake: asyncio.Event) -> None:
-        self.world, self.wake = world, wake
+    def __init__(self, world: World, wake: asyncio.Event, own_name: str) -> None:
+        self.world, self.wake, self.own_name = world, wake, own_name
 
     def routes(self) -> Iterator[BaseRoute]:
         for prefix in ("", "/kling"):
@@ -115,9 +115,21 @@ class Api:
             yield Route(base + "/{name:path}", self.one, methods=["GET"])
             yield Route(f"{prefix}/tasks", self.many, methods=["GET"])
         yield Route("/cdn/{file}", self.file, methods=["GET"])
-        yield Route("/sandbox/knobs", self.knobs, methods=["GET", "POST"])
-        yield Route("/sandbox/ledger", self.ledger, methods=["GET"])
-        yield Route("/sandbox/reset", self.reset, methods=["POST"])
+        yield Route("/sandbox/knobs", self._own(self.knobs), methods=["GET", "POST"])
+        yield Route("/sandbox/ledger", self._own(self.ledger), methods=["GET"])
+        yield Route("/sandbox/reset", self._own(self.reset), methods=["POST"])
+
+    def _own(self, control: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """The control, refused to web pages of others."""
+
+        async def guarded(request: Request) -> Response:
+            headers = request.headers
+            if not is_own_request(headers.get("host", ""), headers.get("origin"), self.own_name):
+                words = "Host or Origin is not this sandbox's own: ask under the address it listens on"
+                return Json({"errors": [{"msg": words}]}, status_code=403)
+            return await control(request)
+
+        return guarded
 
     async def create(self, request: Request) -> Response:
         raw = await request.body()
@@ -198,7 +210,7 @@ def _authorization(request: Request) -> str | None:
     return request.headers.get("authorization")
 
 
-def build_app(world: World) -> Starlette:
+def build_app(world: World, own_name: str) -> Starlette:
     """The ASGI application of one world; its lifespan runs the clock and sends the callbacks."""
     wake = asyncio.Event()
 
@@ -210,7 +222,7 @@ def build_app(world: World) -> Starlette:
         with contextlib.suppress(asyncio.CancelledError):
             await clock
 
-    return Starlette(routes=list(Api(world, wake).routes()), lifespan=lifespan, max_body_size=MAX_BODY_BYTES)
+    return Starlette(routes=list(Api(world, wake, own_name).routes()), lifespan=lifespan, max_body_size=MAX_BODY_BYTES)
 
 
 async def run_clock(world: World, wake: asyncio.Event) -> None:
@@ -323,7 +335,7 @@ class Sandbox:
 
     def _make_server(self) -> uvicorn.Server:
         config = uvicorn.Config(
-            build_app(self.world),
+            build_app(self.world, self.host),
             ws="none",
             lifespan="on",
             log_config=None,

@@ -167,6 +167,28 @@ def test_knobs_and_ledger_over_http(api: httpx.Client, sandbox: Sandbox) -> None
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Host": "evil.example:9000"},
+        {"Host": "evil.example:9000", "Origin": "http://evil.example:9000"},
+        {"Host": "[::"},
+    ],
+)
+def test_a_web_page_of_others_has_no_say(api: httpx.Client, sandbox: Sandbox, headers: dict[str, str]) -> None:
+    create(api, external_task_id="x")
+    for method, path in (("POST", "knobs"), ("GET", "knobs"), ("GET", "ledger"), ("POST", "reset")):
+        answer = api.request(method, f"/sandbox/{path}", headers=headers, content=b'{"fail_rate": 1}')
+        assert answer.status_code == 403
+    assert sandbox.world.knobs.fail_rate == 0
+    assert [task.external_task_id for task in sandbox.ledger().tasks] == ["x"]
+    own = {"Origin": sandbox.url, "Host": sandbox.url.removeprefix("http://")}
+    assert api.get("/sandbox/ledger", headers=own).status_code == 200
+
+
+@pytest.mark.parametrize(
     "wrong", [{"no_such": 1}, {"fail_rate": 2}, {"allow_remote_callbacks": True}, {"webhook_secrets": ["whsec_"]}, []]
 )
 def test_wrong_knobs_are_refused(api: httpx.Client, sandbox: Sandbox, wrong: Any) -> None:
