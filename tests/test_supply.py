@@ -52,6 +52,17 @@ def test_what_runs_is_what_is_locked() -> None:
     assert {name: one.version for name, one in here.items()} == {name: versions.get(name) for name in here}
 
 
+def test_every_documented_installation_is_locked_with_its_build_tools() -> None:
+    """pip otherwise fetches the newest build tools, unpinned, into an environment of their own."""
+    pages = [ROOT / name for name in ("README.md", "README-contributing.md", "Dockerfile")]
+    texts = [page.read_text().replace("\\\n", " ") for page in pages]
+    commands = [command for text in texts for command in re.findall(r"\bpip .*?\binstall .*?(?=&&|\n)", text)]
+    assert len(commands) >= 10
+    for command in commands:
+        is_alone = "--no-deps" in command and re.search("--no-build-isolation|--no-index", command)
+        assert is_alone or "-r infra/lock/" in command, command
+
+
 def test_nothing_comes_from_a_repository_or_a_folder() -> None:
     """pip notes where a package came from when that was no index."""
     origins = {name: one.read_text("direct_url.json") for name, one in installed_with_us().items()}
