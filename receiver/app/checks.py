@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, or_, select
 
-from receiver.app import check_database, check_events, database_faults
+from receiver.app import check_database, check_events, check_secrecy, database_faults
 from receiver.app.findings import Result as Result
 from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
@@ -65,6 +65,7 @@ HANGING = {
     "database": "see that RECEIVER_DATABASE_URL is right, no other program holds the database, no firewall is between",
     "bucket": "see that RECEIVER_S3_ENDPOINT_URL is right and no firewall is in between",
     "provider": "see that RECEIVER_KLING_BASE_URL is right and no firewall is in between",
+    "store's name": "see that RECEIVER_S3_ENDPOINT_URL is right and the name server answers",
 }
 # By the store's own code (the names of boto3's exceptions where none came from a store).
 BUCKET_ADVICE = {
@@ -107,6 +108,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
     """Look at everything, writing nothing that stays. What gives no answer within `bound_seconds` is a fault."""
     parts = Parts(settings)
     looks: dict[str, Look] = {"database": database, "bucket": bucket, "provider": provider}
+    looks["store's name"] = check_secrecy.clear_text
     for entry in settings.event_entries:
         looks[check_events.name_of(entry)] = partial(_sink, entry)
     pending = {name: _start(look, parts) for name, look in looks.items()}
@@ -117,7 +119,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
     own = [*files(parts), *clock(parts), *callbacks(parts), *check_events.gateway(settings)]
-    results += [*own, *weak_secrets(settings)]
+    results += [*own, *check_secrecy.weak_secrets(settings)]
     if not late:  # a thread that hangs still uses them; the end of the process closes them
         parts.close()
     return results
@@ -362,11 +364,6 @@ def callbacks(parts: Parts) -> Iterator[Result]:
         url = f"{chosen.public_url}/callbacks/{Kling.name}/{parts.tokens.sign(Kling.name, None)}"
         line = "for tasks made elsewhere, the provider's console can call back too"
         yield Result("callbacks", Status.NOTE, line, "paste the address below there and keep it secret", url)
-
-
-def weak_secrets(settings: config.Settings) -> Iterator[Result]:
-    advice = "take random ones; the next release refuses to start with those"
-    return (Result(name, Status.NOTE, f"is easily guessed: {fault}", advice) for name, fault in settings.weak_secrets())
 
 
 def _fresh_secret() -> Result:

@@ -19,8 +19,9 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from receiver.app import checks
+from receiver.app import check_secrecy, checks
 from receiver.app.checks import Result, Status
+from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.tokens import Named, Tokens
 from receiver.cli.main import app
@@ -518,3 +519,24 @@ def test_secrets_that_can_be_guessed_are_named(look: Look, database_url: str) ->
     assert named == {"RECEIVER_API_KEYS", "RECEIVER_METRICS_TOKEN", "RECEIVER_KLING_WEBHOOK_SECRETS"}
     strong = look(database_url, api_keys="k" * 24, metrics_token="m" * 24, kling_webhook_secrets=SECRET)
     assert not named & strong.keys()
+
+
+@pytest.mark.parametrize(
+    ("address", "more", "is_named"),
+    [
+        ("93.184.215.14", {}, True),
+        ("93.184.215.14", {"allow_http": True}, False),
+        ("10.0.0.7", {}, False),
+        ("127.0.0.1", {}, False),
+        ("nobody.invalid", {}, False),
+    ],
+)
+def test_a_store_in_clear_text_over_a_public_network_is_named(
+    settings: Callable[..., config.Settings], names: dict[str, str], address: str, more: dict[str, Any], is_named: bool
+) -> None:
+    """Asked by itself: the whole check would connect to that address."""
+    names["s3.example.com"] = address
+    urls = {"s3_endpoint_url": "http://s3.example.com:8333", "s3_public_endpoint_url": "https://s3.example.com"}
+    found = list(check_secrecy.clear_text(Parts(settings(**urls, **more))))
+    assert [one.name for one in found] == ["RECEIVER_S3_ENDPOINT_URL"] * is_named
+    assert all("the next release refuses" in one.advice for one in found)
