@@ -44,7 +44,7 @@ MAX_EXACT_INTEGER = 2**53 - 1
 # The note of an archive that is incomplete and may not stay so.
 WAITING = "{} of {} files came as something unusable; they are tried on, see the next try of each"
 # Members of a file that stand in the manifest only where there is something to say.
-ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries")
+ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 
 
 @dataclass(frozen=True)

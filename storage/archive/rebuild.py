@@ -180,6 +180,7 @@ def asset_from(task: Task, described: Mapping[str, Any]) -> Asset:
     values |= {name: described.get(name) for name in manifest.ODD}
     values |= {"unusable_since": _time(described.get("unusable_since"))}
     values |= {"unusable_tries": described.get("unusable_tries", 0)}
+    values |= {"unconfirmed": described.get("unconfirmed", False)}
     asset = Asset(
         **values,
         id=uuid.UUID(described["id"]),

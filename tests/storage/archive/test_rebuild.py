@@ -127,6 +127,18 @@ def test_rebuild_restores_notes_about_a_file(parts: Parts) -> None:
         assert (restored.trailing_bytes, restored.notes) == (odd.get("trailing_bytes"), odd.get("notes"))
 
 
+@pytest.mark.parametrize("unconfirmed", [True, False])
+def test_rebuild_remembers_what_only_an_unsigned_delivery_said(parts: Parts, unconfirmed: bool) -> None:
+    (task,) = archive(parts, 1)
+    asset = all_assets(parts)[0]
+    asset.unconfirmed = unconfirmed
+    content, _ = manifest.build(task, [asset], [], None, "0", None)
+    assert list(Draft202012Validator(SCHEMA).iter_errors(json.loads(content))) == []
+    described = manifest.read(content)["assets"][0]
+    assert ("unconfirmed" in described) == unconfirmed
+    assert asset_from(task, described).unconfirmed == unconfirmed
+
+
 def test_rebuild_reports_what_it_cannot_restore(parts: Parts, empty: Parts) -> None:
     lost, changed, bare = archive(parts, 3)
     for task, harm in ((lost, parts.bucket.delete), (changed, lambda key: flip(parts, key))):
