@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tracemalloc
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from receiver.gateway.answers import Refused
 from receiver.gateway.create_body import LONG_BYTES, MAX_REST_BYTES, MAX_TEXT_BYTES, read_fields
-from receiver.gateway.creates import Creates
+from tests import fuzz_creates
+from tests.fuzz_creates import creates
 from tests.unreported_tasks import drawn, encoded
 
 MIB = 2**20
@@ -31,12 +33,6 @@ HOSTILE = {
     "Infinity": b'{"n": -Infinity}',
     "no end": b'{"prompt": "',
 }
-
-
-def creates() -> Creates:
-    """The half that reads: it opens nothing."""
-    unused: Any = None
-    return Creates(unused, unused, unused, unused)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -103,3 +99,12 @@ def test_whatever_is_no_json_is_refused(text: str) -> None:
         assert read_fields(text.encode()) == wanted
     except Refused:
         assert not isinstance(wanted, dict)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_fuzzed_bodies_are_read_or_refused_in_bounded_memory(seed: int) -> None:
+    wanted = fuzz_creates.bodies(random.Random(seed), 300, most=MIB)
+    outcome = fuzz_creates.read(creates(), wanted, measured=True)
+    assert outcome.ends.total() == 300
+    assert outcome.ends["read"] > 10
+    assert {end.split("/")[0] for end in outcome.ends} == {"read", "400"}

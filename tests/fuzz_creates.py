@@ -1,0 +1,154 @@
+"""A fuzzer for the body of a create: depth, width, sizes, escapes, cuts. Each is read or refused, in bounded memory.
+
+Bounded and seeded; the suite runs a short form, the long one is a command:
+
+    .venv/bin/python -m tests.fuzz_creates --bodies 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import time
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from receiver.gateway.answers import Refused
+from receiver.gateway.creates import Creates
+from storage.fetch.addresses import AddressPolicy
+from tests.fuzz import ODD_VALUES
+from tests.unreported_tasks import drawn, encoded
+
+MIB = 2**20
+# A picture's text is held as it came, as text, and once more as the bytes of its Base64.
+MOST_TIMES_ITS_SIZE, MOST_BESIDE_BYTES = 3.5, 6 * MIB
+FULL: dict[str, Any] = {
+    "model_name": "kling-v3-omni", "prompt": "a boat <<<image_1>>> at “dusk” 🌅", "n": 2, "resolution": "2k",
+    "image_list": [{"image": "https://p2-fdl.klingai.com/z3.png?x=1&y=2"}], "aspect_ratio": "16:9",
+    "element_list": [{"element_id": 835266081714884677}], "result_type": "series", "series_amount": 3,
+    "watermark_info": {"enabled": True}, "external_task_id": "order-1", "callback_url": "https://client.example.com/x",
+}  # fmt: skip
+PLAIN = {"model_name": "kling-v3-omni", "prompt": "a boat", "n": 1}
+NESTED = ((b"[", b"]"), (b'{"a":', b"}"), (b'[{"a":', b"}]"), (b"[[],", b"]"), (b'{"a":[', b"]}"), (b"[", b""))
+WIDE = (b"[],", b"{},", b"1,", b'"",', b'"a":1,', b'"\\u0061":[],', b"1e9,", b"null,", b" ,", b'"\\\\",', b"NaN,")
+
+
+def bodies(chance: random.Random, count: int, *, most: int) -> Iterator[bytes]:
+    """`count` bodies of at most about `most` bytes. Most are small, one in a hundred is among the largest."""
+    kinds: list[Callable[[random.Random, int], bytes]] = [_deep, _wide, _long_text, _escaped, _odd, _odd, _cut, _noise]
+    for number in range(count):
+        size = most if number % 100 == 0 else int(10 ** chance.uniform(0, 4.3))
+        yield chance.choice(kinds)(chance, size)
+
+
+def _deep(chance: random.Random, size: int) -> bytes:
+    opening, closing = chance.choice(NESTED)
+    depth = size // max(len(opening + closing), 1)
+    return b'{"prompt":' + opening * depth + b"1" + closing * depth + b"}"
+
+
+def _wide(chance: random.Random, size: int) -> bytes:
+    item = chance.choice(WIDE)
+    start, end = chance.choice(((b'{"image_list":[', b"1]}"), (b"{", b'"z":1}'), (b"[", b"1]")))
+    return start + item * (size // len(item)) + end
+
+
+def _long_text(chance: random.Random, size: int) -> bytes:
+    """Pictures in Base64, one large or several."""
+    pictures = chance.choice((1, 1, 2, 9))
+    data = encoded(drawn(400, 300) + chance.randbytes(size * 3 // 4 // pictures))
+    sent = PLAIN | {"image_list": [{"image": chance.choice(("", "data:image/png;base64,")) + data}] * pictures}
+    return json.dumps(sent).replace("/", chance.choice(("/", "\\/"))).encode()
+
+
+def _escaped(chance: random.Random, size: int) -> bytes:
+    piece = chance.choice((b"\\u751f", b"\\ud800", b'\\"', b"\\\\", b"\\/", b"\\u0000", b"\\x", b"\\", "é".encode()))
+    return b'{"prompt":"' + piece * (size // len(piece)) + chance.choice((b'"}', b'"', b""))
+
+
+def _odd(chance: random.Random, size: int) -> bytes:
+    """A good request with some values that are none."""
+    sent = dict(chance.choice((FULL, PLAIN)))
+    for name in chance.sample(sorted(sent), chance.randint(0, 3)):
+        sent[name] = chance.choice(ODD_VALUES)
+    if chance.random() < 0.2:
+        sent |= {f"field-{number}": 1 for number in range(min(size // 16, 400))}
+    return json.dumps(sent).encode("utf-8", "surrogatepass")
+
+
+def _cut(chance: random.Random, size: int) -> bytes:
+    whole = _odd(chance, size) + bytes(chance.choice((0, 0, size)))
+    return whole[: chance.randint(0, len(whole))]
+
+
+def _noise(chance: random.Random, size: int) -> bytes:
+    raw = bytearray(json.dumps(FULL).encode())
+    for _ in range(chance.randint(1, 9)):
+        raw[chance.randrange(len(raw))] = chance.randrange(256)
+    return bytes(raw) + chance.randbytes(chance.choice((0, size)))
+
+
+@dataclass
+class Outcome:
+    """`ends`: how many were read, and refused with which code. `worst`: bytes of memory of the dearest body."""
+
+    ends: Counter[str] = field(default_factory=Counter)
+    worst_bytes: int = 0
+    worst_times: float = 0.0
+    slowest_seconds: float = 0.0
+
+
+def read(reader: Creates, wanted: Iterator[bytes], *, measured: bool) -> Outcome:
+    """Read each. Anything but a request or a refusal is raised, and so is memory beyond the bound."""
+    outcome = Outcome()
+    for body in wanted:
+        if measured:
+            tracemalloc.start()
+        started = time.perf_counter()
+        try:
+            reader.read(bytearray(body), "client", "a-key")
+            outcome.ends["read"] += 1
+        except Refused as refused:
+            outcome.ends[f"{refused.http_status}/{refused.code}"] += 1
+        outcome.slowest_seconds = max(outcome.slowest_seconds, time.perf_counter() - started)
+        if measured:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak <= MOST_TIMES_ITS_SIZE * len(body) + MOST_BESIDE_BYTES, (peak, len(body), body[:80])
+            outcome.worst_bytes = max(outcome.worst_bytes, peak)
+            outcome.worst_times = max(outcome.worst_times, peak / max(len(body), MIB))
+    return outcome
+
+
+def creates() -> Creates:
+    """The half that reads: it opens nothing."""
+    unused: Any = None
+    return Creates(unused, unused, unused, AddressPolicy())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bodies", type=int, default=100_000)
+    parser.add_argument("--largest", type=int, default=4 * MIB, help="bytes of one body in a hundred")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32))
+    given = parser.parse_args()
+    reader, chance = creates(), random.Random(given.seed)
+    tenth = max(given.bodies // 10, 1)
+    read(reader, bodies(chance, 200, most=given.largest), measured=False)  # what Python keeps for itself from then on
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    plain = read(reader, bodies(chance, given.bodies - tenth, most=given.largest), measured=False)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    traced = read(reader, bodies(chance, tenth, most=given.largest), measured=True)
+    print(f"seed {given.seed}: {dict(plain.ends + traced.ends)}")  # noqa: T201
+    print(f"peak of the process: {before // 1024} MiB after 200 bodies, {after // 1024} MiB after all")  # noqa: T201
+    print(f"dearest of {tenth} bodies measured: {traced.worst_bytes / MIB:.1f} MiB")  # noqa: T201
+    print(f"slowest of the others: {plain.slowest_seconds * 1_000:.0f} ms")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
