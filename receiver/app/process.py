@@ -28,8 +28,8 @@ from storage.database import checkpoints
 from storage.database.sessions import Database
 from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, UserError
-from storage.fetch.client import sweep
 from storage.rows import migrations
+from storage.spool import sweep
 
 log = structlog.get_logger()
 

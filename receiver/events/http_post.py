@@ -14,7 +14,8 @@ from receiver.events.dispatcher import Outcome, SinkGone, SinkSilent, SinkUnavai
 from storage.errors import FetchInterrupted
 from storage.fetch import connection
 from storage.fetch.addresses import AddressPolicy, Target, check_url
-from storage.fetch.client import KEEPALIVE_SECONDS, USER_AGENT, retry_after
+from storage.fetch.client import retry_after
+from storage.fetch.connection import KEEPALIVE_SECONDS, USER_AGENT
 
 # Standard Webhooks recommends 15 to 30 s. A receiver that works longer should answer first.
 TIMEOUT_SECONDS = 15.0

@@ -32,11 +32,12 @@ from storage.errors import (
     Retry,
     StoreUnavailable,
 )
-from storage.fetch.client import Fetched, Fetcher, spool
+from storage.fetch.client import Fetched, Fetcher
 from storage.keys import object_key
 from storage.rows import claims, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
+from storage.spool import spool
 from storage.states import ArchiveState, AssetName, AssetState, Step
 
 log = structlog.get_logger()

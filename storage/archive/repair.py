@@ -17,10 +17,10 @@ from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database, run
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
-from storage.fetch.client import spool
 from storage.keys import manifest_name, object_key
 from storage.rows import claims, tasks
 from storage.rows.models import Asset, Task
+from storage.spool import spool
 from storage.states import ArchiveState, AssetState
 
 FETCHED_AGAIN = "due again: a worker fetches it while the provider still has it"

@@ -9,15 +9,11 @@ from __future__ import annotations
 import email.utils
 import errno
 import ssl
-import stat
-import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 from urllib.parse import urljoin
 
 import httpcore
@@ -32,10 +28,9 @@ from storage.errors import (
 )
 from storage.fetch import connection, media_types
 from storage.fetch.addresses import AddressPolicy, Target, check_url, tidy
-from storage.fetch.body import Body
 from storage.fetch.media_types import Media
+from storage.fetch.transfer import Body, Connections
 
-USER_AGENT = "kling-receiver"
 # A CDN accepts a connection within one round trip. 10 s covers three lost SYNs (1 + 2 + 4 s).
 CONNECT_TIMEOUT_SECONDS = 10.0
 # Object stores close idle transfers after 20 to 60 s.
@@ -44,8 +39,6 @@ READ_TIMEOUT_SECONDS = 30.0
 MIN_BYTES_PER_SECOND = 4_096.0
 # The longest that one sender holds a worker thread: the default maximum of 256 MiB at 450 kB/s.
 TOTAL_SECONDS = 600.0
-# Shorter than the 5 s after which common servers close an idle connection (uvicorn, Node, Apache).
-KEEPALIVE_SECONDS = 4.0
 MAX_REDIRECTS = 3
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Errors after which a transfer is resumed.
@@ -60,11 +53,6 @@ LATER = frozenset({408, 425, 429})
 MAX_RETRY_AFTER_SECONDS = 3_600.0
 KEPT_HEADERS = ("content-length", "content-type", "etag", "last-modified")
 MAX_HEADER_CHARACTERS = 256
-# Nearly every picture (about 3 MB) stays in memory; eight threads hold 32 MiB at most.
-SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
-SPOOL_PREFIX = "receiver-spool-"
-# Far longer than TOTAL_SECONDS and the put after it: a spool file this old belongs to a crashed process.
-SPOOL_STALE_HOURS = 24.0
 # Windows has no EDQUOT.
 NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
@@ -127,12 +115,8 @@ class Fetcher:
         }
         self._min_bytes_per_second = min_bytes_per_second
         self._total_seconds = total_seconds
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=ssl_context or connection.tls_context(),
-            max_connections=connections,
-            keepalive_expiry=KEEPALIVE_SECONDS,
-            network_backend=connection.GuardedBackend(policy, resolve=resolve, dial=dial),
-        )
+        backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial)
+        self._connections = Connections(backend, ssl_context or connection.tls_context(), most=connections)
 
     def fetch(
         self, url: str, sink: BinaryIO, *, accept_unverified: bool = False, trusted_only: bool = False
@@ -176,7 +160,7 @@ class Fetcher:
 
     def close(self) -> None:
         """Close every connection. A fetch running in another thread ends with an error."""
-        self._pool.close()
+        self._connections.close()
 
     def _follow(
         self, target: Target, sink: BinaryIO, deadline: connection.TransferDeadline, *, trusted_only: bool
@@ -187,7 +171,7 @@ class Fetcher:
             before = body.size
             deadline.expect_head()
             try:
-                with self._request(target, body.request_headers()) as response:
+                with self._connections.get(target, body.request_headers(), self._timeouts) as response:
                     # Of several values the last counts. A Location may be UTF-8.
                     headers = {
                         name.decode("ascii").lower(): value.decode("utf-8", errors="replace")
@@ -196,8 +180,7 @@ class Fetcher:
                     if response.status not in REDIRECTS:
                         _check_status(response.status, headers, target.host)
                         deadline.expect_body()
-                        stream = response.extensions["network_stream"]
-                        body.receive(response.status, headers, response.iter_stream(), stream)
+                        body.receive(response, headers)
                         return target, body
                     target, redirects = self._redirected(target, headers), redirects + 1
                     if trusted_only and not self._trusted.allows(target.host):
@@ -207,32 +190,6 @@ class Fetcher:
                 if not body.resumable or body.size <= before or resumes > MAX_RESUMES:
                     raise
         raise FetchUnusable(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
-
-    @contextmanager
-    def _request(self, target: Target, more: list[tuple[bytes, bytes]]) -> Iterator[httpcore.Response]:
-        response = self._pool.handle_request(
-            httpcore.Request(
-                "GET",
-                httpcore.URL(
-                    scheme=target.scheme.encode(),
-                    host=target.host.encode(),
-                    port=target.port,
-                    target=target.path.encode(),
-                ),
-                headers=[
-                    (b"Host", target.authority.encode()),
-                    (b"User-Agent", USER_AGENT.encode()),
-                    (b"Accept", b"*/*"),
-                    (b"Accept-Encoding", b"identity"),
-                    *more,
-                ],
-                extensions={"timeout": self._timeouts},
-            )
-        )
-        try:
-            yield response
-        finally:
-            response.close()
 
     def _redirected(self, target: Target, headers: Mapping[str, str]) -> Target:
         """The checked target of a redirect. A refused one raises `FetchInterrupted`, so the link is tried again:
@@ -308,32 +265,3 @@ def _our_errors() -> Iterator[None]:
         if error.errno in NO_ROOM:
             raise DiskFull("the disk of the spool folder is full; free space there") from error
         raise
-
-
-def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> BinaryIO:
-    """Open a file to fetch into: in memory up to `memory_bytes`, then in `directory` (None: the system's).
-
-    Closing it removes it, so use it as a context manager. On Linux the file has no name and a crash leaves nothing;
-    elsewhere `sweep` finds it.
-    """
-    return cast(
-        BinaryIO,
-        tempfile.SpooledTemporaryFile(
-            max_size=memory_bytes, prefix=SPOOL_PREFIX, dir=str(directory) if directory else None
-        ),
-    )
-
-
-def sweep(directory: Path | None, *, older_than_hours: float = SPOOL_STALE_HOURS) -> int:
-    """Remove spool files of crashed processes from `directory` (None: the system's). Returns how many."""
-    before = time.time() - older_than_hours * 3_600
-    removed = 0
-    for path in Path(directory or tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
-        try:
-            status = path.lstat()
-            if stat.S_ISREG(status.st_mode) and status.st_mtime < before:
-                path.unlink()
-                removed += 1
-        except OSError:
-            continue  # another process has removed it, or we may not
-    return removed

@@ -39,9 +39,9 @@ def _png_chunk(reader: Reader) -> tuple[bytes, bytes]:
     if length + 4 > reader.left:
         raise AssetDamaged(f"cut short inside {kind.decode('ascii')}")
     crc, first = zlib.crc32(kind), b""
-    for block in reader.blocks(length):
+    for block in reader.views(length):
         crc = zlib.crc32(block, crc)
-        first = first or block[:32]
+        first = first or bytes(block[:32])
     if reader.take(4) != crc.to_bytes(4, "big"):
         raise AssetDamaged(f"wrong CRC in {kind.decode('ascii')}")
     return kind, first

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from storage.errors import AssetDamaged
+from storage.spool import memory_of
 
 BLOCK_BYTES = 256 * 1024
 # Pillow refuses to open larger pictures by default (twice 89,478,485 pixels).
@@ -40,6 +41,7 @@ class Reader:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._memory = memory_of(file)
         self.size = file.seek(0, io.SEEK_END)
         self.at = file.seek(0)
         self.notes: list[str] = []
@@ -59,7 +61,7 @@ class Reader:
         self._pieces_left -= 1
         if self._pieces_left < 0:
             raise AssetDamaged("it consists of too many pieces")
-        data = self._file.read(count)
+        data = self._file.read(count) if self._memory is None else bytes(self._memory[self.at : self.at + count])
         self.at += len(data)
         if len(data) < count:
             raise AssetDamaged(f"cut short at byte {self.at}")
@@ -70,10 +72,23 @@ class Reader:
             raise AssetDamaged(f"a length before byte {self.at} is too small")
         if count > self.left:
             raise AssetDamaged(f"cut short: {count - self.left} bytes are missing at the end")
-        self.at = self._file.seek(self.at + count)
+        self._move(count)
 
     def rewind(self, count: int) -> None:
-        self.at = self._file.seek(self.at - count)
+        self._move(-count)
+
+    def _move(self, count: int) -> None:
+        self.at += count
+        if self._memory is None:
+            self._file.seek(self.at)
+
+    def views(self, count: int) -> Iterator[memoryview | bytes]:
+        """As `blocks`, but as one block without a copy if the file is in memory."""
+        if self._memory is None or count > self.left:
+            yield from self.blocks(count)
+        else:
+            self._move(count)
+            yield self._memory[self.at - count : self.at]
 
     def blocks(self, count: int) -> Iterator[bytes]:
         """The next `count` bytes in blocks."""

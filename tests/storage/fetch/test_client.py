@@ -42,7 +42,9 @@ from storage.errors import (
 )
 from storage.fetch import connection as wire
 from storage.fetch.addresses import AddressPolicy
-from storage.fetch.client import USER_AGENT, Fetched, Fetcher, retry_after, spool, sweep
+from storage.fetch.client import Fetched, Fetcher, retry_after
+from storage.fetch.connection import USER_AGENT
+from storage.spool import spool, sweep
 from tests.address_vectors import ALLOWED_ADDRESSES, ALLOWED_URLS, FORBIDDEN_ADDRESSES, MIXED_ANSWERS, REFUSED_URLS
 from tests.harness import wait_until
 
@@ -410,6 +412,28 @@ def test_request_has_only_four_headers_and_reuses_the_connection(host: FileHost)
     expected = f"Host: 127.0.0.1:{host.port}\r\nUser-Agent: {USER_AGENT}\r\nAccept: */*\r\nAccept-Encoding: identity"
     assert host.heads == [f"GET /a?b=%20c HTTP/1.1\r\n{expected}\r\n\r\n"] * 2
     assert host.connections == 1
+
+
+def test_connection_that_the_host_has_closed_is_replaced(host: FileHost) -> None:
+    host.scripts["/"] = _then_close(answer(png()))
+    client = fetcher(host)
+    assert client.fetch(host.url, io.BytesIO()).verified
+    time.sleep(0.1)
+    assert client.fetch(host.url, io.BytesIO()).verified
+    assert host.connections == 2
+
+
+def test_kept_connections_are_bounded_and_end_with_the_fetcher(host: FileHost) -> None:
+    other = FileHost()
+    host.scripts["/"] = other.scripts["/"] = answer(png())
+    client = fetcher(host, other, connections=1)
+    for each in (host, other, host):
+        client.fetch(each.url, io.BytesIO())
+    assert (host.connections, other.connections) == (1, 1)  # the second one was closed
+    client.close()
+    client.fetch(host.url, io.BytesIO())
+    assert host.connections == 2
+    other.close()
 
 
 def test_space_in_a_url_is_sent_as_percent_20(host: FileHost) -> None:

@@ -202,7 +202,8 @@ STREAM = """
 import resource, sys
 from storage.fetch.addresses import AddressPolicy
 from storage.errors import FetchTooLarge
-from storage.fetch.client import Fetcher, spool
+from storage.fetch.client import Fetcher
+from storage.spool import spool
 host, port, cap = "127.0.0.1", int(sys.argv[1]), int(sys.argv[2])
 fetcher = Fetcher(AddressPolicy(private_hosts=frozenset({(host, port)})), max_bytes=cap)
 try:

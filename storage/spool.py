@@ -1,0 +1,154 @@
+"""A file that is fetched, checked and put: in memory while it is small, then on disk.
+
+The memory is used again by the next file. Fresh memory for each picture of 3 MB and the copies that reads of a file
+object make took 0.7 ms of CPU. Hashes, checks and the put read it in place (`memory_of`, `blocks`).
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+# Nearly every picture (about 3 MB) stays in memory; eight threads hold 32 MiB at most.
+SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
+SPOOL_PREFIX = "receiver-spool-"
+# Far longer than a fetch may take and the put after it: a spool file this old belongs to a crashed process.
+SPOOL_STALE_HOURS = 24.0
+BLOCK_BYTES = 256 * 1024
+
+# Memory of closed spools. There are never more than were open at once, one for each thread that archives.
+_free: list[memoryview] = []
+
+
+class Spool(io.RawIOBase):
+    """An empty file to write and read. Closing it removes it."""
+
+    def __init__(self, directory: Path | None, memory_bytes: int) -> None:
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+        try:
+            self._room = _free.pop()
+        except IndexError:
+            self._room = memoryview(bytearray(SPOOL_MEMORY_BYTES))
+        self._memory_bytes = min(memory_bytes, len(self._room))
+        self._size = self._at = 0
+
+    @property
+    def memory(self) -> memoryview | None:
+        """The whole content, valid until the next write and the close; None when it is on disk."""
+        return None if self._file else self._room[: self._size].toreadonly()
+
+    def write(self, block: Any) -> int:
+        if self._file is None and self._at + len(block) > self._memory_bytes:
+            self._move_to_disk()
+        if self._file is not None:
+            return self._file.write(block)
+        end = self._at + len(block)
+        if self._at > self._size:  # a gap shows none of the memory's last file
+            self._room[self._size : self._at] = bytes(self._at - self._size)
+        self._room[self._at : end] = block
+        self._size, self._at = max(self._size, end), end
+        return len(block)
+
+    def read(self, size: int = -1) -> bytes:
+        if self._file is not None:
+            return self._file.read(size)
+        found = bytes(self._room[self._at : self._size if size < 0 else min(self._size, self._at + size)])
+        self._at += len(found)
+        return found
+
+    def readinto(self, buffer: Any) -> int:
+        if self._file is not None:
+            return cast(io.BufferedRandom, self._file).readinto(buffer)
+        count = max(0, min(len(buffer), self._size - self._at))
+        buffer[:count] = self._room[self._at : self._at + count]
+        self._at += count
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if self._file is not None:
+            return self._file.seek(offset, whence)
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._file.tell() if self._file is not None else self._at
+
+    def truncate(self, size: int | None = None) -> int:
+        if self._file is not None:
+            return self._file.truncate(size)
+        self._size = min(self._size, self._at if size is None else size)
+        return self._size
+
+    def flush(self) -> None:
+        if self._file is not None and not self._file.closed:
+            self._file.flush()
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            if self._file is not None:
+                self._file.close()
+            else:
+                _free.append(self._room)
+
+    def _move_to_disk(self) -> None:
+        directory = str(self._directory) if self._directory else None
+        self._file = tempfile.TemporaryFile(prefix=SPOOL_PREFIX, dir=directory)  # noqa: SIM115 - `close` closes it
+        self._file.write(self._room[: self._size])
+        self._file.seek(self._at)
+        _free.append(self._room)
+
+
+def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> BinaryIO:
+    """Open a file to fetch into: in memory up to `memory_bytes`, then in `directory` (None: the system's).
+
+    Closing it removes it, so use it as a context manager. On Linux the file has no name and a crash leaves nothing;
+    elsewhere `sweep` finds it.
+    """
+    return cast(BinaryIO, Spool(directory, memory_bytes))
+
+
+def memory_of(file: BinaryIO) -> memoryview | None:
+    """The whole content of a spool in memory; None for every other file."""
+    return file.memory if isinstance(file, Spool) else None
+
+
+def blocks(file: BinaryIO) -> Iterator[memoryview]:
+    """The whole file in blocks, each valid until the next: one block if it is in memory."""
+    memory = memory_of(file)
+    if memory is not None:
+        yield memory
+        return
+    file.seek(0)
+    while block := file.read(BLOCK_BYTES):
+        yield memoryview(block)
+
+
+def sweep(directory: Path | None, *, older_than_hours: float = SPOOL_STALE_HOURS) -> int:
+    """Remove spool files of crashed processes from `directory` (None: the system's). Returns how many."""
+    before = time.time() - older_than_hours * 3_600
+    removed = 0
+    for path in Path(directory or tempfile.gettempdir()).glob(f"{SPOOL_PREFIX}*"):
+        try:
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_mtime < before:
+                path.unlink()
+                removed += 1
+        except OSError:
+            continue  # another process has removed it, or we may not
+    return removed
