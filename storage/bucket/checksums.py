@@ -1,6 +1,6 @@
 """What a store's response to a put proves: the SHA-256 it names, and the MD5 that its ETag most often is.
 
-The store computes both values itself, so a wrong object would need two wrong values.
+The store computes both values itself. The MD5 counts only where the SHA-256 alone is no proof.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from storage import spool
 from storage.bucket.probe import sha256_base64
 from storage.errors import StoreUnavailable
 
@@ -40,9 +41,10 @@ def evidence_of(answer: Mapping[str, Any], sha256: str, md5: str | None) -> Evid
 
 
 def md5_of(file: BinaryIO) -> str:
-    file.seek(0)
-    readable: Any = file  # typing.BinaryIO lacks `readinto`
-    return hashlib.file_digest(readable, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    digest = hashlib.md5(usedforsecurity=False)
+    for block in spool.blocks(file):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class StoreConnection:
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
         with suppress(TypeError, ValueError):  # the Date header is missing or malformed
-            sent_at = parsedate_to_datetime(http_response.headers.get("Date"))
+            sent_at = parsedate_to_datetime(http_response.headers.get("date"))
             self.clock_ahead_seconds = time.time() - sent_at.timestamp()
 
     @contextmanager

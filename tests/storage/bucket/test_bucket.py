@@ -82,6 +82,21 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def bucket(bucket: Bucket, request: pytest.FixtureRequest) -> Bucket:
+    way = getattr(request, "param", "believed")
+    if way == "not believed":
+        bucket._capabilities = replace(bucket.capabilities(), refuses_wrong_checksum=False)
+    if way == "by boto3":
+        bucket._client()
+        bucket._signed = None
+    return bucket
+
+
+# One signed request; a HEAD, an MD5 and a read around it; boto3. All keep the same promises.
+in_every_way = pytest.mark.parametrize("bucket", ["believed", "not believed", "by boto3"], indirect=True)
+
+
+@pytest.fixture
 def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
     with FaultProxy(seaweed) as running:
         yield running
@@ -103,6 +118,7 @@ def test_probe_finds_the_capabilities_of_seaweed_and_leaves_nothing(bucket: Buck
     assert list(bucket.list(bucket.prefix)) == []
 
 
+@in_every_way
 def test_put_is_described_and_read_back(bucket: Bucket) -> None:
     content = os.urandom(3_000_000)
     assert put(bucket, "a.png", content, task="bild-ö%", host="cdn.example") is True
@@ -113,6 +129,7 @@ def test_put_is_described_and_read_back(bucket: Bucket) -> None:
     assert content_of(bucket, "a.png") == content
 
 
+@in_every_way
 def test_same_bytes_again_succeed_and_other_bytes_conflict(bucket: Bucket) -> None:
     assert put(bucket, "a.png", b"one") is True
     assert put(bucket, "a.png", b"one") is False
@@ -121,12 +138,14 @@ def test_same_bytes_again_succeed_and_other_bytes_conflict(bucket: Bucket) -> No
     assert content_of(bucket, "a.png") == b"one"
 
 
+@in_every_way
 def test_wrong_checksum_leaves_no_object(bucket: Bucket) -> None:
     with pytest.raises(StoreUnavailable, match="not those of the checksum"):
         put(bucket, "a.png", b"one", claimed=sha256(b"two"))
     assert bucket.head(bucket.prefix + "a.png") is None
 
 
+@in_every_way
 def test_concurrent_puts_of_different_bytes_have_one_winner(bucket: Bucket) -> None:
     contents = [b"content %d" % number for number in range(16)]
     outcomes = race(bucket, contents)
@@ -135,6 +154,7 @@ def test_concurrent_puts_of_different_bytes_have_one_winner(bucket: Bucket) -> N
     assert content_of(bucket, "raced.png") == contents[outcomes.index(True)]
 
 
+@in_every_way
 def test_concurrent_puts_of_equal_bytes_create_one_object(bucket: Bucket) -> None:
     outcomes = race(bucket, [b"the same"] * 16)
     assert (outcomes.count(True), outcomes.count(False)) == (1, 15)
@@ -215,6 +235,7 @@ def test_holds_compares_the_bytes_under_the_key(bucket: Bucket) -> None:
         bucket.holds(bucket.prefix + "a.png", sha256=sha256(b"two"), size=3)
 
 
+@in_every_way
 def test_object_without_our_checksum_is_read_and_hashed(bucket: Bucket) -> None:
     bucket._client().put_object(Bucket=bucket.name, Key=bucket.prefix + "a.png", Body=b"one")
     assert put(bucket, "a.png", b"one") is False

@@ -19,11 +19,12 @@ from botocore import exceptions as boto_errors
 from botocore.awsrequest import AWSPreparedRequest
 
 from receiver.local_store.seaweed import Seaweed
-from storage.bucket import store_connection
+from storage.bucket import checksums, store_connection
 from storage.bucket.bucket import Bucket
+from storage.bucket.http_connections import HttpConnections
 from storage.bucket.probe import Capabilities
 from storage.bucket.put_options import PutOptions
-from storage.errors import StoreUnavailable
+from storage.errors import ObjectConflict, StoreUnavailable
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 
 # Headers that differ by request or count boto3's tries.
@@ -110,6 +111,18 @@ def through(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> Iterator[Bu
         yield Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=known)
 
 
+def with_small_buffer(monkeypatch: pytest.MonkeyPatch, connections: HttpConnections) -> None:
+    """Otherwise the kernel accepts megabytes at once on loopback."""
+    connect = connections._connect
+
+    def connect_small() -> socket.socket:
+        connection = connect()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        return connection
+
+    monkeypatch.setattr(connections, "_connect", connect_small)
+
+
 def put(bucket: Bucket, name: str, content: bytes) -> bool:
     digest = hashlib.sha256(content).hexdigest()
     return bucket.put_once(
@@ -118,12 +131,46 @@ def put(bucket: Bucket, name: str, content: bytes) -> bool:
     )  # fmt: skip
 
 
-def test_new_file_takes_two_signed_requests_and_none_of_boto3(through: Bucket, recorder: Recorder) -> None:
-    content = os.urandom(3_000_000)
+@pytest.mark.parametrize("size", [0, 1_000, 3_000_000])
+def test_new_file_takes_one_signed_request_and_none_of_boto3(through: Bucket, recorder: Recorder, size: int) -> None:
+    content = os.urandom(size)
     assert put(through, "a b+ö%2F.png", content) is True
-    assert recorder.told == [("HEAD", True), ("PUT", True)]
-    assert recorder.seen[1].body == content
+    assert recorder.told == [("PUT", True)]
+    assert recorder.seen[0].body == content
     assert through.clock_ahead_seconds is not None
+
+
+@pytest.mark.parametrize("lacking", ["conditional_put", "refuses_wrong_checksum", "refuses_wrong_part"])
+def test_store_that_is_not_believed_is_asked_before_every_put(
+    through: Bucket, recorder: Recorder, lacking: str
+) -> None:
+    through._capabilities = replace(through.capabilities(), **{lacking: False})
+    assert put(through, "a.png", b"one") is True
+    assert recorder.told[:2] == [("HEAD", True), ("PUT", True)]
+    assert put(through, "a.png", b"one") is False
+    assert [request.method for request in recorder.seen].count("PUT") == 1
+
+
+def test_refused_condition_is_looked_into(through: Bucket, recorder: Recorder) -> None:
+    assert put(through, "a.png", b"one") is True
+    recorder.seen.clear()
+    assert put(through, "a.png", b"one") is False
+    assert recorder.told == [("PUT", True), ("HEAD", False)]
+    with pytest.raises(ObjectConflict):
+        put(through, "a.png", b"two")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"), [((), 0), (("refuses_wrong_checksum",), 1), (("returns_checksum",), 1)]
+)
+def test_md5_is_computed_unless_the_checksum_is_proof(
+    through: Bucket, monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...], expected: int
+) -> None:
+    computed, md5_of = [], checksums.md5_of
+    monkeypatch.setattr(checksums, "md5_of", lambda file: computed.append(file) or md5_of(file))
+    through._capabilities = replace(through.capabilities(), **dict.fromkeys(lacking, False))
+    assert put(through, "a.png", b"one") is True
+    assert len(computed) == expected
 
 
 @pytest.mark.parametrize("mode", ["when_supported", "never"])
@@ -157,7 +204,7 @@ def test_failed_request_is_repeated_by_boto3(through: Bucket, recorder: Recorder
     recorder.refuse = None
     recorder.seen.clear()
     put(through, "b.png", b"one")
-    assert recorder.told == [("HEAD", True), ("PUT", True)]
+    assert recorder.told == [("PUT", True)]
 
 
 @pytest.mark.parametrize("refusal", [301, 400, 403])
@@ -178,7 +225,7 @@ def test_single_refusal_keeps_signed_requests(through: Bucket, recorder: Recorde
     assert all(put(through, f"{number}.png", b"one") for number in range(times))
     recorder.refuse = None
     assert put(through, "then.png", b"one") is True
-    assert recorder.told[-2:] == [("HEAD", True), ("PUT", True)]
+    assert recorder.told[-1:] == [("PUT", True)]
 
 
 @pytest.mark.parametrize("addressing", ["auto", "path", "virtual"])
@@ -209,17 +256,22 @@ def test_signed_requests_use_the_url_and_scope_of_boto3_at_aws(
         asked.append((request.url, scope))
         raise NotDialled
 
-    client._endpoint.http_session.send = dial
+    def dial_ours(method: str, path: str, headers: dict[str, str], body: object) -> None:
+        authorization = {"Authorization": headers["authorization"]}
+        dial(AWSPreparedRequest(method, f"https://{headers['host']}{path}", authorization, None, False))
+
+    client._endpoint.http_session.send, signed._connections.send = dial, dial_ours
     for ask in (signed.is_missing, bucket.head):
         with pytest.raises(NotDialled):
             ask("a ö/k")
     assert asked[0] == asked[1]
+    assert signed._connections.authority in str(asked[0])
 
 
 def test_slow_uplink_does_not_time_out(
     monkeypatch: pytest.MonkeyPatch, bucket: Bucket, s3_environment: dict[str, str]
 ) -> None:
-    """The connect timeout also applies to each block sent: 2.5 s here, for a body that takes 4 s."""
+    """The connect timeout also applies to each wait to send: 2.5 s here, for a body that takes 4 s."""
     monkeypatch.setattr(store_connection, "CONNECT_SECONDS", 2.5)
     content = os.urandom(1_200_000)
     digest = hashlib.sha256(content)
@@ -228,10 +280,9 @@ def test_slow_uplink_does_not_time_out(
         slow = Bucket("any", endpoint_url=url, capabilities=replace(bucket.capabilities(), refuses_wrong_checksum=True))
         signed = slow._signed_requests()
         assert signed is not None
-        # Otherwise the kernel accepts the whole body at once on loopback.
-        signed._http._manager.connection_pool_kw["socket_options"] = [(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)]
+        with_small_buffer(monkeypatch, signed._connections)
         assert put(slow, "a.png", content) is True
-    assert requests == ["HEAD", "PUT"]
+    assert requests == ["PUT"]
 
 
 def test_lost_race_is_noticed_without_a_second_put(bucket: Bucket, seaweed: Seaweed, recorder: Recorder) -> None:
@@ -245,7 +296,7 @@ def test_lost_race_is_noticed_without_a_second_put(bucket: Bucket, seaweed: Seaw
             bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=bucket.capabilities()
         )
         assert put(own, "a.png", b"one") is False
-    assert recorder.told == [("HEAD", True), ("PUT", True), ("HEAD", False)]
+    assert recorder.told == [("PUT", True), ("HEAD", False)]
 
 
 def test_silent_store_is_given_up_after_one_timeout(

@@ -69,7 +69,10 @@ class Faulty:
         return sum(asset.hits for asset in self.sandbox.ledger().task("task").assets)
 
 
-@pytest.fixture(params=["seen by the probe", "begins after the probe"])
+SEEN, LATER = "seen by the probe", "begins after the probe"
+
+
+@pytest.fixture(params=[SEEN, LATER])
 def faulty(
     request: pytest.FixtureRequest, parts: Parts, seaweed: Seaweed, sandbox: Sandbox
 ) -> Iterator[Callable[..., Faulty]]:
@@ -82,7 +85,7 @@ def faulty(
         made = Faulty(Wired(parts.settings, bucket=bucket), parts, proxy, sandbox)
 
         def begin(spoil: Callable[[Request, Forward], Answer | None]) -> Faulty:
-            if request.param == "begins after the probe":
+            if request.param == LATER:
                 assert bucket.capabilities().believed
             made.begin(spoil)
             assert bucket.capabilities() is not None
@@ -110,7 +113,12 @@ def test_object_is_found_after_its_response_was_lost(faulty: Callable[..., Fault
     assert_archived(on.honest, on.sandbox, on.task)
 
 
-@pytest.mark.parametrize("says", ["nothing", "what it was sent"])
+# A store that begins to lie about its checksums after the probe is found by the audit, which reads.
+@pytest.mark.parametrize(
+    ("faulty", "says"),
+    [(SEEN, "nothing"), (SEEN, "what it was sent"), (LATER, "nothing")],
+    indirect=["faulty"],
+)
 def test_flipped_byte_behind_a_200_is_removed(faulty: Callable[..., Faulty], says: str) -> None:
     def flip(request: Request, forward: Forward) -> Answer:
         if not request.body or "x-amz-decoded-content-length" in request.headers or "/.receiver" in request.path:
@@ -128,6 +136,7 @@ def test_flipped_byte_behind_a_200_is_removed(faulty: Callable[..., Faulty], say
     assert_archived(on.honest, on.sandbox, on.task)
 
 
+@pytest.mark.parametrize("faulty", [SEEN], indirect=True)
 def test_ignored_condition_overwrites_nothing(faulty: Callable[..., Faulty]) -> None:
     on = faulty(lambda request, forward: forward(request.without("if-none-match")))
     (made,) = on.sandbox.ledger().task("task").assets
@@ -153,6 +162,20 @@ def test_trusted_store_is_not_read_back(faulty: Callable[..., Faulty]) -> None:
     on = faulty(lambda request, forward: forward(request))
     run(on.parts, "assets", "finishes")
     assert on.reads == []
+    assert_archived(on.honest, on.sandbox, on.task)
+
+
+def test_trusted_store_gets_one_request_for_a_file_and_one_for_the_manifest(faulty: Callable[..., Faulty]) -> None:
+    seen: list[str] = []
+
+    def record(request: Request, forward: Forward) -> Answer:
+        if ".receiver-probe" not in request.path:
+            seen.append(request.method)
+        return forward(request)
+
+    on = faulty(record)
+    run(on.parts, "assets", "finishes")
+    assert seen == ["PUT", "PUT"]
     assert_archived(on.honest, on.sandbox, on.task)
 
 

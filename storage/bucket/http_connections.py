@@ -1,0 +1,204 @@
+"""HTTP/1.1 to one store for requests whose response has no body of interest, over connections that are kept.
+
+The store is the operator's own, so this reads only what a store answers to HEAD and PUT. A connection is kept only
+after a response that ends where its head says; everything else closes it. Each wait has a timeout, and a body as a
+whole must be sent at MIN_BYTES_PER_SECOND.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import NamedTuple
+
+# A TLS connection returns from a write only after all of it, within one timeout: 64 KiB in 5 s are 13 kB/s, which eight
+# connections over an uplink of 10 Mbit/s have. A plain connection returns after any progress.
+TLS_WRITE_BYTES = 64 * 1024
+MIN_BYTES_PER_SECOND = 13_000
+MAX_HEAD_BYTES = 64 * 1024
+# A refusal's XML is below 1 kB. A longer body is not read; its connection is closed.
+MAX_BODY_BYTES = 64 * 1024
+READ_BYTES = 16 * 1024
+LENGTH = re.compile(r"[0-9]{1,9}")
+STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
+BODYLESS = frozenset({204, 304})
+
+
+class ConnectionBroken(Exception):
+    """The store closed the connection or answered something else than HTTP/1. The request may have been done."""
+
+
+class Response(NamedTuple):
+    """`headers`: names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+
+
+class HttpConnections:
+    """Connections to one host. Thread-safe. `most`: of idle ones. `context`: for https, None = http.
+
+    `connect_seconds` also bounds each wait to send, `read_seconds` the whole response.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int | None,
+        context: ssl.SSLContext | None,
+        *,
+        most: int,
+        connect_seconds: float,
+        read_seconds: float,
+    ) -> None:
+        self._host = host
+        self._port = port or (443 if context else 80)
+        name = f"[{host}]" if ":" in host else host
+        self.authority = name if self._port == (443 if context else 80) else f"{name}:{port}"
+        self._context = context
+        self._most = most
+        self._connect_seconds = connect_seconds
+        self._read_seconds = read_seconds
+        self._lock = threading.Lock()
+        self._idle: list[socket.socket] = []
+        weakref.finalize(self, _close_all, self._idle)
+
+    def send(
+        self, method: str, path: str, headers: Mapping[str, str], body: Callable[[], Iterable[memoryview]]
+    ) -> Response:
+        """Send a request, a second time if a kept connection turns out to be closed. `body`: its blocks from the start.
+
+        Raises `ConnectTimeout`, `TimeoutError`, and `ConnectionBroken`.
+        """
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
+        kept = self._kept()
+        if kept is not None:
+            with suppress(ConnectionBroken):  # closed by the store as idle, at the moment we used it
+                return self._exchange(kept, head, body(), has_body=method != "HEAD")
+        return self._exchange(self._connect(), head, body(), has_body=method != "HEAD")
+
+    def _kept(self) -> socket.socket | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            try:  # on the socket itself, below TLS: bytes or an end mean that the store is done with it
+                connection.settimeout(0)
+                socket.socket.recv(connection, 1, socket.MSG_PEEK)
+            except BlockingIOError:
+                return connection
+            except OSError:
+                pass
+            connection.close()
+
+    def _connect(self) -> socket.socket:
+        try:
+            plain = socket.create_connection((self._host, self._port), self._connect_seconds)
+        except TimeoutError as error:
+            raise ConnectTimeout from error
+        except OSError as error:
+            raise ConnectionBroken from error
+        try:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return self._context.wrap_socket(plain, server_hostname=self._host) if self._context else plain
+        except OSError as error:
+            plain.close()
+            raise ConnectTimeout if isinstance(error, TimeoutError) else ConnectionBroken from error
+
+    def _exchange(
+        self, connection: socket.socket, head: bytes, body: Iterable[memoryview], *, has_body: bool
+    ) -> Response:
+        keep = whole = False
+        try:
+            try:
+                self._send(connection, head, body)
+                whole = True
+            except TimeoutError:
+                raise
+            except OSError:
+                pass  # a store that refuses early answers before it closes
+            response, ends = _read_response(connection, time.monotonic() + self._read_seconds, has_body=has_body)
+            keep = whole and ends
+            return response
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionBroken from error
+        finally:
+            with self._lock:
+                keep = keep and len(self._idle) < self._most
+                if keep:
+                    self._idle.append(connection)
+            if not keep:
+                connection.close()
+
+    def _send(self, connection: socket.socket, head: bytes, body: Iterable[memoryview]) -> None:
+        started, sent = time.monotonic(), 0
+        is_tls = isinstance(connection, ssl.SSLSocket)
+        connection.settimeout(self._connect_seconds)
+        for block in itertools.chain([memoryview(head)], body):
+            at = 0
+            while at < len(block):
+                at += connection.send(block[at : at + TLS_WRITE_BYTES] if is_tls else block[at:])
+                if time.monotonic() - started > self._connect_seconds + (sent + at) / MIN_BYTES_PER_SECOND:
+                    raise TimeoutError
+            sent += at
+
+
+class ConnectTimeout(Exception):
+    """No connection within `connect_seconds`."""
+
+
+def _read_response(connection: socket.socket, ends: float, *, has_body: bool) -> tuple[Response, bool]:
+    """The final response, and whether it ends where its head says, so that the connection may be kept."""
+    response, rest = _read_head(connection, bytearray(), ends)
+    while response.status < 200:  # 100 Continue: the final response follows
+        response, rest = _read_head(connection, rest, ends)
+    length = response.headers.get("content-length", "") if has_body and response.status not in BODYLESS else "0"
+    if not LENGTH.fullmatch(length) or int(length) > MAX_BODY_BYTES or "transfer-encoding" in response.headers:
+        return response, False
+    left = int(length) - len(rest)
+    while left > 0 and (block := _receive(connection, ends)):
+        left -= len(block)
+    return response, left == 0 and response.headers.get("connection", "").lower() != "close"
+
+
+def _receive(connection: socket.socket, ends: float) -> bytes:
+    left = ends - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)
+    return connection.recv(READ_BYTES)
+
+
+def _read_head(connection: socket.socket, received: bytearray, ends: float) -> tuple[Response, bytearray]:
+    """One response head, and the bytes after it. `received`: those that came before."""
+    while (end := received.find(b"\r\n\r\n")) < 0:
+        block = _receive(connection, ends)
+        received += block
+        if not block or len(received) > MAX_HEAD_BYTES:
+            raise ConnectionBroken
+    first, *lines = bytes(received[:end]).split(b"\r\n")
+    status = STATUS.fullmatch(first)
+    if status is None:
+        raise ConnectionBroken
+    pairs = (line.decode("latin-1").partition(":") for line in lines)
+    headers = {name.lower(): value.strip() for name, _, value in pairs}
+    if status[1] == b"0":
+        headers["connection"] = "close"
+    return Response(int(status[2]), headers), received[end + 4 :]
+
+
+def _close_all(connections: list[socket.socket]) -> None:
+    for connection in connections:
+        connection.close()
