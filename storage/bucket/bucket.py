@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import secrets
 import threading
 import time
@@ -57,6 +58,10 @@ class Stored:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+# How long a probe is believed. A downgrade or a new proxy may change what the store keeps.
+PROBE_SECONDS = 3_600
+
+
 class Listed(NamedTuple):
     key: str
     size: int
@@ -96,16 +101,30 @@ class Bucket(StoreConnection):
         super().__init__(name, endpoint_url, public_endpoint_url, checksum_mode, addressing, connections, keys)
         self.prefix = normal_prefix(prefix)
         self._capabilities = capabilities
+        self._probe_again_at = math.inf  # monotonic seconds
         self._put_options = put_options or PutOptions()
         self._etags_are_md5 = True  # until an object with the right bytes has another ETag
         self._probe_lock = threading.Lock()
 
     def capabilities(self) -> Capabilities:
-        """What the store can do. The first call probes it over the network; later ones return the same result."""
-        with self._probe_lock:
-            if self._capabilities is None:
+        """What the store can do. The first call probes it over the network, and one call an hour probes it again.
+
+        Other threads wait for the first probe alone.
+        """
+        known = self._capabilities
+        if known is not None and time.monotonic() < self._probe_again_at:
+            return known
+        if not self._probe_lock.acquire(blocking=known is None):
+            assert known is not None
+            return known
+        try:
+            if self._capabilities is known:
                 self._capabilities = self.probe()
+                self._probe_again_at = time.monotonic() + PROBE_SECONDS
+            assert self._capabilities is not None
             return self._capabilities
+        finally:
+            self._probe_lock.release()
 
     def uri(self, key: str) -> str:
         return f"s3://{self.name}/{key}"
@@ -130,7 +149,7 @@ class Bucket(StoreConnection):
         own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": described}
         put = Put(key, file, sha256, size, {**self._put_options.arguments(), **own}, conditional)
         # The key is looked up first where the put alone does not decide: a store refuses a multipart upload only after
-        # all parts have been sent. One that loses its conditional writes after the probe overwrites until a restart.
+        # all parts have been sent. One that loses its conditional writes after a probe overwrites until the next.
         decides = conditional and can.believed and not in_parts
         if not decides and not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False

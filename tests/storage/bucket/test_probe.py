@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import time
 from dataclasses import replace
+
+import pytest
 
 from receiver.local_store.seaweed import Seaweed
 from storage.bucket.bucket import PROBE_FOLDER, Bucket
@@ -49,3 +52,16 @@ def test_probe_removes_nothing_outside_its_folder(bucket: Bucket, seaweed: Seawe
     with FaultProxy(seaweed, in_the_past) as proxy:
         Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix).probe()
     assert left(bucket) == ([key], [])
+
+
+def test_store_that_stops_keeping_conditions_is_found_out_by_the_next_probe(
+    bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.bucket.bucket.PROBE_SECONDS", 1.0)
+    with FaultProxy(seaweed) as proxy:
+        behind = Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix)
+        assert behind.capabilities().conditional_put
+        proxy.fault = lambda request, forward: forward(request.without("if-none-match"))
+        assert behind.capabilities().conditional_put
+        time.sleep(1)
+        assert not behind.capabilities().conditional_put
