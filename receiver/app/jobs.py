@@ -59,7 +59,7 @@ AUDIT_OFF_INTERVAL_SECONDS = 86_400.0
 def lanes(parts: Parts) -> Sequence[Lane]:
     """The lanes of one worker process. The store's lanes share a circuit, and so do the provider's."""
     settings, step = parts.settings, Task.step
-    unmatched = col(Callback.state) == CallbackState.UNMATCHED
+    received, unmatched = (col(Callback.state) == state for state in (CallbackState.RECEIVED, CallbackState.UNMATCHED))
     applier = DeliveryApplier(parts.database, parts.providers, parts.schedule, parts.confirmation)
     reader = Reader(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
     finder = UnmatchedDeliveries(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
@@ -70,7 +70,7 @@ def lanes(parts: Parts) -> Sequence[Lane]:
     )
     return (
         Lane(
-            "callbacks", Callback, applier.work, CALLBACK_THREADS, (~unmatched,), work_many=applier.work_many,
+            "callbacks", Callback, applier.work, CALLBACK_THREADS, (received,), work_many=applier.work_many,
             batch=lambda: BATCH,
         ),
         Lane("unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider),

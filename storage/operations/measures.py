@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import case, distinct, func, literal_column
+from sqlalchemy import case, distinct, func, literal_column, true
 from sqlmodel import Session, col, select
 
 from storage import states
@@ -17,7 +17,7 @@ from storage.database.clock import db_now_once
 from storage.operations import deadlines, outbox
 from storage.rows import tasks
 from storage.rows.models import Asset, Callback, Dispatch, Task
-from storage.states import ArchiveState, AssetState, CallbackState
+from storage.states import ArchiveState, AssetState, CallbackState, Step
 
 # An idle worker claims a due row within a second.
 OVERDUE_SECONDS = 60
@@ -25,7 +25,12 @@ OVERDUE_SECONDS = 60
 WINDOW_SECONDS = 86_400
 # A callback counts as lost this long after a read has reported the end.
 CALLBACK_PATIENCE_SECONDS = 300
-WAITING: tuple[Any, ...] = (Task, Callback, Asset)
+# Each table, and the column that leads its due index with every value that a due row has.
+WAITING: tuple[tuple[Any, Any], ...] = (
+    (Task, col(Task.step).in_(Step)),
+    (Callback, col(Callback.state).in_((CallbackState.RECEIVED, CallbackState.UNMATCHED))),
+    (Asset, true()),
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ def unusable_files(session: Session) -> UnusableFiles:
 
 def count_overdue(session: Session) -> int:
     """Rows that have been due for more than a minute."""
-    return sum(_count(session, each.due_at <= db_now_once(-OVERDUE_SECONDS)) for each in WAITING)
+    return sum(_count(session, (model.due_at <= db_now_once(-OVERDUE_SECONDS)) & lane) for model, lane in WAITING)
 
 
 def _count(session: Session, condition: Any) -> int:
@@ -177,8 +182,8 @@ def _count(session: Session, condition: Any) -> int:
 
 def _waiting(session: Session, now: datetime) -> dict[str, Any]:
     due, oldest = 0, now
-    for model in WAITING:
-        found, first = session.exec(select(func.count(), func.min(model.due_at)).where(model.due_at <= now)).one()
+    for model, lane in WAITING:
+        found, first = session.exec(select(func.count(), func.min(model.due_at)).where(model.due_at <= now, lane)).one()
         due, oldest = due + found, min(oldest, first or now)
     overdue = count_overdue(session)
     return {"due": due, "overdue": overdue, "oldest_due_seconds": (now - oldest).total_seconds()}

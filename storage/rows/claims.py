@@ -19,10 +19,25 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import ClauseElement, Connection, Integer, Uuid, bindparam, case, select, update
+from sqlalchemy import (
+    ClauseElement,
+    ColumnElement,
+    Connection,
+    Integer,
+    Uuid,
+    bindparam,
+    case,
+    exists,
+    literal_column,
+    select,
+    union_all,
+    update,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
-from storage.database.clock import db_now, db_now_once
+from storage.database.clock import UtcTime, db_now, db_now_once
 from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows.models import Asset, Callback, Dispatch, Task
@@ -33,6 +48,12 @@ Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 QUARANTINE_AFTER = 3
 # After three more lost leases it is parked: not claimed again until `receiver retry`.
 PARK_LOSSES = 6
+
+# The fewest losses of a row in quarantine: its lease may be the third that runs out. A literal, as in the condition of
+# the suspect indexes, because SQLite uses no partial index for a parameter.
+SUSPECT_LOSSES: ColumnElement[int] = literal_column(str(QUARANTINE_AFTER - 1), Integer)
+# Due rows, beyond those that are claimed, up to which a queue is sorted at each claim. Sorting 256 takes 0.2 ms.
+SHORT_QUEUE = 256
 
 # Statements kept in each cache. A lane's conditions never change, and there are some ten lanes.
 STATEMENTS = 64
@@ -64,17 +85,26 @@ def claim(
     return sorted(rows, key=_work_order)
 
 
+_MOST = bindparam("most", type_=Integer)
+
+
 @lru_cache(maxsize=STATEMENTS)
 def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, ...]) -> Any:
     losses = model.losses + case((model.lease.is_not(None), 1), else_=0)
-    in_quarantine = losses >= QUARANTINE_AFTER if alone else losses < QUARANTINE_AFTER
-    due = select(model.id).where(model.due_at <= db_now_once(), in_quarantine, *where)
-    # Rows made due together have one `due_at`: without `attempts` one of them took every trial.
-    order = (model.due_at, model.attempts) if in_turn else _urgency(model)
-    due = due.order_by(*order).limit(bindparam("most", type_=Integer)).with_for_update(skip_locked=True)
+    due = (model.due_at <= db_now_once(), *where)
+    claimable = (losses >= QUARANTINE_AFTER, model.losses >= SUSPECT_LOSSES) if alone else (losses < QUARANTINE_AFTER,)
+    chosen = select(model.id).where(*due, *claimable)
+    if alone:  # few, or none
+        ids = _first(chosen.order_by(*_urgency(model)), "due")
+    elif in_turn or model in (Callback, Dispatch):
+        # A walk of the due index. Rows made due together have one `due_at`: without `attempts` one of them took every
+        # trial.
+        ids = _first(chosen.order_by(model.due_at, model.attempts), "due")
+    else:
+        ids = _soonest(model, due, claimable)
     return (
         update(model)
-        .where(model.id.in_(select(due.cte("due").c.id)))
+        .where(model.id.in_(ids))
         .values(
             due_at=db_now("lease_seconds"), lease=bindparam("token", type_=Uuid), attempts=model.attempts + 1,
             losses=losses,
@@ -82,6 +112,58 @@ def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, .
         .returning(model)
         .execution_options(synchronize_session=False)
     )  # fmt: skip
+
+
+def _soonest(model: Any, due: tuple[Any, ...], claimable: tuple[Any, ...]) -> Any:
+    """Ids of the due rows whose files the provider deletes soonest, those without a known time last.
+
+    A short queue is read and sorted. In a long one the urgent index is walked; its rows that are not due yet (in hand,
+    or in backoff) are passed over at 0.1 µs (PostgreSQL) or 0.8 µs (SQLite) each. With a walk alone, 100,000 files in
+    backoff would delay each claim of the few that are due; with sorting alone, 100,000 due files would.
+    """
+    further = select(model.id).where(*due).order_by(model.due_at, model.attempts)
+    further_due = further.limit(1).offset(_MOST + SHORT_QUEUE).cte("further_due")
+    is_long = exists(select(further_due.c.id))
+    is_due = (model.due_at.is_not(None), _unindexed(model.due_at) <= db_now_once(), *due[1:])
+    in_index_order = (model.files_expire_at.asc().nulls_last(), model.due_at)
+    few = _first(select(model.id).where(*due, *claimable).order_by(*_urgency(model)), "few", unless=is_long)
+    many = _first(select(model.id).where(*is_due, *claimable).order_by(*in_index_order), "many", unless=~is_long)
+    # The planner of PostgreSQL does not see how few these are: without a limit of its own it reads the whole table.
+    return union_all(few, many).limit(_MOST)
+
+
+def _first(ordered: Any, name: str, *, unless: ColumnElement[bool] | None = None) -> Any:
+    """The first rows, locked. Those that other transactions have locked are skipped.
+
+    `unless`: none then. A limit of 0 reads nothing on either database; SQLite tests a condition at each row.
+    """
+    most = _MOST if unless is None else case((unless, 0), else_=_MOST)
+    locked = ordered.limit(most).with_for_update(skip_locked=True).cte(name)
+    return select(locked.c.id)
+
+
+def _urgency(model: Any) -> tuple[Any, ...]:
+    """The order of urgency in words that no index has: for few rows, which are sorted."""
+    if model in (Callback, Dispatch):
+        return (model.due_at,)
+    return model.files_expire_at.is_(None), model.files_expire_at, model.due_at
+
+
+class _unindexed(FunctionElement[datetime]):
+    """A column of which SQLite uses no index, because it would rather sort the queue than walk the urgent index."""
+
+    type = UtcTime()
+    inherit_cache = True
+
+
+@compiles(_unindexed, "postgresql")
+def _unindexed_postgresql(element: _unindexed, compiler: Any, **options: Any) -> str:
+    return str(compiler.process(element.clauses, **options))
+
+
+@compiles(_unindexed, "sqlite")
+def _unindexed_sqlite(element: _unindexed, compiler: Any, **options: Any) -> str:
+    return f"+{compiler.process(element.clauses, **options)}"
 
 
 def _work_order(row: Any) -> Any:
@@ -105,14 +187,8 @@ def _any_due_statement(model: Any, alone: bool, where: tuple[Any, ...]) -> Any:
     due = select(table.id).where(table.due_at <= db_now_once(), *where)
     if alone:
         losses = table.losses + case((table.lease.is_not(None), 1), else_=0)
-        due = due.where(losses >= QUARANTINE_AFTER)
+        due = due.where(losses >= QUARANTINE_AFTER, table.losses >= SUSPECT_LOSSES)
     return due.order_by(table.due_at).limit(1)
-
-
-def _urgency(model: Any) -> tuple[Any, ...]:
-    if model in (Callback, Dispatch):
-        return (model.due_at,)
-    return (model.files_expire_at.asc().nulls_last(), model.due_at)
 
 
 def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = True, **values: Any) -> None:

@@ -75,11 +75,23 @@ def _partial_index(name: str, column: str, condition: str) -> Index:
     return Index(name, column, postgresql_where=where, sqlite_where=where)
 
 
-def _due_index(table: str, *, within: str | None = None) -> Index:
-    """`within`: a column that every claim of the table names, so that a claim reads only its own due rows."""
-    where = text("due_at IS NOT NULL")
-    columns = [within, "due_at"] if within else ["due_at"]
-    return Index(f"{table}_due", *columns, postgresql_where=where, sqlite_where=where)
+def _due_indexes(table: str, *, lane: str | None = None, expires: bool = False) -> tuple[Index, ...]:
+    """Indexes in the orders of claims (rows/claims.py), so that a claim stops after the rows that it takes.
+
+    `lane`: a column for which every claim of the table names a value; each lane's rows stand together. `expires`: the
+    files have a time at which the provider deletes them. `_suspect`: the rows that may be in quarantine.
+    """
+    lead = [lane] if lane else []
+    waits = text("due_at IS NOT NULL")
+    suspect = text("due_at IS NOT NULL AND losses >= 2")
+    indexes = [
+        Index(f"{table}_due", *lead, "due_at", "attempts", postgresql_where=waits, sqlite_where=waits),
+        Index(f"{table}_suspect", *lead, "due_at", postgresql_where=suspect, sqlite_where=suspect),
+    ]
+    if expires:
+        columns = [*lead, "files_expire_at", "due_at"]
+        indexes.append(Index(f"{table}_urgent", *columns, postgresql_where=waits, sqlite_where=waits))
+    return tuple(indexes)
 
 
 class Task(Claimable, table=True):
@@ -87,7 +99,7 @@ class Task(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "task"
     __table_args__ = (
-        _due_index("task"),
+        *_due_indexes("task", lane="step", expires=True),
         _partial_index("task_deadline", "files_expire_at", "archive = 'archiving'"),
         Index("task_newest", "created_at"),
         Index("task_completed", "completed_at"),
@@ -170,7 +182,7 @@ class Callback(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "callback"
     __table_args__ = (
-        _due_index("callback"),
+        *_due_indexes("callback", lane="state"),
         _partial_index("callback_unmatched_external", "external_task_id", "state = 'unmatched'"),
         _partial_index("callback_unmatched_provider", "provider_task_id", "state = 'unmatched'"),
         Index("callback_task", "task_id"),
@@ -199,7 +211,7 @@ class Asset(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
-        _due_index("asset"),
+        *_due_indexes("asset", expires=True),
         _partial_index("asset_failed", "task_id", "state = 'failed'"),
         _partial_index("asset_unusable", "task_id", "unusable_since IS NOT NULL"),
         Index("asset_key", "key"),
@@ -264,7 +276,7 @@ class Dispatch(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "dispatch"
     __table_args__ = (
-        _due_index("dispatch", within="sink"),
+        *_due_indexes("dispatch", lane="sink"),
         _partial_index("dispatch_dead", "sink", "state = 'dead'"),
         _partial_index("dispatch_open", "task_id", "state = 'due'"),
         UniqueConstraint("sink", "event_id", name="dispatch_once"),

@@ -27,7 +27,7 @@ from sqlmodel import Session, col
 
 from storage.database.sessions import Database
 from storage.rows import claims, migrations
-from storage.rows.models import Asset, Callback, Task
+from storage.rows.models import Asset, Callback, Dispatch, Task
 from storage.states import AssetState, CallbackState, Step, TaskState
 from tests.postgres import Postgres
 
@@ -48,7 +48,7 @@ LANES: dict[str, tuple[Any, Sequence[Any], dict[str, dict[str, Any]]]] = {
     ),
     "callbacks": (
         Callback,
-        (col(Callback.state) != CallbackState.UNMATCHED,),
+        (col(Callback.state) == CallbackState.RECEIVED,),
         {"due": {"state": CallbackState.RECEIVED}, "finished": {"state": CallbackState.APPLIED}},
     ),
 }
@@ -70,9 +70,12 @@ def new_row(model: Any, task_id: uuid.UUID, **values: Any) -> Any:
         body = b"{}" * 200
         key = uuid.uuid4().hex
         return Callback(delivery_key=key, provider="kling", source="push", body=body, received_at=PAST, **values)
+    if model is Dispatch:
+        return Dispatch(event_id=uuid.uuid4().int >> 70, created_at=PAST, **values)
     place = {"task_id": task_id, "kind": "image", "index": 0, "original": uuid.uuid4().hex}
     expiry = PAST + timedelta(days=30)
-    return Asset(id=uuid.uuid4(), **place, source_url="https://a/b", created_at=PAST, files_expire_at=expiry, **values)
+    place |= {"source_url": "https://a/b", "created_at": PAST, "files_expire_at": expiry}
+    return Asset(id=uuid.uuid4(), **{**place, **values})
 
 
 def multiply(session: Session, row: Any, count: int) -> None:
@@ -81,8 +84,8 @@ def multiply(session: Session, row: Any, count: int) -> None:
     on_sqlite = session.get_bind().dialect.name == "sqlite"
     uuid_ = "lower(hex(randomblob(16)))" if on_sqlite else "gen_random_uuid()"
     word = uuid_ if on_sqlite else f"{uuid_}::text"
-    fresh = {"external_task_id": word, "delivery_key": word, "index": "n.n"}
-    columns = [name for name in table.columns.keys() if not (name == "id" and isinstance(row, Callback))]  # noqa: SIM118
+    fresh = {"external_task_id": word, "delivery_key": word, "index": "n.n", "event_id": "one.event_id + n.n"}
+    columns = [name for name in table.columns.keys() if not (name == "id" and isinstance(row, Callback | Dispatch))]  # noqa: SIM118
     if isinstance(row, Asset | Task):
         fresh["id"] = uuid_
     values = ", ".join(fresh.get(name, f'one."{name}"') for name in columns)
@@ -104,7 +107,8 @@ def fill(database: Database, model: Any, count: int, **values: Any) -> None:
             row = new_row(model, task.id, **values)
             session.add(row)
             session.flush()
-            multiply(session, row, chunk - 1)
+            if chunk > 1:
+                multiply(session, row, chunk - 1)
         count -= chunk
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import event, insert, text
-from sqlmodel import SQLModel
+from sqlalchemy import text
 
 from storage.database.sessions import Database
 from storage.errors import LostClaim
@@ -234,54 +232,3 @@ def test_row_is_in_quarantine_after_three_losses(database: Database) -> None:
 def test_backoff_is_bounded(attempts: int, cap: float) -> None:
     seconds = claims.backoff(attempts, cap=cap)
     assert 0.5 <= seconds <= max(0.5, min(cap, claims.BACKOFF_BASE_SECONDS * 2.0 ** min(attempts, 30)))
-
-
-def fill(database: Database, model: Any, count: int, due_at: datetime | None) -> None:
-    """Many rows that differ only in their ids."""
-    common = {"due_at": due_at, "created_at": LONG_AGO, "provider": "kling"}
-    with database.write() as session:
-        task_id = new_task(session, due_at=None).id
-        asset = {**common, "task_id": task_id, "kind": "image", "source_url": "https://a"}
-        callback = {**common, "source": "push", "body": b"", "received_at": LONG_AGO}
-        make: dict[Any, Callable[[int], SQLModel]] = {
-            Task: lambda _: Task(**common, id=uuid.uuid4(), external_task_id=uuid.uuid4().hex),
-            Asset: lambda number: Asset(**asset, id=uuid.uuid4(), index=number),
-            Callback: lambda _: Callback(**callback, delivery_key=uuid.uuid4().hex),
-        }
-        unknown = {"id"} if model is Callback else set()
-        session.execute(insert(model), [make[model](number).model_dump(exclude=unknown) for number in range(count)])
-
-
-def plans_of_a_claim(database: Database, model: Any) -> list[str]:
-    """EXPLAIN of the statements that a worker sends: the check for due rows, and the claim."""
-    sent: list[Any] = []
-    for engine in {database.reader, database.writer}:
-        event.listen(engine, "before_cursor_execute", lambda *call: sent.append(call[2:4]))
-    with database.autocommit_reader() as connection:
-        assert claims.is_any_due(connection, model)
-    check = sent[-1]
-    claim(database, model, limit=5)
-    claimed = next(call for call in sent if "RETURNING" in call[0])
-    explain = "EXPLAIN QUERY PLAN " if database.is_sqlite else "EXPLAIN "
-    plans = []
-    for statement, parameters in (check, claimed):
-        with database.write() as session:
-            rows = session.connection().exec_driver_sql(explain + statement, parameters)
-            plans.append("\n".join(str(row[-1]) for row in rows))
-    return plans
-
-
-@pytest.mark.parametrize("model", [Task, Asset, Callback])
-def test_check_and_claim_read_their_index_only_up_to_now(database: Database, model: Any) -> None:
-    """They visit neither finished rows nor rows that are due later."""
-    fill(database, model, 2_000, due_at=None)
-    fill(database, model, 500, due_at=LONG_AGO + timedelta(days=36_500))
-    fill(database, model, 5, due_at=LONG_AGO)
-    with database.write() as session:
-        session.execute(text("ANALYZE"))
-    index = f"{model.__tablename__}_due"
-    for plan in plans_of_a_claim(database, model):
-        if database.is_sqlite:
-            assert re.search(rf"USING (COVERING )?INDEX {index} \(due_at<\?\)", plan), plan
-        else:
-            assert re.search(rf"{index}\b.*\n +Index Cond: \(due_at <= ", plan), plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,10 +53,19 @@ def test_models_and_migrations_agree(database: Database) -> None:
 def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
     """A partial index's condition is nothing that comparing metadata sees."""
     dialect = database.reader.dialect.name
-    for table in ("task", "callback", "asset"):
-        (index,) = [one for one in inspect(database.reader).get_indexes(table) if one["name"] == f"{table}_due"]
-        condition = str(index["dialect_options"][f"{dialect}_where"]).strip("()")
-        assert (index["column_names"], condition) == (["due_at"], "due_at IS NOT NULL")
+    for table, lane in (("task", ["step"]), ("callback", ["state"]), ("asset", []), ("dispatch", ["sink"])):
+        indexes = {str(one["name"]): one for one in inspect(database.reader).get_indexes(table)}
+        found = {
+            name.removeprefix(f"{table}_"): (index["column_names"], re.sub(r"[()]", "", condition))
+            for name, index in indexes.items()
+            if "due_at" in (condition := str(index.get("dialect_options", {}).get(f"{dialect}_where")))
+        }
+        waits = "due_at IS NOT NULL"
+        wanted = {"due": ([*lane, "due_at", "attempts"], waits)}
+        wanted["suspect"] = ([*lane, "due_at"], f"{waits} AND losses >= 2")
+        if table in ("task", "asset"):
+            wanted["urgent"] = ([*lane, "files_expire_at", "due_at"], waits)
+        assert found == wanted
 
 
 def test_the_last_step_is_the_head_that_alembic_finds() -> None:
