@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import func, or_, select, true, update
+from sqlalchemy import ColumnElement, bindparam, func, literal_column, select, update
 from sqlmodel import Session, col
 
 from storage import states
@@ -28,12 +29,12 @@ from storage.database.clock import db_now, db_now_once
 from storage.database.sessions import Database, insert_or_ignore, run
 from storage.rows import claims
 from storage.rows.held_slots import SILENT, give_back
-from storage.rows.models import Account, Task
+from storage.rows.models import LINE, LINE_ORDER, Account, Task
 from storage.states import Step
 
 log = structlog.get_logger()
 
-# Tasks per queue that one transaction considers, and silent tasks whose slots it frees.
+# Tasks per line that one transaction considers, and silent tasks whose slots it frees.
 BATCH = 50
 # If the next task needs more slots than are free, or backs off, the queue is not read again for this time, unless the
 # number of held slots or the limit changes.
@@ -43,35 +44,75 @@ RAISE_SECONDS = 60.0
 # The slowest pictures take over an hour (KLING §7). After a day without news a task is taken to have ended.
 SILENT_SECONDS = 86_400.0
 
+_TASKS = Task.__table__  # type: ignore[attr-defined]
+_WAITS = (_TASKS.c.queued_at.is_not(None), _TASKS.c.provider == bindparam("provider"))
+_LINE: ColumnElement[str] = literal_column(LINE.format(""))
+_ORDER = [_TASKS.c[name] for name in LINE_ORDER]
+_COLUMNS = [_TASKS.c[name] for name in ("id", "batch_id", "slots", "model", "created_at", "batch_line")]
+_COLUMNS += [_LINE.label("line"), (_TASKS.c.queued_at <= db_now_once()).label("ready")]
+# Without an order PostgreSQL may scan the table.
+_FIRST = select(_TASKS.c.id).where(*_WAITS).order_by(_LINE, *_ORDER).limit(1)
+
+
+def _heads() -> Any:
+    """The first task of every line, each found by one search from the last one: `row_number()` read the whole queue."""
+    heads = select(_FIRST.scalar_subquery().label("id")).cte("heads", recursive=True)
+    last = _TASKS.alias("last")
+    following = _FIRST.where(literal_column(LINE.format("last.")) < _LINE).scalar_subquery()
+    heads = heads.union_all(select(following).select_from(heads.join(last, last.c.id == heads.c.id)))
+    return select(*_COLUMNS).join(heads, heads.c.id == _TASKS.c.id)
+
+
+_HEADS = _heads()
+_FOLLOWING = select(*_COLUMNS).where(*_WAITS, bindparam("line") == _LINE).order_by(*_ORDER).offset(1).limit(BATCH - 1)
+
 
 class Waiting(NamedTuple):
-    """A queued task. `queue`: its batch, None outside of batches. `ready`: its backoff is over."""
+    """A queued task. `queue`: its batch, None outside of batches. `ready`: its backoff is over.
+
+    `line`: the tasks of its queue with its model; a paused model holds back its lines alone. `place`: in the queue.
+    """
 
     id: uuid.UUID
     queue: uuid.UUID | None
     slots: int
     ready: bool
+    line: str = ""
+    model: str | None = None
+    place: tuple[Any, ...] = ()
 
 
-def choose(waiting: Sequence[Waiting], held: Mapping[uuid.UUID | None, int], limit: int | None) -> list[uuid.UUID]:
+def choose(
+    waiting: Sequence[Waiting],
+    held: Mapping[uuid.UUID | None, int],
+    limit: int | None,
+    *,
+    at_most: int | None = None,
+    following: Callable[[str], Sequence[Waiting]] = lambda _: (),
+) -> list[uuid.UUID]:
     """Choose the tasks to admit: next is always the queue that holds the fewest slots, on a tie the oldest.
 
     `waiting`: oldest first. `held`: slots by queue. `limit` None: no limit. No task overtakes the next one, so a large
     task does not starve. A task larger than the limit is admitted when no slot is held. A queue whose first task is
-    not ready is skipped, so a refusal makes its whole queue back off.
+    not ready is skipped, so a refusal makes its whole queue back off. `following`: the tasks of a line behind those
+    that are given, asked for when these are chosen.
     """
-    queues: dict[uuid.UUID | None, deque[Waiting]] = defaultdict(deque)
+    queues: dict[uuid.UUID | None, list[Waiting]] = defaultdict(list)
     for task in waiting:
         queues[task.queue].append(task)
-    holds, total, chosen = dict(held), sum(held.values()), []
+    holds, total, chosen = dict(held), sum(held.values()), list[uuid.UUID]()
     while ready := [queue for queue, tasks in queues.items() if tasks and tasks[0].ready]:
         queue = min(ready, key=lambda each: holds.get(each, 0))
-        task = queues[queue].popleft()
+        task = queues[queue].pop(0)
         if limit is not None and total and total + task.slots > limit:
             break
         chosen.append(task.id)
+        if len(chosen) == at_most:
+            break
         holds[queue] = holds.get(queue, 0) + task.slots
         total += task.slots
+        if not any(other.line == task.line for other in queues[queue]):
+            queues[queue] = sorted([*queues[queue], *following(task.line)], key=lambda each: each.place)
     return chosen
 
 
@@ -110,8 +151,9 @@ class Slots:
         if self.setting is None:
             return True
         limit = self._lock(session, self.setting)
-        mine = Waiting(uuid.uuid4(), None, wanted, ready=True)
-        return mine.id in choose([*self._heads(session), mine], self.held(session), limit)
+        mine = Waiting(uuid.uuid4(), None, wanted, ready=True, line="mine", place=(datetime.max.replace(tzinfo=UTC),))
+        heads, following = self._heads(session), partial(self._following, session)
+        return mine.id in choose([*heads, mine], self.held(session), limit, following=following)
 
     def admit(self, session: Session, at_most: int) -> int:
         """Make the next queued tasks due, as far as slots are free, `at_most` so many. Returns how many.
@@ -124,7 +166,11 @@ class Slots:
         limit = None if self.setting is None else self._lock(session, self.setting)
         held = self.held(session)
         is_full = limit and sum(held.values()) >= limit
-        chosen = [] if is_full else choose(self._heads(session, gate), held, limit)[:at_most]
+        chosen: list[uuid.UUID] = []
+        if not is_full:
+            heads = [head for head in self._heads(session) if head.model not in gate.held_back]
+            following = partial(self._following, session)
+            chosen = choose(heads, held, limit, at_most=at_most, following=following)
         if not chosen:
             self._none_admitted_at = sum(held.values()), limit, gate
             self._none_admitted_until = time.monotonic() + RECHECK_SECONDS
@@ -167,22 +213,27 @@ class Slots:
         return int(session.execute(select(func.count()).where(*self._queued())).scalar_one())
 
     def _is_any_queued(self, session: Session) -> bool:
-        return session.execute(select(col(Task.id)).where(*self._queued()).limit(1)).first() is not None
+        return session.execute(_FIRST, {"provider": self.provider}).first() is not None
 
     def _queued(self) -> tuple[Any, ...]:
         return col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
 
-    def _heads(self, session: Session, gate: pauses.Gate = pauses.Gate()) -> list[Waiting]:  # noqa: B008 - frozen
-        """The first `BATCH` tasks of every queue, oldest first. Reads all queued rows, without their requests."""
-        order = (col(Task.created_at), col(Task.batch_line), col(Task.id))
-        place = func.row_number().over(partition_by=col(Task.batch_id), order_by=order).label("place")
-        columns: Any = (Task.id, Task.batch_id, Task.slots, Task.queued_at, Task.created_at, Task.batch_line)
-        allowed = or_(col(Task.model).is_(None), col(Task.model).not_in(gate.held_back)) if gate.held_back else true()
-        queued = select(*columns, place).where(*self._queued(), allowed).subquery()
-        mine = queued.c
-        ready = (mine.queued_at <= db_now_once()).label("ready")
-        heads = select(mine.id, mine.batch_id, -mine.slots, ready).where(mine.place <= BATCH)
-        return [Waiting(*row) for row in session.execute(heads.order_by(mine.created_at, mine.batch_line))]
+    def _heads(self, session: Session) -> list[Waiting]:
+        """The first task of every line, oldest first."""
+        return self._waiting(session, _HEADS, {"provider": self.provider})
+
+    def _following(self, session: Session, line: str) -> list[Waiting]:
+        """The next tasks of a line after its first one."""
+        return self._waiting(session, _FOLLOWING, {"provider": self.provider, "line": line})
+
+    def _waiting(self, session: Session, statement: Any, values: Mapping[str, Any]) -> list[Waiting]:
+        rows = session.execute(statement, values).all()
+        places = [(row.created_at, row.batch_line or 0, row.id.hex) for row in rows]
+        found = [
+            Waiting(row.id, row.batch_id, -row.slots, row.ready, row.line, row.model, place)
+            for row, place in zip(rows, places, strict=True)
+        ]
+        return sorted(found, key=lambda each: each.place)
 
     def _lock(self, session: Session, setting: int) -> int:
         """Lock the account's row. Returns the current limit."""

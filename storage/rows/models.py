@@ -70,9 +70,9 @@ class Claimable(SQLModel):
     lease: uuid.UUID | None = None
 
 
-def _partial_index(name: str, column: str, condition: str) -> Index:
+def _partial_index(name: str, condition: str, *columns: Any) -> Index:
     where = text(condition)
-    return Index(name, column, postgresql_where=where, sqlite_where=where)
+    return Index(name, *columns, postgresql_where=where, sqlite_where=where)
 
 
 def _due_indexes(table: str, *, lane: str | None = None, expires: bool = False) -> tuple[Index, ...]:
@@ -82,16 +82,21 @@ def _due_indexes(table: str, *, lane: str | None = None, expires: bool = False) 
     files have a time at which the provider deletes them. `_suspect`: the rows that may be in quarantine.
     """
     lead = [lane] if lane else []
-    waits = text("due_at IS NOT NULL")
-    suspect = text("due_at IS NOT NULL AND losses >= 2")
+    waits = "due_at IS NOT NULL"
     indexes = [
-        Index(f"{table}_due", *lead, "due_at", "attempts", postgresql_where=waits, sqlite_where=waits),
-        Index(f"{table}_suspect", *lead, "due_at", postgresql_where=suspect, sqlite_where=suspect),
+        _partial_index(f"{table}_due", waits, *lead, "due_at", "attempts"),
+        _partial_index(f"{table}_suspect", f"{waits} AND losses >= 2", *lead, "due_at"),
     ]
     if expires:
-        columns = [*lead, "files_expire_at", "due_at"]
-        indexes.append(Index(f"{table}_urgent", *columns, postgresql_where=waits, sqlite_where=waits))
+        indexes.append(_partial_index(f"{table}_urgent", waits, *lead, "files_expire_at", "due_at"))
     return tuple(indexes)
+
+
+# The line in which a queued task waits for slots (accounts/slots.py): its batch and its model, and the order in it.
+# An index of this expression finds the first task of each line. NULL has no place in the order of a search. `{0}`: what
+# the columns belong to.
+LINE = "coalesce(CAST({0}batch_id AS TEXT), '') || ' ' || coalesce({0}model, '')"
+LINE_ORDER = ("created_at", "batch_line", "id")
 
 
 class Task(Claimable, table=True):
@@ -100,13 +105,13 @@ class Task(Claimable, table=True):
     __tablename__: ClassVar[str] = "task"
     __table_args__ = (
         *_due_indexes("task", lane="step", expires=True),
-        _partial_index("task_deadline", "files_expire_at", "archive = 'archiving'"),
+        _partial_index("task_deadline", "archive = 'archiving'", "files_expire_at"),
         Index("task_newest", "created_at"),
         Index("task_completed", "completed_at"),
         Index("task_manifest_key", "manifest_key"),
         Index("task_batch", "batch_id"),
-        _partial_index("task_queued", "queued_at", "queued_at IS NOT NULL"),
-        _partial_index("task_slots", "provider", "slots > 0"),
+        _partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
+        _partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
     )
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
@@ -183,11 +188,11 @@ class Callback(Claimable, table=True):
     __tablename__: ClassVar[str] = "callback"
     __table_args__ = (
         *_due_indexes("callback", lane="state"),
-        _partial_index("callback_unmatched_external", "external_task_id", "state = 'unmatched'"),
-        _partial_index("callback_unmatched_provider", "provider_task_id", "state = 'unmatched'"),
+        _partial_index("callback_unmatched_external", "state = 'unmatched'", "external_task_id"),
+        _partial_index("callback_unmatched_provider", "state = 'unmatched'", "provider_task_id"),
         Index("callback_task", "task_id"),
         Index("callback_newest", "received_at"),
-        _partial_index("callback_of_nobody", "received_at", "task_id IS NULL AND state <> 'applied'"),
+        _partial_index("callback_of_nobody", "task_id IS NULL AND state <> 'applied'", "received_at"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
@@ -212,8 +217,8 @@ class Asset(Claimable, table=True):
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
         *_due_indexes("asset", expires=True),
-        _partial_index("asset_failed", "task_id", "state = 'failed'"),
-        _partial_index("asset_unusable", "task_id", "unusable_since IS NOT NULL"),
+        _partial_index("asset_failed", "state = 'failed'", "task_id"),
+        _partial_index("asset_unusable", "unusable_since IS NOT NULL", "task_id"),
         Index("asset_key", "key"),
         UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),
     )
@@ -260,7 +265,7 @@ class Event(SQLModel, table=True):
     __table_args__ = (
         Index("event_task", "task_id"),
         Index("event_seq", "seq", unique=True),
-        _partial_index("event_unsequenced", "id", "seq IS NULL"),
+        _partial_index("event_unsequenced", "seq IS NULL", "id"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
@@ -277,8 +282,8 @@ class Dispatch(Claimable, table=True):
     __tablename__: ClassVar[str] = "dispatch"
     __table_args__ = (
         *_due_indexes("dispatch", lane="sink"),
-        _partial_index("dispatch_dead", "sink", "state = 'dead'"),
-        _partial_index("dispatch_open", "task_id", "state = 'due'"),
+        _partial_index("dispatch_dead", "state = 'dead'", "sink"),
+        _partial_index("dispatch_open", "state = 'due'", "task_id"),
         UniqueConstraint("sink", "event_id", name="dispatch_once"),
         Index("dispatch_event", "event_id"),
     )

@@ -62,10 +62,11 @@ class Times:
     whole: list[float] = field(default_factory=list)
 
 
-def new_row(model: Any, task_id: uuid.UUID, **values: Any) -> Any:
+def new_row(model: Any, task_id: uuid.UUID, /, **values: Any) -> Any:
     if model is Task:
         name = uuid.uuid4().hex
-        return Task(external_task_id=name, provider="kling", created_at=PAST, request={"prompt": "a boat"}, **values)
+        start = {"provider": "kling", "created_at": PAST, "request": {"prompt": "a boat"}}
+        return Task(external_task_id=name, **{**start, **values})
     if model is Callback:
         body = b"{}" * 200
         key = uuid.uuid4().hex
@@ -96,7 +97,7 @@ def multiply(session: Session, row: Any, count: int) -> None:
     session.execute(text(statement).bindparams(bindparam("id", row.id, table.c.id.type), count=count))
 
 
-def fill(database: Database, model: Any, count: int, **values: Any) -> None:
+def fill(database: Database, model: Any, count: int, /, **values: Any) -> None:
     """Insert so many rows of a kind."""
     while count > 0:
         chunk = min(count, CHUNK)

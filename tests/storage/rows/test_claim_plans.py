@@ -55,7 +55,7 @@ ASKED: dict[str, Callable[[Session, Any, Any], None]] = {
 }
 
 
-def rows_read_sqlite(session: Session, ask: Callable[[], None]) -> int:
+def rows_read_sqlite(session: Session, ask: Callable[[], object]) -> int:
     counted: list[None] = []
     driver: Any = session.connection().connection.driver_connection
     driver.set_progress_handler(lambda: counted.append(None), EVERY)
@@ -64,18 +64,18 @@ def rows_read_sqlite(session: Session, ask: Callable[[], None]) -> int:
     return len(counted) * EVERY // STEPS
 
 
-def rows_read_postgresql(session: Session, ask: Callable[[], None]) -> int:
-    """The most rows that one node of the plan returns or drops."""
+def rows_read_postgresql(session: Session, ask: Callable[[], object]) -> int:
+    """The most rows that one node of the statements' plans returns or drops."""
     sent: list[Any] = []
     connection = session.connection()
     event.listen(connection, "before_cursor_execute", lambda *call: sent.append(call[2:4]))
     session.begin_nested()
     ask()
-    statement, parameters = sent[-1]
     session.get_nested_transaction().rollback()  # type: ignore[union-attr]
-    rows = session.connection().exec_driver_sql("EXPLAIN ANALYZE " + statement, parameters)
-    plan = "\n".join(row[0] for row in rows)
-    assert not re.search(r"Seq Scan (?!.*never executed)", plan), plan
+    asked = [call for call in sent if re.match("(SELECT|WITH|UPDATE) ", call[0])]
+    plans = [connection.exec_driver_sql("EXPLAIN ANALYZE " + call[0], call[1]).scalars() for call in asked]
+    plan = "\n".join(line for lines in plans for line in lines)
+    assert not re.search(r"Seq Scan on (?!account)(?!.*never executed)", plan), plan
     found = re.findall(r"rows=([\d.]+) loops=(\d+)|Rows Removed by Filter: (\d+)", plan)
     return int(max(float(rows or gone) * int(loops or 1) for rows, loops, gone in found))
 

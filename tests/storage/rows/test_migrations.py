@@ -44,12 +44,35 @@ def tables(database: Database) -> set[str]:
     return set(inspect(database.reader).get_table_names())
 
 
+# SQLAlchemy does not read indexes of expressions from SQLite, and PostgreSQL words the expression in its own way.
+WITH_EXPRESSION = "task_queue"
+skipped = pytest.mark.filterwarnings("ignore:.*kip.*expression-based index '?task_queue")
+
+
+@skipped
 def test_models_and_migrations_agree(database: Database) -> None:
+    opts = {"compare_server_default": True, "include_name": lambda name, *_: name != WITH_EXPRESSION}
+    opts["include_object"] = lambda _, name, *__: name != WITH_EXPRESSION
     with database.read() as session:
-        context = MigrationContext.configure(session.connection(), opts={"compare_server_default": True})
+        context = MigrationContext.configure(session.connection(), opts=opts)
         assert compare_metadata(context, SQLModel.metadata) == []
 
 
+def test_index_of_lines_is_made_of_the_models_words(empty: Database) -> None:
+    """The databases word it alike if it is made of the same words."""
+    made = []
+    for make in (migrations.upgrade, lambda database: SQLModel.metadata.create_all(database.writer)):
+        make(empty)
+        sql = "SELECT sql FROM sqlite_master WHERE name = :name"
+        if not empty.is_sqlite:
+            sql = "SELECT indexdef FROM pg_indexes WHERE indexname = :name"
+        with empty.write() as session:
+            made.append(session.execute(text(sql), {"name": WITH_EXPRESSION}).scalar_one())
+        SQLModel.metadata.drop_all(empty.writer)
+    assert made[0] == made[1]
+
+
+@skipped
 def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
     """A partial index's condition is nothing that comparing metadata sees."""
     dialect = database.reader.dialect.name
