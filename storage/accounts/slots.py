@@ -176,7 +176,9 @@ class Slots:
             self._none_admitted_until = time.monotonic() + RECHECK_SECONDS
             return 0
         # Another transaction may be changing some of them (dismiss, a report); those are skipped.
-        free = select(col(Task.id)).where(col(Task.id).in_(chosen), *self._queued()).with_for_update(skip_locked=True)
+        # `slots` says that they still wait: by `queued_at` SQLite would search the queue for them.
+        waiting = (col(Task.id).in_(chosen), col(Task.slots) < 0)
+        free = select(col(Task.id)).where(*waiting).with_for_update(skip_locked=True)
         admitted = update(Task).where(col(Task.id).in_(list(session.scalars(free))))
         admitted = admitted.values(slots=-col(Task.slots), queued_at=None, **claims.due())
         return run(session, admitted).rowcount

@@ -37,12 +37,12 @@ def test_long_queue_is_not_read_to_its_end(database: Database) -> None:
     for batch in (None, A, B):
         queue(database, 5 * MANY, batch_id=batch)  # PostgreSQL rather scans a table of a few megabytes
     with database.write() as session:
-        session.execute(text("ANALYZE"))
+        session.execute(text("SELECT 1" if database.is_sqlite else "ANALYZE"))
     read = rows_read_sqlite if database.is_sqlite else rows_read_postgresql
     mine = Slots("kling", 20)
     for ask in (lambda: mine.reserve(session, 1), lambda: mine.admit(session, 4), lambda: mine.is_any_next(session)):
         with database.write() as session:
-            assert read(session, ask) < MANY / 4
+            assert read(session, ask) < MANY / 5
             session.rollback()
 
 
