@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 
 from receiver.app.in_hand import RowsInHand, claims_of
+from receiver.app.looks import Looks
 from storage.accounts.slots import Slots
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant
@@ -96,6 +97,7 @@ class Worker:
         self._stop = threading.Event()
         self._wake = threading.Condition()
         self._commits = 0
+        self._looks = Looks(database, lanes)
         self._in_hand = RowsInHand()
         self._unsettled: list[Any] = []  # rows whose work met a database that was away
         self._ended = threading.Event()
@@ -162,9 +164,9 @@ class Worker:
         with background_thread("renew", self._renew):
             return self._work_on_quarantined()
 
-    def _claim_granted(self, lane: Lane, wanted: int) -> tuple[list[Any], Grant]:
+    def _claim_granted(self, lane: Lane, wanted: int, wake_up: int | None = None) -> tuple[list[Any], Grant]:
         """Claim up to `wanted` due rows if the circuit permits. The grant ends with the work on them."""
-        if not self._is_any_due(lane):
+        if not self._is_any_due(lane, wake_up):
             return [], NOTHING
         with ExitStack() as if_nothing_claimed:
             grant = if_nothing_claimed.enter_context(_grant(lane, wanted))
@@ -187,10 +189,9 @@ class Worker:
             self._in_hand.add(rows)
         return rows
 
-    def _is_any_due(self, lane: Lane) -> bool:
-        with self._database.autocommit_reader() as connection:
-            if claims.is_any_due(connection, lane.model, where=lane.where):
-                return True
+    def _is_any_due(self, lane: Lane, wake_up: int | None) -> bool:
+        if self._looks.is_any_due(lane, wake_up):
+            return True
         if lane.slots is None:
             return False
         with self._database.read() as session:
@@ -202,7 +203,7 @@ class Worker:
         while not self._stop.is_set():
             seen = self._commits
             with _idle_threads(idle, lane.threads) as free:
-                batches, grant = self._claim_batches(lane, len(free))
+                batches, grant = self._claim_batches(lane, len(free), seen)
                 is_idle = bool(free) and not batches
                 for rows in batches:
                     free.pop()
@@ -213,13 +214,13 @@ class Worker:
                 self._stop.wait(lane.linger_seconds)
         pool.shutdown(wait=False)
 
-    def _claim_batches(self, lane: Lane, free: int) -> tuple[list[list[Any]], Grant]:
+    def _claim_batches(self, lane: Lane, free: int, wake_up: int) -> tuple[list[list[Any]], Grant]:
         """Rows for `free` idle threads, one row or one batch each."""
         if not free or self._stop.is_set():
             return [], NOTHING
         try:
             size = lane.batch()
-            rows, grant = self._claim_granted(lane, free * size)
+            rows, grant = self._claim_granted(lane, free * size, wake_up)
             return [rows[start : start + size] for start in range(0, len(rows), size)], grant
         except DatabaseUnavailable as error:
             log.debug("worker.database_away", lane=lane.name, error=str(error))
@@ -250,7 +251,8 @@ class Worker:
             if grant.give_back():
                 self._wake_feeders()  # the next trial may start at once
 
-    def _wait_for_work(self, seen: int, seconds: float = IDLE_SECONDS) -> None:
+    def _wait_for_work(self, seen: int, seconds: float = 2 * IDLE_SECONDS) -> None:
+        """Until the next wake-up. The thread that waits for commits wakes all at IDLE_SECONDS; the rest is reserve."""
         with self._wake:
             self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), seconds)
 
@@ -326,10 +328,7 @@ class Worker:
         The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
-        with self._database.autocommit_reader() as connection:
-            waiting = [
-                lane for lane in self._lanes if claims.is_any_due(connection, lane.model, alone=True, where=lane.where)
-            ]
+        waiting = [lane for lane, is_due in zip(self._lanes, self._looks.look(alone=True), strict=True) if is_due]
         with ExitStack() as granted:
             grants = [(lane, granted.enter_context(_grant(lane, 1, PAUSE_CAP_SECONDS))) for lane in waiting]
             lanes = [lane for lane, grant in grants if grant.count]

@@ -1,0 +1,41 @@
+"""An idle worker asks the database little, and misses nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from sqlalchemy import event
+
+from receiver.app.worker import Lane
+from storage.database.sessions import Database
+from storage.rows.models import Asset, Task
+from storage.states import Step
+from tests.harness import wait_until
+from tests.receiver.app.test_worker import Desk, running
+from tests.rows import new_assets
+
+
+def lanes(work: Callable[[object], None]) -> list[Lane]:
+    tasks = [Lane(step.value, Task, work, 1, (Task.step == step,)) for step in Step]
+    return [*tasks, Lane("assets", Asset, work, 2), Lane("images", Asset, work, 1, (Asset.kind == "image",))]
+
+
+def test_idle_lanes_look_together(database: Database) -> None:
+    looks: list[str] = []
+    for engine in {database.reader, database.writer}:
+        event.listen(engine, "before_cursor_execute", lambda *call: looks.append(call[2]))
+    with running(database, *lanes(lambda _: None)):
+        time.sleep(3)
+    # two wake-ups a second, and one look a second for rows in quarantine; each of five lanes alone: 45
+    assert len([look for look in looks if "due_at" in look]) <= 18
+
+
+def test_each_lane_sees_work_that_came_while_it_was_idle(database: Database) -> None:
+    desk = Desk(database)
+    with running(database, *lanes(desk.work)):
+        for count in range(1, 4):
+            wait_until(lambda: len(desk.done) == 2 * (count - 1))  # noqa: B023 - called at once
+            time.sleep(0.6)
+            new_assets(database, 2)
+        wait_until(lambda: len(desk.done) == 6)
