@@ -17,7 +17,8 @@ from urllib.parse import unquote
 
 from sqlmodel import select
 
-from storage.bucket.bucket import PROBE_FOLDER, Bucket, Listed
+from storage.bucket.bucket import PROBE_FOLDER, Bucket
+from storage.bucket.stored import Listed
 from storage.database.sessions import Database
 from storage.rows import tasks
 from storage.rows.models import Asset, Task

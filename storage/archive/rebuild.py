@@ -20,8 +20,9 @@ from sqlmodel import Session
 
 from storage.archive import manifest
 from storage.archive.folders import Objects, external_id_of, in_batches, manifest_number, object_folders
-from storage.bucket.bucket import Bucket, Listed
+from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
+from storage.bucket.stored import Listed
 from storage.database.sessions import Database, insert_or_ignore
 from storage.keys import task_folder
 from storage.rows import aliases, claims, tasks

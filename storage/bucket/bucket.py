@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 from urllib.parse import unquote
 
 import structlog
@@ -26,9 +26,10 @@ from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
 from storage.bucket.probe import Capabilities, Probe, whole_checksum
 from storage.bucket.put_options import Put, PutOptions
-from storage.bucket.signed_requests import ConditionFailed, UnexpectedResponse
+from storage.bucket.signed_requests import ConditionFailed, TryAgain, UnexpectedResponse
 from storage.bucket.store_connection import Addressing, ChecksumMode, StoreConnection, without_checksums
 from storage.bucket.store_errors import NoSuchObject, code, status
+from storage.bucket.stored import Listed, Stored
 from storage.errors import ObjectConflict, StoreUnavailable
 from storage.keys import header_text, normal_prefix
 
@@ -38,35 +39,13 @@ MAX_LINK_SECONDS = 7 * 24 * 3600  # limit of AWS Signature Version 4 for presign
 # A larger file is uploaded in parts. One part is in memory at a time.
 MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
 READ_BYTES = 1024 * 1024
+# Pauses before a put is repeated that the store answered 409. After the last one the row backs off.
+CONFLICT_PAUSES = (0.1, 0.5, 2.0)
 PROBE_FOLDER = ".receiver-probe/"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One object as the store describes it.
-
-    `sha256`: of the whole object, 64 hex digits. It is the store's own checksum, else the one in the metadata that
-    `put_once` wrote; None when neither is known. `checksum`: the store's own only. `metadata`: as given to `put_once`.
-    """
-
-    size: int
-    sha256: str | None
-    checksum: str | None
-    etag: str
-    media_type: str
-    modified_at: datetime
-    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 # How long a probe is believed. A downgrade or a new proxy may change what the store keeps.
 PROBE_SECONDS = 3_600
-
-
-class Listed(NamedTuple):
-    key: str
-    size: int
-    etag: str
-    modified_at: datetime
 
 
 class Bucket(StoreConnection):
@@ -153,15 +132,27 @@ class Bucket(StoreConnection):
         decides = conditional and can.believed and not in_parts
         if not decides and not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False
-        try:
-            evidence = self._put_in_parts(put) if in_parts else self._put_whole(put)
-        except ConditionFailed:
-            if self.holds(key, sha256=sha256, size=size):
-                return False
-            raise StoreUnavailable(f"another process wrote {key} at the same time; retrying") from None
+        evidence = self._created(put, self._put_in_parts if in_parts else self._put_whole)
+        if evidence is None:
+            return False
         if not (conditional and self._is_proof(evidence)):
             self._verify_by_reading(put, evidence)
         return True
+
+    def _created(self, put: Put, send: Callable[[Put], Evidence]) -> Evidence | None:
+        """Send the file, again where the store wants that. None when the object is there already."""
+        for pause in (*CONFLICT_PAUSES, None):
+            try:
+                return send(put)
+            except ConditionFailed as error:
+                if self.holds(put.key, sha256=put.sha256, size=put.size):
+                    return None
+                if not isinstance(error, TryAgain):
+                    raise StoreUnavailable(f"another process wrote {put.key} at the same time; retrying") from None
+                if pause is None:
+                    break
+                time.sleep(pause)
+        raise StoreUnavailable(f"the store answers HTTP 409 (try again) to every put of {put.key}; retrying")
 
     def holds(self, key: str, *, sha256: str, size: int) -> bool:
         """Whether the object under `key` has exactly these bytes; False when there is no object.
@@ -189,7 +180,7 @@ class Bucket(StoreConnection):
         """Describe the object; None when there is no object or no such bucket, which a HEAD does not tell apart."""
         try:
             with self._errors():
-                answer = self._client().head_object(Bucket=self.name, Key=key, ChecksumMode="ENABLED")
+                answer = self._head_object(key, ChecksumMode="ENABLED")
         except NoSuchObject:
             return None
         metadata = {name.lower(): unquote(value) for name, value in answer["Metadata"].items()}
@@ -274,7 +265,7 @@ class Bucket(StoreConnection):
         """When Object Lock ends, None when the object can be removed, `datetime.max` under a legal hold."""
         try:
             with self._errors():
-                answer = self._client().head_object(Bucket=self.name, Key=key)
+                answer = self._head_object(key)
         except NoSuchObject:
             return None
         if answer.get("ObjectLockLegalHoldStatus") == "ON":
@@ -408,11 +399,14 @@ class Bucket(StoreConnection):
 
     @contextmanager
     def _creating(self, put: Put) -> Iterator[None]:
-        """As `_errors`. Raises `ConditionFailed` when an object exists or the upload was aborted by someone else."""
+        """As `_errors`. Raises `TryAgain` for 409, and `ConditionFailed` when an object exists or somebody aborted the
+        upload."""
         with self._errors(put.size):
             try:
                 yield
             except boto_errors.ClientError as error:
-                if status(error) in (409, 412) or code(error) == "NoSuchUpload":
+                if status(error) == 409:
+                    raise TryAgain(code(error)) from error
+                if status(error) == 412 or code(error) == "NoSuchUpload":
                     raise ConditionFailed(code(error)) from error
                 raise

@@ -43,6 +43,10 @@ class ConditionFailed(Exception):
     """The store did not create the object because one exists or is being written, or because the upload was aborted."""
 
 
+class TryAgain(ConditionFailed):
+    """409: another request for the same key was under way. S3 wants the put repeated."""
+
+
 class UnexpectedResponse(Exception):
     """A response that is neither expected nor a timeout. The caller repeats the request with boto3."""
 
@@ -115,8 +119,10 @@ class SignedRequests:
             if not isinstance(value, str) or not (value.isascii() and value.isprintable()):
                 raise UnexpectedResponse(name)
         answer = self._send("PUT", arguments["Key"], headers, sha256, file, size)
-        if answer.status in (409, 412):
-            raise ConditionFailed(f"HTTP {answer.status}")
+        if answer.status == 409:
+            raise TryAgain("HTTP 409")
+        if answer.status == 412:
+            raise ConditionFailed("HTTP 412")
         if not 200 <= answer.status < 300:
             raise UnexpectedResponse(f"HTTP {answer.status}")
         return {name: answer.headers[header] for name, header in RESPONSE_HEADERS.items() if header in answer.headers}

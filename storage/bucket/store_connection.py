@@ -14,13 +14,17 @@ from botocore import exceptions as boto_errors
 from botocore.config import Config
 
 from storage.bucket.signed_requests import SignedRequests
-from storage.bucket.store_errors import NoSuchObject, code, refusal, status
+from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status
 from storage.errors import UserError
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
 # The second try covers an idle connection that the store has closed. Longer outages are left to the row's backoff.
 TRIES = 2
+# Reading the credentials anew takes 50 ms and perhaps a call of the cloud's metadata service.
+RENEW_SECONDS = 10.0
+# Refusals whose code the answer to a HEAD does not tell, because it has no body.
+UNTOLD = (400, 401, 403)
 
 ChecksumMode = Literal["when_supported", "when_required", "never"]
 Addressing = Literal["auto", "path", "virtual"]
@@ -62,6 +66,7 @@ class StoreConnection:
         self._clients: dict[str | None, Any] = {}
         self._clients_lock = threading.Lock()
         self._signed: SignedRequests | None = None
+        self._renewed_at = float("-inf")
         # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
 
@@ -92,6 +97,30 @@ class StoreConnection:
                 self._clients[endpoint_url] = client
             return self._clients[endpoint_url]
 
+    def _renew(self) -> None:
+        """Read the credentials anew at the next request: a rotated session token stands in the same file.
+
+        boto3 reads the shared credentials file once per session.
+        """
+        with self._clients_lock:
+            if self._keys is None and time.monotonic() >= self._renewed_at + RENEW_SECONDS:
+                self._renewed_at, self._clients = time.monotonic(), {}
+
+    def _head_object(self, key: str, **options: str) -> Any:
+        """boto3's `head_object`. A refusal is that of a GET, whose answer has a body and so the store's code."""
+        try:
+            return self._client().head_object(Bucket=self.name, Key=key, **options)
+        except boto_errors.ClientError as error:
+            if status(error) not in UNTOLD:
+                raise
+            try:
+                self._client().get_object(Bucket=self.name, Key=key, Range="bytes=0-0")["Body"].close()
+            except boto_errors.ClientError as told:
+                if status(told) in UNTOLD:
+                    told.operation_name = error.operation_name
+                    raise told from error
+            raise
+
     def _signed_requests(self) -> SignedRequests | None:
         """Sends the two commonest requests without boto3; None where only boto3 can. Created with the client."""
         self._client()
@@ -107,12 +136,15 @@ class StoreConnection:
         """Translate boto3's errors. `size`: of the object that is being put."""
         try:
             yield
-        except boto_errors.ClientError as error:
-            if code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404"):
+        except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
+            if isinstance(error, boto_errors.ClientError) and (
+                code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404")
+            ):
                 raise NoSuchObject("no object is stored under the key") from error
-            raise refusal(error, self.name, self._endpoint_url, size) from error
-        except boto_errors.BotoCoreError as error:
-            raise refusal(error, self.name, self._endpoint_url, size) from error
+            if is_stale(error):
+                self._renew()
+            sent = self._sends_checksums
+            raise refusal(error, self.name, self._endpoint_url, size, sent_checksums=sent) from error
 
 
 def without_checksums(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:

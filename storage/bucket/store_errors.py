@@ -14,9 +14,10 @@ REASONS = {
     "InvalidAccessKeyId": "does not know the access key",
     "SignatureDoesNotMatch": "says the secret key is wrong",
     "ExpiredToken": "says the session token has expired",
+    "InvalidToken": "does not know the session token",
     "RequestTimeTooSkewed": "says this machine's clock is wrong",
     "AccessDenied": "refuses these credentials",
-    "403": "refuses these credentials (looking for a missing object needs s3:ListBucket)",
+    "403": "refuses these credentials",
     "NoSuchBucket": "has no such bucket",
     "BadDigest": "says the bytes are not those of the checksum",
     "XAmzContentSHA256Mismatch": "says the bytes are not those of the checksum",
@@ -29,15 +30,37 @@ REASONS = {
 TOO_LARGE = "EntityTooLarge"
 OF_ONE_OBJECT = {"InvalidRequest", "InvalidArgument"}
 FORBIDDEN = {"AccessDenied", "403"}
+# Refusals that other credentials end. Those in the chain may have changed since they were read.
+STALE = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
+# What AWS asks for each call. It answers 403 for a missing object to a key that may not list.
+PERMISSIONS = {
+    "PutObject": "s3:PutObject",
+    "GetObject": "s3:GetObject",
+    "HeadObject": "s3:GetObject, and s3:ListBucket to look for a missing object",
+    "DeleteObject": "s3:DeleteObject",
+    "ListObjectsV2": "s3:ListBucket",
+    "CreateMultipartUpload": "s3:PutObject",
+    "UploadPart": "s3:PutObject",
+    "CompleteMultipartUpload": "s3:PutObject",
+}
+WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"
+MAX_WORDS_CHARS = 200
 
 
 class NoSuchObject(LookupError):
     """No object is stored under the key."""
 
 
-def refusal(error: Exception, bucket: str, endpoint_url: str | None, size: int | None = None) -> StoreUnavailable:
-    """Our error for one of boto3's. `size`: bytes of the object that was being put, None for other requests."""
+def refusal(
+    error: Exception, bucket: str, endpoint_url: str | None, size: int | None = None, *, sent_checksums: bool = False
+) -> StoreUnavailable:
+    """Our error for one of boto3's. `size`: bytes of the object that was being put, None for other requests.
+
+    `sent_checksums`: whether puts carry checksum headers, which some stores refuse.
+    """
     message = _message(error, bucket, endpoint_url)
+    if sent_checksums and may_refuse_checksums(error):
+        message += f"; if it takes no checksum headers, set {WITHOUT_CHECKSUMS}"
     if not isinstance(error, boto_errors.ClientError):
         return StoreUnavailable(message)
     if size is not None and (status(error) == 413 or code(error) == TOO_LARGE):
@@ -60,13 +83,48 @@ def _too_large(error: Exception, bucket: str, host: str, size: int) -> str:
 def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
     store = f"the store at {_host(endpoint_url)}"
     if isinstance(error, boto_errors.ClientError):
-        found = code(error)
-        return f"{store} {REASONS.get(found, 'failed')} (bucket {bucket}, {found}, HTTP {status(error)})"
+        return f"{store} {_reason(error)} (bucket {bucket}, {code(error)}, HTTP {status(error)})"
     if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
         return "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if is_untrusted(error):
+        return f"{store} has a certificate that is not trusted: set AWS_CA_BUNDLE to the file of the CA that signed it"
     if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
         return f"{store} cannot be reached ({type(error).__name__})"
     return f"{store} could not be used ({type(error).__name__})"
+
+
+def _reason(error: Any) -> str:
+    reason, needed = REASONS.get(code(error)), permission(error)
+    if reason:
+        return f"{reason} (needs {needed})" if needed else reason
+    said = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
+    words = "".join(filter(str.isprintable, said))[:MAX_WORDS_CHARS]
+    return f'failed: "{words}"' if words else "failed"
+
+
+def permission(error: Any) -> str | None:
+    """What a key lacks that may not do the call; None for other errors."""
+    is_forbidden = isinstance(error, boto_errors.ClientError) and code(error) in FORBIDDEN
+    return PERMISSIONS.get(error.operation_name) if is_forbidden else None
+
+
+def is_stale(error: Exception) -> bool:
+    """Whether credentials that are read anew may end the refusal."""
+    if isinstance(error, boto_errors.ClientError):
+        return code(error) in STALE
+    return isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError)
+
+
+def is_untrusted(error: BaseException | None) -> bool:
+    """Whether the store's certificate is signed by a CA that we do not know. Other faults of TLS are the network's."""
+    return isinstance(error, boto_errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def may_refuse_checksums(error: BaseException | None) -> bool:
+    """Whether a put was refused for a header or an argument that a store without checksums does not know."""
+    if not isinstance(error, boto_errors.ClientError) or PERMISSIONS.get(error.operation_name) != "s3:PutObject":
+        return False
+    return status(error) == 501 or (status(error) == 400 and code(error) not in {*REASONS, TOO_LARGE})
 
 
 def reason_code(error: StoreUnavailable) -> str:

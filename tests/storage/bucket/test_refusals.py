@@ -1,0 +1,150 @@
+"""What a store refuses: its code is learned, the remedy is named, and new credentials are read without a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from receiver.local_store.seaweed import Seaweed
+from storage.bucket import bucket as objects
+from storage.bucket.bucket import Bucket
+from storage.bucket.probe import Capabilities
+from storage.errors import StoreUnavailable
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+
+TOKEN = "x-amz-security-token"
+
+
+def said(status: int, code: str, message: str = "") -> Answer:
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    return Answer(status, {"content-type": "application/xml"}, body.encode())
+
+
+def put(bucket: Bucket, content: bytes = b"picture") -> bool:
+    return bucket.put_once(
+        f"{bucket.prefix}a.png", io.BytesIO(content), sha256=hashlib.sha256(content).hexdigest(), size=len(content),
+        media_type="image/png", metadata={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
+    with FaultProxy(seaweed) as server:
+        yield server
+
+
+def behind(proxy: FaultProxy, bucket: Bucket, known: Capabilities | None = None) -> Bucket:
+    return Bucket(bucket.name, endpoint_url=proxy.endpoint_url, prefix=bucket.prefix, capabilities=known)
+
+
+@pytest.fixture
+def through(bucket: Bucket, proxy: FaultProxy) -> Bucket:
+    return behind(proxy, bucket, bucket.capabilities())
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_put_that_the_store_wants_again_is_sent_again(
+    through: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setattr(objects, "CONFLICT_PAUSES", (0, 0, 0))
+    puts: list[str] = []
+
+    def conflicted(request: Request, forward: Forward) -> Answer:
+        puts.extend([request.path] * request.puts_an_object)
+        again = request.puts_an_object and len(puts) <= times
+        return said(409, "ConditionalRequestConflict") if again else forward(request)
+
+    proxy.fault = conflicted
+    assert put(through) is True
+    assert len(puts) == times + 1
+
+
+def test_put_that_is_never_taken_is_no_other_writer_s_fault(
+    through: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "CONFLICT_PAUSES", (0,))
+    proxy.fault = lambda request, forward: (
+        said(409, "ConditionalRequestConflict") if request.puts_an_object else forward(request)
+    )
+    with pytest.raises(StoreUnavailable, match=r"HTTP 409 \(try again\)"):
+        put(through)
+
+
+def test_refusal_of_a_head_is_told_in_the_store_s_words(through: Bucket, proxy: FaultProxy) -> None:
+    proxy.fault = lambda *_: said(400, "ExpiredToken", "The provided token has expired.")
+    with pytest.raises(StoreUnavailable, match="says the session token has expired"):
+        through.head("any")
+
+
+def test_refusal_names_the_missing_permission(through: Bucket, proxy: FaultProxy) -> None:
+    proxy.fault = lambda *_: said(403, "AccessDenied")
+    with pytest.raises(StoreUnavailable, match=r"needs s3:GetObject, and s3:ListBucket to look for a missing object"):
+        through.head("any")
+    with pytest.raises(StoreUnavailable, match=r"\(needs s3:ListBucket\)"):
+        list(through.list("any"))
+
+
+def test_refused_checksum_headers_are_told_with_the_remedy(bucket: Bucket, proxy: FaultProxy) -> None:
+    words = "A header you provided implies functionality that is not implemented"
+    proxy.fault = lambda request, forward: (
+        said(501, "NotImplemented", words) if request.method == "PUT" else forward(request)
+    )
+    with pytest.raises(StoreUnavailable, match=f'"{words}".*set RECEIVER_S3_CHECKSUMS=never'):
+        behind(proxy, bucket).probe()
+
+
+@pytest.fixture
+def credentials(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_environment: object) -> Path:
+    """The shared credentials file, the only place where the chain finds any."""
+    for name in seaweed.environment:
+        if "KEY" in name:
+            monkeypatch.delenv(name)
+    path = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    return path
+
+
+def rotate(path: Path, seaweed: Seaweed, token: str) -> None:
+    keys = f"aws_access_key_id={seaweed.access_key}\naws_secret_access_key={seaweed.secret_key}\n"
+    path.write_text(f"[default]\n{keys}aws_session_token={token}\n")
+
+
+def only(token: str) -> object:
+    def check(request: Request, forward: Forward) -> Answer:
+        if request.headers.get(TOKEN) != token:
+            return said(400, "ExpiredToken") if request.method != "HEAD" else Answer(400, {}, b"")
+        return forward(request.without(TOKEN))
+
+    return check
+
+
+def test_rotated_session_token_is_read_without_a_restart(
+    bucket: Bucket, proxy: FaultProxy, seaweed: Seaweed, credentials: Path
+) -> None:
+    through = behind(proxy, bucket, bucket.capabilities())
+    rotate(credentials, seaweed, "first")
+    proxy.fault = only("first")  # type: ignore[assignment]
+    assert put(through, b"one") is True
+    proxy.fault = only("second")  # type: ignore[assignment]
+    rotate(credentials, seaweed, "second")
+    with pytest.raises(StoreUnavailable, match="session token has expired"):
+        put(through, b"one")
+    assert put(through, b"one") is False
+
+
+def test_credentials_are_read_anew_at_most_every_ten_seconds(
+    bucket: Bucket, proxy: FaultProxy, seaweed: Seaweed, credentials: Path
+) -> None:
+    through = behind(proxy, bucket, bucket.capabilities())
+    rotate(credentials, seaweed, "first")
+    proxy.fault = only("another")  # type: ignore[assignment]
+    clients = []
+    for _ in range(4):
+        with pytest.raises(StoreUnavailable, match="expired"):
+            through.head("any")
+        clients.append(through._client())
+    assert len(set(map(id, clients))) == 1  # the one that was made after the first refusal
