@@ -48,6 +48,8 @@ REFRESH_CAP_SECONDS = 900
 LINK_OLD_SECONDS = 900.0
 # Of a file's life as the setting says it, counted from when we learnt of the task's end: a poll learns it later.
 LIFE_SHARE = 0.95
+# Noted where no SHA-256 of the store and no reading back says that the object has our bytes.
+BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
 # What a settled row says of unusable answers.
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 
@@ -154,6 +156,7 @@ class Archiver:
         with self._database.write() as session:
             claims.update_claimed(session, asset, **values)
         asset.key, asset.sha256, asset.size, asset.media_type = key, fetched.sha256, fetched.size, fetched.media_type
+        asset.notes = list(fetched.notes) or None
 
     def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:
         sink.seek(0)
@@ -165,17 +168,19 @@ class Archiver:
             "provider-task-id": origin.provider_task_id or "",
             "source-host": fetched.host,
         }
-        self._bucket.put_once(
+        created = self._bucket.put_once(
             asset.key, sink, sha256=fetched.sha256, size=fetched.size, media_type=fetched.media_type,
             metadata=provenance,
         )  # fmt: skip
+        if created and self._bucket.capabilities().proof == "md5":
+            asset.notes = [*(asset.notes or ()), BY_MD5]
 
     def _settle_archived(self, asset: Asset) -> None:
         with self._database.write() as session:
             task = self._lock_task(session, asset)
             claims.settle(
                 session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=db_now(), attempts=0,
-                **USABLE,
+                notes=asset.notes, **USABLE,
             )  # fmt: skip
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
             self._settled(session, task)

@@ -1,7 +1,7 @@
 """Objects in one S3 bucket: created once, verified, never overwritten.
 
-The store's behaviour is probed, not assumed. A checksum from the store counts only if the store refuses a wrong one.
-Otherwise `put_once` reads the object back and hashes it before it succeeds.
+The store's behaviour is probed, not assumed. A SHA-256 counts only if the store refuses a wrong one, then an MD5 by the
+same rule. Otherwise `put_once` reads the object back and hashes it before it succeeds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Bucket(StoreConnection):
 
     `prefix`: begins every key that callers make; normalised here. `public_endpoint_url`: the endpoint in presigned
     links. `checksum_mode`: whether boto3 adds its default checksums to other requests, which some stores refuse. The
-    SHA-256 of an object is always sent, except with "never": then an MD5 is sent and every object is read back.
+    SHA-256 of an object is always sent, except with "never". An MD5 is sent with "never", and where it is the proof.
     `addressing`: bucket name in the path or in the host; "auto" = in the host at AWS, in the path elsewhere.
     `connections`: size of the pool, one per thread that uses it. `capabilities`: None = probed at the first put.
     `put_options`: storage class, encryption, lock, tags and cache header of every object. `keys`: access and secret
@@ -135,7 +135,9 @@ class Bucket(StoreConnection):
         evidence = self._created(put, self._put_in_parts if in_parts else self._put_whole)
         if evidence is None:
             return False
-        if not (conditional and self._is_proof(evidence)):
+        is_certain = conditional and not in_parts
+        is_proven = self._is_proof(evidence) and (is_certain or self._is_there(put, evidence))
+        if not is_proven:
             self._verify_by_reading(put, evidence)
         return True
 
@@ -153,6 +155,17 @@ class Bucket(StoreConnection):
                     break
                 time.sleep(pause)
         raise StoreUnavailable(f"the store answers HTTP 409 (try again) to every put of {put.key}; retrying")
+
+    def _is_there(self, put: Put, evidence: Evidence) -> bool:
+        """Whether the object under the key is still the one that was put, by its ETag.
+
+        Without a condition another writer may have replaced it. SeaweedFS 4.48 checks the condition and completes a
+        multipart upload in two steps: two concurrent completions both succeeded in 21 of 40 rounds (single puts never
+        did). `rclone serve s3` names the MD5 of the whole file and not the ETag of its completion.
+        """
+        stored = self.head(put.key)
+        etag = stored.etag.strip('"') if stored is not None and stored.size == put.size else ""
+        return bool(etag) and (etag == evidence.etag.strip('"') or etag == checksums.md5_of(put.file))
 
     def holds(self, key: str, *, sha256: str, size: int) -> bool:
         """Whether the object under `key` has exactly these bytes; False when there is no object.
@@ -312,17 +325,18 @@ class Bucket(StoreConnection):
         etag_agrees = evidence.etag_agrees is not False or not self._etags_are_md5
         checksum_agrees = evidence.checksum_agrees
         if checksum_agrees is None:  # silence counts only from a store that was silent in the probe too
-            checksum_agrees = not can.returns_checksum
-        if can.believed and not (checksum_agrees and etag_agrees):
+            checksum_agrees = can.proof == "md5" or not can.returns_checksum
+        if can.proof != "read" and not (checksum_agrees and etag_agrees):
             checksum, etag = evidence.checksum_agrees, evidence.etag_agrees
             log.warning("store.doubted", bucket=self.name, checksum=checksum, etag=etag)
-        return can.believed and checksum_agrees and etag_agrees
+        return can.proof != "read" and checksum_agrees and etag_agrees
 
     def _put_whole(self, put: Put) -> Evidence:
         """Send the file in one request of our own. boto3 repeats it after any response that is not plain success."""
         can = self.capabilities()
-        is_proven = self._sends_checksums and can.believed and can.returns_checksum
-        md5 = None if is_proven else checksums.md5_of(put.file)  # 4 ms of CPU for 3 MB
+        is_proven = self._sends_checksums and can.proof == "sha256" and can.returns_checksum
+        # 4 ms of CPU for 3 MB
+        md5 = None if is_proven else checksums.md5_of(put.file, put.sha256 if can.proof == "md5" else None)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
         arguments = {**put.options, **put.condition, **self._md5_header(md5), "ChecksumSHA256": checksum}
         with self._creating(put):
@@ -342,22 +356,13 @@ class Bucket(StoreConnection):
     def _put_in_parts(self, put: Put) -> Evidence:
         """Send the file as a multipart upload, which is aborted on any failure."""
         with self._creating(put):
-            evidence = multipart.upload(self._client(), self.name, put, self._md5_header)
-        # SeaweedFS 4.48 checks the condition and completes the upload in two steps: two concurrent completions both
-        # succeeded in 21 of 40 rounds (single puts never did). So the loser compares the ETag with its own.
-        stored = self.head(put.key)
-        is_ours = stored is not None and stored.etag == evidence.etag
-        if not is_ours and not self.holds(put.key, sha256=put.sha256, size=put.size):
-            raise StoreUnavailable("the object was gone right after it was stored; retrying")
-        return evidence
+            return multipart.upload(self._client(), self.name, put, self._md5_header)
 
     def _md5_header(self, md5: str | None) -> Mapping[str, str]:
-        """The MD5 that a store checks on arrival when it gets no SHA-256."""
-        return (
-            {}
-            if self._sends_checksums or md5 is None
-            else {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
-        )
+        """The MD5, for a store that gets no SHA-256 or does not check it."""
+        if md5 is None or (self._sends_checksums and self.capabilities().proof != "md5"):
+            return {}
+        return {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
 
     def abort_uploads(self, prefix: str, *, older_than_seconds: float = 0, only: Callable[[str], object] = bool) -> int:
         """Abort unfinished multipart uploads of keys that begin with `prefix` and satisfy `only`. Returns how many.
@@ -390,10 +395,10 @@ class Bucket(StoreConnection):
             raise StoreUnavailable("the store confirmed the put, but there is no object; retrying")
         if stored.etag != evidence.etag or stored.metadata.get("sha256") != put.sha256:
             raise ObjectConflict(f"another writer's object is stored under {put.key}")
-        if self.capabilities().believed:
+        if self.capabilities().proof != "read":
             log.error("store.lied", bucket=self.name)
         # From now on every object is read back.
-        self._capabilities = replace(self.capabilities(), refuses_wrong_checksum=False)
+        self._capabilities = replace(self.capabilities(), refuses_wrong_checksum=False, refuses_wrong_md5=False)
         self.delete(put.key)
         raise StoreUnavailable("the store kept other bytes than it was sent; they were removed, retrying")
 

@@ -19,6 +19,7 @@ from storage.errors import StoreUnavailable
 # One part per thread is in memory. S3 requires at least 5 MiB.
 PART_BYTES = 6 * 1024 * 1024
 MAX_PARTS = 10_000  # S3's limit
+CHANGED = "the file changed on our disk before it was stored; retrying"
 MD5 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -40,11 +41,19 @@ def evidence_of(answer: Mapping[str, Any], sha256: str, md5: str | None) -> Evid
     return Evidence(None if named is None else named == sha256, plain == md5 if is_md5 else None, etag)
 
 
-def md5_of(file: BinaryIO) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
+def md5_of(file: BinaryIO, sha256: str | None = None) -> str:
+    """The file's MD5 as hex. `sha256`: checked in the same pass, where the MD5 alone ties the object to it.
+
+    Raises `StoreUnavailable` when the file changed.
+    """
+    md5, whole = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     for block in spool.blocks(file):
-        digest.update(block)
-    return digest.hexdigest()
+        md5.update(block)
+        if sha256 is not None:
+            whole.update(block)
+    if sha256 is not None and whole.hexdigest() != sha256:
+        raise StoreUnavailable(CHANGED)
+    return md5.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def parts_of(file: BinaryIO, size: int, sha256: str) -> Iterator[Part]:
         yield part
         del part
     if whole.hexdigest() != sha256:  # nothing else ties the parts' checksums to that of the file
-        raise StoreUnavailable("the file changed on our disk before it was stored; retrying")
+        raise StoreUnavailable(CHANGED)
 
 
 def composite(parts: Sequence[str]) -> str:

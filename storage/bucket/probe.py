@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 from storage.errors import StoreUnavailable
 
@@ -16,6 +17,8 @@ from storage.errors import StoreUnavailable
 CHECKSUM_REFUSALS = (400, 412, 422)
 # A probe takes seconds. Older leftovers come from a killed process, even if our clock is some minutes wrong.
 LEFT_AFTER = timedelta(hours=1)
+WRONG_MD5 = base64.b64encode(hashlib.md5(b"something else", usedforsecurity=False).digest()).decode()
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,20 @@ class Capabilities:
     refuses_wrong_part: bool
     conditional_multipart: bool
     delete: bool
+    # In a put and in a part. False also where SHA-256 is proof enough and it was not tried.
+    refuses_wrong_md5: bool = False
 
     @property
     def believed(self) -> bool:
         """Whether the store's checksums count: it refuses wrong ones in every kind of put that we use."""
         return self.refuses_wrong_checksum and (self.refuses_wrong_part or not self.multipart)
+
+    @property
+    def proof(self) -> Literal["sha256", "md5", "read"]:
+        """What shows that the store has our bytes: it would have refused others by this hash, or they are read back."""
+        if self.believed:
+            return "sha256"
+        return "md5" if self.refuses_wrong_md5 else "read"
 
 
 class Probe:
@@ -59,7 +71,7 @@ class Probe:
         head = self._client.head_object(Bucket=self._bucket, Key=first, ChecksumMode="ENABLED")
         conditional_put = self._refusal(lambda: self._put(first, b"other", IfNoneMatch="*")) == 412
         multipart = not self._refusal(lambda: self._put_in_parts(self._key("parts"), body))
-        return Capabilities(
+        can = Capabilities(
             conditional_put=conditional_put and self._read(first) == body,
             refuses_wrong_checksum=self._refuses_wrong_checksum(),
             returns_checksum=whole_checksum(head) == hashlib.sha256(body).hexdigest(),
@@ -70,6 +82,7 @@ class Probe:
             and self._refusal(lambda: self._put_in_parts(first, b"other", IfNoneMatch="*")) == 412,
             delete=not self._refusal(lambda: self._delete(first)),
         )
+        return can if can.believed else replace(can, refuses_wrong_md5=self._refuses_wrong_md5(in_parts=multipart))
 
     def clean_up(self) -> None:
         """Remove the objects of this run and of killed runs. Errors are ignored."""
@@ -100,6 +113,15 @@ class Probe:
         key, wrong = self._key("wrong-part"), sha256_base64(b"something else")
         return self._refusal(lambda: self._put_in_parts(key, b"something", wrong)) in CHECKSUM_REFUSALS
 
+    def _refuses_wrong_md5(self, *, in_parts: bool) -> bool:
+        key, part_key, wrong = self._key("wrong-md5"), self._key("wrong-md5-part"), {"ContentMD5": WRONG_MD5}
+        refusal = self._refusal(lambda: self._put(key, b"something", **wrong))
+        if refusal not in CHECKSUM_REFUSALS or self._refusal(lambda: self._read(key)) != 404:
+            return False
+        return not in_parts or (
+            self._refusal(lambda: self._put_in_parts(part_key, b"something", md5=wrong)) in CHECKSUM_REFUSALS
+        )
+
     def _refusal(self, call: Callable[[], object]) -> int:
         """The HTTP status of the store's refusal, 0 if it did the call. Temporary errors (408, 429, 5xx) are raised."""
         try:
@@ -120,13 +142,15 @@ class Probe:
         options = {"ChecksumSHA256": sha256_base64(body)} | options
         self._client.put_object(Bucket=self._bucket, Key=key, Body=body, Metadata={"probe": "1"}, **options)
 
-    def _put_in_parts(self, key: str, body: bytes, checksum: str | None = None, **options: str) -> None:
+    def _put_in_parts(
+        self, key: str, body: bytes, checksum: str | None = None, md5: Mapping[str, str] = NONE, **options: str
+    ) -> None:
         place = {"Bucket": self._bucket, "Key": key}
         created = self._client.create_multipart_upload(**place, ChecksumAlgorithm="SHA256")
         place["UploadId"] = created["UploadId"]
         part = {"PartNumber": 1, "ChecksumSHA256": checksum or sha256_base64(body)}
         try:
-            part["ETag"] = self._client.upload_part(**place, **part, Body=body)["ETag"]
+            part["ETag"] = self._client.upload_part(**place, **part, **md5, Body=body)["ETag"]
             self._client.complete_multipart_upload(**place, **options, MultipartUpload={"Parts": [part]})
         except BaseException:
             with suppress(Exception):
