@@ -6,15 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sqlmodel import delete, false
-
 from receiver.app.findings import Result, Status
 from receiver.app.wiring import Parts
 from storage.database.outages import words
 from storage.database.urls import place
 from storage.database.wakers import POOLED_INTERVAL_SECONDS, PostgresWaker, WakeFault
+from storage.operations import heartbeats
 from storage.rows import migrations
-from storage.rows.models import Worker
 
 
 def missing_file(parts: Parts) -> Result | None:
@@ -37,8 +35,7 @@ def _no_schema(parts: Parts, line: str) -> Result:
 def schema(parts: Parts) -> Result:
     current, wanted = migrations.current(parts.database), migrations.head()
     if current == wanted:
-        with parts.database.write() as session:
-            session.execute(delete(Worker).where(false()))  # refused by a standby and by a read-only file
+        heartbeats.try_write(parts.database)
         return Result("database", Status.OK, f"takes writes, schema {current} is current")
     if current is None:
         return _no_schema(parts, f"the database has no schema yet, this version needs {wanted}")

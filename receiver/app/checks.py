@@ -17,12 +17,12 @@ from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from urllib.parse import urlsplit
 
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, or_, select
 
-from receiver.app import check_database, check_events, check_secrecy, database_faults
+from receiver.app import check_database, check_events, check_secrecy, check_store, database_faults
+from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, host_of, refused
 from receiver.app.findings import Result as Result
 from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
@@ -32,8 +32,6 @@ from receiver.providers.base import Provider, Unavailable
 from receiver.providers.kling.client import Kling
 from storage import states
 from storage.accounts import pauses
-from storage.bucket.probe import Capabilities
-from storage.bucket.store_errors import reason_code
 from storage.database.urls import place
 from storage.errors import (
     AccountRefused,
@@ -41,7 +39,6 @@ from storage.errors import (
     ProviderRejected,
     ProviderThrottled,
     ProviderUnavailable,
-    StoreUnavailable,
     UserError,
 )
 from storage.operations import heartbeats
@@ -49,37 +46,19 @@ from storage.rows.models import Task
 
 # All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
 BOUND_SECONDS = 10.0
-# As the issue says; a JWT is refused after seconds, signed requests and callbacks after minutes.
-MAX_SKEW_SECONDS = 60.0
 MAX_LINE_CHARS = 300
 SECRET_BYTES = 32  # 43 characters, and no comma among them
 
-SYNCHRONISE = "turn on time synchronisation (NTP) on this machine"
 SET_KEY = (
     "set RECEIVER_KLING_API_KEY (or RECEIVER_KLING_ACCESS_KEY and RECEIVER_KLING_SECRET_KEY) as the provider shows it"
 )
 SETTLE = "settle it in the provider's console; nothing can be submitted until then"
-SET_REGION = "set AWS_DEFAULT_REGION to the bucket's region"
 # What hangs is what the network swallows.
 HANGING = {
     "database": "see that RECEIVER_DATABASE_URL is right, no other program holds the database, no firewall is between",
     "bucket": "see that RECEIVER_S3_ENDPOINT_URL is right and no firewall is in between",
     "provider": "see that RECEIVER_KLING_BASE_URL is right and no firewall is in between",
     "store's name": "see that RECEIVER_S3_ENDPOINT_URL is right and the name server answers",
-}
-# By the store's own code (the names of boto3's exceptions where none came from a store).
-BUCKET_ADVICE = {
-    "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": "fetch new credentials",
-    "RequestTimeTooSkewed": SYNCHRONISE,
-    "AccessDenied": "grant s3:PutObject, s3:GetObject, s3:DeleteObject and s3:ListBucket, or use another key",
-    "NoSuchBucket": "create it, or correct RECEIVER_S3_BUCKET",
-    "PermanentRedirect": SET_REGION,
-    "AuthorizationHeaderMalformed": SET_REGION,
-    "NoRegionError": SET_REGION,
-    "NoCredentialsError": "",  # the line says it
-    "PartialCredentialsError": "",
 }
 # By the provider's own code, KLING §6.
 PROVIDER_ADVICE = {
@@ -90,24 +69,12 @@ PROVIDER_ADVICE = {
     1304: "allow this machine's address in the provider's console",
 }
 Look = Callable[[Parts], Iterable[Result]]
-CLOCK_CODES = ("RequestTimeTooSkewed", 1003, 1004)
-# What each missing ability means here; none of them loses a picture.
-WITHOUT = {
-    "conditional_put": "objects are looked for before they are written; let nothing else write below the prefix",
-    "refuses_wrong_checksum": "every object is read back and hashed after it was written; expect twice the traffic",
-    "returns_checksum": "an object that was there already is read back to be compared; nothing to do",
-    "keeps_metadata": "where a picture came from is in manifest.json alone; nothing to do",
-    "multipart": "files over 64 MiB go in one request; allow multipart uploads if they fail",
-    "refuses_wrong_part": "large objects are read back and hashed after they were written; expect twice the traffic",
-    "conditional_multipart": "large objects are looked for before they are written; let nothing else write there",
-    "delete": "grant s3:DeleteObject, or remove .receiver-probe/ by hand",
-}
 
 
 def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> list[Result]:
     """Look at everything, writing nothing that stays. What gives no answer within `bound_seconds` is a fault."""
     parts = Parts(settings)
-    looks: dict[str, Look] = {"database": database, "bucket": bucket, "provider": provider}
+    looks: dict[str, Look] = {"database": database, "bucket": check_store.bucket, "provider": provider}
     looks["store's name"] = check_secrecy.clear_text
     for entry in settings.event_entries:
         looks[check_events.name_of(entry)] = partial(_sink, entry)
@@ -118,6 +85,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         advice = HANGING.get(name, check_events.HANGING)
         silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
+    results += check_store.of_workers(parts, results)
     own = [*files(parts), *clock(parts), *callbacks(parts), *check_events.gateway(settings)]
     results += [*own, *check_secrecy.weak_secrets(settings)]
     if not late:  # a thread that hangs still uses them; the end of the process closes them
@@ -158,8 +126,9 @@ def environment(*, read: bool = True) -> Iterator[Result]:
     unknown = config.unknown_variables()
     for name in unknown:
         nearest = config.nearest_variable(name)
+        status = Status.FAULT if nearest else Status.NOTE  # a name far from all of ours may be somebody else's
         advice = f"{nearest} is the nearest there is" if nearest else "correct its name, or remove it"
-        yield Result("settings", Status.NOTE, f"nothing reads {name}", advice)
+        yield Result("settings", status, f"nothing reads {name}", advice)
     if read and not unknown:
         path = config.env_file()
         yield Result("settings", Status.OK, f"complete; {path} was read" if path else "complete")
@@ -196,7 +165,7 @@ def database(parts: Parts) -> Iterator[Result]:
             yield _slots(parts)
             yield from _pauses(parts)
     except (DatabaseUnavailable, DBAPIError, OSError) as error:
-        advice = "see that it runs and may be written, or correct RECEIVER_DATABASE_URL"
+        advice = "see that it runs, may be written and has room, or correct RECEIVER_DATABASE_URL"
         url = parts.database.url
         line = f"{place(url)} cannot be used ({database_faults.reason(url, error)})"
         yield Result("database", Status.FAULT, line, advice)
@@ -254,33 +223,6 @@ def _pauses(parts: Parts) -> Iterator[Result]:
         yield Result("account", Status.FAULT, pauses.line(each), f"{advice}; what waits goes on by itself")
 
 
-def bucket(parts: Parts) -> Iterator[Result]:
-    """Whether the bucket can be written and read, and what else it can do."""
-    name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", _host(parts.store_address[0])
-    try:
-        can = parts.bucket.probe()
-    except StoreUnavailable as error:
-        code = reason_code(error)
-        advice = BUCKET_ADVICE.get(code, "see that RECEIVER_S3_ENDPOINT_URL is right and the store runs")
-        yield Result("bucket", _status(code, parts.bucket.clock_ahead_seconds), str(error), advice)
-        return
-    except (LookupError, ValueError):  # words that no S3 store says, or an address that boto3 cannot dial
-        line = f"what answers at {where} is no S3 store"
-        yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
-        return
-    yield Result("bucket", Status.OK, f"{name} at {where} was written and read back")
-    yield from _capabilities(can)
-
-
-def _capabilities(can: Capabilities) -> Iterator[Result]:
-    for ability, advice in WITHOUT.items():
-        if not can.multipart and ability in ("refuses_wrong_part", "conditional_multipart"):
-            continue
-        status = Status.OK if getattr(can, ability) else Status.NOTE
-        line, advice = ("yes", "") if status is Status.OK else ("no", advice)
-        yield Result(f"bucket: {ability.replace('_', ' ')}", status, line, advice)
-
-
 def provider(parts: Parts) -> Iterator[Result]:
     """Whether the provider takes our credentials, by a call that costs nothing."""
     chosen = parts.settings
@@ -292,7 +234,7 @@ def provider(parts: Parts) -> Iterator[Result]:
     except UserError as error:
         yield Result("provider", Status.FAULT, str(error), "correct the RECEIVER_KLING_… setting")
         return
-    host = _host(chosen.kling_base_url)
+    host = host_of(chosen.kling_base_url)
     try:
         _ask_for_free(kling)
     except (ProviderRejected, AccountRefused) as error:
@@ -320,13 +262,7 @@ def _ask_for_free(provider: Provider) -> None:
 
 def _refused(host: str, error: ProviderRejected | AccountRefused, skew_seconds: float | None) -> Result:
     advice = PROVIDER_ADVICE.get(error.code or 0, SET_KEY)
-    return Result("provider", _status(error.code, skew_seconds), f"{host} refuses us ({error})", advice)
-
-
-def _status(code: str | int | None, skew_seconds: float | None) -> Status:
-    """A fault, unless it is our clock's, which is one fault already."""
-    blamed = code in CLOCK_CODES and abs(skew_seconds or 0) > MAX_SKEW_SECONDS
-    return Status.NOTE if blamed else Status.FAULT
+    return Result("provider", refused(error.code, skew_seconds), f"{host} refuses us ({error})", advice)
 
 
 def clock(parts: Parts) -> Iterator[Result]:
@@ -370,7 +306,3 @@ def _fresh_secret() -> Result:
     line, advice = "no usable callback secret is set", "paste the line below, a fresh one, into the environment or .env"
     paste = f"RECEIVER_CALLBACK_SECRETS={secrets.token_urlsafe(SECRET_BYTES)}"
     return Result("callback secrets: fresh", Status.NOTE, line, advice, paste)
-
-
-def _host(url: str | None) -> str:
-    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from urllib.parse import urlsplit
 
 
 class Status(StrEnum):
@@ -14,10 +15,31 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """What one look found. `advice`: what to do about it. `paste`: a line to copy whole, which may be a secret."""
+    """What one look found. `advice`: what to do about it. `paste`: a line to copy whole, which may be a secret.
+
+    `detail`: shown with `--verbose` only; another result has the verdict.
+    """
 
     name: str
     status: Status
     line: str
     advice: str = ""
     paste: str = field(default="", repr=False)
+    detail: bool = False
+
+
+# A JWT is refused after seconds, signed requests and callbacks after minutes.
+MAX_SKEW_SECONDS = 60.0
+CLOCK_CODES = ("RequestTimeTooSkewed", 1003, 1004)
+SYNCHRONISE = "turn on time synchronisation (NTP) on this machine"
+
+
+def refused(code: str | int | None, skew_seconds: float | None) -> Status:
+    """The status of a refusal: a fault, unless it is our clock's, which is one fault already."""
+    blamed = code in CLOCK_CODES and abs(skew_seconds or 0) > MAX_SKEW_SECONDS
+    return Status.NOTE if blamed else Status.FAULT
+
+
+def host_of(url: str | None) -> str:
+    """Host and port only, because a URL may hold a password."""
+    return urlsplit(url).netloc.rpartition("@")[2] if url else "AWS"

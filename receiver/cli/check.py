@@ -22,6 +22,7 @@ UNSEEN_WIDTH = 2_000
 
 def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print everything that was looked at.")] = False,
     store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:
@@ -47,7 +48,7 @@ def check(
     if as_json:
         say_json({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1)
     else:
-        _show(results)
+        _show([result for result in results if verbose or not result.detail])
     if not is_good:
         raise typer.Exit(1)
 

@@ -306,16 +306,16 @@ class Bucket(StoreConnection):
             )
             return link
 
-    def probe(self) -> Capabilities:
+    def probe(self, large_bytes: int = 0) -> Capabilities:
         """Find out what the store can do, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
 
-        Raises `StoreUnavailable` when an object cannot be written or read back.
+        `large_bytes`: one of them has this size. Raises `StoreUnavailable` when an object cannot be written or read.
         """
         folder = f"{self.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
-        with self._errors():
+        with self._errors(large_bytes or None):
             probe = Probe(self._client(), self.name, folder)
             try:
-                return probe.run()
+                return probe.run(large_bytes)
             finally:
                 probe.clean_up()
 

@@ -61,13 +61,18 @@ class Probe:
         self._folder = folder
         self._keys: list[str] = []
 
-    def run(self) -> Capabilities:
-        """Try every capability. Raises boto3's errors, and `StoreUnavailable` when other bytes come back."""
+    def run(self, large_bytes: int = 0) -> Capabilities:
+        """Try every capability. `large_bytes`: also put an object of this size.
+
+        Raises boto3's errors, and `StoreUnavailable` when other bytes come back.
+        """
         body = self._folder.encode()
         first = self._key("first")
         self._put(first, body)
         if self._read(first) != body:
             raise StoreUnavailable("the store returned other bytes than were written; examine the store")
+        if large_bytes:
+            self._put(self._key("large"), bytes(large_bytes))
         head = self._client.head_object(Bucket=self._bucket, Key=first, ChecksumMode="ENABLED")
         conditional_put = self._refusal(lambda: self._put(first, b"other", IfNoneMatch="*")) == 412
         multipart = not self._refusal(lambda: self._put_in_parts(self._key("parts"), body))

@@ -37,6 +37,18 @@ def beat(database: Database, worker_id: uuid.UUID) -> None:
             row.seen_at = db_now()  # type: ignore[assignment]
 
 
+def try_write(database: Database) -> None:
+    """Write a row and remove it: refused by a standby, by a read-only file and by a full disk.
+
+    A row that a crash leaves is that of a worker long dead, and the next worker that starts removes it.
+    """
+    row = Worker(host="receiver check", pid=os.getpid(), threads=0)
+    row.started_at = row.seen_at = db_now(-FORGET_SECONDS)  # type: ignore[assignment]
+    with database.write() as session:
+        session.add(row)
+    unregister(database, row.id)
+
+
 def unregister(database: Database, worker_id: uuid.UUID) -> None:
     with database.write() as session:
         session.execute(delete(Worker).where(col(Worker.id) == worker_id))

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from receiver.app import check_secrecy, checks
+from receiver.app import check_secrecy, check_store, checks
 from receiver.app.checks import Result, Status
 from receiver.app.wiring import Parts
 from receiver.base import config
@@ -37,7 +37,7 @@ from tests.postgres import Postgres
 from tests.rows import new_task
 from tests.webhook_receiver import SECRET
 
-ABILITIES = {f"bucket: {ability.replace('_', ' ')}" for ability in checks.WITHOUT}
+ABILITIES = {f"bucket: {ability.replace('_', ' ')}" for ability in check_store.WITHOUT}
 Look = Callable[..., dict[str, Result]]
 
 
@@ -91,6 +91,13 @@ def test_a_good_setup(look: Look, database_url: str, bucket: Bucket) -> None:
 def test_the_verb_prints_a_table(receiver: CommandLine) -> None:
     done = receiver("check")
     assert (done.code, done.err) == (0, "")
+    assert next(line for line in done.out.splitlines() if "bucket" in line.split()[:2]).endswith("by its SHA-256")
+    assert not any(name in done.out for name in ABILITIES)
+
+
+def test_the_verb_prints_every_ability_when_asked(receiver: CommandLine) -> None:
+    done = receiver("check", "--verbose")
+    assert (done.code, done.err) == (0, "")
     for name in ABILITIES:
         assert any(line.startswith("ok") and name in line for line in done.out.splitlines())
 
@@ -108,7 +115,7 @@ def test_the_verb_speaks_json(receiver: CommandLine) -> None:
     done = receiver("check", "--json", RECEIVER_KLING_API_KEY="wrong")
     assert (done.code, done.json["ok"]) == (1, False)
     assert [one["name"] for one in done.json["checks"] if one["status"] == "fault"] == ["provider"]
-    assert {tuple(one) for one in done.json["checks"]} == {("name", "status", "line", "advice", "paste")}
+    assert {tuple(one) for one in done.json["checks"]} == {("name", "status", "line", "advice", "paste", "detail")}
 
 
 @pytest.mark.parametrize(
@@ -268,15 +275,17 @@ def test_callbacks_that_nobody_signs_are_warned_of(look: Look) -> None:
 
 def test_an_unknown_variable(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECEIVER_S3_BUKET", "pictures")
-    found = look()
-    assert faults(found) == {}
-    assert (found["settings"].status, found["settings"].line) == (Status.NOTE, "nothing reads RECEIVER_S3_BUKET")
+    says = "nothing reads RECEIVER_S3_BUKET: RECEIVER_S3_BUCKET is the nearest there is"
+    assert faults(look()) == {"settings": says}
+    monkeypatch.delenv("RECEIVER_S3_BUKET")
+    monkeypatch.setenv("RECEIVER_SERVICE_ADDRESS", "10.0.0.1")
+    assert look()["settings"].status is Status.NOTE
 
 
 def test_an_unknown_variable_in_the_file(look: Look, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("RECEIVER_S3_BUKET=pictures\nOTHER=1\nRECEIVER_S3_BUCKET=pictures\n")
     found = look()
-    assert (found["settings"].status, found["settings"].line) == (Status.NOTE, "nothing reads RECEIVER_S3_BUKET")
+    assert (found["settings"].status, found["settings"].line) == (Status.FAULT, "nothing reads RECEIVER_S3_BUKET")
 
 
 def test_the_file_of_a_secret_may_be_named_in_the_file(nothing_set: pytest.MonkeyPatch, tmp_path: Path) -> None:

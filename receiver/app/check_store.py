@@ -1,0 +1,139 @@
+"""What `receiver check` looks at in the bucket: one line of verdict, the details behind `--verbose`."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+
+from sqlalchemy import func, or_
+from sqlmodel import col, select
+
+from receiver.app.findings import SYNCHRONISE, Result, Status, host_of, refused
+from receiver.app.wiring import Parts
+from storage.bucket.bucket import PROBE_FOLDER, Bucket
+from storage.bucket.probe import Capabilities
+from storage.bucket.store_errors import is_untrusted, may_refuse_checksums, permission, reason_code
+from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
+from storage.operations import heartbeats
+from storage.rows.models import Asset
+from storage.states import AssetState
+
+# Above the limit that a proxy has unless somebody raised it (nginx: 1 MiB), and 4 s over an uplink of 4 Mbit/s.
+LARGE_BYTES = 2 * 2**20
+SET_REGION = "set AWS_DEFAULT_REGION to the bucket's region"
+# By the store's own code (the names of boto3's exceptions where none came from a store).
+ADVICE = {
+    "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "fetch new credentials",
+    "InvalidToken": "fetch new credentials, or unset AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": SYNCHRONISE,
+    "NoSuchBucket": "create it, or correct RECEIVER_S3_BUCKET",
+    "PermanentRedirect": SET_REGION,
+    "AuthorizationHeaderMalformed": SET_REGION,
+    "NoRegionError": SET_REGION,
+    "NoCredentialsError": "",  # the line says it
+    "PartialCredentialsError": "",
+}
+PROOFS = {
+    "sha256": "a put is proven by its SHA-256",
+    "md5": "a put is proven by its MD5",
+    "read": "every object is read back after a put, at twice the traffic",
+}
+# What each missing ability means here; none of them loses a picture.
+WITHOUT = {
+    "conditional_put": "objects are looked for before and after they are written; let nothing else write there",
+    "refuses_wrong_checksum": "every object is read back and hashed after it was written; expect twice the traffic",
+    "returns_checksum": "an object that was there already is read back to be compared; nothing to do",
+    "keeps_metadata": "where a picture came from is in manifest.json alone; nothing to do",
+    "multipart": "files over 64 MiB go in one request; allow multipart uploads if they fail",
+    "refuses_wrong_part": "large objects are read back and hashed after they were written; expect twice the traffic",
+    "conditional_multipart": "large objects are looked for before they are written; let nothing else write there",
+    "delete": "grant s3:DeleteObject, or remove .receiver-probe/ by hand",
+}
+
+
+def bucket(parts: Parts) -> Iterator[Result]:
+    """Whether the bucket can be written, read and listed, and what else it can do."""
+    name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", host_of(parts.store_address[0])
+    try:
+        can = parts.bucket.probe(LARGE_BYTES)
+        unlisted = _unlisted(parts.bucket)
+    except StoreUnavailable as error:
+        status = refused(reason_code(error), parts.bucket.clock_ahead_seconds)
+        yield Result("bucket", status, str(error), _advice(parts, error))
+        return
+    except (LookupError, ValueError):  # words that no S3 store says, or an address that boto3 cannot dial
+        line = f"what answers at {where} is no S3 store"
+        yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
+        return
+    if unlisted:
+        yield unlisted
+        return
+    lacks = sum(not getattr(can, ability) for ability in WITHOUT)
+    more = f"; it lacks {lacks} of {len(WITHOUT)} abilities (`receiver check --verbose`)" if lacks else ""
+    line = f"{name} at {where} was written, listed and read back; {PROOFS[can.proof]}{more}"
+    yield Result("bucket", Status.OK, line)
+    yield from _capabilities(can)
+
+
+def _unlisted(bucket: Bucket) -> Result | None:
+    """Look for an object that is not there, and list: AWS answers 403 to both where the key may not list."""
+    missing = f"{bucket.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
+    try:
+        bucket.head(missing)
+        next(bucket.list(missing), None)
+    except ObjectForbidden as error:
+        advice = (
+            f"grant s3:ListBucket on the bucket itself (arn:aws:s3:::{bucket.name}, without /*): "
+            "no picture is archived until a missing object can be told from a refusal"
+        )
+        return Result("bucket", Status.FAULT, str(error), advice)
+    return None
+
+
+def _advice(parts: Parts, error: StoreUnavailable) -> str:
+    if needed := permission(error.__cause__):
+        return f"grant {needed}, or use another key"
+    if may_refuse_checksums(error.__cause__) and _works_without_checksums(parts):
+        return "set RECEIVER_S3_CHECKSUMS=never: the store works without checksum headers"
+    if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
+        return ""  # the line says it
+    return ADVICE.get(reason_code(error), "see that RECEIVER_S3_ENDPOINT_URL is right and the store runs")
+
+
+def _works_without_checksums(parts: Parts) -> bool:
+    if parts.settings.s3_checksums == "never":
+        return False
+    try:
+        Parts(parts.settings.model_copy(update={"s3_checksums": "never"})).bucket.probe()
+    except (StoreUnavailable, LookupError, ValueError):
+        return False
+    return True
+
+
+def _capabilities(can: Capabilities) -> Iterator[Result]:
+    for ability, advice in WITHOUT.items():
+        if not can.multipart and ability in ("refuses_wrong_part", "conditional_multipart"):
+            continue
+        if can.proof == "md5" and ability in ("refuses_wrong_checksum", "refuses_wrong_part"):
+            advice = "it refuses a wrong MD5, which is sent instead; nothing to do"
+        status = Status.OK if getattr(can, ability) else Status.NOTE
+        line, advice = ("yes", "") if status is Status.OK else ("no", advice)
+        detail = status is Status.OK or ability != "delete"  # each check leaves objects behind
+        yield Result(f"bucket: {ability.replace('_', ' ')}", status, line, advice, detail=detail)
+
+
+def of_workers(parts: Parts, results: Sequence[Result]) -> Iterator[Result]:
+    """Whether running workers are refused by the store that takes this command's credentials."""
+    good = {result.name for result in results if result.status is Status.OK}
+    if not {"bucket", "database"} <= good or not heartbeats.count_alive(parts.database):
+        return
+    told = or_(col(Asset.error).startswith("the store at "), col(Asset.error).startswith("no credentials for "))
+    found = select(Asset.error, func.count()).where(told, Asset.state == AssetState.DUE, col(Asset.due_at).is_not(None))
+    with parts.database.read() as session:
+        latest = session.exec(found.group_by(col(Asset.error)).order_by(func.max(Asset.due_at).desc()).limit(1)).first()
+    if latest is not None:
+        line = f"{latest[1]} files wait because a running worker was told otherwise: {latest[0]}"
+        advice = "if that stays, give the workers this command's environment and credentials, and restart them"
+        yield Result("bucket: workers", Status.NOTE, line, advice)

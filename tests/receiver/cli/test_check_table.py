@@ -1,0 +1,154 @@
+"""`receiver check` against what goes wrong on the first day: one line names the remedy, and the exit code is 1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+from time import time
+
+import pytest
+
+from receiver.local_store.seaweed import Seaweed
+from receiver.sandbox import Sandbox
+from storage.bucket.bucket import Bucket
+from storage.database.sessions import Database
+from storage.operations import heartbeats
+from tests.command_line import CommandLine, Done, variables
+from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+from tests.postgres import MigratedDatabases
+from tests.rows import new_assets
+
+WORDS = "A header you provided implies functionality that is not implemented"
+CHECKSUM_HEADERS = ("x-amz-checksum", "x-amz-sdk-checksum", "x-amz-trailer")
+
+
+def said(status: int, code: str, message: str = "", **headers: str) -> Answer:
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+    return Answer(status, {"content-type": "application/xml", **headers}, body)
+
+
+def without_list(request: Request, forward: Forward) -> Answer:
+    answer = forward(request)
+    is_list = request.method == "GET" and "prefix=" in request.path
+    denied = said(403, "AccessDenied", "Access Denied")
+    return denied if is_list or (answer.status == 404 and request.method in ("GET", "HEAD")) else answer
+
+
+def without_get(request: Request, forward: Forward) -> Answer:
+    is_read = request.method in ("GET", "HEAD") and "?" not in request.path
+    return said(403, "AccessDenied", "Access Denied") if is_read else forward(request)
+
+
+def without_checksums(request: Request, forward: Forward) -> Answer:
+    has_sum = any(name.startswith(CHECKSUM_HEADERS) for name in request.headers)
+    return said(501, "NotImplemented", WORDS) if has_sum else forward(request)
+
+
+def of_one_megabyte(request: Request, forward: Forward) -> Answer:
+    page = Answer(413, {"content-type": "text/html"}, b"<html>413</html>")
+    return page if len(request.body) > 1_000_000 else forward(request)
+
+
+def ten_minutes_late(_request: Request, _forward: Forward) -> Answer:
+    return said(403, "RequestTimeTooSkewed", "The difference is too large.", date=formatdate(time() - 600, usegmt=True))
+
+
+STORES: dict[str, tuple[Callable[[Request, Forward], Answer], str]] = {
+    "a key without List": (without_list, "grant s3:ListBucket on the bucket itself (arn:aws:s3:::pictures, without"),
+    "a key without Get": (without_get, "(needs s3:GetObject) (bucket pictures, AccessDenied, HTTP 403): grant s3:Get"),
+    "refuses checksum headers": (without_checksums, "set RECEIVER_S3_CHECKSUMS=never: the store works without"),
+    "an expired token": (lambda *_: said(400, "ExpiredToken"), "token has expired (bucket pictures, ExpiredToken, "),
+    "a wrong region": (lambda *_: said(400, "AuthorizationHeaderMalformed"), "set AWS_DEFAULT_REGION to the bucket's"),
+    "a proxy of 1 MB": (of_one_megabyte, "refuses an object of 2,097,152 bytes (bucket pictures, HTTP 413): raise the"),
+    "a clock ten minutes off": (ten_minutes_late, " s ahead of the bucket's: turn on time synchronisation (NTP)"),
+}
+
+
+@pytest.fixture
+def receiver(migrated_sqlite: Path, bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
+    (tmp_path / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
+    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
+
+
+def only_fault(done: Done) -> str:
+    (line,) = [line for line in done.out.splitlines() if line.startswith("fault")]
+    assert (done.code, done.err) == (1, "")
+    return line
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_store_that_cannot_be_used_is_named_with_the_remedy(receiver: CommandLine, seaweed: Seaweed, name: str) -> None:
+    fault, words = STORES[name]
+    with FaultProxy(seaweed, fault) as proxy:
+        assert words in only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=proxy.endpoint_url))
+
+
+@pytest.fixture
+def private_ca(seaweed: Seaweed, tmp_path: Path) -> Iterator[tuple[FaultProxy, Path]]:
+    """The store behind TLS, and the certificate of its CA, which nobody else knows."""
+    openssl, key, certificate = shutil.which("openssl"), tmp_path / "key.pem", tmp_path / "certificate.pem"
+    if openssl is None:
+        pytest.skip("no openssl to make a certificate with")
+    request = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([openssl, *request.split(), *names], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with FaultProxy(seaweed) as proxy:
+        proxy._server.socket = context.wrap_socket(proxy._server.socket, server_side=True)
+        yield proxy, certificate
+
+
+def test_private_ca_is_named_and_works_as_told(receiver: CommandLine, private_ca: tuple[FaultProxy, Path]) -> None:
+    proxy, certificate = private_ca
+    url = proxy.endpoint_url.replace("http:", "https:")
+    says = only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=url))
+    assert "a certificate that is not trusted: set AWS_CA_BUNDLE to the file of the CA that signed it" in says
+    assert receiver("check", RECEIVER_S3_ENDPOINT_URL=url, AWS_CA_BUNDLE=str(certificate)).code == 0
+
+
+def test_misspelt_setting_is_named_with_the_nearest(receiver: CommandLine) -> None:
+    done = receiver("check", RECEIVER_WORKER="3")
+    assert only_fault(done).endswith("nothing reads RECEIVER_WORKER: RECEIVER_WORKERS is the nearest there is")
+
+
+def test_database_that_is_down(receiver: CommandLine) -> None:
+    says = only_fault(receiver("check", RECEIVER_DATABASE_URL="postgresql://somebody:hush@127.0.0.1:1/receiver"))
+    assert "Connection refused" in says and says.endswith("or correct RECEIVER_DATABASE_URL") and "hush" not in says
+
+
+def test_database_that_is_read_only(receiver: CommandLine, migrated_databases: MigratedDatabases) -> None:
+    for url in migrated_databases.lend():
+        only_reads = f"{url}?options=-cdefault_transaction_read_only%3Don"
+        says = only_fault(receiver("check", RECEIVER_DATABASE_URL=only_reads))
+        assert "read-only transaction" in says and "see that it runs, may be written and has room" in says
+
+
+def test_database_that_is_full(receiver: CommandLine, tmp_path: Path) -> None:
+    """The log may not grow beyond a page, as on a full disk."""
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    code = f"import resource, sys; {limit}; sys.argv = ['receiver', 'check']; import receiver.__main__"
+    rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**rest, **receiver.variables}, cwd=tmp_path, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    says = only_fault(Done(done.returncode, done.stdout, done.stderr))
+    assert "cannot be used" in says and "see that it runs, may be written and has room" in says
+
+
+def test_workers_that_see_another_answer_are_named(receiver: CommandLine, tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/receiver.db")
+    heartbeats.register(database, 1)
+    new_assets(database, 2, error="the store at 127.0.0.1:1 says the session token has expired")
+    database.close()
+    done = receiver("check")
+    (line,) = [line for line in done.out.splitlines() if "bucket: workers" in line]
+    assert done.code == 0
+    assert "2 files wait because a running worker was told otherwise: the store at 127.0.0.1:1 says the session" in line
