@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import receiver
 from receiver.app import jobs
@@ -271,6 +272,7 @@ class Parts:
             stream=self.stream,
             slots=self.slots,
             console=self.console,
+            path_prefix=urlsplit(chosen.public_url or "").path,
         )
 
     def lanes(self) -> Sequence[Lane]:

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from receiver.gateway.gateway import Gateway
 
 
+# The first part of every path that is answered.
+PLACES = frozenset({"callbacks", "assets", "kling", "events", "console", "healthz", "readyz", "metrics"})
+
+
 def build(
     database: Database,
     providers: Mapping[str, Provider],
@@ -47,12 +51,13 @@ def build(
     stream: Stream | None = None,
     slots: Slots | None = None,
     console: Console | None = None,
+    path_prefix: str = "",
 ) -> Web:
     """The ASGI application. Its lifespan starts the group commit and at the end commits and answers what waits.
 
     `bucket`: its state is part of `/readyz`. `slots`: their limit is part of `/metrics`. `assets` answers `/assets`,
-    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. Call the
-    application's `endings` before the server stops.
+    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404.
+    `path_prefix`: of the public URL, see `Web`. Call the application's `endings` before the server stops.
     """
     database.outages.is_on = True
     group_commit = GroupCommit(database)
@@ -82,14 +87,16 @@ def build(
     pages.router.redirect_slashes = False
     pages.add_middleware(_SecurityHeaders)
     people = console.application(assets.answer) if console and assets else None
-    return Web(callbacks, pages, lifespan, [each.close for each in (gateway, stream, console) if each], people)
+    endings = [each.close for each in (gateway, stream, console) if each]
+    return Web(callbacks, pages, lifespan, endings, people, path_prefix)
 
 
 class Web(Router):
     """Routes callbacks and the console directly, and everything else through Starlette's middleware.
 
     Those four layers took a fifth of a callback's time, and a callback needs none of them. `endings`: to be called when
-    the server stops, in its event loop. `console`: has headers and error pages of its own.
+    the server stops, in its event loop. `console`: has headers and error pages of its own. `path_prefix`: the path of
+    the public URL (`/pics`); a proxy may pass it on or strip it, and both are answered.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Web(Router):
         lifespan: Lifespan[Any],
         endings: list[Callable[[], None]],
         console: Starlette | None = None,
+        path_prefix: str = "",
     ) -> None:
         path = "/callbacks/{provider}/{token}"
         routes = [Route(path, callbacks), Route(path + "/", callbacks)]
@@ -106,6 +114,17 @@ class Web(Router):
             routes += [Route("/console", console), Route("/console/{rest:path}", console)]
         super().__init__(routes, redirect_slashes=False, default=pages, lifespan=lifespan)
         self.endings = endings
+        self._prefix = path_prefix.rstrip("/")
+        # Below a prefix like `/console` a page of ours may have the same path; a callback never does.
+        is_ambiguous = f"{self._prefix}/".split("/")[1] in PLACES
+        self._places = frozenset({"callbacks"}) if is_ambiguous else PLACES
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._prefix and scope["type"] == "http" and scope["path"].startswith(f"{self._prefix}/"):
+            rest = scope["path"][len(self._prefix) :]
+            if rest.split("/")[1] in self._places:
+                scope = {**scope, "path": rest}
+        await super().__call__(scope, receive, send)
 
 
 def _mount(path: str, app: ASGIApp) -> Mount:
