@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -23,6 +24,7 @@ SINK_ADVICE = {
 }
 GRANT = "grant sqs:GetQueueAttributes to have the queue looked at; sending needs sqs:SendMessage alone"
 HANGING = "see that its address in RECEIVER_EVENT_SINKS is right, and that no firewall is in between"
+PROXY_VARIABLES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 MAX_LINE_CHARS = 300
 
 
@@ -34,13 +36,22 @@ def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
     """Whether this sink could be given events from here."""
     name = name_of(entry)
     try:
-        with closing(make(entry, settings.event_policy, settings.event_secrets)) as made:
+        tunnel = settings.egress_proxy.connect if settings.egress_proxy else None
+        with closing(make(entry, settings.event_policy, settings.event_secrets, tunnel)) as made:
             yield Result(name, Status.OK, made.look())
     except Unsure as error:
         yield Result(name, Status.NOTE, f"may not be looked at ({error})", GRANT)
     except (Retry, GiveUp) as error:
         line = plain(f"cannot be reached ({error})", MAX_LINE_CHARS)
         yield Result(name, Status.FAULT, line, SINK_ADVICE[entry.kind])
+
+
+def proxies(settings: Settings) -> Iterator[Result]:
+    """Whether variables of the environment name a proxy, which boto3 alone heeds."""
+    if names := sorted({name.upper() for name in os.environ if name.upper() in PROXY_VARIABLES and os.environ[name]}):
+        line = f"{', '.join(names)} of the environment: used for bucket and SQS, ignored for provider, files, webhooks"
+        advice = "" if settings.egress_proxy else "set RECEIVER_EGRESS_PROXY if they are reached through a proxy alone"
+        yield Result("proxy", Status.NOTE, line, advice)
 
 
 def gateway(settings: Settings) -> Iterator[Result]:

@@ -86,7 +86,13 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         silence = Result(name, Status.FAULT, f"gave no answer within {bound_seconds:g} s", advice)
         results += [silence] if future in late else future.result()
     results += check_store.of_workers(parts, results)
-    own = [*files(parts), *clock(parts), *callbacks(parts), *check_events.gateway(settings)]
+    own = [
+        *files(parts),
+        *clock(parts),
+        *callbacks(parts),
+        *check_events.gateway(settings),
+        *check_events.proxies(settings),
+    ]
     results += [*own, *check_secrecy.weak_secrets(settings)]
     if not late:  # a thread that hangs still uses them; the end of the process closes them
         parts.close()
@@ -242,7 +248,7 @@ def provider(parts: Parts) -> Iterator[Result]:
     except ProviderThrottled as error:
         yield Result("provider", Status.NOTE, f"{host} is busy ({error})", "check again in a minute")
     except ProviderUnavailable as error:
-        advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here without a proxy"
+        advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here, or set RECEIVER_EGRESS_PROXY"
         yield Result("provider", Status.FAULT, f"{host} gave no answer of Kling's ({error})", advice)
     else:
         yield Result("provider", Status.OK, f"{host} takes our credentials")

@@ -32,6 +32,7 @@ from storage.circuit import Circuit
 from storage.database.sessions import Database
 from storage.fetch.addresses import AddressPolicy
 from storage.fetch.client import TOTAL_SECONDS, Fetcher
+from storage.fetch.connection import Tunnel
 from storage.operations import outbox
 from storage.rows.tasks import Schedule
 
@@ -84,6 +85,7 @@ class Parts:
             secret_key=chosen.kling_secret_key,
             webhook_secrets=chosen.kling_webhook_secrets,
             circuit=self.provider_circuit,
+            proxy_url=chosen.egress_proxy.url if chosen.egress_proxy else None,
         )
 
     @made_once
@@ -138,6 +140,11 @@ class Parts:
         private = private_pairs(self.settings.private_result_hosts)
         return AddressPolicy(result_hosts=self.settings.result_hosts, private_hosts=private)
 
+    @property
+    def tunnel(self) -> Tunnel | None:
+        """How files are fetched and webhooks are posted where a proxy is the only way out."""
+        return self.settings.egress_proxy.connect if self.settings.egress_proxy else None
+
     @made_once
     def fetcher(self) -> Fetcher:
         threads = self.settings.worker_threads
@@ -149,6 +156,8 @@ class Parts:
             trusted_hosts=self.confirmation.trusted_hosts,
             connections=threads,
             total_seconds=seconds,
+            tunnel=self.tunnel,
+            user_agent=self.settings.fetch_user_agent,
         )
 
     @made_once
@@ -218,10 +227,11 @@ class Parts:
     @made_once
     def sinks(self) -> dict[str, Sink]:
         """Where events go, by name."""
-        policy, secrets = self.settings.event_policy, self.settings.event_secrets
-        sinks = {entry.name: make(entry, policy, secrets) for entry in self.settings.event_entries}
+        policy, secrets, tunnel = self.settings.event_policy, self.settings.event_secrets, self.tunnel
+        sinks = {entry.name: make(entry, policy, secrets, tunnel) for entry in self.settings.event_entries}
         seconds = client_callback.TIMEOUT_SECONDS
-        poster = Poster(self.settings.callback_policy, connections=client_callback.THREADS, timeout_seconds=seconds)
+        threads = client_callback.THREADS
+        poster = Poster(self.settings.callback_policy, connections=threads, timeout_seconds=seconds, tunnel=tunnel)
         return {
             **sinks,
             client_callback.NAME: client_callback.Clients(self.database, poster, secrets, self.response_format),

@@ -28,6 +28,7 @@ from receiver.base.console_keys import parse as parse_console_keys
 from receiver.base.database_setting import DatabaseUrl
 from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
+from storage.egress import EgressProxy
 from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, endpoint
 
@@ -89,6 +90,7 @@ Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_s
 Delays = Annotated[tuple[Annotated[float, Field(ge=0.1, le=604_800)], ...], NoDecode, BeforeValidator(_split)]
 HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
 Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)]
+Proxy = Annotated[EgressProxy, BeforeValidator(lambda value: EgressProxy(value) if isinstance(value, str) else value)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 OptionalUrl = Annotated[str | None, AfterValidator(_http_url)]
 
@@ -131,6 +133,8 @@ class Settings(BaseSettings):
     private_result_hosts: HostPorts = ()
     max_asset_bytes: int = Field(default=256 * 2**20, ge=1)
     spool_dir: Path | None = None
+    fetch_user_agent: Annotated[str, Field(pattern=r"^[\x21-\x7e][\x20-\x7e]{0,199}$")] = "kling-receiver"
+    egress_proxy: Proxy | None = None
 
     store: Path | None = None
     s3_bucket: str = Field(min_length=1)

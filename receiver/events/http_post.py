@@ -44,13 +44,21 @@ class Answer:
 
 
 class Poster:
-    """POSTs over connections that all threads share. No redirect is followed, no cookie kept, no proxy used.
+    """POSTs over connections that all threads share. No redirect is followed, no cookie kept.
 
-    `connections`: at least the number of threads that post.
+    `connections`: at least the number of threads that post. `tunnel`: see `GuardedBackend`.
     """
 
-    def __init__(self, policy: AddressPolicy, *, connections: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self,
+        policy: AddressPolicy,
+        *,
+        connections: int,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        tunnel: connection.Tunnel | None = None,
+    ) -> None:
         self._policy = policy
+        self._backend = connection.GuardedBackend(policy, tunnel=tunnel)
         self._connections = connections
         self._timeout_seconds = timeout_seconds
 
@@ -61,7 +69,7 @@ class Poster:
             ssl_context=connection.tls_context(),
             max_connections=self._connections,
             keepalive_expiry=KEEPALIVE_SECONDS,
-            network_backend=connection.GuardedBackend(self._policy),
+            network_backend=self._backend,
         )
 
     def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> Answer:
@@ -78,7 +86,7 @@ class Poster:
         """Resolve and check where `url` leads, without connecting. Returns the host. Raises as `post` does."""
         target = check_url(url, self._policy)
         with _silences(target.host):
-            connection.GuardedBackend(self._policy).checked(target.host, target.port)
+            self._backend.checked(target.host, target.port)
         return f"{target.authority} may be posted to"
 
     def close(self) -> None:

@@ -13,13 +13,14 @@ from receiver.events.http_post import Poster
 from receiver.events.lines import Lines
 from receiver.events.webhook import THREADS, Webhook
 from storage.fetch.addresses import AddressPolicy
+from storage.fetch.connection import Tunnel
 
 
-def make(entry: Entry, policy: AddressPolicy, secrets: Sequence[SecretStr]) -> Sink:
-    """The sink of an entry. It opens nothing before it sends."""
+def make(entry: Entry, policy: AddressPolicy, secrets: Sequence[SecretStr], tunnel: Tunnel | None = None) -> Sink:
+    """The sink of an entry. It opens nothing before it sends. `tunnel`: for webhooks."""
     match entry.kind:
         case "webhook":
-            return Webhook(entry.url, Poster(policy, connections=THREADS), Signer(secrets))
+            return Webhook(entry.url, Poster(policy, connections=THREADS, tunnel=tunnel), Signer(secrets))
         case "sqs":
             from receiver.events.sqs import Sqs  # boto3 takes a second to import
 

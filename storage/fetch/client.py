@@ -85,8 +85,9 @@ class Fetcher:
     `max_bytes`: cap on a file. `trusted_hosts`: where redirects of an unconfirmed link may lead, with their subdomains;
     empty = anywhere. `connections`: at least the number of threads that fetch. The timeouts are for one
     connect, one wait, and one whole fetch including redirects. `resolve`, `dial`, `ssl_context`: seams for tests; the
-    defaults are the system's resolver, a TCP connection and certifi's roots. The environment (proxies, .netrc,
-    certificate paths) is not read, no cookie is kept and no referrer sent.
+    defaults are the system's resolver, a TCP connection and certifi's roots. `tunnel`: through which every connection
+    goes, see `GuardedBackend`. The environment (proxies, .netrc, certificate paths) is not read, no cookie is kept and
+    no referrer sent.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Fetcher:
         total_seconds: float = TOTAL_SECONDS,
         resolve: connection.Resolve = connection.resolve,
         dial: connection.Dial = connection.dial,
+        tunnel: connection.Tunnel | None = None,
+        user_agent: str = connection.USER_AGENT,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._policy = policy
@@ -115,8 +118,9 @@ class Fetcher:
         }
         self._min_bytes_per_second = min_bytes_per_second
         self._total_seconds = total_seconds
-        backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial)
-        self._connections = Connections(backend, ssl_context or connection.tls_context(), most=connections)
+        backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial, tunnel=tunnel)
+        context = ssl_context or connection.tls_context()
+        self._connections = Connections(backend, context, most=connections, user_agent=user_agent)
 
     def fetch(
         self, url: str, sink: BinaryIO, *, accept_unverified: bool = False, trusted_only: bool = False

@@ -50,6 +50,8 @@ logging.getLogger("httpcore").setLevel(logging.INFO)
 
 Resolve = Callable[[str, int], Sequence[str]]
 Dial = Callable[[str, str, int, float | None], socket.socket]
+# Connects to a host by its name, through a proxy (`storage.egress`).
+Tunnel = Callable[[str, int, float | None], socket.socket]
 
 
 @cache
@@ -177,11 +179,15 @@ def _allow(timeout: float | None) -> float | None:
 class GuardedBackend(httpcore.NetworkBackend):
     """Opens connections for an httpcore pool, only to addresses that `policy` allows.
 
-    `resolve`, `dial`: seams for tests. `dial` sees every attempted connection.
+    `resolve`, `dial`: seams for tests. `dial` sees every attempted connection. `tunnel`: through which every connection
+    goes. A proxy resolves names itself, so only literal addresses are checked then.
     """
 
-    def __init__(self, policy: AddressPolicy, *, resolve: Resolve = resolve, dial: Dial = dial) -> None:
+    def __init__(
+        self, policy: AddressPolicy, *, resolve: Resolve = resolve, dial: Dial = dial, tunnel: Tunnel | None = None
+    ) -> None:
         self._policy = policy
+        self._tunnel = tunnel
         self._resolve = resolve
         self._dial = dial
 
@@ -195,6 +201,8 @@ class GuardedBackend(httpcore.NetworkBackend):
     ) -> GuardedStream:
         """Raises `AddressRefused` if any address is refused: a name with public and private ones is not trusted."""
         addresses = self.checked(host, port, timeout)[:MAX_DIALS]
+        if self._tunnel is not None:
+            return self._through_tunnel(self._tunnel, host, port, timeout)
         failure: OSError = ConnectionError("no addresses")
         for address in addresses:
             share = None if timeout is None else timeout / len(addresses)
@@ -204,11 +212,19 @@ class GuardedBackend(httpcore.NetworkBackend):
                 failure = error
         raise httpcore.ConnectError(_message(failure)) from failure
 
+    def _through_tunnel(self, tunnel: Tunnel, host: str, port: int, timeout: float | None) -> GuardedStream:
+        try:
+            return GuardedStream(tunnel(host, port, _allow(timeout)))
+        except OSError as error:
+            raise httpcore.ConnectError(_message(error)) from error
+
     def checked(self, host: str, port: int, timeout: float | None = None) -> list[Address]:
-        """Resolve once, in at most `timeout` seconds, and check every address."""
+        """Resolve once, in at most `timeout` seconds, and check every address. With a tunnel names are not resolved."""
         with suppress(ValueError):
             ipaddress.ip_address(host)
             return [self._check(host, host, port)]
+        if self._tunnel is not None:
+            return []
         try:
             answers = _look_up(lambda: self._resolve(host, port), _allow(timeout or LOOKUP_SECONDS))
         except OSError as error:

@@ -71,10 +71,13 @@ class Connections:
     `most`: of idle ones. Each head gets a parser of its own; httpcore's pool looks at all connections at every request.
     """
 
-    def __init__(self, backend: connection.GuardedBackend, context: ssl.SSLContext, *, most: int) -> None:
+    def __init__(
+        self, backend: connection.GuardedBackend, context: ssl.SSLContext, *, most: int, user_agent: str
+    ) -> None:
         self._backend = backend
         self._context = context
         self._most = most
+        self._user_agent = user_agent.encode("ascii")
         self._lock = threading.Lock()
         self._busy: set[connection.GuardedStream] = set()
         self._idle: list[tuple[float, Origin, connection.GuardedStream]] = []
@@ -87,7 +90,7 @@ class Connections:
         with self._lock:
             self._busy.add(stream)
         try:
-            yield _ask(stream, target, more, timeouts)
+            yield _ask(stream, target, [(b"User-Agent", self._user_agent), *more], timeouts)
         finally:
             with self._lock:
                 self._busy.discard(stream)
@@ -137,7 +140,6 @@ def _ask(
         httpcore.URL(scheme=scheme, host=host, port=target.port, target=target.path.encode()),
         headers=[
             (b"Host", target.authority.encode()),
-            (b"User-Agent", connection.USER_AGENT.encode()),
             (b"Accept", b"*/*"),
             (b"Accept-Encoding", b"identity"),
             *more,

@@ -88,6 +88,7 @@ class Kling:
         timeout_seconds: float = 20,
         now: Callable[[], float] = time.time,
         circuit: Circuit | None = None,
+        proxy_url: str | None = None,
     ) -> None:
         self._base_url = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if api_key else None
@@ -103,6 +104,7 @@ class Kling:
         self._client = httpx.Client(
             verify=connection.tls_context(),
             trust_env=False,
+            proxy=proxy_url,
             follow_redirects=False,
             timeout=timeout_seconds,
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "kling-receiver"},
@@ -231,7 +233,7 @@ class Kling:
         try:
             with self._client.stream(method, self._base_url + path, content=content, headers=headers) as response:
                 body = self._body(response)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
             raise Unavailable(f"no connection to the provider ({self._safe(str(error))})", sent=False) from None
         except httpx.HTTPError as error:
             raise Unavailable(f"the connection broke ({type(error).__name__})") from None

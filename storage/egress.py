@@ -1,0 +1,69 @@
+"""A proxy through which everything leaves that is neither the database nor the bucket: a tunnel to a host by its name.
+
+The proxy resolves the name, so nothing here knows the address that is dialled.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import re
+import socket
+import time
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+MAX_HEAD_BYTES = 16 * 1024
+# Used when the caller gives no timeout: the proxy has to look the name up and to connect.
+TUNNEL_SECONDS = 10.0
+STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r]")
+
+
+@dataclass(frozen=True)
+class EgressProxy:
+    """An HTTP proxy. `url`: `http://[USER:PASSWORD@]HOST:PORT`. Raises ValueError for another form."""
+
+    url: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path.strip("/") or parts.query:
+            raise ValueError("write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT")
+
+    @property
+    def place(self) -> str:
+        """Host and port, without the password."""
+        return urlsplit(self.url).netloc.rpartition("@")[2]
+
+    def connect(self, host: str, port: int, timeout: float | None) -> socket.socket:
+        """A connection to `host` through the proxy (CONNECT, RFC 9110 §9.3.6). Raises OSError."""
+        parts, ends = urlsplit(self.url), time.monotonic() + (timeout or TUNNEL_SECONDS)
+        tunnel = socket.create_connection((str(parts.hostname), parts.port or 0), timeout or TUNNEL_SECONDS)
+        try:
+            tunnel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tunnel.sendall(self._request(host, port))
+            head = b""
+            while b"\r\n\r\n" not in head:
+                tunnel.settimeout(max(0.001, ends - time.monotonic()))
+                received = tunnel.recv(MAX_HEAD_BYTES)
+                head += received
+                if not received or len(head) > MAX_HEAD_BYTES:
+                    raise OSError(errno.EPROTO, f"the proxy at {self.place} broke off its answer")
+            status = STATUS.match(head)
+            if status is None or not status[1].startswith(b"2"):
+                said = status[1].decode() if status else "no HTTP"
+                raise OSError(errno.ECONNREFUSED, f"the proxy at {self.place} answered {said}")
+            if not head.endswith(b"\r\n\r\n"):  # no host of ours speaks before it is asked
+                raise OSError(errno.EPROTO, f"the proxy at {self.place} added bytes to its answer")
+        except BaseException:
+            tunnel.close()
+            raise
+        return tunnel
+
+    def _request(self, host: str, port: int) -> bytes:
+        authority, parts = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", urlsplit(self.url)
+        lines = [f"CONNECT {authority} HTTP/1.1", f"Host: {authority}"]
+        if parts.username:
+            pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+            lines.append(f"Proxy-Authorization: Basic {base64.b64encode(pair).decode()}")
+        return "\r\n".join([*lines, "", ""]).encode("ascii")

@@ -1,0 +1,144 @@
+"""Where a proxy is the only way out: provider, files and webhooks go through it, and the guard checks what it can."""
+
+from __future__ import annotations
+
+import base64
+import io
+import ssl
+from collections.abc import Iterator
+
+import pytest
+from pydantic import SecretStr
+
+from receiver.app import check_events
+from receiver.app.findings import Status
+from receiver.app.wiring import Parts
+from receiver.base import config
+from receiver.events.dispatcher import SinkSilent
+from receiver.events.http_post import Poster
+from receiver.providers.base import Unavailable
+from receiver.providers.kling.client import Kling
+from receiver.sandbox import Sandbox
+from storage.egress import EgressProxy
+from storage.errors import FetchInterrupted, FetchRefused
+from storage.fetch.addresses import AddressPolicy
+from storage.fetch.client import Fetcher
+from tests.archived_tasks import REQUEST
+from tests.forward_proxy import ForwardProxy
+from tests.harness import wait_until
+from tests.pipeline import Wired, assert_archived, make_due_now, run, task_of
+from tests.storage.fetch.test_client import FileHost, answer, png
+from tests.storage.fetch.test_client import tls as tls
+
+ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
+LISTED = frozenset({("files.internal", 80)})
+BASIC = f"Basic {base64.b64encode('usér:hush'.encode()).decode()}"
+
+
+@pytest.fixture
+def host() -> Iterator[FileHost]:
+    server = FileHost()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def proxy(host: FileHost) -> Iterator[ForwardProxy]:
+    with ForwardProxy({"files.internal:80": ("127.0.0.1", host.port)}) as server:
+        yield server
+
+
+@pytest.fixture
+def fetcher(proxy: ForwardProxy) -> Iterator[Fetcher]:
+    policy, tunnel = AddressPolicy(private_hosts=LISTED), EgressProxy(proxy.url).connect
+    made = Fetcher(policy, max_bytes=100_000, tunnel=tunnel, user_agent="Pictures/1")
+    yield made
+    made.close()
+
+
+def test_file_is_fetched_through_the_proxy_by_its_name(host: FileHost, proxy: ForwardProxy, fetcher: Fetcher) -> None:
+    host.scripts["/a.png"] = answer(png())
+    assert fetcher.fetch("http://files.internal/a.png", io.BytesIO()).verified
+    assert proxy.asked == [("CONNECT", "files.internal:80", BASIC)]
+    assert "User-Agent: Pictures/1\r\n" in host.heads[0] and "hush" not in host.heads[0]
+
+
+def test_tls_is_spoken_with_the_host_and_not_with_the_proxy(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    server, client = tls
+    host = FileHost(server)
+    host.scripts["/a.png"] = answer(png())
+    with ForwardProxy({"cdn.example.com:443": ("127.0.0.1", host.port)}) as proxy:
+        tunnel = EgressProxy(proxy.url).connect
+        fetcher = Fetcher(AddressPolicy(), max_bytes=100_000, tunnel=tunnel, ssl_context=client)
+        assert fetcher.fetch("https://cdn.example.com/a.png", io.BytesIO()).verified
+        fetcher.close()
+    host.close()
+    assert [target for _, target, _ in proxy.asked] == ["cdn.example.com:443"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://169.254.169.254/latest", "https://[::1]/", "http://cdn.example.com/", "https://db.internal/"],
+)
+def test_guard_still_refuses_forms_and_literal_addresses(proxy: ForwardProxy, fetcher: Fetcher, url: str) -> None:
+    with pytest.raises(FetchRefused):
+        fetcher.fetch(url, io.BytesIO())
+    assert proxy.asked == []
+
+
+def test_proxy_that_refuses_is_named_without_its_password(proxy: ForwardProxy, fetcher: Fetcher) -> None:
+    proxy.refuses = 407
+    with pytest.raises(FetchInterrupted, match=r"the proxy at 127.0.0.1:[0-9]+ answered 407") as refused:
+        fetcher.fetch("https://cdn.example.com/a.png", io.BytesIO())
+    assert "hush" not in str(refused.value)
+    assert "hush" not in repr(EgressProxy(proxy.url))
+
+
+def test_create_that_the_proxy_refused_was_not_sent(proxy: ForwardProxy) -> None:
+    proxy.refuses = 403
+    kling = Kling(base_url="https://api.example.com", api_key=SecretStr("key"), proxy_url=proxy.url)
+    with pytest.raises(Unavailable) as refused:
+        kling.create(REQUEST, external_task_id="task", callback_url=None)
+    kling.close()
+    assert not refused.value.sent and proxy.asked[0][:2] == ("CONNECT", "api.example.com:443")
+
+
+def test_webhook_goes_through_the_proxy(proxy: ForwardProxy) -> None:
+    policy = AddressPolicy(private_hosts=LISTED)
+    poster = Poster(policy, connections=1, tunnel=EgressProxy(proxy.url).connect)
+    proxy.refuses = 503
+    with pytest.raises(SinkSilent, match="the proxy at"):
+        poster.post("http://files.internal/hook", b"{}", {})
+    assert poster.look("http://files.internal/hook") == "files.internal may be posted to"
+    poster.close()
+    assert [target for _, target, _ in proxy.asked] == ["files.internal:80"]
+
+
+@ON_SQLITE
+def test_picture_is_made_and_archived_through_the_proxy(parts: Parts, sandbox: Sandbox) -> None:
+    with ForwardProxy() as proxy:
+        settings = parts.settings.model_copy(update={"egress_proxy": EgressProxy(proxy.url), "public_url": None})
+        on = Wired(settings, bucket=parts.bucket)
+        on.submitter.submit(REQUEST, external_task_id="task")
+        wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
+        make_due_now(on)
+        run(on, "reads", "assets", "finishes")
+        assert_archived(on, sandbox, task_of(on, "task"))
+        on.close()
+    methods = [method for method, _, _ in proxy.asked]
+    assert methods[0] == "POST" and "GET" in methods and "CONNECT" in methods
+
+
+def test_proxy_of_the_environment_is_named_by_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://us:hush@10.0.0.1:3128")
+    (note,) = check_events.proxies(config.load(s3_bucket="pictures"))
+    assert (note.status, "HTTPS_PROXY" in note.line, "hush" in note.line) == (Status.NOTE, True, False)
+    assert "set RECEIVER_EGRESS_PROXY" in note.advice
+
+
+@pytest.mark.parametrize("value", ["proxy:3128", "https://proxy:3128", "http://proxy", "http://us:hush@proxy"])
+def test_proxy_of_another_form_is_refused_without_its_password(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("RECEIVER_EGRESS_PROXY", value)
+    with pytest.raises(config.SettingsInvalid, match=r"^RECEIVER_EGRESS_PROXY: write http://HOST:PORT") as refused:
+        config.load(s3_bucket="pictures")
+    assert "hush" not in str(refused.value)

@@ -1,0 +1,89 @@
+"""An HTTP proxy on loopback, as a company has one: CONNECT, and requests in absolute form. It keeps requests."""
+
+from __future__ import annotations
+
+import http.client
+import select
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+class ForwardProxy:
+    """Serves while it is entered. `hosts`: {HOST:PORT: (address, port)} of names that it knows. `refuses`: a status."""
+
+    def __init__(self, hosts: dict[str, tuple[str, int]] | None = None, refuses: int = 0) -> None:
+        self.hosts, self.refuses = hosts or {}, refuses
+        self.asked: list[tuple[str, str, str]] = []  # method, target, Proxy-Authorization
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+
+    @property
+    def url(self) -> str:
+        return f"http://us%C3%A9r:hush@127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> ForwardProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def handler_for(proxy: ForwardProxy) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def is_refused(self) -> bool:
+            proxy.asked.append((self.command, self.path, self.headers.get("Proxy-Authorization", "")))
+            if proxy.refuses:
+                self.send_error(proxy.refuses)
+            return bool(proxy.refuses)
+
+        def do_CONNECT(self) -> None:
+            host, _, port = self.path.rpartition(":")
+            self.close_connection = True
+            if self.is_refused():
+                return
+            with socket.create_connection(proxy.hosts.get(self.path, (host, int(port))), 10) as onward:
+                self.wfile.write(b"HTTP/1.1 200 Connection established\r\nVia: 1.1 test\r\n\r\n")
+                relay(self.connection, onward)
+
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.is_refused():
+                return
+            parts = urlsplit(self.path)
+            onward = http.client.HTTPConnection(parts.netloc, timeout=10)
+            headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
+            onward.request(self.command, f"{parts.path}?{parts.query}", body, headers)
+            answer = onward.getresponse()
+            content = answer.read()
+            self.send_response_only(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+            onward.close()
+
+        do_GET = do_POST = forward
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+def relay(one: socket.socket, other: socket.socket) -> None:
+    """Both ways until either side ends."""
+    while ready := select.select([one, other], [], [], 10)[0]:
+        for source in ready:
+            content = source.recv(65_536)
+            if not content:
+                return
+            (other if source is one else one).sendall(content)
