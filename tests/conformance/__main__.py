@@ -75,14 +75,14 @@ def main() -> int:
                 kind = "promise" if result.is_promise else "capability"
                 sys.stdout.write(f"{result.word:7} {kind:11} {result.name}  {result.detail}".rstrip() + "\n")
                 sys.stdout.flush()
-        believed = on.bucket.capabilities().believed
+        proof = on.bucket.capabilities().proof
     faults = [result.name for result in results if result.is_fault]
-    summary = {"ok": not faults, "believed": believed, "faults": faults}
+    summary = {"ok": not faults, "believed": proof == "sha256", "proof": proof, "faults": faults}
     if chosen.json:
         sys.stdout.write(json.dumps({**summary, "results": [asdict(each) for each in results]}, indent=1) + "\n")
     else:
-        how = "its checksums are believed" if believed else "everything is read back"
-        sys.stdout.write(f"\n{len(results)} cases, {len(faults)} promises broken; {how}\n")
+        how = {"sha256": "its checksums are believed", "md5": "its MD5 is believed", "read": "everything is read back"}
+        sys.stdout.write(f"\n{len(results)} cases, {len(faults)} promises broken; {how[proof]}\n")
     return 1 if faults else 0
 
 
