@@ -61,6 +61,12 @@ class Step(StrEnum):
     FINISH = "finish"  # every asset is settled: write the manifest, end the archive
 
 
+# The events of every task that ends well. The condition is one of an index, which SQLite wants word by word in a query.
+FREQUENT_EVENTS = (
+    "task.created", "task.submitted", "task.processing", "task.succeeded", "task.archived", "asset.archived",
+)  # fmt: skip
+RARE_EVENT = f"name NOT IN ({', '.join(repr(name) for name in FREQUENT_EVENTS)})"
+
 OutputType = Literal["image", "video", "audio"]
 # Kinds of files that are pictures; a watermarked copy has the kind of its original.
 PICTURES = frozenset({"image", "series"})

@@ -161,14 +161,13 @@ def tail(
             last = after if after is not None else max(events.newest_seq(session) - TAIL, 0)
         while True:
             with parts.database.read() as session:
-                newest = events.newest_seq(session)
-                found = events.after(session, last, PAGE, names)
-            for event, subject in found:
+                found = events.page(session, last, PAGE, names)
+            for event, subject in found.events:
                 _print(parts, event, subject, as_json)
-            last = (found[-1][0].seq or last) if len(found) == PAGE else max(last, newest)
-            if not found and not follow:
+            is_end, last = found.until == last, found.until
+            if is_end and not follow:
                 return
-            if not found:
+            if is_end:
                 time.sleep(FOLLOW_SECONDS)
 
 

@@ -6,9 +6,9 @@ import asyncio
 import time
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import func, literal_column
 from sqlmodel import Session, col, select
-from starlette.concurrency import run_in_threadpool
 
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
@@ -29,13 +29,14 @@ class Strangers:
         self._rows = self._bytes = 0
         self._counted_at = float("-inf")
         self._counting = asyncio.Lock()
+        self._thread = CapacityLimiter(1)
 
     async def have_room(self) -> bool:
         """Whether another delivery may be stored. Where the rows cannot be counted, storing it tells."""
         async with self._counting:
             if time.monotonic() >= self._counted_at + COUNT_SECONDS:
                 try:
-                    self._rows, self._bytes = await run_in_threadpool(self._count)
+                    self._rows, self._bytes = await to_thread.run_sync(self._count, limiter=self._thread)
                 except DatabaseUnavailable:
                     return True
                 self._counted_at = time.monotonic()

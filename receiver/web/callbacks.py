@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 
 import structlog
+from anyio import CapacityLimiter, to_thread
 from prometheus_client import Counter
 from sqlalchemy import func
 from sqlmodel import Session, col, select
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -59,6 +59,8 @@ NEWEST = 500
 # A task with too many deliveries is made due for a read at most this often, and what is not kept of one is said so
 # often in the log; so many of them are remembered.
 READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
+# Threads for refused deliveries, which no page or reader of events can use up.
+THREADS = 4
 # Whether the account's URL takes evidence of wrong signatures again is looked at so often.
 LOOK_AGAIN_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
@@ -108,6 +110,7 @@ class Callbacks:
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
         self._refused = _Refused()
         self._strangers = Strangers(database)
+        self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
@@ -159,7 +162,7 @@ class Callbacks:
                 intake = await self._group_commit.commit(delivery)
         except TaskFull:
             if self._may_read_soon.now(delivery.task_id):
-                await run_in_threadpool(self._read_soon, delivery)
+                await to_thread.run_sync(self._read_soon, delivery, limiter=self._threads)
             words = "this task has more deliveries than can be kept; it is read instead"
             return _answer(429, words, "task_full", {"Retry-After": str(FULL_RETRY_AFTER_SECONDS)})
         except QueueFull:
@@ -195,7 +198,9 @@ class Callbacks:
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
         try:
-            is_kept = self._refused.may(named.task_id) and await run_in_threadpool(self._keep_refused, delivery)
+            is_kept = self._refused.may(named.task_id) and await to_thread.run_sync(
+                self._keep_refused, delivery, limiter=self._threads
+            )
         except DatabaseUnavailable as error:
             return self._away(delivery, error)
         if not is_kept and self._may_say.now(named.task_id):

@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import structlog
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -35,6 +35,9 @@ log = structlog.get_logger()
 MAX_STREAMS = 64
 # Events that one query reads. They are dropped once the reader has them; some 100 kB.
 PAGE = 100
+# Threads that read pages for all streams, and so connections. 64 readers at once left no thread and no core for
+# deliveries: acknowledgements took 5 s. Each page is bounded, so a stream waits for the pages before it alone.
+THREADS = 4
 # One query serves all streams of the process. Nobody notices this delay beside the provider's half a minute.
 POLL_INTERVAL_SECONDS = 0.25
 # Proxies close connections that are silent for 30 to 60 s.
@@ -65,6 +68,7 @@ class Stream:
         self._news = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
         self._is_closing = False
+        self._pages, self._looks = CapacityLimiter(THREADS), CapacityLimiter(1)
 
     async def serve(self, request: Request) -> Response:
         """Answer one GET or HEAD."""
@@ -76,7 +80,7 @@ class Stream:
         try:
             names = events.names_matching(_split(request.query_params.getlist("types")))
             asked = _number(request.headers.get("last-event-id") or request.query_params.get("after"))
-            newest = await run_in_threadpool(self._read_newest)
+            newest = await to_thread.run_sync(self._read_newest, limiter=self._looks)
         except ValueError as error:
             return _refusal(400, str(error))
         except DatabaseUnavailable:
@@ -101,31 +105,35 @@ class Stream:
         self, after: int, names: frozenset[events.EventName], of_client: str | None
     ) -> AsyncIterator[bytes]:
         yield RETRY % RECONNECT_MILLISECONDS
+        said_at = asyncio.get_running_loop().time()
         while not self._is_closing:
-            news, newest = self._news, self._newest
-            if newest <= after:
+            news = self._news
+            if self._newest <= after:
                 try:
                     async with asyncio.timeout(HEARTBEAT_SECONDS):
                         await news.wait()
                 except TimeoutError:
                     yield HEARTBEAT
+                said_at = asyncio.get_running_loop().time()
                 continue
             try:
-                last, page = await run_in_threadpool(self._read_page, after, names, of_client)
+                after, page = await to_thread.run_sync(self._read_page, after, names, of_client, limiter=self._pages)
             except DatabaseUnavailable:
                 return  # the reader reconnects where it was
-            after = max(newest, last) if len(page) < PAGE else last
+            now = asyncio.get_running_loop().time()
+            if not page and now >= said_at + HEARTBEAT_SECONDS:
+                page = [HEARTBEAT]
+            said_at = now if page else said_at
             for message in page:
                 yield message
 
     def _read_page(
         self, after: int, names: frozenset[events.EventName], of_client: str | None
     ) -> tuple[int, list[bytes]]:
-        """The number of the last event read, and the next events as messages."""
+        """The number of the last event that was looked at, and those of these names as messages."""
         with self._database.read() as session:
-            found = events.after(session, after, PAGE, names, of_client=of_client)
-        last = found[-1][0].seq if found else None
-        return last or after, [self._message(event, subject) for event, subject in found]
+            found = events.page(session, after, PAGE, names, of_client=of_client)
+        return found.until, [self._message(event, subject) for event, subject in found.events]
 
     def _message(self, event: Event, subject: str | None) -> bytes:
         data = self._envelope.encode(event, subject).decode()
@@ -151,7 +159,7 @@ class Stream:
         while not self._is_closing:
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
             try:
-                newest = await run_in_threadpool(self._read_newest)
+                newest = await to_thread.run_sync(self._read_newest, limiter=self._looks)
             except DatabaseUnavailable as error:
                 log.debug("stream.database_away", error=str(error))
             except Exception:

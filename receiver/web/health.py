@@ -7,11 +7,11 @@ import os
 import uuid
 from typing import Any
 
+from anyio import CapacityLimiter, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import SecretStr
 from sqlalchemy import delete, false
 from sqlmodel import col
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -60,6 +60,7 @@ class Health:
         self._slots = slots
         self._probe_key = ""
         self._readiness = Readiness(self._check)
+        self._measuring = CapacityLimiter(1)  # scrapes take turns
 
     async def alive(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -141,7 +142,9 @@ class Health:
             raise HTTPException(404)
         if not self._is_permitted(request):
             raise HTTPException(401, headers={"WWW-Authenticate": "Bearer"})
-        return Response(await run_in_threadpool(self._measure), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            await to_thread.run_sync(self._measure, limiter=self._measuring), media_type=CONTENT_TYPE_LATEST
+        )
 
     def _measure(self) -> bytes:
         try:

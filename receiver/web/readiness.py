@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import structlog
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 log = structlog.get_logger()
 
@@ -31,6 +31,7 @@ class Readiness:
     def __init__(self, check: Callable[[], dict[str, str]]) -> None:
         self._check = check
         self._checking: asyncio.Task[None] | None = None
+        self._thread = CapacityLimiter(1)  # its own: pages and readers never make a load balancer take us for dead
         self._started_at = float("-inf")
         self._result: dict[str, str] = {}
 
@@ -49,7 +50,7 @@ class Readiness:
 
     async def _run(self) -> None:
         try:
-            self._result = await to_thread.run_sync(self._check)
+            self._result = await to_thread.run_sync(self._check, limiter=self._thread)
         except Exception:
             log.exception("ready.bug")
             self._result = {"database": "the check failed, see the log", "schema": "unknown"}

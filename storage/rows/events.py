@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import bindparam, insert
+from sqlalchemy import bindparam, insert, text
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
 from storage.rows.models import Asset, Counter, Event, Task
+from storage.states import FREQUENT_EVENTS, RARE_EVENT
 
 # The row of the counter from which `storage/operations/outbox.py` numbers events.
 COUNTER = "event"
@@ -37,6 +39,11 @@ class EventName(StrEnum):
     ACCOUNT_PAUSED = "account.paused"
     ACCOUNT_RESUMED = "account.resumed"
 
+
+# What a task that ends well tells. The other names are rare, and have an index of their own.
+FREQUENT = frozenset(FREQUENT_EVENTS)
+# Events that one page looks through: 8 ms on SQLite and 5 on PostgreSQL beside 8 million.
+SCANNED = 5_000
 
 _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
     task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=db_now()
@@ -81,21 +88,52 @@ def of_task(session: Session, task_id: uuid.UUID) -> list[Event]:
     return list(session.exec(select(Event).where(Event.task_id == task_id).order_by(col(Event.id))))
 
 
-def after(
-    session: Session, seq: int, limit: int, names: Collection[str] | None = None, *, of_client: str | None = None
-) -> list[tuple[Event, str | None]]:
-    """The next events by their numbers, each with its task's external id. `names`: only these; None = all.
-    `of_client`: only of tasks that this client of the gateway asked for; None = of all, and of none.
+def after(session: Session, seq: int, limit: int) -> list[tuple[Event, str | None]]:
+    """The next events by their numbers, each with its task's external id.
 
     A worker numbers an event after its commit, so a reader that goes by numbers misses none.
     """
     found = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
-    found = found.where(col(Event.seq) > seq)
-    if names is not None:
-        found = found.where(col(Event.name).in_(names))
+    found = found.where(col(Event.seq) > seq).order_by(col(Event.seq)).limit(limit)
+    return [(event, external_id) for event, external_id in session.exec(found)]
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some events with their tasks' external ids. `until`: every event up to this number was looked at."""
+
+    events: Sequence[tuple[Event, str | None]]
+    until: int
+
+
+def page(session: Session, seq: int, limit: int, names: Collection[str], *, of_client: str | None = None) -> Page:
+    """The next events of these names among the next `SCANNED` events, as in `after`. The next page begins at `until`.
+    `of_client`: only of tasks that this client of the gateway asked for; None = of all, and of none.
+
+    Without that bound one statement read 8 million events for a name that none had: 4 to 8 s, and 64 such readers
+    delayed acknowledgements by 5 s. Names that are all rare are looked for among rare events alone.
+    """
+    is_next = [col(Event.seq) > seq]
+    if names and FREQUENT.isdisjoint(names):
+        is_next.append(text(RARE_EVENT))  # type: ignore[arg-type]
+    window = (
+        select(Event.id, Event.seq, Event.name, Event.task_id)
+        .where(*is_next)
+        .order_by(col(Event.seq))
+        .limit(SCANNED)
+        .subquery()
+    )
+    chosen = select(window.c.id).where(window.c.name.in_(names)).order_by(window.c.seq).limit(limit)
     if of_client is not None:
-        found = found.where(Task.client == of_client)
-    return [(event, external_id) for event, external_id in session.exec(found.order_by(col(Event.seq)).limit(limit))]
+        chosen = chosen.join(Task, col(Task.id) == window.c.task_id).where(Task.client == of_client)
+    ids = session.execute(chosen).scalars().all()
+    found = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
+    found = found.where(col(Event.id).in_(ids)).order_by(col(Event.seq))
+    events = session.exec(found).all() if ids else []
+    if len(ids) == limit:
+        return Page(events, events[-1][0].seq or seq)
+    last = select(Event.seq).where(*is_next).order_by(col(Event.seq)).offset(SCANNED - 1).limit(1)
+    return Page(events, session.exec(last).first() or max(seq, newest_seq(session)))
 
 
 def newest_seq(session: Session) -> int:

@@ -29,7 +29,7 @@ from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
 from storage.database.clock import UtcTime
-from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
+from storage.states import RARE_EVENT, ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 
 
 class Word(TypeDecorator[str]):
@@ -266,6 +266,7 @@ class Event(SQLModel, table=True):
         Index("event_task", "task_id"),
         Index("event_seq", "seq", unique=True),
         _partial_index("event_unsequenced", "seq IS NULL", "id"),
+        _partial_index("event_rare", RARE_EVENT, "seq"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))

@@ -8,12 +8,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, text
 from sqlmodel import Session
 
 from receiver.app.wiring import Parts
@@ -303,3 +303,19 @@ def timed(work: Callable[[], Any]) -> Callable[[], float]:
 @pytest.mark.parametrize("changes", [{}], ids=["no key"])
 def test_stream_is_404_without_api_keys(web: Web) -> None:
     assert status(web, **KEYS) == 404
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"])
+def test_waiting_readers_delay_neither_callbacks_nor_readiness(web: Web, parts: Parts) -> None:
+    """More of them than Starlette has threads. The lock stands for statements that take their time."""
+    task = task_of(parts)
+    tell(parts, EventName.TASK_FAILED)
+    with parts.database.write() as session, ExitStack() as readers:
+        session.execute(text("LOCK TABLE event"))
+        for key in [KEY, OTHER_KEY] * 24:
+            readers.enter_context(reading(web, "?after=0", Authorization=f"Bearer {key}"))
+        started = time.monotonic()
+        path = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
+        assert httpx.post(path, content=b"{}", timeout=10).status_code == 200
+        assert httpx.get(f"{web.url}/readyz", timeout=10).status_code == 200
+        assert time.monotonic() - started < 3

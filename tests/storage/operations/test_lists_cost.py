@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from sqlalchemy import event
 
 from storage.database.sessions import Database
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
-
-
-def plans(database: Database, look: Any) -> str:
-    """The plans of the statements that `look` runs, SQLite's words."""
-    asked: list[tuple[str, Any]] = []
-
-    def note(_c: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
-        asked.append((statement, values))
-
-    event.listen(database.reader, "before_cursor_execute", note)
-    with database.read() as session:
-        look(session)
-    event.remove(database.reader, "before_cursor_execute", note)
-    with database.reader.connect() as connection:
-        found = [connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {each}", values).all() for each, values in asked]
-    return "\n".join(str(row[-1]) for rows in found for row in rows)
+from tests.plans import plans
 
 
 @pytest.fixture
