@@ -17,6 +17,7 @@ from receiver.console.words import short
 from storage.accounts import pauses
 from storage.bucket.availability import BucketAvailability
 from storage.operations import heartbeats, outbox
+from storage.operations.ended import EndedLastDay
 from storage.operations.measures import Measures, measure
 from storage.rows import tasks
 from storage.rows.models import Asset, Batch, Callback, Task
@@ -54,6 +55,7 @@ class Needs:
         self._of = of
         self._store = BucketAvailability(of.bucket)
         self._lock = threading.Lock()
+        self._ended = EndedLastDay()
         self._seen: tuple[float, Standing] | None = None
 
     def now(self) -> Standing:
@@ -77,7 +79,9 @@ class Needs:
     def _look(self) -> Standing:
         workers = heartbeats.count_alive(self._of.database)
         with self._of.database.read() as session:
-            found = measure(session, deadline_seconds=self._of.deadline_seconds, slots=self._of.slots)
+            found = measure(
+                session, deadline_seconds=self._of.deadline_seconds, slots=self._of.slots, ended=self._ended
+            )
             needs = list(self._needs(session, found, workers))
         return Standing(sorted(needs, key=lambda need: need.kind != "bad"), found, workers)
 

@@ -27,6 +27,7 @@ from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats, measures, outbox
+from storage.operations.ended import EndedLastDay
 from storage.rows import migrations
 from storage.rows.deliveries import Delivery, store
 from storage.rows.group_commit import GroupCommit
@@ -60,6 +61,7 @@ class Health:
         self._slots = slots
         self._probe_key = ""
         self._readiness = Readiness(self._check)
+        self._ended = EndedLastDay()
         self._measuring = CapacityLimiter(1)  # scrapes take turns
 
     async def alive(self, _request: Request) -> Response:
@@ -149,7 +151,9 @@ class Health:
     def _measure(self) -> bytes:
         try:
             with self._database.read() as session:
-                found = measures.measure(session, deadline_seconds=self._deadline_seconds, slots=self._slots)
+                found = measures.measure(
+                    session, deadline_seconds=self._deadline_seconds, slots=self._slots, ended=self._ended
+                )
         except DatabaseUnavailable:
             found = None
         telemetry.update_work_gauges(found.as_dict() if found else None)

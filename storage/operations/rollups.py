@@ -20,7 +20,7 @@ from sqlmodel import Session, col, select
 from storage import states
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.operations.measures import CALLBACK_PATIENCE_SECONDS
+from storage.operations.ended import CALLBACK_PATIENCE_SECONDS
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, TaskState
 

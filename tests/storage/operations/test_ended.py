@@ -1,0 +1,60 @@
+"""What ended within a day: counted in parts, each anew in its turn."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+import pytest
+from sqlalchemy import update
+from sqlmodel import col
+
+from storage.database.sessions import Database
+from storage.operations import ended
+from storage.operations.ended import Ended, EndedLastDay
+from storage.rows.models import Task
+from storage.states import ArchiveState, TaskState
+from tests.plans import scans
+from tests.rows import new_task
+
+TASKS = 12
+
+
+def fill(database: Database, now: datetime) -> None:
+    """Tasks that ended every two hours, from one hour ago on, and one that ended before the day."""
+    with database.write() as session:
+        for number in range(TASKS + 1):
+            new_task(
+                session, external_task_id=f"t{number}", state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING,
+                completed_at=now - timedelta(hours=2 * number + 1), callback_url="https://a/b", due_at=None,
+            )  # fmt: skip
+
+
+def read(database: Database, day: EndedLastDay, now: datetime) -> Ended:
+    with database.read() as session:
+        return day.read(session, now)
+
+
+def test_change_of_a_task_shows_when_its_turn_comes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ended, "ROWS", 3)
+    day, now = EndedLastDay(), database.now()
+    fill(database, now)
+    assert read(database, day, now) == Ended(rows=TASKS, callbacks_expected=TASKS, callbacks_lost=TASKS)
+    values = {"archive": ArchiveState.ARCHIVED, "end_called_back_at": now}
+    with database.write() as session:
+        session.execute(update(Task).where(col(Task.external_task_id).in_(["t3", "t9"])).values(values))
+    seen = [read(database, day, now) for _ in range(8)]
+    assert seen[0].archived < 2
+    assert (seen[-1].archived, seen[-1].callbacks_lost, seen[-1].callbacks_late) == (2, TASKS - 2, 2)
+    assert seen[-1].late_seconds == pytest.approx(19 * 3_600, abs=0.01)
+
+
+def test_what_is_older_than_a_day_is_forgotten(database: Database) -> None:
+    day, now = EndedLastDay(), database.now()
+    fill(database, now)
+    read(database, day, now)
+    assert read(database, day, now + timedelta(hours=12)).rows == TASKS // 2
+    assert read(database, day, now + timedelta(days=2)) == Ended()
+
+
+def test_reading_enters_by_the_time_of_the_end(database: Database) -> None:
+    assert not scans(database, lambda session: EndedLastDay().read(session, database.now()))
