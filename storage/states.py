@@ -61,6 +61,8 @@ class Step(StrEnum):
     FINISH = "finish"  # every asset is settled: write the manifest, end the archive
 
 
+# Of a task that waits for a person. A condition of an index, as that of the events below.
+PARKED = "due_at IS NULL AND queued_at IS NULL AND (step IS NOT NULL OR state NOT IN ('failed', 'succeeded'))"
 # The events of every task that ends well. The condition is one of an index, which SQLite wants word by word in a query.
 FREQUENT_EVENTS = (
     "task.created", "task.submitted", "task.processing", "task.succeeded", "task.archived", "asset.archived",

@@ -178,7 +178,9 @@ def prune(
     """
     from rich.console import Console
 
-    with opened() as parts, Console(stderr=True).status("pruning"):
+    from storage.database import checkpoints
+
+    with opened() as parts, Console(stderr=True).status("pruning"), checkpoints.beside(parts.database):
         tally = _operator(parts, dry_run).prune(timedelta(days=older_than))
     _answer(tally, dry_run, as_json)
 

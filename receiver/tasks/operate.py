@@ -19,7 +19,7 @@ from receiver.providers.base import BadSignature, Provider, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.reconcile import NEVER_REPORTED
 from storage.database.sessions import Database
-from storage.operations import maintenance
+from storage.operations import maintenance, pruning
 from storage.rows import tasks
 from storage.rows.models import Asset, Callback
 from storage.rows.task_conditions import is_dismissed
@@ -241,28 +241,15 @@ class Operator:
         return tally
 
     def prune(self, older_than: timedelta) -> Tally:
-        """Remove old deliveries, events and request bodies of tasks that are over. See `maintenance.prunable`."""
+        """Remove old deliveries, events and request bodies of tasks that are over. See `pruning.prunable`."""
         tally = Tally()
         with self._database.read() as session:
-            kinds = maintenance.prunable(session, tasks.now(session) - older_than)
+            before = tasks.now(session) - older_than
+            kinds = pruning.prunable(session, before)
+        work = pruning.count if self._dry_run else pruning.prune
         for kind in kinds:
-            tally.counts[kind.name] = self._count(kind) if self._dry_run else self._prune(kind)
+            tally.counts[kind.name] = work(self._database, kind, before)
         return tally
-
-    def _count(self, kind: maintenance.Prunable) -> int:
-        with self._database.read() as session:
-            return maintenance.count_old(session, kind)
-
-    def _prune(self, kind: maintenance.Prunable) -> int:
-        count, last = 0, None
-        while True:
-            with self._database.read() as session:
-                ids = maintenance.old_ids(session, kind, last)
-            if not ids:
-                return count
-            with self._database.write() as session:
-                count += maintenance.prune(session, kind, ids)
-            last = ids[-1]
 
 
 def _asset(session: Session, name: str) -> Asset | None:

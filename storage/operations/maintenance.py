@@ -1,4 +1,4 @@
-"""Maintenance of rows by an operator: retry, dismiss, reconcile, adopt, reprocess deliveries, prune.
+"""Maintenance of rows by an operator: retry, dismiss, reconcile, adopt, reprocess deliveries.
 
 Queries and updates only. Sessions are passed in and callers own the transaction. Rows that a worker holds are left
 alone, except by `dismiss`. Rows that wait for a worker afterwards are due now.
@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, exists, func, literal, or_, update
+from sqlalchemy import and_, exists, func, literal, or_, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
 from storage.database.sessions import run
-from storage.operations import outbox
 from storage.rows import claims, tasks
 from storage.rows.events import EventName, record
-from storage.rows.models import Asset, Callback, Dispatch, Event, Task
-from storage.rows.task_conditions import DISMISSED, IS_OVER, not_dismissed
+from storage.rows.models import Asset, Callback, Task
+from storage.rows.task_conditions import DISMISSED, not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Report, Step, TaskState
 
 # Rows changed in one transaction. It takes about 10 ms, in which no one else can write on SQLite.
@@ -261,78 +260,3 @@ def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = N
     if webhook_id is not None:
         values["webhook_id"] = webhook_id
     return run(session, chosen.values(**values, reason=None, applied_at=None)).rowcount
-
-
-# -- prune ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prunable:
-    """One kind of prunable data: rows of `model` that satisfy `old`. `values`: written to them, None = rows deleted."""
-
-    name: str
-    model: Any
-    old: ColumnElement[bool]
-    values: dict[str, Any] | None = None
-
-
-def prunable(session: Session, before: datetime) -> list[Prunable]:
-    """What may be pruned from before `before`: nothing of a task that is not over, and nothing that waits for work.
-
-    A delivery to the account's URL names no task, so it is kept while any task is not over that existed when it came.
-    An event is kept until it has a number and every sink has it. The client's callback URL, which may hold a secret,
-    is pruned with the request, after the client has been called back.
-    """
-    oldest = session.exec(select(func.min(Task.created_at)).where(~IS_OVER)).one()
-    unnamed = col(Callback.received_at) < min(before, oldest or before)
-    settled = and_(
-        col(Callback.state) != CallbackState.RECEIVED,
-        col(Callback.due_at).is_(None),
-        col(Callback.received_at) < before,
-        or_(col(Callback.task_id).is_not(None), unnamed),
-        _is_over(Callback.task_id),
-    )
-    delivered = and_(
-        col(Event.at) < before,
-        col(Event.seq).is_not(None),
-        _is_over(Event.task_id),
-        ~exists().where(col(Dispatch.event_id) == col(Event.id), outbox.IS_OPEN),
-    )
-    of_delivered = exists().where(col(Event.id) == col(Dispatch.event_id), delivered)
-    ended_at = func.coalesce(Task.archived_at, Task.completed_at, Task.created_at)
-    undelivered = or_(
-        exists().where(col(Dispatch.task_id) == col(Task.id), outbox.IS_OPEN),
-        exists().where(col(Event.task_id) == col(Task.id), col(Event.seq).is_(None)),
-    )
-    filled = or_(col(Task.request) != {}, col(Task.client_callback_url).is_not(None))
-    requests = and_(IS_OVER, ended_at < before, filled, ~undelivered)
-    return [
-        Prunable("deliveries", Callback, settled),
-        Prunable("dispatches", Dispatch, and_(~outbox.IS_OPEN, of_delivered)),
-        Prunable("events", Event, delivered),
-        Prunable("requests", Task, requests, {"request": {}, "client_callback_url": None}),
-    ]
-
-
-def _is_over(task_id: Any) -> Any:
-    return ~exists().where(col(Task.id) == task_id, ~IS_OVER)
-
-
-def count_old(session: Session, kind: Prunable) -> int:
-    """How many rows `prune` would delete or empty."""
-    return session.exec(select(func.count()).select_from(kind.model).where(kind.old)).one()
-
-
-def old_ids(session: Session, kind: Prunable, after: Any = None) -> list[Any]:
-    """Ids of the next rows to prune, sorted, at most a batch, from after `after`."""
-    found = select(kind.model.id).where(kind.old)
-    if after is not None:
-        found = found.where(kind.model.id > after)
-    return list(session.exec(found.order_by(kind.model.id).limit(BATCH)))
-
-
-def prune(session: Session, kind: Prunable, ids: Sequence[Any]) -> int:
-    """Delete or empty those of these rows that are still prunable. Returns how many."""
-    model = kind.model
-    statement: Any = delete(model) if kind.values is None else update(model).values(**kind.values)
-    return run(session, statement.where(model.id.in_(ids), kind.old)).rowcount

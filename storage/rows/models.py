@@ -29,7 +29,7 @@ from sqlalchemy.types import TypeDecorator
 from sqlmodel import Field, SQLModel
 
 from storage.database.clock import UtcTime
-from storage.states import RARE_EVENT, ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
+from storage.states import PARKED, RARE_EVENT, ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 
 
 class Word(TypeDecorator[str]):
@@ -49,8 +49,7 @@ class Word(TypeDecorator[str]):
 Json = JSON().with_variant(JSONB(), "postgresql")
 # SQLite autoincrements INTEGER primary keys only.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
-# Sorted by bytes, as stores list keys. SQLite always does so.
-KeyText = Text().with_variant(Text(collation="C"), "postgresql")
+KeyText = Text().with_variant(Text(collation="C"), "postgresql")  # sorted by bytes, as stores list keys
 
 
 def _time(*, nullable: bool = True) -> Any:
@@ -106,11 +105,14 @@ class Task(Claimable, table=True):
     __table_args__ = (
         *_due_indexes("task", lane="step", expires=True),
         _partial_index("task_deadline", "archive = 'archiving'", "files_expire_at"),
-        Index("task_newest", "created_at"),
+        Index("task_newest", "created_at", "id"),
         Index("task_completed", "completed_at"),
         Index("task_manifest_key", "manifest_key"),
         Index("task_batch", "batch_id"),
         _partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
+        _partial_index("task_parked", PARKED, "created_at"),
+        _partial_index("task_failed", "state = 'failed'", "created_at"),
+        _partial_index("task_incomplete", "archive = 'incomplete'", "created_at"),
         _partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
     )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import and_, func, select, text
 from sqlmodel import col
 
 from storage import states
 from storage.rows.models import Asset, Task
-from storage.states import ArchiveState
+from storage.states import PARKED, ArchiveState
 
 # The note of a dismissed task and the error of its files start with this. `retry --all-failed` skips them.
 DISMISSED = "dismissed: "
@@ -23,6 +23,10 @@ IS_OVER = and_(
     col(Task.archive) != ArchiveState.ARCHIVING,
     ~HAS_UNUSABLE,
 )
+
+
+# It waits for a person: neither due nor queued, and not at its end. The words of the index `task_parked`, for SQLite.
+IS_PARKED: Any = text(PARKED)
 
 
 def is_dismissed(task: Task) -> bool:

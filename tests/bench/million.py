@@ -37,6 +37,7 @@ class Words:
     numbers: str
     parts: str
     blob: str = "zeroblob(700)"
+    ordered: str = ""
     true: str = "1"
     false: str = "0"
 
@@ -54,6 +55,7 @@ POSTGRESQL = Words(
     "now() + make_interval(secs => (i - {tasks}) * {step} + {after} - 60)",
     "generate_series(1, {tasks}) AS n(i)",
     "generate_series(0, {last}) AS p(k)",
+    ordered=" ORDER BY i, k",
     blob="decode(repeat('00', 700), 'hex')",
     true="true",
     false="false",
@@ -107,7 +109,7 @@ def _rows(words: Words, tasks: int) -> list[str]:
         _insert("task", _task(words, at, fails, lacks, waits), numbers),
         _insert("asset", _asset(words, at, lacks), f"{files} WHERE NOT ({waits} OR {fails})"),
         _insert("callback", _callback(words, at), numbers),
-        _insert("event", _event(words, at, fails), events),
+        _insert("event", _event(words, at, fails), events + words.ordered),
         f"UPDATE counter SET value = {tasks * EVENTS} WHERE name = 'event'",
     ]
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import uuid
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
-from sqlalchemy import update
-from sqlmodel import col, func, select
+from sqlalchemy import event, update
+from sqlmodel import Session, col, func, select
 
 from receiver.tasks.operate import Operator
 from storage.database.sessions import Database
-from storage.operations import maintenance
+from storage.operations import pruning
 from storage.operations.outbox import Subscription, sequence_all
 from storage.rows import events
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.tasks import Schedule
 from storage.states import ArchiveState, CallbackState, DispatchState, Step, TaskState
+from tests.plans import plans, scans
 from tests.rows import LONG_AGO, new_asset, new_task, stored
 
 RETENTION = timedelta(days=30)
@@ -131,7 +133,7 @@ def test_prune_keeps_unnamed_deliveries_while_an_older_task_is_not_over(database
 def test_prune_continues_batch_by_batch(
     database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maintenance, "BATCH", 2)
+    monkeypatch.setattr(pruning, "PART", 2)
     with database.write() as session:
         unfinished = new_task(session, **WAITS)
         session.add_all([delivery(unfinished.id) for _ in range(3)])
@@ -181,3 +183,34 @@ def test_prune_removes_a_callback_url_without_a_request(database: Database, oper
     task = old(database, request={})
     assert operator.prune(RETENTION).counts["requests"] == 1
     assert stored(database, task)["client_callback_url"] is None
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])  # PostgreSQL chooses its plans by how much there is
+def test_prune_reads_no_whole_table(database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor every event without a number for each task. A walk along row ids calls its first step a scan."""
+    monkeypatch.setattr(pruning, "PART", 1)
+    for _ in range(3):
+        old(database)
+
+    def look(session: Session) -> None:
+        before = database.now() - RETENTION
+        for kind in pruning.prunable(session, before):
+            pruning.count(database, kind, before)
+
+    assert scans(database, look) == ["SCAN dispatch", "SCAN event"]
+    assert "event_unsequenced" not in plans(database, look)
+
+
+def test_prune_begins_with_few_rows_and_at_most_doubles_them(database: Database, operator: Operator) -> None:
+    sizes: list[int] = []
+
+    def note(_c: Any, cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("DELETE FROM callback"):
+            sizes.append(cursor.rowcount)
+
+    with database.write() as session:
+        session.add_all([delivery(uuid.uuid4()) for _ in range(350)])
+    event.listen(database.writer, "after_cursor_execute", note)
+    assert operator.prune(RETENTION).counts["deliveries"] == 350
+    assert sizes[0] == pruning.FIRST_ROWS
+    assert all(size <= 2 * before for before, size in pairwise([pruning.FIRST_ROWS, *sizes]))

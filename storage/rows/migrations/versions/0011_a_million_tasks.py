@@ -14,8 +14,15 @@ RARE_EVENT = (
     "'asset.archived')"
 )
 
+PARKED = "due_at IS NULL AND queued_at IS NULL AND (step IS NOT NULL OR state NOT IN ('failed', 'succeeded'))"
+
 
 def upgrade() -> None:
+    op.drop_index("task_newest", "task")
+    op.create_index("task_newest", "task", ["created_at", "id"], unique=False)
+    partial_index("task_parked", "task", "created_at", condition=PARKED)
+    partial_index("task_failed", "task", "created_at", condition="state = 'failed'")
+    partial_index("task_incomplete", "task", "created_at", condition="archive = 'incomplete'")
     partial_index("event_rare", "event", "seq", condition=RARE_EVENT)
 
 
