@@ -73,7 +73,10 @@ def lanes(parts: Parts) -> Sequence[Lane]:
             "callbacks", Callback, applier.work, CALLBACK_THREADS, (received,), work_many=applier.work_many,
             batch=lambda: BATCH,
         ),
-        Lane("unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider),
+        Lane(
+            "unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider, work_many=finder.work_many,
+            batch=lambda: BATCH,
+        ),
         Lane(
             "creates", Task, parts.submitter.create_step.work, TASK_THREADS, (step == Step.CREATE,), circuit=provider,
             slots=parts.slots,

@@ -33,9 +33,10 @@ from storage.spool import sweep
 
 log = structlog.get_logger()
 
-# A worker that dies at once is started again after 1, 2, 4 … 30 s; one that lived a minute starts afresh.
+# A worker that dies at once is started again after 1, 2, 4 … 30 s; one that worked for a while starts afresh. A worker
+# that somebody kills once a minute is no crash loop: with 60 s here it was away up to 30 s of each.
 RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
-LIVED_SECONDS = 60.0
+LIVED_SECONDS = 10.0
 # Ctrl-C and systemd signal the whole group: a worker may have ended before our own handler has run.
 SIGNAL_SECONDS = 0.2
 # After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this

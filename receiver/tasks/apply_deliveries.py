@@ -123,19 +123,33 @@ class DeliveryApplier:
         """Apply claimed deliveries together; if that fails, one by one, so that a fault of one concerns no other.
 
         Half of the cost of applying is commit and claim. They are sorted by task, because two transactions that lock
-        the same tasks in different orders would deadlock. Deliveries without a token go alone: their task is found only
-        on the way.
+        the same tasks in different orders would deadlock. A delivery without a token goes alone, because its task is
+        found only on the way, unless it has none: then it locks nothing.
         """
-        named = sorted((row for row in rows if row.task_id), key=lambda row: (str(row.task_id), row.id))
+        together = sorted((row for row in rows if row.task_id), key=lambda row: (str(row.task_id), row.id))
         alone = [row for row in rows if not row.task_id]
+        strangers = self._strangers(alone)
+        together += [row for row in alone if row.id in strangers]
+        alone = [row for row in alone if row.id not in strangers]
         try:
-            self._apply_together(named)
+            self._apply_together(together)
         except DatabaseUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - each row then raises its own error
-            log.warning("callback.batch_split", rows=len(named), error=type(error).__name__)
-            alone = [*named, *alone]
+            log.warning("callback.batch_split", rows=len(together), error=type(error).__name__)
+            alone = [*together, *alone]
         self._apply_apart(alone)
+
+    def _strangers(self, rows: Sequence[Callback]) -> set[int | None]:
+        """The deliveries that name no task of ours at this moment."""
+        reports = [(row, self._parse(row)) for row in rows]
+        with self._database.read() as session:
+            return {
+                row.id
+                for row, report in reports
+                if isinstance(report, Report)
+                and not find(session, row.provider, report.external_task_id, report.provider_task_id)
+            }
 
     def _apply_apart(self, rows: Sequence[Callback]) -> None:
         """Apply each by itself. Errors are raised after the last one."""

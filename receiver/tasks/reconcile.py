@@ -196,6 +196,33 @@ class UnmatchedDeliveries:
         self._schedule = schedule
         self._limit = limit
 
+    def work_many(self, rows: Sequence[Callback]) -> None:
+        """Look at deliveries whose token proves nothing many in a transaction, and at the others one by one.
+
+        One a transaction, 20,000 of them took nine minutes.
+        """
+        left = [row for row in rows if not _may_ask(row)]
+        while left:
+            del left[: self._look_at_some(left)]
+        for row in filter(_may_ask, rows):
+            self.work(row)
+
+    def _look_at_some(self, rows: Sequence[Callback]) -> int:
+        """Look at the first and the following ones within `HOLD_SECONDS`, in one transaction. Returns how many."""
+        looked, found = 0, dict[int | None, bool]()
+        with self._database.write() as session:
+            end = time.monotonic() + apply_deliveries.HOLD_SECONDS
+            for row in rows:
+                looked += 1
+                with contextlib.suppress(LostClaim):  # raised before anything is written
+                    found[row.id] = self._look(session, row, None, None)
+                if time.monotonic() > end:
+                    break
+            self._database.wake(session)
+        for delivery, is_found in found.items():
+            log.info("callback.looked_at_again", callback=delivery, found=is_found)
+        return looked
+
     def work(self, row: Callback) -> None:
         """Apply the delivery if its task is known by now. If its token is ours, read the task and adopt it."""
         record, due_in = None, None
@@ -207,13 +234,18 @@ class UnmatchedDeliveries:
             log.warning("callback.not_looked_up", callback=row.id, error=str(error))
         try:
             with self._database.write() as session:
-                found = self._find_or_adopt(session, row, record)
-                if not found:
-                    claims.settle(session, row, due_in=due_in)
+                found = self._look(session, row, record, due_in)
                 self._database.wake(session)
         except LostClaim:
             return
         log.info("callback.looked_at_again", callback=row.id, found=found)
+
+    def _look(self, session: Session, row: Callback, record: Record | None, due_in: float | None) -> bool:
+        """Settle it. Returns whether it has a task now. Raises `LostClaim`."""
+        found = self._find_or_adopt(session, row, record)
+        if not found:
+            claims.settle(session, row, due_in=due_in)
+        return found
 
     def _find_or_adopt(self, session: Session, row: Callback, record: Record | None) -> bool:
         """Whether the delivery has a task now. Then it is due."""
@@ -226,18 +258,10 @@ class UnmatchedDeliveries:
 
     def _read(self, row: Callback) -> Record | None:
         """What the provider has under the ids of the delivery. None also if the token proves nothing."""
-        external_task_id = row.external_task_id or row.provider_task_id
-        if (
-            row.losses >= claims.PARK_LOSSES
-            or row.task_id is None
-            or external_task_id is None
-            or not _is_usable(external_task_id)
-        ):
+        if not _may_ask(row):
             return None
-        provider = self._providers[row.provider]
-        return read_task(
-            provider, self._limit, provider_task_id=row.provider_task_id, external_task_id=external_task_id
-        )
+        provider, name = self._providers[row.provider], row.external_task_id or row.provider_task_id or ""
+        return read_task(provider, self._limit, provider_task_id=row.provider_task_id, external_task_id=name)
 
     def _adopt(self, session: Session, row: Callback, record: Record) -> bool:
         """The task's row under the id in our token, so that later callbacks find it too."""
@@ -249,6 +273,12 @@ class UnmatchedDeliveries:
         task.created_at = now if made_ms is None else min(now, datetime.fromtimestamp(made_ms / 1000, UTC))
         task.sent_at = task.submitted_at = task.created_at
         return maintenance.adopt(session, task, record.report, self._schedule)
+
+
+def _may_ask(row: Callback) -> bool:
+    """Whether its token and its ids are worth a read of the provider."""
+    name = row.external_task_id or row.provider_task_id
+    return row.losses < claims.PARK_LOSSES and row.task_id is not None and name is not None and _is_usable(name)
 
 
 def _is_usable(external_task_id: str) -> bool:

@@ -81,3 +81,19 @@ def test_a_worker_that_cannot_be_started_is_tried_again(tmp_path: Path, monkeypa
         wait_until(sign.exists)
         supervisor.stop()
     assert (logs[0]["event"], logs[0]["code"]) == ("worker.died", "not started: No such file or directory")
+
+
+def test_worker_that_is_killed_now_and_then_is_no_crash_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives longer than the limit each time, and is started again after the first pause each time."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nsleep 0.3\nexit 9\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(process, "RESTART_FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(process, "LIVED_SECONDS", process.LIVED_SECONDS / 50)
+    supervisor = Supervisor(1, grace_seconds=1)
+    with capture_logs() as logs:
+        supervisor.start()
+        wait_until(lambda: len(logs) >= 4)
+        supervisor.stop()
+    assert [each["restart_in"] for each in logs[:4]] == [0.05] * 4

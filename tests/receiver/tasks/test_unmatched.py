@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
-from sqlmodel import update
+from sqlalchemy import event
+from sqlmodel import col, update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
+from receiver.tasks import apply_deliveries
 from storage.accounts.rate_limit import ReadRateLimit
+from storage.database.sessions import Database
+from storage.rows import claims
+from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, CallbackState, Step
-from tests.pipeline import callback_of, deliver, drain, insert_row, make_due_now, run, task_of
+from tests.pipeline import callback_of, callbacks_of, deliver, drain, insert_row, make_due_now, run, task_of
 from tests.rows import LONG_AGO
 from tests.unreported_tasks import OTHERS, REQUEST, all_assets, queries
 
@@ -103,3 +110,47 @@ def test_an_unmatched_delivery_waits_for_a_provider_that_is_away(unpaced: Parts,
     make_due_now(unpaced)
     run(unpaced, "unmatched")
     assert callback_of(unpaced, delivery.delivery_key).due_at is not None
+
+
+def test_many_unmatched_deliveries_share_transactions(unpaced: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way in, and at the second look: of 16 deliveries to the account's URL one names a task by then."""
+    monkeypatch.setattr(apply_deliveries, "HOLD_SECONDS", 60)
+    bodies = [b'{"task_id": "%d", "external_task_id": "n%d", "task_status": "submitted"}' % (n, n) for n in range(16)]
+    with unpaced.database.write() as session:
+        store(session, [Delivery("kling", "push", None, body) for body in bodies])
+    with commits(unpaced.database) as first:
+        assert run(unpaced, "callbacks") == 16
+    insert_row(unpaced, external_task_id="n7")
+    with unpaced.database.write() as session:
+        session.execute(update(Callback).values(state=CallbackState.UNMATCHED, due_at=LONG_AGO))
+    with commits(unpaced.database) as second:
+        assert run(unpaced, "unmatched") == 16
+    assert (len(first), len(second)) == (2, 2)  # the claim, and the rest
+    assert [row.external_task_id for row in callbacks_of(unpaced) if row.state is CallbackState.RECEIVED] == ["n7"]
+    assert {row.due_at for row in callbacks_of(unpaced) if row.state is CallbackState.UNMATCHED} == {None}
+
+
+def test_lost_lease_fails_no_other_delivery_of_its_transaction(unpaced: Parts) -> None:
+    for number in range(3):
+        deliver(unpaced, None, {**OTHERS, "external_task_id": f"n{number}"})
+    make_due_now(unpaced)
+    (lane,) = [each for each in unpaced.lanes() if each.name == "unmatched"]
+    assert lane.work_many
+    with unpaced.database.write() as session:
+        rows = claims.claim(session, Callback, limit=3, lease_seconds=60, where=lane.where)
+    with unpaced.database.write() as session:
+        session.execute(update(Callback).where(col(Callback.id) == rows[1].id).values(lease=uuid.uuid4()))
+    lane.work_many(rows)
+    assert [row.lease is None for row in callbacks_of(unpaced)] == [True, False, True]
+
+
+@contextmanager
+def commits(database: Database) -> Iterator[list[None]]:
+    found: list[None] = []
+
+    def note(_: object) -> None:
+        found.append(None)
+
+    event.listen(database.writer, "commit", note)
+    yield found
+    event.remove(database.writer, "commit", note)
