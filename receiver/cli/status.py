@@ -23,7 +23,7 @@ def status(
 ) -> None:
     """Show one task with its files and timeline, or a table of the newest tasks."""
     from receiver.cli import show
-    from receiver.tasks.task_view import report
+    from receiver.tasks.task_view import report, reports
 
     with opened() as parts:
         if urls:
@@ -35,7 +35,7 @@ def status(
             else:
                 say(*(link["url"] for link in links))
         elif external_task_id is None and as_json:
-            found = [report(parts.database, parts.bucket, task.external_task_id) for task in show.latest(parts, limit)]
+            found = list(reports(parts.database, parts.bucket, limit))
             audit = show.audited(parts).as_json()
             say_json({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
         elif external_task_id is None:

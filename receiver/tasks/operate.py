@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
 
-from sqlmodel import Session
+from sqlmodel import Session, col
 
 from receiver.providers.base import BadSignature, Provider, plain
 from receiver.tasks.changes import Tally, change
@@ -101,9 +101,8 @@ class Operator:
         `since`, `error`: filters, see `maintenance.failed_files`. `limit`: the most files, and the most tasks.
         Dismissed tasks are left alone.
         """
-        with self._database.read() as session:
-            files = maintenance.failed_files(session, since=since, error=error, limit=limit)
-            others = maintenance.failed_tasks(session, silent=NEVER_REPORTED, since=since, error=error, limit=limit)
+        files = maintenance.failed_files(self._database, since=since, error=error, limit=limit)
+        others = maintenance.failed_tasks(self._database, silent=NEVER_REPORTED, since=since, error=error, limit=limit)
         tally, whole = Tally(), set(others)
         for task_id, group in groupby(files, key=lambda pair: pair[0]):
             if task_id in whole:  # done below, with all of its files
@@ -133,16 +132,16 @@ class Operator:
         One that was refused for its signature goes back only if today's secrets verify it as of its arrival. Answers to
         reads are not replayed: `reconcile` reads anew.
         """
-        tally, after = Tally(left={str(each): "no such delivery" for each in ids}), 0
-        while True:
+        tally = Tally(left={str(each): "no such delivery" for each in ids})
+        size = maintenance.BATCH
+        named = ([col(Callback.id).in_(ids[start : start + size])] for start in range(0, len(ids), size))
+        for within in named if ids else maintenance.received(self._database, since, until):
             with self._database.read() as session:
-                rows = maintenance.deliveries(session, ids=ids, since=since, until=until, state=state, after=after)
-            if not rows:
-                break
-            after = rows[-1].id or 0
+                rows = maintenance.deliveries(session, *within, state=state)
             for row in rows:
                 tally.left.pop(str(row.id), None)
-            self._replay(tally, rows, named=bool(ids))
+            if rows:
+                self._replay(tally, rows, named=bool(ids))
         return tally
 
     def _replay(self, tally: Tally, rows: Sequence[Callback], *, named: bool) -> None:
@@ -185,20 +184,16 @@ class Operator:
         if names:
             ids = [task_id for name in names if (task_id := self._reconcile(tally, name))]
             return tally, Reads(ids, since)
-        chosen: list[uuid.UUID] = []
-        while batch := self._unfinished(chosen[-1] if chosen else None):
+        with self._database.read() as session:
+            chosen = maintenance.unfinished(session)
+            tally.counts["not_sent_yet"] = maintenance.count_unsent(session)
+        for start in range(0, len(chosen), maintenance.BATCH):
+            batch = chosen[start : start + maintenance.BATCH]
             with change(self._database, dry_run=self._dry_run) as session:
                 done = maintenance.make_reads_due(session, batch)
             tally.counts["reads_due"] += done
             tally.counts["in_work"] += len(batch) - done
-            chosen += batch
-        with self._database.read() as session:
-            tally.counts["not_sent_yet"] = maintenance.count_unsent(session)
         return tally, Reads(chosen, since)
-
-    def _unfinished(self, after: uuid.UUID | None) -> list[uuid.UUID]:
-        with self._database.read() as session:
-            return maintenance.unfinished(session, after)
 
     def _reconcile(self, tally: Tally, name: str) -> uuid.UUID | None:
         with change(self._database, dry_run=self._dry_run) as session:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from storage import states
@@ -11,6 +13,9 @@ from storage.errors import NoSuchTask
 from storage.rows import events, tasks
 from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState
+
+# Tasks that are read at once: beyond this it is no quicker.
+TOGETHER = 500
 
 
 def find(database: Database, external_task_id: str) -> tuple[Task, list[Asset], list[Event]]:
@@ -32,6 +37,25 @@ def is_over(task: Task) -> bool:
 def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[str, Any]:
     """The public form of `receiver status ID --json`."""
     task, assets, facts = find(database, external_task_id)
+    return _report(bucket, task, assets, [(fact.name, fact.at) for fact in facts])
+
+
+def reports(database: Database, bucket: Bucket, limit: int) -> Iterator[dict[str, Any]]:
+    """The same of the newest tasks. Four statements for each `TOGETHER` of them; three a task took 12 s for 10,000."""
+    for skip in range(0, limit, TOGETHER):
+        with database.read() as session:
+            found = tasks.newest(session, min(TOGETHER, limit - skip), skip=skip)
+            ids = [task.id for task in found]
+            assets, facts = tasks.assets_of_all(session, ids), events.timelines(session, ids)
+        for task in found:
+            yield _report(bucket, task, assets[task.id], facts[task.id])
+        if len(found) < TOGETHER:
+            return
+
+
+def _report(
+    bucket: Bucket, task: Task, assets: Sequence[Asset], timeline: Sequence[tuple[str, datetime]]
+) -> dict[str, Any]:
     return {
         "external_task_id": task.external_task_id,
         "task_id": str(task.id),
@@ -42,7 +66,7 @@ def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[st
         "error": task.error,
         "note": task.note,
         "assets": [_asset(bucket, asset) for asset in assets],
-        "events": [{"name": fact.name, "at": fact.at.isoformat()} for fact in facts],
+        "events": [{"name": name, "at": at.isoformat()} for name, at in timeline],
     }
 
 

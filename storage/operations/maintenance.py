@@ -7,21 +7,22 @@ alone, except by `dismiss`. Rows that wait for a worker afterwards are due now.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, exists, func, literal, or_, update
+from sqlalchemy import and_, exists, func, literal, literal_column, union, update
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.database.sessions import run
+from storage.database.sessions import Database, run
+from storage.operations import walk
 from storage.rows import claims, tasks
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Task
-from storage.rows.task_conditions import DISMISSED, not_dismissed
+from storage.rows.task_conditions import DISMISSED, IS_PARKED, not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Report, Step, TaskState
 
 # Rows changed in one transaction. It takes about 10 ms, in which no one else can write on SQLite.
@@ -111,40 +112,54 @@ def _read_failed(session: Session, task: Task, schedule: tasks.Schedule) -> Retr
 
 
 def failed_files(
-    session: Session, *, since: datetime | None, error: str | None, limit: int
+    database: Database, *, since: datetime | None, error: str | None, limit: int
 ) -> list[tuple[uuid.UUID, uuid.UUID]]:
-    """(task id, asset id) of files that were given up or are unusable and not dismissed, oldest tasks first.
+    """(task id, asset id) of files that were given up or are unusable and not dismissed, the oldest first.
 
     `since`: only of tasks created then or later. `error`: only where the error contains this text, ignoring case.
     """
-    found = select(Asset.task_id, Asset.id).join(Task, col(Task.id) == col(Asset.task_id))
-    given_up = or_(col(Asset.state) == AssetState.FAILED, col(Asset.unusable_since).is_not(None))
-    found = found.where(given_up, not_dismissed(Asset.error), col(Task.deleted_at).is_(None))
-    found = found.where(*_failed_since(since), *_saying(Asset.error, error))
-    return list(session.exec(found.order_by(col(Task.created_at), col(Task.id), col(Asset.id)).limit(limit)))
+    order = (col(Asset.created_at), col(Asset.id))
+    wanted = [not_dismissed(Asset.error), col(Task.deleted_at).is_(None), *_failed_since(since)]
+    chosen = select(Asset.task_id, Asset.id).join(Task, col(Task.id) == col(Asset.task_id)).order_by(*order)
+    chosen = chosen.where(*wanted, *_saying(Asset.error, error))
+    given_up = col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")
+    with database.read() as session:
+        found = list(session.exec(chosen.where(col(Asset.unusable_since).is_not(None))))  # few
+    made = [] if since is None else [col(Asset.created_at) >= since]  # after its task
+    for part, _ in walk.parts(database, order, BATCH, given_up, *made):
+        if len(found) >= limit:
+            break
+        with database.read() as session:
+            found += session.exec(chosen.where(*part, col(Asset.unusable_since).is_(None)))
+    return found[:limit]
 
 
 def failed_tasks(
-    session: Session, *, silent: str, since: datetime | None, error: str | None, limit: int
+    database: Database, *, silent: str, since: datetime | None, error: str | None, limit: int
 ) -> list[uuid.UUID]:
     """Tasks that a retry may still complete: parked ones, succeeded ones without files, and silent ones.
 
     Tasks that the provider failed are left out, because that is final. `silent`: the error of a task that never
     reported. The rest as in `failed_files`.
     """
-    empty = and_(
-        col(Task.state) == TaskState.SUCCEEDED,
-        col(Task.archive) == ArchiveState.INCOMPLETE,
-        ~exists().where(col(Asset.task_id) == col(Task.id)),
-    )
-    never_reported = and_(
-        col(Task.state) == TaskState.FAILED, col(Task.error) == silent, col(Task.provider_task_id).is_not(None)
-    )
-    parked = and_(col(Task.step).is_not(None), col(Task.due_at).is_(None), col(Task.queued_at).is_(None))
-    found = select(Task.id).where(or_(empty, never_reported, parked), not_dismissed(Task.note), *_failed_since(since))
-    found = found.where(col(Task.deleted_at).is_(None))
-    found = found.where(*_saying(func.coalesce(Task.error, Task.note), error))
-    return list(session.exec(found.order_by(col(Task.created_at)).limit(limit)))
+    incomplete = col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'")
+    failed = col(Task.state) == literal_column(f"'{TaskState.FAILED}'")
+    without_files = and_(col(Task.state) == TaskState.SUCCEEDED, ~exists().where(col(Asset.task_id) == col(Task.id)))
+    never_reported = and_(col(Task.error) == silent, col(Task.provider_task_id).is_not(None))
+    said = _saying(func.coalesce(Task.error, Task.note), error)
+    chosen = select(Task.created_at, Task.id).where(not_dismissed(Task.note), col(Task.deleted_at).is_(None), *said)
+    found = set[tuple[datetime, uuid.UUID]]()
+    kinds = ((incomplete, without_files), (failed, never_reported), (IS_PARKED, col(Task.step).is_not(None)))
+    for in_index, wanted in kinds:
+        some = set[tuple[datetime, uuid.UUID]]()
+        order = (col(Task.created_at), col(Task.id))
+        for part, _ in walk.parts(database, order, BATCH, in_index, *_failed_since(since)):
+            if len(some) >= limit:
+                break
+            with database.read() as session:
+                some.update(session.exec(chosen.where(*part, wanted)))
+        found |= some
+    return [task_id for _, task_id in sorted(found)[:limit]]
 
 
 def _failed_since(since: datetime | None) -> list[Any]:
@@ -189,12 +204,16 @@ def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule)
 # -- reconcile --------------------------------------------------------------------------------------------------------
 
 
-def unfinished(session: Session, after: uuid.UUID | None = None, limit: int = BATCH) -> list[uuid.UUID]:
-    """Ids of tasks that wait for the provider's result, sorted, from after `after`. Unsent tasks have another step."""
-    found = select(Task.id).where(col(Task.state).not_in(states.TERMINAL), Task.step == Step.READ)
-    if after is not None:
-        found = found.where(col(Task.id) > after)
-    return list(session.exec(found.order_by(col(Task.id)).limit(limit)))
+def unfinished(session: Session) -> list[uuid.UUID]:
+    """Ids of all tasks that wait for the provider's result, sorted. Unsent tasks have another step."""
+    waiting = (_waiting_for(Step.READ, way) for way in (col(Task.due_at).is_not(None), IS_PARKED))
+    found = union(*(each.where(col(Task.state).not_in(states.TERMINAL)) for each in waiting))
+    return sorted(session.execute(found).scalars())
+
+
+def _waiting_for(step: Step, way: Any) -> Any:
+    """Ids of tasks that wait for this step. `way`: due, queued or parked, each with an index of few rows."""
+    return select(Task.id).where(way, col(Task.step) == literal_column(f"'{step}'"))
 
 
 def make_reads_due(session: Session, ids: Sequence[uuid.UUID]) -> int:
@@ -218,36 +237,32 @@ def adopt(session: Session, task: Task, report: Report, schedule: tasks.Schedule
 
 def count_unsent(session: Session) -> int:
     """How many tasks wait for their create."""
-    return session.exec(select(func.count()).where(Task.step == Step.CREATE)).one()
+    ways = (col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None), IS_PARKED)
+    found = union(*(_waiting_for(Step.CREATE, way) for way in ways)).subquery()
+    return session.exec(select(func.count()).select_from(found)).one()
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------
 
 
-def deliveries(
-    session: Session,
-    *,
-    ids: Sequence[int] = (),
-    since: datetime | None = None,
-    until: datetime | None = None,
-    state: CallbackState | None = None,
-    after: int = 0,
-    limit: int = BATCH,
-) -> list[Callback]:
-    """Stored deliveries by id, from after `after`: these `ids`, or pushed ones received from `since` to before `until`.
+def deliveries(session: Session, *within: Any, state: CallbackState | None = None) -> list[Callback]:
+    """Stored deliveries that satisfy all these conditions, at most a batch, the oldest first.
 
     Their bodies are not loaded, because a batch of the largest takes 250 MB.
     """
     body: Any = Callback.body
-    found = select(Callback).options(defer(body, raiseload=True)).where(col(Callback.id) > after)
-    found = found.where(col(Callback.id).in_(ids)) if ids else found.where(Callback.source == "push")
-    if since is not None:
-        found = found.where(Callback.received_at >= since)
-    if until is not None:
-        found = found.where(Callback.received_at < until)
+    found = select(Callback).options(defer(body, raiseload=True)).where(*within)
     if state is not None:
         found = found.where(Callback.state == state)
-    return list(session.exec(found.order_by(col(Callback.id)).limit(limit)))
+    return list(session.exec(found.order_by(col(Callback.received_at), col(Callback.id)).limit(BATCH)))
+
+
+def received(database: Database, since: datetime | None, until: datetime | None) -> Iterator[list[Any]]:
+    """Conditions of `deliveries` for all that was pushed from `since` to before `until`, a batch after the other."""
+    came = col(Callback.received_at)
+    within = [*([] if since is None else [came >= since]), *([] if until is None else [came < until])]
+    for part, _ in walk.parts(database, (came, col(Callback.id)), BATCH, *within):
+        yield [*part, Callback.source == "push"]
 
 
 def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = None) -> int:

@@ -17,7 +17,7 @@ from sqlmodel import Session, col, select
 
 from storage.database.clock import UtcTime
 from storage.database.sessions import Database, run
-from storage.operations import outbox
+from storage.operations import outbox, walk
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import IS_OVER, IS_PARKED
 from storage.states import ArchiveState, CallbackState, Step
@@ -134,33 +134,10 @@ def prune(database: Database, kind: Prunable, before: datetime) -> int:
 
 def _parts(database: Database, kind: Prunable, before: datetime) -> Iterator[list[Any]]:
     """The conditions of each part of the walk, from the oldest on, until the rows are too young."""
-    behind: list[Any] = []
-    while True:
-        columns: Any = (*kind.order, kind.age)
-        ahead = select(*columns).where(*behind).order_by(*kind.order).offset(PART - 1).limit(1)
-        with database.read() as session:
-            last = session.execute(ahead).first()
-        if last is None:
-            yield behind
+    for part, age in walk.parts(database, kind.order, PART, told=kind.age):
+        yield part
+        if age is not None and age >= before + SLACK:
             return
-        *key, age = last
-        yield [*behind, *_up_to(kind.order, key)]
-        if age >= before + SLACK:
-            return
-        behind = _behind(kind.order, key)
-
-
-def _behind(order: Sequence[Any], key: Sequence[Any]) -> list[Any]:
-    """The first condition is what an index is entered by; PostgreSQL does not enter one by a pair."""
-    if len(order) == 1:
-        return [order[0] > key[0]]
-    return [order[0] >= key[0], or_(order[0] > key[0], order[1] > key[1])]
-
-
-def _up_to(order: Sequence[Any], key: Sequence[Any]) -> list[Any]:
-    if len(order) == 1:
-        return [order[0] <= key[0]]
-    return [order[0] <= key[0], or_(order[0] < key[0], order[1] <= key[1])]
 
 
 def _prune_rows(session: Session, kind: Prunable, ids: Sequence[Any]) -> int:

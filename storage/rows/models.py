@@ -219,7 +219,7 @@ class Asset(Claimable, table=True):
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
         *_due_indexes("asset", expires=True),
-        _partial_index("asset_failed", "state = 'failed'", "task_id"),
+        _partial_index("asset_failed", "state = 'failed'", "created_at"),
         _partial_index("asset_unusable", "unusable_since IS NOT NULL", "task_id"),
         Index("asset_key", "key"),
         UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),

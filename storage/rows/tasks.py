@@ -98,9 +98,8 @@ def lock_claimed(session: Session, claimed: Task) -> Task:
     return task
 
 
-_ASSETS_OF = select(Asset).where(Asset.task_id == bindparam("of"))
-_ASSETS_OF = _ASSETS_OF.order_by(Asset.kind, Asset.original, col(Asset.index))
-_ASSETS_OF = _ASSETS_OF.execution_options(populate_existing=True)
+_IN_READING_ORDER = select(Asset).order_by(Asset.kind, Asset.original, col(Asset.index))
+_ASSETS_OF = _IN_READING_ORDER.where(Asset.task_id == bindparam("of")).execution_options(populate_existing=True)
 
 
 def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
@@ -109,9 +108,9 @@ def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
 
 
 def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
-    """The assets of many tasks at once; a task without any has an empty list."""
+    """The assets of many tasks at once, in reading order; a task without any has an empty list."""
     found: dict[uuid.UUID, list[Asset]] = {task_id: [] for task_id in task_ids}
-    for asset in session.exec(select(Asset).where(col(Asset.task_id).in_(task_ids))):
+    for asset in session.exec(_IN_READING_ORDER.where(col(Asset.task_id).in_(task_ids))):
         found[asset.task_id].append(asset)
     return found
 
@@ -428,7 +427,10 @@ def now(session: Session) -> datetime:
 
 
 def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None = None) -> list[Task]:
-    """The newest tasks, newest first, after the `skip` newest. `of_client`: only those it asked for; None: all."""
+    """The newest tasks, newest first, after the `skip` newest, which are read in the index alone.
+    `of_client`: only those that it asked for; None: all.
+    """
     wanted = [] if of_client is None else [Task.client == of_client]
-    order = (col(Task.created_at).desc(), col(Task.id))
-    return list(session.exec(select(Task).where(*wanted).order_by(*order).limit(limit).offset(skip)))
+    order = (col(Task.created_at).desc(), col(Task.id).desc())
+    ids = select(Task.id).where(*wanted).order_by(*order).limit(limit).offset(skip).subquery()
+    return list(session.exec(select(Task).where(col(Task.id).in_(select(ids.c.id))).order_by(*order)))

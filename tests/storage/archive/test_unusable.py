@@ -189,8 +189,7 @@ def test_retry_makes_unusable_files_due_at_once(parts: Parts, sandbox: Sandbox) 
 
 
 def retryable(parts: Parts) -> int:
-    with parts.database.read() as session:
-        return len(maintenance.failed_files(session, since=None, error="html", limit=10))
+    return len(maintenance.failed_files(parts.database, since=None, error="html", limit=10))
 
 
 def test_not_yet_is_told_apart_from_over(parts: Parts, sandbox: Sandbox) -> None:

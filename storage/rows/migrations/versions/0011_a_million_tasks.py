@@ -23,6 +23,8 @@ def upgrade() -> None:
     partial_index("task_parked", "task", "created_at", condition=PARKED)
     partial_index("task_failed", "task", "created_at", condition="state = 'failed'")
     partial_index("task_incomplete", "task", "created_at", condition="archive = 'incomplete'")
+    op.drop_index("asset_failed", "asset")
+    partial_index("asset_failed", "asset", "created_at", condition="state = 'failed'")
     partial_index("event_rare", "event", "seq", condition=RARE_EVENT)
 
 
