@@ -91,6 +91,13 @@ def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
         assert found == wanted
 
 
+@pytest.mark.parametrize("database_kind", ["postgresql"])
+def test_rows_that_change_have_room_on_their_pages(database: Database) -> None:
+    with database.read() as session:
+        found = session.execute(text("SELECT relname FROM pg_class WHERE 'fillfactor=60' = ANY (reloptions)")).scalars()
+        assert list(found) == ["task"]
+
+
 def test_the_last_step_is_the_head_that_alembic_finds() -> None:
     assert ScriptDirectory(str(migrations.FOLDER)).get_heads() == [migrations.head()]
 
