@@ -12,7 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tests.bench import acks, latency, pictures, queues, settling, start, table
+from tests.bench import acks, beside, latency, pictures, queues, settling, start, table
 from tests.bench.img2dataset import COMMAND, AgainstImg2dataset
 from tests.bench.pictures import AgainstRclone
 from tests.bench.table import Row, Sample
@@ -58,6 +58,8 @@ ROWS = [
         acks.floor_p99_beside_transfers),
     Row("12a", "receiver serve to ready", "imports, one client", "s", 1.5, "at most", start.serve_to_ready),
     Row("12b", "receiver --help", "import typer", "s", 2, "at most", start.help_to_end),
+    Row("15", "slowest statement beside 1,000,000 tasks", "beside 20,000", "ms", 2, "at most",
+        beside.slowest_statement),
     Row("16", "claim, admission, looks beside 100,000 rows", "beside 100 rows", "ms", 2, "at most", queues.slowest),
 ]  # fmt: skip
 if not COMMAND:

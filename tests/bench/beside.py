@@ -1,0 +1,102 @@
+"""Row 15: the slowest statement of what pages and verbs ask, beside 1,000,000 tasks and beside 20,000."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import event
+
+from receiver.tasks.operate import Operator
+from storage.database.sessions import Database
+from storage.operations.ended import EndedLastDay
+from storage.operations.lists import TaskFilter, newest_tasks
+from storage.operations.measures import measure
+from storage.rows import events, tasks
+from storage.rows.tasks import Schedule
+from tests.bench import stage
+from tests.bench.million import TASKS, build
+from tests.bench.table import Sample
+from tests.postgres import Postgres
+
+FEW, SMALL = 20_000, (200, 2_000)
+ROUNDS = 3
+# Shorter statements are noise beside a growth that matters.
+LEAST_SECONDS = 0.005
+
+
+def slowest_statement(small: bool) -> Sample:
+    """Milliseconds of the look that grows most, on either database; the figure is how many times it grew."""
+    few, many = SMALL if small else (FEW, TASKS)
+    worst = Sample(0, 1)
+    with stage.folder() as place, ExitStack() as stack:
+        server = stack.enter_context(Postgres({}))
+        for kind in ("sqlite", "postgresql"):
+            found = []
+            for count in (few, many):
+                name = f"tasks_{count}"
+                url = f"sqlite:///{place}/{name}.db" if kind == "sqlite" else server.create_database(name)
+                database = Database(url)
+                build(database, count)
+                found.append({look: _slowest(database, run) for look, run in _looks(database).items()})
+                database.close()
+            for look, seconds in found[1].items():
+                sample = Sample(seconds * 1e3, max(found[0][look], LEAST_SECONDS) * 1e3)
+                worst = max(worst, sample, key=lambda each: each.figure)
+    return worst
+
+
+def _looks(database: Database) -> dict[str, Callable[[], object]]:
+    operator, day = Operator(database, {}, Schedule(), dry_run=True), EndedLastDay()
+
+    def reading(look: Callable[[Any], object]) -> Callable[[], object]:
+        def run() -> object:
+            with database.read() as session:
+                return look(session)
+
+        return run
+
+    return {
+        "scrape": reading(lambda session: measure(session, deadline_seconds=21_600, ended=day)),
+        "rare events": reading(lambda session: events.page(session, 0, 100, ["account.paused"])),
+        "events": reading(lambda session: events.page(session, 0, 100, ["task.archived"])),
+        "page": reading(lambda session: tasks.newest(session, 500, skip=500)),
+        "console": reading(lambda session: newest_tasks(session, TaskFilter(state="failed"), None)),
+        "retry": lambda: operator.retry_failed(limit=10),
+        "replay": lambda: operator.replay(since=database.now() - timedelta(hours=6)),
+        "reconcile": operator.reconcile,
+        "prune": lambda: operator.prune(timedelta(days=29)),
+    }
+
+
+def _slowest(database: Database, run: Callable[[], object]) -> float:
+    """Seconds of the slowest statement, in the quickest of some rounds."""
+    rounds = []
+    for _ in range(ROUNDS):
+        with _timed_statements(database) as seconds:
+            run()
+        rounds.append(max(seconds))
+    return min(rounds)
+
+
+@contextmanager
+def _timed_statements(database: Database) -> Iterator[list[float]]:
+    seconds: list[float] = []
+
+    def begin(_c: Any, _cursor: Any, _s: str, _v: Any, context: Any, _many: bool) -> None:
+        context.began = time.perf_counter()
+
+    def end(_c: Any, _cursor: Any, _s: str, _v: Any, context: Any, _many: bool) -> None:
+        seconds.append(time.perf_counter() - context.began)
+
+    engines = [database.reader, database.writer] if database.is_sqlite else [database.writer]
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", begin)
+        event.listen(engine, "after_cursor_execute", end)
+    yield seconds
+    for engine in engines:
+        event.remove(engine, "before_cursor_execute", begin)
+        event.remove(engine, "after_cursor_execute", end)
