@@ -110,9 +110,9 @@ class Task(Claimable, table=True):
         Index("task_manifest_key", "manifest_key"),
         Index("task_batch", "batch_id"),
         _partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
-        _partial_index("task_parked", PARKED, "created_at"),
-        _partial_index("task_failed", "state = 'failed'", "created_at"),
-        _partial_index("task_incomplete", "archive = 'incomplete'", "created_at"),
+        _partial_index("task_parked", PARKED, "created_at", "id"),
+        _partial_index("task_failed", "state = 'failed'", "created_at", "id"),
+        _partial_index("task_incomplete", "archive = 'incomplete'", "created_at", "id"),
         _partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
     )
 
@@ -268,7 +268,7 @@ class Event(SQLModel, table=True):
         Index("event_task", "task_id"),
         Index("event_seq", "seq", unique=True),
         _partial_index("event_unsequenced", "seq IS NULL", "id"),
-        _partial_index("event_rare", RARE_EVENT, "seq"),
+        _partial_index("event_rare", RARE_EVENT, "seq", "name"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))

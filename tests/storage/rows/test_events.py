@@ -44,6 +44,7 @@ def test_rare_events_are_found_past_all_others(database: Database, monkeypatch: 
     assert pages(database, EventName.CALLBACK_REJECTED) == [([12], 12)]
 
 
+@pytest.mark.parametrize("database_kind", ["sqlite"])  # PostgreSQL chooses its plans by how much there is
 def test_pages_of_events_read_no_whole_table(database: Database) -> None:
     told(database, EventName.TASK_FAILED)
     assert not scans(database, lambda session: events.page(session, 0, 2, [EventName.TASK_CREATED]))

@@ -20,12 +20,12 @@ PARKED = "due_at IS NULL AND queued_at IS NULL AND (step IS NOT NULL OR state NO
 def upgrade() -> None:
     op.drop_index("task_newest", "task")
     op.create_index("task_newest", "task", ["created_at", "id"], unique=False)
-    partial_index("task_parked", "task", "created_at", condition=PARKED)
-    partial_index("task_failed", "task", "created_at", condition="state = 'failed'")
-    partial_index("task_incomplete", "task", "created_at", condition="archive = 'incomplete'")
+    partial_index("task_parked", "task", "created_at", "id", condition=PARKED)
+    partial_index("task_failed", "task", "created_at", "id", condition="state = 'failed'")
+    partial_index("task_incomplete", "task", "created_at", "id", condition="archive = 'incomplete'")
     op.drop_index("asset_failed", "asset")
     partial_index("asset_failed", "asset", "created_at", condition="state = 'failed'")
-    partial_index("event_rare", "event", "seq", condition=RARE_EVENT)
+    partial_index("event_rare", "event", "seq", "name", condition=RARE_EVENT)
     if op.get_context().dialect.name == "postgresql":
         _room_on_pages()
 
