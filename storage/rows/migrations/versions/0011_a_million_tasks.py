@@ -3,7 +3,6 @@
 import sqlalchemy as sa
 from alembic import op
 
-# 0010 is the claims' own; the two touch different indexes.
 revision = "0011"
 down_revision = "0010"
 branch_labels = None
