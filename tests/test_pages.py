@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from collections import defaultdict
@@ -18,6 +19,7 @@ from typer.main import get_command
 
 from receiver.base import config, telemetry
 from receiver.cli.main import app
+from receiver.sandbox import Knobs
 from storage.rows.events import EventName
 from storage.states import ArchiveState, TaskState
 
@@ -125,6 +127,20 @@ def test_command_line_page_names_only_options_of_the_command() -> None:
 @pytest.mark.parametrize(("column", "states"), [("state", TaskState), ("archive", ArchiveState)])
 def test_command_line_page_documents_every_state_in_order(column: str, states: type[StrEnum]) -> None:
     assert [row[0].strip("`") for row in rows_of(text_of("command-line.md"), column)] == list(states)
+
+
+# The sandbox
+
+
+def test_sandbox_page_documents_every_knob_as_the_command_does() -> None:
+    rows = {name.strip("`"): (default, text) for name, default, text in rows_of(text_of("sandbox.md"), "knob")}
+    fields = Knobs.model_fields.items()
+    assert rows == {name: (f"`{json.dumps(field.default)}`", field.description) for name, field in fields}
+
+
+def test_sandbox_page_names_only_knobs_that_exist() -> None:
+    for knob, value in re.findall(r"`([a-z_0-9]+)=([^`\s]+)`", text_of("sandbox.md")):
+        Knobs(**{knob: json.loads(value) if value[0] in '[0123456789tf"' else value})
 
 
 def commands_in(page: str) -> Iterator[list[str]]:

@@ -85,6 +85,10 @@ def sandbox(
 
     A prompt with \\[fail] fails, one with \\[drop] gets no callback, one with \\[expire] gets links dead at first.
 
+    --knobs lists every fault: an error page with status 200 for a minute is --knob cdn_html_seconds=60.
+
+    infra/docs/sandbox.md explains them.
+
     While it runs, POST /sandbox/knobs changes knobs and GET /sandbox/ledger tells what it did.
     """
     if knobs:

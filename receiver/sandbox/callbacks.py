@@ -22,6 +22,8 @@ HEADERS = {
     "Accept-Encoding": "gzip,deflate",
     "Connection": "Keep-Alive",
 }
+# What Java's HttpClient and `curl --http2` add (RFC 7540 §3.2); the settings are empty.
+HTTP2_OFFER = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": ""}
 MAX_AT_ONCE = 32
 
 
@@ -73,6 +75,7 @@ class Sender:
         if not knobs.allow_remote_callbacks and not await asyncio.to_thread(is_loopback, host):
             return Attempt(at_ms, None, "NotLoopback")
         headers = signed_headers(callback, knobs.webhook_secrets, datetime.now(UTC))
+        headers |= HTTP2_OFFER if knobs.callback_offers_http2 else {}
         try:
             async with asyncio.timeout(knobs.callback_timeout_seconds):
                 answer = await self._client.post(callback.url, content=callback.body, headers=headers)

@@ -12,15 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from receiver.sandbox.http_protocol import JUNK_NAME
 from receiver.sandbox.knobs import Knobs
 from receiver.sandbox.tasks import Name, Task
 
-PATH = re.compile(r"^/cdn/(?P<task_id>\d+)-(?P<kind>image|series|watermark)-(?P<index>\d)\.png$")
+FOLDER = "my pictures/"  # of links with a space
+PATH = re.compile(
+    rf"^/cdn/(?:{FOLDER})?(?P<file>(?P<task_id>\d+)-(?P<kind>image|series|watermark)-(?P<index>\d)\.png)$"
+)
 RANGE = re.compile(r"bytes=(\d{1,15})-")
 # The alphabet of CloudFront's signed URLs: Base64 with + = / replaced.
 SIGNATURE_ALPHABET = str.maketrans("+=/", "-_~")
 
-Fault = Literal["", "403", "503", "truncated", "truncated_chunked", "truncated_silent", "html"]
+Fault = Literal["", "403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty"]
 FAULT_RATES: dict[Fault, str] = {
     "503": "cdn_503_rate",
     "truncated": "cdn_truncated_rate",
@@ -34,12 +38,15 @@ def path(task: Task, name: Name) -> str:
     return f"/cdn/{task.id}-{name.kind}-{name.index}.png"
 
 
-def url(task: Task, name: Name, key: bytes) -> str:
-    """The absolute link in the task's current revision."""
+def url(task: Task, name: Name, key: bytes, form: str = "plain") -> str:
+    """The absolute link in the task's current revision. `form`: as the knob `cdn_link_form`."""
     here = path(task, name)
     pair = f"K{task.revision + 1}"
     signature = _sign(key, here, task.expires, pair)
-    return f"{task.origin}{here}?Expires={task.expires}&Signature={signature}&Key-Pair-Id={pair}"
+    if form == "space":
+        here = here.replace("/cdn/", f"/cdn/{FOLDER}")
+    link = f"{task.origin}{here}?Expires={task.expires}&Signature={signature}&Key-Pair-Id={pair}"
+    return f"  {link} \n" if form == "blanks" else link
 
 
 def is_valid(task: Task, here: str, query: Mapping[str, str], key: bytes, now_seconds: float) -> bool:
@@ -68,8 +75,11 @@ class Served:
     cut: int | None = None
 
 
-def serve(data: bytes, knobs: Knobs, wanted_range: str = "") -> Served:
-    """What a download that goes well gets. `wanted_range`: the request's Range, empty = none."""
+def serve(data: bytes, knobs: Knobs, wanted_range: str = "", seconds: float = 0) -> Served:
+    """What a download that goes well gets. `wanted_range`: the request's Range, empty = none.
+
+    `seconds`: since the task's end.
+    """
     status, first = 200, 0
     headers: dict[str, str] = {}
     if knobs.cdn_ranges:
@@ -82,7 +92,10 @@ def serve(data: bytes, knobs: Knobs, wanted_range: str = "") -> Served:
     if knobs.cdn_content_encoding:
         headers["content-encoding"] = knobs.cdn_content_encoding
         content = gzip.compress(content, 1) if knobs.cdn_content_encoding.lower() == "gzip" else content
-    cut = int(len(data) * knobs.cdn_break_share) if knobs.cdn_break_share else None
+    if knobs.cdn_junk_header:
+        headers[JUNK_NAME] = "junk"
+    breaks = knobs.cdn_break_seconds is None or seconds < knobs.cdn_break_seconds
+    cut = int(len(data) * knobs.cdn_break_share) if knobs.cdn_break_share and breaks else None
     return Served(status, content, headers, cut if cut and cut < len(content) else None)
 
 
@@ -93,6 +106,8 @@ def next_fault(knobs: Knobs, rng: random.Random, seconds: float) -> Fault:
     """
     if seconds < knobs.cdn_html_seconds:
         return "html"
+    if seconds < knobs.cdn_empty_seconds:
+        return "empty"
     if knobs.cdn_faults:
         return knobs.cdn_faults.pop(0)
     for fault, knob in FAULT_RATES.items():

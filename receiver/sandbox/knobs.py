@@ -31,7 +31,7 @@ QueryFault = Annotated[
     Field(pattern=r"^([1-5]\d{3}|html|broken|hang)$"),
 ]
 WebhookSecret = Annotated[str, AfterValidator(_signs)]
-CdnFault = Literal["403", "503", "truncated", "truncated_chunked", "truncated_silent", "html"]
+CdnFault = Literal["403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty"]
 
 # Whom the sandbox talks to and listens to is decided by whoever starts it, never by a request.
 STARTUP_ONLY = frozenset({"allow_remote_callbacks", "allow_remote_host"})
@@ -81,6 +81,11 @@ class Knobs(BaseModel):
     create_fault_rate: Rate = Field(
         default=0, description="Share of creates that go wrong, half of them after creating."
     )
+    balance: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tasks that are created before every further create is refused 429/1102; none = no limit.",
+    )
     query_faults: list[QueryFault] = Field(
         default=[], description="How the next queries go wrong, one entry each, as above."
     )
@@ -103,6 +108,12 @@ class Knobs(BaseModel):
     callback_delay_seconds: Seconds = Field(default=0, description="Seconds before a callback is sent.")
     callback_drop_rate: Rate = Field(
         default=0, description="Share of callbacks never sent. A prompt with [drop] gets none."
+    )
+    callback_empty_rate: Rate = Field(
+        default=0, description="Share of callbacks that are sent with an empty body, as behind a proxy that drops it."
+    )
+    callback_offers_http2: bool = Field(
+        default=False, description="Offer HTTP/2 in the clear with every callback, as Java's HttpClient does."
     )
     callback_duplicates: int = Field(default=0, ge=0, le=20, description="Further copies sent of every callback.")
     callback_reorder: bool = Field(
@@ -144,6 +155,9 @@ class Knobs(BaseModel):
     cdn_html_seconds: Seconds = Field(
         default=0, description="Seconds from the end of a task in which its files are an HTML page with status 200."
     )
+    cdn_empty_seconds: Seconds = Field(
+        default=0, description="Seconds from the end of a task in which its files are empty, with status 200."
+    )
     cdn_self_redirect_seconds: Seconds = Field(
         default=0, description="Seconds from the end of a task in which its files redirect to their own links."
     )
@@ -152,9 +166,16 @@ class Knobs(BaseModel):
         pattern=r"^[\x21-\x7e]{1,40}$",
         description="A Content-Encoding that nobody asked for; of any but gzip only the header comes.",
     )
+    cdn_junk_header: bool = Field(default=False, description="Send a line that is no header among a file's headers.")
+    cdn_link_form: Literal["plain", "space", "blanks"] = Field(
+        default="plain", description="Links to files with a space inside, or with blanks and a line end around them."
+    )
     cdn_206_whole: bool = Field(default=False, description="Answer plain downloads 206 with the whole file as a part.")
     cdn_break_share: float | None = Field(
         default=None, gt=0, lt=1, description="Every connection breaks after this share of the file; none = no break."
+    )
+    cdn_break_seconds: Seconds | None = Field(
+        default=None, description="Seconds from the end of a task in which they break; none = always."
     )
     cdn_ranges: bool = Field(default=False, description="Offer and serve ranges, by which a broken download resumes.")
     cdn_html_rate: Rate = Field(default=0, description="Share of downloads that are an HTML page with status 200.")

@@ -54,7 +54,8 @@ class Callback:
 
 @dataclass(frozen=True)
 class Asset:
-    """One result file. `path`: its URL on the sandbox, without the query. `hits`: requests with a valid signature.
+    """One result file. `path`: its URL on the sandbox, without the query. `hits`: requests with a valid signature,
+    redirected ones too.
 
     `served`: how many of those got the whole file.
     """

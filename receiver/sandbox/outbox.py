@@ -29,6 +29,8 @@ class Outbox:
             task, link, shape=knobs.callback_shape, task_info=knobs.task_info, bare=knobs.callback_without_series
         )
         data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        if knobs.callback_empty_rate and self._rng.random() < knobs.callback_empty_rate:
+            data = b""
         callback = Callback(task.id, task.wanted.external_task_id, url, task.status, data, webhook_id)
         callback.dropped = self._is_dropped(task, knobs)
         # A copy sent twice carries the same webhook-id: it is the same message.

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
@@ -31,6 +31,7 @@ from receiver.sandbox import cdn
 from receiver.sandbox.access import is_loopback, is_own_request
 from receiver.sandbox.answers import Answer
 from receiver.sandbox.callbacks import Sender
+from receiver.sandbox.http_protocol import OddHttp
 from receiver.sandbox.knobs import Knobs
 from receiver.sandbox.ledger import Ledger
 from receiver.sandbox.world import Download, World
@@ -114,7 +115,7 @@ class Api:
             yield Route(base, self.page, methods=["GET"])
             yield Route(base + "/{name:path}", self.one, methods=["GET"])
             yield Route(f"{prefix}/tasks", self.many, methods=["GET"])
-        yield Route("/cdn/{file}", self.file, methods=["GET"])
+        yield Route("/cdn/{file:path}", self.file, methods=["GET"])
         yield Route("/sandbox/knobs", self._own(self.knobs), methods=["GET", "POST"])
         yield Route("/sandbox/ledger", self._own(self.ledger), methods=["GET"])
         yield Route("/sandbox/reset", self._own(self.reset), methods=["POST"])
@@ -166,18 +167,21 @@ class Api:
         if download is None or download.fault == "403":
             return Response(DENIED, 403, media_type="application/xml")
         if download.redirect:
-            return RedirectResponse(download.redirect, 302)
+            # Not RedirectResponse, which would escape a space.
+            return Response(status_code=302, headers={"location": download.redirect})
         if download.fault == "503":
             return Response(ERROR_PAGE, 503, media_type="text/html")
         if download.fault == "html":
             return Response(ERROR_PAGE, media_type="text/html")
+        if download.fault == "empty":
+            return Response(b"", media_type="image/png")
         return await self._picture(download, request.headers.get("range", ""))
 
     async def _picture(self, download: Download, wanted_range: str) -> Response:
         data = await run_in_threadpool(self.world.gallery.data, download.task, download.name)
         seconds = self.world.knobs.cdn_seconds
         if not download.fault:
-            served = cdn.serve(data, self.world.knobs, wanted_range)
+            served = cdn.serve(data, self.world.knobs, wanted_range, download.seconds)
             body, promised = served.content[: served.cut], len(served.content)
             done = None if served.cut else partial(self.world.served, download)
             answer = Body(body, "image/png", promised=promised, seconds=seconds, cut=bool(served.cut), done=done)
@@ -336,6 +340,7 @@ class Sandbox:
     def _make_server(self) -> uvicorn.Server:
         config = uvicorn.Config(
             build_app(self.world, self.host),
+            http=OddHttp,
             ws="none",
             lifespan="on",
             log_config=None,

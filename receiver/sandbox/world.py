@@ -27,12 +27,16 @@ RANDOM_CREATE_FAULTS = ("5000", "5000:created", "5002", "5002:created", "5001", 
 
 
 class Download(NamedTuple):
-    """What a result URL leads to. `fault`: as in cdn.Fault; `redirect`: the next hop, None = the file itself."""
+    """What a result URL leads to. `fault`: as in cdn.Fault; `redirect`: the next hop, None = the file itself.
+
+    `seconds`: since the task's end.
+    """
 
     task: Task
     name: Name
     fault: cdn.Fault
     redirect: str | None = None
+    seconds: float = 0
 
 
 class World:
@@ -96,6 +100,8 @@ class World:
         word, created = self._create_fault()
         if word and not created:
             return self._spoilt(word, entry, request_id)
+        if self.knobs.balance == 0:
+            raise Refused(1102)
         if wanted.external_task_id in self._known:
             raise Refused(1201, f"External_task_id {wanted.external_task_id} already exists")
         task = self._task(wanted, origin, now)
@@ -144,6 +150,8 @@ class World:
             alias=self._task_id() if knobs.gateway_ids else None,
         )
         self.tasks[task.id] = task
+        if knobs.balance is not None:
+            knobs.balance -= 1
         self._slots_held += slots
         self._slots_peak = max(self._slots_peak, self._slots_held)
         for name in (task.id, task.alias, wanted.external_task_id):
@@ -272,28 +280,28 @@ class World:
     # -- result files -----------------------------------------------------------------------------------------------
 
     def _link(self, task: Task, name: Name) -> str:
-        return cdn.url(task, name, self._key)
+        return cdn.url(task, name, self._key, self.knobs.cdn_link_form)
 
     def download(self, path: str, query: Mapping[str, str], now: float) -> Download | None:
         """What `GET /cdn/…` gets; None = 403. `query` may hold `hop`, the number of redirects followed so far."""
         with self.lock:
             match = cdn.PATH.match(path)
             task = self.tasks.get(match["task_id"]) if match else None
-            if match is None or task is None or not cdn.is_valid(task, path, query, self._key, now):
+            if match is None or task is None or not cdn.is_valid(task, f"/cdn/{match['file']}", query, self._key, now):
                 self._counts["cdn:403"] += 1
                 return None
             name = Name(match["kind"], int(match["index"]))
             if name not in task.files():
                 return None
             seconds = max(0.0, now - task.updated_ms / 1000)  # a world that was advanced ends tasks in the future
+            self._hits[task.id, name] += 1
             redirect = self._redirect(task.origin + path, query, seconds)
             if redirect:
                 self._counts["fault:cdn:redirect"] += 1
                 return Download(task, name, "", redirect)
-            self._hits[task.id, name] += 1
             fault = cdn.next_fault(self.knobs, self._rng, seconds)
             self._counts[f"fault:cdn:{fault}" if fault else "cdn:200"] += 1
-            return Download(task, name, fault)
+            return Download(task, name, fault, seconds=seconds)
 
     def _redirect(self, url: str, query: Mapping[str, str], seconds: float) -> str | None:
         """`seconds`: since the task's end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -96,7 +97,9 @@ def test_a_cdn_is_odd_for_a_while_after_the_end_of_a_task(api: httpx.Client, san
     (url,) = urls(ended(api, "x"))
     sandbox.set(cdn_html_seconds=600)
     assert httpx.get(url).headers["content-type"].startswith("text/html")
-    sandbox.set(cdn_html_seconds=0, cdn_self_redirect_seconds=600)
+    sandbox.set(cdn_html_seconds=0, cdn_empty_seconds=600)
+    assert (httpx.get(url).status_code, httpx.get(url).content) == (200, b"")
+    sandbox.set(cdn_empty_seconds=0, cdn_self_redirect_seconds=600)
     assert httpx.get(url).headers["location"] == url
     sandbox.set(cdn_self_redirect_seconds=0)
     assert httpx.get(url).headers["content-type"] == "image/png"
@@ -123,6 +126,42 @@ def test_a_connection_breaks_at_its_share_and_resumes(api: httpx.Client, sandbox
         httpx.get(url)
     rest = httpx.get(url, headers={"Range": f"bytes={len(data) * 6 // 10}-"})
     assert (rest.status_code, rest.content) == (206, data[len(data) * 6 // 10 :])
+
+
+def test_a_connection_breaks_for_a_while(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    sandbox.set(cdn_break_share=0.6, cdn_break_seconds=600)
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(url)
+    sandbox.set(cdn_break_seconds=0)
+    assert httpx.get(url).status_code == 200
+
+
+def test_a_line_that_is_no_header_comes_beside_the_file(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (url,) = urls(ended(api, "x"))
+    data = httpx.get(url).content
+    sandbox.set(cdn_junk_header=True)
+    parts = urlsplit(url)
+    with socket.create_connection((str(parts.hostname), int(parts.port or 0)), timeout=20) as raw:
+        raw.sendall(f"GET {parts.path}?{parts.query} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = b"".join(iter(lambda: raw.recv(65_536), b"")).partition(b"\r\n\r\n")
+    assert (b"\r\nthis line is no header\r\n" in head, body) == (True, data)
+
+
+def test_links_have_a_space_inside_or_blanks_around(api: httpx.Client, sandbox: Sandbox) -> None:
+    create(api, external_task_id="x")
+    (plain,) = urls(ended(api, "x"))
+    data = httpx.get(plain).content
+    sandbox.set(cdn_link_form="blanks")
+    assert urls(ended(api, "x")) == [f"  {plain} \n"]
+    sandbox.set(cdn_link_form="space", cdn_redirects=1)
+    (spaced,) = urls(ended(api, "x"))
+    assert "/my pictures/" in spaced
+    answer = httpx.get(spaced)
+    assert "/my pictures/" in answer.headers["location"]
+    assert httpx.get(answer.headers["location"]).content == data
 
 
 def test_redirects_lead_to_the_picture(api: httpx.Client, sandbox: Sandbox) -> None:
@@ -202,6 +241,8 @@ def test_every_knob_is_described() -> None:
 
 
 def test_the_same_seed_makes_the_same_choices(api: httpx.Client, sandbox: Sandbox) -> None:
+    sandbox.set(submitted_seconds=60)  # a task that moves draws, too
+
     def choices() -> list[Any]:
         sandbox.reset()
         return [create(api, result_type="series", series_amount="auto").json()["data"]["task_id"] for _ in range(3)]

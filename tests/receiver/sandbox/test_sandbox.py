@@ -353,6 +353,21 @@ def test_a_refused_callback_is_tried_again(api: httpx.Client, sandbox: Sandbox, 
     assert len(listener.deliveries) == 3
 
 
+def test_callbacks_lose_their_body_or_offer_http2(api: httpx.Client, sandbox: Sandbox, listener: Listener) -> None:
+    sandbox.set(callback_empty_rate=1, callback_offers_http2=True)
+    create(api, external_task_id="x", callback_url=listener.url)
+    headers, body = wait_until(lambda: listener.deliveries)[0]
+    assert (headers["Upgrade"], headers["Connection"], body) == ("h2c", "Upgrade, HTTP2-Settings", b"")
+    assert sandbox.ledger().callbacks[0].body == b""
+
+
+def test_an_account_has_a_balance(api: httpx.Client, sandbox: Sandbox) -> None:
+    sandbox.set(balance=1)
+    assert [create(api).json()["code"] for _ in range(3)] == [0, 1102, 1102]
+    sandbox.set(balance=None)
+    assert create(api).json()["code"] == 0
+
+
 def test_dropped_callbacks_are_noted_and_never_sent(api: httpx.Client, sandbox: Sandbox, listener: Listener) -> None:
     create(api, prompt="a bell [drop]", external_task_id="x", callback_url=listener.url)
     ended(api, "x")

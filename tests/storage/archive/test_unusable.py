@@ -24,6 +24,8 @@ from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState
 from tests.harness import wait_until
 from tests.pipeline import assert_archived, assets_of, kept, make_due_now, run, task_of, working
 from tests.rows import event_names
+from tests.runs import file_host
+from tests.runs.file_host import Oddity
 from tests.storage.fetch.test_media_types import MP3, MP4, WAV
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
@@ -236,23 +238,16 @@ def test_workers_archive_by_themselves_what_an_error_page_held_up(parts: Parts, 
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
-ODDITIES: dict[str, dict[str, Any]] = {
-    "redirects to itself for a while": {"cdn_self_redirect_seconds": 3},
-    "names no coding": {"cdn_content_encoding": "UTF-8"},
-    "sends gzip unasked": {"cdn_content_encoding": "gzip"},
-    "answers 206 whole": {"cdn_206_whole": True},
-    "breaks at 60 %": {"cdn_break_share": 0.6, "cdn_ranges": True},
-    "cuts without a length": {"cdn_truncated_silent_rate": 0.3},
-}
-
-
-@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize("oddity", list(file_host.oddities(1)), ids=lambda oddity: oddity.name)
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
-def test_every_oddity_of_a_cdn_ends_archived(parts: Parts, sandbox: Sandbox, oddity: str) -> None:
-    succeeded(parts, sandbox, 2, **ODDITIES[oddity])
+def test_every_oddity_of_a_file_host_ends_archived(parts: Parts, sandbox: Sandbox, oddity: Oddity) -> None:
+    """The short form of `python -m tests.runs.file_host`."""
+    chance = {name: 0.3 for name in oddity.knobs if oddity.by_chance}
+    succeeded(parts, sandbox, 2, **{**oddity.knobs, **chance})
     with working(parts):
         wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
     assert_archived(parts, sandbox, task_of(parts, "task"))
+    assert max(hits(sandbox)) <= oddity.most
 
 
 # -- the schedule -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,30 @@
+"""HTTP that is not quite right: uvicorn refuses to write a line that is no header, so one is put in behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+# A header of this name goes out as a line that is none.
+JUNK_NAME = "x-sandbox-junk"
+WRITTEN, SENT = f"{JUNK_NAME}: junk\r\n".encode(), b"this line is no header\r\n"
+
+
+class OddHttp(HttpToolsProtocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(_Junky(transport))  # type: ignore[arg-type]
+
+
+class _Junky:
+    """A transport that replaces the header in what is written."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data.replace(WRITTEN, SENT, 1))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
