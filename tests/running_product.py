@@ -74,6 +74,10 @@ class Scene:
             if not each.wait_until_ready():
                 raise RuntimeError(f"a process did not start:\n{each.log.read_text()[-3_000:]}")
 
+    def bugs(self) -> list[str]:
+        """The lines of all logs that tell of an error nobody had foreseen."""
+        return [line for each in (self.web, *self.workers) for line in each.bugs()]
+
     def _environment(self, store_url: str) -> dict[str, str]:
         """The whole environment of the processes: nothing of the caller's reaches them but the path of Python."""
         port = free_port()

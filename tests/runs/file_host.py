@@ -150,7 +150,7 @@ def run(folder: Path, *, database: str, tasks: int, seconds: float, only: str = 
         for oddity in oddities(seconds):
             if only in oddity.name:
                 yield host.play(oddity, tasks, BY_CHANCE_SECONDS if oddity.by_chance else bound)
-        for line in [line for each in (host.web, *host.workers) for line in each.bugs()]:
+        for line in host.bugs():
             yield Result(Oddity("log", {}), faults=[line])
 
 

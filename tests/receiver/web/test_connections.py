@@ -34,13 +34,17 @@ LARGE, PIECE = 32 * 2**20, 64 * 1024
 
 
 @contextmanager
-def serving(folder: Path, *, limits: str = "true") -> Iterator[tuple[int, int]]:
-    """`receiver serve` in a process of its own, without workers: its port and its process id. `limits`: shell words."""
+def serving(folder: Path, *, limits: str = "true", **more: str) -> Iterator[tuple[int, int]]:
+    """`receiver serve` in a process of its own, without workers: its port and its process id.
+
+    `limits`: shell words; `more`: settings.
+    """
     port, log = free_port(), folder / "log"
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     settings = {
         "RECEIVER_DATABASE_URL": f"sqlite:///{folder}/receiver.db", "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRET,
         "RECEIVER_PORT": str(port), "RECEIVER_S3_BUCKET": "unused", "RECEIVER_WORKERS": "0",
+        **more,
     }  # fmt: skip
     command = ["sh", "-c", f"{limits} && exec {sys.executable} -m receiver serve"]
     with log.open("wb") as written, subprocess.Popen(command, env={**rest, **settings}, stderr=written) as server:
