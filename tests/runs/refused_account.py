@@ -1,6 +1,6 @@
 """A batch whose account is refused on the way: `python -m tests.runs.refused_account --database postgresql`.
 
-The web server, two worker processes, the sandbox, SeaweedFS and a webhook. The account's balance ends in the middle of
+The web server, worker processes, the sandbox, SeaweedFS and a webhook. The account's balance ends in the middle of
 the batch, then its key is refused, then all is well again. Nothing may fail or be made twice, the provider may see few
 refused creates, and the events and the metric of the alarm must say so.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 
+from receiver.app.jobs import TASK_THREADS
 from receiver.base import telemetry
 from receiver.sandbox import Knobs
 from storage.accounts import batches
@@ -32,8 +33,6 @@ from tests.webhook_receiver import SECRET, Hook
 
 NAME = "refused"
 METRICS_TOKEN = "a-metrics-token"
-# The trial of each minute, and the creates that were under way when the first was refused.
-REFUSED_A_MINUTE = 5
 NO_BALANCE, WRONG_KEY = 1102, 1002
 ONE_LINE_SECONDS = 1.0  # an upper bound for a slow machine
 
@@ -49,8 +48,9 @@ class Outcome:
 class Refused(Scene):
     """A file to submit and what works on it. `balance`: tasks that the account can pay at first."""
 
-    def __init__(self, folder: Path, hook: Hook, *, database: str, lines: int, balance: int) -> None:
+    def __init__(self, folder: Path, hook: Hook, *, database: str, workers: int, lines: int, balance: int) -> None:
         super().__init__(folder)
+        self.processes = workers
         self.hook, self.database, self.lines, self.balance = hook, database, lines, balance
         self.file = folder / f"{NAME}.jsonl"
         requests = ({"model_name": "kling-v3-omni", "prompt": f"boat {number}"} for number in range(lines))
@@ -60,7 +60,7 @@ class Refused(Scene):
         self.start_servers(self.database, Knobs(picture_bytes=4_000, balance=self.balance))
         self.know_the_store()
         self.start_processes(
-            2,
+            self.processes,
             RECEIVER_METRICS_TOKEN=METRICS_TOKEN,
             RECEIVER_EVENT_SINKS=f"hook={self.hook.url}",
             RECEIVER_EVENT_SECRETS=SECRET,
@@ -77,6 +77,11 @@ class Refused(Scene):
             batch = batches.find(session, NAME)
             return batches.counts(session, batch.id) if batch else Counts()
 
+    @property
+    def refused_a_minute(self) -> int:
+        """The creates that are under way when the first is refused, and the trial of the minute."""
+        return TASK_THREADS * self.processes + 1
+
     def refused(self, code: int) -> int:
         return self.sandbox.ledger().counts[f"create:{code}"]
 
@@ -88,9 +93,12 @@ class Refused(Scene):
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
-def run(folder: Path, *, database: str, lines: int, balance: int, seconds: float) -> Outcome:
+def run(folder: Path, *, database: str, workers: int, lines: int, balance: int, seconds: float) -> Outcome:
     """`seconds`: how long each of the two refusals lasts."""
-    with Hook() as hook, Refused(folder, hook, database=database, lines=lines, balance=balance) as scene:
+    with (
+        Hook() as hook,
+        Refused(folder, hook, database=database, workers=workers, lines=lines, balance=balance) as scene,
+    ):
         key, outcome = scene.sandbox.api_key, Outcome()
         metrics: dict[int, float] = {}
         command = scene.submit()
@@ -129,7 +137,7 @@ def _compare(scene: Refused, outcome: Outcome) -> None:
         f"{len(made)} tasks upstream, not {scene.lines}": len(made) == scene.lines,
         f"made twice upstream: {[name for name, count in made.items() if count > 1][:5]}": max(made.values()) == 1,
         f"not all archived: {counts}": counts.archived == counts.total == scene.lines,
-        f"{most_in_a_minute(refused)} creates refused in a minute": most_in_a_minute(refused) <= REFUSED_A_MINUTE,
+        f"{most_in_a_minute(refused)} creates refused in a minute": most_in_a_minute(refused) <= scene.refused_a_minute,
         f"the events of the account: {account}": _is_told(account),
         "submit --wait does not tell of the pause": "is paused since" in said,
     }
@@ -158,6 +166,7 @@ def most_in_a_minute(times: Sequence[float]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--lines", type=int, default=200)
     parser.add_argument("--balance", type=int, default=50, help="lines that are made before the balance is used up")
     parser.add_argument("--seconds", type=float, default=90, help="how long each of the two refusals lasts")
@@ -165,7 +174,12 @@ def main() -> int:
     telemetry.configure("error")
     with tempfile.TemporaryDirectory(prefix="receiver-refused-") as folder:
         outcome = run(
-            Path(folder), database=chosen.database, lines=chosen.lines, balance=chosen.balance, seconds=chosen.seconds
+            Path(folder),
+            database=chosen.database,
+            workers=chosen.workers,
+            lines=chosen.lines,
+            balance=chosen.balance,
+            seconds=chosen.seconds,
         )
     for name, figure in outcome.figures.items():
         sys.stdout.write(f"{name}: {figure}\n")
