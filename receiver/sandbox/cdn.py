@@ -24,13 +24,17 @@ RANGE = re.compile(r"bytes=(\d{1,15})-")
 # The alphabet of CloudFront's signed URLs: Base64 with + = / replaced.
 SIGNATURE_ALPHABET = str.maketrans("+=/", "-_~")
 
-Fault = Literal["", "403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty"]
+Fault = Literal[
+    "", "403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty", "self_redirect"
+]
 FAULT_RATES: dict[Fault, str] = {
     "503": "cdn_503_rate",
     "truncated": "cdn_truncated_rate",
     "truncated_chunked": "cdn_truncated_chunked_rate",
     "truncated_silent": "cdn_truncated_silent_rate",
     "html": "cdn_html_rate",
+    "empty": "cdn_empty_rate",
+    "self_redirect": "cdn_self_redirect_rate",
 }
 
 
@@ -108,6 +112,8 @@ def next_fault(knobs: Knobs, rng: random.Random, seconds: float) -> Fault:
         return "html"
     if seconds < knobs.cdn_empty_seconds:
         return "empty"
+    if seconds < knobs.cdn_self_redirect_seconds:
+        return "self_redirect"
     if knobs.cdn_faults:
         return knobs.cdn_faults.pop(0)
     for fault, knob in FAULT_RATES.items():

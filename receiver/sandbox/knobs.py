@@ -31,7 +31,7 @@ QueryFault = Annotated[
     Field(pattern=r"^([1-5]\d{3}|html|broken|hang)$"),
 ]
 WebhookSecret = Annotated[str, AfterValidator(_signs)]
-CdnFault = Literal["403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty"]
+CdnFault = Literal["403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty", "self_redirect"]
 
 # Whom the sandbox talks to and listens to is decided by whoever starts it, never by a request.
 STARTUP_ONLY = frozenset({"allow_remote_callbacks", "allow_remote_host"})
@@ -179,6 +179,8 @@ class Knobs(BaseModel):
     )
     cdn_ranges: bool = Field(default=False, description="Offer and serve ranges, by which a broken download resumes.")
     cdn_html_rate: Rate = Field(default=0, description="Share of downloads that are an HTML page with status 200.")
+    cdn_empty_rate: Rate = Field(default=0, description="Share of downloads that are empty, with status 200.")
+    cdn_self_redirect_rate: Rate = Field(default=0, description="Share of downloads that redirect to their own link.")
     cdn_seconds: Seconds = Field(default=0, description="Seconds a picture's body takes.")
     cdn_redirects: int = Field(default=0, ge=0, le=20, description="Redirects before a picture.")
     cdn_redirect_to: str | None = Field(

@@ -295,25 +295,21 @@ class World:
                 return None
             seconds = max(0.0, now - task.updated_ms / 1000)  # a world that was advanced ends tasks in the future
             self._hits[task.id, name] += 1
-            redirect = self._redirect(task.origin + path, query, seconds)
-            if redirect:
+            if redirect := self._redirect(task.origin + path, query):
                 self._counts["fault:cdn:redirect"] += 1
                 return Download(task, name, "", redirect)
             fault = cdn.next_fault(self.knobs, self._rng, seconds)
             self._counts[f"fault:cdn:{fault}" if fault else "cdn:200"] += 1
-            return Download(task, name, fault, seconds=seconds)
+            own_link = f"{task.origin}{path}?{_joined(query)}" if fault == "self_redirect" else None
+            return Download(task, name, fault, own_link, seconds)
 
-    def _redirect(self, url: str, query: Mapping[str, str], seconds: float) -> str | None:
-        """`seconds`: since the task's end."""
+    def _redirect(self, url: str, query: Mapping[str, str]) -> str | None:
         if self.knobs.cdn_redirect_to:
             return self.knobs.cdn_redirect_to
-        if seconds < self.knobs.cdn_self_redirect_seconds:
-            return f"{url}?{'&'.join(f'{key}={value}' for key, value in query.items())}"
         hop = int(query["hop"]) if query.get("hop", "").isdecimal() else 0
         if hop >= self.knobs.cdn_redirects:
             return None
-        signed = "&".join(f"{key}={value}" for key, value in query.items() if key != "hop")
-        return f"{url}?{signed}&hop={hop + 1}"
+        return f"{url}?{_joined({**query, 'hop': str(hop + 1)})}"
 
     def served(self, download: Download) -> None:
         """Note that the whole file went out."""
@@ -374,6 +370,10 @@ class World:
             number = str(self._rng.randrange(10**17, 10**18))
             if number not in self._known:
                 return number
+
+
+def _joined(query: Mapping[str, str]) -> str:
+    return "&".join(f"{key}={value}" for key, value in query.items())
 
 
 def _ms(seconds: float) -> int:

@@ -22,7 +22,7 @@ from sqlalchemy import func, update
 from sqlmodel import col, select
 
 from storage.errors import DatabaseUnavailable
-from storage.rows.models import Asset, Callback, Task
+from storage.rows.models import AccountPause, Asset, Callback, Task
 from storage.states import TERMINAL, ArchiveState
 from tests.chaos import plan as kinds
 from tests.chaos.ledgers import Findings, reconcile
@@ -37,7 +37,9 @@ SUBMIT_GRACE_SECONDS = 60
 STALL_SECONDS = kinds.LEASE_SECONDS * 1.5
 # How many must have begun before the freeze, and how long that is waited for.
 STALLED_DOWNLOADS = 2
-STALL_WAIT_SECONDS = 5.0
+STALL_WAIT_SECONDS = 10.0
+# How long an account is refused after the first request met it, and how long that one is waited for.
+ACCOUNT_SECONDS, ACCOUNT_WAIT_SECONDS = 1.0, 10.0
 # So much longer than planned a storm lasts at most, until each kind of fault that chance brings has come.
 CHANCE_SECONDS = 20.0
 
@@ -157,6 +159,8 @@ class Campaign:
             kinds.WEB_KILLED: self._stage.web.kill,
             kinds.STORE_STOPPED: lambda: self._stop_store(fault.seconds),
             kinds.DATABASE_KILLED: self._kill_database,
+            kinds.BALANCE_USED_UP: self._use_up_the_balance,
+            kinds.KEY_REFUSED: self._refuse_the_key,
         }
         times = int(actions[fault.kind]())
         with self._lock:
@@ -173,6 +177,37 @@ class Campaign:
         self._stage.postgres.kill()
         self._stage.postgres.start()
         return True
+
+    def _use_up_the_balance(self) -> bool:
+        return self._refuse_the_account({"balance": 0}, {"balance": None}, "create:1102")
+
+    def _refuse_the_key(self) -> bool:
+        """Creates and reads. Where all creates are paused already a read meets it."""
+        key = self._stage.sandbox.api_key
+        return self._refuse_the_account({"api_keys": ["another-key"]}, {"api_keys": [key]}, "create:1002", "query:1002")
+
+    def _refuse_the_account(self, refused: dict[str, Any], allowed: dict[str, Any], *counts: str) -> bool:
+        """Until somebody has met it and a little longer. The trials that follow are cut short unless it is patient."""
+        sandbox = self._stage.sandbox
+
+        def met() -> int:
+            return sum(sandbox.ledger().counts[name] for name in counts)
+
+        before = met()
+        sandbox.set(**refused)
+        deadline = time.monotonic() + ACCOUNT_WAIT_SECONDS
+        while met() == before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(ACCOUNT_SECONDS)
+        sandbox.set(**allowed)
+        if not self._plan.patient:
+            self._cut_pauses_short()
+        return met() > before
+
+    def _cut_pauses_short(self) -> None:
+        """The trial of a paused account is due now."""
+        with self._stage.parts.database.write() as session:
+            session.execute(update(AccountPause).values(trial_at=datetime.now(UTC)))
 
     def _freeze_in_a_stall(self, target: int, seconds: float) -> bool:
         """Freeze a worker while downloads crawl, so that it is likely to hold some, longer than its leases."""
@@ -217,6 +252,7 @@ class Campaign:
 
     def _cut_waiting_short(self) -> None:
         """What waits for its backoff is due now; what somebody holds or has locked is left alone."""
+        self._cut_pauses_short()
         now = datetime.now(UTC)
         for model in (Task, Callback, Asset):
             table: Any = model

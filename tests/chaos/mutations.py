@@ -25,6 +25,9 @@ from tests.chaos.processes import ROOT
 NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
 TEST_SECONDS = 400
 CAMPAIGNS = "tests/flows/test_chaos.py"
+CAMPAIGN = f"{CAMPAIGNS}::test_nothing_is_lost_or_doubled_whatever_dies"
+ACCOUNT = "tests/receiver/tasks/test_account_pauses.py"
+BODIES = "tests/receiver/web/test_request_bodies.py"
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,100 @@ MUTATIONS = (
         "task = tasks.lock(session, asset.task_id)",
         "task = session.get(Task, asset.task_id)",
     ),
+    Mutation(
+        "an error page ends its file",
+        "storage/archive/archiver.py",
+        "            self._unusable(asset, error)\n",
+        "            self._fail(asset, str(error))\n",
+        CAMPAIGN,
+    ),
+    Mutation(
+        "a redirect to itself ends its file",
+        "storage/fetch/client.py",
+        'raise FetchUnusable(f"{target.host} redirected to the same link")',
+        'raise FetchRefused(f"{target.host} redirected to the same link")',
+        CAMPAIGN,
+    ),
+    Mutation(
+        "a cut file is kept",
+        "storage/fetch/client.py",
+        "media = _inspect(sink, accept_unverified=accept_unverified)",
+        "media = _inspect(sink, accept_unverified=True)",
+        CAMPAIGN,
+    ),
+    Mutation(
+        "an account that is refused fails its tasks",
+        "receiver/tasks/submit.py",
+        "            self._wait_for_account(task, error, outcome_listener)\n        except Unavailable",
+        "            self._fail(task, str(error))\n        except Unavailable",
+        CAMPAIGN,
+    ),
+    Mutation(
+        "the pause of an account is forgotten",
+        "receiver/tasks/submit.py",
+        "pauses.pause(session, task.provider, task.model, error)",
+        "pass",
+        ACCOUNT,
+    ),
+    Mutation(
+        "a create that never left uses up the trial",
+        "receiver/tasks/submit.py",
+        "pauses.give_back(session, trial)",
+        "pass",
+        ACCOUNT,
+    ),
+    Mutation(
+        "a trial that never reached the store counts as one",
+        "storage/circuit.py",
+        "self._trial, self._next_trial_at = None, self._trial_was_due_at",
+        "self._trial = None",
+        "tests/storage/test_circuit.py",
+    ),
+    Mutation(
+        "a file that is refused alone is an outage",
+        "storage/errors.py",
+        "class ObjectRefused(StoreUnavailable):\n    is_outage = False",
+        "class ObjectRefused(StoreUnavailable):\n    is_outage = True",
+        "tests/storage/archive/test_store_circuit.py",
+    ),
+    Mutation(
+        "an unreadable delivery that comes again causes no read",
+        "storage/rows/group_commit.py",
+        "apply_unreadable_again(self._database, known)",
+        "pass",
+        "tests/receiver/web/test_unreadable.py",
+    ),
+    Mutation(
+        "the body behind an offer of HTTP/2 is lost",
+        "receiver/web/http_protocol.py",
+        'b"".join(fields) + b"\\r\\n" + data[offer.args[0] :]',
+        'b"".join(fields).replace(b"content-length", b"x-length") + b"content-length: 0\\r\\n\\r\\n"',
+        BODIES,
+    ),
+    Mutation(
+        "a part of a body passes for the whole",
+        "receiver/web/http_protocol.py",
+        "if self._delivered != self._announced:",
+        "if False:",
+        BODIES,
+    ),
+    Mutation(
+        "more connections than descriptors",
+        "receiver/app/process.py",
+        "    return connections\n",
+        "    return MAX_CONNECTIONS\n",
+        "tests/receiver/web/test_connections.py",
+    ),
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.mutations", description=__doc__)
     parser.add_argument("--tests", default="", help="as pytest's -k: only these tests")
+    parser.add_argument("--only", default="", help="mutations whose names hold this text")
     given = parser.parse_args()
     good = True
-    for mutation in MUTATIONS:
+    for mutation in (each for each in MUTATIONS if given.only in each.name):
         failed, reasons, words = run(mutation, ["-k", given.tests] if given.tests else [])
         as_wanted = bool(failed) == bool(mutation.file)
         good = good and as_wanted

@@ -17,9 +17,12 @@ WEB_KILLED = "web killed"
 STORE_STOPPED = "store stopped"
 DATABASE_KILLED = "database killed"
 CDN_STALLED = "download stalled"
+BALANCE_USED_UP = "balance used up"
+KEY_REFUSED = "key refused"
 # What the sandbox does all the time; its ledger counts it.
-PROVIDER_FAULTS = ("callback dropped", "callback duplicated", "callback reordered", "download 503",
-                   "download truncated", "create in doubt", "read refused")  # fmt: skip
+PROVIDER_FAULTS = ("callback dropped", "callback duplicated", "callback reordered", "callback without its body",
+                   "callback that offers HTTP/2", "download 503", "download truncated", "download an error page",
+                   "download empty", "download redirected to itself", "create in doubt", "read refused")  # fmt: skip
 # What the proxy in front of the store does all the time.
 STORE_FAULTS = ("store 500", "store 503", "store slow", "store reset mid-body", "store request lost",
                 "store answer lost")  # fmt: skip
@@ -53,12 +56,13 @@ class Plan:
     web_kills: int
     store_outages: int
     database_kills: int
+    account_refusals: int
     patient: bool = True
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Every kind of fault that must have happened at least once."""
-        timed = [WORKER_KILLED, WORKER_FROZEN, WEB_KILLED, STORE_STOPPED, CDN_STALLED]
+        timed = [WORKER_KILLED, WORKER_FROZEN, WEB_KILLED, STORE_STOPPED, CDN_STALLED, BALANCE_USED_UP, KEY_REFUSED]
         if self.database == "postgresql":
             timed.append(DATABASE_KILLED)
         return (*timed, *STORE_FAULTS, *PROVIDER_FAULTS)
@@ -75,6 +79,9 @@ class Plan:
         found += [Fault(at, WORKER_FROZEN, rng.randrange(self.workers), FREEZE_SECONDS) for at in freezes]
         if self.database == "postgresql":
             found += [Fault(at, DATABASE_KILLED) for at in self._times(rng, self.database_kills)]
+        half = self.storm_seconds / 2  # later on: while creates wait there is nothing to stall
+        refusals = [half + at / 2 for at in self._times(rng, 2 * self.account_refusals)]
+        found += [Fault(at, (BALANCE_USED_UP, KEY_REFUSED)[number % 2]) for number, at in enumerate(refusals)]
         return sorted(found, key=lambda fault: fault.at)
 
     def _times(self, rng: random.Random, count: int) -> Iterator[float]:
@@ -113,6 +120,7 @@ def full(database: Literal["sqlite", "postgresql"], *, seed: int, tasks: int, wo
         web_kills=12,
         store_outages=4,
         database_kills=4,
+        account_refusals=1,
     )
 
 
@@ -130,5 +138,6 @@ def bounded(database: Literal["sqlite", "postgresql"], *, seed: int) -> Plan:
         web_kills=2,
         store_outages=1,
         database_kills=1,
+        account_refusals=1,
         patient=False,
     )

@@ -38,7 +38,7 @@ class Stage(Scene):
         """No fault begins from now on."""
         self.store.is_calm = True
         still = {name: value for name, value in Knobs().model_dump().items() if name.startswith(("cdn_", "query_"))}
-        self.sandbox.set(**still, create_faults=[], create_fault_rate=0)
+        self.sandbox.set(**still, create_faults=[], create_fault_rate=0, balance=None)
 
     def counts(self) -> Counter[str]:
         """How often each of the faults happened that store and provider make by themselves."""
@@ -56,7 +56,12 @@ class Stage(Scene):
             "callback dropped": counts["fault:callback:dropped"],
             "callback duplicated": sum(count > 1 for count in copies.values()),
             "callback reordered": len(reordered),
+            "callback without its body": sum(not callback.body for callback in ends),
+            "callback that offers HTTP/2": len(ends),
             "download 503": counts["fault:cdn:503"],
+            "download an error page": counts["fault:cdn:html"],
+            "download empty": counts["fault:cdn:empty"],
+            "download redirected to itself": counts["fault:cdn:self_redirect"],
             "download truncated": sum(counts[f"fault:cdn:{kind}"] for kind in truncated),
             "create in doubt": sum(count for name, count in counts.items() if name.startswith("fault:create:")),
             "read refused": counts["fault:query:5001"],
@@ -74,15 +79,20 @@ def knobs(seed: int) -> Knobs:
         callback_drop_rate=0.3,
         callback_duplicates=5,
         callback_reorder=True,
+        callback_empty_rate=0.1,
+        callback_offers_http2=True,
         callback_tries=CALLBACK_TRIES,
         callback_backoff_seconds=0.3,
         create_faults=["5000:created", "5002"],
         create_fault_rate=0.1,
         query_faults=["5001"],
         query_503_rate=0.1,
-        cdn_faults=["503", "truncated", "truncated_chunked", "truncated_silent"],
+        cdn_faults=["503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty", "self_redirect"],
         cdn_503_rate=0.1,
         cdn_truncated_rate=0.05,
         cdn_truncated_chunked_rate=0.05,
         cdn_truncated_silent_rate=0.03,
+        cdn_html_rate=0.03,
+        cdn_empty_rate=0.02,
+        cdn_self_redirect_rate=0.02,
     )

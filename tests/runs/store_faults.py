@@ -12,6 +12,7 @@ import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -155,10 +156,8 @@ def main() -> int:
     telemetry.configure("error")
     faults: list[str] = []
     with tempfile.TemporaryDirectory(prefix="receiver-store-faults-") as folder:
-        for outcome in (
-            outages(Path(folder), database=chosen.database, rounds=chosen.rounds),
-            beside_large(Path(folder), database=chosen.database),
-        ):
+        for play in (partial(outages, rounds=chosen.rounds), beside_large):
+            outcome = play(Path(folder), database=chosen.database)
             for name, figure in outcome.figures.items():
                 sys.stdout.write(f"{name}: {figure}\n")
             sys.stdout.flush()
