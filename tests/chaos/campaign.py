@@ -37,9 +37,9 @@ SUBMIT_GRACE_SECONDS = 60
 STALL_SECONDS = kinds.LEASE_SECONDS * 1.5
 # How many must have begun before the freeze, and how long that is waited for.
 STALLED_DOWNLOADS = 2
-STALL_WAIT_SECONDS = 20.0
+STALL_WAIT_SECONDS = 30.0
 # How long an account is refused after the first request met it, and how long that one is waited for.
-ACCOUNT_SECONDS, ACCOUNT_WAIT_SECONDS = 1.0, 20.0
+ACCOUNT_SECONDS, ACCOUNT_WAIT_SECONDS = 1.0, 60.0
 # So much longer than planned a storm lasts at most, until each kind of fault that chance brings has come.
 CHANCE_SECONDS = 20.0
 
