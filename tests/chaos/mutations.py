@@ -92,7 +92,8 @@ MUTATIONS = (
         "storage/fetch/client.py",
         "media = _inspect(sink, accept_unverified=accept_unverified)",
         "media = _inspect(sink, accept_unverified=True)",
-        UNUSABLE,  # the campaign alone may be lucky: a killed worker or a lost put has the whole file fetched again
+        # Not the campaign: it may be lucky, for a killed worker or a lost put has the whole file fetched again.
+        f"{UNUSABLE}::test_files_cut_without_a_length_half_of_the_time_are_all_archived",
     ),
     Mutation(
         "an account that is refused fails its tasks",
@@ -106,28 +107,28 @@ MUTATIONS = (
         "receiver/tasks/submit.py",
         "pauses.pause(session, task.provider, task.model, error)",
         "pass",
-        ACCOUNT,
+        f"{ACCOUNT}::test_a_refused_account_pauses_and_fails_nothing",
     ),
     Mutation(
         "a create that never left uses up the trial",
         "receiver/tasks/submit.py",
         "pauses.give_back(session, trial)",
         "pass",
-        ACCOUNT,
+        f"{ACCOUNT}::test_a_trial_that_never_left_is_no_trial",
     ),
     Mutation(
         "a trial that never reached the store counts as one",
         "storage/circuit.py",
         "self._trial, self._next_trial_at = None, self._trial_was_due_at",
         "self._trial = None",
-        "tests/storage/test_circuit.py",
+        "tests/storage/test_circuit.py::test_trial_without_a_result_is_given_back",
     ),
     Mutation(
         "a file that is refused alone is an outage",
         "storage/errors.py",
         "class ObjectRefused(StoreUnavailable):\n    is_outage = False",
         "class ObjectRefused(StoreUnavailable):\n    is_outage = True",
-        "tests/storage/archive/test_store_circuit.py",
+        "tests/storage/archive/test_store_circuit.py::test_what_is_refused_alone_holds_up_nothing",
     ),
     Mutation(
         "an unreadable delivery that comes again causes no read",
@@ -155,7 +156,7 @@ MUTATIONS = (
         "receiver/app/process.py",
         "    return connections\n",
         "    return MAX_CONNECTIONS\n",
-        "tests/receiver/web/test_connections.py",
+        "tests/receiver/web/test_connections.py::test_deliveries_are_stored_beside_more_silent_connections_than_descriptors",
     ),
 )
 
