@@ -114,7 +114,7 @@ def full(database: Literal["sqlite", "postgresql"], *, seed: int, tasks: int, wo
         tasks=tasks,
         workers=workers,
         storm_seconds=max(60.0, tasks * 0.5),
-        quiet_seconds=330,  # longer than the longest backoff
+        quiet_seconds=700,  # longer than the longest backoff, and than the wait after seven unusable answers
         worker_kills=52,
         worker_freezes=6,
         web_kills=12,
