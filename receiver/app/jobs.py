@@ -37,7 +37,7 @@ TASK_THREADS = 4
 # The most that a sink has.
 SINK_THREADS = 8
 # Threads of a worker beside those of its lanes: a feeder for each of the six lanes that are no sink's, eight periodic
-# jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints. The rest is reserve.
+# jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints, group writer. The rest is reserve.
 OTHER_THREADS = 24
 
 # A client's `Idempotency-Key` is kept for a day. Its row is small, so an hour more does not matter.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
+from sqlmodel import Session
 
 from receiver.app.in_hand import RowsInHand, claims_of
 from receiver.app.looks import Looks
@@ -99,6 +100,7 @@ class Worker:
         self._commits = 0
         self._looks = Looks(database, lanes)
         self._in_hand = RowsInHand()
+        self._busy = set[str]()  # lanes whose last claim found all it wanted: the next is made without a look
         self._unsettled: list[Any] = []  # rows whose work met a database that was away
         self._ended = threading.Event()
 
@@ -166,11 +168,15 @@ class Worker:
 
     def _claim_granted(self, lane: Lane, wanted: int, wake_up: int | None = None) -> tuple[list[Any], Grant]:
         """Claim up to `wanted` due rows if the circuit permits. The grant ends with the work on them."""
-        if not self._is_any_due(lane, wake_up):
+        if lane.name not in self._busy and not self._is_any_due(lane, wake_up):
             return [], NOTHING
         with ExitStack() as if_nothing_claimed:
             grant = if_nothing_claimed.enter_context(_grant(lane, wanted))
             rows = self._claim(lane, grant.count, in_turn=grant.is_trial) if grant.count else []
+            if rows and len(rows) == grant.count:
+                self._busy.add(lane.name)
+            else:
+                self._busy.discard(lane.name)
             if rows:
                 if_nothing_claimed.pop_all()
             return rows, grant
@@ -179,13 +185,20 @@ class Worker:
         with self._in_hand.claiming(alone=alone) as is_permitted:
             if not is_permitted:
                 return []
-            with self._database.write() as session:
+
+            def claim(session: Session) -> list[Any]:
                 if lane.slots is not None and not alone:
                     lane.slots.admit(session, limit)
-                rows: list[Any] = claims.claim(
+                return claims.claim(
                     session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, in_turn=in_turn,
                     where=lane.where,
                 )  # fmt: skip
+
+            if lane.slots is None:
+                rows = self._database.write_in_group(claim)
+            else:  # it may wait for the account's row
+                with self._database.write() as session:
+                    rows = claim(session)
             self._in_hand.add(rows)
         return rows
 

@@ -21,7 +21,8 @@ from storage.bucket import bucket as objects
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.clock import db_now
-from storage.database.sessions import Database, run
+from storage.database.prepared import execute
+from storage.database.sessions import Database
 from storage.errors import (
     FetchUnusable,
     GiveUp,
@@ -117,18 +118,13 @@ class Archiver:
         if asset.key and self._is_there(asset):
             return
         self._abort_upload(asset)
-        origin = self._origin(asset)
         with spool(self._spool_dir) as sink:
             fetched = self._fetcher.fetch(
                 asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed
             )
             _check_kind(asset, fetched)
-            self._note(asset, origin, fetched)
+            origin = self._note(asset, fetched)
             self._put(asset, origin, fetched, sink)
-
-    def _origin(self, asset: Asset) -> Origin:
-        with self._database.read() as session:
-            return Origin._make(run(session, _ORIGIN, {"wanted": asset.task_id}).one())
 
     def _is_there(self, asset: Asset) -> bool:
         """Whether the put of an earlier claim has arrived."""
@@ -140,23 +136,36 @@ class Archiver:
         if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
             self._bucket.abort_uploads(asset.key)
 
-    def _note(self, asset: Asset, origin: Origin, fetched: Fetched) -> None:
+    def _note(self, asset: Asset, fetched: Fetched) -> Origin:
         """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
-        prefix, created_at, external_id = self._bucket.prefix, origin.created_at, origin.external_task_id
-        key = object_key(prefix, created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension)
-        superseded = [old for old in asset.superseded if old != key]
-        if asset.key and asset.key != key and self._bucket.head(asset.key) is not None:
-            superseded.append(asset.key)
+        earlier = [asset.key] if asset.key and self._bucket.head(asset.key) is not None else []
         values = {
-            "key": key, "sha256": fetched.sha256, "size": fetched.size, "media_type": fetched.media_type,
+            "sha256": fetched.sha256, "size": fetched.size, "media_type": fetched.media_type,
             "width": fetched.width, "height": fetched.height, "verified": fetched.verified,
             "trailing_bytes": fetched.trailing_bytes or None, "notes": list(fetched.notes) or None,
-            "superseded": superseded, "fetched": {"host": fetched.host, "headers": fetched.headers},
+            "fetched": {"host": fetched.host, "headers": fetched.headers},
         }  # fmt: skip
-        with self._database.write() as session:
-            claims.update_claimed(session, asset, **values)
-        asset.key, asset.sha256, asset.size, asset.media_type = key, fetched.sha256, fetched.size, fetched.media_type
+
+        def note(session: Session) -> tuple[Origin, str]:
+            origin = self._origin(session, asset)
+            prefix, external_id = self._bucket.prefix, origin.external_task_id
+            key = object_key(
+                prefix, origin.created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension
+            )
+            superseded = [old for old in (*asset.superseded, *earlier) if old != key]
+            claims.update_claimed(session, asset, key=key, superseded=superseded, **values)
+            return origin, key
+
+        origin, asset.key = self._database.write_in_group(note)
+        asset.sha256, asset.size, asset.media_type = fetched.sha256, fetched.size, fetched.media_type
         asset.notes = list(fetched.notes) or None
+        return origin
+
+    def _origin(self, session: Session, asset: Asset) -> Origin:
+        found = execute(session, _ORIGIN, {"wanted": asset.task_id}).rows
+        if not found:
+            raise LostClaim(f"task {asset.task_id} is gone")
+        return Origin._make(found[0])
 
     def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:
         sink.seek(0)
@@ -176,14 +185,21 @@ class Archiver:
             asset.notes = [*(asset.notes or ()), BY_MD5]
 
     def _settle_archived(self, asset: Asset) -> None:
-        with self._database.write() as session:
-            task = self._lock_task(session, asset)
+        def settle(session: Session) -> None:
+            task = tasks.lock_standing(session, asset.task_id)
+            if task is None:
+                raise LostClaim(f"task {asset.task_id} is gone")
             claims.settle(
                 session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=db_now(), attempts=0,
                 notes=asset.notes, **USABLE,
             )  # fmt: skip
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
-            self._settled(session, task)
+            if tasks.waits_for_files(session, task):
+                self._database.wake(session)  # for the event alone
+            else:
+                self._settled(session, self._lock_task(session, asset))
+
+        self._database.write_in_group(settle, task_id=asset.task_id)
 
     def _unusable(self, asset: Asset, error: FetchUnusable) -> None:
         """Try again by a schedule of its own, to the end of the file's life (`storage.archive.unusable`).

@@ -80,10 +80,7 @@ class Finisher:
         try:
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 written = self._write(task)
-            with self._database.write() as session:
-                row = tasks.lock_claimed(session, task)
-                self._end(session, row, written)
-                self._database.wake(session)
+            row = self._database.write_in_group(lambda session: self._end(session, task, written), task_id=task.id)
         except LostClaim:
             return
         except (Retry, GiveUp) as error:
@@ -113,8 +110,8 @@ class Finisher:
 
     def _pass_over(self, task: Task, number: int, key: str, digest: str | None) -> None:
         """Have the row answer for what stands there before the next number is put: who has lost the claim puts none."""
-        with self._database.write() as session:
-            claims.update_claimed(session, task, manifests=number, manifest_key=key, manifest_digest=digest)
+        there = {"manifests": number, "manifest_key": key, "manifest_digest": digest}
+        self._database.write_in_group(lambda session: claims.update_claimed(session, task, **there))
 
     def _put(self, key: str, content: bytes) -> None:
         sha256 = hashlib.sha256(content).hexdigest()
@@ -128,7 +125,8 @@ class Finisher:
         except ManifestDamaged:
             return None
 
-    def _end(self, session: Session, row: Task, written: Written) -> None:
+    def _end(self, session: Session, claimed: Task, written: Written) -> Task:
+        row = tasks.lock_claimed(session, claimed)
         assets = tasks.assets_of(session, row.id)
         facts = tasks.facts(row, assets)
         row.archive = states.outcome(facts)
@@ -144,6 +142,8 @@ class Finisher:
         if waiting:
             fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
         record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)
+        self._database.wake(session)
+        return row
 
     def _park(self, task: Task) -> None:
         note = f"ending its archive ended its worker {task.losses} times; `receiver retry` tries again"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     Connection,
@@ -18,21 +19,23 @@ from sqlalchemy import (
     create_engine,
     event,
     select,
-    text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
 from storage.database.clock import db_now
+from storage.database.group_writer import WAITED, GroupWriter
 from storage.database.outages import Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
 from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
 from storage.errors import DatabaseUnavailable
+
+Result = TypeVar("Result")
 
 # Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
 # connections by default.
@@ -42,6 +45,8 @@ WAKE_CHANNEL = "receiver_work"
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # SQLite's messages for a fault of the file. Faults of the statement have the same error class.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
+# How long a group waits for a row that another transaction holds. Others hold one for 20 ms at most.
+GROUP_LOCK_MILLISECONDS = 200
 # Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
 
@@ -93,6 +98,7 @@ class Database:
         self.outages = Outages()
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._group_writer = GroupWriter(self._impatient_write, self.write)
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
         pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": CONNECT_SECONDS}
@@ -125,6 +131,17 @@ class Database:
             with Session(self.writer, expire_on_commit=False) as session, session.begin():
                 yield session
         self.outages.wrote()
+
+    @contextmanager
+    def _impatient_write(self) -> Iterator[Session]:
+        with self.write() as session:
+            if not self.is_sqlite:
+                session.connection().exec_driver_sql(f"SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}")
+            yield session
+
+    def write_in_group(self, operation: Callable[[Session], Result], *, task_id: uuid.UUID | None = None) -> Result:
+        """`write` in a transaction shared with other threads; see `GroupWriter.commit`."""
+        return self._group_writer.commit(operation, task_id=task_id)
 
     @contextmanager
     def autocommit_writer(self) -> Iterator[Connection]:
@@ -164,15 +181,37 @@ class Database:
     def _unavailable(self) -> Iterator[None]:
         try:
             yield
-        except (PoolTimeout, DBAPIError, DatabaseUnavailable) as error:
-            outage = _outage_of(self.url, error)
-            if outage is not None and not isinstance(outage, SessionReplaced):  # a new session may still write
+        # The driver's own errors come from prepared statements.
+        except (PoolTimeout, DBAPIError, DatabaseUnavailable, self.writer.dialect.loaded_dbapi.Error) as error:
+            outage = self._outage_of(error)
+            waits = _state(error) in WAITED  # for a row of another transaction
+            if (
+                outage is not None and not waits and not isinstance(outage, SessionReplaced)
+            ):  # a new one may still write
                 self.outages.failed(str(outage))
             if outage is None or outage is error:
                 raise
             raise outage from error
 
+    def _outage_of(self, error: Any) -> DatabaseUnavailable | None:
+        """The outage that the error means, with place and reason; None = it means another thing."""
+        if isinstance(error, DatabaseUnavailable):
+            return error
+        if isinstance(error, PoolTimeout):
+            return DatabaseUnavailable(f"database: no connection became free within {CONNECT_SECONDS} s")
+        driver, is_broken = _driver_error(error), isinstance(error, DBAPIError) and error.connection_invalidated
+        is_read_only = _state(error) == READ_ONLY
+        if self.is_sqlite:
+            is_away = any(each in str(driver) for each in SQLITE_OUTAGES)
+        else:
+            is_away = is_read_only or isinstance(driver, self.writer.dialect.loaded_dbapi.OperationalError)
+        if not (is_broken or is_away):
+            return None
+        kind = SessionReplaced if is_read_only and is_broken else DatabaseUnavailable
+        return kind(f"database: {place(self.url)}: {words(self.url, error)}")
+
     def close(self) -> None:
+        self._group_writer.close()
         self.writer.dispose()
         self.reader.dispose()
         if isinstance(self.turnstile, Turnstile):
@@ -183,8 +222,9 @@ class Database:
 
     def wake(self, session: Session) -> None:
         """Wake waiting workers when this transaction commits."""
-        if not self.is_sqlite:
-            session.execute(text(f"NOTIFY {WAKE_CHANNEL}"))
+        if not self.is_sqlite and not session.info.get(WAKE_CHANNEL):
+            session.connection().exec_driver_sql(f"NOTIFY {WAKE_CHANNEL}")
+            session.info[WAKE_CHANNEL] = True
 
 
 def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
@@ -212,17 +252,11 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
     return engine
 
 
-def _outage_of(url: URL, error: Exception) -> DatabaseUnavailable | None:
-    """The outage that the error means, with place and reason; None = it means another thing."""
-    if isinstance(error, DatabaseUnavailable):
-        return error
-    if isinstance(error, PoolTimeout):
-        return DatabaseUnavailable(f"database: no connection became free within {CONNECT_SECONDS} s")
-    assert isinstance(error, DBAPIError)
-    is_postgresql = type(error.orig).__module__.startswith("psycopg")
-    is_read_only = getattr(error.orig, "sqlstate", None) == READ_ONLY
-    is_away = is_postgresql and (isinstance(error, OperationalError) or is_read_only)
-    if not (error.connection_invalidated or is_away or any(each in str(error.orig) for each in SQLITE_OUTAGES)):
-        return None
-    kind = SessionReplaced if is_read_only and error.connection_invalidated else DatabaseUnavailable
-    return kind(f"database: {place(url)}: {words(url, error)}")
+def _driver_error(error: Any) -> Any:
+    return error.orig if isinstance(error, DBAPIError) else error
+
+
+def _state(error: Any) -> str | None:
+    """PostgreSQL's code of the error."""
+    state: str | None = getattr(_driver_error(error), "sqlstate", None)
+    return state

@@ -54,15 +54,19 @@ def sequence_all(database: Database, subscriptions: Sequence[Subscription]) -> i
         with database.read() as session:
             if run(session, _UNSEQUENCED).first() is None:
                 return count
-        with database.write() as session:
-            done = sequence(session, subscriptions)
-            if done:
-                database.wake(session)
+        done = database.write_in_group(lambda session: _sequence_and_wake(database, session, subscriptions))
         count += done
         # A short batch means: nothing left, or another process is numbering. Looping here would run one transaction
         # per new event while archiving is busy.
         if done < BATCH:
             return count
+
+
+def _sequence_and_wake(database: Database, session: Session, subscriptions: Sequence[Subscription]) -> int:
+    done = sequence(session, subscriptions)
+    if done:
+        database.wake(session)
+    return done
 
 
 _UNSEQUENCED = select(_EVENTS.id).where(_EVENTS.seq.is_(None)).limit(1)

@@ -34,10 +34,12 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm.attributes import manager_of_class
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
 from storage.database.clock import UtcTime, db_now, db_now_once
+from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows.models import Asset, Callback, Dispatch, Task
@@ -81,8 +83,16 @@ def claim(
     counts this claim, `losses` the lease that ran out before it.
     """
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
-    rows: list[Row] = list(session.scalars(_claim_statement(model, alone, in_turn, tuple(where)), values))
-    return sorted(rows, key=_work_order)
+    session.flush()
+    found = execute(session, _claim_statement(model, alone, in_turn, tuple(where)), values).rows
+    return sorted((_object(model, row) for row in found), key=_work_order)
+
+
+def _object(model: type[Row], row: Any) -> Row:
+    """A row that belongs to no session. `model(**values)` takes 85 µs, this 3."""
+    made: Row = manager_of_class(model).new_instance()
+    vars(made).update(row._asdict())
+    return made
 
 
 _MOST = bindparam("most", type_=Integer)
@@ -110,7 +120,6 @@ def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, .
             losses=losses,
         )
         .returning(model)
-        .execution_options(synchronize_session=False)
     )  # fmt: skip
 
 
@@ -230,8 +239,11 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
         owned[f"new_{name}"] = values[name].seconds if is_time else values[name]
     statement = _owned_update(model, columns)
     if expressions:  # rare, so not cached
-        statement = statement.values(expressions)
-    if run(session, statement, owned).rowcount == 0:
+        changed = run(session, statement.values(expressions), owned).rowcount
+    else:
+        session.flush()
+        changed = execute(session, statement, owned).changed
+    if changed == 0:
         raise LostClaim(f"{model.__tablename__} {row.id}")
 
 

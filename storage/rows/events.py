@@ -16,6 +16,7 @@ from sqlalchemy import bindparam, insert, text
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
+from storage.database.prepared import execute
 from storage.rows.models import Asset, Counter, Event, Task
 from storage.states import FREQUENT_EVENTS, RARE_EVENT
 
@@ -73,9 +74,8 @@ def with_person(data: dict[str, Any]) -> dict[str, Any]:
 
 def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: dict[str, Any] | None = None) -> None:
     """Write one event. It exists once the caller's transaction commits."""
-    # Not through `run`: an event needs no flush of the session's other changes.
     values = {"task_id": task_id, "name": name.value, "data": with_person(data or {})}
-    session.connection().execute(_INSERT, values)
+    execute(session, _INSERT, values)
 
 
 def file_facts(asset: Asset) -> dict[str, Any]:

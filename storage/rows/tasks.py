@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy
 from sqlalchemy import bindparam, insert, update
@@ -16,6 +16,7 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.database.clock import db_now
+from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows import aliases, claims
@@ -24,6 +25,7 @@ from storage.rows.events import EventName, record
 from storage.rows.held_slots import give_back, heard_of
 from storage.rows.models import Asset, Task
 from storage.states import (
+    ArchiveState,
     AssetFacts,
     AssetName,
     AssetState,
@@ -90,6 +92,37 @@ def lock(session: Session, task_id: uuid.UUID) -> Task | None:
     return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
 
 
+class Standing(NamedTuple):
+    """What a task's row says of how it stands, without an object of it."""
+
+    id: uuid.UUID
+    state: TaskState
+    archive: ArchiveState
+    series: bool | None
+    expected: int | None
+    contradicted: bool
+    completeness_reads: int
+    step: Step | None
+    deleted_at: datetime | None
+
+
+_TASKS = Task.__table__.c  # type: ignore[attr-defined]
+_STANDING = sqlalchemy.select(*(_TASKS[name] for name in Standing._fields)).where(_TASKS.id == bindparam("wanted"))
+_STANDING = _STANDING.with_for_update()
+
+
+def lock_standing(session: Session, task_id: uuid.UUID) -> Standing | None:
+    """`lock` for a caller that will rarely change the row."""
+    rows = execute(session, _STANDING, {"wanted": task_id}).rows
+    return Standing._make(rows[0]) if rows else None
+
+
+def waits_for_files(session: Session, task: Standing) -> bool:
+    """Whether the locked task is being archived and has no step to take, as its files are now."""
+    is_archiving = task.archive is ArchiveState.ARCHIVING and task.step is None and task.deleted_at is None
+    return is_archiving and states.next_step(_facts_now(session, task), 0) is None
+
+
 def lock_claimed(session: Session, claimed: Task) -> Task:
     """The task row, locked, still held under the claim's lease. Raises `LostClaim` when it is not."""
     task = lock(session, claimed.id)
@@ -134,15 +167,16 @@ _ASSET_FACTS = sqlalchemy.select(
 ).where(_ASSETS.task_id == bindparam("of"))
 
 
-def _facts_now(session: Session, task: Task) -> TaskFacts:
+def _facts_now(session: Session, task: Task | Standing) -> TaskFacts:
     """`facts` as the rows stand now, without making objects of them: every settled file asks."""
-    rows = run(session, _ASSET_FACTS, {"of": task.id}).mappings().all()
-    names = [AssetName(row["kind"], row["index"], row["original"]) for row in rows]
-    found = (AssetFacts(row["state"], row["source_url"], row["unusable_tries"]) for row in rows)
+    session.flush()
+    rows = execute(session, _ASSET_FACTS, {"of": task.id}).rows
+    names = [AssetName(row.kind, row.index, row.original) for row in rows]
+    found = (AssetFacts(row.state, row.source_url, row.unusable_tries) for row in rows)
     return _facts(task, dict(zip(names, found, strict=True)))
 
 
-def _facts(task: Task, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
+def _facts(task: Task | Standing, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
     return TaskFacts(
         state=task.state,
         archive=task.archive,

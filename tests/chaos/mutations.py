@@ -69,9 +69,25 @@ MUTATIONS = (
     ),
     Mutation(
         "no task lock before an asset is settled",
-        "storage/archive/archiver.py",
-        "task = tasks.lock(session, asset.task_id)",
-        "task = session.get(Task, asset.task_id)",
+        "storage/rows/tasks.py",
+        "_STANDING = _STANDING.with_for_update()",
+        "_STANDING = _STANDING.limit(1)",
+    ),
+    Mutation(
+        "settle acknowledged before the commit of its group",
+        "storage/database/group_writer.py",
+        "results.append(write.operation(session))",
+        "results.append(write.operation(session))\n"
+        "                        write.durable.set_result(results[-1])\n"
+        '                        object.__setattr__(write, "durable", Future())',
+        "tests/storage/database/test_group_writer.py",
+    ),
+    Mutation(
+        "one lost lease fails its group",
+        "storage/database/group_writer.py",
+        "failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault",
+        "failed = group",
+        "tests/storage/database/test_group_writer.py",
     ),
     Mutation(
         "an error page ends its file",

@@ -19,7 +19,19 @@ from storage.rows.models import Asset, Task
 from storage.states import ArchiveState
 from tests.chaos import campaign, plan
 from tests.harness import wait_until
-from tests.pipeline import Web, assert_archived, assets_of, deliver, drain, insert_row, kept, make_due_now, run, task_of
+from tests.pipeline import (
+    Web,
+    Wired,
+    assert_archived,
+    assets_of,
+    deliver,
+    drain,
+    insert_row,
+    kept,
+    make_due_now,
+    run,
+    task_of,
+)
 from tests.rows import event_names, stored
 
 POSTGRESQL_ONLY = pytest.mark.parametrize("database_kind", ["postgresql"])  # SQLite writes one transaction at a time
@@ -79,13 +91,15 @@ def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts
 @POSTGRESQL_ONLY
 def test_of_two_last_pictures_settled_at_once_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 2)
+    other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never meet
     with ThreadPoolExecutor(2) as workers:
         with parts.database.write() as session:
             session.execute(text("LOCK TABLE event IN SHARE MODE"))  # both stop in the middle of their settles
-            settling = [workers.submit(archive, parts, claim(parts)) for _ in range(2)]
+            settling = [workers.submit(archive, each, claim(parts)) for each in (parts, other)]
             wait_until(lambda: waiting_for_a_lock(parts) == 2 or any(map(Future.done, settling)))
         for each in settling:
             each.result(20)
+    other.close()
     run(parts, "finishes")
     assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED
     assert_archived(parts, sandbox, task_of(parts, task.external_task_id))

@@ -44,7 +44,7 @@ TEN_FILES = {
 
 
 # Threads that renew claims by the clock: no effect of the step, and its boundaries must be the same each time.
-RENEWERS = ("renew", "holding")
+RENEWERS = ("renew", "lease-renewal")
 
 
 class Died(BaseException):

@@ -34,9 +34,9 @@ from tests.postgres import Postgres
 from tests.webhook_receiver import SECRET
 
 SECONDS = 30  # a wait that is longer hangs
-# Threads that use the database beside those of lanes and jobs: waker, heartbeat, quarantine, renewal, checkpoints. In
-# the web server: group commit and checkpoints; Starlette's threads for pages.
-BACKGROUND, INBOX, PAGES = 5, 2, 40
+# Threads that use the database beside those of lanes and jobs: waker, heartbeat, quarantine, renewal, checkpoints,
+# group writer. In the web server: group commit and checkpoints; Starlette's threads for pages.
+BACKGROUND, INBOX, PAGES = 6, 2, 40
 
 
 @pytest.fixture

@@ -1,0 +1,215 @@
+"""Writes that share a transaction: answered after its commit, and none shares another's fault. On both databases."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session
+
+from storage.database import group_writer
+from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable, LostClaim
+from storage.rows import claims, tasks
+from storage.rows.deliveries import Delivery, store
+from storage.rows.models import Asset
+from storage.states import AssetState
+from tests.harness import wait_until
+from tests.rows import new_asset, new_assets, new_task, stored
+
+SECONDS = 30  # what takes longer hangs
+Operation = Callable[[Session], Any]
+
+
+def claimed(database: Database, count: int) -> list[Asset]:
+    new_assets(database, count)
+    with database.write() as session:
+        return claims.claim(session, Asset, limit=count, lease_seconds=60)
+
+
+def settling(asset: Asset) -> Operation:
+    return lambda session: claims.settle(session, asset, due_in=None, state=AssetState.ARCHIVED)
+
+
+def states(database: Database, assets: Sequence[Asset]) -> list[str]:
+    return [stored(database, asset)["state"] for asset in assets]
+
+
+@contextmanager
+def busy(database: Database) -> Iterator[None]:
+    """The writer is in the middle of a transaction until the block ends."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def occupy(_: Session) -> None:
+        begun.set()
+        go_on.wait(SECONDS)
+
+    def write() -> None:
+        with suppress(DatabaseUnavailable):  # where the test lets commits fail
+            database.write_in_group(occupy)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    begun.wait(SECONDS)
+    try:
+        yield
+    finally:
+        go_on.set()
+        thread.join(SECONDS)
+
+
+def together(database: Database, *operations: Operation) -> list[Any]:
+    """What became of operations that wait at once: results and exceptions."""
+    with ThreadPoolExecutor(len(operations)) as threads:
+        with busy(database):
+            futures = [threads.submit(database.write_in_group, each) for each in operations]
+            wait_until(lambda: database._group_writer._waiting.qsize() == len(operations))
+        return [future.exception(SECONDS) or future.result() for future in futures]
+
+
+@contextmanager
+def at_commit(database: Database, call: Callable[[], object]) -> Iterator[list[None]]:
+    """Call this before each commit; how often it was."""
+    commits: list[None] = []
+
+    def listen(_: Any) -> None:
+        commits.append(None)
+        call()
+
+    event.listen(database.writer, "commit", listen)
+    yield commits
+    event.remove(database.writer, "commit", listen)
+
+
+def test_a_settle_is_acknowledged_after_the_commit_of_its_group(database: Database) -> None:
+    assets, go_on = claimed(database, 2), threading.Event()
+    with ThreadPoolExecutor(2) as threads, at_commit(database, lambda: go_on.wait(SECONDS)) as commits:
+        futures = [threads.submit(database.write_in_group, settling(asset)) for asset in assets]
+        wait_until(lambda: commits)
+        for future in futures:
+            with pytest.raises(NotYet):
+                future.result(0.3)
+        go_on.set()
+        for future in futures:
+            future.result(SECONDS)
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
+def test_what_waits_together_is_committed_together(database: Database) -> None:
+    assets = claimed(database, 6)
+    with at_commit(database, lambda: None) as commits:
+        assert together(database, *map(settling, assets)) == [None] * 6
+    assert len(commits) <= 2  # one of them kept the writer busy
+    assert states(database, assets) == [AssetState.ARCHIVED] * 6
+
+
+def test_a_lost_lease_fails_itself_alone(database: Database) -> None:
+    assets = claimed(database, 5)
+    assets[2].lease = uuid.uuid4()
+    outcomes = together(database, *map(settling, assets))
+    assert [type(outcome) for outcome in outcomes] == [type(None), type(None), LostClaim, type(None), type(None)]
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2 + [AssetState.DUE] + [AssetState.ARCHIVED] * 2
+
+
+def test_a_statement_that_fails_undoes_no_other_operation(database: Database) -> None:
+    assets = claimed(database, 2)
+
+    def insert_twice(session: Session) -> None:
+        new_asset(session, new_task(session), 0, id=assets[0].id)
+
+    outcomes = together(database, settling(assets[0]), insert_twice, settling(assets[1]))
+    assert [type(outcome) for outcome in outcomes] == [type(None), IntegrityError, type(None)]
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
+def test_a_failed_commit_acknowledges_none_of_its_group(database: Database) -> None:
+    assets = claimed(database, 3)
+
+    def fail() -> None:
+        raise database.writer.dialect.loaded_dbapi.OperationalError("disk I/O error")
+
+    with at_commit(database, fail):
+        outcomes = together(database, *map(settling, assets))
+    assert [type(outcome) for outcome in outcomes] == [DatabaseUnavailable] * 3
+    assert states(database, assets) == [AssetState.DUE] * 3
+    assert together(database, *map(settling, assets)) == [None] * 3
+
+
+def test_a_caller_waits_no_longer_than_its_patience(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    assets = claimed(database, 1)
+    with busy(database):
+        monkeypatch.setattr(group_writer, "WAIT_SECONDS", 0.2)
+        with pytest.raises(DatabaseUnavailable, match="no commit within"):
+            database.write_in_group(settling(assets[0]))
+    database.write_in_group(lambda _: None)
+    assert states(database, assets) == [AssetState.DUE]  # given up, so not done later
+
+
+def test_groups_of_two_processes_lock_the_same_tasks_in_one_order(database: Database, database_url: str) -> None:
+    with database.write() as session:
+        task_ids = [new_task(session).id for _ in range(8)]
+    other = Database(database_url)
+
+    def lock_all(each: Database, order: list[uuid.UUID]) -> None:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda it: each.write_in_group(lambda s: tasks.lock_standing(s, it), task_id=it), order))
+
+    with ThreadPoolExecutor(2) as threads:
+        rounds: list[Future[None]] = []
+        for _ in range(5):
+            rounds += [threads.submit(lock_all, database, task_ids), threads.submit(lock_all, other, task_ids[::-1])]
+        for future in rounds:
+            future.result(SECONDS)  # a deadlock is `DatabaseUnavailable`
+    other.close()
+
+
+def test_a_delivery_is_stored_beside_eight_busy_threads(database: Database, database_url: str) -> None:
+    web, stop, slowest = Database(database_url), threading.Event(), 0.0
+
+    def write() -> None:
+        while not stop.is_set():
+            database.write_in_group(lambda session: new_task(session, due_at=None))
+
+    with ThreadPoolExecutor(8) as threads:
+        futures = [threads.submit(write) for _ in range(8)]
+        for number in range(20):
+            started = time.monotonic()
+            with web.write() as session:
+                store(session, [Delivery("kling", "push", None, b"%d" % number)])
+            slowest = max(slowest, time.monotonic() - started)
+        stop.set()
+        for future in futures:
+            future.result(SECONDS)
+    web.close()
+    assert slowest < 2  # 0.02 s on an idle machine
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)  # SQLite has one writer at a time
+def test_an_operation_that_waits_for_a_row_delays_no_other(database: Database) -> None:
+    assets = claimed(database, 2)
+    task_id = assets[0].task_id
+    with ThreadPoolExecutor(1) as threads:
+        with database.write() as session:
+            tasks.lock(session, task_id)
+            waits = threads.submit(database.write_in_group, lambda s: tasks.lock_standing(s, task_id), task_id=task_id)
+            database.write_in_group(settling(assets[1]))
+            assert states(database, assets) == [AssetState.DUE, AssetState.ARCHIVED]
+            assert not waits.done()
+        assert waits.result(SECONDS) is not None
+
+
+def test_an_operation_after_the_close_is_committed_too(database: Database) -> None:
+    assets = claimed(database, 2)
+    database.write_in_group(settling(assets[0]))
+    database.close()
+    database.write_in_group(settling(assets[1]))
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
