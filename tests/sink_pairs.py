@@ -17,7 +17,6 @@ from pydantic import SecretStr
 from sqlalchemy import update
 from sqlmodel import col, select
 
-from receiver.app.worker import Lane, Worker
 from receiver.base.config import private_pairs
 from receiver.base.signature import Signer
 from receiver.events.cloudevents import Envelope, event_id
@@ -28,6 +27,7 @@ from receiver.events.sqs import Sqs
 from receiver.events.webhook import Webhook
 from receiver.gateway.answers import ResponseFormat
 from receiver.gateway.client_callback import Clients, callback_id
+from receiver.workers.worker import Lane, Worker
 from storage.circuit import Circuit
 from storage.database.sessions import Database
 from storage.fetch.addresses import AddressPolicy

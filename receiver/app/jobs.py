@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from sqlmodel import col
 
 import receiver
-from receiver.app.worker import LINGER_SECONDS, Lane, PeriodicJob
 from receiver.events.dispatcher import Dispatcher, Sink
 from receiver.gateway import client_callback
 from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
 from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
+from receiver.workers.worker import LINGER_SECONDS, Lane, PeriodicJob
 from storage.accounts import idempotency
 from storage.accounts.slots import give_back_silent
 from storage.archive import continuous_audit

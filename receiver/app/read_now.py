@@ -9,9 +9,9 @@ from datetime import datetime
 
 from sqlmodel import col, select
 
-from receiver.app.worker import Lane, Worker
 from receiver.tasks.changes import Tally
 from receiver.tasks.operate import Reads
+from receiver.workers.worker import Lane, Worker
 from storage.database.sessions import Database
 from storage.operations import maintenance
 from storage.rows.models import Task

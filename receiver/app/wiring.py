@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 
 import receiver
 from receiver.app import jobs
-from receiver.app.worker import Lane, PeriodicJob, Worker
 from receiver.base.config import Settings, private_pairs
 from receiver.base.once import made_once
 from receiver.base.tokens import Tokens
@@ -25,6 +24,7 @@ from receiver.providers.kling.client import Kling
 from receiver.tasks.apply_deliveries import Confirmation, trusted_hosts
 from receiver.tasks.create_step import CreateStep
 from receiver.tasks.submit import Submitter
+from receiver.workers.worker import Lane, PeriodicJob, Worker
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -242,7 +244,7 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
     def configure(connection: Any, _: object) -> None:
         connection.isolation_level = None  # `start` sends BEGIN
         for pragma in SQLITE_PRAGMAS:
-            connection.execute(f"PRAGMA {pragma}")
+            _set_pragma(connection, pragma)
 
     @event.listens_for(engine, "begin")
     def start(connection: Connection) -> None:
@@ -250,6 +252,20 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
             connection.exec_driver_sql(begin)
 
     return engine
+
+
+def _set_pragma(connection: sqlite3.Connection, pragma: str) -> None:
+    """Wait for other processes: a new file's switch to WAL needs it alone, and SQLite's own timeout excludes that."""
+    ends_at = time.monotonic() + SQLITE_BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(f"PRAGMA {pragma}")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > ends_at:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _driver_error(error: Any) -> Any:

@@ -13,13 +13,13 @@ import pytest
 from sqlmodel import update
 
 from receiver.app.wiring import Parts
-from receiver.app.worker import Worker
 from receiver.providers.kling.client import Kling
 from receiver.sandbox import Sandbox
 from receiver.tasks.create_step import NOT_FOUND_AGAIN_SECONDS, UNREAD_TRIES
 from receiver.tasks.operate import Operator
 from receiver.tasks.submit import Conflict
 from receiver.tasks.task_view import is_over
+from receiver.workers.worker import Worker
 from storage.rows.models import Task
 from storage.states import Step, TaskState
 from tests.harness import wait_until

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -399,3 +400,17 @@ def test_wrong_query_is_not_an_outage(database: Database) -> None:
     with pytest.raises(Exception, match="nonsense") as caught, database.read() as session:
         session.execute(text("SELECT nonsense FROM task"))
     assert not isinstance(caught.value, DatabaseUnavailable)
+
+
+def test_a_new_sqlite_file_that_another_process_writes_to_is_waited_for(tmp_path: Path) -> None:
+    """The switch to WAL fails at once while another writes, whatever the timeout is."""
+    other = sqlite3.connect(tmp_path / "new.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    end = threading.Timer(0.5, lambda: other.execute("COMMIT"))
+    end.start()
+    database = Database(f"sqlite:///{tmp_path / 'new.db'}")
+    with database.write() as session:
+        assert session.execute(text("PRAGMA journal_mode")).scalar() == "wal"
+    database.close()
+    end.join()
+    other.close()

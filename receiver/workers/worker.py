@@ -17,8 +17,8 @@ from typing import Any
 import structlog
 from sqlmodel import Session
 
-from receiver.app.in_hand import RowsInHand, claims_of
-from receiver.app.looks import Looks
+from receiver.workers.in_hand import RowsInHand, claims_of
+from receiver.workers.looks import Looks
 from storage.accounts.slots import Slots
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant

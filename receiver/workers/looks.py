@@ -14,7 +14,7 @@ from storage.database.sessions import Database
 from storage.rows import claims
 
 if TYPE_CHECKING:
-    from receiver.app.worker import Lane
+    from receiver.workers.worker import Lane
 
 
 class Looks:

@@ -15,7 +15,7 @@ import pytest
 from sqlmodel import col, select, update
 from structlog.testing import capture_logs
 
-from receiver.app.worker import Lane, PeriodicJob, Worker
+from receiver.workers.worker import Lane, PeriodicJob, Worker
 from storage.archive.folders import sweep_uploads
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlmodel import col, update
 
-from receiver.app.worker import QUARANTINE_INTERVAL_SECONDS, Lane, Worker
+from receiver.workers.worker import QUARANTINE_INTERVAL_SECONDS, Lane, Worker
 from storage.accounts.slots import Slots
 from storage.circuit import FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS
 from storage.database.sessions import Database
@@ -19,8 +19,8 @@ from storage.rows import claims
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until
-from tests.receiver.app.test_worker import Desk, assets_lane, running, waiting
-from tests.receiver.app.test_worker import desk as desk  # a fixture
+from tests.receiver.workers.test_worker import Desk, assets_lane, running, waiting
+from tests.receiver.workers.test_worker import desk as desk  # a fixture
 from tests.rows import LONG_AGO, is_any_blocked, new_assets, new_task, stored
 from tests.storage.test_circuit import Clock, opened
 

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from sqlalchemy import event
 
-from receiver.app.worker import Lane
+from receiver.workers.worker import Lane
 from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until
-from tests.receiver.app.test_worker import Desk, running
+from tests.receiver.workers.test_worker import Desk, running
 from tests.rows import new_assets
 
 
