@@ -34,7 +34,7 @@ from storage.fetch.addresses import AddressPolicy
 from storage.fetch.client import TOTAL_SECONDS, Fetcher
 from storage.fetch.connection import Tunnel
 from storage.operations import outbox
-from storage.rows.tasks import Schedule
+from storage.rows.reports import Schedule
 
 if TYPE_CHECKING:
     from receiver.console.console import Console

@@ -23,7 +23,7 @@ from storage.accounts.batches import CHUNK, Counts
 from storage.database.sessions import Database
 from storage.errors import UserError
 from storage.operations import maintenance
-from storage.rows import tasks
+from storage.rows import reports, tasks
 from storage.rows.models import Batch, Task
 from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, Step, TaskState
@@ -55,7 +55,7 @@ class NoSuchBatch(UserError, LookupError):
 class Batches:
     """Batches on one database. `submitter` makes their rows."""
 
-    def __init__(self, database: Database, submitter: Submitter, schedule: tasks.Schedule) -> None:
+    def __init__(self, database: Database, submitter: Submitter, schedule: reports.Schedule) -> None:
         self._database = database
         self._submitter = submitter
         self._schedule = schedule

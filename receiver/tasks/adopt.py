@@ -23,7 +23,7 @@ from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.keys import IdInvalid, encode_id
 from storage.operations import maintenance
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
 from storage.states import CallbackState, Report, TaskState
@@ -49,7 +49,7 @@ class Adopter:
         self,
         database: Database,
         providers: Mapping[str, Provider],
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         limit: ReadRateLimit,
         *,
         dry_run: bool = False,

@@ -19,7 +19,7 @@ from storage import states
 from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
-from storage.rows import aliases, claims, tasks
+from storage.rows import aliases, claims, reports, tasks
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskFacts, TaskState
@@ -106,7 +106,7 @@ class DeliveryApplier:
         self,
         database: Database,
         providers: Mapping[str, Provider],
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         confirmation: Confirmation,
     ) -> None:
         self._database = database
@@ -228,12 +228,12 @@ class DeliveryApplier:
 
     def _read_now(self, session: Session, task: Task, *, is_counted: bool = True) -> bool:
         """Make the locked task due for a read. False: deliveries have caused enough reads of it."""
-        if tasks.wants_read(session, task):
+        if reports.wants_read(session, task):
             return True
         if is_counted and task.callback_reads >= MAX_READS_PER_TASK:
             return False
         task.callback_reads += is_counted
-        tasks.reschedule(session, task, self._schedule, read_now=True)
+        reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
     def _task(self, session: Session, row: Callback, report: Report) -> Task | None:
@@ -256,7 +256,7 @@ class DeliveryApplier:
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
         if believed or _is_known(facts or _facts(session, task), report):
             moment = tasks.now(session)
-            tasks.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
+            reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             return Verdict(CallbackState.APPLIED)
         return self._ask(session, task, report, BY_READ)
 
@@ -280,19 +280,19 @@ class DeliveryApplier:
         keep to the pace of polls until the provider has named the files: the forged report may have come before the
         true one.
         """
-        words = tasks.other_words(other)
-        if is_first := tasks.contradict(session, task, task.state, report.status, files=words):
+        words = reports.other_words(other)
+        if is_first := reports.contradict(session, task, task.state, report.status, files=words):
             log.warning("task.contradicted", task=task.external_task_id, files=words)
-        tasks.note_called_back(task, report, tasks.now(session))
+        reports.note_called_back(task, report, tasks.now(session))
         if not any(facts.assets[name].unconfirmed for name in other):
             return Verdict(CallbackState.APPLIED, DECIDED)
         task.note = f"an unsigned delivery names another file for {words}; the provider is asked"
         if not self._read_now(session, task, is_counted=not is_first):
-            tasks.reschedule(session, task, self._schedule, read_later=True)
+            reports.reschedule(session, task, self._schedule, read_later=True)
         return Verdict(CallbackState.APPLIED, task.note)
 
     def _ask(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
-        tasks.note_called_back(task, report, tasks.now(session))
+        reports.note_called_back(task, report, tasks.now(session))
         if report.status is None and task.state in states.TERMINAL:
             return Verdict(CallbackState.APPLIED, reason)
         return Verdict(CallbackState.APPLIED, reason if self._read_now(session, task) else NOT_READ)

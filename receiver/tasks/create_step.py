@@ -37,7 +37,7 @@ from storage.errors import (
     ProviderThrottled,
     Retry,
 )
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.lease_renewal import renewing_lease
 from storage.rows.models import Task
 from storage.states import Report, TaskState
@@ -66,7 +66,7 @@ class CreateStep:
         self,
         database: Database,
         provider: Provider,
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         slots: Slots,
         *,
         read_rate_limit: ReadRateLimit,
@@ -287,7 +287,7 @@ class CreateStep:
                 claims.rest(row)
                 row.note = row.step = None
                 row.request = self._provider.redacted(row.request)
-                tasks.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
+                reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
                 if told and row.state is report.status:
                     row.client_callback_url = None
                 self._database.wake(session)

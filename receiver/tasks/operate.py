@@ -20,7 +20,7 @@ from receiver.tasks.changes import Tally, change
 from receiver.tasks.reconcile import NEVER_REPORTED
 from storage.database.sessions import Database
 from storage.operations import maintenance, pruning
-from storage.rows import tasks
+from storage.rows import reports, tasks
 from storage.rows.models import Asset, Callback
 from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
@@ -45,7 +45,7 @@ class Operator:
         self,
         database: Database,
         providers: Mapping[str, Provider],
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         *,
         dry_run: bool = False,
     ) -> None:
@@ -209,7 +209,7 @@ class Operator:
                 tally.left[name] = "its create failed: the provider has nothing of it to read"
             else:
                 if task.lease is None or task.step is not Step.READ:
-                    tasks.reschedule(session, task, self._schedule, read_now=True)
+                    reports.reschedule(session, task, self._schedule, read_now=True)
                 tally.counts["reads_due"] += 1
                 return task.id
         return None

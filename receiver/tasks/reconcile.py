@@ -24,7 +24,7 @@ from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, Retry
 from storage.keys import encode_id
 from storage.operations import maintenance
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.held_slots import keep_silent, note_beside
 from storage.rows.models import Callback, Task
@@ -48,7 +48,7 @@ class Reader:
         self,
         database: Database,
         providers: Mapping[str, Provider],
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         limit: ReadRateLimit,
         *,
         now: Callable[[], float] = time.monotonic,
@@ -150,7 +150,7 @@ class Reader:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)
                     store_poll(session, delivery, CallbackState.APPLIED, None)
                 report = self._report(row, record, moment)
-                tasks.apply(session, row, report, self._schedule, now=moment, pushed=False)
+                reports.apply(session, row, report, self._schedule, now=moment, pushed=False)
                 self._database.wake(session)
         except LostClaim:
             return
@@ -189,7 +189,7 @@ class UnmatchedDeliveries:
     """Works on unmatched deliveries, once each. A row may have come since, or was lost with a database."""
 
     def __init__(
-        self, database: Database, providers: Mapping[str, Provider], schedule: tasks.Schedule, limit: ReadRateLimit
+        self, database: Database, providers: Mapping[str, Provider], schedule: reports.Schedule, limit: ReadRateLimit
     ) -> None:
         self._database = database
         self._providers = providers

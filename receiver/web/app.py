@@ -27,7 +27,7 @@ from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.operations import deadlines
 from storage.rows.group_commit import GroupCommit
-from storage.rows.tasks import Schedule
+from storage.rows.reports import Schedule
 
 if TYPE_CHECKING:
     from receiver.console.console import Console  # most installations have none of the two

@@ -32,7 +32,7 @@ from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.rows import tasks
+from storage.rows import reports, tasks
 from storage.rows.deliveries import Delivery, store
 from storage.rows.events import EventName, record
 from storage.rows.group_commit import GroupCommit, Intake, QueueFull, TaskFull
@@ -98,7 +98,7 @@ class Callbacks:
         group_commit: GroupCommit,
         providers: Mapping[str, Provider],
         tokens: Tokens,
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
     ) -> None:
         self._database = database
         self._group_commit = group_commit
@@ -229,7 +229,7 @@ class Callbacks:
     def _make_due(self, session: Session, delivery: Delivery) -> None:
         task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
         if task is not None and task.state not in states.TERMINAL:
-            tasks.read_soon(session, task)
+            reports.read_soon(session, task)
             self._database.wake(session)
 
 

@@ -35,7 +35,7 @@ from storage.errors import (
 )
 from storage.fetch.client import Fetched, Fetcher
 from storage.keys import object_key
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
 from storage.spool import spool
@@ -76,7 +76,7 @@ class Archiver:
         database: Database,
         bucket: Bucket,
         fetcher: Fetcher,
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         *,
         spool_dir: Path | None = None,
         circuit: Circuit | None = None,
@@ -272,7 +272,7 @@ class Archiver:
                 due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)
                 claims.settle(session, asset, due_in=due_in, error=str(error))
                 if task.step is not Step.READ or task.lease is None:
-                    tasks.reschedule(session, task, self._schedule, read_now=True)
+                    reports.reschedule(session, task, self._schedule, read_now=True)
                 self._database.wake(session)
         except LostClaim:
             return
@@ -293,8 +293,8 @@ class Archiver:
     def _look_at_task(self, session: Session, task: Task) -> None:
         """Make the finish due when this was the last asset; one in flight started from rows that have changed. A read
         in flight, or one that another asset's dead URL has asked for, is left to be made: it looks again itself."""
-        if (task.lease is None or task.step is Step.FINISH) and not tasks.wants_read(session, task):
-            tasks.reschedule(session, task, self._schedule)
+        if (task.lease is None or task.step is Step.FINISH) and not reports.wants_read(session, task):
+            reports.reschedule(session, task, self._schedule)
         self._database.wake(session)
 
 

@@ -26,7 +26,7 @@ from storage.circuit import Circuit
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
 from storage.keys import manifest_key
-from storage.rows import aliases, claims, tasks
+from storage.rows import aliases, claims, reports, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, CallbackState
@@ -61,7 +61,7 @@ class Finisher:
         self,
         database: Database,
         bucket: Bucket,
-        schedule: tasks.Schedule,
+        schedule: reports.Schedule,
         *,
         version: str,
         circuit: Circuit | None = None,

@@ -18,7 +18,7 @@ from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database, run
 from storage.errors import DatabaseUnavailable, ObjectConflict, StoreUnavailable
 from storage.keys import manifest_name, object_key
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.models import Asset, Task
 from storage.spool import spool
 from storage.states import ArchiveState, AssetState
@@ -31,7 +31,7 @@ class Repairer:
     """Repairs findings one by one. After a crash the next audit finds and repairs the rest."""
 
     def __init__(
-        self, database: Database, bucket: Bucket, schedule: tasks.Schedule, *, spool_dir: Path | None = None
+        self, database: Database, bucket: Bucket, schedule: reports.Schedule, *, spool_dir: Path | None = None
     ) -> None:
         self._database = database
         self._bucket = bucket
@@ -115,7 +115,7 @@ class Repairer:
         """Let an ended archive continue; its next end writes the next manifest."""
         if task.archive in ENDED:
             task.archive, task.note = ArchiveState.ARCHIVING, None
-        tasks.reschedule(session, task, self._schedule)
+        reports.reschedule(session, task, self._schedule)
         session.flush()
 
     def _write_again(self, finding: Finding) -> str:

@@ -19,7 +19,7 @@ from sqlmodel import Session, col, select
 from storage import states
 from storage.database.sessions import Database, run
 from storage.operations import walk
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import DISMISSED, IS_PARKED, not_dismissed
@@ -41,7 +41,7 @@ class Retried:
     reason: str | None = None
 
 
-def retry(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
+def retry(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
     """Make the waiting step and the given-up files of a locked task due. A failed create is never sent again.
 
     A failed task is read once more, because a success ranks above a failure.
@@ -59,14 +59,19 @@ def retry(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
     if not files and task.archive is ArchiveState.INCOMPLETE:
         task.archive, task.note = ArchiveState.ARCHIVING, None
         task.completeness_reads = task.completeness_reads if assets else 0  # without any file all reads start anew
-        tasks.reschedule(session, task, schedule)
+        reports.reschedule(session, task, schedule)
         return Retried(step=task.step)
     own = _make_due_now(session, task)
     return Retried(files, own.step, None if files else own.reason)
 
 
 def retry_files(
-    session: Session, task: Task, ids: Sequence[uuid.UUID], schedule: tasks.Schedule, *, accept_unverified: bool = False
+    session: Session,
+    task: Task,
+    ids: Sequence[uuid.UUID],
+    schedule: reports.Schedule,
+    *,
+    accept_unverified: bool = False,
 ) -> int:
     """Make these files of a locked task due, if they failed or wait. Returns how many.
 
@@ -84,7 +89,7 @@ def retry_files(
         if task.archive is ArchiveState.INCOMPLETE:
             task.archive, task.note = ArchiveState.ARCHIVING, None
         if task.step is not Step.READ:  # a read schedules the next step itself; a finish would come too early
-            tasks.reschedule(session, task, schedule)
+            reports.reschedule(session, task, schedule)
     session.flush()
     return count
 
@@ -99,7 +104,7 @@ def _make_due_now(session: Session, task: Task) -> Retried:
     return Retried(step=task.step)
 
 
-def _read_failed(session: Session, task: Task, schedule: tasks.Schedule) -> Retried:
+def _read_failed(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
     if task.provider_task_id is None:
         return Retried(reason="its create failed and only `receiver submit` sends: use --adopt and the same request, "
                               "or another id")  # fmt: skip
@@ -107,7 +112,7 @@ def _read_failed(session: Session, task: Task, schedule: tasks.Schedule) -> Retr
         return Retried(reason="a worker holds it; retry when it has finished")
     if task.archive is ArchiveState.INCOMPLETE:  # dismissed
         task.archive, task.note = ArchiveState.NONE, None
-    tasks.reschedule(session, task, schedule, read_now=True)
+    reports.reschedule(session, task, schedule, read_now=True)
     return Retried(step=task.step)
 
 
@@ -173,10 +178,10 @@ def _saying(column: Any, text: str | None) -> list[Any]:
 # -- dismiss ----------------------------------------------------------------------------------------------------------
 
 
-def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule) -> int:
+def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedule) -> int:
     """End a locked task that cannot be completed. Returns how many files were given up.
 
-    A task that the provider has not ended is failed here through `tasks.apply`; a later success still wins. A worker
+    A task that the provider has not ended is failed here through `reports.apply`; a later success still wins. A worker
     that holds one of its rows loses the lease and changes nothing. Archived files stay; `retry` undoes the rest.
     """
     note = DISMISSED + reason
@@ -184,7 +189,7 @@ def dismiss(session: Session, task: Task, reason: str, schedule: tasks.Schedule)
     claims.rest(task)
     if task.state not in states.TERMINAL:
         failure = Report(None, None, TaskState.FAILED, message=note)
-        tasks.apply(session, task, failure, schedule, now=tasks.now(session), pushed=False)
+        reports.apply(session, task, failure, schedule, now=tasks.now(session), pushed=False)
     waiting = [asset for asset in tasks.assets_of(session, task.id) if asset.state is AssetState.DUE]
     for asset in waiting:
         fact = {"kind": asset.kind, "index": asset.index, "error": asset.error, "reason": reason}
@@ -222,7 +227,7 @@ def make_reads_due(session: Session, ids: Sequence[uuid.UUID]) -> int:
     return run(session, chosen.values(claims.AFRESH)).rowcount
 
 
-def adopt(session: Session, task: Task, report: Report, schedule: tasks.Schedule) -> bool:
+def adopt(session: Session, task: Task, report: Report, schedule: reports.Schedule) -> bool:
     """Insert a task that was created elsewhere and apply `report` to it. Returns False when its id is taken.
 
     Its files are due, or it is read until it ends. It is never sent.
@@ -231,7 +236,7 @@ def adopt(session: Session, task: Task, report: Report, schedule: tasks.Schedule
         return False
     row = tasks.lock(session, task.id)
     assert row is not None
-    tasks.apply(session, row, report, schedule, now=tasks.now(session), pushed=False)
+    reports.apply(session, row, report, schedule, now=tasks.now(session), pushed=False)
     return True
 
 

@@ -33,7 +33,7 @@ from storage.states import PARKED, RARE_EVENT, ArchiveState, AssetState, Callbac
 
 
 class Word(TypeDecorator[str]):
-    """A StrEnum stored as its text."""
+    """A StrEnum stored as text."""
 
     impl = Text
     cache_ok = True
@@ -99,7 +99,7 @@ LINE_ORDER = ("created_at", "batch_line", "id")
 
 
 class Task(Claimable, table=True):
-    """One request to a provider. `state` and `archive` are changed by the apply step alone, under this row's lock."""
+    """One request to a provider. Only applying a report changes `state` and `archive`, under this row's lock."""
 
     __tablename__: ClassVar[str] = "task"
     __table_args__ = (
@@ -141,7 +141,7 @@ class Task(Claimable, table=True):
     completeness_reads: int = 0
     reported_at: datetime | None = _time()
     called_back_at: datetime | None = _time()
-    end_called_back_at: datetime | None = _time()  # the first callback that reported the end, believed or not
+    end_called_back_at: datetime | None = _time()  # when the first callback reported the end, believed or not
 
     created_at: datetime = _time(nullable=False)
     submitted_at: datetime | None = _time()
@@ -159,9 +159,9 @@ class Task(Claimable, table=True):
     queued_at: datetime | None = _time()  # it waits for slots, from this time on; its create is not due
     batch_id: uuid.UUID | None = None
     batch_line: int | None = None
-    client: str | None = _text()  # of the gateway: a fingerprint of the API key that asked for it
+    client: str | None = _text()  # fingerprint of the gateway client's API key
     client_callback_url: str | None = _text(repr=False)  # where a client of the gateway is called back
-    model: str | None = _text()  # the provider's word for it; a paused model holds back its tasks alone
+    model: str | None = _text()  # the provider's name of the model; a paused model holds back only its own tasks
     # reads that unconfirmed deliveries caused; bounded, because anyone with the callback URL can send them
     callback_reads: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
 
@@ -244,7 +244,7 @@ class Asset(Claimable, table=True):
     trailing_bytes: int | None = Field(default=None, sa_type=BigInteger)
     notes: list[str] | None = Field(default=None, sa_type=Json, nullable=True)
     accept_unverified: bool = False
-    # while its host answers with something that is no file to keep: since when, and how often in a row
+    # since when, and how often in a row, its host has answered with an unusable file
     unusable_since: datetime | None = _time()
     unusable_tries: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
     # the link comes from an unsigned delivery that no read has confirmed: its redirects stay within the trusted hosts

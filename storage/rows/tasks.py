@@ -1,16 +1,14 @@
-"""Task rows and their assets: find, lock, apply a report, say what comes next. Callers own the transaction."""
+"""Task rows and their assets: insert, find, lock, and the facts that decisions rest on. Callers own transactions."""
 
 from __future__ import annotations
 
-import random
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy
-from sqlalchemy import bindparam, insert, update
+from sqlalchemy import bindparam
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
@@ -19,53 +17,26 @@ from storage.database.clock import db_now
 from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.errors import LostClaim
-from storage.rows import aliases, claims
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
-from storage.rows.held_slots import give_back, heard_of
 from storage.rows.models import Asset, Task
 from storage.states import (
     ArchiveState,
     AssetFacts,
     AssetName,
-    AssetState,
-    Decision,
-    Report,
     Step,
     TaskFacts,
     TaskState,
 )
 
-STATE_EVENTS = {
-    TaskState.SUBMITTED: EventName.TASK_SUBMITTED,
-    TaskState.PROCESSING: EventName.TASK_PROCESSING,
-    TaskState.SUCCEEDED: EventName.TASK_SUCCEEDED,
-    TaskState.FAILED: EventName.TASK_FAILED,
-}
-# As many files as a note or an event names of those that are contradicted.
-MAX_NAMED = 9
-# Names an asset for ever: the same task, kind and index give the same id after a rebuild.
+# The same task, kind and index give the same asset id, also after a rebuild.
 ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """When unfinished tasks are read, and how long the provider keeps files. All in seconds."""
-
-    poll_after_seconds: float = 60
-    poll_max_seconds: float = 3_600
-    result_lifetime_seconds: float = 2_592_000
-    # When a signed URL says itself how long it lives, that counts.
-    url_expiry: Callable[[str], datetime | None] = lambda url: None
-
-    def poll_delay(self, polls: int) -> float:
-        """Doubling with jitter (±20 %), so that tasks sent together are not read together for ever."""
-        delay = min(self.poll_max_seconds, self.poll_after_seconds * 2.0 ** min(polls, 30))
-        return delay * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
-
-
 def insert_new(session: Session, task: Task) -> bool:
-    """Insert a task unless its external id is taken; unmatched deliveries of it are due. Returns whether it was."""
+    """Insert a task unless its external id is taken. Unmatched deliveries of it become due. Returns whether it was
+    inserted.
+    """
     dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
     values = {name: getattr(task, name) for name in Task.__table__.columns.keys()}  # type: ignore[attr-defined]  # noqa: SIM118
     statement: Any = dialect.insert(Task).values(values).on_conflict_do_nothing(index_elements=["external_task_id"])
@@ -88,12 +59,12 @@ _LOCKED = _LOCKED.execution_options(populate_existing=True)
 
 
 def lock(session: Session, task_id: uuid.UUID) -> Task | None:
-    """The task row, locked until the transaction ends, as it stands now."""
+    """The task's row as it is now, locked until the transaction ends."""
     return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
 
 
 class Standing(NamedTuple):
-    """What a task's row says of how it stands, without an object of it."""
+    """The columns of a task's row that decisions need, without a row object."""
 
     id: uuid.UUID
     state: TaskState
@@ -118,13 +89,13 @@ def lock_standing(session: Session, task_id: uuid.UUID) -> Standing | None:
 
 
 def waits_for_files(session: Session, task: Standing) -> bool:
-    """Whether the locked task is being archived and has no step to take, as its files are now."""
+    """Whether the locked task is being archived and has no step to take, by its files as they are now."""
     is_archiving = task.archive is ArchiveState.ARCHIVING and task.step is None and task.deleted_at is None
-    return is_archiving and states.next_step(_facts_now(session, task), 0) is None
+    return is_archiving and states.next_step(facts_now(session, task), 0) is None
 
 
 def lock_claimed(session: Session, claimed: Task) -> Task:
-    """The task row, locked, still held under the claim's lease. Raises `LostClaim` when it is not."""
+    """The locked task row, still held under the claim's lease. Raises `LostClaim` otherwise."""
     task = lock(session, claimed.id)
     if task is None or task.lease != claimed.lease:
         raise LostClaim(f"task {claimed.id}")
@@ -141,7 +112,7 @@ def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
 
 
 def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
-    """The assets of many tasks at once, in reading order; a task without any has an empty list."""
+    """The assets of many tasks at once, in reading order. A task without assets has an empty list."""
     found: dict[uuid.UUID, list[Asset]] = {task_id: [] for task_id in task_ids}
     for asset in session.exec(_IN_READING_ORDER.where(col(Asset.task_id).in_(task_ids))):
         found[asset.task_id].append(asset)
@@ -167,8 +138,8 @@ _ASSET_FACTS = sqlalchemy.select(
 ).where(_ASSETS.task_id == bindparam("of"))
 
 
-def _facts_now(session: Session, task: Task | Standing) -> TaskFacts:
-    """`facts` as the rows stand now, without making objects of them: every settled file asks."""
+def facts_now(session: Session, task: Task | Standing) -> TaskFacts:
+    """`facts` as the rows are now, without row objects, because every settled file needs them."""
     session.flush()
     rows = execute(session, _ASSET_FACTS, {"of": task.id}).rows
     names = [AssetName(row.kind, row.index, row.original) for row in rows]
@@ -188,267 +159,9 @@ def _facts(task: Task | Standing, assets: dict[AssetName, AssetFacts]) -> TaskFa
     )
 
 
-def apply(
-    session: Session,
-    task: Task,
-    report: Report,
-    schedule: Schedule,
-    *,
-    now: datetime,
-    pushed: bool,
-    confirmed: bool = True,
-) -> Decision:
-    """Apply one report to a locked task: its state, its assets, the facts, and what it waits for next.
-
-    Harmless to repeat. `now`: the database's time. `pushed`: it came as a callback, not as an answer to a read.
-    `confirmed`: the provider said so, in an answer or a signed delivery. What only an unsigned delivery said gives way
-    to it: another file for an index takes the place of the first, archived or not.
-    """
-    assets = {name_of(asset): asset for asset in assets_of(session, task.id)}
-    before = facts(task, list(assets.values()))
-    if task.deleted_at is not None:
-        _rest(session, task)
-        return Decision(task.state, task.archive)
-    if before.series is None and report.series is not None:
-        task.series = report.series
-    if not pushed:
-        task.step = None  # the read that waited has been made
-    if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
-        task.completeness_reads += 1
-    known = replace(before, series=task.series)
-    decision = states.decide(known, report)
-    _note_time(task, report, now=now, pushed=pushed, confirmed=confirmed)
-    _change_state(session, task, report, decision, now)
-    _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)
-    if confirmed:
-        _confirm_assets(session, task, known, assets, report, now)
-    _note_provider_id(session, task, report, confirmed=confirmed)
-    reschedule(session, task, schedule, read_now=decision.contradicted)
-    return decision
-
-
-def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:
-    """While the create is under way its own answer alone says by which id the provider is asked: whoever holds the
-    callback URL could name another's task."""
-    if report.provider_task_id is None:
-        return
-    if task.provider_task_id is None and (confirmed or task.step is not Step.CREATE):
-        task.provider_task_id = report.provider_task_id
-    aliases.note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
-
-
-def contradict(session: Session, task: Task, decision_state: TaskState, reported: Any, **facts: Any) -> bool:
-    """Flag the locked task as contradicted and say so, once for good. Returns whether that is new."""
-    if task.contradicted:
-        return False
-    task.contradicted = True
-    record(session, EventName.TASK_CONTRADICTED, task.id, {"kept": decision_state, "reported": reported, **facts})
-    return True
-
-
-def other_words(names: Iterable[AssetName]) -> str:
-    """Which files two reports contradict each other about."""
-    return ", ".join(f"{name.kind} {name.index}" for name in sorted(names)[:MAX_NAMED])
-
-
-def _confirm_assets(
-    session: Session, task: Task, known: TaskFacts, assets: dict[AssetName, Asset], report: Report, now: datetime
-) -> None:
-    """What an unsigned delivery said of files is confirmed by the provider's word, or gives way to it."""
-    if report.status is not TaskState.SUCCEEDED:
-        return
-    other = states.other_files(known, report)
-    won = {name: url for name, url in other.items() if assets[name].unconfirmed}
-    for name in states.assets_in(report, known.series).keys() & assets.keys():
-        assets[name].unconfirmed = False
-    if not won:
-        return
-    contradict(session, task, task.state, report.status, files=other_words(won))
-    task.note = f"the provider names another file for {other_words(won)} than an unsigned delivery did"
-    task.archive = states.ArchiveState.ARCHIVING
-    for name, url in won.items():
-        _fetch_anew(session, assets[name], url)
-
-
-def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
-    """Whoever fetches the old link loses the claim; what was stored from it is superseded."""
-    session.flush()
-    session.refresh(asset, with_for_update=True)
-    asset.superseded = [*asset.superseded, asset.key] if asset.key else asset.superseded
-    asset.source_url, asset.state = url, AssetState.DUE
-    asset.key = asset.sha256 = asset.size = asset.archived_at = asset.error = None
-    asset.fetched = {}
-    claims.make_due(asset)
-    session.flush()
-
-
-def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool, confirmed: bool) -> None:
-    task.reported_at = now
-    if pushed:
-        note_called_back(task, report, now)
-        task.polls = 0
-    if report.units is not None and confirmed:
-        task.units = report.units
-
-
-def note_called_back(task: Task, report: Report, now: datetime) -> None:
-    """Remember that the provider called back, whether or not its words are believed."""
-    task.called_back_at = now
-    heard_of(task)
-    if report.status in states.TERMINAL:
-        task.end_called_back_at = task.end_called_back_at or now
-
-
-def _change_state(session: Session, task: Task, report: Report, decision: Decision, now: datetime) -> None:
-    if decision.contradicted:
-        contradict(session, task, decision.state, report.status)
-    task.archive = decision.archive
-    if decision.state is task.state:
-        return
-    task.state = decision.state
-    task.submitted_at = task.submitted_at or now
-    if decision.state in states.TERMINAL:
-        task.completed_at = now
-        give_back(task)
-    failed = decision.state is TaskState.FAILED
-    task.error = (report.message or "the provider gave no reason") if failed else None
-    record(session, STATE_EVENTS[decision.state], task.id, {"error": task.error} if failed else None)
-
-
-def _write_assets(
-    session: Session,
-    task: Task,
-    assets: dict[AssetName, Asset],
-    report: Report,
-    decision: Decision,
-    schedule: Schedule,
-    now: datetime,
-    *,
-    confirmed: bool,
-) -> None:
-    for name, url in decision.replace.items():
-        asset = assets[name]
-        asset.source_url = url
-        asset.files_expire_at = _files_expire_at(url, report, schedule, now)
-        _make_due(session, asset)
-    added = [
-        _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now) | {"unconfirmed": not confirmed}
-        for name, url in decision.add.items()
-    ]
-    if added:
-        run(session, _NEW_ASSETS, added)
-    expiries = [row["files_expire_at"] for row in added] + [asset.files_expire_at for asset in assets.values()]
-    task.files_expire_at = min((moment for moment in expiries if moment), default=None)
-    session.flush()
-
-
-def _make_due(session: Session, asset: Asset) -> None:
-    """Make a file due now unless it is settled or claimed, which may be so by now: a claim takes no task lock.
-
-    An unusable file keeps to its schedule, unless its try waits for this very link (`attempts` counts it).
-    """
-    free = update(Asset).where(
-        col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
-    )
-    free = free.where((col(Asset.unusable_tries) == 0) | (col(Asset.attempts) > 0))
-    free = free.values(**claims.AFRESH, error=None)
-    session.execute(free.execution_options(synchronize_session=False))
-
-
-_NEW_ASSETS = insert(Asset.__table__)  # type: ignore[attr-defined]
-# What no report says of a new asset. Made once: a row object for each would cost more than its insertion.
-_BLANK = Asset.model_construct().model_dump()
-
-
-def _new_asset(task: Task, name: AssetName, url: str, files_expire_at: datetime, now: datetime) -> dict[str, Any]:
-    return {
-        **_BLANK,
-        "id": asset_id(task.id, name),
-        "task_id": task.id,
-        "kind": name.kind,
-        "index": name.index,
-        "original": name.original,
-        "source_url": url,
-        "files_expire_at": files_expire_at,
-        "created_at": now,
-        **claims.due(now),
-    }
-
-
 def asset_id(task_id: uuid.UUID, name: AssetName) -> uuid.UUID:
-    """The same for the same task, kind and index, for ever."""
+    """The id of an asset: always the same for the same task, kind and index."""
     return uuid.uuid5(ASSET_NAMESPACE, f"{task_id}/{name.kind}/{name.original}/{name.index}")
-
-
-def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime) -> datetime:
-    """The URL's own word, else the lifetime counted from when the provider says the task ended (never after now)."""
-    ended = now
-    if report.updated_ms is not None:
-        ended = min(now, datetime.fromtimestamp(report.updated_ms / 1000, UTC))
-    return schedule.url_expiry(url) or ended + timedelta(seconds=schedule.result_lifetime_seconds)
-
-
-def read_soon(session: Session, task: Task) -> None:
-    """Make a waiting read of the locked task due now. A step in flight is left to its owner."""
-    if task.lease is None and task.step is Step.READ:
-        claims.hasten(task)
-        session.flush()
-
-
-def reschedule(
-    session: Session, task: Task, schedule: Schedule, *, read_now: bool = False, read_later: bool = False
-) -> None:
-    """Set what the locked task waits for next, from its rows as they are now.
-
-    A create is settled by its own step alone: one that waits is made due at once, unless for slots; one in flight is
-    left to its owner. A read or a finish in flight started from rows that have just changed: its claim is taken
-    away, so that it settles nothing, and the step is due anew. A read that comes sooner than the next is not put off.
-    `read_later`: a read comes first, as late as the first poll of a task does.
-    """
-    if task.deleted_at is not None:
-        _rest(session, task)
-        return
-    if task.step is Step.CREATE:
-        if task.lease is None and task.queued_at is None:
-            claims.hasten(task)
-        return
-    following = states.next_step(_facts_now(session, task), schedule.poll_delay(task.polls))
-    if read_later:
-        following = states.Next(Step.READ, schedule.poll_after_seconds)
-    elif read_now or (task.lease is not None and following and following.step is task.step is Step.READ):
-        following = states.Next(Step.READ, 0)
-    if not read_now and following and _waits_for(session, task, following):
-        return
-    task.step = following.step if following else None
-    if following:
-        claims.make_due(task, following.delay_seconds)
-    else:
-        claims.rest(task)
-    session.flush()
-
-
-def _waits_for(session: Session, task: Task, following: states.Next) -> bool:
-    """Whether the locked task is in nobody's hands and waits for this step as it is: a read, for none that is later."""
-    if task.lease is not None or task.step is not following.step:
-        return False
-    if following.step is Step.READ:
-        return wants_read(session, task, within_seconds=following.delay_seconds)
-    return task.due_at is not None
-
-
-def _rest(session: Session, task: Task) -> None:
-    """A deleted task waits for nothing, whatever is reported of it."""
-    task.step = None
-    claims.rest(task)
-    session.flush()
-
-
-def wants_read(session: Session, task: Task, *, within_seconds: float = 0) -> bool:
-    """Whether a read of the locked task waits and is due by now, or within some seconds."""
-    if task.step is not Step.READ:  # nearly always: then there is nothing to ask
-        return False
-    waits = (Task.id == task.id, Task.step == Step.READ, col(Task.lease).is_(None))
-    return session.exec(select(Task.id).where(*waits, col(Task.due_at) <= db_now(within_seconds))).first() is not None
 
 
 _NOW = sqlalchemy.select(db_now())

@@ -16,7 +16,7 @@ from storage.operations.ended import EndedLastDay
 from storage.operations.lists import TaskFilter, newest_tasks
 from storage.operations.measures import measure
 from storage.rows import events, tasks
-from storage.rows.tasks import Schedule
+from storage.rows.reports import Schedule
 from tests.bench import stage
 from tests.bench.million import TASKS, build
 from tests.bench.table import Sample

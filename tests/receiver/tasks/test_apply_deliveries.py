@@ -16,7 +16,7 @@ from receiver.providers.kling.client import Kling
 from receiver.tasks import apply_deliveries
 from receiver.tasks.apply_deliveries import Confirmation
 from storage.errors import DatabaseUnavailable
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Callback, Task, TaskAlias
 from storage.states import CallbackState, Output, Report, Step, TaskState
@@ -314,7 +314,7 @@ def test_a_delivery_that_says_nothing_new_causes_no_read(parts: Parts) -> None:
         found = tasks.lock(session, task.id)
         assert found is not None
         told = parts.kling.parse(row.body)
-        tasks.apply(session, found, told, parts.schedule, now=tasks.now(session), pushed=False)
+        reports.apply(session, found, told, parts.schedule, now=tasks.now(session), pushed=False)
     assert replay(parts, row).reason is None
     assert not is_read_now(parts, task) and len(assets_of(parts, task)) == 1
 

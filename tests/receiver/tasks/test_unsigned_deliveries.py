@@ -12,7 +12,7 @@ from sqlmodel import update
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
-from storage.rows import aliases, tasks
+from storage.rows import aliases, reports, tasks
 from storage.rows.models import Asset, Task
 from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
@@ -35,7 +35,7 @@ def confirm(parts: Parts, task: Task, told: dict[str, Any]) -> None:
         assert row is not None
         row.step = None
         report = parts.kling.parse(str(told).replace("'", '"').encode())
-        tasks.apply(session, row, report, parts.schedule, now=tasks.now(session), pushed=False)
+        reports.apply(session, row, report, parts.schedule, now=tasks.now(session), pushed=False)
 
 
 def archived(parts: Parts, *, webhook_id: str | None = None, **values: Any) -> Task:

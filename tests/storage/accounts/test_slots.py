@@ -24,7 +24,7 @@ from storage.accounts.slots import Slots, Waiting, choose, limit_at
 from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import LostClaim, NoSlots
-from storage.rows import claims, tasks
+from storage.rows import claims, reports, tasks
 from storage.rows.models import Account, Task
 from storage.states import Report, Step, TaskState
 from tests.harness import wait_until
@@ -153,7 +153,7 @@ def test_ended_task_gives_its_slots_back(database: Database) -> None:
         row = tasks.lock(session, task.id)
         assert row is not None
         report = Report(None, None, TaskState.FAILED)
-        tasks.apply(session, row, report, tasks.Schedule(), now=tasks.now(session), pushed=True)
+        reports.apply(session, row, report, reports.Schedule(), now=tasks.now(session), pushed=True)
     assert held(database) == 0
 
 
@@ -213,7 +213,7 @@ def test_silent_task_that_ends_loses_its_note(parts: Parts, sandbox: Sandbox) ->
         row = tasks.lock(session, task.id)
         assert row is not None
         report = Report(None, None, TaskState.FAILED)
-        tasks.apply(session, row, report, tasks.Schedule(), now=tasks.now(session), pushed=False)
+        reports.apply(session, row, report, reports.Schedule(), now=tasks.now(session), pushed=False)
     assert task_of(parts, task.external_task_id).note is None
 
 

@@ -18,7 +18,7 @@ from storage.operations.outbox import Subscription, sequence_all
 from storage.rows import events
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
-from storage.rows.tasks import Schedule
+from storage.rows.reports import Schedule
 from storage.states import ArchiveState, CallbackState, DispatchState, Step, TaskState
 from tests.plans import plans, scans
 from tests.rows import LONG_AGO, new_asset, new_task, stored

@@ -14,7 +14,7 @@ from storage.database.sessions import Database
 from storage.operations import maintenance, walk
 from storage.rows import tasks
 from storage.rows.models import Callback, Task
-from storage.rows.tasks import Schedule
+from storage.rows.reports import Schedule
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 from tests.plans import plans, scans
 from tests.rows import LONG_AGO, new_asset, new_task

@@ -17,9 +17,9 @@ from sqlmodel import Session, col, select, update
 
 from storage.database.sessions import Database
 from storage.errors import LostClaim
-from storage.rows import aliases, claims, tasks
+from storage.rows import aliases, claims, reports, tasks
 from storage.rows.models import Asset, Task, TaskAlias
-from storage.rows.tasks import Schedule
+from storage.rows.reports import Schedule
 from storage.states import (
     ArchiveState,
     AssetName,
@@ -62,7 +62,7 @@ def hear(
     with database.write() as session:
         locked = tasks.lock(session, task.id)
         assert locked
-        return tasks.apply(session, locked, report, schedule or Schedule(), now=now, pushed=pushed)
+        return reports.apply(session, locked, report, schedule or Schedule(), now=now, pushed=pushed)
 
 
 def claim(database: Database, model: Any = Task, lease: float = LEASE_SECONDS) -> Any:
@@ -363,7 +363,7 @@ def test_two_reports_at_once_are_applied_one_after_the_other(database: Database)
         with database.write() as session:
             locked = tasks.lock(session, task.id)
             assert locked
-            tasks.apply(session, locked, pictures(1), Schedule(), now=LONG_AGO, pushed=True)
+            reports.apply(session, locked, pictures(1), Schedule(), now=LONG_AGO, pushed=True)
             other = pool.submit(hear, database, task, pictures(2))
             wait_until_blocked(database, other)
         assert set(other.result(SECONDS).add) == {AssetName("image", 1)}
@@ -379,7 +379,7 @@ def test_of_two_workers_that_settle_the_last_two_assets_one_sees_the_last(databa
         locked = tasks.lock(session, task.id)
         assert locked
         claims.settle(session, asset, due_in=None, state=AssetState.ARCHIVED)
-        tasks.reschedule(session, locked, Schedule())
+        reports.reschedule(session, locked, Schedule())
 
     def settle_last() -> None:
         with database.write() as session:
@@ -432,7 +432,7 @@ def end_of(session: Session, heard: list[tuple[Report, bool]]) -> object:
     """Rows and facts after these reports, times and URLs aside."""
     task = new_task(session, expected=2, series=False)
     for report, pushed in heard:
-        tasks.apply(session, task, report, Schedule(), now=LONG_AGO, pushed=pushed)
+        reports.apply(session, task, report, Schedule(), now=LONG_AGO, pushed=pushed)
     rows = [(tasks.name_of(asset), asset.state) for asset in tasks.assets_of(session, task.id)]
     return task.state, task.archive, task.contradicted, task.error, task.provider_task_id, rows
 
