@@ -1,4 +1,4 @@
-"""Who may talk to the API, and whom the sandbox may call."""
+"""Who may use the API, and whom the sandbox may call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from receiver.sandbox.knobs import Knobs
 
 
 def check_credentials(authorization: str | None, knobs: Knobs, *, jwt_allowed: bool = True) -> None:
-    """Let an accepted API key or JWT pass. Raises Refused 1000…1004 otherwise, as Kling tells them apart.
+    """Accept a known API key or JWT. Raises Refused 1000…1004 otherwise, with Kling's distinctions.
 
     `jwt_allowed`: False on `/tasks`, which answers a JWT with 1002.
     """
@@ -72,7 +72,7 @@ def _is_address(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether every address of `host` (a name or an address) is on this machine. Asks DNS; False when it knows none."""
+    """Whether every address of `host` (a name or an address) is on this machine. Asks DNS. False if it knows none."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):

@@ -33,7 +33,7 @@ Breakage = Literal["", "html", "broken", "hang"]
 
 
 class Answer(NamedTuple):
-    """What the API says. `breakage`: how the answer itself is spoilt on its way out, '' = not."""
+    """An answer of the API. `breakage`: how the answer is damaged on its way out, '' = not."""
 
     http_status: int
     body: dict[str, Any]
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class Refused(Exception):
-    """The API says no. `code`: a key of ERRORS (an unknown one counts as 5000)."""
+    """A refusal of the API. `code`: a key of ERRORS (an unknown one counts as 5000)."""
 
     def __init__(self, code: int, message: str | None = None) -> None:
         self.code = code

@@ -1,4 +1,4 @@
-"""Sending callbacks the way the provider does: Java's HTTP client, no redirects, a few tries."""
+"""Sends callbacks as the provider does: Java's HTTP client, no redirects, a few tries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from receiver.sandbox.access import is_loopback
 from receiver.sandbox.knobs import Knobs
 from receiver.sandbox.ledger import Attempt, Callback
 
-# As recorded from real traffic.
+# Recorded from real traffic.
 HEADERS = {
     "Content-Type": "application/json; charset=utf-8",
     "User-Agent": "Apache-HttpClient/4.5.14 (Java/17.0.9)",
@@ -41,10 +41,10 @@ def signed_headers(callback: Callback, secrets: Sequence[str], now: datetime) ->
 
 
 class Sender:
-    """Delivers callbacks and writes every attempt into them. Lives inside one event loop; close it in the same one."""
+    """Delivers callbacks and notes every attempt in them. Used and closed within one event loop."""
 
     def __init__(self) -> None:
-        # No proxy from the environment: a callback goes where it says, or nowhere.
+        # No proxy from the environment, so a callback goes to its URL or nowhere.
         self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, headers=HEADERS)
         del self._client.headers["Accept"]  # httpx's own default; the recorded client sends none
         self._turns = asyncio.Semaphore(MAX_AT_ONCE)
@@ -71,7 +71,7 @@ class Sender:
     async def _try(self, callback: Callback, knobs: Knobs) -> Attempt:
         at_ms = time.time_ns() // 1_000_000
         host = urlsplit(callback.url).hostname or ""
-        # Asked again before every try: a name may have moved since the task was created.
+        # Checked again before every try, because a name may resolve differently by now.
         if not knobs.allow_remote_callbacks and not await asyncio.to_thread(is_loopback, host):
             return Attempt(at_ms, None, "NotLoopback")
         headers = signed_headers(callback, knobs.webhook_secrets, datetime.now(UTC))

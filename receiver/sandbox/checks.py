@@ -1,4 +1,4 @@
-"""Reading a create request as strictly as Kling does, with the rule in every refusal."""
+"""Checks a create request as strictly as Kling does. Every refusal names its rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN_MODEL = "kling-image-o1"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A create request that passed. `pictures`: how many, None when the provider chooses (`series_amount` auto)."""
+    """A valid create request. `pictures`: how many, None when the provider chooses (`series_amount` auto)."""
 
     model: str
     prompt: str
@@ -44,7 +44,7 @@ class Wanted:
 
 
 def parse(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`. Raises Refused 1200 when it is none."""
+    """The JSON object in `raw`. Raises Refused 1200 for anything else."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError):
@@ -159,7 +159,7 @@ def _check_inputs(body: Mapping[str, Any]) -> None:
 
 
 def _check_picture(encoded: str) -> None:
-    """A Base64 image: bare (Kling refuses a `data:` prefix), png or jpeg, within the limits."""
+    """A Base64 image: without `data:` prefix (Kling refuses one), png or jpeg, within the limits."""
     try:
         data = base64.b64decode(encoded, validate=True)
     except (binascii.Error, ValueError):
@@ -187,7 +187,7 @@ def _callback_url(body: Mapping[str, Any], knobs: Knobs) -> str | None:
     try:
         parts = urlsplit(url)
         host = parts.hostname
-        _ = parts.port  # raises when it is no number
+        _ = parts.port  # raises for text that is no number
     except ValueError:
         raise Refused(1200, "callback_url is not a valid URL") from None
     if parts.scheme not in ("http", "https") or not host:

@@ -1,4 +1,4 @@
-"""The pictures of all tasks: drawn when first asked for, kept while there is room, their hashes kept for good."""
+"""The pictures of all tasks: drawn at the first request, kept while there is room, their hashes kept always."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Facts(NamedTuple):
 
 
 class Gallery:
-    """Safe for threads. Drawing happens outside the lock: at worst the same picture is drawn twice."""
+    """Safe for threads. Pictures are drawn outside the lock, so at worst one is drawn twice."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -1,4 +1,4 @@
-"""All that can be turned on the sandbox: as constructor arguments, CLI options, or over HTTP while it runs."""
+"""All knobs of the sandbox: constructor arguments, CLI options, or changed over HTTP while it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 
 def _signs(secret: str) -> str:
-    """Refuse a secret that could not sign. Raises ValueError."""
+    """Refuse a secret that cannot sign. Raises ValueError."""
     try:
         Webhook(secret)
     except EmptyWebhookSecretError:
@@ -33,12 +33,12 @@ QueryFault = Annotated[
 WebhookSecret = Annotated[str, AfterValidator(_signs)]
 CdnFault = Literal["403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty", "self_redirect"]
 
-# Whom the sandbox talks to and listens to is decided by whoever starts it, never by a request.
+# Addresses that the sandbox talks and listens to are set at its start, never by a request.
 STARTUP_ONLY = frozenset({"allow_remote_callbacks", "allow_remote_host"})
 
 
 class Knobs(BaseModel):
-    """How the sandbox behaves. The defaults are a provider that is quick and makes no mistakes."""
+    """The behaviour of the sandbox. The defaults are a quick provider without faults."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 

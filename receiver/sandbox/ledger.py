@@ -1,4 +1,4 @@
-"""What the sandbox saw and did, for tests and people to compare with."""
+"""What the sandbox received and did, for tests and people to compare with."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ AssetKey = tuple[str, str, int]
 
 @dataclass
 class Create:
-    """One create request. `raw`: the body as it came (b"" once too many newer ones are kept); `body`: parsed, or None.
+    """One create request. `raw`: the body as received (b"" once too many newer ones are kept). `body`: parsed, or None.
 
-    `code`: what was answered (0 = created; -1 = a broken answer); `task_id`: of the task that exists because of it.
+    `code`: of the answer (0 = created, -1 = a damaged answer). `task_id`: of the task that exists because of it.
     """
 
     raw: bytes
@@ -27,7 +27,7 @@ class Create:
 
 @dataclass
 class Attempt:
-    """One try to deliver. `http_status` None: no answer came, `error` is the exception's name."""
+    """One try to deliver. `http_status` None: there was no answer, and `error` is the exception's name."""
 
     at_ms: int
     http_status: int | None
@@ -36,7 +36,7 @@ class Attempt:
 
 @dataclass
 class Callback:
-    """One callback with everything that became of it. `dropped`: never sent, on purpose."""
+    """One callback with all its attempts. `dropped`: never sent, on purpose."""
 
     task_id: str
     external_task_id: str | None
@@ -77,7 +77,7 @@ class Asset:
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """One task as it stands: `status` is submitted, processing, succeed or failed."""
+    """One task as it is: `status` is submitted, processing, succeed or failed."""
 
     task_id: str
     external_task_id: str | None
@@ -91,7 +91,7 @@ class TaskEntry:
 class Ledger:
     """`counts`: how often each thing happened: queries, `fault:<kind>`, `cdn:<status>` and so on.
 
-    `slots_held`: pictures in work now; `slots_peak`: the most that ever were at once.
+    `slots_held`: pictures in work now. `slots_peak`: the most at the same time.
     """
 
     creates: tuple[Create, ...]
@@ -112,7 +112,7 @@ class Ledger:
         return {key: asset.sha256 for key, asset in self.assets.items()}
 
     def task(self, name: str) -> TaskEntry:
-        """The task with this external id or task id. Raises KeyError when there is none."""
+        """The task with this external id or task id. Raises KeyError."""
         for task in self.tasks:
             if name in (task.external_task_id, task.task_id):
                 return task

@@ -1,4 +1,4 @@
-"""Which callbacks are sent, how often and in which order. Decides; callbacks.py sends."""
+"""Decides which callbacks are sent, how often and in which order. callbacks.py sends them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from receiver.sandbox.tasks import Link, Task, callback_body
 
 
 class Outbox:
-    """Batches to send; those of one batch go one after the other. Guarded by the world's lock."""
+    """Batches to send. Those of one batch are sent one after the other. Guarded by the world's lock."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -21,7 +21,7 @@ class Outbox:
         self._held: dict[str, list[Callback]] = {}
 
     def report(self, task: Task, link: Link, knobs: Knobs, webhook_id: str) -> None:
-        """Note one status change of a task: its body is made now, whenever it is sent."""
+        """Note one status change of a task. Its body is made now, whenever it is sent."""
         url = task.wanted.callback_url
         if url is None:
             return
@@ -33,7 +33,7 @@ class Outbox:
             data = b""
         callback = Callback(task.id, task.wanted.external_task_id, url, task.status, data, webhook_id)
         callback.dropped = self._is_dropped(task, knobs)
-        # A copy sent twice carries the same webhook-id: it is the same message.
+        # A copy has the same webhook-id, because it is the same message.
         copies = [callback, *(replace(callback, attempts=[]) for _ in range(knobs.callback_duplicates))]
         self._history.extend(copies)
         if not callback.dropped:
@@ -53,10 +53,10 @@ class Outbox:
         self._waiting.append([*copies, *reversed(held)])
 
     def take(self) -> list[list[Callback]]:
-        """Hand over what waits, once."""
+        """Return what waits, once."""
         waiting, self._waiting = self._waiting, []
         return waiting
 
     def history(self) -> tuple[Callback, ...]:
-        """Copies of every callback there was, in the order of the status changes."""
+        """Copies of all callbacks, in the order of the status changes."""
         return tuple(replace(callback, attempts=list(callback.attempts)) for callback in self._history)

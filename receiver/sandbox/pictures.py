@@ -1,4 +1,4 @@
-"""Drawing the results: real PNG files whose text says what they are, as large as the provider's own."""
+"""Draws the results: real PNG files with a text that describes them, as large as the provider's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAPER, INK = 255, 0  # palette entries of the text panel
 
 @dataclass(frozen=True)
 class Picture:
-    """What to draw. `noise`: seed of the texture. `bytes_wanted`: about the file's size, None = by `resolution`."""
+    """What to draw. `noise`: seed of the texture. `bytes_wanted`: approximate file size, None = by `resolution`."""
 
     prompt: str
     name: str
@@ -33,7 +33,7 @@ class Picture:
 
 
 def draw(picture: Picture) -> bytes:
-    """The PNG file; the same picture gives the same bytes. 20 ms at 1k on a slow core."""
+    """The PNG file. The same picture gives the same bytes. 20 ms at 1k on a slow core."""
     width, height = size(picture)
     rng = random.Random(picture.noise)  # noqa: S311 – a texture, not a secret
     image = Image.frombytes("P", (width, height), rng.randbytes(width * height))
@@ -55,14 +55,14 @@ def size(picture: Picture) -> tuple[int, int]:
 
 
 def _palette(rng: random.Random) -> list[int]:
-    """Shades of one colour; the first and last entry are for text."""
+    """Shades of one colour. The first and the last entry are for text."""
     colour = [rng.uniform(0.4, 1.0) for _ in range(3)]
     shades = [int(level * part) for level in range(1, 255) for part in colour]
     return [0, 0, 0, *shades, 255, 255, 255]
 
 
 def _plain(text: str) -> str:
-    """What the built-in font can show of it: accents dropped, other scripts as question marks."""
+    """The text as the built-in font can show it: accents dropped, other scripts as question marks."""
     bare = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     return "".join(char if " " <= char <= "~" else "?" for char in bare)
 

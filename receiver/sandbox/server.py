@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 * 1024 * 1024  # Base64 images
 CHUNK_BYTES = 64 * 1024
-IDLE_SECONDS = 0.25  # the clock's longest sleep, so knobs set from another thread are seen
+IDLE_SECONDS = 0.25  # the clock's longest sleep, so that it notices knobs set by another thread
 START_SECONDS = 10
 STOP_SECONDS = 10
 ERROR_PAGE = b"<!DOCTYPE html><html><head><title>Error</title></head><body>Something went wrong</body></html>"
@@ -61,10 +61,10 @@ class Json(Response):
 
 
 class Body(Response):
-    """Bytes that may arrive slowly, cut off, or without a length.
+    """A body that may arrive slowly, cut off, or without a length.
 
-    `promised`: the Content-Length, None = chunked. `seconds`: how long they take. `cut`: the connection closes
-    without the promised end. `done`: called once everything went out, not when the client left before.
+    `promised`: the Content-Length, None = chunked. `seconds`: its duration. `cut`: the connection closes without the
+    promised end. `done`: called once everything was sent, but not if the client left before.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Body(Response):
             headers.append((b"content-length", str(self.promised).encode()))
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         request = Request(scope, receive)
-        # Slow bodies come in at least 50 pieces, each after its share of the time.
+        # Slow bodies are sent in at least 50 pieces, each after its share of the time.
         step = min(CHUNK_BYTES, len(self.data) // 50 + 1) if self.seconds else CHUNK_BYTES
         pieces = [self.data[start : start + step] for start in range(0, len(self.data), step)]
         for piece in pieces:
@@ -96,14 +96,14 @@ class Body(Response):
             if await request.is_disconnected():
                 return
             await send({"type": "http.response.body", "body": piece, "more_body": True})
-        if not self.cut:  # else uvicorn sees an unfinished answer and closes the connection
+        if not self.cut:  # otherwise uvicorn sees an unfinished answer and closes the connection
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         if self.done:
             self.done()
 
 
 class Api:
-    """The routes. `wake` is set when something may have to be sent. `own_name`: the host it listens as."""
+    """The routes. `wake` is set when something may have to be sent."""
 
     def __init__(self, world: World, wake: asyncio.Event, own_name: str) -> None:
         self.world, self.wake, self.own_name = world, wake, own_name
@@ -215,7 +215,7 @@ def _authorization(request: Request) -> str | None:
 
 
 def build_app(world: World, own_name: str) -> Starlette:
-    """The ASGI application of one world; its lifespan runs the clock and sends the callbacks."""
+    """The ASGI application of one world. Its lifespan runs the clock and sends the callbacks."""
     wake = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -230,7 +230,7 @@ def build_app(world: World, own_name: str) -> Starlette:
 
 
 async def run_clock(world: World, wake: asyncio.Event) -> None:
-    """Move tasks when their time comes and send what they report, until cancelled."""
+    """Move tasks at their times and send their reports, until cancelled."""
     sender = Sender()
     try:
         async with asyncio.TaskGroup() as sending:
@@ -252,8 +252,8 @@ async def run_clock(world: World, wake: asyncio.Event) -> None:
 class Sandbox:
     """The running server, in a thread of its own or, with `serve`, in the caller's.
 
-    `host`: an address outside loopback is refused unless `knobs.allow_remote_host`. `port`: 0 = any free one, which
-    is kept when the sandbox is started again. Its tasks survive stop and start, in memory.
+    `host`: an address outside loopback is refused unless `knobs.allow_remote_host`. `port`: 0 = any free one, which is
+    kept when the sandbox is started again. Its tasks survive stop and start, in memory.
     """
 
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0, knobs: Knobs | None = None) -> None:
@@ -266,7 +266,7 @@ class Sandbox:
 
     @property
     def url(self) -> str:
-        """Where it answers; known once it was started."""
+        """Its address, known after the start."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
 
@@ -275,7 +275,7 @@ class Sandbox:
         return self.world.knobs.api_keys[0]
 
     def start(self) -> Self:
-        """Run in a daemon thread; returns once it listens.
+        """Run in a daemon thread. Returns once it listens.
 
         Raises OSError (the port is taken), RuntimeError (it did not start).
         """
@@ -294,7 +294,7 @@ class Sandbox:
         return self
 
     def stop(self) -> None:
-        """Stop listening, break off what is under way, wait for the thread. Harmless when it does not run."""
+        """Stop listening, end what is under way, wait for the thread. Does nothing if it does not run."""
         if self._server and self._thread:
             self._server.should_exit = True
             self._thread.join(STOP_SECONDS)
@@ -310,7 +310,7 @@ class Sandbox:
         return self.world.set(knobs)
 
     def ledger(self) -> Ledger:
-        """What it saw and did so far."""
+        """What it received and did so far."""
         return self.world.ledger()
 
     def reset(self) -> None:
@@ -344,7 +344,7 @@ class Sandbox:
             ws="none",
             lifespan="on",
             log_config=None,
-            log_level="critical",  # answers cut off on purpose would be logged as errors
+            log_level="critical",  # otherwise answers that are cut off on purpose are logged as errors
             access_log=False,
             server_header=False,
             proxy_headers=False,

@@ -1,4 +1,4 @@
-"""A task of the sandbox and the shapes in which the provider tells of it."""
+"""A task of the sandbox, and the shapes in which the provider describes it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class Name:
 
 @dataclass
 class Task:
-    """`slots`: concurrency it holds until it ends. `alias`: the task_id a gateway invented for the create answer.
+    """`slots`: concurrency that it holds until it ends. `alias`: the task_id that a gateway invented for the create
+    answer.
 
-    `revision` counts the sets of URLs handed out, `live_from` is the first whose URLs work. `visible_ms`: queries
-    find it from then on. `expires`: when the newest links die, in seconds since 1970.
+    `revision` counts the sets of URLs handed out; `live_from` is the first whose URLs work. `visible_ms`: queries find
+    it from then on. `expires`: when the newest links expire, in seconds since 1970.
     """
 
     id: str
@@ -120,7 +121,7 @@ def new_record(task: Task, link: Link) -> dict[str, Any]:
 
 
 def callback_body(task: Task, link: Link, *, shape: str, task_info: bool, bare: bool) -> dict[str, Any]:
-    """What is POSTed to the caller. `shape`: as the knob `callback_shape`."""
+    """The body of a callback. `shape`: as in the knob `callback_shape`."""
     if shape == "new":
         return new_record(task, link)
     record = old_record(task, link, task_info=task_info, bare=bare)

@@ -1,4 +1,4 @@
-"""The provider's state: tasks and their lives, what was asked, what is to be sent. No sockets; `now` is an argument."""
+"""The provider's state: tasks and their lives, requests, callbacks to send. No sockets; `now` is an argument."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ RANDOM_CREATE_FAULTS = ("5000", "5000:created", "5002", "5002:created", "5001", 
 
 
 class Download(NamedTuple):
-    """What a result URL leads to. `fault`: as in cdn.Fault; `redirect`: the next hop, None = the file itself.
-
-    `seconds`: since the task's end.
-    """
+    """What a result URL leads to. `fault`: as in cdn.Fault. `redirect`: the next hop, None = the file itself."""
 
     task: Task
     name: Name
@@ -40,7 +37,7 @@ class Download(NamedTuple):
 
 
 class World:
-    """Safe for threads: every public method holds the one lock, and draws pictures outside of it."""
+    """Safe for threads: every public method holds the one lock, and draws pictures outside it."""
 
     def __init__(self, knobs: Knobs) -> None:
         self.lock = threading.RLock()
@@ -48,7 +45,7 @@ class World:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every task and start the random choices again from the seed; the knobs stay."""
+        """Forget all tasks and restart the random choices from the seed. The knobs stay."""
         with self.lock:
             self._rng = random.Random(self.knobs.seed)  # noqa: S311 – repeatable choices, not secrets
             self._key = self._rng.randbytes(32)
@@ -66,7 +63,7 @@ class World:
             self._served: Counter[tuple[str, Name]] = Counter()
 
     def set(self, changes: Mapping[str, Any], *, remote: bool = False) -> Knobs:
-        """Change some knobs, from now on; returns a copy of all. `remote`: the wish came over HTTP.
+        """Change some knobs. Returns a copy of all. `remote`: the change came over HTTP.
 
         Raises pydantic.ValidationError (unknown or out of range), PermissionError (not to be changed over HTTP).
         """
@@ -79,7 +76,7 @@ class World:
     # -- create -----------------------------------------------------------------------------------------------------
 
     def create(self, raw: bytes, authorization: str | None, origin: str, now: float) -> Answer:
-        """Answer `POST …/omni-image`. `origin`: scheme and host the caller reached us at, for result URLs."""
+        """Answer `POST …/omni-image`. `origin`: scheme and host under which the caller reached us, for result URLs."""
         entry = Create(raw=raw, body=None, at_ms=_ms(now))
         with self.lock:
             self._keep(entry)
@@ -164,7 +161,7 @@ class World:
     # -- the life of a task -----------------------------------------------------------------------------------------
 
     def advance(self, now: float) -> float | None:
-        """Move every task whose time has come; returns when the next one's comes, None = none waits."""
+        """Move every task whose time has come. Returns the time of the next one, None = none waits."""
         with self.lock:
             while self._due and self._due[0][0] <= now:
                 due, _, task_id = heapq.heappop(self._due)
@@ -172,7 +169,7 @@ class World:
             return self._due[0][0] if self._due else None
 
     def take_callbacks(self) -> list[list[Callback]]:
-        """The callbacks to send now, handed over once; those of one batch go one after the other."""
+        """The callbacks to send now, each returned once. Those of one batch are sent one after the other."""
         with self.lock:
             return self.outbox.take()
 
@@ -268,7 +265,7 @@ class World:
         return [self._read(task, now, new_shape=True) for task in fitting]
 
     def _read(self, task: Task, now: float, *, new_shape: bool = False) -> dict[str, Any]:
-        """The record for a reader, who may bring dead URLs to life."""
+        """The record for a reader. Reading may make dead URLs work."""
         if task.ended:
             task.revision = max(task.live_from, task.revision + int(self.knobs.fresh_urls_on_read))
             if self.knobs.fresh_urls_on_read:
@@ -293,7 +290,9 @@ class World:
             name = Name(match["kind"], int(match["index"]))
             if name not in task.files():
                 return None
-            seconds = max(0.0, now - task.updated_ms / 1000)  # a world that was advanced ends tasks in the future
+            seconds = max(
+                0.0, now - task.updated_ms / 1000
+            )  # a world that was advanced has tasks that end in the future
             self._hits[task.id, name] += 1
             if redirect := self._redirect(task.origin + path, query):
                 self._counts["fault:cdn:redirect"] += 1
@@ -312,14 +311,14 @@ class World:
         return f"{url}?{_joined({**query, 'hop': str(hop + 1)})}"
 
     def served(self, download: Download) -> None:
-        """Note that the whole file went out."""
+        """Note that the whole file was sent."""
         with self.lock:
             self._served[download.task.id, download.name] += 1
 
     # -- the ledger -------------------------------------------------------------------------------------------------
 
     def ledger(self) -> Ledger:
-        """A copy of all that was seen and done so far. Draws the pictures nobody fetched yet, to know their hashes."""
+        """A copy of everything received and done so far. Draws the pictures nobody fetched yet, for their hashes."""
         with self.lock:
             tasks, gallery = list(self.tasks.values()), self.gallery
             creates, callbacks = tuple(self._creates), self.outbox.history()
@@ -348,7 +347,7 @@ class World:
         )
 
     def _keep(self, entry: Create) -> None:
-        """Bodies can be large: the oldest are let go of when too much is held."""
+        """Bodies can be large, so the oldest are dropped when too much is held."""
         self._creates.append(entry)
         self._kept_bytes += len(entry.raw)
         for old in self._creates:
