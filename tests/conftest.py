@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,27 @@ from tests.postgres import MigratedDatabases, Postgres
 
 if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
+
+
+# Files with tests of 5 s and more. They start first, so that no worker is alone with one at the end.
+SLOW = {
+    "test_attacks.py", "test_bench.py", "test_browser.py", "test_canaries.py", "test_chaos.py", "test_crashes.py",
+    "test_demo.py", "test_recipes.py", "test_rules.py", "test_store_outage.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each worker its share of the slow tests. xdist deals the tests out in as many equal parts, in order."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.path.name in SLOW]
+    others = [item for item in items if item.path.name not in SLOW]
+    parts, start = [], 0
+    for worker in range(workers):
+        first = slow[worker::workers]
+        end = start + math.ceil(len(items) / workers) - len(first)
+        parts += [*first, *others[start:end]]
+        start = max(start, end)
+    items[:] = [*parts, *others[start:]]
 
 
 @pytest.fixture(scope="session", autouse=True)
