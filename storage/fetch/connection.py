@@ -312,6 +312,11 @@ class GuardedStream(httpcore.NetworkStream):
             deadline.received(count, time.monotonic() - started)
         return buffer[:count]
 
+    @property
+    def has_decrypted_bytes(self) -> bool:
+        """Whether OpenSSL holds bytes of a record that was read in part. The socket does not show them."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
     def _more_records(self, buffer: memoryview) -> int:
         """Read the TLS records that have already arrived; OpenSSL returns one in a call."""
         count = 0
@@ -380,7 +385,7 @@ class GuardedStream(httpcore.NetworkStream):
     def get_extra_info(self, info: str) -> Any:
         match info:
             case "is_readable":  # of an idle connection: True makes the pool drop it
-                return not self.reusable or _readable(self._socket)
+                return not self.reusable or self.has_decrypted_bytes or _readable(self._socket)
             case "ssl_object" if isinstance(self._socket, ssl.SSLSocket):
                 return self._socket
             case "server_addr":

@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -32,6 +32,8 @@ from storage.fetch.addresses import Target
 CODINGS = frozenset({"gzip", "x-gzip", "deflate", "compress", "x-compress", "br", "zstd", "dcb", "dcz"})
 GZIP = frozenset({"gzip", "x-gzip"})
 Origin = tuple[str, str, int]
+# Headers of every request, beside Host and User-Agent.
+SAME = ((b"Accept", b"*/*"), (b"Accept-Encoding", b"identity"))
 Block = bytes | memoryview
 CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,15})-([0-9]{1,15})/([0-9]{1,15})", re.I)
 # The largest output of one call of the decoder: a zip bomb grows by this much before the size is checked.
@@ -47,6 +49,14 @@ class Response:
     stream: connection.GuardedStream
     _parsed: httpcore.Response = field(repr=False)
     _read_seconds: float
+
+    @property
+    def ends_connection(self) -> bool:
+        """Whether the host closes the connection after this response (RFC 9112 §9.3)."""
+        words = b",".join(value for name, value in self.headers if name.lower() == b"connection").lower()
+        said = {word.strip() for word in words.split(b",")}
+        is_old = self._parsed.extensions.get("http_version") == b"HTTP/1.0"
+        return b"close" in said or (is_old and b"keep-alive" not in said)
 
     def blocks(self, declared: int | None) -> Iterator[Block]:
         """The body as sent, each block valid until the next. `declared`: its Content-Length, None = other framing.
@@ -86,11 +96,31 @@ class Connections:
     def get(self, target: Target, more: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]) -> Iterator[Response]:
         """Request `target`. At the end the connection is kept if the body has made it `reusable`, else closed."""
         origin = target.scheme, target.host, target.port
-        stream = self._kept(origin) or self._connect(target, timeouts["connect"])
+        kept = self._kept(origin)
+        with ExitStack() as answered:
+            try:
+                response = answered.enter_context(self._asked(kept, origin, target, more, timeouts)) if kept else None
+            except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
+                response = None  # the host closed it while it was idle
+            if response is None:
+                stream = self._connect(target, timeouts["connect"])
+                response = answered.enter_context(self._asked(stream, origin, target, more, timeouts))
+            yield response
+
+    @contextmanager
+    def _asked(
+        self,
+        stream: connection.GuardedStream,
+        origin: Origin,
+        target: Target,
+        more: list[tuple[bytes, bytes]],
+        timeouts: Mapping[str, float],
+    ) -> Iterator[Response]:
         with self._lock:
             self._busy.add(stream)
         try:
-            yield _ask(stream, target, [(b"User-Agent", self._user_agent), *more], timeouts)
+            own = [(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent)]
+            yield _ask(stream, target, [*own, *SAME, *more], timeouts)
         finally:
             with self._lock:
                 self._busy.discard(stream)
@@ -132,18 +162,13 @@ class Connections:
 
 
 def _ask(
-    stream: connection.GuardedStream, target: Target, more: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]
+    stream: connection.GuardedStream, target: Target, headers: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]
 ) -> Response:
     scheme, host = target.scheme.encode(), target.host.encode()
     request = httpcore.Request(
         b"GET",
         httpcore.URL(scheme=scheme, host=host, port=target.port, target=target.path.encode()),
-        headers=[
-            (b"Host", target.authority.encode()),
-            (b"Accept", b"*/*"),
-            (b"Accept-Encoding", b"identity"),
-            *more,
-        ],
+        headers=headers,
         extensions={"timeout": timeouts},
     )
     parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), stream)
@@ -204,14 +229,15 @@ class Body:
         self._sink.flush()
         if not coded and self._total not in (None, self.size):
             raise FetchUnusable(f"received {self.size} of {self._total} announced bytes")
-        _check_length(response.stream, declared, self.notes)
+        _check_length(response, declared, self.notes)
         if self._parts > 1:
             self.notes.append(f"received in {self._parts} parts")
 
     def _begin(self, status: int, headers: Mapping[str, str], declared: int | None) -> None:
         part = _part(headers) if status == 206 else None
         if self.resumable and status == 206:
-            same = headers.get("etag", self._validator) == self._validator or "etag" not in self.headers
+            # A host that ignores If-Range names no validator, or another one.
+            same = self._validator in (headers.get("etag"), headers.get("last-modified"))
             if part is None or part != (self.size, self._total) or not same or _codings(headers):
                 raise FetchUnusable("answered 206 with another part than requested")
             self._parts += 1
@@ -310,12 +336,13 @@ def _declared_length(headers: Mapping[str, str]) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and "transfer-encoding" not in headers else None
 
 
-def _check_length(stream: connection.GuardedStream, declared: int | None, notes: list[str]) -> None:
+def _check_length(response: Response, declared: int | None, notes: list[str]) -> None:
     """Refuse a body longer than declared, which only the connection sees. httpcore refuses a shorter one."""
+    stream = response.stream
     if stream.junk_lines:
         notes.append(f"{stream.junk_lines} malformed header lines")
     if declared is None:
         return  # chunked or until the end: bytes may remain on the connection, so it is not reused
-    if stream.body_bytes != declared:
+    if stream.body_bytes != declared or stream.has_decrypted_bytes:
         raise FetchUnusable("sent more bytes than its Content-Length says")
-    stream.reusable = True
+    stream.reusable = not response.ends_connection

@@ -99,10 +99,14 @@ def test_broken_transfer_without_ranges_is_not_resumed(host: FileHost, headers: 
 
 
 RANGED: dict[str, tuple[Callable[[int], bytes], str]] = {
-    "another range": (lambda start: part(LARGE[start + 1 :], start + 1, len(LARGE)), "206 with another part"),
-    "another total": (lambda start: part(LARGE[start:], start, len(LARGE) + 1), "206 with another part"),
+    "another range": (
+        lambda start: part(LARGE[start + 1 :], start + 1, len(LARGE), STRONG[0]),
+        "206 with another part",
+    ),
+    "another total": (lambda start: part(LARGE[start:], start, len(LARGE) + 1, STRONG[0]), "206 with another part"),
     "another file": (lambda start: part(LARGE[start:], start, len(LARGE), 'ETag: "b"'), "206 with another part"),
-    "no range": (lambda start: answer(LARGE[start:], status="206 Partial Content"), "206 with another part"),
+    "any file": (lambda start: part(LARGE[start:], start, len(LARGE)), "206 with another part"),
+    "no range": (lambda start: answer(LARGE[start:], STRONG[0], status="206 Partial Content"), "206 with another part"),
     "an error": (lambda start: answer(b"", status="416 Range Not Satisfiable"), "416"),
     "nothing": (lambda start: b"", "broke off"),
     "all of it, broken": (lambda start: answer(LARGE, *STRONG)[:-9], "broke off"),

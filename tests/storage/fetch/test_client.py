@@ -38,6 +38,7 @@ from storage.errors import (
     FetchInterrupted,
     FetchRefused,
     FetchTooLarge,
+    FetchUnusable,
     NotAnAsset,
 )
 from storage.fetch import connection as wire
@@ -423,6 +424,27 @@ def test_connection_that_the_host_has_closed_is_replaced(host: FileHost) -> None
     assert host.connections == 2
 
 
+def test_kept_connection_that_ends_at_the_next_request_is_replaced(host: FileHost) -> None:
+    def answer_one_and_end_at_the_next(connection: socket.socket) -> None:
+        connection.sendall(answer(png()))
+        connection.recv(65_536)
+
+    host.scripts["/"] = answer_one_and_end_at_the_next
+    client = fetcher(host)
+    assert [client.fetch(host.url, io.BytesIO()).verified for _ in range(2)] == [True, True]
+    assert host.connections == 2
+
+
+@pytest.mark.parametrize("head", ["HTTP/1.1 200 OK\r\nConnection: Close", "HTTP/1.0 200 OK"])
+def test_connection_that_the_host_will_close_is_not_kept(host: FileHost, head: str) -> None:
+    body = answer(png()).replace(b"HTTP/1.1 200 OK", head.encode())
+    host.scripts["/"] = body
+    client = fetcher(host)
+    for _ in range(2):
+        client.fetch(host.url, io.BytesIO())
+    assert host.connections == 2
+
+
 def test_kept_connections_are_bounded_and_end_with_the_fetcher(host: FileHost) -> None:
     other = FileHost()
     host.scripts["/"] = other.scripts["/"] = answer(png())
@@ -528,6 +550,22 @@ def test_bytes_after_a_response_are_not_read_as_the_next_one(host: FileHost) -> 
     client.fetch(f"{host.url}/next", sink)
     assert sink.read() == png(b"next!")
     assert host.connections == 2
+
+
+def test_bytes_that_tls_holds_after_a_response_are_not_the_next_one(
+    secure: tuple[FileHost, Fetcher, Recorder],
+) -> None:
+    """A head and a body that end with a read leave the rest of their TLS record where the socket does not show it."""
+    server, client, _ = secure
+    filler = 8_000 + wire.HEAD_READ_BYTES - len(answer(png(bytes(8_000))))
+    whole = answer(png(bytes(filler)))
+    assert len(whole) == wire.HEAD_READ_BYTES
+    server.scripts["/long"] = whole + answer(png(b"forged"))
+    with pytest.raises(FetchUnusable, match="more bytes"):
+        client.fetch("https://cdn.example.com/long", io.BytesIO())
+    server.scripts["/next"], sink = answer(png(b"next!")), io.BytesIO()
+    client.fetch("https://cdn.example.com/next", sink)
+    assert sink.read() == png(b"next!")
 
 
 def test_endless_stream_stops_at_the_size_limit_in_constant_memory(host: FileHost) -> None:
