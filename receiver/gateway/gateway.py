@@ -42,7 +42,7 @@ T = TypeVar("T")
 PREFIX = "/kling"
 OMNI_IMAGE = f"{PREFIX}/v1/images/omni-image"
 # A base URL that ends with a slash doubles it. Some clients end every path with a slash.
-ENDPOINT = re.compile(f"{PREFIX}/+v1/+images/+omni-image(?:/(?P<name>.*))?", re.DOTALL)
+ENDPOINT = re.compile(f"/*{PREFIX}/+v1/+images/+omni-image(?:/(?P<name>.*))?", re.DOTALL)
 # The path of a client whose base URL lacks our prefix.
 LOST_PREFIX = "/v1/"
 OPENAPI = f"{PREFIX}/openapi.json"
@@ -123,7 +123,7 @@ class Gateway:
         path, method = request.scope["path"], request.method
         if (method, path) == ("GET", OPENAPI):
             return Reply(200, self._document)
-        if path.startswith(LOST_PREFIX):
+        if re.match(f"/*{LOST_PREFIX}", path):
             raise Refused(404, 1202, f"The base URL ends with {PREFIX} here: ask {PREFIX}{LOST_PREFIX}…")
         client = self._api_keys.client(request.headers.get("authorization", ""))
         sees = self._api_keys.sees(client)

@@ -128,9 +128,12 @@ class Web(Router):
 
 
 def _mount(path: str, app: ASGIApp) -> Mount:
-    """A mount that also matches paths with line breaks, so that the application itself refuses those."""
+    """A mount that also matches paths with line breaks, so that the application itself refuses those.
+
+    It also matches a doubled slash before the path, which a base URL that ends with a slash makes.
+    """
     mount = Mount(path, app)
-    mount.path_regex = re.compile(f"^{path}/(?P<path>.*)$", re.DOTALL)
+    mount.path_regex = re.compile(f"^/*{path}/(?P<path>.*)$", re.DOTALL)
     return mount
 
 

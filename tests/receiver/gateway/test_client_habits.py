@@ -25,7 +25,7 @@ def changes() -> dict[str, Any]:
 @ON_SQLITE
 def test_slashes_that_clients_add_change_nothing(web: Web) -> None:
     for number, path in enumerate(
-        (f"/kling/{PATH.removeprefix('/kling')}", f"{PATH}/", "/kling///v1/images/omni-image")
+        (f"/kling/{PATH.removeprefix('/kling')}", f"{PATH}/", "/kling///v1/images/omni-image", f"/{PATH}")
     ):
         assert told(ask(web, "POST", path, json={**PLAIN, "external_task_id": f"id-{number}"})) == (200, 0), path
         assert len(ask(web, "GET", path).json()["data"]) == number + 1
@@ -44,7 +44,8 @@ def test_a_task_whose_id_has_slashes_is_found_by_it_first(web: Web) -> None:
 
 @ON_SQLITE
 def test_a_path_that_lost_our_prefix_is_told_so(web: Web) -> None:
-    for method, path in (("POST", "/v1/images/omni-image"), ("GET", "/v1/images/omni-image/x"), ("GET", "/v1/tasks")):
+    lost = "/v1/images/omni-image"
+    for method, path in (("POST", lost), ("POST", f"/{lost}"), ("GET", f"{lost}/x"), ("GET", "/v1/tasks")):
         answer = ask(web, method, path)
         assert told(answer) == (404, 1202)
         assert "/kling/v1/" in answer.json()["message"]
