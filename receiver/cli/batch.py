@@ -206,7 +206,7 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
 
     of = _batches(parts)
     counts = of.counts(name)
-    if counts.over < counts.total and not heartbeats.count_alive(parts.database):
+    if counts.over < counts.total and not show.await_worker(parts):
         say(f"{name}: {batch_view.words(counts)}")
         say("no worker is alive, so nothing is sent: start `receiver serve` (or `receiver work`)", err=True)
         raise typer.Exit(1)

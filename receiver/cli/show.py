@@ -16,15 +16,31 @@ from receiver.tasks.task_view import find, is_over, waiting_of
 from receiver.web.assets import asset_link
 from storage.accounts import pauses
 from storage.archive import continuous_audit
-from storage.operations import deadlines
+from storage.operations import deadlines, heartbeats
 from storage.operations.measures import Measures, measure
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
 
 POLL_INTERVAL_SECONDS = 0.2
+# `receiver serve --store` has its worker 4 to 8 s after its start on a busy host with two cores.
+WORKER_START_SECONDS = 30.0
 # Facts that are printed, the newest last. `--json` has all.
 SHOWN_FAULTS = 20
+
+
+def await_worker(parts: Parts) -> bool:
+    """Whether a worker is alive. Waits for one that is still starting, such as a `receiver serve &` just before."""
+    if heartbeats.count_alive(parts.database):
+        return True
+    start = "no worker is alive: start `receiver serve` (or `receiver work`)"
+    say(f"{start}; waiting {WORKER_START_SECONDS:g} s for one", err=True)
+    deadline = time.monotonic() + WORKER_START_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(POLL_INTERVAL_SECONDS)
+        if heartbeats.count_alive(parts.database):
+            return True
+    return False
 
 
 def wait(parts: Parts, external_task_id: str) -> Task:

@@ -144,7 +144,6 @@ def _report(parts: Parts, task: Task) -> dict[str, Any]:
 
 def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
     from receiver.cli import show
-    from storage.operations import heartbeats
     from storage.states import ArchiveState, TaskState
 
     if not wait:
@@ -156,7 +155,7 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
             say(f"failed: {task.error}", err=True)
             raise typer.Exit(1)
         return
-    if not heartbeats.count_alive(parts.database):
+    if not show.await_worker(parts):
         if as_json:
             say_json(_report(parts, task), indent=1)
         else:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, StringIO, TextIOWrapper
@@ -19,9 +20,10 @@ from receiver.app.wiring import Parts
 from receiver.batch import batch_file, batch_report, batch_view
 from receiver.batch.batch import Batches, Plan
 from receiver.batch.batch_file import BatchInvalid, Line
-from receiver.cli import main
+from receiver.cli import main, show
 from receiver.sandbox import Sandbox
 from receiver.tasks.operate import Operator
+from receiver.tasks.task_view import is_over
 from storage.accounts import batches
 from storage.accounts.batches import Counts
 from storage.archive.delete import delete
@@ -392,12 +394,43 @@ def test_a_batch_from_standard_input_to_its_report(command: Command, parts: Part
     assert command("batch", "status", "other").code == 1
 
 
+WAITING = {
+    "batch": ("submit", "--batch", "night.jsonl", "--wait"),
+    "single": ("submit", "--model-name", "kling-v3-omni", "--prompt", "a boat", "--wait"),
+}
+
+
 @ONE_DATABASE
-def test_waiting_without_a_worker_says_so_at_once(command: Command, parts: Parts) -> None:
-    Path("night.jsonl").write_bytes(jsonl(*LINES))
-    done = command("submit", "--batch", "night.jsonl", "--wait")
-    assert (done.code, "no worker is alive" in done.err) == (1, True)
-    assert len(rows(parts)) == 5
+@pytest.mark.parametrize("words", WAITING.values(), ids=WAITING)
+def test_waiting_without_a_worker_says_so_and_ends(
+    command: Command, parts: Parts, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(show, "WORKER_START_SECONDS", 0.3)
+    Path("night.jsonl").write_bytes(jsonl(LINES[0]))
+    done = command(*words)
+    assert (done.code, "no worker is alive: start `receiver serve`" in done.err) == (1, True)
+    assert len(rows(parts)) == 1
+
+
+@ONE_DATABASE
+@pytest.mark.parametrize("words", WAITING.values(), ids=WAITING)
+def test_a_worker_that_starts_meanwhile_is_waited_for(command: Command, parts: Parts, words: tuple[str, ...]) -> None:
+    def work() -> bool:
+        parts.worker().run_until_idle()
+        make_due_now(parts, Task)
+        return all(is_over(task) for task in rows(parts))
+
+    def begin_late() -> None:
+        wait_until(lambda: rows(parts))
+        heartbeats.register(parts.database, 1)
+        wait_until(work, seconds=30)
+
+    Path("night.jsonl").write_bytes(jsonl(LINES[0]))
+    worker = threading.Thread(target=begin_late)
+    worker.start()
+    done = command(*words)
+    worker.join()
+    assert (done.code, "waiting 30 s" in done.err) == (0, True)
 
 
 @ONE_DATABASE

@@ -160,12 +160,6 @@ def test_the_same_id_again(ready: CommandLine, sandbox: Sandbox) -> None:
     assert len(sandbox.ledger().creates) == 1
 
 
-def test_waiting_without_a_worker_says_so_at_once(ready: CommandLine) -> None:
-    done = ready(*ASK, "--wait", "--external-task-id", "mine")
-    assert (done.code, done.out) == (1, "mine\n")
-    assert "no worker is alive: start `receiver serve`" in last_line(done)
-
-
 def test_a_refused_request_is_exit_code_1(ready: CommandLine, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1301"])
     done = ready(*ASK, "--external-task-id", "mine")
