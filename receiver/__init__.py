@@ -1,6 +1,6 @@
 """Our conversation with the provider: ask, listen, ask again.
 
-From Python: `from receiver import Receiver` (or `AsyncReceiver`); see `receiver.app.library`.
+From Python: `Receiver()`, and `AsyncReceiver(receiver)` around it for async code; see `receiver.app.library`.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -5,8 +5,8 @@
         for file in receiver.wait(task.external_task_id, timeout_seconds=3_600).files:
             print(file.uri, file.sha256)
 
-Calls block; `AsyncReceiver` runs each one in a thread. This module only writes and reads rows: `receiver serve` or
-`receiver work` does the work.
+Calls block; `AsyncReceiver(receiver)` wraps one and runs each call in a thread. This module only writes and reads rows:
+`receiver serve` or `receiver work` does the work.
 """
 
 from __future__ import annotations
@@ -221,7 +221,10 @@ def _fact(event: Event, external_task_id: str | None) -> Fact:
 
 
 class AsyncReceiver:
-    """`Receiver` for async callers. Each call runs in a thread; a cancelled call does not cancel the task."""
+    """A `Receiver` for async callers, made from one: `AsyncReceiver(Receiver())`. Close that one at the end.
+
+    Each call runs in a thread; a cancelled call does not cancel the task.
+    """
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver

@@ -8,12 +8,14 @@ This module sends nothing. After a crash the same file inserts the missing rows 
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from sqlmodel import Session
 
+from receiver.batch import batch_file
 from receiver.batch.batch_file import BatchInvalid, Fault, Line
 from receiver.providers.base import ProviderRequest, RequestInvalid, plain
 from receiver.tasks.changes import Tally, change
@@ -32,6 +34,7 @@ T = TypeVar("T")
 
 # Failures that a terminal shows. The report has all.
 REASONS = 20
+NOT_KEPT = "its pictures were not kept: submit the line again under another name"
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,8 @@ class Batches:
         """Try again what failed of a batch. Raises `NoSuchBatch`.
 
         Files that were given up become due. A create that the provider refused is sent again under its own id, so it is
-        never paid twice. A task that failed at the provider stays failed: it needs a new batch. Dismissed tasks are
-        left alone.
+        never paid twice. A task that failed at the provider is only read again; `plan_again` makes a new task of it.
+        Dismissed tasks are left alone.
         """
         tally = Tally()
         with self._database.read() as session:
@@ -176,6 +179,38 @@ class Batches:
                 tally.counts[f"{done.step}s_due"] += 1
         if reason:
             tally.left[task.external_task_id] = reason
+
+    def plan_again(self, name: str, new_name: str) -> tuple[Plan, dict[str, str]]:
+        """Plan what failed at the provider as new tasks of the batch `new_name`, with new ids. Changes nothing.
+
+        `put` inserts them, and they are paid for again. Once they are inserted, the same call plans none of them anew.
+        Returns the plan and `{external id: why}` of those that cannot be sent. Raises `NoSuchBatch`, and `BatchInvalid`
+        if `new_name` cannot be the name of another batch.
+        """
+        if faults := list(batch_file.name_faults(new_name)):
+            raise BatchInvalid(faults)
+        if new_name == name:
+            raise BatchInvalid([Fault(0, "the ids of this batch are used up: give another name")])
+        lines: list[Line] = []
+        left: dict[str, str] = {}
+        equal: Counter[str] = Counter()
+        with self._database.read() as session:
+            for task_id in batches.failed_at_provider(session, self._batch(session, name).id):
+                task = session.get_one(Task, task_id)
+                try:
+                    request = self._submitter.parse(task.request)
+                except RequestInvalid:
+                    left[task.external_task_id] = NOT_KEPT
+                    continue
+                digest = request.canonical_hash()
+                new_id = batch_file.made_id(new_name, digest, equal)
+                lines.append(Line(task.batch_line or 0, new_id, request, digest))
+        return replace(self.plan(new_name, lines), left_over=0), left
+
+    def failed_at_provider(self, name: str) -> int:
+        """How many tasks only `plan_again` can complete. Raises `NoSuchBatch`."""
+        with self._database.read() as session:
+            return len(batches.failed_at_provider(session, self._batch(session, name).id))
 
     def failures(self, name: str) -> list[Task]:
         """The first failed tasks, in the order of the file. Raises `NoSuchBatch`."""
@@ -210,7 +245,7 @@ def _send_again(session: Session, task: Task, submitter: Submitter) -> str | Non
     try:
         request = submitter.parse(task.request)
     except RequestInvalid:
-        return "its pictures were not kept: submit the line again under another name"
+        return NOT_KEPT
     task.state, task.archive = TaskState.CREATED, ArchiveState.NONE
     task.error = task.note = task.completed_at = None
     task.submitted_at = task.reported_at = task.missed_at = None

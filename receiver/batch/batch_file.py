@@ -81,7 +81,7 @@ def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list
     The id of a line without an external id consists of `name`, the first 16 hex digits of the hash of its request, and
     its number among equal requests. It is the same in every run, wherever the line stands. Raises `BatchInvalid`.
     """
-    faults = list(_name_faults(name))
+    faults = list(name_faults(name))
     lines, separator = _separated(_lines(file, faults))
     is_csv = format == "csv" or (format is None and separator is not None)
     records = _csv_records(lines, separator or ",", faults) if is_csv else _json_records(lines, faults)
@@ -103,7 +103,8 @@ def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list
     return found
 
 
-def _name_faults(name: str) -> Iterator[Fault]:
+def name_faults(name: str) -> Iterator[Fault]:
+    """What is wrong with the name of a batch."""
     longest = f"{name}-{'0' * HASH_CHARS}-{MAX_RECORDS}"
     if not name.strip() or not is_storable(name) or not name.isprintable():
         yield Fault(0, f"the batch's name {plain(name, 60)!r} must be printable text")
@@ -328,10 +329,13 @@ def _line(
         faults += [Fault(record.line, text) for text in error.faults]
         return None
     digest = request.canonical_hash()
-    if own_id is None:
-        equal[digest] += 1
-        own_id = f"{name}-{digest[:HASH_CHARS]}-{equal[digest]}"
-    return None if wrong else Line(record.line, own_id, request, digest)
+    return None if wrong else Line(record.line, own_id or made_id(name, digest, equal), request, digest)
+
+
+def made_id(name: str, digest: str, equal: Counter[str]) -> str:
+    """The external id of the next request with this hash. `equal`: how many there were of each hash; it is counted."""
+    equal[digest] += 1
+    return f"{name}-{digest[:HASH_CHARS]}-{equal[digest]}"
 
 
 def _id_fault(external_task_id: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,15 +58,53 @@ def list_(limit: Annotated[int, typer.Option(min=1, max=1_000)] = 20, as_json: J
 
 
 @app.command("retry")
-def retry(name: Name, dry_run: DryRun = False, as_json: Json = False, allow_http: AllowHttp = False) -> None:
+def retry(
+    name: Name,
+    as_new: Annotated[
+        str | None,
+        typer.Option("--as", metavar="NAME", help="Submit what failed at the provider as new tasks of this new batch."),
+    ] = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    allow_http: AllowHttp = False,
+) -> None:
     """Try again what failed: files that were given up, and creates that the provider refused (these cost nothing).
 
-    Tasks that failed at the provider stay failed. To pay for them again, submit them under another --name. Dismissed
-    tasks are left alone.
+    Tasks that failed at the provider are only read again. With --as they alone are submitted, as new tasks that are
+    paid for again; --dry-run prints their price. Dismissed tasks are left alone.
     """
     with opened(allow_http) as parts:
+        if as_new is not None:
+            _submit_again(parts, name, as_new, dry_run=dry_run, as_json=as_json)
+            return
         tally = _batches(parts).retry(name, dry_run=dry_run)
+        failed = _batches(parts).failed_at_provider(name)
+    if failed:
+        say(f"{failed:,} failed at the provider and are only read again: {_again(name)}", err=True)
     _answer(tally, dry_run, as_json)
+
+
+def _again(name: str) -> str:
+    return f"`receiver batch retry {shlex.quote(name)} --as NAME` submits them as new tasks, paid for again"
+
+
+def _submit_again(parts: Parts, name: str, new_name: str, *, dry_run: bool, as_json: bool) -> None:
+    from receiver.batch.batch_file import BatchInvalid
+
+    try:
+        plan, left = _batches(parts).plan_again(name, new_name)
+        if dry_run:
+            _show_estimate(parts, plan, plan.new, None, as_json=as_json)
+        else:
+            _put(parts, plan)
+            _show_put(parts, plan, as_json=as_json)
+    except BatchInvalid as error:
+        _show_faults(new_name, error, as_json=as_json)
+        raise typer.Exit(1) from None
+    for external_id, why in list(left.items())[:MAX_SHOWN]:
+        say(f"{external_id}: {why}", err=True)
+    if left:
+        raise typer.Exit(1)
 
 
 @app.command("export")

@@ -174,3 +174,11 @@ def not_kept(session: Session, batch_id: uuid.UUID, *, dismissed: bool = True) -
         lost, ended = lost.where(not_dismissed(Asset.error)), ended & not_dismissed(Task.note)
     found = select(Task.id).where(Task.batch_id == batch_id, ended | lost.exists(), col(Task.deleted_at).is_(None))
     return list(session.exec(found.order_by(col(Task.batch_line), Task.external_task_id)))
+
+
+def failed_at_provider(session: Session, batch_id: uuid.UUID) -> list[uuid.UUID]:
+    """Ids of tasks that the provider accepted and failed, in the order of their lines, without dismissed ones."""
+    failed = (Task.state == TaskState.FAILED, col(Task.provider_task_id).is_not(None))
+    found = select(Task.id).where(Task.batch_id == batch_id, *failed, not_dismissed(Task.note))
+    found = found.where(col(Task.deleted_at).is_(None))
+    return list(session.exec(found.order_by(col(Task.batch_line), Task.external_task_id)))
