@@ -36,6 +36,7 @@ SEPARATORS = (",", ";", "\t")
 CLOSED_CELL = {each: re.compile(rf'(?:"(?:[^"]++|"")*+"|(?!")[^{each}\r\n]*+){each}') for each in SEPARATORS}
 # Excel reads and writes such a first line to name the separator.
 SEPARATOR_LINE = re.compile(r'"?sep=([,;\t])"?\s*')
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 OPEN_QUOTE = re.compile(r'"(?:[^"\r\n]++|"")*+(?!")')
 COLUMNS = (*PLAIN, IMAGES, ELEMENTS, WATERMARK, ID)
 
@@ -120,6 +121,9 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
     size, number = 0, 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         size, number = size + len(line), number + 1
+        if number == 1 and line.startswith(UTF_16):
+            faults.append(Fault(1, 'is UTF-16, as Excel\'s "Unicode Text" is; save the file as UTF-8 ("CSV UTF-8")'))
+            return
         if size > MAX_FILE_BYTES:
             faults.append(Fault(number, f"the file is larger than {MAX_FILE_BYTES // 2**20} MiB; split it"))
             return
@@ -150,12 +154,12 @@ def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:
 
 
 def _is_proven(text: str, separator: str) -> bool:
-    """Whether the line names every required column and only known ones."""
+    """Whether the line names several columns and a required one. What is wrong with the others is said later."""
     try:
-        names = {_column(cell) for cell in next(csv.reader([text], delimiter=separator))}
+        names = [_column(cell) for cell in next(csv.reader([text], delimiter=separator))]
     except csv.Error:
         return False
-    return {"model_name", "prompt"} <= names <= set(COLUMNS)
+    return len(names) > 1 and not {"model_name", "prompt"}.isdisjoint(names)
 
 
 def _column(cell: str) -> str:

@@ -319,10 +319,29 @@ def test_semicolons_keep_a_fault_at_its_line() -> None:
     assert [(fault.line, fault.text.split(" ")[0]) for fault in caught.value.faults] == [(4, "opens"), (5, "n:")]
 
 
-@pytest.mark.parametrize("header", ["a;b", "model_name;prompt;colour", "prompt;n"])
-def test_a_header_that_proves_nothing_is_read_with_commas(header: str) -> None:
-    with pytest.raises(BatchInvalid, match="is not known"):
-        batch_file.read(BytesIO(f"{header}\nx;y;z\n".encode()), "csv", "night", parse_request)
+def test_a_header_that_proves_nothing_is_read_with_commas() -> None:
+    with pytest.raises(BatchInvalid, match="'a;b' is not known"):
+        batch_file.read(BytesIO(b"a;b\nx;y\n"), "csv", "night", parse_request)
+
+
+@pytest.mark.parametrize("format", ["csv", None], ids=["csv", "no format"])
+@pytest.mark.parametrize(
+    ("header", "fault"),
+    [("model_name;prompt;colour", "column 'colour' is not known"), ("prompt;n", "column 'model_name' is missing")],
+)
+def test_a_faulty_header_is_told_by_its_own_columns(header: str, fault: str, format: Format | None) -> None:
+    with pytest.raises(BatchInvalid) as caught:
+        batch_file.read(BytesIO(f"{header}\nx;y;z\n".encode()), format, "night", parse_request)
+    (found,) = caught.value.faults
+    assert found.text.startswith(fault)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_a_file_in_utf_16_is_one_fault_that_says_so(encoding: str) -> None:
+    with pytest.raises(BatchInvalid) as caught:
+        batch_file.read(BytesIO(("\ufeff" + table("\t").decode()).encode(encoding)), None, "night", parse_request)
+    (found,) = caught.value.faults
+    assert "UTF-16" in found.text and "UTF-8" in found.text
 
 
 def test_json_lines_are_read_whatever_the_file_is_called() -> None:
