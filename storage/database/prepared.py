@@ -64,6 +64,8 @@ class _Prepared:
             listen(connection, None, self._sql, bound, None, False)
         driver: Any = connection.connection.driver_connection
         cursor = driver.execute(self._sql, bound)
+        for listen in connection.dispatch.after_cursor_execute:
+            listen(connection, None, self._sql, bound, None, False)
         rows = cursor.fetchall() if self._readers else []
         return Done([self._read(row) for row in rows], cursor.rowcount)
 

@@ -59,11 +59,18 @@ class Page:
 
 
 def read_filter(query: Mapping[str, str]) -> TaskFilter:
-    """The filter in an address; what is too long or not printable counts as not given."""
-    given = {each.name: query.get(each.name, "").strip() for each in fields(TaskFilter)}
-    return TaskFilter(
-        **{name: value for name, value in given.items() if len(value) <= MAX_FIELD_CHARS and value.isprintable()}
-    )
+    """The filter in an address."""
+    return TaskFilter(**_given(query, TaskFilter))
+
+
+def _given(query: Mapping[str, str], kind: Any) -> dict[str, str]:
+    """The fields of a filter. One that is too long or not printable counts as not given: no row has such a value."""
+    given = {each.name: query.get(each.name, "").strip() for each in fields(kind)}
+    return {name: value for name, value in given.items() if _is_sane(value)}
+
+
+def _is_sane(words: str) -> bool:
+    return len(words) <= MAX_FIELD_CHARS and words.isprintable()
 
 
 def newest_tasks(
@@ -134,7 +141,7 @@ def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
 
 def exact(session: Session, words: str, providers: Sequence[str] = ()) -> Task | None:
     """The task that has exactly this id: ours, or one that one of these providers calls it by."""
-    if not words or len(words) > MAX_FIELD_CHARS:
+    if not words or not _is_sane(words):
         return None
     found = tasks.by_external_id(session, words)
     if found is not None:
@@ -175,8 +182,7 @@ class DeliveryFilter:
 
 
 def read_delivery_filter(query: Mapping[str, str]) -> DeliveryFilter:
-    given = {each.name: query.get(each.name, "").strip() for each in fields(DeliveryFilter)}
-    return DeliveryFilter(**{name: value for name, value in given.items() if len(value) <= MAX_FIELD_CHARS})
+    return DeliveryFilter(**_given(query, DeliveryFilter))
 
 
 def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | None, limit: int = PAGE) -> Page:
@@ -250,8 +256,8 @@ def _cursor(text: str | None, read_key: Callable[[str], K]) -> tuple[datetime, K
     moment, _, key = (text or "").partition("~")
     try:
         at = datetime.fromisoformat(moment)
-        return (at if at.tzinfo else at.replace(tzinfo=UTC)), read_key(key)
-    except ValueError:
+        return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC), read_key(key)
+    except (ValueError, OverflowError):
         return None
 
 

@@ -85,12 +85,14 @@ def _slowest(database: Database, run: Callable[[], object]) -> float:
 @contextmanager
 def _timed_statements(database: Database) -> Iterator[list[float]]:
     seconds: list[float] = []
+    began = 0.0
 
-    def begin(_c: Any, _cursor: Any, _s: str, _v: Any, context: Any, _many: bool) -> None:
-        context.began = time.perf_counter()
+    def begin(*_: Any) -> None:
+        nonlocal began
+        began = time.perf_counter()
 
-    def end(_c: Any, _cursor: Any, _s: str, _v: Any, context: Any, _many: bool) -> None:
-        seconds.append(time.perf_counter() - context.began)
+    def end(*_: Any) -> None:
+        seconds.append(time.perf_counter() - began)
 
     engines = [database.reader, database.writer] if database.is_sqlite else [database.writer]
     for engine in engines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from typing import Any
 
 from starlette.responses import Response
@@ -31,32 +32,31 @@ class Ask:
 
     def send(self, visit: Visit) -> Response:
         given = {name: visit.form.get(name, "").strip() for name in (*PLAIN, *NUMBERS, *OTHER)}
+        pictures = [each.content for each in visit.uploads.values() if each.content]
+        is_sent = visit.form.get("step") == "send"
         try:
-            request = self._of.submitter.parse(fields(given, [each.content for each in visit.uploads.values()]))
+            if is_sent and visit.form.get("uploaded", str(len(pictures))) != str(len(pictures)):
+                raise RequestInvalid([visit.text("ask.choose_again")])  # no page can fill a browser's file field
+            request = self._of.submitter.parse(fields(given, pictures))
         except RequestInvalid as error:
             faults = [words.short(fault, 300) for fault in error.faults]
             return visit.page("ask.html", status=422, given=given, faults=faults, estimate=None, warnings=[])
-        if visit.form.get("step") == "send":
+        if is_sent:
             made = submit(self._of, visit, request, given["external_task_id"] or None)
             return visit.redirect(path_of(made) if made else "/console/ask")
         estimate = self._of.estimate([request.wire()])
         warnings = [words.short(each, 300) for each in request.warnings()]
-        if any(each.content for each in visit.uploads.values()):  # no page can fill a browser's file field
-            warnings.append(visit.text("ask.choose_again"))
+        warnings += [visit.text("ask.choose_again")] if pictures else []
+        given["uploaded"] = str(len(pictures))
         return visit.page("ask.html", given=given, faults=[], estimate=estimate, warnings=warnings)
 
 
 def fields(given: dict[str, str], pictures: list[bytes]) -> dict[str, Any]:
     """The form as a request's fields, without empty ones. `pictures`: uploaded ones. Raises `RequestInvalid`."""
     found: dict[str, Any] = {name: given[name] for name in PLAIN if given[name]}
-    for name in NUMBERS:
-        if given[name]:
-            found[name] = (
-                int(given[name])
-                if given[name].isascii() and given[name].isdigit() and len(given[name]) < 9
-                else given[name]
-            )
-    uploaded = [base64.b64encode(each).decode() for each in pictures if each]
+    for name in filter(given.get, NUMBERS):
+        found[name] = int(given[name]) if re.fullmatch("[0-9]{1,8}", given[name]) else given[name]
+    uploaded = [base64.b64encode(each).decode() for each in pictures]
     if images := given["images"].split() + uploaded:
         found["image_list"] = [{"image": one} for one in images]
     if given["more"]:

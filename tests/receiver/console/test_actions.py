@@ -110,7 +110,9 @@ def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_pri
     chosen = [("picture", (f"{side}.png", picture(side, side), "image/png")) for side in (400, 500)]
     fields = {"csrf": ann.csrf, "model_name": "kling-image-o1", "prompt": "two boats", "external_task_id": "boats"}
     priced = ann.http.post("/console/ask", data={**fields, "step": "price"}, files=chosen)
-    assert "Choose the pictures again" in priced.text
+    assert "Choose the pictures again" in priced.text and 'name="uploaded" value="2"' in priced.text
+    without = ann.http.post("/console/ask", data={**fields, "step": "send", "uploaded": "2"}, files=chosen[:1])
+    assert (without.status_code, len(sandbox.ledger().creates)) == (422, 0)
     assert ann.http.post("/console/ask", data={**fields, "step": "send"}, files=chosen).status_code == 200
     [create] = sandbox.ledger().creates
     assert create.body

@@ -96,7 +96,8 @@ def test_an_exact_id_leads_to_its_task(parts: Parts, ann: Reader) -> None:
 
 NONSENSE = (
     "before=x", "before=1~2", "before=9999-12-31T23:59:59~x", "state=x&archive=y", "since=0001-01-01", "q=" + "x" * 500,
-    "q=%00", "until=9999-12-31", "before=" + "9" * 40,
+    "q=%00", "until=9999-12-31", "before=" + "9" * 40, "cause=%00&task=%00&provider=%00",
+    f"before=0001-01-01T00:00:00%2B14:00~{'0' * 32}", "before=9999-12-31T23:59:59-14:00~5",
 )  # fmt: skip
 
 
@@ -104,6 +105,10 @@ NONSENSE = (
 def test_nonsense_in_an_address_is_no_fault(ann: Reader, query: str) -> None:
     for path in ("/tasks", "/gallery", "/deliveries", "/events"):
         assert ann.get(f"{path}?{query}").status_code == 200
+
+
+def test_an_id_with_a_nul_is_no_task(ann: Reader) -> None:
+    assert ann.get("/tasks/%00").status_code == 404
 
 
 def test_a_page_asks_the_same_few_questions_however_much_there_is(parts: Parts, ann: Reader) -> None:
