@@ -2,6 +2,7 @@
 
 Rooms, each leaning on those below it: operations; archive; fetch, bucket, accounts; rows. At the root are modules that
 every room may use: `errors` (the error tree), `states` (states and their ranks), `keys` (object keys), `circuit`
-(circuit breaker), `background` (a thread beside a block), `egress` (a proxy as the way out). Read `states.py` and
+(circuit breaker), `background` (a thread beside a block), `egress` (a proxy as the way out),
+`url_parts` (URLs of settings). Read `states.py` and
 `errors.py` first.
 """

@@ -13,9 +13,13 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
+from storage.url_parts import ENCODE, split_url
+
 MAX_HEAD_BYTES = 16 * 1024
 # Used when the caller gives no timeout: the proxy has to look the name up and to connect.
 TUNNEL_SECONDS = 10.0
+# RFC 3986 §3.2.1. Anything else has to be percent-encoded.
+USERINFO = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*")
 STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})[ \r]")
 
 
@@ -26,9 +30,11 @@ class EgressProxy:
     url: str = field(repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path.strip("/") or parts.query:
-            raise ValueError("write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT")
+        parts = split_url(self.url)
+        is_plain = parts.path in ("", "/") and not set("?#") & set(self.url)
+        is_encoded = USERINFO.fullmatch(parts.netloc.rpartition("@")[0])
+        if parts.scheme != "http" or not parts.hostname or not parts.port or not is_plain or not is_encoded:
+            raise ValueError(f"write http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, and {ENCODE}")
 
     @property
     def place(self) -> str:

@@ -11,7 +11,6 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -31,6 +30,7 @@ from storage.bucket.put_options import PutOptions, parse_tags
 from storage.egress import EgressProxy
 from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, endpoint
+from storage.url_parts import split_url
 
 PREFIX = "RECEIVER_"
 SECRET_MIN_CHARACTERS = 32
@@ -59,23 +59,23 @@ def _split_at_spaces(value: Any) -> Any:
 def _host_port(value: str) -> str:
     host, _, port = value.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-        raise ValueError(f"write HOST:PORT, not {value!r}")
+        raise ValueError("write HOST:PORT")
     return value
 
 
 def _http_url(value: str | None) -> str | None:
     if value is None:
         return None
-    parts = urlsplit(value)
+    parts = split_url(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
         raise ValueError("write a plain https:// address, without user, query or fragment")
     return value.rstrip("/")
 
 
 def _origin(value: str) -> str:
-    parts = urlsplit(value)
+    parts = split_url(value)
     if value != "*" and (parts.scheme not in ("http", "https") or value != f"{parts.scheme}://{parts.netloc}"):
-        raise ValueError(f"write https://HOST or https://HOST:PORT without a path, or *, not {value!r}")
+        raise ValueError("write https://HOST or https://HOST:PORT without a path, or *")
     return value
 
 
@@ -352,7 +352,7 @@ def private_pairs(entries: tuple[str, ...]) -> frozenset[tuple[str, int]]:
 
 
 def is_loopback(url: str) -> bool:
-    return (urlsplit(url).hostname or "") in LOOPBACK_HOSTS
+    return (split_url(url).hostname or "") in LOOPBACK_HOSTS
 
 
 def load(**overrides: Any) -> Settings:

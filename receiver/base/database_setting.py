@@ -31,6 +31,8 @@ def _database_url(value: SecretStr) -> SecretStr:
 
         known = {option.keyword.decode() for option in Conninfo.get_defaults()}
         for name in sorted(set(url.query) - known):
+            if any("@" in str(value) for value in url.query.values()):  # the name may be a part of the password
+                raise ValueError(URL_FORMS)
             instead = INSTEAD_OF_OPTION.get(name, "leave it out")
             raise ValueError(f"PostgreSQL's library knows no option {name[:40]!r}: {instead}")
     return value

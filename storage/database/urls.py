@@ -12,7 +12,9 @@ from sqlalchemy.dialects.postgresql.psycopg import dialect
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
 
-URL_FORMS = "use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME"
+from storage.url_parts import ENCODE
+
+URL_FORMS = f"use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, and {ENCODE}"
 # A server that is up answers in less. A delivery has 5 s from its body to its commit.
 CONNECT_SECONDS = 4
 # A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
@@ -34,6 +36,9 @@ def normal_url(url: str) -> URL:
     if parsed.drivername in ("postgresql", "postgres"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "postgresql+psycopg":
+        # The end of a password with an @ in it: messages name host and database.
+        if "@" in f"{parsed.host}{parsed.database}":
+            raise ValueError(URL_FORMS)
         return parsed.set(host=unquote(parsed.host)) if parsed.host else parsed
     if parsed.drivername == "sqlite" and parsed.database not in (None, "", ":memory:"):
         return parsed
