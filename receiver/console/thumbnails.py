@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 from PIL import Image, UnidentifiedImageError
 
+from storage.archive.local_folder import PrivateFolder
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.errors import StoreUnavailable
@@ -38,14 +39,17 @@ WAIT_SECONDS = 20.0
 REMEMBERED_SECONDS, REMEMBERED = 600.0, 5_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 SUFFIX = ".webp"
+# 480 x 480 pixels as RGBA are 921,600 bytes. A larger file in the folder is none of ours.
+MAX_KEPT_BYTES = 2**20
 
 
 class Thumbnails:
-    """`folder`: used by this program alone. `max_bytes`: its limit; the longest unused copies are removed first."""
+    """`folder`: used by this user alone, else nothing is kept. `max_bytes`: its limit; the longest unused go first."""
 
     def __init__(self, bucket: Bucket, folder: Path, max_bytes: int) -> None:
         self._bucket = bucket
-        self._folder = folder
+        self._folder = PrivateFolder(folder)
+        self._fault: str | None = None
         self._max_bytes = max_bytes
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="thumbnail")
         self._lock = threading.Lock()
@@ -75,17 +79,16 @@ class Thumbnails:
         except TimeoutError:
             return None
 
-    def _path(self, name: str) -> Path:
-        return self._folder / name[:2] / f"{name}{SUFFIX}"
-
     def _read(self, name: str) -> bytes | None:
-        path = self._path(name)
         try:
-            content = path.read_bytes()
-            os.utime(path)  # used just now
+            with self._folder.existing([name[:2], f"{name}{SUFFIX}"]) as file:
+                if file is None:
+                    return None
+                os.utime(file.fileno())  # used just now
+                content = file.read(MAX_KEPT_BYTES + 1)
         except OSError:
             return None
-        return content
+        return content if len(content) <= MAX_KEPT_BYTES else None
 
     def _make(self, name: str, key: str, size: int) -> bytes | None:
         try:
@@ -114,36 +117,26 @@ class Thumbnails:
 
     def _keep(self, name: str, content: bytes) -> None:
         """Write it, and make room. On a full disk nothing is kept and nothing fails."""
-        path = self._path(name)
-        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            part.write_bytes(content)
-            part.replace(path)
+            with self._folder.writing([name[:2], f"{name}{SUFFIX}"]) as file:
+                file.write(content)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            log.warning("thumbnail.not_kept", error=error.strerror)
+            if self._fault != error.strerror:  # once, not at every picture
+                log.warning("thumbnail.not_kept", error=error.strerror, setting="RECEIVER_CONSOLE_THUMBNAIL_DIR")
+            self._fault = error.strerror
             return
+        self._fault = None
         with self._lock:
-            self._size = (
-                self._size + len(content) if self._size is not None else sum(size for _, size, _ in self._files())
-            )
+            if self._size is None:
+                self._size = sum(size for _, size, _ in self._folder.files(f"*/*{SUFFIX}"))
+            else:
+                self._size += len(content)
             if self._size > self._max_bytes:
                 self._make_room()
 
-    def _files(self) -> list[tuple[float, int, Path]]:
-        found = []
-        for path in self._folder.glob(f"*/*{SUFFIX}"):
-            try:
-                status = path.stat()
-            except OSError:
-                continue
-            found.append((status.st_mtime, status.st_size, path))
-        return sorted(found)
-
     def _make_room(self) -> None:
         """Remove the longest unused copies, down to nine tenths: not at every new one."""
-        files = self._files()
+        files = self._folder.files(f"*/*{SUFFIX}")
         self._size = sum(size for _, size, _ in files)
         for _, size, path in files:
             if self._size <= self._max_bytes * 0.9:

@@ -27,6 +27,8 @@ class LocalFolder:
     `folds_case`: whether this disk takes `A` and `a` for the same name; None: it is tried.
     """
 
+    file_mode = 0o666
+
     def __init__(self, path: Path, *, folds_case: bool | None = None) -> None:
         self.path = path.absolute()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -52,10 +54,13 @@ class LocalFolder:
             name = _encoded(name[0]) + name[1:]
         return name[:-1] + _encoded(".") if name.endswith(".") else name
 
+    def _top(self) -> int:
+        return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+
     @contextmanager
     def _opened(self, steps: Sequence[str]) -> Iterator[int]:
         """The folder below `steps`, which are made where they are missing."""
-        folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        folder = self._top()
         try:
             for step in steps:
                 with suppress(FileExistsError):
@@ -85,7 +90,7 @@ class LocalFolder:
             part = f".{secrets.token_hex(16)}.part"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             try:
-                with os.fdopen(os.open(part, flags, 0o666, dir_fd=folder), "wb") as file:
+                with os.fdopen(os.open(part, flags, self.file_mode, dir_fd=folder), "wb") as file:
                     yield file
                 os.replace(part, steps[-1], src_dir_fd=folder, dst_dir_fd=folder)
             finally:
@@ -93,7 +98,47 @@ class LocalFolder:
                     os.unlink(part, dir_fd=folder)
 
 
-def _open_folder(name: str, folder: int) -> int:
+class PrivateFolder(LocalFolder):
+    """A folder that only this user may enter, below one where others may write, such as `/tmp`.
+
+    It is made, and its owner and mode are checked, at every use: a cleaner of old files may remove it at any time.
+    Raises PermissionError for one that another user owns, or may write.
+    """
+
+    file_mode = 0o600
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self._folds_case = False
+
+    def _top(self) -> int:
+        if not os.path.lexists(self.path):
+            with suppress(FileExistsError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.mkdir(0o700)
+        folder = _open_folder(str(self.path), None)
+        try:
+            state = os.fstat(folder)
+            if state.st_uid != os.geteuid() or state.st_mode & 0o022:
+                raise PermissionError(errno.EPERM, "other users own the folder or may write it", str(self.path))
+            if state.st_mode & 0o055:  # earlier releases let others read it
+                os.fchmod(folder, 0o700)
+        except OSError:
+            os.close(folder)
+            raise
+        return folder
+
+    def files(self, pattern: str) -> list[tuple[float, int, Path]]:
+        """The time, size and path of every file that matches, oldest first."""
+        found = []
+        for path in self.path.glob(pattern):
+            with suppress(OSError):
+                state = path.lstat()
+                found.append((state.st_mtime, state.st_size, path))
+        return sorted(found)
+
+
+def _open_folder(name: str, folder: int | None) -> int:
     try:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:

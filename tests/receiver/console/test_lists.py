@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 import zipfile
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 from sqlalchemy import event
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.console import thumbnails
@@ -179,6 +181,38 @@ def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None
     sizes = [file.stat().st_size for file in (tmp_path / "t").glob("*/*.webp")]
     assert all(contents) and sum(sizes) <= 20_000 < sum(len(each or b"") for each in contents)
     assert not list((tmp_path / "t").rglob("*.part"))
+
+
+@pytest.mark.parametrize("kind", ["writable", "symlink"])
+def test_thumbnail_folder_that_others_prepared_is_not_used(parts: Parts, tmp_path: Path, kind: str) -> None:
+    assets = [each for task in archive(parts, 1, n=2) for each in assets_of(parts, task)]
+    theirs, folder = tmp_path / "theirs", tmp_path / "t"
+    (theirs if kind == "symlink" else folder).mkdir()
+    folder.symlink_to(theirs) if kind == "symlink" else folder.chmod(0o777)
+    digest = str(assets[0].sha256)
+    (folder / digest[:2]).mkdir()
+    (folder / digest[:2] / f"{digest}.webp").write_bytes(b"poison")
+    kept = Thumbnails(parts.bucket, folder, 10**6)
+    with capture_logs() as lines:
+        assert all((kept.get(each) or b"")[8:12] == b"WEBP" for each in assets)
+    [line] = [each for each in lines if each["event"] == "thumbnail.not_kept"]
+    assert line["setting"] == "RECEIVER_CONSOLE_THUMBNAIL_DIR"
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 1
+
+
+def test_fifo_or_symlink_for_a_thumbnail_is_replaced(parts: Parts, tmp_path: Path) -> None:
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    folder, victim = tmp_path / "t" / str(asset.sha256)[:2], tmp_path / "victim"
+    victim.write_text("mine")
+    folder.mkdir(parents=True)
+    (tmp_path / "t").chmod(0o755)  # as earlier releases made it
+    name = folder / f"{asset.sha256}.webp"
+    for plant in (lambda: os.mkfifo(name), lambda: name.symlink_to(victim), lambda: name.write_bytes(bytes(2**21))):
+        name.unlink(missing_ok=True)
+        plant()
+        assert (Thumbnails(parts.bucket, tmp_path / "t", 10**6).get(asset) or b"")[8:12] == b"WEBP"
+        assert name.is_file() and not name.is_symlink() and name.stat().st_mode & 0o777 == 0o600
+    assert victim.read_text() == "mine" and (tmp_path / "t").stat().st_mode & 0o777 == 0o700
 
 
 def test_a_vanished_object_has_no_thumbnail_and_is_asked_for_once(parts: Parts, tmp_path: Path) -> None:
