@@ -420,12 +420,15 @@ def check_env_file() -> None:
         raise SettingsInvalid(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8") from None
 
 
+MISSING = {f"{PREFIX}S3_BUCKET": f"required; or set {PREFIX}STORE=DIR for a store of your own"}
+
+
 def _lines(error: ValidationError) -> Iterator[str]:
     for fault in error.errors(include_input=False, include_url=False):
         message = fault["msg"].removeprefix("Value error, ")
         if fault["loc"]:
             name = f"{PREFIX}{str(fault['loc'][0]).upper()}"
-            message = "required" if fault["type"] == "missing" else message
+            message = MISSING.get(name, "required") if fault["type"] == "missing" else message
             yield f"{name}: {message[:1].lower()}{message[1:]}"
         else:
             yield message

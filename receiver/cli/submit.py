@@ -97,8 +97,12 @@ def _image(given: str) -> str:
     import base64
     import os
 
+    if given.startswith(("http://", "https://", "data:")):
+        return given
     # os.path, because a Path raises for Base64 that is longer than a file name
-    if given.startswith(("http://", "https://", "data:")) or not os.path.isfile(given):
+    if not os.path.isfile(given):
+        if given.lower().endswith((".png", ".jpg", ".jpeg")):  # no Base64 has a dot
+            raise typer.BadParameter(f"{given}: no such file", param_hint="--image")
         return given
     return base64.b64encode(Path(given).read_bytes()).decode()
 
@@ -144,6 +148,7 @@ def _report(parts: Parts, task: Task) -> dict[str, Any]:
 
 def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
     from receiver.cli import show
+    from storage.operations import heartbeats
     from storage.states import ArchiveState, TaskState
 
     if not wait:
@@ -154,6 +159,8 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
         if task.state is TaskState.FAILED:
             say(f"failed: {task.error}", err=True)
             raise typer.Exit(1)
+        if not heartbeats.count_alive(parts.database):
+            say("no worker is alive on this database: start `receiver serve` (or `receiver work`)", err=True)
         return
     if not show.await_worker(parts):
         if as_json:
