@@ -23,6 +23,8 @@ from typing import NamedTuple
 TLS_WRITE_BYTES = 64 * 1024
 MIN_BYTES_PER_SECOND = 13_000
 MAX_HEAD_BYTES = 64 * 1024
+# 100 Continue, and what proxies add to it; the final response follows.
+MAX_HEADS = 16
 # A refusal's XML is below 1 kB. A longer body is not read; its connection is closed.
 MAX_BODY_BYTES = 64 * 1024
 READ_BYTES = 16 * 1024
@@ -161,9 +163,13 @@ class ConnectTimeout(Exception):
 
 def _read_response(connection: socket.socket, ends: float, *, has_body: bool) -> tuple[Response, bool]:
     """The final response, and whether it ends where its head says, so that the connection may be kept."""
-    response, rest = _read_head(connection, bytearray(), ends)
-    while response.status < 200:  # 100 Continue: the final response follows
+    rest = bytearray()
+    for _ in range(MAX_HEADS):
         response, rest = _read_head(connection, rest, ends)
+        if response.status >= 200:
+            break
+    else:
+        raise ConnectionBroken
     length = response.headers.get("content-length", "") if has_body and response.status not in BODYLESS else "0"
     if not LENGTH.fullmatch(length) or int(length) > MAX_BODY_BYTES or "transfer-encoding" in response.headers:
         return response, False

@@ -18,6 +18,7 @@ CHECKSUM_REFUSALS = (400, 412, 422)
 # A probe takes seconds. Older leftovers come from a killed process, even if our clock is some minutes wrong.
 LEFT_AFTER = timedelta(hours=1)
 WRONG_MD5 = base64.b64encode(hashlib.md5(b"something else", usedforsecurity=False).digest()).decode()
+MAX_READ_BYTES = 64 * 1024  # an object that is read back has the bytes of a key at most
 NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -163,7 +164,7 @@ class Probe:
             raise
 
     def _read(self, key: str) -> bytes:
-        body: bytes = self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+        body: bytes = self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read(MAX_READ_BYTES)
         return body
 
     def _delete(self, key: str) -> None:

@@ -13,6 +13,7 @@ import boto3
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 
+from storage.bucket.bounded_connections import bound
 from storage.bucket.signed_requests import SignedRequests
 from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status
 from storage.errors import UserError
@@ -88,6 +89,7 @@ class StoreConnection:
                     raise EndpointInvalid(
                         "boto3 refuses the host in RECEIVER_S3_ENDPOINT_URL; use a name without underscores"
                     ) from None
+                bound(client)
                 client.meta.events.register("after-call.s3", self._note_date)
                 if not self._sends_checksums:
                     client.meta.events.register("provide-client-params.s3", without_checksums)

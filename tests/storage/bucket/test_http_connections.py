@@ -192,3 +192,11 @@ def test_idle_connections_are_bounded(store: Store) -> None:
     for thread in threads:
         thread.join(10)
     assert len(connections._idle) == 2
+
+
+def test_flood_of_100_continue_is_given_up_at_once(store: Store) -> None:
+    store.scripts = [lambda connection: connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 100_000)]
+    started = time.monotonic()
+    with pytest.raises(ConnectionBroken):
+        put(to(store))
+    assert time.monotonic() - started < 1

@@ -1,0 +1,126 @@
+"""Bounds on what boto3 reads from a store: botocore's own connections, with a socket that counts bytes and waits.
+
+botocore bounds each wait alone. http.client reads any number of `100 Continue`, and a body of a byte a second never
+ends. The classes are urllib3's and botocore's; only their socket differs.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from typing import Any
+
+from botocore.awsrequest import (
+    AWSHTTPConnection,
+    AWSHTTPConnectionPool,
+    AWSHTTPSConnection,
+    AWSHTTPSConnectionPool,
+)
+
+from storage.bucket.http_connections import MAX_HEAD_BYTES, MIN_BYTES_PER_SECOND
+
+# A page of a listing has at most 1,000 keys of 1 kB, each byte as `%XX` at most, and 400 bytes of XML around each.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
+
+
+def bound(client: Any) -> None:
+    """Make every connection of a boto3 client a bounded one; also those through a proxy, which shares the classes."""
+    client._endpoint.http_session._pool_classes_by_scheme.update(http=_HttpPool, https=_HttpsPool)
+
+
+class _Socket:
+    """A connected socket whose reads may take `seconds` of waiting, and more as far as the bytes that came pay for it.
+
+    A byte of the body pays 1/MIN_BYTES_PER_SECOND, up to `seconds`; a byte of the head pays nothing.
+    """
+
+    def __init__(self, connection: Any, seconds: float) -> None:
+        self._connection = connection
+        self.expect_head(seconds)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def makefile(self, mode: str, buffering: int = -1) -> io.RawIOBase | io.BufferedReader:
+        raw = _File(self, self._connection.makefile(mode, 0))
+        return raw if buffering == 0 else io.BufferedReader(raw)
+
+    def expect_head(self, seconds: float) -> None:
+        """Begin a response: all heads of it, also those of 1xx."""
+        self._seconds = self._seconds_left = seconds
+        self._bytes_left, self._in_body = float(MAX_HEAD_BYTES), False
+
+    def expect_body(self, max_bytes: float) -> None:
+        self._seconds_left, self._bytes_left, self._in_body = self._seconds, max_bytes, True
+
+    def read_into(self, buffer: Any, file: Any) -> int:
+        if self._seconds_left <= 0:
+            raise TimeoutError("the store sends too slowly")
+        self._connection.settimeout(self._seconds_left)
+        started = time.monotonic()
+        count: int = file.readinto(buffer)
+        paid = count / MIN_BYTES_PER_SECOND if self._in_body else 0.0
+        self._seconds_left = min(self._seconds, self._seconds_left - (time.monotonic() - started) + paid)
+        self._bytes_left -= count
+        # botocore reads the lines after a 100 until an empty one, beyond the end of the connection too.
+        if self._bytes_left < 0 or not (count or self._in_body):
+            raise ConnectionAbortedError("the store sends too much, or no whole head")
+        return count
+
+
+class _File(io.RawIOBase):
+    def __init__(self, connection: _Socket, file: Any) -> None:
+        self._connection = connection
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._connection.read_into(buffer, self._file)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Bounded:
+    """Of a connection: the bounds of each response. `timeout` is urllib3's, to connect and then to read."""
+
+    sock: Any
+    timeout: float
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        self.sock = _Socket(self.sock, self.timeout)
+
+    def request(self, method: str, url: str, *args: Any, **options: Any) -> None:
+        if self.sock is not None:
+            self.sock.expect_head(self.timeout)
+        self._reads_object = method == "GET" and "?" not in url  # a listing has a query
+        super().request(method, url, *args, **options)  # type: ignore[misc]
+
+    def getresponse(self) -> Any:
+        connection = self.sock  # None afterwards where the response ends the connection
+        connection.expect_head(self.timeout)
+        response = super().getresponse()  # type: ignore[misc]
+        is_object = self._reads_object and response.status < 300
+        connection.expect_body(math.inf if is_object else MAX_ANSWER_BYTES)
+        return response
+
+
+class _HttpConnection(_Bounded, AWSHTTPConnection):  # type: ignore[misc]
+    pass
+
+
+class _HttpsConnection(_Bounded, AWSHTTPSConnection):  # type: ignore[misc]
+    pass
+
+
+class _HttpPool(AWSHTTPConnectionPool):  # type: ignore[misc]
+    ConnectionCls = _HttpConnection
+
+
+class _HttpsPool(AWSHTTPSConnectionPool):  # type: ignore[misc]
+    ConnectionCls = _HttpsConnection
