@@ -94,7 +94,7 @@ def test_a_picture_outlives_a_restart_and_so_do_the_keys(receiver: CommandLine) 
 
 def test_check_finds_the_running_store_or_starts_it(receiver: CommandLine) -> None:
     for done in (receiver("check", "--store", "kept"), checked_beside(receiver)):
-        [line] = [line for line in done.out.splitlines() if "was written and read back" in line]
+        [line] = [line for line in done.out.splitlines() if "s3://pictures/ at" in line]
         assert f"s3://pictures/ at 127.0.0.1:{keys(receiver)['ports']['s3']}" in line
     assert is_free(keys(receiver)["ports"]["s3"])
 
