@@ -69,7 +69,7 @@ def test_check_says_that_the_database_is_read_only(
 ) -> None:
     with postgres.read_only(database_url.rpartition("/")[2]):
         code, said = lines(receiver)
-    assert code == 1 and f"127.0.0.1:{postgres.port} cannot be used (cannot execute DELETE" in said
+    assert code == 1 and f"127.0.0.1:{postgres.port} cannot be used (cannot execute INSERT" in said
 
 
 def test_direct_url_without_postgresql_is_refused(receiver: CommandLine, database_url: str) -> None:
