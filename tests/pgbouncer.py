@@ -65,7 +65,7 @@ class PgBouncer:
                 [program, str(self._config)], death_signal=signal.SIGKILL, log=log, cwd=self._folder, env={}, user=user
             )
         try:
-            wait_until(self._answers)
+            wait_until(self._answers, seconds=60)
         except AssertionError:
             said = (self._folder / "log").read_text()
             self.__exit__()
