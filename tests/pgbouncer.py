@@ -47,6 +47,7 @@ class PgBouncer:
         self._config = self._folder / "pgbouncer.ini"
         self._config.write_text(CONFIG.format(server=server.port, port=self.port, size=size, folder=self._folder))
         self._process: subprocess.Popen[bytes] | None = None
+        self._starter = Mortal()  # the process is killed when the thread that started it ends
 
     def url(self, direct: str) -> str:
         """The address of a database of the server, by way of the pooler."""
@@ -61,7 +62,7 @@ class PgBouncer:
         program = str(shutil.which(PROGRAM))
         with (self._folder / "log").open("ab") as log:
             os.chown(log.fileno(), *user)
-            self._process = Mortal().start(
+            self._process = self._starter.start(
                 [program, str(self._config)], death_signal=signal.SIGKILL, log=log, cwd=self._folder, env={}, user=user
             )
         try:
