@@ -39,7 +39,7 @@ MB = 1_000_000
 MOST_ABOVE_IDLE_BYTES = 200 * MB
 LEASE_SECONDS = 6  # on a busy machine a shorter one is lost now and then, and the file is fetched once more
 IDLE_SECONDS = 2.0
-WAIT_SECONDS = 600.0
+WAIT_SECONDS = 300.0
 BLOCK = random.Random(5).randbytes(MB)
 
 
@@ -124,7 +124,8 @@ class Worker:
             "DATABASE_URL": chosen.database_url.get_secret_value(), "KLING_BASE_URL": chosen.kling_base_url,
             "KLING_API_KEY": "sandbox-key", "PRIVATE_RESULT_HOSTS": private_hosts, "S3_BUCKET": chosen.s3_bucket,
             "S3_ENDPOINT_URL": str(chosen.s3_endpoint_url), "S3_PREFIX": chosen.s3_prefix, "SPOOL_DIR": str(folder),
-            "MAX_ASSET_BYTES": str(max_bytes), "LEASE_SECONDS": str(LEASE_SECONDS), "LOG_FORMAT": "json",
+            "MAX_ASSET_BYTES": str(max_bytes), "LEASE_SECONDS": str(LEASE_SECONDS),
+            "LOG_FORMAT": "json", "CONFIRM": "never",  # a film in place of a picture is read first
         }  # fmt: skip
         rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
         environment = rest | {f"RECEIVER_{name}": value for name, value in variables.items()}
