@@ -275,7 +275,9 @@ def test_tries_span_the_life_of_a_file(life_seconds: float) -> None:
     for _ in range(50):
         tried = tries_at(life_seconds)
         assert len(tried) <= MAX_TRIES
-        assert 0.5 * life_seconds < tried[-1] < life_seconds
+        # One try may lie beyond the end: an estimate that the provider may exceed.
+        within = [at for at in tried if at < life_seconds]
+        assert 0.5 * life_seconds < within[-1] and len(tried) - len(within) <= 1
 
 
 @pytest.mark.parametrize("link_seconds", [2, 600, 3_600, DAY])
