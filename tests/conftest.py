@@ -10,6 +10,8 @@ import re
 import shutil
 import signal
 import sys
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +67,19 @@ def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certifi, "where", lambda: str(first))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def idle_at_the_end() -> Iterator[None]:
+    """No test may leave a thread behind that spins: one such thread once took half of the run's processor time."""
+    yield
+    for _ in range(20):
+        before = time.process_time()
+        time.sleep(0.25)
+        if time.process_time() - before < 0.05:
+            return
+    frames = sys._current_frames()
+    raise AssertionError("".join("".join(traceback.format_stack(frame, 3)) for frame in frames.values()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -89,6 +89,7 @@ class Connections:
         self._most = most
         self._user_agent = user_agent.encode("ascii")
         self._lock = threading.Lock()
+        self._closed = False
         self._busy: set[connection.GuardedStream] = set()
         self._idle: list[tuple[float, Origin, connection.GuardedStream]] = []
 
@@ -124,14 +125,16 @@ class Connections:
         finally:
             with self._lock:
                 self._busy.discard(stream)
-                keep = stream.reusable and len(self._idle) < self._most
+                keep = stream.reusable and len(self._idle) < self._most and not self._closed
                 if keep:
                     self._idle.append((time.monotonic() + connection.KEEPALIVE_SECONDS, origin, stream))
             if not keep:
                 stream.close()
 
     def close(self) -> None:
+        """Close all. What a thread still requests is closed at its end and no longer kept."""
         with self._lock:
+            self._closed = True
             streams = [*self._busy, *(stream for _, _, stream in self._idle)]
             self._idle.clear()
         for stream in streams:

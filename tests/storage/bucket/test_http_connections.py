@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import BinaryIO
 
 import pytest
 
@@ -47,7 +48,7 @@ class Store:
     def _serve(self, connection: socket.socket) -> None:
         with connection, connection.makefile("rb") as file:
             try:
-                while head := b"".join(iter(file.readline, b"\r\n")):
+                while head := _head(file):
                     script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
                     if callable(script):
                         self.requests.append(head)
@@ -58,6 +59,14 @@ class Store:
                     connection.sendall(script)
             except OSError:
                 pass
+
+
+def _head(file: BinaryIO) -> bytes:
+    """The next request's lines up to the empty one; nothing when the client has closed."""
+    lines = []
+    while (line := file.readline()) not in (b"\r\n", b""):
+        lines.append(line)
+    return b"".join(lines)
 
 
 @pytest.fixture

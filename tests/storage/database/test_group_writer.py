@@ -146,8 +146,8 @@ def test_a_failed_commit_acknowledges_none_of_its_group(database: Database) -> N
 
 def test_a_caller_waits_no_longer_than_its_patience(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     assets = claimed(database, 1)
-    with busy(database):
-        monkeypatch.setattr(group_writer, "WAIT_SECONDS", 0.2)
+    with busy(database), monkeypatch.context() as impatient:
+        impatient.setattr(group_writer, "WAIT_SECONDS", 0.2)
         with pytest.raises(DatabaseUnavailable, match="no commit within"):
             database.write_in_group(settling(assets[0]))
     database.write_in_group(lambda _: None)

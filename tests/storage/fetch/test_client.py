@@ -453,8 +453,9 @@ def test_kept_connections_are_bounded_and_end_with_the_fetcher(host: FileHost) -
         client.fetch(each.url, io.BytesIO())
     assert (host.connections, other.connections) == (1, 1)  # the second one was closed
     client.close()
-    client.fetch(host.url, io.BytesIO())
-    assert host.connections == 2
+    for _ in range(2):  # a request of another thread that ends after the close leaves no connection behind
+        client.fetch(host.url, io.BytesIO())
+    assert host.connections == 3
     other.close()
 
 
