@@ -1,15 +1,10 @@
-"""The command line as a user has it: variables in the environment, a process, its exit code and its words.
-
-Each run is a process of its own, forked from one that has imported everything: that saves a second and a half a run.
-What depends on a fresh interpreter (start-up time, imports, `-m receiver`) is tested with `subprocess`.
-"""
+"""The command line as a user has it: variables in the environment, a process, its exit code and its words."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import sys
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +13,7 @@ from typing import Any
 
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
+from tests.forked import Forked
 
 TIMEOUT_SECONDS = 60
 
@@ -60,31 +56,12 @@ class CommandLine:
         wanted = {**rest, "COLUMNS": "200", "NO_COLOR": "1", **self.variables, **changes}
         values = {name: value for name, value in wanted.items() if value is not None}
         with tempfile.TemporaryDirectory() as desk:
-            files = [Path(desk, name) for name in ("in", "out", "err")]
-            files[0].write_text(given)
-            process = FORKS.Process(target=_run, args=(words, values, str(self.folder), [str(one) for one in files]))
-            process.start()
-            process.join(TIMEOUT_SECONDS)
-            if process.is_alive():
+            stdin, out, err = (Path(desk, name) for name in ("in", "out", "err"))
+            stdin.write_text(given)
+            process = Forked(words, values, self.folder, given=stdin, out=out, err=err)
+            try:
+                code = process.wait(TIMEOUT_SECONDS)
+            except subprocess.TimeoutExpired:
                 process.kill()
-                raise TimeoutError(f"receiver {' '.join(words)}: no end after {TIMEOUT_SECONDS} s")
-            return Done(process.exitcode or 0, files[1].read_text(), files[2].read_text())
-
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.preload"])
-
-
-def _run(words: tuple[str, ...], values: dict[str, str], folder: str, files: list[str]) -> None:
-    """In the child: become `receiver words…`."""
-    from receiver.cli.main import main
-
-    flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT)
-    for number, (file, flag) in enumerate(zip(files, flags, strict=True)):
-        os.dup2(os.open(file, flag, 0o600), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - for the process's life
-    os.environ.clear()
-    os.environ.update(values)
-    os.chdir(folder)
-    sys.argv = ["receiver", *words]
-    main()
+                raise
+            return Done(code, out.read_text(), err.read_text())

@@ -38,19 +38,23 @@ if TYPE_CHECKING:
 
 # Files with tests of 5 s and more. They start first, so that no worker is alone with one at the end.
 SLOW = {
-    "test_attacks.py", "test_bench.py", "test_browser.py", "test_canaries.py", "test_chaos.py", "test_crashes.py",
-    "test_demo.py", "test_recipes.py", "test_rules.py", "test_store_outage.py",
+    "test_attacks.py", "test_bench.py", "test_canaries.py", "test_chaos.py", "test_crashes.py", "test_rules.py",
+    "test_store_outage.py",
 }  # fmt: skip
+# The same, with a fixture for the whole file: apart, each worker would make its own.
+SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each worker its share of the slow tests. xdist deals the tests out in as many equal parts, in order."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    slow = [item for item in items if item.path.name in SLOW]
-    others = [item for item in items if item.path.name not in SLOW]
+    units = [[item] for item in items if item.path.name in SLOW]
+    units += [[item for item in items if item.path.name == name] for name in sorted(SLOW_AND_WHOLE)]
+    taken = {item for unit in units for item in unit}
+    others = [item for item in items if item not in taken]
     parts, start = [], 0
     for worker in range(workers):
-        first = slow[worker::workers]
+        first = [item for unit in units[worker::workers] for item in unit]
         end = start + math.ceil(len(items) / workers) - len(first)
         parts += [*first, *others[start:end]]
         start = max(start, end)

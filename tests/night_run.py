@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +24,7 @@ import httpx
 from receiver.sandbox import Knobs
 from storage.accounts import batches
 from storage.accounts.batches import Counts
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.running_product import Scene
 
@@ -74,13 +74,11 @@ class Night(Scene):
             RECEIVER_POLL_AFTER_SECONDS="5",
         )
 
-    def submit(self) -> subprocess.Popen[bytes]:
+    def submit(self) -> Forked:
         """The command that a person would start, and start again."""
         words = ["submit", "--batch", str(self.file), "--wait"]
         words += [word for report in self.reports for word in ("--report", str(report))]
-        with (self.folder / "submit.log").open("ab") as log:
-            command = [sys.executable, "-m", "receiver", *words]
-            return subprocess.Popen(command, env=self.environment, cwd=self.folder, stdout=log, stderr=log)
+        return Forked(tuple(words), self.environment, self.folder, out=self.folder / "submit.log")
 
     def counts(self) -> Counts:
         with self.parts.database.read() as session:
@@ -152,7 +150,7 @@ def _submit_and_kill(night: Night, part: float) -> None:
         worker.kill()
 
 
-def _ended(command: subprocess.Popen[bytes], night: Night) -> bool:
+def _ended(command: Forked, night: Night) -> bool:
     assert command.poll() in (None, 0), _tail(night)
     return False
 

@@ -111,8 +111,13 @@ class Postgres:
         self.close()
 
     def create_database(self, name: str, template: str = "template0") -> str:
-        """Make a database as a copy of another that has no connections, and return its URL."""
-        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+        """Make a database as a copy of another that has no connections, and return its URL.
+
+        FILE_COPY takes 120 ms of CPU and the default, which writes the copy to the log, 310.
+        """
+        statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY").format(
+            sql.Identifier(name), sql.Identifier(template)
+        )
         self._execute(statement)
         return self.url(name)
 
@@ -188,14 +193,16 @@ class Postgres:
 class MigratedDatabases:
     """Databases with the current schema and nothing in them, each lent to one test at a time.
 
-    Emptying one takes a third of the time that copying the template takes, and there are fifteen hundred tests.
+    There are sixteen hundred tests with one. A copy of the template takes 300 ms of the server's CPU, a TRUNCATE of
+    all tables 62 (each index gets a new file), and deleting what a test has left 10.
     """
 
     template = "migrated"
 
     def __init__(self, server: Postgres) -> None:
         self._server = server
-        self._schema = self._schema_of(self.template)
+        with psycopg.connect(server.url(self.template), autocommit=True) as connection:
+            self._schema = _schema(connection)
         self._idle: list[str] = []
 
     def lend(self) -> Iterator[str]:
@@ -204,8 +211,11 @@ class MigratedDatabases:
         yield self._server.url(name)
         if self._server.process is None:
             return
-        if self._schema_of(name) == self._schema:
-            self._empty(name)
+        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
+            is_whole = _schema(connection) == self._schema
+            if is_whole:
+                connection.execute(EMPTY)
+        if is_whole:
             self._idle.append(name)
         else:
             self._server.drop_database(name)
@@ -215,16 +225,13 @@ class MigratedDatabases:
         self._server.create_database(name, self.template)
         return name
 
-    def _schema_of(self, name: str) -> str:
-        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
-            connection.execute(DISCONNECT_OTHERS)
-            with contextlib.suppress(psycopg.errors.UndefinedTable):
-                return str(connection.execute(SCHEMA).fetchone())
-        return "not even a version"
 
-    def _empty(self, name: str) -> None:
-        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
-            connection.execute(EMPTY)
+def _schema(connection: psycopg.Connection) -> str:
+    """What tells one schema from another, once nobody else is connected."""
+    connection.execute(DISCONNECT_OTHERS)
+    with contextlib.suppress(psycopg.errors.UndefinedTable):
+        return str(connection.execute(SCHEMA).fetchone())
+    return "not even a version"
 
 
 DISCONNECT_OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -235,10 +242,17 @@ SCHEMA = """SELECT (SELECT string_agg(relname || '.' || attname, ' ' ORDER BY re
                    (SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal),
                    (SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace),
                    (SELECT string_agg(version_num, ' ') FROM alembic_version)"""
-EMPTY = """DO $$ BEGIN
-EXECUTE (SELECT 'TRUNCATE ' || string_agg(quote_ident(tablename), ', ') || ' RESTART IDENTITY' FROM pg_tables
-         WHERE schemaname = 'public' AND tablename NOT IN ('alembic_version', 'counter'));
-UPDATE counter SET value = 0;
+# Deleted rows stay in the file until it has 128 kB; as a replica no trigger looks at each of them.
+EMPTY = """SET session_replication_role = replica;
+DO $$ DECLARE name text; BEGIN
+FOR name IN SELECT oid::regclass FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+            AND relname NOT IN ('alembic_version', 'counter') AND pg_relation_size(oid) > 0 LOOP
+    IF pg_relation_size(name::regclass) > 131072 THEN EXECUTE 'TRUNCATE ' || name || ' CASCADE';
+    ELSE EXECUTE 'DELETE FROM ' || name; END IF;
+END LOOP;
+FOR name IN SELECT quote_ident(sequencename) FROM pg_sequences WHERE schemaname = 'public' AND last_value IS NOT NULL
+LOOP EXECUTE 'ALTER SEQUENCE ' || name || ' RESTART'; END LOOP;
+UPDATE counter SET value = 0 WHERE value <> 0;
 END $$"""
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from receiver.app.wiring import Parts
 from receiver.base import config
-from receiver.local_store.seaweed import Mortal, Seaweed
+from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Knobs, Sandbox
 from storage.rows import migrations
 from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
@@ -64,9 +64,8 @@ class Scene:
         self.parts = Parts(settings_in(self.environment))
         self.stack.callback(self.parts.close)
         migrations.upgrade(self.parts.database)
-        mortal = Mortal()
-        self.web = Kept(WEB_KILLED, ["serve"], self.environment, self.folder, mortal)
-        self.workers = [Kept(WORKER_KILLED, ["work"], self.environment, self.folder, mortal) for _ in range(workers)]
+        self.web = Kept(WEB_KILLED, ["serve"], self.environment, self.folder)
+        self.workers = [Kept(WORKER_KILLED, ["work"], self.environment, self.folder) for _ in range(workers)]
         for each in (self.web, *self.workers):
             self.stack.callback(each.stop)
             each.start()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from receiver.local_store.seaweed import Mortal
 from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
+from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 60.0  # 2 s when nothing else runs on the machine
@@ -25,17 +23,14 @@ MARKS = {WORKER_KILLED: b'"worker.started"', WEB_KILLED: b'"web.listening"'}
 class Kept:
     """One program. `kind`: the fault that a kill of it counts as; `exits`: how it ended when nobody killed it."""
 
-    def __init__(
-        self, kind: str, arguments: list[str], environment: dict[str, str], folder: Path, mortal: Mortal
-    ) -> None:
+    def __init__(self, kind: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
         self.kind = kind
         self.log = folder / f"{'-'.join(arguments)}-{id(self)}.log"
         self.exits: Counter[int] = Counter()
-        self._command = [sys.executable, "-m", "receiver", *arguments]
+        self._arguments = tuple(arguments)
         self._environment = environment
         self._folder = folder
-        self._mortal = mortal
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Forked | None = None
         self._log_start = 0
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # one fault at a time
@@ -46,11 +41,8 @@ class Kept:
 
     def _keep(self) -> None:
         while not self._stopping.is_set():
-            with self.log.open("ab") as log:
-                self._log_start = log.tell()
-                self._process = self._mortal.start(
-                    self._command, death_signal=signal.SIGKILL, log=log, cwd=self._folder, env=self._environment
-                )
+            self._log_start = self.log.stat().st_size if self.log.exists() else 0
+            self._process = Forked(self._arguments, self._environment, self._folder, out=self.log)
             code = self._process.wait()
             if code != -signal.SIGKILL and not self._stopping.is_set():
                 self.exits[code] += 1
@@ -60,6 +52,8 @@ class Kept:
     def is_ready(self) -> bool:
         """Whether the program that runs now has said that it works."""
         if self._process is None or self._process.poll() is not None:
+            return False
+        if not self.log.exists():
             return False
         with self.log.open("rb") as log:
             log.seek(self._log_start)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset, Callback, Event, Task
 from storage.states import ArchiveState, AssetState
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import Wired, assert_archived, assets_of, kept, make_due_now, run, task_of
 from tests.unreported_tasks import undelivered
@@ -256,11 +255,8 @@ def word(value: Any) -> str:
 
 
 @contextmanager
-def worker_process(parts: Parts, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with (folder / "worker.log").open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "receiver", "work"], env=environment_of(parts), cwd=folder, stdout=log, stderr=log
-        )  # fmt: skip
+def worker_process(parts: Parts, folder: Path) -> Iterator[Forked]:
+    process = Forked(("work",), environment_of(parts), folder, out=folder / "worker.log")
     try:
         yield process
     finally:
@@ -292,7 +288,8 @@ def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
 
 def rows_of(parts: Parts) -> list[dict[str, Any]]:
     with parts.database.read() as session:
-        return [row.model_dump() for model in (Task, Callback, Asset, Event) for row in session.exec(select(model))]
+        rows = [row for model in (Task, Callback, Asset, Event) for row in session.exec(select(model))]
+        return [row.model_dump() for row in sorted(rows, key=lambda row: (row.__class__.__name__, str(row.id)))]
 
 
 def give_other_bytes(parts: Parts, frozen: Asset, other: Asset) -> None:
@@ -314,7 +311,7 @@ def is_free(parts: Parts) -> bool:
     return True
 
 
-def freeze(parts: Parts, sandbox: Sandbox, process: subprocess.Popen[bytes]) -> Asset:
+def freeze(parts: Parts, sandbox: Sandbox, process: Forked) -> Asset:
     """Stop the process while it downloads; returns the asset in its hands."""
     wait_until(lambda: sum(asset.hits for asset in sandbox.ledger().assets.values()), seconds=START_SECONDS)
     process.send_signal(signal.SIGSTOP)

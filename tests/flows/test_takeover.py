@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
@@ -18,6 +16,7 @@ from storage.bucket.bucket import Bucket
 from storage.operations import heartbeats
 from storage.rows.models import Asset
 from tests.command_line import variables
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import task_of
 from tests.unreported_tasks import REQUEST, undelivered
@@ -29,12 +28,10 @@ MACHINE_SECONDS = 8.0
 
 
 @contextmanager
-def working(settings: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def working(settings: dict[str, str], folder: Path) -> Iterator[Forked]:
     """`receiver work`; killed at the end if it still runs."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    with (folder / "work.log").open("ab") as log:
-        command = [sys.executable, "-m", "receiver", "work"]
-        process = subprocess.Popen(command, env={**rest, **settings}, cwd=folder, stderr=log)
+    process = Forked(("work",), {**rest, **settings}, folder, out=folder / "work.log")
     try:
         yield process
     finally:

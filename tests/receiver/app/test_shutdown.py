@@ -6,8 +6,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import variables
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port, insert_row
 
@@ -34,13 +33,10 @@ EXIT_SECONDS = 40
 
 
 @contextmanager
-def serving(settings: dict[str, str], folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+def serving(settings: dict[str, str], folder: Path) -> Iterator[Forked]:
     """`receiver serve` with one worker process, ready; killed at the end if it still runs."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "receiver", "serve"], env={**rest, **settings}, cwd=folder, stderr=log
-        )
+    process = Forked(("serve",), {**rest, **settings}, folder, out=folder / "serve.log")
     url = settings["RECEIVER_PUBLIC_URL"]
     try:
         wait_until(lambda: _answers(f"{url}/readyz?strict=1"), seconds=40)
