@@ -6,10 +6,8 @@ It signs every request anew, so a fault may drop a header or flip a byte and Sea
 from __future__ import annotations
 
 import http.client
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from botocore.auth import S3SigV4Auth
@@ -17,6 +15,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from receiver.local_store.seaweed import Seaweed
+from tests.loopback import HttpServer, QuietHandler
 
 # Made anew when the request is signed and sent.
 HOP_HEADERS = {"host", "authorization", "x-amz-date", "x-amz-content-sha256", "content-length", "connection", "expect"}
@@ -50,27 +49,17 @@ Forward = Callable[[Request], Answer]
 Fault = Callable[[Request, Forward], Answer | None]
 
 
-class FaultProxy:
+class FaultProxy(HttpServer):
     """Serves on loopback while it is entered; `fault` may be replaced at any time."""
 
     def __init__(self, store: Seaweed, fault: Fault = lambda request, forward: forward(request)) -> None:
         self.fault = fault
         self._store = store
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        super().__init__(handler_for(self))
 
     @property
     def endpoint_url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> FaultProxy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        return f"http://127.0.0.1:{self.port}"
 
     def forward(self, request: Request) -> Answer:
         """Sign the request anew, send it to SeaweedFS and return what it says."""
@@ -86,29 +75,17 @@ class FaultProxy:
             connection.close()
 
 
-def handler_for(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+def handler_for(proxy: FaultProxy) -> type[QuietHandler]:
+    class Handler(QuietHandler):
         def handle_any(self) -> None:
             headers = {name.lower(): value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            answer = proxy.fault(Request(self.command, self.path, headers, body), proxy.forward)
+            answer = proxy.fault(Request(self.command, self.path, headers, self.read_body()), proxy.forward)
             if answer is None:
                 self.close_connection = True
                 return
-            self.send_response_only(answer.status)
-            for name, value in answer.headers.items():
-                if name not in ("content-length", "transfer-encoding", "connection"):
-                    self.send_header(name, value)
-            length = answer.headers.get("content-length", "0") if self.command == "HEAD" else str(len(answer.body))
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            self.wfile.write(answer.body)
+            length = answer.headers.get("content-length", "0") if self.command == "HEAD" else None
+            self.answer(answer.status, answer.headers, answer.body, length=length)
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
 
     return Handler

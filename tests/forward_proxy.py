@@ -5,38 +5,26 @@ from __future__ import annotations
 import http.client
 import select
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+from tests.loopback import HttpServer, QuietHandler
 
-class ForwardProxy:
+
+class ForwardProxy(HttpServer):
     """Serves while it is entered. `hosts`: {HOST:PORT: (address, port)} of names that it knows. `refuses`: a status."""
 
     def __init__(self, hosts: dict[str, tuple[str, int]] | None = None, refuses: int = 0) -> None:
         self.hosts, self.refuses = hosts or {}, refuses
         self.asked: list[tuple[str, str, str]] = []  # method, target, Proxy-Authorization
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        super().__init__(handler_for(self))
 
     @property
     def url(self) -> str:
-        return f"http://us%C3%A9r:hush@127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> ForwardProxy:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        return f"http://us%C3%A9r:hush@127.0.0.1:{self.port}"
 
 
-def handler_for(proxy: ForwardProxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+def handler_for(proxy: ForwardProxy) -> type[QuietHandler]:
+    class Handler(QuietHandler):
         def is_refused(self) -> bool:
             proxy.asked.append((self.command, self.path, self.headers.get("Proxy-Authorization", "")))
             if proxy.refuses:
@@ -53,28 +41,18 @@ def handler_for(proxy: ForwardProxy) -> type[BaseHTTPRequestHandler]:
                 relay(self.connection, onward)
 
         def forward(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.read_body()
             if self.is_refused():
                 return
             parts = urlsplit(self.path)
             onward = http.client.HTTPConnection(parts.netloc, timeout=10)
             headers = {name: value for name, value in self.headers.items() if not name.lower().startswith("proxy-")}
             onward.request(self.command, f"{parts.path}?{parts.query}", body, headers)
-            answer = onward.getresponse()
-            content = answer.read()
-            self.send_response_only(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            response = onward.getresponse()
+            self.answer(response.status, dict(response.getheaders()), response.read())
             onward.close()
 
         do_GET = do_POST = forward
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
 
     return Handler
 

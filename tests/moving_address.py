@@ -6,26 +6,24 @@ import contextlib
 import socket
 import threading
 
+from tests.loopback import Listener
+
 
 class MovingAddress:
     """Forwards connections while it is entered. `move` ends those there are; new ones go to the new port."""
 
     def __init__(self, target: int) -> None:
         self._target = target
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listening.getsockname()[1])
         self._open: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._listener = Listener(self._forward)
+        self.port = self._listener.port
 
     def __enter__(self) -> MovingAddress:
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._listening.shutdown(socket.SHUT_RDWR)
-        self._listening.close()
+        self._listener.close()
         self.move(0)
-        self._thread.join(20)
 
     def move(self, target: int) -> None:
         self._target = target
@@ -33,22 +31,16 @@ class MovingAddress:
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self._forward, args=(self._listening.accept()[0],), daemon=True).start()
-
     def _forward(self, ours: socket.socket) -> None:
-        with ours, contextlib.suppress(OSError):
-            with socket.create_connection(("127.0.0.1", self._target), timeout=10) as theirs:
-                theirs.settimeout(None)
-                ends = {ours, theirs}
-                self._open |= ends
-                back = threading.Thread(target=self._copy, args=(theirs, ours), daemon=True)
-                back.start()
-                self._copy(ours, theirs)
-                back.join()
-                self._open -= ends
+        with socket.create_connection(("127.0.0.1", self._target), timeout=10) as theirs:
+            theirs.settimeout(None)
+            ends = {ours, theirs}
+            self._open |= ends
+            back = threading.Thread(target=self._copy, args=(theirs, ours), daemon=True)
+            back.start()
+            self._copy(ours, theirs)
+            back.join()
+            self._open -= ends
 
     def _copy(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):

@@ -35,6 +35,7 @@ from storage.operations import outbox
 from storage.operations.outbox import Subscription
 from storage.rows.events import EventName, record
 from storage.rows.models import Dispatch, Event
+from tests.loopback import Listener
 from tests.rows import LONG_AGO, new_task
 from tests.webhook_receiver import SECRET, Hook
 
@@ -170,6 +171,7 @@ def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: 
     if make_due_now:
         with database.write() as session:
             session.execute(update(Dispatch).where(col(Dispatch.due_at).is_not(None)).values(due_at=LONG_AGO))
+    circuit = circuit or Circuit()
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS, circuit=circuit)
     lane = Lane("it", Dispatch, work.work, 1, circuit=circuit, work_many=work.work_many, batch=lambda: case.sink.batch)
     Worker(database, [lane], lease_seconds=60, grace_seconds=0).run_until_idle()
@@ -217,17 +219,14 @@ def silent() -> Iterator[str]:
 def endless(size: int) -> Iterator[str]:
     """HOST:PORT of one answer: 200, so many bytes of a body far longer, and then nothing."""
 
-    def answer() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(65_536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * size)
-            while connection.recv(65_536):
-                pass  # the rest of the request, until whoever asked has had enough
+    def answer(connection: socket.socket) -> None:
+        connection.recv(65_536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * size)
+        while connection.recv(65_536):
+            pass  # the rest of the request, until whoever asked has had enough
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        threading.Thread(target=answer, daemon=True).start()
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
+    with closing(Listener(answer)) as listener:
+        yield f"127.0.0.1:{listener.port}"
 
 
 def messages(count: int, **data: Any) -> list[Message]:

@@ -7,66 +7,24 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
 
 import pytest
 
 from storage.bucket.http_connections import ConnectionBroken, HttpConnections
+from tests.loopback import Script, ScriptedServer
 
 OK = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 0\r\n\r\n'
-Script = bytes | Callable[[socket.socket], None]
 
 
-class Store:
-    """Answers the requests of all connections with one script after another; the last one again and again.
-
-    A script that is no text gets the connection, and ends it.
-    """
+class Store(ScriptedServer):
+    """Answers the requests of all connections with one script after another; the last one again and again."""
 
     def __init__(self) -> None:
         self.scripts: list[Script] = [OK]
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            connection.settimeout(10)
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection, connection.makefile("rb") as file:
-            try:
-                while head := _head(file):
-                    script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-                    if callable(script):
-                        self.requests.append(head)
-                        script(connection)
-                        return
-                    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0] or 0)
-                    self.requests.append(head + b"\r\n" + file.read(length))
-                    connection.sendall(script)
-            except OSError:
-                pass
-
-
-def _head(file: BinaryIO) -> bytes:
-    """The next request's lines up to the empty one; nothing when the client has closed."""
-    lines = []
-    while (line := file.readline()) not in (b"\r\n", b""):
-        lines.append(line)
-    return b"".join(lines)
+    def script_of(self, head: bytes) -> Script:
+        return self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
 
 
 @pytest.fixture

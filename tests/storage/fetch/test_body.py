@@ -13,7 +13,8 @@ import pytest
 
 from storage.errors import FetchInterrupted
 from storage.fetch.client import MAX_RESUMES
-from tests.storage.fetch.test_client import GZIPPED, FileHost, Script, answer, fetch, fetcher, opened, part, png
+from tests.loopback import Script
+from tests.storage.fetch.test_client import GZIPPED, FileHost, answer, fetch, fetcher, opened, part, png
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ from storage.fetch.connection import USER_AGENT
 from storage.spool import spool, sweep
 from tests.address_vectors import ALLOWED_ADDRESSES, ALLOWED_URLS, FORBIDDEN_ADDRESSES, MIXED_ANSWERS, REFUSED_URLS
 from tests.harness import wait_until
+from tests.loopback import Script, ScriptedServer
 
 PUBLIC = "93.184.215.14"
 MIB = 1024 * 1024
@@ -77,58 +78,24 @@ def part(body: bytes, start: int, total: int, *headers: str) -> bytes:
 
 
 GZIPPED = gzip.compress(png())
-Script = bytes | Callable[[socket.socket], None]
 
 
-class FileHost:
+class FileHost(ScriptedServer):
     """An HTTP/1.1 server on loopback that sends exactly the script of a path and closes if the script is not framed."""
+
+    closes_unframed = True
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.scripts: dict[str, Script] = {}
-        self.heads: list[str] = []
-        self.connections = 0
-        self._context = context
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
+        super().__init__(context)
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._accept, daemon=True).start()
 
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+    @property
+    def heads(self) -> list[str]:
+        return [request.decode() for request in self.requests]
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            connection.settimeout(10)
-            self.connections += 1
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        try:
-            with self._context.wrap_socket(connection, server_side=True) if self._context else connection as plain:
-                while self._answer(plain):
-                    pass
-        except OSError:
-            pass  # the client closed the connection
-
-    def _answer(self, connection: socket.socket) -> bool:
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            received = connection.recv(65_536)
-            if not received:
-                return False
-            head += received
-        self.heads.append(head.decode())
-        script = self.scripts[head.split(b" ")[1].decode()]
-        if callable(script):
-            script(connection)
-            return False
-        connection.sendall(script)
-        return b"Content-Length" in script
+    def script_of(self, head: bytes) -> Script:
+        return self.scripts[head.split(b" ")[1].decode()]
 
 
 @pytest.fixture

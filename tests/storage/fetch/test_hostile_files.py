@@ -28,9 +28,10 @@ from storage.archive.unusable import MAX_TRIES
 from storage.fetch.client import Fetcher
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
+from tests.loopback import Script
 from tests.pipeline import assets_of, insert_row, kept, make_due_now, run
 from tests.rows import LONG_AGO, new_asset
-from tests.storage.fetch.test_client import FileHost, Script, answer
+from tests.storage.fetch.test_client import FileHost, answer
 from tests.storage.fetch.test_media_types import DAMAGED, FOREIGN, chunk, png
 from tests.storage.fetch.test_media_types import WHOLE as PICTURES
 
