@@ -32,7 +32,7 @@ def clear_text(parts: Parts) -> Iterator[Result]:
 def _is_public(host: str) -> bool:
     """Whether any address of the host may be reached over the internet. False if the name is not resolved now."""
     try:
-        found = map(ipaddress.ip_address, connection.resolve(host, addresses.HTTP_PORT))
+        found = map(ipaddress.ip_address, connection.resolve(host, addresses.DEFAULT_PORTS["http"]))
         return any(addresses.forbidden(address) is None for address in found)
     except (socket.gaierror, UnicodeError, ValueError):
         return False

@@ -22,7 +22,7 @@ Address = IPv4Address | IPv6Address
 
 # Signed URLs have up to about 2,000 characters. Servers commonly accept up to 8,192.
 MAX_URL_CHARACTERS = 8_192
-HTTPS_PORT, HTTP_PORT = 443, 80
+DEFAULT_PORTS = {"https": 443, "http": 80}
 
 
 class Row(NamedTuple):
@@ -182,9 +182,6 @@ class AddressPolicy:
     private_setting: str = "RECEIVER_PRIVATE_RESULT_HOSTS"
     sinks: frozenset[tuple[str, int]] = frozenset()
 
-    def lists(self, host: str, port: int) -> bool:
-        return (host, port) in self.private_hosts
-
     def allows(self, host: str) -> bool:
         if not self.result_hosts:
             return True
@@ -193,24 +190,23 @@ class AddressPolicy:
 
     def refuses(self, address: Address, host: str, port: int) -> str | None:
         """Why `address`, to which `host` resolves, must not be dialled on `port`; None = it may."""
-        return forbidden_even_listed(address) if self.lists(host, port) else forbidden(address)
+        return forbidden_even_listed(address) if (host, port) in self.private_hosts else forbidden(address)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A checked URL. `host`: lower-case ASCII, IPv6 without brackets. `url`: rebuilt, without fragment."""
+    """A checked URL. `host`: lower-case ASCII, IPv6 without brackets. `url`: rebuilt, without fragment.
+
+    `authority`: host and port as in a URL and in the Host header.
+    """
 
     scheme: Literal["http", "https"]
     host: str
     port: int
+    authority: str
     url: str = field(repr=False)
     path: str = field(repr=False)  # with the query, as in the request line
     private: bool = False
-
-    @property
-    def authority(self) -> str:
-        """Host and port as in a URL and in the Host header."""
-        return _authority(self.scheme, self.host, self.port)
 
 
 URL_PARTS = re.compile(
@@ -229,18 +225,20 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     Returns the `Target` to request. It is rebuilt from the checked parts, so no second parser can read the URL
     differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
     """
-    scheme, _, path = _split(url)
-    host, port = endpoint(url)
+    scheme, given, path = _split(url)
+    host, port = _host_and_port(scheme, given)
     if (host, port) in policy.sinks:
         raise FetchRefused(f"{host} is where events go")
-    private = policy.lists(host, port)
+    private = (host, port) in policy.private_hosts
     if not private:
         _refuse_unlisted(scheme, host, port, policy)
     address = _literal(host)
     reason = policy.refuses(address, host, port) if address is not None else None
     if reason:
         raise FetchRefused(f"{host} may not be dialled: {reason}")
-    return Target(scheme, host, port, f"{scheme}://{_authority(scheme, host, port)}{path}", path, private)
+    bracketed = f"[{host}]" if ":" in host else host
+    authority = bracketed if port == DEFAULT_PORTS[scheme] else f"{bracketed}:{port}"
+    return Target(scheme, host, port, authority, f"{scheme}://{authority}{path}", path, private)
 
 
 def tidy(url: str) -> str:
@@ -257,7 +255,7 @@ def tidy(url: str) -> str:
 def endpoint(url: str) -> tuple[str, int]:
     """Host and port of a URL, in the form that `AddressPolicy` lists them. Raises `FetchRefused`."""
     scheme, authority, _ = _split(url)
-    return _host_and_port(authority, HTTPS_PORT if scheme == "https" else HTTP_PORT)
+    return _host_and_port(scheme, authority)
 
 
 def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
@@ -280,7 +278,7 @@ def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
             raise FetchRefused("scheme is neither https nor http")
 
 
-def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
+def _host_and_port(scheme: str, authority: str) -> tuple[str, int]:
     if "@" in authority:
         raise FetchRefused("URL holds user information")
     if "%" in authority:
@@ -288,7 +286,7 @@ def _host_and_port(authority: str, default_port: int) -> tuple[str, int]:
     parts = AUTHORITY.fullmatch(authority)
     if parts is None:
         raise FetchRefused("host and port are malformed")
-    port = int(parts["port"] or default_port)
+    port = int(parts["port"] or DEFAULT_PORTS[scheme])
     if not 0 < port < 65_536:
         raise FetchRefused("port is out of range")
     return _host(parts["host"]), port
@@ -300,23 +298,18 @@ def _host(text: str) -> str:
             return str(IPv6Address(text[1:-1]))
         except ValueError:
             raise FetchRefused("host is no IPv6 address") from None
-    host = _ascii(text).lower().removesuffix(".")
+    if not text.isascii():  # full-width letters, ideographic dots and so on are mapped (UTS 46) before any check
+        try:
+            text = idna.encode(text, uts46=True, std3_rules=True).decode("ascii")
+        except (idna.IDNAError, UnicodeError):
+            raise FetchRefused("host is no valid international domain name") from None
+    host = text.lower().removesuffix(".")
     labels = host.split(".")
     if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
         raise FetchRefused("host is no domain name")
     if NUMBER.fullmatch(labels[-1]) and _literal(host) is None:
         raise FetchRefused("host is an IPv4 address in an unusual spelling")
     return host
-
-
-def _ascii(text: str) -> str:
-    """The host in ASCII. Full-width letters, ideographic dots and so on are mapped (UTS 46) before any check."""
-    if text.isascii():
-        return text
-    try:
-        return idna.encode(text, uts46=True, std3_rules=True).decode("ascii")
-    except (idna.IDNAError, UnicodeError):
-        raise FetchRefused("host is no valid international domain name") from None
 
 
 def _literal(host: str) -> Address | None:
@@ -329,7 +322,7 @@ def _literal(host: str) -> Address | None:
 def _refuse_unlisted(scheme: str, host: str, port: int, policy: AddressPolicy) -> None:
     if scheme != "https":
         raise FetchRefused(f"{host} is not https and not on {policy.private_setting}")
-    if port != HTTPS_PORT:
+    if port != DEFAULT_PORTS["https"]:
         raise FetchRefused(f"{host}: port {port} is not 443 and not on {policy.private_setting}")
     if not policy.allows(host):
         raise FetchRefused(f"{host} is not on RECEIVER_RESULT_HOSTS")
@@ -340,9 +333,3 @@ def _refuse_unlisted(scheme: str, host: str, port: int, policy: AddressPolicy) -
             raise FetchRefused(f"{host} is a private name ({source})")
     if "." not in host:
         raise FetchRefused(f"{host} is a name without a domain")
-
-
-def _authority(scheme: str, host: str, port: int) -> str:
-    bracketed = f"[{host}]" if ":" in host else host
-    default_port = HTTPS_PORT if scheme == "https" else HTTP_PORT
-    return bracketed if port == default_port else f"{bracketed}:{port}"

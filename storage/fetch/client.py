@@ -150,7 +150,7 @@ class Fetcher:
             sink.seek(0)
         return Fetched(
             body.size,
-            body.sha256,
+            body.digest.hexdigest(),
             media.media_type,
             media.extension,
             media.width,

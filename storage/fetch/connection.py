@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import httpcore
@@ -200,23 +200,17 @@ class GuardedBackend(httpcore.NetworkBackend):
         socket_options: Any = None,
     ) -> GuardedStream:
         """Raises `AddressRefused` if any address is refused: a name with public and private ones is not trusted."""
-        addresses = self.checked(host, port, timeout)[:MAX_DIALS]
+        dials = [partial(self._dial, host, str(each)) for each in self.checked(host, port, timeout)[:MAX_DIALS]]
         if self._tunnel is not None:
-            return self._through_tunnel(self._tunnel, host, port, timeout)
+            dials = [partial(self._tunnel, host)]
         failure: OSError = ConnectionError("no addresses")
-        for address in addresses:
-            share = None if timeout is None else timeout / len(addresses)
+        for connect in dials:
+            share = None if timeout is None else timeout / len(dials)
             try:
-                return GuardedStream(self._dial(host, str(address), port, _allow(share)))
+                return GuardedStream(connect(port, _allow(share)))
             except OSError as error:
                 failure = error
         raise httpcore.ConnectError(_message(failure)) from failure
-
-    def _through_tunnel(self, tunnel: Tunnel, host: str, port: int, timeout: float | None) -> GuardedStream:
-        try:
-            return GuardedStream(tunnel(host, port, _allow(timeout)))
-        except OSError as error:
-            raise httpcore.ConnectError(_message(error)) from error
 
     def checked(self, host: str, port: int, timeout: float | None = None) -> list[Address]:
         """Resolve once, in at most `timeout` seconds, and check every address. With a tunnel names are not resolved."""
@@ -265,8 +259,7 @@ class GuardedStream(httpcore.NetworkStream):
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._head = bytearray()
-        self._rest = b""
+        self._head, self._rest = bytearray(), b""
         self.body_bytes: int | None = None
         self.junk_lines = 0
         self.reusable = False
@@ -369,14 +362,12 @@ class GuardedStream(httpcore.NetworkStream):
         try:
             self._socket.settimeout(_allow(timeout))
             return GuardedStream(ssl_context.wrap_socket(self._socket, server_hostname=server_hostname))
-        except TimeoutError as error:
+        except BaseException as error:
             self.close()
-            raise httpcore.ConnectTimeout from error
-        except OSError as error:
-            self.close()
-            raise httpcore.ConnectError(f"TLS: {_message(error)}") from error
-        except BaseException:
-            self.close()
+            if isinstance(error, TimeoutError):
+                raise httpcore.ConnectTimeout from error
+            if isinstance(error, OSError):
+                raise httpcore.ConnectError(f"TLS: {_message(error)}") from error
             raise
 
     def close(self) -> None:
@@ -385,24 +376,17 @@ class GuardedStream(httpcore.NetworkStream):
     def get_extra_info(self, info: str) -> Any:
         match info:
             case "is_readable":  # of an idle connection: True makes the pool drop it
-                return not self.reusable or self.has_decrypted_bytes or _readable(self._socket)
+                try:  # on the socket itself, below TLS: bytes or an end mean that the host is done with it
+                    self._socket.settimeout(0)
+                    socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
+                except (BlockingIOError, InterruptedError):
+                    return not self.reusable or self.has_decrypted_bytes
+                except OSError:
+                    pass
+                return True
             case "ssl_object" if isinstance(self._socket, ssl.SSLSocket):
                 return self._socket
-            case "server_addr":
-                return self._socket.getpeername()
         return None
-
-
-def _readable(connection: socket.socket) -> bool:
-    """Whether an idle connection has bytes to read or has ended. On the socket itself, below TLS."""
-    try:
-        connection.settimeout(0)
-        socket.socket.recv(connection, 1, socket.MSG_PEEK)
-    except (BlockingIOError, InterruptedError):
-        return False
-    except OSError:
-        pass
-    return True
 
 
 _thread = threading.local()

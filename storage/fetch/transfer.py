@@ -120,8 +120,16 @@ class Connections:
         with self._lock:
             self._busy.add(stream)
         try:
-            own = [(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent)]
-            yield _ask(stream, target, [*own, *SAME, *more], timeouts)
+            scheme, host = target.scheme.encode(), target.host.encode()
+            request = httpcore.Request(
+                b"GET",
+                httpcore.URL(scheme=scheme, host=host, port=target.port, target=target.path.encode()),
+                headers=[(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent), *SAME, *more],
+                extensions={"timeout": timeouts},
+            )
+            parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), stream)
+            parsed = parser.handle_request(request)
+            yield Response(parsed.status, parsed.headers, stream, parsed, timeouts["read"])
         finally:
             with self._lock:
                 self._busy.discard(stream)
@@ -164,25 +172,10 @@ class Connections:
         return stream.start_tls(self._context, target.host, seconds)
 
 
-def _ask(
-    stream: connection.GuardedStream, target: Target, headers: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]
-) -> Response:
-    scheme, host = target.scheme.encode(), target.host.encode()
-    request = httpcore.Request(
-        b"GET",
-        httpcore.URL(scheme=scheme, host=host, port=target.port, target=target.path.encode()),
-        headers=headers,
-        extensions={"timeout": timeouts},
-    )
-    parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), stream)
-    parsed = parser.handle_request(request)
-    return Response(parsed.status, parsed.headers, stream, parsed, timeouts["read"])
-
-
 class Body:
     """One file, from one response, or from several if the connection breaks and the host supports ranges.
 
-    `headers`: of the first response. `notes`: harmless irregularities.
+    `headers`: of the first response. `digest`: SHA-256 so far. `notes`: harmless irregularities.
     """
 
     def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
@@ -196,12 +189,8 @@ class Body:
         self.size = 0
         self.headers: Mapping[str, str] = {}
         self.notes: list[str] = []
-        self._digest = hashlib.sha256()
+        self.digest = hashlib.sha256()
         self._total: int | None = None
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
 
     @property
     def resumable(self) -> bool:
@@ -227,12 +216,20 @@ class Body:
             self.size += len(block)
             if self.size > self._max_bytes:
                 raise FetchTooLarge(f"more than the {self._max_bytes} bytes allowed")
-            self._digest.update(block)
+            self.digest.update(block)
             self._sink.write(block)
         self._sink.flush()
         if not coded and self._total not in (None, self.size):
             raise FetchUnusable(f"received {self.size} of {self._total} announced bytes")
-        _check_length(response, declared, self.notes)
+        stream = response.stream
+        if stream.junk_lines:
+            self.notes.append(f"{stream.junk_lines} malformed header lines")
+        # Otherwise (chunked, or until the end) bytes may remain on the connection, so it is not reused.
+        if declared is not None:
+            # Only the connection sees a longer body. httpcore refuses a shorter one.
+            if stream.body_bytes != declared or stream.has_decrypted_bytes:
+                raise FetchUnusable("sent more bytes than its Content-Length says")
+            stream.reusable = not response.ends_connection
         if self._parts > 1:
             self.notes.append(f"received in {self._parts} parts")
 
@@ -337,15 +334,3 @@ def _declared_length(headers: Mapping[str, str]) -> int | None:
     """Content-Length, unless the body is chunked (RFC 9112 §6.3). httpcore has refused malformed values."""
     text = headers.get("content-length", "")
     return int(text) if text.isascii() and text.isdigit() and "transfer-encoding" not in headers else None
-
-
-def _check_length(response: Response, declared: int | None, notes: list[str]) -> None:
-    """Refuse a body longer than declared, which only the connection sees. httpcore refuses a shorter one."""
-    stream = response.stream
-    if stream.junk_lines:
-        notes.append(f"{stream.junk_lines} malformed header lines")
-    if declared is None:
-        return  # chunked or until the end: bytes may remain on the connection, so it is not reused
-    if stream.body_bytes != declared or stream.has_decrypted_bytes:
-        raise FetchUnusable("sent more bytes than its Content-Length says")
-    stream.reusable = not response.ends_connection
