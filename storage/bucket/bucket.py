@@ -7,38 +7,33 @@ same rule. Otherwise `put_once` reads the object back and hashes it before it su
 from __future__ import annotations
 
 import base64
-import hashlib
 import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import BinaryIO
-from urllib.parse import unquote
 
 import structlog
 from botocore import exceptions as boto_errors
 
 from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
-from storage.bucket.probe import Capabilities, Probe, whole_checksum
+from storage.bucket.probe import Capabilities, Probe
 from storage.bucket.put_options import Put, PutOptions
 from storage.bucket.signed_requests import ConditionFailed, TryAgain, UnexpectedResponse
-from storage.bucket.store_connection import Addressing, ChecksumMode, StoreConnection, without_checksums
+from storage.bucket.store_connection import Addressing, ChecksumMode, without_checksums
 from storage.bucket.store_errors import NoSuchObject, code, status
-from storage.bucket.stored import Listed, Stored
+from storage.bucket.stored import StoredObjects
 from storage.errors import ObjectConflict, StoreUnavailable
 from storage.keys import header_text, normal_prefix
 
 log = structlog.get_logger()
 
-MAX_LINK_SECONDS = 7 * 24 * 3600  # limit of AWS Signature Version 4 for presigned URLs
 # A larger file is uploaded in parts. One part is in memory at a time.
 MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
-READ_BYTES = 1024 * 1024
 # Pauses before a put is repeated that the store answered 409. After the last one the row backs off.
 CONFLICT_PAUSES = (0.1, 0.5, 2.0)
 PROBE_FOLDER = ".receiver-probe/"
@@ -48,7 +43,7 @@ PROBE_FOLDER = ".receiver-probe/"
 PROBE_SECONDS = 3_600
 
 
-class Bucket(StoreConnection):
+class Bucket(StoredObjects):
     """One bucket. Thread-safe. Credentials and region come from boto3's own chain at the first use.
 
     Every method raises `StoreUnavailable` for faults that may pass or that an operator can repair: store down, request
@@ -105,9 +100,6 @@ class Bucket(StoreConnection):
         finally:
             self._probe_lock.release()
 
-    def uri(self, key: str) -> str:
-        return f"s3://{self.name}/{key}"
-
     def put_once(
         self, key: str, file: BinaryIO, *, sha256: str, size: int, media_type: str, metadata: Mapping[str, str]
     ) -> bool:
@@ -126,7 +118,8 @@ class Bucket(StoreConnection):
         conditional = can.conditional_multipart if in_parts else can.conditional_put
         described = {name: header_text(value) for name, value in metadata.items()} | {"sha256": sha256}
         own = {"Bucket": self.name, "Key": key, "ContentType": media_type, "Metadata": described}
-        put = Put(key, file, sha256, size, {**self._put_options.arguments(), **own}, conditional)
+        condition = {"IfNoneMatch": "*"} if conditional else {}
+        put = Put(key, file, sha256, size, {**self._put_options.arguments(), **own}, condition)
         # The key is looked up first where the put alone does not decide: a store refuses a multipart upload only after
         # all parts have been sent. One that loses its conditional writes after a probe overwrites until the next.
         decides = conditional and can.believed and not in_parts
@@ -189,124 +182,6 @@ class Bucket(StoreConnection):
                 return signed is not None and signed.is_missing(key)
         return False
 
-    def head(self, key: str) -> Stored | None:
-        """Describe the object; None when there is no object or no such bucket, which a HEAD does not tell apart."""
-        try:
-            with self._errors():
-                answer = self._head_object(key, ChecksumMode="ENABLED")
-        except NoSuchObject:
-            return None
-        metadata = {name.lower(): unquote(value) for name, value in answer["Metadata"].items()}
-        return Stored(
-            size=answer["ContentLength"],
-            sha256=whole_checksum(answer) or metadata.get("sha256"),
-            checksum=whole_checksum(answer),
-            etag=answer.get("ETag", ""),
-            media_type=answer.get("ContentType", ""),
-            modified_at=answer["LastModified"].astimezone(UTC),
-            metadata=metadata,
-        )
-
-    def read(self, key: str, span: range | None = None) -> Iterator[bytes]:
-        """The object's bytes, at most 1 MiB at a time. Raises `NoSuchObject`, `StoreUnavailable` on the way.
-
-        `span`: the positions to read, not empty; None = all.
-        """
-        wanted = {} if span is None else {"Range": f"bytes={span.start}-{span.stop - 1}"}
-        with self._errors():
-            answer = self._client().get_object(Bucket=self.name, Key=key, **wanted)
-            with closing(answer["Body"]) as body:
-                length = answer.get("ContentLength")  # a body without one may never end
-                if length is None or (span is not None and length != len(span)):
-                    raise StoreUnavailable("the store ignored the range of a read, or named no length")
-                while chunk := body.read(READ_BYTES):
-                    yield chunk
-
-    def read_bytes(self, key: str, max_bytes: int) -> bytes:
-        """The whole object. Raises ValueError when it is longer than `max_bytes`, else as `read`."""
-        content = bytearray()
-        for chunk in self.read(key):
-            content += chunk
-            if len(content) > max_bytes:
-                raise ValueError(f"{key} is longer than {max_bytes} bytes")
-        return bytes(content)
-
-    def sha256(self, key: str, on_chunk: Callable[[bytes], object] | None = None) -> str:
-        """Read the whole object and return its SHA-256 as 64 hex digits. `on_chunk` gets each chunk.
-
-        Raises as `read`.
-        """
-        digest = hashlib.sha256()
-        for chunk in self.read(key):
-            digest.update(chunk)
-            if on_chunk is not None:
-                on_chunk(chunk)
-        return digest.hexdigest()
-
-    def delete(self, key: str) -> None:
-        """Remove the object if it exists."""
-        with self._errors():
-            self._client().delete_object(Bucket=self.name, Key=key)
-
-    def purge(self, folder: str) -> int:
-        """Remove every version of every object under `folder`. Returns how many there were.
-
-        In a versioned bucket `delete` only adds a delete marker.
-        """
-        if not folder:
-            raise ValueError("folder is empty; name the folder to purge")
-        count = 0
-        with self._errors():
-            for key, version in self._versions(folder):
-                self._client().delete_object(Bucket=self.name, Key=key, **version)
-                count += 1
-        return count
-
-    def _versions(self, folder: str) -> Iterator[tuple[str, Mapping[str, str]]]:
-        """Every version and delete marker, or only the objects if the store cannot list versions."""
-        try:
-            pages = self._client().get_paginator("list_object_versions").paginate(Bucket=self.name, Prefix=folder)
-            for page in pages:
-                for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
-                    yield each["Key"], {"VersionId": each["VersionId"]} if each.get("VersionId") else {}
-        except boto_errors.ClientError as error:
-            if status(error) != 501:
-                raise
-            for listed in self.list(folder):
-                yield listed.key, {}
-
-    def locked_until(self, key: str) -> datetime | None:
-        """When Object Lock ends, None when the object can be removed, `datetime.max` under a legal hold."""
-        try:
-            with self._errors():
-                answer = self._head_object(key)
-        except NoSuchObject:
-            return None
-        if answer.get("ObjectLockLegalHoldStatus") == "ON":
-            return datetime.max.replace(tzinfo=UTC)
-        until: datetime | None = answer.get("ObjectLockRetainUntilDate")
-        return until.astimezone(UTC) if until and until > datetime.now(UTC) else None
-
-    def list(self, prefix: str, *, after: str = "") -> Iterator[Listed]:
-        """Every object whose key begins with `prefix` and sorts after `after`, in the store's order."""
-        place = {"Bucket": self.name, "Prefix": prefix} | ({"StartAfter": after} if after else {})
-        with self._errors():
-            for page in self._client().get_paginator("list_objects_v2").paginate(**place):
-                for each in page.get("Contents", ()):
-                    modified_at = each["LastModified"].astimezone(UTC)
-                    yield Listed(each["Key"], each["Size"], each.get("ETag", ""), modified_at)
-
-    def presigned_get(self, key: str, *, expires_seconds: int) -> str:
-        """A URL that reads the object without credentials for 1 to 604,800 seconds. Treat it as a secret."""
-        if not 1 <= expires_seconds <= MAX_LINK_SECONDS:
-            raise ValueError(f"expires_seconds is {expires_seconds}; it must be 1 to {MAX_LINK_SECONDS}")
-        with self._errors():
-            client = self._client(self._public_endpoint_url)
-            link: str = client.generate_presigned_url(
-                "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
-            )
-            return link
-
     def probe(self, large_bytes: int = 0) -> Capabilities:
         """Find out what the store can do, with small objects under `{prefix}.receiver-probe/`, removed afterwards.
 
@@ -364,24 +239,6 @@ class Bucket(StoreConnection):
         if md5 is None or (self._sends_checksums and self.capabilities().proof != "md5"):
             return {}
         return {"ContentMD5": base64.b64encode(bytes.fromhex(md5)).decode()}
-
-    def abort_uploads(self, prefix: str, *, older_than_seconds: float = 0, only: Callable[[str], object] = bool) -> int:
-        """Abort unfinished multipart uploads of keys that begin with `prefix` and satisfy `only`. Returns how many.
-
-        A writer of such an upload gets `NoSuchUpload` and checks the key again. A store that cannot list uploads
-        (HTTP 501) counts as having none.
-        """
-        count = 0
-        with suppress(NoSuchObject), self._errors():
-            try:
-                for place in multipart.unfinished(self._client(), self.name, prefix, time.time() - older_than_seconds):
-                    if only(place["Key"]):
-                        self._client().abort_multipart_upload(**place)
-                        count += 1
-            except boto_errors.ClientError as error:
-                if status(error) != 501:
-                    raise
-        return count
 
     def _verify_by_reading(self, put: Put, evidence: Evidence) -> None:
         """Read back the new object. Remove it if its bytes are wrong, so that the next try can put it again."""

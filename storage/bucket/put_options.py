@@ -47,18 +47,17 @@ class PutOptions:
 
 @dataclass(frozen=True)
 class Put:
-    """One object to be put. `options`: boto3's arguments for a single put and for a multipart upload."""
+    """One object to be put. `options`: boto3's arguments for a single put and for a multipart upload.
+
+    `condition`: those that let the put, or the completion of the upload, create an object only.
+    """
 
     key: str
     file: BinaryIO
     sha256: str
     size: int
     options: Mapping[str, Any]
-    conditional: bool
-
-    @property
-    def condition(self) -> Mapping[str, str]:
-        return {"IfNoneMatch": "*"} if self.conditional else {}
+    condition: Mapping[str, str]
 
 
 def parse_tags(words: str) -> dict[str, str]:

@@ -10,10 +10,12 @@ the request with boto3, which interprets it.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import ssl
 from collections import Counter
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
 
@@ -22,7 +24,6 @@ from botocore.httpsession import get_cert_path
 
 from storage import spool
 from storage.bucket.http_connections import ConnectionBroken, ConnectTimeout, HttpConnections, Response
-from storage.bucket.signature import Signer
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # The only signature of boto3 that is imitated: no access point, no S3 Express, no v4a.
@@ -49,6 +50,51 @@ class TryAgain(ConditionFailed):
 
 class UnexpectedResponse(Exception):
     """A response that is neither expected nor a timeout. The caller repeats the request with boto3."""
+
+
+class Signer:
+    """AWS Signature Version 4 of requests to one host whose body's SHA-256 is known, as botocore makes it. Thread-safe.
+
+    botocore takes 0.15 ms of CPU a put, most of it for header objects; this takes 0.013 ms. The key is derived once a
+    day and for each set of credentials. A test compares every header.
+    """
+
+    def __init__(self, credentials: Any, region: str, host: str) -> None:
+        self._credentials = credentials
+        self._region = region
+        self._host = host
+        self._derived: tuple[tuple[str, str], bytes] | None = None
+
+    def headers(
+        self, method: str, path: str, sha256: str, more: Mapping[str, str], now: datetime | None = None
+    ) -> dict[str, str]:
+        """`more` with what signs it. `path`: quoted, without a query. `more`: lower-case names; all are signed."""
+        found = self._credentials.get_frozen_credentials()
+        moment = f"{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        scope = f"{moment[:8]}/{self._region}/s3/aws4_request"
+        headers = {"host": self._host, "x-amz-content-sha256": sha256, "x-amz-date": moment, **more}
+        if found.token:
+            headers["x-amz-security-token"] = found.token
+        names = sorted(headers)
+        signed = ";".join(names)
+        lines = "".join(f"{name}:{' '.join(headers[name].split())}\n" for name in names)
+        canonical = hashlib.sha256(f"{method}\n{path}\n\n{lines}\n{signed}\n{sha256}".encode()).hexdigest()
+        text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{canonical}"
+        signature = hmac.digest(self._key(found.secret_key, moment[:8]), text.encode(), "sha256").hex()
+        credential = f"Credential={found.access_key}/{scope}"
+        return {
+            **headers,
+            "authorization": f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={signed}, Signature={signature}",
+        }
+
+    def _key(self, secret: str, day: str) -> bytes:
+        derived = self._derived
+        if derived is None or derived[0] != (secret, day):
+            key = b"AWS4" + secret.encode()
+            for word in (day, self._region, "s3", "aws4_request"):
+                key = hmac.digest(key, word.encode(), "sha256")
+            self._derived = derived = (secret, day), key
+        return derived[1]
 
 
 class SignedRequests:

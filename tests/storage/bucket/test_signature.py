@@ -9,7 +9,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from storage.bucket.signature import Signer
+from storage.bucket.signed_requests import Signer
 
 SHA256 = "f" * 64
 CREDENTIALS = [Credentials("AKIA", "secret/+key"), Credentials("ASIA", "another", "token/+=")]
