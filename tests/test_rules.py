@@ -34,7 +34,7 @@ MAX_MODULES, MAX_LINES = 14, 2_500
 CLAIM_COLUMNS = {"due_at", "attempts", "lease", "losses"}
 NO_CLAIMS = {
     "storage/rows/claims.py": "the one that writes them",
-    "storage/rows/models.py": "declares them",
+    "storage/rows/columns.py": "declares them",
     "storage/archive/continuous_audit.py": "the audit's own row, which counts neither attempts nor losses",
     "receiver/cli/events.py": "shows them",
 }

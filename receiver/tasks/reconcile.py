@@ -26,8 +26,8 @@ from storage.keys import encode_id
 from storage.operations import maintenance
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
-from storage.rows.held_slots import keep_silent, note_beside
 from storage.rows.models import Callback, Task
+from storage.rows.tasks import keep_silent, note_beside
 from storage.states import CallbackState, Report, TaskState
 
 log = structlog.get_logger()

@@ -28,8 +28,8 @@ from storage.accounts import pauses
 from storage.database.clock import db_now, db_now_once
 from storage.database.sessions import Database, insert_or_ignore, run
 from storage.rows import claims
-from storage.rows.held_slots import SILENT, give_back
 from storage.rows.models import LINE, LINE_ORDER, Account, Task
+from storage.rows.tasks import SILENT, give_back
 from storage.states import Step
 
 log = structlog.get_logger()

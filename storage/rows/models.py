@@ -8,88 +8,25 @@ from __future__ import annotations
 
 import uuid
 from datetime import datetime
-from enum import StrEnum
 from typing import Any, ClassVar
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Column,
-    Dialect,
-    Index,
-    Integer,
-    LargeBinary,
-    Text,
-    UniqueConstraint,
-    false,
-    text,
-)
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Text, UniqueConstraint, false, text
 from sqlmodel import Field, SQLModel
 
-from storage.database.clock import UtcTime
+from storage.rows.columns import (
+    Claimable,
+    Json,
+    KeyText,
+    Word,
+    due_indexes,
+    partial_index,
+    text_column,
+    time_column,
+)
 from storage.states import PARKED, RARE_EVENT, ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 
-
-class Word(TypeDecorator[str]):
-    """A StrEnum stored as text."""
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self, words: type[StrEnum]) -> None:
-        super().__init__()
-        self.words = words
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        return None if value is None else self.words(value)
-
-
-Json = JSON().with_variant(JSONB(), "postgresql")
 # SQLite autoincrements INTEGER primary keys only.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
-KeyText = Text().with_variant(Text(collation="C"), "postgresql")  # sorted by bytes, as stores list keys
-
-
-def _time(*, nullable: bool = True) -> Any:
-    return Field(default=None, sa_type=UtcTime, nullable=nullable)
-
-
-def _text(default: str | None = None, **options: Any) -> Any:
-    return Field(default=default, sa_type=Text, nullable=default is None, **options)
-
-
-class Claimable(SQLModel):
-    """The claim columns. `attempts`: claims since the last progress. `losses`: claims whose lease ran out."""
-
-    due_at: datetime | None = _time()
-    attempts: int = 0
-    losses: int = 0
-    lease: uuid.UUID | None = None
-
-
-def _partial_index(name: str, condition: str, *columns: Any) -> Index:
-    where = text(condition)
-    return Index(name, *columns, postgresql_where=where, sqlite_where=where)
-
-
-def _due_indexes(table: str, *, lane: str | None = None, expires: bool = False) -> tuple[Index, ...]:
-    """Indexes in the orders of claims (rows/claims.py), so that a claim stops after the rows that it takes.
-
-    `lane`: a column for which every claim of the table names a value; each lane's rows stand together. `expires`: the
-    files have a time at which the provider deletes them. `_suspect`: the rows that may be in quarantine.
-    """
-    lead = [lane] if lane else []
-    waits = "due_at IS NOT NULL"
-    indexes = [
-        _partial_index(f"{table}_due", waits, *lead, "due_at", "attempts"),
-        _partial_index(f"{table}_suspect", f"{waits} AND losses >= 2", *lead, "due_at"),
-    ]
-    if expires:
-        indexes.append(_partial_index(f"{table}_urgent", waits, *lead, "files_expire_at", "due_at"))
-    return tuple(indexes)
-
 
 # The line in which a queued task waits for slots (accounts/slots.py): its batch and its model, and the order in it.
 # An index of this expression finds the first task of each line. NULL has no place in the order of a search. `{0}`: what
@@ -103,26 +40,26 @@ class Task(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "task"
     __table_args__ = (
-        *_due_indexes("task", lane="step", expires=True),
-        _partial_index("task_deadline", "archive = 'archiving'", "files_expire_at"),
+        *due_indexes("task", lane="step", expires=True),
+        partial_index("task_deadline", "archive = 'archiving'", "files_expire_at"),
         Index("task_newest", "created_at", "id"),
         Index("task_completed", "completed_at"),
         Index("task_manifest_key", "manifest_key"),
         Index("task_batch", "batch_id"),
-        _partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
-        _partial_index("task_parked", PARKED, "created_at", "id"),
-        _partial_index("task_failed", "state = 'failed'", "created_at", "id"),
-        _partial_index("task_incomplete", "archive = 'incomplete'", "created_at", "id"),
-        _partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
+        partial_index("task_queue", "queued_at IS NOT NULL", "provider", text(f"({LINE.format('')})"), *LINE_ORDER),
+        partial_index("task_parked", PARKED, "created_at", "id"),
+        partial_index("task_failed", "state = 'failed'", "created_at", "id"),
+        partial_index("task_incomplete", "archive = 'incomplete'", "created_at", "id"),
+        partial_index("task_slots", "slots > 0", "provider", "batch_id", "slots"),
     )
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
     external_task_id: str = Field(sa_type=Text, unique=True)
     provider: str = Field(sa_type=Text)
-    provider_task_id: str | None = _text()
+    provider_task_id: str | None = text_column()
     request: dict[str, Any] = Field(default_factory=dict, sa_type=Json, repr=False)
-    request_hash: str = _text("")
-    callback_url: str | None = _text(repr=False)
+    request_hash: str = text_column("")
+    callback_url: str | None = text_column(repr=False)
     adopt: bool = False
 
     state: TaskState = Field(default=TaskState.CREATED, sa_type=Word(TaskState))
@@ -130,38 +67,38 @@ class Task(Claimable, table=True):
     series: bool | None = None
     expected: int | None = None
     contradicted: bool = False
-    error: str | None = _text()
-    note: str | None = _text()
-    units: str | None = _text()
+    error: str | None = text_column()
+    note: str | None = text_column()
+    units: str | None = text_column()
 
     step: Step | None = Field(default=None, sa_type=Word(Step), nullable=True)
-    sent_at: datetime | None = _time()
-    missed_at: datetime | None = _time()
+    sent_at: datetime | None = time_column()
+    missed_at: datetime | None = time_column()
     polls: int = 0
     completeness_reads: int = 0
-    reported_at: datetime | None = _time()
-    called_back_at: datetime | None = _time()
-    end_called_back_at: datetime | None = _time()  # when the first callback reported the end, believed or not
+    reported_at: datetime | None = time_column()
+    called_back_at: datetime | None = time_column()
+    end_called_back_at: datetime | None = time_column()  # when the first callback reported the end, believed or not
 
-    created_at: datetime = _time(nullable=False)
-    submitted_at: datetime | None = _time()
-    completed_at: datetime | None = _time()
-    archived_at: datetime | None = _time()
-    files_expire_at: datetime | None = _time()
-    deadline_near_at: datetime | None = _time()
+    created_at: datetime = time_column(nullable=False)
+    submitted_at: datetime | None = time_column()
+    completed_at: datetime | None = time_column()
+    archived_at: datetime | None = time_column()
+    files_expire_at: datetime | None = time_column()
+    deadline_near_at: datetime | None = time_column()
     manifest_key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
-    manifest_digest: str | None = _text()
+    manifest_digest: str | None = text_column()
     manifests: int = 0
-    deleted_at: datetime | None = _time()  # its objects are deleted; later reports are ignored
+    deleted_at: datetime | None = time_column()  # its objects are deleted; later reports are ignored
 
     # account slots that it holds; negative: slots that it waits for (accounts/slots.py)
     slots: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
-    queued_at: datetime | None = _time()  # it waits for slots, from this time on; its create is not due
+    queued_at: datetime | None = time_column()  # it waits for slots, from this time on; its create is not due
     batch_id: uuid.UUID | None = None
     batch_line: int | None = None
-    client: str | None = _text()  # fingerprint of the gateway client's API key
-    client_callback_url: str | None = _text(repr=False)  # where a client of the gateway is called back
-    model: str | None = _text()  # the provider's name of the model; a paused model holds back only its own tasks
+    client: str | None = text_column()  # fingerprint of the gateway client's API key
+    client_callback_url: str | None = text_column(repr=False)  # where a client of the gateway is called back
+    model: str | None = text_column()  # the provider's name of the model; a paused model holds back only its own tasks
     # reads that unconfirmed deliveries caused; bounded, because anyone with the callback URL can send them
     callback_reads: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
 
@@ -189,12 +126,12 @@ class Callback(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "callback"
     __table_args__ = (
-        *_due_indexes("callback", lane="state"),
-        _partial_index("callback_unmatched_external", "state = 'unmatched'", "external_task_id"),
-        _partial_index("callback_unmatched_provider", "state = 'unmatched'", "provider_task_id"),
+        *due_indexes("callback", lane="state"),
+        partial_index("callback_unmatched_external", "state = 'unmatched'", "external_task_id"),
+        partial_index("callback_unmatched_provider", "state = 'unmatched'", "provider_task_id"),
         Index("callback_task", "task_id"),
         Index("callback_newest", "received_at"),
-        _partial_index("callback_of_nobody", "task_id IS NULL AND state <> 'applied'", "received_at"),
+        partial_index("callback_of_nobody", "task_id IS NULL AND state <> 'applied'", "received_at"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
@@ -202,15 +139,15 @@ class Callback(Claimable, table=True):
     provider: str = Field(sa_type=Text)
     source: str = Field(sa_type=Text)  # push, poll
     task_id: uuid.UUID | None = None
-    webhook_id: str | None = _text()  # set = the signature was verified
+    webhook_id: str | None = text_column()  # set = the signature was verified
     headers: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
     body: bytes = Field(sa_type=LargeBinary, repr=False)
-    received_at: datetime = _time(nullable=False)
+    received_at: datetime = time_column(nullable=False)
     state: CallbackState = Field(default=CallbackState.RECEIVED, sa_type=Word(CallbackState))
-    reason: str | None = _text()
-    external_task_id: str | None = _text()
-    provider_task_id: str | None = _text()
-    applied_at: datetime | None = _time()
+    reason: str | None = text_column()
+    external_task_id: str | None = text_column()
+    provider_task_id: str | None = text_column()
+    applied_at: datetime | None = time_column()
 
 
 class Asset(Claimable, table=True):
@@ -218,9 +155,9 @@ class Asset(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "asset"
     __table_args__ = (
-        *_due_indexes("asset", expires=True),
-        _partial_index("asset_failed", "state = 'failed'", "created_at"),
-        _partial_index("asset_unusable", "unusable_since IS NOT NULL", "task_id"),
+        *due_indexes("asset", expires=True),
+        partial_index("asset_failed", "state = 'failed'", "created_at"),
+        partial_index("asset_unusable", "unusable_since IS NOT NULL", "task_id"),
         Index("asset_key", "key"),
         UniqueConstraint("task_id", "kind", "index", "original", name="asset_name"),
     )
@@ -229,14 +166,14 @@ class Asset(Claimable, table=True):
     task_id: uuid.UUID = Field(foreign_key="task.id")
     kind: str = Field(sa_type=Text)
     index: int
-    original: str = _text("")
+    original: str = text_column("")
     source_url: str = Field(sa_type=Text, repr=False)
     state: AssetState = Field(default=AssetState.DUE, sa_type=Word(AssetState))
-    files_expire_at: datetime | None = _time()
+    files_expire_at: datetime | None = time_column()
     key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
-    sha256: str | None = _text()
+    sha256: str | None = text_column()
     size: int | None = Field(default=None, sa_type=BigInteger)
-    media_type: str | None = _text()
+    media_type: str | None = text_column()
     width: int | None = None
     height: int | None = None
     verified: bool | None = None
@@ -245,15 +182,15 @@ class Asset(Claimable, table=True):
     notes: list[str] | None = Field(default=None, sa_type=Json, nullable=True)
     accept_unverified: bool = False
     # since when, and how often in a row, its host has answered with an unusable file
-    unusable_since: datetime | None = _time()
+    unusable_since: datetime | None = time_column()
     unusable_tries: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
     # the link comes from an unsigned delivery that no read has confirmed: its redirects stay within the trusted hosts
     unconfirmed: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
     fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
     superseded: list[str] = Field(default_factory=list, sa_type=Json)
-    error: str | None = _text()
-    created_at: datetime = _time(nullable=False)
-    archived_at: datetime | None = _time()
+    error: str | None = text_column()
+    created_at: datetime = time_column(nullable=False)
+    archived_at: datetime | None = time_column()
 
 
 class Event(SQLModel, table=True):
@@ -267,14 +204,14 @@ class Event(SQLModel, table=True):
     __table_args__ = (
         Index("event_task", "task_id"),
         Index("event_seq", "seq", unique=True),
-        _partial_index("event_unsequenced", "seq IS NULL", "id"),
-        _partial_index("event_rare", RARE_EVENT, "seq", "name"),
+        partial_index("event_unsequenced", "seq IS NULL", "id"),
+        partial_index("event_rare", RARE_EVENT, "seq", "name"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))
     task_id: uuid.UUID | None = None
     name: str = Field(sa_type=Text)
-    at: datetime = _time(nullable=False)
+    at: datetime = time_column(nullable=False)
     data: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
     seq: int | None = Field(default=None, sa_type=BigInteger)
 
@@ -284,9 +221,9 @@ class Dispatch(Claimable, table=True):
 
     __tablename__: ClassVar[str] = "dispatch"
     __table_args__ = (
-        *_due_indexes("dispatch", lane="sink"),
-        _partial_index("dispatch_dead", "state = 'dead'", "sink"),
-        _partial_index("dispatch_open", "state = 'due'", "task_id"),
+        *due_indexes("dispatch", lane="sink"),
+        partial_index("dispatch_dead", "state = 'dead'", "sink"),
+        partial_index("dispatch_open", "state = 'due'", "task_id"),
         UniqueConstraint("sink", "event_id", name="dispatch_once"),
         Index("dispatch_event", "event_id"),
     )
@@ -297,9 +234,9 @@ class Dispatch(Claimable, table=True):
     task_id: uuid.UUID | None = None
     state: DispatchState = Field(default=DispatchState.DUE, sa_type=Word(DispatchState))
     tries: int = 0  # sends that were answered or failed; `attempts` counts claims
-    error: str | None = _text()
-    created_at: datetime = _time(nullable=False)
-    settled_at: datetime | None = _time()
+    error: str | None = text_column()
+    created_at: datetime = time_column(nullable=False)
+    settled_at: datetime | None = time_column()
 
 
 class Sink(SQLModel, table=True):
@@ -308,8 +245,8 @@ class Sink(SQLModel, table=True):
     __tablename__: ClassVar[str] = "sink"
 
     name: str = Field(sa_type=Text, primary_key=True)
-    disabled_at: datetime | None = _time()
-    reason: str | None = _text()
+    disabled_at: datetime | None = time_column()
+    reason: str | None = text_column()
 
 
 class Counter(SQLModel, table=True):
@@ -328,7 +265,7 @@ class Batch(SQLModel, table=True):
 
     id: uuid.UUID = Field(default_factory=uuid.uuid4, primary_key=True)
     name: str = Field(sa_type=Text, unique=True)
-    created_at: datetime = _time(nullable=False)
+    created_at: datetime = time_column(nullable=False)
 
 
 class Account(SQLModel, table=True):
@@ -341,7 +278,7 @@ class Account(SQLModel, table=True):
 
     provider: str = Field(sa_type=Text, primary_key=True)
     slot_limit: int | None = None
-    changed_at: datetime = _time(nullable=False)
+    changed_at: datetime = time_column(nullable=False)
 
 
 class AccountPause(SQLModel, table=True):
@@ -356,9 +293,9 @@ class AccountPause(SQLModel, table=True):
     model: str = Field(sa_type=Text, primary_key=True)
     code: int | None = None
     http_status: int | None = None
-    said: str = _text("")
-    since: datetime = _time(nullable=False)
-    trial_at: datetime = _time(nullable=False)
+    said: str = text_column("")
+    since: datetime = time_column(nullable=False)
+    trial_at: datetime = time_column(nullable=False)
 
 
 class Idempotency(SQLModel, table=True):
@@ -373,7 +310,7 @@ class Idempotency(SQLModel, table=True):
     task_id: uuid.UUID
     status: int | None = None
     answer: dict[str, Any] | None = Field(default=None, sa_type=Json, nullable=True)
-    created_at: datetime = _time(nullable=False)
+    created_at: datetime = time_column(nullable=False)
 
 
 class Worker(SQLModel, table=True):
@@ -385,8 +322,8 @@ class Worker(SQLModel, table=True):
     host: str = Field(sa_type=Text)
     pid: int
     threads: int
-    started_at: datetime = _time(nullable=False)
-    seen_at: datetime = _time(nullable=False)
+    started_at: datetime = time_column(nullable=False)
+    seen_at: datetime = time_column(nullable=False)
 
 
 class RollingAudit(SQLModel, table=True):
@@ -399,11 +336,11 @@ class RollingAudit(SQLModel, table=True):
     __tablename__: ClassVar[str] = "rolling_audit"
 
     name: str = Field(sa_type=Text, primary_key=True)
-    due_at: datetime = _time(nullable=False)
+    due_at: datetime = time_column(nullable=False)
     lease: uuid.UUID | None = None
     cursor: uuid.UUID | None = None
-    round_started_at: datetime | None = _time()
-    round_ended_at: datetime | None = _time()
+    round_started_at: datetime | None = time_column()
+    round_ended_at: datetime | None = time_column()
     checked: dict[str, Any] = Field(default_factory=dict, sa_type=Json)
     last: dict[str, Any] | None = Field(default=None, sa_type=Json, nullable=True)
     findings: list[dict[str, Any]] = Field(default_factory=list, sa_type=Json)
@@ -415,4 +352,4 @@ class ProviderRate(SQLModel, table=True):
     __tablename__: ClassVar[str] = "pace"
 
     account: str = Field(sa_type=Text, primary_key=True)
-    next_free_at: datetime = _time(nullable=False)
+    next_free_at: datetime = time_column(nullable=False)

@@ -16,7 +16,6 @@ from storage.database.clock import db_now
 from storage.database.sessions import run
 from storage.rows import aliases, claims, tasks
 from storage.rows.events import EventName, record
-from storage.rows.held_slots import give_back, heard_of
 from storage.rows.models import Asset, Task
 from storage.states import (
     AssetName,
@@ -161,7 +160,7 @@ def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool, confi
 def note_called_back(task: Task, report: Report, now: datetime) -> None:
     """Note that the provider called back, whether or not the delivery is believed."""
     task.called_back_at = now
-    heard_of(task)
+    tasks.heard_of(task)
     if report.status in states.TERMINAL:
         task.end_called_back_at = task.end_called_back_at or now
 
@@ -176,7 +175,7 @@ def _change_state(session: Session, task: Task, report: Report, decision: Decisi
     task.submitted_at = task.submitted_at or now
     if decision.state in states.TERMINAL:
         task.completed_at = now
-        give_back(task)
+        tasks.give_back(task)
     failed = decision.state is TaskState.FAILED
     task.error = (report.message or "the provider gave no reason") if failed else None
     record(session, STATE_EVENTS[decision.state], task.id, {"error": task.error} if failed else None)
@@ -199,7 +198,19 @@ def _write_assets(
         asset.files_expire_at = _files_expire_at(url, report, schedule, now)
         _make_due(session, asset)
     added = [
-        _new_asset(task, name, url, _files_expire_at(url, report, schedule, now), now) | {"unconfirmed": not confirmed}
+        {
+            **_BLANK,
+            "id": tasks.asset_id(task.id, name),
+            "task_id": task.id,
+            "kind": name.kind,
+            "index": name.index,
+            "original": name.original,
+            "source_url": url,
+            "files_expire_at": _files_expire_at(url, report, schedule, now),
+            "created_at": now,
+            "unconfirmed": not confirmed,
+            **claims.due(now),
+        }
         for name, url in decision.add.items()
     ]
     if added:
@@ -225,21 +236,6 @@ def _make_due(session: Session, asset: Asset) -> None:
 _NEW_ASSETS = insert(Asset.__table__)  # type: ignore[attr-defined]
 # The columns that no report sets. Made once: a row object for each asset would cost more than its insertion.
 _BLANK = Asset.model_construct().model_dump()
-
-
-def _new_asset(task: Task, name: AssetName, url: str, files_expire_at: datetime, now: datetime) -> dict[str, Any]:
-    return {
-        **_BLANK,
-        "id": tasks.asset_id(task.id, name),
-        "task_id": task.id,
-        "kind": name.kind,
-        "index": name.index,
-        "original": name.original,
-        "source_url": url,
-        "files_expire_at": files_expire_at,
-        "created_at": now,
-        **claims.due(now),
-    }
 
 
 def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime) -> datetime:

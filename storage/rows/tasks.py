@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import sqlalchemy
-from sqlalchemy import bindparam
+from sqlalchemy import bindparam, case
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col, select
 
@@ -181,3 +181,30 @@ def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None
     order = (col(Task.created_at).desc(), col(Task.id).desc())
     ids = select(Task.id).where(*wanted).order_by(*order).limit(limit).offset(skip).subquery()
     return list(session.exec(select(Task).where(col(Task.id).in_(select(ids.c.id))).order_by(*order)))
+
+
+# -- the slots of one task; storage/accounts/slots.py decides which task gets some -------------------------------------
+
+SILENT = "silent for 24 h: its slots were given back"
+
+
+def give_back(task: Task) -> None:
+    """Give back the slots that the locked task holds or waits for, and clear its note of silence."""
+    task.slots, task.queued_at = 0, None
+    heard_of(task)
+
+
+def heard_of(task: Task) -> None:
+    """Clear the locked task's note of silence."""
+    if task.note and task.note.startswith(SILENT):
+        task.note = None
+
+
+def keep_silent(task: Task) -> None:
+    """Clear the locked task's note, unless it is the note of silence."""
+    task.note = SILENT if task.note and task.note.startswith(SILENT) else None
+
+
+def note_beside(note: str) -> Any:
+    """`note` as an SQL value, behind the note of silence where the task has one."""
+    return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)
