@@ -26,7 +26,7 @@ from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, host_of, refuse
 from receiver.app.findings import Result as Result
 from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
-from receiver.base import config
+from receiver.base import config, env_file
 from receiver.base.sink_setting import Entry
 from receiver.providers.base import Provider, Unavailable
 from receiver.providers.kling.client import Kling
@@ -136,13 +136,13 @@ def environment(*, read: bool = True) -> Iterator[Result]:
         advice = f"{nearest} is the nearest there is" if nearest else "correct its name, or remove it"
         yield Result("settings", status, f"nothing reads {name}", advice)
     if read and not unknown:
-        path = config.env_file()
+        path = env_file.find()
         yield Result("settings", Status.OK, f"complete; {path} was read" if path else "complete")
 
 
 def files(parts: Parts) -> Iterator[Result]:
     """Whether other users of this machine may read or change what is ours: rows, settings and secrets."""
-    found = {".env": config.env_file(), **config.secret_files()}
+    found = {".env": env_file.find(), **config.secret_files()}
     if parts.settings.store:
         found["store.json"] = parts.settings.store / "store.json"
     if parts.database.is_sqlite:
@@ -153,7 +153,7 @@ def files(parts: Parts) -> Iterator[Result]:
             continue
         mode = stat.S_IMODE(path.stat().st_mode)
         name, line = f"file: {what}", f"{path} has mode {mode:04o}: other users may"
-        if config.is_writable_by_others(path.stat()):
+        if env_file.is_writable_by_others(path.stat()):
             yield Result(name, Status.FAULT, f"{line} write it", f"make it your own, and run `chmod 600 {path}`")
         elif mode & stat.S_IROTH:
             yield Result(name, Status.NOTE, f"{line} read it", f"run `chmod 600 {path}`")

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import difflib
-import grp
 import os
-import pwd
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from receiver.base import env_file
 from receiver.base import sink_setting as sinks
 from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
 from receiver.base.database_setting import DatabaseUrl
+from receiver.base.setting_types import (
+    Delays,
+    Entries,
+    HostPorts,
+    HttpUrl,
+    OptionalUrl,
+    Origins,
+    Proxy,
+    Secrets,
+    Tags,
+    Words,
+)
 from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
-from storage.egress import EgressProxy
 from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, endpoint
 from storage.url_parts import split_url
@@ -38,7 +46,6 @@ KEY_MIN_CHARACTERS = 24
 # Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
 # specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-ENV_FILE = ".env"
 OWN_BUCKET = "pictures"  # of the store that we run ourselves, where no name is set
 CREDENTIAL = re.compile(r"[\x21-\x7e]+")
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -48,59 +55,12 @@ class SettingsInvalid(UserError, ValueError):
     """One line per fault, each naming its variable. The start stops (exit 1)."""
 
 
-def _split(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _split_at_spaces(value: Any) -> Any:
-    return value.split() if isinstance(value, str) else value
-
-
-def _host_port(value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
-        raise ValueError("write HOST:PORT")
-    return value
-
-
-def _http_url(value: str | None) -> str | None:
-    if value is None:
-        return None
-    parts = split_url(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
-        raise ValueError("write a plain https:// address, without user, query or fragment")
-    return value.rstrip("/")
-
-
-def _origin(value: str) -> str:
-    parts = split_url(value)
-    if value != "*" and (parts.scheme not in ("http", "https") or value != f"{parts.scheme}://{parts.netloc}"):
-        raise ValueError("write https://HOST or https://HOST:PORT without a path, or *")
-    return value
-
-
-def _tags(value: str) -> str:
-    parse_tags(value)
-    return value
-
-
-Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
-Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
-Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_spaces)]
-Delays = Annotated[tuple[Annotated[float, Field(ge=0.1, le=604_800)], ...], NoDecode, BeforeValidator(_split)]
-HostPorts = Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], NoDecode, BeforeValidator(_split)]
-Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)]
-Proxy = Annotated[EgressProxy, BeforeValidator(lambda value: EgressProxy(value) if isinstance(value, str) else value)]
-HttpUrl = Annotated[str, AfterValidator(_http_url)]
-OptionalUrl = Annotated[str | None, AfterValidator(_http_url)]
-
-
 class Settings(BaseSettings):
     """All settings, with their units in their names. See the README's table for what each is for."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=ENV_FILE,
+        env_file=env_file.NAME,
         env_file_encoding="utf-8-sig",  # Windows' editors begin a file with a byte order mark
         env_ignore_empty=True,
         extra="ignore",
@@ -148,7 +108,7 @@ class Settings(BaseSettings):
     s3_kms_key_id: str | None = None
     s3_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = None
     s3_lock_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
-    s3_tags: Annotated[str, AfterValidator(_tags)] = ""
+    s3_tags: Tags = ""
     s3_cache_control: str | None = None
 
     api_keys: Secrets = ()
@@ -361,24 +321,11 @@ def load(**overrides: Any) -> Settings:
     Raises `SettingsInvalid` with one line per fault, each naming its variable; no line shows a value, which may
     be a secret.
     """
-    check_env_file()
+    _check_env_file()
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         raise SettingsInvalid("\n".join(_lines(error))) from None
-
-
-def is_writable_by_others(state: os.stat_result) -> bool:
-    """Whether anyone but this user and root may change the file. A user's private group is the user."""
-    if state.st_uid not in (0, os.geteuid()) or state.st_mode & stat.S_IWOTH:
-        return True
-    if not state.st_mode & stat.S_IWGRP:
-        return False
-    try:
-        owner, group = pwd.getpwuid(state.st_uid), grp.getgrgid(state.st_gid)
-    except KeyError:
-        return True
-    return not (group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name})
 
 
 def secret_files() -> dict[str, Path]:
@@ -389,35 +336,9 @@ def secret_files() -> dict[str, Path]:
     return {name: Path(path) for name, path in sorted(found.items()) if path}
 
 
-def env_file() -> Path | None:
-    """The `.env` of the folder one stands in, where there is one."""
-    path = Path(ENV_FILE).absolute()
-    return path if path.is_file() else None
-
-
-def check_env_file() -> None:
-    """Raises `SettingsInvalid` for a `.env` that others may write, or that is no text, naming file and line."""
-    path = env_file()
-    if path is None:
-        return
-    try:
-        content, state = path.read_bytes(), path.stat()
-    except OSError as error:
-        raise SettingsInvalid(f"{path}: cannot be read: {error.strerror}") from None
-    if is_writable_by_others(state):
-        raise SettingsInvalid(
-            f"{path}: other users may write it, and what it says decides where your keys are sent: "
-            "make it your own and run `chmod go-w` on it, or remove it"
-        )
-    if b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise SettingsInvalid(
-            f"{path}:1: is UTF-16, as PowerShell writes it; save it as UTF-8 (Set-Content -Encoding utf8)"
-        )
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise SettingsInvalid(f"{path}:{line}: is not UTF-8 text; save the file as UTF-8") from None
+def _check_env_file() -> None:
+    if fault := env_file.fault():
+        raise SettingsInvalid(fault)
 
 
 MISSING = {f"{PREFIX}S3_BUCKET": f"required; or set {PREFIX}STORE=DIR for a store of your own"}
@@ -437,7 +358,7 @@ def _lines(error: ValidationError) -> Iterator[str]:
 def unknown_variables() -> list[str]:
     """RECEIVER_… variables in the environment or in `.env` that no setting reads: most often a slip of the pen."""
     try:
-        check_env_file()
+        _check_env_file()
         written = DotEnvSettingsSource(Settings).env_vars
     except SettingsInvalid:
         written = {}

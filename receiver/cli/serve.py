@@ -82,9 +82,9 @@ def _name_settings() -> None:
     """Log where settings came from. A misspelt variable otherwise leaves its setting at the default silently."""
     import structlog
 
-    from receiver.base import config
+    from receiver.base import config, env_file
 
-    if path := config.env_file():
+    if path := env_file.find():
         structlog.get_logger().info("settings.read", file=str(path))
     for name in config.unknown_variables():
         structlog.get_logger().warning("settings.unknown", variable=name, nearest=config.nearest_variable(name))
