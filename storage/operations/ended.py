@@ -8,12 +8,12 @@ when its turn comes. 360 ms for a scrape beside a million tasks became 20.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Float, Text, and_, case, func
+from sqlalchemy import Float, Text, and_, case, func, or_
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session, col, select
@@ -32,7 +32,10 @@ ROWS = 5_000
 
 @dataclass(frozen=True)
 class Ended:
-    """Tasks that ended, by what became of them. The fields are those of `Measures`, without `_day`."""
+    """Tasks that ended, by what became of them. The fields are those of `Measures`, without `_day`.
+
+    `failures`: failed or incomplete; one that was dismissed is both.
+    """
 
     rows: int = 0
     archived: int = 0
@@ -42,6 +45,7 @@ class Ended:
     callbacks_lost: int = 0
     callbacks_late: int = 0
     late_seconds: float = 0.0
+    failures: int = 0
 
 
 @dataclass
@@ -69,7 +73,7 @@ class EndedLastDay:
             self._next = begins if at >= recent else at
             oldest = _part_of(begins)
             self._parts = {part: counted for part, counted in self._parts.items() if part >= oldest}
-            return _sum(list(self._parts.values()))
+            return total(list(self._parts.values()))
 
     def _count(self, session: Session, begin: datetime, end: datetime | None, now: datetime) -> int:
         found = count(session, begin, end, now)
@@ -97,6 +101,7 @@ def count(session: Session, begin: datetime, end: datetime | None, now: datetime
         _number(and_(expected, called_back.is_(None))),
         _number(late),
         func.coalesce(func.max(case((late, _seconds_between(ended, called_back)))), 0.0),
+        _number(or_(col(Task.archive) == ArchiveState.INCOMPLETE, col(Task.state) == TaskState.FAILED)),
     )
     within = [ended >= begin, *([] if end is None else [ended < end])]
     rows = session.execute(select(*columns).where(*within).group_by(part))
@@ -107,7 +112,7 @@ def _number(condition: Any) -> Any:
     return func.count(case((condition, 1)))
 
 
-def _sum(parts: Sequence[Ended]) -> Ended:
+def total(parts: Collection[Ended]) -> Ended:
     counted = [each.name for each in fields(Ended) if each.name != "late_seconds"]
     longest = max((each.late_seconds for each in parts), default=0.0)
     return Ended(**{name: sum(getattr(each, name) for each in parts) for name in counted}, late_seconds=longest)

@@ -17,12 +17,11 @@ import structlog
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
-from storage import states
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.operations.ended import CALLBACK_PATIENCE_SECONDS
+from storage.operations import ended
 from storage.rows.models import Asset, Callback, Task
-from storage.states import ArchiveState, AssetState, TaskState
+from storage.states import AssetState
 
 log = structlog.get_logger()
 
@@ -136,24 +135,20 @@ def read_hour(session: Session, hour: datetime) -> Hour:
     within = (col(Task.completed_at) >= hour, col(Task.completed_at) < hour + HOUR)
     came = (col(Callback.received_at) >= hour, col(Callback.received_at) < hour + HOUR, Callback.source == "push")
     callbacks = session.execute(select(func.count()).select_from(Callback).where(*came)).scalar_one()
-    states_of = select(Task.state, Task.archive, func.count()).where(*within).group_by(Task.state, Task.archive)
-    ended = session.execute(states_of).all()
-    failures = sum(n for state, archive, n in ended if state is TaskState.FAILED or archive is ArchiveState.INCOMPLETE)
+    ends = ended.total(ended.count(session, hour, hour + HOUR, datetime.now(UTC)).values())
     kept = select(func.count(), func.coalesce(func.sum(Asset.size), 0)).select_from(Asset)
     kept = kept.join(Task, col(Task.id) == col(Asset.task_id)).where(*within, Asset.state == AssetState.ARCHIVED)
     pictures, size = session.execute(kept).one()
-    expected, lost = _callbacks(session, within, hour)
     return Hour(
-        callbacks, pictures, int(size), failures, expected, lost, _units(session, within), _seconds(session, within)
+        callbacks,
+        pictures,
+        int(size),
+        ends.failures,
+        ends.callbacks_expected,
+        ends.callbacks_lost,
+        _units(session, within),
+        _seconds(session, within),
     )
-
-
-def _callbacks(session: Session, within: Sequence[object], hour: datetime) -> tuple[int, int]:
-    patient = datetime.now(UTC) - timedelta(seconds=CALLBACK_PATIENCE_SECONDS)
-    asked = (*within, col(Task.callback_url).is_not(None), col(Task.completed_at) < patient)
-    count = select(func.count(), func.count(col(Task.end_called_back_at))).select_from(Task)
-    expected, told = session.execute(count.where(*asked, col(Task.state).in_(states.TERMINAL))).one()  # type: ignore[arg-type]
-    return expected, expected - told
 
 
 def _units(session: Session, within: Sequence[object]) -> float:

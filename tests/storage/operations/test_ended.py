@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
 from storage.database.sessions import Database
-from storage.operations import ended
+from storage.operations import ended, rollups
 from storage.operations.ended import Ended, EndedLastDay
 from storage.rows.models import Task
 from storage.states import ArchiveState, TaskState
@@ -58,3 +58,15 @@ def test_what_is_older_than_a_day_is_forgotten(database: Database) -> None:
 
 def test_reading_enters_by_the_time_of_the_end(database: Database) -> None:
     assert not scans(database, lambda session: EndedLastDay().read(session, database.now()))
+
+
+def test_a_dismissed_task_is_one_failure_of_its_hour(database: Database) -> None:
+    hour = datetime(2026, 11, 28, 10, tzinfo=UTC)
+    ends = [(TaskState.FAILED, ArchiveState.INCOMPLETE), (TaskState.SUCCEEDED, ArchiveState.INCOMPLETE)]
+    ends += [(TaskState.FAILED, ArchiveState.NONE), (TaskState.SUCCEEDED, ArchiveState.ARCHIVED)]
+    with database.write() as session:
+        for number, (state, archive) in enumerate(ends):
+            moment = hour + timedelta(minutes=14 * number)
+            new_task(session, external_task_id=f"t{number}", state=state, archive=archive, completed_at=moment)
+    with database.read() as session:
+        assert [rollups.read_hour(session, each).failures for each in (hour, hour + rollups.HOUR)] == [3, 0]
