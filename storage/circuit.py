@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from storage.errors import Retry
 
@@ -19,20 +20,16 @@ PAUSE_CAP_SECONDS = 30.0
 DOUBT_SECONDS = 10.0
 
 
+@dataclass(frozen=True, eq=False)
 class Grant:
     """Permission to start `count` tries, used as a context around them.
 
-    A trial of an open circuit that ends without a result never reached the other side: an expired link, a lost claim,
-    an empty claim. It is given back, and the next trial may start at once.
+    `trial_of`: the open circuit that this is a trial of. A trial that ends without a result never reached the other
+    side: an expired link, a lost claim, an empty claim. It is given back, and the next trial may start at once.
     """
 
-    def __init__(self, count: int, circuit: Circuit | None = None) -> None:
-        self.count = count
-        self._circuit = circuit
-
-    @property
-    def is_trial(self) -> bool:
-        return self._circuit is not None
+    count: int
+    trial_of: Circuit | None = None
 
     def __enter__(self) -> Grant:
         return self
@@ -42,7 +39,7 @@ class Grant:
 
     def give_back(self) -> bool:
         """End the grant. Returns whether it was a trial without a result."""
-        return self._circuit is not None and self._circuit._take_back(self)
+        return self.trial_of is not None and self.trial_of._take_back(self)
 
 
 class Circuit:

@@ -193,19 +193,15 @@ def assets_in(report: Report, series: bool | None) -> dict[AssetName, str]:
     named: dict[AssetName, str] = {}
     for kind_of_output in ("image", "video", "audio"):
         outputs = [output for output in report.outputs if output.type == kind_of_output]
+        given = [output.index for output in outputs if output.index is not None and 0 <= output.index <= MAX_INDEX]
+        indexes = given if len(set(given)) == len(outputs) else range(len(outputs))
         kind = "series" if kind_of_output == "image" and is_series else kind_of_output
-        for index, output in zip(_indexes(outputs), outputs, strict=True):
+        for index, output in zip(indexes, outputs, strict=True):
             if output.url:
                 named[AssetName(kind, index)] = output.url
             if output.watermark_url:
                 named[AssetName("watermark", index, kind)] = output.watermark_url
     return named
-
-
-def _indexes(outputs: list[Output]) -> list[int]:
-    reported = [output.index for output in outputs if output.index is not None and 0 <= output.index <= MAX_INDEX]
-    distinct = len(set(reported)) == len(outputs)
-    return reported if distinct else list(range(len(outputs)))
 
 
 def decide(task: TaskFacts, report: Report) -> Decision:

@@ -98,8 +98,9 @@ def _sink_lane(parts: Parts, name: str, sink: Sink) -> Lane:
         parts.database, name, sink, parts.envelope, retry_seconds=parts.settings.event_retry_seconds, circuit=circuit
     )
     return Lane(
-        f"events-{name}", Dispatch, dispatcher.work, sink.threads, (col(Dispatch.sink) == name,), circuit=circuit,
-        work_many=dispatcher.work_many, batch=lambda: sink.batch, linger_seconds=LINGER_SECONDS,
+        f"events-{name}", Dispatch, dispatcher.work, sink.threads, (col(Dispatch.sink) == name,),
+        circuit=circuit or Circuit(), work_many=dispatcher.work_many, batch=lambda: sink.batch,
+        linger_seconds=LINGER_SECONDS,
     )  # fmt: skip
 
 

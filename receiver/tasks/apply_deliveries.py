@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import unicodedata
 import uuid
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,10 +78,6 @@ class Confirmation:
         is_exact = len(named) == task.expected == len(named.keys() | set(known))
         are_pictures = all(name.is_picture for name in named)
         return is_exact and are_pictures and all(map(self._is_trusted, named.values()))
-
-    def takes_word(self, *, signed: bool) -> bool:
-        """Whether a delivery counts as the provider's own word: by its signature, or because the settings say so."""
-        return signed or self.mode == "never"
 
     def _is_trusted(self, url: str) -> bool:
         try:
@@ -167,26 +164,21 @@ class DeliveryApplier:
             raise ExceptionGroup("deliveries that could not be applied", faults)
 
     def _apply_together(self, rows: Sequence[Callback]) -> None:
-        left = [(row, self._parse(row)) for row in rows]
+        """Apply them, as many in one transaction as `HOLD_SECONDS` allow, and at least one."""
+        left = deque((row, self._parse(row)) for row in rows)
         while left:
-            del left[: self._apply_some(left)]
-
-    def _apply_some(self, parsed: Sequence[tuple[Callback, Report | str]]) -> int:
-        """Apply the first, and the following ones within `HOLD_SECONDS`, in one transaction. Returns how many."""
-        verdicts: list[Verdict] = []
-        with self._database.write() as session:
-            end = time.monotonic() + HOLD_SECONDS
-            for row, report in parsed:
-                verdict = self._apply(session, row, report)
-                self._settle(session, row, verdict, report)
-                verdicts.append(verdict)
-                if time.monotonic() > end:
-                    break
-            self._database.wake(session)
-        for (row, _), verdict in zip(parsed, verdicts, strict=False):
-            state, reason = verdict.state, verdict.reason
-            log.info("callback.settled", callback=row.id, task=str(row.task_id), state=state, reason=reason)
-        return len(verdicts)
+            done: list[tuple[Callback, Verdict]] = []
+            with self._database.write() as session:
+                end = time.monotonic() + HOLD_SECONDS
+                while left and (not done or time.monotonic() <= end):
+                    row, report = left.popleft()
+                    verdict = self._apply(session, row, report)
+                    self._settle(session, row, verdict, report)
+                    done.append((row, verdict))
+                self._database.wake(session)
+            for row, verdict in done:
+                state, reason = verdict.state, verdict.reason
+                log.info("callback.settled", callback=row.id, task=str(row.task_id), state=state, reason=reason)
 
     def _settle(self, session: Session, row: Callback, verdict: Verdict, parsed: Report | str) -> None:
         values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}
@@ -210,7 +202,10 @@ class DeliveryApplier:
     def _apply(self, session: Session, row: Callback, parsed: Report | str) -> Verdict:
         if isinstance(parsed, str):
             return self._unreadable(session, row, parsed)
-        task = self._task(session, row, parsed)
+        # The task of the token, else the one that the body names (no token, or a row that was made anew).
+        task = tasks.lock(session, row.task_id) if row.task_id else None
+        if task is None and (named := find(session, row.provider, parsed.external_task_id, parsed.provider_task_id)):
+            task = tasks.lock(session, named)
         if task is None:
             record(session, EventName.CALLBACK_UNMATCHED, row.task_id, {"callback": row.id})
             return Verdict(CallbackState.UNMATCHED, "no task of ours has this id")
@@ -236,16 +231,9 @@ class DeliveryApplier:
         reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
-    def _task(self, session: Session, row: Callback, report: Report) -> Task | None:
-        """The locked task of the token, else the one that the body names (no token, or a row that was made anew)."""
-        if row.task_id and (task := tasks.lock(session, row.task_id)):
-            return task
-        named = find(session, row.provider, report.external_task_id, report.provider_task_id)
-        return tasks.lock(session, named) if named else None
-
     def _believe_or_ask(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
-        confirmed = self._confirmation.takes_word(signed=signed)
+        confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         # Nearly all other deliveries are decided without the task's files.
         facts = _facts(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):

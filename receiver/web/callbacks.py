@@ -179,7 +179,7 @@ class Callbacks:
             self.fault = None
         if delivery.task_id is None and intake is Intake.NEW:
             self._strangers.add(len(delivery.body))
-        _count("new" if intake is Intake.NEW else "duplicate")
+        _counter("new" if intake is Intake.NEW else "duplicate").inc()
         return None
 
     def _away(self, delivery: Delivery, error: DatabaseUnavailable) -> Response:
@@ -303,7 +303,7 @@ def _kept_headers(scope: Scope) -> dict[str, str]:
 
 def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] | None = None) -> Response:
     """A refusal."""
-    _count(outcome)
+    _counter(outcome).inc()
     more = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else headers or {}
     return JSONResponse({"error": message}, status_code=status, headers={**SECURITY_HEADERS, **more})
 
@@ -311,7 +311,3 @@ def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] 
 @cache
 def _counter(outcome: str) -> Counter:
     return telemetry.DELIVERIES.labels(outcome)
-
-
-def _count(outcome: str) -> None:
-    _counter(outcome).inc()

@@ -203,19 +203,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._cancel_head_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise _Refused(429)
-        self._read_length()
+        fields = dict(self.headers)
+        if self.parser.get_method() == b"POST" and not fields.keys() & {b"content-length", b"transfer-encoding"}:
+            raise _Refused(411)  # RFC 9112 section 6.3 would make its body empty, whatever was sent
+        # -1: unknown until the last chunk.
+        self._announced = -1 if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
         super().on_headers_complete()
         self._in_body = True
         if self.cycle is not None:  # an answer before the body's end says `close`: the client stops sending
             self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
         self._note_progress()
-
-    def _read_length(self) -> None:
-        """Set the announced length of the body. -1: unknown until its last chunk."""
-        fields = dict(self.headers)
-        self._announced = -1 if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
-        if self.parser.get_method() == b"POST" and not fields.keys() & {b"content-length", b"transfer-encoding"}:
-            raise _Refused(411)  # RFC 9112 section 6.3 would make its body empty, whatever was sent
 
     def on_body(self, body: bytes) -> None:
         self._delivered += len(body)

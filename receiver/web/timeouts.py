@@ -15,31 +15,22 @@ class Timeouts:
     """`with timeouts.within(seconds):` around awaits of one task. `seconds` is the same for all uses of one object."""
 
     def __init__(self) -> None:
-        self._waits: deque[_Wait] = deque()
-        self._timer: asyncio.TimerHandle | None = None
+        self.waits: deque[_Wait] = deque()
+        self.timer: asyncio.TimerHandle | None = None
 
     def within(self, seconds: float) -> _Wait:
         """A block that raises `TimeoutError` after `seconds`."""
         return _Wait(self, seconds)
 
-    def enter(self, wait: _Wait) -> None:
-        self._waits.append(wait)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_at(wait.ends_at, self._end_due_waits)
-
-    def leave(self) -> None:
-        while self._waits and self._waits[0].task is None:
-            self._waits.popleft()
-
-    def _end_due_waits(self) -> None:
+    def end_due_waits(self) -> None:
         """End the waits that are over, and set the timer for the oldest of the others."""
         loop = asyncio.get_running_loop()
-        self._timer = None
-        for wait in self._waits:
+        self.timer = None
+        for wait in self.waits:
             if wait.task is None:
                 continue
             if wait.ends_at > loop.time():
-                self._timer = loop.call_at(wait.ends_at, self._end_due_waits)
+                self.timer = loop.call_at(wait.ends_at, self.end_due_waits)
                 return
             wait.end()
 
@@ -55,13 +46,18 @@ class _Wait:
         self.task: asyncio.Task[object] | None = None
 
     def __enter__(self) -> None:
+        loop, timeouts = asyncio.get_running_loop(), self._timeouts
         self.task = asyncio.current_task()
-        self.ends_at = asyncio.get_running_loop().time() + self._seconds
-        self._timeouts.enter(self)
+        self.ends_at = loop.time() + self._seconds
+        timeouts.waits.append(self)
+        if timeouts.timer is None:
+            timeouts.timer = loop.call_at(self.ends_at, timeouts.end_due_waits)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         task, self.task = self.task, None
-        self._timeouts.leave()
+        waits = self._timeouts.waits
+        while waits and waits[0].task is None:
+            waits.popleft()
         if self._is_over and task is not None and task.uncancel() == 0 and kind is asyncio.CancelledError:
             raise TimeoutError from error
 

@@ -36,8 +36,11 @@ class Looks:
             is_due = None if wake_up is None else self._found.pop(lane.name, None)
         if is_due is None:
             with self._database.autocommit_reader() as connection:
-                return claims.is_any_due(connection, lane.model, where=lane.where)
-        return is_due
+                is_due = claims.is_any_due(connection, lane.model, where=lane.where)
+        if is_due or lane.slots is None:
+            return is_due
+        with self._database.read() as session:
+            return lane.slots.is_any_next(session)
 
     def look(self, *, alone: bool = False) -> list[bool]:
         asked = [(lane.model, lane.where) for lane in self._lanes]

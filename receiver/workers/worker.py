@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -57,7 +57,7 @@ class Lane:
     work: Callable[[Any], None]
     threads: int
     where: Sequence[Any] = ()
-    circuit: Circuit | None = None
+    circuit: Circuit = field(default_factory=Circuit)
     work_many: Callable[[list[Any]], None] | None = None
     batch: Callable[[], int] = lambda: 1
     linger_seconds: float = 0
@@ -168,11 +168,11 @@ class Worker:
 
     def _claim_granted(self, lane: Lane, wanted: int, wake_up: int | None = None) -> tuple[list[Any], Grant]:
         """Claim up to `wanted` due rows if the circuit permits. The grant ends with the work on them."""
-        if lane.name not in self._busy and not self._is_any_due(lane, wake_up):
+        if lane.name not in self._busy and not self._looks.is_any_due(lane, wake_up):
             return [], NOTHING
         with ExitStack() as if_nothing_claimed:
-            grant = if_nothing_claimed.enter_context(_grant(lane, wanted))
-            rows = self._claim(lane, grant.count, in_turn=grant.is_trial) if grant.count else []
+            grant = if_nothing_claimed.enter_context(lane.circuit.grant(wanted))
+            rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else []
             if rows and len(rows) == grant.count:
                 self._busy.add(lane.name)
             else:
@@ -201,14 +201,6 @@ class Worker:
                     rows = claim(session)
             self._in_hand.add(rows)
         return rows
-
-    def _is_any_due(self, lane: Lane, wake_up: int | None) -> bool:
-        if self._looks.is_any_due(lane, wake_up):
-            return True
-        if lane.slots is None:
-            return False
-        with self._database.read() as session:
-            return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
         idle = threading.Semaphore(lane.threads)
@@ -343,8 +335,8 @@ class Worker:
         """
         waiting = [lane for lane, is_due in zip(self._lanes, self._looks.look(alone=True), strict=True) if is_due]
         with ExitStack() as granted:
-            grants = [(lane, granted.enter_context(_grant(lane, 1, PAUSE_CAP_SECONDS))) for lane in waiting]
-            lanes = [lane for lane, grant in grants if grant.count]
+            trials = [lane.circuit.grant(1, left_for_seconds=PAUSE_CAP_SECONDS) for lane in waiting]
+            lanes = [lane for lane, grant in zip(waiting, trials, strict=True) if granted.enter_context(grant).count]
             if not lanes:
                 return 0
             with self._in_hand.quarantine(self._stop):
@@ -370,10 +362,6 @@ class Worker:
                     claims.release(session, row)
         heartbeats.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))
-
-
-def _grant(lane: Lane, wanted: int, left_for_seconds: float = 0) -> Grant:
-    return lane.circuit.grant(wanted, left_for_seconds=left_for_seconds) if lane.circuit else Grant(wanted)
 
 
 @contextmanager

@@ -117,12 +117,17 @@ class Archiver:
     def _store(self, asset: Asset) -> None:
         if asset.key and self._is_there(asset):
             return
-        self._abort_upload(asset)
+        if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
+            # What an earlier claim left half uploaded could never win, only cost.
+            self._bucket.abort_uploads(asset.key)
         with spool(self._spool_dir) as sink:
             fetched = self._fetcher.fetch(
                 asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed
             )
-            _check_kind(asset, fetched)
+            is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
+            if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
+                # From whoever named the link, or from a CDN that mixes things up.
+                raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")
             origin = self._note(asset, fetched)
             self._put(asset, origin, fetched, sink)
 
@@ -130,11 +135,6 @@ class Archiver:
         """Whether the put of an earlier claim has arrived."""
         assert asset.key and asset.sha256 and asset.size is not None
         return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
-
-    def _abort_upload(self, asset: Asset) -> None:
-        """End what an earlier claim left half uploaded: it could never win, only cost."""
-        if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
-            self._bucket.abort_uploads(asset.key)
 
     def _note(self, asset: Asset, fetched: Fetched) -> Origin:
         """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
@@ -147,7 +147,10 @@ class Archiver:
         }  # fmt: skip
 
         def note(session: Session) -> tuple[Origin, str]:
-            origin = self._origin(session, asset)
+            found = execute(session, _ORIGIN, {"wanted": asset.task_id}).rows
+            if not found:
+                raise LostClaim(f"task {asset.task_id} is gone")
+            origin = Origin._make(found[0])
             prefix, external_id = self._bucket.prefix, origin.external_task_id
             key = object_key(
                 prefix, origin.created_at, external_id, asset.kind, asset.index, fetched.sha256, fetched.extension
@@ -160,12 +163,6 @@ class Archiver:
         asset.sha256, asset.size, asset.media_type = fetched.sha256, fetched.size, fetched.media_type
         asset.notes = list(fetched.notes) or None
         return origin
-
-    def _origin(self, session: Session, asset: Asset) -> Origin:
-        found = execute(session, _ORIGIN, {"wanted": asset.task_id}).rows
-        if not found:
-            raise LostClaim(f"task {asset.task_id} is gone")
-        return Origin._make(found[0])
 
     def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:
         sink.seek(0)
@@ -197,7 +194,9 @@ class Archiver:
             if tasks.waits_for_files(session, task):
                 self._database.wake(session)  # for the event alone
             else:
-                self._settled(session, self._lock_task(session, asset))
+                row = self._lock_task(session, asset)
+                row.archive = states.reopened(row.archive)
+                self._look_at_task(session, row)
 
         self._database.write_in_group(settle, task_id=asset.task_id)
 
@@ -251,7 +250,8 @@ class Archiver:
                 claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason, **USABLE)
                 fact = {"kind": asset.kind, "index": asset.index, "error": reason}
                 record(session, EventName.ASSET_FAILED, asset.task_id, fact)
-                self._settled(session, task)
+                task.archive = states.reopened(task.archive)
+                self._look_at_task(session, task)
         except LostClaim:
             return
         log.error("asset.failed", asset=str(asset.id), task=str(asset.task_id), error=reason)
@@ -285,21 +285,9 @@ class Archiver:
             raise LostClaim(f"task {asset.task_id} is gone")
         return task
 
-    def _settled(self, session: Session, task: Task) -> None:
-        """One of its files is archived or given up: what was said of an archive that had ended holds no more."""
-        task.archive = states.reopened(task.archive)
-        self._look_at_task(session, task)
-
     def _look_at_task(self, session: Session, task: Task) -> None:
         """Make the finish due when this was the last asset; one in flight started from rows that have changed. A read
         in flight, or one that another asset's dead URL has asked for, is left to be made: it looks again itself."""
         if (task.lease is None or task.step is Step.FINISH) and not reports.wants_read(session, task):
             reports.reschedule(session, task, self._schedule)
         self._database.wake(session)
-
-
-def _check_kind(asset: Asset, fetched: Fetched) -> None:
-    """A film or sound in place of a picture comes from whoever named the link, or from a CDN that mixes things up."""
-    is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
-    if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
-        raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -94,13 +93,17 @@ class Finisher:
         with self._database.read() as session:
             assets = tasks.assets_of(session, task.id)
             names = aliases.aliases_of(session, task.id)
-            delivery = _final_delivery(session, task.id)
+            # The last delivery that was applied is the one that told the end.
+            applied = select(Callback).where(Callback.task_id == task.id, Callback.state == CallbackState.APPLIED)
+            newest = applied.order_by(col(Callback.received_at).desc(), col(Callback.id).desc()).limit(1)
+            delivery = session.exec(newest).first()
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
             content, digest = build(task, assets, names, delivery, self._version, predecessor)
             key = manifest_key(self._bucket.prefix, task.created_at, task.external_task_id, number)
+            sha256, size, file = hashlib.sha256(content).hexdigest(), len(content), io.BytesIO(content)
             try:
-                self._put(key, content)
+                self._bucket.put_once(key, file, sha256=sha256, size=size, media_type=MEDIA_TYPE, metadata={})
                 return Written(key, digest, number)
             except ObjectConflict:  # a finisher that died before its commit wrote this number from older rows
                 predecessor = self._digest_of(key)
@@ -112,12 +115,6 @@ class Finisher:
         """Have the row answer for what stands there before the next number is put: who has lost the claim puts none."""
         there = {"manifests": number, "manifest_key": key, "manifest_digest": digest}
         self._database.write_in_group(lambda session: claims.update_claimed(session, task, **there))
-
-    def _put(self, key: str, content: bytes) -> None:
-        sha256 = hashlib.sha256(content).hexdigest()
-        self._bucket.put_once(
-            key, io.BytesIO(content), sha256=sha256, size=len(content), media_type=MEDIA_TYPE, metadata={}
-        )
 
     def _digest_of(self, key: str) -> str | None:
         try:
@@ -163,12 +160,6 @@ class Finisher:
         except LostClaim:
             return
         log.warning("task.finish_later", task=task.external_task_id, error=str(error), seconds=round(due_in, 1))
-
-
-def _final_delivery(session: Session, task_id: uuid.UUID) -> Callback | None:
-    """The delivery that told the end: the last applied one."""
-    applied = select(Callback).where(Callback.task_id == task_id, Callback.state == CallbackState.APPLIED)
-    return session.exec(applied.order_by(col(Callback.received_at).desc(), col(Callback.id).desc()).limit(1)).first()
 
 
 def build(
@@ -252,19 +243,16 @@ def _task(task: Task, assets: Sequence[Asset], aliases: Sequence[str]) -> dict[s
 
 
 def _delivery(delivery: Callback) -> dict[str, Any]:
+    try:
+        body = json.loads(delivery.body)
+    except (ValueError, RecursionError):
+        body = None
     return {
         "source": delivery.source,
         "sha256": hashlib.sha256(delivery.body).hexdigest(),
         "received_at": _iso(delivery.received_at),
-        "body": _parsed(delivery.body),
+        "body": body,
     }
-
-
-def _parsed(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _asset(asset: Asset) -> dict[str, Any]:
@@ -289,15 +277,12 @@ def _asset(asset: Asset) -> dict[str, Any]:
         "created_at": _iso(asset.created_at),
         "files_expire_at": _iso(asset.files_expire_at),
         "archived_at": _iso(asset.archived_at),
-        **{name: _plain(value) for name in ODD if (value := getattr(asset, name))},
+        **{name: _iso(value) for name in ODD if (value := getattr(asset, name))},
     }
 
 
-def _iso(moment: datetime | None) -> str | None:
-    return moment.isoformat() if moment else None
-
-
-def _plain(value: Any) -> Any:
+def _iso(value: Any) -> Any:
+    """A time as text, any other value as it is."""
     return value.isoformat() if isinstance(value, datetime) else value
 
 

@@ -41,10 +41,6 @@ class _Write:
     task_id: uuid.UUID | None
     durable: Future[Any] = field(default_factory=Future)
 
-    @property
-    def order(self) -> tuple[bool, int]:
-        return self.task_id is None, self.task_id.int if self.task_id else 0
-
 
 class _Waits(Exception):
     """The operation would keep its group waiting for a row."""
@@ -112,7 +108,7 @@ class GroupWriter:
                 group.append(write)
             group = [write for write in group if write.durable.set_running_or_notify_cancel()]
             # Two transactions that lock the same tasks in different orders would wait for each other.
-            self._commit(sorted(group, key=lambda write: write.order))
+            self._commit(sorted(group, key=lambda write: (write.task_id is None, str(write.task_id))))
 
     def _commit(self, group: list[_Write]) -> None:
         """Apply and commit them, without those that fail; answer each."""

@@ -67,11 +67,11 @@ class _Prepared:
         for listen in connection.dispatch.after_cursor_execute:
             listen(connection, None, self._sql, bound, None, False)
         rows = cursor.fetchall() if self._readers else []
-        return Done([self._read(row) for row in rows], cursor.rowcount)
-
-    def _read(self, row: Sequence[Any]) -> Any:
-        pairs = zip(self._readers, row, strict=True)
-        return self._row._make([value if read is None else read(value) for read, value in pairs])
+        readers, make = self._readers, self._row._make
+        pairs = [zip(readers, row, strict=True) for row in rows]
+        return Done(
+            [make([value if read is None else read(value) for read, value in each]) for each in pairs], cursor.rowcount
+        )
 
 
 _named_tuple = partial(collections.namedtuple, "Row")

@@ -6,12 +6,11 @@ import os
 import shutil
 import sqlite3
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import (
     Connection,
@@ -36,8 +35,6 @@ from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
 from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
 from storage.errors import DatabaseUnavailable
-
-Result = TypeVar("Result")
 
 # Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
 # connections by default.
@@ -101,6 +98,8 @@ class Database:
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._group_writer = GroupWriter(self._impatient_write, self.write)
+        # `write` in a transaction shared with other threads.
+        self.write_in_group = self._group_writer.commit
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
         pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": CONNECT_SECONDS}
@@ -140,10 +139,6 @@ class Database:
             if not self.is_sqlite:
                 session.connection().exec_driver_sql(f"SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}")
             yield session
-
-    def write_in_group(self, operation: Callable[[Session], Result], *, task_id: uuid.UUID | None = None) -> Result:
-        """`write` in a transaction shared with other threads; see `GroupWriter.commit`."""
-        return self._group_writer.commit(operation, task_id=task_id)
 
     @contextmanager
     def autocommit_writer(self) -> Iterator[Connection]:

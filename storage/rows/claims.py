@@ -85,14 +85,11 @@ def claim(
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
     session.flush()
     found = execute(session, _claim_statement(model, alone, in_turn, tuple(where)), values).rows
-    return sorted((_object(model, row) for row in found), key=_work_order)
-
-
-def _object(model: type[Row], row: Any) -> Row:
-    """A row that belongs to no session. `model(**values)` takes 85 µs, this 3."""
-    made: Row = manager_of_class(model).new_instance()
-    vars(made).update(row._asdict())
-    return made
+    rows: list[Row] = []  # they belong to no session; `model(**values)` takes 85 µs, this 3
+    for given in found:
+        rows.append(manager_of_class(model).new_instance())
+        vars(rows[-1]).update(given._asdict())
+    return sorted(rows, key=_work_order)
 
 
 _MOST = bindparam("most", type_=Integer)
@@ -231,10 +228,11 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
     if row.lease is None:  # SQLAlchemy writes `lease = NULL` as IS NULL, which would match
         raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
     owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
+    times = {name for name, value in values.items() if isinstance(value, db_now)}
     expressions = {
-        name: value for name, value in values.items() if isinstance(value, ClauseElement) and not _is_time(value)
+        name: value for name, value in values.items() if isinstance(value, ClauseElement) and name not in times
     }
-    columns = tuple((name, _is_time(value)) for name, value in values.items() if name not in expressions)
+    columns = tuple((name, name in times) for name in values if name not in expressions)
     for name, is_time in columns:
         owned[f"new_{name}"] = values[name].seconds if is_time else values[name]
     statement = _owned_update(model, columns)
@@ -263,10 +261,6 @@ def renew(session: Session, model: type[Row], ids: Sequence[Any], lease: uuid.UU
     table = model.__table__  # type: ignore[attr-defined]
     held = select(table.c.id).where(table.c.id.in_(ids), table.c.lease == lease).with_for_update(skip_locked=True)
     return run(session, update(table).where(table.c.id.in_(held)).values(due_at=db_now(lease_seconds))).rowcount
-
-
-def _is_time(value: Any) -> bool:
-    return isinstance(value, db_now)
 
 
 @lru_cache(maxsize=STATEMENTS)

@@ -210,12 +210,12 @@ class GroupCommit:
         """What waits for the thread; [] when nothing came for a while, None when nothing comes any more."""
         with self._changed:
             pause = free_space.FREE_SPACE_INTERVAL_SECONDS
-            if not self._changed.wait_for(self._has_thread_work, pause):
+            if not self._changed.wait_for(
+                lambda: not self._is_loop_committing and self._is_threads_turn and (self._waiting or self._is_stopping),
+                pause,
+            ):
                 return []
             return self._take(MAX_WAITING_BYTES) or None
-
-    def _has_thread_work(self) -> bool:
-        return not self._is_loop_committing and self._is_threads_turn and bool(self._waiting or self._is_stopping)
 
     def _give_turn_to_loop(self) -> None:
         if self._quick_commits < QUICK_COMMITS or self._is_stopping:

@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -28,6 +27,7 @@ from receiver.providers.base import (
     verify_standard_webhook,
 )
 from receiver.providers.kling import prices
+from receiver.providers.kling import report as kling_report
 from receiver.providers.kling.answers import Answer, NotFound, NotKling, http_date, message_in, refusal, retry_after
 from receiver.providers.kling.report import (
     find_record,
@@ -36,7 +36,6 @@ from receiver.providers.kling.report import (
     read_report,
     status_word,
     task_id_in,
-    url_expiry,
     usable_id,
     whole,
 )
@@ -205,8 +204,7 @@ class Kling:
     def redacted(self, request: Mapping[str, Any]) -> dict[str, Any]:
         return redacted(request)
 
-    def url_expiry(self, url: str) -> datetime | None:
-        return url_expiry(url)
+    url_expiry = staticmethod(kling_report.url_expiry)
 
     def _ask(self, method: str, path: str, content: bytes | None = None) -> Answer:
         """One request, repeated once with a new token if the provider refuses the token's times. Raises refusals."""

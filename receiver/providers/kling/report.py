@@ -85,12 +85,19 @@ def read_report(record: Mapping[str, Any]) -> Report:
     if not word:
         raise ReportUnreadable("the task has no status")
     result = _object(record.get("task_result"))
-    outputs = _old_outputs(result) or _new_outputs(record.get("outputs"))
+    outputs = [
+        *_pictures(result.get("images"), "image"),
+        *_pictures(result.get("series_images"), "image"),
+        *_pictures(result.get("videos"), "video"),
+        *_sounds(result.get("audios")),
+    ] or _new_outputs(record.get("outputs"))
     if len(outputs) > MAX_OUTPUTS:
         raise ReportUnreadable(f"names {len(outputs)} files; at most {MAX_OUTPUTS}")
     info = _object(record.get("task_info"))
     externals = (info.get("external_task_id"), record.get("external_task_id"), record.get("external_id"))
     messages = (record.get("task_status_msg"), record.get("message"))
+    kind = result.get("result_type")
+    is_series = True if result.get("series_images") and not result.get("images") else None
     return Report(
         provider_task_id=usable_id(task_id_in(record)),
         external_task_id=_first(usable_id(value) for value in externals),
@@ -98,7 +105,7 @@ def read_report(record: Mapping[str, Any]) -> Report:
         raw_status=plain(word, 100),
         message=_first(plain(value, 1_000) for value in messages if isinstance(value, str)) or "",
         outputs=tuple(outputs),
-        series=_series_claim(result),
+        series=kind == "series" if kind in ("series", "single") else is_series,
         created_ms=_milliseconds(record.get("created_at", record.get("create_time"))),
         updated_ms=_milliseconds(record.get("updated_at", record.get("update_time"))),
         units=_units(record),
@@ -112,21 +119,6 @@ def task_id_in(record: Mapping[str, Any]) -> Any:
 def status_word(record: Mapping[str, Any]) -> str:
     word = record.get("task_status", record.get("status"))
     return word.strip() if isinstance(word, str) else ""
-
-
-def _series_claim(result: Mapping[str, Any]) -> bool | None:
-    if result.get("result_type") in ("series", "single"):
-        return bool(result["result_type"] == "series")
-    return True if result.get("series_images") and not result.get("images") else None
-
-
-def _old_outputs(result: Mapping[str, Any]) -> list[Output]:
-    return [
-        *_pictures(result.get("images"), "image"),
-        *_pictures(result.get("series_images"), "image"),
-        *_pictures(result.get("videos"), "video"),
-        *_sounds(result.get("audios")),
-    ]
 
 
 def _new_outputs(items: Any) -> list[Output]:
