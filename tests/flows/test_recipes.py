@@ -24,6 +24,7 @@ from moto.server import ThreadedMotoServer
 from receiver import AsyncReceiver, NotArchived, Receiver
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
+from tests import pipeline
 from tests.command_line import variables
 from tests.harness import ROOT, wait_until
 from tests.pipeline import free_port
@@ -48,14 +49,8 @@ def environment(parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def working(parts: Parts) -> Iterator[None]:
     """A worker beside the recipe."""
-    worker = parts.worker()
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with pipeline.working(parts):
         yield
-    finally:
-        worker.stop()
-        thread.join(30)
 
 
 def recipe(name: str) -> dict[str, Any]:

@@ -26,18 +26,9 @@ from receiver.providers.kling.request import (
     redacted,
 )
 from receiver.providers.kling.request_images import MAX_IMAGE_BYTES
+from tests.seed_client import EXAMPLE
 
 URL = "https://cdn.example/cat.png?Signature=canary~_-"
-SEED_EXAMPLE = {
-    "model_name": "kling-image-o1",
-    "prompt": "生成一张海边跳舞的图片",
-    "element_list": [{"element_id": 835266081714884677}],
-    "resolution": "",
-    "n": 1,
-    "aspect_ratio": "",
-    "callback_url": "",
-    "external_task_id": "",
-}
 
 
 def picture(width: int = 300, height: int = 300, kind: str = "PNG") -> bytes:
@@ -204,14 +195,14 @@ def test_faults_show_no_long_value_and_no_query() -> None:
 
 
 def test_the_seeds_example_as_it_stands() -> None:
-    wire = parse_request(SEED_EXAMPLE).wire()
-    assert wire == {name: SEED_EXAMPLE[name] for name in ("model_name", "prompt", "element_list", "n")}
+    wire = parse_request(EXAMPLE).wire()
+    assert wire == {name: EXAMPLE[name] for name in ("model_name", "prompt", "element_list", "n")}
     assert b'"element_id": 835266081714884677' in json.dumps(wire).encode()
 
 
 def test_empty_strings_are_refused_when_asked() -> None:
     with pytest.raises(RequestInvalid) as caught:
-        parse_request(SEED_EXAMPLE, drop_empty=False)
+        parse_request(EXAMPLE, drop_empty=False)
     named = [line.partition(":")[0] for line in caught.value.faults]
     assert named == ["resolution", "aspect_ratio", "callback_url", "external_task_id"]
 

@@ -15,21 +15,8 @@ from PIL import Image
 
 from receiver.sandbox import Knobs, Sandbox
 from tests.harness import wait_until
-from tests.receiver.sandbox.test_sandbox import PATH, QUICK, client, create, ended, urls
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Sandbox]:
-    with Sandbox() as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def sandbox(running: Sandbox) -> Sandbox:
-    """The running sandbox, as new."""
-    running.set(**{**Knobs().model_dump(), **QUICK})
-    running.reset()
-    return running
+from tests.receiver.sandbox.conftest import QUICK
+from tests.receiver.sandbox.test_sandbox import PATH, client, create, ended, urls
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from receiver.sandbox import Knobs, Sandbox
 from tests.harness import PAYLOADS, wait_until
 
 PATH = "/kling/v1/images/omni-image"
-QUICK = {"submitted_seconds": 0.02, "processing_seconds": 0.02, "picture_bytes": 20_000}
 SECRET = "whsec_dGVzdHNlY3JldHRlc3RzZWNyZXR0ZXN0c2VjcmV0MTI="
 
 
@@ -61,20 +60,6 @@ def listener() -> Iterator[Listener]:
     listening.server.shutdown()
     listening.server.server_close()
     thread.join()
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Sandbox]:
-    with Sandbox() as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def sandbox(running: Sandbox) -> Sandbox:
-    """The running sandbox, as new."""
-    running.set(**{**Knobs().model_dump(), **QUICK})
-    running.reset()
-    return running
 
 
 def client(sandbox: Sandbox) -> httpx.Client:
