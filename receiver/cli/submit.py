@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from storage.rows.models import Task
 
 
+# Longer than usual, because typer needs every option as a parameter.
 def submit(
     model_name: Annotated[str | None, typer.Option(help="kling-image-o1 or kling-v3-omni.")] = None,
     prompt: Annotated[str | None, typer.Option(help="At most 2,500 characters; inputs as <<<image_1>>>.")] = None,

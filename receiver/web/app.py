@@ -73,6 +73,13 @@ def build(
         finally:
             await group_commit.stop()
 
+    pages = _pages(health, assets, gateway, stream)
+    people = console.application(assets.answer) if console and assets else None
+    endings = [each.close for each in (gateway, stream, console) if each]
+    return Web(callbacks, pages, lifespan, endings, people, path_prefix)
+
+
+def _pages(health: Health, assets: Assets | None, gateway: Gateway | None, stream: Stream | None) -> Starlette:
     pages = Starlette(
         routes=[
             Route("/healthz", health.alive),
@@ -86,9 +93,7 @@ def build(
     )
     pages.router.redirect_slashes = False
     pages.add_middleware(_SecurityHeaders)
-    people = console.application(assets.answer) if console and assets else None
-    endings = [each.close for each in (gateway, stream, console) if each]
-    return Web(callbacks, pages, lifespan, endings, people, path_prefix)
+    return pages
 
 
 class Web(Router):
