@@ -19,6 +19,7 @@ from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.local_store.seaweed import is_free, random_port
 from receiver.sandbox import Sandbox
+from receiver.workers.worker import Worker
 from storage.keys import task_folder
 from storage.rows import tasks
 from storage.rows.deliveries import Delivery, store
@@ -107,7 +108,12 @@ def run(parts: Parts, *lanes: str) -> int:
 @contextmanager
 def working(parts: Parts) -> Iterator[None]:
     """A worker as it runs in its process, in a thread of the test."""
-    worker = parts.worker()
+    with running(parts.worker()):
+        yield
+
+
+@contextmanager
+def running(worker: Worker) -> Iterator[None]:
     thread = threading.Thread(target=worker.run)
     thread.start()
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -36,6 +35,7 @@ from storage.operations.outbox import Subscription
 from storage.rows.events import EventName, record
 from storage.rows.models import Dispatch, Event
 from tests.loopback import Listener
+from tests.pipeline import running
 from tests.rows import LONG_AGO, new_task
 from tests.webhook_receiver import SECRET, Hook
 
@@ -182,13 +182,8 @@ def sending(database: Database, case: Case) -> Iterator[None]:
     """As a worker process does, with all of the sink's threads."""
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS)
     worker = Worker(database, [Lane("it", Dispatch, work.work, case.sink.threads)], lease_seconds=60, grace_seconds=0)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
+    with running(worker):
         yield
-    finally:
-        worker.stop()
-        thread.join(30)
 
 
 def dispatches(database: Database) -> list[Dispatch]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from receiver.cli.main import app
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.rows import migrations
-from tests.command_line import CommandLine, Done, variables
+from tests.command_line import CommandLine, Done
 from tests.harness import wait_until
 
 VERBS = get_command(app).commands  # type: ignore[attr-defined]
@@ -25,19 +24,6 @@ ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
 # DESIGN, section 6. What we say beyond it may change, this may not.
 TASK_KEYS = "external_task_id task_id provider_task_id state archive expected error assets events"
 ASSET_KEYS = "kind index state key uri sha256 size media_type error"
-
-
-@pytest.fixture
-def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
-    """On a SQLite file that is not there yet."""
-    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
-
-
-@pytest.fixture
-def ready(receiver: CommandLine, migrated_sqlite: Path) -> CommandLine:
-    """On a SQLite file with the schema."""
-    (receiver.folder / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
-    return receiver
 
 
 def last_line(done: Done) -> str:

@@ -14,20 +14,13 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from receiver.sandbox import Sandbox
-from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable
-from tests.command_line import CommandLine, variables
+from tests.command_line import CommandLine
 from tests.harness import wait_until
 
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
-
-
-@pytest.fixture
-def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
-    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
 
 
 @pytest.fixture(autouse=True)

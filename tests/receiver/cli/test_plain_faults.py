@@ -16,26 +16,13 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from receiver.sandbox import Sandbox
-from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
-from tests.command_line import CommandLine, variables
+from tests.command_line import CommandLine
 from tests.harness import wait_until
 from tests.pipeline import free_port
 from tests.postgres import MigratedDatabases, Postgres
 
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
-
-
-@pytest.fixture
-def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
-    return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
-
-
-@pytest.fixture
-def ready(receiver: CommandLine, migrated_sqlite: Path) -> CommandLine:
-    (receiver.folder / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
-    return receiver
 
 
 @pytest.fixture

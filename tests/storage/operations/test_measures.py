@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -26,7 +25,7 @@ from storage.operations.measures import AccountMeasures, Measures, SinkMeasures,
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.harness import wait_until
-from tests.pipeline import Web, callbacks_of, deliver, drain, insert_row, run
+from tests.pipeline import Web, callbacks_of, deliver, drain, insert_row, run, running
 from tests.rows import LONG_AGO, event_names, new_asset, new_task, stored
 from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
 
@@ -66,12 +65,8 @@ def test_lead_time_is_at_most_six_hours() -> None:
 
 def test_workers_announce_deadlines(parts: Parts) -> None:
     task = expiring(parts, 1)
-    worker = parts.worker([])
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    wait_until(lambda: "task.deadline_near" in event_names(parts.database, task))
-    worker.stop()
-    thread.join(20)
+    with running(parts.worker([])):
+        wait_until(lambda: "task.deadline_near" in event_names(parts.database, task))
 
 
 def test_event_of_a_deadline_has_its_time(parts: Parts) -> None:
