@@ -106,7 +106,10 @@ class CreateStep:
         due_at = db_now(self._lease_seconds)
         try:
             with self._database.write() as session:
-                trial = pauses.begin(session, task.provider, task.model)
+                trial = pauses.begin(session, task)
+                if trial.is_early:
+                    self._settle_queued(session, task, "waits for the answers to others", 0, **claims.NO_ATTEMPTS)
+                    return
                 if trial.refusal is None:
                     claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
         except LostClaim:

@@ -133,7 +133,8 @@ class Submitter:
         refusal = pauses.refusal(session, task.provider, task.model)
         if refusal and not queue:
             raise refusal
-        free = self._slots.reserve(session, task.slots) and refusal is None
+        free = pauses.has_room(session, task.provider, task.id)
+        free = self._slots.reserve(session, task.slots) and free and refusal is None
         task.created_at = task.sent_at = tasks.now(session)
         claims.take(task, task.created_at, self._lease_seconds)
         if not free:
@@ -151,7 +152,8 @@ class Submitter:
         """
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
             raise refusal
-        free = self._slots.reserve(session, wanted.slots)
+        free = pauses.has_room(session, wanted.provider, wanted.id)
+        free = self._slots.reserve(session, wanted.slots) and free
         found = tasks.by_external_id(session, wanted.external_task_id)
         row = tasks.lock(session, found.id) if found else None
         if row is None or not _can_be_adopted(row) or row.lease is not None or row.deleted_at is not None:

@@ -3,67 +3,107 @@
     refused (key, balance, permission) ─▶ row, `account.paused` ─▶ tasks wait in their queue ─▶ trial ─┐
                                            ▲                                              refused ──────┤
                                            └────────────────────────────────────────────────┘           │
-                                                       made: row deleted, `account.resumed` ◀───────────┘
+                          made: `account.resumed`, row kept for `CAREFUL_SECONDS` with `trial_at` < `since` ◀───┘
 
-The rows are shared by all processes. Locks: a pause before any task. Callers own the transactions.
+Creates under way when an account is refused for the first time cannot be recalled. From then on a minute has at most
+`CAREFUL_CREATES` refused ones: while it is paused there is one trial, and for an hour after it resumes no more creates
+are under way at once. A refused create is under way until its pause is committed, so none takes its place.
+
+The rows are shared by all processes. Locks: a pause before the account and any task. Callers own the transactions.
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import delete, select, update
+from sqlalchemy import Select, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage.database.clock import db_now, db_now_once
 from storage.errors import AccountRefused, ModelRefused
 from storage.rows.events import EventName, record
-from storage.rows.models import AccountPause
+from storage.rows.models import AccountPause, Task
+from storage.states import Step
 
 log = structlog.get_logger()
 
 # A person tops up an account or corrects a key within minutes; a refused create a minute costs the provider nothing.
 TRIAL_SECONDS = 60.0
+# An account that was topped up by a little runs empty again soon. Four creates of a second each still make 14,000
+# tasks an hour.
+CAREFUL_SECONDS, CAREFUL_CREATES = 3_600.0, 4
 # The row of the whole account.
 EVERY_MODEL = ""
+_STANDS = col(AccountPause.trial_at) >= col(AccountPause.since)
+_IS_CAREFUL = ~_STANDS & (col(AccountPause.since) > db_now_once(-CAREFUL_SECONDS))
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Which queued tasks may be sent now. `is_closed`: none. `held_back`: none of these models."""
+    """Which queued tasks may be sent now. `is_closed`: none. `held_back`: none of these models. `room`: so many."""
 
     is_closed: bool = False
     held_back: frozenset[str] = frozenset()
+    room: int | None = None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a create may do. `refusal`: it may not be sent, and why. `of`: the pauses that it tries for everybody."""
+    """What a create may do. `refusal`: it may not be sent, and why. `of`: the pauses that it tries for everybody.
+
+    `is_early`: it waits until another of the account has its answer.
+    """
 
     refusal: AccountRefused | None = None
     of: tuple[AccountPause, ...] = ()
+    is_early: bool = False
 
 
 def of_account(session: Session, provider: str) -> list[AccountPause]:
     """The account's own pause first, then those of models by name."""
-    found = select(AccountPause).where(col(AccountPause.provider) == provider).order_by(col(AccountPause.model))
+    found = select(AccountPause).where(col(AccountPause.provider) == provider, _STANDS)
+    found = found.order_by(col(AccountPause.model))
     return list(session.scalars(found))
 
 
 def every(session: Session) -> list[AccountPause]:
     """The pauses of all accounts."""
-    return list(session.scalars(select(AccountPause).order_by(col(AccountPause.provider), col(AccountPause.model))))
+    found = select(AccountPause).where(_STANDS).order_by(col(AccountPause.provider), col(AccountPause.model))
+    return list(session.scalars(found))
 
 
 def gate(session: Session, provider: str) -> Gate:
     """What may leave the queue: nothing whose trial is not due. Locks nothing."""
     waits = _waiting(session, provider)
     names = frozenset(pause.model for pause in waits)
-    return Gate(EVERY_MODEL in names, names - {EVERY_MODEL})
+    if session.execute(_careful(provider)).first() is None:
+        return Gate(EVERY_MODEL in names, names - {EVERY_MODEL})
+    admitted = or_(col(Task.lease).is_not(None), col(Task.due_at) <= db_now_once())
+    room = max(CAREFUL_CREATES - _count_creates(session, provider, admitted), 0)
+    return Gate(room == 0, names - {EVERY_MODEL}, room)
+
+
+def _careful(provider: str) -> Select[Any]:
+    """The row of an account that was refused lately and goes on."""
+    return select(col(AccountPause.provider)).where(_is(provider, EVERY_MODEL), _IS_CAREFUL)
+
+
+def _count_creates(session: Session, provider: str, *conditions: Any) -> int:
+    creates = (col(Task.step) == Step.CREATE, col(Task.due_at).is_not(None), col(Task.provider) == provider)
+    return int(session.execute(select(func.count()).where(*creates, *conditions)).scalar_one())
+
+
+def has_room(session: Session, provider: str, task_id: uuid.UUID) -> bool:
+    """Whether a create may be under way beside the others. Locks the account's pause if it was refused lately."""
+    if session.execute(_careful(provider).with_for_update()).first() is None:
+        return True
+    others = (col(Task.id) != task_id, col(Task.lease).is_not(None), col(Task.sent_at).is_not(None))
+    return _count_creates(session, provider, *others) < CAREFUL_CREATES
 
 
 def refusal(session: Session, provider: str, model: str | None) -> AccountRefused | None:
@@ -83,18 +123,20 @@ def as_refusal(pause: AccountPause) -> AccountRefused:
     return kind(line(pause), code=pause.code, http_status=pause.http_status, said=pause.said)
 
 
-def begin(session: Session, provider: str, model: str | None) -> Trial:
+def begin(session: Session, task: Task) -> Trial:
     """Right before a create is sent: whether it may be. One a minute may for each pause, whichever process it is in."""
-    names = [EVERY_MODEL, model] if model else [EVERY_MODEL]
-    mine = (col(AccountPause.provider) == provider, col(AccountPause.model).in_(names))
-    rows = session.scalars(select(AccountPause).where(*mine).order_by(col(AccountPause.model)).with_for_update()).all()
+    names = [EVERY_MODEL, task.model] if task.model else [EVERY_MODEL]
+    mine = (col(AccountPause.provider) == task.provider, col(AccountPause.model).in_(names))
+    found = select(AccountPause).where(*mine).order_by(col(AccountPause.model)).with_for_update()
+    lately = session.scalars(found).all()
+    rows = [pause for pause in lately if pause.trial_at >= pause.since]
     if not rows:
-        return Trial()
+        return Trial(is_early=bool(lately) and not has_room(session, task.provider, task.id))
     now = session.execute(select(db_now())).scalar_one()
     for pause in rows:
         if pause.trial_at > now:
             return Trial(as_refusal(pause))
-    session.execute(update(AccountPause).where(*mine).values(trial_at=db_now(TRIAL_SECONDS)))
+    session.execute(update(AccountPause).where(*mine, _STANDS).values(trial_at=db_now(TRIAL_SECONDS)))
     return Trial(of=tuple(rows))
 
 
@@ -113,10 +155,12 @@ def pause(session: Session, provider: str, model: str | None, error: AccountRefu
     first: Any = dialect.insert(AccountPause).values(provider=provider, model=name, since=db_now(), **values)
     is_new = session.execute(first.on_conflict_do_nothing().returning(col(AccountPause.provider))).first() is not None
     if not is_new:
-        locked = select(AccountPause.code).where(_is(provider, name)).with_for_update()  # type: ignore[call-overload]
-        codes = session.scalars(locked).all()
-        session.execute(update(AccountPause).where(_is(provider, name)).values(**values))
-        if codes in ([], [error.code]):  # resumed meanwhile, or the fault that is known
+        locked = select(col(AccountPause.code), _STANDS).where(_is(provider, name)).with_for_update()
+        known = session.execute(locked).one_or_none()
+        is_over = known is not None and not known[1]
+        since = {"since": db_now()} if is_over else {}
+        session.execute(update(AccountPause).where(_is(provider, name)).values(**values, **since))
+        if not is_over and (known is None or known[0] == error.code):  # resumed meanwhile, or the fault that is known
             return
     facts = {"provider": provider, "model": name or None, "code": error.code, "reason": said}
     record(session, EventName.ACCOUNT_PAUSED, None, facts)
@@ -131,8 +175,11 @@ def resume(session: Session, trial: Trial, *, keys_alone: bool = False) -> None:
     for paused in trial.of:
         if keys_alone and paused.http_status != 401:
             continue
-        gone = delete(AccountPause).where(_is(paused.provider, paused.model))
-        if session.execute(gone.returning(col(AccountPause.provider))).first() is not None:
+        this = (_is(paused.provider, paused.model), _STANDS)
+        ended: Any = delete(AccountPause).where(*this)
+        if paused.model == EVERY_MODEL:
+            ended = update(AccountPause).where(*this).values(since=db_now(), trial_at=db_now(-1))
+        if session.execute(ended.returning(col(AccountPause.provider))).first() is not None:
             facts = {"provider": paused.provider, "model": paused.model or None, "code": paused.code}
             record(session, EventName.ACCOUNT_RESUMED, None, {**facts, "reason": paused.said})
             log.warning("account.resumed", **facts)

@@ -170,7 +170,8 @@ class Slots:
         if not is_full:
             heads = [head for head in self._heads(session) if head.model not in gate.held_back]
             following = partial(self._following, session)
-            chosen = choose(heads, held, limit, at_most=at_most, following=following)
+            most = at_most if gate.room is None else min(at_most, gate.room)
+            chosen = choose(heads, held, limit, at_most=most, following=following)
         if not chosen:
             self._none_admitted_at = sum(held.values()), limit, gate
             self._none_admitted_until = time.monotonic() + RECHECK_SECONDS

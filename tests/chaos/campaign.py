@@ -207,7 +207,8 @@ class Campaign:
     def _cut_pauses_short(self) -> None:
         """The trial of a paused account is due now."""
         with self._stage.parts.database.write() as session:
-            session.execute(update(AccountPause).values(trial_at=datetime.now(UTC)))
+            stands = col(AccountPause.trial_at) >= col(AccountPause.since)
+            session.execute(update(AccountPause).where(stands).values(trial_at=datetime.now(UTC)))
 
     def _freeze_in_a_stall(self, target: int, seconds: float) -> bool:
         """Freeze a worker while downloads crawl, so that it is likely to hold some, longer than its leases."""
