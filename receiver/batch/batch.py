@@ -34,6 +34,10 @@ T = TypeVar("T")
 
 # Failures that a terminal shows. The report has all.
 REASONS = 20
+OTHER_FILE = (
+    "there is a batch {name!r} already and none of its lines is in this file, so it is taken for another file's: "
+    "give another name (--name), or this one (--name) to add these lines to that batch"
+)
 NOT_KEPT = "its pictures were not kept: submit the line again under another name"
 
 
@@ -69,17 +73,18 @@ class Batches:
         self._submitter.row(request, None)
         return request
 
-    def plan(self, name: str, lines: Sequence[Line]) -> Plan:
+    def plan(self, name: str, lines: Sequence[Line], *, is_file_name: bool = False) -> Plan:
         """Compare a file with the rows there are. Changes nothing.
 
         Raises `BatchInvalid` if an external id of the file has another request here or belongs to another batch.
+        `is_file_name`: nobody chose the name, so a batch that shares no line with the file is taken for another file's.
         """
         new: list[Line] = []
         moved: list[tuple[uuid.UUID, int]] = []
         faults: list[Fault] = []
         with self._database.read() as session:
             batch = batches.find(session, name)
-            left_over = batches.counts(session, batch.id).total if batch else 0
+            left_over = total = batches.counts(session, batch.id).total if batch else 0
             for chunk in _chunks(lines):
                 known = batches.known(session, [line.external_task_id for line in chunk])
                 faults += _faults(chunk, known, batch)
@@ -89,6 +94,8 @@ class Batches:
                     if row and (row.batch_id, row.batch_line) != (placed, line.number):
                         moved.append((row.id, line.number))
                     left_over -= bool(row and row.batch_id)
+        if is_file_name and total and left_over == total:
+            faults.append(Fault(0, OTHER_FILE.format(name=plain(name, 80))))
         if faults:
             raise BatchInvalid(faults)
         return Plan(name, new, moved, len(lines) - len(new), left_over)

@@ -146,12 +146,12 @@ def submit(
     """`receiver submit --batch FILE`. Inserts rows, which workers send."""
     if report and not wait:
         raise typer.BadParameter("belongs to --wait; later `receiver batch export` writes it", param_hint="--report")
-    name = name or _name_of(file)
+    is_file_name, name = name is None, name or _name_of(file)
     from receiver.batch.batch_file import BatchInvalid
 
     with _parts_of(allow_http, store, dry_run=dry_run) as parts:
         try:
-            plan, lines = _plan(parts, file, name, format)
+            plan, lines = _plan(parts, file, name, format, is_file_name=is_file_name)
             if dry_run:
                 _show_estimate(parts, plan, lines, prices, as_json=as_json)
                 return
@@ -206,7 +206,7 @@ def _batches(parts: Parts) -> Batches:
     return Batches(parts.database, parts.submitter, parts.schedule)
 
 
-def _plan(parts: Parts, file: str, name: str, format: str | None) -> tuple[Plan, list[Line]]:
+def _plan(parts: Parts, file: str, name: str, format: str | None, *, is_file_name: bool) -> tuple[Plan, list[Line]]:
     from receiver.batch import batch_file
 
     of = _batches(parts)
@@ -224,7 +224,7 @@ def _plan(parts: Parts, file: str, name: str, format: str | None) -> tuple[Plan,
         from receiver.batch.batch import Plan
 
         return Plan(name, new=lines), lines
-    return of.plan(name, lines), lines
+    return of.plan(name, lines, is_file_name=is_file_name), lines
 
 
 def _put(parts: Parts, plan: Plan) -> None:

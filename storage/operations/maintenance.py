@@ -22,7 +22,7 @@ from storage.operations import walk
 from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Task
-from storage.rows.task_conditions import DISMISSED, IS_PARKED, not_dismissed
+from storage.rows.task_conditions import DISMISSED, IS_PARKED, is_dismissed, not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Report, Step, TaskState
 
 # Rows changed in one transaction. It takes about 10 ms, in which no one else can write on SQLite.
@@ -110,7 +110,7 @@ def _read_failed(session: Session, task: Task, schedule: reports.Schedule) -> Re
                               "or another id")  # fmt: skip
     if task.lease is not None:
         return Retried(reason="a worker holds it; retry when it has finished")
-    if task.archive is ArchiveState.INCOMPLETE:  # dismissed
+    if is_dismissed(task):
         task.archive, task.note = ArchiveState.NONE, None
     reports.reschedule(session, task, schedule, read_now=True)
     return Retried(step=task.step)
@@ -183,10 +183,16 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
 
     A task that the provider has not ended is failed here through `reports.apply`; a later success still wins. A worker
     that holds one of its rows loses the lease and changes nothing. Archived files stay; `retry` undoes the rest.
+
+    A failed task keeps its states: it has no archive that could be incomplete.
     """
     note = DISMISSED + reason
     task.step = None
     claims.rest(task)
+    if task.state is TaskState.FAILED:
+        task.note = note
+        session.flush()
+        return 0
     if task.state not in states.TERMINAL:
         failure = Report(None, None, TaskState.FAILED, message=note)
         reports.apply(session, task, failure, schedule, now=tasks.now(session), pushed=False)

@@ -80,7 +80,7 @@ class BatchPages:
         found = _nothing() | {"name": name, "content": content.decode("utf-8", "replace"), "format": format}
         try:
             lines = batch_file.read(io.BytesIO(content), format, name, self._of.batches.check)
-            plan = self._of.batches.plan(name, lines)
+            plan = self._of.batches.plan(name, lines, is_file_name=not visit.form.get("name", "").strip())
         except BatchInvalid as error:
             faults = [(fault.line, words.short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
             found |= {"faults": faults, "fault_count": len(error.faults)}

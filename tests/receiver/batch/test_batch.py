@@ -132,6 +132,16 @@ def test_a_changed_file_adds_what_is_new_and_says_what_it_left_out(parts: Parts)
 
 
 @ONE_DATABASE
+def test_another_files_lines_join_a_batch_only_by_its_name(parts: Parts) -> None:
+    put(parts, *LINES)
+    other, edited = read(parts, {**GOOD, "prompt": "another"}), read(parts, LINES[4], {**GOOD, "prompt": "new"})
+    with pytest.raises(BatchInvalid, match=r"batch 'night' already.*--name"):
+        of(parts).plan("night", other, is_file_name=True)
+    assert len(of(parts).plan("night", other).new) == 1
+    assert len(of(parts).plan("night", edited, is_file_name=True).new) == 1
+
+
+@ONE_DATABASE
 def test_another_name_pays_again(parts: Parts) -> None:
     put(parts, *LINES)
     assert put(parts, *LINES, name="again") == 5
@@ -334,7 +344,7 @@ def test_what_failed_at_the_provider_is_a_new_task_of_a_new_batch(parts: Parts, 
     again, left = of(parts).plan_again("night", "again")
     assert (of(parts).put(again), left) == (3, {})
     assert finish(parts, "again").archived == 3
-    assert (of(parts).counts("night").failed, of(parts).failed_at_provider("night")) == (3, 3)
+    assert (of(parts).counts("night").failed, of(parts).failed_at_provider("night")) == (4, 3)
     assert of(parts).plan_again("night", "again")[0].new == []
     new = [task for task in rows(parts) if task.state is TaskState.SUCCEEDED]
     assert [(task.batch_line, task.external_task_id[-2:]) for task in new] == [(2, "-1"), (3, "-2"), (4, "-3")]
@@ -412,6 +422,17 @@ def test_thirty_faults_are_all_listed_and_nothing_is_sent(command: Command, part
     told = command("submit", "--batch", "night.jsonl", "--json").json
     assert len(told["faults"]) == len(FAULTS)
     assert (rows(parts), sandbox.ledger().creates) == ([], ())
+
+
+@ONE_DATABASE
+def test_second_file_of_one_name_is_refused_until_the_name_is_given(command: Command, parts: Parts) -> None:
+    put(parts, *LINES)
+    Path("night.csv").write_text("model_name,prompt\nkling-v3-omni,a boat\n")
+    done = command("submit", "--batch", "night.csv")
+    assert (done.code, len(rows(parts))) == (1, len(LINES))
+    assert "give another name (--name), or this one (--name)" in done.err
+    assert command("submit", "--batch", "night.csv", "--name", "night").code == 0
+    assert len(rows(parts)) == len(LINES) + 1
 
 
 @ONE_DATABASE

@@ -368,6 +368,17 @@ def test_a_dismissed_task_waits_for_nothing_and_says_why(parts: Parts, operator:
     assert counted(operator.reconcile()[0]) == {}
 
 
+def test_a_failed_task_stays_failed_when_it_is_dismissed(parts: Parts, operator: Operator) -> None:
+    over = {"state": TaskState.FAILED, "archive": ArchiveState.NONE, "provider_task_id": "known-there"}
+    task = insert_row(parts, **OVER | over)
+    assert counted(operator.dismiss(task.external_task_id, "known")) == {"dismissed": 1}
+    row = stored(parts.database, task)
+    assert (row["state"], row["archive"], row["note"]) == (TaskState.FAILED, ArchiveState.NONE, "dismissed: known")
+    assert "task.incomplete" not in event_names(parts.database, task)
+    assert operator.retry(task.external_task_id).is_good
+    assert (stored(parts.database, task)["note"], stored(parts.database, task)["step"]) == (None, Step.READ)
+
+
 def test_its_waiting_files_are_given_up_and_their_worker_changes_nothing(parts: Parts, operator: Operator) -> None:
     task, files = lost(parts.database, 2, state=AssetState.DUE, due_at=LONG_AGO, error=None)
     with parts.database.write() as session:
