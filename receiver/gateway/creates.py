@@ -40,6 +40,7 @@ from storage.database.sessions import Database
 from storage.errors import AccountRefused, DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
 from storage.fetch.addresses import AddressPolicy, check_url
 from storage.keys import check_new_id
+from storage.rows import tasks
 from storage.rows.models import Idempotency, Task
 from storage.states import Step
 
@@ -200,9 +201,9 @@ class Creates:
             try:
                 self._remember(ask.key, refusal, reply)
             except DatabaseUnavailable as error:
-                log.error("gateway.answer_not_remembered", task=begun.task.external_task_id, error=str(error))
+                log.error("gateway.answer_not_remembered", **tasks.named(begun.task), error=str(error))
             except Exception:
-                log.exception("gateway.answer_not_remembered", task=begun.task.external_task_id)
+                log.exception("gateway.answer_not_remembered", **tasks.named(begun.task))
         return reply
 
     def _latest(self, begun: StartedCreate) -> Task:
@@ -210,9 +211,9 @@ class Creates:
         try:
             return self._row(begun)
         except DatabaseUnavailable as error:
-            log.error("gateway.row_not_read", task=begun.task.external_task_id, error=str(error))
+            log.error("gateway.row_not_read", **tasks.named(begun.task), error=str(error))
         except Exception:
-            log.exception("gateway.row_not_read", task=begun.task.external_task_id)
+            log.exception("gateway.row_not_read", **tasks.named(begun.task))
         return begun.task
 
     def _remember(self, key: Key, refusal: Refusal | None, reply: Reply) -> None:

@@ -178,7 +178,8 @@ class DeliveryApplier:
                 self._database.wake(session)
             for row, verdict in done:
                 state, reason = verdict.state, verdict.reason
-                log.info("callback.settled", callback=row.id, task=str(row.task_id), state=state, reason=reason)
+                task_id = row.task_id and str(row.task_id)
+                log.info("callback.settled", callback=row.id, task_id=task_id, state=state, reason=reason)
 
     def _settle(self, session: Session, row: Callback, verdict: Verdict, parsed: Report | str) -> None:
         values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}
@@ -251,7 +252,7 @@ class DeliveryApplier:
     def _doubt(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
         """Why the body is odd, though it is about this task. One read then decides."""
         if report.status is None:
-            log.warning("callback.unknown_status", task=task.external_task_id, status=report.raw_status)
+            log.warning("callback.unknown_status", **tasks.named(task), status=report.raw_status)
             return f"unknown status {report.raw_status!r}"
         if report.external_task_id not in (None, task.external_task_id):
             return "the body's external_task_id is written otherwise"
@@ -270,7 +271,7 @@ class DeliveryApplier:
         """
         words = reports.other_words(other)
         if is_first := reports.contradict(session, task, task.state, report.status, files=words):
-            log.warning("task.contradicted", task=task.external_task_id, files=words)
+            log.warning("task.contradicted", **tasks.named(task), files=words)
         reports.note_called_back(task, report, tasks.now(session))
         if not any(facts.assets[name].unconfirmed for name in other):
             return Verdict(CallbackState.APPLIED, DECIDED)

@@ -195,7 +195,7 @@ class CreateStep:
                 self._settle_queued(session, task, note, wait)
         except LostClaim:
             return
-        log.warning("slots.refused", task=task.external_task_id, limit=limit, note=note, seconds=round(wait, 1))
+        log.warning("slots.refused", **tasks.named(task), limit=limit, note=note, seconds=round(wait, 1))
 
     def _unclear(self, task: Task, error: Unavailable) -> None:
         if error.sent:
@@ -260,7 +260,7 @@ class CreateStep:
             return
         is_old = age.total_seconds() > OVERDUE_SECONDS and task.attempts >= OVERDUE_TRIES
         overdue = is_old and not waits_its_turn
-        facts = {"task": task.external_task_id, "note": note, "seconds": round(due_in, 1)}
+        facts = {**tasks.named(task), "note": note, "seconds": round(due_in, 1)}
         log.error("task.create_overdue", **facts) if overdue else log.info("task.create_later", **facts)
 
     def _accept(self, task: Task, answer: Created | Record) -> None:
@@ -296,7 +296,7 @@ class CreateStep:
                 self._database.wake(session)
         except LostClaim:
             return False
-        log.info("task.create_settled", task=task.external_task_id, state=row.state, error=row.error)
+        log.info("task.create_settled", **tasks.named(task), state=row.state, error=row.error)
         return row.state is report.status
 
 

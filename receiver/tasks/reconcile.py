@@ -126,7 +126,7 @@ class Reader:
         note = f"reading it ended its worker {row.losses} times; `receiver retry` tries again"
         with contextlib.suppress(LostClaim), self._database.write() as session:
             claims.settle(session, row, due_in=None, note=note_beside(note))
-        log.error("task.parked", task=row.external_task_id, note=note)
+        log.error("task.parked", **tasks.named(row), note=note)
 
     def _read(self, row: Task) -> Record | None:
         return read_task(
@@ -154,7 +154,7 @@ class Reader:
                 self._database.wake(session)
         except LostClaim:
             return
-        log.info("task.read", task=task.external_task_id, state=row.state, found=record is not None)
+        log.info("task.read", **tasks.named(task), state=row.state, found=record is not None)
 
     def _report(self, task: Task, record: Record | None, moment: datetime) -> Report:
         if record is not None and record.report.status in states.TERMINAL:
@@ -182,7 +182,7 @@ class Reader:
         except LostClaim:
             return
         if not waits_its_turn:
-            log.warning("task.unread", task=task.external_task_id, error=str(error), seconds=round(due_in, 1))
+            log.warning("task.unread", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
 
 
 class UnmatchedDeliveries:

@@ -204,8 +204,8 @@ class Callbacks:
         except DatabaseUnavailable as error:
             return self._away(delivery, error)
         if not is_kept and self._may_say.now(named.task_id):
-            task = str(named.task_id) if named.task_id else None
-            log.warning("callback.refused_not_kept", task=task, reason=reason, kept=MAX_REJECTED_PER_TASK)
+            task_id = str(named.task_id) if named.task_id else None
+            log.warning("callback.refused_not_kept", task_id=task_id, reason=reason, kept=MAX_REJECTED_PER_TASK)
         return _answer(401, "the signature is missing or wrong", "bad_signature")
 
     def _keep_refused(self, delivery: Delivery) -> bool:

@@ -27,7 +27,7 @@ from storage import states
 from storage.accounts import pauses
 from storage.database.clock import db_now, db_now_once
 from storage.database.sessions import Database, insert_or_ignore, run
-from storage.rows import claims
+from storage.rows import claims, tasks
 from storage.rows.models import LINE, LINE_ORDER, Account, Task
 from storage.rows.tasks import SILENT, give_back
 from storage.states import Step
@@ -285,5 +285,5 @@ def give_back_silent(database: Database) -> int:
             task.note = SILENT
         database.wake(session)
     for task in rows:
-        log.error("task.silent", task=task.external_task_id, provider_id=task.provider_task_id, note=SILENT)
+        log.error("task.silent", **tasks.named(task), provider_id=task.provider_task_id, note=SILENT)
     return len(rows)

@@ -110,7 +110,7 @@ class Archiver:
         except GiveUp as error:
             self._fail(asset, str(error))
         log.info(
-            "asset.worked", asset=str(asset.id), task=str(asset.task_id), kind=asset.kind, index=asset.index,
+            "asset.worked", asset=str(asset.id), task_id=str(asset.task_id), kind=asset.kind, index=asset.index,
             attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
         )  # fmt: skip
 
@@ -229,7 +229,7 @@ class Archiver:
             self._fail(asset, f"{error} (tried {tries} times since {asset.unusable_since:%Y-%m-%d})")
             return
         log.warning(
-            "asset.unusable", asset=str(asset.id), task=str(asset.task_id), error=str(error), tries=tries,
+            "asset.unusable", asset=str(asset.id), task_id=str(asset.task_id), error=str(error), tries=tries,
             seconds=round(due_in, 1),
         )  # fmt: skip
 
@@ -254,7 +254,7 @@ class Archiver:
                 self._look_at_task(session, task)
         except LostClaim:
             return
-        log.error("asset.failed", asset=str(asset.id), task=str(asset.task_id), error=reason)
+        log.error("asset.failed", asset=str(asset.id), task_id=str(asset.task_id), error=reason)
 
     def _retry(self, asset: Asset, reason: str, due_in: float) -> None:
         try:
@@ -262,7 +262,9 @@ class Archiver:
                 claims.settle(session, asset, due_in=due_in, error=reason)
         except LostClaim:
             return
-        log.warning("asset.retry", asset=str(asset.id), task=str(asset.task_id), error=reason, seconds=round(due_in, 1))
+        log.warning(
+            "asset.retry", asset=str(asset.id), task_id=str(asset.task_id), error=reason, seconds=round(due_in, 1)
+        )
 
     def _refresh(self, asset: Asset, error: Refresh) -> None:
         """The URL died: the task is read now; a new URL makes the asset due at once, the same one backs off."""
@@ -276,7 +278,7 @@ class Archiver:
                 self._database.wake(session)
         except LostClaim:
             return
-        log.warning("asset.refresh", asset=str(asset.id), task=str(asset.task_id), error=str(error))
+        log.warning("asset.refresh", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
 
     def _lock_task(self, session: Session, asset: Asset) -> Task:
         """The task row first, always: so exactly one settle sees that it was the last."""

@@ -85,9 +85,9 @@ class Finisher:
         except (Retry, GiveUp) as error:
             self._later(task, error)
             return
-        log.info("task.finished", task=row.external_task_id, archive=row.archive, note=row.note)
+        log.info("task.finished", **tasks.named(row), archive=row.archive, note=row.note)
         if row.archive is ArchiveState.INCOMPLETE:
-            log.error("task.incomplete", task=row.external_task_id, note=row.note)
+            log.error("task.incomplete", **tasks.named(row), note=row.note)
 
     def _write(self, task: Task) -> Written:
         with self._database.read() as session:
@@ -149,7 +149,7 @@ class Finisher:
                 claims.settle(session, task, due_in=None, note=note)
         except LostClaim:
             return
-        log.error("task.parked", task=task.external_task_id, note=note)
+        log.error("task.parked", **tasks.named(task), note=note)
 
     def _later(self, task: Task, error: Exception) -> None:
         after = error.after if isinstance(error, Retry) else None
@@ -159,7 +159,7 @@ class Finisher:
                 claims.settle(session, task, due_in=due_in, note=str(error))
         except LostClaim:
             return
-        log.warning("task.finish_later", task=task.external_task_id, error=str(error), seconds=round(due_in, 1))
+        log.warning("task.finish_later", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
 
 
 def build(

@@ -60,6 +60,8 @@ def _announce(database: Database, is_near: ColumnElement[bool]) -> int:
         tasks = session.execute(marked.returning(Task.id, Task.external_task_id, Task.files_expire_at)).all()
         for task_id, _, expires_at in tasks:
             record(session, EventName.TASK_DEADLINE_NEAR, task_id, {"files_expire_at": expires_at.isoformat()})
-    for _, external_task_id, expires_at in tasks:
-        log.error("task.deadline_near", task=external_task_id, files_expire_at=expires_at.isoformat())
+    for task_id, external_task_id, expires_at in tasks:
+        log.error(
+            "task.deadline_near", task=external_task_id, task_id=str(task_id), files_expire_at=expires_at.isoformat()
+        )
     return len(tasks)

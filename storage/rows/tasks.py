@@ -54,6 +54,11 @@ def by_external_id(session: Session, external_task_id: str) -> Task | None:
     return session.scalars(_BY_EXTERNAL_ID, {"wanted": external_task_id}).one_or_none()
 
 
+def named(task: Task) -> dict[str, str]:
+    """How every log line names a task: `task`, its external id, and `task_id`, the row's own id."""
+    return {"task": task.external_task_id, "task_id": str(task.id)}
+
+
 _LOCKED = select(Task).where(Task.id == bindparam("wanted")).with_for_update()
 _LOCKED = _LOCKED.execution_options(populate_existing=True)
 
