@@ -146,11 +146,11 @@ def delete(
     from storage.archive import delete as deletion
 
     with opened(starts_store=True) as parts:
+        external_task_id = task_view.find(parts.database, external_task_id)[0].external_task_id
         if dry_run:
             _, folders = deletion.folders_of_task(parts.database, parts.bucket, external_task_id)
             _show_deletable([each.key for folder in sorted(folders) for each in parts.bucket.list(folder)], as_json)
             return
-        task_view.find(parts.database, external_task_id)
         if not yes:
             typer.confirm(f"Delete {visible(external_task_id)} and its files for good?", abort=True, err=True)
         done = deletion.delete(parts.database, parts.bucket, external_task_id)

@@ -81,7 +81,12 @@ def retry(
         failed = _batches(parts).failed_at_provider(name)
     if failed:
         say(f"{failed:,} failed at the provider and are only read again: {_again(name)}", err=True)
-    _answer(tally, dry_run, as_json)
+    _answer(
+        tally,
+        dry_run,
+        as_json,
+        f"nothing of it failed; `receiver batch status {shlex.quote(name)}` shows how it stands",
+    )
 
 
 def _again(name: str) -> str:

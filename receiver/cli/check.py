@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from receiver.app.checks import Result
 
 COLOURS = {"ok": "green", "note": "cyan", "fault": "bold red"}
-# Wider than any result, so that without a terminal one result is one line.
-UNSEEN_WIDTH = 2_000
 
 
 def check(
@@ -63,7 +60,7 @@ def _show(results: Sequence[Result]) -> None:
     for result in results:
         found = f"{result.line}: {result.advice}" if result.advice else result.line
         table.add_row(cell(result.status, COLOURS[result.status]), cell(result.name), cell(found))
-    show(table, width=None if sys.stdout.isatty() else UNSEEN_WIDTH)
+    show(table)
     for result in results:
         if result.paste:
             say("", result.paste)

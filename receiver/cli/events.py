@@ -113,6 +113,7 @@ def redeliver(
 
     count, seen = 0, set[int]()
     with opened() as parts:
+        known = sorted(each.sink for each in parts.subscriptions)
         for page in _pages(parts, number or [], sink):
             with change(parts.database, dry_run=dry_run) as session:
                 count += outbox.redeliver(session, page)
@@ -121,8 +122,19 @@ def redeliver(
     _tell({"redelivered": count, "missing": missing}, dry_run, as_json)
     for each in missing[:MAX_SHOWN]:
         say(f"{each}: no such delivery", err=True)
+    if not count and not missing and not as_json:
+        say(_why_none(sink, known, all_dead=all_dead), err=True)
     if missing:
         raise typer.Exit(1)
+
+
+def _why_none(sink: str | None, known: Sequence[str], *, all_dead: bool) -> str:
+    """Why nothing was delivered again, and what to do."""
+    if not all_dead:
+        return "these are on their way this moment; `receiver events list --open` shows them"
+    if sink and sink not in known:
+        return f"nothing for {sink!r} was given up, and there is no such sink; there are {', '.join(known) or 'none'}"
+    return "nothing was given up; give the numbers of `receiver events list` for others"
 
 
 def _pages(parts: Parts, numbers: Sequence[int], sink: str | None) -> Iterator[list[Dispatch]]:

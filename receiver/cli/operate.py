@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 MAX_FAILED = 100_000
 # The most that are printed. `--json` has all.
 MAX_SHOWN = 20
+# Why a command found nothing to do, and what to do instead.
+NO_FAILED = "no file was given up and no task is parked; dismissed ones are retried by their id, and filters narrow it"
+NO_DELIVERY = "no stored delivery came then and is in that state; `receiver status ID` shows a task's, /console all"
+NO_READ = "no task waits for its result; name a task to read one that has ended"
+NO_LISTED = "the provider lists no task of these days; a larger --listed-days reaches further back"
+NO_OLD = "nothing that is over is older than that; `--older-than` with fewer days reaches more"
 UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 WHEN = "2026-11-23, 2026-11-23T10:00 (UTC), or an age: 90m, 6h, 7d"
 
@@ -70,7 +76,7 @@ def retry(
             tally = operator.retry(name, accept_unverified=accept_unverified)
         else:
             tally = operator.retry_failed(since=since, error=error, limit=limit or MAX_FAILED)
-    _answer(tally, dry_run, as_json)
+    _answer(tally, dry_run, as_json, NO_FAILED)
 
 
 def replay(
@@ -96,7 +102,7 @@ def replay(
     with opened(allow_http) as parts:
         wanted = CallbackState(state) if state else None
         tally = _operator(parts, dry_run).replay(delivery or (), since=since, until=until, state=wanted)
-    _answer(tally, dry_run, as_json)
+    _answer(tally, dry_run, as_json, NO_DELIVERY)
 
 
 def reconcile(
@@ -122,7 +128,7 @@ def reconcile(
                 done = read_now(parts.database, lane, reads, lease_seconds=parts.settings.lease_seconds)
             tally.counts.update(done.counts)
             tally.left.update(done.left)
-    _answer(tally, dry_run, as_json)
+    _answer(tally, dry_run, as_json, NO_READ)
 
 
 def adopt(
@@ -147,7 +153,7 @@ def adopt(
     with opened(allow_http, migrate=not dry_run) as parts, Console(stderr=True).status("asking the provider"):
         adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
         tally = adopter.take(task) if task else adopter.take_listed(timedelta(days=listed_days or 0))
-    _answer(tally, dry_run, as_json)
+    _answer(tally, dry_run, as_json, NO_LISTED)
 
 
 def dismiss(
@@ -182,7 +188,7 @@ def prune(
 
     with opened() as parts, Console(stderr=True).status("pruning"), checkpoints.beside(parts.database):
         tally = _operator(parts, dry_run).prune(timedelta(days=older_than))
-    _answer(tally, dry_run, as_json)
+    _answer(tally, dry_run, as_json, NO_OLD)
 
 
 def _operator(parts: Parts, dry_run: bool) -> Operator:
@@ -191,12 +197,17 @@ def _operator(parts: Parts, dry_run: bool) -> Operator:
     return Operator(parts.database, parts.providers, parts.schedule, dry_run=dry_run)
 
 
-def _answer(tally: Tally, dry_run: bool, as_json: bool) -> None:
-    """Print what was done, and on standard error what was not. Exit code 1 if a named item was not done."""
+def _answer(tally: Tally, dry_run: bool, as_json: bool, nothing: str = "") -> None:
+    """Print what was done, and on standard error what was not. Exit code 1 if a named item was not done.
+
+    `nothing`: why there may have been nothing to do, and where to look.
+    """
     if as_json:
         say_json({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left})
     else:
         _show(tally, dry_run)
+        if nothing and not tally.left and not any(tally.counts.values()):
+            say(nothing, err=True)
     if not tally.is_good:
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from receiver.cli.terminal import say, say_json
 
 def status(
     external_task_id: Annotated[
-        str | None, typer.Argument(help="External id of one task; without it the newest tasks.")
+        str | None, typer.Argument(help="A task by its external id or its own id (a UUID). [default: the newest tasks]")
     ] = None,
     limit: Annotated[int, typer.Option(help="How many of the newest tasks.", min=1, max=10_000)] = 20,
     urls: Annotated[

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+# Rich takes a pipe for a terminal of 80 columns. The longest id, address and error of one row have room here.
+PIPE_COLUMNS = 4_000
+
 
 class OutputFailed(UserError):
     """Standard output accepts nothing more, for example because the disk is full."""
@@ -39,11 +42,13 @@ def _without_delete(text: str) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
-def show(table: RenderableType, *, width: int | None = None) -> None:
-    """Print what rich draws. `cell` makes its texts. `width`: None = the terminal's."""
+def show(table: RenderableType) -> None:
+    """Print what rich draws, as wide as the terminal; in a pipe nothing is wrapped. `cell` makes its texts."""
     from rich.console import Console
 
-    console = Console(width=width)
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
     with console.capture() as captured:
         console.print(table)
     text = captured.get()

@@ -64,7 +64,7 @@ class Operator:
         """
         tally = Tally()
         with change(self._database, dry_run=self._dry_run) as session:
-            task = tasks.by_external_id(session, name)
+            task = tasks.by_name(session, name)
             asset = None if task else _asset(session, name)
             if asset is not None:
                 self._retry_asset(session, tally, asset, accept_unverified)
@@ -197,7 +197,7 @@ class Operator:
 
     def _reconcile(self, tally: Tally, name: str) -> uuid.UUID | None:
         with change(self._database, dry_run=self._dry_run) as session:
-            found = tasks.by_external_id(session, name)
+            found = tasks.by_name(session, name)
             task = tasks.lock(session, found.id) if found else None
             if task is None:
                 tally.left[name] = "no task has this external id"
@@ -220,7 +220,7 @@ class Operator:
         """End the alarms of a task that cannot be completed, with a reason. See `maintenance.dismiss`."""
         tally = Tally()
         with change(self._database, dry_run=self._dry_run) as session:
-            found = tasks.by_external_id(session, name)
+            found = tasks.by_name(session, name)
             task = tasks.lock(session, found.id) if found else None
             if task is None:
                 tally.left[name] = "no task has this external id"

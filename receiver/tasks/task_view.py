@@ -18,12 +18,12 @@ from storage.states import ArchiveState, AssetState
 TOGETHER = 500
 
 
-def find(database: Database, external_task_id: str) -> tuple[Task, list[Asset], list[Event]]:
-    """The task with its assets and facts. Raises `NoSuchTask`."""
+def find(database: Database, name: str) -> tuple[Task, list[Asset], list[Event]]:
+    """The task with its assets and facts, by its external or its own id. Raises `NoSuchTask`."""
     with database.read() as session:
-        task = tasks.by_external_id(session, external_task_id)
+        task = tasks.by_name(session, name)
         if task is None:
-            raise NoSuchTask(external_task_id)
+            raise NoSuchTask(name)
         return task, tasks.assets_of(session, task.id), events.of_task(session, task.id)
 
 

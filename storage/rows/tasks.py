@@ -54,6 +54,16 @@ def by_external_id(session: Session, external_task_id: str) -> Task | None:
     return session.scalars(_BY_EXTERNAL_ID, {"wanted": external_task_id}).one_or_none()
 
 
+def by_name(session: Session, name: str) -> Task | None:
+    """The task that a person names: by its external id, else by the row's own id."""
+    if task := by_external_id(session, name):
+        return task
+    try:
+        return session.get(Task, uuid.UUID(name))
+    except ValueError:
+        return None
+
+
 def named(task: Task) -> dict[str, str]:
     """How every log line names a task: `task`, its external id, and `task_id`, the row's own id."""
     return {"task": task.external_task_id, "task_id": str(task.id)}

@@ -21,7 +21,7 @@ from tests.command_line import CommandLine, variables
 from tests.pipeline import deliver, insert_row
 from tests.receiver.tasks.test_adopt import made_elsewhere
 from tests.receiver.tasks.test_operate import ASKED, counted, everything, lost, operating
-from tests.rows import LONG_AGO
+from tests.rows import LONG_AGO, new_task
 
 
 def accidents(parts: Parts) -> dict[str, Any]:
@@ -75,6 +75,30 @@ def test_words_and_exit_codes(receiver: CommandLine, beside: Database) -> None:
     again = receiver("dismiss", "no-such-task", "--reason", "why")
     assert (again.code, again.out) == (1, "nothing to do\n")
     assert again.err == "no-such-task: no task has this external id\n"
+    beside.close()
+
+
+def test_nothing_to_do_says_why(receiver: CommandLine) -> None:
+    for words, why in (
+        (("retry", "--all-failed"), "no file was given up"),
+        (("replay", "--since", "3h"), "no stored delivery"),
+        (("reconcile",), "no task waits"),
+        (("prune", "--older-than", "9"), "older than that"),
+    ):
+        done = receiver(*words)
+        assert (done.code, done.out, why in done.err) == (0, "nothing to do\n", True), done
+
+
+def test_task_is_named_by_its_own_id_too_and_a_pipe_wraps_no_id(receiver: CommandLine, beside: Database) -> None:
+    name = "order-" + "4711" * 30
+    with beside.write() as session:
+        task = new_task(session, external_task_id=name, error="a long reason " * 20)
+    listed = receiver("status", COLUMNS="60").out.splitlines()
+    assert any(line.startswith(f"{name} ") and "a long reason a long" in line for line in listed)
+    for own_id in (str(task.id), task.id.hex):
+        assert receiver("status", own_id).out.startswith(name)
+    assert receiver("dismiss", task.id.hex, "--reason", "known").out == "dismissed: 1\n"
+    assert "no task" in receiver("status", task.id.hex[:-1]).err
     beside.close()
 
 
