@@ -162,6 +162,7 @@ def files(parts: Parts) -> Iterator[Result]:
 def database(parts: Parts) -> Iterator[Result]:
     """Whether the database answers, takes writes and has our schema; then what its rows tell."""
     try:
+        database_faults.check_file(parts.database)
         schema = check_database.missing_file(parts) or check_database.schema(parts)
         yield schema
         yield from check_database.waking(parts)
@@ -170,7 +171,7 @@ def database(parts: Parts) -> Iterator[Result]:
             yield _workers(parts)
             yield _slots(parts)
             yield from _pauses(parts)
-    except (DatabaseUnavailable, DBAPIError, OSError) as error:
+    except (DatabaseUnavailable, database_faults.DatabaseRefused, DBAPIError, OSError) as error:
         advice = "see that it runs, may be written and has room, or correct RECEIVER_DATABASE_URL"
         url = parts.database.url
         line = f"{place(url)} cannot be used ({database_faults.reason(url, error)})"

@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
@@ -26,8 +27,19 @@ FOR_GOOD = re.compile(
 )
 
 
+# A file of one byte is empty to SQLite, which writes over it. Longer ones it refuses itself.
+SQLITE_HEADER_BYTES = 100
+
+
 class DatabaseRefused(UserError):
     """The database is there and refuses us; the message says where and why."""
+
+
+def check_file(database: Database) -> None:
+    """Raises `DatabaseRefused` for a file that is too short to be a SQLite database and not empty. Opens nothing."""
+    file = Path(database.url.database or "")
+    if database.is_sqlite and file.is_file() and 0 < file.stat().st_size < SQLITE_HEADER_BYTES:
+        raise DatabaseRefused(f"RECEIVER_DATABASE_URL: {place(database.url)}: file is not a database")
 
 
 def reason(url: URL, error: BaseException) -> str:

@@ -63,8 +63,9 @@ class SchemaBehind(UserError):
 def ready_schema(database: Database, *, migrate: bool) -> None:
     """Bring the schema up to date where that is wanted, else insist that it is, and make nothing.
 
-    Raises `SchemaBehind`.
+    Raises `SchemaBehind`, and `DatabaseRefused` for a file that is no database.
     """
+    database_faults.check_file(database)
     if migrate:
         migrations.upgrade(database)
         return

@@ -133,11 +133,12 @@ def _knobs(values: dict[str, Any]) -> Knobs:
     from pydantic import ValidationError
 
     from receiver.sandbox import Knobs
+    from receiver.sandbox.knobs import told
 
     try:
         return Knobs(**values)
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in told(error))
         raise typer.BadParameter("; ".join(faults), param_hint="a knob") from None
 
 

@@ -57,9 +57,11 @@ def work(
 
 def migrate() -> None:
     """Bring the database schema up to date. Safe to repeat, and to run on several hosts at once."""
+    from receiver.app.database_faults import check_file
     from storage.rows import migrations
 
     with opened(ready=False) as parts:
+        check_file(parts.database)
         before = migrations.current(parts.database)
         migrations.upgrade(parts.database)
         after = migrations.current(parts.database)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 
 
@@ -190,3 +191,13 @@ class Knobs(BaseModel):
     def merged(self, changes: dict[str, Any]) -> Knobs:
         """These knobs with `changes`. Raises pydantic.ValidationError for an unknown name or a value out of range."""
         return Knobs.model_validate({**self.model_dump(), **changes})
+
+
+def told(error: ValidationError) -> list[dict[str, Any]]:
+    """What is wrong with knobs, one entry each: `loc`, `msg`, `type`. An unknown name has the nearest one."""
+    faults: list[dict[str, Any]] = [{**each} for each in error.errors(include_url=False, include_context=False)]
+    for fault in faults:
+        if fault["type"] == "extra_forbidden":
+            near = get_close_matches(str(fault["loc"][0]), Knobs.model_fields, 1)
+            fault["msg"] = "no such knob" + (f"; did you mean {near[0]!r}?" if near else "")
+    return faults

@@ -32,7 +32,7 @@ from receiver.sandbox.access import is_loopback, is_own_request
 from receiver.sandbox.answers import Answer
 from receiver.sandbox.callbacks import Sender
 from receiver.sandbox.http_protocol import OddHttp
-from receiver.sandbox.knobs import Knobs
+from receiver.sandbox.knobs import Knobs, told
 from receiver.sandbox.ledger import Ledger
 from receiver.sandbox.world import Download, World
 
@@ -198,7 +198,7 @@ class Api:
             changes = await request.json()
             return Json(self.world.set(changes, remote=True).model_dump())
         except ValidationError as error:
-            return Json({"errors": error.errors(include_url=False, include_context=False)}, status_code=400)
+            return Json({"errors": told(error)}, status_code=400)
         except (ValueError, RecursionError, TypeError, AttributeError, PermissionError) as error:
             return Json({"errors": [{"msg": str(error)}]}, status_code=400)
 

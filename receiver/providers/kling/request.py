@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -179,8 +180,9 @@ class OmniImageRequest(_Strict):
         """One line for each part that the caller may not have meant. The request is sent anyway."""
         found = []
         if self.model_name not in MODELS:
-            known = ", ".join(MODELS)
-            found.append(f"model_name: {_shown(self.model_name)} is not known here (known: {known}); sent unchecked")
+            near = get_close_matches(self.model_name[:60].lower(), MODELS, 1, 0.8)
+            meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(MODELS)}"
+            found.append(f"model_name: {_shown(self.model_name)} is not known here ({meant}); sent unchecked")
         if self.series and self.n is not None:
             found.append("n: ignored by the provider when result_type is series; series_amount counts")
         if not self.series and self.series_amount is not None:

@@ -187,9 +187,10 @@ def test_a_folder_that_does_not_exist(look: Look, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_database(look: Look, tmp_path: Path) -> None:
-    (tmp_path / "text.db").write_text("not a database, only words " * 100)
-    (says,) = faults(look(f"sqlite:///{tmp_path}/text.db")).values()
-    assert "file is not a database" in says
+    for content in ("not a database, only words " * 100, "x"):
+        (tmp_path / "text.db").write_text(content)
+        (says,) = faults(look(f"sqlite:///{tmp_path}/text.db")).values()
+        assert "file is not a database" in says
 
 
 @pytest.mark.parametrize(

@@ -135,10 +135,12 @@ def test_an_option_that_libpq_does_not_know_is_one_line(receiver: CommandLine, o
 
 @pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",), ASK], ids=lambda words: words[0])
 def test_a_file_that_is_no_database_is_one_line(receiver: CommandLine, words: tuple[str, ...]) -> None:
-    (receiver.folder / "receiver.db").write_bytes(b"a picture, and no database" * 100)
-    done = receiver(*words)
     path = receiver.folder / "receiver.db"
-    assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {path}: file is not a database\n")
+    for content in (b"a picture, and no database" * 100, b"x"):
+        path.write_bytes(content)
+        done = receiver(*words)
+        assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {path}: file is not a database\n")
+        assert path.read_bytes() == content
 
 
 @pytest.mark.parametrize("words", [("migrate",), ("serve",), ASK], ids=lambda words: words[0])

@@ -240,6 +240,12 @@ def test_an_unknown_model_passes_with_a_warning() -> None:
     assert asked.wire()["n"] == 30
 
 
+@pytest.mark.parametrize("slip", ["kling-v3-omi", "kling_v3_omni", "Kling-V3-Omni", "kling-v3-omni "])
+def test_a_slip_of_a_models_name_is_told_the_model(slip: str) -> None:
+    [warning] = request(model_name=slip).warnings()
+    assert "did you mean 'kling-v3-omni'?" in warning
+
+
 @pytest.mark.parametrize("fields", [{"n": "x"}, {"resolution": 8}, {"image_list": [{"image": "?"}]}, {"seed": 1}])
 def test_an_unknown_model_is_checked_for_its_shape(fields: dict[str, Any]) -> None:
     assert faults(model_name="kling-v9", **fields)

@@ -183,6 +183,8 @@ def test_downloads_can_lead_elsewhere_and_take_their_time(api: httpx.Client, san
 
 def test_knobs_and_ledger_over_http(api: httpx.Client, sandbox: Sandbox) -> None:
     assert api.post("/sandbox/knobs", json={"fail_rate": 1}).json()["fail_rate"] == 1
+    (slip,) = api.post("/sandbox/knobs", json={"fail_rte": 1}).json()["errors"]
+    assert slip["msg"] == "no such knob; did you mean 'fail_rate'?"
     create(api, external_task_id="x")
     assert ended(api, "x")["task_status_msg"] == "Failure to pass the risk control system"
     ledger = api.get("/sandbox/ledger").json()
