@@ -18,7 +18,7 @@ from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
 from receiver.workers.worker import LINGER_SECONDS, Lane, PeriodicJob
 from storage.accounts import idempotency
 from storage.accounts.slots import give_back_silent
-from storage.archive import continuous_audit
+from storage.archive import continuous_audit, slow_hosts
 from storage.archive.archiver import Archiver
 from storage.archive.folders import sweep_uploads
 from storage.archive.manifest import Finisher
@@ -36,7 +36,9 @@ CALLBACK_THREADS = 2
 TASK_THREADS = 4
 # The most that a sink has.
 SINK_THREADS = 8
-# Threads of a worker beside those of its lanes: a feeder for each of the six lanes that are no sink's, eight periodic
+# The least time between two looks of the spare archive threads.
+SPARE_LINGER_SECONDS = 1.0
+# Threads of a worker beside those of its lanes: a feeder for each of the seven lanes that are no sink's, eight periodic
 # jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints, group writer. The rest is reserve.
 OTHER_THREADS = 24
 
@@ -68,6 +70,7 @@ def lanes(parts: Parts) -> Sequence[Lane]:
     archiver = Archiver(
         parts.database, parts.bucket, parts.fetcher, parts.schedule, spool_dir=settings.spool_dir, circuit=store
     )
+    other_hosts = slow_hosts.OtherHosts(parts.database, settings.worker_threads)
     return (
         Lane(
             "callbacks", Callback, applier.work, CALLBACK_THREADS, (received,), work_many=applier.work_many,
@@ -87,6 +90,10 @@ def lanes(parts: Parts) -> Sequence[Lane]:
         ),
         Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
         Lane("assets", Asset, archiver.work, settings.worker_threads, circuit=store),
+        Lane(
+            "assets-spare", Asset, archiver.work, slow_hosts.spare_threads(settings.worker_threads), circuit=store,
+            linger_seconds=SPARE_LINGER_SECONDS, beside=other_hosts.conditions,
+        ),
         *(_sink_lane(parts, name, sink) for name, sink in parts.sinks.items()),
     )  # fmt: skip
 

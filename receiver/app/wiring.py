@@ -27,6 +27,7 @@ from receiver.tasks.submit import Submitter
 from receiver.workers.worker import Lane, PeriodicJob, Worker
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
+from storage.archive.slow_hosts import spare_threads
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.sessions import Database
@@ -72,8 +73,12 @@ class Parts:
         A worker has those of its lanes, one to renew the lease beside each create, and a feeder for each sink.
         """
         sinks = (len(self.settings.event_entries) + 1) * (jobs.SINK_THREADS + 1)
-        rows = 2 * jobs.CALLBACK_THREADS + 1 + 3 * jobs.TASK_THREADS + self.settings.worker_threads
+        rows = 2 * jobs.CALLBACK_THREADS + 1 + 3 * jobs.TASK_THREADS + self.archive_threads
         return max(rows + sinks + jobs.OTHER_THREADS, WEB_THREADS)
+
+    @property
+    def archive_threads(self) -> int:
+        return self.settings.worker_threads + spare_threads(self.settings.worker_threads)
 
     @made_once
     def kling(self) -> Kling:
@@ -132,7 +137,7 @@ class Parts:
             checksum_mode=chosen.s3_checksums,
             addressing=chosen.s3_addressing,
             put_options=chosen.put_options,
-            connections=chosen.worker_threads + jobs.TASK_THREADS,
+            connections=self.archive_threads + jobs.TASK_THREADS,
         )
 
     @made_once
@@ -147,14 +152,13 @@ class Parts:
 
     @made_once
     def fetcher(self) -> Fetcher:
-        threads = self.settings.worker_threads
         most = self.settings.max_asset_bytes
         seconds = max(TOTAL_SECONDS, most / SLOWEST_BYTES_PER_SECOND)
         return Fetcher(
             self.address_policy,
             max_bytes=most,
             trusted_hosts=self.confirmation.trusted_hosts,
-            connections=threads,
+            connections=self.archive_threads,
             total_seconds=seconds,
             tunnel=self.tunnel,
             user_agent=self.settings.fetch_user_agent,

@@ -6,6 +6,7 @@ The lock protects memory alone. It is never held while a claim waits in the data
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ class RowsInHand:
         self._claiming = 0
         self._is_quarantined = False
         self._rows: dict[Claim, Any] = {}
+        self._since: dict[Claim, float] = {}
 
     @property
     def is_quarantined(self) -> bool:
@@ -34,6 +36,12 @@ class RowsInHand:
     def rows(self) -> list[Any]:
         with self._changed:
             return list(self._rows.values())
+
+    def lasting(self, model: Any, seconds: float) -> list[Any]:
+        """The rows of this model that have been in hand for so long."""
+        before = time.monotonic() - seconds
+        with self._changed:
+            return [row for claim, row in self._rows.items() if claim[0] is model and self._since[claim] < before]
 
     @contextmanager
     def claiming(self, *, alone: bool) -> Iterator[bool]:
@@ -54,11 +62,13 @@ class RowsInHand:
     def add(self, rows: Sequence[Any]) -> None:
         with self._changed:
             self._rows.update(zip(claims_of(rows), rows, strict=True))
+            self._since.update(dict.fromkeys(claims_of(rows), time.monotonic()))
 
     def remove(self, claims: Sequence[Claim]) -> None:
         with self._changed:
             for claim in claims:
                 self._rows.pop(claim, None)
+                self._since.pop(claim, None)
             self._changed.notify_all()
 
     def wait_until_empty(self, seconds: float) -> bool:

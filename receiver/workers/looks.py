@@ -22,7 +22,7 @@ class Looks:
 
     def __init__(self, database: Database, lanes: Sequence[Lane]) -> None:
         self._database = database
-        self._lanes = lanes
+        self.lanes = lanes
         self._lock = threading.Lock()
         self._wake_up = 0
         self._found: dict[str, bool] = {}
@@ -31,7 +31,7 @@ class Looks:
         """`wake_up`: which one the lane follows, counted from 1; None: look now."""
         with self._lock:
             if wake_up is not None and wake_up > self._wake_up:
-                self._found = {each.name: found for each, found in zip(self._lanes, self.look(), strict=True)}
+                self._found = {each.name: found for each, found in zip(self.lanes, self.look(), strict=True)}
                 self._wake_up = wake_up
             is_due = None if wake_up is None else self._found.pop(lane.name, None)
         if is_due is None:
@@ -43,6 +43,6 @@ class Looks:
             return lane.slots.is_any_next(session)
 
     def look(self, *, alone: bool = False) -> list[bool]:
-        asked = [(lane.model, lane.where) for lane in self._lanes]
+        asked = [(lane.model, lane.where) for lane in self.lanes]
         with self._database.autocommit_reader() as connection:
             return claims.which_are_due(connection, asked, alone=alone)

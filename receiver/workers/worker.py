@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
@@ -33,6 +33,8 @@ log = structlog.get_logger()
 IDLE_SECONDS = 0.5
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 LINGER_SECONDS = 0.1
+# Pictures take less. While files last longer, the spare threads look for others (see Lane.beside).
+LASTING_SECONDS = 2.0
 # Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. A check costs one index look-up for each lane.
 QUARANTINE_INTERVAL_SECONDS = 1.0
 # The longest pause between two tries of a row that meets a bug: the next release may cure it.
@@ -49,7 +51,8 @@ class Lane:
 
     `work_many`: takes up to `batch()` rows; a single row goes to `work`. `linger_seconds`: pause between claims.
     `circuit`: of the store, provider or sink that the work needs; while it is open, nothing is claimed. `slots`: of the
-    account; queued rows are admitted when the lane claims.
+    account; queued rows are admitted when the lane claims. `beside`: of a lane of spare threads: further conditions, by
+    the rows of `model` that have been in hand for LASTING_SECONDS; None: claim nothing.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Lane:
     batch: Callable[[], int] = lambda: 1
     linger_seconds: float = 0
     slots: Slots | None = None
+    beside: Callable[[Sequence[Any]], Sequence[Any] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Worker:
         self._stop = threading.Event()
         self._wake = threading.Condition()
         self._commits = 0
-        self._looks = Looks(database, lanes)
+        self._looks = Looks(database, [lane for lane in lanes if lane.beside is None])
         self._in_hand = RowsInHand()
         self._busy = set[str]()  # lanes whose last claim found all it wanted: the next is made without a look
         self._unsettled: list[Any] = []  # rows whose work met a database that was away
@@ -168,6 +172,11 @@ class Worker:
 
     def _claim_granted(self, lane: Lane, wanted: int, wake_up: int | None = None) -> tuple[list[Any], Grant]:
         """Claim up to `wanted` due rows if the circuit permits. The grant ends with the work on them."""
+        if lane.beside is not None:
+            conditions = lane.beside(self._in_hand.lasting(lane.model, LASTING_SECONDS))
+            if conditions is None:
+                return [], NOTHING
+            lane, wake_up = replace(lane, where=(*lane.where, *conditions)), None
         if lane.name not in self._busy and not self._looks.is_any_due(lane, wake_up):
             return [], NOTHING
         with ExitStack() as if_nothing_claimed:
@@ -333,7 +342,7 @@ class Worker:
         The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
-        waiting = [lane for lane, is_due in zip(self._lanes, self._looks.look(alone=True), strict=True) if is_due]
+        waiting = [lane for lane, is_due in zip(self._looks.lanes, self._looks.look(alone=True), strict=True) if is_due]
         with ExitStack() as granted:
             trials = [lane.circuit.grant(1, left_for_seconds=PAUSE_CAP_SECONDS) for lane in waiting]
             lanes = [lane for lane, grant in zip(waiting, trials, strict=True) if granted.enter_context(grant).count]

@@ -1,0 +1,72 @@
+"""What the archive's spare threads take: files of other hosts, while files that last long hold its own threads.
+
+A host that sends at just above the least speed keeps a thread for ten minutes a file. The spare threads are idle while
+files come in quickly, so an archive of one host has all of its own threads.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, or_, select
+
+from storage.database.clock import db_now_once
+from storage.database.sessions import Database
+from storage.rows import claims
+from storage.rows.models import Asset
+
+# Scheme, host and port are before this place of a URL; a host name has 253 characters at most.
+MAX_START_CHARS = 300
+# A look passes over all due files of the slow hosts: 100,000 take 0.3 s. It may take this part of the time.
+LOOK_SHARE = 0.05
+
+_ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
+
+
+def spare_threads(threads: int) -> int:
+    """How many threads are kept from a slow host, beside those that every host may use."""
+    return max(threads // 4, 1)
+
+
+class OtherHosts:
+    """Finds files for the spare threads of an archive that has `threads`. Used by one thread."""
+
+    def __init__(self, database: Database, threads: int) -> None:
+        self._database = database
+        self._spare = spare_threads(threads)
+        self._enough = max(threads - self._spare, 1)
+        self._next_look_at = 0.0
+
+    def conditions(self, lasting: Sequence[Asset]) -> Sequence[Any] | None:
+        """Which due files may be claimed, by those that have lasted long. None: none now.
+
+        None too while a quarter of the archive's threads is free of lasting files: then it serves every host itself.
+        """
+        began = time.monotonic()
+        if len(lasting) < self._enough or began < self._next_look_at:
+            return None
+        ids = self._due_elsewhere(sorted({_host(asset.source_url) for asset in lasting}))
+        ended = time.monotonic()
+        self._next_look_at = ended + (ended - began) / LOOK_SHARE
+        return (or_(*(_ASSETS.id == each for each in ids)),) if ids else None
+
+    def _due_elsewhere(self, hosts: Sequence[str]) -> Sequence[Any]:
+        """Read without a transaction: a claim with these conditions would lock SQLite for as long as it looks."""
+        due = select(_ASSETS.id).where(_ASSETS.due_at <= db_now_once(), *map(_is_elsewhere, hosts))
+        sound = due.where(_ASSETS.losses < claims.QUARANTINE_AFTER - 1)
+        with self._database.autocommit_reader() as connection:
+            return connection.execute(sound.order_by(_ASSETS.due_at).limit(self._spare)).scalars().all()
+
+
+def _host(url: str) -> str:
+    """Host and port as written. A link that does not have this form is refused before it can last."""
+    place = re.split(r"[/?#\\\s]", url.partition("//")[2], maxsplit=1)[0]
+    return place.lower().removesuffix(":443").rstrip(".")
+
+
+def _is_elsewhere(host: str) -> Any:
+    start = func.lower(func.substr(_ASSETS.source_url, 1, MAX_START_CHARS))
+    return ~start.contains(f"//{host}", autoescape=True)
