@@ -10,8 +10,8 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,27 @@ class Source:
 
     address: str
     names: list[str]
+    scheme: str = "http"
+    variables: dict[str, str] = field(default_factory=dict)  # with which a client trusts it
+
+    def link(self, number: int) -> str:
+        return f"{self.scheme}://{self.address}/{self.names[number % len(self.names)]}"
 
 
 @contextmanager
-def source(place: Path, *, count: int, size: int) -> Iterator[Source]:
-    """`count` different PNGs behind rclone's file server."""
+def source(place: Path, *, count: int, size: int, certificate: Path | None = None) -> Iterator[Source]:
+    """`count` different PNGs behind rclone's file server, over TLS with a certificate that also holds its key."""
     shelf = place / "source"
     shelf.mkdir()
     names = [f"{number:05}.png" for number in range(count)]
     for number, name in enumerate(names):
         (shelf / name).write_bytes(png(size, number))
-    with stage.files(shelf) as address:
-        yield Source(address, names)
+    if certificate is None:
+        with stage.files(shelf) as address:
+            yield Source(address, names)
+        return
+    with stage.files(shelf, "--cert", str(certificate), "--key", str(certificate)) as address:
+        yield Source(address, names, "https", {"SSL_CERT_FILE": str(certificate)})
 
 
 def insert_row(url: str, source: Source, count: int) -> int:
@@ -68,8 +77,7 @@ def insert_row(url: str, source: Source, count: int) -> int:
             session.add(task)
             session.flush()
             for index in range(min(IMAGES_PER_TASK, count - start)):
-                link = f"http://{source.address}/{source.names[(start + index) % len(source.names)]}"
-                name = AssetName("image", index)
+                link, name = source.link(start + index), AssetName("image", index)
                 values: dict[str, Any] = {"task_id": task.id, "kind": name.kind, "index": index, "source_url": link}
                 session.add(
                     Asset(id=asset_id(task.id, name), **values, due_at=now, created_at=now, files_expire_at=end)
@@ -106,10 +114,16 @@ def archive(url: str, source: Source, count: int) -> float:
     return took
 
 
-def ours(place: Path, source: Source, count: int, **more: str) -> tuple[float, float]:
+Store = Callable[[Path], AbstractContextManager[dict[str, str]]]
+
+
+def ours(
+    place: Path, source: Source, count: int, *, threads: int = TRANSFERS, store: Store = stage.seaweed
+) -> tuple[float, float]:
     """(seconds, CPU seconds of the worker) for `count` pictures, default settings, after eight to warm up."""
-    with stage.seaweed(place) as found, stage.database("sqlite", place) as url:
-        variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address, **more)
+    with store(place) as found, stage.database("sqlite", place) as url:
+        found = {**found, **source.variables, "RECEIVER_WORKER_THREADS": str(threads)}
+        variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
         with stage.workers(variables, place) as (process_id,):
             _archive_and_forget(url, source, 8)
             before = stage.cpu_seconds(process_id)
@@ -125,12 +139,13 @@ def _archive_and_forget(url: str, source: Source, count: int) -> None:
     database.close()
 
 
-def rclone(place: Path, source: Source, count: int) -> tuple[float, float]:
-    """(seconds, CPU seconds) of `rclone copyurl --urls` into an S3 server of its own, 8 transfers."""
+def rclone(
+    place: Path, source: Source, count: int, *, threads: int = TRANSFERS, store: Store = stage.seaweed
+) -> tuple[float, float]:
+    """(seconds, CPU seconds) of `rclone copyurl --urls` into an S3 server of its own, as many transfers as threads."""
     urls = place / "urls.csv"
-    names = [source.names[number % len(source.names)] for number in range(count)]
-    urls.write_text("".join(f"http://{source.address}/{name},{number:06}.png\n" for number, name in enumerate(names)))
-    with stage.seaweed(place / "rclone") as found:
+    urls.write_text("".join(f"{source.link(number)},{number:06}.png\n" for number in range(count)))
+    with store(place / "rclone") as found:
         remote = {
             "RCLONE_CONFIG_S_TYPE": "s3", "RCLONE_CONFIG_S_PROVIDER": "Other", "RCLONE_CONFIG_S_ENV_AUTH": "true",
             "RCLONE_CONFIG_S_ENDPOINT": found["RECEIVER_S3_ENDPOINT_URL"], "RCLONE_CONFIG_S_NO_CHECK_BUCKET": "true",
@@ -138,8 +153,8 @@ def rclone(place: Path, source: Source, count: int) -> tuple[float, float]:
         command = [stage.rclone(), "copyurl", "--urls", str(urls), f"s:{found['RECEIVER_S3_BUCKET']}/copied"]
         before, started = _children_cpu(), time.monotonic()
         subprocess.run(
-            [*command, "--transfers", str(TRANSFERS)], env={**os.environ, **found, **remote}, check=True,
-            timeout=DRAIN_SECONDS, capture_output=True,
+            [*command, "--transfers", str(threads)], env={**os.environ, **found, **remote, **source.variables},
+            check=True, timeout=DRAIN_SECONDS, capture_output=True,
         )  # fmt: skip
         return time.monotonic() - started, _children_cpu() - before
 

@@ -140,12 +140,12 @@ def workers(variables: Mapping[str, str], place: Path, count: int = 1) -> Iterat
 
 
 @contextmanager
-def files(place: Path) -> Iterator[str]:
-    """rclone's file server over `place`: the source of both sides; its host and port."""
+def files(place: Path, *more: str) -> Iterator[str]:
+    """rclone's file server over `place`: the source of both sides; its host and port. `more`: options of rclone."""
     port = free_port()
     address = f"{HOST}:{port}"
-    with running([rclone(), "serve", "http", str(place), "--addr", address], here(), place.parent):
-        wait_for(f"http://{address}/")
+    with running([rclone(), "serve", "http", str(place), "--addr", address, *more], here(), place.parent):
+        wait_for(f"http://{address}/")  # over TLS it answers 400
         yield address
 
 

@@ -81,6 +81,27 @@ class Result:
         return (f"{self.row.name:>4}  {self.row.title:<46} {ours:>10.2f} {against:>10.2f} {self.row.unit:<8} "
                 f"{self.figure:>6.2f}  {spread:>11}  {goal:>7}  {'met' if self.is_met else 'NOT MET'}")  # fmt: skip
 
+    def markdown(self) -> str:
+        if not self.samples:
+            return f"| {self.row.name} | {self.row.title} | | {self.row.reference} | | | | no round ended |"
+        figures = sorted(sample.figure for sample in self.samples)
+        ours = statistics.median(sample.ours for sample in self.samples)
+        against = statistics.median(sample.reference for sample in self.samples)
+        goal = f"{'≥' if self.row.judgement == 'at least' else '≤'} {self.row.goal:g}" if self.row.goal else ""
+        verdict = ("met" if self.is_met else "not met") if self.row.goal else ""
+        cells = [f"{_short(ours)} {self.row.unit}", f"{self.row.reference}, {_short(against)} {self.row.unit}"]
+        return (f"| {self.row.name} | {self.row.title} | {' | '.join(map(str.rstrip, cells))} | {self.figure:.2f} "
+                f"| {figures[0]:.2f}–{figures[-1]:.2f} | {goal} | {verdict} |")  # fmt: skip
+
+
+def _short(figure: float) -> str:
+    """Three digits are as many as two runs share."""
+    return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+MARKDOWN_HEADING = """\
+| row | measure | ours | reference | figure | least–most | goal | |
+|---|---|---:|---:|---:|---|---|---|"""
 
 HEADING = (
     f"{'row':>4}  {'measure':<46} {'ours':>10} {'reference':>10} {'unit':<8} {'figure':>6}  {'spread':>11}  {'goal':>7}"
@@ -111,6 +132,11 @@ def say(words: str) -> None:
 
 def show(results: Sequence[Result]) -> str:
     return "\n".join([HEADING, *(result.line() for result in results)])
+
+
+def show_markdown(results: Sequence[Result]) -> str:
+    """The table as README.md beside this file has it."""
+    return "\n".join([MARKDOWN_HEADING, *(result.markdown() for result in results)])
 
 
 def as_json(results: Sequence[Result]) -> str:

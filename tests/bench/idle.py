@@ -1,0 +1,72 @@
+"""Row 17: what eight workers cost on PostgreSQL while there is nothing to do."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psycopg
+
+from tests.bench import stage
+from tests.bench.table import Sample
+
+WORKERS, SMALL_WORKERS = 8, 1
+# Pools have shrunk and the looks of the start are over by then.
+SETTLE_SECONDS, SECONDS = 20.0, 40.0
+SMALL_SETTLE_SECONDS, SMALL_SECONDS = 0.0, 2.0
+TRANSACTIONS = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'bench'"
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'bench'"
+# Of a figure that may be nothing at all in the short form.
+LEAST = 0.001
+
+
+class Idle:
+    """Four rows tell of the same run: each asks for its figure, and the first makes the run."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, float] = {}
+
+    def figure(self, name: str, goal: float) -> Callable[[bool], Sample]:
+        def measure(small: bool) -> Sample:
+            if name not in self._found:
+                self._found = _measured(small)
+            found = max(self._found.pop(name), LEAST)
+            return Sample(found, goal, value=found)
+
+        return measure
+
+
+def _measured(small: bool) -> dict[str, float]:
+    """Transactions a second, most connections, CPU seconds a minute of all, and MB of the largest worker's own."""
+    count = SMALL_WORKERS if small else WORKERS
+    settle, seconds = (SMALL_SETTLE_SECONDS, SMALL_SECONDS) if small else (SETTLE_SECONDS, SECONDS)
+    with stage.folder() as place, stage.seaweed(place) as store, stage.database("postgresql", place) as url:
+        with stage.workers(stage.environment(url, **store), place, count) as ids:
+            time.sleep(settle)
+            with psycopg.connect(url.replace("/bench", "/postgres"), autocommit=True) as looking:
+
+                def ask(statement: str) -> int:
+                    found = looking.execute(statement).fetchone()
+                    assert found is not None
+                    return int(found[0])
+
+                before, cpu, started = ask(TRANSACTIONS), sum(map(stage.cpu_seconds, ids)), time.monotonic()
+                connections = [ask(CONNECTIONS)]
+                while time.monotonic() < started + seconds:
+                    time.sleep(1)
+                    connections.append(ask(CONNECTIONS))
+                passed = time.monotonic() - started
+                return {
+                    "transactions": (ask(TRANSACTIONS) - before) / passed,
+                    "connections": max(connections),
+                    "cpu": (sum(map(stage.cpu_seconds, ids)) - cpu) / passed * 60,
+                    "memory": max(map(_own_megabytes, ids)),
+                }
+
+
+def _own_megabytes(process_id: int) -> float:
+    """Memory that it shares with no other process."""
+    lines = Path(f"/proc/{process_id}/smaps_rollup").read_text()
+    return sum(int(kilobytes) for kilobytes in re.findall(r"Private_\w+: +(\d+) kB", lines)) / 1024
