@@ -133,7 +133,9 @@ class Submitter:
         refusal = pauses.refusal(session, task.provider, task.model)
         if refusal and not queue:
             raise refusal
-        free = pauses.has_room(session, task.provider, task.id)
+        free = not queue or pauses.has_room(
+            session, task.provider, task.id
+        )  # a client that waits is not refused for it
         free = self._slots.reserve(session, task.slots) and free and refusal is None
         task.created_at = task.sent_at = tasks.now(session)
         claims.take(task, task.created_at, self._lease_seconds)
@@ -152,8 +154,7 @@ class Submitter:
         """
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
             raise refusal
-        free = pauses.has_room(session, wanted.provider, wanted.id)
-        free = self._slots.reserve(session, wanted.slots) and free
+        free = self._slots.reserve(session, wanted.slots)
         found = tasks.by_external_id(session, wanted.external_task_id)
         row = tasks.lock(session, found.id) if found else None
         if row is None or not _can_be_adopted(row) or row.lease is not None or row.deleted_at is not None:

@@ -133,6 +133,13 @@ MUTATIONS = (
         f"{ACCOUNT}::test_a_trial_that_never_left_is_no_trial",
     ),
     Mutation(
+        "an account that goes on has as many creates under way as any other",
+        "storage/accounts/pauses.py",
+        "*others) < CAREFUL_CREATES",
+        "*others) < 1_000",
+        "tests/storage/accounts/test_careful_accounts.py",
+    ),
+    Mutation(
         "a trial that never reached the store counts as one",
         "storage/circuit.py",
         "self._trial, self._next_trial_at = None, self._trial_was_due_at",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from typing import Any
 
 import httpx
 import pytest
-from sqlmodel import select
+from sqlalchemy import update
+from sqlmodel import col, select
 
 from receiver.app import checks
 from receiver.app.wiring import Parts
@@ -19,7 +21,8 @@ from receiver.sandbox import Sandbox
 from storage.accounts import pauses
 from storage.accounts.batches import Counts
 from storage.rows.models import AccountPause, Event, Task
-from storage.states import TaskState
+from storage.states import Step, TaskState
+from tests.bench.claims import LATER, fill
 from tests.harness import wait_until
 from tests.pipeline import Web, run, task_of, working
 from tests.unreported_tasks import REQUEST, creates
@@ -139,6 +142,24 @@ def test_a_client_hears_the_refusal_and_its_key_is_not_used_up(
     let_the_trial_come(parts)
     assert create(web, "try-1", ID).status_code == 200
     assert (stand(parts), len(sandbox.ledger().tasks)) == ([], 1)
+
+
+def test_a_client_of_an_account_that_was_refused_lately_waits_in_the_queue(
+    web: Web, parts: Parts, sandbox: Sandbox
+) -> None:
+    sandbox.set(create_faults=["1102"])
+    ask(parts)
+    let_the_trial_come(parts)
+    run(parts, "creates")
+    now = parts.database.now()
+    fill(parts.database, Task, pauses.CAREFUL_CREATES, step=Step.CREATE, sent_at=now, due_at=LATER, lease=uuid.uuid4())
+    assert create(web, "try-1", "order-2").status_code == 200
+    assert ask(parts, "order-3").queued_at is not None and task_of(parts, "order-2").queued_at is not None
+    assert run(parts, "creates") == 0
+    with parts.database.write() as session:
+        session.execute(update(Task).where(col(Task.due_at) == LATER).values(due_at=None, lease=None))
+    run(parts, "creates")
+    assert {task_of(parts, name).state for name in ("order-2", "order-3")} == {TaskState.SUBMITTED}
 
 
 def test_who_looks_is_told_with_the_providers_words(
