@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy.event
 from sqlalchemy import delete, text
 from sqlmodel import Session
 
@@ -192,6 +193,20 @@ def test_new_request_wakes_the_streams_that_wait(web: Web, parts: Parts, monkeyp
         tell(parts, EventName.TASK_FAILED)
         assert httpx.head(f"{web.url}/events", headers=KEYS).status_code == 200
         assert numbers(take(messages, 1)) == [1]
+
+
+def test_streams_that_follow_live_share_their_reads(web: Web, parts: Parts) -> None:
+    pages: list[str] = []
+    with ExitStack() as readers:
+        streams = [readers.enter_context(reading(web)) for _ in range(8)]
+        assert {next(stream)["retry"] for stream in streams} == {"2000"}
+        sqlalchemy.event.listen(
+            parts.database.reader, "before_cursor_execute",
+            lambda *call: pages.append(call[2]) if "event.data" in call[2] else None,
+        )  # fmt: skip
+        tell(parts, EventName.TASK_FAILED)
+        assert [numbers(take(stream, 1)) for stream in streams] == [[1]] * 8
+    assert len(pages) < 4
 
 
 def test_polling_continues_after_an_unexpected_error(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
