@@ -2,32 +2,38 @@
 
 Bounded and seeded; the suite runs a short form, the long one is a command:
 
-    .venv/bin/python -m tests.fuzz_creates --bodies 100000
+    .venv/bin/python -m tests.fuzz_creates --bodies 100000 --processes 2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import resource
+import sys
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 from receiver.gateway.answers import Refused
 from receiver.gateway.create_body import MAX_TEXT_BYTES
 from receiver.gateway.creates import Creates
 from storage.fetch.addresses import AddressPolicy
+from tests.bench.stage import memory_bytes
 from tests.fuzz import ODD_VALUES
 from tests.unreported_tasks import drawn, encoded
 
 MIB = 2**20
 # A body is held as it came and as what was read of it; of the text that is read just now three copies more.
 COPIES, COPIES_OF_A_TEXT, MOST_BESIDE_BYTES = 2, 3, 6 * MIB
+# Bodies before the first look at the memory, and what the process may grow after a tenth of all.
+FIRST, MOST_GROWTH_BYTES = 200, 32 * MIB
 FULL: dict[str, Any] = {
     "model_name": "kling-v3-omni", "prompt": "a boat <<<image_1>>> at “dusk” 🌅", "n": 2, "resolution": "2k",
     "image_list": [{"image": "https://p2-fdl.klingai.com/z3.png?x=1&y=2"}], "aspect_ratio": "16:9",
@@ -102,6 +108,10 @@ class Outcome:
     worst_bytes: int = 0
     slowest_seconds: float = 0.0
 
+    def __add__(self, other: Outcome) -> Outcome:
+        worst = max(self.worst_bytes, other.worst_bytes)
+        return Outcome(self.ends + other.ends, worst, max(self.slowest_seconds, other.slowest_seconds))
+
 
 def read(reader: Creates, wanted: Iterator[bytes], *, measured: bool) -> Outcome:
     """Read each. Anything but a request or a refusal is raised, and so is memory beyond the bound."""
@@ -131,23 +141,50 @@ def creates() -> Creates:
     return Creates(unused, unused, unused, AddressPolicy())
 
 
+@dataclass
+class Part:
+    """What one process saw. `resident`: bytes of its memory after the first bodies, after a tenth, and at the end."""
+
+    plain: Outcome
+    traced: Outcome
+    resident: list[int]
+    seconds: float
+
+
+def read_part(seed: int, count: int, largest: int) -> Part:
+    """Read `count` bodies, and measure the memory of each of the last tenth."""
+    reader, chance, tenth = creates(), random.Random(seed), max(count // 10, 1)
+    started, plain, resident = time.monotonic(), Outcome(), []
+    for some in (FIRST, tenth, count - 2 * tenth):  # from the first ones Python keeps memory for itself
+        plain += read(reader, bodies(chance, some, most=largest), measured=False)
+        resident.append(memory_bytes(os.getpid()))
+    seconds = time.monotonic() - started
+    traced = read(reader, bodies(chance, tenth, most=largest), measured=True)
+    return Part(plain, traced, resident, seconds)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bodies", type=int, default=100_000)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--largest", type=int, default=4 * MIB, help="bytes of one body in a hundred")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     given = parser.parse_args()
-    reader, chance = creates(), random.Random(given.seed)
-    tenth = max(given.bodies // 10, 1)
-    read(reader, bodies(chance, 200, most=given.largest), measured=False)  # what Python keeps for itself from then on
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    plain = read(reader, bodies(chance, given.bodies - tenth, most=given.largest), measured=False)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    traced = read(reader, bodies(chance, tenth, most=given.largest), measured=True)
-    print(f"seed {given.seed}: {dict(plain.ends + traced.ends)}")  # noqa: T201
-    print(f"peak of the process: {before // 1024} MiB after 200 bodies, {after // 1024} MiB after all")  # noqa: T201
-    print(f"dearest of {tenth} bodies measured: {traced.worst_bytes / MIB:.1f} MiB")  # noqa: T201
-    print(f"slowest of the others: {plain.slowest_seconds * 1_000:.0f} ms")  # noqa: T201
+    count = max(given.bodies // given.processes, 2)
+    seeds = range(given.seed, given.seed + given.processes)
+    with ProcessPoolExecutor(given.processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(read_part, seed, count, given.largest) for seed in seeds]
+        parts = [future.result() for future in futures]
+    ends = sum((part.plain.ends + part.traced.ends for part in parts), Counter[str]())
+    print(f"seed {given.seed}: {sum(ends.values())} bodies: {dict(ends.most_common())}")  # noqa: T201
+    for part in parts:
+        first, tenth, last = (size / MIB for size in part.resident)
+        print(  # noqa: T201
+            f"memory {first:.0f} MiB after {FIRST} bodies, {tenth:.0f} after {count // 10} more, {last:.0f} at the end;"
+            f" dearest of {count // 10} measured {part.traced.worst_bytes / MIB:.1f} MiB;"
+            f" slowest {part.plain.slowest_seconds * 1_000:.0f} ms, all in {part.seconds:.0f} s"
+        )
+    sys.exit(any(part.resident[2] > part.resident[1] + MOST_GROWTH_BYTES for part in parts))
 
 
 if __name__ == "__main__":

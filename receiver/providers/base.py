@@ -40,6 +40,7 @@ MAX_WEBHOOK_ID_CHARS = 200
 
 # Control characters, lone surrogates and direction overrides. PostgreSQL refuses them, or a terminal obeys them.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _URL = re.compile(r"(https?://)(?:[^\s/?#@\"'<>]*@)?([^\s/?#\"'<>]*)[/?#][^\s\"'<>]*", re.IGNORECASE)
 
 
@@ -229,9 +230,7 @@ def plain(text: str, max_chars: int) -> str:
 
 def is_storable(text: str) -> bool:
     """Whether a database takes this text: no NUL, no lone surrogate."""
-    if text.isascii():
-        return "\0" not in text
-    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+    return "\0" not in text and (text.isascii() or _SURROGATE.search(text) is None)
 
 
 def verify_standard_webhook(secrets: Sequence[Webhook], headers: Mapping[str, str], body: bytes, *, now: float) -> str:
