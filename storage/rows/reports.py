@@ -88,7 +88,11 @@ def apply(
     if confirmed:
         _confirm_assets(session, task, known, assets, report, now)
     _note_provider_id(session, task, report, confirmed=confirmed)
-    reschedule(session, task, schedule, read_now=decision.contradicted)
+    # A read of a task that has ended was asked for because a delivery is in doubt. Unsigned, the doubted one sent again
+    # would withdraw it.
+    is_asked = task.step is Step.READ and before.state in states.TERMINAL
+    if confirmed or not is_asked or (decision.add and not task.contradicted):
+        reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
 
 

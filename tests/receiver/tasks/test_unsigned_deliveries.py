@@ -254,6 +254,16 @@ def test_contradictions_are_read_at_the_pace_of_polls_once_the_reads_are_spent(p
     assert task_of(parts, task.external_task_id).due_at == found.due_at
 
 
+@pytest.mark.parametrize("is_kept", [True, False], ids=["archived", "on its way"])
+def test_the_forged_report_again_does_not_withdraw_the_read_that_would_expose_it(parts: Parts, is_kept: bool) -> None:
+    task = archived(parts) if is_kept else insert_row(parts)
+    deliver(parts, task, body("succeed", 1))
+    deliver(parts, task, body("succeed", 1, host=FORGED))
+    assert is_read_now(parts, task)
+    deliver(parts, task, body("succeed", 1) | {"updated_at": 1722769559999})
+    assert is_read_now(parts, task)
+
+
 def test_further_files_for_an_index_cause_no_read_beside_one_that_is_due(parts: Parts) -> None:
     task = archived(parts)
     for number in range(5):
