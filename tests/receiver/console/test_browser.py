@@ -24,6 +24,7 @@ from tests.webdriver import Browser
 pytestmark = pytest.mark.skipif(not webdriver.is_installed() and "CI" not in os.environ, reason=webdriver.MISSING)
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
 WIDTHS = (360, 390, 1440, 3840)
+MENU_IS_WHOLE = "const e = document.querySelector('.rail'); return e.scrollWidth <= e.clientWidth"
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 
 
@@ -192,6 +193,7 @@ def test_no_script_of_a_stranger_runs_and_nothing_breaks_the_layout(parts: Parts
             browser.resize(width, 900)
             browser.open(f"{web.url}/console{path}")  # an alert would be an error here: unexpected alert open
             assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), (path, width)
+            assert browser.run(MENU_IS_WHOLE), (path, width)
     assert [
         line for line in browser.console_log() if "Content Security Policy" in line or "error" in line.lower()
     ] == []
