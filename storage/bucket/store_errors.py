@@ -88,6 +88,8 @@ def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
         return "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if is_untrusted(error):
         return f"{store} has a certificate that is not trusted: set AWS_CA_BUNDLE to the file of the CA that signed it"
+    if isinstance(error, boto_errors.ProxyConnectionError):
+        return f"the proxy that HTTPS_PROXY or HTTP_PROXY names for {store} cannot be reached"
     if isinstance(error, boto_errors.HTTPClientError | boto_errors.ConnectionError):
         return f"{store} cannot be reached ({type(error).__name__})"
     return f"{store} could not be used ({type(error).__name__})"

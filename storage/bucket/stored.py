@@ -134,7 +134,7 @@ class StoredObjects(StoreConnection):
                 for each in (*page.get("Versions", ()), *page.get("DeleteMarkers", ())):
                     yield each["Key"], {"VersionId": each["VersionId"]} if each.get("VersionId") else {}
         except boto_errors.ClientError as error:
-            if status(error) != 501:
+            if status(error) not in (405, 501):
                 raise
             for listed in self.list(folder):
                 yield listed.key, {}
@@ -175,7 +175,7 @@ class StoredObjects(StoreConnection):
         """Abort unfinished multipart uploads of keys that begin with `prefix` and satisfy `only`. Returns how many.
 
         A writer of such an upload gets `NoSuchUpload` and checks the key again. A store that cannot list uploads
-        (HTTP 501) counts as having none.
+        (HTTP 405 or 501) counts as having none.
         """
         count = 0
         with suppress(NoSuchObject), self._errors():
@@ -185,6 +185,6 @@ class StoredObjects(StoreConnection):
                         self._client().abort_multipart_upload(**place)
                         count += 1
             except boto_errors.ClientError as error:
-                if status(error) != 501:
+                if status(error) not in (405, 501):
                     raise
         return count

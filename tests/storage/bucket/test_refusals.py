@@ -97,6 +97,16 @@ def test_refused_checksum_headers_are_told_with_the_remedy(bucket: Bucket, proxy
         behind(proxy, bucket).probe()
 
 
+@pytest.mark.parametrize("status", [405, 501])
+def test_folder_is_emptied_where_versions_cannot_be_listed(status: int, through: Bucket, proxy: FaultProxy) -> None:
+    assert put(through)
+    proxy.fault = lambda request, forward: (
+        said(status, "MethodNotAllowed") if "?versions" in request.path else forward(request)
+    )
+    assert through.purge(through.prefix) == 1
+    assert list(through.list(through.prefix)) == []
+
+
 @pytest.fixture
 def credentials(seaweed: Seaweed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_environment: object) -> Path:
     """The shared credentials file, the only place where the chain finds any."""
