@@ -41,30 +41,45 @@ class EgressProxy:
         """Host and port, without the password."""
         return urlsplit(self.url).netloc.rpartition("@")[2]
 
+    @property
+    def name(self) -> str:
+        return f"the egress proxy {self.place}"
+
     def connect(self, host: str, port: int, timeout: float | None) -> socket.socket:
-        """A connection to `host` through the proxy (CONNECT, RFC 9110 §9.3.6). Raises OSError."""
-        parts, ends = urlsplit(self.url), time.monotonic() + (timeout or TUNNEL_SECONDS)
-        tunnel = socket.create_connection((str(parts.hostname), parts.port or 0), timeout or TUNNEL_SECONDS)
+        """A connection to `host` through the proxy (CONNECT, RFC 9110 §9.3.6). Raises OSError that names the proxy."""
+        ends = time.monotonic() + (timeout or TUNNEL_SECONDS)
+        tunnel = self._reach(timeout or TUNNEL_SECONDS)
         try:
             tunnel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             tunnel.sendall(self._request(host, port))
             head = b""
             while b"\r\n\r\n" not in head:
                 tunnel.settimeout(max(0.001, ends - time.monotonic()))
-                received = tunnel.recv(MAX_HEAD_BYTES)
+                try:
+                    received = tunnel.recv(MAX_HEAD_BYTES)
+                except OSError as error:
+                    raise OSError(error.errno or errno.ETIMEDOUT, f"{self.name} gave no answer") from error
                 head += received
                 if not received or len(head) > MAX_HEAD_BYTES:
-                    raise OSError(errno.EPROTO, f"the proxy at {self.place} broke off its answer")
+                    raise OSError(errno.EPROTO, f"{self.name} broke off its answer")
             status = STATUS.match(head)
             if status is None or not status[1].startswith(b"2"):
                 said = status[1].decode() if status else "no HTTP"
-                raise OSError(errno.ECONNREFUSED, f"the proxy at {self.place} answered {said}")
+                raise OSError(errno.ECONNREFUSED, f"{self.name} answered {said}")
             if not head.endswith(b"\r\n\r\n"):  # no host of ours speaks before it is asked
-                raise OSError(errno.EPROTO, f"the proxy at {self.place} added bytes to its answer")
+                raise OSError(errno.EPROTO, f"{self.name} added bytes to its answer")
         except BaseException:
             tunnel.close()
             raise
         return tunnel
+
+    def _reach(self, timeout: float) -> socket.socket:
+        parts = urlsplit(self.url)
+        try:
+            return socket.create_connection((str(parts.hostname), parts.port or 0), timeout)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise OSError(error.errno or errno.ETIMEDOUT, f"{self.name} cannot be reached ({reason})") from error
 
     def _request(self, host: str, port: int) -> bytes:
         authority, parts = f"[{host}]:{port}" if ":" in host else f"{host}:{port}", urlsplit(self.url)

@@ -28,7 +28,7 @@ from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
 from receiver.base import config, env_file
 from receiver.base.sink_setting import Entry
-from receiver.providers.base import Provider, Unavailable
+from receiver.providers.base import Provider, ProxyUnavailable, Unavailable
 from receiver.providers.kling.client import Kling
 from storage import states
 from storage.accounts import pauses
@@ -248,6 +248,9 @@ def provider(parts: Parts) -> Iterator[Result]:
         yield _refused(host, error, kling.clock_ahead_seconds)
     except ProviderThrottled as error:
         yield Result("provider", Status.NOTE, f"{host} is busy ({error})", "check again in a minute")
+    except ProxyUnavailable as error:
+        advice = f"see that RECEIVER_EGRESS_PROXY is right, and that the proxy runs and lets us through to {host}"
+        yield Result("provider", Status.FAULT, str(error), advice)
     except ProviderUnavailable as error:
         advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here, or set RECEIVER_EGRESS_PROXY"
         yield Result("provider", Status.FAULT, f"{host} gave no answer of Kling's ({error})", advice)

@@ -90,7 +90,7 @@ class Parts:
             secret_key=chosen.kling_secret_key,
             webhook_secrets=chosen.kling_webhook_secrets,
             circuit=self.provider_circuit,
-            proxy_url=chosen.egress_proxy.url if chosen.egress_proxy else None,
+            proxy=chosen.egress_proxy,
         )
 
     @made_once

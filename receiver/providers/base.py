@@ -52,6 +52,13 @@ class Unavailable(ProviderUnavailable):
         self.sent = sent
 
 
+class ProxyUnavailable(Unavailable):
+    """The egress proxy cannot be reached or refuses us: nothing was sent, and nothing is known of the provider."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, sent=False)
+
+
 class AlreadyExists(ProviderRejected):
     """The provider knows this external id. This request made and cost nothing."""
 

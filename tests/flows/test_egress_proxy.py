@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 import ssl
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from pydantic import SecretStr
 
-from receiver.app import check_events
+from receiver.app import check_events, checks
 from receiver.app.findings import Status
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.events.dispatcher import SinkSilent
 from receiver.events.http_post import Poster
-from receiver.providers.base import Unavailable
+from receiver.providers.base import ProxyUnavailable, Unavailable
 from receiver.providers.kling.client import Kling
 from receiver.sandbox import Sandbox
 from storage.egress import EgressProxy
@@ -88,15 +90,43 @@ def test_guard_still_refuses_forms_and_literal_addresses(proxy: ForwardProxy, fe
 
 def test_proxy_that_refuses_is_named_without_its_password(proxy: ForwardProxy, fetcher: Fetcher) -> None:
     proxy.refuses = 407
-    with pytest.raises(FetchInterrupted, match=r"the proxy at 127.0.0.1:[0-9]+ answered 407") as refused:
+    with pytest.raises(FetchInterrupted, match=r"the egress proxy 127.0.0.1:[0-9]+ answered 407") as refused:
         fetcher.fetch("https://cdn.example.com/a.png", io.BytesIO())
     assert "hush" not in str(refused.value)
     assert "hush" not in repr(EgressProxy(proxy.url))
 
 
+def test_dead_proxy_is_blamed_and_not_the_host_behind_it() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+    dead = EgressProxy(f"http://us:hush@{place}")
+    settings = config.load(s3_bucket="pictures", kling_api_key="key", egress_proxy=dead)
+    with closing(Parts(settings)) as parts:
+        (found,) = checks.provider(parts)
+        with pytest.raises(FetchInterrupted) as interrupted:
+            parts.fetcher.fetch("https://p2-fdl.klingai.com/a.png", io.BytesIO())
+    assert found.line.startswith(f"the egress proxy {place} gave no connection (")
+    assert "RECEIVER_EGRESS_PROXY is right" in found.advice
+    assert f"the egress proxy {place} cannot be reached (Connection refused)" in str(interrupted.value)
+    assert "hush" not in f"{found} {interrupted.value}"
+
+
+def test_host_whose_certificate_fails_behind_the_proxy_is_blamed_itself(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    host = FileHost(tls[0])
+    with ForwardProxy({"api.example.com:443": ("127.0.0.1", host.port)}) as proxy:
+        kling = Kling(base_url="https://api.example.com", api_key=SecretStr("key"), proxy=EgressProxy(proxy.url))
+        with pytest.raises(Unavailable, match="no connection to the provider") as failed:
+            kling.list_page(1, 1)
+        kling.close()
+    host.close()
+    assert not isinstance(failed.value, ProxyUnavailable)
+
+
 def test_create_that_the_proxy_refused_was_not_sent(proxy: ForwardProxy) -> None:
     proxy.refuses = 403
-    kling = Kling(base_url="https://api.example.com", api_key=SecretStr("key"), proxy_url=proxy.url)
+    kling = Kling(base_url="https://api.example.com", api_key=SecretStr("key"), proxy=EgressProxy(proxy.url))
     with pytest.raises(Unavailable) as refused:
         kling.create(REQUEST, external_task_id="task", callback_url=None)
     kling.close()
@@ -107,7 +137,7 @@ def test_webhook_goes_through_the_proxy(proxy: ForwardProxy) -> None:
     policy = AddressPolicy(private_hosts=LISTED)
     poster = Poster(policy, connections=1, tunnel=EgressProxy(proxy.url).connect)
     proxy.refuses = 503
-    with pytest.raises(SinkSilent, match="the proxy at"):
+    with pytest.raises(SinkSilent, match="the egress proxy"):
         poster.post("http://files.internal/hook", b"{}", {})
     assert poster.look("http://files.internal/hook") == "files.internal may be posted to"
     poster.close()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from standardwebhooks.webhooks import EmptyWebhookSecretError, Webhook
 from receiver.providers.base import (
     Created,
     Estimate,
+    ProxyUnavailable,
     Record,
     RequestFacts,
     Unavailable,
@@ -41,6 +43,7 @@ from receiver.providers.kling.report import (
 )
 from receiver.providers.kling.request import OmniImageRequest, facts_of, parse_request, redacted
 from storage.circuit import Circuit
+from storage.egress import EgressProxy
 from storage.errors import (
     AccountRefused,
     ProviderRejected,
@@ -87,7 +90,7 @@ class Kling:
         timeout_seconds: float = 20,
         now: Callable[[], float] = time.time,
         circuit: Circuit | None = None,
-        proxy_url: str | None = None,
+        proxy: EgressProxy | None = None,
     ) -> None:
         self._base_url = _checked_base_url(base_url)
         self._api_key = _checked_key(api_key) if api_key else None
@@ -97,13 +100,14 @@ class Kling:
         self._timeout_seconds = timeout_seconds
         self._now = now
         self._circuit = circuit or Circuit()
+        self._proxy = proxy
         # The host's clock minus the Date of the last answer, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
         # The request carries the key. So it follows no redirect and uses no proxy of the environment.
         self._client = httpx.Client(
             verify=connection.tls_context(),
             trust_env=False,
-            proxy=proxy_url,
+            proxy=proxy.url if proxy else None,
             follow_redirects=False,
             timeout=timeout_seconds,
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "kling-receiver"},
@@ -232,7 +236,10 @@ class Kling:
             with self._client.stream(method, self._base_url + path, content=content, headers=headers) as response:
                 body = self._body(response)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError) as error:
-            raise Unavailable(f"no connection to the provider ({self._safe(str(error))})", sent=False) from None
+            reason = self._safe(str(error)) or type(error).__name__
+            if self._proxy is not None and not _is_of_tls(error):
+                raise ProxyUnavailable(f"{self._proxy.name} gave no connection ({reason})") from None
+            raise Unavailable(f"no connection to the provider ({reason})", sent=False) from None
         except httpx.HTTPError as error:
             raise Unavailable(f"the connection broke ({type(error).__name__})") from None
         self._note_date(response.headers.get("date"))
@@ -322,6 +329,13 @@ def _webhook(secret: SecretStr) -> Webhook:
         return Webhook(secret.get_secret_value())
     except (ValueError, EmptyWebhookSecretError):
         raise OptionInvalid("a webhook secret must be whsec_ and Base64") from None
+
+
+def _is_of_tls(error: BaseException | None) -> bool:
+    """Whether the proxy did connect, and the host at the end of the tunnel failed."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _path_segment(task_id: str) -> str:
