@@ -11,14 +11,11 @@ from pathlib import Path
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
-from storage.database.outages import words
+from storage.database.outages import AT_FAULT, NO_PRIVILEGE, words
 from storage.database.sessions import Database
 from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, UserError
 
-# What the settings or an administrator must mend, by the first characters of SQLSTATE (PostgreSQL, appendix A):
-# authorization, names, privileges, resources, an operator's intervention.
-REFUSED = ("28", "3D", "42501", "25006", "53", "57", "58")
 # A connection's refusal has no SQLSTATE, so these go by PostgreSQL's words.
 FOR_GOOD = re.compile(
     r"FATAL:.*(?:(?:role|database) \".*\" does not exist|password authentication failed|no pg_hba.conf entry"
@@ -53,9 +50,10 @@ def sentence(url: URL, error: BaseException) -> str:
 
 
 def is_for_good(error: DatabaseUnavailable) -> bool:
-    """Whether waiting does not help: a role, a password or a database name that is wrong."""
-    cause = error.__cause__
-    return isinstance(cause, DBAPIError) and bool(FOR_GOOD.search(str(cause.orig)))
+    """Whether waiting does not help: a wrong role, password or database name, a missing privilege."""
+    driver = cause.orig if isinstance(cause := error.__cause__, DBAPIError) else None
+    is_denied = getattr(driver, "sqlstate", None) == NO_PRIVILEGE
+    return is_denied or (driver is not None and bool(FOR_GOOD.search(str(driver))))
 
 
 @contextmanager
@@ -75,4 +73,4 @@ def _is_refusal(error: DBAPIError) -> bool:
     driver = error.orig
     state = getattr(driver, "sqlstate", None)
     is_damaged = type(driver) is sqlite3.DatabaseError  # "file is not a database", "malformed"
-    return is_damaged or (state or "").startswith(REFUSED)
+    return is_damaged or (state or "").startswith(AT_FAULT)

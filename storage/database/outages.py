@@ -1,4 +1,4 @@
-"""A database that is away: its own words, and one line in the log for each change of state."""
+"""A database that is away or refuses us: its own words, and one line in the log for each change of state."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from sqlalchemy.exc import DBAPIError
 log = structlog.get_logger()
 
 MAX_WORDS_CHARS = 300
+# What an administrator mends or time does, by the first characters of SQLSTATE (PostgreSQL, appendix A): authorization,
+# database name, a statement prepared before a schema change (or one that another product lacks), privileges, read-only,
+# resources, an operator's intervention, system and internal errors. The driver's classes mix them with our own faults.
+# A role without USAGE on the schema is told that there is no such table (42P01).
+AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "XX")
+NO_PRIVILEGE, NO_TABLE = "42501", "42P01"
+DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
+PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
 # psycopg's words before those of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
 # Lanes try again after 1 s, and a file that is nearly full takes some rows and not others.
@@ -24,9 +32,21 @@ def words(url: URL, error: BaseException) -> str:
     driver = error.orig if isinstance(error, DBAPIError) else error
     primary = getattr(getattr(driver, "diag", None), "message_primary", None)
     said = CONNECTION_PREFIX.sub("", primary or str(driver))
+    said += _remedy(url, said, getattr(driver, "sqlstate", None))
     said = said.replace(str(url.password), "…") if url.password else said
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in said).split())
     return line if len(line) <= MAX_WORDS_CHARS else f"{line[: MAX_WORDS_CHARS - 1]}…"
+
+
+def _remedy(url: URL, said: str, state: str | None) -> str:
+    """What the owner runs for the role. PostgreSQL names the object, and not who lacks the privilege."""
+    role = '"{}"'.format((url.username or "ROLE").replace('"', '""'))
+    if denied := DENIED.match(said):
+        kind, name = denied.groups()
+        return f" to {role}; let its owner run GRANT {PRIVILEGES[kind]} ON {kind.upper()} {name} TO {role}"
+    if state == NO_TABLE:
+        return f" for {role}; run `receiver migrate`, or let the owner run GRANT USAGE ON SCHEMA … TO {role}"
+    return f" (role {role}); let the owner GRANT what is missing" if state == NO_PRIVILEGE else ""
 
 
 class Outages:

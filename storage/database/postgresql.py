@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 READ_ONLY = "25006"
 # How long a new session's word counts for the others. A server may be read-only for hours.
 BELIEVED_SECONDS = 1.0
+# "cached plan must not change result type": the session's prepared statements are older than the schema.
+STALE_PLAN = "0A000"
 FACTS = "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
 # Asked in place of SQLAlchemy's own ping before a connection of the pool is used again: one round trip, too.
 PING = "SHOW transaction_read_only"
@@ -95,8 +97,9 @@ class Sessions:
             raise InvalidatePoolError
 
     def _judge(self, context: ExceptionContext) -> None:
-        """A write that was refused breaks its connection, and with it all that are as old."""
-        if getattr(context.original_exception, "sqlstate", None) == READ_ONLY and self.is_replaceable():
+        """A write that was refused breaks its connection, and with it all that are as old. So does a stale plan."""
+        state = getattr(context.original_exception, "sqlstate", None)
+        if state == STALE_PLAN or (state == READ_ONLY and self.is_replaceable()):
             context.is_disconnect = True
 
 

@@ -29,7 +29,7 @@ from sqlmodel import Session
 
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
-from storage.database.outages import Outages, words
+from storage.database.outages import AT_FAULT, Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
@@ -43,7 +43,7 @@ WAKE_CHANNEL = "receiver_work"
 # checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit does one at 64 MB of log.
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # SQLite's messages for a fault of the file. Faults of the statement have the same error class.
-SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database")
+SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database", "not a database")
 # How long a group waits for a row that another transaction holds. Others hold one for 20 ms at most.
 GROUP_LOCK_MILLISECONDS = 200
 # Our execution option for connections on which each statement is a transaction of its own.
@@ -201,7 +201,8 @@ class Database:
         if self.is_sqlite:
             is_away = any(each in str(driver) for each in SQLITE_OUTAGES)
         else:
-            is_away = is_read_only or isinstance(driver, self.writer.dialect.loaded_dbapi.OperationalError)
+            is_refused = (_state(error) or "").startswith(AT_FAULT)
+            is_away = is_refused or isinstance(driver, self.writer.dialect.loaded_dbapi.OperationalError)
         if not (is_broken or is_away):
             return None
         kind = SessionReplaced if is_read_only and is_broken else DatabaseUnavailable

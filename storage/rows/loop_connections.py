@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from storage.database.postgresql import FACTS, READ_ONLY
+from storage.database.postgresql import FACTS, READ_ONLY, STALE_PLAN
 from storage.database.sessions import SQLITE_PRAGMAS, Database
 from storage.database.turnstile import Turnstile
 from storage.database.urls import psycopg_arguments
@@ -89,8 +89,8 @@ class PostgresLoopConnection:
         try:
             result = await connection.execute(POSTGRESQL_INSERT, postgresql_values(deliveries))
         except Exception as error:
-            if getattr(error, "sqlstate", None) == READ_ONLY:
-                await connection.close()  # a demoted server keeps its sessions for ever
+            if getattr(error, "sqlstate", None) in (READ_ONLY, STALE_PLAN):
+                await connection.close()  # a demoted server keeps its sessions for ever, a session its plans
             raise
         return {key for key, _ in await result.fetchall()}
 

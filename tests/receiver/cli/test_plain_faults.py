@@ -200,6 +200,7 @@ def test_a_role_without_rights_on_our_tables_is_one_line(
     done = receiver(*words, RECEIVER_DATABASE_URL=postgres_url.replace("postgres@", f"{role}:hunter2@"))
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert "permission denied for table" in done.err and "hunter2" not in done.err
+    assert "let its owner run GRANT SELECT, INSERT, UPDATE, DELETE ON TABLE " in done.err and ' TO "weak"' in done.err
 
 
 def test_a_role_without_create_on_the_schema_is_one_line(receiver: CommandLine, postgres: Postgres, role: str) -> None:
@@ -209,7 +210,11 @@ def test_a_role_without_create_on_the_schema_is_one_line(receiver: CommandLine, 
     finally:
         postgres.drop_database("bare")
     place = f"127.0.0.1:{postgres.port}"
-    assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {place}: permission denied for schema public\n")
+    grant = 'to "weak"; let its owner run GRANT USAGE, CREATE ON SCHEMA public TO "weak"'
+    assert (done.code, done.err) == (
+        1,
+        f"RECEIVER_DATABASE_URL: {place}: permission denied for schema public {grant}\n",
+    )
 
 
 def test_a_port_that_is_taken_and_an_unknown_host_are_one_sentence(ready: CommandLine) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 from sqlmodel import select
 from structlog.testing import capture_logs
 
@@ -27,6 +27,7 @@ from tests.storage.database.test_sessions import announce, ask, count_workers, w
 
 pytestmark = pytest.mark.parametrize("database_kind", ["postgresql"])
 STEADY_SECONDS = 0.5
+GRANT = "GRANT ALL ON ALL {} IN SCHEMA public TO lesser"
 PROCESS = text("SELECT pg_backend_pid()")
 
 
@@ -258,3 +259,75 @@ def test_direct_connection_is_no_pooler_and_prepares(database: Database) -> None
     for _ in range(8):
         database.now()
     assert database.sessions.is_pooled is False
+
+
+@pytest.fixture
+def owner(database_url: str, opened: Callable[..., Database]) -> Database:
+    return opened(database_url)
+
+
+@pytest.fixture
+def lesser(owner: Database, database_url: str, opened: Callable[..., Database]) -> Iterator[Database]:
+    """The same database as a role that owns nothing."""
+    with owner.write() as session:
+        for statement in ("CREATE ROLE lesser LOGIN", GRANT.format("TABLES"), GRANT.format("SEQUENCES")):
+            session.execute(text(statement))
+    yield opened(database_url.replace("postgres@", "lesser:hunter2@"))
+    with owner.write() as session:
+        session.execute(text("DROP OWNED BY lesser"))
+        session.execute(text("DROP ROLE lesser"))
+
+
+@pytest.mark.parametrize(
+    ("taken", "remedy"),
+    [
+        ("INSERT ON TABLE callback", "SELECT, INSERT, UPDATE, DELETE ON TABLE callback"),
+        ("USAGE ON SCHEMA public", "USAGE ON SCHEMA"),
+        ("USAGE, UPDATE ON SEQUENCE callback_id_seq", "USAGE, SELECT ON SEQUENCE callback_id_seq"),
+    ],
+)
+def test_privilege_that_was_withdrawn_is_an_outage_that_names_the_remedy(
+    taken: str, remedy: str, owner: Database, lesser: Database
+) -> None:
+    lesser.outages.is_on = True
+    with owner.write() as session:
+        session.execute(text(f"REVOKE {taken} FROM lesser, PUBLIC"))
+    with (
+        capture_logs() as logs,
+        pytest.raises(DatabaseUnavailable, match=f"run GRANT {remedy}.* TO .lesser.") as refused,
+    ):
+        commit(lesser)
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["database.away"]
+    away = next(line["error"] for line in logs if line["event"] == "database.away")
+    assert "permission denied for" in away or "does not exist" in away
+    assert "hunter2" not in str(refused.value)
+    with owner.write() as session:
+        session.execute(text(f"GRANT {taken} TO lesser, PUBLIC"))
+    assert commit(lesser, 2) is Intake.NEW
+
+
+@pytest.mark.parametrize("state", ["28000", "3D000", "53100", "57P03", "58030", "XX001", "42501", "42P01", "0A000"])
+def test_fault_of_the_database_is_no_bug(state: str, database: Database) -> None:
+    raising = text(f"DO $$ BEGIN RAISE EXCEPTION 'said' USING ERRCODE = '{state}'; END $$")
+    with pytest.raises(DatabaseUnavailable, match="said"), database.write() as session:
+        session.execute(raising)
+
+
+def test_statement_prepared_before_a_schema_change_is_done_on_a_new_session(
+    database: Database, opened: Callable[..., Database]
+) -> None:
+    def read(connection: Connection) -> object:
+        return connection.execute(text("SELECT * FROM changing")).one_or_none()
+
+    other = opened(database.url.render_as_string(hide_password=False))
+    with other.autocommit_writer() as connection:
+        connection.execute(text("CREATE TABLE changing (a int)"))
+    with database.autocommit_reader() as reader:
+        for _ in range(7):  # psycopg prepares at the sixth
+            read(reader)
+    with other.autocommit_writer() as connection:
+        connection.execute(text("ALTER TABLE changing ADD COLUMN b int"))
+    with pytest.raises(DatabaseUnavailable, match="cached plan"), database.autocommit_reader() as reader:
+        read(reader)
+    with database.autocommit_reader() as reader:
+        assert read(reader) is None
