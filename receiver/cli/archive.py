@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from storage.archive.audit import Audit, Batch, Counts, Finding
     from storage.archive.audit_log import AuditLog
     from storage.archive.repair import Repairer
+    from storage.bucket.bucket import Bucket
     from storage.rows.models import Task
+
+# The longest that a single request to a store that is well takes; its time-out is 60 s, and it is tried again.
+STALLED_SECONDS = 15.0
 
 
 def audit(
@@ -83,7 +88,7 @@ def rebuild(
             advance(restored.counts["folders"])
             yield from restored.problems
 
-    with opened(migrate=True, starts_store=True) as parts, _progress("rebuilding", None) as advance:
+    with opened(migrate=True, starts_store=True) as parts, _progress("rebuilding", parts.bucket, None) as advance:
         _write_list("problems", problems(), as_json, _problem_line)
     if as_json:
         _close_json(counts, is_good=not counts["problems"])
@@ -117,7 +122,7 @@ def export(
 
     files = copied_bytes = 0
     faults: list[dict[str, str]] = []
-    with opened(starts_store=True) as parts, _progress("exporting", None) as advance:
+    with opened(starts_store=True) as parts, _progress("exporting", parts.bucket, None) as advance:
         for exported in Export(parts.database, parts.bucket, folder).run(_chosen(parts, task, since, until)):
             advance(1)
             files, copied_bytes = files + exported.files, copied_bytes + exported.bytes
@@ -184,7 +189,7 @@ def _print_audit(looking: Audit, resume: Path | None, repairer: Repairer | None,
     log = AuditLog(resume) if resume else None
     counts = Counts.from_json(log.counts.as_json()) if log else Counts()
     total = counts.assets + looking.count_assets(log.after if log else "")
-    with _progress("auditing", total, counts.assets) as advance:
+    with _progress("auditing", looking.bucket, total, counts.assets) as advance:
         _write_list("findings", _findings(looking, log, repairer, counts, advance), as_json, _finding_line)
     if log:
         log.end()
@@ -244,13 +249,28 @@ def _close_json(counts: Any, *, is_good: bool) -> None:
 
 
 @contextmanager
-def _progress(what: str, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal."""
+def _progress(what: str, bucket: Bucket, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal, and anywhere a line when nothing goes on."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(file=sys.stderr)
+    from storage.background import background_thread
+
+    console, went_on = Console(file=sys.stderr, markup=False, highlight=False, soft_wrap=True), threading.Event()
+
+    def watch(ended: threading.Event) -> None:
+        while not ended.wait(STALLED_SECONDS):
+            if not went_on.is_set():
+                console.print(f"{what}: nothing was finished for {STALLED_SECONDS:g} s, waiting for {bucket.place}")
+            went_on.clear()
+
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(what, total=total, completed=done)
-        yield lambda count: progress.advance(bar, count)
+
+        def advance(count: int) -> None:
+            went_on.set()
+            progress.advance(bar, count)
+
+        with background_thread("progress", watch):
+            yield advance

@@ -150,7 +150,7 @@ class Audit:
         max_bytes_per_second: float | None = None,
     ) -> None:
         self._database = database
-        self._bucket = bucket
+        self.bucket = bucket
         self._deep = deep
         self._sample = sample
         self._throttle = Throttle(max_bytes_per_second)
@@ -162,7 +162,7 @@ class Audit:
         """
         chooser = _Chooser(self._sample, hashed, self.count_assets(after)) if self._deep else None
         with ThreadPoolExecutor(THREADS, thread_name_prefix="audit") as threads:
-            for folders in in_batches(walk(self._database, self._bucket, after), BATCH_FOLDERS):
+            for folders in in_batches(walk(self._database, self.bucket, after), BATCH_FOLDERS):
                 chosen = [_chosen(folder, chooser) for folder in folders]
                 counts, findings = Counts(), []
                 for found_counts, found in threads.map(self._check, folders, chosen):
@@ -182,11 +182,11 @@ class Audit:
         A file with another hash, or one that is missing, is read a second time before it is reported, because it may
         have been repaired or deleted meanwhile.
         """
-        folder = current_folder(self._database, self._bucket, name)
+        folder = current_folder(self._database, self.bucket, name)
         counts, found = self._check(folder, _chosen(folder, _Chooser(None, 0, 0) if self._deep else None))
         doubted = frozenset(finding.asset_id for finding in found if finding.is_fault and finding.asset_id)
         if doubted:
-            _, found = self._check(current_folder(self._database, self._bucket, name), doubted)
+            _, found = self._check(current_folder(self._database, self.bucket, name), doubted)
             counts.found = Counter(finding.kind.value for finding in found)
         return counts, found
 
@@ -194,7 +194,7 @@ class Audit:
         found = self._judge(folder)
         if not folder.rows or any(finding.is_fault for finding in found):
             had_rows = bool(folder.rows)
-            folder = current_folder(self._database, self._bucket, folder.name)
+            folder = current_folder(self._database, self.bucket, folder.name)
             if folder.rows and not had_rows:  # `walk` yields this folder a second time, with its rows
                 return Counts(), []
             found = self._judge(folder)
@@ -217,7 +217,7 @@ class Audit:
     def _read_manifest(self, task: Task, assets: list[Asset]) -> list[Finding]:
         key = str(task.manifest_key)
         try:
-            members = manifest.read(self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
+            members = manifest.read(self.bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
             detail = disagreement(task, assets, members)
         except NoSuchObject:
             return [Finding(FindingKind.MANIFEST_MISSING, key, task.external_task_id, "there is no such object")]
@@ -234,7 +234,7 @@ class Audit:
             self._throttle.take(len(chunk))
 
         try:
-            sha256 = self._bucket.sha256(key, count)
+            sha256 = self.bucket.sha256(key, count)
         except NoSuchObject:
             return [Finding(FindingKind.MISSING, key, task, "there is no such object", asset.id)]
         counts.hashed += 1

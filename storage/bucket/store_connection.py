@@ -15,7 +15,7 @@ from botocore.config import Config
 
 from storage.bucket.bounded_connections import bound
 from storage.bucket.signed_requests import SignedRequests
-from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status
+from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status, store_at
 from storage.errors import UserError
 
 CONNECT_SECONDS = 5
@@ -75,6 +75,10 @@ class StoreConnection:
     def is_reached_from_outside(self) -> bool:
         """Whether a presigned link works for outside readers: at AWS, or with a public endpoint."""
         return self._public_endpoint_url is not None or self._endpoint_url is None
+
+    @property
+    def place(self) -> str:
+        return f"{store_at(self._endpoint_url)} (bucket {self.name})"
 
     def _client(self, endpoint_url: str | None = None) -> Any:
         endpoint_url = endpoint_url or self._endpoint_url

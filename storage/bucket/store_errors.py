@@ -81,7 +81,7 @@ def _too_large(error: Exception, bucket: str, host: str, size: int) -> str:
 
 
 def _message(error: Exception, bucket: str, endpoint_url: str | None) -> str:
-    store = f"the store at {_host(endpoint_url)}"
+    store = store_at(endpoint_url)
     if isinstance(error, boto_errors.ClientError):
         return f"{store} {_reason(error)} (bucket {bucket}, {code(error)}, HTTP {status(error)})"
     if isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError):
@@ -141,6 +141,10 @@ def status(error: Any) -> int:
 
 def code(error: Any) -> str:
     return str(error.response.get("Error", {}).get("Code", "unknown"))[:60]
+
+
+def store_at(endpoint_url: str | None) -> str:
+    return f"the store at {_host(endpoint_url)}"
 
 
 def _host(url: str | None) -> str:

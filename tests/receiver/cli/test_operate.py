@@ -12,12 +12,14 @@ from sqlmodel import col
 from typer.testing import CliRunner
 
 from receiver.app.wiring import Parts
+from receiver.cli import archive
 from receiver.cli.main import app
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.rows.models import Callback, Event, Task
 from tests.command_line import CommandLine, variables
+from tests.harness import wait_until
 from tests.pipeline import deliver, insert_row
 from tests.receiver.tasks.test_adopt import made_elsewhere
 from tests.receiver.tasks.test_operate import ASKED, counted, everything, lost, operating
@@ -138,3 +140,15 @@ def test_adopt_and_reconcile_in_a_process(receiver: CommandLine, beside: Databas
 )
 def test_wrong_usage_is_said_before_anything_is_opened(words: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, list(words)).exit_code == 2
+
+
+def test_archive_command_that_is_held_up_says_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(archive, "STALLED_SECONDS", 0.01)
+    silent = Bucket("pictures", endpoint_url="http://us:hush@127.0.0.1:1")
+    said: list[str] = []
+    with archive._progress("auditing", silent, None):
+        wait_until(lambda: said.append(capsys.readouterr().err) or any(said))
+    words = "auditing: nothing was finished for 0.01 s, waiting for the store at 127.0.0.1:1 (bucket pictures)"
+    assert "".join(said).splitlines()[0] == words

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import httpx
@@ -23,7 +23,7 @@ from storage.rows import events
 from storage.rows.events import EventName, record
 from storage.rows.models import Event, Task
 from tests.harness import wait_until
-from tests.pipeline import Web
+from tests.pipeline import Web, Wired
 from tests.rows import new_task
 
 KEY, OTHER_KEY = "a-key-of-the-client", "another-key"
@@ -175,6 +175,18 @@ def test_reader_continues_after_a_cut_without_a_gap(web: Web, parts: Parts) -> N
     assert ended.is_set()
     assert got == list(range(301))
     assert cuts >= 8
+
+
+def test_reader_continues_after_a_restart_of_the_server(parts: Parts) -> None:
+    got: list[int] = []
+    for start in range(2):
+        tell(parts, *[EventName.TASK_PROCESSING] * 4)  # while no server runs
+        with closing(Wired(parts.settings, bucket=parts.bucket)) as on, Web(on) as web:
+            with reading(web, **{"Last-Event-ID": str(got[-1] if got else 0)}) as messages:
+                tell(parts, *[EventName.TASK_PROCESSING] * 2)
+                got += numbers(take(messages, 5))  # one more is left to the next server
+        assert len(got) == 5 * (start + 1)
+    assert got == list(range(1, 11))
 
 
 def test_reader_continues_after_its_last_event_was_pruned(web: Web, parts: Parts) -> None:
