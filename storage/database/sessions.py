@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -125,6 +126,15 @@ class Database:
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
+        _databases.add(self)
+
+    def _begin_in_child(self) -> None:
+        """After a fork: connections and the writer's thread stay the parent's, and this process makes its own."""
+        self._group_writer = GroupWriter(self._impatient_write, self.write)
+        if self.is_sqlite:
+            self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
+            self.reader.dispose(close=False)
+        self.writer.dispose(close=False)
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -272,3 +282,15 @@ def _state(error: Any) -> str | None:
     """PostgreSQL's code of the error."""
     state: str | None = getattr(_driver_error(error), "sqlstate", None)
     return state
+
+
+_databases = weakref.WeakSet[Database]()
+
+
+def _begin_all_in_child() -> None:
+    for database in list(_databases):
+        database._begin_in_child()
+
+
+# Without it a write in a forked child waited a minute for a thread that only the parent has.
+os.register_at_fork(after_in_child=_begin_all_in_child)

@@ -26,8 +26,11 @@ DAY = timedelta(days=1)
 # A callback counts as lost this long after a read has reported the end.
 CALLBACK_PATIENCE_SECONDS = 300
 PART = timedelta(minutes=10)
-# Rows that one statement of a reading counts, and that a reading counts in turn: some 20 ms.
+# Rows that a reading counts in turn: some 20 ms.
 ROWS = 5_000
+# Rows that one statement of it aims at: as many as a day has of 30,000 tasks a month, so that none takes longer beside
+# a million.
+STATEMENT_ROWS = 1_000
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,9 @@ def total(parts: Collection[Ended]) -> Ended:
 
 def _fitting(stretch: timedelta, rows: int) -> timedelta:
     """A longer stretch while it holds few rows, a shorter one while it holds many."""
-    if rows < ROWS / 4:
+    if rows < STATEMENT_ROWS / 4:
         return min(stretch * 2, DAY)
-    return max(stretch / 2, PART) if rows > ROWS else stretch
+    return max(stretch / 2, PART) if rows > STATEMENT_ROWS else stretch
 
 
 def _part_of(moment: datetime) -> datetime:

@@ -69,6 +69,8 @@ ROWS = [
     Row("14", "CPU per archived 3 MB picture, over https", "rclone copyurl", "ms", 1.6, "at most", distant.tls_cpu),
     Row("15", "slowest statement beside 1,000,000 tasks", "beside 20,000", "ms", 2, "at most",
         beside.slowest_statement),
+    Row("15b", "the longest of them, and none over 300 ms", "beside 20,000", "ms", 300, "at most",
+        beside.longest_statement),
     Row("16", "claim, admission, looks beside 100,000 rows", "beside 100 rows", "ms", 2, "at most", queues.slowest),
     Row("17a", "transactions of 8 idle workers, PostgreSQL", "the goal", "/s", 20, "at most",
         IDLE.figure("transactions", 20)),

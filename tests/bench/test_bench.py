@@ -17,7 +17,7 @@ SECONDS = 240
 
 NAMES = [row.name for row in ROWS]
 # About equally long. A row that tells of another's run is with it; 5b is there where its program is.
-PARTS = ["1 1f 2", "2f 3 3f", "4 4f 6 6f 9 12a 12b", "5 5f 5b 6b 6bf 8", "7 11f 16", "10 11 14", "13 15",
+PARTS = ["1 1f 2", "2f 3 3f", "4 4f 6 6f 9 12a 12b", "5 5f 5b 6b 6bf 8", "7 11f 16", "10 11 14", "13 15 15b",
          "17a 17b 17c 17d"]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import uuid
@@ -213,3 +215,20 @@ def test_an_operation_after_the_close_is_committed_too(database: Database) -> No
     database.close()
     database.write_in_group(settling(assets[1]))
     assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_writes_as_its_parent_does(database: Database) -> None:
+    (asset,) = claimed(database, 1)
+    database.write_in_group(lambda session: None)  # the writer's thread and a connection are there
+    child = os.fork()
+    if not child:
+        with suppress(BaseException):
+            database.write_in_group(settling(asset))
+        os._exit(0)
+    try:
+        wait_until(lambda: states(database, [asset]) == [AssetState.ARCHIVED], seconds=SECONDS)
+        database.write_in_group(lambda session: None)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

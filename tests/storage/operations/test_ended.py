@@ -36,6 +36,7 @@ def read(database: Database, day: EndedLastDay, now: datetime) -> Ended:
 
 def test_change_of_a_task_shows_when_its_turn_comes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ended, "ROWS", 3)
+    monkeypatch.setattr(ended, "STATEMENT_ROWS", 3)
     day, now = EndedLastDay(), database.now()
     fill(database, now)
     assert read(database, day, now) == Ended(rows=TASKS, callbacks_expected=TASKS, callbacks_lost=TASKS)
