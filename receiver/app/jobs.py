@@ -120,7 +120,7 @@ def periodic_jobs(parts: Parts) -> Sequence[PeriodicJob]:
         PeriodicJob("deadlines", DEADLINE_INTERVAL_SECONDS, lambda: deadlines.announce(database, lead)),
         PeriodicJob("uploads", UPLOADS_INTERVAL_SECONDS, lambda: sweep_uploads(parts.bucket)),
         PeriodicJob("silent", SILENT_INTERVAL_SECONDS, lambda: give_back_silent(database)),
-        PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, parts.sequence, wakes=True),
+        PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, parts.sequence, looks_for=outbox.UNSEQUENCED),
         PeriodicJob("disabled sinks", DEADLINE_INTERVAL_SECONDS, lambda: outbox.end_disabled(database)),
         _audit_job(parts),
     )

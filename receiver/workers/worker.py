@@ -18,7 +18,7 @@ import structlog
 from sqlmodel import Session
 
 from receiver.workers.in_hand import RowsInHand, claims_of
-from receiver.workers.looks import Looks
+from receiver.workers.looks import QUEUED, Looks
 from storage.accounts.slots import Slots
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant
@@ -35,8 +35,8 @@ IDLE_SECONDS = 0.5
 LINGER_SECONDS = 0.1
 # Pictures take less. While files last longer, the spare threads look for others (see Lane.beside).
 LASTING_SECONDS = 2.0
-# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. A check costs one index look-up for each lane.
-QUARANTINE_INTERVAL_SECONDS = 1.0
+# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. The feeders' look has found them by then, or not.
+QUARANTINE_INTERVAL_SECONDS = 0.5
 # The longest pause between two tries of a row that meets a bug: the next release may cure it.
 BUG_CAP_SECONDS = 3_600.0
 # The pause after an attempt that found the database away.
@@ -72,13 +72,13 @@ class Lane:
 class PeriodicJob:
     """A job that every worker process runs every `every_seconds`, so several at once must be harmless.
 
-    `wakes`: it also runs soon after a commit.
+    `looks_for`: it runs soon after a commit, and only while this statement finds a row.
     """
 
     name: str
     every_seconds: float
     run: Callable[[], object]
-    wakes: bool = False
+    looks_for: Any = None
 
 
 class Worker:
@@ -102,7 +102,8 @@ class Worker:
         self._stop = threading.Event()
         self._wake = threading.Condition()
         self._commits = 0
-        self._looks = Looks(database, [lane for lane in lanes if lane.beside is None])
+        looked_for = {job.name: job.looks_for for job in periodic_jobs if job.looks_for is not None}
+        self._looks = Looks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
         self._busy = set[str]()  # lanes whose last claim found all it wanted: the next is made without a look
         self._unsettled: list[Any] = []  # rows whose work met a database that was away
@@ -176,8 +177,8 @@ class Worker:
             conditions = lane.beside(self._in_hand.lasting(lane.model, LASTING_SECONDS))
             if conditions is None:
                 return [], NOTHING
-            lane, wake_up = replace(lane, where=(*lane.where, *conditions)), None
-        if lane.name not in self._busy and not self._looks.is_any_due(lane, wake_up):
+            lane = replace(lane, where=(*lane.where, *conditions))
+        elif lane.name not in self._busy and not self._is_any_due(lane, wake_up):
             return [], NOTHING
         with ExitStack() as if_nothing_claimed:
             grant = if_nothing_claimed.enter_context(lane.circuit.grant(wanted))
@@ -210,6 +211,14 @@ class Worker:
                     rows = claim(session)
             self._in_hand.add(rows)
         return rows
+
+    def _is_any_due(self, lane: Lane, wake_up: int | None) -> bool:
+        if self._looks.is_any(lane.name, wake_up):
+            return True
+        if lane.slots is None or not self._looks.is_any(lane.name + QUEUED, wake_up):
+            return False
+        with self._database.read() as session:
+            return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
         idle = threading.Semaphore(lane.threads)
@@ -325,12 +334,13 @@ class Worker:
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
             seen = self._commits
-            self._run_logged(job.name, job.run)
-            if job.wakes:
-                self._wait_for_work(seen, job.every_seconds)
-                self._stop.wait(LINGER_SECONDS)
-            else:
+            if job.looks_for is None:
+                self._run_logged(job.name, job.run)
                 self._stop.wait(job.every_seconds)
+                continue
+            self._run_logged(job.name, lambda seen=seen: self._looks.is_any(job.name, seen) and job.run())  # type: ignore[misc]
+            self._wait_for_work(seen)
+            self._stop.wait(LINGER_SECONDS)
 
     def _run_quarantine(self) -> None:
         while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
@@ -342,7 +352,7 @@ class Worker:
         The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
-        waiting = [lane for lane, is_due in zip(self._looks.lanes, self._looks.look(alone=True), strict=True) if is_due]
+        waiting = self._looks.suspects()
         with ExitStack() as granted:
             trials = [lane.circuit.grant(1, left_for_seconds=PAUSE_CAP_SECONDS) for lane in waiting]
             lanes = [lane for lane, grant in zip(waiting, trials, strict=True) if granted.enter_context(grant).count]

@@ -218,6 +218,10 @@ class Slots:
     def _is_any_queued(self, session: Session) -> bool:
         return session.execute(_FIRST, {"provider": self.provider}).first() is not None
 
+    def first_queued(self) -> Any:
+        """A statement that finds a task while any is queued."""
+        return _FIRST.params(provider=self.provider)
+
     def _queued(self) -> tuple[Any, ...]:
         return col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
 

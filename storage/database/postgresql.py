@@ -6,7 +6,10 @@ address, may write. So a session that says it is read-only is replaced, and a ne
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, event
@@ -51,6 +54,16 @@ class Sessions:
         self.is_pooled = is_pooled
         self.replaced_at = float("-inf")
         self._read_only_until = float("-inf")
+        self._of_thread = threading.local()
+
+    @contextmanager
+    def unasked(self) -> Iterator[None]:
+        """This thread takes its connection as it is: it reads, and what it reads may fail."""
+        self._of_thread.is_unasked = True
+        try:
+            yield
+        finally:
+            self._of_thread.is_unasked = False
 
     def watch(self, engine: Engine) -> None:
         event.listen(engine, "connect", self._begin)
@@ -83,7 +96,7 @@ class Sessions:
         record.info["is_new"] = True
 
     def _check(self, connection: Connection[Any], record: Any, _: object) -> None:
-        if record.info.pop("is_new", False):
+        if record.info.pop("is_new", False) or getattr(self._of_thread, "is_unasked", False):
             return
         from psycopg import Error  # its import takes 50 ms, and only PostgreSQL needs it
 

@@ -168,6 +168,12 @@ class Database:
             yield connection
 
     @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """An `autocommit_reader` whose connection is not asked first whether it lives: the caller soon looks again."""
+        with self.sessions.unasked(), self.autocommit_reader() as connection:
+            yield connection
+
+    @contextmanager
     def read(self) -> Iterator[Session]:
         with self._unavailable(), Session(self.reader, expire_on_commit=False) as session:
             yield session

@@ -52,7 +52,7 @@ def sequence_all(database: Database, subscriptions: Sequence[Subscription]) -> i
     count = 0
     while True:
         with database.read() as session:
-            if run(session, _UNSEQUENCED).first() is None:
+            if run(session, UNSEQUENCED).first() is None:
                 return count
         done = database.write_in_group(lambda session: _sequence_and_wake(database, session, subscriptions))
         count += done
@@ -69,7 +69,7 @@ def _sequence_and_wake(database: Database, session: Session, subscriptions: Sequ
     return done
 
 
-_UNSEQUENCED = select(_EVENTS.id).where(_EVENTS.seq.is_(None)).limit(1)
+UNSEQUENCED = select(_EVENTS.id).where(_EVENTS.seq.is_(None)).limit(1)
 _PLACE = func.row_number().over(order_by=_EVENTS.id).label("place")
 _OLDEST = select(_EVENTS.id, _PLACE).where(_EVENTS.seq.is_(None)).order_by(_EVENTS.id)
 _FRESH = _OLDEST.limit(bindparam("most", type_=Integer)).subquery()

@@ -187,17 +187,9 @@ def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False,
     return connection.execute(_any_due_statement(model, alone, tuple(where))).first() is not None
 
 
-def which_are_due(
-    connection: Connection, asked: Sequence[tuple[type[Row], Sequence[Any]]], *, alone: bool = False
-) -> list[bool]:
-    """`is_any_due` for several models and conditions, in one statement."""
-    statement = _which_due_statement(tuple((model, tuple(where)) for model, where in asked), alone)
-    return [bool(is_due) for is_due in connection.execute(statement).one()]
-
-
-@lru_cache(maxsize=STATEMENTS)
-def _which_due_statement(asked: tuple[tuple[Any, tuple[Any, ...]], ...], alone: bool) -> Any:
-    return select(*(exists(_any_due_statement(model, alone, where)) for model, where in asked))
+def any_due(model: type[Row], *, where: Sequence[Any] = (), alone: bool = False) -> Any:
+    """What `is_any_due` asks, to be asked with others in one statement."""
+    return _any_due_statement(model, alone, tuple(where))
 
 
 @lru_cache(maxsize=STATEMENTS)

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 from sqlalchemy import event
+from sqlmodel import select
 
+from receiver.workers.looks import Looks
 from receiver.workers.worker import Lane
 from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
@@ -39,3 +41,20 @@ def test_each_lane_sees_work_that_came_while_it_was_idle(database: Database) -> 
             time.sleep(0.6)
             new_assets(database, 2)
         wait_until(lambda: len(desk.done) == 6)
+
+
+def test_a_wake_up_is_one_statement_for_lanes_jobs_and_quarantine(database: Database) -> None:
+    new_assets(database, 1)
+    looks, asked = Looks(database, lanes(lambda _: None), {"job": select(Asset.id)}), list[str]()
+    for engine in {database.reader, database.writer}:
+        event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    assert looks.is_any("assets", 1) and looks.is_any("job", 1)
+    assert not looks.is_any(Step.READ.value, 1) and not looks.suspects()
+    assert len(asked) == 1
+
+
+def test_who_asks_twice_within_a_wake_up_looks_again(database: Database) -> None:
+    looks = Looks(database, [], {"job": select(Asset.id)})
+    assert not looks.is_any("job", 1)
+    new_assets(database, 1)
+    assert looks.is_any("job", 1) and looks.is_any("job", 2)
