@@ -24,7 +24,7 @@ from tests.postgres import Postgres
 
 FEW, SMALL = 20_000, (200, 2_000)
 ROUNDS = 3
-# Tasks that a dry run of `replay` and of `prune` has before it, beside few and beside many: more than one batch of each.
+# Tasks that a dry run of `replay` and of `prune` has before it, beside few and beside many: more than one batch.
 CONCERNED = 2_500
 # Shorter statements are noise beside a growth that matters.
 LEAST_SECONDS = 0.005
