@@ -98,9 +98,7 @@ class Database:
         self.outages = Outages()
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._group_writer = GroupWriter(self._impatient_write, self.write)
-        # `write` in a transaction shared with other threads.
-        self.write_in_group = self._group_writer.commit
+        self._make_group_writer()
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
         pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": CONNECT_SECONDS}
@@ -128,9 +126,14 @@ class Database:
             )
         _databases.add(self)
 
+    def _make_group_writer(self) -> None:
+        self._group_writer = GroupWriter(self._impatient_write, self.write)
+        # `write` in a transaction shared with other threads.
+        self.write_in_group = self._group_writer.commit
+
     def _begin_in_child(self) -> None:
         """After a fork: connections and the writer's thread stay the parent's, and this process makes its own."""
-        self._group_writer = GroupWriter(self._impatient_write, self.write)
+        self._make_group_writer()
         if self.is_sqlite:
             self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
             self.reader.dispose(close=False)

@@ -70,11 +70,12 @@ def listeners(process_id: int) -> set[Listener]:
 
 
 def processes() -> Iterator[tuple[int, int, str]]:
-    """Every process: its id, its parent's, and when it was started, which tells it from a later one with its id."""
+    """Every process that runs: its id, its parent's, and its start, which tells it from a later one with its id."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            yield int(stat.parent.name), int(fields[1]), fields[19]
+            if fields[0] != "Z":  # ended, and whoever inherited it has not looked yet
+                yield int(stat.parent.name), int(fields[1]), fields[19]
 
 
 def tree(root: int) -> set[tuple[int, str]]:
