@@ -171,9 +171,11 @@ def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: 
     if make_due_now:
         with database.write() as session:
             session.execute(update(Dispatch).where(col(Dispatch.due_at).is_not(None)).values(due_at=LONG_AGO))
-    circuit = circuit or Circuit()
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS, circuit=circuit)
-    lane = Lane("it", Dispatch, work.work, 1, circuit=circuit, work_many=work.work_many, batch=lambda: case.sink.batch)
+    lane = Lane(
+        "it", Dispatch, work.work, 1, circuit=circuit or Circuit(), work_many=work.work_many,
+        batch=lambda: case.sink.batch,
+    )  # fmt: skip
     Worker(database, [lane], lease_seconds=60, grace_seconds=0).run_until_idle()
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import boto3
@@ -16,6 +16,8 @@ from botocore.exceptions import ClientError
 
 from receiver.local_store.seaweed import pick_ports, weed_binary
 from storage.bucket.bucket import Bucket
+from storage.bucket.probe import Capabilities
+from storage.errors import StoreUnavailable
 from tests.harness import wait_until
 from tests.pipeline import free_port
 from tests.test_infra import COMPOSE, INFRA, SERVICES, _program
@@ -90,6 +92,13 @@ def make_bucket(ports: dict[str, int], name: str) -> bool:
     return subprocess.run(["/bin/sh", "-c", script], env=environment, timeout=60, check=False).returncode == 0
 
 
+def probed(url: str) -> Capabilities | None:
+    """None while the proxy in front of the store still starts."""
+    with suppress(StoreUnavailable):
+        return Bucket("pictures", endpoint_url=url).probe()
+    return None
+
+
 def test_the_stores_identity_can_do_what_we_do_in_one_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets, data, ports = tmp_path / "secrets", tmp_path / "data", pick_ports(None)
     data.mkdir()
@@ -101,7 +110,7 @@ def test_the_stores_identity_can_do_what_we_do_in_one_bucket(tmp_path: Path, mon
         wait_until(lambda: make_bucket(ports, "pictures"), seconds=60)
         assert make_bucket(ports, "private")
         url = f"http://127.0.0.1:{port}"
-        found = Bucket("pictures", endpoint_url=url).probe()
+        found = wait_until(lambda: probed(url), seconds=30)
         assert (found.conditional_put, found.refuses_wrong_checksum, found.multipart, found.delete) == (True,) * 4
         client = boto3.Session().client("s3", endpoint_url=url)  # the module's own session keeps the first keys it saw
         for refused in (
