@@ -88,8 +88,7 @@ def apply(
     if confirmed:
         _confirm_assets(session, task, known, assets, report, now)
     _note_provider_id(session, task, report, confirmed=confirmed)
-    # A read of a task that has ended was asked for because a delivery is in doubt. Unsigned, the doubted one sent again
-    # would withdraw it.
+    # Of a task that has ended: a doubted delivery caused the read. Sent again unsigned, it must not withdraw it.
     is_asked = task.step is Step.READ and before.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
