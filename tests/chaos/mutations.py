@@ -72,6 +72,8 @@ MUTATIONS = (
         "storage/rows/tasks.py",
         "_STANDING = _STANDING.with_for_update()",
         "_STANDING = _STANDING.limit(1)",
+        # Not the campaign: it may be lucky, for two processes seldom settle the last files of a task at once.
+        f"{CAMPAIGNS}::test_of_two_last_pictures_settled_at_once_one_is_the_last",
     ),
     Mutation(
         "settle acknowledged before the commit of its group",

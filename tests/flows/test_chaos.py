@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, event, text
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
@@ -92,17 +95,34 @@ def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts
 def test_of_two_last_pictures_settled_at_once_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 2)
     other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never meet
-    with ThreadPoolExecutor(2) as workers:
-        with parts.database.write() as session:
-            session.execute(text("LOCK TABLE event IN SHARE MODE"))  # both stop in the middle of their settles
-            settling = [workers.submit(archive, each, claim(parts)) for each in (parts, other)]
-            wait_until(lambda: waiting_for_a_lock(parts) == 2 or any(map(Future.done, settling)))
+    with ThreadPoolExecutor(2) as workers, at_each_commit_that_archives(parts, other) as (at_commit, go_on):
+        settling = [workers.submit(archive, each, claim(parts)) for each in (parts, other)]
+        # Each has decided whether its picture is the last, or waits for the one that has.
+        wait_until(lambda: at_commit and len(at_commit) + waiting_for_a_lock(parts) == 2)
+        go_on.set()
         for each in settling:
             each.result(20)
     other.close()
     run(parts, "finishes")
     assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED
     assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
+
+
+@contextmanager
+def at_each_commit_that_archives(*processes: Parts) -> Iterator[tuple[list[Connection], threading.Event]]:
+    """Commits that archive a picture are listed and wait for the event."""
+    at_commit, go_on = list[Connection](), threading.Event()
+
+    def stop(connection: Connection) -> None:
+        if connection.scalar(text("SELECT count(*) FROM asset WHERE state = 'archived'")):
+            at_commit.append(connection)
+            go_on.wait(20)
+
+    for each in processes:
+        event.listen(each.database.writer, "commit", stop)
+    yield at_commit, go_on
+    for each in processes:
+        event.remove(each.database.writer, "commit", stop)
 
 
 def with_due_pictures(parts: Parts, count: int) -> Task:
