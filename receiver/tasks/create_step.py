@@ -32,6 +32,7 @@ from storage.database.sessions import Database
 from storage.errors import (
     AccountRefused,
     LostClaim,
+    ModelRefused,
     ProviderFull,
     ProviderRejected,
     ProviderThrottled,
@@ -127,6 +128,8 @@ class CreateStep:
         except AccountRefused as error:
             task.model = task.model or self._provider.request_facts(task.request).model
             with self._database.write() as session:
+                if isinstance(error, ModelRefused):
+                    pauses.learned_nothing(session, trial, of_model=False)
                 pauses.pause(session, task.provider, task.model, error)
             self._wait_for_account(task, error, outcome_listener)
         except Unavailable as error:
@@ -146,9 +149,12 @@ class CreateStep:
         with self._database.write() as session:
             if isinstance(error, Unavailable):
                 pauses.give_back(session, trial)
+                return
+            if isinstance(error, ProviderRejected):
+                pauses.learned_nothing(session, trial)
             else:
                 pauses.resume(session, trial, keys_alone=error is not None)
-                self._database.wake(session)
+            self._database.wake(session)
 
     def _wait_for_account(self, task: Task, error: AccountRefused, outcome_listener: CreateOutcome | None) -> None:
         """Put the task back into its paused queue. A gateway client that waits is told instead, and its row ends."""

@@ -143,7 +143,19 @@ def begin(session: Session, task: Task) -> Trial:
 def give_back(session: Session, trial: Trial) -> None:
     """A trial that never reached the provider is none: the next create may be one."""
     for pause in trial.of:
-        session.execute(update(AccountPause).where(_is(pause.provider, pause.model)).values(trial_at=db_now()))
+        this = (_is(pause.provider, pause.model), _STANDS)
+        session.execute(update(AccountPause).where(*this).values(trial_at=db_now()))
+
+
+def learned_nothing(session: Session, trial: Trial, *, of_model: bool = True) -> None:
+    """The request was refused for its own sake, which proves that the key is right and no more. The next create may be
+    the trial: whoever sends refused requests would else keep the account paused for all others.
+
+    `of_model` False: it was refused for its model's sake, so nothing ends or is given back but the account's own pause.
+    """
+    mine = Trial(of=tuple(each for each in trial.of if of_model or each.model == EVERY_MODEL))
+    resume(session, mine, keys_alone=True)
+    give_back(session, mine)
 
 
 def pause(session: Session, provider: str, model: str | None, error: AccountRefused) -> None:
@@ -170,7 +182,7 @@ def pause(session: Session, provider: str, model: str | None, error: AccountRefu
 def resume(session: Session, trial: Trial, *, keys_alone: bool = False) -> None:
     """A trial was answered otherwise: its pauses are over, and what waited goes on.
 
-    `keys_alone`: the request was refused for its own sake, which proves that the key is right and no more.
+    `keys_alone`: no more is known than that the key is right.
     """
     for paused in trial.of:
         if keys_alone and paused.http_status != 401:

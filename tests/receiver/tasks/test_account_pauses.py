@@ -210,3 +210,25 @@ def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox
     most = max(sum(1 for other in times if 0 <= other - at < TRIAL_SECONDS * 1_000) for at in times)
     assert most <= 5, f"{len(times)} creates refused, {most} of them in {TRIAL_SECONDS:g} s"
     assert said(parts) == [("account.paused", 1102), ("account.paused", 1002), ("account.resumed", 1002)]
+
+
+@pytest.mark.parametrize("answer", ["1301", "1103"])
+def test_a_trial_that_says_nothing_about_the_account_leaves_the_next_to_another(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    sandbox.set(create_faults=["1102", answer])
+    ask(parts, "waits", model_name="kling-image-o1")
+    let_the_trial_come(parts)
+    monkeypatch.setattr(pauses, "TRIAL_SECONDS", 60.0)
+    ask(parts, "refused-for-its-own-sake", model_name="kling-v3-omni")
+    run(parts, "creates")
+    assert task_of(parts, "waits").state is TaskState.SUBMITTED
+    assert [each.model for each in stand(parts)] == (["kling-v3-omni"] if answer == "1103" else [])
+
+
+def test_a_model_without_permission_proves_the_key(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1002", "1103"])
+    ask(parts)
+    let_the_trial_come(parts)
+    run(parts, "creates")
+    assert [each.model for each in stand(parts)] == [REQUEST["model_name"]]
