@@ -13,6 +13,7 @@ import boto3
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 
+from storage import forks
 from storage.bucket.bounded_connections import bound
 from storage.bucket.signed_requests import SignedRequests
 from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status, store_at
@@ -64,12 +65,16 @@ class StoreConnection:
             request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
             response_checksum_validation="when_required",  # reads are hashed here, with SHA-256
         )
+        self._renewed_at = float("-inf")
+        self.begin_in_child()
+        forks.renew_in_children(self)
+        # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
+        self.clock_ahead_seconds: float | None = None
+
+    def begin_in_child(self) -> None:
         self._clients: dict[str | None, Any] = {}
         self._clients_lock = threading.Lock()
         self._signed: SignedRequests | None = None
-        self._renewed_at = float("-inf")
-        # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
-        self.clock_ahead_seconds: float | None = None
 
     @property
     def is_reached_from_outside(self) -> bool:

@@ -6,7 +6,6 @@ import os
 import shutil
 import sqlite3
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
@@ -28,6 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
+from storage import forks
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
 from storage.database.outages import AT_FAULT, Outages, words
@@ -124,15 +124,15 @@ class Database:
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
-        _databases.add(self)
+        forks.renew_in_children(self)
 
     def _make_group_writer(self) -> None:
         self._group_writer = GroupWriter(self._impatient_write, self.write)
         # `write` in a transaction shared with other threads.
         self.write_in_group = self._group_writer.commit
 
-    def _begin_in_child(self) -> None:
-        """After a fork: connections and the writer's thread stay the parent's, and this process makes its own."""
+    def begin_in_child(self) -> None:
+        """Connections and the writer's thread stay the parent's. A write waited a minute for a thread that it had."""
         self._make_group_writer()
         if self.is_sqlite:
             self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
@@ -291,15 +291,3 @@ def _state(error: Any) -> str | None:
     """PostgreSQL's code of the error."""
     state: str | None = getattr(_driver_error(error), "sqlstate", None)
     return state
-
-
-_databases = weakref.WeakSet[Database]()
-
-
-def _begin_all_in_child() -> None:
-    for database in list(_databases):
-        database._begin_in_child()
-
-
-# Without it a write in a forked child waited a minute for a thread that only the parent has.
-os.register_at_fork(after_in_child=_begin_all_in_child)

@@ -23,6 +23,7 @@ from typing import BinaryIO
 
 import httpcore
 
+from storage import forks
 from storage.errors import FetchTooLarge, FetchUnusable
 from storage.fetch import connection, media_types
 from storage.fetch.addresses import Target
@@ -88,8 +89,12 @@ class Connections:
         self._context = context
         self._most = most
         self._user_agent = user_agent.encode("ascii")
-        self._lock = threading.Lock()
         self._closed = False
+        self.begin_in_child()
+        forks.renew_in_children(self)
+
+    def begin_in_child(self) -> None:
+        self._lock = threading.Lock()
         self._busy: set[connection.GuardedStream] = set()
         self._idle: list[tuple[float, Origin, connection.GuardedStream]] = []
 

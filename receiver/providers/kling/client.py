@@ -42,6 +42,7 @@ from receiver.providers.kling.report import (
     whole,
 )
 from receiver.providers.kling.request import OmniImageRequest, facts_of, parse_request, redacted
+from storage import forks
 from storage.circuit import Circuit
 from storage.egress import EgressProxy
 from storage.errors import (
@@ -103,13 +104,17 @@ class Kling:
         self._proxy = proxy
         # The host's clock minus the Date of the last answer, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
+        self.begin_in_child()
+        forks.renew_in_children(self)
+
+    def begin_in_child(self) -> None:
         # The request carries the key. So it follows no redirect and uses no proxy of the environment.
         self._client = httpx.Client(
             verify=connection.tls_context(),
             trust_env=False,
-            proxy=proxy.url if proxy else None,
+            proxy=self._proxy.url if self._proxy else None,
             follow_redirects=False,
-            timeout=timeout_seconds,
+            timeout=self._timeout_seconds,
             headers={"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "kling-receiver"},
         )
 
