@@ -59,6 +59,33 @@ def record(task: Task, assets: Sequence[Asset], response_format: ResponseFormat)
     return _record(task, assets, status, _changed_at(task, status, response_format.results), response_format)
 
 
+def new_record(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:
+    """The task as `/tasks` answers it: the same facts as `record` in Kling's new shape (KLING §4)."""
+    old = record(task, assets, response_format)
+    done = old["task_status"] == "succeed"
+    told: dict[str, Any] = {
+        "id": old["task_id"],
+        "status": "succeeded" if done else old["task_status"],
+        "message": old["task_status_msg"],
+        "create_time": old["created_at"],
+        "update_time": old["updated_at"],
+        "outputs": list(_outputs(task, old["task_result"])),
+        "receiver": old["receiver"],
+    }
+    if old["task_info"]:
+        told["external_id"] = old["task_info"]["external_task_id"]
+    if "final_unit_deduction" in old:
+        told["billing"] = [{"charge_type": "unit", "package_type": "image", "amount": old["final_unit_deduction"]}]
+    return told
+
+
+def _outputs(task: Task, result: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """The pictures in order, without their index. Those of a series have `group_id`."""
+    group = {"group_id": str(task.id)} if task.series else {}
+    for picture in (*result.get("images", ()), *result.get("series_images", ())):
+        yield {"type": "image", **{name: text for name, text in picture.items() if name != "index"}, **group}
+
+
 def created(task: Task, status: Status = "submitted") -> dict[str, Any]:
     """`data` of the answer to a create. Kling always answers `submitted`, however quick the task is."""
     made_ms = _ms(task.created_at)

@@ -3,6 +3,7 @@
     POST /kling/v1/images/omni-image            create; waits up to 20 s for the provider
     GET  /kling/v1/images/omni-image            list, newest first
     GET  /kling/v1/images/omni-image/{id}       one task, by our task_id or by external_task_id
+    GET  /kling/tasks?task_ids=                 up to 20 tasks in Kling's new shape, or by external_task_ids
     GET  /kling/openapi.json                    the OpenAPI document; needs no key
 
 401 no valid key (no body read, no query) · 404/1202 another path or method · 408 a slow body · 413 a long one
@@ -43,6 +44,7 @@ PREFIX = "/kling"
 OMNI_IMAGE = f"{PREFIX}/v1/images/omni-image"
 # A base URL that ends with a slash doubles it. Some clients end every path with a slash.
 ENDPOINT = re.compile(f"/*{PREFIX}/+v1/+images/+omni-image(?:/(?P<name>.*))?", re.DOTALL)
+TASKS = re.compile(f"/*{PREFIX}/+tasks/*")
 # The path of a client whose base URL lacks our prefix.
 LOST_PREFIX = "/v1/"
 OPENAPI = f"{PREFIX}/openapi.json"
@@ -135,6 +137,8 @@ class Gateway:
             return success(await self._briefly(self._queries.page, dict(request.query_params), sees), request_id)
         if called and method == "GET":
             return success(await self._briefly(self._queries.one, name, sees), request_id)
+        if method == "GET" and TASKS.fullmatch(path):
+            return success(await self._briefly(self._queries.several, dict(request.query_params), sees), request_id)
         raise Refused(404, 1202, "The requested method is invalid")
 
     # -- create -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from receiver.gateway.creates import DEFAULT_MODEL
+from receiver.gateway.queries import MAX_IDS
 from receiver.providers.kling.request import (
     ASPECT_RATIOS,
     MAX_INPUTS,
@@ -16,6 +17,7 @@ from receiver.providers.kling.request import (
 from receiver.providers.kling.request_images import MAX_URL_CHARS
 
 PATH = "/kling/v1/images/omni-image"
+TASKS = "/kling/tasks"
 Schema = dict[str, Any]
 
 
@@ -34,6 +36,7 @@ def document(version: str, public_url: str | None) -> dict[str, Any]:
         "paths": {
             PATH: {"post": _create(), "get": _list()},
             f"{PATH}/{{id}}": {"get": _one()},
+            TASKS: {"get": _several()},
         },
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -85,6 +88,16 @@ def _list() -> dict[str, Any]:
         "summary": "All tasks, newest first",
         "parameters": [_number("pageNum", 1_000, 1), _number("pageSize", 500, 30)],
         "responses": _responses("Page", 400, 401, 500, 503),
+    }
+
+
+def _several() -> dict[str, Any]:
+    return {
+        "operationId": "listTasksById",
+        "summary": f"Up to {MAX_IDS} tasks in Kling's new shape; unknown ids are left out",
+        "description": "Exactly one of the two is given; an empty one counts as left out. Ids are separated by commas.",
+        "parameters": [{"name": name, "in": "query", "schema": STRING} for name in ("task_ids", "external_task_ids")],
+        "responses": _responses("Several", 400, 401, 500, 503),
     }
 
 
@@ -221,6 +234,17 @@ TASK: dict[str, Schema] = {
     "updated_at": MILLISECONDS,
     "receiver": OURS,
 }
+OUTPUT = _object("type url", type={"const": "image"}, url=STRING, watermark_url=STRING, group_id=STRING)
+BILL = _object(
+    "charge_type package_type amount", charge_type={"const": "unit"}, package_type={"const": "image"}, amount=STRING
+)
+NEW_TASK = _object(
+    "id status message create_time update_time outputs receiver",
+    id={"type": "string", "format": "uuid"},
+    status=_one_of(("submitted", "processing", "succeeded", "failed")),
+    message=STRING, create_time=MILLISECONDS, update_time=MILLISECONDS, external_id=STRING, receiver=OURS,
+    outputs={"type": "array", "items": OUTPUT}, billing={"type": "array", "items": BILL},
+)  # fmt: skip
 PICTURES = {"type": "array", "items": _object("index url", index=INTEGER, url=STRING, watermark_url=STRING)}
 RESULT = _object("", result_type=STRING, images=PICTURES, series_images=PICTURES)
 
@@ -236,6 +260,7 @@ SCHEMAS = {
     ),
     "Told": _object("code message request_id data", **ENVELOPE, data=_ref("Task")),
     "Page": _object("code message request_id data", **ENVELOPE, data={"type": "array", "items": _ref("Task")}),
+    "Several": _object("code message request_id data", **ENVELOPE, data={"type": "array", "items": NEW_TASK}),
     "Refusal": _object(
         "code message request_id",
         code={"type": "integer", "minimum": 1_000}, message=STRING, request_id=STRING,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlmodel import Session
 
-from receiver.gateway.answers import Refused, ResponseFormat, bad_parameter, record
+from receiver.gateway.answers import Refused, ResponseFormat, bad_parameter, new_record, record
 from receiver.providers.base import is_storable, plain
 from receiver.providers.kling.client import Kling
 from storage.database.sessions import Database
@@ -17,6 +17,7 @@ from storage.rows.models import Task
 
 # KLING §3. The default of 30 is ours; Kling's is not documented.
 MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE = 1_000, 500, 30
+MAX_IDS = 20  # of one query of `/tasks`
 
 
 class Queries:
@@ -47,15 +48,39 @@ class Queries:
             assets = tasks.assets_of_all(session, [task.id for task in found])
         return [record(task, assets[task.id], self._response_format) for task in found]
 
+    def several(self, params: Mapping[str, str], of_client: str | None) -> list[dict[str, Any]]:
+        """The tasks of `task_ids`, or of `external_task_ids`, in the order asked for. Unknown ids are left out.
+
+        `of_client`: see `one`. Raises `Refused`.
+        """
+        by_id, by_external = params.get("task_ids", ""), params.get("external_task_ids", "")
+        if bool(by_id) == bool(by_external):
+            raise bad_parameter("task_ids or external_task_ids: exactly one of them must be given")
+        names = [name for name in dict.fromkeys((by_id or by_external).split(",")) if name and is_storable(name)]
+        if len(names) > MAX_IDS:
+            raise bad_parameter(f"{'task_ids' if by_id else 'external_task_ids'}: at most {MAX_IDS} ids")
+        find = _by_task_id if by_id else tasks.by_external_id
+        with self._database.read() as session:
+            found = [task for task in (find(session, name) for name in names) if task is not None]
+            seen = [task for task in found if of_client in (None, task.client)]
+            assets = tasks.assets_of_all(session, [task.id for task in seen])
+        return [new_record(task, assets[task.id], self._response_format) for task in seen]
+
 
 def _find(session: Session, name: str) -> Task | None:
+    return _ours(session, name) or tasks.by_external_id(session, name) or _adopted(session, name)
+
+
+def _by_task_id(session: Session, name: str) -> Task | None:
+    return _ours(session, name) or _adopted(session, name)
+
+
+def _ours(session: Session, name: str) -> Task | None:
     try:
         task_id = uuid.UUID(name)
     except ValueError:
-        task_id = None
-    is_ours = task_id is not None and str(task_id) == name  # the first spelling counts
-    task = session.get(Task, task_id) if is_ours else None
-    return task or tasks.by_external_id(session, name) or _adopted(session, name)
+        return None
+    return session.get(Task, task_id) if str(task_id) == name else None  # the first spelling counts
 
 
 def _adopted(session: Session, name: str) -> Task | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from receiver.gateway.answers import ResponseFormat, Results, callback_body, created, record, status_of
+from receiver.gateway.answers import ResponseFormat, Results, callback_body, created, new_record, record, status_of
+from receiver.providers.kling.report import read_report
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
 from tests.harness import PAYLOADS
@@ -83,6 +84,18 @@ def test_it_has_the_shape_of_what_was_recorded(name: str) -> None:
     assert shape(told["task_result"]) == shape({**wanted["task_result"], **more})
     same = ("task_status", "task_status_msg", "task_info")
     assert {field: told[field] for field in same} == {field: wanted[field] for field in same}
+
+
+def test_the_new_shape_says_the_same_and_our_own_reader_understands_it() -> None:
+    row = task(series=True, units="16", completed_at=AT)
+    assets = [asset(0, kind="series"), asset(1, kind="series"), asset(0, kind="watermark", original="series")]
+    told = new_record(row, assets, response_format())
+    report = read_report(told)
+    assert (report.provider_task_id, report.external_task_id) == (str(row.id), "order-1")
+    assert (report.status, report.units, len(report.outputs)) == (TaskState.SUCCEEDED, "16", 2)
+    assert [output["url"].rsplit("/", 1)[1] for output in told["outputs"]] == ["series-0", "series-1"]
+    assert told["outputs"][0]["watermark_url"].endswith("/watermark-0")
+    assert {output["group_id"] for output in told["outputs"]} == {str(row.id)}
 
 
 def shape(document: Any) -> Any:

@@ -81,3 +81,26 @@ def test_an_adopted_task_is_found_by_klings_own_id(web: Web, parts: Parts) -> No
     Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit).take([theirs])
     found = ask(web, "GET", f"{PATH}/{theirs}").json()["data"]
     assert (found["task_id"], found["receiver"]["provider_task_id"]) == (str(task_of(parts, ID).id), theirs)
+
+
+def test_newer_clients_ask_for_several_tasks_by_either_kind_of_id(web: Web) -> None:
+    ours = [create(web, {**PLAIN, "external_task_id": name}).json()["data"]["task_id"] for name in ("a", "b")]
+    unknown = "00000000-0000-0000-0000-000000000000"
+
+    def found(query: str) -> list[tuple[str, str]]:
+        answer = ask(web, "GET", f"/kling/tasks{query}")
+        assert told(answer) == (200, 0), answer.text
+        return [(each["id"], each["external_id"]) for each in answer.json()["data"]]
+
+    both = [(ours[1], "b"), (ours[0], "a")]
+    assert found(f"?task_ids={ours[1]},{unknown},,{ours[0]},{ours[1]}") == both
+    assert found("/?external_task_ids=b,nobody,a") == both
+    assert found("?task_ids=a") == found(f"?external_task_ids={ours[0]}") == []
+
+
+@ON_SQLITE
+def test_several_tasks_are_refused_without_one_kind_of_id_or_with_too_many(web: Web) -> None:
+    many = ",".join(map(str, range(20)))
+    assert told(ask(web, "GET", f"/kling/tasks?task_ids={many}")) == (200, 0)
+    for query in ("", "?task_ids=", "?task_ids=1&external_task_ids=a", f"?task_ids={many},20", "?task_id=1"):
+        assert told(ask(web, "GET", f"/kling/tasks{query}")) == (400, 1201), query

@@ -124,7 +124,7 @@ def test_every_key_sees_the_same_account(web: Web) -> None:
 
 
 OTHER_CALLS = [
-    ("DELETE", PATH), ("PUT", PATH), ("POST", f"{PATH}/x"), ("PUT", f"{PATH}/"), ("GET", "/kling/tasks"),
+    ("DELETE", PATH), ("PUT", PATH), ("POST", f"{PATH}/x"), ("PUT", f"{PATH}/"), ("POST", "/kling/tasks"),
     ("POST", "/kling/v1/images/generations"), ("GET", "/kling/"), ("GET", "/kling/%0A"),
     ("POST", "/kling/openapi.json"),
 ]  # fmt: skip

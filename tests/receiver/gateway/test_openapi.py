@@ -44,7 +44,7 @@ def test_the_document_is_open_and_names_every_call(web: Web) -> None:
     document = httpx.get(f"{web.url}/kling/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     calls = {(path, method) for path, item in document["paths"].items() for method in item}
-    assert calls == {(PATH, "post"), (PATH, "get"), (f"{PATH}/{{id}}", "get")}
+    assert calls == {(PATH, "post"), (PATH, "get"), (f"{PATH}/{{id}}", "get"), ("/kling/tasks", "get")}
 
 
 if __name__ == "__main__":

@@ -54,6 +54,12 @@ def test_a_key_reads_and_lists_its_own_tasks_alone(web: Web, parts: Parts) -> No
     assert ask(web, "GET", f"{PATH}/ours").status_code == theirs.status_code
 
 
+def test_tasks_named_by_ids_are_its_own_alone(web: Web, parts: Parts) -> None:
+    three_tasks(parts)
+    found = ask(web, "GET", "/kling/tasks?external_task_ids=ours,theirs,mine").json()["data"]
+    assert [each["external_id"] for each in found] == ["mine"]
+
+
 def test_a_page_of_own_tasks_counts_those_alone(web: Web, parts: Parts) -> None:
     three_tasks(parts)
     assert listed(ask(web, "GET", f"{PATH}?pageNum=1&pageSize=1")) == ["mine"]
