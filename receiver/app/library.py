@@ -108,7 +108,8 @@ class Receiver:
     def __init__(self, **settings: Any) -> None:
         """`settings`: those that differ from the environment, in lower case and without the prefix `RECEIVER_`.
 
-        Raises `SettingsInvalid` (a line per fault), `SchemaBehind` (run `receiver migrate`), `DatabaseUnavailable`.
+        Raises `SettingsInvalid` (a line per fault), `SchemaBehind` (run `receiver migrate`), and as every call does,
+        `DatabaseUnavailable`. All of them are imported from `receiver`.
         """
         self._parts = Parts(config.load(**settings))
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)

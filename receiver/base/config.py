@@ -321,6 +321,8 @@ def load(**overrides: Any) -> Settings:
     Raises `SettingsInvalid` with one line per fault, each naming its variable; no line shows a value, which may
     be a secret.
     """
+    if unknown := sorted(overrides.keys() - Settings.model_fields.keys()):
+        raise SettingsInvalid("\n".join(map(_no_setting, unknown)))
     _check_env_file()
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
@@ -353,6 +355,11 @@ def _lines(error: ValidationError) -> Iterator[str]:
             yield f"{name}: {message[:1].lower()}{message[1:]}"
         else:
             yield message
+
+
+def _no_setting(name: str) -> str:
+    nearest = nearest_variable(f"{PREFIX}{name.upper()}")
+    return f"{name}: no such setting" + (f"; {nearest.removeprefix(PREFIX).lower()} is the nearest" if nearest else "")
 
 
 def unknown_variables() -> list[str]:

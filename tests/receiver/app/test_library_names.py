@@ -1,0 +1,42 @@
+"""What the library's page promises about names: each is imported from `receiver`, and its program ends in words."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import receiver
+from receiver import Receiver, SettingsInvalid
+from tests.harness import ROOT
+
+PAGE = (ROOT / "infra" / "docs" / "library.md").read_text()
+ROWS = [line.split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+RAISED = {name for row in ROWS for name in re.findall(r"`(\w+)`", row[3])}
+
+
+def test_every_error_of_the_page_is_imported_from_the_package() -> None:
+    errors = {name for name in receiver.__all__ if issubclass(getattr(receiver, name), Exception)}
+    assert {name for name in RAISED if not hasattr(builtins, name)} | {"DatabaseUnavailable"} == errors
+
+
+def test_a_program_without_settings_ends_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("RECEIVER_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    program = next(text for text in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "sys.exit" in text)
+    with pytest.raises(SystemExit) as ended:
+        exec(program, {})  # noqa: S102 - our own page
+    assert ended.value.code == "RECEIVER_S3_BUCKET: required; or set RECEIVER_STORE=DIR for a store of your own"
+    assert ended.value.code in program
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_argument_that_is_no_setting_is_refused_by_name() -> None:
+    with pytest.raises(SettingsInvalid, match="s3_bukcet: no such setting; s3_bucket is the nearest"):
+        Receiver(s3_bukcet="pictures")
+    with pytest.raises(SettingsInvalid, match=r"nonsense: no such setting$"):
+        Receiver(nonsense=1)
