@@ -180,7 +180,7 @@ class UserError(Exception):
 
 class NoSuchTask(UserError, LookupError):
     def __init__(self, external_task_id: str) -> None:
-        super().__init__(f"no task {external_task_id!r} here")
+        super().__init__(f"no task {external_task_id!r} here; `receiver status` lists the newest")
 
 
 class LostClaim(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,7 +57,7 @@ class SettingsInvalid(UserError, ValueError):
 
 
 class Settings(BaseSettings):
-    """All settings, with their units in their names. See the README's table for what each is for."""
+    """All settings, with their units in their names. infra/docs/settings.md says what each is for."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -324,10 +325,11 @@ def load(**overrides: Any) -> Settings:
     if unknown := sorted(overrides.keys() - Settings.model_fields.keys()):
         raise SettingsInvalid("\n".join(map(_no_setting, unknown)))
     _check_env_file()
+    given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+        return Settings(**given)
     except ValidationError as error:
-        raise SettingsInvalid("\n".join(_lines(error))) from None
+        raise SettingsInvalid("\n".join([*_lines(error), *_rest(error, given)])) from None
 
 
 def secret_files() -> dict[str, Path]:
@@ -343,7 +345,27 @@ def _check_env_file() -> None:
         raise SettingsInvalid(fault)
 
 
-MISSING = {f"{PREFIX}S3_BUCKET": f"required; or set {PREFIX}STORE=DIR for a store of your own"}
+def _missing(name: str) -> str:
+    if name != f"{PREFIX}S3_BUCKET":
+        return "required"
+    if store := min((file.parent.name for file in Path().glob("*/store.json")), default=None):
+        return f"required; or set {PREFIX}STORE={shlex.quote(store)}, which is a store in this folder"
+    return f"required; or set {PREFIX}STORE=DIR for a store of your own"
+
+
+def _rest(error: ValidationError, given: dict[str, Any]) -> list[str]:
+    """The faults that pydantic finds only once each setting is valid by itself, but for those of the invalid ones."""
+    wrong = {str(fault["loc"][0]) for fault in error.errors(include_input=False) if fault["loc"]}
+    if not wrong:  # then they are in `error`
+        return []
+    fields = {name: field for name, field in Settings.model_fields.items() if name in wrong}
+    valid = {name: "-" if field.is_required() else field.get_default() for name, field in fields.items()}
+    try:
+        Settings(**{**given, **valid})
+    except ValidationError as rest:
+        lines = "\n".join(line for line in _lines(rest)).splitlines()
+        return [line for line in lines if not any(re.search(rf"\b{PREFIX}{name.upper()}\b", line) for name in wrong)]
+    return []
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
@@ -351,7 +373,7 @@ def _lines(error: ValidationError) -> Iterator[str]:
         message = fault["msg"].removeprefix("Value error, ")
         if fault["loc"]:
             name = f"{PREFIX}{str(fault['loc'][0]).upper()}"
-            message = MISSING.get(name, "required") if fault["type"] == "missing" else message
+            message = _missing(name) if fault["type"] == "missing" else message
             yield f"{name}: {message[:1].lower()}{message[1:]}"
         else:
             yield message

@@ -136,7 +136,7 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            faults.append(Fault(number, f"is not UTF-8 (byte {error.start + 1})"))
+            faults.append(Fault(number, f'is not UTF-8 (byte {error.start + 1}); save the file as UTF-8 ("CSV UTF-8")'))
             yield number, None
 
 

@@ -259,7 +259,7 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
         alive = lambda: heartbeats.count_alive(parts.database)  # noqa: E731
         counts = batch_view.watch(look, alive, Console(stderr=True), lambda: show.pausing(parts))
     except KeyboardInterrupt:
-        say(f"stopped watching; the workers go on. Watch again: receiver batch status {name} --wait", err=True)
+        say(f"stopped watching; the workers go on; {_next(name)}", err=True)
         raise typer.Exit(1) from None
     for path in report:
         batch_report.write(path, name, batch_report.lines(parts.database, of, name))
@@ -309,7 +309,7 @@ def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
 
 
 def _next(name: str) -> str:
-    return f"`receiver batch status {name} --wait` watches it"
+    return f"`receiver batch status {shlex.quote(name)} --wait` watches it"
 
 
 def _show_estimate(parts: Parts, plan: Plan, lines: Sequence[Line], prices: Path | None, *, as_json: bool) -> None:

@@ -34,13 +34,19 @@ def opened(
     from receiver.app.database_faults import explained
     from receiver.app.wiring import Parts
     from receiver.base import config, telemetry
+    from receiver.cli.terminal import say
     from receiver.local_store import serve_store
 
-    chosen = config.load(allow_http=allow_http or None, store=store, **settings)
+    try:
+        chosen = config.load(allow_http=allow_http or None, store=store, **settings)
+    except config.SettingsInvalid as error:  # a missing setting is often a misspelt one
+        raise config.SettingsInvalid("\n".join([str(error), *_unknown()])) from None
     if starts_store and chosen.store and not chosen.console_keys:
         key = SecretStr(f"me={serve_store.console_key(chosen.store)}")
         chosen = chosen.model_copy(update={"console_keys": (key,)})
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
+    if warning := serve_store.other_database(chosen):
+        say(f"warning: {warning}", err=True)
     with serve_store.running(chosen) if starts_store else nullcontext():
         parts = Parts(chosen)
         try:
@@ -50,3 +56,11 @@ def opened(
                 yield parts
         finally:
             parts.close()
+
+
+def _unknown() -> Iterator[str]:
+    from receiver.base import config
+
+    for name in config.unknown_variables():
+        nearest = config.nearest_variable(name)
+        yield f"{name}: no setting has this name" + (f"; did you mean {nearest}?" if nearest else "")

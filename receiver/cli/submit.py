@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import typer
 from receiver.cli.opening import opened
 from receiver.cli.serve import AllowHttp, Store
 from receiver.cli.terminal import say, say_json
+from storage.errors import UserError
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -90,7 +92,12 @@ def submit(
         raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
     with opened(allow_http, migrate=True, store=store) as parts:
         task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
-        _answer(parts, task, wait=wait, as_json=as_json)
+        try:
+            _answer(parts, task, wait=wait, as_json=as_json)
+        except KeyboardInterrupt:
+            command = f"receiver status {shlex.quote(task.external_task_id)}"
+            say(f"stopped waiting; the workers go on; `{command}` shows the task", err=True)
+            raise typer.Exit(1) from None
 
 
 def _image(given: str) -> str:
@@ -124,6 +131,9 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, adopt: bool) -> Task:
+    if not (parts.settings.kling_api_key or parts.settings.kling_access_key):
+        # A create without them would pause the account, also for workers that have a key.
+        raise UserError("no provider credentials are set, nothing was sent: set RECEIVER_KLING_API_KEY")
     in_file = fields.pop("external_task_id", None)
     external_task_id = external_task_id or in_file or None
     fields.pop("callback_url", None)

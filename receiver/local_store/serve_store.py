@@ -1,6 +1,6 @@
 """`--store DIR`: an S3 store of one's own on this machine, where there is no other. SeaweedFS with its data in DIR.
 
-    DIR/store.json   0600: its keys, made once, its ports, and the process that runs it
+    DIR/store.json   0600: its keys, made once, its ports, the process that runs it, and that process's database
     DIR/store.lock   held by that process and by the server, so that no second server works on the same data
     DIR/s3/          the data
     DIR/console.key  0600: the key of the console, where RECEIVER_CONSOLE_KEYS names none
@@ -22,6 +22,7 @@ from typing import Any
 
 from receiver.base.config import Settings
 from receiver.local_store.seaweed import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
+from storage.database.urls import normal_url, place
 from storage.errors import UserError
 
 LOCK_INTERVAL_SECONDS = 0.2
@@ -61,12 +62,34 @@ def running(settings: Settings) -> Iterator[None]:
         yield
         return
     with _named(settings.store):
-        server = _started(settings.store.absolute(), settings.s3_bucket)
+        server = _started(settings.store.absolute(), settings.s3_bucket, _database(settings))
     try:
         yield
     finally:
         if server is not None:
             server.stop()
+
+
+def other_database(settings: Settings) -> str | None:
+    """A warning where the store was last run with another SQLite file, which is still there. Both may be meant."""
+    if settings.store is None:
+        return None
+    with _named(settings.store):
+        recorded, ours = (_read(settings.store) or {}).get("database"), _database(settings)
+    if (
+        not isinstance(recorded, str)
+        or not Path(recorded).is_file()
+        or Path(recorded).resolve() == Path(ours).resolve()
+    ):
+        return None
+    return (
+        f"{settings.store} was last served with the tasks in {recorded}, and this command uses {ours}: "
+        f"stand in {Path(recorded).parent}, or set RECEIVER_DATABASE_URL, if you mean those tasks"
+    )
+
+
+def _database(settings: Settings) -> str:
+    return place(normal_url(settings.database_url.get_secret_value()))
 
 
 @contextmanager
@@ -77,7 +100,7 @@ def _named(directory: Path) -> Iterator[None]:
         raise StoreFailed(f"RECEIVER_STORE: {error.filename or directory}: {error.strerror}") from None
 
 
-def _started(directory: Path, bucket: str) -> Seaweed | None:
+def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
     """A server of ours that answers; None when another process runs one."""
     try:
         weed_binary()
@@ -91,7 +114,7 @@ def _started(directory: Path, bucket: str) -> Seaweed | None:
         keys = _read(directory) or _fresh()
         if not all(pair_is_free(port) for port in keys["ports"].values()):
             keys["ports"] = pick_ports()
-        _write(directory, {**keys, "owner": os.getpid()})
+        _write(directory, {**keys, "owner": os.getpid(), "database": database})
         server = Seaweed(
             directory / "s3", bucket, access_key=keys["access_key"], secret_key=keys["secret_key"],
             ports=keys["ports"], size=KEPT, held=lock.fileno(),

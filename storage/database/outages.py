@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from pathlib import Path
 
 import structlog
 from sqlalchemy.engine import URL
@@ -21,6 +22,7 @@ AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "X
 NO_PRIVILEGE, NO_TABLE = "42501", "42P01"
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
+NOT_OPENED = "unable to open database file"  # SQLite's words
 # psycopg's words before those of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
 # Lanes try again after 1 s, and a file that is nearly full takes some rows and not others.
@@ -39,7 +41,10 @@ def words(url: URL, error: BaseException) -> str:
 
 
 def _remedy(url: URL, said: str, state: str | None) -> str:
-    """What the owner runs for the role. PostgreSQL names the object, and not who lacks the privilege."""
+    """What the owner does. PostgreSQL names the object and not who lacks the privilege, SQLite names no folder."""
+    if said == NOT_OPENED:
+        folder = Path(url.database or "").absolute().parent
+        return f"; see that this user may write in {folder}" if folder.is_dir() else f"; make the folder {folder}"
     role = '"{}"'.format((url.username or "ROLE").replace('"', '""'))
     if denied := DENIED.match(said):
         kind, name = denied.groups()

@@ -231,7 +231,7 @@ class Kling:
             return self._api_key
         if self._jwt:
             return self._jwt.token()
-        raise AccountRefused("no provider credentials are configured")
+        raise AccountRefused("no provider credentials are configured; set RECEIVER_KLING_API_KEY")
 
     def _exchange(self, method: str, path: str, content: bytes | None, token: str) -> Answer:
         headers = {"Authorization": f"Bearer {token}"}

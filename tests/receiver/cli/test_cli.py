@@ -155,7 +155,7 @@ def test_a_refused_request_is_exit_code_1(ready: CommandLine, sandbox: Sandbox) 
 
 def test_a_task_that_is_not_there(ready: CommandLine) -> None:
     for words in (("status", "nothing"), ("status", "nothing", "--json")):
-        assert ready(*words) == Done(1, "", "no task 'nothing' here\n")
+        assert ready(*words) == Done(1, "", "no task 'nothing' here; `receiver status` lists the newest\n")
 
 
 WRONG = {

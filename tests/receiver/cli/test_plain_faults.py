@@ -18,6 +18,7 @@ from sqlalchemy import text
 
 from storage.database.sessions import Database
 from tests.command_line import CommandLine
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import free_port
 from tests.postgres import MigratedDatabases, Postgres
@@ -102,6 +103,63 @@ def test_a_full_disk_behind_json_is_one_line(ready: CommandLine, words: tuple[st
             env={**environment, **ready.variables}, cwd=ready.folder, stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (1, "standard output cannot be written: No space left on device\n")
+
+
+def test_faults_of_single_settings_and_of_several_together_are_listed_at_once(receiver: CommandLine) -> None:
+    wrong = {"RECEIVER_PORT": "80O0", "RECEIVER_KLING_API_KEY": "Bearer x", "RECEIVER_PUBLIC_URL": "http://a.example"}
+    done = receiver("status", **wrong, RECEIVER_CALLBACK_SECRETS="short", RECEIVER_S3_BUCKET=None)
+    names = [re.split("[: ]", line.removeprefix("RECEIVER_"))[0] for line in done.err.splitlines()]
+    assert names == ["PORT", "S3_BUCKET", "CALLBACK_SECRETS", "KLING_API_KEY", "PUBLIC_URL"]
+
+
+def test_a_misspelt_setting_is_named_beside_the_one_that_is_missing(receiver: CommandLine) -> None:
+    (receiver.folder / ".env").write_text("RECEIVER_S3_BUCKT=pictures\n")
+    done = receiver("status", RECEIVER_S3_BUCKET=None)
+    assert done.err.splitlines()[1:] == [
+        "RECEIVER_S3_BUCKT: no setting has this name; did you mean RECEIVER_S3_BUCKET?"
+    ]
+
+
+def test_a_store_in_this_folder_is_named_where_no_bucket_is_set(receiver: CommandLine) -> None:
+    (receiver.folder / "my pictures").mkdir()
+    (receiver.folder / "my pictures" / "store.json").write_text("{}")
+    done = receiver("status", RECEIVER_S3_BUCKET=None, RECEIVER_S3_ENDPOINT_URL=None)
+    assert "set RECEIVER_STORE='my pictures', which is a store in this folder" in done.err
+
+
+def test_a_database_in_a_folder_that_is_not_there_says_which(receiver: CommandLine) -> None:
+    done = receiver(*ASK, RECEIVER_DATABASE_URL="sqlite:///missing/receiver.db")
+    assert done.err.endswith(f"unable to open database file; make the folder {receiver.folder / 'missing'}\n"), done
+
+
+def test_a_submit_without_credentials_sends_nothing_and_pauses_nothing(ready: CommandLine) -> None:
+    done = ready(*ASK, RECEIVER_KLING_API_KEY=None)
+    assert (done.code, "set RECEIVER_KLING_API_KEY" in done.err) == (1, True), done
+    status = ready("status", "--json").json
+    assert (status["tasks"], status["summary"]["accounts"]["kling"]["pauses"]) == ([], [])
+
+
+def test_a_csv_of_a_german_excel_is_told_what_to_save(ready: CommandLine) -> None:
+    (ready.folder / "mein excel.csv").write_bytes("model_name;prompt\r\nkling-image-o1;Düne\r\n".encode("cp1252"))
+    done = ready("submit", "--batch", "mein excel.csv")
+    assert 'mein excel.csv:2: is not UTF-8 (byte 17); save the file as UTF-8 ("CSV UTF-8")' in done.out + done.err
+
+
+def test_a_batch_name_with_a_space_can_be_pasted(ready: CommandLine) -> None:
+    (ready.folder / "mein excel.csv").write_bytes("\ufeffmodel_name;prompt\r\nkling-image-o1;Düne\r\n".encode())
+    assert "`receiver batch status 'mein excel' --wait`" in ready("submit", "--batch", "mein excel.csv").out
+
+
+def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path) -> None:
+    err, words = tmp_path / "err", (*ASK, "--external-task-id", "a b", "--wait")
+    process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
+    try:
+        wait_until(lambda: err.exists() and "waiting 30 s" in err.read_text(), seconds=25)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 1
+    finally:
+        process.kill()
+    assert err.read_text().endswith("stopped waiting; the workers go on; `receiver status 'a b'` shows the task\n")
 
 
 def test_a_key_with_a_line_end_works(ready: CommandLine) -> None:

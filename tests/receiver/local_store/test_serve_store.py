@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,25 @@ def test_a_picture_outlives_a_restart_and_so_do_the_keys(receiver: CommandLine) 
     with serving(receiver):
         second = archive(receiver)
         after = keys(receiver)
+    assert before["database"] == f"{receiver.folder}/receiver.db"
     assert (before["secret_key"], before["ports"]) == (after["secret_key"], after["ports"])
     audited = receiver("audit", "--deep", RECEIVER_STORE="kept")  # starts the store itself
     assert (audited.code, "2 files in 2 folders, 2 of them read" in audited.out) == (0, True), audited
     receiver("export", "out", "--all", RECEIVER_STORE="kept")
     names = [path.name for path in (receiver.folder / "out").rglob("image-*")]
     assert {first[:12], second[:12]} == {name.split("-")[2].split(".")[0] for name in names}
+
+
+def test_a_command_from_another_folder_names_the_database_of_the_store(receiver: CommandLine, tmp_path: Path) -> None:
+    (receiver.folder / "receiver.db").touch()
+    (receiver.folder / "kept").mkdir()
+    recorded = {"access_key": "a", "secret_key": "b", "ports": {"s3": 1}, "database": f"{receiver.folder}/receiver.db"}
+    (receiver.folder / "kept" / "store.json").write_text(json.dumps(recorded))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    there = replace(receiver, folder=elsewhere)
+    done = there("status", RECEIVER_STORE=str(receiver.folder / "kept"))
+    assert f"with the tasks in {receiver.folder}/receiver.db, and this command uses {elsewhere}/receiver.db" in done.err
+    assert "warning" not in receiver("status", RECEIVER_STORE="kept").err
 
 
 def test_check_finds_the_running_store_or_starts_it(receiver: CommandLine) -> None:
