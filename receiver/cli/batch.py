@@ -81,12 +81,11 @@ def retry(
         failed = _batches(parts).failed_at_provider(name)
     if failed:
         say(f"{failed:,} failed at the provider and are only read again: {_again(name)}", err=True)
-    _answer(
-        tally,
-        dry_run,
-        as_json,
-        f"nothing of it failed; `receiver batch status {shlex.quote(name)}` shows how it stands",
-    )
+    _answer(tally, dry_run, as_json, f"nothing of it failed; {_shown(name)}")
+
+
+def _shown(name: str) -> str:
+    return f"`receiver batch status {shlex.quote(name)}` shows how it stands"
 
 
 def _again(name: str) -> str:
@@ -98,7 +97,10 @@ def _submit_again(parts: Parts, name: str, new_name: str, *, dry_run: bool, as_j
 
     try:
         plan, left = _batches(parts).plan_again(name, new_name)
-        if dry_run:
+        if not (plan.new or plan.known or left or as_json):
+            say("nothing to do")
+            say(f"nothing of {name} failed at the provider; {_shown(name)}", err=True)
+        elif dry_run:
             _show_estimate(parts, plan, plan.new, None, as_json=as_json)
         else:
             _put(parts, plan)

@@ -76,11 +76,7 @@ def other_database(settings: Settings) -> str | None:
         return None
     with _named(settings.store):
         recorded, ours = (_read(settings.store) or {}).get("database"), _database(settings)
-    if (
-        not isinstance(recorded, str)
-        or not Path(recorded).is_file()
-        or Path(recorded).resolve() == Path(ours).resolve()
-    ):
+    if not recorded or not Path(recorded).is_file() or Path(recorded).resolve() == Path(ours).resolve():
         return None
     return (
         f"{settings.store} was last served with the tasks in {recorded}, and this command uses {ours}: "
@@ -114,6 +110,9 @@ def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
         keys = _read(directory) or _fresh()
         if not all(pair_is_free(port) for port in keys["ports"].values()):
             keys["ports"] = pick_ports()
+        known = keys.get("database", "")
+        if known and Path(known).is_file() and not Path(database).is_file():
+            database = known  # a command in the wrong folder, such as `audit`, which makes no database
         _write(directory, {**keys, "owner": os.getpid(), "database": database})
         server = Seaweed(
             directory / "s3", bucket, access_key=keys["access_key"], secret_key=keys["secret_key"],
@@ -165,7 +164,8 @@ def _read(directory: Path) -> dict[str, Any] | None:
     path = directory / "store.json"
     try:
         keys = json.loads(path.read_bytes())
-        return {**keys, "ports": {part: int(port) for part, port in keys["ports"].items()}}
+        database = str(keys.get("database") or "")
+        return {**keys, "database": database, "ports": {part: int(port) for part, port in keys["ports"].items()}}
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -150,6 +150,14 @@ def test_a_batch_name_with_a_space_can_be_pasted(ready: CommandLine) -> None:
     assert "`receiver batch status 'mein excel' --wait`" in ready("submit", "--batch", "mein excel.csv").out
 
 
+def test_making_again_what_never_failed_names_no_batch_that_is_not_there(ready: CommandLine) -> None:
+    (ready.folder / "good.csv").write_text("model_name,prompt\nkling-image-o1,a boat\n")
+    assert ready("submit", "--batch", "good.csv").code == 0
+    done = ready("batch", "retry", "good", "--as", "again")
+    assert (done.code, done.out) == (0, "nothing to do\n")
+    assert done.err == "nothing of good failed at the provider; `receiver batch status good` shows how it stands\n"
+
+
 def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path) -> None:
     err, words = tmp_path / "err", (*ASK, "--external-task-id", "a b", "--wait")
     process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=tmp_path / "out", err=err)
