@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -22,7 +25,9 @@ FORKS.set_forkserver_preload(["tests.preload"])
 class Forked:
     """One run with the methods of `subprocess.Popen`. It ends when this process does, however that ends (on Linux).
 
-    `out` and `err` are appended to; `given` is its standard input.
+    `out` and `err` are appended to; `given` is its standard input. `module`: another program than `receiver`, as after
+    `python -m`. `constants`: values that it has in place of a module's own, by "module:NAME". `strict`: a warning is an
+    error.
     """
 
     def __init__(
@@ -34,10 +39,14 @@ class Forked:
         out: Path,
         err: Path | None = None,
         given: Path = Path(os.devnull),
+        module: str = "receiver",
+        constants: Mapping[str, object] | None = None,
+        strict: bool = False,
     ) -> None:
-        self.args = ["receiver", *words]
+        self.args = [module, *words]
         files = [str(given), str(out), str(err or out)]
-        self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files))
+        rest = (module, dict(constants or {}), strict)
+        self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files, *rest))
         self._process.start()
 
     @property
@@ -69,10 +78,16 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _become(words: tuple[str, ...], variables: dict[str, str], folder: str, files: list[str]) -> None:
-    """In the child: run `receiver words…`."""
-    from receiver.cli.main import main
-
+def _become(
+    words: tuple[str, ...],
+    variables: dict[str, str],
+    folder: str,
+    files: list[str],
+    module: str,
+    constants: dict[str, object],
+    strict: bool,
+) -> None:
+    """In the child: run `receiver words…`, or another program."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -82,5 +97,14 @@ def _become(words: tuple[str, ...], variables: dict[str, str], folder: str, file
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
-    sys.argv = ["receiver", *words]
-    main()
+    sys.argv = [module, *words]
+    if strict:
+        warnings.simplefilter("error")
+    for name, value in constants.items():
+        place, _, constant = name.partition(":")
+        assert hasattr(import_module(place), constant)
+        setattr(import_module(place), constant, value)
+    if module == "receiver":
+        import_module("receiver.cli.main").main()
+    else:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
