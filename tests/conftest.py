@@ -44,7 +44,7 @@ SLOW = {
     "test_store_outage.py",
 }  # fmt: skip
 # The same, with a fixture for the whole file: apart, each worker would make its own.
-SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py"}
+SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py", "test_serve_store.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,9 +20,8 @@ from storage.rows.reports import Schedule
 from tests.bench import stage
 from tests.bench.million import DAYS, TASKS, build
 from tests.bench.table import Sample, say
-from tests.postgres import Postgres
 
-FEW, SMALL = 20_000, (200, 2_000)
+FEW, SMALL = 20_000, (100, 500)
 ROUNDS = 3
 # Tasks that a dry run of `replay` and of `prune` has before it, beside few and beside many: more than one batch.
 CONCERNED = 2_500
@@ -49,13 +48,11 @@ def _found(small: bool) -> list[Sample]:
     few, many = SMALL if small else (FEW, TASKS)
     samples = []
     with stage.folder() as place, ExitStack() as stack:
-        server = stack.enter_context(Postgres({}))
         for kind in ("sqlite", "postgresql"):
+            create = stack.enter_context(stage.databases(kind, place))
             found = []
             for count in (few, many):
-                name = f"tasks_{count}"
-                url = f"sqlite:///{place}/{name}.db" if kind == "sqlite" else server.create_database(name)
-                database = Database(url)
+                database = Database(create(f"tasks_{count}"))
                 build(database, count)
                 found.append({look: _slowest(database, run) for look, run in _looks(database, count).items()})
                 database.close()

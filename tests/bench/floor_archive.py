@@ -20,6 +20,7 @@ import sqlite3
 import sys
 import threading
 import time
+import uuid
 import zlib
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from botocore.credentials import Credentials
 THREADS = 8
 READ_BYTES = 256 * 1024
 MOST_BYTES = 8_000_000
+RUN = uuid.uuid4().hex  # its folder: the store may have been used before
 NO_BODY = hashlib.sha256(b"").hexdigest()
 
 
@@ -96,7 +98,7 @@ def archive(numbers: queue.SimpleQueue[int], address: str, files: int, rows: Row
         picture = memory[:length]
         zlib.crc32(picture)
         hashlib.md5(picture, usedforsecurity=False).digest()
-        key = f"{number:06}.png"
+        key = f"{RUN}/{number:06}.png"
         rows.commit(number, f"{key} {hashed.hexdigest()}")
         found = store.send("HEAD", key, NO_BODY, {})
         headers = {

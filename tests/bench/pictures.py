@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -163,11 +162,8 @@ def floor(place: Path, source: Source, count: int) -> tuple[float, float]:
     """(seconds, CPU seconds) of the least that archives them, into an S3 server of its own."""
     with stage.seaweed(place) as found:
         words = [source.address, str(count), str(len(source.names)), str(place / "floor.db")]
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.bench.floor_archive", *words], env={**stage.here(), **found}, check=True,
-            timeout=DRAIN_SECONDS, stdout=subprocess.PIPE,
-        )  # fmt: skip
-    used = json.loads(done.stdout)
+        variables = {**stage.here(), **found}
+        used = stage.printed("tests.bench.floor_archive", *words, variables=variables, seconds=DRAIN_SECONDS)
     return used["seconds"], used["cpu_seconds"]
 
 
@@ -213,7 +209,7 @@ class AgainstRclone:
 
 def memory(small: bool) -> Sample:
     """MB at the peak of 8 concurrent files of 100 MB, and of the idle worker; the difference decides."""
-    size, count = (10_000_000, 8) if small else (100_000_000, 8)
+    size, count = (4_000_000, 8) if small else (100_000_000, 8)
     with stage.folder() as place, source(place, count=count, size=size) as files:
         with stage.seaweed(place) as found, stage.database("sqlite", place) as url:
             variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=files.address)
@@ -251,7 +247,7 @@ def _rate(url: str, files: Source, variables: dict[str, str], place: Path, count
         session.execute(Task.__table__.delete())  # type: ignore[attr-defined]
         session.execute(Worker.__table__.delete())  # type: ignore[attr-defined]
     database.close()
-    images = (4 if small else 32) * count
+    images = (2 if small else 32) * count
     with stage.workers(variables, place, count):
         return images / archive(url, files, images)
 

@@ -17,7 +17,7 @@ from storage.states import CallbackState, Step
 from tests.bench import stage
 from tests.bench.claims import CLAIMED, PAST, fill, quartile
 from tests.bench.table import Sample
-from tests.postgres import Postgres
+from tests.postgres import FAST
 
 FEW, MANY, SMALL_MANY = 100, 100_000, 2_000
 ROUNDS, SMALL_ROUNDS, WARM_UP = 100, 5, 5
@@ -64,8 +64,8 @@ def slowest(small: bool) -> Sample:
     counts = {"many": SMALL_MANY if small else MANY, "few": FEW}
     worst: list[Sample] = []
     with stage.folder() as place, ExitStack() as ending:
-        server = ending.enter_context(Postgres())
-        for url in (lambda name: f"sqlite:///{place}/{name}.db", server.create_database):
+        for kind in ("sqlite", "postgresql"):
+            url = ending.enter_context(stage.databases(kind, place, FAST))
             databases = {name: prepared(url(name), count) for name, count in counts.items()}
             for database in databases.values():
                 ending.callback(database.close)

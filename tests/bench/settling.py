@@ -9,19 +9,16 @@ from tests.bench import stage
 from tests.bench.claims import CLAIMED, Times, claim_once, prepared
 from tests.bench.table import Sample
 
-FEW, MANY, SMALL_MANY = 1_000, 1_000_000, 20_000
+FEW, MANY, SMALL_MANY = 1_000, 1_000_000, 2_000
 TURNS = 6
 
 
 def per_second(small: bool) -> Sample:
     """Rows a second on SQLite, eight to a claim, each then settled; in turns: beside many, beside few."""
     turn_seconds = 0.05 if small else 1.5
-    with stage.folder() as place:
+    with stage.folder() as place, stage.databases("sqlite", place) as create:
         counts = {"many": SMALL_MANY if small else MANY, "few": FEW}
-        databases = {
-            name: prepared(f"sqlite:///{place}/{name}.db", "assets", "finished", count)
-            for name, count in counts.items()
-        }
+        databases = {name: prepared(create(name), "assets", "finished", count) for name, count in counts.items()}
         settled = dict.fromkeys(databases, 0)
         for _ in range(TURNS):
             for name, database in databases.items():

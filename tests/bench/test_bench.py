@@ -9,28 +9,59 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.__main__ import ROWS
+from receiver.local_store.seaweed import Seaweed
+from tests.bench import __main__ as bench
+from tests.bench import stage
 from tests.bench.stage import here
+from tests.postgres import MigratedDatabases, Postgres
 
 SECONDS = 240
 
 
-NAMES = [row.name for row in ROWS]
+NAMES = [row.name for row in bench.ROWS]
 # About equally long. A row that tells of another's run is with it; 5b is there where its program is.
-PARTS = ["1 1f 2", "2f 3 3f", "4 4f 6 6f 9 12a 12b", "5 5f 5b 6b 6bf 8", "7 11f 16", "10 11 14", "13 15 15b",
+PARTS = ["1 1f 2", "2f 3 3f", "4 4f 6 6f 9", "5 5f 5b 6b 6bf 8", "7 11f 16", "10 11 14", "13 15 15b",
          "17a 17b 17c 17d"]  # fmt: skip
+BY_COMMAND = ["12a", "12b"]
 
 
 def test_no_row_is_left_out() -> None:
-    assert sorted(" ".join(PARTS).split()) == sorted({*NAMES, "5b"})
+    assert sorted([*" ".join(PARTS).split(), *BY_COMMAND]) == sorted({*NAMES, "5b"})
 
 
-@pytest.mark.parametrize("names", [[name for name in NAMES if name in part.split()] for part in PARTS], ids=",".join)
-def test_every_row_is_measured_in_its_small_form(names: list[str], tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "tests.bench", "--smoke", "--rows", ",".join(names), "--json", str(figures)]
-    done = subprocess.run(command, env=here(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def lent(
+    seaweed: Seaweed,
+    postgres: Postgres,
+    migrated_databases: MigratedDatabases,
+    migrated_sqlite: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stage, "lent", stage.Lent(seaweed, postgres, migrated_sqlite, migrated_databases.template))
+
+
+def options(names: list[str], figures: Path) -> list[str]:
+    return ["--smoke", "--rows", ",".join(names), "--json", str(figures)]
+
+
+def check(names: list[str], figures: Path, printed: str) -> None:
     rows = json.loads(figures.read_text())
     assert [row["row"] for row in rows] == names
-    assert all(row["figure"]["median"] > 0 and row["title"] in done.stdout for row in rows)
+    assert all(row["figure"]["median"] > 0 and row["title"] in printed for row in rows)
+
+
+@pytest.mark.usefixtures("lent")
+@pytest.mark.parametrize("names", [[name for name in NAMES if name in part.split()] for part in PARTS], ids=",".join)
+def test_every_row_is_measured_in_its_small_form(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *options(names, tmp_path / "figures.json")])
+    bench.main()
+    check(names, tmp_path / "figures.json", capsys.readouterr().out)
+
+
+def test_the_command_measures_the_starts(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench", *options(BY_COMMAND, tmp_path / "figures.json")]
+    done = subprocess.run(command, env=here(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 0, done.stderr
+    check(BY_COMMAND, tmp_path / "figures.json", done.stdout)

@@ -9,12 +9,10 @@ import re
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +22,18 @@ import pytest
 from receiver.base import config
 from receiver.local_store import serve_store
 from receiver.local_store.seaweed import GRPC_OFFSET, is_free
-from receiver.sandbox import Sandbox
+from receiver.sandbox import Knobs, Sandbox
 from tests.command_line import CommandLine, Done
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import free_port
 from tests.receiver.local_store.test_seaweed import LOOPBACK, linux_only, listening
 
+LINK = re.compile(rb"http://127.0.0.1:[0-9]+/console/login\?once=[\w.-]+")
 ASK = ("submit", "--store", "kept", "--model-name", "kling-image-o1", "--prompt", "a boat")
 
 
-@pytest.fixture
-def receiver(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """A provider's key and no bucket, no credentials, no database."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def command_line(folder: Path, sandbox: Sandbox) -> CommandLine:
     settings = {
         "RECEIVER_KLING_BASE_URL": sandbox.url,
         "RECEIVER_KLING_API_KEY": sandbox.api_key,
@@ -46,20 +41,30 @@ def receiver(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "RECEIVER_POLL_AFTER_SECONDS": "0.2",
         "RECEIVER_PORT": str(free_port()),
     }
-    return CommandLine(settings, tmp_path)
+    return CommandLine(settings, folder)
+
+
+def bare(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        patch.delenv(name)
+    patch.setenv("HOME", str(folder / "home"))
+
+
+@pytest.fixture
+def receiver(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    """A provider's key and no bucket, no credentials, no database."""
+    bare(tmp_path, monkeypatch)
+    return command_line(tmp_path, sandbox)
 
 
 @contextmanager
-def serving(receiver: CommandLine, stdout: int | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    log = receiver.folder / "serve.log"
+def serving(receiver: CommandLine, out: Path) -> Iterator[Forked]:
+    log = receiver.folder / f"{out.name}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    with log.open("wb") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "receiver", "serve", "--store", "kept"],
-            env={**environment, **receiver.variables}, cwd=receiver.folder, stdout=stdout, stderr=err,
-        )  # fmt: skip
+    words = ("serve", "--store", "kept")
+    process = Forked(words, {**environment, **receiver.variables}, receiver.folder, out=out, err=log)
     try:
-        wait_until(lambda: "worker.started" in log.read_text(), seconds=60)
+        wait_until(lambda: log.exists() and "worker.started" in log.read_text(), seconds=60)
         yield process
     finally:
         process.terminate()
@@ -78,79 +83,108 @@ def archive(receiver: CommandLine) -> str:
     return str(done.json["assets"][0]["sha256"])
 
 
-def test_a_picture_outlives_a_restart_and_so_do_the_keys(receiver: CommandLine) -> None:
-    with serving(receiver):
-        first = archive(receiver)
-        before = keys(receiver)
-    with serving(receiver):
-        second = archive(receiver)
-        after = keys(receiver)
-    assert before["database"] == f"{receiver.folder}/receiver.db"
-    assert (before["secret_key"], before["ports"]) == (after["secret_key"], after["ports"])
-    audited = receiver("audit", "--deep", RECEIVER_STORE="kept")  # starts the store itself
-    assert (audited.code, "2 files in 2 folders, 2 of them read" in audited.out) == (0, True), audited
-    receiver("export", "out", "--all", RECEIVER_STORE="kept")
-    names = [path.name for path in (receiver.folder / "out").rglob("image-*")]
-    assert {first[:12], second[:12]} == {name.split("-")[2].split(".")[0] for name in names}
+@dataclass(frozen=True)
+class Seen:
+    """What was there while the store ran three times: on a terminal, killed, and until it was ended."""
+
+    folder: Path
+    pictures: set[str]
+    keys: list[dict[str, Any]]
+    link: bytes
+    logged_in: list[str]  # what the console shows after each way in
+    printed: str
+    checked_beside: Done
+    addresses: set[str]  # where the server listens on its ports
+    reached: list[str]  # the machine's other addresses at which its S3 port answers
+    audited: Done
+    exported: set[str]
+    checked: Done
 
 
-def test_a_command_from_another_folder_names_the_database_of_the_store(receiver: CommandLine, tmp_path: Path) -> None:
-    (receiver.folder / "receiver.db").touch()
-    (receiver.folder / "kept").mkdir()
-    recorded = {"access_key": "a", "secret_key": "b", "ports": {"s3": 1}, "database": f"{receiver.folder}/receiver.db"}
-    (receiver.folder / "kept" / "store.json").write_text(json.dumps(recorded))
-    (elsewhere := tmp_path / "elsewhere").mkdir()
-    there = replace(receiver, folder=elsewhere)
-    done = there("status", RECEIVER_STORE=str(receiver.folder / "kept"))
-    assert f"with the tasks in {receiver.folder}/receiver.db, and this command uses {elsewhere}/receiver.db" in done.err
-    assert "warning" not in receiver("status", RECEIVER_STORE="kept").err
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
+    """One story for all tests of a store that runs: each start and stop of it takes seconds."""
+    folder = tmp_path_factory.mktemp("store")
+    knobs = Knobs(picture_bytes=20_000, submitted_seconds=0, processing_seconds=0)
+    with pytest.MonkeyPatch.context() as patch, Sandbox(knobs=knobs) as sandbox:
+        bare(folder, patch)
+        yield played(command_line(folder, sandbox))
 
 
-def test_check_finds_the_running_store_or_starts_it(receiver: CommandLine) -> None:
-    for done in (receiver("check", "--store", "kept"), checked_beside(receiver)):
-        [line] = [line for line in done.out.splitlines() if "s3://pictures/ at" in line]
-        assert f"s3://pictures/ at 127.0.0.1:{keys(receiver)['ports']['s3']}" in line
-    assert is_free(keys(receiver)["ports"]["s3"])
-
-
-def checked_beside(receiver: CommandLine) -> Done:
-    with serving(receiver):
-        owner = keys(receiver)["owner"]
-        done = receiver("check", "--store", "kept")
-        assert keys(receiver)["owner"] == owner
-    return done
-
-
-def test_serve_on_a_terminal_prints_a_link_that_logs_in_once(receiver: CommandLine) -> None:
+def played(receiver: CommandLine) -> Seen:
     ours, theirs = pty.openpty()
-    with serving(receiver, stdout=theirs), open(ours, "rb", buffering=0) as terminal:
-        link = re.search(rb"http://127.0.0.1:[0-9]+/console/login\?once=[\w.-]+", terminal.read(4_096))
-        assert link
+    with serving(receiver, Path(os.ttyname(theirs))), open(ours, "rb", buffering=0) as terminal:
+        shown = terminal.read(4_096)
         with httpx.Client(follow_redirects=True) as browser:
-            form = browser.get(link[0].decode())
+            form = browser.get(LINK.findall(shown)[0].decode())
             [once] = re.findall(r'name="once" value="([^"]+)"', form.text)
-            assert "needs" in browser.post(str(form.url), data={"once": once}).text
+            logged_in = [browser.post(str(form.url), data={"once": once}).text]
         os.close(theirs)
+        pictures, found = {archive(receiver)}, [keys(receiver)]
+    with serving(receiver, printed := receiver.folder / "printed") as process:
+        logged_in.append(with_the_key(receiver, printed.read_text()))
+        pictures.add(archive(receiver))
+        found.append(keys(receiver))
+        beside, found = receiver("check", "--store", "kept"), [*found, keys(receiver)]
+        addresses, reached = listened(receiver)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with serving(receiver, receiver.folder / "third"):
+        audited = receiver("audit", "--deep", RECEIVER_STORE="kept")
+        receiver("export", "out", "--all", RECEIVER_STORE="kept")
+        found.append(keys(receiver))
+    exported = {path.name.split("-")[2].split(".")[0] for path in (receiver.folder / "out").rglob("image-*")}
+    return Seen(
+        receiver.folder, pictures, found, shown, logged_in, printed.read_text(), beside, addresses, reached, audited,
+        exported, receiver("check", "--store", "kept"),
+    )  # fmt: skip
 
 
-def test_serve_without_a_terminal_names_the_file_with_the_consoles_key(receiver: CommandLine) -> None:
-    printed = receiver.folder / "printed"
-    with printed.open("wb") as file, serving(receiver, stdout=file.fileno()):
-        line = printed.read_text()
-        key = (receiver.folder / "kept" / "console.key").read_text().strip()
-        assert ("kept/console.key" in line, "once=" in line, key in line) == (True, False, False)
-        assert "needs" in httpx.post(f"{line.split()[1]}/login", data={"key": key}, follow_redirects=True).text
+def with_the_key(receiver: CommandLine, line: str) -> str:
+    key = (receiver.folder / "kept" / "console.key").read_text().strip()
+    return httpx.post(f"{line.split()[1]}/login", data={"key": key}, follow_redirects=True).text
+
+
+def listened(receiver: CommandLine) -> tuple[set[str], list[str]]:
+    found = keys(receiver)["ports"]
+    ports = {port + offset for port in found.values() for offset in (0, GRPC_OFFSET)}
+    [server] = [each for each in processes_of(receiver.folder / "kept") if ports <= listening(each).keys()]
+    others = [address for address in addresses() if not address.startswith("127.")]
+    return set(listening(server).values()), [each for each in others if is_open(each, found["s3"])]
+
+
+def test_pictures_outlive_a_restart_and_a_kill_and_so_do_the_keys(seen: Seen) -> None:
+    """After a kill the next one waits for the old store to end."""
+    assert len({(each["secret_key"], *each["ports"].values()) for each in seen.keys}) == 1
+    assert (seen.audited.code, "2 files in 2 folders, 2 of them read" in seen.audited.out) == (0, True), seen.audited
+    assert {each[:12] for each in seen.pictures} == seen.exported and len(seen.exported) == 2
+
+
+def test_check_finds_the_running_store_or_starts_it(seen: Seen) -> None:
+    port = seen.keys[0]["ports"]["s3"]
+    for done in (seen.checked, seen.checked_beside):
+        [line] = [line for line in done.out.splitlines() if "s3://pictures/ at" in line]
+        assert f"s3://pictures/ at 127.0.0.1:{port}" in line
+    assert seen.keys[1] == seen.keys[2]  # with its owner
+    assert is_free(port)
+
+
+def test_serve_on_a_terminal_prints_a_link_that_logs_in_once(seen: Seen) -> None:
+    assert LINK.search(seen.link) and "needs" in seen.logged_in[0]
+
+
+def test_serve_without_a_terminal_names_the_file_with_the_consoles_key(seen: Seen) -> None:
+    key = (seen.folder / "kept" / "console.key").read_text().strip()
+    line = seen.printed
+    assert ("kept/console.key" in line, "once=" in line, key in line) == (True, False, False)
+    assert "needs" in seen.logged_in[1]
 
 
 @linux_only
-def test_its_files_are_for_one_user_and_its_ports_for_this_machine(receiver: CommandLine) -> None:
-    with serving(receiver):
-        ports = {port + offset for port in keys(receiver)["ports"].values() for offset in (0, GRPC_OFFSET)}
-        [server] = [each for each in processes_of(receiver.folder / "kept") if ports <= listening(each).keys()]
-        assert set(listening(server).values()) <= LOOPBACK
-        others = [address for address in addresses() if not address.startswith("127.")]
-        assert not [each for each in others if is_open(each, keys(receiver)["ports"]["s3"])]
-    kept = receiver.folder / "kept"
+def test_its_files_are_for_one_user_and_its_ports_for_this_machine(seen: Seen) -> None:
+    assert seen.addresses <= LOOPBACK and seen.addresses
+    assert seen.reached == []
+    kept = seen.folder / "kept"
     modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (kept, *kept.iterdir())}
     assert modes == {
         "kept": "0o700",
@@ -181,16 +215,6 @@ def is_open(address: str, port: int) -> bool:
         return probe.connect_ex((address, port)) == 0
 
 
-def test_after_a_kill_the_next_one_waits_for_the_old_store_to_end(receiver: CommandLine) -> None:
-    with serving(receiver) as process:
-        first = archive(receiver)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with serving(receiver):
-        done = receiver("audit", "--deep", RECEIVER_STORE="kept")
-        assert (done.code, "1 files in 1 folders, 1 of them read" in done.out) == (0, True), (first, done)
-
-
 def test_a_missing_package_is_one_line(receiver: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -210,3 +234,15 @@ def test_a_damaged_file_of_keys_is_one_line(receiver: CommandLine) -> None:
 def test_a_store_and_an_endpoint_are_one_too_many(receiver: CommandLine) -> None:
     done = receiver("status", RECEIVER_STORE="kept", RECEIVER_S3_ENDPOINT_URL="http://127.0.0.1:1")
     assert (done.code, done.err) == (1, "RECEIVER_STORE and RECEIVER_S3_ENDPOINT_URL: set one of both\n")
+
+
+def test_a_command_from_another_folder_names_the_database_of_the_store(receiver: CommandLine, tmp_path: Path) -> None:
+    (receiver.folder / "receiver.db").touch()
+    (receiver.folder / "kept").mkdir()
+    recorded = {"access_key": "a", "secret_key": "b", "ports": {"s3": 1}, "database": f"{receiver.folder}/receiver.db"}
+    (receiver.folder / "kept" / "store.json").write_text(json.dumps(recorded))
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    there = replace(receiver, folder=elsewhere)
+    done = there("status", RECEIVER_STORE=str(receiver.folder / "kept"))
+    assert f"with the tasks in {receiver.folder}/receiver.db, and this command uses {elsewhere}/receiver.db" in done.err
+    assert "warning" not in receiver("status", RECEIVER_STORE="kept").err
