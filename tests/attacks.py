@@ -12,8 +12,8 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +28,7 @@ import httpx
 
 from receiver.sandbox import Knobs
 from tests.bench.slow_connections import HOST, acknowledge, dawdle, p99
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.running_product import Scene
 from tests.webhook_receiver import SECRET, Hook
@@ -41,6 +42,8 @@ MOST_TIMES = 2.0
 FREE_SECONDS = 1.0
 SLOW_HOST_SECONDS = 20.0
 PATIENCE_SECONDS = 60
+# An attack has as long to begin, or half of the measurement where that is short.
+LEAD_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ class Stage(Scene):
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             starts[await asyncio.to_thread(self.create)] = time.monotonic()
-            await asyncio.sleep(1)
+            await asyncio.sleep(max(0, min(1, until - time.monotonic())))
         return starts
 
     def _told(self) -> dict[str, float]:
@@ -244,13 +247,16 @@ class Stage(Scene):
     def measure(self, name: str, rate: float, seconds: float) -> Honest:
         """Honest traffic beside an attack from a process of its own."""
         target = self.target(seconds + 2)
-        command = [sys.executable, "-m", "tests.attacks", "--attack", name, "--target", json.dumps(vars(target))]
-        with subprocess.Popen(command) as attacker:
-            try:
-                time.sleep(1.5)
-                return asyncio.run(self.honest(rate, seconds))
-            finally:
-                attacker.kill()
+        words = ("--attack", name, "--target", json.dumps(vars(target)))
+        log = self.folder / "attack.log"
+        attacker = Forked(words, os.environ, self.folder, out=log, module="tests.attacks")
+        try:
+            time.sleep(min(LEAD_SECONDS, seconds))
+            assert attacker.poll() is None, log.read_text()
+            return asyncio.run(self.honest(rate, seconds))
+        finally:
+            attacker.kill()
+            attacker.wait()
 
 
 def is_within(alone: Honest, beside: Honest) -> bool:

@@ -103,6 +103,7 @@ def _migrate(url: str) -> None:
 def seaweed(place: Path) -> Iterator[dict[str, str]]:
     """An empty S3 server; the variables with which it is found."""
     if lent is not None:
+        place.mkdir(exist_ok=True)  # as the server would
         yield _variables(lent.seaweed)
         return
     server = Seaweed(place / "seaweed", "pictures")

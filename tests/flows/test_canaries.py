@@ -12,7 +12,6 @@ import http.server
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -36,6 +35,7 @@ from storage.rows.deliveries import Delivery
 from storage.rows.models import Asset, Callback, Task
 from tests.command_line import CommandLine, variables
 from tests.console_reader import PAGES, Reader
+from tests.forked import Forked
 from tests.harness import wait_until
 from tests.pipeline import Wired, free_port, settings_for, task_of
 
@@ -139,18 +139,15 @@ def receiver(
 @contextlib.contextmanager
 def serving(receiver: CommandLine, seen: Seen) -> Iterator[str]:
     log = receiver.folder / "serve.log"
-    with log.open("wb") as output:
-        command = [sys.executable, "-W", "error", "-m", "receiver", "serve"]
-        server = subprocess.Popen(command, env=environment(receiver), stdout=output, stderr=output, cwd=receiver.folder)
-        try:
-            wait_until(
-                lambda: b"worker.started" in log.read_bytes() and b"web.listening" in log.read_bytes(), seconds=60
-            )
-            yield receiver.variables["RECEIVER_PUBLIC_URL"]
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(40)
-            seen.add("the server's log", log.read_text())
+    log.touch()
+    server = Forked(("serve",), environment(receiver), receiver.folder, out=log, strict=True)
+    try:
+        wait_until(lambda: b"worker.started" in log.read_bytes() and b"web.listening" in log.read_bytes(), seconds=60)
+        yield receiver.variables["RECEIVER_PUBLIC_URL"]
+    finally:
+        server.terminate()
+        server.wait(40)
+        seen.add("the server's log", log.read_text())
 
 
 Command = tuple[tuple[str, ...], dict[str, str | None]]
@@ -221,9 +218,11 @@ def provoke(receiver: CommandLine, seen: Seen, echo: str) -> None:
     ]
     echoing = [((*ASK, prompt), {"RECEIVER_KLING_BASE_URL": echo}) for prompt in ("a boat", "maintenance")]
     run(receiver, seen, *echoing, (("work", "--once"), {"RECEIVER_KLING_BASE_URL": echo}))
-    words = [("check",), ("status",), (*ASK, "a boat")]
-    run(receiver, seen, *((one, change) for one in words for change in (away, unreadable)))
-    run(receiver, seen, *((("check",), change) for change in wrong))
+    run(receiver, seen, (("check",), away))
+    if "RECEIVER_KLING_API_KEY" in receiver.variables:  # what follows never comes to the credentials or the rows
+        words = [("check",), ("status",), (*ASK, "a boat")]
+        run(receiver, seen, *((one, unreadable) for one in words), *((one, away) for one in words[1:]))
+        run(receiver, seen, *((("check",), change) for change in wrong))
 
 
 FORCED = {

@@ -25,6 +25,8 @@ from receiver.demo.demo import WISHES
 from receiver.sandbox import Knobs
 from storage.rows.models import Task
 from storage.states import ArchiveState, TaskState
+from tests.command_line import CommandLine
+from tests.forked import Forked
 from tests.harness import ROOT, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -38,7 +40,7 @@ MISLEADING = {
     "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
     "HTTP_PROXY": "http://127.0.0.1:1",
 }
-POLL_INTERVAL_SECONDS = 0.2  # a look costs some milliseconds of the core that the demo needs
+POLL_INTERVAL_SECONDS = 0.5  # a look costs 25 milliseconds of the core that the demo needs
 LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp
 Listener = tuple[str, int]
 
@@ -91,7 +93,7 @@ def tree(root: int) -> set[tuple[int, str]]:
 class Running:
     """A demo under way, and what was seen of it."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     folder: Path
     seen: set[tuple[int, str]] = field(default_factory=set)
     listened: set[Listener] = field(default_factory=set)
@@ -124,14 +126,18 @@ class Running:
 
 
 @contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[Running]:
-    """`receiver demo` in a folder with a misleading .env; ended at the end of the block."""
+def started(folder: Path, *arguments: str, fresh: bool = False) -> Iterator[Running]:
+    """`receiver demo` in a folder with a misleading .env; ended at the end of the block. `fresh`: by its command."""
     (folder / "tmp").mkdir()
     (folder / ".env").write_text("RECEIVER_CONFIRM=nonsense\nRECEIVER_S3_BUCKET=not-this\n")
     environment = {**os.environ, **MISLEADING, "TMPDIR": str(folder / "tmp"), "COLUMNS": "80"}
     command = [sys.executable, "-m", "receiver", "demo", *arguments]
-    with (folder / "output").open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    process: subprocess.Popen[bytes] | Forked
+    with (folder / "output").open("ab") as output:
+        if fresh:
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        else:
+            process = Forked(("demo", *arguments), environment, folder, out=folder / "output")
     try:
         yield Running(process, folder)
     finally:
@@ -142,7 +148,7 @@ def started(folder: Path, *arguments: str) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One whole demo, watched until it ended."""
-    with started(tmp_path_factory.mktemp("demo")) as running:
+    with started(tmp_path_factory.mktemp("demo"), fresh=True) as running:
         wait_until(running.has_ended, seconds=150, every=POLL_INTERVAL_SECONDS)
         yield running
 
@@ -220,9 +226,8 @@ def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
     with started(tmp_path, "--keep", "--directory", "here") as running:
         wait_until(lambda: running.says("Ctrl-C here"), seconds=120, every=POLL_INTERVAL_SECONDS)
         pasted = dict(re.findall(r"^export (\w+)=(.*)$", running.output, re.MULTILINE))
-        command = [sys.executable, "-m", "receiver", "status", "demo-series", "--json"]
-        told = subprocess.run(command, env={**os.environ, **pasted}, capture_output=True, text=True, check=True)
-        assert told.stdout.count('"archived"') == 7  # the task and its six objects
+        told = CommandLine(pasted, tmp_path / "tmp")("status", "demo-series", "--json")
+        assert told.out.count('"archived"') == 7  # the task and its six objects
         [(url, token)] = re.findall(r"(http://\S+/console/login)\?once=(\S+)", running.output)
         opened = httpx.post(url, data={"once": token}, follow_redirects=True)
         assert "Needs you" in opened.text and httpx.post(url, data={"once": token}).status_code == 401
@@ -278,15 +283,20 @@ def test_what_counts_as_right(objects: tuple[Compared, ...], stored: int, archiv
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_sandbox_prints_settings_and_ends_cleanly(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = [sys.executable, "-m", "receiver", "sandbox", "--port", "0", "--api-key", "k", "--knob", "seed=7"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        printed = "".join(iter(process.stdout.readline, "Ctrl-C ends it.\n"))
-        pasted = dict(re.findall(r"^export (\w+)=(.*)$", printed, re.MULTILINE))
+def test_the_sandbox_prints_settings_and_ends_cleanly(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words, out = ("sandbox", "--port", "0", "--api-key", "k", "--knob", "seed=7"), tmp_path / "out"
+    out.touch()
+    process = Forked(words, os.environ, tmp_path, out=out)
+    try:
+        wait_until(lambda: out.read_text().endswith("Ctrl-C ends it.\n"), seconds=60)
+        pasted = dict(re.findall(r"^export (\w+)=(.*)$", out.read_text(), re.MULTILINE))
         knobs = httpx.get(f"{pasted['RECEIVER_KLING_BASE_URL']}/sandbox/knobs", trust_env=False).json()
         process.send_signal(number)
-    assert process.returncode == 0
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     assert (knobs["seed"], knobs["api_keys"]) == (7, ["k"])
     monkeypatch.setattr(os, "environ", {**pasted, "RECEIVER_S3_BUCKET": "pictures"})
     assert config.load().kling_base_url == pasted["RECEIVER_KLING_BASE_URL"]
