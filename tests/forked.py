@@ -27,7 +27,7 @@ class Forked:
 
     `out` and `err` are appended to; `given` is its standard input. `module`: another program than `receiver`, as after
     `python -m`. `constants`: values that it has in place of a module's own, by "module:NAME". `strict`: a warning is an
-    error.
+    error. `leads`: it is the first of a process group of its own.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class Forked:
         module: str = "receiver",
         constants: Mapping[str, object] | None = None,
         strict: bool = False,
+        leads: bool = False,
     ) -> None:
         self.args = [module, *words]
         files = [str(given), str(out), str(err or out)]
-        rest = (module, dict(constants or {}), strict)
+        rest = (module, dict(constants or {}), strict, leads)
         self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files, *rest))
         self._process.start()
 
@@ -86,8 +87,11 @@ def _become(
     module: str,
     constants: dict[str, object],
     strict: bool,
+    leads: bool,
 ) -> None:
     """In the child: run `receiver words…`, or another program."""
+    if leads:
+        os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

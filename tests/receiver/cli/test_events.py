@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from storage.operations import outbox
 from storage.operations.outbox import Subscription
 from storage.rows.events import EventName, record
 from storage.states import DispatchState
+from tests.forked import Forked
+from tests.harness import wait_until
 from tests.rows import new_task, stored
 from tests.storage.operations.test_outbox import claim, queue, settle
 from tests.webhook_receiver import SECRET
@@ -160,20 +161,26 @@ def test_tail_prints_the_last_ones(database: Database, run: Run) -> None:
     assert run("tail", "--types", "nothing.*")[0] == 2
 
 
-def test_tail_follows(database: Database, environment: dict[str, str]) -> None:
+def test_tail_follows(database: Database, environment: dict[str, str], tmp_path: Path) -> None:
     three(database)
-    command = [sys.executable, "-m", "receiver", "events", "tail", "--follow", "--after", "2", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            assert json.loads(process.stdout.readline())["type"] == "task.failed"
-            with database.write() as session:
-                record(session, EventName.CALLBACK_UNMATCHED, None)
-            outbox.sequence_all(database, [])
-            assert json.loads(process.stdout.readline())["type"] == "callback.unmatched"
-        finally:
-            process.kill()
-            process.wait()
+    out = tmp_path / "out"
+    out.touch()
+
+    def told(count: int) -> str:
+        lines = wait_until(lambda: (found := out.read_text().splitlines(True))[count - 1 :] and found, seconds=60)
+        return str(json.loads(lines[count - 1])["type"])
+
+    words = ("events", "tail", "--follow", "--after", "2", "--json")
+    process = Forked(words, os.environ, tmp_path, out=out, err=tmp_path / "err")
+    try:
+        assert told(1) == "task.failed"
+        with database.write() as session:
+            record(session, EventName.CALLBACK_UNMATCHED, None)
+        outbox.sequence_all(database, [])
+        assert told(2) == "callback.unmatched"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_each_api_key_has_a_secret_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

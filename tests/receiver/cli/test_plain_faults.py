@@ -299,15 +299,13 @@ def has_ipv6() -> bool:
 
 
 @contextlib.contextmanager
-def serving(receiver: CommandLine, *words: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def serving(receiver: CommandLine, *words: str) -> Iterator[tuple[Forked, Path]]:
     """`receiver serve` in a process group of its own, listening."""
     log = receiver.folder / "serve.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    with log.open("wb") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "receiver", "serve", *words],
-            env={**environment, **receiver.variables}, cwd=receiver.folder, stderr=err, start_new_session=True,
-        )  # fmt: skip
+    log.touch()
+    variables = {**environment, **receiver.variables}
+    process = Forked(("serve", *words), variables, receiver.folder, out=log, leads=True)
     try:
         wait_until(lambda: "worker.started" in log.read_text() and "web.listening" in log.read_text(), seconds=40)
         yield process, log

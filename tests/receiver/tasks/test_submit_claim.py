@@ -67,7 +67,11 @@ def by_worker(parts: Parts) -> None:
     run(parts, "creates")
 
 
-@pytest.mark.parametrize("way", [by_library, by_worker])
+@pytest.mark.parametrize(
+    ("way", "database_kind"),
+    [(by_library, "sqlite"), (by_library, "postgresql"), (by_worker, "postgresql")],
+    indirect=["database_kind"],
+)
 def test_a_create_that_takes_longer_than_its_lease_is_sent_once(
     way: Callable[[Parts], None], parts: Parts, sandbox: Sandbox
 ) -> None:

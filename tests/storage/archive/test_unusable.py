@@ -231,8 +231,11 @@ def test_dismissing_ends_the_tries(parts: Parts, sandbox: Sandbox) -> None:
         assert measures.unusable_files(session).files == 0
 
 
-def test_workers_archive_by_themselves_what_an_error_page_held_up(parts: Parts, sandbox: Sandbox) -> None:
-    succeeded(parts, sandbox, 3, cdn_html_seconds=4)
+def test_workers_archive_by_themselves_what_an_error_page_held_up(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.archive.unusable.DELAYS_SECONDS", [delay / 8 for delay in DELAYS_SECONDS])
+    succeeded(parts, sandbox, 3, cdn_html_seconds=1)
     with working(parts):
         wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
     assert_archived(parts, sandbox, task_of(parts, "task"))
