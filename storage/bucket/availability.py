@@ -12,30 +12,32 @@ from storage.errors import StoreUnavailable
 REFRESH_SECONDS = 5.0
 # A bucket on the same continent answers in a tenth of this. Health checks have short timeouts.
 MAX_WAIT_SECONDS = 0.5
+NO_ANSWER_YET = "no answer yet"
 
 
 class BucketAvailability:
-    """Checks the bucket in a background thread. Callers wait at most 0.5 s and otherwise get the previous result.
+    """Checks the bucket in a background thread. Callers wait at most so long and otherwise get the previous result.
 
     Thread-safe.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, *, max_wait_seconds: float = MAX_WAIT_SECONDS) -> None:
         self._bucket = bucket
+        self._max_wait_seconds = max_wait_seconds
         self._lock = threading.Lock()
         self._checking: threading.Thread | None = None
         self._checked_at = float("-inf")
-        self._state = "no answer yet"
+        self._state = NO_ANSWER_YET
 
     def state(self) -> str:
-        """Return "ok" or the fault of the last check. A result older than 5 s starts a new check."""
+        """Return "ok", `NO_ANSWER_YET`, or the fault of the last check. A result older than 5 s starts a new check."""
         with self._lock:
             checking = self._checking
             if checking is None and time.monotonic() > self._checked_at + REFRESH_SECONDS:
                 checking = self._checking = threading.Thread(target=self._check, name="bucket-check", daemon=True)
                 checking.start()
         if checking is not None:
-            checking.join(MAX_WAIT_SECONDS)
+            checking.join(self._max_wait_seconds)
         return self._state
 
     def _check(self) -> None:

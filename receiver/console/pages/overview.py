@@ -34,12 +34,13 @@ class Overview:
         total, t = span.total, visit.text
         rate = total.lost / total.expected if total.expected else 0.0
         usd = total.units * self._of.usd_per_unit
+        lost = "of" if total.lost else "none_lost" if total.expected else "none_expected"
         p95 = t("figure.p95", value=seconds(span.p95))
         shown = [
             ("pictures", f"{total.pictures:,}", size(total.bytes), "pictures"),
             ("latency", seconds(span.median), p95, "median"),
             ("callbacks", f"{total.callbacks:,}", t("figure.expected", n=total.expected), "callbacks"),
-            ("lost", f"{rate:.1%}", t("figure.of", n=total.lost, all=total.expected), "lost"),
+            ("lost", f"{rate:.1%}", t(f"figure.{lost}", n=total.lost, all=total.expected), "lost"),
             ("failures", f"{total.failures:,}", t("figure.failures_help"), "failures"),
             ("units", f"{total.units:,.0f}", f"{usd:,.2f} USD", "units"),
         ]

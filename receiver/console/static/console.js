@@ -52,7 +52,7 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
   // Numbers over the whole database are up to three seconds old: look once more when nothing follows.
   source.addEventListener("change", () => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, 4000); });
   source.addEventListener("error", () => { lost = true; show(false); });
-  setInterval(() => { if (wanted) renew(); }, 1000);
+  setInterval(() => { if (wanted || document.querySelector("[data-counting]")) renew(); }, 1000);
   setInterval(renew, 30000); // what needs a person may come with time alone
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
   addEventListener("pagehide", () => source.close());

@@ -16,7 +16,7 @@ from sqlalchemy import event
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
-from receiver.console import thumbnails
+from receiver.console import needs, thumbnails
 from receiver.console.access import COOKIE
 from receiver.console.thumbnails import Thumbnails, ratio_class, shrink
 from receiver.console.words import relative, size
@@ -29,6 +29,7 @@ from tests.archived_tasks import archive
 from tests.console_reader import Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, assets_of, deliver, insert_row
+from tests.plans import scans
 from tests.rows import LONG_AGO
 
 Found = list[str]
@@ -135,7 +136,7 @@ def test_figures_add_up_what_ended_and_came(parts: Parts) -> None:
         session.get_one(Task, tasks[0].id).units = "16"
         session.get_one(Task, tasks[1].id).units = "none"
     rollups = Rollups(parts.database)
-    day = rollups.span(24)
+    day = wait_until(lambda: (found := rollups.span(24)).whole and found, seconds=60)
     sizes = sum(asset.size or 0 for task in tasks for asset in assets_of(parts, task))
     assert (day.total.pictures, day.total.bytes, day.total.units, day.whole) == (4, sizes, 16.0, True)
     assert day.total.callbacks >= 1 and len(day.series["pictures"]) == 24 and day.series["pictures"][-1] == 4
@@ -150,6 +151,18 @@ def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest
     days = wait_until(lambda: (found := rollups.span(6 * 24)).whole and found, seconds=60)
     assert days.total.failures == 1 and len(days.series["failures"]) == 6
     rollups.close()
+
+
+def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.operations.rollups.AT_ONCE_SECONDS", 0.0)
+    counted = Rollups(parts.database)
+    assert not counted.span(24).whole
+    assert wait_until(lambda: counted.span(24).whole, seconds=60)
+    counted.close()
+
+
+def test_batches_that_stand_still_are_found_by_an_index(parts: Parts) -> None:
+    assert not scans(parts.database, lambda session: list(needs._still(session)))
 
 
 def picture(width: int = 900, height: int = 600, mode: str = "RGB", form: str = "PNG") -> bytes:
