@@ -156,6 +156,7 @@ def listened(receiver: CommandLine) -> tuple[set[str], list[str]]:
 def test_pictures_outlive_a_restart_and_a_kill_and_so_do_the_keys(seen: Seen) -> None:
     """After a kill the next one waits for the old store to end."""
     assert len({(each["secret_key"], *each["ports"].values()) for each in seen.keys}) == 1
+    assert seen.keys[0]["database"] == f"{seen.folder}/receiver.db"
     assert (seen.audited.code, "2 files in 2 folders, 2 of them read" in seen.audited.out) == (0, True), seen.audited
     assert {each[:12] for each in seen.pictures} == seen.exported and len(seen.exported) == 2
 
