@@ -253,6 +253,8 @@ def provider(parts: Parts) -> Iterator[Result]:
         yield Result("provider", Status.FAULT, str(error), advice)
     except ProviderUnavailable as error:
         advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here, or set RECEIVER_EGRESS_PROXY"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            advice = "add the CA of its certificate to those that this host trusts, or set SSL_CERT_FILE to its file"
         yield Result("provider", Status.FAULT, f"{host} gave no answer of Kling's ({error})", advice)
     else:
         yield Result("provider", Status.OK, f"{host} takes our credentials")

@@ -85,9 +85,9 @@ class Fetcher:
     `max_bytes`: cap on a file. `trusted_hosts`: where redirects of an unconfirmed link may lead, with their subdomains;
     empty = anywhere. `connections`: at least the number of threads that fetch. The timeouts are for one
     connect, one wait, and one whole fetch including redirects. `resolve`, `dial`, `ssl_context`: seams for tests; the
-    defaults are the system's resolver, a TCP connection and certifi's roots. `tunnel`: through which every connection
-    goes, see `GuardedBackend`. The environment (proxies, .netrc, certificate paths) is not read, no cookie is kept and
-    no referrer sent.
+    defaults are the system's resolver, a TCP connection and `tls_context`. `tunnel`: through which every connection
+    goes, see `GuardedBackend`. Proxies of the environment and .netrc are not read, no cookie is kept and no referrer
+    sent.
     """
 
     def __init__(

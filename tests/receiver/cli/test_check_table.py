@@ -113,6 +113,12 @@ def test_private_ca_is_named_and_works_as_told(receiver: CommandLine, private_ca
     assert receiver("check", RECEIVER_S3_ENDPOINT_URL=url, AWS_CA_BUNDLE=str(certificate)).code == 0
 
 
+def test_private_ca_of_the_provider_is_named_too(receiver: CommandLine, private_ca: tuple[FaultProxy, Path]) -> None:
+    url = private_ca[0].endpoint_url.replace("http:", "https:")
+    says = only_fault(receiver("check", RECEIVER_KLING_BASE_URL=url))
+    assert says.endswith("to those that this host trusts, or set SSL_CERT_FILE to its file")
+
+
 def test_misspelt_setting_is_named_with_the_nearest(receiver: CommandLine) -> None:
     done = receiver("check", RECEIVER_WORKER="3")
     assert only_fault(done).endswith("nothing reads RECEIVER_WORKER: RECEIVER_WORKERS is the nearest there is")
