@@ -174,6 +174,8 @@ class Creates:
         return again
 
     def send(self, begun: StartedCreate, outcome_listener: CreateOutcome) -> None:
+        if begun.task.queued_at is not None:
+            return  # a worker sends it
         with self._send_ended:
             self._sends += 1
         try:

@@ -128,21 +128,21 @@ class Submitter:
 
         The caller then sends it (`create_step.send`). `queue`: while its slots are not free or the account is paused,
         the row waits in the queue instead (`queued_at` is set), and the caller does not send it. Without `queue` that
-        raises `NoSlots` or `AccountRefused`, and the caller rolls its transaction back.
+        raises `NoSlots` or `AccountRefused`, and the caller rolls its transaction back. A row of an account that was
+        refused lately may wait in both cases.
         """
         refusal = pauses.refusal(session, task.provider, task.model)
         if refusal and not queue:
             raise refusal
-        free = not queue or pauses.has_room(
-            session, task.provider, task.id
-        )  # a client that waits is not refused for it
-        free = self._slots.reserve(session, task.slots) and free and refusal is None
+        is_late = self._slots.is_late(session, task)
+        has_slots = self._slots.reserve(session, task.slots)
+        free = has_slots and not is_late and refusal is None
         task.created_at = task.sent_at = tasks.now(session)
         claims.take(task, task.created_at, self._lease_seconds)
         if not free:
             slots.wait(task, task.created_at)
         new = tasks.insert_new(session, task)
-        if new and not free and not queue:
+        if new and not has_slots and not is_late and not queue:
             raise NoSlots(ALL_HELD)
         return new
 
@@ -154,12 +154,13 @@ class Submitter:
         """
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
             raise refusal
+        is_late = self._slots.is_late(session, wanted)
         free = self._slots.reserve(session, wanted.slots)
         found = tasks.by_external_id(session, wanted.external_task_id)
         row = tasks.lock(session, found.id) if found else None
         if row is None or not _can_be_adopted(row) or row.lease is not None or row.deleted_at is not None:
             return None
-        if not free:
+        if not free and not is_late:
             raise NoSlots(ALL_HELD)
         row.slots = wanted.slots
         row.request, row.request_hash = wanted.request, wanted.request_hash
@@ -171,6 +172,8 @@ class Submitter:
         row.step, row.polls = Step.CREATE, 0
         row.created_at = row.sent_at = tasks.now(session)
         claims.take(row, row.created_at, self._lease_seconds)
+        if is_late:
+            slots.wait(row, row.created_at)
         record(session, EventName.TASK_CREATED, row.id, {"external_task_id": row.external_task_id, "again": True})
         session.flush()
         return row

@@ -98,10 +98,13 @@ def _count_creates(session: Session, provider: str, *conditions: Any) -> int:
     return int(session.execute(select(func.count()).where(*creates, *conditions)).scalar_one())
 
 
+def is_careful(session: Session, provider: str) -> bool:
+    """Whether the account was refused lately and goes on. Locks its pause then."""
+    return session.execute(_careful(provider).with_for_update()).first() is not None
+
+
 def has_room(session: Session, provider: str, task_id: uuid.UUID) -> bool:
-    """Whether a create may be under way beside the others. Locks the account's pause if it was refused lately."""
-    if session.execute(_careful(provider).with_for_update()).first() is None:
-        return True
+    """Whether a create of an account that was refused lately may be under way beside the others."""
     others = (col(Task.id) != task_id, col(Task.lease).is_not(None), col(Task.sent_at).is_not(None))
     return _count_creates(session, provider, *others) < CAREFUL_CREATES
 
@@ -131,7 +134,8 @@ def begin(session: Session, task: Task) -> Trial:
     lately = session.scalars(found).all()
     rows = [pause for pause in lately if pause.trial_at >= pause.since]
     if not rows:
-        return Trial(is_early=bool(lately) and not has_room(session, task.provider, task.id))
+        careful = bool(lately) and is_careful(session, task.provider)
+        return Trial(is_early=careful and not has_room(session, task.provider, task.id))
     now = session.execute(select(db_now())).scalar_one()
     for pause in rows:
         if pause.trial_at > now:

@@ -27,6 +27,7 @@ from storage import states
 from storage.accounts import pauses
 from storage.database.clock import db_now, db_now_once
 from storage.database.sessions import Database, insert_or_ignore, run
+from storage.errors import NoSlots
 from storage.rows import claims, tasks
 from storage.rows.models import LINE, LINE_ORDER, Account, Task
 from storage.rows.tasks import SILENT, give_back
@@ -36,6 +37,8 @@ log = structlog.get_logger()
 
 # Tasks per line that one transaction considers, and silent tasks whose slots it frees.
 BATCH = 50
+# Creates of one gateway client and one model that wait while an account is careful: 16 s of its creates.
+CLIENT_WAITS = 64
 # If the next task needs more slots than are free, or backs off, the queue is not read again for this time, unless the
 # number of held slots or the limit changes.
 RECHECK_SECONDS = 1.0
@@ -64,6 +67,8 @@ def _heads() -> Any:
 
 
 _HEADS = _heads()
+_OF_CLIENT = select(_TASKS.c.id).where(*_WAITS, bindparam("line") == _LINE, _TASKS.c.client == bindparam("client"))
+_OF_CLIENT = _OF_CLIENT.limit(CLIENT_WAITS)
 _FOLLOWING = select(*_COLUMNS).where(*_WAITS, bindparam("line") == _LINE).order_by(*_ORDER).offset(1).limit(BATCH - 1)
 
 
@@ -154,6 +159,22 @@ class Slots:
         mine = Waiting(uuid.uuid4(), None, wanted, ready=True, line="mine", place=(datetime.max.replace(tzinfo=UTC),))
         heads, following = self._heads(session), partial(self._following, session)
         return mine.id in choose([*heads, mine], self.held(session), limit, following=following)
+
+    def is_late(self, session: Session, task: Task) -> bool:
+        """Whether a new create of an account that was refused lately waits in the queue: it overtakes no other there.
+
+        Without that the creates of a few clients at once held all room, and what was queued was never sent. Locks the
+        account's pause. Raises `NoSlots` if too many of this client's wait already.
+        """
+        if not pauses.is_careful(session, self.provider):
+            return False
+        if not self._is_any_queued(session) and pauses.has_room(session, self.provider, task.id):
+            return False
+        if task.client is not None:
+            line = {"provider": self.provider, "line": f" {task.model or ''}", "client": task.client}
+            if len(session.execute(_OF_CLIENT, line).all()) >= CLIENT_WAITS:
+                raise NoSlots(f"{CLIENT_WAITS} creates of this client wait already")
+        return True
 
     def admit(self, session: Session, at_most: int) -> int:
         """Make the next queued tasks due, as far as slots are free, `at_most` so many. Returns how many.

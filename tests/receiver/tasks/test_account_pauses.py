@@ -18,8 +18,9 @@ from receiver.batch.batch import Batches
 from receiver.batch.batch_file import Line
 from receiver.cli import show
 from receiver.sandbox import Sandbox
-from storage.accounts import pauses
+from storage.accounts import pauses, slots
 from storage.accounts.batches import Counts
+from storage.errors import NoSlots
 from storage.rows.models import AccountPause, Event, Task
 from storage.states import Step, TaskState
 from tests.bench.claims import LATER, fill
@@ -241,3 +242,43 @@ def test_a_model_without_permission_proves_the_key(parts: Parts, sandbox: Sandbo
     let_the_trial_come(parts)
     run(parts, "creates")
     assert [each.model for each in stand(parts)] == [REQUEST["model_name"]]
+
+
+def resumed_lately(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"])
+    ask(parts)
+    let_the_trial_come(parts)
+    run(parts, "creates")
+
+
+def inserted(parts: Parts, name: str, client: str | None = None) -> Task:
+    task = parts.submitter.row(parts.submitter.parse(REQUEST), name)
+    task.client = client
+    with parts.database.write() as session:
+        parts.submitter.insert(session, task)
+    return task
+
+
+def test_creates_at_once_of_an_account_that_was_refused_lately_do_not_hold_each_other_back(
+    parts: Parts, sandbox: Sandbox
+) -> None:
+    resumed_lately(parts, sandbox)
+    before = len(creates(sandbox))
+    tasks = [inserted(parts, f"at-once-{number}") for number in range(2 * pauses.CAREFUL_CREATES)]
+    for task in tasks:
+        if task.queued_at is None:
+            parts.submitter.create_step.send(task)
+    assert len(creates(sandbox)) - before == pauses.CAREFUL_CREATES
+    assert inserted(parts, "later").queued_at is not None, "it overtakes none that waits"
+    run(parts, "creates")
+    assert {task_of(parts, each.external_task_id).state for each in tasks} == {TaskState.SUBMITTED}
+
+
+def test_a_client_cannot_fill_the_queue_of_an_account_that_was_refused_lately(parts: Parts, sandbox: Sandbox) -> None:
+    resumed_lately(parts, sandbox)
+    now, model = parts.database.now(), REQUEST["model_name"]
+    waiting = {"step": Step.CREATE, "queued_at": now, "slots": -1, "model": model, "due_at": None}
+    fill(parts.database, Task, slots.CLIENT_WAITS, client="a-client", **waiting)
+    with pytest.raises(NoSlots):
+        inserted(parts, "one-more", "a-client")
+    assert inserted(parts, "of-another", "another-client").queued_at is not None
