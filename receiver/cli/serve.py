@@ -31,7 +31,7 @@ def serve(
     from receiver.app import process
 
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
-        _name_settings()
+        _name_settings(parts.settings)
         if parts.settings.store:
             _name_console(parts.settings)
         process.serve(parts)
@@ -48,7 +48,7 @@ def work(
 
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
         if not supervised:  # its `receiver serve` has said it
-            _name_settings()
+            _name_settings(parts.settings)
         if once:
             say(f"worked on {process.work_once(parts)} rows")
         else:
@@ -80,13 +80,19 @@ def _name_console(settings: Settings) -> None:
         say(f"console: {url}  (log in with a key of RECEIVER_CONSOLE_KEYS, or the one in {settings.store}/console.key)")
 
 
-def _name_settings() -> None:
-    """Log where settings came from. A misspelt variable otherwise leaves its setting at the default silently."""
+def _name_settings(settings: Settings) -> None:
+    """Log where settings came from, and what is most often missing or misspelt.
+
+    A misspelt variable otherwise leaves its setting at the default silently.
+    """
     import structlog
 
     from receiver.base import config, env_file
 
+    log = structlog.get_logger()
     if path := env_file.find():
-        structlog.get_logger().info("settings.read", file=str(path))
+        log.info("settings.read", file=str(path))
     for name in config.unknown_variables():
-        structlog.get_logger().warning("settings.unknown", variable=name, nearest=config.nearest_variable(name))
+        log.warning("settings.unknown", variable=name, nearest=config.nearest_variable(name))
+    if not (settings.kling_api_key or settings.kling_access_key):
+        log.warning("settings.no_credentials", missing="RECEIVER_KLING_API_KEY")

@@ -76,6 +76,12 @@ def test_a_misspelt_setting_is_named_with_the_nearest(ready: CommandLine, verb: 
     assert "RECEIVER_WORKERS" in done.out + done.err
 
 
+def test_a_worker_without_credentials_says_so(ready: CommandLine) -> None:
+    assert "settings.no_credentials" not in ready("work", "--once").err
+    done = ready("work", "--once", RECEIVER_KLING_API_KEY=None)
+    assert "settings.no_credentials" in done.err and "RECEIVER_KLING_API_KEY" in done.err
+
+
 def test_an_env_file_of_powershell_is_named(ready: CommandLine) -> None:
     (ready.folder / ".env").write_bytes("RECEIVER_PORT=1\n".encode("utf-16"))
     done = ready("status")
