@@ -334,3 +334,18 @@ def test_a_signal_to_the_whole_group_is_no_death_of_a_worker(ready: CommandLine,
         os.killpg(process.pid, number)
         assert process.wait(40) == 0
         assert "worker.died" not in log.read_text() and "worker.ended" not in log.read_text()
+
+
+def test_ctrl_c_while_a_worker_of_serve_still_imports_prints_no_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-X", "importtime", "-m", "receiver", "work", "--supervised"]  # says what is imported
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
+    with log.open("wb") as err:
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stderr=err)
+        try:
+            wait_until(lambda: "typer." in log.read_text(), seconds=30)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 1  # no settings
+        finally:
+            process.kill()
+    assert "RECEIVER_S3_BUCKET: required" in log.read_text() and "Traceback" not in log.read_text()
