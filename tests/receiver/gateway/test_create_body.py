@@ -72,7 +72,7 @@ DOCUMENTS = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text(max_size=9), DOCUMENTS, max_size=9), st.booleans(), st.sampled_from([None, 2]))
 def test_every_object_is_read_as_any_parser_reads_it(document: Any, ascii_only: bool, indent: int | None) -> None:
     text = json.dumps(document, ensure_ascii=ascii_only, indent=indent).encode("utf-8", "surrogatepass")
