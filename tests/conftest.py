@@ -276,9 +276,8 @@ def web(parts: Parts) -> Iterator[Web]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: part of the run is waiting for processes to start and for time to pass. With two
-    more it took as long."""
-    return (os.cpu_count() or 1) + 1
+    """Twice as many as there are cores: half of the run is waiting for processes to start and for time to pass."""
+    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
