@@ -264,7 +264,7 @@ def _our_errors() -> Iterator[None]:
     except httpcore.NetworkError as error:
         raise FetchInterrupted(f"connection broke: {str(error)[:200]}") from error
     except (httpcore.ProtocolError, httpcore.UnsupportedProtocol):
-        raise FetchInterrupted("the response broke off or is not HTTP/1.1") from None
+        raise FetchInterrupted("the response broke off") from None
     except OSError as error:
         if error.errno in NO_ROOM:
             raise DiskFull("the disk of the spool folder is full; free space there") from error

@@ -254,15 +254,14 @@ class GuardedStream(httpcore.NetworkStream):
 
     The count detects a body longer than its Content-Length, which httpcore would take for the beginning of the next
     response on this connection. Malformed lines in the head, which browsers ignore and httpcore refuses, are removed
-    and counted in `junk_lines`.
+    and counted in `junk_lines`. `ended`: whether the last read met the end of the connection.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._head, self._rest = bytearray(), b""
         self.body_bytes: int | None = None
-        self.junk_lines = 0
-        self.reusable = False
+        self.junk_lines, self.reusable, self.ended = 0, False, False
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """The response head without any of the body, then the body."""
@@ -300,6 +299,7 @@ class GuardedStream(httpcore.NetworkStream):
             raise httpcore.ReadTimeout from error
         except OSError as error:
             raise httpcore.ReadError(_message(error)) from error
+        self.ended = not count
         deadline = _transfer_deadline.get()
         if deadline is not None:
             deadline.received(count, time.monotonic() - started)

@@ -135,6 +135,10 @@ class Connections:
             parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), stream)
             parsed = parser.handle_request(request)
             yield Response(parsed.status, parsed.headers, stream, parsed, timeouts["read"])
+        except httpcore.RemoteProtocolError:
+            if stream.ended:
+                raise
+            raise FetchUnusable(f"{target.host} sent a response that is not HTTP/1.1") from None
         finally:
             with self._lock:
                 self._busy.discard(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,7 +14,7 @@ from sqlmodel import col, select
 from receiver.app.wiring import Parts
 from receiver.gateway import answers
 from receiver.gateway.answers import ResponseFormat
-from receiver.sandbox import Sandbox
+from receiver.sandbox import Sandbox, cdn
 from receiver.tasks import task_view
 from receiver.tasks.operate import Operator
 from storage.archive import manifest
@@ -100,6 +101,27 @@ def test_film_or_sound_in_place_of_a_picture_is_not_taken(
         assert "a picture was asked for" in str(asset_of(parts).error)
     try_until(parts, 60)
     assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_a_response_that_is_not_http_is_tried_ever_more_seldom_and_said(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = cdn.serve
+
+    def coded(*given: Any) -> cdn.Served:
+        served = serve(*given)
+        return replace(served, headers={**served.headers, "transfer-encoding": "gzip"})
+
+    monkeypatch.setattr(cdn, "serve", coded)
+    succeeded(parts, sandbox)
+    try_until(parts, DAY / 2)
+    asset, task = asset_of(parts), task_of(parts, "task")
+    assert "not HTTP/1.1" in str(asset.error) and asset.unusable_since is not None
+    assert (asset.state, task.archive) == (AssetState.DUE, ArchiveState.INCOMPLETE)
+    assert hits(sandbox)[0] <= MAX_TRIES
+    monkeypatch.setattr(cdn, "serve", serve)
+    try_until(parts, DAY)
+    assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
 def test_an_error_page_of_a_minute_costs_no_picture(parts: Parts, sandbox: Sandbox) -> None:
