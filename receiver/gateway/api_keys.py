@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -17,6 +18,8 @@ from pydantic import SecretStr
 from receiver.gateway.answers import Refused
 
 SALT = b"kling-receiver client"
+# How far a client's clock may be ahead. Kling's samples allow for the same 5 s and set `nbf` to now - 5.
+CLOCK_TOLERANCE_SECONDS = 5
 
 
 class ApiKeys:
@@ -56,14 +59,18 @@ class ApiKeys:
         """The access key whose secret key signed this JWT. Raises `Refused`."""
         import jwt  # imports cryptography: 0.1 s that plain keys do not need
 
-        # `iat` is not checked: jsonwebtoken (npm) sets it by its own clock. The tolerance of 5 s is in `nbf`.
+        # `iat` is not checked: jsonwebtoken (npm) sets it by its own clock. PyJWT's leeway is for `nbf` and `exp`.
         options: jwt.types.Options = {"require": ["iss", "exp"], "verify_iat": False}
         try:
             issuer = jwt.decode(token, options={"verify_signature": False}).get("iss")
             secret_keys = self._secret_keys.get(issuer, []) if isinstance(issuer, str) else []
             for secret_key in secret_keys:
                 with suppress(jwt.InvalidSignatureError):
-                    jwt.decode(token, secret_key, algorithms=["HS256"], options=options, issuer=issuer)
+                    claims = jwt.decode(
+                        token, secret_key, ["HS256"], options, issuer=issuer, leeway=CLOCK_TOLERANCE_SECONDS
+                    )
+                    if int(claims["exp"]) <= time.time():
+                        raise jwt.ExpiredSignatureError
                     return str(issuer)
         except jwt.ImmatureSignatureError:
             raise Refused(401, 1003, "Authorization is not valid yet") from None

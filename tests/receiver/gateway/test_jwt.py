@@ -62,6 +62,13 @@ def test_a_jwt_out_of_its_time_says_so(web: Web) -> None:
     assert told(ask(web, "GET", key=token(nbf=now + 60))) == (401, 1003)
 
 
+@ON_SQLITE
+def test_a_clock_that_is_ahead_is_tolerated_for_the_beginning_alone(web: Web) -> None:
+    now = int(time.time())
+    assert told(ask(web, "GET", key=token(nbf=now + 3))) == (200, 0)
+    assert told(ask(web, "GET", key=token(nbf=now + 3, exp=now - 1))) == (401, 1004)
+
+
 FORGED = {
     "none": lambda: forged("none", is_signed=False),
     "none, signed": lambda: forged("none"),
