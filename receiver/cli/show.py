@@ -20,6 +20,7 @@ from storage.operations import deadlines, heartbeats
 from storage.operations.measures import Measures, measure
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
+from storage.rows.tasks import request_note
 from storage.states import AssetState
 
 POLL_INTERVAL_SECONDS = 0.2
@@ -198,7 +199,8 @@ def show_latest(parts: Parts, limit: int) -> None:
         table.add_column(heading, overflow="fold", no_wrap=heading == "created")
     for task in latest(parts, limit):
         created = f"{task.created_at:%Y-%m-%d %H:%M:%S}"
-        cells = (task.external_task_id, task.state, task.archive, created, task.error or task.note or "")
+        why = task.error or ("" if request_note(task) else task.note or "")
+        cells = (task.external_task_id, task.state, task.archive, created, why)
         table.add_row(*map(cell, cells))
     terminal.show(table)
     say(summary(measured(parts)))

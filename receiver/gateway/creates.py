@@ -48,6 +48,7 @@ log = structlog.get_logger()
 
 # Kling's documented default.
 DEFAULT_MODEL = "kling-image-o1"
+DEFAULT_MODEL_NOTE = f"{tasks.DEFAULTED}the request named no model_name, so it is for {DEFAULT_MODEL}"
 # A UUID has 36. A longer key can be hashed by the client.
 MAX_KEY_CHARS = 255
 # A duplicate waits this long for the first's answer: while it is being sent, and then for its commit.
@@ -61,7 +62,7 @@ MAX_MESSAGE_CHARS = 1_000
 @dataclass(frozen=True)
 class CreateRequest:
     """One valid create. `client`: a fingerprint of its API key. `callback_url`: the client's own, a secret. `key`: its
-    Idempotency-Key, if it gave one.
+    Idempotency-Key, if it gave one. `note`: of the row, about a default that was taken.
     """
 
     request: OmniImageRequest = field(repr=False)
@@ -69,6 +70,7 @@ class CreateRequest:
     external_task_id: str | None
     callback_url: str | None = field(repr=False)
     key: Key | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,15 @@ class Creates:
         if callback_url is not None:
             callback_url = self._checked_url(callback_url)
         rest = {name: value for name, value in fields.items() if name not in ("external_task_id", "callback_url")}
+        note = None
         if rest.get("model_name") in (None, ""):
-            rest["model_name"] = DEFAULT_MODEL  # the row's request contains it
+            rest["model_name"], note = DEFAULT_MODEL, DEFAULT_MODEL_NOTE
         try:
             request = parse_request(rest)
         except RequestInvalid as error:
             raise _invalid(error) from None
         key = _key(client, key_word, fields) if key_word else None
-        return CreateRequest(request, client, external_task_id, callback_url, key)
+        return CreateRequest(request, client, external_task_id, callback_url, key, note)
 
     def _checked_url(self, url: str) -> str:
         try:
@@ -148,7 +151,7 @@ class Creates:
         """
         try:
             wanted = self._submitter.row(ask.request, ask.external_task_id)
-            wanted.client, wanted.client_callback_url = ask.client, ask.callback_url
+            wanted.client, wanted.client_callback_url, wanted.note = ask.client, ask.callback_url, ask.note
             with self._database.write() as session:
                 known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
                 if known is not None and ask.key is not None:

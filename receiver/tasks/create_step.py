@@ -294,7 +294,7 @@ class CreateStep:
             with self._database.write() as session:
                 row = tasks.lock_claimed(session, task)
                 claims.rest(row)
-                row.note = row.step = None
+                row.note, row.step = tasks.request_note(row), None
                 row.request = self._provider.redacted(row.request)
                 reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
                 if told and row.state is report.status:

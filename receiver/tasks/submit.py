@@ -167,7 +167,7 @@ class Submitter:
         row.client, row.client_callback_url = wanted.client, wanted.client_callback_url
         row.series, row.expected, row.adopt, row.model = wanted.series, wanted.expected, False, wanted.model
         row.state, row.archive = TaskState.CREATED, ArchiveState.NONE
-        row.error = row.note = row.completed_at = None
+        row.error, row.note, row.completed_at = None, wanted.note, None
         row.submitted_at = row.reported_at = row.missed_at = None
         row.step, row.polls = Step.CREATE, 0
         row.created_at = row.sent_at = tasks.now(session)

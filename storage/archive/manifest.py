@@ -128,14 +128,15 @@ class Finisher:
         facts = tasks.facts(row, assets)
         row.archive = states.outcome(facts)
         waiting = [asset for asset in assets if asset.state is AssetState.DUE]
-        row.note = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
+        note = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
+        row.note = note or tasks.request_note(row)
         row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
         row.archived_at = tasks.now(session)
         row.step = None
         claims.rest(row)
         archived = row.archive is ArchiveState.ARCHIVED
         kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
-        fact = {"manifest": written.key, "files": len(facts.assets), "note": row.note, "assets": kept}
+        fact = {"manifest": written.key, "files": len(facts.assets), "note": note, "assets": kept}
         if waiting:
             fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
         record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)

@@ -198,6 +198,15 @@ def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None
     return list(session.exec(select(Task).where(col(Task.id).in_(select(ids.c.id))).order_by(*order)))
 
 
+# A note that starts with this says what its request left out. It is no fault, and a fault's note replaces it.
+DEFAULTED = "default taken: "
+
+
+def request_note(task: Task) -> str | None:
+    """The task's note if it is about its request. It stays where the work clears its own notes."""
+    return task.note if task.note and task.note.startswith(DEFAULTED) else None
+
+
 # -- the slots of one task; storage/accounts/slots.py decides which task gets some -------------------------------------
 
 SILENT = "silent for 24 h: its slots were given back"
@@ -216,8 +225,8 @@ def heard_of(task: Task) -> None:
 
 
 def keep_silent(task: Task) -> None:
-    """Clear the locked task's note, unless it is the note of silence."""
-    task.note = SILENT if task.note and task.note.startswith(SILENT) else None
+    """Clear the locked task's note, unless it is the note of silence or of its request."""
+    task.note = SILENT if task.note and task.note.startswith(SILENT) else request_note(task)
 
 
 def note_beside(note: str) -> Any:

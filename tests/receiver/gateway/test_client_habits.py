@@ -10,9 +10,12 @@ from urllib.parse import quote
 import pytest
 
 from receiver.app.wiring import Parts
+from receiver.cli import show
+from receiver.gateway.creates import DEFAULT_MODEL_NOTE
 from receiver.sandbox import Sandbox
 from receiver.tasks.adopt import Adopter
-from tests.pipeline import Web, task_of
+from storage.states import ArchiveState
+from tests.pipeline import Web, drain, task_of
 from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, PATH, PLAIN, ask, create, rows, told
 from tests.unreported_tasks import creates
 
@@ -57,6 +60,20 @@ def test_a_request_without_a_model_is_for_klings_default(web: Web, parts: Parts,
         assert told(create(web, fields)) == (200, 0)
     assert {body["model_name"] for body in creates(sandbox)} == {"kling-image-o1"}
     assert {row.request["model_name"] for row in rows(parts)} == {"kling-image-o1"}
+
+
+@ON_SQLITE
+def test_the_row_notes_a_model_that_was_left_out(web: Web, parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until a fault's note replaces it, and never in a column of faults."""
+    create(web, {**PLAIN, "external_task_id": "named"})
+    create(web, {"prompt": "a boat", "external_task_id": ID})
+    task = drain(parts, ID)
+    assert (task.archive, task.note) == (ArchiveState.ARCHIVED, DEFAULT_MODEL_NOTE)
+    assert task_of(parts, "named").note is None
+    show.show(parts, ID)
+    assert f"note: {DEFAULT_MODEL_NOTE}" in capsys.readouterr().out
+    show.show_latest(parts, 10)
+    assert "default" not in capsys.readouterr().out
 
 
 @ON_SQLITE
