@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from sqlmodel import Session
 
 from receiver.app.wiring import Parts
 from receiver.web import event_stream
+from storage.database.sessions import Database
 from storage.rows import events
 from storage.rows.events import EventName, record
 from storage.rows.models import Event, Task
@@ -249,8 +251,9 @@ def test_no_blank_line_makes_an_empty_event(web: Web, parts: Parts, monkeypatch:
     tell(parts, EventName.TASK_FAILED)
     with httpx.stream("GET", f"{web.url}/events?after=0", headers=KEYS, timeout=PATIENCE) as answer:
         lines = answer.iter_lines()
-        found = [next(lines).partition(":")[0] for _ in range(7)]
-    assert found == ["retry", "id", "event", "data", "", "", ""]
+        found = [next(lines).partition(" {")[0] for _ in range(7)]
+    heartbeats = [": still there"] * 2
+    assert found == ["retry: 2000", "id: 1", "event: task.failed", "data:", "", *heartbeats]
 
 
 def test_a_stream_that_cannot_be_served_says_when_to_reconnect(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +261,18 @@ def test_a_stream_that_cannot_be_served_says_when_to_reconnect(web: Web, monkeyp
     answer = httpx.get(f"{web.url}/events", headers=KEYS)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
     assert answer.text == ": too many streams are open\nretry: 5000\n"
+
+
+def test_a_stream_while_the_database_is_away_says_when_to_reconnect(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    away = Database(f"sqlite:///{tmp_path}/none/receiver.db")
+    with closing(away), monkeypatch.context() as change:
+        change.setattr(parts.database, "reader", away.reader)
+        answer = httpx.get(f"{web.url}/events", headers=KEYS)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    assert answer.text == ": the database is away\nretry: 5000\n"
+    assert is_served(web)
 
 
 def test_one_key_leaves_half_of_the_streams_to_others(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
