@@ -34,6 +34,7 @@ from tests.storage.fetch.test_client import tls as tls
 
 ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
 LISTED = frozenset({("files.internal", 80)})
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\n\r\n"
 BASIC = f"Basic {base64.b64encode('usér:hush'.encode()).decode()}"
 
 
@@ -63,6 +64,36 @@ def test_file_is_fetched_through_the_proxy_by_its_name(host: FileHost, proxy: Fo
     assert fetcher.fetch("http://files.internal/a.png", io.BytesIO()).verified
     assert proxy.asked == [("CONNECT", "files.internal:80", BASIC)]
     assert "User-Agent: Pictures/1\r\n" in host.heads[0] and "hush" not in host.heads[0]
+
+
+def test_settings_of_fetches_hold_behind_the_proxy(host: FileHost, proxy: ForwardProxy) -> None:
+    host.scripts["/a.png"] = answer(png())
+    settings = config.load(
+        s3_bucket="pictures", kling_api_key="key", egress_proxy=EgressProxy(proxy.url), fetch_user_agent="Pictures/2",
+        private_result_hosts="files.internal:80", result_hosts="cdn.example.com",
+    )  # fmt: skip
+    with closing(Parts(settings)) as parts:
+        assert parts.fetcher.fetch("http://files.internal/a.png", io.BytesIO()).verified
+        with pytest.raises(FetchRefused, match="RECEIVER_RESULT_HOSTS"):
+            parts.fetcher.fetch("https://elsewhere.example.com/a.png", io.BytesIO())
+        proxy.refuses = 503
+        with pytest.raises(FetchInterrupted, match="answered 503"):
+            parts.fetcher.fetch("https://p.cdn.example.com/a.png", io.BytesIO())
+    assert [target for _, target, _ in proxy.asked] == ["files.internal:80", "p.cdn.example.com:443"]
+    assert "User-Agent: Pictures/2\r\n" in host.heads[0]
+
+
+def test_provider_and_webhooks_ignore_proxies_of_the_environment(
+    host: FileHost, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with closing(Kling(base_url=sandbox.url, api_key=SecretStr(sandbox.api_key))) as kling:
+        kling.list_page(1, 1)
+    host.scripts["/hook"] = NO_CONTENT
+    here = AddressPolicy(private_hosts=frozenset({("127.0.0.1", host.port)}))
+    with closing(Poster(here, connections=1)) as poster:
+        assert poster.post(f"{host.url}/hook", b"{}", {}).outcome() is None
 
 
 def test_tls_is_spoken_with_the_host_and_not_with_the_proxy(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
@@ -133,7 +164,17 @@ def test_create_that_the_proxy_refused_was_not_sent(proxy: ForwardProxy) -> None
     assert not refused.value.sent and proxy.asked[0][:2] == ("CONNECT", "api.example.com:443")
 
 
-def test_webhook_goes_through_the_proxy(proxy: ForwardProxy) -> None:
+def test_webhook_is_delivered_through_the_proxy(host: FileHost, proxy: ForwardProxy) -> None:
+    host.scripts["/hook"] = NO_CONTENT
+    poster = Poster(AddressPolicy(private_hosts=LISTED), connections=1, tunnel=EgressProxy(proxy.url).connect)
+    assert poster.post("http://files.internal/hook", b'{"a": 1}', {"Webhook-Id": "msg_1"}).outcome() is None
+    poster.close()
+    assert proxy.asked == [("CONNECT", "files.internal:80", BASIC)]
+    (head,) = host.heads
+    assert head.startswith("POST /hook HTTP/1.1\r\n") and "Webhook-Id: msg_1" in head and "hush" not in head
+
+
+def test_webhook_that_the_proxy_refuses_is_not_delivered(proxy: ForwardProxy) -> None:
     policy = AddressPolicy(private_hosts=LISTED)
     poster = Poster(policy, connections=1, tunnel=EgressProxy(proxy.url).connect)
     proxy.refuses = 503

@@ -50,3 +50,11 @@ def test_encoded_password_arrives_as_it_was_meant() -> None:
     assert proxy.place == "proxy:3128" and b"Basic dXNlcjpodW50ZXIvMiNA" in proxy._request("host", 443)
     given = load(s3_bucket="pictures", database_url="postgresql://user%40azure:h%2F2%23%40@host/name?sslmode=require")
     assert make_url(given.database_url.get_secret_value()).password == "h/2#@"
+
+
+@pytest.mark.parametrize("written", ["{}\n", '"{}"', "'{}'\r\n", " {} "])
+@pytest.mark.parametrize("name", ["database_url", "database_direct_url"])
+def test_postgresql_url_with_a_line_end_or_quotes_is_read_without(name: str, written: str) -> None:
+    url = "postgresql://user:hunter2@host/name?sslmode=require"
+    given = load(s3_bucket="pictures", **{"database_url": url, name: written.format(url)})
+    assert getattr(given, name).get_secret_value() == url

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
 from tests.pipeline import Wired, assets_of, make_due_now, run, task_of, working
 from tests.rows import LONG_AGO
+from tests.storage.bucket.test_refusals import credentials as credentials
+from tests.storage.bucket.test_refusals import only, rotate
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])  # a circuit is a process's own
 
@@ -164,3 +168,20 @@ def test_links_that_live_shorter_than_the_pause_outlive_an_outage(
         wait_until(lambda: try_again(behind) or time.monotonic() > back_at, every=0.2)
         proxy.fault = lambda request, forward: forward(request)
         wait_until(lambda: try_again(behind) or are_archived(behind, *names), seconds=30, every=0.2)
+
+
+def test_worker_goes_on_when_the_session_token_was_rotated(
+    parts: Parts, sandbox: Sandbox, proxy: FaultProxy, seaweed: Seaweed, credentials: Path
+) -> None:
+    rotate(credentials, seaweed, "first")
+    proxy.fault = only("first")
+    bucket = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
+    with closing(Wired(parts.settings, bucket=bucket)) as on:
+        read(on, sandbox, "before")
+        run(on, "assets", "finishes")
+        assert are_archived(on, "before")
+        read(on, sandbox, "after")
+        rotate(credentials, seaweed, "second")
+        proxy.fault = only("second")
+        with working(on):
+            wait_until(lambda: are_archived(on, "after"))

@@ -14,7 +14,7 @@ from storage.bucket import bucket as objects
 from storage.bucket.bucket import Bucket
 from storage.bucket.probe import Capabilities
 from storage.errors import StoreUnavailable
-from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+from tests.fault_proxy import Answer, Fault, FaultProxy, Forward, Request
 
 TOKEN = "x-amz-security-token"
 
@@ -123,7 +123,7 @@ def rotate(path: Path, seaweed: Seaweed, token: str) -> None:
     path.write_text(f"[default]\n{keys}aws_session_token={token}\n")
 
 
-def only(token: str) -> object:
+def only(token: str) -> Fault:
     def check(request: Request, forward: Forward) -> Answer:
         if request.headers.get(TOKEN) != token:
             return said(400, "ExpiredToken") if request.method != "HEAD" else Answer(400, {}, b"")
@@ -137,9 +137,9 @@ def test_rotated_session_token_is_read_without_a_restart(
 ) -> None:
     through = behind(proxy, bucket, bucket.capabilities())
     rotate(credentials, seaweed, "first")
-    proxy.fault = only("first")  # type: ignore[assignment]
+    proxy.fault = only("first")
     assert put(through, b"one") is True
-    proxy.fault = only("second")  # type: ignore[assignment]
+    proxy.fault = only("second")
     rotate(credentials, seaweed, "second")
     with pytest.raises(StoreUnavailable, match="session token has expired"):
         put(through, b"one")
@@ -151,7 +151,7 @@ def test_credentials_are_read_anew_at_most_every_ten_seconds(
 ) -> None:
     through = behind(proxy, bucket, bucket.capabilities())
     rotate(credentials, seaweed, "first")
-    proxy.fault = only("another")  # type: ignore[assignment]
+    proxy.fault = only("another")
     clients = []
     for _ in range(4):
         with pytest.raises(StoreUnavailable, match="expired"):
