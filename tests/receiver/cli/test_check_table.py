@@ -63,7 +63,10 @@ STORES: dict[str, tuple[Callable[[Request, Forward], Answer], str]] = {
     "a key without List": (without_list, "grant s3:ListBucket on the bucket itself (arn:aws:s3:::pictures, without"),
     "a key without Get": (without_get, "(needs s3:GetObject) (bucket pictures, AccessDenied, HTTP 403): grant s3:Get"),
     "refuses checksum headers": (without_checksums, "set RECEIVER_S3_CHECKSUMS=never: the store works without"),
-    "an expired token": (lambda *_: said(400, "ExpiredToken"), "token has expired (bucket pictures, ExpiredToken, "),
+    "an expired token": (
+        lambda *_: said(400, "ExpiredToken"),
+        "says the session token has expired (bucket pictures, ExpiredToken, HTTP 400): fetch new credentials",
+    ),
     "a wrong region": (lambda *_: said(400, "AuthorizationHeaderMalformed"), "set AWS_DEFAULT_REGION to the bucket's"),
     "a proxy of 1 MB": (of_one_megabyte, "refuses an object of 2,097,152 bytes (bucket pictures, HTTP 413): raise the"),
     "a clock ten minutes off": (ten_minutes_late, " s ahead of the bucket's: turn on time synchronisation (NTP)"),

@@ -50,11 +50,10 @@ READING = [
     ("retry", "x"),
     ("events", "list"),
     ("batch", "list"),
-    ("work", "--once"),
 ]
 
 
-@pytest.mark.parametrize("words", READING[:-1], ids=" ".join)
+@pytest.mark.parametrize("words", READING, ids=" ".join)
 def test_reading_verbs_make_no_database_and_say_where_none_is(receiver: CommandLine, words: tuple[str, ...]) -> None:
     done = receiver(*words)
     assert (done.code, done.out, len(done.err.splitlines())) == (1, "", 1)
@@ -69,8 +68,11 @@ def test_an_empty_variable_is_an_unset_one(ready: CommandLine, name: str) -> Non
     assert ready("status", **{name: None}).code == 0
 
 
-@pytest.mark.parametrize("verb", [("work", "--once"), ("check",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [("work", "--once"), ("check",), ("serve", "--host", "203.0.113.1")], ids=lambda verb: verb[0]
+)
 def test_a_misspelt_setting_is_named_with_the_nearest(ready: CommandLine, verb: tuple[str, ...]) -> None:
+    """`serve` ends at an address that no interface has."""
     done = ready(*verb, RECEIVER_WORKER="3")
     assert re.search(r"RECEIVER_WORKER\b", done.out + done.err)
     assert "RECEIVER_WORKERS" in done.out + done.err
