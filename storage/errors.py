@@ -17,6 +17,7 @@ Retry(after)          the same work may succeed later
 │   ├── ObjectRefused         it refuses this one object, for its size or an argument: no outage
 │   └── ObjectForbidden       403: perhaps this one object, perhaps every one
 ├── DatabaseUnavailable   the database is down or refuses us
+│   └── SessionReplaced       an old session refused to write; a new one may
 └── DiskFull              no room to spool
 Refresh               the URL died; read the task again for a new one
 └── FetchExpired          401 403 404 410 on a result URL
@@ -124,6 +125,12 @@ class ObjectForbidden(StoreUnavailable):
 
 class DatabaseUnavailable(Retry):
     pass
+
+
+class SessionReplaced(DatabaseUnavailable):
+    """An old session refused to write, as those of a demoted primary do. Nothing was committed, and a second try gets
+    a new one.
+    """
 
 
 class DiskFull(Retry):

@@ -23,8 +23,17 @@ from typing import IO
 
 import psycopg
 from psycopg import sql
+from sqlalchemy import text
 
 from receiver.local_store.seaweed import Mortal, is_free, random_port
+from storage.database.sessions import Database
+
+# What the check before a use sees differs from what a write of an old session meets.
+DEMOTE = """
+CREATE FUNCTION demote() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+IF pg_backend_pid() = ANY('{%s}') THEN RAISE SQLSTATE '25006'; END IF; RETURN NEW; END $$;
+CREATE TRIGGER demote BEFORE INSERT ON %s FOR EACH ROW EXECUTE FUNCTION demote()
+"""
 
 FOLDER_PREFIX = "receiver-postgres-"
 START_SECONDS = 60
@@ -306,3 +315,15 @@ def end_leftover(data: Path) -> None:
         command = subprocess.run(["ps", "-o", "args=", "-p", str(process_id)], capture_output=True, text=True)
         if str(data) in command.stdout:
             os.kill(process_id, signal.SIGQUIT)
+
+
+@contextlib.contextmanager
+def demoted_in_use(database: Database, table: str) -> Iterator[None]:
+    """No session that stands now may insert into `table`, as if each turned read-only with its insert; new ones may."""
+    standing = text("SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
+    with database.autocommit_writer() as connection:
+        processes = ",".join(map(str, connection.scalars(standing)))
+        connection.exec_driver_sql(DEMOTE % (processes, table))
+    yield
+    with database.autocommit_writer() as connection:
+        connection.exec_driver_sql("DROP FUNCTION demote CASCADE")

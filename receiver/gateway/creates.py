@@ -36,7 +36,7 @@ from receiver.tasks.create_outcome import CreateOutcome, Refusal
 from receiver.tasks.submit import Submitter
 from storage.accounts import idempotency
 from storage.accounts.idempotency import Key
-from storage.database.sessions import Database
+from storage.database.sessions import Database, again_on_new_session
 from storage.errors import AccountRefused, DatabaseUnavailable, FetchRefused, NoSlots, ProviderThrottled
 from storage.fetch.addresses import AddressPolicy, check_url
 from storage.keys import check_new_id
@@ -150,20 +150,23 @@ class Creates:
         the account is paused.
         """
         try:
-            wanted = self._submitter.row(ask.request, ask.external_task_id)
-            wanted.client, wanted.client_callback_url, wanted.note = ask.client, ask.callback_url, ask.note
-            with self._database.write() as session:
-                known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
-                if known is not None and ask.key is not None:
-                    _check_same(known, ask.key)
-                    return StartedCreate(session.get_one(Task, known.task_id), first=False)
-                return StartedCreate(self._insert(session, wanted, ask.key), first=True)
+            return again_on_new_session(lambda: self._commit(ask))
         except RequestInvalid as error:
             raise _invalid(error) from None
         except AccountRefused as error:  # the provider's last answer; it is asked again once a minute
             raise passed_on(error) from None
         except NoSlots as error:
             raise Refused(429, 1303, f"parallel task over resource pack limit: {error}", after=1) from None
+
+    def _commit(self, ask: CreateRequest) -> StartedCreate:
+        wanted = self._submitter.row(ask.request, ask.external_task_id)
+        wanted.client, wanted.client_callback_url, wanted.note = ask.client, ask.callback_url, ask.note
+        with self._database.write() as session:
+            known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
+            if known is not None and ask.key is not None:
+                _check_same(known, ask.key)
+                return StartedCreate(session.get_one(Task, known.task_id), first=False)
+            return StartedCreate(self._insert(session, wanted, ask.key), first=True)
 
     def _insert(self, session: Session, wanted: Task, key: Key | None) -> Task:
         """The row of a new id, or of one whose create was refused: Kling lets such an id be used again."""

@@ -22,7 +22,7 @@ from receiver.providers.base import (
 from receiver.tasks.create_step import CreateStep
 from storage.accounts import pauses, slots
 from storage.accounts.slots import Slots
-from storage.database.sessions import Database
+from storage.database.sessions import Database, again_on_new_session
 from storage.errors import (
     NoSlots,
     NoSuchTask,
@@ -90,9 +90,14 @@ class Submitter:
         per fault), `IdInvalid` and `Conflict`.
         """
         wanted = self.parse(request) if isinstance(request, Mapping) else request
-        task = self.row(wanted, external_task_id or str(uuid.uuid4()), adopt=adopt)
-        with self._database.write() as session:
-            new = self.insert(session, task, queue=True)
+        external_task_id = external_task_id or str(uuid.uuid4())
+
+        def commit() -> tuple[Task, bool]:
+            task = self.row(wanted, external_task_id, adopt=adopt)
+            with self._database.write() as session:
+                return task, self.insert(session, task, queue=True)
+
+        task, new = again_on_new_session(commit)
         if not new:
             return Submitted(self._existing(task), new=False)
         if task.queued_at is None:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from sqlmodel import Session
 
 from storage.database.turnstile import SQLITE_BUSY_SECONDS
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, SessionReplaced
 
 Result = TypeVar("Result")
 Transaction = Callable[[], AbstractContextManager[Session]]
@@ -112,6 +112,7 @@ class GroupWriter:
 
     def _commit(self, group: list[_Write]) -> None:
         """Apply and commit them, without those that fail; answer each."""
+        has_new_session = False
         while group:
             results, at_fault = list[Any](), group
             try:
@@ -123,6 +124,9 @@ class GroupWriter:
                         session.expunge_all()  # no operation sees the objects of another
                     at_fault = group
             except BaseException as error:  # noqa: BLE001 - whatever it is, the callers are told
+                if isinstance(error, SessionReplaced) and not has_new_session:
+                    has_new_session = True
+                    continue
                 waits = _is_about_a_lock(error)
                 failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
                 for write in failed:

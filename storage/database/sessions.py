@@ -6,11 +6,11 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     Connection,
@@ -35,7 +35,9 @@ from storage.database.postgresql import READ_ONLY, Sessions
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
 from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, SessionReplaced
+
+Result = TypeVar("Result")
 
 # Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
 # connections by default.
@@ -51,10 +53,6 @@ GROUP_LOCK_MILLISECONDS = 200
 NO_BEGIN = "receiver_no_begin"
 
 
-class SessionReplaced(DatabaseUnavailable):
-    """An old session refused to write, as those of a demoted primary do. A second try gets a new one, which may."""
-
-
 def run(
     session: Session, statement: Executable, values: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
 ) -> CursorResult[Any]:
@@ -66,6 +64,14 @@ def run(
     """
     session.flush()
     return session.connection().execute(statement, values)
+
+
+def again_on_new_session(write: Callable[[], Result]) -> Result:
+    """Write, and once more if an old session refused to: nothing was committed then."""
+    try:
+        return write()
+    except SessionReplaced:
+        return write()
 
 
 def insert_or_ignore(

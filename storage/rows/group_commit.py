@@ -33,7 +33,7 @@ from sqlmodel import Session, col, func, select
 
 from storage.database import free_space
 from storage.database.free_space import Disk
-from storage.database.sessions import Database, SessionReplaced
+from storage.database.sessions import Database, again_on_new_session
 from storage.errors import DatabaseUnavailable
 from storage.rows.deliveries import MAX_BATCH, Delivery, apply_unreadable_again, insert
 from storage.rows.loop_connections import Locked, LoopConnection, loop_connection
@@ -257,10 +257,7 @@ class GroupCommit:
         """Store what there is room for. Returns the new keys, and those refused as their task is full."""
         full = self._kept.over(deliveries)
         wanted = [delivery for delivery in deliveries if delivery.key not in full]
-        try:
-            new = self._insert(wanted)
-        except SessionReplaced:
-            new = self._insert(wanted)
+        new = again_on_new_session(lambda: self._insert(wanted))
         self._kept.count(deliveries, new)
         if known := {delivery.key for delivery in deliveries} - new - full:
             apply_unreadable_again(self._database, known)

@@ -17,7 +17,7 @@ from receiver.tasks.adopt import Adopter
 from storage.states import ArchiveState
 from tests.pipeline import Web, drain, task_of
 from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, PATH, PLAIN, ask, create, rows, told
-from tests.unreported_tasks import creates
+from tests.unreported_tasks import creates, drawn, encoded
 
 
 @pytest.fixture
@@ -121,3 +121,12 @@ def test_several_tasks_are_refused_without_one_kind_of_id_or_with_too_many(web: 
     assert told(ask(web, "GET", f"/kling/tasks?task_ids={many}")) == (200, 0)
     for query in ("", "?task_ids=", "?task_ids=1&external_task_ids=a", f"?task_ids={many},20", "?task_id=1"):
         assert told(ask(web, "GET", f"/kling/tasks{query}")) == (400, 1201), query
+
+
+@ON_SQLITE
+def test_url_safe_base64_goes_upstream_in_the_alphabet_that_kling_takes(web: Web, sandbox: Sandbox) -> None:
+    picture = encoded(drawn(400, 300) + bytes([251, 239, 190, 255]))
+    url_safe = picture.translate(str.maketrans("+/", "-_")).rstrip("=")
+    assert "-" in url_safe and "_" in url_safe
+    assert create(web, {**PLAIN, "image_list": [{"image": url_safe}]}).status_code == 200
+    assert creates(sandbox)[0]["image_list"] == [{"image": picture}]

@@ -21,7 +21,7 @@ from storage.errors import DatabaseUnavailable, ProviderRejected
 from storage.states import TaskState
 from tests.harness import wait_until
 from tests.pipeline import Web, make_due_now, run, task_of
-from tests.postgres import Postgres
+from tests.postgres import Postgres, demoted_in_use
 from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_POSTGRESQL, PLAIN, create, told
 from tests.rows import wait_until_blocked
 from tests.unreported_tasks import creates
@@ -138,3 +138,13 @@ def test_a_create_on_a_read_only_database_is_told_to_come_again(
     assert [line["event"] for line in logs] == ["database.away"]
     wait_until(lambda: told(create(web, BODY, headers=WORD)) == (200, 0))
     assert len(creates(sandbox)) == 1
+
+
+@ON_POSTGRESQL
+def test_a_create_whose_session_turns_read_only_is_done_on_a_new_one(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    with demoted_in_use(parts.database, "task"), capture_logs() as logs:
+        assert told(create(web, BODY, headers=WORD)) == (200, 0)
+    with demoted_in_use(parts.database, "task"):
+        assert parts.submitter.submit(PLAIN, external_task_id="own").new
+    assert not any(line["event"] == "database.away" for line in logs)
+    assert len(creates(sandbox)) == 2

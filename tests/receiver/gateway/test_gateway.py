@@ -193,15 +193,6 @@ def test_base64_goes_upstream_and_is_kept_as_its_hash(web: Web, parts: Parts, sa
     assert picture not in json.dumps(rows(parts)[0].request)
 
 
-@ON_SQLITE
-def test_url_safe_base64_goes_upstream_in_the_alphabet_that_kling_takes(web: Web, sandbox: Sandbox) -> None:
-    picture = encoded(drawn(400, 300) + bytes([251, 239, 190, 255]))
-    url_safe = picture.translate(str.maketrans("+/", "-_")).rstrip("=")
-    assert "-" in url_safe and "_" in url_safe
-    assert create(web, {**PLAIN, "image_list": [{"image": url_safe}]}).status_code == 200
-    assert creates(sandbox)[0]["image_list"] == [{"image": picture}]
-
-
 # -- what is answered -------------------------------------------------------------------------------------------------
 
 

@@ -19,10 +19,11 @@ from storage.errors import DatabaseUnavailable
 from storage.rows import loop_connections
 from storage.rows.deliveries import Delivery
 from storage.rows.group_commit import GroupCommit, Intake
-from storage.rows.models import Callback
+from storage.rows.models import Callback, Task
 from tests.harness import wait_until
 from tests.pgbouncer import NEEDED, PgBouncer
-from tests.postgres import Postgres
+from tests.postgres import Postgres, demoted_in_use
+from tests.rows import new_task
 from tests.storage.database.test_sessions import announce, ask, count_workers, waiting
 
 pytestmark = pytest.mark.parametrize("database_kind", ["postgresql"])
@@ -74,20 +75,20 @@ def test_write_on_a_session_that_stayed_read_only_is_done_on_a_new_one(demoted: 
 
 def test_session_that_becomes_read_only_in_use_is_replaced_and_the_commit_repeated(database: Database) -> None:
     database.outages.is_on = True
-    with database.autocommit_writer() as connection:
-        process = connection.execute(PROCESS).scalar_one()
-        # What the check before a use sees differs from what the insert meets.
-        connection.execute(text(
-            "CREATE FUNCTION demote() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-            f"IF pg_backend_pid() = {process} THEN RAISE SQLSTATE '25006'; END IF; RETURN NULL; END $$"
-        ))  # fmt: skip
-        connection.execute(text("CREATE TRIGGER demote BEFORE INSERT ON callback EXECUTE FUNCTION demote()"))
-    with capture_logs() as logs:
+    with demoted_in_use(database, "callback"), capture_logs() as logs:
         assert commit(database) is Intake.NEW
     assert logs == []
-    with database.write() as session:
-        session.execute(text("DROP FUNCTION demote CASCADE"))
+    with database.read() as session:
         assert len(session.exec(select(Callback)).all()) == 1
+
+
+def test_group_of_writes_is_repeated_on_a_new_session(database: Database) -> None:
+    database.write_in_group(lambda session: session.execute(PROCESS))  # the writer's session
+    with demoted_in_use(database, "task"), capture_logs() as logs:
+        task = database.write_in_group(lambda session: new_task(session))
+    assert logs == []
+    with database.read() as session:
+        assert session.get_one(Task, task.id)
 
 
 def test_loop_connection_of_a_demoted_server_is_opened_anew(database: Database, postgres: Postgres) -> None:
