@@ -17,7 +17,7 @@ from receiver.web.assets import asset_link
 from storage.accounts import pauses
 from storage.archive import continuous_audit
 from storage.operations import deadlines, heartbeats
-from storage.operations.measures import Measures, measure
+from storage.operations.measures import Measures, measure, waiting_lines
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
 from storage.rows.tasks import request_note
@@ -163,6 +163,7 @@ def summary(found: Measures) -> str:
         "audit faults": found.audit_faults,
     }
     parts += [f"{count} {words}" for words, count in wrong.items() if count]
+    parts += waiting_lines(found.store_waits)
     parts += ["audit behind its days"] if found.audit_late else []
     parts += _sinks(found)
     parts.append(

@@ -77,7 +77,8 @@ class Health:
         if self._callbacks.fault is not None:
             checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
-        is_degraded = any(state != "ok" for state in checks.values())
+        # One refused file is no fault of the receiver: what waits is only said.
+        is_degraded = any(state != "ok" for name, state in checks.items() if name != "waiting")
         status = 503 if is_down or (is_degraded and request.query_params.get("strict") == "1") else 200
         body: dict[str, Any] = {"status": "unavailable" if is_down else "degraded" if is_degraded else "ok"}
         if self._is_permitted(request):
@@ -125,7 +126,7 @@ class Health:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
             dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
-            unusable = measures.unusable_files(session)
+            unusable, waits = measures.unusable_files(session), measures.store_waits(session)
             paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
@@ -136,6 +137,7 @@ class Health:
             "deadlines": f"{near} tasks are about to lose files" if near else "ok",
             "account": "; ".join(paused) or "ok",
             "files": str(unusable) if unusable.said else "ok",
+            "waiting": "; ".join(measures.waiting_lines(waits)) or "ok",
             "audit": f"{faults} faults, see receiver status" if faults else "ok",
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,6 +44,9 @@ PERMISSIONS = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
 }
+# How our messages begin, and what one of them says of its object alone: rows keep them.
+MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
+OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
 WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"
 MAX_WORDS_CHARS = 200
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import case, distinct, func, literal_column, true
+from sqlalchemy import case, distinct, func, literal_column, or_, true
 from sqlmodel import Session, col, select
 
 from storage.accounts import pauses
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
+from storage.bucket import store_errors
 from storage.database.clock import db_now_once
 from storage.operations import deadlines, outbox
 from storage.operations.ended import Ended, EndedLastDay
@@ -21,6 +23,10 @@ from storage.states import ArchiveState, AssetState, CallbackState, Step
 
 # An idle worker claims a due row within a second.
 OVERDUE_SECONDS = 60
+# Files whose next try is the latest. Those that the store refused are among them: what was never tried is due before.
+# Reading so many rows takes some milliseconds, however many wait.
+STORE_WAITS_LOOKED_AT = 2_000
+STORE_CAUSES = 5
 # Each table, and the column that leads its due index with every value that a due row has.
 WAITING: tuple[tuple[Any, Any], ...] = (
     (Task, col(Task.step).in_(Step)),
@@ -56,7 +62,8 @@ class SinkMeasures:
 class Measures:
     """Rows as of now. Fields named `…_day`: tasks that ended within the last 24 h.
 
-    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `unusable_files`: files whose hosts
+    `due`: rows that wait for a worker. `overdue`: those due for over a minute. `store_waits`: see the function of this
+    name. `unusable_files`: files whose hosts
     answer with something else and that are still tried, `unusable_seconds`: age of the oldest, `incomplete_open`:
     tasks that are incomplete for want of them. `callbacks_expected`: tasks that ended
     in the last 24 h, at least five minutes ago, and asked for a callback. `callbacks_lost`: those of them whose end no
@@ -76,6 +83,7 @@ class Measures:
     failed_assets: int
     unmatched: int
     deadline_near: int
+    store_waits: dict[str, int]
     unusable_files: int
     unusable_seconds: float
     incomplete_open: int
@@ -133,6 +141,7 @@ def measure(
         failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
         unmatched=_count(session, col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")),
         deadline_near=count_deadline_near(session, deadline_seconds),
+        store_waits=store_waits(session),
     )
 
 
@@ -171,6 +180,24 @@ def unusable_files(session: Session) -> UnusableFiles:
     columns: Any = (func.count(), said, func.min(Asset.unusable_since), func.min(Asset.due_at))
     found = select(*columns).join(Task, col(Task.id) == col(Asset.task_id))
     return UnusableFiles(*session.execute(found.where(col(Asset.unusable_since).is_not(None))).one())
+
+
+def store_waits(session: Session) -> dict[str, int]:
+    """How many files wait because the store was away or refused them, by its answer to their last try.
+
+    Of the STORE_WAITS_LOOKED_AT files whose next try is the latest; the STORE_CAUSES most frequent answers.
+    """
+    latest = select(Asset.error).where(col(Asset.due_at).is_not(None)).order_by(col(Asset.due_at).desc())
+    error = latest.limit(STORE_WAITS_LOOKED_AT).subquery().c.error
+    told = or_(*(error.startswith(words) for words in store_errors.MESSAGES))
+    found: Counter[str] = Counter()
+    for message, count in session.exec(select(error, func.count()).where(told).group_by(error)):
+        found[store_errors.OBJECT_SIZE.sub("objects of their size", message)] += count
+    return dict(found.most_common(STORE_CAUSES))
+
+
+def waiting_lines(store_waits: dict[str, int]) -> list[str]:
+    return [f"{count} files wait: {cause}" for cause, count in store_waits.items()]
 
 
 def count_overdue(session: Session) -> int:

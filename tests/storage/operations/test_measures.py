@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError
 from prometheus_client import generate_latest
 from sqlalchemy import delete, event, text
 from sqlmodel import col, select, update
@@ -19,13 +20,15 @@ from receiver.base.telemetry import WORK, WORK_OF_EACH
 from receiver.cli import show
 from receiver.sandbox import Sandbox
 from storage.accounts.rate_limit import ReadRateLimit
+from storage.bucket.store_errors import refusal
 from storage.database.sessions import Database
-from storage.operations import deadlines
+from storage.operations import deadlines, measures
 from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
 from storage.rows.models import Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, deliver, drain, insert_row, run, running
+from tests.plans import plans, scans
 from tests.rows import LONG_AGO, event_names, new_asset, new_task, stored
 from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
 
@@ -136,7 +139,7 @@ def test_due_and_overdue_rows_are_counted(parts: Parts) -> None:
 
 def test_every_measure_has_its_gauge(parts: Parts) -> None:
     found = measured(parts).as_dict()
-    assert WORK.keys() | WORK_OF_EACH.keys() == found.keys()
+    assert WORK.keys() | WORK_OF_EACH.keys() == found.keys() - {"store_waits"}  # words of a store are no label
     assert {name: gauges.keys() for name, gauges in WORK_OF_EACH.items()} == {
         "accounts": asdict(AccountMeasures()).keys() - {"pauses"},
         "sinks": asdict(SinkMeasures()).keys(),
@@ -247,6 +250,42 @@ def test_rare_states_are_found_by_their_partial_indexes(database: Database) -> N
         ):
             plans += [row[3] for row in session.execute(text(f"EXPLAIN QUERY PLAN {question}"))]
     assert [plan.split("INDEX ")[1].split()[0] for plan in plans] == ["callback_unmatched_external", "task_deadline"]
+
+
+def refused_puts(parts: Parts) -> None:
+    """Three files over a proxy's limit, one while the store was away, and two that wait for other causes."""
+    answer = {"Error": {"Code": "413"}, "ResponseMetadata": {"HTTPStatusCode": 413}}
+    over = ClientError(answer, "PutObject")  # type: ignore[arg-type]
+    away = EndpointConnectionError(endpoint_url="http://store.example:9000")
+    errors = [str(refusal(over, "b", "http://store.example:9000", size)) for size in (1_000, 2_000_000, 3)]
+    errors += [str(refusal(away, "b", "http://store.example:9000")), "cdn.example answered 503"]
+    task = insert_row(parts, archive=ArchiveState.ARCHIVING, step=None, due_at=None)
+    with parts.database.write() as session:
+        for index, error in enumerate((*errors, None)):
+            new_asset(session, task, index, error=error, due_at=parts.database.now() + timedelta(minutes=index + 1))
+
+
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
+def test_status_and_readiness_say_what_waits_for_the_store(web: Web, parts: Parts) -> None:
+    refused_puts(parts)
+    causes = measured(parts).as_dict()["store_waits"]
+    assert list(causes.values()) == [3, 1]
+    limit = "3 files wait: a limit in front of the store at store.example:9000 refuses objects of their size"
+    away = "1 files wait: the store at store.example:9000 cannot be reached"
+    token = {"Authorization": "Bearer a-token"}
+    with running(parts.worker([])):  # they do not make the receiver degraded
+        wait_until(lambda: httpx.get(f"{web.url}/readyz?strict=1", headers=token).status_code == 200)
+        said = httpx.get(f"{web.url}/readyz", headers=token).json()["checks"]
+    for words in (limit, away):
+        assert words in show.summary(measured(parts))
+        assert words in said["waiting"]
+
+
+def test_what_waits_for_the_store_is_looked_for_in_the_due_index(parts: Parts) -> None:
+    refused_puts(parts)
+    if parts.database.is_sqlite:  # PostgreSQL takes any index for six rows
+        assert "asset_due" in plans(parts.database, measures.store_waits)
+    assert scans(parts.database, measures.store_waits) == []
 
 
 def test_status_prints_the_measures_in_one_line(parts: Parts) -> None:
