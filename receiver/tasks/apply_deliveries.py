@@ -13,7 +13,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import structlog
-from sqlmodel import Session
+from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider
 from storage import states
@@ -39,6 +39,7 @@ HOLD_SECONDS = 0.02
 # tasks share the account's pace of reads.
 MAX_READS_PER_TASK = 20
 BY_READ = "confirmed by a read of the task"
+UNKNOWN = "unknown status"
 NOT_READ = f"not believed, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
 DECIDED = "not believed: the provider itself named another file"
 
@@ -252,8 +253,7 @@ class DeliveryApplier:
     def _doubt(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
         """Why the body is odd, though it is about this task. One read then decides."""
         if report.status is None:
-            log.warning("callback.unknown_status", **tasks.named(task), status=report.raw_status)
-            return f"unknown status {report.raw_status!r}"
+            return f"{UNKNOWN} {report.raw_status!r}"
         if report.external_task_id not in (None, task.external_task_id):
             return "the body's external_task_id is written otherwise"
         if not confirmed and report.provider_task_id and _is_others(session, task, report.provider_task_id):
@@ -282,9 +282,18 @@ class DeliveryApplier:
 
     def _ask(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
         reports.note_called_back(task, report, tasks.now(session))
-        if report.status is None and task.state in states.TERMINAL:
-            return Verdict(CallbackState.APPLIED, reason)
-        return Verdict(CallbackState.APPLIED, reason if self._read_now(session, task) else NOT_READ)
+        is_over = report.status is None and task.state in states.TERMINAL
+        if not is_over and not self._read_now(session, task):
+            return Verdict(CallbackState.APPLIED, NOT_READ)
+        if report.status is None and not _was_unknown(session, task):
+            log.warning("callback.unknown_status", **tasks.named(task), status=report.raw_status)
+        return Verdict(CallbackState.APPLIED, reason)
+
+
+def _was_unknown(session: Session, task: Task) -> bool:
+    """Whether a settled delivery of the task had an unknown status: a sender that knows no other says it each time."""
+    told = select(Callback.id).where(Callback.task_id == task.id, col(Callback.reason).startswith(UNKNOWN))
+    return session.exec(told.limit(1)).first() is not None
 
 
 def find(

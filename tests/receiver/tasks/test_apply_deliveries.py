@@ -221,6 +221,15 @@ def test_an_unknown_status_keeps_the_task_waiting(parts: Parts) -> None:
     assert task_of(parts, task.external_task_id).state is SUBMITTED and is_read_now(parts, task)
 
 
+def test_unknown_statuses_are_logged_once_a_task(parts: Parts) -> None:
+    mine, other = insert_row(parts), insert_row(parts)
+    with structlog.testing.capture_logs() as logs:
+        for task, word in ((mine, "resting"), (mine, "asleep"), (other, "resting"), (mine, "resting again")):
+            assert deliver(parts, task, body(word)).reason == f"unknown status {word!r}"
+    said = [line["status"] for line in logs if line["event"] == "callback.unknown_status"]
+    assert said == ["resting", "resting"]
+
+
 # -- many at once -----------------------------------------------------------------------------------------------------
 
 
