@@ -7,11 +7,13 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import update
 from sqlmodel import col, select
 
 from receiver.app.wiring import Parts
+from receiver.cli import show
 from receiver.gateway import answers
 from receiver.gateway.answers import ResponseFormat
 from receiver.sandbox import Sandbox, cdn
@@ -23,7 +25,7 @@ from storage.operations import deadlines, maintenance, measures
 from storage.rows.models import Asset, Task
 from storage.states import SAID_AFTER_TRIES, ArchiveState, AssetState
 from tests.harness import wait_until
-from tests.pipeline import assert_archived, assets_of, kept, make_due_now, run, task_of, working
+from tests.pipeline import Web, assert_archived, assets_of, kept, make_due_now, run, task_of, working
 from tests.rows import event_names
 from tests.runs import file_host
 from tests.runs.file_host import Oddity
@@ -273,6 +275,44 @@ def test_every_oddity_of_a_file_host_ends_archived(parts: Parts, sandbox: Sandbo
         wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
     assert_archived(parts, sandbox, task_of(parts, "task"))
     assert max(hits(sandbox)) <= oddity.most
+
+
+ODD = [
+    ({"cdn_206_whole": True}, "answered 206 with the whole file"),
+    ({"cdn_content_encoding": "UTF-8"}, "Content-Encoding names no coding"),
+    ({"cdn_content_encoding": "gzip"}, "decoded from gzip"),
+    ({"cdn_junk_header": True}, "1 malformed header lines"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "note"), ODD, ids=[note for _, note in ODD])
+def test_what_was_odd_about_a_transfer_is_in_row_and_manifest(
+    parts: Parts, sandbox: Sandbox, knobs: dict[str, Any], note: str
+) -> None:
+    succeeded(parts, sandbox, **knobs)
+    run(parts, "assets", "finishes")
+    assert_archived(parts, sandbox, task_of(parts, "task"))
+    assert note in (asset_of(parts).notes or ())
+    assert note in manifest_of(parts)["assets"][0]["notes"]
+
+
+@pytest.mark.parametrize("changes", [{"public_url": "", "poll_after_seconds": 3_600, "metrics_token": "a-token"}])
+def test_readiness_and_status_say_since_when_a_file_is_unusable_and_when_it_is_tried(
+    web: Web, parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
+) -> None:
+    succeeded(parts, sandbox, cdn_html_rate=1)
+    try_until(parts, DAY / 2)
+    asset = asset_of(parts)
+    since, due_at = asset.unusable_since, asset.due_at
+    assert since is not None and due_at is not None
+    checks = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}).json()["checks"]
+    times = f"since {since:%Y-%m-%d %H:%M} UTC, next try at {due_at:%Y-%m-%d %H:%M} UTC"
+    assert checks["files"] == f"1 files came unusable {times}"
+    show.show(parts, "task")
+    said = "".join(capsys.readouterr().out.split())  # the table wraps
+    next_at = due_at.isoformat(timespec="seconds")
+    words = f"not yet, {asset.unusable_tries} tries since {since.isoformat(timespec='seconds')}, next at {next_at}:"
+    assert words.replace(" ", "") in said
 
 
 # -- the schedule -----------------------------------------------------------------------------------------------------
