@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from typing import Any
@@ -26,6 +27,8 @@ from storage.states import Step, TaskState
 from tests.bench.claims import LATER, fill
 from tests.harness import wait_until
 from tests.pipeline import Web, run, task_of, working
+from tests.receiver.batch.test_batch import Command
+from tests.receiver.batch.test_batch import command as command  # a fixture
 from tests.unreported_tasks import REQUEST, creates
 
 ID = "order-4711"
@@ -194,6 +197,19 @@ def batch_of(parts: Parts, count: int) -> Batches:
     lines = [Line(number, f"night-{number:03}", request, hash_) for number in range(1, count + 1)]
     batches.put(batches.plan("night", lines))
     return batches
+
+
+def test_batch_status_says_why_nothing_is_sent(parts: Parts, sandbox: Sandbox, command: Command) -> None:
+    batch_of(parts, 2)
+    sandbox.set(create_faults=["1102"])
+    run(parts, "creates")
+    told, listed = command("batch", "status", "night"), command("batch", "status", "night", "--json").json
+    (line,) = [line for line in told.out.splitlines() if "paused" in line]
+    assert (told.code, told.err) == (1, "")
+    assert re.fullmatch(
+        r"account kling is paused since [\d-]+ [\d:]+, next try at [\d:]+ UTC: code 1102: Resource pack .*", line
+    )
+    assert (listed["paused"], listed["failed"], listed["failures"]) == ([line], 0, [])
 
 
 def refused(sandbox: Sandbox) -> list[float]:
