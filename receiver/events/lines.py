@@ -48,7 +48,7 @@ class Lines:
             with _alone_on(STDOUT):
                 yield STDOUT
             return
-        file = os.open(self._path, FLAGS | os.O_CREAT, 0o640)
+        file = os.open(self._path, FLAGS | os.O_CREAT, 0o600)
         try:
             _refuse_irregular(file)
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -28,7 +28,7 @@ class AuditLog:
         self.after = ""
         self.counts = Counts()
         end = self._last_checkpoint()
-        with path.open("ab") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
             file.truncate(end)
 
     def _last_checkpoint(self) -> int:

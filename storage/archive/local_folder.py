@@ -19,6 +19,8 @@ from typing import BinaryIO
 # Windows, and disks shared with it, open a device for these names whatever their extension, and drop a dot at the end.
 DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
 CAPITAL = re.compile("[A-Z]")
+# Prompts, links and pictures are for whoever runs the command. A file that is replaced gets this mode, too.
+FILE_MODE = 0o600
 
 
 class LocalFolder:
@@ -26,8 +28,6 @@ class LocalFolder:
 
     `folds_case`: whether this disk takes `A` and `a` for the same name; None: it is tried.
     """
-
-    file_mode = 0o666
 
     def __init__(self, path: Path, *, folds_case: bool | None = None) -> None:
         self.path = path.absolute()
@@ -90,7 +90,7 @@ class LocalFolder:
             part = f".{secrets.token_hex(16)}.part"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             try:
-                with os.fdopen(os.open(part, flags, self.file_mode, dir_fd=folder), "wb") as file:
+                with os.fdopen(os.open(part, flags, FILE_MODE, dir_fd=folder), "wb") as file:
                     yield file
                 os.replace(part, steps[-1], src_dir_fd=folder, dst_dir_fd=folder)
             finally:
@@ -104,8 +104,6 @@ class PrivateFolder(LocalFolder):
     It is made, and its owner and mode are checked, at every use: a cleaner of old files may remove it at any time.
     Raises PermissionError for one that another user owns, or may write.
     """
-
-    file_mode = 0o600
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()

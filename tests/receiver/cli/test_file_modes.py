@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from receiver.batch import batch_report
+from receiver.events.lines import Lines
+from storage.archive.audit_log import AuditLog
+from storage.archive.local_folder import LocalFolder
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable
 from tests.command_line import CommandLine
 from tests.harness import wait_until
+from tests.sink_pairs import messages
 
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
 
@@ -53,6 +58,18 @@ def test_the_write_ahead_log_is_for_one_user(tmp_path: Path) -> None:
         names = {path.name: oct(mode(path)) for path in tmp_path.iterdir()}
     database.close()
     assert names == dict.fromkeys(["own.db", "own.db-wal", "own.db-shm", "own.db.lock"], "0o600")
+
+
+def test_what_commands_write_is_for_one_user(tmp_path: Path) -> None:
+    Lines(tmp_path / "events.jsonl").send(messages(1))
+    AuditLog(tmp_path / "audit.jsonl").end()
+    batch_report.write(tmp_path / "report.csv", "night", [])
+    with LocalFolder(tmp_path / "out").writing(["task", "image-0.png"]) as file:
+        file.write(b"bytes")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name: oct(mode(path)) for path in files} == dict.fromkeys(
+        ["events.jsonl", "audit.jsonl", "report.csv", "image-0.png"], "0o600"
+    )
 
 
 @contextmanager
