@@ -224,10 +224,10 @@ def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox
     sandbox.set(submitted_seconds=0, processing_seconds=0, picture_bytes=2_000)
     with working(parts):
         wait_until(lambda: len(sandbox.ledger().tasks) >= count // 4, seconds=60)
-        sandbox.set(create_faults=["1102"] * 1_000)
-        time.sleep(AWAY_SECONDS)
-        sandbox.set(create_faults=["1002"] * 1_000)
-        time.sleep(AWAY_SECONDS)
+        for code in (1102, 1002):
+            sandbox.set(create_faults=[str(code)] * 1_000)
+            time.sleep(AWAY_SECONDS)
+            wait_until(lambda code=code: ("account.paused", code) in said(parts), seconds=60)  # type: ignore[misc]
         sandbox.set(create_faults=[])
         wait_until(lambda: batches.counts("night").over == count, seconds=120 + 2 * TRIAL_SECONDS)
     assert batches.counts("night") == Counts(archived=count)
