@@ -14,7 +14,8 @@ from storage.database.sessions import Database
 def plans(database: Database, look: Callable[[Session], object]) -> str:
     """The plans of the statements that `look` runs, in the database's words, a step each line.
 
-    PostgreSQL scans a small table whatever its indexes; it is told not to, so a scan shows that there is no way around.
+    PostgreSQL scans or sorts a small table whatever its indexes; it is told not to, so that a scan or a sort shows that
+    there is no way around.
     """
     asked: list[tuple[str, Any]] = []
 
@@ -27,7 +28,8 @@ def plans(database: Database, look: Callable[[Session], object]) -> str:
     event.remove(database.reader, "before_cursor_execute", note)
     with database.reader.connect() as connection:
         if not database.is_sqlite:
-            connection.exec_driver_sql("SET enable_seqscan = off")
+            for way in ("seqscan", "bitmapscan", "sort"):
+                connection.exec_driver_sql(f"SET enable_{way} = off")
         explain = "EXPLAIN QUERY PLAN" if database.is_sqlite else "EXPLAIN"
         found = [connection.exec_driver_sql(f"{explain} {each}", values).all() for each, values in asked]
     return "\n".join(str(row[-1]) for rows in found for row in rows) + "\n"
