@@ -40,6 +40,7 @@ PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 1}
 MOST_TIMES = 2.0
 # A create is called back some 0.5 s later. What comes within this time in addition is no delay that anybody notices.
 FREE_SECONDS = 1.0
+CREATE_SECONDS = 0.2
 SLOW_HOST_SECONDS = 20.0
 PATIENCE_SECONDS = 60
 # An attack has as long to begin, or half of the measurement where that is short.
@@ -145,8 +146,14 @@ async def held_streams(target: Target) -> None:
 
 
 async def slow_callback_host(target: Target) -> None:
+    """Ten creates a second, thirty callbacks: the threads for callbacks are in use, the processors are not."""
     body = json.dumps(PLAIN | {"callback_url": target.slow_hook}).encode()
-    await many(target, 2, lambda _: say(target, request("POST", CREATES, body, key=KEY)))
+
+    async def create(_: int) -> None:
+        await say(target, request("POST", CREATES, body, key=KEY))
+        await asyncio.sleep(CREATE_SECONDS)
+
+    await many(target, 2, create)
 
 
 # By what the attacker holds.

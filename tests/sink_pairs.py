@@ -26,7 +26,8 @@ from receiver.events.sqs import Sqs
 from receiver.events.webhook import Webhook
 from receiver.gateway.answers import ResponseFormat
 from receiver.gateway.client_callback import Clients, callback_id
-from receiver.workers.worker import Lane, Worker
+from receiver.workers.lanes import Lane
+from receiver.workers.worker import Worker
 from storage.circuit import Circuit
 from storage.database.sessions import Database
 from storage.fetch.addresses import AddressPolicy

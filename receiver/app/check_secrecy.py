@@ -9,13 +9,15 @@ from urllib.parse import urlsplit
 
 from receiver.app.findings import Result, Status
 from receiver.app.wiring import Parts
+from receiver.base import setting_faults
 from receiver.base.config import PREFIX, Settings
 from storage.fetch import addresses, connection
 
 
 def weak_secrets(settings: Settings) -> Iterator[Result]:
     advice = "take random ones; the next release refuses to start with those"
-    return (Result(name, Status.NOTE, f"is easily guessed: {fault}", advice) for name, fault in settings.weak_secrets())
+    for name, fault in setting_faults.weak_secrets(settings):
+        yield Result(name, Status.NOTE, f"is easily guessed: {fault}", advice)
 
 
 def clear_text(parts: Parts) -> Iterator[Result]:

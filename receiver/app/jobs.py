@@ -15,7 +15,8 @@ from receiver.events.dispatcher import Dispatcher, Sink
 from receiver.gateway import client_callback
 from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
 from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
-from receiver.workers.worker import LINGER_SECONDS, Lane, PeriodicJob
+from receiver.workers.lanes import Lane, PeriodicJob
+from receiver.workers.worker import LINGER_SECONDS
 from storage.accounts import idempotency
 from storage.accounts.slots import give_back_silent
 from storage.archive import continuous_audit, slow_hosts
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 # Deliveries are short work on one database: two threads keep it busy, because one works while the other commits.
 CALLBACK_THREADS = 2
-# A create or a read waits up to 20 s for the provider. Four at once stay below its 5 reads a second.
+# A create or a read waits up to 20 s for the provider. Four at once stay below its 5 reads a second. Creates have four
+# in all processes together, because an account that is refused fails all that are under way.
 TASK_THREADS = 4
 # The most that a sink has.
 SINK_THREADS = 8
@@ -82,7 +84,7 @@ def lanes(parts: Parts) -> Sequence[Lane]:
         ),
         Lane(
             "creates", Task, parts.submitter.create_step.work, TASK_THREADS, (step == Step.CREATE,), circuit=provider,
-            slots=parts.slots,
+            slots=parts.slots, is_shared=True,
         ),
         Lane(
             "reads", Task, reader.work, TASK_THREADS, (step == Step.READ,), circuit=provider,

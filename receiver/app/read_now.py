@@ -11,7 +11,8 @@ from sqlmodel import col, select
 
 from receiver.tasks.changes import Tally
 from receiver.tasks.operate import Reads
-from receiver.workers.worker import Lane, Worker
+from receiver.workers.lanes import Lane
+from receiver.workers.worker import Worker
 from storage.database.sessions import Database
 from storage.operations import maintenance
 from storage.rows.models import Task

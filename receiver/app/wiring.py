@@ -24,7 +24,8 @@ from receiver.providers.kling.client import Kling
 from receiver.tasks.apply_deliveries import Confirmation, trusted_hosts
 from receiver.tasks.create_step import CreateStep
 from receiver.tasks.submit import Submitter
-from receiver.workers.worker import Lane, PeriodicJob, Worker
+from receiver.workers.lanes import Lane, PeriodicJob
+from receiver.workers.worker import Worker
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
 from storage.archive.slow_hosts import spare_threads

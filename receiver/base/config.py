@@ -18,7 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from receiver.base import env_file
+from receiver.base import env_file, setting_faults
 from receiver.base import sink_setting as sinks
 from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
@@ -35,21 +35,15 @@ from receiver.base.setting_types import (
     Tags,
     Words,
 )
-from receiver.base.signature import key_of
 from storage.bucket.put_options import PutOptions, parse_tags
 from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, endpoint
-from storage.url_parts import split_url
 
-PREFIX = "RECEIVER_"
-SECRET_MIN_CHARACTERS = 32
-KEY_MIN_CHARACTERS = 24
+PREFIX = setting_faults.PREFIX
 # Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
 # specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 OWN_BUCKET = "pictures"  # of the store that we run ourselves, where no name is set
-CREDENTIAL = re.compile(r"[\x21-\x7e]+")
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class SettingsInvalid(UserError, ValueError):
@@ -151,78 +145,9 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
-        faults = list(self._faults())
-        if faults:
-            raise ValueError("\n".join(faults))
+        if found := list(setting_faults.contradictions(self)):
+            raise ValueError("\n".join(found))
         return self
-
-    def _faults(self) -> Iterator[str]:
-        urls = [url.get_secret_value() for url in (self.database_url, self.database_direct_url) if url]
-        if len(urls) == 2 and any(url.startswith("sqlite") for url in urls):
-            yield f"{PREFIX}DATABASE_DIRECT_URL: is for PostgreSQL behind a pooler; leave it out with SQLite"
-        if self.public_url and not self.callback_secrets:
-            yield f"{PREFIX}CALLBACK_SECRETS: required with {PREFIX}PUBLIC_URL; `receiver check` prints a fresh one"
-        if any(len(secret.get_secret_value()) < SECRET_MIN_CHARACTERS for secret in self.callback_secrets):
-            yield f"{PREFIX}CALLBACK_SECRETS: each needs at least {SECRET_MIN_CHARACTERS} characters"
-        if any(not secret.get_secret_value().startswith("whsec_") for secret in self.kling_webhook_secrets):
-            yield f"{PREFIX}KLING_WEBHOOK_SECRETS: each starts with whsec_, as the provider's console shows it"
-        if bool(self.kling_access_key) != bool(self.kling_secret_key):
-            yield f"{PREFIX}KLING_ACCESS_KEY and {PREFIX}KLING_SECRET_KEY: set both or neither"
-        if self.s3_kms_key_id and self.s3_sse != "aws:kms":
-            yield f"{PREFIX}S3_KMS_KEY_ID: needs {PREFIX}S3_SSE=aws:kms"
-        if self.store and self.s3_endpoint_url:
-            yield f"{PREFIX}STORE and {PREFIX}S3_ENDPOINT_URL: set one of both"
-        if bool(self.s3_lock_mode) != bool(self.s3_lock_days):
-            yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
-        if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in self.api_keys):
-            yield f"{PREFIX}API_KEYS: each is printable ASCII without spaces, as it stands in an Authorization header"
-        try:
-            _ = self.console_people
-        except ValueError as error:
-            yield from (f"{PREFIX}CONSOLE_KEYS: {line}" for line in str(error).splitlines())
-        yield from self._event_faults()
-        yield from self._key_faults()
-        for name, url in (("PUBLIC_URL", self.public_url), ("KLING_BASE_URL", self.kling_base_url)):
-            if url and url.startswith("http://") and not self.allow_http and not is_loopback(url):
-                yield f"{PREFIX}{name}: must be https, or give --allow-http if the network in between is yours"
-
-    def _key_faults(self) -> Iterator[str]:
-        keys = {"KLING_API_KEY": self.kling_api_key, "KLING_SECRET_KEY": self.kling_secret_key}
-        given = {name: key.get_secret_value() for name, key in keys.items() if key is not None}
-        for name, key in {**given, "KLING_ACCESS_KEY": self.kling_access_key or "-"}.items():
-            if key.lower().startswith("bearer "):
-                yield f'{PREFIX}{name}: write the key alone, without "Bearer" before it'
-            elif not CREDENTIAL.fullmatch(key):
-                yield f"{PREFIX}{name}: must be printable ASCII without spaces, as the provider shows it"
-
-    def _event_faults(self) -> Iterator[str]:
-        try:
-            wanted = self.event_entries
-        except ValueError as error:
-            yield from (f"{PREFIX}EVENT_SINKS: {line}" for line in str(error).splitlines())
-            wanted = []
-        try:
-            for secret in self.event_secrets:
-                key_of(secret)
-        except ValueError as error:
-            yield f"{PREFIX}EVENT_SECRETS: {error}"
-        if not self.event_secrets and any(entry.kind == "webhook" for entry in wanted):
-            yield f"{PREFIX}EVENT_SECRETS: required with a webhook in {PREFIX}EVENT_SINKS, which would be unsigned"
-
-    def weak_secrets(self) -> Iterator[tuple[str, str]]:
-        """Each variable with a secret that can be guessed, and what it needs. The next release refuses those."""
-        # Of ACCESS_KEY:SECRET_KEY the secret alone counts. Kling's have 32 characters, as HS256 wants (RFC 7518 §3.2).
-        keys = [key.get_secret_value().rpartition(":") for key in self.api_keys]
-        if any(len(key) < (SECRET_MIN_CHARACTERS if access else KEY_MIN_CHARACTERS) for access, _, key in keys):
-            least = f"{KEY_MIN_CHARACTERS} characters, a secret key {SECRET_MIN_CHARACTERS}"
-            yield f"{PREFIX}API_KEYS", f"each needs at least {least}"
-        if self.metrics_token and len(self.metrics_token.get_secret_value()) < KEY_MIN_CHARACTERS:
-            yield f"{PREFIX}METRICS_TOKEN", f"needs at least {KEY_MIN_CHARACTERS} characters"
-        try:
-            for secret in self.kling_webhook_secrets:
-                key_of(secret)
-        except ValueError as error:
-            yield f"{PREFIX}KLING_WEBHOOK_SECRETS", str(error)
 
     @property
     def console_people(self) -> list[ConsoleKey]:
@@ -310,10 +235,6 @@ def private_pairs(entries: tuple[str, ...]) -> frozenset[tuple[str, int]]:
     """HOST:PORT entries as an `AddressPolicy` wants them."""
     parts = (entry.rpartition(":") for entry in entries)
     return frozenset((host.strip("[]").lower(), int(port)) for host, _, port in parts)
-
-
-def is_loopback(url: str) -> bool:
-    return (split_url(url).hostname or "") in LOOPBACK_HOSTS
 
 
 def load(**overrides: Any) -> Settings:

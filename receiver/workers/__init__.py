@@ -1,5 +1,6 @@
 """Room: how a process works. Lanes claim due rows of one kind, work on them in threads, and renew their leases.
 
 It leans on storage alone and knows no provider and no sink: `receiver/app/jobs.py` says which lanes there are. Read
-`worker.py` first, then `in_hand.py` (rows under way) and `looks.py` (how idle lanes look for work together).
+`lanes.py` first (what there is to work on), then `worker.py`, `in_hand.py` (rows under way) and `looks.py` (how idle
+lanes look for work together).
 """

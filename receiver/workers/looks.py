@@ -19,7 +19,7 @@ from storage.database.sessions import Database
 from storage.rows import claims
 
 if TYPE_CHECKING:
-    from receiver.workers.worker import Lane
+    from receiver.workers.lanes import Lane
 
 # Wake-ups come more often while others commit; rows in quarantine are rare.
 SUSPECTS_SECONDS = 0.4

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Any
 
 import structlog
 from sqlmodel import Session
 
 from receiver.workers.in_hand import RowsInHand, claims_of
+from receiver.workers.lanes import BusyThreads, Lane, PeriodicJob
 from receiver.workers.looks import QUEUED, Looks
-from storage.accounts.slots import Slots
 from storage.background import background_thread
-from storage.circuit import PAUSE_CAP_SECONDS, Circuit, Grant
+from storage.circuit import PAUSE_CAP_SECONDS, Grant
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, StoreUnavailable
 from storage.operations import heartbeats
@@ -43,42 +43,6 @@ BUG_CAP_SECONDS = 3_600.0
 DATABASE_AWAY_SECONDS = 1.0
 
 NOTHING = Grant(0)
-
-
-@dataclass(frozen=True)
-class Lane:
-    """One kind of work: `work` is called with each due row of `model` for which `where` holds, in `threads` threads.
-
-    `work_many`: takes up to `batch()` rows; a single row goes to `work`. `linger_seconds`: pause between claims.
-    `circuit`: of the store, provider or sink that the work needs; while it is open, nothing is claimed. `slots`: of the
-    account; queued rows are admitted when the lane claims. `beside`: of a lane of spare threads: further conditions, by
-    the rows of `model` that have been in hand for LASTING_SECONDS; None: claim nothing.
-    """
-
-    name: str
-    model: Any
-    work: Callable[[Any], None]
-    threads: int
-    where: Sequence[Any] = ()
-    circuit: Circuit = field(default_factory=Circuit)
-    work_many: Callable[[list[Any]], None] | None = None
-    batch: Callable[[], int] = lambda: 1
-    linger_seconds: float = 0
-    slots: Slots | None = None
-    beside: Callable[[Sequence[Any]], Sequence[Any] | None] | None = None
-
-
-@dataclass(frozen=True)
-class PeriodicJob:
-    """A job that every worker process runs every `every_seconds`, so several at once must be harmless.
-
-    `looks_for`: it runs soon after a commit, and only while this statement finds a row.
-    """
-
-    name: str
-    every_seconds: float
-    run: Callable[[], object]
-    looks_for: Any = None
 
 
 class Worker:
@@ -107,6 +71,7 @@ class Worker:
         self._in_hand = RowsInHand()
         self._busy = set[str]()  # lanes whose last claim found all it wanted: the next is made without a look
         self._unsettled: list[Any] = []  # rows whose work met a database that was away
+        self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
 
     def stop(self) -> None:
@@ -221,17 +186,16 @@ class Worker:
             return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
-        idle = threading.Semaphore(lane.threads)
+        busy = BusyThreads()
         pool = ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name)
         while not self._stop.is_set():
             seen = self._commits
-            with _idle_threads(idle, lane.threads) as free:
-                batches, grant = self._claim_batches(lane, len(free), seen)
-                is_idle = bool(free) and not batches
-                for rows in batches:
-                    free.pop()
-                    pool.submit(self._work, lane, rows, grant).add_done_callback(lambda _: idle.release())
-            if is_idle:
+            free = busy.wait_for_idle(lane.threads_of(self._alive), IDLE_SECONDS)
+            batches, grant = self._claim_batches(lane, free, seen)
+            for rows in batches:
+                busy.start()
+                pool.submit(self._work, lane, rows, grant).add_done_callback(lambda _: busy.end())
+            if free and not batches:
                 self._wait_for_work(seen)
             if lane.linger_seconds:
                 self._stop.wait(lane.linger_seconds)
@@ -328,8 +292,13 @@ class Worker:
         del self._unsettled[: len(rows)]
 
     def _beat(self) -> None:
-        while not self._ended.wait(heartbeats.BEAT_SECONDS):
-            self._run_logged("beat", lambda: heartbeats.beat(self._database, self._id))
+        while True:
+            self._run_logged("beat", self._beat_once)
+            if self._ended.wait(heartbeats.BEAT_SECONDS):
+                return
+
+    def _beat_once(self) -> None:
+        self._alive = heartbeats.beat(self._database, self._id)
 
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
@@ -381,16 +350,3 @@ class Worker:
                     claims.release(session, row)
         heartbeats.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))
-
-
-@contextmanager
-def _idle_threads(idle: threading.Semaphore, limit: int) -> Iterator[list[None]]:
-    """Acquire all idle threads, or none after IDLE_SECONDS. Those left in the list at the end are released."""
-    taken: list[None] = [None] if idle.acquire(timeout=IDLE_SECONDS) else []
-    while 0 < len(taken) < limit and idle.acquire(blocking=False):
-        taken.append(None)
-    try:
-        yield taken
-    finally:
-        for _ in taken:
-            idle.release()

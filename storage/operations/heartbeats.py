@@ -7,7 +7,7 @@ import socket
 import uuid
 
 from sqlalchemy import func
-from sqlmodel import col, delete, select
+from sqlmodel import Session, col, delete, select
 
 from storage.database.clock import db_now
 from storage.database.sessions import Database
@@ -30,11 +30,13 @@ def register(database: Database, threads: int) -> uuid.UUID:
     return row.id
 
 
-def beat(database: Database, worker_id: uuid.UUID) -> None:
+def beat(database: Database, worker_id: uuid.UUID) -> int:
+    """Note that this process is alive. Returns how many are, this one included."""
     with database.write() as session:
         row = session.get(Worker, worker_id)
         if row is not None:
             row.seen_at = db_now()  # type: ignore[assignment]
+        return _count(session)
 
 
 def try_write(database: Database) -> None:
@@ -57,5 +59,9 @@ def unregister(database: Database, worker_id: uuid.UUID) -> None:
 def count_alive(database: Database) -> int:
     """How many worker processes were alive within the last 20 s."""
     with database.read() as session:
-        alive = select(func.count()).select_from(Worker).where(col(Worker.seen_at) > db_now(-ALIVE_SECONDS))
-        return session.exec(alive).one()
+        return _count(session)
+
+
+def _count(session: Session) -> int:
+    alive = select(func.count()).select_from(Worker).where(col(Worker.seen_at) > db_now(-ALIVE_SECONDS))
+    return session.exec(alive).one()

@@ -22,7 +22,6 @@ from typing import Any
 
 import httpx
 
-from receiver.app.jobs import TASK_THREADS
 from receiver.base import telemetry
 from receiver.sandbox import Knobs
 from storage.accounts import batches, pauses
@@ -77,11 +76,6 @@ class Refused(Scene):
         with self.parts.database.read() as session:
             batch = batches.find(session, NAME)
             return batches.counts(session, batch.id) if batch else Counts()
-
-    @property
-    def refused_at_first(self) -> int:
-        """The creates that are under way when the first is refused: they cannot be recalled."""
-        return TASK_THREADS * self.processes
 
     def refused(self, code: int) -> int:
         return self.sandbox.ledger().counts[f"create:{code}"]
@@ -140,7 +134,7 @@ def _compare(scene: Refused, outcome: Outcome) -> None:
         f"{len(made)} tasks upstream, not {scene.lines}": len(made) == scene.lines,
         f"made twice upstream: {[name for name, count in made.items() if count > 1][:5]}": max(made.values()) == 1,
         f"not all archived: {counts}": counts.archived == counts.total == scene.lines,
-        f"{first} creates refused in the first minute": first <= scene.refused_at_first,
+        f"{first} creates refused in the first minute": first <= MOST_A_MINUTE,
         f"{most_in_a_minute(later)} creates refused in a later minute": most_in_a_minute(later) <= MOST_A_MINUTE,
         f"the events of the account: {account}": _is_told(account),
         "submit --wait does not tell of the pause": "is paused since" in said,

@@ -10,7 +10,8 @@ from sqlmodel import func, select
 from receiver.app.wiring import Parts
 from receiver.events import sqs
 from receiver.sandbox import Sandbox
-from receiver.workers.worker import Lane, Worker
+from receiver.workers.lanes import Lane
+from receiver.workers.worker import Worker
 from storage.circuit import DOUBT_SECONDS, FAILURES, FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS, Circuit
 from storage.database.sessions import Database
 from storage.errors import FetchExpired, LostClaim, ObjectConflict, ObjectForbidden, ObjectRefused, StoreUnavailable

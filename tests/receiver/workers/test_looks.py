@@ -8,8 +8,8 @@ from collections.abc import Callable
 from sqlalchemy import event
 from sqlmodel import select
 
+from receiver.workers.lanes import Lane
 from receiver.workers.looks import Looks
-from receiver.workers.worker import Lane
 from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
 from storage.states import Step

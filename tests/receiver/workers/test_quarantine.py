@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from sqlmodel import col, update
 
-from receiver.workers.worker import QUARANTINE_INTERVAL_SECONDS, Lane, Worker
+from receiver.workers.lanes import Lane
+from receiver.workers.worker import QUARANTINE_INTERVAL_SECONDS, Worker
 from storage.accounts.slots import Slots
 from storage.circuit import FIRST_PAUSE_SECONDS, PAUSE_CAP_SECONDS
 from storage.database.sessions import Database

@@ -6,6 +6,7 @@ The lanes do work of the test's own, which can hang, fail and count. Rows and cl
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ import pytest
 from sqlmodel import col, select, update
 from structlog.testing import capture_logs
 
-from receiver.workers.worker import Lane, PeriodicJob, Worker
+from receiver.workers import worker
+from receiver.workers.lanes import Lane, PeriodicJob
+from receiver.workers.worker import Worker
 from storage.archive.folders import sweep_uploads
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
@@ -103,6 +106,26 @@ def test_lanes_take_only_their_own_step(database: Database, desk: Desk) -> None:
     lane = Lane("reads", Task, desk.work, 1, (col(Task.step) == Step.READ,))
     assert Worker(database, [lane], lease_seconds=5, grace_seconds=0).run_until_idle() == 2
     assert sorted(desk.done) == sorted(reads)
+
+
+def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk) -> None:
+    other = heartbeats.register(database, 1)
+    desk.gate.clear()
+    with running(database, assets_lane(desk.work, is_shared=True), grace=0):
+        wait_until(lambda: heartbeats.count_alive(database) == 2)
+        new_assets(database, 6)
+        wait_until(lambda: len(desk.begun) == 2)
+        time.sleep(2 * worker.IDLE_SECONDS)
+        assert len(desk.begun) == 2
+        heartbeats.unregister(database, other)
+        wait_until(lambda: len(desk.begun) == 4, seconds=2 * heartbeats.BEAT_SECONDS)
+        desk.gate.set()
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(0, 4), (1, 4), (2, 2), (3, 1), (4, 1), (50, 1)])
+def test_each_process_has_a_thread_of_a_shared_lane(processes: int, threads: int) -> None:
+    assert assets_lane(lambda _: None, is_shared=True).threads_of(processes) == threads
+    assert assets_lane(lambda _: None).threads_of(processes) == 4
 
 
 def test_stuck_lane_does_not_delay_others(database: Database, desk: Desk) -> None:
