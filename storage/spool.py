@@ -111,7 +111,7 @@ class Spool(io.RawIOBase):
         self._file = tempfile.TemporaryFile(prefix=SPOOL_PREFIX, dir=directory)  # noqa: SIM115 - `close` closes it
         self._file.write(self._room[: self._size])
         self._file.seek(self._at)
-        _free.append(self._room)
+        self._room = memoryview(b"")  # freed: large files are rare, and eight at once kept 32 MiB for nothing
 
 
 def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> BinaryIO:

@@ -47,9 +47,12 @@ def test_open_spools_never_share_memory() -> None:
         assert (memory_of(one), memory_of(other)) == (b"one", b"other")
 
 
-def test_spool_that_went_to_disk_gives_its_memory_back_once(tmp_path: Path) -> None:
+def test_spool_that_went_to_disk_keeps_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.spool._free", kept := [])
     with spool(tmp_path, memory_bytes=2) as file:
         file.write(b"long")
+        assert memory_of(file) is None
+    assert kept == []
     with spool(None) as one, spool(None) as other:
         one.write(b"one")
         other.write(b"other")
