@@ -34,6 +34,8 @@ INLINE = re.compile(r"`([^`\n]+)`")
 # Where a shell expects a command; in compose the image's entry point is `receiver`.
 COMMAND = re.compile(r"(?:^|&&|\||;|\.venv/bin/)\s*receiver (.+)|\brun --rm (?:web|worker) (.+)")
 LOG_LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
+# The verbs of log events whose past does not end in "ed".
+PAST_VERBS = {"found", "lost", "read", "sent", "set", "split", "written"}
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -228,6 +230,13 @@ def test_operations_page_documents_every_log_event_with_its_levels() -> None:
     rows = rows_of(text_of("operations.md"), "event")
     assert [row[0] for row in rows] == sorted({row[0] for row in rows})
     assert {row[0].strip("`"): set(row[1].split(", ")) for row in rows} == logged
+
+
+def test_every_log_event_is_a_noun_and_a_verb_in_the_past() -> None:
+    """Except a line that has the name of the event that sinks receive for the same fact."""
+    for name in {name for name, _ in log_calls()} - set(EventName):
+        assert re.fullmatch(r"[a-z_]+\.(?:[a-z_]+_)?([a-z]+)", name), name
+        assert name.endswith("ed") or re.split(r"[._]", name)[-1] in PAST_VERBS, name
 
 
 # Links, paths, programs

@@ -95,7 +95,7 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
                 raise
             words = database_faults.sentence(database.url, error)
             if words != logged:
-                log.warning("start.database_away", error=words, gives_up_in=round(left))
+                log.warning("start.database_not_reached", error=words, gives_up_in=round(left))
             logged = words
             time.sleep(DATABASE_INTERVAL_SECONDS)
         else:
@@ -118,7 +118,7 @@ def fit_descriptors() -> int:
     if soft < 0 or soft >= wanted:
         return MAX_CONNECTIONS
     connections = soft - min(RESERVED_DESCRIPTORS, soft // 2)
-    log.warning("start.few_descriptors", limit=soft, connections=connections, wanted=wanted)
+    log.warning("start.descriptors_limited", limit=soft, connections=connections, wanted=wanted)
     return connections
 
 
@@ -308,7 +308,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         if self.started:
-            log.info("web.listening", host=self.config.host, port=self.port)
+            log.info("web.started", host=self.config.host, port=self.port)
             if self._on_listening is not None:
                 self._on_listening()
 

@@ -93,6 +93,6 @@ def _name_settings(settings: Settings) -> None:
     if path := env_file.find():
         log.info("settings.read", file=str(path))
     for name in config.unknown_variables():
-        log.warning("settings.unknown", variable=name, nearest=config.nearest_variable(name))
+        log.warning("settings.variable_not_recognized", variable=name, nearest=config.nearest_variable(name))
     if not (settings.kling_api_key or settings.kling_access_key):
-        log.warning("settings.no_credentials", missing="RECEIVER_KLING_API_KEY")
+        log.warning("settings.credentials_not_set", missing="RECEIVER_KLING_API_KEY")

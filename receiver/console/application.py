@@ -121,7 +121,7 @@ class Guard:
             visit.counts = self._counts()
             return function(visit)
         except (DatabaseUnavailable, StoreUnavailable) as error:
-            log.warning("console.store_away", error=str(error))
+            log.warning("console.store_not_reached", error=str(error))
             raise HTTPException(503) from error
 
     async def _accept(self, visit: Visit, max_bytes: int) -> None:
@@ -170,7 +170,7 @@ class Front:
             problem = "login.used" if "once" in form else "login.wrong"
             return self._form(request, form.get("next"), problem=problem, status=401)
         found = access.session(token)
-        log.info("console.logged_in", person=found.name if found else None)
+        log.info("console.login_accepted", person=found.name if found else None)
         answer = RedirectResponse(own_path(form.get("next"), HOME), status_code=303)
         answer.set_cookie(
             COOKIE,
@@ -320,7 +320,7 @@ async def _error_page(guard: Guard, request: Request, error: Exception) -> Respo
 
 
 async def _bug_page(guard: Guard, request: Request, _error: Exception) -> Response:
-    log.exception("console.bug", path=request.url.path)
+    log.exception("console.request_failed", path=request.url.path)
     answer = _page_of(guard, request, 500)
     answer.headers.update({**HEADERS, "Content-Security-Policy": guard.policy.header})
     return answer

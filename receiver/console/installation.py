@@ -84,4 +84,4 @@ def note_person(session: Session, task: Task, person: str, deed: str) -> None:
 
 def log_deed(person: str, deed: str, subject: str) -> None:
     """Log a person's action."""
-    log.info("console.deed", person=person, deed=deed, subject=subject)
+    log.info("console.action_performed", person=person, deed=deed, subject=subject)

@@ -77,7 +77,7 @@ class Live:
             try:
                 seen = await run_in_threadpool(self._look)
             except (DatabaseUnavailable, StoreUnavailable) as error:
-                log.info("console.live_waits", error=str(error))
+                log.info("console.live_updates_paused", error=str(error))
             else:
                 if seen != self._seen:
                     self._seen = seen

@@ -99,7 +99,7 @@ class Thumbnails:
             self._fail(name)
             return None
         except StoreUnavailable as error:
-            log.info("thumbnail.store_away", error=str(error))
+            log.info("thumbnail.store_not_reached", error=str(error))
             return None
         else:
             self._keep(name, content)
@@ -122,7 +122,7 @@ class Thumbnails:
                 file.write(content)
         except OSError as error:
             if self._fault != error.strerror:  # once, not at every picture
-                log.warning("thumbnail.not_kept", error=error.strerror, setting="RECEIVER_CONSOLE_THUMBNAIL_DIR")
+                log.warning("thumbnail.not_stored", error=error.strerror, setting="RECEIVER_CONSOLE_THUMBNAIL_DIR")
             self._fault = error.strerror
             return
         self._fault = None

@@ -145,7 +145,7 @@ class Dispatcher:
             self._database.wake(session)
         counts = {word: done.count(word) for word in sorted({*done})}
         if [*counts] == ["put_off"]:  # messages of a slow host are put off many times
-            log.debug("events.put_off", sink=self._name, **counts)
+            log.debug("events.deferred", sink=self._name, **counts)
         else:
             log.info("events.sent", sink=self._name, **counts)
         self._end_if_gone(outcomes)
@@ -187,7 +187,7 @@ class Dispatcher:
                     outbox.dead(session, row, str(outcome))
         except LostClaim:
             return "lost"
-        log.error("event.dead", sink=self._name, dispatch=row.id, tries=row.tries + 1, error=str(outcome))
+        log.error("event.dead_lettered", sink=self._name, dispatch=row.id, tries=row.tries + 1, error=str(outcome))
         return "dead"
 
     def _wait(self, row: Dispatch, asked: float | None) -> float:

@@ -118,7 +118,7 @@ class Gateway:
         except DatabaseUnavailable:  # the database has logged it, once
             return _away().reply(request_id)
         except Exception:
-            log.exception("gateway.bug")
+            log.exception("gateway.request_failed")
             return Refused(500, 5000, "Server internal error").reply(request_id)
 
     async def _route(self, request: Request, request_id: str) -> Reply:

@@ -157,7 +157,7 @@ class DeliveryApplier:
                 self.work(row)
             except DatabaseUnavailable:
                 for fault in faults:  # else nobody would hear of them: the rows are claimed again as if nothing was
-                    log.error("worker.bug", exc_info=fault)
+                    log.error("worker.step_failed", exc_info=fault)
                 raise
             except Exception as error:  # noqa: BLE001 - raised below
                 faults.append(error)
@@ -286,7 +286,7 @@ class DeliveryApplier:
         if not is_over and not self._read_now(session, task):
             return Verdict(CallbackState.APPLIED, NOT_READ)
         if report.status is None and not _was_unknown(session, task):
-            log.warning("callback.unknown_status", **tasks.named(task), status=report.raw_status)
+            log.warning("callback.status_not_recognized", **tasks.named(task), status=report.raw_status)
         return Verdict(CallbackState.APPLIED, reason)
 
 

@@ -101,7 +101,7 @@ class Reader:
 
     def _forget_batch(self, provider: str) -> None:
         self._no_batch_until[provider] = self._now() + NO_BATCH_SECONDS
-        log.info("provider.no_batch_reads", provider=provider)
+        log.info("provider.batch_reads_not_supported", provider=provider)
 
     def _read_each(self, rows: Sequence[Task]) -> int:
         """Read one by one, until the provider is away. Returns how many it knows."""
@@ -182,7 +182,7 @@ class Reader:
         except LostClaim:
             return
         if not waits_its_turn:
-            log.warning("task.unread", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
+            log.warning("task.read_failed", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
 
 
 class UnmatchedDeliveries:
@@ -220,7 +220,7 @@ class UnmatchedDeliveries:
                     break
             self._database.wake(session)
         for delivery, is_found in found.items():
-            log.info("callback.looked_at_again", callback=delivery, found=is_found)
+            log.info("callback.rechecked", callback=delivery, found=is_found)
         return looked
 
     def work(self, row: Callback) -> None:
@@ -231,14 +231,14 @@ class UnmatchedDeliveries:
         except Retry as error:
             due_in = max(error.after or 0, claims.backoff(row.attempts))
         except GiveUp as error:
-            log.warning("callback.not_looked_up", callback=row.id, error=str(error))
+            log.warning("callback.lookup_refused", callback=row.id, error=str(error))
         try:
             with self._database.write() as session:
                 found = self._look(session, row, record, due_in)
                 self._database.wake(session)
         except LostClaim:
             return
-        log.info("callback.looked_at_again", callback=row.id, found=found)
+        log.info("callback.rechecked", callback=row.id, found=found)
 
     def _look(self, session: Session, row: Callback, record: Record | None, due_in: float | None) -> bool:
         """Settle it. Returns whether it has a task now. Raises `LostClaim`."""

@@ -165,7 +165,7 @@ class Assets:
             first = await run_in_threadpool(next, chunks, b"")
         except NoSuchObject:
             end()
-            log.error("asset.object_missing", key=key)
+            log.error("asset.object_not_found", key=key)
             raise HTTPException(404) from None
         except BaseException:
             end()
@@ -204,7 +204,7 @@ class _Stream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
-            log.info("asset.reader_too_slow", sent=int(sent))
+            log.info("asset.reader_disconnected", sent=int(sent))
             await abort(scope, receive)
         finally:
             self._on_end()

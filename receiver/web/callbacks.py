@@ -205,7 +205,7 @@ class Callbacks:
             return self._away(delivery, error)
         if not is_kept and self._may_say.now(named.task_id):
             task_id = str(named.task_id) if named.task_id else None
-            log.warning("callback.refused_not_kept", task_id=task_id, reason=reason, kept=MAX_REJECTED_PER_TASK)
+            log.warning("callback.refusal_not_stored", task_id=task_id, reason=reason, kept=MAX_REJECTED_PER_TASK)
         return _answer(401, "the signature is missing or wrong", "bad_signature")
 
     def _keep_refused(self, delivery: Delivery) -> bool:

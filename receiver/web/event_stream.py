@@ -173,9 +173,9 @@ class Stream:
             try:
                 newest = await to_thread.run_sync(self._read_newest, limiter=self._looks)
             except DatabaseUnavailable as error:
-                log.debug("stream.database_away", error=str(error))
+                log.debug("stream.database_not_reached", error=str(error))
             except Exception:
-                log.exception("stream.bug")
+                log.exception("stream.failed")
             else:
                 self._announce(newest)
 
@@ -207,7 +207,7 @@ class _Response(StreamingResponse):
         try:
             await super().__call__(scope, receive, send_in_time)
         except TimeoutError:
-            log.info("stream.reader_stuck")
+            log.info("stream.reader_disconnected")
             await abort(scope, receive)
         finally:
             self._stream.end(self._client)

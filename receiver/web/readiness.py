@@ -52,7 +52,7 @@ class Readiness:
         try:
             self._result = await to_thread.run_sync(self._check, limiter=self._thread)
         except Exception:
-            log.exception("ready.bug")
+            log.exception("readiness.check_failed")
             self._result = {"database": "the check failed, see the log", "schema": "unknown"}
         finally:
             self._checking = None

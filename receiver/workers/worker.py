@@ -100,7 +100,7 @@ class Worker:
         try:
             self._drain()
         except DatabaseUnavailable as error:
-            log.debug("worker.database_away", error=str(error))
+            log.debug("worker.database_not_reached", error=str(error))
         finally:
             self._ended.set()
 
@@ -110,7 +110,7 @@ class Worker:
             try:
                 return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes))
             except DatabaseUnavailable as error:
-                log.debug("worker.database_away", job="register", error=str(error))
+                log.debug("worker.database_not_reached", job="register", error=str(error))
             self._stop.wait(DATABASE_AWAY_SECONDS)
         return None
 
@@ -210,9 +210,9 @@ class Worker:
             rows, grant = self._claim_granted(lane, free * size, wake_up)
             return [rows[start : start + size] for start in range(0, len(rows), size)], grant
         except DatabaseUnavailable as error:
-            log.debug("worker.database_away", lane=lane.name, error=str(error))
+            log.debug("worker.database_not_reached", lane=lane.name, error=str(error))
         except Exception:
-            log.exception("worker.bug", lane=lane.name)
+            log.exception("worker.step_failed", lane=lane.name)
         self._stop.wait(DATABASE_AWAY_SECONDS)
         return [], NOTHING
 
@@ -226,10 +226,10 @@ class Worker:
                 for row in rows:
                     lane.work(row)
         except DatabaseUnavailable as error:
-            log.debug("worker.database_away", lane=lane.name, rows=ids, error=str(error))
+            log.debug("worker.database_not_reached", lane=lane.name, rows=ids, error=str(error))
             self._unsettled.extend(rows)
         except Exception:
-            log.exception("worker.bug", lane=lane.name, rows=ids)
+            log.exception("worker.step_failed", lane=lane.name, rows=ids)
             for row in rows:
                 with suppress(LostClaim, DatabaseUnavailable), self._database.write() as session:
                     claims.settle(session, row, due_in=claims.backoff(row.attempts, cap=BUG_CAP_SECONDS))
@@ -267,11 +267,11 @@ class Worker:
         try:
             run()
         except DatabaseUnavailable as error:
-            log.debug("worker.database_away", job=job, error=str(error))
+            log.debug("worker.database_not_reached", job=job, error=str(error))
         except StoreUnavailable as error:
-            log.warning("worker.store_away", job=job, error=str(error))
+            log.warning("worker.store_not_reached", job=job, error=str(error))
         except Exception:
-            log.exception("worker.bug", job=job)
+            log.exception("worker.step_failed", job=job)
 
     def _renew_leases(self) -> None:
         by_lease: dict[tuple[Any, uuid.UUID], list[Any]] = {}

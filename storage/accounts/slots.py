@@ -310,5 +310,5 @@ def give_back_silent(database: Database) -> int:
             task.note = SILENT
         database.wake(session)
     for task in rows:
-        log.error("task.silent", **tasks.named(task), provider_id=task.provider_task_id, note=SILENT)
+        log.error("task.not_reported", **tasks.named(task), provider_id=task.provider_task_id, note=SILENT)
     return len(rows)

@@ -110,8 +110,8 @@ class Archiver:
         except GiveUp as error:
             self._fail(asset, str(error))
         log.info(
-            "asset.worked", asset=str(asset.id), task_id=str(asset.task_id), kind=asset.kind, index=asset.index,
-            attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
+            "asset.attempt_finished", asset=str(asset.id), task_id=str(asset.task_id), kind=asset.kind,
+            index=asset.index, attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
         )  # fmt: skip
 
     def _store(self, asset: Asset) -> None:
@@ -229,7 +229,7 @@ class Archiver:
             self._fail(asset, f"{error} (tried {tries} times since {asset.unusable_since:%Y-%m-%d})")
             return
         log.warning(
-            "asset.unusable", asset=str(asset.id), task_id=str(asset.task_id), error=str(error), tries=tries,
+            "asset.content_rejected", asset=str(asset.id), task_id=str(asset.task_id), error=str(error), tries=tries,
             seconds=round(due_in, 1),
         )  # fmt: skip
 
@@ -263,7 +263,11 @@ class Archiver:
         except LostClaim:
             return
         log.warning(
-            "asset.retry", asset=str(asset.id), task_id=str(asset.task_id), error=reason, seconds=round(due_in, 1)
+            "asset.retry_scheduled",
+            asset=str(asset.id),
+            task_id=str(asset.task_id),
+            error=reason,
+            seconds=round(due_in, 1),
         )
 
     def _refresh(self, asset: Asset, error: Refresh) -> None:
@@ -278,7 +282,7 @@ class Archiver:
                 self._database.wake(session)
         except LostClaim:
             return
-        log.warning("asset.refresh", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
+        log.warning("asset.link_expired", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
 
     def _lock_task(self, session: Session, asset: Asset) -> Task:
         """The task row first, always: so exactly one settle sees that it was the last."""

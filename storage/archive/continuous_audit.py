@@ -130,7 +130,7 @@ class ContinuousAudit:
                 result = self._audit_tasks(row)
             self._settle(row, result)
         except LostClaim as error:
-            log.warning("audit.lost", error=str(error))
+            log.warning("audit.lease_lost", error=str(error))
             return False
         return True
 
@@ -159,7 +159,7 @@ class ContinuousAudit:
             except LostClaim:
                 return
             except DatabaseUnavailable as error:
-                log.debug("audit.database_away", error=str(error))
+                log.debug("audit.database_not_reached", error=str(error))
 
     # -- auditing -----------------------------------------------------------------------------------------------------
 
@@ -229,13 +229,13 @@ class ContinuousAudit:
             due_at = self._next_due(session, row, result, now, current.tries)
             _write_claimed(session, row, lease=None, due_at=due_at, findings=findings, **progress)
         for fault in fresh:
-            log.error("audit.fault", kind=fault["kind"], key=fault["key"], task=fault["task"])
+            log.error("audit.fault_found", kind=fault["kind"], key=fault["key"], task=fault["task"])
         if isinstance(result.failed, StoreUnavailable):
-            log.warning("audit.store_away", error=str(result.failed), tries=current.tries)
+            log.warning("audit.store_not_reached", error=str(result.failed), tries=current.tries)
         elif result.failed:
-            log.error("worker.bug", chore="audit", after=str(result.cursor), exc_info=result.failed)
+            log.error("worker.step_failed", chore="audit", after=str(result.cursor), exc_info=result.failed)
         if current.late and not before.late:
-            log.warning("audit.late", looked=current.looked, days=self._round_seconds / DAY_SECONDS)
+            log.warning("audit.round_delayed", looked=current.looked, days=self._round_seconds / DAY_SECONDS)
 
     def _time_at(self, row: RollingAudit, share: float) -> datetime:
         """When the target reaches this share (0 to 1) of all ids."""

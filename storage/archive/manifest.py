@@ -160,7 +160,7 @@ class Finisher:
                 claims.settle(session, task, due_in=due_in, note=str(error))
         except LostClaim:
             return
-        log.warning("task.finish_later", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
+        log.warning("task.manifest_not_written", **tasks.named(task), error=str(error), seconds=round(due_in, 1))
 
 
 def build(

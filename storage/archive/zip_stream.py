@@ -45,7 +45,7 @@ def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
                 chunks = bucket.read(str(asset.key))
                 first = next(chunks, b"")
             except NoSuchObject:
-                log.error("zip.object_missing", key=asset.key)
+                log.error("zip.object_not_found", key=asset.key)
                 continue
             with archive.open(entry, "w", force_zip64=True) as file:
                 for chunk in chain([first], chunks):

@@ -225,7 +225,7 @@ class Bucket(StoredObjects):
             put.file.seek(0)
             answer = self._client().put_object(**arguments, Body=put.file, ContentLength=put.size)
             if signed is not None and signed.is_refused:
-                log.warning("store.only_by_boto3", bucket=self.name)
+                log.warning("store.signature_refused", bucket=self.name)
                 self._signed = None  # boto3 knows what our request lacks; mostly the region differs
             return checksums.evidence_of(answer, checksum, md5)
 

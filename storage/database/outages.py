@@ -55,7 +55,7 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
 
 
 class Outages:
-    """Logs `database.away` at the first failure, and `database.back` at a write 5 s after the last one.
+    """Logs `database.lost` at the first failure, and `database.recovered` at a write 5 s after the last one.
 
     A read that succeeds says nothing: a read-only server answers reads. Off until `is_on`, for the long-running
     processes: a verb shows its error itself.
@@ -72,7 +72,7 @@ class Outages:
             self._failed_at = time.monotonic()
             is_first, self._began_at = self._began_at is None, self._began_at or self._failed_at
         if is_first and self.is_on:
-            log.error("database.away", error=reason)
+            log.error("database.lost", error=reason)
 
     def wrote(self) -> None:
         if self._began_at is None:
@@ -82,4 +82,4 @@ class Outages:
                 return
             lasted, self._began_at = self._failed_at - self._began_at, None
         if self.is_on:
-            log.info("database.back", was_away_seconds=round(lasted, 1))
+            log.info("database.recovered", was_away_seconds=round(lasted, 1))

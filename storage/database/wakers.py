@@ -58,7 +58,7 @@ class SqliteWaker:
                 time.sleep(SQLITE_POLL_INTERVAL_SECONDS)
         except (sqlite3.Error, SQLAlchemyError) as error:
             if not self._is_lost:
-                log.warning("waker.lost", error=type(error).__name__)
+                log.warning("waker.poll_failed", error=type(error).__name__)
             self._is_lost = True
             self._disconnect()
             time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile

@@ -131,7 +131,7 @@ class Rollups:
             for hour in [each for each in list(self._hours) if each < oldest]:
                 self._hours.pop(hour, None)
         except DatabaseUnavailable as error:
-            log.info("rollups.wait", error=str(error))
+            log.info("rollups.paused", error=str(error))
 
 
 def read_hour(session: Session, hour: datetime) -> Hour:

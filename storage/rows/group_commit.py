@@ -157,7 +157,7 @@ class GroupCommit:
         except Locked:
             self._hand_over(batch)
         except Exception as error:  # noqa: BLE001 - the thread meets it too, and says so to the waiters
-            log.warning("group_commit.handed_over", error=type(error).__name__)
+            log.warning("group_commit.delegated", error=type(error).__name__)
             self._quick_commits = 0
             self._hand_over(batch)
         finally:

@@ -143,7 +143,7 @@ def served(folder: Path) -> Iterator[int]:
     command = [sys.executable, "-m", "receiver", "serve"]
     with (folder / "log").open("wb") as log, subprocess.Popen(command, env={**rest, **settings}, stderr=log) as server:
         try:
-            wait_until(lambda: b"web.listening" in (folder / "log").read_bytes(), seconds=30)
+            wait_until(lambda: b"web.started" in (folder / "log").read_bytes(), seconds=30)
             yield port
         finally:
             server.terminate()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 60.0  # 2 s when nothing else runs on the machine
 RESTART_SECONDS = 0.2
 STOP_SECONDS = 15.0
-MARKS = {WORKER_KILLED: b'"worker.started"', WEB_KILLED: b'"web.listening"'}
+MARKS = {WORKER_KILLED: b'"worker.started"', WEB_KILLED: b'"web.started"'}
 
 
 class Kept:
@@ -102,4 +102,4 @@ class Kept:
     def bugs(self) -> list[str]:
         """The lines of its log that tell of an error nobody had foreseen."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return [line for line in lines if '"worker.bug"' in line or '"exception"' in line]
+        return [line for line in lines if '"worker.step_failed"' in line or '"exception"' in line]

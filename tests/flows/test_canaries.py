@@ -142,7 +142,7 @@ def serving(receiver: CommandLine, seen: Seen) -> Iterator[str]:
     log.touch()
     server = Forked(("serve",), environment(receiver), receiver.folder, out=log, strict=True)
     try:
-        wait_until(lambda: b"worker.started" in log.read_bytes() and b"web.listening" in log.read_bytes(), seconds=60)
+        wait_until(lambda: b"worker.started" in log.read_bytes() and b"web.started" in log.read_bytes(), seconds=60)
         yield receiver.variables["RECEIVER_PUBLIC_URL"]
     finally:
         server.terminate()
@@ -249,7 +249,8 @@ def force_exceptions(receiver: CommandLine, seen: Seen, database: Database, echo
     run(receiver, seen, (*ASK, "forced", "--json"))
     for log_format in ("console", "json"):
         work = (("work", "--once"), {"RECEIVER_LOG_FORMAT": log_format})
-        log = wait_until(lambda: "worker.bug" in (said := run(receiver, seen, work)) and said, seconds=60, every=0.5)  # noqa: B023 - called before the next round
+        logged = lambda work=work: "worker.step_failed" in (said := run(receiver, seen, work)) and said  # noqa: E731
+        log = wait_until(logged, seconds=60, every=0.5)
         assert "forced" in log and "Traceback" in log
     shown = run(receiver, seen, ((*ASK, "maintenance"), {"RECEIVER_KLING_BASE_URL": echo}))
     assert "forced" in shown and "Traceback" in shown

@@ -24,6 +24,6 @@ def test_every_line_of_one_callbacks_path_names_the_task_by_the_same_id(parts: P
     assert task_of(parts, "order-1").archive == "archived"
     path = [line for line in lines if line["event"].split(".")[0] in ("task", "callback", "asset")]
     said = {line["event"] for line in path}
-    assert said >= {"task.create_settled", "callback.settled", "asset.worked", "task.finished"}
+    assert said >= {"task.create_settled", "callback.settled", "asset.attempt_finished", "task.finished"}
     assert {line["task_id"] for line in path} == {str(task.id)}
     assert {line.get("task", "order-1") for line in path} == {"order-1"}

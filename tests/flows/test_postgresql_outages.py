@@ -107,9 +107,9 @@ class TestReadOnly:
                     assert (sender.post(), sender.is_ready()) == (503, False)
             wait_until(lambda: sender.post() == 200)
             wait_until(sender.is_ready)
-            wait_until(lambda: [line["event"] for line in logs].count("database.back") == 1)
-        assert set(events(logs)) <= {"database.away", "group_commit.handed_over"}
-        assert events(logs)["database.away"] == 1
+            wait_until(lambda: [line["event"] for line in logs].count("database.recovered") == 1)
+        assert set(events(logs)) <= {"database.lost", "group_commit.delegated"}
+        assert events(logs)["database.lost"] == 1
         assert len(callbacks_of(parts)) == sender.statuses[200]
 
 
@@ -147,8 +147,8 @@ class TestMoved:
             wait_until(lambda: sender.post() == 200)
             wait_until(sender.is_ready)
             wait_until(lambda: all(is_over(task_of(parts, each)) for each in made), seconds=60)
-            wait_until(lambda: [line["event"] for line in logs].count("database.back") == 1)
-        assert "worker.bug" not in events(logs) and events(logs)["database.away"] == 1
+            wait_until(lambda: [line["event"] for line in logs].count("database.recovered") == 1)
+        assert "worker.step_failed" not in events(logs) and events(logs)["database.lost"] == 1
         for each in made:
             assert_archived(parts, sandbox, task_of(parts, each))
         assert len([row for row in callbacks_of(parts) if row.source == "push"]) >= sender.statuses[200]

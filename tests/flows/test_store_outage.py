@@ -82,7 +82,7 @@ def test_the_store_is_away_under_load(
     assert {attempt.http_status for attempt in sent} == {200}
     log = (tmp_path / "serve.log").read_text()
     assert '"asset.failed"' not in log
-    retries = log.count('"asset.retry"') + log.count('"task.finish_later"')
+    retries = log.count('"asset.retry_scheduled"') + log.count('"task.manifest_not_written"')
     told = f"{tasks} tasks, {len(sent)} callbacks acknowledged, {retries} tries in vain"
     print(f"{SECONDS:.0f} s without a store: {told}")  # noqa: T201
     assert 0 < retries <= TRIALS

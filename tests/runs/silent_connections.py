@@ -38,8 +38,8 @@ def run(folder: Path, *, descriptors: int, connections: int, database_url: str) 
             began = time.monotonic()
             statuses.append(call_back(port, b'{"number": %d}' % number))
             seconds.append(time.monotonic() - began)
-    warned = len(logged(folder, "start.few_descriptors"))
-    sys.stdout.write(f"  {len(logged(folder, 'worker.bug'))} bugs, {warned} warning of few descriptors\n")
+    warned = len(logged(folder, "start.descriptors_limited"))
+    sys.stdout.write(f"  {len(logged(folder, 'worker.step_failed'))} bugs, {warned} warning of few descriptors\n")
     return statuses, seconds
 
 

@@ -40,7 +40,7 @@ def test_start_waits_for_a_database_server(
     def has_said() -> bool:
         nonlocal said
         said += capsys.readouterr().out
-        return "start.database_away" in said and f"127.0.0.1:{postgres.port}: Connection refused" in said
+        return "start.database_not_reached" in said and f"127.0.0.1:{postgres.port}: Connection refused" in said
 
     with ThreadPoolExecutor(1) as starter:
         started = starter.submit(await_schema, absent, migrate=False)
@@ -57,7 +57,7 @@ def test_start_waits_only_for_a_bounded_time(absent: Database) -> None:
 def test_file_that_cannot_be_opened_ends_the_start_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DatabaseUnavailable):
         await_schema(Database(f"sqlite:///{tmp_path}/missing/receiver.db"), migrate=True)
-    assert "start.database_away" not in capsys.readouterr().out
+    assert "start.database_not_reached" not in capsys.readouterr().out
 
 
 def test_starting_worker_deletes_rows_of_workers_that_died_long_ago(database: Database) -> None:

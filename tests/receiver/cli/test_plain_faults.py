@@ -79,9 +79,9 @@ def test_a_misspelt_setting_is_named_with_the_nearest(ready: CommandLine, verb: 
 
 
 def test_a_worker_without_credentials_says_so(ready: CommandLine) -> None:
-    assert "settings.no_credentials" not in ready("work", "--once").err
+    assert "settings.credentials_not_set" not in ready("work", "--once").err
     done = ready("work", "--once", RECEIVER_KLING_API_KEY=None)
-    assert "settings.no_credentials" in done.err and "RECEIVER_KLING_API_KEY" in done.err
+    assert "settings.credentials_not_set" in done.err and "RECEIVER_KLING_API_KEY" in done.err
 
 
 def test_an_env_file_of_powershell_is_named(ready: CommandLine) -> None:
@@ -315,7 +315,7 @@ def serving(receiver: CommandLine, *words: str) -> Iterator[tuple[Forked, Path]]
     variables = {**environment, **receiver.variables}
     process = Forked(("serve", *words), variables, receiver.folder, out=log, leads=True)
     try:
-        wait_until(lambda: "worker.started" in log.read_text() and "web.listening" in log.read_text(), seconds=40)
+        wait_until(lambda: "worker.started" in log.read_text() and "web.started" in log.read_text(), seconds=40)
         yield process, log
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -208,7 +208,7 @@ def test_thumbnail_folder_that_others_prepared_is_not_used(parts: Parts, tmp_pat
     kept = Thumbnails(parts.bucket, folder, 10**6)
     with capture_logs() as lines:
         assert all((kept.get(each) or b"")[8:12] == b"WEBP" for each in assets)
-    [line] = [each for each in lines if each["event"] == "thumbnail.not_kept"]
+    [line] = [each for each in lines if each["event"] == "thumbnail.not_stored"]
     assert line["setting"] == "RECEIVER_CONSOLE_THUMBNAIL_DIR"
     assert len([path for path in folder.rglob("*") if path.is_file()]) == 1
 

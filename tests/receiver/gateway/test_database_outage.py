@@ -135,7 +135,7 @@ def test_a_create_on_a_read_only_database_is_told_to_come_again(
         answer = create(web, BODY, headers=WORD)
         assert (told(answer), answer.headers["Retry-After"]) == ((503, 5001), "5")
         assert told(create(web, BODY, headers=WORD)) == (503, 5001)
-    assert [line["event"] for line in logs] == ["database.away"]
+    assert [line["event"] for line in logs] == ["database.lost"]
     wait_until(lambda: told(create(web, BODY, headers=WORD)) == (200, 0))
     assert len(creates(sandbox)) == 1
 
@@ -146,5 +146,5 @@ def test_a_create_whose_session_turns_read_only_is_done_on_a_new_one(web: Web, p
         assert told(create(web, BODY, headers=WORD)) == (200, 0)
     with demoted_in_use(parts.database, "task"):
         assert parts.submitter.submit(PLAIN, external_task_id="own").new
-    assert not any(line["event"] == "database.away" for line in logs)
+    assert not any(line["event"] == "database.lost" for line in logs)
     assert len(creates(sandbox)) == 2

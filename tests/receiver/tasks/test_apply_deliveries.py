@@ -226,7 +226,7 @@ def test_unknown_statuses_are_logged_once_a_task(parts: Parts) -> None:
     with structlog.testing.capture_logs() as logs:
         for task, word in ((mine, "resting"), (mine, "asleep"), (other, "resting"), (mine, "resting again")):
             assert deliver(parts, task, body(word)).reason == f"unknown status {word!r}"
-    said = [line["status"] for line in logs if line["event"] == "callback.unknown_status"]
+    said = [line["status"] for line in logs if line["event"] == "callback.status_not_recognized"]
     assert said == ["resting", "resting"]
 
 
@@ -299,7 +299,7 @@ def test_what_could_not_be_applied_is_told_though_the_database_goes_away_after_i
     put_all(parts, [(task, body("succeed", 1, task_id=f"90{number}")) for number, task in enumerate(planted)])
     with structlog.testing.capture_logs() as logs:
         run(parts, "callbacks")
-    assert bug in [line.get("exc_info") for line in logs if line["event"] == "worker.bug"]
+    assert bug in [line.get("exc_info") for line in logs if line["event"] == "worker.step_failed"]
     assert [states_of(parts)[task.id] for task in planted].count(CallbackState.APPLIED) == 3
 
 

@@ -303,10 +303,10 @@ def test_a_look_up_that_never_answers_is_loud_after_an_hour(
     sandbox.set(create_faults=["5000:created"], query_faults=["5001"] * 2)
     ask(parts)
     go_on(parts)
-    assert "task.create_overdue" not in capsys.readouterr().out
+    assert "task.create_not_confirmed" not in capsys.readouterr().out
     long_tried = {"created_at": parts.database.now() - timedelta(hours=1), "attempts": 5}
     assert go_on(parts, **long_tried).state is TaskState.CREATED
-    assert "task.create_overdue" in capsys.readouterr().out
+    assert "task.create_not_confirmed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["5001", "1002"])

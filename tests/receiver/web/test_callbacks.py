@@ -293,7 +293,7 @@ def test_what_is_refused_and_not_kept_is_said_once_a_minute(web: Web, parts: Par
     with structlog.testing.capture_logs() as logs:
         for path in (path_of(parts, insert_row(parts)), f"/callbacks/kling/{web.account_token}"):
             assert {post(web, path, body).status_code for body in bodies} == {401}
-    assert [line["log_level"] for line in logs if line["event"] == "callback.refused_not_kept"] == ["warning"] * 2
+    assert [line["log_level"] for line in logs if line["event"] == "callback.refusal_not_stored"] == ["warning"] * 2
 
 
 @SIGNED

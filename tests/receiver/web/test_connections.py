@@ -49,7 +49,7 @@ def serving(folder: Path, *, limits: str = "true", **more: str) -> Iterator[tupl
     command = ["sh", "-c", f"{limits} && exec {sys.executable} -m receiver serve"]
     with log.open("wb") as written, subprocess.Popen(command, env={**rest, **settings}, stderr=written) as server:
         try:
-            wait_until(lambda: b"web.listening" in log.read_bytes(), seconds=60)
+            wait_until(lambda: b"web.started" in log.read_bytes(), seconds=60)
             yield port, server.pid
         finally:
             server.kill()
@@ -169,7 +169,7 @@ def test_deliveries_are_stored_beside_more_silent_connections_than_descriptors(t
             answer = httpx.post(f"http://127.0.0.1:{port}{CALLBACK}", content=b"{}%d" % number, trust_env=False)
             assert answer.status_code == 200
         assert len(list(Path(f"/proc/{pid}/fd").iterdir())) < 192
-    [warning] = logged(tmp_path, "start.few_descriptors")
+    [warning] = logged(tmp_path, "start.descriptors_limited")
     assert (warning["limit"], warning["connections"]) == (256, 128)
 
 
@@ -178,4 +178,4 @@ def test_soft_limit_of_descriptors_is_raised_to_what_connections_need(tmp_path: 
     needed = http_protocol.MAX_CONNECTIONS + RESERVED_DESCRIPTORS
     with serving(tmp_path, limits=f"ulimit -Sn 256 && ulimit -Hn {needed}") as (_, pid):
         assert re.search(rf"Max open files +{needed} ", Path(f"/proc/{pid}/limits").read_text())
-    assert logged(tmp_path, "start.few_descriptors") == []
+    assert logged(tmp_path, "start.descriptors_limited") == []

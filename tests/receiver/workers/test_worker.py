@@ -317,5 +317,5 @@ def test_unreachable_bucket_is_not_logged_as_the_database(database: Database, de
     job = PeriodicJob("uploads", 60, lambda: sweep_uploads(away))
     with capture_logs() as logs, running(database, assets_lane(desk.work), periodic_jobs=[job]):
         (line,) = wait_until(lambda: [each for each in logs if each.get("job") == "uploads"])
-    assert line["event"] == "worker.store_away"
+    assert line["event"] == "worker.store_not_reached"
     assert "cannot be reached" in line["error"]

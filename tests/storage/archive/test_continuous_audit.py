@@ -145,7 +145,7 @@ def test_round_finds_missing_changed_and_unknown_objects_until_repaired(
     again = go_round(parts, audit(parts))
     assert [fault["at"] for fault in again.findings] == [fault["at"] for fault in told.findings]
     said = capsys.readouterr().out
-    assert (said.count("audit.fault"), [said.count(f"key={key} ") for _, key in expected]) == (3, [1, 1, 1]), said
+    assert (said.count("audit.fault_found"), [said.count(f"key={key} ") for _, key in expected]) == (3, [1, 1, 1]), said
     repair(parts)
     parts.bucket.delete(beside + ".bak")
     mended = go_round(parts, audit(parts))
@@ -234,7 +234,7 @@ def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture
         session.execute(update(Task).where(col(Task.id) == asset.task_id).values(**values))
     told = go_round(parts, audit(parts))
     assert told.last and ([fault["kind"] for fault in told.findings], told.last["looked"]) == (["unreadable"], 2)
-    assert capsys.readouterr().out.count("worker.bug") == 2
+    assert capsys.readouterr().out.count("worker.step_failed") == 2
 
 
 # -- its pace ---------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_two_late_workers_share_one_round_without_a_pause(
         steps = sum(threads.map(steps_until_over, [parts] * 2))
     last = stands(parts).last
     assert last and (last["looked"], last["counts"]["hashed"], last["late"]) == (4, 4, True)
-    assert steps >= 4 and capsys.readouterr().out.count("audit.late") == 1
+    assert steps >= 4 and capsys.readouterr().out.count("audit.round_delayed") == 1
 
 
 def test_second_worker_does_nothing_while_the_lease_is_held(parts: Parts, gated: Bucket, gate: Gate) -> None:
@@ -446,4 +446,4 @@ def test_status_shows_faults_without_signatures(
     (fault,) = listed.json["audit"]["findings"]
     assert (fault["kind"], fault["key"], listed.json["summary"]["audit_faults"]) == ("missing", key, 1)
     everything = json.dumps(row(parts).model_dump(), default=str) + capsys.readouterr().out
-    assert "canary" not in everything + json.dumps(listed.json["audit"]) and "audit.fault" in everything
+    assert "canary" not in everything + json.dumps(listed.json["audit"]) and "audit.fault_found" in everything

@@ -132,7 +132,7 @@ def test_read_only_server_is_one_line_when_it_begins_and_one_when_it_ends(
                 assert ask(database, text("1")) == (1,)
         time.sleep(STEADY_SECONDS)
         assert commit(database) is Intake.NEW
-    assert [line["event"] for line in logs] == ["database.away", "database.back"]
+    assert [line["event"] for line in logs] == ["database.lost", "database.recovered"]
     assert f"127.0.0.1:{postgres.port}: cannot execute" in logs[0]["error"]
 
 
@@ -298,8 +298,8 @@ def test_privilege_that_was_withdrawn_is_an_outage_that_names_the_remedy(
         pytest.raises(DatabaseUnavailable, match=f"run GRANT {remedy}.* TO .lesser.") as refused,
     ):
         commit(lesser)
-    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["database.away"]
-    away = next(line["error"] for line in logs if line["event"] == "database.away")
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["database.lost"]
+    away = next(line["error"] for line in logs if line["event"] == "database.lost")
     assert "permission denied for" in away or "does not exist" in away
     assert "hunter2" not in str(refused.value)
     with owner.write() as session:

@@ -372,7 +372,7 @@ def test_waker_reconnects_after_its_connection_breaks(database: Database) -> Non
         woke = waiting(waker)
         announce(database)
         wait_until(woke, seconds=SECONDS)
-    assert [line["event"] for line in logs] == ["waker.lost"]
+    assert [line["event"] for line in logs] == ["waker.poll_failed"]
     waker.close()
 
 
@@ -384,7 +384,7 @@ def test_waker_logs_a_missing_sqlite_file_once(tmp_path: Path) -> None:
             waker.wait(0)
         folder.mkdir()
         waker.wait(0)
-    assert [line["event"] for line in logs] == ["waker.lost"]
+    assert [line["event"] for line in logs] == ["waker.poll_failed"]
     waker.close()
 
 
