@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
-from pathlib import Path
 from threading import Thread
 
 from sqlalchemy.exc import DBAPIError
@@ -42,6 +41,7 @@ from storage.errors import (
     UserError,
 )
 from storage.operations import heartbeats
+from storage.own_files import is_writable_by_others
 from storage.rows.models import Task
 
 # All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
@@ -142,18 +142,15 @@ def environment(*, read: bool = True) -> Iterator[Result]:
 
 def files(parts: Parts) -> Iterator[Result]:
     """Whether other users of this machine may read or change what is ours: rows, settings and secrets."""
-    found = {".env": env_file.find(), **config.secret_files()}
+    found = {".env": env_file.find(), **config.secret_files(), **parts.database.files}
     if parts.settings.store:
         found["store.json"] = parts.settings.store / "store.json"
-    if parts.database.is_sqlite:
-        name = parts.database.url.database
-        found |= {f"database{end}": Path(f"{name}{end}") for end in ("", "-wal", "-shm", ".lock")}
     for what, path in found.items():
         if path is None or not path.exists():
             continue
         mode = stat.S_IMODE(path.stat().st_mode)
         name, line = f"file: {what}", f"{path} has mode {mode:04o}: other users may"
-        if env_file.is_writable_by_others(path.stat()):
+        if is_writable_by_others(path.stat()):
             yield Result(name, Status.FAULT, f"{line} write it", f"make it your own, and run `chmod 600 {path}`")
         elif mode & stat.S_IROTH:
             yield Result(name, Status.NOTE, f"{line} read it", f"run `chmod 600 {path}`")

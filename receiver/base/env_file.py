@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import grp
-import os
-import pwd
-import stat
 from pathlib import Path
+
+from storage.own_files import final, is_writable_by_others
 
 NAME = ".env"
 
@@ -14,7 +12,7 @@ NAME = ".env"
 def find() -> Path | None:
     """The `.env` of the folder one stands in, where there is one."""
     path = Path(NAME).absolute()
-    return path if path.is_file() else None
+    return path if path.is_file() or path.is_fifo() else None
 
 
 def fault() -> str | None:
@@ -23,9 +21,11 @@ def fault() -> str | None:
     if path is None:
         return None
     try:
-        content, state = path.read_bytes(), path.stat()
+        kept = final(path)
+        state = kept.stat()
+        content = b"" if kept.is_fifo() else kept.read_bytes()  # what a FIFO gives is read once, by the settings
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
+        return f"{error.filename or path}: cannot be read: {error.strerror}"
     if is_writable_by_others(state):
         return (
             f"{path}: other users may write it, and what it says decides where your keys are sent: "
@@ -39,16 +39,3 @@ def fault() -> str | None:
         line = content.count(b"\n", 0, error.start) + 1
         return f"{path}:{line}: is not UTF-8 text; save the file as UTF-8"
     return None
-
-
-def is_writable_by_others(state: os.stat_result) -> bool:
-    """Whether anyone but this user and root may change the file. A user's private group is the user."""
-    if state.st_uid not in (0, os.geteuid()) or state.st_mode & stat.S_IWOTH:
-        return True
-    if not state.st_mode & stat.S_IWGRP:
-        return False
-    try:
-        owner, group = pwd.getpwuid(state.st_uid), grp.getgrgid(state.st_gid)
-    except KeyError:
-        return True
-    return not (group.gr_name == owner.pw_name and set(group.gr_mem) <= {owner.pw_name})

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from receiver.batch.batch import Batches
 from storage.accounts import batches
-from storage.archive.local_folder import LocalFolder
 from storage.database.sessions import Database
+from storage.local_folder import LocalFolder
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
 

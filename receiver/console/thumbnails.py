@@ -18,10 +18,10 @@ from pathlib import Path
 import structlog
 from PIL import Image, UnidentifiedImageError
 
-from storage.archive.local_folder import PrivateFolder
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.errors import StoreUnavailable
+from storage.local_folder import PrivateFolder
 from storage.rows.models import Asset
 
 log = structlog.get_logger()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from receiver.local_store.seaweed import Mortal, Seaweed, answers, is_free, rand
 from receiver.sandbox import Knobs, Sandbox
 from receiver.tasks.task_view import find, is_over
 from storage.errors import DatabaseUnavailable, StoreUnavailable
+from storage.own_files import open_own
 from storage.rows.models import Asset, Callback, Task
 from storage.states import TaskState
 
@@ -164,7 +164,7 @@ class Stage:
         }
 
     def _start_receiver(self, settings: Mapping[str, str]) -> None:
-        with self.log_path.open("wb") as log:
+        with os.fdopen(open_own(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as log:
             self._receiver = self._mortal.start(
                 [sys.executable, "-m", "receiver", "serve"],
                 death_signal=signal.SIGTERM,
@@ -290,10 +290,12 @@ def _place(wanted: Path | None) -> Iterator[Path]:
 
 def _rescued(log: Path) -> Path:
     """Copy the log, if there is one, out of the directory that is about to be removed. Returns its new path."""
-    copy = Path(tempfile.gettempdir()) / f"{log.parent.name}.log"
-    if log.exists():
-        shutil.copyfile(log, copy)
-    return copy
+    if not log.exists():
+        return log
+    descriptor, copy = tempfile.mkstemp(prefix=f"{log.parent.name}-", suffix=".log")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(log.read_bytes())
+    return Path(copy)
 
 
 def _without_foreign(environment: Mapping[str, str]) -> dict[str, str]:

@@ -5,21 +5,19 @@ Each batch opens the file anew, so logrotate may move it at any time. Several pr
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkUnavailable
+from storage.own_files import open_own
 
 # Events that share one flush to the disk.
 BATCH = 100
 STDOUT = 1
-# Not blocking: a pipe without a reader would block this thread for ever.
-FLAGS = os.O_APPEND | os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC
+FLAGS = os.O_APPEND | os.O_RDWR
 
 
 class Lines:
@@ -48,9 +46,8 @@ class Lines:
             with _alone_on(STDOUT):
                 yield STDOUT
             return
-        file = os.open(self._path, FLAGS | os.O_CREAT, 0o600)
+        file = open_own(self._path, FLAGS | os.O_CREAT)
         try:
-            _refuse_irregular(file)
             fcntl.flock(file, fcntl.LOCK_EX)
             _end_torn_line(file)
             yield file
@@ -65,11 +62,7 @@ class Lines:
         try:
             if not self._path.exists() and os.access(self._path.parent, os.W_OK | os.X_OK):
                 return f"{self._path} can be made"
-            file = os.open(self._path, FLAGS)
-            try:
-                _refuse_irregular(file)
-            finally:
-                os.close(file)
+            os.close(open_own(self._path, FLAGS))
         except OSError as error:
             raise SinkUnavailable(f"{self._path}: {error.strerror}") from error
         return f"{self._path} can be appended to"
@@ -88,11 +81,6 @@ def _alone_on(file: int) -> Iterator[None]:
         yield
     finally:
         fcntl.lockf(file, fcntl.LOCK_UN)
-
-
-def _refuse_irregular(file: int) -> None:
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _end_torn_line(file: int) -> None:

@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from storage.own_files import open_own
+
 PARTS = ("s3", "master", "volume", "filer", "admin")
 # Its worker dials the admin port plus this, whatever -admin.port.grpc says; so every pair keeps to it.
 GRPC_OFFSET = 10_000
@@ -161,7 +163,8 @@ class Seaweed:
         (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
         self._ports = self._ports or pick_ports(self._wanted_port)
         self._remove_sockets()
-        with self._log_path.open("wb") as log:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(open_own(self._log_path, flags), "wb") as log:
             self.process = self._mortal.start(
                 [str(binary), "mini", f"-dir={self.directory / 'data'}", f"-bucket={self.bucket}", *self._options()],
                 death_signal=15,

@@ -10,6 +10,7 @@ The first verb that needs the store starts it and ends it again; any other finds
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,8 @@ from receiver.base.config import Settings
 from receiver.local_store.seaweed import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
 from storage.database.urls import normal_url, place
 from storage.errors import UserError
+from storage.local_folder import LocalFolder
+from storage.own_files import FILE_MODE, final, is_shared, open_own
 
 LOCK_INTERVAL_SECONDS = 0.2
 
@@ -45,14 +48,14 @@ def console_key(directory: Path) -> str:
     """The key of the console, made at the first call and kept in DIR/console.key, mode 0600. Raises `StoreFailed`."""
     path = directory / "console.key"
     with _named(directory):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(directory)
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         except FileExistsError:
-            return path.read_text().strip()
+            return _text(path).strip()
         with open(file, "w") as made:
             made.write(secrets.token_urlsafe(30) + "\n")
-        return path.read_text().strip()
+        return _text(path).strip()
 
 
 @contextmanager
@@ -102,9 +105,9 @@ def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
         weed_binary()
     except RuntimeError as error:
         raise StoreFailed(f"RECEIVER_STORE: {error}") from None
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make(directory)
     # Held by the server too: after a kill -9 of ours the next one waits until it has ended.
-    with open(os.open(directory / "store.lock", os.O_RDWR | os.O_CREAT, 0o600), "wb") as lock:
+    with open(open_own(directory / "store.lock", os.O_RDWR | os.O_CREAT), "wb") as lock:
         if not _waited_for(lock.fileno(), directory):
             return None
         keys = _read(directory) or _fresh()
@@ -123,6 +126,18 @@ def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
         except RuntimeError as error:
             raise StoreFailed(f"RECEIVER_STORE: {error}") from None
     return server
+
+
+def _make(directory: Path) -> None:
+    """Make the folder for this user. Raises PermissionError where others may change what is in it, such as the keys."""
+    final(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+    if is_shared(directory.stat()):
+        raise PermissionError(errno.EPERM, "other users may write this folder; run `chmod go-w` on it", str(directory))
+
+
+def _text(path: Path) -> str:
+    with open(open_own(path, os.O_RDONLY)) as file:
+        return file.read()
 
 
 def _waited_for(lock: int, directory: Path) -> bool:
@@ -163,7 +178,7 @@ def _fresh() -> dict[str, Any]:
 def _read(directory: Path) -> dict[str, Any] | None:
     path = directory / "store.json"
     try:
-        keys = json.loads(path.read_bytes())
+        keys = json.loads(_text(path))
         database = str(keys.get("database") or "")
         return {**keys, "database": database, "ports": {part: int(port) for part, port in keys["ports"].items()}}
     except FileNotFoundError:
@@ -174,9 +189,7 @@ def _read(directory: Path) -> dict[str, Any] | None:
 
 def _write(directory: Path, keys: dict[str, Any]) -> None:
     """Whole or not at all, and readable for this user alone."""
-    unfinished = directory / f".store.json.{os.getpid()}"
-    with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        json.dump(keys, file)
+    with LocalFolder(directory, folds_case=False).writing(["store.json"]) as file:
+        file.write(json.dumps(keys).encode())
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(directory / "store.json")

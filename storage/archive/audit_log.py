@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.archive.audit import Batch, Counts, Finding, FindingKind
+from storage.own_files import open_own
 
 
 class AuditLog:
@@ -28,14 +29,14 @@ class AuditLog:
         self.after = ""
         self.counts = Counts()
         end = self._last_checkpoint()
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+        with os.fdopen(open_own(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as file:
             file.truncate(end)
 
     def _last_checkpoint(self) -> int:
         end = 0
         if not self._path.exists():
             return end
-        with self._path.open("rb") as file:
+        with os.fdopen(open_own(self._path, os.O_RDONLY), "rb") as file:
             for line in iter(file.readline, b""):
                 entry = _entry(line)
                 if "ended" in entry:
@@ -47,7 +48,7 @@ class AuditLog:
 
     def findings(self) -> Iterator[Finding]:
         """The findings of earlier parts of this audit."""
-        with self._path.open("rb") as file:
+        with os.fdopen(open_own(self._path, os.O_RDONLY), "rb") as file:
             for line in iter(file.readline, b""):
                 if found := _entry(line).get("finding"):
                     asset_id = uuid.UUID(found["asset_id"]) if found["asset_id"] else None
@@ -64,7 +65,7 @@ class AuditLog:
         self._append({"ended": True})
 
     def _append(self, *entries: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with os.fdopen(open_own(self._path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())

@@ -17,11 +17,11 @@ from sqlmodel import col, select
 
 from storage.archive import manifest
 from storage.archive.folders import FOLDER, in_batches
-from storage.archive.local_folder import LocalFolder
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
 from storage.keys import manifest_name
+from storage.local_folder import LocalFolder
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
 from storage.states import AssetState

@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
-from storage import forks
+from storage import forks, own_files
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
 from storage.database.outages import AT_FAULT, Outages, words
@@ -192,6 +192,12 @@ class Database:
             now: datetime = session.execute(select(db_now())).scalar_one()
             return now
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """Every file that an SQLite database may have, by what it is; nothing for PostgreSQL."""
+        ends = ("", "-wal", "-shm", ".lock") if self.is_sqlite else ()
+        return {f"database{end}": Path(f"{self.url.database}{end}") for end in ends}
+
     def free_share(self) -> float:
         """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, whose disk we cannot see."""
         if not self.is_sqlite:
@@ -258,6 +264,12 @@ def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
     @event.listens_for(engine, "do_connect")
     def make(*_: object) -> None:
         """Prompts and links are for this user alone. SQLite gives its -wal and -shm the mode of the file."""
+        try:
+            own_files.final(Path(url.database or ""))
+        except PermissionError as error:
+            raise DatabaseUnavailable(f"database: {error.filename}: {error.strerror}") from error
+        except OSError:  # SQLite says so
+            return
         with suppress(OSError):  # it is there, or cannot be: SQLite says so
             os.close(os.open(url.database or "", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 

@@ -12,6 +12,7 @@ from typing import TextIO
 import structlog
 
 from storage.errors import DatabaseUnavailable
+from storage.own_files import open_own
 
 log = structlog.get_logger()
 
@@ -48,7 +49,7 @@ class Turnstile:
 
     def _opened(self) -> TextIO:
         if self._file is None:
-            self._file = os.fdopen(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a")
+            self._file = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a")
         return self._file
 
     def _lock(self, file: TextIO) -> None:

@@ -17,10 +17,10 @@ from structlog.testing import capture_logs
 from receiver.batch import batch_report
 from receiver.events.lines import Lines
 from storage.archive.audit_log import AuditLog
-from storage.archive.local_folder import LocalFolder
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable
+from storage.local_folder import LocalFolder
 from tests.command_line import CommandLine
 from tests.harness import wait_until
 from tests.sink_pairs import messages
@@ -139,3 +139,22 @@ def test_a_worker_says_which_env_file_it_read(receiver: CommandLine) -> None:
     done = receiver("work", "--once")
     assert done.code == 0
     assert "settings.read" in done.err and f"{receiver.folder}/.env" in done.err
+
+
+def test_an_env_file_that_is_anothers_symlink_is_refused(receiver: CommandLine) -> None:
+    (receiver.folder / "other").write_text("RECEIVER_S3_BUCKET=mine\n")
+    (receiver.folder / "other").chmod(0o600)
+    (receiver.folder / ".env").symlink_to("other")
+    receiver.folder.chmod(0o777)
+    done = receiver("status")
+    assert (done.code, "is a symlink that other users may have made" in done.err) == (1, True), done.err
+
+
+def test_files_of_earlier_releases_are_narrowed_at_start(receiver: CommandLine) -> None:
+    assert receiver("migrate").code == 0
+    for name in ("receiver.db", "receiver.db.lock"):
+        (receiver.folder / name).chmod(0o644)
+    done = receiver("work", "--once")
+    assert "files.narrowed" in done.err and done.code == 0
+    assert {oct(path.stat().st_mode & 0o777) for path in receiver.folder.glob("receiver.db*")} == {"0o600"}
+    assert "files.narrowed" not in receiver("work", "--once").err

@@ -10,7 +10,7 @@ import pytest
 
 from receiver.app.wiring import Parts
 from storage.archive.export import Export
-from storage.archive.local_folder import LocalFolder
+from storage.local_folder import LocalFolder
 from storage.rows.models import Task
 from storage.rows.tasks import assets_of
 from tests.archived_tasks import archive

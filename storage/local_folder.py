@@ -16,11 +16,11 @@ from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+from storage.own_files import FILE_MODE, final
+
 # Windows, and disks shared with it, open a device for these names whatever their extension, and drop a dot at the end.
 DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
 CAPITAL = re.compile("[A-Z]")
-# Prompts, links and pictures are for whoever runs the command. A file that is replaced gets this mode, too.
-FILE_MODE = 0o600
 
 
 class LocalFolder:
@@ -30,7 +30,7 @@ class LocalFolder:
     """
 
     def __init__(self, path: Path, *, folds_case: bool | None = None) -> None:
-        self.path = path.absolute()
+        self.path = final(path.absolute())
         self.path.mkdir(parents=True, exist_ok=True)
         self._folds_case = self._tries_case() if folds_case is None else folds_case
 
@@ -55,7 +55,7 @@ class LocalFolder:
         return name[:-1] + _encoded(".") if name.endswith(".") else name
 
     def _top(self) -> int:
-        return os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        return _open_folder(str(self.path), None)
 
     @contextmanager
     def _opened(self, steps: Sequence[str]) -> Iterator[int]:
