@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
+from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, environment, own_path, parse_form, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 
@@ -79,17 +80,24 @@ def _policy(pictures: str) -> str:
 
 
 class Guard:
-    """Wraps page functions as endpoints that need a session."""
+    """Wraps page functions as endpoints that need a session. `tick`: grows with every change."""
 
-    def __init__(self, access: Access, policy: Policy, counts: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self, access: Access, policy: Policy, counts: Callable[[], dict[str, int]], tick: Callable[[], int]
+    ) -> None:
         self.access = access
         self.policy = policy
         self.templates = environment()
         self.notices = Notices()
         self._counts = counts
+        self._shared = SharedPages(tick)
         self._threads = CapacityLimiter(THREADS)
 
     def page(self, path: str, function: PageFunction) -> Route:
+        """A page of HTML. What the script fetches to update it is shared."""
+        return Route(path, self._endpoint(function, max_bytes=0, is_shared=True), methods=["GET"])
+
+    def file(self, path: str, function: PageFunction) -> Route:
         return Route(path, self._endpoint(function, max_bytes=0), methods=["GET"])
 
     def stream(self, path: str, function: AsyncPage) -> Route:
@@ -99,7 +107,7 @@ class Guard:
         return Route(path, self._endpoint(function, max_bytes=max_bytes), methods=["POST"])
 
     def _endpoint(
-        self, function: Callable[[Visit], Any], *, max_bytes: int
+        self, function: Callable[[Visit], Any], *, max_bytes: int, is_shared: bool = False
     ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             session = self.access.session(request.cookies.get(COOKIE))
@@ -108,9 +116,18 @@ class Guard:
             visit = Visit(request, session, language_of(request), self.templates, self.notices)
             if request.method == "POST":
                 await self._accept(visit, max_bytes)
+                try:
+                    return await make(visit)
+                finally:
+                    self._shared.forget()
             if asyncio.iscoroutinefunction(function):
                 answer: Response = await function(visit)
                 return answer
+            if is_shared and visit.is_live:
+                return await self._shared.answer(visit, make)
+            return await make(visit)
+
+        async def make(visit: Visit) -> Response:
             return await to_thread.run_sync(self._answer, function, visit, limiter=self._threads)
 
         return endpoint

@@ -36,7 +36,7 @@ class Console:
         self._needs = Needs(of)
         self._live = Live(of.database)
         self._overview = Overview(of, self._needs)
-        self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs.counts)
+        self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs.counts, lambda: self._live.tick)
 
     def application(self, files: Files) -> Starlette:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""
@@ -63,18 +63,18 @@ class Console:
             guard.page("/console/tasks", tasks.table),
             guard.page("/console/tasks/{id:path}", tasks.show),
             guard.page("/console/gallery", gallery.show),
-            guard.page("/console/gallery/zip", gallery.zip),
+            guard.file("/console/gallery/zip", gallery.zip),
             guard.stream("/console/files/{id}", gallery.file),
             guard.stream("/console/thumbnails/{id}", gallery.thumbnail),
             guard.page("/console/deliveries", deliveries.table),
             guard.page("/console/deliveries/replay", deliveries.ask_replay),
             guard.page("/console/deliveries/{id}", deliveries.show),
-            guard.page("/console/deliveries/{id}/body", deliveries.body),
+            guard.file("/console/deliveries/{id}/body", deliveries.body),
             guard.page("/console/events", EventsOut(of, self._needs.now).show),
             guard.page("/console/batches", batches.table),
             guard.page("/console/batches/new", batches.form),
             guard.page("/console/batches/{id}", batches.show),
-            guard.page("/console/batches/{id}/report.csv", batches.export),
+            guard.file("/console/batches/{id}/report.csv", batches.export),
             guard.page("/console/ask", Ask(of).form),
             guard.page("/console/archive", standing.archive),
             guard.page("/console/settings", standing.settings),

@@ -22,6 +22,8 @@ log = structlog.get_logger()
 
 MAX_OPEN = 100
 LOOK_SECONDS = 1.0
+# After a change the next one is told this much later, to all consoles at once, so that they share what they fetch.
+APART_SECONDS = 2.0
 # Proxies close silent connections. The browser's script also takes this as a sign of life.
 HEARTBEAT_SECONDS = 15.0
 # How often an open page's session is checked again.
@@ -36,6 +38,7 @@ class Live:
         self._database = database
         self._open = 0
         self._seen = (0, 0)
+        self.tick = 0
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._is_closing = False
@@ -65,7 +68,7 @@ class Live:
                 except TimeoutError:
                     yield b"event: still\ndata: 1\n\n"
                 else:
-                    yield b"event: change\ndata: %d\n\n" % sum(self._seen)
+                    yield b"event: change\ndata: %d\n\n" % self.tick
         finally:
             self._open -= 1
             if self._open == 0 and self._watching is not None:
@@ -82,6 +85,7 @@ class Live:
                 if seen != self._seen:
                     self._seen = seen
                     self._announce()
+                    await asyncio.sleep(APART_SECONDS - LOOK_SECONDS)
             await asyncio.sleep(LOOK_SECONDS)
 
     def _look(self) -> tuple[int, int]:
@@ -91,5 +95,6 @@ class Live:
             return event, delivery
 
     def _announce(self) -> None:
+        self.tick += 1
         self._changed.set()
         self._changed = asyncio.Event()

@@ -96,6 +96,11 @@ class Visit:
     def query(self) -> Mapping[str, str]:
         return self.request.query_params
 
+    @property
+    def is_live(self) -> bool:
+        """Whether the script fetches the page to update it."""
+        return "x-live" in self.request.headers
+
     def path(self, name: str) -> str:
         return str(self.request.path_params[name])
 
@@ -108,8 +113,7 @@ class Visit:
 
     def page(self, template: str, *, status: int = 200, **values: Any) -> Response:
         """A whole page."""
-        is_live = "x-live" in self.request.headers  # the script fetched it to update the page
-        notices = [] if is_live else self.notices.pop(self.session)
+        notices = [] if self.is_live else self.notices.pop(self.session)
         values |= {"visit": self, "session": self.session, "notices": notices, "page": template.partition(".")[0]}
         return HTMLResponse(render(self.templates, template, self.language, **values), status)
 

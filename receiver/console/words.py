@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from receiver.console.catalogue import text
 from storage.rows.models import Task
@@ -63,9 +64,10 @@ def when(moment: datetime | None, language: str) -> Markup | str:
     if moment is None:
         return "–"
     exact = moment.astimezone(UTC)
-    return Markup('<time datetime="{}" title="{}">{}</time>').format(
-        exact.isoformat(), f"{exact:%Y-%m-%d %H:%M:%S} UTC", relative(exact, datetime.now(UTC), language)
-    )
+    iso, shown = exact.isoformat(), escape(relative(exact, datetime.now(UTC), language))
+    # `Markup.format` took a third of a list's time.
+    made = f'<time datetime="{iso}" title="{iso[:10]} {iso[11:19]} UTC">{shown}</time>'
+    return Markup(made)  # noqa: S704 - only digits, and escaped text
 
 
 def seen(foreign: str) -> str:
@@ -114,3 +116,10 @@ def bars(values: Sequence[float], height: float = 44, width: float = 240) -> lis
     most, step = max(values, default=0) or 1, width / max(len(values), 1)
     tall = [max(1.5, value / most * height) if value else 0 for value in values]
     return [(f"{n * step:.1f}", f"{height - h:.1f}", f"{step * 0.72:.1f}", f"{h:.1f}") for n, h in enumerate(tall)]
+
+
+def ratio_class(width: int | None, height: int | None) -> str:
+    """The class of `ratios.css` closest to a picture's aspect ratio: the CSP allows no style attributes."""
+    if not width or not height:
+        return "r70"
+    return f"r{max(0, min(140, round(math.log(width / height) / math.log(1.02)) + 70))}"

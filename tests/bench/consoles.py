@@ -1,5 +1,7 @@
 """Acknowledgements with ten consoles open and live, beside without: `python -m tests.bench.consoles [--rounds 4]`.
 
+`--cpu`: what ten consoles cost the server at 50 callbacks a second, in milliseconds of CPU a second.
+
 One server, SQLite, callbacks over 64 connections from a process of its own. Each round measures the rate and the p99 at
 half of that rate, once without consoles and once with ten. Every console holds its live stream and fetches its page
 anew after a change, two seconds apart at least, as the browser's script does. The goal is a ratio within 5 %, on a
@@ -10,20 +12,24 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 
 from tests.bench import stage
 from tests.bench.acks import p99
 from tests.console_reader import KEYS, Reader
+from tests.pipeline import free_port
 
 CONSOLES = 10
 PATHS = ("", "/tasks", "/gallery", "/deliveries", "/events")
-APART_SECONDS = 2.0
+APART_SECONDS = 1.5
+CALLBACKS_PER_SECOND = 50
 
 
 @contextmanager
@@ -56,33 +62,70 @@ def consoles(port: int, count: int) -> Iterator[list[int]]:
             reader.http.close()
 
 
-def measure(port: int, seconds: float) -> tuple[float, float]:
+def acknowledgements(_process_id: int, port: int, seconds: float) -> tuple[float, float]:
     """Acknowledgements a second, and their p99 in seconds at half of that rate."""
     rate = stage.load(port, seconds=seconds, warm_seconds=0.5)["per_second"]
     return rate, p99(stage.load(port, seconds=seconds, rate=rate / 2, warm_seconds=0.5)["waits"])
 
 
-def rounds(count: int, seconds: float) -> Iterator[tuple[tuple[float, float], tuple[float, float], int]]:
+def cpu(process_id: int, port: int, seconds: float) -> tuple[float, float]:
+    """Milliseconds of CPU a second of the server and its children at 50 callbacks a second, and their p99."""
+    before, started = _tree_seconds(process_id), time.monotonic()
+    waits = stage.load(port, seconds=seconds, rate=CALLBACKS_PER_SECOND, warm_seconds=0.5)["waits"]
+    return (_tree_seconds(process_id) - before) / (time.monotonic() - started) * 1e3, p99(waits)
+
+
+def _tree_seconds(process_id: int) -> float:
+    children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    return stage.cpu_seconds(process_id) + sum(_tree_seconds(int(each)) for each in children)
+
+
+Measure = Callable[[int, int, float], tuple[float, float]]
+Rounds = Iterator[tuple[tuple[float, float], tuple[float, float], int]]
+
+
+def rounds(count: int, seconds: float, measure: Measure) -> Rounds:
     """(without, with, pages fetched) of each round, in one server."""
     nothing = "http://127.0.0.1:9"  # no store is asked for anything here
     variables = {"RECEIVER_CONSOLE_KEYS": KEYS, "RECEIVER_S3_ENDPOINT_URL": nothing, "AWS_ACCESS_KEY_ID": "key"}
     variables |= {"AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
     with stage.folder() as place, stage.database("sqlite", place) as url:
-        with stage.served(stage.environment(url, **variables), place) as port:
+        port = free_port()
+        variables |= {"RECEIVER_PORT": str(port), "RECEIVER_WORKERS": "0"}
+        command = [sys.executable, "-m", "receiver", "serve"]
+        with stage.running(command, stage.environment(url, **variables), place) as process:
+            stage.wait_for(f"http://{stage.HOST}:{port}/readyz")
             for _ in range(count):
-                without = measure(port, seconds)
+                without = measure(process.pid, port, seconds)
                 with consoles(port, CONSOLES) as fetched:
-                    beside = measure(port, seconds)
+                    beside = measure(process.pid, port, seconds)
                 yield without, beside, sum(fetched)
+
+
+def _say_cpu(found: Rounds) -> None:
+    more = []
+    for without, beside, pages in found:
+        more.append(beside[0] - without[0])
+        print(f"{without[0]:.1f} ms/s without, {beside[0]:.1f} with {CONSOLES} consoles, {pages} pages", flush=True)  # noqa: T201
+    print(f"median of {len(more)} rounds: {statistics.median(more):+.1f} ms/s")  # noqa: T201
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement; a round has four")
+    parser.add_argument("--cpu", action="store_true", help="what the consoles cost the server")
     given = parser.parse_args()
+    count, seconds = min(given.rounds, 20), min(given.seconds, 10.0)
+    if given.cpu:
+        _say_cpu(rounds(count, seconds, cpu))
+    else:
+        _say_acknowledgements(rounds(count, seconds, acknowledgements))
+
+
+def _say_acknowledgements(found: Rounds) -> None:
     rates, waits = [], []
-    for without, beside, pages in rounds(min(given.rounds, 20), min(given.seconds, 10.0)):
+    for without, beside, pages in found:
         rates.append(beside[0] / without[0])
         waits.append(beside[1] / without[1])
         print(  # noqa: T201

@@ -16,11 +16,11 @@ from starlette.responses import Response, StreamingResponse
 from receiver.console import words
 from receiver.console.installation import Files, Installation
 from receiver.console.pages.tasks import path_of
-from receiver.console.thumbnails import Thumbnails, ratio_class
 from receiver.console.visit import Visit
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
+from storage.operations.thumbnails import Thumbnails
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState
 
@@ -53,7 +53,7 @@ class Gallery:
         return visit.page(
             "gallery.html", wanted=wanted, rows=page, days=days,
             kept=kept, path_of=path_of, prompt_of=words.prompt_of, model_of=words.model_of, uri=self._of.bucket.uri,
-            ratio=ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
+            ratio=words.ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
         )  # fmt: skip
 
     async def file(self, visit: Visit) -> Response:

@@ -17,7 +17,6 @@ from starlette.responses import Response
 
 from receiver.console import words
 from receiver.console.installation import Installation, split_note
-from receiver.console.thumbnails import ratio_class
 from receiver.console.visit import Visit
 from receiver.tasks.task_view import is_over
 from storage.operations import lists
@@ -93,7 +92,7 @@ class Tasks:
         note, deed = split_note(task.note)
         return visit.page(
             "task.html", task=task, assets=assets, batch=batch, aliases=aliases, note=note, deed=deed,
-            is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept, ratio=ratio_class,
+            is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept, ratio=words.ratio_class,
             timeline=timeline(visit, task, facts, deliveries), uri=self._of.bucket.uri,
             request=words.pretty(task.request) or "", prompt=words.seen(str(task.request.get("prompt") or "")[:20_000]),
             model=words.model_of(task), can_retry=can_retry(task, assets),

@@ -16,13 +16,13 @@ from sqlalchemy import event
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
-from receiver.console import needs, thumbnails
+from receiver.console import needs, visit
 from receiver.console.access import COOKIE
-from receiver.console.thumbnails import Thumbnails, ratio_class, shrink
-from receiver.console.words import relative, size
-from storage.operations import lists
+from receiver.console.words import ratio_class, relative, size
+from storage.operations import lists, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
+from storage.operations.thumbnails import Thumbnails, shrink
 from storage.rows.models import Task
 from storage.states import ArchiveState, TaskState
 from tests.archived_tasks import archive
@@ -236,7 +236,7 @@ def test_a_vanished_object_has_no_thumbnail_and_is_asked_for_once(parts: Parts, 
 
 
 def test_forms_of_pictures_have_a_class_of_the_stylesheet() -> None:
-    sheet = (Path(thumbnails.__file__).parent / "static" / "ratios.css").read_text()
+    sheet = (visit.HERE / "static" / "ratios.css").read_text()
     classes = {
         ratio_class(width, height) for width, height in ((1, 1), (16, 9), (9, 16), (1, 100), (100, 1), (None, 5))
     }

@@ -8,7 +8,6 @@ The file's name is the SHA-256 of the picture, so a copy is never out of date.
 from __future__ import annotations
 
 import io
-import math
 import os
 import threading
 import time
@@ -158,10 +157,3 @@ def shrink(content: bytes) -> bytes:
     target = io.BytesIO()
     small.save(target, "WEBP", quality=QUALITY, method=2)
     return target.getvalue()
-
-
-def ratio_class(width: int | None, height: int | None) -> str:
-    """The class of `ratios.css` closest to a picture's aspect ratio: the CSP allows no style attributes."""
-    if not width or not height:
-        return "r70"
-    return f"r{max(0, min(140, round(math.log(width / height) / math.log(1.02)) + 70))}"
