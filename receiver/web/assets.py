@@ -7,9 +7,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from itertools import chain
@@ -22,10 +20,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
-from receiver.web.abort import abort
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database
@@ -44,10 +41,6 @@ MAX_STREAMS = 40
 MAX_STREAMS_OF_ASSET = 8
 # One address leaves room for others. A TLS proxy is one address for all of its readers, so this is most of the room.
 MAX_STREAMS_OF_ADDRESS = 32
-# A write that takes longer is aborted. Below the least speed, 256 kbit/s, a reader may also lag this long in all. The
-# kernel buffers up to 2.8 MB and takes more once a third is free, so a reader at the least speed waits 29 s at most.
-STREAM_GRACE_SECONDS = 30.0
-LEAST_BYTES_PER_SECOND = 32_000
 # One write. Each waits until the one before has left the buffer, so this is what a slow reader leaves behind there.
 PIECE_BYTES = 64 * 1024
 RETRY_AFTER_SECONDS = 5
@@ -178,10 +171,7 @@ class Assets:
 
 
 class _Stream(StreamingResponse):
-    """Reads a chunk in a thread once the reader has taken the one before, and drops a reader that is too slow.
-
-    `on_end` is called however the stream ends.
-    """
+    """Reads a chunk in a thread once the reader has taken the one before. `on_end` is called however it ends."""
 
     def __init__(
         self, chunks: Iterator[bytes], status: int, headers: dict[str, str], on_end: Callable[[], None]
@@ -190,22 +180,8 @@ class _Stream(StreamingResponse):
         self._on_end = on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        waited = sent = 0.0
-
-        async def send_in_time(message: Message) -> None:
-            nonlocal waited, sent
-            started = time.monotonic()
-            lag = waited - sent / LEAST_BYTES_PER_SECOND
-            async with asyncio.timeout(STREAM_GRACE_SECONDS - max(lag, 0)):
-                await send(message)
-            waited += time.monotonic() - started  # for the reader alone: the store's time is not its fault
-            sent += len(message.get("body", b""))
-
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            log.info("asset.reader_disconnected", sent=int(sent))
-            await abort(scope, receive)
+            await super().__call__(scope, receive, send)
         finally:
             self._on_end()
 

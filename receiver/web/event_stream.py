@@ -19,12 +19,11 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from receiver.events.cloudevents import Envelope
 from receiver.gateway.answers import Refused
 from receiver.gateway.api_keys import ApiKeys
-from receiver.web.abort import abort
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import events
@@ -43,8 +42,6 @@ THREADS = 4
 POLL_INTERVAL_SECONDS = 0.25
 # Proxies close connections that are silent for 30 to 60 s.
 HEARTBEAT_SECONDS = 15.0
-# A reader that leaves events unread for this long is disconnected. It can continue where it was.
-SEND_SECONDS = 30.0
 # No blank line follows these: httpx-sse makes an empty event of each blank line, and simple readers fail on it.
 HEARTBEAT = b": still there\n"
 RETRY = b"retry: %d\n"
@@ -191,7 +188,7 @@ class Stream:
 
 
 class _Response(StreamingResponse):
-    """Counts as open while it runs, and disconnects a reader that does not read."""
+    """Counts as open while it runs."""
 
     def __init__(self, stream: Stream, client: str, messages: AsyncIterator[bytes]) -> None:
         super().__init__(messages, media_type=MEDIA_TYPE, headers={"X-Accel-Buffering": "no"})
@@ -199,16 +196,9 @@ class _Response(StreamingResponse):
         self._client = client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
         self._stream.begin(self._client)
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except TimeoutError:
-            log.info("stream.reader_disconnected")
-            await abort(scope, receive)
+            await super().__call__(scope, receive, send)
         finally:
             self._stream.end(self._client)
 

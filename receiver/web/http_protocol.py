@@ -6,7 +6,7 @@ uvicorn 0.54 waits for ever for a first byte and for the end of a head, and http
 - A body has as many bytes as its head or its chunks announce, or its request is refused. A body that no handler reads
   ends its connection.
 - A few requests may wait behind the one in work. Nothing more is read then.
-- An answer that makes no progress for 60 s is aborted.
+- A reader of any answer that is 60 s behind the least speed, 32 kB/s, is disconnected.
 - Above the connection limit, the connection without progress for longest makes room.
 """
 
@@ -17,10 +17,13 @@ from collections.abc import Sized
 from typing import Any
 
 import httptools
+import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from receiver.web.abort import ABORT
+from receiver.web.reader_speed import ReaderSpeed
+
+log = structlog.get_logger()
 
 # From connecting to the end of a head, and from a head's first byte to its end. Honest clients send one in one packet.
 HEAD_SECONDS = 10.0
@@ -40,9 +43,6 @@ FRAMING_PER_BODY_BYTE = 8
 # Requests that may wait behind the one in work, each some 4 kB. No client we know pipelines. uvicorn keeps all that one
 # read brings, 2,400 requests, and reads again after each answer.
 MAX_PIPELINED = 8
-# nginx's `send_timeout` is as long. The kernel takes more from us once a third of its buffer is free, so a slow line
-# makes progress in steps.
-WRITE_SECONDS = 60.0
 # What a connection buffers of an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to 268 MB.
 WRITE_BUFFER_BYTES = 16 * 1024
 # Far above what a provider opens at once. `max_connections` is lower where there are fewer file descriptors.
@@ -91,11 +91,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     max_connections = MAX_CONNECTIONS  # of this process, set from its file descriptors
     flow: _Flow
+    _speed: ReaderSpeed
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._head_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
         self._framing_bytes = 0
         self._header_bytes = 0
         self._in_body = False
@@ -110,6 +110,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport, self.pipeline)
+        self._speed = ReaderSpeed(self.loop, transport, self._drop)
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._start_head_timer()
         if len(self.connections) > min(MAX_CONNECTIONS, self.max_connections):
@@ -124,7 +125,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
-        self._cancel_write_timer()
+        self._speed.stop()
         self._leave_queues()
         super().connection_lost(exc)
 
@@ -179,10 +180,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             else:
                 return
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]
-
     def on_url(self, url: bytes) -> None:
         if len(self.url) + len(url) > MAX_URL_BYTES:
             raise _Refused(414)
@@ -208,6 +205,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             raise _Refused(411)  # RFC 9112 section 6.3 would make its body empty, whatever was sent
         # -1: unknown until the last chunk.
         self._announced = -1 if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
+        if not self._has_request and not self.flow.write_paused:
+            self._speed.forget()
         super().on_headers_complete()
         self._in_body = True
         if self.cycle is not None:  # an answer before the body's end says `close`: the client stops sending
@@ -245,41 +244,28 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.parser is None:
             return  # already lost; uvicorn informs only the newest of several requests
         if self.transport.is_closing():
-            self._start_write_timer()
+            self._speed.start()
         self._note_progress()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_write_timer()
+        self._speed.start()
         self._note_progress()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._cancel_write_timer()
+        self._speed.stop()
         if self.transport.is_closing():
-            self._start_write_timer()  # what is still buffered
+            self._speed.start()  # what is still buffered
         self._note_progress()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
-        self._start_write_timer()
+        self._speed.start()
 
-    def _start_write_timer(self) -> None:
-        """Abort the connection if the client reads nothing of what is buffered in WRITE_SECONDS."""
-        self._cancel_write_timer()
-        left = self.transport.get_write_buffer_size()
-        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._check_write, left)
-
-    def _check_write(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() < before:
-            self._start_write_timer()
-        else:
-            self.transport.abort()
-
-    def _cancel_write_timer(self) -> None:
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
+    def _drop(self) -> None:
+        log.info("web.reader_disconnected", client=self.client and self.client[0])
+        self.transport.abort()
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
@@ -308,4 +294,4 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if not (self._has_request and self.cycle.response_started):  # it would seem a part of that one
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()
-            self._start_write_timer()
+            self._speed.start()

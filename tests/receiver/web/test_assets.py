@@ -19,7 +19,7 @@ from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE
 from receiver.cli import show
 from receiver.sandbox import Sandbox
-from receiver.web import assets
+from receiver.web import assets, reader_speed
 from receiver.web.assets import asset_link
 from storage.rows.models import Asset, Task
 from storage.states import AssetState
@@ -235,15 +235,15 @@ def test_reader_that_takes_nothing_is_dropped(
     seconds: float, others: bool, link: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`others`: whether they are served while its time runs, and afterwards."""
-    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", seconds)
+    monkeypatch.setattr(reader_speed, "GRACE_SECONDS", seconds)
     monkeypatch.setattr(assets, "MAX_STREAMS_OF_ASSET", 1)
     with stuck_readers(link, 1):
         wait_until(lambda: is_served(link) is others)
 
 
 def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(assets, "LEAST_BYTES_PER_SECOND", 2**30)
+    monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(reader_speed, "LEAST_BYTES_PER_SECOND", 2**30)
     with httpx.stream("GET", link, timeout=20) as answer, pytest.raises(httpx.TransportError):
         sum(time.sleep(0.02) or len(piece) for piece in answer.iter_raw(64 * 1024))  # it takes some of each write
 
@@ -253,7 +253,7 @@ def test_dropped_reader_is_disconnected_without_an_error_in_the_log(
 ) -> None:
     connections = web._server.server_state.connections
     caplog.set_level("ERROR", "uvicorn.error")
-    monkeypatch.setattr(assets, "STREAM_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.2)
     others = set(connections)  # the provider keeps one
     with stuck_readers(link, 1):
         assert connections - others

@@ -19,7 +19,7 @@ from sqlalchemy import delete, text
 from sqlmodel import Session
 
 from receiver.app.wiring import Parts
-from receiver.web import event_stream
+from receiver.web import event_stream, reader_speed
 from storage.database.sessions import Database
 from storage.rows import events
 from storage.rows.events import EventName, record
@@ -318,7 +318,7 @@ def test_stuck_reader_holds_no_connection_to_the_database_and_is_disconnected(
     seconds: float, others: bool, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`others`: whether they are served while its time runs, and afterwards."""
-    monkeypatch.setattr(event_stream, "SEND_SECONDS", seconds)
+    monkeypatch.setattr(reader_speed, "GRACE_SECONDS", seconds)
     monkeypatch.setattr(event_stream, "MAX_STREAMS", 1)
     many_events(parts)
     with stuck(web):
