@@ -31,6 +31,7 @@ from receiver.sandbox import Knobs, Sandbox
 from storage.database.sessions import Database
 from storage.rows import migrations
 from tests import manifest_checks
+from tests.bytecode import compile_sources
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
 
@@ -45,6 +46,11 @@ SLOW = {
 }  # fmt: skip
 # The same, with a fixture for the whole file: apart, each worker would make its own.
 SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py", "test_serve_store.py"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # one of xdist's workers
+        compile_sources()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,6 +17,7 @@ from tests.bench.idle import Idle
 from tests.bench.img2dataset import COMMAND, AgainstImg2dataset
 from tests.bench.pictures import AgainstRclone
 from tests.bench.table import Row, Sample
+from tests.bytecode import compile_sources
 
 LARGE, SMALL = AgainstRclone(3_000_000, 120), AgainstRclone(100_000, 600)
 LARGE_FLOOR, SMALL_FLOOR = AgainstRclone(3_000_000, 120, pictures.floor), AgainstRclone(100_000, 600, pictures.floor)
@@ -93,6 +94,7 @@ def main() -> None:
     rows = [row for row in ROWS if row.name in wanted]
     if len(rows) < len(wanted):
         parser.error(f"rows are {', '.join(row.name for row in ROWS)}")
+    compile_sources()  # as those of the references are
     results = list(table.run(rows, 1 if given.smoke else given.rounds, small=given.smoke))
     print(table.show(results))  # noqa: T201
     print(f"\n{table.show_markdown(results)}")  # noqa: T201
