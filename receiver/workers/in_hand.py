@@ -27,6 +27,7 @@ class RowsInHand:
         self._is_quarantined = False
         self._rows: dict[Claim, Any] = {}
         self._since: dict[Claim, float] = {}
+        self._removed_at = time.monotonic()
 
     @property
     def is_quarantined(self) -> bool:
@@ -36,6 +37,11 @@ class RowsInHand:
     def rows(self) -> list[Any]:
         with self._changed:
             return list(self._rows.values())
+
+    def empty_for(self) -> float:
+        """For how many seconds nothing has been in hand."""
+        with self._changed:
+            return 0.0 if self._rows else time.monotonic() - self._removed_at
 
     def lasting(self, model: Any, seconds: float) -> list[Any]:
         """The rows of this model that have been in hand for so long."""
@@ -69,6 +75,7 @@ class RowsInHand:
             for claim in claims:
                 self._rows.pop(claim, None)
                 self._since.pop(claim, None)
+            self._removed_at = time.monotonic()
             self._changed.notify_all()
 
     def wait_until_empty(self, seconds: float) -> bool:

@@ -25,6 +25,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.util.queue import Empty
 from sqlmodel import Session
 
 from storage import forks, own_files
@@ -40,8 +42,8 @@ from storage.errors import DatabaseUnavailable, SessionReplaced
 Result = TypeVar("Result")
 
 # Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
-# connections by default.
-KEPT_CONNECTIONS = 12
+# connections by default. A process at rest keeps one: twelve idle workers had used up a PostgreSQL.
+KEPT_CONNECTIONS, KEPT_AT_REST = 12, 1
 WAKE_CHANNEL = "receiver_work"
 # checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit does one at 64 MB of log.
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
@@ -89,6 +91,23 @@ def insert_or_ignore(
     return list(session.scalars(statement, values))
 
 
+class _Pool(QueuePool):
+    def close_idle(self) -> None:
+        """Close idle connections until KEPT_AT_REST are left. One that is in use, or is taken meanwhile, stays open.
+
+        SQLAlchemy's `dispose` would replace the pool, and connections in use would then be returned to the old one.
+        """
+        while self.checkedin() > KEPT_AT_REST:
+            try:
+                idle = self._pool.get(False)  # now no other thread can take it
+            except Empty:
+                return
+            try:
+                idle.close()
+            finally:
+                self._dec_overflow()  # as QueuePool does with one that is too many
+
+
 class Database:
     """Sessions on one database.
 
@@ -107,7 +126,8 @@ class Database:
         self._make_group_writer()
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
-        pool: dict[str, Any] = {"pool_size": kept, "max_overflow": connections - kept, "pool_timeout": CONNECT_SECONDS}
+        pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
+        pool["pool_timeout"] = CONNECT_SECONDS
         if self.is_sqlite:
             self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
             self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
@@ -238,6 +258,12 @@ class Database:
             return None
         kind = SessionReplaced if is_read_only and is_broken else DatabaseUnavailable
         return kind(f"database: {place(self.url)}: {words(self.url, error)}")
+
+    def close_idle(self) -> None:
+        """Close the connections that nobody uses, but one. For a process that has nothing to do for a while."""
+        pool = self.reader.pool  # SQLite's writer has one connection
+        assert isinstance(pool, _Pool)
+        pool.close_idle()
 
     def close(self) -> None:
         self._group_writer.close()

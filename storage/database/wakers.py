@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import sqlite3
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,8 @@ from storage.database.postgresql import FACTS, is_pooled
 from storage.database.urls import psycopg_arguments
 
 if TYPE_CHECKING:
+    from psycopg import Connection
+
     from storage.database.sessions import Database
 
 log = structlog.get_logger()
@@ -32,9 +35,12 @@ CHECK_SECONDS = 2.0
 
 
 class Waker(Protocol):
-    """Waits for a commit of work, at most for the given time. Each waiting thread has its own."""
+    """Waits for a commit of work, at most for the given time. Each waiting thread has its own.
 
-    def wait(self, seconds: float) -> None: ...
+    `wait` returns False if there was none, True if there was one or there may have been.
+    """
+
+    def wait(self, seconds: float) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -51,7 +57,7 @@ class SqliteWaker:
         self._seen: int | None = None  # by this connection: each counts on its own
         self._is_lost = False
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         try:
             while self._seen == (version := self._version()) and time.monotonic() < deadline:
@@ -62,8 +68,9 @@ class SqliteWaker:
             self._is_lost = True
             self._disconnect()
             time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
-        else:
-            self._seen, self._is_lost = version, False
+            return True
+        before, self._seen, self._is_lost = self._seen, version, False
+        return before != version
 
     def _version(self) -> int:
         if self._connection is None:
@@ -106,18 +113,18 @@ class PostgresWaker:
         self._connected_at = self._woke_at = float("-inf")
         self._is_pooled = False
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> bool:
         if self._is_pooled:
             time.sleep(min(seconds, POOLED_INTERVAL_SECONDS))
-            return
+            return True
         if self._connected_at < self._database.sessions.replaced_at:
             self.close()
         try:
             if self._connection is None:
                 self._listen()
-                return
-            if not any(True for _ in self._connection.notifies(timeout=seconds, stop_after=1)):
-                return
+                return True
+            if not self._hears(self._connection, seconds):
+                return False
             time.sleep(max(0.0, self._woke_at + WAKE_SECONDS - time.monotonic()))
             for _ in self._connection.notifies(timeout=0):  # drop the notifications that came meanwhile
                 pass
@@ -125,6 +132,14 @@ class PostgresWaker:
         except self._driver.Error:  # a standby's refusal to listen, too
             self.close()
             time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
+        return True
+
+    @staticmethod
+    def _hears(connection: Connection[Any], seconds: float) -> bool:
+        """Whether a notification comes. The driver itself wakes ten times a second while it waits for one."""
+        incoming = select.poll()
+        incoming.register(connection, select.POLLIN)
+        return bool(incoming.poll(seconds * 1_000)) and any(True for _ in connection.notifies(timeout=0, stop_after=1))
 
     def check(self) -> None:
         """Listen, notify by way of the other URL, and hear it. Raises `WakeFault`, `DatabaseUnavailable`."""

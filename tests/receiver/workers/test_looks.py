@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 from sqlalchemy import event
 from sqlmodel import select
 
+from receiver.workers import worker
 from receiver.workers.lanes import Lane
 from receiver.workers.looks import Looks
 from storage.database.sessions import Database
@@ -31,6 +34,39 @@ def test_idle_lanes_look_together(database: Database) -> None:
         time.sleep(3)
     # two wake-ups a second, and one look a second for rows in quarantine; each of five lanes alone: 45
     assert len([look for look in looks if "due_at" in look]) <= 18
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "REST_AFTER_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("rests")
+def test_worker_at_rest_looks_seldom_and_keeps_few_connections(database: Database) -> None:
+    looks: list[str] = []
+    engine: Any = database.reader
+    with running(database, *lanes(lambda _: None)) as at_rest:
+        wait_until(lambda: at_rest._interval == worker.REST_SECONDS)
+        for each in {database.reader, database.writer}:
+            event.listen(each, "before_cursor_execute", lambda *call: looks.append(call[2]))
+        time.sleep(4)
+        wait_until(lambda: engine.pool.checkedin() <= 1)
+    # one wake-up in two seconds; on SQLite a heartbeat is a commit and causes two more
+    assert len([look for look in looks if "due_at" in look]) <= 5
+
+
+@pytest.mark.usefixtures("rests")
+def test_commit_ends_the_rest_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "REST_SECONDS", 3_600.0)
+    desk = Desk(database)
+    with running(database, *lanes(desk.work)) as at_rest:
+        wait_until(lambda: at_rest._interval == worker.REST_SECONDS)
+        time.sleep(0.3)  # the waker waits by then
+        new_assets(database, 2)
+        with database.write() as session:
+            database.wake(session)
+        wait_until(lambda: len(desk.done) == 2)
+        assert at_rest._interval == worker.IDLE_SECONDS
 
 
 def test_each_lane_sees_work_that_came_while_it_was_idle(database: Database) -> None:

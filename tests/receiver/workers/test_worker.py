@@ -120,6 +120,7 @@ def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk) -
         heartbeats.unregister(database, other)
         wait_until(lambda: len(desk.begun) == 4, seconds=2 * heartbeats.BEAT_SECONDS)
         desk.gate.set()
+        wait_until(lambda: not waiting(database))
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(0, 4), (1, 4), (2, 2), (3, 1), (4, 1), (50, 1)])

@@ -8,8 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,31 @@ def test_every_thread_has_a_connection_and_few_stay_open(database: Database) -> 
     pool.close()
 
 
+def test_idle_connections_are_closed_and_used_ones_are_not(database: Database) -> None:
+    """Threads read all the time while others' connections are closed. Afterwards as many may be open as before."""
+    pool, readers = Database(database.url.render_as_string(hide_password=False), connections=8), 8
+    ends_at = time.monotonic() + 1
+
+    def read(_: int) -> int:
+        count = 0
+        while time.monotonic() < ends_at:
+            with pool.read() as session:
+                count += count_workers(session) == 0
+        return count
+
+    with ThreadPoolExecutor(readers) as threads:
+        counts = threads.map(read, range(readers))
+        while time.monotonic() < ends_at:
+            pool.close_idle()
+    assert all(counts)
+    pool.close_idle()
+    engine: Any = pool.reader
+    assert (engine.pool.checkedin(), engine.pool.checkedout()) == (1, 0)
+    with ExitStack() as held:
+        assert [count_workers(held.enter_context(pool.read())) for _ in range(readers)] == [0] * readers
+    pool.close()
+
+
 @pytest.mark.parametrize("sinks", [0, 20])
 @pytest.mark.parametrize("threads", [8, 256])
 def test_pool_has_a_connection_for_each_thread_of_a_process(sqlite: Database, threads: int, sinks: int) -> None:
@@ -295,7 +322,7 @@ def test_commit_between_two_waits_is_not_missed(database: Database) -> None:
     waker = database.waker()
     waker.wait(0)
     announce(database)
-    wait_until(waiting(waker), seconds=SECONDS)
+    assert waker.wait(SECONDS)
     waker.close()
 
 
@@ -303,7 +330,7 @@ def test_wait_ends_by_time_and_a_rolled_back_transaction_wakes_nobody(database: 
     waker = database.waker()
     waker.wait(0)
     fail_after(database, database.wake)
-    waker.wait(0.2)
+    assert not waker.wait(0.2)
     still = waiting(waker)
     assert not still()
     announce(database)
