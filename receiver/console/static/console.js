@@ -2,7 +2,7 @@
 "use strict";
 
 const main = document.querySelector("main[data-live-url]");
-const busy = () => document.querySelector("dialog[open], details.menu[open]") ||
+const busy = () => document.querySelector("dialog[open], details.menu[open], #menu:popover-open") ||
   (document.activeElement && document.activeElement.matches("main input, main select, main textarea"));
 
 // -- times ------------------------------------------------------------------------------------------------------------

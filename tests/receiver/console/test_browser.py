@@ -25,6 +25,11 @@ pytestmark = pytest.mark.skipif(not webdriver.is_installed() and "CI" not in os.
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
 WIDTHS = (360, 390, 1440, 3840)
 MENU_IS_WHOLE = "const e = document.querySelector('.rail'); return e.scrollWidth <= e.clientWidth"
+# Height of the menu's row; what reaches beyond the window.
+ROW = "return document.querySelector('.rail').getBoundingClientRect().height"
+BEYOND = """return [...document.querySelectorAll('body *')].filter((e) => e.getClientRects().length
+  && !e.closest('.table, .hidden, .skip') && e.getBoundingClientRect().right > innerWidth + 1)
+  .map((e) => e.outerHTML.slice(0, 80)).slice(0, 3)"""
 CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 
 
@@ -172,6 +177,21 @@ def test_language_switches_and_the_session_ends(browser: Browser, web: Web) -> N
     browser.waits_for("Your key")
     browser.open(f"{web.url}/console/tasks")
     assert "/console/login" in browser.url
+
+
+def test_the_menu_of_a_phone_is_one_row_that_opens(parts: Parts, browser: Browser, web: Web) -> None:
+    task = archive(parts, 1)[0]
+    for width in (390, 360):
+        browser.resize(width, 780)
+        for path in (*PAGES, f"/tasks/{task.external_task_id}"):
+            browser.open(f"{web.url}/console{path}")
+            assert browser.run(ROW) < 60 and browser.run(BEYOND) == [], (path, width)
+    browser.click(".rail .open")
+    assert browser.run(BEYOND) == []
+    browser.press("Escape")
+    browser.click(".rail .open")
+    browser.click('#menu a[href="/console/gallery"]')
+    assert browser.url.endswith("/console/gallery")
 
 
 def test_a_reader_sees_and_cannot_act(parts: Parts, browser: Browser, web: Web) -> None:
