@@ -83,6 +83,7 @@ MAX_INDEX = 9_999
 # A task's files are at most twice what was asked for, and never more than this: nine pictures, twice with watermark, is
 # the most that one may ask for. A provider with a rule of its own needs a number of its own here.
 MAX_FILES = 64
+PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,11 @@ def assets_in(report: Report, series: bool | None) -> dict[AssetName, str]:
     return named
 
 
-def decide(task: TaskFacts, report: Report) -> Decision:
-    """Apply one report to one task. Applying it again, or later than another, changes nothing it should not."""
+def decide(task: TaskFacts, report: Report, *, confirmed: bool = True) -> Decision:
+    """Apply one report to one task. Applying it again, or later than another, changes nothing it should not.
+
+    `confirmed`: the provider said so, in an answer or a signed delivery. Else it replaces no link that was.
+    """
     if report.status is None:
         return Decision(task.state, task.archive)
     state = max(task.state, report.status, key=RANK.__getitem__)
@@ -215,7 +219,9 @@ def decide(task: TaskFacts, report: Report) -> Decision:
     named = assets_in(report, task.series)
     new = [name for name in named if name not in task.assets]
     add = {name: named[name] for name in new[: max(max_files(task.expected) - len(task.assets), 0)]}
-    replace = {name: url for name, url in named.items() if name in task.assets and _takes(task.assets[name], url)}
+    replace = {
+        name: url for name, url in named.items() if name in task.assets and _takes(task.assets[name], url, confirmed)
+    }
     archive = ArchiveState.ARCHIVING if add or task.archive is ArchiveState.NONE else task.archive
     return Decision(state, archive, contradiction, add, replace)
 
@@ -228,7 +234,7 @@ def max_files(expected: int | None) -> int:
 def other_files(task: TaskFacts, report: Report) -> dict[AssetName, str]:
     """Files that the report names in place of other ones: {name: url}. A fresh link to the same file is none.
 
-    A link's query is its signature, and changes; its host and path are the file.
+    A link's query is its signature, and changes; its scheme, host, port and path are the file.
     """
     if report.status is not TaskState.SUCCEEDED:
         return {}
@@ -237,16 +243,16 @@ def other_files(task: TaskFacts, report: Report) -> dict[AssetName, str]:
     return {name: url for name, url in named if name in known and _place(known[name].url) != _place(url)}
 
 
-def _place(url: str) -> tuple[str, str]:
+def _place(url: str) -> tuple[str, str, int | None, str]:
     try:
         parts = urlsplit(url.strip())
-        return (parts.hostname or "", parts.path)
+        return (parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme), parts.path)
     except ValueError:
-        return ("", url)
+        return ("", "", None, url)
 
 
-def _takes(asset: AssetFacts, url: str) -> bool:
-    return asset.state is not AssetState.ARCHIVED and asset.url != url
+def _takes(asset: AssetFacts, url: str, confirmed: bool) -> bool:
+    return asset.state is not AssetState.ARCHIVED and asset.url != url and (confirmed or asset.unconfirmed)
 
 
 def is_short(task: TaskFacts) -> bool:

@@ -244,7 +244,7 @@ class DeliveryApplier:
             return self._ask(session, task, report, doubt)
         known = facts.assets.keys() if facts else ()
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
-        if believed or _is_known(facts or _facts(session, task), report):
+        if believed or _is_known(facts or _facts(session, task), report, confirmed=confirmed):
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             return Verdict(CallbackState.APPLIED)
@@ -309,9 +309,9 @@ def _facts(session: Session, task: Task) -> TaskFacts:
     return tasks.facts(task, tasks.assets_of(session, task.id))
 
 
-def _is_known(facts: TaskFacts, report: Report) -> bool:
+def _is_known(facts: TaskFacts, report: Report, *, confirmed: bool) -> bool:
     """Whether the report would change nothing. So a replayed delivery causes no reads."""
-    decision = states.decide(facts, report)
+    decision = states.decide(facts, report, confirmed=confirmed)
     unchanged = decision.state is facts.state and decision.archive is facts.archive
     return unchanged and not (decision.contradicted or decision.add or decision.replace)
 

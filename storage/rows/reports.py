@@ -67,7 +67,7 @@ def apply(
 
     `now`: the database's time. `pushed`: the report came as a callback, not as an answer to a read. `confirmed`: the
     provider said so, in an answer or a signed delivery. It replaces what only an unsigned delivery said: another file
-    for an index takes the place of the first, archived or not.
+    for an index takes the place of the first, archived or not. Unconfirmed, it replaces no confirmed link.
     """
     assets = {tasks.name_of(asset): asset for asset in tasks.assets_of(session, task.id)}
     before = tasks.facts(task, list(assets.values()))
@@ -81,7 +81,7 @@ def apply(
     if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
         task.completeness_reads += 1
     known = replace(before, series=task.series)
-    decision = states.decide(known, report)
+    decision = states.decide(known, report, confirmed=confirmed)
     _note_time(task, report, now=now, pushed=pushed, confirmed=confirmed)
     _change_state(session, task, report, decision, now)
     _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)

@@ -125,6 +125,35 @@ def test_a_fresh_link_to_the_same_file_is_no_contradiction(parts: Parts) -> None
     assert (asset.state, asset.unconfirmed, found.contradicted) == (AssetState.ARCHIVED, False, False)
 
 
+@pytest.mark.parametrize("by", ["signed report", "read"])
+def test_a_confirmed_link_is_not_replaced_by_an_unsigned_report(parts: Parts, by: str) -> None:
+    """The same file with another signature: a wrong one would cost a refused download and a read."""
+    task, told = insert_row(parts), body("succeed", 1)
+    if by == "read":
+        confirm(parts, task, told)
+    else:
+        deliver(parts, task, told, webhook_id="msg_1")
+    for number in range(3):
+        forged = body("succeed", 1)
+        forged["task_result"]["images"][0]["url"] += f"orged{number}"
+        assert deliver(parts, task, forged).reason is None
+    (asset,) = assets_of(parts, task)
+    assert (asset.state, asset.source_url, asset.unconfirmed) == (
+        AssetState.DUE,
+        f"{OFFICIAL}/0.png?Signature=s",
+        False,
+    )
+    assert not task_of(parts, task.external_task_id).contradicted and not is_read_now(parts, task)
+
+
+@pytest.mark.parametrize("host", [OFFICIAL.replace("https", "http"), f"{OFFICIAL}:8443"])
+def test_another_scheme_or_port_is_another_file(parts: Parts, host: str) -> None:
+    task = insert_row(parts)
+    deliver(parts, task, body("succeed", 1))
+    assert "another file for image 0" in str(deliver(parts, task, body("succeed", 1, host=host)).reason)
+    assert deliver(parts, task, body("succeed", 1, host=f"{OFFICIAL}:443")).reason is None
+
+
 def test_a_forged_success_that_came_first_ends_with_the_paid_picture(parts: Parts, sandbox: Sandbox) -> None:
     (task,) = submit(parts, 1)
     wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
