@@ -204,6 +204,26 @@ def test_operations_page_documents_every_metric() -> None:
     assert documented == metrics()
 
 
+def test_deprecated_metrics_name_a_successor_that_exists() -> None:
+    rows = rows_of(text_of("operations.md"), "metric")
+    documented = {name.strip("`"): successor.strip("`") for name, *_, successor in rows}
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    for field, gauge in telemetry.DEPRECATED.items():
+        name, successor = f"receiver_{field}", telemetry.SUCCESSORS[field]
+        assert gauge.describe()[0].documentation == f"Deprecated, use {successor}"  # type: ignore[no-untyped-call]
+        assert documented[name] == successor
+        assert f"`{name}` → `{successor}`" in changes
+        assert re.findall(r"receiver_\w+", successor)[0] in metrics()
+
+
+def test_metrics_follow_the_conventions_of_prometheus() -> None:
+    """Base units, `_total` for counters alone, ratios instead of rates and percentages, no window in a name."""
+    for name, (kind, _) in metrics().items():
+        is_current = name.removeprefix("receiver_") not in telemetry.DEPRECATED
+        assert name.endswith("_total") == (kind == "counter"), name
+        assert not is_current or not re.search(r"_(day|hour|rate|share|percent|ms|minutes|kb|mb)$", name), name
+
+
 @every_page
 def test_every_metric_that_a_page_names_exists(page: Path) -> None:
     spans = [

@@ -15,36 +15,68 @@ from receiver.base.visible import visible
 
 REGISTRY = CollectorRegistry()
 DELIVERIES = Counter("receiver_deliveries", "Callback requests by outcome", ["outcome"], registry=REGISTRY)
-# Gauges by the field of `storage.operations.measures.Measures` that they show. A scrape reads the database.
+EVENTS = Counter("receiver_events", "Events recorded since this process began to count", ["event"], registry=REGISTRY)
+# Name and help of each gauge, by the field of `storage.operations.measures.Measures` that it shows. A scrape reads the
+# database.
 WORK = {
-    name: Gauge(f"receiver_{name}", words, registry=REGISTRY)
-    for name, words in {
-        "due": "Rows waiting for a worker now",
-        "overdue": "Rows that have waited for a worker for more than a minute",
-        "oldest_due_seconds": "How long the oldest waiting row has been due",
-        "archived_day": "Tasks that ended in the last 24 h and are archived",
-        "incomplete_day": "Tasks that ended in the last 24 h and are not archived completely",
-        "failed_day": "Tasks that failed at the provider in the last 24 h",
-        "failed_assets": "Files that were given up; receiver retry brings them back",
-        "unmatched": "Deliveries without a known task",
-        "deadline_near": "Tasks whose files the provider deletes soon and that are not all archived",
-        "unusable_files": "Files whose hosts answer with something that is no file; they are tried on",
-        "unusable_seconds": "How long the oldest of them has been so",
-        "incomplete_open": "Tasks said to be incomplete for want of them; a later try may complete them",
-        "callbacks_expected": "Tasks of the last 24 h that should have been called back by now",
-        "callbacks_lost": "Those of them whose end no callback reported",
-        "callbacks_late": "Tasks of the last 24 h whose callback came after a read had reported their end",
-        "late_seconds": "The longest such delay",
-        "events_open": "Events on their way to a sink, one for each",
-        "oldest_event_seconds": "How long the oldest of them has been on its way",
-        "events_dead": "Events that a sink never accepted; receiver events redeliver sends them again",
-        "audit_faults": "Faults that the audit in the workers found and that remain",
-        "audit_hashed": "Files hashed in its round under way",
-        "audit_share": "The finished part of that round, 0 to 1",
-        "audit_late": "1 while that round takes longer than RECEIVER_AUDIT_DAYS",
-        "audit_age_seconds": "How long ago the last complete round ended; NaN: none has",
-        "callback_loss_rate": "Callbacks lost of those expected, 0 to 1",
+    field: Gauge(f"receiver_{name}", words, registry=REGISTRY)
+    for field, (name, words) in {
+        "due": ("due_rows", "Rows that wait for a worker now"),
+        "overdue": ("overdue_rows", "Rows that have waited for a worker for more than a minute"),
+        "oldest_due_seconds": ("oldest_due_seconds", "Time since the oldest waiting row became due"),
+        "failed_assets": ("failed_assets", "Files that were given up; receiver retry makes them due again"),
+        "unmatched": ("unmatched_callbacks", "Deliveries without a known task"),
+        "deadline_near": (
+            "deadline_near_tasks",
+            "Tasks whose files the provider deletes soon and that are not all archived",
+        ),
+        "unusable_files": (
+            "unusable_files",
+            "Files whose hosts answer with something that is no file; they are tried again",
+        ),
+        "unusable_seconds": ("oldest_unusable_seconds", "Time since the first such answer for the oldest of them"),
+        "incomplete_open": (
+            "open_incomplete_tasks",
+            "Tasks reported incomplete because of such files; a later try may complete them",
+        ),
+        "callbacks_expected": (
+            "callbacks_expected",
+            "Tasks that ended in the last 24 h, at least five minutes ago, and had asked for a callback",
+        ),
+        "callbacks_lost": ("callbacks_lost", "Those of them whose end no callback reported"),
+        "callbacks_late": (
+            "callbacks_late",
+            "Tasks of the last 24 h whose callback came after a read had reported their end",
+        ),
+        "late_seconds": ("callback_max_delay_seconds", "The longest such delay"),
+        "events_open": ("events_open", "Events that are not delivered yet, counted per sink"),
+        "oldest_event_seconds": ("oldest_event_seconds", "Age of the oldest of them"),
+        "events_dead": ("events_dead", "Events that a sink never accepted; receiver events redeliver sends them again"),
+        "audit_faults": ("audit_faults", "Faults that the continuous audit found and that still exist"),
+        "audit_hashed": ("audit_hashed_files", "Files hashed in the current round of the audit"),
+        "audit_share": ("audit_progress_ratio", "Completed part of the current round, 0 to 1"),
+        "audit_late": ("audit_late", "1 while the round takes longer than RECEIVER_AUDIT_DAYS"),
+        "audit_age_seconds": ("audit_age_seconds", "Time since the last complete round ended; NaN: none has"),
+        "callback_loss_rate": ("callback_loss_ratio", "Lost callbacks divided by expected ones, 0 to 1"),
     }.items()
+}
+# Names of 0.1.0 that this release still serves, with their successors. The next release drops them.
+SUCCESSORS = {
+    "due": "receiver_due_rows",
+    "overdue": "receiver_overdue_rows",
+    "archived_day": 'increase(receiver_events_total{event="task.archived"}[24h])',
+    "incomplete_day": 'increase(receiver_events_total{event="task.incomplete"}[24h])',
+    "failed_day": 'increase(receiver_events_total{event="task.failed"}[24h])',
+    "unmatched": "receiver_unmatched_callbacks",
+    "deadline_near": "receiver_deadline_near_tasks",
+    "late_seconds": "receiver_callback_max_delay_seconds",
+    "audit_hashed": "receiver_audit_hashed_files",
+    "audit_share": "receiver_audit_progress_ratio",
+    "callback_loss_rate": "receiver_callback_loss_ratio",
+}
+DEPRECATED = {
+    field: Gauge(f"receiver_{field}", f"Deprecated, use {successor}", registry=REGISTRY)
+    for field, successor in SUCCESSORS.items()
 }
 
 
@@ -79,7 +111,7 @@ WORK_OF_EACH = {
 
 def update_work_gauges(measures: Mapping[str, Any] | None) -> None:
     """Set the gauges. None: the database is away; they become NaN, because no number is better than an old one."""
-    for name, gauge in WORK.items():
+    for name, gauge in (*WORK.items(), *DEPRECATED.items()):
         _set(gauge, measures[name] if measures else None)
     for group, gauges in WORK_OF_EACH.items():
         found = measures[group] if measures else {}

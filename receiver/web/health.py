@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import SecretStr
 from sqlalchemy import delete, false
-from sqlmodel import col
+from sqlmodel import Session, col
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -28,8 +28,9 @@ from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.operations import heartbeats, measures, outbox
 from storage.operations.ended import EndedLastDay
-from storage.rows import migrations
+from storage.rows import events, migrations
 from storage.rows.deliveries import Delivery, store
+from storage.rows.events import EventName
 from storage.rows.group_commit import GroupCommit
 from storage.rows.models import Callback, Worker
 from storage.states import CallbackState
@@ -62,6 +63,7 @@ class Health:
         self._probe_key = ""
         self._readiness = Readiness(self._check)
         self._ended = EndedLastDay()
+        self._counted_events: int | None = None  # the number of the last event that was counted
         self._measuring = CapacityLimiter(1)  # scrapes take turns
 
     async def alive(self, _request: Request) -> Response:
@@ -156,10 +158,19 @@ class Health:
                 found = measures.measure(
                     session, deadline_seconds=self._deadline_seconds, slots=self._slots, ended=self._ended
                 )
+                self._count_events(session)
         except DatabaseUnavailable:
             found = None
         telemetry.update_work_gauges(found.as_dict() if found else None)
         return generate_latest(telemetry.REGISTRY)
+
+    def _count_events(self, session: Session) -> None:
+        """Add the events since the last scrape to the counter. The first scrape shows each name with zero."""
+        if self._counted_events is None:
+            self._counted_events = events.newest_seq(session)
+        counts, self._counted_events = events.count_after(session, self._counted_events)
+        for name in EventName:
+            telemetry.EVENTS.labels(name).inc(counts.get(name, 0))
 
     def _is_permitted(self, request: Request) -> bool:
         if self._metrics_token is None:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import bindparam, insert, text
+from sqlalchemy import bindparam, func, insert, text
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
@@ -150,6 +150,13 @@ def page(session: Session, seq: int, limit: int, names: Collection[str], *, of_c
 def newest_seq(session: Session) -> int:
     """The highest number so far, 0 for none. Its event may have been pruned since."""
     return session.exec(select(Counter.value).where(Counter.name == COUNTER)).one_or_none() or 0
+
+
+def count_after(session: Session, seq: int) -> tuple[dict[str, int], int]:
+    """How many events of each name have a number above `seq`, and the highest number. One range of the index."""
+    until = newest_seq(session)
+    counted = select(Event.name, func.count()).where(col(Event.seq) > seq, col(Event.seq) <= until)
+    return dict(session.exec(counted.group_by(Event.name)).all()), until
 
 
 def names_matching(patterns: Iterable[str]) -> frozenset[EventName]:
