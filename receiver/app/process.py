@@ -28,6 +28,7 @@ from storage.database import checkpoints
 from storage.database.sessions import Database
 from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, UserError
+from storage.own_files import narrow
 from storage.rows import migrations
 from storage.spool import sweep
 
@@ -100,6 +101,15 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
             time.sleep(DATABASE_INTERVAL_SECONDS)
         else:
             return
+
+
+def narrow_files(parts: Parts) -> None:
+    """Take our files from other users, to whom earlier releases left them readable."""
+    files = list(parts.database.files.values())
+    if store := parts.settings.store:
+        files += [store / name for name in ("store.json", "store.lock", "console.key")]
+    if narrowed := narrow(files):
+        log.warning("files.narrowed", files=list(map(str, narrowed)), mode="0600")
 
 
 def fit_descriptors() -> int:
@@ -199,6 +209,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     await_schema(parts.database, migrate=settings.migrates_on_start)
     BoundedHttpProtocol.max_connections = fit_descriptors()
     sockets = listen(settings.host, settings.port)
+    narrow_files(parts)
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
     if settings.store:
         environment["RECEIVER_STORE"] = str(settings.store.absolute())
@@ -324,6 +335,7 @@ def work(parts: Parts, *, supervised: bool) -> None:
     """Run one worker process until SIGTERM or SIGINT, or, `supervised`, until its parent is gone."""
     settings = parts.settings
     await_schema(parts.database, migrate=False)
+    narrow_files(parts)
     sweep(settings.spool_dir)
     worker = parts.worker()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -341,6 +353,7 @@ def work(parts: Parts, *, supervised: bool) -> None:
 def work_once(parts: Parts) -> int:
     """Work on everything that is due now, then return how many rows were worked on."""
     ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
+    narrow_files(parts)
     worker, count = parts.worker(), 0
     while done := worker.run_until_idle() + worker.run_quarantined() + parts.sequence():
         count += done

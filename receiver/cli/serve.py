@@ -12,7 +12,6 @@ from receiver.cli.opening import opened
 from receiver.cli.terminal import say
 
 if TYPE_CHECKING:
-    from receiver.app.wiring import Parts
     from receiver.base.config import Settings
 
 Store = Annotated[
@@ -33,7 +32,6 @@ def serve(
 
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
         _name_settings(parts.settings)
-        _narrow_files(parts)
         if parts.settings.store:
             _name_console(parts.settings)
         process.serve(parts)
@@ -51,7 +49,6 @@ def work(
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
         if not supervised:  # its `receiver serve` has said it
             _name_settings(parts.settings)
-            _narrow_files(parts)
         if once:
             say(f"worked on {process.work_once(parts)} rows")
         else:
@@ -81,20 +78,6 @@ def _name_console(settings: Settings) -> None:
         say(f"console: {url}/login?once={one_time_token(settings.console_people[0])}  (works once, within ten minutes)")
     else:
         say(f"console: {url}  (log in with a key of RECEIVER_CONSOLE_KEYS, or the one in {settings.store}/console.key)")
-
-
-def _narrow_files(parts: Parts) -> None:
-    """Take our files from other users, to whom earlier releases left them readable."""
-    import structlog
-
-    from storage.own_files import narrow
-
-    log = structlog.get_logger()
-    files = list(parts.database.files.values())
-    if store := parts.settings.store:
-        files += [store / name for name in ("store.json", "store.lock", "console.key")]
-    if narrowed := narrow(files):
-        log.warning("files.narrowed", files=list(map(str, narrowed)), mode="0600")
 
 
 def _name_settings(settings: Settings) -> None:

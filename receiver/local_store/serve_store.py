@@ -23,12 +23,14 @@ from typing import Any
 
 from receiver.base.config import Settings
 from receiver.local_store.seaweed import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
+from storage.database.turnstile import who_holds
 from storage.database.urls import normal_url, place
 from storage.errors import UserError
 from storage.local_folder import LocalFolder
 from storage.own_files import FILE_MODE, final, is_shared, open_own
 
 LOCK_INTERVAL_SECONDS = 0.2
+STRANGER_SECONDS = 30.0  # as at the database's lock; a server whose receiver was killed ends in 2
 
 
 class StoreFailed(UserError):
@@ -142,13 +144,15 @@ def _text(path: Path) -> str:
 
 def _waited_for(lock: int, directory: Path) -> bool:
     """Take the lock; False when a living process holds it and its store answers."""
-    deadline = time.monotonic() + START_SECONDS
+    began_at = time.monotonic()
     while not _locked(lock):
         keys = _read(directory)
-        if keys and _is_alive(keys.get("owner")) and answers("GET", keys["ports"]["s3"], "/healthz"):
+        is_starting = keys is not None and _is_alive(keys.get("owner"))
+        if keys and is_starting and answers("GET", keys["ports"]["s3"], "/healthz"):
             return False
-        if time.monotonic() > deadline:
-            raise StoreFailed(f"RECEIVER_STORE: {directory}/store.lock is held, and no store answers")
+        if time.monotonic() > began_at + (START_SECONDS if is_starting else STRANGER_SECONDS):
+            path = directory / "store.lock"
+            raise StoreFailed(f"RECEIVER_STORE: {path} is held, and no store answers: {who_holds(path)}")
         time.sleep(LOCK_INTERVAL_SECONDS)  # one that ends, or one that has just begun
     return True
 

@@ -11,6 +11,8 @@ import structlog
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
+from storage.database.turnstile import SQLITE_BUSY_SECONDS, who_holds
+
 log = structlog.get_logger()
 
 MAX_WORDS_CHARS = 300
@@ -22,7 +24,7 @@ AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "X
 NO_PRIVILEGE, NO_TABLE = "42501", "42P01"
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
-NOT_OPENED = "unable to open database file"  # SQLite's words
+NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # SQLite's words
 # psycopg's words before those of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
 # Lanes try again after 1 s, and a file that is nearly full takes some rows and not others.
@@ -42,6 +44,8 @@ def words(url: URL, error: BaseException) -> str:
 
 def _remedy(url: URL, said: str, state: str | None) -> str:
     """What the owner does. PostgreSQL names the object and not who lacks the privilege, SQLite names no folder."""
+    if said == LOCKED:
+        return f" by another program for {SQLITE_BUSY_SECONDS} s; {who_holds(Path(url.database or ''))}"
     if said == NOT_OPENED:
         folder = Path(url.database or "").absolute().parent
         return f"; see that this user may write in {folder}" if folder.is_dir() else f"; make the folder {folder}"
@@ -58,7 +62,7 @@ class Outages:
     """Logs `database.lost` at the first failure, and `database.recovered` at a write 5 s after the last one.
 
     A read that succeeds says nothing: a read-only server answers reads. Off until `is_on`, for the long-running
-    processes: a verb shows its error itself.
+    processes: a verb shows its error itself, and waits less for a lock.
     """
 
     def __init__(self) -> None:

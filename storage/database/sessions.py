@@ -129,7 +129,7 @@ class Database:
         pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
         pool["pool_timeout"] = CONNECT_SECONDS
         if self.is_sqlite:
-            self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
+            self.turnstile = self._make_turnstile()
             self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
             self.reader = _sqlite_engine(self.url, "BEGIN", **pool)
             self._autocommit_writer = self.writer.execution_options(**{NO_BEGIN: True})
@@ -157,11 +157,14 @@ class Database:
         # `write` in a transaction shared with other threads.
         self.write_in_group = self._group_writer.commit
 
+    def _make_turnstile(self) -> Turnstile:
+        return Turnstile(Path(f"{self.url.database}.lock"), is_patient=lambda: self.outages.is_on)
+
     def begin_in_child(self) -> None:
         """Connections and the writer's thread stay the parent's. A write waited a minute for a thread that it had."""
         self._make_group_writer()
         if self.is_sqlite:
-            self.turnstile = Turnstile(Path(f"{self.url.database}.lock"))
+            self.turnstile = self._make_turnstile()
             self.reader.dispose(close=False)
         self.writer.dispose(close=False)
 

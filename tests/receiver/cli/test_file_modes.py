@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def held(path: Path) -> Iterator[None]:
 
 def test_a_lock_that_a_stranger_holds_is_told_and_its_waiters_have_a_bound(tmp_path: Path) -> None:
     turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3)
-    words = "x.lock has been locked for 0.3 s by another program"
+    words = "x.lock has been locked for 0.3 s by another program; `fuser "
 
     def enter() -> None:
         with turnstile:
@@ -97,6 +98,41 @@ def test_a_lock_that_a_stranger_holds_is_told_and_its_waiters_have_a_bound(tmp_p
         first.result(timeout=10)
         enter()
     turnstile.close()
+
+
+def test_a_command_gives_up_a_lock_that_a_stranger_holds(tmp_path: Path) -> None:
+    turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3, is_patient=lambda: False)
+    with held(tmp_path / "x.lock"), pytest.raises(DatabaseUnavailable, match="names the process that holds it"):
+        turnstile.__enter__()
+    with turnstile, (tmp_path / "x.lock").open("a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    turnstile.close()
+
+
+def test_a_command_waits_its_turn_behind_a_short_transaction(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    turnstile, entered = Turnstile(path, is_patient=lambda: False), threading.Event()
+
+    def enter() -> None:
+        with turnstile:
+            entered.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        with held(path):
+            done = pool.submit(enter)
+            assert not entered.wait(0.2)
+        done.result(timeout=10)
+    turnstile.close()
+
+
+def test_commands_are_impatient_and_workers_are_not(receiver: CommandLine) -> None:
+    assert receiver("migrate").code == 0
+    database = Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
+    assert isinstance(database.turnstile, Turnstile)
+    assert not database.turnstile._is_patient()
+    database.outages.is_on = True
+    assert database.turnstile._is_patient()
+    database.close()
 
 
 def test_check_names_files_that_others_may_read_or_write(receiver: CommandLine) -> None:
