@@ -13,18 +13,21 @@ from sqlalchemy import func, union_all
 from sqlmodel import Session, col, select
 
 from receiver.console.installation import Installation
-from receiver.console.words import short
+from receiver.console.words import seconds, short
 from storage.accounts import pauses
 from storage.bucket.availability import NO_ANSWER_YET, BucketAvailability
 from storage.operations import heartbeats, outbox
+from storage.operations.lists import REFUSED, waiting_files
 from storage.operations.measures import Measures, measure
 from storage.rows import tasks
-from storage.rows.models import Asset, Batch, Callback, Task
-from storage.states import AssetState, CallbackState, Step
+from storage.rows.models import Batch, Callback, Task
+from storage.states import Step
 
 # Every page needs these numbers. Ten consoles share one query.
 FRESH_SECONDS = 3.0
 STORE_SECONDS = 0.1  # a page waits so long for the bucket; the next one shows what came later
+# A store that has not answered for this long is called slow, also on the first page after the start.
+SLOW_SECONDS = 2.0
 # A batch of which no task has ended for this long counts as stopped.
 STILL = timedelta(minutes=30)
 SHOWN_BATCHES = 3
@@ -54,6 +57,7 @@ class Needs:
     def __init__(self, of: Installation) -> None:
         self._of = of
         self._store = BucketAvailability(of.bucket, max_wait_seconds=STORE_SECONDS)
+        self._store.state()  # begins to ask
         self._lock = threading.Lock()
         self._seen: tuple[float, Standing] | None = None
 
@@ -86,16 +90,19 @@ class Needs:
         for pause in pauses.every(session):
             values = {"account": pause.provider, "model": short(pause.model, 60), "said": short(pause.said)}
             yield Need("bad", "model" if pause.model else "account", "/console/tasks?state=created", values)
-        if (state := self._store.state()) not in ("ok", NO_ANSWER_YET):
+        state, waited = self._store.state(), self._store.unanswered_seconds()
+        if state not in ("ok", NO_ANSWER_YET):
             yield Need("bad", "store", "/console/archive", {"reason": short(state)})
+        elif waited > SLOW_SECONDS:
+            yield Need("wait", "slow", "/console/archive", {"time": seconds(waited)})
         if not workers:
             yield Need("bad", "workers", "/console/settings", {"due": found.due})
         if found.deadline_near:
-            yield Need("bad", "deadline", "/console/tasks?archive=archiving", {"n": found.deadline_near})
+            yield Need("bad", "deadline", "/console/tasks?files=expiring", {"n": found.deadline_near})
         if found.failed_assets:
-            yield Need("bad", "failed", "/console/tasks?archive=incomplete", {"n": found.failed_assets})
-        if count := _again(session):
-            yield Need("wait", "again", "/console/tasks?archive=archiving", {"n": count})
+            yield Need("bad", "failed", "/console/tasks?files=failed", {"n": found.failed_assets})
+        if count := session.execute(select(func.count()).select_from(waiting_files().subquery())).scalar_one():
+            yield Need("wait", "again", "/console/tasks?files=waiting", {"n": count})
         if found.overdue and workers:
             yield Need("wait", "overdue", "/console/tasks", {"n": found.overdue})
         if found.events_dead:
@@ -105,25 +112,18 @@ class Needs:
         if found.unmatched:
             yield Need("wait", "unmatched", "/console/deliveries?state=unmatched", {"n": found.unmatched})
         if count := _rejected(session):
-            yield Need("wait", "rejected", "/console/deliveries?state=rejected", {"n": count})
+            yield Need("wait", "rejected", "/console/deliveries?state=refused", {"n": count})
         if found.audit_faults:
             yield Need("bad", "audit", "/console/archive", {"n": found.audit_faults})
         for batch_id, name, open_tasks in _still(session):
             yield Need("wait", "batch", f"/console/batches/{batch_id}", {"name": short(name, 60), "n": open_tasks})
 
 
-def _again(session: Session) -> int:
-    """Files that failed and wait for their next try."""
-    waiting = (col(Asset.due_at).is_not(None), Asset.state == AssetState.DUE, col(Asset.error).is_not(None))
-    some = select(Asset.id).where(*waiting).limit(MANY).subquery()
-    return session.execute(select(func.count()).select_from(some)).scalar_one() or 0
-
-
 def _rejected(session: Session) -> int:
     """Deliveries that were refused within a day."""
     recent = col(Callback.received_at) > tasks.now(session) - timedelta(days=1)
     newest = select(Callback.state).where(recent).order_by(col(Callback.received_at).desc()).limit(MANY).subquery()
-    refused = newest.c.state.in_([CallbackState.REJECTED, CallbackState.UNREADABLE])
+    refused = newest.c.state.in_(REFUSED)
     return session.execute(select(func.count()).select_from(newest).where(refused)).scalar_one() or 0
 
 

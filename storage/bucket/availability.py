@@ -27,6 +27,7 @@ class BucketAvailability:
         self._lock = threading.Lock()
         self._checking: threading.Thread | None = None
         self._checked_at = float("-inf")
+        self._began_at = 0.0
         self._state = NO_ANSWER_YET
 
     def state(self) -> str:
@@ -35,10 +36,16 @@ class BucketAvailability:
             checking = self._checking
             if checking is None and time.monotonic() > self._checked_at + REFRESH_SECONDS:
                 checking = self._checking = threading.Thread(target=self._check, name="bucket-check", daemon=True)
+                self._began_at = time.monotonic()
                 checking.start()
         if checking is not None:
             checking.join(self._max_wait_seconds)
         return self._state
+
+    def unanswered_seconds(self) -> float:
+        """How long the check under way has waited for the bucket's answer; 0.0 = none is under way."""
+        with self._lock:
+            return time.monotonic() - self._began_at if self._checking is not None else 0.0
 
     def _check(self) -> None:
         try:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import func, literal_column, or_
+from sqlalchemy import func, literal_column, or_, union_all
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage.accounts import batches
+from storage.operations import deadlines
 from storage.rows import aliases, tasks
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
@@ -29,15 +30,22 @@ SCANNED = 10_000
 # What filters look at.
 WINDOW = ("id", "created_at", "state", "archive", "provider", "external_task_id")
 MAX_FIELD_CHARS = 200
+# What `files` of a filter asks for: given up, tried again later, about to be deleted at the provider.
+FILES = ("failed", "waiting", "expiring")
+# A delivery of which no report was taken.
+REFUSED = (CallbackState.REJECTED, CallbackState.UNREADABLE)
 
 
 @dataclass(frozen=True)
 class TaskFilter:
-    """What the address of a list asks for; an empty field asks for nothing. `q`: words in an id or in the prompt."""
+    """What the address of a list asks for; an empty field asks for nothing. `q`: words in an id or in the prompt.
+    `files`: one of `FILES`.
+    """
 
     q: str = ""
     state: str = ""
     archive: str = ""
+    files: str = ""
     provider: str = ""
     model: str = ""
     batch: str = ""
@@ -74,12 +82,20 @@ def _is_sane(words: str) -> bool:
 
 
 def newest_tasks(
-    session: Session, wanted: TaskFilter, before: str | None, limit: int = PAGE, *, kept: bool = False
+    session: Session,
+    wanted: TaskFilter,
+    before: str | None,
+    limit: int = PAGE,
+    *,
+    kept: bool = False,
+    lead_seconds: float = deadlines.LEAD_SECONDS,
 ) -> Page:
-    """One page of tasks. `before`: the cursor of the page before. `kept`: only tasks that may have archived files."""
+    """One page of tasks. `before`: the cursor of the page before. `kept`: only tasks that may have archived files.
+    `lead_seconds`: how close to their deletion files are expiring.
+    """
     asks_request = ("request",) if wanted.q or wanted.model else ()  # SQLite copies what a window holds
     found: Any = select(*(getattr(Task, name) for name in (*WINDOW, *asks_request)))
-    reach = _in_reach(session, wanted)
+    reach = _in_reach(session, wanted, lead_seconds)
     if reach is None:
         return Page()
     found = found.where(*reach, *_behind(Task.created_at, Task.id, _cursor(before, uuid.UUID)))
@@ -103,7 +119,7 @@ def newest_tasks(
     return page
 
 
-def _in_reach(session: Session, wanted: TaskFilter) -> list[Any] | None:
+def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list[Any] | None:
     """Conditions that an index answers; None when nothing can match."""
     conditions: list[Any] = []
     since, until = _day(wanted.since), _day(wanted.until)
@@ -116,7 +132,31 @@ def _in_reach(session: Session, wanted: TaskFilter) -> list[Any] | None:
         if batch is None:
             return None
         conditions.append(col(Task.batch_id) == batch.id)
+    # Literals: SQLite uses no partial index for a parameter.
+    if wanted.state == TaskState.FAILED:
+        conditions.append(col(Task.state) == literal_column(f"'{TaskState.FAILED}'"))
+    if wanted.archive == ArchiveState.INCOMPLETE:
+        conditions.append(col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'"))
+    if wanted.files in FILES:
+        conditions.append(col(Task.id).in_(_tasks_with_files(wanted.files, lead_seconds)))
     return conditions
+
+
+def _tasks_with_files(files: str, lead_seconds: float) -> Any:
+    """The ids of tasks for a filter's `files`, a bounded number by the index of each kind."""
+    if files == "expiring":
+        some = [select(Task.id).where(each).limit(SCANNED).subquery() for each in deadlines.near(lead_seconds)]
+        return union_all(*(select(each.c.id) for each in some))
+    if files == "waiting":
+        return select(waiting_files().subquery().c.task_id)
+    failed = col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")
+    return select(select(Asset.task_id).where(failed).limit(SCANNED).subquery().c.task_id)
+
+
+def waiting_files() -> Any:
+    """The tasks of files that failed and wait for their next try, one row a file."""
+    waiting = (col(Asset.due_at).is_not(None), Asset.state == AssetState.DUE, col(Asset.error).is_not(None))
+    return select(Asset.task_id).where(*waiting).limit(SCANNED)
 
 
 def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
@@ -167,7 +207,9 @@ def is_kept(asset: Asset) -> bool:
 
 @dataclass(frozen=True)
 class DeliveryFilter:
-    """`task`: the external id of the task that its token names. `cause`: words in the reason."""
+    """`state`: a state or `refused`. `task`: the external id of the task that its token names. `cause`: words in the
+    reason.
+    """
 
     state: str = ""
     provider: str = ""
@@ -227,6 +269,8 @@ def _deliveries_in_reach(session: Session, wanted: DeliveryFilter) -> list[Any]:
 
 def _delivery_conditions(columns: Any, wanted: DeliveryFilter) -> list[Any]:
     conditions = []
+    if wanted.state == "refused":
+        conditions.append(columns.state.in_(REFUSED))
     if wanted.state in list(CallbackState):
         conditions.append(columns.state == CallbackState(wanted.state))
     if wanted.provider:

@@ -32,7 +32,7 @@ class Deliveries:
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, visit.query.get("before"))
         return visit.page(
-            "deliveries.html", wanted=wanted, rows=page, states=list(CallbackState), kinds=DELIVERY_KINDS,
+            "deliveries.html", wanted=wanted, rows=page, states=["refused", *CallbackState], kinds=DELIVERY_KINDS,
             providers=self._of.providers,
         )  # fmt: skip
 

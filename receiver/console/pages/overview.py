@@ -35,17 +35,19 @@ class Overview:
         rate = total.lost / total.expected if total.expected else 0.0
         usd = total.units * self._of.usd_per_unit
         lost = "of" if total.lost else "none_lost" if total.expected else "none_expected"
-        p95 = t("figure.p95", value=seconds(span.p95))
+        each = size(total.bytes / total.pictures) if total.pictures else "–"
         shown = [
-            ("pictures", f"{total.pictures:,}", size(total.bytes), "pictures"),
-            ("latency", seconds(span.median), p95, "median"),
-            ("callbacks", f"{total.callbacks:,}", t("figure.expected", n=total.expected), "callbacks"),
-            ("lost", f"{rate:.1%}", t(f"figure.{lost}", n=total.lost, all=total.expected), "lost"),
-            ("failures", f"{total.failures:,}", t("figure.failures_help"), "failures"),
-            ("units", f"{total.units:,.0f}", f"{usd:,.2f} USD", "units"),
+            ("callbacks", f"{total.callbacks:,}", t("figure.expected", n=total.expected)),
+            ("pictures", f"{total.pictures:,}", t("figure.pictures_help")),
+            ("bytes", size(total.bytes), t("figure.bytes_help", value=each)),
+            ("failures", f"{total.failures:,}", t("figure.failures_help")),
+            ("median", seconds(span.median), t("figure.latency_help")),
+            ("p95", seconds(span.p95), t("figure.p95_help")),
+            ("lost", f"{rate:.1%}", t(f"figure.{lost}", n=total.lost, all=total.expected)),
+            ("units", f"{total.units:,.0f}", f"{usd:,.2f} USD"),
         ]
         return [
-            {"name": name, "value": value, "below": below, "bars": bars(span.series[series]),
-             "is_bad": series in ("lost", "failures"), "most": max(span.series[series], default=0)}
-            for name, value, below, series in shown
+            {"name": name, "value": value, "below": below, "bars": bars(span.series[name]),
+             "is_bad": name in ("lost", "failures")}
+            for name, value, below in shown
         ]  # fmt: skip

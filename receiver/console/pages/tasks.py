@@ -71,13 +71,14 @@ class Tasks:
         with self._of.database.read() as session:
             if found := lists.exact(session, wanted.q, self._of.providers):
                 return visit.redirect(path_of(found))
-            page = lists.newest_tasks(session, wanted, visit.query.get("before"))
+            lead, before = self._of.deadline_seconds, visit.query.get("before")
+            page = lists.newest_tasks(session, wanted, before, lead_seconds=lead)
             files = lists.files_of(session, page.rows)
             names = _batch_names(session, page.rows)
         return visit.page(
             "tasks.html", wanted=wanted, rows=page, files=files, batch_names=names, path_of=path_of,
             prompt_of=words.prompt_of, model_of=words.model_of, states=list(TaskState), archives=list(ArchiveState),
-            providers=self._of.providers, is_kept=lists.is_kept,
+            providers=self._of.providers, is_kept=lists.is_kept, files_of_filter=lists.FILES,
         )  # fmt: skip
 
     def show(self, visit: Visit) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import zipfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from receiver.app.wiring import Parts
 from receiver.console import needs, visit
 from receiver.console.access import COOKIE
 from receiver.console.words import ratio_class, relative, size
-from storage.operations import lists, thumbnails
+from storage.operations import lists, rollups, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
 from storage.operations.thumbnails import Thumbnails, shrink
@@ -135,22 +136,45 @@ def test_figures_add_up_what_ended_and_came(parts: Parts) -> None:
     with parts.database.write() as session:
         session.get_one(Task, tasks[0].id).units = "16"
         session.get_one(Task, tasks[1].id).units = "none"
-    rollups = Rollups(parts.database)
-    day = wait_until(lambda: (found := rollups.span(24)).whole and found, seconds=60)
+    counted = Rollups(parts.database)
+    day = wait_until(lambda: (found := counted.span(24)).whole and found, seconds=60)
     sizes = sum(asset.size or 0 for task in tasks for asset in assets_of(parts, task))
     assert (day.total.pictures, day.total.bytes, day.total.units, day.whole) == (4, sizes, 16.0, True)
     assert day.total.callbacks >= 1 and len(day.series["pictures"]) == 24 and day.series["pictures"][-1] == 4
-    rollups.close()
+    counted.close()
+
+
+def test_latencies_are_a_bounded_sample_with_the_ranks_of_all(parts: Parts) -> None:
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=2)
+    times = {"completed_at": hour, "end_called_back_at": hour, "step": None, "due_at": None}
+    for number in range(150):
+        insert_row(parts, archived_at=hour + timedelta(seconds=number), **times)
+    with parts.database.read() as session:
+        found = rollups.read_hour(session, hour).seconds
+        assert not scans(parts.database, lambda session: rollups.read_hour(session, hour))
+    assert len(found) == rollups.KEPT and found == tuple(sorted(found))
+    assert abs((rollups._rank(found, 0.5) or 0) - 75) <= 3 and abs((rollups._rank(found, 0.95) or 0) - 142) <= 3
+
+
+@pytest.mark.parametrize("span", ["24h", "30d"])
+def test_overview_has_eight_charts(parts: Parts, web: Web, span: str) -> None:
+    archive(parts, 2)
+    with Reader(web.url) as ann:
+        path = f"?span={span}"
+        page = wait_until(lambda: (seen := ann.page(path)) and "data-counting" not in seen and seen, seconds=90)
+    names = re.findall(r'aria-label="([^"]+) over time"', page)
+    assert len(names) == 8 and page.count("<rect") >= 4, names
+    assert all(each in page for each in ("Bytes archived", "p95", "USD", "Callbacks lost"))
 
 
 def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.operations.rollups.REST_SECONDS", 0.0)
     then = datetime.now(UTC) - timedelta(days=4)
     insert_row(parts, state=TaskState.FAILED, completed_at=then, step=None, due_at=None)
-    rollups = Rollups(parts.database)
-    days = wait_until(lambda: (found := rollups.span(6 * 24)).whole and found, seconds=60)
+    counted = Rollups(parts.database)
+    days = wait_until(lambda: (found := counted.span(6 * 24)).whole and found, seconds=60)
     assert days.total.failures == 1 and len(days.series["failures"]) == 6
-    rollups.close()
+    counted.close()
 
 
 def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

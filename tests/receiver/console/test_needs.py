@@ -1,0 +1,135 @@
+"""What needs a person: each kind once, with one sentence, one action, and a link that shows what it is about."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+import socket
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlmodel import select
+
+from receiver.app.console_parts import make_console
+from receiver.app.wiring import Parts
+from receiver.console import catalogue, needs
+from storage.accounts import pauses
+from storage.bucket.bucket import Bucket
+from storage.errors import AccountRefused, ModelRefused
+from storage.operations import heartbeats, lists, outbox
+from storage.operations.lists import TaskFilter, newest_tasks
+from storage.rows.models import Batch, Dispatch, Event, RollingAudit
+from storage.states import ArchiveState, AssetState, DispatchState, TaskState
+from tests.console_reader import Reader
+from tests.harness import wait_until
+from tests.pipeline import deliver, insert_row
+from tests.plans import scans
+from tests.rows import LONG_AGO, new_asset
+
+ITEM = re.compile(
+    r'<li class="(?:bad|wait)"><div><strong>(.*?)</strong>.*?<a class="button" href="([^"]*)">(.*?)</a></li>'
+)
+# What the page behind a need's link shows. `store` and `slow` have a test of their own.
+SHOWN = {
+    "account": "waits-for-money", "model": "waits-for-money", "workers": "No worker", "deadline": "soon-deleted",
+    "failed": "given-up", "again": "tried-again", "overdue": "soon-deleted", "dead": "answered 500",
+    "disabled": "old-sink", "unmatched": "nobody-has-this", "rejected": "JSON", "audit": "vanished-object",
+    "batch": "slow-batch",
+}  # fmt: skip
+
+
+def everything(parts: Parts) -> None:
+    """An installation in which everything went wrong that a person has to know of."""
+    now = parts.database.now()
+    archiving = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "step": None, "due_at": None}
+    insert_row(parts, external_task_id="waits-for-money", state=TaskState.CREATED)
+    soon = insert_row(parts, external_task_id="soon-deleted", files_expire_at=now + timedelta(minutes=5), **archiving)
+    again = insert_row(parts, external_task_id="tried-again", **archiving)
+    failed = insert_row(parts, external_task_id="given-up", **{**archiving, "archive": ArchiveState.INCOMPLETE})
+    deliver(parts, None, {"task_id": "nobody-has-this", "task_status": "succeed"})
+    deliver(parts, failed, b"<html>no JSON")
+    with parts.database.write() as session:
+        pauses.pause(session, "kling", "m", AccountRefused("refused", code=1102, said="top up"))
+        pauses.pause(session, "kling", "m1", ModelRefused("refused", code=1103, said="not yours"))
+        new_asset(session, soon, 0)
+        new_asset(session, again, 0, error="answered 503", due_at=now + timedelta(hours=1))
+        new_asset(session, failed, 0, state=AssetState.FAILED, error="broken", due_at=None)
+        outbox.disable(session, "old-sink", "answered 410")
+        told = session.exec(select(Event)).first()
+        assert told is not None
+        dead: dict[str, Any] = {"state": DispatchState.DEAD, "error": "answered 500", "created_at": now}
+        session.add(Dispatch(sink="client", event_id=told.id or 0, task_id=told.task_id, **dead))
+        finding = {"kind": "missing", "key": "vanished-object", "detail": "", "task": ""}
+        session.add(RollingAudit(name="archive", due_at=now, findings=[finding]))
+        batch = Batch(name="slow-batch", created_at=LONG_AGO)
+        session.add(batch)
+        session.flush()
+        batch_id = batch.id
+    insert_row(parts, batch_id=batch_id, created_at=LONG_AGO)
+
+
+def items(ann: Reader) -> dict[str, tuple[str, str]]:
+    """(link, action) of each need on the overview, by its sentence."""
+    found = ITEM.findall(ann.page("").replace("\n", ""))
+    return {html.unescape(said): (html.unescape(link), action) for said, link, action in found}
+
+
+def pattern(key: str) -> re.Pattern[str]:
+    return re.compile("|".join(re.sub(r"\\{\w+\\}", ".*", re.escape(each)) for each in TEXTS[f"need.{key}"].split("|")))
+
+
+TEXTS = catalogue.TEXTS["en"]
+KEYS = [key.split(".")[1] for key in TEXTS if key.startswith("need.") and key.count(".") == 1]
+
+
+def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader) -> None:
+    everything(parts)
+    found = wait_until(lambda: (seen := items(ann)) and len(seen) >= 12 and seen)
+    heartbeats.register(parts.database, 1)
+    found |= wait_until(
+        lambda: (seen := items(ann)) and any(pattern("overdue").fullmatch(said) for said in seen) and seen
+    )
+    for key in SHOWN:
+        [(link, action)] = [value for said, value in found.items() if pattern(key).fullmatch(said)]
+        assert action, key
+        if key != "workers":  # one is alive by now
+            assert SHOWN[key] in ann.page(link.removeprefix("/console")), (key, link)
+    assert set(KEYS) == {*SHOWN, "store", "slow"}
+
+
+def test_files_of_a_need_are_found_by_an_index(parts: Parts) -> None:
+    everything(parts)
+    for files, name in (("expiring", "soon-deleted"), ("waiting", "tried-again"), ("failed", "given-up")):
+        wanted = TaskFilter(files=files)
+        with parts.database.read() as session:
+            assert name in {task.external_task_id for task in newest_tasks(session, wanted, None).rows}
+        assert not scans(parts.database, lambda session, wanted=wanted: newest_tasks(session, wanted, None))
+
+
+def test_an_old_failure_is_found_behind_more_tasks_than_a_page_looks_through(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "SCANNED", 2)
+    insert_row(parts, external_task_id="old", state=TaskState.FAILED, archive=ArchiveState.INCOMPLETE)
+    for number in range(4):
+        insert_row(parts, created_at=LONG_AGO + timedelta(days=number + 1))
+    with parts.database.read() as session:
+        for wanted in (TaskFilter(state="failed"), TaskFilter(archive="incomplete")):
+            assert [task.external_task_id for task in newest_tasks(session, wanted, None).rows] == ["old"]
+
+
+@pytest.mark.parametrize(("does", "key"), [("refuses", "store"), ("hangs", "slow")])
+def test_a_store_that_is_slow_or_away_is_said_on_the_first_page(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, does: str, key: str
+) -> None:
+    monkeypatch.setattr(needs, "SLOW_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if does == "refuses":
+            server.close()
+        elsewhere = Bucket("none", endpoint_url=f"http://127.0.0.1:{port}", keys=("key", "secret"))
+        seen = needs.Needs(dataclasses.replace(make_console(parts)._of, bucket=elsewhere))
+        wait_until(lambda: seen._store.unanswered_seconds() > 0.3 or seen._store.state() not in ("ok", "no answer yet"))
+        assert key in [each.key for each in seen.now().needs]
