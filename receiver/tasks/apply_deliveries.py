@@ -8,7 +8,7 @@ import uuid
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -94,7 +94,7 @@ class Verdict:
 
     state: CallbackState
     reason: str | None = None
-    event: EventName | None = None
+    external_task_id: str | None = None  # of the task of a delivery whose token names none
 
 
 class DeliveryApplier:
@@ -188,6 +188,8 @@ class DeliveryApplier:
         if verdict.state is CallbackState.UNMATCHED and isinstance(parsed, Report):
             values |= {"external_task_id": parsed.external_task_id, "provider_task_id": parsed.provider_task_id}
             due_in = LOOK_AGAIN_SECONDS if row.attempts < LOOKS else None
+        elif row.task_id is None:
+            values |= {"external_task_id": verdict.external_task_id, "provider_task_id": None}
         claims.settle(session, row, due_in=due_in, **values)
 
     def _parse(self, row: Callback) -> Report | str:
@@ -213,8 +215,10 @@ class DeliveryApplier:
             return Verdict(CallbackState.UNMATCHED, "no task of ours has this id")
         if contradiction := _contradiction(session, task, parsed):
             record(session, EventName.CALLBACK_REJECTED, task.id, {"callback": row.id, "reason": contradiction})
-            return Verdict(CallbackState.REJECTED, contradiction)
-        return self._believe_or_ask(session, row, task, parsed)
+            verdict = Verdict(CallbackState.REJECTED, contradiction)
+        else:
+            verdict = self._believe_or_ask(session, row, task, parsed)
+        return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
         """Read the task, because something happened to it that we cannot read."""

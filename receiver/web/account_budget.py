@@ -1,9 +1,12 @@
-"""How much is kept of deliveries at the account's URL that match no task: whoever knows it may send any number."""
+"""How much is kept of deliveries at the account's URL: whoever knows it may send any number, for any task or none."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -12,40 +15,85 @@ from sqlmodel import Session, col, select
 
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
-from storage.rows.models import Callback
+from storage.rows.deliveries import Delivery
+from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 
 # A console's own tests, and tasks that are made elsewhere, bring some a day; `receiver prune` makes room.
 MAX_ROWS, MAX_BYTES = 10_000, 64 * 2**20
+# An honest task has three or four. Each is confirmed by a read, and so many reads of a task are made for deliveries.
+MAX_OF_TASK = 20
 # The rows are counted so often at most; what is stored in between is added up here.
 COUNT_SECONDS = 10.0
+REMEMBERED_TASKS = 10_000
 
 
-class Strangers:
-    """Rows and bytes that match no task, as of some seconds ago. Used in one event loop."""
+class AccountFull(Exception):
+    """The account's URL keeps all it may of what matches no task, or of this task. `is_task`: which of the two."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, *, is_task: bool) -> None:
+        super().__init__(is_task)
+        self.is_task = is_task
+
+
+class AccountBudget:
+    """Used in one event loop. `find`: the task of ours that a delivery's body names."""
+
+    def __init__(self, database: Database, find: Callable[[Session, Delivery], uuid.UUID | None]) -> None:
         self._database = database
+        self._find = find
         self._rows = self._bytes = 0
         self._counted_at = float("-inf")
         self._counting = asyncio.Lock()
         self._thread = CapacityLimiter(1)
+        self._of_task: dict[uuid.UUID, int] = {}
+        self._guard = threading.Lock()  # of those counts
 
-    async def have_room(self) -> bool:
-        """Whether another delivery may be stored. Where the rows cannot be counted, storing it tells."""
+    async def take(self, delivery: Delivery) -> uuid.UUID | None:
+        """Take a place for a delivery. Returns its task. Raises AccountFull.
+
+        Where the rows cannot be counted there is room: storing it tells.
+        """
+        try:
+            task_id = await to_thread.run_sync(self._take_of_task, delivery, limiter=self._thread)
+            if task_id is None and not await self._have_room():
+                raise AccountFull(is_task=False)
+        except DatabaseUnavailable:
+            return None
+        return task_id
+
+    def settle(self, delivery: Delivery, task_id: uuid.UUID | None, *, is_new: bool) -> None:
+        """Say what became of a delivery that had a place. One that names no task yet may still match one."""
+        if task_id is None and is_new:
+            self._rows += 1
+            self._bytes += len(delivery.body)
+        if task_id is not None and not is_new:
+            with self._guard:
+                self._of_task[task_id] = self._of_task.get(task_id, 1) - 1
+
+    def _take_of_task(self, delivery: Delivery) -> uuid.UUID | None:
+        with self._database.read() as session:
+            if (task_id := self._find(session, delivery)) is None:
+                return None
+            before = self._of_task.get(task_id)
+            counted = count_of_task(session, task_id) if before is None else before
+            with self._guard:
+                kept = self._of_task.setdefault(task_id, counted)
+                is_full = kept >= MAX_OF_TASK
+                self._of_task[task_id] = kept if is_full else kept + 1
+                while len(self._of_task) > REMEMBERED_TASKS:
+                    self._of_task.pop(next(iter(self._of_task)))
+            known = select(Callback.id).where(Callback.delivery_key == delivery.key)
+            if is_full and session.exec(known).first() is None:
+                raise AccountFull(is_task=True)
+        return None if is_full else task_id
+
+    async def _have_room(self) -> bool:
         async with self._counting:
             if time.monotonic() >= self._counted_at + COUNT_SECONDS:
-                try:
-                    self._rows, self._bytes = await to_thread.run_sync(self._count, limiter=self._thread)
-                except DatabaseUnavailable:
-                    return True
+                self._rows, self._bytes = await to_thread.run_sync(self._count, limiter=self._thread)
                 self._counted_at = time.monotonic()
         return self._rows < MAX_ROWS and self._bytes < MAX_BYTES
-
-    def add(self, size: int) -> None:
-        """Another one of so many bytes was stored; it may yet match a task."""
-        self._rows += 1
-        self._bytes += size
 
     def _count(self) -> tuple[int, int]:
         with self._database.read() as session:
@@ -58,3 +106,10 @@ def count(session: Session) -> tuple[int, int]:
     mine = (col(Callback.task_id).is_(None), col(Callback.state) != applied)
     rows, size = session.exec(select(func.count(), func.sum(func.length(Callback.body))).where(*mine)).one()
     return rows, int(size or 0)
+
+
+def count_of_task(session: Session, task_id: uuid.UUID) -> int:
+    """Rows of deliveries at the account's URL that were found to be about this task."""
+    name = session.exec(select(Task.external_task_id).where(Task.id == task_id)).first()
+    mine = (col(Callback.task_id).is_(None), Callback.external_task_id == name)
+    return session.exec(select(func.count()).select_from(Callback).where(*mine)).one()

@@ -1,7 +1,7 @@
 """`POST /callbacks/{provider}/{token}`: check the token, read the body within bounds, commit it, then answer 200.
 
 404 bad token (no body read, no query) · 408 body slower than 10 s · 413 over 256 KiB, or over 64 KiB at the account's
-URL · 401 bad signature (kept) · 429 the task has all the deliveries it may keep: it is read instead, and a proxy does
+URL · 401 bad signature (kept) · 429 the task, or the account's URL, has all the deliveries it may keep; a proxy does
 not repeat it · 503 we could not store it in time · 200 committed, whatever it says. Never 4xx for our own fault.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,12 +27,13 @@ from starlette.types import Message, Receive, Scope, Send
 from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
-from receiver.web.account_budget import Strangers
+from receiver.tasks import apply_deliveries
+from receiver.web.account_budget import MAX_OF_TASK, AccountBudget, AccountFull
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, ReportUnreadable
 from storage.rows import reports, tasks
 from storage.rows.deliveries import Delivery, store
 from storage.rows.events import EventName, record
@@ -109,7 +111,7 @@ class Callbacks:
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
         self._refused = _Refused()
-        self._strangers = Strangers(database)
+        self._account = AccountBudget(database, self._find)
         self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,12 +153,33 @@ class Callbacks:
                 headers[SIGNATURE_HEADER] = signature[:MAX_SIGNATURE_CHARACTERS]
             return await self._refuse(provider, named, headers, body, str(error))
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
-        return await self._store(delivery)
+        done = await (self._store(delivery) if named.task_id else self._store_at_account(delivery))
+        return done if isinstance(done, Response) else None
 
-    async def _store(self, delivery: Delivery) -> Response | None:
-        """None: it is stored. Else why not."""
-        if delivery.task_id is None and not await self._strangers.have_room():
-            return _answer(503, "the account's address holds all it may of what matches no task", "account_full")
+    async def _store_at_account(self, delivery: Delivery) -> Response | Intake:
+        """What is full is answered 429: the shipped Traefik repeats a 503 at once, which makes no room."""
+        try:
+            task_id = await self._account.take(delivery)
+        except AccountFull as full:
+            words = f"{MAX_OF_TASK} deliveries of this task" if full.is_task else "all it may of what matches no task"
+            outcome, seconds = "task_full" if full.is_task else "account_full", str(FULL_RETRY_AFTER_SECONDS)
+            return _answer(429, f"the account's address holds {words}", outcome, {"Retry-After": seconds})
+        done: Response | Intake | None = None
+        try:
+            done = await self._store(delivery)
+        finally:
+            self._account.settle(delivery, task_id, is_new=done is Intake.NEW)
+        return done
+
+    def _find(self, session: Session, delivery: Delivery) -> uuid.UUID | None:
+        with suppress(ReportUnreadable):
+            report = self._providers[delivery.provider].parse(delivery.body)
+            ids = report.external_task_id, report.provider_task_id
+            return apply_deliveries.find(session, delivery.provider, *ids)
+        return None
+
+    async def _store(self, delivery: Delivery) -> Response | Intake:
+        """Store it, or say why not."""
         try:
             with self._commits.within(COMMIT_SECONDS):
                 intake = await self._group_commit.commit(delivery)
@@ -177,10 +200,8 @@ class Callbacks:
             return _answer(503, "could not be stored, try again", "bug")
         if self.fault is not None and len(delivery.body) >= self.fault.body_bytes:
             self.fault = None
-        if delivery.task_id is None and intake is Intake.NEW:
-            self._strangers.add(len(delivery.body))
         _counter("new" if intake is Intake.NEW else "duplicate").inc()
-        return None
+        return intake
 
     def _away(self, delivery: Delivery, error: DatabaseUnavailable) -> Response:
         """The database has logged it, once."""

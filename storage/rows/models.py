@@ -121,7 +121,8 @@ class TaskAlias(SQLModel, table=True):
 class Callback(Claimable, table=True):
     """One raw delivery. `task_id`: the task that its token names; this database may have no row for it.
 
-    `external_task_id`, `provider_task_id`: the ids in the body of an unmatched delivery, to find its task later.
+    `external_task_id`, `provider_task_id`: the ids in the body of an unmatched delivery, to find its task later. Of a
+    matched one at the account's URL, whose token names no task, `external_task_id` is its task's.
     """
 
     __tablename__: ClassVar[str] = "callback"
@@ -132,6 +133,7 @@ class Callback(Claimable, table=True):
         Index("callback_task", "task_id"),
         Index("callback_newest", "received_at"),
         partial_index("callback_of_nobody", "task_id IS NULL AND state <> 'applied'", "received_at"),
+        partial_index("callback_at_account", "task_id IS NULL", "external_task_id"),
     )
 
     id: int | None = Field(default=None, sa_column=Column(BigId, primary_key=True))

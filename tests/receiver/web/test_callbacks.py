@@ -23,10 +23,12 @@ from receiver.base.tokens import ASSET_PURPOSE, Tokens
 from receiver.web import account_budget, callbacks
 from storage.operations import heartbeats
 from storage.rows import group_commit
+from storage.rows.deliveries import Delivery
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Step, TaskState
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, insert_row, run, task_of
+from tests.plans import plans, scans
 from tests.postgres import Postgres
 from tests.rows import event_names
 
@@ -274,10 +276,52 @@ def test_what_matches_no_task_has_a_budget_of_its_own(
     bodies = [b'{"task_id": "%d", "task_status": "processing"}' % number for number in range(5)]
     monkeypatch.setattr(account_budget, limit, 2 if limit == "MAX_ROWS" else 2 * len(bodies[0]))
     path = f"/callbacks/kling/{web.account_token}"
-    assert [post(web, path, body).status_code for body in bodies] == [200, 200, 503, 503, 503]
+    assert [post(web, path, body).status_code for body in bodies] == [200, 200, 429, 429, 429]
     assert post(web, path_of(parts, insert_row(parts)), BODY).status_code == 200, "a task's own URL goes on"
     with parts.database.read() as session:
         assert account_budget.count(session) == (2, len(bodies[0]) * 2)
+
+
+def about(task: Task, number: int) -> bytes:
+    told = {"task_id": "901", "task_status": "succeed", "n": number}
+    return json.dumps(told | {"task_info": {"external_task_id": task.external_task_id}}).encode()
+
+
+def test_the_accounts_url_keeps_twenty_deliveries_of_a_task(web: Web, parts: Parts) -> None:
+    """Neither the database's size nor a restart of the web server makes room."""
+    (task, other), path = [insert_row(parts) for _ in range(2)], f"/callbacks/kling/{web.account_token}"
+    codes = [post(web, path, about(task, number)).status_code for number in range(23)]
+    assert codes == [200] * 20 + [429] * 3
+    answer = post(web, path, about(task, 99))
+    assert (answer.headers["retry-after"], "20 deliveries of this task" in answer.json()["error"]) == ("3600", True)
+    assert post(web, path, about(task, 0)).status_code == 200, "this one is kept"
+    assert post(web, path, about(other, 0)).status_code == 200
+    run(parts, "callbacks")
+    assert task_of(parts, task.external_task_id).callback_reads <= 20
+    with parts.database.read() as session:
+        assert account_budget.count_of_task(session, task.id) == 20
+    again = account_budget.AccountBudget(parts.database, lambda _session, _delivery: task.id)
+    with pytest.raises(account_budget.AccountFull):
+        again._take_of_task(Delivery("kling", "push", None, b"{}"))
+
+
+def test_deliveries_of_a_task_at_the_account_are_counted_by_an_index(parts: Parts) -> None:
+    task = insert_row(parts)
+    assert not scans(parts.database, lambda session: account_budget.count_of_task(session, task.id))
+    assert "callback_at_account" in plans(
+        parts.database, lambda session: account_budget.count_of_task(session, task.id)
+    )
+
+
+def test_a_delivery_at_the_account_that_is_not_stored_takes_no_place(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, path = insert_row(parts), f"/callbacks/kling/{web.account_token}"
+    monkeypatch.setattr(group_commit, "MAX_WAITING", 0)
+    assert {post(web, path, about(task, number)).status_code for number in range(21)} == {503}
+    monkeypatch.undo()
+    assert {post(web, path, about(task, 0)).status_code for _ in range(21)} == {200}
+    assert post(web, path, about(task, 1)).status_code == 200
 
 
 @ON_SQLITE
