@@ -73,7 +73,7 @@ def retry(
     Tasks that failed at the provider are only read again. With --as they alone are submitted, as new tasks that are
     paid for again; --dry-run prints their price. Dismissed tasks are left alone.
     """
-    with opened(allow_http) as parts:
+    with opened(allow_http, asks_provider=True) as parts:
         if as_new is not None:
             _submit_again(parts, name, as_new, dry_run=dry_run, as_json=as_json)
             return
@@ -192,7 +192,7 @@ def _name_of(file: str) -> str:
 def _parts_of(allow_http: bool, store: Path | None, *, dry_run: bool) -> Iterator[Parts]:
     """The parts of any command that makes rows. A dry run neither makes nor needs a database."""
     if not dry_run:
-        with opened(allow_http, migrate=True, store=store) as parts:
+        with opened(allow_http, migrate=True, store=store, asks_provider=True) as parts:
             yield parts
         return
     from receiver.app import process

@@ -20,20 +20,22 @@ def opened(
     quiet: bool = True,
     store: Path | None = None,
     starts_store: bool = False,
+    asks_provider: bool = False,
     **settings: Any,
 ) -> Iterator[Parts]:
     """The parts for a command, closed at its end.
 
     `migrate`: the command makes rows, so it may create the schema if the settings allow it; otherwise nothing is
     created. `ready`: check the schema first. `quiet`: log only warnings. `store`: the folder of a local store;
-    `starts_store`: the command needs it running. `settings`: values from the command's options.
+    `starts_store`: the command needs it running. `asks_provider`: say which `.env` decided where the key goes.
+    `settings`: values from the command's options.
     """
     from pydantic import SecretStr
 
     from receiver.app import process
     from receiver.app.database_faults import explained
     from receiver.app.wiring import Parts
-    from receiver.base import config, telemetry
+    from receiver.base import config, env_file, telemetry
     from receiver.cli.terminal import say
     from receiver.local_store import serve_store
 
@@ -45,6 +47,8 @@ def opened(
         key = SecretStr(f"me={serve_store.console_key(chosen.store)}")
         chosen = chosen.model_copy(update={"console_keys": (key,)})
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
+    if asks_provider and (path := env_file.find()):
+        say(f"settings: {path} was read", err=True)
     if warning := serve_store.other_database(chosen):
         say(f"warning: {warning}", err=True)
     with serve_store.running(chosen) if starts_store else nullcontext():

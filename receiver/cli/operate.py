@@ -115,7 +115,7 @@ def reconcile(
     allow_http: AllowHttp = False,
 ) -> None:
     """Read tasks at the provider now, without waiting for their next read."""
-    with opened(allow_http) as parts:
+    with opened(allow_http, asks_provider=True) as parts:
         operator = _operator(parts, dry_run)
         tally, reads = operator.reconcile(external_task_id or ())
         if wait and not dry_run:
@@ -150,7 +150,10 @@ def adopt(
 
     from receiver.tasks.adopt import Adopter
 
-    with opened(allow_http, migrate=not dry_run) as parts, Console(stderr=True).status("asking the provider"):
+    with (
+        opened(allow_http, migrate=not dry_run, asks_provider=True) as parts,
+        Console(stderr=True).status("asking the provider"),
+    ):
         adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)
         tally = adopter.take(task) if task else adopter.take_listed(timedelta(days=listed_days or 0))
     _answer(tally, dry_run, as_json, NO_LISTED)

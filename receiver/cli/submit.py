@@ -90,7 +90,7 @@ def submit(
         return
     if name or format or dry_run or prices or report:
         raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
-    with opened(allow_http, migrate=True, store=store) as parts:
+    with opened(allow_http, migrate=True, store=store, asks_provider=True) as parts:
         task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
         try:
             _answer(parts, task, wait=wait, as_json=as_json)

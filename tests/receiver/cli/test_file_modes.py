@@ -177,6 +177,20 @@ def test_a_worker_says_which_env_file_it_read(receiver: CommandLine) -> None:
     assert "settings.read" in done.err and f"{receiver.folder}/.env" in done.err
 
 
+@pytest.mark.parametrize("words", [ASK, ("reconcile",), ("adopt", "none"), ("submit", "--batch", "wishes.csv")])
+def test_commands_that_ask_the_provider_say_which_env_file_they_read(
+    receiver: CommandLine, words: tuple[str, ...]
+) -> None:
+    assert receiver("migrate").code == 0
+    (receiver.folder / "wishes.csv").write_text("model_name,prompt\nkling-image-o1,a boat\n")
+    (receiver.folder / ".env").write_text("")
+    (receiver.folder / ".env").chmod(0o600)
+    said = f"settings: {receiver.folder}/.env was read"
+    assert said in receiver(*words).err.splitlines()
+    (receiver.folder / ".env").unlink()
+    assert said not in receiver(*words).err
+
+
 def test_an_env_file_that_is_anothers_symlink_is_refused(receiver: CommandLine) -> None:
     (receiver.folder / "other").write_text("RECEIVER_S3_BUCKET=mine\n")
     (receiver.folder / "other").chmod(0o600)
