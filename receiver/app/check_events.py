@@ -13,6 +13,7 @@ from receiver.events.dispatcher import Unsure
 from receiver.events.make import make
 from receiver.providers.base import plain
 from storage.errors import GiveUp, Retry
+from storage.fetch.addresses import host_of
 
 # By kind of sink: what to do when it cannot be reached.
 SINK_ADVICE = {
@@ -52,6 +53,16 @@ def proxies(settings: Settings) -> Iterator[Result]:
         line = f"{', '.join(names)} of the environment: used for bucket and SQS, ignored for provider, files, webhooks"
         advice = "" if settings.egress_proxy else "set RECEIVER_EGRESS_PROXY if they are reached through a proxy alone"
         yield Result("proxy", Status.NOTE, line, advice)
+
+
+def callbacks(settings: Settings) -> Iterator[Result]:
+    """Whether clients may be called back where RECEIVER_PRIVATE_CALLBACK_HOSTS says so."""
+    refused = settings.callback_policy.sinks
+    for host in settings.private_callback_hosts:
+        if host_of(f"http://{host}") in refused:
+            line = f"{host} is a host that events go to: clients are never called back there, on no port"
+            advice = "take it from the list, or give the receiver of events another host name"
+            yield Result("RECEIVER_PRIVATE_CALLBACK_HOSTS", Status.FAULT, line, advice)
 
 
 def gateway(settings: Settings) -> Iterator[Result]:

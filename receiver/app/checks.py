@@ -91,6 +91,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         *clock(parts),
         *callbacks(parts),
         *check_events.gateway(settings),
+        *check_events.callbacks(settings),
         *check_events.proxies(settings),
     ]
     results += [*own, *check_secrecy.weak_secrets(settings)]

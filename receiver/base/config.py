@@ -37,7 +37,7 @@ from receiver.base.setting_types import (
 )
 from storage.bucket.put_options import PutOptions, parse_tags
 from storage.errors import UserError
-from storage.fetch.addresses import AddressPolicy, endpoint
+from storage.fetch.addresses import AddressPolicy, host_of
 
 PREFIX = setting_faults.PREFIX
 # Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
@@ -168,12 +168,12 @@ class Settings(BaseSettings):
 
     @property
     def callback_policy(self) -> AddressPolicy:
-        """Where clients of the gateway may be called back: nowhere that our own events go."""
-        posted = (entry.url for entry in self.event_entries if entry.kind == "webhook" or entry.url.startswith("http:"))
+        """Where clients of the gateway may be called back: at no host that our own events go to, whatever the port."""
+        dialled = (entry.url for entry in self.event_entries if entry.kind in ("webhook", "sqs"))
         return AddressPolicy(
             private_hosts=private_pairs(self.private_callback_hosts),
             private_setting=f"{PREFIX}PRIVATE_CALLBACK_HOSTS",
-            sinks=frozenset(map(endpoint, posted)),
+            sinks=frozenset(map(host_of, dialled)),
         )
 
     @property

@@ -174,13 +174,13 @@ class AddressPolicy:
     `result_hosts`: empty = any public https host, else a host must equal one of these or be a subdomain of one.
     `private_hosts`: (host, port) pairs that may use plain http, another port than 443, or a private address; hosts in
     lower case, IPv6 without brackets. They need not be in `result_hosts`. `private_setting`: the name of that setting
-    in error messages. `sinks`: (host, port) pairs that are refused, because our own events go there.
+    in error messages. `sinks`: hosts, as `host_of` gives them, that are refused because our own events go there.
     """
 
     result_hosts: tuple[str, ...] = ()
     private_hosts: frozenset[tuple[str, int]] = frozenset()
     private_setting: str = "RECEIVER_PRIVATE_RESULT_HOSTS"
-    sinks: frozenset[tuple[str, int]] = frozenset()
+    sinks: frozenset[str] = frozenset()
 
     def allows(self, host: str) -> bool:
         if not self.result_hosts:
@@ -190,6 +190,8 @@ class AddressPolicy:
 
     def refuses(self, address: Address, host: str, port: int) -> str | None:
         """Why `address`, to which `host` resolves, must not be dialled on `port`; None = it may."""
+        if self.sinks and _one_spelling(str(address)) in self.sinks:
+            return "events go there"
         return forbidden_even_listed(address) if (host, port) in self.private_hosts else forbidden(address)
 
 
@@ -227,7 +229,7 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     """
     scheme, given, path = _split(url)
     host, port = _host_and_port(scheme, given)
-    if (host, port) in policy.sinks:
+    if policy.sinks and _one_spelling(host) in policy.sinks:
         raise FetchRefused(f"{host} is where events go")
     private = (host, port) in policy.private_hosts
     if not private:
@@ -252,10 +254,19 @@ def tidy(url: str) -> str:
     return url
 
 
-def endpoint(url: str) -> tuple[str, int]:
-    """Host and port of a URL, in the form that `AddressPolicy` lists them. Raises `FetchRefused`."""
+def host_of(url: str) -> str:
+    """The host of a URL, in the one spelling in which `AddressPolicy.sinks` lists it. Raises `FetchRefused`."""
     scheme, authority, _ = _split(url)
-    return _host_and_port(scheme, authority)
+    return _one_spelling(_host_and_port(scheme, authority)[0])
+
+
+def _one_spelling(host: str) -> str:
+    """`localhost` for this machine under any of its own names, and the IPv4 address for an IPv6 one that holds it."""
+    address = _literal(host)
+    if address is None:
+        return "localhost" if host.endswith(".localhost") else host
+    address = hidden_ipv4(address) or address
+    return "localhost" if address.is_loopback or address.is_unspecified else str(address)
 
 
 def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
