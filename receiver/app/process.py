@@ -23,6 +23,7 @@ import uvicorn
 
 from receiver.app import database_faults
 from receiver.app.wiring import Parts
+from receiver.base.collector import collector_paused
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
 from storage.database import checkpoints
 from storage.database.sessions import Database
@@ -214,10 +215,12 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     if settings.store:
         environment["RECEIVER_STORE"] = str(settings.store.absolute())
     supervisor = Supervisor(settings.workers, grace_seconds=settings.grace_seconds, environment=environment)
-    server = _Server(web_config(parts.web(), settings.host, settings.port), on_listening, supervisor.announce_end)
+    with collector_paused():
+        web = parts.web()
+    server = _Server(web_config(web, settings.host, settings.port), on_listening, supervisor.announce_end)
     supervisor.start()
     # What is imported stays: looking through it again and again held every answer up for 100 to 400 ms a time.
-    gc.collect()
+    # Collecting first would take 0.12 s and free 1,300 of 135,000 objects.
     gc.freeze()
     try:
         with checkpoints.beside(parts.database):

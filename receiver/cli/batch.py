@@ -195,9 +195,9 @@ def _parts_of(allow_http: bool, store: Path | None, *, dry_run: bool) -> Iterato
         with opened(allow_http, migrate=True, store=store, asks_provider=True) as parts:
             yield parts
         return
-    from receiver.app import process
-
     with opened(allow_http, ready=False, store=store) as parts:
+        from receiver.app import process
+
         if not _is_missing(parts):
             process.ready_schema(parts.database, migrate=False)
         yield parts

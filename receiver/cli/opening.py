@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from receiver.base.collector import collector_paused
+
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
 
@@ -30,14 +32,15 @@ def opened(
     `starts_store`: the command needs it running. `asks_provider`: say which `.env` decided where the key goes.
     `settings`: values from the command's options.
     """
-    from pydantic import SecretStr
+    with collector_paused():
+        from pydantic import SecretStr
 
-    from receiver.app import process
-    from receiver.app.database_faults import explained
-    from receiver.app.wiring import Parts
-    from receiver.base import config, env_file, telemetry
-    from receiver.cli.terminal import say
-    from receiver.local_store import serve_store
+        from receiver.app import process
+        from receiver.app.database_faults import explained
+        from receiver.app.wiring import Parts
+        from receiver.base import config, env_file, telemetry
+        from receiver.cli.terminal import say
+        from receiver.local_store import serve_store
 
     try:
         chosen = config.load(allow_http=allow_http or None, store=store, **settings)
@@ -52,7 +55,8 @@ def opened(
     if warning := serve_store.other_database(chosen):
         say(f"warning: {warning}", err=True)
     with serve_store.running(chosen) if starts_store else nullcontext():
-        parts = Parts(chosen)
+        with collector_paused():
+            parts = Parts(chosen)
         try:
             with explained(parts.database):
                 if ready:

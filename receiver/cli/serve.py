@@ -28,9 +28,9 @@ def serve(
     allow_http: AllowHttp = False,
 ) -> None:
     """Receive callbacks and archive their pictures: the web server and its worker processes."""
-    from receiver.app import process
-
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=True, host=host, port=port) as parts:
+        from receiver.app import process
+
         _name_settings(parts.settings)
         if parts.settings.store:
             _name_console(parts.settings)
@@ -44,9 +44,9 @@ def work(
     allow_http: AllowHttp = False,
 ) -> None:
     """Run one worker process: applies deliveries, sends and reads tasks, archives pictures."""
-    from receiver.app import process
-
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
+        from receiver.app import process
+
         if not supervised:  # its `receiver serve` has said it
             _name_settings(parts.settings)
         if once:
