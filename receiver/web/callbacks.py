@@ -219,10 +219,11 @@ class Callbacks:
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
         try:
-            is_kept = self._refused.may(named.task_id) and await to_thread.run_sync(
+            is_kept = self._refused.take(named.task_id) and await to_thread.run_sync(
                 self._keep_refused, delivery, limiter=self._threads
             )
         except DatabaseUnavailable as error:
+            self._refused.give_back(named.task_id)
             return self._away(delivery, error)
         if not is_kept and self._may_say.now(named.task_id):
             task_id = str(named.task_id) if named.task_id else None
@@ -257,26 +258,38 @@ class Callbacks:
 class _Refused:
     """Which tasks may have another refused delivery looked at: so many in this process, until the rows say no.
 
-    At the account's URL, where the window of what is kept moves on, the rows are asked again after a while.
+    At the account's URL, where the window of what is kept moves on, the rows are asked again after a while, one at a
+    time.
     """
 
     def __init__(self) -> None:
         self._counts: dict[uuid.UUID | None, int] = {}
         self._look_at = 0.0
 
-    def may(self, task_id: uuid.UUID | None) -> bool:
+    def take(self, task_id: uuid.UUID | None) -> bool:
+        """Whether one more may be; it counts from now on, so that those that come at once are as many."""
         if task_id is None:
-            return time.monotonic() >= self._look_at
-        return self._counts.get(task_id, 0) < MAX_REJECTED_PER_TASK
+            is_time = time.monotonic() >= self._look_at
+            self._look_at = time.monotonic() + LOOK_AGAIN_SECONDS if is_time else self._look_at
+            return is_time
+        count = self._counts.pop(task_id, 0)
+        while len(self._counts) >= REMEMBERED_TASKS:
+            self._counts.pop(next(iter(self._counts)))
+        self._counts[task_id] = min(count + 1, MAX_REJECTED_PER_TASK)
+        return count < MAX_REJECTED_PER_TASK
+
+    def give_back(self, task_id: uuid.UUID | None) -> None:
+        """It could not be looked at."""
+        if task_id is None:
+            self._look_at = 0.0
+        elif task_id in self._counts:
+            self._counts[task_id] -= 1
 
     def note(self, task_id: uuid.UUID | None, *, is_kept: bool) -> None:
         if task_id is None:
-            self._look_at = 0.0 if is_kept else time.monotonic() + LOOK_AGAIN_SECONDS
-            return
-        count = self._counts.pop(task_id, 0) + 1
-        while len(self._counts) >= REMEMBERED_TASKS:
-            self._counts.pop(next(iter(self._counts)))
-        self._counts[task_id] = count if is_kept else MAX_REJECTED_PER_TASK
+            self._look_at = 0.0 if is_kept else self._look_at
+        elif not is_kept:
+            self._counts[task_id] = MAX_REJECTED_PER_TASK
 
 
 class _RateLimit:

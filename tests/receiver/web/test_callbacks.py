@@ -7,6 +7,7 @@ import json
 import socket
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,7 +16,7 @@ import httpx
 import pytest
 import structlog
 from pydantic import SecretStr
-from sqlalchemy import text, update
+from sqlalchemy import event, text, update
 from standardwebhooks import Webhook
 
 from receiver.app.wiring import Parts
@@ -267,6 +268,56 @@ def test_refused_deliveries_beyond_those_kept_cost_neither_a_read_nor_a_write(we
     assert {post(web, path_of(parts, task), body).status_code for body in [*bodies[21:], bodies[0]]} == {401}
     assert task_of(parts, task.external_task_id).due_at == later
     assert len(callbacks_of(parts)) == 20
+
+
+@contextmanager
+def statements(parts: Parts) -> Iterator[list[str]]:
+    """What is asked of the database meanwhile, but for the commits of the event loop."""
+    asked: list[str] = []
+
+    def note(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    engines = [parts.database.writer, *([parts.database.reader] if parts.database.is_sqlite else [])]
+    for engine in engines:
+        event.listen(engine, "before_cursor_execute", note)
+    yield asked
+    for engine in engines:
+        event.remove(engine, "before_cursor_execute", note)
+
+
+@SIGNED
+def test_refused_deliveries_beyond_those_kept_reach_no_database(parts: Parts) -> None:
+    """Not even those that come at once; after a restart one of them is looked at."""
+    task = insert_row(parts)
+
+    def refused(web: Web, number: int) -> int:
+        return post(web, path_of(parts, task), json.dumps({"number": number}).encode()).status_code
+
+    with Web(parts) as web, ThreadPoolExecutor(30) as senders:
+        with statements(parts) as asked:
+            assert set(senders.map(lambda number: refused(web, number), range(60))) == {401}
+            assert len([each for each in asked if "count(" in each]) <= 20
+            del asked[:]
+            assert {refused(web, number) for number in range(100, 110)} == {401} and asked == []
+    assert len(callbacks_of(parts)) == 20
+    with Web(parts) as web, statements(parts) as asked:
+        assert {refused(web, number) for number in range(200, 210)} == {401}
+        assert len([each for each in asked if "count(" in each]) == 1
+    assert len(callbacks_of(parts)) == 20
+
+
+@ON_POSTGRESQL
+@SIGNED
+def test_a_refused_delivery_that_could_not_be_kept_takes_no_place(web: Web, parts: Parts, postgres: Postgres) -> None:
+    task = insert_row(parts)
+    postgres.stop()
+    try:
+        assert {post(web, path_of(parts, task), b"%d" % number).status_code for number in range(21)} == {503}
+    finally:
+        postgres.start()
+    wait_until(lambda: post(web, path_of(parts, task)).status_code == 401)
+    assert len(callbacks_of(parts)) == 1
 
 
 @pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_BYTES"])
