@@ -21,20 +21,26 @@ def weak_secrets(settings: Settings) -> Iterator[Result]:
 
 
 def clear_text(parts: Parts) -> Iterator[Result]:
-    """Whether pictures and presigned links cross a public network unencrypted."""
+    """Whether pictures and presigned links cross a network unencrypted. A private one may have other users, too."""
     chosen = parts.settings
     urls = {"S3_ENDPOINT_URL": chosen.s3_endpoint_url, "S3_PUBLIC_ENDPOINT_URL": chosen.s3_public_endpoint_url}
     for name, url in urls.items():
-        if url and url.startswith("http://") and not chosen.allow_http and _is_public(urlsplit(url).hostname or ""):
-            line = "is http:// at a public address: pictures and presigned links can be read on the way"
-            advice = "write https://, or set RECEIVER_ALLOW_HTTP=true; the next release refuses to start without either"
-            yield Result(f"{PREFIX}{name}", Status.NOTE, line, advice)
+        if not url or not url.startswith("http://") or chosen.allow_http:
+            continue
+        found = _addresses(urlsplit(url).hostname or "")
+        if found and all(address.is_loopback for address in found):
+            continue
+        is_public = any(addresses.forbidden(address) is None for address in found)
+        where = "at a public address" if is_public else "over a network"
+        line = f"is http:// {where}: pictures and presigned links can be read on the way"
+        advice = "write https://, or set RECEIVER_ALLOW_HTTP=true"
+        advice += "; the next release refuses to start without either" if is_public else " if the network is yours"
+        yield Result(f"{PREFIX}{name}", Status.NOTE, line, advice)
 
 
-def _is_public(host: str) -> bool:
-    """Whether any address of the host may be reached over the internet. False if the name is not resolved now."""
+def _addresses(host: str) -> list[addresses.Address]:
+    """The addresses of the host; none if the name is not resolved now."""
     try:
-        found = map(ipaddress.ip_address, connection.resolve(host, addresses.DEFAULT_PORTS["http"]))
-        return any(addresses.forbidden(address) is None for address in found)
+        return [ipaddress.ip_address(each) for each in connection.resolve(host, addresses.DEFAULT_PORTS["http"])]
     except (socket.gaierror, UnicodeError, ValueError):
-        return False
+        return []
