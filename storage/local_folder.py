@@ -21,6 +21,8 @@ from storage.own_files import FILE_MODE, final
 # Windows, and disks shared with it, open a device for these names whatever their extension, and drop a dot at the end.
 DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
 CAPITAL = re.compile("[A-Z]")
+# Keys have none of these, but for those that `rebuild` took over from a bucket where others write.
+UNSAFE = re.compile(r"[^A-Za-z0-9._~%-]")
 
 
 class LocalFolder:
@@ -47,12 +49,8 @@ class LocalFolder:
         return True
 
     def portable(self, name: str) -> str:
-        """A percent-encoded `name` in another spelling where this disk, or one it is copied to, has no such name."""
-        if self._folds_case:
-            name = CAPITAL.sub(lambda letter: _encoded(letter[0]), name)
-        if DEVICE.match(name):
-            name = _encoded(name[0]) + name[1:]
-        return name[:-1] + _encoded(".") if name.endswith(".") else name
+        """As `portable` below, for this disk."""
+        return portable(name, folds_case=self._folds_case)
 
     def _top(self) -> int:
         return _open_folder(str(self.path), None)
@@ -136,6 +134,19 @@ class PrivateFolder(LocalFolder):
         return sorted(found)
 
 
+def portable(name: str, *, folds_case: bool) -> str:
+    """A percent-encoded `name` in another spelling where a disk has no such name: nothing in it separates or controls.
+
+    `folds_case`: the disk takes `A` and `a` for the same, so capitals are encoded.
+    """
+    name = UNSAFE.sub(lambda found: _encoded(found[0]), name)
+    if folds_case:
+        name = CAPITAL.sub(lambda found: _encoded(found[0]), name)
+    if DEVICE.match(name):
+        name = _encoded(name[0]) + name[1:]
+    return name[:-1] + _encoded(".") if name.endswith(".") else name
+
+
 def _open_folder(name: str, folder: int | None) -> int:
     try:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
@@ -158,4 +169,4 @@ def _regular(folder: int, name: str) -> BufferedReader | None:
 
 
 def _encoded(character: str) -> str:
-    return f"%{ord(character):02X}"
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "state", "archive", "expected", "units")
 FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
-# A spreadsheet takes these for a formula. Error texts come from the provider.
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+# A spreadsheet takes these for a formula. Error texts and ids come from the provider and from clients.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def lines(database: Database, of: Batches, name: str) -> Iterator[dict[str, Any]]:
@@ -78,13 +78,13 @@ def write_csv(file: SupportsWrite[str], found: Iterable[dict[str, Any]]) -> None
     writer.writerow((*TASK_COLUMNS, *FILE_COLUMNS, "error"))
     for line in found:
         for each in line["files"] or [{}]:
-            error = _harmless(each.get("error") or line["error"] or line["note"] or "")
+            error = each.get("error") or line["error"] or line["note"] or ""
             own = [each.get(column) for column in FILE_COLUMNS]
-            writer.writerow([*(line[column] for column in TASK_COLUMNS), *own, error])
+            writer.writerow(map(_harmless, [*(line[column] for column in TASK_COLUMNS), *own, error]))
 
 
-def _harmless(text: str) -> str:
-    return f"'{text}" if text.startswith(FORMULA) else text
+def _harmless(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(FORMULA) else value
 
 
 def write(path: Path, name: str, found: Iterable[dict[str, Any]]) -> None:

@@ -131,7 +131,7 @@ class Export:
         steps = [*match[0].split("/")[-5:-1], *key[match.end() :].split("/")]
         if not {"", ".", ".."}.isdisjoint(steps) or any("\0" in step for step in steps):
             raise ValueError(f"{key} leads out of the folder")
-        return [*map(self._folder.portable, steps[:-1]), steps[-1]]
+        return list(map(self._folder.portable, steps))
 
 
 def tasks_between(database: Database, since: datetime | None, until: datetime | None) -> Iterator[Task]:

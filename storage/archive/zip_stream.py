@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
@@ -10,6 +11,7 @@ import structlog
 
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
+from storage.local_folder import portable
 from storage.rows.models import Asset
 
 log = structlog.get_logger()
@@ -35,12 +37,15 @@ class _Chunks:
 
 
 def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
-    """A zip of these files, not compressed: pictures are already. One that is gone is left out and logged."""
-    target = _Chunks()
+    """A zip of these files, not compressed: pictures are already. One that is gone is left out and logged.
+
+    Each lies in its task's folder. Names are spelt so that every disk has them and keeps them apart.
+    """
+    target, places = _Chunks(), places_of([str(asset.key) for asset in assets])
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         for asset in assets:
             made = asset.archived_at or asset.created_at
-            entry = zipfile.ZipInfo("/".join(str(asset.key).split("/")[-2:]), made.timetuple()[:6])
+            entry = zipfile.ZipInfo(places[str(asset.key)], made.timetuple()[:6])
             try:
                 chunks = bucket.read(str(asset.key))
                 first = next(chunks, b"")
@@ -53,3 +58,15 @@ def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
                     yield target.take()
             yield target.take()
     yield target.take()
+
+
+def places_of(keys: Sequence[str]) -> dict[str, str]:
+    """Folder and file of each key within the zip."""
+    ends = {key: key.split("/")[-2:] for key in keys}
+    folders = {folder for folder, *_ in ends.values()}
+    spellings = Counter(folder.lower() for folder in folders)
+    spelt = {folder: portable(folder, folds_case=spellings[folder.lower()] > 1) for folder in folders}
+    return {
+        key: "/".join([spelt[folder], *(portable(step, folds_case=False) for step in rest)])
+        for key, (folder, *rest) in ends.items()
+    }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from receiver.app.wiring import Parts
 from storage.archive.export import Export
+from storage.archive.zip_stream import places_of
 from storage.local_folder import LocalFolder
 from storage.rows.models import Task
 from storage.rows.tasks import assets_of
@@ -89,6 +92,23 @@ def test_name_that_some_disks_do_not_have_is_spelt_otherwise(tmp_path: Path, nam
     assert spelt != name
     assert spelt.startswith("%") or spelt.endswith("%2E")
     assert LocalFolder(tmp_path).portable("console-1.a") == "console-1.a"
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a:b", "a\nb", "a?b", "ä", "a b", "COM1.png ", 'a"b'])
+def test_characters_that_separate_or_control_are_encoded(tmp_path: Path, name: str) -> None:
+    spelt = LocalFolder(tmp_path).portable(name)
+    assert unquote(spelt) == name
+    assert re.fullmatch(r"[A-Za-z0-9._~%-]+", spelt)
+
+
+def test_zip_entries_have_names_that_every_disk_keeps_apart() -> None:
+    ids = ("night", "Night", "con", "dots...", "%C3%A4", "plain-1", "a\\b")
+    keys = [f"p/2026/01/02/{each}/image-0-0123456789ab.png" for each in ids]
+    places = places_of(keys)
+    assert [places[key].rpartition("/")[0] for key in keys] == [
+        "night", "%4Eight", "%63on", "dots..%2E", "%C3%A4", "plain-1", "a%5Cb",
+    ]  # fmt: skip
+    assert len({place.lower() for place in places.values()}) == len(keys)
 
 
 def test_names_that_differ_by_case_stay_apart_on_a_disk_that_folds_it(tmp_path: Path) -> None:

@@ -237,6 +237,18 @@ def test_words_that_a_spreadsheet_would_run_are_made_harmless() -> None:
     assert out.getvalue().rstrip().endswith(",'=1+1")
 
 
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1"])
+def test_no_column_of_a_report_starts_a_formula(text: str) -> None:
+    columns = [column for column in batch_report.TASK_COLUMNS if column not in ("line", "expected", "units")]
+    file = dict.fromkeys(batch_report.FILE_COLUMNS, text)
+    line = dict.fromkeys((*batch_report.TASK_COLUMNS, "note", "error"), -7)
+    out = StringIO(newline="")
+    batch_report.write_csv(out, [{**line, **dict.fromkeys(columns, text), "error": text, "files": [file]}])
+    _, row = csv.reader(StringIO(out.getvalue(), newline=""))
+    assert {cell for cell in row if cell != "-7"} == {f"'{text}"}
+    assert row.count("-7") == 3
+
+
 @ONE_DATABASE
 def test_counts_say_where_every_task_stands(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=60)
