@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlmodel import Session
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,13 +20,12 @@ from receiver.tasks.submit import Submitter
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
-from storage.rows.models import Task
+from storage.rows import events
 
 log = structlog.get_logger()
 
-# A task's own note, and the last action by a person.
-_NOTE = re.compile(r"(?:(?P<own>.*) · )?by (?P<deed>[^:]{1,40}: [a-z -]{1,40})", re.S)
-MAX_NOTE_CHARS = 400
+# Of what a person acted on: an id has at most 200.
+MAX_SUBJECT_CHARS = 400
 # Answers a GET with an archived file's bytes or a redirect to a presigned link.
 Files = Callable[[Request, UUID], Awaitable[Response]]
 
@@ -67,21 +64,10 @@ class Installation:
     thumbnail_bytes: int
 
 
-def split_note(note: str | None) -> tuple[str, str]:
-    """The note of the work, and the last action by a person."""
-    found = _NOTE.fullmatch(note or "")
-    return (found["own"] or "", found["deed"]) if found else (note or "", "")
-
-
-def note_person(session: Session, task: Task, person: str, deed: str) -> None:
-    """Note a person's action in the task's row behind its own note, until the work writes another. For actions without
-    a fact.
-    """
-    own = split_note(task.note)[0][:MAX_NOTE_CHARS]
-    task.note = f"{own} · by {person}: {deed}" if own else f"by {person}: {deed}"
-    session.flush()
-
-
-def log_deed(person: str, deed: str, subject: str) -> None:
-    """Log a person's action."""
-    log.info("console.action_performed", person=person, deed=deed, subject=subject)
+def note_act(
+    of: Installation, person: str, action: str, subject: str, task_ids: Collection[UUID | None] = (None,), **data: Any
+) -> int:
+    """Log what a person did, and keep it for the timelines of these tasks. Returns the id of the kept row."""
+    log.info("console.action_performed", person=person, deed=action, subject=subject)
+    with of.database.write() as session:
+        return events.record_act(session, person, action, subject[:MAX_SUBJECT_CHARS], task_ids or (None,), **data)

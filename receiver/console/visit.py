@@ -143,6 +143,11 @@ def render(templates: Environment, template: str, language: str, **values: Any) 
     return templates.get_template(template).render(values)
 
 
+def is_number(text: str) -> bool:
+    """Whether this is the id of a row that has a number."""
+    return text.isascii() and text.isdigit() and len(text) < 18
+
+
 def own_path(path: str | None, default: str) -> str:
     """A path of the console, or `default`, so that no link redirects elsewhere."""
     good = (

@@ -23,7 +23,7 @@ from sqlmodel import col, select
 from receiver.app.wiring import Parts
 from receiver.base.console_keys import parse as parse_console_keys
 from receiver.console.access import one_time_token
-from storage.rows.events import EventName
+from storage.rows.events import PERSON_ACTED, EventName
 from storage.rows.models import Callback, Event, Task
 from storage.states import ArchiveState, TaskState
 
@@ -98,7 +98,8 @@ class Feed:
             rows = session.exec(select(Callback).where(col(Callback.id) > self._last_callback)).all()
         self._last_event = max((fact.id or 0 for fact in facts), default=self._last_event)
         self._last_callback = max((row.id or 0 for row in rows), default=self._last_callback)
-        news = [*map(self._fact, facts), *map(self._delivery, rows)]
+        told = [fact for fact in facts if fact.name != PERSON_ACTED]
+        news = [*map(self._fact, told), *map(self._delivery, rows)]
         return sorted((each for each in news if each.text), key=lambda each: each.at)
 
     def _fact(self, fact: Event) -> News:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, text
+from sqlalchemy import bindparam, func, insert, text, union_all
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
@@ -41,6 +41,10 @@ class EventName(StrEnum):
     ACCOUNT_PAUSED = "account.paused"
     ACCOUNT_RESUMED = "account.resumed"
 
+
+# What a person did at the console: kept beside the events, and told to nobody outside.
+PERSON_ACTED = "person.acted"
+_IS_EVENT = col(Event.name) != PERSON_ACTED
 
 # What a task that ends well tells. The other names are rare, and have an index of their own.
 FREQUENT = frozenset(FREQUENT_EVENTS)
@@ -78,6 +82,34 @@ def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: d
     execute(session, _INSERT, values)
 
 
+def record_act(
+    session: Session, person: str, action: str, subject: str, task_ids: Collection[uuid.UUID | None], **data: Any
+) -> int:
+    """Keep what a person did to these tasks, or to something else for the id None. Returns the last row's id."""
+    told = {"by": person, "action": action, "subject": subject, **data}
+    last = 0
+    for task_id in task_ids:
+        made = insert(Event).values(task_id=task_id, name=PERSON_ACTED, data=told, at=db_now())
+        last = session.execute(made.returning(col(Event.id))).scalar_one() or 0
+    return last
+
+
+def acts_of(session: Session, task_id: uuid.UUID) -> list[Event]:
+    """What people did to a task, oldest first."""
+    found = select(Event).where(Event.task_id == task_id, Event.name == PERSON_ACTED)
+    return list(session.exec(found.order_by(col(Event.id))))
+
+
+def newest_acts(session: Session, limit: int) -> list[tuple[Event, str | None]]:
+    """What people did lately, newest first, each with its task's external id, among the newest rare events."""
+    numbered = select(Event.id).where(text(RARE_EVENT)).order_by(col(Event.seq).desc()).limit(SCANNED).subquery()
+    fresh = select(Event.id).where(col(Event.seq).is_(None)).limit(SCANNED).subquery()
+    found = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
+    found = found.where(col(Event.id).in_(union_all(select(numbered.c.id), select(fresh.c.id))))
+    found = found.where(Event.name == PERSON_ACTED).order_by(col(Event.id).desc()).limit(limit)
+    return [(event, name) for event, name in session.exec(found)]
+
+
 def file_facts(asset: Asset) -> dict[str, Any]:
     """An archived file as events describe it, enough to fetch and verify it. `original`: only of a watermarked copy."""
     facts = {name: getattr(asset, name) for name in ("kind", "index", "key", "sha256", "size", "media_type")}
@@ -86,13 +118,14 @@ def file_facts(asset: Asset) -> dict[str, Any]:
 
 def of_task(session: Session, task_id: uuid.UUID) -> list[Event]:
     """The task's events, oldest first."""
-    return list(session.exec(select(Event).where(Event.task_id == task_id).order_by(col(Event.id))))
+    return list(session.exec(select(Event).where(Event.task_id == task_id, _IS_EVENT).order_by(col(Event.id))))
 
 
 def timelines(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[tuple[str, datetime]]]:
     """Names and times of the events of many tasks at once, each task's oldest first."""
     found: dict[uuid.UUID, list[tuple[str, datetime]]] = {task_id: [] for task_id in task_ids}
-    told = select(Event.task_id, Event.name, Event.at).where(col(Event.task_id).in_(task_ids)).order_by(col(Event.id))
+    told = select(Event.task_id, Event.name, Event.at).where(col(Event.task_id).in_(task_ids), _IS_EVENT)
+    told = told.order_by(col(Event.id))
     for task_id, name, at in session.exec(told):
         if task_id is not None:
             found[task_id].append((name, at))
@@ -105,7 +138,7 @@ def after(session: Session, seq: int, limit: int) -> list[tuple[Event, str | Non
     A worker numbers an event after its commit, so a reader that goes by numbers misses none.
     """
     found = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
-    found = found.where(col(Event.seq) > seq).order_by(col(Event.seq)).limit(limit)
+    found = found.where(col(Event.seq) > seq, _IS_EVENT).order_by(col(Event.seq)).limit(limit)
     return [(event, external_id) for event, external_id in session.exec(found)]
 
 
@@ -155,7 +188,7 @@ def newest_seq(session: Session) -> int:
 def count_after(session: Session, seq: int) -> tuple[dict[str, int], int]:
     """How many events of each name have a number above `seq`, and the highest number. One range of the index."""
     until = newest_seq(session)
-    counted = select(Event.name, func.count()).where(col(Event.seq) > seq, col(Event.seq) <= until)
+    counted = select(Event.name, func.count()).where(col(Event.seq) > seq, col(Event.seq) <= until, _IS_EVENT)
     return dict(session.exec(counted.group_by(Event.name)).all()), until
 
 

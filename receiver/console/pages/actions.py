@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from receiver.console.application import Guard
-from receiver.console.installation import Installation, log_deed, note_person
+from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit
 from receiver.console.words import short
@@ -22,7 +22,7 @@ from receiver.tasks.changes import Tally
 from receiver.tasks.submit import Conflict
 from storage.archive import delete
 from storage.bucket.store_errors import NoSuchObject
-from storage.rows import events, tasks
+from storage.rows import events
 from storage.rows.models import Asset, Task
 
 T = TypeVar("T", Task, Asset)
@@ -61,7 +61,7 @@ class Actions:
             return visit.redirect(path_of(task))
         with events.by(visit.session.name):
             tally = self._of.operator.dismiss(task.external_task_id, reason)
-        return self._done(visit, task, "dismiss", tally, is_told=True)
+        return self._done(visit, task, "dismiss", tally, reason=reason)
 
     def delete(self, visit: Visit) -> Response:
         task = self._task(visit)
@@ -96,11 +96,10 @@ class Actions:
                     size += len(chunk)
             except NoSuchObject:
                 visit.say(visit.text("verify.gone"), bad=True)
-                return visit.redirect(path_of(task))
+                return self._done(visit, task, "verify", Tally(), quiet=True, found="gone")
         same = digest.hexdigest() == asset.sha256 and size == asset.size
         visit.say(visit.text("verify.good" if same else "verify.differs", sha=digest.hexdigest()[:12]), bad=not same)
-        log_deed(visit.session.name, "verify", task.external_task_id)
-        return visit.redirect(path_of(task))
+        return self._done(visit, task, "verify", Tally(), quiet=True, found="good" if same else "differs")
 
     def again(self, visit: Visit) -> Response:
         """Send the same request as a new task, which is paid again."""
@@ -111,6 +110,8 @@ class Actions:
             visit.say(visit.text("act.again_invalid", why=short(str(error), 200)), bad=True)
             return visit.redirect(path_of(task))
         made = submit(self._of, visit, request)
+        if made:
+            note_act(self._of, visit.session.name, "again", made.external_task_id, [task.id])
         return visit.redirect(path_of(made) if made else path_of(task))
 
     def _task(self, visit: Visit) -> Task:
@@ -127,16 +128,10 @@ class Actions:
                 raise HTTPException(404)
             return asset, session.get_one(Task, asset.task_id)
 
-    def _done(
-        self, visit: Visit, task: Task, deed: str, tally: Tally, *, is_told: bool = False, quiet: bool = False
-    ) -> Response:
-        """Note the person and report the result. `is_told`: a fact has the name already."""
-        person = visit.session.name
-        log_deed(person, deed, task.external_task_id)
-        if tally.is_good and not is_told:
-            with self._of.database.write() as session:
-                if row := tasks.lock(session, task.id):
-                    note_person(session, row, person, deed)
+    def _done(self, visit: Visit, task: Task, deed: str, tally: Tally, *, quiet: bool = False, **data: str) -> Response:
+        """Keep what the person did and report the result."""
+        refused = {"refused": next(iter(tally.left.values()))[:300]} if tally.left else {}
+        note_act(self._of, visit.session.name, deed, task.external_task_id, [task.id], **data, **refused)
         for why in list(tally.left.values())[:3]:
             visit.say(short(why, 200), bad=True)
         if tally.is_good and not quiet:
@@ -154,7 +149,7 @@ def submit(
     except (RequestInvalid, Conflict, ValueError) as error:
         visit.say(short(str(error), 300), bad=True)
         return None
-    log_deed(visit.session.name, "submit", done.task.external_task_id)
+    note_act(of, visit.session.name, "submit", done.task.external_task_id, [done.task.id])
     visit.say(visit.text("act.submitted" if done.new else "act.submitted_before"))
     return done.task
 

@@ -16,7 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from receiver.batch import batch_file, batch_report
 from receiver.batch.batch_file import BatchInvalid, Format, Line
 from receiver.console import words
-from receiver.console.installation import Installation, log_deed
+from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit
 from storage.accounts import batches
@@ -57,7 +57,7 @@ class BatchPages:
         with self._of.database.read() as session:
             batch = self._batch(session, visit.form.get("batch", ""))
         tally = self._of.batches.retry(batch.name)
-        log_deed(visit.session.name, "retry batch", batch.name)
+        note_act(self._of, visit.session.name, "retry batch", batch.name)
         visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
             visit.say(words.short(why, 200), bad=True)
@@ -97,7 +97,7 @@ class BatchPages:
         except BatchInvalid as error:
             visit.say(words.short(str(error), 300), bad=True)
             return visit.redirect(f"{HOME}/new")
-        log_deed(visit.session.name, "submit batch", name)
+        note_act(self._of, visit.session.name, "submit batch", name)
         visit.say(visit.text("batch.sent", n=new))
         with self._of.database.read() as session:
             batch = batches.find(session, name)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from sqlmodel import Session
+from collections.abc import Sequence
+
+from sqlalchemy import func
+from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from receiver.console import words
-from receiver.console.installation import Installation, log_deed, note_person
+from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
-from receiver.console.visit import Visit
+from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import Tally
 from storage.operations.lists import DeliveryFilter, newest_deliveries, read_delivery_filter
-from storage.rows import tasks
-from storage.rows.models import Callback, Task
+from storage.rows.events import PERSON_ACTED
+from storage.rows.models import Callback, Event, Task
 from storage.states import CallbackState
 
 HOME = "/console/deliveries"
@@ -57,52 +60,56 @@ class Deliveries:
         return Response(row.body, media_type="application/octet-stream", headers=headers)
 
     def ask_replay(self, visit: Visit) -> Response:
-        """How many deliveries a replay of all matching ones would put back, and its button."""
+        """How many deliveries a replay of all matching ones would put back, and its button. `of`: what became of the
+        deliveries of a replay so far.
+        """
         wanted = read_delivery_filter(visit.query)
-        ids, further = self._matching(wanted)
-        return visit.page("replay.html", wanted=wanted, count=len(ids), further=further)
+        if number := visit.query.get("of"):
+            return visit.page("replay.html", wanted=wanted, result=self._result(number), kinds=DELIVERY_KINDS)
+        rows, further = self._matching(wanted)
+        return visit.page("replay.html", wanted=wanted, count=len(rows), further=further, result=None)
+
+    def _result(self, number: str) -> list[tuple[CallbackState, int]]:
+        """How many of a replay's deliveries are in which state now. Raises HTTPException 404."""
+        with self._of.database.read() as session:
+            act = session.get(Event, int(number)) if is_number(number) else None
+            if act is None or act.name != PERSON_ACTED or not (ids := act.data.get("deliveries")):
+                raise HTTPException(404)
+            found = select(Callback.state, func.count()).where(col(Callback.id).in_(ids)).group_by(Callback.state)
+            return [(state, count) for state, count in session.execute(found)]
 
     def replay(self, visit: Visit) -> Response:
         """Replay one delivery, or all that match the form's filter."""
         if one := visit.form.get("delivery"):
             with self._of.database.read() as session:
                 before = self._row(session, one)
-            tally = self._replay(visit, [before.id or 0])
-            if task_id := before.task_id:
-                self._note(visit, task_id)
-            return self._told(visit, tally, f"{HOME}/{before.id}")
+            self._replay(visit, [before])
+            return visit.redirect(f"{HOME}/{before.id}")
         wanted = read_delivery_filter(visit.form)
         if not wanted.is_set:
             raise HTTPException(400)
-        ids, _ = self._matching(wanted)
-        return self._told(visit, self._replay(visit, ids), HOME)
+        rows, _ = self._matching(wanted)
+        number = self._replay(visit, rows)
+        return visit.redirect(f"{HOME}/replay?of={number}" if rows else HOME)
 
-    def _matching(self, wanted: DeliveryFilter) -> tuple[list[int], bool]:
+    def _matching(self, wanted: DeliveryFilter) -> tuple[list[Callback], bool]:
         """The newest matching deliveries, and whether there are or may be more."""
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
-        return [row.id or 0 for row, _, _ in page.rows], page.further is not None
+        return [row for row, _, _ in page.rows], page.further is not None
 
-    def _replay(self, visit: Visit, ids: list[int]) -> Tally:
-        log_deed(visit.session.name, "replay", f"{len(ids)} deliveries from {min(ids, default=0)}")
-        return self._of.operator.replay(ids) if ids else Tally()
-
-    def _note(self, visit: Visit, task_id: object) -> None:
-        with self._of.database.write() as session:
-            task = tasks.lock(session, task_id)  # type: ignore[arg-type]
-            if task is not None:
-                note_person(session, task, visit.session.name, "replay")
-
-    def _told(self, visit: Visit, tally: Tally, to: str) -> Response:
+    def _replay(self, visit: Visit, rows: Sequence[Callback]) -> int:
+        """Replay and report. Returns the id of the kept row, which names the deliveries."""
+        ids = [row.id or 0 for row in rows]
+        tally = self._of.operator.replay(ids) if ids else Tally()
         visit.say(visit.text("replay.done", n=tally.counts["replayed"]), bad=not tally.counts["replayed"])
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
             visit.say(words.short(why, 200), bad=True)
-        return visit.redirect(to)
+        subject = f"{len(ids)} deliveries from {min(ids, default=0)}"
+        return note_act(self._of, visit.session.name, "replay", subject, {row.task_id for row in rows}, deliveries=ids)
 
     def _row(self, session: Session, number: str) -> Callback:
-        found = (
-            session.get(Callback, int(number)) if number.isascii() and number.isdigit() and len(number) < 18 else None
-        )
+        found = session.get(Callback, int(number)) if is_number(number) else None
         if found is None or found.source != "push":
             raise HTTPException(404)
         return found

@@ -9,8 +9,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from receiver.console import words
-from receiver.console.installation import Installation, log_deed
-from receiver.console.visit import Visit
+from receiver.console.installation import Installation, note_act
+from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import change
 from storage.operations import lists, outbox
 from storage.operations.measures import SinkMeasures
@@ -47,11 +47,11 @@ class EventsOut:
 
     def redeliver(self, visit: Visit) -> Response:
         """Redeliver one (`id`), the chosen ones, or every dead one of a sink (`sink`)."""
-        ids = [int(each) for each in visit.chosen if each.isascii() and each.isdigit() and len(each) < 18][:PAGE]
+        ids = [int(each) for each in visit.chosen if is_number(each)][:PAGE]
         sink = visit.form.get("sink") or None
         if not ids and not sink:
             raise HTTPException(400)
-        count = after = 0
+        count, after, of_tasks = 0, 0, set[Any]()
         while count < MAX_REDELIVER:
             with self._of.database.read() as session:
                 state = None if ids else DispatchState.DEAD
@@ -59,9 +59,10 @@ class EventsOut:
             if not found:
                 break
             after = found[-1][0].id or 0
+            of_tasks |= {row.task_id for row, _, _ in found}
             with change(self._of.database, dry_run=False) as session:
                 count += outbox.redeliver(session, [row for row, _, _ in found])
-        log_deed(visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])))
+        note_act(self._of, visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])), of_tasks)
         visit.say(visit.text("events.redelivered", n=count), bad=not count)
         return visit.redirect(HOME)
 
@@ -71,7 +72,7 @@ class EventsOut:
         with self._of.database.write() as session:
             outbox.disable(session, name, reason)
         count = outbox.end_disabled(self._of.database)
-        log_deed(visit.session.name, "disable", name)
+        note_act(self._of, visit.session.name, "disable", name)
         visit.say(visit.text("events.disabled", sink=name, n=count))
         return visit.redirect(HOME)
 
@@ -79,7 +80,7 @@ class EventsOut:
         name = self._known(visit)
         with self._of.database.write() as session:
             done = outbox.enable(session, name)
-        log_deed(visit.session.name, "enable", name)
+        note_act(self._of, visit.session.name, "enable", name)
         visit.say(visit.text("events.enabled", sink=name), bad=not done)
         return visit.redirect(HOME)
 
@@ -102,7 +103,7 @@ def _newest(session: Session, state: str, sink: str, before: str) -> list[tuple[
         found = found.where(CONDITIONS.get(state, col(Dispatch.state) == DispatchState(state)))
     if sink:
         found = found.where(col(Dispatch.sink) == sink)
-    if before.isascii() and before.isdigit() and len(before) < 18:
+    if is_number(before):
         found = found.where(col(Dispatch.id) < int(before))
     found = found.order_by(col(Dispatch.id).desc()).limit(lists.PAGE + 1)
     return [(row, event, name) for row, event, name in session.execute(found)]

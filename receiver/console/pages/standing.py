@@ -10,7 +10,7 @@ from sqlmodel import col, select
 from starlette.responses import Response
 
 from receiver.console import words
-from receiver.console.installation import CheckLine, Installation, log_deed
+from receiver.console.installation import CheckLine, Installation, note_act
 from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from storage.archive import continuous_audit
@@ -18,10 +18,12 @@ from storage.archive.audit import Audit, Counts
 from storage.database.clock import db_now
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import heartbeats
+from storage.rows import events
 from storage.rows.models import Worker
 
 SAMPLE = 50
 SHOWN_FINDINGS = 100
+SHOWN_ACTS = 25
 # The rate of reading, low enough to leave the workers' transfers undisturbed.
 SAMPLE_BYTES_PER_SECOND = 20e6
 
@@ -89,7 +91,7 @@ class StandingPages:
 
     def sample(self, visit: Visit) -> Response:
         began = self._sample.start(visit.session.name)
-        log_deed(visit.session.name, "audit", f"{SAMPLE} files")
+        note_act(self._of, visit.session.name, "audit", f"{SAMPLE} files")
         visit.say(visit.text("audit.began" if began else "audit.running"), bad=not began)
         return visit.redirect("/console/archive")
 
@@ -98,12 +100,15 @@ class StandingPages:
 
     def check(self, visit: Visit) -> Response:
         """The lines of `receiver check`. It writes and removes small objects, so it is an action."""
-        log_deed(visit.session.name, "check", "everything")
+        note_act(self._of, visit.session.name, "check", "everything")
         return self._settings(visit, self._of.check())
 
     def _settings(self, visit: Visit, checked: Sequence[CheckLine] | None) -> Response:
         alive = col(Worker.seen_at) > db_now(-heartbeats.ALIVE_SECONDS)
         with self._of.database.read() as session:
             workers = session.exec(select(Worker).where(alive).order_by(col(Worker.started_at))).all()
+            acts = events.newest_acts(session, SHOWN_ACTS)
         people = [(key.name, key.may_act) for key in self._of.keys]
-        return visit.page("settings.html", workers=workers, settings=self._of.settings, people=people, checked=checked)
+        return visit.page(
+            "settings.html", workers=workers, settings=self._of.settings, people=people, checked=checked, acts=acts
+        )

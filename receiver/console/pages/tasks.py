@@ -15,8 +15,8 @@ from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from receiver.console import words
-from receiver.console.installation import Installation, split_note
+from receiver.console import catalogue, words
+from receiver.console.installation import Installation
 from receiver.console.visit import Visit
 from receiver.tasks.task_view import is_over
 from storage.operations import lists
@@ -88,13 +88,13 @@ class Tasks:
                 raise HTTPException(404)
             assets = tasks.assets_of(session, task.id)
             facts, deliveries = events.of_task(session, task.id), _deliveries_of(session, task)
+            acts = events.acts_of(session, task.id)
             aliases = aliases_of(session, task.id)
             batch = session.get(Batch, task.batch_id) if task.batch_id else None
-        note, deed = split_note(task.note)
         return visit.page(
-            "task.html", task=task, assets=assets, batch=batch, aliases=aliases, note=note, deed=deed,
+            "task.html", task=task, assets=assets, batch=batch, aliases=aliases, note=task.note,
             is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept, ratio=words.ratio_class,
-            timeline=timeline(visit, task, facts, deliveries), uri=self._of.bucket.uri,
+            timeline=timeline(visit, task, facts, deliveries, acts), uri=self._of.bucket.uri,
             request=words.pretty(task.request) or "", prompt=words.seen(str(task.request.get("prompt") or "")[:20_000]),
             model=words.model_of(task), can_retry=can_retry(task, assets),
         )  # fmt: skip
@@ -109,10 +109,15 @@ def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
 
 
 def timeline(
-    visit: Visit, task: Task, facts: Sequence[Event], deliveries: Sequence[tuple[Callback, int]]
+    visit: Visit,
+    task: Task,
+    facts: Sequence[Event],
+    deliveries: Sequence[tuple[Callback, int]],
+    acts: Sequence[Event],
 ) -> list[Moment]:
     """Everything known to have happened, oldest first, each with the time since the first."""
     found = [_of_fact(visit, fact) for fact in facts] + [_of_delivery(visit, *each) for each in deliveries]
+    found += [_of_act(visit, act) for act in acts]
     if task.sent_at and not task.adopt:
         found.append(Moment(task.sent_at, "idle", visit.text("timeline.sent", provider=task.provider)))
     if task.deleted_at:
@@ -143,6 +148,14 @@ def _of_fact(visit: Visit, fact: Event) -> Moment:
     rest = {name: value for name, value in data.items() if name not in TOLD}
     detail = words.seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:20_000]) if rest else ""
     return Moment(fact.at, KINDS.get(fact.name, "idle"), says, detail=detail)
+
+
+def _of_act(visit: Visit, act: Event) -> Moment:
+    """What a person did: the name, the action, and the reason or result."""
+    data = {name: words.short(str(value), 200) for name, value in act.data.items()}
+    says = f"{data.get('by', '')}: {catalogue.word(visit.language, 'person', data.get('action', ''))}"
+    why = data.get("reason") or data.get("refused") or catalogue.word(visit.language, "found", data.get("found", ""))
+    return Moment(act.at, "bad" if data.get("refused") else "idle", f"{says}: {why}" if why else says)
 
 
 def _of_delivery(visit: Visit, row: Callback, body_bytes: int) -> Moment:
