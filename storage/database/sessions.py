@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -124,6 +125,7 @@ class Database:
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._make_group_writer()
+        self.woken = threading.Event()  # set after a commit of this process that wakes workers
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
         pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
@@ -163,6 +165,7 @@ class Database:
     def begin_in_child(self) -> None:
         """Connections and the writer's thread stay the parent's. A write waited a minute for a thread that it had."""
         self._make_group_writer()
+        self.woken = threading.Event()
         if self.is_sqlite:
             self.turnstile = self._make_turnstile()
             self.reader.dispose(close=False)
@@ -174,6 +177,8 @@ class Database:
             with Session(self.writer, expire_on_commit=False) as session, session.begin():
                 yield session
         self.outages.wrote()
+        if session.info.get(WAKE_CHANNEL):
+            self.woken.set()
 
     @contextmanager
     def _impatient_write(self) -> Iterator[Session]:
@@ -282,7 +287,7 @@ class Database:
         """Wake waiting workers when this transaction commits."""
         if not self.is_sqlite and not session.info.get(WAKE_CHANNEL):
             session.connection().exec_driver_sql(f"NOTIFY {WAKE_CHANNEL}")
-            session.info[WAKE_CHANNEL] = True
+        session.info[WAKE_CHANNEL] = True
 
 
 def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:

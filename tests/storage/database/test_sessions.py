@@ -25,6 +25,7 @@ from receiver.app import jobs
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.gateway import gateway
+from storage.database import wakers
 from storage.database.clock import db_now
 from storage.database.sessions import KEPT_CONNECTIONS, Database
 from storage.database.turnstile import Turnstile
@@ -323,6 +324,19 @@ def test_commit_between_two_waits_is_not_missed(database: Database) -> None:
     waker.wait(0)
     announce(database)
     assert waker.wait(SECONDS)
+    waker.close()
+
+
+def test_own_commits_after_a_quiet_interval_wake_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of one delivery follow each other without a pause between them."""
+    waker = database.waker()
+    waker.wait(0)
+    for name in ("SQLITE_POLL_INTERVAL_SECONDS", "WAKE_SECONDS"):
+        monkeypatch.setattr(wakers, name, 10.0 * SECONDS)
+    for _ in range(wakers.QUICK_WAKES):
+        woke = waiting(waker)
+        announce(database)
+        wait_until(woke, seconds=SECONDS)
     waker.close()
 
 
