@@ -249,9 +249,12 @@ class Callbacks:
             self._make_due(session, delivery)
 
     def _make_due(self, session: Session, delivery: Delivery) -> None:
+        """Deliveries cause so many reads of a task, whether they are refused, too many, or not believed."""
         task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
-        if task is not None and task.state not in states.TERMINAL:
-            reports.read_soon(session, task)
+        if task is None or task.state in states.TERMINAL or reports.wants_read(session, task):
+            return
+        if task.callback_reads < apply_deliveries.MAX_READS_PER_TASK and reports.read_soon(session, task):
+            task.callback_reads += 1
             self._database.wake(session)
 
 

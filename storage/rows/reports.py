@@ -249,11 +249,13 @@ def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime
     return schedule.url_expiry(url) or ended + timedelta(seconds=schedule.result_lifetime_seconds)
 
 
-def read_soon(session: Session, task: Task) -> None:
-    """Make a waiting read of the locked task due now. A step under way is left to its owner."""
-    if task.lease is None and task.step is Step.READ:
+def read_soon(session: Session, task: Task) -> bool:
+    """Make a waiting read of the locked task due now. False: a step under way is left to its owner."""
+    is_waiting = task.lease is None and task.step is Step.READ
+    if is_waiting:
         claims.hasten(task)
         session.flush()
+    return is_waiting
 
 
 def reschedule(

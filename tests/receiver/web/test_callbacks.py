@@ -474,6 +474,22 @@ def test_while_the_database_is_away_a_delivery_is_503_and_later_200(web: Web, pa
     assert len(callbacks_of(parts)) == 1
 
 
+def test_the_reads_that_a_full_task_causes_are_bounded(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_commit, "COUNT_FROM", 1)
+    monkeypatch.setattr(group_commit, "MAX_KEPT_PER_TASK", 1)
+    monkeypatch.setattr(callbacks, "READ_SOON_SECONDS", 0.0)
+    later, reads = datetime.now(UTC) + timedelta(hours=1), 0
+    task = insert_row(parts, due_at=later)
+    with Web(parts) as web:
+        for number in range(25):
+            body = b'{"task_id": "901", "task_status": "processing", "n": %d}' % number
+            assert post(web, path_of(parts, task), body).status_code == (429 if number else 200)
+            reads += task_of(parts, task.external_task_id).due_at != later
+            with parts.database.write() as session:
+                session.execute(update(Task).values(due_at=later))
+    assert reads == 20
+
+
 @ON_SQLITE
 def test_a_commit_that_comes_too_late_is_503_and_harmless(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
