@@ -8,23 +8,26 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import structlog
 import uvicorn
+from sqlalchemy.orm import configure_mappers
 
 from receiver.app import database_faults
 from receiver.app.wiring import Parts
 from receiver.base.collector import collector_paused
+from receiver.base.config import Settings
 from receiver.web.http_protocol import KEEP_ALIVE_SECONDS, MAX_CONNECTIONS, BoundedHttpProtocol
+from receiver.workers.supervisor import Supervisor, SupervisorProcess
 from storage.database import checkpoints
 from storage.database.sessions import Database
 from storage.database.urls import place
@@ -35,20 +38,14 @@ from storage.spool import sweep
 
 log = structlog.get_logger()
 
-# A worker that dies at once is started again after 1, 2, 4 … 30 s; one that worked for a while starts afresh. A worker
-# that somebody kills once a minute is no crash loop: with 60 s here it was away up to 30 s of each.
-RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
-LIVED_SECONDS = 10.0
-# Ctrl-C and systemd signal the whole group: a worker may have ended before our own handler has run.
-SIGNAL_SECONDS = 0.2
 # After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this
 # it is no start-up any more: exit 1, and whoever supervises us sees it and tries again.
 DATABASE_START_SECONDS = 60.0
 DATABASE_INTERVAL_SECONDS = 2.0
+# What a worker imports late, and the supervisor of workers before it forks them.
+SHARED_MODULES = ("alembic.command", "storage.rows.migrations", "receiver.web.assets", "boto3.s3.inject")
 # How long a request in flight may take to end at SIGTERM: a body has 10 s, its commit 5 s.
 WEB_GRACE_SECONDS = 15
-# Beyond its grace time a worker gets this long to hand back its rows before it is killed.
-KILL_AFTER_SECONDS = 5.0
 # Descriptors that are not for connections: 20 of an idle web process (on SQLite), two for each of SQLite's 22 readers,
 # one for each of 64 creates at the provider, ten to the bucket, one a worker; and room for what is closed in a moment.
 RESERVED_DESCRIPTORS = 160
@@ -133,79 +130,11 @@ def fit_descriptors() -> int:
     return connections
 
 
-class Supervisor:
-    """Keeps `count` worker processes alive: a dead one is started again with backoff.
-
-    Each worker holds the other end of a pipe and stops when this process is gone, however it ended.
-    """
-
-    def __init__(self, count: int, *, grace_seconds: float, environment: dict[str, str] | None = None) -> None:
-        self._grace_seconds = grace_seconds
-        self._environment = {**os.environ, **(environment or {})}
-        self._stop = threading.Event()
-        # Set by a signal's handler, where an Event's lock could be held by the very thread that is interrupted.
-        self._is_ending = False
-        # Held while a worker is started, so that none starts once we stop, and `stop` sees every one that did.
-        self._starting = threading.Lock()
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._threads = [threading.Thread(target=self._keep, args=(number,), daemon=True) for number in range(count)]
-
-    def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def announce_end(self) -> None:
-        """A signal told us to end, and may have told the workers too: none that ends from now on has died."""
-        self._is_ending = True
-
-    def stop(self) -> None:
-        """Drain all workers; those that outlive the grace time are killed, and their leases run out. None is left."""
-        with self._starting:
-            self._stop.set()
-            children = list(self._children.values())
-        for child in children:
-            child.terminate()
-        deadline = time.monotonic() + self._grace_seconds + KILL_AFTER_SECONDS
-        for child in children:
-            try:
-                child.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-
-    def _keep(self, number: int) -> None:
-        delay = RESTART_FIRST_SECONDS
-        while not self._stop.is_set():
-            started = time.monotonic()
-            command = [sys.executable, "-m", "receiver", "work", "--supervised"]
-            code = self._run_once(number, command)
-            self._stop.wait(SIGNAL_SECONDS)
-            if self._stop.is_set() or self._is_ending:
-                return
-            delay = RESTART_FIRST_SECONDS if time.monotonic() - started > LIVED_SECONDS else delay
-            if code == 0:  # somebody sent it a SIGTERM
-                log.info("worker.ended", number=number, restart_in=delay)
-            else:
-                log.error("worker.died", number=number, code=code, restart_in=delay)
-            self._stop.wait(delay)
-            delay = min(delay * 2, RESTART_CAP_SECONDS)
-
-    def _run_once(self, number: int, command: Sequence[str]) -> int | str:
-        """How the process ended: its exit code, or why it could not be started, as for want of memory."""
-        with self._starting:
-            if self._stop.is_set() or self._is_ending:
-                return "not started: we stop"
-            try:
-                child = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
-            except OSError as error:
-                return f"not started: {error.strerror}"
-            self._children[number] = child
-        with child:
-            return child.wait()
-
-
 def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
-    """Run the web server and the workers until SIGTERM or SIGINT. Raises `SchemaBehind`, `DatabaseUnavailable`."""
+    """Run the web server and the workers until SIGTERM or SIGINT.
+
+    Raises `SchemaBehind`, `DatabaseUnavailable`, and `WorkersGone` when their supervisor ends by itself.
+    """
     settings = parts.settings
     await_schema(parts.database, migrate=settings.migrates_on_start)
     BoundedHttpProtocol.max_connections = fit_descriptors()
@@ -214,11 +143,12 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     environment = {"RECEIVER_ALLOW_HTTP": "true"} if settings.allow_http else {}
     if settings.store:
         environment["RECEIVER_STORE"] = str(settings.store.absolute())
-    supervisor = Supervisor(settings.workers, grace_seconds=settings.grace_seconds, environment=environment)
+    supervisor = SupervisorProcess(grace_seconds=settings.grace_seconds, environment=environment)
     with collector_paused():
         web = parts.web()
     server = _Server(web_config(web, settings.host, settings.port), on_listening, supervisor.announce_end)
-    supervisor.start()
+    if settings.workers:
+        supervisor.start(server.end)
     # What is imported stays: looking through it again and again held every answer up for 100 to 400 ms a time.
     # Collecting first would take 0.12 s and free 1,300 of 135,000 objects.
     gc.freeze()
@@ -230,6 +160,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
         if parts.gateway is not None:
             parts.gateway.join()  # the provider's client is closed after this: it would break their answers off
         parts.database.close()
+    supervisor.raise_if_gone()
 
 
 def web_config(web: Any, host: str, port: int) -> uvicorn.Config:
@@ -299,6 +230,10 @@ class _Server(uvicorn.Server):
         self._on_listening = on_listening
         self._on_signal = on_signal
 
+    def end(self) -> None:
+        """End as if by a signal. For any thread."""
+        self.should_exit = True
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._on_signal()
         super().handle_exit(sig, frame)
@@ -332,6 +267,18 @@ class _Server(uvicorn.Server):
             for each in server.sockets:
                 return int(each.getsockname()[1])
         return self.config.port
+
+
+def supervise(settings: Settings) -> bool:
+    """Become the supervisor of RECEIVER_WORKERS workers. Returns False at its end, and True in each worker."""
+    with collector_paused():
+        for name in SHARED_MODULES:
+            import_module(name)
+        if not settings.database_url.get_secret_value().startswith("sqlite"):
+            import_module("psycopg")
+        configure_mappers()
+    gc.freeze()  # a worker's collections would write to every object, and so copy its page
+    return Supervisor(settings.workers, grace_seconds=settings.grace_seconds).run()
 
 
 def work(parts: Parts, *, supervised: bool) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from receiver.base.collector import collector_paused
 from receiver.cli.opening import opened
 from receiver.cli.terminal import say
 
@@ -44,6 +45,8 @@ def work(
     allow_http: AllowHttp = False,
 ) -> None:
     """Run one worker process: applies deliveries, sends and reads tasks, archives pictures."""
+    if supervised and not _is_forked_worker(store, allow_http):
+        return
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
         from receiver.app import process
 
@@ -53,6 +56,17 @@ def work(
             say(f"worked on {process.work_once(parts)} rows")
         else:
             process.work(parts, supervised=supervised)
+
+
+def _is_forked_worker(store: Path | None, allow_http: bool) -> bool:
+    """Become the supervisor of `receiver serve`'s workers. Returns False at its end, and True in each worker."""
+    with collector_paused():
+        from receiver.app import process
+        from receiver.base import config, telemetry
+
+    settings = config.load(allow_http=allow_http or None, store=store)
+    telemetry.configure(settings.log_level, settings.log_format)
+    return process.supervise(settings)
 
 
 def migrate() -> None:

@@ -2,5 +2,5 @@
 
 It leans on storage alone and knows no provider and no sink: `receiver/app/jobs.py` says which lanes there are. Read
 `lanes.py` first (what there is to work on), then `worker.py`, `in_hand.py` (rows under way) and `looks.py` (how idle
-lanes look for work together).
+lanes look for work together). `supervisor.py` forks and keeps the worker processes of `receiver serve`.
 """

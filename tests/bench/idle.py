@@ -1,4 +1,4 @@
-"""Row 17: what eight workers cost on PostgreSQL while there is nothing to do."""
+"""Row 17: what `receiver serve` with eight workers costs on PostgreSQL while there is nothing to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import psycopg
 
 from tests.bench import stage
 from tests.bench.table import Sample
+from tests.harness import wait_until
 
 WORKERS, SMALL_WORKERS = 8, 1
 # Pools have shrunk and the looks of the start are over by then.
@@ -39,11 +40,12 @@ class Idle:
 
 
 def _measured(small: bool) -> dict[str, float]:
-    """Transactions a second, most connections, CPU seconds a minute of all, and MB of the largest worker's own."""
+    """Transactions a second and most connections of all, workers' CPU seconds a minute, MB of the largest's own."""
     count = SMALL_WORKERS if small else WORKERS
     settle, seconds = (SMALL_SETTLE_SECONDS, SMALL_SECONDS) if small else (SETTLE_SECONDS, SECONDS)
     with stage.folder() as place, stage.seaweed(place) as store, stage.database("postgresql", place) as url:
-        with stage.workers(stage.environment(url, **store), place, count) as ids:
+        with stage.served(stage.environment(url, **store), place, workers=count):
+            ids = _process_ids(url, count)
             time.sleep(settle)
             with psycopg.connect(url.replace("/bench", "/postgres"), autocommit=True) as looking:
 
@@ -64,6 +66,16 @@ def _measured(small: bool) -> dict[str, float]:
                     "cpu": (sum(map(stage.cpu_seconds, ids)) - cpu) / passed * 60,
                     "memory": max(map(_own_megabytes, ids)),
                 }
+
+
+def _process_ids(url: str, count: int) -> list[int]:
+    """Of the workers, once all are registered."""
+    with psycopg.connect(url, autocommit=True) as looking:
+        found: list[tuple[int]] = wait_until(
+            lambda: len(rows := looking.execute("SELECT pid FROM worker").fetchall()) == count and rows,
+            seconds=stage.START_SECONDS,
+        )
+        return [process_id for (process_id,) in found]
 
 
 def _own_megabytes(process_id: int) -> float:

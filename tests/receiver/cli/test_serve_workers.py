@@ -1,0 +1,66 @@
+"""`receiver serve` and its worker processes: what they share, and that none outlives the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+from tests.command_line import CommandLine
+from tests.harness import wait_until
+from tests.pipeline import free_port
+from tests.receiver.cli.test_plain_faults import serving
+from tests.receiver.workers.test_supervisor import is_alive
+
+EXIT_SECONDS = 40
+
+
+def children(process_id: int) -> list[int]:
+    tasks = Path(f"/proc/{process_id}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def started(log: Path) -> int:
+    return log.read_text().count("worker.started")
+
+
+def test_supervisor_has_nothing_that_workers_could_share(ready: CommandLine) -> None:
+    """No thread, no socket, no file of the database: all that could be in the wrong state after a fork."""
+    ready.variables["RECEIVER_WORKERS"] = "2"
+    with serving(ready, "--port", str(free_port())) as (process, log):
+        wait_until(lambda: started(log) == 2)
+        (supervisor,) = children(process.pid)
+        assert len(children(supervisor)) == 2
+        assert len(list(Path(f"/proc/{supervisor}/task").iterdir())) == 1
+        held = {os.readlink(file).partition(":")[0] for file in Path(f"/proc/{supervisor}/fd").iterdir()}
+        assert held == {"pipe", str(log)}
+
+
+def test_serve_ends_when_the_supervisor_is_killed_and_workers_drain(ready: CommandLine) -> None:
+    with serving(ready, "--port", str(free_port())) as (process, log):
+        (supervisor,) = children(process.pid)
+        (worker,) = children(supervisor)
+        os.kill(supervisor, signal.SIGKILL)
+        assert process.wait(EXIT_SECONDS) == 1
+        wait_until(lambda: not is_alive(worker), seconds=EXIT_SECONDS)
+    assert log.read_text().count("the supervisor of the workers has ended with signal 9; ") == 1
+    assert "Traceback" not in log.read_text() and "worker.stopped" in log.read_text()
+
+
+def test_no_worker_outlives_a_killed_serve(ready: CommandLine) -> None:
+    with serving(ready, "--port", str(free_port())) as (process, log):
+        (supervisor,) = children(process.pid)
+        (worker,) = children(supervisor)
+        process.kill()
+        wait_until(lambda: not is_alive(worker) and not is_alive(supervisor), seconds=EXIT_SECONDS)
+    assert "worker.stopped" in log.read_text()
+
+
+def test_killed_worker_is_started_again(ready: CommandLine) -> None:
+    with serving(ready, "--port", str(free_port())) as (process, log):
+        (supervisor,) = children(process.pid)
+        os.kill(*children(supervisor), signal.SIGKILL)
+        wait_until(lambda: started(log) == 2, seconds=EXIT_SECONDS)
+        process.terminate()
+        assert process.wait(EXIT_SECONDS) == 0
+    assert log.read_text().count("worker.died") == 1
