@@ -51,6 +51,9 @@ WEB_THREADS = 180
 # A download may take TOTAL_SECONDS, or as long as the largest file allowed takes at this speed.
 SLOWEST_BYTES_PER_SECOND = 450_000.0
 # The source of events (CloudEvents) where the installation has no public URL.
+# Without a public URL nothing calls back: reads 5, 15, 35 and 75 s after a create, then by RECEIVER_POLL_AFTER_SECONDS.
+# A picture takes the provider some ten seconds or more; four reads more a task are far below its rate limit.
+FIRST_POLL_SECONDS = (5.0, 10.0, 20.0, 40.0)
 NAMELESS = "urn:kling-receiver"
 
 
@@ -109,9 +112,11 @@ class Parts:
     @made_once
     def schedule(self) -> Schedule:
         chosen = self.settings
+        is_chosen = "poll_after_seconds" in chosen.model_fields_set
         return Schedule(
             poll_after_seconds=chosen.poll_after_seconds,
             poll_max_seconds=chosen.poll_max_seconds,
+            first_poll_seconds=() if chosen.public_url or is_chosen else FIRST_POLL_SECONDS,
             result_lifetime_seconds=chosen.result_lifetime_seconds,
             url_expiry=self.kling.url_expiry,
         )

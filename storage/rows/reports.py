@@ -43,13 +43,16 @@ class Schedule:
 
     poll_after_seconds: float = 60
     poll_max_seconds: float = 3_600
+    # Waits before the first reads of a task, where nothing calls back.
+    first_poll_seconds: tuple[float, ...] = ()
     result_lifetime_seconds: float = 2_592_000
     # A signed URL's own expiry takes precedence.
     url_expiry: Callable[[str], datetime | None] = lambda url: None
 
     def poll_delay(self, polls: int) -> float:
         """Doubling with jitter (±20 %), so that tasks sent together are not always read together."""
-        delay = min(self.poll_max_seconds, self.poll_after_seconds * 2.0 ** min(polls, 30))
+        first, later = self.first_poll_seconds[polls : polls + 1], polls - len(self.first_poll_seconds)
+        delay = min(self.poll_max_seconds, first[0] if first else self.poll_after_seconds * 2.0 ** min(later, 30))
         return delay * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
 
 

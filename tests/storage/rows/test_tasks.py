@@ -270,6 +270,19 @@ def test_an_unfinished_task_is_polled_later_and_later(database: Database) -> Non
     assert stored(database, task)["polls"] == 0
 
 
+def test_where_nothing_calls_back_the_first_reads_come_soon(database: Database) -> None:
+    schedule = Schedule(poll_after_seconds=1_000, first_poll_seconds=(5, 10))
+    task = sent(database)
+    for polls, wanted in ((0, 5), (1, 10), (2, 1_000), (3, 2_000), (50, 3_600)):
+        with database.write() as session:
+            session.execute(update(Task).values(polls=polls, step=None))
+        hear(database, task, PROCESSING, pushed=False, schedule=schedule)
+        step, delay = waits(database, task)
+        assert step is Step.READ
+        assert delay is not None
+        assert wanted * 0.8 - 3 < delay <= wanted * 1.2
+
+
 def test_an_unknown_status_keeps_the_row_and_the_polls(database: Database) -> None:
     task = sent(database)
     hear(database, task, PROCESSING)
