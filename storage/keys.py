@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from datetime import UTC, datetime
 from urllib.parse import quote
 
@@ -21,6 +22,11 @@ MAX_ID_BYTES = 200  # encoded; leaves room for prefix, date and file name in an 
 
 class IdInvalid(UserError, ValueError):
     """An external id that cannot be part of an object key."""
+
+
+def as_argument(name: str) -> str:
+    """A name as the last argument of a command that is printed for a shell."""
+    return f"-- {shlex.quote(name)}" if name.startswith("-") else shlex.quote(name)
 
 
 def normal_prefix(prefix: str) -> str:

@@ -10,6 +10,7 @@ settings ─┬─▶ database ─▶ schema ─▶ callback secrets, workers �
 from __future__ import annotations
 
 import secrets
+import shlex
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -150,11 +151,12 @@ def files(parts: Parts) -> Iterator[Result]:
         if path is None or not path.exists():
             continue
         mode = stat.S_IMODE(path.stat().st_mode)
+        remedy = f"run `chmod 600 {shlex.quote(str(path))}`"
         name, line = f"file: {what}", f"{path} has mode {mode:04o}: other users may"
         if is_writable_by_others(path.stat()):
-            yield Result(name, Status.FAULT, f"{line} write it", f"make it your own, and run `chmod 600 {path}`")
+            yield Result(name, Status.FAULT, f"{line} write it", f"make it your own, and {remedy}")
         elif mode & stat.S_IROTH:
-            yield Result(name, Status.NOTE, f"{line} read it", f"run `chmod 600 {path}`")
+            yield Result(name, Status.NOTE, f"{line} read it", remedy)
 
 
 def database(parts: Parts) -> Iterator[Result]:

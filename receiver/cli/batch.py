@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from receiver.cli.opening import opened
 from receiver.cli.operate import DryRun, Json, _answer
 from receiver.cli.serve import AllowHttp
 from receiver.cli.terminal import CsvOutput, JsonOutput, cell, say, say_json
+from storage.keys import as_argument
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -85,11 +85,11 @@ def retry(
 
 
 def _shown(name: str) -> str:
-    return f"`receiver batch status {shlex.quote(name)}` shows how it stands"
+    return f"`receiver batch status {as_argument(name)}` shows how it stands"
 
 
 def _again(name: str) -> str:
-    return f"`receiver batch retry {shlex.quote(name)} --as NAME` submits them as new tasks, paid for again"
+    return f"`receiver batch retry --as NAME {as_argument(name)}` submits them as new tasks, paid for again"
 
 
 def _submit_again(parts: Parts, name: str, new_name: str, *, dry_run: bool, as_json: bool) -> None:
@@ -311,7 +311,7 @@ def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
 
 
 def _next(name: str) -> str:
-    return f"`receiver batch status {shlex.quote(name)} --wait` watches it"
+    return f"`receiver batch status --wait {as_argument(name)}` watches it"
 
 
 def _show_estimate(parts: Parts, plan: Plan, lines: Sequence[Line], prices: Path | None, *, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 from receiver.cli.opening import opened
 from receiver.cli.operate import MAX_SHOWN, DryRun, Json
 from receiver.cli.terminal import cell, say, say_json, show
+from storage.keys import as_argument
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -89,9 +90,12 @@ def _table(found: Sequence[dict[str, object]]) -> None:
 
 def _explain(disabled: dict[str, str], unknown: Sequence[str]) -> None:
     for name, reason in disabled.items():
-        say(f"{name} is disabled: {reason}; `receiver events enable {name}` queues for it again", err=True)
+        say(f"{name} is disabled: {reason}; `receiver events enable {as_argument(name)}` queues for it again", err=True)
     for name in unknown:
-        say(f"{name} is not in RECEIVER_EVENT_SINKS; `receiver events disable {name}` gives it up", err=True)
+        say(
+            f"{name} is not in RECEIVER_EVENT_SINKS; `receiver events disable {as_argument(name)}` gives it up",
+            err=True,
+        )
 
 
 @app.command()

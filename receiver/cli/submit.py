@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from receiver.cli.opening import opened
 from receiver.cli.serve import AllowHttp, Store
 from receiver.cli.terminal import say, say_json
 from storage.errors import UserError
+from storage.keys import as_argument
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -95,7 +95,7 @@ def submit(
         try:
             _answer(parts, task, wait=wait, as_json=as_json)
         except KeyboardInterrupt:
-            command = f"receiver status {shlex.quote(task.external_task_id)}"
+            command = f"receiver status {as_argument(task.external_task_id)}"
             say(f"stopped waiting; the workers go on; `{command}` shows the task", err=True)
             raise typer.Exit(1) from None
 

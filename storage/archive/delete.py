@@ -17,7 +17,7 @@ from storage.archive.folders import folder_of
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.errors import NoSuchTask, UserError
-from storage.keys import task_folder
+from storage.keys import as_argument, task_folder
 from storage.rows import claims, tasks
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import IS_OVER
@@ -80,7 +80,8 @@ def _set_tombstone(database: Database, task: Task) -> None:
         assert row is not None  # task rows are never removed
         if row.deleted_at is None:
             if session.execute(select(Task.id).where(Task.id == row.id, IS_OVER)).first() is None:
-                raise Refused(f"{row.external_task_id} is not over: `receiver dismiss {row.external_task_id}` ends it")
+                ends = f"receiver dismiss --reason TEXT {as_argument(row.external_task_id)}"
+                raise Refused(f"{row.external_task_id} is not over: `{ends}` ends it")
             row.deleted_at = tasks.now(session)
             row.note = NOTE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from datetime import UTC, datetime, timedelta, timezone
 from urllib.parse import unquote
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from storage.keys import EXTENSIONS, encode_id, header_text, manifest_key, normal_prefix, object_key
+from storage.keys import EXTENSIONS, as_argument, encode_id, header_text, manifest_key, normal_prefix, object_key
 
 SHA256 = "0123456789ab" + "c" * 52
 CHINA = timezone(timedelta(hours=8))
@@ -106,3 +107,9 @@ def test_metadata_is_encoded_as_ascii(value: str) -> None:
     assert sent.isascii()
     assert sent.isprintable()
     assert unquote(sent) == value.strip()
+
+
+@pytest.mark.parametrize("name", ["plain-1", "a b", "-rf", "--help", "'", '""""', "$(x)", "`x`", "a;b"])
+def test_a_name_in_a_printed_command_is_one_argument(name: str) -> None:
+    words = shlex.split(f"receiver status {as_argument(name)}")
+    assert words[2:] == (["--", name] if name.startswith("-") else [name])

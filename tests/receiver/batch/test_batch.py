@@ -368,7 +368,7 @@ def test_retrying_what_failed_at_the_provider_names_the_command_that_pays_again(
 ) -> None:
     put(parts, {**GOOD, "prompt": "[fail]"}, LINES[0])
     finish(parts)
-    assert "`receiver batch retry night --as NAME`" in command("batch", "retry", "night").err
+    assert "`receiver batch retry --as NAME night`" in command("batch", "retry", "night").err
     assert "1 new, 0 submitted before; dry run" in command("batch", "retry", "night", "--as", "b", "--dry-run").out
     assert "b: 1 new, 0 submitted before" in command("batch", "retry", "night", "--as", "b").out
     assert command("batch", "retry", "night", "--as", "b", "--json").json["known"] == 1

@@ -155,7 +155,7 @@ def test_a_csv_of_a_german_excel_is_told_what_to_save(ready: CommandLine) -> Non
 
 def test_a_batch_name_with_a_space_can_be_pasted(ready: CommandLine) -> None:
     (ready.folder / "mein excel.csv").write_bytes("\ufeffmodel_name;prompt\r\nkling-image-o1;Düne\r\n".encode())
-    assert "`receiver batch status 'mein excel' --wait`" in ready("submit", "--batch", "mein excel.csv").out
+    assert "`receiver batch status --wait 'mein excel'`" in ready("submit", "--batch", "mein excel.csv").out
 
 
 def test_making_again_what_never_failed_names_no_batch_that_is_not_there(ready: CommandLine) -> None:

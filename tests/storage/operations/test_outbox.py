@@ -276,6 +276,8 @@ def test_patterns_select_event_names() -> None:
     assert events.names_matching([]) == set(EventName)
     with pytest.raises(ValueError, match=r"no event is called 'task\.done'"):
         events.names_matching(["task.done"])
+    with pytest.raises(ValueError, match="longer than 64 characters"):
+        events.names_matching(["*a" * 40])
 
 
 # -- all together -----------------------------------------------------------------------------------------------------
