@@ -27,7 +27,7 @@ from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook
 
 from receiver.providers.base import AlreadyExists, BadSignature, RequestFacts, Unavailable, verify_standard_webhook
-from receiver.providers.kling.client import MAX_ANSWER_BYTES, Kling
+from receiver.providers.kling.client import MAX_ANSWER_BYTES, Kling, encode_in_pieces
 from storage.errors import AccountRefused, ModelRefused, ProviderRejected, ProviderThrottled, ReportUnreadable
 from storage.states import Output, Report, TaskState
 from tests.harness import PAYLOADS
@@ -146,6 +146,18 @@ def test_create_sends_the_request_and_what_we_add(server: Scripted, kling: Kling
     added = {"external_task_id": "mine", "callback_url": "https://us.example/callbacks/kling/TOKEN"}
     assert json.loads(sent) == REQUEST | added
     assert b'"element_id": 835266081714884677' in sent
+
+
+def test_pictures_are_encoded_and_sent_in_pieces(server: Scripted, kling: Kling) -> None:
+    """At once they would hold the interpreter, and every other request with it."""
+    pictures = [{"image": "A" * 3_000_000} for _ in range(3)]
+    server.answer(payload("create-answer"))
+    kling.create(REQUEST | {"image_list": pictures}, external_task_id="mine", callback_url=None)
+    _, _, headers, sent = server.asked[0]
+    fields = REQUEST | {"image_list": pictures, "external_task_id": "mine"}
+    assert sent == json.dumps(fields).encode() == b"".join(encode_in_pieces(fields))
+    assert headers["content-length"] == str(len(sent)) and "transfer-encoding" not in headers
+    assert max(map(len, encode_in_pieces(fields))) < 3_000_100
 
 
 def test_create_without_a_public_url_sends_no_callback_url(server: Scripted, kling: Kling) -> None:
