@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-import uuid
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, union_all
-from sqlmodel import Session, col, select
+from sqlmodel import Session
 
 from receiver.console.installation import Installation
 from receiver.console.words import seconds, short
 from storage.accounts import pauses
 from storage.bucket.availability import NO_ANSWER_YET, BucketAvailability
-from storage.operations import heartbeats, outbox
-from storage.operations.lists import REFUSED, waiting_files
+from storage.operations import attention, heartbeats, outbox
 from storage.operations.measures import Measures, measure
-from storage.rows import tasks
-from storage.rows.models import Batch, Callback, Task
-from storage.states import Step
 
 # Every page needs these numbers. Ten consoles share one query.
 FRESH_SECONDS = 3.0
 STORE_SECONDS = 0.1  # a page waits so long for the bucket; the next one shows what came later
 # A store that has not answered for this long is called slow, also on the first page after the start.
 SLOW_SECONDS = 2.0
-# A batch of which no task has ended for this long counts as stopped.
-STILL = timedelta(minutes=30)
-SHOWN_BATCHES = 3
-MANY = 10_000
 
 
 class Need(NamedTuple):
@@ -101,7 +90,7 @@ class Needs:
             yield Need("bad", "deadline", "/console/tasks?files=expiring", {"n": found.deadline_near})
         if found.failed_assets:
             yield Need("bad", "failed", "/console/tasks?files=failed", {"n": found.failed_assets})
-        if count := session.execute(select(func.count()).select_from(waiting_files().subquery())).scalar_one():
+        if count := attention.waiting_files(session):
             yield Need("wait", "again", "/console/tasks?files=waiting", {"n": count})
         if found.overdue and workers:
             yield Need("wait", "overdue", "/console/tasks", {"n": found.overdue})
@@ -111,33 +100,9 @@ class Needs:
             yield Need("bad", "disabled", "/console/events", {"sink": short(name, 40), "reason": short(reason)})
         if found.unmatched:
             yield Need("wait", "unmatched", "/console/deliveries?state=unmatched", {"n": found.unmatched})
-        if count := _rejected(session):
+        if count := attention.refused_lately(session):
             yield Need("wait", "rejected", "/console/deliveries?state=refused", {"n": count})
         if found.audit_faults:
             yield Need("bad", "audit", "/console/archive", {"n": found.audit_faults})
-        for batch_id, name, open_tasks in _still(session):
+        for batch_id, name, open_tasks in attention.still_batches(session):
             yield Need("wait", "batch", f"/console/batches/{batch_id}", {"name": short(name, 60), "n": open_tasks})
-
-
-def _rejected(session: Session) -> int:
-    """Deliveries that were refused within a day."""
-    recent = col(Callback.received_at) > tasks.now(session) - timedelta(days=1)
-    newest = select(Callback.state).where(recent).order_by(col(Callback.received_at).desc()).limit(MANY).subquery()
-    refused = newest.c.state.in_(REFUSED)
-    return session.execute(select(func.count()).select_from(newest).where(refused)).scalar_one() or 0
-
-
-def _still(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
-    """Batches with waiting tasks of which none has ended lately. Reads the waiting ones, and the last end of a few."""
-    waits = (col(Task.step).in_(Step) & col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None))
-    found = select(Task.batch_id).where(col(Task.batch_id).is_not(None)).limit(MANY)
-    # Apart, because for one condition with "or" SQLite reads the whole table: 0.3 s beside a million tasks.
-    parts = [found.where(each).subquery() for each in waits]
-    some = union_all(*(select(part.c.batch_id) for part in parts)).subquery()
-    counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)
-    long_ago = tasks.now(session) - STILL
-    for batch_id, count in session.execute(counted).all():
-        batch = session.get_one(Batch, batch_id)
-        last = session.execute(select(func.max(Task.completed_at)).where(Task.batch_id == batch_id)).scalar()
-        if max(batch.created_at, last or batch.created_at) < long_ago:
-            yield batch.id, batch.name, count

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from email.parser import BytesParser
 from email.policy import HTTP
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -107,6 +107,9 @@ class Visit:
     def text(self, key: str, /, **values: Any) -> str:
         return catalogue.text(self.language, key, **values)
 
+    def word(self, group: str, value: str) -> str:
+        return catalogue.word(self.language, group, value)
+
     def say(self, words: str, *, bad: bool = False) -> None:
         """Show this text on the person's next page."""
         self.notices.add(self.session, "bad" if bad else "ok", words)
@@ -146,6 +149,28 @@ def render(templates: Environment, template: str, language: str, **values: Any) 
 def is_number(text: str) -> bool:
     """Whether this is the id of a row that has a number."""
     return text.isascii() and text.isdigit() and len(text) < 18
+
+
+class Part(NamedTuple):
+    """A part of a list that is held whole. `before`, `after`: links to the parts beside it, "" for none."""
+
+    rows: Sequence[Any]
+    says: str
+    before: str
+    after: str
+
+
+def part(visit: Visit, field: str, rows: Sequence[Any], most: int, *, newest: bool = False) -> Part:
+    """The part of `rows` that the query's `field` names; without it the first one, or the last one if `newest`."""
+    last = max(0, (len(rows) - 1) // most * most)
+    wanted = visit.query.get(field, "")
+    start = min(int(wanted) // most * most, last) if is_number(wanted) else last if newest else 0
+    says = f"{start + 1}–{min(start + most, len(rows))} / {len(rows)}" if len(rows) > most else ""
+    before, after = ({field: str(each)} for each in (start - most, start + most))
+    return Part(
+        rows[start : start + most], says, visit.link(**before) if start else "",
+        visit.link(**after) if start < last else "",
+    )  # fmt: skip
 
 
 def own_path(path: str | None, default: str) -> str:

@@ -20,6 +20,7 @@ _ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>
 # Control characters except line breaks and tabs, and characters that change the writing direction.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 MAX_PRETTY_CHARS = 300_000
+MAX_VALUE_CHARS = 4_000
 STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
 
 
@@ -92,6 +93,26 @@ def pretty(body: bytes | Any) -> str | None:
     except (ValueError, RecursionError, UnicodeDecodeError):
         return None
     return seen(shown) if len(shown) <= MAX_PRETTY_CHARS else None
+
+
+def request_of(task: Task, most: int) -> str:
+    """The request as JSON. Of a long value, as of an uploaded picture, the beginning."""
+    return (
+        cut(pretty({name: _brief(value) for name, value in task.request.items()}) or "", most) if task.request else ""
+    )
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, str):
+        return cut(value, MAX_VALUE_CHARS)
+    if isinstance(value, list):
+        return [_brief(each) for each in value]
+    return {name: _brief(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def short(foreign: str | None, most: int = 160) -> str:

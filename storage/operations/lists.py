@@ -19,7 +19,7 @@ from sqlmodel import Session, col, select
 from storage.accounts import batches
 from storage.operations import deadlines
 from storage.rows import aliases, tasks
-from storage.rows.models import Asset, Callback, Task
+from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
 K = TypeVar("K")
@@ -30,6 +30,8 @@ SCANNED = 10_000
 # What filters look at.
 WINDOW = ("id", "created_at", "state", "archive", "provider", "external_task_id")
 MAX_FIELD_CHARS = 200
+# Of one task, the newest ones. A task that ends well has six and one for each file.
+SHOWN_EVENTS = 200
 # What `files` of a filter asks for: given up, tried again later, about to be deleted at the provider.
 FILES = ("failed", "waiting", "expiring")
 # A delivery of which no report was taken.
@@ -119,6 +121,17 @@ def newest_tasks(
     return page
 
 
+def first_files(page: Page, counts: Mapping[uuid.UUID, int], most: int) -> Page:
+    """The first tasks of a page that have at most so many files together, and the cursor behind them."""
+    kept, files = list[Task](), 0
+    for task in page.rows:
+        files += counts.get(task.id, 0)
+        if kept and files > most:
+            return Page(kept, _cursor_text(kept[-1].created_at, kept[-1].id))
+        kept.append(task)
+    return page
+
+
 def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list[Any] | None:
     """Conditions that an index answers; None when nothing can match."""
     conditions: list[Any] = []
@@ -196,6 +209,15 @@ def exact(session: Session, words: str, providers: Sequence[str] = ()) -> Task |
 def files_of(session: Session, rows: Sequence[Task]) -> dict[uuid.UUID, list[Asset]]:
     """The files of these tasks in reading order."""
     return batches.files_of(session, [row.id for row in rows])
+
+
+def dispatches_of(session: Session, events: Sequence[Event]) -> dict[int, list[Dispatch]]:
+    """The dispatches of these events, by the event's id."""
+    ids = [event.id for event in events[-SHOWN_EVENTS:]]
+    found: dict[int, list[Dispatch]] = {}
+    for row in session.scalars(select(Dispatch).where(col(Dispatch.event_id).in_(ids)).order_by(col(Dispatch.id))):
+        found.setdefault(row.event_id, []).append(row)
+    return found
 
 
 def is_kept(asset: Asset) -> bool:
@@ -286,6 +308,14 @@ def _deliveries(session: Session, ids: Sequence[int]) -> list[tuple[Callback, in
     found = found.outerjoin(Task, col(Task.id) == col(Callback.task_id)).options(defer(body, raiseload=True))
     found = found.where(col(Callback.id).in_(ids)).order_by(col(Callback.received_at).desc(), col(Callback.id).desc())
     return [(row, size, name) for row, size, name in session.execute(found)]
+
+
+def deliveries_of(session: Session, task_id: uuid.UUID, limit: int) -> list[tuple[Callback, int]]:
+    """The newest deliveries and reads of a task, each with the size of its body, which is not loaded."""
+    body: Any = Callback.body
+    found = select(Callback, func.length(body)).options(defer(body, raiseload=True))
+    found = found.where(col(Callback.task_id) == task_id).order_by(col(Callback.id).desc()).limit(limit)
+    return [(row, size) for row, size in session.execute(found)]
 
 
 # -- cursors ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ _EVENTS = Event.__table__.c  # type: ignore[attr-defined]
 # Literals, as in the partial indexes: SQLite uses no partial index for a parameter.
 IS_OPEN = col(Dispatch.state) == literal_column(f"'{DispatchState.DUE}'")
 IS_DEAD = col(Dispatch.state) == literal_column(f"'{DispatchState.DEAD}'")
+_CONDITIONS: dict[DispatchState, Any] = {DispatchState.DUE: IS_OPEN, DispatchState.DEAD: IS_DEAD}
 
 
 @dataclass(frozen=True)
@@ -250,15 +251,30 @@ def dispatches(
     """Dispatches by id, from after `after`, each with its event and its task's external id."""
     found = select(Dispatch, Event, Task.external_task_id).join(Event, col(Event.id) == col(Dispatch.event_id))
     found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id)).where(col(Dispatch.id) > after)
-    conditions: dict[DispatchState, Any] = {DispatchState.DUE: IS_OPEN, DispatchState.DEAD: IS_DEAD}
     if state is not None:
-        found = found.where(conditions.get(state, col(Dispatch.state) == state))
+        found = found.where(_CONDITIONS.get(state, col(Dispatch.state) == state))
     if sink is not None:
         found = found.where(Dispatch.sink == sink)
     if chosen := list(ids):
         found = found.where(col(Dispatch.id).in_(chosen))
     found = found.order_by(col(Dispatch.id)).limit(limit)
     return [(row, event, external_id) for row, event, external_id in session.exec(found)]
+
+
+def newest(
+    session: Session, state: str, sink: str, *, before: int | None, limit: int
+) -> list[tuple[Dispatch, Event, str | None]]:
+    """Dispatches, newest first, in one state or to one sink if they are given."""
+    found = select(Dispatch, Event, Task.external_task_id).join(Event, col(Event.id) == col(Dispatch.event_id))
+    found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id))
+    if state in list(DispatchState):
+        found = found.where(_CONDITIONS.get(DispatchState(state), col(Dispatch.state) == DispatchState(state)))
+    if sink:
+        found = found.where(col(Dispatch.sink) == sink)
+    if before is not None:
+        found = found.where(col(Dispatch.id) < before)
+    found = found.order_by(col(Dispatch.id).desc()).limit(limit)
+    return [(row, event, name) for row, event, name in session.exec(found)]
 
 
 def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:

@@ -22,6 +22,8 @@ from storage.states import CallbackState
 HOME = "/console/deliveries"
 # One form replays at most this many, and says so. The next form replays the next ones.
 MAX_REPLAY = 500
+# Of a body, twice: a page has less than 100 kB. A report of nine pictures has 5 kB.
+MAX_SHOWN_BYTES = 20_000
 
 
 class Deliveries:
@@ -45,7 +47,8 @@ class Deliveries:
             task = session.get(Task, row.task_id) if row.task_id else None
         return visit.page(
             "delivery.html", row=row, task=task, kinds=DELIVERY_KINDS, path_of=path_of, size=len(row.body),
-            raw=words.raw(row.body), pretty=words.pretty(row.body),
+            raw=words.cut(words.raw(row.body[:MAX_SHOWN_BYTES]), MAX_SHOWN_BYTES),
+            pretty=words.cut(words.pretty(row.body) or "", MAX_SHOWN_BYTES), is_cut=len(row.body) > MAX_SHOWN_BYTES,
             headers={words.short(name, 80): words.short(str(value), 400) for name, value in row.headers.items()},
         )  # fmt: skip
 

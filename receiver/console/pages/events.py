@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlmodel import Session, col, select
+from sqlmodel import col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -14,11 +14,10 @@ from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import change
 from storage.operations import lists, outbox
 from storage.operations.measures import SinkMeasures
-from storage.rows.models import Dispatch, Event, Task
+from storage.rows.models import Dispatch
 from storage.states import DispatchState
 
 HOME = "/console/events"
-CONDITIONS: dict[str, Any] = {DispatchState.DUE: outbox.IS_OPEN, DispatchState.DEAD: outbox.IS_DEAD}
 # "All" redelivers at most this many, in pages of PAGE.
 MAX_REDELIVER, PAGE = 10_000, 200
 
@@ -32,9 +31,11 @@ class EventsOut:
 
     def show(self, visit: Visit) -> Response:
         state = visit.query.get("state", "")
-        sink = visit.query.get("sink", "")[:100]
+        sink, before = visit.query.get("sink", "")[:100], visit.query.get("before", "")
         with self._of.database.read() as session:
-            rows = _newest(session, state, sink, visit.query.get("before", ""))
+            rows = outbox.newest(
+                session, state, sink, before=int(before) if is_number(before) else None, limit=lists.PAGE + 1
+            )
             disabled = outbox.disabled(session)
         found: dict[str, SinkMeasures] = self._measured().measures.sinks
         names = sorted({*self._of.sinks, *found, *disabled})
@@ -93,17 +94,3 @@ class EventsOut:
             if session.scalars(select(Dispatch.id).where(col(Dispatch.sink) == name).limit(1)).first() is None:
                 raise HTTPException(404)
         return name
-
-
-def _newest(session: Session, state: str, sink: str, before: str) -> list[tuple[Dispatch, Event, str | None]]:
-    """Dispatches, newest first, one more than a page; open and dead ones unless a state is asked for."""
-    found = select(Dispatch, Event, Task.external_task_id).join(Event, col(Event.id) == col(Dispatch.event_id))
-    found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id))
-    if state in list(DispatchState):
-        found = found.where(CONDITIONS.get(state, col(Dispatch.state) == DispatchState(state)))
-    if sink:
-        found = found.where(col(Dispatch.sink) == sink)
-    if is_number(before):
-        found = found.where(col(Dispatch.id) < int(before))
-    found = found.order_by(col(Dispatch.id).desc()).limit(lists.PAGE + 1)
-    return [(row, event, name) for row, event, name in session.execute(found)]

@@ -22,9 +22,11 @@ from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
 from storage.operations.thumbnails import Thumbnails
 from storage.rows.models import Asset, Task
-from storage.states import ArchiveState, AssetState
+from storage.states import ArchiveState, AssetState, TaskState
 
-TASKS_A_PAGE = 36
+# A page has less than 100 kB without its pictures.
+TASKS_A_PAGE, FILES_A_PAGE = 30, 64
+SIZES = ("s", "m", "l")
 # Threads that wait for thumbnails, which two threads make. A browser requests six at once.
 WAITING = 12
 # A URL has at most 2 KiB, and each id takes 40 bytes.
@@ -48,12 +50,14 @@ class Gallery:
             page = lists.newest_tasks(session, wanted, visit.query.get("before"), TASKS_A_PAGE, kept=True)
             files = lists.files_of(session, page.rows)
         kept = {task.id: [each for each in files.get(task.id, []) if lists.is_kept(each)] for task in page.rows}
+        page = lists.first_files(page, {task_id: len(each) for task_id, each in kept.items()}, FILES_A_PAGE)
         shown = [task for task in page.rows if kept[task.id]]
         days = [(day, list(group)) for day, group in groupby(shown, key=lambda task: task.created_at.date())]
         return visit.page(
             "gallery.html", wanted=wanted, rows=page, days=days,
             kept=kept, path_of=path_of, prompt_of=words.prompt_of, model_of=words.model_of, uri=self._of.bucket.uri,
             ratio=words.ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
+            states=list(TaskState), sizes=SIZES, size=size if (size := visit.query.get("size", "")) in SIZES else "m",
         )  # fmt: skip
 
     async def file(self, visit: Visit) -> Response:

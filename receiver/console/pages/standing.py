@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -14,58 +13,15 @@ from receiver.console.installation import CheckLine, Installation, note_act
 from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from storage.archive import continuous_audit
-from storage.archive.audit import Audit, Counts
 from storage.database.clock import db_now
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import heartbeats
+from storage.operations.sample_audit import SAMPLE, SampleAudit
 from storage.rows import events
 from storage.rows.models import Worker
 
-SAMPLE = 50
 SHOWN_FINDINGS = 100
 SHOWN_ACTS = 25
-# The rate of reading, low enough to leave the workers' transfers undisturbed.
-SAMPLE_BYTES_PER_SECOND = 20e6
-
-
-class SampleAudit:
-    """An audit of some random files beside the web server. Its findings stay until the next one."""
-
-    def __init__(self, of: Installation) -> None:
-        self._of = of
-        self._lock = threading.Lock()
-        self.is_running = False
-        self.counts = Counts()
-        self.findings: list[dict[str, object]] = []
-        self.problem = ""
-        self.by = ""
-
-    def start(self, person: str) -> bool:
-        """Start unless one is running. Returns whether it started."""
-        with self._lock:
-            if self.is_running:
-                return False
-            self.is_running, self.counts, self.findings, self.problem, self.by = True, Counts(), [], "", person
-        threading.Thread(target=self._run, daemon=True).start()
-        return True
-
-    def _run(self) -> None:
-        try:
-            audit = Audit(
-                self._of.database,
-                self._of.bucket,
-                deep=True,
-                sample=SAMPLE,
-                max_bytes_per_second=SAMPLE_BYTES_PER_SECOND,
-            )
-            for batch in audit.run():
-                self.counts.add(batch.counts)
-                room = SHOWN_FINDINGS - len(self.findings)
-                self.findings += [finding.as_json() for finding in batch.findings if finding.is_fault][:room]
-        except (DatabaseUnavailable, StoreUnavailable, LookupError) as error:
-            self.problem = words.short(str(error), 300)
-        finally:
-            self.is_running = False
 
 
 class StandingPages:
@@ -74,7 +30,7 @@ class StandingPages:
     def __init__(self, of: Installation, needs: Needs) -> None:
         self._of = of
         self._needs = needs
-        self._sample = SampleAudit(of)
+        self._sample = SampleAudit(of.database, of.bucket)
 
     def archive(self, visit: Visit) -> Response:
         with self._of.database.read() as session:

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from urllib.parse import quote
 
-from sqlalchemy import func
-from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from receiver.console import catalogue, words
+from receiver.console import words
 from receiver.console.installation import Installation
-from receiver.console.visit import Visit
+from receiver.console.visit import Visit, part
 from receiver.tasks.task_view import is_over
 from storage.operations import lists
 from storage.rows import events, tasks
 from storage.rows.aliases import aliases_of
-from storage.rows.models import Asset, Batch, Callback, Event, Task
-from storage.states import ArchiveState, AssetState, CallbackState, TaskState
+from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
+from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, TaskState
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,199}")
-# The newest deliveries of a task; the page of deliveries has the others.
-SHOWN_DELIVERIES = 200
+# The newest deliveries of a task; the page of deliveries has the others. A page has less than 100 kB.
+SHOWN_DELIVERIES = 60
+FILES_A_PAGE, MOMENTS_A_PAGE = 20, 80
+MAX_PROMPT_CHARS, MAX_REQUEST_CHARS = 4_000, 8_000
 KINDS = {
     "task.created": "idle", "task.submitted": "run", "task.processing": "run", "task.succeeded": "ok",
     "task.failed": "bad", "task.contradicted": "wait", "task.deadline_near": "bad", "task.archived": "ok",
@@ -38,13 +38,16 @@ DELIVERY_KINDS = {
     CallbackState.APPLIED: "ok", CallbackState.RECEIVED: "run", CallbackState.UNMATCHED: "wait",
     CallbackState.REJECTED: "bad", CallbackState.UNREADABLE: "bad",
 }  # fmt: skip
-# Fields of a fact that its line does not show.
-TOLD = ("external_task_id", "by", "key", "kind", "index", "error", "reason", "note")
+DISPATCH_KINDS = {DispatchState.DUE: "run", DispatchState.DELIVERED: "ok", DispatchState.DEAD: "bad"}
+# Fields of a fact that its line or the file's own place shows.
+TOLD = ("external_task_id", "by", "key", "kind", "index", "error", "reason", "note", "sha256", "size", "media_type")
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One line of the timeline. `detail`: a stranger's text, shown on demand. `link`: a page with more."""
+    """One line of the timeline. `detail`: a stranger's text, shown on demand. `link`: a page with more. `out`: (kind,
+    words) of each sink that is told of it.
+    """
 
     at: datetime
     kind: str
@@ -52,6 +55,7 @@ class Moment:
     since: str = ""
     detail: str = ""
     link: str = ""
+    out: Sequence[tuple[str, str]] = ()
 
 
 def path_of(task: Task) -> str:
@@ -87,15 +91,23 @@ class Tasks:
             if task is None:
                 raise HTTPException(404)
             assets = tasks.assets_of(session, task.id)
-            facts, deliveries = events.of_task(session, task.id), _deliveries_of(session, task)
+            facts, deliveries = (
+                events.of_task(session, task.id),
+                lists.deliveries_of(session, task.id, SHOWN_DELIVERIES),
+            )
             acts = events.acts_of(session, task.id)
+            out = lists.dispatches_of(session, facts)
             aliases = aliases_of(session, task.id)
             batch = session.get(Batch, task.batch_id) if task.batch_id else None
+        moments = timeline(visit, task, facts, deliveries, out)
+        moments += [_of_act(visit, act) for act in acts]
+        moments += [_of_tries(visit, each) for each in assets if _is_tried(each)]
         return visit.page(
-            "task.html", task=task, assets=assets, batch=batch, aliases=aliases, note=task.note,
-            is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept, ratio=words.ratio_class,
-            timeline=timeline(visit, task, facts, deliveries, acts), uri=self._of.bucket.uri,
-            request=words.pretty(task.request) or "", prompt=words.seen(str(task.request.get("prompt") or "")[:20_000]),
+            "task.html", task=task, files=part(visit, "from", assets, FILES_A_PAGE), count=len(assets), batch=batch,
+            aliases=aliases, note=task.note, is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept,
+            ratio=words.ratio_class, uri=self._of.bucket.uri, request=words.request_of(task, MAX_REQUEST_CHARS),
+            timeline=part(visit, "moment", in_order(moments, task.created_at), MOMENTS_A_PAGE, newest=True),
+            prompt=words.seen(words.cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
             model=words.model_of(task), can_retry=can_retry(task, assets),
         )  # fmt: skip
 
@@ -113,31 +125,46 @@ def timeline(
     task: Task,
     facts: Sequence[Event],
     deliveries: Sequence[tuple[Callback, int]],
-    acts: Sequence[Event],
+    out: Mapping[int, Sequence[Dispatch]],
 ) -> list[Moment]:
-    """Everything known to have happened, oldest first, each with the time since the first."""
-    found = [_of_fact(visit, fact) for fact in facts] + [_of_delivery(visit, *each) for each in deliveries]
-    found += [_of_act(visit, act) for act in acts]
+    """Everything that the work has noted."""
+    found = [_of_fact(visit, fact, out.get(fact.id or 0, ())) for fact in facts]
+    found += [_of_delivery(visit, *each) for each in deliveries]
     if task.sent_at and not task.adopt:
         found.append(Moment(task.sent_at, "idle", visit.text("timeline.sent", provider=task.provider)))
     if task.deleted_at:
         found.append(Moment(task.deleted_at, "bad", visit.text("timeline.deleted")))
-    found.sort(key=lambda moment: moment.at)
-    start = found[0].at if found else task.created_at
-    return [
-        Moment(
-            each.at,
-            each.kind,
-            each.says,
-            f"+{words.seconds((each.at - start).total_seconds())}",
-            each.detail,
-            each.link,
-        )
-        for each in found
-    ]
+    return found
 
 
-def _of_fact(visit: Visit, fact: Event) -> Moment:
+def in_order(found: Sequence[Moment], start: datetime) -> list[Moment]:
+    """Oldest first, each with the time since the first."""
+    ordered = sorted(found, key=lambda moment: moment.at)
+    start = ordered[0].at if ordered else start
+    return [replace(each, since=f"+{words.seconds((each.at - start).total_seconds())}") for each in ordered]
+
+
+def _is_tried(asset: Asset) -> bool:
+    return asset.state is AssetState.DUE and asset.due_at is not None and bool(asset.error)
+
+
+def _of_tries(visit: Visit, asset: Asset) -> Moment:
+    """How often a file was tried, the last error, and when it is tried again."""
+    name = f"{visit.word('kind', asset.kind)} {asset.index}"
+    says = visit.text("timeline.tries", name=name, n=max(asset.attempts, asset.unusable_tries, 1))
+    return Moment(asset.due_at or asset.created_at, "next", f"{says}: {words.short(asset.error)}")
+
+
+def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
+    """A sink, whether it took the event, and else its last answer."""
+    says = words.short(row.sink, 40)
+    if row.state is not DispatchState.DELIVERED:
+        says = f"{says}: {words.short(row.error) or visit.word('dispatch', row.state)}"
+    tries = visit.text("events.tried", n=row.tries)
+    return DISPATCH_KINDS[row.state], f"{says} ({tries})" if row.tries > 1 else says
+
+
+def _of_fact(visit: Visit, fact: Event, out: Sequence[Dispatch]) -> Moment:
     known, data = visit.text(f"event.{fact.name}"), fact.data
     if fact.name.startswith("asset."):
         known = f"{known}: {words.short(str(data.get('kind', '')), 20)} {words.short(str(data.get('index', '')), 8)}"
@@ -146,15 +173,16 @@ def _of_fact(visit: Visit, fact: Event) -> Moment:
     if person := data.get("by"):
         says = f"{says} · " + visit.text("timeline.by", name=words.short(str(person), 40))
     rest = {name: value for name, value in data.items() if name not in TOLD}
-    detail = words.seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:20_000]) if rest else ""
-    return Moment(fact.at, KINDS.get(fact.name, "idle"), says, detail=detail)
+    detail = words.seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:2_000]) if rest else ""
+    told = [_of_dispatch(visit, each) for each in out]
+    return Moment(fact.at, KINDS.get(fact.name, "idle"), says, detail=detail, out=told)
 
 
 def _of_act(visit: Visit, act: Event) -> Moment:
     """What a person did: the name, the action, and the reason or result."""
     data = {name: words.short(str(value), 200) for name, value in act.data.items()}
-    says = f"{data.get('by', '')}: {catalogue.word(visit.language, 'person', data.get('action', ''))}"
-    why = data.get("reason") or data.get("refused") or catalogue.word(visit.language, "found", data.get("found", ""))
+    says = f"{data.get('by', '')}: {visit.word('person', data.get('action', ''))}"
+    why = data.get("reason") or data.get("refused") or visit.word("found", data.get("found", ""))
     return Moment(act.at, "bad" if data.get("refused") else "idle", f"{says}: {why}" if why else says)
 
 
@@ -165,13 +193,6 @@ def _of_delivery(visit: Visit, row: Callback, body_bytes: int) -> Moment:
     says = f"{says}: {words.short(row.reason)}" if row.reason else says
     link = f"/console/deliveries/{row.id}" if row.source == "push" else ""
     return Moment(row.received_at, DELIVERY_KINDS[row.state], says, link=link)
-
-
-def _deliveries_of(session: Session, task: Task) -> list[tuple[Callback, int]]:
-    body = Callback.body
-    found = select(Callback, func.length(Callback.body)).options(defer(body, raiseload=True))  # type: ignore[arg-type]
-    found = found.where(col(Callback.task_id) == task.id).order_by(col(Callback.id).desc()).limit(SHOWN_DELIVERIES)
-    return [(row, size) for row, size in session.execute(found)]
 
 
 def _batch_names(session: Session, rows: Sequence[Task]) -> dict[object, str]:

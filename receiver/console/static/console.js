@@ -16,6 +16,16 @@ function renewTimes(root) {
   }
 }
 
+// Pictures that came while somebody looks further down wait behind a button, so that nothing moves under the eyes.
+const fresh = document.querySelector("[data-fresh]");
+function holds(part, other) {
+  if (!("hold" in part.dataset) || scrollY < 200) { if (fresh && part.contains(fresh.nextElementSibling)) fresh.hidden = true; return false; }
+  const known = new Set([...part.querySelectorAll(".tile > a")].map((each) => each.href));
+  if (fresh && [...other.querySelectorAll(".tile > a")].some((each) => !known.has(each.href))) fresh.hidden = false;
+  return true;
+}
+if (fresh) fresh.addEventListener("click", () => { fresh.hidden = true; scrollTo(0, 0); fetchedAt = 0; renew(); });
+
 // -- live -------------------------------------------------------------------------------------------------------------
 // The server tells of changes two seconds apart. All consoles that are told at once share what they fetch.
 const APART = 1500;
@@ -32,7 +42,7 @@ async function renew() {
     for (const part of document.querySelectorAll("[data-live]")) {
       const other = fresh.querySelector(`[data-live="${CSS.escape(part.dataset.live)}"]`);
       if (!other) { if (part.dataset.live.startsWith("count-")) part.remove(); continue; }
-      if (part.innerHTML !== other.innerHTML && !part.contains(document.activeElement)) {
+      if (part.innerHTML !== other.innerHTML && !part.contains(document.activeElement) && !holds(part, other)) {
         const open = [...part.querySelectorAll("details[open][id]")].map((each) => each.id);
         part.replaceChildren(...other.childNodes);
         for (const id of open) { const each = document.getElementById(id); if (each) each.open = true; }
@@ -44,14 +54,17 @@ async function renew() {
 }
 if (main && document.querySelector("[data-live]") && window.EventSource) {
   const state = document.querySelector("[data-live-state]");
-  const source = new EventSource(main.dataset.liveUrl);
   const show = (on) => { if (state) { state.classList.toggle("on", on); state.textContent = on ? state.dataset.on : state.dataset.off; } };
-  let lost = false;
-  source.addEventListener("hello", () => { show(true); if (lost) renew(); lost = false; });
-  let trailing;
-  // Numbers over the whole database are up to three seconds old: look once more when nothing follows.
-  source.addEventListener("change", () => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, 4000); });
-  source.addEventListener("error", () => { lost = true; show(false); });
+  let lost = false, trailing, source;
+  function connect() {
+    source = new EventSource(main.dataset.liveUrl);
+    source.addEventListener("hello", () => { show(true); if (lost) { fetchedAt = 0; renew(); } lost = false; });
+    // Numbers over the whole database are up to three seconds old: look once more when nothing follows.
+    source.addEventListener("change", () => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, 4000); });
+    // A browser connects again by itself, but not after an error page, as a proxy sends one for a server that is away.
+    source.addEventListener("error", () => { lost = true; show(false); if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000); });
+  }
+  connect();
   setInterval(() => { if (wanted || document.querySelector("[data-counting]")) renew(); }, 1000);
   setInterval(renew, 30000); // what needs a person may come with time alone
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
@@ -98,7 +111,8 @@ if (box) {
     const all = tiles();
     if (index < 0 || index >= all.length) return;
     at = index;
-    const link = all[index], data = link.dataset, stage = box.querySelector(".stagebox");
+    const link = all[index], of = document.getElementById(link.dataset.of), stage = box.querySelector(".stagebox");
+    const data = { ...of.dataset, ...link.dataset, file: link.getAttribute("href"), key: link.dataset.uri };
     const shown = document.createElement(data.kind === "video" ? "video" : data.kind === "audio" ? "audio" : "img");
     shown.src = data.file;
     if (shown.tagName === "IMG") shown.alt = data.prompt || data.name; else shown.controls = true;
@@ -132,7 +146,7 @@ if (box) {
     picked.querySelector("[data-number]").textContent = chosen.size;
     const zip = picked.querySelector("[data-most]");
     zip.disabled = chosen.size > Number(zip.dataset.most);
-    picked.querySelector("[data-copy]").dataset.copy = ticks().filter((each) => each.checked).map((each) => each.dataset.uri).join("\n");
+    picked.querySelector("[data-copy]").dataset.copy = ticks().filter((each) => each.checked).map((each) => each.parentElement.querySelector("a").dataset.uri).join("\n");
   });
   if (picked) picked.hidden = !ticks().some((each) => each.checked);
 }

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from storage.states import ArchiveState, AssetState, DispatchState
 from tests import webdriver
 from tests.archived_tasks import archive
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY
-from tests.pipeline import Web, assets_of, callbacks_of, deliver, insert_row, task_of, working
+from tests.harness import wait_until
+from tests.pipeline import Web, Wired, assets_of, callbacks_of, deliver, insert_row, task_of, working
 from tests.receiver.console.test_safety import hostile
 from tests.webdriver import Browser
 
@@ -192,6 +196,59 @@ def test_the_menu_of_a_phone_is_one_row_that_opens(parts: Parts, browser: Browse
     browser.click(".rail .open")
     browser.click('#menu a[href="/console/gallery"]')
     assert browser.url.endswith("/console/gallery")
+
+
+@pytest.mark.parametrize("meanwhile", ["nothing", "an error page"])
+def test_an_open_page_goes_on_when_the_server_is_back(parts: Parts, browser: Browser, web: Web, meanwhile: str) -> None:
+    browser.open(f"{web.url}/console/tasks")
+    browser.waits_for("Live")
+    web.__exit__()
+    browser.waits_for("Not live")
+    if meanwhile == "an error page":  # as a proxy answers for a server that is away
+        with error_pages(web) as asked:
+            wait_until(lambda: len(asked) > 1, seconds=30)
+    insert_row(parts, external_task_id="came-meanwhile")
+    with closing(Wired(parts.settings, bucket=parts.bucket)) as fresh, Web(fresh):
+        browser.waits_for("came-meanwhile", seconds=60)
+        wait_until(lambda: "Not live" not in browser.text, seconds=60)
+
+
+@contextmanager
+def error_pages(web: Web) -> Iterator[list[str]]:
+    """502 for everything, at the address of a server that has ended."""
+    asked: list[str] = []
+
+    class Away(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(502)
+
+        def log_message(self, *_: object) -> None: ...
+
+    host, _, port = web.url.removeprefix("http://").partition(":")
+    server = ThreadingHTTPServer((host, int(port)), Away)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_new_pictures_wait_behind_a_button_while_somebody_looks_further_down(
+    parts: Parts, browser: Browser, web: Web
+) -> None:
+    archive(parts, 12, n=4)
+    browser.resize(900, 500)
+    browser.open(f"{web.url}/console/gallery?size=l")
+    browser.waits_for("Live")
+    browser.run("scrollTo(0, 400)")
+    before = browser.run("return document.querySelectorAll('.tile').length")
+    archive(parts, 1, n=2)
+    wait_until(lambda: browser.run("return !document.querySelector('.fresh').hidden"), seconds=30)
+    assert browser.run("return document.querySelectorAll('.tile').length") == before
+    browser.click(".fresh")
+    wait_until(lambda: browser.run("return document.querySelectorAll('.tile').length") == before + 2, seconds=30)
 
 
 def test_a_reader_sees_and_cannot_act(parts: Parts, browser: Browser, web: Web) -> None:

@@ -12,7 +12,7 @@ from receiver.console import catalogue
 HERE = Path(catalogue.__file__).parent
 SOURCES = [*HERE.rglob("*.py"), *HERE.rglob("*.html")]
 ASKED = re.compile(r"""\b(?:t|text)\(\s*f?"([a-z0-9_.]+)"\s*[,)]""")
-GROUPS = re.compile(r"""\bw\("([a-z_]+)",""")
+GROUPS = re.compile(r"""\b(?:w|word)\("([a-z_]+)",""")
 
 
 def test_both_languages_have_the_same_keys() -> None:

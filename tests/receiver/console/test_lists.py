@@ -17,10 +17,10 @@ from sqlalchemy import event
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
-from receiver.console import needs, visit
+from receiver.console import visit
 from receiver.console.access import COOKIE
 from receiver.console.words import ratio_class, relative, size
-from storage.operations import lists, rollups, thumbnails
+from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
 from storage.operations.thumbnails import Thumbnails, shrink
@@ -186,7 +186,7 @@ def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, mon
 
 
 def test_batches_that_stand_still_are_found_by_an_index(parts: Parts) -> None:
-    assert not scans(parts.database, lambda session: list(needs._still(session)))
+    assert not scans(parts.database, lambda session: list(attention.still_batches(session)))
 
 
 def picture(width: int = 900, height: int = 600, mode: str = "RGB", form: str = "PNG") -> bytes:

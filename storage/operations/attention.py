@@ -1,0 +1,49 @@
+"""What may need a person and has no measure of its own: a bounded number of rows, by their indexes."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+
+from sqlalchemy import func, union_all
+from sqlmodel import Session, col, select
+
+from storage.operations import lists
+from storage.rows import tasks
+from storage.rows.models import Batch, Callback, Task
+from storage.states import Step
+
+# A batch of which no task has ended for this long counts as stopped.
+STILL = timedelta(minutes=30)
+SHOWN_BATCHES = 3
+MANY = 10_000
+
+
+def waiting_files(session: Session) -> int:
+    """Files that failed and wait for their next try."""
+    return int(session.execute(select(func.count()).select_from(lists.waiting_files().subquery())).scalar_one())
+
+
+def refused_lately(session: Session) -> int:
+    """Deliveries that were refused within a day."""
+    recent = col(Callback.received_at) > tasks.now(session) - timedelta(days=1)
+    newest = select(Callback.state).where(recent).order_by(col(Callback.received_at).desc()).limit(MANY).subquery()
+    refused = newest.c.state.in_(lists.REFUSED)
+    return session.execute(select(func.count()).select_from(newest).where(refused)).scalar_one() or 0
+
+
+def still_batches(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
+    """Batches with waiting tasks of which none has ended lately. Reads the waiting ones, and the last end of a few."""
+    waits = (col(Task.step).in_(Step) & col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None))
+    found = select(Task.batch_id).where(col(Task.batch_id).is_not(None)).limit(MANY)
+    # Apart, because for one condition with "or" SQLite reads the whole table: 0.3 s beside a million tasks.
+    parts = [found.where(each).subquery() for each in waits]
+    some = union_all(*(select(part.c.batch_id) for part in parts)).subquery()
+    counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)
+    long_ago = tasks.now(session) - STILL
+    for batch_id, count in session.execute(counted).all():
+        batch = session.get_one(Batch, batch_id)
+        last = session.execute(select(func.max(Task.completed_at)).where(Task.batch_id == batch_id)).scalar()
+        if max(batch.created_at, last or batch.created_at) < long_ago:
+            yield batch.id, batch.name, count

@@ -1,0 +1,120 @@
+"""Full pages: as much as each may hold, and still less than 100 kB without pictures; a task's timeline has it all."""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+
+from sqlmodel import Session, select
+
+from receiver.app.wiring import Parts
+from storage.rows.deliveries import Delivery, store
+from storage.rows.events import EventName, record, record_act
+from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
+from storage.states import ArchiveState, AssetState, DispatchState, TaskState
+from tests.archived_tasks import archive
+from tests.console_reader import PAGES, Reader
+from tests.pipeline import assets_of
+from tests.rows import LONG_AGO, new_asset, new_task
+
+PROMPT = "灯塔立于黄昏静海之上，" * 300
+MOST = 100_000
+
+
+def fill(parts: Parts) -> tuple[Task, Callback, Batch]:
+    """More than a page holds of everything; one task has the most files that a task may have."""
+    with parts.database.write() as session:
+        now = parts.database.now()
+        batch = Batch(name="spring campaign", created_at=now)
+        session.add(batch)
+        session.flush()
+        for number in range(70):
+            values = {"created_at": LONG_AGO + timedelta(seconds=number), "due_at": None, "state": TaskState.FAILED}
+            values |= {"request": {"prompt": PROMPT}, "batch_id": batch.id, "batch_line": number, "error": PROMPT}
+            new_task(session, **values)
+        for number in range(40):
+            keeps(session, 9, created_at=LONG_AGO + timedelta(hours=number + 1), due_at=None)
+        task = keeps(session, 64, created_at=now, due_at=None)
+        for number in range(64):
+            record(session, EventName.ASSET_ARCHIVED, task.id, {"kind": "image", "index": number, "sha256": "a" * 64})
+        for number in range(60):
+            record_act(session, "ann", "retry", task.external_task_id, [task.id])
+            body = json.dumps({"task": number, "said": PROMPT}).encode()
+            store(session, [Delivery("kling", "push", task.id, body)])
+        for event in session.exec(select(Event).where(Event.task_id == task.id, Event.name == "asset.archived")).all():
+            dead = {"state": DispatchState.DEAD, "error": PROMPT[:500], "created_at": now, "tries": 9}
+            session.add(Dispatch(sink="client", event_id=event.id or 0, task_id=task.id, **dead))
+        large = store(session, [Delivery("kling", "push", task.id, json.dumps([PROMPT] * 60).encode())])
+        assert large is not None
+        callback = session.exec(select(Callback).order_by(Callback.id.desc())).first()  # type: ignore[union-attr]
+        assert callback is not None
+        return task, callback, batch
+
+
+def keeps(session: Session, files: int, **values: object) -> Task:
+    request = {"prompt": PROMPT, "model_name": "kling-image-o1", "image_list": [{"image": "A" * 400_000}]}
+    task = new_task(session, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVED, request=request, **values)
+    for index in range(files):
+        name = f"2026/11/29/{task.external_task_id}/image-{index}-{'a' * 12}.png"
+        kept = {
+            "key": name,
+            "sha256": "a" * 64,
+            "size": 3_000_000,
+            "media_type": "image/png",
+            "width": 1024,
+            "height": 768,
+        }
+        new_asset(session, task, index, state=AssetState.ARCHIVED, due_at=None, **kept)
+    return task
+
+
+def test_full_pages_have_less_than_100_kilobytes(parts: Parts, ann: Reader) -> None:
+    task, callback, batch = fill(parts)
+    own = (
+        f"/tasks/{task.id}",
+        f"/tasks/{task.id}?from=60&moment=0",
+        f"/deliveries/{callback.id}",
+        f"/batches/{batch.id}",
+    )
+    for path in (*PAGES, *own, "/gallery?before=", "/tasks?q=e"):
+        assert len(ann.page(path).encode()) < MOST, (path, len(ann.page(path).encode()))
+
+
+def test_gallery_pages_by_files_and_loses_none(parts: Parts, ann: Reader) -> None:
+    fill(parts)
+    seen: list[str] = []
+    path = "/gallery"
+    while path:
+        page = ann.page(path)
+        found = page.split('class="tile')[1:]
+        assert 0 < len(found) <= 64
+        seen += [each.split('value="')[1][:36] for each in found]
+        path = next_link(page)
+    assert len(seen) == len(set(seen)) == 64 + 40 * 9
+
+
+def next_link(page: str) -> str:
+    _, mark, after = page.partition('rel="next"')
+    return after.partition('href="')[2].partition('"')[0].replace("&amp;", "&").removeprefix("/console") if mark else ""
+
+
+def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    asset = assets_of(parts, task)[0]
+    later = parts.database.now() + timedelta(minutes=5)
+    with parts.database.write() as session:
+        row = session.get_one(Asset, asset.id)
+        row.state, row.error, row.due_at, row.attempts = AssetState.DUE, "the file host answered 503", later, 4
+        [event] = session.exec(select(Event).where(Event.task_id == task.id, Event.name == "task.archived")).all()
+        for sink, state, error in (
+            ("webhook", DispatchState.DELIVERED, None),
+            ("client", DispatchState.DEAD, "answered 500"),
+        ):
+            values = {"state": state, "error": error, "tries": 3, "created_at": parts.database.now()}
+            session.add(Dispatch(sink=sink, event_id=event.id or 0, task_id=task.id, **values))
+        poll = Delivery("kling", "poll", task.id, b'{"task_status": "succeed"}')
+        store(session, [poll])
+    page = ann.page(f"/tasks/{task.external_task_id}")
+    assert "Picture 0, tried 4 times, is tried again: the file host answered 503" in page
+    assert "client: answered 500 (3 tries)" in page and "webhook (3 tries)" in page
+    assert ">Read, " in page and ">Callback, " in page
