@@ -32,6 +32,8 @@ GRPC_OFFSET = 10_000
 # takes a port between a stop and the next start.
 LOWEST_PORT, HIGHEST_PORT = 12_000, 22_000
 START_SECONDS = 60.0
+PORT_TRIES = 4
+TAKEN = ("Port allocation failed", "address already in use")  # SeaweedFS' words, when it looks and when it listens
 STOP_SECONDS = 5.0  # it needs 2; with a client's connection open it would wait for that to end
 OPTIONS = (
     "-ip=127.0.0.1",
@@ -58,6 +60,10 @@ if os.getppid() != parent:
     sys.exit("parent is gone")
 os.execv(sys.argv[5], sys.argv[5:])
 """
+
+
+class PortTaken(RuntimeError):
+    """Another program took one of the ports between their choice and the start."""
 
 
 class Mortal:
@@ -155,13 +161,27 @@ class Seaweed:
         }
 
     def start(self) -> None:
-        """Start it and wait until the bucket can be used; RuntimeError with its log when not."""
+        """Start it and wait until the bucket can be used; RuntimeError with its log when not.
+
+        Ports that it picks itself are picked anew when another program was quicker; otherwise that is `PortTaken`.
+        """
         if self.process and self.process.poll() is None:
             return
+        is_fixed = bool(self._ports) or self._wanted_port is not None
+        for tries_left in reversed(range(PORT_TRIES)):
+            self._ports = self._ports or pick_ports(self._wanted_port)
+            try:
+                self._start_on_ports()
+                return
+            except PortTaken:
+                if is_fixed or not tries_left:
+                    raise
+                self._ports = {}
+
+    def _start_on_ports(self) -> None:
         binary = weed_binary()
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # some of its files are for everybody
         (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
-        self._ports = self._ports or pick_ports(self._wanted_port)
         self._remove_sockets()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         with os.fdopen(open_own(self._log_path, flags), "wb") as log:
@@ -229,7 +249,8 @@ class Seaweed:
         while not self._is_ready():
             if not self.process or self.process.poll() is not None or time.monotonic() > deadline:
                 log = self._log_path.read_text(errors="replace")[-2_000:]
-                raise RuntimeError(f"SeaweedFS did not become ready in {self.directory}; the end of its log:\n{log}")
+                words = f"SeaweedFS did not become ready in {self.directory}; the end of its log:\n{log}"
+                raise PortTaken(words) if any(each in log for each in TAKEN) else RuntimeError(words)
             time.sleep(0.05)
 
     def _is_ready(self) -> bool:

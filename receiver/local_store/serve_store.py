@@ -17,12 +17,22 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from receiver.base.config import Settings
-from receiver.local_store.seaweed import KEPT, START_SECONDS, Seaweed, answers, pair_is_free, pick_ports, weed_binary
+from receiver.local_store.seaweed import (
+    KEPT,
+    PORT_TRIES,
+    START_SECONDS,
+    PortTaken,
+    Seaweed,
+    answers,
+    pair_is_free,
+    pick_ports,
+    weed_binary,
+)
 from storage.database.turnstile import who_holds
 from storage.database.urls import normal_url, place
 from storage.errors import UserError
@@ -113,20 +123,32 @@ def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
         if not _waited_for(lock.fileno(), directory):
             return None
         keys = _read(directory) or _fresh()
-        if not all(pair_is_free(port) for port in keys["ports"].values()):
-            keys["ports"] = pick_ports()
         known = keys.get("database", "")
         if known and Path(known).is_file() and not Path(database).is_file():
             database = known  # a command in the wrong folder, such as `audit`, which makes no database
-        _write(directory, {**keys, "owner": os.getpid(), "database": database})
-        server = Seaweed(
-            directory / "s3", bucket, access_key=keys["access_key"], secret_key=keys["secret_key"],
-            ports=keys["ports"], size=KEPT, held=lock.fileno(),
-        )  # fmt: skip
-        try:
-            server.start()
-        except RuntimeError as error:
-            raise StoreFailed(f"RECEIVER_STORE: {error}") from None
+        keys |= {"owner": os.getpid(), "database": database}
+        for _ in range(PORT_TRIES):
+            with suppress(PortTaken):
+                return _started_on_ports(directory, bucket, keys, lock.fileno())
+    raise StoreFailed(f"RECEIVER_STORE: other programs took its ports {PORT_TRIES} times; start it again")
+
+
+def _started_on_ports(directory: Path, bucket: str, keys: dict[str, Any], held: int) -> Seaweed:
+    """A server on the ports that it had, where they are free. Raises `PortTaken` when another program was quicker."""
+    if not all(pair_is_free(port) for port in keys["ports"].values()):
+        keys["ports"] = pick_ports()
+    _write(directory, keys)
+    server = Seaweed(
+        directory / "s3", bucket, access_key=keys["access_key"], secret_key=keys["secret_key"],
+        ports=keys["ports"], size=KEPT, held=held,
+    )  # fmt: skip
+    try:
+        server.start()
+    except PortTaken:
+        keys["ports"] = pick_ports()
+        raise
+    except RuntimeError as error:
+        raise StoreFailed(f"RECEIVER_STORE: {error}") from None
     return server
 
 

@@ -6,16 +6,21 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from receiver.local_store.seaweed import Seaweed, is_free
+from receiver.base import config
+from receiver.local_store import seaweed as seaweed_module
+from receiver.local_store import serve_store
+from receiver.local_store.seaweed import Seaweed, answers, is_free, pick_ports
 from storage.bucket.bucket import Bucket
 from tests.harness import wait_until
 
@@ -99,3 +104,35 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing(tmp_path: Path, sea
     with pytest.raises(RuntimeError, match="the end of its log"):
         taken.start()
     assert taken.process is None
+
+
+@pytest.fixture
+def thief(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A program that takes the first S3 port that is picked before the server has it. Gives the ports it took."""
+    taken: list[int] = []
+    with ExitStack() as stack:
+
+        def picked(s3_port: int | None = None) -> dict[str, int]:
+            ports = pick_ports(s3_port)
+            if not taken:
+                stack.enter_context(socket.create_server(("127.0.0.1", ports["s3"])))
+                taken.append(ports["s3"])
+            return ports
+
+        for module in (seaweed_module, serve_store):
+            monkeypatch.setattr(module, "pick_ports", picked)
+        yield taken
+
+
+def test_a_port_that_is_taken_before_the_start_is_replaced(tmp_path: Path, thief: list[int]) -> None:
+    with Seaweed(tmp_path, "pictures") as server:
+        assert len(thief) == 1 and thief[0] not in server.ports
+        assert answers("GET", server.ports[0], "/healthz")
+
+
+def test_a_store_of_its_own_moves_too_and_says_where(tmp_path: Path, thief: list[int]) -> None:
+    settings = config.load(store=tmp_path / "own", database_url=f"sqlite:///{tmp_path}/receiver.db")
+    with serve_store.running(settings):
+        url, _ = serve_store.address(settings)
+        assert len(thief) == 1 and url != f"http://127.0.0.1:{thief[0]}"
+        assert answers("GET", int(str(url).rpartition(":")[2]), "/healthz")
