@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator
 import structlog
 from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
+from receiver.console.shares import Shares
 from receiver.console.visit import Visit
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -37,16 +38,18 @@ class Live:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._open = 0
+        self._shares = Shares(MAX_OPEN)
         self._seen = (0, 0)
         self.tick = 0
         self._changed = asyncio.Event()
         self._watching: asyncio.Task[None] | None = None
         self._is_closing = False
 
-    async def serve(self, _visit: Visit) -> Response:
-        if self._open >= MAX_OPEN or self._is_closing:
+    async def serve(self, visit: Visit) -> Response:
+        if self._is_closing:
             return Response(status_code=503, headers={"Retry-After": "30"})
-        return StreamingResponse(self._tell(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        headers = {"X-Accel-Buffering": "no"}
+        return self._shares.stream(visit.session.name, self._tell(), media_type="text/event-stream", headers=headers)
 
     def close(self) -> None:
         """End every stream, so that the server can end. Called in its event loop."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 
 from anyio import CapacityLimiter, to_thread
 from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from receiver.console import words
 from receiver.console.installation import Files, Installation
 from receiver.console.pages.tasks import path_of
+from receiver.console.shares import Shares
 from receiver.console.visit import Visit
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -42,7 +42,7 @@ class Gallery:
         self._files = files
         self._thumbnails = Thumbnails(of.bucket, of.thumbnail_folder, of.thumbnail_bytes)
         self._waiting = CapacityLimiter(WAITING)
-        self._zips = threading.BoundedSemaphore(MAX_ZIPS)
+        self._zips = Shares(MAX_ZIPS)
 
     def show(self, visit: Visit) -> Response:
         wanted = lists.read_filter(visit.query)
@@ -95,17 +95,10 @@ class Gallery:
             assets = _archived(session, ids)
         if not assets or len(chosen) > MAX_ZIP_FILES:
             raise HTTPException(404 if not assets else 413)
-        if not self._zips.acquire(blocking=False):
-            raise HTTPException(503)
         name = f"pictures-{datetime.now(UTC):%Y%m%d-%H%M%S}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        return StreamingResponse(self._zipped(assets), media_type="application/zip", headers=headers)
-
-    def _zipped(self, assets: Sequence[Asset]) -> Iterator[bytes]:
-        try:
-            yield from zip_stream(self._of.bucket, assets)
-        finally:
-            self._zips.release()
+        content = zip_stream(self._of.bucket, assets)
+        return self._zips.stream(visit.session.name, content, media_type="application/zip", headers=headers)
 
 
 def _archived(session: Session, ids: Sequence[uuid.UUID]) -> list[Asset]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
+import socket
 import zipfile
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from structlog.testing import capture_logs
 from receiver.app.wiring import Parts
 from receiver.console import visit
 from receiver.console.access import COOKIE
+from receiver.console.live import MAX_OPEN
 from receiver.console.words import ratio_class, relative, size
 from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
@@ -286,6 +289,43 @@ def test_an_open_page_is_told_that_something_changed(parts: Parts, ann: Reader, 
         assert next(line for line in lines if line.startswith("event:")) == "event: hello"
         insert_row(parts)
         assert next(line for line in lines if line.startswith("event:")) == "event: change"
+
+
+def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: Reader) -> None:
+    """In however many sessions. A place is free again when its page is closed."""
+
+    def follow(reader: Reader, held: ExitStack) -> int:
+        cookies = {COOKIE: reader.http.cookies[COOKIE]}
+        return held.enter_context(
+            httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20)
+        ).status_code
+
+    with Reader(web.url) as ann_again, ExitStack() as held:
+        codes = [follow(reader, held) for reader in [ann, ann_again] * (MAX_OPEN // 4)]
+        assert codes == [200] * (MAX_OPEN // 2)
+        assert {follow(ann, held), follow(ann_again, held)} == {503} and follow(ben, held) == 200
+        held.close()
+        wait_until(lambda: follow(ann, held) == 200)
+
+
+def test_one_person_holds_half_of_the_zips(parts: Parts, web: Web, ann: Reader, ben: Reader) -> None:
+    """Also where each reader goes at once."""
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    large = 16 * 2**20
+    parts.bucket._client().put_object(Bucket=parts.bucket.name, Key=asset.key, Body=bytes(large))
+    host, port = web.url.removeprefix("http://").split(":")
+
+    def fetch(reader: Reader, held: ExitStack) -> bytes:
+        raw = held.enter_context(socket.create_connection((host, int(port)), timeout=20))
+        cookie = f"Cookie: {COOKIE}={reader.http.cookies[COOKIE]}"
+        raw.sendall(f"GET /console/gallery/zip?id={asset.id} HTTP/1.1\r\nHost: x\r\n{cookie}\r\n\r\n".encode())
+        return raw.recv(12)[9:]
+
+    for _ in range(3):
+        with ExitStack() as held:
+            wait_until(lambda: fetch(ann, held) == b"200")
+            wait_until(lambda: fetch(ann, held) == b"200")
+            assert (fetch(ann, held), fetch(ben, held)) == (b"503", b"200")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+"""Answers that last, so many at once: one person has at most half of them, in however many sessions."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+
+class Shares:
+    """Safe for threads."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._open = Counter[str]()
+        self._lock = threading.Lock()
+
+    def stream(self, person: str, content: AsyncIterator[Any] | Iterator[Any], **options: Any) -> Response:
+        """The answer, whose place is free again however it ends; 503 where there is none."""
+        with self._lock:
+            if self._open.total() >= self._most or self._open[person] >= max(self._most // 2, 1):
+                return Response(status_code=503, headers={"Retry-After": "30"})
+            self._open[person] += 1
+        return _Placed(self, person, content, **options)
+
+    def end(self, person: str) -> None:
+        with self._lock:
+            self._open[person] -= 1
+
+
+class _Placed(StreamingResponse):
+    def __init__(self, shares: Shares, person: str, content: AsyncIterator[Any] | Iterator[Any], **options: Any):
+        super().__init__(content, **options)
+        self._shares = shares
+        self._person = person
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._shares.end(self._person)
