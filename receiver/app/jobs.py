@@ -36,6 +36,9 @@ CALLBACK_THREADS = 2
 # A create or a read waits up to 20 s for the provider. Four at once stay below its 5 reads a second. Creates have four
 # in all processes together, because an account that is refused fails all that are under way.
 TASK_THREADS = 4
+# Files are claimed ahead for one in so many threads: a claim serves four of eight threads instead of two, and a worker
+# holds back few from others.
+AHEAD_SHARE = 2
 # The most that a sink has.
 SINK_THREADS = 8
 # The least time between two looks of the spare archive threads.
@@ -91,7 +94,10 @@ def lanes(parts: Parts) -> Sequence[Lane]:
             work_many=reader.work_many, batch=reader.batch,
         ),
         Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
-        Lane("assets", Asset, archiver.work, settings.worker_threads, circuit=store),
+        Lane(
+            "assets", Asset, archiver.work, settings.worker_threads, circuit=store,
+            ahead=settings.worker_threads // AHEAD_SHARE,
+        ),
         Lane(
             "assets-spare", Asset, archiver.work, slow_hosts.spare_threads(settings.worker_threads), circuit=store,
             linger_seconds=SPARE_LINGER_SECONDS, beside=other_hosts.conditions,

@@ -26,7 +26,7 @@ class RowsInHand:
         self._claiming = 0
         self._is_quarantined = False
         self._rows: dict[Claim, Any] = {}
-        self._since: dict[Claim, float] = {}
+        self._begun_at: dict[Claim, float] = {}
         self._removed_at = time.monotonic()
 
     @property
@@ -44,10 +44,11 @@ class RowsInHand:
             return 0.0 if self._rows else time.monotonic() - self._removed_at
 
     def lasting(self, model: Any, seconds: float) -> list[Any]:
-        """The rows of this model that have been in hand for so long."""
+        """The rows of this model that have been worked on for so long."""
         before = time.monotonic() - seconds
         with self._changed:
-            return [row for claim, row in self._rows.items() if claim[0] is model and self._since[claim] < before]
+            begun = [claim for claim, since in self._begun_at.items() if claim[0] is model and since < before]
+            return [self._rows[claim] for claim in begun]
 
     @contextmanager
     def claiming(self, *, alone: bool) -> Iterator[bool]:
@@ -68,13 +69,17 @@ class RowsInHand:
     def add(self, rows: Sequence[Any]) -> None:
         with self._changed:
             self._rows.update(zip(claims_of(rows), rows, strict=True))
-            self._since.update(dict.fromkeys(claims_of(rows), time.monotonic()))
+
+    def begin(self, claims: Sequence[Claim]) -> None:
+        """The work on them begins."""
+        with self._changed:
+            self._begun_at.update(dict.fromkeys(claims, time.monotonic()))
 
     def remove(self, claims: Sequence[Claim]) -> None:
         with self._changed:
             for claim in claims:
                 self._rows.pop(claim, None)
-                self._since.pop(claim, None)
+                self._begun_at.pop(claim, None)
             self._removed_at = time.monotonic()
             self._changed.notify_all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,8 @@ class Lane:
     `circuit`: of the store, provider or sink that the work needs; while it is open, nothing is claimed. `slots`: of the
     account; queued rows are admitted when the lane claims. `beside`: of a lane of spare threads: further conditions, by
     the rows of `model` that have been in hand for LASTING_SECONDS; None: claim nothing. `is_shared`: all processes
-    together have `threads`, and each has at least one.
+    together have `threads`, and each has at least one. `ahead`: while rows queue up, this many more are claimed in one
+    transaction when none is left for the next idle thread. They are given back when their turn does not come soon.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Lane:
     slots: Slots | None = None
     beside: Callable[[Sequence[Any]], Sequence[Any] | None] | None = None
     is_shared: bool = False
+    ahead: int = 0
 
     def threads_of(self, processes: int) -> int:
         """How many of its threads one of so many processes uses."""
@@ -53,24 +56,49 @@ class PeriodicJob:
     looks_for: Any = None
 
 
-class BusyThreads:
-    """How many threads of a lane have work. Only the lane's feeder starts more."""
+class Batches:
+    """The batches of a lane that its threads work on, and those that wait for a thread (see `Lane.ahead`).
+
+    Only the lane's feeder adds some.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
+        self._begun = 0
+        self._waiting: dict[int, tuple[list[Any], float]] = {}
         self._fewer = threading.Condition()
 
-    def wait_for_idle(self, limit: int, seconds: float) -> int:
-        """How many more may start, up to `limit` in all. Waits until one may; 0: none in that time."""
-        with self._fewer:
-            self._fewer.wait_for(lambda: self._count < limit, seconds)
-            return max(limit - self._count, 0)
+    def wait_for_room(self, threads: int, ahead: int, seconds: float) -> int:
+        """How many more there may be. Waits until none waits for a thread, and with `ahead` 0 until a thread is idle.
 
-    def start(self) -> None:
+        0: that did not come about in time.
+        """
+
+        def has_room() -> bool:
+            return not self._waiting and self._begun < threads + bool(ahead)
+
         with self._fewer:
-            self._count += 1
+            return max(threads + ahead - self._begun, 0) if self._fewer.wait_for(has_room, seconds) else 0
+
+    def add(self, batch: list[Any]) -> None:
+        with self._fewer:
+            self._waiting[id(batch)] = batch, time.monotonic()
+
+    def begin(self, batch: list[Any]) -> bool:
+        """Called by the thread that is about to work on it. False: it was taken back."""
+        with self._fewer:
+            is_ours = self._waiting.pop(id(batch), None) is not None
+            self._begun += is_ours
+            self._fewer.notify()
+            return is_ours
 
     def end(self) -> None:
         with self._fewer:
-            self._count -= 1
+            self._begun -= 1
             self._fewer.notify()
+
+    def take_back(self, seconds: float = 0) -> list[Any]:
+        """The rows that have waited for a thread for so long. None of them will be begun."""
+        before = time.monotonic() - seconds
+        with self._fewer:
+            late = [key for key, (_, since) in self._waiting.items() if since <= before]
+            return [row for key in late for row in self._waiting.pop(key)[0]]

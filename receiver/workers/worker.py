@@ -1,7 +1,8 @@
 """One worker process: lanes of threads that claim due rows and work on them, until SIGTERM.
 
-Each lane has a feeder thread that claims as many rows as its threads are idle for. A thread works on one row, or on one
-batch where the lane can. The work settles its own rows; the worker renews their leases meanwhile.
+Each lane has a feeder thread that claims as many rows as its threads are idle for, or a few more (`Lane.ahead`). A
+thread works on one row, or on one batch where the lane can. The work settles its own rows; the worker renews the leases
+of all that are claimed.
 
 A worker that had no row for a while is at rest: it looks for due rows seldom, and keeps one idle connection. A commit
 that wakes it is looked at at once, as ever.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -21,7 +23,7 @@ import structlog
 from sqlmodel import Session
 
 from receiver.workers.in_hand import RowsInHand, claims_of
-from receiver.workers.lanes import BusyThreads, Lane, PeriodicJob
+from receiver.workers.lanes import Batches, Lane, PeriodicJob
 from receiver.workers.looks import QUEUED, Looks
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Grant
@@ -76,7 +78,8 @@ class Worker:
         looked_for = {job.name: job.looks_for for job in periodic_jobs if job.looks_for is not None}
         self._looks = Looks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
-        self._busy = set[str]()  # lanes whose last claim found all it wanted: the next is made without a look
+        # By lane: how many claims in a row have found all they wanted. After one the next is made without a look.
+        self._full_claims = Counter[str]()
         self._unsettled: list[Any] = []  # rows whose work met a database that was away
         self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
@@ -150,15 +153,13 @@ class Worker:
             if conditions is None:
                 return [], NOTHING
             lane = replace(lane, where=(*lane.where, *conditions))
-        elif lane.name not in self._busy and not self._is_any_due(lane, wake_up):
+        elif not self._full_claims[lane.name] and not self._is_any_due(lane, wake_up):
             return [], NOTHING
         with ExitStack() as if_nothing_claimed:
             grant = if_nothing_claimed.enter_context(lane.circuit.grant(wanted))
             rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else []
-            if rows and len(rows) == grant.count:
-                self._busy.add(lane.name)
-            else:
-                self._busy.discard(lane.name)
+            is_full = bool(rows) and len(rows) == grant.count
+            self._full_claims[lane.name] = self._full_claims[lane.name] + 1 if is_full else 0
             if rows:
                 if_nothing_claimed.pop_all()
             return rows, grant
@@ -193,28 +194,60 @@ class Worker:
             return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
-        busy = BusyThreads()
+        batches = Batches()
         pool = ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name)
         while not self._stop.is_set():
             seen = self._commits
-            free = busy.wait_for_idle(lane.threads_of(self._alive), IDLE_SECONDS)
-            batches, grant = self._claim_batches(lane, free, seen)
-            for rows in batches:
-                busy.start()
-                pool.submit(self._work, lane, rows, grant).add_done_callback(lambda _: busy.end())
-            if free and not batches:
+            room = batches.wait_for_room(lane.threads_of(self._alive), self._ahead(lane), IDLE_SECONDS)
+            claimed, grant = self._claim_batches(lane, room, seen)
+            for rows in claimed:
+                batches.add(rows)
+                pool.submit(self._work_in_turn, lane, batches, rows, grant)
+            self._give_back(batches.take_back(LASTING_SECONDS))
+            if room and not claimed:
                 self._wait_for_work(seen)
             if lane.linger_seconds:
                 self._stop.wait(lane.linger_seconds)
+        self._give_back(batches.take_back())
         pool.shutdown(wait=False)
 
-    def _claim_batches(self, lane: Lane, free: int, wake_up: int) -> tuple[list[list[Any]], Grant]:
-        """Rows for `free` idle threads, one row or one batch each."""
-        if not free or self._stop.is_set():
+    def _ahead(self, lane: Lane) -> int:
+        """How many rows beyond its threads the lane may hold now.
+
+        None until two claims were full: idle workers have claimed by then. None that should be a trial. Behind a file
+        that lasts, a row would wait.
+        """
+        if not lane.ahead or self._full_claims[lane.name] < 2 or lane.circuit.is_open:
+            return 0
+        return max(lane.ahead - len(self._in_hand.lasting(lane.model, LASTING_SECONDS)), 0)
+
+    def _work_in_turn(self, lane: Lane, batches: Batches, rows: list[Any], grant: Grant) -> None:
+        """Work on them, unless they were taken back or are about to be because we stop."""
+        if not self._stop.is_set() and batches.begin(rows):
+            try:
+                self._work(lane, rows, grant)
+            finally:
+                batches.end()
+
+    def _give_back(self, rows: list[Any]) -> None:
+        """Rows that no thread has begun are due at once, for whoever has an idle one."""
+        if not rows:
+            return
+        try:
+            self._release(rows)
+        except DatabaseUnavailable as error:
+            log.debug("worker.database_not_reached", job="give_back", error=str(error))
+            self._unsettled.extend(rows)
+        finally:
+            self._in_hand.remove(claims_of(rows))
+
+    def _claim_batches(self, lane: Lane, room: int, wake_up: int) -> tuple[list[list[Any]], Grant]:
+        """So many batches at most, of one row or of several each."""
+        if not room or self._stop.is_set():
             return [], NOTHING
         try:
             size = lane.batch()
-            rows, grant = self._claim_granted(lane, free * size, wake_up)
+            rows, grant = self._claim_granted(lane, room * size, wake_up)
             return [rows[start : start + size] for start in range(0, len(rows), size)], grant
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", lane=lane.name, error=str(error))
@@ -226,6 +259,7 @@ class Worker:
     def _work(self, lane: Lane, rows: list[Any], grant: Grant) -> None:
         """Call the lane's work. The work may change a row's lease, so the claims are noted first."""
         ids, held = [str(row.id) for row in rows], claims_of(rows)
+        self._in_hand.begin(held)
         try:
             if lane.work_many and len(rows) > 1:
                 lane.work_many(rows)
@@ -296,11 +330,14 @@ class Worker:
         """The database is back: these rows need not wait for the end of their leases."""
         rows = list(self._unsettled)
         if rows:
-            with self._database.write() as session:
-                for row in rows:
-                    claims.release(session, row)
-                self._database.wake(session)
+            self._release(rows)
         del self._unsettled[: len(rows)]
+
+    def _release(self, rows: Sequence[Any]) -> None:
+        with self._database.write() as session:
+            for row in rows:
+                claims.release(session, row)
+            self._database.wake(session)
 
     def _beat(self) -> None:
         while True:
@@ -358,8 +395,6 @@ class Worker:
         self._in_hand.wait_until_empty(self._grace_seconds)
         left = self._in_hand.rows + self._unsettled
         if left:
-            with self._database.write() as session:
-                for row in left:
-                    claims.release(session, row)
+            self._release(left)
         heartbeats.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))

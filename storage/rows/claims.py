@@ -7,7 +7,7 @@
 Every write by an owner says `WHERE id = … AND lease = mine`. If it changes no row, the claim is lost: `LostClaim`.
 A transaction that holds the task's lock may take a claim away: `make_due`, `rest`, and `AFRESH` and `AT_REST` in
 statements. Only this module writes the claim columns of existing rows; a test looks for their names elsewhere. A row
-without a lease has `losses` 0.
+without a lease has `losses` 0, unless it was released.
 """
 
 from __future__ import annotations
@@ -238,9 +238,12 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
 
 
 def release(session: Session, row: Row) -> None:
-    """End a claim without an attempt: the row is due at once. Does nothing when the claim is lost."""
+    """End a claim without an attempt: the row is due at once. Does nothing when the claim is lost.
+
+    `losses` stay: the work on the row did not end, and may not even have begun.
+    """
     try:
-        settle(session, row, due_in=0, counts=False)
+        settle(session, row, due_in=0, counts=False, losses=row.losses)
     except LostClaim:
         return
 
