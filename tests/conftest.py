@@ -23,6 +23,9 @@ import certifi
 import pytest
 import structlog
 from botocore.loaders import JSONFileLoader
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.util import LRUCache
 from structlog._config import BoundLoggerLazyProxy
 
 from receiver.app.wiring import Parts
@@ -93,6 +96,26 @@ def models_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JSONFileLoader, "load_file", staticmethod(functools.cache(load)))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def statements_compiled_once() -> Iterator[None]:
+    """Each test opens engines of its own, and each engine would compile all statements anew: 6.1 of 24.6 s of CPU
+    for 180 tests of tasks and claims, and 1.2 of 17.2 s with one cache.
+
+    A compiled statement is kept by its dialect, so dialects of one class and one driver count as equal.
+    """
+    kept: LRUCache[Any, Any] = LRUCache(5_000)
+
+    def use_kept(connection: Connection) -> None:
+        connection.execution_options(compiled_cache=kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DefaultDialect, "__eq__", lambda one, other: type(one) is type(other))
+        patch.setattr(DefaultDialect, "__hash__", lambda one: hash(type(one)))
+        event.listen(Engine, "engine_connect", use_kept)
+        yield
+        event.remove(Engine, "engine_connect", use_kept)
 
 
 @pytest.fixture(scope="session", autouse=True)
