@@ -1,0 +1,77 @@
+"""axe-core on every page, in both themes and both languages: no serious or critical fault, contrast among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from receiver.app.wiring import Parts
+from tests import axe, webdriver
+from tests.archived_tasks import archive
+from tests.console_reader import ACT_KEY, PAGES
+from tests.pipeline import Web
+from tests.receiver.console.test_full_pages import fill
+from tests.receiver.console.test_needs import everything
+from tests.webdriver import Browser
+
+pytestmark = [
+    pytest.mark.skipif(not webdriver.is_installed(), reason=webdriver.MISSING),
+    pytest.mark.skipif(not axe.script().exists(), reason=axe.MISSING),
+]
+# Opens what is closed until somebody asks for it.
+OPEN = """for (const each of document.querySelectorAll("details")) each.open = true;
+const tile = document.querySelector(".tile > a"); if (arguments[0] && tile) tile.click();"""
+RUN = """const done = arguments[0];
+axe.run({ resultTypes: ["violations"] }).then((found) => done(found.violations
+  .filter((each) => ["serious", "critical"].includes(each.impact))
+  .map((each) => `${each.id}: ${each.nodes.slice(0, 2).map((node) => node.html.slice(0, 120)).join(" | ")}`)));"""
+
+
+@pytest.fixture(params=["sqlite"])
+def database_kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    browser = Browser(tmp_path / "chromium")
+    yield browser
+    browser.close()
+
+
+def faults(browser: Browser, url: str, *, lightbox: bool = False) -> list[str]:
+    browser.open(url)
+    browser.run(OPEN, lightbox)
+    browser.run(axe.script().read_text())
+    return list(browser.run_async(RUN))
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_page_has_a_serious_fault(parts: Parts, browser: Browser, web: Web, scheme: str, language: str) -> None:
+    task, callback, batch = fill(parts)
+    everything(parts)
+    real = archive(parts, 1, n=2)[0]
+    browser.scheme(scheme)
+    browser.resize(1440, 900)
+    browser.open(f"{web.url}/console/language/{language}?next=/console/login")
+    assert faults(browser, f"{web.url}/console/login") == []
+    browser.open(f"{web.url}/console/login")
+    browser.type("input[name=key]", ACT_KEY)
+    browser.press("Enter")
+    browser.waits_for("ann")
+    own = (
+        f"/tasks/{task.id}",
+        f"/tasks/{real.id}",
+        f"/deliveries/{callback.id}",
+        f"/batches/{batch.id}",
+        "/tasks/none",
+    )
+    own += ("/deliveries/replay?state=refused",)
+    found = {path: faults(browser, f"{web.url}/console{path}") for path in (*PAGES, *own)}
+    found["lightbox"] = faults(browser, f"{web.url}/console/gallery", lightbox=True)
+    browser.resize(390, 800)
+    found |= {f"390 {path}": faults(browser, f"{web.url}/console{path}") for path in ("", "/tasks")}
+    assert {path: each for path, each in found.items() if each} == {}
