@@ -6,6 +6,7 @@ A task's step decides its lane. Threads and intervals are set here and nowhere e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlmodel import col
@@ -99,7 +100,8 @@ def lanes(parts: Parts) -> Sequence[Lane]:
             ahead=settings.worker_threads // AHEAD_SHARE,
         ),
         Lane(
-            "assets-spare", Asset, archiver.work, slow_hosts.spare_threads(settings.worker_threads), circuit=store,
+            "assets-spare", Asset, partial(other_hosts.work, archiver),
+            slow_hosts.spare_threads(settings.worker_threads), circuit=store,
             linger_seconds=SPARE_LINGER_SECONDS, beside=other_hosts.conditions,
         ),
         *(_sink_lane(parts, name, sink) for name, sink in parts.sinks.items()),

@@ -88,8 +88,11 @@ class Archiver:
         self._spool_dir = spool_dir
         self._circuit = circuit or Circuit()
 
-    def work(self, asset: Asset) -> None:
-        """Archive one claimed asset, or settle the row with the reason it could not be."""
+    def work(self, asset: Asset, *, fetch_seconds: float | None = None) -> None:
+        """Archive one claimed asset, or settle the row with the reason it could not be.
+
+        `fetch_seconds`: less than the fetcher's own deadline for a whole file.
+        """
         started = time.monotonic()
         try:
             if asset.losses >= claims.PARK_LOSSES:
@@ -97,7 +100,7 @@ class Archiver:
             if self._wants_fresh_link(asset):
                 raise Refresh(asset.error or "it came unusable")
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
-                self._store(asset)
+                self._store(asset, fetch_seconds)
             self._settle_archived(asset)
         except LostClaim:
             return
@@ -114,7 +117,7 @@ class Archiver:
             index=asset.index, attempts=asset.attempts, seconds=round(time.monotonic() - started, 3),
         )  # fmt: skip
 
-    def _store(self, asset: Asset) -> None:
+    def _store(self, asset: Asset, fetch_seconds: float | None) -> None:
         if asset.key and self._is_there(asset):
             return
         if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
@@ -122,8 +125,9 @@ class Archiver:
             self._bucket.abort_uploads(asset.key)
         with spool(self._spool_dir) as sink:
             fetched = self._fetcher.fetch(
-                asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed
-            )
+                asset.source_url, sink, accept_unverified=asset.accept_unverified, trusted_only=asset.unconfirmed,
+                total_seconds=fetch_seconds,
+            )  # fmt: skip
             is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
             if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
                 # From whoever named the link, or from a CDN that mixes things up.

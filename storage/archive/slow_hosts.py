@@ -1,7 +1,8 @@
 """What the archive's spare threads take: files of other hosts, while files that last long hold its own threads.
 
 A host that sends at just above the least speed keeps a thread for ten minutes a file. The spare threads are idle while
-files come in quickly, so an archive of one host has all of its own threads.
+files come in quickly, so an archive of one host has all of its own threads. On a spare thread a file has less time, and
+a host that needs more is left to the archive's own threads for a while. So several slow hosts do not keep them either.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import func, or_, select
 
+from storage.archive.archiver import Archiver
 from storage.database.clock import db_now_once
 from storage.database.sessions import Database
 from storage.rows import claims
@@ -22,6 +24,10 @@ from storage.rows.models import Asset
 MAX_START_CHARS = 300
 # A look passes over all due files of the slow hosts: 100,000 take 0.3 s. It may take this part of the time.
 LOOK_SHARE = 0.05
+# The largest file at 9 MB/s. What is not there by then is tried again by the archive's own threads.
+SPARE_SECONDS = 30.0
+# How long a host that took longer has no spare thread, and how many are remembered: a look asks for each of them.
+SLOW_SECONDS, MAX_SLOW_HOSTS = 600.0, 20
 
 _ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
 
@@ -39,6 +45,18 @@ class OtherHosts:
         self._spare = spare_threads(threads)
         self._enough = max(threads - self._spare, 1)
         self._next_look_at = 0.0
+        self._slow_until: dict[str, float] = {}
+
+    def work(self, archiver: Archiver, asset: Asset) -> None:
+        """Archive a claimed file on a spare thread. Called by any of them."""
+        ends_at = time.monotonic() + SPARE_SECONDS
+        try:
+            archiver.work(asset, fetch_seconds=SPARE_SECONDS)
+        finally:
+            if time.monotonic() >= ends_at:
+                for oldest in list(self._slow_until)[: 1 - MAX_SLOW_HOSTS]:
+                    self._slow_until.pop(oldest, None)
+                self._slow_until[_host(asset.source_url)] = ends_at + SLOW_SECONDS
 
     def conditions(self, lasting: Sequence[Asset]) -> Sequence[Any] | None:
         """Which due files may be claimed, by those that have lasted long. None: none now.
@@ -48,7 +66,8 @@ class OtherHosts:
         began = time.monotonic()
         if len(lasting) < self._enough or began < self._next_look_at:
             return None
-        ids = self._due_elsewhere(sorted({_host(asset.source_url) for asset in lasting}))
+        known = {host for host, until in list(self._slow_until.items()) if until > began}
+        ids = self._due_elsewhere(sorted(known | {_host(asset.source_url) for asset in lasting}))
         ended = time.monotonic()
         self._next_look_at = ended + (ended - began) / LOOK_SHARE
         return (or_(*(_ASSETS.id == each for each in ids)),) if ids else None

@@ -123,7 +123,13 @@ class Fetcher:
         self._connections = Connections(backend, context, most=connections, user_agent=user_agent)
 
     def fetch(
-        self, url: str, sink: BinaryIO, *, accept_unverified: bool = False, trusted_only: bool = False
+        self,
+        url: str,
+        sink: BinaryIO,
+        *,
+        accept_unverified: bool = False,
+        trusted_only: bool = False,
+        total_seconds: float | None = None,
     ) -> Fetched:
         """Stream `url` into `sink` and describe the file.
 
@@ -132,7 +138,8 @@ class Fetcher:
         the host supports ranges. `sink`: empty, readable, writable, seekable. It is rewound on return; on any error it
         holds an unspecified prefix and the caller discards it. `accept_unverified`: accept a file with a broken
         structure, with `verified` False. `trusted_only`: a redirect to a host that is not trusted raises
-        `FetchExpired`; a read of the task then says whether the link is the provider's.
+        `FetchExpired`; a read of the task then says whether the link is the provider's. `total_seconds`: None, the
+        fetcher's own.
 
         Raises `FetchRefused` (the form of `url`), `AddressRefused` (an address it resolves to), `FetchExpired`,
         `FetchInterrupted`, `FetchUnusable` (`NotAnAsset`, `AssetDamaged`: the bytes), `FetchTooLarge`, `DiskFull`.
@@ -140,7 +147,7 @@ class Fetcher:
         """
         target = check_url(url, self._policy)
         deadline = connection.TransferDeadline(
-            self._total_seconds,
+            total_seconds or self._total_seconds,
             head_seconds=self._timeouts["connect"] + self._timeouts["read"],
             min_bytes_per_second=self._min_bytes_per_second,
         )

@@ -14,6 +14,7 @@ from receiver.app import jobs
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.workers import worker
+from storage.archive import slow_hosts
 from storage.archive.slow_hosts import OtherHosts
 from storage.database.sessions import Database
 from storage.rows import claims
@@ -63,8 +64,16 @@ def slow() -> Iterator[DrippingHost]:
 
 
 @pytest.fixture
-def changes(sandbox: Sandbox, slow: DrippingHost) -> dict[str, Any]:
-    hosts = f"{sandbox.url.removeprefix('http://')},{slow.name}"
+def more_slow() -> Iterator[list[DrippingHost]]:
+    hosts = [DrippingHost() for _ in range(3)]
+    yield hosts
+    for host in hosts:
+        host.end()
+
+
+@pytest.fixture
+def changes(sandbox: Sandbox, slow: DrippingHost, more_slow: list[DrippingHost]) -> dict[str, Any]:
+    hosts = ",".join([sandbox.url.removeprefix("http://"), slow.name, *(host.name for host in more_slow)])
     return {
         "public_url": "", "poll_after_seconds": 3_600, "worker_threads": THREADS, "private_result_hosts": hosts,
         "grace_seconds": 0,
@@ -93,6 +102,28 @@ def test_slow_host_keeps_no_other_host_waiting(
         wait_until(lambda: task_of(parts, "quick").archive is ArchiveState.ARCHIVED)
         assert slow.serving == THREADS
         slow.end()
+
+
+def test_several_slow_hosts_keep_no_other_host_waiting(
+    parts: Parts, sandbox: Sandbox, slow: DrippingHost, more_slow: list[DrippingHost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a spare thread each has one file, and is left to the others then."""
+    monkeypatch.setattr(worker, "LASTING_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "SPARE_LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(slow_hosts, "SPARE_SECONDS", 1.0)
+    slow_files(parts.database, slow.name)
+    with working(parts):
+        wait_until(lambda: slow.serving == THREADS)
+        for host in more_slow:
+            slow_files(parts.database, host.name)
+        wait_until(lambda: sum(host.serving for host in more_slow) > 0)
+        parts.submitter.submit({**REQUEST, "n": 4}, external_task_id="quick")
+        wait_until(lambda: sandbox.ledger().task("quick").status == "succeed")
+        make_due_now(parts, Task)
+        wait_until(lambda: task_of(parts, "quick").archive is ArchiveState.ARCHIVED, seconds=40)
+        assert slow.serving == THREADS and max(host.serving for host in more_slow) <= 2
+        for host in (slow, *more_slow):
+            host.end()
 
 
 def test_spare_threads_take_nothing_while_files_come_quickly(database: Database) -> None:
