@@ -16,13 +16,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from functools import partial
+from http import HTTPStatus
 from threading import Thread
 
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, or_, select
 
 from receiver.app import check_database, check_events, check_secrecy, check_store, database_faults
-from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, host_of, refused
+from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, host_of, refused, start_command
 from receiver.app.findings import Result as Result
 from receiver.app.findings import Status as Status
 from receiver.app.wiring import Parts
@@ -202,7 +203,8 @@ def _workers(parts: Parts) -> Result:
     alive = heartbeats.count_alive(parts.database)
     if alive:
         return Result("workers", Status.NOTE, f"{alive} worker processes are alive")
-    return Result("workers", Status.NOTE, "no worker process is alive", "start `receiver serve` or `receiver work`")
+    advice = f"start `{start_command(parts.settings)}` or `receiver work`"
+    return Result("workers", Status.NOTE, "no worker process is alive", advice)
 
 
 def _slots(parts: Parts) -> Result:
@@ -253,6 +255,8 @@ def provider(parts: Parts) -> Iterator[Result]:
         yield Result("provider", Status.FAULT, str(error), advice)
     except ProviderUnavailable as error:
         advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here, or set RECEIVER_EGRESS_PROXY"
+        if "WRONG_VERSION_NUMBER" in str(error):  # OpenSSL's words for an answer that is no TLS
+            advice = "its port speaks no TLS: correct the port, or write http:// in RECEIVER_KLING_BASE_URL"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             advice = "add the CA of its certificate to those that this host trusts, or set SSL_CERT_FILE to its file"
         yield Result("provider", Status.FAULT, f"{host} gave no answer of Kling's ({error})", advice)
@@ -274,6 +278,8 @@ def _ask_for_free(provider: Provider) -> None:
 
 def _refused(host: str, error: ProviderRejected | AccountRefused, skew_seconds: float | None) -> Result:
     advice = PROVIDER_ADVICE.get(error.code or 0, SET_KEY)
+    if isinstance(error, ProviderRejected) and error.code is None and error.http_status == HTTPStatus.NOT_FOUND:
+        advice = "see that RECEIVER_KLING_BASE_URL is right, a path in it as well: there is nothing of Kling's"
     return Result("provider", refused(error.code, skew_seconds), f"{host} refuses us ({error})", advice)
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from receiver.base.config import Settings
 
 
 class Status(StrEnum):
@@ -38,6 +43,11 @@ def refused(code: str | int | None, skew_seconds: float | None) -> Status:
     """The status of a refusal: a fault, unless it is our clock's, which is one fault already."""
     blamed = code in CLOCK_CODES and abs(skew_seconds or 0) > MAX_SKEW_SECONDS
     return Status.NOTE if blamed else Status.FAULT
+
+
+def start_command(settings: Settings) -> str:
+    """What starts web server and workers with these settings."""
+    return f"receiver serve --store {shlex.quote(str(settings.store))}" if settings.store else "receiver serve"
 
 
 def host_of(url: str | None) -> str:

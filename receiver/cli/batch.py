@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Submitted batches: progress, retries, reports.",
+    help="Submitted batches: progress, retries, reports. `receiver submit --batch FILE` submits one.",
 )
 
 Name = Annotated[str, typer.Argument(help="Name of the batch, as in `receiver batch list`.")]
@@ -254,7 +254,7 @@ def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
     counts = of.counts(name)
     if counts.over < counts.total and not show.await_worker(parts):
         say(f"{name}: {batch_view.words(counts)}")
-        say("no worker is alive, so nothing is sent: start `receiver serve` (or `receiver work`)", err=True)
+        say(show.no_worker(parts, ", so nothing is sent"), err=True)
         raise typer.Exit(1)
     try:
         look = lambda: of.counts(name)  # noqa: E731 - said twice below
@@ -296,6 +296,7 @@ def _show(parts: Parts, name: str, counts: Counts, *, as_json: bool) -> None:
 
 
 def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
+    from receiver.cli import show
     from storage.operations import heartbeats
 
     alive = heartbeats.count_alive(parts.database)
@@ -307,7 +308,7 @@ def _show_put(parts: Parts, plan: Plan, *, as_json: bool) -> None:
     if plan.left_over:
         say(f"{plan.left_over:,} tasks of this batch are not in the file; they go on all the same", err=True)
     if not alive:
-        say("no worker is alive, so nothing is sent yet: start `receiver serve` (or `receiver work`)", err=True)
+        say(show.no_worker(parts, ", so nothing is sent yet"), err=True)
 
 
 def _next(name: str) -> str:

@@ -33,9 +33,8 @@ def serve(
         from receiver.app import process
 
         _name_settings(parts.settings)
-        if parts.settings.store:
-            _name_console(parts.settings)
-        process.serve(parts)
+        settings = parts.settings
+        process.serve(parts, on_listening=(lambda: _name_console(settings)) if settings.store else None)
 
 
 def work(

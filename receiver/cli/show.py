@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from receiver.app.findings import start_command
 from receiver.app.wiring import Parts
 from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
@@ -30,12 +31,16 @@ WORKER_START_SECONDS = 30.0
 SHOWN_FAULTS = 20
 
 
+def no_worker(parts: Parts, then: str = "") -> str:
+    """That no worker is alive, what follows from it, and what to do."""
+    return f"no worker is alive{then}: start `{start_command(parts.settings)}` (or `receiver work`)"
+
+
 def await_worker(parts: Parts) -> bool:
     """Whether a worker is alive. Waits for one that is still starting, such as a `receiver serve &` just before."""
     if heartbeats.count_alive(parts.database):
         return True
-    start = "no worker is alive: start `receiver serve` (or `receiver work`)"
-    say(f"{start}; waiting {WORKER_START_SECONDS:g} s for one", err=True)
+    say(f"{no_worker(parts)}; waiting {WORKER_START_SECONDS:g} s for one", err=True)
     deadline = time.monotonic() + WORKER_START_SECONDS
     while time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_SECONDS)

@@ -140,14 +140,18 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
     request = parts.submitter.parse(fields)
     for warning in request.warnings():
         say(f"warning: {warning}", err=True)
+    from receiver.cli import show
+    from storage.states import TaskState
+
     submitted = parts.submitter.submit(request, external_task_id=external_task_id, adopt=adopt)
     if not submitted.new:
         say("the same request was submitted before; nothing was sent", err=True)
     elif submitted.task.queued_at is not None:
-        from receiver.cli import show
-
         why = "; ".join(show.pausing(parts, submitted.task)) or "all slots of the account are held"
         say(f"{why}: a worker sends it when its turn comes", err=True)
+    elif submitted.task.state is TaskState.CREATED and submitted.task.note:
+        say(f"the provider has not taken it yet ({submitted.task.note}): a worker tries again; "
+            "`receiver check` says what is wrong with its address", err=True)  # fmt: skip
     return submitted.task
 
 
@@ -171,14 +175,14 @@ def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
             say(f"failed: {task.error}", err=True)
             raise typer.Exit(1)
         if not heartbeats.count_alive(parts.database):
-            say("no worker is alive on this database: start `receiver serve` (or `receiver work`)", err=True)
+            say(show.no_worker(parts, " on this database"), err=True)
         return
     if not show.await_worker(parts):
         if as_json:
             say_json(_report(parts, task), indent=1)
         else:
             say(task.external_task_id)
-        say("submitted, but no worker is alive: start `receiver serve` (or `receiver work`)", err=True)
+        say(f"submitted, but {show.no_worker(parts)}", err=True)
         raise typer.Exit(1)
     finished = show.wait(parts, task.external_task_id)
     if as_json:
