@@ -27,6 +27,8 @@ PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SEL
 NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # SQLite's words
 # psycopg's words before those of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
+# Where a name leads to several addresses, or the URL has several hosts, psycopg lists their answers after the last one.
+ATTEMPT = re.compile(r"^- host: (\S+), port: (\S+), hostaddr: \S+: (.*)$", re.MULTILINE)
 # Lanes try again after 1 s, and a file that is nearly full takes some rows and not others.
 STEADY_SECONDS = 5.0
 
@@ -35,11 +37,23 @@ def words(url: URL, error: BaseException) -> str:
     """The database's own sentence, in one line and without the password."""
     driver = error.orig if isinstance(error, DBAPIError) else error
     primary = getattr(getattr(driver, "diag", None), "message_primary", None)
-    said = CONNECTION_PREFIX.sub("", primary or str(driver))
+    said = primary or _of_each_host(str(driver))
     said += _remedy(url, said, getattr(driver, "sqlstate", None))
     said = said.replace(str(url.password), "…") if url.password else said
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in said).split())
     return line if len(line) <= MAX_WORDS_CHARS else f"{line[: MAX_WORDS_CHARS - 1]}…"
+
+
+def _of_each_host(said: str) -> str:
+    """What each host answers, or what all of them do. The last one alone would hide that the others are read-only."""
+    answers = {f"{host}:{port}".replace("'", ""): _unprefixed(answer) for host, port, answer in ATTEMPT.findall(said)}
+    if len(set(answers.values())) > 1:
+        return "; ".join(f"{host}: {answer}" for host, answer in answers.items())
+    return _unprefixed(said.partition("\nMultiple connection attempts failed.")[0])
+
+
+def _unprefixed(said: str) -> str:
+    return CONNECTION_PREFIX.sub("", said)
 
 
 def _remedy(url: URL, said: str, state: str | None) -> str:

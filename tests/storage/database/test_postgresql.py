@@ -147,7 +147,8 @@ def test_of_several_hosts_the_one_that_may_be_written_is_taken(
         several.writer.dispose()
         with pytest.raises(DatabaseUnavailable, match="session is read-only") as caught:
             several.now()
-        assert f"127.0.0.1:1,{here}: " in str(caught.value)
+        refused, read_only = "127.0.0.1:1: Connection refused", f"{here}: session is read-only"
+        assert str(caught.value) == f"database: 127.0.0.1:1,{here}: {refused}; {read_only}"
         assert opened(f"{database_url}?target_session_attrs=any").now()
         with pytest.raises(DatabaseUnavailable, match="session is read-only"):
             opened(f"{database_url}?target_session_attrs=read-write").now()
