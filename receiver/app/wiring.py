@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import receiver
 from receiver.app import jobs
+from receiver.base.cached_property import cached_property
 from receiver.base.config import Settings, private_pairs
-from receiver.base.once import made_once
 from receiver.base.tokens import Tokens
 from receiver.events.cloudevents import Envelope
 from receiver.events.dispatcher import Sink
@@ -63,7 +63,7 @@ class Parts:
 
     settings: Settings
 
-    @made_once
+    @cached_property
     def database(self) -> Database:
         chosen = self.settings
         direct = chosen.database_direct_url.get_secret_value() if chosen.database_direct_url else None
@@ -84,7 +84,7 @@ class Parts:
     def archive_threads(self) -> int:
         return self.settings.worker_threads + spare_threads(self.settings.worker_threads)
 
-    @made_once
+    @cached_property
     def kling(self) -> Kling:
         chosen = self.settings
         return Kling(
@@ -97,19 +97,19 @@ class Parts:
             proxy=chosen.egress_proxy,
         )
 
-    @made_once
+    @cached_property
     def provider_circuit(self) -> Circuit:
         return Circuit()
 
-    @made_once
+    @cached_property
     def providers(self) -> dict[str, Provider]:
         return {self.kling.name: self.kling}
 
-    @made_once
+    @cached_property
     def tokens(self) -> Tokens:
         return Tokens(self.settings.callback_secrets)
 
-    @made_once
+    @cached_property
     def schedule(self) -> Schedule:
         chosen = self.settings
         is_chosen = "poll_after_seconds" in chosen.model_fields_set
@@ -121,16 +121,16 @@ class Parts:
             url_expiry=self.kling.url_expiry,
         )
 
-    @made_once
+    @cached_property
     def read_rate_limit(self) -> ReadRateLimit:
         return ReadRateLimit(self.database)
 
-    @made_once
+    @cached_property
     def store_address(self) -> tuple[str | None, tuple[str, str] | None]:
         """The store's endpoint, and its keys where we run it ourselves."""
         return serve_store.address(self.settings)
 
-    @made_once
+    @cached_property
     def bucket(self) -> Bucket:
         chosen = self.settings
         endpoint_url, keys = self.store_address
@@ -146,7 +146,7 @@ class Parts:
             connections=self.archive_threads + jobs.TASK_THREADS,
         )
 
-    @made_once
+    @cached_property
     def address_policy(self) -> AddressPolicy:
         private = private_pairs(self.settings.private_result_hosts)
         return AddressPolicy(result_hosts=self.settings.result_hosts, private_hosts=private)
@@ -156,7 +156,7 @@ class Parts:
         """How files are fetched and webhooks are posted where a proxy is the only way out."""
         return self.settings.egress_proxy.connect if self.settings.egress_proxy else None
 
-    @made_once
+    @cached_property
     def fetcher(self) -> Fetcher:
         most = self.settings.max_asset_bytes
         seconds = max(TOTAL_SECONDS, most / SLOWEST_BYTES_PER_SECOND)
@@ -170,17 +170,17 @@ class Parts:
             user_agent=self.settings.fetch_user_agent,
         )
 
-    @made_once
+    @cached_property
     def confirmation(self) -> Confirmation:
         chosen = self.settings
         extra = (*chosen.result_hosts, *chosen.private_result_hosts)
         return Confirmation(chosen.confirm, trusted_hosts(self.kling.result_hosts, chosen.kling_base_url, extra))
 
-    @made_once
+    @cached_property
     def slots(self) -> Slots:
         return Slots(Kling.name, self.settings.kling_slots)
 
-    @made_once
+    @cached_property
     def submitter(self) -> Submitter:
         lease_seconds = self.settings.lease_seconds
         create_step = CreateStep(
@@ -201,7 +201,7 @@ class Parts:
             lease_seconds=lease_seconds,
         )
 
-    @made_once
+    @cached_property
     def gateway(self) -> Gateway | None:
         """The ASGI application below `/kling`; None without API keys."""
         from receiver.gateway.creates import Creates
@@ -221,7 +221,7 @@ class Parts:
 
         return ApiKeys(self.settings.api_keys, own_only=self.settings.gateway_tasks == "own")
 
-    @made_once
+    @cached_property
     def response_format(self) -> ResponseFormat:
         """How the gateway words a result for its clients."""
         from receiver.web.assets import asset_link  # with the HTTP server, as above
@@ -230,11 +230,11 @@ class Parts:
         link = (lambda asset: asset_link(self.tokens, url, asset)) if url else (lambda _: None)
         return ResponseFormat(self.settings.gateway_results, link)
 
-    @made_once
+    @cached_property
     def envelope(self) -> Envelope:
         return Envelope(self.settings.public_url or NAMELESS, self.settings.s3_bucket)
 
-    @made_once
+    @cached_property
     def sinks(self) -> dict[str, Sink]:
         """Where events go, by name."""
         policy, secrets, tunnel = self.settings.event_policy, self.settings.event_secrets, self.tunnel
@@ -247,7 +247,7 @@ class Parts:
             client_callback.NAME: client_callback.Clients(self.database, poster, secrets, self.response_format),
         }
 
-    @made_once
+    @cached_property
     def subscriptions(self) -> Sequence[outbox.Subscription]:
         sinks = [outbox.Subscription(entry.name, entry.names) for entry in self.settings.event_entries]
         return (*sinks, outbox.Subscription(client_callback.NAME, client_callback.EVENTS, of_clients=True))
@@ -256,13 +256,13 @@ class Parts:
         """Number new events and queue them for their sinks. Returns how many."""
         return outbox.sequence_all(self.database, self.subscriptions)
 
-    @made_once
+    @cached_property
     def stream(self) -> Stream | None:
         from receiver.web.event_stream import Stream  # with the HTTP server, as above
 
         return Stream(self.database, self.envelope, self._api_keys()) if self.settings.api_keys else None
 
-    @made_once
+    @cached_property
     def console(self) -> Console | None:
         """The pages below `/console`; None without keys."""
         if not self.settings.console_keys:

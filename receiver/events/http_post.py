@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import httpcore
 
-from receiver.base.once import made_once
+from receiver.base.cached_property import cached_property
 from receiver.events.dispatcher import Outcome, SinkGone, SinkSilent, SinkUnavailable
 from storage.errors import FetchInterrupted
 from storage.fetch import connection
@@ -62,7 +62,7 @@ class Poster:
         self._connections = connections
         self._timeout_seconds = timeout_seconds
 
-    @made_once
+    @cached_property
     def _pool(self) -> httpcore.ConnectionPool:
         """Made at first use, because reading the certificates takes time."""
         return httpcore.ConnectionPool(

@@ -11,7 +11,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from receiver.base.once import made_once
+from receiver.base.cached_property import cached_property
 from receiver.events.cloudevents import MEDIA_TYPE
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkRefused, SinkSilent, SinkUnavailable, Unsure
 
@@ -35,7 +35,7 @@ class Sqs:
         self._queue_url = queue_url
         self._is_fifo = urlsplit(queue_url).path.endswith(".fifo")
 
-    @made_once
+    @cached_property
     def _client(self) -> Any:
         parts = urlsplit(self._queue_url)
         aws = AWS_HOST.fullmatch(parts.hostname or "")

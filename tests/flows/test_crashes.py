@@ -23,7 +23,7 @@ from sqlalchemy import update
 from sqlmodel import Session, col, select
 
 from receiver.app.wiring import Parts
-from receiver.base.once import made_once
+from receiver.base.cached_property import cached_property
 from receiver.sandbox import Sandbox
 from receiver.tasks.task_view import is_over
 from storage.database.sessions import Database
@@ -105,7 +105,7 @@ class MortalParts(Wired):
     fetcher: Any = field(kw_only=True)
     fuse: Fuse = field(kw_only=True)
 
-    @made_once
+    @cached_property
     def database(self) -> Database:
         database = MortalDatabase(self.settings.database_url.get_secret_value())
         database.fuse = self.fuse

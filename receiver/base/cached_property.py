@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class made_once(Generic[T]):
+class cached_property(Generic[T]):
     """`functools.cached_property` with a lock, which that lacks from Python 3.12 on.
 
     Without a lock each of several first threads makes a value, and all but the last leak with their connections. Once

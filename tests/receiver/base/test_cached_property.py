@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from receiver.base.once import made_once
+from receiver.base.cached_property import cached_property
 from receiver.events.http_post import Poster
 from receiver.events.sqs import Sqs
 from storage.fetch.addresses import AddressPolicy
@@ -21,7 +21,7 @@ class Slow:
     def __init__(self) -> None:
         self.made = 0
 
-    @made_once
+    @cached_property
     def part(self) -> object:
         self.made += 1
         time.sleep(0.05)
