@@ -1,7 +1,8 @@
 """SQLite's checkpoints in a thread of their own instead of within a commit.
 
 SQLite itself copies its log into the database within the commit that passes 1,000 pages, while all other writers wait
-at the turnstile: one group commit in sixteen took 20 times as long as the others.
+at the turnstile: one group commit in sixteen took 20 times as long as the others. Here writers wait only once the log
+is long.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from storage.errors import DatabaseUnavailable
 
 log = structlog.get_logger()
 
+# SQLite starts the log anew only after a copy of all of it, for which writers have to wait. Its index of the log has
+# segments of 4,096 pages (16 MB), and each one more is one more search for every page that is read.
+LONG_LOG_PAGES = 4_096
 # At 4,000 deliveries a second that is 5,000 pages (20 MB) at a time. Without new commits there is no checkpoint.
 CHECKPOINT_INTERVAL_SECONDS = 0.5
 
@@ -45,11 +49,11 @@ def _run(database: Database, stopping: threading.Event) -> None:
 
 
 def checkpoint(database: Database, cursor: Any) -> None:
-    """Copy the log twice: most of it while others write, then the rest while they wait.
+    """Copy the log while others write. Of a long log copy the rest, too, while they wait: it starts anew then.
 
-    SQLite starts a log anew only when all of it is copied. Without the second copy it would grow as long as there is
-    work.
+    Otherwise it would grow as long as there is work.
     """
-    cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-    with database.turnstile:
-        cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    _, pages, _ = cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    if pages > LONG_LOG_PAGES:
+        with database.turnstile:
+            cursor.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()

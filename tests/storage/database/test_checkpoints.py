@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,9 +66,26 @@ def beginnings(database: Database) -> int:
     return int.from_bytes(Path(f"{database.url.database}-wal").read_bytes()[12:16])
 
 
+@pytest.mark.parametrize("is_long", [False, True])
+def test_commits_wait_only_while_a_long_log_is_copied(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch, is_long: bool
+) -> None:
+    monkeypatch.setattr(checkpoints, "LONG_LOG_PAGES", 10 if is_long else 10_000)
+    commit(sqlite, pages=20)
+    with closing(sqlite.reader.raw_connection()) as connection:
+        copying = threading.Thread(target=checkpoints.checkpoint, args=(sqlite, connection.cursor()))
+        with sqlite.turnstile:
+            copying.start()
+            copying.join(0.5 if is_long else 20)
+            assert copying.is_alive() == is_long
+        copying.join(20)
+        assert not copying.is_alive()
+
+
 def test_log_stays_short_while_commits_never_stop(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is started anew again and again, so it holds only what is written between two checkpoints."""
     monkeypatch.setattr(checkpoints, "CHECKPOINT_INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(checkpoints, "LONG_LOG_PAGES", 100)
     with sqlite.write() as session:
         session.execute(text("PRAGMA wal_autocheckpoint=0"))  # else a commit would do so in the end
     with checkpoints.beside(sqlite), committing(sqlite):
