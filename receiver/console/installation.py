@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import structlog
-from starlette.requests import Request
 from starlette.responses import Response
 
 from receiver.base.console_keys import ConsoleKey
@@ -26,8 +25,8 @@ log = structlog.get_logger()
 
 # Of what a person acted on: an id has at most 200.
 MAX_SUBJECT_CHARS = 400
-# Answers a GET with an archived file's bytes or a redirect to a presigned link.
-Files = Callable[[Request, UUID], Awaitable[Response]]
+# Answers a GET with an archived file's bytes or a redirect to a presigned link: (request, id, download=…).
+Files = Callable[..., Awaitable[Response]]
 
 
 class CheckLine(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from receiver.console.catalogue import text
+from receiver.console.catalogue import text, word
 from storage.rows.models import Task
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -54,10 +54,9 @@ def relative(moment: datetime, now: datetime, language: str) -> str:
     away = (now - moment).total_seconds()
     if abs(away) < 5:
         return text(language, "time.now")
-    key = "time.ago" if away > 0 else "time.in"
-    return text(
-        language, key, span=seconds(float(max(round(abs(away)), 10))) if abs(away) >= 10 else f"{abs(away):.0f} s"
-    )
+    span = seconds(float(max(round(abs(away)), 10))) if abs(away) >= 10 else f"{abs(away):.0f} s"
+    number, _, unit = span.partition(" ")
+    return text(language, "time.ago" if away > 0 else "time.in", span=f"{number} {word(language, 'unit', unit)}")
 
 
 def when(moment: datetime | None, language: str) -> Markup | str:

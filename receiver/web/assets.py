@@ -111,18 +111,27 @@ class Assets:
             log.error("asset.not_served", asset=str(named.task_id), error=str(error))
             return _unavailable()
 
-    async def answer(self, request: Request, asset_id: uuid.UUID, extension: str | None = None) -> Response:
-        """The file, for a reader who may have it. Raises HTTPException 404, `StoreUnavailable`."""
+    async def answer(
+        self, request: Request, asset_id: uuid.UUID, extension: str | None = None, *, download: bool = False
+    ) -> Response:
+        """The file, for a reader who may have it. `download`: a browser saves it instead of showing it. Raises
+        HTTPException 404, `StoreUnavailable`.
+        """
         asset = await run_in_threadpool(self._archived, asset_id)
         if asset is None or asset.key is None or asset.size is None or extension not in (None, _extension(asset.key)):
             raise HTTPException(404)
         headers = _headers(asset, asset.key)
+        if download:
+            headers["Content-Disposition"] = headers["Content-Disposition"].replace("inline", "attachment", 1)
         if _is_known(request, headers["ETag"]):
             return Response(status_code=304, headers={name: headers[name] for name in ("ETag", "Cache-Control")})
         if request.method == "HEAD":
             return Response(headers={**headers, "Content-Length": str(asset.size)})
         if self._bucket.is_reached_from_outside and not self._streams:
-            link = await run_in_threadpool(self._bucket.presigned_get, asset.key, expires_seconds=LINK_SECONDS)
+            name = headers["Content-Disposition"] if download else None
+            link = await run_in_threadpool(
+                self._bucket.presigned_get, asset.key, expires_seconds=LINK_SECONDS, disposition=name
+            )
             return RedirectResponse(link, status_code=302)
         span = _span(request, headers["ETag"], asset.size)
         if span is not None and not span:

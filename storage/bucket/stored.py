@@ -160,14 +160,18 @@ class StoredObjects(StoreConnection):
                     modified_at = each["LastModified"].astimezone(UTC)
                     yield Listed(each["Key"], each["Size"], each.get("ETag", ""), modified_at)
 
-    def presigned_get(self, key: str, *, expires_seconds: int) -> str:
-        """A URL that reads the object without credentials for 1 to 604,800 seconds. Treat it as a secret."""
+    def presigned_get(self, key: str, *, expires_seconds: int, disposition: str | None = None) -> str:
+        """A URL that reads the object without credentials for 1 to 604,800 seconds. Treat it as a secret.
+
+        `disposition`: the `Content-Disposition` of the store's answer.
+        """
         if not 1 <= expires_seconds <= MAX_LINK_SECONDS:
             raise ValueError(f"expires_seconds is {expires_seconds}; it must be 1 to {MAX_LINK_SECONDS}")
         with self._errors():
             client = self._client(self._public_endpoint_url)
+            named = {"ResponseContentDisposition": disposition} if disposition else {}
             link: str = client.generate_presigned_url(
-                "get_object", Params={"Bucket": self.name, "Key": key}, ExpiresIn=expires_seconds
+                "get_object", Params={"Bucket": self.name, "Key": key, **named}, ExpiresIn=expires_seconds
             )
             return link
 

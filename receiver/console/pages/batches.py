@@ -18,15 +18,17 @@ from receiver.batch.batch_file import BatchInvalid, Format, Line
 from receiver.console import words
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import path_of
-from receiver.console.visit import Visit
+from receiver.console.visit import Visit, part
 from storage.accounts import batches
 from storage.accounts.batches import Counts
 from storage.rows import events
-from storage.rows.models import Batch
+from storage.rows.models import Batch, Task
 
 HOME = "/console/batches"
 SHOWN = 50
 SHOWN_FAULTS = 100
+# In the order of their lines.
+FAILURES_A_PAGE = 40
 # `receiver submit --batch` takes larger files.
 MAX_UPLOAD_BYTES = 8 * 2**20
 STAGES = ("archived", "archiving", "running", "sending", "queued", "incomplete", "failed", "deleted")
@@ -47,10 +49,11 @@ class BatchPages:
         with self._of.database.read() as session:
             batch = self._batch(session, visit.path("id"))
             counts = batches.counts(session, batch.id)
-        failures = self._of.batches.failures(batch.name)
+            failed = part(visit, "from", batches.not_kept(session, batch.id), FAILURES_A_PAGE)
+            failures = [session.get_one(Task, task_id) for task_id in failed.rows]
         return visit.page(
             "batch.html", section="batches", batch=batch, counts=counts, stages=stages(counts), failures=failures,
-            path_of=path_of,
+            failed=failed, path_of=path_of,
         )  # fmt: skip
 
     def retry(self, visit: Visit) -> Response:

@@ -63,15 +63,13 @@ class Gallery:
     async def file(self, visit: Visit) -> Response:
         """An archived file, or a redirect to it. `?download=1`: as a download."""
         try:
-            answer = await self._files(visit.request, _id(visit.path("id")))
+            download = bool(visit.query.get("download"))
+            answer = await self._files(visit.request, _id(visit.path("id")), download=download)
         except (DatabaseUnavailable, StoreUnavailable):
             raise HTTPException(503) from None
-        if answer.status_code == 200:
+        if answer.status_code != 302:  # the store's own answer has its own headers
             answer.headers["Content-Security-Policy"] = SANDBOX
             answer.headers["Cache-Control"] = "private, max-age=3600"
-            if visit.query.get("download") and "content-disposition" in answer.headers:
-                shown = answer.headers["content-disposition"]
-                answer.headers["Content-Disposition"] = shown.replace("inline", "attachment", 1)
         return answer
 
     async def thumbnail(self, visit: Visit) -> Response:

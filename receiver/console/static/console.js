@@ -70,6 +70,7 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
   addEventListener("pagehide", () => source.close());
 }
+renewTimes(document);
 setInterval(() => renewTimes(document), 10000);
 
 // -- small helps ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from storage.operations import outbox
 from storage.rows import events
 from storage.rows.events import PERSON_ACTED, EventName
 from storage.rows.models import Asset, Batch, Dispatch, Event, Task
-from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step
+from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 from tests.archived_tasks import archive, flip, work_off
 from tests.console_reader import Reader
 from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
@@ -209,6 +209,23 @@ def test_what_failed_of_a_batch_is_tried_again(parts: Parts, ann: Reader) -> Non
         row.batch_id, row.batch_line = batch.id, 1
     assert task.external_task_id in ann.page(f"/batches/{batch.id}")
     assert "1 thing is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
+
+
+def test_failures_of_a_batch_are_paged_in_the_order_of_their_lines(parts: Parts, ann: Reader) -> None:
+    with parts.database.write() as session:
+        batch = Batch(name="large", created_at=parts.database.now())
+        session.add(batch)
+        session.flush()
+        batch_id = batch.id
+    for number in range(45):
+        insert_row(
+            parts, batch_id=batch_id, batch_line=number + 1, state=TaskState.FAILED, error=f"error-{number + 1}."
+        )
+    pages = [ann.page(f"/batches/{batch_id}"), ann.page(f"/batches/{batch_id}?from=40")]
+    assert [re.findall(r"error-(\d+)\.", page) for page in pages] == [
+        [str(line) for line in lines] for lines in (range(1, 41), range(41, 46))
+    ]
+    assert "1–40 / 45" in pages[0] and f"/console/batches/{batch_id}?from=40" in pages[0]
 
 
 def test_a_sample_audit_tells_what_it_found(parts: Parts, ann: Reader) -> None:

@@ -162,6 +162,21 @@ def test_the_gallery_goes_by_keyboard(parts: Parts, browser: Browser, web: Web) 
     ) == [False, True]
 
 
+def test_slash_focuses_the_search_and_the_focus_is_seen(parts: Parts, browser: Browser, web: Web) -> None:
+    archive(parts, 1)
+    outlined = """const style = getComputedStyle(document.activeElement);
+        return style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2"""
+    for path in ("", "/tasks", "/gallery", "/deliveries"):
+        browser.open(f"{web.url}/console{path}")
+        browser.press("/")
+        assert browser.run("return document.activeElement.type") == "search", path
+        assert browser.run(outlined), path
+    browser.open(f"{web.url}/console/gallery")
+    for _ in range(24):
+        browser.press("Tab")
+        assert browser.run(outlined), browser.run("return document.activeElement.outerHTML.slice(0, 90)")
+
+
 def test_a_task_is_deleted_by_typing_its_id(parts: Parts, browser: Browser, web: Web) -> None:
     task = archive(parts, 1)[0]
     browser.open(f"{web.url}/console/tasks/{task.external_task_id}")

@@ -338,5 +338,5 @@ def test_sizes_have_three_digits(count: Any, shown: str) -> None:
 def test_times_are_relative_in_both_directions() -> None:
     now = datetime(2026, 1, 2, tzinfo=UTC)
     assert relative(now - timedelta(minutes=3), now, "en") == "3 min ago"
-    assert relative(now + timedelta(hours=5), now, "zh") == "5 h后"
+    assert relative(now + timedelta(hours=5), now, "zh") == "5 小时后"
     assert relative(now, now, "en") == "now"

@@ -96,7 +96,26 @@ def test_a_file_comes_with_a_policy_that_runs_nothing(parts: Parts, ann: Reader)
         answer = ann.get(path)
         assert "sandbox" in answer.headers["content-security-policy"]
         assert answer.headers["x-content-type-options"] == "nosniff"
-    assert ann.get(f"/files/{asset.id}?download=1").headers["content-disposition"].startswith("attachment")
+    path = f"/files/{asset.id}"
+    etag = ann.get(path).headers["etag"]
+    asked = ({"Range": "bytes=0-9"}, {"If-None-Match": etag}, {"Range": "bytes=99999999-"})
+    answers = [ann.get(path, headers=each) for each in asked]
+    assert [each.status_code for each in answers] == [206, 304, 416]
+    for answer in answers:
+        assert "sandbox" in answer.headers["content-security-policy"], answer.status_code
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("reached", ["through us", "at the store"])
+def test_a_download_is_saved_under_the_objects_name(parts: Parts, ann: Reader, reached: str) -> None:
+    if reached == "at the store":
+        parts.bucket._public_endpoint_url = parts.bucket._endpoint_url
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    answer = ann.get(f"/files/{asset.id}?download=1")
+    assert [each.status_code for each in answer.history] == ([302] if reached == "at the store" else [])
+    name = str(asset.key).rpartition("/")[2]
+    assert answer.headers["content-disposition"] == f'attachment; filename="{name}"'
+    assert len(answer.content) == asset.size
 
 
 def test_body_is_saved_and_never_shown_by_the_browser(parts: Parts, ann: Reader, ben: Reader) -> None:
