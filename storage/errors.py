@@ -18,7 +18,8 @@ Retry(after)          the same work may succeed later
 │   └── ObjectForbidden       403: perhaps this one object, perhaps every one
 ├── DatabaseUnavailable   the database is down or refuses us
 │   └── SessionReplaced       an old session refused to write; a new one may
-└── DiskFull              no room to spool
+└── SpoolUnavailable      the folder for large downloads cannot be used
+    └── DiskFull              no room in it
 Refresh               the URL died; read the task again for a new one
 └── FetchExpired          401 403 404 410 on a result URL
 GiveUp(reason)        it will not by itself; kept, shown, `receiver retry` brings it back
@@ -133,7 +134,11 @@ class SessionReplaced(DatabaseUnavailable):
     """
 
 
-class DiskFull(Retry):
+class SpoolUnavailable(Retry):
+    pass
+
+
+class DiskFull(SpoolUnavailable):
     pass
 
 

@@ -7,12 +7,15 @@ object make took 0.7 ms of CPU. Hashes, checks and the put read it in place (`me
 from __future__ import annotations
 
 import io
+import os
 import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
+
+from storage.errors import SpoolUnavailable
 
 # Nearly every picture (about 3 MB) stays in memory; eight threads hold 32 MiB at most.
 SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
@@ -107,11 +110,26 @@ class Spool(io.RawIOBase):
                 _free.append(self._room)
 
     def _move_to_disk(self) -> None:
-        directory = str(self._directory) if self._directory else None
-        self._file = tempfile.TemporaryFile(prefix=SPOOL_PREFIX, dir=directory)  # noqa: SIM115 - `close` closes it
+        self._file = _on_disk(self._directory)
         self._file.write(self._room[: self._size])
         self._file.seek(self._at)
         self._room = memoryview(b"")  # freed: large files are rare, and eight at once kept 32 MiB for nothing
+
+
+def _on_disk(directory: Path | None) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile(prefix=SPOOL_PREFIX, dir=str(directory) if directory else None)
+    except OSError as error:
+        where = directory or "the system's temporary folder"
+        words = f"RECEIVER_SPOOL_DIR: {where} cannot be written ({error.strerror})"
+        raise SpoolUnavailable(f"{words}: make it a folder of this user, with room") from error
+
+
+def room(directory: Path | None) -> int:
+    """Bytes that a spool may take in `directory`. Raises `SpoolUnavailable`."""
+    with _on_disk(directory) as file:
+        free = os.fstatvfs(file.fileno())
+    return free.f_bavail * free.f_frsize
 
 
 def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> BinaryIO:

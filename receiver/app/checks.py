@@ -40,11 +40,13 @@ from storage.errors import (
     ProviderRejected,
     ProviderThrottled,
     ProviderUnavailable,
+    SpoolUnavailable,
     UserError,
 )
 from storage.operations import heartbeats
 from storage.own_files import is_writable_by_others
 from storage.rows.models import Task
+from storage.spool import room
 
 # All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
 BOUND_SECONDS = 10.0
@@ -90,6 +92,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
     results += check_store.of_workers(parts, results)
     own = [
         *files(parts),
+        *spooling(settings),
         *clock(parts),
         *callbacks(parts),
         *check_events.gateway(settings),
@@ -158,6 +161,18 @@ def files(parts: Parts) -> Iterator[Result]:
             yield Result(name, Status.FAULT, f"{line} write it", f"make it your own, and {remedy}")
         elif mode & stat.S_IROTH:
             yield Result(name, Status.NOTE, f"{line} read it", remedy)
+
+
+def spooling(settings: config.Settings) -> Iterator[Result]:
+    """Whether a download that is too large for memory has a place."""
+    try:
+        free = room(settings.spool_dir)
+    except SpoolUnavailable as error:
+        yield Result("spool", Status.FAULT, str(error), "files over 4 MiB are archived once it is mended")
+        return
+    if free < settings.max_asset_bytes:
+        line = f"{free / 2**20:,.0f} MiB are free, and one file may have {settings.max_asset_bytes / 2**20:,.0f}"
+        yield Result("spool", Status.NOTE, line, "free space there, or set RECEIVER_SPOOL_DIR to a larger disk")
 
 
 def database(parts: Parts) -> Iterator[Result]:

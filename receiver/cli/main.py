@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +58,7 @@ def main() -> None:
     """
     threading.excepthook = lambda bug: _show_bug(bug.exc_value) if bug.exc_value else None
     try:
+        _refuse_undecodable(sys.argv[1:])
         code = app(standalone_mode=False) or 0
     except typer.exceptions.TyperException as error:
         code = _show_usage(error)
@@ -71,6 +72,13 @@ def main() -> None:
         _show(str(error)) if _is_known(error) else _show_bug(error)
         code = 1
     sys.exit(code)
+
+
+def _refuse_undecodable(words: Sequence[str]) -> None:
+    """Bytes of an argument that are no text become lone surrogates, which no database takes. A file may have them."""
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word) and not os.path.lexists(word):
+            raise typer.BadParameter(f"{word} is not {sys.getfilesystemencoding()} text")
 
 
 def _show_usage(error: Any) -> int:

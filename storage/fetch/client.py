@@ -142,8 +142,8 @@ class Fetcher:
         fetcher's own.
 
         Raises `FetchRefused` (the form of `url`), `AddressRefused` (an address it resolves to), `FetchExpired`,
-        `FetchInterrupted`, `FetchUnusable` (`NotAnAsset`, `AssetDamaged`: the bytes), `FetchTooLarge`, `DiskFull`.
-        Messages name hosts, never paths or queries.
+        `FetchInterrupted`, `FetchUnusable` (`NotAnAsset`, `AssetDamaged`: the bytes), `FetchTooLarge`,
+        `SpoolUnavailable`. Messages name hosts, never paths or queries.
         """
         target = check_url(url, self._policy)
         deadline = connection.TransferDeadline(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.spool import blocks, memory_of, spool
+from storage.errors import SpoolUnavailable
+from storage.spool import blocks, memory_of, room, spool
 
 
 @pytest.mark.parametrize("memory_bytes", [1_000, 10], ids=["memory", "disk"])
@@ -57,3 +58,11 @@ def test_spool_that_went_to_disk_keeps_no_memory(tmp_path: Path, monkeypatch: py
         one.write(b"one")
         other.write(b"other")
         assert (memory_of(one), memory_of(other)) == (b"one", b"other")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with spool(tmp_path / "no", memory_bytes=2) as file, pytest.raises(SpoolUnavailable, match="no cannot be written"):
+        file.write(b"long")
+    with pytest.raises(SpoolUnavailable):
+        room(tmp_path / "no")
+    assert room(tmp_path) > 0

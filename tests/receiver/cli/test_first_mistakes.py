@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import socket
 
 import pytest
@@ -42,6 +43,33 @@ def test_check_tells_a_wrong_address_of_the_provider_from_a_wrong_key(
     (found,) = checks.provider(parts)
     parts.close()
     assert found.advice.startswith(advice)
+
+
+def test_check_names_a_spool_folder_that_is_not_there_or_small() -> None:
+    (found,) = checks.spooling(config.load(s3_bucket="pictures", spool_dir="/nowhere"))
+    assert found.status is checks.Status.FAULT and "/nowhere cannot be written" in found.line
+    (found,) = checks.spooling(config.load(s3_bucket="pictures", max_asset_bytes=2**60))
+    assert found.status is checks.Status.NOTE and "set RECEIVER_SPOOL_DIR to a larger disk" in found.advice
+    assert list(checks.spooling(config.load(s3_bucket="pictures", max_asset_bytes=1))) == []
+
+
+@pytest.mark.parametrize("words", [("status",), ("retry",), ("batch", "status"), ("submit", "--prompt")])
+def test_an_argument_that_is_no_text_is_one_sentence(receiver: CommandLine, words: tuple[str, ...]) -> None:
+    done = receiver(*words, "\udcff-1")
+    assert (done.code, "is not utf-8 text" in done.err, "Traceback" in done.err) == (2, True, False)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (codecs.BOM_UTF8 + b'{"model_name": "kling-image-o1", "prompt": "a boat"}', None),
+        ('{"prompt": "a boat"}'.encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
+    ],
+)
+def test_a_request_as_windows_editors_save_it(receiver: CommandLine, content: bytes, says: str | None) -> None:
+    (receiver.folder / "request.json").write_bytes(content)
+    done = receiver("submit", "--request", "request.json")
+    assert (done.code, says is None or says in done.err) == (2 if says else 0, True), done.err
 
 
 def test_the_command_that_starts_a_worker_names_the_store(receiver: CommandLine) -> None:

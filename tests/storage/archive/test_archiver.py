@@ -72,6 +72,20 @@ def hits(sandbox: Sandbox) -> int:
     return sum(asset.hits for asset in sandbox.ledger().task("task").assets)
 
 
+LARGE = {"public_url": "", "poll_after_seconds": 3_600, "spool_dir": "/nowhere"}
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+@pytest.mark.parametrize("changes", [LARGE])
+def test_a_spool_folder_that_is_not_there_is_told_and_costs_no_worker(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.world.knobs = sandbox.world.knobs.model_copy(update={"picture_bytes": 6_000_000})
+    with_due_assets(parts, sandbox)
+    run(parts, "assets")
+    asset = only_asset(parts)
+    assert (asset.state, asset.losses, asset.due_at is not None) == (AssetState.DUE, 0, True)
+    assert "RECEIVER_SPOOL_DIR: /nowhere cannot be written (No such file or directory)" in str(asset.error)
+
+
 def put(parts: Parts, key: str, content: bytes) -> None:
     digest = hashlib.sha256(content).hexdigest()
     parts.bucket.put_once(
