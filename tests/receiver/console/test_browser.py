@@ -22,7 +22,7 @@ from tests.archived_tasks import archive
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY
 from tests.harness import wait_until
 from tests.pipeline import Web, Wired, assets_of, callbacks_of, deliver, insert_row, task_of, working
-from tests.receiver.console.test_safety import hostile
+from tests.receiver.console.test_safety import hostile, own_pages
 from tests.webdriver import Browser
 
 pytestmark = pytest.mark.skipif(not webdriver.is_installed() and "CI" not in os.environ, reason=webdriver.MISSING)
@@ -280,7 +280,7 @@ def test_a_reader_sees_and_cannot_act(parts: Parts, browser: Browser, web: Web) 
 
 def test_no_script_of_a_stranger_runs_and_nothing_breaks_the_layout(parts: Parts, browser: Browser, web: Web) -> None:
     task, callback = hostile(parts)
-    for path in (*PAGES, f"/tasks/{task.id}", f"/deliveries/{callback.id}"):
+    for path in (*PAGES, *own_pages(parts, task, callback)):
         for width in WIDTHS:
             browser.resize(width, 900)
             browser.open(f"{web.url}/console{path}")  # an alert would be an error here: unexpected alert open

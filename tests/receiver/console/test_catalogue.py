@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from receiver.console import catalogue
+from receiver.console.pages import batches
+from storage.archive.audit import FindingKind
+from storage.bucket.probe import Capabilities
+from storage.operations import lists
+from storage.rows.events import EventName
+from storage.states import ArchiveState, CallbackState, DispatchState, Step, TaskState
 
 HERE = Path(catalogue.__file__).parent
 SOURCES = [*HERE.rglob("*.py"), *HERE.rglob("*.html")]
 ASKED = re.compile(r"""\b(?:t|text)\(\s*f?"([a-z0-9_.]+)"\s*[,)]""")
-GROUPS = re.compile(r"""\b(?:w|word)\("([a-z_]+)",""")
+CAPABILITIES = [each.name for each in fields(Capabilities)]
+# What is kept of what people do: `note_act(…, "action", …)` and `_done(…, "action", …)`.
+DEEDS = re.compile(r"""(?:note_act|_done)\((?:[^"()]|\(\))*"([a-z ]+)",""")
+ACTIONS = sorted({deed for source in SOURCES for deed in DEEDS.findall(source.read_text())} | {"retry", "accept"})
+GROUPS = re.compile(r"""\b(?:w|word)\((?:language, )?["']([a-z_]+)["'],""")
 
 
 def test_both_languages_have_the_same_keys() -> None:
@@ -38,6 +49,22 @@ def test_no_word_is_kept_that_no_page_can_show() -> None:
     groups = {*GROUPS.findall(sources), "page", "event", "next", "need", "act", "figure", "ask", "error", "delivery"}
     asked = set(ASKED.findall(sources)) | set(re.findall(r'"([a-z0-9_]+\.[a-z0-9_.]+)"', sources))
     assert [key for key in catalogue.TEXTS["en"] if key not in asked and key.partition(".")[0] not in groups] == []
+
+
+def test_every_state_that_a_row_can_have_has_a_word() -> None:
+    kinds = {
+        "state": TaskState, "archive": ArchiveState, "delivery": CallbackState, "dispatch": DispatchState, "next": Step,
+        "finding": FindingKind, "files": lists.FILES, "person": ACTIONS, "stage": batches.STAGES,
+        "event": [name for name in EventName if not name.startswith("account.")], "capability": CAPABILITIES,
+    }  # fmt: skip
+    keys = [f"{group}.{value}" for group, values in kinds.items() for value in values]
+    assert [key for key in keys if key not in catalogue.TEXTS["en"]] == []
+
+
+def test_chinese_is_chinese() -> None:
+    """Names of things that are the same everywhere aside."""
+    plain = {key: text for key, text in catalogue.TEXTS["zh"].items() if not re.search("[\u4e00-\u9fff]", text)}
+    assert set(plain) == {"file.sha"}
 
 
 @pytest.mark.parametrize(

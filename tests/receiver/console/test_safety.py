@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from sqlmodel import select
 
 from receiver.app.wiring import Parts
 from receiver.console import visit, words
-from storage.rows.events import EventName, record
-from storage.rows.models import Callback, Task
-from storage.states import ArchiveState, AssetState, TaskState
+from storage.accounts import pauses
+from storage.errors import ModelRefused
+from storage.operations import outbox
+from storage.rows.events import EventName, record, record_act
+from storage.rows.models import Batch, Callback, Dispatch, Event, RollingAudit, Task, Worker
+from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.archived_tasks import archive
 from tests.console_reader import PAGES, Reader
 from tests.pipeline import assets_of, deliver, insert_row
@@ -37,18 +41,38 @@ def hostile(parts: Parts) -> tuple[Task, Callback]:
         new_asset(session, task, 0, source_url=SIGNED, state=AssetState.FAILED, superseded=[EVIL], **words)
         told = {"error": EVIL, "kind": EVIL, "other": {"url": SIGNED, "x": EVIL}}
         record(session, EventName.ASSET_FAILED, task.id, told)
+        batch = Batch(name=EVIL[:100], created_at=parts.database.now())
+        session.add(batch)
+        session.flush()
+        session.get_one(Task, task.id).batch_id = batch.id
+        outbox.disable(session, EVIL[:60], EVIL + LONG)
+        [event] = session.exec(select(Event).where(Event.name == "asset.failed")).all()
+        dead = {"state": DispatchState.DEAD, "error": EVIL + LONG[:400], "created_at": parts.database.now(), "tries": 2}
+        session.add(Dispatch(sink=EVIL[:60], event_id=event.id or 0, task_id=task.id, **dead))
+        record_act(session, EVIL, EVIL, EVIL, [task.id, None], reason=EVIL + LONG)
+        pauses.pause(session, "kling", EVIL, ModelRefused("refused", code=1103, said=EVIL + LONG))
+        finding = {"kind": EVIL, "key": EVIL + LONG, "detail": EVIL, "task": EVIL}
+        session.add(RollingAudit(name="archive", due_at=parts.database.now(), findings=[finding]))
+        session.add(Worker(host=EVIL, pid=1, threads=1, started_at=parts.database.now(), seen_at=parts.database.now()))
     body = json.dumps({"task_id": EVIL, "evil": EVIL, "url": SIGNED, "long": LONG}, ensure_ascii=False).encode()
     return task, deliver(parts, None, body.replace(b"/x.png", b"\\/x.png"))
 
 
+SEARCHED = "%3Cscript%3Ealert(1)%3C/script%3E%22%3E%3Cimg%20src=x%20onerror=alert(2)%3E"
+
+
+def own_pages(parts: Parts, task: Task, callback: Callback) -> list[str]:
+    """The pages of what `hostile` made, and lists whose filters are hostile."""
+    with parts.database.read() as session:
+        batch_id = session.get_one(Task, task.id).batch_id
+    fields = ("tasks?q", "gallery?model", "deliveries?cause", "events?sink", "deliveries/replay?task")
+    filtered = [f"/{field}={SEARCHED}" for field in fields]
+    return [f"/tasks/{task.id}", f"/deliveries/{callback.id}", f"/batches/{batch_id}", *filtered]
+
+
 def test_hostile_words_are_shown_as_words_on_every_page(parts: Parts, ann: Reader) -> None:
     task, callback = hostile(parts)
-    for path in (
-        *PAGES,
-        f"/tasks/{task.id}",
-        f"/deliveries/{callback.id}",
-        "/tasks?q=" + "%3Cscript%3Ealert(1)%3C/script%3E",
-    ):
+    for path in (*PAGES, *own_pages(parts, task, callback)):
         page = ann.page(path)
         assert [each for each in RAW if each in page] == [], path
         assert "s3cr3t" not in page and "path-of-a-token" not in page, path
