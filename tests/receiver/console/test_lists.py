@@ -70,14 +70,16 @@ def test_tasks_are_filtered_by_state_model_time_and_words(parts: Parts) -> None:
     assert len(names(parts, provider="kling", since="nonsense")) == 3
 
 
-def test_a_long_look_ends_at_its_bound_and_goes_on(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_filter_without_an_index_stops_at_its_bound_and_goes_on_with_the_next_page(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lists, "SCANNED", 3)
     for number in range(5):
-        state = TaskState.FAILED if number == 0 else TaskState.SUBMITTED
+        state = TaskState.PROCESSING if number == 0 else TaskState.SUBMITTED
         insert_row(parts, external_task_id=f"t{number}", state=state, created_at=LONG_AGO + timedelta(seconds=number))
     with parts.database.read() as session:
-        first = newest_tasks(session, TaskFilter(state="failed"), None)
-        second = newest_tasks(session, TaskFilter(state="failed"), first.further)
+        first = newest_tasks(session, TaskFilter(state="processing"), None)
+        second = newest_tasks(session, TaskFilter(state="processing"), first.further)
     assert list(first.rows) == [] and first.looked_until == LONG_AGO + timedelta(seconds=2)
     assert [task.external_task_id for task in second.rows] == ["t0"] and second.further is None
 
