@@ -56,7 +56,26 @@ def pytest_configure(config: pytest.Config) -> None:
         compile_sources()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    words = "run each campaign on both databases; without it a campaign runs on the one that its mark names"
+    parser.addoption("--both-databases", action="store_true", help=words)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("both_databases"):
+        deselected = [item for item in items if is_for_both_databases_alone(item)]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in set(deselected)]
+    deal_slow_tests(items)
+
+
+def is_for_both_databases_alone(item: pytest.Item) -> bool:
+    """Whether this is a campaign on another database than the one that `@pytest.mark.campaign(…)` names."""
+    mark = item.get_closest_marker("campaign")
+    return mark is not None and item.callspec.params["database_kind"] != mark.args[0]  # type: ignore[attr-defined]
+
+
+def deal_slow_tests(items: list[pytest.Item]) -> None:
     """Give each worker its share of the slow tests. xdist deals the tests out in as many equal parts, in order."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     units = [[item] for item in items if item.path.name in SLOW]

@@ -278,6 +278,7 @@ def secrets_of(parts: Parts, seaweed_key: str) -> list[str]:
     return [CANARY, seaweed_key, *(secret[6:] for secret in WEBHOOK_SECRETS), *tokens, *queries]
 
 
+@pytest.mark.campaign("sqlite")
 def test_no_secret_gets_out(
     receiver: CommandLine, database: Database, bucket: Bucket, sandbox: Sandbox, echo: str, database_url: str
 ) -> None:

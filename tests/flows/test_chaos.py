@@ -40,6 +40,7 @@ from tests.rows import event_names, stored
 POSTGRESQL_ONLY = pytest.mark.parametrize("database_kind", ["postgresql"])  # SQLite writes one transaction at a time
 
 
+@pytest.mark.campaign("postgresql")
 def test_nothing_is_lost_or_doubled_whatever_dies(database_kind: Any) -> None:
     outcome = campaign.run(plan.bounded(database_kind, seed=1))
     assert not outcome.failures, campaign.report(outcome)

@@ -269,6 +269,7 @@ def count(parts: Parts, *conditions: Any) -> int:
         return len(session.exec(select(Asset.id).where(*conditions)).all())
 
 
+@pytest.mark.campaign("sqlite")
 def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
     parts: Parts, sandbox: Sandbox, tmp_path: Path
 ) -> None:
@@ -329,6 +330,7 @@ def freeze(parts: Parts, sandbox: Sandbox, process: Forked) -> Asset:
     return held
 
 
+@pytest.mark.campaign("postgresql")
 @pytest.mark.parametrize("changes", [{"poll_after_seconds": 3_600, "lease_seconds": 1, "worker_threads": 1}])
 def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
     parts: Parts, sandbox: Sandbox, tmp_path: Path

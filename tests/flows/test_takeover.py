@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import pytest
 from sqlmodel import select
 
 from receiver.app.wiring import Parts
@@ -49,6 +50,7 @@ def held(parts: Parts) -> Asset | None:
     return asset if asset and asset.lease else None
 
 
+@pytest.mark.campaign("postgresql")
 def test_a_killed_workers_row_is_taken_over_within_its_lease_and_a_second(
     database_url: str, bucket: Bucket, parts: Parts, sandbox: Sandbox, tmp_path: Path
 ) -> None:

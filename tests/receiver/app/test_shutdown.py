@@ -110,6 +110,7 @@ def settings(database_url: str, bucket: Bucket, sandbox: Sandbox) -> dict[str, s
     return {**variables(database_url, bucket, sandbox), **own}
 
 
+@pytest.mark.campaign("sqlite")
 def test_sigterm_under_load(settings: dict[str, str], parts: Parts, tmp_path: Path) -> None:
     tokens = Tokens(parts.settings.callback_secrets)
     tasks = [insert_row(parts, external_task_id=f"t-{number}") for number in range(20)]

@@ -548,6 +548,7 @@ def test_wrong_usage_is_told(command: Command, words: list[str]) -> None:
 # -- the whole of it --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.campaign("sqlite")
 def test_a_batch_survives_kills_in_the_night(database_kind: str, tmp_path: Path) -> None:
     """The short form of `python -m tests.night_run`."""
     outcome = spend_a_night(tmp_path, lines=24, database=database_kind, kills=1)
