@@ -131,7 +131,7 @@ def fit_descriptors() -> int:
 
 
 def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
-    """Run the web server and the workers until SIGTERM or SIGINT.
+    """Run the web server and the workers until SIGTERM, SIGINT or SIGHUP.
 
     Raises `SchemaBehind`, `DatabaseUnavailable`, and `WorkersGone` when their supervisor ends by itself.
     """
@@ -220,6 +220,12 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
     return opened
 
 
+def ending_signals() -> list[signal.Signals]:
+    """What ends a process in order. SIGHUP comes when its terminal is closed; `nohup` ignores it, and so do we then."""
+    is_held = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if is_held else [signal.SIGHUP])]
+
+
 class _Server(uvicorn.Server):
     """Says when it listens, and ends without ending the process. `on_signal`: called in the signal's handler."""
 
@@ -241,7 +247,7 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Ours, because uvicorn raises the signal again when it is done, which would end us before our workers."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, self.handle_exit) for number in ending_signals()}
         try:
             yield
         finally:
@@ -282,13 +288,13 @@ def supervise(settings: Settings) -> bool:
 
 
 def work(parts: Parts, *, supervised: bool) -> None:
-    """Run one worker process until SIGTERM or SIGINT, or, `supervised`, until its parent is gone."""
+    """Run one worker process until SIGTERM, SIGINT or SIGHUP, or, `supervised`, until its parent is gone."""
     settings = parts.settings
     await_schema(parts.database, migrate=False)
     narrow_files(parts)
     sweep(settings.spool_dir)
     worker = parts.worker()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ending_signals():
         signal.signal(number, lambda *_: worker.stop())
     if supervised:
         threading.Thread(target=_watch_parent, args=(worker.stop,), daemon=True).start()

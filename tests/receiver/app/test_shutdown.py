@@ -124,3 +124,11 @@ def test_sigterm_under_load(settings: dict[str, str], parts: Parts, tmp_path: Pa
             sender.thread.join(40)
     accepted = [body for sender in senders for body in sender.accepted]
     assert (missing(parts.database, accepted), leases(parts.database)) == (0, 0)
+
+
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="runs under nohup")
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_a_terminal_that_is_closed_ends_it_in_order(settings: dict[str, str], parts: Parts, tmp_path: Path) -> None:
+    with serving(settings, tmp_path) as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(EXIT_SECONDS) == 0
