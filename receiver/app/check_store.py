@@ -12,7 +12,14 @@ from receiver.app.findings import SYNCHRONISE, Result, Status, host_of, refused
 from receiver.app.wiring import Parts
 from storage.bucket.bucket import PROBE_FOLDER, Bucket
 from storage.bucket.probe import Capabilities
-from storage.bucket.store_errors import is_untrusted, may_refuse_checksums, permission, reason_code
+from storage.bucket.store_errors import (
+    CHECKSUMS_HINT,
+    WITHOUT_CHECKSUMS,
+    is_untrusted,
+    may_refuse_checksums,
+    permission,
+    reason_code,
+)
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 from storage.operations import heartbeats
 from storage.rows.models import Asset
@@ -61,7 +68,9 @@ def bucket(parts: Parts) -> Iterator[Result]:
         unlisted = _unlisted(parts.bucket)
     except StoreUnavailable as error:
         status = refused(reason_code(error), parts.bucket.clock_ahead_seconds)
-        yield Result("bucket", status, str(error), _advice(parts, error))
+        advice = _advice(parts, error)
+        line = str(error).removesuffix(CHECKSUMS_HINT) if WITHOUT_CHECKSUMS in advice else str(error)
+        yield Result("bucket", status, line, advice)
         return
     except (LookupError, ValueError):  # words that no S3 store says, or an address that boto3 cannot dial
         line = f"what answers at {where} is no S3 store"
@@ -96,7 +105,7 @@ def _advice(parts: Parts, error: StoreUnavailable) -> str:
     if needed := permission(error.__cause__):
         return f"grant {needed}, or use another key"
     if may_refuse_checksums(error.__cause__) and _works_without_checksums(parts):
-        return "set RECEIVER_S3_CHECKSUMS=never: the store works without checksum headers"
+        return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"
     if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
         return ""  # the line says it
     return ADVICE.get(reason_code(error), "see that RECEIVER_S3_ENDPOINT_URL is right and the store runs")

@@ -188,10 +188,9 @@ def database(parts: Parts) -> Iterator[Result]:
             yield _slots(parts)
             yield from _pauses(parts)
     except (DatabaseUnavailable, database_faults.DatabaseRefused, DBAPIError, OSError) as error:
-        advice = "see that it runs, may be written and has room, or correct RECEIVER_DATABASE_URL"
         url = parts.database.url
         line = f"{place(url)} cannot be used ({database_faults.reason(url, error)})"
-        yield Result("database", Status.FAULT, line, advice)
+        yield Result("database", Status.FAULT, line, database_faults.remedy(parts.database, error))
 
 
 def _callback_secrets(parts: Parts) -> Result:

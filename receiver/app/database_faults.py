@@ -11,6 +11,7 @@ from pathlib import Path
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
+from storage.database.free_space import MIN_FREE_SHARE
 from storage.database.outages import AT_FAULT, NO_PRIVILEGE, words
 from storage.database.sessions import Database
 from storage.database.urls import place
@@ -23,6 +24,9 @@ FOR_GOOD = re.compile(
     re.DOTALL,
 )
 
+# PostgreSQL's words for a server that `target_session_attrs` passes over, and SQLSTATE of a write on such a server.
+READ_ONLY, READ_ONLY_STATE = "session is read-only", "25006"
+FULL_STATE = "53100"
 
 # A file of one byte is empty to SQLite, which writes over it. Longer ones it refuses itself.
 SQLITE_HEADER_BYTES = 100
@@ -49,9 +53,33 @@ def sentence(url: URL, error: BaseException) -> str:
     return f"RECEIVER_DATABASE_URL: {place(url)}: {reason(url, error)}"
 
 
+def remedy(database: Database, error: BaseException) -> str:
+    """What an administrator does about what `reason` says."""
+    driver = _driver_error(error)
+    state = getattr(driver, "sqlstate", None)
+    if state == READ_ONLY_STATE or READ_ONLY in str(driver):
+        return (
+            "let it take writes, or name the server that does in RECEIVER_DATABASE_URL; several hosts are tried in turn"
+        )
+    code = getattr(driver, "sqlite_errorcode", 0) & 0xFF  # without its details
+    is_short = code == sqlite3.SQLITE_IOERR and database.free_share() < MIN_FREE_SHARE
+    if state == FULL_STATE or code == sqlite3.SQLITE_FULL or is_short:
+        return "its disk is full: make room there"
+    if isinstance(error, DatabaseUnavailable) and is_for_good(error):
+        return "correct RECEIVER_DATABASE_URL, or let the server's owner make what it names"
+    if state is None and not database.is_sqlite:
+        return "see that it runs there and may be reached, or correct RECEIVER_DATABASE_URL"
+    return "see that it runs, may be written and has room, or correct RECEIVER_DATABASE_URL"
+
+
+def _driver_error(error: BaseException) -> BaseException | None:
+    cause = error if isinstance(error, DBAPIError) else error.__cause__
+    return cause.orig if isinstance(cause, DBAPIError) else None
+
+
 def is_for_good(error: DatabaseUnavailable) -> bool:
     """Whether waiting does not help: a wrong role, password or database name, a missing privilege."""
-    driver = cause.orig if isinstance(cause := error.__cause__, DBAPIError) else None
+    driver = _driver_error(error)
     is_denied = getattr(driver, "sqlstate", None) == NO_PRIVILEGE
     return is_denied or (driver is not None and bool(FOR_GOOD.search(str(driver))))
 

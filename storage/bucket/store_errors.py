@@ -48,6 +48,7 @@ PERMISSIONS = {
 MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
 OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
 WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"
+CHECKSUMS_HINT = f"; if it takes no checksum headers, set {WITHOUT_CHECKSUMS}"
 MAX_WORDS_CHARS = 200
 
 
@@ -64,7 +65,7 @@ def refusal(
     """
     message = _message(error, bucket, endpoint_url)
     if sent_checksums and may_refuse_checksums(error):
-        message += f"; if it takes no checksum headers, set {WITHOUT_CHECKSUMS}"
+        message += CHECKSUMS_HINT
     if not isinstance(error, boto_errors.ClientError):
         return StoreUnavailable(message)
     if size is not None and (status(error) == 413 or code(error) == TOO_LARGE):

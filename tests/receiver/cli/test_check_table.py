@@ -13,7 +13,9 @@ from pathlib import Path
 from time import time
 
 import pytest
+from sqlalchemy.exc import DBAPIError
 
+from receiver.app import database_faults
 from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Sandbox
 from storage.bucket.bucket import Bucket
@@ -21,7 +23,7 @@ from storage.database.sessions import Database
 from storage.operations import heartbeats
 from tests.command_line import CommandLine, Done, variables
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
-from tests.postgres import MigratedDatabases
+from tests.postgres import MigratedDatabases, Postgres
 from tests.rows import new_assets
 
 WORDS = "A header you provided implies functionality that is not implemented"
@@ -62,7 +64,7 @@ def ten_minutes_late(_request: Request, _forward: Forward) -> Answer:
 STORES: dict[str, tuple[Callable[[Request, Forward], Answer], str]] = {
     "a key without List": (without_list, "grant s3:ListBucket on the bucket itself (arn:aws:s3:::pictures, without"),
     "a key without Get": (without_get, "(needs s3:GetObject) (bucket pictures, AccessDenied, HTTP 403): grant s3:Get"),
-    "refuses checksum headers": (without_checksums, "set RECEIVER_S3_CHECKSUMS=never: the store works without"),
+    "refuses checksum headers": (without_checksums, "HTTP 501): set RECEIVER_S3_CHECKSUMS=never: the store"),
     "an expired token": (
         lambda *_: said(400, "ExpiredToken"),
         "says the session token has expired (bucket pictures, ExpiredToken, HTTP 400): fetch new credentials",
@@ -129,17 +131,35 @@ def test_misspelt_setting_is_named_with_the_nearest(receiver: CommandLine) -> No
 
 def test_database_that_is_down(receiver: CommandLine) -> None:
     says = only_fault(receiver("check", RECEIVER_DATABASE_URL="postgresql://somebody:hush@127.0.0.1:1/receiver"))
-    assert "Connection refused" in says and says.endswith("or correct RECEIVER_DATABASE_URL") and "hush" not in says
+    assert "Connection refused" in says and "hush" not in says
+    assert says.endswith("see that it runs there and may be reached, or correct RECEIVER_DATABASE_URL")
+
+
+def test_database_that_is_not_there(receiver: CommandLine, postgres: Postgres) -> None:
+    says = only_fault(receiver("check", RECEIVER_DATABASE_URL=postgres.url("nope")))
+    assert 'database "nope" does not exist): correct RECEIVER_DATABASE_URL, or let the server\'s owner make' in says
 
 
 def test_database_that_is_read_only(receiver: CommandLine, migrated_databases: MigratedDatabases) -> None:
     for url in migrated_databases.lend():
         only_reads = f"{url}?options=-cdefault_transaction_read_only%3Don"
         says = only_fault(receiver("check", RECEIVER_DATABASE_URL=only_reads))
-        assert "read-only transaction" in says and "see that it runs, may be written and has room" in says
+        assert "read-only transaction" in says and "let it take writes, or name the server that does" in says
+        says = only_fault(receiver("check", RECEIVER_DATABASE_URL=f"{only_reads}&target_session_attrs=read-write"))
+        assert "session is read-only" in says and "let it take writes, or name the server that does" in says
 
 
-def test_database_that_is_full(receiver: CommandLine, tmp_path: Path) -> None:
+def test_database_on_a_full_disk(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/full.db")
+    with database.autocommit_writer() as connection:
+        connection.exec_driver_sql("PRAGMA max_page_count = 1")
+        with pytest.raises(DBAPIError, match="database or disk is full") as caught:
+            connection.exec_driver_sql("CREATE TABLE row (id INTEGER)")
+    assert database_faults.remedy(database, caught.value) == "its disk is full: make room there"
+    database.close()
+
+
+def test_database_whose_file_may_not_grow(receiver: CommandLine, tmp_path: Path) -> None:
     """The log may not grow beyond a page, as on a full disk."""
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
     code = f"import resource, sys; {limit}; sys.argv = ['receiver', 'check']; import receiver.__main__"
