@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.bucket.bucket import Bucket
+from storage.errors import StoreUnavailable
 
 # Bytes that no checksum is the same of by chance, and no power of two.
 CONTENT = bytes(range(256)) * 400 + b"end"
@@ -102,7 +104,15 @@ def stage(keys: int = 1_005) -> Iterator[Stage]:
                 bucket.abort_uploads(bucket.prefix)
             with suppress(Exception):
                 _unlock(bucket)
-            bucket.purge(bucket.prefix)
+            _purge(bucket)
+
+
+def _purge(bucket: Bucket) -> None:
+    """What is left behind is said, and hides no result: s3rver answers 500 where there are more than 1,000 keys."""
+    try:
+        bucket.purge(bucket.prefix)
+    except StoreUnavailable as error:
+        sys.stderr.write(f"objects below {bucket.prefix} are left behind: {error}\n")
 
 
 def _unlock(bucket: Bucket) -> None:

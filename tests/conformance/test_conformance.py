@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from receiver.local_store.seaweed import Seaweed
+from storage.errors import StoreUnavailable
 from tests.conformance.__main__ import CASES, LACKS, YES, Result, run
 from tests.conformance.stage import Case, Stage, stage
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
@@ -98,3 +99,18 @@ def test_a_store_with_nothing_but_puts_keeps_every_promise(proxy: FaultProxy, on
     assert words_of(list(run(on, promised))) == {case.name: YES for case in promised}
     capable = chosen("create-only put (If", "wrong SHA-256 refused", "SHA-256 named")
     assert words_of(list(run(on, capable))) == {case.name: LACKS for case in capable}
+
+
+def test_objects_that_cannot_be_listed_are_said_to_be_left_and_hide_no_result(
+    proxy: FaultProxy, on: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unlisted(request: Request, forward: Forward) -> Answer:
+        failed = Answer(500, {"content-type": "application/xml"}, b"<Error><Code>InternalError</Code></Error>")
+        return failed if request.method == "GET" and "prefix=" in request.path else forward(request)
+
+    with stage(keys=1) as made:
+        proxy.fault = unlisted
+        with pytest.raises(StoreUnavailable):
+            list(made.bucket.list(made.bucket.prefix))
+    proxy.fault = lambda request, forward: forward(request)
+    assert f"objects below {made.bucket.prefix} are left behind" in capsys.readouterr().err
