@@ -18,7 +18,7 @@ import structlog
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
@@ -175,9 +175,10 @@ class Front:
         if not is_same_site(request):
             raise HTTPException(403)
         address = request.client.host if request.client else ""
+        body = await read_body(request, 4_096)
         if wait := self._throttle.wait_seconds(address):
             return self._form(request, None, problem="login.throttled", status=429, wait=wait)
-        pairs, _ = parse_form(request.headers.get("content-type", ""), await read_body(request, 4_096))
+        pairs, _ = parse_form(request.headers.get("content-type", ""), body)
         form = dict(pairs)
         access = self._guard.access
         token = access.redeem(form["once"]) if "once" in form else access.log_in(form.get("key", ""))
@@ -286,7 +287,7 @@ def is_same_site(request: Request) -> bool:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body. Raises HTTPException 413 or 408."""
+    """The whole body. Raises HTTPException 413, 408 or 400."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > max_bytes:
         raise HTTPException(413)
@@ -299,6 +300,8 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
                     raise HTTPException(413)
     except TimeoutError:
         raise HTTPException(408) from None
+    except ClientDisconnect:
+        raise HTTPException(400) from None
     return bytes(body)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import httptools
 import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from receiver.web.reader_speed import ReaderSpeed
 
@@ -102,6 +102,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refusal: int | None = None
         self._announced = self._delivered = 0
         self._keeps_alive = True
+        self._in_work: RequestResponseCycle | None = None
 
     def shutdown(self) -> None:
         self._keeps_alive = False  # the end of a body under way would restore it and delay the shutdown
@@ -127,7 +128,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._cancel_head_timer()
         self._speed.stop()
         self._leave_queues()
+        if self._in_work is not None and not self._in_work.response_complete:
+            self._in_work.disconnected = True
+            self._in_work.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Remember the request whose answer is on its way: uvicorn tells only the newest that the client has gone."""
+        self._in_work = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _leave_queues(self) -> None:
         self._waiting.pop(self, None)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import base64
+import socket
+from contextlib import ExitStack
 
 import httpx
 import pytest
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.console_keys import ConsoleKey, parse
 from receiver.console.access import COOKIE, Access, LoginThrottle, one_time_token
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
+from tests.harness import wait_until
 from tests.pipeline import Web
 
 ANN, BEN = ConsoleKey("ann", True, SecretStr(ACT_KEY)), ConsoleKey("ben", False, SecretStr(READ_KEY))
@@ -136,6 +140,35 @@ def test_wrong_keys_are_refused_and_then_throttled(stranger: Reader) -> None:
     statuses = [stranger.http.post("/console/login", data={"key": f"wrong-{n}"}).status_code for n in range(12)]
     assert statuses == [401] * 10 + [429] * 2
     assert stranger.http.post("/console/login", data={"key": ACT_KEY}).status_code == 429
+
+
+def held_logins(web: Web, count: int, held: ExitStack) -> list[socket.socket]:
+    """Forms with a wrong key, each without its last byte."""
+    host, port = web.url.removeprefix("http://").split(":")
+    fields = "Host: x\r\nContent-Length: 13\r\nContent-Type: application/x-www-form-urlencoded"
+    opened = [held.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(count)]
+    for each in opened:
+        each.sendall(f"POST /console/login HTTP/1.1\r\n{fields}\r\n\r\nkey=wrong-ke".encode())
+    return opened
+
+
+def test_wrong_keys_that_come_at_once_are_throttled(web: Web) -> None:
+    with ExitStack() as held:
+        opened = held_logins(web, 14, held)
+        wait_until(lambda: web.requests_under_way == 14)
+        for each in opened:
+            each.sendall(b"y")
+        assert sorted(each.recv(12)[9:] for each in opened) == [b"401"] * 10 + [b"429"] * 4
+
+
+def test_login_that_ends_early_is_no_error_in_the_log(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("ERROR")
+    with capture_logs() as lines:
+        with ExitStack() as held:
+            held_logins(web, 3, held)
+            wait_until(lambda: web.requests_under_way == 3)
+        wait_until(lambda: web.requests_under_way == 0)
+    assert caplog.records == [] and [line for line in lines if line["log_level"] == "error"] == []
 
 
 def test_reader_may_change_nothing(ben: Reader, parts: Parts) -> None:

@@ -144,6 +144,20 @@ def test_slowly_read_answer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None
         assert connections
 
 
+def test_handler_of_the_first_of_several_requests_hears_that_its_client_has_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It would go on reading what it sends, and fail at the closed connection, with a traceback in the log."""
+    caplog.set_level("ERROR", "uvicorn.error")
+    with large_answers() as (port, connections):
+        for _ in range(20):
+            with unread_answer(port) as raw:
+                raw.sendall(GET)
+                wait_until(lambda: len(connections) == 1)
+        wait_until(lambda: not connections)
+    assert [line for line in caplog.records if "ASGI" in line.getMessage()] == []
+
+
 def test_answer_read_below_the_least_speed_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read makes progress, in time."""
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.3)
