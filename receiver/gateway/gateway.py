@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from receiver.gateway.answers import Refused, Reply, success, too_fast
+from receiver.gateway.answers import Refused, Reply, bad_parameter, success, too_fast
 from receiver.gateway.api_keys import ApiKeys
 from receiver.gateway.creates import CreateRequest, Creates, DuplicateWait, StartedCreate
 from receiver.gateway.queries import Queries
@@ -146,13 +146,15 @@ class Gateway:
     async def _create(self, request: Request, client: str, request_id: str) -> Reply:
         if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise Refused(400, 1200, "Request body is compressed: send it without Content-Encoding")
+        words = set(request.headers.getlist("idempotency-key"))
+        if len(words) > 1:  # a proxy added one: taking either would pay again where the order changes
+            raise bad_parameter("Idempotency-Key: was sent more than once, with other values; send one")
         with self._room(client) as take:
             body = bytearray()
             try:
                 await _read_body(request, body, take)
                 with self._admitted(client):
-                    key_word = request.headers.get("idempotency-key", "")
-                    ask = await self._briefly(self._creates.read, body, client, key_word)
+                    ask = await self._briefly(self._creates.read, body, client, "".join(words))
                     body.clear()  # as large as everything that was parsed from it
                     begun = await self._briefly(self._creates.begin, ask)
                     if not begun.first:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import Uuid, bindparam, event, text
 from sqlmodel import select, update
@@ -38,6 +39,7 @@ from tests.receiver.gateway.test_gateway import (
     ON_POSTGRESQL,
     ON_SQLITE,
     OTHER_KEY,
+    PATH,
     PLAIN,
     create,
     rows,
@@ -51,6 +53,12 @@ WORD = {"Idempotency-Key": "try-1"}
 @pytest.fixture
 def changes() -> dict[str, Any]:
     return dict(CHANGES)
+
+
+def with_keys(web: Web, *words: str) -> httpx.Response:
+    """A create with so many Idempotency-Key headers."""
+    headers = [("Authorization", f"Bearer {KEY}"), *(("Idempotency-Key", word) for word in words)]
+    return httpx.post(web.url + PATH, headers=headers, json=PLAIN, timeout=30)
 
 
 def keys(parts: Parts) -> list[Idempotency]:
@@ -90,6 +98,16 @@ def test_the_database_holds_no_cheap_hash_of_a_key(web: Web, parts: Parts) -> No
     assert clients == {fingerprint(KEY)}
     cheap = [name for name in hashlib.algorithms_guaranteed if not name.startswith("shake")]
     assert not clients & {hashlib.new(name, KEY.encode()).hexdigest() for name in cheap}
+
+
+@ON_SQLITE
+def test_two_keys_of_one_request_are_refused_and_the_same_twice_is_one(web: Web, parts: Parts) -> None:
+    for first, second in (("a", "b"), ("b", "a")):
+        answer = with_keys(web, first, second)
+        assert told(answer) == (400, 1201) and "more than once" in answer.json()["message"]
+    assert rows(parts) == []
+    assert told(with_keys(web, "a", "a")) == (200, 0)
+    assert (len(keys(parts)), len(rows(parts))) == (1, 1)
 
 
 @ON_SQLITE
