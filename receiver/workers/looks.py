@@ -50,14 +50,17 @@ class Looks:
     def is_any(self, name: str, wake_up: int | None) -> bool:
         """`name`: of a lane, or of what else is looked for. `wake_up`: which one, counted from 1; None: look now."""
         with self._lock:
-            if wake_up is not None and wake_up > self._wake_up:
-                self._look()
-                self._wake_up = wake_up
+            self._look_once(wake_up)
             is_due = None if wake_up is None else self._found.pop(name, None)
         if is_due is None:
             with self._database.autocommit_reader() as connection:
                 return connection.execute(self._usual[name]).first() is not None
         return is_due
+
+    def _look_once(self, wake_up: int | None) -> None:
+        if wake_up is not None and wake_up > self._wake_up:
+            self._look()
+            self._wake_up = wake_up
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -68,9 +71,10 @@ class Looks:
         if with_suspects:
             self._suspects, self._suspects_at = found[len(self._usual) :], now
 
-    def suspects(self) -> list[Lane]:
-        """The lanes with a row in quarantine, by a look that was made just now."""
+    def suspects(self, wake_up: int | None = None) -> list[Lane]:
+        """The lanes with a row in quarantine, by a look that was made just now, or is that of this wake-up."""
         with self._lock:
+            self._look_once(wake_up)
             found, self._suspects = self._suspects, []
             if time.monotonic() - self._suspects_at > SUSPECTS_KEPT_SECONDS:
                 found = []

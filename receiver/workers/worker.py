@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -37,7 +38,7 @@ log = structlog.get_logger()
 # How late work may start whose commit woke nobody, or that becomes due by time alone.
 IDLE_SECONDS = 0.5
 # The same at rest, which begins so long after the last row. A row that an attempt makes due soon finds no rest yet.
-# Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 18 with it.
+# Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
 REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 LINGER_SECONDS = 0.1
@@ -206,8 +207,7 @@ class Worker:
             self._give_back(batches.take_back(LASTING_SECONDS))
             if room and not claimed:
                 self._wait_for_work(seen)
-            if lane.linger_seconds:
-                self._stop.wait(lane.linger_seconds)
+            self._stop.wait(lane.linger_seconds)
         self._give_back(batches.take_back())
         pool.shutdown(wait=False)
 
@@ -279,10 +279,11 @@ class Worker:
             if grant.give_back():
                 self._wake_feeders()  # the next trial may start at once
 
-    def _wait_for_work(self, seen: int) -> None:
-        """Until the next wake-up. The thread that waits for commits wakes all in half the time; the rest is reserve."""
+    def _wait_for_work(self, seen: int) -> int:
+        """Until the next wake-up, whose number it returns. `_wait_for_commits` wakes in half the time, or late."""
         with self._wake:
             self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), 2 * self._interval)
+            return self._commits
 
     def _wake_feeders(self) -> None:
         with self._wake:
@@ -361,17 +362,16 @@ class Worker:
 
     def _run_quarantine(self) -> None:
         while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
-            if self._interval == REST_SECONDS:
-                self._wait_for_work(self._commits)  # whose look includes such rows
-            self._run_logged("quarantine", self._work_on_quarantined)
+            wake_up = self._wait_for_work(self._commits) if self._interval == REST_SECONDS else None
+            self._run_logged("quarantine", partial(self._work_on_quarantined, wake_up))
 
-    def _work_on_quarantined(self) -> int:
+    def _work_on_quarantined(self, wake_up: int | None = None) -> int:
         """Work on one row in quarantine of each lane while this process does nothing else.
 
         The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
-        waiting = self._looks.suspects()
+        waiting = self._looks.suspects(wake_up)
         with ExitStack() as granted:
             trials = [lane.circuit.grant(1, left_for_seconds=PAUSE_CAP_SECONDS) for lane in waiting]
             lanes = [lane for lane, grant in zip(waiting, trials, strict=True) if granted.enter_context(grant).count]

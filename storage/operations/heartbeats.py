@@ -6,10 +6,10 @@ import os
 import socket
 import uuid
 
-from sqlalchemy import func
+from sqlalchemy import Uuid, bindparam, func, update
 from sqlmodel import Session, col, delete, select
 
-from storage.database.clock import db_now
+from storage.database.clock import db_now, db_now_once
 from storage.database.sessions import Database
 from storage.rows.models import Worker
 
@@ -18,6 +18,11 @@ BEAT_SECONDS = 5.0
 ALIVE_SECONDS = 20.0
 # The next worker that starts removes rows older than this.
 FORGET_SECONDS = 86_400.0
+
+_WORKERS = Worker.__table__  # type: ignore[attr-defined]
+_IS_OWN = _WORKERS.c.id == bindparam("own", type_=Uuid)
+_OTHERS = select(func.count()).where(_WORKERS.c.seen_at > db_now_once(-ALIVE_SECONDS), ~_IS_OWN).scalar_subquery()
+_BEAT = update(_WORKERS).where(_IS_OWN).values(seen_at=db_now()).returning(_OTHERS)
 
 
 def register(database: Database, threads: int) -> uuid.UUID:
@@ -31,12 +36,12 @@ def register(database: Database, threads: int) -> uuid.UUID:
 
 
 def beat(database: Database, worker_id: uuid.UUID) -> int:
-    """Note that this process is alive. Returns how many are, this one included."""
-    with database.write() as session:
-        row = session.get(Worker, worker_id)
-        if row is not None:
-            row.seen_at = db_now()  # type: ignore[assignment]
-        return _count(session)
+    """Note that this process is alive. Returns how many are, this one included.
+
+    One statement without a transaction around it: with the objects of a session it was a third of an idle worker's CPU.
+    """
+    with database.autocommit_writer() as connection:
+        return 1 + (connection.execute(_BEAT, {"own": worker_id}).scalar() or 0)
 
 
 def try_write(database: Database) -> None:

@@ -91,6 +91,14 @@ def test_a_wake_up_is_one_statement_for_lanes_jobs_and_quarantine(database: Data
     assert len(asked) == 1
 
 
+def test_quarantine_takes_its_part_of_the_wake_ups_look_whoever_asks_first(database: Database) -> None:
+    looks, asked = Looks(database, lanes(lambda _: None), {}), list[str]()
+    for engine in {database.reader, database.writer}:
+        event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    assert not looks.suspects(1) and not looks.is_any("assets", 1)
+    assert len(asked) == 1
+
+
 def test_who_asks_twice_within_a_wake_up_looks_again(database: Database) -> None:
     looks = Looks(database, [], {"job": select(Asset.id)})
     assert not looks.is_any("job", 1)

@@ -1,0 +1,27 @@
+"""Heartbeats: how many workers are alive."""
+
+from __future__ import annotations
+
+import uuid
+
+from sqlmodel import col, update
+
+from storage.database.sessions import Database
+from storage.operations import heartbeats
+from storage.rows.models import Worker
+from tests.rows import LONG_AGO
+
+
+def test_heartbeat_counts_itself_and_the_others_that_are_alive(database: Database) -> None:
+    first, second, _ = (heartbeats.register(database, 8) for _ in range(3))
+    with database.write() as session:
+        session.execute(update(Worker).where(col(Worker.id) != second).values(seen_at=LONG_AGO))
+    assert heartbeats.beat(database, first) == 2
+    assert heartbeats.count_alive(database) == 2
+    heartbeats.unregister(database, second)
+    assert heartbeats.beat(database, first) == 1
+
+
+def test_worker_whose_row_is_gone_counts_itself_alone(database: Database) -> None:
+    assert heartbeats.beat(database, uuid.uuid4()) == 1
+    assert heartbeats.count_alive(database) == 0
