@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,11 +29,12 @@ from sqlalchemy.pool import QueuePool
 from sqlalchemy.util.queue import Empty
 from sqlmodel import Session
 
-from storage import forks, own_files
+from storage import forks
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
 from storage.database.outages import AT_FAULT, Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
+from storage.database.sqlite_file import SqliteFile
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
 from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
@@ -131,9 +131,10 @@ class Database:
         pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
         pool["pool_timeout"] = CONNECT_SECONDS
         if self.is_sqlite:
+            self._file = SqliteFile(Path(self.url.database or ""))
             self.turnstile = self._make_turnstile()
-            self.writer = _sqlite_engine(self.url, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
-            self.reader = _sqlite_engine(self.url, "BEGIN", **pool)
+            self.writer = _sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
+            self.reader = _sqlite_engine(self.url, self._file, "BEGIN", **pool)
             self._autocommit_writer = self.writer.execution_options(**{NO_BEGIN: True})
             self._autocommit_reader = self.reader.execution_options(**{NO_BEGIN: True})
         else:
@@ -160,7 +161,7 @@ class Database:
         self.write_in_group = self._group_writer.commit
 
     def _make_turnstile(self) -> Turnstile:
-        return Turnstile(Path(f"{self.url.database}.lock"), is_patient=lambda: self.outages.is_on)
+        return Turnstile(Path(f"{self.url.database}.lock"), self._file.check, is_patient=lambda: self.outages.is_on)
 
     def begin_in_child(self) -> None:
         """Connections and the writer's thread stay the parent's. A write waited a minute for a thread that it had."""
@@ -290,22 +291,15 @@ class Database:
         session.info[WAKE_CHANNEL] = True
 
 
-def _sqlite_engine(url: URL, begin: str, **pool: Any) -> Engine:
+def _sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine:
     options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
     # Errors would quote parameters, which hold tokens and signed links.
     engine = create_engine(url, connect_args=options, hide_parameters=True, **pool)
 
     @event.listens_for(engine, "do_connect")
     def make(*_: object) -> None:
-        """Prompts and links are for this user alone. SQLite gives its -wal and -shm the mode of the file."""
-        try:
-            own_files.final(Path(url.database or ""))
-        except PermissionError as error:
-            raise DatabaseUnavailable(f"database: {error.filename}: {error.strerror}") from error
-        except OSError:  # SQLite says so
-            return
-        with suppress(OSError):  # it is there, or cannot be: SQLite says so
-            os.close(os.open(url.database or "", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        """Prompts and links are for this user alone."""
+        file.make()
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: object) -> None:

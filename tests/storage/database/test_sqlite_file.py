@@ -1,0 +1,69 @@
+"""An SQLite file that is removed or replaced under a running process takes no more writes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from receiver.app.wiring import Parts
+from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable
+from tests.pipeline import Web, insert_row
+from tests.receiver.web.test_callbacks import BODY, path_of
+
+
+@pytest.fixture
+def sqlite_file(tmp_path: Path) -> Path:
+    return tmp_path / "own.db"
+
+
+@pytest.fixture
+def own(sqlite_file: Path) -> Iterator[Database]:
+    database = Database(f"sqlite:///{sqlite_file}")
+    write(database, "CREATE TABLE one (two)")
+    yield database
+    database.close()
+
+
+def write(database: Database, statement: str = "INSERT INTO one VALUES (1)") -> None:
+    with database.autocommit_writer() as connection:
+        connection.exec_driver_sql(statement)
+
+
+def test_a_removed_file_is_told_and_not_made_anew(own: Database, sqlite_file: Path) -> None:
+    kept = sqlite_file.rename(sqlite_file.with_name("kept.db"))
+    for use in (write, Database.now):
+        with pytest.raises(DatabaseUnavailable, match="was removed while it was open"):
+            use(own)
+    assert not sqlite_file.exists()
+    kept.rename(sqlite_file)
+    write(own)
+
+
+def test_a_replaced_file_is_told_and_not_written(own: Database, sqlite_file: Path) -> None:
+    copy = Path(shutil.copy(sqlite_file, sqlite_file.with_name("copy.db")))
+    before = copy.read_bytes()
+    copy.rename(sqlite_file)
+    with pytest.raises(DatabaseUnavailable, match="was replaced while it was open: stop all that uses it"):
+        write(own)
+    assert sqlite_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_no_delivery_is_acknowledged_into_a_file_that_is_gone(web: Web, parts: Parts) -> None:
+    url = web.url + path_of(parts, insert_row(parts))
+    assert httpx.post(url, content=BODY).status_code == 200
+    file = Path(str(parts.database.url.database))
+    file.rename(file.with_name("moved.db"))
+    try:
+        for number in range(3):
+            assert httpx.post(url, content=b'{"n": %d}' % number, timeout=30).status_code == 503
+        assert httpx.get(f"{web.url}/readyz").status_code == 503
+        assert not file.exists()
+    finally:
+        file.with_name("moved.db").rename(file)
+    assert httpx.post(url, content=b'{"n": 4}', timeout=30).status_code == 200
