@@ -3,7 +3,7 @@
 It leans on tasks, batch, events and storage, and nothing leans on it. The templates escape every value. Read
 `console.py` first (all pages and actions), then `application.py` (the guard), `access.py` (sessions) and one page.
 
-No admin library: starlette-admin and sqladmin were read. Both bring jQuery and Tabler with inline script and style,
-which the Content-Security-Policy forbids. Both have a session of their own beside ours, and page by offset with a count
-over the table, which takes seconds beside a million tasks. Their tables are what is least of these pages.
+No admin library: starlette-admin and sqladmin bring jQuery and Tabler, with inline script and style that the
+Content-Security-Policy forbids. Both keep a session of their own beside ours, and page by offset with a count over the
+table. Their plain tables are the smallest part of these pages.
 """

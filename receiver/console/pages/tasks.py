@@ -167,7 +167,8 @@ def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
 def _of_fact(visit: Visit, fact: Event, out: Sequence[Dispatch]) -> Moment:
     known, data = visit.word("event", fact.name), fact.data
     if fact.name.startswith("asset."):
-        known = f"{known}: {words.short(str(data.get('kind', '')), 20)} {words.short(str(data.get('index', '')), 8)}"
+        kind = visit.word("kind", words.short(str(data.get("kind", "")), 20))
+        known = f"{known}: {kind} {words.short(str(data.get('index', '')), 8)}"
     why = data.get("reason") or data.get("error") or data.get("note")
     says = f"{known}: {words.short(str(why))}" if why else known
     if person := data.get("by"):

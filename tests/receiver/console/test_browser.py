@@ -213,6 +213,17 @@ def test_the_menu_of_a_phone_is_one_row_that_opens(parts: Parts, browser: Browse
     assert browser.url.endswith("/console/gallery")
 
 
+def test_filters_of_a_phone_are_shown_when_they_are_asked_for(browser: Browser, web: Web) -> None:
+    shown = "return document.querySelector('select[name=state]').getClientRects().length"
+    browser.resize(390, 780)
+    for path, fields in (("/tasks", 0), ("/deliveries", 0), ("/tasks?state=failed", 1)):
+        browser.open(f"{web.url}/console{path}")
+        assert browser.run(shown) == fields, path
+    browser.open(f"{web.url}/console/tasks")
+    browser.click(".toggle input")
+    assert browser.run(shown) == 1
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "an error page"])
 def test_an_open_page_goes_on_when_the_server_is_back(parts: Parts, browser: Browser, web: Web, meanwhile: str) -> None:
     browser.open(f"{web.url}/console/tasks")
