@@ -22,6 +22,7 @@ from sqlmodel import Session, col, select
 from storage import states
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
+from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
 from storage.keys import manifest_key
@@ -131,7 +132,7 @@ class Finisher:
         note = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
         row.note = note or tasks.request_note(row)
         row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
-        row.archived_at = tasks.now(session)
+        row.archived_at = db_now()  # type: ignore[assignment] # a query would first write what is set so far
         row.step = None
         claims.rest(row)
         archived = row.archive is ArchiveState.ARCHIVED
