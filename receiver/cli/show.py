@@ -40,7 +40,8 @@ def await_worker(parts: Parts) -> bool:
     """Whether a worker is alive. Waits for one that is still starting, such as a `receiver serve &` just before."""
     if heartbeats.count_alive(parts.database):
         return True
-    say(f"{no_worker(parts)}; waiting {WORKER_START_SECONDS:g} s for one", err=True)
+    start = f"`{start_command(parts.settings)}` (or `receiver work`)"
+    say(f"no worker is alive yet, waiting {WORKER_START_SECONDS:g} s; if none is starting, start {start}", err=True)
     deadline = time.monotonic() + WORKER_START_SECONDS
     while time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_SECONDS)

@@ -29,7 +29,7 @@ class SqliteFile:
         elif found != self._identity:
             what = "was replaced" if found else "was removed"
             advice = "stop all that uses it, put the right file there, and start again"
-            raise DatabaseUnavailable(f"database: {self.path} {what} while it was open: {advice}")
+            raise DatabaseUnavailable(f"database: {self.path.absolute()} {what} while it was open: {advice}")
 
     def make(self) -> None:
         """Make the file where there is none. SQLite gives its -wal and -shm the mode of the file.
