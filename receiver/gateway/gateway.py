@@ -18,7 +18,7 @@ import math
 import re
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -66,6 +66,9 @@ MAX_CREATES = 64
 CLIENT_CREATES_PER_FREE = 2
 # Threads for reads and short writes, so that waiting creates do not delay them.
 SHORT_THREADS = 8
+# Queries of one client at once. One that asked for its list 32 times at once kept all of those threads, and callbacks
+# were answered after 95 ms instead of 4 (medians).
+CLIENT_QUERIES = 2
 POLL_INTERVAL_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5
 # How long a duplicate still waits for the first's answer once the server ends. Creates then answer and commit it.
@@ -84,6 +87,7 @@ class Gateway:
         self._queries = queries
         self._document = document
         self._short = CapacityLimiter(SHORT_THREADS)
+        self._queries_of = defaultdict[str, CapacityLimiter](lambda: CapacityLimiter(CLIENT_QUERIES))
         self._long = CapacityLimiter(MAX_CREATES)
         self._creating, self._body_bytes = Counter[str](), Counter[str]()  # by client
         self._sending: set[asyncio.Task[None]] = set()
@@ -134,11 +138,12 @@ class Gateway:
         if called and method == "POST" and not name.strip("/"):
             return await self._create(request, client, request_id)
         if called and method == "GET" and not name.strip("/"):
-            return success(await self._briefly(self._queries.page, dict(request.query_params), sees), request_id)
+            return success(await self._query(client, self._queries.page, dict(request.query_params), sees), request_id)
         if called and method == "GET":
-            return success(await self._briefly(self._queries.one, name, sees), request_id)
+            return success(await self._query(client, self._queries.one, name, sees), request_id)
         if method == "GET" and TASKS.fullmatch(path):
-            return success(await self._briefly(self._queries.several, dict(request.query_params), sees), request_id)
+            asked = dict(request.query_params)
+            return success(await self._query(client, self._queries.several, asked, sees), request_id)
         raise Refused(404, 1202, "The requested method is invalid")
 
     # -- create -------------------------------------------------------------------------------------------------------
@@ -236,6 +241,10 @@ class Gateway:
             yield take
         finally:
             self._body_bytes[client] -= size
+
+    async def _query(self, client: str, work: Callable[..., T], *words: Any) -> T:
+        async with self._queries_of[client]:
+            return await self._briefly(work, *words)
 
     async def _briefly(self, work: Callable[..., T], *words: Any) -> T:
         return await to_thread.run_sync(work, *words, limiter=self._short)

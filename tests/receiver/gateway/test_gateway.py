@@ -6,6 +6,7 @@ import gc
 import json
 import re
 import threading
+import time
 import tracemalloc
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 from sqlmodel import select, update
 
 from receiver.app.wiring import Parts
@@ -408,6 +410,22 @@ def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Par
         assert (set(answers), found) == ({200}, 200)
         sandbox.stop()  # breaks the connections off: unclear outcomes, all of them
         assert {told(each.result()) for each in waiting} == {(200, 0)}
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"])
+def test_one_clients_queries_leave_threads_to_others(web: Web, parts: Parts) -> None:
+    """The lock stands for lists that take their time."""
+    insert_row(parts)
+    with ThreadPoolExecutor(12) as pool, parts.database.write() as session:
+        session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
+        lists = [pool.submit(ask, web, "GET", PATH) for _ in range(12)]
+        wait_until(lambda: web.requests_under_way == 12)
+        started = time.monotonic()
+        unknown = ask(web, "GET", f"{PATH}/{uuid.uuid4()}", key=OTHER_KEY)
+        assert (unknown.json()["code"], time.monotonic() - started < 5) == (1201, True)
+        assert not any(each.done() for each in lists)
+        session.rollback()
+        assert {each.result().status_code for each in lists} == {200}
 
 
 @ON_SQLITE

@@ -7,13 +7,14 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE
@@ -259,6 +260,20 @@ def test_dropped_reader_is_disconnected_without_an_error_in_the_log(
         assert connections - others
         wait_until(lambda: not connections - others)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"])
+def test_many_requests_for_a_link_take_four_threads(parts: Parts, web: Web, link: str) -> None:
+    """The lock stands for a database that takes its time."""
+    pool: Any = parts.database.reader.pool
+    with ThreadPoolExecutor(20) as senders, parts.database.write() as session:
+        session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
+        before = pool.checkedout()
+        asked = [senders.submit(get, link, "HEAD") for _ in range(20)]
+        wait_until(lambda: web.requests_under_way == 20 and pool.checkedout() >= before + 4)
+        assert pool.checkedout() == before + 4
+        session.rollback()
+        assert {each.result().status_code for each in asked} == {200}
 
 
 def is_served(link: str) -> bool:
