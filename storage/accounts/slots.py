@@ -53,8 +53,15 @@ _LINE: ColumnElement[str] = literal_column(LINE.format(""))
 _ORDER = [_TASKS.c[name] for name in LINE_ORDER]
 _COLUMNS = [_TASKS.c[name] for name in ("id", "batch_id", "slots", "model", "created_at", "batch_line")]
 _COLUMNS += [_LINE.label("line"), (_TASKS.c.queued_at <= db_now_once()).label("ready")]
-# Without an order PostgreSQL may scan the table.
-_FIRST = select(_TASKS.c.id).where(*_WAITS).order_by(_LINE, *_ORDER).limit(1)
+
+
+def _first(provider: Any) -> Any:
+    """Without an order PostgreSQL may scan the table."""
+    waits = (_TASKS.c.queued_at.is_not(None), _TASKS.c.provider == provider)
+    return select(_TASKS.c.id).where(*waits).order_by(_LINE, *_ORDER).limit(1)
+
+
+_FIRST = _first(bindparam("provider"))
 
 
 def _heads() -> Any:
@@ -241,7 +248,7 @@ class Slots:
 
     def first_queued(self) -> Any:
         """A statement that finds a task while any is queued."""
-        return _FIRST.params(provider=self.provider)
+        return _first(self.provider)
 
     def _queued(self) -> tuple[Any, ...]:
         return col(Task.queued_at).is_not(None), col(Task.provider) == self.provider
