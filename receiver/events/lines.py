@@ -5,8 +5,11 @@ Each batch opens the file anew, so logrotate may move it at any time. Several pr
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shlex
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,8 @@ from storage.own_files import open_own
 # Events that share one flush to the disk.
 BATCH = 100
 STDOUT = 1
+# How long a batch waits for other writers. The sink is tried again later.
+LOCK_SECONDS, LOCK_INTERVAL_SECONDS = 10.0, 0.01
 FLAGS = os.O_APPEND | os.O_RDWR
 
 
@@ -26,8 +31,9 @@ class Lines:
     batch = BATCH
     threads = 1
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, wait_seconds: float = LOCK_SECONDS) -> None:
         self._path = path
+        self._wait_seconds = wait_seconds
 
     def send(self, messages: Sequence[Message]) -> list[Outcome]:
         """All or nothing: after a failure the same lines are written again, whatever part of them was written."""
@@ -48,12 +54,26 @@ class Lines:
             return
         file = open_own(self._path, FLAGS | os.O_CREAT)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            self._lock(file)
             _end_torn_line(file)
             yield file
             os.fsync(file)
         finally:
             os.close(file)
+
+    def _lock(self, file: int) -> None:
+        """Exclude other writers. Ours hold it for milliseconds. Whoever may read the file can hold it for ever."""
+        ends_at = time.monotonic() + self._wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > ends_at:
+                    words = f"locked by another program for {self._wait_seconds:g} s"
+                    raise OSError(errno.EAGAIN, f"{words}; `fuser {shlex.quote(str(self._path))}` names it") from None
+                time.sleep(LOCK_INTERVAL_SECONDS)
+            else:
+                return
 
     def look(self) -> str:
         """Open the file as `send` does, or check that it could be made. Makes no file."""

@@ -16,6 +16,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from receiver.batch import batch_report
+from receiver.events.dispatcher import SinkUnavailable
 from receiver.events.lines import Lines
 from storage.archive.audit_log import AuditLog
 from storage.database.sessions import Database
@@ -98,6 +99,15 @@ def test_a_lock_that_a_stranger_holds_is_told_and_its_waiters_have_a_bound(tmp_p
         first.result(timeout=10)
         enter()
     turnstile.close()
+
+
+def test_an_event_file_that_a_stranger_locks_holds_no_thread(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    sink = Lines(file, wait_seconds=0.2)
+    with held(file):
+        (outcome,) = sink.send(messages(1))
+        assert isinstance(outcome, SinkUnavailable) and "locked by another program" in str(outcome)
+    assert sink.send(messages(1)) == [None]
 
 
 def test_a_command_gives_up_a_lock_that_a_stranger_holds(tmp_path: Path) -> None:
