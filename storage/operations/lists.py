@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import func, literal_column, or_, union_all
+from sqlalchemy import func, literal_column, or_
 from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
@@ -34,6 +34,8 @@ MAX_FIELD_CHARS = 200
 SHOWN_EVENTS = 200
 # What `files` of a filter asks for: given up, tried again later, about to be deleted at the provider.
 FILES = ("failed", "waiting", "expiring")
+# Files that such a filter looks at. Their tasks are looked up one by one.
+WITH_FILES = 1_000
 # A delivery of which no report was taken.
 REFUSED = (CallbackState.REJECTED, CallbackState.UNREADABLE)
 
@@ -151,19 +153,22 @@ def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list
     if wanted.archive == ArchiveState.INCOMPLETE:
         conditions.append(col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'"))
     if wanted.files in FILES:
-        conditions.append(col(Task.id).in_(_tasks_with_files(wanted.files, lead_seconds)))
+        conditions.append(col(Task.id).in_(_tasks_with_files(session, wanted.files, lead_seconds)))
     return conditions
 
 
-def _tasks_with_files(files: str, lead_seconds: float) -> Any:
-    """The ids of tasks for a filter's `files`, a bounded number by the index of each kind."""
+def _tasks_with_files(session: Session, files: str, lead_seconds: float) -> list[uuid.UUID]:
+    """The ids of tasks for a filter's `files`, by the index of each kind. They are read first: as a part of the query
+    for a page they could make a planner walk all tasks.
+    """
     if files == "expiring":
-        some = [select(Task.id).where(each).limit(SCANNED).subquery() for each in deadlines.near(lead_seconds)]
-        return union_all(*(select(each.c.id) for each in some))
-    if files == "waiting":
-        return select(waiting_files().subquery().c.task_id)
-    failed = col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")
-    return select(select(Asset.task_id).where(failed).limit(SCANNED).subquery().c.task_id)
+        some = [select(Task.id).where(each).limit(WITH_FILES) for each in deadlines.near(lead_seconds)]
+    elif files == "waiting":
+        some = [waiting_files().limit(WITH_FILES)]
+    else:
+        failed = select(Asset.task_id).where(col(Asset.state) == literal_column(f"'{AssetState.FAILED}'"))
+        some = [failed.order_by(col(Asset.created_at).desc()).limit(WITH_FILES)]
+    return list({task_id for each in some for task_id in session.execute(each).scalars()})
 
 
 def waiting_files() -> Any:

@@ -12,7 +12,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, text, union_all
+from sqlalchemy import bindparam, func, insert, text
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
@@ -104,11 +104,14 @@ def acts_of(session: Session, task_id: uuid.UUID) -> list[Event]:
 
 def newest_acts(session: Session, limit: int) -> list[tuple[Event, str | None]]:
     """What people did lately, newest first, each with its task's external id, among the newest rare events."""
-    numbered = select(Event.id).where(text(RARE_EVENT)).order_by(col(Event.seq).desc()).limit(SCANNED).subquery()
-    fresh = select(Event.id).where(col(Event.seq).is_(None)).limit(SCANNED).subquery()
+    rare = (
+        select(Event.id, Event.name).where(text(RARE_EVENT)).order_by(col(Event.seq).desc()).limit(SCANNED).subquery()
+    )
+    numbered = select(rare.c.id).where(rare.c.name == PERSON_ACTED).limit(limit)
+    fresh = select(Event.id).where(col(Event.seq).is_(None), Event.name == PERSON_ACTED).limit(limit)
+    ids = [*session.execute(numbered).scalars(), *session.execute(fresh).scalars()]
     found = select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id))
-    found = found.where(col(Event.id).in_(union_all(select(numbered.c.id), select(fresh.c.id))))
-    found = found.where(Event.name == PERSON_ACTED).order_by(col(Event.id).desc()).limit(limit)
+    found = found.where(col(Event.id).in_(ids)).order_by(col(Event.id).desc()).limit(limit)
     return [(event, name) for event, name in session.exec(found)]
 
 

@@ -1,6 +1,7 @@
 """Acknowledgements with ten consoles open and live, beside without: `python -m tests.bench.consoles [--rounds 4]`.
 
-`--cpu`: what ten consoles cost the server at 50 callbacks a second, in milliseconds of CPU a second.
+`--cpu`: what ten consoles cost the server at 50 callbacks a second, in milliseconds of CPU a second. `--same`: all look
+at one view, and not two at each of five.
 
 One server, SQLite, callbacks over 64 connections from a process of its own. Each round measures the rate and the p99 at
 half of that rate, once without consoles and once with ten. Every console holds its live stream and fetches its page
@@ -15,7 +16,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,13 +34,13 @@ CALLBACKS_PER_SECOND = 50
 
 
 @contextmanager
-def consoles(port: int, count: int) -> Iterator[list[int]]:
+def consoles(port: int, count: int, paths: Sequence[str]) -> Iterator[list[int]]:
     """So many consoles, open and live. Yields the number of pages that each has fetched so far."""
     readers = [Reader(f"http://127.0.0.1:{port}") for _ in range(count)]
     fetched, ends = [0] * count, threading.Event()
 
     def follow(number: int) -> None:
-        reader, path = readers[number], PATHS[number % len(PATHS)]
+        reader, path = readers[number], paths[number % len(paths)]
         last = 0.0
         with suppress(httpx.HTTPError), reader.http.stream("GET", "/console/live", timeout=60) as live:
             for line in live.iter_lines():
@@ -84,7 +85,7 @@ Measure = Callable[[int, int, float], tuple[float, float]]
 Rounds = Iterator[tuple[tuple[float, float], tuple[float, float], int]]
 
 
-def rounds(count: int, seconds: float, measure: Measure) -> Rounds:
+def rounds(count: int, seconds: float, measure: Measure, paths: Sequence[str] = PATHS) -> Rounds:
     """(without, with, pages fetched) of each round, in one server."""
     nothing = "http://127.0.0.1:9"  # no store is asked for anything here
     variables = {"RECEIVER_CONSOLE_KEYS": KEYS, "RECEIVER_S3_ENDPOINT_URL": nothing, "AWS_ACCESS_KEY_ID": "key"}
@@ -97,17 +98,22 @@ def rounds(count: int, seconds: float, measure: Measure) -> Rounds:
             stage.wait_for(f"http://{stage.HOST}:{port}/readyz")
             for _ in range(count):
                 without = measure(process.pid, port, seconds)
-                with consoles(port, CONSOLES) as fetched:
+                with consoles(port, CONSOLES, paths) as fetched:
                     beside = measure(process.pid, port, seconds)
                 yield without, beside, sum(fetched)
 
 
 def _say_cpu(found: Rounds) -> None:
-    more = []
+    more, waits = [], []
     for without, beside, pages in found:
         more.append(beside[0] - without[0])
-        print(f"{without[0]:.1f} ms/s without, {beside[0]:.1f} with {CONSOLES} consoles, {pages} pages", flush=True)  # noqa: T201
-    print(f"median of {len(more)} rounds: {statistics.median(more):+.1f} ms/s")  # noqa: T201
+        waits.append(beside[1] / without[1])
+        print(  # noqa: T201
+            f"{without[0]:.1f} ms/s, p99 {without[1] * 1e3:.1f} ms without;"
+            f" with {CONSOLES} consoles ({pages} pages fetched) {beside[0]:.1f} ms/s, p99 {beside[1] * 1e3:.1f} ms",
+            flush=True,
+        )
+    print(f"median of {len(more)} rounds: {statistics.median(more):+.1f} ms/s, p99 x {statistics.median(waits):.2f}")  # noqa: T201
 
 
 def main() -> None:
@@ -115,12 +121,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement; a round has four")
     parser.add_argument("--cpu", action="store_true", help="what the consoles cost the server")
+    parser.add_argument("--same", action="store_true", help="all consoles look at one view")
     given = parser.parse_args()
+    paths = ("/tasks",) if given.same else PATHS
     count, seconds = min(given.rounds, 20), min(given.seconds, 10.0)
     if given.cpu:
-        _say_cpu(rounds(count, seconds, cpu))
+        _say_cpu(rounds(count, seconds, cpu, paths))
     else:
-        _say_acknowledgements(rounds(count, seconds, acknowledgements))
+        _say_acknowledgements(rounds(count, seconds, acknowledgements, paths))
 
 
 def _say_acknowledgements(found: Rounds) -> None:

@@ -20,6 +20,8 @@ from storage.bucket.bucket import Bucket
 from storage.errors import AccountRefused, ModelRefused
 from storage.operations import heartbeats, lists, outbox
 from storage.operations.lists import TaskFilter, newest_tasks
+from storage.rows import events
+from storage.rows.events import record_act
 from storage.rows.models import Batch, Dispatch, Event, RollingAudit
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.console_reader import Reader
@@ -106,6 +108,17 @@ def test_files_of_a_need_are_found_by_an_index(parts: Parts) -> None:
         with parts.database.read() as session:
             assert name in {task.external_task_id for task in newest_tasks(session, wanted, None).rows}
         assert not scans(parts.database, lambda session, wanted=wanted: newest_tasks(session, wanted, None))
+
+
+def test_acts_and_dispatches_are_found_by_an_index(parts: Parts) -> None:
+    everything(parts)
+    with parts.database.write() as session:
+        told = list(session.exec(select(Event)).all())
+        record_act(session, "ann", "retry", "x", [told[0].task_id, None])
+    assert not scans(parts.database, lambda session: events.newest_acts(session, 25))
+    assert not scans(parts.database, lambda session: lists.dispatches_of(session, told))
+    with parts.database.read() as session:
+        assert [name for _, name in events.newest_acts(session, 25)] == [None, "waits-for-money"]
 
 
 def test_an_old_failure_is_found_behind_more_tasks_than_a_page_looks_through(
