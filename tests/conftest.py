@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
 
 
-# Files with tests of 5 s and more. They start first, so that no worker is alone with one at the end.
+# Files with tests of 5 s and more. They and the campaigns start first, so that no worker is alone with one at the end.
 SLOW = {
     "test_attacks.py", "test_bench.py", "test_canaries.py", "test_chaos.py", "test_crashes.py", "test_rules.py",
     "test_store_outage.py",
@@ -78,7 +78,7 @@ def is_for_both_databases_alone(item: pytest.Item) -> bool:
 def deal_slow_tests(items: list[pytest.Item]) -> None:
     """Give each worker its share of the slow tests. xdist deals the tests out in as many equal parts, in order."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    units = [[item] for item in items if item.path.name in SLOW]
+    units = [[item] for item in items if item.path.name in SLOW or item.get_closest_marker("campaign")]
     units += [[item for item in items if item.path.name == name] for name in sorted(SLOW_AND_WHOLE)]
     taken = {item for unit in units for item in unit}
     others = [item for item in items if item not in taken]
