@@ -39,7 +39,7 @@ def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
     try:
         tunnel = settings.egress_proxy.connect if settings.egress_proxy else None
         with closing(make(entry, settings.event_policy, settings.event_secrets, tunnel)) as made:
-            yield Result(name, Status.OK, made.look())
+            yield Result(name, Status.OK, made.check())
     except Unsure as error:
         yield Result(name, Status.NOTE, f"may not be looked at ({error})", GRANT)
     except (Retry, GiveUp) as error:

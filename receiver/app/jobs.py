@@ -17,7 +17,7 @@ from receiver.gateway import client_callback
 from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
 from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
 from receiver.workers.lanes import Lane, PeriodicJob
-from receiver.workers.worker import LINGER_SECONDS
+from receiver.workers.worker import CLAIM_PAUSE_SECONDS
 from storage.accounts import idempotency
 from storage.accounts.slots import give_back_silent
 from storage.archive import continuous_audit, slow_hosts
@@ -43,7 +43,7 @@ AHEAD_SHARE = 2
 # The most that a sink has.
 SINK_THREADS = 8
 # The least time between two looks of the spare archive threads.
-SPARE_LINGER_SECONDS = 1.0
+SPARE_CLAIM_PAUSE_SECONDS = 1.0
 # Threads of a worker beside those of its lanes: a feeder for each of the seven lanes that are no sink's, eight periodic
 # jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints, group writer. The rest is reserve.
 OTHER_THREADS = 24
@@ -102,7 +102,7 @@ def lanes(parts: Parts) -> Sequence[Lane]:
         Lane(
             "assets-spare", Asset, partial(other_hosts.work, archiver),
             slow_hosts.spare_threads(settings.worker_threads), circuit=store,
-            linger_seconds=SPARE_LINGER_SECONDS, beside=other_hosts.conditions,
+            claim_pause_seconds=SPARE_CLAIM_PAUSE_SECONDS, beside=other_hosts.conditions,
         ),
         *(_sink_lane(parts, name, sink) for name, sink in parts.sinks.items()),
     )  # fmt: skip
@@ -117,7 +117,7 @@ def _sink_lane(parts: Parts, name: str, sink: Sink) -> Lane:
     return Lane(
         f"events-{name}", Dispatch, dispatcher.work, sink.threads, (col(Dispatch.sink) == name,),
         circuit=circuit or Circuit(), work_many=dispatcher.work_many, batch=lambda: sink.batch,
-        linger_seconds=LINGER_SECONDS,
+        claim_pause_seconds=CLAIM_PAUSE_SECONDS,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def periodic_jobs(parts: Parts) -> Sequence[PeriodicJob]:
         PeriodicJob("deadlines", DEADLINE_INTERVAL_SECONDS, lambda: deadlines.announce(database, lead)),
         PeriodicJob("uploads", UPLOADS_INTERVAL_SECONDS, lambda: sweep_uploads(parts.bucket)),
         PeriodicJob("silent", SILENT_INTERVAL_SECONDS, lambda: give_back_silent(database)),
-        PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, parts.sequence, looks_for=outbox.UNSEQUENCED),
+        PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, parts.sequence, due_if=outbox.UNSEQUENCED),
         PeriodicJob("disabled sinks", DEADLINE_INTERVAL_SECONDS, lambda: outbox.end_disabled(database)),
         _audit_job(parts),
     )

@@ -133,7 +133,7 @@ def fit_descriptors() -> int:
 def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> None:
     """Run the web server and the workers until SIGTERM, SIGINT or SIGHUP.
 
-    Raises `SchemaBehind`, `DatabaseUnavailable`, and `WorkersGone` when their supervisor ends by itself.
+    Raises `SchemaBehind`, `DatabaseUnavailable`, and `SupervisorEnded` when their supervisor ends by itself.
     """
     settings = parts.settings
     await_schema(parts.database, migrate=settings.migrates_on_start)
@@ -160,7 +160,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
         if parts.gateway is not None:
             parts.gateway.join()  # the provider's client is closed after this: it would break their answers off
         parts.database.close()
-    supervisor.raise_if_gone()
+    supervisor.raise_if_ended()
 
 
 def web_config(web: Any, host: str, port: int) -> uvicorn.Config:

@@ -94,7 +94,7 @@ class Sink(Protocol):
         """
         ...
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Check within a bounded time whether messages could be delivered, without delivering any.
 
         Returns a line for people. Raises `Retry` or `GiveUp` as `send` would return them, and `Unsure` if only a

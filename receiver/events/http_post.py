@@ -82,7 +82,7 @@ class Poster:
             said = {name.decode("ascii").lower(): value.decode("latin-1") for name, value in response.headers}
         return Answer(target.host, response.status, retry_after(said.get("retry-after", ""), datetime.now(UTC)))
 
-    def look(self, url: str) -> str:
+    def check(self, url: str) -> str:
         """Resolve and check where `url` leads, without connecting. Returns the host. Raises as `post` does."""
         target = check_url(url, self._policy)
         with _silences(target.host):

@@ -62,7 +62,7 @@ class Lines:
             os.close(file)
 
     def _lock(self, file: int) -> None:
-        """Exclude other writers. Ours hold it for milliseconds. Whoever may read the file can hold it for ever."""
+        """Exclude other writers. Ours hold the lock for milliseconds. Any program that may read the file can hold it for ever."""
         ends_at = time.monotonic() + self._wait_seconds
         while True:
             try:
@@ -75,7 +75,7 @@ class Lines:
             else:
                 return
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Open the file as `send` does, or check that it could be made. Makes no file."""
         if self._path is None:
             return "standard output"

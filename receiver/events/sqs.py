@@ -81,7 +81,7 @@ class Sqs:
             entry |= {"MessageGroupId": message.group, "MessageDeduplicationId": message.id}
         return entry
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Reach the queue. A sender needs no permission to read its attributes."""
         try:
             found = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=["QueueArn"])

@@ -41,9 +41,9 @@ class Webhook:
         except (Retry, GiveUp) as error:
             return error
 
-    def look(self) -> str:
+    def check(self) -> str:
         """Resolve the name and check its addresses. Nothing is sent to the receiver."""
-        return self._poster.look(self._url)
+        return self._poster.check(self._url)
 
     def close(self) -> None:
         self._poster.close()

@@ -125,7 +125,7 @@ class Clients:
                 self._circuits.pop(next(iter(self._circuits)))
             return self._circuits.setdefault(host, Circuit())
 
-    def look(self) -> str:
+    def check(self) -> str:
         return "each client's own address"
 
     def close(self) -> None:

@@ -27,16 +27,17 @@ from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskF
 
 log = structlog.get_logger()
 
-# An unmatched delivery is looked at once more (`reconcile.UnmatchedDeliveries`). Its task's row may not have been
-# committed yet, or was lost with a database.
-LOOK_AGAIN_SECONDS = 60
-LOOKS = 3
-# Deliveries claimed at once, and in one transaction as far as the time allows: a commit costs about as much as applying
-# one. On SQLite the intake waits meanwhile, so a busy worker, where each takes ten times as long, ends it sooner.
+# An unmatched delivery is checked again after this long (`reconcile.UnmatchedDeliveries`). Its task's row may not have
+# been committed yet, or was lost with a database.
+RECHECK_SECONDS = 60
+MAX_RECHECKS = 3
+# Deliveries that one claim takes. A commit costs about as much as applying one delivery, so they share a transaction.
 BATCH = 16
-HOLD_SECONDS = 0.02
-# An honest task has one or two deliveries that need a read. A holder of its callback URL can send any number, and all
-# tasks share the account's pace of reads.
+# On SQLite the intake waits for that transaction, so it ends after this time. A busy worker takes ten times as long for
+# a delivery.
+MAX_TRANSACTION_SECONDS = 0.02
+# An honest task has one or two deliveries that need a read. Someone with its callback URL can send any number, and all
+# tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
 BY_READ = "confirmed by a read of the task"
 UNKNOWN = "unknown status"
@@ -118,17 +119,17 @@ class DeliveryApplier:
             self._apply_together([row])
 
     def work_many(self, rows: Sequence[Callback]) -> None:
-        """Apply claimed deliveries together; if that fails, one by one, so that a fault of one concerns no other.
+        """Apply claimed deliveries together. If that fails, apply them one by one, so that each raises its own error.
 
-        Half of the cost of applying is commit and claim. They are sorted by task, because two transactions that lock
-        the same tasks in different orders would deadlock. A delivery without a token goes alone, because its task is
-        found only on the way, unless it has none: then it locks nothing.
+        Commit and claim are half of the cost. The deliveries are sorted by task, because two transactions that lock the
+        same tasks in different orders would deadlock. A delivery without a token is applied alone, because its task is
+        not known before. One that names no task locks nothing and is applied with the others.
         """
         together = sorted((row for row in rows if row.task_id), key=lambda row: (str(row.task_id), row.id))
         alone = [row for row in rows if not row.task_id]
-        strangers = self._strangers(alone)
-        together += [row for row in alone if row.id in strangers]
-        alone = [row for row in alone if row.id not in strangers]
+        without_a_task = self._without_a_task(alone)
+        together += [row for row in alone if row.id in without_a_task]
+        alone = [row for row in alone if row.id not in without_a_task]
         try:
             self._apply_together(together)
         except DatabaseUnavailable:
@@ -138,7 +139,7 @@ class DeliveryApplier:
             alone = [*together, *alone]
         self._apply_apart(alone)
 
-    def _strangers(self, rows: Sequence[Callback]) -> set[int | None]:
+    def _without_a_task(self, rows: Sequence[Callback]) -> set[int | None]:
         """The deliveries that name no task of ours at this moment."""
         reports = [(row, self._parse(row)) for row in rows]
         with self._database.read() as session:
@@ -156,7 +157,7 @@ class DeliveryApplier:
             try:
                 self.work(row)
             except DatabaseUnavailable:
-                for fault in faults:  # else nobody would hear of them: the rows are claimed again as if nothing was
+                for fault in faults:  # otherwise these errors are lost: the rows are claimed again
                     log.error("worker.step_failed", exc_info=fault)
                 raise
             except Exception as error:  # noqa: BLE001 - raised below
@@ -165,12 +166,12 @@ class DeliveryApplier:
             raise ExceptionGroup("deliveries that could not be applied", faults)
 
     def _apply_together(self, rows: Sequence[Callback]) -> None:
-        """Apply them, as many in one transaction as `HOLD_SECONDS` allow, and at least one."""
+        """Apply them, as many in one transaction as `MAX_TRANSACTION_SECONDS` allow, and at least one."""
         left = deque((row, self._parse(row)) for row in rows)
         while left:
             done: list[tuple[Callback, Verdict]] = []
             with self._database.write() as session:
-                end = time.monotonic() + HOLD_SECONDS
+                end = time.monotonic() + MAX_TRANSACTION_SECONDS
                 while left and (not done or time.monotonic() <= end):
                     row, report = left.popleft()
                     verdict = self._apply(session, row, report)
@@ -187,7 +188,7 @@ class DeliveryApplier:
         due_in = None
         if verdict.state is CallbackState.UNMATCHED and isinstance(parsed, Report):
             values |= {"external_task_id": parsed.external_task_id, "provider_task_id": parsed.provider_task_id}
-            due_in = LOOK_AGAIN_SECONDS if row.attempts < LOOKS else None
+            due_in = RECHECK_SECONDS if row.attempts < MAX_RECHECKS else None
         elif row.task_id is None:
             values |= {"external_task_id": verdict.external_task_id, "provider_task_id": None}
         claims.settle(session, row, due_in=due_in, **values)
@@ -217,7 +218,7 @@ class DeliveryApplier:
             record(session, EventName.CALLBACK_REJECTED, task.id, {"callback": row.id, "reason": contradiction})
             verdict = Verdict(CallbackState.REJECTED, contradiction)
         else:
-            verdict = self._believe_or_ask(session, row, task, parsed)
+            verdict = self._apply_or_request_read(session, row, task, parsed)
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
@@ -237,25 +238,25 @@ class DeliveryApplier:
         reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
-    def _believe_or_ask(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
+    def _apply_or_request_read(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         # Nearly all other deliveries are decided without the task's files.
         facts = _facts(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):
-            return self._ask_about_files(session, task, facts, report, other)
-        if doubt := self._doubt(session, task, report, confirmed=confirmed):
-            return self._ask(session, task, report, doubt)
+            return self._request_read_for_files(session, task, facts, report, other)
+        if reason := self._reason_to_read(session, task, report, confirmed=confirmed):
+            return self._request_read(session, task, report, reason)
         known = facts.assets.keys() if facts else ()
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
         if believed or _is_known(facts or _facts(session, task), report, confirmed=confirmed):
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             return Verdict(CallbackState.APPLIED)
-        return self._ask(session, task, report, BY_READ)
+        return self._request_read(session, task, report, BY_READ)
 
-    def _doubt(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
-        """Why the body is odd, though it is about this task. One read then decides."""
+    def _reason_to_read(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
+        """Why the task is read before this report about it is applied. None: no reason in the body."""
         if report.status is None:
             return f"{UNKNOWN} {report.raw_status!r}"
         if report.external_task_id not in (None, task.external_task_id):
@@ -264,7 +265,7 @@ class DeliveryApplier:
             return "an unsigned delivery gave this task_id to another task"
         return None
 
-    def _ask_about_files(
+    def _request_read_for_files(
         self, session: Session, task: Task, facts: TaskFacts, report: Report, other: Collection[AssetName]
     ) -> Verdict:
         """Read the task when an unsigned report names other files than the known ones, unless a read named those.
@@ -284,7 +285,7 @@ class DeliveryApplier:
             reports.reschedule(session, task, self._schedule, read_later=True)
         return Verdict(CallbackState.APPLIED, task.note)
 
-    def _ask(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
+    def _request_read(self, session: Session, task: Task, report: Report, reason: str) -> Verdict:
         reports.note_called_back(task, report, tasks.now(session))
         is_over = report.status is None and task.state in states.TERMINAL
         if not is_over and not self._read_now(session, task):
@@ -336,7 +337,7 @@ def _is_others(session: Session, task: Task, provider_task_id: str) -> bool:
 
 
 def _folded(external_task_id: str) -> str:
-    """An id without case, blanks and Unicode form, which senders on the way change."""
+    """The id without case, blanks and Unicode form. Programs on the way may change these."""
     return "".join(unicodedata.normalize("NFKC", external_task_id).casefold().split())
 
 

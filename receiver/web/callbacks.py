@@ -64,7 +64,7 @@ READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
 # Threads for refused deliveries, which no page or reader of events can use up.
 THREADS = 4
 # Whether the account's URL takes evidence of wrong signatures again is looked at so often.
-LOOK_AGAIN_SECONDS = 10.0
+RECHECK_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
 # Kept beside the body to tell senders apart; everything else may hold a secret.
 KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
@@ -273,7 +273,7 @@ class _Refused:
         """Whether one more may be; it counts from now on, so that those that come at once are as many."""
         if task_id is None:
             is_time = time.monotonic() >= self._look_at
-            self._look_at = time.monotonic() + LOOK_AGAIN_SECONDS if is_time else self._look_at
+            self._look_at = time.monotonic() + RECHECK_SECONDS if is_time else self._look_at
             return is_time
         count = self._counts.pop(task_id, 0)
         while len(self._counts) >= REMEMBERED_TASKS:

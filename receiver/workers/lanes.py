@@ -16,7 +16,7 @@ from storage.circuit import Circuit
 class Lane:
     """One kind of work: `work` is called with each due row of `model` for which `where` holds, in `threads` threads.
 
-    `work_many`: takes up to `batch()` rows; a single row goes to `work`. `linger_seconds`: pause between claims.
+    `work_many`: takes up to `batch()` rows; a single row goes to `work`. `claim_pause_seconds`: pause between claims.
     `circuit`: of the store, provider or sink that the work needs; while it is open, nothing is claimed. `slots`: of the
     account; queued rows are admitted when the lane claims. `beside`: of a lane of spare threads: further conditions, by
     the rows of `model` that have been in hand for LASTING_SECONDS; None: claim nothing. `is_shared`: all processes
@@ -32,7 +32,7 @@ class Lane:
     circuit: Circuit = field(default_factory=Circuit)
     work_many: Callable[[list[Any]], None] | None = None
     batch: Callable[[], int] = lambda: 1
-    linger_seconds: float = 0
+    claim_pause_seconds: float = 0
     slots: Slots | None = None
     beside: Callable[[Sequence[Any]], Sequence[Any] | None] | None = None
     is_shared: bool = False
@@ -47,13 +47,13 @@ class Lane:
 class PeriodicJob:
     """A job that every worker process runs every `every_seconds`, so several at once must be harmless.
 
-    `looks_for`: it runs soon after a commit, and only while this statement finds a row.
+    `due_if`: the job runs soon after a commit, and only while this statement finds a row.
     """
 
     name: str
     every_seconds: float
     run: Callable[[], object]
-    looks_for: Any = None
+    due_if: Any = None
 
 
 class Batches:

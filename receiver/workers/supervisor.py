@@ -42,12 +42,12 @@ SUPERVISOR_KILL_AFTER_SECONDS = 10.0
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
-class WorkersGone(UserError):
+class SupervisorEnded(UserError):
     """The supervisor of the workers is gone although nobody told it to end."""
 
 
 @dataclass
-class _Seat:
+class _Child:
     """One of the workers. `process_id` None: it has ended, and the next one starts at `starts_at` (monotonic)."""
 
     number: int
@@ -61,7 +61,7 @@ class Supervisor:
     """Keeps `count` forked worker processes alive: a dead one is started again with backoff."""
 
     def __init__(self, count: int, *, grace_seconds: float) -> None:
-        self._seats = [_Seat(number, delay=RESTART_FIRST_SECONDS) for number in range(count)]
+        self._children = [_Child(number, delay=RESTART_FIRST_SECONDS) for number in range(count)]
         self._grace_seconds = grace_seconds
         self._is_ending = False
         self._alive, self._held_open = os.pipe()  # the workers see its end when we are gone
@@ -75,7 +75,7 @@ class Supervisor:
         """
         self._listen_to_signals()
         while not self._is_ending:
-            if any(self._is_started_worker(seat) for seat in self._seats if self._is_due(seat)):
+            if any(self._is_started_worker(child) for child in self._children if self._is_due(child)):
                 return True
             readable, _, _ = select.select([self._woken, 0], [], [], self._pause())
             self._is_ending |= 0 in readable and not os.read(0, 1024)
@@ -95,28 +95,28 @@ class Supervisor:
         self._is_ending = True
 
     @staticmethod
-    def _is_due(seat: _Seat) -> bool:
-        return seat.process_id is None and seat.starts_at <= time.monotonic()
+    def _is_due(child: _Child) -> bool:
+        return child.process_id is None and child.starts_at <= time.monotonic()
 
     def _pause(self) -> float | None:
         """Seconds until a worker is due; None: all run."""
-        due = [seat.starts_at for seat in self._seats if seat.process_id is None]
+        due = [child.starts_at for child in self._children if child.process_id is None]
         return max(0.0, min(due) - time.monotonic()) if due else None
 
-    def _is_started_worker(self, seat: _Seat) -> bool:
+    def _is_started_worker(self, child: _Child) -> bool:
         """Fork a worker. Returns whether this process is it."""
-        seat.started_at = time.monotonic()
+        child.started_at = time.monotonic()
         signals = (*ENDING, signal.SIGCHLD)
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none may meet our handlers in the child
         try:
-            seat.process_id = os.fork()
-            if not seat.process_id:
+            child.process_id = os.fork()
+            if not child.process_id:
                 self._become_worker()
         except OSError as error:  # as for want of memory
-            self._note_end(seat, f"not started: {error.strerror}")
+            self._note_end(child, f"not started: {error.strerror}")
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-        return seat.process_id == 0
+        return child.process_id == 0
 
     def _become_worker(self) -> None:
         signal.set_wakeup_fd(-1)
@@ -130,28 +130,28 @@ class Supervisor:
     def _reap(self) -> None:
         with suppress(BlockingIOError):
             os.read(self._woken, 1024)
-        ended = [(seat, code) for seat in self._living() if (code := _exit_code(seat.process_id)) is not None]
+        ended = [(child, code) for child in self._living() if (code := _exit_code(child.process_id)) is not None]
         if ended and not self._is_ending:
             time.sleep(SIGNAL_SECONDS)
-        for seat, code in ended:
-            seat.process_id = None
-            self._note_end(seat, code)
+        for child, code in ended:
+            child.process_id = None
+            self._note_end(child, code)
 
-    def _living(self) -> list[_Seat]:
-        return [seat for seat in self._seats if seat.process_id is not None]
+    def _living(self) -> list[_Child]:
+        return [child for child in self._children if child.process_id is not None]
 
-    def _note_end(self, seat: _Seat, code: int | str) -> None:
+    def _note_end(self, child: _Child, code: int | str) -> None:
         """`code`: the exit code, or why it could not be started. No worker that was told to end has died."""
         if self._is_ending:
             return
-        if time.monotonic() - seat.started_at > LIVED_SECONDS:
-            seat.delay = RESTART_FIRST_SECONDS
+        if time.monotonic() - child.started_at > LIVED_SECONDS:
+            child.delay = RESTART_FIRST_SECONDS
         if code == 0:  # somebody sent it a SIGTERM
-            log.info("worker.ended", number=seat.number, restart_in=seat.delay)
+            log.info("worker.ended", number=child.number, restart_in=child.delay)
         else:
-            log.error("worker.died", number=seat.number, code=code, restart_in=seat.delay)
-        seat.starts_at = time.monotonic() + seat.delay
-        seat.delay = min(seat.delay * 2, RESTART_CAP_SECONDS)
+            log.error("worker.died", number=child.number, code=code, restart_in=child.delay)
+        child.starts_at = time.monotonic() + child.delay
+        child.delay = min(child.delay * 2, RESTART_CAP_SECONDS)
 
     def _stop(self) -> None:
         """Drain all workers; those that outlive the grace time are killed, and their leases run out. None is left."""
@@ -166,9 +166,9 @@ class Supervisor:
             self._reap()
 
     def _send(self, number: signal.Signals) -> None:
-        for seat in self._living():
-            assert seat.process_id is not None
-            os.kill(seat.process_id, number)  # it is there until it is reaped
+        for child in self._living():
+            assert child.process_id is not None
+            os.kill(child.process_id, number)  # it is there until it is reaped
 
 
 def _exit_code(process_id: int | None) -> int | None:
@@ -190,7 +190,7 @@ class SupervisorProcess:
         self._gone: str | None = None
 
     def start(self, on_gone: Callable[[], object]) -> None:
-        """`on_gone`: called when it has ended, or could not be started; `raise_if_gone` says why."""
+        """`on_gone`: called when it has ended, or could not be started; `raise_if_ended` says why."""
         try:
             command = [sys.executable, "-m", "receiver", "work", "--supervised"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
@@ -225,9 +225,9 @@ class SupervisorProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
 
-    def raise_if_gone(self) -> None:
-        """Raises `WorkersGone`."""
+    def raise_if_ended(self) -> None:
+        """Raises `SupervisorEnded`."""
         if self._gone is not None:
-            raise WorkersGone(
+            raise SupervisorEnded(
                 f"the supervisor of the workers {self._gone}; nothing would be archived, so this ends too"
             )

@@ -4,8 +4,8 @@ Each lane has a feeder thread that claims as many rows as its threads are idle f
 thread works on one row, or on one batch where the lane can. The work settles its own rows; the worker renews the leases
 of all that are claimed.
 
-A worker that had no row for a while is at rest: it looks for due rows seldom, and keeps one idle connection. A commit
-that wakes it is looked at at once, as ever.
+A worker that had no row for a while is at rest: it checks for due rows less often, and keeps one idle connection. A
+commit still wakes it at once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 import structlog
 from sqlmodel import Session
 
+from receiver.workers.due_checks import QUEUED, DueChecks
 from receiver.workers.in_hand import RowsInHand, claims_of
 from receiver.workers.lanes import Batches, Lane, PeriodicJob
-from receiver.workers.looks import QUEUED, Looks
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Grant
 from storage.database.sessions import Database
@@ -41,7 +41,7 @@ IDLE_SECONDS = 0.5
 # Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
 REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
-LINGER_SECONDS = 0.1
+CLAIM_PAUSE_SECONDS = 0.1
 # Pictures take less. While files last longer, the spare threads look for others (see Lane.beside).
 LASTING_SECONDS = 2.0
 # Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. The feeders' look has found them by then, or not.
@@ -76,8 +76,8 @@ class Worker:
         self._wake = threading.Condition()
         self._commits = 0
         self._interval = IDLE_SECONDS  # until the next wake-up, if no commit causes one
-        looked_for = {job.name: job.looks_for for job in periodic_jobs if job.looks_for is not None}
-        self._looks = Looks(database, [lane for lane in lanes if lane.beside is None], looked_for)
+        looked_for = {job.name: job.due_if for job in periodic_jobs if job.due_if is not None}
+        self._due_checks = DueChecks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
         # By lane: how many claims in a row have found all they wanted. After one the next is made without a look.
         self._full_claims = Counter[str]()
@@ -187,9 +187,9 @@ class Worker:
         return rows
 
     def _is_any_due(self, lane: Lane, wake_up: int | None) -> bool:
-        if self._looks.is_any(lane.name, wake_up):
+        if self._due_checks.is_any(lane.name, wake_up):
             return True
-        if lane.slots is None or not self._looks.is_any(lane.name + QUEUED, wake_up):
+        if lane.slots is None or not self._due_checks.is_any(lane.name + QUEUED, wake_up):
             return False
         with self._database.read() as session:
             return lane.slots.is_any_next(session)
@@ -207,7 +207,7 @@ class Worker:
             self._give_back(batches.take_back(LASTING_SECONDS))
             if room and not claimed:
                 self._wait_for_work(seen)
-            self._stop.wait(lane.linger_seconds)
+            self._stop.wait(lane.claim_pause_seconds)
         self._give_back(batches.take_back())
         pool.shutdown(wait=False)
 
@@ -352,13 +352,13 @@ class Worker:
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
             seen = self._commits
-            if job.looks_for is None:
+            if job.due_if is None:
                 self._run_logged(job.name, job.run)
                 self._stop.wait(job.every_seconds)
                 continue
-            self._run_logged(job.name, lambda seen=seen: self._looks.is_any(job.name, seen) and job.run())  # type: ignore[misc]
+            self._run_logged(job.name, lambda seen=seen: self._due_checks.is_any(job.name, seen) and job.run())  # type: ignore[misc]
             self._wait_for_work(seen)
-            self._stop.wait(LINGER_SECONDS)
+            self._stop.wait(CLAIM_PAUSE_SECONDS)
 
     def _run_quarantine(self) -> None:
         while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
@@ -371,7 +371,7 @@ class Worker:
         The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
-        waiting = self._looks.suspects(wake_up)
+        waiting = self._due_checks.quarantined_lanes(wake_up)
         with ExitStack() as granted:
             trials = [lane.circuit.grant(1, left_for_seconds=PAUSE_CAP_SECONDS) for lane in waiting]
             lanes = [lane for lane, grant in zip(waiting, trials, strict=True) if granted.enter_context(grant).count]

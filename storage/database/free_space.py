@@ -12,7 +12,7 @@ FREE_SPACE_INTERVAL_SECONDS = 1.0
 
 
 class Disk:
-    """`is_short`: whether the disk was nearly full at the last `look`.
+    """`is_short`: whether the disk was nearly full at the last `check_soon`.
 
     A check may hang with the disk. So the thread that writes to the disk checks, and event loops only read `is_short`.
     `free_share`: returns the free part, 0..1.
@@ -23,7 +23,7 @@ class Disk:
         self._look_at = float("-inf")
         self.is_short = False
 
-    def look(self) -> None:
+    def check_soon(self) -> None:
         """Check, at most once in `FREE_SPACE_INTERVAL_SECONDS`. After a failed check `is_short` keeps its value."""
         if time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + FREE_SPACE_INTERVAL_SECONDS

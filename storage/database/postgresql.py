@@ -57,7 +57,7 @@ class Sessions:
         self._of_thread = threading.local()
 
     @contextmanager
-    def unasked(self) -> Iterator[None]:
+    def untested(self) -> Iterator[None]:
         """This thread takes its connection as it is: it reads, and what it reads may fail."""
         self._of_thread.is_unasked = True
         try:

@@ -206,9 +206,9 @@ class Database:
             yield connection
 
     @contextmanager
-    def look(self) -> Iterator[Connection]:
-        """An `autocommit_reader` whose connection is not asked first whether it lives: the caller soon looks again."""
-        with self.sessions.unasked(), self.autocommit_reader() as connection:
+    def untested_reader(self) -> Iterator[Connection]:
+        """An `autocommit_reader` whose connection is not tested first. For callers that soon read again."""
+        with self.sessions.untested(), self.autocommit_reader() as connection:
             yield connection
 
     @contextmanager

@@ -30,7 +30,7 @@ MAX_BATCH = 256
 # Equal bytes say nothing when they are unreadable: a proxy that drops bodies makes all deliveries of a task alike. So a
 # repeated one is applied again, which reads the task: this long after the time before, and so often for the unreadable
 # rows of a task together, as honest tasks bring three or four. A parked row has more claims and stays parked.
-UNREADABLE_LOOKS = PARK_LOSSES
+UNREADABLE_READS = PARK_LOSSES
 UNREADABLE_SECONDS = 10.0
 
 
@@ -218,13 +218,13 @@ def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> 
 
 # Where the token names no task the sum is NULL, which is not below the bound: there is nothing to read.
 _OF_TASK = Callback.__table__.alias("of_task").c  # type: ignore[attr-defined]
-_LOOKS = select(func.sum(_OF_TASK.attempts)).where(
+_READS = select(func.sum(_OF_TASK.attempts)).where(
     _OF_TASK.task_id == _CALLBACKS.task_id, _OF_TASK.state.in_((CallbackState.UNREADABLE, CallbackState.RECEIVED))
 )
 _REPEATED = select(_CALLBACKS.id).where(
     _CALLBACKS.delivery_key.in_(bindparam("keys", expanding=True)),
     _CALLBACKS.state == CallbackState.UNREADABLE,
-    _LOOKS.scalar_subquery() < UNREADABLE_LOOKS,
+    _READS.scalar_subquery() < UNREADABLE_READS,
 )
 # Rows that another transaction changes are passed over: two that wait for several rows could deadlock.
 _FREE = select(_REPEATED.with_for_update(skip_locked=True).cte("repeated").c.id)

@@ -198,13 +198,13 @@ class GroupCommit:
     # -- in the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._disk.look()
+        self._disk.check_soon()
         self._give_turn_to_loop()
         while (batch := self._await_batch()) is not None:
             if batch:
                 self._commit(batch)
                 self._give_turn_to_loop()
-            self._disk.look()
+            self._disk.check_soon()
 
     def _await_batch(self) -> list[Waiting] | None:
         """What waits for the thread; [] when nothing came for a while, None when nothing comes any more."""

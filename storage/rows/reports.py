@@ -166,7 +166,7 @@ def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool, confi
 def note_called_back(task: Task, report: Report, now: datetime) -> None:
     """Note that the provider called back, whether or not the delivery is believed."""
     task.called_back_at = now
-    tasks.heard_of(task)
+    tasks.clear_silence_note(task)
     if report.status in states.TERMINAL:
         task.end_called_back_at = task.end_called_back_at or now
 

@@ -215,20 +215,20 @@ SILENT = "silent for 24 h: its slots were given back"
 def give_back(task: Task) -> None:
     """Give back the slots that the locked task holds or waits for, and clear its note of silence."""
     task.slots, task.queued_at = 0, None
-    heard_of(task)
+    clear_silence_note(task)
 
 
-def heard_of(task: Task) -> None:
+def clear_silence_note(task: Task) -> None:
     """Clear the locked task's note of silence."""
     if task.note and task.note.startswith(SILENT):
         task.note = None
 
 
-def keep_silent(task: Task) -> None:
+def keep_silence_note(task: Task) -> None:
     """Clear the locked task's note, unless it is the note of silence or of its request."""
     task.note = SILENT if task.note and task.note.startswith(SILENT) else request_note(task)
 
 
-def note_beside(note: str) -> Any:
+def note_after_silence(note: str) -> Any:
     """`note` as an SQL value, behind the note of silence where the task has one."""
     return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)

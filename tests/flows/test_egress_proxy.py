@@ -180,7 +180,7 @@ def test_webhook_that_the_proxy_refuses_is_not_delivered(proxy: ForwardProxy) ->
     proxy.refuses = 503
     with pytest.raises(SinkSilent, match="the egress proxy"):
         poster.post("http://files.internal/hook", b"{}", {})
-    assert poster.look("http://files.internal/hook") == "files.internal may be posted to"
+    assert poster.check("http://files.internal/hook") == "files.internal may be posted to"
     poster.close()
     assert [target for _, target, _ in proxy.asked] == ["files.internal:80"]
 

@@ -58,7 +58,7 @@ def send(path: Path) -> None:
         raise outcome
 
 
-@pytest.mark.parametrize("use", [AuditLog, enter, open_database, send, lambda path: Lines(path).look(), LocalFolder])
+@pytest.mark.parametrize("use", [AuditLog, enter, open_database, send, lambda path: Lines(path).check(), LocalFolder])
 def test_a_planted_symlink_is_named_and_not_followed(shared: Path, use: Callable[[Path], object]) -> None:
     planted = plant(shared, "name")
     with pytest.raises((PermissionError, DatabaseUnavailable, SinkUnavailable), match=NOT_FOLLOWED):

@@ -114,7 +114,7 @@ def test_after_the_schedule_it_is_dead_and_the_next_one_goes(database: Database,
 
 
 def test_a_look_hands_nothing_over(case: Case) -> None:
-    assert case.sink.look()
+    assert case.sink.check()
     assert case.arrived() == []
 
 
@@ -122,7 +122,7 @@ def test_a_look_hands_nothing_over(case: Case) -> None:
 def test_a_look_says_what_a_sending_would(case: Case) -> None:
     case.fail()
     with pytest.raises(SinkUnavailable):
-        case.sink.look()
+        case.sink.check()
 
 
 # -- silence ----------------------------------------------------------------------------------------------------------

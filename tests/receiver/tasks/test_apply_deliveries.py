@@ -248,7 +248,7 @@ def states_of(parts: Parts) -> dict[uuid.UUID | None, CallbackState]:
 def test_a_transaction_of_many_deliveries_ends_when_it_has_taken_its_time(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, hold_seconds: float, transactions: int
 ) -> None:
-    monkeypatch.setattr(apply_deliveries, "HOLD_SECONDS", hold_seconds)
+    monkeypatch.setattr(apply_deliveries, "MAX_TRANSACTION_SECONDS", hold_seconds)
     put_all(parts, [(insert_row(parts), body("succeed", 1, task_id=f"90{number}")) for number in range(5)])
     (lane,) = (lane for lane in parts.lanes() if lane.name == "callbacks")
     with parts.database.write() as session:

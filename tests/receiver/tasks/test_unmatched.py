@@ -114,7 +114,7 @@ def test_an_unmatched_delivery_waits_for_a_provider_that_is_away(unpaced: Parts,
 
 def test_many_unmatched_deliveries_share_transactions(unpaced: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way in, and at the second look: of 16 deliveries to the account's URL one names a task by then."""
-    monkeypatch.setattr(apply_deliveries, "HOLD_SECONDS", 60)
+    monkeypatch.setattr(apply_deliveries, "MAX_TRANSACTION_SECONDS", 60)
     bodies = [b'{"task_id": "%d", "external_task_id": "n%d", "task_status": "submitted"}' % (n, n) for n in range(16)]
     with unpaced.database.write() as session:
         store(session, [Delivery("kling", "push", None, body) for body in bodies])

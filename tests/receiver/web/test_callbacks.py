@@ -397,7 +397,7 @@ def test_refused_deliveries_to_the_account_are_kept_again_once_others_came(
 ) -> None:
     monkeypatch.setattr(callbacks, "MAX_REJECTED_PER_TASK", 1)
     monkeypatch.setattr(callbacks, "NEWEST", 2)
-    monkeypatch.setattr(callbacks, "LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(callbacks, "RECHECK_SECONDS", 0.0)
     path = f"/callbacks/kling/{web.account_token}"
     for number in range(3):
         good, bad = (json.dumps({"number": number, "good": good}).encode() for good in (True, False))

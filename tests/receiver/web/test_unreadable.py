@@ -71,7 +71,7 @@ def test_a_hundred_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts:
         deliver(web, parts, task, b"" if number % 2 else b"{")
         make_due_now(parts, Callback)
         reads(parts, sandbox)
-    assert reads(parts, sandbox) == before + deliveries.UNREADABLE_LOOKS
+    assert reads(parts, sandbox) == before + deliveries.UNREADABLE_READS
 
 
 def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Parts) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from receiver.workers import supervisor
-from receiver.workers.supervisor import SupervisorProcess, WorkersGone
+from receiver.workers.supervisor import SupervisorEnded, SupervisorProcess
 from tests.forked import Forked
 from tests.harness import wait_until
 
@@ -156,6 +156,6 @@ def test_supervisor_that_cannot_be_started_is_gone(monkeypatch: pytest.MonkeyPat
     process = SupervisorProcess(grace_seconds=1, environment={})
     process.start(lambda: ended.append(True))
     process.stop()
-    with pytest.raises(WorkersGone, match="could not be started: No such file or directory"):
-        process.raise_if_gone()
+    with pytest.raises(SupervisorEnded, match="could not be started: No such file or directory"):
+        process.raise_if_ended()
     assert ended == [True]

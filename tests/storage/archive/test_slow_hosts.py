@@ -92,7 +92,7 @@ def test_slow_host_keeps_no_other_host_waiting(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "LASTING_SECONDS", 0.2)
-    monkeypatch.setattr(jobs, "SPARE_LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "SPARE_CLAIM_PAUSE_SECONDS", 0.05)
     slow_files(parts.database, slow.name)
     with working(parts):
         wait_until(lambda: slow.serving == THREADS)  # every thread that the setting says is any host's
@@ -109,7 +109,7 @@ def test_several_slow_hosts_keep_no_other_host_waiting(
 ) -> None:
     """On a spare thread each has one file, and is left to the others then."""
     monkeypatch.setattr(worker, "LASTING_SECONDS", 0.2)
-    monkeypatch.setattr(jobs, "SPARE_LINGER_SECONDS", 0.05)
+    monkeypatch.setattr(jobs, "SPARE_CLAIM_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(slow_hosts, "SPARE_SECONDS", 1.0)
     slow_files(parts.database, slow.name)
     with working(parts):
