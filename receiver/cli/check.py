@@ -19,7 +19,7 @@ COLOURS = {"ok": "green", "note": "cyan", "fault": "bold red"}
 
 def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print everything that was looked at.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print every check, also those that are ok.")] = False,
     store: Store = None,
     allow_http: AllowHttp = False,
 ) -> None:

@@ -82,7 +82,7 @@ def _refuse_undecodable(words: Sequence[str]) -> None:
 
 
 def _show_usage(error: Any) -> int:
-    """Print typer's usage error, which may quote a stranger's file name. Returns the exit code."""
+    """Print typer's usage error, which may quote a file name of another user. Returns the exit code."""
     error.message = visible(error.message)
     shown = io.StringIO()
     error.show(file=shown)

@@ -89,7 +89,7 @@ def sandbox(
 
     infra/docs/sandbox.md explains them.
 
-    While it runs, POST /sandbox/knobs changes knobs and GET /sandbox/ledger tells what it did.
+    While it runs, POST /sandbox/knobs changes knobs and GET /sandbox/ledger returns what it did.
     """
     if knobs:
         _print_knobs()
@@ -133,12 +133,12 @@ def _knobs(values: dict[str, Any]) -> Knobs:
     from pydantic import ValidationError
 
     from receiver.sandbox import Knobs
-    from receiver.sandbox.knobs import told
+    from receiver.sandbox.knobs import faults_of
 
     try:
         return Knobs(**values)
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in told(error))
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults_of(error))
         raise typer.BadParameter("; ".join(faults), param_hint="a knob") from None
 
 

@@ -1,4 +1,4 @@
-"""All output of commands: a stranger's text is shown and never obeyed by the terminal."""
+"""All output of commands. Control characters in foreign text are shown, so that the terminal never obeys them."""
 
 from __future__ import annotations
 

@@ -98,8 +98,8 @@ class Feed:
             rows = session.exec(select(Callback).where(col(Callback.id) > self._last_callback)).all()
         self._last_event = max((fact.id or 0 for fact in facts), default=self._last_event)
         self._last_callback = max((row.id or 0 for row in rows), default=self._last_callback)
-        told = [fact for fact in facts if fact.name != PERSON_ACTED]
-        news = [*map(self._fact, told), *map(self._delivery, rows)]
+        facts_of_tasks = [fact for fact in facts if fact.name != PERSON_ACTED]
+        news = [*map(self._fact, facts_of_tasks), *map(self._delivery, rows)]
         return sorted((each for each in news if each.text), key=lambda each: each.at)
 
     def _fact(self, fact: Event) -> News:
@@ -146,7 +146,7 @@ class Watch:
         self._live = Live(console=console, refresh_per_second=10)
 
     def __enter__(self) -> Self:
-        say(self._console)
+        print_line(self._console)
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -161,7 +161,7 @@ class Watch:
             self._started = self._started or news.at
             if not self._console.is_terminal:
                 seconds = (news.at - self._started).total_seconds()
-                say(self._console, f"{seconds:5.1f} s  {news.external_task_id:<18}  {news.text}")
+                print_line(self._console, f"{seconds:5.1f} s  {news.external_task_id:<18}  {news.text}")
         if self._console.is_terminal:
             self._live.update(self._board())
 
@@ -175,21 +175,21 @@ class Watch:
         return board
 
 
-def say(console: Console, text: str = "") -> None:
+def print_line(console: Console, text: str = "") -> None:
     """One line, never wrapped, so that it can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def say_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
+def print_outcomes(console: Console, outcomes: Sequence[Outcome]) -> None:
     """All objects with their two hashes, then the tasks."""
     for table in (_object_table(outcomes), _task_table(outcomes)):
-        say(console)
+        print_line(console)
         console.print(table)
     objects = [each for outcome in outcomes for each in outcome.objects]
     equal, size = sum(each.is_equal for each in objects), sum(each.size for each in objects) / 1e6
     verdict = "every SHA-256 equals" if equal == len(objects) else f"only {equal} SHA-256 equal"
-    say(console)
-    say(console, f"{len(objects)} objects, {size:.1f} MB, read back: {verdict} what the provider served.")
+    print_line(console)
+    print_line(console, f"{len(objects)} objects, {size:.1f} MB, read back: {verdict} what the provider served.")
 
 
 def _table(*headings: str, right: Sequence[str] = ()) -> Table:
@@ -234,13 +234,13 @@ def _seconds(outcome: Outcome) -> str:
     return "polled" if outcome.seconds is None else f"{outcome.seconds:.2f} s"
 
 
-def say_stays(console: Console, program: str, settings: Mapping[str, str], log: Path) -> None:
+def print_kept(console: Console, program: str, settings: Mapping[str, str], log: Path) -> None:
     """What can be done while everything stays up, and how to end it."""
-    say(console, "\nAll of it stays up. Look at it in a browser; the link works once, for ten minutes:\n")
-    say(console, console_link(settings))
-    say(console, "\nTo use it from another terminal, paste there:\n")
+    print_line(console, "\nAll of it stays up. Look at it in a browser; the link works once, for ten minutes:\n")
+    print_line(console, console_link(settings))
+    print_line(console, "\nTo use it from another terminal, paste there:\n")
     for name, value in settings.items():
-        say(console, f"export {name}={shlex.quote(value)}")
+        print_line(console, f"export {name}={shlex.quote(value)}")
     steps = {
         "one task's timeline": f"{program} status demo-series",
         "one more picture": f"{program} submit --model-name kling-image-o1 --prompt 'a red kite' --wait",
@@ -248,8 +248,8 @@ def say_stays(console: Console, program: str, settings: Mapping[str, str], log: 
         "the provider's knobs": f"curl {settings['RECEIVER_KLING_BASE_URL']}/sandbox/knobs",
         "with a real key": README_SECTION,
     }
-    _say_steps(console, steps)
-    say(console, f"\nCtrl-C here, or kill {os.getpid()}, ends it.")
+    _print_steps(console, steps)
+    print_line(console, f"\nCtrl-C here, or kill {os.getpid()}, ends it.")
 
 
 def console_link(settings: Mapping[str, str]) -> str:
@@ -258,24 +258,24 @@ def console_link(settings: Mapping[str, str]) -> str:
     return f"{settings['RECEIVER_PUBLIC_URL']}/console/login?once={one_time_token(key)}"
 
 
-def say_end(console: Console, directory: Path | None) -> None:
+def print_end(console: Console, directory: Path | None) -> None:
     """The end. `directory`: where files were left, None = nowhere."""
     left = f"its log, rows and objects are in {directory}" if directory else "nothing is left"
-    say(console, f"\nAll of it has ended; {left}.")
+    print_line(console, f"\nAll of it has ended; {left}.")
 
 
-def say_next(console: Console, program: str) -> None:
+def print_next_steps(console: Console, program: str) -> None:
     """What a newcomer does after a demo that has ended."""
     steps = {
         "look closer": f"{program} demo --keep   (then: the log, {Path(program).name} status)",
         "the provider alone": f"{program} sandbox",
         "with a real key": README_SECTION,
     }
-    _say_steps(console, steps)
+    _print_steps(console, steps)
 
 
-def _say_steps(console: Console, steps: Mapping[str, str]) -> None:
-    say(console, "\nNext:")
+def _print_steps(console: Console, steps: Mapping[str, str]) -> None:
+    print_line(console, "\nNext:")
     width = max(map(len, steps))
     for meaning, step in steps.items():
-        say(console, f"  {meaning:<{width}}   {step}")
+        print_line(console, f"  {meaning:<{width}}   {step}")

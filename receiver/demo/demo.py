@@ -85,7 +85,7 @@ def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds
         cleanup.callback(stage.stop, in_order=directory is not None)
         cleanup.callback(_ignore_signals)
         try:
-            board.say(console, "Everything runs on this machine and listens on loopback only.\n")
+            board.print_line(console, "Everything runs on this machine and listens on loopback only.\n")
             with console.status("starting"):
                 environment = stage.open(console)
             cleanup.enter_context(_only(environment))
@@ -93,15 +93,15 @@ def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds
             telemetry.configure("error")
             _perform(console, stage)
             if keep:
-                board.say_stays(console, program, environment, stage.log_path)
+                board.print_kept(console, program, environment, stage.log_path)
                 _stay(stage)
         except (RuntimeError, OSError, DatabaseUnavailable, StoreUnavailable) as error:
             log = stage.log_path if directory else _rescued(stage.log_path)
             where = f"\nThe receiver's log: {log}" if log.exists() else ""
             raise DemoFailed(f"{error}{where}") from error
-    board.say_end(console, directory)
+    board.print_end(console, directory)
     if not keep:
-        board.say_next(console, program)
+        board.print_next_steps(console, program)
 
 
 def _require_seaweed() -> None:
@@ -129,11 +129,11 @@ class Stage:
 
         Raises `DemoFailed`, RuntimeError, OSError. The caller calls `stop` also then.
         """
-        board.say(console, f"S3 server  SeaweedFS at {self._start_seaweed()}")
-        board.say(console, f"provider   sandbox at {self.sandbox.start().url}")
+        board.print_line(console, f"S3 server  SeaweedFS at {self._start_seaweed()}")
+        board.print_line(console, f"provider   sandbox at {self.sandbox.start().url}")
         environment = self._environment()
         self._start_receiver(environment)
-        board.say(console, f"receiver   {environment['RECEIVER_PUBLIC_URL']}, log in {self.log_path}")
+        board.print_line(console, f"receiver   {environment['RECEIVER_PUBLIC_URL']}, log in {self.log_path}")
         return environment
 
     def _start_seaweed(self) -> str:
@@ -222,7 +222,7 @@ def _perform(console: Console, stage: Stage) -> None:
         outcomes = compare(stage, parts)
     finally:
         parts.close()
-    board.say_outcomes(console, outcomes)
+    board.print_outcomes(console, outcomes)
     if wrong := [outcome.wish.external_task_id for outcome in outcomes if not outcome.is_right]:
         raise DemoFailed(f"not as it should be: {', '.join(wrong)}")
 

@@ -227,7 +227,7 @@ class Provider(Protocol):
 
 
 def plain(text: str, max_chars: int) -> str:
-    """Make a stranger's text safe to store and to show: one line, no NUL, and of each URL only the host.
+    """Make foreign text safe to store and to show: one line, no NUL, and of each URL only the host.
 
     Queries hold signatures and paths hold tokens, so both are removed.
     """

@@ -63,12 +63,12 @@ class Sender:
             if number:
                 await asyncio.sleep(knobs.callback_backoff_seconds * 2 ** (number - 1))
             async with self._turns:
-                attempt = await self._try(callback, knobs)
+                attempt = await self._send_once(callback, knobs)
             callback.attempts.append(attempt)
             if attempt.http_status == 200:
                 return
 
-    async def _try(self, callback: Callback, knobs: Knobs) -> Attempt:
+    async def _send_once(self, callback: Callback, knobs: Knobs) -> Attempt:
         at_ms = time.time_ns() // 1_000_000
         host = urlsplit(callback.url).hostname or ""
         # Checked again before every try, because a name may resolve differently by now.

@@ -71,7 +71,7 @@ def _sign(key: bytes, here: str, expires: int, pair: str) -> str:
 
 @dataclass(frozen=True)
 class Served:
-    """A file as it goes out: all of it or one range, odd or not. `cut`: so many bytes, then the connection closes."""
+    """A file as sent: all of it or one range, with or without faults. `cut`: bytes before the connection closes."""
 
     status: int
     content: bytes = field(repr=False)

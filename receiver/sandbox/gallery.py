@@ -39,7 +39,7 @@ class Gallery:
         facts = Facts(hashlib.sha256(data).hexdigest(), len(data))
         with self._lock:
             self._facts[key] = facts
-            self._keep(key, data)
+            self._cache(key, data)
         return data
 
     def facts(self, task: Task, name: Name) -> Facts:
@@ -50,7 +50,7 @@ class Gallery:
             known = self._facts[task.id, name]
         return known
 
-    def _keep(self, key: tuple[str, Name], data: bytes) -> None:
+    def _cache(self, key: tuple[str, Name], data: bytes) -> None:
         if key in self._cached:
             return
         self._cached[key] = data

@@ -12,12 +12,12 @@ JUNK_NAME = "x-sandbox-junk"
 WRITTEN, SENT = f"{JUNK_NAME}: junk\r\n".encode(), b"this line is no header\r\n"
 
 
-class OddHttp(HttpToolsProtocol):
+class FaultyHttp(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(_Junky(transport))  # type: ignore[arg-type]
+        super().connection_made(_FaultyTransport(transport))  # type: ignore[arg-type]
 
 
-class _Junky:
+class _FaultyTransport:
     """A transport that replaces the header in what is written."""
 
     def __init__(self, transport: asyncio.Transport) -> None:

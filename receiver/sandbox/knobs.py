@@ -193,7 +193,7 @@ class Knobs(BaseModel):
         return Knobs.model_validate({**self.model_dump(), **changes})
 
 
-def told(error: ValidationError) -> list[dict[str, Any]]:
+def faults_of(error: ValidationError) -> list[dict[str, Any]]:
     """What is wrong with knobs, one entry each: `loc`, `msg`, `type`. An unknown name has the nearest one."""
     faults: list[dict[str, Any]] = [{**each} for each in error.errors(include_url=False, include_context=False)]
     for fault in faults:

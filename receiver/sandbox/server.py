@@ -1,6 +1,6 @@
 """The sandbox on a socket: routes, spoilt bodies, the clock that moves tasks, and start and stop.
 
-Routes: POST and GET /v1/images/omni-image (also below /kling), GET /tasks, GET /cdn/…, and for whoever runs it
+Routes: POST and GET /v1/images/omni-image (also below /kling), GET /tasks, GET /cdn/…, and to control it
 GET and POST /sandbox/knobs, GET /sandbox/ledger, POST /sandbox/reset.
 """
 
@@ -31,8 +31,8 @@ from receiver.sandbox import cdn
 from receiver.sandbox.access import is_loopback, is_own_request
 from receiver.sandbox.answers import Answer
 from receiver.sandbox.callbacks import Sender
-from receiver.sandbox.http_protocol import OddHttp
-from receiver.sandbox.knobs import Knobs, told
+from receiver.sandbox.http_protocol import FaultyHttp
+from receiver.sandbox.knobs import Knobs, faults_of
 from receiver.sandbox.ledger import Ledger
 from receiver.sandbox.world import Download, World
 
@@ -198,7 +198,7 @@ class Api:
             changes = await request.json()
             return Json(self.world.set(changes, remote=True).model_dump())
         except ValidationError as error:
-            return Json({"errors": told(error)}, status_code=400)
+            return Json({"errors": faults_of(error)}, status_code=400)
         except (ValueError, RecursionError, TypeError, AttributeError, PermissionError) as error:
             return Json({"errors": [{"msg": str(error)}]}, status_code=400)
 
@@ -340,7 +340,7 @@ class Sandbox:
     def _make_server(self) -> uvicorn.Server:
         config = uvicorn.Config(
             build_app(self.world, self.host),
-            http=OddHttp,
+            http=FaultyHttp,
             ws="none",
             lifespan="on",
             log_config=None,

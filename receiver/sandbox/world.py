@@ -79,7 +79,7 @@ class World:
         """Answer `POST …/omni-image`. `origin`: scheme and host under which the caller reached us, for result URLs."""
         entry = Create(raw=raw, body=None, at_ms=_ms(now))
         with self.lock:
-            self._keep(entry)
+            self._log_create(entry)
             request_id = self._uuid()
         try:
             check_credentials(authorization, self.knobs)
@@ -346,7 +346,7 @@ class World:
             served=self._served[key],
         )
 
-    def _keep(self, entry: Create) -> None:
+    def _log_create(self, entry: Create) -> None:
         """Bodies can be large, so the oldest are dropped when too much is held."""
         self._creates.append(entry)
         self._kept_bytes += len(entry.raw)

@@ -297,8 +297,8 @@ class DeliveryApplier:
 
 def _was_unknown(session: Session, task: Task) -> bool:
     """Whether a settled delivery of the task had an unknown status: a sender that knows no other says it each time."""
-    told = select(Callback.id).where(Callback.task_id == task.id, col(Callback.reason).startswith(UNKNOWN))
-    return session.exec(told.limit(1)).first() is not None
+    known_unknowns = select(Callback.id).where(Callback.task_id == task.id, col(Callback.reason).startswith(UNKNOWN))
+    return session.exec(known_unknowns.limit(1)).first() is not None
 
 
 def find(

@@ -10,7 +10,7 @@ Refusal = ProviderRejected | ProviderThrottled
 
 
 class CreateOutcome:
-    """Either a refusal is told to the waiting client and the row ends, or the client has left and the row goes on.
+    """Either the waiting client gets a refusal and the row ends, or the client has left and the row continues.
 
     A lock decides this once. Safe for threads.
     """
@@ -20,8 +20,8 @@ class CreateOutcome:
         self._is_there = True
         self.refusal: Refusal | None = None
 
-    def tell(self, refusal: Refusal) -> bool:
-        """Whether a client still waits and now has the refusal. Then the caller ends the row, or calls `take_back`."""
+    def refuse(self, refusal: Refusal) -> bool:
+        """Give the client the refusal. True: it still waited, and the caller ends the row or calls `take_back`."""
         with self._lock:
             if self._is_there:
                 self.refusal = refusal
@@ -33,7 +33,7 @@ class CreateOutcome:
             self.refusal = None
 
     def leave(self) -> bool:
-        """Stop waiting. Returns whether a refusal was told before; it counts once the row has ended."""
+        """Stop waiting. Returns whether the client got a refusal before. It holds once the row has ended."""
         with self._lock:
             self._is_there = False
             return self.refusal is not None

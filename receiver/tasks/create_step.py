@@ -81,7 +81,7 @@ class CreateStep:
         self._lease_seconds = lease_seconds
 
     def send(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
-        """Send a claimed row and settle its create. `outcome_listener` is told of a refusal, which ends the row.
+        """Send a claimed row and settle its create. `outcome_listener` gets a refusal, which ends the row.
 
         The lease is renewed meanwhile. A row whose lease was lost before is not sent: its new owner sends it.
         """
@@ -157,8 +157,8 @@ class CreateStep:
             self._database.wake(session)
 
     def _wait_for_account(self, task: Task, error: AccountRefused, outcome_listener: CreateOutcome | None) -> None:
-        """Put the task back into its paused queue. A gateway client that waits is told instead, and its row ends."""
-        if outcome_listener and outcome_listener.tell(error):
+        """Put the task back into its paused queue. A gateway client that waits gets the refusal, and its row ends."""
+        if outcome_listener and outcome_listener.refuse(error):
             self._fail(task, str(error), outcome_listener)
             return
         with suppress(LostClaim), self._database.write() as session:
@@ -173,7 +173,7 @@ class CreateStep:
     ) -> None:
         if isinstance(error, ProviderThrottled):
             is_full = isinstance(error, ProviderFull) and self._slots.setting is not None
-            if outcome_listener and outcome_listener.tell(error):
+            if outcome_listener and outcome_listener.refuse(error):
                 if is_full:
                     self._lower_limit(task)
                 self._fail(task, str(error), outcome_listener)
@@ -275,15 +275,16 @@ class CreateStep:
     def _refused(
         self, task: Task, message: str, refusal: ProviderRejected | None, outcome_listener: CreateOutcome | None
     ) -> None:
-        told = outcome_listener is not None and refusal is not None and outcome_listener.tell(refusal)
-        self._fail(task, message, outcome_listener if told else None)
+        has_refusal = outcome_listener is not None and refusal is not None and outcome_listener.refuse(refusal)
+        self._fail(task, message, outcome_listener if has_refusal else None)
 
-    def _fail(self, task: Task, message: str, told: CreateOutcome | None = None) -> None:
-        """Fail the row. `told`: the client that has the answer already and gets no callback."""
-        if not self._settle(task, Report(None, None, TaskState.FAILED, message=message), told=told) and told:
-            told.take_back()
+    def _fail(self, task: Task, message: str, listener: CreateOutcome | None = None) -> None:
+        """Fail the row. `listener`: of the client that has the answer already and gets no callback."""
+        report = Report(None, None, TaskState.FAILED, message=message)
+        if not self._settle(task, report, listener=listener) and listener:
+            listener.take_back()
 
-    def _settle(self, task: Task, report: Report, *, told: CreateOutcome | None = None) -> bool:
+    def _settle(self, task: Task, report: Report, *, listener: CreateOutcome | None = None) -> bool:
         """End the create step. Ranks of states decide, because a callback may have come before this answer.
 
         Returns whether the lease was still ours and the row took the report's state.
@@ -297,7 +298,7 @@ class CreateStep:
                 row.note, row.step = tasks.request_note(row), None
                 row.request = self._provider.redacted(row.request)
                 reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
-                if told and row.state is report.status:
+                if listener and row.state is report.status:
                     row.client_callback_url = None
                 self._database.wake(session)
         except LostClaim:

@@ -43,7 +43,7 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class SupervisorEnded(UserError):
-    """The supervisor of the workers is gone although nobody told it to end."""
+    """The supervisor of the workers ended without a signal to end."""
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Supervisor:
         return [child for child in self._children if child.process_id is not None]
 
     def _note_end(self, child: _Child, code: int | str) -> None:
-        """`code`: the exit code, or why it could not be started. No worker that was told to end has died."""
+        """`code`: the exit code, or why it could not be started. A worker that got a signal to end has not died."""
         if self._is_ending:
             return
         if time.monotonic() - child.started_at > LIVED_SECONDS:
@@ -208,7 +208,7 @@ class SupervisorProcess:
             on_gone()
 
     def announce_end(self) -> None:
-        """A signal told us to end, and may have told the supervisor too: it is not gone if it ends from now on."""
+        """Note that we got a signal to end. The supervisor may have got it too, so its end is no fault from now on."""
         self._is_ending = True
 
     def stop(self) -> None:

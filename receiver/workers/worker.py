@@ -230,7 +230,7 @@ class Worker:
                 batches.end()
 
     def _give_back(self, rows: list[Any]) -> None:
-        """Rows that no thread has begun are due at once, for whoever has an idle one."""
+        """Release rows that no thread has begun, so that any worker may claim them at once."""
         if not rows:
             return
         try:

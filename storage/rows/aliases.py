@@ -13,7 +13,7 @@ from storage.database.sessions import run
 from storage.rows.deliveries import rematch
 from storage.rows.models import Task, TaskAlias
 
-# A gateway rewrites the provider's id once or twice; whoever holds a callback URL may write any.
+# A gateway rewrites the provider's id once or twice; a sender with a callback URL may write any id.
 MAX_UNSIGNED_ALIASES = 3
 
 _ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]

@@ -24,12 +24,11 @@ from storage.rows.claims import PARK_LOSSES
 from storage.rows.models import Callback
 from storage.states import CallbackState
 
-# One statement takes so many rows; a batch larger than this gains nothing more from sharing its fsync and delays its
-# first waiter.
+# Rows of one statement. A larger batch gains nothing more from the shared fsync and delays its first delivery.
 MAX_BATCH = 256
-# Equal bytes say nothing when they are unreadable: a proxy that drops bodies makes all deliveries of a task alike. So a
-# repeated one is applied again, which reads the task: this long after the time before, and so often for the unreadable
-# rows of a task together, as honest tasks bring three or four. A parked row has more claims and stays parked.
+# A proxy that drops bodies makes all deliveries of a task equal. An unreadable delivery that arrives again is therefore
+# applied again, which reads the task: at least UNREADABLE_SECONDS after the last time, and at most UNREADABLE_READS
+# times for all unreadable rows of a task. Honest tasks bring three or four. A parked row has more claims and stays so.
 UNREADABLE_READS = PARK_LOSSES
 UNREADABLE_SECONDS = 10.0
 
@@ -64,7 +63,7 @@ class Delivery:
 
 
 def _digest(*words: str, body: bytes) -> str:
-    """SHA-256 of all parts, each after its length: no two different deliveries are written alike."""
+    """SHA-256 of all parts, each after its length, so that different deliveries never have the same input."""
     pieces: list[bytes] = []
     for word in words:
         part = word.encode("utf-8", "surrogatepass")
@@ -102,8 +101,8 @@ POSTGRESQL_INSERT = (
     "FROM json_to_recordset(%(rows)s::json) AS given (delivery_key text, provider text, source text, task_id uuid, "
     "webhook_id text, headers jsonb, starts_at int, size int, state text, reason text) "
     "ON CONFLICT (delivery_key) DO NOTHING RETURNING delivery_key), "
-    f"told AS (SELECT pg_notify('{WAKE_CHANNEL}', '') FROM new LIMIT 1) "
-    "SELECT delivery_key, (SELECT count(*) FROM told) FROM new"
+    f"notified AS (SELECT pg_notify('{WAKE_CHANNEL}', '') FROM new LIMIT 1) "
+    "SELECT delivery_key, (SELECT count(*) FROM notified) FROM new"
 )
 
 
@@ -205,10 +204,10 @@ _BY_BODY = {  # one index each
 
 
 def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> int:
-    """Make unmatched deliveries due that speak of a task whose row, or whose id, has just become known.
+    """Make the unmatched deliveries of a task due when its row or one of its ids becomes known.
 
-    `ids`: `external_task_id` or `provider_task_id`, as a delivery's body names the task. Whoever is at such a delivery
-    loses its claim. Returns how many there were.
+    `ids`: `external_task_id` or `provider_task_id`, as a delivery's body names the task. A worker that holds one of
+    these deliveries loses its lease. Returns how many there were.
     """
     count = sum(run(session, _BY_BODY[name], {"named": value, "by": provider}).rowcount for name, value in ids.items())
     if "external_task_id" in ids:  # the row is new: deliveries whose token names it waited for it

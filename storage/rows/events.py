@@ -44,13 +44,13 @@ class EventName(StrEnum):
     ACCOUNT_RESUMED = "account.resumed"
 
 
-# What a person did at the console: kept beside the events, and told to nobody outside.
+# What a person did at the console. The row is stored beside the events and never leaves the receiver.
 PERSON_ACTED = "person.acted"
 _IS_EVENT = col(Event.name) != PERSON_ACTED
 
-# What a task that ends well tells. The other names are rare, and have an index of their own.
+# The events of a task that ends well. The other names are rare and have their own index.
 FREQUENT = frozenset(FREQUENT_EVENTS)
-# Events that one page looks through: 8 ms on SQLite and 5 on PostgreSQL beside 8 million.
+# Events that one page reads: 8 ms on SQLite and 5 on PostgreSQL beside 8 million.
 SCANNED = 5_000
 
 _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
@@ -58,13 +58,13 @@ _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
 )
 
 
-# Who does what this thread does now, where it is a person at the console.
+# The person at the console on whose behalf this thread acts. None: no person.
 _PERSON: ContextVar[str | None] = ContextVar("person", default=None)
 
 
 @contextmanager
 def by(person: str) -> Iterator[None]:
-    """Let every fact that is written in this block have the person's name in its data, as `by`."""
+    """Add the person's name, as `by`, to the data of every fact that is written in this block."""
     before = _PERSON.set(person)
     try:
         yield
@@ -73,7 +73,7 @@ def by(person: str) -> Iterator[None]:
 
 
 def with_person(data: dict[str, Any]) -> dict[str, Any]:
-    """A fact's data, with who did it where a person did."""
+    """The data of a fact, with `by` where a person caused it."""
     person = _PERSON.get()
     return data if person is None else {**data, "by": person}
 
@@ -88,10 +88,10 @@ def record_act(
     session: Session, person: str, action: str, subject: str, task_ids: Collection[uuid.UUID | None], **data: Any
 ) -> int:
     """Keep what a person did to these tasks, or to something else for the id None. Returns the last row's id."""
-    told = {"by": person, "action": action, "subject": subject, **data}
+    facts = {"by": person, "action": action, "subject": subject, **data}
     last = 0
     for task_id in task_ids:
-        made = insert(Event).values(task_id=task_id, name=PERSON_ACTED, data=told, at=db_now())
+        made = insert(Event).values(task_id=task_id, name=PERSON_ACTED, data=facts, at=db_now())
         last = session.execute(made.returning(col(Event.id))).scalar_one() or 0
     return last
 
@@ -129,9 +129,9 @@ def of_task(session: Session, task_id: uuid.UUID) -> list[Event]:
 def timelines(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[tuple[str, datetime]]]:
     """Names and times of the events of many tasks at once, each task's oldest first."""
     found: dict[uuid.UUID, list[tuple[str, datetime]]] = {task_id: [] for task_id in task_ids}
-    told = select(Event.task_id, Event.name, Event.at).where(col(Event.task_id).in_(task_ids), _IS_EVENT)
-    told = told.order_by(col(Event.id))
-    for task_id, name, at in session.exec(told):
+    rows = select(Event.task_id, Event.name, Event.at).where(col(Event.task_id).in_(task_ids), _IS_EVENT)
+    rows = rows.order_by(col(Event.id))
+    for task_id, name, at in session.exec(rows):
         if task_id is not None:
             found[task_id].append((name, at))
     return found
@@ -149,7 +149,7 @@ def after(session: Session, seq: int, limit: int) -> list[tuple[Event, str | Non
 
 @dataclass(frozen=True)
 class Page:
-    """Some events with their tasks' external ids. `until`: every event up to this number was looked at."""
+    """Some events with their tasks' external ids. `until`: all events up to this number were read."""
 
     events: Sequence[tuple[Event, str | None]]
     until: int

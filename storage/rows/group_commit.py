@@ -3,17 +3,17 @@
     commit() ─▶ waiting ─┬─▶ the event loop: all that waits, one transaction, if it can begin at once ─▶ answers
                          └─▶ a thread: what the loop could not commit, or would hang on               ─▶ answers
 
-The loop itself commits, because a thread beside a busy loop takes turns with it at the interpreter lock, up to 5 ms
-each. Two turns of the loop after the first delivery of a batch has arrived, every readable socket has added its own:
-50 of 64 at full load, instead of 28. The server's CPU for an acknowledgement fell from 154 to 130 µs on SQLite and from
-177 to 132 on PostgreSQL (medians of 9 and 6 rounds in turns, on a loaded machine; bare Starlette 90). The profile: an
-SQLite statement takes 16 µs a row, token, key and commit take about 15, and HTTP the rest.
+The loop itself commits, because a thread beside a busy loop waits up to 5 ms for each turn at the interpreter lock. The
+commit begins two turns of the loop after the first delivery of a batch arrived. By then every readable socket has added
+its delivery: 50 of 64 at full load, instead of 28. The server's CPU for an acknowledgement fell from 154 to 130 µs on
+SQLite and from 177 to 132 on PostgreSQL (medians of 9 and 6 alternating rounds on a loaded machine; bare Starlette:
+90). Of these an SQLite statement takes 16 µs a row, token, key and commit together about 15, and HTTP the rest.
 
-The thread has every case that may take long or go wrong: a lock that another process holds, a disk whose last commits
-were slow, a batch that fails, a task near its cap, a repeated unreadable delivery. So a loop hangs for the one commit
-at which a quick disk becomes slow, and the thread commits until the disk has been quick again a few times.
+The thread handles every case that may take long or fail: a lock that another process holds, a disk whose last commits
+were slow, a batch that fails, a task near its cap, a repeated unreadable delivery. A disk that becomes slow delays the
+loop for one commit. The thread then commits until several commits in a row were quick.
 
-Nothing waits here that was acknowledged; what was not acknowledged may be lost with the process.
+An acknowledged delivery is durable. A delivery that waits here is not acknowledged and may be lost with the process.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class GroupCommit:
     def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
         self._database = database
         self._disk = Disk(free_share or database.free_share)
-        self._kept = _KeptPerTask(database)
+        self._task_limit = _TaskLimit(database)
         self._waiting: deque[Waiting] = deque()
         self._bytes = 0
         self._quick_commits = 0
@@ -176,14 +176,14 @@ class GroupCommit:
         """Commit and answer what the loop can. Returns the rest."""
         assert self._connection is not None
         deliveries = [delivery for delivery, _ in batch]
-        if self._kept.suspects(deliveries):
+        if self._task_limit.tasks_to_count(deliveries):
             return batch
         started = time.perf_counter()
         new = await self._connection.insert(deliveries)
         self._note(time.perf_counter() - started, SLOW_IN_LOOP_SECONDS)
         known = {delivery.key for delivery in deliveries} - new
         again = await self._connection.unreadable(known) if known else set()
-        self._kept.count(deliveries, new)
+        self._task_limit.count(deliveries, new)
         rest = [(delivery, durable) for delivery, durable in batch if delivery.key in again]
         _answer(_outcomes([each for each in batch if each[0].key not in again], new))
         return rest
@@ -238,7 +238,7 @@ class GroupCommit:
     def _commit(self, batch: list[Waiting]) -> None:
         try:
             new, full = self._write([delivery for delivery, _ in batch])
-        except Exception as error:  # noqa: BLE001 - whatever it is, every waiter is told
+        except Exception as error:  # noqa: BLE001 - every waiting handler gets the error
             self._quick_commits = 0
             if len(batch) == 1 or isinstance(error, DatabaseUnavailable):
                 self._answer([(durable, error) for _, durable in batch])
@@ -255,10 +255,10 @@ class GroupCommit:
 
     def _write(self, deliveries: list[Delivery]) -> tuple[set[str], set[str]]:
         """Store what there is room for. Returns the new keys, and those refused as their task is full."""
-        full = self._kept.over(deliveries)
+        full = self._task_limit.over(deliveries)
         wanted = [delivery for delivery in deliveries if delivery.key not in full]
         new = again_on_new_session(lambda: self._insert(wanted))
-        self._kept.count(deliveries, new)
+        self._task_limit.count(deliveries, new)
         if known := {delivery.key for delivery in deliveries} - new - full:
             apply_unreadable_again(self._database, known)
         return new, full
@@ -311,28 +311,30 @@ def _answer(outcomes: list[tuple[Durable, Outcome]]) -> None:
             durable.set_result(outcome)
 
 
-class _KeptPerTask:
-    """Refuses new deliveries of a task that has all it may keep. Used by whoever has the turn."""
+class _TaskLimit:
+    """Refuses new deliveries of a task that has MAX_KEPT_PER_TASK. Used by the committing thread alone."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._counted: OrderedDict[int, int] = OrderedDict()  # by a task id's number, which hashes faster
 
-    def suspects(self, deliveries: list[Delivery]) -> set[uuid.UUID]:
-        """The tasks of which so many came that their rows have to be counted."""
+    def tasks_to_count(self, deliveries: list[Delivery]) -> set[uuid.UUID]:
+        """The tasks with so many deliveries that their rows have to be counted."""
         named = (each.task_id for each in deliveries if each.task_id)
         return {task_id for task_id in named if self._counted.get(task_id.int, 0) >= COUNT_FROM}
 
     def over(self, deliveries: list[Delivery]) -> set[str]:
-        """The keys that are new and whose task has all the deliveries it may keep."""
-        suspects = self.suspects(deliveries)
-        if not suspects:
+        """The new keys of tasks that have MAX_KEPT_PER_TASK deliveries."""
+        tasks_to_count = self.tasks_to_count(deliveries)
+        if not tasks_to_count:
             return set()
         with self._database.read() as session:
-            return self._refused(session, deliveries, suspects)
+            return self._refused(session, deliveries, tasks_to_count)
 
-    def _refused(self, session: Session, deliveries: list[Delivery], suspects: set[uuid.UUID]) -> set[str]:
-        per_task = select(Callback.task_id).where(col(Callback.task_id).in_(suspects)).group_by(col(Callback.task_id))
+    def _refused(self, session: Session, deliveries: list[Delivery], tasks_to_count: set[uuid.UUID]) -> set[str]:
+        per_task = (
+            select(Callback.task_id).where(col(Callback.task_id).in_(tasks_to_count)).group_by(col(Callback.task_id))
+        )
         full = set(session.exec(per_task.having(func.count() >= MAX_KEPT_PER_TASK)))
         keys = {each.key for each in deliveries if each.task_id in full}
         if not keys:

@@ -135,13 +135,13 @@ class Kling:
         fields = {**request, "external_task_id": external_task_id}
         if callback_url:
             fields["callback_url"] = callback_url
-        answer = self._ask("POST", CREATE_PATH, encode_in_pieces(fields))
+        answer = self._request("POST", CREATE_PATH, encode_in_pieces(fields))
         record = find_record(answer.document)
         if record is None or not usable_id(task_id_in(record)):
             raise Unavailable(f"the create answer names no task ({answer.words})")
         if not status_word(record):
             record = {**record, "task_status": "submitted"}  # some gateways answer with the id alone
-        created = _believed(record)
+        created = _readable_record(record)
         return Created(created.report.provider_task_id or "", created.report, created.body)
 
     def read(self, *, provider_task_id: str | None, external_task_id: str) -> Record | None:
@@ -153,13 +153,13 @@ class Kling:
 
     def _read_one(self, task_id: str) -> Record | None:
         try:
-            answer = self._ask("GET", f"{CREATE_PATH}/{_path_segment(task_id)}")
+            answer = self._request("GET", f"{CREATE_PATH}/{_path_segment(task_id)}")
         except NotFound:
             return None
         record = find_record(answer.document)
         if record is None:
             raise Unavailable(f"the answer holds no task ({answer.words})")
-        return _believed(record)
+        return _readable_record(record)
 
     def read_many(
         self, *, provider_task_ids: Sequence[str] = (), external_task_ids: Sequence[str] = ()
@@ -175,7 +175,7 @@ class Kling:
             return {}
         query = ",".join(quote(task_id, safe="") for task_id in asked)
         try:
-            answer = self._ask("GET", f"{BATCH_PATH}?{parameter}={query}")
+            answer = self._request("GET", f"{BATCH_PATH}?{parameter}={query}")
         except (ProviderRejected, AccountRefused, NotKling):
             return None
         listed = _listed(answer)
@@ -188,7 +188,7 @@ class Kling:
         return {task_id: named[task_id] for task_id in asked if task_id in named}
 
     def list_page(self, page: int, size: int) -> list[Record]:
-        answer = self._ask("GET", f"{CREATE_PATH}?pageNum={page:d}&pageSize={size:d}")
+        answer = self._request("GET", f"{CREATE_PATH}?pageNum={page:d}&pageSize={size:d}")
         listed = _listed(answer)
         if listed is None:
             raise Unavailable(f"the answer holds no list of tasks ({answer.words})")
@@ -222,7 +222,7 @@ class Kling:
 
     url_expiry = staticmethod(kling_report.url_expiry)
 
-    def _ask(self, method: str, path: str, content: Sequence[bytes] | None = None) -> Answer:
+    def _request(self, method: str, path: str, content: Sequence[bytes] | None = None) -> Answer:
         """One request, repeated once with a new token if the provider refuses the token's times. Raises refusals."""
         token = self._token()
         with self._circuit.watching(Unavailable, ProviderRejected, ProviderThrottled):
@@ -356,7 +356,7 @@ def _path_segment(task_id: str) -> str:
     return quote(task_id, safe="") if task_id.strip(".") else task_id.replace(".", "%2E")
 
 
-def _believed(record: dict[str, Any]) -> Record:
+def _readable_record(record: dict[str, Any]) -> Record:
     """A record that we asked for. An unreadable one may be readable at the next read."""
     try:
         return read_record(record)
