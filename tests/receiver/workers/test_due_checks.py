@@ -26,14 +26,14 @@ def lanes(work: Callable[[object], None]) -> list[Lane]:
     return [*tasks, Lane("assets", Asset, work, 2), Lane("images", Asset, work, 1, (Asset.kind == "image",))]
 
 
-def test_idle_lanes_look_together(database: Database) -> None:
-    due_checks: list[str] = []
+def test_idle_lanes_share_one_statement(database: Database) -> None:
+    statements: list[str] = []
     for engine in {database.reader, database.writer}:
-        event.listen(engine, "before_cursor_execute", lambda *call: due_checks.append(call[2]))
+        event.listen(engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
     with running(database, *lanes(lambda _: None)):
         time.sleep(3)
-    # two wake-ups a second, and one look a second for rows in quarantine; each of five lanes alone: 45
-    assert len([look for look in due_checks if "due_at" in look]) <= 18
+    # two wake-ups a second, and one check a second for rows in quarantine; each of five lanes alone: 45
+    assert len([each for each in statements if "due_at" in each]) <= 18
 
 
 @pytest.fixture
@@ -42,16 +42,16 @@ def rests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("rests")
-def test_worker_at_rest_looks_seldom_and_keeps_few_connections(database: Database) -> None:
-    due_checks: list[str] = []
+def test_worker_at_rest_checks_less_often_and_keeps_one_connection(database: Database) -> None:
+    statements: list[str] = []
     engine: Any = database.reader
     with running(database, *lanes(lambda _: None)) as at_rest:
         wait_until(lambda: at_rest._interval == worker.REST_SECONDS)
         for each in {database.reader, database.writer}:
-            event.listen(each, "before_cursor_execute", lambda *call: due_checks.append(call[2]))
+            event.listen(each, "before_cursor_execute", lambda *call: statements.append(call[2]))
         began = time.monotonic()
         time.sleep(6)
-        found = len([look for look in due_checks if "due_at" in look]), time.monotonic() - began
+        found = len([each for each in statements if "due_at" in each]), time.monotonic() - began
         wait_until(lambda: engine.pool.checkedin() <= 1)
     # one wake-up in two seconds; on SQLite a heartbeat is a commit and causes two more. Without a rest, two a second
     assert found[0] <= found[1] / worker.REST_SECONDS + 4
@@ -83,24 +83,24 @@ def test_each_lane_sees_work_that_came_while_it_was_idle(database: Database) -> 
 
 def test_a_wake_up_is_one_statement_for_lanes_jobs_and_quarantine(database: Database) -> None:
     new_assets(database, 1)
-    due_checks, asked = DueChecks(database, lanes(lambda _: None), {"job": select(Asset.id)}), list[str]()
+    checks, asked = DueChecks(database, lanes(lambda _: None), {"job": select(Asset.id)}), list[str]()
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
-    assert due_checks.is_any("assets", 1) and due_checks.is_any("job", 1)
-    assert not due_checks.is_any(Step.READ.value, 1) and not due_checks.quarantined_lanes()
+    assert checks.is_any("assets", 1) and checks.is_any("job", 1)
+    assert not checks.is_any(Step.READ.value, 1) and not checks.quarantined_lanes()
     assert len(asked) == 1
 
 
-def test_quarantine_takes_its_part_of_the_wake_ups_look_whoever_asks_first(database: Database) -> None:
-    looks, asked = Looks(database, lanes(lambda _: None), {}), list[str]()
+def test_quarantine_shares_the_statement_of_a_wake_up_in_any_order(database: Database) -> None:
+    checks, asked = DueChecks(database, lanes(lambda _: None), {}), list[str]()
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
-    assert not looks.suspects(1) and not looks.is_any("assets", 1)
+    assert not checks.quarantined_lanes(1) and not checks.is_any("assets", 1)
     assert len(asked) == 1
 
 
-def test_who_asks_twice_within_a_wake_up_looks_again(database: Database) -> None:
-    due_checks = DueChecks(database, [], {"job": select(Asset.id)})
-    assert not due_checks.is_any("job", 1)
+def test_second_call_within_a_wake_up_runs_its_own_query(database: Database) -> None:
+    checks = DueChecks(database, [], {"job": select(Asset.id)})
+    assert not checks.is_any("job", 1)
     new_assets(database, 1)
-    assert due_checks.is_any("job", 1) and due_checks.is_any("job", 2)
+    assert checks.is_any("job", 1) and checks.is_any("job", 2)
