@@ -62,7 +62,7 @@ class Lines:
             os.close(file)
 
     def _lock(self, file: int) -> None:
-        """Exclude other writers. Ours hold the lock for milliseconds. Any program that may read the file can hold it for ever."""
+        """Exclude other writers. Ours take milliseconds. A program with read access can hold it for ever."""
         ends_at = time.monotonic() + self._wait_seconds
         while True:
             try:
