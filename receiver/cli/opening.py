@@ -60,6 +60,7 @@ def opened(
         try:
             with explained(parts.database):
                 if ready:
+                    parts.database.bound_waits()
                     process.ready_schema(parts.database, migrate=migrate and chosen.migrates_on_start)
                 yield parts
         finally:

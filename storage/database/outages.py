@@ -21,7 +21,7 @@ MAX_WORDS_CHARS = 300
 # resources, an operator's intervention, system and internal errors. The driver's classes mix them with our own faults.
 # A role without USAGE on the schema is told that there is no such table (42P01).
 AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "XX")
-NO_PRIVILEGE, NO_TABLE = "42501", "42P01"
+NO_PRIVILEGE, NO_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
 NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # SQLite's words
@@ -63,6 +63,10 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
     if said == NOT_OPENED:
         folder = Path(url.database or "").absolute().parent
         return f"; see that this user may write in {folder}" if folder.is_dir() else f"; make the folder {folder}"
+    if state == LOCK_TIMEOUT:
+        return (
+            "; another session holds the lock: pg_stat_activity and pg_blocking_pids() name it, wait for it or end it"
+        )
     role = '"{}"'.format((url.username or "ROLE").replace('"', '""'))
     if denied := DENIED.match(said):
         kind, name = denied.groups()

@@ -32,7 +32,7 @@ from sqlmodel import Session
 from storage import forks
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
-from storage.database.outages import AT_FAULT, Outages, words
+from storage.database.outages import AT_FAULT, LOCK_TIMEOUT, Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
 from storage.database.sqlite_file import SqliteFile
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
@@ -122,6 +122,7 @@ class Database:
         self.url = normal_url(url)
         self.direct_url = normal_url(direct_url) if direct_url else None
         self.outages = Outages()
+        self._is_bounded = False
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self._make_group_writer()
@@ -154,6 +155,19 @@ class Database:
                 isolation_level="AUTOCOMMIT"
             )
         forks.renew_in_children(self)
+
+    def bound_waits(self, seconds: float = SQLITE_BUSY_SECONDS) -> None:
+        """Wait so long for a lock of another session, then raise `DatabaseUnavailable`. For commands on PostgreSQL.
+
+        Workers and web never need it: their own transactions are short, and they go on when a stranger's ends.
+        """
+        if self.is_sqlite:  # it waits so long anyway
+            return
+        self._is_bounded = True
+
+        @event.listens_for(self.writer, "begin")
+        def bound(connection: Connection) -> None:
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1_000)}")
 
     def _make_group_writer(self) -> None:
         self._group_writer = GroupWriter(self._impatient_write, self.write)
@@ -261,7 +275,7 @@ class Database:
         if self.is_sqlite:
             is_away = any(each in str(driver) for each in SQLITE_OUTAGES)
         else:
-            is_refused = (_state(error) or "").startswith(AT_FAULT)
+            is_refused = (_state(error) or "").startswith((*AT_FAULT, *([LOCK_TIMEOUT] if self._is_bounded else [])))
             is_away = is_refused or isinstance(driver, self.writer.dialect.loaded_dbapi.OperationalError)
         if not (is_broken or is_away):
             return None

@@ -1,0 +1,26 @@
+"""A command waits so long, and no longer, for what another session of PostgreSQL has locked."""
+
+from __future__ import annotations
+
+import pytest
+from sqlmodel import select
+
+from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable
+from storage.rows.models import Task
+
+pytestmark = pytest.mark.parametrize("database_kind", ["postgresql"])
+
+
+def test_a_command_gives_up_a_lock_of_another_session(database: Database, database_url: str) -> None:
+    command = Database(database_url)
+    command.bound_waits(0.3)
+    with database.write() as stranger:
+        stranger.connection().exec_driver_sql("LOCK TABLE task")
+        with pytest.raises(DatabaseUnavailable, match=r"pg_blocking_pids\(\) name it"), command.read() as session:
+            session.exec(select(Task)).all()
+        with pytest.raises(DatabaseUnavailable, match="another session holds the lock"), command.write() as session:
+            session.exec(select(Task)).all()
+    with command.write() as session:
+        assert session.exec(select(Task)).all() == []
+    command.close()
