@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import func, literal_column
@@ -19,6 +19,8 @@ from storage.rows.deliveries import Delivery
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 
+T = TypeVar("T")
+
 # A console's own tests, and tasks that are made elsewhere, bring some a day; `receiver prune` makes room.
 MAX_ROWS, MAX_BYTES = 10_000, 64 * 2**20
 # An honest task has three or four. Each is confirmed by a read, and so many reads of a task are made for deliveries.
@@ -26,6 +28,8 @@ MAX_OF_TASK = 20
 # The rows are counted so often at most; what is stored in between is added up here.
 COUNT_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
+# One thread finds the task of each, some 1 ms. What waits for it has a body of up to 64 KiB.
+MAX_WAITING, TURN_SECONDS = 200, 1.5
 
 
 class AccountFull(Exception):
@@ -34,6 +38,10 @@ class AccountFull(Exception):
     def __init__(self, *, is_task: bool) -> None:
         super().__init__(is_task)
         self.is_task = is_task
+
+
+class AccountBusy(Exception):
+    """So many wait for a place, or the database takes so long, that the sender should try again in a moment."""
 
 
 class AccountBudget:
@@ -45,22 +53,43 @@ class AccountBudget:
         self._rows = self._bytes = 0
         self._counted_at = float("-inf")
         self._counting = asyncio.Lock()
-        self._thread = CapacityLimiter(1)
+        self._thread, self._turn, self._waiting = CapacityLimiter(1), asyncio.Lock(), 0
         self._of_task: dict[uuid.UUID, int] = {}
         self._guard = threading.Lock()  # of those counts
 
     async def take(self, delivery: Delivery) -> uuid.UUID | None:
-        """Take a place for a delivery. Returns its task. Raises AccountFull.
+        """Take a place for a delivery. Returns its task. Raises AccountFull, AccountBusy.
 
         Where the rows cannot be counted there is room: storing it tells.
         """
+        if self._waiting >= MAX_WAITING:
+            raise AccountBusy
+        self._waiting += 1
         try:
-            task_id = await to_thread.run_sync(self._take_of_task, delivery, limiter=self._thread)
+            task_id = await self._in_turn(self._take_of_task, delivery)
             if task_id is None and not await self._have_room():
                 raise AccountFull(is_task=False)
         except DatabaseUnavailable:
             return None
+        except TimeoutError:
+            raise AccountBusy from None
+        finally:
+            self._waiting -= 1
         return task_id
+
+    async def _in_turn(self, work: Callable[..., T], *words: Any) -> T:
+        """Do it in the one thread. Raises TimeoutError; a statement under way then keeps the turn until it ends."""
+        async with asyncio.timeout(TURN_SECONDS):
+            await self._turn.acquire()
+        working = asyncio.ensure_future(to_thread.run_sync(work, *words, limiter=self._thread))
+        working.add_done_callback(self._end_turn)
+        async with asyncio.timeout(TURN_SECONDS):
+            return await asyncio.shield(working)
+
+    def _end_turn(self, working: asyncio.Future[Any]) -> None:
+        self._turn.release()
+        if not working.cancelled():
+            working.exception()  # whoever waited may have left
 
     def settle(self, delivery: Delivery, task_id: uuid.UUID | None, *, is_new: bool) -> None:
         """Say what became of a delivery that had a place. One that names no task yet may still match one."""
@@ -91,7 +120,7 @@ class AccountBudget:
     async def _have_room(self) -> bool:
         async with self._counting:
             if time.monotonic() >= self._counted_at + COUNT_SECONDS:
-                self._rows, self._bytes = await to_thread.run_sync(self._count, limiter=self._thread)
+                self._rows, self._bytes = await self._in_turn(self._count)
                 self._counted_at = time.monotonic()
         return self._rows < MAX_ROWS and self._bytes < MAX_BYTES
 

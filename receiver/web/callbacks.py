@@ -28,7 +28,7 @@ from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
-from receiver.web.account_budget import MAX_OF_TASK, AccountBudget, AccountFull
+from receiver.web.account_budget import MAX_OF_TASK, AccountBudget, AccountBusy, AccountFull
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.timeouts import Timeouts
 from storage import states
@@ -164,6 +164,8 @@ class Callbacks:
             words = f"{MAX_OF_TASK} deliveries of this task" if full.is_task else "all it may of what matches no task"
             outcome, seconds = "task_full" if full.is_task else "account_full", str(FULL_RETRY_AFTER_SECONDS)
             return _answer(429, f"the account's address holds {words}", outcome, {"Retry-After": seconds})
+        except AccountBusy:
+            return _answer(503, "busy, try again", "full")
         done: Response | Intake | None = None
         try:
             done = await self._store(delivery)

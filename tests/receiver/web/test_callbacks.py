@@ -356,6 +356,21 @@ def test_the_accounts_url_keeps_twenty_deliveries_of_a_task(web: Web, parts: Par
         again._take_of_task(Delivery("kling", "push", None, b"{}"))
 
 
+@ON_POSTGRESQL
+def test_the_accounts_url_waits_for_no_slow_database_and_delays_no_other(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(account_budget, "MAX_WAITING", 3)
+    task, path = insert_row(parts), f"/callbacks/kling/{web.account_token}"
+    with parts.database.write() as session, ThreadPoolExecutor(12) as senders:
+        session.execute(text("LOCK TABLE task IN ACCESS EXCLUSIVE MODE"))
+        answers = [senders.submit(post, web, path, about(task, number)) for number in range(12)]
+        assert post(web, path_of(parts, task)).status_code == 200
+        assert {each.result().status_code for each in answers} == {503}
+        session.rollback()
+    assert post(web, path, about(task, 0)).status_code == 200
+
+
 def test_deliveries_of_a_task_at_the_account_are_counted_by_an_index(parts: Parts) -> None:
     task = insert_row(parts)
     assert not scans(parts.database, lambda session: account_budget.count_of_task(session, task.id))
