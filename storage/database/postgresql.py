@@ -1,14 +1,15 @@
 """What a new session of PostgreSQL is asked, and when an old one is replaced.
 
 A primary that was demoted keeps its sessions: they refuse writes for ever, while every new session, at the same
-address, may write. So a session that says it is read-only is replaced, and a new one decides.
+address, may write. So a session that says it is read-only is replaced, and a new one decides. A pooler keeps such
+sessions, too, for an hour unless it is told otherwise, and lends them to new clients. So they are ended there.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,13 @@ READ_ONLY = "25006"
 BELIEVED_SECONDS = 1.0
 # "cached plan must not change result type": the session's prepared statements are older than the schema.
 STALE_PLAN = "0A000"
+# Behind a pooler, how old a read-only session may be that still speaks for those that the pooler would open now.
+OLD_SECONDS = 5.0
+# Ends the session that answers, if it is that old. One's own may be ended by any role.
+END_IF_OLD = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = pg_backend_pid() AND backend_start < clock_timestamp() - make_interval(secs => %s)"""
+# More than a pool of hosted databases has for one role, so that one new connection ends them all.
+MOST_ENDED = 64
 FACTS = "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
 # Asked in place of SQLAlchemy's own ping before a connection of the pool is used again: one round trip, too.
 PING = "SHOW transaction_read_only"
@@ -66,17 +74,18 @@ class Sessions:
             self._of_thread.is_unasked = False
 
     def watch(self, engine: Engine) -> None:
+        event.listen(engine, "do_connect", self._connect)
         event.listen(engine, "connect", self._begin)
         event.listen(engine, "checkout", self._check)
         event.listen(engine, "checkin", _forget_read_only)
         event.listen(engine, "handle_error", self._judge)
 
     def note(self, connection: Connection[Any] | AsyncConnection[Any], process_id: int, is_read_only: bool) -> None:
-        """What a new session said (`FACTS`)."""
+        """What a new session said (`FACTS`). Behind a pooler it may be an old one, so it does not speak for others."""
         self.is_pooled = self._is_said_to_be_pooled or is_pooled(connection, process_id)
         if self.is_pooled:
             connection.prepare_threshold = None
-        if is_read_only:
+        elif is_read_only:
             self._read_only_until = time.monotonic() + BELIEVED_SECONDS
 
     def is_replaceable(self) -> bool:
@@ -86,10 +95,21 @@ class Sessions:
         self.replaced_at = time.monotonic()
         return True
 
+    def _connect(self, dialect: Any, _: object, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
+        for _attempt in range(MOST_ENDED):
+            connection: Connection[Any] = dialect.connect(*arguments, **options)
+            connection.autocommit = True
+            process_id, is_read_only = connection.execute(FACTS).fetchone() or (0, False)
+            self.note(connection, process_id, is_read_only)
+            if not (self.is_pooled and is_read_only):
+                break
+            if not _was_ended(connection):
+                self._read_only_until = time.monotonic() + BELIEVED_SECONDS
+                break
+        return connection
+
     def _begin(self, connection: Connection[Any], record: Any) -> None:
         connection.autocommit = True
-        process_id, is_read_only = connection.execute(FACTS).fetchone() or (0, False)
-        self.note(connection, process_id, is_read_only)
         if needs_style(connection):
             connection.execute(SET_STYLE)
         connection.autocommit = False
@@ -114,6 +134,18 @@ class Sessions:
         state = getattr(context.original_exception, "sqlstate", None)
         if state == STALE_PLAN or (state == READ_ONLY and self.is_replaceable()):
             context.is_disconnect = True
+
+
+def _was_ended(connection: Connection[Any]) -> bool:
+    """End the server's session that a pooler lends to this connection, if it is old. The connection ends with it."""
+    from psycopg import Error
+
+    try:
+        connection.execute(END_IF_OLD, (OLD_SECONDS,))
+    except Error:
+        connection.close()
+        return True
+    return False
 
 
 def _forget_read_only(connection: Any, _: object) -> None:

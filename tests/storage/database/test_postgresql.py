@@ -216,6 +216,25 @@ def test_behind_a_pooler_nothing_is_prepared_and_many_threads_write(
 
 
 @NEEDED
+def test_sessions_of_a_demoted_server_that_a_pooler_keeps_are_ended(
+    postgres: Postgres, database_url: str, opened: Callable[..., Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pooler's sessions were begun while the server was read-only, and stay so."""
+    monkeypatch.setattr(postgresql, "BELIEVED_SECONDS", 0)
+    name = database_url.rpartition("/")[2]
+    with PgBouncer(postgres, size=4) as pooler:
+        database = opened(pooler.url(database_url))
+        with postgres.read_only(name), ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda _: ask(database, text("pg_sleep(0.2)")), range(4)))
+            with pytest.raises(DatabaseUnavailable, match="read-only transaction"):
+                commit(database)
+        monkeypatch.setattr(postgresql, "OLD_SECONDS", 0)
+        assert commit(database) is Intake.NEW
+        with database.write() as session:
+            assert count_workers(session) == 0
+
+
+@NEEDED
 def test_defaults_of_the_database_change_nothing_behind_a_pooler(
     pooled_url: str, database: Database, opened: Callable[..., Database]
 ) -> None:
