@@ -27,6 +27,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
 from structlog._config import BoundLoggerLazyProxy
+from structlog.dev import ConsoleRenderer, plain_traceback
 
 from receiver.app.wiring import Parts
 from receiver.local_store.seaweed import Seaweed
@@ -135,6 +136,13 @@ def statements_compiled_once() -> Iterator[None]:
         event.listen(Engine, "engine_connect", use_kept)
         yield
         event.remove(Engine, "engine_connect", use_kept)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_tracebacks() -> None:
+    """structlog's default draws a traceback with all local variables: a second of CPU for each logged exception."""
+    [renderer] = [each for each in structlog.get_config()["processors"] if isinstance(each, ConsoleRenderer)]
+    renderer.exception_formatter = plain_traceback
 
 
 @pytest.fixture(scope="session", autouse=True)
