@@ -16,6 +16,8 @@ from receiver.cli.terminal import say
 if TYPE_CHECKING:
     from receiver.sandbox import Knobs, Sandbox
 
+# For 25 s: a receiver that is started beside it may still be starting. Three tries, as in tests, end after 0.6 s.
+CALLBACK_TRIES = 8
 CTRL_C_INTERVAL_SECONDS = 0.5  # for Ctrl-C
 
 
@@ -105,7 +107,7 @@ def sandbox(
         "allow_remote_callbacks": allow_remote_callbacks or None,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    _run_sandbox(host, port, _knobs({**given, **_pairs(knob or [])}))
+    _run_sandbox(host, port, _knobs({"callback_tries": CALLBACK_TRIES, **given, **_pairs(knob or [])}))
 
 
 def _print_knobs() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import os
 import socket
 
+import httpx
 import pytest
 
 from receiver.app import checks
@@ -12,6 +14,8 @@ from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.sandbox import Sandbox
 from tests.command_line import CommandLine
+from tests.forked import Forked
+from tests.harness import wait_until
 
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
 
@@ -84,3 +88,17 @@ def test_a_server_that_cannot_listen_prints_no_link_to_its_console(receiver: Com
         done = receiver("serve", "--store", "own", "--port", port, RECEIVER_S3_ENDPOINT_URL=None)
     assert (done.code, done.out) == (1, "")
     assert "cannot listen" in done.err
+
+
+def test_the_sandbox_of_the_command_line_waits_for_a_receiver_that_is_starting(receiver: CommandLine) -> None:
+    out = receiver.folder / "out"
+    out.touch()
+    process = Forked(("sandbox", "--port", "0"), dict(os.environ), receiver.folder, out=out)
+    try:
+        wait_until(lambda: "Ctrl-C ends it." in out.read_text())
+        knobs = httpx.get(f"{out.read_text().split()[1]}/sandbox/knobs").json()
+        patience = knobs["callback_backoff_seconds"] * (2 ** (knobs["callback_tries"] - 1) - 1)
+        assert patience > 20
+    finally:
+        process.kill()
+        process.wait()
