@@ -1,8 +1,9 @@
 """`POST /callbacks/{provider}/{token}`: check the token, read the body within bounds, commit it, then answer 200.
 
 404 bad token (no body read, no query) · 408 body slower than 10 s · 413 over 256 KiB, or over 64 KiB at the account's
-URL · 401 bad signature (kept) · 429 the task, or the account's URL, has all the deliveries it may keep; a proxy does
-not repeat it · 503 we could not store it in time · 200 committed, whatever it says. Never 4xx for our own fault.
+URL · 401 bad signature (kept) · 429 the task, or the account's URL, has all the deliveries it may keep, or too many at
+once; a proxy does not repeat it · 503 we could not store it in time · 200 committed, whatever it says. Never 4xx for
+our own fault.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ log = structlog.get_logger()
 MAX_BODY_BYTES = 256 * 1024
 # At the account's URL, whose token names no task: twice of what is planned for.
 MAX_ACCOUNT_BODY_BYTES = 64 * 1024
+# What the bodies of one URL may have in memory at once: 1,000 that lacked a byte took 225 MB for ten seconds. Eight of
+# the largest of a task, and 256 at the account's URL, which takes those of all tasks.
+MAX_TASK_BYTES, MAX_ACCOUNT_BYTES = 2 * 2**20, 16 * 2**20
 BODY_SECONDS = 10.0
 # From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
 COMMIT_SECONDS = 5.0
@@ -111,6 +115,7 @@ class Callbacks:
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
         self._refused = _Refused()
+        self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
         self._account = AccountBudget(database, self._find)
         self._threads = CapacityLimiter(THREADS)
 
@@ -136,9 +141,27 @@ class Callbacks:
         if provider is None or named is None:
             return _answer(404, "not found", "bad_token")
         most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
+        size = _announced(scope, most)
+        if size > most:
+            return _answer(413, f"the body is longer than {most} bytes", "long_body")
+        before, at_once = self._in_hand.get(named.task_id, 0), MAX_TASK_BYTES if named.task_id else MAX_ACCOUNT_BYTES
+        if before + size > at_once:
+            retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            return _answer(429, "too many deliveries to this address at once", "many_at_once", retry)
+        self._in_hand[named.task_id] = before + size
+        try:
+            return await self._read_and_store(scope, receive, provider, named, most)
+        finally:
+            self._in_hand[named.task_id] -= size
+            if not self._in_hand[named.task_id]:
+                del self._in_hand[named.task_id]
+
+    async def _read_and_store(
+        self, scope: Scope, receive: Receive, provider: Provider, named: Named, most: int
+    ) -> Response | None:
         try:
             with self._bodies.within(BODY_SECONDS):
-                body = await _read_body(scope, receive, most)
+                body = await _read_body(receive, most)
         except TimeoutError:
             return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
         except ClientDisconnect:
@@ -314,11 +337,16 @@ class _RateLimit:
         return True
 
 
-async def _read_body(scope: Scope, receive: Receive, most: int) -> bytes | None:
-    """The body; None when it is over `most` bytes, declared or not. Raises ClientDisconnect."""
+def _announced(scope: Scope, most: int) -> int:
+    """The bytes of a body that its head announces; `most` of a chunked one."""
     for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value[:12]) > most:
-            return None
+        if name == b"content-length" and value.isdigit():
+            return int(value[:12])
+    return most
+
+
+async def _read_body(receive: Receive, most: int) -> bytes | None:
+    """The body; None when it is over `most` bytes. Raises ClientDisconnect."""
     chunks, size, is_more = [], 0, True
     while is_more:
         message = await receive()

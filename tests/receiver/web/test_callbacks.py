@@ -8,7 +8,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -438,6 +438,27 @@ def test_the_genuine_delivery_after_a_refused_one_is_applied(web: Web, parts: Pa
 @pytest.mark.parametrize("secrets", [[SECRET], [NEXT_SECRET], [SECRET, NEXT_SECRET]])
 def test_while_secrets_change_either_one_is_good(secrets: list[str], web: Web, parts: Parts) -> None:
     assert post(web, path_of(parts, insert_row(parts)), **signature(BODY, *secrets)).status_code == 200
+
+
+@ON_SQLITE
+def test_bodies_of_one_url_are_bounded_together(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether they are complete or lack a byte. The bodies of other URLs are read."""
+    monkeypatch.setattr(callbacks, "MAX_TASK_BYTES", 2_000)
+    task, other = insert_row(parts), insert_row(parts)
+    with ExitStack() as opened:
+        held = [opened.enter_context(connected(web, path_of(parts, task), "Content-Length: 1000")) for _ in range(2)]
+        for connection in held:
+            connection.sendall(BODY + b" " * 900)
+        wait_until(lambda: web.requests_under_way == 2)
+        last = BODY + b" " * 900
+        wait_until(lambda: post(web, path_of(parts, task), last).status_code == 429)
+        answer = post(web, path_of(parts, task), last)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "5")
+        assert post(web, path_of(parts, other)).status_code == 200
+        for connection in held:
+            connection.sendall(b" " * (1_000 - len(last)))
+            assert answer_on(connection)[0] == 200
+    assert post(web, path_of(parts, task), last).status_code == 200
 
 
 # -- when we cannot store -------------------------------------------------------------------------------------------
