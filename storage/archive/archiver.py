@@ -51,6 +51,7 @@ LINK_OLD_SECONDS = 900.0
 LIFE_SHARE = 0.95
 # Noted where no SHA-256 of the store and no reading back says that the object has our bytes.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
+NOW = db_now()  # making one takes as long as SQLite's part of a statement
 # What a settled row says of unusable answers.
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 
@@ -191,12 +192,12 @@ class Archiver:
             if task is None:
                 raise LostClaim(f"task {asset.task_id} is gone")
             claims.settle(
-                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=db_now(), attempts=0,
+                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
                 notes=asset.notes, **USABLE,
             )  # fmt: skip
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
-            if tasks.waits_for_files(session, task):
-                self._database.wake(session)  # for the event alone
+            if tasks.advance_archive(session, task):
+                self._database.wake(session)  # for the event, too
             else:
                 row = self._lock_task(session, asset)
                 row.archive = states.reopened(row.archive)

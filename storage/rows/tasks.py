@@ -17,6 +17,7 @@ from storage.database.clock import db_now
 from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.errors import LostClaim
+from storage.rows import claims
 from storage.rows.deliveries import rematch
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Task
@@ -103,10 +104,24 @@ def lock_standing(session: Session, task_id: uuid.UUID) -> Standing | None:
     return Standing._make(rows[0]) if rows else None
 
 
-def waits_for_files(session: Session, task: Standing) -> bool:
-    """Whether the locked task is being archived and has no step to take, by its files as they are now."""
-    is_archiving = task.archive is ArchiveState.ARCHIVING and task.step is None and task.deleted_at is None
-    return is_archiving and states.next_step(facts_now(session, task), 0) is None
+_FINISH = sqlalchemy.update(Task.__table__).where(_TASKS.id == bindparam("wanted"))  # type: ignore[attr-defined]
+_FINISH = _FINISH.values(step=Step.FINISH, **claims.AFRESH)
+
+
+def advance_archive(session: Session, task: Standing) -> bool:
+    """Make the finish of the locked task due once none of its files is awaited any more.
+
+    Returns False, and changes nothing, unless the task is being archived and has no step to take but that one.
+    `reports.reschedule` does the same for a row object, with 1 ms more of CPU.
+    """
+    if task.archive is not ArchiveState.ARCHIVING or task.step is not None or task.deleted_at is not None:
+        return False
+    following = states.next_step(facts_now(session, task), 0)
+    if following is not None:
+        if following.step is not Step.FINISH:
+            return False
+        execute(session, _FINISH, {"wanted": task.id})
+    return True
 
 
 def lock_claimed(session: Session, claimed: Task) -> Task:
