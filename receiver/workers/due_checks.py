@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from sqlmodel import exists, select
 
-from storage.database.prepared import execute_on
 from storage.database.sessions import Database
 from storage.rows import claims
 
@@ -46,7 +45,7 @@ class DueChecks:
         self._usual = {lane.name: claims.any_due(lane.model, where=lane.where) for lane in lanes} | dict(more)
         self._usual |= {lane.name + QUEUED: lane.slots.first_queued() for lane in lanes if lane.slots is not None}
         self._alone = {lane.name + ALONE: claims.any_due(lane.model, where=lane.where, alone=True) for lane in lanes}
-        self._statements = [_all_of(asked) for asked in (self._usual, self._usual | self._alone)]
+        self._statements = [select(*map(exists, asked.values())) for asked in (self._usual, self._usual | self._alone)]
 
     def is_any(self, name: str, wake_up: int | None) -> bool:
         """`name`: of a lane or of one of `more`. `wake_up`: its number, from 1; None: check now."""
@@ -67,7 +66,7 @@ class DueChecks:
         now = time.monotonic()
         with_quarantine = now - self._quarantine_checked_at > QUARANTINE_CHECK_SECONDS
         with self._database.untested_reader() as connection:
-            found = [bool(each) for each in execute_on(connection, self._statements[with_quarantine]).rows[0]]
+            found = [bool(each) for each in connection.execute(self._statements[with_quarantine]).one()]
         self._found = dict(zip(self._usual, found, strict=False))
         if with_quarantine:
             self._quarantined, self._quarantine_checked_at = found[len(self._usual) :], now
@@ -83,7 +82,3 @@ class DueChecks:
             with self._database.autocommit_reader() as connection:
                 found = list(connection.execute(select(*map(exists, self._alone.values()))).one())
         return [lane for lane, is_due in zip(self.lanes, found, strict=True) if is_due]
-
-
-def _all_of(asked: Mapping[str, Any]) -> Any:
-    return select(*(exists(each).label(f"found_{place}") for place, each in enumerate(asked.values())))

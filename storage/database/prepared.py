@@ -34,12 +34,9 @@ def execute(session: Session, statement: Statement, values: Mapping[str, Any] | 
     Changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them like
     those of SQLAlchemy.
     """
-    return execute_on(session.connection(), statement, values)
-
-
-def execute_on(connection: Connection, statement: Statement, values: Mapping[str, Any] | None = None) -> Done:
-    """The same on a connection, in whichever transaction the driver has there: with autocommit, in none."""
-    return _prepared(statement, connection.dialect).execute(connection, values or {})
+    connection = session.connection()
+    prepared = _prepared(statement, connection.dialect)
+    return prepared.execute(connection, values or {})
 
 
 class _Prepared:
