@@ -214,8 +214,7 @@ class Worker:
     def _ahead(self, lane: Lane) -> int:
         """How many rows beyond its threads the lane may hold now.
 
-        None until two claims were full: idle workers have claimed by then. None that should be a trial. Behind a file
-        that lasts, a row would wait.
+        None until two claims were full, as idle workers claim first. None for a trial, and fewer behind slow files.
         """
         if not lane.ahead or self._full_claims[lane.name] < 2 or lane.circuit.is_open:
             return 0
@@ -363,7 +362,8 @@ class Worker:
     def _run_quarantine(self) -> None:
         while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
             wake_up = self._wait_for_work(self._commits) if self._interval == REST_SECONDS else None
-            self._run_logged("quarantine", partial(self._work_on_quarantined, wake_up))
+            if not self._stop.is_set():
+                self._run_logged("quarantine", partial(self._work_on_quarantined, wake_up))
 
     def _work_on_quarantined(self, wake_up: int | None = None) -> int:
         """Work on one row in quarantine of each lane while this process does nothing else.
