@@ -63,7 +63,12 @@ class _Prepared:
         for listen in connection.dispatch.before_cursor_execute:  # as SQLAlchemy does
             listen(connection, None, self._sql, bound, None, False)
         driver: Any = connection.connection.driver_connection
-        cursor = driver.execute(self._sql, bound)
+        try:
+            cursor = driver.execute(self._sql, bound)
+        except Exception as error:
+            if getattr(driver, "closed", False):  # of psycopg; the pool would log the rollback that fails on it
+                connection.invalidate(error)
+            raise
         for listen in connection.dispatch.after_cursor_execute:
             listen(connection, None, self._sql, bound, None, False)
         rows = cursor.fetchall() if self._readers else []

@@ -9,17 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 
 import pytest
+import sqlalchemy
 from sqlalchemy import Connection, text
 from sqlmodel import select
 from structlog.testing import capture_logs
 
-from storage.database import outages, postgresql
+from storage.database import outages, postgresql, prepared
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import loop_connections
 from storage.rows.deliveries import Delivery
 from storage.rows.group_commit import GroupCommit, Intake
-from storage.rows.models import Callback, Task
+from storage.rows.models import Callback, Task, Worker
 from tests.harness import wait_until
 from tests.pgbouncer import NEEDED, PgBouncer
 from tests.postgres import Postgres, demoted_in_use
@@ -352,3 +353,27 @@ def test_statement_prepared_before_a_schema_change_is_done_on_a_new_session(
         read(reader)
     with database.autocommit_reader() as reader:
         assert read(reader) is None
+
+
+def test_connection_that_is_lost_in_a_prepared_statement_is_dropped_without_a_traceback(
+    database: Database, postgres: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    statement, name = sqlalchemy.select(Worker.__table__.c.id), str(database.url.database)
+
+    def read() -> None:
+        with database.autocommit_reader() as connection:
+            postgres.end_sessions(name)
+            prepared.execute_on(connection, statement)
+
+    def write() -> None:
+        with database.write() as session:
+            prepared.execute(session, statement)
+            postgres.end_sessions(name)
+            prepared.execute(session, statement)
+
+    for use in (read, write):
+        with pytest.raises(DatabaseUnavailable, match="terminating"), caplog.at_level("ERROR", "sqlalchemy"):
+            use()
+    assert caplog.records == []
+    with database.write() as session:
+        assert prepared.execute(session, statement).rows == []
