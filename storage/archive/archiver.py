@@ -49,6 +49,8 @@ REFRESH_CAP_SECONDS = 900
 LINK_OLD_SECONDS = 900.0
 # Of a file's life as the setting says it, counted from when we learnt of the task's end: a poll learns it later.
 LIFE_SHARE = 0.95
+# Of a file's failed tries, for people who look at its task: a host that is away for a day is tried some twenty times.
+KEPT_TRIES, MAX_TRY_CHARS = 12, 300
 # Noted where no SHA-256 of the store and no reading back says that the object has our bytes.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
 NOW = db_now()  # making one takes as long as SQLite's part of a statement
@@ -222,7 +224,7 @@ class Archiver:
                     values: dict[str, Any] = {
                         "unusable_since": asset.unusable_since or now,
                         "unusable_tries": tries,
-                        "error": str(error),
+                        **_failed(asset, str(error), now),
                     }
                     due_in = max(due_in, error.after or 0)
                     claims.settle(session, asset, due_in=due_in, **claims.NO_ATTEMPTS, **values)
@@ -252,7 +254,8 @@ class Archiver:
         try:
             with self._database.write() as session:
                 task = self._lock_task(session, asset)
-                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, error=reason, **USABLE)
+                values = _failed(asset, reason, tasks.now(session))
+                claims.settle(session, asset, due_in=None, state=AssetState.FAILED, **values, **USABLE)
                 fact = {"kind": asset.kind, "index": asset.index, "error": reason}
                 record(session, EventName.ASSET_FAILED, asset.task_id, fact)
                 task.archive = states.reopened(task.archive)
@@ -264,7 +267,7 @@ class Archiver:
     def _retry(self, asset: Asset, reason: str, due_in: float) -> None:
         try:
             with self._database.write() as session:
-                claims.settle(session, asset, due_in=due_in, error=reason)
+                claims.settle(session, asset, due_in=due_in, **_failed(asset, reason, tasks.now(session)))
         except LostClaim:
             return
         log.warning(
@@ -281,7 +284,7 @@ class Archiver:
             with self._database.write() as session:
                 task = self._lock_task(session, asset)
                 due_in = claims.backoff(asset.attempts, base=10, cap=REFRESH_CAP_SECONDS)
-                claims.settle(session, asset, due_in=due_in, error=str(error))
+                claims.settle(session, asset, due_in=due_in, **_failed(asset, str(error), tasks.now(session)))
                 if task.step is not Step.READ or task.lease is None:
                     reports.reschedule(session, task, self._schedule, read_now=True)
                 self._database.wake(session)
@@ -302,3 +305,9 @@ class Archiver:
         if (task.lease is None or task.step is Step.FINISH) and not reports.wants_read(session, task):
             reports.reschedule(session, task, self._schedule)
         self._database.wake(session)
+
+
+def _failed(asset: Asset, error: str, now: datetime) -> dict[str, Any]:
+    """The columns that a failed try writes: its error, and the last tries for people who look."""
+    failed = {"at": now.isoformat(), "error": error[:MAX_TRY_CHARS]}
+    return {"error": error, "failed_tries": [*(asset.failed_tries or [])[1 - KEPT_TRIES :], failed]}

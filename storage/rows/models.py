@@ -191,6 +191,8 @@ class Asset(Claimable, table=True):
     fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
     superseded: list[str] = Field(default_factory=list, sa_type=Json)
     error: str | None = text_column()
+    # the last tries that failed, oldest first: {"at": ISO time, "error": text}; NULL = none
+    failed_tries: list[dict[str, str]] | None = Field(default=None, sa_type=Json, nullable=True)
     created_at: datetime = time_column(nullable=False)
     archived_at: datetime | None = time_column()
 

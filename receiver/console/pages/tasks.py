@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from urllib.parse import quote
@@ -101,7 +101,7 @@ class Tasks:
             batch = session.get(Batch, task.batch_id) if task.batch_id else None
         moments = timeline(visit, task, facts, deliveries, out)
         moments += [_of_act(visit, act) for act in acts]
-        moments += [_of_tries(visit, each) for each in assets if _is_tried(each)]
+        moments += [each for asset in assets for each in _of_tries(visit, asset)]
         return visit.page(
             "task.html", task=task, files=part(visit, "from", assets, FILES_A_PAGE), count=len(assets), batch=batch,
             aliases=aliases, note=task.note, is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept,
@@ -144,15 +144,15 @@ def in_order(found: Sequence[Moment], start: datetime) -> list[Moment]:
     return [replace(each, since=f"+{words.seconds((each.at - start).total_seconds())}") for each in ordered]
 
 
-def _is_tried(asset: Asset) -> bool:
-    return asset.state is AssetState.DUE and asset.due_at is not None and bool(asset.error)
-
-
-def _of_tries(visit: Visit, asset: Asset) -> Moment:
-    """How often a file was tried, the last error, and when it is tried again."""
+def _of_tries(visit: Visit, asset: Asset) -> Iterator[Moment]:
+    """The tries of a file that failed, and when it is tried again."""
     name = f"{visit.word('kind', asset.kind)} {asset.index}"
-    says = visit.text("timeline.tries", name=name, n=max(asset.attempts, asset.unusable_tries, 1))
-    return Moment(asset.due_at or asset.created_at, "next", f"{says}: {words.short(asset.error)}")
+    for each in asset.failed_tries or ():
+        says = visit.text("timeline.try", name=name)
+        yield Moment(datetime.fromisoformat(each["at"]), "wait", f"{says}: {words.short(each['error'])}")
+    if asset.state is AssetState.DUE and asset.due_at and asset.error:
+        says = visit.text("timeline.tries", name=name, n=max(asset.attempts, asset.unusable_tries, 1))
+        yield Moment(asset.due_at, "next", f"{says}: {words.short(asset.error)}")
 
 
 def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:

@@ -105,6 +105,7 @@ def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: R
     with parts.database.write() as session:
         row = session.get_one(Asset, asset.id)
         row.state, row.error, row.due_at, row.attempts = AssetState.DUE, "the file host answered 503", later, 4
+        row.failed_tries = [{"at": parts.database.now().isoformat(), "error": "the file host answered 502"}]
         [event] = session.exec(select(Event).where(Event.task_id == task.id, Event.name == "task.archived")).all()
         for sink, state, error in (
             ("webhook", DispatchState.DELIVERED, None),
@@ -116,5 +117,6 @@ def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: R
         store(session, [poll])
     page = ann.page(f"/tasks/{task.external_task_id}")
     assert "Picture 0, tried 4 times, is tried again: the file host answered 503" in page
+    assert "Picture 0, a try failed: the file host answered 502" in page
     assert "client: answered 500 (3 tries)" in page and "webhook (3 tries)" in page
     assert ">Read, " in page and ">Callback, " in page

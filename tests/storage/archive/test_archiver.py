@@ -7,6 +7,7 @@ import io
 import json
 import uuid
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, BinaryIO
 
 import pytest
@@ -219,3 +220,26 @@ def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox
     assert run(parts, "reads") == 1
     run(parts, "assets", "finishes")
     assert_archived(parts, sandbox, task_of(parts, "task"))
+
+
+def test_failed_tries_are_kept_with_their_errors_also_once_the_file_is_archived(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.archive.archiver.KEPT_TRIES", 3)
+    with_due_assets(parts, sandbox, 1)
+    url = only_asset(parts).source_url
+    for place in "abcd":
+        set_url(parts, f"{sandbox.url}/cdn/gone-{place}.png")
+        make_due_now(parts)
+        run(parts, "assets")
+    tries = only_asset(parts).failed_tries or []
+    assert len(tries) == 3 and all(datetime.fromisoformat(each["at"]).tzinfo and each["error"] for each in tries)
+    set_url(parts, url)
+    make_due_now(parts)
+    run(parts, "assets")
+    assert only_asset(parts).state is AssetState.ARCHIVED and only_asset(parts).failed_tries == tries
+
+
+def set_url(parts: Parts, url: str) -> None:
+    with parts.database.write() as session:
+        session.execute(update(Asset).values(source_url=url))
