@@ -283,7 +283,10 @@ def is_same_site(request: Request) -> bool:
     if site is not None:
         return site in ("same-origin", "none")
     origin = request.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
+    try:
+        return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
+    except ValueError:  # no browser sends such an origin
+        return False
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
