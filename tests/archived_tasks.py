@@ -48,7 +48,7 @@ BY_HAND: set[str] = set()
 
 
 def put(parts: Parts, key: str, content: bytes) -> None:
-    """An object as somebody else would put it; what stood there is gone."""
+    """Put an object as another program would, in place of the one that was there."""
     BY_HAND.add(key)
     parts.bucket.delete(key)
     sha256 = hashlib.sha256(content).hexdigest()

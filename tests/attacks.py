@@ -67,7 +67,7 @@ Attack = Callable[[Target], Awaitable[object]]
 
 
 async def many(target: Target, count: int, once: Callable[[int], Awaitable[object]]) -> None:
-    """`count` attackers side by side; whatever a defence does to one, it goes on."""
+    """`count` attackers side by side. Each continues after any defence."""
     numbers = itertools.count()
 
     async def one() -> None:

@@ -1,4 +1,4 @@
-"""Every event told, whatever the receiver does: `python -m tests.event_delivery_run --tasks 1000 --down 60`.
+"""Every event is delivered though its receiver fails: `python -m tests.event_delivery_run --tasks 1000 --down 60`.
 
 The web server and a worker process, the sandbox, SeaweedFS, and a webhook that fails 30 % of its requests and is down
 for a while. Run twice, without and with the webhook, to see what it costs archiving. Then the rows are compared with
@@ -101,7 +101,7 @@ def compare(database: Database, got: list[Got]) -> Outcome:
 
 
 class Stage(Scene):
-    """`hook`: who is told; None = nobody."""
+    """`hook`: the receiver of events; None = none."""
 
     def __init__(self, folder: Path, *, database: str, hook: Hook | None) -> None:
         folder.mkdir()
@@ -171,7 +171,7 @@ def _cpu_seconds(kept: Kept) -> float:
 
 
 def alone(folder: Path, *, tasks: int, database: str) -> tuple[dict[str, Any], list[float]]:
-    """The same work with nobody to tell. Returns its figures, and when each task was archived."""
+    """The same work without a receiver of events. Returns its figures, and when each task was archived."""
     with Stage(folder / "alone", database=database, hook=None) as stage:
         stage.submit(tasks)
         wait_until(lambda: stage.archived() == tasks, seconds=60 + tasks * ONE_TASK_SECONDS, every=0.2)

@@ -87,7 +87,7 @@ class Night(Scene):
 
 
 class GatewayClient(threading.Thread):
-    """Somebody who knows Kling's API alone and asks beside the batch; refused for want of slots, it asks again."""
+    """A client of Kling's API beside the batch. Refused for want of slots, it sends its create again."""
 
     def __init__(self, url: str, most: int) -> None:
         super().__init__(daemon=True)

@@ -23,7 +23,7 @@ BUCKET = "pictures"
 
 
 class Scene:
-    """A context manager: whatever happens inside, nothing of it runs afterwards. A play builds it in `_build`.
+    """A context manager: no process of it runs afterwards, also after an error. A play builds it in `_build`.
 
     All of it listens on loopback alone, and dies with this process (Linux) even when that is killed.
     """
@@ -74,7 +74,7 @@ class Scene:
                 raise RuntimeError(f"a process did not start:\n{each.log.read_text()[-3_000:]}")
 
     def bugs(self) -> list[str]:
-        """The lines of all logs that tell of an error nobody had foreseen."""
+        """The lines of all logs about unexpected errors."""
         return [line for each in (self.web, *self.workers) for line in each.bugs()]
 
     def _environment(self, store_url: str) -> dict[str, str]:

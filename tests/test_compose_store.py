@@ -50,7 +50,7 @@ def test_no_container_has_rights_to_spare(name: str) -> None:
 
 @contextmanager
 def running(*command: str | Path, **environment: str) -> Iterator[None]:
-    """Killed at the end: nobody needs the data any more, and in order the store takes half a minute."""
+    """Killed at the end, because an orderly stop takes half a minute and the data is not needed."""
     with subprocess.Popen(command, env={"PATH": os.environ["PATH"], **environment}, stdout=-3, stderr=-3) as started:
         try:
             yield

@@ -1,4 +1,4 @@
-"""Tasks that nobody calls back about, and what the provider was asked: shared by the tests of reconciling."""
+"""Tasks without callbacks, and the reads that the provider got: shared by the tests of reconciling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OTHERS = {"task_id": "777", "task_status": "processing", "task_info": {"external
 
 
 def submit(parts: Parts, count: int, **fields: Any) -> list[Task]:
-    """Tasks whose callbacks nobody hears (no web server runs), due for a read."""
+    """Tasks that are due for a read. Their callbacks are lost, because no web server runs."""
     made = [parts.submitter.submit({**REQUEST, **fields}).task for _ in range(count)]
     make_due_now(parts, Task)
     return made

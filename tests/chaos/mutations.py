@@ -25,7 +25,7 @@ from tests.chaos.processes import ROOT
 NOT_COPIED = (".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
 TEST_SECONDS = 400
 CAMPAIGNS = "tests/flows/test_chaos.py"
-CAMPAIGN = f"{CAMPAIGNS}::test_nothing_is_lost_or_doubled_whatever_dies"
+CAMPAIGN = f"{CAMPAIGNS}::test_nothing_is_lost_or_doubled_when_processes_and_servers_die"
 ACCOUNT = "tests/receiver/tasks/test_account_pauses.py"
 UNUSABLE = "tests/storage/archive/test_unusable.py"
 BODIES = "tests/receiver/web/test_request_bodies.py"

@@ -21,7 +21,7 @@ MARKS = {WORKER_KILLED: b'"worker.started"', WEB_KILLED: b'"web.started"'}
 
 
 class Kept:
-    """One program. `kind`: the fault that a kill of it counts as; `exits`: how it ended when nobody killed it."""
+    """One program. `kind`: the fault that a kill of it counts as; `exits`: how it ended when it was not killed."""
 
     def __init__(self, kind: str, arguments: list[str], environment: dict[str, str], folder: Path) -> None:
         self.kind = kind
@@ -100,6 +100,6 @@ class Kept:
         self._thread.join(5)
 
     def bugs(self) -> list[str]:
-        """The lines of its log that tell of an error nobody had foreseen."""
+        """The lines of its log about unexpected errors."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return [line for line in lines if '"worker.step_failed"' in line or '"exception"' in line]

@@ -41,7 +41,7 @@ POSTGRESQL_ONLY = pytest.mark.parametrize("database_kind", ["postgresql"])  # SQ
 
 
 @pytest.mark.campaign("postgresql")
-def test_nothing_is_lost_or_doubled_whatever_dies(database_kind: Any) -> None:
+def test_nothing_is_lost_or_doubled_when_processes_and_servers_die(database_kind: Any) -> None:
     outcome = campaign.run(plan.bounded(database_kind, seed=1))
     assert not outcome.failures, campaign.report(outcome)
 

@@ -132,7 +132,7 @@ def mortal(parts: Parts, fuse: Fuse) -> Iterator[Parts]:
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """Nothing happens by itself: polls are far away, and callbacks go to a port where nobody listens."""
+    """Nothing happens without the test: polls are hours away, and callbacks go to a closed port."""
     return {"poll_after_seconds": 3_600, "lease_seconds": 1, "worker_threads": 4}
 
 
@@ -288,7 +288,7 @@ def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
 
 
 def rows_of(parts: Parts) -> list[dict[str, Any]]:
-    """Without the numbers of facts: whoever is awake gives them."""
+    """Without the numbers of events, which any running worker assigns."""
     with parts.database.read() as session:
         rows = [row for model in (Task, Callback, Asset, Event) for row in session.exec(select(model))]
         return [
@@ -298,14 +298,14 @@ def rows_of(parts: Parts) -> list[dict[str, Any]]:
 
 
 def give_other_bytes(parts: Parts, frozen: Asset, other: Asset) -> None:
-    """Whoever takes over finds another picture than the frozen worker holds: a second object would show."""
+    """The next worker downloads another picture than the frozen one holds, so a second object would be seen."""
     with parts.database.write() as session:
         changed = update(Asset).where(col(Asset.id) == frozen.id).values(source_url=other.source_url)
         session.execute(changed)
 
 
 def is_free(parts: Parts) -> bool:
-    """Whether nobody is writing: always, as far as PostgreSQL goes, where nobody waits for strangers' rows."""
+    """Whether no other process is writing. PostgreSQL: always true, because writers of other rows do not wait."""
     if not parts.database.is_sqlite:
         return True
     with Path(f"{parts.database.url.database}.lock").open("a") as file:

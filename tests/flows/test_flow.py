@@ -199,7 +199,7 @@ def test_a_create_over_the_concurrency_limit_waits_in_its_row(parts: Parts, sand
 
 
 def ask_directly(sandbox: Sandbox, external_task_id: str) -> None:
-    """Somebody else uses the same account."""
+    """Another program uses the same account."""
     body = {**PLAIN, "external_task_id": external_task_id}
     headers = {"Authorization": f"Bearer {sandbox.api_key}"}
     httpx.post(f"{sandbox.url}/v1/images/omni-image", json=body, headers=headers).raise_for_status()
@@ -342,7 +342,7 @@ def test_one_dead_url_among_nine_holds_up_none_of_the_others(web: Web, parts: Pa
     assert_archived(parts, sandbox, finish(parts, "nine"))
 
 
-def test_a_series_told_in_the_new_shape_and_read_in_the_old_one_is_kept_once(
+def test_a_series_reported_in_the_new_shape_and_read_in_the_old_one_is_archived_once(
     web: Web, parts: Parts, sandbox: Sandbox
 ) -> None:
     sandbox.set(callback_shape="new", fresh_urls_on_read=True)

@@ -1,4 +1,4 @@
-"""The log lines of one callback's path, from the create to the manifest, name their task alike."""
+"""The log lines of one callback's path, from the create to the manifest, name their task in the same way."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_names_that_earlier_releases_opened_are_left_alone(parts: Parts, tmp_pat
     )
 
 
-def test_fifo_in_place_of_a_file_holds_nobody(tmp_path: Path) -> None:
+def test_fifo_in_place_of_a_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "name")
     folder = LocalFolder(tmp_path)
     with folder.existing(["name"]) as found:

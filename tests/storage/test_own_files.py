@@ -1,4 +1,4 @@
-"""Files in a folder where another user writes: his symlinks are not followed, whoever opens one."""
+"""Files in a folder where another user may write: no code of ours follows that user's symlinks."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_in_a_sticky_folder_the_owner_of_a_symlink_decides(shared: Path) -> None
         final(shared / "name")
 
 
-def test_a_fifo_holds_nobody(tmp_path: Path) -> None:
+def test_a_fifo_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.lock")
     with pytest.raises(DatabaseUnavailable, match=r"x\.lock"):
         enter(tmp_path / "x.lock")

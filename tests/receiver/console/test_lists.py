@@ -84,7 +84,7 @@ def test_filter_without_an_index_stops_at_its_bound_and_goes_on_with_the_next_pa
     assert [task.external_task_id for task in second.rows] == ["t0"] and second.further is None
 
 
-def test_deliveries_are_filtered_and_page_by_key(parts: Parts) -> None:
+def test_deliveries_are_filtered_and_paged_by_key(parts: Parts) -> None:
     task = insert_row(parts)
     ids = [deliver(parts, task, f"no json {number}".encode()).id for number in range(3)]
     deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})

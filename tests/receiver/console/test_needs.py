@@ -121,7 +121,7 @@ def test_acts_and_dispatches_are_found_by_an_index(parts: Parts) -> None:
         assert [name for _, name in events.newest_acts(session, 25)] == [None, "waits-for-money"]
 
 
-def test_an_old_failure_is_found_behind_more_tasks_than_a_page_looks_through(
+def test_an_old_failure_is_found_behind_more_tasks_than_a_page_reads(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lists, "SCANNED", 2)

@@ -1,4 +1,4 @@
-"""Rows in Kling's words: the shapes of its recorded answers, and each status told once."""
+"""Rows in Kling's words: the shapes of its recorded answers, and each status sent once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def asset(index: int = 0, state: AssetState = AssetState.ARCHIVED, kind: str = "
 
 
 def bodies(names: list[str], results: Results = "archived", row: Task | None = None) -> dict[int, dict[str, Any]]:
-    """What each fact is told as, by its place among them."""
+    """The status that each fact is sent as, by its position."""
     told = (
         callback_body(row or task(), [asset()], name, at=AT + timedelta(seconds=place), earlier=names[:place],
                       response_format=response_format(results))
@@ -154,7 +154,7 @@ def test_a_query_says_processing_until_the_pictures_are_ours(row: Task, archived
 # -- callbacks --------------------------------------------------------------------------------------------------------
 
 
-def test_each_status_is_told_once_and_success_when_it_is_archived() -> None:
+def test_each_status_is_sent_once_and_success_once_archived() -> None:
     assert statuses(ALL_ARCHIVED) == {1: "submitted", 2: "processing", 5: "succeed"}
     assert statuses(ALL_ARCHIVED, "provider") == {1: "submitted", 2: "processing", 3: "succeed"}
 
@@ -164,11 +164,11 @@ def test_a_second_end_of_the_archive_is_silent() -> None:
     assert list(statuses(repaired)) == [1, 2, 5]
 
 
-def test_a_success_without_processing_before_it_is_told_as_processing_first() -> None:
+def test_success_without_processing_is_preceded_by_a_processing_callback() -> None:
     assert statuses(["task.created", "task.succeeded", "task.archived"]) == {1: "processing", 2: "succeed"}
 
 
-def test_a_failure_is_told_with_its_reason() -> None:
+def test_a_failure_is_sent_with_its_reason() -> None:
     names = ["task.created", "task.submitted", "task.failed"]
     told = bodies(names, row=task(TaskState.FAILED, error="risk control"))
     assert told[2] | {"updated_at": 0, "receiver": 0} == {
@@ -185,7 +185,7 @@ def test_a_late_success_outranks_a_failure_and_a_dismissal_is_no_success() -> No
     assert statuses([*dismissed, "task.succeeded", "task.archived"])[5] == "succeed"
 
 
-def test_an_id_asked_for_again_after_a_refusal_is_told_from_its_beginning() -> None:
+def test_an_id_sent_again_after_a_refusal_has_all_its_callbacks() -> None:
     again = ["task.created", "task.failed", "task.created", "task.submitted", "task.failed"]
     assert {3: "submitted", 4: "failed"}.items() <= statuses(again).items()
 
@@ -196,7 +196,7 @@ def test_a_late_body_tells_what_was_true_then() -> None:
     assert (told["task_status"], told["task_result"]) == ("submitted", {})
 
 
-def test_the_same_fact_is_told_in_the_same_bytes() -> None:
+def test_the_same_fact_has_the_same_bytes() -> None:
     row, kept = task(), [asset(1), asset(0)]
     told = {
         callback_body(row, order, "task.archived", at=AT, earlier=ALL_ARCHIVED[:-1], response_format=response_format())

@@ -46,7 +46,7 @@ def test_a_task_whose_id_has_slashes_is_found_by_it_first(web: Web) -> None:
 
 
 @ON_SQLITE
-def test_a_path_that_lost_our_prefix_is_told_so(web: Web) -> None:
+def test_a_path_without_our_prefix_is_answered_with_the_reason(web: Web) -> None:
     lost = "/v1/images/omni-image"
     for method, path in (("POST", lost), ("POST", f"/{lost}"), ("GET", f"{lost}/x"), ("GET", "/v1/tasks")):
         answer = ask(web, method, path)
@@ -85,7 +85,7 @@ def test_unknown_fields_may_be_empty_and_numbers_digits(web: Web, sandbox: Sandb
 
 
 @ON_SQLITE
-def test_a_compressed_body_is_told_so(web: Web) -> None:
+def test_a_compressed_body_is_answered_with_the_reason(web: Web) -> None:
     body = gzip.compress(json.dumps(PLAIN).encode())
     for headers in ({"Content-Encoding": "gzip"}, {}):
         answer = ask(web, "POST", content=body, headers=headers)

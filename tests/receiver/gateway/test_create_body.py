@@ -1,4 +1,4 @@
-"""The JSON of a create: read as any parser reads it, and bounded in structure and memory whatever it holds."""
+"""The JSON of a create: read as any parser reads it, and bounded in structure and memory for any content."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_object_is_read_as_any_parser_reads_it(document: Any, ascii_only: 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet='{}[]:,"\\ NaI01tue\u00e9', max_size=40))
-def test_whatever_is_no_json_is_refused(text: str) -> None:
+def test_invalid_json_is_refused(text: str) -> None:
     try:
         wanted: Any = json.loads(text, parse_constant=lambda _: 1 / 0)
     except (ValueError, ZeroDivisionError):

@@ -126,7 +126,7 @@ def test_a_fault_of_our_own_is_no_reason_to_send_again_either(web: Web, parts: P
 
 
 @ON_POSTGRESQL
-def test_a_create_on_a_read_only_database_is_told_to_come_again(
+def test_a_create_on_a_read_only_database_is_answered_with_retry_after(
     web: Web, parts: Parts, sandbox: Sandbox, postgres: Postgres
 ) -> None:
     name = str(parts.database.url.database)

@@ -343,7 +343,7 @@ def test_without_free_slots_it_is_1303_and_no_row_is_left(web: Web, parts: Parts
 
 
 @ON_SQLITE
-def test_after_its_patience_the_client_is_told_submitted(
+def test_a_client_whose_create_takes_too_long_is_answered_submitted(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.2)
@@ -370,7 +370,7 @@ def test_a_refusal_after_its_client_has_left_is_the_rows_affair(code: str, parts
     assert outcome_listener.refusal is None
 
 
-def test_a_refusal_that_somebody_else_overtook_is_not_told(parts: Parts, sandbox: Sandbox) -> None:
+def test_a_refusal_is_not_sent_when_another_worker_owns_the_row(parts: Parts, sandbox: Sandbox) -> None:
     """The id exists already; while that task is read, another worker gets the row."""
     theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
     sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000

@@ -217,7 +217,7 @@ def test_after_a_crash_the_key_tells_the_rows_state(
 
 
 @ON_SQLITE
-def test_a_crash_before_the_request_left_is_waited_for_and_then_told(
+def test_a_repeat_waits_for_a_create_that_crashed_before_it_was_sent(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.3)

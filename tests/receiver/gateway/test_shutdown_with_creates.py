@@ -1,4 +1,4 @@
-"""SIGTERM while the provider is slow: whoever waits is answered, and the row goes on by itself."""
+"""SIGTERM while the provider is slow: waiting clients are answered, and a worker continues with the row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def slow_provider(sandbox: Sandbox, parts: Parts) -> Iterator[None]:
     wait_until(lambda: task_of(parts, ID).lease is None)
 
 
-def test_creates_that_wait_are_told_submitted_and_go_on(parts: Parts, sandbox: Sandbox) -> None:
+def test_waiting_creates_are_answered_submitted_and_continue(parts: Parts, sandbox: Sandbox) -> None:
     with ThreadPoolExecutor(1) as pool, Web(parts) as web:
         waiting = pool.submit(create, web, BODY, headers=WORD)
         wait_until(lambda: creates(sandbox))

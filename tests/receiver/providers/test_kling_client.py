@@ -184,7 +184,7 @@ def test_a_gateways_bare_create_answer_is_a_submitted_task(server: Scripted, kli
 
 @pytest.mark.parametrize("code", [1200, 1201, 1202, 1203, 1300, 1301])
 @pytest.mark.parametrize("status", [200, 429])
-def test_a_definite_refusal_is_told_by_its_code(server: Scripted, kling: Kling, code: int, status: int) -> None:
+def test_a_final_refusal_is_recognized_by_its_code(server: Scripted, kling: Kling, code: int, status: int) -> None:
     server.answer({"code": code, "message": "no"}, status)
     with pytest.raises(ProviderRejected) as caught:
         create(kling)
@@ -194,7 +194,9 @@ def test_a_definite_refusal_is_told_by_its_code(server: Scripted, kling: Kling, 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1002, 1003, 1100, 1102, 1103, 1304])
 @pytest.mark.parametrize("status", [200, 429])
-def test_a_refusal_of_the_account_is_told_by_its_code(server: Scripted, kling: Kling, code: int, status: int) -> None:
+def test_a_refusal_of_the_account_is_recognized_by_its_code(
+    server: Scripted, kling: Kling, code: int, status: int
+) -> None:
     server.answer({"code": code, "message": "no"}, status)
     with pytest.raises(AccountRefused) as caught:
         create(kling)

@@ -241,7 +241,7 @@ def test_an_unknown_model_passes_with_a_warning() -> None:
 
 
 @pytest.mark.parametrize("slip", ["kling-v3-omi", "kling_v3_omni", "Kling-V3-Omni", "kling-v3-omni "])
-def test_a_slip_of_a_models_name_is_told_the_model(slip: str) -> None:
+def test_a_misspelt_model_is_refused_with_the_nearest_name(slip: str) -> None:
     [warning] = request(model_name=slip).warnings()
     assert "did you mean 'kling-v3-omni'?" in warning
 

@@ -63,7 +63,7 @@ def test_links_expire_and_cannot_be_made_up(api: httpx.Client, sandbox: Sandbox)
     assert httpx.get(urls(ended(api, "y"))[0]).status_code == 403
 
 
-def test_downloads_go_wrong_as_told(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_downloads_fail_as_the_knobs_say(api: httpx.Client, sandbox: Sandbox) -> None:
     create(api, external_task_id="x")
     (url,) = urls(ended(api, "x"))
     sandbox.set(cdn_faults=["503", "403", "html", "truncated_silent", "truncated", "truncated_chunked"])
@@ -239,7 +239,7 @@ def test_the_same_seed_makes_the_same_choices(api: httpx.Client, sandbox: Sandbo
     assert choices() == choices()
 
 
-def test_it_listens_on_loopback_unless_told() -> None:
+def test_it_listens_on_loopback_unless_a_host_is_given() -> None:
     with pytest.raises(ValueError, match="not a loopback address"):
         Sandbox(host="0.0.0.0")  # noqa: S104 – the point is that it is refused
     Sandbox(host="0.0.0.0", knobs=Knobs(allow_remote_host=True))  # noqa: S104 – allowed, but never started

@@ -122,7 +122,7 @@ def test_hosts_of_the_settings_are_trusted(parts: Parts) -> None:
     assert len(assets_of(parts, task)) == 1
 
 
-def test_a_signed_delivery_is_believed_whatever_it_brings(parts: Parts) -> None:
+def test_a_signed_delivery_is_believed_with_any_content(parts: Parts) -> None:
     task = insert_row(parts)
     deliver(parts, task, body("failed", task_status_msg="no"), webhook_id="msg_1")
     found = task_of(parts, task.external_task_id)
@@ -282,7 +282,7 @@ def test_a_delivery_that_cannot_be_applied_holds_up_none_of_those_claimed_with_i
     assert row.lease is None and row.due_at is not None and row.attempts == 1
 
 
-def test_what_could_not_be_applied_is_told_though_the_database_goes_away_after_it(
+def test_errors_of_deliveries_are_logged_though_the_database_is_lost_afterwards(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parse, bug = Kling.parse, RuntimeError("a bug")

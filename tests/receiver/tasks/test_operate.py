@@ -226,7 +226,7 @@ def test_a_file_of_a_parked_task_counts_once(
         ({"lease": uuid.UUID(int=1)}, {}),
     ],
 )
-def test_whatever_a_task_waits_for_is_due(
+def test_retry_makes_a_task_due_in_any_step(
     parts: Parts, operator: Operator, values: dict[str, Any], counts: dict[str, int]
 ) -> None:
     task = insert_row(parts, **values)

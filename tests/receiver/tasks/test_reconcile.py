@@ -129,7 +129,7 @@ def test_a_task_missing_everywhere_is_read_again_later(unpaced: Parts, sandbox: 
 
 
 def test_a_batch_call_that_knows_nothing_is_not_tried_again(unpaced: Parts, sandbox: Sandbox) -> None:
-    """Some gateways answer it with an empty list, whatever one asks."""
+    """Some gateways answer every batch read with an empty list."""
     asks = reader(unpaced)
     for task in submit(unpaced, 2):
         unpaced.kling.create(REQUEST, external_task_id=f"{task.external_task_id},", callback_url=None)

@@ -1,4 +1,4 @@
-"""Asking once: what the row says before, while and after the provider is asked, whatever the provider answers."""
+"""Each create is sent once: the row before, during and after the request, for every answer of the provider."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ID = "order-4711"
 
 @pytest.fixture(autouse=True)
 def slow_tasks(sandbox: Sandbox) -> None:
-    """Nothing upstream moves by itself: what a row says is what the create told it."""
+    """The provider changes no task by itself, so a row shows what its create returned."""
     sandbox.set(submitted_seconds=600, processing_seconds=600)
 
 
@@ -41,7 +41,7 @@ def ask(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **
 
 
 def ask_in_vain(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
-    """The create arrives and goes wrong; who asks waits for its answer for a moment only."""
+    """The create arrives and fails; the caller waits for its answer for a short time only."""
     sandbox.set(create_faults=[fault], hang_seconds=600)
     hasty = Parts(parts.settings)
     kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=0.5)
@@ -67,7 +67,7 @@ def due_in(parts: Parts, task: Task) -> float:
 
 
 def make_upstream(parts: Parts, sandbox: Sandbox, *, seconds_ago: float) -> str:
-    """A task that somebody made at the provider under our id."""
+    """A task at the provider under our id that another client made."""
     made = parts.kling.create(REQUEST, external_task_id=ID, callback_url=None)
     sandbox.world.tasks[made.provider_task_id].created_ms -= int(seconds_ago * 1000)
     return made.provider_task_id
@@ -339,7 +339,7 @@ def test_a_create_that_fails_again_and_again_is_sent_less_and_less(parts: Parts,
 
 @pytest.mark.parametrize("arrived", [True, False])
 def test_a_crashed_submitter_is_taken_over(parts: Parts, sandbox: Sandbox, arrived: bool) -> None:
-    """Its lease ran out; nobody knows whether the request had left."""
+    """Its lease has expired, and whether the request was sent is unknown."""
     now = parts.database.now()
     with parts.database.write() as session:
         new_task(

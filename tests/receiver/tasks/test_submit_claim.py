@@ -158,7 +158,7 @@ def newer_than(database: Database, task: Task, moment: Any) -> Any:
     return due_at if due_at > moment else None
 
 
-def test_a_claim_of_somebody_else_is_left_alone(database: Database) -> None:
+def test_another_workers_claim_is_left_alone(database: Database) -> None:
     task = held_task(database)
     theirs = uuid.uuid4()
     with renewing_lease(database, task, lease_seconds=0.3):

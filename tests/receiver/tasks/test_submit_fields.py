@@ -19,7 +19,7 @@ ID = "order-4711"
 
 @pytest.fixture(autouse=True)
 def slow_tasks(sandbox: Sandbox) -> None:
-    """Nothing upstream moves by itself: what a row says is what the create told it."""
+    """The provider changes no task by itself, so a row shows what its create returned."""
     sandbox.set(submitted_seconds=600, processing_seconds=600)
 
 

@@ -94,7 +94,7 @@ def test_a_task_lost_with_its_database_is_adopted_by_its_token(unpaced: Parts, s
     assert done.archive is ArchiveState.ARCHIVED
 
 
-def test_a_token_whose_task_nobody_knows_stays_unmatched(unpaced: Parts, sandbox: Sandbox) -> None:
+def test_a_token_of_an_unknown_task_stays_unmatched(unpaced: Parts, sandbox: Sandbox) -> None:
     unknown = Task(id=uuid.uuid4(), external_task_id="unknown", provider="kling")
     delivery = deliver(unpaced, unknown, {"task_id": "777", "task_status": "submitted"})
     make_due_now(unpaced)

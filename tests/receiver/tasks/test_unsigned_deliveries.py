@@ -1,4 +1,4 @@
-"""What whoever holds one callback URL, and no signature, can make of a task."""
+"""What a sender with one callback URL and no signature can do to a task."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_archived_task_takes_no_more_unread(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize(("expected", "most"), [(1, 2), (9, 18), (None, MAX_FILES)])
-def test_the_files_of_a_task_are_capped_whoever_names_them(parts: Parts, expected: int | None, most: int) -> None:
+def test_the_files_of_a_task_are_capped_for_every_sender(parts: Parts, expected: int | None, most: int) -> None:
     task = insert_row(parts, expected=expected)
     for count in (400, 450):
         deliver(parts, task, body("succeed", count), webhook_id=f"msg_{count}")

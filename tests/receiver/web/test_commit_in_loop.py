@@ -92,7 +92,7 @@ def assert_quick(waits: list[float]) -> None:
 
 @contextmanager
 def stranger(database: Database) -> Iterator[None]:
-    """Somebody who knows nothing of our turnstile holds the lock that every commit needs."""
+    """A program that does not use our turnstile holds the lock that every commit needs."""
     if database.is_sqlite:
         with contextlib.closing(sqlite3.connect(str(database.url.database), isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")

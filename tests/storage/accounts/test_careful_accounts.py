@@ -70,7 +70,7 @@ def test_an_hour_later_the_account_is_as_any_other(database: Database, creates: 
         assert sent(session, creates) == len(creates)
 
 
-def test_second_refusal_pauses_and_is_told_anew(database: Database, creates: list[Task]) -> None:
+def test_second_refusal_pauses_the_account_and_is_reported_again(database: Database, creates: list[Task]) -> None:
     with database.write() as session:
         before = session.scalars(select(AccountPause.since)).one()
         pauses.pause(session, "kling", None, REFUSED)

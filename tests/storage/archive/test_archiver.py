@@ -78,7 +78,7 @@ LARGE = {"public_url": "", "poll_after_seconds": 3_600, "spool_dir": "/nowhere"}
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 @pytest.mark.parametrize("changes", [LARGE])
-def test_a_spool_folder_that_is_not_there_is_told_and_costs_no_worker(parts: Parts, sandbox: Sandbox) -> None:
+def test_a_missing_spool_folder_is_reported_and_ends_no_worker(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.world.knobs = sandbox.world.knobs.model_copy(update={"picture_bytes": 6_000_000})
     with_due_assets(parts, sandbox)
     run(parts, "assets")

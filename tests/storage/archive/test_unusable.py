@@ -218,7 +218,7 @@ def retryable(parts: Parts) -> int:
     return len(maintenance.failed_files(parts.database, since=None, error="html", limit=10))
 
 
-def test_not_yet_is_told_apart_from_over(parts: Parts, sandbox: Sandbox) -> None:
+def test_files_not_yet_usable_differ_from_files_given_up(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, cdn_html_rate=1)
     try_until(parts, DAY / 2)
     (told,) = task_view.report(parts.database, parts.bucket, "task")["assets"]

@@ -74,7 +74,7 @@ def test_put_that_is_never_taken_is_no_other_writer_s_fault(
         put(through)
 
 
-def test_refusal_of_a_head_is_told_in_the_store_s_words(through: Bucket, proxy: FaultProxy) -> None:
+def test_refusal_of_a_head_has_the_words_of_the_store(through: Bucket, proxy: FaultProxy) -> None:
     proxy.fault = lambda *_: said(400, "ExpiredToken", "The provided token has expired.")
     with pytest.raises(StoreUnavailable, match="says the session token has expired"):
         through.head("any")
@@ -88,7 +88,7 @@ def test_refusal_names_the_missing_permission(through: Bucket, proxy: FaultProxy
         list(through.list("any"))
 
 
-def test_refused_checksum_headers_are_told_with_the_remedy(bucket: Bucket, proxy: FaultProxy) -> None:
+def test_refused_checksum_headers_name_the_remedy(bucket: Bucket, proxy: FaultProxy) -> None:
     words = "A header you provided implies functionality that is not implemented"
     proxy.fault = lambda request, forward: (
         said(501, "NotImplemented", words) if request.method == "PUT" else forward(request)

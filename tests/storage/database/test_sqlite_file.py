@@ -34,7 +34,7 @@ def write(database: Database, statement: str = "INSERT INTO one VALUES (1)") -> 
         connection.exec_driver_sql(statement)
 
 
-def test_a_removed_file_is_told_and_not_made_anew(own: Database, sqlite_file: Path) -> None:
+def test_a_removed_file_is_reported_and_not_made_again(own: Database, sqlite_file: Path) -> None:
     kept = sqlite_file.rename(sqlite_file.with_name("kept.db"))
     for use in (write, Database.now):
         with pytest.raises(DatabaseUnavailable, match="was removed while it was open"):
@@ -44,7 +44,7 @@ def test_a_removed_file_is_told_and_not_made_anew(own: Database, sqlite_file: Pa
     write(own)
 
 
-def test_a_replaced_file_is_told_and_not_written(own: Database, sqlite_file: Path) -> None:
+def test_a_replaced_file_is_reported_and_not_written(own: Database, sqlite_file: Path) -> None:
     copy = Path(shutil.copy(sqlite_file, sqlite_file.with_name("copy.db")))
     before = copy.read_bytes()
     copy.rename(sqlite_file)

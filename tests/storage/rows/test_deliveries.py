@@ -24,7 +24,7 @@ POLLED = replace(GOOD, source="poll")
 SECONDS = 30  # a future that takes longer hangs
 
 
-def test_equal_deliveries_have_one_key_whatever_their_headers() -> None:
+def test_equal_deliveries_have_one_key_with_any_headers() -> None:
     assert replace(GOOD, headers={"date": "today"}, reason="why").key == GOOD.key
     assert replace(REJECTED, reason="another id").key == REJECTED.key
     assert replace(POLLED, webhook_id="w1").key == POLLED.key
@@ -50,7 +50,7 @@ def test_the_newest_poll_answer_replaces_the_one_before(database: Database) -> N
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
 def test_batches_with_the_same_deliveries_do_not_deadlock(database: Database) -> None:
-    """Each waits for the smallest key they share before it holds a larger one, in whatever order they were put."""
+    """Each waits for the smallest shared key before it locks a larger one, in any order of the batch."""
     low, high = sorted((replace(GOOD, body=body) for body in (b"1", b"2")), key=lambda delivery: delivery.key)
 
     def store_both() -> set[str]:

@@ -1,4 +1,4 @@
-"""Pages of events: bounded by what they look through, whatever they look for."""
+"""Pages of events read a bounded number of rows for any names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pages(database: Database, *names: EventName) -> list[tuple[list[int | None],
     return found[:-1]
 
 
-def test_page_looks_through_so_many_events_and_says_how_far_it_came(
+def test_page_reads_a_bounded_number_of_events_and_returns_the_last_one(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "SCANNED", 4)

@@ -363,7 +363,7 @@ def test_a_database_that_does_not_answer_does_not_hold_up_the_end(
         assert not future.done()
 
 
-def test_a_waiter_that_gave_up_harms_nobody(database: Database, running: InLoop) -> None:
+def test_a_handler_that_timed_out_does_not_affect_other_deliveries(database: Database, running: InLoop) -> None:
     with writers_wait(database):
         running.put(body(0))
         gone = [running.put(body(number)) for number in (1, 2)]

@@ -342,7 +342,7 @@ def test_a_create_in_flight_is_left_to_its_owner(database: Database) -> None:
         claims.settle(session, locked, due_in=None)
 
 
-def test_a_create_that_waits_looks_at_once_what_a_report_has_changed(database: Database) -> None:
+def test_a_report_makes_a_waiting_create_due_at_once(database: Database) -> None:
     later = LONG_AGO + timedelta(days=36_500)
     task = sent(database, state=TaskState.CREATED, step=Step.CREATE, due_at=later)
     hear(database, task, FAILED)
