@@ -123,6 +123,19 @@ async def forged_reports(target: Target) -> None:
     await many(target, 8, lambda number: say(target, request("POST", target.task, forged(number))))
 
 
+async def cut_bodies(target: Target) -> None:
+    """Each lacks its end. A refused one is not sent again at once: their number is measured, not the bandwidth."""
+    body = request("POST", target.task, b" " * 250_000, length=262_000)
+
+    async def keep_back(_: int) -> None:
+        try:
+            await say(target, body, holds=True)
+        finally:
+            await asyncio.sleep(1)
+
+    await many(target, 200, keep_back)
+
+
 async def account_deliveries(target: Target) -> None:
     padding = b" " * 60_000
     await many(target, 8, lambda number: say(target, request("POST", target.account, forged(number) + padding)))
@@ -162,6 +175,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "answers that nobody reads": ("nothing", unread_answers),
     "requests that dribble": ("nothing", slow_requests),
     "forged reports of one task": ("one callback URL", forged_reports),
+    "bodies that lack their end": ("one callback URL", cut_bodies),
     "deliveries that match no task": ("the account URL", account_deliveries),
     "a picture that nobody reads": ("one asset link", unread_pictures),
     "10 MB of nested JSON": ("one client key", nested_creates),
