@@ -34,6 +34,8 @@ WHERE pid = pg_backend_pid() AND backend_start < clock_timestamp() - make_interv
 # More than a pool of hosted databases has for one role, so that one new connection ends them all.
 MOST_ENDED = 64
 FACTS = "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
+# In the pool's notes of a connection: whether an error of the driver's own breaks it, for those who pass SQLAlchemy by.
+BREAKS = "breaks"
 # Asked in place of SQLAlchemy's own ping before a connection of the pool is used again: one round trip, too.
 PING = "SHOW transaction_read_only"
 # psycopg reads times in this style alone, and a database may name another one as its default. PgBouncer, too, keeps it
@@ -114,6 +116,7 @@ class Sessions:
             connection.execute(SET_STYLE)
         connection.autocommit = False
         record.info["is_new"] = True
+        record.info[BREAKS] = self._breaks
 
     def _check(self, connection: Connection[Any], record: Any, _: object) -> None:
         if record.info.pop("is_new", False) or getattr(self._of_thread, "is_unasked", False):
@@ -131,9 +134,12 @@ class Sessions:
 
     def _judge(self, context: ExceptionContext) -> None:
         """A write that was refused breaks its connection, and with it all that are as old. So does a stale plan."""
-        state = getattr(context.original_exception, "sqlstate", None)
-        if state == STALE_PLAN or (state == READ_ONLY and self.is_replaceable()):
+        if self._breaks(context.original_exception):
             context.is_disconnect = True
+
+    def _breaks(self, error: BaseException) -> bool:
+        state = getattr(error, "sqlstate", None)
+        return state == STALE_PLAN or (state == READ_ONLY and self.is_replaceable())
 
 
 def _was_ended(connection: Connection[Any]) -> bool:

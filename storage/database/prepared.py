@@ -12,8 +12,11 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Dialect, Select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import UpdateBase
 from sqlmodel import Session
+
+from storage.database.postgresql import BREAKS
 
 # Statements kept; each process runs some thirty.
 STATEMENTS = 256
@@ -66,9 +69,11 @@ class _Prepared:
         try:
             cursor = driver.execute(self._sql, bound)
         except Exception as error:
-            if getattr(driver, "closed", False):  # of psycopg; the pool would log the rollback that fails on it
-                connection.invalidate(error)
-            raise
+            breaks = connection.info.get(BREAKS, lambda _: False)
+            if not (getattr(driver, "closed", False) or breaks(error)):
+                raise
+            connection.invalidate(error)  # the pool would roll back on it, and lend it again
+            raise DBAPIError(self._sql, None, error, hide_parameters=True, connection_invalidated=True) from error
         for listen in connection.dispatch.after_cursor_execute:
             listen(connection, None, self._sql, bound, None, False)
         rows = cursor.fetchall() if self._readers else []

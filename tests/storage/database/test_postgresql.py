@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -15,6 +16,7 @@ from sqlmodel import select
 from structlog.testing import capture_logs
 
 from storage.database import outages, postgresql, prepared
+from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import loop_connections
@@ -90,6 +92,15 @@ def test_group_of_writes_is_repeated_on_a_new_session(database: Database) -> Non
     assert logs == []
     with database.read() as session:
         assert session.get_one(Task, task.id)
+
+
+def test_group_of_prepared_writes_is_repeated_on_a_new_session(database: Database) -> None:
+    times = {"started_at": db_now(), "seen_at": db_now()}
+    insert = sqlalchemy.insert(Worker.__table__).values(id=uuid.uuid4(), host="here", pid=1, threads=1, **times)
+    database.write_in_group(lambda session: session.execute(PROCESS))  # the writer's session
+    with demoted_in_use(database, "worker"), capture_logs() as logs:
+        assert database.write_in_group(lambda session: prepared.execute(session, insert)).changed == 1
+    assert logs == []
 
 
 def test_loop_connection_of_a_demoted_server_is_opened_anew(database: Database, postgres: Postgres) -> None:
@@ -360,20 +371,14 @@ def test_connection_that_is_lost_in_a_prepared_statement_is_dropped_without_a_tr
 ) -> None:
     statement, name = sqlalchemy.select(Worker.__table__.c.id), str(database.url.database)
 
-    def read() -> None:
-        with database.autocommit_reader() as connection:
-            postgres.end_sessions(name)
-            prepared.execute_on(connection, statement)
-
     def write() -> None:
         with database.write() as session:
             prepared.execute(session, statement)
             postgres.end_sessions(name)
             prepared.execute(session, statement)
 
-    for use in (read, write):
-        with pytest.raises(DatabaseUnavailable, match="terminating"), caplog.at_level("ERROR", "sqlalchemy"):
-            use()
+    with pytest.raises(DatabaseUnavailable, match="terminating"), caplog.at_level("ERROR", "sqlalchemy"):
+        write()
     assert caplog.records == []
     with database.write() as session:
         assert prepared.execute(session, statement).rows == []
