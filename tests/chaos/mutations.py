@@ -28,6 +28,7 @@ CAMPAIGNS = "tests/flows/test_chaos.py"
 CAMPAIGN = f"{CAMPAIGNS}::test_nothing_is_lost_or_doubled_when_processes_and_servers_die"
 ACCOUNT = "tests/receiver/tasks/test_account_pauses.py"
 UNUSABLE = "tests/storage/archive/test_unusable.py"
+AHEAD = "tests/receiver/workers/test_ahead.py"
 BODIES = "tests/receiver/web/test_request_bodies.py"
 
 
@@ -175,6 +176,27 @@ MUTATIONS = (
         "if self._delivered != self._announced:",
         "if False:",
         BODIES,
+    ),
+    Mutation(
+        "rows claimed ahead wait behind slow work",
+        "receiver/workers/worker.py",
+        "self._give_back(batches.take_back(LASTING_SECONDS))",
+        "self._give_back([])",
+        AHEAD,
+    ),
+    Mutation(
+        "a row that was not begun loses what is known of it",
+        "storage/rows/claims.py",
+        "settle(session, row, due_in=0, counts=False, losses=row.losses)",
+        "settle(session, row, due_in=0, counts=False)",
+        AHEAD,
+    ),
+    Mutation(
+        "workers outlive their supervisor",
+        "receiver/workers/supervisor.py",
+        "for descriptor in (self._alive, self._held_open, self._woken, self._wakes):",
+        "for descriptor in (self._alive, self._woken, self._wakes):",
+        "tests/receiver/workers/test_supervisor.py",
     ),
     Mutation(
         "more connections than descriptors",
