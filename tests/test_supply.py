@@ -9,6 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -90,3 +91,18 @@ def test_no_source_is_shown_otherwise_than_it_runs() -> None:
     """Bidirectional and invisible characters (CVE-2021-42574): the one thing bandit looks for and ruff's S does not."""
     hidden = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
     assert [path.name for path in CODE if hidden.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("present", [(), ("chromium",), ("chromium", "chromedriver", "pgbouncer")])
+def test_ci_installs_each_program_that_is_missing(present: tuple[str, ...], tmp_path: Path) -> None:
+    lines = (ROOT / ".ci" / "run").read_text().partition("\nneed() {")[2].partition("\n.venv/bin/pytest")[0]
+    (tmp_path / "script").write_text(f"set -euo pipefail\nneed() {{{lines}\n")
+    for name, body in {**dict.fromkeys(present, ""), "apt-get": 'echo "$@"', "id": "echo 0"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "script"], cwd=tmp_path, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    packages = {"chromium": "chromium", "chromedriver": "chromium-driver", "pgbouncer": "pgbouncer"}
+    installed = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("install ")]
+    assert installed == [package for program, package in packages.items() if program not in present]
