@@ -24,7 +24,7 @@ log = structlog.get_logger()
 MAX_OPEN = 100
 LOOK_SECONDS = 1.0
 # After a change the next one is told this much later, to all consoles at once, so that they share what they fetch.
-APART_SECONDS = 2.0
+APART_SECONDS = 3.0
 # Proxies close silent connections. The browser's script also takes this as a sign of life.
 HEARTBEAT_SECONDS = 15.0
 # How often an open page's session is checked again.

@@ -19,7 +19,7 @@ from receiver.console.access import Session
 from receiver.console.visit import Visit
 
 # Numbers that change with time alone, and the pages of a process without open streams, are at most this old.
-FRESH_SECONDS = 2.0
+FRESH_SECONDS = 3.0
 # Views that are kept; each has less than 100 kB.
 MAX_KEPT = 64
 

@@ -27,8 +27,8 @@ function holds(part, other) {
 if (fresh) fresh.addEventListener("click", () => { fresh.hidden = true; scrollTo(0, 0); fetchedAt = 0; renew(); });
 
 // -- live -------------------------------------------------------------------------------------------------------------
-// The server tells of changes two seconds apart. All consoles that are told at once share what they fetch.
-const APART = 1500;
+// The server tells of changes three seconds apart. All consoles that are told at once share what they fetch.
+const APART = 2500;
 let wanted = false, fetching = false, fetchedAt = 0;
 async function renew() {
   wanted = true;
