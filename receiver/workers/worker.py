@@ -96,6 +96,7 @@ class Worker:
         if registered is None:
             return
         self._id = registered
+        self._run_logged("beat", self._beat_once)  # before the lanes start: some share their threads with others
         background = [self._wait_for_commits, self._beat, self._run_quarantine]
         threads = [threading.Thread(target=target, name=target.__name__, daemon=True) for target in background]
         threads += [threading.Thread(target=self._renew, args=(self._ended,), name="renew", daemon=True)]
@@ -340,10 +341,8 @@ class Worker:
             self._database.wake(session)
 
     def _beat(self) -> None:
-        while True:
+        while not self._ended.wait(heartbeats.BEAT_SECONDS):
             self._run_logged("beat", self._beat_once)
-            if self._ended.wait(heartbeats.BEAT_SECONDS):
-                return
 
     def _beat_once(self) -> None:
         self._alive = heartbeats.beat(self._database, self._id)

@@ -29,7 +29,10 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lane(desk: Desk, first: int = 0) -> Lane:
-    """Its `first` rows are done at once, the others wait for the desk's gate."""
+    """Its `first` rows are done at once, the others wait for the desk's gate.
+
+    With one of them the second claim is full, too, and made while all other threads are busy.
+    """
     at_once, passed = Desk(desk.database), iter(range(first))
 
     def work(row: Any) -> None:
@@ -48,7 +51,7 @@ def test_few_rows_are_claimed_ahead_and_given_back_at_the_end(database: Database
     """They say nothing of the row then: no attempt is counted, and what is known of its losses stays."""
     desk.gate.clear()
     assets = new_assets(database, 14, losses=2)
-    with running(database, lane(desk, first=2)) as at_work:
+    with running(database, lane(desk, first=1)) as at_work:
         wait_until(lambda: claimed(database) == THREADS + AHEAD)
         at_work.stop()
         wait_until(lambda: claimed(database) == THREADS)
@@ -56,7 +59,7 @@ def test_few_rows_are_claimed_ahead_and_given_back_at_the_end(database: Database
     assert (len(desk.begun), len(desk.done)) == (THREADS, THREADS)
     rows = [stored(database, asset) for asset in assets]
     left = [row for row in rows if row["due_at"] is not None]
-    assert len(left) == 8 and {(row["lease"], row["attempts"], row["losses"]) for row in left} == {(None, 0, 2)}
+    assert len(left) == 9 and {(row["lease"], row["attempts"], row["losses"]) for row in left} == {(None, 0, 2)}
     assert all(row["due_at"] <= database.now() for row in left)
 
 
@@ -68,11 +71,11 @@ def test_idle_thread_begins_a_row_at_once_while_none_can_be_claimed(database: Da
 
     def work(row: Any) -> None:
         number = next(numbers)
-        if number < 2:
+        if number < 1:
             Desk(database).work(row)
         else:  # not settled, which would wait for the lock
             desk.begun.append(row.id)
-            (desk.gate if number < 2 + THREADS else may_end).wait(20)
+            (desk.gate if number <= THREADS else may_end).wait(20)
 
     with running(database, assets_lane(work, THREADS, ahead=AHEAD), lease=60, grace=0):
         wait_until(lambda: claimed(database) == THREADS + AHEAD)
@@ -89,9 +92,9 @@ def test_row_that_would_wait_behind_slow_work_goes_to_another_worker(
 ) -> None:
     monkeypatch.setattr(worker, "LASTING_SECONDS", 0.3)
     desk.gate.clear()
-    new_assets(database, 2 + THREADS + AHEAD)
+    new_assets(database, 1 + THREADS + AHEAD)
     other = Desk(database)
-    with running(database, lane(desk, first=2)):
+    with running(database, lane(desk, first=1)):
         wait_until(lambda: len(desk.begun) == THREADS)
         with running(database, lane(other)):
             wait_until(lambda: len(other.done) == AHEAD)

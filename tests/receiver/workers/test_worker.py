@@ -123,6 +123,17 @@ def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk) -
         wait_until(lambda: not waiting(database))
 
 
+def test_second_process_shares_the_threads_from_its_first_claim(database: Database, desk: Desk) -> None:
+    desk.gate.clear()
+    heartbeats.register(database, 4)
+    assets = new_assets(database, 5)
+    with running(database, assets_lane(desk.work, is_shared=True), grace=0):
+        wait_until(lambda: len(desk.begun) == 2)
+        claimed = [asset for asset in assets if stored(database, asset)["lease"] is not None]
+        desk.gate.set()
+    assert len(claimed) == 2
+
+
 @pytest.mark.parametrize(("processes", "threads"), [(0, 4), (1, 4), (2, 2), (3, 1), (4, 1), (50, 1)])
 def test_each_process_has_a_thread_of_a_shared_lane(processes: int, threads: int) -> None:
     assert assets_lane(lambda _: None, is_shared=True).threads_of(processes) == threads
