@@ -25,7 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util.queue import Empty
 from sqlmodel import Session
 
@@ -93,6 +93,25 @@ def insert_or_ignore(
 
 
 class _Pool(QueuePool):
+    """`is_closed`: a connection that is still in use, or is opened later, is not kept when it is returned."""
+
+    is_closed = False
+
+    def recreate(self) -> QueuePool:
+        successor = super().recreate()
+        assert isinstance(successor, _Pool)
+        successor.is_closed = self.is_closed
+        return successor
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        if not self.is_closed:
+            super()._do_return_conn(record)
+            return
+        try:
+            record.close()
+        finally:
+            self._dec_overflow()
+
     def close_idle(self) -> None:
         """Close idle connections until KEPT_AT_REST are left. One that is in use, or is taken meanwhile, stays open.
 
@@ -290,8 +309,10 @@ class Database:
 
     def close(self) -> None:
         self._group_writer.close()
-        self.writer.dispose()
-        self.reader.dispose()
+        for engine in (self.writer, self.reader):
+            if isinstance(engine.pool, _Pool):
+                engine.pool.is_closed = True
+            engine.dispose()
         if isinstance(self.turnstile, Turnstile):
             self.turnstile.close()
 

@@ -230,6 +230,19 @@ def test_idle_connections_are_closed_and_used_ones_are_not(database: Database) -
     pool.close()
 
 
+def test_connection_that_outlives_its_database_is_closed_when_it_is_returned(database: Database) -> None:
+    opened = Database(database.url.render_as_string(hide_password=False))
+    drivers: list[Any] = []
+    with opened.read() as session:
+        drivers.append(session.connection().connection.driver_connection)
+        opened.close()
+    with opened.read() as session:  # as a thread does that did not hear of it
+        drivers.append(session.connection().connection.driver_connection)
+    for driver in drivers:
+        with pytest.raises(Exception, match="closed"):
+            driver.execute("SELECT 1")
+
+
 @pytest.mark.parametrize("sinks", [0, 20])
 @pytest.mark.parametrize("threads", [8, 256])
 def test_pool_has_a_connection_for_each_thread_of_a_process(sqlite: Database, threads: int, sinks: int) -> None:
