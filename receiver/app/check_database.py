@@ -1,4 +1,4 @@
-"""What `receiver check` looks at in the database: the file, the schema, writes, and how workers are woken."""
+"""The database checks of `receiver check`: the file, the schema, writes, and how workers are woken."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from storage.rows import migrations
 
 
 def missing_file(parts: Parts) -> Result | None:
-    """A SQLite file that is not there yet, without making it; None when there is one, or a server."""
+    """A SQLite file that does not exist yet. None if it exists, or for a server. Does not create it."""
     file = Path(parts.database.url.database or "")
     if not parts.database.is_sqlite or file.exists():
         return None
@@ -46,7 +46,7 @@ def schema(parts: Parts) -> Result:
 
 
 def waking(parts: Parts) -> Iterator[Result]:
-    """Whether a pooler stands before PostgreSQL, and whether a worker hears of work that another process commits."""
+    """Check for a pooler in front of PostgreSQL, and whether a commit of another process wakes a worker."""
     database = parts.database
     waker = database.waker()
     if not isinstance(waker, PostgresWaker):

@@ -1,4 +1,4 @@
-"""Whether what leaves us could arrive: events at their sinks, results at the gateway's clients. Nothing is sent."""
+"""Checks whether events could reach their sinks, and results the gateway's clients. Nothing is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from receiver.providers.base import plain
 from storage.errors import GiveUp, Retry
 from storage.fetch.addresses import host_of
 
-# By kind of sink: what to do when it cannot be reached.
+# What to do about a sink that cannot be reached, by kind.
 SINK_ADVICE = {
     "webhook": "correct it in RECEIVER_EVENT_SINKS; a receiver of your own network belongs on "
     "RECEIVER_PRIVATE_EVENT_HOSTS as HOST:PORT",
@@ -34,7 +34,7 @@ def name_of(entry: Entry) -> str:
 
 
 def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
-    """Whether this sink could be given events from here."""
+    """Check whether events could be delivered to this sink from here."""
     name = name_of(entry)
     try:
         tunnel = settings.egress_proxy.connect if settings.egress_proxy else None
@@ -48,7 +48,7 @@ def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
 
 
 def proxies(settings: Settings) -> Iterator[Result]:
-    """Whether variables of the environment name a proxy, which boto3 alone heeds."""
+    """Check for proxy variables in the environment. Only boto3 uses them."""
     if names := sorted({name.upper() for name in os.environ if name.upper() in PROXY_VARIABLES and os.environ[name]}):
         line = f"{', '.join(names)} of the environment: used for bucket and SQS, ignored for provider, files, webhooks"
         advice = "" if settings.egress_proxy else "set RECEIVER_EGRESS_PROXY if they are reached through a proxy alone"
@@ -56,7 +56,7 @@ def proxies(settings: Settings) -> Iterator[Result]:
 
 
 def callbacks(settings: Settings) -> Iterator[Result]:
-    """Whether clients may be called back where RECEIVER_PRIVATE_CALLBACK_HOSTS says so."""
+    """Check RECEIVER_PRIVATE_CALLBACK_HOSTS, to which clients may be called back."""
     refused = settings.callback_policy.sinks
     for host in settings.private_callback_hosts:
         if host_of(f"http://{host}") in refused:
@@ -66,7 +66,7 @@ def callbacks(settings: Settings) -> Iterator[Result]:
 
 
 def gateway(settings: Settings) -> Iterator[Result]:
-    """Whether clients of the gateway get links that last."""
+    """Check whether clients of the gateway get links that last."""
     if not settings.api_keys:
         return
     if settings.public_url:

@@ -1,4 +1,4 @@
-"""Whether what is secret could be guessed or overheard: weak secrets, and a store that is spoken to in clear text."""
+"""Checks of what a stranger could guess or overhear: weak secrets, and a store that is reached in clear text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def weak_secrets(settings: Settings) -> Iterator[Result]:
 
 
 def clear_text(parts: Parts) -> Iterator[Result]:
-    """Whether pictures and presigned links cross a network unencrypted. A private one may have other users, too."""
+    """Check whether pictures and presigned links cross a network unencrypted. A private network may have other users,
+    too.
+    """
     chosen = parts.settings
     urls = {"S3_ENDPOINT_URL": chosen.s3_endpoint_url, "S3_PUBLIC_ENDPOINT_URL": chosen.s3_public_endpoint_url}
     for name, url in urls.items():
@@ -39,7 +41,7 @@ def clear_text(parts: Parts) -> Iterator[Result]:
 
 
 def _addresses(host: str) -> list[addresses.Address]:
-    """The addresses of the host; none if the name is not resolved now."""
+    """The addresses of the host. Empty if its name does not resolve now."""
     try:
         return [ipaddress.ip_address(each) for each in connection.resolve(host, addresses.DEFAULT_PORTS["http"])]
     except (socket.gaierror, UnicodeError, ValueError):

@@ -1,4 +1,4 @@
-"""What `receiver check` looks at in the bucket: one line of verdict, the details behind `--verbose`."""
+"""The bucket checks of `receiver check`: one line with the verdict, the details behind `--verbose`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from storage.operations import heartbeats
 from storage.rows.models import Asset
 from storage.states import AssetState
 
-# Above the limit that a proxy has unless somebody raised it (nginx: 1 MiB), and 4 s over an uplink of 4 Mbit/s.
+# Larger than the body limit of a proxy with default settings (nginx: 1 MiB). Takes 4 s over an uplink of 4 Mbit/s.
 LARGE_BYTES = 2 * 2**20
 SET_REGION = "set AWS_DEFAULT_REGION to the bucket's region"
-# By the store's own code (the names of boto3's exceptions where none came from a store).
+# Advice by the store's error code, or by the name of boto3's exception if no answer came from a store.
 ADVICE = {
     "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY",
@@ -47,7 +47,7 @@ PROOFS = {
     "md5": "a put is proven by its MD5",
     "read": "every object is read back after a put, at twice the traffic",
 }
-# What each missing ability means here; none of them loses a picture.
+# The consequence of each capability that the store lacks. None of them loses a picture.
 WITHOUT = {
     "conditional_put": "objects are looked for before and after they are written; let nothing else write there",
     "refuses_wrong_checksum": "every object is read back and hashed after it was written; expect twice the traffic",
@@ -61,7 +61,7 @@ WITHOUT = {
 
 
 def bucket(parts: Parts) -> Iterator[Result]:
-    """Whether the bucket can be written, read and listed, and what else it can do."""
+    """Check whether the bucket can be written, read and listed, and which other capabilities it has."""
     name, where = f"s3://{parts.bucket.name}/{parts.bucket.prefix}", host_of(parts.store_address[0])
     try:
         can = parts.bucket.probe(LARGE_BYTES)
@@ -72,7 +72,8 @@ def bucket(parts: Parts) -> Iterator[Result]:
         line = str(error).removesuffix(CHECKSUMS_HINT) if WITHOUT_CHECKSUMS in advice else str(error)
         yield Result("bucket", status, line, advice)
         return
-    except (LookupError, ValueError):  # words that no S3 store says, or an address that boto3 cannot dial
+    # an error text that no S3 store sends, or an address that boto3 cannot connect to
+    except (LookupError, ValueError):
         line = f"what answers at {where} is no S3 store"
         yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
         return
@@ -87,7 +88,7 @@ def bucket(parts: Parts) -> Iterator[Result]:
 
 
 def _unlisted(bucket: Bucket) -> Result | None:
-    """Look for an object that is not there, and list: AWS answers 403 to both where the key may not list."""
+    """Read an object that does not exist, and list. AWS answers 403 to both if the key may not list."""
     missing = f"{bucket.prefix}{PROBE_FOLDER}{secrets.token_hex(8)}"
     try:
         bucket.head(missing)
@@ -134,7 +135,7 @@ def _capabilities(can: Capabilities) -> Iterator[Result]:
 
 
 def of_workers(parts: Parts, results: Sequence[Result]) -> Iterator[Result]:
-    """Whether running workers are refused by the store that takes this command's credentials."""
+    """Check whether the store refuses running workers while it accepts this command's credentials."""
     good = {result.name for result in results if result.status is Status.OK}
     if not {"bucket", "database"} <= good or not heartbeats.count_alive(parts.database):
         return

@@ -1,10 +1,10 @@
-"""What `receiver check` looks at, and what to do about what it finds. One result a problem, none with a secret.
+"""The checks of `receiver check`, each with a remedy. One result per problem; no result contains a secret.
 
 settings ─┬─▶ database ─▶ schema ─▶ callback secrets, workers ─┐
-          ├─▶ bucket, with what it can do                      ├─▶ clock ─▶ what to paste
+          ├─▶ bucket and its capabilities                      ├─▶ clock ─▶ lines to paste
           ├─▶ provider                                         │
           └─▶ each sink of events                              ┘
-              (side by side, each bounded in time)
+              (in parallel, each bounded in time)
 """
 
 from __future__ import annotations
@@ -48,23 +48,24 @@ from storage.own_files import is_writable_by_others
 from storage.rows.models import Task
 from storage.spool import room
 
-# All looks together, side by side. Long enough for a slow store's twenty requests; an operator waits for this.
+# The limit for all checks together, which run in parallel. Long enough for a slow store's twenty requests; an operator
+# waits for this.
 BOUND_SECONDS = 10.0
 MAX_LINE_CHARS = 300
-SECRET_BYTES = 32  # 43 characters, and no comma among them
+SECRET_BYTES = 32  # 43 characters, none of them a comma
 
 SET_KEY = (
     "set RECEIVER_KLING_API_KEY (or RECEIVER_KLING_ACCESS_KEY and RECEIVER_KLING_SECRET_KEY) as the provider shows it"
 )
 SETTLE = "settle it in the provider's console; nothing can be submitted until then"
-# What hangs is what the network swallows.
+# A check hangs if the network drops its packets.
 HANGING = {
     "database": "see that RECEIVER_DATABASE_URL is right, no other program holds the database, no firewall is between",
     "bucket": "see that RECEIVER_S3_ENDPOINT_URL is right and no firewall is in between",
     "provider": "see that RECEIVER_KLING_BASE_URL is right and no firewall is in between",
     "store's name": "see that RECEIVER_S3_ENDPOINT_URL is right and the name server answers",
 }
-# By the provider's own code, KLING §6.
+# Advice by the provider's own code, KLING §6.
 PROVIDER_ADVICE = {
     **dict.fromkeys((1000, 1001, 1002), SET_KEY),
     **dict.fromkeys((1003, 1004), SYNCHRONISE),
@@ -76,7 +77,7 @@ Look = Callable[[Parts], Iterable[Result]]
 
 
 def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> list[Result]:
-    """Look at everything, writing nothing that stays. What gives no answer within `bound_seconds` is a fault."""
+    """Run all checks. Nothing that they write stays. A check without a result within `bound_seconds` is a fault."""
     parts = Parts(settings)
     looks: dict[str, Look] = {"database": database, "bucket": check_store.bucket, "provider": provider}
     looks["store's name"] = check_secrecy.clear_text
@@ -100,7 +101,7 @@ def run(settings: config.Settings, *, bound_seconds: float = BOUND_SECONDS) -> l
         *check_events.proxies(settings),
     ]
     results += [*own, *check_secrecy.weak_secrets(settings)]
-    if not late:  # a thread that hangs still uses them; the end of the process closes them
+    if not late:  # A thread that hangs still uses them. The end of the process closes them.
         parts.close()
     return results
 
@@ -110,7 +111,7 @@ def _sink(entry: Entry, parts: Parts) -> Iterator[Result]:
 
 
 def _start(look: Look, parts: Parts) -> Future[list[Result]]:
-    """In a thread that ends with the process: a call that hangs in a library cannot be stopped."""
+    """Start a check in a thread that ends with the process, because a call that hangs in a library never ends."""
     future: Future[list[Result]] = Future()
 
     def work() -> None:
@@ -124,7 +125,7 @@ def _start(look: Look, parts: Parts) -> Future[list[Result]]:
 
 
 def refused_settings(error: config.SettingsInvalid) -> Iterator[Result]:
-    """When the settings are wrong, these lines are all there is to say, and a secret where one is missing."""
+    """The results for wrong settings: these faults alone, and a new secret to paste if one is missing."""
     lines = str(error).splitlines()
     for line in lines:
         yield Result("settings", Status.FAULT, line)
@@ -134,11 +135,12 @@ def refused_settings(error: config.SettingsInvalid) -> Iterator[Result]:
 
 
 def environment(*, read: bool = True) -> Iterator[Result]:
-    """Whether every RECEIVER_ variable is one that we read."""
+    """Check that a setting reads every RECEIVER_ variable of the environment."""
     unknown = config.unknown_variables()
     for name in unknown:
         nearest = config.nearest_variable(name)
-        status = Status.FAULT if nearest else Status.NOTE  # a name far from all of ours may be somebody else's
+        # A name that resembles none of ours may belong to another program.
+        status = Status.FAULT if nearest else Status.NOTE
         advice = f"{nearest} is the nearest there is" if nearest else "correct its name, or remove it"
         yield Result("settings", status, f"nothing reads {name}", advice)
     if read and not unknown:
@@ -147,7 +149,7 @@ def environment(*, read: bool = True) -> Iterator[Result]:
 
 
 def files(parts: Parts) -> Iterator[Result]:
-    """Whether other users of this machine may read or change what is ours: rows, settings and secrets."""
+    """Check whether other users of this machine may read or change our rows, settings and secrets."""
     found = {".env": env_file.find(), **config.secret_files(), **parts.database.files}
     if parts.settings.store:
         found["store.json"] = parts.settings.store / "store.json"
@@ -164,7 +166,7 @@ def files(parts: Parts) -> Iterator[Result]:
 
 
 def spooling(settings: config.Settings) -> Iterator[Result]:
-    """Whether a download that is too large for memory has a place."""
+    """Check that the spool folder has room for a download that does not fit into memory."""
     try:
         free = room(settings.spool_dir)
     except SpoolUnavailable as error:
@@ -176,7 +178,7 @@ def spooling(settings: config.Settings) -> Iterator[Result]:
 
 
 def database(parts: Parts) -> Iterator[Result]:
-    """Whether the database answers, takes writes and has our schema; then what its rows tell."""
+    """Check that the database answers, accepts writes and has our schema, and then what its rows show."""
     try:
         database_faults.check_file(parts.database)
         schema = check_database.missing_file(parts) or check_database.schema(parts)
@@ -194,9 +196,9 @@ def database(parts: Parts) -> Iterator[Result]:
 
 
 def _callback_secrets(parts: Parts) -> Result:
-    """Whether callbacks of unfinished tasks would be let in."""
+    """Check whether today's secrets verify the callbacks of unfinished tasks."""
     unfinished = select(Task.provider, Task.callback_url).where(
-        # One of the two always is, and their indexes leave out the millions.
+        # An unfinished task has one of these two. Their partial indexes leave out the finished millions.
         or_(col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None)),
         col(Task.state).not_in(states.TERMINAL),
         col(Task.callback_url).is_not(None),
@@ -222,7 +224,7 @@ def _workers(parts: Parts) -> Result:
 
 
 def _slots(parts: Parts) -> Result:
-    """How many of the account's pictures are in work, by our own count, and how many tasks wait for their turn."""
+    """Report how many of the account's slots our tasks use, and how many tasks wait for slots."""
     with parts.database.read() as session:
         held, limit = sum(parts.slots.held(session).values()), parts.slots.limit(session)
         waiting = parts.slots.count_queued(session)
@@ -238,7 +240,7 @@ def _slots(parts: Parts) -> Result:
 
 
 def _pauses(parts: Parts) -> Iterator[Result]:
-    """Whether creates wait because the provider refuses the account."""
+    """Check whether creates wait because the provider refuses the account."""
     with parts.database.read() as session:
         found = pauses.every(session)
     for each in found:
@@ -247,7 +249,7 @@ def _pauses(parts: Parts) -> Iterator[Result]:
 
 
 def provider(parts: Parts) -> Iterator[Result]:
-    """Whether the provider takes our credentials, by a call that costs nothing."""
+    """Check whether the provider accepts our credentials, by a call that costs nothing."""
     chosen = parts.settings
     if not (chosen.kling_api_key or chosen.kling_access_key):
         yield Result("provider", Status.FAULT, "no provider credentials are set", SET_KEY)
@@ -269,7 +271,7 @@ def provider(parts: Parts) -> Iterator[Result]:
         yield Result("provider", Status.FAULT, str(error), advice)
     except ProviderUnavailable as error:
         advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here, or set RECEIVER_EGRESS_PROXY"
-        if "WRONG_VERSION_NUMBER" in str(error):  # OpenSSL's words for an answer that is no TLS
+        if "WRONG_VERSION_NUMBER" in str(error):  # OpenSSL's message for an answer that is not TLS
             advice = "its port speaks no TLS: correct the port, or write http:// in RECEIVER_KLING_BASE_URL"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             advice = "add the CA of its certificate to those that this host trusts, or set SSL_CERT_FILE to its file"
@@ -279,7 +281,7 @@ def provider(parts: Parts) -> Iterator[Result]:
 
 
 def _ask_for_free(provider: Provider) -> None:
-    """The list, or where a gateway has none, a task that cannot exist: "not found" is an answer to a known key."""
+    """List tasks, or where a gateway has no list, read a task that cannot exist. "Not found" proves a valid key."""
     try:
         provider.list_page(1, 1)
     except (ProviderRejected, Unavailable) as error:
@@ -298,7 +300,7 @@ def _refused(host: str, error: ProviderRejected | AccountRefused, skew_seconds: 
 
 
 def clock(parts: Parts) -> Iterator[Result]:
-    """How far this machine's clock is from the `Date` of whoever answered."""
+    """Compare this machine's clock with the `Date` headers of the store and the provider."""
     asked = {"the bucket's": vars(parts).get("bucket"), "the provider's": vars(parts).get("kling")}
     skews = {whose: one.clock_ahead_seconds for whose, one in asked.items() if one is not None}
     known = {whose: seconds for whose, seconds in skews.items() if seconds is not None}
@@ -313,7 +315,7 @@ def clock(parts: Parts) -> Iterator[Result]:
 
 
 def callbacks(parts: Parts) -> Iterator[Result]:
-    """Whether callbacks are asked for, and what the operator has to paste for that."""
+    """Check whether creates ask for callbacks, and print what the operator has to paste for that."""
     chosen = parts.settings
     if not chosen.callback_secrets:
         yield _fresh_secret()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def make_console(parts: Parts) -> Console:
-    """The console on these parts."""
+    """Make the console from these parts."""
     settings, database = parts.settings, parts.database
     return Console(
         Installation(
@@ -49,14 +49,14 @@ def make_console(parts: Parts) -> Console:
 
 
 def _check(settings: Settings) -> Sequence[CheckLine]:
-    """What `receiver check` says, without what it says to paste, which may be a secret."""
-    from receiver.app import checks  # it imports the wiring
+    """The results of `receiver check` without the lines to paste, which may be secrets."""
+    from receiver.app import checks  # imports the wiring
 
     return [CheckLine(each.name, each.status, each.line, each.advice) for each in checks.run(settings)]
 
 
 def shown_settings(settings: Settings) -> Mapping[str, str]:
-    """Every setting by its variable; of a secret only whether it is set."""
+    """Every setting by its variable. A secret shows only whether it is set."""
     found = {}
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
@@ -76,5 +76,5 @@ def _words(value: object) -> str:
 
 
 def _own_folder() -> Path:
-    """Below the system's temporary folder, this user's alone."""
+    """A folder below the system's temporary folder that only this user can open."""
     return Path(tempfile.gettempdir()) / f"receiver-thumbnails-{os.getuid()}"

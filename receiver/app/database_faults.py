@@ -1,4 +1,4 @@
-"""A database that refuses or cannot be reached, in one line: the setting, the place, the database's own sentence."""
+"""Faults of a database that refuses us or cannot be reached, in one line: setting, address, the database's message."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from storage.database.sessions import Database
 from storage.database.urls import place
 from storage.errors import DatabaseUnavailable, UserError
 
-# A connection's refusal has no SQLSTATE, so these go by PostgreSQL's words.
+# The refusal of a connection has no SQLSTATE, so PostgreSQL's message text decides.
 FOR_GOOD = re.compile(
     r"FATAL:.*(?:(?:role|database) \".*\" does not exist|password authentication failed|no pg_hba.conf entry"
     r"|permission denied for database|is not permitted to log in)|server does not support SSL|invalid \w+ value",
     re.DOTALL,
 )
 
-# PostgreSQL's words for a server that `target_session_attrs` passes over, and SQLSTATE of a write on such a server.
+# PostgreSQL's message for a server that `target_session_attrs` skips, and the SQLSTATE of a write on such a server.
 READ_ONLY, READ_ONLY_STATE = "session is read-only", "25006"
 FULL_STATE = "53100"
 
-# A file of one byte is empty to SQLite, which writes over it. Longer ones it refuses itself.
+# SQLite treats a file of one byte as empty and overwrites it. It refuses longer ones itself.
 SQLITE_HEADER_BYTES = 100
 
 
 class DatabaseRefused(UserError):
-    """The database is there and refuses us; the message says where and why."""
+    """The database is reachable and refuses us. The message names the place and the reason."""
 
 
 def check_file(database: Database) -> None:
@@ -44,7 +44,7 @@ def check_file(database: Database) -> None:
 
 
 def reason(url: URL, error: BaseException) -> str:
-    """The database's own sentence, in one line and without the password."""
+    """The database's own message in one line, without the password."""
     is_named = isinstance(error, DatabaseUnavailable) and isinstance(error.__cause__, DBAPIError)
     return words(url, error.__cause__ if is_named and error.__cause__ else error).removeprefix("database: ")
 
@@ -54,7 +54,7 @@ def sentence(url: URL, error: BaseException) -> str:
 
 
 def remedy(database: Database, error: BaseException) -> str:
-    """What an administrator does about what `reason` says."""
+    """What an administrator can do about the fault that `reason` describes."""
     driver = _driver_error(error)
     state = getattr(driver, "sqlstate", None)
     if state == READ_ONLY_STATE or READ_ONLY in str(driver):
@@ -86,7 +86,7 @@ def is_for_good(error: DatabaseUnavailable) -> bool:
 
 @contextmanager
 def explained(database: Database) -> Iterator[None]:
-    """Raises what the database refuses with its `sentence`. A statement that is wrong stays a bug."""
+    """Raises `DatabaseRefused` with `sentence` for a refusal by the database. A wrong statement stays a bug."""
     try:
         yield
     except DatabaseUnavailable as error:

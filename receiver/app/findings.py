@@ -1,4 +1,4 @@
-"""What one look of `receiver check` found."""
+"""The result of one check of `receiver check`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """What one look found. `advice`: what to do about it. `paste`: a line to copy whole, which may be a secret.
+    """The result of one check. `advice`: what to do about it. `paste`: a line to copy whole, which may be a secret.
 
     `detail`: shown with `--verbose` only; another result has the verdict.
     """
@@ -33,20 +33,20 @@ class Result:
     detail: bool = False
 
 
-# A JWT is refused after seconds, signed requests and callbacks after minutes.
+# A clock error of seconds makes a JWT invalid; signed requests and callbacks tolerate minutes.
 MAX_SKEW_SECONDS = 60.0
 CLOCK_CODES = ("RequestTimeTooSkewed", 1003, 1004)
 SYNCHRONISE = "turn on time synchronisation (NTP) on this machine"
 
 
 def refused(code: str | int | None, skew_seconds: float | None) -> Status:
-    """The status of a refusal: a fault, unless it is our clock's, which is one fault already."""
+    """The status of a refusal: a fault, unless our clock causes it, which another check reports."""
     blamed = code in CLOCK_CODES and abs(skew_seconds or 0) > MAX_SKEW_SECONDS
     return Status.NOTE if blamed else Status.FAULT
 
 
 def start_command(settings: Settings) -> str:
-    """What starts web server and workers with these settings."""
+    """The command that starts web server and workers with these settings."""
     return f"receiver serve --store {shlex.quote(str(settings.store))}" if settings.store else "receiver serve"
 
 

@@ -37,26 +37,26 @@ CALLBACK_THREADS = 2
 # A create or a read waits up to 20 s for the provider. Four at once stay below its 5 reads a second. Creates have four
 # in all processes together, because an account that is refused fails all that are under way.
 TASK_THREADS = 4
-# Files are claimed ahead for one in so many threads: a claim serves four of eight threads instead of two, and a worker
-# holds back few from others.
+# Files are claimed ahead for one of this many threads. A claim then serves four of eight threads instead of two, and a
+# worker holds back few files from others.
 AHEAD_SHARE = 2
-# The most that a sink has.
+# The most threads of a sink.
 SINK_THREADS = 8
-# The least time between two looks of the spare archive threads.
+# The shortest interval between two checks by the spare archive threads.
 SPARE_CLAIM_PAUSE_SECONDS = 1.0
-# Threads of a worker beside those of its lanes: a feeder for each of the seven lanes that are no sink's, eight periodic
-# jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints, group writer. The rest is reserve.
+# Threads of a worker beside those of its lanes: a feeder for each of the seven lanes that belong to no sink, eight
+# periodic jobs, wake-up call, heartbeat, quarantine, lease renewal, checkpoints, group writer. The rest is reserve.
 OTHER_THREADS = 24
 
 # A client's `Idempotency-Key` is kept for a day. Its row is small, so an hour more does not matter.
 IDEMPOTENCY_INTERVAL_SECONDS = 3_600.0
-# Deadlines are hours away; a check costs one index look-up.
+# Deadlines are hours away. A check costs one index look-up.
 DEADLINE_INTERVAL_SECONDS = 60.0
-# Unfinished uploads are aborted when they are a day old; a check lists the bucket.
+# Unfinished uploads are aborted after a day. A check lists the bucket.
 UPLOADS_INTERVAL_SECONDS = 6 * 3_600.0
-# A task is silent after 24 h; a check costs a look-up in the index of held slots.
+# A task counts as silent after 24 h. A check costs a look-up in the index of held slots.
 SILENT_INTERVAL_SECONDS = 60.0
-# The latest that an event is numbered. A commit that wakes the workers numbers its events at once.
+# The longest time until an event is numbered. A commit that wakes the workers numbers its events at once.
 SEQUENCE_INTERVAL_SECONDS = 0.5
 # The audit's own row says when its next step is due; a check reads that row.
 AUDIT_INTERVAL_SECONDS = 1.0
@@ -122,7 +122,7 @@ def _sink_lane(parts: Parts, name: str, sink: Sink) -> Lane:
 
 
 def periodic_jobs(parts: Parts) -> Sequence[PeriodicJob]:
-    """What every worker process does at intervals."""
+    """The jobs that every worker process runs at intervals."""
     database = parts.database
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
     return (

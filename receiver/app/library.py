@@ -28,7 +28,7 @@ from storage.rows import events
 from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState, TaskState
 
-# As often as the command line; one indexed read each.
+# The same interval as the command line's. Each poll is one indexed read.
 POLL_INTERVAL_SECONDS = 0.2
 EVENTS_AT_ONCE = 500
 
@@ -108,19 +108,19 @@ class Receiver:
     def __init__(self, **settings: Any) -> None:
         """`settings`: those that differ from the environment, in lower case and without the prefix `RECEIVER_`.
 
-        Raises `SettingsInvalid` (a line per fault), `SchemaBehind` (run `receiver migrate`), and as every call does,
-        `DatabaseUnavailable`. All of them are imported from `receiver`.
+        Raises `SettingsInvalid` (one line per fault), `SchemaBehind` (run `receiver migrate`), and like every call
+        `DatabaseUnavailable`. All of them can be imported from `receiver`.
         """
         self._parts = Parts(config.load(**settings))
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)
 
     def submit(self, request: Mapping[str, Any], *, external_task_id: str | None = None) -> Result:
-        """Commit a row for the request, then send it. A worker finds out what became of an unclear answer.
+        """Commit a row for the request, then send it. A worker resolves an unclear answer.
 
         The same id with the same request sends nothing and returns the existing task, so a caller may repeat after a
         crash. `request`: the provider's fields, as in `receiver submit --request`. `external_task_id` None: a fresh
-        UUID; a repeat is a new, paid task. Raises `RequestInvalid` (a line per fault), `Conflict` (another request has
-        the id), `ValueError` (the form of the id).
+        UUID; a repeat is a new, paid task. Raises `RequestInvalid` (one line per fault), `Conflict` (another request
+        has the id), `ValueError` (the form of the id).
         """
         submitted = self._parts.submitter.submit(request, external_task_id=external_task_id)
         return self.status(submitted.task.external_task_id)
@@ -157,8 +157,8 @@ class Receiver:
     def events(self, *, after: int = 0, names: Collection[str] = (), follow: bool = False) -> Iterator[Fact]:
         """The events after a `seq`, in order. `names`: only these.
 
-        `follow`: wait for more for ever; otherwise end after the last. Workers number events: without a worker there
-        are none.
+        `follow`: wait for more without end; otherwise stop after the last. Workers number events: without a worker
+        there are none.
         """
         while True:
             found = self.next_events(after)

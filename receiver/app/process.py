@@ -38,32 +38,33 @@ from storage.spool import sweep
 
 log = structlog.get_logger()
 
-# After a power cut a host's services start in any order, and PostgreSQL may have a log to replay first. Beyond this
-# it is no start-up any more: exit 1, and whoever supervises us sees it and tries again.
+# After a power cut the services of a host start in any order, and PostgreSQL may replay its log first. After this time
+# the start fails with exit code 1, and the service manager tries again.
 DATABASE_START_SECONDS = 60.0
 DATABASE_INTERVAL_SECONDS = 2.0
-# What a worker imports late, and the supervisor of workers before it forks them.
+# Modules that a worker imports late. The supervisor of workers imports them before it forks.
 SHARED_MODULES = ("alembic.command", "storage.rows.migrations", "receiver.web.assets", "boto3.s3.inject")
-# How long a request in flight may take to end at SIGTERM: a body has 10 s, its commit 5 s.
+# How long a request in progress may take to end at SIGTERM: a body has 10 s, its commit 5 s.
 WEB_GRACE_SECONDS = 15
 # How long a thread that computes, for a page or a scrape, keeps the interpreter when the event loop wants it. Python's
 # own 5 ms are added to an acknowledgement each time.
 SWITCH_SECONDS = 0.0005
 # Descriptors that are not for connections: 20 of an idle web process (on SQLite), two for each of SQLite's 22 readers,
-# one for each of 64 creates at the provider, ten to the bucket, one a worker; and room for what is closed in a moment.
+# one for each of 64 creates at the provider, ten to the bucket, one per worker, and a reserve for connections that are
+# about to close.
 RESERVED_DESCRIPTORS = 160
 
 
 class ListenFailed(UserError):
-    """The web server's address is taken, not ours, or none at all."""
+    """The web server cannot listen: its address is in use, is not this machine's, or does not exist."""
 
 
 class SchemaBehind(UserError):
-    """The database has another schema than this code; the message says which command to run."""
+    """The database has another schema than this code. The message says which command to run."""
 
 
 def ready_schema(database: Database, *, migrate: bool) -> None:
-    """Bring the schema up to date where that is wanted, else insist that it is, and make nothing.
+    """Bring the schema up to date if the settings allow it. Otherwise require the current schema and create nothing.
 
     Raises `SchemaBehind`, and `DatabaseRefused` for a file that is no database.
     """
@@ -82,9 +83,9 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
 
 
 def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE_START_SECONDS) -> None:
-    """`ready_schema` for a process that goes on: a PostgreSQL that is away is waited for, loudly, for so many seconds.
+    """`ready_schema` for a process that keeps running. Waits a limited time for an unreachable PostgreSQL, and logs it.
 
-    An SQLite file is there or not, and a wrong role or database name stays wrong. Raises `SchemaBehind`,
+    A missing SQLite file, a wrong role and a wrong database name do not change by waiting. Raises `SchemaBehind`,
     `DatabaseUnavailable`.
     """
     deadline, logged = time.monotonic() + seconds, ""
@@ -105,7 +106,7 @@ def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE
 
 
 def narrow_files(parts: Parts) -> None:
-    """Take our files from other users, to whom earlier releases left them readable."""
+    """Remove other users' access to our files, which earlier releases left readable."""
     files = list(parts.database.files.values())
     if store := parts.settings.store:
         files += [store / name for name in ("store.json", "store.lock", "console.key")]
@@ -114,16 +115,16 @@ def narrow_files(parts: Parts) -> None:
 
 
 def fit_descriptors() -> int:
-    """How many connections there may be at once. Raises the soft limit as far as they need, at most to the hard one.
+    """The limit of simultaneous connections. Raises the soft limit of descriptors as needed, at most to the hard limit.
 
-    Beyond the limit the event loop resets whatever comes, callbacks too, and logs nothing. Where there are few
-    descriptors, half of them are for connections.
+    Beyond the limit the event loop resets every new connection, callbacks too, and logs nothing. If descriptors are
+    few, half of them are for connections.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_CONNECTIONS + RESERVED_DESCRIPTORS
     if 0 <= soft < wanted:  # RLIM_INFINITY is -1
         enough = wanted if hard < 0 else min(hard, wanted)
-        with suppress(OSError, ValueError):  # forbidden: then with what there is
+        with suppress(OSError, ValueError):  # not permitted: keep the current limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
             soft = enough
     if soft < 0 or soft >= wanted:
@@ -153,8 +154,8 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     if settings.workers:
         supervisor.start(server.end)
     sys.setswitchinterval(SWITCH_SECONDS)
-    # What is imported stays: looking through it again and again held every answer up for 100 to 400 ms a time.
-    # Collecting first would take 0.12 s and free 1,300 of 135,000 objects.
+    # Imported objects stay. Repeated collections over them delayed every answer by 100 to 400 ms each. A collection
+    # before freezing takes 0.12 s and frees 1,300 of 135,000 objects.
     gc.freeze()
     try:
         with checkpoints.beside(parts.database):
@@ -162,7 +163,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     finally:
         supervisor.stop()
         if parts.gateway is not None:
-            parts.gateway.join()  # the provider's client is closed after this: it would break their answers off
+            parts.gateway.join()  # The provider's client is closed after this, which would break their answers off.
         parts.database.close()
     supervisor.raise_if_ended()
 
@@ -186,7 +187,7 @@ def web_config(web: Any, host: str, port: int) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to the addresses of `host` that this machine has. `port` 0: a free one, the same at each.
+    """Sockets bound to the addresses of `host` that this machine has. `port` 0: a free one, the same on each address.
 
     Raises `ListenFailed`.
     """
@@ -201,7 +202,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
         try:
             sockets.append(_bound(family, (address[0], wanted, *address[2:])))
         except OSError as error:
-            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # a host without IPv6 may name ::1
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):  # ::1 may be named on a host without IPv6
                 for each in sockets:
                     each.close()
                 sockets, reason = [], os.strerror(error.errno or 0)
@@ -225,13 +226,15 @@ def _bound(family: int, address: tuple[Any, ...]) -> socket.socket:
 
 
 def ending_signals() -> list[signal.Signals]:
-    """What ends a process in order. SIGHUP comes when its terminal is closed; `nohup` ignores it, and so do we then."""
+    """The signals that end a process in order. A closing terminal sends SIGHUP, which `nohup` ignores; then so does
+    this process.
+    """
     is_held = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if is_held else [signal.SIGHUP])]
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens, and ends without ending the process. `on_signal`: called in the signal's handler."""
+    """Logs when it listens, and stops without ending the process. `on_signal`: called in the signal's handler."""
 
     def __init__(
         self, config: uvicorn.Config, on_listening: Callable[[], None] | None, on_signal: Callable[[], object] = bool
@@ -241,7 +244,7 @@ class _Server(uvicorn.Server):
         self._on_signal = on_signal
 
     def end(self) -> None:
-        """End as if by a signal. For any thread."""
+        """Stop as after a signal. Safe to call from any thread."""
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -250,7 +253,9 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Ours, because uvicorn raises the signal again when it is done, which would end us before our workers."""
+        """Replaces uvicorn's handlers, because uvicorn raises the signal again at its end, which would end us before
+        our workers.
+        """
         before = {number: signal.signal(number, self.handle_exit) for number in ending_signals()}
         try:
             yield
@@ -259,7 +264,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Answers that wait for their readers to leave, or for a provider, are told to end: SIGTERM would wait."""
+        """End answers that wait for a reader to leave or for a provider. Otherwise SIGTERM would wait for them."""
         for end in self.config.app.endings:  # type: ignore[union-attr]
             end()
         await super().shutdown(sockets)
@@ -287,12 +292,12 @@ def supervise(settings: Settings) -> bool:
         if not settings.database_url.get_secret_value().startswith("sqlite"):
             import_module("psycopg")
         configure_mappers()
-    gc.freeze()  # a worker's collections would write to every object, and so copy its page
+    gc.freeze()  # a garbage collection in a worker would write to every object and so copy its page
     return Supervisor(settings.workers, grace_seconds=settings.grace_seconds).run()
 
 
 def work(parts: Parts, *, supervised: bool) -> None:
-    """Run one worker process until SIGTERM, SIGINT or SIGHUP, or, `supervised`, until its parent is gone."""
+    """Run one worker process until SIGTERM, SIGINT or SIGHUP, or if `supervised`, until its parent has ended."""
     settings = parts.settings
     await_schema(parts.database, migrate=False)
     narrow_files(parts)
@@ -305,13 +310,13 @@ def work(parts: Parts, *, supervised: bool) -> None:
     log.info("worker.started", threads=settings.worker_threads)
     with checkpoints.beside(parts.database):
         worker.run()
-    # A download that outlived the grace time sits in a thread that cannot be stopped; its row was handed back.
+    # A download that exceeds the grace time runs in a thread that cannot be stopped. Its row was released.
     sys.stderr.flush()
     os._exit(0)
 
 
 def work_once(parts: Parts) -> int:
-    """Work on everything that is due now, then return how many rows were worked on."""
+    """Work on everything that is due now. Returns how many rows were worked on."""
     ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
     narrow_files(parts)
     worker, count = parts.worker(), 0

@@ -1,4 +1,4 @@
-"""`receiver reconcile --wait`: do the reads that were made due, in this process, and report how each ended."""
+"""`receiver reconcile --wait`: do the reads that were made due, in this process, and report the result of each."""
 
 from __future__ import annotations
 

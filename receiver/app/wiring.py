@@ -72,9 +72,9 @@ class Parts:
 
     @property
     def database_threads(self) -> int:
-        """How many threads of one process, a worker or the web server, may need a connection at once.
+        """How many threads of one process, a worker or the web server, may need a connection at the same time.
 
-        A worker has those of its lanes, one to renew the lease beside each create, and a feeder for each sink.
+        A worker has the threads of its lanes, one to renew the lease beside each create, and a feeder for each sink.
         """
         sinks = (len(self.settings.event_entries) + 1) * (jobs.SINK_THREADS + 1)
         rows = 2 * jobs.CALLBACK_THREADS + 1 + 3 * jobs.TASK_THREADS + self.archive_threads
@@ -127,7 +127,7 @@ class Parts:
 
     @cached_property
     def store_address(self) -> tuple[str | None, tuple[str, str] | None]:
-        """The store's endpoint, and its keys where we run it ourselves."""
+        """The store's endpoint, and its keys if we run it ourselves."""
         return serve_store.address(self.settings)
 
     @cached_property
@@ -153,7 +153,7 @@ class Parts:
 
     @property
     def tunnel(self) -> Tunnel | None:
-        """How files are fetched and webhooks are posted where a proxy is the only way out."""
+        """How files are fetched and webhooks are posted if a proxy is the only way out."""
         return self.settings.egress_proxy.connect if self.settings.egress_proxy else None
 
     @cached_property
@@ -205,7 +205,7 @@ class Parts:
     def gateway(self) -> Gateway | None:
         """The ASGI application below `/kling`; None without API keys."""
         from receiver.gateway.creates import Creates
-        from receiver.gateway.gateway import Gateway  # with the HTTP server, which most commands do not need
+        from receiver.gateway.gateway import Gateway  # imports the HTTP server, which most commands do not need
         from receiver.gateway.openapi import document
         from receiver.gateway.queries import Queries
 
@@ -224,7 +224,7 @@ class Parts:
     @cached_property
     def response_format(self) -> ResponseFormat:
         """How the gateway words a result for its clients."""
-        from receiver.web.assets import asset_link  # with the HTTP server, as above
+        from receiver.web.assets import asset_link  # imports the HTTP server, as above
 
         url = self.settings.public_url if self.settings.callback_secrets else None
         link = (lambda asset: asset_link(self.tokens, url, asset)) if url else (lambda _: None)
@@ -236,7 +236,7 @@ class Parts:
 
     @cached_property
     def sinks(self) -> dict[str, Sink]:
-        """Where events go, by name."""
+        """The sinks of events, by name."""
         policy, secrets, tunnel = self.settings.event_policy, self.settings.event_secrets, self.tunnel
         sinks = {entry.name: make(entry, policy, secrets, tunnel) for entry in self.settings.event_entries}
         seconds = client_callback.TIMEOUT_SECONDS
@@ -258,7 +258,7 @@ class Parts:
 
     @cached_property
     def stream(self) -> Stream | None:
-        from receiver.web.event_stream import Stream  # with the HTTP server, as above
+        from receiver.web.event_stream import Stream  # imports the HTTP server, as above
 
         return Stream(self.database, self.envelope, self._api_keys()) if self.settings.api_keys else None
 
@@ -267,13 +267,13 @@ class Parts:
         """The pages below `/console`; None without keys."""
         if not self.settings.console_keys:
             return None
-        from receiver.app.console_parts import make_console  # with what serves HTTP, as above
+        from receiver.app.console_parts import make_console  # imports what serves HTTP, as above
 
         return make_console(self)
 
     def web(self) -> Web:
         """The ASGI application."""
-        from receiver.web import app  # with the HTTP server, as above
+        from receiver.web import app  # imports the HTTP server, as above
         from receiver.web.assets import Assets
 
         chosen = self.settings
@@ -313,7 +313,7 @@ class Parts:
         )
 
     def close(self) -> None:
-        """Close the parts that were made."""
+        """Close the parts that exist."""
         for sink in self.__dict__.get("sinks", {}).values():
             sink.close()
         for name in ("fetcher", "kling", "database"):

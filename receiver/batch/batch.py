@@ -142,7 +142,7 @@ class Batches:
             return batches.counts(session, self._batch(session, name).id)
 
     def newest(self, limit: int) -> list[tuple[Batch, Counts]]:
-        """The newest batches with their counts."""
+        """The newest batches with their counts, newest first."""
         with self._database.read() as session:
             return [(batch, batches.counts(session, batch.id)) for batch in batches.newest(session, limit)]
 
@@ -170,7 +170,7 @@ class Batches:
         for task_id in ids:
             with change(self._database, dry_run=dry_run) as session:
                 task = tasks.lock(session, task_id)
-                assert task is not None  # task rows are never removed
+                assert task is not None  # Task rows are never removed.
                 self._retry(session, tally, task)
         return tally
 
@@ -190,7 +190,7 @@ class Batches:
     def plan_again(self, name: str, new_name: str) -> tuple[Plan, dict[str, str]]:
         """Plan what failed at the provider as new tasks of the batch `new_name`, with new ids. Changes nothing.
 
-        `put` inserts them, and they are paid for again. Once they are inserted, the same call plans none of them anew.
+        `put` inserts them, and they are paid for again. Once they are inserted, the same call plans none of them again.
         Returns the plan and `{external id: why}` of those that cannot be sent. Raises `NoSuchBatch`, and `BatchInvalid`
         if `new_name` cannot be the name of another batch.
         """
@@ -247,7 +247,7 @@ def _send_again(session: Session, task: Task, submitter: Submitter) -> str | Non
     """Queue a create that was refused. Returns the reason why it cannot be queued, or None."""
     if task.lease is not None:
         return "a worker is at it"
-    if is_dismissed(task):  # it changed since it was read
+    if is_dismissed(task):  # The row changed since it was read.
         return "dismissed"
     try:
         request = submitter.parse(task.request)

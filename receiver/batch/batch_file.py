@@ -24,7 +24,7 @@ NumberedLines = Iterator[tuple[int, str | None]]
 # Room for a few pictures in Base64. The whole file is held in memory, so more pictures belong behind URLs.
 MAX_LINE_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 256 * 2**20
-# As many rows are looked through whenever a slot is free; at twenty slots that is a week of pictures.
+# The queue of this many rows is searched whenever a slot is free. At twenty slots they are a week of pictures.
 MAX_RECORDS = 100_000
 HASH_CHARS = 16
 # Columns of a CSV file that are no fields of the request. Several values are separated by spaces.
@@ -32,9 +32,9 @@ IMAGES, ELEMENTS, WATERMARK, ID = "image", "element_id", "watermark", "external_
 PLAIN = ("model_name", "prompt", "resolution", "n", "result_type", "series_amount", "aspect_ratio")
 # Spreadsheets write `;` where the comma is the decimal sign, and tabs for pasting.
 SEPARATORS = (",", ";", "\t")
-# A CSV cell that ends as it should, with the separator behind it; a quote that its own line does not close.
+# A complete CSV cell with the separator behind it, and a quote that is not closed on its own line.
 CLOSED_CELL = {each: re.compile(rf'(?:"(?:[^"]++|"")*+"|(?!")[^{each}\r\n]*+){each}') for each in SEPARATORS}
-# Excel reads and writes such a first line to name the separator.
+# Excel reads and writes this first line to name the separator.
 SEPARATOR_LINE = re.compile(r'"?sep=([,;\t])"?\s*')
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 OPEN_QUOTE = re.compile(r'"(?:[^"\r\n]++|"")*+(?!")')
@@ -141,7 +141,7 @@ def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
 
 
 def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:
-    """The lines from the first non-empty one on, and the separator that it proves; None if it is no header."""
+    """The lines from the first non-empty one on, and the header's separator. None if the first line is no header."""
     separator = None
     for number, line in lines:
         text = line or ""
@@ -154,7 +154,7 @@ def _separated(lines: NumberedLines) -> tuple[NumberedLines, str | None]:
 
 
 def _is_proven(text: str, separator: str) -> bool:
-    """Whether the line names several columns and a required one. What is wrong with the others is said later."""
+    """Whether the line names several columns, a required one among them. Later checks report the rest of its faults."""
     try:
         names = [_column(cell) for cell in next(csv.reader([text], delimiter=separator))]
     except csv.Error:
@@ -237,7 +237,7 @@ class _Source:
 
     @property
     def is_unread(self) -> bool:
-        """Whether a line of the record could not be read, which is a fault already."""
+        """Whether a line of the record could not be read. It is reported as a fault already."""
         return any(text is None for _, text in self._record)
 
     def give_back_behind_quote(self) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""The result of a batch, line by line, with the keys of archived files: as JSON, or as CSV with one row a file."""
+"""The result of a batch with the keys of archived files: JSON with one line per task, or CSV with one row per file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "state", "archive", "expected", "units")
 FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
-# A spreadsheet takes these for a formula. Error texts and ids come from the provider and from clients.
+# A spreadsheet treats a cell that begins with one of these as a formula. Error texts and ids come from outside.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
@@ -65,7 +65,7 @@ def _file(asset: Asset) -> dict[str, Any]:
 
 
 def write_json(file: SupportsWrite[str], name: str, found: Iterable[dict[str, Any]]) -> None:
-    """`{"batch": NAME, "tasks": [one a line]}`, written while it is read."""
+    """Write `{"batch": NAME, "tasks": [one a line]}` while the tasks are read."""
     file.write(f'{{"batch": {json.dumps(name)}, "tasks": [')
     for number, line in enumerate(found):
         file.write((",\n" if number else "\n") + json.dumps(line))
@@ -73,7 +73,7 @@ def write_json(file: SupportsWrite[str], name: str, found: Iterable[dict[str, An
 
 
 def write_csv(file: SupportsWrite[str], found: Iterable[dict[str, Any]]) -> None:
-    """One row for each file, and one for each task without files."""
+    """Write one row for each file, and one for each task without files."""
     writer = csv.writer(file)
     writer.writerow((*TASK_COLUMNS, *FILE_COLUMNS, "error"))
     for line in found:
@@ -88,7 +88,7 @@ def _harmless(value: Any) -> Any:
 
 
 def write(path: Path, name: str, found: Iterable[dict[str, Any]]) -> None:
-    """Write a report: CSV if the file's name ends so, else JSON. The file appears whole or not at all."""
+    """Write a report: CSV if the file's name ends in `.csv`, else JSON. A failed write leaves no file."""
     with LocalFolder(path.parent, folds_case=False).writing([path.name]) as raw:
         with io.TextIOWrapper(raw, encoding="utf-8", newline="") as file:
             if path.suffix.lower() == ".csv":

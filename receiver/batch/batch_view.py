@@ -1,4 +1,4 @@
-"""The progress of a batch in the terminal: where its tasks are, how fast they end, how long the rest takes."""
+"""The progress of a batch in the terminal: how many tasks are in each state, their rate, and the time that is left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from storage.accounts.batches import Counts
 
 POLL_INTERVAL_SECONDS = 1.0
-# Tasks take half a minute (KLING §7). A rate over five minutes is steady enough to estimate the time left.
+# A task takes half a minute (KLING §7). A rate over five minutes is steady enough to estimate the time that is left.
 RATE_SECONDS = 300.0
 # Without a terminal, one line in this interval.
 LINE_SECONDS = 30.0
@@ -28,7 +28,7 @@ class Rate:
         self._seen: deque[tuple[float, int]] = deque()
 
     def see(self, over: int, now: float) -> float:
-        """Note how many tasks are over. Returns tasks a second, 0 if unknown."""
+        """Note how many tasks are over. Returns tasks per second, 0 if unknown."""
         self._seen.append((now, over))
         while self._seen[0][0] < now - RATE_SECONDS:
             self._seen.popleft()
@@ -37,7 +37,7 @@ class Rate:
 
 
 def words(counts: Counts, rate: float = 0) -> str:
-    """One line: where the tasks are, what failed, and when all are over at this rate."""
+    """One line: the tasks in each state, the failures, and when all are over at this rate."""
     stand = {
         "queued": counts.queued,
         "sending": counts.sending,
@@ -64,7 +64,7 @@ def watch(
     console: Console,
     paused: Callable[[], Sequence[str]] = lambda: (),
 ) -> Counts:
-    """Show the batch until all its tasks are over. Returns their counts. Ctrl-C ends only the watching.
+    """Show the progress until all tasks of the batch are over. Returns their counts. Ctrl-C ends only the display.
 
     `paused`: a line for each account or model whose creates wait.
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
     from storage.rows.models import Task
 
-# The longest that a single request to a store that is well takes; its time-out is 60 s, and it is tried again.
+# The longest that a single request to a healthy store takes. Its timeout is 60 s, and it is repeated once.
 STALLED_SECONDS = 15.0
 
 
@@ -70,9 +70,9 @@ def rebuild(
     deep: Annotated[bool, typer.Option("--deep", help="Read every file back and hash it.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Restore rows from the bucket alone: every finished task and its files, from their manifests, verified.
+    """Restore rows from the bucket alone: every finished task and its files, from verified manifests.
 
-    It may be repeated: existing tasks are left as they are. Exit code 1 if something could not be restored; it is
+    May be repeated: existing tasks are not changed. Exit code 1 if something could not be restored. Each such item is
     listed with the command that restores it.
     """
     from collections import Counter
@@ -143,9 +143,9 @@ def delete(
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
-    """Remove a task's files and manifests permanently, and blank its prompt and URLs. A row that says so stays.
+    """Remove a task's files and manifests permanently, and erase its prompt and URLs. Its row stays and says so.
 
-    Everything in its folder is removed, in all versions. Refused while the task is not over, and under Object Lock.
+    Removes all versions of every object in its folder. Refused while the task is not over, and under Object Lock.
     """
     from receiver.tasks import task_view
     from storage.archive import delete as deletion
@@ -203,7 +203,7 @@ def _print_audit(looking: Audit, resume: Path | None, repairer: Repairer | None,
 def _findings(
     looking: Audit, log: AuditLog | None, repairer: Repairer | None, counts: Counts, advance: Callable[[int], None]
 ) -> Iterator[Finding]:
-    """The findings of an earlier run, then the new ones. Each batch is stored before it is shown."""
+    """Yield the findings of an earlier run, then the new ones. Each batch is stored before it is printed."""
     if log:
         yield from log.findings()
     for batch in looking.run(log.after if log else "", counts.hashed):
@@ -232,7 +232,7 @@ def _finding_line(finding: Finding) -> str:
 
 
 def _write_list(name: str, items: Iterable[Any], as_json: bool, line: Callable[[Any], str]) -> None:
-    """Print each item as it comes, so that a million of them need no memory. The JSON object is left open."""
+    """Print each item when it arrives, so that a million of them need no memory. The JSON object is left open."""
     if as_json:
         write(f'{{"{name}": [')
     for number, item in enumerate(items):
@@ -250,7 +250,7 @@ def _close_json(counts: Any, *, is_good: bool) -> None:
 
 @contextmanager
 def _progress(what: str, bucket: Bucket, total: int | None, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal, and anywhere a line when nothing goes on."""
+    """A progress bar on standard error, if that is a terminal, and everywhere a log line while nothing advances."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

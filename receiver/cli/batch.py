@@ -31,7 +31,7 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(help="Name of the batch, as in `receiver batch list`.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until all its tasks are over, with progress.")]
-# Faults that are printed; --json has all. A file with more usually has the same fault in every line.
+# Faults that are printed; `--json` has all. A file with more usually has the same fault in every line.
 MAX_SHOWN = 200
 
 
@@ -128,7 +128,7 @@ def export(
 
     with opened() as parts:
         lines = batch_report.lines(parts.database, _batches(parts), name)
-        _batches(parts).counts(name)  # an unknown batch fails before the file is created
+        _batches(parts).counts(name)  # fails for an unknown batch before the file is created
         if output is not None:
             batch_report.write(output, name, lines)
         elif format == "csv":
@@ -243,7 +243,7 @@ def _put(parts: Parts, plan: Plan) -> None:
 
 
 def _watch(parts: Parts, name: str, report: Sequence[Path] = ()) -> Counts:
-    """Wait for the end. Ctrl-C prints how to watch again."""
+    """Wait until the batch is over. Ctrl-C prints the command that shows the progress again."""
     from rich.console import Console
 
     from receiver.batch import batch_report, batch_view

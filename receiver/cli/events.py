@@ -1,4 +1,4 @@
-"""`receiver events`: what was delivered to sinks, what was not, and delivering it again."""
+"""`receiver events`: list deliveries to sinks, deliver again, follow events, enable and disable sinks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 # Events that `tail` prints first, like the lines of tail(1).
 TAIL = 10
 PAGE = 200
-# How often `tail --follow` looks for new events.
+# How often `tail --follow` reads new events.
 FOLLOW_SECONDS = 0.5
 
 Sink = Annotated[str | None, typer.Option(metavar="NAME", help="Only of this sink.")]
@@ -213,7 +213,7 @@ def disable(
     reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept.")] = "by hand",
     as_json: Json = False,
 ) -> None:
-    """Queue nothing more for a sink, and give up what is queued. Also for a sink that is no longer configured."""
+    """Queue nothing more for a sink, and give up its queued events. Works for a sink that is no longer configured."""
     from storage.operations import outbox
 
     with opened() as parts:

@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _refuse_undecodable(words: Sequence[str]) -> None:
-    """Bytes of an argument that are no text become lone surrogates, which no database takes. A file may have them."""
+    """Refuse arguments with bytes that are no text. They become lone surrogates, which no database stores."""
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word) and not os.path.lexists(word):
             raise typer.BadParameter(f"{word} is not {sys.getfilesystemencoding()} text")
@@ -97,7 +97,7 @@ def _show_bug(error: BaseException) -> None:
 
 
 def _show(text: str) -> None:
-    """Print our own words, without anything that looks like a secret."""
+    """Print one of our own messages, without anything that looks like a secret."""
     from receiver.base.telemetry import scrub
 
     say(*scrub(text).split("\n"), err=True)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from receiver.tasks.changes import Tally
     from receiver.tasks.operate import Operator
 
-# Rows of one `retry --all-failed`. The next call takes the next ones.
+# Rows of one `retry --all-failed`. The next call continues with the following ones.
 MAX_FAILED = 100_000
-# The most that are printed. `--json` has all.
+# Items that are printed at most. `--json` has all.
 MAX_SHOWN = 20
-# Why a command found nothing to do, and what to do instead.
+# The reason why a command found nothing to do, and what to do instead.
 NO_FAILED = "no file was given up and no task is parked; dismissed ones are retried by their id, and filters narrow it"
 NO_DELIVERY = "no stored delivery came then and is in that state; `receiver status ID` shows a task's, /console all"
 NO_READ = "no task waits for its result; name a task to read one that has ended"
@@ -61,11 +61,11 @@ def retry(
     as_json: Json = False,
     allow_http: AllowHttp = False,
 ) -> None:
-    """Try again: files that were given up, or what a task waits for, are due now.
+    """Try again: makes given-up files, or a task's next step, due now.
 
     A failed task is read once more, because a late success still counts. Nothing is sent again; only `submit` sends.
-    --since, --error and --limit belong to --all-failed, which leaves dismissed tasks alone. --since means tasks created
-    then or later.
+    --since, --error and --limit belong to --all-failed, which leaves dismissed tasks alone. --since selects tasks that
+    were created then or later.
     """
     filtered = since is not None or error is not None or limit is not None
     if (name is None) is not all_failed or (not all_failed and filtered) or (all_failed and accept_unverified):
@@ -201,9 +201,9 @@ def _operator(parts: Parts, dry_run: bool) -> Operator:
 
 
 def _answer(tally: Tally, dry_run: bool, as_json: bool, nothing: str = "") -> None:
-    """Print what was done, and on standard error what was not. Exit code 1 if a named item was not done.
+    """Print the result, and on standard error what was not done. Exit code 1 if a named item was not done.
 
-    `nothing`: why there may have been nothing to do, and where to look.
+    `nothing`: why there may have been nothing to do, and what to do instead.
     """
     if as_json:
         say_json({"ok": tally.is_good, "dry_run": dry_run, "counts": tally.counts, "left": tally.left})

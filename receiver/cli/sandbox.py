@@ -16,7 +16,8 @@ from receiver.cli.terminal import say
 if TYPE_CHECKING:
     from receiver.sandbox import Knobs, Sandbox
 
-# For 25 s: a receiver that is started beside it may still be starting. Three tries, as in tests, end after 0.6 s.
+# Retries span 25 s, because a receiver that is started beside the sandbox may still be starting. Tests use three tries
+# within 0.6 s.
 CALLBACK_TRIES = 8
 CTRL_C_INTERVAL_SECONDS = 0.5  # for Ctrl-C
 
@@ -52,7 +53,7 @@ def demo(
 
 
 def _program() -> str:
-    """The command by which the reader can call us again."""
+    """The command with which the user can start this program again."""
     if shutil.which("receiver"):
         return "receiver"
     return sys.argv[0] if Path(sys.argv[0]).name == "receiver" else f"{sys.executable} -m receiver"

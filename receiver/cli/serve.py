@@ -49,7 +49,7 @@ def work(
     with opened(allow_http, ready=False, quiet=False, store=store, starts_store=not supervised) as parts:
         from receiver.app import process
 
-        if not supervised:  # its `receiver serve` has said it
+        if not supervised:  # `receiver serve` has logged it already
             _name_settings(parts.settings)
         if once:
             say(f"worked on {process.work_once(parts)} rows")
@@ -82,7 +82,9 @@ def migrate() -> None:
 
 
 def _name_console(settings: Settings) -> None:
-    """Print a one-time link to the console. Elsewhere than on a terminal output is kept, so it names the key's file."""
+    """Print a one-time link to the console. Where output is not a terminal it may be stored, so only the key's file is
+    named.
+    """
     from receiver.console.access import one_time_token
 
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
@@ -94,9 +96,9 @@ def _name_console(settings: Settings) -> None:
 
 
 def _name_settings(settings: Settings) -> None:
-    """Log where settings came from, and what is most often missing or misspelt.
+    """Log which sources the settings have, and which are often missing or misspelt.
 
-    A misspelt variable otherwise leaves its setting at the default silently.
+    Otherwise a misspelt variable silently leaves its setting at the default.
     """
     import structlog
 

@@ -25,14 +25,14 @@ from storage.rows.tasks import request_note
 from storage.states import AssetState
 
 POLL_INTERVAL_SECONDS = 0.2
-# `receiver serve --store` has its worker 4 to 8 s after its start on a busy host with two cores.
+# The worker of `receiver serve --store` is ready 4 to 8 s after the start on a busy host with two cores.
 WORKER_START_SECONDS = 30.0
-# Facts that are printed, the newest last. `--json` has all.
+# Events that are printed, the newest last. `--json` has all.
 SHOWN_FAULTS = 20
 
 
 def no_worker(parts: Parts, then: str = "") -> str:
-    """That no worker is alive, what follows from it, and what to do."""
+    """Report that no worker is alive, what follows from it, and what to do."""
     return f"no worker is alive{then}: start `{start_command(parts.settings)}` (or `receiver work`)"
 
 
@@ -51,7 +51,7 @@ def await_worker(parts: Parts) -> bool:
 
 
 def wait(parts: Parts, external_task_id: str) -> Task:
-    """Block until the task is over, with a live line on a terminal. Returns the task row."""
+    """Wait until the task is over, with a live line on a terminal. Returns the task row."""
     console = Console(stderr=True)
     said: list[str] = []
     with console.status(cell(f"{external_task_id}: waiting")) as status:
@@ -70,7 +70,7 @@ def wait(parts: Parts, external_task_id: str) -> Task:
 
 
 def pausing(parts: Parts, task: Task | None = None) -> list[str]:
-    """Why creates wait for the account, one line each. `task`: only the pauses of this one."""
+    """One line for each pause of the account's creates. `task`: only the pauses that hold this task."""
     if task is not None and task.queued_at is None:
         return []
     with parts.database.read() as session:
@@ -106,7 +106,7 @@ def urls(parts: Parts, external_task_id: str, expires_seconds: int) -> list[dict
 
 
 def show(parts: Parts, external_task_id: str) -> None:
-    """One task with its files and its timeline."""
+    """Print one task with its files and its timeline."""
     task, assets, facts = find(parts.database, external_task_id)
     say(f"{task.external_task_id}  {task.state}, archive {task.archive}")
     for label, value in (("provider id", task.provider_task_id), ("error", task.error), ("note", task.note)):
@@ -139,26 +139,26 @@ def _reason(asset: Asset) -> str:
 
 
 def latest(parts: Parts, limit: int) -> list[Task]:
-    """The newest tasks, newest first."""
+    """Print the newest tasks, newest first."""
     with parts.database.read() as session:
         return tasks.newest(session, limit)
 
 
 def measured(parts: Parts) -> Measures:
-    """The state of the work."""
+    """Print the state of the work."""
     lead = deadlines.lead_seconds(parts.settings.result_lifetime_seconds)
     with parts.database.read() as session:
         return measure(session, deadline_seconds=lead, slots=parts.slots)
 
 
 def audited(parts: Parts) -> continuous_audit.Standing:
-    """The state of the continuous audit, with its faults."""
+    """Print the state of the continuous audit, with its faults."""
     with parts.database.read() as session:
         return continuous_audit.standing(session)
 
 
 def summary(found: Measures) -> str:
-    """The state of the work in one line: what waits, what is wrong, how callbacks arrive."""
+    """One line about the work: what waits, what is wrong, how callbacks arrive."""
     parts = [f"{found.due} due", *paused(found), *_accounts(found)]
     wrong = {
         "overdue": found.overdue,
@@ -182,7 +182,7 @@ def summary(found: Measures) -> str:
 
 
 def paused(found: Measures) -> list[str]:
-    """One line for each account or model that the provider refuses, with its words."""
+    """One line for each account or model that the provider refuses, with the provider's message."""
     return [line for account in found.accounts.values() for line in account.pauses]
 
 

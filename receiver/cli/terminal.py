@@ -1,4 +1,4 @@
-"""All output of commands. Control characters in foreign text are shown, so that the terminal never obeys them."""
+"""All output of commands. Control characters of foreign text are escaped, so that the terminal never executes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-# Rich takes a pipe for a terminal of 80 columns. The longest id, address and error of one row have room here.
+# rich assumes 80 columns for a pipe. This width fits the longest id, address and error in one row.
 PIPE_COLUMNS = 4_000
 
 
@@ -43,7 +43,7 @@ def _without_delete(text: str) -> str:
 
 
 def show(table: RenderableType) -> None:
-    """Print what rich draws, as wide as the terminal; in a pipe nothing is wrapped. `cell` makes its texts."""
+    """Print a rich object at the terminal's width. Nothing is wrapped in a pipe. `cell` makes its texts."""
     from rich.console import Console
 
     console = Console()
@@ -63,7 +63,7 @@ def cell(text: str, style: str = "") -> Text:
 
 
 class CsvOutput:
-    """Standard output for a writer of CSV, which writes one row with its line end at a time."""
+    """Standard output as the file of a CSV writer, which writes one row with its line end at a time."""
 
     def write(self, row: str) -> None:
         ending = "\r\n" if row.endswith("\r\n") else ""
@@ -71,23 +71,23 @@ class CsvOutput:
 
 
 class JsonOutput:
-    """Standard output for a writer of JSON."""
+    """Standard output as the file of a JSON writer."""
 
     def write(self, text: str) -> None:
         write(_without_delete(text))
 
 
 def write(text: str, *, err: bool = False) -> None:
-    """Print a text of ours, or one that was made safe. Raises `OutputFailed`."""
+    """Print a text that is ours or was escaped. Raises `OutputFailed`."""
     stream = sys.stderr if err else sys.stdout
     encoding = stream.encoding or "utf-8"
     try:
-        # escapes what the terminal's encoding lacks, and lone surrogates
+        # Escapes characters that the terminal's encoding lacks, and lone surrogates.
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
     except BrokenPipeError:  # the reader has closed the pipe; click ends the process quietly
         raise
     except OSError as error:
-        # The interpreter flushes once more at its end, and would print an error of its own.
+        # The interpreter flushes once more when it exits, and would print an error of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise OutputFailed(f"standard output cannot be written: {error.strerror}") from None

@@ -57,7 +57,7 @@ class Access:
         """A session token for the holder of this key; None for a wrong key."""
         shown = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         secret = None
-        for _, _, digest, own in self._people:  # no early end: the time does not depend on which key matched
+        for _, _, digest, own in self._people:  # no early return, so that the time does not depend on which key matched
             secret = own if hmac.compare_digest(shown, digest) else secret
         return self._token(secret, SESSION, SESSION_SECONDS) if secret else None
 
@@ -80,7 +80,7 @@ class Access:
         return self._token(own, SESSION, SESSION_SECONDS)
 
     def is_open(self, token: str | None) -> Session | None:
-        """Whose one-time link this is. It is not used up."""
+        """The session of the one-time link's owner; None if it is invalid. The link is not used up."""
         return self._read(token, ONCE)
 
     def _token(self, secret: bytes, purpose: bytes, seconds: float) -> str:

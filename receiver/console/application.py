@@ -94,7 +94,7 @@ class Guard:
         self._threads = CapacityLimiter(THREADS)
 
     def page(self, path: str, function: PageFunction) -> Route:
-        """A page of HTML. What the script fetches to update it is shared."""
+        """A page of HTML. Consoles that update it share one rendering."""
         return Route(path, self._endpoint(function, max_bytes=0, is_shared=True), methods=["GET"])
 
     def file(self, path: str, function: PageFunction) -> Route:
@@ -154,7 +154,7 @@ class Guard:
 
 
 class Front:
-    """What needs no session: login, languages, static files."""
+    """The pages without a session: login, languages, static files."""
 
     def __init__(self, guard: Guard, *, is_secure: bool) -> None:
         self._guard = guard

@@ -1,4 +1,4 @@
-"""What the console shows and acts on. The wiring makes it."""
+"""The installation that the console shows and changes. The wiring makes it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from storage.rows import events
 
 log = structlog.get_logger()
 
-# Of what a person acted on: an id has at most 200.
+# Length of the id that a person acted on; an external id has at most 200 bytes.
 MAX_SUBJECT_CHARS = 400
 # Answers a GET with an archived file's bytes or a redirect to a presigned link: (request, id, download=…).
 Files = Callable[..., Awaitable[Response]]
@@ -66,7 +66,7 @@ class Installation:
 def note_act(
     of: Installation, person: str, action: str, subject: str, task_ids: Collection[UUID | None] = (None,), **data: Any
 ) -> int:
-    """Log what a person did, and keep it for the timelines of these tasks. Returns the id of the kept row."""
+    """Log what a person did, and store it for the timelines of these tasks. Returns the id of the stored row."""
     log.info("console.action_performed", person=person, deed=action, subject=subject)
     with of.database.write() as session:
         return events.record_act(session, person, action, subject[:MAX_SUBJECT_CHARS], task_ids or (None,), **data)

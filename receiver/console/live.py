@@ -1,4 +1,4 @@
-"""`GET /console/live`: server-sent events that say that something changed. The page then fetches itself again.
+"""`GET /console/live`: server-sent events that announce changes. The page then fetches itself again.
 
 One query a second serves all consoles: the newest event and the newest delivery, by their primary keys.
 """

@@ -1,4 +1,4 @@
-"""What needs a person now: each with one sentence, its meaning, and a link to its action."""
+"""What needs a person now, each with one sentence, its meaning, and a link to its action."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.operations.measures import Measures, measure
 
 # Every page needs these numbers. Ten consoles share one query.
 FRESH_SECONDS = 3.0
-STORE_SECONDS = 0.1  # a page waits so long for the bucket; the next one shows what came later
+STORE_SECONDS = 0.1  # The longest that a page waits for the bucket. The next page shows a later result.
 # A store that has not answered for this long is called slow, also on the first page after the start.
 SLOW_SECONDS = 2.0
 
@@ -46,7 +46,7 @@ class Needs:
     def __init__(self, of: Installation) -> None:
         self._of = of
         self._store = BucketAvailability(of.bucket, max_wait_seconds=STORE_SECONDS)
-        self._store.state()  # begins to ask
+        self._store.state()  # starts its background check
         self._lock = threading.Lock()
         self._seen: tuple[float, Standing] | None = None
 

@@ -31,7 +31,7 @@ class _Shared(NamedTuple):
 
 
 class SharedPages:
-    """`tick`: a number that grows with every change that live consoles are told of."""
+    """`tick`: a number that grows with every change that live consoles are informed of."""
 
     def __init__(self, tick: Callable[[], int]) -> None:
         self._tick = tick
@@ -51,11 +51,11 @@ class SharedPages:
         self._kept[key] = found
         if len(self._kept) > MAX_KEPT:
             self._kept.popitem(last=False)
-        answer = await asyncio.shield(found.page)  # a reader that leaves does not end it for the others
+        answer = await asyncio.shield(found.page)  # a reader that leaves does not cancel it for the others
         if answer.status_code != 200:
             return answer
         return HTMLResponse(bytes(answer.body).replace(self._token.encode(), visit.session.csrf.encode()))
 
     def forget(self) -> None:
-        """Render anew from now on: somebody acts."""
+        """Render all pages again from now on, because a person acts."""
         self._kept.clear()

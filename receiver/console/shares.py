@@ -1,4 +1,4 @@
-"""Answers that last, so many at once: one person has at most half of them, in however many sessions."""
+"""Limits answers that last. One person has at most half of them, in all sessions together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Shares:
         self._lock = threading.Lock()
 
     def stream(self, person: str, content: AsyncIterator[Any] | Iterator[Any], **options: Any) -> Response:
-        """The answer, whose place is free again however it ends; 503 where there is none."""
+        """Stream the answer, and free its place however it ends. 503 if no place is free."""
         with self._lock:
             if self._open.total() >= self._most or self._open[person] >= max(self._most // 2, 1):
                 return Response(status_code=503, headers={"Retry-After": "30"})

@@ -1,4 +1,4 @@
-"""Values for people: sizes, numbers, times, durations, and strangers' text that stays text."""
+"""Values as people read them: sizes, numbers, times, durations, and escaped text of others."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def when(moment: datetime | None, language: str) -> Markup | str:
 
 
 def seen(foreign: str) -> str:
-    """A stranger's text with invisible characters written out and every URL reduced to its host."""
+    """Text of others with invisible characters written out and every URL reduced to its host."""
     return hosts_only(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign))
 
 
@@ -95,7 +95,7 @@ def pretty(body: bytes | Any) -> str | None:
 
 
 def request_of(task: Task, most: int) -> str:
-    """The request as JSON. Of a long value, as of an uploaded picture, the beginning."""
+    """The request as JSON. Long values such as uploaded pictures are cut."""
     return (
         cut(pretty({name: _brief(value) for name, value in task.request.items()}) or "", most) if task.request else ""
     )
@@ -115,7 +115,7 @@ def cut(text: str, most: int) -> str:
 
 
 def short(foreign: str | None, most: int = 160) -> str:
-    """The beginning of a stranger's text, on one line."""
+    """The beginning of a text of others, on one line."""
     flat = " ".join(seen((foreign or "")[: 8 * most]).split())
     return flat if len(flat) <= most else flat[: most - 1] + "…"
 

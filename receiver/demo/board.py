@@ -1,4 +1,4 @@
-"""The demo's output: events while they happen, the results, and where to look next."""
+"""The demo's output: events while they happen, the results, and the next commands to try."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from storage.rows.events import PERSON_ACTED, EventName
 from storage.rows.models import Callback, Event, Task
 from storage.states import ArchiveState, TaskState
 
-HASH_CHARACTERS = 16  # of 64 digits, enough to compare by eye
+HASH_CHARACTERS = 16  # of 64 digits; enough to compare by eye
 README_SECTION = 'README.md, "First real use"'
 
 
@@ -120,7 +120,7 @@ def reported(parts: Parts, row: Callback) -> TaskState | None:
 
 
 def _in_words(fact: Event) -> str:
-    """One fact as a sentence; empty for facts that deliveries show already."""
+    """One event as a sentence; empty for events that deliveries show already."""
     data = fact.data
     file = f"{data.get('kind')} {data.get('index')}"
     sentences = {
@@ -235,7 +235,7 @@ def _seconds(outcome: Outcome) -> str:
 
 
 def print_kept(console: Console, program: str, settings: Mapping[str, str], log: Path) -> None:
-    """What can be done while everything stays up, and how to end it."""
+    """Print what can be done while everything stays up, and how to end it."""
     print_line(console, "\nAll of it stays up. Look at it in a browser; the link works once, for ten minutes:\n")
     print_line(console, console_link(settings))
     print_line(console, "\nTo use it from another terminal, paste there:\n")
@@ -259,13 +259,13 @@ def console_link(settings: Mapping[str, str]) -> str:
 
 
 def print_end(console: Console, directory: Path | None) -> None:
-    """The end. `directory`: where files were left, None = nowhere."""
+    """Print the end. `directory`: where files were left, None = nowhere."""
     left = f"its log, rows and objects are in {directory}" if directory else "nothing is left"
     print_line(console, f"\nAll of it has ended; {left}.")
 
 
 def print_next_steps(console: Console, program: str) -> None:
-    """What a newcomer does after a demo that has ended."""
+    """Print a newcomer's next steps after a demo that has ended."""
     steps = {
         "look closer": f"{program} demo --keep   (then: the log, {Path(program).name} status)",
         "the provider alone": f"{program} sandbox",

@@ -1,4 +1,4 @@
-"""`receiver demo`: the whole product on this machine with real parts and a stand-in provider. It leaves nothing.
+"""`receiver demo`: the whole product on this machine, with real parts and a stand-in provider. Leaves nothing behind.
 
     this process                        started by it, ended with it
     ├── sandbox (the provider)          ├── SeaweedFS (the bucket)
@@ -69,7 +69,7 @@ WISHES = (
 
 
 class DemoFailed(RuntimeError):
-    """The demo did not reach its goal. The message says why and where to look."""
+    """The demo did not reach its goal. The message gives the reason and the place of the log."""
 
 
 def run(console: Console, *, directory: Path | None, keep: bool, timeout_seconds: float, program: str) -> None:
@@ -191,13 +191,15 @@ class Stage:
         raise DemoFailed(f"the receiver ended by itself with exit code {code}")
 
     def stop(self, *, in_order: bool) -> None:
-        """End everything that was started. `in_order`: the bucket's contents are still needed."""
+        """Stop everything that was started. `in_order`: shut down cleanly, because the bucket's contents are still
+        needed.
+        """
         if self._receiver is not None:
             self._receiver.terminate()
             try:
                 self._receiver.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                self._receiver.kill()  # its workers notice its end
+                self._receiver.kill()  # Its workers notice its end.
                 self._receiver.wait()
         self.sandbox.stop()
         if in_order:
@@ -207,7 +209,7 @@ class Stage:
 
 
 def _perform(console: Console, stage: Stage) -> None:
-    """Submit, watch, compare, and show it. Raises `DemoFailed` if a task or an object is wrong."""
+    """Submit, follow, compare, and print it. Raises `DemoFailed` if a task or an object is wrong."""
     parts = Parts(config.load())
     try:
         with Watch(console, parts, WISHES) as watch:
@@ -307,7 +309,7 @@ def _without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def _only(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set these settings in this process and remove the user's: boto3 reads nothing but the environment."""
+    """Set only these settings in this process and remove the user's, because boto3 reads the environment."""
     before = dict(os.environ)
     ours = {**_without_foreign(before), **settings}
     os.environ.clear()

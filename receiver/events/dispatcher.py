@@ -28,7 +28,7 @@ from storage.rows.models import Dispatch, Event, Task
 
 log = structlog.get_logger()
 
-# Spreads the tries of receivers that failed at the same time.
+# Spreads the retries of receivers that failed at the same time.
 JITTER = 0.2
 
 
@@ -37,7 +37,7 @@ class SinkUnavailable(Retry):
 
 
 class SinkSilent(SinkUnavailable):
-    """There was no answer. The messages behind this one would wait for the same."""
+    """There was no answer. The messages behind this one would wait as long."""
 
 
 class NotTried(Retry):
@@ -144,7 +144,7 @@ class Dispatcher:
             done = [self._settle(session, row, known.get(row.id, _unsendable(row))) for row in rows]
             self._database.wake(session)
         counts = {word: done.count(word) for word in sorted({*done})}
-        if [*counts] == ["put_off"]:  # messages of a slow host are put off many times
+        if [*counts] == ["put_off"]:  # messages of a slow host are postponed many times
             log.debug("events.deferred", sink=self._name, **counts)
         else:
             log.info("events.sent", sink=self._name, **counts)

@@ -1,6 +1,6 @@
 """Events as JSON lines: to a file, flushed to the disk before they count as delivered, or to standard output.
 
-Each batch opens the file anew, so logrotate may move it at any time. Several processes may write to the same file.
+Each batch opens the file again, so logrotate may move it at any time. Several processes may write to the same file.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from storage.fetch.connection import Tunnel
 
 
 def make(entry: Entry, policy: AddressPolicy, secrets: Sequence[SecretStr], tunnel: Tunnel | None = None) -> Sink:
-    """The sink of an entry. It opens nothing before it sends. `tunnel`: for webhooks."""
+    """Make the sink of an entry. It opens nothing before it sends. `tunnel`: for webhooks."""
     match entry.kind:
         case "webhook":
             return Webhook(entry.url, Poster(policy, connections=THREADS, tunnel=tunnel), Signer(secrets))

@@ -17,8 +17,8 @@ from receiver.events.dispatcher import Message, NotTried, Outcome, SinkRefused, 
 
 # The limit of SendMessageBatch (SQS API reference).
 BATCH = 10
-# Of a batch and of a message alike: 256 KiB, less some room for the attributes. SQS itself allows four times that
-# since 2025, others that speak its protocol do not.
+# The limit of a batch and of a message alike: 256 KiB, less some room for the attributes. SQS allows four times that
+# since 2025, compatible queues do not.
 MAX_BYTES = 250_000
 THREADS = 2
 CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0

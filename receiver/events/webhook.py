@@ -12,7 +12,7 @@ from receiver.events.dispatcher import Message, Outcome, one_by_one
 from receiver.events.http_post import Poster
 from storage.errors import GiveUp, Retry
 
-# One transaction settles so many. It halves the cost of rows, and bounds what a crash sends twice.
+# One transaction settles this many messages. That halves the cost of rows, and bounds what a crash sends twice.
 BATCH = 8
 # Messages behind a slow answer go to another thread or process.
 BATCH_SECONDS = 5.0

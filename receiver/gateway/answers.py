@@ -1,4 +1,4 @@
-"""Our rows as Kling's records: what the gateway answers, and what clients are called back with.
+"""Our rows as Kling's records: the answers of the gateway, and the bodies of client callbacks.
 
 Pure functions without I/O and clock. Fields that Kling does not have are under the one key `receiver`.
 """
@@ -30,14 +30,14 @@ STATUS_OF_STATE: dict[TaskState, Status] = {
 # As in storage.states: only a late success may contradict an earlier status.
 RANK: dict[Status, int] = {"submitted": 0, "processing": 1, "failed": 2, "succeed": 3}
 USUAL_CODES = {401: 1002, 403: 1103, 404: 1203}
-# Facts that the provider reported.
+# Events that the provider reported.
 STATUS_OF_EVENT: dict[str, Status] = {
     EventName.TASK_SUBMITTED: "submitted",
     EventName.TASK_PROCESSING: "processing",
     EventName.TASK_SUCCEEDED: "succeed",
     EventName.TASK_FAILED: "failed",
 }
-# These happen again after a retry or a repair, and also when a task is dismissed that never succeeded.
+# Events that happen again after a retry or a repair, and when a task is dismissed that never succeeded.
 ENDS_OF_ARCHIVE = frozenset({EventName.TASK_ARCHIVED, EventName.TASK_INCOMPLETE})
 
 
@@ -54,13 +54,13 @@ class ResponseFormat:
 
 
 def record(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:
-    """The task as a query answers it, from its rows as they are. It contains result links, so it is a secret."""
+    """The task as a query answers it, from its current rows. It contains result links, so it is a secret."""
     status = status_of(task, response_format.results)
     return _record(task, assets, status, _changed_at(task, status, response_format.results), response_format)
 
 
 def new_record(task: Task, assets: Sequence[Asset], response_format: ResponseFormat) -> dict[str, Any]:
-    """The task as `/tasks` answers it: the same facts as `record` in Kling's new shape (KLING §4)."""
+    """The task as `/tasks` answers it: the contents of `record` in Kling's new shape (KLING §4)."""
     old = record(task, assets, response_format)
     done = old["task_status"] == "succeed"
     told: dict[str, Any] = {
@@ -108,14 +108,14 @@ def callback_body(
     earlier: Sequence[str],
     response_format: ResponseFormat,
 ) -> bytes | None:
-    """The body of the callback about one fact; None if the fact tells the client nothing new.
+    """The body of the callback about one event; None if the event tells the client nothing new.
 
-    It is a bare record of the old shape (KLING §4) with the status of the fact, whatever has happened since. Each
+    It is a bare record of the old shape (KLING §4) with the status of the event, whatever has happened since. Each
     status is sent once and in rising order, so a repair's second `task.archived` sends nothing. With `results`
     archived, `task.succeeded` is sent as `processing`, and the one `succeed` is `task.archived` or `task.incomplete`.
 
-    `at`: when the fact happened. `earlier`: the names of all earlier facts of this task, oldest first. `assets`: as
-    they are now. The bytes contain result links: never log them. The same arguments give the same bytes.
+    `at`: when the event happened. `earlier`: the names of all earlier events of this task, oldest first. `assets`: in
+    their current state. The bytes contain result links: never log them. The same arguments give the same bytes.
     """
     *before, status = _statuses_told([*_since_created(earlier), event_name], response_format.results)
     if status is None or RANK[status] <= max((RANK[told] for told in before if told), default=-1):
@@ -124,13 +124,13 @@ def callback_body(
 
 
 def _since_created(event_names: Sequence[str]) -> Sequence[str]:
-    """The facts since the id was last asked for, without those of a refused create before."""
+    """The events since the last create under this id, without those of an earlier, refused create."""
     created_at = [number for number, name in enumerate(event_names) if name == EventName.TASK_CREATED]
     return event_names[created_at[-1] :] if created_at else event_names
 
 
 def _statuses_told(event_names: Sequence[str], results: Results) -> Iterator[Status | None]:
-    """The status that each fact tells a client; None if none."""
+    """The status that each event reports to a client; None if none."""
     succeeded = False
     for name in event_names:
         succeeded = succeeded or name == EventName.TASK_SUCCEEDED
@@ -245,7 +245,7 @@ class Reply:
 
 
 class Refused(Exception):
-    """The gateway refuses in Kling's words. `by_provider`: the words are the provider's own."""
+    """The gateway's refusal in Kling's format. `by_provider`: the message is the provider's own."""
 
     def __init__(
         self, http_status: int, code: int, message: str, *, after: int | None = None, by_provider: bool = False
@@ -281,7 +281,7 @@ def already_exists(external_task_id: str) -> Refused:
 def passed_on(refusal: ProviderRejected | ProviderThrottled) -> Refused:
     """The provider's refusal with its HTTP status and code. Without a code, the closest one of KLING §6."""
     status, code = refusal.http_status, refusal.code
-    if status is None:  # not the provider's answer: we have no credentials for it
+    if status is None:  # Not the provider's answer: we have no credentials for it.
         return Refused(401, 1000, str(refusal))
     usual = 1302 if status == 429 else USUAL_CODES.get(status, 1201)
     after = math.ceil(refusal.after) if isinstance(refusal, ProviderThrottled) and refusal.after else None

@@ -40,7 +40,7 @@ class ApiKeys:
         return len(self._clients)
 
     def sees(self, client: str) -> str | None:
-        """Whose tasks this client sees; None: everybody's."""
+        """The client whose tasks this one may see; None: everybody's."""
         return client if self._own_only else None
 
     def client(self, authorization: str) -> str:

@@ -12,7 +12,8 @@ from storage.circuit import PAUSE_CAP_SECONDS
 # A host without an answer so far, or whose last answer took longer, gets one callback at a time.
 QUICK_SECONDS = 1.0
 FIRST_GUESS_SECONDS = 0.1
-# Hosts and clients. A client that invents more host names only makes us forget how quick they were.
+# Hosts and clients that are remembered. A client that invents more host names only makes us forget how quick others
+# were.
 MAX_LINES = 1_000
 
 
@@ -41,7 +42,7 @@ class _Line:
         self.free_at = min(self.free_at, now + seconds)
 
     def put_off(self, now: float) -> float:
-        """Seconds to wait. Each waits behind the one before it, because all at once would only be postponed again."""
+        """Seconds to wait. Each waits behind the one before it; if all returned at once, most would wait again."""
         step = max(self.seconds or FIRST_GUESS_SECONDS, now - self.began_at)
         self.free_at = min(max(self.free_at, now) + step, now + PAUSE_CAP_SECONDS)
         return self.free_at - now

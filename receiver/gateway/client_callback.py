@@ -1,7 +1,7 @@
-"""The sink for the gateway's clients: each is called back in Kling's words at the URL that came with its task.
+"""The sink for the gateway's clients. Each is called back in Kling's format at the URL that its create named.
 
 Other sinks have one receiver. Here every host has a circuit of its own, and threads are shared between hosts and
-clients, so a slow or unreachable host delays nobody else.
+clients, so a slow or unreachable host delays no other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from storage.rows.models import Event, Task
 
 NAME = "client"
 NAMESPACE = uuid.UUID("4c0f6a55-2f0e-4f0c-9f0b-6b7d1d1c3f9e")
-# The facts that may concern a client; `callback_body` decides.
+# The events that may concern a client; `callback_body` decides.
 EVENTS = frozenset(str(name) for name in (*STATUS_OF_EVENT, *ENDS_OF_ARCHIVE))
 MEDIA_TYPE = "application/json; charset=utf-8"
 THREADS = 8
@@ -37,13 +37,13 @@ THREADS = 8
 TIMEOUT_SECONDS = 5.0
 # An answer that takes longer counts as a failure of its host, like no answer.
 SLOW_SECONDS = 2.5
-# Hosts with a circuit. A client that invents more host names only makes us forget which were down.
+# Hosts with a circuit. A client that invents more host names only makes us forget which hosts were down.
 MAX_CIRCUITS = 1_000
 
 
 def callback_id(event_id: str) -> str:
     """The `webhook-id` of a callback. It differs from the event's id, because a receiver that drops known ids would
-    otherwise drop the event for the callback.
+    otherwise drop one of the two.
     """
     return str(uuid.uuid5(NAMESPACE, event_id))
 
@@ -107,7 +107,7 @@ class Clients:
         return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome
 
     def _told(self, event: Event) -> tuple[Task | None, bytes | None]:
-        """The task, and the body for its client about this fact."""
+        """The task, and the body that tells its client about this event."""
         with self._database.read() as session:
             task = session.get(Task, event.task_id)
             if task is None:

@@ -31,7 +31,7 @@ STRUCTURE = (b"{", b"[", b",", b":")
 
 
 def read_fields(body: Buffer) -> dict[str, Any]:
-    """The JSON object in `body`. Takes about the size of `body` in memory, whatever it contains. Raises `Refused`."""
+    """The JSON object in `body`. Needs about the size of `body` in memory, whatever it contains. Raises `Refused`."""
     if body.startswith(GZIP):
         raise Refused(400, 1200, "Request body is compressed (gzip): send it as plain JSON")
     rest, long_texts = _without_long_texts(body)
@@ -103,7 +103,7 @@ def _count_structure(body: Buffer, start: int, end: int) -> int:
 
 
 def _texts(body: Buffer) -> Iterator[tuple[int, int]]:
-    """Start and end of each text, with its quotes. One step for each quote, none for other bytes."""
+    """Start and end of each text, with its quotes. Takes one step for each quote, none for other bytes."""
     start = body.find(b'"')
     quotes = 1
     while start >= 0:
@@ -132,6 +132,6 @@ def _is_escaped(body: Buffer, start: int, quote: int) -> bool:
 
 
 def _float(digits: str) -> float | int:
-    """5.0 is the whole number 5 where that is exact: JSON has one kind of number."""
+    """A float that equals a whole number as that number: 5.0 is 5, because JSON has one kind of number."""
     number = float(digits)
     return int(number) if number.is_integer() and abs(number) < 2**53 else number

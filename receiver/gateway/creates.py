@@ -1,4 +1,4 @@
-"""Creates through the gateway: read the request, commit a row, answer with what became of it.
+"""Creates through the gateway: read the request, commit a row, answer with its outcome.
 
 body ─▶ request ─▶ begin: row (and Idempotency-Key) committed ─▶ send ─┬─ refused ─▶ row failed, refusal passed on
                     │                                                  └─ else ────▶ 200 submitted, the row goes on
@@ -53,16 +53,16 @@ DEFAULT_MODEL_NOTE = f"{tasks.DEFAULTED}the request named no model_name, so it i
 MAX_KEY_CHARS = 255
 # A duplicate waits this long for the first's answer: while it is being sent, and then for its commit.
 UNDER_WAY_SECONDS, ANSWER_SECONDS = 20.0, 2.0
-# A create and, after an unclear answer, its read: 20 s each, and the commits around them.
+# The time of a create and, after an unclear answer, of its read: 20 s each, and the commits around them.
 SEND_SECONDS = 45.0
-# More than a person reads. A request may have a fault in each of its fields.
+# More faults than a person reads. A request may have a fault in each of its fields.
 MAX_MESSAGE_CHARS = 1_000
 
 
 @dataclass(frozen=True)
 class CreateRequest:
-    """One valid create. `client`: a fingerprint of its API key. `callback_url`: the client's own, a secret. `key`: its
-    Idempotency-Key, if it gave one. `note`: of the row, about a default that was taken.
+    """One valid create. `client`: the fingerprint of its API key. `callback_url`: the client's own, a secret. `key`:
+    its Idempotency-Key, if given. `note`: for the row, about an assumed default.
     """
 
     request: OmniImageRequest = field(repr=False)
@@ -89,8 +89,8 @@ class DuplicateWait:
     _ended_at: float | None = None
 
     def is_over(self, *, is_under_way: bool, now: float) -> bool:
-        """While the create is being sent, the duplicate waits as long as the first does. Once it has ended, the answer
-        is about to be committed, so a short time follows.
+        """Whether the wait is over. A duplicate waits as long as the first create is being sent. Afterwards it waits a
+        short time, because the answer is about to be committed.
         """
         if self._ended_at is None and not is_under_way:
             self._ended_at = now
@@ -115,7 +115,7 @@ class Creates:
         self._sends, self._send_ended = 0, threading.Condition()
 
     def read(self, body: bytes | bytearray, client: str, key_word: str) -> CreateRequest:
-        """The request. `client`: a fingerprint of its API key. `key_word`: its Idempotency-Key, empty = none.
+        """Read the request. `client`: the fingerprint of its API key. `key_word`: its Idempotency-Key, empty = none.
 
         Raises `Refused`, which names the field.
         """
@@ -153,7 +153,7 @@ class Creates:
             return again_on_new_session(lambda: self._commit(ask))
         except RequestInvalid as error:
             raise _invalid(error) from None
-        except AccountRefused as error:  # the provider's last answer; it is asked again once a minute
+        except AccountRefused as error:  # the provider's last answer; a trial follows once a minute
             raise passed_on(error) from None
         except NoSlots as error:
             raise Refused(429, 1303, f"parallel task over resource pack limit: {error}", after=1) from None
@@ -215,7 +215,7 @@ class Creates:
         return reply
 
     def _latest(self, begun: StartedCreate) -> Task:
-        """The row as it is now, or as it was committed if it cannot be read."""
+        """The current row, or the row as it was committed if it cannot be read."""
         try:
             return self._row(begun)
         except DatabaseUnavailable as error:
@@ -236,8 +236,8 @@ class Creates:
     ) -> Reply | None:
         """The stored answer of the key; None: it may come soon, ask again.
 
-        `duplicate_wait`: the same at every call. `now`: monotonic seconds. If no answer comes (a crash), it is the
-        row's state in the end. Raises `Refused` if the key was given back.
+        `duplicate_wait`: the same at every call. `now`: monotonic seconds. If no answer comes (after a crash), the
+        answer is the row's state. Raises `Refused` if the key was given back.
         """
         assert ask.key is not None
         with self._database.read() as session:
@@ -251,7 +251,7 @@ class Creates:
         reply = success(created(task, status_of(task, self._response_format.results)), request_id)
         with self._database.write() as session:
             idempotency.answer(session, ask.key, reply.http_status, reply.body)
-            first = idempotency.find(session, ask.key)  # the first's own answer, if it came meanwhile
+            first = idempotency.find(session, ask.key)  # the first create's own answer, if it came meanwhile
         return _answered(first)
 
     def _row(self, begun: StartedCreate) -> Task:

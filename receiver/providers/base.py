@@ -261,7 +261,7 @@ def verify_standard_webhook(secrets: Sequence[Webhook], headers: Mapping[str, st
         raise BadSignature("webhook-timestamp is more than 300 s from our clock")
     given = [signature.encode("utf-8", "replace") for signature in signatures[:MAX_SIGNATURES]]
     wanted = _signatures(secrets, webhook_id, int(timestamp), body)
-    # sum() instead of any(): the time it takes does not depend on which secret matched.
+    # sum() instead of any(), so that the time does not depend on which secret matched.
     if not sum(hmac.compare_digest(ours, theirs) for ours in wanted for theirs in given):
         raise BadSignature("no signature matches")
     return webhook_id

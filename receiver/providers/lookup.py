@@ -10,7 +10,7 @@ from storage.accounts.rate_limit import ReadRateLimit
 # Kling lists up to 500 a page, newest first (KLING §3). Twenty pages are 10,000 newer tasks.
 PAGE_SIZE = 500
 MAX_PAGES = 20
-# Tasks that were made so long before ours end the search. No clock differs by more.
+# Tasks that are older than ours by this much end the search. No clock differs by more.
 SLACK = timedelta(hours=1)
 
 
@@ -22,9 +22,9 @@ def read_task(
     external_task_id: str,
     made_at: datetime | None = None,
 ) -> Record | None:
-    """Read one task at the pace that all processes share. None: the provider does not know it.
+    """Read one task within the rate limit that all processes share. None: the provider does not know it.
 
-    `made_at`: when our row was made; older tasks in the list are not it. Raises what the provider's calls raise, and
+    `made_at`: when our row was made. Older tasks in the list are not it. Raises what the provider's calls raise, and
     `TooManyReads`.
     """
     limit.wait(provider.name)

@@ -33,7 +33,7 @@ T = TypeVar("T")
 # An id or a page is given up after this many tries in a row without an answer.
 TRIES = 3
 MAX_WAIT_SECONDS = 30.0
-# While workers use the whole pace of reads, a turn takes some 5 s.
+# While workers use the whole rate limit of reads, a read waits some 5 s for its turn.
 MAX_TURNS = 60
 # The provider gives at most 1,000 pages of 500 (KLING §3). An answer with 100 tasks and all their URLs is below 2 MB.
 PAGE_SIZE = 100
@@ -41,8 +41,8 @@ MAX_PAGES = 1_000
 
 
 class Adopter:
-    """Makes rows for tasks that the provider has. `dry_run`: nothing is kept except the pace of reads, everything is
-    counted.
+    """Makes rows for tasks that the provider has. `dry_run`: everything is counted, and only the rate limit of reads is
+    kept.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Adopter:
     def take_listed(self, age: timedelta, *, page_size: int = PAGE_SIZE) -> Tally:
         """Take over all tasks in the provider's list that were made within `age`. Tasks known here stay as they are.
 
-        It may be repeated, also after it broke off: `left` then names the page.
+        May be repeated, also after it was interrupted: `left` then names the page.
         """
         tally, since = Tally(), self._database.now() - age
-        seen = set[str | None]()  # new tasks move old ones to the next page meanwhile
+        seen = set[str | None]()  # meanwhile, new tasks move older ones to the next page
         for provider in self._providers.values():
             for page in range(1, MAX_PAGES + 1):
                 try:
@@ -117,7 +117,7 @@ class Adopter:
                 tally.counts["too_old"] += 1
 
     def _take(self, tally: Tally, provider: Provider, record: Record, name: str | None = None) -> bool:
-        """Returns whether the task got a row, or would get one."""
+        """Take over one task. Returns whether it got a row, or would get one in a dry run."""
         report = record.report
         # A gateway may omit our id. The id by which the task was found is one of its ids.
         external_id = report.external_task_id or name or report.provider_task_id or ""
@@ -138,9 +138,9 @@ class Adopter:
         return False
 
     def _insert(self, session: Session, tally: Tally, provider: Provider, record: Record, external_id: str) -> bool:
-        """A task row as if we had made it, with its first read as a delivery. Workers do the rest."""
+        """Insert a task row like one that we made, with its first read as a delivery. Workers do the rest."""
         now, report = tasks.now(session), record.report
-        if report.status is None:  # the provider has the task, whatever its status word means
+        if report.status is None:  # The provider has the task, whatever its status word means.
             report = replace(report, status=TaskState.SUBMITTED)
         task = Task(external_task_id=external_id, provider=provider.name, adopt=True)
         task.created_at = task.sent_at = task.submitted_at = min(now, _made_at(report) or now)
@@ -155,7 +155,9 @@ class Adopter:
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """Call, and repeat while the provider is away or slows us down, or others use the reads. Raises the last error."""
+    """Call, and repeat while the provider is away, throttles us, or other readers use up the rate limit. Raises the
+    last error.
+    """
     failures = turns = 0
     while True:
         try:
@@ -181,6 +183,8 @@ def _made_at(report: Report) -> datetime | None:
 
 
 def _is_past(records: Sequence[Record], since: datetime) -> bool:
-    """Whether later pages are older still. The list's order is undocumented, so it counts only where it is seen."""
+    """Whether later pages hold older tasks only. The list's order is undocumented, so it counts only if the page shows
+    it.
+    """
     times = [made_at for record in records if (made_at := _made_at(record.report))]
     return bool(times) and times[0] < since and times == sorted(times, reverse=True)

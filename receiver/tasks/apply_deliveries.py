@@ -36,7 +36,7 @@ BATCH = 16
 # On SQLite the intake waits for that transaction, so it ends after this time. A busy worker takes ten times as long for
 # a delivery.
 MAX_TRANSACTION_SECONDS = 0.02
-# An honest task has one or two deliveries that need a read. Someone with its callback URL can send any number, and all
+# An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
 BY_READ = "confirmed by a read of the task"
@@ -47,10 +47,10 @@ DECIDED = "not believed: the provider itself named another file"
 
 @dataclass(frozen=True)
 class Confirmation:
-    """When a delivery is believed. `auto`: see `is_believed`. `always`: the task of every terminal one is read.
-    `never`: none.
+    """When a delivery is believed. `auto`: see `is_believed`. `always`: each terminal delivery causes a read of its
+    task. `never`: none does.
 
-    `trusted_hosts`: hosts from which results are believed, each with all hosts below it.
+    `trusted_hosts`: hosts whose results are believed, each with all of its subdomains.
     """
 
     mode: Literal["auto", "always", "never"] = "auto"
@@ -91,11 +91,11 @@ class Confirmation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The end of a delivery, and the reason."""
+    """The final state of a delivery, and the reason."""
 
     state: CallbackState
     reason: str | None = None
-    external_task_id: str | None = None  # of the task of a delivery whose token names none
+    external_task_id: str | None = None  # the task of a delivery whose token names none
 
 
 class DeliveryApplier:
@@ -114,7 +114,7 @@ class DeliveryApplier:
         self._confirmation = confirmation
 
     def work(self, row: Callback) -> None:
-        """Apply one claimed delivery. Its rows and its own end are one transaction."""
+        """Apply one claimed delivery. Its changes and its settling are one transaction."""
         with suppress(LostClaim):
             self._apply_together([row])
 
@@ -140,7 +140,7 @@ class DeliveryApplier:
         self._apply_apart(alone)
 
     def _without_a_task(self, rows: Sequence[Callback]) -> set[int | None]:
-        """The deliveries that name no task of ours at this moment."""
+        """The deliveries that name none of our tasks at this moment."""
         reports = [(row, self._parse(row)) for row in rows]
         with self._database.read() as session:
             return {
@@ -151,13 +151,13 @@ class DeliveryApplier:
             }
 
     def _apply_apart(self, rows: Sequence[Callback]) -> None:
-        """Apply each by itself. Errors are raised after the last one."""
+        """Apply each delivery by itself. Errors are raised after the last one."""
         faults: list[Exception] = []
         for row in rows:
             try:
                 self.work(row)
             except DatabaseUnavailable:
-                for fault in faults:  # otherwise these errors are lost: the rows are claimed again
+                for fault in faults:  # Otherwise these errors are lost. The rows are claimed again.
                     log.error("worker.step_failed", exc_info=fault)
                 raise
             except Exception as error:  # noqa: BLE001 - raised below
@@ -166,7 +166,7 @@ class DeliveryApplier:
             raise ExceptionGroup("deliveries that could not be applied", faults)
 
     def _apply_together(self, rows: Sequence[Callback]) -> None:
-        """Apply them, as many in one transaction as `MAX_TRANSACTION_SECONDS` allow, and at least one."""
+        """Apply as many deliveries in one transaction as `MAX_TRANSACTION_SECONDS` allow, and at least one."""
         left = deque((row, self._parse(row)) for row in rows)
         while left:
             done: list[tuple[Callback, Verdict]] = []
@@ -207,7 +207,7 @@ class DeliveryApplier:
     def _apply(self, session: Session, row: Callback, parsed: Report | str) -> Verdict:
         if isinstance(parsed, str):
             return self._unreadable(session, row, parsed)
-        # The task of the token, else the one that the body names (no token, or a row that was made anew).
+        # The task of the token, else the one that the body names (without a token, or if the row was made again).
         task = tasks.lock(session, row.task_id) if row.task_id else None
         if task is None and (named := find(session, row.provider, parsed.external_task_id, parsed.provider_task_id)):
             task = tasks.lock(session, named)
@@ -222,7 +222,7 @@ class DeliveryApplier:
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
-        """Read the task, because something happened to it that we cannot read."""
+        """Read the task, because a delivery arrived for it that cannot be parsed."""
         task = tasks.lock(session, row.task_id) if row.task_id else None
         if task is not None and task.state not in states.TERMINAL:
             self._read_now(session, task)
@@ -270,9 +270,9 @@ class DeliveryApplier:
     ) -> Verdict:
         """Read the task when an unsigned report names other files than the known ones, unless a read named those.
 
-        The first such report has a read of its own that no other delivery can use up. Once the others are spent, reads
-        keep to the pace of polls until the provider has named the files: the forged report may have come before the
-        true one.
+        The first such report has a read of its own that no other delivery can use up. Once the other reads are spent,
+        reads follow the poll schedule until the provider has named the files, because a forged report may have come
+        before the true one.
         """
         words = reports.other_words(other)
         if is_first := reports.contradict(session, task, task.state, report.status, files=words):
@@ -296,7 +296,7 @@ class DeliveryApplier:
 
 
 def _was_unknown(session: Session, task: Task) -> bool:
-    """Whether a settled delivery of the task had an unknown status: a sender that knows no other says it each time."""
+    """Whether a settled delivery of the task had an unknown status. A sender that knows no other status repeats it."""
     known_unknowns = select(Callback.id).where(Callback.task_id == task.id, col(Callback.reason).startswith(UNKNOWN))
     return session.exec(known_unknowns.limit(1)).first() is not None
 
@@ -315,7 +315,7 @@ def _facts(session: Session, task: Task) -> TaskFacts:
 
 
 def _is_known(facts: TaskFacts, report: Report, *, confirmed: bool) -> bool:
-    """Whether the report would change nothing. So a replayed delivery causes no reads."""
+    """Whether the report would change nothing. A replayed delivery therefore causes no read."""
     decision = states.decide(facts, report, confirmed=confirmed)
     unchanged = decision.state is facts.state and decision.archive is facts.archive
     return unchanged and not (decision.contradicted or decision.add or decision.replace)
@@ -337,7 +337,7 @@ def _is_others(session: Session, task: Task, provider_task_id: str) -> bool:
 
 
 def _folded(external_task_id: str) -> str:
-    """The id without case, blanks and Unicode form. Programs on the way may change these."""
+    """The id without case, blanks and Unicode form, which proxies and gateways may change."""
     return "".join(unicodedata.normalize("NFKC", external_task_id).casefold().split())
 
 

@@ -26,7 +26,7 @@ class Tally:
 
 @contextmanager
 def change(database: Database, *, dry_run: bool) -> Iterator[Session]:
-    """One transaction that wakes the workers. A dry run rolls it back."""
+    """A transaction that wakes the workers at its commit. A dry run rolls it back."""
     with database.write() as session:
         yield session
         database.wake(session)

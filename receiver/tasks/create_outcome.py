@@ -1,4 +1,4 @@
-"""The outcome of a create, for a client that waits for it for a while."""
+"""The outcome of a create, for a client that waits for it for a limited time."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class CreateOutcome:
         self.refusal: Refusal | None = None
 
     def refuse(self, refusal: Refusal) -> bool:
-        """Give the client the refusal. True: it still waited, and the caller ends the row or calls `take_back`."""
+        """Give the client the refusal. True: the client waits, and the caller ends the row or calls `take_back`."""
         with self._lock:
             if self._is_there:
                 self.refusal = refusal
             return self._is_there
 
     def take_back(self) -> None:
-        """Withdraw the refusal: the row did not end with it, because it has another owner by now."""
+        """Withdraw the refusal, because another owner took over the row before it ended."""
         with self._lock:
             self.refusal = None
 
     def leave(self) -> bool:
-        """Stop waiting. Returns whether the client got a refusal before. It holds once the row has ended."""
+        """Stop waiting. Returns whether the client got a refusal before, which counts once the row has ended."""
         with self._lock:
             self._is_there = False
             return self.refusal is not None

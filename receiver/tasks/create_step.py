@@ -51,7 +51,8 @@ NOT_FOUND_AGAIN_SECONDS = 10
 CLOCK_TOLERANCE = timedelta(seconds=60)
 # After an unclear answer the read waits this long, so that the provider has the task.
 LOOK_UP_SECONDS = 1
-# "Already exists" and not readable: either reads lag that far behind, or the task is another product's. About 90 s.
+# The provider says "already exists", but a read does not find the task: either reads lag behind by this much (90 s), or
+# the task belongs to another product.
 UNREAD_TRIES = 10
 # A create without an outcome for an hour is an error in the log at each further try. At least five tries, because a
 # task that waited an hour for its slots has only just begun.
@@ -61,7 +62,7 @@ THROTTLE_BASE_SECONDS, THROTTLE_CAP_SECONDS = 1.0, 30.0
 
 
 class CreateStep:
-    """Sends the creates of rows. Workers go on with what a dead submitter left behind."""
+    """Sends the creates of rows. Workers continue the rows of a submitter that died."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class CreateStep:
             self._send_once(task)
 
     def _send_once(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
-        """POST the row if its lease is still ours and the account is not paused. The lease starts anew right before."""
+        """POST the row if its lease is still ours and the account is not paused. The lease is renewed right before."""
         due_at = db_now(self._lease_seconds)
         try:
             with self._database.write() as session:
@@ -143,7 +144,7 @@ class CreateStep:
             self._accept(task, created)
 
     def _end_trial(self, trial: Trial, error: Retry | ProviderRejected | None) -> None:
-        """Apply the answer to the pauses of which this create was the trial. `error` None: it was accepted."""
+        """Report the answer to the pauses whose trial this create was. `error` None: the create was accepted."""
         if not trial.of or (isinstance(error, Unavailable) and error.sent):
             return
         with self._database.write() as session:
@@ -157,7 +158,7 @@ class CreateStep:
             self._database.wake(session)
 
     def _wait_for_account(self, task: Task, error: AccountRefused, outcome_listener: CreateOutcome | None) -> None:
-        """Put the task back into its paused queue. A gateway client that waits gets the refusal, and its row ends."""
+        """Put the task back into its paused queue. If a gateway client waits, it gets the refusal and the row ends."""
         if outcome_listener and outcome_listener.refuse(error):
             self._fail(task, str(error), outcome_listener)
             return
@@ -249,7 +250,7 @@ class CreateStep:
     def _missed(self, task: Task) -> None:
         since = self._age_seconds(task.missed_at) if task.missed_at else None
         if since is None:
-            wait = max(NOT_FOUND_AGAIN_SECONDS, claims.backoff(task.attempts))  # rarer after each lost POST
+            wait = max(NOT_FOUND_AGAIN_SECONDS, claims.backoff(task.attempts))  # less often after each lost POST
             self._later(task, "looking up whether it arrived", wait, missed_at=db_now())
         elif since < NOT_FOUND_AGAIN_SECONDS:
             self._later(task, "looking up whether it arrived", NOT_FOUND_AGAIN_SECONDS - since)
@@ -257,7 +258,7 @@ class CreateStep:
             self._send_once(task)
 
     def _later(self, task: Task, note: str, due_in: float, *, waits_its_turn: bool = False, **values: Any) -> None:
-        """Try again later. `waits_its_turn`: the provider asked for it, so it is never logged as an error."""
+        """Try again later. `waits_its_turn`: the provider asked for the delay, so it is never logged as an error."""
         try:
             with self._database.write() as session:
                 claims.settle(session, task, due_in=due_in, note=note, **values)
@@ -279,13 +280,13 @@ class CreateStep:
         self._fail(task, message, outcome_listener if has_refusal else None)
 
     def _fail(self, task: Task, message: str, listener: CreateOutcome | None = None) -> None:
-        """Fail the row. `listener`: of the client that has the answer already and gets no callback."""
+        """Fail the row. `listener`: the client that already has the answer and gets no callback."""
         report = Report(None, None, TaskState.FAILED, message=message)
         if not self._settle(task, report, listener=listener) and listener:
             listener.take_back()
 
     def _settle(self, task: Task, report: Report, *, listener: CreateOutcome | None = None) -> bool:
-        """End the create step. Ranks of states decide, because a callback may have come before this answer.
+        """End the create step. The ranks of states decide, because a callback may have come before this answer.
 
         Returns whether the lease was still ours and the row took the report's state.
         """
@@ -310,5 +311,5 @@ class CreateStep:
 def _is_ours(task: Task, report: Report, already: AlreadyExists | None) -> bool:
     """Whether the task read back was made by our request, and not earlier by someone else."""
     if report.created_ms is None:
-        return already is None  # a gateway hides the time: ours only if our own request was unclear
+        return already is None  # A gateway omits the time. The task is ours only if our own request was unclear.
     return datetime.fromtimestamp(report.created_ms / 1000, UTC) >= task.created_at - CLOCK_TOLERANCE

@@ -96,7 +96,7 @@ class Operator:
             tally.left[str(asset.id)] = "archived already" if is_kept else "a worker is at it"
 
     def retry_failed(self, *, since: datetime | None = None, error: str | None = None, limit: int) -> Tally:
-        """Make all files due that were given up, and tasks that were parked, brought no file or fell silent.
+        """Make given-up files due, and tasks that were parked, brought no file or fell silent.
 
         `since`, `error`: filters, see `maintenance.failed_files`. `limit`: the most files, and the most tasks.
         Dismissed tasks are left alone.
@@ -127,10 +127,10 @@ class Operator:
         until: datetime | None = None,
         state: CallbackState | None = None,
     ) -> Tally:
-        """Put deliveries back, so that today's code applies them anew: these `ids`, or all received in a time range.
+        """Put deliveries back, so that today's code applies them again: these `ids`, or all received in a time range.
 
-        One that was refused for its signature goes back only if today's secrets verify it as of its arrival. Answers to
-        reads are not replayed: `reconcile` reads anew.
+        A delivery that was refused for its signature goes back only if today's secrets verify it as of its arrival.
+        Answers to reads are not replayed: `reconcile` reads the task again.
         """
         tally = Tally(left={str(each): "no such delivery" for each in ids})
         size = maintenance.BATCH
@@ -179,7 +179,7 @@ class Operator:
     # -- reconcile ----------------------------------------------------------------------------------------------------
 
     def reconcile(self, names: Sequence[str] = ()) -> tuple[Tally, Reads]:
-        """Make all unfinished tasks due for a read now, or those named in any state."""
+        """Make all unfinished tasks due for a read now, or the named tasks in any state."""
         tally, since = Tally(), self._database.now()
         if names:
             ids = [task_id for name in names if (task_id := self._reconcile(tally, name))]

@@ -1,4 +1,4 @@
-"""Reads tasks whose callback is late, lost or not believed at the provider, and applies the answer.
+"""Reads tasks at the provider whose callback is late, lost or not believed, and applies the answer.
 
 due reads ─▶ up to 20 at once by the batch call, if there is one ─┬─ answered ─────▶ applied
                                                                   └─ not answered ─▶ one by one, or from the list
@@ -75,7 +75,7 @@ class Reader:
             if len(mine) > 1 and self._may_have_batch(name):
                 left = self._read_batch(name, mine)
                 if self._read_each(left) and len(left) == len(mine):
-                    self._forget_batch(name)  # it answered and knew none of tasks that exist
+                    self._forget_batch(name)  # The provider answered and knew none of the tasks, which exist.
             else:
                 self._read_each(mine)
 
@@ -83,7 +83,7 @@ class Reader:
         return self._now() >= self._no_batch_until.get(provider, float("-inf"))
 
     def _read_batch(self, name: str, rows: list[Task]) -> list[Task]:
-        """Settle what one batch call answers, by our own ids. Returns the rows without an answer."""
+        """Settle the tasks that one batch call answers by our own ids. Returns the rows without an answer."""
         try:
             self._limit.wait(name)
             found = self._providers[name].read_many(external_task_ids=[row.external_task_id for row in rows])
@@ -104,7 +104,7 @@ class Reader:
         log.info("provider.batch_reads_not_supported", provider=provider)
 
     def _read_each(self, rows: Sequence[Task]) -> int:
-        """Read one by one, until the provider is away. Returns how many it knows."""
+        """Read one task after the other until the provider is away. Returns how many it knows."""
         known, away = 0, None
         for row in rows:
             try:
@@ -168,11 +168,11 @@ class Reader:
         return moment > since + timedelta(seconds=self._schedule.result_lifetime_seconds)
 
     def _unanswered(self, task: Task, error: Retry | GiveUp) -> None:
-        """Change only the time of the next read. After a whole result lifetime of refusals the task ends."""
+        """Change the time of the next read only. Fail the task if the reads of a whole lifetime were refused."""
         if isinstance(error, GiveUp) and self._is_past_its_lifetime(task, self._database.now()):
             self._settle(task, None)
             return
-        waits_its_turn = isinstance(error, TooManyReads)  # not the task's fault: no attempt is counted
+        waits_its_turn = isinstance(error, TooManyReads)  # The task did not cause this, so no attempt is counted.
         after = error.after if isinstance(error, Retry) else None
         due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
         values = {} if waits_its_turn else {"note": note_after_silence(str(error))}
@@ -197,7 +197,7 @@ class UnmatchedDeliveries:
         self._limit = limit
 
     def work_many(self, rows: Sequence[Callback]) -> None:
-        """Check deliveries whose token proves nothing many in a transaction, and the others one by one.
+        """Check deliveries with an unproven token many in a transaction, and the others one by one.
 
         With a transaction for each, 20,000 deliveries took nine minutes.
         """
@@ -248,7 +248,7 @@ class UnmatchedDeliveries:
         return found
 
     def _find_or_adopt(self, session: Session, row: Callback, record: Record | None) -> bool:
-        """Whether the delivery has a task now. Then it is due."""
+        """Whether the delivery has a task by now. If so, the delivery is due."""
         known = apply_deliveries.find(session, row.provider, row.external_task_id, row.provider_task_id)
         if known is None and record is None:
             return False
@@ -276,7 +276,7 @@ class UnmatchedDeliveries:
 
 
 def _may_be_read(row: Callback) -> bool:
-    """Whether its token and its ids are worth a read of the provider."""
+    """Whether the delivery's token and ids justify a read at the provider."""
     name = row.external_task_id or row.provider_task_id
     return row.losses < claims.PARK_LOSSES and row.task_id is not None and name is not None and _is_usable(name)
 

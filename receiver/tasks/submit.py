@@ -152,7 +152,7 @@ class Submitter:
         return new
 
     def insert_again(self, session: Session, wanted: Task) -> Task | None:
-        """Ask anew with a row of the same external id whose create the provider refused.
+        """Send the request again with the row of the same external id, whose create the provider refused.
 
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
         the id is taken. Raises `NoSlots` and `AccountRefused`.
@@ -193,7 +193,7 @@ class Submitter:
         return task
 
     def _adopt(self, task_id: uuid.UUID, request: dict[str, Any]) -> None:
-        """Claim a row whose create failed here, and read again what the provider has under its id."""
+        """Claim a row whose create failed here, and read the task that the provider has under its id."""
         wanted = self._provider.request_facts(request).slots
         with self._database.write() as session:
             free = self._slots.reserve(session, wanted)
@@ -205,7 +205,7 @@ class Submitter:
             task.request, task.step, task.slots = request, Step.CREATE, wanted
             task.sent_at, task.missed_at = tasks.now(session), None
             claims.take(task, task.sent_at, self._lease_seconds)
-            if not free:  # when its turn comes, `sent_at` makes a worker read before it sends
+            if not free:  # `sent_at` makes a worker read the task, not send it, when its turn comes
                 task.sent_at = slots.wait(task, task.sent_at)
         if free:
             self.create_step.look_up(task)
@@ -214,7 +214,7 @@ class Submitter:
         with self._database.read() as session:
             task = tasks.by_external_id(session, external_task_id)
         if task is None:
-            raise NoSuchTask(external_task_id)  # removed while it was submitted
+            raise NoSuchTask(external_task_id)  # The row was removed while it was submitted.
         return task
 
 

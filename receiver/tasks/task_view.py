@@ -14,12 +14,12 @@ from storage.rows import events, tasks
 from storage.rows.models import Asset, Event, Task
 from storage.states import ArchiveState, AssetState
 
-# Tasks that are read at once: beyond this it is no quicker.
+# Tasks that are read together. Larger groups are no faster.
 TOGETHER = 500
 
 
 def find(database: Database, name: str) -> tuple[Task, list[Asset], list[Event]]:
-    """The task with its assets and facts, by its external or its own id. Raises `NoSuchTask`."""
+    """The task with its assets and events, by its external or its own id. Raises `NoSuchTask`."""
     with database.read() as session:
         task = tasks.by_name(session, name)
         if task is None:
@@ -35,13 +35,15 @@ def is_over(task: Task) -> bool:
 
 
 def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[str, Any]:
-    """The public form of `receiver status ID --json`."""
+    """The JSON of `receiver status ID --json`."""
     task, assets, facts = find(database, external_task_id)
     return _report(bucket, task, assets, [(fact.name, fact.at) for fact in facts])
 
 
 def reports(database: Database, bucket: Bucket, limit: int) -> Iterator[dict[str, Any]]:
-    """The same of the newest tasks. Four statements for each `TOGETHER` of them; three a task took 12 s for 10,000."""
+    """The same JSON for the newest tasks. Each group of `TOGETHER` takes four statements; three per task took 12 s for
+    10,000 tasks.
+    """
     for skip in range(0, limit, TOGETHER):
         with database.read() as session:
             found = tasks.newest(session, min(TOGETHER, limit - skip), skip=skip)
@@ -71,7 +73,7 @@ def _report(
 
 
 def waiting_of(asset: Asset) -> dict[str, Any] | None:
-    """When a file came unusable and is tried again: since when, how often, when next. None for other files.
+    """The retries of an unusable file: since when, how many, and the next time. None for other files.
 
     `next_try_at`: the end of its lease while a worker tries it.
     """

@@ -1,4 +1,4 @@
-"""What a worker process holds: claims under way, the rows in hand, and the quarantine of one row.
+"""The rows that a worker process holds: claims under way, rows in hand, and the quarantine of one row.
 
 The lock protects memory alone. It is never held while a claim waits in the database, which would stop every lane.
 """
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# How late a stop is noticed while a row in quarantine waits for the rows in hand.
+# The delay with which a stop is noticed while a row in quarantine waits for the rows in hand.
 STOP_POLL_INTERVAL_SECONDS = 0.05
 
 Claim = tuple[Any, Any, uuid.UUID]  # model, id, lease
@@ -44,7 +44,7 @@ class RowsInHand:
             return 0.0 if self._rows else time.monotonic() - self._removed_at
 
     def lasting(self, model: Any, seconds: float) -> list[Any]:
-        """The rows of this model that have been worked on for so long."""
+        """The rows of this model that have been worked on for at least this long."""
         before = time.monotonic() - seconds
         with self._changed:
             begun = [claim for claim, since in self._begun_at.items() if claim[0] is model and since < before]
@@ -71,7 +71,7 @@ class RowsInHand:
             self._rows.update(zip(claims_of(rows), rows, strict=True))
 
     def begin(self, claims: Sequence[Claim]) -> None:
-        """The work on them begins."""
+        """Note that the work on these rows begins."""
         with self._changed:
             self._begun_at.update(dict.fromkeys(claims, time.monotonic()))
 
@@ -84,7 +84,7 @@ class RowsInHand:
             self._changed.notify_all()
 
     def wait_until_empty(self, seconds: float) -> bool:
-        """Whether nothing is in hand within that time."""
+        """Wait at most this long. Returns whether nothing is in hand."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._claiming and not self._rows, seconds)
 

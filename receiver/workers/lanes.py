@@ -1,4 +1,4 @@
-"""What a worker works on: lanes of rows, each with threads of its own, and jobs that run periodically."""
+"""The lanes of a worker, each for rows of one kind with threads of its own, and jobs that run periodically."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Lane:
     ahead: int = 0
 
     def threads_of(self, processes: int) -> int:
-        """How many of its threads one of so many processes uses."""
+        """How many threads of this lane each of that many processes uses."""
         return max(self.threads // max(processes, 1), 1) if self.is_shared else self.threads
 
 
@@ -57,9 +57,9 @@ class PeriodicJob:
 
 
 class Batches:
-    """The batches of a lane that its threads work on, and those that wait for a thread (see `Lane.ahead`).
+    """The batches of a lane: those in work, and those that wait for a thread (see `Lane.ahead`).
 
-    Only the lane's feeder adds some.
+    Only the lane's feeder adds batches.
     """
 
     def __init__(self) -> None:
@@ -68,9 +68,10 @@ class Batches:
         self._fewer = threading.Condition()
 
     def wait_for_room(self, threads: int, ahead: int, seconds: float) -> int:
-        """How many more there may be. Waits until none waits for a thread, and with `ahead` 0 until a thread is idle.
+        """How many more batches there may be. Waits until no batch waits for a thread, and with `ahead` 0 until a
+        thread is idle.
 
-        0: that did not come about in time.
+        0: the time was over before that.
         """
 
         def has_room() -> bool:
@@ -84,7 +85,7 @@ class Batches:
             self._waiting[id(batch)] = batch, time.monotonic()
 
     def begin(self, batch: list[Any]) -> bool:
-        """Called by the thread that is about to work on it. False: it was taken back."""
+        """Called by the thread that is about to work on the batch. False: it was taken back."""
         with self._fewer:
             is_ours = self._waiting.pop(id(batch), None) is not None
             self._begun += is_ours
@@ -97,7 +98,7 @@ class Batches:
             self._fewer.notify()
 
     def take_back(self, seconds: float = 0) -> list[Any]:
-        """The rows that have waited for a thread for so long. None of them will be begun."""
+        """Take back the rows that have waited for a thread for so long. No thread will begin them."""
         before = time.monotonic() - seconds
         with self._fewer:
             late = [key for key, (_, since) in self._waiting.items() if since <= before]

@@ -1,13 +1,13 @@
-"""Worker processes that share what is imported: one process imports everything once, and forks them.
+"""Worker processes that share their imports: one process imports everything once, and forks them.
 
-    receiver serve ──starts and watches──▶ supervisor ──forks, starts again──▶ workers
+    receiver serve ──starts and monitors──▶ supervisor ──forks, restarts──▶ workers
 
-A worker that was started by itself took 1.9 s of CPU and had 98 MB of memory of its own. A forked one takes 0.3 s and
-has 51 MB. The supervisor has no thread, and makes no connection, client or engine that its children would share. It
-hands no settings on: each worker starts like `receiver work` and reads its own.
+A worker with a start of its own took 1.9 s of CPU and 98 MB of memory. A forked one takes 0.3 s and 51 MB. The
+supervisor has no thread, and makes no connection, client or engine that its children would share. It passes no settings
+on: each worker starts like `receiver work` and reads its own.
 
-The supervisor ends when its parent does, and a worker when the supervisor does, however that happened: each sees the
-end of a pipe that the other holds open.
+The supervisor ends when its parent does, and a worker ends when the supervisor does, however that happened. Each sees
+the end of a pipe that the other holds open.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from storage.errors import UserError
 
 log = structlog.get_logger()
 
-# A worker that dies at once is started again after 1, 2, 4 … 30 s; one that worked for a while starts afresh. A worker
-# that somebody kills once a minute is no crash loop: with 60 s here it was away up to 30 s of each.
+# The restart delay of a worker that dies soon after its start: 1, 2, 4 … 30 s. A worker that lived longer than this
+# starts again with the first delay. A worker that is killed once a minute is no crash loop: with 60 s here it was away
+# up to 30 s each time.
 RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
 LIVED_SECONDS = 10.0
-# Ctrl-C and systemd signal the whole group: a child may have ended before our own handler has run.
+# Ctrl-C and systemd signal the whole group, so a child may end before our own handler has run.
 SIGNAL_SECONDS = 0.2
 # Beyond its grace time a worker gets this long to hand back its rows before it is killed.
 KILL_AFTER_SECONDS = 5.0
-# The supervisor gets longer, because it is the one that kills workers.
+# The supervisor gets longer, because it kills the workers.
 SUPERVISOR_KILL_AFTER_SECONDS = 10.0
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class SupervisorEnded(UserError):
-    """The supervisor of the workers ended without a signal to end."""
+    """The supervisor of the workers ended without a signal."""
 
 
 @dataclass
@@ -58,20 +59,20 @@ class _Child:
 
 
 class Supervisor:
-    """Keeps `count` forked worker processes alive: a dead one is started again with backoff."""
+    """Keeps `count` forked worker processes alive. A dead one is started again with backoff."""
 
     def __init__(self, count: int, *, grace_seconds: float) -> None:
         self._children = [_Child(number, delay=RESTART_FIRST_SECONDS) for number in range(count)]
         self._grace_seconds = grace_seconds
         self._is_ending = False
-        self._alive, self._held_open = os.pipe()  # the workers see its end when we are gone
-        self._woken, self._wakes = os.pipe()  # written to at each signal
+        self._alive, self._held_open = os.pipe()  # the workers see its end when this process is gone
+        self._woken, self._wakes = os.pipe()  # receives a byte at each signal
 
     def run(self) -> bool:
         """Supervise until SIGTERM, SIGINT or the end of standard input, which the parent holds open.
 
-        Returns False when all workers have ended. Returns True in each worker: its caller goes on as `receiver work`,
-        and its standard input is at its end when the supervisor is gone.
+        Returns False when all workers have ended. Returns True in each worker: its caller continues as `receiver work`,
+        and its standard input ends when the supervisor does.
         """
         self._listen_to_signals()
         while not self._is_ending:
@@ -87,7 +88,7 @@ class Supervisor:
         os.set_blocking(self._woken, False)
         os.set_blocking(self._wakes, False)
         signal.set_wakeup_fd(self._wakes)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # it wakes us
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # wakes this process
         for number in ENDING:
             signal.signal(number, self._end)
 
@@ -107,12 +108,12 @@ class Supervisor:
         """Fork a worker. Returns whether this process is it."""
         child.started_at = time.monotonic()
         signals = (*ENDING, signal.SIGCHLD)
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # none may meet our handlers in the child
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # blocked, so that no signal meets our handlers in the child
         try:
             child.process_id = os.fork()
             if not child.process_id:
                 self._become_worker()
-        except OSError as error:  # as for want of memory
+        except OSError as error:  # for example for lack of memory
             self._note_end(child, f"not started: {error.strerror}")
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -122,7 +123,7 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor ends us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor ends the worker
         os.dup2(self._alive, 0)
         for descriptor in (self._alive, self._held_open, self._woken, self._wakes):
             os.close(descriptor)
@@ -141,12 +142,14 @@ class Supervisor:
         return [child for child in self._children if child.process_id is not None]
 
     def _note_end(self, child: _Child, code: int | str) -> None:
-        """`code`: the exit code, or why it could not be started. A worker that got a signal to end has not died."""
+        """Note the end of a worker. `code`: its exit code, or the reason why it could not be started. A worker that got
+        an ending signal has not died.
+        """
         if self._is_ending:
             return
         if time.monotonic() - child.started_at > LIVED_SECONDS:
             child.delay = RESTART_FIRST_SECONDS
-        if code == 0:  # somebody sent it a SIGTERM
+        if code == 0:  # another program sent it a SIGTERM
             log.info("worker.ended", number=child.number, restart_in=child.delay)
         else:
             log.error("worker.died", number=child.number, code=code, restart_in=child.delay)
@@ -154,7 +157,7 @@ class Supervisor:
         child.delay = min(child.delay * 2, RESTART_CAP_SECONDS)
 
     def _stop(self) -> None:
-        """Drain all workers; those that outlive the grace time are killed, and their leases run out. None is left."""
+        """Drain all workers. Those that exceed the grace time are killed, and their leases expire. None is left."""
         self._send(signal.SIGTERM)
         deadline = time.monotonic() + self._grace_seconds + KILL_AFTER_SECONDS
         while self._living() and (left := deadline - time.monotonic()) > 0:
@@ -168,29 +171,29 @@ class Supervisor:
     def _send(self, number: signal.Signals) -> None:
         for child in self._living():
             assert child.process_id is not None
-            os.kill(child.process_id, number)  # it is there until it is reaped
+            os.kill(child.process_id, number)  # the process id stays valid until the child is reaped
 
 
 def _exit_code(process_id: int | None) -> int | None:
-    """Of a child that has ended, the negative signal if one ended it. None: it lives."""
+    """The exit code of a child, or the negative signal that ended it. None: it lives."""
     assert process_id is not None
     ended, status = os.waitpid(process_id, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
 class SupervisorProcess:
-    """The supervisor as `receiver serve` sees it: a process of its own that ends with ours, however ours ends."""
+    """The supervisor as `receiver serve` sees it: a separate process that ends with this one, however this one ends."""
 
     def __init__(self, *, grace_seconds: float, environment: Mapping[str, str]) -> None:
         self._grace_seconds = grace_seconds
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[bytes] | None = None
-        # Set by a signal's handler, where an Event's lock could be held by the very thread that is interrupted.
+        # Set by a signal's handler. An Event's lock could be held by the interrupted thread itself.
         self._is_ending = False
         self._gone: str | None = None
 
     def start(self, on_gone: Callable[[], object]) -> None:
-        """`on_gone`: called when it has ended, or could not be started; `raise_if_ended` says why."""
+        """Start it. `on_gone`: called when it has ended or could not be started; `raise_if_ended` gives the reason."""
         try:
             command = [sys.executable, "-m", "receiver", "work", "--supervised"]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=self._environment)  # noqa: S603 - our own words
@@ -208,11 +211,13 @@ class SupervisorProcess:
             on_gone()
 
     def announce_end(self) -> None:
-        """Note that we got a signal to end. The supervisor may have got it too, so its end is no fault from now on."""
+        """Note that this process got an ending signal. The supervisor may have got it too, so its end is no fault from
+        now on.
+        """
         self._is_ending = True
 
     def stop(self) -> None:
-        """End it and its workers. None is left, unless it was killed: then they drain by themselves."""
+        """Stop it and its workers. None is left, unless it was killed: then they drain by themselves."""
         self._is_ending = True
         if self._process is None:
             return

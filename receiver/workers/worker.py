@@ -1,11 +1,11 @@
 """One worker process: lanes of threads that claim due rows and work on them, until SIGTERM.
 
-Each lane has a feeder thread that claims as many rows as its threads are idle for, or a few more (`Lane.ahead`). A
-thread works on one row, or on one batch where the lane can. The work settles its own rows; the worker renews the leases
-of all that are claimed.
+Each lane has a feeder thread that claims a row for each idle thread, or a few more (`Lane.ahead`). A thread works on
+one row, or on one batch if the lane has batches. The work settles its own rows; the worker renews the leases of all
+claimed rows.
 
-A worker that had no row for a while is at rest: it checks for due rows less often, and keeps one idle connection. A
-commit still wakes it at once.
+A worker without rows for a while is at rest: it checks for due rows less often, and keeps one idle connection. A commit
+still wakes it at once.
 """
 
 from __future__ import annotations
@@ -35,20 +35,21 @@ from storage.rows import claims
 
 log = structlog.get_logger()
 
-# How late work may start whose commit woke nobody, or that becomes due by time alone.
+# The longest delay of work whose commit woke no worker, or that becomes due by time alone.
 IDLE_SECONDS = 0.5
-# The same at rest, which begins so long after the last row. A row that an attempt makes due soon finds no rest yet.
-# Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
+# The same at rest, which begins this long after the last row. A row that an attempt makes due soon arrives before the
+# rest. Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
 REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 CLAIM_PAUSE_SECONDS = 0.1
-# Pictures take less. While files last longer, the spare threads look for others (see Lane.beside).
+# Pictures take less. If files last longer, the spare threads look for others (see Lane.beside).
 LASTING_SECONDS = 2.0
-# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. The feeders' look has found them by then, or not.
+# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. The feeders' check has found them by then, or there are
+# none.
 QUARANTINE_INTERVAL_SECONDS = 0.5
-# The longest pause between two tries of a row that meets a bug: the next release may cure it.
+# The longest pause between two tries of a row that meets a bug. The next release may fix the bug.
 BUG_CAP_SECONDS = 3_600.0
-# The pause after an attempt that found the database away.
+# The pause after an attempt that could not reach the database.
 DATABASE_AWAY_SECONDS = 1.0
 
 NOTHING = Grant(0)
@@ -79,9 +80,10 @@ class Worker:
         looked_for = {job.name: job.due_if for job in periodic_jobs if job.due_if is not None}
         self._due_checks = DueChecks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
-        # By lane: how many claims in a row have found all they wanted. After one the next is made without a look.
+        # By lane: how many consecutive claims found all the rows they wanted. After one, the next claim is made without
+        # a check.
         self._full_claims = Counter[str]()
-        self._unsettled: list[Any] = []  # rows whose work met a database that was away
+        self._unsettled: list[Any] = []  # rows whose work could not reach the database
         self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
 
@@ -91,7 +93,7 @@ class Worker:
         self._wake_feeders()
 
     def run(self) -> None:
-        """Work until `stop()`. On return unfinished rows were released, unless the database was away."""
+        """Work until `stop()`. On return, unfinished rows are released, unless the database is away."""
         registered = self._register()
         if registered is None:
             return
@@ -108,7 +110,7 @@ class Worker:
             thread.start()
         for thread in feeders:
             while thread.is_alive():
-                thread.join(IDLE_SECONDS)  # not for ever: a signal handler runs only when this thread wakes
+                thread.join(IDLE_SECONDS)  # with a timeout, because a signal handler runs only when this thread wakes
         try:
             self._drain()
         except DatabaseUnavailable as error:
@@ -117,7 +119,7 @@ class Worker:
             self._ended.set()
 
     def _register(self) -> uuid.UUID | None:
-        """Register this process as soon as the database answers. None: it was stopped before."""
+        """Register this process as soon as the database answers. None: the worker was stopped before."""
         while not self._stop.is_set():
             try:
                 return heartbeats.register(self._database, sum(lane.threads for lane in self._lanes))
@@ -181,7 +183,7 @@ class Worker:
 
             if lane.slots is None:
                 rows = self._database.write_in_group(claim)
-            else:  # it may wait for the account's row
+            else:  # may wait for the account's row
                 with self._database.write() as session:
                     rows = claim(session)
             self._in_hand.add(rows)
@@ -215,14 +217,15 @@ class Worker:
     def _ahead(self, lane: Lane) -> int:
         """How many rows beyond its threads the lane may hold now.
 
-        None until two claims were full, as idle workers claim first. None for a trial, and fewer behind slow files.
+        None until two consecutive claims were full, so that idle workers claim first. None for a trial, and fewer
+        behind slow files.
         """
         if not lane.ahead or self._full_claims[lane.name] < 2 or lane.circuit.is_open:
             return 0
         return max(lane.ahead - len(self._in_hand.lasting(lane.model, LASTING_SECONDS)), 0)
 
     def _work_in_turn(self, lane: Lane, batches: Batches, rows: list[Any], grant: Grant) -> None:
-        """Work on them, unless they were taken back or are about to be because we stop."""
+        """Work on these rows, unless they were taken back or the worker stops."""
         if not self._stop.is_set() and batches.begin(rows):
             try:
                 self._work(lane, rows, grant)
@@ -242,7 +245,7 @@ class Worker:
             self._in_hand.remove(claims_of(rows))
 
     def _claim_batches(self, lane: Lane, room: int, wake_up: int) -> tuple[list[list[Any]], Grant]:
-        """So many batches at most, of one row or of several each."""
+        """Claim at most this many batches, of one row or of several each."""
         if not room or self._stop.is_set():
             return [], NOTHING
         try:
@@ -291,7 +294,7 @@ class Worker:
             self._wake.notify_all()
 
     def _wait_for_commits(self) -> None:
-        """Wake the feeders after each commit of another process, and at intervals. Without this they still poll."""
+        """Wake the feeders after each commit of another process, and at intervals. Without it they only poll."""
         waker = self._database.waker()
         while not self._stop.is_set():
             has_heard = waker.wait(self._interval)
@@ -309,7 +312,7 @@ class Worker:
             self._run_logged("hand_back", self._release_unsettled)
 
     def _run_logged(self, job: str, run: Callable[[], object]) -> None:
-        """Run it and log any error, so that its thread goes on."""
+        """Run a job and log any error, so that its thread continues."""
         try:
             run()
         except DatabaseUnavailable as error:
@@ -328,7 +331,7 @@ class Worker:
                 claims.renew(session, model, ids, lease, self._lease_seconds)
 
     def _release_unsettled(self) -> None:
-        """The database is back: these rows need not wait for the end of their leases."""
+        """Release unsettled rows now that the database answers. They need not wait for the end of their leases."""
         rows = list(self._unsettled)
         if rows:
             self._release(rows)
@@ -367,7 +370,7 @@ class Worker:
     def _work_on_quarantined(self, wake_up: int | None = None) -> int:
         """Work on one row in quarantine of each lane while this process does nothing else.
 
-        The circuits are asked before anything is stopped. The trial of an open circuit is left to other rows, which
+        The circuits are checked before anything is stopped. The trial of an open circuit is left to other rows, which
         stop nothing, unless none has taken it for the longest pause.
         """
         waiting = self._due_checks.quarantined_lanes(wake_up)
@@ -383,7 +386,7 @@ class Worker:
 
     def _work_on_one_quarantined(self, lane: Lane) -> int:
         if self._stop.is_set():
-            return 0  # other rows are still in hand, and the process may end during this one
+            return 0  # other rows are still in hand, and this one may end the process
         rows = self._claim(lane, 1, alone=True)
         for row in rows:
             log.warning("worker.row_quarantined", lane=lane.name, row=str(row.id), losses=row.losses)

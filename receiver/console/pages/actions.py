@@ -26,7 +26,7 @@ from storage.rows import events
 from storage.rows.models import Asset, Task
 
 T = TypeVar("T", Task, Asset)
-# Each reads a whole object. Two at once leave most of the store's rate to the workers.
+# Each verification reads a whole object. Two at once leave most of the store's bandwidth to the workers.
 VERIFYING = 2
 
 
@@ -129,7 +129,7 @@ class Actions:
             return asset, session.get_one(Task, asset.task_id)
 
     def _done(self, visit: Visit, task: Task, deed: str, tally: Tally, *, quiet: bool = False, **data: str) -> Response:
-        """Keep what the person did and report the result."""
+        """Store what the person did and report the result."""
         refused = {"refused": next(iter(tally.left.values()))[:300]} if tally.left else {}
         note_act(self._of, visit.session.name, deed, task.external_task_id, [task.id], **data, **refused)
         for why in list(tally.left.values())[:3]:

@@ -120,7 +120,7 @@ class BatchPages:
 
 
 def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:
-    """name, kind, count, and x and width in a bar of 100, for each stage that has tasks."""
+    """Name, kind and count of each stage that has tasks, with x and width in a bar of 100."""
     found, start, total = [], 0.0, counts.total or 1
     for name in STAGES:
         count = getattr(counts, name)

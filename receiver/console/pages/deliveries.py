@@ -22,7 +22,7 @@ from storage.states import CallbackState
 HOME = "/console/deliveries"
 # One form replays at most this many, and says so. The next form replays the next ones.
 MAX_REPLAY = 500
-# Of a body, twice: a page has less than 100 kB. A report of nine pictures has 5 kB.
+# The longest part of a body that is shown, twice: a page has less than 100 kB. A report of nine pictures has 5 kB.
 MAX_SHOWN_BYTES = 20_000
 
 
@@ -63,8 +63,8 @@ class Deliveries:
         return Response(row.body, media_type="application/octet-stream", headers=headers)
 
     def ask_replay(self, visit: Visit) -> Response:
-        """How many deliveries a replay of all matching ones would put back, and its button. `of`: what became of the
-        deliveries of a replay so far.
+        """Show how many deliveries a replay of all matching ones would put back, and its button. `of`: the kept row of
+        an earlier replay, whose deliveries are counted by state.
         """
         wanted = read_delivery_filter(visit.query)
         if number := visit.query.get("of"):
@@ -96,7 +96,7 @@ class Deliveries:
         return visit.redirect(f"{HOME}/replay?of={number}" if rows else HOME)
 
     def _matching(self, wanted: DeliveryFilter) -> tuple[list[Callback], bool]:
-        """The newest matching deliveries, and whether there are or may be more."""
+        """The newest matching deliveries, and whether there may be more."""
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
         return [row for row, _, _ in page.rows], page.further is not None

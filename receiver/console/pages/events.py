@@ -86,7 +86,7 @@ class EventsOut:
         return visit.redirect(HOME)
 
     def _known(self, visit: Visit) -> str:
-        """A sink that exists: a misspelt name would disable nothing and raise an alarm."""
+        """A sink that exists. A misspelt name would disable nothing and raise an alarm."""
         name = visit.form.get("sink", "")
         with self._of.database.read() as session:
             if name in {*self._of.sinks, *outbox.disabled(session)}:

@@ -45,8 +45,8 @@ TOLD = ("external_task_id", "by", "key", "kind", "index", "error", "reason", "no
 
 @dataclass(frozen=True)
 class Moment:
-    """One line of the timeline. `detail`: a stranger's text, shown on demand. `link`: a page with more. `out`: (kind,
-    words) of each sink that is told of it.
+    """One line of the timeline. `detail`: text of others, shown on demand. `link`: a page with more. `out`: (kind,
+    words) of each sink that gets the event.
     """
 
     at: datetime
@@ -127,7 +127,7 @@ def timeline(
     deliveries: Sequence[tuple[Callback, int]],
     out: Mapping[int, Sequence[Dispatch]],
 ) -> list[Moment]:
-    """Everything that the work has noted."""
+    """The timeline: all events, deliveries, tries and acts that are stored for the task."""
     found = [_of_fact(visit, fact, out.get(fact.id or 0, ())) for fact in facts]
     found += [_of_delivery(visit, *each) for each in deliveries]
     if task.sent_at and not task.adopt:
@@ -145,7 +145,7 @@ def in_order(found: Sequence[Moment], start: datetime) -> list[Moment]:
 
 
 def _of_tries(visit: Visit, asset: Asset) -> Iterator[Moment]:
-    """The tries of a file that failed, and when it is tried again."""
+    """The failed tries of a file, and when it is tried again."""
     name = f"{visit.word('kind', asset.kind)} {asset.index}"
     for each in asset.failed_tries or ():
         says = visit.text("timeline.try", name=name)
@@ -156,7 +156,7 @@ def _of_tries(visit: Visit, asset: Asset) -> Iterator[Moment]:
 
 
 def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
-    """A sink, whether it took the event, and else its last answer."""
+    """A sink, whether it accepted the event, and otherwise its last answer."""
     says = words.short(row.sink, 40)
     if row.state is not DispatchState.DELIVERED:
         says = f"{says}: {words.short(row.error) or visit.word('dispatch', row.state)}"
@@ -180,7 +180,7 @@ def _of_fact(visit: Visit, fact: Event, out: Sequence[Dispatch]) -> Moment:
 
 
 def _of_act(visit: Visit, act: Event) -> Moment:
-    """What a person did: the name, the action, and the reason or result."""
+    """An act of a person: the name, the action, and the reason or result."""
     data = {name: words.short(str(value), 200) for name, value in act.data.items()}
     says = f"{data.get('by', '')}: {visit.word('person', data.get('action', ''))}"
     why = data.get("reason") or data.get("refused") or visit.word("found", data.get("found", ""))

@@ -1,7 +1,7 @@
 """What an answer of Kling's HTTP API means. `code` in its JSON decides, not the HTTP status.
 
-An answer that is not Kling's says nothing about the request. A create that met one is looked up by its external id
-before it is sent again.
+An answer that is not Kling's says nothing about the request. After such an answer a create is looked up by its external
+id before it is sent again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Answer:
 
 
 def refusal(answer: Answer, *, creating: bool) -> Exception | None:
-    """The error that an answer stands for; None if it may contain what was asked for."""
+    """The error that an answer reports; None if it may contain the requested data."""
     status, code, words = answer.http_status, answer.code or 0, answer.words
     refuses = 1_000 <= code < 2_000
     if not creating and status in NO_ROUTE and not NOT_FOUND.search(answer.message):

@@ -56,7 +56,7 @@ from storage.fetch import connection
 from storage.states import Report
 
 CREATE_PATH = "/v1/images/omni-image"
-# httpx copies what is left of a piece after each send.
+# httpx copies the rest of a piece after each send.
 PIECE_BYTES = 256 * 1024
 BATCH_PATH = "/tasks"
 MAX_BATCH_IDS = 20  # 21 are answered 400/1201 (seen)
@@ -72,7 +72,7 @@ class OptionInvalid(UserError, ValueError):
 
 
 def encode_in_pieces(fields: Mapping[str, Any]) -> list[bytes]:
-    """JSON, a picture a piece. Encoded at once, 88 MB of pictures held the interpreter for 250 ms."""
+    """Encode JSON one picture at a time. In one piece, 88 MB of pictures held the interpreter for 250 ms."""
     return [piece.encode() for piece in json.JSONEncoder(allow_nan=False).iterencode(fields)]
 
 
@@ -115,7 +115,7 @@ class Kling:
         forks.renew_in_children(self)
 
     def begin_in_child(self) -> None:
-        # The request carries the key. So it follows no redirect and uses no proxy of the environment.
+        # The request carries the key, so it follows no redirect and uses no proxy of the environment.
         self._client = httpx.Client(
             verify=connection.tls_context(),
             trust_env=False,
@@ -289,7 +289,7 @@ class Kling:
             self.clock_ahead_seconds = self._now() - sent_at
 
     def _safe(self, text: str) -> str:
-        """The provider's words without our keys and token, in case it repeats them."""
+        """The provider's message without our keys and token, in case it repeats them."""
         for key in (self._api_key, self._access_key):
             text = text.replace(key, "…") if key else text
         return plain(re.sub(r"\beyJ[\w.-]{20,}", "…", text), MAX_MESSAGE_CHARS)

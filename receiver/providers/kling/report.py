@@ -1,4 +1,4 @@
-"""Kling's bodies become Reports: both shapes, bare or wrapped, of any quality.
+"""Parses Kling's bodies into Reports: both shapes, bare or wrapped, complete or not.
 
 An unusable value counts as missing. A body without a task record raises `ReportUnreadable`, and nothing else is raised.
 """
@@ -28,7 +28,7 @@ STATES = {
     "succeed": TaskState.SUCCEEDED,
     "succeeded": TaskState.SUCCEEDED,
     "failed": TaskState.FAILED,
-    # Words of other providers, which gateways pass on. An unknown word causes one read.
+    # Status words of other providers, which gateways pass on. An unknown word causes one read.
     "pending": TaskState.SUBMITTED,
     "queued": TaskState.SUBMITTED,
     "running": TaskState.PROCESSING,
@@ -167,7 +167,7 @@ def _first(values: Iterable[str | None]) -> str | None:
 
 
 def usable_id(value: Any) -> str | None:
-    """An id as text; None if it is none or no column holds it."""
+    """An id as text; None if the value is no id or too long for a column."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     usable = isinstance(text, str) and 0 < len(text) <= MAX_ID_CHARS and is_storable(text)
     return text if usable else None
@@ -208,7 +208,7 @@ def _amount(value: Any) -> Decimal | None:
 
 
 def url_expiry(url: str) -> datetime | None:
-    """When a signed URL expires; None if it does not say."""
+    """When a signed URL expires; None if the URL does not contain it."""
     try:
         query = parse_qs(urlsplit(url).query, max_num_fields=100)
     except ValueError:

@@ -38,7 +38,7 @@ MAX_INPUTS = 10  # images and elements together
 MAX_PICTURES = 9
 ASPECT_RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4", "3:2", "2:3", "21:9", "auto")
 
-# Documented meanings of missing fields. A request that gives such a value is the same request.
+# The documented meaning of a missing field. A request that states the same value is the same request.
 DEFAULTS: dict[str, Any] = {
     "resolution": "1k",
     "n": 1,
@@ -58,7 +58,7 @@ MODELS = {
     "kling-image-o1": Model(("1k", "2k"), ("single",)),
     "kling-v3-omni": Model(("1k", "2k", "4k"), ("single", "series")),
 }
-# For a request without a model: what at least one model takes.
+# For a request without a model: values that at least one model accepts.
 ANY_MODEL = Model(("1k", "2k", "4k"), ("single", "series"))
 
 
@@ -300,7 +300,7 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
         raise RequestInvalid(list(dict.fromkeys(lines))) from None
 
 
-# Our words for pydantic's error types. Others keep pydantic's words.
+# Our messages for pydantic's error types. Other types keep pydantic's message.
 RULE_WORDS = {
     "extra_forbidden": "is no field of this request",
     "string_type": "must be text",

@@ -35,7 +35,7 @@ def image_input(text: str) -> str:
         head, comma, text = text.partition(",")
         if not (comma and head.endswith(";base64")):
             raise refused("must be data:…;base64,… when it starts with data:")
-    if any(space in text for space in BREAKS):  # without any, the caller's 14 MB are not copied
+    if any(space in text for space in BREAKS):  # without any, the 14 MB of the caller are not copied
         text = text.translate(dict.fromkeys(map(ord, BREAKS)))
     try:
         text = _standard(text)
@@ -48,7 +48,7 @@ def image_input(text: str) -> str:
 
 
 def _standard(text: str) -> str:
-    """Base64 in the alphabet and with the padding of RFC 4648 §4, which is what the provider takes."""
+    """Base64 in the alphabet and with the padding of RFC 4648 §4, which the provider requires."""
     if "-" in text or "_" in text:
         text = text.translate(URL_SAFE)
     return text + "=" * (-len(text) % 4) if len(text) % 4 != 1 else text
@@ -85,7 +85,7 @@ def picture_fault(encoded: str) -> str | None:
 
 
 def _pixels(picture: bytes) -> tuple[int, int] | None:
-    from PIL import JpegImagePlugin, PngImagePlugin  # 20 ms that a start does without
+    from PIL import JpegImagePlugin, PngImagePlugin  # imported late, which saves 20 ms of every start
 
     reader: type[ImageFile.ImageFile]
     if picture.startswith(b"\x89PNG\r\n\x1a\n"):
