@@ -1,4 +1,4 @@
-"""A lazy attribute that several threads may meet first, made once."""
+"""A lazy attribute that is made once, even if several threads need it first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class cached_property(Generic[T]):
-    """`functools.cached_property` with a lock, which that lacks from Python 3.12 on.
+    """`functools.cached_property` with a lock, which the original lacks from Python 3.12 on.
 
     Without a lock each of several first threads makes a value, and all but the last leak with their connections. Once
     made, the value costs no lock.
@@ -25,7 +25,7 @@ class cached_property(Generic[T]):
     def __get__(self, instance: Any, owner: type | None = None) -> T:
         if instance is None:
             return self  # type: ignore[return-value] # on the class, for tools
-        made: dict[str, T] = instance.__dict__  # attribute lookup finds it there first from then on
+        made: dict[str, T] = instance.__dict__  # attribute lookup finds the value there first from then on
         with self._making:
             if self._name not in made:
                 made[self._name] = self._make(instance)

@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way where nothing becomes garbage."""
+"""Pauses Python's garbage collector where nothing becomes garbage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """For imports, which stay. Looking through them again and again was a seventh of a command's start."""
+    """For imports, whose objects stay. Repeated collections over them were a seventh of a command's start."""
     gc.disable()
     try:
         yield

@@ -41,9 +41,10 @@ from storage.fetch.addresses import AddressPolicy, host_of
 
 PREFIX = setting_faults.PREFIX
 # Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
-# specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start: what is behind waits as well.
+# specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start, because later events of the
+# task wait as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-OWN_BUCKET = "pictures"  # of the store that we run ourselves, where no name is set
+OWN_BUCKET = "pictures"  # of the store that we run ourselves, unless another name is set
 
 
 class SettingsInvalid(UserError, ValueError):
@@ -121,7 +122,7 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=25, ge=0)
 
     audit_days: Annotated[float, Field(ge=0.01, le=3_650)] | None = None
-    # 1.7 TB a day, and a sixth of a gigabit line: what is archived and served meanwhile hardly notices.
+    # 1.7 TB a day, and a sixth of a gigabit line, which archiving and reads beside it hardly notice.
     audit_bytes_per_second: int = Field(default=20_000_000, ge=1_000)
 
     console_keys: Secrets = ()
@@ -138,7 +139,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _trimmed(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """`echo` ends a secret with a line end, compose makes an empty variable of one that is not set."""
+        """Trim a value: `echo` ends a secret with a line end, and compose passes an unset variable as an empty one."""
         trimmed = {name: value.strip("\r\n") if isinstance(value, str) else value for name, value in values.items()}
         given = {name: value for name, value in trimmed.items() if value != ""}
         return {"s3_bucket": OWN_BUCKET, **given} if "store" in given else given
@@ -151,24 +152,24 @@ class Settings(BaseSettings):
 
     @property
     def console_people(self) -> list[ConsoleKey]:
-        """Who may log in to the console. Raises ValueError, one line per fault."""
+        """The people who may log in to the console. Raises ValueError, one line per fault."""
         return parse_console_keys(self.console_keys)
 
     @property
     def event_entries(self) -> list[sinks.Entry]:
-        """Where events go. Raises ValueError, one line per fault."""
+        """The sinks of events. Raises ValueError, one line per fault."""
         return sinks.parse([entry.get_secret_value() for entry in self.event_sinks], self.event_policy)
 
     @property
     def event_policy(self) -> AddressPolicy:
-        """Where events may be posted to."""
+        """The policy for addresses to which events may be posted."""
         return AddressPolicy(
             private_hosts=private_pairs(self.private_event_hosts), private_setting=f"{PREFIX}PRIVATE_EVENT_HOSTS"
         )
 
     @property
     def callback_policy(self) -> AddressPolicy:
-        """Where clients of the gateway may be called back: at no host that our own events go to, whatever the port."""
+        """The policy for client callbacks of the gateway: no host to which our own events go, whatever the port."""
         dialled = (entry.url for entry in self.event_entries if entry.kind in ("webhook", "sqs"))
         return AddressPolicy(
             private_hosts=private_pairs(self.private_callback_hosts),
@@ -178,7 +179,7 @@ class Settings(BaseSettings):
 
     @property
     def put_options(self) -> PutOptions:
-        """What every object that is put gets."""
+        """The options of every put."""
         return PutOptions(
             storage_class=self.s3_storage_class,
             sse=self.s3_sse,
@@ -240,8 +241,8 @@ def private_pairs(entries: tuple[str, ...]) -> frozenset[tuple[str, int]]:
 def load(**overrides: Any) -> Settings:
     """Read the settings; keyword arguments win over the environment.
 
-    Raises `SettingsInvalid` with one line per fault, each naming its variable; no line shows a value, which may
-    be a secret.
+    Raises `SettingsInvalid` with one line per fault, each naming its variable. No line shows a value, which may be a
+    secret.
     """
     if unknown := sorted(overrides.keys() - Settings.model_fields.keys()):
         raise SettingsInvalid("\n".join(map(_no_setting, unknown)))
@@ -275,7 +276,7 @@ def _missing(name: str) -> str:
 
 
 def _rest(error: ValidationError, given: dict[str, Any]) -> list[str]:
-    """The faults that pydantic finds only once each setting is valid by itself, but for those of the invalid ones."""
+    """The faults that pydantic finds only once each setting is valid by itself, without those of invalid settings."""
     wrong = {str(fault["loc"][0]) for fault in error.errors(include_input=False) if fault["loc"]}
     if not wrong:  # then they are in `error`
         return []
@@ -306,7 +307,7 @@ def _no_setting(name: str) -> str:
 
 
 def unknown_variables() -> list[str]:
-    """RECEIVER_… variables in the environment or in `.env` that no setting reads: most often a slip of the pen."""
+    """RECEIVER_… variables in the environment or in `.env` that no setting reads, most often misspelt."""
     try:
         _check_env_file()
         written = DotEnvSettingsSource(Settings).env_vars

@@ -1,4 +1,4 @@
-"""`RECEIVER_CONSOLE_KEYS`: who may log in to the console, and whether they may act or only look."""
+"""`RECEIVER_CONSOLE_KEYS`: who may log in to the console, and whether they may act or only read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ConsoleKey(NamedTuple):
 
 
 def parse(entries: Sequence[SecretStr]) -> list[ConsoleKey]:
-    """Read the setting. A name may stand twice, as during a change of its key.
+    """Read the setting. A name may occur twice while its key is changed.
 
-    Raises ValueError, one line per fault; no line shows a key.
+    Raises ValueError, one line per fault. No line shows a key.
     """
     found: list[ConsoleKey] = []
     faults: list[str] = []

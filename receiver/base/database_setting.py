@@ -1,4 +1,4 @@
-"""`RECEIVER_DATABASE_URL` and `RECEIVER_DATABASE_DIRECT_URL` as people and other tools write them."""
+"""`RECEIVER_DATABASE_URL` and `RECEIVER_DATABASE_DIRECT_URL` in the forms that people and other tools write."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, SecretStr
 
 from storage.database.urls import URL_FORMS, normal_url
 
-# Options that other tools write into a URL, and what says the same to PostgreSQL's own library.
+# Options that other tools write into a URL, and their equivalents for PostgreSQL's own library.
 INSTEAD_OF_OPTION = {
     "ssl": "write sslmode=require",
     "pgbouncer": "leave it out, a pooler is found out",
@@ -27,7 +27,7 @@ def _database_url(value: SecretStr) -> SecretStr:
     except Exception as error:  # the parser's own message may quote the password
         raise ValueError(URL_FORMS) from error
     if url.query and url.get_backend_name() == "postgresql":
-        from psycopg.pq import Conninfo  # 50 ms of a start, for the few URLs that have options
+        from psycopg.pq import Conninfo  # 50 ms of a start, needed only for the few URLs with options
 
         known = {option.keyword.decode() for option in Conninfo.get_defaults()}
         for name in sorted(set(url.query) - known):

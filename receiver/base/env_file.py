@@ -1,4 +1,4 @@
-"""The `.env` file: where it is, whether others may write it, and whether it is text."""
+"""The `.env` file: its path, whether others may write it, and whether it is text."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ NAME = ".env"
 
 
 def find() -> Path | None:
-    """The `.env` of the folder one stands in, where there is one."""
+    """The `.env` of the current folder, if there is one."""
     path = Path(NAME).absolute()
     return path if path.is_file() or path.is_fifo() else None
 
 
 def fault() -> str | None:
-    """What is wrong with a `.env` that others may write, or that is no text, naming file and line."""
+    """The fault of a `.env` that others may write or that is not text, with file and line."""
     path = find()
     if path is None:
         return None
     try:
         kept = final(path)
         state = kept.stat()
-        content = b"" if kept.is_fifo() else kept.read_bytes()  # what a FIFO gives is read once, by the settings
+        content = b"" if kept.is_fifo() else kept.read_bytes()  # the settings read it; a FIFO can be read only once
     except OSError as error:
         return f"{error.filename or path}: cannot be read: {error.strerror}"
     if is_writable_by_others(state):

@@ -1,4 +1,4 @@
-"""What is wrong with settings that are valid each by itself: two that exclude each other, and secrets that are weak."""
+"""Faults of settings that are valid each by itself: two that exclude each other, and weak secrets."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _event_faults(settings: Settings) -> Iterator[str]:
 
 def weak_secrets(settings: Settings) -> Iterator[tuple[str, str]]:
     """Each variable with a secret that can be guessed, and what it needs. The next release refuses those."""
-    # Of ACCESS_KEY:SECRET_KEY the secret alone counts. Kling's have 32 characters, as HS256 wants (RFC 7518 §3.2).
+    # Only the secret of ACCESS_KEY:SECRET_KEY counts. Kling's have 32 characters, as HS256 requires (RFC 7518 §3.2).
     keys = [key.get_secret_value().rpartition(":") for key in settings.api_keys]
     if any(len(key) < (SECRET_MIN_CHARACTERS if access else KEY_MIN_CHARACTERS) for access, _, key in keys):
         least = f"{KEY_MIN_CHARACTERS} characters, a secret key {SECRET_MIN_CHARACTERS}"

@@ -1,4 +1,4 @@
-"""The types of settings: how the text of a variable is read and checked. A fault raises ValueError."""
+"""The types of settings: how a variable's text is read and checked. A fault raises ValueError."""
 
 from __future__ import annotations
 

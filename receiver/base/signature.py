@@ -1,4 +1,4 @@
-"""Sign as Standard Webhooks 1.0.0 says: every listed secret signs, so that a receiver may change its own any time."""
+"""Signatures of Standard Webhooks 1.0.0. Every listed secret signs, so a receiver may change its own at any time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ MIN_KEY_BYTES, MAX_KEY_BYTES = 24, 64
 
 
 class Signer:
-    """Makes the three headers; none without secrets. Raises ValueError for a secret that is none."""
+    """Makes the three headers; none without secrets. Raises ValueError for an invalid secret."""
 
     def __init__(self, secrets: Sequence[SecretStr]) -> None:
         self._keys = [key_of(secret) for secret in secrets]
 
     def headers(self, message_id: str, body: bytes, now: datetime) -> dict[str, str]:
-        """`message_id`: the same at every try. `now`: aware; receivers refuse what is more than some minutes off."""
+        """`message_id`: the same at every try. `now`: aware; receivers refuse a time that is more than some minutes
+        off.
+        """
         if not self._keys:
             return {}
         moment = str(int(now.timestamp()))
@@ -34,7 +36,8 @@ class Signer:
 
 
 def client_secret(secret: SecretStr, client: str) -> SecretStr:
-    """What signs one client's callbacks: made from a secret of ours, so it proves nothing about events or to others.
+    """The secret that signs one client's callbacks, derived from one of ours. It proves nothing about events or other
+    clients.
 
     `client`: its fingerprint.
     """
@@ -43,7 +46,7 @@ def client_secret(secret: SecretStr, client: str) -> SecretStr:
 
 
 def key_of(secret: SecretStr) -> bytes:
-    """The key in `whsec_` + Base64. Raises ValueError, without a word of the secret."""
+    """The key in `whsec_` + Base64. Raises ValueError, whose message shows nothing of the secret."""
     text = secret.get_secret_value()
     try:
         key = base64.b64decode(text.removeprefix(PREFIX), validate=True) if text.startswith(PREFIX) else b""

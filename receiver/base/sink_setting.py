@@ -1,11 +1,11 @@
-"""RECEIVER_EVENT_SINKS: `[name=]URL[#filter,filter]`, any number, with space between. Pure: nothing is opened.
+"""RECEIVER_EVENT_SINKS: any number of `[name=]URL[#filter,filter]`, separated by spaces. Pure: nothing is opened.
 
     https://hooks.example.com/pictures                      a webhook, called hooks.example.com
     audit=file:///var/log/receiver/events.jsonl             JSON lines
     stdout:#task.*                                          the same, of all events of tasks
     archived=sqs+https://sqs.eu-central-1.amazonaws.com/123456789012/pictures#task.archived
 
-A URL may hold a secret: no message shows more of an entry than its place, its name and its host.
+A URL may contain a secret: messages show only an entry's position, its name and its host.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SinkKind = Literal["webhook", "sqs", "file", "stdout"]
 NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62})=(?=[A-Za-z][A-Za-z0-9+.-]*:)")
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 SQS_PREFIX = "sqs+"
-# The sink of gateway clients, which is no entry of the setting.
+# The sink of gateway clients, which is not an entry of the setting.
 RESERVED = "client"
 FORMS = "write [name=]URL[#filters] with https://, sqs+https://, file:/// or stdout:"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One sink that is asked for. `names`: of the events it wants. `url`: as it is used, without prefix and filters."""
+    """One configured sink. `names`: of the events it wants. `url`: without prefix and filters."""
 
     name: str
     kind: SinkKind
@@ -72,7 +72,7 @@ def _doubles(entries: Sequence[Entry]) -> Iterator[str]:
 def _entry(text: str, policy: AddressPolicy) -> Entry:
     named = NAMED.match(text)
     url, _, filters = (text[named.end() :] if named else text).partition("#")
-    if "@" in filters:  # the end of a password with a # in it, whose parts other messages would show
+    if "@" in filters:  # the end of a password with a # in it, parts of which other messages would show
         raise ValueError(FORMS)
     kind, url, own_name = _target(url, policy)
     names = names_matching(part for part in filters.split(",") if part)
@@ -81,7 +81,7 @@ def _entry(text: str, policy: AddressPolicy) -> Entry:
 
 
 def _target(url: str, policy: AddressPolicy) -> tuple[SinkKind, str, str]:
-    """What kind it is, the URL that is used, and what it is called when it has no name."""
+    """The kind of the sink, its URL, and its name if the entry has none."""
     if url == "stdout:":
         return "stdout", url, "stdout"
     scheme = url.partition(":")[0].lower()
@@ -103,7 +103,7 @@ def _file(url: str) -> Path:
 
 
 def _queue(url: str, policy: AddressPolicy) -> tuple[SinkKind, str, str]:
-    """An https queue may be anywhere, at a private endpoint as well: it is the operator's own, and boto3 dials it."""
+    """An https queue may be anywhere, at a private endpoint as well: the operator owns it, and boto3 connects to it."""
     parts = split_url(url)
     account, _, queue = parts.path.strip("/").partition("/")
     if not parts.hostname or parts.username or not account or not queue:

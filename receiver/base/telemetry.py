@@ -84,7 +84,7 @@ def _gauges(label: str, prefix: str, texts: Mapping[str, str]) -> dict[str, Gaug
     return {name: Gauge(f"receiver_{prefix}{name}", text, [label], registry=REGISTRY) for name, text in texts.items()}
 
 
-# The same for each account and each sink.
+# The gauges of each account and each sink.
 WORK_OF_EACH = {
     "accounts": _gauges(
         "account",
@@ -110,7 +110,7 @@ WORK_OF_EACH = {
 
 
 def update_work_gauges(measures: Mapping[str, Any] | None) -> None:
-    """Set the gauges. None: the database is away; they become NaN, because no number is better than an old one."""
+    """Set the gauges. None: the database is away. They become NaN, because no number is better than an old one."""
     for name, gauge in (*WORK.items(), *DEPRECATED.items()):
         _set(gauge, measures[name] if measures else None)
     for group, gauges in WORK_OF_EACH.items():
@@ -127,7 +127,7 @@ def _set(gauge: Gauge, number: float | None) -> None:
     gauge.set(float("nan") if number is None else number)
 
 
-# The last defence: whatever a message quotes, queries of signed URLs and tokens in paths are cut. Without word
+# The last defence: queries of signed URLs and tokens in paths are cut from every message. The patterns have no word
 # boundaries, because in quoted text the character before may be the n of an escaped line break.
 SECRET_SHAPES = (
     (re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]*"), r"\1?…"),
@@ -162,7 +162,7 @@ def _plain(value: Any) -> Any:
 
 
 def _visible(_logger: Any, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """For a terminal: ids and texts of strangers in one line each; tracebacks keep their lines."""
+    """For a terminal: ids and texts of others in one line each; tracebacks keep their lines."""
 
     def shown(name: str, value: Any) -> Any:
         if not isinstance(value, str):

@@ -45,7 +45,7 @@ class Tokens:
         return _encode(bytes([VERSION]) + named.bytes + _mac(self._secrets[0], purpose, provider, named))
 
     def read(self, provider: str, token: str, *, purpose: str = TASK_PURPOSE) -> Named | None:
-        """What the token names, or None when no listed secret signed it for this provider and purpose."""
+        """What the token names, or None if no listed secret signed it for this provider and purpose."""
         if len(token) != CHARACTERS:
             return None
         try:

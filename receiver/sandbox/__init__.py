@@ -1,6 +1,6 @@
-"""A provider to try things against: a real HTTP server that speaks Kling's protocol, with knobs for its failures.
+"""A stand-in for the provider: a real HTTP server that speaks Kling's protocol, with knobs for its failures.
 
-It is an independent second party: nothing of the receiver or of storage is imported here.
+It is an independent second party: it imports nothing of the receiver or of storage.
 """
 
 from receiver.sandbox.knobs import Knobs

@@ -1,4 +1,4 @@
-"""Who may use the API, and whom the sandbox may call."""
+"""Who may use the API, and which hosts the sandbox may call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The signed links of result files, and what goes wrong on the way to one."""
+"""The signed links of result files, and the faults of their downloads."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Served:
 
 
 def serve(data: bytes, knobs: Knobs, wanted_range: str = "", seconds: float = 0) -> Served:
-    """What a download that goes well gets. `wanted_range`: the request's Range, empty = none.
+    """What a download without a fault gets. `wanted_range`: the request's Range, empty = none.
 
     `seconds`: since the task's end.
     """
@@ -104,7 +104,7 @@ def serve(data: bytes, knobs: Knobs, wanted_range: str = "", seconds: float = 0)
 
 
 def next_fault(knobs: Knobs, rng: random.Random, seconds: float) -> Fault:
-    """How the next download goes wrong: first the time since the task's end, the queue, then chance; '' = it does not.
+    """The fault of the next download: first by the time since the task's end, then the queue, then chance; '' = none.
 
     `seconds`: that time.
     """

@@ -1,4 +1,4 @@
-"""The pictures of all tasks: drawn at the first request, kept while there is room, their hashes kept always."""
+"""The pictures of all tasks: drawn at the first request, kept while there is room; their hashes are always kept."""
 
 from __future__ import annotations
 

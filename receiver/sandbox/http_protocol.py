@@ -1,4 +1,4 @@
-"""HTTP that is not quite right: uvicorn refuses to write a line that is no header, so one is put in behind it."""
+"""Sends HTTP with an invalid header line. uvicorn refuses to write one, so it is inserted behind uvicorn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# A header of this name goes out as a line that is none.
+# A header of this name is sent as an invalid line.
 JUNK_NAME = "x-sandbox-junk"
 WRITTEN, SENT = f"{JUNK_NAME}: junk\r\n".encode(), b"this line is no header\r\n"
 
@@ -18,7 +18,7 @@ class FaultyHttp(HttpToolsProtocol):
 
 
 class _FaultyTransport:
-    """A transport that replaces the header in what is written."""
+    """A transport that replaces the header in the bytes that are written."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport

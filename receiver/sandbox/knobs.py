@@ -34,7 +34,7 @@ QueryFault = Annotated[
 WebhookSecret = Annotated[str, AfterValidator(_signs)]
 CdnFault = Literal["403", "503", "truncated", "truncated_chunked", "truncated_silent", "html", "empty", "self_redirect"]
 
-# Addresses that the sandbox talks and listens to are set at its start, never by a request.
+# Addresses that the sandbox connects to and listens on are set at its start, never by a request.
 STARTUP_ONLY = frozenset({"allow_remote_callbacks", "allow_remote_host"})
 
 
@@ -194,7 +194,7 @@ class Knobs(BaseModel):
 
 
 def faults_of(error: ValidationError) -> list[dict[str, Any]]:
-    """What is wrong with knobs, one entry each: `loc`, `msg`, `type`. An unknown name has the nearest one."""
+    """The faults of knobs, one entry each: `loc`, `msg`, `type`. An unknown name gets the nearest known one."""
     faults: list[dict[str, Any]] = [{**each} for each in error.errors(include_url=False, include_context=False)]
     for fault in faults:
         if fault["type"] == "extra_forbidden":

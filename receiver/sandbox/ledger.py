@@ -13,9 +13,11 @@ AssetKey = tuple[str, str, int]
 
 @dataclass
 class Create:
-    """One create request. `raw`: the body as received (b"" once too many newer ones are kept). `body`: parsed, or None.
+    """One create request. `raw`: the body as received (b"" once too many newer ones are stored). `body`: parsed, or
+    None.
 
-    `code`: of the answer (0 = created, -1 = a damaged answer). `task_id`: of the task that exists because of it.
+    `code`: of the answer (0 = created, -1 = a damaged answer). `task_id`: of the task that the create made, or that
+    exists under its id.
     """
 
     raw: bytes

@@ -1,4 +1,4 @@
-"""Draws the results: real PNG files with a text that describes them, as large as the provider's own."""
+"""Draws the results: real PNG files, as large as the provider's, with a text that describes each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-# One stored byte a pixel (palette, no compression), so a picture is as large as it has pixels:
-# 1.0 MB, 4.2 MB and 16.8 MB, where real ones are 1–2, 4–8 and 15–35 MB.
+# One stored byte per pixel (palette, no compression), so the size of a picture follows its pixels: 1.0 MB, 4.2 MB and
+# 16.8 MB, where real ones have 1–2, 4–8 and 15–35 MB.
 SIDES = {"1k": 1_024, "2k": 2_048, "4k": 4_096}
 PAPER, INK = 255, 0  # palette entries of the text panel
 
@@ -62,7 +62,7 @@ def _palette(rng: random.Random) -> list[int]:
 
 
 def _plain(text: str) -> str:
-    """The text as the built-in font can show it: accents dropped, other scripts as question marks."""
+    """The text as the built-in font can draw it: accents dropped, other scripts as question marks."""
     bare = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
     return "".join(char if " " <= char <= "~" else "?" for char in bare)
 

@@ -1,7 +1,7 @@
-"""The sandbox on a socket: routes, spoilt bodies, the clock that moves tasks, and start and stop.
+"""The sandbox's HTTP server: routes, damaged bodies, the clock that moves tasks, and start and stop.
 
-Routes: POST and GET /v1/images/omni-image (also below /kling), GET /tasks, GET /cdn/…, and to control it
-GET and POST /sandbox/knobs, GET /sandbox/ledger, POST /sandbox/reset.
+Routes: POST and GET /v1/images/omni-image (also below /kling), GET /tasks, GET /cdn/…, and to control it GET and POST
+/sandbox/knobs, GET /sandbox/ledger, POST /sandbox/reset.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Body(Response):
     ) -> None:
         super().__init__(media_type=media_type)
         self.data, self.promised, self.seconds, self.cut, self.done = data, promised, seconds, cut, done
-        self.more: dict[str, str] = {}  # headers beside type and length
+        self.more: dict[str, str] = {}  # headers besides type and length
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(b"content-type", (self.media_type or "").encode())]
@@ -121,7 +121,7 @@ class Api:
         yield Route("/sandbox/reset", self._own(self.reset), methods=["POST"])
 
     def _own(self, control: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """The control, refused to web pages of others."""
+        """Serve a control route, which refuses pages of other sites."""
 
         async def guarded(request: Request) -> Response:
             headers = request.headers
@@ -294,7 +294,7 @@ class Sandbox:
         return self
 
     def stop(self) -> None:
-        """Stop listening, end what is under way, wait for the thread. Does nothing if it does not run."""
+        """Stop listening, end what is in progress, and wait for the thread. Does nothing if it does not run."""
         if self._server and self._thread:
             self._server.should_exit = True
             self._thread.join(STOP_SECONDS)
@@ -310,7 +310,7 @@ class Sandbox:
         return self.world.set(knobs)
 
     def ledger(self) -> Ledger:
-        """What it received and did so far."""
+        """Everything it received and did so far."""
         return self.world.ledger()
 
     def reset(self) -> None:

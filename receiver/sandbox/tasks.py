@@ -61,7 +61,7 @@ class Task:
         return [Name(kind, index) for index in range(self.pictures) for kind in kinds]
 
 
-# (task, file) → its absolute URL
+# (task, file) → the file's absolute URL
 Link = Callable[[Task, Name], str]
 
 

@@ -27,7 +27,7 @@ RANDOM_CREATE_FAULTS = ("5000", "5000:created", "5002", "5002:created", "5001", 
 
 
 class Download(NamedTuple):
-    """What a result URL leads to. `fault`: as in cdn.Fault. `redirect`: the next hop, None = the file itself."""
+    """The target of a result URL. `fault`: as in cdn.Fault. `redirect`: the next hop, None = the file itself."""
 
     task: Task
     name: Name
@@ -280,7 +280,7 @@ class World:
         return cdn.url(task, name, self._key, self.knobs.cdn_link_form)
 
     def download(self, path: str, query: Mapping[str, str], now: float) -> Download | None:
-        """What `GET /cdn/…` gets; None = 403. `query` may hold `hop`, the number of redirects followed so far."""
+        """The answer to `GET /cdn/…`; None = 403. `query` may hold `hop`, the number of redirects followed so far."""
         with self.lock:
             match = cdn.PATH.match(path)
             task = self.tasks.get(match["task_id"]) if match else None
@@ -290,9 +290,7 @@ class World:
             name = Name(match["kind"], int(match["index"]))
             if name not in task.files():
                 return None
-            seconds = max(
-                0.0, now - task.updated_ms / 1000
-            )  # a world that was advanced has tasks that end in the future
+            seconds = max(0.0, now - task.updated_ms / 1000)  # `advance` may have set tasks whose end is in the future
             self._hits[task.id, name] += 1
             if redirect := self._redirect(task.origin + path, query):
                 self._counts["fault:cdn:redirect"] += 1
@@ -318,7 +316,7 @@ class World:
     # -- the ledger -------------------------------------------------------------------------------------------------
 
     def ledger(self) -> Ledger:
-        """A copy of everything received and done so far. Draws the pictures nobody fetched yet, for their hashes."""
+        """A copy of everything received and done so far. Draws pictures that were never requested, for their hashes."""
         with self.lock:
             tasks, gallery = list(self.tasks.values()), self.gallery
             creates, callbacks = tuple(self._creates), self.outbox.history()
@@ -347,7 +345,7 @@ class World:
         )
 
     def _log_create(self, entry: Create) -> None:
-        """Bodies can be large, so the oldest are dropped when too much is held."""
+        """Log a create. Bodies can be large, so the oldest are dropped beyond a limit."""
         self._creates.append(entry)
         self._kept_bytes += len(entry.raw)
         for old in self._creates:

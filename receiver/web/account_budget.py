@@ -1,4 +1,4 @@
-"""How much is kept of deliveries at the account's URL: whoever knows it may send any number, for any task or none."""
+"""Limits the deliveries that are stored for the account URL. Its holder may send any number, for any task or none."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from storage.states import CallbackState
 
 T = TypeVar("T")
 
-# A console's own tests, and tasks that are made elsewhere, bring some a day; `receiver prune` makes room.
+# Tests by the provider's console, and tasks that are made elsewhere, bring some a day. `receiver prune` makes room.
 MAX_ROWS, MAX_BYTES = 10_000, 64 * 2**20
-# An honest task has three or four. Each is confirmed by a read, and so many reads of a task are made for deliveries.
+# An honest task has three or four. Each is confirmed by a read, and deliveries cause at most this many reads of a task.
 MAX_OF_TASK = 20
-# The rows are counted so often at most; what is stored in between is added up here.
+# The interval of counting the rows. Deliveries that are stored in between are added in memory.
 COUNT_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
-# One thread finds the task of each, some 1 ms. What waits for it has a body of up to 64 KiB.
+# One thread finds the task of each delivery, in some 1 ms. Each waiting delivery holds a body of up to 64 KiB.
 MAX_WAITING, TURN_SECONDS = 200, 1.5
 
 
 class AccountFull(Exception):
-    """The account's URL keeps all it may of what matches no task, or of this task. `is_task`: which of the two."""
+    """The account URL has all the deliveries it may store that match no task, or that match this task. `is_task`: the
+    latter.
+    """
 
     def __init__(self, *, is_task: bool) -> None:
         super().__init__(is_task)
@@ -41,11 +43,11 @@ class AccountFull(Exception):
 
 
 class AccountBusy(Exception):
-    """So many wait for a place, or the database takes so long, that the sender should try again in a moment."""
+    """Too many deliveries wait for a place, or the database is too slow. The sender should try again soon."""
 
 
 class AccountBudget:
-    """Used in one event loop. `find`: the task of ours that a delivery's body names."""
+    """Used in one event loop. `find`: finds our task that a delivery's body names."""
 
     def __init__(self, database: Database, find: Callable[[Session, Delivery], uuid.UUID | None]) -> None:
         self._database = database
@@ -55,12 +57,12 @@ class AccountBudget:
         self._counting = asyncio.Lock()
         self._thread, self._turn, self._waiting = CapacityLimiter(1), asyncio.Lock(), 0
         self._of_task: dict[uuid.UUID, int] = {}
-        self._guard = threading.Lock()  # of those counts
+        self._guard = threading.Lock()  # the time of those counts
 
     async def take(self, delivery: Delivery) -> uuid.UUID | None:
         """Take a place for a delivery. Returns its task. Raises AccountFull, AccountBusy.
 
-        Where the rows cannot be counted there is room: storing it tells.
+        If the rows cannot be counted, it gives a place: the commit shows whether the database works.
         """
         if self._waiting >= MAX_WAITING:
             raise AccountBusy
@@ -78,7 +80,7 @@ class AccountBudget:
         return task_id
 
     async def _in_turn(self, work: Callable[..., T], *words: Any) -> T:
-        """Do it in the one thread. Raises TimeoutError; a statement under way then keeps the turn until it ends."""
+        """Run it in the one thread. Raises TimeoutError; a statement in progress then keeps the turn until it ends."""
         async with asyncio.timeout(TURN_SECONDS):
             await self._turn.acquire()
         working = asyncio.ensure_future(to_thread.run_sync(work, *words, limiter=self._thread))
@@ -89,10 +91,10 @@ class AccountBudget:
     def _end_turn(self, working: asyncio.Future[Any]) -> None:
         self._turn.release()
         if not working.cancelled():
-            working.exception()  # whoever waited may have left
+            working.exception()  # the waiting handler may have left
 
     def settle(self, delivery: Delivery, task_id: uuid.UUID | None, *, is_new: bool) -> None:
-        """Say what became of a delivery that had a place. One that names no task yet may still match one."""
+        """Report the outcome of a delivery that had a place. One that names no task may still match one later."""
         if task_id is None and is_new:
             self._rows += 1
             self._bytes += len(delivery.body)
@@ -130,15 +132,15 @@ class AccountBudget:
 
 
 def count(session: Session) -> tuple[int, int]:
-    """Rows of deliveries that name no task by their token and have matched none, and the bytes of their bodies."""
-    applied: Any = literal_column(f"'{CallbackState.APPLIED}'")  # a literal, as the partial index says it
+    """The number of deliveries whose token names no task and that match none, and the bytes of their bodies."""
+    applied: Any = literal_column(f"'{CallbackState.APPLIED}'")  # a literal, like in the partial index
     mine = (col(Callback.task_id).is_(None), col(Callback.state) != applied)
     rows, size = session.exec(select(func.count(), func.sum(func.length(Callback.body))).where(*mine)).one()
     return rows, int(size or 0)
 
 
 def count_of_task(session: Session, task_id: uuid.UUID) -> int:
-    """Rows of deliveries at the account's URL that were found to be about this task."""
+    """The number of deliveries at the account URL that belong to this task."""
     name = session.exec(select(Task.external_task_id).where(Task.id == task_id)).first()
     mine = (col(Callback.task_id).is_(None), Callback.external_task_id == name)
     return session.exec(select(func.count()).select_from(Callback).where(*mine)).one()

@@ -1,4 +1,4 @@
-"""The web application: which path leads where, the headers of every answer, and the lifespan of the inbox."""
+"""The web application: the paths, the headers of every answer, and the lifespan of the group commit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from storage.rows.group_commit import GroupCommit
 from storage.rows.reports import Schedule
 
 if TYPE_CHECKING:
-    from receiver.console.console import Console  # most installations have none of the two
+    from receiver.console.console import Console  # most installations have neither
     from receiver.gateway.gateway import Gateway
 
 
@@ -53,11 +53,11 @@ def build(
     console: Console | None = None,
     path_prefix: str = "",
 ) -> Web:
-    """The ASGI application. Its lifespan starts the group commit and at the end commits and answers what waits.
+    """The ASGI application. Its lifespan starts the group commit, and at the end commits and answers what waits.
 
     `bucket`: its state is part of `/readyz`. `slots`: their limit is part of `/metrics`. `assets` answers `/assets`,
-    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404.
-    `path_prefix`: of the public URL, see `Web`. Call the application's `endings` before the server stops.
+    `gateway` `/kling`, `stream` `/events`, `console` `/console` (with `assets`); each None = 404. `path_prefix`: of the
+    public URL, see `Web`. Call the application's `endings` before the server stops.
     """
     database.outages.is_on = True
     group_commit = GroupCommit(database)

@@ -37,23 +37,23 @@ log = structlog.get_logger()
 
 # A slow reader can begin within this time, and a presigned link that is passed on soon expires.
 LINK_SECONDS = 300
-# A stream holds one connection to the store, 1 MiB, and a thread while it reads. Callbacks must not feel them.
+# A stream holds one connection to the store, 1 MiB, and a thread while it reads. Callbacks must not be delayed by them.
 MAX_STREAMS = 40
-# One link, however often it is passed on, leaves room for other files. Viewers open up to six connections to a host.
+# One link, however often it is shared, leaves room for other files. Browsers open up to six connections to a host.
 MAX_STREAMS_OF_ASSET = 8
 # One address leaves room for others. A TLS proxy is one address for all of its readers, so this is most of the room.
 MAX_STREAMS_OF_ADDRESS = 32
-# Threads that look files up, or sign links. A holder of a link who asked 32 times at once kept all threads and the
+# Threads that look files up or sign links. A holder of a link who sent 32 requests at once kept all threads and the
 # event loop busy: callbacks were answered after 82 ms instead of 4 (medians).
 THREADS = 4
-# One write. Each waits until the one before has left the buffer, so this is what a slow reader leaves behind there.
+# One write. The next write waits until the buffer is empty, so a slow reader leaves at most this much in it.
 PIECE_BYTES = 64 * 1024
 RETRY_AFTER_SECONDS = 5
 # The bytes behind a link never change. Shared caches would keep a file after its link was revoked, hence private.
 CACHE_CONTROL = "private, max-age=31536000, immutable"
 # Asset tokens name no provider: the id alone identifies the file.
 ANY_PROVIDER = ""
-# Browsers show these without running anything. Other types are downloaded.
+# Browsers show these without executing anything. Other types are downloaded.
 SHOWN = ("image/", "video/", "audio/")
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
@@ -61,7 +61,7 @@ RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 def asset_link(tokens: Tokens, public_url: str, asset: Asset) -> str:
     """The lasting link to an archived file. It is a secret, and works while the callback secret behind it is listed.
 
-    Raises ValueError when the file is not archived, IndexError without a secret.
+    Raises ValueError if the file is not archived, IndexError without a secret.
     """
     if asset.state is not AssetState.ARCHIVED or not asset.key:
         raise ValueError(f"{asset.kind} {asset.index} is not archived")
@@ -151,7 +151,7 @@ class Assets:
     async def _stream(
         self, request: Request, asset: Asset, key: str, span: range | None, headers: dict[str, str]
     ) -> Response:
-        """Read the first bytes before answering: an object that is gone is a 404, not a broken 200."""
+        """Read the first bytes before answering, so that a missing object is a 404 and not a broken 200."""
         reader = asset.id, request.client.host if request.client else ""
         of_asset, of_address = (sum(other[i] == reader[i] for other in self._readers) for i in (0, 1))
         if (
@@ -166,7 +166,7 @@ class Assets:
         def end() -> None:
             self._readers.remove(reader)
             if isinstance(chunks, Generator):
-                chunks.close()  # its connection to the store, when the reader left early
+                chunks.close()  # closes its connection to the store if the reader left early
 
         try:
             first = await run_in_threadpool(next, chunks, b"")

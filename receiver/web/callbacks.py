@@ -44,36 +44,37 @@ from storage.states import CallbackState
 
 log = structlog.get_logger()
 
-# About 1 kB per result URL, 32 kB are planned for (KLING §5); eight times that is nobody's honest callback.
+# A delivery has about 1 kB per result URL, and 32 kB are planned for (KLING §5). No honest callback has eight times
+# that.
 MAX_BODY_BYTES = 256 * 1024
-# At the account's URL, whose token names no task: twice of what is planned for.
+# For the account URL, whose token names no task: twice the planned size.
 MAX_ACCOUNT_BODY_BYTES = 64 * 1024
-# What the bodies of one URL may have in memory at once: 1,000 that lacked a byte took 225 MB for ten seconds. Eight of
-# the largest of a task, and 256 at the account's URL, which takes those of all tasks.
+# The bodies of one URL may use this much memory at a time. 1,000 bodies that lacked a byte took 225 MB for ten seconds.
+# This is room for eight of a task's largest, or for 256 at the account URL, which takes those of all tasks.
 MAX_TASK_BYTES, MAX_ACCOUNT_BYTES = 2 * 2**20, 16 * 2**20
 BODY_SECONDS = 10.0
 # From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
 COMMIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 5
-# What a full task refuses says nothing new to it: a sender may come back when deliveries have been pruned.
+# A refused delivery of a full task brings no news for the task. The sender may come back when deliveries have been
+# pruned.
 FULL_RETRY_AFTER_SECONDS = 3_600
-# Evidence of a wrong signature is worth keeping a few times, not without bound.
+# The evidence of a wrong signature is worth storing a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
-# So many are counted among the newest deliveries of the task: all of its own, and of the account's URL, where more come
-# than may be looked at under the lock of a write, a window that moves on.
+# Rejected deliveries are counted among this many of the newest: all of a task's own, and a moving window of the account
+# URL's, which can have more than a write transaction should scan.
 NEWEST = 500
-# A task with too many deliveries is made due for a read at most this often, and what is not kept of one is said so
-# often in the log; so many of them are remembered.
+# Limits per task: at most one extra read and one log line in these intervals. The limiter remembers this many tasks.
 READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
-# Threads for refused deliveries, which no page or reader of events can use up.
+# Threads for refused deliveries, separate from those of pages and event readers.
 THREADS = 4
-# Whether the account's URL takes evidence of wrong signatures again is looked at so often.
+# The interval after which the account URL is checked again for room for evidence of wrong signatures.
 RECHECK_SECONDS = 10.0
 REMEMBERED_TASKS = 10_000
-# Kept beside the body to tell senders apart; everything else may hold a secret.
+# Headers stored beside the body to tell senders apart. Every other header may contain a secret.
 KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
-# Of a refused delivery too, so that `receiver replay` can verify it once the right secret is set. It is no secret: it
-# signs this body alone, and only within minutes of its time.
+# Stored for a refused delivery too, so that `receiver replay` can verify it once the right secret is set. The signature
+# is no secret: it signs this body alone, and is valid for minutes.
 SIGNATURE_HEADER = "webhook-signature"
 MAX_HEADER_CHARACTERS = 200
 ACCEPTED = b'{"status":"accepted"}'
@@ -89,14 +90,14 @@ MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a delivery was not stored, and the size of the largest of them: a file may take small rows alone."""
+    """Why a delivery was not stored, and the size of the largest of these. A database may accept small rows alone."""
 
     reason: str
     body_bytes: int = 0
 
 
 class Callbacks:
-    """The endpoint. `schedule` says when a task is read whose delivery was refused."""
+    """The endpoint. `schedule`: decides when a task is read whose delivery was refused."""
 
     def __init__(
         self,
@@ -120,9 +121,9 @@ class Callbacks:
         self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Take one delivery. Answered 200 only once its row is committed with full synchronisation.
+        """Take one delivery. Answers 200 only after its row is committed with full synchronisation.
 
-        An ASGI application of its own: what Starlette wraps around a function cost as much as all that happens here.
+        This is an ASGI application of its own: Starlette's wrapper around a function cost as much as all the rest here.
         """
         if scope["method"] != "POST":
             refusal: Response | None = _answer(405, "method not allowed", "method", {"Allow": "POST"})
@@ -180,7 +181,9 @@ class Callbacks:
         return done if isinstance(done, Response) else None
 
     async def _store_at_account(self, delivery: Delivery) -> Response | Intake:
-        """What is full is answered 429: the shipped Traefik repeats a 503 at once, which makes no room."""
+        """Store a delivery of the account URL. A full account is answered 429: the shipped Traefik repeats a 503 at
+        once, which would make no room.
+        """
         try:
             task_id = await self._account.take(delivery)
         except AccountFull as full:
@@ -204,7 +207,7 @@ class Callbacks:
         return None
 
     async def _store(self, delivery: Delivery) -> Response | Intake:
-        """Store it, or say why not."""
+        """Store the delivery, or return the reason why not."""
         try:
             with self._commits.within(COMMIT_SECONDS):
                 intake = await self._group_commit.commit(delivery)
@@ -221,7 +224,7 @@ class Callbacks:
         except DatabaseUnavailable as error:
             return self._away(delivery, error)
         except Exception:
-            log.exception("callback.not_stored")  # ours to mend: the sender keeps it and tries again
+            log.exception("callback.not_stored")  # our own fault: the sender keeps the delivery and tries again
             return _answer(503, "could not be stored, try again", "bug")
         if self.fault is not None and len(delivery.body) >= self.fault.body_bytes:
             self.fault = None
@@ -229,7 +232,7 @@ class Callbacks:
         return intake
 
     def _away(self, delivery: Delivery, error: DatabaseUnavailable) -> Response:
-        """The database has logged it, once."""
+        """The database has logged the outage once."""
         most = max(len(delivery.body), self.fault.body_bytes if self.fault else 0)
         self.fault = Fault(str(error), most)
         return _answer(503, "could not be stored, try again", "database")
@@ -237,9 +240,9 @@ class Callbacks:
     async def _refuse(
         self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
     ) -> Response:
-        """Keep the evidence, make the task due for a read: a misconfiguration costs seconds, not pictures.
+        """Store the evidence and make the task due for a read, so that a misconfiguration costs seconds, not pictures.
 
-        Both so often for each task, and neither beyond.
+        Both are limited per task.
         """
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
@@ -256,7 +259,7 @@ class Callbacks:
         return _answer(401, "the signature is missing or wrong", "bad_signature")
 
     def _keep_refused(self, delivery: Delivery) -> bool:
-        """Returns False when enough are kept already."""
+        """Store a refused delivery. Returns False if enough are stored already."""
         newest = select(Callback.state).where(Callback.task_id == delivery.task_id)
         looked_at = newest.order_by(col(Callback.id).desc()).limit(NEWEST).subquery()
         rejected = select(func.count()).where(looked_at.c.state == CallbackState.REJECTED)
@@ -274,7 +277,9 @@ class Callbacks:
             self._make_due(session, delivery)
 
     def _make_due(self, session: Session, delivery: Delivery) -> None:
-        """Deliveries cause so many reads of a task, whether they are refused, too many, or not believed."""
+        """Make the task due for a read. Deliveries cause a limited number of reads of a task, whether they are refused,
+        too many, or not believed.
+        """
         task = tasks.lock(session, delivery.task_id) if delivery.task_id else None
         if task is None or task.state in states.TERMINAL or reports.wants_read(session, task):
             return
@@ -284,9 +289,9 @@ class Callbacks:
 
 
 class _Refused:
-    """Which tasks may have another refused delivery looked at: so many in this process, until the rows say no.
+    """Decides which tasks may store another refused delivery: a number in this process, until the rows have enough.
 
-    At the account's URL, where the window of what is kept moves on, the rows are asked again after a while, one at a
+    At the account URL, where the window of counted deliveries moves, the rows are checked again after a while, one at a
     time.
     """
 
@@ -295,7 +300,7 @@ class _Refused:
         self._look_at = 0.0
 
     def take(self, task_id: uuid.UUID | None) -> bool:
-        """Whether one more may be; it counts from now on, so that those that come at once are as many."""
+        """Whether one more may be stored. It counts from now on, so that simultaneous ones are counted too."""
         if task_id is None:
             is_time = time.monotonic() >= self._look_at
             self._look_at = time.monotonic() + RECHECK_SECONDS if is_time else self._look_at
@@ -307,7 +312,7 @@ class _Refused:
         return count < MAX_REJECTED_PER_TASK
 
     def give_back(self, task_id: uuid.UUID | None) -> None:
-        """It could not be looked at."""
+        """Uncount one that could not be checked."""
         if task_id is None:
             self._look_at = 0.0
         elif task_id in self._counts:
@@ -321,7 +326,7 @@ class _Refused:
 
 
 class _RateLimit:
-    """Once in so many seconds and task: what is refused for its number must not cost more than what is taken."""
+    """Allows one action per task and interval, so that refusing a delivery never costs more than accepting one."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -338,7 +343,7 @@ class _RateLimit:
 
 
 def _announced(scope: Scope, most: int) -> int:
-    """The bytes of a body that its head announces; `most` of a chunked one."""
+    """The length of a body that its head announces; `most` for a chunked one."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value[:12])
@@ -346,7 +351,7 @@ def _announced(scope: Scope, most: int) -> int:
 
 
 async def _read_body(receive: Receive, most: int) -> bytes | None:
-    """The body; None when it is over `most` bytes. Raises ClientDisconnect."""
+    """The body; None if it exceeds `most` bytes. Raises ClientDisconnect."""
     chunks, size, is_more = [], 0, True
     while is_more:
         message = await receive()

@@ -36,7 +36,7 @@ MAX_STREAMS = 64
 # Events that one query reads. They are dropped once the reader has them; some 100 kB.
 PAGE = 100
 # Threads that read pages for all streams, and so connections. 64 readers at once left no thread and no core for
-# deliveries: acknowledgements took 5 s. Each page is bounded, so a stream waits for the pages before it alone.
+# deliveries: acknowledgements took 5 s. Each page is bounded, so a stream waits only for the pages before its own.
 THREADS = 4
 # One query serves all streams of the process. Nobody notices this delay beside the provider's half a minute.
 POLL_INTERVAL_SECONDS = 0.25
@@ -66,7 +66,7 @@ class Stream:
         self._news = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
         self._is_closing = False
-        self._reading: dict[tuple[Any, ...], asyncio.Task[tuple[int, list[bytes]]]] = {}  # by what is asked for
+        self._reading: dict[tuple[Any, ...], asyncio.Task[tuple[int, list[bytes]]]] = {}  # by the wanted events
         self._pages, self._looks = CapacityLimiter(THREADS), CapacityLimiter(1)
 
     async def serve(self, request: Request) -> Response:
@@ -118,7 +118,7 @@ class Stream:
             try:
                 after, page = await self._page(after, names, of_client)
             except DatabaseUnavailable:
-                return  # the reader reconnects where it was
+                return  # the reader reconnects where it stopped
             now = asyncio.get_running_loop().time()
             if not page and now >= said_at + HEARTBEAT_SECONDS:
                 page = [HEARTBEAT]
@@ -127,8 +127,8 @@ class Stream:
                 yield b"".join(page)
 
     async def _page(self, *asked: Any) -> tuple[int, list[bytes]]:
-        """One read serves all streams that wait for the same page. Those that follow live are woken together: 32 that
-        each read for themselves took 66 ms of CPU for each wake-up. Together they take 5.
+        """One read serves all streams that wait for the same page. Streams that follow live wake together: 32 separate
+        reads took 66 ms of CPU per wake-up, one shared read takes 5 ms.
         """
         if asked not in self._reading:
             reading = asyncio.create_task(to_thread.run_sync(self._read_page, *asked, limiter=self._pages))
@@ -139,7 +139,7 @@ class Stream:
     def _read_page(
         self, after: int, names: frozenset[events.EventName], of_client: str | None
     ) -> tuple[int, list[bytes]]:
-        """The number of the last event that was looked at, and those of these names as messages."""
+        """The number of the last event that was read, and the events of these names as messages."""
         with self._database.read() as session:
             found = events.page(session, after, PAGE, names, of_client=of_client)
         return found.until, [self._message(event, subject) for event, subject in found.events]

@@ -1,4 +1,4 @@
-"""`GET /healthz`, `/readyz` and `/metrics`: whether the process lives, whether it can store deliveries, and figures."""
+"""`GET /healthz`, `/readyz` and `/metrics`: whether the process lives, whether it can store deliveries, and metrics."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Health:
         self._readiness = Readiness(self._check)
         self._ended = EndedLastDay()
         self._counted_events: int | None = None  # the number of the last event that was counted
-        self._measuring = CapacityLimiter(1)  # scrapes take turns
+        self._measuring = CapacityLimiter(1)  # one scrape at a time
 
     async def alive(self, _request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -72,14 +72,14 @@ class Health:
     async def ready(self, request: Request) -> Response:
         """200 while deliveries can be stored. Bucket, workers, lateness and deadlines count only with `?strict=1`.
 
-        A delivery that could not be stored decides over the checks: they may succeed where deliveries fail.
+        A delivery that could not be stored decides over the checks, which may succeed where deliveries fail.
         """
         checks = await self._readiness.checks()
         checks["intake"] = "full" if self._group_commit.is_full else "ok"
         if self._callbacks.fault is not None:
             checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
-        # One refused file is no fault of the receiver: what waits is only said.
+        # One refused file is no fault of the receiver, so work that waits is only reported.
         is_degraded = any(state != "ok" for name, state in checks.items() if name != "waiting")
         status = 503 if is_down or (is_degraded and request.query_params.get("strict") == "1") else 200
         body: dict[str, Any] = {"status": "unavailable" if is_down else "degraded" if is_degraded else "ok"}
@@ -95,7 +95,7 @@ class Health:
             is_behind = migrations.current(self._database) != migrations.head()
             if (fault := self._callbacks.fault) is not None:
                 self._store_probe(fault.body_bytes)
-                if self._callbacks.fault is fault:  # else another delivery has failed meanwhile
+                if self._callbacks.fault is fault:  # otherwise another delivery has failed meanwhile
                     self._callbacks.fault = None
             elif not is_behind:
                 with self._database.write() as session:
@@ -109,17 +109,17 @@ class Health:
         return checks
 
     def _store_probe(self, body_bytes: int) -> None:
-        """Store a delivery of our own, as long as the one that failed, and delete it.
+        """Store a probe delivery of the same length as the one that failed, and delete it.
 
-        No load balancer sends one to a receiver that is not ready. In two transactions: pages that one transaction
-        takes and gives back are never written.
+        No load balancer sends a delivery to a receiver that is not ready. Two transactions, because pages that one
+        transaction takes and gives back are never written.
         """
         body = uuid.uuid4().bytes + os.urandom(body_bytes)
         probe = Delivery("readiness", "push", None, body, state=CallbackState.REJECTED)
         with self._database.write() as session:
             session.execute(delete(Callback).where(col(Callback.delivery_key) == self._probe_key))
             store(session, [probe])
-        self._probe_key = probe.key  # of a probe that cannot be deleted now
+        self._probe_key = probe.key  # of a probe that could not be deleted
         with self._database.write() as session:
             session.execute(delete(Callback).where(col(Callback.delivery_key) == probe.key))
 

@@ -27,7 +27,7 @@ log = structlog.get_logger()
 
 # From connecting to the end of a head, and from a head's first byte to its end. Honest clients send one in one packet.
 HEAD_SECONDS = 10.0
-# How long a kept connection may idle. A client that sends at the moment we close sees a reset instead of an answer, and
+# How long an idle connection is kept. A client that sends at the moment we close sees a reset instead of an answer, and
 # Go's and Java's clients do not repeat a POST. So the client has to close first: the JDK's client does after 30 s,
 # nginx and AWS's load balancers after 60 s, Traefik after 90 s. Apache's, which Kling uses, keeps a connection as long
 # as we do, but checks whether it was closed once it has idled for 2 s.
@@ -40,12 +40,13 @@ MAX_HEADERS = 100
 # Framing is head, chunk sizes, chunk extensions and trailers. It may have MAX_HEAD_BYTES, and this much for each byte
 # of body. A chunk of one byte has five bytes of framing.
 FRAMING_PER_BODY_BYTE = 8
-# Requests that may wait behind the one in work, each some 4 kB. No client we know pipelines. uvicorn keeps all that one
-# read brings, 2,400 requests, and reads again after each answer.
+# Requests that may wait behind the one in work, each some 4 kB. No client we know pipelines. uvicorn keeps every
+# request of one read, up to 2,400, and reads again after each answer.
 MAX_PIPELINED = 8
-# What a connection buffers of an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to 268 MB.
+# The limit of a connection's buffer for an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to
+# 268 MB.
 WRITE_BUFFER_BYTES = 16 * 1024
-# Far above what a provider opens at once. `max_connections` is lower where there are fewer file descriptors.
+# Far more than a provider opens at once. `max_connections` is lower if there are fewer file descriptors.
 MAX_CONNECTIONS = 4_096
 
 _ANSWERS = {
@@ -89,7 +90,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - shared by all connections on purpose
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
-    max_connections = MAX_CONNECTIONS  # of this process, set from its file descriptors
+    max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
     flow: _Flow
     _speed: ReaderSpeed
 
@@ -134,7 +135,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Remember the request whose answer is on its way: uvicorn tells only the newest that the client has gone."""
+        """Remember the request whose answer is in progress. uvicorn tells only the newest request that the client has
+        gone.
+        """
         self._in_work = cycle
         super()._start_asgi_task(cycle, app)
 
@@ -143,7 +146,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._working.pop(self, None)
 
     def _note_progress(self) -> None:
-        """Go to the end of the queue that fits now."""
+        """Move to the end of the queue that fits now."""
         self._leave_queues()
         is_working = self._has_request and not self._in_body and not self.flow.write_paused
         (self._working if is_working else self._waiting)[self] = None
@@ -204,7 +207,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise _Refused(400)  # what follows belongs to a tunnel, whatever its length says
+                raise _Refused(400)  # the bytes after it belong to a tunnel, whatever its length says
             return  # `_parse` feeds this head again
         self._cancel_head_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -300,7 +303,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _close_with(self, status: int) -> None:
         if not self.transport.is_closing():
-            if not (self._has_request and self.cycle.response_started):  # it would seem a part of that one
+            if not (self._has_request and self.cycle.response_started):  # it would seem to be a part of that answer
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()
             self._speed.start()

@@ -1,4 +1,4 @@
-"""The least speed of whoever reads an answer: a reader that is too far behind it is disconnected."""
+"""The minimum speed of a reader of an answer. A reader that falls too far behind it is disconnected."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 # 256 kbit/s. The kernel buffers up to 2.8 MB and takes more once a third is free, so a reader at this speed makes
 # progress in steps of 29 s.
 LEAST_BYTES_PER_SECOND = 32_000
-# So far a reader may be behind it. nginx's `send_timeout`, without any progress, is as long.
+# The most that a reader may be behind. nginx's `send_timeout`, without any progress, is as long.
 GRACE_SECONDS = 60.0
-# A reader that was fast earns no more than this of rest: what it took before it stopped does not count later.
+# The most that a fast reader may be ahead, so that bytes which it read before it stopped do not count much later.
 SAMPLE_SECONDS = 5.0
 
 
 class ReaderSpeed:
     """How far one connection's reader is behind. Time counts while bytes wait for it, so an idle stream is not slow.
 
-    `on_slow` is called once it is over GRACE_SECONDS behind.
+    `on_slow` is called once the reader is over GRACE_SECONDS behind.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, on_slow: Callable[[], None]):
@@ -30,7 +30,7 @@ class ReaderSpeed:
         self._timer: asyncio.TimerHandle | None = None
 
     def forget(self) -> None:
-        """A new answer begins, with nothing before it."""
+        """Start again for a new answer."""
         self._behind_seconds = 0.0
 
     def start(self) -> None:

@@ -21,17 +21,18 @@ HANG_SECONDS = 5.0
 
 
 class Readiness:
-    """The latest result of `check`: "ok" or what is wrong, by the name of the check. Used in one event loop.
+    """The latest result of `check`: "ok" or the fault, by the name of the check. Used in one event loop.
 
-    `check` runs in a thread, only when somebody asks, at most once a second and never twice at a time. The caller that
-    starts a check waits up to 0.5 s for it, others get the previous result. Callers before the first result wait for
-    it. A check that takes more than 5 s counts as a failed database.
+    `check` runs in a thread, only on demand, at most once a second and never twice at a time. The caller that starts a
+    check waits up to 0.5 s for it, others get the previous result. Callers before the first result wait for it. A check
+    that takes more than 5 s counts as a failed database.
     """
 
     def __init__(self, check: Callable[[], dict[str, str]]) -> None:
         self._check = check
         self._checking: asyncio.Task[None] | None = None
-        self._thread = CapacityLimiter(1)  # its own: pages and readers never make a load balancer take us for dead
+        # separate from pages and readers, which must never make a load balancer drop this receiver
+        self._thread = CapacityLimiter(1)
         self._started_at = float("-inf")
         self._result: dict[str, str] = {}
 

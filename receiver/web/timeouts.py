@@ -23,7 +23,7 @@ class Timeouts:
         return _Wait(self, seconds)
 
     def end_due_waits(self) -> None:
-        """End the waits that are over, and set the timer for the oldest of the others."""
+        """End the waits whose time is over, and set the timer for the oldest of the others."""
         loop = asyncio.get_running_loop()
         self.timer = None
         for wait in self.waits:
