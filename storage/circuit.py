@@ -67,7 +67,7 @@ class Circuit:
     def grant(self, wanted: int, *, left_for_seconds: float = 0) -> Grant:
         """Grant up to `wanted` tries now. Use the result as a context around them.
 
-        `left_for_seconds`: take a trial only if it has been available for so long.
+        `left_for_seconds`: take a trial only if it has been available for this long.
         """
         with self._lock:
             if not self.is_open or not wanted:

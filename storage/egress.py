@@ -1,6 +1,6 @@
-"""A proxy through which everything leaves that is neither the database nor the bucket: a tunnel to a host by its name.
+"""A proxy for all connections except those to the database and the bucket: a tunnel to a host by its name.
 
-The proxy resolves the name, so nothing here knows the address that is dialled.
+The proxy resolves the name, so the address is unknown here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from storage.url_parts import ENCODE, split_url
 
 MAX_HEAD_BYTES = 16 * 1024
-# Used when the caller gives no timeout: the proxy has to look the name up and to connect.
+# Used if the caller gives no timeout. The proxy has to resolve the name and to connect.
 TUNNEL_SECONDS = 10.0
 # RFC 3986 §3.2.1. Anything else has to be percent-encoded.
 USERINFO = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{2})*")
@@ -66,7 +66,7 @@ class EgressProxy:
             if status is None or not status[1].startswith(b"2"):
                 said = status[1].decode() if status else "no HTTP"
                 raise OSError(errno.ECONNREFUSED, f"{self.name} answered {said}")
-            if not head.endswith(b"\r\n\r\n"):  # no host of ours speaks before it is asked
+            if not head.endswith(b"\r\n\r\n"):  # no host of ours sends before it gets a request
                 raise OSError(errno.EPROTO, f"{self.name} added bytes to its answer")
         except BaseException:
             tunnel.close()

@@ -40,9 +40,9 @@ from __future__ import annotations
 
 
 class Retry(Exception):
-    """The same work may succeed later. `after`: seconds the other side asked us to wait, None for our own backoff.
+    """The same work may succeed later. `after`: seconds to wait as the other side asked, None for our own backoff.
 
-    `is_outage`: whether the other side as a whole is away or refuses us, for a circuit; None = it cannot be told.
+    `is_outage`: whether the other side as a whole is away or refuses us, for a circuit; None = unknown.
     """
 
     is_outage: bool | None = True
@@ -77,15 +77,15 @@ class ProviderFull(ProviderThrottled):
 
 
 class AccountRefused(ProviderThrottled):
-    """The provider says no to the account; of the request it says nothing, and nothing was made."""
+    """The provider refuses the account. This says nothing about the request, and nothing was made."""
 
 
 class ModelRefused(AccountRefused):
-    """The same for one model alone."""
+    """The provider refuses the account one model."""
 
 
 class NoSlots(Retry):
-    """All of the account's slots are held, by our own count. Nothing was asked, nothing was kept."""
+    """All of the account's slots are held, by our own count. Nothing was sent and no row was written."""
 
 
 class FetchInterrupted(Retry):
@@ -93,8 +93,9 @@ class FetchInterrupted(Retry):
 
 
 class FetchUnusable(FetchInterrupted):
-    """The host answered, and the answer is no file to keep. It may be the CDN's state of the moment or the file's for
-    good, which nobody can tell: tried ever more seldom while the provider has the file."""
+    """The host answered with something that cannot be archived. It may be a passing state of the CDN or permanent,
+    which nobody can tell, so the file is tried less and less often while the provider has it.
+    """
 
 
 class NotAnAsset(FetchUnusable):
@@ -106,7 +107,7 @@ class AssetDamaged(FetchUnusable):
 
 
 class AddressRefused(Retry):
-    """One bad DNS answer must not cost paid work: the name is asked again every 15 minutes."""
+    """One bad DNS answer must not cost paid work, so the name is resolved again every 15 minutes."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, after=900)
@@ -129,8 +130,8 @@ class DatabaseUnavailable(Retry):
 
 
 class SessionReplaced(DatabaseUnavailable):
-    """An old session refused to write, as those of a demoted primary do. Nothing was committed, and a second try gets
-    a new one.
+    """An old session refused to write, like those of a demoted primary. Nothing was committed, and a second try gets a
+    new session.
     """
 
 
@@ -155,9 +156,9 @@ class GiveUp(Exception):
 
 
 class ProviderRejected(GiveUp):
-    """The provider refused for good. `code`: the provider's own error code, None when it gave none.
+    """The provider refused for good. `code`: the provider's own error code, None if it gave none.
 
-    `said`: its own words, safe to show; the message holds them too.
+    `said`: its own message, safe to show; our message contains it too.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class ObjectConflict(GiveUp):
 
 
 class UserError(Exception):
-    """Wrong as it was asked: a name, a setting, a field. The message says what is wrong, and what to do if it can.
+    """A wrong name, setting or field. The message says what is wrong, and what to do if anything can be done.
 
     Each is raised on purpose. A plain ValueError or LookupError is a bug.
     """

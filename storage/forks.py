@@ -1,4 +1,4 @@
-"""What a forked child may not share with its parent is made anew in the child.
+"""Replaces in a forked child what it may not share with its parent.
 
 Two processes that use one connection get each other's answers: of 121 creates by a parent and three children, eight
 tasks took another's id at the provider. A lock that another thread held at the fork is never released in the child.
@@ -13,7 +13,7 @@ from typing import Protocol
 
 class Forkable(Protocol):
     def begin_in_child(self) -> None:
-        """Take no lock and say nothing on the parent's connections, not even that they end."""
+        """Take no lock and send nothing on the parent's connections, not even their end."""
 
 
 _made = weakref.WeakSet[Forkable]()

@@ -12,8 +12,8 @@ from storage.errors import UserError
 EXTENSIONS = frozenset({"png", "jpg", "webp", "gif", "avif", "heic", "mp4", "webm", "mov", "mp3", "wav"})
 # User metadata travels in HTTP headers. These characters need no encoding there.
 HEADER_TEXT = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
-# Characters that a terminal obeys (ESC, line ends, bidirectional controls) or hides. No new id holds any: an operator
-# could be shown another line, title or id than the one there is.
+# Characters that a terminal executes (ESC, line ends, bidirectional controls) or hides. No new id may contain any,
+# because an operator could be shown a false line, title or id.
 TERMINAL_CONTROLS = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
@@ -57,7 +57,7 @@ def encode_id(external_task_id: str) -> str:
 
 
 def check_new_id(external_task_id: str) -> None:
-    """Raises `IdInvalid` for an id that no new task may have. Rows that have such an id already go on as they are."""
+    """Raises `IdInvalid` for an id that no new task may have. Existing rows with such an id continue."""
     encode_id(external_task_id)
     if found := TERMINAL_CONTROLS.search(external_task_id):
         shown = found[0].encode("unicode_escape").decode()

@@ -1,4 +1,4 @@
-"""A local folder that others may have prepared: no symlink in it is followed and no name in it can be foreseen.
+"""A local folder in which others may have put things: no symlink in it is followed and no name in it can be foreseen.
 
 Every step below the folder is opened by itself, relative to the one before it (openat(2) with O_NOFOLLOW).
 """
@@ -21,12 +21,12 @@ from storage.own_files import FILE_MODE, final
 # Windows, and disks shared with it, open a device for these names whatever their extension, and drop a dot at the end.
 DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\.|\Z)", re.IGNORECASE)
 CAPITAL = re.compile("[A-Z]")
-# Keys have none of these, but for those that `rebuild` took over from a bucket where others write.
+# Keys have none of these characters, except keys that `rebuild` restored from a bucket where others write.
 UNSAFE = re.compile(r"[^A-Za-z0-9._~%-]")
 
 
 class LocalFolder:
-    """One folder and what is below it. Raises OSError, among them NotADirectoryError for a symlink in the way.
+    """One folder and its contents. Raises OSError, among them NotADirectoryError for a symlink in the path.
 
     `folds_case`: whether this disk takes `A` and `a` for the same name; None: it is tried.
     """
@@ -49,7 +49,7 @@ class LocalFolder:
         return True
 
     def portable(self, name: str) -> str:
-        """As `portable` below, for this disk."""
+        """Like `portable` below, for this disk."""
         return portable(name, folds_case=self._folds_case)
 
     def _top(self) -> int:
@@ -57,7 +57,7 @@ class LocalFolder:
 
     @contextmanager
     def _opened(self, steps: Sequence[str]) -> Iterator[int]:
-        """The folder below `steps`, which are made where they are missing."""
+        """The folder below `steps`, which are created if they are missing."""
         folder = self._top()
         try:
             for step in steps:
@@ -72,7 +72,7 @@ class LocalFolder:
 
     @contextmanager
     def existing(self, steps: Sequence[str]) -> Iterator[BufferedReader | None]:
-        """The regular file at `steps`; None: there is none, or something else stands there."""
+        """The regular file at `steps`; None: there is none, or it is not a regular file."""
         with self._opened(steps[:-1]) as folder:
             file = _regular(folder, steps[-1])
         if file is None:
@@ -83,7 +83,7 @@ class LocalFolder:
 
     @contextmanager
     def writing(self, steps: Sequence[str]) -> Iterator[BinaryIO]:
-        """A new file that takes its name at the end of the block. After an exception nothing of it is left."""
+        """A new file that gets its name at the end of the block. After an exception nothing of it is left."""
         with self._opened(steps[:-1]) as folder:
             part = f".{secrets.token_hex(16)}.part"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -99,8 +99,8 @@ class LocalFolder:
 class PrivateFolder(LocalFolder):
     """A folder that only this user may enter, below one where others may write, such as `/tmp`.
 
-    It is made, and its owner and mode are checked, at every use: a cleaner of old files may remove it at any time.
-    Raises PermissionError for one that another user owns, or may write.
+    It is created, and its owner and mode are checked, at every use, because a cleaner of old files may remove it at any
+    time. Raises PermissionError for one that another user owns or may write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -135,7 +135,8 @@ class PrivateFolder(LocalFolder):
 
 
 def portable(name: str, *, folds_case: bool) -> str:
-    """A percent-encoded `name` in another spelling where a disk has no such name: nothing in it separates or controls.
+    """A percent-encoded `name`, spelt differently if a disk does not allow it. Its characters neither separate nor
+    control.
 
     `folds_case`: the disk takes `A` and `a` for the same, so capitals are encoded.
     """
@@ -158,7 +159,7 @@ def _open_folder(name: str, folder: int | None) -> int:
 
 def _regular(folder: int, name: str) -> BufferedReader | None:
     try:
-        # O_NONBLOCK: a FIFO that somebody put there holds nobody.
+        # O_NONBLOCK, because opening a FIFO that another user put there would block.
         found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except OSError:
         return None

@@ -1,7 +1,7 @@
-"""Files of ours that may lie in a folder where others write, such as `/tmp`: nothing that they put there leads us away.
+"""Our files in folders where others may write, such as `/tmp`: nothing that others put there redirects us.
 
-A symlink is followed only where this user, root or the folder's owner made it and no other user could have moved it
-there (as Linux' `protected_symlinks`, which covers sticky folders alone).
+A symlink is followed only if this user, root or the folder's owner made it and no other user could have moved it there
+(like Linux' `protected_symlinks`, which covers sticky folders alone).
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-# Prompts, links and pictures are for whoever runs the command.
+# Prompts, links and pictures are for the user who runs the command.
 FILE_MODE = 0o600
-# Linux follows 40 at most. Nobody needs more than a few.
+# Linux follows 40 at most. A few are enough.
 MAX_LINKS = 8
 
 
 def open_own(path: Path, flags: int, mode: int = FILE_MODE) -> int:
-    """Open `path` as os.open does, without following a symlink of others. Nothing blocks at a FIFO.
+    """Open `path` like os.open, without following a symlink of others. Never blocks at a FIFO.
 
-    Raises OSError: PermissionError for a symlink of others, and EINVAL for what is no regular file.
+    Raises OSError: PermissionError for a symlink of others, and EINVAL if it is not a regular file.
     """
     file = os.open(final(path), flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     if not stat.S_ISREG(os.fstat(file).st_mode):
@@ -33,7 +33,7 @@ def open_own(path: Path, flags: int, mode: int = FILE_MODE) -> int:
 
 
 def final(path: Path) -> Path:
-    """Where the symlinks at `path` lead, each of which may be followed. Raises OSError, PermissionError for another."""
+    """The target of the symlinks at `path`, each of which may be followed. Raises PermissionError or other OSErrors."""
     for _ in range(MAX_LINKS):
         try:
             link = path.lstat()
@@ -50,7 +50,7 @@ def final(path: Path) -> Path:
 
 
 def is_shared(state: os.stat_result) -> bool:
-    """Whether the mode lets anyone but owner and root write. A user's private group is the user."""
+    """Whether the mode lets anyone but owner and root write. A user's private group counts as the user."""
     if state.st_mode & stat.S_IWOTH:
         return True
     if not state.st_mode & stat.S_IWGRP:
@@ -68,15 +68,15 @@ def is_writable_by_others(state: os.stat_result) -> bool:
 
 
 def narrow(paths: Iterable[Path]) -> list[Path]:
-    """Take from others what earlier releases let them do with files of this user. Returns those it changed."""
+    """Remove access that earlier releases gave other users to this user's files. Returns the changed files."""
     changed = []
     for path in paths:
         try:
             state = path.lstat()
-            # By its name: a closed descriptor of the database would end the locks that SQLite holds on it.
+            # By its name, because closing a descriptor of the database would end the locks that SQLite holds on it.
             if stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid() and state.st_mode & 0o077:
                 path.chmod(FILE_MODE)
                 changed.append(path)
-        except OSError:  # not there, or on a disk without modes
+        except OSError:  # missing, or on a disk without modes
             continue
     return changed

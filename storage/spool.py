@@ -17,14 +17,14 @@ from typing import IO, Any, BinaryIO, cast
 
 from storage.errors import SpoolUnavailable
 
-# Nearly every picture (about 3 MB) stays in memory; eight threads hold 32 MiB at most.
+# Nearly every picture (about 3 MB) fits into memory. Eight threads hold 32 MiB at most.
 SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
 SPOOL_PREFIX = "receiver-spool-"
-# Far longer than a fetch may take and the put after it: a spool file this old belongs to a crashed process.
+# Far longer than a fetch and the put after it may take. A spool file this old belongs to a crashed process.
 SPOOL_STALE_HOURS = 24.0
 BLOCK_BYTES = 256 * 1024
 
-# Memory of closed spools. There are never more than were open at once, one for each thread that archives.
+# Memory of closed spools, for reuse. At most as many as were open at once, one for each thread that archives.
 _free: list[memoryview] = []
 
 
@@ -52,7 +52,7 @@ class Spool(io.RawIOBase):
         if self._file is not None:
             return self._file.write(block)
         end = self._at + len(block)
-        if self._at > self._size:  # a gap shows none of the memory's last file
+        if self._at > self._size:  # a gap must not show the memory's previous file
             self._room[self._size : self._at] = bytes(self._at - self._size)
         self._room[self._at : end] = block
         self._size, self._at = max(self._size, end), end
@@ -126,7 +126,7 @@ def _on_disk(directory: Path | None) -> IO[bytes]:
 
 
 def room(directory: Path | None) -> int:
-    """Bytes that a spool may take in `directory`. Raises `SpoolUnavailable`."""
+    """Bytes that a spool may use in `directory`. Raises `SpoolUnavailable`."""
     with _on_disk(directory) as file:
         free = os.fstatvfs(file.fileno())
     return free.f_bavail * free.f_frsize

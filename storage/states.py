@@ -57,13 +57,13 @@ class Step(StrEnum):
     """What a due task row waits for."""
 
     CREATE = "create"  # send it to the provider, or find out whether it was sent
-    READ = "read"  # ask the provider how it stands
+    READ = "read"  # read the task at the provider
     FINISH = "finish"  # every asset is settled: write the manifest, end the archive
 
 
-# Of a task that waits for a person. A condition of an index, as that of the events below.
+# Of a task that waits for a person. The condition of an index, like that of the events below.
 PARKED = "due_at IS NULL AND queued_at IS NULL AND (step IS NOT NULL OR state NOT IN ('failed', 'succeeded'))"
-# The events of every task that ends well. The condition is one of an index, which SQLite wants word by word in a query.
+# The events of every task that ends well. The condition of an index, which SQLite requires word for word in a query.
 FREQUENT_EVENTS = (
     "task.created", "task.submitted", "task.processing", "task.succeeded", "task.archived", "asset.archived",
 )  # fmt: skip
@@ -73,15 +73,15 @@ OutputType = Literal["image", "video", "audio"]
 # Kinds of files that are pictures; a watermarked copy has the kind of its original.
 PICTURES = frozenset({"image", "series"})
 
-# The provider promises three tries' worth of silence at most: a shortfall is believed after these reads.
+# A shortfall is believed after this many reads. The provider may be silent for three tries at most.
 COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
-# So often in a row a file came as something unusable, the last time 15 minutes after the first by the schedule of
-# `storage.archive.unusable`: then its task is said to be incomplete, though it is tried on.
+# After this many unusable answers in a row, the last one 15 minutes after the first by the schedule of
+# `storage.archive.unusable`, the task is reported as incomplete, and the file is still tried.
 SAID_AFTER_TRIES = 8
-# An index beyond this is nonsense (or an attack on an integer column); positions are used instead.
+# A larger index is nonsense (or an attack on an integer column), so positions are used instead.
 MAX_INDEX = 9_999
-# A task's files are at most twice what was asked for, and never more than this: nine pictures, twice with watermark, is
-# the most that one may ask for. A provider with a rule of its own needs a number of its own here.
+# A task has at most twice the files that were requested, and never more than this: nine pictures, twice with watermark,
+# is the largest request. A provider with another rule needs a number of its own here.
 MAX_FILES = 64
 PORTS = {"http": 80, "https": 443}
 
@@ -98,9 +98,9 @@ class Output:
 
 @dataclass(frozen=True)
 class Report:
-    """What one delivery says of one task. `status` None: a word we do not know (kept in `raw_status`).
+    """What one delivery reports about one task. `status` None: an unknown word (stored in `raw_status`).
 
-    `series` is the body's own claim (None: it makes none); the request's word counts where there is one.
+    `series` is the body's own claim (None: it makes none); the request's value takes precedence if there is one.
     `created_ms`, `updated_ms`: the provider's clock, milliseconds since 1970.
     """
 
@@ -141,7 +141,9 @@ class AssetFacts:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether the end of the archive waits for it; one that is unusable for 15 minutes is tried on without."""
+        """Whether the end of the archive waits for it. After 15 minutes of unusable answers the archive ends without
+        it.
+        """
         return self.state is AssetState.DUE and self.unusable_tries < SAID_AFTER_TRIES
 
 
@@ -185,10 +187,10 @@ def expected_files(*, n: int, series: bool, series_amount: int | Literal["auto"]
 
 
 def assets_in(report: Report, series: bool | None) -> dict[AssetName, str]:
-    """Name every file of a report: {name: url}. `series`: the request's word, None when unknown.
+    """Name every file of a report: {name: url}. `series`: from the request, None when unknown.
 
-    The reported indexes count when all are present and distinct, else the position among outputs of
-    that type; so the old shape (indexed) and the new one (a plain list) name the same picture alike.
+    The reported indexes count if all are present and distinct, else the position among outputs of that type. So the old
+    shape (indexed) and the new one (a plain list) give the same picture the same name.
     """
     is_series = report.series if series is None else series
     named: dict[AssetName, str] = {}
@@ -206,9 +208,10 @@ def assets_in(report: Report, series: bool | None) -> dict[AssetName, str]:
 
 
 def decide(task: TaskFacts, report: Report, *, confirmed: bool = True) -> Decision:
-    """Apply one report to one task. Applying it again, or later than another, changes nothing it should not.
+    """Apply one report to one task. A repeated or late report takes nothing back.
 
-    `confirmed`: the provider said so, in an answer or a signed delivery. Else it replaces no link that was.
+    `confirmed`: the provider itself reported it, in an answer or a signed delivery. Otherwise it replaces no confirmed
+    link.
     """
     if report.status is None:
         return Decision(task.state, task.archive)
@@ -227,14 +230,14 @@ def decide(task: TaskFacts, report: Report, *, confirmed: bool = True) -> Decisi
 
 
 def max_files(expected: int | None) -> int:
-    """How many files of one task are kept, whatever is reported."""
+    """How many files of one task are stored, whatever is reported."""
     return MAX_FILES if expected is None else min(2 * max(expected, 1), MAX_FILES)
 
 
 def other_files(task: TaskFacts, report: Report) -> dict[AssetName, str]:
-    """Files that the report names in place of other ones: {name: url}. A fresh link to the same file is none.
+    """Files that the report names in place of other ones: {name: url}. A fresh link to the same file is not one.
 
-    A link's query is its signature, and changes; its scheme, host, port and path are the file.
+    A link's query is its signature, and changes; its scheme, host, port and path identify the file.
     """
     if report.status is not TaskState.SUCCEEDED:
         return {}
@@ -256,12 +259,12 @@ def _takes(asset: AssetFacts, url: str, confirmed: bool) -> bool:
 
 
 def is_short(task: TaskFacts) -> bool:
-    """Whether fewer files are known than were asked for (none at all is always too few)."""
+    """Whether fewer files are known than were requested (none at all is always too few)."""
     return len(task.assets) < max(task.expected or 1, 1)
 
 
 def next_step(task: TaskFacts, poll_delay_seconds: float) -> Next | None:
-    """What a settled task row waits for. `poll_delay_seconds`: when an unfinished task is read again."""
+    """The next step of a settled task row. `poll_delay_seconds`: when an unfinished task is read again."""
     if task.state is TaskState.CREATED:
         return Next(Step.CREATE, poll_delay_seconds)
     if task.state not in TERMINAL:
@@ -276,7 +279,7 @@ def next_step(task: TaskFacts, poll_delay_seconds: float) -> Next | None:
 
 
 def reopened(archive: ArchiveState) -> ArchiveState:
-    """What an archive is once a file of it was settled: one that was said to be incomplete has an end to come."""
+    """The state of an archive once one of its files was settled. An archive reported as incomplete gets another end."""
     return ArchiveState.ARCHIVING if archive is ArchiveState.INCOMPLETE else archive
 
 
@@ -290,7 +293,7 @@ def outcome(task: TaskFacts) -> ArchiveState:
 
 
 def shortfall(task: TaskFacts) -> str | None:
-    """`delivered 3 of 4`, or None when all that was asked for came."""
+    """`delivered 3 of 4`, or None if all requested files came."""
     if task.expected is None or len(task.assets) >= task.expected:
         return None
     return f"delivered {len(task.assets)} of {task.expected}"

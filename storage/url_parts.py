@@ -1,4 +1,4 @@
-"""The URL of a setting, which may hold a password: no message repeats a part of it."""
+"""The URL of a setting, which may contain a password: no message repeats a part of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ ENCODE = "percent-encode special characters in user and password (%2F for /, %23
 def split_url(url: str) -> SplitResult:
     """The parts of a URL whose port is valid. Raises ValueError, which says what to do and shows nothing of the URL.
 
-    An `@` behind the host is refused: what stands before it is most often a password with `/`, `?` or `#` in it, cut
-    in two. The first half would be taken for a host or a port, and shown as such.
+    An `@` behind the host is refused. The text before it is most often a password with `/`, `?` or `#` in it, cut in
+    two. Its first half would be taken for a host or a port, and shown.
     """
     try:
         parts = urlsplit(url)

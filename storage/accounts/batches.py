@@ -23,8 +23,8 @@ from storage.rows.models import Asset, Batch, Callback, Event, Task
 from storage.rows.task_conditions import not_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskState
 
-# Rows of one insert. SQLite allows 32,766 values in a statement and a task has about fifty. One insert takes about
-# 50 ms, and on SQLite no one else can write meanwhile.
+# Rows of one insert. SQLite allows 32,766 values in a statement, and a task has about fifty. One insert takes about 50
+# ms, in which no one else can write on SQLite.
 CHUNK = 200
 
 
@@ -71,7 +71,7 @@ def find(session: Session, name: str) -> Batch | None:
 
 
 def make(session: Session, name: str) -> Batch:
-    """The batch of that name; it is created if it does not exist."""
+    """The batch of that name, which is created if it does not exist."""
     insert_or_ignore(session, Batch, {"id": uuid.uuid4(), "name": name, "created_at": db_now()})
     return session.exec(select(Batch).where(Batch.name == name)).one()
 
@@ -91,7 +91,7 @@ def known(session: Session, external_ids: Sequence[str]) -> dict[str, Known]:
 def insert_queued(session: Session, rows: Sequence[Task]) -> set[uuid.UUID]:
     """Insert queued tasks, at most `CHUNK`, unless their external ids are taken. Returns the ids of the new rows.
 
-    As `tasks.insert_new` for many: records their events and makes their unmatched deliveries due.
+    Like `tasks.insert_new` for many tasks: records their events and makes their unmatched deliveries due.
     """
     names = [column.key for column in Task.__table__.columns]  # type: ignore[attr-defined]
     # Sorted, because two transactions that insert the same ids in different orders would deadlock.

@@ -47,7 +47,7 @@ def find(session: Session, key: Key) -> Idempotency | None:
 
 
 def point_to(session: Session, key: Key, task_id: uuid.UUID) -> None:
-    """Let a key that this transaction took stand for another task."""
+    """Assign a key that this transaction took to another task."""
     session.execute(update(Idempotency).where(_is(key)).values(task_id=task_id))
 
 

@@ -1,13 +1,14 @@
-"""Creates that the provider refuses for the account's sake, or for one model's: paused, with one trial a minute.
+"""Pauses of creates that the provider refuses because of the account or of a model, with one trial a minute.
 
     refused (key, balance, permission) ─▶ row, `account.paused` ─▶ tasks wait in their queue ─▶ trial ─┐
                                            ▲                                              refused ──────┤
                                            └────────────────────────────────────────────────┘           │
                           made: `account.resumed`, row kept for `CAREFUL_SECONDS` with `trial_at` < `since` ◀───┘
 
-Creates under way when an account is refused for the first time cannot be recalled. From then on a minute has at most
-`CAREFUL_CREATES` refused ones: while it is paused there is one trial, and for an hour after it resumes no more creates
-are under way at once. A refused create is under way until its pause is committed, so none takes its place.
+Creates that are under way when an account is refused for the first time cannot be recalled. From then on a minute has
+at most `CAREFUL_CREATES` refused ones: while the account is paused there is one trial, and for an hour after it resumes
+no more creates are under way at once. A refused create is under way until its pause is committed, so none takes its
+place.
 
 The rows are shared by all processes. Locks: a pause before the account and any task. Callers own the transactions.
 """
@@ -32,12 +33,11 @@ from storage.states import Step
 
 log = structlog.get_logger()
 
-# A person tops up an account or corrects a key within minutes; a refused create a minute costs the provider nothing.
+# A person tops up an account or corrects a key within minutes. One refused create a minute costs the provider nothing.
 TRIAL_SECONDS = 60.0
-# An account that was topped up by a little runs empty again soon. Four creates of a second each still make 14,000
-# tasks an hour.
+# An account with a small top-up runs empty again soon. Four creates of a second each still make 14,000 tasks an hour.
 CAREFUL_SECONDS, CAREFUL_CREATES = 3_600.0, 4
-# The row of the whole account.
+# The name of the row for the whole account.
 EVERY_MODEL = ""
 _STANDS = col(AccountPause.trial_at) >= col(AccountPause.since)
 _IS_CAREFUL = ~_STANDS & (col(AccountPause.since) > db_now_once(-CAREFUL_SECONDS))
@@ -45,7 +45,9 @@ _IS_CAREFUL = ~_STANDS & (col(AccountPause.since) > db_now_once(-CAREFUL_SECONDS
 
 @dataclass(frozen=True)
 class Gate:
-    """Which queued tasks may be sent now. `is_closed`: none. `held_back`: none of these models. `room`: so many."""
+    """The queued tasks that may be sent now. `is_closed`: none. `held_back`: none of these models. `room`: at most this
+    many.
+    """
 
     is_closed: bool = False
     held_back: frozenset[str] = frozenset()
@@ -54,9 +56,9 @@ class Gate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a create may do. `refusal`: it may not be sent, and why. `of`: the pauses that it tries for everybody.
+    """What a create may do. `refusal`: why it may not be sent. `of`: the pauses whose trial it is.
 
-    `is_early`: it waits until another of the account has its answer.
+    `is_early`: it waits until another create of the account has its answer.
     """
 
     refusal: AccountRefused | None = None
@@ -65,7 +67,7 @@ class Trial:
 
 
 def of_account(session: Session, provider: str) -> list[AccountPause]:
-    """The account's own pause first, then those of models by name."""
+    """The pauses of the account: its own first, then those of models by name."""
     found = select(AccountPause).where(col(AccountPause.provider) == provider, _STANDS)
     found = found.order_by(col(AccountPause.model))
     return list(session.scalars(found))
@@ -78,7 +80,7 @@ def every(session: Session) -> list[AccountPause]:
 
 
 def gate(session: Session, provider: str) -> Gate:
-    """What may leave the queue: nothing whose trial is not due. Locks nothing."""
+    """The queued tasks that may be sent: none whose pause has no trial due. Locks nothing."""
     waits = _waiting(session, provider)
     names = frozenset(pause.model for pause in waits)
     if session.execute(_careful(provider)).first() is None:
@@ -89,7 +91,7 @@ def gate(session: Session, provider: str) -> Gate:
 
 
 def _careful(provider: str) -> Select[Any]:
-    """The row of an account that was refused lately and goes on."""
+    """The row of an account that was refused lately and has resumed."""
     return select(col(AccountPause.provider)).where(_is(provider, EVERY_MODEL), _IS_CAREFUL)
 
 
@@ -99,18 +101,18 @@ def _count_creates(session: Session, provider: str, *conditions: Any) -> int:
 
 
 def is_careful(session: Session, provider: str) -> bool:
-    """Whether the account was refused lately and goes on. Locks its pause then."""
+    """Whether the account was refused lately and has resumed. If so, locks its pause."""
     return session.execute(_careful(provider).with_for_update()).first() is not None
 
 
 def has_room(session: Session, provider: str, task_id: uuid.UUID) -> bool:
-    """Whether a create of an account that was refused lately may be under way beside the others."""
+    """Whether one more create of an account that was refused lately may be under way."""
     others = (col(Task.id) != task_id, col(Task.lease).is_not(None), col(Task.sent_at).is_not(None))
     return _count_creates(session, provider, *others) < CAREFUL_CREATES
 
 
 def refusal(session: Session, provider: str, model: str | None) -> AccountRefused | None:
-    """Why a new create of this model is not sent now, in the provider's words; None: it may be. Locks nothing."""
+    """Why a new create of this model is not sent now, with the provider's message; None: it may be. Locks nothing."""
     waits = [pause for pause in _waiting(session, provider) if pause.model in (EVERY_MODEL, model)]
     return as_refusal(waits[0]) if waits else None
 
@@ -121,13 +123,13 @@ def _waiting(session: Session, provider: str) -> Sequence[AccountPause]:
 
 
 def as_refusal(pause: AccountPause) -> AccountRefused:
-    """The provider's answer that began the pause, or the last that went on with it."""
+    """The provider's answer that began the pause, or the last one that extended it."""
     kind = ModelRefused if pause.model else AccountRefused
     return kind(line(pause), code=pause.code, http_status=pause.http_status, said=pause.said)
 
 
 def begin(session: Session, task: Task) -> Trial:
-    """Right before a create is sent: whether it may be. One a minute may for each pause, whichever process it is in."""
+    """Decide right before a create is sent whether it may be. Each pause has one trial a minute among all processes."""
     names = [EVERY_MODEL, task.model] if task.model else [EVERY_MODEL]
     mine = (col(AccountPause.provider) == task.provider, col(AccountPause.model).in_(names))
     found = select(AccountPause).where(*mine).order_by(col(AccountPause.model)).with_for_update()
@@ -145,17 +147,18 @@ def begin(session: Session, task: Task) -> Trial:
 
 
 def give_back(session: Session, trial: Trial) -> None:
-    """A trial that never reached the provider is none: the next create may be one."""
+    """Give back a trial that never reached the provider. The next create may be the trial."""
     for pause in trial.of:
         this = (_is(pause.provider, pause.model), _STANDS)
         session.execute(update(AccountPause).where(*this).values(trial_at=db_now()))
 
 
 def learned_nothing(session: Session, trial: Trial, *, of_model: bool = True) -> None:
-    """The request was refused for its own sake, which proves that the key is right and no more. The next create may be
-    the trial: whoever sends refused requests would else keep the account paused for all others.
+    """End a trial whose request itself was refused, which proves only that the key is right. The next create may be the
+    trial; otherwise a sender of refused requests would keep the account paused for all others.
 
-    `of_model` False: it was refused for its model's sake, so nothing ends or is given back but the account's own pause.
+    `of_model` False: the request was refused because of its model, so only the account's own pause ends or is given
+    back.
     """
     mine = Trial(of=tuple(each for each in trial.of if of_model or each.model == EVERY_MODEL))
     resume(session, mine, keys_alone=True)
@@ -163,7 +166,7 @@ def learned_nothing(session: Session, trial: Trial, *, of_model: bool = True) ->
 
 
 def pause(session: Session, provider: str, model: str | None, error: AccountRefused) -> None:
-    """Pause the account's creates, or those of `model` where the refusal is the model's; or go on pausing."""
+    """Begin or extend the pause of the account's creates, or of `model` if the refusal concerns the model."""
     name = (model or EVERY_MODEL) if isinstance(error, ModelRefused) else EVERY_MODEL
     said = error.said or str(error)
     values = {"code": error.code, "http_status": error.http_status, "said": said, "trial_at": db_now(TRIAL_SECONDS)}
@@ -176,7 +179,7 @@ def pause(session: Session, provider: str, model: str | None, error: AccountRefu
         is_over = known is not None and not known[1]
         since = {"since": db_now()} if is_over else {}
         session.execute(update(AccountPause).where(_is(provider, name)).values(**values, **since))
-        if not is_over and (known is None or known[0] == error.code):  # resumed meanwhile, or the fault that is known
+        if not is_over and (known is None or known[0] == error.code):  # resumed meanwhile, or the known fault
             return
     facts = {"provider": provider, "model": name or None, "code": error.code, "reason": said}
     record(session, EventName.ACCOUNT_PAUSED, None, facts)
@@ -184,9 +187,9 @@ def pause(session: Session, provider: str, model: str | None, error: AccountRefu
 
 
 def resume(session: Session, trial: Trial, *, keys_alone: bool = False) -> None:
-    """A trial was answered otherwise: its pauses are over, and what waited goes on.
+    """End the pauses of a trial that was answered, and continue the tasks that waited.
 
-    `keys_alone`: no more is known than that the key is right.
+    `keys_alone`: the answer proves only that the key is right.
     """
     for paused in trial.of:
         if keys_alone and paused.http_status != 401:
@@ -206,7 +209,7 @@ def _is(provider: str, model: str) -> Any:
 
 
 def line(pause: AccountPause) -> str:
-    """One line for people, with the provider's words."""
+    """One line for people, with the provider's message."""
     what = f"model {pause.model} of {pause.provider}" if pause.model else f"account {pause.provider}"
     code = "" if pause.code is None else f"code {pause.code}: "
     times = f"since {pause.since:%Y-%m-%d %H:%M:%S}, next try at {pause.trial_at:%H:%M:%S} UTC"

@@ -1,7 +1,7 @@
 """Rate limit of reads per account across all processes: a row per account holds when the next read may start.
 
 read_limit.wait(account) ─▶ row locked ─▶ next_free_at = max(now, next_free_at) + 0.2 s ─▶ committed ─▶ sleep until then
-                                 └── too far ahead: the row is left as it is, `TooManyReads(after)`
+                                 └── too far ahead: the row is not changed, `TooManyReads(after)`
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     waits (queued_at set, slots < 0, not due) ──admit──▶ holds (slots > 0, due) ──terminal, refused, silent──▶ slots 0
                     ▲                                            │
-                    └──────── refused for want of slots ◀────────┘
+                    └──────── refused for lack of slots ◀────────┘
 
 Slots are taken under the lock of the account's row, so the slots held never exceed the limit. They are given back under
 the task's lock. The account is always locked before any task: a transaction that holds a task never waits for the
@@ -37,14 +37,14 @@ log = structlog.get_logger()
 
 # Tasks per line that one transaction considers, and silent tasks whose slots it frees.
 BATCH = 50
-# Creates of one gateway client and one model that wait while an account is careful: 16 s of its creates.
+# Waiting creates of one gateway client and one model while an account resumes carefully: 16 s of its creates.
 CLIENT_WAITS = 64
 # If the next task needs more slots than are free, or backs off, the queue is not read again for this time, unless the
 # number of held slots or the limit changes.
 RECHECK_SECONDS = 1.0
 # After a refusal for lack of slots the limit grows by one slot in this time.
 RAISE_SECONDS = 60.0
-# The slowest pictures take over an hour (KLING §7). After a day without news a task is taken to have ended.
+# The slowest pictures take over an hour (KLING §7). A task without news for a day counts as ended.
 SILENT_SECONDS = 86_400.0
 
 _TASKS = Task.__table__  # type: ignore[attr-defined]
@@ -65,7 +65,7 @@ _FIRST = _first(bindparam("provider"))
 
 
 def _heads() -> Any:
-    """The first task of every line, each found by one search from the last one: `row_number()` read the whole queue."""
+    """The first task of every line. A search from each finds the next; `row_number()` read the whole queue."""
     heads = select(_FIRST.scalar_subquery().label("id")).cte("heads", recursive=True)
     last = _TASKS.alias("last")
     following = _FIRST.where(literal_column(LINE.format("last.")) < _LINE).scalar_subquery()
@@ -168,10 +168,10 @@ class Slots:
         return mine.id in choose([*heads, mine], self.held(session), limit, following=following)
 
     def is_late(self, session: Session, task: Task) -> bool:
-        """Whether a new create of an account that was refused lately waits in the queue: it overtakes no other there.
+        """Whether a new create of an account that was refused lately waits in the queue, where it overtakes no other.
 
-        Without that the creates of a few clients at once held all room, and what was queued was never sent. Locks the
-        account's pause. Raises `NoSlots` if too many of this client's wait already.
+        Otherwise the creates of a few clients would take all room, and queued tasks would never be sent. Locks the
+        account's pause. Raises `NoSlots` if too many of this client's creates wait already.
         """
         if not pauses.is_careful(session, self.provider):
             return False
@@ -204,8 +204,8 @@ class Slots:
             self._none_admitted_at = sum(held.values()), limit, gate
             self._none_admitted_until = time.monotonic() + RECHECK_SECONDS
             return 0
-        # Another transaction may be changing some of them (dismiss, a report); those are skipped.
-        # `slots` says that they still wait: by `queued_at` SQLite would search the queue for them.
+        # Another transaction may be changing some of them (dismiss, a report); those are skipped. The condition uses
+        # `slots`, because for `queued_at` SQLite would search the queue.
         waiting = (col(Task.id).in_(chosen), col(Task.slots) < 0)
         free = select(col(Task.id)).where(*waiting).with_for_update(skip_locked=True)
         admitted = update(Task).where(col(Task.id).in_(list(session.scalars(free))))

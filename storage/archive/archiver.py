@@ -1,4 +1,4 @@
-"""One asset row -> one object: fetch, judge, hash, put once, settle.
+"""One asset row -> one object: fetch, check, hash, put once, settle.
 
 claimed ─▶ known object there? ─▶ settled, nothing downloaded
     └────▶ fetch to spool ─▶ key, sha256, size into the row ─▶ put once ─▶ settle (+ last of its task? finish due)
@@ -43,23 +43,24 @@ from storage.states import ArchiveState, AssetName, AssetState, Step
 
 log = structlog.get_logger()
 
-# A dead URL is tried again at this pace at the latest; each try also reads the task for a fresh one.
+# The longest backoff of a dead URL. Each try also reads the task for a fresh URL.
 REFRESH_CAP_SECONDS = 900
-# A link is read anew before a file that came unusable is tried with it: a CDN may keep its error page by the link.
+# An older link is read again before an unusable file is tried, because a CDN may cache its error page by the link.
 LINK_OLD_SECONDS = 900.0
-# Of a file's life as the setting says it, counted from when we learnt of the task's end: a poll learns it later.
+# The share of a file's life by the setting, counted from when we learnt of the task's end, which a poll learns later.
 LIFE_SHARE = 0.95
-# Of a file's failed tries, for people who look at its task: a host that is away for a day is tried some twenty times.
+# Failed tries that a file's row keeps for its task's timeline. A host that is away for a day is tried some twenty
+# times.
 KEPT_TRIES, MAX_TRY_CHARS = 12, 300
-# Noted where no SHA-256 of the store and no reading back says that the object has our bytes.
+# The note of an object whose bytes neither a SHA-256 of the store nor a read has verified.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
 NOW = db_now()  # making one takes as long as SQLite's part of a statement
-# What a settled row says of unusable answers.
+# Columns of a settled row without unusable answers.
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 
 
 class Origin(NamedTuple):
-    """What a file's key and its provenance say of its task."""
+    """The facts of a task that its files' keys and metadata contain."""
 
     created_at: datetime
     external_task_id: str
@@ -72,7 +73,7 @@ _ORIGIN = select(*(_TASKS[name] for name in Origin._fields)).where(_TASKS.id == 
 
 
 class Archiver:
-    """Works on claimed asset rows. Whatever dies, the next claim finds the row and goes on from what it says."""
+    """Archives claimed asset rows. After a crash the next claim continues from the row's columns."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class Archiver:
         self._circuit = circuit or Circuit()
 
     def work(self, asset: Asset, *, fetch_seconds: float | None = None) -> None:
-        """Archive one claimed asset, or settle the row with the reason it could not be.
+        """Archive one claimed asset, or settle the row with the reason for the failure.
 
         `fetch_seconds`: less than the fetcher's own deadline for a whole file.
         """
@@ -124,7 +125,7 @@ class Archiver:
         if asset.key and self._is_there(asset):
             return
         if asset.key and (asset.size or 0) > objects.MULTIPART_THRESHOLD_BYTES:
-            # What an earlier claim left half uploaded could never win, only cost.
+            # An upload that an earlier claim left unfinished can never complete, and most stores bill it.
             self._bucket.abort_uploads(asset.key)
         with spool(self._spool_dir) as sink:
             fetched = self._fetcher.fetch(
@@ -133,18 +134,20 @@ class Archiver:
             )  # fmt: skip
             is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
             if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
-                # From whoever named the link, or from a CDN that mixes things up.
+                # A forged link, or a CDN that mixes files up, brings other bytes.
                 raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")
             origin = self._note(asset, fetched)
             self._put(asset, origin, fetched, sink)
 
     def _is_there(self, asset: Asset) -> bool:
-        """Whether the put of an earlier claim has arrived."""
+        """Whether the put of an earlier claim has succeeded."""
         assert asset.key and asset.sha256 and asset.size is not None
         return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
 
     def _note(self, asset: Asset, fetched: Fetched) -> Origin:
-        """Write what is about to be put into the row, under the lease: whoever takes over looks there first."""
+        """Write key, hash and size into the row under the lease before the put. A worker that takes over checks that
+        key first.
+        """
         earlier = [asset.key] if asset.key and self._bucket.head(asset.key) is not None else []
         values = {
             "sha256": fetched.sha256, "size": fetched.size, "media_type": fetched.media_type,
@@ -199,7 +202,7 @@ class Archiver:
             )  # fmt: skip
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
             if tasks.advance_archive(session, task):
-                self._database.wake(session)  # for the event, too
+                self._database.wake(session)  # also for the event
             else:
                 row = self._lock_task(session, asset)
                 row.archive = states.reopened(row.archive)
@@ -208,9 +211,10 @@ class Archiver:
         self._database.write_in_group(settle, task_id=asset.task_id)
 
     def _unusable(self, asset: Asset, error: FetchUnusable) -> None:
-        """Try again by a schedule of its own, to the end of the file's life (`storage.archive.unusable`).
+        """Try again on a schedule that spans the file's life (`storage.archive.unusable`).
 
-        Broken transfers and outages in between do not count. Once it is awaited no more, its task can end without it.
+        Broken transfers and outages in between do not count. Once the file is no longer awaited, its task can end
+        without it.
         """
         try:
             with self._database.write() as session:
@@ -241,8 +245,9 @@ class Archiver:
         )  # fmt: skip
 
     def _wants_fresh_link(self, asset: Asset) -> bool:
-        """Whether a file that came unusable has an old link. The task is read once before the try (`attempts`), which
-        is made with the old link when the read brings no other."""
+        """Whether an unusable file has an old link. The task is then read once before the try (`attempts`), which uses
+        the old link if the read brings no other.
+        """
         if not asset.unusable_tries or asset.attempts > 1:
             return False
         with self._database.read() as session:
@@ -279,7 +284,7 @@ class Archiver:
         )
 
     def _refresh(self, asset: Asset, error: Refresh) -> None:
-        """The URL died: the task is read now; a new URL makes the asset due at once, the same one backs off."""
+        """The URL died, so the task is read now. A new URL makes the asset due at once; the same one backs off."""
         try:
             with self._database.write() as session:
                 task = self._lock_task(session, asset)
@@ -293,21 +298,22 @@ class Archiver:
         log.warning("asset.link_expired", asset=str(asset.id), task_id=str(asset.task_id), error=str(error))
 
     def _lock_task(self, session: Session, asset: Asset) -> Task:
-        """The task row first, always: so exactly one settle sees that it was the last."""
+        """Lock the task row before its assets, so that exactly one settle sees that its asset was the last."""
         task = tasks.lock(session, asset.task_id)
         if task is None:
             raise LostClaim(f"task {asset.task_id} is gone")
         return task
 
     def _look_at_task(self, session: Session, task: Task) -> None:
-        """Make the finish due when this was the last asset; one in flight started from rows that have changed. A read
-        in flight, or one that another asset's dead URL has asked for, is left to be made: it looks again itself."""
+        """Make the finish due if this was the last asset. A finish under way started from older rows. A read under way,
+        or one that another asset's dead URL requested, is not changed: it checks the finish itself.
+        """
         if (task.lease is None or task.step is Step.FINISH) and not reports.wants_read(session, task):
             reports.reschedule(session, task, self._schedule)
         self._database.wake(session)
 
 
 def _failed(asset: Asset, error: str, now: datetime) -> dict[str, Any]:
-    """The columns that a failed try writes: its error, and the last tries for people who look."""
+    """The columns that a failed try writes: its error, and the last tries for the timeline."""
     failed = {"at": now.isoformat(), "error": error[:MAX_TRY_CHARS]}
     return {"error": error, "failed_tries": [*(asset.failed_tries or [])[1 - KEPT_TRIES :], failed]}

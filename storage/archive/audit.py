@@ -136,7 +136,7 @@ class Throttle:
 class Audit:
     """One audit. Memory is bounded by one page of rows and one page of the listing.
 
-    `deep`: also read and hash the files. `sample`: only so many of them, chosen at random. Tasks may be archived
+    `deep`: also read and hash the files. `sample`: only this many of them, chosen at random. Tasks may be archived
     meanwhile: before a difference is reported, the folder's rows and objects are read again.
     """
 
@@ -245,7 +245,7 @@ class Audit:
 
 
 def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
-    """The differences between the rows and the listing of one folder. Pure; both must be of the same moment."""
+    """The differences between the rows and the listing of one folder. Pure. Both must be of the same moment."""
     name = rows.task.external_task_id if rows.task else external_id_of(folder)
     known = set()
     for asset in rows.assets:
@@ -278,7 +278,7 @@ def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
 
 
 def disagreement(task: Task, assets: list[Asset], members: dict[str, Any]) -> str | None:
-    """How a manifest differs from the rows of an ended archive; None = not at all."""
+    """The difference between a manifest and the rows of an ended archive; None = none."""
     if members["digest"] != task.manifest_digest:
         return f"its digest is {members['digest']}, the row says {task.manifest_digest}"
     if members.get("task", {}).get("id") != str(task.id):

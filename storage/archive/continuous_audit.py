@@ -1,7 +1,7 @@
 """The continuous audit in the workers: every task is audited and every file hashed once in RECEIVER_AUDIT_DAYS.
 
     due_at <= now ──claim──▶ lease = fresh token ──▶ tasks up to the target audited ──settle──▶ due_at = the next task's
-         ▲                            │ died, froze                                  WHERE lease = mine
+         ▲                            │ died, hung                                   WHERE lease = mine
          └──── the lease ran out ◀────┘   (another worker continues from `cursor`)
 
 A round visits all task ids in ascending order. Ids are random, so the work is spread evenly: the target position grows
@@ -39,16 +39,16 @@ log = structlog.get_logger()
 NAME = "archive"
 DAY_SECONDS = 86_400.0
 ALL_IDS = 2**128
-# The shortest time between two steps of a round that is not late. With a million tasks in a week 17 come due in it.
+# The shortest time between two steps of a round that is on time. With a million tasks in a week, 17 become due in it.
 STEP_SECONDS = 10.0
-# The longest, because a new task may be the next one.
+# The longest time between two steps, because a new task may be the next one.
 STANDING_INTERVAL_SECONDS = 3_600.0
-# One step: at most so many tasks, and no further task after so many hashed bytes. A worker that dies loses one step.
+# The most tasks of one step, and the hashed bytes after which it begins no further task. A crash loses one step.
 STEP_TASKS = 64
 STEP_BYTES = 64 * 2**20
 # A late round gives its thread back this often, so that a worker can stop.
 RUN_SECONDS = 10.0
-# After so many failed reads in a row a folder that can be listed is a fault, and the round continues after it.
+# After this many failed reads in a row a folder that can be listed is a fault, and the round continues after it.
 TRIES = 3
 # Faults listed in the row, about 250 bytes each. An operator does not work through more of them one by one.
 MAX_FINDINGS = 1_000
@@ -119,7 +119,7 @@ class ContinuousAudit:
     def step(self) -> bool:
         """Audit the next tasks if they are due. False: not due, or the lease was lost.
 
-        A crash leaves no trace: when the lease has run out, the same tasks are audited again.
+        After a crash the lease runs out, and the same tasks are audited again.
         """
         row = self._claim()
         if row is None:
@@ -205,7 +205,8 @@ class ContinuousAudit:
             except Exception as error:
                 if tries + 1 < TRIES or isinstance(error, DatabaseUnavailable):
                     raise
-                # A store that lists the folder is not away, so the object is at fault. Listing raises otherwise.
+                # A store that lists the folder is not away, so the object is at fault. A store that is away raises at
+                # the listing.
                 folder_counts = Counts(folders=1, objects=sum(1 for _ in self._bucket.list(folder)))
                 folder_counts.found[FindingKind.UNREADABLE.value] += 1
                 findings = [Finding(FindingKind.UNREADABLE, folder, name, "it is listed, but reading it fails")]

@@ -1,6 +1,6 @@
-"""Deletes a task's objects for good and blanks its request and URLs. A tombstone row stays.
+"""Deletes a task's objects permanently and erases its request and URLs. A tombstone row stays.
 
-    set tombstone (later reports are ignored) ─▶ remove objects ─▶ blank rows
+    set tombstone (later reports are ignored) ─▶ remove objects ─▶ erase columns
 
 After a crash a repeated delete finishes the rest.
 """

@@ -1,7 +1,7 @@
-"""What a task's folder says of itself: `manifest.json` beside the pictures, and the end of the archive.
+"""A task's manifest: writes `manifest.json` beside the pictures, and ends the archive.
 
-A manifest is made from rows alone, no clock: whoever makes it again after a crash makes the same bytes. It is created
-only once; a later change writes `manifest.2.json`, … which names its predecessor's digest. The highest number counts.
+A manifest is made from rows alone, without a clock, so a second run after a crash makes the same bytes. It is created
+only once. A later change writes `manifest.2.json`, … which names its predecessor's digest. The highest number counts.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ log = structlog.get_logger()
 
 SCHEMA = "kling-receiver/manifest/1"
 MEDIA_TYPE = "application/json"
-# Nine pictures with their copies take about 20 kB; a manifest beyond this was not written by us.
+# Nine pictures with their copies take about 20 kB. A larger manifest was not written by us.
 MAX_MANIFEST_BYTES = 8 * 2**20
-# Each number is one change of the task's pictures; this many mean something else is wrong.
+# Each number is one change of the task's pictures. More changes than this mean that something else is wrong.
 MAX_MANIFESTS = 100
-# RFC 8785 numbers are doubles: a larger integer (element ids) is written as its decimal string.
+# Numbers of RFC 8785 are doubles. A larger integer (an element id) is written as its decimal string.
 MAX_EXACT_INTEGER = 2**53 - 1
-# The note of an archive that is incomplete and may not stay so.
+# The note of an incomplete archive that may still become complete.
 WAITING = "{} of {} files came as something unusable; they are tried on, see the next try of each"
-# Members of a file that stand in the manifest only where there is something to say.
+# Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 
 
@@ -94,7 +94,7 @@ class Finisher:
         with self._database.read() as session:
             assets = tasks.assets_of(session, task.id)
             names = aliases.aliases_of(session, task.id)
-            # The last delivery that was applied is the one that told the end.
+            # The last delivery that was applied reported the end.
             applied = select(Callback).where(Callback.task_id == task.id, Callback.state == CallbackState.APPLIED)
             newest = applied.order_by(col(Callback.received_at).desc(), col(Callback.id).desc()).limit(1)
             delivery = session.exec(newest).first()
@@ -106,14 +106,16 @@ class Finisher:
             try:
                 self._bucket.put_once(key, file, sha256=sha256, size=size, media_type=MEDIA_TYPE, metadata={})
                 return Written(key, digest, number)
-            except ObjectConflict:  # a finisher that died before its commit wrote this number from older rows
+            except ObjectConflict:  # a worker that died before its commit wrote this number from older rows
                 predecessor = self._digest_of(key)
                 self._pass_over(task, number, key, predecessor)
                 number += 1
         raise GiveUp(f"{MAX_MANIFESTS} manifests stand in this task's folder already")
 
     def _pass_over(self, task: Task, number: int, key: str, digest: str | None) -> None:
-        """Have the row answer for what stands there before the next number is put: who has lost the claim puts none."""
+        """Store the number of an existing manifest in the row before the next number is put. A worker that lost its
+        claim puts none.
+        """
         there = {"manifests": number, "manifest_key": key, "manifest_digest": digest}
         self._database.write_in_group(lambda session: claims.update_claimed(session, task, **there))
 
@@ -174,9 +176,9 @@ def build(
 ) -> tuple[bytes, str]:
     """The manifest's bytes and its digest: SHA-256 of its RFC 8785 form without the member `digest`.
 
-    Holds no secret and no signed URL: of every address in it only what stands before `?` is kept.
-    `aliases`: every id the provider has called the task by. `predecessor`: digest of the manifest that this one
-    replaces. `manifest.schema.json` beside this file says what may be in it.
+    Contains no secret and no signed URL: every address is cut before `?`. `aliases`: every id by which the provider has
+    called the task. `predecessor`: digest of the manifest that this one replaces. `manifest.schema.json` beside this
+    file describes the members.
     """
     content: dict[str, Any] = {
         "schema": SCHEMA,
@@ -193,11 +195,11 @@ def build(
 
 
 class ManifestDamaged(ValueError):
-    """These bytes are no manifest of ours, or not as it was written; the message says why."""
+    """These bytes are no manifest of ours, or were changed since. The message says which."""
 
 
 def read(content: bytes) -> dict[str, Any]:
-    """A manifest's members, its own digest verified. Raises `ManifestDamaged`."""
+    """A manifest's members, with the digest verified. Raises `ManifestDamaged`."""
     try:
         found = json.loads(content)
         schema, claimed = found["schema"], found["digest"]

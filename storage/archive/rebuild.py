@@ -147,7 +147,8 @@ class Rebuild:
 
 
 def task_from(members: Mapping[str, Any], key: str, listed: Listed) -> Task:
-    """The task row described by a manifest, as when its archive ended. Raises ValueError, KeyError, TypeError.
+    """The task row that a manifest describes, in the state at the end of its archive. Raises ValueError, KeyError,
+    TypeError.
 
     Columns that no manifest holds keep their defaults: the callback URL (a secret) and the schedule of reads. The time
     of the archive's end is that of the manifest's object.
@@ -188,7 +189,7 @@ def asset_from(task: Task, described: Mapping[str, Any]) -> Asset:
         task_id=task.id,
         source_url=described["source"],
         state=AssetState(described["state"]),
-        # Its old link is dead, so its next try reads the task for another.
+        # Its old link is dead, so its next try reads the task for another one.
         **(claims.due(values["created_at"]) if described["state"] == AssetState.DUE else {}),
     )
     if asset.id != tasks.asset_id(task.id, AssetName(asset.kind, asset.index, asset.original)):

@@ -1,8 +1,9 @@
-"""What the archive's spare threads take: files of other hosts, while files that last long hold its own threads.
+"""The work of the archive's spare threads: files of other hosts, while slow files hold the archive's own threads.
 
-A host that sends at just above the least speed keeps a thread for ten minutes a file. The spare threads are idle while
-files come in quickly, so an archive of one host has all of its own threads. On a spare thread a file has less time, and
-a host that needs more is left to the archive's own threads for a while. So several slow hosts do not keep them either.
+A host that sends just above the minimum speed keeps a thread for ten minutes a file. The spare threads are idle while
+files arrive quickly, so an archive with one host uses all of its own threads. On a spare thread a file has less time,
+and a host that needs more is left to the archive's own threads for a while. Several slow hosts therefore cannot hold
+the spare threads either.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from storage.database.sessions import Database
 from storage.rows import claims
 from storage.rows.models import Asset
 
-# Scheme, host and port are before this place of a URL; a host name has 253 characters at most.
+# Scheme, host and port end before this position of a URL. A host name has 253 characters at most.
 MAX_START_CHARS = 300
-# A look passes over all due files of the slow hosts: 100,000 take 0.3 s. It may take this part of the time.
+# One search reads all due files of the slow hosts: 0.3 s for 100,000. Searches may use this share of the time.
 LOOK_SHARE = 0.05
-# The largest file at 9 MB/s. What is not there by then is tried again by the archive's own threads.
+# The time of the largest file at 9 MB/s. A longer fetch is repeated by the archive's own threads.
 SPARE_SECONDS = 30.0
-# How long a host that took longer has no spare thread, and how many are remembered: a look asks for each of them.
+# How long a slow host has no spare thread, and how many such hosts are remembered. A search has a condition for each.
 SLOW_SECONDS, MAX_SLOW_HOSTS = 600.0, 20
 
 _ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
 
 
 def spare_threads(threads: int) -> int:
-    """How many threads are kept from a slow host, beside those that every host may use."""
+    """How many threads a slow host cannot get, beside those that every host may use."""
     return max(threads // 4, 1)
 
 
@@ -59,9 +60,9 @@ class OtherHosts:
                 self._slow_until[_host(asset.source_url)] = ends_at + SLOW_SECONDS
 
     def conditions(self, lasting: Sequence[Asset]) -> Sequence[Any] | None:
-        """Which due files may be claimed, by those that have lasted long. None: none now.
+        """Conditions for due files that may be claimed, by the files that have lasted long. None: no claim now.
 
-        None too while a quarter of the archive's threads is free of lasting files: then it serves every host itself.
+        Also None while a quarter of the archive's threads is free of lasting files, because then they serve every host.
         """
         began = time.monotonic()
         if len(lasting) < self._enough or began < self._next_look_at:
@@ -73,7 +74,7 @@ class OtherHosts:
         return (or_(*(_ASSETS.id == each for each in ids)),) if ids else None
 
     def _due_elsewhere(self, hosts: Sequence[str]) -> Sequence[Any]:
-        """Read without a transaction: a claim with these conditions would lock SQLite for as long as it looks."""
+        """Read without a transaction, because a claim with these conditions would lock SQLite during the search."""
         due = select(_ASSETS.id).where(_ASSETS.due_at <= db_now_once(), *map(_is_elsewhere, hosts))
         sound = due.where(_ASSETS.losses < claims.QUARANTINE_AFTER - 1)
         with self._database.autocommit_reader() as connection:
@@ -81,7 +82,7 @@ class OtherHosts:
 
 
 def _host(url: str) -> str:
-    """Host and port as written. A link that does not have this form is refused before it can last."""
+    """Host and port as written in a link. A link without this form is refused before it can last."""
     place = re.split(r"[/?#\\\s]", url.partition("//")[2], maxsplit=1)[0]
     return place.lower().removesuffix(":443").rstrip(".")
 

@@ -1,7 +1,7 @@
-"""When a file is tried again whose host answers with something that is no file to keep. Pure: no clock, no rows.
+"""The retry schedule of a file whose host answers with something unusable. Pure: no clock, no rows.
 
-The answer may be the CDN's state of the moment (an error page with status 200, a file cut without a length) or the
-file's for good. Nobody can tell, so it is tried ever more seldom while the provider has it:
+The answer may be a passing state of the CDN (an error page with status 200, a file cut without a length) or permanent.
+Nobody can tell, so the file is tried less and less often while the provider has it:
 
     try    after the one before    after the first    for
       2                     2 s                2 s    one bad answer of many edges
@@ -10,11 +10,11 @@ file's for good. Nobody can tell, so it is tried ever more seldom while the prov
       5                    30 s              1 min
       6                    1 min             2 min    a deployment
       7                    3 min             5 min
-      8                   10 min            15 min    unusable still: its task is said to be incomplete
+      8                   10 min            15 min    still unusable: its task is reported as incomplete
       9                   15 min            30 min    an incident at the CDN
      10                   30 min               1 h
      11                      2 h               3 h
-     12                      5 h               8 h    somebody's working day
+     12                      5 h               8 h    a working day
      13                     16 h               1 d
      14                      2 d               3 d    a weekend
      15                      5 d               8 d
@@ -33,21 +33,22 @@ from datetime import datetime
 from storage.states import SAID_AFTER_TRIES
 
 DELAYS_SECONDS = (2, 8, 20, 30, 60, 180, 600, 900, 1_800, 7_200, 18_000, 57_600, 172_800, 432_000, 1_123_200)
-# Links that die within hours and come fresh with each read add a try before each of some ends; this is the most.
+# Links that expire within hours and are fresh at each read add a try before their ends, at most this many.
 MAX_TRIES = 20
-# Before the provider deletes the file: time for a busy worker to come to it and for a large file to pass.
+# Time before the provider deletes the file, for a busy worker to begin and for a large file to pass.
 MARGIN_SECONDS = 600
-# An end that comes sooner than after this share of the delay is not worth a try of its own: there was one just before.
+# An end within this share of the delay gets no try of its own, because the one before was just made.
 WORTH = 1 / 8
-# Later only, for the first 15 minutes are a promise. Files of one task and one moment are not tried at once for ever.
+# Jitter, upwards only, because the first 15 minutes are a promise. It separates files of one task and one moment.
 JITTER = 0.1
 
 
 def next_try(tries: int, *, now: datetime, link_ends: datetime | None, life_ends: datetime | None) -> float | None:
-    """Seconds until a file is tried again that came unusable `tries` times (at least 1) in a row; None = never.
+    """Seconds until the next try of a file that was unusable `tries` times (at least 1) in a row; None = never.
 
-    `link_ends`: when the newest link dies; it counts while it lies ahead. `life_ends`: when the provider is thought to
-    delete the file; it counts from then on, for a link that lived for minutes only says nothing of its file.
+    `link_ends`: when the newest link expires; it counts while it is in the future. `life_ends`: when the provider is
+    expected to delete the file; it counts afterwards, because a link with a life of minutes says nothing about its
+    file.
     """
     delay = DELAYS_SECONDS[min(tries, len(DELAYS_SECONDS)) - 1] * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
     if tries < SAID_AFTER_TRIES:

@@ -1,4 +1,4 @@
-"""Many archived files as one zip, streamed: memory is bounded by a chunk, whatever is in it."""
+"""Many archived files as one streamed zip. Memory is bounded by a chunk, whatever the number and size of the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class _Chunks:
-    """A file that cannot seek: what was written is taken away by the reader."""
+    """A file that cannot seek. The reader takes the written bytes away."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -28,7 +28,7 @@ class _Chunks:
         return len(content)
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Does nothing, because nothing is buffered here."""
 
     def take(self) -> bytes:
         content = b"".join(self._parts)
@@ -37,9 +37,9 @@ class _Chunks:
 
 
 def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
-    """A zip of these files, not compressed: pictures are already. One that is gone is left out and logged.
+    """A zip of these files without compression, because pictures are compressed. A missing file is left out and logged.
 
-    Each lies in its task's folder. Names are spelt so that every disk has them and keeps them apart.
+    Each file is in its task's folder. Names are valid and distinct on every disk.
     """
     target, places = _Chunks(), places_of([str(asset.key) for asset in assets])
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]

@@ -16,7 +16,7 @@ NO_ANSWER_YET = "no answer yet"
 
 
 class BucketAvailability:
-    """Checks the bucket in a background thread. Callers wait at most so long and otherwise get the previous result.
+    """Checks the bucket in a background thread. Callers wait for a limited time and otherwise get the previous result.
 
     Thread-safe.
     """

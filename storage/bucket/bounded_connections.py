@@ -25,14 +25,14 @@ MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
 def bound(client: Any) -> None:
-    """Make every connection of a boto3 client a bounded one; also those through a proxy, which shares the classes."""
+    """Replace a boto3 client's connections by bounded ones, also those through a proxy, which shares the classes."""
     client._endpoint.http_session._pool_classes_by_scheme.update(http=_HttpPool, https=_HttpsPool)
 
 
 class _Socket:
-    """A connected socket whose reads may take `seconds` of waiting, and more as far as the bytes that came pay for it.
+    """A connected socket whose reads may wait for `seconds`, and longer in proportion to the bytes received.
 
-    A byte of the body pays 1/MIN_BYTES_PER_SECOND, up to `seconds`; a byte of the head pays nothing.
+    A byte of the body adds 1/MIN_BYTES_PER_SECOND, up to `seconds`; a byte of the head adds nothing.
     """
 
     def __init__(self, connection: Any, seconds: float) -> None:
@@ -47,7 +47,7 @@ class _Socket:
         return raw if buffering == 0 else io.BufferedReader(raw)
 
     def expect_head(self, seconds: float) -> None:
-        """Begin a response: all heads of it, also those of 1xx."""
+        """Begin a response: all of its heads, including those of status 1xx."""
         self._seconds = self._seconds_left = seconds
         self._bytes_left, self._in_body = float(MAX_HEAD_BYTES), False
 
@@ -63,7 +63,7 @@ class _Socket:
         paid = count / MIN_BYTES_PER_SECOND if self._in_body else 0.0
         self._seconds_left = min(self._seconds, self._seconds_left - (time.monotonic() - started) + paid)
         self._bytes_left -= count
-        # botocore reads the lines after a 100 until an empty one, beyond the end of the connection too.
+        # botocore reads the lines after a 100 until an empty one, even after the end of the connection.
         if self._bytes_left < 0 or not (count or self._in_body):
             raise ConnectionAbortedError("the store sends too much, or no whole head")
         return count
@@ -86,7 +86,7 @@ class _File(io.RawIOBase):
 
 
 class _Bounded:
-    """Of a connection: the bounds of each response. `timeout` is urllib3's, to connect and then to read."""
+    """A connection that bounds each response. `timeout` is urllib3's, to connect and then to read."""
 
     sock: Any
     timeout: float
@@ -102,7 +102,7 @@ class _Bounded:
         super().request(method, url, *args, **options)  # type: ignore[misc]
 
     def getresponse(self) -> Any:
-        connection = self.sock  # None afterwards where the response ends the connection
+        connection = self.sock  # None afterwards if the response ends the connection
         connection.expect_head(self.timeout)
         response = super().getresponse()  # type: ignore[misc]
         is_object = self._reads_object and response.status < 300

@@ -34,12 +34,12 @@ log = structlog.get_logger()
 
 # A larger file is uploaded in parts. One part is in memory at a time.
 MULTIPART_THRESHOLD_BYTES = 64 * 1024 * 1024
-# Pauses before a put is repeated that the store answered 409. After the last one the row backs off.
+# Pauses before a put is repeated that the store answered with 409. After the last one the row backs off.
 CONFLICT_PAUSES = (0.1, 0.5, 2.0)
 PROBE_FOLDER = ".receiver-probe/"
 
 
-# How long a probe is believed. A downgrade or a new proxy may change what the store keeps.
+# How long a probe is valid. A downgrade or a new proxy may change the store's capabilities.
 PROBE_SECONDS = 3_600
 
 
@@ -135,7 +135,7 @@ class Bucket(StoredObjects):
         return True
 
     def _created(self, put: Put, send: Callable[[Put], Evidence]) -> Evidence | None:
-        """Send the file, again where the store wants that. None when the object is there already."""
+        """Send the file, and again if the store asks for it. None if the object exists already."""
         for pause in (*CONFLICT_PAUSES, None):
             try:
                 return send(put)
@@ -154,7 +154,7 @@ class Bucket(StoredObjects):
 
         Without a condition another writer may have replaced it. SeaweedFS 4.48 checks the condition and completes a
         multipart upload in two steps: two concurrent completions both succeeded in 21 of 40 rounds (single puts never
-        did). `rclone serve s3` names the MD5 of the whole file and not the ETag of its completion.
+        did). `rclone serve s3` returns the MD5 of the whole file and not the ETag of its completion.
         """
         stored = self.head(put.key)
         etag = stored.etag.strip('"') if stored is not None and stored.size == put.size else ""
@@ -200,7 +200,7 @@ class Bucket(StoredObjects):
         can = self.capabilities()
         etag_agrees = evidence.etag_agrees is not False or not self._etags_are_md5
         checksum_agrees = evidence.checksum_agrees
-        if checksum_agrees is None:  # silence counts only from a store that was silent in the probe too
+        if checksum_agrees is None:  # a missing checksum counts only from a store that sent none in the probe either
             checksum_agrees = can.proof == "md5" or not can.returns_checksum
         if can.proof != "read" and not (checksum_agrees and etag_agrees):
             checksum, etag = evidence.checksum_agrees, evidence.etag_agrees
@@ -262,8 +262,9 @@ class Bucket(StoredObjects):
 
     @contextmanager
     def _creating(self, put: Put) -> Iterator[None]:
-        """As `_errors`. Raises `TryAgain` for 409, and `ConditionFailed` when an object exists or somebody aborted the
-        upload."""
+        """Like `_errors`. Raises `TryAgain` for 409, and `ConditionFailed` if an object exists or another process
+        aborted the upload.
+        """
         with self._errors(put.size):
             try:
                 yield

@@ -1,6 +1,6 @@
-"""What a store's response to a put proves: the SHA-256 it names, and the MD5 that its ETag most often is.
+"""What a store's response to a put proves: by the SHA-256 it names, and by its ETag, which most often is the MD5.
 
-The store computes both values itself. The MD5 counts only where the SHA-256 alone is no proof.
+The store computes both values itself. The MD5 counts only if the SHA-256 alone is no proof.
 """
 
 from __future__ import annotations

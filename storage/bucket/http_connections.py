@@ -93,7 +93,7 @@ class HttpConnections:
                 if not self._idle:
                     return None
                 connection = self._idle.pop()
-            try:  # on the socket itself, below TLS: bytes or an end mean that the store is done with it
+            try:  # on the socket itself, below TLS: bytes or an end mean that the store has ended the connection
                 connection.settimeout(0)
                 socket.socket.recv(connection, 1, socket.MSG_PEEK)
             except BlockingIOError:

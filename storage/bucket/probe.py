@@ -1,4 +1,4 @@
-"""What an S3 store can do, found out with a few small objects. Works on a boto3 client that it is given."""
+"""Finds out what an S3 store can do, with a few small objects. Works on a boto3 client that it is given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Capabilities:
     refuses_wrong_part: bool
     conditional_multipart: bool
     delete: bool
-    # In a put and in a part. False also where SHA-256 is proof enough and it was not tried.
+    # In a put and in a part. Also False if SHA-256 is proof enough and MD5 was not tried.
     refuses_wrong_md5: bool = False
 
     @property
@@ -47,7 +47,7 @@ class Capabilities:
 
     @property
     def proof(self) -> Literal["sha256", "md5", "read"]:
-        """What shows that the store has our bytes: it would have refused others by this hash, or they are read back."""
+        """The proof that the store has our bytes: the hash with which it refuses other bytes, or reading them back."""
         if self.believed:
             return "sha256"
         return "md5" if self.refuses_wrong_md5 else "read"

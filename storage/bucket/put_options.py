@@ -49,7 +49,7 @@ class PutOptions:
 class Put:
     """One object to be put. `options`: boto3's arguments for a single put and for a multipart upload.
 
-    `condition`: those that let the put, or the completion of the upload, create an object only.
+    `condition`: the arguments with which the put, or the completion of the upload, only creates an object.
     """
 
     key: str

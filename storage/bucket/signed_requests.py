@@ -26,7 +26,7 @@ from storage import spool
 from storage.bucket.http_connections import ConnectionBroken, ConnectTimeout, HttpConnections, Response
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
-# The only signature of boto3 that is imitated: no access point, no S3 Express, no v4a.
+# The only signature of boto3 that is supported here: no access point, no S3 Express, no v4a.
 SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^/]+/[0-9]{8}/(?P<region>[a-z0-9-]+)/s3/aws4_request,.*")
 # Refusals of the request itself: another region, another kind of signature, an unknown header.
 REFUSALS = frozenset({301, 302, 307, 308, 400, 401, 403, 501})
@@ -68,7 +68,9 @@ class Signer:
     def headers(
         self, method: str, path: str, sha256: str, more: Mapping[str, str], now: datetime | None = None
     ) -> dict[str, str]:
-        """`more` with what signs it. `path`: quoted, without a query. `more`: lower-case names; all are signed."""
+        """`more` with the headers that sign it. `path`: quoted, without a query. `more`: lower-case names; all are
+        signed.
+        """
         found = self._credentials.get_frozen_credentials()
         moment = f"{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
         scope = f"{moment[:8]}/{self._region}/s3/aws4_request"
@@ -120,10 +122,10 @@ class SignedRequests:
     def for_client(
         cls, client: Any, credentials: Any, bucket: str, note: Callable[..., object]
     ) -> SignedRequests | None:
-        """Requests to the URL that boto3 uses; None where boto3 signs with anything but Signature Version 4, and where
-        it connects through a proxy, with a certificate of its own or without checking the store's.
+        """Requests to the URL that boto3 uses. None if boto3 signs with anything but Signature Version 4, or connects
+        through a proxy, with a certificate of its own or without checking the store's.
 
-        `note` is called with every response, as boto3's hook `after-call`: `http_response=…`.
+        `note` is called with every response, like boto3's hook `after-call`: `http_response=…`.
         """
         sample = None if credentials is None else _request_of_boto3(client, bucket)
         if sample is None:
@@ -199,7 +201,7 @@ class SignedRequests:
 
 
 def _connections(client: Any, url: str) -> HttpConnections | None:
-    """Connections with the settings of boto3's own; None where these are more than timeouts and trusted roots."""
+    """Connections with the settings of boto3's own. None if these are more than timeouts and trusted roots."""
     session, config, place = client._endpoint.http_session, client.meta.config, urlsplit(url)
     if session._proxy_config.proxy_url_for(url) or session._cert_file or not session._verify or not place.hostname:
         return None

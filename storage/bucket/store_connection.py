@@ -23,9 +23,9 @@ CONNECT_SECONDS = 5
 READ_SECONDS = 60
 # The second try covers an idle connection that the store has closed. Longer outages are left to the row's backoff.
 TRIES = 2
-# Reading the credentials anew takes 50 ms and perhaps a call of the cloud's metadata service.
+# Reading the credentials again takes 50 ms and perhaps a call of the cloud's metadata service.
 RENEW_SECONDS = 10.0
-# Refusals whose code the answer to a HEAD does not tell, because it has no body.
+# Refusals whose code a HEAD does not show, because its answer has no body.
 UNTOLD = (400, 401, 403)
 
 ChecksumMode = Literal["when_supported", "when_required", "never"]
@@ -63,7 +63,7 @@ class StoreConnection:
             tcp_keepalive=True,
             s3=None if addressing == "auto" else {"addressing_style": addressing},
             request_checksum_calculation="when_required" if checksum_mode == "never" else checksum_mode,
-            response_checksum_validation="when_required",  # reads are hashed here, with SHA-256
+            response_checksum_validation="when_required",  # objects are hashed here while they are read, with SHA-256
         )
         self._renewed_at = float("-inf")
         self.begin_in_child()
@@ -109,7 +109,7 @@ class StoreConnection:
             return self._clients[endpoint_url]
 
     def _renew(self) -> None:
-        """Read the credentials anew at the next request: a rotated session token stands in the same file.
+        """Read the credentials again at the next request, because the file may have a rotated session token.
 
         boto3 reads the shared credentials file once per session.
         """
@@ -118,7 +118,7 @@ class StoreConnection:
                 self._renewed_at, self._clients = time.monotonic(), {}
 
     def _head_object(self, key: str, **options: str) -> Any:
-        """boto3's `head_object`. A refusal is that of a GET, whose answer has a body and so the store's code."""
+        """boto3's `head_object`. A refusal is repeated as a GET, whose answer has a body and so the store's code."""
         try:
             return self._client().head_object(Bucket=self.name, Key=key, **options)
         except boto_errors.ClientError as error:
@@ -133,7 +133,7 @@ class StoreConnection:
             raise
 
     def _signed_requests(self) -> SignedRequests | None:
-        """Sends the two commonest requests without boto3; None where only boto3 can. Created with the client."""
+        """Sends the two commonest requests without boto3. None if only boto3 can. Created with the client."""
         self._client()
         return self._signed
 

@@ -10,7 +10,7 @@ from botocore import exceptions as boto_errors
 
 from storage.errors import ObjectForbidden, ObjectRefused, StoreUnavailable
 
-# By the store's error code. The answer to a HEAD has no body, so its code is the HTTP status.
+# Messages by the store's error code. The answer to a HEAD has no body, so its code is the HTTP status.
 REASONS = {
     "InvalidAccessKeyId": "does not know the access key",
     "SignatureDoesNotMatch": "says the secret key is wrong",
@@ -33,7 +33,7 @@ OF_ONE_OBJECT = {"InvalidRequest", "InvalidArgument"}
 FORBIDDEN = {"AccessDenied", "403"}
 # Refusals that other credentials end. Those in the chain may have changed since they were read.
 STALE = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
-# What AWS asks for each call. It answers 403 for a missing object to a key that may not list.
+# The permission that AWS requires for each call. A key that may not list gets 403 for a missing object.
 PERMISSIONS = {
     "PutObject": "s3:PutObject",
     "GetObject": "s3:GetObject",
@@ -44,7 +44,7 @@ PERMISSIONS = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
 }
-# How our messages begin, and what one of them says of its object alone: rows keep them.
+# The beginning of our messages, which rows store, and of the one that concerns its object alone.
 MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
 OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
 WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"
@@ -110,7 +110,7 @@ def _reason(error: Any) -> str:
 
 
 def permission(error: Any) -> str | None:
-    """What a key lacks that may not do the call; None for other errors."""
+    """The permission that a key lacks for the call; None for other errors."""
     is_forbidden = isinstance(error, boto_errors.ClientError) and code(error) in FORBIDDEN
     return PERMISSIONS.get(error.operation_name) if is_forbidden else None
 
@@ -123,7 +123,7 @@ def is_stale(error: Exception) -> bool:
 
 
 def is_untrusted(error: BaseException | None) -> bool:
-    """Whether the store's certificate is signed by a CA that we do not know. Other faults of TLS are the network's."""
+    """Whether the store's certificate is signed by a CA that we do not know. Other TLS faults are the network's."""
     return isinstance(error, boto_errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 

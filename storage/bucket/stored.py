@@ -1,4 +1,4 @@
-"""Objects in one S3 bucket as they are: described, read, listed, linked and removed. `bucket.py` creates them."""
+"""Objects in one S3 bucket: described, read, listed, linked and removed. `bucket.py` creates them."""
 
 from __future__ import annotations
 

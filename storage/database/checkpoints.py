@@ -21,8 +21,8 @@ from storage.errors import DatabaseUnavailable
 
 log = structlog.get_logger()
 
-# SQLite starts the log anew only after a copy of all of it, for which writers have to wait. Its index of the log has
-# segments of 4,096 pages (16 MB), and each one more is one more search for every page that is read.
+# SQLite restarts the log only after a copy of all of it, for which writers have to wait. Its index of the log has
+# segments of 4,096 pages (16 MB), and each further segment is one more search for every page that is read.
 LONG_LOG_PAGES = 4_096
 # At 4,000 deliveries a second that is 5,000 pages (20 MB) at a time. Without new commits there is no checkpoint.
 CHECKPOINT_INTERVAL_SECONDS = 0.5
@@ -44,12 +44,12 @@ def _run(database: Database, stopping: threading.Event) -> None:
                 if version != seen:
                     checkpoint(database, cursor)
                 seen = version
-            except (sqlite3.Error, DatabaseUnavailable) as error:  # commits meet it too and report it
+            except (sqlite3.Error, DatabaseUnavailable) as error:  # commits meet the fault too and report it
                 log.warning("checkpoint.failed", error=str(error))
 
 
 def checkpoint(database: Database, cursor: Any) -> None:
-    """Copy the log while others write. Of a long log copy the rest, too, while they wait: it starts anew then.
+    """Copy the log while others write. Of a long log, also copy the rest while they wait, so that SQLite restarts it.
 
     Otherwise it would grow as long as there is work.
     """

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-# The rest is for accepted work: its rows and its downloads.
+# The rest of the disk is for accepted work: its rows and its downloads.
 MIN_FREE_SHARE = 0.05
 FREE_SPACE_INTERVAL_SECONDS = 1.0
 

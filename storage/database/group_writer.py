@@ -1,6 +1,6 @@
-"""Group writes: short writes of many threads share one transaction, and each is answered after that has committed.
+"""Group writes: short writes of many threads share one transaction, and each is answered after its commit.
 
-    commit(operation) ─▶ waiting ─▶ the writer's thread: all that waits, one transaction ─▶ results
+    commit(operation) ─▶ waiting ─▶ the writer's thread: all waiting ones, one transaction ─▶ results
 
 An archived picture is three durable writes one after the other (claimed, noted, settled), and eight threads archive at
 once. With a transaction each they queued at the disk and at the turnstile: three commits a picture, and one in groups.
@@ -30,7 +30,7 @@ WAITED = ("55P03", "40P01")
 
 # On SQLite deliveries wait while a group is applied: 64 operations of four statements take about 10 ms.
 MAX_GROUP = 64
-# A caller's patience: as long as one that is next waits at the turnstile and then for SQLite's own lock.
+# The longest wait of a caller: one turn at the turnstile and then SQLite's own lock.
 WAIT_SECONDS = 2.0 * SQLITE_BUSY_SECONDS
 CLOSE_SECONDS = 1.0
 
@@ -55,7 +55,7 @@ class GroupWriter:
     """One thread that writes for all others of its process. It starts with the first operation."""
 
     def __init__(self, transaction: Transaction, own_transaction: Transaction) -> None:
-        """`transaction`: of a group, which does not wait long for a row. `own_transaction`: of one operation."""
+        """`transaction`: of a group; it does not wait long for a row. `own_transaction`: of one operation."""
         self._transaction = transaction
         self._own_transaction = own_transaction
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
@@ -65,10 +65,10 @@ class GroupWriter:
     def commit(self, operation: Callable[[Session], Result], *, task_id: uuid.UUID | None = None) -> Result:
         """Apply `operation` in a transaction with others. Returns its result once that transaction has committed.
 
-        What the operation raises is raised here and fails no other: the transaction is rolled back, and the others are
-        applied again. So it may run more than once, and has no effect but in the session. `task_id`: the task that it
-        locks. An operation that waits for another transaction's row has a transaction of its own, in the caller's
-        thread, so that no other waits with it. Raises `DatabaseUnavailable` when nothing was committed, or after
+        An error of the operation is raised here and fails no other: the transaction is rolled back, and the others are
+        applied again. The operation may therefore run more than once, and must change only the session. `task_id`: the
+        task that it locks. An operation that waits for another transaction's row gets a transaction of its own, in the
+        caller's thread, so that no other waits with it. Raises `DatabaseUnavailable` if nothing was committed, or after
         `WAIT_SECONDS`, when it may be.
         """
         write = _Write(operation, task_id)
@@ -86,7 +86,7 @@ class GroupWriter:
         return result
 
     def close(self) -> None:
-        """End the thread once what waits is committed. A later operation starts another."""
+        """End the thread once the waiting operations are committed. A later operation starts another."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._waiting.put(None)

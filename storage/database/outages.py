@@ -1,4 +1,4 @@
-"""A database that is away or refuses us: its own words, and one line in the log for each change of state."""
+"""Outages: a database that is away or refuses us. Logs its own message, one line for each change of state."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from storage.database.turnstile import SQLITE_BUSY_SECONDS, who_holds
 log = structlog.get_logger()
 
 MAX_WORDS_CHARS = 300
-# What an administrator mends or time does, by the first characters of SQLSTATE (PostgreSQL, appendix A): authorization,
-# database name, a statement prepared before a schema change (or one that another product lacks), privileges, read-only,
-# resources, an operator's intervention, system and internal errors. The driver's classes mix them with our own faults.
-# A role without USAGE on the schema is told that there is no such table (42P01).
+# Faults that an administrator repairs or that pass, by the first characters of SQLSTATE (PostgreSQL, appendix A):
+# authorization, database name, a statement prepared before a schema change (or one that another product lacks),
+# privileges, read-only, resources, an operator's intervention, system and internal errors. The driver's classes mix
+# them with our own faults. A role without USAGE on the schema is told that the table does not exist (42P01).
 AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "XX")
 NO_PRIVILEGE, NO_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
-NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # SQLite's words
-# psycopg's words before those of the server or of the network.
+NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # SQLite's messages
+# psycopg's prefix before the message of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
-# Where a name leads to several addresses, or the URL has several hosts, psycopg lists their answers after the last one.
+# If a name has several addresses, or the URL several hosts, psycopg lists their answers after the last one.
 ATTEMPT = re.compile(r"^- host: (\S+), port: (\S+), hostaddr: \S+: (.*)$", re.MULTILINE)
-# Lanes try again after 1 s, and a file that is nearly full takes some rows and not others.
+# Lanes try again after 1 s, and a file that is nearly full accepts some rows and not others.
 STEADY_SECONDS = 5.0
 
 
 def words(url: URL, error: BaseException) -> str:
-    """The database's own sentence, in one line and without the password."""
+    """The database's own message in one line, without the password."""
     driver = error.orig if isinstance(error, DBAPIError) else error
     primary = getattr(getattr(driver, "diag", None), "message_primary", None)
     said = primary or _of_each_host(str(driver))
@@ -45,7 +45,9 @@ def words(url: URL, error: BaseException) -> str:
 
 
 def _of_each_host(said: str) -> str:
-    """What each host answers, or what all of them do. The last one alone would hide that the others are read-only."""
+    """The answer of each host, or the common answer of all. The last one alone would hide that the others are
+    read-only.
+    """
     answers = {f"{host}:{port}".replace("'", ""): _unprefixed(answer) for host, port, answer in ATTEMPT.findall(said)}
     if len(set(answers.values())) > 1:
         return "; ".join(f"{host}: {answer}" for host, answer in answers.items())
@@ -57,7 +59,9 @@ def _unprefixed(said: str) -> str:
 
 
 def _remedy(url: URL, said: str, state: str | None) -> str:
-    """What the owner does. PostgreSQL names the object and not who lacks the privilege, SQLite names no folder."""
+    """What the owner has to do. PostgreSQL names the object and not the role that lacks the privilege, SQLite names no
+    folder.
+    """
     if said == LOCKED:
         return f" by another program for {SQLITE_BUSY_SECONDS} s; {who_holds(Path(url.database or ''))}"
     if said == NOT_OPENED:
@@ -79,8 +83,8 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
 class Outages:
     """Logs `database.lost` at the first failure, and `database.recovered` at a write 5 s after the last one.
 
-    A read that succeeds says nothing: a read-only server answers reads. Off until `is_on`, for the long-running
-    processes: a verb shows its error itself, and waits less for a lock.
+    A successful read proves nothing, because a read-only server answers reads. Off until `is_on`, for the long-running
+    processes: a command prints its error itself, and waits less for a lock.
     """
 
     def __init__(self) -> None:

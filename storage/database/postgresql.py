@@ -1,8 +1,8 @@
-"""What a new session of PostgreSQL is asked, and when an old one is replaced.
+"""The checks of a new PostgreSQL session, and when an old session is replaced.
 
-A primary that was demoted keeps its sessions: they refuse writes for ever, while every new session, at the same
-address, may write. So a session that says it is read-only is replaced, and a new one decides. A pooler keeps such
-sessions, too, for an hour unless it is told otherwise, and lends them to new clients. So they are ended there.
+A demoted primary keeps its sessions: they refuse writes permanently, while every new session at the same address may
+write. So a session that reports read-only is replaced, and a new one decides. A pooler also keeps such sessions, for an
+hour by default, and lends them to new clients. Those are ended there.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 # PostgreSQL's code for a write to a standby, or to a server that is read-only because its disk is full.
 READ_ONLY = "25006"
-# How long a new session's word counts for the others. A server may be read-only for hours.
+# How long a new session's answer counts for the others. A server may be read-only for hours.
 BELIEVED_SECONDS = 1.0
 # "cached plan must not change result type": the session's prepared statements are older than the schema.
 STALE_PLAN = "0A000"
-# Behind a pooler, how old a read-only session may be that still speaks for those that the pooler would open now.
+# The age up to which a read-only session behind a pooler still represents those that the pooler would open now.
 OLD_SECONDS = 5.0
-# Ends the session that answers, if it is that old. One's own may be ended by any role.
+# Ends the session that answers, if it is that old. Every role may end its own sessions.
 END_IF_OLD = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = pg_backend_pid() AND backend_start < clock_timestamp() - make_interval(secs => %s)"""
 # More than a pool of hosted databases has for one role, so that one new connection ends them all.
 MOST_ENDED = 64
 FACTS = "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
-# In the pool's notes of a connection: whether an error of the driver's own breaks it, for those who pass SQLAlchemy by.
+# A key in the pool's notes of a connection: whether an error of the driver breaks it, for statements that bypass
+# SQLAlchemy.
 BREAKS = "breaks"
-# Asked in place of SQLAlchemy's own ping before a connection of the pool is used again: one round trip, too.
+# Replaces SQLAlchemy's own ping before a connection of the pool is used again. It is one round trip as well.
 PING = "SHOW transaction_read_only"
-# psycopg reads times in this style alone, and a database may name another one as its default. PgBouncer, too, keeps it
-# for each of its clients.
+# psycopg reads times in this style alone, and a database may have another default. PgBouncer keeps it per client.
 SET_STYLE = "SET DateStyle TO ISO"
 
 
 def is_pooled(connection: Connection[Any] | AsyncConnection[Any], process_id: int) -> bool:
-    """Whether a pooler stands in between: the process that answers is not the one that took the connection."""
+    """Whether a pooler stands in between: the process that answers is not the one that accepted the connection."""
     return connection.info.backend_pid != process_id
 
 
@@ -53,10 +53,10 @@ def needs_style(connection: Connection[Any] | AsyncConnection[Any]) -> bool:
 
 
 class Sessions:
-    """What this process knows of the server's sessions. Used by all its threads.
+    """This process's knowledge of the server's sessions. Used by all of its threads.
 
-    `is_pooled`: whether the newest session went through a pooler, None = there was none yet. Behind a pooler that
-    lends its server connections for one transaction each, nothing is prepared on the server.
+    `is_pooled`: whether the newest session went through a pooler, None = there was none yet. Behind a pooler that lends
+    its server connections for one transaction each, nothing is prepared on the server.
     """
 
     def __init__(self, *, is_pooled: bool | None = None) -> None:
@@ -68,7 +68,7 @@ class Sessions:
 
     @contextmanager
     def untested(self) -> Iterator[None]:
-        """This thread takes its connection as it is: it reads, and what it reads may fail."""
+        """This thread takes its connection without a test: it only reads, and its read may fail."""
         self._of_thread.is_unasked = True
         try:
             yield
@@ -83,7 +83,9 @@ class Sessions:
         event.listen(engine, "handle_error", self._judge)
 
     def note(self, connection: Connection[Any] | AsyncConnection[Any], process_id: int, is_read_only: bool) -> None:
-        """What a new session said (`FACTS`). Behind a pooler it may be an old one, so it does not speak for others."""
+        """Note the answer of a new session (`FACTS`). Behind a pooler the session may be an old one, which represents
+        no others.
+        """
         self.is_pooled = self._is_said_to_be_pooled or is_pooled(connection, process_id)
         if self.is_pooled:
             connection.prepare_threshold = None
@@ -133,7 +135,7 @@ class Sessions:
             raise InvalidatePoolError
 
     def _judge(self, context: ExceptionContext) -> None:
-        """A write that was refused breaks its connection, and with it all that are as old. So does a stale plan."""
+        """Break the connection of a refused write, and all connections of its age. A stale plan does the same."""
         if self._breaks(context.original_exception):
             context.is_disconnect = True
 
@@ -155,7 +157,7 @@ def _was_ended(connection: Connection[Any]) -> bool:
 
 
 def _forget_read_only(connection: Any, _: object) -> None:
-    """Leave it to the server whether the connection's next transaction may write.
+    """Let the server decide whether the connection's next transaction may write.
 
     SQLAlchemy resets to READ WRITE, which would override the read-only mode of a server with a full disk.
     """

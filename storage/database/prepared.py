@@ -1,7 +1,7 @@
 """Statements of the hot path: built and compiled once, then run by the driver itself.
 
 SQLAlchemy takes 26 to 45 µs to execute a compiled statement on an idle machine and five times that in a busy worker,
-SQLite itself 4 to 10. What SQLAlchemy knows of tables, types and dialects is used once, when a statement is compiled.
+SQLite itself 4 to 10. SQLAlchemy's knowledge of tables, types and dialects is used once, when a statement is compiled.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Statement = Select[Any] | UpdateBase
 
 
 class Done(NamedTuple):
-    """`rows`: named tuples, as the statement names its columns. `changed`: how many rows."""
+    """`rows`: named tuples with the columns' names. `changed`: the number of rows."""
 
     rows: list[Any]
     changed: int
@@ -34,8 +34,8 @@ class Done(NamedTuple):
 def execute(session: Session, statement: Statement, values: Mapping[str, Any] | None = None) -> Done:
     """Run a statement on tables that was built once, with the `values` of its parameters, in the session's transaction.
 
-    Changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them like
-    those of SQLAlchemy.
+    Pending changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them
+    like those of SQLAlchemy.
     """
     connection = session.connection()
     prepared = _prepared(statement, connection.dialect)
@@ -54,7 +54,7 @@ class _Prepared:
             for name, bind in binds
             if (process := bind.type.dialect_impl(dialect).bind_processor(dialect)) is not None
         ]
-        columns = list(statement.exported_columns)  # of an UPDATE: those it returns
+        columns = list(statement.exported_columns)  # for an UPDATE: the rows that it returns
         self._readers = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
         self._row: Any = _named_tuple([column.name for column in columns])
 
@@ -63,7 +63,7 @@ class _Prepared:
         for name, bind in self._binders:
             named[name] = bind(named[name])
         bound = named if self._names is None else tuple([named[name] for name in self._names])
-        for listen in connection.dispatch.before_cursor_execute:  # as SQLAlchemy does
+        for listen in connection.dispatch.before_cursor_execute:  # like SQLAlchemy
             listen(connection, None, self._sql, bound, None, False)
         driver: Any = connection.connection.driver_connection
         try:
@@ -72,7 +72,7 @@ class _Prepared:
             breaks = connection.info.get(BREAKS, lambda _: False)
             if not (getattr(driver, "closed", False) or breaks(error)):
                 raise
-            connection.invalidate(error)  # the pool would roll back on it, and lend it again
+            connection.invalidate(error)  # the pool would roll it back and lend it again
             raise DBAPIError(self._sql, None, error, hide_parameters=True, connection_invalidated=True) from error
         for listen in connection.dispatch.after_cursor_execute:
             listen(connection, None, self._sql, bound, None, False)

@@ -46,11 +46,11 @@ Result = TypeVar("Result")
 # connections by default. A process at rest keeps one: twelve idle workers had used up a PostgreSQL.
 KEPT_CONNECTIONS, KEPT_AT_REST = 12, 1
 WAKE_CHANNEL = "receiver_work"
-# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit does one at 64 MB of log.
+# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log.
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # SQLite's messages for a fault of the file. Faults of the statement have the same error class.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database", "not a database")
-# How long a group waits for a row that another transaction holds. Others hold one for 20 ms at most.
+# How long a group waits for a row that another transaction holds. Other transactions hold one for 20 ms at most.
 GROUP_LOCK_MILLISECONDS = 200
 # Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
@@ -61,8 +61,8 @@ def run(
 ) -> CursorResult[Any]:
     """Execute a statement on tables (not classes) that was built once, with the `values` of its parameters.
 
-    Building a statement anew and running it through the ORM takes three times the CPU. Settling a picture took 3.9 ms
-    that way and takes 1.3 ms this way, noting its key 0.9 and 0.5 ms, claiming it 1.9 and 0.9 ms. The session's
+    Building a statement each time and running it through the ORM takes three times the CPU. Settling a picture took 3.9
+    ms that way and takes 1.3 ms this way, noting its key 0.9 and 0.5 ms, claiming it 1.9 and 0.9 ms. The session's
     changes so far are flushed first, as before a statement of the ORM.
     """
     session.flush()
@@ -70,7 +70,7 @@ def run(
 
 
 def again_on_new_session(write: Callable[[], Result]) -> Result:
-    """Write, and once more if an old session refused to: nothing was committed then."""
+    """Write, and once more if an old session refused the write, because nothing was committed then."""
     try:
         return write()
     except SessionReplaced:
@@ -119,22 +119,22 @@ class _Pool(QueuePool):
         """
         while self.checkedin() > KEPT_AT_REST:
             try:
-                idle = self._pool.get(False)  # now no other thread can take it
+                idle = self._pool.get(False)  # no other thread can take it now
             except Empty:
                 return
             try:
                 idle.close()
             finally:
-                self._dec_overflow()  # as QueuePool does with one that is too many
+                self._dec_overflow()  # like QueuePool with a surplus connection
 
 
 class Database:
     """Sessions on one database.
 
-    `write()` is one transaction, committed at the end of the block and rolled back when the block raises. `read()` sees
-    one snapshot, taken at its first statement, and writes nothing. Raises `DatabaseUnavailable` when the database
-    cannot be reached, takes no writes or has no connection free for 4 s. `connections`: the most at once. `direct_url`:
-    of PostgreSQL itself where `url` is a pooler's; it is for waking alone.
+    `write()` is one transaction, committed at the end of the block and rolled back if the block raises. `read()` sees
+    one snapshot, taken at its first statement, and writes nothing. Raises `DatabaseUnavailable` if the database cannot
+    be reached, accepts no writes or has no connection free for 4 s. `connections`: the most at once. `direct_url`: of
+    PostgreSQL itself if `url` is a pooler's; it is for waking alone.
     """
 
     def __init__(self, url: str, *, direct_url: str | None = None, connections: int = 32) -> None:
@@ -163,7 +163,7 @@ class Database:
                 self.url,
                 pool_use_lifo=True,
                 connect_args=psycopg_arguments(self.url),
-                isolation_level="READ COMMITTED",  # the database's own default may be another
+                isolation_level="READ COMMITTED",  # the database may have another default
                 hide_parameters=True,
                 **pool,
             )
@@ -176,11 +176,12 @@ class Database:
         forks.renew_in_children(self)
 
     def bound_waits(self, seconds: float = SQLITE_BUSY_SECONDS) -> None:
-        """Wait so long for a lock of another session, then raise `DatabaseUnavailable`. For commands on PostgreSQL.
+        """Wait at most this long for a lock of another session, then raise `DatabaseUnavailable`. For commands on
+        PostgreSQL.
 
-        Workers and web never need it: their own transactions are short, and they go on when a stranger's ends.
+        Workers and web never need it: their own transactions are short, and they continue when another program's ends.
         """
-        if self.is_sqlite:  # it waits so long anyway
+        if self.is_sqlite:  # SQLite's own timeout does this anyway
             return
         self._is_bounded = True
 
@@ -190,14 +191,16 @@ class Database:
 
     def _make_group_writer(self) -> None:
         self._group_writer = GroupWriter(self._impatient_write, self.write)
-        # `write` in a transaction shared with other threads.
+        # Like `write`, in a transaction that is shared with other threads.
         self.write_in_group = self._group_writer.commit
 
     def _make_turnstile(self) -> Turnstile:
         return Turnstile(Path(f"{self.url.database}.lock"), self._file.check, is_patient=lambda: self.outages.is_on)
 
     def begin_in_child(self) -> None:
-        """Connections and the writer's thread stay the parent's. A write waited a minute for a thread that it had."""
+        """Leave connections and the writer's thread to the parent. Otherwise a child's write waited a minute for a
+        thread that only the parent has.
+        """
         self._make_group_writer()
         self.woken = threading.Event()
         if self.is_sqlite:
@@ -277,14 +280,14 @@ class Database:
             waits = _state(error) in WAITED  # for a row of another transaction
             if (
                 outage is not None and not waits and not isinstance(outage, SessionReplaced)
-            ):  # a new one may still write
+            ):  # a new session may still write
                 self.outages.failed(str(outage))
             if outage is None or outage is error:
                 raise
             raise outage from error
 
     def _outage_of(self, error: Any) -> DatabaseUnavailable | None:
-        """The outage that the error means, with place and reason; None = it means another thing."""
+        """The outage that the error means, with place and reason; None = the error means something else."""
         if isinstance(error, DatabaseUnavailable):
             return error
         if isinstance(error, PoolTimeout):
@@ -302,7 +305,7 @@ class Database:
         return kind(f"database: {place(self.url)}: {words(self.url, error)}")
 
     def close_idle(self) -> None:
-        """Close the connections that nobody uses, but one. For a process that has nothing to do for a while."""
+        """Close the idle connections but one. For a process without work for a while."""
         pool = self.reader.pool  # SQLite's writer has one connection
         assert isinstance(pool, _Pool)
         pool.close_idle()
@@ -333,7 +336,7 @@ def _sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engin
 
     @event.listens_for(engine, "do_connect")
     def make(*_: object) -> None:
-        """Prompts and links are for this user alone."""
+        """Create the files for this user alone, because they hold prompts and links."""
         file.make()
 
     @event.listens_for(engine, "connect")
@@ -351,7 +354,9 @@ def _sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engin
 
 
 def _set_pragma(connection: sqlite3.Connection, pragma: str) -> None:
-    """Wait for other processes: a new file's switch to WAL needs it alone, and SQLite's own timeout excludes that."""
+    """Wait for other processes: a new file's switch to WAL needs exclusive access, which SQLite's own timeout does not
+    cover.
+    """
     ends_at = time.monotonic() + SQLITE_BUSY_SECONDS
     while True:
         try:

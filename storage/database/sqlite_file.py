@@ -1,7 +1,7 @@
-"""The file of an SQLite database: made for this user alone, and the same one as long as the process lives.
+"""The file of an SQLite database: created for this user alone, and the same file for the whole life of the process.
 
-SQLite writes on into a file that was removed or replaced under it, and says nothing: all of it is gone with the last
-connection. 200 was answered to deliveries that nobody will see.
+If the file is removed or replaced, SQLite silently continues to write to the old one, which is gone with the last
+connection. Deliveries were answered 200 that way and lost.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from storage.errors import DatabaseUnavailable
 
 
 class SqliteFile:
-    """One path and the file that stood there at the first connection."""
+    """One path, and the file that was there at the first connection."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._identity: tuple[int, int] | None = None
 
     def check(self) -> None:
-        """Raises `DatabaseUnavailable` when another file stands at the path, or none. A microsecond."""
+        """Raises `DatabaseUnavailable` if another file, or none, is at the path. Takes a microsecond."""
         found = self._found()
         if self._identity is None:
             self._identity = found
@@ -32,7 +32,7 @@ class SqliteFile:
             raise DatabaseUnavailable(f"database: {self.path.absolute()} {what} while it was open: {advice}")
 
     def make(self) -> None:
-        """Make the file where there is none. SQLite gives its -wal and -shm the mode of the file.
+        """Create the file if it does not exist. SQLite gives its -wal and -shm the mode of the file.
 
         Raises `DatabaseUnavailable`, also for a symlink that another user may have made.
         """
@@ -40,10 +40,10 @@ class SqliteFile:
             own_files.final(self.path)
         except PermissionError as error:
             raise DatabaseUnavailable(f"database: {error.filename}: {error.strerror}") from error
-        except OSError:  # SQLite says so
+        except OSError:  # SQLite reports it
             return
         if self._identity is None:
-            with suppress(OSError):  # it is there, or cannot be: SQLite says so
+            with suppress(OSError):  # it exists, or cannot be created: SQLite reports it
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, own_files.FILE_MODE))
         self.check()
 

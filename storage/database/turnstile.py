@@ -32,8 +32,8 @@ class Turnstile:
 
     Without it two workers that committed in a loop delayed a delivery by 7 to 13 s; with it p99 was 0.11 s. It is never
     held across other I/O. A thread that waits for another one of its process gives up after `wait_seconds`. So does one
-    that waits for another process, unless `is_patient`: a command ends with a message, a worker goes on when it can.
-    `check` is called before each entry; what it raises, the entry raises.
+    that waits for another process, unless `is_patient`: a command ends with a message, a worker waits. `check` is
+    called before each entry, which raises its error.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Turnstile:
         return self._file
 
     def _lock(self, file: TextIO) -> None:
-        """Take the file's lock. The wait blocks: it is fair, and whatever has a time limit is not.
+        """Take the file's lock. The wait blocks: a blocking wait is fair, and no wait with a time limit is.
 
         Measured, three processes that lock in a loop: p99 12 ms; 60 ms with a thread that waits, 1 s with polling.
         """
@@ -90,7 +90,7 @@ class Turnstile:
             self._blocked_since = None
 
     def _lock_in_time(self, file: TextIO) -> None:
-        """Take the file's lock, or give up: then the thread that waits closes the file, and with it the lock."""
+        """Take the file's lock, or give up. The waiting thread then closes the file, which releases the lock."""
         decided, outcomes = threading.Lock(), list[str]()  # the first outcome counts
 
         def wait() -> None:
@@ -113,7 +113,7 @@ class Turnstile:
             raise DatabaseUnavailable(self._held())
 
     def _watch(self) -> None:
-        """Say when one wait takes so long that no receiver holds the lock."""
+        """Log a wait that is longer than any receiver holds the lock."""
         while (since := self._blocked_since) is not None:
             time.sleep(self._wait_seconds)
             if self._blocked_since == since:
@@ -126,7 +126,7 @@ class Turnstile:
         )
 
     def is_entered_at_once(self) -> bool:
-        """Enter it if nobody is inside. False: somebody is. For event loops, which must not wait."""
+        """Enter it if no one is inside. False: it is taken. For event loops, which must not wait."""
         if not self._thread_lock.acquire(blocking=False):
             return False
         is_inside = False
@@ -134,7 +134,7 @@ class Turnstile:
             self._check()
             fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_inside = True
-        except (OSError, DatabaseUnavailable):  # held by another process; what else may be wrong, a waiting `with` says
+        except (OSError, DatabaseUnavailable):  # held by another process; a waiting `with` reports any other fault
             pass
         finally:
             if not is_inside:

@@ -1,4 +1,4 @@
-"""The URL of a database as people write it, what psycopg is given of it, and how a message names the place."""
+"""The URL of a database: its accepted forms, psycopg's arguments, and the place that messages name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sqlalchemy.exc import ArgumentError
 from storage.url_parts import ENCODE
 
 URL_FORMS = f"use sqlite:///FILE or postgresql://USER:PASSWORD@HOST/NAME, and {ENCODE}"
-# A server that is up answers in less. A delivery has 5 s from its body to its commit.
+# A healthy server answers in less. A delivery has 5 s from its body to its commit.
 CONNECT_SECONDS = 4
-# A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, whether we send or wait.
-# Linux's own limits are 15 minutes, or none. Options in the URL take precedence.
+# A host that vanishes (failover, a firewall that lost its state) is noticed after 10 s, while sending and while
+# waiting. Linux's own limits are 15 minutes, or none. Options in the URL take precedence.
 POSTGRESQL_OPTIONS = {
     "connect_timeout": CONNECT_SECONDS,
     "tcp_user_timeout": 10_000,  # milliseconds
@@ -59,9 +59,9 @@ def _parse(url: str) -> URL:
 
 
 def psycopg_arguments(url: URL) -> dict[str, Any]:
-    """What psycopg connects with. Of several hosts it takes the one that may be written, unless the URL asks for less.
+    """The arguments of psycopg's connection. Of several hosts it takes the writable one, unless the URL asks for less.
 
-    The encoding is ours, because a database may name another one as its default, which has no letters for a prompt.
+    The encoding is set here, because a database may have a default that lacks the letters of a prompt.
     """
     named = _driver_names(url)
     several = {"target_session_attrs": "read-write"} if "," in str(named.get("host", "")) else {}

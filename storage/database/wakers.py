@@ -26,7 +26,7 @@ SQLITE_POLL_INTERVAL_SECONDS = 0.05
 # Commits that wake at once after a quiet interval. A delivery is four steps: applied, archived, finished, events sent.
 # On SQLite these are commits of this process itself, since other commits are found by checking.
 QUICK_WAKES = 4
-# PostgreSQL notifies of each commit, and a woken process asks for work of every kind. With eight workers that was 60
+# PostgreSQL notifies of each commit, and a woken process queries for work of every kind. With eight workers that was 60
 # queries for each commit, more CPU than the pictures took. The first QUICK_WAKES notifications wake at once, the
 # following ones together after this time. A lane with work in hand claims more without being woken.
 WAKE_SECONDS = 0.2
@@ -51,13 +51,13 @@ class Waker(Protocol):
 class SqliteWaker:
     """Polls `data_version`, in which SQLite counts commits of other connections: some microseconds and no lock.
 
-    After an error it opens the file anew, and waits end by time alone until that works. It is logged once.
+    After an error it opens the file again, and waits end by time alone until that works. The error is logged once.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._connection: PoolProxiedConnection | None = None
-        self._seen: int | None = None  # by this connection: each counts on its own
+        self._seen: int | None = None  # per connection, because each counts separately
         self._is_lost = False
         self._quick_left = QUICK_WAKES
 
@@ -77,7 +77,7 @@ class SqliteWaker:
         return before != version
 
     def _pause(self) -> None:
-        """Until the next check. A commit of this process ends it, QUICK_WAKES times after a pause without one."""
+        """Wait until the next check. A commit of this process ends the wait, QUICK_WAKES times after a quiet pause."""
         woken = self._database.woken
         if not self._quick_left:
             time.sleep(SQLITE_POLL_INTERVAL_SECONDS)
@@ -114,10 +114,10 @@ class WakeFault(Exception):
 
 
 class PostgresWaker:
-    """Listens for the notifications of `Database.wake`, at the direct URL if there is one. It connects anew after an
-    error, and when sessions turned out to be of a server that was demoted.
+    """Listens for the notifications of `Database.wake`, at the direct URL if there is one. It reconnects after an
+    error, and when sessions turned out to belong to a demoted server.
 
-    Where it finds a pooler it does not listen, and waits for `POOLED_INTERVAL_SECONDS` at most.
+    Behind a pooler it does not listen, and waits for `POOLED_INTERVAL_SECONDS` at most.
     """
 
     def __init__(self, database: Database, channel: str) -> None:
@@ -153,7 +153,7 @@ class PostgresWaker:
         return True
 
     def _pause(self) -> None:
-        """Before a wake-up, unless it is one of the QUICK_WAKES after a quiet interval."""
+        """Pause before a wake-up, unless it is one of the QUICK_WAKES after a quiet interval."""
         left = self._woke_at + WAKE_SECONDS - time.monotonic()
         if left <= 0:
             self._quick_left = QUICK_WAKES
@@ -164,13 +164,13 @@ class PostgresWaker:
 
     @staticmethod
     def _hears(connection: Connection[Any], seconds: float) -> bool:
-        """Whether a notification comes. The driver itself wakes ten times a second while it waits for one."""
+        """Whether a notification arrives. The driver itself wakes ten times a second while it waits for one."""
         incoming = select.poll()
         incoming.register(connection, select.POLLIN)
         return bool(incoming.poll(seconds * 1_000)) and any(True for _ in connection.notifies(timeout=0, stop_after=1))
 
     def check(self) -> None:
-        """Listen, notify by way of the other URL, and hear it. Raises `WakeFault`, `DatabaseUnavailable`."""
+        """Listen, notify over the other URL, and receive it. Raises `WakeFault`, `DatabaseUnavailable`."""
         try:
             self._listen()
             if self._connection is None:

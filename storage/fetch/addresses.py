@@ -169,7 +169,7 @@ def _reason(address: Address, row: Row) -> str:
 
 @dataclass(frozen=True)
 class AddressPolicy:
-    """Which hosts may serve results.
+    """Decides which hosts may serve results.
 
     `result_hosts`: empty = any public https host, else a host must equal one of these or be a subdomain of one.
     `private_hosts`: (host, port) pairs that may use plain http, another port than 443, or a private address; hosts in
@@ -261,7 +261,7 @@ def host_of(url: str) -> str:
 
 
 def _one_spelling(host: str) -> str:
-    """`localhost` for this machine under any of its own names, and the IPv4 address for an IPv6 one that holds it."""
+    """`localhost` for every own name of this machine, and the IPv4 address for an IPv6 address that embeds it."""
     address = _literal(host)
     if address is None:
         return "localhost" if host.endswith(".localhost") else host

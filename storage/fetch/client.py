@@ -47,7 +47,7 @@ BROKEN = (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProto
 MAX_RESUMES = 20
 # 404 and 410 too: hosts answer so for signed URLs of removed objects.
 EXPIRED = frozenset({401, 403, 404, 410})
-# "Later" in words. Another 4xx says the same at every try.
+# Statuses that mean "later". Another 4xx is the same at every try.
 LATER = frozenset({408, 425, 429})
 # A longer Retry-After is shortened, because resellers delete results after 24 hours.
 MAX_RETRY_AFTER_SECONDS = 3_600.0

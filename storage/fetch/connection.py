@@ -112,7 +112,7 @@ def dial(host: str, address: str, port: int, timeout: float | None) -> socket.so
 class TransferDeadline:
     """Time limits of one fetch: in total, for the response head, and a minimum speed for the body.
 
-    Speed is bytes per second spent *waiting* for them, so a slow local disk does not count against the sender.
+    Speed is bytes per second of *waiting* for them, so a slow local disk does not count against the sender.
     """
 
     total_seconds: float
@@ -278,7 +278,7 @@ class GuardedStream(httpcore.NetworkStream):
 
     def read_body(self, buffer: memoryview, timeout: float | None = None) -> memoryview:
         """The next bytes after the head, in `buffer`; none at the end of the connection."""
-        if self._rest:  # they came with the head
+        if self._rest:  # bytes that came with the head
             count = min(len(self._rest), len(buffer))
             buffer[:count], self._rest = self._rest[:count], self._rest[count:]
             return buffer[:count]
@@ -376,7 +376,7 @@ class GuardedStream(httpcore.NetworkStream):
     def get_extra_info(self, info: str) -> Any:
         match info:
             case "is_readable":  # of an idle connection: True makes the pool drop it
-                try:  # on the socket itself, below TLS: bytes or an end mean that the host is done with it
+                try:  # on the socket itself, below TLS: bytes or an end mean that the host has ended the connection
                     self._socket.settimeout(0)
                     socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
                 except (BlockingIOError, InterruptedError):
