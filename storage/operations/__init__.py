@@ -1,7 +1,7 @@
-"""Room: what operators and health checks need, and what leaves the rows as events.
+"""Room: what operators and health checks need, and how events leave the rows.
 
 Measures, alerts on deadlines, worker heartbeats, maintenance (retry, dismiss, prune), and the outbox of events. It may
-lean on every other room of storage. Read `outbox.py` first for delivery of events, `maintenance.py` for the verbs.
-`ended.py` counts the ends of tasks and keeps the last day for the metrics; `rollups.py` keeps a month in hours for the
-console; `thumbnails.py` keeps its small pictures, and `attention.py` finds what may need a person.
+lean on every other room of storage. Read `outbox.py` first for delivery of events, `maintenance.py` for the commands.
+`ended.py` counts the ends of tasks and holds the last day for the metrics; `rollups.py` holds a month in hours for the
+console; `thumbnails.py` caches its small pictures, and `attention.py` finds what may need a person.
 """

@@ -1,4 +1,4 @@
-"""What may need a person and has no measure of its own: a bounded number of rows, by their indexes."""
+"""Finds what may need a person and has no measure of its own: a bounded number of rows, by their indexes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def refused_lately(session: Session) -> int:
 
 
 def still_batches(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
-    """Batches with waiting tasks of which none has ended lately. Reads the waiting ones, and the last end of a few."""
+    """Batches with waiting tasks of which none has ended lately. Reads the waiting tasks, and the last end of a few
+    batches.
+    """
     waits = (col(Task.step).in_(Step) & col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None))
     found = select(Task.batch_id).where(col(Task.batch_id).is_not(None)).limit(MANY)
-    # Apart, because for one condition with "or" SQLite reads the whole table: 0.3 s beside a million tasks.
+    # Two statements, because SQLite reads the whole table for one condition with "or": 0.3 s beside a million tasks.
     parts = [found.where(each).subquery() for each in waits]
     some = union_all(*(select(part.c.batch_id) for part in parts)).subquery()
     counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)

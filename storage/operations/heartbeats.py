@@ -38,16 +38,16 @@ def register(database: Database, threads: int) -> uuid.UUID:
 def beat(database: Database, worker_id: uuid.UUID) -> int:
     """Note that this process is alive. Returns how many are, this one included.
 
-    One statement without a transaction around it: with the objects of a session it was a third of an idle worker's CPU.
+    One statement without a transaction. With the objects of a session it took a third of an idle worker's CPU.
     """
     with database.autocommit_writer() as connection:
         return 1 + (connection.execute(_BEAT, {"own": worker_id}).scalar() or 0)
 
 
 def try_write(database: Database) -> None:
-    """Write a row and remove it: refused by a standby, by a read-only file and by a full disk.
+    """Write a row and remove it, which a standby, a read-only file and a full disk refuse.
 
-    A row that a crash leaves is that of a worker long dead, and the next worker that starts removes it.
+    A row that a crash leaves counts as that of a dead worker, and the next worker that starts removes it.
     """
     row = Worker(host="receiver check", pid=os.getpid(), threads=0)
     row.started_at = row.seen_at = db_now(-FORGET_SECONDS)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
-"""Lists that page by key: newest first, a bounded number of rows looked through, no count over a table.
+"""Lists that page by key: newest first, a bounded number of rows per page, no count over a table.
 
 A filter on a state, a model or words of a prompt has no index of its own. It is applied to the newest `SCANNED` rows
-behind the cursor; a page that comes out short says how far back it looked and goes on from there.
+behind the cursor. A page with too few matches says how far back it searched, and the next page continues there.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 K = TypeVar("K")
 
 PAGE = 50
-# Looked through by the index of creation times: 20 to 60 ms beside a million tasks, on either database.
+# Rows searched by the index of creation times: 20 to 60 ms beside a million tasks, on either database.
 SCANNED = 10_000
-# What filters look at.
+# The columns that filters need.
 WINDOW = ("id", "created_at", "state", "archive", "provider", "external_task_id")
 MAX_FIELD_CHARS = 200
-# Of one task, the newest ones. A task that ends well has six and one for each file.
+# The newest rows of one task. A task that ends well has six and one for each file.
 SHOWN_EVENTS = 200
-# What `files` of a filter asks for: given up, tried again later, about to be deleted at the provider.
+# The values of a filter's `files`: given up, tried again later, about to be deleted at the provider.
 FILES = ("failed", "waiting", "expiring")
-# Files that such a filter looks at. Their tasks are looked up one by one.
+# Files that such a filter reads. Their tasks are looked up one by one.
 WITH_FILES = 1_000
-# A delivery of which no report was taken.
+# States of a delivery whose report was not applied.
 REFUSED = (CallbackState.REJECTED, CallbackState.UNREADABLE)
 
 
 @dataclass(frozen=True)
 class TaskFilter:
-    """What the address of a list asks for; an empty field asks for nothing. `q`: words in an id or in the prompt.
+    """The filter in the address of a list. An empty field filters nothing. `q`: words in an id or in the prompt.
     `files`: one of `FILES`.
     """
 
@@ -63,7 +63,7 @@ class TaskFilter:
 
 @dataclass
 class Page:
-    """`rows`: newest first. `further`: the next page's cursor; `looked_until`: set when the scan ended at its bound."""
+    """`rows`: newest first. `further`: the next page's cursor; `looked_until`: set if the search ended at its bound."""
 
     rows: Sequence[Any] = field(default_factory=list)
     further: str | None = None
@@ -97,7 +97,7 @@ def newest_tasks(
     """One page of tasks. `before`: the cursor of the page before. `kept`: only tasks that may have archived files.
     `lead_seconds`: how close to their deletion files are expiring.
     """
-    asks_request = ("request",) if wanted.q or wanted.model else ()  # SQLite copies what a window holds
+    asks_request = ("request",) if wanted.q or wanted.model else ()  # SQLite copies the columns of a window
     found: Any = select(*(getattr(Task, name) for name in (*WINDOW, *asks_request)))
     reach = _in_reach(session, wanted, lead_seconds)
     if reach is None:
@@ -124,7 +124,7 @@ def newest_tasks(
 
 
 def first_files(page: Page, counts: Mapping[uuid.UUID, int], most: int) -> Page:
-    """The first tasks of a page that have at most so many files together, and the cursor behind them."""
+    """The first tasks of a page that have at most this many files together, and the cursor behind them."""
     kept, files = list[Task](), 0
     for task in page.rows:
         files += counts.get(task.id, 0)
@@ -158,8 +158,8 @@ def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list
 
 
 def _tasks_with_files(session: Session, files: str, lead_seconds: float) -> list[uuid.UUID]:
-    """The ids of tasks for a filter's `files`, by the index of each kind. They are read first: as a part of the query
-    for a page they could make a planner walk all tasks.
+    """The ids of tasks for a filter's `files`, by the index of each kind. They are read first, because as a part of the
+    page's query they could make a planner walk all tasks.
     """
     if files == "expiring":
         some = [select(Task.id).where(each).limit(WITH_FILES) for each in deadlines.near(lead_seconds)]
@@ -198,7 +198,7 @@ def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
 
 
 def exact(session: Session, words: str, providers: Sequence[str] = ()) -> Task | None:
-    """The task that has exactly this id: ours, or one that one of these providers calls it by."""
+    """The task with exactly this id: our own, or an id that one of these providers uses for it."""
     if not words or not _is_sane(words):
         return None
     found = tasks.by_external_id(session, words)
@@ -331,7 +331,7 @@ def _cursor_text(at: datetime, key: uuid.UUID | int) -> str:
 
 
 def _cursor(text: str | None, read_key: Callable[[str], K]) -> tuple[datetime, K] | None:
-    """What stands in an address, or None for what is no cursor."""
+    """The values of a cursor in an address, or None if it is not one."""
     moment, _, key = (text or "").partition("~")
     try:
         at = datetime.fromisoformat(moment)
@@ -350,7 +350,7 @@ def _behind(at: Any, key: Any, cursor: tuple[datetime, Any] | None) -> list[Any]
     if cursor is None:
         return []
     moment, last = cursor
-    return [at <= moment, or_(at < moment, key < last)]  # the first alone is what the index is entered by
+    return [at <= moment, or_(at < moment, key < last)]  # only the first condition can use the index
 
 
 def _day(text: str) -> datetime | None:

@@ -58,7 +58,7 @@ def retry(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
     files = retry_files(session, task, [asset.id for asset in assets], schedule)
     if not files and task.archive is ArchiveState.INCOMPLETE:
         task.archive, task.note = ArchiveState.ARCHIVING, None
-        task.completeness_reads = task.completeness_reads if assets else 0  # without any file all reads start anew
+        task.completeness_reads = task.completeness_reads if assets else 0  # without a file, all reads start again
         reports.reschedule(session, task, schedule)
         return Retried(step=task.step)
     own = _make_due_now(session, task)
@@ -129,7 +129,7 @@ def failed_files(
     chosen = chosen.where(*wanted, *_saying(Asset.error, error))
     given_up = col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")
     with database.read() as session:
-        found = list(session.exec(chosen.where(col(Asset.unusable_since).is_not(None))))  # few
+        found = list(session.exec(chosen.where(col(Asset.unusable_since).is_not(None))))  # few rows
     made = [] if since is None else [col(Asset.created_at) >= since]  # after its task
     for part, _ in walk.parts(database, order, BATCH, given_up, *made):
         if len(found) >= limit:
@@ -269,7 +269,7 @@ def deliveries(session: Session, *within: Any, state: CallbackState | None = Non
 
 
 def received(database: Database, since: datetime | None, until: datetime | None) -> Iterator[list[Any]]:
-    """Conditions of `deliveries` for all that was pushed from `since` to before `until`, a batch after the other."""
+    """Conditions of `deliveries` for all that were pushed from `since` to before `until`, one batch after the other."""
     came = col(Callback.received_at)
     within = [*([] if since is None else [came >= since]), *([] if until is None else [came < until])]
     for part, _ in walk.parts(database, (came, col(Callback.id)), BATCH, *within):

@@ -23,8 +23,8 @@ from storage.states import ArchiveState, AssetState, CallbackState, Step
 
 # An idle worker claims a due row within a second.
 OVERDUE_SECONDS = 60
-# Files whose next try is the latest. Those that the store refused are among them: what was never tried is due before.
-# Reading so many rows takes some milliseconds, however many wait.
+# Files whose next try is the latest. Those that the store refused are among them, because untried files are due before.
+# Reading this many rows takes some milliseconds, however many wait.
 STORE_WAITS_LOOKED_AT = 2_000
 STORE_CAUSES = 5
 # Each table, and the column that leads its due index with every value that a due row has.
@@ -39,7 +39,8 @@ WAITING: tuple[tuple[Any, Any], ...] = (
 class AccountMeasures:
     """A provider's account. `slots_held`: pictures in work, by our own count. `slot_limit`: the current limit, None =
     no limit. `tasks_queued`: tasks that wait for slots. `account_paused`: 1 while the provider refuses the account.
-    `models_paused`: models it may not use. `pauses`: a line for each, with the provider's words."""
+    `models_paused`: models it may not use. `pauses`: a line for each, with the provider's message.
+    """
 
     slots_held: int = 0
     slot_limit: int | None = None
@@ -60,18 +61,17 @@ class SinkMeasures:
 
 @dataclass(frozen=True)
 class Measures:
-    """Rows as of now. Fields named `…_day`: tasks that ended within the last 24 h.
+    """The current rows in numbers. Fields named `…_day`: tasks that ended within the last 24 h.
 
     `due`: rows that wait for a worker. `overdue`: those due for over a minute. `store_waits`: see the function of this
-    name. `unusable_files`: files whose hosts
-    answer with something else and that are still tried, `unusable_seconds`: age of the oldest, `incomplete_open`:
-    tasks that are incomplete for want of them. `callbacks_expected`: tasks that ended
-    in the last 24 h, at least five minutes ago, and asked for a callback. `callbacks_lost`: those of them whose end no
-    callback reported. `callbacks_late`: tasks whose callback came after a read had reported the end. `late_seconds`:
-    the longest of those delays. `events_open`: undelivered events, counted per sink. `oldest_event_seconds`: age of the
-    oldest of them. `events_dead`: events that were given up. `audit_…`: the continuous audit: current faults, files
-    hashed in this round, completed share of it (0 to 1), whether it is late (0 or 1), seconds since the last complete
-    round (None = no round has ended). `accounts`, `sinks`: by name.
+    name. `unusable_files`: files whose hosts answer with something unusable and that are still tried,
+    `unusable_seconds`: age of the oldest, `incomplete_open`: tasks that are incomplete because of them.
+    `callbacks_expected`: tasks that ended in the last 24 h, at least five minutes ago, and asked for a callback.
+    `callbacks_lost`: those of them whose end no callback reported. `callbacks_late`: tasks whose callback came after a
+    read had reported the end. `late_seconds`: the longest of those delays. `events_open`: undelivered events, counted
+    per sink. `oldest_event_seconds`: age of the oldest of them. `events_dead`: events that were given up. `audit_…`:
+    the continuous audit: current faults, files hashed in this round, completed share of it (0 to 1), whether it is late
+    (0 or 1), seconds since the last complete round (None = no round has ended). `accounts`, `sinks`: by name.
     """
 
     due: int
@@ -122,9 +122,9 @@ def measure(
 ) -> Measures:
     """Measure the rows. Takes some milliseconds, and under 0.1 s while 100,000 tasks and 50,000 events wait.
 
-    `ended`: what the caller's last measuring has counted of the day; None = the day is counted anew. `day`: without it
-    nothing of the day is counted, and its fields are 0. `slots`: of the account whose limit is configured here. Other
-    accounts are listed without a limit while they hold slots or have queued tasks.
+    `ended`: the caller's counts of the day so far; None = the day is counted completely. `day` False: nothing of the
+    day is counted, and its fields are 0. `slots`: of the account whose limit is configured here. Other accounts are
+    listed without a limit while they hold slots or have queued tasks.
     """
     now, audit = tasks.now(session), continuous_audit.standing(session)
     return Measures(
@@ -151,16 +151,16 @@ def count_dead_events(session: Session) -> int:
 
 
 def count_deadline_near(session: Session, seconds: float) -> int:
-    """Tasks whose files are deleted at the provider within `seconds`, or were, and are not all kept."""
+    """Tasks with files that are not all archived and that the provider deletes within `seconds`, or has deleted."""
     return sum(_count(session, each) for each in deadlines.near(seconds))
 
 
 @dataclass(frozen=True)
 class UnusableFiles:
-    """Files whose hosts answer with something that is no file to keep: they are tried on, so nothing is lost yet.
+    """Files whose hosts answer with something unusable. They are still tried, so nothing is lost yet.
 
-    `files`: how many; `said`: how many tasks are said to be incomplete by now for want of them. `since`: when the first
-    of them began; `next_try_at`: when the next of them is tried; None = there are none.
+    `files`: how many; `said`: how many tasks are reported as incomplete because of them. `since`: when the first of
+    them began; `next_try_at`: when the next of them is tried; None = there are none.
     """
 
     files: int = 0
@@ -185,7 +185,7 @@ def unusable_files(session: Session) -> UnusableFiles:
 def store_waits(session: Session) -> dict[str, int]:
     """How many files wait because the store was away or refused them, by its answer to their last try.
 
-    Of the STORE_WAITS_LOOKED_AT files whose next try is the latest; the STORE_CAUSES most frequent answers.
+    Covers the STORE_WAITS_LOOKED_AT files whose next try is the latest, and the STORE_CAUSES most frequent answers.
     """
     latest = select(Asset.error).where(col(Asset.due_at).is_not(None)).order_by(col(Asset.due_at).desc())
     error = latest.limit(STORE_WAITS_LOOKED_AT).subquery().c.error

@@ -155,7 +155,7 @@ def _open_chains(session: Session, task_ids: Collection[uuid.UUID]) -> set[tuple
 
 
 def delivered(session: Session, row: Dispatch) -> None:
-    """Settle a claimed dispatch that its sink accepted. Raises `LostClaim`, as all of these."""
+    """Settle a claimed dispatch that its sink accepted. Raises `LostClaim`, like the others here."""
     _end(session, row, DispatchState.DELIVERED, None)
 
 
@@ -165,7 +165,7 @@ def failed(session: Session, row: Dispatch, error: str, due_in: float) -> None:
 
 
 def put_off(session: Session, row: Dispatch, due_in: float) -> None:
-    """Put a claimed dispatch off by `due_in` seconds without counting a try."""
+    """Postpone a claimed dispatch by `due_in` seconds without counting a try."""
     claims.settle(session, row, due_in=due_in, counts=False)
 
 

@@ -1,7 +1,8 @@
-"""Forget what is old: deliveries, dispatches, events, request bodies, walked by age in bounded parts.
+"""Prunes old rows: deliveries, dispatches, events, request bodies, walked by age in bounded parts.
 
 A walk ends where the rows become too young. Each part of a walk is one read of at most `PART` rows, then writes that
-each hold the lock for some 50 ms: as many rows as the last ones were quick. Callers own no transaction here.
+each hold the lock for some 50 ms; their number of rows follows the speed of the last ones. Callers own no transaction
+here.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from storage.states import ArchiveState, CallbackState, Step
 
 # Rows that one read looks at: 10 to 30 ms beside 8 million events.
 PART = 2_000
-# A write begins with so few rows, and aims at so much time: the intake waits meanwhile, on SQLite for the only lock.
+# The rows of the first write, and the time that each write aims at. The intake waits meanwhile, on SQLite for the only
+# lock.
 FIRST_ROWS, MOST_ROWS, LOCK_SECONDS = 100, 2_000, 0.05
-# Ids are given before the times that rows carry are committed; a walk by ids goes on for so long past the last old row.
+# Ids are assigned before the times of their rows are committed, so a walk by ids continues this far past the last old
+# row.
 SLACK = timedelta(hours=1)
 
 
@@ -34,7 +37,7 @@ SLACK = timedelta(hours=1)
 class Prunable:
     """One kind of prunable data: rows of `model` that satisfy `old`. `values`: written to them, None = rows deleted.
 
-    `order`: the columns that a walk goes by, as an index has them. `age`: the time that rises with them.
+    `order`: the columns of the walk, in an index's order. `age`: the time that rises with them.
     """
 
     name: str
@@ -48,9 +51,9 @@ class Prunable:
 def prunable(session: Session, before: datetime) -> list[Prunable]:
     """What may be pruned from before `before`: nothing of a task that is not over, and nothing that waits for work.
 
-    A delivery to the account's URL names no task, so it is kept while any task is not over that existed when it came.
-    An event is kept until it has a number and every sink has it. The client's callback URL, which may hold a secret,
-    is pruned with the request, after the client has been called back.
+    A delivery to the account URL names no task, so it stays while a task is open that existed when it came. An event
+    stays until it has a number and every sink has it. The client's callback URL, which may hold a secret, is pruned
+    with the request, after the client has been called back.
     """
     unnamed = col(Callback.received_at) < min(before, _oldest_open(session) or before)
     settled = and_(
@@ -70,7 +73,7 @@ def prunable(session: Session, before: datetime) -> list[Prunable]:
     ended_at = func.coalesce(Task.archived_at, Task.completed_at, Task.created_at)
     undelivered = or_(
         exists().where(col(Dispatch.task_id) == col(Task.id), outbox.IS_OPEN),
-        # Not `seq IS NULL`: SQLite then reads every event without a number for each task.
+        # Not `seq IS NULL`, because SQLite then reads every event without a number for each task.
         exists().where(col(Event.task_id) == col(Task.id), func.coalesce(Event.seq, 0) == 0),
     )
     filled = or_(col(Task.request) != {}, col(Task.client_callback_url).is_not(None))
@@ -89,7 +92,7 @@ def _is_over(task_id: Any) -> Any:
 
 
 def _oldest_open(session: Session) -> datetime | None:
-    """When the oldest task was created that is not over. Each way of being open has an index of few rows."""
+    """The creation time of the oldest open task. Each way of being open has an index of few rows."""
     waits = col(Task.due_at).is_not(None)
     unusable = select(Asset.task_id).where(col(Asset.unusable_since).is_not(None))
     ways = [
@@ -100,7 +103,7 @@ def _oldest_open(session: Session) -> datetime | None:
         col(Task.archive) == literal_column(f"'{ArchiveState.ARCHIVING}'"),
         col(Task.id).in_(unusable),
     ]
-    # Of a plain column SQLite looks for the least along the index of creation times, through every ended task.
+    # For a plain column SQLite searches the minimum along the index of creation times, through every ended task.
     oldest = type_coerce(func.min(func.coalesce(Task.created_at, Task.created_at)), UtcTime)
     found = [session.execute(select(oldest).where(way)).scalar_one() for way in ways]
     return min((each for each in found if each), default=None)
@@ -124,7 +127,7 @@ def prune(database: Database, kind: Prunable, before: datetime) -> int:
         while ids:
             started = time.monotonic()
             with database.write() as session:
-                began = time.monotonic()  # what it waited for its turn before is not its own time
+                began = time.monotonic()  # the wait for its turn is not part of its own time
                 total += _prune_rows(session, kind, ids[:rows])
             del ids[:rows]
             took = time.monotonic() - max(began, started)

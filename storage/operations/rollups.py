@@ -1,7 +1,7 @@
-"""The day and the month in figures: an hour at a time, kept in memory, so that a page never reads a month of rows.
+"""The figures of a day or a month: counted by the hour and held in memory, so that a page never reads a month of rows.
 
-An hour that is over changes little; it is read again when it is looked at after `STALE_SECONDS`. The current and the
-last hour are read at most twice a minute. A month is filled from its newest hour on by one thread in the background.
+A past hour changes little. It is read again at a request after `STALE_SECONDS`. The current and the last hour are read
+at most twice a minute. A background thread reads a month, from its newest hour on.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ HOUR = timedelta(hours=1)
 MONTH_HOURS = 30 * 24
 FRESH_SECONDS = 30.0
 STALE_SECONDS = 3_600.0
-# So many durations of an hour are looked at; more tell the same median.
+# Durations of an hour that are read; more give the same median.
 SAMPLED = 500
-# So many of them are kept, evenly spaced by rank: a month has at most 43,200, whose ranks take 10 ms.
+# Durations of an hour that stay in memory, evenly spaced by rank. A month has at most 43,200, whose ranks take 10 ms.
 KEPT = 60
-# So long a page reads hours itself, the newest first; the background thread reads the rest. Beside a million tasks an
+# How long a page reads hours itself, the newest first; the background thread reads the rest. Beside a million tasks an
 # hour takes 10 to 30 ms.
 AT_ONCE_SECONDS = 0.1
 CLOSE_SECONDS = 2.0
-# Between two hours: a month takes some 20 s, and pages asked for meanwhile hardly notice.
+# The pause between two hours. A month takes some 20 s, and pages requested meanwhile are hardly slower.
 REST_SECONDS = 0.02
 
 
@@ -80,7 +80,7 @@ class Rollups:
     _closing: threading.Event = field(default_factory=threading.Event)
 
     def span(self, hours: int) -> Span:
-        """The last so many hours up to now: 24 in hours, more in days."""
+        """The last hours up to now: 24 in hours, more in days."""
         current = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
         wanted = [current - HOUR * back for back in range(hours)]
         left = [hour for hour in wanted if self._is_old(hour, current)]
@@ -114,7 +114,7 @@ class Rollups:
             self._thread.start()
 
     def close(self) -> None:
-        """Read no further hour. Waits for the one that is being read, which takes milliseconds."""
+        """Read no further hour. Waits for the one in progress, which takes milliseconds."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(CLOSE_SECONDS)
@@ -134,7 +134,7 @@ class Rollups:
 
 
 def read_hour(session: Session, hour: datetime) -> Hour:
-    """Read what ended and came in one hour, by the indexes of those times."""
+    """Count what ended and arrived in one hour, by the indexes of those times."""
     within = (col(Task.completed_at) >= hour, col(Task.completed_at) < hour + HOUR)
     came = (col(Callback.received_at) >= hour, col(Callback.received_at) < hour + HOUR, Callback.source == "push")
     callbacks = session.execute(select(func.count()).select_from(Callback).where(*came)).scalar_one()
@@ -155,7 +155,7 @@ def read_hour(session: Session, hour: datetime) -> Hour:
 
 
 def _units(session: Session, within: Sequence[object]) -> float:
-    """The provider tells units as text, and few different ones."""
+    """The provider reports units as text, with few different values."""
     found = select(Task.units, func.count()).where(*within, col(Task.units).is_not(None)).group_by(Task.units)  # type: ignore[arg-type]
     total = 0.0
     for units, count in session.execute(found.limit(SAMPLED)):

@@ -1,4 +1,4 @@
-"""An audit of some random files, asked for by a person at the console."""
+"""An audit of some random files, requested by a person at the console."""
 
 from __future__ import annotations
 

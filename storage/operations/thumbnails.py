@@ -1,4 +1,4 @@
-"""Small WebP copies of archived pictures, made at the first request and kept on disk.
+"""Small WebP copies of archived pictures, made at the first request and cached on disk.
 
 request ─▶ on disk? ─▶ one of two threads: object ≤ 64 MiB, ≤ 50 million pixels ─▶ decoded, 480 pixels at most ─▶ file
 
@@ -38,12 +38,14 @@ WAIT_SECONDS = 20.0
 REMEMBERED_SECONDS, REMEMBERED = 600.0, 5_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 SUFFIX = ".webp"
-# 480 x 480 pixels as RGBA are 921,600 bytes. A larger file in the folder is none of ours.
+# 480 x 480 pixels as RGBA have 921,600 bytes. A larger file in the folder is not ours.
 MAX_KEPT_BYTES = 2**20
 
 
 class Thumbnails:
-    """`folder`: used by this user alone, else nothing is kept. `max_bytes`: its limit; the longest unused go first."""
+    """`folder`: accessible to this user alone, otherwise nothing is cached. `max_bytes`: its limit; the longest unused
+    go first.
+    """
 
     def __init__(self, bucket: Bucket, folder: Path, max_bytes: int) -> None:
         self._bucket = bucket
@@ -83,7 +85,7 @@ class Thumbnails:
             with self._folder.existing([name[:2], f"{name}{SUFFIX}"]) as file:
                 if file is None:
                     return None
-                os.utime(file.fileno())  # used just now
+                os.utime(file.fileno())  # marks it as used now
                 content = file.read(MAX_KEPT_BYTES + 1)
         except OSError:
             return None
@@ -108,19 +110,19 @@ class Thumbnails:
                 self._under_way.pop(name, None)
 
     def _fail(self, name: str) -> None:
-        """Do not try it again for a while."""
+        """Do not try this picture again for a while."""
         with self._lock:
             if len(self._failed) >= REMEMBERED:
                 self._failed.clear()
             self._failed[name] = time.monotonic() + REMEMBERED_SECONDS
 
     def _keep(self, name: str, content: bytes) -> None:
-        """Write it, and make room. On a full disk nothing is kept and nothing fails."""
+        """Cache it, and make room. On a full disk nothing is cached and nothing fails."""
         try:
             with self._folder.writing([name[:2], f"{name}{SUFFIX}"]) as file:
                 file.write(content)
         except OSError as error:
-            if self._fault != error.strerror:  # once, not at every picture
+            if self._fault != error.strerror:  # logged once, not for every picture
                 log.warning("thumbnail.not_stored", error=error.strerror, setting="RECEIVER_CONSOLE_THUMBNAIL_DIR")
             self._fault = error.strerror
             return
@@ -134,7 +136,7 @@ class Thumbnails:
                 self._make_room()
 
     def _make_room(self) -> None:
-        """Remove the longest unused copies, down to nine tenths: not at every new one."""
+        """Remove the longest unused copies, down to nine tenths, so that not every new one causes it."""
         files = self._folder.files(f"*/*{SUFFIX}")
         self._size = sum(size for _, size, _ in files)
         for _, size, path in files:

@@ -1,4 +1,4 @@
-"""Walks through a table along an index, in parts of so many rows: no statement grows with the table."""
+"""Walks through a table along an index, in parts of a bounded number of rows: no statement grows with the table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parts(
 
 
 def _behind(order: Sequence[Any], key: Sequence[Any]) -> list[Any]:
-    """The first condition is what an index is entered by; PostgreSQL does not enter one by a pair."""
+    """The condition for rows behind this one. Its first part can use the index; PostgreSQL uses none for a pair."""
     if len(order) == 1:
         return [order[0] > key[0]]
     return [order[0] >= key[0], or_(order[0] > key[0], order[1] > key[1])]

@@ -1,4 +1,4 @@
-"""Every id that the provider, or a gateway before it, calls a task by. Callers own the transaction."""
+"""Aliases: every id that the provider, or a gateway in front of it, uses for a task. Callers own the transaction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from storage.database.sessions import run
 from storage.rows.deliveries import rematch
 from storage.rows.models import Task, TaskAlias
 
-# A gateway rewrites the provider's id once or twice; a sender with a callback URL may write any id.
+# A gateway rewrites the provider's id once or twice. A sender with a callback URL may write any id.
 MAX_UNSIGNED_ALIASES = 3
 
 _ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
@@ -22,7 +22,7 @@ _OWNER = _OWNER.where(_ALIASES.provider == bindparam("by"), _ALIASES.provider_ta
 
 
 def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
-    """The task of ours that the provider, or a gateway before it, calls by this id."""
+    """Our task for which the provider, or a gateway in front of it, uses this id."""
     owner: uuid.UUID | None = run(session, _OWNER, {"by": provider, "wanted": provider_task_id}).scalar()
     return owner
 
@@ -32,7 +32,7 @@ _ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
 
 
 def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
-    """Every id the provider has called the task by."""
+    """Every id that the provider has used for the task."""
     return list(run(session, _ALIASES_OF, {"of": task_id}).scalars())
 
 
@@ -55,10 +55,10 @@ _UNSIGNED = sqlalchemy.select(sqlalchemy.func.count()).where(_ALIASES.task_id ==
 
 
 def note_alias(session: Session, task: Task, provider_task_id: str, *, unsigned: bool = False) -> None:
-    """Remember an id the provider calls the task by; an id that another task has keeps its owner.
+    """Store an id that the provider uses for the task. An id of another task stays with that task.
 
-    `unsigned`: only an unsigned delivery says so. Three such ids are remembered, and each goes to the task of which the
-    provider says it. Unmatched deliveries that came under a new one are due.
+    `unsigned`: only an unsigned delivery names it. Three such ids are stored, and each moves to the task for which the
+    provider uses it. Unmatched deliveries under a new id become due.
     """
     values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
     statement = (_NEW_ALIAS if unsigned else _SURE_ALIAS)[session.get_bind().dialect.name]
@@ -77,5 +77,5 @@ _IS_UNSIGNED = sqlalchemy.select(_ALIASES.unsigned).where(
 
 
 def is_alias_unsigned(session: Session, provider: str, provider_task_id: str) -> bool:
-    """Whether no more than an unsigned delivery says whose this id is."""
+    """Whether only an unsigned delivery says which task has this id."""
     return bool(run(session, _IS_UNSIGNED, {"by": provider, "wanted": provider_task_id}).scalar())

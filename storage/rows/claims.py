@@ -46,15 +46,16 @@ from storage.rows.models import Asset, Callback, Dispatch, Task
 
 Row = TypeVar("Row", Task, Callback, Asset, Dispatch)
 
-# A row that lost so many leases may have ended its workers. A process claims it only while it does nothing else.
+# A row that lost this many leases may have ended its workers. A process claims it only while it does nothing else.
 QUARANTINE_AFTER = 3
 # After three more lost leases it is parked: not claimed again until `receiver retry`.
 PARK_LOSSES = 6
 
-# The fewest losses of a row in quarantine: its lease may be the third that runs out. A literal, as in the condition of
-# the suspect indexes, because SQLite uses no partial index for a parameter.
+# The fewest losses of a row in quarantine, because its current lease may be the third that expires. A literal, as in
+# the condition of the suspect indexes, because SQLite uses no partial index for a parameter.
 SUSPECT_LOSSES: ColumnElement[int] = literal_column(str(QUARANTINE_AFTER - 1), Integer)
-# Due rows, beyond those that are claimed, up to which a queue is sorted at each claim. Sorting 256 takes 0.2 ms.
+# The number of due rows, beyond those to be claimed, up to which a queue is sorted at each claim. Sorting 256 takes 0.2
+# ms.
 SHORT_QUEUE = 256
 
 # Statements kept in each cache. A lane's conditions never change, and there are some ten lanes.
@@ -78,9 +79,9 @@ def claim(
     """Claim up to `limit` due rows in one statement, those whose files the provider deletes soonest first.
 
     Rows that other transactions have locked are skipped. `alone`: claim only rows in quarantine (see QUARANTINE_AFTER);
-    the caller does nothing else meanwhile. `in_turn`: those that have waited longest first, so that none is tried again
-    before the others. Returns the rows as claimed, all with the same fresh `lease`; [] when nothing is due. `attempts`
-    counts this claim, `losses` the lease that ran out before it.
+    the caller does nothing else meanwhile. `in_turn`: the rows that have waited longest first, so that none is tried
+    again before the others. Returns the rows as claimed, all with the same fresh `lease`; [] if nothing is due.
+    `attempts` counts this claim, `losses` the lease that expired before it.
     """
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
     session.flush()
@@ -101,7 +102,7 @@ def _claim_statement(model: Any, alone: bool, in_turn: bool, where: tuple[Any, .
     due = (model.due_at <= db_now_once(), *where)
     claimable = (losses >= QUARANTINE_AFTER, model.losses >= SUSPECT_LOSSES) if alone else (losses < QUARANTINE_AFTER,)
     chosen = select(model.id).where(*due, *claimable)
-    if alone:  # few, or none
+    if alone:  # few or no rows
         ids = _first(chosen.order_by(*_urgency(model)), "due")
     elif in_turn or model in (Callback, Dispatch):
         # A walk of the due index. Rows made due together have one `due_at`: without `attempts` one of them took every
@@ -134,14 +135,15 @@ def _soonest(model: Any, due: tuple[Any, ...], claimable: tuple[Any, ...]) -> An
     in_index_order = (model.files_expire_at.asc().nulls_last(), model.due_at)
     few = _first(select(model.id).where(*due, *claimable).order_by(*_urgency(model)), "few", unless=is_long)
     many = _first(select(model.id).where(*is_due, *claimable).order_by(*in_index_order), "many", unless=~is_long)
-    # The planner of PostgreSQL does not see how few these are: without a limit of its own it reads the whole table.
+    # PostgreSQL's planner does not know how few rows these are. Without a limit of its own it reads the whole table.
     return union_all(few, many).limit(_MOST)
 
 
 def _first(ordered: Any, name: str, *, unless: ColumnElement[bool] | None = None) -> Any:
-    """The first rows, locked. Those that other transactions have locked are skipped.
+    """The first rows, locked. Rows that other transactions have locked are skipped.
 
-    `unless`: none then. A limit of 0 reads nothing on either database; SQLite tests a condition at each row.
+    `unless`: no rows if this holds. A limit of 0 reads nothing on either database; SQLite tests a condition at each
+    row.
     """
     most = _MOST if unless is None else case((unless, 0), else_=_MOST)
     locked = ordered.limit(most).with_for_update(skip_locked=True).cte(name)
@@ -149,14 +151,14 @@ def _first(ordered: Any, name: str, *, unless: ColumnElement[bool] | None = None
 
 
 def _urgency(model: Any) -> tuple[Any, ...]:
-    """The order of urgency in words that no index has: for few rows, which are sorted."""
+    """The order of urgency as an expression without an index: for few rows, which are sorted."""
     if model in (Callback, Dispatch):
         return (model.due_at,)
     return model.files_expire_at.is_(None), model.files_expire_at, model.due_at
 
 
 class _unindexed(FunctionElement[datetime]):
-    """A column of which SQLite uses no index, because it would rather sort the queue than walk the urgent index."""
+    """A column without its index in SQLite, which otherwise would sort the queue and not walk the urgent index."""
 
     type = UtcTime()
     inherit_cache = True
@@ -188,7 +190,7 @@ def is_any_due(connection: Connection, model: type[Row], *, alone: bool = False,
 
 
 def any_due(model: type[Row], *, where: Sequence[Any] = (), alone: bool = False) -> Any:
-    """What `is_any_due` asks, to be asked with others in one statement."""
+    """The condition of `is_any_due`, to be combined with others in one statement."""
     return _any_due_statement(model, alone, tuple(where))
 
 
@@ -206,7 +208,7 @@ def settle(session: Session, row: Row, *, due_in: float | None, counts: bool = T
     """Write `values` and end the claim on `row`. `due_in`: seconds until the row is due again, None = never.
 
     `counts`: whether this claim counts as an attempt. Resets `losses` to 0, because this worker survived the row.
-    Raises `LostClaim` when the lease is no longer ours.
+    Raises `LostClaim` if the lease is no longer ours.
     """
     due_at = None if due_in is None else db_now(due_in)
     if not counts:
@@ -238,9 +240,9 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
 
 
 def release(session: Session, row: Row) -> None:
-    """End a claim without an attempt: the row is due at once. Does nothing when the claim is lost.
+    """End a claim without an attempt: the row is due at once. Does nothing if the claim is lost.
 
-    `losses` stay: the work on the row did not end, and may not even have begun.
+    `losses` stay, because the work on the row did not end, and may not even have begun.
     """
     try:
         settle(session, row, due_in=0, counts=False, losses=row.losses)
@@ -269,20 +271,20 @@ def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
 
 # -- without a claim ---------------------------------------------------------------------------------------------------
 
-# For statements: due now as if for the first time, and not due. A worker that holds such a row loses its lease.
+# For statements: due now like a new row, and not due. A worker that holds such a row loses its lease.
 AFRESH: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
 AT_REST: dict[str, Any] = {"due_at": None, "lease": None, "losses": 0}
-# Of a row whose tries are counted elsewhere.
+# For a row whose tries are counted elsewhere.
 NO_ATTEMPTS: dict[str, Any] = {"attempts": 0}
 
 
 def due(at: Any = None) -> dict[str, Any]:
-    """The claim columns of rows without a claim that are due `at` a time, None: now. For statements."""
+    """The claim columns of unclaimed rows that are due `at` a time, None: now. For statements."""
     return {"due_at": db_now() if at is None else at}
 
 
 def take(row: Task, now: datetime, lease_seconds: float) -> None:
-    """Claim a row that is new, or locked and unclaimed, whether it is due or not. This is its first attempt."""
+    """Claim a row that is new, or locked and unclaimed, whether it is due or not. Counts as its first attempt."""
     row.lease, row.attempts, row.losses = uuid.uuid4(), 1, 0
     row.due_at = now + timedelta(seconds=lease_seconds)
 
@@ -293,7 +295,7 @@ def hasten(row: Task) -> None:
 
 
 def make_due(row: Row, in_seconds: float = 0) -> None:
-    """Make a locked row due as if for the first time. A worker that holds it loses its lease."""
+    """Make a locked row due like a new one. A worker that holds it loses its lease."""
     rest(row)
     row.due_at = db_now(in_seconds)  # type: ignore[assignment]
 
@@ -307,7 +309,7 @@ def rest(row: Row) -> None:
 def backoff(attempts: int, *, base: float = BACKOFF_BASE_SECONDS, cap: float = BACKOFF_CAP_SECONDS) -> float:
     """Seconds to wait after the `attempts`-th failure: exponential, capped, full jitter.
 
-    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. At least 0.5 s, so that a low draw makes no
-    busy loop.
+    Source: "Exponential Backoff And Jitter", AWS Architecture Blog, 2015. At least 0.5 s, so that a low draw does not
+    cause a busy loop.
     """
     return max(0.5, random.uniform(0, min(cap, base * 2 ** min(attempts, 30))))  # noqa: S311 - no secret

@@ -58,7 +58,7 @@ def partial_index(name: str, condition: str, *columns: Any) -> Index:
 def due_indexes(table: str, *, lane: str | None = None, expires: bool = False) -> tuple[Index, ...]:
     """Indexes in the orders of claims (rows/claims.py), so that a claim stops after the rows that it takes.
 
-    `lane`: a column for which every claim of the table names a value; each lane's rows stand together. `expires`: the
+    `lane`: a column for which every claim of the table names a value; each lane's rows are adjacent. `expires`: the
     files have a time at which the provider deletes them. `_suspect`: the rows that may be in quarantine.
     """
     lead = [lane] if lane else []

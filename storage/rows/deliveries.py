@@ -26,9 +26,9 @@ from storage.states import CallbackState
 
 # Rows of one statement. A larger batch gains nothing more from the shared fsync and delays its first delivery.
 MAX_BATCH = 256
-# A proxy that drops bodies makes all deliveries of a task equal. An unreadable delivery that arrives again is therefore
-# applied again, which reads the task: at least UNREADABLE_SECONDS after the last time, and at most UNREADABLE_READS
-# times for all unreadable rows of a task. Honest tasks bring three or four. A parked row has more claims and stays so.
+# A proxy that drops bodies makes all deliveries of a task equal. A repeated unreadable delivery is therefore applied
+# again, which reads the task: at least UNREADABLE_SECONDS after the last time, and at most UNREADABLE_READS times for
+# all unreadable rows of a task. Honest tasks bring three or four. A parked row has more claims and stays parked.
 UNREADABLE_READS = PARK_LOSSES
 UNREADABLE_SECONDS = 10.0
 
@@ -72,13 +72,14 @@ def _digest(*words: str, body: bytes) -> str:
     return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
-# One statement for any number of rows, handed to the driver as it is. A multi-row VALUES of SQLAlchemy was compiled
-# anew for each batch, which took more of an acknowledgement's CPU than all the rest of it.
+# One statement for any number of rows, passed to the driver unchanged. A multi-row VALUES of SQLAlchemy was compiled
+# again for each batch, which took more of an acknowledgement's CPU than all the rest of it.
 _COLUMNS = "delivery_key, provider, source, task_id, webhook_id, headers, body, state, reason"
 _INTO = f"INSERT INTO callback ({_COLUMNS}, received_at, due_at, attempts, losses)"
 _NOW = db_now().compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
-# The driver lets go of the interpreter and asks for it again once per statement, and beside a busy event loop each time
-# costs up to 5 ms: so all rows in one, of the smallest size that holds them, the rest of it left NULL.
+# The driver releases the interpreter and requests it again once per statement, which costs up to 5 ms each time beside
+# a busy event loop. So all rows are in one statement, of the smallest size that holds them, with NULL in the unused
+# ones.
 _SQLITE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _SQLITE_ROW = f"({', '.join('?' * len(_COLUMNS.split(', ')))})"
 _SQLITE_NO_ROW = (None,) * len(_COLUMNS.split(", "))
@@ -91,9 +92,9 @@ _SQLITE_INSERTS = {
     for size in _SQLITE_SIZES
 }
 _SQLITE_AFTER = "SELECT delivery_key FROM callback WHERE id > ?"
-# One document instead of an array per column: psycopg makes arrays in Python, value by value. The bodies are one value
-# beside it, each a part of that: base64 in the document was a third more bytes and, of 24 µs of the loop's CPU for each
-# delivery, 2. Workers are woken by the same statement, when it commits, if it brought something new.
+# One document instead of an array per column, because psycopg makes arrays in Python, value by value. The bodies are
+# one value beside it, each a part of that: base64 in the document was a third more bytes and, of 24 µs of the loop's
+# CPU for each delivery, 2. The same statement wakes workers at its commit if it inserted something.
 POSTGRESQL_INSERT = (
     f"WITH new AS ({_INTO} SELECT delivery_key, provider, source, task_id, webhook_id, headers, "  # noqa: S608 - our own constants
     "substring(%(bodies)b FROM starts_at FOR size), state, reason, clock_timestamp(), "
@@ -107,12 +108,12 @@ POSTGRESQL_INSERT = (
 
 
 def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
-    """Insert deliveries that are not there yet, in the session's transaction. Returns the keys that were new."""
+    """Insert deliveries that are not stored yet, in the session's transaction. Returns the keys that were new."""
     return insert(session.connection(), deliveries)
 
 
 def insert(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
-    """In one statement for every 256 of them. Returns the keys that were new."""
+    """Insert with one statement for every 256 deliveries. Returns the keys that were new."""
     if connection.dialect.name == "postgresql":
         execute = partial(_insert_postgresql, connection)
     else:
@@ -126,7 +127,7 @@ def _insert_postgresql(connection: Connection, deliveries: Sequence[Delivery]) -
 
 
 def in_key_order(deliveries: Sequence[Delivery]) -> list[Delivery]:
-    """Two batches that insert the same keys in different orders deadlock on PostgreSQL."""
+    """Deliveries sorted by key. Two batches that insert the same keys in different orders deadlock on PostgreSQL."""
     return sorted(deliveries, key=lambda delivery: delivery.key)
 
 
@@ -147,24 +148,24 @@ def insert_sqlite(execute: Callable[[str, tuple[Any, ...]], Any], deliveries: Se
     keys, count = {each.key for each in deliveries}, result.rowcount
     if count in (0, len(deliveries)):
         return keys if count else set()
-    after = result.lastrowid - count  # one statement gives ids without a gap
+    after = result.lastrowid - count  # one statement assigns ids without a gap
     return keys.intersection(key for (key,) in execute(_SQLITE_AFTER, (after,)))
 
 
 def _values(one: Delivery) -> tuple[Any, ...]:
-    """In the order of the columns, as SQLite keeps them."""
+    """The values in the order of the columns, in SQLite's types."""
     task_id, headers = one.task_id.hex if one.task_id else None, _as_json(tuple(one.headers.items()))
     return one.key, one.provider, one.source, task_id, one.webhook_id, headers, one.body, one.state.value, one.reason
 
 
 @lru_cache(maxsize=256)
 def _as_json(headers: tuple[tuple[str, str], ...]) -> str:
-    """A provider's headers are nearly always the same few."""
+    """Headers as JSON. Cached, because a provider's headers are nearly always the same few."""
     return json.dumps(dict(headers))
 
 
 def _document(one: Delivery, starts_at: int) -> dict[str, Any]:
-    """By the names of the columns, as JSON can say it. `starts_at`: where its body begins among the bodies, from 1."""
+    """The values by the names of the columns, as JSON. `starts_at`: where its body begins among the bodies, from 1."""
     return {
         "delivery_key": one.key,
         "provider": one.provider,
@@ -180,7 +181,7 @@ def _document(one: Delivery, starts_at: int) -> dict[str, Any]:
 
 
 def store_poll(session: Session, delivery: Delivery, state: CallbackState, reason: str | None) -> Callback:
-    """Keep the newest answer to a read of the task, one row per task. The caller applies it in the same transaction."""
+    """Store the newest answer to a read of the task, one row a task. The caller applies it in the same transaction."""
     found = select_rows(Callback).where(Callback.task_id == delivery.task_id, Callback.source == "poll")
     row = session.exec(found).first()
     if row is None:
@@ -193,7 +194,7 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
 
 
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
-_UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes say it
+_UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # in the words of the partial indexes
 _AGAIN = {"state": CallbackState.RECEIVED, "reason": None, **claims.AFRESH}
 _DUE_AGAIN = update(Callback.__table__).where(_UNMATCHED).values(_AGAIN)  # type: ignore[attr-defined]
 _BY_TOKEN = _DUE_AGAIN.where(_CALLBACKS.task_id == bindparam("token_of"))
@@ -210,12 +211,12 @@ def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> 
     these deliveries loses its lease. Returns how many there were.
     """
     count = sum(run(session, _BY_BODY[name], {"named": value, "by": provider}).rowcount for name, value in ids.items())
-    if "external_task_id" in ids:  # the row is new: deliveries whose token names it waited for it
+    if "external_task_id" in ids:  # The task row is new, and deliveries whose token names it may wait for it.
         count += run(session, _BY_TOKEN, {"token_of": task_id}).rowcount
     return count
 
 
-# Where the token names no task the sum is NULL, which is not below the bound: there is nothing to read.
+# Without a task of the token the sum is NULL, which is not below the bound, and there is nothing to read.
 _OF_TASK = Callback.__table__.alias("of_task").c  # type: ignore[attr-defined]
 _READS = select(func.sum(_OF_TASK.attempts)).where(
     _OF_TASK.task_id == _CALLBACKS.task_id, _OF_TASK.state.in_((CallbackState.UNREADABLE, CallbackState.RECEIVED))
@@ -225,7 +226,7 @@ _REPEATED = select(_CALLBACKS.id).where(
     _CALLBACKS.state == CallbackState.UNREADABLE,
     _READS.scalar_subquery() < UNREADABLE_READS,
 )
-# Rows that another transaction changes are passed over: two that wait for several rows could deadlock.
+# Rows that another transaction changes are skipped, because two transactions that wait for several rows could deadlock.
 _FREE = select(_REPEATED.with_for_update(skip_locked=True).cte("repeated").c.id)
 _APPLY_AT = case((_CALLBACKS.applied_at <= db_now(-UNREADABLE_SECONDS), db_now()), else_=db_now(UNREADABLE_SECONDS))
 _APPLY_AGAIN = update(Callback.__table__).where(_CALLBACKS.id.in_(_FREE))  # type: ignore[attr-defined]
@@ -233,8 +234,9 @@ _APPLY_AGAIN = _APPLY_AGAIN.values(state=CallbackState.RECEIVED, reason=None, **
 
 
 def apply_unreadable_again(database: Database, keys: Collection[str]) -> None:
-    """Make the unreadable among these rows due again, within their bounds. Without any it costs one read: 0.1 ms
-    for one key and 0.8 for 256."""
+    """Make the unreadable among these rows due again, within their bounds. Without any it costs one read: 0.1 ms for
+    one key and 0.8 for 256.
+    """
     with database.autocommit_reader() as connection:
         if connection.execute(_REPEATED, {"keys": keys}).first() is None:
             return

@@ -44,7 +44,7 @@ class EventName(StrEnum):
     ACCOUNT_RESUMED = "account.resumed"
 
 
-# What a person did at the console. The row is stored beside the events and never leaves the receiver.
+# An act of a person at the console. The row is stored beside the events and never leaves the receiver.
 PERSON_ACTED = "person.acted"
 _IS_EVENT = col(Event.name) != PERSON_ACTED
 
@@ -64,7 +64,7 @@ _PERSON: ContextVar[str | None] = ContextVar("person", default=None)
 
 @contextmanager
 def by(person: str) -> Iterator[None]:
-    """Add the person's name, as `by`, to the data of every fact that is written in this block."""
+    """Add the person's name, as `by`, to the data of every event that is written in this block."""
     before = _PERSON.set(person)
     try:
         yield
@@ -73,7 +73,7 @@ def by(person: str) -> Iterator[None]:
 
 
 def with_person(data: dict[str, Any]) -> dict[str, Any]:
-    """The data of a fact, with `by` where a person caused it."""
+    """The data of an event, with `by` if a person caused it."""
     person = _PERSON.get()
     return data if person is None else {**data, "by": person}
 
@@ -87,7 +87,7 @@ def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: d
 def record_act(
     session: Session, person: str, action: str, subject: str, task_ids: Collection[uuid.UUID | None], **data: Any
 ) -> int:
-    """Keep what a person did to these tasks, or to something else for the id None. Returns the last row's id."""
+    """Store what a person did to these tasks, or to something else if the id is None. Returns the last row's id."""
     facts = {"by": person, "action": action, "subject": subject, **data}
     last = 0
     for task_id in task_ids:
@@ -97,13 +97,13 @@ def record_act(
 
 
 def acts_of(session: Session, task_id: uuid.UUID) -> list[Event]:
-    """What people did to a task, oldest first."""
+    """The acts of people on a task, oldest first."""
     found = select(Event).where(Event.task_id == task_id, Event.name == PERSON_ACTED)
     return list(session.exec(found.order_by(col(Event.id))))
 
 
 def newest_acts(session: Session, limit: int) -> list[tuple[Event, str | None]]:
-    """What people did lately, newest first, each with its task's external id, among the newest rare events."""
+    """The latest acts of people, newest first, each with its task's external id, from the newest rare events."""
     rare = (
         select(Event.id, Event.name).where(text(RARE_EVENT)).order_by(col(Event.seq).desc()).limit(SCANNED).subquery()
     )
@@ -159,8 +159,8 @@ def page(session: Session, seq: int, limit: int, names: Collection[str], *, of_c
     """The next events of these names among the next `SCANNED` events, as in `after`. The next page begins at `until`.
     `of_client`: only of tasks that this client of the gateway asked for; None = of all, and of none.
 
-    Without that bound one statement read 8 million events for a name that none had: 4 to 8 s, and 64 such readers
-    delayed acknowledgements by 5 s. Names that are all rare are looked for among rare events alone.
+    Without that bound one statement searched 8 million events for a name that none had: 4 to 8 s, and 64 such readers
+    delayed acknowledgements by 5 s. Names that are all rare are searched among rare events alone.
     """
     is_next = [col(Event.seq) > seq]
     if names and FREQUENT.isdisjoint(names):

@@ -1,7 +1,7 @@
 """Group commit of deliveries: each is answered after its row is durable, and a burst shares one fsync.
 
-    commit() ─▶ waiting ─┬─▶ the event loop: all that waits, one transaction, if it can begin at once ─▶ answers
-                         └─▶ a thread: what the loop could not commit, or would hang on               ─▶ answers
+    commit() ─▶ waiting ─┬─▶ the event loop: all waiting ones in one transaction, if it can begin at once ─▶ answers
+                         └─▶ a thread: what the loop could not commit, or would hang on                  ─▶ answers
 
 The loop itself commits, because a thread beside a busy loop waits up to 5 ms for each turn at the interpreter lock. The
 commit begins two turns of the loop after the first delivery of a batch arrived. By then every readable socket has added
@@ -41,41 +41,42 @@ from storage.rows.models import Callback
 
 log = structlog.get_logger()
 
-# What may wait in memory for its commit. 1,000 deliveries are a quarter second of work at the measured rates.
+# The most deliveries that wait in memory for their commit. 1,000 are a quarter second of work at the measured rates.
 MAX_WAITING = 1_000
 MAX_WAITING_BYTES = 64 * 2**20
-# Honest tasks bring three or four deliveries; this many kept for one are a mistake, and the task is read instead.
+# Honest tasks bring three or four deliveries. This many stored for one are a mistake, and the task is read instead.
 MAX_KEPT_PER_TASK = 200
-# Below this many new deliveries of a task in this process nobody counts its rows.
+# Below this many new deliveries of a task in this process its rows are not counted.
 COUNT_FROM = 50
-# How many tasks the process remembers counting for.
+# How many tasks with counted rows the process remembers.
 REMEMBERED_TASKS = 10_000
-# A delivery that is not committed 5 s after it was read was answered 503; the last may have been read at the stop.
+# The longest wait at the stop. A delivery without a commit 5 s after its read was answered 503, and the last one may
+# have been read at the stop.
 STOP_SECONDS = 10.0
-# A commit takes 2 to 5 ms on a disk that is well. On a slower one a thread is better, since the loop reads and answers
-# while that waits: on a busy disk a loop that went on up to 20 ms had 0.7 of the rate (1,765 and not 2,537 a second).
+# A commit takes 2 to 5 ms on a healthy disk. On a slower one a thread is better, because the loop reads and answers
+# meanwhile: on a busy disk a loop that went on up to 20 ms had 0.7 of the rate (1,765 and not 2,537 a second).
 SLOW_IN_LOOP_SECONDS = 0.01
-# The same, measured in the thread, which also waits for its turn at the interpreter lock, up to 5 ms each time.
+# The same limit in the thread, which also waits for its turn at the interpreter lock, up to 5 ms each time.
 SLOW_IN_THREAD_SECONDS = 0.02
-# Bodies of so many bytes are written in about 5 ms. The longest single one has a quarter of that.
+# Bodies of this many bytes are written in about 5 ms. The longest single one has a quarter of that.
 MAX_LOOP_BYTES = 2**20
-# So many quick commits of the thread, one after the other, give the turn to the loop; it has none before the first.
+# After this many quick commits of the thread in a row the loop commits; it never does before the first.
 QUICK_COMMITS = 8
 
 
 class Intake(Enum):
-    """What became of a delivery."""
+    """The outcome of a delivery."""
 
     NEW = "new"
     DUPLICATE = "duplicate"
 
 
 class QueueFull(DatabaseUnavailable):
-    """Too much waits for its commit; the sender should try again in a moment."""
+    """Too many deliveries wait for their commit. The sender should try again in a moment."""
 
 
 class TaskFull(QueueFull):
-    """So many deliveries of this task are kept that new ones say nothing new: read the task instead."""
+    """The task has so many stored deliveries that a new one brings no news. Read the task instead."""
 
 
 Outcome = Intake | Exception
@@ -86,8 +87,8 @@ Waiting = tuple[Delivery, Durable]
 class GroupCommit:
     """The one writer of pushed deliveries in this process, for one event loop.
 
-    `stop()` commits and answers what waits, then refuses more: a delivery is either committed and answered
-    or not acknowledged. A database that does not answer is waited for no longer than `STOP_SECONDS`.
+    `stop()` commits and answers the waiting deliveries, then refuses more: a delivery is either committed and answered
+    or not acknowledged. It waits at most `STOP_SECONDS` for a database that does not answer.
     """
 
     def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
@@ -106,7 +107,7 @@ class GroupCommit:
         self._committing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Call it, and all but `is_full`, in the event loop."""
+        """Start it. Call this, and all but `is_full`, in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -139,7 +140,7 @@ class GroupCommit:
         return await durable
 
     def _call_writer(self) -> None:
-        """In the loop, with the lock held."""
+        """Start the writer. Runs in the loop, with the lock held."""
         if self._is_threads_turn:
             self._changed.notify()
         elif not self._is_loop_committing:
@@ -149,7 +150,7 @@ class GroupCommit:
     # -- in the event loop -------------------------------------------------------------------------------------------
 
     async def _commit_in_loop(self) -> None:
-        """Commit batch by batch while it is the loop's turn and something waits."""
+        """Commit batch by batch while it is the loop's turn and deliveries wait."""
         batch: list[Waiting] = []
         try:
             while batch := await self._next_batch():
@@ -166,14 +167,14 @@ class GroupCommit:
                 self._changed.notify()
 
     async def _next_batch(self) -> list[Waiting]:
-        """What waits two turns of the loop later, by when every readable socket has added its delivery."""
+        """The deliveries that wait two turns of the loop later. By then each readable socket has added its delivery."""
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         with self._changed:
             return [] if self._is_threads_turn else self._take(MAX_LOOP_BYTES)
 
     async def _commit_at_once(self, batch: list[Waiting]) -> list[Waiting]:
-        """Commit and answer what the loop can. Returns the rest."""
+        """Commit and answer the deliveries that the loop can. Returns the rest."""
         assert self._connection is not None
         deliveries = [delivery for delivery, _ in batch]
         if self._task_limit.tasks_to_count(deliveries):
@@ -189,7 +190,7 @@ class GroupCommit:
         return rest
 
     def _hand_over(self, batch: list[Waiting]) -> None:
-        """Let the thread commit these, and what comes next if they are any or the disk is slow."""
+        """Let the thread commit these, and the following ones if there are any or the disk is slow."""
         with self._changed:
             self._waiting.extendleft(reversed(batch))
             self._bytes += sum(len(delivery.body) for delivery, _ in batch)
@@ -207,7 +208,7 @@ class GroupCommit:
             self._disk.check_soon()
 
     def _await_batch(self) -> list[Waiting] | None:
-        """What waits for the thread; [] when nothing came for a while, None when nothing comes any more."""
+        """The batch that waits for the thread; [] if none came for a while, None if none comes any more."""
         with self._changed:
             pause = free_space.FREE_SPACE_INTERVAL_SECONDS
             if not self._changed.wait_for(
@@ -254,7 +255,9 @@ class GroupCommit:
             self._loop.call_soon_threadsafe(_answer, outcomes)
 
     def _write(self, deliveries: list[Delivery]) -> tuple[set[str], set[str]]:
-        """Store what there is room for. Returns the new keys, and those refused as their task is full."""
+        """Store the deliveries for which there is room. Returns the new keys, and those refused because their task is
+        full.
+        """
         full = self._task_limit.over(deliveries)
         wanted = [delivery for delivery in deliveries if delivery.key not in full]
         new = again_on_new_session(lambda: self._insert(wanted))
@@ -273,7 +276,7 @@ class GroupCommit:
     # -- for both ----------------------------------------------------------------------------------------------------
 
     def _take(self, max_bytes: int) -> list[Waiting]:
-        """The next batch, of one delivery at least. With the lock held."""
+        """The next batch, with at least one delivery. Called with the lock held."""
         batch: list[Waiting] = []
         while self._waiting and len(batch) < MAX_BATCH and max_bytes > 0:
             batch.append(self._waiting.popleft())
@@ -288,7 +291,7 @@ class GroupCommit:
 
 
 def _outcomes(batch: list[Waiting], new: set[str], full: Collection[str] = ()) -> list[tuple[Durable, Outcome]]:
-    """What became of each. Of equal deliveries in one batch the first was new."""
+    """The outcome of each delivery. Of equal deliveries in one batch the first is new."""
     seen, outcomes = set[str](), list[tuple[Durable, Outcome]]()
     for delivery, durable in batch:
         if delivery.key in full:
@@ -301,9 +304,9 @@ def _outcomes(batch: list[Waiting], new: set[str], full: Collection[str] = ()) -
 
 
 def _answer(outcomes: list[tuple[Durable, Outcome]]) -> None:
-    """In the loop."""
+    """Resolve the handlers. Runs in the loop."""
     for durable, outcome in outcomes:
-        if durable.done():  # timed out, or its sender has gone
+        if durable.done():  # timed out, or its sender has left
             continue
         if isinstance(outcome, Exception):
             durable.set_exception(outcome)

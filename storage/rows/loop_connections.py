@@ -1,6 +1,6 @@
 """Connections on which an event loop commits deliveries itself. The group commit uses them (group_commit.py).
 
-Both say whatever hinders them by an exception, and leave it to the thread of the group commit to judge it.
+Both raise an exception for any obstacle, and leave its judgement to the thread of the group commit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LoopConnection(Protocol):
         """Commit at most 256 deliveries. Returns the keys that were new, once they are durable."""
 
     async def unreadable(self, keys: Collection[str]) -> set[str]:
-        """Which of these are the keys of unreadable deliveries."""
+        """Those of these keys whose deliveries are unreadable."""
 
     async def close(self) -> None: ...
 
@@ -45,7 +45,7 @@ class LoopConnection(Protocol):
 class SqliteLoopConnection:
     """Begins at once or raises `Locked`: it waits neither at the turnstile nor for SQLite's own lock.
 
-    It blocks the loop for as long as the disk takes. Never for a checkpoint: `checkpoints.beside` makes those.
+    It blocks the loop for as long as the disk takes, but never for a checkpoint, which `checkpoints.beside` makes.
     """
 
     def __init__(self, database: Database) -> None:
@@ -77,7 +77,7 @@ class SqliteLoopConnection:
 
 
 class PostgresLoopConnection:
-    """Waits for the server without blocking the loop. Opened anew after whatever has broken it."""
+    """Waits for the server without blocking the loop. Reconnects after an error that broke the connection."""
 
     def __init__(self, database: Database) -> None:
         self._arguments = psycopg_arguments(database.url)
@@ -90,7 +90,7 @@ class PostgresLoopConnection:
             result = await connection.execute(POSTGRESQL_INSERT, postgresql_values(deliveries))
         except Exception as error:
             if getattr(error, "sqlstate", None) in (READ_ONLY, STALE_PLAN):
-                await connection.close()  # a demoted server keeps its sessions for ever, a session its plans
+                await connection.close()  # a demoted server keeps its sessions permanently, and a session its plans
             raise
         return {key for key, _ in await result.fetchall()}
 
@@ -100,7 +100,7 @@ class PostgresLoopConnection:
         return {key for (key,) in await result.fetchall()}
 
     async def _opened(self) -> AsyncConnection[Any]:
-        from psycopg import AsyncConnection  # 50 ms of every start, and only here is it needed by name
+        from psycopg import AsyncConnection  # 50 ms of every start, and needed by name only here
 
         if self._connection is None or self._connection.closed:
             self._connection = await AsyncConnection.connect(autocommit=True, **self._arguments)
@@ -114,5 +114,7 @@ class PostgresLoopConnection:
 
 
 def loop_connection(database: Database) -> LoopConnection:
-    """Raises `sqlite3.Error` where the file cannot be opened; a server is connected to at the first insert."""
+    """Open the connection. Raises `sqlite3.Error` if the file cannot be opened; a server is connected to at the first
+    insert.
+    """
     return SqliteLoopConnection(database) if database.is_sqlite else PostgresLoopConnection(database)

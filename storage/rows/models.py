@@ -28,9 +28,9 @@ from storage.states import PARKED, RARE_EVENT, ArchiveState, AssetState, Callbac
 # SQLite autoincrements INTEGER primary keys only.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
 
-# The line in which a queued task waits for slots (accounts/slots.py): its batch and its model, and the order in it.
-# An index of this expression finds the first task of each line. NULL has no place in the order of a search. `{0}`: what
-# the columns belong to.
+# The line in which a queued task waits for slots (accounts/slots.py): its batch and its model, and the order in it. An
+# index of this expression finds the first task of each line. NULL has no place in the order of a search. `{0}`: the
+# table or alias of the columns.
 LINE = "coalesce(CAST({0}batch_id AS TEXT), '') || ' ' || coalesce({0}model, '')"
 LINE_ORDER = ("created_at", "batch_line", "id")
 
@@ -286,9 +286,10 @@ class Account(SQLModel, table=True):
 
 
 class AccountPause(SQLModel, table=True):
-    """Creates that wait because the provider refuses an account whatever it is asked for. `model` "": all of it.
+    """Creates that wait because the provider refuses an account, whatever the request. `model` "": all of the
+    account's.
 
-    `said`: the provider's words; `trial_at`: when the next create may try again.
+    `said`: the provider's message; `trial_at`: when the next create may try again.
     """
 
     __tablename__: ClassVar[str] = "account_pause"
@@ -351,7 +352,7 @@ class RollingAudit(SQLModel, table=True):
 
 
 class ProviderRate(SQLModel, table=True):
-    """When any process may read from a provider's account again."""
+    """When a process may next read from a provider's account."""
 
     __tablename__: ClassVar[str] = "pace"
 

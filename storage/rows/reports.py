@@ -33,7 +33,7 @@ STATE_EVENTS = {
     TaskState.SUCCEEDED: EventName.TASK_SUCCEEDED,
     TaskState.FAILED: EventName.TASK_FAILED,
 }
-# The most contradicted files that a note or an event names.
+# The most contradicted files that a note or an event lists.
 MAX_NAMED = 9
 
 
@@ -43,7 +43,7 @@ class Schedule:
 
     poll_after_seconds: float = 60
     poll_max_seconds: float = 3_600
-    # Waits before the first reads of a task, where nothing calls back.
+    # Waits before the first reads of a task if nothing calls back.
     first_poll_seconds: tuple[float, ...] = ()
     result_lifetime_seconds: float = 2_592_000
     # A signed URL's own expiry takes precedence.
@@ -66,11 +66,12 @@ def apply(
     pushed: bool,
     confirmed: bool = True,
 ) -> Decision:
-    """Apply one report to a locked task: its state, its assets, the facts, and what it waits for next. Idempotent.
+    """Apply one report to a locked task: its state, its assets, the events, and its next step. Idempotent.
 
     `now`: the database's time. `pushed`: the report came as a callback, not as an answer to a read. `confirmed`: the
-    provider said so, in an answer or a signed delivery. It replaces what only an unsigned delivery said: another file
-    for an index takes the place of the first, archived or not. Unconfirmed, it replaces no confirmed link.
+    provider itself reported it, in an answer or a signed delivery. A confirmed report replaces what only an unsigned
+    delivery said: another file for an index takes the place of the first, archived or not. An unconfirmed one replaces
+    no confirmed link.
     """
     assets = {tasks.name_of(asset): asset for asset in tasks.assets_of(session, task.id)}
     before = tasks.facts(task, list(assets.values()))
@@ -80,7 +81,7 @@ def apply(
     if before.series is None and report.series is not None:
         task.series = report.series
     if not pushed:
-        task.step = None  # the read that it waited for has been made
+        task.step = None  # the read has been made
     if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
         task.completeness_reads += 1
     known = replace(before, series=task.series)
@@ -91,7 +92,8 @@ def apply(
     if confirmed:
         _confirm_assets(session, task, known, assets, report, now)
     _note_provider_id(session, task, report, confirmed=confirmed)
-    # Of a task that has ended: a doubted delivery caused the read. Sent again unsigned, it must not withdraw it.
+    # The reason of a read of an ended task: a doubted delivery. The same delivery, sent again unsigned, must not
+    # withdraw it.
     is_asked = task.step is Step.READ and before.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
@@ -99,8 +101,8 @@ def apply(
 
 
 def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:
-    """While the create is under way, only its own answer sets the id by which the provider is asked: a holder of the
-    callback URL could name another's task.
+    """Note the provider's id. While the create is under way, only its own answer sets the id under which the provider
+    is read, because a holder of the callback URL could name another's task.
     """
     if report.provider_task_id is None:
         return
@@ -143,7 +145,9 @@ def _confirm_assets(
 
 
 def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
-    """A worker that fetches the old link loses its claim. What was stored from the old link is superseded."""
+    """Fetch the new link. A worker that fetches the old one loses its claim. A file stored from the old link is
+    superseded.
+    """
     session.flush()
     session.refresh(asset, with_for_update=True)
     asset.superseded = [*asset.superseded, asset.key] if asset.key else asset.superseded
@@ -227,7 +231,7 @@ def _write_assets(
 
 
 def _make_due(session: Session, asset: Asset) -> None:
-    """Make a file due now unless it is settled or claimed by now: a claim takes no task lock.
+    """Make a file due now unless it is settled or claimed meanwhile, because a claim takes no task lock.
 
     An unusable file keeps its schedule, unless its try waits for this very link (`attempts` counts it).
     """
@@ -240,12 +244,12 @@ def _make_due(session: Session, asset: Asset) -> None:
 
 
 _NEW_ASSETS = insert(Asset.__table__)  # type: ignore[attr-defined]
-# The columns that no report sets. Made once: a row object for each asset would cost more than its insertion.
+# The columns that no report sets. Made once, because a row object for each asset would cost more than its insertion.
 _BLANK = Asset.model_construct().model_dump()
 
 
 def _files_expire_at(url: str, report: Report, schedule: Schedule, now: datetime) -> datetime:
-    """When the URL says it expires, else the lifetime from when the provider says the task ended (never after now)."""
+    """The expiry in the URL, else the lifetime from the task's end as the provider reports it (never after now)."""
     ended = now
     if report.updated_ms is not None:
         ended = min(now, datetime.fromtimestamp(report.updated_ms / 1000, UTC))
@@ -264,10 +268,10 @@ def read_soon(session: Session, task: Task) -> bool:
 def reschedule(
     session: Session, task: Task, schedule: Schedule, *, read_now: bool = False, read_later: bool = False
 ) -> None:
-    """Set what the locked task waits for next, from its rows as they are now.
+    """Set the next step of the locked task from its current rows.
 
-    A create is settled by its own step alone: one that waits becomes due at once, unless it waits for slots; one under
-    way is left to its owner. A read or a finish under way started from rows that have changed since: its claim is
+    Only its own step settles a create: a create that waits becomes due at once, unless it waits for slots; a create
+    under way is left to its owner. A read or a finish under way started from rows that have changed since: its claim is
     removed, so that it settles nothing, and the step is due again. A read that is due earlier than the next one keeps
     its time. `read_later`: a read comes first, at the time of a task's first poll.
     """
@@ -294,7 +298,7 @@ def reschedule(
 
 
 def _waits_for(session: Session, task: Task, following: states.Next) -> bool:
-    """Whether the locked task is unclaimed and waits for this step as it is; for a read, no later than this one."""
+    """Whether the locked task is unclaimed and waits for this step already; for a read, no later than this one."""
     if task.lease is not None or task.step is not following.step:
         return False
     if following.step is Step.READ:

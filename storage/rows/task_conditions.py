@@ -14,7 +14,7 @@ from storage.states import PARKED, ArchiveState
 # The note of a dismissed task and the error of its files start with this. `retry --all-failed` skips them.
 DISMISSED = "dismissed: "
 
-# Of its files some came unusable and are tried on: its archive, also one that is said to be incomplete, may change.
+# Some of its files came unusable and are still tried, so its archive may change, even if it is reported as incomplete.
 HAS_UNUSABLE = col(Task.id).in_(select(col(Asset.task_id)).where(col(Asset.unusable_since).is_not(None)))
 
 IS_OVER = and_(
@@ -25,7 +25,7 @@ IS_OVER = and_(
 )
 
 
-# It waits for a person: neither due nor queued, and not at its end. The words of the index `task_parked`, for SQLite.
+# It waits for a person: neither due nor queued, and not at its end. The text of the index `task_parked`, for SQLite.
 IS_PARKED: Any = text(PARKED)
 
 

@@ -1,4 +1,4 @@
-"""Task rows and their assets: insert, find, lock, and the facts that decisions rest on. Callers own transactions."""
+"""Task rows and their assets: insert, find, lock, and the facts for decisions. Callers own transactions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def by_external_id(session: Session, external_task_id: str) -> Task | None:
 
 
 def by_name(session: Session, name: str) -> Task | None:
-    """The task that a person names: by its external id, else by the row's own id."""
+    """The task with this external id, else with this own id of the row."""
     if task := by_external_id(session, name):
         return task
     try:
@@ -66,7 +66,7 @@ def by_name(session: Session, name: str) -> Task | None:
 
 
 def named(task: Task) -> dict[str, str]:
-    """How every log line names a task: `task`, its external id, and `task_id`, the row's own id."""
+    """The names of the task in every log line: `task`, its external id, and `task_id`, the row's own id."""
     return {"task": task.external_task_id, "task_id": str(task.id)}
 
 
@@ -75,7 +75,7 @@ _LOCKED = _LOCKED.execution_options(populate_existing=True)
 
 
 def lock(session: Session, task_id: uuid.UUID) -> Task | None:
-    """The task's row as it is now, locked until the transaction ends."""
+    """The task's current row, locked until the transaction ends."""
     return session.scalars(_LOCKED, {"wanted": task_id}).one_or_none()
 
 
@@ -99,7 +99,7 @@ _STANDING = _STANDING.with_for_update()
 
 
 def lock_standing(session: Session, task_id: uuid.UUID) -> Standing | None:
-    """`lock` for a caller that will rarely change the row."""
+    """Like `lock`, for a caller that will rarely change the row."""
     rows = execute(session, _STANDING, {"wanted": task_id}).rows
     return Standing._make(rows[0]) if rows else None
 
@@ -111,7 +111,7 @@ _FINISH = _FINISH.values(step=Step.FINISH, **claims.AFRESH)
 def advance_archive(session: Session, task: Standing) -> bool:
     """Make the finish of the locked task due once none of its files is awaited any more.
 
-    Returns False, and changes nothing, unless the task is being archived and has no step to take but that one.
+    Returns False, and changes nothing, unless the task is being archived and no other step can follow.
     `reports.reschedule` does the same for a row object, with 1 ms more of CPU.
     """
     if task.archive is not ArchiveState.ARCHIVING or task.step is not None or task.deleted_at is not None:
@@ -169,7 +169,7 @@ _ASSET_FACTS = sqlalchemy.select(
 
 
 def facts_now(session: Session, task: Task | Standing) -> TaskFacts:
-    """`facts` as the rows are now, without row objects, because every settled file needs them."""
+    """`facts` from the current rows without row objects, because every settled file needs them."""
     session.flush()
     rows = execute(session, _ASSET_FACTS, {"of": task.id}).rows
     names = [AssetName(row.kind, row.index, row.original) for row in rows]
@@ -204,8 +204,8 @@ def now(session: Session) -> datetime:
 
 
 def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None = None) -> list[Task]:
-    """The newest tasks, newest first, after the `skip` newest, which are read in the index alone.
-    `of_client`: only those that it asked for; None: all.
+    """The newest tasks, newest first, after the `skip` newest, which are read in the index alone. `of_client`: only
+    tasks that this client asked for; None: all.
     """
     wanted = [] if of_client is None else [Task.client == of_client]
     order = (col(Task.created_at).desc(), col(Task.id).desc())
@@ -213,12 +213,12 @@ def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None
     return list(session.exec(select(Task).where(col(Task.id).in_(select(ids.c.id))).order_by(*order)))
 
 
-# A note that starts with this says what its request left out. It is no fault, and a fault's note replaces it.
+# A note that starts with this names defaults of the request. It is no fault, and a fault's note replaces it.
 DEFAULTED = "default taken: "
 
 
 def request_note(task: Task) -> str | None:
-    """The task's note if it is about its request. It stays where the work clears its own notes."""
+    """The task's note if it is about its request. It stays when the work clears its own notes."""
     return task.note if task.note and task.note.startswith(DEFAULTED) else None
 
 
@@ -245,5 +245,5 @@ def keep_silence_note(task: Task) -> None:
 
 
 def note_after_silence(note: str) -> Any:
-    """`note` as an SQL value, behind the note of silence where the task has one."""
+    """`note` as an SQL value, after the note of silence if the task has one."""
     return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)

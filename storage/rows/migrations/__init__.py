@@ -1,6 +1,7 @@
-"""The schema, one numbered step after another. A released step is never edited; see `versions/`.
+"""The schema as numbered steps. A released step is never edited; see `versions/`.
 
-Alembic is imported when there is something to do: reading its number from the database takes a start no time.
+Alembic is imported only if there is something to do. Reading the current number from the database takes a start no
+time.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ FOLDER = Path(__file__).parent
 
 @cache
 def head() -> str:
-    """The schema this code was written for: the number of the last step."""
+    """The schema that this code needs: the number of the last step."""
     return max(step.name.partition("_")[0] for step in (FOLDER / "versions").glob("[0-9]*.py"))
 
 
 def current(database: Database) -> str | None:
-    """The schema the database has, None = none of ours yet. Raises `DatabaseUnavailable`."""
+    """The schema that the database has, None = none of ours yet. Raises `DatabaseUnavailable`."""
     with database.read() as session:
         if not inspect(session.connection()).has_table("alembic_version"):
             return None

@@ -1,4 +1,4 @@
-"""Alembic's entry: it runs on the connection that `storage.rows.migrations` hands it, inside that transaction."""
+"""Alembic's entry. It runs on the connection that `storage.rows.migrations` passes to it, inside that transaction."""
 
 from alembic import context
 from sqlmodel import SQLModel
