@@ -33,6 +33,8 @@ MAX_GROUP = 64
 # The longest wait of a caller: one turn at the turnstile and then SQLite's own lock.
 WAIT_SECONDS = 2.0 * SQLITE_BUSY_SECONDS
 CLOSE_SECONDS = 1.0
+# How long the writer's connection is kept for the next group.
+KEEP_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,12 @@ def _is_about_a_lock(error: BaseException) -> bool:
 class GroupWriter:
     """One thread that writes for all others of its process. It starts with the first operation."""
 
-    def __init__(self, transaction: Transaction, own_transaction: Transaction) -> None:
-        """`transaction`: of a group; it does not wait long for a row. `own_transaction`: of one operation."""
+    def __init__(self, transaction: Transaction, own_transaction: Transaction, rest: Callable[[], None]) -> None:
+        """`transaction`: of a group, which does not wait long for a row. `own_transaction`: of one operation.
+        `rest`: called by the writer's thread when there was no operation for a while, and at its end."""
         self._transaction = transaction
         self._own_transaction = own_transaction
+        self._rest = rest
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -98,8 +102,15 @@ class GroupWriter:
                 self._thread = threading.Thread(target=self._run, name="group-writer", daemon=True)
                 self._thread.start()
 
+    def _next(self) -> _Write | None:
+        try:
+            return self._waiting.get(timeout=KEEP_SECONDS)
+        except queue.Empty:
+            self._rest()
+            return self._waiting.get()
+
     def _run(self) -> None:
-        while (first := self._waiting.get()) is not None:
+        while (first := self._next()) is not None:
             group = [first]
             while len(group) < MAX_GROUP and not self._waiting.empty():
                 if (write := self._waiting.get()) is None:
@@ -109,6 +120,7 @@ class GroupWriter:
             group = [write for write in group if write.durable.set_running_or_notify_cancel()]
             # Two transactions that lock the same tasks in different orders would wait for each other.
             self._commit(sorted(group, key=lambda write: (write.task_id is None, str(write.task_id))))
+        self._rest()
 
     def _commit(self, group: list[_Write]) -> None:
         """Apply and commit them, without those that fail; answer each."""
@@ -120,8 +132,9 @@ class GroupWriter:
                     for write in group:
                         at_fault = [write]
                         results.append(write.operation(session))
-                        session.flush()
-                        session.expunge_all()  # no operation sees the objects of another
+                        if session.identity_map or session.new:
+                            session.flush()
+                            session.expunge_all()  # no operation sees the objects of another
                     at_fault = group
             except BaseException as error:  # noqa: BLE001 - whatever it is, the callers are told
                 if isinstance(error, SessionReplaced) and not has_new_session:

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.dml import UpdateBase
 from sqlmodel import Session
 
+from storage.database.kept_session import CONNECTION
 from storage.database.postgresql import BREAKS
 
 # Statements kept; each process runs some thirty.
@@ -37,7 +38,7 @@ def execute(session: Session, statement: Statement, values: Mapping[str, Any] | 
     Pending changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them
     like those of SQLAlchemy.
     """
-    connection = session.connection()
+    connection = session.info.get(CONNECTION) or session.connection()
     prepared = _prepared(statement, connection.dialect)
     return prepared.execute(connection, values or {})
 

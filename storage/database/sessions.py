@@ -32,6 +32,7 @@ from sqlmodel import Session
 from storage import forks
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
+from storage.database.kept_session import KeptSession
 from storage.database.outages import AT_FAULT, LOCK_TIMEOUT, Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
 from storage.database.sqlite_file import SqliteFile
@@ -144,7 +145,6 @@ class Database:
         self._is_bounded = False
         self.sessions = Sessions(is_pooled=True if direct_url else None)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self._make_group_writer()
         self.woken = threading.Event()  # set after a commit of this process that wakes workers
         self.turnstile: AbstractContextManager[None]
         kept = min(connections, KEPT_CONNECTIONS)
@@ -153,7 +153,7 @@ class Database:
         if self.is_sqlite:
             self._file = SqliteFile(Path(self.url.database or ""))
             self.turnstile = self._make_turnstile()
-            self.writer = _sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=0)
+            self.writer = _sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=1)
             self.reader = _sqlite_engine(self.url, self._file, "BEGIN", **pool)
             self._autocommit_writer = self.writer.execution_options(**{NO_BEGIN: True})
             self._autocommit_reader = self.reader.execution_options(**{NO_BEGIN: True})
@@ -173,6 +173,7 @@ class Database:
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
+        self._make_group_writer()
         forks.renew_in_children(self)
 
     def bound_waits(self, seconds: float = SQLITE_BUSY_SECONDS) -> None:
@@ -190,7 +191,9 @@ class Database:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1_000)}")
 
     def _make_group_writer(self) -> None:
-        self._group_writer = GroupWriter(self._impatient_write, self.write)
+        begin = "BEGIN IMMEDIATE" if self.is_sqlite else f"BEGIN; SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}"
+        self._group_session = KeptSession(self._autocommit_writer, begin)
+        self._group_writer = GroupWriter(self._group_write, self.write, self._group_session.close)
         # Like `write`, in a transaction that is shared with other threads.
         self.write_in_group = self._group_writer.commit
 
@@ -201,6 +204,7 @@ class Database:
         """Leave connections and the writer's thread to the parent. Otherwise a child's write waited a minute for a
         thread that only the parent has.
         """
+        self._group_session.abandon()
         self._make_group_writer()
         self.woken = threading.Event()
         if self.is_sqlite:
@@ -218,11 +222,13 @@ class Database:
             self.woken.set()
 
     @contextmanager
-    def _impatient_write(self) -> Iterator[Session]:
-        with self.write() as session:
-            if not self.is_sqlite:
-                session.connection().exec_driver_sql(f"SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}")
+    def _group_write(self) -> Iterator[Session]:
+        """`write` for the group writer: its session is kept, and does not wait long for a row."""
+        with self._unavailable(), self.turnstile, self._group_session.transaction() as session:
             yield session
+        self.outages.wrote()
+        if session.info.pop(WAKE_CHANNEL, False):
+            self.woken.set()
 
     @contextmanager
     def autocommit_writer(self) -> Iterator[Connection]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
 
@@ -207,6 +207,39 @@ def test_an_operation_that_waits_for_a_row_delays_no_other(database: Database) -
             assert states(database, assets) == [AssetState.DUE, AssetState.ARCHIVED]
             assert not waits.done()
         assert waits.result(SECONDS) is not None
+
+
+def test_the_writer_s_connection_is_kept_between_groups_and_returned_at_rest(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = list[Any]()
+    event.listen(database.writer, "checkout", lambda connection, *_: opened.append(connection))
+    for _ in range(3):
+        database.write_in_group(lambda session: new_task(session))
+    assert len(opened) == 1
+    monkeypatch.setattr(group_writer, "KEEP_SECONDS", 0)
+    database.write_in_group(lambda _: None)  # the wait before it began with the old time
+    pool = database.writer.pool
+    wait_until(lambda: pool.checkedout() == 0)  # type: ignore[attr-defined]
+
+
+def test_other_writes_go_on_while_the_writer_keeps_its_connection(database: Database) -> None:
+    assets = claimed(database, 2)
+    for asset in assets:
+        database.write_in_group(settling(asset))
+        with database.write() as session:
+            new_task(session)
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
+
+
+@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
+def test_a_connection_that_the_server_closed_between_two_groups_is_replaced(database: Database) -> None:
+    (asset,) = claimed(database, 1)
+    kept = database.write_in_group(lambda session: session.scalar(text("SELECT pg_backend_pid()")))
+    with database.write() as session:
+        session.execute(text("SELECT pg_terminate_backend(:kept, 5000)"), {"kept": kept})
+    database.write_in_group(settling(asset))
+    assert states(database, [asset]) == [AssetState.ARCHIVED]
 
 
 def test_an_operation_after_the_close_is_committed_too(database: Database) -> None:
