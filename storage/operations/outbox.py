@@ -21,6 +21,7 @@ from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
 from storage.database.sessions import Database, insert_or_ignore, run
+from storage.operations import lists
 from storage.rows import claims
 from storage.rows.events import COUNTER
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
@@ -261,20 +262,52 @@ def dispatches(
     return [(row, event, external_id) for row, event, external_id in session.exec(found)]
 
 
-def newest(
-    session: Session, state: str, sink: str, *, before: int | None, limit: int
-) -> list[tuple[Dispatch, Event, str | None]]:
-    """Dispatches, newest first, in one state or to one sink if they are given."""
+def newest(session: Session, state: str, sink: str, *, before: int | None, limit: int = lists.PAGE) -> lists.Page:
+    """One page of (dispatch, event, external id of its task), newest first, in one state or to one sink if given.
+
+    `before`: the cursor of the page before. Open and dead ones are found by their own indexes unless there are very
+    many. Then, and for delivered ones, the newest `SCANNED` behind the cursor are looked through.
+    """
+    key: Any = col(Dispatch.event_id) if sink else col(Dispatch.id)  # that of an index with the sink, and of the table
+    keys = _few(session, state, sink, key)
+    if keys is not None:
+        behind = sorted((found for found in keys if before is None or found < before), reverse=True)
+        return _page(session, key, sink, behind[: limit + 1], limit)
+    is_narrow = state in list(DispatchState)
+    window: Any = select(key.label("key"), col(Dispatch.state).label("state")).order_by(key.desc())
+    window = window.where(*_to(sink), *([] if before is None else [key < before]))
+    window = window.limit(lists.SCANNED if is_narrow else limit + 1).subquery()
+    chosen = select(window.c.key).order_by(window.c.key.desc())
+    if is_narrow:
+        chosen = chosen.where(window.c.state == DispatchState(state))
+    page = _page(session, key, sink, session.scalars(chosen.limit(limit + 1)).all(), limit)
+    if is_narrow and page.further is None:
+        last = select(window.c.key).order_by(window.c.key.desc()).offset(lists.SCANNED - 1).limit(1)
+        if (end := session.scalars(last).first()) is not None:
+            page.further = str(end)
+            page.looked_until = session.scalars(select(Dispatch.created_at).where(*_to(sink), key == end)).first()
+    return page
+
+
+def _few(session: Session, state: str, sink: str, key: Any) -> list[int] | None:
+    """The keys of all open or dead dispatches; None for another state, and if there are more than `SCANNED`."""
+    condition = _CONDITIONS.get(DispatchState(state)) if state in list(DispatchState) else None
+    if condition is None:
+        return None
+    rows = session.execute(select(key, col(Dispatch.sink)).where(condition).limit(lists.SCANNED + 1)).all()
+    return None if len(rows) > lists.SCANNED else [found for found, name in rows if not sink or name == sink]
+
+
+def _to(sink: str) -> list[Any]:
+    return [col(Dispatch.sink) == sink] if sink else []
+
+
+def _page(session: Session, key: Any, sink: str, keys: Sequence[int], limit: int) -> lists.Page:
+    """The rows of these keys. One more key than `limit` says that there is a further page."""
     found = select(Dispatch, Event, Task.external_task_id).join(Event, col(Event.id) == col(Dispatch.event_id))
     found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id))
-    if state in list(DispatchState):
-        found = found.where(_CONDITIONS.get(DispatchState(state), col(Dispatch.state) == DispatchState(state)))
-    if sink:
-        found = found.where(col(Dispatch.sink) == sink)
-    if before is not None:
-        found = found.where(col(Dispatch.id) < before)
-    found = found.order_by(col(Dispatch.id).desc()).limit(limit)
-    return [(row, event, name) for row, event, name in session.exec(found)]
+    rows = session.execute(found.where(key.in_(keys[:limit]), *_to(sink)).order_by(key.desc())).all()
+    return lists.Page(rows, str(keys[limit - 1]) if len(keys) > limit else None)
 
 
 def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:

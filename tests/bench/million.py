@@ -1,5 +1,7 @@
 """A database as a busy installation has it after a month: 1,000,000 tasks, 3 million files, 8 million events.
 
+A quarter of the tasks is in 50 batches. A sink has a dispatch for each archived task; some wait, some are dead.
+
 .venv/bin/python -m tests.bench.million sqlite:////tmp/million.db [--tasks 1000000]
 
 Bulk SQL with the secondary indexes dropped and made again: 2 minutes on SQLite, 3 on PostgreSQL. The database must be
@@ -18,13 +20,17 @@ from storage.database.sessions import Database
 from storage.rows import migrations
 
 TASKS, DAYS, FILES, EVENTS = 1_000_000, 30, 3, 8
-# One task in so many: failed at the provider; brought no file; waits for its read; had a refused delivery.
-FAILED, INCOMPLETE, WAITING, REJECTED = 50, 100, 500, 100_000
+# One task in so many: failed at the provider; brought no file; waits for its read; had a refused delivery; has a batch.
+FAILED, INCOMPLETE, WAITING, REJECTED, BATCHED = 50, 100, 500, 100_000, 4
+BATCHES = 50
+# One task in so many, of the last tenth: its files are tried again. One archived task in so many: its sink gave up, or
+# is still to be told.
+TRYING, DEAD, OPEN = 1_000, 1_000, 500
 KINDS = [f"task.{word}" for word in ("created", "submitted", "processing", "succeeded")]
 KINDS += ["asset.archived"] * FILES + ["task.archived"]
 REQUEST = """'{"model_name": "kling-image-o1", "prompt": "a boat on a lake at dawn, painted in oil", "n": 3}'"""
 At = Callable[[float | str], str]
-TABLES = ("task", "asset", "callback", "event")
+TABLES = ("task", "asset", "callback", "event", "dispatch")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Words:
 
     task_id: str
     file_id: str
+    batch_id: str
     moment: str  # takes the seconds after the task's creation
     numbers: str
     parts: str
@@ -45,6 +52,7 @@ class Words:
 SQLITE = Words(
     "printf('%08x%024x', (i * 2654435761) % 4294967296, i)",
     "printf('%08x%023x%x', (i * 2246822519 + k) % 4294967296, i, k)",
+    "printf('%032x', {number})",
     "strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', (i - {tasks}) * {step} + {after} - 60))",
     "(WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {tasks}) SELECT i FROM n) AS n",
     "(WITH RECURSIVE n(k) AS (SELECT 0 UNION ALL SELECT k + 1 FROM n WHERE k < {last}) SELECT k FROM n) AS p",
@@ -52,6 +60,7 @@ SQLITE = Words(
 POSTGRESQL = Words(
     "(lpad(to_hex((i::bigint * 2654435761) % 4294967296), 8, '0') || lpad(to_hex(i), 24, '0'))::uuid",
     "(lpad(to_hex((i::bigint * 2246822519 + k) % 4294967296), 8, '0') || lpad(to_hex(i), 23, '0') || k)::uuid",
+    "lpad(to_hex({number}), 32, '0')::uuid",
     "now() + make_interval(secs => (i - {tasks}) * {step} + {after} - 60)",
     "generate_series(1, {tasks}) AS n(i)",
     "generate_series(0, {last}) AS p(k)",
@@ -104,12 +113,18 @@ def _rows(words: Words, tasks: int) -> list[str]:
     numbers = words.numbers.format(tasks=tasks)
     files, events = (f"{numbers}, {words.parts.format(last=count - 1)}" for count in (FILES, EVENTS))
     fails, lacks = f"i % {FAILED} = 7", f"i % {INCOMPLETE} = 8"
-    waits = f"(i % {WAITING} = 9 AND i > {tasks} * 9 / 10)"
+    waits, tries = (f"(i % {each} AND i > {tasks} * 9 / 10)" for each in (f"{WAITING} = 9", f"{TRYING} = 11"))
+    batch = words.numbers.format(tasks=BATCHES)
+    began = words.moment.format(tasks=BATCHES, step=DAYS * 86_400 / BATCHES, after=-DAYS * 86_400 / BATCHES)
     return [
-        _insert("task", _task(words, at, fails, lacks, waits), numbers),
-        _insert("asset", _asset(words, at, lacks), f"{files} WHERE NOT ({waits} OR {fails})"),
+        _insert(
+            "batch", {"id": words.batch_id.format(number="i"), "name": "'batch-' || i", "created_at": began}, batch
+        ),
+        _insert("task", _task(words, at, fails, lacks, waits, tries) | _batched(words, tasks), numbers),
+        _insert("asset", _asset(words, at, lacks, tries), f"{files} WHERE NOT ({waits} OR {fails})"),
         _insert("callback", _callback(words, at), numbers),
         _insert("event", _event(words, at, fails), events + words.ordered),
+        _insert("dispatch", _dispatch(tasks), f"event WHERE seq % {EVENTS} = 0{words.ordered and ' ORDER BY id'}"),
         f"UPDATE counter SET value = {tasks * EVENTS} WHERE name = 'event'",
     ]
 
@@ -118,9 +133,18 @@ def _insert(table: str, columns: dict[str, str], source: str) -> str:
     return f"INSERT INTO {table} ({', '.join(columns)}) SELECT {', '.join(columns.values())} FROM {source}"
 
 
-def _task(words: Words, at: At, fails: str, lacks: str, waits: str) -> dict[str, str]:
-    ended = f"CASE WHEN NOT {waits} THEN {at(40)} END"
-    none, archive = f"{waits} OR {fails}", f"WHEN {lacks} THEN 'incomplete' ELSE 'archived' END"
+def _batched(words: Words, tasks: int) -> dict[str, str]:
+    within, number = f"CASE WHEN i % {BATCHED} = 1 THEN", f"CAST((i - 1) / ({tasks} / {BATCHES}) + 1 AS integer)"
+    return {"batch_id": f"{within} {words.batch_id.format(number=number)} END", "batch_line": f"{within} i END"}
+
+
+def _task(words: Words, at: At, fails: str, lacks: str, waits: str, tries: str) -> dict[str, str]:
+    ended, archived = (
+        f"CASE WHEN NOT {waits} THEN {at(40)} END",
+        f"CASE WHEN NOT ({waits} OR {tries}) THEN {at(41)} END",
+    )
+    none, archive = f"{waits} OR {fails}", f"WHEN {lacks} THEN 'incomplete' WHEN {tries} THEN 'archiving'"
+    archive += " ELSE 'archived' END"
     return {
         "id": words.task_id, "external_task_id": "'million-' || i", "provider": "'kling'",
         "provider_task_id": "'kling-' || i", "request": REQUEST, "request_hash": "''",
@@ -128,22 +152,24 @@ def _task(words: Words, at: At, fails: str, lacks: str, waits: str) -> dict[str,
         "state": f"CASE WHEN {waits} THEN 'submitted' WHEN {fails} THEN 'failed' ELSE 'succeeded' END",
         "archive": f"CASE WHEN {none} THEN 'none' {archive}", "contradicted": words.false, "polls": "0",
         "completeness_reads": "0", "manifests": "1", "created_at": at(0), "submitted_at": at(1),
-        "completed_at": ended, "end_called_back_at": ended, "archived_at": ended, "files_expire_at": at(30 * 86_400),
+        "completed_at": ended, "end_called_back_at": ended, "archived_at": archived, "files_expire_at": at(30 * 86_400),
         "manifest_key": "'m/' || i", "step": f"CASE WHEN {waits} THEN 'read' END",
         "due_at": f"CASE WHEN {waits} THEN {at(DAYS * 86_400)} END", "attempts": "0", "losses": "0",
         "error": f"CASE WHEN {fails} THEN 'the provider refused the prompt' END", "model": "'kling-image-o1'",
     }  # fmt: skip
 
 
-def _asset(words: Words, at: At, lacks: str) -> dict[str, str]:
+def _asset(words: Words, at: At, lacks: str, tries: str) -> dict[str, str]:
     return {
         "id": words.file_id, "task_id": words.task_id, "kind": "'image'", '"index"': "k", "original": "''",
         "source_url": "'https://cdn.test/' || i || '/' || k", "files_expire_at": at(30 * 86_400),
-        "state": f"CASE WHEN {lacks} THEN 'failed' ELSE 'archived' END", "key": "'k/' || i || '/' || k",
+        "state": f"CASE WHEN {lacks} THEN 'failed' WHEN {tries} THEN 'due' ELSE 'archived' END",
+        "key": "'k/' || i || '/' || k",
         "sha256": f"'{'0' * 64}'", "size": "1500000", "media_type": "'image/png'", "width": "1024", "height": "1024",
         "verified": words.true, "accept_unverified": words.false, "fetched": "'{}'", "superseded": "'[]'",
         "created_at": at(40), "archived_at": at(41), "attempts": "0", "losses": "0",
-        "error": f"CASE WHEN {lacks} THEN 'html instead of a picture' END",
+        "due_at": f"CASE WHEN {tries} THEN {at(DAYS * 86_400)} END",
+        "error": f"CASE WHEN {lacks} OR {tries} THEN 'html instead of a picture' END",
     }  # fmt: skip
 
 
@@ -151,7 +177,8 @@ def _callback(words: Words, at: At) -> dict[str, str]:
     return {
         "delivery_key": "'million-' || i", "provider": "'kling'", "source": "'push'", "task_id": words.task_id,
         "headers": "'{}'", "body": words.blob, "received_at": at(40), "applied_at": at(40), "attempts": "1",
-        "losses": "0", "state": f"CASE WHEN i % {REJECTED} = 9 THEN 'rejected' ELSE 'applied' END",
+        "losses": "0",
+        "state": f"CASE i % {REJECTED} WHEN 9 THEN 'rejected' WHEN 10 THEN 'unmatched' ELSE 'applied' END",
     }  # fmt: skip
 
 
@@ -162,6 +189,17 @@ def _event(words: Words, at: At, fails: str) -> dict[str, str]:
         "task_id": words.task_id, "name": f"CASE {rare} {usual} END", "at": at("k * 6"),
         "data": """'{"kind": "image", "index": 0, "key": "k/0/0", "size": 1500000}'""",
         "seq": f"(i - 1) * {EVENTS} + k + 1",
+    }  # fmt: skip
+
+
+def _dispatch(tasks: int) -> dict[str, str]:
+    number = f"seq / {EVENTS}"
+    is_dead, is_open = f"{number} % {DEAD} = 3", f"({number} % {OPEN} = 5 AND {number} > {tasks} * 9 / 10)"
+    return {
+        "sink": "'hook'", "event_id": "id", "task_id": "task_id", "tries": "1", "created_at": "at",
+        "state": f"CASE WHEN {is_dead} THEN 'dead' WHEN {is_open} THEN 'due' ELSE 'delivered' END",
+        "error": f"CASE WHEN {is_dead} OR {is_open} THEN '500 from the hook' END",
+        "settled_at": f"CASE WHEN NOT {is_open} THEN at END", "attempts": "1", "losses": "0",
     }  # fmt: skip
 
 

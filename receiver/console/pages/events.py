@@ -12,7 +12,7 @@ from receiver.console import words
 from receiver.console.installation import Installation, note_act
 from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import change
-from storage.operations import lists, outbox
+from storage.operations import outbox
 from storage.operations.measures import SinkMeasures
 from storage.rows.models import Dispatch
 from storage.states import DispatchState
@@ -33,18 +33,12 @@ class EventsOut:
         state = visit.query.get("state", "")
         sink, before = visit.query.get("sink", "")[:100], visit.query.get("before", "")
         with self._of.database.read() as session:
-            rows = outbox.newest(
-                session, state, sink, before=int(before) if is_number(before) else None, limit=lists.PAGE + 1
-            )
+            rows = outbox.newest(session, state, sink, before=int(before) if is_number(before) else None)
             disabled = outbox.disabled(session)
         found: dict[str, SinkMeasures] = self._measured().measures.sinks
         names = sorted({*self._of.sinks, *found, *disabled})
         sinks = [(name, found.get(name, SinkMeasures()), disabled.get(name), name in self._of.sinks) for name in names]
-        further = str(rows[-1][0].id) if len(rows) > lists.PAGE else None
-        return visit.page(
-            "events.html", rows=rows[: lists.PAGE], further=further, sinks=sinks, state=state, sink=sink,
-            states=list(DispatchState),
-        )  # fmt: skip
+        return visit.page("events.html", rows=rows, sinks=sinks, state=state, sink=sink, states=list(DispatchState))
 
     def redeliver(self, visit: Visit) -> Response:
         """Redeliver one (`id`), the chosen ones, or every dead one of a sink (`sink`)."""

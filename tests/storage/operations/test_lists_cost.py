@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from storage.database.sessions import Database
+from storage.operations import outbox
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from tests.plans import plans
 
@@ -39,3 +40,21 @@ def test_tasks_are_entered_by_the_time_of_their_creation(database: Database, wan
 def test_deliveries_are_entered_by_an_index(database: Database, wanted: DeliveryFilter, index: str) -> None:
     found = plans(database, lambda session: newest_deliveries(session, wanted, None))
     assert index in found and "SCAN callback\n" not in f"{found}\n"
+
+
+@pytest.mark.parametrize(
+    ("state", "sink", "entry"),
+    [
+        ("", "", "INTEGER PRIMARY KEY (rowid<?)"),
+        ("delivered", "", "INTEGER PRIMARY KEY (rowid<?)"),
+        ("", "hook", "(sink=? AND event_id<?)"),
+        ("delivered", "hook", "(sink=? AND event_id<?)"),
+        ("dead", "hook", "dispatch_dead"),
+        ("due", "hook", "dispatch_open"),
+    ],
+)
+def test_dispatches_are_entered_by_an_index(database: Database, state: str, sink: str, entry: str) -> None:
+    found = plans(database, lambda session: outbox.newest(session, state, sink, before=9)).splitlines()
+    first = next(step for step in found if "dispatch" in step)
+    assert entry in first, found
+    assert not any(step in ("SCAN dispatch", "SCAN event", "SCAN task") for step in found), found

@@ -13,7 +13,7 @@ from sqlmodel import col, func, select
 
 from receiver.app.wiring import Parts
 from storage.database.sessions import Database
-from storage.operations import outbox
+from storage.operations import lists, outbox
 from storage.operations.outbox import Subscription
 from storage.rows import claims, events
 from storage.rows.events import EventName, record
@@ -321,3 +321,38 @@ def test_every_event_is_delivered_despite_receiver_faults(web: Web, parts: Parts
 def archived(database: Database) -> int:
     with database.read() as session:
         return session.exec(select(func.count()).where(Task.archive == ArchiveState.ARCHIVED)).one()
+
+
+def listed(database: Database, state: str, sink: str) -> list[tuple[str, str]]:
+    """(sink, name) of all dispatches that pages of two show, in their order."""
+    seen, cursor = list[tuple[str, str]](), None
+    with database.read() as session:
+        for _ in range(40):
+            page = outbox.newest(session, state, sink, before=cursor, limit=2)
+            seen += [(row.sink, event.name) for row, event, _ in page.rows]
+            if page.further is None:
+                return seen
+            cursor = int(page.further)
+    raise AssertionError("pages without an end")
+
+
+@pytest.mark.parametrize("most", [3, 10_000])
+def test_pages_of_dispatches_have_each_one_once_and_newest_first(
+    database: Database, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(lists, "SCANNED", most)
+    names = [EventName.TASK_CREATED, EventName.TASK_SUBMITTED, EventName.TASK_PROCESSING, EventName.TASK_SUCCEEDED]
+    tell(database, task_in(database), *names, EventName.TASK_ARCHIVED)
+    outbox.sequence_all(database, [HOOK, Subscription("other", ALL)])
+    with database.write() as session:
+        rows = session.exec(select(Dispatch).where(Dispatch.sink == "hook").order_by(col(Dispatch.id))).all()
+        rows[0].state = rows[2].state = DispatchState.DELIVERED
+        rows[1].state = DispatchState.DEAD
+    words = [str(name) for name in (*names, EventName.TASK_ARCHIVED)]
+    assert listed(database, "", "hook") == [("hook", name) for name in reversed(words)]
+    assert len(set(listed(database, "", ""))) == len(listed(database, "", "")) == 10
+    assert listed(database, "delivered", "hook") == [("hook", words[2]), ("hook", words[0])]
+    assert listed(database, "delivered", "") == [("hook", words[2]), ("hook", words[0])]
+    assert listed(database, "dead", "") == listed(database, "dead", "hook") == [("hook", words[1])]
+    assert listed(database, "due", "other") == [("other", name) for name in reversed(words)]
+    assert listed(database, "dead", "other") == listed(database, "", "nobody") == []
