@@ -66,17 +66,13 @@ AUDIT_OFF_INTERVAL_SECONDS = 86_400.0
 
 def lanes(parts: Parts) -> Sequence[Lane]:
     """The lanes of one worker process. The store's lanes share a circuit, and so do the provider's."""
-    settings, step = parts.settings, Task.step
+    step = Task.step
     received, unmatched = (col(Callback.state) == state for state in (CallbackState.RECEIVED, CallbackState.UNMATCHED))
     applier = DeliveryApplier(parts.database, parts.providers, parts.schedule, parts.confirmation)
     reader = Reader(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
     finder = UnmatchedDeliveries(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
     store, provider = Circuit(), parts.provider_circuit
     finisher = Finisher(parts.database, parts.bucket, parts.schedule, version=receiver.__version__, circuit=store)
-    archiver = Archiver(
-        parts.database, parts.bucket, parts.fetcher, parts.schedule, spool_dir=settings.spool_dir, circuit=store
-    )
-    other_hosts = slow_hosts.OtherHosts(parts.database, settings.worker_threads)
     return (
         Lane(
             "callbacks", Callback, applier.work, CALLBACK_THREADS, (received,), work_many=applier.work_many,
@@ -95,16 +91,25 @@ def lanes(parts: Parts) -> Sequence[Lane]:
             work_many=reader.work_many, batch=reader.batch,
         ),
         Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
-        Lane(
-            "assets", Asset, archiver.work, settings.worker_threads, circuit=store,
-            ahead=settings.worker_threads // AHEAD_SHARE,
-        ),
-        Lane(
-            "assets-spare", Asset, partial(other_hosts.work, archiver),
-            slow_hosts.spare_threads(settings.worker_threads), circuit=store,
-            claim_pause_seconds=SPARE_CLAIM_PAUSE_SECONDS, beside=other_hosts.conditions,
-        ),
+        *_asset_lanes(parts, store),
         *(_sink_lane(parts, name, sink) for name, sink in parts.sinks.items()),
+    )  # fmt: skip
+
+
+def _asset_lanes(parts: Parts, circuit: Circuit) -> Sequence[Lane]:
+    """The lane of the files, and the spare threads that slow hosts cannot take."""
+    threads = parts.settings.worker_threads
+    archiver = Archiver(
+        parts.database, parts.bucket, parts.fetcher, parts.schedule, spool_dir=parts.settings.spool_dir,
+        circuit=circuit,
+    )  # fmt: skip
+    other_hosts = slow_hosts.OtherHosts(parts.database, threads)
+    return (
+        Lane("assets", Asset, archiver.work, threads, circuit=circuit, ahead=threads // AHEAD_SHARE),
+        Lane(
+            "assets-spare", Asset, partial(other_hosts.work, archiver), slow_hosts.spare_threads(threads),
+            circuit=circuit, claim_pause_seconds=SPARE_CLAIM_PAUSE_SECONDS, beside=other_hosts.conditions,
+        ),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from receiver.base.collector import collector_paused
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
+    from receiver.base.config import Settings
 
 
 @contextmanager
@@ -33,27 +34,15 @@ def opened(
     `settings`: values from the command's options.
     """
     with collector_paused():
-        from pydantic import SecretStr
-
         from receiver.app import process
         from receiver.app.database_faults import explained
         from receiver.app.wiring import Parts
-        from receiver.base import config, env_file, telemetry
-        from receiver.cli.terminal import say
+        from receiver.base import telemetry
         from receiver.local_store import serve_store
 
-    try:
-        chosen = config.load(allow_http=allow_http or None, store=store, **settings)
-    except config.SettingsInvalid as error:  # a missing setting is often a misspelt one
-        raise config.SettingsInvalid("\n".join([str(error), *_unknown()])) from None
-    if starts_store and chosen.store and not chosen.console_keys:
-        key = SecretStr(f"me={serve_store.console_key(chosen.store)}")
-        chosen = chosen.model_copy(update={"console_keys": (key,)})
+    chosen = _settings(starts_store, allow_http=allow_http or None, store=store, **settings)
     telemetry.configure("warning" if quiet else chosen.log_level, chosen.log_format)
-    if asks_provider and (path := env_file.find()):
-        say(f"settings: {path} was read", err=True)
-    if warning := serve_store.other_database(chosen):
-        say(f"warning: {warning}", err=True)
+    _announce(chosen, asks_provider)
     with serve_store.running(chosen) if starts_store else nullcontext():
         with collector_paused():
             parts = Parts(chosen)
@@ -65,6 +54,34 @@ def opened(
                 yield parts
         finally:
             parts.close()
+
+
+def _settings(starts_store: bool, **values: Any) -> Settings:
+    """The settings, with a console key of the local store if the command starts it and none is set."""
+    from pydantic import SecretStr
+
+    from receiver.base import config
+    from receiver.local_store import serve_store
+
+    try:
+        chosen = config.load(**values)
+    except config.SettingsInvalid as error:  # a missing setting is often a misspelt one
+        raise config.SettingsInvalid("\n".join([str(error), *_unknown()])) from None
+    if starts_store and chosen.store and not chosen.console_keys:
+        key = SecretStr(f"me={serve_store.console_key(chosen.store)}")
+        chosen = chosen.model_copy(update={"console_keys": (key,)})
+    return chosen
+
+
+def _announce(settings: Settings, asks_provider: bool) -> None:
+    from receiver.base import env_file
+    from receiver.cli.terminal import say
+    from receiver.local_store import serve_store
+
+    if asks_provider and (path := env_file.find()):
+        say(f"settings: {path} was read", err=True)
+    if warning := serve_store.other_database(settings):
+        say(f"warning: {warning}", err=True)
 
 
 def _unknown() -> Iterator[str]:

@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 # within 0.6 s.
 CALLBACK_TRIES = 8
 CTRL_C_INTERVAL_SECONDS = 0.5  # for Ctrl-C
+ApiKeys = Annotated[list[str] | None, typer.Option(help="API key to accept. Repeatable.")]
+WebhookSecrets = Annotated[list[str] | None, typer.Option(help="whsec_… secret that signs every callback. Repeatable.")]
+FailRate = Annotated[float | None, typer.Option(help="Share of tasks that fail, 0 to 1.")]
+DropRate = Annotated[float | None, typer.Option(help="Share of callbacks never sent, 0 to 1.")]
+Shape = Annotated[str | None, typer.Option(help="Body of callbacks: old, new, wrapped or no_task_info.")]
+RemoteHost = Annotated[bool, typer.Option("--allow-remote-host", help="Allow a --host outside loopback.")]
+RemoteCallbacks = Annotated[
+    bool, typer.Option("--allow-remote-callbacks", help="Allow callback URLs outside loopback.")
+]
+KnobValues = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set any knob of --knobs. Repeatable.")
+]
 
 
 def demo(
@@ -59,29 +71,18 @@ def _program() -> str:
     return sys.argv[0] if Path(sys.argv[0]).name == "receiver" else f"{sys.executable} -m receiver"
 
 
-# Longer than usual, because typer needs every option as a parameter.
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65_535)] = 9000,
-    api_key: Annotated[list[str] | None, typer.Option(help="API key to accept. Repeatable.")] = None,
-    webhook_secret: Annotated[
-        list[str] | None, typer.Option(help="whsec_… secret that signs every callback. Repeatable.")
-    ] = None,
+    api_key: ApiKeys = None,
+    webhook_secret: WebhookSecrets = None,
     processing_seconds: Annotated[float | None, typer.Option(help="Seconds a task stays processing.")] = None,
-    fail_rate: Annotated[float | None, typer.Option(help="Share of tasks that fail, 0 to 1.")] = None,
-    callback_drop_rate: Annotated[float | None, typer.Option(help="Share of callbacks never sent, 0 to 1.")] = None,
-    callback_shape: Annotated[
-        str | None, typer.Option(help="Body of callbacks: old, new, wrapped or no_task_info.")
-    ] = None,
-    allow_remote_host: Annotated[
-        bool, typer.Option("--allow-remote-host", help="Allow a --host outside loopback.")
-    ] = False,
-    allow_remote_callbacks: Annotated[
-        bool, typer.Option("--allow-remote-callbacks", help="Allow callback URLs outside loopback.")
-    ] = False,
-    knob: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set any knob of --knobs. Repeatable.")
-    ] = None,
+    fail_rate: FailRate = None,
+    callback_drop_rate: DropRate = None,
+    callback_shape: Shape = None,
+    allow_remote_host: RemoteHost = False,
+    allow_remote_callbacks: RemoteCallbacks = False,
+    knob: KnobValues = None,
     knobs: Annotated[bool, typer.Option("--knobs", help="Print every knob and its default, then exit.")] = False,
 ) -> None:
     """Run a stand-in for the provider: creates, queries, callbacks and result files, with knobs for its failures.

@@ -19,13 +19,36 @@ if TYPE_CHECKING:
     from storage.rows.models import Task
 
 
+Images = Annotated[
+    list[str] | None, typer.Option(help="Reference image: https URL or a file (jpg, png, ≤ 10 MB). Repeatable.")
+]
+RequestFile = Annotated[
+    Path | None, typer.Option(help="Read the request from a JSON file (- for standard input) instead.")
+]
+ExternalId = Annotated[str | None, typer.Option(help="Your own id.", show_default="a fresh UUID")]
+Adopt = Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")]
+BatchFile = Annotated[
+    str | None,
+    typer.Option("--batch", metavar="FILE", help="Send all requests of a JSON lines or CSV file (- for stdin)."),
+]
+BatchName = Annotated[
+    str | None, typer.Option(help="Name of the batch. Ids contain it.", show_default="the file's name")
+]
+Format = Annotated[
+    Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name or header")
+]
+Prices = Annotated[
+    Path | None, typer.Option(help="Price table for --dry-run, as JSON.", show_default="Kling's of 2026-09")
+]
+Reports = Annotated[list[Path] | None, typer.Option(help="Write a batch's final report, JSON or .csv. Repeatable.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")]
+
+
 # Longer than usual, because typer needs every option as a parameter.
 def submit(
     model_name: Annotated[str | None, typer.Option(help="kling-image-o1 or kling-v3-omni.")] = None,
     prompt: Annotated[str | None, typer.Option(help="At most 2,500 characters; inputs as <<<image_1>>>.")] = None,
-    image: Annotated[
-        list[str] | None, typer.Option(help="Reference image: https URL or a file (jpg, png, ≤ 10 MB). Repeatable.")
-    ] = None,
+    image: Images = None,
     element_id: Annotated[list[int] | None, typer.Option(help="Element to use. Repeatable.")] = None,
     resolution: Annotated[str | None, typer.Option(help="1k, 2k, or 4k where the model has it.")] = None,
     n: Annotated[int | None, typer.Option("--n", help="How many pictures: 1 to 9.")] = None,
@@ -33,29 +56,16 @@ def submit(
     series_amount: Annotated[str | None, typer.Option(help="Pictures of a series: 2 to 9, or auto.")] = None,
     aspect_ratio: Annotated[str | None, typer.Option(help="16:9 9:16 1:1 4:3 3:4 3:2 2:3 21:9 auto.")] = None,
     watermark: Annotated[bool | None, typer.Option(help="Also ask for watermarked copies.")] = None,
-    request: Annotated[
-        Path | None, typer.Option(help="Read the request from a JSON file (- for standard input) instead.")
-    ] = None,
-    external_task_id: Annotated[str | None, typer.Option(help="Your own id.", show_default="a fresh UUID")] = None,
-    adopt: Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")] = False,
-    batch_file: Annotated[
-        str | None,
-        typer.Option("--batch", metavar="FILE", help="Send all requests of a JSON lines or CSV file (- for stdin)."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the batch. Ids contain it.", show_default="the file's name")
-    ] = None,
-    format: Annotated[
-        Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name or header")
-    ] = None,
+    request: RequestFile = None,
+    external_task_id: ExternalId = None,
+    adopt: Adopt = False,
+    batch_file: BatchFile = None,
+    name: BatchName = None,
+    format: Format = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check a batch and print its price.")] = False,
-    prices: Annotated[
-        Path | None, typer.Option(help="Price table for --dry-run, as JSON.", show_default="Kling's of 2026-09")
-    ] = None,
-    report: Annotated[
-        list[Path] | None, typer.Option(help="Write a batch's final report, JSON or .csv. Repeatable.")
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until the pictures are archived, with progress.")] = False,
+    prices: Prices = None,
+    report: Reports = None,
+    wait: Wait = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the task as JSON.")] = False,
     store: Store = None,
     allow_http: AllowHttp = False,
@@ -67,37 +77,36 @@ def submit(
     """
     from receiver.cli import batch
 
-    fields = {
-        "model_name": model_name,
-        "prompt": prompt,
-        "image_list": [{"image": _image(one)} for one in image or []] or None,
-        "element_list": [{"element_id": one} for one in element_id or []] or None,
-        "resolution": resolution,
-        "n": n,
-        "result_type": result_type,
-        "series_amount": series_amount,
-        "aspect_ratio": aspect_ratio,
-        "watermark_info": None if watermark is None else {"enabled": watermark},
-    }
-    given = {field: value for field, value in fields.items() if value is not None}
-    if batch_file is not None:
-        if given or request or external_task_id or adopt:
-            raise typer.BadParameter("the file contains the request: remove the other fields", param_hint="--batch")
+    given = _fields(
+        image, element_id, watermark, model_name=model_name, prompt=prompt, resolution=resolution, n=n,
+        result_type=result_type, series_amount=series_amount, aspect_ratio=aspect_ratio,
+    )  # fmt: skip
+    if batch_file is None:
+        if name or format or dry_run or prices or report:
+            raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
+        with opened(allow_http, migrate=True, store=store, asks_provider=True) as parts:
+            task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
+            _answer(parts, task, wait=wait, as_json=as_json)
+    elif given or request or external_task_id or adopt:
+        raise typer.BadParameter("the file contains the request: remove the other fields", param_hint="--batch")
+    else:
         batch.submit(
             batch_file, name=name, format=format, dry_run=dry_run, prices=prices, report=report or (),
             wait=wait, as_json=as_json, allow_http=allow_http, store=store,
         )  # fmt: skip
-        return
-    if name or format or dry_run or prices or report:
-        raise typer.BadParameter("--name, --format, --dry-run, --prices and --report belong to --batch")
-    with opened(allow_http, migrate=True, store=store, asks_provider=True) as parts:
-        task = _submit(parts, {**_from_file(request), **given}, external_task_id, adopt)
-        try:
-            _answer(parts, task, wait=wait, as_json=as_json)
-        except KeyboardInterrupt:
-            command = f"receiver status {as_argument(task.external_task_id)}"
-            say(f"stopped waiting; the workers go on; `{command}` shows the task", err=True)
-            raise typer.Exit(1) from None
+
+
+def _fields(
+    image: list[str] | None, element_id: list[int] | None, watermark: bool | None, **plain: Any
+) -> dict[str, Any]:
+    """The fields of the request that the options give."""
+    fields = {
+        "image_list": [{"image": _image(one)} for one in image or []] or None,
+        "element_list": [{"element_id": one} for one in element_id or []] or None,
+        "watermark_info": None if watermark is None else {"enabled": watermark},
+        **plain,
+    }
+    return {field: value for field, value in fields.items() if value is not None}
 
 
 def _image(given: str) -> str:
@@ -157,40 +166,58 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
     return submitted.task
 
 
-def _report(parts: Parts, task: Task) -> dict[str, Any]:
-    from receiver.tasks.task_view import report
-
-    return report(parts.database, parts.bucket, task.external_task_id)
-
-
 def _answer(parts: Parts, task: Task, *, wait: bool, as_json: bool) -> None:
+    try:
+        if wait:
+            _wait(parts, task, as_json)
+        else:
+            _acknowledge(parts, task, as_json)
+    except KeyboardInterrupt:
+        command = f"receiver status {as_argument(task.external_task_id)}"
+        say(f"stopped waiting; the workers go on; `{command}` shows the task", err=True)
+        raise typer.Exit(1) from None
+
+
+def _acknowledge(parts: Parts, task: Task, as_json: bool) -> None:
     from receiver.cli import show
     from storage.operations import heartbeats
-    from storage.states import ArchiveState, TaskState
+    from storage.states import TaskState
 
-    if not wait:
-        if as_json:
-            say_json(_report(parts, task), indent=1)
-        else:
-            say(task.external_task_id)
-        if task.state is TaskState.FAILED:
-            say(f"failed: {task.error}", err=True)
-            raise typer.Exit(1)
-        if not heartbeats.count_alive(parts.database):
-            say(show.no_worker(parts, " on this database"), err=True)
-        return
+    _print_id(parts, task, as_json)
+    if task.state is TaskState.FAILED:
+        say(f"failed: {task.error}", err=True)
+        raise typer.Exit(1)
+    if not heartbeats.count_alive(parts.database):
+        say(show.no_worker(parts, " on this database"), err=True)
+
+
+def _wait(parts: Parts, task: Task, as_json: bool) -> None:
+    from receiver.cli import show
+    from storage.states import ArchiveState
+
     if not show.await_worker(parts):
-        if as_json:
-            say_json(_report(parts, task), indent=1)
-        else:
-            say(task.external_task_id)
+        _print_id(parts, task, as_json)
         say(f"submitted, but {show.no_worker(parts)}", err=True)
         raise typer.Exit(1)
     finished = show.wait(parts, task.external_task_id)
     if as_json:
-        say_json(_report(parts, task), indent=1)
+        _print(parts, task)
     else:
         say(*show.uris(parts, finished))
     if finished.archive is not ArchiveState.ARCHIVED:
         say(f"{finished.state}: {finished.error or finished.note or finished.archive}", err=True)
         raise typer.Exit(1)
+
+
+def _print_id(parts: Parts, task: Task, as_json: bool) -> None:
+    """Print the external id, or with --json the whole task."""
+    if as_json:
+        _print(parts, task)
+    else:
+        say(task.external_task_id)
+
+
+def _print(parts: Parts, task: Task) -> None:
+    from receiver.tasks import task_view
+
+    say_json(task_view.report(parts.database, parts.bucket, task.external_task_id), indent=1)

@@ -44,8 +44,7 @@ REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
 CLAIM_PAUSE_SECONDS = 0.1
 # Pictures take less. If files last longer, the spare threads look for others (see Lane.beside).
 LASTING_SECONDS = 2.0
-# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. The feeders' check has found them by then, or there are
-# none.
+# Rows in quarantine (see claims.QUARANTINE_AFTER) are rare. The feeders' check has found any by then.
 QUARANTINE_INTERVAL_SECONDS = 0.5
 # The longest pause between two tries of a row that meets a bug. The next release may fix the bug.
 BUG_CAP_SECONDS = 3_600.0
@@ -217,8 +216,7 @@ class Worker:
     def _ahead(self, lane: Lane) -> int:
         """How many rows beyond its threads the lane may hold now.
 
-        None until two consecutive claims were full, so that idle workers claim first. None for a trial, and fewer
-        behind slow files.
+        None until two consecutive claims were full (idle workers come first) or for a trial, fewer behind slow files.
         """
         if not lane.ahead or self._full_claims[lane.name] < 2 or lane.circuit.is_open:
             return 0

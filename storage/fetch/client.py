@@ -155,19 +155,7 @@ class Fetcher:
             target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
             media = _inspect(sink, accept_unverified=accept_unverified)
             sink.seek(0)
-        return Fetched(
-            body.size,
-            body.digest.hexdigest(),
-            media.media_type,
-            media.extension,
-            media.width,
-            media.height,
-            media.verified,
-            {name: body.headers[name][:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if name in body.headers},
-            target.host,
-            media.trailing_bytes,
-            tuple(dict.fromkeys((*body.notes, *media.notes))),
-        )
+        return _fetched(target, body, media)
 
     def close(self) -> None:
         """Close every connection. A fetch running in another thread ends with an error."""
@@ -259,6 +247,22 @@ def retry_after(value: str, now: datetime) -> float | None:
             return None
         seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now.timestamp()
     return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds > 0 else None
+
+
+def _fetched(target: Target, body: Body, media: Media) -> Fetched:
+    return Fetched(
+        body.size,
+        body.digest.hexdigest(),
+        media.media_type,
+        media.extension,
+        media.width,
+        media.height,
+        media.verified,
+        {name: body.headers[name][:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if name in body.headers},
+        target.host,
+        media.trailing_bytes,
+        tuple(dict.fromkeys((*body.notes, *media.notes))),
+    )
 
 
 @contextmanager

@@ -69,9 +69,8 @@ def apply(
     """Apply one report to a locked task: its state, its assets, the events, and its next step. Idempotent.
 
     `now`: the database's time. `pushed`: the report came as a callback, not as an answer to a read. `confirmed`: the
-    provider itself reported it, in an answer or a signed delivery. A confirmed report replaces what only an unsigned
-    delivery said: another file for an index takes the place of the first, archived or not. An unconfirmed one replaces
-    no confirmed link.
+    provider itself reported it, in an answer or a signed delivery. It then replaces what only an unsigned delivery
+    said, archived files too. An unconfirmed report replaces no confirmed link.
     """
     assets = {tasks.name_of(asset): asset for asset in tasks.assets_of(session, task.id)}
     before = tasks.facts(task, list(assets.values()))
