@@ -28,7 +28,7 @@ from storage.rows.deliveries import Delivery
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState, Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, insert_row, run, task_of
+from tests.pipeline import CALLBACK_SECRET, Web, callbacks_of, deliver, insert_row, run, task_of
 from tests.plans import plans, scans
 from tests.postgres import Postgres
 from tests.rows import event_names
@@ -373,6 +373,7 @@ def test_the_accounts_url_waits_for_no_slow_database_and_delays_no_other(
 
 def test_deliveries_of_a_task_at_the_account_are_counted_by_an_index(parts: Parts) -> None:
     task = insert_row(parts)
+    deliver(parts, None, {})
     assert not scans(parts.database, lambda session: account_budget.count_of_task(session, task.id))
     assert "callback_at_account" in plans(
         parts.database, lambda session: account_budget.count_of_task(session, task.id)

@@ -170,8 +170,7 @@ def test_each_event_is_counted_once_over_all_scrapes(web: Web, parts: Parts) -> 
     assert Counter(scrape()) - Counter(before) == {"task.archived": 2, "task.failed": 1}
     record(EventName.TASK_ARCHIVED)
     assert Counter(scrape()) - Counter(before) == {"task.archived": 3, "task.failed": 1}
-    if parts.database.is_sqlite:  # PostgreSQL takes any index for four rows
-        assert "event_seq" in plans(parts.database, lambda session: events.count_after(session, 1))
+    assert "event_seq" in plans(parts.database, lambda session: events.count_after(session, 1))
 
 
 # -- accounts, sinks --------------------------------------------------------------------------------------------------
@@ -311,8 +310,7 @@ def test_status_and_readiness_say_what_waits_for_the_store(web: Web, parts: Part
 
 def test_what_waits_for_the_store_is_looked_for_in_the_due_index(parts: Parts) -> None:
     refused_puts(parts)
-    if parts.database.is_sqlite:  # PostgreSQL takes any index for six rows
-        assert "asset_due" in plans(parts.database, measures.store_waits)
+    assert "asset_due" in plans(parts.database, measures.store_waits)
     assert scans(parts.database, measures.store_waits) == []
 
 
