@@ -193,7 +193,7 @@ class Database:
     def _make_group_writer(self) -> None:
         begin = "BEGIN IMMEDIATE" if self.is_sqlite else f"BEGIN; SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}"
         self._group_session = KeptSession(self._autocommit_writer, begin)
-        self._group_writer = GroupWriter(self._group_write, self.write, self._group_session.close)
+        self._group_writer = GroupWriter(self.group_write, self.write, self._group_session.close)
         # Like `write`, in a transaction that is shared with other threads.
         self.write_in_group = self._group_writer.commit
 
@@ -222,7 +222,7 @@ class Database:
             self.woken.set()
 
     @contextmanager
-    def _group_write(self) -> Iterator[Session]:
+    def group_write(self) -> Iterator[Session]:
         """`write` for the group writer: its session is kept, and does not wait long for a row."""
         with self._unavailable(), self.turnstile, self._group_session.transaction() as session:
             yield session

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,17 @@ class MortalDatabase(Database):
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        with super().write() as session:
+        with self._mortal(super().write()) as session:
+            yield session
+
+    @contextmanager
+    def group_write(self) -> Iterator[Session]:
+        with self._mortal(super().group_write()) as session:
+            yield session
+
+    @contextmanager
+    def _mortal(self, transaction: AbstractContextManager[Session]) -> Iterator[Session]:
+        with transaction as session:
             yield session
             self.fuse.boundary("before a commit")
         self.fuse.boundary("after a commit")
