@@ -16,13 +16,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import rfc8785
+import sqlalchemy
 import structlog
-from sqlmodel import Session, col, select
+from sqlalchemy import bindparam
+from sqlmodel import Session
 
 from storage import states
 from storage.bucket.bucket import Bucket
 from storage.circuit import Circuit
 from storage.database.clock import db_now
+from storage.database.prepared import execute, unattached
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ObjectConflict, Retry, StoreUnavailable
 from storage.keys import manifest_key
@@ -45,6 +48,14 @@ MAX_EXACT_INTEGER = 2**53 - 1
 WAITING = "{} of {} files came as something unusable; they are tried on, see the next try of each"
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
+
+
+NOW = db_now()
+_CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
+_NEWEST_APPLIED = sqlalchemy.select(Callback.__table__).where(  # type: ignore[attr-defined]
+    _CALLBACKS.task_id == bindparam("of"), _CALLBACKS.state == CallbackState.APPLIED
+)
+_NEWEST_APPLIED = _NEWEST_APPLIED.order_by(_CALLBACKS.received_at.desc(), _CALLBACKS.id.desc()).limit(1)
 
 
 @dataclass(frozen=True)
@@ -80,24 +91,25 @@ class Finisher:
         try:
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 written = self._write(task)
-            row = self._database.write_in_group(lambda session: self._end(session, task, written), task_id=task.id)
+            archive, note = self._database.write_in_group(
+                lambda session: self._end(session, task, written), task_id=task.id
+            )
         except LostClaim:
             return
         except (Retry, GiveUp) as error:
             self._later(task, error)
             return
-        log.info("task.finished", **tasks.named(row), archive=row.archive, note=row.note)
-        if row.archive is ArchiveState.INCOMPLETE:
-            log.error("task.incomplete", **tasks.named(row), note=row.note)
+        log.info("task.finished", **tasks.named(task), archive=archive, note=note)
+        if archive is ArchiveState.INCOMPLETE:
+            log.error("task.incomplete", **tasks.named(task), note=note)
 
     def _write(self, task: Task) -> Written:
         with self._database.read() as session:
-            assets = tasks.assets_of(session, task.id)
+            assets = tasks.assets_read(session, task.id)
             names = aliases.aliases_of(session, task.id)
             # The last delivery that was applied reported the end.
-            applied = select(Callback).where(Callback.task_id == task.id, Callback.state == CallbackState.APPLIED)
-            newest = applied.order_by(col(Callback.received_at).desc(), col(Callback.id).desc()).limit(1)
-            delivery = session.exec(newest).first()
+            newest = unattached(Callback, execute(session, _NEWEST_APPLIED, {"of": task.id}))
+            delivery = newest[0] if newest else None
         predecessor, number = task.manifest_digest, task.manifests + 1
         while number <= MAX_MANIFESTS:
             content, digest = build(task, assets, names, delivery, self._version, predecessor)
@@ -125,26 +137,29 @@ class Finisher:
         except ManifestDamaged:
             return None
 
-    def _end(self, session: Session, claimed: Task, written: Written) -> Task:
-        row = tasks.lock_claimed(session, claimed)
-        assets = tasks.assets_of(session, row.id)
+    def _end(self, session: Session, claimed: Task, written: Written) -> tuple[ArchiveState, str | None]:
+        """How the archive ends, with its note. Without row objects, which took 1 ms of CPU more."""
+        row = tasks.lock_standing(session, claimed.id)
+        if row is None or row.lease != claimed.lease:
+            raise LostClaim(f"task {claimed.id}")
+        assets = tasks.assets_read(session, row.id)
         facts = tasks.facts(row, assets)
-        row.archive = states.outcome(facts)
+        archive = states.outcome(facts)
         waiting = [asset for asset in assets if asset.state is AssetState.DUE]
-        note = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
-        row.note = note or tasks.request_note(row)
-        row.manifest_key, row.manifest_digest, row.manifests = written.key, written.digest, written.number
-        row.archived_at = db_now()  # type: ignore[assignment] # a query would first write what is set so far
-        row.step = None
-        claims.rest(row)
-        archived = row.archive is ArchiveState.ARCHIVED
+        fault = states.shortfall(facts) or (WAITING.format(len(waiting), len(assets)) if waiting else None)
+        note = fault or tasks.request_note(row)
+        claims.settle(
+            session, claimed, due_in=None, attempts=0, step=None, archive=archive, note=note, manifest_key=written.key,
+            manifest_digest=written.digest, manifests=written.number, archived_at=NOW,
+        )  # fmt: skip
         kept = [file_facts(asset) for asset in assets if asset.state is AssetState.ARCHIVED]
-        fact = {"manifest": written.key, "files": len(facts.assets), "note": note, "assets": kept}
+        fact = {"manifest": written.key, "files": len(facts.assets), "note": fault, "assets": kept}
         if waiting:
             fact["waiting"] = [{"kind": each.kind, "index": each.index, "error": each.error} for each in waiting]
+        archived = archive is ArchiveState.ARCHIVED
         record(session, EventName.TASK_ARCHIVED if archived else EventName.TASK_INCOMPLETE, row.id, fact)
         self._database.wake(session)
-        return row
+        return archive, note
 
     def _park(self, task: Task) -> None:
         note = f"ending its archive ended its worker {task.losses} times; `receiver retry` tries again"
@@ -190,8 +205,19 @@ def build(
         "assets": [_asset(asset) for asset in assets],
     }
     plain = without_signatures(content)
-    digest = digest_of(plain)
-    return rfc8785.dumps({**plain, "digest": digest}), digest
+    dumped = {name: (_dump_ours if name == "assets" else rfc8785.dumps)(plain[name]) for name in plain}
+    digest = hashlib.sha256(_members(dumped)).hexdigest()
+    return _members({**dumped, "digest": rfc8785.dumps(digest)}), digest
+
+
+def _members(dumped: Mapping[str, bytes]) -> bytes:
+    """The object with these members, each in its RFC 8785 form: with and without the digest none is dumped twice."""
+    return b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), dumped[name]) for name in sorted(dumped))
+
+
+def _dump_ours(value: Any) -> bytes:
+    """The RFC 8785 form of what has ASCII names and no fraction. The package, all Python, takes six times the CPU."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class ManifestDamaged(ValueError):

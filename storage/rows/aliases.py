@@ -9,6 +9,7 @@ from sqlalchemy import bindparam
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session
 
+from storage.database.prepared import execute
 from storage.database.sessions import run
 from storage.rows.deliveries import rematch
 from storage.rows.models import Task, TaskAlias
@@ -33,7 +34,7 @@ _ALIASES_OF = _ALIASES_OF.order_by(_ALIASES.provider_task_id)
 
 def aliases_of(session: Session, task_id: uuid.UUID) -> list[str]:
     """Every id that the provider has used for the task."""
-    return list(run(session, _ALIASES_OF, {"of": task_id}).scalars())
+    return [row.provider_task_id for row in execute(session, _ALIASES_OF, {"of": task_id}).rows]
 
 
 _INSERT_ALIAS = {

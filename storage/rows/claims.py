@@ -34,12 +34,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm.attributes import manager_of_class
 from sqlalchemy.sql.functions import FunctionElement
 from sqlmodel import Session
 
 from storage.database.clock import UtcTime, db_now, db_now_once
-from storage.database.prepared import execute
+from storage.database.prepared import execute, unattached
 from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows.models import Asset, Callback, Dispatch, Task
@@ -85,12 +84,8 @@ def claim(
     """
     values = {"most": limit, "lease_seconds": lease_seconds, "token": uuid.uuid4()}
     session.flush()
-    found = execute(session, _claim_statement(model, alone, in_turn, tuple(where)), values).rows
-    rows: list[Row] = []  # they belong to no session; `model(**values)` takes 85 µs, this 3
-    for given in found:
-        rows.append(manager_of_class(model).new_instance())
-        vars(rows[-1]).update(given._asdict())
-    return sorted(rows, key=_work_order)
+    found = execute(session, _claim_statement(model, alone, in_turn, tuple(where)), values)
+    return sorted(unattached(model, found), key=_work_order)
 
 
 _MOST = bindparam("most", type_=Integer)

@@ -14,7 +14,7 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.database.clock import db_now
-from storage.database.prepared import execute
+from storage.database.prepared import execute, unattached
 from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows import claims
@@ -91,6 +91,8 @@ class Standing(NamedTuple):
     completeness_reads: int
     step: Step | None
     deleted_at: datetime | None
+    lease: uuid.UUID | None
+    note: str | None
 
 
 _TASKS = Task.__table__.c  # type: ignore[attr-defined]
@@ -141,6 +143,15 @@ def assets_of(session: Session, task_id: uuid.UUID) -> list[Asset]:
     return list(session.scalars(_ASSETS_OF, {"of": task_id}))
 
 
+_ALL_OF = sqlalchemy.select(Asset.__table__).where(col(Asset.task_id) == bindparam("of"))  # type: ignore[attr-defined]
+_ALL_OF = _ALL_OF.order_by(Asset.kind, Asset.original, col(Asset.index))
+
+
+def assets_read(session: Session, task_id: uuid.UUID) -> list[Asset]:
+    """`assets_of`, for reading alone: the rows belong to no session, and take a third of the CPU."""
+    return unattached(Asset, execute(session, _ALL_OF, {"of": task_id}))
+
+
 def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, list[Asset]]:
     """The assets of many tasks at once, in reading order. A task without assets has an empty list."""
     found: dict[uuid.UUID, list[Asset]] = {task_id: [] for task_id in task_ids}
@@ -153,7 +164,7 @@ def name_of(asset: Asset) -> AssetName:
     return AssetName(asset.kind, asset.index, asset.original)
 
 
-def facts(task: Task, assets: Sequence[Asset]) -> TaskFacts:
+def facts(task: Task | Standing, assets: Sequence[Asset]) -> TaskFacts:
     """The part of the rows that decisions read."""
     found = (
         AssetFacts(asset.state, asset.source_url, asset.unusable_tries, unconfirmed=asset.unconfirmed)
@@ -217,7 +228,7 @@ def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None
 DEFAULTED = "default taken: "
 
 
-def request_note(task: Task) -> str | None:
+def request_note(task: Task | Standing) -> str | None:
     """The task's note if it is about its request. It stays when the work clears its own notes."""
     return task.note if task.note and task.note.startswith(DEFAULTED) else None
 

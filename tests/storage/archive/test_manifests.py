@@ -10,7 +10,7 @@ import rfc8785
 from receiver.app.wiring import Parts
 from storage.archive import manifest
 from tests import manifest_checks
-from tests.archived_tasks import BY_HAND, archive, put
+from tests.archived_tasks import BY_HAND, all_assets, archive, put
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
@@ -30,6 +30,19 @@ def test_a_manifest_that_is_not_as_published_is_noticed(parts: Parts) -> None:
             manifest_checks.check(parts.bucket)
     put(parts, key, b"nonsense")
     assert manifest_checks.check(parts.bucket) == 0
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_a_manifest_is_written_in_its_rfc_8785_form(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    (asset, *_) = all_assets(parts)
+    task.request = {"prompt": "ein Boot \u2028 \x01 \U0001f6a4", "cfg_scale": 1e21, "\U0001f6a4": 0.5, "\ufb33": 1}
+    asset.notes = ['"\\/ \x7f \x1f', "\u00e9\U0001f6a4"]
+    content, digest = manifest.build(task, [asset], ["b", "a"], None, "0", None)
+    members = manifest.read(content)
+    assert content == rfc8785.dumps(members)
+    assert members["digest"] == digest
+    assert (members["request"], members["assets"][0]["notes"]) == (task.request, asset.notes)
 
 
 def _digested(members: dict[str, object]) -> dict[str, object]:
