@@ -36,6 +36,7 @@ class Console:
         self._needs = Needs(of)
         self._live = Live(of.database)
         self._overview = Overview(of, self._needs)
+        self._batches = BatchPages(of)
         self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs.counts, lambda: self._live.tick)
 
     def application(self, files: Files) -> Starlette:
@@ -53,11 +54,12 @@ class Console:
         """End the open streams and background threads, so that the server can end."""
         self._live.close()
         self._overview.close()
+        self._batches.close()
 
     def _looking(self, files: Files) -> list[BaseRoute]:
         guard, of = self._guard, self._of
         gallery, standing = Gallery(of, files), StandingPages(of, self._needs)
-        tasks, deliveries, batches = Tasks(of), Deliveries(of), BatchPages(of)
+        tasks, deliveries, batches = Tasks(of), Deliveries(of), self._batches
         return [
             guard.page("/console", self._overview.show),
             guard.page("/console/tasks", tasks.table),
@@ -85,7 +87,7 @@ class Console:
 
     def _acting(self) -> list[BaseRoute]:
         guard, of = self._guard, self._of
-        deliveries, events, batches = Deliveries(of), EventsOut(of, self._needs.now), BatchPages(of)
+        deliveries, events, batches = Deliveries(of), EventsOut(of, self._needs.now), self._batches
         # A pasted file is sent a second time with the price, urlencoded, which may triple its length.
         upload = 3 * MAX_UPLOAD_BYTES + FORM_BYTES
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy import func, union_all
 from sqlmodel import Session, col, select
@@ -38,14 +38,20 @@ def still_batches(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
     batches.
     """
     waits = (col(Task.step).in_(Step) & col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None))
-    found = select(Task.batch_id).where(col(Task.batch_id).is_not(None)).limit(MANY)
-    # Two statements, because SQLite reads the whole table for one condition with "or": 0.3 s beside a million tasks.
-    parts = [found.where(each).subquery() for each in waits]
-    some = union_all(*(select(part.c.batch_id) for part in parts)).subquery()
+    # Apart, because for one condition with "or" SQLite reads the whole table: 0.3 s beside a million tasks. Whether it
+    # is in a batch is asked outside: asked inside, SQLite reads all tasks of all batches for it.
+    parts = [select(Task.batch_id).where(each).limit(MANY).subquery() for each in waits]
+    some = union_all(*(select(part.c.batch_id).where(part.c.batch_id.is_not(None)) for part in parts)).subquery()
     counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)
     long_ago = tasks.now(session) - STILL
     for batch_id, count in session.execute(counted).all():
         batch = session.get_one(Batch, batch_id)
-        last = session.execute(select(func.max(Task.completed_at)).where(Task.batch_id == batch_id)).scalar()
-        if max(batch.created_at, last or batch.created_at) < long_ago:
+        if batch.created_at < long_ago and not _has_ended_since(session, batch_id, long_ago):
             yield batch.id, batch.name, count
+
+
+def _has_ended_since(session: Session, batch_id: uuid.UUID, moment: datetime) -> bool:
+    """Whether one of the newest `MANY` ends is one of this batch. The last end of a batch takes reading all of it."""
+    newest = select(Task.batch_id).where(col(Task.completed_at) > moment).order_by(col(Task.completed_at).desc())
+    ended = newest.limit(MANY).subquery()
+    return session.execute(select(ended.c.batch_id).where(ended.c.batch_id == batch_id).limit(1)).first() is not None

@@ -19,7 +19,7 @@ from sqlmodel import Session, col, select
 from storage.accounts import batches
 from storage.operations import deadlines
 from storage.rows import aliases, tasks
-from storage.rows.models import Asset, Callback, Dispatch, Event, Task
+from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
 K = TypeVar("K")
@@ -227,6 +227,15 @@ def dispatches_of(session: Session, events: Sequence[Event]) -> dict[int, list[D
 
 def is_kept(asset: Asset) -> bool:
     return asset.state is AssetState.ARCHIVED and bool(asset.key)
+
+
+def newest_batches(session: Session, before: str | None, limit: int = PAGE) -> Page:
+    """One page of batches."""
+    order = (col(Batch.created_at).desc(), col(Batch.id).desc())
+    found = select(Batch).where(*_behind(Batch.created_at, Batch.id, _cursor(before, uuid.UUID)))
+    rows = session.scalars(found.order_by(*order).limit(limit + 1)).all()
+    further = _cursor_text(rows[limit - 1].created_at, rows[limit - 1].id) if len(rows) > limit else None
+    return Page(rows[:limit], further)
 
 
 # -- deliveries -------------------------------------------------------------------------------------------------------

@@ -21,11 +21,14 @@ from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit, part
 from storage.accounts import batches
 from storage.accounts.batches import Counts
+from storage.operations import lists
+from storage.operations.kept_results import KeptResults
 from storage.rows import events
 from storage.rows.models import Batch, Task
 
 HOME = "/console/batches"
-SHOWN = 50
+# Batches whose counts are kept. The ids of the failures of one take up to 10 MB, as long as its file is.
+KEPT_COUNTS, KEPT_FAILURES = 1_000, 8
 SHOWN_FAULTS = 100
 # In the order of their lines.
 FAILURES_A_PAGE = 40
@@ -40,26 +43,38 @@ class BatchPages:
 
     def __init__(self, of: Installation) -> None:
         self._of = of
+        self._counts = KeptResults(of.database, batches.counts, KEPT_COUNTS)
+        self._failed = KeptResults(of.database, batches.not_kept, KEPT_FAILURES)
+
+    def close(self) -> None:
+        """End the background threads."""
+        self._counts.close()
+        self._failed.close()
 
     def table(self, visit: Visit) -> Response:
-        found = [(batch, counts, stages(counts)) for batch, counts in self._of.batches.newest(SHOWN)]
-        return visit.page("batches.html", found=found)
+        with self._of.database.read() as session:
+            page = lists.newest_batches(session, visit.query.get("before"))
+        counts = self._counts.of([batch.id for batch in page.rows])
+        return visit.page("batches.html", rows=page, counts=counts, stages=stages)
 
     def show(self, visit: Visit) -> Response:
         with self._of.database.read() as session:
             batch = self._batch(session, visit.path("id"))
-            counts = batches.counts(session, batch.id)
-            failed = part(visit, "from", batches.not_kept(session, batch.id), FAILURES_A_PAGE)
+            counts = self._counts.of([batch.id]).get(batch.id)
+            lost = self._failed.of([batch.id]).get(batch.id)
+            failed = part(visit, "from", lost or [], FAILURES_A_PAGE)
             failures = [session.get_one(Task, task_id) for task_id in failed.rows]
         return visit.page(
-            "batch.html", section="batches", batch=batch, counts=counts, stages=stages(counts), failures=failures,
-            failed=failed, path_of=path_of,
+            "batch.html", section="batches", batch=batch, counts=counts, stages=stages, failures=failures,
+            failed=failed, is_whole=lost is not None, path_of=path_of,
         )  # fmt: skip
 
     def retry(self, visit: Visit) -> Response:
         with self._of.database.read() as session:
             batch = self._batch(session, visit.form.get("batch", ""))
         tally = self._of.batches.retry(batch.name)
+        self._counts.forget(batch.id)
+        self._failed.forget(batch.id)
         note_act(self._of, visit.session.name, "retry batch", batch.name)
         visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
         for why in list(dict.fromkeys(tally.left.values()))[:3]:

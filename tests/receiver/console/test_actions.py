@@ -19,6 +19,7 @@ from storage.rows.models import Asset, Batch, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 from tests.archived_tasks import archive, flip, work_off
 from tests.console_reader import Reader
+from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
 from tests.receiver.providers.test_kling_request import picture
 
@@ -192,7 +193,8 @@ def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader
     answer = batch_form(ann, GOOD * 3)
     assert "3 requests are new" in answer.text and "24 units" in answer.text
     sent = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD * 3)
-    assert "3 tasks are queued" in sent.text and "0 of 3 are over" in sent.text
+    assert "3 tasks are queued" in sent.text
+    assert wait_until(lambda: "0 of 3 are over" in ann.get(sent.url.path.removeprefix("/console")).text, seconds=30)
     with parts.database.read() as session:
         rows = session.exec(select(Task).where(col(Task.batch_id).is_not(None))).all()
     assert len(rows) == 3 and all(facts(parts, row, "task.created")[0]["by"] == "ann" for row in rows)
@@ -207,7 +209,7 @@ def test_what_failed_of_a_batch_is_tried_again(parts: Parts, ann: Reader) -> Non
         session.add(batch)
         row = session.get_one(Task, task.id)
         row.batch_id, row.batch_line = batch.id, 1
-    assert task.external_task_id in ann.page(f"/batches/{batch.id}")
+    assert wait_until(lambda: task.external_task_id in ann.page(f"/batches/{batch.id}"), seconds=30)
     assert "1 thing is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
 
 
@@ -221,6 +223,7 @@ def test_failures_of_a_batch_are_paged_in_the_order_of_their_lines(parts: Parts,
         insert_row(
             parts, batch_id=batch_id, batch_line=number + 1, state=TaskState.FAILED, error=f"error-{number + 1}."
         )
+    wait_until(lambda: "1–40 / 45" in ann.page(f"/batches/{batch_id}"), seconds=30)
     pages = [ann.page(f"/batches/{batch_id}"), ann.page(f"/batches/{batch_id}?from=40")]
     assert [re.findall(r"error-(\d+)\.", page) for page in pages] == [
         [str(line) for line in lines] for lines in (range(1, 41), range(41, 46))
@@ -232,7 +235,6 @@ def test_a_sample_audit_tells_what_it_found(parts: Parts, ann: Reader) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     parts.bucket.delete(str(asset.key))
     ann.post("/act/audit")
-    from tests.harness import wait_until
 
     page = wait_until(lambda: (found := ann.page("/archive")) and "Done" in found and found)
     assert re.search(r"missing</span> <span class=\"mono\">" + re.escape(str(asset.key)), page)

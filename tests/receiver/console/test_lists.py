@@ -16,6 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 from sqlalchemy import event
+from sqlmodel import Session
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
@@ -27,13 +28,13 @@ from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
 from storage.operations.thumbnails import Thumbnails, shrink
-from storage.rows.models import Task
+from storage.rows.models import Batch, Task
 from storage.states import ArchiveState, TaskState
 from tests.archived_tasks import archive
 from tests.console_reader import Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, assets_of, deliver, insert_row
-from tests.plans import scans
+from tests.plans import plans, scans
 from tests.rows import LONG_AGO
 
 Found = list[str]
@@ -103,6 +104,17 @@ def test_an_exact_id_leads_to_its_task(parts: Parts, ann: Reader) -> None:
     assert ann.get("/tasks", params={"q": odd.external_task_id}).url.path == f"/console/tasks/{odd.id}"
 
 
+def test_batches_page_by_key(parts: Parts) -> None:
+    with parts.database.write() as session:
+        session.add_all(Batch(name=f"b{n}", created_at=LONG_AGO + timedelta(seconds=n // 2)) for n in range(5))
+    seen, cursor = Found(), None
+    with parts.database.read() as session:
+        while not seen or cursor:
+            page = lists.newest_batches(session, cursor, 2)
+            seen, cursor = [*seen, *(batch.name for batch in page.rows)], page.further
+    assert sorted(seen) == [f"b{n}" for n in range(5)] and seen[0] == "b4"
+
+
 NONSENSE = (
     "before=x", "before=1~2", "before=9999-12-31T23:59:59~x", "state=x&archive=y", "since=0001-01-01", "q=" + "x" * 500,
     "q=%00", "until=9999-12-31", "before=" + "9" * 40, "cause=%00&task=%00&provider=%00",
@@ -112,7 +124,7 @@ NONSENSE = (
 
 @pytest.mark.parametrize("query", NONSENSE)
 def test_nonsense_in_an_address_is_no_fault(ann: Reader, query: str) -> None:
-    for path in ("/tasks", "/gallery", "/deliveries", "/events"):
+    for path in ("/tasks", "/gallery", "/deliveries", "/events", "/batches"):
         assert ann.get(f"{path}?{query}").status_code == 200
 
 
@@ -191,7 +203,10 @@ def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, mon
 
 
 def test_batches_that_stand_still_are_found_by_an_index(parts: Parts) -> None:
-    assert not scans(parts.database, lambda session: list(attention.still_batches(session)))
+    def look(session: Session) -> object:
+        return list(attention.still_batches(session))
+
+    assert not scans(parts.database, look) and "task_batch" not in plans(parts.database, look)
 
 
 def picture(width: int = 900, height: int = 600, mode: str = "RGB", form: str = "PNG") -> bytes:

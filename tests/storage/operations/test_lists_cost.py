@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
 
+from storage.accounts import batches
 from storage.database.sessions import Database
 from storage.operations import outbox
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
@@ -58,3 +61,8 @@ def test_dispatches_are_entered_by_an_index(database: Database, state: str, sink
     first = next(step for step in found if "dispatch" in step)
     assert entry in first, found
     assert not any(step in ("SCAN dispatch", "SCAN event", "SCAN task") for step in found), found
+
+
+def test_failures_of_a_batch_are_read_by_its_index(database: Database) -> None:
+    found = plans(database, lambda session: batches.not_kept(session, uuid.UUID(int=1)))
+    assert "SEARCH task USING INDEX task_batch (batch_id=?)" in found and "SCAN asset\n" not in found
