@@ -23,7 +23,7 @@ from sqlmodel import Session, col, select
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
@@ -31,6 +31,7 @@ from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
 from receiver.web.account_budget import MAX_OF_TASK, AccountBudget, AccountBusy, AccountFull
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
+from receiver.web.http_protocol import WholeAnswer
 from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
@@ -77,14 +78,12 @@ KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "
 # is no secret: it signs this body alone, and is valid for minutes.
 SIGNATURE_HEADER = "webhook-signature"
 MAX_HEADER_CHARACTERS = 200
-ACCEPTED = b'{"status":"accepted"}'
-ACCEPTED_HEADERS = [
-    (b"content-length", b"%d" % len(ACCEPTED)),
-    (b"content-type", b"application/json"),
-    *HEADER_PAIRS,
-]
-ACCEPTED_START: Message = {"type": "http.response.start", "status": 200, "headers": ACCEPTED_HEADERS}
-ACCEPTED_BODY: Message = {"type": "http.response.body", "body": ACCEPTED}
+_WORDS = b'{"status":"accepted"}'
+_FIELDS = [(b"content-length", b"%d" % len(_WORDS)), (b"content-type", b"application/json"), *HEADER_PAIRS]
+ACCEPTED = WholeAnswer(
+    {"type": "http.response.start", "status": 200, "headers": _FIELDS},
+    {"type": "http.response.body", "body": _WORDS},
+)
 MAX_SIGNATURE_CHARACTERS = 500  # ten signatures
 
 
@@ -132,8 +131,7 @@ class Callbacks:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await send(ACCEPTED_START)
-        await send(ACCEPTED_BODY)
+        await ACCEPTED.send(scope, send)
 
     async def _take(self, scope: Scope, receive: Receive) -> Response | None:
         path = scope["path_params"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -183,3 +184,24 @@ def test_answers_have_security_headers_and_no_banner(web: Web) -> None:
     answer = httpx.get(f"{web.url}/healthz", trust_env=False)
     assert "server" not in answer.headers
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+@pytest.mark.parametrize("end", [b"", b"Connection: close\r\n"])
+def test_answer_in_one_write_equals_the_one_in_two(web: Web, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
+    whole, is_sent_whole = http_protocol.BoundedHttpProtocol._send_whole, list[bool]()
+
+    def send_whole(protocol: http_protocol.BoundedHttpProtocol, answer: http_protocol.WholeAnswer) -> bool:
+        is_sent_whole.append(not is_sent_whole and whole(protocol, answer))
+        return is_sent_whole[-1]
+
+    monkeypatch.setattr(http_protocol.BoundedHttpProtocol, "_send_whole", send_whole)
+    head = f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n".encode()
+    answers = []
+    for _ in range(2):
+        with connection(web) as raw:
+            raw.sendall(head + end + b"\r\n{}")
+            wait_until(lambda: raw.recv(65_536, socket.MSG_PEEK).endswith(b"}"))
+            answers.append(re.sub(b"date: [^\r]+", b"date: then", raw.recv(65_536)))
+    assert is_sent_whole == [True, False]
+    assert answers[0] == answers[1] and answers[0].startswith(b"HTTP/1.1 200 OK\r\ndate: then\r\n")
+    assert (b"connection: close" in answers[0]) == bool(end)
