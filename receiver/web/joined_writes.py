@@ -1,0 +1,47 @@
+"""A transport whose answers leave in one write: uvicorn writes head and body apart, and each write is a system call."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+HEAD_START = b"HTTP/1.1 "
+
+
+class JoinedWrites:
+    """`transport` with the head of an answer held until its body is written, or for one turn of the loop.
+
+    A system call took a sixth of the CPU of an answer. Everything else is the transport's own.
+    """
+
+    __slots__ = ("_head", "_loop", "_transport", "abort", "get_write_buffer_size", "is_closing")
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head: bytes | None = None
+        self.abort = transport.abort
+        self.is_closing = transport.is_closing
+        self.get_write_buffer_size = transport.get_write_buffer_size
+
+    def write(self, data: bytes) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.writelines([head, data])
+        elif data.startswith(HEAD_START):
+            self._head = data
+            self._loop.call_soon(self._flush)
+        else:
+            self._transport.write(data)
+
+    def _flush(self) -> None:
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._transport.write(head)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
