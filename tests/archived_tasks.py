@@ -1,4 +1,4 @@
-"""Archives to look after: tasks that the sandbox did and our worker archived."""
+"""Helpers that make archived tasks with the sandbox and our worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REQUEST = {"model_name": "kling-image-o1", "prompt": "a boat"}
 
 
 def archive(parts: Parts, count: int, **fields: Any) -> list[Task]:
-    """Submit so many tasks and do all work on them; returns their rows as they are then."""
+    """Submit this many tasks and do all work on them. Returns their rows."""
     submitted = [parts.submitter.submit({**REQUEST, **fields}).task.id for _ in range(count)]
     work_off(parts)
     with parts.database.read() as session:
@@ -43,12 +43,12 @@ def all_assets(parts: Parts) -> list[Asset]:
         return list(session.exec(select(Asset).order_by(Asset.key)))
 
 
-# Keys that a test has written to by hand: what lies there now need not be a manifest of ours.
+# Keys that a test has overwritten; they need not hold a manifest of ours.
 BY_HAND: set[str] = set()
 
 
 def put(parts: Parts, key: str, content: bytes) -> None:
-    """Put an object as another program would, in place of the one that was there."""
+    """Put an object like another program would, in place of the present one."""
     BY_HAND.add(key)
     parts.bucket.delete(key)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -57,7 +57,7 @@ def put(parts: Parts, key: str, content: bytes) -> None:
 
 
 def flip(parts: Parts, key: str) -> None:
-    """The same object with one bit turned."""
+    """Flip one bit of the object."""
     content = bytearray(parts.bucket.read_bytes(key, 2**26))
     content[len(content) // 2] ^= 1
     put(parts, key, bytes(content))

@@ -1,7 +1,7 @@
-"""Attacks on the running product, each beside honest traffic: what one holder of something costs everybody else.
+"""Attacks on the running product beside honest traffic: how much one attacker delays everybody else.
 
-Real processes on loopback: store, stand-in provider, `receiver serve` and a worker. A process of its own attacks while
-deliveries come at an even pace and another client's creates are called back. Each attack is bounded by its time.
+Real processes on loopback: store, stand-in provider, `receiver serve` and a worker. A separate process attacks while
+deliveries arrive at a steady rate and another client's creates are called back. Each attack is bounded in time.
 
     .venv/bin/python -m tests.attacks --seconds 10 --rate 50
 """
@@ -38,18 +38,18 @@ KEY, OTHER_KEY = "a-key-of-an-attacker-1234567890", "a-key-of-another-client-123
 CREATES = "/kling/v1/images/omni-image"
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 1}
 MOST_TIMES = 2.0
-# A create is called back some 0.5 s later. What comes within this time in addition is no delay that anybody notices.
+# A create is called back some 0.5 s later. A smaller additional delay is not noticeable.
 FREE_SECONDS = 1.0
 CREATE_SECONDS = 0.2
 SLOW_HOST_SECONDS = 20.0
 PATIENCE_SECONDS = 60
-# An attack has as long to begin, or half of the measurement where that is short.
+# The time an attack has to begin, or half of a short measurement.
 LEAD_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the holders hold. `task`, `account`: paths of callback URLs. `asset`: path of an asset link."""
+    """What the attackers know. `task`, `account`: paths of callback URLs. `asset`: path of an asset link."""
 
     port: int
     task: str
@@ -87,7 +87,7 @@ def request(method: str, path: str, body: bytes = b"", *, key: str = "", length:
 
 
 async def say(target: Target, words: bytes, *, reads: bool = True, holds: bool = False) -> bytes:
-    """Send over a connection of its own. `holds`: keep it open until the end, or until it is closed."""
+    """Send over a new connection. `holds`: keep it open until the end, or until it is closed."""
     reader, writer = await asyncio.open_connection(HOST, target.port)
     try:
         writer.write(words)
@@ -124,7 +124,9 @@ async def forged_reports(target: Target) -> None:
 
 
 async def cut_bodies(target: Target) -> None:
-    """Each lacks its end. A refused one is not sent again at once: their number is measured, not the bandwidth."""
+    """Send bodies that lack their end. A refused one is not repeated at once: their number is measured, not the
+    bandwidth.
+    """
     body = request("POST", target.task, b" " * 250_000, length=262_000)
 
     async def keep_back(_: int) -> None:
@@ -159,7 +161,7 @@ async def held_streams(target: Target) -> None:
 
 
 async def slow_callback_host(target: Target) -> None:
-    """Ten creates a second, thirty callbacks: the threads for callbacks are in use, the processors are not."""
+    """Ten creates a second cause thirty callbacks, which occupy the callback threads but not the processors."""
     body = json.dumps(PLAIN | {"callback_url": target.slow_hook}).encode()
 
     async def create(_: int) -> None:
@@ -169,7 +171,7 @@ async def slow_callback_host(target: Target) -> None:
     await many(target, 2, create)
 
 
-# By what the attacker holds.
+# Attacks by what the attacker knows.
 ATTACKS: dict[str, tuple[str, Attack]] = {
     "pipelined requests": ("nothing", pipelining),
     "answers that nobody reads": ("nothing", unread_answers),
@@ -201,7 +203,7 @@ class Honest:
 
 
 class Stage(Scene):
-    """The product, the hooks of two clients, and what the attackers hold."""
+    """The product, the webhook receivers of two clients, and what the attackers know."""
 
     def _build(self) -> None:
         self.start_servers("sqlite", Knobs(submitted_seconds=0.1, processing_seconds=0.1, picture_bytes=2_000_000))
@@ -266,7 +268,7 @@ class Stage(Scene):
         return {got.json["task_id"]: got.at for got in reversed(ends)}
 
     def measure(self, name: str, rate: float, seconds: float) -> Honest:
-        """Honest traffic beside an attack from a process of its own."""
+        """Measure honest traffic beside an attack from a separate process."""
         target = self.target(seconds + 2)
         words = ("--attack", name, "--target", json.dumps(vars(target)))
         log = self.folder / "attack.log"
@@ -290,7 +292,7 @@ def is_within(alone: Honest, beside: Honest) -> bool:
 
 
 def play(names: list[str], rate: float, seconds: float) -> list[str]:
-    """Print a line for each attack. Returns those beside which honest traffic took more than twice as long."""
+    """Print a line for each attack. Returns the attacks beside which honest traffic took more than twice as long."""
     beyond = []
     with tempfile.TemporaryDirectory() as folder, Stage(Path(folder)) as stage:
         stage.asset = stage.link()

@@ -1,4 +1,4 @@
-"""axe-core, which finds what keeps people with a screen reader or a keyboard out: `python -m tests.axe` fetches it.
+"""axe-core, which finds faults for users of a screen reader or a keyboard: `python -m tests.axe` fetches it.
 
 It comes from npm into a cache folder, for tests alone. The product has no part of it. Its licence is MPL-2.0.
 """
@@ -22,7 +22,7 @@ MISSING = "accessibility tests need axe-core: python -m tests.axe fetches it wit
 
 
 def script() -> Path:
-    """Where the script is, or would be."""
+    """The path of the script, which may not exist."""
     return FOLDER / f"axe-{VERSION}.js"
 
 

@@ -1,4 +1,4 @@
-"""Bytecode of the sources, which an installed package has."""
+"""Compiles the sources to bytecode, which an installed package has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from tests.harness import ROOT
 
 
 def compile_sources() -> None:
-    """Compile what has changed. Where PYTHONDONTWRITEBYTECODE is set, each process would compile our sources anew:
-    0.4 s of its CPU, and a run of the suite starts hundreds."""
+    """Compile changed sources. With PYTHONDONTWRITEBYTECODE each process would compile all of them: 0.4 s of its CPU,
+    and a run of the suite starts hundreds.
+    """
     for package in ("receiver", "storage"):
         compileall.compile_dir(ROOT / package, quiet=1)

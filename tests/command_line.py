@@ -1,4 +1,4 @@
-"""The command line as a user has it: variables in the environment, a process, its exit code and its words."""
+"""The command line for tests: environment variables, a process, its exit code and its output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Done:
 
 
 def variables(database_url: str, bucket: Bucket, sandbox: Sandbox) -> dict[str, str]:
-    """A good setup: this database, this bucket and this provider; no public URL, so tasks are polled."""
+    """A valid setup: this database, this bucket and this provider; no public URL, so tasks are polled."""
     return {
         "RECEIVER_DATABASE_URL": database_url,
         "RECEIVER_KLING_BASE_URL": sandbox.url,

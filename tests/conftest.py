@@ -48,7 +48,7 @@ SLOW = {
     "test_attacks.py", "test_bench.py", "test_canaries.py", "test_chaos.py", "test_crashes.py", "test_rules.py",
     "test_store_outage.py",
 }  # fmt: skip
-# The same, with a fixture for the whole file: apart, each worker would make its own.
+# The same for files with a fixture of the whole file, which each worker would otherwise make for itself.
 SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py", "test_serve_store.py"}
 
 
@@ -77,7 +77,7 @@ def is_for_both_databases_alone(item: pytest.Item) -> bool:
 
 
 def deal_slow_tests(items: list[pytest.Item]) -> None:
-    """Give each worker its share of the slow tests. xdist deals the tests out in as many equal parts, in order."""
+    """Give each worker its share of the slow tests. xdist deals out the tests in equal parts, in order."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     units = [[item] for item in items if item.path.name in SLOW or item.get_closest_marker("campaign")]
     units += [[item for item in items if item.path.name == name] for name in sorted(SLOW_AND_WHOLE)]
@@ -94,7 +94,7 @@ def deal_slow_tests(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test speaks TLS to the public: reading all 140 roots for every HTTP client would be a quarter of the run.
+    """No test speaks TLS to public hosts. Reading all 140 roots for every HTTP client would be a quarter of the run.
 
     An HTTP client takes 22 ms of CPU with all of them, wherever they are, and 0.4 with one.
     """
@@ -104,7 +104,7 @@ def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     first.write_text(whole[: whole.index(end) + len(end)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(certifi, "where", lambda: str(first))
-        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # httpx would read these instead
+        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # httpx would read these otherwise
             patch.delenv(name, raising=False)
         yield
 
@@ -147,7 +147,7 @@ def plain_tracebacks() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def idle_at_the_end() -> Iterator[None]:
-    """No test may leave a thread behind that spins: one such thread once took half of the run's processor time."""
+    """No test may leave a busy thread behind. One such thread once took half of the run's processor time."""
     yield
     for _ in range(20):
         before = time.process_time()
@@ -160,21 +160,21 @@ def idle_at_the_end() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def sigint_heeded() -> None:
-    """A shell starts what runs in its background with SIGINT ignored, and our processes would inherit that."""
+    """A shell starts background processes with SIGINT ignored, and our processes would inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
 def own_logs() -> Iterator[None]:
-    """A test that configures logging does so for itself: later loggers must not write to its closed streams."""
+    """Restores logging after a test that configures it, because later loggers must not write to its closed streams."""
     yield
     if structlog.is_configured():
         structlog.reset_defaults()
         for module in list(sys.modules.values()):
             logger = vars(module).get("log")
             if isinstance(logger, BoundLoggerLazyProxy):
-                vars(logger).pop("bind", None)  # where `cache_logger_on_first_use` keeps what it made
+                vars(logger).pop("bind", None)  # where `cache_logger_on_first_use` stores the logger
         logging.getLogger().handlers.clear()
 
 
@@ -206,7 +206,7 @@ def migrate() -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory, migrate: Callable[[str], None]) -> Path:
-    """A migrated file to copy: copying is faster than migrating for every test."""
+    """A migrated file to copy, which is faster than a migration for every test."""
     file = tmp_path_factory.mktemp("template") / "receiver.db"
     migrate(f"sqlite:///{file}")
     return file
@@ -226,7 +226,7 @@ def database_kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A database of its own for the test, with the current schema, as a user writes its URL."""
+    """A database of its own for the test, with the current schema, as a URL in a user's form."""
     if database_kind == "sqlite":
         shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "receiver.db")
         yield f"sqlite:///{tmp_path / 'receiver.db'}"
@@ -236,7 +236,7 @@ def database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: P
 
 @pytest.fixture
 def database(database_url: str) -> Iterator[Database]:
-    """That database, open."""
+    """That database, opened."""
     opened = Database(database_url)
     yield opened
     opened.close()
@@ -261,7 +261,7 @@ def s3_variables(seaweed: Seaweed) -> dict[str, str]:
 
 @pytest.fixture
 def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What boto3's own chain finds in this test, here and in the processes that it starts."""
+    """The environment of boto3's own chain, in this test and in the processes that it starts."""
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     for name, value in s3_variables(seaweed).items():
@@ -271,8 +271,8 @@ def s3_environment(seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 @pytest.fixture(scope="session")
 def store(seaweed: Seaweed) -> Bucket:
-    """The run's bucket, connected and probed: half a second that is spent once and not in every test."""
-    from storage.bucket.bucket import Bucket  # boto3 takes a second to import: only for the tests that need it
+    """The run's bucket, connected and probed, which takes half a second once instead of in every test."""
+    from storage.bucket.bucket import Bucket  # boto3 takes a second to import, so only tests that need it do
 
     whole = Bucket(seaweed.bucket, endpoint_url=seaweed.endpoint_url)
     with pytest.MonkeyPatch.context() as environment:
@@ -284,7 +284,7 @@ def store(seaweed: Seaweed) -> Bucket:
 
 @pytest.fixture
 def bucket(store: Bucket, s3_environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[Bucket]:
-    """The run's bucket under a prefix that only this test uses; its manifests are looked into when the test is over."""
+    """The run's bucket under a prefix that only this test uses. Its manifests are checked at the end of the test."""
     own = copy.copy(store)
     own.prefix = f"{re.sub(r'[^A-Za-z0-9]+', '-', request.node.name)[:60]}-{uuid.uuid4().hex[:8]}/"
     yield own
@@ -293,7 +293,7 @@ def bucket(store: Bucket, s3_environment: dict[str, str], request: pytest.Fixtur
 
 @pytest.fixture(scope="session")
 def endings() -> Iterator[ThreadPoolExecutor]:
-    """Where servers end that nobody needs any more: uvicorn takes a fifth of a second to end, of sleep alone."""
+    """A thread that ends unused servers, because uvicorn sleeps for a fifth of a second at its end."""
     with ThreadPoolExecutor(4) as pool:
         yield pool
 
@@ -308,7 +308,7 @@ def sandbox(endings: ThreadPoolExecutor) -> Iterator[Sandbox]:
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """Settings that a test wants otherwise: `@pytest.mark.parametrize("changes", [{"confirm": "always"}])`."""
+    """Changed settings of a test: `@pytest.mark.parametrize("changes", [{"confirm": "always"}])`."""
     return {}
 
 
@@ -316,7 +316,7 @@ def changes() -> dict[str, Any]:
 def parts(
     database_url: str, bucket: Bucket, sandbox: Sandbox, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Parts]:
-    """Everything wired together, on both databases; nothing runs until the test says so."""
+    """All parts, wired together, on both databases. Nothing runs until the test starts it."""
     for name in [name for name in os.environ if name.startswith("RECEIVER_")]:
         monkeypatch.delenv(name)
     wired = Wired(settings_for(database_url, bucket, sandbox, **changes), bucket=bucket)
@@ -326,13 +326,13 @@ def parts(
 
 @pytest.fixture
 def web(parts: Parts) -> Iterator[Web]:
-    """The receiver's web server, listening where `parts` says."""
+    """The receiver's web server, at the address in `parts`."""
     with Web(parts) as server:
         yield server
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Twice as many as there are cores: half of the run is waiting for processes to start and for time to pass."""
+    """Twice the number of cores, because half of the run waits for processes to start and for time to pass."""
     return 2 * (os.cpu_count() or 1)
 
 
@@ -353,7 +353,7 @@ def sqs_server() -> Iterator[str]:
 
 @pytest.fixture
 def queues(sqs_server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of it, with credentials that boto3's own chain finds in this test."""
+    """A client of the queue server, with credentials that boto3's own chain finds in this test."""
     import boto3
 
     nothing = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null"}

@@ -1,4 +1,4 @@
-"""Somebody at the console: a browser without script, on a real connection."""
+"""A client of the console: a browser without script, on a real connection."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What others rely on, compared with the release before: `python -m tests.contract`.
+"""The public contract, compared with the release before: `python -m tests.contract`.
 
-Settings, commands and options, HTTP paths, event names, manifest fields, object keys, metrics. `contract.json` holds
-what release 0.1.0 had. Additions are welcome; what is missing or differs is a breach. `--write` makes the file anew,
+Settings, commands and options, HTTP paths, event names, manifest fields, object keys, metrics. `contract.json` has
+those of release 0.1.0. Additions are welcome; a missing or different entry is a breach. `--write` writes a new file,
 for the commit of a release.
 """
 
@@ -32,7 +32,7 @@ Contract = dict[str, dict[str, Any]]
 
 
 def contract() -> Contract:
-    """Of each kind: what there is, by its name, with what must stay the same about it."""
+    """Each kind of the contract: its entries by name, with the parts of each that must stay the same."""
     return {
         "settings": {name: _default(field) for name, field in config.Settings.model_fields.items()},
         "options": {verb: sorted(options) for verb, options in options_of(get_command(app)).items()},
@@ -48,7 +48,7 @@ def contract() -> Contract:
 
 
 def breaches(released: Contract, now: Contract) -> list[str]:
-    """One line for each name that is gone or means something else."""
+    """One line for each name that is missing or has another meaning."""
     return [
         f"{kind}: {name} {'is gone' if name not in now[kind] else f'was {value}, is {now[kind][name]}'}"
         for kind, names in released.items()
@@ -58,7 +58,7 @@ def breaches(released: Contract, now: Contract) -> list[str]:
 
 
 def _keeps(value: Any, now: Any) -> bool:
-    """The same, or a list that has everything it had."""
+    """Whether a value is the same, or a list that has all previous entries."""
     return set(value) <= set(now) if isinstance(value, list) else bool(value == now)
 
 

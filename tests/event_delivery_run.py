@@ -1,8 +1,9 @@
 """Every event is delivered though its receiver fails: `python -m tests.event_delivery_run --tasks 1000 --down 60`.
 
 The web server and a worker process, the sandbox, SeaweedFS, and a webhook that fails 30 % of its requests and is down
-for a while. Run twice, without and with the webhook, to see what it costs archiving. Then the rows are compared with
-what arrived: every event at least once, per task in order, one id for one event. The short form runs in the suite.
+for a while. It runs once without and once with the webhook, to measure its cost for archiving. Then the rows are
+compared with the delivered events: every event at least once, per task in order, one id for one event. The short form
+runs in the suite.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ONE_TASK_SECONDS = 1.0  # an upper bound for a slow machine
 
 @dataclass
 class Outcome:
-    """What was found at the end. `faults`: empty = the promise holds."""
+    """The findings at the end. `faults`: empty = the promise holds."""
 
     faults: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -68,7 +69,7 @@ def open_dispatches(database: Database) -> int:
 
 
 def compare(database: Database, got: list[Got]) -> Outcome:
-    """The rows against what arrived."""
+    """Compare the rows with the delivered events."""
     with database.read() as session:
         rows = session.exec(
             select(Event, Task.external_task_id).outerjoin(Task, col(Task.id) == col(Event.task_id)).order_by(Event.seq)
@@ -142,12 +143,12 @@ class Stage(Scene):
         return [_seconds(start, archived) for _, archived in rows if archived]
 
     def seconds(self) -> float:
-        """Since the first was submitted."""
+        """Seconds since the first task was submitted."""
         with self.parts.database.read() as session:
             return _seconds(session.exec(select(func.min(Task.created_at))).one(), self.parts.database.now())
 
     def archiving(self) -> dict[str, Any]:
-        """How long archiving took: all of it, and each task from its end at the provider."""
+        """The duration of archiving: of all tasks, and of each from its end at the provider."""
         with self.parts.database.read() as session:
             rows = session.exec(select(Task.created_at, Task.completed_at, Task.archived_at)).all()
         spans = [_seconds(completed, archived) for _, completed, archived in rows]
@@ -171,7 +172,7 @@ def _cpu_seconds(kept: Kept) -> float:
 
 
 def alone(folder: Path, *, tasks: int, database: str) -> tuple[dict[str, Any], list[float]]:
-    """The same work without a receiver of events. Returns its figures, and when each task was archived."""
+    """Run the same work without a receiver of events. Returns its figures, and when each task was archived."""
     with Stage(folder / "alone", database=database, hook=None) as stage:
         stage.submit(tasks)
         wait_until(lambda: stage.archived() == tasks, seconds=60 + tasks * ONE_TASK_SECONDS, every=0.2)
@@ -179,7 +180,7 @@ def alone(folder: Path, *, tasks: int, database: str) -> tuple[dict[str, Any], l
 
 
 def run(folder: Path, *, tasks: int, down_seconds: float, database: str) -> Outcome:
-    """Down from when a tenth is archived."""
+    """Run with the receiver down after a tenth is archived."""
     with Hook(Failing()) as hook, Stage(folder / "told", database=database, hook=hook) as stage:
         with ThreadPoolExecutor(1) as pool:
             submitting = pool.submit(stage.submit, tasks)

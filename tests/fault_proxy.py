@@ -1,6 +1,6 @@
-"""A store with faults: a proxy in front of SeaweedFS that changes requests, answers, or swallows them.
+"""A store with faults: a proxy in front of SeaweedFS that changes requests and answers, or swallows them.
 
-It signs every request anew, so a fault may drop a header or flip a byte and SeaweedFS still takes it.
+It signs every request again, so SeaweedFS accepts a request without a header or with a flipped byte.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from botocore.credentials import Credentials
 from receiver.local_store.seaweed import Seaweed
 from tests.loopback import HttpServer, QuietHandler
 
-# Made anew when the request is signed and sent.
+# Headers that the new signature and the new request replace.
 HOP_HEADERS = {"host", "authorization", "x-amz-date", "x-amz-content-sha256", "content-length", "connection", "expect"}
 
 
@@ -33,7 +33,7 @@ class Request:
 
     @property
     def puts_an_object(self) -> bool:
-        """Whether it stores an object of the test's own in one request, and not one of the probe."""
+        """Whether the request puts an object of the test, and not one of the probe."""
         return self.method == "PUT" and "?" not in self.path and ".receiver-probe" not in self.path
 
 
@@ -45,12 +45,12 @@ class Answer:
 
 
 Forward = Callable[[Request], Answer]
-# What to answer; None closes the connection without a word.
+# The answer; None closes the connection without one.
 Fault = Callable[[Request, Forward], Answer | None]
 
 
 class FaultProxy(HttpServer):
-    """Serves on loopback while it is entered; `fault` may be replaced at any time."""
+    """Serves on loopback while it is entered. `fault` may be replaced at any time."""
 
     def __init__(self, store: Seaweed, fault: Fault = lambda request, forward: forward(request)) -> None:
         self.fault = fault
@@ -62,7 +62,7 @@ class FaultProxy(HttpServer):
         return f"http://127.0.0.1:{self.port}"
 
     def forward(self, request: Request) -> Answer:
-        """Sign the request anew, send it to SeaweedFS and return what it says."""
+        """Sign the request again, send it to SeaweedFS and return its answer."""
         signed = AWSRequest(request.method, self._store.endpoint_url + request.path, request.headers, request.body)
         S3SigV4Auth(Credentials(self._store.access_key, self._store.secret_key), "s3", "us-east-1").add_auth(signed)
         connection = http.client.HTTPConnection(urlsplit(self._store.endpoint_url).netloc, timeout=30)

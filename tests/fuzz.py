@@ -1,4 +1,5 @@
-"""A fuzzer for the callback endpoint: bodies grown from recorded ones, headers from everywhere, then the inbox drained.
+"""A fuzzer for the callback endpoint: bodies grown from recorded ones, headers of every kind, then all rows are
+applied.
 
 Bounded and seeded; the suite runs a short form, the long one is a command:
 
@@ -31,7 +32,7 @@ from storage.rows.models import Callback, Task
 from storage.states import Step, TaskState
 
 CORPUS = [path.read_bytes() for path in sorted((Path(__file__).parent / "payloads").glob("*.json"))]
-BODIES_PER_TASK = 100  # below the number kept for one task, so that nearly all are taken
+BODIES_PER_TASK = 100  # below the limit of one task, so that nearly all are stored
 CONCURRENCY = 64
 ODD_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2**63, 2**64, 10**400, 1e308, "", "\0", "a\0b", "\ud800", "\udfff\ud800", "x" * 70_000, [], {},
@@ -68,7 +69,7 @@ def bodies(chance: random.Random, count: int) -> Iterator[bytes]:
 
 
 def _unname(chance: random.Random, document: dict[str, Any]) -> None:
-    """Take out what contradicts the token, so that the rest is read and applied."""
+    """Remove what contradicts the token, so that the rest is parsed and applied."""
     record = document.get("data", document)
     record.pop("task_info", None)
     record.pop("external_id", None)
@@ -103,7 +104,7 @@ def headers(chance: random.Random) -> dict[str, bytes]:
 
 
 def insert_row(parts: Parts, count: int) -> list[str]:
-    """Task rows to be spoken of, and the paths that reach them; also the account's, and two bad ones."""
+    """Insert task rows, and return the paths of their callbacks, of the account's, and of two invalid ones."""
     paths = [f"/callbacks/kling/{parts.tokens.sign('kling', None)}", "/callbacks/kling/bad", "/callbacks/other/x"]
     with parts.database.write() as session:
         now = datetime.now(UTC)
@@ -116,7 +117,7 @@ def insert_row(parts: Parts, count: int) -> list[str]:
 
 
 async def send(parts: Parts, chance: random.Random, count: int) -> Counter[int]:
-    """Send them all, 64 at a time; how often each status was answered."""
+    """Send them all, 64 at a time. Returns how often each status was answered."""
     web = app.build(parts.database, parts.providers, parts.tokens, parts.schedule)
     paths = insert_row(parts, max(20, count // BODIES_PER_TASK))
     wanted = bodies(chance, count)
@@ -135,7 +136,7 @@ async def send(parts: Parts, chance: random.Random, count: int) -> Counter[int]:
 
 
 def drain(parts: Parts) -> Counter[str]:
-    """Apply everything; how many deliveries ended in which state, and `retried` for those that met a bug."""
+    """Apply everything. Returns how many deliveries ended in each state, and `retried` for those that met a bug."""
     callbacks = [lane for lane in parts.lanes() if lane.name == "callbacks"]
     parts.worker(callbacks).run_until_idle()
     with parts.database.read() as session:

@@ -30,9 +30,9 @@ from tests.fuzz import ODD_VALUES
 from tests.unreported_tasks import drawn, encoded
 
 MIB = 2**20
-# A body is held as it came and as what was read of it; of the text that is read just now three copies more.
+# A body is in memory as received and as parsed, and the text in work in three more copies.
 COPIES, COPIES_OF_A_TEXT, MOST_BESIDE_BYTES = 2, 3, 6 * MIB
-# Bodies before the first look at the memory, and what the process may grow after a tenth of all.
+# Bodies before the first measurement of memory, and the allowed growth of the process after a tenth of all.
 FIRST, MOST_GROWTH_BYTES = 200, 32 * MIB
 FULL: dict[str, Any] = {
     "model_name": "kling-v3-omni", "prompt": "a boat <<<image_1>>> at “dusk” 🌅", "n": 2, "resolution": "2k",
@@ -79,7 +79,7 @@ def _escaped(chance: random.Random, size: int) -> bytes:
 
 
 def _odd(chance: random.Random, size: int) -> bytes:
-    """A good request with some values that are none."""
+    """A valid request with some invalid values."""
     sent = dict(chance.choice((FULL, PLAIN)))
     for name in chance.sample(sorted(sent), chance.randint(0, 3)):
         sent[name] = chance.choice(ODD_VALUES)
@@ -102,7 +102,9 @@ def _noise(chance: random.Random, size: int) -> bytes:
 
 @dataclass
 class Outcome:
-    """`ends`: how many were read, and refused with which code. `worst`: bytes of memory of the dearest body."""
+    """`ends`: how many were read, and how many refused with each code. `worst`: bytes of memory of the most expensive
+    body.
+    """
 
     ends: Counter[str] = field(default_factory=Counter)
     worst_bytes: int = 0
@@ -114,7 +116,7 @@ class Outcome:
 
 
 def read(reader: Creates, wanted: Iterator[bytes], *, measured: bool) -> Outcome:
-    """Read each. Anything but a request or a refusal is raised, and so is memory beyond the bound."""
+    """Read each body. Raises anything but a request or a refusal, and memory beyond the bound."""
     outcome = Outcome()
     for body in wanted:
         if measured:
@@ -136,14 +138,16 @@ def read(reader: Creates, wanted: Iterator[bytes], *, measured: bool) -> Outcome
 
 
 def creates() -> Creates:
-    """The half that reads: it opens nothing."""
+    """The part of the gateway that reads creates. It opens nothing."""
     unused: Any = None
     return Creates(unused, unused, unused, AddressPolicy())
 
 
 @dataclass
 class Part:
-    """What one process saw. `resident`: bytes of its memory after the first bodies, after a tenth, and at the end."""
+    """The measurements of one process. `resident`: bytes of its memory after the first bodies, after a tenth, and at
+    the end.
+    """
 
     plain: Outcome
     traced: Outcome
@@ -155,7 +159,7 @@ def read_part(seed: int, count: int, largest: int) -> Part:
     """Read `count` bodies, and measure the memory of each of the last tenth."""
     reader, chance, tenth = creates(), random.Random(seed), max(count // 10, 1)
     started, plain, resident = time.monotonic(), Outcome(), []
-    for some in (FIRST, tenth, count - 2 * tenth):  # from the first ones Python keeps memory for itself
+    for some in (FIRST, tenth, count - 2 * tenth):  # Python keeps the memory of the first ones for itself
         plain += read(reader, bodies(chance, some, most=largest), measured=False)
         resident.append(memory_bytes(os.getpid()))
     seconds = time.monotonic() - started

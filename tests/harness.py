@@ -1,15 +1,15 @@
-"""What the tests share.
+"""Helpers of all tests, and the list of the only doubles.
 
-The only doubles, each an honest second implementation that speaks over real sockets:
+Each double is an honest second implementation that speaks over real sockets:
 - `receiver.sandbox`: the provider (task endpoints, callbacks, result files) with its knobs for failures;
 - `tests.webhook_receiver`: a receiver of webhooks that can fail, be slow and be down;
-- `tests.fault_proxy`: a proxy in front of SeaweedFS that swallows, changes or ignores what it is told;
+- `tests.fault_proxy`: a proxy in front of SeaweedFS that swallows, changes or ignores requests;
 - `tests.moving_address`: an address that leads to one port, and later to another.
-Everything else is real: SeaweedFS is the S3 server, SQLite and PostgreSQL are the databases, child processes
-are killed with real signals. Our own code is never replaced.
+Everything else is real: SeaweedFS is the S3 server, SQLite and PostgreSQL are the databases, child processes are killed
+with real signals. Our own code is never replaced.
 
-A test may assert on rows, on objects in the bucket and on answers (HTTP, exit codes, return values), never on
-which of our functions were called, and never on how long something took.
+A test may assert on rows, on objects in the bucket and on answers (HTTP, exit codes, return values), never on which of
+our functions were called, and never on how long something took.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALLBACK_SECRET = "a-secret-of-more-than-thirty-two-characters"
 
 
 def wait_until(condition: Callable[[], T], *, seconds: float = 20, every: float = 0.02) -> T:
-    """Ask until `condition()` is true and return what it said; AssertionError after `seconds`.
+    """Call `condition` until it returns true, and return that value; AssertionError after `seconds`.
 
     An AssertionError inside the condition counts as "not yet", and is the one shown at the end.
     """

@@ -1,4 +1,4 @@
-"""Servers on loopback that many tests stand on: raw connections, scripts of raw answers, and HTTP handlers."""
+"""Servers on loopback for tests: raw connections, scripts of raw answers, and HTTP handlers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import BinaryIO, Self
 
-# The bytes of an answer, or what is done with the connection, which then ends.
+# The bytes of an answer, or a function for the connection, which then ends.
 Script = bytes | Callable[[socket.socket], None]
 
 
@@ -41,7 +41,7 @@ class Listener:
 
 
 class ScriptedServer(Listener):
-    """Answers each request with the bytes that `script_of` its head names. `requests`: head and body of each."""
+    """Answers each request with the bytes that `script_of` returns for its head. `requests`: head and body of each."""
 
     closes_unframed = False  # whether a script without a Content-Length ends its connection
 

@@ -1,4 +1,4 @@
-"""Every manifest that a test leaves in its bucket follows the published schema, and its digest is its content's."""
+"""Checks every manifest that a test leaves in its bucket against the published schema and its own digest."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def schema() -> Draft202012Validator:
 
 
 def check(bucket: Bucket) -> int:
-    """Returns how many manifests there were. Raises AssertionError for one that is not as it should be.
+    """Returns how many manifests there were. Raises AssertionError for an invalid one.
 
-    What the test itself has put there as somebody else would (`archived_tasks.put`) is left out, and so is all when
-    the store does not run.
+    Objects that the test has put like another program (`archived_tasks.put`) are left out, and all objects if the store
+    does not run.
     """
     from storage.archive import manifest
     from storage.archive.folders import manifest_number

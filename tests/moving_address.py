@@ -1,4 +1,4 @@
-"""An address on loopback that leads to a port, and later to another: what a managed database's name does."""
+"""An address on loopback that leads to a port, and later to another, like a managed database's name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.loopback import Listener
 
 
 class MovingAddress:
-    """Forwards connections while it is entered. `move` ends those there are; new ones go to the new port."""
+    """Forwards connections while it is entered. `move` ends the present ones; new ones go to the new port."""
 
     def __init__(self, target: int) -> None:
         self._target = target

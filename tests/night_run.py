@@ -31,7 +31,7 @@ from tests.running_product import Scene
 NAME = "night"
 SLOTS = 20
 API_KEY = "an-api-key-of-the-gateway"
-# One in so many lines asks for two pictures, or for nine: half of all slots, and must not starve.
+# One line in this many asks for two pictures, or for nine: half of all slots, which must not starve.
 TWO_IN, NINE_IN = 10, 50
 ONE_LINE_SECONDS = 3.0  # an upper bound for a slow machine; two thousand lines take some minutes
 GATEWAY_PAUSE_SECONDS = 0.3
@@ -40,7 +40,7 @@ PATH = "/kling/v1/images/omni-image"
 
 @dataclass
 class Outcome:
-    """What was found at the end. `faults`: empty = the promise holds."""
+    """The findings at the end. `faults`: empty = the promise holds."""
 
     faults: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def request(number: int) -> dict[str, Any]:
 
 
 class Night(Scene):
-    """A file to submit, and all that works on it."""
+    """A file to submit, and all processes that work on it."""
 
     def __init__(self, folder: Path, *, lines: int, database: str, task_seconds: float) -> None:
         super().__init__(folder)
@@ -87,7 +87,7 @@ class Night(Scene):
 
 
 class GatewayClient(threading.Thread):
-    """A client of Kling's API beside the batch. Refused for want of slots, it sends its create again."""
+    """A client of Kling's API beside the batch. It repeats a create that was refused for lack of slots."""
 
     def __init__(self, url: str, most: int) -> None:
         super().__init__(daemon=True)
@@ -160,7 +160,7 @@ def _tail(night: Night) -> str:
 
 
 def _wait_for_the_rest(night: Night) -> None:
-    """The gateway's tasks end too."""
+    """Wait until the gateway's tasks have ended, too."""
     from sqlmodel import select
 
     from receiver.tasks.task_view import is_over

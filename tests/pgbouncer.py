@@ -1,4 +1,4 @@
-"""PgBouncer in transaction mode, before the run's PostgreSQL: what hosted databases hand out as their address."""
+"""PgBouncer in transaction mode in front of the run's PostgreSQL, like the address of a hosted database."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class PgBouncer:
         self._starter = Mortal()  # the process is killed when the thread that started it ends
 
     def url(self, direct: str) -> str:
-        """The address of a database of the server, by way of the pooler."""
+        """The address of a database of the server through the pooler."""
         return direct.replace(f":{self._server.port}/", f":{self.port}/")
 
     def __enter__(self) -> PgBouncer:
         user = (-1, -1)
-        if os.getuid() == 0:  # it refuses to run as root
+        if os.getuid() == 0:  # PgBouncer refuses to run as root
             nobody = pwd.getpwnam("nobody")
             user = (nobody.pw_uid, nobody.pw_gid)
             os.chown(self._folder, *user)

@@ -30,12 +30,12 @@ from tests.rows import LONG_AGO, new_task
 
 
 def free_port() -> int:
-    """One that nobody listens on now, and that the system gives to nobody else until it is used."""
+    """A port on which no program listens, and that the system gives to no other program until it is used."""
     return next(port for port in iter(random_port, None) if is_free(port))
 
 
 def settings_for(database_url: str, bucket: Any, sandbox: Sandbox, **changes: Any) -> config.Settings:
-    """Settings as a user would make them for this sandbox and this bucket; `changes` win."""
+    """A user's settings for this sandbox and this bucket; `changes` take precedence."""
     port = free_port()
     values = {
         "database_url": database_url,
@@ -87,7 +87,7 @@ class Web:
         return len(self._server.server_state.tasks)
 
     def stop_listening(self) -> None:
-        """Begin to end; what is under way goes on."""
+        """Begin to end; requests in progress continue."""
         self._server.should_exit = True
         wait_until(lambda: not any(each.is_serving() for each in self._server.servers))
 
@@ -99,7 +99,7 @@ class _no_signals:
 
 
 def run(parts: Parts, *lanes: str) -> int:
-    """Do what is due in these lanes, in this thread; the others stand still. Returns how many rows were worked on."""
+    """Do what is due in these lanes, in this thread; the other lanes do nothing. Returns the number of rows."""
     chosen = [lane for lane in parts.lanes() if lane.name in lanes]
     assert len(chosen) == len(lanes)
     return parts.worker(chosen).run_until_idle()
@@ -107,7 +107,7 @@ def run(parts: Parts, *lanes: str) -> int:
 
 @contextmanager
 def working(parts: Parts) -> Iterator[None]:
-    """A worker as it runs in its process, in a thread of the test."""
+    """A worker like in its process, in a thread of the test."""
     with running(parts.worker()):
         yield
 
@@ -124,7 +124,7 @@ def running(worker: Worker) -> Iterator[None]:
 
 
 def make_due_now(parts: Parts, *models: Any) -> None:
-    """Let the waiting be over: what is due later, or held under the lease of a dead worker, is due now."""
+    """Make everything due now that is due later or held under the lease of a dead worker."""
     with parts.database.write() as session:
         for model in models or (Task, Callback, Asset):
             session.execute(update(model).where(model.due_at.is_not(None)).values(due_at=LONG_AGO))
@@ -132,7 +132,7 @@ def make_due_now(parts: Parts, *models: Any) -> None:
 
 
 def insert_row(parts: Parts, **values: Any) -> Task:
-    """A task the provider has accepted long ago, whose next read is far away."""
+    """A task that the provider accepted long ago, whose next read is far away."""
     later = datetime.now(UTC) + timedelta(hours=1)
     start = {"state": TaskState.SUBMITTED, "step": Step.READ, "due_at": later, "expected": 1, "series": False}
     with parts.database.write() as session:
@@ -140,7 +140,7 @@ def insert_row(parts: Parts, **values: Any) -> Task:
 
 
 def deliver(parts: Parts, task: Task | None, body: Any, *, webhook_id: str | None = None) -> Callback:
-    """Put one delivery into the inbox as the web server does, apply it, return its row. `task` None: account URL."""
+    """Commit one delivery like the web server, apply it, return its row. `task` None: account URL."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     delivery = Delivery("kling", "push", task.id if task else None, raw, webhook_id=webhook_id)
     with parts.database.write() as session:
@@ -168,7 +168,7 @@ def kept(parts: Parts, task: Task | None = None) -> dict[str, str]:
 
 
 def assert_archived(parts: Parts, sandbox: Sandbox, task: Task) -> None:
-    """All that the provider made of this task is kept once, byte for byte, and nothing else but the manifest."""
+    """Assert that all files of this task are archived once, byte for byte, and nothing else but the manifest."""
     assets, objects = assets_of(parts, task), kept(parts, task)
     made = [asset.sha256 for asset in sandbox.ledger().task(task.external_task_id).assets]
     assert task.archive is ArchiveState.ARCHIVED

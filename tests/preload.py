@@ -1,4 +1,4 @@
-"""Imported by the process that the command line tests fork from: all that a command may need."""
+"""Modules that commands may need, imported once by the process that command line tests fork from."""
 
 from importlib import import_module
 

@@ -2,9 +2,9 @@
 
 python -m tests.bench.ack_while_applying [--deliveries 5000] [--rate 100] [--database sqlite]
 
-Every delivery tells of a finished task with one picture, whose host refuses the connection: so the lane of assets
-writes as well. Sends at an even rate, each wait counted from when it was due, until the 5,000 are applied (two minutes
-at most). Exit 1 above the goal.
+Every delivery reports a finished task with one picture, whose host refuses the connection, so the lane of assets writes
+as well. Deliveries are sent at a steady rate until the 5,000 are applied (two minutes at most). Each wait counts from
+the time when the delivery was due. Exit 1 above the goal.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tests.rows import new_task
 
 GOAL_SECONDS = 0.5
 WORKERS = 2
-# Nobody listens at the discard port.
+# No program listens at the discard port.
 REFUSING = "127.0.0.1:9"
 CHUNK = 500
 LOAD_SECONDS, BOUND_SECONDS = 3.0, 120.0
 
 
 def insert_row(database: Database, count: int) -> None:
-    """So many tasks that have been asked for, each with the delivery that tells of its end, not applied yet."""
+    """Insert submitted tasks, each with an unapplied delivery that reports its end."""
     for start in range(0, count, CHUNK):
         with database.write() as session:
             rows = [
@@ -53,7 +53,7 @@ def body() -> bytes:
 
 
 def waiting(database: Database) -> int:
-    """How many of ours are not applied yet; those sent meanwhile name no task."""
+    """How many of our deliveries are not applied yet; those sent meanwhile name no task."""
     with database.read() as session:
         unread = select(func.count()).where(Callback.state == CallbackState.RECEIVED)
         return session.exec(unread).one()

@@ -10,12 +10,12 @@ from pathlib import Path
 from tests.bench import pictures, stage
 from tests.bench.table import Sample
 
-# Servers that have just started still write, to the disk that every commit waits for.
+# A server that has just started still writes to the disk on which every commit waits.
 SETTLE_SECONDS = 2.0
 
 
 def per_second(kind: str, small: bool) -> Sample:
-    """Distinct callbacks over 64 connections, as fast as they are answered: ours, the bare endpoint."""
+    """Distinct callbacks per second over 64 connections, each sent after the last answer: ours, the bare endpoint."""
     seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
     with stage.folder() as place:
         with stage.bare(place) as port:
@@ -26,7 +26,7 @@ def per_second(kind: str, small: bool) -> Sample:
 
 
 def floor(kind: str, small: bool) -> Sample:
-    """What the least that is durable intake reaches: `tests.bench.floor`, the bare endpoint."""
+    """The rate of the minimal durable intake (`tests.bench.floor`), and of the bare endpoint."""
     seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
     with stage.folder() as place:
         with stage.bare(place) as port:
@@ -43,7 +43,7 @@ def p99_at_half_rate(small: bool) -> Sample:
 
 
 def floor_p99(small: bool) -> Sample:
-    """The same of the least that is durable intake, at half of its own rate."""
+    """The same for the minimal durable intake, at half of its own rate."""
     with stage.folder() as place, stage.database("sqlite", place) as url:
         return _p99(place, stage.program(place, "tests.bench.floor", url), small)
 
@@ -79,7 +79,7 @@ def p99_beside_archive(small: bool) -> Sample:
 
 
 def floor_p99_beside_transfers(small: bool) -> Sample:
-    """The least that is durable intake, at 200 a second while rclone moves the same pictures, and alone."""
+    """p99 of the minimal durable intake, at 200 a second while rclone moves the same pictures, and alone."""
     seconds, rate, settle_seconds = (0.3, 100, 0.2) if small else (6.0, 200, SETTLE_SECONDS)
     with stage.folder() as place, ExitStack() as stack:
         source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))

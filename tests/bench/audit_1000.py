@@ -1,7 +1,8 @@
-"""1,000 tasks archived; 20 objects deleted, 10 changed by a bit, 5 strangers added: `audit --deep` finds exactly these.
+"""1,000 tasks archived; 20 objects deleted, 10 changed by a bit, 5 unknown ones added: `audit --deep` finds exactly
+these.
 
 Run by hand: `python -m tests.bench.audit_1000 [TASKS]`. Ends by itself; everything is on loopback and in a temporary
-folder. Then repairs and says what was not repaired; deletes the database, rebuilds it from the bucket alone and
+folder. Then it repairs and prints what was not repaired; deletes the database, rebuilds it from the bucket alone and
 compares row for row; exports everything, then once more with one file corrupted.
 """
 
@@ -34,7 +35,7 @@ from tests.archived_tasks import REQUEST, all_assets, flip, put
 from tests.conftest import s3_variables
 from tests.pipeline import settings_for
 
-# What all of it may take: 1,000 tasks took 11 minutes on 2 cores with a load of 20, 9 of them to archive them first.
+# The time limit. 1,000 tasks took 11 minutes on 2 cores with a load of 20, 9 of them for archiving.
 BOUND_SECONDS = 900
 
 
@@ -72,7 +73,7 @@ def audit(parts: Parts) -> list[Finding]:
 
 
 def harm(parts: Parts) -> set[tuple[str, str]]:
-    """20 deleted, 10 changed, 5 strangers; what an audit must say of them."""
+    """Delete 20 objects, change 10, add 5. Returns the findings that an audit must report."""
     keys = [str(asset.key) for asset in all_assets(parts)]
     chosen = random.sample(keys, 30)
     for key in chosen[:20]:
@@ -104,12 +105,12 @@ def run(parts: Parts, sandbox: Sandbox, folder: Path, tasks: int) -> None:
     rebuild(parts, folder / "receiver.db")
 
 
-# What no bucket can know: a secret, the pace of reads and callbacks, the moment an archive ended.
+# Columns that no bucket contains: a secret, the schedule of reads and callbacks, the time when an archive ended.
 UNKNOWN = {"callback_url", "archived_at", "polls", "reported_at", "called_back_at", "end_called_back_at"}
 
 
 def rows(parts: Parts) -> dict[str, dict[str, object]]:
-    """Every task and file as the bucket can know it; of addresses what stands before `?`."""
+    """Every task and file with what the bucket contains; addresses are cut before `?`."""
     with parts.database.read() as session:
         tasks = [task.model_dump(exclude=UNKNOWN) for task in session.exec(select(Task))]
         assets = [asset.model_dump() for asset in session.exec(select(Asset))]
@@ -119,7 +120,7 @@ def rows(parts: Parts) -> dict[str, dict[str, object]]:
 
 
 def rebuild(parts: Parts, file: Path) -> None:
-    """The database file is deleted, all rows come back, callbacks still find their tasks, new work goes on."""
+    """Delete the database file and rebuild: all rows return, callbacks find their tasks, new work continues."""
     before = rows(parts)
     with parts.database.read() as session:
         tokens = {task.id: parts.tokens.sign("kling", task.id) for task in session.exec(select(Task).limit(20))}
@@ -154,7 +155,7 @@ def rebuild(parts: Parts, file: Path) -> None:
 
 
 def export(parts: Parts, folder: Path) -> None:
-    """By the verb: everything, then once more with one file corrupted."""
+    """Export everything by the command, then once more with one file corrupted."""
     for name, bad in (("out", None), ("out-2", str(all_assets(parts)[7].key))):
         if bad:
             flip(parts, bad)

@@ -1,5 +1,6 @@
-"""The reference of the acknowledgements: a bare Starlette endpoint under our uvicorn settings that reads and parses
-the same body and answers. It checks no token, keeps nothing and promises nothing."""
+"""The reference of the acknowledgements: a bare Starlette endpoint with our uvicorn settings that reads and parses the
+same body and answers. It checks no token, stores nothing and promises nothing.
+"""
 
 from __future__ import annotations
 

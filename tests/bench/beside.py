@@ -1,4 +1,4 @@
-"""Row 15: the slowest statement of what pages and verbs ask, beside 1,000,000 tasks and beside 20,000."""
+"""Row 15: the slowest statement of pages and commands, beside 1,000,000 tasks and beside 20,000."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from tests.bench.table import Sample, say
 
 FEW, SMALL = 20_000, (100, 500)
 ROUNDS = 3
-# Tasks that a dry run of `replay` and of `prune` has before it, beside few and beside many: more than one batch.
+# Tasks in the range of a dry run of `replay` and of `prune`, beside few and beside many: more than one batch.
 CONCERNED = 2_500
-# Shorter statements are noise beside a growth that matters.
+# The growth of shorter statements is noise.
 LEAST_SECONDS = 0.005
 
 
 def slowest_statement(small: bool) -> Sample:
-    """Milliseconds of the look that grows most, on either database; the figure is how many times it grew."""
+    """Milliseconds of the query that grows most, on either database; the figure is the factor of its growth."""
     return max(_found(small), key=lambda sample: sample.figure)
 
 
 def longest_statement(small: bool) -> Sample:
-    """Milliseconds of the look that takes longest beside many, of the run that the other row made last, or of one."""
+    """Milliseconds of the longest query beside many tasks, from the run of the other row, or from a new one."""
     longest = max(_last.pop() if _last else _found(small), key=lambda sample: sample.ours)
     return Sample(longest.ours, longest.reference, value=longest.ours)
 
@@ -44,7 +44,7 @@ _last: list[list[Sample]] = []
 
 
 def _found(small: bool) -> list[Sample]:
-    """Each look on each database: milliseconds beside many tasks, and beside few."""
+    """Milliseconds of each query on each database, beside many tasks and beside few."""
     few, many = SMALL if small else (FEW, TASKS)
     samples = []
     with stage.folder() as place, ExitStack() as stack:

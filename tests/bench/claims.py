@@ -2,9 +2,9 @@
 
 python -m tests.bench.claims [--finished 1000000] [--waiting 100000] [--rounds 300] [--database sqlite] [--lane assets]
 
-Three databases side by side, whose claims are measured in turn: one with nothing but the due rows, one with finished
-rows besides, one with waiting rows. Exit 1 when a ratio is above the goal. Ends by itself; everything is on loopback
-and in a temporary folder.
+Three databases side by side, whose claims are measured in turn: one with only the due rows, one with finished rows
+besides, one with waiting rows. Exit 1 if a ratio is above the goal. Ends by itself; everything is on loopback and in a
+temporary folder.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from storage.states import AssetState, CallbackState, Step, TaskState
 from tests.postgres import Postgres
 
 GOAL = 1.3
-# Always due, and claimed so many at a time: a lane of eight threads with some work ahead.
+# Rows that are always due, and rows per claim: a lane of eight threads with some rows claimed ahead.
 DUE, CLAIMED = 200, 8
 KINDS = ("sqlite", "postgresql")
 BESIDE = ("nothing", "finished", "waiting")
-# So many rows are inserted in one transaction.
+# Rows inserted in one transaction.
 CHUNK = 100_000
 PAST, LATER = datetime(2026, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1)
 LANES: dict[str, tuple[Any, Sequence[Any], dict[str, dict[str, Any]]]] = {
@@ -56,7 +56,7 @@ LANES: dict[str, tuple[Any, Sequence[Any], dict[str, dict[str, Any]]]] = {
 
 @dataclass
 class Times:
-    """Seconds: of the claiming statement, and of its whole transaction with the look before it and the commit."""
+    """Seconds of the claiming statement, and of its whole transaction with the check before it and the commit."""
 
     statement: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
@@ -80,7 +80,7 @@ def new_row(model: Any, task_id: uuid.UUID, /, **values: Any) -> Any:
 
 
 def multiply(session: Session, row: Any, count: int) -> None:
-    """Insert `count` rows like this one, which is there, each under a name of its own."""
+    """Insert `count` copies of this existing row, each with a name of its own."""
     table = row.__table__
     on_sqlite = session.get_bind().dialect.name == "sqlite"
     uuid_ = "lower(hex(randomblob(16)))" if on_sqlite else "gen_random_uuid()"
@@ -98,7 +98,7 @@ def multiply(session: Session, row: Any, count: int) -> None:
 
 
 def fill(database: Database, model: Any, count: int, /, **values: Any) -> None:
-    """Insert so many rows of a kind."""
+    """Insert this many rows of a kind."""
     while count > 0:
         chunk = min(count, CHUNK)
         with database.write() as session:
@@ -114,7 +114,7 @@ def fill(database: Database, model: Any, count: int, /, **values: Any) -> None:
 
 
 def prepared(url: str, lane: str, beside: str, rows: int) -> Database:
-    """A database with the rows that are due, and beside them so many of another kind."""
+    """A database with the due rows and this many rows of another kind."""
     database = Database(url)
     migrations.upgrade(database)
     model, _, kinds = LANES[lane]
@@ -123,14 +123,14 @@ def prepared(url: str, lane: str, beside: str, rows: int) -> Database:
     elif beside == "waiting":
         fill(database, model, rows, due_at=LATER, **kinds["due"])
     fill(database, model, DUE, due_at=PAST, **kinds["due"])
-    if not database.is_sqlite:  # the server does so by itself within a minute
+    if not database.is_sqlite:  # the server does it by itself within a minute
         with database.write() as session:
             session.execute(text("ANALYZE"))
     return database
 
 
 def claim_once(database: Database, lane: str, times: Times) -> None:
-    """Claim some rows as a worker does, and hand them back."""
+    """Claim some rows like a worker, and release them."""
     model, where, _ = LANES[lane]
     began = time.perf_counter()
     with database.autocommit_reader() as connection:
@@ -147,7 +147,7 @@ def claim_once(database: Database, lane: str, times: Times) -> None:
 
 
 def measure(urls: Sequence[str], lane: str, *, finished: int, waiting: int, rounds: int) -> dict[str, Times]:
-    """Times by what stands beside the due rows; `urls`: of three empty databases of one kind."""
+    """Times by the kind of the other rows; `urls`: of three empty databases of one kind."""
     amounts = (0, finished, waiting)
     began = time.monotonic()
     databases = [prepared(url, lane, *each) for url, each in zip(urls, zip(BESIDE, amounts, strict=True), strict=True)]
@@ -162,7 +162,7 @@ def measure(urls: Sequence[str], lane: str, *, finished: int, waiting: int, roun
 
 
 def ratio(found: dict[str, Times], beside: str) -> float:
-    """Of the faster quarter's end of the claiming statement: the slower ones tell of the machine's other work."""
+    """The ratio of the claiming statement's lower quartiles. The slower times show other work of the machine."""
     return quartile(found[beside].statement) / quartile(found["nothing"].statement)
 
 

@@ -1,9 +1,9 @@
 """Times of the console's pages beside 1,000,000 tasks: `python -m tests.bench.console_pages [URL] [--times 40]`.
 
-URL: of a database that `tests.bench.million` has filled. Without it one of each kind is filled first, which takes some
-minutes. All views are fetched in turn, so that what is kept for some seconds is also read anew. `first`: by a server
-that has just started. CPU: of the server and PostgreSQL, which other work on the machine does not disturb. The goal is
-a p95 of 300 ms; the exit code is 1 if a view misses it.
+URL: a database that `tests.bench.million` has filled. Without it one of each kind is filled first, which takes some
+minutes. All views are fetched in turn, so that cached values are read again, too. `first`: from a server that has just
+started. CPU: of the server and PostgreSQL, which other work on the machine does not disturb. The goal is a p95 of 300
+ms; the exit code is 1 if a view misses it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_TIMES = 500
 
 
 def views(tasks: int) -> dict[str, str]:
-    """What is fetched: each page and list, its filters, and places in the middle of the table."""
+    """The fetched views: each page and list, its filters, and positions in the middle of the table."""
     now = datetime.now(UTC)
     middle, day = now - timedelta(days=15), (now - timedelta(days=3)).date()
     before = f"before={middle:%Y-%m-%dT%H:%M:%S}~"
@@ -131,7 +131,7 @@ def _postmaster(url: str) -> list[int]:
 
 
 def _tree_cpu_seconds(process_id: int) -> float:
-    """CPU so far of the threads that a process and its children have now."""
+    """CPU seconds so far of the threads that a process and its children have now."""
     found = 0.0
     for thread in Path(f"/proc/{process_id}/task").iterdir():
         with suppress(OSError):  # it has ended

@@ -1,11 +1,11 @@
-"""Acknowledgements with ten consoles open and live, beside without: `python -m tests.bench.consoles [--rounds 4]`.
+"""Acknowledgements with ten open, live consoles, and without: `python -m tests.bench.consoles [--rounds 4]`.
 
-`--cpu`: what ten consoles cost the server at 50 callbacks a second, in milliseconds of CPU a second. `--same`: all look
-at one view, and not two at each of five.
+`--cpu`: the server's cost of ten consoles at 50 callbacks a second, in milliseconds of CPU a second. `--same`: all show
+one view, instead of two at each of five.
 
-One server, SQLite, callbacks over 64 connections from a process of its own. Each round measures the rate and the p99 at
+One server, SQLite, callbacks over 64 connections from a separate process. Each round measures the rate and the p99 at
 half of that rate, once without consoles and once with ten. Every console holds its live stream and fetches its page
-anew after a change, at most every three seconds, as the browser's script does. The goal is a ratio within 5 %, on a
+again after a change, at most every three seconds, like the browser's script. The goal is a ratio within 5 %, on a
 machine whose cores are not shared with the consoles' own client. Takes about a minute.
 """
 
@@ -35,7 +35,7 @@ CALLBACKS_PER_SECOND = 50
 
 @contextmanager
 def consoles(port: int, count: int, paths: Sequence[str]) -> Iterator[list[int]]:
-    """So many consoles, open and live. Yields the number of pages that each has fetched so far."""
+    """Open, live consoles. Yields the number of pages that each has fetched so far."""
     readers = [Reader(f"http://127.0.0.1:{port}") for _ in range(count)]
     fetched, ends = [0] * count, threading.Event()
 
@@ -57,7 +57,7 @@ def consoles(port: int, count: int, paths: Sequence[str]) -> Iterator[list[int]]
         yield fetched
     finally:
         ends.set()
-        for each in threads:  # a stream says something at least every 15 s
+        for each in threads:  # a stream sends something at least every 15 s
             each.join(20)
         for reader in readers:
             reader.http.close()
@@ -87,7 +87,7 @@ Rounds = Iterator[tuple[tuple[float, float], tuple[float, float], int]]
 
 def rounds(count: int, seconds: float, measure: Measure, paths: Sequence[str] = PATHS) -> Rounds:
     """(without, with, pages fetched) of each round, in one server."""
-    nothing = "http://127.0.0.1:9"  # no store is asked for anything here
+    nothing = "http://127.0.0.1:9"  # no request needs a store here
     variables = {"RECEIVER_CONSOLE_KEYS": KEYS, "RECEIVER_S3_ENDPOINT_URL": nothing, "AWS_ACCESS_KEY_ID": "key"}
     variables |= {"AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
     with stage.folder() as place, stage.database("sqlite", place) as url:

@@ -14,12 +14,12 @@ import sys
 import uvloop
 
 READ_BYTES = 256 * 1024
-# Of one direction of one connection, in reads: more than what half a round trip brings on loopback.
+# The buffer of one direction of one connection, in reads: more than half a round trip brings on loopback.
 MOST_HELD = 64
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_seconds: float) -> None:
-    """Everything that comes, that much later, and then the end."""
+    """Pass on all bytes after the delay, and then the end."""
     loop = asyncio.get_running_loop()
     held: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(MOST_HELD)
 

@@ -1,6 +1,6 @@
-"""The floor of rows 1 to 3: the least that can be called durable intake, with nothing around it.
+"""The floor of rows 1 to 3: the minimal durable intake, with nothing around it.
 
-An ASGI application that commits as the product does: SQLite in the event loop, two turns after the first delivery of a
+An ASGI application that commits like the product: SQLite in the event loop, two turns after the first delivery of a
 batch arrived, PostgreSQL over psycopg's async connection. One statement a batch, `synchronous=FULL` or PostgreSQL's
 own, one table with one unique key. No token, no verdict, no bound, no other index, no lock against other writers.
 
@@ -30,7 +30,7 @@ Rows = list[tuple[str, bytes]]
 
 
 class Intake:
-    """Bodies in, an answer to each once it is durable."""
+    """Takes bodies, and answers each once it is durable."""
 
     def __init__(self, insert: Callable[[Rows], Awaitable[None]]) -> None:
         self._insert = insert

@@ -1,8 +1,8 @@
-"""The floor of rows 4 to 6: the least that is an archived picture with our three commits, without a framework.
+"""The floor of rows 4 to 6: the minimal archived picture with our three commits, without a framework.
 
 Eight threads; GET into one reused buffer, SHA-256, MD5, CRC-32, HEAD, a create-only PUT with its checksum, both signed
-by botocore; one commit when it is claimed, one when its key is known, one when it is kept, with the driver itself and
-`synchronous=FULL`. No address check, no structure, no manifest, no event, no retry.
+by botocore; one commit at the claim, one when the key is known, one when the picture is archived, with the driver
+itself and `synchronous=FULL`. No address check, no structure, no manifest, no event, no retry.
 
     python -m tests.bench.floor_archive HOST:PORT COUNT FILES DATABASE      prints {"seconds": …, "cpu_seconds": …}
 """
@@ -32,7 +32,7 @@ from botocore.credentials import Credentials
 THREADS = 8
 READ_BYTES = 256 * 1024
 MOST_BYTES = 8_000_000
-RUN = uuid.uuid4().hex  # its folder: the store may have been used before
+RUN = uuid.uuid4().hex  # its folder, because the store may have been used before
 NO_BODY = hashlib.sha256(b"").hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Row 17: what `receiver serve` with eight workers costs on PostgreSQL while there is nothing to do."""
+"""Row 17: the cost of an idle `receiver serve` with eight workers on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tests.bench.table import Sample
 from tests.harness import wait_until
 
 WORKERS, SMALL_WORKERS = 8, 1
-# Pools have shrunk and the looks of the start are over by then.
+# By then the pools have shrunk and the checks of the start are over.
 SETTLE_SECONDS, SECONDS = 20.0, 40.0
 SMALL_SETTLE_SECONDS, SMALL_SECONDS = 0.0, 2.0
 TRANSACTIONS = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'bench'"
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'bench'"
-# Of a figure that may be nothing at all in the short form.
+# A figure that may be zero in the short form.
 LEAST = 0.001
 
 
 class Idle:
-    """Four rows tell of the same run: each asks for its figure, and the first makes the run."""
+    """Four rows show figures of one run, which the first row makes."""
 
     def __init__(self) -> None:
         self._found: dict[str, float] = {}
@@ -40,7 +40,7 @@ class Idle:
 
 
 def _measured(small: bool) -> dict[str, float]:
-    """Transactions a second and most connections of all, workers' CPU seconds a minute, MB of the largest's own."""
+    """Transactions a second the most connections of all, the workers' CPU seconds a minute, own MB of the largest."""
     count = SMALL_WORKERS if small else WORKERS
     settle, seconds = (SMALL_SETTLE_SECONDS, SMALL_SECONDS) if small else (SETTLE_SECONDS, SECONDS)
     with stage.folder() as place, stage.seaweed(place) as store, stage.database("postgresql", place) as url:
@@ -79,6 +79,6 @@ def _process_ids(url: str, count: int) -> list[int]:
 
 
 def _own_megabytes(process_id: int) -> float:
-    """Memory that it shares with no other process."""
+    """Memory of the process that it shares with no other."""
     lines = Path(f"/proc/{process_id}/smaps_rollup").read_text()
     return sum(int(kilobytes) for kilobytes in re.findall(r"Private_\w+: +(\d+) kB", lines)) / 1024

@@ -1,7 +1,7 @@
-"""The second reference of row 5: img2dataset, resizing and encoding off, into a local folder: no store, no record.
+"""The second reference of row 5: img2dataset without resizing and encoding, into a local folder: no store, no record.
 
-It brings some hundred packages, so it is no dependency: `pip install img2dataset` into an environment of its own, and
-name its command in IMG2DATASET. Without it the row is left out.
+It needs some hundred packages, so it is no dependency: `pip install img2dataset` into a separate environment, and name
+its command in IMG2DATASET. Without it the row is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.bench.stage import folder
 from tests.bench.table import Sample
 
 COMMAND = os.environ.get("IMG2DATASET", "")
-# It looks for a newer version of a part of itself at every start, out in the network.
+# At every start it searches the network for a newer version of a part of itself.
 QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1"}
 OPTIONS = {
     "input_format": "txt",
@@ -35,7 +35,7 @@ class AgainstImg2dataset:
         self._ours = ours
 
     def rate(self, small: bool) -> Sample:
-        """Images a second: ours, img2dataset's by its own clock, which leaves its long start out."""
+        """Images a second: ours, and img2dataset's by its own clock, which excludes its long start."""
         count, (seconds, _), _ = self._ours.run(small)
         with folder() as place, source(place, count=min(count, 64), size=self._ours.size) as files:
             return Sample(count / seconds, count / _download(place, files, count))

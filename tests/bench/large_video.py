@@ -37,14 +37,14 @@ from tests.storage.fetch.test_media_types import TRACK, box
 
 MB = 1_000_000
 MOST_ABOVE_IDLE_BYTES = 200 * MB
-LEASE_SECONDS = 6  # on a busy machine a shorter one is lost now and then, and the file is fetched once more
+LEASE_SECONDS = 6  # a shorter lease sometimes expires on a busy machine, and the file is fetched again
 IDLE_SECONDS = 2.0
 WAIT_SECONDS = 300.0
 BLOCK = random.Random(5).randbytes(MB)
 
 
 class Film:
-    """An MP4 of about so many megabytes, made while it is sent: nobody holds it."""
+    """An MP4 of about this size, generated while it is sent, so that it is never in memory."""
 
     def __init__(self, megabytes: int) -> None:
         self._blocks = megabytes
@@ -67,7 +67,7 @@ class Film:
 
 @contextmanager
 def serving(film: Film) -> Iterator[tuple[str, list[int]]]:
-    """The film at a URL; a list that grows with each download begun."""
+    """The film's URL, and a list that grows with each download."""
     begun: list[int] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -125,7 +125,7 @@ class Worker:
             "KLING_API_KEY": "sandbox-key", "PRIVATE_RESULT_HOSTS": private_hosts, "S3_BUCKET": chosen.s3_bucket,
             "S3_ENDPOINT_URL": str(chosen.s3_endpoint_url), "S3_PREFIX": chosen.s3_prefix, "SPOOL_DIR": str(folder),
             "MAX_ASSET_BYTES": str(max_bytes), "LEASE_SECONDS": str(LEASE_SECONDS),
-            "LOG_FORMAT": "json", "CONFIRM": "never",  # a film in place of a picture is read first
+            "LOG_FORMAT": "json", "CONFIRM": "never",  # a film in place of a picture causes a read first
         }  # fmt: skip
         rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
         environment = rest | {f"RECEIVER_{name}": value for name, value in variables.items()}

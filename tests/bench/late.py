@@ -1,4 +1,4 @@
-"""A source that thinks before it answers: small PNGs after a given time, over kept connections.
+"""A source that delays its answers: small PNGs after a given time, over kept connections.
 
 python -m tests.bench.late PORT SECONDS
 """
@@ -17,8 +17,8 @@ PICTURE_BYTES = 20_000
 
 
 def png(size: int, seed: int) -> bytes:
-    """A valid grey PNG of about `size` bytes: noise in stored blocks, as big decoded as encoded."""
-    width = math.isqrt(size)  # a narrow one of 100 MB is rightly refused as no picture
+    """A valid grey PNG of about `size` bytes: noise in stored blocks, as large decoded as encoded."""
+    width = math.isqrt(size)  # a narrow one of 100 MB is correctly refused
     height = max(1, size // (width + 1))
     noise = os.urandom(width)
     rows = b"".join(b"\0" + noise[shift % width :] + noise[: shift % width] for shift in range(seed, seed + height))

@@ -30,7 +30,7 @@ from tests.rows import new_task
 
 PICTURE_BYTES = 3_000_000
 POLL_INTERVAL_SECONDS = 0.002
-PAUSE_SECONDS = 1.0  # idle again, and every connection pool as it would be
+PAUSE_SECONDS = 1.0  # idle again, with every connection pool in its usual state
 
 
 def callback_to_object(small: bool) -> Sample:
@@ -52,7 +52,7 @@ def callback_to_object(small: bool) -> Sample:
 
 
 def _ours(url: str, port: int, files: Source, name: str) -> float:
-    """The task's rows are watched, because its object's name is not known before; the rows say it after the put."""
+    """Watches the task's rows, because its object's name is unknown before. The rows name it after the put."""
     database = Database(url)
     with database.write() as session:
         later = datetime.now(UTC) + timedelta(hours=1)

@@ -1,7 +1,8 @@
-"""A sender of distinct callbacks over kept connections, light enough not to be what is measured.
+"""A sender of distinct callbacks over kept connections, cheap enough not to be the bottleneck.
 
-As fast as they are answered (`rate` 0), or at an even rate, each waiting from when it was due: a stall counts for all
-who would have come meanwhile. Prints the number answered a second and the waits as JSON.
+Sends after each answer (`rate` 0), or at a steady rate. At a rate each wait counts from the time when the callback was
+due, so a stall counts for all callbacks that were due meanwhile. Prints the number answered a second and the waits as
+JSON.
 
     python -m tests.bench.load PORT --connections 64 --seconds 4 --rate 0
 """
@@ -26,15 +27,15 @@ from pydantic import SecretStr
 from receiver.base.tokens import Tokens
 from tests.harness import CALLBACK_SECRET
 
-# One for each status, as the provider sends them (KLING §5).
+# One body for each status, as the provider sends them (KLING §5).
 DELIVERIES_PER_TASK = 4
-# Whoever stood still for all of a short measurement has a rate and a p99 nevertheless, and not good ones.
+# A server that stalled for all of a short measurement still gets a rate and a p99, and bad ones.
 LEAST = 2
 PAYLOAD = Path(__file__).parents[1] / "payloads" / "callback-single.json"
 
 
 class Requests:
-    """An endless row of requests; every body is new, every task gets four."""
+    """An endless sequence of requests. Every body is new, and every task gets four."""
 
     def __init__(self) -> None:
         document = {**json.loads(PAYLOAD.read_text()), "number": random.randrange(10**9, 10**10)}
@@ -57,7 +58,7 @@ class Requests:
 
 
 class Run:
-    """One measurement: who sends, since when, and how long each waited."""
+    """One measurement: its connections, its start, and all waits."""
 
     def __init__(self) -> None:
         self.requests = Requests()
@@ -132,7 +133,7 @@ async def measure(port: int, connections: int, seconds: float, rate: float, warm
 
 
 async def _at_rate(run: Run, rate: float, seconds: float) -> None:
-    """Send what has become due every millisecond; who finds no idle connection waits, and that wait counts."""
+    """Send each millisecond the callbacks that are due. One without an idle connection waits, and its wait counts."""
     start, sent = time.perf_counter(), 0
     while (now := time.perf_counter()) < start + seconds or sent < LEAST:
         while (due := start + sent / rate) <= now:
@@ -152,11 +153,11 @@ def main() -> None:
     parser.add_argument("--warm-seconds", type=float, default=1)
     parser.add_argument("--rate", type=float, default=0, help="requests a second; 0: as fast as they are answered")
     given = parser.parse_args()
-    gc.disable()  # a pause of ours would be taken for one of the server's
+    gc.disable()  # a pause of this process would look like one of the server
     uvloop.install()
     found = asyncio.run(measure(given.port, given.connections, given.seconds, given.rate, given.warm_seconds))
     rest = json.dumps(found).encode()
-    while rest:  # an unbuffered stdout takes what a pipe has room for, and `print` forgets the rest
+    while rest:  # an unbuffered stdout takes only what fits into the pipe, and `print` drops the rest
         rest = rest[os.write(1, rest) :]
 
 

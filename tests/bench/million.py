@@ -1,11 +1,11 @@
-"""A database as a busy installation has it after a month: 1,000,000 tasks, 3 million files, 8 million events.
+"""The database of a busy installation after a month: 1,000,000 tasks, 3 million files, 8 million events.
 
 A quarter of the tasks is in 50 batches. A sink has a dispatch for each archived task; some wait, some are dead.
 
 .venv/bin/python -m tests.bench.million sqlite:////tmp/million.db [--tasks 1000000]
 
-Bulk SQL with the secondary indexes dropped and made again: 2 minutes on SQLite, 3 on PostgreSQL. The database must be
-empty. Task `million-1` is the oldest; the tasks are spread evenly over the 30 days that end now.
+Bulk SQL with the secondary indexes dropped and created again: 2 minutes on SQLite, 3 on PostgreSQL. The database must
+be empty. Task `million-1` is the oldest; the tasks are spread evenly over the 30 days that end now.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from storage.database.sessions import Database
 from storage.rows import migrations
 
 TASKS, DAYS, FILES, EVENTS = 1_000_000, 30, 3, 8
-# One task in so many: failed at the provider; brought no file; waits for its read; had a refused delivery; has a batch.
+# One task in this many: failed at the provider; brought no file; waits for its read; had a refused delivery; has a
+# batch.
 FAILED, INCOMPLETE, WAITING, REJECTED, BATCHED = 50, 100, 500, 100_000, 4
 BATCHES = 50
-# One task in so many, of the last tenth: its files are tried again. One archived task in so many: its sink gave up, or
-# is still to be told.
+# One task in this many, of the last tenth: its files are tried again. One archived task in this many: its sink gave up,
+# or still waits.
 TRYING, DEAD, OPEN = 1_000, 1_000, 500
 KINDS = [f"task.{word}" for word in ("created", "submitted", "processing", "succeeded")]
 KINDS += ["asset.archived"] * FILES + ["task.archived"]
@@ -35,7 +36,7 @@ TABLES = ("task", "asset", "callback", "event", "dispatch")
 
 @dataclass(frozen=True)
 class Words:
-    """What the two databases spell differently. `i`: a task's number, `k`: one of its files or events."""
+    """Words that the two databases spell differently. `i`: a task's number, `k`: one of its files or events."""
 
     task_id: str
     file_id: str
@@ -72,7 +73,7 @@ POSTGRESQL = Words(
 
 
 def build(database: Database, tasks: int = TASKS) -> None:
-    """Fill an empty database. On return its statistics are current and nothing of it waits to be written."""
+    """Fill an empty database. On return its statistics are current and no write is pending."""
     migrations.upgrade(database)
     words = SQLITE if database.is_sqlite else POSTGRESQL
     with database.autocommit_writer() as connection:
@@ -84,7 +85,7 @@ def build(database: Database, tasks: int = TASKS) -> None:
             connection.exec_driver_sql(f"DROP INDEX {name}")
         cursor = connection.connection.cursor()
         for statement in _rows(words, tasks):
-            cursor.execute(statement)  # the driver's own, which takes a percent sign for what it is
+            cursor.execute(statement)  # the driver's own, which does not interpret a percent sign
         for made in indexes.values():
             connection.exec_driver_sql(made)
         if database.is_sqlite:

@@ -1,7 +1,8 @@
-"""What one worker process on this machine carries at Kling's usual sizes: `python -m tests.bench.month`.
+"""How many pictures one worker process on this machine archives in a month at Kling's usual sizes.
 
-Pictures a second as in row 4 (source, store and worker share the machine), and that rate for thirty days. A rate kept
-up for some seconds is not a month: disks fill, providers throttle, and nobody asks for pictures evenly.
+`python -m tests.bench.month` measures pictures a second as in row 4 (source, store and worker share the machine), and
+multiplies by thirty days. A rate of some seconds is no month: disks fill, providers throttle, and requests come
+unevenly.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from tests.bench import pictures, stage
 
 MONTH_SECONDS = 30 * 86_400
-# KLING §7 plans for 1–2 MB (1k), 4–8 MB (2k) and 15–35 MB (4k): the middles, and so many pictures of each.
+# KLING §7 plans for 1–2 MB (1k), 4–8 MB (2k) and 15–35 MB (4k): the middle sizes, and how many pictures of each.
 SIZES = {"1k, 1.5 MB": (1_500_000, 240), "2k, 6 MB": (6_000_000, 96), "4k, 25 MB": (25_000_000, 32)}
 
 

@@ -27,7 +27,7 @@ from tests.bench.table import Sample
 from tests.harness import wait_until
 from tests.pipeline import free_port
 
-IMAGES_PER_TASK = 4  # as people ask for them: a manifest is written for every four
+IMAGES_PER_TASK = 4  # the usual size of a request: a manifest is written for every four
 DRAIN_SECONDS = 300.0
 TRANSFERS = 8
 
@@ -39,7 +39,7 @@ class Source:
     address: str
     names: list[str]
     scheme: str = "http"
-    variables: dict[str, str] = field(default_factory=dict)  # with which a client trusts it
+    variables: dict[str, str] = field(default_factory=dict)  # the certificate that a client has to trust
 
     def link(self, number: int) -> str:
         return f"{self.scheme}://{self.address}/{self.names[number % len(self.names)]}"
@@ -95,7 +95,7 @@ def count_archived(url: str) -> int:
 
 
 def archive(url: str, source: Source, count: int) -> float:
-    """Plant them and wait until the last is archived; seconds from the commit that made them due."""
+    """Insert them and wait until the last is archived. Returns the seconds since the commit that made them due."""
     database = Database(url)
     insert_row(url, source, count)
     started = time.monotonic()
@@ -159,7 +159,7 @@ def rclone(
 
 
 def floor(place: Path, source: Source, count: int) -> tuple[float, float]:
-    """(seconds, CPU seconds) of the least that archives them, into an S3 server of its own."""
+    """(seconds, CPU seconds) of the minimal archive, into an S3 server of its own."""
     with stage.seaweed(place) as found:
         words = [source.address, str(count), str(len(source.names)), str(place / "floor.db")]
         variables = {**stage.here(), **found}
@@ -176,7 +176,7 @@ Archiver = Callable[[Path, Source, int], tuple[float, float]]
 
 
 class AgainstRclone:
-    """Files of one size, by `archiver` and by rclone; several rows tell of the same run."""
+    """Files of one size, by `archiver` and by rclone; several rows show figures of one run."""
 
     def __init__(self, size: int, count: int, archiver: Archiver = ours) -> None:
         self.size = size
@@ -199,7 +199,7 @@ class AgainstRclone:
         return Sample(mine[1] / count * 1e3, reference[1] / count * 1e3)
 
     def run(self, small: bool) -> tuple[int, tuple[float, float], tuple[float, float]]:
-        """What `rate` found last, once, or one made now: how many, (seconds, CPU seconds) of ours, and of rclone."""
+        """The last result of `rate`, once, or a new one: how many, (seconds, CPU seconds) of ours, and of rclone."""
         if self.last is None:
             self.rate(small)
         assert self.last is not None
@@ -254,7 +254,7 @@ def _rate(url: str, files: Source, variables: dict[str, str], place: Path, count
 
 @contextmanager
 def late_source(place: Path, delay_seconds: float) -> Iterator[Source]:
-    """Small PNGs from a server that thinks first."""
+    """Small PNGs from a server that delays its answers."""
     names = [f"{number:05}.png" for number in range(64)]
     port = free_port()
     command = [sys.executable, "-m", "tests.bench.late", str(port), str(delay_seconds)]

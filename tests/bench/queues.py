@@ -1,4 +1,4 @@
-"""Row 16: a claim, an admission and the looks of idle lanes beside 100,000 rows that wait, and beside 100."""
+"""Row 16: a claim, an admission and the checks of idle lanes beside 100,000 waiting rows, and beside 100."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _admission(session: Session) -> None:
 
 
 def _looks(session: Session) -> None:
-    """Of a lane with work, of one without beside it, and for rows in quarantine."""
+    """The checks of a lane with work, of one without beside it, and for rows in quarantine."""
     connection = session.connection()
     assert claims.is_any_due(connection, Task, where=(Task.step == Step.READ,))
     assert not claims.is_any_due(connection, Callback, where=UNMATCHED)
@@ -46,21 +46,21 @@ STEPS: dict[str, Callable[[Session], None]] = {"claim": _claim, "admission": _ad
 
 
 def prepared(url: str, count: int) -> Database:
-    """A database in which so many rows of each kind wait."""
+    """A database with this many waiting rows of each kind."""
     database = Database(url)
     migrations.upgrade(database)
     fill(database, Asset, count, due_at=PAST)
     fill(database, Callback, count, due_at=PAST)
     fill(database, Task, count, due_at=PAST, step=Step.READ)
     fill(database, Task, count, step=Step.CREATE, queued_at=PAST, slots=-1)
-    if not database.is_sqlite:  # the server does so by itself within a minute
+    if not database.is_sqlite:  # the server does it by itself within a minute
         with database.write() as session:
             session.execute(text("ANALYZE"))
     return database
 
 
 def slowest(small: bool) -> Sample:
-    """Milliseconds of the step that grows most, on the database on which it does."""
+    """Milliseconds of the step that grows most, on the database where it does."""
     counts = {"many": SMALL_MANY if small else MANY, "few": FEW}
     worst: list[Sample] = []
     with stage.folder() as place, ExitStack() as ending:

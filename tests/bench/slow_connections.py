@@ -1,7 +1,7 @@
 """How much a thousand slow connections delay an acknowledgement: p99 beside them against p99 alone.
 
-A real `receiver serve` on loopback; deliveries at an even pace, each new; another process keeps so many connections
-open that dribble their head, dribble their body or say nothing, and opens a new one for each that is closed.
+A real `receiver serve` on loopback gets new deliveries at a steady rate. Another process holds slow connections that
+send their head or body byte by byte or send nothing, and replaces each one that is closed.
 
     .venv/bin/python -m tests.bench.slow_connections --slow 1000 --rate 100 --seconds 10 --rounds 2
 """
@@ -35,9 +35,9 @@ from tests.pipeline import CALLBACK_SECRET, free_port
 
 HOST = "127.0.0.1"
 KINDS = ("head", "body", "idle")
-# One byte in this many seconds: within the 10 s that a head or a body may take, each slow one says about ten.
+# The interval of bytes: within the 10 s of a head or a body each slow connection sends about ten.
 DRIBBLE_SECONDS = 1.0
-# Slow connections come up evenly over this time, so that they do not all end, and come again, at once.
+# Slow connections open evenly over this time, so that they do not all end, and reopen, at the same moment.
 RAMP_SECONDS = 5.0
 SENDERS = 16
 MAX_P99_RATIO = 3.0
@@ -45,7 +45,7 @@ BODY = b'{"task_id":"%d","task_status":"processing","task_info":{}}'
 
 
 def callback_path() -> str:
-    """The path of a task that nobody has heard of: answered like any other."""
+    """The path of an unknown task, which is answered like any other."""
     return "/callbacks/kling/" + Tokens([SecretStr(CALLBACK_SECRET)]).sign("kling", uuid.uuid4())
 
 
@@ -56,7 +56,7 @@ def post(body: bytes, *, length: int | None = None) -> bytes:
 
 @dataclass
 class Slow:
-    """What became of the slow connections: seconds from opening to being closed, by kind and status."""
+    """The ends of the slow connections: seconds from opening to closing, by kind and status."""
 
     closed: dict[tuple[str, str], list[float]]
     open: int = 0
@@ -67,7 +67,7 @@ class Slow:
 
 
 async def dawdle(port: int, count: int, until: float, *, dribble_seconds: float = DRIBBLE_SECONDS) -> Slow:
-    """Keep `count` slow connections open until the monotonic time `until`."""
+    """Hold `count` slow connections open until the monotonic time `until`."""
     slow = Slow(defaultdict(list))
 
     async def one(number: int) -> None:
@@ -103,9 +103,10 @@ async def _dawdle_once(port: int, kind: str, until: float, slow: Slow, dribble_s
 
 
 async def acknowledge(port: int, rate: float, seconds: float) -> list[float]:
-    """Deliver `rate` a second for so long; the seconds from when each was due to its 200.
+    """Deliver `rate` a second for this long. Returns the seconds from when each was due to its 200.
 
-    From when it was due, not from when it was sent: a stall counts for all who would have come meanwhile.
+    A wait counts from when the delivery was due, not from when it was sent, so a stall counts for all that were due
+    meanwhile.
     """
     numbers = itertools.count()
     start, waits = time.monotonic(), []
@@ -133,7 +134,7 @@ def p99(values: list[float]) -> float:
 
 @contextmanager
 def served(folder: Path) -> Iterator[int]:
-    """`receiver serve` without workers: only the front door is measured."""
+    """`receiver serve` without workers, because only the web server is measured."""
     port = free_port()
     settings = {
         "RECEIVER_DATABASE_URL": f"sqlite:///{folder}/bench.db", "RECEIVER_CALLBACK_SECRETS": CALLBACK_SECRET,
@@ -151,7 +152,7 @@ def served(folder: Path) -> Iterator[int]:
 
 @contextmanager
 def beside(port: int, count: int, seconds: float) -> Iterator[list[str]]:
-    """Slow connections from a process of their own; at the end what became of them."""
+    """Run slow connections in a separate process; returns their ends."""
     command = [sys.executable, "-m", "tests.bench.slow_connections", "--dawdle", str(port), "--slow", str(count)]
     until = time.monotonic() + RAMP_SECONDS + seconds + 2
     found: list[str] = []
@@ -165,7 +166,7 @@ def measure(given: argparse.Namespace) -> float:
     alone: list[float] = []
     crowded: list[float] = []
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as port:
-        asyncio.run(acknowledge(port, given.rate, 2))  # warm
+        asyncio.run(acknowledge(port, given.rate, 2))  # warm-up
         for _ in range(given.rounds):
             alone += asyncio.run(acknowledge(port, given.rate, given.seconds))
             with beside(port, given.slow, given.seconds) as found:
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--dawdle", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    gc.freeze()  # a pause of ours would be taken for one of the server's
+    gc.freeze()  # a pause of this process would look like one of the server
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard > 0 else 65_536, hard))  # the server inherits it
     if given.dawdle:

@@ -1,4 +1,4 @@
-"""The programs a benchmark needs, each a process of its own on loopback, and what the kernel says of them."""
+"""The programs of the benchmarks, each a process of its own on loopback, and their CPU and memory from the kernel."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ START_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Lent:
-    """What the suite's small forms, which judge nothing, have instead of their own: servers that run already, a
-    migrated file and database to copy. Our programs are then forked, which saves each a second of imports."""
+    """Shared servers of the suite's small forms, which judge nothing: servers that run already, and a migrated file and
+    database to copy. Our programs are then forked, which saves each a second of imports.
+    """
 
     seaweed: Seaweed
     postgres: Postgres
@@ -56,7 +57,7 @@ def folder() -> Iterator[Path]:
 
 @contextmanager
 def database(kind: str, place: Path) -> Iterator[str]:
-    """A migrated database with the durability a user has: fsync on, `synchronous=FULL`."""
+    """A migrated database with a user's durability: fsync on, `synchronous=FULL`."""
     with databases(kind, place) as create:
         url = create("bench")
         if lent is None:
@@ -66,7 +67,7 @@ def database(kind: str, place: Path) -> Iterator[str]:
 
 @contextmanager
 def databases(kind: str, place: Path, settings: Mapping[str, str] | None = None) -> Iterator[Callable[[str], str]]:
-    """Makes databases, empty or migrated: name to URL. `settings`: of PostgreSQL, where they are not a user's."""
+    """Makes databases, empty or migrated: name to URL. `settings`: PostgreSQL's, if they differ from a user's."""
     if kind == "sqlite":
         yield lambda name: _file(place, name)
     elif lent is None:
@@ -101,9 +102,9 @@ def _migrate(url: str) -> None:
 
 @contextmanager
 def seaweed(place: Path) -> Iterator[dict[str, str]]:
-    """An empty S3 server; the variables with which it is found."""
+    """An empty S3 server; yields the environment variables for it."""
     if lent is not None:
-        place.mkdir(exist_ok=True)  # as the server would
+        place.mkdir(exist_ok=True)  # like the server
         yield _variables(lent.seaweed)
         return
     server = Seaweed(place / "seaweed", "pictures")
@@ -111,7 +112,7 @@ def seaweed(place: Path) -> Iterator[dict[str, str]]:
     try:
         yield _variables(server)
     finally:
-        server.kill()  # in order it takes two seconds, and nobody needs its data any more
+        server.kill()  # an orderly stop takes two seconds, and its data is not needed
 
 
 def _variables(server: Seaweed) -> dict[str, str]:
@@ -120,7 +121,7 @@ def _variables(server: Seaweed) -> dict[str, str]:
 
 
 def environment(url: str, **more: str) -> dict[str, str]:
-    """The settings under which everything is measured: the defaults, and what names the parts of this stage."""
+    """The settings of all measurements: the defaults, and the parts of this stage."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     return {
         **rest,
@@ -137,7 +138,7 @@ Process = subprocess.Popen[bytes] | Forked
 
 @contextmanager
 def running(command: list[str], variables: Mapping[str, str], place: Path) -> Iterator[Process]:
-    """A process, ended at the end with SIGTERM, or SIGKILL after the receiver's own grace time."""
+    """A process that is ended with SIGTERM, or SIGKILL after the receiver's own grace time."""
     process = _started(command, variables, place, place / "log")
     try:
         yield process
@@ -157,7 +158,7 @@ def _started(command: list[str], variables: Mapping[str, str], place: Path, out:
 
 
 def printed(module: str, *words: str, variables: Mapping[str, str], seconds: float) -> Any:
-    """Run one of our own programs to its end: the JSON that it printed."""
+    """Run one of our own programs to its end. Returns the JSON that it printed."""
     with folder() as place:
         process = _started([sys.executable, "-m", module, *words], variables, place, place / "out")
         try:
@@ -229,7 +230,7 @@ def here() -> dict[str, str]:
 
 
 def load(port: int, *, seconds: float, rate: float = 0, warm_seconds: float = 1) -> dict[str, Any]:
-    """Send callbacks from a process of its own; see `tests.bench.load`."""
+    """Send callbacks from a separate process; see `tests.bench.load`."""
     words = [str(port), "--seconds", str(seconds), "--rate", str(rate), "--warm-seconds", str(warm_seconds)]
     found: dict[str, Any] = printed("tests.bench.load", *words, variables=here(), seconds=seconds + 60)
     assert not found["refused"], f"{found['refused']} deliveries were not acknowledged"
@@ -237,13 +238,13 @@ def load(port: int, *, seconds: float, rate: float = 0, warm_seconds: float = 1)
 
 
 def cpu_seconds(process_id: int) -> float:
-    """User and system time of a process so far, its ended children's left out."""
+    """User and system time of a process so far, without its ended children."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
 
 
 def memory_bytes(process_id: int, what: str = "VmRSS") -> int:
-    """Resident memory now, or `VmHWM`: the most it ever was."""
+    """Resident memory now, or `VmHWM`: its peak."""
     lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 

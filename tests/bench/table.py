@@ -1,4 +1,4 @@
-"""What is measured, how the rounds are interleaved, and how the table is printed."""
+"""The rows of the benchmark, the interleaving of its rounds, and the printed table."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Result:
 
 
 def _short(figure: float) -> str:
-    """Three digits are as many as two runs share."""
+    """Three digits, because no more agree between two runs."""
     return f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}"
 
 
@@ -109,7 +109,7 @@ HEADING = (
 
 
 def run(rows: Sequence[Row], rounds: int, *, small: bool = False) -> Iterator[Result]:
-    """Every row once, then every row again: what the machine does meanwhile falls on all alike."""
+    """Run every row once, then every row again, so that other load of the machine meets all rows alike."""
     results = [Result(row) for row in rows]
     for number in range(rounds):
         for result in results:
@@ -119,7 +119,7 @@ def run(rows: Sequence[Row], rounds: int, *, small: bool = False) -> Iterator[Re
             except Exception as error:
                 if small:
                     raise
-                say(f"round {number + 1}/{rounds}, row {result.row.name} failed: {error!r}")  # the others go on
+                say(f"round {number + 1}/{rounds}, row {result.row.name} failed: {error!r}")  # the other rows continue
                 continue
             say(f"round {number + 1}/{rounds}, row {result.row.name}: {result.samples[-1].figure:.2f} "
                 f"({time.monotonic() - started:.0f} s)")  # fmt: skip
@@ -135,7 +135,7 @@ def show(results: Sequence[Result]) -> str:
 
 
 def show_markdown(results: Sequence[Result]) -> str:
-    """The table as README.md beside this file has it."""
+    """The table in the form of README.md beside this file."""
     return "\n".join([MARKDOWN_HEADING, *(result.markdown() for result in results)])
 
 

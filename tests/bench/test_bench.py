@@ -1,4 +1,4 @@
-"""The benchmarks run. What they measure is for people to read, on a machine that does nothing else."""
+"""The benchmarks run. Their figures are for people, on an idle machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ SECONDS = 240
 
 
 NAMES = [row.name for row in bench.ROWS]
-# About equally long. A row that tells of another's run is with it; 5b is there where its program is.
+# Groups of about equal length. A row that shows figures of another's run is with it; 5b runs if its program is
+# installed.
 PARTS = ["1 1f 2", "2f 3 3f", "4 4f 6 6f 9 12a", "5 5f 5b 6b 6bf 8", "7 11f 16", "10 11 14", "13 15 15b",
          "17a 17b 17c 17d"]  # fmt: skip
 BY_COMMAND = ["12b"]

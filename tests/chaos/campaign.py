@@ -1,4 +1,4 @@
-"""One campaign: tasks are submitted while everything fails, then nothing fails any more, then the books are compared.
+"""One campaign: tasks are submitted while everything fails, then all faults end, then the ledgers are compared.
 
 storm: submitters ─┬─ timed faults (kills, freezes, outages) ─┬─▶ calm ─▶ quiet (bounded) ─▶ three ledgers ─▶ Outcome
                    └─ faults of provider and store by chance ─┘
@@ -31,16 +31,16 @@ from tests.chaos.stage import CALLBACK_TRIES, Stage
 
 SUBMITTERS = 4
 SUBMIT_AGAIN_SECONDS = 0.3
-# A submission goes on until it is taken; beyond this after the storm something is broken for good.
+# A submission is repeated until it succeeds. Longer than this after the storm, something is broken for good.
 SUBMIT_GRACE_SECONDS = 60
-# How long a download takes while they are stalled: longer than a lease, so that leases must be renewed.
+# The duration of a stalled download: longer than a lease, so that leases must be renewed.
 STALL_SECONDS = kinds.LEASE_SECONDS * 1.5
-# How many must have begun before the freeze, and how long that is waited for.
+# The downloads that must have begun before the freeze, and the longest wait for them.
 STALLED_DOWNLOADS = 2
 STALL_WAIT_SECONDS = 30.0
-# How long an account is refused after the first request met it, and how long that one is waited for.
+# How long an account is refused after the first refused request, and the longest wait for that request.
 ACCOUNT_SECONDS, ACCOUNT_WAIT_SECONDS = 1.0, 60.0
-# So much longer than planned a storm lasts at most, until each kind of fault that chance brings has come.
+# The most that a storm exceeds its plan, until each kind of random fault has happened.
 CHANCE_SECONDS = 20.0
 
 
@@ -61,7 +61,7 @@ class Outcome:
 
     @property
     def absent(self) -> list[str]:
-        """Kinds of fault that did not happen: such a campaign proves nothing."""
+        """Kinds of fault that did not happen. A campaign without them proves nothing."""
         return [kind for kind in self.plan.kinds if not self.counts[kind]]
 
     @property
@@ -122,7 +122,7 @@ class Campaign:
                 for each in done:
                     if error := each.exception():
                         self._errors.append(f"{type(error).__name__}: {error}")
-            except BaseException:  # interrupted: nobody waits for the rest of the storm
+            except BaseException:  # interrupted: the rest of the storm is skipped
                 self._broken_off.set()
                 raise
         deadline = time.monotonic() + CHANCE_SECONDS
@@ -137,7 +137,7 @@ class Campaign:
             raise InterruptedError("the campaign was broken off")
 
     def _submit(self, at: float, name: str, request: dict[str, Any]) -> None:
-        """Submit until it is taken, as a caller would whose call failed: same id, same request."""
+        """Submit until it succeeds, like a caller whose call failed: same id, same request."""
         self._sleep_until(at)
         while True:
             try:
@@ -182,12 +182,14 @@ class Campaign:
         return self._refuse_the_account({"balance": 0}, {"balance": None}, "create:1102")
 
     def _refuse_the_key(self) -> bool:
-        """Creates and reads. Where all creates are paused already a read meets it."""
+        """Refuse creates and reads. If all creates are paused already, a read meets the refusal."""
         key = self._stage.sandbox.api_key
         return self._refuse_the_account({"api_keys": ["another-key"]}, {"api_keys": [key]}, "create:1002", "query:1002")
 
     def _refuse_the_account(self, refused: dict[str, Any], allowed: dict[str, Any], *counts: str) -> bool:
-        """Until somebody has met it and a little longer. The trials that follow are cut short unless it is patient."""
+        """Refuse the account until a request has met it and a little longer. The following trials are made due at once,
+        unless the plan is patient.
+        """
         sandbox = self._stage.sandbox
 
         def met() -> int:
@@ -205,13 +207,13 @@ class Campaign:
         return met() > before
 
     def _cut_pauses_short(self) -> None:
-        """The trial of a paused account is due now."""
+        """Make the trial of a paused account due now."""
         with self._stage.parts.database.write() as session:
             stands = col(AccountPause.trial_at) >= col(AccountPause.since)
             session.execute(update(AccountPause).where(stands).values(trial_at=datetime.now(UTC)))
 
     def _freeze_in_a_stall(self, target: int, seconds: float) -> bool:
-        """Freeze a worker while downloads crawl, so that it is likely to hold some, longer than its leases."""
+        """Freeze a worker for longer than its leases while downloads are stalled, so that it probably holds some."""
         sandbox, worker = self._stage.sandbox, self._stage.workers[target]
         before = sandbox.ledger().counts["cdn:200"]
         sandbox.set(cdn_seconds=STALL_SECONDS)
@@ -226,7 +228,7 @@ class Campaign:
         return done
 
     def _wait_until_quiet(self) -> float | None:
-        """Seconds until no row waits, no task is unfinished, no callback is on its way; None = it took too long."""
+        """Seconds until no row waits, no task is unfinished and no callback is on its way; None = it took too long."""
         began = time.monotonic()
         while (seconds := time.monotonic() - began) < self._plan.quiet_seconds:
             if not self._plan.patient:
@@ -247,12 +249,12 @@ class Campaign:
         return tasks + sum(waiting)
 
     def _open_callbacks(self) -> int:
-        """Callbacks that the provider has still to deliver, or to give up."""
+        """Callbacks that the provider still has to deliver or to give up."""
         sent = (callback for callback in self._stage.sandbox.ledger().callbacks if not callback.dropped)
         return sum(not callback.delivered and len(callback.attempts) < CALLBACK_TRIES for callback in sent)
 
     def _cut_waiting_short(self) -> None:
-        """What waits for its backoff is due now; what somebody holds or has locked is left alone."""
+        """Make rows in backoff due now, except rows that are held or locked."""
         self._cut_pauses_short()
         now = datetime.now(UTC)
         for model in (Task, Callback, Asset):

@@ -1,4 +1,4 @@
-"""Three ledgers that must agree: what the provider says it made, what the rows say, what the bucket holds."""
+"""Three ledgers that must agree: the provider's, the rows, and the bucket."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rows:
 
 @dataclass
 class Findings:
-    """What the ledgers disagree about; every list but `probe_leftovers` must be empty.
+    """The disagreements of the ledgers. Every list but `probe_leftovers` must be empty.
 
     `probe_leftovers`: small objects of the store's probe whose process was killed before it removed them.
     """
@@ -63,7 +63,7 @@ class Findings:
 
 
 def reconcile(stage: Stage, accepted: Iterable[str]) -> Findings:
-    """Compare the three. `accepted`: external ids of the tasks that `submit` has taken."""
+    """Compare the three. `accepted`: external ids of the tasks that `submit` accepted."""
     ledger, rows, objects = stage.sandbox.ledger(), read_rows(stage.parts.database), read_objects(stage)
     accepted = sorted(accepted)
     told = [callback for callback in ledger.callbacks if callback.delivered]
@@ -84,7 +84,7 @@ def reconcile(stage: Stage, accepted: Iterable[str]) -> Findings:
 
 
 def lost(accepted: list[str], ledger: Ledger, rows: Rows, objects: dict[str, str]) -> Iterable[str]:
-    """Pictures that exist at the provider and are not kept, and tasks that did not end."""
+    """Pictures of the provider that are not archived, and tasks that did not end."""
     ends = {"succeed": (TaskState.SUCCEEDED, ArchiveState.ARCHIVED), "failed": (TaskState.FAILED, ArchiveState.NONE)}
     made = {task.external_task_id: task.status for task in ledger.tasks}
     for name in accepted:
@@ -100,7 +100,7 @@ def lost(accepted: list[str], ledger: Ledger, rows: Rows, objects: dict[str, str
 
 
 def doubled(ledger: Ledger, rows: Rows, objects: dict[str, str]) -> Iterable[str]:
-    """What happened twice: a fact, an object, a task at the provider, a row."""
+    """What happened twice: an event, an object, a task at the provider, a row."""
     facts: Counter[Any] = Counter()
     for event in rows.events:
         if event.name == EventName.ASSET_ARCHIVED:
@@ -121,14 +121,14 @@ def wrong_hash(ledger: Ledger, rows: Rows, objects: dict[str, str]) -> Iterable[
     for key, digest in ledger.sha256.items():
         asset = rows.assets.get(key)
         if asset is None or asset.state is not AssetState.ARCHIVED:
-            continue  # lost, and told as such
+            continue  # lost, and reported as lost
         held = objects.get(str(asset.key))
         if asset.sha256 != digest or held not in (None, digest):
             yield f"{key}: provider {digest[:12]}, row {str(asset.sha256)[:12]}, object {str(held)[:12]}"
 
 
 def names_of_objects(rows: Rows) -> set[str]:
-    """Every key that some row answers for."""
+    """Every key that belongs to some row."""
     files = {key for asset in rows.assets.values() for key in (asset.key, *asset.superseded) if key}
     manifests = {
         manifest_key("", task.created_at, task.external_task_id, number)

@@ -1,9 +1,9 @@
-"""With a promise broken on purpose, the chaos campaigns fail, or the tests that a mutation names.
+"""Mutations: with a promise broken on purpose, the chaos campaigns or the tests that a mutation names must fail.
 
 `python -m tests.chaos.mutations`
 
-Each mutation is made in a copy of the tree by replacing exact text; the copy without one must pass. Exit 1 when a
-mutation goes unnoticed, or when nothing is broken and a test fails nevertheless.
+Each mutation replaces exact text in a copy of the tree; the unchanged copy must pass. Exit 1 if a mutation goes
+unnoticed, or if a test fails without one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BODIES = "tests/receiver/web/test_request_bodies.py"
 
 @dataclass(frozen=True)
 class Mutation:
-    """`file`: in which `text`, which stands there once, becomes `instead`. `tests`: those that have to notice it."""
+    """`file`: its `text`, which occurs once, becomes `instead`. `tests`: those that have to notice it."""
 
     name: str
     file: str = ""
@@ -73,7 +73,7 @@ MUTATIONS = (
         "storage/rows/tasks.py",
         "_STANDING = _STANDING.with_for_update()",
         "_STANDING = _STANDING.limit(1)",
-        # Not the campaign: it may be lucky, for two processes seldom settle the last files of a task at once.
+        # Not the campaign, which may miss it: two processes seldom settle the last files of a task at the same time.
         f"{CAMPAIGNS}::test_of_two_last_pictures_settled_at_once_one_is_the_last",
     ),
     Mutation(
@@ -111,7 +111,7 @@ MUTATIONS = (
         "storage/fetch/client.py",
         "media = _inspect(sink, accept_unverified=accept_unverified)",
         "media = _inspect(sink, accept_unverified=True)",
-        # Not the campaign: it may be lucky, for a killed worker or a lost put has the whole file fetched again.
+        # Not the campaign, which may miss it: after a killed worker or a lost put the whole file is fetched again.
         f"{UNUSABLE}::test_files_cut_without_a_length_half_of_the_time_are_all_archived",
     ),
     Mutation(
@@ -225,9 +225,9 @@ def main() -> int:
 
 
 def run(mutation: Mutation, options: Sequence[str]) -> tuple[list[str], list[str], str]:
-    """The tests that failed with it, what the campaigns said, and pytest's last line.
+    """The tests that failed with it, the campaigns' results, and pytest's last line.
 
-    Raises RuntimeError when they could not be run.
+    Raises RuntimeError if they could not be run.
     """
     with tempfile.TemporaryDirectory(prefix="receiver-teeth-") as folder:
         tree = Path(folder) / "tree"
@@ -262,7 +262,7 @@ def apply(mutation: Mutation, tree: Path) -> None:
 
 
 def mutated(mutation: Mutation, tree: Path) -> str:
-    """The file with the mutation. Raises RuntimeError when its text does not stand there once."""
+    """The file with the mutation. Raises RuntimeError if its text does not occur exactly once."""
     before = (tree / mutation.file).read_text(encoding="utf-8")
     if before.count(mutation.text) != 1:
         raise RuntimeError(f"{mutation.file} does not hold this once: {mutation.text}")

@@ -1,4 +1,4 @@
-"""What will go wrong and when: drawn from the seed before anything starts."""
+"""The plan of a campaign: all timed faults, drawn from the seed before anything starts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DATABASE_KILLED = "database killed"
 CDN_STALLED = "download stalled"
 BALANCE_USED_UP = "balance used up"
 KEY_REFUSED = "key refused"
-# What the sandbox does all the time; its ledger counts it.
+# The sandbox's permanent faults, which its ledger counts.
 PROVIDER_FAULTS = ("callback dropped", "callback duplicated", "callback reordered", "callback without its body",
                    "callback that offers HTTP/2", "download 503", "download truncated", "download an error page",
                    "download empty", "download redirected to itself", "create in doubt", "read refused")  # fmt: skip
-# What the proxy in front of the store does all the time.
+# The permanent faults of the proxy in front of the store.
 STORE_FAULTS = ("store 500", "store 503", "store slow", "store reset mid-body", "store request lost",
                 "store answer lost")  # fmt: skip
 
@@ -40,9 +40,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Plan:
-    """One campaign. The seed decides requests, times and targets; what meets what is up to the machine.
+    """One campaign. The seed decides requests, times and targets; their coincidence depends on the machine.
 
-    `patient`: wait out every backoff after the storm; False cuts the waiting short, for the form in the suite.
+    `patient`: wait out every backoff after the storm; False makes waiting rows due, for the form in the suite.
     """
 
     database: Literal["sqlite", "postgresql"]
@@ -75,11 +75,11 @@ class Plan:
             *(Fault(at, WEB_KILLED) for at in self._times(rng, self.web_kills)),
             *(Fault(at, STORE_STOPPED, 0, rng.uniform(2, 6)) for at in self._times(rng, self.store_outages)),
         ]
-        freezes = [at / 2 for at in self._times(rng, self.worker_freezes)]  # they take longest: early on
+        freezes = [at / 2 for at in self._times(rng, self.worker_freezes)]  # these take longest, so they come early
         found += [Fault(at, WORKER_FROZEN, rng.randrange(self.workers), FREEZE_SECONDS) for at in freezes]
         if self.database == "postgresql":
             found += [Fault(at, DATABASE_KILLED) for at in self._times(rng, self.database_kills)]
-        half = self.storm_seconds / 2  # later on: while creates wait there is nothing to stall
+        half = self.storm_seconds / 2  # later, because paused creates leave nothing to stall
         refusals = [half + at / 2 for at in self._times(rng, 2 * self.account_refusals)]
         found += [Fault(at, (BALANCE_USED_UP, KEY_REFUSED)[number % 2]) for number, at in enumerate(refusals)]
         return sorted(found, key=lambda fault: fault.at)

@@ -1,4 +1,4 @@
-"""Programs of ours that are started again whenever they end, as a host's supervisor would."""
+"""Our programs, started again whenever they end, like by a host's supervisor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.chaos.plan import WEB_KILLED, WORKER_KILLED
 from tests.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
-READY_SECONDS = 60.0  # 2 s when nothing else runs on the machine
+READY_SECONDS = 60.0  # 2 s on an idle machine
 RESTART_SECONDS = 0.2
 STOP_SECONDS = 15.0
 MARKS = {WORKER_KILLED: b'"worker.started"', WEB_KILLED: b'"web.started"'}
@@ -50,7 +50,7 @@ class Kept:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the program that runs now has said that it works."""
+        """Whether the running program has reported that it works."""
         if self._process is None or self._process.poll() is not None:
             return False
         if not self.log.exists():
@@ -74,7 +74,7 @@ class Kept:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[bool]:
-        """Stop it without its noticing, and let it go on at the end. Yields whether that was done."""
+        """Stop it with SIGSTOP, and continue it at the end. Yields whether that was done."""
         with self._lock:
             yield self.wait_until_ready() and self._signal(signal.SIGSTOP)
             self._signal(signal.SIGCONT)
@@ -87,7 +87,7 @@ class Kept:
         return True
 
     def stop(self) -> None:
-        """End it for good, in order if it lets us."""
+        """End it for good, in order if possible."""
         self._stopping.set()
         if not self._thread.ident:
             return

@@ -35,13 +35,13 @@ class Stage(Scene):
         )
 
     def calm(self) -> None:
-        """No fault begins from now on."""
+        """Start no fault from now on."""
         self.store.is_calm = True
         still = {name: value for name, value in Knobs().model_dump().items() if name.startswith(("cdn_", "query_"))}
         self.sandbox.set(**still, create_faults=[], create_fault_rate=0, balance=None)
 
     def counts(self) -> Counter[str]:
-        """How often each of the faults happened that store and provider make by themselves."""
+        """How often each random fault of store and provider happened."""
         ledger = self.sandbox.ledger()
         counts, ends = ledger.counts, [callback for callback in ledger.callbacks if callback.delivered]
         copies = Counter(callback.webhook_id for callback in ends)
@@ -69,7 +69,7 @@ class Stage(Scene):
 
 
 def knobs(seed: int) -> Knobs:
-    """A provider that gets everything wrong that the protocol lets it: each at least once, then by chance."""
+    """A provider with every fault that the protocol allows: each at least once, then by chance."""
     return Knobs(
         seed=seed,
         picture_bytes=PICTURE_BYTES,

@@ -1,4 +1,4 @@
-"""A store that has bad days: some answers are 500 or 503, slow, lost, or the connection is reset mid-body."""
+"""A store with faults: some answers are 500 or 503, slow, lost, or the connection is reset mid-body."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.chaos.plan import STORE_FAULTS
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request, handler_for
 
 FAULT_SHARE = 0.25
-# The probe of a new worker is some fifteen requests, all of which must get through.
+# The probe of a new worker is some fifteen requests, all of which must succeed.
 PROBE_FAULT_SHARE = 0.02
 SLOW_SECONDS = (0.3, 2.0)
 ERROR = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>%s</Code><Message>a bad day</Message></Error>'
@@ -37,7 +37,7 @@ class ChaosStore(FaultProxy):
         self._server.RequestHandlerClass = resetting(handler_for(self), self)
 
     def draws(self, kind: str | None, path: str) -> str:
-        """Which fault meets this request; "" = none. `kind`: the only one that is possible now, None = any other."""
+        """The fault for this request; "" = none. `kind`: the only possible one now, None = any other."""
         with self._lock:
             if self.is_calm:
                 return ""
@@ -62,13 +62,13 @@ class ChaosStore(FaultProxy):
             time.sleep(self._rng.uniform(*SLOW_SECONDS))
         try:
             answer = forward(request)
-        except (OSError, http.client.HTTPException):  # it is stopped
+        except (OSError, http.client.HTTPException):  # the worker is stopped
             return None
         return None if fault == "store answer lost" else answer
 
 
 def resetting(handler: type[BaseHTTPRequestHandler], store: ChaosStore) -> type[BaseHTTPRequestHandler]:
-    """The handler, except that some uploads are reset when half of the body has come."""
+    """The handler, which resets some uploads after half of the body."""
 
     class Resetting(handler):  # type: ignore[valid-type, misc]
         def do_PUT(self) -> None:
@@ -82,7 +82,7 @@ def resetting(handler: type[BaseHTTPRequestHandler], store: ChaosStore) -> type[
             super().do_PUT()
 
         def handle(self) -> None:
-            with contextlib.suppress(OSError, ValueError):  # the client died, or we have reset it
+            with contextlib.suppress(OSError, ValueError):  # the client died, or its connection was reset
                 super().handle()
 
         def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""The mutations of `python -m tests.chaos.mutations` fit the code as it is; whether they are noticed takes minutes."""
+"""The mutations of `python -m tests.chaos.mutations` fit the current code. Whether they are noticed takes minutes."""
 
 from __future__ import annotations
 

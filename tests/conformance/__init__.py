@@ -1,1 +1,1 @@
-"""What we build on, asked of any S3 store, and what we promise, tried on top of it: `python -m tests.conformance`."""
+"""Capabilities of any S3 store, and our own promises on top of it: `python -m tests.conformance`."""

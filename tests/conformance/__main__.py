@@ -1,8 +1,9 @@
-"""`python -m tests.conformance [--json] [--keys N]`: tries the S3 store that the environment names; says what it does.
+"""`python -m tests.conformance [--json] [--keys N]`: tries the S3 store that the environment names and reports the
+result.
 
 RECEIVER_S3_BUCKET (it exists; only a prefix of our own is used), RECEIVER_S3_ENDPOINT_URL, RECEIVER_S3_CHECKSUMS,
 RECEIVER_S3_ADDRESSING and boto3's own AWS_… variables for credentials and region. Takes one to three minutes and some
-1,100 small objects, all removed at the end. Exit code 0 when every promise of ours holds, whatever the store lacks.
+1,100 small objects, all removed at the end. Exit code 0 if every promise of ours holds, whatever the store lacks.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def run(on: Stage, cases: Sequence[Case] = CASES) -> Iterator[Result]:
 
 
 def try_one(on: Stage, case: Case) -> Result:
-    """One case; what goes wrong in a way that nobody foresaw counts as a broken promise, or as lacking."""
+    """Run one case. An unexpected error counts as a broken promise, or as a missing capability."""
     try:
         return Result(case.name, case.is_promise, YES, case.run(on) or "")
     except Lacks as error:

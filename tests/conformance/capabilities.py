@@ -1,4 +1,4 @@
-"""What a store does: each a case by its name. What lacks is said, and is no failure."""
+"""The capabilities of a store, each a case by its name. A missing one is reported, and is no failure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from storage.bucket.probe import sha256_base64
 from storage.errors import StoreUnavailable
 from tests.conformance.stage import CONTENT, Case, Lacks, Stage
 
-# What object_key makes of ids with every kind of character, and what people's prefixes hold.
+# Keys of ids with every kind of character, and of prefixes that people use.
 ODD_NAMES = ("a%2Fb%20c/x.png", "%25%2525/x.png", "..%2E/x.png", "a+b=c&d/x.png", "~tilde-_./x.png", "%E5%9B%BE/x.png")
 MIB = 2**20
 RACERS = 16
@@ -285,7 +285,7 @@ def wrong_region_words(stage: Stage) -> None:
 
 def _says(stage: Stage, words: str) -> None:
     other = copy.copy(stage.bucket)
-    other._clients = {}  # a new one reads the environment anew
+    other._clients = {}  # a new client reads the environment again
     try:
         list(other.list(stage.key("nothing")))
     except StoreUnavailable as error:
@@ -295,7 +295,7 @@ def _says(stage: Stage, words: str) -> None:
     raise Lacks("takes it")
 
 
-# These two nothing can be built without.
+# Nothing works without these two.
 NEEDED = (plain, paging)
 CASES = tuple(
     Case(str(each.__doc__), each in NEEDED, each)

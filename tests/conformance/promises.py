@@ -1,4 +1,4 @@
-"""What we promise on any store, whatever it lacks: tried with our own parts on top of it, both small and big files."""
+"""Our promises on any store, whatever it lacks: tried with our own parts on top of it, with small and large files."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def raced(stage: Stage) -> str:
 
 
 class Tampering(Fetcher):
-    """Turns one bit of what was fetched, as a bad disk would, after it was hashed."""
+    """Flips one bit of a fetched file after it was hashed, like a faulty disk."""
 
     def fetch(self, url: str, sink: BinaryIO, **options: Any) -> Fetched:
         fetched = super().fetch(url, sink, **options)
@@ -199,7 +199,7 @@ def _small_parts() -> Iterator[None]:
 
 
 def _until_assets(parts: Parts, task: Any) -> None:
-    """All work but the assets' own."""
+    """Do all work except that of the assets."""
     others = [lane for lane in parts.lanes() if lane.name in ("creates", "reads")]
     for _ in range(50):
         parts.worker(others).run_until_idle()

@@ -1,4 +1,4 @@
-"""The store under test, a prefix of its own in it, and what the cases share."""
+"""The store under test, a prefix of its own in it, and helpers of the cases."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import Any
 from storage.bucket.bucket import Bucket
 from storage.errors import StoreUnavailable
 
-# Bytes that no checksum is the same of by chance, and no power of two.
+# Bytes whose size is no power of two and whose checksums no other content has.
 CONTENT = bytes(range(256)) * 400 + b"end"
 
 
 class Lacks(Exception):
-    """The store does not do it; the message says what it does instead."""
+    """The store lacks the capability. The message says what it does instead."""
 
 
 class Broken(Exception):
@@ -31,7 +31,7 @@ class Broken(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """`is_promise`: it must hold on any store; else it is a capability, which may lack."""
+    """`is_promise`: it must hold on any store; otherwise it is a capability, which may be missing."""
 
     name: str
     is_promise: bool
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass
 class Stage:
-    """`keys`: how many objects the listing is tried with. `small`: parts of 5 MiB, so that files need not be big."""
+    """`keys`: the number of objects in the listing's case. `small`: parts of 5 MiB, so that files need not be large."""
 
     bucket: Bucket
     folder: Path
@@ -58,7 +58,7 @@ class Stage:
         return {"Bucket": self.bucket.name, "Key": self.key(name)}
 
     def put(self, name: str, content: bytes = CONTENT, **options: Any) -> Any:
-        """As any client would, without a word about checksums."""
+        """Put like any client, without a checksum."""
         return self.client.put_object(**self.place(name), Body=content, **options)
 
     def get(self, name: str) -> bytes:
@@ -66,7 +66,7 @@ class Stage:
         return content
 
     def put_once(self, name: str, content: bytes, claimed: bytes | None = None) -> bool:
-        """Through our own code. `claimed`: the bytes whose hash is told, as if the file had changed since."""
+        """Put through our own code. `claimed`: the bytes whose hash is sent, as if the file had changed since."""
         digest = hashlib.sha256(content if claimed is None else claimed).hexdigest()
         return self.bucket.put_once(
             self.key(name), io.BytesIO(content), sha256=digest, size=len(content), media_type="image/png", metadata={}
@@ -76,7 +76,7 @@ class Stage:
         return any(each.key == self.key(name) for each in self.bucket.list(self.key(name)))
 
     def refusal(self, call: Callable[[], object]) -> str | None:
-        """How the store refuses; None when it does as told."""
+        """The store's refusal; None if it does the call."""
         try:
             call()
         except self.client.exceptions.ClientError as error:
@@ -87,7 +87,7 @@ class Stage:
 
 @contextmanager
 def stage(keys: int = 1_005) -> Iterator[Stage]:
-    """The store that the environment names; everything put into it is removed at the end, as far as it lets us."""
+    """The store that the environment names. Removes everything at the end, as far as the store allows."""
     value = os.environ.get
     bucket = Bucket(
         os.environ["RECEIVER_S3_BUCKET"],
@@ -108,7 +108,7 @@ def stage(keys: int = 1_005) -> Iterator[Stage]:
 
 
 def _purge(bucket: Bucket) -> None:
-    """What is left behind is said, and hides no result: s3rver answers 500 where there are more than 1,000 keys."""
+    """Report leftovers without hiding a result: s3rver answers 500 for more than 1,000 keys."""
     try:
         bucket.purge(bucket.prefix)
     except StoreUnavailable as error:
@@ -116,7 +116,7 @@ def _purge(bucket: Bucket) -> None:
 
 
 def _unlock(bucket: Bucket) -> None:
-    """Objects that a case has locked for a day; GOVERNANCE lets their owner."""
+    """Unlock objects that a case has locked for a day; GOVERNANCE allows it to their owner."""
     client = bucket._client()
     pages = client.get_paginator("list_object_versions").paginate(Bucket=bucket.name, Prefix=bucket.prefix + "locked")
     for version in (each for page in pages for each in page.get("Versions", ())):

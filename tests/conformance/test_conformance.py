@@ -13,13 +13,13 @@ from tests.conformance.__main__ import CASES, LACKS, YES, Result, run
 from tests.conformance.stage import Case, Stage, stage
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 
-# What SeaweedFS 4.48 does not do in a bucket without lock.
+# Capabilities that SeaweedFS 4.48 lacks in a bucket without lock.
 SEAWEED_LACKS = {
     "keys listed in the order of their bytes",
     "Object Lock (in this bucket)",
     "a wrong region is said so",
 }
-# The longest ones, each of which has tests of its own on SeaweedFS; the command runs them all.
+# The longest cases, each of which has tests of its own on SeaweedFS; the command runs all of them.
 ELSEWHERE = (
     "16 racing",
     "archived byte for byte",
@@ -66,7 +66,7 @@ def test_every_case_has_a_name_of_its_own() -> None:
 
 
 def test_seaweedfs_keeps_every_promise(seaweed: Seaweed, on: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    on.bucket._endpoint_url = seaweed.endpoint_url  # as it is, without the proxy, which signs for everyone
+    on.bucket._endpoint_url = seaweed.endpoint_url  # directly, without the proxy, which signs for every client
     results = list(run(on, [case for case in CASES if not any(words in case.name for words in ELSEWHERE)]))
     assert len(results) > 24 and [result for result in results if result.is_fault] == []
     assert {name for name, word in words_of(results).items() if word == LACKS} == SEAWEED_LACKS
@@ -87,7 +87,7 @@ def test_a_store_that_gives_back_other_bytes_breaks_promises(proxy: FaultProxy, 
 
 
 def test_a_store_with_nothing_but_puts_keeps_every_promise(proxy: FaultProxy, on: Stage) -> None:
-    """Conditions and checksums are not known to it, metadata comes back with capitals."""
+    """The store ignores conditions and checksums, and returns metadata with capitals."""
 
     def plain(request: Request, forward: Forward) -> Answer:
         answer = forward(request.without("if-none-match", "x-amz-checksum-sha256", "x-amz-sdk-checksum-algorithm"))

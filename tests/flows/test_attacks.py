@@ -13,7 +13,7 @@ SECONDS = 480
 
 
 def test_honest_traffic_goes_on_beside_each_attack(tmp_path: Path) -> None:
-    """An honest delivery that is not answered 200 ends the command; how long each took is for people to read."""
+    """An honest delivery without a 200 ends the command. The durations are for people to read."""
     command = [sys.executable, "-m", "tests.attacks", "--seconds", "0.5", "--rate", "10", "--no-limit"]
     done = subprocess.run(command, env=here(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from receiver.workers.worker import Worker
 from tests.harness import ROOT, wait_until
 from tests.pipeline import Web, assert_archived, task_of
 
-# What the path had when it was counted last. Lower them when it gets shorter.
+# The last counts. Lower them when the path gets shorter.
 MAX_FUNCTIONS, MAX_FILES = 318, 53
 COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>", "<lambda>")
 
@@ -53,7 +53,7 @@ class Path:
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    """Before the web server: a thread is profiled from its start or not at all."""
+    """Comes before the web server, because a thread is profiled from its start or not at all."""
     counted = Path()
     threading.setprofile(counted.profile)
     sys.setprofile(counted.profile)
@@ -65,12 +65,12 @@ def path() -> Iterator[Path]:
 def _is_over(worker: Worker, parts: Parts, path: Path, name: str) -> bool:
     path.is_on = name == "counted"
     worker.run_until_idle()
-    path.is_on = False  # the question itself is not on the path
+    path.is_on = False  # the check itself is not on the path
     return is_over(task_of(parts, name))
 
 
 def test_one_callback_runs_few_functions_in_few_files(path: Path, web: Web, parts: Parts, sandbox: Sandbox) -> None:
-    worker = parts.worker()  # one for both: starting a process, and building its statements, is not on the path
+    worker = parts.worker()  # one for both, because starting a process and building its statements is not on the path
     for name in ("warm-up", "counted"):
         sandbox.set(callback_drop_rate=1)
         request = {"model_name": "kling-image-o1", "prompt": name, "n": 1}

@@ -1,7 +1,7 @@
-"""Canaries: secrets that can be told from anything else go through everything, and then are looked for everywhere.
+"""Canaries: recognisable secrets pass through everything, and are then searched for everywhere.
 
-Looked through: standard output and error of every command and of the server with its worker at debug level, every
-HTTP answer, the metrics, the manifests, and every column of every row but the three that are meant to hold them.
+Searched: standard output and error of every command and of the server with its worker at debug level, every HTTP
+answer, the metrics, the manifests, and every column of every row except the three that are meant to hold them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ WEBHOOK_SECRETS = [
 METRICS_TOKEN = f"{CANARY}-metrics-token"
 CONSOLE_KEY = f"{CANARY}-console-key-of-24-characters"
 DATABASE_PASSWORD = f"{CANARY}-database-password"
-# What a result link's query and a minted JWT look like, wherever they turn up.
+# Patterns of a result link's query and of a JWT.
 SHAPES = (re.compile("Signature=[^…&\"' ]"), re.compile(r"eyJ[\w-]{8,}\.[\w-]+\."), re.compile("Key-Pair-Id=K"))
 MEANT = {("task", "callback_url"), ("asset", "source_url"), ("callback", "body")}
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt")
@@ -58,7 +58,7 @@ ASK = ("submit", "--model-name", "kling-image-o1", "--prompt")
 
 @dataclass
 class Seen:
-    """Everything that came out, each with where it came from."""
+    """All output, each part with its source."""
 
     texts: list[tuple[str, str]] = field(default_factory=list)
 
@@ -75,7 +75,7 @@ class Seen:
 
 
 class Echo(http.server.BaseHTTPRequestHandler):
-    """A provider that answers everything with an error that repeats what it was sent, credentials first."""
+    """A provider that answers every request with an error that repeats it, credentials first."""
 
     known = ""
 
@@ -115,7 +115,7 @@ def sandbox() -> Iterator[Sandbox]:
 CREDENTIALS = {
     "sqlite": {"RECEIVER_KLING_API_KEY": API_KEY},
     "postgresql": {"RECEIVER_KLING_ACCESS_KEY": ACCESS_KEY, "RECEIVER_KLING_SECRET_KEY": SECRET_KEY},
-}  # the first of each is what a provider might repeat
+}  # a provider might repeat the first of each
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def receiver(
     database_kind: str, database_url: str, bucket: Bucket, sandbox: Sandbox, tmp_path: Path,
     s3_environment: dict[str, str],
 ) -> CommandLine:  # fmt: skip
-    """SQLite with an API key, PostgreSQL (which asks for no password, so any will do) with a JWT."""
+    """SQLite with an API key, PostgreSQL (which checks no password here) with a JWT."""
     port = free_port()
     common = {name: value for name, value in variables(database_url, bucket, sandbox).items() if "API_KEY" not in name}
     secret = {
@@ -154,7 +154,7 @@ Command = tuple[tuple[str, ...], dict[str, str | None]]
 
 
 def run(receiver: CommandLine, seen: Seen, *commands: Command | tuple[str, ...]) -> str:
-    """These commands, one after the other: their output. A command may come with changed variables."""
+    """Run these commands one after the other. Returns their output. A command may have changed variables."""
     output = ""
     for command in commands:
         words, changes = command if isinstance(command[-1], dict) else (command, {})
@@ -170,14 +170,14 @@ def environment(receiver: CommandLine) -> dict[str, str]:
 
 
 def archive_and_fail(receiver: CommandLine, seen: Seen, parts: Parts) -> None:
-    """What succeeds, what fails, what is never told, and what has dead links at first."""
+    """Tasks that succeed, that fail, that get no callback, and that have dead links at first."""
     prompts = ("a boat", "[fail]", "[drop]", "[expire]")
     run(receiver, seen, *((*ASK, prompt, "--external-task-id", prompt) for prompt in prompts))
     wait_until(lambda: all(task_view.is_over(task_of(parts, prompt)) for prompt in prompts), seconds=120)
 
 
 def knock(seen: Seen, web: str, token: str) -> None:
-    """Deliveries of every outcome, and every other path, with and without the token."""
+    """Send deliveries of every outcome, and requests to every other path, with and without the token."""
     good = f"{web}/callbacks/kling/{token}"
     signed = {"webhook-id": "x", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     with httpx.Client(trust_env=False) as client:
@@ -194,7 +194,7 @@ def knock(seen: Seen, web: str, token: str) -> None:
 
 
 def look(seen: Seen, web: str, database: Database) -> None:
-    """Every page of the console, with every task and every callback."""
+    """Request every page of the console, with every task and every callback."""
     with database.read() as session:
         paths = [f"/tasks/{each}" for each in session.exec(select(Task.id))]
         paths += [f"/deliveries/{each.id}" for each in session.exec(select(Callback)) if each.source == "push"]
@@ -205,9 +205,9 @@ def look(seen: Seen, web: str, database: Database) -> None:
 
 
 def provoke(receiver: CommandLine, seen: Seen, echo: str) -> None:
-    """Faults that quote: a provider that echoes, settings that are wrong, a database and a bucket that are away."""
+    """Provoke faults with quoting messages: an echoing provider, wrong settings, an unreachable database and bucket."""
     bad = f"postgresql://postgres:{DATABASE_PASSWORD}@127.0.0.1"
-    quiet = {"RECEIVER_PUBLIC_URL": None}  # else `check` prints the account's address, as it should
+    quiet = {"RECEIVER_PUBLIC_URL": None}  # otherwise `check` prints the account URL, as it should
     away = {**quiet, "RECEIVER_DATABASE_URL": f"{bad}:1/x", "RECEIVER_KLING_BASE_URL": echo}
     unreadable = {**quiet, "RECEIVER_DATABASE_URL": f"{bad}:{CANARY}/x"}
     short = {"RECEIVER_KLING_WEBHOOK_SECRETS": CANARY, "RECEIVER_CALLBACK_SECRETS": CANARY}
@@ -219,7 +219,7 @@ def provoke(receiver: CommandLine, seen: Seen, echo: str) -> None:
     echoing = [((*ASK, prompt), {"RECEIVER_KLING_BASE_URL": echo}) for prompt in ("a boat", "maintenance")]
     run(receiver, seen, *echoing, (("work", "--once"), {"RECEIVER_KLING_BASE_URL": echo}))
     run(receiver, seen, (("check",), away))
-    if "RECEIVER_KLING_API_KEY" in receiver.variables:  # what follows never comes to the credentials or the rows
+    if "RECEIVER_KLING_API_KEY" in receiver.variables:  # the following commands never reach the credentials or the rows
         words = [("check",), ("status",), (*ASK, "a boat")]
         run(receiver, seen, *((one, unreadable) for one in words), *((one, away) for one in words[1:]))
         run(receiver, seen, *((("check",), change) for change in wrong))
@@ -242,7 +242,7 @@ FORCED = {
 
 
 def force_exceptions(receiver: CommandLine, seen: Seen, database: Database, echo: str) -> None:
-    """The database refuses to settle: a bug in the assets' lane, and one that ends a command with its traceback."""
+    """Make the database refuse to settle: a bug in the assets' lane, and one that ends a command with its traceback."""
     with database.write() as session:
         for statement in FORCED["sqlite" if database.is_sqlite else "postgresql"]:
             session.execute(text(statement))
@@ -269,7 +269,7 @@ def look_through(rows: Database, seen: Seen) -> None:
 
 
 def secrets_of(parts: Parts, seaweed_key: str) -> list[str]:
-    """All there are: the settings', and what was made from them on the way."""
+    """All secrets: the settings', and those derived from them on the way."""
     with parts.database.read() as session:
         tokens = [str(url).rpartition("/")[2] for url in session.exec(select(Task.callback_url)) if url]
         queries = [url.partition("?")[2] for url in session.exec(select(Asset.source_url))]

@@ -1,4 +1,4 @@
-"""The bounded chaos campaign, and sharper tests beside it: of the promises that it rests on, and of what it found.
+"""The bounded chaos campaign, and sharper tests of the promises that it rests on and of the faults that it found.
 
 `python -m tests.chaos` is the whole campaign, `python -m tests.chaos.mutations` shows that these tests can fail.
 """
@@ -73,7 +73,7 @@ def test_a_finisher_that_lost_its_claim_leaves_no_second_manifest(parts: Parts) 
 def test_no_delivery_is_answered_before_its_commit(parts: Parts, web: Web) -> None:
     task = insert_row(parts)
     url = f"{web.url}/callbacks/kling/{parts.tokens.sign('kling', task.id)}"
-    with parts.database.write() as session:  # so nobody else can commit a delivery
+    with parts.database.write() as session:  # so that no other writer can commit a delivery
         if not parts.database.is_sqlite:
             session.execute(text("LOCK TABLE callback IN EXCLUSIVE MODE"))
         with pytest.raises(httpx.ReadTimeout):
@@ -95,7 +95,7 @@ def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts
 @POSTGRESQL_ONLY
 def test_of_two_last_pictures_settled_at_once_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 2)
-    other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never meet
+    other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never coincide
     with ThreadPoolExecutor(2) as workers, at_each_commit_that_archives(parts, other) as (at_commit, go_on):
         settling = [workers.submit(archive, each, claim(parts)) for each in (parts, other)]
         # Each has decided whether its picture is the last, or waits for the one that has.
@@ -111,7 +111,7 @@ def test_of_two_last_pictures_settled_at_once_one_is_the_last(parts: Parts, sand
 
 @contextmanager
 def at_each_commit_that_archives(*processes: Parts) -> Iterator[tuple[list[Connection], threading.Event]]:
-    """Commits that archive a picture are listed and wait for the event."""
+    """List the commits that archive a picture, and hold them until the event is set."""
     at_commit, go_on = list[Connection](), threading.Event()
 
     def stop(connection: Connection) -> None:
@@ -146,7 +146,7 @@ def claim(parts: Parts, model: Any = Asset) -> Any:
 
 
 def archive(parts: Parts, asset: Asset) -> None:
-    """What a worker does with a picture it has claimed."""
+    """Archive a claimed picture like a worker."""
     next(lane for lane in parts.lanes() if lane.name == "assets").work(asset)
 
 

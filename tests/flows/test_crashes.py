@@ -1,7 +1,7 @@
-"""Whatever dies, and wherever: after a restart everything is archived, once.
+"""After a crash at any point and a restart, everything is archived once.
 
-First in this process: a fuse dies before or after one effect (commit, HTTP call, put), the rest is abandoned as it
-stands, leases run out, and fresh parts drain. Then real worker processes, killed and frozen with real signals.
+First in this process: a fuse ends the step before or after one effect (commit, HTTP call, put), the rest is abandoned,
+leases run out, and new parts do all due work. Then real worker processes, killed and frozen with real signals.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ TEN_FILES = {
 }  # fmt: skip
 
 
-# Threads that renew claims by the clock: no effect of the step, and its boundaries must be the same each time.
+# Threads that renew claims by the clock. They are no effect of the step, whose boundaries must be the same each time.
 RENEWERS = ("renew", "lease-renewal")
 
 
 class Died(BaseException):
-    """The process ends here: nothing of ours catches it."""
+    """The simulated end of the process. No code of ours catches it."""
 
 
 class Fuse:
-    """Counts the boundaries of effects and dies at number `at`, from 1 on."""
+    """Counts the boundaries of effects and raises at number `at`, from 1 on."""
 
     def __init__(self, at: int) -> None:
         self._at, self._passed = at, 0
@@ -71,7 +71,7 @@ class Fuse:
 
 
 class Mortal:
-    """A part of which some methods have effects that may be the last."""
+    """A part some of whose methods have effects that may be the last."""
 
     def __init__(self, part: Any, fuse: Fuse, *effects: str) -> None:
         self._part, self._fuse, self._effects = part, fuse, effects
@@ -109,7 +109,7 @@ class MortalDatabase(Database):
 
 @dataclass(frozen=True)
 class MortalParts(Wired):
-    """The parts of a process that dies at the fuse's word. What remembers nothing is shared: TLS contexts, bucket."""
+    """The parts of a process that dies at the fuse. Parts without memory are shared: TLS contexts, bucket."""
 
     kling: Any = field(kw_only=True)
     fetcher: Any = field(kw_only=True)
@@ -142,7 +142,7 @@ def mortal(parts: Parts, fuse: Fuse) -> Iterator[Parts]:
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """Nothing happens without the test: polls are hours away, and callbacks go to a closed port."""
+    """Nothing happens by itself: polls are hours away, and callbacks go to a closed port."""
     return {"poll_after_seconds": 3_600, "lease_seconds": 1, "worker_threads": 4}
 
 
@@ -183,7 +183,7 @@ def end(parts: Parts, *_: object) -> None:
 
 
 Act = Callable[[Parts, Sandbox, str], None]
-# The step to die in, and the way to it.
+# The step that dies, and the way to it.
 STEPS: dict[str, tuple[Act, list[Act]]] = {
     "submit": (ask, []),
     "intake": (take_in, [ask]),
@@ -208,7 +208,7 @@ def dies(parts: Parts, sandbox: Sandbox, step: str, external_task_id: str, at: i
 
 
 def take_over(parts: Parts, external_task_id: str) -> Task:
-    """Another process: the caller asks again, the dead one's leases have run out, all due work is done."""
+    """Continue in another process: the caller submits again, the leases have run out, all due work is done."""
     parts.submitter.submit(REQUEST, external_task_id=external_task_id)
     worker = parts.worker()
 
@@ -249,7 +249,7 @@ def test_after_a_death_at_any_boundary_all_is_archived_once(step: str, parts: Pa
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 
-START_SECONDS = 60  # of a worker process on a busy machine; it takes two on an idle one
+START_SECONDS = 60  # the start of a worker process on a busy machine; two seconds on an idle one
 
 
 def environment_of(parts: Parts) -> dict[str, str]:
@@ -298,7 +298,7 @@ def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
 
 
 def rows_of(parts: Parts) -> list[dict[str, Any]]:
-    """Without the numbers of events, which any running worker assigns."""
+    """All rows without the numbers of events, which any running worker assigns."""
     with parts.database.read() as session:
         rows = [row for model in (Task, Callback, Asset, Event) for row in session.exec(select(model))]
         return [
@@ -308,7 +308,7 @@ def rows_of(parts: Parts) -> list[dict[str, Any]]:
 
 
 def give_other_bytes(parts: Parts, frozen: Asset, other: Asset) -> None:
-    """The next worker downloads another picture than the frozen one holds, so a second object would be seen."""
+    """Give the next worker another picture than the frozen one holds, so that a second object would be seen."""
     with parts.database.write() as session:
         changed = update(Asset).where(col(Asset.id) == frozen.id).values(source_url=other.source_url)
         session.execute(changed)
@@ -327,13 +327,13 @@ def is_free(parts: Parts) -> bool:
 
 
 def freeze(parts: Parts, sandbox: Sandbox, process: Forked) -> Asset:
-    """Stop the process while it downloads; returns the asset in its hands."""
+    """Stop the process while it downloads. Returns the asset that it holds."""
     wait_until(lambda: sum(asset.hits for asset in sandbox.ledger().assets.values()), seconds=START_SECONDS)
     process.send_signal(signal.SIGSTOP)
     for _ in range(100):
         if is_free(parts):
             break
-        process.send_signal(signal.SIGCONT)  # stopped amid a chore's commit it would hold up everybody
+        process.send_signal(signal.SIGCONT)  # a stop during a periodic job's commit would block every writer
         time.sleep(0.02)
         process.send_signal(signal.SIGSTOP)
     (held,) = [asset for asset in assets_of(parts, task_of(parts, "two")) if asset.lease]
@@ -356,7 +356,7 @@ def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
         wait_until(lambda: parts.worker().run_until_idle() and is_over(task_of(parts, "two")))
         before = rows_of(parts), kept(parts)
         process.send_signal(signal.SIGCONT)
-        process.send_signal(signal.SIGTERM)  # it ends what it has in hand
+        process.send_signal(signal.SIGTERM)  # it ends the rows in hand
         assert process.wait(30) == 0
     assert [row for row in rows_of(parts) if row not in before[0]] == []
     assert (rows_of(parts), kept(parts)) == before

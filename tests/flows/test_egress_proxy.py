@@ -1,4 +1,4 @@
-"""Where a proxy is the only way out: provider, files and webhooks go through it, and the guard checks what it can."""
+"""A proxy is the only way out: provider, files and webhooks use it, and the guard checks what it can."""
 
 from __future__ import annotations
 

@@ -41,13 +41,13 @@ WATERMARKED = {**SERIES, "watermark_info": {"enabled": True}}
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """Far polls: what happens here happens because of a callback, or because a test made a read due."""
+    """Far polls: everything happens because of a callback, or because a test made a read due."""
     return {"poll_after_seconds": 3_600}
 
 
 @pytest.fixture(autouse=True)
 def dialled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test here may leave this machine, not even to ask for a name."""
+    """No test here may leave this machine, not even to resolve a name."""
     outside: list[str] = []
     connect, resolve = socket.socket.connect, socket.getaddrinfo
 
@@ -95,7 +95,7 @@ PID = "x-kcdn-pid=112757&pkey"
 
 
 class Told(NamedTuple):
-    """What a payload says: whose it is, the state it leads to, its files."""
+    """The contents of a payload: its task, the resulting state, its files."""
 
     external_task_id: str
     provider_task_id: str
@@ -199,7 +199,7 @@ def test_a_create_over_the_concurrency_limit_waits_in_its_row(parts: Parts, sand
 
 
 def ask_directly(sandbox: Sandbox, external_task_id: str) -> None:
-    """Another program uses the same account."""
+    """A request of another program with the same account."""
     body = {**PLAIN, "external_task_id": external_task_id}
     headers = {"Authorization": f"Bearer {sandbox.api_key}"}
     httpx.post(f"{sandbox.url}/v1/images/omni-image", json=body, headers=headers).raise_for_status()
@@ -270,7 +270,7 @@ FLOWS = {
 
 
 def finish(parts: Parts, external_task_id: str) -> Task:
-    """Do all due work until the task is over; what waits once the provider has answered need not be waited for."""
+    """Do all due work until the task is over, without waiting for times that come after the provider's answer."""
     worker = parts.worker()
 
     def over() -> Task | None:
@@ -282,7 +282,7 @@ def finish(parts: Parts, external_task_id: str) -> Task:
     return wait_until(over)
 
 
-# How the rows go is tried on both databases; what the provider and its file hosts do, on one.
+# The rows are tested on both databases, the provider and its file hosts on one.
 ON_BOTH = ("single", "four", "series with watermark", "series as images", "duplicated and reordered", "first urls dead")
 RUNS = [(name, "sqlite") for name in FLOWS] + [(name, "postgresql") for name in ON_BOTH]
 

@@ -1,4 +1,4 @@
-"""The whole product on PostgreSQL as people have it: behind a pooler, turned read-only, moved to another place."""
+"""The whole product on PostgreSQL in users' setups: behind a pooler, turned read-only, moved to another place."""
 
 from __future__ import annotations
 

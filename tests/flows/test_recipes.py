@@ -39,7 +39,7 @@ pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 
 @pytest.fixture
 def environment(parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The settings as a user has them, for what the recipes start and what they are."""
+    """A user's settings, for the programs that the recipes start and for the recipes."""
     chosen = variables(parts.settings.database_url.get_secret_value(), parts.bucket, sandbox)
     for name, value in chosen.items():
         monkeypatch.setenv(name, value)
@@ -54,7 +54,7 @@ def working(parts: Parts) -> Iterator[None]:
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """What the recipe defines."""
+    """The names that the recipe defines."""
     defined: dict[str, Any] = {}
     exec(compile(RECIPES[name], name, "exec"), defined)  # noqa: S102 - our own page
     return defined
@@ -75,7 +75,7 @@ def port() -> int:
 
 @pytest.fixture
 def changes(port: int, sqs_server: str, s3_environment: dict[str, str]) -> dict[str, Any]:
-    """A webhook and a queue, as the page sets them."""
+    """A webhook and a queue, with the page's settings."""
     sqs = boto3.Session().client("sqs", endpoint_url=sqs_server)
     queue = sqs.create_queue(QueueName=f"pictures-{port}")["QueueUrl"]
     webhook = f"http://127.0.0.1:{port}/events#task.archived,task.incomplete"

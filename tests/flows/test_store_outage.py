@@ -1,4 +1,4 @@
-"""The store is away under load: callbacks are acknowledged, nothing is given up, all is archived once it is back.
+"""The store is away under load: callbacks are acknowledged, nothing is given up, everything is archived afterwards.
 
 `STORE_OUTAGE_SECONDS=60` is the long form, on both databases.
 """
@@ -31,20 +31,21 @@ DATABASES = ["sqlite", "postgresql"] if SECONDS > 10 else ["sqlite"]
 TASKS_PER_SECOND = 4
 METRICS_TOKEN = "m" * 32
 WORKERS, THREADS = 2, 8
-# What may fail for want of the store: what is in hand when it goes, then a trial a pause (1, 2, 4 … 30 s). A process.
+# Tries that may fail for lack of the store, per process: the rows in hand at its start, then one trial per pause (1, 2,
+# 4 … 30 s).
 TRIALS = WORKERS * (FAILURES + THREADS + 3 + 5 + SECONDS / 30)
 
 
 @pytest.fixture
 def settings_here(settings: dict[str, str], parts: Parts) -> dict[str, str]:
-    """Workers of its own, and an address for callbacks that the tasks submitted here have, too."""
+    """Separate workers, and a callback address that the tasks submitted here have, too."""
     parts.__dict__["settings"] = parts.settings.model_copy(update={"public_url": settings["RECEIVER_PUBLIC_URL"]})
     own = {"RECEIVER_WORKERS": str(WORKERS), "RECEIVER_METRICS_TOKEN": METRICS_TOKEN}
     return {**settings, **own, "RECEIVER_LOG_FORMAT": "json"}
 
 
 def submit_for(seconds: float, parts: Parts, readiness: list[httpx.Response]) -> int:
-    """Submit at a steady pace and look at the readiness meanwhile. Returns how many tasks it were."""
+    """Submit at a steady rate and check readiness meanwhile. Returns the number of tasks."""
     count, ends_at = 0, time.monotonic() + seconds
     with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {METRICS_TOKEN}"}) as client:
         while time.monotonic() < ends_at:

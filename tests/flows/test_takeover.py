@@ -1,4 +1,4 @@
-"""A worker process dies by `kill -9`: another has its row within the lease and a second. The times are printed."""
+"""A worker process dies by `kill -9`: another worker has its row within the lease and a second. Prints the times."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tests.harness import wait_until
 from tests.pipeline import task_of
 from tests.unreported_tasks import REQUEST, undelivered
 
-# Renewed three times in it: who is off the CPU for two seconds does not lose its row.
+# Renewed three times per lease, so a process without CPU for two seconds does not lose its row.
 LEASE_SECONDS = 4
-# Ours is 1 s: an idle worker looks every half second. The machine of a whole test run is slower than that.
+# Our own delay is 1 s, because an idle worker checks every half second. The machine of a whole test run is slower.
 MACHINE_SECONDS = 8.0
 
 
