@@ -11,7 +11,7 @@ from sqlmodel import Session
 from storage.database.sessions import Database
 
 TABLES = ("task", "asset", "callback", "event", "dispatch")
-# PostgreSQL chooses a plan by the number of rows and by statistics of their values. Both differ from run to run, because
+# PostgreSQL chooses a plan by the number of rows and by statistics of their values. Both differ between runs, because
 # a lent database keeps the pages of earlier tests, and autovacuum runs at any time. For these plans each table has a
 # million rows, and there are no statistics of their values.
 UNCOUNTED = """

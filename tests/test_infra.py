@@ -62,7 +62,7 @@ def test_everything_the_image_copies_is_there_and_not_ignored() -> None:
         assert any(source == name or source.startswith(f"{name}/") for name in allowed)
 
 
-def test_the_image_runs_as_nobody_special_and_stops_in_order() -> None:
+def test_image_runs_without_privileges_and_stops_in_order() -> None:
     final = DOCKERFILE.rsplit("\nFROM ", 1)[1]
     for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", 'ENTRYPOINT ["receiver"]'):
         assert f"\n{line}\n" in final
@@ -110,7 +110,7 @@ def test_lock_is_in_step_with_the_project(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["runtime", "all", "build"])
-def test_lock_is_hashes_and_names_no_place(name: str) -> None:
+def test_lock_has_hashes_and_no_index_url(name: str) -> None:
     text = (INFRA / "lock" / f"{name}.txt").read_text()
     line = r"([A-Za-z0-9._-]+==[^\s/@]+( ; [^/@\\]+)?( \\)?|    --hash=sha256:[0-9a-f]{64}( \\)?)"
     assert [bad for bad in text.splitlines() if not re.fullmatch(line, bad)] == []
@@ -317,7 +317,7 @@ def test_proxy_caps_a_callback_where_the_receiver_does(proxy: _Proxy, size: int,
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/readyz?strict=1"])
-def test_proxy_keeps_the_inside_inside(proxy: _Proxy, path: str) -> None:
+def test_proxy_does_not_expose_internal_paths(proxy: _Proxy, path: str) -> None:
     with _web(proxy.web) as web:
         assert proxy.ask("GET", path) == 404
         assert proxy.ask("GET", "/assets/token.png") == 200

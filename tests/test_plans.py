@@ -19,7 +19,7 @@ def fill(database: Database, tasks: int) -> Task:
 @pytest.mark.parametrize("count", ["ANALYZE", "SELECT 1"])
 @pytest.mark.parametrize("earlier", [0, 50])
 @pytest.mark.parametrize("database_kind", ["postgresql"])
-def test_a_row_is_entered_by_its_own_index(database: Database, earlier: int, count: str) -> None:
+def test_row_is_found_by_its_own_index(database: Database, earlier: int, count: str) -> None:
     task = fill(database, earlier + 1)
     with database.autocommit_writer() as connection:
         connection.exec_driver_sql(count)
@@ -27,6 +27,6 @@ def test_a_row_is_entered_by_its_own_index(database: Database, earlier: int, cou
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
-def test_the_index_of_an_empty_table_is_not_asked_for(database: Database) -> None:
+def test_plan_of_an_empty_table_is_refused(database: Database) -> None:
     with pytest.raises(AssertionError, match="index of task needs a row"):
         plans(database, lambda session: session.exec(select(Task)).all())

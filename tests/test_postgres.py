@@ -25,6 +25,6 @@ def test_what_was_committed_is_there_after_a_restart(postgres: Postgres, end: Ca
     postgres.drop_database(f"restarted_by_{end.__name__}")
 
 
-def test_version(postgres: Postgres) -> None:
+def test_version_is_the_same_everywhere(postgres: Postgres) -> None:
     with psycopg.connect(postgres.url()) as connection:
         assert connection.info.server_version // 10_000 == 18

@@ -65,7 +65,7 @@ def test_only_claims_writes_claim_columns() -> None:
     assert not found
 
 
-def test_no_room_outgrows_a_reader() -> None:
+def test_rooms_are_bounded_in_modules_and_lines() -> None:
     rooms = {file.parent for base in ("receiver", "storage") for file in (ROOT / base).rglob("*.py")}
     for room in sorted(rooms - {ROOT / "storage/rows/migrations/versions"}):
         modules = [file for file in room.glob("*.py") if file.name != "__init__.py"]
@@ -79,7 +79,7 @@ def test_changelog_names_this_version() -> None:
     assert f"## {receiver.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_top_level_is_what_was_agreed() -> None:
+def test_top_level_has_only_agreed_names() -> None:
     listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     top = {line.split("/")[0] for line in listing.stdout.splitlines()}
     agreed = {"pyproject.toml", "Dockerfile", "receiver", "storage", "tests", "infra"}

@@ -47,7 +47,7 @@ def test_requirements_of_all_installed_packages_are_met() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_what_runs_is_what_is_locked() -> None:
+def test_installed_versions_are_the_locked_ones() -> None:
     versions, here = locked(), installed_with_us()
     assert len(here) > 25
     assert {name: one.version for name, one in here.items()} == {name: versions.get(name) for name in here}
@@ -87,7 +87,7 @@ def test_every_exemption_in_the_settings_is_explained() -> None:
     assert [line for line in lines if re.search(r'"S\d+"', line) and "# " not in line] == []
 
 
-def test_no_source_is_shown_otherwise_than_it_runs() -> None:
+def test_no_source_has_invisible_or_bidirectional_characters() -> None:
     """Bidirectional and invisible characters (CVE-2021-42574): the one thing bandit looks for and ruff's S does not."""
     hidden = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
     assert [path.name for path in CODE if hidden.search(path.read_text(encoding="utf-8"))] == []

@@ -26,7 +26,7 @@ PARTS = ["1 1f 2", "2f 3 3f", "4 4f 6 6f 9 12a", "5 5f 5b 6b 6bf 8", "7 11f 16",
 BY_COMMAND = ["12b"]
 
 
-def test_no_row_is_left_out() -> None:
+def test_every_benchmark_row_is_tested() -> None:
     assert sorted([*" ".join(PARTS).split(), *BY_COMMAND]) == sorted({*NAMES, "5b"})
 
 
@@ -61,7 +61,7 @@ def test_every_row_is_measured_in_its_small_form(
     check(names, tmp_path / "figures.json", capsys.readouterr().out)
 
 
-def test_the_command_measures_as_well(tmp_path: Path) -> None:
+def test_the_bench_command_prints_figures(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.bench", *options(BY_COMMAND, tmp_path / "figures.json")]
     done = subprocess.run(command, env=here(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr

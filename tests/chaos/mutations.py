@@ -74,7 +74,7 @@ MUTATIONS = (
         "_STANDING = _STANDING.with_for_update()",
         "_STANDING = _STANDING.limit(1)",
         # Not the campaign, which may miss it: two processes seldom settle the last files of a task at the same time.
-        f"{CAMPAIGNS}::test_of_two_last_pictures_settled_at_once_one_is_the_last",
+        f"{CAMPAIGNS}::test_two_last_pictures_settled_at_once_have_one_last",
     ),
     Mutation(
         "settle acknowledged before the commit of its group",
@@ -154,7 +154,7 @@ MUTATIONS = (
         "storage/errors.py",
         "class ObjectRefused(StoreUnavailable):\n    is_outage = False",
         "class ObjectRefused(StoreUnavailable):\n    is_outage = True",
-        "tests/storage/archive/test_store_circuit.py::test_what_is_refused_alone_holds_up_nothing",
+        "tests/storage/archive/test_store_circuit.py::test_file_that_is_refused_alone_delays_no_other",
     ),
     Mutation(
         "an unreadable delivery that comes again causes no read",

@@ -11,5 +11,5 @@ from tests.chaos.processes import ROOT
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS[1:], ids=lambda mutation: mutation.name)
-def test_a_mutation_fits(mutation: Mutation) -> None:
+def test_text_of_each_mutation_occurs_once(mutation: Mutation) -> None:
     ast.parse(mutated(mutation, ROOT))

@@ -73,7 +73,7 @@ def test_seaweedfs_keeps_every_promise(seaweed: Seaweed, on: Stage, monkeypatch:
     assert on.bucket.capabilities().believed
 
 
-def test_a_store_that_gives_back_other_bytes_breaks_promises(proxy: FaultProxy, on: Stage) -> None:
+def test_store_that_returns_other_bytes_breaks_promises(proxy: FaultProxy, on: Stage) -> None:
     assert on.bucket.capabilities().believed
 
     def spoil(request: Request, forward: Forward) -> Answer:
@@ -86,7 +86,7 @@ def test_a_store_that_gives_back_other_bytes_breaks_promises(proxy: FaultProxy, 
     assert [result.is_fault for result in results] == [True, True, True]
 
 
-def test_a_store_with_nothing_but_puts_keeps_every_promise(proxy: FaultProxy, on: Stage) -> None:
+def test_store_with_plain_puts_only_keeps_every_promise(proxy: FaultProxy, on: Stage) -> None:
     """The store ignores conditions and checksums, and returns metadata with capitals."""
 
     def plain(request: Request, forward: Forward) -> Answer:
@@ -101,7 +101,7 @@ def test_a_store_with_nothing_but_puts_keeps_every_promise(proxy: FaultProxy, on
     assert words_of(list(run(on, capable))) == {case.name: LACKS for case in capable}
 
 
-def test_objects_that_cannot_be_listed_are_said_to_be_left_and_hide_no_result(
+def test_objects_that_cannot_be_listed_are_reported_as_left_and_hide_no_result(
     proxy: FaultProxy, on: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def unlisted(request: Request, forward: Forward) -> Answer:

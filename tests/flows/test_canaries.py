@@ -279,7 +279,7 @@ def secrets_of(parts: Parts, seaweed_key: str) -> list[str]:
 
 
 @pytest.mark.campaign("sqlite")
-def test_no_secret_gets_out(
+def test_no_secret_leaves_through_any_output(
     receiver: CommandLine, database: Database, bucket: Bucket, sandbox: Sandbox, echo: str, database_url: str
 ) -> None:
     seen = Seen()
@@ -366,6 +366,6 @@ def test_a_logged_exception_shows_neither_locals_nor_secrets(output: str) -> Non
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("around", ["{}", "'{}'", '"{}"', "({})", "x {} y", "\\n{}\\n"])
-def test_what_has_the_shape_of_a_secret_is_cut(secret: str, around: str) -> None:
+def test_text_in_the_form_of_a_secret_is_cut_from_logs(secret: str, around: str) -> None:
     shown = telemetry.scrub(around.format(secret))
     assert CANARY not in shown and WEBHOOK_SECRETS[0] not in shown and "…" in shown

@@ -93,7 +93,7 @@ def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts
 
 
 @POSTGRESQL_ONLY
-def test_of_two_last_pictures_settled_at_once_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
+def test_two_last_pictures_settled_at_once_have_one_last(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 2)
     other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never coincide
     with ThreadPoolExecutor(2) as workers, at_each_commit_that_archives(parts, other) as (at_commit, go_on):

@@ -231,7 +231,7 @@ def assert_done_once(parts: Parts, sandbox: Sandbox, task: Task) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_after_a_death_at_any_boundary_all_is_archived_once(step: str, parts: Parts, sandbox: Sandbox) -> None:
+def test_crash_at_any_boundary_leaves_everything_archived_once(step: str, parts: Parts, sandbox: Sandbox) -> None:
     deaths = []
     for at in range(1, 100):
         external_task_id = f"{step}-{at}"
@@ -280,9 +280,7 @@ def count(parts: Parts, *conditions: Any) -> int:
 
 
 @pytest.mark.campaign("sqlite")
-def test_after_kill_9_amid_ten_downloads_all_arrive_and_none_twice(
-    parts: Parts, sandbox: Sandbox, tmp_path: Path
-) -> None:
+def test_kill_9_during_ten_downloads_loses_and_doubles_none(parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
     parts.submitter.submit(TEN_FILES, external_task_id="ten")
     wait_until(lambda: ended(sandbox, "ten"))
     make_due_now(parts)

@@ -172,7 +172,7 @@ def test_a_recorded_failure_is_applied(web: Web, parts: Parts) -> None:
     assert (found.archive, found.due_at, rows(parts, task)) == (ArchiveState.NONE, None, [])
 
 
-def test_the_consoles_test_comes_in_on_the_account_url_and_ends_unmatched(web: Web, parts: Parts) -> None:
+def test_test_callback_of_the_providers_console_ends_unmatched(web: Web, parts: Parts) -> None:
     assert receive(web, parts, None, payload("console-test-callback")).status_code == 200
     (callback,) = callbacks_of(parts)
     assert (callback.state, callback.task_id) == (CallbackState.UNMATCHED, None)

@@ -92,7 +92,7 @@ class TestReadOnly:
     def database_kind(self) -> str:
         return "postgresql"
 
-    def test_a_window_is_one_line_at_each_end_and_old_sessions_do_not_outlive_it(
+    def test_read_only_window_logs_one_line_at_each_end_and_ends_old_sessions(
         self, web: Web, parts: Parts, sender: Sender, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(outages, "STEADY_SECONDS", 1.0)

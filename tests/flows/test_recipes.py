@@ -144,7 +144,7 @@ def test_the_nightly_batch_runs_twice_and_pays_once(
 
 
 @pytest.mark.usefixtures("environment", "working")
-def test_following_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_following_events_continues_after_the_last_one(capsys: pytest.CaptureFixture[str]) -> None:
     follow = recipe("follow-events")["follow"]
     seen = [0]
     with Receiver() as receiver:
@@ -158,7 +158,7 @@ def test_following_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.usefixtures("environment", "working")
-def test_what_is_not_archived_says_why(sandbox: Sandbox) -> None:
+def test_file_that_is_not_archived_has_a_reason(sandbox: Sandbox) -> None:
     with Receiver() as receiver:
         receiver.submit({**REQUEST, "prompt": "[fail]"}, external_task_id="bad")
         with pytest.raises(NotArchived, match="bad: ") as caught:
@@ -173,7 +173,7 @@ def test_what_is_not_archived_says_why(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.usefixtures("environment", "working")
-def test_the_same_from_async_code() -> None:
+def test_async_receiver_archives_like_the_synchronous_one() -> None:
     async def ask_and_wait() -> tuple[Any, list[str], bytes]:
         with Receiver() as receiver:
             several = AsyncReceiver(receiver)

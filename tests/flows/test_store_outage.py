@@ -62,7 +62,7 @@ def count(database: Database, *conditions: Any) -> int:
 
 
 @pytest.mark.parametrize("database_kind", DATABASES)
-def test_the_store_is_away_under_load(
+def test_store_outage_under_load_loses_nothing(
     settings_here: dict[str, str], parts: Parts, sandbox: Sandbox, seaweed: Seaweed, tmp_path: Path
 ) -> None:
     readiness: list[httpx.Response] = []

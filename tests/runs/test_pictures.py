@@ -16,7 +16,7 @@ def drawn(kind: str) -> bytes:
     return file.getvalue()
 
 
-def test_pictures_are_told_apart_by_both_verdicts(tmp_path: Path) -> None:
+def test_pictures_are_classified_by_our_check_and_by_pillow(tmp_path: Path) -> None:
     png, jpeg = drawn("PNG"), drawn("JPEG")
     files = {
         "whole.png": png, "padded.jpg": jpeg + bytes(9), "program.jpg": jpeg + b"\x7fELF\x02\x01\x01" + bytes(9),

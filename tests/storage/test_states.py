@@ -283,7 +283,7 @@ def test_a_watermarked_copy_has_the_index_of_its_original_even_alone() -> None:
         ({"n": 3, "series": True, "series_amount": "auto", "watermark": True}, None),
     ],
 )
-def test_expected_files(asked: dict[str, object], files: int | None) -> None:
+def test_expected_files_follow_the_request(asked: dict[str, object], files: int | None) -> None:
     assert expected_files(**asked) == files  # type: ignore[arg-type]
 
 
@@ -321,7 +321,7 @@ KEPT, LOST, DUE = AssetState.ARCHIVED, AssetState.FAILED, AssetState.DUE
         (replace(unusable(archive_of(DUE, KEPT), SAID_AFTER_TRIES), archive=ArchiveState.INCOMPLETE), None),
     ],
 )
-def test_next_step(task: TaskFacts, wanted: Next | None) -> None:
+def test_next_step_follows_the_state(task: TaskFacts, wanted: Next | None) -> None:
     assert next_step(task, 60) == wanted
 
 
@@ -342,7 +342,7 @@ def test_a_shortfall_is_believed_after_three_reads_within_ten_minutes() -> None:
         (archive_of(expected=None), ArchiveState.INCOMPLETE, None),
     ],
 )
-def test_outcome_and_shortfall(task: TaskFacts, ended: ArchiveState, words: str | None) -> None:
+def test_outcome_and_shortfall_count_missing_files(task: TaskFacts, ended: ArchiveState, words: str | None) -> None:
     assert (outcome(task), shortfall(task)) == (ended, words)
 
 

@@ -21,14 +21,14 @@ PUBLIC = {"public_url": "https://pictures.example.com", "callback_secrets": "s" 
         ({"poll_max_seconds": 30}, [5, 10, 20, 30, 30]),
     ],
 )
-def test_first_reads_come_soon_where_nothing_calls_back(given: dict[str, Any], delays: list[float]) -> None:
+def test_first_reads_come_soon_if_nothing_calls_back(given: dict[str, Any], delays: list[float]) -> None:
     parts = Parts(config.load(s3_bucket="pictures", **given))
     for polls, wanted in enumerate(delays):
         assert wanted * 0.8 <= parts.schedule.poll_delay(polls) <= wanted * 1.2
     parts.close()
 
 
-def test_the_environment_counts_as_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_poll_delay_of_the_environment_replaces_the_early_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECEIVER_POLL_AFTER_SECONDS", "60")
     parts = Parts(config.load(s3_bucket="pictures"))
     assert parts.schedule.first_poll_seconds == ()

@@ -111,7 +111,9 @@ def settings(database_url: str, bucket: Bucket, sandbox: Sandbox) -> dict[str, s
 
 
 @pytest.mark.campaign("sqlite")
-def test_sigterm_under_load(settings: dict[str, str], parts: Parts, tmp_path: Path) -> None:
+def test_sigterm_under_load_loses_no_acknowledged_delivery(
+    settings: dict[str, str], parts: Parts, tmp_path: Path
+) -> None:
     tokens = Tokens(parts.settings.callback_secrets)
     tasks = [insert_row(parts, external_task_id=f"t-{number}") for number in range(20)]
     urls = [f"{settings['RECEIVER_PUBLIC_URL']}/callbacks/kling/{tokens.sign('kling', task.id)}" for task in tasks]

@@ -72,7 +72,7 @@ def test_starting_worker_deletes_rows_of_workers_that_died_long_ago(database: Da
     assert heartbeats.count_alive(database) == 1
 
 
-def test_connections_are_kept_longer_than_clients_keep_them() -> None:
+def test_server_keeps_connections_longer_than_clients() -> None:
     """A connection that we close as it is reused loses a delivery."""
     ours = web_config(None, "127.0.0.1", 0).timeout_keep_alive
     routes = (ROOT / "infra" / "proxy" / "routes.yaml").read_text()

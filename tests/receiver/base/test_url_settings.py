@@ -45,7 +45,7 @@ def test_refusal_says_to_percent_encode() -> None:
             load(s3_bucket="pictures", **given)
 
 
-def test_encoded_password_arrives_as_it_was_meant() -> None:
+def test_percent_encoded_password_is_decoded() -> None:
     proxy = EgressProxy("http://user:hunter%2F2%23%40@proxy:3128/")
     assert proxy.place == "proxy:3128" and b"Basic dXNlcjpodW50ZXIvMiNA" in proxy._request("host", 443)
     given = load(s3_bucket="pictures", database_url="postgresql://user%40azure:h%2F2%23%40@host/name?sslmode=require")
@@ -54,7 +54,7 @@ def test_encoded_password_arrives_as_it_was_meant() -> None:
 
 @pytest.mark.parametrize("written", ["{}\n", '"{}"', "'{}'\r\n", " {} "])
 @pytest.mark.parametrize("name", ["database_url", "database_direct_url"])
-def test_postgresql_url_with_a_line_end_or_quotes_is_read_without(name: str, written: str) -> None:
+def test_line_end_and_quotes_around_a_postgresql_url_are_removed(name: str, written: str) -> None:
     url = "postgresql://user:hunter2@host/name?sslmode=require"
     given = load(s3_bucket="pictures", **{"database_url": url, name: written.format(url)})
     assert getattr(given, name).get_secret_value() == url

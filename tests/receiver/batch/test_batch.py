@@ -95,7 +95,7 @@ def test_rows_wait_in_the_order_of_the_file_and_are_sent_once(parts: Parts, sand
     assert prompts == [line["prompt"] for line in LINES]
 
 
-def test_the_same_file_again_puts_in_nothing(parts: Parts) -> None:
+def test_same_file_submitted_again_inserts_nothing(parts: Parts) -> None:
     put(parts, *LINES)
     again = plan(parts, *LINES)
     assert (again.new, again.known, again.moved, again.left_over) == ([], 5, [], 0)
@@ -103,7 +103,7 @@ def test_the_same_file_again_puts_in_nothing(parts: Parts) -> None:
     assert len(rows(parts)) == 5
 
 
-def test_a_submission_that_died_half_way_is_gone_on_with(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submission_that_crashed_half_way_is_continued(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("receiver.batch.batch.CHUNK", 2)
 
     def die(done: int) -> None:
@@ -116,14 +116,14 @@ def test_a_submission_that_died_half_way_is_gone_on_with(parts: Parts, monkeypat
     assert [row.batch_line for row in rows(parts)] == [1, 2, 3, 4, 5]
 
 
-def test_two_that_put_in_the_same_file_make_one_batch(parts: Parts) -> None:
+def test_two_submissions_of_one_file_make_one_batch(parts: Parts) -> None:
     first, second = plan(parts, *LINES), plan(parts, *LINES)
     assert (of(parts).put(first), of(parts).put(second)) == (5, 0)
     assert len(rows(parts)) == 5
 
 
 @ONE_DATABASE
-def test_a_changed_file_adds_what_is_new_and_says_what_it_left_out(parts: Parts) -> None:
+def test_changed_file_adds_new_lines_and_reports_omitted_ones(parts: Parts) -> None:
     put(parts, *LINES)
     changed = plan(parts, {**GOOD, "prompt": "new"}, *LINES[1:])
     assert (len(changed.new), changed.known, changed.left_over) == (1, 4, 1)
@@ -142,14 +142,14 @@ def test_another_files_lines_join_a_batch_only_by_its_name(parts: Parts) -> None
 
 
 @ONE_DATABASE
-def test_another_name_pays_again(parts: Parts) -> None:
+def test_another_batch_name_sends_the_requests_again(parts: Parts) -> None:
     put(parts, *LINES)
     assert put(parts, *LINES, name="again") == 5
     assert len({row.external_task_id for row in rows(parts)}) == 10
 
 
 @ONE_DATABASE
-def test_an_id_that_has_another_request_is_a_fault_and_nothing_is_put_in(parts: Parts) -> None:
+def test_id_of_another_request_is_a_fault_and_nothing_is_inserted(parts: Parts) -> None:
     put(parts, {**GOOD, "external_task_id": "mine"})
     with pytest.raises(BatchInvalid, match=r"line 2: external_task_id: 'mine' was submitted before"):
         plan(parts, GOOD, {**GOOD, "n": 2, "external_task_id": "mine"})
@@ -158,7 +158,7 @@ def test_an_id_that_has_another_request_is_a_fault_and_nothing_is_put_in(parts: 
     assert len(rows(parts)) == 1
 
 
-def test_an_id_that_somebody_takes_meanwhile_is_a_fault(parts: Parts) -> None:
+def test_id_that_another_process_takes_meanwhile_is_a_fault(parts: Parts) -> None:
     ready = plan(parts, {**GOOD, "external_task_id": "mine"})
     parts.submitter.submit({**GOOD, "n": 2}, external_task_id="mine")
     with pytest.raises(BatchInvalid, match="another request"):
@@ -166,7 +166,7 @@ def test_an_id_that_somebody_takes_meanwhile_is_a_fault(parts: Parts) -> None:
 
 
 @ONE_DATABASE
-def test_a_task_that_was_submitted_alone_joins_the_batch(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_that_was_submitted_alone_joins_the_batch(parts: Parts, sandbox: Sandbox) -> None:
     parts.submitter.submit(GOOD, external_task_id="mine")
     assert put(parts, LINES[0], {**GOOD, "external_task_id": "mine"}) == 1
     assert of(parts).counts("night").total == 2
@@ -230,7 +230,7 @@ def test_a_report_is_read_in_pieces(parts: Parts, monkeypatch: pytest.MonkeyPatc
     assert [line["line"] for line in batch_report.lines(parts.database, of(parts), "night")] == [1, 2, 3, 4, 5]
 
 
-def test_words_that_a_spreadsheet_would_run_are_made_harmless() -> None:
+def test_formulas_in_a_report_are_made_harmless() -> None:
     line: dict[str, Any] = dict.fromkeys((*batch_report.TASK_COLUMNS, "note"))
     out = StringIO()
     batch_report.write_csv(out, [{**line, "error": "=1+1", "files": []}])
@@ -250,7 +250,7 @@ def test_no_column_of_a_report_starts_a_formula(text: str) -> None:
 
 
 @ONE_DATABASE
-def test_counts_say_where_every_task_stands(parts: Parts, sandbox: Sandbox) -> None:
+def test_counts_show_the_state_of_every_task(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=60)
     put(parts, *LINES[:2])
     run(parts, "creates")
@@ -282,7 +282,7 @@ def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sand
     assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == 2
 
 
-def test_what_was_dismissed_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_dismissed_task_of_a_batch_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, *LINES[:2])
     dismiss(parts, rows(parts)[0])
     assert of(parts).retry("night").counts == {}
@@ -303,7 +303,7 @@ def test_a_dismissed_file_is_not_due_again(parts: Parts) -> None:
 
 
 @ONE_DATABASE
-def test_one_that_is_sent_again_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
+def test_refused_task_that_is_sent_again_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1301"])
     put(parts, LINES[0])
     run(parts, "creates")
@@ -314,7 +314,7 @@ def test_one_that_is_sent_again_is_not_over(parts: Parts, sandbox: Sandbox) -> N
 
 
 @ONE_DATABASE
-def test_a_refused_create_whose_picture_is_not_kept_says_so(parts: Parts, sandbox: Sandbox) -> None:
+def test_refused_create_whose_input_picture_is_not_stored_has_a_reason(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1301"])
     put(parts, {**GOOD, "image_list": [{"image": PICTURE}]})
     finish(parts)
@@ -339,7 +339,7 @@ def test_files_that_were_given_up_are_due_again(parts: Parts, sandbox: Sandbox) 
 
 
 @ONE_DATABASE
-def test_what_failed_at_the_provider_is_read_and_never_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_that_failed_at_the_provider_is_read_and_never_sent_again(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, {**GOOD, "prompt": "[fail]"})
     finish(parts)
     assert of(parts).retry("night").counts["reads_due"] == 1
@@ -347,7 +347,7 @@ def test_what_failed_at_the_provider_is_read_and_never_sent_again(parts: Parts, 
     assert len(sandbox.ledger().creates) == 1
 
 
-def test_what_failed_at_the_provider_is_a_new_task_of_a_new_batch(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_that_failed_at_the_provider_becomes_a_new_task_of_a_new_batch(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, LINES[0], {**LINES[1], "external_task_id": "mine"}, LINES[1], LINES[1])
     sandbox.set(fail_rate=1)
     assert finish(parts).failed == 4
@@ -378,7 +378,9 @@ def test_retrying_what_failed_at_the_provider_names_the_command_that_pays_again(
 
 
 @ONE_DATABASE
-def test_one_whose_picture_is_not_kept_cannot_be_made_again(command: Command, parts: Parts, sandbox: Sandbox) -> None:
+def test_task_whose_input_picture_is_not_stored_cannot_be_sent_again(
+    command: Command, parts: Parts, sandbox: Sandbox
+) -> None:
     put(parts, {**GOOD, "prompt": "[fail]", "image_list": [{"image": PICTURE}]})
     finish(parts)
     done = command("batch", "retry", "night", "--as", "again")
@@ -388,7 +390,7 @@ def test_one_whose_picture_is_not_kept_cannot_be_made_again(command: Command, pa
 # -- progress ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_rate_is_told_over_five_minutes_with_the_time_left() -> None:
+def test_rate_over_five_minutes_estimates_the_time_left() -> None:
     rate = batch_view.Rate()
     seen = [rate.see(over, now) for now, over in ((0.0, 0), (100.0, 50), (310.0, 100))]
     assert seen == [0, 0.5, 50 / 210]
@@ -473,7 +475,7 @@ WAITING = {
 
 @ONE_DATABASE
 @pytest.mark.parametrize("words", WAITING.values(), ids=WAITING)
-def test_waiting_without_a_worker_says_so_and_ends(
+def test_waiting_without_a_worker_is_reported_and_ends(
     command: Command, parts: Parts, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(show, "WORKER_START_SECONDS", 0.3)
@@ -486,7 +488,7 @@ def test_waiting_without_a_worker_says_so_and_ends(
 
 @ONE_DATABASE
 @pytest.mark.parametrize("words", WAITING.values(), ids=WAITING)
-def test_a_worker_that_starts_meanwhile_is_waited_for(command: Command, parts: Parts, words: tuple[str, ...]) -> None:
+def test_waiting_includes_a_worker_that_is_starting(command: Command, parts: Parts, words: tuple[str, ...]) -> None:
     def work() -> bool:
         parts.worker().run_until_idle()
         make_due_now(parts, Task)
@@ -541,7 +543,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(
     ],
     ids=["no name", "field beside", "no file", "report unwaited", "no batch"],
 )
-def test_wrong_usage_is_told(command: Command, words: list[str]) -> None:
+def test_wrong_usage_is_reported(command: Command, words: list[str]) -> None:
     Path("night.jsonl").write_bytes(jsonl(GOOD))
     assert command("submit", *words).code == 2
 

@@ -119,7 +119,7 @@ def ids(*lines: Any, name: str = "night") -> list[str]:
     return [line.external_task_id for line in read(jsonl(*lines), name=name)]
 
 
-def test_an_id_is_name_hash_and_which_of_the_equal_ones() -> None:
+def test_generated_id_is_name_hash_and_number_among_equal_requests() -> None:
     digest = parse_request(GOOD).canonical_hash()[:16]
     assert ids(GOOD, {**GOOD, "n": 1}) == [f"night-{digest}-1", f"night-{digest}-2"]
     assert ids(GOOD, name="again") == [f"again-{digest}-1"]
@@ -130,7 +130,7 @@ def test_an_inserted_line_changes_no_other_id() -> None:
     assert set(ids(*before)) < set(ids(between, GOOD, ONE, {**between, "n": 3}, GOOD))
 
 
-def test_an_id_of_the_file_counts() -> None:
+def test_external_id_in_the_file_is_used() -> None:
     assert ids({**GOOD, "external_task_id": "mine"}, {**GOOD, "external_task_id": ""})[0] == "mine"
 
 
@@ -286,7 +286,7 @@ def test_a_price_table_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"date": 1}', '{"date": "x", "usd_per_unit": "-1", "units_per_picture": {}}']
 )
-def test_what_is_no_price_table_is_refused(text: str, tmp_path: Path) -> None:
+def test_invalid_price_table_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "prices.json").write_text(text)
     with pytest.raises(PricesUnreadable):
         read_prices(tmp_path / "prices.json")
@@ -329,7 +329,7 @@ def test_a_header_that_proves_nothing_is_read_with_commas() -> None:
     ("header", "fault"),
     [("model_name;prompt;colour", "column 'colour' is not known"), ("prompt;n", "column 'model_name' is missing")],
 )
-def test_a_faulty_header_is_told_by_its_own_columns(header: str, fault: str, format: Format | None) -> None:
+def test_fault_of_a_header_names_its_columns(header: str, fault: str, format: Format | None) -> None:
     with pytest.raises(BatchInvalid) as caught:
         batch_file.read(BytesIO(f"{header}\nx;y;z\n".encode()), format, "night", parse_request)
     (found,) = caught.value.faults

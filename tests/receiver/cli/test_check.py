@@ -77,7 +77,7 @@ def faults(found: dict[str, Result]) -> dict[str, str]:
     return {name: f"{one.line}: {one.advice}" for name, one in found.items() if one.status is Status.FAULT}
 
 
-def test_a_good_setup(look: Look, database_url: str, bucket: Bucket) -> None:
+def test_valid_setup_has_no_fault(look: Look, database_url: str, bucket: Bucket) -> None:
     found = look(database_url)
     assert faults(found) == {}
     good = {name for name, result in found.items() if result.status is Status.OK}
@@ -89,21 +89,21 @@ def test_a_good_setup(look: Look, database_url: str, bucket: Bucket) -> None:
     assert list(bucket.list(bucket.prefix)) == []
 
 
-def test_the_verb_prints_a_table(receiver: CommandLine) -> None:
+def test_check_prints_a_table(receiver: CommandLine) -> None:
     done = receiver("check")
     assert (done.code, done.err) == (0, "")
     assert next(line for line in done.out.splitlines() if "bucket" in line.split()[:2]).endswith("by its SHA-256")
     assert not any(name in done.out for name in ABILITIES)
 
 
-def test_the_verb_prints_every_ability_when_asked(receiver: CommandLine) -> None:
+def test_check_prints_every_store_capability_with_verbose(receiver: CommandLine) -> None:
     done = receiver("check", "--verbose")
     assert (done.code, done.err) == (0, "")
     for name in ABILITIES:
         assert any(line.startswith("ok") and name in line for line in done.out.splitlines())
 
 
-def test_the_verb_prints_one_line_a_fault_and_no_secret(receiver: CommandLine, sandbox: Sandbox) -> None:
+def test_check_prints_one_line_per_fault_and_no_secret(receiver: CommandLine, sandbox: Sandbox) -> None:
     wrong = {"AWS_SECRET_ACCESS_KEY": "not-the-secret-key", "RECEIVER_S3_PREFIX": "p"}
     done = receiver("check", **wrong, RECEIVER_CALLBACK_SECRETS=CALLBACK_SECRET)
     (fault,) = [line for line in done.out.splitlines() if line.startswith("fault")]
@@ -112,7 +112,7 @@ def test_the_verb_prints_one_line_a_fault_and_no_secret(receiver: CommandLine, s
     assert not any(secret in done.out for secret in ("not-the-secret-key", CALLBACK_SECRET, sandbox.api_key))
 
 
-def test_the_verb_speaks_json(receiver: CommandLine) -> None:
+def test_check_prints_json(receiver: CommandLine) -> None:
     done = receiver("check", "--json", RECEIVER_KLING_API_KEY="wrong")
     assert (done.code, done.json["ok"]) == (1, False)
     assert [one["name"] for one in done.json["checks"] if one["status"] == "fault"] == ["provider"]
@@ -126,38 +126,40 @@ def test_the_verb_speaks_json(receiver: CommandLine) -> None:
         ("AWS_SECRET_ACCESS_KEY", "says the secret key is wrong (bucket pictures, SignatureDoesNotMatch, HTTP 403)"),
     ],
 )
-def test_a_wrong_s3_key(look: Look, monkeypatch: pytest.MonkeyPatch, variable: str, says: str) -> None:
+def test_wrong_s3_key_is_a_fault_with_its_remedy(
+    look: Look, monkeypatch: pytest.MonkeyPatch, variable: str, says: str
+) -> None:
     monkeypatch.setenv(variable, "somebodyelse")
     found = faults(look())
     assert list(found) == ["bucket"]
     assert says in found["bucket"] and found["bucket"].endswith(f"correct {variable}")
 
 
-def test_no_s3_key(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_s3_key_is_a_fault_with_its_remedy(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     says = "no credentials for the bucket: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY: "
     assert faults(look()) == {"bucket": says}
 
 
-def test_a_missing_bucket(look: Look) -> None:
+def test_missing_bucket_is_a_fault_with_its_remedy(look: Look) -> None:
     found = faults(look(s3_bucket="missing"))
     assert list(found) == ["bucket"]
     assert "has no such bucket (bucket missing, NoSuchBucket" in found["bucket"]
     assert found["bucket"].endswith("create it, or correct RECEIVER_S3_BUCKET")
 
 
-def test_an_unreachable_store(look: Look) -> None:
+def test_unreachable_store_is_a_fault_with_its_remedy(look: Look) -> None:
     found = faults(look(s3_endpoint_url="http://127.0.0.1:1"))
     assert list(found) == ["bucket"]
     assert "127.0.0.1:1 cannot be reached" in found["bucket"] and "RECEIVER_S3_ENDPOINT_URL" in found["bucket"]
 
 
-def test_something_that_is_no_store(look: Look, sandbox: Sandbox) -> None:
+def test_server_that_is_no_store_is_a_fault(look: Look, sandbox: Sandbox) -> None:
     assert list(faults(look(s3_endpoint_url=f"{sandbox.url}/"))) == ["bucket"]
 
 
-def test_a_store_that_can_less(look: Look, seaweed: Seaweed) -> None:
+def test_store_with_fewer_capabilities_is_described(look: Look, seaweed: Seaweed) -> None:
     def forgetful(request: Request, forward: Forward) -> Answer:
         return forward(request.without("if-none-match", "x-amz-checksum-sha256"))
 
@@ -169,24 +171,24 @@ def test_a_store_that_can_less(look: Look, seaweed: Seaweed) -> None:
     assert all(found[name].advice for name in cannot)
 
 
-def test_an_unreachable_database(look: Look) -> None:
+def test_unreachable_database_is_a_fault_with_its_remedy(look: Look) -> None:
     found = faults(look("postgresql://someone:hunter2@127.0.0.1:1/receiver"))
     assert list(found) == ["database"]
     assert "refused" in found["database"] and found["database"].endswith("correct RECEIVER_DATABASE_URL")
     assert "hunter2" not in found["database"] and "\n" not in found["database"]
 
 
-def test_a_database_that_does_not_exist(look: Look, postgres: Postgres) -> None:
+def test_missing_database_is_a_fault_with_its_remedy(look: Look, postgres: Postgres) -> None:
     (says,) = faults(look(postgres.create_database("gone").replace("gone", "never"))).values()
     assert 'database "never" does not exist' in says
 
 
-def test_a_folder_that_does_not_exist(look: Look, tmp_path: Path) -> None:
+def test_missing_folder_of_the_database_is_a_fault(look: Look, tmp_path: Path) -> None:
     (says,) = faults(look(f"sqlite:///{tmp_path}/none/receiver.db")).values()
     assert "is not there" in says
 
 
-def test_a_file_that_is_no_database(look: Look, tmp_path: Path) -> None:
+def test_file_that_is_no_database_is_a_fault(look: Look, tmp_path: Path) -> None:
     for content in ("not a database, only words " * 100, "x"):
         (tmp_path / "text.db").write_text(content)
         (says,) = faults(look(f"sqlite:///{tmp_path}/text.db")).values()
@@ -196,7 +198,7 @@ def test_a_file_that_is_no_database(look: Look, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("revision", "advice"), [("0000", "run `receiver migrate`"), ("9999", "run a receiver of the version that made it")]
 )
-def test_a_schema_that_is_not_ours(look: Look, database: Database, revision: str, advice: str) -> None:
+def test_schema_of_another_release_is_a_fault(look: Look, database: Database, revision: str, advice: str) -> None:
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
     found = faults(look(database.url.render_as_string(hide_password=False)))
@@ -205,7 +207,7 @@ def test_a_schema_that_is_not_ours(look: Look, database: Database, revision: str
     assert found["database"].endswith(advice)
 
 
-def test_an_empty_database(look: Look, empty_database_url: str, database_kind: str) -> None:
+def test_empty_database_is_created_by_serve_or_a_fault(look: Look, empty_database_url: str, database_kind: str) -> None:
     """On SQLite `serve` makes the schema by itself, on PostgreSQL somebody has to say so."""
     postgresql = database_kind == "postgresql"
     found = look(empty_database_url)["database"]
@@ -213,13 +215,13 @@ def test_an_empty_database(look: Look, empty_database_url: str, database_kind: s
     assert found.advice == ("run `receiver migrate`" if postgresql else "`receiver serve` makes it")
 
 
-def test_looking_makes_no_file(look: Look, tmp_path: Path) -> None:
+def test_check_creates_no_file(look: Look, tmp_path: Path) -> None:
     found = look(f"sqlite:///{tmp_path}/new.db", migrate_on_start=False)
     assert faults(found)["database"].endswith("does not exist yet: run `receiver migrate`")
     assert not (tmp_path / "new.db").exists()
 
 
-def test_a_public_url_that_is_not_https(receiver: CommandLine) -> None:
+def test_public_url_without_https_is_refused(receiver: CommandLine) -> None:
     done = receiver("check", RECEIVER_PUBLIC_URL="http://example.com", RECEIVER_CALLBACK_SECRETS=CALLBACK_SECRET)
     (line,) = [line for line in done.out.splitlines() if "settings" in line]
     assert (done.code, done.err) == (1, "")
@@ -242,7 +244,7 @@ def test_settings_faults_are_one_line_each(nothing_set: pytest.MonkeyPatch) -> N
     assert [line.split(":")[0] for line in lines] == ["RECEIVER_PORT", "RECEIVER_S3_BUCKET"]
 
 
-def test_a_missing_secret_is_offered(nothing_set: pytest.MonkeyPatch) -> None:
+def test_missing_callback_secret_is_printed_to_paste(nothing_set: pytest.MonkeyPatch) -> None:
     nothing_set.setenv("RECEIVER_S3_BUCKET", "pictures")
     nothing_set.setenv("RECEIVER_PUBLIC_URL", "https://example.com")
     first, second = (CliRunner().invoke(app, ["check"]) for _ in range(2))
@@ -252,21 +254,21 @@ def test_a_missing_secret_is_offered(nothing_set: pytest.MonkeyPatch) -> None:
     assert config.load(callback_secrets=value).callback_secrets == (SecretStr(value),)
 
 
-def test_without_a_public_url_a_secret_is_offered_too(look: Look) -> None:
+def test_secret_to_paste_is_printed_without_a_public_url_too(look: Look) -> None:
     found = look(public_url=None, callback_secrets="")
     assert faults(found) == {}
     assert len(found["callback secrets: fresh"].paste) > 50
     assert "polled" in found["callbacks"].line
 
 
-def test_the_account_url(look: Look) -> None:
+def test_account_url_is_printed_to_paste(look: Look) -> None:
     url = look(public_url="https://example.com/here")["callbacks"].paste
     before, _, token = url.rpartition("/")
     assert before == "https://example.com/here/callbacks/kling"
     assert Tokens([SecretStr(CALLBACK_SECRET)]).read("kling", token) == Named(None, 0)
 
 
-def test_callbacks_that_nobody_signs_are_warned_of(look: Look) -> None:
+def test_unsigned_callbacks_are_a_note(look: Look) -> None:
     public = {"public_url": "https://example.com"}
     note = look(**public)["callbacks: unsigned"]
     assert note.status is Status.NOTE
@@ -275,7 +277,7 @@ def test_callbacks_that_nobody_signs_are_warned_of(look: Look) -> None:
         assert "callbacks: unsigned" not in look(**public, **safe)
 
 
-def test_an_unknown_variable(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variable_of_the_environment_is_named(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECEIVER_S3_BUKET", "pictures")
     says = "nothing reads RECEIVER_S3_BUKET: RECEIVER_S3_BUCKET is the nearest there is"
     assert faults(look()) == {"settings": says}
@@ -284,7 +286,7 @@ def test_an_unknown_variable(look: Look, monkeypatch: pytest.MonkeyPatch) -> Non
     assert look()["settings"].status is Status.NOTE
 
 
-def test_an_unknown_variable_in_the_file(look: Look, tmp_path: Path) -> None:
+def test_unknown_variable_of_the_env_file_is_named(look: Look, tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("RECEIVER_S3_BUKET=pictures\nOTHER=1\nRECEIVER_S3_BUCKET=pictures\n")
     found = look()
     assert (found["settings"].status, found["settings"].line) == (Status.FAULT, "nothing reads RECEIVER_S3_BUKET")
@@ -298,7 +300,7 @@ def test_the_file_of_a_secret_may_be_named_in_the_file(nothing_set: pytest.Monke
     assert config.unknown_variables() == []
 
 
-def test_a_secret_that_is_no_longer_listed(look: Look, database: Database) -> None:
+def test_removed_secret_of_unfinished_tasks_is_a_fault(look: Look, database: Database) -> None:
     old, new = (Tokens([SecretStr(secret)]) for secret in ("o" * 40, CALLBACK_SECRET))
     states = [(old, TaskState.CREATED), (old, TaskState.PROCESSING), (new, TaskState.SUBMITTED)]
     with database.write() as session:
@@ -313,18 +315,18 @@ def test_a_secret_that_is_no_longer_listed(look: Look, database: Database) -> No
 
 
 @pytest.mark.parametrize("credentials", [{"kling_api_key": "wrong"}, {"kling_access_key": "a", "kling_api_key": ""}])
-def test_wrong_provider_credentials(look: Look, credentials: dict[str, str]) -> None:
+def test_wrong_provider_credentials_are_a_fault(look: Look, credentials: dict[str, str]) -> None:
     found = faults(look(**credentials, kling_secret_key="s" * 40 if "kling_access_key" in credentials else None))
     assert list(found) == ["provider"]
     assert "HTTP 401" in found["provider"] and "set RECEIVER_KLING_API_KEY" in found["provider"]
     assert "wrong" not in found["provider"] and "s" * 40 not in found["provider"]
 
 
-def test_no_provider_credentials(look: Look) -> None:
+def test_missing_provider_credentials_are_a_fault(look: Look) -> None:
     assert faults(look(kling_api_key=""))["provider"].startswith("no provider credentials are set: set RECEIVER_KLING")
 
 
-def test_a_webhook_secret_that_is_none(look: Look) -> None:
+def test_invalid_webhook_secret_is_a_fault(look: Look) -> None:
     (says,) = faults(look(kling_webhook_secrets="whsec_!")).values()
     assert says.startswith("a webhook secret must be whsec_ and Base64")
 
@@ -338,14 +340,16 @@ def test_a_webhook_secret_that_is_none(look: Look) -> None:
         ("1304", Status.FAULT, "allow this machine's address"),
     ],
 )
-def test_a_provider_that_does_not_want(look: Look, sandbox: Sandbox, code: str, status: Status, advice: str) -> None:
+def test_refusing_provider_is_a_fault_with_its_remedy(
+    look: Look, sandbox: Sandbox, code: str, status: Status, advice: str
+) -> None:
     sandbox.set(query_faults=[code, code])
     found = look()["provider"]
     assert found.status is status
     assert advice in found.advice
 
 
-def test_a_gateway_without_a_list(look: Look, sandbox: Sandbox) -> None:
+def test_gateway_without_a_list_is_checked_by_a_read(look: Look, sandbox: Sandbox) -> None:
     sandbox.set(query_faults=["1203"])
     assert look()["provider"].status is Status.OK
 
@@ -384,14 +388,14 @@ class Provider(ThreadingHTTPServer):
         self.server_close()
 
 
-def test_something_that_is_no_provider(look: Look) -> None:
+def test_server_that_is_no_provider_is_a_fault(look: Look) -> None:
     with Provider(200, b"<html>Welcome</html>") as page:
         found = look(kling_base_url=page.url)["provider"]
     assert found.status is Status.FAULT
     assert "the answer is not JSON (HTTP 200)" in found.line and "RECEIVER_KLING_BASE_URL" in found.advice
 
 
-def test_a_clock_that_is_not_the_provider_s(look: Look) -> None:
+def test_clock_that_differs_from_the_providers_is_a_fault(look: Look) -> None:
     with Provider(200, b'{"code": 0, "data": []}') as provider:
         found = look(kling_base_url=provider.url)
     assert found["provider"].status is Status.OK
@@ -399,14 +403,14 @@ def test_a_clock_that_is_not_the_provider_s(look: Look) -> None:
     assert "s ahead of the provider's: turn on time synchronisation" in says
 
 
-def test_a_refusal_for_the_clock_s_sake_is_one_fault(look: Look) -> None:
+def test_refusal_caused_by_the_clock_is_one_fault(look: Look) -> None:
     with Provider(401, b'{"code": 1003, "message": "token not yet valid"}') as provider:
         found = look(kling_base_url=provider.url, kling_api_key="", kling_access_key="a", kling_secret_key="s" * 40)
     assert list(faults(found)) == ["clock"]
     assert found["provider"].status is Status.NOTE
 
 
-def test_a_clock_that_is_not_the_store_s(look: Look, seaweed: Seaweed) -> None:
+def test_clock_that_differs_from_the_stores_is_a_fault(look: Look, seaweed: Seaweed) -> None:
     def late(request: Request, forward: Forward) -> Answer:
         answer = forward(request)
         return replace(answer, headers={**answer.headers, "date": formatdate(time() + 7_200, usegmt=True)})
@@ -432,7 +436,7 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return known
 
 
-def test_sinks_that_are_good(look: Look, names: dict[str, str], queues: Any, tmp_path: Path) -> None:
+def test_valid_sinks_have_no_fault(look: Look, names: dict[str, str], queues: Any, tmp_path: Path) -> None:
     names["hooks.example.com"] = "93.184.215.14"
     url = queues.create_queue(QueueName="pictures")["QueueUrl"]
     listed = urlsplit(url).netloc
@@ -450,7 +454,7 @@ def test_sinks_that_are_good(look: Look, names: dict[str, str], queues: Any, tmp
     ("address", "says"),
     [("10.0.0.7", "resolves to 10.0.0.7, which may not be dialled: private use"), ("nobody.invalid", "not resolved")],
 )
-def test_a_webhook_that_may_not_be_dialled(look: Look, names: dict[str, str], address: str, says: str) -> None:
+def test_webhook_at_a_refused_address_is_a_fault(look: Look, names: dict[str, str], address: str, says: str) -> None:
     names["hooks.example.com"] = address
     found = faults(look(event_sinks="hook=https://hooks.example.com/?key=hush", event_secrets=SECRET))
     assert list(found) == ["events to hook"]
@@ -458,13 +462,13 @@ def test_a_webhook_that_may_not_be_dialled(look: Look, names: dict[str, str], ad
     assert "hush" not in found["events to hook"]
 
 
-def test_a_queue_that_is_not_there(look: Look, queues: Any, sqs_server: str) -> None:
+def test_missing_queue_is_a_fault(look: Look, queues: Any, sqs_server: str) -> None:
     sinks = f"queue=sqs+{sqs_server}/123456789012/nobody-made-it"
     found = faults(look(event_sinks=sinks, private_event_hosts=urlsplit(sqs_server).netloc))
     assert "NonExistentQueue" in found["events to queue"] and "RECEIVER_EVENT_SINKS" in found["events to queue"]
 
 
-def test_a_queue_that_may_only_be_sent_to(look: Look) -> None:
+def test_queue_that_only_permits_sending_is_a_note(look: Look) -> None:
     body = b'{"__type": "com.amazonaws.sqs#AccessDeniedException", "message": "no"}'
     with Provider(403, body) as denying:
         sinks = f"queue=sqs+{denying.url}/123456789012/pictures"
@@ -474,13 +478,13 @@ def test_a_queue_that_may_only_be_sent_to(look: Look) -> None:
     assert "sqs:GetQueueAttributes" in found["events to queue"].advice
 
 
-def test_a_file_that_cannot_be_appended_to(look: Look, tmp_path: Path) -> None:
+def test_event_file_that_cannot_be_appended_to_is_a_fault(look: Look, tmp_path: Path) -> None:
     found = faults(look(event_sinks=f"file://{tmp_path}/none/events.jsonl folder=file://{tmp_path}"))
     assert list(found) == ["events to events", "events to folder"]
     assert "No such file or directory" in found["events to events"] and "make its folder" in found["events to events"]
 
 
-def test_a_gateway_without_a_public_url(look: Look) -> None:
+def test_gateway_without_a_public_url_is_a_note(look: Look) -> None:
     found = look(api_keys="a-key", public_url=None, result_lifetime_seconds=86_400)
     assert faults(found) == {}
     assert found["gateway"].status is Status.NOTE
@@ -497,7 +501,7 @@ def silent() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_what_never_answers_is_given_up(look: Look, silent: str) -> None:
+def test_check_gives_up_a_server_that_never_answers(look: Look, silent: str) -> None:
     found = look(
         f"postgresql://someone@{silent}/x",
         s3_endpoint_url=f"http://{silent}",
@@ -512,7 +516,7 @@ def test_what_never_answers_is_given_up(look: Look, silent: str) -> None:
     assert found["clock"].status is Status.NOTE
 
 
-def test_the_process_ends_though_nothing_answers(receiver: CommandLine, silent: str) -> None:
+def test_check_ends_although_no_server_answers(receiver: CommandLine, silent: str) -> None:
     done = receiver(
         "check",
         RECEIVER_DATABASE_URL=f"postgresql://someone@{silent}/x",

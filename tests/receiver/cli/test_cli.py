@@ -134,7 +134,7 @@ def test_every_wrong_field_is_named(ready: CommandLine, sandbox: Sandbox) -> Non
     assert ready("status", "--json").json["tasks"] == []
 
 
-def test_the_same_id_again(ready: CommandLine, sandbox: Sandbox) -> None:
+def test_same_id_and_request_are_submitted_once(ready: CommandLine, sandbox: Sandbox) -> None:
     mine = ("--external-task-id", "mine")
     assert ready(*ASK, *mine).out == "mine\n"
     again = ready(*ASK, *mine)
@@ -153,7 +153,7 @@ def test_a_refused_request_is_exit_code_1(ready: CommandLine, sandbox: Sandbox) 
     assert last_line(done).startswith("failed: ") and "1301" in last_line(done)
 
 
-def test_a_task_that_is_not_there(ready: CommandLine) -> None:
+def test_unknown_task_is_one_line_and_exit_code_1(ready: CommandLine) -> None:
     for words in (("status", "nothing"), ("status", "nothing", "--json")):
         assert ready(*words) == Done(1, "", "no task 'nothing' here; `receiver status` lists the newest\n")
 
@@ -168,7 +168,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_the_caller_got_wrong_is_said_in_one_line(case: str, ready: CommandLine) -> None:
+def test_users_mistake_is_one_line_without_a_traceback(case: str, ready: CommandLine) -> None:
     words, changes, said = WRONG[case]
     done = ready(*words, **changes)
     assert (done.code, len(done.err.splitlines()), said in done.err) == (1, 1, True), done.err
@@ -181,7 +181,7 @@ def test_a_bug_shows_its_traceback_whatever_its_class(fault: str) -> None:
     assert (done.returncode, done.stderr.splitlines()[0]) == (1, "Traceback (most recent call last):")
 
 
-def test_a_request_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
+def test_request_is_read_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
     """Options win over the file; its callback_url is ours to choose."""
     request = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2, "external_task_id": "theirs"}
     (ready.folder / "r.json").write_text(json.dumps({**request, "callback_url": "https://example.com"}))
@@ -193,7 +193,7 @@ def test_a_request_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
     assert not any("callback_url" in body for body in sent)
 
 
-def test_an_image_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
+def test_image_is_read_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
     from PIL import Image
 
     Image.new("RGB", (320, 320)).save(ready.folder / "in.png")

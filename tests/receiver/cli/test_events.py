@@ -89,7 +89,7 @@ def test_list_shows_what_is_open_and_what_is_dead(database: Database, run: Run) 
     assert run("list", "--open")[0] == 0
 
 
-def test_list_for_machines(database: Database, run: Run) -> None:
+def test_event_list_prints_json(database: Database, run: Run) -> None:
     three(database)
     found = json.loads(run("list", "--json")[1])
     assert [(each["id"], each["state"], each["event"]) for each in found["deliveries"]] == [
@@ -121,7 +121,7 @@ def test_redeliver_sends_dead_ones_again(database: Database, run: Run) -> None:
     assert "nothing was given up; give the numbers" in run("redeliver", "--all-dead")[1]
 
 
-def test_redeliver_by_number(database: Database, run: Run) -> None:
+def test_redeliver_takes_numbers(database: Database, run: Run) -> None:
     three(database)
     code, said = run("redeliver", "1", "77")
     assert (code, said.splitlines()) == (1, ["redelivered: 1", "77: no such delivery"])
@@ -129,7 +129,7 @@ def test_redeliver_by_number(database: Database, run: Run) -> None:
 
 
 @pytest.mark.parametrize("words", [[], ["1", "--all-dead"], ["1", "--sink", "x"]], ids=["nothing", "both", "sink"])
-def test_redeliver_wants_to_know_what(run: Run, words: list[str]) -> None:
+def test_redeliver_without_a_selection_is_refused(run: Run, words: list[str]) -> None:
     assert run("redeliver", *words)[0] == 2
 
 
@@ -141,7 +141,7 @@ def test_a_sink_is_disabled_and_enabled(database: Database, run: Run) -> None:
     assert run("enable", HOOK.sink)[0] == 1
 
 
-def test_a_sink_that_nobody_knows_is_not_disabled(database: Database, run: Run) -> None:
+def test_unknown_sink_is_not_disabled(database: Database, run: Run) -> None:
     code, said = run("disable", "hooks.exmaple.com")
     assert (code, "there are client, hooks.example.com" in said) == (2, True)
     with database.read() as session:
@@ -161,7 +161,7 @@ def test_tail_prints_the_last_ones(database: Database, run: Run) -> None:
     assert run("tail", "--types", "nothing.*")[0] == 2
 
 
-def test_tail_follows(database: Database, environment: dict[str, str], tmp_path: Path) -> None:
+def test_tail_follows_new_events(database: Database, environment: dict[str, str], tmp_path: Path) -> None:
     three(database)
     out = tmp_path / "out"
     out.touch()
@@ -207,7 +207,7 @@ def entries(sinks: str) -> list[Entry]:
     return settings(sinks).event_entries
 
 
-def test_sinks_are_told_apart_and_named() -> None:
+def test_sinks_have_distinct_names() -> None:
     found = entries(
         "https://hooks.example.com/a?x=y=z  archive=https://hooks.example.com/b#task.archived,asset.*\n"
         "http://localhost:8080/ sqs+https://sqs.eu-central-1.amazonaws.com/123456789012/pictures"
@@ -255,7 +255,7 @@ def test_a_wrong_entry_stops_the_start(text: str, words: str) -> None:
     assert "hidden" not in line
 
 
-def test_every_fault_is_said() -> None:
+def test_every_fault_of_the_sinks_is_listed() -> None:
     with pytest.raises(SettingsInvalid) as fault:
         settings("nonsense https://hooks.example.com/ ftp://x/", event_secrets="whsec_short")
     assert [line.partition(": ")[0] for line in str(fault.value).splitlines()] == [
@@ -279,7 +279,7 @@ def test_no_secret_is_shown() -> None:
     assert SECRET not in shown
 
 
-def test_the_schedule_is_a_setting() -> None:
+def test_retry_schedule_is_a_setting() -> None:
     assert settings("stdout:", event_retry_seconds="1, 2.5").event_retry_seconds == (1, 2.5)
     assert sum(load(s3_bucket="b").event_retry_seconds) > 3 * 86_400
     with pytest.raises(SettingsInvalid, match="RECEIVER_EVENT_RETRY_SECONDS"):

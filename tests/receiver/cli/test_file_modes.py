@@ -62,7 +62,7 @@ def test_the_write_ahead_log_is_for_one_user(tmp_path: Path) -> None:
     assert names == dict.fromkeys(["own.db", "own.db-wal", "own.db-shm", "own.db.lock"], "0o600")
 
 
-def test_what_commands_write_is_for_one_user(tmp_path: Path) -> None:
+def test_files_of_commands_are_readable_by_one_user(tmp_path: Path) -> None:
     Lines(tmp_path / "events.jsonl").send(messages(1))
     AuditLog(tmp_path / "audit.jsonl").end()
     batch_report.write(tmp_path / "report.csv", "night", [])
@@ -82,7 +82,7 @@ def held(path: Path) -> Iterator[None]:
         yield
 
 
-def test_a_lock_that_a_stranger_holds_is_told_and_its_waiters_have_a_bound(tmp_path: Path) -> None:
+def test_lock_of_another_program_is_logged_and_its_waiters_are_bounded(tmp_path: Path) -> None:
     turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3)
     words = "x.lock has been locked for 0.3 s by another program; `fuser "
 
@@ -101,7 +101,7 @@ def test_a_lock_that_a_stranger_holds_is_told_and_its_waiters_have_a_bound(tmp_p
     turnstile.close()
 
 
-def test_an_event_file_that_a_stranger_locks_holds_no_thread(tmp_path: Path) -> None:
+def test_event_file_locked_by_another_program_holds_no_thread(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     sink = Lines(file, wait_seconds=0.2)
     with held(file):
@@ -110,7 +110,7 @@ def test_an_event_file_that_a_stranger_locks_holds_no_thread(tmp_path: Path) -> 
     assert sink.send(messages(1)) == [None]
 
 
-def test_a_command_gives_up_a_lock_that_a_stranger_holds(tmp_path: Path) -> None:
+def test_command_gives_up_a_lock_of_another_program(tmp_path: Path) -> None:
     turnstile = Turnstile(tmp_path / "x.lock", wait_seconds=0.3, is_patient=lambda: False)
     with held(tmp_path / "x.lock"), pytest.raises(DatabaseUnavailable, match="names the process that holds it"):
         turnstile.__enter__()
@@ -135,7 +135,7 @@ def test_a_command_waits_its_turn_behind_a_short_transaction(tmp_path: Path) -> 
     turnstile.close()
 
 
-def test_commands_are_impatient_and_workers_are_not(receiver: CommandLine) -> None:
+def test_commands_wait_less_for_locks_than_workers(receiver: CommandLine) -> None:
     assert receiver("migrate").code == 0
     database = Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
     assert isinstance(database.turnstile, Turnstile)

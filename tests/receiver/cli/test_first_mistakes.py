@@ -23,7 +23,7 @@ ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
 @pytest.mark.parametrize(
     ("address", "why"), [("http://127.0.0.1:9", "Connection refused"), ("{url}/v1/images", "HTTP 404")]
 )
-def test_a_create_that_the_provider_did_not_take_is_told(
+def test_create_that_the_provider_did_not_accept_is_reported(
     receiver: CommandLine, sandbox: Sandbox, address: str, why: str
 ) -> None:
     done = receiver(*ASK, RECEIVER_KLING_BASE_URL=address.format(url=sandbox.url))
@@ -70,7 +70,7 @@ def test_an_argument_that_is_no_text_is_one_sentence(receiver: CommandLine, word
         ('{"prompt": "a boat"}'.encode("utf-16"), "is not UTF-8 text; save it as UTF-8"),
     ],
 )
-def test_a_request_as_windows_editors_save_it(receiver: CommandLine, content: bytes, says: str | None) -> None:
+def test_request_file_with_a_byte_order_mark_is_read(receiver: CommandLine, content: bytes, says: str | None) -> None:
     (receiver.folder / "request.json").write_bytes(content)
     done = receiver("submit", "--request", "request.json")
     assert (done.code, says is None or says in done.err) == (2 if says else 0, True), done.err

@@ -85,7 +85,7 @@ def check_harmless(done: Done) -> None:
 
 
 @pytest.mark.parametrize("words", VERBS, ids=lambda words: " ".join(words).replace(HOSTILE, "ID"))
-def test_no_verb_prints_what_a_terminal_obeys(receiver: CommandLine, words: tuple[str, ...]) -> None:
+def test_no_command_prints_control_sequences(receiver: CommandLine, words: tuple[str, ...]) -> None:
     check_harmless(receiver(*words))
 
 
@@ -103,7 +103,7 @@ def test_a_batch_report_on_the_terminal_is_harmless(receiver: CommandLine, forma
     assert "nope" in done.out
 
 
-def test_deleting_asks_for_a_harmless_name(receiver: CommandLine) -> None:
+def test_delete_asks_with_an_escaped_id(receiver: CommandLine) -> None:
     done = receiver("delete", HOSTILE, given="n\n")
     check_harmless(done)
     assert r"Delete [/nope]\x1b]0;owned\x07" in done.err + done.out
@@ -113,7 +113,7 @@ def test_status_shows_the_id_escaped(receiver: CommandLine) -> None:
     assert r"[/nope]\x1b]0;owned\x07\x1b[2J\nforged 99 ok\u202e\x9b31m\x7f" in receiver("status", COLUMNS="400").out
 
 
-def test_a_console_log_shows_what_a_stranger_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_log_escapes_text_of_others(capsys: pytest.CaptureFixture[str]) -> None:
     import structlog
 
     telemetry.configure("info", "console")

@@ -70,7 +70,7 @@ def beside(receiver: CommandLine) -> Database:
     return Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
 
 
-def test_words_and_exit_codes(receiver: CommandLine, beside: Database) -> None:
+def test_operator_commands_have_documented_output_and_exit_codes(receiver: CommandLine, beside: Database) -> None:
     task, _ = lost(beside, 2)
     would = receiver("retry", task.external_task_id, "--dry-run")
     assert (would.code, would.out) == (0, "dry run, nothing was changed: files due: 2\n")
@@ -80,7 +80,7 @@ def test_words_and_exit_codes(receiver: CommandLine, beside: Database) -> None:
     beside.close()
 
 
-def test_nothing_to_do_says_why(receiver: CommandLine) -> None:
+def test_command_without_work_says_why(receiver: CommandLine) -> None:
     for words, why in (
         (("retry", "--all-failed"), "no file was given up"),
         (("replay", "--since", "3h"), "no stored delivery"),
@@ -104,7 +104,7 @@ def test_task_is_named_by_its_own_id_too_and_a_pipe_wraps_no_id(receiver: Comman
     beside.close()
 
 
-def test_json_for_machines(receiver: CommandLine, beside: Database) -> None:
+def test_operator_commands_print_json(receiver: CommandLine, beside: Database) -> None:
     lost(beside, 2)
     done = receiver("retry", "--all-failed", "--since", "2019-12-31", "--error", "no picture", "--limit", "1", "--json")
     assert done.json == {"ok": True, "dry_run": False, "counts": {"files_due": 1}, "left": {}}

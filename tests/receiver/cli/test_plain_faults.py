@@ -62,7 +62,7 @@ def test_reading_verbs_make_no_database_and_say_where_none_is(receiver: CommandL
 
 
 @pytest.mark.parametrize("name", ["RECEIVER_PORT", "RECEIVER_S3_PREFIX", "RECEIVER_WORKERS", "RECEIVER_LOG_LEVEL"])
-def test_an_empty_variable_is_an_unset_one(ready: CommandLine, name: str) -> None:
+def test_empty_variable_counts_as_unset(ready: CommandLine, name: str) -> None:
     assert ready("status", **{name: ""}).code == 0
     (ready.folder / ".env").write_text(f"{name}=\n")
     assert ready("status", **{name: None}).code == 0
@@ -147,7 +147,7 @@ def test_a_submit_without_credentials_sends_nothing_and_pauses_nothing(ready: Co
     assert (status["tasks"], status["summary"]["accounts"]["kling"]["pauses"]) == ([], [])
 
 
-def test_a_csv_of_a_german_excel_is_told_what_to_save(ready: CommandLine) -> None:
+def test_csv_in_utf_16_of_excel_names_the_format_to_save(ready: CommandLine) -> None:
     (ready.folder / "mein excel.csv").write_bytes("model_name;prompt\r\nkling-image-o1;Düne\r\n".encode("cp1252"))
     done = ready("submit", "--batch", "mein excel.csv")
     assert 'mein excel.csv:2: is not UTF-8 (byte 17); save the file as UTF-8 ("CSV UTF-8")' in done.out + done.err
@@ -158,7 +158,7 @@ def test_a_batch_name_with_a_space_can_be_pasted(ready: CommandLine) -> None:
     assert "`receiver batch status --wait 'mein excel'`" in ready("submit", "--batch", "mein excel.csv").out
 
 
-def test_making_again_what_never_failed_names_no_batch_that_is_not_there(ready: CommandLine) -> None:
+def test_retry_as_without_failures_names_no_missing_batch(ready: CommandLine) -> None:
     (ready.folder / "good.csv").write_text("model_name,prompt\nkling-image-o1,a boat\n")
     assert ready("submit", "--batch", "good.csv").code == 0
     done = ready("batch", "retry", "good", "--as", "again")
@@ -192,7 +192,7 @@ def test_a_key_with_bearer_before_it_names_its_variable(ready: CommandLine, name
 
 
 @pytest.mark.parametrize("end", ["{}\n", '"{}"', "'{}'\r\n", " {} "])
-def test_a_database_url_with_a_line_end_or_quotes_is_read_without(ready: CommandLine, end: str) -> None:
+def test_line_end_and_quotes_around_a_database_url_are_removed(ready: CommandLine, end: str) -> None:
     assert ready("status", RECEIVER_DATABASE_URL=end.format("sqlite:///receiver.db")).code == 0
 
 

@@ -41,7 +41,7 @@ def test_session_names_its_person_and_what_they_may() -> None:
     assert access.log_in("another-key-of-more-than-24") is None
 
 
-def test_session_dies_with_its_key_and_with_its_role() -> None:
+def test_session_ends_when_its_key_is_removed_or_its_role_changes() -> None:
     token = Access([ANN, BEN]).log_in(ACT_KEY)
     assert Access([BEN]).session(token) is None
     assert Access([ANN._replace(may_act=False)]).session(token) is None
@@ -70,7 +70,7 @@ def test_one_time_link_logs_in_once_and_is_no_session() -> None:
     assert access.redeem(token) is None and access.is_open(token) is None
 
 
-def test_forged_tokens_are_none() -> None:
+def test_forged_session_tokens_are_refused() -> None:
     access = Access([ANN])
     token = str(access.log_in(ACT_KEY))
     raw = bytearray(base64.urlsafe_b64decode(token + "="))
@@ -80,7 +80,7 @@ def test_forged_tokens_are_none() -> None:
     assert [access.session(each) for each in forged] == [None] * 7
 
 
-def test_throttle_lets_an_address_wait_after_ten_wrong_keys() -> None:
+def test_address_with_ten_wrong_keys_is_throttled() -> None:
     clock = Clock()
     throttle = LoginThrottle(clock)
     for _ in range(10):
@@ -111,12 +111,12 @@ def test_a_name_may_have_two_keys_and_a_key_one_name() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}])
-def test_console_is_not_there_without_keys(web: Web, changes: dict[str, str]) -> None:
+def test_console_is_404_without_keys(web: Web, changes: dict[str, str]) -> None:
     answers = [httpx.get(f"{web.url}/console{path}") for path in ("", "/login", "/tasks", "/static/style.css")]
     assert [each.status_code for each in answers] == [404] * 4
 
 
-def test_stranger_is_sent_to_the_login_from_every_page(stranger: Reader) -> None:
+def test_every_page_redirects_to_the_login_without_a_session(stranger: Reader) -> None:
     for path in (*PAGES, "/live", "/files/x", "/thumbnails/x", "/gallery/zip", "/deliveries/1/body"):
         answer = stranger.get(path, follow_redirects=False)
         assert (answer.status_code, answer.headers["location"].partition("?")[0]) == (303, "/console/login"), path
@@ -178,7 +178,7 @@ def test_reader_may_change_nothing(ben: Reader, parts: Parts) -> None:
         assert 'action="/console/act/' not in ben.page(path)
 
 
-def test_forms_from_elsewhere_are_refused(ann: Reader) -> None:
+def test_forms_of_other_sites_are_refused(ann: Reader) -> None:
     for path in POSTS:
         assert ann.post(path, csrf="").status_code == 403, path
         assert ann.post(path, csrf="0" * 32).status_code == 403, path
@@ -207,7 +207,7 @@ def test_one_time_link_shows_a_button_first(stranger: Reader, web: Web) -> None:
     assert "used already" in stranger.page(link)
 
 
-def test_login_leads_back_and_never_elsewhere(stranger: Reader) -> None:
+def test_login_redirects_back_and_never_to_another_site(stranger: Reader) -> None:
     for following, arrives in (
         ("/console/tasks?state=failed", "/console/tasks"), ("https://evil.example", "/console"),
         ("//evil.example", "/console"), ("/console//evil.example", "/console"), ("/consolex", "/console"),

@@ -72,7 +72,7 @@ def test_read_now_makes_the_read_due(parts: Parts, ann: Reader) -> None:
     assert acts(parts, task) == [("ann", "read")]
 
 
-def test_dismissing_needs_a_reason_and_its_facts_name_the_person(parts: Parts, ann: Reader) -> None:
+def test_dismissing_needs_a_reason_and_its_events_name_the_person(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts)
     assert "Say why" in ann.post("/act/dismiss", task=task.id, reason=" ").text
     ann.post("/act/dismiss", task=task.id, reason="no longer wanted")
@@ -100,7 +100,7 @@ def test_verify_reads_the_object_back(parts: Parts, ann: Reader) -> None:
     assert "not in the store" in ann.post("/act/verify", file=asset.id).text
 
 
-def test_the_same_request_goes_again_as_a_new_task(parts: Parts, ann: Reader) -> None:
+def test_same_request_is_sent_again_as_a_new_task(parts: Parts, ann: Reader) -> None:
     task = archive(parts, 1)[0]
     answer = ann.post("/act/again", task=task.id)
     name = answer.url.path.rpartition("/")[2]
@@ -133,7 +133,7 @@ def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_pri
     assert [base64.b64decode(each["image"]) for each in create.body["image_list"]] == [each[1][1] for each in chosen]
 
 
-def test_a_faulty_request_says_every_fault(ann: Reader) -> None:
+def test_faulty_request_lists_every_fault(ann: Reader) -> None:
     answer = ann.post("/ask", model_name="none", prompt="", n="99", more="[1]")
     assert answer.status_code == 422 and "JSON object" in answer.text
     assert "model_name" in ann.post("/ask", model_name="none", prompt="x", n="99").text
@@ -202,7 +202,7 @@ def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader
     assert report.headers["content-disposition"].startswith("attachment") and report.text.count("\r\n") == 4
 
 
-def test_what_failed_of_a_batch_is_tried_again(parts: Parts, ann: Reader) -> None:
+def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> None:
     task, _ = with_a_failed_file(parts)
     with parts.database.write() as session:
         batch = Batch(name="spring", created_at=parts.database.now())
@@ -231,7 +231,7 @@ def test_failures_of_a_batch_are_paged_in_the_order_of_their_lines(parts: Parts,
     assert "1–40 / 45" in pages[0] and f"/console/batches/{batch_id}?from=40" in pages[0]
 
 
-def test_a_sample_audit_tells_what_it_found(parts: Parts, ann: Reader) -> None:
+def test_sample_audit_shows_its_findings(parts: Parts, ann: Reader) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     parts.bucket.delete(str(asset.key))
     ann.post("/act/audit")
@@ -240,12 +240,12 @@ def test_a_sample_audit_tells_what_it_found(parts: Parts, ann: Reader) -> None:
     assert re.search(r"missing</span> <span class=\"mono\">" + re.escape(str(asset.key)), page)
 
 
-def test_check_says_what_receiver_check_says(ann: Reader) -> None:
+def test_check_page_shows_the_results_of_receiver_check(ann: Reader) -> None:
     page = ann.post("/settings").text
     assert "takes writes, schema" in page and "takes our credentials" in page and "/callbacks/kling/" not in page
 
 
-def test_all_that_a_person_did_is_in_the_tasks_timeline_and_told_to_nobody_outside(parts: Parts, ann: Reader) -> None:
+def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: Reader) -> None:
     task, asset = with_a_failed_file(parts)
     [good] = [each for each in assets_of(parts, task) if each.state is AssetState.ARCHIVED]
     callback = next(each for each in callbacks_of(parts) if each.source == "push")

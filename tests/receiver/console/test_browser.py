@@ -80,7 +80,7 @@ def test_a_live_task_is_followed_from_the_form_to_the_picture(parts: Parts, brow
     assert browser.console_log() == []
 
 
-def test_a_filter_is_in_the_address(parts: Parts, browser: Browser, web: Web) -> None:
+def test_filter_is_part_of_the_url(parts: Parts, browser: Browser, web: Web) -> None:
     insert_row(parts, external_task_id="red-one", request={"prompt": "a red kite"})
     insert_row(parts, external_task_id="blue-one", request={"prompt": "a blue kite"})
     browser.open(f"{web.url}/console/tasks")
@@ -146,7 +146,7 @@ def test_a_batch_with_a_fault_in_line_three_and_then_a_good_one(
         browser.waits_for("3 of 3 are over", seconds=40)
 
 
-def test_the_gallery_goes_by_keyboard(parts: Parts, browser: Browser, web: Web) -> None:
+def test_gallery_can_be_used_by_keyboard(parts: Parts, browser: Browser, web: Web) -> None:
     archive(parts, 1, n=3, prompt="three red kites")
     browser.open(f"{web.url}/console/gallery")
     browser.press("ArrowRight")
@@ -225,7 +225,7 @@ def test_filters_of_a_phone_are_shown_when_they_are_asked_for(browser: Browser, 
 
 
 @pytest.mark.parametrize("meanwhile", ["nothing", "an error page"])
-def test_an_open_page_goes_on_when_the_server_is_back(parts: Parts, browser: Browser, web: Web, meanwhile: str) -> None:
+def test_open_page_continues_when_the_server_is_back(parts: Parts, browser: Browser, web: Web, meanwhile: str) -> None:
     browser.open(f"{web.url}/console/tasks")
     browser.waits_for("Live")
     web.__exit__()
@@ -261,7 +261,7 @@ def error_pages(web: Web) -> Iterator[list[str]]:
     server.server_close()
 
 
-def test_new_pictures_wait_behind_a_button_while_somebody_looks_further_down(
+def test_new_pictures_wait_behind_a_button_while_the_page_is_scrolled_down(
     parts: Parts, browser: Browser, web: Web
 ) -> None:
     archive(parts, 12, n=4)
@@ -289,7 +289,7 @@ def test_a_reader_sees_and_cannot_act(parts: Parts, browser: Browser, web: Web) 
     assert browser.run_async(sent) == 403
 
 
-def test_no_script_of_a_stranger_runs_and_nothing_breaks_the_layout(parts: Parts, browser: Browser, web: Web) -> None:
+def test_injected_script_never_runs_and_nothing_breaks_the_layout(parts: Parts, browser: Browser, web: Web) -> None:
     task, callback = hostile(parts)
     for path in (*PAGES, *own_pages(parts, task, callback)):
         for width in WIDTHS:

@@ -30,7 +30,7 @@ def test_both_languages_have_the_same_keys() -> None:
     assert set(catalogue.TEXTS["en"]) == set(catalogue.TEXTS["zh"])
 
 
-def test_both_languages_have_the_same_blanks() -> None:
+def test_both_languages_have_the_same_placeholders() -> None:
     def blanks(text: str) -> set[str]:
         return set(re.findall(r"{(\w+)}", text))
 
@@ -38,20 +38,20 @@ def test_both_languages_have_the_same_blanks() -> None:
     assert wrong == []
 
 
-def test_pages_ask_for_words_that_there_are() -> None:
+def test_pages_use_existing_texts_only() -> None:
     asked = {key for source in SOURCES for key in ASKED.findall(source.read_text()) if not key.endswith(".")}
     assert len(asked) > 250
     assert asked - set(catalogue.TEXTS["en"]) == set()
 
 
-def test_no_word_is_kept_that_no_page_can_show() -> None:
+def test_no_text_is_unused() -> None:
     sources = "".join(source.read_text() for source in SOURCES)
     groups = {*GROUPS.findall(sources), "page", "event", "next", "need", "act", "figure", "ask", "error", "delivery"}
     asked = set(ASKED.findall(sources)) | set(re.findall(r'"([a-z0-9_]+\.[a-z0-9_.]+)"', sources))
     assert [key for key in catalogue.TEXTS["en"] if key not in asked and key.partition(".")[0] not in groups] == []
 
 
-def test_every_state_that_a_row_can_have_has_a_word() -> None:
+def test_every_state_of_a_row_has_a_text() -> None:
     kinds = {
         "state": TaskState, "archive": ArchiveState, "delivery": CallbackState, "dispatch": DispatchState, "next": Step,
         "finding": FindingKind, "files": lists.FILES, "person": ACTIONS, "stage": batches.STAGES,
@@ -61,7 +61,7 @@ def test_every_state_that_a_row_can_have_has_a_word() -> None:
     assert [key for key in keys if key not in catalogue.TEXTS["en"]] == []
 
 
-def test_chinese_is_chinese() -> None:
+def test_chinese_texts_are_in_chinese() -> None:
     """Names of things that are the same everywhere aside."""
     plain = {key: text for key, text in catalogue.TEXTS["zh"].items() if not re.search("[\u4e00-\u9fff]", text)}
     assert set(plain) == {"file.sha"}

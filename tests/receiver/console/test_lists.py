@@ -123,7 +123,7 @@ NONSENSE = (
 
 
 @pytest.mark.parametrize("query", NONSENSE)
-def test_nonsense_in_an_address_is_no_fault(ann: Reader, query: str) -> None:
+def test_invalid_filter_in_a_url_is_ignored(ann: Reader, query: str) -> None:
     for path in ("/tasks", "/gallery", "/deliveries", "/events", "/batches"):
         assert ann.get(f"{path}?{query}").status_code == 200
 
@@ -132,7 +132,7 @@ def test_an_id_with_a_nul_is_no_task(ann: Reader) -> None:
     assert ann.get("/tasks/%00").status_code == 404
 
 
-def test_a_page_asks_the_same_few_questions_however_much_there_is(parts: Parts, ann: Reader) -> None:
+def test_page_runs_a_fixed_number_of_queries(parts: Parts, ann: Reader) -> None:
     asked: list[str] = []
     event.listen(parts.database.reader, "before_cursor_execute", lambda *given: asked.append(given[2]))
 
@@ -147,7 +147,7 @@ def test_a_page_asks_the_same_few_questions_however_much_there_is(parts: Parts, 
     assert [questions(path) for path in ("/tasks", "/gallery", "/deliveries")] <= [each + 3 for each in before]
 
 
-def test_figures_add_up_what_ended_and_came(parts: Parts) -> None:
+def test_figures_sum_ended_tasks_and_callbacks(parts: Parts) -> None:
     tasks = archive(parts, 2, n=2)
     deliver(parts, insert_row(parts), b"no json")
     with parts.database.write() as session:
@@ -202,7 +202,7 @@ def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, mon
     counted.close()
 
 
-def test_batches_that_stand_still_are_found_by_an_index(parts: Parts) -> None:
+def test_stopped_batches_are_found_by_an_index(parts: Parts) -> None:
     def look(session: Session) -> object:
         return list(attention.still_batches(session))
 
@@ -241,7 +241,7 @@ def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", ["writable", "symlink"])
-def test_thumbnail_folder_that_others_prepared_is_not_used(parts: Parts, tmp_path: Path, kind: str) -> None:
+def test_thumbnail_folder_of_another_user_is_not_used(parts: Parts, tmp_path: Path, kind: str) -> None:
     assets = [each for task in archive(parts, 1, n=2) for each in assets_of(parts, task)]
     theirs, folder = tmp_path / "theirs", tmp_path / "t"
     (theirs if kind == "symlink" else folder).mkdir()
@@ -279,7 +279,7 @@ def test_a_vanished_object_has_no_thumbnail_and_is_asked_for_once(parts: Parts, 
     assert kept.get(asset) is None and kept.get(asset) is None and len(kept._failed) == 1
 
 
-def test_forms_of_pictures_have_a_class_of_the_stylesheet() -> None:
+def test_aspect_ratios_have_a_class_of_the_stylesheet() -> None:
     sheet = (visit.HERE / "static" / "ratios.css").read_text()
     classes = {
         ratio_class(width, height) for width, height in ((1, 1), (16, 9), (9, 16), (1, 100), (100, 1), (None, 5))
@@ -298,7 +298,7 @@ def test_chosen_files_come_as_one_zip(parts: Parts, ben: Reader) -> None:
     assert ben.get("/gallery/zip", params={"id": [str(assets[0].id)] * 46}).status_code == 413
 
 
-def test_an_open_page_is_told_that_something_changed(parts: Parts, ann: Reader, web: Web) -> None:
+def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -> None:
     cookies = {COOKIE: ann.http.cookies[COOKIE]}
     with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")

@@ -134,7 +134,7 @@ def test_an_old_failure_is_found_behind_more_tasks_than_a_page_reads(
 
 
 @pytest.mark.parametrize(("does", "key"), [("refuses", "store"), ("hangs", "slow")])
-def test_a_store_that_is_slow_or_away_is_said_on_the_first_page(
+def test_slow_or_unavailable_store_is_shown_on_the_overview(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, does: str, key: str
 ) -> None:
     monkeypatch.setattr(needs, "SLOW_SECONDS", 0.2)

@@ -70,7 +70,7 @@ def own_pages(parts: Parts, task: Task, callback: Callback) -> list[str]:
     return [f"/tasks/{task.id}", f"/deliveries/{callback.id}", f"/batches/{batch_id}", *filtered]
 
 
-def test_hostile_words_are_shown_as_words_on_every_page(parts: Parts, ann: Reader) -> None:
+def test_hostile_markup_is_escaped_on_every_page(parts: Parts, ann: Reader) -> None:
     task, callback = hostile(parts)
     for path in (*PAGES, *own_pages(parts, task, callback)):
         page = ann.page(path)
@@ -80,7 +80,7 @@ def test_hostile_words_are_shown_as_words_on_every_page(parts: Parts, ann: Reade
     assert "&lt;script&gt;alert(1)" in ann.page(f"/deliveries/{callback.id}")
 
 
-def test_every_answer_has_the_headers_of_a_page_nobody_may_frame(parts: Parts, ann: Reader, stranger: Reader) -> None:
+def test_every_answer_forbids_frames(parts: Parts, ann: Reader, stranger: Reader) -> None:
     answers = [ann.get(path) for path in (*PAGES, "/tasks/none", "/static/console.js")] + [stranger.get("/login")]
     answers += [ann.post("/act/retry", csrf="wrong")]
     for answer in answers:
@@ -114,7 +114,7 @@ def test_no_secret_of_the_settings_is_on_any_page(parts: Parts, ann: Reader) -> 
     assert not any(each in ann.post("/settings").text for each in secrets)
 
 
-def test_a_file_comes_with_a_policy_that_runs_nothing(parts: Parts, ann: Reader) -> None:
+def test_file_is_served_with_a_policy_that_runs_no_script(parts: Parts, ann: Reader) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     for path in (f"/files/{asset.id}", f"/thumbnails/{asset.id}"):
         answer = ann.get(path)
@@ -162,12 +162,12 @@ NOWHERE = ("/tasks/none", "/deliveries/0", "/deliveries/x", "/batches/x", "/file
 
 
 @pytest.mark.parametrize("path", NOWHERE)
-def test_what_is_not_there_is_said_in_words(ann: Reader, path: str) -> None:
+def test_missing_page_is_a_readable_404(ann: Reader, path: str) -> None:
     answer = ann.get(path)
     assert answer.status_code == 404 and (path == "x" or "There is nothing here" in answer.text)
 
 
-def test_templates_never_mark_foreign_words_as_safe() -> None:
+def test_templates_never_mark_foreign_text_as_safe() -> None:
     for template in (Path(visit.HERE) / "templates").glob("*.html"):
         assert not re.search(r"\|\s*safe|autoescape false|Markup", template.read_text()), template
 
@@ -182,5 +182,5 @@ def test_templates_never_mark_foreign_words_as_safe() -> None:
         ("a\u202eb\x00", "a\\u202eb\\u0000"),
     ],
 )
-def test_of_an_address_only_the_host_is_shown(foreign: str, shown: str) -> None:
+def test_only_the_host_of_a_url_is_shown(foreign: str, shown: str) -> None:
     assert words.seen(foreign) == shown

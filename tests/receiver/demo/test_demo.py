@@ -161,7 +161,7 @@ def test_every_object_equals_what_was_served(demo: Running) -> None:
     assert "DIFFERENT" not in demo.output
 
 
-def test_the_table_tells_how_each_task_ended(demo: Running) -> None:
+def test_demo_table_shows_the_end_of_each_task(demo: Running) -> None:
     rows = re.findall(r"^(demo-\S+) {2,}(\S.*?) {2,}(\d+) +([\d,]+) +(.+?)$", demo.output, re.MULTILINE)
     assert [(row[0], row[1], row[2]) for row in rows] == [
         ("demo-single", "archived", "1"),
@@ -191,28 +191,28 @@ def test_nothing_listened_outside_loopback(demo: Running) -> None:
         ("0000000000000000FFFF00000200000A", "10.0.0.2"),
     ],
 )
-def test_the_kernel_s_addresses_are_read_rightly(text: str, address: str) -> None:
+def test_addresses_of_the_kernel_are_decoded(text: str, address: str) -> None:
     assert address_of(text) == address
     assert is_loopback(address) == (address in ("127.0.0.1", "::1"))
 
 
-def test_nothing_is_left(demo: Running) -> None:
+def test_demo_leaves_nothing_behind(demo: Running) -> None:
     assert len(demo.seen) >= 4  # itself, SeaweedFS, serve, its worker
     assert demo.leftovers() == []
 
 
-def test_the_last_lines_say_where_to_look_next(demo: Running) -> None:
+def test_demo_ends_with_the_next_steps(demo: Running) -> None:
     last = demo.output.partition("Next:")[2]
     assert all(words in last for words in ("demo --keep", "log", "status", "sandbox", "README.md"))
     section = re.findall(r'README\.md, "(.+)"', last)
     assert f"## {section[0]}\n" in (ROOT / "README.md").read_text()
 
 
-def test_it_fits_eighty_columns(demo: Running) -> None:
+def test_demo_output_fits_eighty_columns(demo: Running) -> None:
     assert [line for line in demo.output.partition("Next:")[0].splitlines() if len(line) > 80 and "/" not in line] == []
 
 
-def test_terminated_in_the_middle_it_cleans_up(tmp_path: Path) -> None:
+def test_terminated_demo_cleans_up(tmp_path: Path) -> None:
     with started(tmp_path) as running:
         wait_until(lambda: running.says("request"), seconds=60, every=POLL_INTERVAL_SECONDS)
         running.process.send_signal(signal.SIGTERM)
@@ -222,7 +222,7 @@ def test_terminated_in_the_middle_it_cleans_up(tmp_path: Path) -> None:
         assert running.leftovers() == []
 
 
-def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
+def test_demo_with_keep_stays_until_it_is_ended(tmp_path: Path) -> None:
     with started(tmp_path, "--keep", "--directory", "here") as running:
         wait_until(lambda: running.says("Ctrl-C here"), seconds=120, every=POLL_INTERVAL_SECONDS)
         pasted = dict(re.findall(r"^export (\w+)=(.*)$", running.output, re.MULTILINE))
@@ -238,7 +238,7 @@ def test_kept_it_stays_until_it_is_ended(tmp_path: Path) -> None:
         assert (tmp_path / "here" / "receiver.log").stat().st_size
 
 
-def test_out_of_time_it_names_the_log(tmp_path: Path) -> None:
+def test_demo_that_times_out_names_the_log(tmp_path: Path) -> None:
     with started(tmp_path, "--timeout", "0.1") as running:
         wait_until(running.has_ended, seconds=60, every=POLL_INTERVAL_SECONDS)
     log = re.findall(r"The receiver's log: (.+)", running.output)
@@ -247,7 +247,7 @@ def test_out_of_time_it_names_the_log(tmp_path: Path) -> None:
     assert running.leftovers() == [Path(log[0])]
 
 
-def test_a_directory_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_demo_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     refused = CliRunner().invoke(app, ["demo", "--directory", str(tmp_path)])
     assert refused.exit_code == 1
@@ -276,7 +276,9 @@ RIGHT = (Compared("image", 0, 9, "aa", "aa"),)
         ((Compared("image", 0, 9, "aa", None),), 1, ArchiveState.ARCHIVED, False),
     ],
 )
-def test_what_counts_as_right(objects: tuple[Compared, ...], stored: int, archive: ArchiveState, right: bool) -> None:
+def test_demo_outcome_is_right_only_if_all_objects_are_equal(
+    objects: tuple[Compared, ...], stored: int, archive: ArchiveState, right: bool
+) -> None:
     wish = WISHES[0]
     task = Task(external_task_id=wish.external_task_id, provider="kling", state=TaskState.SUCCEEDED, archive=archive)
     assert Outcome(wish, task, objects, stored, None).is_right is right

@@ -109,7 +109,7 @@ def test_one_connection_serves_a_batch() -> None:
 
 
 @pytest.mark.parametrize("status", [301, 307, 400, 404, 413, 429, 500, 503])
-def test_what_is_not_taken_now_may_be_later(status: int) -> None:
+def test_message_refused_temporarily_is_retried(status: int) -> None:
     answer = (status, {"Location": "http://127.0.0.1:1/", "Retry-After": "120"})
     with Hook(lambda: answer) as hook, webhook_to(hook.url, hook) as sink:
         outcomes = sink.send(messages(2))
@@ -120,7 +120,7 @@ def test_what_is_not_taken_now_may_be_later(status: int) -> None:
     assert isinstance(second, NotTried)
 
 
-def test_a_wait_that_is_asked_for_is_kept_within_an_hour(database: Database) -> None:
+def test_requested_wait_is_kept_up_to_an_hour(database: Database) -> None:
     with Hook(lambda: (503, {"Retry-After": "999999"})) as hook, webhook_to(hook.url, hook) as sink:
         case = Case("webhook", sink, list, *failing(hook))
         tell(database, case, STEPS[0])
@@ -149,7 +149,7 @@ def test_a_private_receiver_must_be_on_the_list() -> None:
     assert "not https and not on" in str(outcome)
 
 
-def test_a_name_that_leads_to_a_private_address_is_not_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_that_resolves_to_a_private_address_is_not_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 443))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answers)
     with webhook_to("https://hooks.example.com/") as sink:
@@ -197,7 +197,7 @@ def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> No
     assert [row.tries for row in dispatches(database)] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
-def test_a_callback_is_no_event_and_no_other_clients(database: Database) -> None:
+def test_client_callback_has_its_own_id_and_signature(database: Database) -> None:
     with client_case_of(database) as (case, hook):
         tell(database, case, STEPS[0], client=fingerprint(API_KEY))
         run(database, case)
@@ -260,7 +260,7 @@ def test_410_ends_one_callback_and_disables_no_client(database: Database) -> Non
 
 
 @pytest.mark.usefixtures("long_pause")
-def test_a_circuit_is_a_hosts_own(database: Database) -> None:
+def test_each_host_has_its_own_circuit(database: Database) -> None:
     with client_case_of(database) as (case, hook):
         case.fail()
         for _ in range(5):
@@ -290,7 +290,7 @@ def changes(callback_hook: Hook) -> dict[str, Any]:
     return {"api_keys": API_KEY, "event_secrets": SECRET, "private_callback_hosts": callback_hook.host}
 
 
-def test_a_gateways_client_is_called_back_as_by_kling(
+def test_gateway_client_is_called_back_in_klings_format(
     web: Web, parts: Parts, sandbox: Sandbox, callback_hook: Hook
 ) -> None:
     sandbox.set(submitted_seconds=3_600, processing_seconds=3_600)
@@ -324,7 +324,7 @@ def test_a_fifo_queue_keeps_each_task_in_order_and_drops_copies(queues: Any) -> 
     assert groups == {str(message.event.task_id): message.id for message in sent}
 
 
-def test_more_than_one_call_takes_is_sent_in_several(queues: Any) -> None:
+def test_messages_beyond_one_call_are_sent_in_several(queues: Any) -> None:
     url = queues.create_queue(QueueName=uuid.uuid4().hex)["QueueUrl"]
     large = messages(1, error="x" * (sqs.MAX_BYTES + 1))
     with closing(Sqs(url)) as sink:
@@ -347,7 +347,7 @@ def test_half_a_line_left_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
     assert half == b'{"id": "half'
 
 
-def test_a_pipe_that_nobody_reads_holds_nobody_up(tmp_path: Path) -> None:
+def test_unread_pipe_delays_no_other_sink(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     first, second = Lines(tmp_path / "pipe").send(messages(2))
     assert isinstance(first, SinkUnavailable)

@@ -70,7 +70,7 @@ def test_every_event_arrives_under_its_own_id_and_per_task_in_order(database: Da
     assert {row.state for row in dispatches(database)} == {DispatchState.DELIVERED}
 
 
-def test_a_failure_is_tried_again_later_and_nothing_overtakes_it(database: Database, case: Case) -> None:
+def test_failed_event_is_retried_and_not_overtaken(database: Database, case: Case) -> None:
     task = tell(database, case, *STEPS)
     case.fail()
     run(database, case)
@@ -85,7 +85,7 @@ def test_a_failure_is_tried_again_later_and_nothing_overtakes_it(database: Datab
     assert {key: name for key, _, name in arrived} == ids(database, case)
 
 
-def test_what_was_sent_and_not_settled_comes_again_under_the_same_id(database: Database, case: Case) -> None:
+def test_event_sent_but_not_settled_is_sent_again_under_the_same_id(database: Database, case: Case) -> None:
     """As after a crash between the two."""
     tell(database, case, STEPS[0])
     with database.read() as session:
@@ -99,7 +99,7 @@ def test_what_was_sent_and_not_settled_comes_again_under_the_same_id(database: D
     assert len(set(arrived)) == 1
 
 
-def test_after_the_schedule_it_is_dead_and_the_next_one_goes(database: Database, case: Case) -> None:
+def test_event_is_dead_after_the_schedule_and_the_next_is_sent(database: Database, case: Case) -> None:
     tell(database, case, *STEPS[:2])
     case.fail()
 
@@ -113,13 +113,13 @@ def test_after_the_schedule_it_is_dead_and_the_next_one_goes(database: Database,
     assert (second.state, second.due_at is None) == (DispatchState.DUE, False)
 
 
-def test_a_look_hands_nothing_over(case: Case) -> None:
+def test_check_of_a_sink_delivers_nothing(case: Case) -> None:
     assert case.sink.check()
     assert case.arrived() == []
 
 
 @pytest.mark.parametrize("case", ["file", "sqs"], indirect=True)
-def test_a_look_says_what_a_sending_would(case: Case) -> None:
+def test_check_of_a_sink_predicts_a_sending(case: Case) -> None:
     case.fail()
     with pytest.raises(SinkUnavailable):
         case.sink.check()
@@ -159,9 +159,7 @@ def test_an_answer_without_end_is_not_read(size: int, seconds: float) -> None:
     assert time.monotonic() - started < 30
 
 
-def test_while_a_sink_is_down_little_is_tried_and_afterwards_all_arrives(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sink_outage_causes_few_tries_and_loses_no_event(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(circuits, "FIRST_PAUSE_SECONDS", 30)  # no trial meanwhile
     with webhook_case(None) as case:
         for _ in range(12):
@@ -179,7 +177,7 @@ def test_while_a_sink_is_down_little_is_tried_and_afterwards_all_arrives(
 # -- what all share ---------------------------------------------------------------------------------------------------
 
 
-def test_one_that_ends_its_workers_is_parked(database: Database) -> None:
+def test_dispatch_that_ends_its_workers_is_parked(database: Database) -> None:
     with webhook_case(None) as case:
         tell(database, case, *STEPS[:2])
         with database.write() as session:
@@ -191,7 +189,7 @@ def test_one_that_ends_its_workers_is_parked(database: Database) -> None:
     assert "ended its worker" in str(dispatches(database)[0].error)
 
 
-def test_the_id_of_an_event_is_its_own() -> None:
+def test_event_ids_are_unique() -> None:
     at = datetime(2026, 1, 1, tzinfo=UTC)
     one, same, later = (Event(id=1, name="task.failed", at=moment) for moment in (at, at, LONG_AGO))
     assert event_id(one) == event_id(same) != event_id(later)

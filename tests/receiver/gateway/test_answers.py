@@ -65,7 +65,7 @@ def statuses(names: list[str], results: Results = "archived", row: Task | None =
 
 
 @pytest.mark.parametrize("name", ["single", "series-watermarked", "failed", "processing"])
-def test_it_has_the_shape_of_what_was_recorded(name: str) -> None:
+def test_record_has_the_shape_of_the_recorded_answer(name: str) -> None:
     wanted = json.loads((RECORDED / f"callback-{name}.json").read_text())
     ended = {"single": TaskState.SUCCEEDED, "failed": TaskState.FAILED, "processing": TaskState.PROCESSING}
     series = name.startswith("series")
@@ -86,7 +86,7 @@ def test_it_has_the_shape_of_what_was_recorded(name: str) -> None:
     assert {field: told[field] for field in same} == {field: wanted[field] for field in same}
 
 
-def test_the_new_shape_says_the_same_and_our_own_reader_understands_it() -> None:
+def test_new_shape_has_the_same_contents_and_is_parsed_by_our_reader() -> None:
     row = task(series=True, units="16", completed_at=AT)
     assets = [asset(0, kind="series"), asset(1, kind="series"), asset(0, kind="watermark", original="series")]
     told = new_record(row, assets, response_format())
@@ -106,7 +106,7 @@ def shape(document: Any) -> Any:
     return document if isinstance(document, int) else type(document)
 
 
-def test_our_words_stand_under_one_key() -> None:
+def test_our_own_fields_are_under_one_key() -> None:
     told = record(task(), [asset()], response_format())
     assert told["receiver"] == {"provider_task_id": "901", "archive": "archived"}
     assert (told["task_id"], created(task())["task_id"]) == (str(uuid.UUID(int=7)),) * 2
@@ -145,7 +145,7 @@ ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED,
     ],
     ids=["new", "in work", "archiving", "incomplete", "archived", "in repair", "deleted", "dismissed"],
 )
-def test_a_query_says_processing_until_the_pictures_are_ours(row: Task, archived: str, provider: str) -> None:
+def test_query_is_processing_until_the_pictures_are_archived(row: Task, archived: str, provider: str) -> None:
     assert (status_of(row, "archived"), status_of(row, "provider")) == (archived, provider)
     told = record(row, [asset()], response_format())
     assert bool(told["task_result"]) == (archived == "succeed")
@@ -190,13 +190,13 @@ def test_an_id_sent_again_after_a_refusal_has_all_its_callbacks() -> None:
     assert {3: "submitted", 4: "failed"}.items() <= statuses(again).items()
 
 
-def test_a_late_body_tells_what_was_true_then() -> None:
+def test_late_callback_body_has_the_status_of_its_event() -> None:
     """It is made when it is sent, which may be long after."""
     told = bodies(ALL_ARCHIVED)[1]
     assert (told["task_status"], told["task_result"]) == ("submitted", {})
 
 
-def test_the_same_fact_has_the_same_bytes() -> None:
+def test_same_event_makes_the_same_bytes() -> None:
     row, kept = task(), [asset(1), asset(0)]
     told = {
         callback_body(row, order, "task.archived", at=AT, earlier=ALL_ARCHIVED[:-1], response_format=response_format())

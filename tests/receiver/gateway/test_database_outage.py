@@ -58,7 +58,7 @@ def settles_held_up(parts: Parts) -> Iterator[None]:
 
 @ON_POSTGRESQL
 @pytest.mark.parametrize("fault", ["", "1301", "1302"])
-def test_a_database_that_goes_while_the_provider_answers(
+def test_database_outage_during_the_providers_answer_is_no_5xx(
     fault: str, web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.5)  # how long the twin waits in the end
@@ -79,9 +79,7 @@ def test_a_database_that_goes_while_the_provider_answers(
 
 
 @ON_POSTGRESQL
-def test_it_goes_on_by_itself_when_the_database_is_back(
-    web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres
-) -> None:
+def test_create_continues_when_the_database_is_back(web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres) -> None:
     with ThreadPoolExecutor(1) as pool:
         with settles_held_up(parts):
             asking = pool.submit(create, web, BODY)
@@ -97,7 +95,7 @@ def test_it_goes_on_by_itself_when_the_database_is_back(
 
 @ON_POSTGRESQL
 @pytest.mark.parametrize("refused", [False, True])
-def test_a_database_that_goes_before_the_answer_is_remembered(
+def test_database_outage_before_the_answer_is_stored_is_no_5xx(
     refused: bool, parts: Parts, sandbox: Sandbox, mortal: Postgres
 ) -> None:
     sandbox.set(create_faults=["1301"] if refused else [])
@@ -117,7 +115,7 @@ def test_a_database_that_goes_before_the_answer_is_remembered(
     assert told_later.body["data"]["task_id"] == str(begun.task.id)
 
 
-def test_a_fault_of_our_own_is_no_reason_to_send_again_either(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_bug_after_the_commit_is_no_5xx(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     with parts.database.write() as session:
         session.execute(text("ALTER TABLE asset RENAME TO gone"))  # what a settle reads
     answer = create(web, BODY, headers=WORD)

@@ -158,7 +158,7 @@ def test_every_field_arrives_upstream_as_it_was_sent(client: SeedClient, sandbox
 
 @ON_SQLITE
 @pytest.mark.parametrize("changes", [{**CHANGES, "private_callback_hosts": "127.0.0.1:9"}])
-def test_the_clients_callback_url_stays_with_us(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_clients_callback_url_is_not_sent_upstream(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     url = "http://127.0.0.1:9/mine?secret=1"
     create(web, {**PLAIN, "callback_url": url})
     (task,) = rows(parts)
@@ -355,7 +355,7 @@ def test_a_client_whose_create_takes_too_long_is_answered_submitted(
 
 
 @pytest.mark.parametrize("code", ["1303", "1301"])
-def test_a_refusal_after_its_client_has_left_is_the_rows_affair(code: str, parts: Parts, sandbox: Sandbox) -> None:
+def test_refusal_after_the_client_left_only_changes_the_row(code: str, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=[code])
     task = parts.submitter.row(parse_request(PLAIN), ID)
     task.client_callback_url = "https://client.example/"
@@ -444,7 +444,7 @@ def test_more_creates_than_threads_are_too_fast(
 
 
 @ON_SQLITE
-def test_heads_and_a_byte_each_hold_no_place(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_bodies_take_no_place_of_a_create(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "MAX_CREATES", 2)
     with ExitStack() as opened:
         for _ in range(4):
@@ -528,7 +528,7 @@ def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: p
 
 
 @ON_SQLITE
-def test_a_refused_body_is_let_go_at_once(web: Web) -> None:
+def test_memory_of_a_refused_body_is_freed_at_once(web: Web) -> None:
     """A traceback kept it until the next full garbage collection, which a frozen heap makes rare."""
     body = b'{"prompt": [' + b"[[],[]]," * 2**20 + b"[]]}"
     gc.disable()

@@ -126,7 +126,7 @@ def test_a_refusal_is_the_first_answer_but_not_being_too_fast(web: Web, parts: P
     assert len(creates(sandbox)) == 2
 
 
-def test_twins_at_once_make_one_task_and_hear_the_same(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_concurrent_duplicates_make_one_task_and_get_one_answer(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["hang:created"], hang_seconds=0.5)
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: create(web, headers=WORD), range(8)))
@@ -136,7 +136,7 @@ def test_twins_at_once_make_one_task_and_hear_the_same(web: Web, parts: Parts, s
 
 
 @ON_SQLITE
-def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
+def test_duplicate_of_a_throttled_create_may_ask_again(parts: Parts) -> None:
     creates = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first, twin = creates.begin(ask), creates.begin(ask)
@@ -152,7 +152,9 @@ def test_a_twin_of_one_that_was_too_fast_may_ask_again(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("seconds", [2.5, 19.0, 20.5])
-def test_however_long_a_create_took_its_own_answer_is_the_first(seconds: float, parts: Parts, sandbox: Sandbox) -> None:
+def test_duplicates_get_the_creates_own_answer_however_long_it_took(
+    seconds: float, parts: Parts, sandbox: Sandbox
+) -> None:
     """Twins that look between the row's end and the commit of its answer."""
     sandbox.set(create_faults=["1301"])
     made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
@@ -171,7 +173,7 @@ def test_however_long_a_create_took_its_own_answer_is_the_first(seconds: float, 
         assert made.replay(ask, twin, "twin", duplicate_wait, now=now) == Reply(400, own.body)
 
 
-def test_a_twin_waits_for_the_answer_alone_once_the_create_has_ended() -> None:
+def test_duplicate_waits_only_for_the_commit_once_the_create_has_ended() -> None:
     duplicate_wait = DuplicateWait(0)
     moments = {19.9: True, 20.0: False, 21.9: True, 22.0: True}
     told = [duplicate_wait.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
@@ -199,7 +201,7 @@ def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -
 
 
 @pytest.mark.parametrize("case", ["accepted", "archived", "failed"])
-def test_after_a_crash_the_key_tells_the_rows_state(
+def test_key_returns_the_rows_state_after_a_crash(
     case: str, web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway_creates, "ANSWER_SECONDS", 0)
@@ -233,7 +235,7 @@ def test_a_repeat_waits_for_a_create_that_crashed_before_it_was_sent(
 
 
 @pytest.mark.parametrize("cleaned", [True, False])
-def test_a_key_stands_for_a_day(cleaned: bool, web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_idempotency_key_is_valid_for_a_day(cleaned: bool, web: Web, parts: Parts, sandbox: Sandbox) -> None:
     first = create(web, headers=WORD).json()
     with parts.database.write() as session:
         day = timedelta(seconds=idempotency.KEPT_SECONDS)

@@ -46,7 +46,7 @@ def forged(algorithm: str, *, is_signed: bool = True) -> str:
 
 
 @ON_SQLITE
-def test_a_jwt_is_as_good_as_a_key(web: Web, parts: Parts) -> None:
+def test_jwt_is_accepted_like_a_key(web: Web, parts: Parts) -> None:
     soon = int(time.time()) + 4  # the clock of a client that is a little ahead
     assert jwt.decode(forged("HS256"), SECRET, algorithms=["HS256"])
     assert told(create(web, {**PLAIN, "external_task_id": ID}, key=token(iat=soon))) == (200, 0)
@@ -56,7 +56,7 @@ def test_a_jwt_is_as_good_as_a_key(web: Web, parts: Parts) -> None:
 
 
 @ON_SQLITE
-def test_a_jwt_out_of_its_time_says_so(web: Web) -> None:
+def test_jwt_outside_its_time_is_refused_with_the_reason(web: Web) -> None:
     now = int(time.time())
     assert told(ask(web, "GET", key=token(exp=now - 1))) == (401, 1004)
     assert told(ask(web, "GET", key=token(nbf=now + 60))) == (401, 1003)

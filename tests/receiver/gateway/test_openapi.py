@@ -32,7 +32,7 @@ def schemathesis(url: str, key: str, *options: str, folder: Path) -> subprocess.
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_what_the_document_allows_is_taken_and_all_else_refused(web: Web, tmp_path: Path) -> None:
+def test_requests_are_accepted_exactly_as_the_document_says(web: Web, tmp_path: Path) -> None:
     bounded = ("--max-examples", str(EXAMPLES), "--seed", "1", "--phases", "fuzzing,stateful")
     done = schemathesis(web.url, KEY, *bounded, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,7 +40,7 @@ def test_what_the_document_allows_is_taken_and_all_else_refused(web: Web, tmp_pa
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_the_document_is_open_and_names_every_call(web: Web) -> None:
+def test_openapi_document_needs_no_key_and_lists_every_call(web: Web) -> None:
     document = httpx.get(f"{web.url}/kling/openapi.json").json()
     assert document["openapi"] == "3.1.0"
     calls = {(path, method) for path, item in document["paths"].items() for method in item}

@@ -74,7 +74,7 @@ def test_sigterm_ends_no_create(settings: dict[str, str], parts: Parts, sandbox:
     assert (task_of(parts, ID).state, leases(parts.database)) == (TaskState.SUBMITTED, 0)
 
 
-def test_a_twin_hears_the_same(parts: Parts, sandbox: Sandbox) -> None:
+def test_duplicate_gets_the_same_answer_at_shutdown(parts: Parts, sandbox: Sandbox) -> None:
     with ThreadPoolExecutor(2) as pool, Web(parts) as web:
         both = [pool.submit(create, web, BODY, headers=WORD) for _ in range(2)]
         wait_until(lambda: creates(sandbox) and web.requests_under_way == 2)
@@ -83,7 +83,7 @@ def test_a_twin_hears_the_same(parts: Parts, sandbox: Sandbox) -> None:
     assert (told(first), twin.json()) == ((200, 0), first.json())
 
 
-def test_a_twin_of_a_create_elsewhere_may_come_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_duplicate_of_another_process_create_may_ask_again(parts: Parts, sandbox: Sandbox) -> None:
     """The first is in the hands of another process, which goes on."""
     with ThreadPoolExecutor(2) as pool, Web(parts) as web:
         pool.submit(create, web, BODY, headers=WORD)

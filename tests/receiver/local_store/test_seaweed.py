@@ -55,7 +55,7 @@ def test_nothing_listens_outside_loopback(seaweed: Seaweed) -> None:
 
 
 @pytest.mark.parametrize("end", [Seaweed.stop, Seaweed.kill])
-def test_what_it_kept_is_there_after_a_restart(
+def test_objects_are_there_after_a_restart_of_the_store(
     seaweed: Seaweed, bucket: Bucket, end: Callable[[Seaweed], None]
 ) -> None:
     digest = sha256(b"kept").hexdigest()

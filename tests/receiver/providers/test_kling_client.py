@@ -241,9 +241,7 @@ def test_a_full_account_says_when_to_come_back(
         (200, hang_up),
     ],
 )
-def test_an_answer_that_says_nothing_leaves_the_create_open(
-    server: Scripted, kling: Kling, status: int, body: Any
-) -> None:
+def test_unclear_answer_leaves_the_create_open(server: Scripted, kling: Kling, status: int, body: Any) -> None:
     server.answer(body, status)
     with pytest.raises(Unavailable) as caught:
         create(kling)
@@ -274,7 +272,7 @@ def test_a_refused_connection_was_certainly_not_sent(make: Callable[..., Kling])
     assert caught.value.sent is False
 
 
-def test_a_silent_provider_may_have_heard_us(make: Callable[..., Kling]) -> None:
+def test_silent_provider_leaves_the_create_open(make: Callable[..., Kling]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         with pytest.raises(Unavailable) as caught:
             create(make(base_url=f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_seconds=0.2))
@@ -392,7 +390,7 @@ def test_many_tasks_are_read_by_our_ids(server: Scripted, kling: Kling) -> None:
         (200, {"code": 0, "data": {}}),
     ],
 )
-def test_no_batch_reading_here(server: Scripted, kling: Kling, status: int, body: Any) -> None:
+def test_missing_batch_call_returns_none(server: Scripted, kling: Kling, status: int, body: Any) -> None:
     server.answer(body, status)
     assert kling.read_many(provider_task_ids=["1"]) is None
 
@@ -429,7 +427,7 @@ def tokens(server: Scripted) -> list[str]:
     return [headers["authorization"].removeprefix("Bearer ") for _, _, headers, _ in server.asked]
 
 
-def test_a_token_says_who_and_for_how_long(server: Scripted, signing: Kling) -> None:
+def test_jwt_has_issuer_and_expiry(server: Scripted, signing: Kling) -> None:
     server.answer(OK_TASK)
     create(signing)
     claims = jwt.decode(
@@ -449,7 +447,7 @@ def test_a_token_is_kept_until_five_minutes_before_its_end(
     assert first == second != third
 
 
-def test_a_clock_set_back_mints_anew(server: Scripted, signing: Kling, clock: list[float]) -> None:
+def test_clock_set_back_makes_a_new_jwt(server: Scripted, signing: Kling, clock: list[float]) -> None:
     server.answer(OK_TASK)
     create(signing)
     clock[0] -= 10
@@ -458,14 +456,14 @@ def test_a_clock_set_back_mints_anew(server: Scripted, signing: Kling, clock: li
 
 
 @pytest.mark.parametrize("code", [1003, 1004])
-def test_a_token_out_of_time_is_minted_once_more(server: Scripted, signing: Kling, code: int) -> None:
+def test_expired_jwt_is_replaced_once(server: Scripted, signing: Kling, code: int) -> None:
     server.answer({"code": code}, 401)
     server.answer(OK_TASK)
     assert create(signing).provider_task_id == "9"
     assert len(server.asked) == 2
 
 
-def test_a_token_out_of_time_twice_is_a_refusal(server: Scripted, signing: Kling) -> None:
+def test_jwt_refused_for_its_time_twice_is_a_refusal(server: Scripted, signing: Kling) -> None:
     server.answer({"code": 1004}, 401)
     with pytest.raises(AccountRefused):
         create(signing)
@@ -494,9 +492,7 @@ def test_without_credentials_nothing_is_sent(server: Scripted, make: Callable[..
         {"webhook_secrets": [SecretStr("whsec_canary*ü")]},
     ],
 )
-def test_settings_that_cannot_be_right_are_refused_without_showing_them(
-    make: Callable[..., Kling], options: Any
-) -> None:
+def test_invalid_settings_are_refused_without_showing_them(make: Callable[..., Kling], options: Any) -> None:
     with pytest.raises(ValueError, match=r"base_url|api_key|webhook") as caught:
         make(**options)
     assert "canary" not in str(caught.value)
@@ -555,7 +551,7 @@ def new(*outputs: Any) -> Report:
         ("create-answer", "901234567890123456", "7b0e9c52", TaskState.SUBMITTED, None, None, 0),
     ],
 )
-def test_recorded_bodies(
+def test_recorded_bodies_are_parsed(
     name: str, provider_id: str, external: str, status: TaskState, series: bool | None, units: str | None, urls: int
 ) -> None:
     body = (PAYLOADS / f"{name}.json").read_bytes()
@@ -576,20 +572,20 @@ def test_an_error_answer_is_no_task(name: str) -> None:
         READER.parse((PAYLOADS / f"{name}.json").read_bytes())
 
 
-def test_a_series_with_watermarks() -> None:
+def test_series_with_watermarks_is_parsed() -> None:
     outputs = READER.parse((PAYLOADS / "callback-series-watermarked.json").read_bytes()).outputs
     cdn, tail = "https://p4-fdl.klingai.com/ksc2", "&x-kcdn-pid=112757&pkey="
     assert outputs[2] == Output("image", f"{cdn}/s2.png?cacheKey=C2{tail}P2", 2, f"{cdn}/w2.png?cacheKey=W2{tail}Q2")
 
 
-def test_why_a_task_failed() -> None:
+def test_reason_of_a_failed_task_is_parsed() -> None:
     report = READER.parse((PAYLOADS / "callback-failed.json").read_bytes())
     assert report.message == "Failure to pass the risk control system"
 
 
 @pytest.mark.parametrize("word", ["succeed", "succeeded", "SUCCEEDED"])
 @pytest.mark.parametrize("shape", [("task_id", "task_status"), ("id", "status"), ("task_id", "status")])
-def test_both_spellings_in_both_shapes(word: str, shape: tuple[str, str]) -> None:
+def test_both_spellings_are_parsed_in_both_shapes(word: str, shape: tuple[str, str]) -> None:
     assert parse({shape[0]: "1", shape[1]: word}).status is TaskState.SUCCEEDED
 
 
@@ -599,11 +595,11 @@ def test_an_unknown_word_is_kept() -> None:
 
 
 @pytest.mark.parametrize("wrap", [lambda r: r, lambda r: {"data": r}, lambda r: {"code": 0, "data": {"data": [r]}}])
-def test_envelopes_do_not_matter(wrap: Callable[[Any], Any]) -> None:
+def test_envelope_makes_no_difference(wrap: Callable[[Any], Any]) -> None:
     assert parse(wrap(payload("callback-single"))) == parse(payload("callback-single"))
 
 
-def test_what_a_body_claims_about_series() -> None:
+def test_series_marker_of_a_body_is_parsed() -> None:
     assert old(series_images=[{"url": "u"}]).series is True
     assert old(result_type="series", images=[{"url": "u"}]).series is True
     assert old(result_type="single", images=[{"url": "u"}]).series is False
@@ -623,7 +619,7 @@ def test_a_picture_without_url_renames_no_other() -> None:
     assert old(images=[{"url": "a", "index": 5}, 7]).outputs == (Output("image", "a", 5),)
 
 
-def test_videos_and_audios() -> None:
+def test_videos_and_audios_are_parsed() -> None:
     report = old(
         videos=[{"id": "v", "url": "v", "duration": "5", "watermark_url": "w"}],
         audios=[{"id": "a", "url_wav": "a.wav"}, {"url_mp3": "b.mp3", "url_wav": "b.wav"}],
@@ -632,24 +628,24 @@ def test_videos_and_audios() -> None:
     assert report.outputs == (Output("video", "v", None, "w"), *sounds)
 
 
-def test_outputs_of_the_new_shape_by_type() -> None:
+def test_outputs_of_the_new_shape_are_parsed_by_type() -> None:
     report = new({"type": "video", "url": "v"}, {"type": "image", "url": "i"}, {"type": "text", "url": "t"})
     assert report.outputs == (Output("image", "i"), Output("video", "v"))
 
 
 @pytest.mark.parametrize("index", [-1, 10_000, 1.5, True, "x", None, 10**30])
-def test_an_odd_index_is_none(index: Any) -> None:
+def test_invalid_index_counts_as_missing(index: Any) -> None:
     assert old(images=[{"url": "u", "index": index}]).outputs == (Output("image", "u", None),)
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, 1_790_000_000, 10**14, "soon", 1.5, True, [], 10**30])
-def test_an_odd_time_is_none(value: Any) -> None:
+def test_invalid_time_counts_as_missing(value: Any) -> None:
     report = parse({"task_id": "1", "task_status": "failed", "created_at": value, "updated_at": value})
     assert (report.created_ms, report.updated_ms) == (None, None)
 
 
 @pytest.mark.parametrize("value", ["", "a\0", "\ud800", "x" * 201, True, 1.5, [], {}])
-def test_an_id_no_column_holds_is_none(value: Any) -> None:
+def test_id_that_no_column_holds_counts_as_missing(value: Any) -> None:
     report = parse({"task_id": value, "task_status": "failed", "task_info": {"external_task_id": value}})
     assert (report.provider_task_id, report.external_task_id) == (None, None)
 
@@ -777,11 +773,11 @@ def signed(secret: str, webhook_id: str, timestamp: str, body: bytes) -> str:
     return "v1," + base64.b64encode(mac.digest()).decode()
 
 
-def test_klings_published_vector() -> None:
+def test_klings_published_signature_is_verified() -> None:
     assert verify(VECTOR_HEADERS) == "9876543210"
 
 
-def test_the_vector_of_the_standardwebhooks_package() -> None:
+def test_signature_vector_of_the_standardwebhooks_package_is_verified() -> None:
     """Secret, id, time, body and signature of its own test of signing; it gives the secret without `whsec_`, too."""
     body, moment = b'{"test": 2432232314}', 1_614_265_330
     signature = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
@@ -823,7 +819,7 @@ def test_every_header_is_needed(name: str, value: str | None) -> None:
         verify(headers)
 
 
-def test_during_a_rotation_either_secret_will_do() -> None:
+def test_either_secret_verifies_during_a_rotation() -> None:
     other = "whsec_" + base64.b64encode(b"another secret of 32 characters!").decode()
     assert verify(VECTOR_HEADERS, VECTOR_BODY, VECTOR_TIME, other, VECTOR_SECRET) == "9876543210"
     theirs = signed(other, "9876543210", str(VECTOR_TIME), VECTOR_BODY)
@@ -857,7 +853,7 @@ def test_no_header_breaks_the_check(headers: dict[str, str], body: bytes) -> Non
         verify_standard_webhook([Webhook(VECTOR_SECRET)], headers, body, now=VECTOR_TIME)
 
 
-def test_the_facts_of_a_request(kling: Kling) -> None:
+def test_facts_of_a_request_are_expected_files_and_slots(kling: Kling) -> None:
     assert kling.request_facts({"n": 3}) == RequestFacts(series=False, expected=3, slots=3)
 
 
@@ -872,6 +868,6 @@ def test_the_facts_of_a_request(kling: Kling) -> None:
         ("&".join(["a=1"] * 200), None),
     ],
 )
-def test_when_a_signed_url_ends(query: str, seconds: int | None) -> None:
+def test_expiry_of_a_signed_url_is_parsed(query: str, seconds: int | None) -> None:
     ends_at = READER.url_expiry(f"https://s15-kling-fdl.klingai.com/a.png?{query}")
     assert (ends_at and ends_at.timestamp()) == seconds

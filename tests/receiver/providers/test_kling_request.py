@@ -70,7 +70,7 @@ def faults(**fields: Any) -> list[str]:
         *({"watermark_info": {"enabled": value}} for value in (True, False)),
     ],
 )
-def test_what_passes_is_sent_as_given(fields: dict[str, Any]) -> None:
+def test_valid_field_is_sent_as_given(fields: dict[str, Any]) -> None:
     assert request(**fields).wire() == {"model_name": "kling-v3-omni", "prompt": "a cat", **fields}
 
 
@@ -114,7 +114,7 @@ def test_what_passes_is_sent_as_given(fields: dict[str, Any]) -> None:
         ({"\ud800": 1}, "'': is no field name"),
     ],
 )
-def test_what_is_refused_names_field_value_and_rule(fields: dict[str, Any], fault: str) -> None:
+def test_invalid_field_is_refused_with_value_and_rule(fields: dict[str, Any], fault: str) -> None:
     lines = faults(**fields)
     assert len(lines) == 1
     assert lines[0].startswith(fault)
@@ -142,7 +142,7 @@ def test_what_is_refused_names_field_value_and_rule(fields: dict[str, Any], faul
         (encoded(picture() + b"x" * MAX_IMAGE_BYTES), "holds"),
     ],
 )
-def test_an_image_that_is_refused(image: str, rule: str) -> None:
+def test_invalid_image_is_refused_with_the_rule(image: str, rule: str) -> None:
     [line] = faults(image_list=[{"image": URL}, {"image": image}])
     assert line.startswith("image_list[1].image: '")
     assert rule in line
@@ -166,7 +166,7 @@ def test_images_and_elements_share_one_limit() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"resolution": "4k"}, {"result_type": "series"}])
-def test_what_only_the_other_model_can(fields: dict[str, Any]) -> None:
+def test_field_of_the_other_model_is_refused(fields: dict[str, Any]) -> None:
     [line] = faults(model_name="kling-image-o1", **fields)
     assert line.endswith("for this model")
 
@@ -182,7 +182,7 @@ def test_all_faults_come_at_once() -> None:
     ]
 
 
-def test_required_fields() -> None:
+def test_missing_required_fields_are_refused() -> None:
     with pytest.raises(RequestInvalid) as caught:
         parse_request({})
     assert caught.value.faults == ["model_name: is required", "prompt: is required"]
@@ -194,7 +194,7 @@ def test_faults_show_no_long_value_and_no_query() -> None:
     assert max(map(len, text.splitlines())) < 150
 
 
-def test_the_seeds_example_as_it_stands() -> None:
+def test_example_of_the_seed_is_accepted_unchanged() -> None:
     wire = parse_request(EXAMPLE).wire()
     assert wire == {name: EXAMPLE[name] for name in ("model_name", "prompt", "element_list", "n")}
     assert b'"element_id": 835266081714884677' in json.dumps(wire).encode()
@@ -304,7 +304,7 @@ def test_the_hash_is_over_canonical_json() -> None:
     assert asked.canonical_hash() == hashlib.sha256(text.encode()).hexdigest()
 
 
-def test_what_is_kept_holds_no_picture() -> None:
+def test_stored_request_contains_no_picture() -> None:
     content = picture()
     kept = request(image_list=[{"image": encoded(content)}, {"image": URL}]).redacted()
     fingerprint = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
@@ -331,7 +331,7 @@ def test_repr_holds_no_picture_and_no_query() -> None:
         ({"result_type": "series", "series_amount": "auto"}, RequestFacts(True, None, 9)),
     ],
 )
-def test_what_a_request_lets_us_expect(fields: dict[str, Any], facts: RequestFacts) -> None:
+def test_request_determines_the_expected_files(fields: dict[str, Any], facts: RequestFacts) -> None:
     asked = request(**fields)
     assert asked.facts == facts_of(asked.redacted()) == replace(facts, model=asked.model_name)
     assert (asked.series, asked.expected, asked.slots) == (facts.series, facts.expected, facts.slots)
@@ -355,5 +355,5 @@ def test_any_fields_are_a_request_or_refused(fields: dict[str, Any]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from(["n", "result_type", "series_amount", "watermark_info"]), VALUES))
-def test_facts_of_anything(fields: dict[str, Any]) -> None:
+def test_facts_of_any_stored_value_never_raise(fields: dict[str, Any]) -> None:
     assert facts_of(fields).slots >= 1

@@ -79,7 +79,7 @@ def test_downloads_fail_as_the_knobs_say(api: httpx.Client, sandbox: Sandbox) ->
     assert sandbox.ledger().assets["x", "image", 0].hits == 7
 
 
-def test_a_cdn_is_odd_for_a_while_after_the_end_of_a_task(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_cdn_fails_for_a_time_after_the_end_of_a_task(api: httpx.Client, sandbox: Sandbox) -> None:
     create(api, external_task_id="x")
     (url,) = urls(ended(api, "x"))
     sandbox.set(cdn_html_seconds=600)
@@ -92,7 +92,7 @@ def test_a_cdn_is_odd_for_a_while_after_the_end_of_a_task(api: httpx.Client, san
     assert httpx.get(url).headers["content-type"] == "image/png"
 
 
-def test_oddly_served_files_are_whole(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_files_served_with_oddities_are_whole(api: httpx.Client, sandbox: Sandbox) -> None:
     create(api, external_task_id="x")
     (url,) = urls(ended(api, "x"))
     data = httpx.get(url).content
@@ -159,7 +159,7 @@ def test_redirects_lead_to_the_picture(api: httpx.Client, sandbox: Sandbox) -> N
     assert (answer.status_code, len(answer.history)) == (200, 2)
 
 
-def test_fewer_pictures_than_asked_for(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_sandbox_returns_fewer_pictures_on_request(api: httpx.Client, sandbox: Sandbox) -> None:
     sandbox.set(deliver_fewer=1, fresh_urls_on_read=True)
     create(api, n=3, external_task_id="x")
     first, second = urls(ended(api, "x")), urls(ended(api, "x"))

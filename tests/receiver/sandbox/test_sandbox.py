@@ -297,7 +297,7 @@ def test_every_status_change_is_called_back(api: httpx.Client, sandbox: Sandbox,
         ),
     ],
 )
-def test_callback_shapes(
+def test_callbacks_have_the_shape_of_the_knob(
     api: httpx.Client,
     sandbox: Sandbox,
     listener: Listener,

@@ -54,7 +54,7 @@ def test_a_task_is_taken_over_by_either_id_and_archived(parts: Parts, sandbox: S
     assert len(sandbox.ledger().creates) == 1
 
 
-def test_one_without_an_id_of_ours_goes_by_the_providers(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
+def test_adopted_task_without_our_id_gets_the_providers(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     theirs = made_elsewhere(sandbox, until="succeed")
     adopter.take([theirs["task_id"]])
     assert drain(parts, theirs["task_id"]).archive is ArchiveState.ARCHIVED
@@ -69,7 +69,7 @@ def test_an_unfinished_one_is_read_until_it_ends(parts: Parts, sandbox: Sandbox,
     assert task.due_at is not None
 
 
-def test_everything_listed_is_taken_page_by_page(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
+def test_listed_tasks_are_adopted_page_by_page(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     for number in range(5):
         made_elsewhere(sandbox, f"theirs-{number}")
     insert_row(parts, external_task_id="theirs-3")
@@ -78,7 +78,7 @@ def test_everything_listed_is_taken_page_by_page(parts: Parts, sandbox: Sandbox,
     assert {task_of(parts, f"theirs-{number}").provider for number in range(5)} == {"kling"}
 
 
-def test_what_is_older_is_left_alone(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
+def test_older_tasks_are_not_adopted(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     for number in range(5):
         made_elsewhere(sandbox, f"theirs-{number}")
     before = everything(parts.database)
@@ -87,7 +87,7 @@ def test_what_is_older_is_left_alone(parts: Parts, sandbox: Sandbox, adopter: Ad
     assert everything(parts.database) == before
 
 
-def test_a_dry_run_takes_nothing(parts: Parts, sandbox: Sandbox) -> None:
+def test_dry_run_adopts_nothing(parts: Parts, sandbox: Sandbox) -> None:
     made_elsewhere(sandbox, "theirs", until="succeed")
     before = everything(parts.database)
     adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=True)
@@ -104,7 +104,7 @@ def test_one_that_is_named_twice_is_taken_once_and_a_dry_run_says_so(parts: Part
         assert counted(tally) == {"adopted": 1, "files_due": 2, "known": 2}
 
 
-def test_what_the_provider_does_not_know_is_said(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
+def test_task_unknown_to_the_provider_is_reported(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     made_elsewhere(sandbox, "theirs")
     sandbox.set(query_faults=["5001"])
     tally = adopter.take(["nothing", "theirs"])

@@ -79,7 +79,9 @@ def report(status: TaskState | None, pictures: int = 0, host: str = OFFICIAL) ->
         ("never", report(FAILED), False, True, True),
     ],
 )
-def test_when_a_delivery_is_believed(mode: Any, told: Report, signed: bool, by_token: bool, believed: bool) -> None:
+def test_delivery_is_believed_by_signature_contents_and_hosts(
+    mode: Any, told: Report, signed: bool, by_token: bool, believed: bool
+) -> None:
     rule = Confirmation(mode, ("klingai.com", "files.example"))
     task = Task(external_task_id="a", provider="kling", expected=2, series=False)
     assert rule.is_believed(told, task, signed=signed, by_token=by_token) is believed
@@ -207,7 +209,7 @@ def test_the_genuine_delivery_after_a_contradicting_one_is_applied(parts: Parts)
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 @pytest.mark.parametrize("raw", [b"", b"\xff", b"[]", b"null", b'{"a": 1}', b"[" * 100_000, b"<html>"])
-def test_what_cannot_be_read_is_kept_and_the_task_is_read(raw: bytes, parts: Parts) -> None:
+def test_unreadable_delivery_is_stored_and_causes_a_read(raw: bytes, parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, task, raw)
     assert (row.state, row.body) == (CallbackState.UNREADABLE, raw) and row.reason
@@ -245,7 +247,7 @@ def states_of(parts: Parts) -> dict[uuid.UUID | None, CallbackState]:
 
 
 @pytest.mark.parametrize(("hold_seconds", "transactions"), [(60, 1), (0, 5)])
-def test_a_transaction_of_many_deliveries_ends_when_it_has_taken_its_time(
+def test_transaction_of_many_deliveries_is_bounded_in_time(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, hold_seconds: float, transactions: int
 ) -> None:
     monkeypatch.setattr(apply_deliveries, "MAX_TRANSACTION_SECONDS", hold_seconds)

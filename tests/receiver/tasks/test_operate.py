@@ -136,7 +136,7 @@ def test_a_file_in_work_is_left_to_its_worker(parts: Parts, operator: Operator) 
     assert stored(parts.database, asset) == before
 
 
-def test_an_unknown_name_is_said(operator: Operator) -> None:
+def test_unknown_name_is_reported(operator: Operator) -> None:
     assert list(operator.retry("nothing").left) == ["nothing"]
     assert list(operator.retry(str(uuid.uuid4())).left)
     assert list(operator.dismiss("nothing", "why").left) == ["nothing"]
@@ -173,16 +173,14 @@ def silent(parts: Parts, sandbox: Sandbox, external_task_id: str = "mute") -> Ta
     return insert_row(parts, external_task_id=external_task_id, provider_task_id=created.provider_task_id, **values)
 
 
-def test_a_task_that_fell_silent_is_read_and_its_success_wins(
-    parts: Parts, sandbox: Sandbox, operator: Operator
-) -> None:
+def test_silent_task_is_read_and_its_success_wins(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     task = silent(parts, sandbox)
     assert counted(operator.retry_failed(limit=10)) == {"reads_due": 1}
     run(parts, "reads", "assets", "finishes")
     assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
 
 
-def test_a_success_without_files_is_asked_for_them(parts: Parts, operator: Operator) -> None:
+def test_success_without_files_causes_a_read(parts: Parts, operator: Operator) -> None:
     with parts.database.write() as session:
         task = new_task(session, **OVER, completeness_reads=3)
     assert counted(operator.retry_failed(limit=10)) == {"reads_due": 1}
@@ -264,7 +262,7 @@ def test_a_range_takes_the_deliveries_of_one_state(parts: Parts, operator: Opera
     assert states == [CallbackState.RECEIVED, CallbackState.APPLIED]
 
 
-def test_what_cannot_be_replayed_is_said(parts: Parts, operator: Operator) -> None:
+def test_delivery_that_cannot_be_replayed_has_a_reason(parts: Parts, operator: Operator) -> None:
     row = deliver(parts, insert_row(parts), {"task_id": "7", "task_status": "processing"})
     with parts.database.write() as session:
         session.execute(update(Callback).values(source="poll"))
@@ -329,7 +327,7 @@ def test_every_unfinished_task_is_due_for_a_read(parts: Parts, operator: Operato
     assert stored(parts.database, waiting)["due_at"] <= parts.database.now()
 
 
-def test_reads_are_done_here_until_they_are_answered(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
+def test_reconcile_with_wait_reads_in_its_own_process(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     task = parts.submitter.submit(ASKED).task
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
     sandbox.set(query_faults=["5001"])
@@ -426,7 +424,7 @@ def test_a_success_after_a_dismissal_still_wins(parts: Parts, sandbox: Sandbox, 
         ({"state": TaskState.CREATED, "step": Step.CREATE, "lease": uuid.UUID(int=1)}, "on its way"),
     ],
 )
-def test_what_needs_no_dismissal_is_left_alone(
+def test_task_that_needs_no_dismissal_is_left_alone(
     parts: Parts, operator: Operator, values: dict[str, Any], why: str
 ) -> None:
     task = insert_row(parts, **values)

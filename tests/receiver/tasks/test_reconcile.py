@@ -89,9 +89,7 @@ def test_with_a_jwt_tasks_are_read_one_by_one(one_by_one: Parts, sandbox: Sandbo
 
 
 @pytest.mark.parametrize("fault", ["1002", "1202", "html"])
-def test_where_there_is_no_batch_call_it_is_not_tried_again_for_an_hour(
-    unpaced: Parts, sandbox: Sandbox, fault: str
-) -> None:
+def test_missing_batch_call_is_not_tried_again_for_an_hour(unpaced: Parts, sandbox: Sandbox, fault: str) -> None:
     clock = [0.0]
     asks = Reader(unpaced.database, unpaced.providers, unpaced.schedule, unpaced.read_rate_limit, now=lambda: clock[0])
     made = submit(unpaced, 2)
@@ -109,7 +107,7 @@ def claim_reads(parts: Parts) -> list[Task]:
         return claims.claim(session, Task, limit=BATCH, lease_seconds=60, where=(col(Task.step) == Step.READ,))
 
 
-def test_what_a_batch_answer_leaves_out_is_read_by_itself(unpaced: Parts, sandbox: Sandbox) -> None:
+def test_task_missing_in_a_batch_answer_is_read_alone(unpaced: Parts, sandbox: Sandbox) -> None:
     """An id with a comma cannot be asked for in a batch."""
     odd = unpaced.submitter.submit(REQUEST, external_task_id="one,two").task
     made = [odd, *submit(unpaced, 2)]
@@ -140,7 +138,7 @@ def test_a_batch_call_that_knows_nothing_is_not_tried_again(unpaced: Parts, sand
     assert asks.batch() == 1
 
 
-def test_where_single_tasks_cannot_be_read_the_list_tells(unpaced: Parts, sandbox: Sandbox) -> None:
+def test_list_is_read_if_single_tasks_cannot_be_read(unpaced: Parts, sandbox: Sandbox) -> None:
     """A gateway that passes on neither the batch call nor the read of one task, but the list."""
     made = submit(unpaced, 2)
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})

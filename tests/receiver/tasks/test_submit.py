@@ -193,7 +193,7 @@ def test_a_definite_refusal_fails_the_task(parts: Parts, sandbox: Sandbox, code:
 
 
 @pytest.mark.parametrize("code", ["1302", "1303"])
-def test_a_throttled_request_goes_on_from_its_row(parts: Parts, sandbox: Sandbox, code: str) -> None:
+def test_throttled_create_continues_from_its_row(parts: Parts, sandbox: Sandbox, code: str) -> None:
     sandbox.set(create_faults=[code, code])
     task = ask(parts)
     assert (task.state, task.step, task.sent_at) == (TaskState.CREATED, Step.CREATE, None)
@@ -254,7 +254,7 @@ def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
     assert len(sandbox.ledger().tasks) == 1
 
 
-def test_one_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
     ask(parts)
     assert go_on(parts).missed_at is not None
@@ -263,7 +263,7 @@ def test_one_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbox
     assert len(creates(sandbox)) == 1
 
 
-def test_one_that_is_found_later_than_it_was_sent_again_is_still_ours(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_found_after_a_second_send_is_ours(parts: Parts, sandbox: Sandbox) -> None:
     """The provider's reads lag so far behind that we send again: "already exists" tells, and the read comes later."""
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
     ask(parts)
@@ -276,7 +276,7 @@ def test_one_that_is_found_later_than_it_was_sent_again_is_still_ours(parts: Par
 
 
 @pytest.mark.parametrize("fault", ["5001", "html", "1002"])
-def test_a_look_up_without_an_answer_says_nothing(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+def test_lookup_without_an_answer_decides_nothing(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     sandbox.set(create_faults=["5000:created"])
     ask(parts)
     sandbox.set(query_faults=[fault])
@@ -287,7 +287,7 @@ def test_a_look_up_without_an_answer_says_nothing(parts: Parts, sandbox: Sandbox
 
 
 @pytest.mark.parametrize("arrived", [True, False])
-def test_where_tasks_cannot_be_read_the_list_tells_whether_it_arrived(
+def test_list_shows_whether_a_create_arrived_if_tasks_cannot_be_read(
     parts: Parts, sandbox: Sandbox, arrived: bool
 ) -> None:
     sandbox.set(create_faults=["5000:created" if arrived else "5000"], query_faults=["1202"])
@@ -297,7 +297,7 @@ def test_where_tasks_cannot_be_read_the_list_tells_whether_it_arrived(
     assert len(creates(sandbox)) == 1
 
 
-def test_a_look_up_that_never_answers_is_loud_after_an_hour(
+def test_lookup_without_an_answer_for_an_hour_is_logged_as_an_error(
     parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sandbox.set(create_faults=["5000:created"], query_faults=["5001"] * 2)
@@ -310,7 +310,7 @@ def test_a_look_up_that_never_answers_is_loud_after_an_hour(
 
 
 @pytest.mark.parametrize("fault", ["5001", "1002"])
-def test_a_look_up_that_never_answers_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox, fault: str) -> None:
+def test_lookup_without_an_answer_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     sandbox.set(create_faults=["5000:created"], query_faults=[fault] * 2)
     ask(parts)
     lifetime = timedelta(seconds=parts.settings.result_lifetime_seconds)
@@ -321,7 +321,7 @@ def test_a_look_up_that_never_answers_ends_with_the_result_lifetime(parts: Parts
     assert ask(parts, adopt=True).state is TaskState.SUBMITTED
 
 
-def test_one_that_exists_and_can_never_be_read_ends(parts: Parts, sandbox: Sandbox) -> None:
+def test_create_of_an_existing_unreadable_task_ends(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
     ask(parts)
     assert go_on(parts, missed_at=LONG_AGO).state is TaskState.CREATED
@@ -330,7 +330,7 @@ def test_one_that_exists_and_can_never_be_read_ends(parts: Parts, sandbox: Sandb
     assert "--adopt" in (task.error or "")
 
 
-def test_a_create_that_fails_again_and_again_is_sent_less_and_less(parts: Parts, sandbox: Sandbox) -> None:
+def test_create_that_keeps_failing_is_sent_less_often(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000"])
     ask(parts)
     random.seed(7)  # full jitter: now and then a wait is short
@@ -381,7 +381,7 @@ def test_an_older_existing_task_is_a_conflict_until_it_is_adopted(parts: Parts, 
     assert len(sandbox.ledger().tasks) == 1
 
 
-def test_a_dismissed_one_that_is_adopted_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
+def test_dismissed_task_that_is_adopted_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
     make_upstream(parts, sandbox, seconds_ago=65)
     ask(parts)
     Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not ours")
@@ -389,7 +389,7 @@ def test_a_dismissed_one_that_is_adopted_is_not_over(parts: Parts, sandbox: Sand
     assert (is_over(adopted), adopted.note) == (False, None)
 
 
-def test_adopting_takes_over_at_once(parts: Parts, sandbox: Sandbox) -> None:
+def test_adoption_takes_over_an_existing_task_at_once(parts: Parts, sandbox: Sandbox) -> None:
     made = make_upstream(parts, sandbox, seconds_ago=10_000)
     task = ask(parts, adopt=True)
     assert (task.state, task.provider_task_id) == (TaskState.SUBMITTED, made)

@@ -85,7 +85,7 @@ def test_a_create_that_takes_longer_than_its_lease_is_sent_once(
 
 
 @ON_SQLITE
-def test_nor_is_one_through_the_gateway(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_gateway_create_that_takes_longer_than_its_lease_is_sent_once(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["hang:created"])
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(create, web, {**REQUEST, "external_task_id": ID})
@@ -97,7 +97,7 @@ def test_nor_is_one_through_the_gateway(web: Web, parts: Parts, sandbox: Sandbox
 
 
 @ON_SQLITE
-def test_a_slow_look_for_what_is_adopted_holds_its_claim(parts: Parts, sandbox: Sandbox) -> None:
+def test_slow_lookup_of_an_adopted_task_renews_its_claim(parts: Parts, sandbox: Sandbox) -> None:
     made = make_upstream(parts, sandbox, seconds_ago=1_000)
     parts.submitter.submit(REQUEST, external_task_id=ID)
     sandbox.set(query_faults=["hang"])

@@ -59,7 +59,7 @@ def test_an_unmatched_delivery_is_applied_once_its_alias_is_learnt(unpaced: Part
     assert_asked(unpaced, delivery, task.external_task_id)
 
 
-def test_a_delivery_that_stays_unmatched_is_looked_at_once_more_and_kept(unpaced: Parts, sandbox: Sandbox) -> None:
+def test_delivery_that_stays_unmatched_is_checked_once_more_and_stored(unpaced: Parts, sandbox: Sandbox) -> None:
     delivery = deliver(unpaced, None, OTHERS)
     assert delivery.due_at is not None
     make_due_now(unpaced)
@@ -69,7 +69,7 @@ def test_a_delivery_that_stays_unmatched_is_looked_at_once_more_and_kept(unpaced
     assert queries(sandbox) == 0  # an account URL names no task of ours: nothing is asked, nothing is adopted
 
 
-def test_a_row_that_was_on_its_way_is_found_by_the_second_look(unpaced: Parts) -> None:
+def test_row_committed_later_is_found_by_the_second_check(unpaced: Parts) -> None:
     """As when the task's commit and the delivery's crossed: neither saw the other."""
     delivery = deliver(unpaced, None, OTHERS)
     task = insert_row(unpaced, external_task_id="late")

@@ -232,7 +232,7 @@ def test_readers_at_one_address_leave_room_for_others(link: str, large: int, mon
 
 
 @pytest.mark.parametrize(("seconds", "others"), [(60, False), (0.2, True)], ids=["waited for", "dropped"])
-def test_reader_that_takes_nothing_is_dropped(
+def test_reader_without_progress_is_dropped(
     seconds: float, others: bool, link: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`others`: whether they are served while its time runs, and afterwards."""

@@ -112,13 +112,13 @@ def test_a_token_for_something_else_is_404(web: Web, parts: Parts) -> None:
 
 @ON_SQLITE
 @pytest.mark.parametrize("changes", [{"callback_secrets": f"{'n' * 40},{CALLBACK_SECRET}"}])
-def test_a_token_of_the_secret_before_is_still_good(web: Web, parts: Parts) -> None:
+def test_token_of_the_previous_secret_is_accepted(web: Web, parts: Parts) -> None:
     old = Tokens([SecretStr(CALLBACK_SECRET)]).sign("kling", insert_row(parts).id)
     assert post(web, f"/callbacks/kling/{old}").status_code == 200
 
 
 @ON_SQLITE
-def test_a_task_that_has_no_row_is_taken_all_the_same(web: Web, parts: Parts) -> None:
+def test_delivery_of_a_task_without_a_row_is_stored(web: Web, parts: Parts) -> None:
     gone = Task(external_task_id="gone", provider="kling")
     assert post(web, path_of(parts, gone)).status_code == 200
     assert callbacks_of(parts)[0].task_id == gone.id
@@ -188,7 +188,7 @@ def test_the_same_delivery_again_is_200_and_kept_once(web: Web, parts: Parts) ->
 
 @ON_SQLITE
 @pytest.mark.parametrize("body", [b"", b"\x00\xff", b"<html>", b'{"task_status": "succeed"'])
-def test_what_cannot_be_read_is_200_and_kept_as_unreadable(body: bytes, web: Web, parts: Parts) -> None:
+def test_unreadable_body_is_200_and_stored_as_unreadable(body: bytes, web: Web, parts: Parts) -> None:
     assert post(web, path_of(parts, insert_row(parts)), body).status_code == 200
     run(parts, "callbacks")
     (row,) = callbacks_of(parts)
@@ -321,7 +321,7 @@ def test_a_refused_delivery_that_could_not_be_kept_takes_no_place(web: Web, part
 
 
 @pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_BYTES"])
-def test_what_matches_no_task_has_a_budget_of_its_own(
+def test_unmatched_deliveries_have_a_budget_of_their_own(
     limit: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bodies = [b'{"task_id": "%d", "task_status": "processing"}' % number for number in range(5)]
@@ -399,7 +399,7 @@ def test_the_accounts_url_takes_small_bodies_alone(web: Web, parts: Parts) -> No
 
 
 @SIGNED
-def test_what_is_refused_and_not_kept_is_said_once_a_minute(web: Web, parts: Parts) -> None:
+def test_refused_and_unstored_deliveries_are_logged_once_a_minute(web: Web, parts: Parts) -> None:
     bodies = [json.dumps({"number": number}).encode() for number in range(23)]
     with structlog.testing.capture_logs() as logs:
         for path in (path_of(parts, insert_row(parts)), f"/callbacks/kling/{web.account_token}"):
@@ -437,7 +437,7 @@ def test_the_genuine_delivery_after_a_refused_one_is_applied(web: Web, parts: Pa
 @ON_SQLITE
 @pytest.mark.parametrize("changes", [{"kling_webhook_secrets": f"{NEXT_SECRET},{SECRET}"}])
 @pytest.mark.parametrize("secrets", [[SECRET], [NEXT_SECRET], [SECRET, NEXT_SECRET]])
-def test_while_secrets_change_either_one_is_good(secrets: list[str], web: Web, parts: Parts) -> None:
+def test_either_secret_is_accepted_during_a_rotation(secrets: list[str], web: Web, parts: Parts) -> None:
     assert post(web, path_of(parts, insert_row(parts)), **signature(BODY, *secrets)).status_code == 200
 
 
@@ -528,7 +528,7 @@ def test_the_reads_that_a_full_task_causes_are_bounded(parts: Parts, monkeypatch
 
 
 @ON_SQLITE
-def test_a_commit_that_comes_too_late_is_503_and_harmless(
+def test_late_commit_is_503_and_the_repeat_is_a_duplicate(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callbacks, "COMMIT_SECONDS", 0.2)
@@ -540,7 +540,7 @@ def test_a_commit_that_comes_too_late_is_503_and_harmless(
     assert len(callbacks_of(parts)) == 1
 
 
-def test_a_fault_of_our_own_is_503_and_says_nothing_of_our_insides(web: Web, parts: Parts) -> None:
+def test_bug_is_503_and_reveals_nothing(web: Web, parts: Parts) -> None:
     path = path_of(parts, insert_row(parts))
     with parts.database.write() as session:
         session.execute(text(f"ALTER TABLE {Callback.__tablename__} RENAME TO gone"))
@@ -566,7 +566,7 @@ def test_a_schema_that_is_behind_is_not_ready(web: Web, parts: Parts) -> None:
 
 @ON_SQLITE
 @WATCHED
-def test_details_are_for_who_has_the_token(web: Web) -> None:
+def test_readiness_details_need_the_token(web: Web) -> None:
     bearer = {"Authorization": f"Bearer {METRICS_TOKEN}"}
     assert "checks" not in httpx.get(f"{web.url}/readyz").json()
     assert httpx.get(f"{web.url}/readyz", headers=bearer).json()["checks"]["database"] == "ok"
@@ -584,7 +584,7 @@ def test_without_a_token_configured_there_are_no_metrics(web: Web) -> None:
 
 @ON_SQLITE
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/", "/callbacks/kling/x", f"/{uuid.UUID(int=7)}"])
-def test_every_answer_is_bare_and_safe(path: str, web: Web) -> None:
+def test_every_answer_has_security_headers_and_no_banner(path: str, web: Web) -> None:
     answer = httpx.get(web.url + path)
     assert "server" not in answer.headers and not answer.is_redirect
     assert answer.headers["x-content-type-options"] == "nosniff"

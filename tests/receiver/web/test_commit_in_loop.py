@@ -103,7 +103,7 @@ def stranger(database: Database) -> Iterator[None]:
         yield
 
 
-def test_health_answers_while_a_stranger_holds_the_databases_lock(
+def test_health_answers_while_another_program_holds_the_databases_lock(
     web: Web, parts: Parts, deliveries: Deliveries
 ) -> None:
     with stranger(parts.database):

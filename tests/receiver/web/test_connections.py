@@ -144,7 +144,7 @@ def test_slowly_read_answer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None
         assert connections
 
 
-def test_handler_of_the_first_of_several_requests_hears_that_its_client_has_gone(
+def test_handler_of_the_first_of_several_requests_learns_that_its_client_has_gone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It would go on reading what it sends, and fail at the closed connection, with a traceback in the log."""

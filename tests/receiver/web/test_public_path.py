@@ -33,7 +33,7 @@ def test_callback_below_a_path_is_kept_either_way(parts: Parts, public_path: str
 
 @ON_SQLITE
 @pytest.mark.parametrize("changes", [{"public_url": "https://h.example.com/pics", "api_keys": "k" * 24}])
-def test_other_pages_are_found_below_the_path_too(parts: Parts, web: Web) -> None:
+def test_other_paths_are_answered_below_the_public_path_too(parts: Parts, web: Web) -> None:
     assert {httpx.get(f"{web.url}{path}").status_code for path in ("/healthz", "/pics/healthz")} == {200}
     assert {httpx.get(f"{web.url}{path}/kling/v1/images").status_code for path in ("", "/pics")} == {401}
     assert {httpx.get(f"{web.url}/{path}").status_code for path in ("picsx/healthz", "pics/x/healthz")} == {404}

@@ -107,7 +107,7 @@ def first_status(raw: socket.socket) -> bytes:
 @ON_SQLITE
 @pytest.mark.parametrize("rest", WHOLE.values(), ids=WHOLE)
 @pytest.mark.parametrize("pieces", ["at-once", "byte-by-byte"])
-def test_what_is_committed_is_what_was_sent(web: Web, parts: Parts, rest: bytes, pieces: str) -> None:
+def test_committed_body_is_the_sent_body(web: Web, parts: Parts, rest: bytes, pieces: str) -> None:
     whole = head(web) + rest
     with connection(web) as raw:
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -162,7 +162,7 @@ def test_a_body_without_a_certain_end_is_refused(web: Web, parts: Parts, rest: b
         (b"2.0", b"PRI", b"\r\nSM\r\n\r\n", b"400"),
     ],
 )
-def test_other_versions_and_methods(
+def test_requests_of_other_versions_and_methods_are_answered(
     web: Web, parts: Parts, version: bytes, method: bytes, rest: bytes, status: bytes
 ) -> None:
     with connection(web) as raw:
@@ -172,7 +172,7 @@ def test_other_versions_and_methods(
 
 
 @ON_SQLITE
-def test_what_is_pipelined_behind_an_offer_is_answered(web: Web, parts: Parts) -> None:
+def test_request_pipelined_behind_an_upgrade_offer_is_answered(web: Web, parts: Parts) -> None:
     with connection(web) as raw:
         raw.sendall(head(web) + WHOLE["h2c-pipelined"][: -len(NEXT)] + NEXT.replace(b"Host", CLOSE + b"Host"))
         assert read_to_end(raw).count(b"HTTP/1.1 200") == 4
@@ -180,7 +180,7 @@ def test_what_is_pipelined_behind_an_offer_is_answered(web: Web, parts: Parts) -
 
 
 @ON_SQLITE
-def test_a_trailer_is_no_header(web: Web, parts: Parts) -> None:
+def test_trailer_does_not_count_as_a_header(web: Web, parts: Parts) -> None:
     with connection(web) as raw:
         raw.sendall(head(web) + WHOLE["trailers"])
         assert first_status(raw) == b"200"
@@ -242,7 +242,7 @@ public class Post {
 
 @ON_SQLITE
 @pytest.mark.skipif(shutil.which("java") is None, reason="Java is not installed, and its HttpClient is what is tried.")
-def test_the_jdks_client_is_heard(web: Web, parts: Parts, tmp_path: Path) -> None:
+def test_request_of_the_jdks_client_is_read(web: Web, parts: Parts, tmp_path: Path) -> None:
     source = tmp_path / "Post.java"
     source.write_text(JAVA)
     url = f"{web.url}/callbacks/kling/{web.account_token}"
@@ -253,7 +253,7 @@ def test_the_jdks_client_is_heard(web: Web, parts: Parts, tmp_path: Path) -> Non
 
 @ON_SQLITE
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed, and its offer is what is tried.")
-def test_curls_offer_is_passed_over(web: Web, parts: Parts) -> None:
+def test_upgrade_offer_of_curl_is_ignored(web: Web, parts: Parts) -> None:
     url = f"{web.url}/callbacks/kling/{web.account_token}"
     subprocess.run(["curl", "-sSf", "--noproxy", "*", "--http2", "--data-binary", BODY, url], timeout=60, check=True)
     assert stored(parts) == [BODY]

@@ -74,7 +74,7 @@ def test_a_hundred_repeats_cause_no_more_reads_than_are_allowed(web: Web, parts:
     assert reads(parts, sandbox) == before + deliveries.UNREADABLE_READS
 
 
-def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Parts) -> None:
+def test_repeats_within_seconds_share_one_read(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
     deliver(web, parts, task)
     run(parts, "callbacks")
@@ -86,7 +86,7 @@ def test_repeats_within_seconds_wait_for_one_look_together(web: Web, parts: Part
     assert run(parts, "callbacks") == 0
 
 
-def test_a_repeat_of_what_could_be_read_writes_nothing(web: Web, parts: Parts) -> None:
+def test_repeat_of_a_readable_delivery_writes_nothing(web: Web, parts: Parts) -> None:
     task, written = insert_row(parts), list[str]()
     body = b'{"task_id": "901", "task_status": "processing"}'
     deliver(web, parts, task, body)
@@ -101,7 +101,7 @@ def test_a_repeat_of_what_could_be_read_writes_nothing(web: Web, parts: Parts) -
 
 
 @pytest.mark.parametrize("is_parked", [True, False])
-def test_what_is_parked_or_names_no_task_stays_as_it_is(is_parked: bool, web: Web, parts: Parts) -> None:
+def test_parked_or_unnamed_unreadable_delivery_does_not_change(is_parked: bool, web: Web, parts: Parts) -> None:
     task = insert_row(parts) if is_parked else None
     deliver(web, parts, task)
     if is_parked:  # it was claimed once more than its leases were lost

@@ -53,7 +53,7 @@ def test_few_creates_are_under_way_after_a_pause(database: Database, creates: li
         assert sent(session, creates[-1:]) == 1, "an answer makes room"
 
 
-def test_queue_gives_out_only_what_may_be_sent(database: Database, creates: list[Task]) -> None:
+def test_queue_admits_only_tasks_that_may_be_sent(database: Database, creates: list[Task]) -> None:
     fill(database, Task, 9, slots=-1, queued_at=PAST)
     slots = Slots("kling", 50)
     with database.write() as session:

@@ -94,7 +94,7 @@ def put(parts: Parts, key: str, content: bytes) -> None:
     )  # fmt: skip
 
 
-def test_an_archived_asset_says_what_is_where(parts: Parts, sandbox: Sandbox) -> None:
+def test_archived_asset_row_describes_its_object(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_assets(parts, sandbox)
     run(parts, "assets", "finishes")
     (made,), asset = sandbox.ledger().task("task").assets, only_asset(parts)
@@ -106,7 +106,7 @@ def test_an_archived_asset_says_what_is_where(parts: Parts, sandbox: Sandbox) ->
     assert event_names(parts.database, task)[-2:] == ["asset.archived", "task.archived"]
 
 
-def test_who_takes_over_finds_the_object_and_downloads_nothing(parts: Parts, sandbox: Sandbox) -> None:
+def test_worker_that_takes_over_finds_the_object_and_downloads_nothing(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     run(parts, "assets")
     abandon(parts)
@@ -115,7 +115,7 @@ def test_who_takes_over_finds_the_object_and_downloads_nothing(parts: Parts, san
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
-def test_who_takes_over_before_the_put_downloads_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_worker_that_takes_over_before_the_put_downloads_again(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     run(parts, "assets")
     parts.bucket.delete(str(only_asset(parts).key))
@@ -167,7 +167,7 @@ def test_another_object_under_our_key_is_not_overwritten(parts: Parts, sandbox: 
 
 
 @pytest.mark.parametrize("changes", [{"public_url": "", "poll_after_seconds": 3_600, "max_asset_bytes": 10_000}])
-def test_what_is_too_large_is_given_up_at_once_and_the_manifest_says_so(parts: Parts, sandbox: Sandbox) -> None:
+def test_too_large_file_is_given_up_at_once_and_noted_in_the_manifest(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     run(parts, "assets", "finishes")
     task, asset = task_of(parts, "task"), only_asset(parts)

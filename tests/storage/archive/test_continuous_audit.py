@@ -381,7 +381,7 @@ def chore(parts: Parts) -> Any:
     return found.run
 
 
-def test_it_is_off_by_default_and_what_it_found_before_is_forgotten(parts: Parts) -> None:
+def test_continuous_audit_is_off_by_default_and_clears_its_findings(parts: Parts) -> None:
     asset = given_up(parts)
     chore(parts)()
     assert stands(parts) == Standing()
@@ -391,7 +391,7 @@ def test_it_is_off_by_default_and_what_it_found_before_is_forgotten(parts: Parts
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_what_another_worker_audits_is_not_forgotten(parts: Parts) -> None:
+def test_findings_of_another_workers_audit_are_not_cleared(parts: Parts) -> None:
     given_up(parts)
     go_round(parts, audit(parts))
     change(parts, lease=uuid.uuid4(), due_at=parts.database.now() + timedelta(minutes=1))

@@ -97,7 +97,7 @@ def refuse_large(proxy: FaultProxy, answer: Answer) -> None:
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_what_is_refused_alone_holds_up_nothing(
+def test_file_that_is_refused_alone_delays_no_other(
     behind: Parts, sandbox: Sandbox, proxy: FaultProxy, refusal: str
 ) -> None:
     large_beside_small(behind, sandbox)
@@ -112,7 +112,9 @@ def test_what_is_refused_alone_holds_up_nothing(
     assert are_archived(behind, "large")
 
 
-def test_too_large_says_how_large_and_whose_limit_it_is(behind: Parts, sandbox: Sandbox, proxy: FaultProxy) -> None:
+def test_refusal_for_size_names_the_size_and_the_limits_owner(
+    behind: Parts, sandbox: Sandbox, proxy: FaultProxy
+) -> None:
     sandbox.set(picture_bytes=2 * LIMIT_BYTES)
     read(behind, sandbox, "large")
     refuse_large(proxy, REFUSALS["a proxy's limit"])

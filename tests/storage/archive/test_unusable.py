@@ -105,7 +105,7 @@ def test_film_or_sound_in_place_of_a_picture_is_not_taken(
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
-def test_a_response_that_is_not_http_is_tried_ever_more_seldom_and_said(
+def test_response_that_is_not_http_is_retried_less_often_and_reported(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve = cdn.serve
@@ -137,7 +137,7 @@ def test_an_error_page_of_a_minute_costs_no_picture(parts: Parts, sandbox: Sandb
     assert max(hits(sandbox)) <= 7
 
 
-def test_an_error_page_of_twenty_minutes_is_said_and_passes(parts: Parts, sandbox: Sandbox) -> None:
+def test_error_page_of_twenty_minutes_is_reported_and_recovers(parts: Parts, sandbox: Sandbox) -> None:
     task = succeeded(parts, sandbox, 2, cdn_html_rate=1)
     try_until(parts, 20 * 60)
     said = task_of(parts, "task")
@@ -191,7 +191,7 @@ def test_an_old_link_is_read_anew_before_a_late_try(parts: Parts, sandbox: Sandb
     assert hits(sandbox)[0] == tries + 1
 
 
-def test_the_last_files_to_come_each_make_a_manifest_of_what_is_kept(parts: Parts, sandbox: Sandbox) -> None:
+def test_each_late_file_makes_a_manifest_of_all_archived_files(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, 2, cdn_html_rate=1)
     try_until(parts, 20 * 60)
     sandbox.set(cdn_html_rate=0)
@@ -233,7 +233,7 @@ def test_files_not_yet_usable_differ_from_files_given_up(parts: Parts, sandbox: 
     assert "waiting" not in answers.record(task_of(parts, "task"), [asset_of(parts)], form)["receiver"]
 
 
-def test_measures_and_deadlines_count_what_is_tried_on(parts: Parts, sandbox: Sandbox) -> None:
+def test_measures_and_deadlines_count_files_that_are_still_tried(parts: Parts, sandbox: Sandbox) -> None:
     task = succeeded(parts, sandbox, 2, cdn_html_rate=1)
     try_until(parts, DAY / 2)
     with parts.database.read() as session:
@@ -255,7 +255,7 @@ def test_dismissing_ends_the_tries(parts: Parts, sandbox: Sandbox) -> None:
         assert measures.unusable_files(session).files == 0
 
 
-def test_workers_archive_by_themselves_what_an_error_page_held_up(
+def test_workers_archive_files_after_an_error_page_by_themselves(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.archive.unusable.DELAYS_SECONDS", [delay / 8 for delay in DELAYS_SECONDS])
@@ -286,7 +286,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("knobs", "note"), ODD, ids=[note for _, note in ODD])
-def test_what_was_odd_about_a_transfer_is_in_row_and_manifest(
+def test_irregularities_of_a_transfer_are_in_row_and_manifest(
     parts: Parts, sandbox: Sandbox, knobs: dict[str, Any], note: str
 ) -> None:
     succeeded(parts, sandbox, **knobs)
@@ -297,7 +297,7 @@ def test_what_was_odd_about_a_transfer_is_in_row_and_manifest(
 
 
 @pytest.mark.parametrize("changes", [{"public_url": "", "poll_after_seconds": 3_600, "metrics_token": "a-token"}])
-def test_readiness_and_status_say_since_when_a_file_is_unusable_and_when_it_is_tried(
+def test_readiness_and_status_show_unusable_files_with_their_times(
     web: Web, parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
     succeeded(parts, sandbox, cdn_html_rate=1)
@@ -318,7 +318,7 @@ def test_readiness_and_status_say_since_when_a_file_is_unusable_and_when_it_is_t
 # -- the schedule -----------------------------------------------------------------------------------------------------
 
 
-def test_the_task_is_said_to_be_incomplete_after_fifteen_minutes() -> None:
+def test_task_is_reported_incomplete_after_fifteen_minutes() -> None:
     assert sum(DELAYS_SECONDS[: SAID_AFTER_TRIES - 1]) == 900
 
 

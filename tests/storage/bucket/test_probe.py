@@ -54,7 +54,7 @@ def test_probe_removes_nothing_outside_its_folder(bucket: Bucket, seaweed: Seawe
     assert left(bucket) == ([key], [])
 
 
-def test_store_that_stops_keeping_conditions_is_found_out_by_the_next_probe(
+def test_next_probe_notices_a_store_that_ignores_conditions(
     bucket: Bucket, seaweed: Seaweed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.bucket.bucket.PROBE_SECONDS", 1.0)

@@ -47,7 +47,7 @@ def through(bucket: Bucket, proxy: FaultProxy) -> Bucket:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_put_that_the_store_wants_again_is_sent_again(
+def test_put_answered_with_409_is_sent_again(
     through: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     monkeypatch.setattr(objects, "CONFLICT_PAUSES", (0, 0, 0))
@@ -63,7 +63,7 @@ def test_put_that_the_store_wants_again_is_sent_again(
     assert len(puts) == times + 1
 
 
-def test_put_that_is_never_taken_is_no_other_writer_s_fault(
+def test_put_answered_with_409_for_ever_blames_no_other_writer(
     through: Bucket, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(objects, "CONFLICT_PAUSES", (0,))
@@ -74,7 +74,7 @@ def test_put_that_is_never_taken_is_no_other_writer_s_fault(
         put(through)
 
 
-def test_refusal_of_a_head_has_the_words_of_the_store(through: Bucket, proxy: FaultProxy) -> None:
+def test_refusal_of_a_head_has_the_stores_error_code(through: Bucket, proxy: FaultProxy) -> None:
     proxy.fault = lambda *_: said(400, "ExpiredToken", "The provided token has expired.")
     with pytest.raises(StoreUnavailable, match="says the session token has expired"):
         through.head("any")

@@ -151,7 +151,7 @@ def test_store_that_is_not_believed_is_asked_before_every_put(
     assert [request.method for request in recorder.seen].count("PUT") == 1
 
 
-def test_refused_condition_is_looked_into(through: Bucket, recorder: Recorder) -> None:
+def test_refused_condition_causes_a_check_of_the_object(through: Bucket, recorder: Recorder) -> None:
     assert put(through, "a.png", b"one") is True
     recorder.seen.clear()
     assert put(through, "a.png", b"one") is False

@@ -106,7 +106,7 @@ def test_a_settle_is_acknowledged_after_the_commit_of_its_group(database: Databa
     assert states(database, assets) == [AssetState.ARCHIVED] * 2
 
 
-def test_what_waits_together_is_committed_together(database: Database) -> None:
+def test_waiting_operations_share_a_commit(database: Database) -> None:
     assets = claimed(database, 6)
     with at_commit(database, lambda: None) as commits:
         assert together(database, *map(settling, assets)) == [None] * 6

@@ -34,7 +34,7 @@ def read(database: Database, day: EndedLastDay, now: datetime) -> Ended:
         return day.read(session, now)
 
 
-def test_change_of_a_task_shows_when_its_turn_comes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_change_of_a_task_is_counted_in_its_turn(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ended, "ROWS", 3)
     monkeypatch.setattr(ended, "STATEMENT_ROWS", 3)
     day, now = EndedLastDay(), database.now()
@@ -49,7 +49,7 @@ def test_change_of_a_task_shows_when_its_turn_comes(database: Database, monkeypa
     assert seen[-1].late_seconds == pytest.approx(19 * 3_600, abs=0.01)
 
 
-def test_what_is_older_than_a_day_is_forgotten(database: Database) -> None:
+def test_tasks_that_ended_over_a_day_ago_are_not_counted(database: Database) -> None:
     day, now = EndedLastDay(), database.now()
     fill(database, now)
     read(database, day, now)

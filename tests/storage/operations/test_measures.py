@@ -293,7 +293,7 @@ def refused_puts(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
-def test_status_and_readiness_say_what_waits_for_the_store(web: Web, parts: Parts) -> None:
+def test_status_and_readiness_count_files_that_wait_for_the_store(web: Web, parts: Parts) -> None:
     refused_puts(parts)
     causes = measured(parts).as_dict()["store_waits"]
     assert list(causes.values()) == [3, 1]
@@ -308,7 +308,7 @@ def test_status_and_readiness_say_what_waits_for_the_store(web: Web, parts: Part
         assert words in said["waiting"]
 
 
-def test_what_waits_for_the_store_is_looked_for_in_the_due_index(parts: Parts) -> None:
+def test_files_that_wait_for_the_store_are_found_by_the_due_index(parts: Parts) -> None:
     refused_puts(parts)
     assert "asset_due" in plans(parts.database, measures.store_waits)
     assert scans(parts.database, measures.store_waits) == []

@@ -44,7 +44,7 @@ def some(database: Database) -> Database:
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 @pytest.mark.parametrize("database_kind", ["sqlite"])  # PostgreSQL chooses its plans by how much there is
-def test_verbs_enter_by_indexes(some: Database, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_use_indexes(some: Database, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maintenance, "BATCH", 2)
     operator = Operator(some, {}, Schedule(), dry_run=True)
     assert scans(some, lambda _: look(operator)) == []
@@ -62,7 +62,7 @@ def test_page_of_tasks_is_the_newest_after_the_skipped(some: Database) -> None:
     assert found == [timedelta(hours=1), timedelta(0)]
 
 
-def test_walk_comes_by_every_row_once(some: Database) -> None:
+def test_walk_visits_every_row_once(some: Database) -> None:
     order = (col(Task.created_at), col(Task.id))
     seen: list[uuid.UUID] = []
     for part, _ in walk.parts(some, order, 2):

@@ -183,7 +183,7 @@ def test_one_bad_delivery_in_a_batch_of_the_loop_fails_no_other(
     assert stored_bodies(database) == sorted(delivery.body for delivery in good)
 
 
-def test_what_arrives_in_one_turn_of_the_loop_is_one_commit(database: Database, running: InLoop, way: str) -> None:
+def test_deliveries_of_one_turn_of_the_loop_share_a_commit(database: Database, running: InLoop, way: str) -> None:
     ends = running.put_all([*map(body, range(200)), body(7)])
     assert Counter(ends) == {Intake.NEW: 200, Intake.DUPLICATE: 1}
     assert count_commits(database) <= (1 if way == "the loop" else 2)  # the thread begins with the first
@@ -252,7 +252,7 @@ def test_neither_a_writing_worker_nor_the_intake_waits_long_for_the_other(databa
     assert max(longest, workers_longest) < 3
 
 
-def test_what_waits_in_memory_is_bounded_by_number(
+def test_waiting_deliveries_are_bounded_in_number(
     database: Database, running: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_commit, "MAX_WAITING", 5)
@@ -283,7 +283,9 @@ def test_a_nearly_full_disk_refuses_until_there_is_room_again(
         assert intake.put(GOOD).result(SECONDS) is Intake.NEW
 
 
-def test_who_asks_for_room_does_not_look_at_the_disk(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_event_loop_reads_the_free_space_without_touching_the_disk(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An event loop asks, and a disk may hang."""
     lookers: set[int] = set()
     with on_disk(database, monkeypatch, lambda: lookers.add(threading.get_ident()) or 1.0) as intake:
@@ -295,7 +297,7 @@ def test_who_asks_for_room_does_not_look_at_the_disk(database: Database, monkeyp
     assert len(lookers) == 1 and threading.get_ident() not in lookers
 
 
-def test_a_disk_that_cannot_be_looked_at_stops_no_delivery(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_check_of_the_disk_refuses_no_delivery(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Counter[str]()
 
     def gone() -> float:
@@ -307,7 +309,7 @@ def test_a_disk_that_cannot_be_looked_at_stops_no_delivery(database: Database, m
         assert intake.put(GOOD).result(SECONDS) is Intake.NEW
 
 
-def test_what_waits_in_memory_is_bounded_by_bytes(
+def test_waiting_deliveries_are_bounded_in_bytes(
     database: Database, running: InLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group_commit, "MAX_WAITING_BYTES", 50)
@@ -390,7 +392,7 @@ def test_a_refused_delivery_never_shadows_the_genuine_one(database: Database, ru
         assert [(row.state, row.due_at is None) for row in rows] == [("received", False), ("rejected", True)]
 
 
-def test_a_delivery_is_kept_as_it_came(database: Database, running: InLoop) -> None:
+def test_delivery_is_stored_unchanged(database: Database, running: InLoop) -> None:
     raw = replace(SIGNED, body=bytes(range(256)), headers={"x-a": "1", "é": "\x01"})
     running.put(raw).result(SECONDS)
     with database.read() as session:

@@ -58,7 +58,7 @@ def test_models_and_migrations_agree(database: Database) -> None:
         assert compare_metadata(context, SQLModel.metadata) == []
 
 
-def test_index_of_lines_is_made_of_the_models_words(empty: Database) -> None:
+def test_index_of_lines_matches_the_model(empty: Database) -> None:
     """The databases word it alike if it is made of the same words."""
     made = []
     for make in (migrations.upgrade, lambda database: SQLModel.metadata.create_all(database.writer)):

@@ -304,7 +304,7 @@ def test_a_shortfall_is_read_three_times_and_then_finished(database: Database) -
     assert seen == [(Step.READ, 0), (Step.READ, 1), (Step.READ, 2), (Step.FINISH, 3)]
 
 
-def test_what_was_missing_ends_the_reads(database: Database) -> None:
+def test_missing_file_that_arrives_ends_the_reads(database: Database) -> None:
     task = sent(database, expected=2)
     hear(database, task, pictures(1), pushed=False)
     hear(database, task, pictures(2), pushed=False)
@@ -350,7 +350,7 @@ def test_a_report_makes_a_waiting_create_due_at_once(database: Database) -> None
     assert (row.id, row.state, row.step) == (task.id, TaskState.FAILED, Step.CREATE)
 
 
-def test_a_lock_knows_a_claim_that_was_lost(database: Database) -> None:
+def test_lock_of_a_lost_claim_raises(database: Database) -> None:
     sent(database)
     frozen = claim(database, lease=-1)
     owner = claim(database)
@@ -361,7 +361,7 @@ def test_a_lock_knows_a_claim_that_was_lost(database: Database) -> None:
         assert tasks.lock(session, uuid.uuid4()) is None
 
 
-def test_a_task_that_was_read_forgets_its_losses(database: Database) -> None:
+def test_read_of_a_task_resets_its_losses(database: Database) -> None:
     task = sent(database)
     claim(database, lease=-1)
     owner = claim(database)
@@ -383,7 +383,7 @@ def test_two_reports_at_once_are_applied_one_after_the_other(database: Database)
     assert event_names(database, task) == ["task.created", "task.succeeded"]
 
 
-def test_of_two_workers_that_settle_the_last_two_assets_one_sees_the_last(database: Database) -> None:
+def test_two_workers_that_settle_the_last_two_assets_see_the_last_once(database: Database) -> None:
     task = sent(database)
     hear(database, task, pictures(2))
     first, last = claim(database, Asset), claim(database, Asset)
@@ -418,7 +418,7 @@ def test_a_finish_that_is_due_already_is_not_put_off(database: Database) -> None
     assert (row["step"], row["due_at"], row["attempts"]) == (Step.FINISH, LONG_AGO, 2)
 
 
-def test_an_asset_keeps_its_id_for_ever() -> None:
+def test_asset_id_never_changes() -> None:
     names = [AssetName("image", 0), AssetName("image", 1), AssetName("watermark", 0, "image")]
     names += [AssetName("watermark", 0, "series")]
     ids = [tasks.asset_id(uuid.UUID(int=1), name) for name in names]
