@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
-# In a session's notes: its connection, so that a prepared statement need not ask for it.
+# In a session's notes: its connection and the driver's, so that a prepared statement need not ask for them.
 CONNECTION = "connection"
 
 # Sessions of a parent process. Their end would roll back on the parent's connection.
@@ -33,13 +33,13 @@ class KeptSession:
     def transaction(self) -> Iterator[Session]:
         """Committed at the end of the block. After an error, also of the commit, the next one has a new session."""
         session = self._begun()
-        connection: Connection = session.info[CONNECTION]
+        connection, driver = session.info[CONNECTION]
         try:
             yield session
             session.flush()
             for listen in connection.dispatch.commit:  # as SQLAlchemy does
                 listen(connection)
-            _driver(connection).execute("COMMIT")
+            driver.execute("COMMIT")
         except BaseException:
             self.close()
             raise
@@ -49,7 +49,7 @@ class KeptSession:
         """Roll back what is not committed, and return the connection to the pool."""
         session, self._session = self._session, None
         if session is not None:
-            connection: Connection = session.info[CONNECTION]
+            connection, _ = session.info[CONNECTION]
             try:
                 session.close()
             except DBAPIError:  # of the rollback: the server is gone
@@ -66,7 +66,8 @@ class KeptSession:
         """The session with a transaction, on a new connection where the server has closed the last one."""
         if self._session is not None:
             try:
-                _driver(self._session.info[CONNECTION]).execute(self._begin)
+                _, driver = self._session.info[CONNECTION]
+                driver.execute(self._begin)
                 return self._session
             except Exception:
                 self.close()
@@ -74,16 +75,16 @@ class KeptSession:
                     raise
         connection = self._engine.connect()
         session = Session(connection, expire_on_commit=False)
-        session.info[CONNECTION] = connection
+        session.info[CONNECTION] = connection, driver_of(connection)
         self._session = session
         try:
             session.connection()  # now, so that no operation makes SQLAlchemy begin
-            _driver(connection).execute(self._begin)
+            driver_of(connection).execute(self._begin)
         except BaseException:
             self.close()
             raise
         return session
 
 
-def _driver(connection: Connection) -> Any:
+def driver_of(connection: Connection) -> Any:
     return connection.connection.driver_connection

@@ -17,7 +17,7 @@ from sqlalchemy.orm.attributes import manager_of_class
 from sqlalchemy.sql.dml import UpdateBase
 from sqlmodel import Session
 
-from storage.database.kept_session import CONNECTION
+from storage.database.kept_session import CONNECTION, driver_of
 from storage.database.postgresql import BREAKS
 
 # Statements kept; each process runs some thirty.
@@ -40,9 +40,12 @@ def execute(session: Session, statement: Statement, values: Mapping[str, Any] | 
     Pending changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them
     like those of SQLAlchemy.
     """
-    connection = session.info.get(CONNECTION) or session.connection()
-    prepared = _prepared(statement, connection.dialect)
-    return prepared.execute(connection, values or {})
+    kept: tuple[Connection, Any] | None = session.info.get(CONNECTION)
+    if kept is None:
+        connection = session.connection()
+        kept = connection, driver_of(connection)
+    prepared = _prepared(statement, kept[0].dialect)
+    return prepared.execute(kept[0], kept[1], values or {})
 
 
 def unattached(model: type[Model], found: Done) -> list[Model]:
@@ -59,25 +62,29 @@ class _Prepared:
         compiled: Any = statement.compile(dialect=dialect)
         self._sql = compiled.string
         self._names: Sequence[str] | None = compiled.positiontup  # None: the driver takes names
-        binds = [(name, bind) for bind, name in compiled.bind_names.items()]
-        self._constants = {name: bind.value for name, bind in binds if not bind.required}
-        self._binders = [
-            (name, process)
-            for name, bind in binds
-            if (process := bind.type.dialect_impl(dialect).bind_processor(dialect)) is not None
-        ]
+        binds = {name: bind for bind, name in compiled.bind_names.items()}
+        processors = {name: bind.type.dialect_impl(dialect).bind_processor(dialect) for name, bind in binds.items()}
+        self._binders = {name: bind for name, bind in processors.items() if bind is not None}
+        self._constants = self._bound({name: bind.value for name, bind in binds.items() if not bind.required})
         columns = list(statement.exported_columns)  # for an UPDATE: the rows that it returns
-        self._readers = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
+        self._returns_rows = bool(columns)
+        readers = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
+        self._readers = [(place, read) for place, read in enumerate(readers) if read is not None]
         self._row: Any = _named_tuple([column.name for column in columns])
 
-    def execute(self, connection: Connection, values: Mapping[str, Any]) -> Done:
-        named = {**self._constants, **values}
-        for name, bind in self._binders:
-            named[name] = bind(named[name])
+    def _bound(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values as the driver takes them."""
+        binders = self._binders
+        return {name: binders[name](value) if name in binders else value for name, value in values.items()}
+
+    def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
+        named = {**self._constants, **self._bound(values)}
         bound = named if self._names is None else tuple([named[name] for name in self._names])
-        for listen in connection.dispatch.before_cursor_execute:  # like SQLAlchemy
-            listen(connection, None, self._sql, bound, None, False)
-        driver: Any = connection.connection.driver_connection
+        # Like SQLAlchemy, which looks for listeners first, too.
+        is_heard = connection._has_events or connection.engine._has_events
+        if is_heard:
+            for listen in connection.dispatch.before_cursor_execute:
+                listen(connection, None, self._sql, bound, None, False)
         try:
             cursor = driver.execute(self._sql, bound)
         except Exception as error:
@@ -86,14 +93,16 @@ class _Prepared:
                 raise
             connection.invalidate(error)  # the pool would roll it back and lend it again
             raise DBAPIError(self._sql, None, error, hide_parameters=True, connection_invalidated=True) from error
-        for listen in connection.dispatch.after_cursor_execute:
-            listen(connection, None, self._sql, bound, None, False)
-        rows = cursor.fetchall() if self._readers else []
-        readers, make = self._readers, self._row._make
-        pairs = [zip(readers, row, strict=True) for row in rows]
-        return Done(
-            [make([value if read is None else read(value) for read, value in each]) for each in pairs], cursor.rowcount
-        )
+        if is_heard:
+            for listen in connection.dispatch.after_cursor_execute:
+                listen(connection, None, self._sql, bound, None, False)
+        return Done([self._read(row) for row in cursor.fetchall()] if self._returns_rows else [], cursor.rowcount)
+
+    def _read(self, row: Sequence[Any]) -> Any:
+        values = list(row)
+        for place, read in self._readers:
+            values[place] = read(values[place])
+        return self._row._make(values)
 
 
 _named_tuple = partial(collections.namedtuple, "Row")

@@ -20,6 +20,7 @@ from sqlalchemy import BigInteger, Integer, bindparam, func, insert, literal_col
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
+from storage.database.prepared import execute
 from storage.database.sessions import Database, insert_or_ignore, run
 from storage.operations import lists
 from storage.rows import claims
@@ -78,10 +79,17 @@ _FRESH = _OLDEST.limit(bindparam("most", type_=Integer)).subquery()
 _NUMBERED = update(Event.__table__).where(_EVENTS.id == _FRESH.c.id)  # type: ignore[attr-defined]
 _NUMBERED = _NUMBERED.values(seq=bindparam("so_far", type_=BigInteger) + _FRESH.c.place)
 _NUMBERED = _NUMBERED.returning(_EVENTS.seq, _EVENTS.id, _EVENTS.name, _EVENTS.task_id)
-_LOCKED_COUNTER = select(Counter).where(Counter.name == COUNTER).with_for_update(skip_locked=True)
-_LOCKED_COUNTER = _LOCKED_COUNTER.execution_options(populate_existing=True)
+_COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
+_SO_FAR = select(_COUNTERS.value).where(_COUNTERS.name == COUNTER)
+_LOCKED_SO_FAR = _SO_FAR.with_for_update(skip_locked=True)
+_COUNTED = update(Counter.__table__).where(_COUNTERS.name == COUNTER)  # type: ignore[attr-defined]
+_COUNTED = _COUNTED.values(value=bindparam("until", type_=BigInteger))
 _SINKS = Sink.__table__.c  # type: ignore[attr-defined]
 _DISABLED = select(_SINKS.name).where(_SINKS.disabled_at.is_not(None))
+_TASKS = Task.__table__.c  # type: ignore[attr-defined]
+_WITH_CLIENT = select(_TASKS.id).where(
+    _TASKS.id.in_(bindparam("asked", expanding=True)), _TASKS.client_callback_url.is_not(None)
+)
 
 
 def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: int = BATCH) -> int:
@@ -90,24 +98,25 @@ def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: 
     The counter's row is locked until the commit, so numbers become visible in ascending order: a reader that has seen
     one never sees a smaller one appear. Returns 0 when there are no events or another process holds the counter.
     """
-    counter = _lock_counter(session)
-    if counter is None:
+    so_far = _lock_counter(session)
+    if so_far is None:
         return 0
-    numbered = sorted(run(session, _NUMBERED, {"so_far": counter.value, "most": limit}).all(), key=lambda row: row.seq)
-    counter.value += len(numbered)
+    numbered = sorted(execute(session, _NUMBERED, {"so_far": so_far, "most": limit}).rows)
+    if not numbered:
+        return 0
+    execute(session, _COUNTED, {"until": so_far + len(numbered)})
     _fan_out(session, numbered, subscriptions)
-    session.flush()
     return len(numbered)
 
 
-def _lock_counter(session: Session) -> Counter | None:
-    """The counter, locked; None while another transaction holds it."""
-    counter = session.scalars(_LOCKED_COUNTER).one_or_none()
-    if counter is not None or session.exec(select(Counter).where(Counter.name == COUNTER)).first() is not None:
-        return counter
-    highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
-    insert_or_ignore(session, Counter, {"name": COUNTER, "value": highest})
-    return session.scalars(_LOCKED_COUNTER).one_or_none()
+def _lock_counter(session: Session) -> int | None:
+    """The last number, its row locked; None while another transaction holds it."""
+    found = execute(session, _LOCKED_SO_FAR).rows
+    if not found and not execute(session, _SO_FAR).rows:
+        highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
+        insert_or_ignore(session, Counter, {"name": COUNTER, "value": highest})
+        found = execute(session, _LOCKED_SO_FAR).rows
+    return found[0].value if found else None
 
 
 def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:
@@ -129,14 +138,13 @@ def _wanted(
     session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]
 ) -> list[tuple[str, int, uuid.UUID | None]]:
     """(sink, event id, task id) of every event that an enabled sink wants, in the order of the events."""
-    disabled = set(run(session, _DISABLED).scalars())
+    disabled = {row.name for row in execute(session, _DISABLED).rows}
     wanting = [each for each in subscriptions if each.sink not in disabled]
     of_clients = [each.names for each in wanting if each.of_clients]
     asked = {task_id for _, _, name, task_id in numbered if task_id and any(name in names for names in of_clients)}
     clients: set[uuid.UUID] = set()
     if asked:
-        with_client = select(Task.id).where(col(Task.id).in_(asked), col(Task.client_callback_url).is_not(None))
-        clients = set(session.exec(with_client))
+        clients = set(run(session, _WITH_CLIENT, {"asked": list(asked)}).scalars())
     return [
         (each.sink, event_id, task_id)
         for _, event_id, name, task_id in numbered
