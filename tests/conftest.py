@@ -35,7 +35,7 @@ from receiver.sandbox import Knobs, Sandbox
 from storage.database.sessions import Database
 from storage.rows import migrations
 from tests import manifest_checks
-from tests.bytecode import compile_sources
+from tests.bytecode import compile_sources, compile_tests
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
 
@@ -55,6 +55,7 @@ SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py", "test_se
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # one of xdist's workers
         compile_sources()
+        compile_tests(config)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
