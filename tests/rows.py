@@ -1,4 +1,4 @@
-"""Rows to start from, and rows as they are stored."""
+"""New rows for tests, and rows as they are stored."""
 
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def is_any_blocked(database: Database) -> bool:
 
 
 def wait_until_blocked(database: Database, other: Future[Any]) -> None:
-    """Until the other thread waits for our transaction, or is done (which may be the fault that is looked for).
+    """Wait until the other thread waits for our transaction, or is done (which may be the fault under test).
 
-    On SQLite it waits at its first statement, where nobody can see it.
+    On SQLite it waits at its first statement, which cannot be observed.
     """
     if not database.is_sqlite:
         wait_until(lambda: other.done() or is_any_blocked(database))

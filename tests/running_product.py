@@ -1,4 +1,4 @@
-"""The product's own processes with provider, store and database around them: where the long runs are played."""
+"""The product's own processes with provider, store and database around them, for long runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BUCKET = "pictures"
 
 
 class Scene:
-    """A context manager: no process of it runs afterwards, also after an error. A play builds it in `_build`.
+    """A context manager whose processes all end with it, also after an error. A subclass builds its parts in `_build`.
 
-    All of it listens on loopback alone, and dies with this process (Linux) even when that is killed.
+    All of it listens on loopback alone, and ends with this process (Linux) even if that is killed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,13 +53,13 @@ class Scene:
         self.postgres = self.stack.enter_context(Postgres()) if database == "postgresql" else None
 
     def know_the_store(self) -> None:
-        """Let this process, too, put objects into the store."""
+        """Let this process put objects into the store, too."""
         ours = self.stack.enter_context(pytest.MonkeyPatch.context())
         for name, value in self.seaweed.environment.items():
             ours.setenv(name, value)
 
     def start_processes(self, workers: int, *, store_url: str | None = None, **variables: str) -> None:
-        """The web server and so many workers, ready. `store_url`: of what stands in front of the store."""
+        """The web server and this many workers, ready. `store_url`: of the proxy in front of the store."""
         self.environment = {**self._environment(store_url or self.seaweed.endpoint_url), **variables}
         self.parts = Parts(settings_in(self.environment))
         self.stack.callback(self.parts.close)
@@ -78,7 +78,7 @@ class Scene:
         return [line for each in (self.web, *self.workers) for line in each.bugs()]
 
     def _environment(self, store_url: str) -> dict[str, str]:
-        """The whole environment of the processes: nothing of the caller's reaches them but the path of Python."""
+        """The whole environment of the processes. Only Python's path is taken from the caller's."""
         port = free_port()
         url = self.postgres.url() if self.postgres else f"sqlite:///{self.folder / 'receiver.db'}"
         return {
@@ -105,7 +105,7 @@ class Scene:
 
 
 def settings_in(environment: dict[str, str]) -> config.Settings:
-    """The settings that the processes have, for the part of the work that is done in this one."""
+    """The settings of the processes, for work that is done in this one."""
     prefix = config.PREFIX
     mine = {name.removeprefix(prefix).lower(): value for name, value in environment.items() if name.startswith(prefix)}
     return config.load(**mine)

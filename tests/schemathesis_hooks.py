@@ -1,4 +1,4 @@
-"""For `st run`: what a request must obey and no schema can say."""
+"""Hooks of `st run`: rules of a request that no schema can express."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ANY_MODELS_FIELDS = ("model_name", "prompt", "callback_url", "external_task_id")
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
-    """No id twice, not too many inputs together, and of a model that is not known nothing its maker might refuse."""
+    """No id twice, not too many inputs together, and for an unknown model nothing that its provider might refuse."""
     body = case.body
     if not isinstance(body, dict):
         return

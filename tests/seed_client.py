@@ -26,7 +26,7 @@ EXAMPLE: dict[str, Any] = {
 
 
 class Failed(Exception):
-    """The API said no. `code`, `message`: in its own words."""
+    """The API's error. `code`, `message`: from its answer."""
 
     def __init__(self, status: int, code: int, message: str) -> None:
         super().__init__(f"{status} {code} {message}")
@@ -35,13 +35,13 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class SeedClient:
-    """`base_url`: all that changes between the provider and whoever stands in for it."""
+    """`base_url`: the only difference between the provider and its stand-in."""
 
     base_url: str
     api_key: str
 
     def create(self, **fields: Any) -> dict[str, Any]:
-        """The new task, as the answer tells it."""
+        """The new task in the answer's record."""
         return self._ask("POST", PATH, json=fields)
 
     def task(self, name: str) -> dict[str, Any]:

@@ -50,7 +50,7 @@ Arrival = tuple[str, str, str]
 
 @dataclass
 class Case:
-    """One kind of sink with its other side. `arrived`: (id, external id, event name) as they came."""
+    """One kind of sink with its other side. `arrived`: (id, external id, event name) in the order of arrival."""
 
     kind: str
     sink: Sink
@@ -157,7 +157,7 @@ CASES = {"webhook": webhook_case, "client": client_case, "file": lines_case, "sq
 
 
 def tell(database: Database, case: Case, *steps: EventName, client: str | None = None) -> str:
-    """One task with these facts; returns its external id."""
+    """Record these events of one task. Returns its external id."""
     with database.write() as session:
         task = new_task(session, client_callback_url=case.url or None, client=client)
     for step in steps:
@@ -168,7 +168,7 @@ def tell(database: Database, case: Case, *steps: EventName, client: str | None =
 
 
 def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: Circuit | None = None) -> None:
-    """Send what is due, as a worker does. `make_due_now`: what waits for a later time is due."""
+    """Send what is due, like a worker. `make_due_now`: also what waits for a later time."""
     if make_due_now:
         with database.write() as session:
             session.execute(update(Dispatch).where(col(Dispatch.due_at).is_not(None)).values(due_at=LONG_AGO))
@@ -182,7 +182,7 @@ def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: 
 
 @contextmanager
 def sending(database: Database, case: Case) -> Iterator[None]:
-    """As a worker process does, with all of the sink's threads."""
+    """Send like a worker process, with all of the sink's threads."""
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS)
     worker = Worker(database, [Lane("it", Dispatch, work.work, case.sink.threads)], lease_seconds=60, grace_seconds=0)
     with running(worker):
@@ -195,7 +195,7 @@ def dispatches(database: Database) -> list[Dispatch]:
 
 
 def ids(database: Database, case: Case) -> dict[str, str]:
-    """{id: event name} of all that was to be sent."""
+    """{id: event name} of all expected messages."""
     with database.read() as session:
         return {case.id_of(event_id(event)): event.name for event in session.exec(select(Event)) if event.name in NAMES}
 
@@ -206,7 +206,7 @@ def of(arrivals: list[Arrival], external_task_id: str) -> list[str]:
 
 @contextmanager
 def silent() -> Iterator[str]:
-    """HOST:PORT where connections are taken and nothing is ever said."""
+    """HOST:PORT that accepts connections and sends nothing."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(16)
@@ -215,13 +215,13 @@ def silent() -> Iterator[str]:
 
 @contextmanager
 def endless(size: int) -> Iterator[str]:
-    """HOST:PORT of one answer: 200, so many bytes of a body far longer, and then nothing."""
+    """HOST:PORT with one answer: 200, a part of a far longer body, and then nothing."""
 
     def answer(connection: socket.socket) -> None:
         connection.recv(65_536)
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n" + b"x" * size)
         while connection.recv(65_536):
-            pass  # the rest of the request, until whoever asked has had enough
+            pass  # the rest of the request, until the client gives up
 
     with closing(Listener(answer)) as listener:
         yield f"127.0.0.1:{listener.port}"

@@ -1,4 +1,4 @@
-"""The store of the compose file: what web and workers can reach of it, and what its identity may do."""
+"""The store of the compose file: what web and workers can reach of it, and the rights of its identity."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def forwarder(folder: Path, store: int) -> Iterator[int]:
 
 
 def make_bucket(ports: dict[str, int], name: str) -> bool:
-    """The compose file's script; whether it found the bucket in the end."""
+    """Run the compose file's script. Returns whether it found the bucket in the end."""
     script = SERVICES["bucket"]["command"][0].replace("$$", "$").replace("weed shell", f"{weed_binary()} shell")
     script = script.replace("seaweedfs:9333", f"127.0.0.1:{ports['master']}")
     script = script.replace("seaweedfs:8888", f"127.0.0.1:{ports['filer']}")

@@ -1,4 +1,4 @@
-"""What others rely on is there as it was in the release before (contract.py)."""
+"""The public contract is complete, compared with the release before (contract.py)."""
 
 from __future__ import annotations
 

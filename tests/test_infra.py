@@ -1,4 +1,4 @@
-"""What operators run: image, locks, compose file, proxy. No container starts; the proxy's own program does, if here."""
+"""Operators' files: image, locks, compose file, proxy. No container starts; the proxy's program does, if installed."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_settings_read_what_compose_gives_them(secrets: Path, tmp_path: Path, mo
 
 
 class _Web(ThreadingHTTPServer):
-    """Stands where the receiver's web would. Notes what arrives."""
+    """A stand-in for the receiver's web server. Records requests."""
 
     daemon_threads = True
 
@@ -261,7 +261,7 @@ class _Proxy:
         while subprocess.run(command, capture_output=True, timeout=30, check=False).returncode:
             assert time.monotonic() < give_up, self.log.read_text()
             time.sleep(0.1)
-        while self.ask("GET", "/") == 404:  # healthy it is before its routes are read
+        while self.ask("GET", "/") == 404:  # it is healthy before its routes are read
             assert time.monotonic() < give_up, self.log.read_text()
             time.sleep(0.1)
 

@@ -1,4 +1,4 @@
-"""The PostgreSQL of the tests keeps what was committed, however it ends."""
+"""The PostgreSQL server of the tests keeps committed rows, however it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules that machines check: imports, lint, format, types, version and top level. `test_pages` checks the prose."""
+"""Rules checked by machines: imports, lint, format, types, version and top level. `test_pages` checks the prose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_machine_rules_hold(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# What one can keep in view at a time. Split a room that grows beyond it.
+# The most that a reader can keep in view. Split a room that grows beyond it.
 MAX_MODULES, MAX_LINES = 14, 2_500
 
 CLAIM_COLUMNS = {"due_at", "attempts", "lease", "losses"}

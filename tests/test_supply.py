@@ -1,4 +1,4 @@
-"""What can be known of dependencies and of lint exemptions without internet; SECURITY.md says what cannot be."""
+"""Checks of dependencies and lint exemptions without internet. SECURITY.md lists what remains unchecked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 CODE = [path for folder in ("receiver", "storage", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
-# An exemption from a security rule, and the words that explain it on its line.
+# An exemption from a security rule, and the explanation on its line.
 EXEMPTION = re.compile(r"noqa: (?:[A-Z]+\d+, ?)*S\d+")
 EXPLAINED = re.compile(r"noqa: [A-Z0-9, ]+ [-–] \w.+|noqa: [A-Z0-9, ]+\(.+\)")
 
@@ -27,7 +27,7 @@ def locked(name: str = "all.txt") -> dict[str, str]:
 
 
 def installed_with_us() -> dict[str, metadata.Distribution]:
-    """Everything that our runtime dependencies bring in, as installed here."""
+    """All dependencies of our runtime dependencies, as installed here."""
     found: dict[str, metadata.Distribution] = {}
     wanted = [Requirement(text) for text in metadata.requires("kling-receiver") or []]
     while wanted:

@@ -57,23 +57,23 @@ def creates(sandbox: Sandbox) -> list[Any]:
 
 
 def go_on_after(sandbox: Sandbox, told: int) -> None:
-    """The provider's next step, an hour after the last, once so many of them were told."""
+    """Let the provider continue an hour later, once this many tasks have had an answer."""
     sandbox.world.advance(time.time() + 3_600 * told + 60)
 
 
 def unanswered(sandbox: Sandbox) -> AbstractContextManager[None]:
-    """Creates reach the provider, and what it says to them arrives when the block ends."""
+    """Creates reach the provider, and its answers arrive when the block ends."""
     return _late(sandbox.world, "create")
 
 
 def undelivered(sandbox: Sandbox, *, but: int = 0) -> AbstractContextManager[None]:
-    """Pictures are asked for, and come when the block ends, `but` the first."""
+    """Pictures are requested, and arrive when the block ends, `but` the first."""
     return _late(sandbox.world.gallery, "data", but)
 
 
 @contextmanager
 def _late(part: Any, name: str, but: int = 0) -> Iterator[None]:
-    """A fault of the provider: what this part of it says is held back meanwhile."""
+    """A fault of the provider: this part of its answers is held back meanwhile."""
     ask, ended, numbers = getattr(part, name), threading.Event(), itertools.count()
 
     def held_back(*words: Any) -> Any:

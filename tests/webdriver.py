@@ -1,4 +1,4 @@
-"""A browser by the WebDriver protocol (W3C), spoken with httpx: Debian's chromium and its driver, nothing else."""
+"""A browser by the WebDriver protocol (W3C) over httpx: Debian's chromium and its driver, nothing else."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Browser:
         wait_until(lambda: words in self.text, seconds=seconds)
 
     def console_log(self) -> list[str]:
-        """What the browser complained of: a blocked style or script among it."""
+        """The browser's complaints, for example of a blocked style or script."""
         return [str(entry["message"]) for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
     def resize(self, width: int, height: int) -> None:
@@ -111,7 +111,7 @@ class Browser:
         self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
 
     def scheme(self, name: str) -> None:
-        """`light` or `dark`, as the system would say."""
+        """`light` or `dark`, like the system's setting."""
         media = {"features": [{"name": "prefers-color-scheme", "value": name}]}
         self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
 

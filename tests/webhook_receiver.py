@@ -19,7 +19,7 @@ OTHER_SECRET = "whsec_b3RoZXJzZWNyZXRvdGhlcnNlY3JldG90aGVyc2VjcmV0MDA="
 
 @dataclass(frozen=True)
 class Got:
-    """One request. `status`: how it was answered."""
+    """One request. `status`: of its answer."""
 
     path: str
     headers: Mapping[str, str]

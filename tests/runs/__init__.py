@@ -1,1 +1,1 @@
-"""Long runs of the product's own processes, each a command that prints figures and ends with 1 if a promise broke."""
+"""Long runs of the product's own processes, each a command that prints figures and exits with 1 if a promise broke."""

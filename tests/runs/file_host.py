@@ -1,7 +1,7 @@
 """A file host with one oddity after the other: `python -m tests.runs.file_host --database postgresql --seconds 60`.
 
-The web server and a worker process, the sandbox and SeaweedFS. Under each oddity so many tasks are submitted. All of
-their files must be archived without anybody's help, within so many requests a file. The short form runs in the suite.
+The web server and a worker process, the sandbox and SeaweedFS. Tasks are submitted under each oddity. All of their
+files must be archived without help, within a number of requests per file. The short form runs in the suite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINK_SECONDS = 2
 # more by chance.
 LONGEST_WAIT = 3.3
 MACHINE_SECONDS = 60.0  # for a slow machine
-# Chance alone ends these: nine tries, and one file in 512 needs more.
+# Oddities by chance end only by chance: nine tries, and one file in 512 needs more.
 BY_CHANCE_SECONDS = 2_000.0
 
 
@@ -65,7 +65,7 @@ class Result:
 
 
 def oddities(seconds: float) -> Iterator[Oddity]:
-    """`seconds`: how long those last that pass."""
+    """`seconds`: the duration of oddities that pass."""
     passes = {"cdn_break_share": 0.6, "cdn_break_seconds": seconds}
     yield Oddity("none", {})
     yield Oddity("an error page with status 200", {"cdn_html_seconds": seconds}, MAX_TRIES)
@@ -99,7 +99,7 @@ class FileHost(Scene):
         self.start_processes(1)
 
     def play(self, oddity: Oddity, tasks: int, bound_seconds: float) -> Result:
-        """Submit `tasks` tasks under this oddity and wait until all is archived, at most so long."""
+        """Submit `tasks` tasks under this oddity and wait until all is archived, for a bounded time."""
         defaults = Knobs(picture_bytes=PICTURE_BYTES, api_keys=[self.sandbox.api_key]).model_dump()
         self.sandbox.set(**{**defaults, **oddity.knobs})
         before, started = self.sandbox.ledger().counts, time.monotonic()
@@ -122,7 +122,7 @@ class FileHost(Scene):
             return session.exec(done.where(col(Task.external_task_id).in_(names))).one()
 
     def _judge(self, result: Result, names: list[str]) -> None:
-        """What the provider made against what is kept, and what it took."""
+        """Compare the provider's files with the archived ones, and count the requests."""
         ledger, objects = self.sandbox.ledger(), {each.key: each.size for each in self.parts.bucket.list("")}
         made = [asset for name in names for asset in ledger.task(name).assets]
         kept = [asset for name in names for asset in self._assets(name)]

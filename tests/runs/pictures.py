@@ -1,7 +1,7 @@
 """Which pictures of a folder would be archived: `python -m tests.runs.pictures FOLDER…`.
 
-Every file whose bytes begin as a picture that is archived is checked as a result file would be, and decoded by Pillow.
-The table has a line for each folder. Below it is every file that is refused although Pillow decodes the whole of it.
+Every file whose bytes begin like an archived type is checked like a result file, and decoded by Pillow. The table has a
+line for each folder. Below it is every file that is refused although Pillow decodes the whole of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A batch whose account is refused on the way: `python -m tests.runs.refused_account --database postgresql`.
+"""A batch whose account is refused meanwhile: `python -m tests.runs.refused_account --database postgresql`.
 
-The web server, worker processes, the sandbox, SeaweedFS and a webhook. The account's balance ends in the middle of
-the batch, then its key is refused, then all is well again. Nothing may fail or be made twice, the provider may see few
-refused creates, and the events and the metric of the alarm must say so.
+The web server, worker processes, the sandbox, SeaweedFS and a webhook. The account's balance ends in the middle of the
+batch, then its key is refused, then both are valid again. Nothing may fail or be made twice, the provider may see few
+refused creates, and the events and the alarm's metric must report it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ONE_LINE_SECONDS = 1.0  # an upper bound for a slow machine
 
 @dataclass
 class Outcome:
-    """What was found at the end. `faults`: empty = the promise holds."""
+    """The findings at the end. `faults`: empty = the promise holds."""
 
     faults: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -153,7 +153,7 @@ def _compare(scene: Refused, outcome: Outcome) -> None:
 
 
 def _is_told(account: Sequence[tuple[str, Any]]) -> bool:
-    """Paused for each of the reasons, and resumed at last."""
+    """Whether events report a pause for each of the reasons, and the resumption."""
     paused = {code for name, code in account if name == "account.paused"}
     return paused == {NO_BALANCE, WRONG_KEY} and account[-1][0] == "account.resumed"
 

@@ -48,7 +48,7 @@ WAITING_SECONDS = 600
 SECRET = f"whsec_{base64.b64encode(bytes(range(32))).decode()}"
 MODEL, BATCH_NAME = "kling-image-o1", "spring-campaign"
 GIVEN_UP = "the file host answered with a page (text/html) instead of a picture, 9 times"
-# Every picture in sight is there.
+# Every visible picture is loaded.
 SHOWN = """return document.readyState === "complete" &&
   [...document.images].every((e) => e.complete || e.getBoundingClientRect().top > innerHeight)"""
 # Prompt, aspect ratio and number of pictures, newest first.
@@ -72,7 +72,7 @@ TIMES = (
 
 
 def landscape(picture: pictures.Picture) -> bytes:
-    """Hills under a sky, in colours that the seed chooses: friendlier than noise, and small as a palette."""
+    """Hills under a sky, in colours by the seed. It looks better than noise, and is small as a palette."""
     rng = random.Random(picture.noise)
     width, height = pictures.size(picture)
     hue = rng.random()
@@ -168,7 +168,7 @@ class Showroom(Scene):
         wait_until(lambda: not self._count(not_(ended)), seconds=120, every=0.25)
 
     def _spread(self, names: Sequence[str]) -> None:
-        """Let these tasks have been submitted over the last day, the first one now."""
+        """Spread the submission times of these tasks over the last day, the first one now."""
         rng = random.Random(7)
         with self.parts.database.write() as session:
             for number, name in enumerate(names):
@@ -188,7 +188,7 @@ class Showroom(Scene):
             task.archive = ArchiveState.INCOMPLETE
 
     def _bring_callbacks(self) -> None:
-        """One that matches no task, and one that nobody can read."""
+        """Post one callback that matches no task, and one that is unreadable."""
         unknown = {"task_id": "8412907731", "task_status": "succeed", "task_result": {"images": []}}
         bodies = (json.dumps(unknown).encode(), b"<html>502 Bad Gateway</html>")
         with self.parts.database.write() as session:

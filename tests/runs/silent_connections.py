@@ -1,7 +1,7 @@
 """Callbacks beside silent connections: `python -m tests.runs.silent_connections --descriptors 1024`.
 
-`receiver serve` may open so many descriptors, and four times as many connections are opened to it that send nothing.
-Every callback must be stored, and the time of each is compared with that of the same server without the connections.
+`receiver serve` has this limit of descriptors, and four times as many connections are opened to it that send nothing.
+Every callback must be stored. The time of each is compared with that of the same server without the connections.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What faults of the store cost: `python -m tests.runs.store_faults --database postgresql`.
+"""The cost of the store's faults: `python -m tests.runs.store_faults --database postgresql`.
 
 First the store is away again and again for longer than a link lives. Then a proxy in front of it refuses a few large
 files, and many small ones must not wait for them. The web server, a worker process, the sandbox and SeaweedFS.
@@ -32,14 +32,14 @@ LINK_SECONDS, AWAY_SECONDS, ROUNDS, TASKS_A_ROUND = 2, 8.0, 20, 3
 BACK_SECONDS = 30.0
 LARGE, SMALL, LARGE_BYTES, SMALL_BYTES, LIMIT_BYTES = 6, 100, 400_000, 4_000, 100_000
 TOO_LARGE = Answer(413, {"content-type": "text/html"}, b"<html>413 Request Entity Too Large</html>")
-# What a hundred small files may wait longer because six large ones are refused.
+# The most that a hundred small files wait longer because six large ones are refused.
 BESIDE_SECONDS = 5.0
 SECONDS = 180.0
 
 
 @dataclass
 class Outcome:
-    """What was found at the end. `faults`: empty = the promise holds."""
+    """The findings at the end. `faults`: empty = the promise holds."""
 
     faults: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class Store(Scene):
 
 
 def outages(folder: Path, *, database: str, rounds: int = ROUNDS, away_seconds: float = AWAY_SECONDS) -> Outcome:
-    """Links die while the store is away; afterwards all goes on by itself."""
+    """Links expire while the store is away. Afterwards everything continues by itself."""
     knobs = Knobs(picture_bytes=SMALL_BYTES, result_lifetime_seconds=LINK_SECONDS, fresh_urls_on_read=True)
     outcome, after = Outcome(), []
     with Store(folder / "outages", database, knobs) as scene:

@@ -210,7 +210,7 @@ def submitted(parts: Parts) -> int:
 def clock(parts: Parts) -> Clock:
     """The clock of the provider's circuit. Only tests advance it."""
     made = Clock()
-    parts.__dict__["provider_circuit"] = Circuit(made)  # where the cached property keeps it
+    parts.__dict__["provider_circuit"] = Circuit(made)  # the place of the cached property
     return made
 
 

@@ -1,4 +1,4 @@
-"""A forked child speaks on connections of its own: on its parent's, each would get the other's answers."""
+"""A forked child has connections of its own. On its parent's, each would get the other's answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.loopback import HttpServer, QuietHandler
 
 
 class Noting(QuietHandler):
-    """Has no tasks, no objects and one text. `ports`: whose connection each request came on."""
+    """A provider without tasks and objects that records the connection of each request in `ports`."""
 
     ports: list[int]
 

@@ -1,4 +1,4 @@
-"""A folder for an export in which another user has prepared something."""
+"""An export into a folder in which another user has prepared something."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ REPORTS = {
 
 
 def after(task: TaskFacts, said: Report) -> TaskFacts:
-    """The task as the apply step writes it."""
+    """The task after the apply step's writes."""
     decision = decide(task, said)
     due = {name: AssetFacts(AssetState.DUE, url) for name, url in decision.add.items()}
     fresh = {name: replace(task.assets[name], url=url) for name, url in decision.replace.items()}
@@ -79,7 +79,7 @@ def after(task: TaskFacts, said: Report) -> TaskFacts:
 
 
 def histories() -> list[tuple[frozenset[str], TaskFacts]]:
-    """What a task can be after every sequence of reports, however long, and which words it has heard by then."""
+    """All states of a task after every sequence of reports of any length, with the statuses of each."""
     start: tuple[frozenset[str], TaskFacts] = (frozenset(), NEW_TASK)
     seen, waiting = {identity(*start): start}, [start]
     while waiting:
@@ -119,7 +119,7 @@ def due_names(task: TaskFacts) -> list[AssetName]:
 
 
 class Life(RuleBasedStateMachine):
-    """A task that hears reports while workers archive, fail and finish."""
+    """A task that gets reports while workers archive, fail and finish."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -294,7 +294,7 @@ def archive_of(*states: AssetState, expected: int | None = 2, reads: int = 0) ->
 
 
 def unusable(task: TaskFacts, tries: int) -> TaskFacts:
-    """Its due files came unusable so often."""
+    """Its due files have had this many unusable answers."""
     came = {name: replace(task.assets[name], unusable_tries=tries) for name in due_names(task)}
     return replace(task, assets={**task.assets, **came})
 

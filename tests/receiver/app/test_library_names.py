@@ -1,4 +1,4 @@
-"""What the library's page promises about names: each is imported from `receiver`, and its program ends in words."""
+"""The names of the library's page: each is imported from `receiver`, and errors of its program are one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGTERM under load: in time, nothing acknowledged is missing, no lease is left that another must wait out."""
+"""SIGTERM under load: the process ends in time, every acknowledged delivery is there, no lease is left."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, free_port, insert_row
 
 SENDERS = 8
-# The web ends a slow body after 10 s; here after one, as nobody needs to wait for more.
+# The web server ends a slow body after 10 s; here after one, which is enough for the test.
 BODY_SECONDS = {"receiver.web.callbacks:BODY_SECONDS": 1.0}
-# The web waits for that, and the workers for theirs besides; this is a hang.
+# The web server waits this long, and the workers for theirs besides. Longer is a hang.
 EXIT_SECONDS = 40
 
 
@@ -56,7 +56,7 @@ def _answers(url: str) -> bool:
 
 
 class Sender:
-    """Posts distinct callbacks of many tasks until it is refused; remembers what was answered 200."""
+    """Posts distinct callbacks of many tasks until it is refused, and remembers those answered 200."""
 
     def __init__(self, urls: list[str]) -> None:
         self.accepted: list[bytes] = []

@@ -1,4 +1,4 @@
-"""A lazy attribute that several threads meet first is made once."""
+"""A lazy attribute that several threads need first is made once."""
 
 from __future__ import annotations
 

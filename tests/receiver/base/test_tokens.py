@@ -1,4 +1,4 @@
-"""Tokens in URLs: a token opens the task, provider and purpose it was signed for, and nothing else."""
+"""Tokens in URLs: a token is valid for the task, provider and purpose it was signed for, and for nothing else."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_token_has_the_documented_form() -> None:
     assert {len(raw(token)) for token in made} == {1 + 16 + 24} and {raw(token)[0] for token in made} == {1}
     assert len(set(made)) == len(made)
     fixed = Tokens([SecretStr("x" * 32)]).sign("kling", TASK)
-    assert fixed == "ATskEQHiu0JVjK9BNsVmqWIVqnumd9XGCcThGuCW6YLYnUqGcNigXnU"  # addresses live on for months
+    assert fixed == "ATskEQHiu0JVjK9BNsVmqWIVqnumd9XGCcThGuCW6YLYnUqGcNigXnU"  # URLs are valid for months
 
 
 def test_rotation_signs_with_the_first_secret_and_accepts_all() -> None:
@@ -128,7 +128,7 @@ def test_any_text_is_refused_without_an_error(token: str) -> None:
 
 
 def test_every_secret_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time must not tell which secret matched. This test counts calls, because times show nothing here."""
+    """The time must not reveal which secret matched. This test counts calls, because times prove nothing here."""
     calls: list[tuple[bytes, bytes]] = []
     real = hmac.compare_digest
     monkeypatch.setattr(tokens.hmac, "compare_digest", lambda a, b: calls.append((a, b)) or real(a, b))

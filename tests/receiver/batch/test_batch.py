@@ -1,4 +1,4 @@
-"""Batches: put in once, gone on with by the same file, sent by workers, tried again, reported with their keys."""
+"""Batches: inserted once, continued by the same file, sent by workers, tried again, reported with their keys."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from tests.receiver.batch.test_batch_file import FAULTS, GOOD, PICTURE, faulty_f
 from tests.rows import event_names, new_asset
 
 LINES = [{**GOOD, "prompt": f"boat {number}"} for number in range(5)]
-ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # what is shown is the same on both
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # the output is the same on both databases
 limited = pytest.mark.parametrize("changes", [{"kling_slots": 2}], ids=["two"])
 
 
@@ -68,7 +68,7 @@ def dismiss(parts: Parts, task: Task) -> None:
 
 
 def finish(parts: Parts, name: str = "night") -> Counts:
-    """Do all there is to do, in this thread; nobody hears callbacks here, so tasks are read."""
+    """Do all work in this thread. Callbacks reach nobody here, so tasks are read."""
     worker = parts.worker()
 
     def over() -> Counts | None:
@@ -326,7 +326,7 @@ def test_refused_create_whose_input_picture_is_not_stored_has_a_reason(parts: Pa
 @ONE_DATABASE
 def test_files_that_were_given_up_are_due_again(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, LINES[0])
-    sandbox.set(cdn_faults=["html"] * 8)  # as often as it takes to say that the archive is incomplete
+    sandbox.set(cdn_faults=["html"] * 8)  # as many tries as it takes until the archive is reported incomplete
 
     def given_up() -> bool:
         parts.worker().run_until_idle()
@@ -404,7 +404,7 @@ Command = Callable[..., Done]
 
 @pytest.fixture
 def command(parts: Parts, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`receiver …` in this process, in a folder of its own: a process each would take the time of ten tests."""
+    """`receiver …` in this process, in a folder of its own, because a process each would take the time of ten tests."""
     settings = variables(parts.settings.database_url.get_secret_value(), parts.bucket, sandbox)
     for name, value in {**settings, "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
@@ -413,7 +413,7 @@ def command(parts: Parts, sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.
 
     def call(*words: str, given: str = "") -> Done:
         monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(given.encode())))
-        out, err, code = StringIO(), StringIO(), 0  # never closed: loggers remember where they wrote
+        out, err, code = StringIO(), StringIO(), 0  # never closed, because loggers keep their stream
         with redirect_stdout(out), redirect_stderr(err):
             try:
                 main.app(list(words))
@@ -561,7 +561,7 @@ def test_a_batch_survives_kills_in_the_night(database_kind: str, tmp_path: Path)
 
 @ONE_DATABASE
 def test_a_pipe_needs_a_name(command: Command, parts: Parts) -> None:
-    """As `<(make-prompts)` gives one: the name would be the descriptor's number, another one each night."""
+    """`<(make-prompts)` is a pipe: its name would be the descriptor's number, which changes every night."""
     reader, writer = os.pipe()
     with open(writer, "wb") as pipe:
         pipe.write(jsonl(*LINES))

@@ -1,4 +1,4 @@
-"""A batch's file: what is read, which ids it makes, and every fault with the line an editor shows."""
+"""A batch's file: the requests it contains, the ids that are made, and every fault with its line number."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD = {"model_name": "kling-v3-omni", "prompt": "a boat"}
 ONE = {**GOOD, "model_name": "kling-image-o1"}
 PICTURE = encoded(drawn(300, 300))
 
-# One kind of fault each: (the line, a word of what must be said about it).
+# One kind of fault each: (the line, a word of its message).
 FAULTS: list[tuple[Any, str]] = [
     (b"a boat", "no JSON"),
     (b'{"model_name": "kling-v3-omni",', "no JSON"),
@@ -223,7 +223,7 @@ def test_an_open_quote_in_the_header_is_one_fault() -> None:
 
 
 def test_open_quotes_in_every_line_are_read_in_a_bounded_time() -> None:
-    """Thirty thousand lines, each of which would be read to the end of the file if its quote were looked for there."""
+    """Thirty thousand lines, each of which would be read to the end of the file to find its closing quote."""
     count = 30_000
     started = time.process_time()
     found = faults_in(b"model_name,prompt\n" + b'm,"p\n' * count + b'm,"" p\n' * count, "csv")

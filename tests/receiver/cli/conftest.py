@@ -13,7 +13,7 @@ from tests.command_line import CommandLine, variables
 
 @pytest.fixture
 def receiver(bucket: Bucket, sandbox: Sandbox, tmp_path: Path) -> CommandLine:
-    """On a SQLite file that is not there yet."""
+    """On a SQLite file that does not exist yet."""
     return CommandLine(variables("sqlite:///receiver.db", bucket, sandbox), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""`receiver check`: each problem is one clear line with what to do about it, and exit code 1."""
+"""`receiver check`: each problem is one clear line with a remedy, and exit code 1."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Look = Callable[..., dict[str, Result]]
 def settings(
     bucket: Bucket, sandbox: Sandbox, migrated_sqlite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., config.Settings]:
-    """Good settings on SQLite, changed as told."""
+    """Valid settings on SQLite with the given changes."""
     monkeypatch.chdir(tmp_path)  # no .env of ours
     (tmp_path / "good.db").write_bytes(migrated_sqlite.read_bytes())
 
@@ -57,7 +57,7 @@ def settings(
 
 @pytest.fixture
 def look(settings: Callable[..., config.Settings]) -> Look:
-    """The results by name; that each name comes once is what "one line a problem" means."""
+    """The results by name. Each name occurs once, because a problem has one line."""
 
     def run(*args: Any, bound_seconds: float = checks.BOUND_SECONDS, **changes: Any) -> dict[str, Result]:
         results = checks.run(settings(*args, **changes), bound_seconds=bound_seconds)
@@ -208,7 +208,7 @@ def test_schema_of_another_release_is_a_fault(look: Look, database: Database, re
 
 
 def test_empty_database_is_created_by_serve_or_a_fault(look: Look, empty_database_url: str, database_kind: str) -> None:
-    """On SQLite `serve` makes the schema by itself, on PostgreSQL somebody has to say so."""
+    """On SQLite `serve` creates the schema, on PostgreSQL an operator has to run `receiver migrate`."""
     postgresql = database_kind == "postgresql"
     found = look(empty_database_url)["database"]
     assert found.status is (Status.FAULT if postgresql else Status.NOTE)
@@ -425,7 +425,7 @@ def test_clock_that_differs_from_the_stores_is_a_fault(look: Look, seaweed: Seaw
 
 @pytest.fixture
 def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """{name: address} that the system's resolver knows in this test, beside what it knows."""
+    """{name: address} of names that only this test's resolver knows."""
     known: dict[str, str] = {}
     real = socket.getaddrinfo
 
@@ -496,7 +496,7 @@ def test_gateway_without_a_public_url_is_a_note(look: Look) -> None:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """HOST:PORT that takes connections and says nothing."""
+    """HOST:PORT that accepts connections and sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -554,7 +554,7 @@ def test_a_store_in_clear_text_over_a_network_is_named(
     more: dict[str, Any],
     advice: str | None,
 ) -> None:
-    """Asked by itself: the whole check would connect to that address."""
+    """Calls this check alone, because the whole command would connect to that address."""
     names["s3.example.com"] = address
     urls = {"s3_endpoint_url": "http://s3.example.com:8333", "s3_public_endpoint_url": "https://s3.example.com"}
     found = list(check_secrecy.clear_text(Parts(settings(**urls, **more))))

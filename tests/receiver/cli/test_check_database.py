@@ -1,4 +1,4 @@
-"""What `receiver check` says of PostgreSQL as people have it."""
+"""`receiver check` on PostgreSQL in users' setups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`receiver check` against what goes wrong on the first day: one line names the remedy, and the exit code is 1."""
+"""`receiver check` and the faults of the first day: one line names the remedy, and the exit code is 1."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_store_that_cannot_be_used_is_named_with_the_remedy(receiver: CommandLin
 
 @pytest.fixture
 def private_ca(seaweed: Seaweed, tmp_path: Path) -> Iterator[tuple[FaultProxy, Path]]:
-    """The store behind TLS, and the certificate of its CA, which nobody else knows."""
+    """The store behind TLS, and the certificate of its private CA."""
     openssl, key, certificate = shutil.which("openssl"), tmp_path / "key.pem", tmp_path / "certificate.pem"
     if openssl is None:
         pytest.skip("no openssl to make a certificate with")

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: words, exit codes and JSON, in real processes."""
+"""The command line in real processes: output, exit codes and JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.harness import wait_until
 
 VERBS = get_command(app).commands  # type: ignore[attr-defined]
 ASK = ("submit", "--model-name", "kling-image-o1", "--prompt", "a boat")
-# DESIGN, section 6. What we say beyond it may change, this may not.
+# DESIGN, section 6. Further output may change, this may not.
 TASK_KEYS = "external_task_id task_id provider_task_id state archive expected error assets events"
 ASSET_KEYS = "kind index state key uri sha256 size media_type error"
 
@@ -88,7 +88,7 @@ def test_migrate_says_what_it_did(receiver: CommandLine) -> None:
 
 
 def test_submit_work_status(receiver: CommandLine, bucket: Bucket) -> None:
-    """From nothing to pictures in the bucket, on a database that submit itself makes ready."""
+    """From an empty folder to pictures in the bucket, on a database that submit itself creates."""
     submitted = receiver(*ASK, "--n", "2")
     assert (submitted.code, "no worker is alive" in submitted.err) == (0, True)
     name = submitted.out.strip()
@@ -182,7 +182,7 @@ def test_a_bug_shows_its_traceback_whatever_its_class(fault: str) -> None:
 
 
 def test_request_is_read_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:
-    """Options win over the file; its callback_url is ours to choose."""
+    """Options take precedence over the file, and its callback_url is ignored."""
     request = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2, "external_task_id": "theirs"}
     (ready.folder / "r.json").write_text(json.dumps({**request, "callback_url": "https://example.com"}))
     assert ready("submit", "--request", "r.json", "--n", "3").out == "theirs\n"

@@ -1,4 +1,4 @@
-"""`receiver events` as a command, and the setting that says where events go."""
+"""`receiver events` as a command, and the setting of the sinks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def database_kind() -> str:
 
 @pytest.fixture
 def environment(database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """What the command reads; in a folder without a `.env`."""
+    """The environment of the command, in a folder without a `.env`."""
     values = {
         "RECEIVER_DATABASE_URL": database_url,
         "RECEIVER_S3_BUCKET": "pictures",
@@ -54,7 +54,7 @@ def environment(database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.fixture
 def run(environment: dict[str, str]) -> Run:
-    """Runs `receiver events …` here; returns the exit code and what it said on either output."""
+    """Runs `receiver events …` here. Returns the exit code and both outputs."""
 
     def command(*words: str) -> tuple[int, str]:
         done = CliRunner().invoke(app, ["events", *words], env={"COLUMNS": "200"})
@@ -64,7 +64,7 @@ def run(environment: dict[str, str]) -> Run:
 
 
 def three(database: Database) -> None:
-    """One delivered, one dead, one open, to one sink; of one task."""
+    """Three dispatches of one task to one sink: delivered, dead, open."""
     with database.write() as session:
         task = new_task(session, external_task_id="the-task")
         for name in (EventName.TASK_SUBMITTED, EventName.TASK_FAILED):

@@ -1,4 +1,4 @@
-"""Other users of the machine: what we make is not for them, and what they made decides nothing here."""
+"""Other users of the machine: they cannot read our files, and their files decide nothing here."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_files_of_commands_are_readable_by_one_user(tmp_path: Path) -> None:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """As a stranger may who can open it."""
+    """Hold the lock, which everyone who can open the file may do."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What a newcomer gets wrong on the first day is said in one sentence, with what to do."""
+"""A newcomer's mistakes of the first day: each is reported in one sentence with its remedy."""
 
 from __future__ import annotations
 

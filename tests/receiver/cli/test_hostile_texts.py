@@ -1,4 +1,4 @@
-"""Ids and texts of strangers: every verb shows them, no terminal obeys them, no new task gets such an id."""
+"""Ids and texts of others: every command escapes them, and no new task gets such an id."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]")
 
 @pytest.fixture
 def receiver(bucket: Bucket, sandbox: Sandbox, migrated_sqlite: Path, tmp_path: Path) -> CommandLine:
-    """On a database that holds such a task, from before ids were looked at."""
+    """On a database with such a task from an earlier release."""
     (tmp_path / "receiver.db").write_bytes(migrated_sqlite.read_bytes())
     database = Database(f"sqlite:///{tmp_path / 'receiver.db'}")
     with database.write() as session:

@@ -1,4 +1,4 @@
-"""The operator's verbs as commands: words, exit codes, JSON, and dry runs that change nothing."""
+"""The operator's commands: output, exit codes, JSON, and dry runs that change nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.rows import LONG_AGO, new_task
 
 
 def accidents(parts: Parts) -> dict[str, Any]:
-    """One of each thing that a verb would change, and the verbs."""
+    """One row of each kind that a command would change, and the commands."""
     task, [asset] = lost(parts.database)
     waiting = insert_row(parts)
     row = deliver(parts, waiting, {"task_id": "7", "task_status": "processing"})
@@ -66,7 +66,7 @@ def receiver(bucket: Bucket, sandbox: Sandbox, migrated_sqlite: Path, tmp_path: 
 
 @pytest.fixture
 def beside(receiver: CommandLine) -> Database:
-    """The file that the commands work on."""
+    """The database file of the commands."""
     return Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
 
 

@@ -1,4 +1,4 @@
-"""What people have in their shells, files and databases: each fault is one line that names the place and the remedy."""
+"""Faults in users' shells, files and databases: each is one line that names the place and the remedy."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_a_signal_to_the_whole_group_is_no_death_of_a_worker(ready: CommandLine,
 
 def test_ctrl_c_while_a_worker_of_serve_still_imports_prints_no_traceback(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, "-X", "importtime", "-m", "receiver", "work", "--supervised"]  # says what is imported
+    command = [sys.executable, "-X", "importtime", "-m", "receiver", "work", "--supervised"]  # logs its imports
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     with log.open("wb") as err:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, stderr=err)

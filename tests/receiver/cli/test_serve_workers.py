@@ -1,4 +1,4 @@
-"""`receiver serve` and its worker processes: what they share, and that none outlives the others."""
+"""`receiver serve` and its worker processes: their shared memory, and their common end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def started(log: Path) -> int:
 
 
 def test_supervisor_has_nothing_that_workers_could_share(ready: CommandLine) -> None:
-    """No thread, no socket, no file of the database: all that could be in the wrong state after a fork."""
+    """It has no thread, no socket and no file of the database, which could be in a wrong state after a fork."""
     ready.variables["RECEIVER_WORKERS"] = "2"
     with serving(ready, "--port", str(free_port())) as (process, log):
         wait_until(lambda: started(log) == 2)

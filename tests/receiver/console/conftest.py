@@ -1,4 +1,4 @@
-"""The console over the real server, on both databases, with some things to look at."""
+"""The console over the real server, on both databases, with some rows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def changes(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def ann(web: Web) -> Iterator[Reader]:
-    """May act."""
+    """A person who may act."""
     with Reader(web.url) as reader:
         yield reader
 
 
 @pytest.fixture
 def ben(web: Web) -> Iterator[Reader]:
-    """May look."""
+    """A person who may only read."""
     with Reader(web.url, READ_KEY) as reader:
         yield reader
 

@@ -1,4 +1,4 @@
-"""Who gets in: keys, sessions, one-time links, the throttle, and forms from elsewhere."""
+"""Access to the console: keys, sessions, one-time links, the throttle, and forms of other sites."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_wrong_keys_are_refused_and_then_throttled(stranger: Reader) -> None:
 
 
 def held_logins(web: Web, count: int, held: ExitStack) -> list[socket.socket]:
-    """Forms with a wrong key, each without its last byte."""
+    """Login forms with a wrong key, each without its last byte."""
     host, port = web.url.removeprefix("http://").split(":")
     fields = "Host: x\r\nContent-Length: 13\r\nContent-Type: application/x-www-form-urlencoded"
     opened = [held.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(count)]

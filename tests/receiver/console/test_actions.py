@@ -1,4 +1,4 @@
-"""What a person does at the console, and that it is kept with their name."""
+"""Actions of a person at the console, and their records with the person's name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def facts(parts: Parts, task: Task, name: str) -> list[dict[str, Any]]:
 
 
 def acts(parts: Parts, task: Task | None) -> list[tuple[str, str]]:
-    """Who did what to a task, or to something that is no task."""
+    """The acts on a task, or on something that is no task."""
     with parts.database.read() as session:
         wanted = Event.task_id == task.id if task else col(Event.task_id).is_(None)
         found = session.exec(select(Event).where(wanted, Event.name == PERSON_ACTED).order_by(col(Event.id)))

@@ -1,4 +1,4 @@
-"""axe-core on every page, in both themes and both languages: no serious or critical fault, contrast among them."""
+"""axe-core on every page, in both themes and both languages: no serious or critical fault, contrast included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not webdriver.is_installed(), reason=webdriver.MISSING),
     pytest.mark.skipif(not axe.script().exists(), reason=axe.MISSING),
 ]
-# Opens what is closed until somebody asks for it.
+# Opens elements that are closed at first.
 OPEN = """for (const each of document.querySelectorAll("details")) each.open = true;
 const tile = document.querySelector(".tile > a"); if (arguments[0] && tile) tile.click();"""
 RUN = """const done = arguments[0];

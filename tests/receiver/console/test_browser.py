@@ -1,4 +1,4 @@
-"""The console in a real browser: what a person does from log-in to log-out, and that no stranger's script runs."""
+"""The console in a real browser: a person's way from log-in to log-out, and that no injected script runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not webdriver.is_installed() and "CI" not in os.
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
 WIDTHS = (360, 390, 1440, 3840)
 MENU_IS_WHOLE = "const e = document.querySelector('.rail'); return e.scrollWidth <= e.clientWidth"
-# Height of the menu's row; what reaches beyond the window.
+# Height of the menu's row, and the elements beyond the window.
 ROW = "return document.querySelector('.rail').getBoundingClientRect().height"
 BEYOND = """return [...document.querySelectorAll('body *')].filter((e) => e.getClientRects().length
   && !e.closest('.table, .hidden, .skip') && e.getBoundingClientRect().right > innerWidth + 1)
@@ -39,7 +39,7 @@ CHECKS = (Path(__file__).parent / "page_checks.js").read_text()
 
 @pytest.fixture(params=["sqlite"])
 def database_kind(request: pytest.FixtureRequest) -> str:
-    """The pages' own tests run on both; a browser sees no difference."""
+    """The pages' own tests run on both databases; a browser sees no difference."""
     return str(request.param)
 
 
@@ -230,7 +230,7 @@ def test_open_page_continues_when_the_server_is_back(parts: Parts, browser: Brow
     browser.waits_for("Live")
     web.__exit__()
     browser.waits_for("Not live")
-    if meanwhile == "an error page":  # as a proxy answers for a server that is away
+    if meanwhile == "an error page":  # like a proxy in front of an unreachable server
         with error_pages(web) as asked:
             wait_until(lambda: len(asked) > 1, seconds=30)
     insert_row(parts, external_task_id="came-meanwhile")

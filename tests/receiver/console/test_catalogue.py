@@ -1,4 +1,4 @@
-"""The words: both languages have them all, with the same blanks, and pages ask for none that is missing."""
+"""The texts: both languages have all of them with the same placeholders, and pages use no missing one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HERE = Path(catalogue.__file__).parent
 SOURCES = [*HERE.rglob("*.py"), *HERE.rglob("*.html")]
 ASKED = re.compile(r"""\b(?:t|text)\(\s*f?"([a-z0-9_.]+)"\s*[,)]""")
 CAPABILITIES = [each.name for each in fields(Capabilities)]
-# What is kept of what people do: `note_act(…, "action", …)` and `_done(…, "action", …)`.
+# Acts of people: `note_act(…, "action", …)` and `_done(…, "action", …)`.
 DEEDS = re.compile(r"""(?:note_act|_done)\((?:[^"()]|\(\))*"([a-z ]+)",""")
 ACTIONS = sorted({deed for source in SOURCES for deed in DEEDS.findall(source.read_text())} | {"retry", "accept"})
 GROUPS = re.compile(r"""\b(?:w|word)\((?:language, )?["']([a-z_]+)["'],""")
@@ -62,7 +62,7 @@ def test_every_state_of_a_row_has_a_text() -> None:
 
 
 def test_chinese_texts_are_in_chinese() -> None:
-    """Names of things that are the same everywhere aside."""
+    """Except names that are the same in every language."""
     plain = {key: text for key, text in catalogue.TEXTS["zh"].items() if not re.search("[\u4e00-\u9fff]", text)}
     assert set(plain) == {"file.sha"}
 

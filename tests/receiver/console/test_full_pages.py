@@ -1,4 +1,4 @@
-"""Full pages: as much as each may hold, and still less than 100 kB without pictures; a task's timeline has it all."""
+"""Full pages: with the most that each may hold they have less than 100 kB without pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST = 100_000
 
 
 def fill(parts: Parts) -> tuple[Task, Callback, Batch]:
-    """More than a page holds of everything; one task has the most files that a task may have."""
+    """More rows than a page holds of everything; one task has the most files that a task may have."""
     with parts.database.write() as session:
         now = parts.database.now()
         batch = Batch(name="spring campaign", created_at=now)

@@ -1,4 +1,4 @@
-"""Lists: what they filter, how they page by key, what they cost; the figures; thumbnails; the zip; what is live."""
+"""Lists: their filters, their paging by key, their cost; the figures; thumbnails; the zip; live updates."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -
 
 
 def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: Reader) -> None:
-    """In however many sessions. A place is free again when its page is closed."""
+    """Counted over all sessions of a person. A place is free again when its page is closed."""
 
     def follow(reader: Reader, held: ExitStack) -> int:
         cookies = {COOKIE: reader.http.cookies[COOKIE]}
@@ -326,7 +326,7 @@ def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: R
 
 
 def test_one_person_holds_half_of_the_zips(parts: Parts, web: Web, ann: Reader, ben: Reader) -> None:
-    """Also where each reader goes at once."""
+    """Also if each reader leaves at once."""
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     large = 16 * 2**20
     parts.bucket._client().put_object(Bucket=parts.bucket.name, Key=asset.key, Body=bytes(large))

@@ -1,4 +1,4 @@
-"""What needs a person: each kind once, with one sentence, one action, and a link that shows what it is about."""
+"""What needs a person: each kind once, with one sentence, one action, and a link to its rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHOWN = {
 
 
 def everything(parts: Parts) -> None:
-    """An installation in which everything went wrong that a person has to know of."""
+    """An installation with every fault that needs a person."""
     now = parts.database.now()
     archiving = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVING, "step": None, "due_at": None}
     insert_row(parts, external_task_id="waits-for-money", state=TaskState.CREATED)

@@ -1,4 +1,4 @@
-"""Every page over the real server: what it shows, for whom, in which language, and how it pages."""
+"""Every page over the real server: its contents by role and language, and its paging."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every route of the console, as the application has them: who gets in, and who may act."""
+"""Every route of the console's application: which need a session, and which the right to act."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPEN_TO_ALL = ("/console/login", "/console/logout", "/console/language/{language
 
 
 def routes(parts: Parts, method: str) -> list[str]:
-    """The paths that take this method, as their routes have them."""
+    """The paths of the routes with this method."""
     made = make_console(parts).application(Assets(parts.database, parts.bucket, parts.tokens).answer)
     found = [route for route in made.routes if isinstance(route, Route) and method in (route.methods or ())]
     return [route.path for route in found if route.path not in OPEN_TO_ALL]

@@ -1,4 +1,4 @@
-"""What strangers sent is shown and never believed: markup, addresses, secrets, sizes, and who may frame a page."""
+"""Text of others is shown and never trusted: markup, URLs, secrets, sizes, and frames."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.rows import new_asset
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}${7*7}&lt;\u202eRTL\u0007"
 LONG = "w" * 10_000
-# Markup of ours never has these; a page that has them filled something in unescaped.
+# Our own markup never has these. A page with one has inserted something unescaped.
 RAW = ("<script>alert", "<img src=x", "onerror=alert(2)>", "\u202e", "\u0007")
 SIGNED = "https://cdn.example.com/path-of-a-token/x.png?Signature=s3cr3t&Key-Pair-Id=K1"
 
 
 def hostile(parts: Parts) -> tuple[Task, Callback]:
-    """A task, a file, facts and deliveries full of markup, script, RTL and words without an end."""
+    """A task, a file, events and deliveries full of markup, script, RTL and endless words."""
     request = {"prompt": EVIL + LONG, "model_name": EVIL, "image_list": [{"image": SIGNED}]}
     ended = {"state": TaskState.SUCCEEDED, "archive": ArchiveState.INCOMPLETE}
     named = {"external_task_id": EVIL.replace("\u0007", ""), "provider_task_id": EVIL}
@@ -62,7 +62,7 @@ SEARCHED = "%3Cscript%3Ealert(1)%3C/script%3E%22%3E%3Cimg%20src=x%20onerror=aler
 
 
 def own_pages(parts: Parts, task: Task, callback: Callback) -> list[str]:
-    """The pages of what `hostile` made, and lists whose filters are hostile."""
+    """The pages of the rows that `hostile` made, and lists with hostile filters."""
     with parts.database.read() as session:
         batch_id = session.get_one(Task, task.id).batch_id
     fields = ("tasks?q", "gallery?model", "deliveries?cause", "events?sink", "deliveries/replay?task")

@@ -1,4 +1,4 @@
-"""Live consoles that look at the same view share one rendering, and nothing that belongs to one reader."""
+"""Live consoles with the same view share one rendering, without anything that belongs to one reader."""
 
 from __future__ import annotations
 

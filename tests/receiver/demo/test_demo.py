@@ -1,4 +1,4 @@
-"""`receiver demo` and `receiver sandbox` as a newcomer runs them: real processes, in a folder that misleads them."""
+"""`receiver demo` and `receiver sandbox` in real processes, in a folder with misleading settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.harness import ROOT, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
-# Must not reach the demo: with any of them it would fail, or write where it should not.
+# Must not reach the demo, which would fail with any of them, or write to a wrong place.
 MISLEADING = {
     "RECEIVER_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
     "RECEIVER_WORKERS": "0",
@@ -40,7 +40,7 @@ MISLEADING = {
     "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1",
     "HTTP_PROXY": "http://127.0.0.1:1",
 }
-POLL_INTERVAL_SECONDS = 0.5  # a look costs 25 milliseconds of the core that the demo needs
+POLL_INTERVAL_SECONDS = 0.5  # one check takes 25 ms of the core that the demo needs
 LISTENS = "0A"  # TCP_LISTEN in /proc/net/tcp
 Listener = tuple[str, int]
 
@@ -57,7 +57,7 @@ def is_loopback(address: str) -> bool:
 
 
 def listeners(process_id: int) -> set[Listener]:
-    """Where a process listens; nothing when it has just ended."""
+    """The addresses where a process listens; none if it has just ended."""
     sockets: set[str] = set()
     found: set[Listener] = set()
     with suppress(OSError):
@@ -72,11 +72,11 @@ def listeners(process_id: int) -> set[Listener]:
 
 
 def processes() -> Iterator[tuple[int, int, str]]:
-    """Every process that runs: its id, its parent's, and its start, which tells it from a later one with its id."""
+    """Every running process: its id, its parent's, and its start time, which distinguishes it from a later one."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if fields[0] != "Z":  # ended, and whoever inherited it has not looked yet
+            if fields[0] != "Z":  # ended, and not reaped yet
                 yield int(stat.parent.name), int(fields[1]), fields[19]
 
 
@@ -91,7 +91,7 @@ def tree(root: int) -> set[tuple[int, str]]:
 
 @dataclass
 class Running:
-    """A demo under way, and what was seen of it."""
+    """A running demo, with its processes and listeners so far."""
 
     process: subprocess.Popen[bytes] | Forked
     folder: Path
@@ -103,7 +103,7 @@ class Running:
         return (self.folder / "output").read_text()
 
     def look(self) -> None:
-        """Note who runs and where they listen."""
+        """Note the processes and the addresses where they listen."""
         below = tree(self.process.pid)
         self.seen |= below
         for process_id, _ in below:
@@ -147,7 +147,7 @@ def started(folder: Path, *arguments: str, fresh: bool = False) -> Iterator[Runn
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One whole demo, watched until it ended."""
+    """One whole demo, observed until it ended."""
     with started(tmp_path_factory.mktemp("demo"), fresh=True) as running:
         wait_until(running.has_ended, seconds=150, every=POLL_INTERVAL_SECONDS)
         yield running

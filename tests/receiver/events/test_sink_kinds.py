@@ -1,4 +1,4 @@
-"""What each kind of sink has of its own: webhooks, clients of the gateway, queues, lines."""
+"""The specific behaviour of each kind of sink: webhooks, clients of the gateway, queues, lines."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_message_refused_temporarily_is_retried(status: int) -> None:
     answer = (status, {"Location": "http://127.0.0.1:1/", "Retry-After": "120"})
     with Hook(lambda: answer) as hook, webhook_to(hook.url, hook) as sink:
         outcomes = sink.send(messages(2))
-        assert len(hook.got) == 1  # no redirect is followed, and who asks to wait is left alone
+        assert len(hook.got) == 1  # no redirect is followed, and a receiver that asks to wait gets no request
     first, second = outcomes
     assert isinstance(first, SinkUnavailable)
     assert (str(first), first.after) == (f"127.0.0.1 answered {status}", 120)
@@ -169,7 +169,7 @@ def test_no_error_shows_the_url(database: Database) -> None:
 
 
 def test_a_client_is_told_each_status_once(database: Database) -> None:
-    """A fact that says nothing new to it is settled without a request."""
+    """An event without news for the client is settled without a request."""
     with client_case_of(database) as (case, hook):
         tell(database, case, STEPS[0], STEPS[1], STEPS[1], STEPS[2], STEPS[0])
         run(database, case)
@@ -180,7 +180,7 @@ def test_a_client_is_told_each_status_once(database: Database) -> None:
 
 @pytest.fixture
 def long_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open circuit lets no trial through for as long as a test runs."""
+    """An open circuit grants no trial during a test."""
     monkeypatch.setattr(circuit, "FIRST_PAUSE_SECONDS", 30)
 
 
@@ -364,7 +364,7 @@ for _ in range(10):
 
 
 def test_lines_of_several_processes_on_one_pipe_are_whole() -> None:
-    """A pipe takes 4 KB at once; what is longer goes in pieces, between which others may write."""
+    """A pipe takes 4 KB at once. Longer lines go in pieces, between which other processes may write."""
     reader, writer = os.pipe()
     command = [sys.executable, "-c", WRITER]
     writers = [subprocess.Popen(command, stdout=writer, cwd=ROOT) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What every kind of sink promises: at least once, per task in order, stable ids, bounded time."""
+"""The promises of every kind of sink: at least once, per task in order, stable ids, bounded time."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_failed_event_is_retried_and_not_overtaken(database: Database, case: Cas
 
 
 def test_event_sent_but_not_settled_is_sent_again_under_the_same_id(database: Database, case: Case) -> None:
-    """As after a crash between the two."""
+    """Like after a crash between sending and settling."""
     tell(database, case, STEPS[0])
     with database.read() as session:
         [event] = session.exec(select(Event).where(Event.name == STEPS[0]))
@@ -149,7 +149,7 @@ def test_a_silent_queue_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(("size", "seconds"), [(MAX_ANSWER_BYTES + 1, 60), (0, 2.5)], ids=["long", "silent"])
 def test_an_answer_without_end_is_not_read(size: int, seconds: float) -> None:
-    """4 KiB of it tell nothing more than the status did."""
+    """The first 4 KiB show no more than the status."""
     started = time.monotonic()
     with endless(size) as host:
         policy = AddressPolicy(private_hosts=private_pairs((host,)))
@@ -167,7 +167,7 @@ def test_sink_outage_causes_few_tries_and_loses_no_event(database: Database, mon
         case.fail()
         circuit = Circuit()
         run(database, case, circuit=circuit)
-        assert sum(row.tries for row in dispatches(database)) <= 8  # one batch: it has opened the circuit
+        assert sum(row.tries for row in dispatches(database)) <= 8  # one batch, which opened the circuit
         run(database, case, make_due_now=True, circuit=circuit)
         case.heal()
         run(database, case, make_due_now=True)

@@ -1,4 +1,4 @@
-"""Rows in Kling's words: the shapes of its recorded answers, and each status sent once."""
+"""Rows in Kling's format: the shapes of its recorded answers, and each status sent once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def asset(index: int = 0, state: AssetState = AssetState.ARCHIVED, kind: str = "
 
 
 def bodies(names: list[str], results: Results = "archived", row: Task | None = None) -> dict[int, dict[str, Any]]:
-    """The status that each fact is sent as, by its position."""
+    """The status of each event's callback, by the event's position."""
     told = (
         callback_body(row or task(), [asset()], name, at=AT + timedelta(seconds=place), earlier=names[:place],
                       response_format=response_format(results))
@@ -79,7 +79,7 @@ def test_record_has_the_shape_of_the_recorded_answer(name: str) -> None:
     assets += [asset(each["index"], kind="watermark", original=kind) for each in pictures if "watermark_url" in each]
     told = record(row, assets[::-1], response_format())
     assert set(told) - {"receiver"} == set(wanted) - {"watermark_info"}
-    # Of Kling's own queries; the recorded callback leaves both out.
+    # Fields of Kling's own queries, which the recorded callback lacks.
     more = {"result_type": "single", "series_images": []} if name == "single" else {}
     assert shape(told["task_result"]) == shape({**wanted["task_result"], **more})
     same = ("task_status", "task_status_msg", "task_info")
@@ -139,7 +139,7 @@ ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED,
         (task(archive=ARCHIVING), "processing", "succeed"),
         (task(archive=ArchiveState.INCOMPLETE), "succeed", "succeed"),
         (task(**FINISHED), "succeed", "succeed"),
-        (task(archive=ARCHIVING, archived_at=AT), "succeed", "succeed"),  # repaired: never back again
+        (task(archive=ARCHIVING, archived_at=AT), "succeed", "succeed"),  # after a repair it never goes back
         (task(archive=ArchiveState.NONE, deleted_at=AT), "succeed", "succeed"),
         (task(TaskState.FAILED, ArchiveState.INCOMPLETE), "failed", "failed"),  # dismissed
     ],
@@ -191,7 +191,7 @@ def test_an_id_sent_again_after_a_refusal_has_all_its_callbacks() -> None:
 
 
 def test_late_callback_body_has_the_status_of_its_event() -> None:
-    """It is made when it is sent, which may be long after."""
+    """The body is made when it is sent, perhaps long after its event."""
     told = bodies(ALL_ARCHIVED)[1]
     assert (told["task_status"], told["task_result"]) == ("submitted", {})
 

@@ -1,4 +1,4 @@
-"""What real clients of Kling's send that its page does not mention."""
+"""Habits of Kling's real clients that its page does not mention."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_request_without_a_model_is_for_klings_default(web: Web, parts: Parts,
 
 @ON_SQLITE
 def test_the_row_notes_a_model_that_was_left_out(web: Web, parts: Parts, capsys: pytest.CaptureFixture[str]) -> None:
-    """Until a fault's note replaces it, and never in a column of faults."""
+    """The note stays until a fault's note replaces it, and is never in a column of faults."""
     create(web, {**PLAIN, "external_task_id": "named"})
     create(web, {"prompt": "a boat", "external_task_id": ID})
     task = drain(parts, ID)

@@ -1,4 +1,4 @@
-"""A client names where it is called back: never where the operator's own events go."""
+"""Callback hosts of clients: never a host to which the operator's own events go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON of a create: read as any parser reads it, and bounded in structure and memory for any content."""
+"""The JSON of a create: parsed like by any parser, and bounded in structure and memory for any content."""
 
 from __future__ import annotations
 

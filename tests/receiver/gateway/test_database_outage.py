@@ -42,7 +42,7 @@ def slow_tasks(sandbox: Sandbox) -> None:
 
 @pytest.fixture
 def mortal(postgres: Postgres) -> Iterator[Postgres]:
-    """A server to stop: it is there again for the next test, however this one ends."""
+    """A server that the test stops, and that is restarted for the next test in any case."""
     yield postgres
     if postgres.process is None:
         postgres.start()
@@ -50,7 +50,7 @@ def mortal(postgres: Postgres) -> Iterator[Postgres]:
 
 @contextmanager
 def settles_held_up(parts: Parts) -> Iterator[None]:
-    """Rows are committed and requests are sent, but no answer can be written down before the block ends."""
+    """Rows are committed and requests are sent, but no answer can be stored before the block ends."""
     with suppress(DatabaseUnavailable), parts.database.write() as session:
         session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
         yield
@@ -61,7 +61,7 @@ def settles_held_up(parts: Parts) -> Iterator[None]:
 def test_database_outage_during_the_providers_answer_is_no_5xx(
     fault: str, web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.5)  # how long the twin waits in the end
+    monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.5)  # the longest wait of the duplicate
     sandbox.set(create_faults=[fault] if fault else [])
     with ThreadPoolExecutor(1) as pool:
         with settles_held_up(parts):
@@ -117,7 +117,7 @@ def test_database_outage_before_the_answer_is_stored_is_no_5xx(
 
 def test_bug_after_the_commit_is_no_5xx(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     with parts.database.write() as session:
-        session.execute(text("ALTER TABLE asset RENAME TO gone"))  # what a settle reads
+        session.execute(text("ALTER TABLE asset RENAME TO gone"))  # a statement of the settle
     answer = create(web, BODY, headers=WORD)
     assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
     assert len(creates(sandbox)) == 1

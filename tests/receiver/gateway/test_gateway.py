@@ -1,4 +1,4 @@
-"""The gateway over real sockets: a client that changes its base URL and nothing else."""
+"""The gateway over real sockets: a client changes its base URL and nothing else."""
 
 from __future__ import annotations
 
@@ -143,9 +143,9 @@ def test_other_calls_of_kling_are_404_with_its_code(web: Web) -> None:
 
 @ON_SQLITE
 def test_every_field_arrives_upstream_as_it_was_sent(client: SeedClient, sandbox: Sandbox) -> None:
-    """The same client asks the provider itself and us; the bytes that reached the provider are compared."""
+    """The same client sends to the provider and to us. The bytes that reached the provider are compared."""
     direct = SeedClient(sandbox.url, sandbox.api_key)
-    added = ("callback_url", "external_task_id")  # ours is another callback URL, and an id where none was given
+    added = ("callback_url", "external_task_id")  # ours has another callback URL, and an id if none was given
     for fields in (EXAMPLE, FULL, {**PLAIN, "image_list": [], "callback_url": None, "n": None}):
         direct.create(**{**fields, "external_task_id": ""})
         client.create(**fields)
@@ -371,7 +371,7 @@ def test_refusal_after_the_client_left_only_changes_the_row(code: str, parts: Pa
 
 
 def test_a_refusal_is_not_sent_when_another_worker_owns_the_row(parts: Parts, sandbox: Sandbox) -> None:
-    """The id exists already; while that task is read, another worker gets the row."""
+    """The id exists already. While that task is read, another worker gets the row."""
     theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
     sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
     sandbox.set(query_faults=["hang"], hang_seconds=1)
@@ -390,9 +390,9 @@ def test_a_refusal_is_not_sent_when_another_worker_owns_the_row(parts: Parts, sa
 
 @pytest.fixture
 def patient(parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who waits for the provider does so for longer than any test."""
+    """Waiting clients wait longer than any test."""
     kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=PATIENCE_SECONDS)
-    parts.__dict__["kling"] = kling  # where the cached property keeps it
+    parts.__dict__["kling"] = kling  # the place of the cached property
     monkeypatch.setattr(gateway, "PROVIDER_SECONDS", PATIENCE_SECONDS)
 
 
@@ -408,13 +408,13 @@ def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Par
         found = ask(web, "GET", f"{PATH}/{task.id}").status_code
         assert not any(each.done() for each in waiting)
         assert (set(answers), found) == ({200}, 200)
-        sandbox.stop()  # breaks the connections off: unclear outcomes, all of them
+        sandbox.stop()  # breaks the connections off, so that all outcomes are unclear
         assert {told(each.result()) for each in waiting} == {(200, 0)}
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
 def test_one_clients_queries_leave_threads_to_others(web: Web, parts: Parts) -> None:
-    """The lock stands for lists that take their time."""
+    """The lock represents slow list queries."""
     insert_row(parts)
     with ThreadPoolExecutor(12) as pool, parts.database.write() as session:
         session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
@@ -515,7 +515,7 @@ def test_a_chunked_body_is_refused_once_it_is_too_much(
         connection.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n1\r\nx\r\n")  # and no end
         status, body = answer_on(connection)
     assert (status, body["code"]) == answered
-    assert told(create(web)) == (200, 0)  # and what was taken is given back
+    assert told(create(web)) == (200, 0)  # the taken place is free again
 
 
 @ON_SQLITE
@@ -529,7 +529,7 @@ def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: p
 
 @ON_SQLITE
 def test_memory_of_a_refused_body_is_freed_at_once(web: Web) -> None:
-    """A traceback kept it until the next full garbage collection, which a frozen heap makes rare."""
+    """A traceback held it until the next full garbage collection, which a frozen heap makes rare."""
     body = b'{"prompt": [' + b"[[],[]]," * 2**20 + b"[]]}"
     gc.disable()
     tracemalloc.start()

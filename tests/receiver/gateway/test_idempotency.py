@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: one create however often it is asked for, and the first answer to all."""
+"""`Idempotency-Key`: one create for any number of requests, and the first answer for all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def changes() -> dict[str, Any]:
 
 
 def with_keys(web: Web, *words: str) -> httpx.Response:
-    """A create with so many Idempotency-Key headers."""
+    """A create with several Idempotency-Key headers."""
     headers = [("Authorization", f"Bearer {KEY}"), *(("Idempotency-Key", word) for word in words)]
     return httpx.post(web.url + PATH, headers=headers, json=PLAIN, timeout=30)
 
@@ -67,7 +67,7 @@ def keys(parts: Parts) -> list[Idempotency]:
 
 
 def forget_the_answer(parts: Parts) -> None:
-    """As if the process had died between the row and the answer."""
+    """The state after a crash between the row and the answer."""
     with parts.database.write() as session:
         session.execute(update(Idempotency).values(status=None, answer=None))
 
@@ -155,7 +155,7 @@ def test_duplicate_of_a_throttled_create_may_ask_again(parts: Parts) -> None:
 def test_duplicates_get_the_creates_own_answer_however_long_it_took(
     seconds: float, parts: Parts, sandbox: Sandbox
 ) -> None:
-    """Twins that look between the row's end and the commit of its answer."""
+    """Duplicates that check between the row's end and the commit of its answer."""
     sandbox.set(create_faults=["1301"])
     made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask, outcome_listener, duplicate_wait = (
@@ -183,7 +183,9 @@ def test_duplicate_waits_only_for_the_commit_once_the_create_has_ended() -> None
 
 @ON_POSTGRESQL
 def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -> None:
-    """Between the insert that meets it and the look at who took it: PostgreSQL lets others commit in between."""
+    """The key is given back between the insert that meets it and the read of its owner, because PostgreSQL lets other
+    transactions commit in between.
+    """
     made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     ask = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first = made.begin(ask)

@@ -1,4 +1,4 @@
-"""Clients that sign in as Kling's own samples do, with a JWT from access key and secret key."""
+"""Clients that authenticate like Kling's own samples, with a JWT from access key and secret key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def changes() -> dict[str, Any]:
 
 
 def token(key: str = SECRET, algorithm: str = "HS256", **claims: Any) -> str:
-    """As in Kling's samples; a claim of None is left out."""
+    """A JWT of Kling's samples; a claim of None is left out."""
     now = int(time.time())
     every = {"iss": ACCESS, "exp": now + 1_800, "nbf": now - 5, **claims}
     return jwt.encode({name: value for name, value in every.items() if value is not None}, key, algorithm=algorithm)
@@ -39,7 +39,7 @@ def coded(part: bytes) -> str:
 
 
 def forged(algorithm: str, *, is_signed: bool = True) -> str:
-    """A header that says another algorithm than the signature has, which is HS256 with the right secret, or none."""
+    """A JWT whose header names another algorithm than its signature, which is HS256 with our secret, or missing."""
     parts = ({"alg": algorithm, "typ": "JWT"}, {"iss": ACCESS, "exp": int(time.time()) + 1_800})
     text = ".".join(coded(json.dumps(part).encode()) for part in parts)
     return f"{text}.{coded(hmac.digest(SECRET.encode(), text.encode(), 'sha256')) if is_signed else ''}"
@@ -47,7 +47,7 @@ def forged(algorithm: str, *, is_signed: bool = True) -> str:
 
 @ON_SQLITE
 def test_jwt_is_accepted_like_a_key(web: Web, parts: Parts) -> None:
-    soon = int(time.time()) + 4  # the clock of a client that is a little ahead
+    soon = int(time.time()) + 4  # a client's clock that is a little ahead
     assert jwt.decode(forged("HS256"), SECRET, algorithms=["HS256"])
     assert told(create(web, {**PLAIN, "external_task_id": ID}, key=token(iat=soon))) == (200, 0)
     for shown in (token(NEW_SECRET), token(nbf=None), token(OTHER_SECRET, iss=OTHER_ACCESS), KEY, ENTRIES[0]):

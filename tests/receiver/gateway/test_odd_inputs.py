@@ -1,4 +1,4 @@
-"""Inputs that only an attack or a slip makes: each is answered, and none with 500."""
+"""Inputs of an attack or a mistake: each is answered, and none with 500."""
 
 from __future__ import annotations
 

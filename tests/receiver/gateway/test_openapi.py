@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: schemathesis makes requests from it and compares every answer with it.
+"""The OpenAPI document is correct: schemathesis makes requests from it and compares every answer with it.
 
 The long form: `python -m tests.receiver.gateway.test_openapi URL KEY [EXAMPLES]` against a running server and sandbox.
 """
@@ -17,7 +17,7 @@ from tests.harness import ROOT
 from tests.pipeline import Web
 from tests.receiver.gateway.test_gateway import KEY, PATH, changes  # noqa: F401 - the fixture
 
-# Its own rhythm: a create commits three times, and a slow disk makes that 50 ms.
+# A limit of its own, because a create commits three times, which takes 50 ms on a slow disk.
 EXAMPLES, TIMEOUT_SECONDS = 8, 240
 
 

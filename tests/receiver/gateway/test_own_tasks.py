@@ -1,4 +1,4 @@
-"""`RECEIVER_GATEWAY_TASKS=own`: a key sees what it asked for, and nothing of others."""
+"""`RECEIVER_GATEWAY_TASKS=own`: a key sees its own tasks, and nothing of others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def changes() -> dict[str, Any]:
 
 
 def three_tasks(parts: Parts) -> None:
-    """One of each key, and one of the command line."""
+    """One task of each key, and one of the command line."""
     owners = {"mine": client_of(KEY), "theirs": client_of(OTHER_KEY), "ours": None}
     for name, client in owners.items():
         succeed(parts, name, client)

@@ -1,4 +1,4 @@
-"""A client that knows the seed's page alone, with another base URL: from its create to pictures that open."""
+"""A client that knows only the seed's page, with another base URL: from its create to readable pictures."""
 
 from __future__ import annotations
 

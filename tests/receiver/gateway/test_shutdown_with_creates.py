@@ -1,4 +1,4 @@
-"""SIGTERM while the provider is slow: waiting clients are answered, and a worker continues with the row."""
+"""SIGTERM while the provider is slow: waiting clients are answered, and a worker continues the row."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ def changes() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def slow_provider(sandbox: Sandbox, parts: Parts) -> Iterator[None]:
-    """It answers no create until it is stopped, which breaks the connections off: an unclear outcome."""
-    # No callback either: one that is applied before the stop makes the task `submitted` without the create's answer.
+    """Answers no create until it is stopped, which breaks the connections off: an unclear outcome."""
+    # Sends no callback either, because one that is applied before the stop makes the task `submitted` without the
+    # create's answer.
     sandbox.set(create_faults=["hang:created"], hang_seconds=600, submitted_seconds=600, callback_drop_rate=1)
     yield
     sandbox.stop()
@@ -60,7 +61,7 @@ def test_waiting_creates_are_answered_submitted_and_continue(parts: Parts, sandb
 
 @ON_SQLITE
 def test_sigterm_ends_no_create(settings: dict[str, str], parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
-    """The whole process: the answer comes before the provider's, whose word is written down before the process ends."""
+    """The whole process: the client is answered before the provider, whose answer is stored before the process ends."""
     sandbox.set(hang_seconds=8)
     body, headers = {**PLAIN, "external_task_id": ID}, {"Authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool, serving({**settings, "RECEIVER_API_KEYS": KEY}, tmp_path) as process:
@@ -84,7 +85,7 @@ def test_duplicate_gets_the_same_answer_at_shutdown(parts: Parts, sandbox: Sandb
 
 
 def test_duplicate_of_another_process_create_may_ask_again(parts: Parts, sandbox: Sandbox) -> None:
-    """The first is in the hands of another process, which goes on."""
+    """Another process has the first create and continues it."""
     with ThreadPoolExecutor(2) as pool, Web(parts) as web:
         pool.submit(create, web, BODY, headers=WORD)
         wait_until(lambda: creates(sandbox))

@@ -1,4 +1,4 @@
-"""The embedded S3 server: keeps what it was given, listens on loopback only, ends with its parent."""
+"""The packaged S3 server: keeps its objects, listens on loopback only, ends with its parent."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing(tmp_path: Path, sea
 
 @pytest.fixture
 def thief(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A program that takes the first S3 port that is picked before the server has it. Gives the ports it took."""
+    """A program that takes the first picked S3 port before the server does. Yields the ports it took."""
     taken: list[int] = []
     with ExitStack() as stack:
 

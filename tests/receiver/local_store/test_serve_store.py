@@ -1,4 +1,4 @@
-"""`--store DIR`: from a key and nothing else to pictures that outlive a restart."""
+"""`--store DIR`: from a provider's key alone to pictures that survive a restart."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def bare(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def receiver(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    """A provider's key and no bucket, no credentials, no database."""
+    """A provider's key, without a bucket, credentials and a database."""
     bare(tmp_path, monkeypatch)
     return command_line(tmp_path, sandbox)
 
@@ -85,16 +85,16 @@ def archive(receiver: CommandLine) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was there while the store ran three times: on a terminal, killed, and until it was ended."""
+    """Observations while the store ran three times: on a terminal, killed, and until it was ended."""
 
     folder: Path
     pictures: set[str]
     keys: list[dict[str, Any]]
     link: bytes
-    logged_in: list[str]  # what the console shows after each way in
+    logged_in: list[str]  # the console's pages after each way in
     printed: str
     checked_beside: Done
-    addresses: set[str]  # where the server listens on its ports
+    addresses: set[str]  # the addresses where the server listens
     reached: list[str]  # the machine's other addresses at which its S3 port answers
     audited: Done
     exported: set[str]
@@ -103,7 +103,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
-    """One story for all tests of a store that runs: each start and stop of it takes seconds."""
+    """One run for all tests of a running store, because each start and stop takes seconds."""
     folder = tmp_path_factory.mktemp("store")
     knobs = Knobs(picture_bytes=20_000, submitted_seconds=0, processing_seconds=0)
     with pytest.MonkeyPatch.context() as patch, Sandbox(knobs=knobs) as sandbox:
@@ -154,7 +154,7 @@ def listened(receiver: CommandLine) -> tuple[set[str], list[str]]:
 
 
 def test_pictures_outlive_a_restart_and_a_kill_and_so_do_the_keys(seen: Seen) -> None:
-    """After a kill the next one waits for the old store to end."""
+    """After a kill the next server waits for the old store to end."""
     assert len({(each["secret_key"], *each["ports"].values()) for each in seen.keys}) == 1
     assert seen.keys[0]["database"] == f"{seen.folder}/receiver.db"
     assert (seen.audited.code, "2 files in 2 folders, 2 of them read" in seen.audited.out) == (0, True), seen.audited

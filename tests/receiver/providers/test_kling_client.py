@@ -1,6 +1,6 @@
-"""The Kling adapter against a scripted HTTP server on loopback, and against bodies good and hostile.
+"""The Kling adapter against a scripted HTTP server on loopback, and against valid and hostile bodies.
 
-No doubles of our own code: what is asserted is what reached the server, what came back, and which error was raised.
+No doubles of our own code: assertions are about requests at the server, return values and errors.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def payload(name: str) -> Any:
 
 
 class Scripted(ThreadingHTTPServer):
-    """Answers in the order given, the last one for ever, and notes what was asked."""
+    """Answers in the given order, repeats the last one, and records the requests."""
 
     daemon_threads = True
 
@@ -149,7 +149,7 @@ def test_create_sends_the_request_and_what_we_add(server: Scripted, kling: Kling
 
 
 def test_pictures_are_encoded_and_sent_in_pieces(server: Scripted, kling: Kling) -> None:
-    """At once they would hold the interpreter, and every other request with it."""
+    """Encoded in one piece they would hold the interpreter, and every other request with it."""
     pictures = [{"image": "A" * 3_000_000} for _ in range(3)]
     server.answer(payload("create-answer"))
     kling.create(REQUEST | {"image_list": pictures}, external_task_id="mine", callback_url=None)
@@ -266,7 +266,8 @@ def test_a_gateways_own_limit_is_a_limit(server: Scripted, kling: Kling) -> None
 
 def test_a_refused_connection_was_certainly_not_sent(make: Callable[..., Kling]) -> None:
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else gets the port
+        # bound and not listening: connections are refused, and no other program gets the port
+        unused.bind(("127.0.0.1", 0))
         with pytest.raises(Unavailable) as caught:
             create(make(base_url=f"http://127.0.0.1:{unused.getsockname()[1]}"))
     assert caught.value.sent is False
@@ -778,7 +779,7 @@ def test_klings_published_signature_is_verified() -> None:
 
 
 def test_signature_vector_of_the_standardwebhooks_package_is_verified() -> None:
-    """Secret, id, time, body and signature of its own test of signing; it gives the secret without `whsec_`, too."""
+    """Secret, id, time, body and signature of the package's own test; it gives the secret without `whsec_`, too."""
     body, moment = b'{"test": 2432232314}', 1_614_265_330
     signature = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
     headers = {"webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek", "webhook-timestamp": str(moment)}

@@ -1,4 +1,4 @@
-"""What one may ask: for each field one value that passes and, where there is a rule, one that is refused."""
+"""The request's fields: for each a valid value and, if there is a rule, an invalid one."""
 
 from __future__ import annotations
 

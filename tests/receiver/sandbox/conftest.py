@@ -19,7 +19,7 @@ def running() -> Iterator[Sandbox]:
 
 @pytest.fixture
 def sandbox(running: Sandbox) -> Sandbox:
-    """The running sandbox, as new."""
+    """The running sandbox after a reset."""
     running.set(**{**Knobs().model_dump(), **QUICK})
     running.reset()
     return running

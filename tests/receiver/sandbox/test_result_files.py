@@ -230,7 +230,7 @@ def test_every_knob_is_described() -> None:
 
 
 def test_the_same_seed_makes_the_same_choices(api: httpx.Client, sandbox: Sandbox) -> None:
-    sandbox.set(submitted_seconds=60)  # a task that moves draws, too
+    sandbox.set(submitted_seconds=60)  # a task that changes its state draws, too
 
     def choices() -> list[Any]:
         sandbox.reset()

@@ -1,4 +1,4 @@
-"""The sandbox over real sockets: what it answers, sends and serves, compared with the recorded payloads."""
+"""The sandbox over real sockets: its answers, callbacks and files, compared with the recorded payloads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "whsec_dGVzdHNlY3JldHRlc3RzZWNyZXR0ZXN0c2VjcmV0MTI="
 
 
 class Listener:
-    """The receiving end of callbacks: keeps every delivery, answers with `statuses` in turn, then 200."""
+    """The receiver of callbacks: keeps every delivery, answers with `statuses` in turn, then 200."""
 
     def __init__(self) -> None:
         self.deliveries: list[tuple[dict[str, str], bytes]] = []

@@ -1,4 +1,4 @@
-"""An account that says no is not the task: creates pause, nothing fails, and all goes on by itself."""
+"""An account that the provider refuses: creates pause, nothing fails, and everything continues by itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.receiver.batch.test_batch import command as command  # a fixture
 from tests.unreported_tasks import REQUEST, creates
 
 ID = "order-4711"
-# The first trial; tests that want the whole minute say `WHOLE_PAUSES=1`.
+# The wait for the first trial; `WHOLE_PAUSES=1` makes it the whole minute.
 WHOLE = os.environ.get("WHOLE_PAUSES") == "1"
 TRIAL_SECONDS = pauses.TRIAL_SECONDS if WHOLE else 1.0
 AWAY_SECONDS = 1.5 * TRIAL_SECONDS
@@ -64,7 +64,7 @@ def said(parts: Parts) -> list[tuple[str, Any]]:
 
 
 def let_the_trial_come(parts: Parts) -> None:
-    """The rest of the minute is over: all that has a time lies so much further back."""
+    """End the minute of the pause by moving all times back."""
     rest = max(each.trial_at for each in stand(parts)) - parts.database.now()
     with parts.database.write() as session:
         for each in stand(parts):
@@ -213,7 +213,7 @@ def test_batch_status_says_why_nothing_is_sent(parts: Parts, sandbox: Sandbox, c
 
 
 def refused(sandbox: Sandbox) -> list[float]:
-    """When creates were refused for the account's sake: ms of the sandbox's clock."""
+    """When creates were refused because of the account, in ms of the sandbox's clock."""
     return [each.at_ms for each in sandbox.ledger().creates if each.code in (1002, 1102)]
 
 

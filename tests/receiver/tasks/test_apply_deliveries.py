@@ -1,4 +1,4 @@
-"""Deliveries become rows: whose they are, when they are believed, what a contradiction and a replay do."""
+"""Deliveries become rows: their task, when they are believed, and the effect of contradictions and replays."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def report(status: TaskState | None, pictures: int = 0, host: str = OFFICIAL) ->
     [
         ("auto", report(SUCCEEDED, 2), False, True, True),
         ("auto", report(SUCCEEDED, 2, TRUSTED), False, True, True),
-        ("auto", report(SUCCEEDED, 3), False, True, False),  # more than asked for
-        ("auto", report(SUCCEEDED, 1), False, True, False),  # fewer than asked for
+        ("auto", report(SUCCEEDED, 3), False, True, False),  # more than requested
+        ("auto", report(SUCCEEDED, 1), False, True, False),  # fewer than requested
         ("auto", report(SUCCEEDED), False, True, False),
         ("auto", report(SUCCEEDED, 2, FOREIGN), False, True, False),
         ("auto", report(SUCCEEDED, 2, "https://klingai.com.example.net"), False, True, False),
@@ -68,7 +68,7 @@ def report(status: TaskState | None, pictures: int = 0, host: str = OFFICIAL) ->
         ("auto", report(FAILED), False, True, False),
         ("auto", report(PROCESSING), False, True, True),
         ("auto", report(None), False, True, True),
-        ("auto", report(SUCCEEDED, 1, FOREIGN), True, True, True),  # signed: the provider's own word
+        ("auto", report(SUCCEEDED, 1, FOREIGN), True, True, True),  # signed, so it is the provider's own
         ("auto", report(FAILED), True, True, True),
         ("auto", report(SUCCEEDED, 2), True, False, False),  # the account URL: always read
         ("auto", report(PROCESSING), False, False, False),
@@ -274,7 +274,8 @@ def test_a_delivery_that_cannot_be_applied_holds_up_none_of_those_claimed_with_i
         return parse(self, raw)
 
     monkeypatch.setattr(Kling, "parse", fail)
-    planted = sorted((insert_row(parts) for _ in range(5)), key=lambda task: str(task.id))  # as they are applied
+    # in the order of their application
+    planted = sorted((insert_row(parts) for _ in range(5)), key=lambda task: str(task.id))
     put_all(parts, [(task, body("succeed", 1, task_id=f"90{number}")) for number, task in enumerate(planted)])
     run(parts, "callbacks")
     applied, received = CallbackState.APPLIED, CallbackState.RECEIVED
@@ -321,7 +322,7 @@ def test_a_delivery_that_says_nothing_new_causes_no_read(parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1))
     assert row.reason == BY_READ and is_read_now(parts, task)
-    with parts.database.write() as session:  # the read said the same
+    with parts.database.write() as session:  # the read had the same answer
         found = tasks.lock(session, task.id)
         assert found is not None
         told = parts.kling.parse(row.body)

@@ -1,4 +1,4 @@
-"""The operator's verbs on rows that stand as accidents leave them: what they bring back, and what they leave alone."""
+"""The operator's commands on rows after accidents: what they restore, and what they do not change."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ GIVEN_UP = {"state": AssetState.FAILED, "due_at": None, "error": "the bytes are 
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """No callbacks but those a test delivers; reads when a test wants them."""
+    """Callbacks only from the test, and reads only when a test makes them due."""
     return {"public_url": None, "callback_secrets": "", "poll_after_seconds": 3_600}
 
 
@@ -74,7 +74,7 @@ def lost(database: Database, count: int = 1, **values: Any) -> tuple[Task, list[
 
 
 def broken(parts: Parts, sandbox: Sandbox, **knobs: Any) -> Task:
-    """A task that is said to be incomplete, as its only picture is unusable because of `knobs`, which are over now."""
+    """A task that is reported incomplete, because `knobs`, which are reset now, made its only picture unusable."""
     task = parts.submitter.submit(ASKED).task
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
     make_due_now(parts, Task)
@@ -90,7 +90,7 @@ def broken(parts: Parts, sandbox: Sandbox, **knobs: Any) -> Task:
 
 
 def everything(database: Database) -> dict[str, list[Any]]:
-    """Every row there is, but for the pace of reads, which no reader may leave out."""
+    """Every row, except the rate limit of reads, which every read changes."""
     tables = [table for table in SQLModel.metadata.sorted_tables if table.name != "pace"]
     with database.read() as session:
         return {table.name: sorted(map(repr, session.execute(select(table)))) for table in tables}
@@ -166,7 +166,7 @@ def test_a_deleted_task_stays_deleted(parts: Parts, operator: Operator) -> None:
 
 
 def silent(parts: Parts, sandbox: Sandbox, external_task_id: str = "mute") -> Task:
-    """A task that we gave up on and that the provider has finished nevertheless."""
+    """A task that we gave up and that the provider has finished nevertheless."""
     created = parts.kling.create(ASKED, external_task_id=external_task_id, callback_url=None)
     wait_until(lambda: sandbox.ledger().task(external_task_id).status == "succeed")
     values = {"state": TaskState.FAILED, "step": None, "due_at": None, "error": "never_reported"}

@@ -1,4 +1,4 @@
-"""What callbacks do not tell is asked for: in batches or one by one, until it is known or too late.
+"""Reads of tasks without callbacks: in batches or one by one, until the result is known or the lifetime is over.
 
 `SILENT_TASKS=100` is the long form of the tests in which no callback comes at all.
 """
@@ -41,7 +41,7 @@ SILENT_TASKS = int(os.environ.get("SILENT_TASKS", "25"))
 
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
-    """Parts whose reads are not slowed down, for the tests that are not about their pace."""
+    """Parts without a rate limit of reads, for tests that are not about it."""
     parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
@@ -108,7 +108,7 @@ def claim_reads(parts: Parts) -> list[Task]:
 
 
 def test_task_missing_in_a_batch_answer_is_read_alone(unpaced: Parts, sandbox: Sandbox) -> None:
-    """An id with a comma cannot be asked for in a batch."""
+    """An id with a comma cannot be part of a batch read."""
     odd = unpaced.submitter.submit(REQUEST, external_task_id="one,two").task
     made = [odd, *submit(unpaced, 2)]
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})
@@ -139,7 +139,7 @@ def test_a_batch_call_that_knows_nothing_is_not_tried_again(unpaced: Parts, sand
 
 
 def test_list_is_read_if_single_tasks_cannot_be_read(unpaced: Parts, sandbox: Sandbox) -> None:
-    """A gateway that passes on neither the batch call nor the read of one task, but the list."""
+    """A gateway that supports neither the batch call nor the read of one task, but the list."""
     made = submit(unpaced, 2)
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})
     sandbox.set(query_faults=["1202", "1202"])
@@ -177,7 +177,7 @@ def test_a_read_that_keeps_ending_its_workers_is_parked(unpaced: Parts, sandbox:
 
 
 def drained(parts: Parts) -> list[Task]:
-    """All tasks, once all that is due, now and soon, was done."""
+    """All tasks, after all work that is due now and soon."""
 
     def over() -> list[Task]:
         parts.worker().run_until_idle()
@@ -239,7 +239,7 @@ def test_only_an_answer_ends_a_silent_task(unpaced: Parts, sandbox: Sandbox, fau
 
 
 def test_urls_that_died_before_the_worker_came_are_refreshed(unpaced: Parts, sandbox: Sandbox) -> None:
-    """Shown with both: links that are dead on arrival, and links that outlived their time in our queue."""
+    """Tested with links that are dead on arrival, and with links that expired in our queue."""
     dead = submit(unpaced, 1, prompt="a boat [expire]", n=3)[0]
     sandbox.set(fresh_urls_on_read=True)
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})

@@ -41,11 +41,11 @@ def ask(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **
 
 
 def ask_in_vain(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
-    """The create arrives and fails; the caller waits for its answer for a short time only."""
+    """The create arrives and fails; the caller waits a short time for its answer."""
     sandbox.set(create_faults=[fault], hang_seconds=600)
     hasty = Parts(parts.settings)
     kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=0.5)
-    hasty.__dict__["kling"] = kling  # where the cached property keeps it
+    hasty.__dict__["kling"] = kling  # the place of the cached property
     task = ask(hasty)
     hasty.close()
     wait_until(lambda: sandbox.ledger().counts[f"fault:create:{fault}"])
@@ -53,7 +53,7 @@ def ask_in_vain(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
 
 
 def go_on(parts: Parts, **values: Any) -> Task:
-    """Make the one row due, with `values` written into it, and let a worker go on with its create."""
+    """Make the one row due, with `values` written into it, and let a worker continue its create."""
     with parts.database.write() as session:
         session.execute(update(Task).values(**{"due_at": LONG_AGO, **values}))
     lanes = [lane for lane in parts.lanes() if lane.name == "creates"]
@@ -264,7 +264,9 @@ def test_task_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbo
 
 
 def test_task_found_after_a_second_send_is_ours(parts: Parts, sandbox: Sandbox) -> None:
-    """The provider's reads lag so far behind that we send again: "already exists" tells, and the read comes later."""
+    """The provider's reads lag so far behind that we send again. "Already exists" reveals the task, and a later read
+    finds it.
+    """
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
     ask(parts)
     go_on(parts, missed_at=LONG_AGO)
@@ -333,7 +335,7 @@ def test_create_of_an_existing_unreadable_task_ends(parts: Parts, sandbox: Sandb
 def test_create_that_keeps_failing_is_sent_less_often(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000"])
     ask(parts)
-    random.seed(7)  # full jitter: now and then a wait is short
+    random.seed(7)  # full jitter: some waits are short
     assert due_in(parts, go_on(parts, attempts=20)) > 4 * NOT_FOUND_AGAIN_SECONDS
 
 

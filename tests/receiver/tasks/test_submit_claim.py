@@ -1,4 +1,4 @@
-"""A create holds its claim for as long as it takes, and sends nothing once it has lost it."""
+"""A create holds its claim until it ends, and sends nothing after it lost the claim."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.receiver.tasks.test_submit import make_upstream
 from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, queries
 
-# How long the provider takes to answer, which is more than two leases.
+# The provider's delay, which is more than two leases.
 SLOW_SECONDS, LEASE_SECONDS = 7, 3
 
 
@@ -40,7 +40,7 @@ def slow_tasks(sandbox: Sandbox) -> None:
 
 
 def inserted(parts: Parts) -> Task:
-    """A row as a submitter or the gateway commits it, claimed and not sent yet."""
+    """A row in the state in which a submitter or the gateway commits it: claimed and not sent yet."""
     task = parts.submitter.row(parse_request(REQUEST), ID)
     with parts.database.write() as session:
         assert parts.submitter.insert(session, task)
@@ -48,7 +48,7 @@ def inserted(parts: Parts) -> Task:
 
 
 def nobody_else_finds_work(parts: Parts, asking: Future[Any]) -> None:
-    """Workers look for creates until this one is done; what they find they would send again."""
+    """Workers search for creates until this one is done. They would send again what they find."""
     found = 0
     while not wait([asking], timeout=0.1).done:
         found += run(parts, "creates")
@@ -60,7 +60,7 @@ def by_library(parts: Parts) -> None:
 
 
 def by_worker(parts: Parts) -> None:
-    """As `work --once` does it, beside other workers."""
+    """Like `work --once`, beside other workers."""
     inserted(parts)
     with parts.database.write() as session:
         session.execute(update(Task).values(sent_at=None, lease=None, due_at=LONG_AGO))
@@ -111,7 +111,7 @@ def test_slow_lookup_of_an_adopted_task_renews_its_claim(parts: Parts, sandbox: 
 
 
 def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Parts, sandbox: Sandbox) -> None:
-    """It waited for a thread, and a worker has taken its row: that one asks whether it arrived, and then sends it."""
+    """It waited for a thread, and a worker took over its row: the worker reads whether it arrived, then sends it."""
     task, outcome_listener = inserted(parts), CreateOutcome()
     make_due_now(parts)
     assert run(parts, "creates") == 1
@@ -125,7 +125,7 @@ def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Part
 @ON_SQLITE
 def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sandbox: Sandbox) -> None:
     task = inserted(parts)
-    make_due_now(parts)  # its lease is over, and nobody has looked yet
+    make_due_now(parts)  # its lease is over, and no worker has claimed it yet
     sandbox.set(create_faults=["hang"])
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(parts.submitter.create_step.send, task)

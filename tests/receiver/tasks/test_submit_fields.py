@@ -1,4 +1,4 @@
-"""Every field of the page: what is accepted reaches the provider as documented, what is not is named and not sent."""
+"""Every field of the provider's page: valid values reach the provider as documented, others are named and not sent."""
 
 from __future__ import annotations
 

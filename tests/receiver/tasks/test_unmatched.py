@@ -1,4 +1,4 @@
-"""Deliveries of which no task is known wait for their row, and find it, whichever way it comes."""
+"""Deliveries without a known task wait for their row, and are matched however it comes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from tests.unreported_tasks import OTHERS, REQUEST, all_assets, queries
 
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
-    """Parts whose reads are not slowed down, for the tests that are not about their pace."""
+    """Parts without a rate limit of reads, for tests that are not about it."""
     parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 
 def assert_asked(parts: Parts, delivery: Callback, external_task_id: str) -> None:
-    """A delivery to the account's URL is never believed: the task it names is read."""
+    """A delivery to the account URL is never believed: the task it names is read."""
     row, task = callback_of(parts, delivery.delivery_key), task_of(parts, external_task_id)
     assert (row.state, row.reason) == (CallbackState.APPLIED, "confirmed by a read of the task")
     assert task.due_at is not None
@@ -49,7 +49,7 @@ def test_an_unmatched_delivery_is_applied_once_its_task_is_submitted(unpaced: Pa
 
 
 def test_an_unmatched_delivery_is_applied_once_its_alias_is_learnt(unpaced: Parts) -> None:
-    """A gateway's own id without ours; the callback to our own URL, later, carries it too."""
+    """A gateway uses its own id without ours. The later callback to our own URL contains it, too."""
     delivery = deliver(unpaced, None, {"task_id": "777", "task_status": "processing"})
     task = insert_row(unpaced)
     run(unpaced, "callbacks")
@@ -66,11 +66,11 @@ def test_delivery_that_stays_unmatched_is_checked_once_more_and_stored(unpaced: 
     assert run(unpaced, "callbacks", "unmatched") == 1
     kept_row = callback_of(unpaced, delivery.delivery_key)
     assert (kept_row.state, kept_row.due_at, kept_row.lease) == (CallbackState.UNMATCHED, None, None)
-    assert queries(sandbox) == 0  # an account URL names no task of ours: nothing is asked, nothing is adopted
+    assert queries(sandbox) == 0  # an account URL names no task of ours, so nothing is read or adopted
 
 
 def test_row_committed_later_is_found_by_the_second_check(unpaced: Parts) -> None:
-    """As when the task's commit and the delivery's crossed: neither saw the other."""
+    """The transactions of the task and of the delivery overlapped, and neither saw the other."""
     delivery = deliver(unpaced, None, OTHERS)
     task = insert_row(unpaced, external_task_id="late")
     with unpaced.database.write() as session:
@@ -80,7 +80,7 @@ def test_row_committed_later_is_found_by_the_second_check(unpaced: Parts) -> Non
 
 
 def test_a_task_lost_with_its_database_is_adopted_by_its_token(unpaced: Parts, sandbox: Sandbox) -> None:
-    """An old backup was restored: the provider calls back for a task of ours that has no row."""
+    """An old backup was restored, and the provider calls back for a task of ours without a row."""
     lost = Task(id=uuid.uuid4(), external_task_id="lost", provider="kling")
     made = unpaced.kling.create({**REQUEST, "n": 2}, external_task_id="lost", callback_url=None)
     delivery = deliver(unpaced, lost, {"task_id": made.provider_task_id, "task_status": "submitted"})
@@ -113,7 +113,7 @@ def test_an_unmatched_delivery_waits_for_a_provider_that_is_away(unpaced: Parts,
 
 
 def test_many_unmatched_deliveries_share_transactions(unpaced: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the way in, and at the second look: of 16 deliveries to the account's URL one names a task by then."""
+    """At their arrival, and at the second check: of 16 deliveries to the account URL one names a known task by then."""
     monkeypatch.setattr(apply_deliveries, "MAX_TRANSACTION_SECONDS", 60)
     bodies = [b'{"task_id": "%d", "external_task_id": "n%d", "task_status": "submitted"}' % (n, n) for n in range(16)]
     with unpaced.database.write() as session:
@@ -125,7 +125,7 @@ def test_many_unmatched_deliveries_share_transactions(unpaced: Parts, monkeypatc
         session.execute(update(Callback).values(state=CallbackState.UNMATCHED, due_at=LONG_AGO))
     with commits(unpaced.database) as second:
         assert run(unpaced, "unmatched") == 16
-    # The claim, the rest, and a claim that finds nothing: after a full one no look is made.
+    # The claim, the rest, and a claim without a result, because no check follows a full claim.
     assert (len(first), len(second)) == (3, 3)
     assert [row.external_task_id for row in callbacks_of(unpaced) if row.state is CallbackState.RECEIVED] == ["n7"]
     assert {row.due_at for row in callbacks_of(unpaced) if row.state is CallbackState.UNMATCHED} == {None}

@@ -1,4 +1,4 @@
-"""What a sender with one callback URL and no signature can do to a task."""
+"""The effects of a sender with one callback URL and no signature on a task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def changes() -> dict[str, Any]:
 
 
 def confirm(parts: Parts, task: Task, told: dict[str, Any]) -> None:
-    """As if the provider had been read and said so."""
+    """The effect of a read whose answer says so."""
     with parts.database.write() as session:
         row = tasks.lock(session, task.id)
         assert row is not None
@@ -39,7 +39,7 @@ def confirm(parts: Parts, task: Task, told: dict[str, Any]) -> None:
 
 
 def archived(parts: Parts, *, webhook_id: str | None = None, **values: Any) -> Task:
-    """A task whose one picture is kept, by a delivery that was believed, unsigned or not."""
+    """A task with one archived picture, by a delivery that was believed, unsigned or not."""
     task = insert_row(parts, **values)
     deliver(parts, task, body("succeed", 1), webhook_id=webhook_id)
     with parts.database.write() as session:
@@ -230,7 +230,7 @@ def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkey
 
 
 def spend_reads(parts: Parts, task: Task) -> None:
-    """As many doubted reports as may cause a read; the provider says each time that it is at work."""
+    """Send as many doubted reports as may cause a read. The provider answers each time that the task is in work."""
     for number in range(apply_deliveries.MAX_READS_PER_TASK):
         assert deliver(parts, task, body("failed", n=number)).reason == BY_READ
         confirm(parts, task, body("processing"))

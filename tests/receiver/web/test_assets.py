@@ -50,7 +50,7 @@ def get(url: str, method: str = "GET", **headers: str) -> httpx.Response:
 
 
 def make_public(parts: Parts) -> None:
-    """As if readers could reach the store."""
+    """Pretend that readers could reach the store."""
     parts.bucket._public_endpoint_url = parts.bucket._endpoint_url
 
 
@@ -205,7 +205,7 @@ def large(parts: Parts, asset: Asset) -> int:
 
 @contextmanager
 def stuck_readers(link: str, count: int) -> Iterator[None]:
-    """Connections that ask for the file and do not read the answer."""
+    """Connections that request the file and do not read the answer."""
     url = urlsplit(link)
     with ExitStack() as opened:
         for _ in range(count):
@@ -264,7 +264,7 @@ def test_dropped_reader_is_disconnected_without_an_error_in_the_log(
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
 def test_many_requests_for_a_link_take_four_threads(parts: Parts, web: Web, link: str) -> None:
-    """The lock stands for a database that takes its time."""
+    """The lock represents a slow database."""
     pool: Any = parts.database.reader.pool
     with ThreadPoolExecutor(20) as senders, parts.database.write() as session:
         session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))

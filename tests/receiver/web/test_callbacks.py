@@ -1,4 +1,4 @@
-"""The callback endpoint over real sockets: who is let in, how much is read, what is answered, what is kept."""
+"""The callback endpoint over real sockets: access, bounds, answers, and stored deliveries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BODY = b'{"task_id": "901", "task_status": "processing"}'
 
 @pytest.fixture(autouse=True)
 def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first delivery on. What it cannot commit, it leaves to the thread."""
+    """The event loop commits from the first delivery on, and leaves to the thread what it cannot."""
     monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0)
 
 
@@ -223,7 +223,7 @@ def test_a_signed_delivery_is_taken_and_remembers_its_id(web: Web, parts: Parts)
     assert (row.webhook_id, row.state) == ("msg_1", CallbackState.RECEIVED)
 
 
-REFUSED: dict[str, Callable[[], dict[str, str]]] = {  # made when they are sent: their time counts
+REFUSED: dict[str, Callable[[], dict[str, str]]] = {  # made when they are sent, because their time counts
     "unsigned": dict,
     "another secret's": lambda: signature(BODY, NEXT_SECRET),
     "another body's": lambda: signature(b"{}", SECRET),
@@ -272,7 +272,7 @@ def test_refused_deliveries_beyond_those_kept_cost_neither_a_read_nor_a_write(we
 
 @contextmanager
 def statements(parts: Parts) -> Iterator[list[str]]:
-    """What is asked of the database meanwhile, but for the commits of the event loop."""
+    """The statements meanwhile, without the commits of the event loop."""
     asked: list[str] = []
 
     def note(_c: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -288,7 +288,7 @@ def statements(parts: Parts) -> Iterator[list[str]]:
 
 @SIGNED
 def test_refused_deliveries_beyond_those_kept_reach_no_database(parts: Parts) -> None:
-    """Not even those that come at once; after a restart one of them is looked at."""
+    """Not even simultaneous ones do. After a restart one of them is checked."""
     task = insert_row(parts)
 
     def refused(web: Web, number: int) -> int:

@@ -1,4 +1,4 @@
-"""The event loop commits, and never hangs: not at a lock, not at a slow disk, not at a database that stands still."""
+"""The event loop commits and never hangs: not at a lock, a slow disk or a database that does not answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, insert_row
 
 QUICK_SECONDS = 0.05
-# A machine that is busy with other tests holds one answer in twenty up for longer, but none for as long as a hang.
+# A busy machine delays one answer in twenty for longer, but none for as long as a hang.
 HANG_SECONDS = 0.4
 HELD_SECONDS = 3.0
 FSYNC_SECONDS = 0.5
@@ -62,7 +62,7 @@ class Deliveries:
 
 @pytest.fixture
 def deliveries(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Iterator[Deliveries]:
-    """To a receiver whose loop has the turn."""
+    """Deliveries to a receiver whose event loop commits."""
     made = Deliveries(web, parts)
     for _ in range(group_commit.QUICK_COMMITS + 1):
         assert made.post().result() == 200
@@ -71,7 +71,7 @@ def deliveries(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def health_waits(web: Web, seconds: float, each: Callable[[], None]) -> list[float]:
-    """How long each `/healthz` took meanwhile, `each` called between."""
+    """The duration of each `/healthz` meanwhile, `each` called between."""
     waits, end = list[float](), time.monotonic() + seconds
     connection = http.client.HTTPConnection(web.url.removeprefix("http://"), timeout=20)
     with contextlib.closing(connection):
@@ -92,7 +92,7 @@ def assert_quick(waits: list[float]) -> None:
 
 @contextmanager
 def stranger(database: Database) -> Iterator[None]:
-    """A program that does not use our turnstile holds the lock that every commit needs."""
+    """A program without our turnstile holds the lock that every commit needs."""
     if database.is_sqlite:
         with contextlib.closing(sqlite3.connect(str(database.url.database), isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
@@ -115,7 +115,7 @@ def test_health_answers_while_another_program_holds_the_databases_lock(
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Set it, and every insert of a delivery into an SQLite file takes as long as a slow fsync, in whichever thread."""
+    """Once set, every insert of a delivery into an SQLite file takes as long as a slow fsync, in any thread."""
     is_slow, connect = threading.Event(), sqlite3.connect
 
     def connect_slowly(*words: Any, **options: Any) -> sqlite3.Connection:
@@ -136,7 +136,7 @@ def test_health_answers_while_each_fsync_takes_half_a_second(
     disk: threading.Event, web: Web, deliveries: Deliveries
 ) -> None:
     disk.set()
-    assert deliveries.post().result() == 200  # the one at which the loop learns of it
+    assert deliveries.post().result() == 200  # the commit at which the loop notices
     waits = health_waits(web, HELD_SECONDS, deliveries.post_some)
     assert_quick(waits)
     assert {each.result() for each in deliveries.posted} == {200}
@@ -144,7 +144,7 @@ def test_health_answers_while_each_fsync_takes_half_a_second(
 
 @contextmanager
 def stopped_backends(database: Database) -> Iterator[None]:
-    """PostgreSQL's processes for this database stand still, as on a disk that answers nothing."""
+    """Stop PostgreSQL's processes for this database, like a disk that does not answer."""
     url = database.url.set(drivername="postgresql").render_as_string()
     asked = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     with psycopg.connect(url, autocommit=True) as other:

@@ -1,4 +1,4 @@
-"""Bounds on what connections cost: memory, time and descriptors. Against real processes and the protocol alone."""
+"""Bounds on the cost of connections: memory, time and descriptors. Against real processes and the protocol alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def peak_kib(pid: int) -> int:
 
 
 async def large(scope: Any, receive: Any, send: Any) -> None:
-    """An application whose answers are larger than what the kernel holds for a client that does not read."""
+    """An application with answers larger than the kernel's buffers for a client that does not read."""
     if scope["type"] == "lifespan":
         while (await receive())["type"] != "lifespan.shutdown":
             await send({"type": "lifespan.startup.complete"})
@@ -101,7 +101,7 @@ def test_pipelined_requests_take_little_memory(tmp_path: Path) -> None:
                 return send_all(raw, GET * (9_600_000 // len(GET)))
 
         assert list(senders.map(send, range(PIPELINING))) == [None] * PIPELINING  # refused before it was all sent
-        assert peak_kib(pid) - before < 16 * 1024  # 2 MB were seen
+        assert peak_kib(pid) - before < 16 * 1024  # 2 MB were measured
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def unread_answer(port: int) -> Iterator[socket.socket]:
 
 
 def read_slowly(raw: socket.socket) -> int:
-    """How many bytes of a large answer came."""
+    """The number of bytes of a large answer that arrived."""
     taken = 0
     while taken < LARGE:
         try:
@@ -140,14 +140,14 @@ def test_unread_answer_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_slowly_read_answer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.3)
     with large_answers() as (port, connections), unread_answer(port) as raw:
-        assert read_slowly(raw) >= LARGE  # in more time than a reader may be behind
+        assert read_slowly(raw) >= LARGE  # more time than a reader may be behind
         assert connections
 
 
 def test_handler_of_the_first_of_several_requests_learns_that_its_client_has_gone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It would go on reading what it sends, and fail at the closed connection, with a traceback in the log."""
+    """Otherwise it would read on, and fail at the closed connection with a traceback in the log."""
     caplog.set_level("ERROR", "uvicorn.error")
     with large_answers() as (port, connections):
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Twenty copies of each callback at once: each applied once, the rest recognised, no error answered.
+"""Twenty simultaneous copies of each callback: each applied once, the rest recognised, no error answered.
 
 `DUPLICATED_CALLBACKS=1000` runs it at the size of a real storm: 20,000 requests.
 """
@@ -28,7 +28,7 @@ CONCURRENCY = 64
 
 @pytest.fixture(autouse=True)
 def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first delivery on. What it cannot commit, it leaves to the thread."""
+    """The event loop commits from the first delivery on, and leaves to the thread what it cannot."""
     monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0)
 
 
@@ -46,7 +46,7 @@ def storm(parts: Parts, web: Web) -> list[tuple[str, bytes]]:
 
 
 def send(wanted: list[tuple[str, bytes]]) -> Counter[int]:
-    """Post them from as many senders, each on a connection of its own that never rests; how often each status came."""
+    """Post them from many senders, each on its own busy connection. Returns how often each status was answered."""
 
     def sender(mine: list[tuple[str, bytes]]) -> Counter[int]:
         with httpx.Client(trust_env=False, timeout=30) as client:
@@ -72,7 +72,7 @@ def test_twenty_copies_of_each_callback_count_once(parts: Parts, web: Web) -> No
 
 
 def outcomes(parts: Parts, web: Web) -> Counter[str]:
-    """What the web says has become of the deliveries."""
+    """The outcomes of the deliveries in the web server's metrics."""
     token = parts.settings.metrics_token
     assert token is not None
     headers = {"Authorization": f"Bearer {token.get_secret_value()}"}

@@ -35,7 +35,7 @@ PATIENCE = httpx.Timeout(10)
 
 @pytest.fixture
 def database_kind() -> str:
-    """What is read is tested on both databases in test_outbox."""
+    """The queries are tested on both databases in test_outbox."""
     return "sqlite"
 
 
@@ -58,7 +58,7 @@ def task_of(parts: Parts) -> Task:
 
 @contextmanager
 def reading(web: Web, query: str = "", **headers: str) -> Iterator[Iterator[dict[str, str]]]:
-    """The fields of each event, and each comment and `retry` as it comes."""
+    """The fields of each event, and each comment and `retry`, in order."""
     with httpx.stream("GET", f"{web.url}/events{query}", headers={**KEYS, **headers}, timeout=PATIENCE) as answer:
         assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
         yield fields(answer.iter_lines())
@@ -158,7 +158,7 @@ def test_after_accepts_the_sequence_of_an_event(web: Web, parts: Parts) -> None:
 
 
 def test_reader_continues_after_a_cut_without_a_gap(web: Web, parts: Parts) -> None:
-    """Readers come and go while events are written; each continues where the last one was cut off."""
+    """Readers come and go while events are written. Each continues where the last one was cut off."""
     ended = threading.Event()
 
     def telling() -> None:
@@ -294,7 +294,7 @@ def test_reader_who_leaves_frees_its_stream(web: Web, monkeypatch: pytest.Monkey
 
 @contextmanager
 def stuck(web: Web) -> Iterator[None]:
-    """A reader that asks for all events and reads only the first bytes."""
+    """A reader that requests all events and reads only the first bytes."""
     with socket.socket() as reader:
         reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         host, _, port = web.url.removeprefix("http://").partition(":")
@@ -349,7 +349,7 @@ def test_stream_is_404_without_api_keys(web: Web) -> None:
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
 def test_waiting_readers_delay_neither_callbacks_nor_readiness(web: Web, parts: Parts) -> None:
-    """More of them than Starlette has threads. The lock stands for statements that take their time."""
+    """More readers than Starlette has threads. The lock represents slow statements."""
     task = task_of(parts)
     tell(parts, EventName.TASK_FAILED)
     with parts.database.write() as session, ExitStack() as readers:

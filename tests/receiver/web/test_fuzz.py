@@ -1,4 +1,4 @@
-"""The short form of the fuzzer: whatever is sent is answered in order, and ends in a named state."""
+"""The short form of the fuzzer: every request is answered in order, and every delivery ends in a named state."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_check_that_hangs_is_not_ready_and_delays_nobody(
 
 
 def set_read_only(database: Database, how: str) -> None:
-    """Turn the database read-only under the running server, as a full disk does, or back."""
+    """Turn the database read-only under the running server, like a full disk, or back."""
     name = database.url.database
     with database.autocommit_writer() as connection:
         if database.is_sqlite:
@@ -99,7 +99,7 @@ def test_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, p
 
 @pytest.fixture
 def no_more_growth() -> Iterator[Callable[[int], None]]:
-    """Files of this process may become so long and no longer, as with a quota."""
+    """Limit the size of files of this process, like a quota."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

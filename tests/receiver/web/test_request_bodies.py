@@ -1,4 +1,4 @@
-"""Request bodies, with raw sockets: what is committed is what was sent, byte for byte, or the answer is no 2xx."""
+"""Request bodies over raw sockets: the committed body is the sent one, byte for byte, or the answer is no 2xx."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ END = b"0\r\n\r\n"
 TRAILERS = b"0\r\nX-Digest: abc\r\nContent-Type: text/trailer\r\n\r\n"
 NEXT = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 NEXT_OFFER = b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + H2C + b"\r\n"
-# What follows the first two lines of the head, for each kind of request whose body comes whole.
+# The head after its first two lines, for each kind of request with a complete body.
 WHOLE = {
     "length": LENGTH + b"\r\n" + BODY,
     "chunks": CHUNKED + b"\r\n" + CHUNKS + END,
@@ -54,7 +54,7 @@ WHOLE = {
     "h2c-pipelined": H2C + LENGTH + b"\r\n" + BODY + NEXT + NEXT_OFFER + NEXT,
     "h2c-chunks-pipelined": H2C + CHUNKED + b"\r\n" + CHUNKS + TRAILERS + NEXT_OFFER,
 }
-# A body that ends early, or of which nobody can say where it ends.
+# A body that ends early, or whose end is ambiguous.
 CUT = {
     "length": LENGTH + CLOSE + b"\r\n" + BODY[:-1],
     "nothing-of-it": LENGTH + CLOSE + b"\r\n",
@@ -89,7 +89,9 @@ def stored(parts: Parts) -> list[bytes]:
 
 
 def first_status(raw: socket.socket) -> bytes:
-    """The status of the final answer, which is read whole; 100 Continue is none. Empty when the server hangs up."""
+    """The status of the final answer, which is read whole; 100 Continue is none. Empty if the server closes the
+    connection.
+    """
     answer = b""
     while True:
         head, end, body = answer.partition(b"\r\n\r\n")
@@ -199,7 +201,7 @@ def test_a_create_that_offers_an_upgrade_is_read(web: Web, parts: Parts) -> None
 
 
 class _Forgetful(httptools.HttpRequestParser):  # type: ignore[misc] # of a compiled module
-    """A parser that ends a message and has told nothing of its body, as llhttp does at an upgrade."""
+    """A parser that ends a message without reporting its body, like llhttp at an upgrade."""
 
     def __init__(self, protocol: Any) -> None:
         class Protocol:

@@ -1,4 +1,4 @@
-"""Many waits with one timer, on an event loop whose clock stands still while anything can run."""
+"""Many waits with one timer, on an event loop whose clock stops while anything can run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An unreadable delivery that comes again says again that something happened. On both databases."""
+"""A repeated unreadable delivery causes another read. On both databases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUEST = {"model_name": "kling-v3-omni", "prompt": "a cat"}
 
 @pytest.fixture(autouse=True)
 def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the first delivery on. What it cannot commit, it leaves to the thread."""
+    """The event loop commits from the first delivery on, and leaves to the thread what it cannot."""
     monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0)
 
 
@@ -35,20 +35,20 @@ def submitted(parts: Parts, sandbox: Sandbox) -> Task:
 
 
 def deliver(web: Web, parts: Parts, task: Task | None, body: bytes = b"") -> Callback:
-    """As a proxy that drops bodies passes it on. Returns the newest row."""
+    """Deliver like a proxy that drops bodies. Returns the newest row."""
     token = parts.tokens.sign("kling", task.id if task else None)
     assert httpx.post(f"{web.url}/callbacks/kling/{token}", content=body, timeout=10).status_code == 200
     return callbacks_of(parts)[-1]
 
 
 def age(parts: Parts) -> None:
-    """Let what was applied have been applied long ago."""
+    """Move the time of the last application far back."""
     with parts.database.write() as session:
         session.execute(update(Callback).where(col(Callback.applied_at).is_not(None)).values(applied_at=LONG_AGO))
 
 
 def reads(parts: Parts, sandbox: Sandbox) -> int:
-    """How many the provider has seen, once all that is due is done."""
+    """Do all due work. Returns how many reads the provider has got."""
     run(parts, "callbacks", "reads")
     return sandbox.ledger().counts["query"]
 

@@ -1,6 +1,6 @@
-"""`python -m`: the supervisor of workers that do what a test wants. Each leaves its process id in a folder.
+"""`python -m`: a supervisor whose workers do what a test wants. Each leaves its process id in a folder.
 
-Words: how many, their seconds of grace, the folder, what they do.
+Arguments: the number of workers, their grace time in seconds, the folder, what they do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from receiver.workers.supervisor import Supervisor
 
 
 def fork_once_refused() -> Callable[[], int]:
-    """`os.fork` as after the kernel killed a worker for want of memory, and has none for the next either."""
+    """`os.fork` after the kernel killed a worker for lack of memory, which the next worker does not get either."""
     fork, refused = os.fork, [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))]
 
     def tried() -> int:

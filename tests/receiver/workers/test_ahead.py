@@ -1,4 +1,4 @@
-"""Rows claimed ahead of the threads of a lane: few, begun at once, and given back to whoever has an idle thread."""
+"""Rows claimed ahead of a lane's threads: few, begun at once, and given back to any worker with an idle thread."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ THREADS, AHEAD = 4, 2
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row is not given back while the test looks."""
+    """A row is not given back during the test."""
     monkeypatch.setattr(worker, "LASTING_SECONDS", 3_600.0)
 
 
 def lane(desk: Desk, first: int = 0) -> Lane:
     """Its `first` rows are done at once, the others wait for the desk's gate.
 
-    With one of them the second claim is full, too, and made while all other threads are busy.
+    With one of them the second claim is full, too, and is made while all other threads are busy.
     """
     at_once, passed = Desk(desk.database), iter(range(first))
 
@@ -48,7 +48,7 @@ def claimed(database: Database) -> int:
 
 @pytest.mark.usefixtures("patient")
 def test_few_rows_are_claimed_ahead_and_given_back_at_the_end(database: Database, desk: Desk) -> None:
-    """They say nothing of the row then: no attempt is counted, and what is known of its losses stays."""
+    """Giving back counts no attempt, and the row's losses stay."""
     desk.gate.clear()
     assets = new_assets(database, 14, losses=2)
     with running(database, lane(desk, first=1)) as at_work:
@@ -104,7 +104,7 @@ def test_row_that_would_wait_behind_slow_work_goes_to_another_worker(
 
 @pytest.mark.usefixtures("patient")
 def test_nothing_is_claimed_ahead_while_no_rows_queue_up(database: Database, desk: Desk) -> None:
-    """The last claim found less than it wanted: what comes next is for whoever is idle."""
+    """The last claim found less than it wanted, so the next rows are for any idle worker."""
     desk.gate.clear()
     new_assets(database, THREADS - 1)
     other = Desk(database)

@@ -1,4 +1,4 @@
-"""An idle worker asks the database little, and misses nothing."""
+"""An idle worker runs few statements, and misses no work."""
 
 from __future__ import annotations
 

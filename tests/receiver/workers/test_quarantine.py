@@ -27,14 +27,14 @@ from tests.storage.test_circuit import Clock, opened
 
 
 def lost(database: Database, asset: Asset, times: int) -> None:
-    """The asset as a worker leaves it that dies holding it, for the `times`-th time."""
+    """The asset in the state that a worker leaves which dies with it, for the `times`-th time."""
     with database.write() as session:
         values = {"losses": times - 1, "lease": uuid.uuid4(), "due_at": LONG_AGO}
         session.execute(update(Asset).where(col(Asset.id) == asset.id).values(**values))
 
 
 def test_quarantined_row_is_worked_on_alone(database: Database, desk: Desk) -> None:
-    """It waits until nothing else is in hand, and nothing else is claimed meanwhile."""
+    """The claim waits until nothing else is in hand, and no other claim starts meanwhile."""
     desk.gate.clear()
     bad, *others = new_assets(database, 5)
     lost(database, bad, 3)

@@ -1,4 +1,4 @@
-"""The supervisor keeps its workers alive, also those that cannot even be started, and none outlives it."""
+"""The supervisor restarts its workers, even those that cannot be started at first, and none outlives it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BRIEFLY = {f"{OURS}:RESTART_FIRST_SECONDS": 0.05}
 
 
 class Supervised:
-    """A supervisor, and what its workers leave in a folder. `parent`: the pipe that ends when its parent is gone."""
+    """A supervisor, and the files of its workers in a folder. `parent`: the pipe that ends with its parent."""
 
     def __init__(self, folder: Path, behaviour: str, count: int, grace: float, constants: dict[str, object]) -> None:
         self._signs, self._log, given = folder / "signs", folder / "log", folder / "given"
@@ -75,7 +75,7 @@ def supervised(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
 
 
 def is_alive(process_id: int) -> bool:
-    """A worker whose supervisor was killed is a zombie where nobody reaps it."""
+    """Whether a worker lives. If its supervisor was killed it may stay a zombie."""
     try:
         return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

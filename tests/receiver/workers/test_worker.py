@@ -1,6 +1,6 @@
-"""The worker: lanes, threads, leases and the end, whatever the work or the database does meanwhile.
+"""The worker: lanes, threads, leases and the end, with any behaviour of the work and the database.
 
-The lanes do work of the test's own, which can hang, fail and count. Rows and claims are real.
+The lanes have a test's own work, which can hang, fail and count. Rows and claims are real.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def test_leases_are_renewed_during_work_and_while_draining(database: Database, d
 
 
 def test_row_that_outlives_the_grace_time_is_released(database: Database, desk: Desk) -> None:
-    """It is due at once, so that the next worker waits for no lease, and the attempt is not counted."""
+    """It is due at once, so that the next worker need not wait for the lease, and the attempt is not counted."""
     desk.gate.clear()
     (asset,) = new_assets(database, 1)
     with running(database, assets_lane(desk.work, 1), lease=600, grace=0.1):

@@ -23,7 +23,7 @@ NOW = datetime.now(UTC)
 
 @pytest.fixture
 def creates(database: Database) -> list[Task]:
-    """Claimed creates that were not sent, of an account that was refused and goes on."""
+    """Claimed creates that were not sent, of an account that was refused and has resumed."""
     fill(database, Task, 6, step=Step.CREATE, due_at=NOW + timedelta(days=1), lease=uuid.uuid4())
     with database.write() as session:
         found = list(session.scalars(select(Task).where(col(Task.lease).is_not(None))))
@@ -35,7 +35,7 @@ def creates(database: Database) -> list[Task]:
 
 
 def sent(session: Session, tasks: list[Task]) -> int:
-    """How many of these may be sent, each as if by a worker of its own."""
+    """How many of these may be sent, each by a worker of its own."""
     count = 0
     for task in tasks:
         trial = pauses.begin(session, task)

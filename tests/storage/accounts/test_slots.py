@@ -322,7 +322,7 @@ def _parsed(**fields: Any) -> Any:
 
 
 class Crowd:
-    """Threads that submit, claim, end, are refused and die with a lease; another one watches the limit."""
+    """Threads that submit, claim, end, are refused and die with a lease; another one checks the limit."""
 
     def __init__(self, database: Database, seed: int) -> None:
         self.database, self.seed, self.slots = database, seed, Slots("kling", LIMIT)

@@ -1,4 +1,4 @@
-"""One asset row becomes one object: who takes over, what stands there already, when it is given up."""
+"""One asset row becomes one object: takeovers, existing objects, and when it is given up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """No public URL, and polls far away: a test says itself when the task is read."""
+    """No public URL, and polls far away: a test makes a read due itself."""
     return {"public_url": "", "poll_after_seconds": 3_600}
 
 
@@ -51,7 +51,7 @@ def only_asset(parts: Parts) -> Asset:
 
 
 def abandon(parts: Parts, **values: Any) -> None:
-    """The row as a worker leaves it that died before it could settle it; its lease has run out."""
+    """The row of a worker that died before it could settle it; its lease has run out."""
     left = {"state": AssetState.DUE, "lease": uuid.uuid4(), "due_at": LONG_AGO, "archived_at": None, **values}
     with parts.database.write() as session:
         session.execute(update(Asset).values(left))
@@ -181,7 +181,7 @@ def test_too_large_file_is_given_up_at_once_and_noted_in_the_manifest(parts: Par
 def test_a_row_that_ended_six_workers_is_parked(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     abandon(parts, losses=claims.PARK_LOSSES - 1)
-    assert run(parts, "assets") == 0  # suspects are for a process that does nothing else
+    assert run(parts, "assets") == 0  # rows in quarantine need a process that does nothing else
     work(parts, claim(parts, alone=True))
     run(parts, "finishes")
     asset = only_asset(parts)
@@ -215,7 +215,7 @@ def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox
     with parts.database.write() as session:
         dead = update(Asset).where(col(Asset.index) == 0).values(source_url=f"{sandbox.url}/cdn/gone.png")
         session.execute(dead)
-    run(parts, "assets")  # the other one is archived after, and takes the wish for a read not back
+    run(parts, "assets")  # the other one is archived afterwards, and does not withdraw the request for a read
     assert sorted(asset.state for asset in assets_of(parts, task)) == [AssetState.ARCHIVED, AssetState.DUE]
     assert run(parts, "reads") == 1
     run(parts, "assets", "finishes")

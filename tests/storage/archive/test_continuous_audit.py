@@ -153,7 +153,7 @@ def test_round_finds_missing_changed_and_unknown_objects_until_repaired(
 
 
 def repair(parts: Parts) -> None:
-    """As `receiver audit --deep --repair` does."""
+    """Repair like `receiver audit --deep --repair`."""
     repairer = Repairer(parts.database, parts.bucket, parts.schedule)
     for batch in Audit(parts.database, parts.bucket, deep=True).run():
         for finding in batch.findings:
@@ -241,7 +241,7 @@ def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture
 
 
 def begin(parts: Parts) -> None:
-    """Begin a round whose time is over: all tasks are below the target."""
+    """Begin a round that is out of time: all tasks are below the target."""
     assert audit(parts).step()
     make_due_now(parts)
 

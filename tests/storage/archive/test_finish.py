@@ -1,4 +1,4 @@
-"""The end of an archive: what ends its worker again and again is parked, loud, and comes back with `receiver retry`."""
+"""The end of an archive: a finish that keeps ending its worker is parked, logged, and restored by `receiver retry`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.unreported_tasks import REQUEST
 
 
 def before_its_finish(parts: Parts) -> str:
-    """A task whose files are all kept, and whose manifest is not."""
+    """A task whose files are all archived, without a manifest."""
     name = parts.submitter.submit(REQUEST).task.external_task_id
 
     def is_next() -> bool:

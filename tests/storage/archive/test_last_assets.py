@@ -31,7 +31,7 @@ CONTENT = b"what both have put already"
 
 
 class Together:
-    """The bucket of one of two workers: both have found their object, then both settle."""
+    """The bucket of one of two workers: both find their object, then both settle."""
 
     def __init__(self, bucket: Bucket, barrier: threading.Barrier) -> None:
         self._bucket, self._barrier = bucket, barrier
@@ -55,7 +55,7 @@ def workers(parts: Parts) -> Iterator[list[Parts]]:
 
 
 def two_of_one_task(parts: Parts, number: int) -> list[Asset]:
-    """A succeeded task whose two files lie in the bucket, unsettled, each claimed by a worker that looks for it."""
+    """A succeeded task whose two files are in the bucket, unsettled, each claimed by a worker that checks for it."""
     task = insert_row(
         parts, external_task_id=f"pair-{number}", state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING,
         expected=2, step=None, due_at=None,

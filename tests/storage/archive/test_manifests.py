@@ -1,4 +1,4 @@
-"""The check that looks at every manifest of every test can itself fail."""
+"""The check of every test's manifests can itself fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file host that sends slowly keeps the archive's threads, and never all of them from other hosts."""
+"""A file host that sends slowly holds some of the archive's threads, and never all of them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_slow_host_keeps_no_other_host_waiting(
     monkeypatch.setattr(jobs, "SPARE_CLAIM_PAUSE_SECONDS", 0.05)
     slow_files(parts.database, slow.name)
     with working(parts):
-        wait_until(lambda: slow.serving == THREADS)  # every thread that the setting says is any host's
+        wait_until(lambda: slow.serving == THREADS)  # every thread of the setting serves any host
         parts.submitter.submit({**REQUEST, "n": 4}, external_task_id="quick")
         wait_until(lambda: sandbox.ledger().task("quick").status == "succeed")
         make_due_now(parts, Task)
@@ -107,7 +107,7 @@ def test_slow_host_keeps_no_other_host_waiting(
 def test_several_slow_hosts_keep_no_other_host_waiting(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, more_slow: list[DrippingHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a spare thread each has one file, and is left to the others then."""
+    """On a spare thread each has one file, and is left to the other threads then."""
     monkeypatch.setattr(worker, "LASTING_SECONDS", 0.2)
     monkeypatch.setattr(jobs, "SPARE_CLAIM_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(slow_hosts, "SPARE_SECONDS", 1.0)

@@ -1,4 +1,4 @@
-"""What an outage of the store costs, and what is none: links that die meanwhile, and files that are refused alone."""
+"""The cost of the store's outages, and faults that are none: links that expire meanwhile, and files refused alone."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from tests.rows import LONG_AGO
 from tests.storage.bucket.test_refusals import credentials as credentials
 from tests.storage.bucket.test_refusals import only, rotate
 
-pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])  # a circuit is a process's own
+pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"])  # each process has its own circuit
 
-# Long enough that the pause has outgrown links that live 2 s.
+# Long enough that the pause exceeds the 2 s life of a link.
 AWAY_SECONDS = 6
 
 
@@ -47,7 +47,7 @@ def proxy(seaweed: Seaweed) -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def behind(parts: Parts, proxy: FaultProxy) -> Iterator[Parts]:
-    """Our parts on a store behind the proxy, probed while it does nothing."""
+    """Our parts on a store behind the proxy, probed while the proxy passes everything on."""
     bucket = Bucket(parts.bucket.name, endpoint_url=proxy.endpoint_url, prefix=parts.bucket.prefix)
     assert bucket.capabilities().believed
     made = Wired(parts.settings, bucket=bucket)
@@ -56,7 +56,7 @@ def behind(parts: Parts, proxy: FaultProxy) -> Iterator[Parts]:
 
 
 def read(parts: Parts, sandbox: Sandbox, *names: str, **fields: Any) -> None:
-    """Submit these tasks and learn of their pictures, which are due then."""
+    """Submit these tasks and read them, so that their pictures are due."""
     for name in names:
         parts.submitter.submit({**REQUEST, **fields}, external_task_id=name)
         wait_until(lambda name=name: sandbox.ledger().task(name).status == "succeed")  # type: ignore[misc]
@@ -80,7 +80,7 @@ REFUSALS = {
 
 
 def large_beside_small(parts: Parts, sandbox: Sandbox) -> None:
-    """Pictures that wait, the large ones first: the provider deletes those soonest."""
+    """Waiting pictures, the large ones first, because the provider deletes those soonest."""
     for name, pictures, size in (("large", LARGE, 2 * LIMIT_BYTES), ("small", SMALL, 20_000)):
         sandbox.set(picture_bytes=size)
         read(parts, sandbox, name, n=pictures)
@@ -143,7 +143,7 @@ def test_403_on_every_key_is_an_outage(behind: Parts, sandbox: Sandbox, proxy: F
 def test_files_that_fail_like_an_outage_leave_the_trials_to_others(
     behind: Parts, sandbox: Sandbox, proxy: FaultProxy
 ) -> None:
-    """The soonest to expire was every trial, as soon as it was due again."""
+    """The file that expires soonest took every trial, because it was due again at once."""
     large_beside_small(behind, sandbox)
     refuse_large(proxy, Answer(503, {}, b""))
     with working(behind):
@@ -151,7 +151,7 @@ def test_files_that_fail_like_an_outage_leave_the_trials_to_others(
 
 
 def try_again(parts: Parts) -> None:
-    """What backs off is due now; what is in hand is left alone."""
+    """Make files in backoff due now, except those in hand."""
     with parts.database.write() as session:
         waits = (col(Asset.due_at).is_not(None), col(Asset.lease).is_(None))
         session.execute(update(Asset).where(*waits).values(due_at=LONG_AGO))
@@ -160,7 +160,7 @@ def try_again(parts: Parts) -> None:
 def test_links_that_live_shorter_than_the_pause_outlive_an_outage(
     behind: Parts, sandbox: Sandbox, proxy: FaultProxy
 ) -> None:
-    """Every trial met a link that had died during the pause, and the circuit stayed open for good."""
+    """Every trial met a link that had expired during the pause, and the circuit never closed."""
     sandbox.set(result_lifetime_seconds=2, fresh_urls_on_read=True)
     names = [f"task-{number}" for number in range(FAILURES)]
     read(behind, sandbox, *names)

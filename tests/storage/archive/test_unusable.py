@@ -1,4 +1,4 @@
-"""Files that came as something else are tried while the provider has them, and their tasks say so."""
+"""Unusable files are tried while the provider has them, and their tasks report it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TASK_TIMES = ("due_at", "reported_at", "completed_at", "files_expire_at")
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
-    """No public URL, and polls far away: a test says itself when the task is read."""
+    """No public URL, and polls far away: a test makes a read due itself."""
     return {"public_url": "", "poll_after_seconds": 3_600}
 
 
@@ -55,7 +55,7 @@ def succeeded(parts: Parts, sandbox: Sandbox, pictures: int = 1, **knobs: Any) -
 
 
 def pass_time(parts: Parts, seconds: float) -> None:
-    """What the rows remember is so much longer ago, what they wait for so much nearer."""
+    """Move all past times of the rows back, and their due times nearer."""
     with parts.database.write() as session:
         for model, names in ((Asset, ASSET_TIMES), (Task, TASK_TIMES)):
             for row in session.exec(select(model)):
@@ -65,7 +65,7 @@ def pass_time(parts: Parts, seconds: float) -> None:
 
 
 def try_until(parts: Parts, seconds: float) -> float:
-    """Let time pass from try to try until so much is over, or nothing is tried any more. Returns what has passed."""
+    """Let time pass from try to try until this much is over, or nothing is tried any more. Returns the time passed."""
     passed = 0.0
     while due := [asset.due_at for asset in assets_of(parts, task_of(parts, "task")) if asset.due_at]:
         wait = max(0.0, (min(due) - parts.database.now()).total_seconds())
@@ -323,7 +323,9 @@ def test_task_is_reported_incomplete_after_fifteen_minutes() -> None:
 
 
 def tries_at(life_seconds: float, link_seconds: float | None = None) -> list[float]:
-    """When a broken file is tried, in seconds; `link_seconds`: its links live so long, and each try has a fresh one."""
+    """The times of a broken file's tries, in seconds; `link_seconds`: the life of its links, of which each try has a
+    fresh one.
+    """
     at, tried = 0.0, [0.0]
     while True:
         link = NOW + timedelta(seconds=at + link_seconds if link_seconds else life_seconds)
@@ -340,7 +342,7 @@ def test_tries_span_the_life_of_a_file(life_seconds: float) -> None:
     for _ in range(50):
         tried = tries_at(life_seconds)
         assert len(tried) <= MAX_TRIES
-        # One try may lie beyond the end: an estimate that the provider may exceed.
+        # One try may come after the end, which is an estimate that the provider may exceed.
         within = [at for at in tried if at < life_seconds]
         assert 0.5 * life_seconds < within[-1] and len(tried) - len(within) <= 1
 

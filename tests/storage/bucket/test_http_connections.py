@@ -1,4 +1,4 @@
-"""Connections to a store that closes them, answers strangely or not at all; over raw loopback sockets."""
+"""Connections to a store that closes them, answers with garbage or not at all; over raw loopback sockets."""
 
 from __future__ import annotations
 

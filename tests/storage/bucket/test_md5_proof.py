@@ -59,7 +59,7 @@ def _answers(bucket: Bucket) -> bool:
 
 @pytest.fixture
 def reads(store: Bucket, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The keys of objects that are read back, of those that the probe does not read."""
+    """The keys of objects that are read back, except those of the probe."""
     store.capabilities()
     keys: list[str] = []
     whole = store.sha256

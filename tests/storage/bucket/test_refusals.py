@@ -1,4 +1,4 @@
-"""What a store refuses: its code is learned, the remedy is named, and new credentials are read without a restart."""
+"""Refusals of a store: their code is found, the remedy is named, and new credentials are read without a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our signature is that of botocore, header for header."""
+"""Our signature equals botocore's, header for header."""
 
 from __future__ import annotations
 

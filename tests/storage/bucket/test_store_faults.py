@@ -1,6 +1,6 @@
 """A store that loses, changes, ignores or misreports: each fault is noticed, and no wrong object counts as archived.
 
-Both when the probe has seen it do so, and when the store starts only after it was probed and believed.
+Both if the probe has seen the fault, and if it begins only after the probe.
 """
 
 from __future__ import annotations

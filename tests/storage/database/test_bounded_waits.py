@@ -1,4 +1,4 @@
-"""A command waits so long, and no longer, for what another session of PostgreSQL has locked."""
+"""A command waits for a limited time for a lock of another PostgreSQL session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SQLite's log is copied outside of commits, and started anew although commits never stop."""
+"""SQLite's log is copied outside of commits, and restarted although commits never stop."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def committing(database: Database) -> Iterator[None]:
 
 
 def beginnings(database: Database) -> int:
-    """How often the log was started anew, which its header counts (https://sqlite.org/fileformat2.html#walformat)."""
+    """How often the log was restarted, which its header counts (https://sqlite.org/fileformat2.html#walformat)."""
     return int.from_bytes(Path(f"{database.url.database}-wal").read_bytes()[12:16])
 
 
@@ -83,7 +83,7 @@ def test_commits_wait_only_while_a_long_log_is_copied(
 
 
 def test_log_stays_short_while_commits_never_stop(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is started anew again and again, so it holds only what is written between two checkpoints."""
+    """The log is restarted again and again, so it holds only the writes between two checkpoints."""
     monkeypatch.setattr(checkpoints, "CHECKPOINT_INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(checkpoints, "LONG_LOG_PAGES", 100)
     with sqlite.write() as session:

@@ -70,7 +70,7 @@ def busy(database: Database) -> Iterator[None]:
 
 
 def together(database: Database, *operations: Operation) -> list[Any]:
-    """What became of operations that wait at once: results and exceptions."""
+    """The outcomes of operations that wait at the same time: results and exceptions."""
     with ThreadPoolExecutor(len(operations)) as threads:
         with busy(database):
             futures = [threads.submit(database.write_in_group, each) for each in operations]
@@ -80,7 +80,7 @@ def together(database: Database, *operations: Operation) -> list[Any]:
 
 @contextmanager
 def at_commit(database: Database, call: Callable[[], object]) -> Iterator[list[None]]:
-    """Call this before each commit; how often it was."""
+    """Call this before each commit. Returns the number of calls."""
     commits: list[None] = []
 
     def listen(_: Any) -> None:

@@ -1,4 +1,4 @@
-"""PostgreSQL as people have it: poolers, demoted primaries, several hosts, other defaults."""
+"""PostgreSQL in users' setups: poolers, demoted primaries, several hosts, other defaults."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pooled_url(postgres: Postgres, database_url: str) -> Iterator[str]:
 
 @pytest.fixture
 def demoted(database: Database, postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Database:
-    """Its sessions are of a server that was demoted meanwhile; new ones may write."""
+    """Pretend that all open sessions belong to a demoted server; new ones may write."""
     monkeypatch.setattr(postgresql, "BELIEVED_SECONDS", 0)
     with postgres.read_only(str(database.url.database)):
         database.now()
@@ -301,7 +301,7 @@ def owner(database_url: str, opened: Callable[..., Database]) -> Database:
 
 @pytest.fixture
 def lesser(owner: Database, database_url: str, opened: Callable[..., Database]) -> Iterator[Database]:
-    """The same database as a role that owns nothing."""
+    """The same database with a role that owns nothing."""
     with owner.write() as session:
         for statement in ("CREATE ROLE lesser LOGIN", GRANT.format("TABLES"), GRANT.format("SEQUENCES")):
             session.execute(text(statement))

@@ -1,4 +1,4 @@
-"""The address policy, every row of its tables. Which addresses are really dialled: test_client.py."""
+"""The address policy, every row of its tables. The dialled addresses are tested in test_client.py."""
 
 from __future__ import annotations
 

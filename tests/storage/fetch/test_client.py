@@ -1,7 +1,7 @@
 """Fetching, observed at the connect call, and over real loopback sockets for the behaviour of hosts.
 
-The only doubles are the seams of `Fetcher`: a resolver that gives the answers of the test, and a dial that writes
-down every attempt and lets none leave loopback.
+The only doubles are the seams of `Fetcher`: a resolver with the test's answers, and a dial that records every attempt
+and lets none leave loopback.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every kind of hostile file through the real fetch and archive step: refused for its reason, and not stored.
 
-The tables of `test_media` and the scripted file host of `test_fetch` are served over loopback; the rows, the bucket
-and what `receiver status` says are looked at afterwards.
+The tables of `test_media` and the scripted file host of `test_fetch` are served over loopback. Assertions are about the
+rows, the bucket and the output of `receiver status`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ended within a day: counted in parts, each anew in its turn."""
+"""Tasks that ended within a day: counted in parts, each again in its turn."""
 
 from __future__ import annotations
 

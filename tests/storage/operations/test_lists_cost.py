@@ -1,4 +1,4 @@
-"""What lists cost beside many rows: each enters by an index and reads a bounded number of rows."""
+"""The cost of lists beside many rows: each uses an index and reads a bounded number of rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.plans import plans
 
 @pytest.fixture
 def database_kind() -> str:
-    """PostgreSQL chooses its plans by how much there is."""
+    """PostgreSQL chooses its plans by the number of rows."""
     return "sqlite"
 
 

@@ -144,7 +144,7 @@ def test_every_measure_has_its_gauge(parts: Parts) -> None:
     found = measured(parts).as_dict()
     assert WORK.keys() | DEPRECATED.keys() | WORK_OF_EACH.keys() == found.keys() - {
         "store_waits"
-    }  # words of a store are no label
+    }  # a store's message is no label
     assert {name: gauges.keys() for name, gauges in WORK_OF_EACH.items()} == {
         "accounts": asdict(AccountMeasures()).keys() - {"pauses"},
         "sinks": asdict(SinkMeasures()).keys(),

@@ -1,4 +1,4 @@
-"""What prune removes and what it keeps."""
+"""What prune removes and what it does not."""
 
 from __future__ import annotations
 

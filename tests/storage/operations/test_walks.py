@@ -1,4 +1,4 @@
-"""What verbs and pages ask of a large database: no statement reads a whole table."""
+"""Statements of commands and pages on a large database: none reads a whole table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOOKS: dict[str, Look] = {
 
 @pytest.fixture
 def some(database: Database) -> Database:
-    """A few rows of every kind, so that each look has something to go through."""
+    """A few rows of every kind, so that each query has results."""
     with database.write() as session:
         for number in range(3):
             task = new_task(session, **DONE, archive=ArchiveState.INCOMPLETE)

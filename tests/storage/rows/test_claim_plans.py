@@ -1,4 +1,4 @@
-"""What a claim, and a look for work, read of a queue, by the databases' own account: beside 3,000 due rows."""
+"""Rows that a claim and a check for work read of a queue, by the databases' own counts: beside 3,000 due rows."""
 
 from __future__ import annotations
 

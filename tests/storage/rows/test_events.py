@@ -19,7 +19,7 @@ def told(database: Database, *names: EventName) -> None:
 
 
 def pages(database: Database, *names: EventName) -> list[tuple[list[int | None], int]]:
-    """The numbers on each page of two, and how far it looked, until a page looks no further."""
+    """The numbers on each page of two, and where it ended, until no page continues."""
     found, until = list[tuple[list[int | None], int]](), -1
     while not found or found[-1][1] != until:
         until = found[-1][1] if found else 0

@@ -1,4 +1,4 @@
-"""An acknowledged delivery is a committed row; what shares its commit does not share its fate. On both databases."""
+"""An acknowledged delivery is a committed row, and the fault of one fails no other of its commit. On both databases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def body(number: int) -> Delivery:
 
 
 class InLoop:
-    """A group commit in an event loop of its own, which takes deliveries from any thread."""
+    """A group commit in an event loop of its own, which accepts deliveries from any thread."""
 
     def __init__(self, database: Database, **options: Any) -> None:
         self._loop = asyncio.new_event_loop()
@@ -49,7 +49,7 @@ class InLoop:
         self._loop.call_soon_threadsafe(self.inner.start)
 
     def put(self, delivery: Delivery) -> Future[Intake]:
-        """Returns once it waits for its commit. Raises `QueueFull`."""
+        """Returns once the delivery waits for its commit. Raises `QueueFull`."""
         future = asyncio.run_coroutine_threadsafe(self.inner.commit(delivery), self._loop)
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self._loop).result(SECONDS)
         if future.done() and isinstance(future.exception(), QueueFull):
@@ -57,7 +57,7 @@ class InLoop:
         return future
 
     def put_all(self, deliveries: Sequence[Delivery]) -> list[Intake | BaseException]:
-        """All in one turn of the loop."""
+        """Put all in one turn of the loop."""
 
         async def put() -> list[Intake | BaseException]:
             return await asyncio.gather(*map(self.inner.commit, deliveries), return_exceptions=True)
@@ -83,7 +83,7 @@ class InLoop:
 
 @pytest.fixture(params=["the loop", "the thread"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of both commits what can be committed at once."""
+    """Which of the two commits: the loop or the thread."""
     monkeypatch.setattr(group_commit, "QUICK_COMMITS", 0 if request.param == "the loop" else math.inf)
     return str(request.param)
 
@@ -97,7 +97,7 @@ def running(database: Database, way: str) -> Iterator[InLoop]:
 
 @contextmanager
 def writers_wait(database: Database) -> Iterator[None]:
-    """Nobody else commits a delivery before the end of the block."""
+    """Let no other process commit a delivery before the end of the block."""
     with database.write() as session:
         if not database.is_sqlite:
             session.execute(text("LOCK TABLE callback IN EXCLUSIVE MODE"))
@@ -105,7 +105,7 @@ def writers_wait(database: Database) -> Iterator[None]:
 
 
 def answers(futures: list[Future[Intake]]) -> Counter[str]:
-    """How many ended how: with an intake's word or an error's class."""
+    """How many ended in each way: an outcome of the intake or an error's class."""
     ends = Counter[str]()
     for future in futures:
         error = future.exception(SECONDS)
@@ -128,7 +128,7 @@ def test_a_burst_shares_commits_and_every_delivery_is_stored_once(database: Data
 
 
 def count_commits(database: Database) -> int:
-    """Of how many transactions the deliveries are. On SQLite a statement has one time."""
+    """The number of transactions of the deliveries. On SQLite a statement has one time."""
     distinct = "received_at" if database.is_sqlite else "xmin::text"
     with database.read() as session:
         return int(session.execute(text(f"SELECT count(DISTINCT {distinct}) FROM callback")).scalar_one())
@@ -264,7 +264,7 @@ def test_waiting_deliveries_are_bounded_in_number(
 
 @contextmanager
 def on_disk(database: Database, monkeypatch: pytest.MonkeyPatch, free_share: Callable[[], float]) -> Iterator[InLoop]:
-    """A group commit that looks at its disk all the time."""
+    """A group commit that checks its disk all the time."""
     monkeypatch.setattr(free_space, "FREE_SPACE_INTERVAL_SECONDS", 0.01)
     with InLoop(database, free_share=free_share) as intake:
         yield intake
@@ -286,7 +286,7 @@ def test_a_nearly_full_disk_refuses_until_there_is_room_again(
 def test_event_loop_reads_the_free_space_without_touching_the_disk(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An event loop asks, and a disk may hang."""
+    """An event loop calls it, and a disk may hang."""
     lookers: set[int] = set()
     with on_disk(database, monkeypatch, lambda: lookers.add(threading.get_ident()) or 1.0) as intake:
         wait_until(lambda: lookers)
@@ -349,7 +349,7 @@ def test_stop_answers_what_was_put_and_refuses_more(database: Database, running:
 
 def refuses(stopping: InLoop) -> bool:
     try:
-        stopping.put(GOOD).cancel()  # one that got in before the stop is nobody's
+        stopping.put(GOOD).cancel()  # one that came before the stop has no handler
     except QueueFull:
         return True
     return False

@@ -1,4 +1,4 @@
-"""The schema that the migrations make is the one that the models say, and any number of processes may make it."""
+"""The schema of the migrations equals that of the models, and any number of processes may make it."""
 
 from __future__ import annotations
 

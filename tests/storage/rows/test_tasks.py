@@ -1,4 +1,4 @@
-"""A report applied to rows: what it writes, what it leaves alone, what the task waits for next. On both databases."""
+"""A report applied to rows: its writes, what it does not change, and the task's next step. On both databases."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ UNKNOWN = Report("p1", None, None, raw_status="resting")
 
 
 def sent(database: Database, **values: Any) -> Task:
-    """A task that the provider took."""
+    """A task that the provider accepted."""
     start = {"expected": 2, "series": False, "state": TaskState.SUBMITTED, "step": Step.READ}
     with database.write() as session:
         return new_task(session, **{**start, **values})
@@ -57,7 +57,7 @@ def sent(database: Database, **values: Any) -> Task:
 def hear(
     database: Database, task: Task, report: Report, *, pushed: bool = True, schedule: Schedule | None = None
 ) -> Decision:
-    """One report, in a transaction of its own."""
+    """Apply one report in a transaction of its own."""
     now = database.now()
     with database.write() as session:
         locked = tasks.lock(session, task.id)
@@ -428,7 +428,7 @@ def test_asset_id_never_changes() -> None:
 
 @pytest.fixture(scope="module")
 def sqlite(migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """A database for every example of a property: each has a task of its own."""
+    """One database for every example of a property; each has a task of its own."""
     file = tmp_path_factory.mktemp("tasks") / "receiver.db"
     file.write_bytes(migrated_sqlite.read_bytes())
     opened = Database(f"sqlite:///{file}")
@@ -442,7 +442,7 @@ HEARD = st.tuples(WORDS | st.sampled_from([pictures(2), pictures(1), POSITIONAL,
 
 
 def end_of(session: Session, heard: list[tuple[Report, bool]]) -> object:
-    """Rows and facts after these reports, times and URLs aside."""
+    """The rows after these reports, without times and URLs."""
     task = new_task(session, expected=2, series=False)
     for report, pushed in heard:
         reports.apply(session, task, report, Schedule(), now=LONG_AGO, pushed=pushed)
