@@ -34,6 +34,11 @@ class JoinedWrites:
         else:
             self._transport.write(data)
 
+    def write_whole(self, answer: bytes) -> None:
+        """Head and body in one piece."""
+        self._flush()
+        self._transport.write(answer)
+
     def _flush(self) -> None:
         if self._head is not None:
             head, self._head = self._head, None
