@@ -72,6 +72,7 @@ def build(
             yield
         finally:
             await group_commit.stop()
+            callbacks.close()
 
     pages = _pages(health, assets, gateway, stream)
     people = console.application(assets.answer) if console and assets else None

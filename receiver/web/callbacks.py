@@ -116,7 +116,7 @@ class Callbacks:
         self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
         self._refused = _Refused()
         self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
-        self._account = AccountBudget(database, self._find)
+        self._account = AccountBudget(database, self._ids)
         self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,12 +197,16 @@ class Callbacks:
             self._account.settle(delivery, task_id, is_new=done is Intake.NEW)
         return done
 
-    def _find(self, session: Session, delivery: Delivery) -> uuid.UUID | None:
+    def _ids(self, delivery: Delivery) -> tuple[str | None, str | None]:
+        """The external id and the provider's own in its body."""
         with suppress(ReportUnreadable):
             report = self._providers[delivery.provider].parse(delivery.body)
-            ids = report.external_task_id, report.provider_task_id
-            return apply_deliveries.find(session, delivery.provider, *ids)
-        return None
+            return report.external_task_id, report.provider_task_id
+        return None, None
+
+    def close(self) -> None:
+        """Call it when no more deliveries come."""
+        self._account.close()
 
     async def _store(self, delivery: Delivery) -> Response | Intake:
         """Store the delivery, or return the reason why not."""

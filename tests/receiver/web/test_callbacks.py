@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -351,9 +352,28 @@ def test_the_accounts_url_keeps_twenty_deliveries_of_a_task(web: Web, parts: Par
     assert task_of(parts, task.external_task_id).callback_reads <= 20
     with parts.database.read() as session:
         assert account_budget.count_of_task(session, task.id) == 20
-    again = account_budget.AccountBudget(parts.database, lambda _session, _delivery: task.id)
+    again = account_budget.AccountBudget(parts.database, lambda _: (task.external_task_id, None))
     with pytest.raises(account_budget.AccountFull):
-        again._take_of_task(Delivery("kling", "push", None, b"{}"))
+        asyncio.run(again.take(Delivery("kling", "push", None, b"{}")))
+    again.close()
+
+
+@ON_SQLITE
+def test_what_the_accounts_url_refuses_costs_no_session(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session and a thread for each took a millisecond of the interpreter, which acknowledgements waited for."""
+    monkeypatch.setattr(account_budget, "MAX_ROWS", 1)
+    monkeypatch.setattr(account_budget, "COUNT_SECONDS", 3_600)
+    task, path = insert_row(parts), f"/callbacks/kling/{web.account_token}"
+    for number in range(account_budget.MAX_OF_TASK):
+        assert post(web, path, about(task, number)).status_code == 200
+    assert post(web, path, BODY).status_code == 429, "the rows are counted"
+    with statements(parts) as asked:
+        of_none = [b'{"task_id": "%d", "task_status": "processing"}' % number for number in range(2, 12)]
+        of_task = [about(task, number) for number in range(100, 110)]
+        assert {post(web, path, body).status_code for body in (*of_none, *of_task, b"[[")} == {429}
+        assert asked == []
 
 
 @ON_POSTGRESQL
