@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 TASK_COLUMNS = ("line", "external_task_id", "task_id", "provider_task_id", "state", "archive", "expected", "units")
 FILE_COLUMNS = ("kind", "index", "key", "sha256", "size", "media_type")
+# Tasks in a piece of a streamed report: some 100 kB.
+CSV_PART = 500
 # A spreadsheet treats a cell that begins with one of these as a formula. Error texts and ids come from outside.
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -81,6 +84,16 @@ def write_csv(file: SupportsWrite[str], found: Iterable[dict[str, Any]]) -> None
             error = each.get("error") or line["error"] or line["note"] or ""
             own = [each.get(column) for column in FILE_COLUMNS]
             writer.writerow(map(_harmless, [*(line[column] for column in TASK_COLUMNS), *own, error]))
+
+
+def csv_parts(found: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """The same in pieces, so that none is held in memory as a whole."""
+    is_first = True
+    while part := list(islice(found, CSV_PART)):
+        target = io.StringIO()
+        write_csv(target, part)
+        yield target.getvalue() if is_first else target.getvalue().partition("\r\n")[2]
+        is_first = False
 
 
 def _harmless(value: Any) -> Any:

@@ -37,6 +37,9 @@ MAX_FORM_BYTES = 64 * 1024
 BODY_SECONDS = 60.0
 # Threads for pages alone, so that slow pages delay neither health nor assets nor the gateway.
 THREADS = 8
+# Besides, for what live consoles fetch: threads that compute take the interpreter in turns, and five would leave
+# callbacks a sixth of it.
+LIVE_THREADS = 1
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -92,6 +95,7 @@ class Guard:
         self._counts = counts
         self._shared = SharedPages(tick)
         self._threads = CapacityLimiter(THREADS)
+        self._live_threads = CapacityLimiter(LIVE_THREADS)
 
     def page(self, path: str, function: PageFunction) -> Route:
         """A page of HTML. Consoles that update it share one rendering."""
@@ -128,7 +132,8 @@ class Guard:
             return await make(visit)
 
         async def make(visit: Visit) -> Response:
-            return await to_thread.run_sync(self._answer, function, visit, limiter=self._threads)
+            limiter = self._live_threads if is_shared and visit.is_live else self._threads
+            return await to_thread.run_sync(self._answer, function, visit, limiter=limiter)
 
         return endpoint
 

@@ -143,7 +143,7 @@ def _tree_cpu_seconds(process_id: int) -> float:
 def report(kind: str, found: dict[str, list[Fetch]]) -> bool:
     """Print a line for each view, the slowest last. Returns whether all meet the goal."""
     for name, (first, *later) in sorted(found.items(), key=lambda pair: p95([each.seconds for each in pair[1][1:]])):
-        words = [f"{kind}, {name}: first {first.seconds * 1e3:.0f} ms"]
+        words = [f"{kind}, {name}: first {first.seconds * 1e3:.0f} ms, CPU {first.cpu_seconds * 1e3:.0f}"]
         for what, values in (("", [each.seconds for each in later]), ("CPU ", [each.cpu_seconds for each in later])):
             words.append(f"{what}median {statistics.median(values) * 1e3:.0f}, p95 {p95(values) * 1e3:.0f}")
         print("; ".join(words), flush=True)  # noqa: T201

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +85,7 @@ class BatchPages:
             batch = self._batch(session, visit.path("id"))
         lines = batch_report.lines(self._of.database, self._of.batches, batch.name)
         headers = {"Content-Disposition": f'attachment; filename="batch-{batch.id}.csv"'}
-        return StreamingResponse(_csv(lines), media_type="text/csv; charset=utf-8", headers=headers)
+        return StreamingResponse(batch_report.csv_parts(lines), media_type="text/csv; charset=utf-8", headers=headers)
 
     def form(self, visit: Visit) -> Response:
         return visit.page("batch_new.html", section="batches", **_nothing())
@@ -159,14 +157,3 @@ def _given(visit: Visit) -> tuple[str, bytes, Format]:
     suffix = Path(upload.name).suffix.lower() if upload and has_file else f".{visit.form.get('format', 'jsonl')}"
     name = visit.form.get("name", "").strip() or (Path(upload.name).stem if upload and has_file else "")
     return name, content, "csv" if suffix == ".csv" else "jsonl"
-
-
-def _csv(lines: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The report in pieces, so that none is held in memory as a whole."""
-    is_first = True
-    while part := list(islice(lines, 500)):
-        target = io.StringIO()
-        batch_report.write_csv(target, part)
-        text = target.getvalue()
-        yield text if is_first else text.partition("\r\n")[2]
-        is_first = False

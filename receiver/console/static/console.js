@@ -27,7 +27,7 @@ function holds(part, other) {
 if (fresh) fresh.addEventListener("click", () => { fresh.hidden = true; scrollTo(0, 0); fetchedAt = 0; renew(); });
 
 // -- live -------------------------------------------------------------------------------------------------------------
-// The server tells of changes three seconds apart. All consoles that are told at once share what they fetch.
+// The server tells of changes some seconds apart. All consoles that are told at once share what they fetch.
 const APART = 2500;
 let wanted = false, fetching = false, fetchedAt = 0;
 async function renew() {
@@ -60,7 +60,7 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
     source = new EventSource(main.dataset.liveUrl);
     source.addEventListener("hello", () => { show(true); if (lost) { fetchedAt = 0; renew(); } lost = false; });
     // Numbers over the whole database are up to three seconds old: look once more when nothing follows.
-    source.addEventListener("change", () => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, 4000); });
+    source.addEventListener("change", (event) => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, Number(event.data) + 1000); });
     // A browser connects again by itself, but not after an error page, as a proxy sends one for a server that is away.
     source.addEventListener("error", () => { lost = true; show(false); if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000); });
   }
