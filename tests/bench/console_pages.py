@@ -12,6 +12,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,19 +108,19 @@ def measure(url: str, tasks: int, times: int) -> dict[str, list[Fetch]]:
         command = [sys.executable, "-m", "receiver", "serve"]
         with stage.running(command, stage.environment(url, **store, **keys), place) as server:
             stage.wait_for(f"http://{stage.HOST}:{port}/readyz")
-            roots = [server.pid, *_postmaster(url)]
+            spent = Spent([server.pid, *_postmaster(url)])
             with Reader(f"http://{stage.HOST}:{port}") as reader:
                 for _ in range(times):
                     for name, path in views(tasks).items():
-                        found[name].append(_fetch(reader, path, roots))
+                        found[name].append(_fetch(reader, path, spent))
     return found
 
 
-def _fetch(reader: Reader, path: str, roots: list[int]) -> Fetch:
-    began, cpu = time.perf_counter(), sum(map(_tree_cpu_seconds, roots))
+def _fetch(reader: Reader, path: str, spent: Spent) -> Fetch:
+    spent.since_last()
+    began = time.perf_counter()
     reader.page(path)
-    seconds = time.perf_counter() - began
-    return Fetch(seconds, max(0.0, sum(map(_tree_cpu_seconds, roots)) - cpu))
+    return Fetch(time.perf_counter() - began, spent.since_last())
 
 
 def _postmaster(url: str) -> list[int]:
@@ -130,14 +131,29 @@ def _postmaster(url: str) -> list[int]:
         return [int(Path(f"/proc/{backend}/stat").read_text().rpartition(")")[2].split()[1])]
 
 
-def _tree_cpu_seconds(process_id: int) -> float:
-    """CPU seconds so far of the threads that a process and its children have now."""
-    found = 0.0
-    for thread in Path(f"/proc/{process_id}/task").iterdir():
-        with suppress(OSError):  # it has ended
-            found += int((thread / "schedstat").read_text().split()[0]) / 1e9
-            found += sum(_tree_cpu_seconds(int(each)) for each in (thread / "children").read_text().split())
-    return found
+class Spent:
+    """CPU of these processes and their children. Each thread is known by its number, as the kernel's list of children
+    leaves some out while others end.
+    """
+
+    def __init__(self, roots: list[int]) -> None:
+        self._roots = roots
+        self._known: dict[str, float] = {}
+        self.since_last()
+
+    def since_last(self) -> float:
+        now = {thread: seconds for root in self._roots for thread, seconds in _threads(root)}
+        spent = sum(seconds - self._known.get(thread, 0.0) for thread, seconds in now.items())
+        self._known |= now
+        return spent
+
+
+def _threads(process_id: int) -> Iterator[tuple[str, float]]:
+    with suppress(OSError):  # one has ended
+        for thread in Path(f"/proc/{process_id}/task").iterdir():
+            yield thread.name, int((thread / "schedstat").read_text().split()[0]) / 1e9
+            for child in (thread / "children").read_text().split():
+                yield from _threads(int(child))
 
 
 def report(kind: str, found: dict[str, list[Fetch]]) -> bool:

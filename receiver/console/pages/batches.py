@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from sqlmodel import Session
+from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
@@ -61,7 +61,8 @@ class BatchPages:
             counts = self._counts.of([batch.id]).get(batch.id)
             lost = self._failed.of([batch.id]).get(batch.id)
             failed = part(visit, "from", lost or [], FAILURES_A_PAGE)
-            failures = [session.get_one(Task, task_id) for task_id in failed.rows]
+            rows = {row.id: row for row in session.scalars(select(Task).where(col(Task.id).in_(failed.rows)))}
+            failures = [rows[task_id] for task_id in failed.rows if task_id in rows]
         return visit.page(
             "batch.html", section="batches", batch=batch, counts=counts, stages=stages, failures=failures,
             failed=failed, is_whole=lost is not None, path_of=path_of,

@@ -148,6 +148,22 @@ def test_page_runs_a_fixed_number_of_queries(parts: Parts, ann: Reader) -> None:
     assert [questions(path) for path in ("/tasks", "/gallery", "/deliveries")] <= [each + 3 for each in before]
 
 
+def test_failures_of_a_batch_are_asked_for_at_once(parts: Parts, ann: Reader) -> None:
+    with parts.database.write() as session:
+        batch = Batch(name="large", created_at=LONG_AGO)
+        session.add(batch)
+        session.flush()
+        path = f"/batches/{batch.id}"
+        new = {"state": TaskState.FAILED, "batch_id": batch.id, "due_at": None}
+    for number in range(20):
+        insert_row(parts, external_task_id=f"t{number}.", batch_line=number, **new)
+    wait_until(lambda: "t19." in ann.page(path), seconds=60)
+    asked: list[str] = []
+    event.listen(parts.database.reader, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    assert "t19." in ann.page(path)
+    assert len([each for each in asked if "task.request" in each]) <= 2
+
+
 def test_figures_sum_ended_tasks_and_callbacks(parts: Parts) -> None:
     tasks = archive(parts, 2, n=2)
     deliver(parts, insert_row(parts), b"no json")
