@@ -178,10 +178,11 @@ def waiting_files() -> Any:
 
 
 def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
+    """The other conditions, for rows that are in reach."""
     conditions = []
-    if wanted.state in list(TaskState):
+    if wanted.state in list(TaskState) and wanted.state != TaskState.FAILED:
         conditions.append(columns.state == TaskState(wanted.state))
-    if wanted.archive in list(ArchiveState):
+    if wanted.archive in list(ArchiveState) and wanted.archive != ArchiveState.INCOMPLETE:
         conditions.append(columns.archive == ArchiveState(wanted.archive))
     if wanted.provider:
         conditions.append(columns.provider == wanted.provider)
@@ -192,7 +193,7 @@ def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
         prompt = func.lower(columns.request["prompt"].as_string())
         named = func.lower(columns.external_task_id).contains(words, autoescape=True)
         conditions.append(or_(named, prompt.contains(words, autoescape=True)))
-    if kept:
+    if kept and wanted.archive != ArchiveState.INCOMPLETE:
         conditions.append(columns.archive != ArchiveState.NONE)
     return conditions
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from storage.accounts import batches
 from storage.database.sessions import Database
-from storage.operations import outbox
+from storage.operations import lists, outbox
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from tests.plans import plans
 
@@ -69,3 +71,12 @@ def test_dispatches_are_entered_by_an_index(database: Database, state: str, sink
 def test_failures_of_a_batch_are_read_by_its_index(database: Database) -> None:
     found = plans(database, lambda session: batches.not_kept(session, uuid.UUID(int=1)))
     assert "SEARCH task USING INDEX task_batch (batch_id=?)" in found and "SCAN asset\n" not in found
+
+
+@pytest.mark.parametrize("wanted", [TaskFilter(), TaskFilter(state="failed"), TaskFilter(archive="incomplete")])
+def test_a_list_in_the_order_of_an_index_reads_no_more_than_its_page(database: Database, wanted: TaskFilter) -> None:
+    asked: list[tuple[Any, ...]] = []
+    event.listen(database.reader, "before_cursor_execute", lambda *given: asked.append(tuple(given[3])))
+    with database.read() as session:
+        newest_tasks(session, wanted, None)
+    assert asked and not any(lists.SCANNED in values for values in asked)
