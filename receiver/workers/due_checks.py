@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlmodel import exists, select
 
+from storage.database.prepared import as_sent
 from storage.database.sessions import Database
 from storage.rows import claims
 
@@ -57,6 +58,12 @@ class DueChecks:
                 return connection.execute(self._usual[name]).first() is not None
         return is_due
 
+    def due(self, wake_up: int) -> set[str]:
+        """The lanes and jobs that have rows by this wake-up's check. Each still gets its part by `is_any`."""
+        with self._lock:
+            self._check_once(wake_up)
+            return {name.removesuffix(QUEUED) for name, is_due in self._found.items() if is_due}
+
     def _check_once(self, wake_up: int | None) -> None:
         if wake_up is not None and wake_up > self._wake_up:
             self._check()
@@ -66,7 +73,8 @@ class DueChecks:
         now = time.monotonic()
         with_quarantine = now - self._quarantine_checked_at > QUARANTINE_CHECK_SECONDS
         with self._database.untested_reader() as connection:
-            found = [bool(each) for each in connection.execute(self._statements[with_quarantine]).one()]
+            sent = as_sent(self._statements[with_quarantine], connection.dialect)
+            found = [bool(each) for each in connection.exec_driver_sql(*sent).one()]
         self._found = dict(zip(self._usual, found, strict=False))
         if with_quarantine:
             self._quarantined, self._quarantine_checked_at = found[len(self._usual) :], now

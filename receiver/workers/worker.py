@@ -26,6 +26,7 @@ from sqlmodel import Session
 from receiver.workers.due_checks import QUEUED, DueChecks
 from receiver.workers.in_hand import RowsInHand, claims_of
 from receiver.workers.lanes import Batches, Lane, PeriodicJob
+from receiver.workers.wake_ups import WakeUps
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Grant
 from storage.database.sessions import Database
@@ -52,6 +53,7 @@ BUG_CAP_SECONDS = 3_600.0
 DATABASE_AWAY_SECONDS = 1.0
 
 NOTHING = Grant(0)
+QUARANTINE = "quarantine"  # the name of its thread's wait
 
 
 class Worker:
@@ -73,14 +75,13 @@ class Worker:
         self._lease_seconds = lease_seconds
         self._grace_seconds = grace_seconds
         self._stop = threading.Event()
-        self._wake = threading.Condition()
-        self._commits = 0
+        self._wake_ups = WakeUps([lane.name for lane in lanes] + [job.name for job in periodic_jobs] + [QUARANTINE])
+        self._unchecked = {QUARANTINE, *(lane.name for lane in lanes if lane.beside is not None)}
         self._interval = IDLE_SECONDS  # until the next wake-up, if no commit causes one
         looked_for = {job.name: job.due_if for job in periodic_jobs if job.due_if is not None}
         self._due_checks = DueChecks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
-        # By lane: how many consecutive claims found all the rows they wanted. After one, the next claim is made without
-        # a check.
+        # By lane: how many consecutive claims were full. After one, the next claim is made without a check.
         self._full_claims = Counter[str]()
         self._unsettled: list[Any] = []  # rows whose work could not reach the database
         self._alive = 1  # processes, this one included, at the last heartbeat
@@ -89,7 +90,7 @@ class Worker:
     def stop(self) -> None:
         """Claim no more rows. Those in hand may finish within the grace time."""
         self._stop.set()
-        self._wake_feeders()
+        self._wake_ups.wake_all()
 
     def run(self) -> None:
         """Work until `stop()`. On return, unfinished rows are released, unless the database is away."""
@@ -200,7 +201,7 @@ class Worker:
         batches = Batches()
         pool = ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name)
         while not self._stop.is_set():
-            seen = self._commits
+            seen = self._wake_ups.begin(lane.name)
             room = batches.wait_for_room(lane.threads_of(self._alive), self._ahead(lane), IDLE_SECONDS)
             claimed, grant = self._claim_batches(lane, room, seen)
             for rows in claimed:
@@ -208,7 +209,7 @@ class Worker:
                 pool.submit(self._work_in_turn, lane, batches, rows, grant)
             self._give_back(batches.take_back(LASTING_SECONDS))
             if room and not claimed:
-                self._wait_for_work(seen)
+                self._wait_for_work(lane.name)
             self._stop.wait(lane.claim_pause_seconds)
         self._give_back(batches.take_back())
         pool.shutdown(wait=False)
@@ -278,27 +279,25 @@ class Worker:
         finally:
             self._in_hand.remove(held)
             if grant.give_back():
-                self._wake_feeders()  # the next trial may start at once
+                self._wake_ups.wake_all()  # the next trial may start at once
 
-    def _wait_for_work(self, seen: int) -> int:
-        """Until the next wake-up, whose number it returns. `_wait_for_commits` wakes in half the time, or late."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._commits != seen or self._stop.is_set(), 2 * self._interval)
-            return self._commits
+    def _wait_for_work(self, name: str) -> None:
+        if not self._stop.is_set():
+            self._wake_ups.wait(name, 2 * self._interval)  # `_wait_for_commits` checks in half the time, or late
 
-    def _wake_feeders(self) -> None:
-        with self._wake:
-            self._commits += 1
-            self._wake.notify_all()
+    def _wake_those_with_rows(self) -> None:
+        """Make one check for all, and wake those for which it found rows, or that it leaves out."""
+        due = self._due_checks.due(self._wake_ups.next_number())
+        self._wake_ups.wake(due | self._unchecked)
 
     def _wait_for_commits(self) -> None:
-        """Wake the feeders after each commit of another process, and at intervals. Without it they only poll."""
+        """Wake feeders that have rows after each commit, and at intervals. Without it they only poll."""
         waker = self._database.waker()
         while not self._stop.is_set():
             has_heard = waker.wait(self._interval)
             is_at_rest = not has_heard and self._in_hand.empty_for() > REST_AFTER_SECONDS
             self._interval = REST_SECONDS if is_at_rest else IDLE_SECONDS
-            self._wake_feeders()
+            self._run_logged("check", self._wake_those_with_rows)
             if is_at_rest:
                 self._database.close_idle()
         waker.close()
@@ -350,18 +349,19 @@ class Worker:
 
     def _run_periodic(self, job: PeriodicJob) -> None:
         while not self._stop.is_set():
-            seen = self._commits
+            seen = self._wake_ups.begin(job.name)
             if job.due_if is None:
                 self._run_logged(job.name, job.run)
                 self._stop.wait(job.every_seconds)
                 continue
             self._run_logged(job.name, lambda seen=seen: self._due_checks.is_any(job.name, seen) and job.run())  # type: ignore[misc]
-            self._wait_for_work(seen)
+            self._wait_for_work(job.name)
             self._stop.wait(CLAIM_PAUSE_SECONDS)
 
     def _run_quarantine(self) -> None:
         while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
-            wake_up = self._wait_for_work(self._commits) if self._interval == REST_SECONDS else None
+            rests = self._interval == REST_SECONDS
+            wake_up = self._wake_ups.wait_for_next(QUARANTINE, 2 * REST_SECONDS) if rests else None
             if not self._stop.is_set():
                 self._run_logged("quarantine", partial(self._work_on_quarantined, wake_up))
 
@@ -379,7 +379,7 @@ class Worker:
                 return 0
             with self._in_hand.quarantine(self._stop):
                 done = sum(map(self._work_on_one_quarantined, lanes))
-        self._wake_feeders()
+        self._wake_ups.wake_all()
         return done
 
     def _work_on_one_quarantined(self, lane: Lane) -> int:

@@ -48,6 +48,16 @@ def execute(session: Session, statement: Statement, values: Mapping[str, Any] | 
     return prepared.execute(kept[0], kept[1], values or {})
 
 
+def as_sent(statement: Statement, dialect: Dialect) -> tuple[str, Any]:
+    """A statement without parameters of its own, and its constants, for SQLAlchemy's `exec_driver_sql`.
+
+    That handles a broken connection as `execute` does. `execute` makes the key of its cache anew each time, which took
+    0.6 of the 0.73 ms of a check of eight lanes.
+    """
+    prepared = _prepared(statement, dialect)
+    return prepared.sql, prepared.in_order({})
+
+
 def unattached(model: type[Model], found: Done) -> list[Model]:
     """Row objects that belong to no session, for rows with all columns. `model(**values)` takes 85 µs, this 3."""
     rows: list[Model] = []
@@ -60,42 +70,62 @@ def unattached(model: type[Model], found: Done) -> list[Model]:
 class _Prepared:
     def __init__(self, statement: Statement, dialect: Dialect) -> None:
         compiled: Any = statement.compile(dialect=dialect)
-        self._sql = compiled.string
+        self.sql = compiled.string
         self._names: Sequence[str] | None = compiled.positiontup  # None: the driver takes names
         binds = {name: bind for bind, name in compiled.bind_names.items()}
         processors = {name: bind.type.dialect_impl(dialect).bind_processor(dialect) for name, bind in binds.items()}
         self._binders = {name: bind for name, bind in processors.items() if bind is not None}
         self._constants = self._bound({name: bind.value for name, bind in binds.items() if not bind.required})
+        self._write_constants()
         columns = list(statement.exported_columns)  # for an UPDATE: the rows that it returns
         self._returns_rows = bool(columns)
         readers = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
         self._readers = [(place, read) for place, read in enumerate(readers) if read is not None]
-        self._row: Any = _named_tuple([column.name for column in columns])
+        self._row: Any = _named_tuple([getattr(column, "name", "") for column in columns])
+
+    def _write_constants(self) -> None:
+        """Write the constants into SQLite's statement.
+
+        SQLite plans a statement anew at each run for a parameter whose value decides whether a partial index serves:
+        0.3 ms of the 0.4 of a check of eight lanes.
+        """
+        pieces = self.sql.split("?")
+        if self._names is None or len(pieces) != len(self._names) + 1:  # PostgreSQL; a question mark in a text
+            return
+        left, sql = list[str](), pieces[0]
+        for name, piece in zip(self._names, pieces[1:], strict=True):
+            literal = _literal(self._constants[name]) if name in self._constants else None
+            left += [name] if literal is None else []
+            sql += (literal or "?") + piece
+        self.sql, self._names = sql, left
 
     def _bound(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values as the driver takes them."""
         binders = self._binders
         return {name: binders[name](value) if name in binders else value for name, value in values.items()}
 
-    def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
+    def in_order(self, values: Mapping[str, Any]) -> Any:
         named = {**self._constants, **self._bound(values)}
-        bound = named if self._names is None else tuple([named[name] for name in self._names])
+        return named if self._names is None else tuple([named[name] for name in self._names])
+
+    def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
+        bound = self.in_order(values)
         # Like SQLAlchemy, which looks for listeners first, too.
         is_heard = connection._has_events or connection.engine._has_events
         if is_heard:
             for listen in connection.dispatch.before_cursor_execute:
-                listen(connection, None, self._sql, bound, None, False)
+                listen(connection, None, self.sql, bound, None, False)
         try:
-            cursor = driver.execute(self._sql, bound)
+            cursor = driver.execute(self.sql, bound)
         except Exception as error:
             breaks = connection.info.get(BREAKS, lambda _: False)
             if not (getattr(driver, "closed", False) or breaks(error)):
                 raise
             connection.invalidate(error)  # the pool would roll it back and lend it again
-            raise DBAPIError(self._sql, None, error, hide_parameters=True, connection_invalidated=True) from error
+            raise DBAPIError(self.sql, None, error, hide_parameters=True, connection_invalidated=True) from error
         if is_heard:
             for listen in connection.dispatch.after_cursor_execute:
-                listen(connection, None, self._sql, bound, None, False)
+                listen(connection, None, self.sql, bound, None, False)
         return Done([self._read(row) for row in cursor.fetchall()] if self._returns_rows else [], cursor.rowcount)
 
     def _read(self, row: Sequence[Any]) -> Any:
@@ -105,5 +135,12 @@ class _Prepared:
         return self._row._make(values)
 
 
-_named_tuple = partial(collections.namedtuple, "Row")
+def _literal(value: Any) -> str | None:
+    """The value in a statement of SQLite, None for one that stays a parameter."""
+    if isinstance(value, str):
+        return "'{}'".format(str.__str__(value).replace("'", "''")) if "\0" not in value else None
+    return repr(value) if type(value) in (int, float) else None
+
+
+_named_tuple = partial(collections.namedtuple, "Row", rename=True)
 _prepared = lru_cache(maxsize=STATEMENTS)(_Prepared)

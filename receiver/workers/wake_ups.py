@@ -1,0 +1,46 @@
+"""Wake-ups of the threads that wait for work: only of those that have some.
+
+When each commit woke every feeder, ten threads took turns at the interpreter lock to find that one of them had a row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable
+
+
+class WakeUps:
+    """Numbered from 1. Each thread waits under a name of its own."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._lock = threading.Lock()
+        self.number = 0
+        self._woken = {name: threading.Event() for name in names}
+
+    def begin(self, name: str) -> int:
+        """The number of the last wake-up. From now on one of this name ends its wait, also one before the wait."""
+        self._woken[name].clear()
+        return self.number
+
+    def wait(self, name: str, seconds: float) -> None:
+        self._woken[name].wait(seconds)
+
+    def wait_for_next(self, name: str, seconds: float) -> int:
+        self.begin(name)
+        self.wait(name, seconds)
+        return self.number
+
+    def next_number(self) -> int:
+        with self._lock:
+            self.number += 1
+            return self.number
+
+    def wake(self, names: Collection[str] | None = None) -> None:
+        """Wake the threads of these names, None: all."""
+        for name, woken in self._woken.items():
+            if names is None or name in names:
+                woken.set()
+
+    def wake_all(self) -> None:
+        self.next_number()
+        self.wake()
