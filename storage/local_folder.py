@@ -153,7 +153,7 @@ def _open_folder(name: str, folder: int | None) -> int:
         return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ENOTDIR, errno.ELOOP):  # Linux, and the BSDs
-            raise NotADirectoryError(error.errno, "is no folder, and a symlink is not followed", name) from None
+            raise NotADirectoryError(error.errno, "is not a folder, and a symlink is not followed", name) from None
         raise
 
 

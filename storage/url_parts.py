@@ -17,7 +17,7 @@ def split_url(url: str) -> SplitResult:
         parts = urlsplit(url)
         _ = parts.port
     except ValueError:  # the parser's message quotes the port or the whole authority
-        raise ValueError(f"is no valid URL: {ENCODE}") from None
+        raise ValueError(f"is not a valid URL: {ENCODE}") from None
     if parts.netloc and "@" in parts.path + parts.query + parts.fragment:
         raise ValueError(f"has an @ behind the host: {ENCODE}")
     return parts

@@ -23,8 +23,8 @@ SINK_ADVICE = {
     "file": "make its folder, for this user to write to, or correct RECEIVER_EVENT_SINKS",
     "stdout": "",
 }
-GRANT = "grant sqs:GetQueueAttributes to have the queue looked at; sending needs sqs:SendMessage alone"
-HANGING = "see that its address in RECEIVER_EVENT_SINKS is right, and that no firewall is in between"
+GRANT = "grant sqs:GetQueueAttributes so that the queue can be checked; sending needs sqs:SendMessage alone"
+HANGING = "check its address in RECEIVER_EVENT_SINKS, and that no firewall is in between"
 PROXY_VARIABLES = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"}
 MAX_LINE_CHARS = 300
 
@@ -41,7 +41,7 @@ def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
         with closing(make(entry, settings.event_policy, settings.event_secrets, tunnel)) as made:
             yield Result(name, Status.OK, made.check())
     except Unsure as error:
-        yield Result(name, Status.NOTE, f"may not be looked at ({error})", GRANT)
+        yield Result(name, Status.NOTE, f"may not be checked ({error})", GRANT)
     except (Retry, GiveUp) as error:
         line = plain(f"cannot be reached ({error})", MAX_LINE_CHARS)
         yield Result(name, Status.FAULT, line, SINK_ADVICE[entry.kind])

@@ -49,13 +49,13 @@ PROOFS = {
 }
 # The consequence of each capability that the store lacks. None of them loses a picture.
 WITHOUT = {
-    "conditional_put": "objects are looked for before and after they are written; let nothing else write there",
+    "conditional_put": "objects are checked for before and after they are written; let nothing else write there",
     "refuses_wrong_checksum": "every object is read back and hashed after it was written; expect twice the traffic",
-    "returns_checksum": "an object that was there already is read back to be compared; nothing to do",
-    "keeps_metadata": "where a picture came from is in manifest.json alone; nothing to do",
+    "returns_checksum": "an object that exists already is read back and compared; nothing to do",
+    "keeps_metadata": "the source of a picture is in manifest.json alone; nothing to do",
     "multipart": "files over 64 MiB go in one request; allow multipart uploads if they fail",
     "refuses_wrong_part": "large objects are read back and hashed after they were written; expect twice the traffic",
-    "conditional_multipart": "large objects are looked for before they are written; let nothing else write there",
+    "conditional_multipart": "large objects are checked for before they are written; let nothing else write there",
     "delete": "grant s3:DeleteObject, or remove .receiver-probe/ by hand",
 }
 
@@ -74,14 +74,14 @@ def bucket(parts: Parts) -> Iterator[Result]:
         return
     # an error text that no S3 store sends, or an address that boto3 cannot connect to
     except (LookupError, ValueError):
-        line = f"what answers at {where} is no S3 store"
+        line = f"the server at {where} is not an S3 store"
         yield Result("bucket", Status.FAULT, line, "correct RECEIVER_S3_ENDPOINT_URL")
         return
     if unlisted:
         yield unlisted
         return
     lacks = sum(not getattr(can, ability) for ability in WITHOUT)
-    more = f"; it lacks {lacks} of {len(WITHOUT)} abilities (`receiver check --verbose`)" if lacks else ""
+    more = f"; it lacks {lacks} of {len(WITHOUT)} capabilities (`receiver check --verbose`)" if lacks else ""
     line = f"{name} at {where} was written, listed and read back; {PROOFS[can.proof]}{more}"
     yield Result("bucket", Status.OK, line)
     yield from _capabilities(can)
@@ -109,7 +109,7 @@ def _advice(parts: Parts, error: StoreUnavailable) -> str:
         return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"
     if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
         return ""  # the line says it
-    return ADVICE.get(reason_code(error), "see that RECEIVER_S3_ENDPOINT_URL is right and the store runs")
+    return ADVICE.get(reason_code(error), "check RECEIVER_S3_ENDPOINT_URL, and that the store runs")
 
 
 def _works_without_checksums(parts: Parts) -> bool:

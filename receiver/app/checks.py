@@ -60,10 +60,10 @@ SET_KEY = (
 SETTLE = "settle it in the provider's console; nothing can be submitted until then"
 # A check hangs if the network drops its packets.
 HANGING = {
-    "database": "see that RECEIVER_DATABASE_URL is right, no other program holds the database, no firewall is between",
-    "bucket": "see that RECEIVER_S3_ENDPOINT_URL is right and no firewall is in between",
-    "provider": "see that RECEIVER_KLING_BASE_URL is right and no firewall is in between",
-    "store's name": "see that RECEIVER_S3_ENDPOINT_URL is right and the name server answers",
+    "database": "check RECEIVER_DATABASE_URL, that no other program holds the database, and no firewall is in between",
+    "bucket": "check RECEIVER_S3_ENDPOINT_URL, and that no firewall is in between",
+    "provider": "check RECEIVER_KLING_BASE_URL, and that no firewall is in between",
+    "store's name": "check RECEIVER_S3_ENDPOINT_URL, and that the name server answers",
 }
 # Advice by the provider's own code, KLING §6.
 PROVIDER_ADVICE = {
@@ -230,13 +230,13 @@ def _slots(parts: Parts) -> Result:
         waiting = parts.slots.count_queued(session)
     if limit is None:
         advice = (
-            "set RECEIVER_KLING_SLOTS to what the account's pack allows, so that nothing is refused for being too much"
+            "set RECEIVER_KLING_SLOTS to what the account's pack allows, so that no create is refused for lack of slots"
         )
         return Result("slots", Status.NOTE, f"no limit of our own; {held} pictures are in work", advice)
     lowered = (
         f" (lowered from {parts.slots.setting}: the provider said it was full)" if limit != parts.slots.setting else ""
     )
-    return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waiting} tasks wait for theirs")
+    return Result("slots", Status.NOTE, f"{held} of {limit}{lowered} are held, {waiting} tasks wait for slots")
 
 
 def _pauses(parts: Parts) -> Iterator[Result]:
@@ -245,7 +245,7 @@ def _pauses(parts: Parts) -> Iterator[Result]:
         found = pauses.every(session)
     for each in found:
         advice = PROVIDER_ADVICE.get(each.code or 0, SET_KEY)
-        yield Result("account", Status.FAULT, pauses.line(each), f"{advice}; what waits goes on by itself")
+        yield Result("account", Status.FAULT, pauses.line(each), f"{advice}; waiting tasks continue by themselves")
 
 
 def provider(parts: Parts) -> Iterator[Result]:
@@ -267,15 +267,15 @@ def provider(parts: Parts) -> Iterator[Result]:
     except ProviderThrottled as error:
         yield Result("provider", Status.NOTE, f"{host} is busy ({error})", "check again in a minute")
     except ProxyUnavailable as error:
-        advice = f"see that RECEIVER_EGRESS_PROXY is right, and that the proxy runs and lets us through to {host}"
+        advice = f"check RECEIVER_EGRESS_PROXY, and that the proxy runs and permits connections to {host}"
         yield Result("provider", Status.FAULT, str(error), advice)
     except ProviderUnavailable as error:
-        advice = "see that RECEIVER_KLING_BASE_URL is right and can be reached from here, or set RECEIVER_EGRESS_PROXY"
+        advice = "check RECEIVER_KLING_BASE_URL and the way to it, or set RECEIVER_EGRESS_PROXY"
         if "WRONG_VERSION_NUMBER" in str(error):  # OpenSSL's message for an answer that is not TLS
             advice = "its port speaks no TLS: correct the port, or write http:// in RECEIVER_KLING_BASE_URL"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             advice = "add the CA of its certificate to those that this host trusts, or set SSL_CERT_FILE to its file"
-        yield Result("provider", Status.FAULT, f"{host} gave no answer of Kling's ({error})", advice)
+        yield Result("provider", Status.FAULT, f"{host} did not answer in Kling's format ({error})", advice)
     else:
         yield Result("provider", Status.OK, f"{host} takes our credentials")
 
@@ -295,7 +295,7 @@ def _ask_for_free(provider: Provider) -> None:
 def _refused(host: str, error: ProviderRejected | AccountRefused, skew_seconds: float | None) -> Result:
     advice = PROVIDER_ADVICE.get(error.code or 0, SET_KEY)
     if isinstance(error, ProviderRejected) and error.code is None and error.http_status == HTTPStatus.NOT_FOUND:
-        advice = "see that RECEIVER_KLING_BASE_URL is right, a path in it as well: there is nothing of Kling's"
+        advice = "check RECEIVER_KLING_BASE_URL and its path: Kling's API is not there"
     return Result("provider", refused(error.code, skew_seconds), f"{host} refuses us ({error})", advice)
 
 
@@ -311,7 +311,7 @@ def clock(parts: Parts) -> Iterator[Result]:
     elif known:
         yield Result("clock", Status.OK, f"within {MAX_SKEW_SECONDS:g} s of {' and '.join(known)}")
     else:
-        yield Result("clock", Status.NOTE, "neither bucket nor provider told the time", "check again when one answers")
+        yield Result("clock", Status.NOTE, "neither bucket nor provider sent its time", "check again when one answers")
 
 
 def callbacks(parts: Parts) -> Iterator[Result]:
@@ -325,7 +325,7 @@ def callbacks(parts: Parts) -> Iterator[Result]:
         return
     if not chosen.kling_webhook_secrets and chosen.confirm != "always":
         line = (
-            "nothing proves who sends a callback: whoever knows a callback URL can report a success, and its links to "
+            "nothing proves the sender of a callback: the holder of its URL can report success, and the links to "
             "files on the provider's hosts are archived until a later report differs"
         )
         advice = "set RECEIVER_KLING_WEBHOOK_SECRETS if the provider signs, else RECEIVER_CONFIRM=always (a read each)"

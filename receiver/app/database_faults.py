@@ -68,8 +68,8 @@ def remedy(database: Database, error: BaseException) -> str:
     if isinstance(error, DatabaseUnavailable) and is_for_good(error):
         return "correct RECEIVER_DATABASE_URL, or let the server's owner make what it names"
     if state is None and not database.is_sqlite:
-        return "see that it runs there and may be reached, or correct RECEIVER_DATABASE_URL"
-    return "see that it runs, may be written and has room, or correct RECEIVER_DATABASE_URL"
+        return "check that it runs there and can be reached, or correct RECEIVER_DATABASE_URL"
+    return "check that it runs, may be written and has room, or correct RECEIVER_DATABASE_URL"
 
 
 def _driver_error(error: BaseException) -> BaseException | None:

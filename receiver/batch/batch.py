@@ -246,7 +246,7 @@ def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Ba
 def _send_again(session: Session, task: Task, submitter: Submitter) -> str | None:
     """Queue a create that was refused. Returns the reason why it cannot be queued, or None."""
     if task.lease is not None:
-        return "a worker is at it"
+        return "a worker holds it; try again when it has finished"
     if is_dismissed(task):  # The row changed since it was read.
         return "dismissed"
     try:

@@ -176,7 +176,7 @@ def _json_records(lines: NumberedLines, faults: list[Fault]) -> Iterator[Record]
         try:
             fields = json.loads(text, object_pairs_hook=_no_twins, parse_constant=_no_constant, parse_float=_finite)
         except json.JSONDecodeError as error:
-            faults.append(Fault(number, f"is no JSON: {error.msg} (column {error.colno})"))
+            faults.append(Fault(number, f"is not JSON: {error.msg} (column {error.colno})"))
         except RecursionError:
             faults.append(Fault(number, "is nested too deeply"))
         except ValueError as error:
@@ -185,24 +185,24 @@ def _json_records(lines: NumberedLines, faults: list[Fault]) -> Iterator[Record]
             if isinstance(fields, dict):
                 yield Record(number, fields)
             else:
-                faults.append(Fault(number, "is no JSON object: write one request a line, {…}"))
+                faults.append(Fault(number, "is not a JSON object: write one request a line, {…}"))
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = next((name for name, count in Counter(name for name, _ in pairs).items() if count > 1), None)
     if twice is not None:
-        raise ValueError(f"{plain(twice, 60)}: is given twice")
+        raise ValueError(f"{plain(twice, 60)}: occurs twice")
     return dict(pairs)
 
 
 def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{plain(text, 40)} is too large a number")
+        raise ValueError(f"{plain(text, 40)} is too large")
     return number
 
 
@@ -269,7 +269,7 @@ def _csv_records(lines: NumberedLines, separator: str, faults: list[Fault]) -> I
             return
         except csv.Error as error:
             number, is_open = source.give_back_behind_quote()
-            words = f"opens a quote that is not closed ({error})" if is_open else f"is no CSV: {error}"
+            words = f"opens a quote that is not closed ({error})" if is_open else f"is not CSV: {error}"
             faults.append(Fault(number, words))
             if header is None:
                 return
@@ -292,7 +292,7 @@ def _is_header(header: list[str], line: int, faults: list[Fault]) -> bool:
         if name not in COLUMNS:
             faults.append(Fault(line, f"column {plain(name, 60)!r} is not known; columns are {', '.join(COLUMNS)}"))
         elif count > 1:
-            faults.append(Fault(line, f"column {name!r} is there {count} times"))
+            faults.append(Fault(line, f"column {name!r} occurs {count} times"))
     faults += [Fault(line, f"column {name!r} is missing") for name in ("model_name", "prompt") if name not in header]
     return len(faults) == before
 

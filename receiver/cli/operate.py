@@ -38,11 +38,11 @@ def _moment(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no time: write {WHEN}") from None
+        raise typer.BadParameter(f"{text!r} is not a time: write {WHEN}") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Since = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help=f"From then on: {WHEN}.")]
 Until = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Before that time.")]

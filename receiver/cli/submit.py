@@ -135,7 +135,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise typer.BadParameter(f"{path} is not UTF-8 text; save it as UTF-8", param_hint="--request") from None
     except ValueError as error:
-        raise typer.BadParameter(f"{path} is no JSON: {error}", param_hint="--request") from None
+        raise typer.BadParameter(f"{path} is not JSON: {error}", param_hint="--request") from None
     if not isinstance(fields, dict):
         raise typer.BadParameter(f"{path} holds no JSON object", param_hint="--request")
     return fields
@@ -161,8 +161,8 @@ def _submit(parts: Parts, fields: dict[str, Any], external_task_id: str | None, 
         why = "; ".join(show.pausing(parts, submitted.task)) or "all slots of the account are held"
         say(f"{why}: a worker sends it when its turn comes", err=True)
     elif submitted.task.state is TaskState.CREATED and submitted.task.note:
-        say(f"the provider has not taken it yet ({submitted.task.note}): a worker tries again; "
-            "`receiver check` says what is wrong with its address", err=True)  # fmt: skip
+        say(f"the provider has not accepted it yet ({submitted.task.note}): a worker tries again; "
+            "`receiver check` checks its address", err=True)  # fmt: skip
     return submitted.task
 
 

@@ -181,7 +181,7 @@ class Stage:
         if self._receiver is not None and self._receiver.poll() is not None:
             raise DemoFailed(f"the receiver ended by itself with exit code {self._receiver.returncode}")
         if time.monotonic() > self._deadline:
-            raise DemoFailed(f"{what_if_late} in time; --timeout gives it more")
+            raise DemoFailed(f"{what_if_late} in time; --timeout allows more time")
 
     def wait_for_receiver(self) -> None:
         """Block until the receiver ends, which is a fault. Raises `DemoFailed` then."""
@@ -226,7 +226,7 @@ def _perform(console: Console, stage: Stage) -> None:
         parts.close()
     board.print_outcomes(console, outcomes)
     if wrong := [outcome.wish.external_task_id for outcome in outcomes if not outcome.is_right]:
-        raise DemoFailed(f"not as it should be: {', '.join(wrong)}")
+        raise DemoFailed(f"these tasks or objects differ from what was expected: {', '.join(wrong)}")
 
 
 def compare(stage: Stage, parts: Parts) -> list[Outcome]:

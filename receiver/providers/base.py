@@ -254,9 +254,9 @@ def verify_standard_webhook(secrets: Sequence[Webhook], headers: Mapping[str, st
     if not (webhook_id and timestamp and signatures != [""]):
         raise BadSignature("a signature header is missing")
     if len(webhook_id) > MAX_WEBHOOK_ID_CHARS or not (webhook_id.isascii() and webhook_id.isprintable()):
-        raise BadSignature("webhook-id is no id")
+        raise BadSignature("webhook-id is not an id")
     if not re.fullmatch(r"[1-9][0-9]{0,11}", timestamp):
-        raise BadSignature("webhook-timestamp is no time")
+        raise BadSignature("webhook-timestamp is not a time")
     if abs(now - int(timestamp)) > SIGNATURE_TOLERANCE_SECONDS:
         raise BadSignature("webhook-timestamp is more than 300 s from our clock")
     given = [signature.encode("utf-8", "replace") for signature in signatures[:MAX_SIGNATURES]]

@@ -195,10 +195,10 @@ class DeliveryApplier:
 
     def _parse(self, row: Callback) -> Report | str:
         if row.losses >= claims.PARK_LOSSES:
-            return f"ended its worker {row.losses} times; `receiver replay` tries again"
+            return f"ended its worker {row.losses} times; run `receiver replay` to try again"
         provider = self._providers.get(row.provider)
         if provider is None:
-            return f"no provider named {row.provider}"
+            return f"there is no provider named {row.provider}"
         try:
             return provider.parse(row.body)
         except ReportUnreadable as error:

@@ -93,7 +93,9 @@ class Operator:
         tally.counts["files_due"] += done
         if not done:
             is_kept = asset.state is AssetState.ARCHIVED
-            tally.left[str(asset.id)] = "archived already" if is_kept else "a worker is at it"
+            tally.left[str(asset.id)] = (
+                "archived already" if is_kept else "a worker holds it; try again when it has finished"
+            )
 
     def retry_failed(self, *, since: datetime | None = None, error: str | None = None, limit: int) -> Tally:
         """Make given-up files due, and tasks that were parked, brought no file or fell silent.

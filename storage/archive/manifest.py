@@ -231,11 +231,11 @@ def read(content: bytes) -> dict[str, Any]:
         schema, claimed = found["schema"], found["digest"]
         actual = digest_of(found)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ManifestDamaged("it is no manifest") from error
+        raise ManifestDamaged("it is not a manifest") from error
     if schema != SCHEMA:
         raise ManifestDamaged(f"its schema is not {SCHEMA}")
     if claimed != actual:
-        raise ManifestDamaged("its digest is not that of its content")
+        raise ManifestDamaged("its content has another digest; restore the original")
     return dict(found)
 
 

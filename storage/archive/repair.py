@@ -73,7 +73,7 @@ class Repairer:
             except NoSuchObject:
                 return None
             if sha256 == asset.sha256:
-                return "left alone: read again, it matches its row"
+                return "left alone: it matched its row when it was read again"
             self._keep_damaged(task, asset, file, sha256)
         self._bucket.delete(finding.key)
         return None

@@ -66,7 +66,7 @@ def parse_tags(words: str) -> dict[str, str]:
     for word in filter(None, (word.strip() for word in words.split(","))):
         name, equals, value = word.partition("=")
         if not equals or not name.strip():
-            raise ValueError(f"{word!r} is no tag; write NAME=VALUE")
+            raise ValueError(f"{word!r} is not a tag; write NAME=VALUE")
         tags[name.strip()] = value.strip()
     if len(tags) > MAX_TAGS:
         raise ValueError(f"{len(tags)} tags; S3 allows at most {MAX_TAGS}")

@@ -66,7 +66,7 @@ def _remedy(url: URL, said: str, state: str | None) -> str:
         return f" by another program for {SQLITE_BUSY_SECONDS} s; {who_holds(Path(url.database or ''))}"
     if said == NOT_OPENED:
         folder = Path(url.database or "").absolute().parent
-        return f"; see that this user may write in {folder}" if folder.is_dir() else f"; make the folder {folder}"
+        return f"; check that this user may write in {folder}" if folder.is_dir() else f"; make the folder {folder}"
     if state == LOCK_TIMEOUT:
         return (
             "; another session holds the lock: pg_stat_activity and pg_blocking_pids() name it, wait for it or end it"

@@ -308,7 +308,7 @@ def _host(text: str) -> str:
         try:
             return str(IPv6Address(text[1:-1]))
         except ValueError:
-            raise FetchRefused("host is no IPv6 address") from None
+            raise FetchRefused("host is not an IPv6 address") from None
     if not text.isascii():  # full-width letters, ideographic dots and so on are mapped (UTS 46) before any check
         try:
             text = idna.encode(text, uts46=True, std3_rules=True).decode("ascii")
@@ -317,7 +317,7 @@ def _host(text: str) -> str:
     host = text.lower().removesuffix(".")
     labels = host.split(".")
     if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
-        raise FetchRefused("host is no domain name")
+        raise FetchRefused("host is not a domain name")
     if NUMBER.fullmatch(labels[-1]) and _literal(host) is None:
         raise FetchRefused("host is an IPv4 address in an unusual spelling")
     return host

@@ -58,7 +58,7 @@ def read_prices(path: Path) -> Prices:
     except OSError as error:
         raise PricesUnreadable(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, InvalidOperation, RecursionError):
-        raise PricesUnreadable(f"{path} is no price table; write {FORM}") from None
+        raise PricesUnreadable(f"{path} is not a price table; write {FORM}") from None
 
 
 def _amount(value: Any) -> Decimal:

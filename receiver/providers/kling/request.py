@@ -292,7 +292,7 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
     fields = {name: value for name, value in data.items() if name not in unused}
     odd_names = [name for name in fields if not (isinstance(name, str) and is_storable(name))]
     if odd_names:
-        raise RequestInvalid([f"{_shown(name)}: is no field name" for name in odd_names])
+        raise RequestInvalid([f"{_shown(name)}: is not a field name" for name in odd_names])
     try:
         return OmniImageRequest.model_validate(fields)
     except ValidationError as error:
@@ -302,7 +302,7 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
 
 # Our messages for pydantic's error types. Other types keep pydantic's message.
 RULE_WORDS = {
-    "extra_forbidden": "is no field of this request",
+    "extra_forbidden": "is not a field of this request",
     "string_type": "must be text",
     "int_type": "must be a whole number",
     "bool_type": "must be true or false",

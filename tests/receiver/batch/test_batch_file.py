@@ -27,15 +27,15 @@ PICTURE = encoded(drawn(300, 300))
 
 # One kind of fault each: (the line, a word of its message).
 FAULTS: list[tuple[Any, str]] = [
-    (b"a boat", "no JSON"),
-    (b'{"model_name": "kling-v3-omni",', "no JSON"),
-    (b"[1, 2]", "no JSON object"),
-    (b'{"prompt": "a", "prompt": "b", "model_name": "x"}', "given twice"),
-    (b'{"n": NaN}', "no JSON number"),
+    (b"a boat", "not JSON"),
+    (b'{"model_name": "kling-v3-omni",', "not JSON"),
+    (b"[1, 2]", "not a JSON object"),
+    (b'{"prompt": "a", "prompt": "b", "model_name": "x"}', "occurs twice"),
+    (b'{"n": NaN}', "not a JSON number"),
     (b'{"n": 1e999}', "too large"),
     (b'{"prompt": "\xff"}', "not UTF-8"),
     (b"[" * 200_000, "nested too deeply"),
-    ({**GOOD, "promt": "a"}, "no field"),
+    ({**GOOD, "promt": "a"}, "is not a field"),
     ({**GOOD, "callback_url": "https://a.example"}, "callback_url"),
     ({"model_name": "kling-v3-omni"}, "prompt: is required"),
     ({"prompt": "a boat"}, "model_name: is required"),

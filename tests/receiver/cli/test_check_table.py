@@ -132,7 +132,7 @@ def test_misspelt_setting_is_named_with_the_nearest(receiver: CommandLine) -> No
 def test_database_that_is_down(receiver: CommandLine) -> None:
     says = only_fault(receiver("check", RECEIVER_DATABASE_URL="postgresql://somebody:hush@127.0.0.1:1/receiver"))
     assert "Connection refused" in says and "hush" not in says
-    assert says.endswith("see that it runs there and may be reached, or correct RECEIVER_DATABASE_URL")
+    assert says.endswith("check that it runs there and can be reached, or correct RECEIVER_DATABASE_URL")
 
 
 def test_database_that_is_not_there(receiver: CommandLine, postgres: Postgres) -> None:
@@ -169,7 +169,7 @@ def test_database_whose_file_may_not_grow(receiver: CommandLine, tmp_path: Path)
         timeout=60,
     )  # fmt: skip
     says = only_fault(Done(done.returncode, done.stdout, done.stderr))
-    assert "cannot be used" in says and "see that it runs, may be written and has room" in says
+    assert "cannot be used" in says and "check that it runs, may be written and has room" in says
 
 
 def test_workers_that_see_another_answer_are_named(receiver: CommandLine, tmp_path: Path) -> None:

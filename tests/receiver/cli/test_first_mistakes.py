@@ -28,14 +28,14 @@ def test_create_that_the_provider_did_not_accept_is_reported(
 ) -> None:
     done = receiver(*ASK, RECEIVER_KLING_BASE_URL=address.format(url=sandbox.url))
     assert done.code == 0
-    assert "the provider has not taken it yet" in done.err and why in done.err
+    assert "the provider has not accepted it yet" in done.err and why in done.err
     assert "`receiver check`" in done.err
 
 
 @pytest.mark.parametrize(
     ("address", "advice"),
     [
-        ("{url}/v1/images", "see that RECEIVER_KLING_BASE_URL is right, a path in it as well"),
+        ("{url}/v1/images", "check RECEIVER_KLING_BASE_URL and its path"),
         ("https://{host}", "its port speaks no TLS"),
     ],
 )

@@ -107,11 +107,11 @@ def test_valid_field_is_sent_as_given(fields: dict[str, Any]) -> None:
         ({"aspect_ratio": "5:1"}, "aspect_ratio: '5:1': must be 16:9 or 9:16 or"),
         ({"watermark_info": {"enabled": 1}}, "watermark_info.enabled: 1: must be true or false"),
         ({"watermark_info": {}}, "watermark_info.enabled: is required"),
-        ({"watermark_info": {"enabled": True, "text": "x"}}, "watermark_info.text: 'x': is no field"),
-        ({"seed": 7}, "seed: 7: is no field of this request"),
+        ({"watermark_info": {"enabled": True, "text": "x"}}, "watermark_info.text: 'x': is not a field"),
+        ({"seed": 7}, "seed: 7: is not a field of this request"),
         ({"callback_url": "https://us.example/x"}, "callback_url: 'https://us.example/…': is made by the receiver"),
         ({"external_task_id": "mine"}, "external_task_id: 'mine': is given beside the request"),
-        ({"\ud800": 1}, "'': is no field name"),
+        ({"\ud800": 1}, "'': is not a field name"),
     ],
 )
 def test_invalid_field_is_refused_with_value_and_rule(fields: dict[str, Any], fault: str) -> None:

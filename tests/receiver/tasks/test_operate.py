@@ -132,7 +132,7 @@ def test_a_retried_file_starts_afresh_and_the_others_stay(parts: Parts, operator
 def test_a_file_in_work_is_left_to_its_worker(parts: Parts, operator: Operator) -> None:
     _, [asset] = lost(parts.database, state=AssetState.DUE, due_at=LATER, lease=uuid.uuid4())
     before = stored(parts.database, asset)
-    assert operator.retry(str(asset.id)).left == {str(asset.id): "a worker is at it"}
+    assert operator.retry(str(asset.id)).left == {str(asset.id): "a worker holds it; try again when it has finished"}
     assert stored(parts.database, asset) == before
 
 

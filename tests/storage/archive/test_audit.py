@@ -142,7 +142,7 @@ def test_repair_never_removes_an_object_that_matches_its_row(parts: Parts) -> No
     archive(parts, 1)
     (asset,) = all_assets(parts)
     lie = Finding(FindingKind.CHECKSUM, str(asset.key), None, "", asset.id)
-    assert repair(parts, [lie]) == ["left alone: read again, it matches its row"]
+    assert repair(parts, [lie]) == ["left alone: it matched its row when it was read again"]
     assert audit(parts, deep=True)[1] == []
 
 
