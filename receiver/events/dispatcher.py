@@ -133,16 +133,24 @@ class Dispatcher:
         self.work_many([row])
 
     def work_many(self, rows: list[Dispatch]) -> None:
-        """Send these claimed dispatches, and settle them in one transaction."""
+        """Send these claimed dispatches, and settle them in one transaction, which other threads share."""
         with self._database.read() as session:
             found = self._messages(session, rows)
         sendable = [row for row in rows if row.id in found and row.losses < claims.PARK_LOSSES]
         outcomes = self._sink.send([found[row.id] for row in sendable]) if sendable else []
         self._count(outcomes)
         known = {row.id: outcome for row, outcome in zip(sendable, outcomes, strict=True)}
-        with self._database.write() as session:
-            done = [self._settle(session, row, known.get(row.id, _unsendable(row))) for row in rows]
+        ends = [(row, known.get(row.id, _unsendable(row))) for row in rows]
+
+        def settle(session: Session) -> list[str]:
             self._database.wake(session)
+            return [self._settle(session, row, outcome) for row, outcome in ends]
+
+        done = self._database.write_in_group(settle, task_id=rows[0].task_id)
+        for (row, outcome), word in zip(ends, done, strict=True):
+            if word == "dead":
+                log.error("event.dead_lettered", sink=self._name, dispatch=row.id, tries=row.tries + 1,
+                          error=str(outcome))  # fmt: skip
         counts = {word: done.count(word) for word in sorted({*done})}
         if [*counts] == ["put_off"]:  # messages of a slow host are postponed many times
             log.debug("events.deferred", sink=self._name, **counts)
@@ -185,10 +193,9 @@ class Dispatcher:
                     return "later"
                 case _:
                     outbox.dead(session, row, str(outcome))
+                    return "dead"
         except LostClaim:
             return "lost"
-        log.error("event.dead_lettered", sink=self._name, dispatch=row.id, tries=row.tries + 1, error=str(outcome))
-        return "dead"
 
     def _wait(self, row: Dispatch, asked: float | None) -> float:
         scheduled = self._retry_seconds[row.tries] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
