@@ -24,6 +24,7 @@ from storage.database.clock import db_now
 from storage.database.prepared import execute
 from storage.database.sessions import Database
 from storage.errors import (
+    FetchCut,
     FetchUnusable,
     GiveUp,
     LostClaim,
@@ -52,6 +53,8 @@ LIFE_SHARE = 0.95
 # Failed tries that a file's row keeps for its task's timeline. A host that is away for a day is tried some twenty
 # times.
 KEPT_TRIES, MAX_TRY_CHARS = 12, 300
+# A bad path breaks transfers at any byte. Three in a row that end at the same one are the file's own fault.
+CUTS_ALIKE = 3
 # The note of an object whose bytes neither a SHA-256 of the store nor a read has verified.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
 NOW = db_now()  # making one takes as long as SQLite's part of a statement
@@ -113,7 +116,7 @@ class Archiver:
         except FetchUnusable as error:
             self._unusable(asset, error)
         except Retry as error:
-            self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
+            self._interrupted(asset, error)
         except GiveUp as error:
             self._fail(asset, str(error))
         log.info(
@@ -210,10 +213,16 @@ class Archiver:
 
         self._database.write_in_group(settle, task_id=asset.task_id)
 
-    def _unusable(self, asset: Asset, error: FetchUnusable) -> None:
+    def _interrupted(self, asset: Asset, error: Retry) -> None:
+        before = [each["error"] for each in (asset.failed_tries or [])[1 - CUTS_ALIKE :]]
+        if isinstance(error, FetchCut) and before == [str(error)] * (CUTS_ALIKE - 1):
+            return self._unusable(asset, error)
+        return self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
+
+    def _unusable(self, asset: Asset, error: FetchUnusable | FetchCut) -> None:
         """Try again on a schedule that spans the file's life (`storage.archive.unusable`).
 
-        Broken transfers and outages in between do not count. Once the file is no longer awaited, its task can end
+        Other broken transfers and outages in between do not count. Once the file is no longer awaited, its task can end
         without it.
         """
         try:

@@ -21,6 +21,7 @@ import httpcore
 from storage.errors import (
     AssetDamaged,
     DiskFull,
+    FetchCut,
     FetchExpired,
     FetchInterrupted,
     FetchRefused,
@@ -184,10 +185,13 @@ class Fetcher:
                     target, redirects = self._redirected(target, headers), redirects + 1
                     if trusted_only and not self._trusted.allows(target.host):
                         raise FetchExpired("an unconfirmed link redirects to another host: the task is read first")
-            except BROKEN:
+            except BROKEN as error:
                 resumes += 1
-                if not body.resumable or body.size <= before or resumes > MAX_RESUMES:
-                    raise
+                if body.resumable and body.size > before and resumes <= MAX_RESUMES:
+                    continue
+                if body.size and not isinstance(error, httpcore.TimeoutException):
+                    raise FetchCut(f"the response broke off after {body.size} bytes") from error
+                raise
         raise FetchUnusable(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
 
     def _redirected(self, target: Target, headers: Mapping[str, str]) -> Target:

@@ -172,6 +172,29 @@ def test_a_file_that_stays_broken_costs_at_most_twenty_requests_in_thirty_days(p
     assert event_names(parts.database, task)[-3:] == ["task.incomplete", "asset.failed", "task.incomplete"]
 
 
+def test_a_file_always_cut_at_the_same_byte_is_tried_less_often_and_reported(parts: Parts, sandbox: Sandbox) -> None:
+    task = succeeded(parts, sandbox, cdn_break_share=0.6)
+    try_until(parts, DAY)
+    asset, said = asset_of(parts), task_of(parts, "task")
+    assert "broke off after" in str(asset.error) and asset.unusable_since is not None
+    assert (asset.state, said.archive) == (AssetState.DUE, ArchiveState.INCOMPLETE)
+    assert event_names(parts.database, task)[-1] == "task.incomplete"
+    assert hits(sandbox)[0] <= MAX_TRIES
+    sandbox.set(cdn_break_share=None)
+    try_until(parts, 2 * DAY)
+    assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
+
+
+def test_transfers_that_break_at_other_bytes_are_no_broken_file(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox)
+    for share in (0.2, 0.3, 0.4, 0.5, 0.6):
+        sandbox.set(cdn_break_share=share)
+        make_due_now(parts)
+        run(parts, "assets")
+    asset = asset_of(parts)
+    assert (asset.state, asset.unusable_since, hits(sandbox)) == (AssetState.DUE, None, [5])
+
+
 def test_a_redirect_to_itself_is_tried_on_the_same_schedule(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, cdn_self_redirect_seconds=DAY)
     try_until(parts, 60)
