@@ -82,7 +82,7 @@ class Tasks:
         return visit.page(
             "tasks.html", wanted=wanted, rows=page, files=files, batch_names=names, path_of=path_of,
             prompt_of=words.prompt_of, model_of=words.model_of, states=list(TaskState), archives=list(ArchiveState),
-            providers=self._of.providers, is_kept=lists.is_kept, files_of_filter=lists.FILES,
+            providers=self._of.providers, is_kept=lists.is_kept, files_of_filter=lists.FILES, why_not=why_not,
         )  # fmt: skip
 
     def show(self, visit: Visit) -> Response:
@@ -110,6 +110,13 @@ class Tasks:
             prompt=words.seen(words.cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
             model=words.model_of(task), can_retry=can_retry(task, assets),
         )  # fmt: skip
+
+
+def why_not(task: Task, assets: Sequence[Asset]) -> str | None:
+    """Why a task failed, or why a file of it was given up."""
+    if task.state is TaskState.FAILED:
+        return task.error
+    return next((asset.error for asset in assets if asset.state is AssetState.FAILED), None)
 
 
 def can_retry(task: Task, assets: Sequence[Asset]) -> bool:

@@ -14,7 +14,7 @@ from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.archived_tasks import archive
 from tests.console_reader import PAGES, Reader
-from tests.pipeline import assets_of
+from tests.pipeline import assets_of, insert_row
 from tests.rows import LONG_AGO, new_asset, new_task
 
 PROMPT = "灯塔立于黄昏静海之上，" * 300
@@ -120,3 +120,13 @@ def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: R
     assert "Picture 0, a try failed: the file host answered 502" in page
     assert "client: answered 500 (3 tries)" in page and "webhook (3 tries)" in page
     assert ">Read, " in page and ">Callback, " in page
+
+
+def test_a_list_says_why_a_task_failed_or_lacks_a_file(parts: Parts, ann: Reader) -> None:
+    insert_row(parts, state=TaskState.FAILED, error="the prompt was refused", step=None, due_at=None)
+    task = archive(parts, 1)[0]
+    with parts.database.write() as session:
+        row = session.get_one(Asset, assets_of(parts, task)[0].id)
+        row.state, row.error = AssetState.FAILED, "a page instead of a picture"
+    page = ann.page("/tasks")
+    assert "the prompt was refused" in page and ">a page instead of a picture</small>" in page
