@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
 import math
 import os
@@ -69,6 +70,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in set(deselected)]
     deal_slow_tests(items)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what exists now, the modules and the list of tests, out of all collections: 9 % of the tests' CPU."""
+    gc.freeze()
 
 
 def is_for_both_databases_alone(item: pytest.Item) -> bool:
