@@ -151,9 +151,8 @@ class Callbacks:
         try:
             return await self._read_and_store(scope, receive, provider, named, most)
         finally:
-            self._in_hand[named.task_id] -= size
-            if not self._in_hand[named.task_id]:
-                del self._in_hand[named.task_id]
+            if left := self._in_hand.pop(named.task_id, 0) - size:
+                self._in_hand[named.task_id] = left
 
     async def _read_and_store(
         self, scope: Scope, receive: Receive, provider: Provider, named: Named, most: int

@@ -610,3 +610,13 @@ def test_every_answer_has_security_headers_and_no_banner(path: str, web: Web) ->
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["content-security-policy"] == "default-src 'none'"
     assert answer.headers["cache-control"] == "no-store"
+
+
+@ON_SQLITE
+def test_deliveries_without_a_body_are_answered_side_by_side(web: Web, parts: Parts) -> None:
+    path = path_of(parts, insert_row(parts))
+    with ThreadPoolExecutor(3) as senders:
+        with parts.database.write():
+            answers = [senders.submit(post, web, path, b"") for _ in range(3)]
+            wait_until(lambda: web.requests_under_way == 3)
+        assert [each.result().status_code for each in answers] == [200] * 3
