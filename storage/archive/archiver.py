@@ -172,9 +172,10 @@ class Archiver:
             claims.update_claimed(session, asset, key=key, superseded=superseded, **values)
             return origin, key
 
-        origin, asset.key = self._database.write_in_group(note)
-        asset.sha256, asset.size, asset.media_type = fetched.sha256, fetched.size, fetched.media_type
-        asset.notes = list(fetched.notes) or None
+        origin, key = self._database.write_in_group(note)
+        # A claimed row belongs to no session. An attribute that is set through the model takes 8 µs.
+        noted = ("sha256", "size", "media_type", "notes")
+        vars(asset).update({"key": key, **{name: values[name] for name in noted}})
         return origin
 
     def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:

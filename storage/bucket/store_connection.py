@@ -70,6 +70,7 @@ class StoreConnection:
         forks.renew_in_children(self)
         # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
+        self._last_date: str | None = None
 
     def begin_in_child(self) -> None:
         self._clients: dict[str | None, Any] = {}
@@ -138,8 +139,12 @@ class StoreConnection:
         return self._signed
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
+        date = http_response.headers.get("date")
+        if date == self._last_date:  # it has whole seconds; reading one takes 15 µs
+            return
+        self._last_date = date
         with suppress(TypeError, ValueError):  # the Date header is missing or malformed
-            sent_at = parsedate_to_datetime(http_response.headers.get("date"))
+            sent_at = parsedate_to_datetime(date)
             self.clock_ahead_seconds = time.time() - sent_at.timestamp()
 
     @contextmanager

@@ -110,10 +110,9 @@ class _Prepared:
 
     def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
         bound = self.in_order(values)
-        # Like SQLAlchemy, which looks for listeners first, too.
-        is_heard = connection._has_events or connection.engine._has_events
-        if is_heard:
-            for listen in connection.dispatch.before_cursor_execute:
+        before, after = connection.dispatch.before_cursor_execute, connection.dispatch.after_cursor_execute
+        if before:  # like SQLAlchemy; a look is cheaper than a walk
+            for listen in before:
                 listen(connection, None, self.sql, bound, None, False)
         try:
             cursor = driver.execute(self.sql, bound)
@@ -123,8 +122,8 @@ class _Prepared:
                 raise
             connection.invalidate(error)  # the pool would roll it back and lend it again
             raise DBAPIError(self.sql, None, error, hide_parameters=True, connection_invalidated=True) from error
-        if is_heard:
-            for listen in connection.dispatch.after_cursor_execute:
+        if after:
+            for listen in after:
                 listen(connection, None, self.sql, bound, None, False)
         return Done([self._read(row) for row in cursor.fetchall()] if self._returns_rows else [], cursor.rowcount)
 
