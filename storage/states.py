@@ -221,17 +221,13 @@ def decide(task: TaskFacts, report: Report, *, confirmed: bool = True) -> Decisi
         return Decision(state, task.archive, contradiction)
     named = assets_in(report, task.series)
     new = [name for name in named if name not in task.assets]
-    add = {name: named[name] for name in new[: max(max_files(task.expected) - len(task.assets), 0)]}
+    most = MAX_FILES if task.expected is None else min(2 * max(task.expected, 1), MAX_FILES)
+    add = {name: named[name] for name in new[: max(most - len(task.assets), 0)]}
     replace = {
         name: url for name, url in named.items() if name in task.assets and _takes(task.assets[name], url, confirmed)
     }
     archive = ArchiveState.ARCHIVING if add or task.archive is ArchiveState.NONE else task.archive
     return Decision(state, archive, contradiction, add, replace)
-
-
-def max_files(expected: int | None) -> int:
-    """How many files of one task are stored, whatever is reported."""
-    return MAX_FILES if expected is None else min(2 * max(expected, 1), MAX_FILES)
 
 
 def other_files(task: TaskFacts, report: Report) -> dict[AssetName, str]:

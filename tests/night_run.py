@@ -99,10 +99,10 @@ class GatewayClient(threading.Thread):
     def run(self) -> None:
         with httpx.Client(base_url=self._url, headers={"Authorization": f"Bearer {API_KEY}"}, timeout=60) as client:
             while not self.ended.is_set() and len(self.accepted) < self._most:
-                self._ask(client, f"beside-{len(self.accepted)}")
+                self._create(client, f"beside-{len(self.accepted)}")
                 self.ended.wait(GATEWAY_PAUSE_SECONDS)
 
-    def _ask(self, client: httpx.Client, external_id: str) -> None:
+    def _create(self, client: httpx.Client, external_id: str) -> None:
         body = {**request(1), "prompt": external_id, "external_task_id": external_id}
         try:
             answer = client.post(PATH, json=body)

@@ -42,11 +42,11 @@ class SeedClient:
 
     def create(self, **fields: Any) -> dict[str, Any]:
         """The new task in the answer's record."""
-        return self._ask("POST", PATH, json=fields)
+        return self._request("POST", PATH, json=fields)
 
     def task(self, name: str) -> dict[str, Any]:
         """The task by its `task_id` or `external_task_id`."""
-        return self._ask("GET", f"{PATH}/{name}")
+        return self._request("GET", f"{PATH}/{name}")
 
     def wait(self, name: str, seconds: float = 30) -> dict[str, Any]:
         """The task once it succeeded or failed."""
@@ -56,7 +56,7 @@ class SeedClient:
             time.sleep(0.1)
         return task
 
-    def _ask(self, method: str, path: str, **options: Any) -> Any:
+    def _request(self, method: str, path: str, **options: Any) -> Any:
         headers = {"Authorization": f"Bearer {self.api_key}"}
         answer = httpx.request(method, self.base_url + path, headers=headers, timeout=30, **options)
         body = answer.json()

@@ -61,7 +61,7 @@ class Case:
     id_of: Callable[[str], str] = lambda event_id: event_id
 
 
-def told(line: str | bytes) -> Arrival:
+def arrival(line: str | bytes) -> Arrival:
     event = json.loads(line)
     return event["id"], event["subject"], event["type"]
 
@@ -87,7 +87,7 @@ def webhook_to(
 @contextmanager
 def webhook_case(_: Any) -> Iterator[Case]:
     with Hook() as hook, webhook_to(hook.url, hook) as sink:
-        yield Case("webhook", sink, lambda: [told(got.body) for got in hook.taken], *failing(hook), hook.url)
+        yield Case("webhook", sink, lambda: [arrival(got.body) for got in hook.taken], *failing(hook), hook.url)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def lines_case(request: pytest.FixtureRequest) -> Iterator[Case]:
     file, away = folder / "events.jsonl", folder.with_name("away")
 
     def arrived() -> list[Arrival]:
-        return [told(line) for line in file.read_bytes().splitlines()] if file.exists() else []
+        return [arrival(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 
     yield Case("file", Lines(file), arrived, lambda: folder.rename(away) and None, lambda: away.rename(folder) and None)
 
@@ -137,7 +137,7 @@ def sqs_case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
     def arrived() -> list[Arrival]:
         while found := queues.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages"):
-            bodies.extend(told(each["Body"]) for each in found)
+            bodies.extend(arrival(each["Body"]) for each in found)
             for each in found:
                 queues.delete_message(QueueUrl=url, ReceiptHandle=each["ReceiptHandle"])
         return bodies
@@ -156,7 +156,7 @@ def sqs_case(request: pytest.FixtureRequest) -> Iterator[Case]:
 CASES = {"webhook": webhook_case, "client": client_case, "file": lines_case, "sqs": sqs_case}
 
 
-def tell(database: Database, case: Case, *steps: EventName, client: str | None = None) -> str:
+def record_steps(database: Database, case: Case, *steps: EventName, client: str | None = None) -> str:
     """Record these events of one task. Returns its external id."""
     with database.write() as session:
         task = new_task(session, client_callback_url=case.url or None, client=client)

@@ -261,7 +261,7 @@ def provider(parts: Parts) -> Iterator[Result]:
         return
     host = host_of(chosen.kling_base_url)
     try:
-        _ask_for_free(kling)
+        _call_without_cost(kling)
     except (ProviderRejected, AccountRefused) as error:
         yield _refused(host, error, kling.clock_ahead_seconds)
     except ProviderThrottled as error:
@@ -280,7 +280,7 @@ def provider(parts: Parts) -> Iterator[Result]:
         yield Result("provider", Status.OK, f"{host} takes our credentials")
 
 
-def _ask_for_free(provider: Provider) -> None:
+def _call_without_cost(provider: Provider) -> None:
     """List tasks, or where a gateway has no list, read a task that cannot exist. "Not found" proves a valid key."""
     try:
         provider.list_page(1, 1)

@@ -123,7 +123,7 @@ def redeliver(
                 count += outbox.redeliver(session, page)
             seen |= {row.id or 0 for row in page}
     missing = sorted(set(number or []) - seen)
-    _tell({"redelivered": count, "missing": missing}, dry_run, as_json)
+    _print_counts({"redelivered": count, "missing": missing}, dry_run, as_json)
     for each in missing[:MAX_SHOWN]:
         say(f"{each}: no such delivery", err=True)
     if not count and not missing and not as_json:
@@ -201,7 +201,7 @@ def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json
 
     with opened() as parts, parts.database.write() as session:
         done = outbox.enable(session, name)
-    _tell({"enabled": int(done)}, False, as_json)
+    _print_counts({"enabled": int(done)}, False, as_json)
     if not done:
         say(f"{name}: no such disabled sink", err=True)
         raise typer.Exit(1)
@@ -221,7 +221,7 @@ def disable(
         with parts.database.write() as session:
             outbox.disable(session, name, reason)
         dead = outbox.end_disabled(parts.database)
-    _tell({"disabled": 1, "given_up": dead}, False, as_json)
+    _print_counts({"disabled": 1, "given_up": dead}, False, as_json)
 
 
 @app.command("client-secret")
@@ -260,7 +260,7 @@ def _check_name(parts: Parts, name: str) -> None:
         raise typer.BadParameter(f"no sink is called {name!r}; there are {', '.join(sorted(known))}")
 
 
-def _tell(counts: dict[str, object], dry_run: bool, as_json: bool) -> None:
+def _print_counts(counts: dict[str, object], dry_run: bool, as_json: bool) -> None:
     if as_json:
         say_json({**counts, "dry_run": dry_run})
         return

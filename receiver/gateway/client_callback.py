@@ -71,7 +71,7 @@ class Clients:
         return [self._send(message) for message in messages]
 
     def _send(self, message: Message) -> Outcome:
-        task, body = self._told(message.event)
+        task, body = self._task_and_body(message.event)
         if body is None or task is None or not task.client_callback_url:
             return None  # nothing new for the client
         host, client = urlsplit(task.client_callback_url).netloc, task.client or ""
@@ -106,7 +106,7 @@ class Clients:
         # A 410 concerns this URL alone.
         return SinkRefused(str(outcome)) if isinstance(outcome, SinkGone) else outcome
 
-    def _told(self, event: Event) -> tuple[Task | None, bytes | None]:
+    def _task_and_body(self, event: Event) -> tuple[Task | None, bytes | None]:
         """The task, and the body that tells its client about this event."""
         with self._database.read() as session:
             task = session.get(Task, event.task_id)

@@ -90,7 +90,7 @@ class Adopter:
         for provider in self._providers.values():
             for page in range(1, MAX_PAGES + 1):
                 try:
-                    records = _patiently(partial(self._list, provider, page, page_size))
+                    records = _with_retries(partial(self._list, provider, page, page_size))
                 except (Retry, GiveUp) as error:
                     tally.left[f"page {page} of {provider.name}"] = str(error)
                     break
@@ -102,7 +102,7 @@ class Adopter:
 
     def _read(self, provider: Provider, name: str) -> Record | None:
         read = partial(read_task, provider, self._limit, provider_task_id=name, external_task_id=name)
-        return _patiently(read)
+        return _with_retries(read)
 
     def _list(self, provider: Provider, page: int, size: int) -> list[Record]:
         self._limit.wait(provider.name)
@@ -154,7 +154,7 @@ class Adopter:
         return True
 
 
-def _patiently(ask: Callable[[], T]) -> T:
+def _with_retries(ask: Callable[[], T]) -> T:
     """Call, and repeat while the provider is away, throttles us, or other readers use up the rate limit. Raises the
     last error.
     """

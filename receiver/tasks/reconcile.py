@@ -27,7 +27,7 @@ from storage.operations import maintenance
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Callback, Task
-from storage.rows.tasks import keep_silence_note, note_after_silence
+from storage.rows.tasks import clear_other_notes, note_after_silence
 from storage.states import CallbackState, Report, TaskState
 
 log = structlog.get_logger()
@@ -144,7 +144,7 @@ class Reader:
                 moment = tasks.now(session)
                 claims.rest(row)
                 row.step = None
-                keep_silence_note(row)
+                clear_other_notes(row)
                 row.polls += 1
                 if record is not None:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)

@@ -201,9 +201,9 @@ class SupervisorProcess:
             self._gone = f"could not be started: {error.strerror}"
             on_gone()
         else:
-            threading.Thread(target=self._watch, args=(self._process, on_gone), daemon=True).start()
+            threading.Thread(target=self._await_end, args=(self._process, on_gone), daemon=True).start()
 
-    def _watch(self, process: subprocess.Popen[bytes], on_gone: Callable[[], object]) -> None:
+    def _await_end(self, process: subprocess.Popen[bytes], on_gone: Callable[[], object]) -> None:
         code = process.wait()
         time.sleep(SIGNAL_SECONDS)
         if not self._is_ending:

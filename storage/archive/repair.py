@@ -104,7 +104,7 @@ class Repairer:
                 col(Asset.key) == finding.key,
                 col(Asset.state).in_((AssetState.ARCHIVED, AssetState.FAILED)),
             )
-            values = {"state": AssetState.DUE, **claims.AFRESH}
+            values = {"state": AssetState.DUE, **claims.DUE_NOW}
             if task is None or not run(session, chosen.values(**values, archived_at=None, error=None)).rowcount:
                 return "left alone: the row has changed since"
             self._reopen(session, task)

@@ -105,16 +105,18 @@ class Connections:
         kept = self._kept(origin)
         with ExitStack() as answered:
             try:
-                response = answered.enter_context(self._asked(kept, origin, target, more, timeouts)) if kept else None
+                response = (
+                    answered.enter_context(self._requested(kept, origin, target, more, timeouts)) if kept else None
+                )
             except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
                 response = None  # the host closed it while it was idle
             if response is None:
                 stream = self._connect(target, timeouts["connect"])
-                response = answered.enter_context(self._asked(stream, origin, target, more, timeouts))
+                response = answered.enter_context(self._requested(stream, origin, target, more, timeouts))
             yield response
 
     @contextmanager
-    def _asked(
+    def _requested(
         self,
         stream: connection.GuardedStream,
         origin: Origin,

@@ -80,7 +80,7 @@ def retry_files(
     open_states = (AssetState.DUE, AssetState.FAILED)
     chosen = update(Asset).where(col(Asset.id).in_(ids), col(Asset.task_id) == task.id)
     chosen = chosen.where(col(Asset.state).in_(open_states), col(Asset.lease).is_(None))
-    values: dict[str, Any] = {"state": AssetState.DUE, **claims.AFRESH, "error": None}
+    values: dict[str, Any] = {"state": AssetState.DUE, **claims.DUE_NOW, "error": None}
     values |= {"unusable_since": None, "unusable_tries": 0}
     if accept_unverified:
         values["accept_unverified"] = True
@@ -202,7 +202,7 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
         record(session, EventName.ASSET_FAILED, task.id, fact)
     not_archived = update(Asset).where(col(Asset.task_id) == task.id, col(Asset.state) != AssetState.ARCHIVED)
     before = func.coalesce(literal(" (") + col(Asset.error) + ")", "")
-    values: dict[str, Any] = {"state": AssetState.FAILED, "error": literal(note) + before, **claims.AT_REST}
+    values: dict[str, Any] = {"state": AssetState.FAILED, "error": literal(note) + before, **claims.NOT_DUE}
     values |= {"unusable_since": None, "unusable_tries": 0}
     run(session, not_archived.values(**values))
     task.archive, task.note, task.step = ArchiveState.INCOMPLETE, note, None
@@ -230,7 +230,7 @@ def _waiting_for(step: Step, way: Any) -> Any:
 def make_reads_due(session: Session, ids: Sequence[uuid.UUID]) -> int:
     """Make the waiting reads of these tasks due now, except those that a worker holds. Returns how many."""
     chosen = update(Task).where(col(Task.id).in_(ids), col(Task.step) == Step.READ, col(Task.lease).is_(None))
-    return run(session, chosen.values(claims.AFRESH)).rowcount
+    return run(session, chosen.values(claims.DUE_NOW)).rowcount
 
 
 def adopt(session: Session, task: Task, report: Report, schedule: reports.Schedule) -> bool:
@@ -282,7 +282,7 @@ def put_back(session: Session, ids: Sequence[int], *, webhook_id: str | None = N
     `webhook_id`: the id of a delivery whose signature is verified only now.
     """
     chosen = update(Callback).where(col(Callback.id).in_(ids), col(Callback.lease).is_(None))
-    values: dict[str, Any] = {"state": CallbackState.RECEIVED, **claims.AFRESH}
+    values: dict[str, Any] = {"state": CallbackState.RECEIVED, **claims.DUE_NOW}
     if webhook_id is not None:
         values["webhook_id"] = webhook_id
     return run(session, chosen.values(**values, reason=None, applied_at=None)).rowcount

@@ -25,7 +25,7 @@ from storage.states import ArchiveState, AssetState, CallbackState, Step
 OVERDUE_SECONDS = 60
 # Files whose next try is the latest. Those that the store refused are among them, because untried files are due before.
 # Reading this many rows takes some milliseconds, however many wait.
-STORE_WAITS_LOOKED_AT = 2_000
+STORE_WAITS_READ = 2_000
 STORE_CAUSES = 5
 # Each table, and the column that leads its due index with every value that a due row has.
 WAITING: tuple[tuple[Any, Any], ...] = (
@@ -185,10 +185,10 @@ def unusable_files(session: Session) -> UnusableFiles:
 def store_waits(session: Session) -> dict[str, int]:
     """How many files wait because the store was away or refused them, by its answer to their last try.
 
-    Covers the STORE_WAITS_LOOKED_AT files whose next try is the latest, and the STORE_CAUSES most frequent answers.
+    Covers the STORE_WAITS_READ files whose next try is the latest, and the STORE_CAUSES most frequent answers.
     """
     latest = select(Asset.error).where(col(Asset.due_at).is_not(None)).order_by(col(Asset.due_at).desc())
-    error = latest.limit(STORE_WAITS_LOOKED_AT).subquery().c.error
+    error = latest.limit(STORE_WAITS_READ).subquery().c.error
     told = or_(*(error.startswith(words) for words in store_errors.MESSAGES))
     found: Counter[str] = Counter()
     for message, count in session.exec(select(error, func.count()).where(told).group_by(error)):

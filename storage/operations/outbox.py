@@ -128,7 +128,7 @@ def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[
     for sink, event_id, task_id in wanted:
         is_first = task_id is None or (sink, task_id) not in occupied
         occupied.add((sink, task_id))
-        claim = claims.due(now) if is_first else claims.AT_REST
+        claim = claims.due(now) if is_first else claims.NOT_DUE
         row = Dispatch(sink=sink, event_id=event_id, task_id=task_id, created_at=now, **claim)
         rows.append(row.model_dump(exclude={"id"}))
     session.execute(insert(Dispatch.__table__), rows)  # type: ignore[attr-defined]
@@ -219,7 +219,7 @@ def end_disabled(database: Database) -> int:
         ended = BATCH
         while ended == BATCH:
             some = select(Dispatch.id).where(IS_OPEN, Dispatch.sink == sink).limit(BATCH)  # claimed ones too
-            values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.AT_REST}
+            values = {"state": DispatchState.DEAD, "settled_at": db_now(), **claims.NOT_DUE}
             given_up = update(Dispatch).where(col(Dispatch.id).in_(some))
             given_up = given_up.values(**values, error=reason[:MAX_ERROR_CHARS])
             with database.write() as session:
@@ -324,7 +324,7 @@ def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:
     Those of one task are sent in their order and before its waiting ones. Events sent meanwhile came earlier.
     """
     free = update(Dispatch).where(col(Dispatch.id).in_([row.id for row in rows]), col(Dispatch.lease).is_(None))
-    again = {**claims.AFRESH, **claims.AT_REST}  # the first of each task is made due below
+    again = {**claims.DUE_NOW, **claims.NOT_DUE}  # the first of each task is made due below
     again |= {"state": DispatchState.DUE, "tries": 0, "error": None, "settled_at": None}
     count = run(session, free.values(again)).rowcount
     for sink in sorted({row.sink for row in rows}):

@@ -5,7 +5,7 @@
          └──────── the lease ran out ◀───────┘   (the row is simply due again; there is no rescue process)
 
 Every write by an owner says `WHERE id = … AND lease = mine`. If it changes no row, the claim is lost: `LostClaim`.
-A transaction that holds the task's lock may take a claim away: `make_due`, `rest`, and `AFRESH` and `AT_REST` in
+A transaction that holds the task's lock may take a claim away: `make_due`, `rest`, and `DUE_NOW` and `NOT_DUE` in
 statements. Only this module writes the claim columns of existing rows; a test looks for their names elsewhere. A row
 without a lease has `losses` 0, unless it was released.
 """
@@ -267,8 +267,8 @@ def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
 # -- without a claim ---------------------------------------------------------------------------------------------------
 
 # For statements: due now like a new row, and not due. A worker that holds such a row loses its lease.
-AFRESH: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
-AT_REST: dict[str, Any] = {"due_at": None, "lease": None, "losses": 0}
+DUE_NOW: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}
+NOT_DUE: dict[str, Any] = {"due_at": None, "lease": None, "losses": 0}
 # For a row whose tries are counted elsewhere.
 NO_ATTEMPTS: dict[str, Any] = {"attempts": 0}
 

@@ -238,7 +238,7 @@ def _make_due(session: Session, asset: Asset) -> None:
         col(Asset.id) == asset.id, col(Asset.state) == AssetState.DUE, col(Asset.lease).is_(None)
     )
     free = free.where((col(Asset.unusable_tries) == 0) | (col(Asset.attempts) > 0))
-    free = free.values(**claims.AFRESH, error=None)
+    free = free.values(**claims.DUE_NOW, error=None)
     session.execute(free.execution_options(synchronize_session=False))
 
 

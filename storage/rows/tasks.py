@@ -107,7 +107,7 @@ def lock_standing(session: Session, task_id: uuid.UUID) -> Standing | None:
 
 
 _FINISH = sqlalchemy.update(Task.__table__).where(_TASKS.id == bindparam("wanted"))  # type: ignore[attr-defined]
-_FINISH = _FINISH.values(step=Step.FINISH, **claims.AFRESH)
+_FINISH = _FINISH.values(step=Step.FINISH, **claims.DUE_NOW)
 
 
 def advance_archive(session: Session, task: Standing) -> bool:
@@ -250,7 +250,7 @@ def clear_silence_note(task: Task) -> None:
         task.note = None
 
 
-def keep_silence_note(task: Task) -> None:
+def clear_other_notes(task: Task) -> None:
     """Clear the locked task's note, unless it is the note of silence or of its request."""
     task.note = SILENT if task.note and task.note.startswith(SILENT) else request_note(task)
 

@@ -72,7 +72,7 @@ def audit(parts: Parts) -> list[Finding]:
     return findings
 
 
-def harm(parts: Parts) -> set[tuple[str, str]]:
+def damage(parts: Parts) -> set[tuple[str, str]]:
     """Delete 20 objects, change 10, add 5. Returns the findings that an audit must report."""
     keys = [str(asset.key) for asset in all_assets(parts)]
     chosen = random.sample(keys, 30)
@@ -93,7 +93,7 @@ def run(parts: Parts, sandbox: Sandbox, folder: Path, tasks: int) -> None:
         parts.submitter.submit(REQUEST)
     work(parts, deadline)
     assert audit(parts) == []
-    expected = harm(parts)
+    expected = damage(parts)
     findings = audit(parts)
     assert {(finding.kind.value, finding.key) for finding in findings} == expected and len(findings) == 35
     repairer = Repairer(parts.database, parts.bucket, parts.schedule)

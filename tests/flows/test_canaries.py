@@ -176,7 +176,7 @@ def archive_and_fail(receiver: CommandLine, seen: Seen, parts: Parts) -> None:
     wait_until(lambda: all(task_view.is_over(task_of(parts, prompt)) for prompt in prompts), seconds=120)
 
 
-def knock(seen: Seen, web: str, token: str) -> None:
+def send_requests(seen: Seen, web: str, token: str) -> None:
     """Send deliveries of every outcome, and requests to every other path, with and without the token."""
     good = f"{web}/callbacks/kling/{token}"
     signed = {"webhook-id": "x", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
@@ -193,7 +193,7 @@ def knock(seen: Seen, web: str, token: str) -> None:
         seen.add(f"{answer.request.method} {answer.status_code}", f"{answer.headers} {answer.text}")
 
 
-def look(seen: Seen, web: str, database: Database) -> None:
+def open_console(seen: Seen, web: str, database: Database) -> None:
     """Request every page of the console, with every task and every callback."""
     with database.read() as session:
         paths = [f"/tasks/{each}" for each in session.exec(select(Task.id))]
@@ -256,7 +256,7 @@ def force_exceptions(receiver: CommandLine, seen: Seen, database: Database, echo
     assert "forced" in shown and "Traceback" in shown
 
 
-def look_through(rows: Database, seen: Seen) -> None:
+def all_columns(rows: Database, seen: Seen) -> None:
     """Every column of every table, as text."""
     with rows.read() as session:
         for name, table in SQLModel.metadata.tables.items():
@@ -286,12 +286,12 @@ def test_no_secret_leaves_through_any_output(
     parts = Wired(settings_for(database_url, bucket, sandbox, callback_secrets=CALLBACK_SECRETS), bucket=bucket)
     with serving(receiver, seen) as web:
         archive_and_fail(receiver, seen, parts)
-        knock(seen, web, parts.tokens.sign("kling", None))
-        look(seen, web, database)
+        send_requests(seen, web, parts.tokens.sign("kling", None))
+        open_console(seen, web, database)
     provoke(receiver, seen, echo)
     force_exceptions(receiver, seen, database, echo)
     run(receiver, seen, ("status",), ("status", "--json"), ("status", "a boat"), ("status", "[expire]", "--json"))
-    look_through(database, seen)
+    all_columns(database, seen)
     for each in bucket.list(bucket.prefix):
         seen.add(each.key, bucket.read_bytes(each.key, 2**20).decode("latin-1"))
     leaks = seen.leaks(secrets_of(parts, receiver.variables["AWS_SECRET_ACCESS_KEY"]))

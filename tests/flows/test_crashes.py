@@ -150,7 +150,7 @@ def ended(sandbox: Sandbox, external_task_id: str) -> bool:
     return sandbox.ledger().task(external_task_id).status == "succeed"
 
 
-def ask(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
+def submit_task(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
     parts.submitter.submit(REQUEST, external_task_id=external_task_id)
     wait_until(lambda: ended(sandbox, external_task_id))
 
@@ -185,12 +185,12 @@ def end(parts: Parts, *_: object) -> None:
 Act = Callable[[Parts, Sandbox, str], None]
 # The step that dies, and the way to it.
 STEPS: dict[str, tuple[Act, list[Act]]] = {
-    "submit": (ask, []),
-    "intake": (take_in, [ask]),
-    "apply": (apply, [ask, take_in]),
-    "read": (read, [ask]),
-    "archive": (archive, [ask, take_in, apply]),
-    "finish": (end, [ask, take_in, apply, archive]),
+    "submit": (submit_task, []),
+    "intake": (take_in, [submit_task]),
+    "apply": (apply, [submit_task, take_in]),
+    "read": (read, [submit_task]),
+    "archive": (archive, [submit_task, take_in, apply]),
+    "finish": (end, [submit_task, take_in, apply, archive]),
 }
 
 
@@ -344,7 +344,7 @@ def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
     parts: Parts, sandbox: Sandbox, tmp_path: Path
 ) -> None:
     sandbox.set(cdn_seconds=3)
-    ask(parts, sandbox, "two")
+    submit_task(parts, sandbox, "two")
     make_due_now(parts)
     with worker_process(parts, tmp_path) as process:
         held = freeze(parts, sandbox, process)

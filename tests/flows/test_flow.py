@@ -198,7 +198,7 @@ def test_a_create_over_the_concurrency_limit_waits_in_its_row(parts: Parts, sand
     assert task_of(parts, "two").state is TaskState.SUBMITTED
 
 
-def ask_directly(sandbox: Sandbox, external_task_id: str) -> None:
+def create_directly(sandbox: Sandbox, external_task_id: str) -> None:
     """A request of another program with the same account."""
     body = {**PLAIN, "external_task_id": external_task_id}
     headers = {"Authorization": f"Bearer {sandbox.api_key}"}
@@ -208,7 +208,7 @@ def ask_directly(sandbox: Sandbox, external_task_id: str) -> None:
 def test_an_id_that_exists_already_is_refused_when_the_task_is_older_than_our_row(
     parts: Parts, sandbox: Sandbox
 ) -> None:
-    ask_directly(sandbox, "theirs")
+    create_directly(sandbox, "theirs")
     for made in sandbox.world.tasks.values():
         made.created_ms -= 3_600_000
     task = parts.submitter.submit(PLAIN, external_task_id="theirs").task

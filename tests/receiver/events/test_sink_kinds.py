@@ -49,9 +49,9 @@ from tests.sink_pairs import (
     failing,
     messages,
     of,
+    record_steps,
     run,
     sending,
-    tell,
     webhook_case,
     webhook_to,
 )
@@ -123,7 +123,7 @@ def test_message_refused_temporarily_is_retried(status: int) -> None:
 def test_requested_wait_is_kept_up_to_an_hour(database: Database) -> None:
     with Hook(lambda: (503, {"Retry-After": "999999"})) as hook, webhook_to(hook.url, hook) as sink:
         case = Case("webhook", sink, list, *failing(hook))
-        tell(database, case, STEPS[0])
+        record_steps(database, case, STEPS[0])
         run(database, case)
         [row] = dispatches(database)
         assert row.due_at is not None
@@ -134,7 +134,7 @@ def test_410_disables_the_sink(database: Database) -> None:
     with Hook(lambda: 410) as hook, webhook_to(hook.url, hook) as sink:
         case = Case("webhook", sink, list, *failing(hook))
         for _ in range(3):
-            tell(database, case, *STEPS)
+            record_steps(database, case, *STEPS)
         run(database, case)
         assert len(hook.got) == 1
     assert {row.state for row in dispatches(database)} == {DispatchState.DEAD}
@@ -160,7 +160,7 @@ def test_name_that_resolves_to_a_private_address_is_not_dialled(monkeypatch: pyt
 def test_no_error_shows_the_url(database: Database) -> None:
     with webhook_case(None) as case:
         case.fail()
-        tell(database, case, STEPS[0])
+        record_steps(database, case, STEPS[0])
         run(database, case)
     assert "token" not in str(dispatches(database)[0].error)
 
@@ -171,7 +171,7 @@ def test_no_error_shows_the_url(database: Database) -> None:
 def test_a_client_is_told_each_status_once(database: Database) -> None:
     """An event without news for the client is settled without a request."""
     with client_case_of(database) as (case, hook):
-        tell(database, case, STEPS[0], STEPS[1], STEPS[1], STEPS[2], STEPS[0])
+        record_steps(database, case, STEPS[0], STEPS[1], STEPS[1], STEPS[2], STEPS[0])
         run(database, case)
         assert [got.json["task_status"] for got in hook.taken] == ["submitted", "processing", "failed"]
         assert all(got.verified() for got in hook.taken)
@@ -189,8 +189,8 @@ def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> No
     with Hook() as dead, client_case_of(database, dead) as (case, _):
         dead.down()
         for _ in range(6):
-            tell(database, replace(case, url=dead.url), STEPS[0])
-        live = tell(database, case, *STEPS)
+            record_steps(database, replace(case, url=dead.url), STEPS[0])
+        live = record_steps(database, case, *STEPS)
         run(database, case)
         assert of(case.arrived(), live) == list(map(str, STEPS))
         dead.up()
@@ -199,7 +199,7 @@ def test_a_client_whose_host_is_down_holds_up_no_other(database: Database) -> No
 
 def test_client_callback_has_its_own_id_and_signature(database: Database) -> None:
     with client_case_of(database) as (case, hook):
-        tell(database, case, STEPS[0], client=fingerprint(API_KEY))
+        record_steps(database, case, STEPS[0], client=fingerprint(API_KEY))
         run(database, case)
         [got] = hook.taken
     assert got.verified(own_secret(API_KEY))
@@ -220,8 +220,8 @@ def test_a_slow_host_holds_up_no_other(clients: list[str], database: Database) -
         opened.callback(told_others.set)
         for number in range(24):
             url = slow[number % 12 if len(clients) > 1 else 0].url
-            tell(database, replace(case, url=url), STEPS[0], client="a")
-        tell(database, case, *STEPS, client=clients[-1])
+            record_steps(database, replace(case, url=url), STEPS[0], client="a")
+        record_steps(database, case, *STEPS, client=clients[-1])
         opened.enter_context(sending(database, case))
         wait_until(lambda: len(hook.taken) == len(STEPS), seconds=4)
 
@@ -232,7 +232,7 @@ def test_a_slow_answer_is_a_failure_of_its_host(database: Database, monkeypatch:
     with client_case_of(database) as (case, hook):
         hook.pause_seconds = 0.2
         for _ in range(5):
-            tell(database, case, STEPS[0])
+            record_steps(database, case, STEPS[0])
         run(database, case)
     assert [row.state for row in dispatches(database)] == [DispatchState.DELIVERED] * 3 + [DispatchState.DUE] * 2
 
@@ -240,7 +240,7 @@ def test_a_slow_answer_is_a_failure_of_its_host(database: Database, monkeypatch:
 def test_a_quick_host_has_many_callbacks_and_none_waits_long(database: Database) -> None:
     with client_case_of(database) as (case, hook):
         for _ in range(60):
-            tell(database, case, STEPS[0])
+            record_steps(database, case, STEPS[0])
         with sending(database, case):
             wait_until(lambda: len(hook.taken) == 60)
 
@@ -248,7 +248,7 @@ def test_a_quick_host_has_many_callbacks_and_none_waits_long(database: Database)
 def test_410_ends_one_callback_and_disables_no_client(database: Database) -> None:
     with client_case_of(database) as (case, hook):
         hook.answer = iter([410, 204, 204]).__next__
-        tell(database, case, *STEPS)
+        record_steps(database, case, *STEPS)
         run(database, case)
     assert [row.state for row in dispatches(database)] == [
         DispatchState.DEAD,
@@ -264,7 +264,7 @@ def test_each_host_has_its_own_circuit(database: Database) -> None:
     with client_case_of(database) as (case, hook):
         case.fail()
         for _ in range(5):
-            tell(database, case, STEPS[0])
+            record_steps(database, case, STEPS[0])
         run(database, case)
         assert len(hook.got) == 3
         rows = dispatches(database)
@@ -300,10 +300,10 @@ def test_gateway_client_is_called_back_in_klings_format(
         wait_until(
             lambda: go_on_after(sandbox, len(callback_hook.got)) or len(callback_hook.got) == len(STEPS), seconds=60
         )
-    told = [got.verified(own_secret(API_KEY)) for got in callback_hook.got]
-    assert [record["task_status"] for record in told] == ["submitted", "processing", "succeed"]
-    assert {record["task_id"] for record in told} == {answer.json()["data"]["task_id"]}
-    urls = [picture["url"] for picture in told[-1]["task_result"]["images"]]
+    arrival = [got.verified(own_secret(API_KEY)) for got in callback_hook.got]
+    assert [record["task_status"] for record in arrival] == ["submitted", "processing", "succeed"]
+    assert {record["task_id"] for record in arrival} == {answer.json()["data"]["task_id"]}
+    urls = [picture["url"] for picture in arrival[-1]["task_result"]["images"]]
     opened = {hashlib.sha256(httpx.get(url, follow_redirects=True).content).hexdigest() for url in urls}
     assert opened == set(sandbox.ledger().sha256.values())
     assert len(urls) == 2

@@ -38,10 +38,10 @@ from tests.sink_pairs import (
     ids,
     messages,
     of,
+    record_steps,
     run,
     signer,
     silent,
-    tell,
     webhook_case,
 )
 
@@ -62,7 +62,7 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 def test_every_event_arrives_under_its_own_id_and_per_task_in_order(database: Database, case: Case) -> None:
-    tasks = [tell(database, case, *STEPS) for _ in range(3)]
+    tasks = [record_steps(database, case, *STEPS) for _ in range(3)]
     run(database, case)
     arrived = case.arrived()
     assert [of(arrived, task) for task in tasks] == [list(map(str, STEPS))] * 3
@@ -71,7 +71,7 @@ def test_every_event_arrives_under_its_own_id_and_per_task_in_order(database: Da
 
 
 def test_failed_event_is_retried_and_not_overtaken(database: Database, case: Case) -> None:
-    task = tell(database, case, *STEPS)
+    task = record_steps(database, case, *STEPS)
     case.fail()
     run(database, case)
     first = dispatches(database)[0]
@@ -87,7 +87,7 @@ def test_failed_event_is_retried_and_not_overtaken(database: Database, case: Cas
 
 def test_event_sent_but_not_settled_is_sent_again_under_the_same_id(database: Database, case: Case) -> None:
     """Like after a crash between sending and settling."""
-    tell(database, case, STEPS[0])
+    record_steps(database, case, STEPS[0])
     with database.read() as session:
         [event] = session.exec(select(Event).where(Event.name == STEPS[0]))
         subject = session.get_one(Task, event.task_id).external_task_id
@@ -100,7 +100,7 @@ def test_event_sent_but_not_settled_is_sent_again_under_the_same_id(database: Da
 
 
 def test_event_is_dead_after_the_schedule_and_the_next_is_sent(database: Database, case: Case) -> None:
-    tell(database, case, *STEPS[:2])
+    record_steps(database, case, *STEPS[:2])
     case.fail()
 
     def is_dead() -> bool:
@@ -163,7 +163,7 @@ def test_sink_outage_causes_few_tries_and_loses_no_event(database: Database, mon
     monkeypatch.setattr(circuits, "FIRST_PAUSE_SECONDS", 30)  # no trial meanwhile
     with webhook_case(None) as case:
         for _ in range(12):
-            tell(database, case, STEPS[0])
+            record_steps(database, case, STEPS[0])
         case.fail()
         circuit = Circuit()
         run(database, case, circuit=circuit)
@@ -179,7 +179,7 @@ def test_sink_outage_causes_few_tries_and_loses_no_event(database: Database, mon
 
 def test_dispatch_that_ends_its_workers_is_parked(database: Database) -> None:
     with webhook_case(None) as case:
-        tell(database, case, *STEPS[:2])
+        record_steps(database, case, *STEPS[:2])
         with database.write() as session:
             session.execute(update(Dispatch).where(col(Dispatch.id) == 1).values(losses=claims.PARK_LOSSES))
             [row] = claims.claim(session, Dispatch, limit=1, lease_seconds=60, alone=True)

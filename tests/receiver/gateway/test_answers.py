@@ -49,12 +49,12 @@ def asset(index: int = 0, state: AssetState = AssetState.ARCHIVED, kind: str = "
 
 def bodies(names: list[str], results: Results = "archived", row: Task | None = None) -> dict[int, dict[str, Any]]:
     """The status of each event's callback, by the event's position."""
-    told = (
+    shown = (
         callback_body(row or task(), [asset()], name, at=AT + timedelta(seconds=place), earlier=names[:place],
                       response_format=response_format(results))
         for place, name in enumerate(names)
     )  # fmt: skip
-    return {place: json.loads(body) for place, body in enumerate(told) if body is not None}
+    return {place: json.loads(body) for place, body in enumerate(shown) if body is not None}
 
 
 def statuses(names: list[str], results: Results = "archived", row: Task | None = None) -> dict[int, str]:
@@ -77,25 +77,25 @@ def test_record_has_the_shape_of_the_recorded_answer(name: str) -> None:
     kind = "series" if series else "image"
     assets = [asset(each["index"], kind=kind) for each in pictures]
     assets += [asset(each["index"], kind="watermark", original=kind) for each in pictures if "watermark_url" in each]
-    told = record(row, assets[::-1], response_format())
-    assert set(told) - {"receiver"} == set(wanted) - {"watermark_info"}
+    shown = record(row, assets[::-1], response_format())
+    assert set(shown) - {"receiver"} == set(wanted) - {"watermark_info"}
     # Fields of Kling's own queries, which the recorded callback lacks.
     more = {"result_type": "single", "series_images": []} if name == "single" else {}
-    assert shape(told["task_result"]) == shape({**wanted["task_result"], **more})
+    assert shape(shown["task_result"]) == shape({**wanted["task_result"], **more})
     same = ("task_status", "task_status_msg", "task_info")
-    assert {field: told[field] for field in same} == {field: wanted[field] for field in same}
+    assert {field: shown[field] for field in same} == {field: wanted[field] for field in same}
 
 
 def test_new_shape_has_the_same_contents_and_is_parsed_by_our_reader() -> None:
     row = task(series=True, units="16", completed_at=AT)
     assets = [asset(0, kind="series"), asset(1, kind="series"), asset(0, kind="watermark", original="series")]
-    told = new_record(row, assets, response_format())
-    report = read_report(told)
+    shown = new_record(row, assets, response_format())
+    report = read_report(shown)
     assert (report.provider_task_id, report.external_task_id) == (str(row.id), "order-1")
     assert (report.status, report.units, len(report.outputs)) == (TaskState.SUCCEEDED, "16", 2)
-    assert [output["url"].rsplit("/", 1)[1] for output in told["outputs"]] == ["series-0", "series-1"]
-    assert told["outputs"][0]["watermark_url"].endswith("/watermark-0")
-    assert {output["group_id"] for output in told["outputs"]} == {str(row.id)}
+    assert [output["url"].rsplit("/", 1)[1] for output in shown["outputs"]] == ["series-0", "series-1"]
+    assert shown["outputs"][0]["watermark_url"].endswith("/watermark-0")
+    assert {output["group_id"] for output in shown["outputs"]} == {str(row.id)}
 
 
 def shape(document: Any) -> Any:
@@ -107,21 +107,21 @@ def shape(document: Any) -> Any:
 
 
 def test_our_own_fields_are_under_one_key() -> None:
-    told = record(task(), [asset()], response_format())
-    assert told["receiver"] == {"provider_task_id": "901", "archive": "archived"}
-    assert (told["task_id"], created(task())["task_id"]) == (str(uuid.UUID(int=7)),) * 2
+    shown = record(task(), [asset()], response_format())
+    assert shown["receiver"] == {"provider_task_id": "901", "archive": "archived"}
+    assert (shown["task_id"], created(task())["task_id"]) == (str(uuid.UUID(int=7)),) * 2
 
 
 @pytest.mark.parametrize("state", [AssetState.DUE, AssetState.FAILED])
 def test_a_picture_that_is_not_kept_has_the_providers_address(state: AssetState) -> None:
-    told = record(task(archive=ArchiveState.INCOMPLETE), [asset(0), asset(1, state)], response_format())
-    urls = [picture["url"] for picture in told["task_result"]["images"]]
+    shown = record(task(archive=ArchiveState.INCOMPLETE), [asset(0), asset(1, state)], response_format())
+    urls = [picture["url"] for picture in shown["task_result"]["images"]]
     assert urls == ["https://me.example/assets/image-0", URL]
 
 
 def test_without_a_public_url_the_providers_addresses_stay() -> None:
-    told = record(task(), [asset()], response_format(public=False))
-    assert told["task_result"]["images"][0]["url"] == URL
+    shown = record(task(), [asset()], response_format(public=False))
+    assert shown["task_result"]["images"][0]["url"] == URL
 
 
 def test_an_id_that_is_the_rows_own_is_not_shown() -> None:
@@ -147,8 +147,8 @@ ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED,
 )
 def test_query_is_processing_until_the_pictures_are_archived(row: Task, archived: str, provider: str) -> None:
     assert (status_of(row, "archived"), status_of(row, "provider")) == (archived, provider)
-    told = record(row, [asset()], response_format())
-    assert bool(told["task_result"]) == (archived == "succeed")
+    shown = record(row, [asset()], response_format())
+    assert bool(shown["task_result"]) == (archived == "succeed")
 
 
 # -- callbacks --------------------------------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ def test_success_without_processing_is_preceded_by_a_processing_callback() -> No
 
 def test_a_failure_is_sent_with_its_reason() -> None:
     names = ["task.created", "task.submitted", "task.failed"]
-    told = bodies(names, row=task(TaskState.FAILED, error="risk control"))
-    assert told[2] | {"updated_at": 0, "receiver": 0} == {
+    shown = bodies(names, row=task(TaskState.FAILED, error="risk control"))
+    assert shown[2] | {"updated_at": 0, "receiver": 0} == {
         "task_id": str(uuid.UUID(int=7)), "task_status": "failed", "task_status_msg": "risk control",
         "task_info": {"external_task_id": "order-1"}, "created_at": round(AT.timestamp() * 1000), "updated_at": 0,
         "task_result": {}, "receiver": 0,
     }  # fmt: skip
-    assert told[2]["updated_at"] - told[1]["updated_at"] == 1_000
+    assert shown[2]["updated_at"] - shown[1]["updated_at"] == 1_000
 
 
 def test_a_late_success_outranks_a_failure_and_a_dismissal_is_no_success() -> None:
@@ -192,14 +192,14 @@ def test_an_id_sent_again_after_a_refusal_has_all_its_callbacks() -> None:
 
 def test_late_callback_body_has_the_status_of_its_event() -> None:
     """The body is made when it is sent, perhaps long after its event."""
-    told = bodies(ALL_ARCHIVED)[1]
-    assert (told["task_status"], told["task_result"]) == ("submitted", {})
+    shown = bodies(ALL_ARCHIVED)[1]
+    assert (shown["task_status"], shown["task_result"]) == ("submitted", {})
 
 
 def test_same_event_makes_the_same_bytes() -> None:
     row, kept = task(), [asset(1), asset(0)]
-    told = {
+    shown = {
         callback_body(row, order, "task.archived", at=AT, earlier=ALL_ARCHIVED[:-1], response_format=response_format())
         for order in (kept, kept[::-1])
     }
-    assert len(told) == 1
+    assert len(shown) == 1

@@ -16,7 +16,7 @@ from receiver.sandbox import Sandbox
 from receiver.tasks.adopt import Adopter
 from storage.states import ArchiveState
 from tests.pipeline import Web, drain, task_of
-from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, PATH, PLAIN, ask, create, rows, told
+from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, PATH, PLAIN, call, create, rows, status_and_code
 from tests.unreported_tasks import creates, drawn, encoded
 
 
@@ -30,10 +30,13 @@ def test_slashes_that_clients_add_change_nothing(web: Web) -> None:
     for number, path in enumerate(
         (f"/kling/{PATH.removeprefix('/kling')}", f"{PATH}/", "/kling///v1/images/omni-image", f"/{PATH}")
     ):
-        assert told(ask(web, "POST", path, json={**PLAIN, "external_task_id": f"id-{number}"})) == (200, 0), path
-        assert len(ask(web, "GET", path).json()["data"]) == number + 1
+        assert status_and_code(call(web, "POST", path, json={**PLAIN, "external_task_id": f"id-{number}"})) == (
+            200,
+            0,
+        ), path
+        assert len(call(web, "GET", path).json()["data"]) == number + 1
     for path in (f"{PATH}/id-0/", f"{PATH}//id-0", "/kling//v1/images/omni-image/id-0"):
-        assert ask(web, "GET", path).json()["data"]["task_info"] == {"external_task_id": "id-0"}, path
+        assert call(web, "GET", path).json()["data"]["task_info"] == {"external_task_id": "id-0"}, path
 
 
 @ON_SQLITE
@@ -41,7 +44,7 @@ def test_a_task_whose_id_has_slashes_is_found_by_it_first(web: Web) -> None:
     for name in ("a", "a/", "/a"):
         create(web, {**PLAIN, "external_task_id": name})
     for name in ("a", "a/", "/a"):
-        found = ask(web, "GET", f"{PATH}/{quote(name, safe='')}").json()
+        found = call(web, "GET", f"{PATH}/{quote(name, safe='')}").json()
         assert found["data"]["task_info"] == {"external_task_id": name}
 
 
@@ -49,15 +52,15 @@ def test_a_task_whose_id_has_slashes_is_found_by_it_first(web: Web) -> None:
 def test_a_path_without_our_prefix_is_answered_with_the_reason(web: Web) -> None:
     lost = "/v1/images/omni-image"
     for method, path in (("POST", lost), ("POST", f"/{lost}"), ("GET", f"{lost}/x"), ("GET", "/v1/tasks")):
-        answer = ask(web, method, path)
-        assert told(answer) == (404, 1202)
+        answer = call(web, method, path)
+        assert status_and_code(answer) == (404, 1202)
         assert "/kling/v1/" in answer.json()["message"]
 
 
 @ON_SQLITE
 def test_a_request_without_a_model_is_for_klings_default(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     for fields in ({"prompt": "a"}, {"prompt": "a", "model_name": ""}, {"prompt": "a", "model_name": None}):
-        assert told(create(web, fields)) == (200, 0)
+        assert status_and_code(create(web, fields)) == (200, 0)
     assert {body["model_name"] for body in creates(sandbox)} == {"kling-image-o1"}
     assert {row.request["model_name"] for row in rows(parts)} == {"kling-image-o1"}
 
@@ -79,7 +82,7 @@ def test_the_row_notes_a_model_that_was_left_out(web: Web, parts: Parts, capsys:
 @ON_SQLITE
 def test_unknown_fields_may_be_empty_and_numbers_digits(web: Web, sandbox: Sandbox) -> None:
     empty = {"colour": "", "styles": [], "seed": None, "camera": {}}
-    assert told(create(web, {**PLAIN, **empty, "n": "2"})) == (200, 0)
+    assert status_and_code(create(web, {**PLAIN, **empty, "n": "2"})) == (200, 0)
     assert {name: creates(sandbox)[0][name] for name in ("n", *PLAIN)} == {"n": 2, **PLAIN}
     assert not empty.keys() & creates(sandbox)[0].keys()
 
@@ -88,15 +91,15 @@ def test_unknown_fields_may_be_empty_and_numbers_digits(web: Web, sandbox: Sandb
 def test_a_compressed_body_is_answered_with_the_reason(web: Web) -> None:
     body = gzip.compress(json.dumps(PLAIN).encode())
     for headers in ({"Content-Encoding": "gzip"}, {}):
-        answer = ask(web, "POST", content=body, headers=headers)
-        assert (told(answer), "compressed" in answer.json()["message"]) == ((400, 1200), True)
+        answer = call(web, "POST", content=body, headers=headers)
+        assert (status_and_code(answer), "compressed" in answer.json()["message"]) == ((400, 1200), True)
 
 
 def test_an_adopted_task_is_found_by_klings_own_id(web: Web, parts: Parts) -> None:
     theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None).provider_task_id
-    assert told(ask(web, "GET", f"{PATH}/{theirs}")) == (400, 1201)
+    assert status_and_code(call(web, "GET", f"{PATH}/{theirs}")) == (400, 1201)
     Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit).take([theirs])
-    found = ask(web, "GET", f"{PATH}/{theirs}").json()["data"]
+    found = call(web, "GET", f"{PATH}/{theirs}").json()["data"]
     assert (found["task_id"], found["receiver"]["provider_task_id"]) == (str(task_of(parts, ID).id), theirs)
 
 
@@ -105,8 +108,8 @@ def test_newer_clients_ask_for_several_tasks_by_either_kind_of_id(web: Web) -> N
     unknown = "00000000-0000-0000-0000-000000000000"
 
     def found(query: str) -> list[tuple[str, str]]:
-        answer = ask(web, "GET", f"/kling/tasks{query}")
-        assert told(answer) == (200, 0), answer.text
+        answer = call(web, "GET", f"/kling/tasks{query}")
+        assert status_and_code(answer) == (200, 0), answer.text
         return [(each["id"], each["external_id"]) for each in answer.json()["data"]]
 
     both = [(ours[1], "b"), (ours[0], "a")]
@@ -118,9 +121,9 @@ def test_newer_clients_ask_for_several_tasks_by_either_kind_of_id(web: Web) -> N
 @ON_SQLITE
 def test_several_tasks_are_refused_without_one_kind_of_id_or_with_too_many(web: Web) -> None:
     many = ",".join(map(str, range(20)))
-    assert told(ask(web, "GET", f"/kling/tasks?task_ids={many}")) == (200, 0)
+    assert status_and_code(call(web, "GET", f"/kling/tasks?task_ids={many}")) == (200, 0)
     for query in ("", "?task_ids=", "?task_ids=1&external_task_ids=a", f"?task_ids={many},20", "?task_id=1"):
-        assert told(ask(web, "GET", f"/kling/tasks{query}")) == (400, 1201), query
+        assert status_and_code(call(web, "GET", f"/kling/tasks{query}")) == (400, 1201), query
 
 
 @ON_SQLITE

@@ -57,11 +57,11 @@ def test_a_hundred_megabytes_of_pictures_take_little_more_than_themselves() -> N
     body[body.index(b"\\ud83c") : body.index(b"\\udf05") + 6] = "🌅".encode()
     tracemalloc.start()
     try:
-        ask = creates().read(body, "client", "key")
+        create = creates().read(body, "client", "key")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert [item.image for item in ask.request.image_list or ()] == [picture] * 10
+    assert [item.image for item in create.request.image_list or ()] == [picture] * 10
     assert peak < 1.6 * len(body)
 
 

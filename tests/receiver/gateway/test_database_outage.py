@@ -22,7 +22,7 @@ from storage.states import TaskState
 from tests.harness import wait_until
 from tests.pipeline import Web, make_due_now, run, task_of
 from tests.postgres import Postgres, demoted_in_use
-from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_POSTGRESQL, PLAIN, create, told
+from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_POSTGRESQL, PLAIN, create, status_and_code
 from tests.rows import wait_until_blocked
 from tests.unreported_tasks import creates
 
@@ -71,10 +71,10 @@ def test_database_outage_during_the_providers_answer_is_no_5xx(
             mortal.stop()
         answer = asking.result()
     mortal.start()
-    assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
+    assert (status_and_code(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
     assert answer.json()["data"]["task_id"] == str(task_of(parts, ID).id)
     again = create(web, BODY, headers=WORD)
-    assert (told(again), again.json()["data"]["task_id"]) == ((200, 0), answer.json()["data"]["task_id"])
+    assert (status_and_code(again), again.json()["data"]["task_id"]) == ((200, 0), answer.json()["data"]["task_id"])
     assert len(creates(sandbox)) == 1
 
 
@@ -86,7 +86,7 @@ def test_create_continues_when_the_database_is_back(web: Web, parts: Parts, sand
             wait_until(lambda: creates(sandbox))
             wait_until_blocked(parts.database, asking)
             mortal.stop()
-        assert told(asking.result()) == (200, 0)
+        assert status_and_code(asking.result()) == (200, 0)
     mortal.start()
     make_due_now(parts)
     assert run(parts, "creates") == 1
@@ -100,17 +100,17 @@ def test_database_outage_before_the_answer_is_stored_is_no_5xx(
 ) -> None:
     sandbox.set(create_faults=["1301"] if refused else [])
     made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
-    ask, outcome_listener = made.read(json.dumps(BODY).encode(), "client", "try-1"), CreateOutcome()
-    begun = made.begin(ask)
+    call, outcome_listener = made.read(json.dumps(BODY).encode(), "client", "try-1"), CreateOutcome()
+    begun = made.begin(call)
     made.send(begun, outcome_listener)
     mortal.stop()
-    reply = made.conclude(ask, begun, outcome_listener.refusal, "request")
+    reply = made.conclude(call, begun, outcome_listener.refusal, "request")
     mortal.start()
     assert isinstance(outcome_listener.refusal, ProviderRejected) == refused
     assert (reply.http_status, reply.body["code"]) == ((400, 1301) if refused else (200, 0))
     duplicate_wait, much_later = DuplicateWait(0), 60.0
-    assert made.replay(ask, begun, "later", duplicate_wait, now=0) is None
-    told_later = made.replay(ask, begun, "later", duplicate_wait, now=much_later)
+    assert made.replay(call, begun, "later", duplicate_wait, now=0) is None
+    told_later = made.replay(call, begun, "later", duplicate_wait, now=much_later)
     assert told_later is not None
     assert told_later.body["data"]["task_id"] == str(begun.task.id)
 
@@ -119,7 +119,7 @@ def test_bug_after_the_commit_is_no_5xx(web: Web, parts: Parts, sandbox: Sandbox
     with parts.database.write() as session:
         session.execute(text("ALTER TABLE asset RENAME TO gone"))  # a statement of the settle
     answer = create(web, BODY, headers=WORD)
-    assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
+    assert (status_and_code(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
     assert len(creates(sandbox)) == 1
 
 
@@ -131,17 +131,17 @@ def test_a_create_on_a_read_only_database_is_answered_with_retry_after(
     with capture_logs() as logs, postgres.read_only(name):
         postgres.end_sessions(name)
         answer = create(web, BODY, headers=WORD)
-        assert (told(answer), answer.headers["Retry-After"]) == ((503, 5001), "5")
-        assert told(create(web, BODY, headers=WORD)) == (503, 5001)
+        assert (status_and_code(answer), answer.headers["Retry-After"]) == ((503, 5001), "5")
+        assert status_and_code(create(web, BODY, headers=WORD)) == (503, 5001)
     assert [line["event"] for line in logs] == ["database.lost"]
-    wait_until(lambda: told(create(web, BODY, headers=WORD)) == (200, 0))
+    wait_until(lambda: status_and_code(create(web, BODY, headers=WORD)) == (200, 0))
     assert len(creates(sandbox)) == 1
 
 
 @ON_POSTGRESQL
 def test_a_create_whose_session_turns_read_only_is_done_on_a_new_one(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     with demoted_in_use(parts.database, "task"), capture_logs() as logs:
-        assert told(create(web, BODY, headers=WORD)) == (200, 0)
+        assert status_and_code(create(web, BODY, headers=WORD)) == (200, 0)
     with demoted_in_use(parts.database, "task"):
         assert parts.submitter.submit(PLAIN, external_task_id="own").new
     assert not any(line["event"] == "database.lost" for line in logs)

@@ -72,16 +72,16 @@ def client(web: Web) -> SeedClient:
     return SeedClient(f"{web.url}/kling", KEY)
 
 
-def ask(web: Web, method: str, path: str = PATH, *, key: str = KEY, **options: Any) -> httpx.Response:
+def call(web: Web, method: str, path: str = PATH, *, key: str = KEY, **options: Any) -> httpx.Response:
     headers = {"Authorization": f"Bearer {key}", **options.pop("headers", {})}
     return httpx.request(method, web.url + path, headers=headers, timeout=PATIENCE_SECONDS, **options)
 
 
 def create(web: Web, body: Any = PLAIN, **options: Any) -> httpx.Response:
-    return ask(web, "POST", json=body, **options)
+    return call(web, "POST", json=body, **options)
 
 
-def told(answer: httpx.Response) -> tuple[int, int]:
+def status_and_code(answer: httpx.Response) -> tuple[int, int]:
     return answer.status_code, answer.json()["code"]
 
 
@@ -98,7 +98,7 @@ def rows(parts: Parts) -> list[Task]:
 def test_without_keys_there_is_no_gateway(web: Web) -> None:
     for path in (PATH, f"{PATH}/x", "/kling/openapi.json", "/kling/", "/kling"):
         for method in ("GET", "POST"):
-            answer = ask(web, method, path)
+            answer = call(web, method, path)
             assert (answer.status_code, answer.json()) == (404, {"error": "not found"})
 
 
@@ -115,14 +115,14 @@ def test_without_a_key_of_ours_it_is_401_and_no_body_is_waited_for(web: Web, par
         with connected(web, PATH, header, "Content-Length: 1000", "Connection: close") as connection:
             status, body = answer_on(connection)
         assert (status, body["code"]) == (401, code), shown
-    assert ask(web, "GET", "/kling/other", key="wrong").status_code == 401
+    assert call(web, "GET", "/kling/other", key="wrong").status_code == 401
     assert rows(parts) == []
 
 
 @ON_SQLITE
 def test_every_key_sees_the_same_account(web: Web) -> None:
     task_id = create(web, key=KEY).json()["data"]["task_id"]
-    assert ask(web, "GET", f"{PATH}/{task_id}", key=OTHER_KEY).status_code == 200
+    assert call(web, "GET", f"{PATH}/{task_id}", key=OTHER_KEY).status_code == 200
 
 
 OTHER_CALLS = [
@@ -135,7 +135,7 @@ OTHER_CALLS = [
 @ON_SQLITE
 def test_other_calls_of_kling_are_404_with_its_code(web: Web) -> None:
     for method, path in OTHER_CALLS:
-        assert told(ask(web, method, path)) == (404, 1202), (method, path)
+        assert status_and_code(call(web, method, path)) == (404, 1202), (method, path)
 
 
 # -- what goes upstream -----------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ SINK = {"event_sinks": "http://127.0.0.1:9/hook", "event_secrets": SECRET, "priv
 )
 def test_a_client_is_not_called_back_where_events_go(reason: str, web: Web, parts: Parts) -> None:
     answer = create(web, {**PLAIN, "callback_url": "http://127.0.0.1:9/hook"})
-    assert told(answer) == (400, 1201)
+    assert status_and_code(answer) == (400, 1201)
     assert reason in answer.json()["message"]
     with pytest.raises(FetchRefused, match=re.escape(reason)):
         Poster(parts.settings.callback_policy, connections=1).post("http://127.0.0.1:9/hook", b"", {})
@@ -230,18 +230,18 @@ NO_OBJECTS = (b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"prompt": '
 def test_a_fault_is_1201_and_names_the_field(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     for field, body in INVALID.items():
         answer = create(web, body)
-        assert told(answer) == (400, 1201)
+        assert status_and_code(answer) == (400, 1201)
         assert field in answer.json()["message"]
         assert "hidden-path" not in answer.text
     for raw in NO_OBJECTS:
-        assert told(ask(web, "POST", content=raw)) == (400, 1200), raw[:20]
+        assert status_and_code(call(web, "POST", content=raw)) == (400, 1200), raw[:20]
     assert (rows(parts), creates(sandbox)) == ([], [])
 
 
 @ON_SQLITE
 def test_an_id_with_a_control_character_is_refused(web: Web, parts: Parts) -> None:
     answer = create(web, {**PLAIN, "external_task_id": "a\x1b]0;owned\x07"})
-    assert told(answer) == (400, 1201) and "control character" in answer.json()["message"]
+    assert status_and_code(answer) == (400, 1201) and "control character" in answer.json()["message"]
     assert rows(parts) == []
 
 
@@ -252,7 +252,7 @@ def test_a_refusal_passes_through_and_ends_the_row(web: Web, parts: Parts, sandb
     sandbox.set(create_faults=list(REFUSALS))
     for code, status in REFUSALS.items():
         answer = create(web, {**PLAIN, "external_task_id": code})
-        assert told(answer) == (status, int(code))
+        assert status_and_code(answer) == (status, int(code))
         assert answer.json()["receiver"] == {"refused_by": "provider"}
         task = task_of(parts, code)
         assert (task.state, task.due_at, task.lease) == (TaskState.FAILED, None, None)
@@ -300,7 +300,7 @@ def is_accepted(client: SeedClient, name: str) -> bool:
 @ON_SQLITE
 def test_a_provider_that_is_away_leaves_the_row_to_the_workers(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.stop()
-    assert told(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
     sandbox.start()
     assert task_of(parts, ID).state is TaskState.CREATED
     wait_until(lambda: run(parts, "creates"))
@@ -313,7 +313,7 @@ def test_an_id_used_before_already_exists(web: Web, parts: Parts, sandbox: Sandb
     assert create(web, body).status_code == 200
     for again in (body, {**body, "n": 2}):
         answer = create(web, again)
-        assert told(answer) == (400, 1201)
+        assert status_and_code(answer) == (400, 1201)
         assert answer.json()["message"] == f"External_task_id {ID} already exists"
     assert len(creates(sandbox)) == 1
 
@@ -323,7 +323,7 @@ def test_an_id_that_exists_at_the_provider_alone_already_exists(web: Web, parts:
     theirs = parts.kling.create(PLAIN, external_task_id=ID, callback_url=None)
     sandbox.world.tasks[theirs.provider_task_id].created_ms -= 3_600_000
     answer = create(web, {**PLAIN, "external_task_id": ID})
-    assert told(answer) == (400, 1201)
+    assert status_and_code(answer) == (400, 1201)
     assert "already exists" in answer.json()["message"]
     assert task_of(parts, ID).state is TaskState.FAILED
 
@@ -334,8 +334,8 @@ def test_without_free_slots_it_is_1303_and_no_row_is_left(web: Web, parts: Parts
     sandbox.set(submitted_seconds=600)
     assert create(web, {**PLAIN, "n": 2, "external_task_id": ID}).status_code == 200
     for body in (PLAIN, {**PLAIN, "external_task_id": "new"}):
-        assert told(create(web, body, headers={"Idempotency-Key": "k"})) == (429, 1303)
-    assert told(create(web, {**PLAIN, "external_task_id": ID})) == (400, 1201)
+        assert status_and_code(create(web, body, headers={"Idempotency-Key": "k"})) == (429, 1303)
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (400, 1201)
     assert len(rows(parts)) == len(creates(sandbox)) == 1
 
 
@@ -348,7 +348,7 @@ def test_a_client_whose_create_takes_too_long_is_answered_submitted(
 ) -> None:
     monkeypatch.setattr(gateway, "PROVIDER_SECONDS", 0.2)
     with unanswered(sandbox):
-        assert told(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
+        assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (200, 0)
         assert task_of(parts, ID).state is TaskState.CREATED
     wait_until(lambda: task_of(parts, ID).state is TaskState.SUBMITTED)
     assert len(creates(sandbox)) == 1
@@ -405,11 +405,11 @@ def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Par
         waiting = [pool.submit(create, web) for _ in range(40)]
         wait_until(lambda: len(creates(sandbox)) == 40)
         answers = [post(web, path_of(parts, task), BODY + b" " * count).status_code for count in range(5)]
-        found = ask(web, "GET", f"{PATH}/{task.id}").status_code
+        found = call(web, "GET", f"{PATH}/{task.id}").status_code
         assert not any(each.done() for each in waiting)
         assert (set(answers), found) == ({200}, 200)
         sandbox.stop()  # breaks the connections off, so that all outcomes are unclear
-        assert {told(each.result()) for each in waiting} == {(200, 0)}
+        assert {status_and_code(each.result()) for each in waiting} == {(200, 0)}
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
@@ -418,10 +418,10 @@ def test_one_clients_queries_leave_threads_to_others(web: Web, parts: Parts) -> 
     insert_row(parts)
     with ThreadPoolExecutor(12) as pool, parts.database.write() as session:
         session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
-        lists = [pool.submit(ask, web, "GET", PATH) for _ in range(12)]
+        lists = [pool.submit(call, web, "GET", PATH) for _ in range(12)]
         wait_until(lambda: web.requests_under_way == 12)
         started = time.monotonic()
-        unknown = ask(web, "GET", f"{PATH}/{uuid.uuid4()}", key=OTHER_KEY)
+        unknown = call(web, "GET", f"{PATH}/{uuid.uuid4()}", key=OTHER_KEY)
         assert (unknown.json()["code"], time.monotonic() - started < 5) == (1201, True)
         assert not any(each.done() for each in lists)
         session.rollback()
@@ -439,8 +439,8 @@ def test_more_creates_than_threads_are_too_fast(
         wait_until(lambda: creates(sandbox))
         answer = create(web)
     first.join()
-    assert (told(answer), answer.headers["retry-after"]) == ((429, 1302), "1")
-    assert told(create(web)) == (200, 0)
+    assert (status_and_code(answer), answer.headers["retry-after"]) == ((429, 1302), "1")
+    assert status_and_code(create(web)) == (200, 0)
 
 
 @ON_SQLITE
@@ -451,7 +451,7 @@ def test_unfinished_bodies_take_no_place_of_a_create(web: Web, monkeypatch: pyte
             connection = opened.enter_context(connected(web, PATH, *head("Content-Length: 100")))
             connection.sendall(b"{")
         wait_until(lambda: web.requests_under_way == 4)
-        assert [told(create(web, key=key)) for key in (KEY, OTHER_KEY)] == [(200, 0)] * 2
+        assert [status_and_code(create(web, key=key)) for key in (KEY, OTHER_KEY)] == [(200, 0)] * 2
 
 
 @ON_SQLITE
@@ -463,10 +463,10 @@ def test_one_client_leaves_a_place_to_others(
         with unanswered(sandbox):
             waiting = [pool.submit(create, web) for _ in range(2)]
             wait_until(lambda: len(rows(parts)) == 2)
-            assert told(create(web)) == (429, 1302)
+            assert status_and_code(create(web)) == (429, 1302)
             waiting.append(pool.submit(create, web, key=OTHER_KEY))
             wait_until(lambda: len(rows(parts)) == 3)
-        assert {told(each.result()) for each in waiting} == {(200, 0)}
+        assert {status_and_code(each.result()) for each in waiting} == {(200, 0)}
 
 
 @ON_SQLITE
@@ -482,8 +482,8 @@ def test_one_clients_bodies_leave_room_to_others(web: Web, monkeypatch: pytest.M
 def test_while_the_database_is_away_it_is_5001(web: Web, parts: Parts, sandbox: Sandbox, postgres: Postgres) -> None:
     postgres.stop()
     try:
-        for answer in (create(web), ask(web, "GET"), ask(web, "GET", f"{PATH}/x")):
-            assert told(answer) == (503, 5001)
+        for answer in (create(web), call(web, "GET"), call(web, "GET", f"{PATH}/x")):
+            assert status_and_code(answer) == (503, 5001)
             assert answer.headers["retry-after"] == "5"
     finally:
         postgres.start()
@@ -515,7 +515,7 @@ def test_a_chunked_body_is_refused_once_it_is_too_much(
         connection.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n1\r\nx\r\n")  # and no end
         status, body = answer_on(connection)
     assert (status, body["code"]) == answered
-    assert told(create(web)) == (200, 0)  # the taken place is free again
+    assert status_and_code(create(web)) == (200, 0)  # the taken place is free again
 
 
 @ON_SQLITE
@@ -550,8 +550,8 @@ def test_memory_of_a_refused_body_is_freed_at_once(web: Web) -> None:
 @ON_SQLITE
 def test_an_unknown_task_is_1201_in_klings_words(web: Web) -> None:
     for name in ("42", "a%2Fb", "%00", "%0A", "%ED%A0%80", "..%2F..", "x" * 1_000):
-        answer = ask(web, "GET", f"{PATH}/{name}")
-        assert told(answer) == (400, 1201), name
+        answer = call(web, "GET", f"{PATH}/{name}")
+        assert status_and_code(answer) == (400, 1201), name
         assert answer.json()["message"].startswith("Task not found by id/external id: ")
 
 
@@ -572,7 +572,7 @@ def test_the_list_is_newest_first(web: Web, parts: Parts) -> None:
     insert_row(parts, created_at=LONG_AGO)
 
     def page(**params: int) -> list[str]:
-        return [task["task_id"] for task in ask(web, "GET", params=params).json()["data"]]
+        return [task["task_id"] for task in call(web, "GET", params=params).json()["data"]]
 
     assert page()[:3] == made[::-1]
     assert (len(page()), page(pageSize=2), page(pageNum=2, pageSize=2)[0]) == (4, made[:0:-1], made[0])
@@ -582,6 +582,6 @@ def test_the_list_is_newest_first(web: Web, parts: Parts) -> None:
 @ON_SQLITE
 def test_a_page_that_does_not_exist_is_1201(web: Web) -> None:
     for query in ("pageNum=0", "pageNum=1001", "pageSize=501", "pageSize=-1", "pageSize=x", "pageNum=1.5"):
-        answer = ask(web, "GET", f"{PATH}?{query}")
-        assert told(answer) == (400, 1201)
+        answer = call(web, "GET", f"{PATH}?{query}")
+        assert status_and_code(answer) == (400, 1201)
         assert query.partition("=")[0] in answer.json()["message"]

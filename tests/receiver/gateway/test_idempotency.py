@@ -43,7 +43,7 @@ from tests.receiver.gateway.test_gateway import (
     PLAIN,
     create,
     rows,
-    told,
+    status_and_code,
 )
 from tests.unreported_tasks import creates, unanswered
 
@@ -85,9 +85,9 @@ def test_another_body_is_409_and_another_client_has_keys_of_its_own(web: Web, pa
     create(web, headers=WORD)
     for body in ({**PLAIN, "n": 2}, {**PLAIN, "external_task_id": ID}):
         answer = create(web, body, headers=WORD)
-        assert told(answer) == (409, 1201)
+        assert status_and_code(answer) == (409, 1201)
         assert "Idempotency-Key" in answer.json()["message"]
-    assert told(create(web, {**PLAIN, "n": 2}, headers=WORD, key=OTHER_KEY)) == (200, 0)
+    assert status_and_code(create(web, {**PLAIN, "n": 2}, headers=WORD, key=OTHER_KEY)) == (200, 0)
     assert len(creates(sandbox)) == 2
 
 
@@ -104,24 +104,24 @@ def test_the_database_holds_no_cheap_hash_of_a_key(web: Web, parts: Parts) -> No
 def test_two_keys_of_one_request_are_refused_and_the_same_twice_is_one(web: Web, parts: Parts) -> None:
     for first, second in (("a", "b"), ("b", "a")):
         answer = with_keys(web, first, second)
-        assert told(answer) == (400, 1201) and "more than once" in answer.json()["message"]
+        assert status_and_code(answer) == (400, 1201) and "more than once" in answer.json()["message"]
     assert rows(parts) == []
-    assert told(with_keys(web, "a", "a")) == (200, 0)
+    assert status_and_code(with_keys(web, "a", "a")) == (200, 0)
     assert (len(keys(parts)), len(rows(parts))) == (1, 1)
 
 
 @ON_SQLITE
 def test_a_fault_takes_no_key_and_a_key_has_its_bound(web: Web, parts: Parts) -> None:
-    assert told(create(web, {**PLAIN, "n": 10}, headers=WORD)) == (400, 1201)
-    assert told(create(web, headers={"Idempotency-Key": "k" * 256})) == (400, 1201)
-    assert told(create(web, headers={"Idempotency-Key": ""})) == (200, 0)
+    assert status_and_code(create(web, {**PLAIN, "n": 10}, headers=WORD)) == (400, 1201)
+    assert status_and_code(create(web, headers={"Idempotency-Key": "k" * 256})) == (400, 1201)
+    assert status_and_code(create(web, headers={"Idempotency-Key": ""})) == (200, 0)
     assert keys(parts) == []
-    assert told(create(web, headers=WORD)) == (200, 0)
+    assert status_and_code(create(web, headers=WORD)) == (200, 0)
 
 
 def test_a_refusal_is_the_first_answer_but_not_being_too_fast(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1303", "1301"])
-    answers = [told(create(web, {**PLAIN, "external_task_id": ID}, headers=WORD)) for _ in range(3)]
+    answers = [status_and_code(create(web, {**PLAIN, "external_task_id": ID}, headers=WORD)) for _ in range(3)]
     assert answers == [(429, 1303), (400, 1301), (400, 1301)]
     assert len(creates(sandbox)) == 2
 
@@ -138,17 +138,17 @@ def test_concurrent_duplicates_make_one_task_and_get_one_answer(web: Web, parts:
 @ON_SQLITE
 def test_duplicate_of_a_throttled_create_may_ask_again(parts: Parts) -> None:
     creates = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
-    ask = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
-    first, twin = creates.begin(ask), creates.begin(ask)
+    wanted = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
+    first, twin = creates.begin(wanted), creates.begin(wanted)
     assert (first.first, twin.first, twin.task.id) == (True, False, first.task.id)
     duplicate_wait = DuplicateWait(0)
-    assert creates.replay(ask, twin, "request", duplicate_wait, now=0) is None
+    assert creates.replay(wanted, twin, "request", duplicate_wait, now=0) is None
     assert (
-        creates.conclude(ask, first, ProviderThrottled("slow", code=1303, http_status=429), "request").http_status
+        creates.conclude(wanted, first, ProviderThrottled("slow", code=1303, http_status=429), "request").http_status
         == 429
     )
     with pytest.raises(Refused, match="1302"):
-        creates.replay(ask, twin, "request", duplicate_wait, now=0)
+        creates.replay(wanted, twin, "request", duplicate_wait, now=0)
 
 
 @pytest.mark.parametrize("seconds", [2.5, 19.0, 20.5])
@@ -158,26 +158,26 @@ def test_duplicates_get_the_creates_own_answer_however_long_it_took(
     """Duplicates that check between the row's end and the commit of its answer."""
     sandbox.set(create_faults=["1301"])
     made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
-    ask, outcome_listener, duplicate_wait = (
+    wanted, outcome_listener, duplicate_wait = (
         made.read(json.dumps(PLAIN).encode(), "client", "try-1"),
         CreateOutcome(),
         DuplicateWait(0),
     )
-    first, twin = made.begin(ask), made.begin(ask)
-    assert made.replay(ask, twin, "twin", duplicate_wait, now=0) is None
+    first, twin = made.begin(wanted), made.begin(wanted)
+    assert made.replay(wanted, twin, "twin", duplicate_wait, now=0) is None
     made.send(first, outcome_listener)
-    assert made.replay(ask, twin, "twin", duplicate_wait, now=seconds) is None
-    own = made.conclude(ask, first, outcome_listener.refusal, "first")
+    assert made.replay(wanted, twin, "twin", duplicate_wait, now=seconds) is None
+    own = made.conclude(wanted, first, outcome_listener.refusal, "first")
     assert (own.http_status, own.body["code"]) == (400, 1301)
     for now in (seconds + 0.1, seconds + gateway_creates.ANSWER_SECONDS, seconds + 60):
-        assert made.replay(ask, twin, "twin", duplicate_wait, now=now) == Reply(400, own.body)
+        assert made.replay(wanted, twin, "twin", duplicate_wait, now=now) == Reply(400, own.body)
 
 
 def test_duplicate_waits_only_for_the_commit_once_the_create_has_ended() -> None:
     duplicate_wait = DuplicateWait(0)
     moments = {19.9: True, 20.0: False, 21.9: True, 22.0: True}
-    told = [duplicate_wait.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
-    assert told == [False, False, False, True]
+    ended = [duplicate_wait.is_over(is_under_way=under_way, now=now) for now, under_way in moments.items()]
+    assert ended == [False, False, False, True]
     assert DuplicateWait(0).is_over(is_under_way=True, now=20)
 
 
@@ -187,16 +187,16 @@ def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -
     transactions commit in between.
     """
     made = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
-    ask = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
-    first = made.begin(ask)
+    wanted = made.read(json.dumps(PLAIN).encode(), "client", "try-1")
+    first = made.begin(wanted)
     waiting = [ProviderThrottled("slow", code=1302, http_status=429)]
 
     def give_back(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if statement.startswith("SELECT idempotency") and waiting:
-            made.conclude(ask, first, waiting.pop(), "first")
+            made.conclude(wanted, first, waiting.pop(), "first")
 
     event.listen(parts.database.writer, "before_cursor_execute", give_back)
-    second = made.begin(ask)
+    second = made.begin(wanted)
     event.remove(parts.database.writer, "before_cursor_execute", give_back)
     assert waiting == []
     assert (second.first, [kept.task_id for kept in keys(parts)]) == (True, [second.task.id])
@@ -214,7 +214,7 @@ def test_key_returns_the_rows_state_after_a_crash(
     forget_the_answer(parts)
     again = create(web, {**PLAIN, "external_task_id": ID}, headers=WORD)
     word = {"accepted": {"submitted", "processing"}, "archived": {"succeed"}, "failed": {"failed"}}[case]
-    assert told(again) == (200, 0)
+    assert status_and_code(again) == (200, 0)
     assert again.json()["data"]["task_status"] in word
     assert create(web, {**PLAIN, "external_task_id": ID}, headers=WORD).json() == again.json()
     assert len(creates(sandbox)) == 1
@@ -230,7 +230,7 @@ def test_a_repeat_waits_for_a_create_that_crashed_before_it_was_sent(
         first = create(web, headers=WORD)
         forget_the_answer(parts)
         again = create(web, headers=WORD)
-        assert (again.json()["data"]["task_id"], told(again)) == (first.json()["data"]["task_id"], (200, 0))
+        assert (again.json()["data"]["task_id"], status_and_code(again)) == (first.json()["data"]["task_id"], (200, 0))
         assert rows(parts)[0].state is TaskState.CREATED
     wait_until(lambda: rows(parts)[0].state is TaskState.SUBMITTED)
     assert len(creates(sandbox)) == 1

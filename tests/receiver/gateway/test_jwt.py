@@ -15,7 +15,7 @@ import pytest
 from receiver.app.wiring import Parts
 from receiver.gateway.api_keys import fingerprint
 from tests.pipeline import Web, task_of
-from tests.receiver.gateway.test_gateway import ID, KEY, ON_SQLITE, PATH, PLAIN, ask, create, told
+from tests.receiver.gateway.test_gateway import ID, KEY, ON_SQLITE, PATH, PLAIN, call, create, status_and_code
 
 ACCESS, SECRET, NEW_SECRET = "AccessKeyOfAClient", "s" * 64, "n" * 64
 OTHER_ACCESS, OTHER_SECRET = "AnotherAccessKey", "o" * 64
@@ -49,24 +49,24 @@ def forged(algorithm: str, *, is_signed: bool = True) -> str:
 def test_jwt_is_accepted_like_a_key(web: Web, parts: Parts) -> None:
     soon = int(time.time()) + 4  # a client's clock that is a little ahead
     assert jwt.decode(forged("HS256"), SECRET, algorithms=["HS256"])
-    assert told(create(web, {**PLAIN, "external_task_id": ID}, key=token(iat=soon))) == (200, 0)
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": ID}, key=token(iat=soon))) == (200, 0)
     for shown in (token(NEW_SECRET), token(nbf=None), token(OTHER_SECRET, iss=OTHER_ACCESS), KEY, ENTRIES[0]):
-        assert ask(web, "GET", f"{PATH}/{ID}", key=shown).status_code == 200
+        assert call(web, "GET", f"{PATH}/{ID}", key=shown).status_code == 200
     assert task_of(parts, ID).client == fingerprint(ACCESS)
 
 
 @ON_SQLITE
 def test_jwt_outside_its_time_is_refused_with_the_reason(web: Web) -> None:
     now = int(time.time())
-    assert told(ask(web, "GET", key=token(exp=now - 1))) == (401, 1004)
-    assert told(ask(web, "GET", key=token(nbf=now + 60))) == (401, 1003)
+    assert status_and_code(call(web, "GET", key=token(exp=now - 1))) == (401, 1004)
+    assert status_and_code(call(web, "GET", key=token(nbf=now + 60))) == (401, 1003)
 
 
 @ON_SQLITE
 def test_a_clock_that_is_ahead_is_tolerated_for_the_beginning_alone(web: Web) -> None:
     now = int(time.time())
-    assert told(ask(web, "GET", key=token(nbf=now + 3))) == (200, 0)
-    assert told(ask(web, "GET", key=token(nbf=now + 3, exp=now - 1))) == (401, 1004)
+    assert status_and_code(call(web, "GET", key=token(nbf=now + 3))) == (200, 0)
+    assert status_and_code(call(web, "GET", key=token(nbf=now + 3, exp=now - 1))) == (401, 1004)
 
 
 FORGED = {
@@ -93,7 +93,7 @@ FORGED = {
 @ON_SQLITE
 def test_a_forged_jwt_is_refused(web: Web) -> None:
     for name, forge in FORGED.items():
-        assert told(ask(web, "GET", key=forge())) == (401, 1002), name
+        assert status_and_code(call(web, "GET", key=forge())) == (401, 1002), name
 
 
 @ON_SQLITE

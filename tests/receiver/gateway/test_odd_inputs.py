@@ -10,7 +10,17 @@ import pytest
 
 from receiver.app.wiring import Parts
 from tests.pipeline import Web
-from tests.receiver.gateway.test_gateway import CHANGES, KEY, ON_SQLITE, PATH, PLAIN, ask, create, rows, told
+from tests.receiver.gateway.test_gateway import (
+    CHANGES,
+    KEY,
+    ON_SQLITE,
+    PATH,
+    PLAIN,
+    call,
+    create,
+    rows,
+    status_and_code,
+)
 
 ORIGINS = [
     b"http://[",
@@ -33,9 +43,9 @@ def changes() -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ['""""', '"', "'", "\\", "%", "/", "$(x)", "-rf", " ", "null"])
 def test_an_odd_id_makes_a_task_that_is_found_by_it(web: Web, parts: Parts, name: str) -> None:
-    assert told(create(web, {**PLAIN, "external_task_id": name})) == (200, 0)
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": name})) == (200, 0)
     assert [task.external_task_id for task in rows(parts)] == [name]
-    assert ask(web, "GET", f"{PATH}/{quote(name, safe='')}").json()["code"] == 0
+    assert call(web, "GET", f"{PATH}/{quote(name, safe='')}").json()["code"] == 0
 
 
 @ON_SQLITE

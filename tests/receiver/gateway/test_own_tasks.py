@@ -12,7 +12,7 @@ from receiver.app.wiring import Parts
 from receiver.gateway.api_keys import client_of
 from storage.rows.events import EventName, record
 from tests.pipeline import Web, insert_row
-from tests.receiver.gateway.test_gateway import KEY, OTHER_KEY, PATH, ask
+from tests.receiver.gateway.test_gateway import KEY, OTHER_KEY, PATH, call
 from tests.receiver.web.test_event_stream import reading, take
 
 
@@ -45,25 +45,25 @@ def listed(answer: httpx.Response) -> list[str]:
 
 def test_a_key_reads_and_lists_its_own_tasks_alone(web: Web, parts: Parts) -> None:
     three_tasks(parts)
-    assert listed(ask(web, "GET")) == ["mine"]
-    assert listed(ask(web, "GET", key=OTHER_KEY)) == ["theirs"]
-    assert ask(web, "GET", f"{PATH}/mine").status_code == 200
-    nobodys, theirs = ask(web, "GET", f"{PATH}/nobody"), ask(web, "GET", f"{PATH}/theirs")
+    assert listed(call(web, "GET")) == ["mine"]
+    assert listed(call(web, "GET", key=OTHER_KEY)) == ["theirs"]
+    assert call(web, "GET", f"{PATH}/mine").status_code == 200
+    nobodys, theirs = call(web, "GET", f"{PATH}/nobody"), call(web, "GET", f"{PATH}/theirs")
     assert (theirs.status_code, theirs.json()["code"]) == (nobodys.status_code, nobodys.json()["code"])
     assert theirs.json()["message"] == nobodys.json()["message"].replace("nobody", "theirs")
-    assert ask(web, "GET", f"{PATH}/ours").status_code == theirs.status_code
+    assert call(web, "GET", f"{PATH}/ours").status_code == theirs.status_code
 
 
 def test_tasks_named_by_ids_are_its_own_alone(web: Web, parts: Parts) -> None:
     three_tasks(parts)
-    found = ask(web, "GET", "/kling/tasks?external_task_ids=ours,theirs,mine").json()["data"]
+    found = call(web, "GET", "/kling/tasks?external_task_ids=ours,theirs,mine").json()["data"]
     assert [each["external_id"] for each in found] == ["mine"]
 
 
 def test_a_page_of_own_tasks_counts_those_alone(web: Web, parts: Parts) -> None:
     three_tasks(parts)
-    assert listed(ask(web, "GET", f"{PATH}?pageNum=1&pageSize=1")) == ["mine"]
-    assert listed(ask(web, "GET", f"{PATH}?pageNum=2&pageSize=1")) == []
+    assert listed(call(web, "GET", f"{PATH}?pageNum=1&pageSize=1")) == ["mine"]
+    assert listed(call(web, "GET", f"{PATH}?pageNum=2&pageSize=1")) == []
 
 
 def test_a_key_is_sent_events_of_its_own_tasks_alone(web: Web, parts: Parts) -> None:

@@ -39,7 +39,7 @@ def changes(hook: Hook) -> dict[str, Any]:
     return {**CHANGES, "private_callback_hosts": hook.host, "event_secrets": SECRET}
 
 
-def told(hook: Hook) -> list[dict[str, Any]]:
+def callback_bodies(hook: Hook) -> list[dict[str, Any]]:
     return [json.loads(got.body) for got in hook.taken]
 
 
@@ -53,16 +53,16 @@ def test_a_client_that_changes_its_base_url_gets_its_pictures(
     def is_told() -> bool:
         parts.sequence()
         worker.run_until_idle()
-        go_on_after(sandbox, len(told(hook)))
-        return any(each["task_status"] == "succeed" for each in told(hook))
+        go_on_after(sandbox, len(callback_bodies(hook)))
+        return any(each["task_status"] == "succeed" for each in callback_bodies(hook))
 
     wait_until(is_told, seconds=60)
-    assert [each["task_status"] for each in told(hook)] == ["submitted", "processing", "succeed"]
-    assert {each["task_id"] for each in told(hook)} == {made["task_id"]}
+    assert [each["task_status"] for each in callback_bodies(hook)] == ["submitted", "processing", "succeed"]
+    assert {each["task_id"] for each in callback_bodies(hook)} == {made["task_id"]}
     for got in hook.taken:
         assert Webhook(OWN_SECRET).verify(got.body.decode(), dict(got.headers))
     task = client.task(made["task_id"])
-    assert told(hook)[-1]["task_result"] == task["task_result"]
+    assert callback_bodies(hook)[-1]["task_result"] == task["task_result"]
     pictures = [httpx.get(each["url"], follow_redirects=True) for each in task["task_result"]["images"]]
     kept = [hashlib.sha256(picture.content).hexdigest() for picture in pictures]
     assert kept == [asset.sha256 for asset in sandbox.ledger().task(ID).assets]

@@ -18,7 +18,7 @@ from tests.harness import wait_until
 from tests.pipeline import Web, free_port, make_due_now, run, task_of
 from tests.receiver.app.test_shutdown import EXIT_SECONDS, leases, serving
 from tests.receiver.app.test_shutdown import settings as settings  # a fixture
-from tests.receiver.gateway.test_gateway import CHANGES, ID, KEY, ON_SQLITE, PATH, PLAIN, create, told
+from tests.receiver.gateway.test_gateway import CHANGES, ID, KEY, ON_SQLITE, PATH, PLAIN, create, status_and_code
 from tests.receiver.gateway.test_idempotency import keys
 from tests.unreported_tasks import creates
 
@@ -48,7 +48,7 @@ def test_waiting_creates_are_answered_submitted_and_continue(parts: Parts, sandb
         wait_until(lambda: creates(sandbox))
         web.stop_listening()
         answer = waiting.result()
-        assert (told(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
+        assert (status_and_code(answer), answer.json()["data"]["task_status"]) == ((200, 0), "submitted")
         assert [kept.answer for kept in keys(parts)] == [answer.json()]
         assert task_of(parts, ID).state is TaskState.CREATED
     sandbox.stop()
@@ -69,7 +69,7 @@ def test_sigterm_ends_no_create(settings: dict[str, str], parts: Parts, sandbox:
         asking = pool.submit(httpx.post, url, json=body, headers=headers, timeout=30, trust_env=False)
         wait_until(lambda: creates(sandbox))
         process.send_signal(signal.SIGTERM)
-        assert told(asking.result()) == (200, 0)
+        assert status_and_code(asking.result()) == (200, 0)
         assert task_of(parts, ID).state is TaskState.CREATED
         assert process.wait(EXIT_SECONDS) == 0
     assert (task_of(parts, ID).state, leases(parts.database)) == (TaskState.SUBMITTED, 0)
@@ -81,7 +81,7 @@ def test_duplicate_gets_the_same_answer_at_shutdown(parts: Parts, sandbox: Sandb
         wait_until(lambda: creates(sandbox) and web.requests_under_way == 2)
         web.stop_listening()
         first, twin = (each.result() for each in both)
-    assert (told(first), twin.json()) == ((200, 0), first.json())
+    assert (status_and_code(first), twin.json()) == ((200, 0), first.json())
 
 
 def test_duplicate_of_another_process_create_may_ask_again(parts: Parts, sandbox: Sandbox) -> None:
@@ -94,7 +94,7 @@ def test_duplicate_of_another_process_create_may_ask_again(parts: Parts, sandbox
             twin = pool.submit(create, here, BODY, headers=WORD)
             wait_until(lambda: here.requests_under_way == 1)
             here.stop_listening()
-            assert told(twin.result()) == (503, 5001)
+            assert status_and_code(twin.result()) == (503, 5001)
             assert twin.result().headers["retry-after"] == "5"
         other.close()
         assert [kept.status for kept in keys(parts)] == [None]

@@ -48,7 +48,7 @@ def changes() -> dict[str, Any]:
     return {"api_keys": "a-key-of-a-client-of-ours", "metrics_token": "a-metrics-token"}
 
 
-def ask(parts: Parts, external_task_id: str = ID, **fields: Any) -> Task:
+def submit_request(parts: Parts, external_task_id: str = ID, **fields: Any) -> Task:
     return parts.submitter.submit({**REQUEST, **fields}, external_task_id=external_task_id).task
 
 
@@ -78,9 +78,9 @@ def let_the_trial_come(parts: Parts) -> None:
 @pytest.mark.parametrize("code", ["1000", "1002", "1004", "1100", "1102", "1304"])
 def test_a_refused_account_pauses_and_fails_nothing(parts: Parts, sandbox: Sandbox, code: str) -> None:
     sandbox.set(create_faults=[code])
-    task = ask(parts)
+    task = submit_request(parts)
     assert (task.state, task.error, task.due_at, task.sent_at) == (TaskState.CREATED, None, None, None)
-    assert ask(parts, "second").queued_at is not None
+    assert submit_request(parts, "second").queued_at is not None
     run(parts, "creates")
     assert (len(creates(sandbox)), said(parts)) == (1, [("account.paused", int(code))])
     let_the_trial_come(parts)
@@ -92,7 +92,7 @@ def test_a_refused_account_pauses_and_fails_nothing(parts: Parts, sandbox: Sandb
 def test_a_trial_that_is_refused_is_the_only_create_of_its_minute(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1102"] * 2)
     for number in range(10):
-        ask(parts, f"order-{number}")
+        submit_request(parts, f"order-{number}")
     let_the_trial_come(parts)
     run(parts, "creates")
     run(parts, "creates")
@@ -102,10 +102,10 @@ def test_a_trial_that_is_refused_is_the_only_create_of_its_minute(parts: Parts, 
 
 def test_a_model_without_permission_pauses_alone(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1103"])
-    ask(parts, "refused")
+    submit_request(parts, "refused")
     other = "kling-image-o1" if REQUEST["model_name"] != "kling-image-o1" else "kling-v3-omni"
-    assert ask(parts, "other", model_name=other).state is TaskState.SUBMITTED
-    assert ask(parts, "waits").queued_at is not None
+    assert submit_request(parts, "other", model_name=other).state is TaskState.SUBMITTED
+    assert submit_request(parts, "waits").queued_at is not None
     run(parts, "creates")
     assert [each.model for each in stand(parts)] == [REQUEST["model_name"]]
     assert len(creates(sandbox)) == 2
@@ -117,7 +117,7 @@ def test_a_model_without_permission_pauses_alone(parts: Parts, sandbox: Sandbox)
 def test_a_refused_request_proves_the_key_and_not_the_balance(parts: Parts, sandbox: Sandbox) -> None:
     for code, is_over in (("1002", True), ("1102", False)):
         sandbox.set(create_faults=[code, "1301"])
-        ask(parts, code)
+        submit_request(parts, code)
         let_the_trial_come(parts)
         run(parts, "creates")
         assert task_of(parts, code).state is TaskState.FAILED
@@ -126,7 +126,7 @@ def test_a_refused_request_proves_the_key_and_not_the_balance(parts: Parts, sand
 
 def test_a_trial_that_never_left_is_no_trial(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1102"])
-    ask(parts)
+    submit_request(parts)
     let_the_trial_come(parts)
     sandbox.stop()
     run(parts, "creates")
@@ -160,13 +160,13 @@ def test_a_client_of_an_account_that_was_refused_lately_waits_in_the_queue(
     web: Web, parts: Parts, sandbox: Sandbox
 ) -> None:
     sandbox.set(create_faults=["1102"])
-    ask(parts)
+    submit_request(parts)
     let_the_trial_come(parts)
     run(parts, "creates")
     now = parts.database.now()
     fill(parts.database, Task, pauses.CAREFUL_CREATES, step=Step.CREATE, sent_at=now, due_at=LATER, lease=uuid.uuid4())
     assert create(web, "try-1", "order-2").status_code == 200
-    assert ask(parts, "order-3").queued_at is not None and task_of(parts, "order-2").queued_at is not None
+    assert submit_request(parts, "order-3").queued_at is not None and task_of(parts, "order-2").queued_at is not None
     assert run(parts, "creates") == 0
     with parts.database.write() as session:
         session.execute(update(Task).where(col(Task.due_at) == LATER).values(due_at=None, lease=None))
@@ -178,7 +178,7 @@ def test_a_paused_account_is_shown_with_the_providers_words(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox.set(create_faults=["1102"])
-    ask(parts)
+    submit_request(parts)
     words = "code 1102: Resource pack depleted or expired"
     bearer = {"Authorization": "Bearer a-metrics-token"}
     ready = httpx.get(f"{web.url}/readyz", headers=bearer)
@@ -243,10 +243,10 @@ def test_a_trial_that_says_nothing_about_the_account_leaves_the_next_to_another(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     sandbox.set(create_faults=["1102", answer])
-    ask(parts, "waits", model_name="kling-image-o1")
+    submit_request(parts, "waits", model_name="kling-image-o1")
     let_the_trial_come(parts)
     monkeypatch.setattr(pauses, "TRIAL_SECONDS", 60.0)
-    ask(parts, "refused-for-its-own-sake", model_name="kling-v3-omni")
+    submit_request(parts, "refused-for-its-own-sake", model_name="kling-v3-omni")
     run(parts, "creates")
     assert task_of(parts, "waits").state is TaskState.SUBMITTED
     assert [each.model for each in stand(parts)] == (["kling-v3-omni"] if answer == "1103" else [])
@@ -254,7 +254,7 @@ def test_a_trial_that_says_nothing_about_the_account_leaves_the_next_to_another(
 
 def test_a_model_without_permission_proves_the_key(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1002", "1103"])
-    ask(parts)
+    submit_request(parts)
     let_the_trial_come(parts)
     run(parts, "creates")
     assert [each.model for each in stand(parts)] == [REQUEST["model_name"]]
@@ -262,7 +262,7 @@ def test_a_model_without_permission_proves_the_key(parts: Parts, sandbox: Sandbo
 
 def resumed_lately(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1102"])
-    ask(parts)
+    submit_request(parts)
     let_the_trial_come(parts)
     run(parts, "creates")
 

@@ -36,17 +36,17 @@ def slow_tasks(sandbox: Sandbox) -> None:
     sandbox.set(submitted_seconds=600, processing_seconds=600)
 
 
-def ask(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **fields: Any) -> Task:
+def submit_request(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **fields: Any) -> Task:
     return parts.submitter.submit({**REQUEST, **fields}, external_task_id=external_task_id, adopt=adopt).task
 
 
-def ask_in_vain(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
+def submit_with_fault(parts: Parts, sandbox: Sandbox, fault: str) -> Task:
     """The create arrives and fails; the caller waits a short time for its answer."""
     sandbox.set(create_faults=[fault], hang_seconds=600)
     hasty = Parts(parts.settings)
     kling = Kling(base_url=sandbox.url, api_key=parts.settings.kling_api_key, timeout_seconds=0.5)
     hasty.__dict__["kling"] = kling  # the place of the cached property
-    task = ask(hasty)
+    task = submit_request(hasty)
     hasty.close()
     wait_until(lambda: sandbox.ledger().counts[f"fault:create:{fault}"])
     return task
@@ -86,7 +86,7 @@ def test_an_accepted_request_is_submitted(parts: Parts, sandbox: Sandbox) -> Non
 
 
 def test_the_row_is_committed_and_claimed_before_the_request_leaves(parts: Parts, sandbox: Sandbox) -> None:
-    asking = threading.Thread(target=ask, args=(parts,))
+    asking = threading.Thread(target=submit_request, args=(parts,))
     with unanswered(sandbox):
         asking.start()
         wait_until(lambda: creates(sandbox))
@@ -100,7 +100,7 @@ def test_the_row_is_committed_and_claimed_before_the_request_leaves(parts: Parts
 
 
 def test_the_callback_url_carries_the_token_of_the_task(parts: Parts, sandbox: Sandbox) -> None:
-    task = ask(parts)
+    task = submit_request(parts)
     (body,) = creates(sandbox)
     public_url, _, token = body["callback_url"].rpartition("/callbacks/kling/")
     named = parts.tokens.read("kling", token)
@@ -112,7 +112,7 @@ def test_the_callback_url_carries_the_token_of_the_task(parts: Parts, sandbox: S
 def test_without_a_public_url_no_callback_is_asked_for(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
     settings = settings_for(database_url, bucket, sandbox).model_copy(update={"public_url": None})
     private = Parts(settings)
-    task = ask(private)
+    task = submit_request(private)
     private.close()
     assert (task.state, task.callback_url) == (TaskState.SUBMITTED, None)
     assert "callback_url" not in creates(sandbox)[0]
@@ -120,7 +120,7 @@ def test_without_a_public_url_no_callback_is_asked_for(database_url: str, bucket
 
 def test_sending_again_uses_the_stored_callback_url(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1302"])
-    before = ask(parts).callback_url
+    before = submit_request(parts).callback_url
     moved = Parts(parts.settings.model_copy(update={"public_url": "https://moved.example"}))
     go_on(moved)
     moved.close()
@@ -129,22 +129,22 @@ def test_sending_again_uses_the_stored_callback_url(parts: Parts, sandbox: Sandb
 
 @pytest.mark.parametrize("again", [{}, {"n": 1, "aspect_ratio": "auto"}], ids=["same", "defaults spelled out"])
 def test_the_same_request_is_sent_once(parts: Parts, sandbox: Sandbox, again: dict[str, Any]) -> None:
-    first = ask(parts)
+    first = submit_request(parts)
     second = parts.submitter.submit({**REQUEST, **again}, external_task_id=ID)
     assert (second.new, second.task.id) == (False, first.id)
     assert len(creates(sandbox)) == 1
 
 
 def test_another_request_under_the_same_id_is_a_conflict(parts: Parts, sandbox: Sandbox) -> None:
-    before = stored(parts.database, ask(parts))
+    before = stored(parts.database, submit_request(parts))
     with pytest.raises(Conflict, match=ID):
-        ask(parts, n=2)
+        submit_request(parts, n=2)
     assert stored(parts.database, task_of(parts, ID)) == before
     assert len(creates(sandbox)) == 1
 
 
 def test_submitters_at_once_send_once(parts: Parts, sandbox: Sandbox) -> None:
-    threads = [threading.Thread(target=ask, args=(parts,)) for _ in range(4)]
+    threads = [threading.Thread(target=submit_request, args=(parts,)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -156,7 +156,7 @@ def test_base64_input_is_kept_as_its_hash_once_the_create_is_settled(parts: Part
     picture = drawn(400, 300)
     sandbox.set(create_faults=["1302"])
     images = [{"image": encoded(picture)}]
-    assert ask(parts, image_list=images).request["image_list"] == images
+    assert submit_request(parts, image_list=images).request["image_list"] == images
     kept = go_on(parts).request["image_list"]
     assert kept == [{"image": {"sha256": hashlib.sha256(picture).hexdigest(), "bytes": len(picture)}}]
     assert [body["image_list"] for body in creates(sandbox)] == [images, images]
@@ -170,13 +170,13 @@ def test_access_and_secret_key_sign_the_request(database_url: str, bucket: Any, 
     knobs = sandbox.world.knobs
     keys = {"kling_access_key": knobs.access_key, "kling_secret_key": knobs.secret_key}
     signed = Parts(settings_for(database_url, bucket, sandbox, kling_api_key=None, **keys))
-    assert ask(signed).state is TaskState.SUBMITTED
+    assert submit_request(signed).state is TaskState.SUBMITTED
     signed.close()
 
 
 def test_a_base_url_may_have_a_path(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
     gateway = Parts(settings_for(database_url, bucket, sandbox, kling_base_url=f"{sandbox.url}/kling"))
-    assert ask(gateway).state is TaskState.SUBMITTED
+    assert submit_request(gateway).state is TaskState.SUBMITTED
     gateway.close()
 
 
@@ -186,7 +186,7 @@ def test_a_base_url_may_have_a_path(database_url: str, bucket: Any, sandbox: San
 @pytest.mark.parametrize("code", ["1201", "1203", "1300", "1301"])
 def test_a_definite_refusal_fails_the_task(parts: Parts, sandbox: Sandbox, code: str) -> None:
     sandbox.set(create_faults=[code])
-    task = ask(parts)
+    task = submit_request(parts)
     assert (task.state, task.step, task.lease, task.due_at) == (TaskState.FAILED, None, None, None)
     assert f"code {code}" in (task.error or "")
     assert len(creates(sandbox)) == 1
@@ -195,7 +195,7 @@ def test_a_definite_refusal_fails_the_task(parts: Parts, sandbox: Sandbox, code:
 @pytest.mark.parametrize("code", ["1302", "1303"])
 def test_throttled_create_continues_from_its_row(parts: Parts, sandbox: Sandbox, code: str) -> None:
     sandbox.set(create_faults=[code, code])
-    task = ask(parts)
+    task = submit_request(parts)
     assert (task.state, task.step, task.sent_at) == (TaskState.CREATED, Step.CREATE, None)
     assert f"code {code}" in (task.note or "")
     assert 0 < due_in(parts, task) <= 30
@@ -207,8 +207,8 @@ def test_throttled_create_continues_from_its_row(parts: Parts, sandbox: Sandbox,
 
 def test_a_full_account_is_asked_again_until_there_is_room(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(concurrency_limit=1)
-    ask(parts, "first")
-    assert ask(parts).state is TaskState.CREATED
+    submit_request(parts, "first")
+    assert submit_request(parts).state is TaskState.CREATED
     sandbox.set(concurrency_limit=2)
     assert go_on(parts).state is TaskState.SUBMITTED
     assert [task.external_task_id for task in sandbox.ledger().tasks] == ["first", ID]
@@ -216,7 +216,7 @@ def test_a_full_account_is_asked_again_until_there_is_room(parts: Parts, sandbox
 
 def test_a_request_that_never_left_is_sent_without_looking_it_up(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.stop()
-    task = ask(parts)
+    task = submit_request(parts)
     assert (task.state, task.sent_at) == (TaskState.CREATED, None)
     sandbox.start()
     assert go_on(parts).state is TaskState.SUBMITTED
@@ -230,7 +230,7 @@ UNCLEAR = ["5000", "5001", "5002", "html", "broken", "hang"]
 
 @pytest.mark.parametrize("fault", UNCLEAR)
 def test_an_unclear_answer_after_creation_is_looked_up(parts: Parts, sandbox: Sandbox, fault: str) -> None:
-    task = ask_in_vain(parts, sandbox, f"{fault}:created")
+    task = submit_with_fault(parts, sandbox, f"{fault}:created")
     assert (task.state, task.step, task.lease) == (TaskState.CREATED, Step.CREATE, None)
     assert task.sent_at is not None
     found = go_on(parts)
@@ -242,7 +242,7 @@ def test_an_unclear_answer_after_creation_is_looked_up(parts: Parts, sandbox: Sa
 def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
     parts: Parts, sandbox: Sandbox, fault: str
 ) -> None:
-    ask_in_vain(parts, sandbox, fault)
+    submit_with_fault(parts, sandbox, fault)
     missed = go_on(parts)
     assert missed.missed_at is not None
     assert due_in(parts, missed) > 8
@@ -256,7 +256,7 @@ def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
 
 def test_task_that_is_found_late_is_not_sent_again(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
-    ask(parts)
+    submit_request(parts)
     assert go_on(parts).missed_at is not None
     sandbox.world.tasks[sandbox.ledger().task(ID).task_id].visible_ms = 0
     assert go_on(parts, missed_at=LONG_AGO).state is TaskState.SUBMITTED
@@ -268,7 +268,7 @@ def test_task_found_after_a_second_send_is_ours(parts: Parts, sandbox: Sandbox) 
     finds it.
     """
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
-    ask(parts)
+    submit_request(parts)
     go_on(parts, missed_at=LONG_AGO)
     assert [create.code for create in sandbox.ledger().creates] == [5000, 1201]
     assert task_of(parts, ID).state is TaskState.CREATED
@@ -280,7 +280,7 @@ def test_task_found_after_a_second_send_is_ours(parts: Parts, sandbox: Sandbox) 
 @pytest.mark.parametrize("fault", ["5001", "html", "1002"])
 def test_lookup_without_an_answer_decides_nothing(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     sandbox.set(create_faults=["5000:created"])
-    ask(parts)
+    submit_request(parts)
     sandbox.set(query_faults=[fault])
     unread = go_on(parts)
     assert (unread.state, unread.missed_at) == (TaskState.CREATED, None)
@@ -293,7 +293,7 @@ def test_list_shows_whether_a_create_arrived_if_tasks_cannot_be_read(
     parts: Parts, sandbox: Sandbox, arrived: bool
 ) -> None:
     sandbox.set(create_faults=["5000:created" if arrived else "5000"], query_faults=["1202"])
-    ask(parts)
+    submit_request(parts)
     task = go_on(parts)
     assert (task.state is TaskState.SUBMITTED, task.missed_at is None) == (arrived, arrived)
     assert len(creates(sandbox)) == 1
@@ -303,7 +303,7 @@ def test_lookup_without_an_answer_for_an_hour_is_logged_as_an_error(
     parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sandbox.set(create_faults=["5000:created"], query_faults=["5001"] * 2)
-    ask(parts)
+    submit_request(parts)
     go_on(parts)
     assert "task.create_not_confirmed" not in capsys.readouterr().out
     long_tried = {"created_at": parts.database.now() - timedelta(hours=1), "attempts": 5}
@@ -314,18 +314,18 @@ def test_lookup_without_an_answer_for_an_hour_is_logged_as_an_error(
 @pytest.mark.parametrize("fault", ["5001", "1002"])
 def test_lookup_without_an_answer_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     sandbox.set(create_faults=["5000:created"], query_faults=[fault] * 2)
-    ask(parts)
+    submit_request(parts)
     lifetime = timedelta(seconds=parts.settings.result_lifetime_seconds)
     assert go_on(parts, sent_at=parts.database.now() - lifetime + timedelta(minutes=1)).state is TaskState.CREATED
     ended = go_on(parts, sent_at=parts.database.now() - lifetime)
     assert (ended.state, ended.step, ended.due_at) == (TaskState.FAILED, None, None)
     assert "no answer whether it arrived" in (ended.error or "")
-    assert ask(parts, adopt=True).state is TaskState.SUBMITTED
+    assert submit_request(parts, adopt=True).state is TaskState.SUBMITTED
 
 
 def test_create_of_an_existing_unreadable_task_ends(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
-    ask(parts)
+    submit_request(parts)
     assert go_on(parts, missed_at=LONG_AGO).state is TaskState.CREATED
     task = go_on(parts, attempts=UNREAD_TRIES - 1, missed_at=LONG_AGO)
     assert (task.state, task.step) == (TaskState.FAILED, None)
@@ -334,7 +334,7 @@ def test_create_of_an_existing_unreadable_task_ends(parts: Parts, sandbox: Sandb
 
 def test_create_that_keeps_failing_is_sent_less_often(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000"])
-    ask(parts)
+    submit_request(parts)
     random.seed(7)  # full jitter: some waits are short
     assert due_in(parts, go_on(parts, attempts=20)) > 4 * NOT_FOUND_AGAIN_SECONDS
 
@@ -369,38 +369,38 @@ def test_a_row_that_keeps_ending_its_workers_is_parked(parts: Parts, sandbox: Sa
 def test_an_existing_task_made_after_our_row_is_ours(parts: Parts, sandbox: Sandbox) -> None:
     """A minute's difference between the two clocks is tolerated."""
     made = make_upstream(parts, sandbox, seconds_ago=55)
-    task = ask(parts)
+    task = submit_request(parts)
     assert (task.state, task.provider_task_id, task.error) == (TaskState.SUBMITTED, made, None)
 
 
 def test_an_older_existing_task_is_a_conflict_until_it_is_adopted(parts: Parts, sandbox: Sandbox) -> None:
     made = make_upstream(parts, sandbox, seconds_ago=65)
-    refused = ask(parts)
+    refused = submit_request(parts)
     assert (refused.state, refused.provider_task_id) == (TaskState.FAILED, None)
     assert "--adopt" in (refused.error or "")
-    adopted = ask(parts, adopt=True)
+    adopted = submit_request(parts, adopt=True)
     assert (adopted.id, adopted.state, adopted.provider_task_id) == (refused.id, TaskState.SUBMITTED, made)
     assert len(sandbox.ledger().tasks) == 1
 
 
 def test_dismissed_task_that_is_adopted_is_not_over(parts: Parts, sandbox: Sandbox) -> None:
     make_upstream(parts, sandbox, seconds_ago=65)
-    ask(parts)
+    submit_request(parts)
     Operator(parts.database, parts.providers, parts.schedule).dismiss(ID, "not ours")
-    adopted = ask(parts, adopt=True)
+    adopted = submit_request(parts, adopt=True)
     assert (is_over(adopted), adopted.note) == (False, None)
 
 
 def test_adoption_takes_over_an_existing_task_at_once(parts: Parts, sandbox: Sandbox) -> None:
     made = make_upstream(parts, sandbox, seconds_ago=10_000)
-    task = ask(parts, adopt=True)
+    task = submit_request(parts, adopt=True)
     assert (task.state, task.provider_task_id) == (TaskState.SUBMITTED, made)
 
 
 def test_an_unclear_answer_for_an_older_task_is_a_conflict(parts: Parts, sandbox: Sandbox) -> None:
     make_upstream(parts, sandbox, seconds_ago=65)
     sandbox.set(create_faults=["5000"])
-    ask(parts)
+    submit_request(parts)
     assert "--adopt" in (go_on(parts).error or "")
 
 
@@ -413,7 +413,7 @@ def test_a_callback_may_overtake_the_create_answer(
 ) -> None:
     sandbox.set(submitted_seconds=0, processing_seconds=0)
     confirm = Parts(parts.settings.model_copy(update={"confirm": "never"}))
-    asking = threading.Thread(target=ask, args=(parts,), kwargs={"prompt": prompt})
+    asking = threading.Thread(target=submit_request, args=(parts,), kwargs={"prompt": prompt})
     callbacks = Worker(confirm.database, confirm.lanes()[:1], lease_seconds=5, grace_seconds=0)
     with unanswered(sandbox):
         asking.start()

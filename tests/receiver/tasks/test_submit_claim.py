@@ -20,7 +20,7 @@ from storage.rows.models import Task
 from storage.states import TaskState
 from tests.harness import wait_until
 from tests.pipeline import Web, make_due_now, run, task_of
-from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, create, told
+from tests.receiver.gateway.test_gateway import CHANGES, ID, ON_SQLITE, create, status_and_code
 from tests.receiver.tasks.test_submit import make_upstream
 from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, queries
@@ -91,7 +91,7 @@ def test_gateway_create_that_takes_longer_than_its_lease_is_sent_once(web: Web, 
         asking = pool.submit(create, web, {**REQUEST, "external_task_id": ID})
         wait_until(lambda: creates(sandbox))
         nobody_else_finds_work(parts, asking)
-        assert told(asking.result()) == (200, 0)
+        assert status_and_code(asking.result()) == (200, 0)
     task = task_of(parts, ID)
     assert (task.state, task.losses, len(creates(sandbox))) == (TaskState.SUBMITTED, 0, 1)
 

@@ -23,7 +23,7 @@ def slow_tasks(sandbox: Sandbox) -> None:
     sandbox.set(submitted_seconds=600, processing_seconds=600)
 
 
-def ask(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **fields: Any) -> Task:
+def submit_request(parts: Parts, external_task_id: str | None = ID, adopt: bool = False, **fields: Any) -> Task:
     return parts.submitter.submit({**REQUEST, **fields}, external_task_id=external_task_id, adopt=adopt).task
 
 
@@ -66,7 +66,7 @@ REFUSED: list[tuple[str, Any]] = [
 def test_an_accepted_field_reaches_the_provider_as_documented(
     parts: Parts, sandbox: Sandbox, name: str, given: Any, sent: Any
 ) -> None:
-    task = ask(parts, **{name: given})
+    task = submit_request(parts, **{name: given})
     ours = {"external_task_id": ID, "callback_url": task.callback_url}
     assert creates(sandbox) == [{**REQUEST, **ours, name: sent}]
     assert task.state is TaskState.SUBMITTED
@@ -84,17 +84,17 @@ def test_a_refused_field_is_named_and_nothing_is_sent(parts: Parts, sandbox: San
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_element_ids_beyond_doubles_are_sent_as_numbers(parts: Parts, sandbox: Sandbox) -> None:
-    ask(parts, element_list=[{"element_id": "835266081714884677"}])
+    submit_request(parts, element_list=[{"element_id": "835266081714884677"}])
     assert b'"element_id": 835266081714884677}' in sandbox.ledger().creates[0].raw
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_any_external_id_arrives_as_given(parts: Parts, sandbox: Sandbox) -> None:
     given = "order/4711 ü?&#%"
-    ask(parts, given)
+    submit_request(parts, given)
     assert creates(sandbox)[0]["external_task_id"] == given
     with pytest.raises(ValueError, match="200"):
-        ask(parts, "ü" * 34)
+        submit_request(parts, "ü" * 34)
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)

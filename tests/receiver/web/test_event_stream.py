@@ -44,7 +44,7 @@ def changes() -> dict[str, Any]:
     return {"api_keys": f"{OTHER_KEY},{KEY}"}
 
 
-def tell(parts: Parts, *names: EventName, task: Task | None = None) -> None:
+def record_events(parts: Parts, *names: EventName, task: Task | None = None) -> None:
     for name in names:
         with parts.database.write() as session:
             record(session, name, task.id if task else None)
@@ -114,7 +114,7 @@ def test_stream_without_a_valid_key_is_refused(web: Web, shown: str) -> None:
 def test_each_configured_key_opens_a_stream(web: Web, parts: Parts) -> None:
     for key in (KEY, OTHER_KEY):
         with reading(web, Authorization=f"Bearer {key}") as messages:
-            tell(parts, EventName.TASK_FAILED)
+            record_events(parts, EventName.TASK_FAILED)
             assert len(take(messages, 1)) == 1
 
 
@@ -129,9 +129,9 @@ def test_head_request_ends(web: Web) -> None:
 
 def test_new_events_are_streamed_and_old_ones_are_not(web: Web, parts: Parts) -> None:
     task = task_of(parts)
-    tell(parts, EventName.TASK_SUBMITTED)
+    record_events(parts, EventName.TASK_SUBMITTED)
     with reading(web) as messages:
-        tell(parts, EventName.TASK_ARCHIVED, task=task)
+        record_events(parts, EventName.TASK_ARCHIVED, task=task)
         [message] = take(messages, 1)
     event = json.loads(message["data"])
     assert (message["id"], message["event"]) == ("3", "task.archived")
@@ -139,18 +139,18 @@ def test_new_events_are_streamed_and_old_ones_are_not(web: Web, parts: Parts) ->
 
 
 def test_filter_skips_other_events(web: Web, parts: Parts) -> None:
-    tell(parts, *[EventName.TASK_PROCESSING] * 3, EventName.ASSET_FAILED, EventName.TASK_FAILED)
+    record_events(parts, *[EventName.TASK_PROCESSING] * 3, EventName.ASSET_FAILED, EventName.TASK_FAILED)
     for query in ("types=asset.*,task.failed", "types=asset.*&types=task.failed"):
         with reading(web, f"?after=0&{query}") as messages:
             assert [message["event"] for message in take(messages, 2)] == ["asset.failed", "task.failed"]
     with reading(web, "?types=asset.*,task.failed") as messages:
         next(messages)
-        tell(parts, EventName.TASK_PROCESSING, EventName.ASSET_FAILED)
+        record_events(parts, EventName.TASK_PROCESSING, EventName.ASSET_FAILED)
         assert numbers(take(messages, 1)) == [7]
 
 
 def test_after_accepts_the_sequence_of_an_event(web: Web, parts: Parts) -> None:
-    tell(parts, *[EventName.TASK_PROCESSING] * 3)
+    record_events(parts, *[EventName.TASK_PROCESSING] * 3)
     with reading(web, "?after=0") as messages:
         sequence = json.loads(take(messages, 2)[-1]["data"])["sequence"]
     with reading(web, f"?after={sequence}") as messages:
@@ -163,7 +163,7 @@ def test_reader_continues_after_a_cut_without_a_gap(web: Web, parts: Parts) -> N
 
     def telling() -> None:
         for _ in range(60):
-            tell(parts, *[EventName.TASK_PROCESSING] * 5)
+            record_events(parts, *[EventName.TASK_PROCESSING] * 5)
         ended.set()
 
     teller = threading.Thread(target=telling)
@@ -182,21 +182,21 @@ def test_reader_continues_after_a_cut_without_a_gap(web: Web, parts: Parts) -> N
 def test_reader_continues_after_a_restart_of_the_server(parts: Parts) -> None:
     got: list[int] = []
     for start in range(2):
-        tell(parts, *[EventName.TASK_PROCESSING] * 4)  # while no server runs
+        record_events(parts, *[EventName.TASK_PROCESSING] * 4)  # while no server runs
         with closing(Wired(parts.settings, bucket=parts.bucket)) as on, Web(on) as web:
             with reading(web, **{"Last-Event-ID": str(got[-1] if got else 0)}) as messages:
-                tell(parts, *[EventName.TASK_PROCESSING] * 2)
+                record_events(parts, *[EventName.TASK_PROCESSING] * 2)
                 got += numbers(take(messages, 5))  # one more is left to the next server
         assert len(got) == 5 * (start + 1)
     assert got == list(range(1, 11))
 
 
 def test_reader_continues_after_its_last_event_was_pruned(web: Web, parts: Parts) -> None:
-    tell(parts, *[EventName.TASK_PROCESSING] * 3)
+    record_events(parts, *[EventName.TASK_PROCESSING] * 3)
     with parts.database.write() as session:
         session.execute(delete(Event))
     with reading(web, **{"Last-Event-ID": "3"}) as messages:
-        tell(parts, EventName.TASK_FAILED)
+        record_events(parts, EventName.TASK_FAILED)
         assert numbers(take(messages, 1)) == [4]
 
 
@@ -204,7 +204,7 @@ def test_new_request_wakes_the_streams_that_wait(web: Web, parts: Parts, monkeyp
     monkeypatch.setattr(event_stream, "POLL_INTERVAL_SECONDS", 60)  # the new request reads before the poll does
     with reading(web) as messages:
         next(messages)
-        tell(parts, EventName.TASK_FAILED)
+        record_events(parts, EventName.TASK_FAILED)
         assert httpx.head(f"{web.url}/events", headers=KEYS).status_code == 200
         assert numbers(take(messages, 1)) == [1]
 
@@ -218,7 +218,7 @@ def test_streams_that_follow_live_share_their_reads(web: Web, parts: Parts) -> N
             parts.database.reader, "before_cursor_execute",
             lambda *call: pages.append(call[2]) if "event.data" in call[2] else None,
         )  # fmt: skip
-        tell(parts, EventName.TASK_FAILED)
+        record_events(parts, EventName.TASK_FAILED)
         assert [numbers(take(stream, 1)) for stream in streams] == [[1]] * 8
     assert len(pages) < 4
 
@@ -234,7 +234,7 @@ def test_polling_continues_after_an_unexpected_error(web: Web, parts: Parts, mon
 
         monkeypatch.setattr(events, "newest_seq", look_badly)
         wait_until(lambda: not bugs)
-        tell(parts, EventName.TASK_FAILED)
+        record_events(parts, EventName.TASK_FAILED)
         assert len(take(messages, 1)) == 1
 
 
@@ -248,7 +248,7 @@ def test_idle_stream_has_heartbeats(web: Web, monkeypatch: pytest.MonkeyPatch) -
 def test_no_blank_line_makes_an_empty_event(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """httpx-sse yields an event for each blank line once it has seen an id or a `retry`."""
     monkeypatch.setattr(event_stream, "HEARTBEAT_SECONDS", 0.05)
-    tell(parts, EventName.TASK_FAILED)
+    record_events(parts, EventName.TASK_FAILED)
     with httpx.stream("GET", f"{web.url}/events?after=0", headers=KEYS, timeout=PATIENCE) as answer:
         lines = answer.iter_lines()
         found = [next(lines).partition(" {")[0] for _ in range(7)]
@@ -351,7 +351,7 @@ def test_stream_is_404_without_api_keys(web: Web) -> None:
 def test_waiting_readers_delay_neither_callbacks_nor_readiness(web: Web, parts: Parts) -> None:
     """More readers than Starlette has threads. The lock represents slow statements."""
     task = task_of(parts)
-    tell(parts, EventName.TASK_FAILED)
+    record_events(parts, EventName.TASK_FAILED)
     with parts.database.write() as session, ExitStack() as readers:
         session.execute(text("LOCK TABLE event"))
         for key in [KEY, OTHER_KEY] * 24:

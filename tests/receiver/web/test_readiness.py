@@ -25,7 +25,7 @@ ON_SQLITE = pytest.mark.parametrize("database_kind", ["sqlite"])
 CALLERS = 8
 
 
-def ask(web: Web) -> int:
+def ready_status(web: Web) -> int:
     return httpx.get(f"{web.url}/readyz", timeout=10).status_code
 
 
@@ -44,7 +44,7 @@ def test_eight_callers_check_the_database_once_a_second(web: Web, parts: Parts) 
             checks.append(time.monotonic())
 
     def ask_often(_: int) -> list[int]:
-        return [ask(web) for _ in range(20)]
+        return [ready_status(web) for _ in range(20)]
 
     event.listen(parts.database.writer, "before_cursor_execute", count)
     started = time.monotonic()
@@ -58,15 +58,15 @@ def test_eight_callers_check_the_database_once_a_second(web: Web, parts: Parts) 
 def test_check_that_hangs_is_not_ready_and_delays_nobody(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ask(web) == 200
+    assert ready_status(web) == 200
     monkeypatch.setattr(readiness, "HANG_SECONDS", 0.3)
     time.sleep(readiness.FRESH_SECONDS)
     with parts.database.write(), ThreadPoolExecutor(CALLERS) as callers:
-        wait_until(lambda: ask(web) == 503)
+        wait_until(lambda: ready_status(web) == 503)
         started = time.monotonic()
-        assert list(callers.map(ask, [web] * CALLERS)) == [503] * CALLERS
+        assert list(callers.map(ready_status, [web] * CALLERS)) == [503] * CALLERS
         assert time.monotonic() - started < 2
-    wait_until(lambda: ask(web) == 200)
+    wait_until(lambda: ready_status(web) == 200)
 
 
 def set_read_only(database: Database, how: str) -> None:
@@ -83,16 +83,16 @@ def set_read_only(database: Database, how: str) -> None:
 
 def test_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
-    assert ask(web) == 200
+    assert ready_status(web) == 200
     set_read_only(parts.database, "on")
     try:
         assert deliver(web, parts, task) == 503
         ends_at = time.monotonic() + 2 * readiness.FRESH_SECONDS
         while time.monotonic() < ends_at:
-            assert ask(web) == 503
+            assert ready_status(web) == 503
     finally:
         set_read_only(parts.database, "off")
-    wait_until(lambda: ask(web) == 200)
+    wait_until(lambda: ready_status(web) == 200)
     assert callbacks_of(parts) == []
     assert deliver(web, parts, task) == 200
 
@@ -117,8 +117,8 @@ def test_file_that_takes_small_deliveries_alone_is_not_ready(
     ends_at = time.monotonic() + 2 * readiness.FRESH_SECONDS
     while time.monotonic() < ends_at:
         statuses.append(httpx.post(path, content=os.urandom(16), timeout=10).status_code)
-        assert ask(web) == 503
+        assert ready_status(web) == 503
     assert statuses.count(200) == len(callbacks_of(parts))
     no_more_growth(resource.RLIM_INFINITY)
-    wait_until(lambda: ask(web) == 200)
+    wait_until(lambda: ready_status(web) == 200)
     assert httpx.post(path, content=os.urandom(60_000), timeout=10).status_code == 200

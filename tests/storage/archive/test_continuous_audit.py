@@ -246,7 +246,7 @@ def begin(parts: Parts) -> None:
     make_due_now(parts)
 
 
-def plant_at(parts: Parts, *shares: float) -> None:
+def insert_at(parts: Parts, *shares: float) -> None:
     """Insert tasks that are due at these shares of a round."""
     with parts.database.write() as session:
         for share in shares:
@@ -254,7 +254,7 @@ def plant_at(parts: Parts, *shares: float) -> None:
 
 
 def test_task_is_due_when_the_target_reaches_its_id(parts: Parts) -> None:
-    plant_at(parts, 0.25, 0.5, 0.995)
+    insert_at(parts, 0.25, 0.5, 0.995)
     work = audit(parts, days=0.01)
     for looked, passed, after in ((0, 0, 216), (1, 216, 432), (2, 432, 859.68), (3, 860, 864)):
         started = parts.database.now() - timedelta(seconds=passed + 0.5)  # the database's clock
@@ -277,7 +277,7 @@ def test_steps_are_at_least_ten_seconds_and_at_most_an_hour_apart(parts: Parts) 
     assert audit(parts).step()
     first = row(parts)
     assert first.round_started_at and 3_590 < (first.due_at - first.round_started_at).total_seconds() < 3_610
-    plant_at(parts, *(number / 1_000_000 for number in range(1, 50)))  # the first of a million tasks
+    insert_at(parts, *(number / 1_000_000 for number in range(1, 50)))  # the first of a million tasks
     change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() - timedelta(seconds=10))
     assert audit(parts).step()
     told, now = row(parts), parts.database.now()
@@ -286,7 +286,7 @@ def test_steps_are_at_least_ten_seconds_and_at_most_an_hour_apart(parts: Parts) 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 def test_fewer_days_apply_within_the_hour(parts: Parts) -> None:
-    plant_at(parts, 0.5)
+    insert_at(parts, 0.5)
     assert audit(parts, days=30).step()
     change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() - timedelta(days=1))
     assert audit(parts, days=30).step() and row(parts).checked["looked"] == 0
@@ -296,7 +296,7 @@ def test_fewer_days_apply_within_the_hour(parts: Parts) -> None:
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
 def test_more_days_repeat_no_task(parts: Parts) -> None:
-    plant_at(parts, 0.25)
+    insert_at(parts, 0.25)
     assert audit(parts, days=1).step()
     change(parts, due_at=LONG_AGO, round_started_at=parts.database.now() - timedelta(hours=12))
     assert audit(parts, days=1).step()

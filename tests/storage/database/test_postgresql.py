@@ -27,7 +27,7 @@ from tests.harness import wait_until
 from tests.pgbouncer import NEEDED, PgBouncer
 from tests.postgres import Postgres, demoted_in_use
 from tests.rows import new_task
-from tests.storage.database.test_sessions import announce, ask, count_workers, waiting
+from tests.storage.database.test_sessions import announce, count_workers, select_columns, waiting
 
 pytestmark = pytest.mark.parametrize("database_kind", ["postgresql"])
 STEADY_SECONDS = 0.5
@@ -141,7 +141,7 @@ def test_read_only_server_is_one_line_when_it_begins_and_one_when_it_ends(
             for number in range(5):
                 with pytest.raises(DatabaseUnavailable, match="read-only transaction"):
                     commit(database, number)
-                assert ask(database, text("1")) == (1,)
+                assert select_columns(database, text("1")) == (1,)
         time.sleep(STEADY_SECONDS)
         assert commit(database) is Intake.NEW
     assert [line["event"] for line in logs] == ["database.lost", "database.recovered"]
@@ -237,7 +237,7 @@ def test_sessions_of_a_demoted_server_that_a_pooler_keeps_are_ended(
     with PgBouncer(postgres, size=4) as pooler:
         database = opened(pooler.url(database_url))
         with postgres.read_only(name), ThreadPoolExecutor(4) as threads:
-            list(threads.map(lambda _: ask(database, text("pg_sleep(0.2)")), range(4)))
+            list(threads.map(lambda _: select_columns(database, text("pg_sleep(0.2)")), range(4)))
             with pytest.raises(DatabaseUnavailable, match="read-only transaction"):
                 commit(database)
         monkeypatch.setattr(postgresql, "OLD_SECONDS", 0)

@@ -94,14 +94,14 @@ def test_invalid_url_is_refused_without_showing_its_password(given: str) -> None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
-def ask(database: Database, *columns: Any) -> tuple[Any, ...]:
+def select_columns(database: Database, *columns: Any) -> tuple[Any, ...]:
     with database.read() as session:
         return tuple(session.execute(select(*columns)).one())
 
 
 def test_db_now_adds_seconds_to_the_databases_time(database: Database) -> None:
     before = datetime.now(UTC) - timedelta(seconds=1)  # SQLite's clock has milliseconds
-    now, soon, past, month = ask(database, db_now(), db_now(0.25), db_now(-90), db_now(2_592_000))
+    now, soon, past, month = select_columns(database, db_now(), db_now(0.25), db_now(-90), db_now(2_592_000))
     assert before <= now <= datetime.now(UTC)
     for moment, seconds in ((soon, 0.25), (past, -90), (month, 2_592_000)):
         assert abs((moment - now).total_seconds() - seconds) < 5

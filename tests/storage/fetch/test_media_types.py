@@ -181,7 +181,7 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
 }
 
 
-def look(data: bytes) -> Media:
+def described(data: bytes) -> Media:
     return media_types.inspect(io.BytesIO(data))
 
 
@@ -189,7 +189,7 @@ def look(data: bytes) -> Media:
 def test_whole_file_is_described(name: str) -> None:
     data, media_type, extension = WHOLE[name]
     width, height = (None, None) if name.split()[0] in SOUNDS else SIZES.get(name, (60, 40))
-    assert look(data) == Media(media_type, extension, width, height, verified=True)
+    assert described(data) == Media(media_type, extension, width, height, verified=True)
     assert media_types.sniff(data[: media_types.HEAD_BYTES]) == (media_type, extension)
 
 
@@ -197,18 +197,18 @@ def test_whole_file_is_described(name: str) -> None:
 def test_damaged_file_is_refused_with_its_reason(name: str) -> None:
     data, reason = DAMAGED[name]
     with pytest.raises(AssetDamaged, match=reason):
-        look(data)
+        described(data)
 
 
 def test_live_stream_without_lengths_is_described() -> None:
-    assert look(LIVE_WEBM) == Media("video/webm", "webm", None, None, verified=True)
+    assert described(LIVE_WEBM) == Media("video/webm", "webm", None, None, verified=True)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_file_of_another_kind_is_named(name: str) -> None:
     data, looks_like = FOREIGN[name]
     with pytest.raises(NotAnAsset, match=looks_like):
-        look(data)
+        described(data)
 
 
 # Sound may end between any two frames; the other formats mark their end.
@@ -218,15 +218,15 @@ def test_every_truncation_is_refused(name: str) -> None:
     cuts = range(len(data)) if len(data) < 2_000 else sorted(random.Random(1).sample(range(len(data)), 500))
     for cut in (*cuts, len(data) - 1):
         with pytest.raises((AssetDamaged, NotAnAsset)):
-            look(data[:cut])
+            described(data[:cut])
 
 
 def test_png_cut_at_every_chunk_boundary_is_refused() -> None:
     whole = png(*[chunk(b"IDAT", b"x" * 50)] * 20, chunk(b"tEXt", b"a\0b"), chunk(b"IEND"))
-    assert look(whole).verified
+    assert described(whole).verified
     for boundary in (33, *range(33 + 62, len(whole), 62), len(whole) - 12, len(whole) - 4):
         with pytest.raises(AssetDamaged, match="cut short"):
-            look(whole[:boundary])
+            described(whole[:boundary])
 
 
 HARMLESS: dict[str, bytes] = {
@@ -262,7 +262,7 @@ HARMFUL: dict[str, bytes] = {
 def test_harmless_bytes_after_the_end_are_counted(name: str) -> None:
     data, media_type, _ = WHOLE[name]
     for tail in HARMLESS.values():
-        found = look(data + tail)
+        found = described(data + tail)
         assert (found.media_type, found.trailing_bytes) in ((media_type, len(tail)), (media_type, 0))
         assert found.trailing_bytes or tail is MP4  # appended boxes belong to the same file
 
@@ -271,13 +271,13 @@ def test_harmless_bytes_after_the_end_are_counted(name: str) -> None:
 def test_page_archive_or_program_after_the_end_is_refused(tail: str) -> None:
     for name in WHOLE:
         with pytest.raises(AssetDamaged, match="after the end hold"):
-            look(WHOLE[name][0] + HARMFUL[tail])
+            described(WHOLE[name][0] + HARMFUL[tail])
 
 
 def test_signature_across_two_blocks_is_found() -> None:
     for shift in range(12):
         with pytest.raises(AssetDamaged, match="markup"):
-            look(png() + b"." * (structure.BLOCK_BYTES - shift) + b"<!doctype html>")
+            described(png() + b"." * (structure.BLOCK_BYTES - shift) + b"<!doctype html>")
 
 
 def test_stray_bytes_that_decoders_skip_are_noted() -> None:
@@ -285,11 +285,11 @@ def test_stray_bytes_that_decoders_skip_are_noted() -> None:
     for stray in (b"hello", b"\xff\0", b"\xff\xd5\0o", b"\0" * structure.BLOCK_BYTES):
         if len(stray) > jpeg.MAX_STRAY_BYTES:
             with pytest.raises(AssetDamaged, match="no marker at byte 20"):
-                look(start + rest[:18] + stray + rest[18:])
+                described(start + rest[:18] + stray + rest[18:])
         else:
-            assert look(start + rest[:18] + stray + rest[18:]).notes == ("stray bytes between segments",)
-    assert look(start + b"\xff" * 9 + rest).notes == ()
-    assert look(WHOLE["gif"][0][:-1] + b"\0;").notes == ("zero bytes between blocks",)
+            assert described(start + rest[:18] + stray + rest[18:]).notes == ("stray bytes between segments",)
+    assert described(start + b"\xff" * 9 + rest).notes == ()
+    assert described(WHOLE["gif"][0][:-1] + b"\0;").notes == ("zero bytes between blocks",)
 
 
 @given(st.sampled_from(sorted(WHOLE)), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6))
@@ -298,21 +298,21 @@ def test_changed_file_is_described_or_refused(name: str, changes: list[tuple[flo
     for share, byte in changes:
         data[int(share**3 * (len(data) - 1))] = byte  # mostly near the beginning, where the structure is
     with suppress(AssetDamaged, NotAnAsset):
-        look(bytes(data))
+        described(bytes(data))
 
 
 @given(st.binary(max_size=200), st.sampled_from([entry[0][:12] for entry in WHOLE.values()]))
 def test_any_bytes_are_described_or_refused(data: bytes, start: bytes) -> None:
     for candidate in (data, start + data):
         with suppress(AssetDamaged, NotAnAsset):
-            look(candidate)
+            described(candidate)
 
 
 def test_marker_split_between_two_blocks_is_found() -> None:
     start, scan, end = WHOLE["jpeg"][0].partition(b"\xff\xda")[0], b"\xff\xda\0\2", b"\xff\xd9"
     for shift in range(-4, 5):
         body = b"\x01" * (structure.BLOCK_BYTES + shift)
-        assert look(start + scan + body + b"\xff\0\xff\xd0\1\xff" + end).verified
+        assert described(start + scan + body + b"\xff\0\xff\xd0\1\xff" + end).verified
 
 
 LARGE: dict[str, Callable[[], bytes]] = {
@@ -349,5 +349,5 @@ PIECES: dict[str, bytes] = {
 def test_file_of_too_many_pieces_is_refused_within_a_second(name: str) -> None:
     started = time.process_time()
     with pytest.raises(AssetDamaged, match="too many pieces"):
-        look(PIECES[name])
+        described(PIECES[name])
     assert time.process_time() - started < 1
