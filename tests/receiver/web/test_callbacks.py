@@ -462,12 +462,17 @@ def test_either_secret_is_accepted_during_a_rotation(secrets: list[str], web: We
 
 
 @ON_SQLITE
-def test_bodies_of_one_url_are_bounded_together(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether they are complete or lack a byte. The bodies of other URLs are read."""
+@pytest.mark.parametrize("length", ["1000", "000000000000001000"])
+def test_bodies_of_one_url_are_bounded_together(
+    length: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they are complete or lack a byte, however the length is written. The bodies of other URLs are read."""
     monkeypatch.setattr(callbacks, "MAX_TASK_BYTES", 2_000)
     task, other = insert_row(parts), insert_row(parts)
     with ExitStack() as opened:
-        held = [opened.enter_context(connected(web, path_of(parts, task), "Content-Length: 1000")) for _ in range(2)]
+        held = [
+            opened.enter_context(connected(web, path_of(parts, task), f"Content-Length: {length}")) for _ in range(2)
+        ]
         for connection in held:
             connection.sendall(BODY + b" " * 900)
         wait_until(lambda: web.requests_under_way == 2)
