@@ -117,7 +117,8 @@ def newest_tasks(
     if len(keys) > limit:
         page.further = _cursor_text(keys[limit - 1].created_at, keys[limit - 1].id)
     elif narrow:
-        last = select(window.c.id, window.c.created_at).order_by(window.c.created_at.desc(), window.c.id.desc())
+        # Asked of the index alone, because to ask the window makes it once more.
+        last = ordered.with_only_columns(col(Task.id), col(Task.created_at))
         if end := session.execute(last.offset(SCANNED - 1).limit(1)).first():
             page.further, page.looked_until = _cursor_text(end.created_at, end.id), end.created_at
     return page
@@ -279,8 +280,8 @@ def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | No
     if len(keys) > limit:
         page.further = _cursor_text(keys[limit - 1].received_at, keys[limit - 1].id)
     elif narrow:
-        last = select(window.c.id, window.c.received_at).order_by(*order).offset(SCANNED - 1).limit(1)
-        if end := session.execute(last).first():
+        last = ordered.with_only_columns(col(Callback.id), col(Callback.received_at))
+        if end := session.execute(last.offset(SCANNED - 1).limit(1)).first():
             page.further, page.looked_until = _cursor_text(end.received_at, end.id), end.received_at
     return page
 

@@ -80,3 +80,8 @@ def test_a_list_in_the_order_of_an_index_reads_no_more_than_its_page(database: D
     with database.read() as session:
         newest_tasks(session, wanted, None)
     assert asked and not any(lists.SCANNED in values for values in asked)
+
+
+def test_the_end_of_a_search_is_found_in_the_index_alone(database: Database) -> None:
+    found = plans(database, lambda session: newest_tasks(session, TaskFilter(q="absent"), None)).splitlines()
+    assert "SCAN task USING COVERING INDEX task_newest" in found
