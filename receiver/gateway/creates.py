@@ -209,9 +209,9 @@ class Creates:
             try:
                 self._remember(ask.key, refusal, reply)
             except DatabaseUnavailable as error:
-                log.error("gateway.answer_not_remembered", **tasks.named(begun.task), error=str(error))
+                log.error("gateway.answer_not_stored", **tasks.named(begun.task), error=str(error))
             except Exception:
-                log.exception("gateway.answer_not_remembered", **tasks.named(begun.task))
+                log.exception("gateway.answer_not_stored", **tasks.named(begun.task))
         return reply
 
     def _latest(self, begun: StartedCreate) -> Task:

@@ -254,7 +254,7 @@ class Bucket(StoredObjects):
         if stored.etag != evidence.etag or stored.metadata.get("sha256") != put.sha256:
             raise ObjectConflict(f"another writer's object is stored under {put.key}")
         if self.capabilities().proof != "read":
-            log.error("store.lied", bucket=self.name)
+            log.error("store.bytes_changed", bucket=self.name)
         # From now on every object is read back.
         self._capabilities = replace(self.capabilities(), refuses_wrong_checksum=False, refuses_wrong_md5=False)
         self.delete(put.key)

@@ -23,7 +23,7 @@ def _riff_chunks(reader: Reader) -> Iterator[tuple[bytes, bytes]]:
         reader.skip(length - len(first))
         reader.skip(min(length & 1, max(0, end - reader.at)))
         if reader.at > end:
-            raise AssetDamaged(f"the chunk that ends at byte {reader.at} goes on after the end")
+            raise AssetDamaged(f"the chunk that ends at byte {reader.at} continues after the end")
         yield kind, first
 
 

@@ -202,7 +202,9 @@ def names_matching(patterns: Iterable[str]) -> frozenset[EventName]:
     chosen: set[EventName] = set()
     for pattern in dict.fromkeys(patterns):
         if len(pattern) > MAX_PATTERN_CHARS:
-            raise ValueError(f"{pattern[:40]!r}… is longer than {MAX_PATTERN_CHARS} characters, as no event's name is")
+            raise ValueError(
+                f"{pattern[:40]!r}… is longer than {MAX_PATTERN_CHARS} characters; no event's name is that long"
+            )
         matching = {name for name in EventName if fnmatchcase(name, pattern)}
         if not matching:
             raise ValueError(f"no event is called {pattern[:40]!r}; the events are {', '.join(EventName)}")

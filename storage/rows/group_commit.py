@@ -117,7 +117,7 @@ class GroupCommit:
             self._changed.notify()
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         if self._thread.is_alive():
-            log.error("inbox.not_stopped", after_seconds=STOP_SECONDS)  # its thread ends with the process
+            log.error("group_commit.not_stopped", after_seconds=STOP_SECONDS)  # its thread ends with the process
             if self._committing is not None:
                 self._committing.cancel()
         elif self._connection is not None:

@@ -80,7 +80,7 @@ def finish(parts: Parts, name: str = "night") -> Counts:
     return wait_until(over, seconds=30)
 
 
-# -- putting in -------------------------------------------------------------------------------------------------------
+# -- inserting --------------------------------------------------------------------------------------------------------
 
 
 def test_rows_wait_in_the_order_of_the_file_and_are_sent_once(parts: Parts, sandbox: Sandbox) -> None:

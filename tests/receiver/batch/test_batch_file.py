@@ -155,7 +155,7 @@ def test_a_large_file_is_refused(bound: str, word: str, monkeypatch: pytest.Monk
 HEADER = b"model_name,prompt,n,image,element_id,watermark,external_task_id\r\n"
 
 
-def test_a_csv_row_is_the_same_request() -> None:
+def test_csv_row_makes_the_same_request_as_json() -> None:
     row = b'kling-v3-omni,"a boat,\nand ""sea""",2,https://a.example/1.png https://a.example/2.png,7 8,true,mine\r\n'
     (line,) = read(HEADER + row, "csv")
     assert line.number == 2

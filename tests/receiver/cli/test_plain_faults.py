@@ -324,7 +324,7 @@ def serving(receiver: CommandLine, *words: str) -> Iterator[tuple[Forked, Path]]
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_a_host_in_brackets_is_listened_on(ready: CommandLine) -> None:
+def test_host_in_brackets_can_be_listened_on(ready: CommandLine) -> None:
     port = free_port()
     with serving(ready, "--host", "[::1]", "--port", str(port)):
         socket.create_connection(("::1", port), timeout=5).close()

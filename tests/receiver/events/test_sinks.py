@@ -128,7 +128,7 @@ def test_check_of_a_sink_predicts_a_sending(case: Case) -> None:
 # -- silence ----------------------------------------------------------------------------------------------------------
 
 
-def test_silence_is_waited_for_once_and_not_for_long() -> None:
+def test_silent_sink_is_waited_for_once_and_briefly() -> None:
     with silent() as host:
         policy = AddressPolicy(private_hosts=private_pairs((host,)))
         started = time.monotonic()

@@ -100,7 +100,7 @@ def test_a_bad_token_is_404_and_its_body_is_not_waited_for(token: str, web: Web,
 
 
 @ON_SQLITE
-def test_a_token_for_something_else_is_404(web: Web, parts: Parts) -> None:
+def test_token_of_another_purpose_is_404(web: Web, parts: Parts) -> None:
     task = insert_row(parts)
     other_provider = parts.tokens.sign("fal", task.id)
     good = parts.tokens.sign("kling", task.id)

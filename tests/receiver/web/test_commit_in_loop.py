@@ -159,7 +159,7 @@ def stopped_backends(database: Database) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
-def test_health_answers_while_postgresql_stands_still(web: Web, parts: Parts, deliveries: Deliveries) -> None:
+def test_health_answers_while_postgresql_does_not_answer(web: Web, parts: Parts, deliveries: Deliveries) -> None:
     with stopped_backends(parts.database):
         waits = health_waits(web, HELD_SECONDS, deliveries.post_some)
     assert_quick(waits)
@@ -172,7 +172,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
-def test_a_delivery_is_503_in_time_while_postgresql_stands_still(
+def test_delivery_is_503_in_time_while_postgresql_does_not_answer(
     impatience: None, parts: Parts, deliveries: Deliveries
 ) -> None:
     before = len(callbacks_of(parts))

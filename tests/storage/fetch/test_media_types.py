@@ -137,7 +137,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "mp4 of fragments with a hole": (MP4 + box(b"moof") + bytes(16) + box(b"mdat"), "no box"),
     "mp4 without moov": (box(b"ftyp", b"isom\0\0\2\0") + box(b"mdat", b"x"), "no moov"),
     "mp4 box smaller than its head": (box(b"ftyp", b"isom\0\0\2\0") + b"\0\0\0\4moov", "no moov"),
-    "webp chunk longer than its list": (shortened(picture("WEBP")), "goes on after the end"),
+    "webp chunk longer than its list": (shortened(picture("WEBP")), "continues after the end"),
     "mp4 64-bit box": (box(b"ftyp", b"isom\0\0\2\0") + b"\0\0\0\1mdat" + b"\xff" * 8, "cut short inside mdat"),
     "heic bomb": (HEIC.replace(struct.pack(">II", 640, 480), struct.pack(">II", 60_000, 60_000)), "allowed"),
     "webm + html": (WEBM + b"<html>", "6 bytes after the end hold markup"),
