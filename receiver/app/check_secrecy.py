@@ -1,4 +1,4 @@
-"""Checks of what a stranger could guess or overhear: weak secrets, and a store that is reached in clear text."""
+"""Checks of what an attacker could guess or overhear: weak secrets, and a store that is reached in clear text."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Batches:
         """Compare a file with the rows there are. Changes nothing.
 
         Raises `BatchInvalid` if an external id of the file has another request here or belongs to another batch.
-        `is_file_name`: nobody chose the name, so a batch that shares no line with the file is taken for another file's.
+        `is_file_name`: the name is the file's, so a batch that shares no line with the file is taken for another's.
         """
         new: list[Line] = []
         moved: list[tuple[uuid.UUID, int]] = []

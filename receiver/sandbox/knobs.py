@@ -165,7 +165,7 @@ class Knobs(BaseModel):
     cdn_content_encoding: str | None = Field(
         default=None,
         pattern=r"^[\x21-\x7e]{1,40}$",
-        description="A Content-Encoding that nobody asked for; of any but gzip only the header comes.",
+        description="A Content-Encoding that was not requested; of any but gzip only the header comes.",
     )
     cdn_junk_header: bool = Field(default=False, description="Send a line that is no header among a file's headers.")
     cdn_link_form: Literal["plain", "space", "blanks"] = Field(

@@ -150,7 +150,7 @@ class Operator:
         ready, kept_back = [], dict[int | None, str]()
         for row in rows:
             if row.source != "push":
-                kept_back[row.id] = "the answer to a read; `receiver reconcile` reads its task anew"
+                kept_back[row.id] = "the answer to a read; `receiver reconcile` reads its task again"
             elif row.state is not CallbackState.REJECTED or not (row.reason or "").startswith(SIGNATURE_REASON):
                 ready.append(row.id or 0)
             elif not self._put_back_verified(row):

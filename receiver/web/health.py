@@ -37,7 +37,7 @@ from storage.states import CallbackState
 
 
 class Health:
-    """The endpoints. `metrics_token`: opens `/metrics` and the details of `/readyz`; None = nobody sees them.
+    """The endpoints. `metrics_token`: opens `/metrics` and the details of `/readyz`; None = both are hidden.
 
     `deadline_seconds`: how long before the provider deletes a file its task counts as near its deadline.
     """

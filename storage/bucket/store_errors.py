@@ -116,7 +116,7 @@ def permission(error: Any) -> str | None:
 
 
 def is_stale(error: Exception) -> bool:
-    """Whether credentials that are read anew may end the refusal."""
+    """Whether reading the credentials again may end the refusal."""
     if isinstance(error, boto_errors.ClientError):
         return code(error) in STALE
     return isinstance(error, boto_errors.NoCredentialsError | boto_errors.PartialCredentialsError)

@@ -63,7 +63,7 @@ class KeptResults(Generic[K, V]):
             return {key: self._known[key].value for key in keys if key in self._known}  # type: ignore[misc]
 
     def forget(self, key: K) -> None:
-        """Read it anew for the next call: somebody has changed it."""
+        """Read it again for the next call, because it was changed."""
         with self._changed:
             self._known.pop(key, None)
 
