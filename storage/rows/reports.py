@@ -91,8 +91,7 @@ def apply(
     if confirmed:
         _confirm_assets(session, task, known, assets, report, now)
     _note_provider_id(session, task, report, confirmed=confirmed)
-    # The reason of a read of an ended task: a doubted delivery. The same delivery, sent again unsigned, must not
-    # withdraw it.
+    # A doubted delivery caused the read of an ended task. The same one, sent again unsigned, must not withdraw it.
     is_asked = task.step is Step.READ and before.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
