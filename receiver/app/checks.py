@@ -23,9 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlmodel import col, or_, select
 
 from receiver.app import check_database, check_events, check_secrecy, check_store, database_faults
-from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, host_of, refused, start_command
-from receiver.app.findings import Result as Result
-from receiver.app.findings import Status as Status
+from receiver.app.findings import MAX_SKEW_SECONDS, SYNCHRONISE, Result, Status, host_of, refused, start_command
 from receiver.app.wiring import Parts
 from receiver.base import config, env_file
 from receiver.base.sink_setting import Entry

@@ -12,7 +12,7 @@ from receiver.cli.serve import AllowHttp, Store
 from receiver.cli.terminal import cell, say, say_json, show
 
 if TYPE_CHECKING:
-    from receiver.app.checks import Result
+    from receiver.app.findings import Result
 
 COLOURS = {"ok": "green", "note": "cyan", "fault": "bold red"}
 
@@ -30,6 +30,7 @@ def check(
     secrets.
     """
     from receiver.app import checks
+    from receiver.app.findings import Status
     from receiver.base import config, telemetry
     from receiver.local_store import serve_store
 
@@ -41,7 +42,7 @@ def check(
         telemetry.configure("warning", settings.log_format)
         with serve_store.running(settings):
             results = checks.run(settings)
-    is_good = all(result.status is not checks.Status.FAULT for result in results)
+    is_good = all(result.status is not Status.FAULT for result in results)
     if as_json:
         say_json({"ok": is_good, "checks": [asdict(result) for result in results]}, indent=1)
     else:

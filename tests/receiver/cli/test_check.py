@@ -20,7 +20,7 @@ from sqlalchemy import text
 from typer.testing import CliRunner
 
 from receiver.app import check_secrecy, check_store, checks
-from receiver.app.checks import Result, Status
+from receiver.app.findings import Result, Status
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.tokens import Named, Tokens

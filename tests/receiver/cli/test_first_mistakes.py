@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from receiver.app import checks
+from receiver.app.findings import Status
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.sandbox import Sandbox
@@ -51,9 +52,9 @@ def test_check_tells_a_wrong_address_of_the_provider_from_a_wrong_key(
 
 def test_check_names_a_spool_folder_that_is_not_there_or_small() -> None:
     (found,) = checks.spooling(config.load(s3_bucket="pictures", spool_dir="/nowhere"))
-    assert found.status is checks.Status.FAULT and "/nowhere cannot be written" in found.line
+    assert found.status is Status.FAULT and "/nowhere cannot be written" in found.line
     (found,) = checks.spooling(config.load(s3_bucket="pictures", max_asset_bytes=2**60))
-    assert found.status is checks.Status.NOTE and "set RECEIVER_SPOOL_DIR to a larger disk" in found.advice
+    assert found.status is Status.NOTE and "set RECEIVER_SPOOL_DIR to a larger disk" in found.advice
     assert list(checks.spooling(config.load(s3_bucket="pictures", max_asset_bytes=1))) == []
 
 
