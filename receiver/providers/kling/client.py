@@ -26,7 +26,6 @@ from receiver.providers.base import (
     RequestFacts,
     Unavailable,
     plain,
-    verify_standard_webhook,
 )
 from receiver.providers.kling import prices
 from receiver.providers.kling import report as kling_report
@@ -42,6 +41,7 @@ from receiver.providers.kling.report import (
     whole,
 )
 from receiver.providers.kling.request import OmniImageRequest, facts_of, parse_request, redacted
+from receiver.providers.webhook_signature import verify_standard_webhook
 from storage import forks
 from storage.circuit import Circuit
 from storage.egress import EgressProxy

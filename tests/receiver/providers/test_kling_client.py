@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from standardwebhooks.webhooks import Webhook
 
-from receiver.providers.base import AlreadyExists, BadSignature, RequestFacts, Unavailable, verify_standard_webhook
+from receiver.providers.base import AlreadyExists, BadSignature, RequestFacts, Unavailable
 from receiver.providers.kling.client import MAX_ANSWER_BYTES, Kling, encode_in_pieces
+from receiver.providers.webhook_signature import verify_standard_webhook
 from storage.errors import AccountRefused, ModelRefused, ProviderRejected, ProviderThrottled, ReportUnreadable
 from storage.states import Output, Report, TaskState
 from tests.harness import PAYLOADS
