@@ -56,6 +56,7 @@ class Target:
     account: str
     asset: str
     slow_hook: str
+    hook: str
     until: float
 
     @property
@@ -162,7 +163,16 @@ async def held_streams(target: Target) -> None:
 
 async def slow_callback_host(target: Target) -> None:
     """Ten creates a second cause thirty callbacks, which occupy the callback threads but not the processors."""
-    body = json.dumps(PLAIN | {"callback_url": target.slow_hook}).encode()
+    await called_back(target, target.slow_hook)
+
+
+async def quick_callback_host(target: Target) -> None:
+    """The same creates, and no attack: what they cost without the slowness of the host."""
+    await called_back(target, target.hook)
+
+
+async def called_back(target: Target, url: str) -> None:
+    body = json.dumps(PLAIN | {"callback_url": url}).encode()
 
     async def create(_: int) -> None:
         await say(target, request("POST", CREATES, body, key=KEY))
@@ -184,6 +194,10 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "creates of a head and a byte": ("one client key", held_creates),
     "streams of events": ("one client key", held_streams),
     "a slow host to call back": ("one client key", slow_callback_host),
+}
+# What is measured beside an attack, to tell it from the load that comes with it.
+LOADS: dict[str, tuple[str, Attack]] = {
+    "a slow host to call back": ("the same creates, a quick host", quick_callback_host),
 }
 
 
@@ -244,7 +258,9 @@ class Stage(Scene):
     def target(self, seconds: float) -> Target:
         sign = self.parts.tokens.sign
         task, account = (f"/callbacks/kling/{sign('kling', named)}" for named in (uuid.uuid4(), None))
-        return Target(self.port, task, account, self.asset, self.slow_hook.url, time.monotonic() + seconds)
+        return Target(
+            self.port, task, account, self.asset, self.slow_hook.url, self.hook.url, time.monotonic() + seconds
+        )
 
     async def honest(self, rate: float, seconds: float) -> Honest:
         acks, starts = await asyncio.gather(acknowledge(self.port, rate, seconds), self._creates(seconds))
@@ -267,10 +283,10 @@ class Stage(Scene):
         ends = [got for got in self.hook.taken if got.json.get("task_status") == "succeed"]
         return {got.json["task_id"]: got.at for got in reversed(ends)}
 
-    def measure(self, name: str, rate: float, seconds: float) -> Honest:
+    def measure(self, attack: Attack, rate: float, seconds: float) -> Honest:
         """Measure honest traffic beside an attack from a separate process."""
         target = self.target(seconds + 2)
-        words = ("--attack", name, "--target", json.dumps(vars(target)))
+        words = ("--attack", attack.__name__, "--target", json.dumps(vars(target)))
         log = self.folder / "attack.log"
         attacker = Forked(words, os.environ, self.folder, out=log, module="tests.attacks")
         try:
@@ -298,7 +314,10 @@ def play(names: list[str], rate: float, seconds: float) -> list[str]:
         stage.asset = stage.link()
         for name in names:
             alone = asyncio.run(stage.honest(rate, seconds))
-            beside = stage.measure(name, rate, seconds)
+            if name in LOADS:
+                words, load = LOADS[name]
+                print(f"{words}\n   beside {stage.measure(load, rate, seconds).words}", flush=True)  # noqa: T201
+            beside = stage.measure(ATTACKS[name][1], rate, seconds)
             print(f"{ATTACKS[name][0]}: {name}\n   alone  {alone.words}\n   beside {beside.words}", flush=True)  # noqa: T201
             beyond += [] if is_within(alone, beside) else [name]
             if beside.missing:
@@ -316,7 +335,7 @@ def main() -> None:
     parser.add_argument("--target", type=json.loads, help=argparse.SUPPRESS)
     given: Any = parser.parse_args()
     if given.attack:
-        asyncio.run(ATTACKS[given.attack][1](Target(**given.target)))  # type: ignore[arg-type]
+        asyncio.run(globals()[given.attack](Target(**given.target)))
         return
     beyond = play(given.only or list(ATTACKS), given.rate, given.seconds)
     if beyond:
