@@ -26,6 +26,7 @@ from storage.bucket.probe import Capabilities
 from storage.bucket.put_options import PutOptions
 from storage.errors import ObjectConflict, StoreUnavailable
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+from tests.harness import wait_until
 
 # Headers that differ by request or count boto3's tries.
 ITS_OWN = {"accept-encoding", "user-agent", "amz-sdk-invocation-id", "amz-sdk-request"}
@@ -319,6 +320,7 @@ def test_silent_store_is_given_up_after_one_timeout(
         silent = Bucket(bucket.name, endpoint_url=url, capabilities=bucket.capabilities())
         with pytest.raises(StoreUnavailable) as raised:
             put(silent, "a.png", b"one")
+        wait_until(lambda: accepted)
         server.shutdown(socket.SHUT_RDWR)
     thread.join(10)
     for connection in accepted:
