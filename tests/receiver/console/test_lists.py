@@ -191,11 +191,14 @@ def test_latencies_are_a_bounded_sample_with_the_ranks_of_all(parts: Parts) -> N
 
 
 @pytest.mark.parametrize("span", ["24h", "30d"])
-def test_overview_has_eight_charts(parts: Parts, web: Web, span: str) -> None:
+def test_overview_has_eight_charts(parts: Parts, web: Web, span: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.operations.rollups.REST_SECONDS", 0.0)
     archive(parts, 2)
     with Reader(web.url) as ann:
         path = f"?span={span}"
-        page = wait_until(lambda: (seen := ann.page(path)) and "data-counting" not in seen and seen, seconds=90)
+        page = wait_until(
+            lambda: (seen := ann.page(path)) and "data-counting" not in seen and seen, seconds=90, every=0.3
+        )
     names = re.findall(r'aria-label="([^"]+) over time"', page)
     assert len(names) == 8 and page.count("<rect") >= 4, names
     assert all(each in page for each in ("Bytes archived", "p95", "USD", "Callbacks lost"))
