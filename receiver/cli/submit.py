@@ -195,10 +195,17 @@ def _wait(parts: Parts, task: Task, as_json: bool) -> None:
     from receiver.cli import show
     from storage.states import ArchiveState
 
+    if not as_json:
+        say(task.external_task_id)  # before the wait: a process that is ended meanwhile leaves the id of a paid task
     if not show.await_worker(parts):
-        _print_id(parts, task, as_json)
+        if as_json:
+            _print(parts, task)
         say(f"submitted, but {show.no_worker(parts)}", err=True)
         raise typer.Exit(1)
+    if not as_json:
+        say(
+            task.external_task_id
+        )  # first, so that whoever is stopped while waiting still has the id of what was paid for
     finished = show.wait(parts, task.external_task_id)
     if as_json:
         _print(parts, task)

@@ -18,10 +18,11 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import Select, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
@@ -118,8 +119,13 @@ def refusal(session: Session, provider: str, model: str | None) -> AccountRefuse
 
 
 def _waiting(session: Session, provider: str) -> Sequence[AccountPause]:
-    waits = (col(AccountPause.provider) == provider, col(AccountPause.trial_at) > db_now_once())
+    waits = (col(AccountPause.provider) == provider, col(AccountPause.trial_at) > db_now_once(), ~_is_impossible())
     return session.scalars(select(AccountPause).where(*waits).order_by(col(AccountPause.model))).all()
+
+
+def _is_impossible() -> ColumnElement[bool]:
+    """Whether the trial is further ahead than any that a correct clock sets: the clock has been set back since."""
+    return col(AccountPause.trial_at) > db_now_once(TRIAL_SECONDS)
 
 
 def as_refusal(pause: AccountPause) -> AccountRefused:
@@ -140,7 +146,7 @@ def begin(session: Session, task: Task) -> Trial:
         return Trial(is_early=careful and not has_room(session, task.provider, task.id))
     now = session.execute(select(db_now())).scalar_one()
     for pause in rows:
-        if pause.trial_at > now:
+        if now < pause.trial_at <= now + timedelta(seconds=TRIAL_SECONDS):
             return Trial(as_refusal(pause))
     session.execute(update(AccountPause).where(*mine, _STANDS).values(trial_at=db_now(TRIAL_SECONDS)))
     return Trial(of=tuple(rows))

@@ -56,7 +56,9 @@ class ReadRateLimit:
         """Seconds until the next free moment, which is reserved unless it is too far ahead."""
         row = self._lock(session, account)
         now = session.execute(select(db_now())).scalar_one()
-        start = max(row.next_free_at, now)
+        # A moment further ahead was reserved while the clock was wrong. Waiting for it would stop all reads until then.
+        furthest = now + timedelta(seconds=self._patience_seconds) + self._interval
+        start = max(row.next_free_at, now) if row.next_free_at <= furthest else now
         seconds: float = (start - now).total_seconds()
         if seconds <= self._patience_seconds:
             row.next_free_at = start + self._interval

@@ -129,10 +129,13 @@ def choose(
 
 
 def limit_at(setting: int, lowered: int | None, changed_at: datetime, now: datetime) -> int:
-    """The current limit: the one that a refusal set, plus one for every minute since, at most the setting."""
+    """The current limit: the one that a refusal set, plus one for every minute since, at most the setting.
+
+    `changed_at` may be later than `now`, if the clock has been set back.
+    """
     if lowered is None:
         return setting
-    return min(setting, lowered + int((now - changed_at).total_seconds() // RAISE_SECONDS))
+    return min(setting, lowered + max(0, int((now - changed_at).total_seconds() // RAISE_SECONDS)))
 
 
 class Slots:

@@ -178,6 +178,15 @@ def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path)
     assert err.read_text().endswith("stopped waiting; the workers go on; `receiver status 'a b'` shows the task\n")
 
 
+def test_terminated_while_waiting_it_has_printed_the_id(ready: CommandLine, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", (*ASK, "--external-task-id", "a b", "--wait")
+    process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=out, err=tmp_path / "err")
+    try:
+        wait_until(lambda: out.exists() and out.read_text() == "a b\n", seconds=25)
+    finally:
+        process.kill()
+
+
 def test_a_key_with_a_line_end_works(ready: CommandLine) -> None:
     key = ready.variables["RECEIVER_KLING_API_KEY"]
     assert ready(*ASK, RECEIVER_KLING_API_KEY=f"{key}\n").code == 0

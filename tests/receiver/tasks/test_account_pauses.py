@@ -21,6 +21,7 @@ from receiver.cli import show
 from receiver.sandbox import Sandbox
 from storage.accounts import pauses, slots
 from storage.accounts.batches import Counts
+from storage.database.clock import db_now
 from storage.errors import NoSlots
 from storage.rows.models import AccountPause, Event, Task
 from storage.states import Step, TaskState
@@ -73,6 +74,15 @@ def let_the_trial_come(parts: Parts) -> None:
                 .where(col(AccountPause.provider) == each.provider, col(AccountPause.model) == each.model)
                 .values(trial_at=each.trial_at - rest, since=each.since - rest)
             )
+
+
+def test_a_pause_of_a_clock_that_was_ahead_does_not_last_until_then(parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(create_faults=["1102"])
+    submit_request(parts)
+    with parts.database.write() as session:
+        session.execute(update(AccountPause).values(trial_at=db_now(86_400.0), since=db_now(86_400.0)))
+    run(parts, "creates")
+    assert task_of(parts, ID).state is TaskState.SUBMITTED
 
 
 @pytest.mark.parametrize("code", ["1000", "1002", "1004", "1100", "1102", "1304"])

@@ -42,7 +42,7 @@ SILENT_TASKS = int(os.environ.get("SILENT_TASKS", "25"))
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
     """Parts without a rate limit of reads, for tests that are not about it."""
-    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
+    parts.__dict__["read_rate_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 
@@ -52,7 +52,7 @@ def one_by_one(database_url: str, bucket: Any, sandbox: Sandbox) -> Iterator[Par
     knobs = sandbox.world.knobs
     keys = {"kling_access_key": knobs.access_key, "kling_secret_key": knobs.secret_key}
     private = Parts(settings_for(database_url, bucket, sandbox, kling_api_key=None, **keys))
-    private.__dict__["read_limit"] = ReadRateLimit(private.database, per_second=10_000)
+    private.__dict__["read_rate_limit"] = ReadRateLimit(private.database, per_second=10_000)
     yield private
     private.close()
 

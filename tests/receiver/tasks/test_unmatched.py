@@ -27,7 +27,7 @@ from tests.unreported_tasks import OTHERS, REQUEST, all_assets, queries
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
     """Parts without a rate limit of reads, for tests that are not about it."""
-    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
+    parts.__dict__["read_rate_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 

@@ -6,10 +6,12 @@ import threading
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
+from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.rows.models import ProviderRate, Task
 from storage.states import Step, TaskState
@@ -36,6 +38,16 @@ def test_moment_too_far_ahead_is_not_reserved(database: Database) -> None:
         assert 0 < caught.value.after <= 100
 
 
+def test_moment_reserved_by_a_clock_that_was_ahead_stops_no_reads(database: Database) -> None:
+    limit = ReadRateLimit(database)
+    limit.wait("kling")
+    with database.write() as session:
+        session.execute(update(ProviderRate).values(next_free_at=db_now(86_400.0)))
+    with database.write() as session:
+        waits = [limit._reserve(session, "kling") for _ in range(2)]
+    assert waits[0] == 0 and 0 < waits[1] <= 0.2, "and the rate holds again"
+
+
 def test_processes_share_one_rate(database_url: str) -> None:
     """Eight threads on two handles reserve twenty moments: none twice, one interval apart."""
     opened = [Database(database_url) for _ in range(2)]
@@ -58,7 +70,7 @@ def test_processes_share_one_rate(database_url: str) -> None:
 
 
 def test_read_beyond_the_rate_is_due_later_and_counts_no_attempt(parts: Parts, sandbox: Sandbox) -> None:
-    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, patience_seconds=0)
+    parts.__dict__["read_rate_limit"] = ReadRateLimit(parts.database, per_second=0.01, patience_seconds=0)
     (task,) = submit(parts, 1)
     with parts.database.write() as session:
         session.add(ProviderRate(account="kling", next_free_at=parts.database.now() + timedelta(seconds=50)))
@@ -71,7 +83,7 @@ def test_read_beyond_the_rate_is_due_later_and_counts_no_attempt(parts: Parts, s
 
 
 def test_lookup_of_an_unsettled_create_keeps_the_rate(parts: Parts, sandbox: Sandbox) -> None:
-    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, patience_seconds=0)
+    parts.__dict__["read_rate_limit"] = ReadRateLimit(parts.database, per_second=0.01, patience_seconds=0)
     sandbox.set(create_faults=["5000:created"])
     task = parts.submitter.submit(REQUEST).task
     with parts.database.write() as session:

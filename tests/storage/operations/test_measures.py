@@ -39,7 +39,7 @@ from tests.unreported_tasks import OTHERS, REQUEST, states_of, submit
 @pytest.fixture
 def unpaced(parts: Parts) -> Parts:
     """Parts without a rate limit of reads."""
-    parts.__dict__["read_limit"] = ReadRateLimit(parts.database, per_second=10_000)
+    parts.__dict__["read_rate_limit"] = ReadRateLimit(parts.database, per_second=10_000)
     return parts
 
 
