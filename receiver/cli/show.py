@@ -13,7 +13,7 @@ from receiver.app.findings import start_command
 from receiver.app.wiring import Parts
 from receiver.cli import terminal
 from receiver.cli.terminal import cell, say
-from receiver.tasks.task_view import find, is_over, waiting_of
+from receiver.tasks.task_view import find, is_over, next_try_of, waiting_of
 from receiver.web.assets import asset_link
 from storage.accounts import pauses
 from storage.archive import continuous_audit
@@ -134,7 +134,8 @@ def _asset_table(parts: Parts, assets: Sequence[Asset]) -> Table:
 def _reason(asset: Asset) -> str:
     """Why a file is not archived, and whether that is final."""
     if (found := waiting_of(asset)) is None:
-        return asset.error or ""
+        next_try = next_try_of(asset)
+        return f"next try at {next_try}: {asset.error}" if next_try else asset.error or ""
     return f"not yet, {found['tries']} tries since {found['since']}, next at {found['next_try_at']}: {asset.error}"
 
 

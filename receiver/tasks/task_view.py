@@ -83,6 +83,12 @@ def waiting_of(asset: Asset) -> dict[str, Any] | None:
     return {"since": since, "tries": asset.unusable_tries, "next_try_at": due_at}
 
 
+def next_try_of(asset: Asset) -> str | None:
+    """When a file is tried again that met an error, for example a host that asks for an hour. None for other files."""
+    waits = asset.state is AssetState.DUE and asset.error and asset.due_at is not None
+    return asset.due_at.isoformat(timespec="seconds") if waits and asset.due_at else None
+
+
 def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
     kept, waiting = asset.state is AssetState.ARCHIVED, waiting_of(asset)
     return {
@@ -98,5 +104,6 @@ def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
         "error": asset.error,
         "trailing_bytes": (asset.trailing_bytes or 0) if kept else None,
         "notes": asset.notes or [],
+        "next_try_at": next_try_of(asset),
         **({"waiting": waiting} if waiting else {}),
     }

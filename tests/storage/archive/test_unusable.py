@@ -256,6 +256,20 @@ def test_files_not_yet_usable_differ_from_files_given_up(parts: Parts, sandbox: 
     assert "waiting" not in answers.record(task_of(parts, "task"), [asset_of(parts)], form)["receiver"]
 
 
+def test_a_file_whose_host_asks_for_patience_says_when_it_is_tried_again(parts: Parts, sandbox: Sandbox) -> None:
+    succeeded(parts, sandbox)
+    with parts.database.write() as session:
+        asset = session.exec(select(Asset)).one()
+        asset.error, asset.due_at = "127.0.0.1 answered 429", datetime(2026, 11, 29, 12, tzinfo=UTC)
+    (told,) = task_view.report(parts.database, parts.bucket, "task")["assets"]
+    assert told["next_try_at"] == "2026-11-29T12:00:00+00:00"
+    assert show._reason(asset_of(parts)) == "next try at 2026-11-29T12:00:00+00:00: 127.0.0.1 answered 429"
+    make_due_now(parts, Asset)
+    run(parts, "assets")
+    (told,) = task_view.report(parts.database, parts.bucket, "task")["assets"]
+    assert (told["state"], told["next_try_at"]) == ("archived", None)
+
+
 def test_measures_and_deadlines_count_files_that_are_still_tried(parts: Parts, sandbox: Sandbox) -> None:
     task = succeeded(parts, sandbox, 2, cdn_html_rate=1)
     try_until(parts, DAY / 2)
