@@ -104,6 +104,6 @@ def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
         "error": asset.error,
         "trailing_bytes": (asset.trailing_bytes or 0) if kept else None,
         "notes": asset.notes or [],
-        "next_try_at": next_try_of(asset),
+        **({"next_try_at": next_try} if (next_try := next_try_of(asset)) else {}),
         **({"waiting": waiting} if waiting else {}),
     }
