@@ -140,8 +140,13 @@ async def cut_bodies(target: Target) -> None:
 
 
 async def account_deliveries(target: Target) -> None:
-    padding = b" " * 60_000
-    await many(target, 8, lambda number: say(target, request("POST", target.account, forged(number) + padding)))
+    """Every second body costs the parser what the longest can cost: it is full of numbers."""
+    paddings = b" " * 60_000, b',"n":[1' + b",1" * 30_000 + b"]}"
+
+    def body(number: int) -> bytes:
+        return forged(number) + paddings[0] if number % 2 else forged(number)[:-1] + paddings[1]
+
+    await many(target, 8, lambda number: say(target, request("POST", target.account, body(number))))
 
 
 async def unread_pictures(target: Target) -> None:

@@ -192,6 +192,12 @@ class Provider(Protocol):
     def parse(self, body: bytes) -> Report:
         """Read a callback or a `Record.body`. Raises `storage.errors.ReportUnreadable`, and nothing else."""
 
+    def ids(self, body: bytes) -> tuple[str | None, str | None]:
+        """The external id and the provider's own of what `parse` can read. Raises what `parse` raises.
+
+        It costs little beside `parse`: a stranger may send any number of long callbacks for no task.
+        """
+
     def verify(self, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> str | None:
         """The verified id of a signed delivery; None if no secrets are configured. Raises `BadSignature`.
 

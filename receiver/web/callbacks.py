@@ -199,8 +199,7 @@ class Callbacks:
     def _ids(self, delivery: Delivery) -> tuple[str | None, str | None]:
         """The external id and the provider's own in its body."""
         with suppress(ReportUnreadable):
-            report = self._providers[delivery.provider].parse(delivery.body)
-            return report.external_task_id, report.provider_task_id
+            return self._providers[delivery.provider].ids(delivery.body)
         return None, None
 
     def close(self) -> None:

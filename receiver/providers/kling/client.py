@@ -33,8 +33,10 @@ from receiver.providers.kling.answers import Answer, NotFound, NotKling, http_da
 from receiver.providers.kling.report import (
     find_record,
     loads,
+    read_ids,
     read_record,
     read_report,
+    record_in,
     status_word,
     task_id_in,
     usable_id,
@@ -195,13 +197,10 @@ class Kling:
         return listed
 
     def parse(self, body: bytes) -> Report:
-        try:
-            record = find_record(loads(body))
-        except (ValueError, RecursionError) as error:
-            raise ReportUnreadable(f"not JSON we can read ({type(error).__name__})") from None
-        if record is None:
-            raise ReportUnreadable("no task in it: neither task_id nor id with a status")
-        return read_report(record)
+        return read_report(record_in(body))
+
+    def ids(self, body: bytes) -> tuple[str | None, str | None]:
+        return read_ids(record_in(body))
 
     def verify(self, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> str | None:
         if not self._webhook_secrets:

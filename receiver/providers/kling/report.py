@@ -21,7 +21,9 @@ from storage.states import MAX_INDEX, Output, OutputType, Report, TaskState
 
 MAX_ID_CHARS = 200
 MAX_URL_CHARS = 16_384  # seen: about 1 kB
-MAX_OUTPUTS = 500  # a request has at most nine pictures, 18 with watermark
+# Entries of all lists of files of a record, and of its bills. A request has at most nine pictures, 18 with watermark.
+# They are counted before they are mapped: 64 KiB have room for 32,000 entries.
+MAX_ENTRIES = 500
 STATES = {
     "submitted": TaskState.SUBMITTED,
     "processing": TaskState.PROCESSING,
@@ -71,6 +73,17 @@ def find_record(document: Any, depth: int = 0) -> dict[str, Any] | None:
     return inner or (document if is_record else None)
 
 
+def record_in(body: bytes) -> dict[str, Any]:
+    """The task record in a callback or a `Record.body`."""
+    try:
+        record = find_record(loads(body))
+    except (ValueError, RecursionError) as error:
+        raise ReportUnreadable(f"not JSON we can read ({type(error).__name__})") from None
+    if record is None:
+        raise ReportUnreadable("no task in it: neither task_id nor id with a status")
+    return record
+
+
 def read_record(record: dict[str, Any]) -> Record:
     try:
         body = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
@@ -79,11 +92,23 @@ def read_record(record: dict[str, Any]) -> Record:
     return Record(body, read_report(record))
 
 
+def read_ids(record: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The external id and the provider's own, of what `read_report` can read. It maps no list."""
+    if not status_word(record):
+        raise ReportUnreadable("the task has no status")
+    result = _object(record.get("task_result"))
+    lists = [*map(result.get, ("images", "series_images", "videos", "audios")), record.get("outputs")]
+    if (count := sum(len(items) for items in lists if isinstance(items, list))) > MAX_ENTRIES:
+        raise ReportUnreadable(f"lists {count} files; at most {MAX_ENTRIES}")
+    info = _object(record.get("task_info"))
+    externals = (info.get("external_task_id"), record.get("external_task_id"), record.get("external_id"))
+    return _first(usable_id(value) for value in externals), usable_id(task_id_in(record))
+
+
 def read_report(record: Mapping[str, Any]) -> Report:
     """The record of either shape as a Report. An unusable value counts as missing."""
+    external_task_id, provider_task_id = read_ids(record)
     word = status_word(record)
-    if not word:
-        raise ReportUnreadable("the task has no status")
     result = _object(record.get("task_result"))
     outputs = [
         *_pictures(result.get("images"), "image"),
@@ -91,16 +116,12 @@ def read_report(record: Mapping[str, Any]) -> Report:
         *_pictures(result.get("videos"), "video"),
         *_sounds(result.get("audios")),
     ] or _new_outputs(record.get("outputs"))
-    if len(outputs) > MAX_OUTPUTS:
-        raise ReportUnreadable(f"names {len(outputs)} files; at most {MAX_OUTPUTS}")
-    info = _object(record.get("task_info"))
-    externals = (info.get("external_task_id"), record.get("external_task_id"), record.get("external_id"))
     messages = (record.get("task_status_msg"), record.get("message"))
     kind = result.get("result_type")
     is_series = True if result.get("series_images") and not result.get("images") else None
     return Report(
-        provider_task_id=usable_id(task_id_in(record)),
-        external_task_id=_first(usable_id(value) for value in externals),
+        provider_task_id=provider_task_id,
+        external_task_id=external_task_id,
         status=STATES.get(word.lower()),
         raw_status=plain(word, 100),
         message=_first(plain(value, 1_000) for value in messages if isinstance(value, str)) or "",
@@ -196,7 +217,7 @@ def _units(record: Mapping[str, Any]) -> str | None:
     if _amount(record.get("final_unit_deduction")) is not None:
         return str(record["final_unit_deduction"])
     bills = record.get("billing")
-    charges = [_object(bill) for bill in bills] if isinstance(bills, list) else []
+    charges = [_object(bill) for bill in bills] if isinstance(bills, list) and len(bills) <= MAX_ENTRIES else []
     amounts = [_amount(charge.get("amount")) for charge in charges if charge.get("charge_type") == "unit"]
     known = [amount for amount in amounts if amount is not None]
     return str(sum(known)) if known else None

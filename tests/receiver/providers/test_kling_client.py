@@ -681,6 +681,8 @@ def test_hostile_bodies_are_unreadable(body: bytes) -> None:
     with pytest.raises(ReportUnreadable) as caught:
         READER.parse(body)
     assert len(str(caught.value)) < 100
+    with pytest.raises(ReportUnreadable):
+        READER.ids(body)
 
 
 @pytest.mark.parametrize("number", ["9" * 5_000, "1e999", "-1e999", "NaN", "Infinity", "1" * 5_000 + ".5"])
@@ -735,8 +737,11 @@ def test_any_json_is_a_storable_report_or_unreadable(document: Any) -> None:
     try:
         report = parse(document)
     except ReportUnreadable:
+        with pytest.raises(ReportUnreadable):
+            READER.ids(json.dumps(document).encode())
         return
     assert_storable(report)
+    assert READER.ids(json.dumps(document).encode()) == (report.external_task_id, report.provider_task_id)
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,59 @@
+"""What a delivery at the account URL costs the event loop before it is refused. On both databases."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.web import account_budget
+from receiver.web.account_budget import AccountBudget, AccountBusy, Ids
+from storage.rows.deliveries import Delivery
+
+LONG = b" " * 4_097
+WAIT_SECONDS = 5.0
+
+
+class SlowParser:
+    """It takes until the test has gone on in the event loop, or `WAIT_SECONDS`."""
+
+    def __init__(self) -> None:
+        self.loop_goes_on = threading.Event()
+        self.has_gone_on: list[bool] = []
+
+    def __call__(self, _: Delivery) -> Ids:
+        self.has_gone_on.append(self.loop_goes_on.wait(WAIT_SECONDS))
+        return None, None
+
+
+def take(parts: Parts, parser: SlowParser, count: int) -> list[object]:
+    """Take places for so many long deliveries at once, and let the parser end once the loop has turned."""
+
+    async def main() -> list[object]:
+        budget = AccountBudget(parts.database, parser)
+        deliveries = [Delivery("kling", "push", None, LONG + b"%d" % number) for number in range(count)]
+        taking = [asyncio.ensure_future(budget.take(each)) for each in deliveries]
+        await asyncio.sleep(0.01)
+        parser.loop_goes_on.set()
+        outcomes: list[object] = await asyncio.gather(*taking, return_exceptions=True)
+        budget.close()
+        return outcomes
+
+    return asyncio.run(main())
+
+
+def test_the_event_loop_goes_on_while_a_long_body_is_parsed(parts: Parts) -> None:
+    """One of 64 KiB that is full of numbers took 17 ms, in which no callback was answered."""
+    parser = SlowParser()
+    assert take(parts, parser, 1) == [None]
+    assert parser.has_gone_on == [True]
+
+
+def test_long_bodies_that_wait_for_the_parser_are_bounded(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account_budget, "MAX_WAITING", 3)
+    parser = SlowParser()
+    assert Counter(map(type, take(parts, parser, 8))) == {type(None): 3, AccountBusy: 5}
+    assert parser.has_gone_on == [True] * 3
