@@ -22,10 +22,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from receiver.base.forms import Upload, cookie, parse_form
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.shared_pages import SharedPages
-from receiver.console.visit import HERE, Notices, Visit, environment, own_path, parse_form, render, versions
+from receiver.console.visit import HERE, Notices, Visit, environment, own_path, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 
 log = structlog.get_logger()
@@ -35,6 +36,8 @@ LANGUAGE_COOKIE = "receiver_console_language"
 YEAR_SECONDS = 365 * 86_400
 MAX_FORM_BYTES = 64 * 1024
 BODY_SECONDS = 60.0
+# Strangers send these, so they are as short as a browser sends them.
+MAX_LOGIN_BYTES, LOGIN_SECONDS = 4_096, 10.0
 # Threads for pages alone, so that slow pages delay neither health nor assets nor the gateway.
 THREADS = 8
 # Besides, for what live consoles fetch: threads that compute take the interpreter in turns, and five would leave
@@ -114,7 +117,7 @@ class Guard:
         self, function: Callable[[Visit], Any], *, max_bytes: int, is_shared: bool = False
     ) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            session = self.access.session(request.cookies.get(COOKIE))
+            session = session_of(self.access, request)
             if session is None:
                 return _to_login(request)
             visit = Visit(request, session, language_of(request), self.templates, self.notices)
@@ -152,7 +155,7 @@ class Guard:
             raise HTTPException(403)
         body = await read_body(visit.request, max_bytes)
         content_type = visit.request.headers.get("content-type", "")
-        pairs, visit.uploads = await to_thread.run_sync(parse_form, content_type, body, limiter=self._threads)
+        pairs, visit.uploads = await to_thread.run_sync(read_form, content_type, body, limiter=self._threads)
         visit.form, visit.chosen = dict(pairs), [value for name, value in pairs if name == "id"]
         if not hmac.compare_digest(visit.form.get("csrf", "").encode(), visit.session.csrf.encode()):
             raise HTTPException(403)
@@ -180,11 +183,10 @@ class Front:
         if not is_same_site(request):
             raise HTTPException(403)
         address = request.client.host if request.client else ""
-        body = await read_body(request, 4_096)
+        body = await read_body(request, MAX_LOGIN_BYTES, LOGIN_SECONDS)
         if wait := self._throttle.wait_seconds(address):
             return self._form(request, None, problem="login.throttled", status=429, wait=wait)
-        pairs, _ = parse_form(request.headers.get("content-type", ""), body)
-        form = dict(pairs)
+        form = read_fields(request, body)
         access = self._guard.access
         token = access.redeem(form["once"]) if "once" in form else access.log_in(form.get("key", ""))
         if token is None:
@@ -222,10 +224,9 @@ class Front:
 
     async def log_out(self, request: Request) -> Response:
         """Read-only keys may end their own session: this POST changes nothing else."""
-        session = self._guard.access.session(request.cookies.get(COOKIE))
-        pairs, _ = parse_form(request.headers.get("content-type", ""), await read_body(request, 4_096))
-        given = dict(pairs).get("csrf", "")
+        session = session_of(self._guard.access, request)
         if session is not None:
+            given = read_fields(request, await read_body(request, MAX_LOGIN_BYTES, LOGIN_SECONDS)).get("csrf", "")
             if not is_same_site(request) or not hmac.compare_digest(given.encode(), session.csrf.encode()):
                 raise HTTPException(403)
             self._guard.access.end(session)
@@ -276,8 +277,32 @@ class _Headers:
         await self._app(scope, receive, send_with_headers)
 
 
+def cookie_of(request: Request, name: str) -> str | None:
+    return cookie("; ".join(request.headers.getlist("cookie")), name)
+
+
+def session_of(access: Access, request: Request) -> Session | None:
+    return access.session(cookie_of(request, COOKIE))
+
+
+def read_form(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
+    """The fields and files of a form. Raises HTTPException 400."""
+    try:
+        return parse_form(content_type, body)
+    except ValueError:
+        raise HTTPException(400) from None
+
+
+def read_fields(request: Request, body: bytes) -> dict[str, str]:
+    """The fields of a form without files. Raises HTTPException 400."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.lower().startswith("multipart/"):
+        raise HTTPException(400)
+    return dict(read_form(content_type, body)[0])
+
+
 def language_of(request: Request) -> str:
-    return catalogue.choose(request.cookies.get(LANGUAGE_COOKIE), request.headers.get("accept-language", ""))
+    return catalogue.choose(cookie_of(request, LANGUAGE_COOKIE), request.headers.get("accept-language", ""))
 
 
 def is_same_site(request: Request) -> bool:
@@ -294,14 +319,14 @@ def is_same_site(request: Request) -> bool:
         return False
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, seconds: float = BODY_SECONDS) -> bytes:
     """The whole body. Raises HTTPException 413, 408 or 400."""
     declared = request.headers.get("content-length", "0")
     if not declared.isdigit() or int(declared) > max_bytes:
         raise HTTPException(413)
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
@@ -357,6 +382,6 @@ async def _bug_page(guard: Guard, request: Request, _error: Exception) -> Respon
 def _page_of(guard: Guard, request: Request, status: int) -> Response:
     """An error page. It needs no database."""
     language = language_of(request)
-    session: Session | None = guard.access.session(request.cookies.get(COOKIE))
+    session: Session | None = session_of(guard.access, request)
     page = render(guard.templates, "error.html", language, status=status, session=session)
     return HTMLResponse(page, status)

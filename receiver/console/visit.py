@@ -8,33 +8,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from email.parser import BytesParser
-from email.policy import HTTP
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import quote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from receiver.base.forms import Upload
 from receiver.console import catalogue, words
 from receiver.console.access import Session
 
 HERE = Path(__file__).parent
-MAX_FIELDS = 600
 # Sessions whose messages are kept.
 REMEMBERED = 1_000
 PAGES = ("overview", "tasks", "gallery", "deliveries", "events", "batches", "ask", "archive", "settings")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file in a form."""
-
-    name: str
-    content: bytes = field(repr=False)
 
 
 def versions() -> dict[str, str]:
@@ -181,34 +170,3 @@ def own_path(path: str | None, default: str) -> str:
         path and path.startswith("/console") and path[8:9] in ("", "/", "?") and path.isascii() and path.isprintable()
     )
     return path if good and path and "\\" not in path and "//" not in path.partition("?")[0] else default
-
-
-def parse_form(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
-    """The fields and files of a POST. Raises HTTPException 400."""
-    kind = content_type.partition(";")[0].strip().lower()
-    try:
-        if kind == "application/x-www-form-urlencoded":
-            pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="replace")
-            return pairs, {}
-        if kind == "multipart/form-data":
-            return _parse_multipart(content_type, body)
-    except ValueError:
-        pass
-    raise HTTPException(400)
-
-
-def _parse_multipart(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
-    head = f"Content-Type: {content_type}\r\n\r\n".encode("ascii")
-    message = BytesParser(policy=HTTP).parsebytes(head + body)
-    fields: list[tuple[str, str]] = []
-    uploads: dict[str, Upload] = {}
-    for number, part in enumerate(message.iter_parts()):
-        name = part.get_param("name", header="content-disposition")
-        content = part.get_payload(decode=True)
-        if number >= MAX_FIELDS or not isinstance(name, str) or not isinstance(content, bytes):
-            raise ValueError("no form")
-        if (filename := part.get_filename()) is not None:
-            uploads[name if name not in uploads else f"{name}-{number}"] = Upload(str(filename), content)
-        else:
-            fields.append((name, content.decode("utf-8", "replace")))
-    return fields, uploads

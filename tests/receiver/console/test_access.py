@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import socket
+import time
 from contextlib import ExitStack
 
 import httpx
@@ -14,6 +15,7 @@ from structlog.testing import capture_logs
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.console_keys import ConsoleKey, parse
+from receiver.console import application
 from receiver.console.access import COOKIE, Access, LoginThrottle, one_time_token
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
 from tests.harness import wait_until
@@ -169,6 +171,55 @@ def test_login_that_ends_early_is_no_error_in_the_log(web: Web, caplog: pytest.L
             wait_until(lambda: web.requests_under_way == 3)
         wait_until(lambda: web.requests_under_way == 0)
     assert caplog.records == [] and [line for line in lines if line["log_level"] == "error"] == []
+
+
+PARTS = b'--x\r\nContent-Disposition: form-data; name="key"%b\r\n\r\nabc\r\n--x--\r\n'
+FORM = "multipart/form-data; boundary=x"
+
+
+@pytest.mark.parametrize("path", ["/login", "/logout"])
+@pytest.mark.parametrize("hidden", [";" * 15_000, ';a="b"' * 2_500, "; a=" + "(" * 2_000, ""], ids=len)
+def test_no_form_of_a_stranger_stops_the_event_loop(stranger: Reader, path: str, hidden: str) -> None:
+    """The standard library's parser of header values took 3 s of CPU for 15 kB of semicolons."""
+    before = time.process_time()
+    headers = {"Content-Type": FORM + hidden}
+    content = PARTS % (b"" if hidden else b";" * 3_900)
+    answer = stranger.http.post(f"/console{path}", content=content, headers=headers, follow_redirects=False)
+    assert answer.status_code == (400 if path == "/login" else 303)
+    assert time.process_time() - before < 0.6
+
+
+def test_no_head_of_a_part_keeps_a_thread_busy(ann: Reader) -> None:
+    before = time.process_time()
+    for content_type, named in ((FORM, b";" * 60_000), (FORM + ";" * 15_000, b""), (FORM + "; a=" + "(" * 2_000, b"")):
+        answer = ann.http.post("/console/ask", content=PARTS % named, headers={"Content-Type": content_type})
+        assert answer.status_code == 400
+    assert time.process_time() - before < 1
+
+
+@pytest.mark.parametrize("path", ["", "/login", "/none"])
+def test_no_cookie_stops_the_event_loop(stranger: Reader, path: str) -> None:
+    """`http.cookies` took 0.5 s of CPU for each of these."""
+    before = time.process_time()
+    for quoted in ("\\" * 15_000, "\\a" * 7_500, "\\012" * 3_700):
+        sent = {"Cookie": f'a="{quoted}"'}
+        assert stranger.get(path, headers=sent, follow_redirects=False).status_code in (200, 303, 404)
+    assert time.process_time() - before < 0.4
+
+
+def test_a_silent_body_at_log_in_is_kept_ten_seconds(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert application.LOGIN_SECONDS == 10
+    monkeypatch.setattr(application, "LOGIN_SECONDS", 0.2)
+    with ExitStack() as held:
+        (opened,) = held_logins(web, 1, held)
+        assert opened.recv(12)[9:] == b"408"
+
+
+def test_a_log_out_without_a_session_waits_for_no_body(web: Web) -> None:
+    host, port = web.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as opened:
+        opened.sendall(b"POST /console/logout HTTP/1.1\r\nHost: x\r\nContent-Length: 4000\r\n\r\n")
+        assert opened.recv(12)[9:] == b"303"
 
 
 def test_reader_may_change_nothing(ben: Reader, parts: Parts) -> None:
