@@ -51,7 +51,8 @@ MAX_BODY_BYTES = 256 * 1024
 # For the account URL, whose token names no task: twice the planned size.
 MAX_ACCOUNT_BODY_BYTES = 64 * 1024
 # The bodies of one URL may use this much memory at a time. 1,000 bodies that lacked a byte took 225 MB for ten seconds.
-# This is room for eight of a task's largest, or for 256 at the account URL, which takes those of all tasks.
+# This is room for eight of a task's largest, or for 256 at the account URL, which takes those of all tasks. What has
+# arrived counts, not what heads announce: eight silent heads would keep a task's own callback out.
 MAX_TASK_BYTES, MAX_ACCOUNT_BYTES = 2 * 2**20, 16 * 2**20
 BODY_SECONDS = 10.0
 # From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
@@ -93,6 +94,14 @@ class Fault:
 
     reason: str
     body_bytes: int = 0
+
+
+class _BodyRefused(Exception):
+    """The body is too long, or too many bodies of its URL are in memory."""
+
+    def __init__(self, answer: Response) -> None:
+        super().__init__()
+        self.answer = answer
 
 
 class Callbacks:
@@ -140,32 +149,50 @@ class Callbacks:
         if provider is None or named is None:
             return _answer(404, "not found", "bad_token")
         most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
-        size = _announced(scope, most)
-        if size > most:
+        if _announced(scope) > most:
             return _answer(413, f"the body is longer than {most} bytes", "long_body")
-        before, at_once = self._in_hand.get(named.task_id, 0), MAX_TASK_BYTES if named.task_id else MAX_ACCOUNT_BYTES
-        if before + size > at_once:
-            retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-            return _answer(429, "too many deliveries to this address at once", "many_at_once", retry)
-        self._in_hand[named.task_id] = before + size
-        try:
-            return await self._read_and_store(scope, receive, provider, named, most)
-        finally:
-            if left := self._in_hand.pop(named.task_id, 0) - size:
-                self._in_hand[named.task_id] = left
-
-    async def _read_and_store(
-        self, scope: Scope, receive: Receive, provider: Provider, named: Named, most: int
-    ) -> Response | None:
         try:
             with self._bodies.within(BODY_SECONDS):
-                body = await _read_body(receive, most)
+                body = await self._read_body(receive, named.task_id, most)
+        except _BodyRefused as refused:
+            return refused.answer
         except TimeoutError:
             return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
         except ClientDisconnect:
             return _answer(400, "the body ended early", "cut_body")
-        if body is None:
-            return _answer(413, f"the body is longer than {most} bytes", "long_body")
+        try:
+            return await self._verify_and_store(scope, provider, named, body)
+        finally:
+            self._let_go(named.task_id, len(body))
+
+    async def _read_body(self, receive: Receive, task_id: uuid.UUID | None, most: int) -> bytes:
+        """The body, which is in hand until `_let_go`. Raises _BodyRefused, ClientDisconnect."""
+        chunks, size, is_more = [], 0, True
+        at_once = MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
+        try:
+            while is_more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(chunks[-1])
+                if size > most:
+                    raise _BodyRefused(_answer(413, f"the body is longer than {most} bytes", "long_body"))
+                if in_hand > at_once:
+                    words = "too many deliveries to this address at once"
+                    raise _BodyRefused(_answer(429, words, "many_at_once", {"Retry-After": str(RETRY_AFTER_SECONDS)}))
+                is_more = message.get("more_body", False)
+        except BaseException:
+            self._let_go(task_id, size)
+            raise
+        return b"".join(chunks)
+
+    def _let_go(self, task_id: uuid.UUID | None, size: int) -> None:
+        if left := self._in_hand.pop(task_id, 0) - size:
+            self._in_hand[task_id] = left
+
+    async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> Response | None:
         headers = _kept_headers(scope)
         try:
             webhook_id = provider.verify(Headers(scope=scope), body)
@@ -342,27 +369,12 @@ class _RateLimit:
         return True
 
 
-def _announced(scope: Scope, most: int) -> int:
-    """The length of a body that its head announces; `most` for a chunked one."""
+def _announced(scope: Scope) -> int:
+    """The length of a body that its head announces; 0 for a chunked one."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit():
             return int(value)  # the parser has refused what exceeds 64 bits; zeros may stand before it
-    return most
-
-
-async def _read_body(receive: Receive, most: int) -> bytes | None:
-    """The body; None if it exceeds `most` bytes. Raises ClientDisconnect."""
-    chunks, size, is_more = [], 0, True
-    while is_more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > most:
-            return None
-        is_more = message.get("more_body", False)
-    return b"".join(chunks)
+    return 0
 
 
 def _kept_headers(scope: Scope) -> dict[str, str]:

@@ -487,6 +487,22 @@ def test_bodies_of_one_url_are_bounded_together(
     assert post(web, path_of(parts, task), last).status_code == 200
 
 
+@pytest.mark.parametrize("url", ["task", "account"])
+def test_silent_heads_keep_no_delivery_out(url: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they announce is not in memory. Bytes count as they come, and no longer once their connection ends."""
+    monkeypatch.setattr(callbacks, "MAX_TASK_BYTES", 2 * 2_000)
+    monkeypatch.setattr(callbacks, "MAX_ACCOUNT_BYTES", 2 * 2_000)
+    path = path_of(parts, insert_row(parts)) if url == "task" else f"/callbacks/kling/{web.account_token}"
+    with ExitStack() as opened:
+        silent = [opened.enter_context(connected(web, path, "Content-Length: 2000")) for _ in range(8)]
+        wait_until(lambda: web.requests_under_way == 8)
+        assert post(web, path).status_code == 200
+        for connection in silent[:4]:
+            connection.sendall(b" " * 1_000)
+        wait_until(lambda: post(web, path).status_code == 429)
+    wait_until(lambda: post(web, path).status_code == 200)
+
+
 # -- when we cannot store -------------------------------------------------------------------------------------------
 
 
