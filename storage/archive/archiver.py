@@ -53,7 +53,8 @@ LIFE_SHARE = 0.95
 # Failed tries that a file's row keeps for its task's timeline. A host that is away for a day is tried some twenty
 # times.
 KEPT_TRIES, MAX_TRY_CHARS = 12, 300
-# A bad path breaks transfers at any byte. Three in a row that end at the same one are the file's own fault.
+# A bad path breaks transfers at any byte. Three of the kept tries that end at the same one are the file's own fault.
+# Two hosts may have two copies, each cut at another.
 CUTS_ALIKE = 3
 # The note of an object whose bytes neither a SHA-256 of the store nor a read has verified.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
@@ -215,8 +216,8 @@ class Archiver:
         self._database.write_in_group(settle, task_id=asset.task_id)
 
     def _interrupted(self, asset: Asset, error: Retry) -> None:
-        before = [each["error"] for each in (asset.failed_tries or [])[1 - CUTS_ALIKE :]]
-        if isinstance(error, FetchCut) and before == [str(error)] * (CUTS_ALIKE - 1):
+        before = [each["error"] for each in asset.failed_tries or ()]
+        if isinstance(error, FetchCut) and before.count(str(error)) >= CUTS_ALIKE - 1:
             return self._unusable(asset, error)
         return self._retry(asset, str(error), max(error.after or 0, claims.backoff(asset.attempts)))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from itertools import cycle
 from typing import Any
 
 import httpx
@@ -64,7 +66,7 @@ def pass_time(parts: Parts, seconds: float) -> None:
                     setattr(row, name, moment and moment - timedelta(seconds=seconds))
 
 
-def try_until(parts: Parts, seconds: float) -> float:
+def try_until(parts: Parts, seconds: float, before_each: Callable[[], object] = bool) -> float:
     """Let time pass from try to try until this much is over, or nothing is tried any more. Returns the time passed."""
     passed = 0.0
     while due := [asset.due_at for asset in assets_of(parts, task_of(parts, "task")) if asset.due_at]:
@@ -73,6 +75,7 @@ def try_until(parts: Parts, seconds: float) -> float:
             break
         passed += wait
         pass_time(parts, wait)
+        before_each()
         run(parts, "assets", "reads", "finishes")
     return passed
 
@@ -182,6 +185,20 @@ def test_a_file_always_cut_at_the_same_byte_is_tried_less_often_and_reported(par
     assert hits(sandbox)[0] <= MAX_TRIES
     sandbox.set(cdn_break_share=None)
     try_until(parts, 2 * DAY)
+    assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
+
+
+def test_a_file_that_two_hosts_cut_at_two_bytes_is_tried_less_often_and_reported(
+    parts: Parts, sandbox: Sandbox
+) -> None:
+    succeeded(parts, sandbox)
+    shares = cycle((0.4, 0.6))
+    try_until(parts, 3_600, lambda: sandbox.set(cdn_break_share=next(shares)))
+    assert asset_of(parts).unusable_tries >= SAID_AFTER_TRIES
+    assert task_of(parts, "task").archive is ArchiveState.INCOMPLETE
+    assert hits(sandbox)[0] <= MAX_TRIES
+    sandbox.set(cdn_break_share=None)
+    try_until(parts, DAY)
     assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
