@@ -1,10 +1,42 @@
-"""Text of others on a terminal: characters that a terminal would execute or hide are written out."""
+"""Text of others as it may be shown: control characters are written out, and URLs are cut behind their host."""
 
 from __future__ import annotations
 
+import json
+import re
+from typing import Any
+
 from storage.keys import TERMINAL_CONTROLS
+
+# What follows a scheme, also in the escapes of JSON, URLs and HTML, and a host behind it.
+_SCHEME = re.compile(
+    r"(?::|%(?:25)*3a|\\u003a|&(?:#58|#x3a|colon);)(?:\\*(?:/|%(?:25)*2f|u002f|&(?:#47|#x2f|sol);)){2}", re.I
+)
+_HOST = re.compile(r"(?:[^\s/?#@\"'<>\\%&]*@)?([^\s/?#@\"'<>\\%&]*)")
 
 
 def visible(text: str) -> str:
     r"""`text` as one line: `\x1b`, `\n`, `\u202e` in place of the characters that a terminal executes or hides."""
     return TERMINAL_CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def masked(foreign: str) -> str:
+    """`foreign` up to its first URL's host: a URL may have any character, so it may end where the text ends."""
+    if (found := _SCHEME.search(foreign)) is None:
+        return foreign
+    host = _HOST.match(foreign, found.end())
+    shown = foreign[: found.end()] + (host[1] if host else "")
+    return shown if host and host.end() == len(foreign) else f"{shown}/…"
+
+
+def masked_values(value: Any) -> Any:
+    """`value` with all texts masked. JSON in a text is masked by its own texts."""
+    if isinstance(value, str):
+        try:
+            inside = json.loads(value) if value.lstrip()[:1] in ("{", "[", '"') else None
+        except ValueError:
+            inside = None
+        return masked(value) if inside is None else json.dumps(masked_values(inside), ensure_ascii=False)
+    if isinstance(value, list):
+        return [masked_values(each) for each in value]
+    return {masked(name): masked_values(each) for name, each in value.items()} if isinstance(value, dict) else value

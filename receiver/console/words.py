@@ -11,12 +11,13 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from receiver.base.visible import masked, masked_values
 from receiver.console.catalogue import text, word
 from storage.rows.models import Task
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 # Only a URL's host is shown: paths contain tokens, and queries contain signatures. JSON may write "/" as "\/".
-_ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>\\]*)(?:\\?[/?#])[^\s\"'<>]*", re.I)
+_ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>\\]*)(?:\\?[/?#])[^\s\"]*", re.I)
 # Control characters except line breaks and tabs, and characters that change the writing direction.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 MAX_PRETTY_CHARS = 300_000
@@ -84,26 +85,29 @@ def raw(body: bytes) -> str:
     return seen(body.decode("utf-8", "backslashreplace"))
 
 
-def pretty(body: bytes | Any) -> str | None:
-    """JSON with one value a line; None if the body is no JSON or is too large."""
+def guarded(body: bytes) -> str:
+    """A body that is no JSON, for people who may see no signed link: up to its first URL's host."""
+    return seen(masked(body.replace(b"\0", b"").decode("utf-8", "backslashreplace")))
+
+
+def pretty(body: bytes) -> str | None:
+    """JSON with one value a line, each text up to its first URL's host. None if it is no JSON or too large."""
     try:
-        found = json.loads(body) if isinstance(body, bytes) else body
-        shown = json.dumps(found, indent=2, ensure_ascii=False)
-    except (ValueError, RecursionError, UnicodeDecodeError):
+        shown = json.dumps(masked_values(json.loads(body)), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
         return None
     return seen(shown) if len(shown) <= MAX_PRETTY_CHARS else None
 
 
 def request_of(task: Task, most: int) -> str:
     """The request as JSON. Long values such as uploaded pictures are cut."""
-    return (
-        cut(pretty({name: _brief(value) for name, value in task.request.items()}) or "", most) if task.request else ""
-    )
+    shown = json.dumps({name: _brief(value) for name, value in task.request.items()}, indent=2, ensure_ascii=False)
+    return cut(seen(shown), most) if task.request and len(shown) <= MAX_PRETTY_CHARS else ""
 
 
 def _brief(value: Any) -> Any:
     if isinstance(value, str):
-        return cut(value, MAX_VALUE_CHARS)
+        return cut(masked(value) if value.lstrip()[:4].lower() == "http" else value, MAX_VALUE_CHARS)
     if isinstance(value, list):
         return [_brief(each) for each in value]
     return {name: _brief(each) for name, each in value.items()} if isinstance(value, dict) else value

@@ -45,10 +45,12 @@ class Deliveries:
         with self._of.database.read() as session:
             row = self._row(session, visit.path("id"))
             task = session.get(Task, row.task_id) if row.task_id else None
+        pretty, start = words.pretty(row.body), row.body[:MAX_SHOWN_BYTES]
+        raw = words.raw(start) if visit.session.may_act else words.guarded(start) if pretty is None else None
         return visit.page(
             "delivery.html", row=row, task=task, kinds=DELIVERY_KINDS, path_of=path_of, size=len(row.body),
-            raw=words.cut(words.raw(row.body[:MAX_SHOWN_BYTES]), MAX_SHOWN_BYTES),
-            pretty=words.cut(words.pretty(row.body) or "", MAX_SHOWN_BYTES), is_cut=len(row.body) > MAX_SHOWN_BYTES,
+            raw=None if raw is None else words.cut(raw, MAX_SHOWN_BYTES),
+            pretty=words.cut(pretty or "", MAX_SHOWN_BYTES), is_cut=len(row.body) > MAX_SHOWN_BYTES,
             headers={words.short(name, 80): words.short(str(value), 400) for name, value in row.headers.items()},
         )  # fmt: skip
 

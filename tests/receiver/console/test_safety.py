@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,51 @@ def test_body_is_saved_and_never_shown_by_the_browser(parts: Parts, ann: Reader,
     assert ben.get(f"/deliveries/{callback.id}/body").status_code == 403
 
 
+NESTED = json.dumps({"task_result": {"images": [{"url": SIGNED}]}})
+ESCAPED = NESTED.replace("/", "\\/")
+SPELLED = {
+    "plain": NESTED,
+    "a quote": NESTED.replace("x.png", "x'y.png"),
+    "a tag": NESTED.replace("x.png", "x<y>.png"),
+    "a space": NESTED.replace("x.png", "x y.png"),
+    "a line": NESTED.replace("x.png", "x\\ny.png"),
+    "a raw line break": NESTED.replace("x.png", "x\ny.png"),
+    "slashes by number": NESTED.replace("/", "\\u002f"),
+    "colons by number": NESTED.replace("https:", "https\\u003a"),
+    "all by number": NESTED.replace(SIGNED, "".join(f"\\u{ord(each):04x}" for each in SIGNED)),
+    "PHP": ESCAPED,
+    "JSON in JSON": json.dumps({"data": NESTED}),
+    "PHP in PHP": json.dumps({"data": ESCAPED}).replace("/", "\\/"),
+    "thrice": json.dumps({"data": json.dumps({"data": ESCAPED})}),
+    "JSON after words": json.dumps({"data": "got " + ESCAPED}),
+    "a name": json.dumps({SIGNED: 1}),
+    "encoded": json.dumps({"to": "https%3A%2F%2Fh%2Fpath-of-a-token%3FSignature%3Ds3cr3t"}),
+    "UTF-16": NESTED.encode("utf-16"),
+    "cut": ESCAPED.replace("x.png", "x'y.png")[:-2],
+    "cut, by number": NESTED.replace("/", "\\u002f")[:-2],
+    "cut in JSON": json.dumps({"data": ESCAPED})[:-2],
+    "cut UTF-16": NESTED[:-2].encode("utf-16"),
+    "a form": "url=https%3A%2F%2Fh%2Fpath-of-a-token%3FSignature%3Ds3cr3t",
+    "a page": "<a href='https:&#x2f;&#x2f;h&#x2f;path-of-a-token?Signature=s3cr3t'>",
+    "too deep": "[" * 5_000 + SIGNED.replace("x.png", "x'y"),
+}
+
+
+@pytest.mark.parametrize("how", SPELLED)
+def test_a_reader_sees_no_signed_link_however_it_is_written(parts: Parts, ben: Reader, how: str) -> None:
+    given = SPELLED[how]
+    callback = deliver(parts, None, given.encode() if isinstance(given, str) else given)
+    shown = re.sub(r"\\u([0-9a-f]{4})", lambda found: chr(int(found[1], 16)), ben.page(f"/deliveries/{callback.id}"))
+    assert "s3cr3t" not in shown and "path-of-a-token" not in shown
+
+
+def test_an_image_link_of_a_request_is_masked_to_its_end(parts: Parts, ben: Reader) -> None:
+    images = [{"image": SIGNED.replace("x.png", each)} for each in ("x'y.png", "x y.png", "x<y.png")]
+    task = insert_row(parts, request={"prompt": "see https://a.example/b and more", "image_list": images})
+    page = ben.page(f"/tasks/{task.id}")
+    assert "s3cr3t" not in page and "path-of-a-token" not in page and "https://a.example/… and more" in page
+
+
 def test_large_forms_are_refused_unread(ann: Reader) -> None:
     assert ann.post("/act/dismiss", reason="x" * 70_000).status_code == 413
     assert ann.http.post("/console/login", data={"key": "x" * 5_000}).status_code == 413
@@ -179,8 +225,20 @@ def test_templates_never_mark_foreign_text_as_safe() -> None:
         ('{"u":"https:\\/\\/a.example\\/b?c"}', '{"u":"https:\\/\\/a.example/…"}'),
         ("https://user:pw@a.example/b", "https://a.example/…"),
         ("https://a.example", "https://a.example"),
+        ("'https://a.example/b'c<d>?e' now", "'https://a.example/… now"),
         ("a\u202eb\x00", "a\\u202eb\\u0000"),
     ],
 )
 def test_only_the_host_of_a_url_is_shown(foreign: str, shown: str) -> None:
     assert words.seen(foreign) == shown
+
+
+@pytest.mark.parametrize(
+    "part", ["://", ":/", "\\\\", ":\\", "%3a", "%25", "\\u003a", "&#58;", "&colon;&sol;", "@", '["', "[{", '"\\"']
+)
+def test_no_body_takes_long_to_mask(part: str) -> None:
+    before = time.process_time()
+    for body in (part * (250_000 // len(part)), json.dumps([part * (250_000 // len(part))])):
+        words.pretty(body.encode())
+        words.guarded(body.encode())
+    assert time.process_time() - before < 2
