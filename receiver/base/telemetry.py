@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -128,14 +128,18 @@ def _set(gauge: Gauge, number: float | None) -> None:
 
 
 # The last defence: queries of signed URLs and tokens in paths are cut from every message. The patterns have no word
-# boundaries, because in quoted text the character before may be the n of an escaped line break.
-SECRET_SHAPES = (
-    (re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]*"), r"\1?…"),
+# boundaries, because in quoted text the character before may be the n of an escaped line break. The first and the last
+# also match what has no secret, and keep it: otherwise each `http://` and `eyJ` is searched to the end of the text.
+SECRET_SHAPES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (re.compile(r"(https?://[^\s?\"'<>]++)(\?[^\s\"'<>]*)?"), lambda found: found[1] + ("?…" if found[2] else "")),
     (re.compile(r"(/(?:callbacks/[a-z0-9_-]+|assets)/)[A-Za-z0-9_-]{20,}"), r"\1…"),
     (re.compile(r"(Bearer\s+)\S+", re.IGNORECASE), r"\1…"),
     (re.compile(r"(://[^\s:/@\"']*:)[^\s/@\"']+@"), r"\1…@"),
     (re.compile(r"whsec_[A-Za-z0-9+/=]+"), "whsec_…"),
-    (re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*"), "eyJ…"),
+    (
+        re.compile(r"eyJ[A-Za-z0-9_-]{8,}+(\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*)?"),
+        lambda found: "eyJ…" if found[1] else found[0],
+    ),
 )
 
 
