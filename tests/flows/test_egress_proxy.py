@@ -137,7 +137,7 @@ def test_dead_proxy_is_blamed_and_not_the_host_behind_it() -> None:
         with pytest.raises(FetchInterrupted) as interrupted:
             parts.fetcher.fetch("https://p2-fdl.klingai.com/a.png", io.BytesIO())
     assert found.line.startswith(f"the egress proxy {place} gave no connection (")
-    assert "RECEIVER_EGRESS_PROXY is right" in found.advice
+    assert "check RECEIVER_EGRESS_PROXY" in found.advice
     assert f"the egress proxy {place} cannot be reached (Connection refused)" in str(interrupted.value)
     assert "hush" not in f"{found} {interrupted.value}"
 

@@ -185,7 +185,7 @@ def test_message_refused_before_sending_is_no_trial(
     circuit = opened(clock)
     clock.seconds += FIRST_PAUSE_SECONDS
     with sink_pairs.sqs_case(request) as case:
-        sink_pairs.tell(database, case, sink_pairs.STEPS[0])
+        sink_pairs.record_steps(database, case, sink_pairs.STEPS[0])
         sink_pairs.run(database, case, circuit=circuit)
     assert [row.state for row in sink_pairs.dispatches(database)] == [DispatchState.DEAD]
     assert (circuit.is_open, circuit.grant(1).count) == (True, 1)

@@ -109,7 +109,7 @@ def test_rebuild_uses_the_newest_readable_manifest(parts: Parts, empty: Parts) -
     put(parts, str(task.manifest_key).replace(".json", ".2.json"), b"{}")
     counts, (problem,) = rebuild(empty)
     restored = task_of(empty, task.external_task_id)
-    assert (counts["tasks"], problem.detail) == (1, "not readable: it is no manifest")
+    assert (counts["tasks"], problem.detail) == (1, "not readable: it is not a manifest")
     assert (restored.manifest_key, restored.manifests) == (task.manifest_key, 2)
 
 
