@@ -25,8 +25,8 @@ log = structlog.get_logger()
 # segments of 4,096 pages (16 MB), and each further segment is one more search for every page that is read.
 LONG_LOG_PAGES = 4_096
 # Commits wait for the disk while a checkpoint's pages are written: at 4,000 deliveries a second 20 MB each half second,
-# 4 MB each tenth. The p99 of acknowledgements fell from 17 to 15, 90 to 22 and 36 to 16 ms (side by side, with more
-# or less other work). Without commits nothing is copied, and looks are fewer.
+# 4 MB each tenth. Side by side, the p99 of acknowledgements fell from 90 to 22, 129 to 17 and 36 to 16 ms beside other
+# work, and not on a quiet machine. Without commits nothing is copied, and looks are fewer.
 CHECKPOINT_INTERVAL_SECONDS, IDLE_SECONDS = 0.1, 0.5
 
 
