@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from functools import partial
 from typing import Any
 
+from anyio import CancelScope, to_thread
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -25,21 +27,27 @@ class Shares:
             if self._open.total() >= self._most or self._open[person] >= max(self._most // 2, 1):
                 return Response(status_code=503, headers={"Retry-After": "30"})
             self._open[person] += 1
-        return _Placed(self, person, content, **options)
+        return Streamed(content, partial(self.end, person), **options)
 
     def end(self, person: str) -> None:
         with self._lock:
             self._open[person] -= 1
 
 
-class _Placed(StreamingResponse):
-    def __init__(self, shares: Shares, person: str, content: AsyncIterator[Any] | Iterator[Any], **options: Any):
+class Streamed(StreamingResponse):
+    """Closes a generator however the answer ends. A reader who leaves early would leave its connections open."""
+
+    def __init__(
+        self, content: AsyncIterator[Any] | Iterator[Any], on_end: Callable[[], None] = lambda: None, **options: Any
+    ) -> None:
         super().__init__(content, **options)
-        self._shares = shares
-        self._person = person
+        self._content, self._on_end = content, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._shares.end(self._person)
+            self._on_end()
+            if isinstance(self._content, Generator):
+                with CancelScope(shield=True):
+                    await to_thread.run_sync(self._content.close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 
 import structlog
@@ -46,16 +47,16 @@ def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
         for asset in assets:
             made = asset.archived_at or asset.created_at
             entry = zipfile.ZipInfo(places[str(asset.key)], made.timetuple()[:6])
-            try:
-                chunks = bucket.read(str(asset.key))
-                first = next(chunks, b"")
-            except NoSuchObject:
-                log.error("zip.object_not_found", key=asset.key)
-                continue
-            with archive.open(entry, "w", force_zip64=True) as file:
-                for chunk in chain([first], chunks):
-                    file.write(chunk)
-                    yield target.take()
+            with closing(bucket.read(str(asset.key))) as chunks:
+                try:
+                    first = next(chunks, b"")
+                except NoSuchObject:
+                    log.error("zip.object_not_found", key=asset.key)
+                    continue
+                with archive.open(entry, "w", force_zip64=True) as file:
+                    for chunk in chain([first], chunks):
+                        file.write(chunk)
+                        yield target.take()
             yield target.take()
     yield target.take()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -71,7 +71,7 @@ class StoredObjects(StoreConnection):
             metadata=metadata,
         )
 
-    def read(self, key: str, span: range | None = None) -> Iterator[bytes]:
+    def read(self, key: str, span: range | None = None) -> Generator[bytes, None, None]:
         """The object's bytes, at most 1 MiB at a time. Raises `NoSuchObject`, `StoreUnavailable` on the way.
 
         `span`: the positions to read, not empty; None = all.

@@ -9,13 +9,14 @@ from typing import Any
 
 from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from receiver.batch import batch_file, batch_report
 from receiver.batch.batch_file import BatchInvalid, Format, Line
 from receiver.console import words
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import path_of
+from receiver.console.shares import Streamed
 from receiver.console.visit import Visit, part
 from storage.accounts import batches
 from storage.accounts.batches import Counts
@@ -86,7 +87,7 @@ class BatchPages:
             batch = self._batch(session, visit.path("id"))
         lines = batch_report.lines(self._of.database, self._of.batches, batch.name)
         headers = {"Content-Disposition": f'attachment; filename="batch-{batch.id}.csv"'}
-        return StreamingResponse(batch_report.csv_parts(lines), media_type="text/csv; charset=utf-8", headers=headers)
+        return Streamed(batch_report.csv_parts(lines), media_type="text/csv; charset=utf-8", headers=headers)
 
     def form(self, visit: Visit) -> Response:
         return visit.page("batch_new.html", section="batches", **_nothing())

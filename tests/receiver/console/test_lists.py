@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
 import socket
 import zipfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,12 +19,14 @@ import pytest
 from PIL import Image
 from sqlalchemy import event
 from sqlmodel import Session
+from starlette.types import Message
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.console import visit
 from receiver.console.access import COOKIE
 from receiver.console.live import MAX_OPEN
+from receiver.console.shares import Streamed
 from receiver.console.words import ratio_class, relative, size
 from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
@@ -380,6 +384,34 @@ def test_one_person_holds_half_of_the_zips(parts: Parts, web: Web, ann: Reader, 
             wait_until(lambda: fetch(ann, held) == b"200")
             wait_until(lambda: fetch(ann, held) == b"200")
             assert (fetch(ann, held), fetch(ben, held)) == (b"503", b"200")
+
+
+def test_a_stream_whose_reader_leaves_is_closed() -> None:
+    """At once, and not when its objects are collected: it holds a connection to the store."""
+    is_closed = list[bool]()
+
+    def chunks() -> Iterator[bytes]:
+        try:
+            while True:
+                yield b"a piece"
+        finally:
+            is_closed.append(True)
+
+    async def leave(content: Iterator[bytes]) -> None:
+        sent = asyncio.Event()
+
+        async def receive() -> Message:
+            await sent.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(_message: Message) -> None:
+            sent.set()
+
+        await Streamed(content)({"type": "http", "method": "GET"}, receive, send)
+
+    content = chunks()
+    asyncio.run(leave(content))
+    assert is_closed == [True]
 
 
 @pytest.mark.parametrize(
