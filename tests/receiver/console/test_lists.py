@@ -404,8 +404,9 @@ def test_a_stream_whose_reader_leaves_is_closed() -> None:
             await sent.wait()
             return {"type": "http.disconnect"}
 
-        async def send(_message: Message) -> None:
-            sent.set()
+        async def send(message: Message) -> None:
+            if message.get("body"):
+                sent.set()
 
         await Streamed(content)({"type": "http", "method": "GET"}, receive, send)
 
