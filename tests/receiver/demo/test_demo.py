@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -97,6 +98,7 @@ class Running:
     folder: Path
     seen: set[tuple[int, str]] = field(default_factory=set)
     listened: set[Listener] = field(default_factory=set)
+    began_at: float = field(default_factory=time.time)  # older sockets are those of a killed process with the same port
 
     @property
     def output(self) -> str:
@@ -122,7 +124,8 @@ class Running:
         """Processes that still run, files in the temporary folder, sockets of SeaweedFS."""
         alive = self.seen & {(process, started) for process, _, started in processes()}
         sockets = [Path(f"/tmp/seaweedfs-{part}-{port}.sock") for part in ("s3", "filer") for _, port in self.listened]  # noqa: S108 - fixed by SeaweedFS
-        return [*alive, *(self.folder / "tmp").iterdir(), *(each for each in sockets if each.exists())]
+        mine = (each for each in sockets if each.exists() and each.stat().st_mtime >= self.began_at)
+        return [*alive, *(self.folder / "tmp").iterdir(), *mine]
 
 
 @contextmanager
