@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
+from sqlalchemy import Select, delete, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
@@ -119,13 +119,10 @@ def refusal(session: Session, provider: str, model: str | None) -> AccountRefuse
 
 
 def _waiting(session: Session, provider: str) -> Sequence[AccountPause]:
-    waits = (col(AccountPause.provider) == provider, col(AccountPause.trial_at) > db_now_once(), ~_is_impossible())
+    # A trial further ahead than TRIAL_SECONDS was set before the clock was set back. It may be made now.
+    trial = col(AccountPause.trial_at)
+    waits = (col(AccountPause.provider) == provider, trial > db_now_once(), trial <= db_now_once(TRIAL_SECONDS))
     return session.scalars(select(AccountPause).where(*waits).order_by(col(AccountPause.model))).all()
-
-
-def _is_impossible() -> ColumnElement[bool]:
-    """Whether the trial is further ahead than any that a correct clock sets: the clock has been set back since."""
-    return col(AccountPause.trial_at) > db_now_once(TRIAL_SECONDS)
 
 
 def as_refusal(pause: AccountPause) -> AccountRefused:

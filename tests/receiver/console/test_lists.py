@@ -386,32 +386,33 @@ def test_one_person_holds_half_of_the_zips(parts: Parts, web: Web, ann: Reader, 
             assert (fetch(ann, held), fetch(ben, held)) == (b"503", b"200")
 
 
+async def leave_after_a_piece(content: Iterator[bytes]) -> None:
+    """Read the answer as a browser that is closed after its first piece."""
+    piece = asyncio.Event()
+
+    async def receive() -> Message:
+        await piece.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        if message.get("body"):
+            piece.set()
+
+    await Streamed(content)({"type": "http", "method": "GET"}, receive, send)
+
+
 def test_a_stream_whose_reader_leaves_is_closed() -> None:
     """At once, and not when its objects are collected: it holds a connection to the store."""
     is_closed = list[bool]()
 
-    def chunks() -> Iterator[bytes]:
-        try:
+    def endless() -> Iterator[bytes]:
+        with ExitStack() as closing:
+            closing.callback(is_closed.append, True)
             while True:
                 yield b"a piece"
-        finally:
-            is_closed.append(True)
 
-    async def leave(content: Iterator[bytes]) -> None:
-        sent = asyncio.Event()
-
-        async def receive() -> Message:
-            await sent.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            if message.get("body"):
-                sent.set()
-
-        await Streamed(content)({"type": "http", "method": "GET"}, receive, send)
-
-    content = chunks()
-    asyncio.run(leave(content))
+    content = endless()
+    asyncio.run(leave_after_a_piece(content))
     assert is_closed == [True]
 
 
