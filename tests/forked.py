@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -49,6 +51,7 @@ class Forked:
         rest = (module, dict(constants or {}), strict, leads)
         self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files, *rest))
         self._process.start()
+        self._reading = threading.Lock()  # the fork server tells the exit code once: a second reader would get 255
 
     @property
     def pid(self) -> int:
@@ -57,16 +60,17 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        return self.poll()
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        with self._reading:
+            return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        multiprocessing.connection.wait([self._process.sentinel], timeout)
+        if (code := self.poll()) is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
-        return self._process.exitcode
+        return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
