@@ -19,11 +19,13 @@ V = TypeVar("V")
 
 log = structlog.get_logger()
 
-# So long a page waits for what is not known yet or is old.
+# How long a page waits for results that are missing or old.
 AT_ONCE_SECONDS = 0.15
 FRESH_SECONDS = 3.0
-# What takes long is read less often: while somebody looks, so many times longer is rested than read.
+# Results that take long are read less often: they stay fresh for this many times their reading time.
 RESTS = 20
+# The pause after a reading that no page waits for, so that other pages are hardly slower meanwhile.
+PAUSE_SECONDS = 0.02
 CLOSE_SECONDS = 2.0
 
 
@@ -36,31 +38,52 @@ class _Known(NamedTuple):
 
 
 class KeptResults(Generic[K, V]):
-    """What `read` returned for each key. `most`: so many keys are kept. Safe for threads."""
+    """What `read` returned for each key. Safe for threads.
 
-    def __init__(self, database: Database, read: Callable[[Session, K], V], most: int) -> None:
+    `most`: how many keys are kept. `fresh_seconds`: how long the result of a key is fresh; without it, what the keys of
+    a call take to read together decides.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        read: Callable[[Session, K], V],
+        most: int,
+        fresh_seconds: Callable[[K], float] | None = None,
+    ) -> None:
         self._database = database
         self._read = read
         self._most = most
+        self._fresh_seconds = fresh_seconds
         self._known: OrderedDict[K, _Known] = OrderedDict()
-        self._wanted: list[K] = []
+        self._wanted: dict[K, None] = {}
+        self._waiting = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._is_closing = False
+        self._closing = threading.Event()
 
     def of(self, keys: Sequence[K]) -> dict[K, V]:
-        """What is known of these keys. One that is missing is being read, and is there for a later call."""
+        """What is known of these keys. A key that is missing is being read, and a later call returns its result."""
         with self._changed:
-            took = sum(self._known[key].took for key in keys if key in self._known)
-            old = time.monotonic() - max(FRESH_SECONDS, took * RESTS)
-            due = [key for key in keys if key not in self._known or self._known[key].at < old]
-            self._wanted += [key for key in due if key not in self._wanted]
-            self._wanted.sort(key=lambda key: self._known[key].at if key in self._known else 0.0)
-            if self._wanted and self._thread is None and not self._is_closing:
+            due = self._due(keys)
+            wanted = dict.fromkeys([*self._wanted, *due])
+            self._wanted = dict.fromkeys(sorted(wanted, key=self._read_at))
+            if self._wanted and self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(target=self._run, daemon=True)
                 self._thread.start()
-            self._changed.wait_for(lambda: not set(due) & set(self._wanted), AT_ONCE_SECONDS)
+            self._waiting += 1
+            self._changed.wait_for(lambda: self._wanted.keys().isdisjoint(due), AT_ONCE_SECONDS)
+            self._waiting -= 1
             return {key: self._known[key].value for key in keys if key in self._known}  # type: ignore[misc]
+
+    def _due(self, keys: Sequence[K]) -> list[K]:
+        took = sum(self._known[key].took for key in keys if key in self._known)
+        fresh_seconds = self._fresh_seconds or (lambda _key: max(FRESH_SECONDS, took * RESTS))
+        now = time.monotonic()
+        return [key for key in keys if key not in self._known or self._read_at(key) < now - fresh_seconds(key)]
+
+    def _read_at(self, key: K) -> float:
+        return self._known[key].at if key in self._known else 0.0
 
     def forget(self, key: K) -> None:
         """Read it again for the next call, because it was changed."""
@@ -68,9 +91,9 @@ class KeptResults(Generic[K, V]):
             self._known.pop(key, None)
 
     def close(self) -> None:
-        """Read nothing further. Waits a moment for what is being read."""
+        """Read nothing further. Waits a moment for the reading in progress."""
         with self._changed:
-            self._is_closing = True
+            self._closing.set()
             thread = self._thread
         if thread is not None:
             thread.join(CLOSE_SECONDS)
@@ -78,7 +101,8 @@ class KeptResults(Generic[K, V]):
     def _run(self) -> None:
         try:
             while (key := self._next()) is not None:
-                self._keep(key[0])
+                if not self._keep(key[0]):
+                    self._closing.wait(PAUSE_SECONDS)
         except DatabaseUnavailable as error:
             log.info("rollups.paused", error=str(error))
         finally:
@@ -89,9 +113,10 @@ class KeptResults(Generic[K, V]):
 
     def _next(self) -> tuple[K] | None:
         with self._changed:
-            return None if self._is_closing or not self._wanted else (self._wanted[0],)
+            return None if self._closing.is_set() or not self._wanted else (next(iter(self._wanted)),)
 
-    def _keep(self, key: K) -> None:
+    def _keep(self, key: K) -> bool:
+        """Read one key. Returns whether a page is waiting."""
         began = time.monotonic()
         with self._database.read() as session:
             value = self._read(session, key)
@@ -100,5 +125,6 @@ class KeptResults(Generic[K, V]):
             self._known.move_to_end(key)
             while len(self._known) > self._most:
                 self._known.popitem(last=False)
-            self._wanted.remove(key)
+            self._wanted.pop(key, None)
             self._changed.notify_all()
+            return self._waiting > 0

@@ -1,44 +1,35 @@
 """The figures of a day or a month: counted by the hour and held in memory, so that a page never reads a month of rows.
 
-A past hour changes little. It is read again at a request after `STALE_SECONDS`. The current and the last hour are read
-at most twice a minute. A background thread reads a month, from its newest hour on.
+A past hour changes little. A request reads it again after `STALE_SECONDS`. The current and the last hour are read at
+most twice a minute. A background thread reads a month, from its newest hour on.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-import structlog
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable
 from storage.operations import ended
+from storage.operations.kept_results import KeptResults
 from storage.rows.models import Asset, Callback, Task
 from storage.states import AssetState
-
-log = structlog.get_logger()
 
 HOUR = timedelta(hours=1)
 MONTH_HOURS = 30 * 24
 FRESH_SECONDS = 30.0
 STALE_SECONDS = 3_600.0
-# Durations of an hour that are read; more give the same median.
+# A month, and a day more for hours that it has left behind. Beside a million tasks an hour takes 10 to 30 ms to read.
+KEPT_HOURS = MONTH_HOURS + 24
+# Durations that are read of an hour; more give the same median.
 SAMPLED = 500
-# Durations of an hour that stay in memory, evenly spaced by rank. A month has at most 43,200, whose ranks take 10 ms.
+# Durations that are kept of an hour, evenly spaced by rank. A month has at most 43,200, whose ranks take 10 ms.
 KEPT = 60
-# How long a page reads hours itself, the newest first; the background thread reads the rest. Beside a million tasks an
-# hour takes 10 to 30 ms.
-AT_ONCE_SECONDS = 0.1
-CLOSE_SECONDS = 2.0
-# The pause between two hours. A month takes some 20 s, and pages requested meanwhile are hardly slower.
-REST_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,68 +60,32 @@ class Span:
     p95: float | None
 
 
-@dataclass
 class Rollups:
     """The hours that were read so far."""
 
-    database: Database
-    _hours: dict[datetime, tuple[float, Hour]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _thread: threading.Thread | None = None
-    _closing: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, database: Database) -> None:
+        self._hours = KeptResults[datetime, Hour](database, read_hour, KEPT_HOURS, _fresh_seconds)
+        self.close = self._hours.close
 
     def span(self, hours: int) -> Span:
         """The last hours up to now: 24 in hours, more in days."""
-        current = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+        current = _current_hour()
         wanted = [current - HOUR * back for back in range(hours)]
-        left = [hour for hour in wanted if self._is_old(hour, current)]
-        ends = time.monotonic() + AT_ONCE_SECONDS
-        while left and time.monotonic() < ends:
-            self._read([left.pop(0)])
-        if left:
-            self._fill_beside(left, current)
-        found = [self._hours.get(hour, (0.0, Hour()))[1] for hour in reversed(wanted)]
+        known = self._hours.of(wanted)
+        found = [known.get(hour, Hour()) for hour in reversed(wanted)]
         step = 1 if hours <= 24 else 24
         parts = [_sum(found[start : start + step]) for start in range(0, len(found), step)]
-        whole = all(hour in self._hours for hour in wanted)
         total = _sum(found)
-        return Span(total, _series(parts), wanted[-1], whole, _rank(total.seconds, 0.5), _rank(total.seconds, 0.95))
+        median, p95 = _rank(total.seconds, 0.5), _rank(total.seconds, 0.95)
+        return Span(total, _series(parts), wanted[-1], len(known) == hours, median, p95)
 
-    def _is_old(self, hour: datetime, current: datetime) -> bool:
-        age = time.monotonic() - self._hours[hour][0] if hour in self._hours else math.inf
-        return age > (FRESH_SECONDS if hour >= current - HOUR else STALE_SECONDS)
 
-    def _read(self, hours: Sequence[datetime]) -> None:
-        with self._lock:
-            for hour in hours:
-                with self.database.read() as session:
-                    self._hours[hour] = (time.monotonic(), read_hour(session, hour))
+def _current_hour() -> datetime:
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
 
-    def _fill_beside(self, hours: Sequence[datetime], current: datetime) -> None:
-        with self._lock:
-            if self._closing.is_set() or (self._thread is not None and self._thread.is_alive()):
-                return
-            self._thread = threading.Thread(target=self._fill, args=(hours, current), daemon=True)
-            self._thread.start()
 
-    def close(self) -> None:
-        """Read no further hour. Waits for the one in progress, which takes milliseconds."""
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(CLOSE_SECONDS)
-
-    def _fill(self, hours: Sequence[datetime], current: datetime) -> None:
-        try:
-            for hour in hours:
-                if self._is_old(hour, current):
-                    self._read([hour])
-                    if self._closing.wait(REST_SECONDS):
-                        return
-            oldest = current - HOUR * (MONTH_HOURS + 24)
-            for hour in [each for each in list(self._hours) if each < oldest]:
-                self._hours.pop(hour, None)
-        except DatabaseUnavailable as error:
-            log.info("rollups.paused", error=str(error))
+def _fresh_seconds(hour: datetime) -> float:
+    return FRESH_SECONDS if hour >= _current_hour() - HOUR else STALE_SECONDS
 
 
 def read_hour(session: Session, hour: datetime) -> Hour:

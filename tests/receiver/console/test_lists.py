@@ -196,7 +196,7 @@ def test_latencies_are_a_bounded_sample_with_the_ranks_of_all(parts: Parts) -> N
 
 @pytest.mark.parametrize("span", ["24h", "30d"])
 def test_overview_has_eight_charts(parts: Parts, web: Web, span: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.operations.rollups.REST_SECONDS", 0.0)
+    monkeypatch.setattr("storage.operations.kept_results.PAUSE_SECONDS", 0.0)
     archive(parts, 2)
     with Reader(web.url) as ann:
         path = f"?span={span}"
@@ -209,7 +209,7 @@ def test_overview_has_eight_charts(parts: Parts, web: Web, span: str, monkeypatc
 
 
 def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.operations.rollups.REST_SECONDS", 0.0)
+    monkeypatch.setattr("storage.operations.kept_results.PAUSE_SECONDS", 0.0)
     then = datetime.now(UTC) - timedelta(days=4)
     insert_row(parts, state=TaskState.FAILED, completed_at=then, step=None, due_at=None)
     counted = Rollups(parts.database)
@@ -219,7 +219,7 @@ def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest
 
 
 def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("storage.operations.rollups.AT_ONCE_SECONDS", 0.0)
+    monkeypatch.setattr("storage.operations.kept_results.AT_ONCE_SECONDS", 0.0)
     counted = Rollups(parts.database)
     assert not counted.span(24).whole
     assert wait_until(lambda: counted.span(24).whole, seconds=60)

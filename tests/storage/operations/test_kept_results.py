@@ -9,6 +9,7 @@ import pytest
 from sqlmodel import Session
 
 from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable
 from storage.operations import kept_results
 from storage.operations.kept_results import KeptResults
 from tests.harness import wait_until
@@ -84,3 +85,26 @@ def test_a_closed_one_reads_no_further(kept: KeptResults[int, int], reading: Rea
     reading.may.release(1_000)
     kept.close()
     assert kept.of([1, 2, 3]).keys() <= {1} and reading.begun == [1]
+
+
+def test_each_key_may_be_fresh_for_a_time_of_its_own(database: Database, reading: Reading) -> None:
+    kept = KeptResults[int, int](database, reading, 3, lambda key: 0.0 if key == 1 else 3_600.0)
+    reading.may.release(1_000)
+    all_of(kept, 1, 2)
+    wait_until(lambda: kept.of([1, 2]) and reading.begun.count(1) > 1, seconds=60)
+    kept.close()
+    assert reading.begun.count(2) == 1
+
+
+def test_an_outage_ends_the_reading_and_a_later_call_begins_anew(database: Database) -> None:
+    fails = iter((True, False))
+
+    def read(_session: Session, key: int) -> int:
+        if next(fails, False):
+            raise DatabaseUnavailable("away")
+        return key
+
+    kept = KeptResults[int, int](database, read, 3)
+    assert kept.of([7]) == {}
+    assert all_of(kept, 7) == {7: 7}
+    kept.close()
