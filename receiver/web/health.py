@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 
 from receiver.base import telemetry
 from receiver.web.callbacks import Callbacks
-from receiver.web.readiness import Readiness
+from receiver.web.readiness import HANG_SECONDS, Readiness
 from storage.accounts import pauses
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
-from storage.bucket.availability import BucketAvailability
+from storage.bucket.availability import NO_ANSWER_YET, BucketAvailability
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
@@ -61,7 +61,8 @@ class Health:
         self._bucket = BucketAvailability(bucket) if bucket else None
         self._slots = slots
         self._probe_key = ""
-        self._readiness = Readiness(self._check)
+        self._readiness = Readiness(self._check, {"database": f"no answer for {HANG_SECONDS} s", "schema": "unknown"})
+        self._store_readiness = Readiness(self._check_store, {"bucket": NO_ANSWER_YET})
         self._ended = EndedLastDay()
         self._counted_events: int | None = None  # the number of the last event that was counted
         self._measuring = CapacityLimiter(1)  # one scrape at a time
@@ -72,25 +73,28 @@ class Health:
     async def ready(self, request: Request) -> Response:
         """200 while deliveries can be stored. Bucket, workers, lateness and deadlines count only with `?strict=1`.
 
-        A delivery that could not be stored decides over the checks, which may succeed where deliveries fail.
+        A delivery that could not be stored decides over the checks, which may succeed where deliveries fail. Only
+        callers whose answer shows or follows the bucket's state wait for it, which a start need not.
         """
+        is_strict, is_permitted = request.query_params.get("strict") == "1", self._is_permitted(request)
         checks = await self._readiness.checks()
+        if self._bucket is not None:
+            store = self._store_readiness
+            checks |= await store.checks() if is_strict or is_permitted else store.latest()
         checks["intake"] = "full" if self._group_commit.is_full else "ok"
         if self._callbacks.fault is not None:
             checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))
         # One refused file is no fault of the receiver, so work that waits is only reported.
         is_degraded = any(state != "ok" for name, state in checks.items() if name != "waiting")
-        status = 503 if is_down or (is_degraded and request.query_params.get("strict") == "1") else 200
+        status = 503 if is_down or (is_degraded and is_strict) else 200
         body: dict[str, Any] = {"status": "unavailable" if is_down else "degraded" if is_degraded else "ok"}
-        if self._is_permitted(request):
+        if is_permitted:
             body["checks"] = checks
         return JSONResponse(body, status_code=status)
 
     def _check(self) -> dict[str, str]:
-        checks = {}
-        if self._bucket is not None:
-            checks["bucket"] = self._bucket.state()
+        checks: dict[str, str] = {}
         try:
             is_behind = migrations.current(self._database) != migrations.head()
             if (fault := self._callbacks.fault) is not None:
@@ -107,6 +111,10 @@ class Health:
         except DatabaseUnavailable as error:
             checks |= {"database": str(error), "schema": "unknown"}
         return checks
+
+    def _check_store(self) -> dict[str, str]:
+        assert self._bucket is not None
+        return {"bucket": self._bucket.state()}
 
     def _store_probe(self, body_bytes: int) -> None:
         """Store a probe delivery of the same length as the one that failed, and delete it.

@@ -1,10 +1,10 @@
-"""The result of the readiness checks, at most a second old: callers add no load to the database."""
+"""The results of the readiness checks, at most a second old: callers add no load to the database or the store."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import structlog
 from anyio import CapacityLimiter, to_thread
@@ -25,11 +25,12 @@ class Readiness:
 
     `check` runs in a thread, only on demand, at most once a second and never twice at a time. The caller that starts a
     check waits up to 0.5 s for it, others get the previous result. Callers before the first result wait for it. A check
-    that takes more than 5 s counts as a failed database.
+    that takes more than 5 s hangs, and `if_hanging` is its result.
     """
 
-    def __init__(self, check: Callable[[], dict[str, str]]) -> None:
+    def __init__(self, check: Callable[[], dict[str, str]], if_hanging: Mapping[str, str]) -> None:
         self._check = check
+        self._if_hanging = if_hanging
         self._checking: asyncio.Task[None] | None = None
         # separate from pages and readers, which must never make a load balancer drop this receiver
         self._thread = CapacityLimiter(1)
@@ -39,21 +40,30 @@ class Readiness:
     async def checks(self) -> dict[str, str]:
         """A copy of the latest result."""
         patience = PATIENCE_SECONDS if self._result else HANG_SECONDS
-        if self._checking is None and time.monotonic() >= self._started_at + FRESH_SECONDS:
-            self._started_at, self._checking = time.monotonic(), asyncio.create_task(self._run())
+        if self._begin() and self._checking is not None:
             await asyncio.wait({self._checking}, timeout=patience)
         elif self._checking is not None and not self._result:
             await asyncio.wait({self._checking}, timeout=self._started_at + patience - time.monotonic())
         is_hanging = self._checking is not None and time.monotonic() >= self._started_at + HANG_SECONDS
-        if is_hanging or not self._result:
-            return {"database": f"no answer for {HANG_SECONDS} s", "schema": "unknown"}
+        return dict(self._if_hanging if is_hanging or not self._result else self._result)
+
+    def latest(self) -> dict[str, str]:
+        """A copy of the latest result, empty before the first. Waits for nothing, and starts a check that is due."""
+        self._begin()
         return dict(self._result)
+
+    def _begin(self) -> bool:
+        """Start a check if the latest began a second ago and none is under way."""
+        if self._checking is not None or time.monotonic() < self._started_at + FRESH_SECONDS:
+            return False
+        self._started_at, self._checking = time.monotonic(), asyncio.create_task(self._run())
+        return True
 
     async def _run(self) -> None:
         try:
             self._result = await to_thread.run_sync(self._check, limiter=self._thread)
         except Exception:
             log.exception("readiness.check_failed")
-            self._result = {"database": "the check failed, see the log", "schema": "unknown"}
+            self._result = dict.fromkeys(self._if_hanging, "the check failed, see the log")
         finally:
             self._checking = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,9 @@ from sqlalchemy import event, text
 
 from receiver.app.wiring import Parts
 from receiver.web import readiness
+from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
+from storage.operations import heartbeats
 from storage.rows.models import Task
 from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of, insert_row
@@ -67,6 +70,23 @@ def test_check_that_hangs_is_not_ready_and_delays_nobody(
         assert list(callers.map(ready_status, [web] * CALLERS)) == [503] * CALLERS
         assert time.monotonic() - started < 2
     wait_until(lambda: ready_status(web) == 200)
+
+
+@pytest.fixture
+def silent_store(parts: Parts) -> Iterator[None]:
+    """A store that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        parts.__dict__["bucket"] = Bucket(parts.bucket.name, endpoint_url=url)
+        yield
+
+
+@ON_SQLITE
+def test_silent_store_delays_no_caller_whom_it_does_not_concern(silent_store: None, web: Web, parts: Parts) -> None:
+    heartbeats.register(parts.database, 1)
+    assert httpx.get(f"{web.url}/readyz", timeout=10).json() == {"status": "ok"}, "the store was not waited for"
+    wait_until(lambda: httpx.get(f"{web.url}/readyz", timeout=10).json() == {"status": "degraded"})
+    assert httpx.get(f"{web.url}/readyz?strict=1", timeout=10).status_code == 503
 
 
 def set_read_only(database: Database, how: str) -> None:
