@@ -204,14 +204,14 @@ class Parts:
     @cached_property
     def gateway(self) -> Gateway | None:
         """The ASGI application below `/kling`; None without API keys."""
+        chosen = self.settings
+        if not chosen.api_keys:
+            return None
         from receiver.gateway.creates import Creates
         from receiver.gateway.gateway import Gateway  # imports the HTTP server, which most commands do not need
         from receiver.gateway.openapi import document
         from receiver.gateway.queries import Queries
 
-        chosen = self.settings
-        if not chosen.api_keys:
-            return None
         creates = Creates(self.database, self.submitter, self.response_format, chosen.callback_policy)
         queries = Queries(self.database, self.response_format)
         return Gateway(self._api_keys(), creates, queries, document(receiver.__version__, chosen.public_url))
@@ -258,9 +258,11 @@ class Parts:
 
     @cached_property
     def stream(self) -> Stream | None:
+        if not self.settings.api_keys:
+            return None
         from receiver.web.event_stream import Stream  # imports the HTTP server, as above
 
-        return Stream(self.database, self.envelope, self._api_keys()) if self.settings.api_keys else None
+        return Stream(self.database, self.envelope, self._api_keys())
 
     @cached_property
     def console(self) -> Console | None:
