@@ -205,7 +205,10 @@ def build(
         "assets": [_asset(asset) for asset in assets],
     }
     plain = without_signatures(content)
-    dumped = {name: (_dump_ours if name == "assets" else rfc8785.dumps)(plain[name]) for name in plain}
+    dumped = {name: rfc8785.dumps(value) for name, value in plain.items() if name != "assets"}
+    # Assets have ASCII names and no fraction, so `json` gives the same bytes in a sixth of the package's CPU.
+    ours = json.dumps(plain["assets"], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    dumped["assets"] = ours.encode()
     digest = hashlib.sha256(_members(dumped)).hexdigest()
     return _members({**dumped, "digest": rfc8785.dumps(digest)}), digest
 
@@ -213,11 +216,6 @@ def build(
 def _members(dumped: Mapping[str, bytes]) -> bytes:
     """The object with these members, each in its RFC 8785 form: with and without the digest none is dumped twice."""
     return b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), dumped[name]) for name in sorted(dumped))
-
-
-def _dump_ours(value: Any) -> bytes:
-    """The RFC 8785 form of what has ASCII names and no fraction. The package, all Python, takes six times the CPU."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class ManifestDamaged(ValueError):

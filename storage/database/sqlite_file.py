@@ -23,7 +23,10 @@ class SqliteFile:
 
     def check(self) -> None:
         """Raises `DatabaseUnavailable` if another file, or none, is at the path. Takes a microsecond."""
-        found = self._found()
+        found = None
+        with suppress(OSError):
+            state = os.stat(self.path)
+            found = state.st_dev, state.st_ino
         if self._identity is None:
             self._identity = found
         elif found != self._identity:
@@ -46,10 +49,3 @@ class SqliteFile:
             with suppress(OSError):  # it exists, or cannot be created: SQLite reports it
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, own_files.FILE_MODE))
         self.check()
-
-    def _found(self) -> tuple[int, int] | None:
-        try:
-            state = os.stat(self.path)
-        except OSError:
-            return None
-        return state.st_dev, state.st_ino

@@ -41,7 +41,7 @@ class Delivery:
     """One raw delivery. `task_id`: the task its token names. `state`: received, or rejected when kept as evidence.
 
     `key`: equal deliveries collapse under it. A rejected one has a key of its own that never shadows a good one. It is
-    computed when it is first needed: of 64 KiB that are refused it took 60 µs.
+    computed when it is first needed, because it takes 60 µs for 64 KiB, and a refused body needs none.
     """
 
     provider: str
@@ -57,24 +57,15 @@ class Delivery:
     @property
     def key(self) -> str:
         if self._key is None:
-            self._key = _digest(*self._words(), body=self.body)
+            verdict = "" if self.state is CallbackState.RECEIVED else self.state.value
+            words = ["push" + verdict, self.provider, str(self.task_id), self.webhook_id or ""]
+            if self.source == "poll":
+                words = ["poll", self.provider, str(self.task_id)]
+            parts = [*(word.encode("utf-8", "surrogatepass") for word in words), self.body]
+            # Each part after its length, so that different deliveries never have the same input.
+            pieces = chain.from_iterable((_LENGTH(len(part)), part) for part in parts)
+            self._key = hashlib.sha256(b"".join(pieces)).hexdigest()
         return self._key
-
-    def _words(self) -> tuple[str, ...]:
-        if self.source == "poll":
-            return "poll", self.provider, str(self.task_id)
-        verdict = "" if self.state is CallbackState.RECEIVED else self.state.value
-        return "push" + verdict, self.provider, str(self.task_id), self.webhook_id or ""
-
-
-def _digest(*words: str, body: bytes) -> str:
-    """SHA-256 of all parts, each after its length, so that different deliveries never have the same input."""
-    pieces: list[bytes] = []
-    for word in words:
-        part = word.encode("utf-8", "surrogatepass")
-        pieces += _LENGTH(len(part)), part
-    pieces += _LENGTH(len(body)), body
-    return hashlib.sha256(b"".join(pieces)).hexdigest()
 
 
 # One statement for any number of rows, passed to the driver unchanged. A multi-row VALUES of SQLAlchemy was compiled

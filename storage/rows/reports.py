@@ -85,7 +85,12 @@ def apply(
         task.completeness_reads += 1
     known = replace(before, series=task.series)
     decision = states.decide(known, report, confirmed=confirmed)
-    _note_time(task, report, now=now, pushed=pushed, confirmed=confirmed)
+    task.reported_at = now
+    if pushed:
+        note_called_back(task, report, now)
+        task.polls = 0
+    if report.units is not None and confirmed:
+        task.units = report.units
     _change_state(session, task, report, decision, now)
     _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)
     if confirmed:
@@ -154,15 +159,6 @@ def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
     asset.fetched = {}
     claims.make_due(asset)
     session.flush()
-
-
-def _note_time(task: Task, report: Report, *, now: datetime, pushed: bool, confirmed: bool) -> None:
-    task.reported_at = now
-    if pushed:
-        note_called_back(task, report, now)
-        task.polls = 0
-    if report.units is not None and confirmed:
-        task.units = report.units
 
 
 def note_called_back(task: Task, report: Report, now: datetime) -> None:
