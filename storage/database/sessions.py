@@ -231,13 +231,16 @@ class Database:
             self.woken.set()
 
     @contextmanager
-    def autocommit_writer(self) -> Iterator[Connection]:
+    def autocommit_writer(self, *, is_urgent: bool = False) -> Iterator[Connection]:
         """A connection on which each statement is a transaction of its own, durable when it returns.
+
+        `is_urgent`: an acknowledgement waits for it.
 
         For the single statement of a group commit: BEGIN and COMMIT are a round trip each on PostgreSQL, and on SQLite
         a wait for the interpreter lock beside a busy event loop.
         """
-        with self._unavailable(), self.turnstile, self._autocommit_writer.connect() as connection:
+        turnstile = self.turnstile.urgent if is_urgent and isinstance(self.turnstile, Turnstile) else self.turnstile
+        with self._unavailable(), turnstile, self._autocommit_writer.connect() as connection:
             yield connection
         self.outages.wrote()
 

@@ -7,7 +7,8 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -34,6 +35,8 @@ class Turnstile:
     held across other I/O. A thread that waits for another one of its process gives up after `wait_seconds`. So does one
     that waits for another process, unless `is_patient`: a command ends with a message, a worker waits. `check` is
     called before each entry, which raises its error.
+
+    `urgent` is entered by writers on which an acknowledgement waits (see `_Threads`).
     """
 
     def __init__(
@@ -48,23 +51,30 @@ class Turnstile:
         self._check = check
         self._wait_seconds = wait_seconds
         self._is_patient = is_patient
-        self._thread_lock = threading.Lock()
+        self._threads = _Threads()
+        self.urgent = _Urgent(self)
         self._file: TextIO | None = None
         self._blocked_since: float | None = None
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> None:
+        self.enter(is_urgent=False)
+
+    def enter(self, *, is_urgent: bool) -> None:
         self._check()
-        if not self._thread_lock.acquire(timeout=self._wait_seconds):
+        is_locked = self._threads.enter(self._wait_seconds, is_urgent=is_urgent)
+        if is_locked is None:
             raise DatabaseUnavailable(self._held())
         try:
-            self._lock(self._opened())
-        except OSError as error:
-            self._thread_lock.release()
-            raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
-        except BaseException:
-            self._thread_lock.release()
+            if not is_locked:
+                self._lock(self._opened())
+        except BaseException as error:
+            self._threads.leave_unlocked()
+            if isinstance(error, OSError):
+                raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
             raise
+        if not is_urgent:
+            self._threads.lend()
 
     def _opened(self) -> TextIO:
         if self._file is None:
@@ -127,27 +137,127 @@ class Turnstile:
 
     def is_entered_at_once(self) -> bool:
         """Enter it if no one is inside. False: it is taken. For event loops, which must not wait."""
-        if not self._thread_lock.acquire(blocking=False):
-            return False
-        is_inside = False
         try:
             self._check()
-            fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_inside = True
-        except (OSError, DatabaseUnavailable):  # held by another process; a waiting `with` reports any other fault
+        except (OSError, DatabaseUnavailable):
+            return False  # a waiting `with` reports the fault
+        is_locked = self._threads.enter(0, is_urgent=True)
+        if is_locked is None:
+            return False
+        try:
+            if not is_locked:
+                fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_locked = True
+        except OSError:  # held by another process; a waiting `with` reports any other fault
             pass
         finally:
-            if not is_inside:
-                self._thread_lock.release()
-        return is_inside
+            if not is_locked:
+                self._threads.leave_unlocked()
+        return is_locked
 
     def __exit__(self, *_: object) -> None:
         assert self._file is not None
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._thread_lock.release()
+        self._threads.leave(self._file)
 
     def close(self) -> None:
-        with self._thread_lock:
+        with self._threads.alone():
             if self._file is not None:
                 self._file.close()
                 self._file = None
+
+
+class _Urgent:
+    """The turnstile for a writer on which an acknowledgement waits."""
+
+    def __init__(self, turnstile: Turnstile) -> None:
+        self._turnstile = turnstile
+
+    def __enter__(self) -> None:
+        self._turnstile.enter(is_urgent=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._turnstile.__exit__()
+
+
+class _Threads:
+    """The turns of the threads of one process, one after the other.
+
+    An urgent thread waits for the rest of one turn, here or in another process. It uses the turn of another thread of
+    its process: before that one's transaction, which waits meanwhile, or once after it. An ordinary one that waits has
+    the next free turn, so urgent ones keep it out no longer than others do.
+    """
+
+    def __init__(self) -> None:
+        lock = threading.Lock()
+        self._ordinary, self._urgent, self._returned = (threading.Condition(lock) for _ in range(3))
+        self._ordinary_waiting = self._urgent_waiting = 0
+        self._is_taken = False
+        self._is_offered = False  # to an urgent thread, with the file locked
+        self._is_lent = False  # the thread whose turn it is waits
+        self._is_passed_on = False
+
+    def enter(self, seconds: float, *, is_urgent: bool = False) -> bool | None:
+        """Wait for a turn. Returns whether the file is locked already, None if there was no turn in that time."""
+        with self._ordinary:
+            self._ordinary_waiting += not is_urgent
+            self._urgent_waiting += is_urgent
+            is_turn = False
+            try:
+                turn = self._urgent if is_urgent else self._ordinary
+                is_turn = turn.wait_for(lambda: self._is_turn_of(is_urgent), seconds)
+            finally:
+                self._ordinary_waiting -= not is_urgent
+                self._urgent_waiting -= is_urgent
+                if not is_turn:
+                    self._wake_next()  # it may have been woken in vain
+            if not is_turn:
+                return None
+            is_locked, self._is_offered, self._is_taken = self._is_offered, False, True
+            return is_locked
+
+    def _is_turn_of(self, is_urgent: bool) -> bool:
+        if self._is_taken:
+            return is_urgent and self._is_offered
+        return not (is_urgent and self._ordinary_waiting)
+
+    def lend(self) -> None:
+        """Let an urgent thread that waits enter first. The file is locked."""
+        with self._ordinary:
+            if self._urgent_waiting:
+                self._is_offered = self._is_lent = True
+                self._urgent.notify()
+                self._returned.wait_for(lambda: not self._is_lent)
+
+    def leave(self, file: TextIO) -> None:
+        """End the turn and unlock the file, unless an urgent thread uses the turn."""
+        with self._ordinary:
+            if self._is_lent:
+                self._is_lent = False
+                self._returned.notify()
+            elif self._urgent_waiting and not self._is_passed_on:
+                self._is_passed_on = self._is_offered = True
+                self._urgent.notify()
+            else:
+                fcntl.flock(file, fcntl.LOCK_UN)
+                self._end()
+
+    def leave_unlocked(self) -> None:
+        """End the turn of a thread that could not lock the file."""
+        with self._ordinary:
+            self._end()
+
+    def _end(self) -> None:
+        self._is_taken = self._is_passed_on = False
+        self._wake_next()
+
+    def _wake_next(self) -> None:
+        if not self._is_taken:
+            (self._ordinary if self._ordinary_waiting else self._urgent).notify()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Wait until no thread is inside, and let none in meanwhile."""
+        with self._ordinary:
+            self._ordinary.wait_for(lambda: not self._is_taken)
+            yield
+            self._wake_next()

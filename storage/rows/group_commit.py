@@ -267,7 +267,7 @@ class GroupCommit:
         return new, full
 
     def _insert(self, deliveries: list[Delivery]) -> set[str]:
-        with self._database.autocommit_writer() as connection:
+        with self._database.autocommit_writer(is_urgent=True) as connection:
             started = time.perf_counter()
             new = insert(connection, deliveries)
         self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +26,6 @@ from receiver.gateway import gateway
 from storage.database import wakers
 from storage.database.clock import db_now
 from storage.database.sessions import KEPT_CONNECTIONS, Database
-from storage.database.turnstile import Turnstile
 from storage.database.urls import normal_url
 from storage.database.wakers import Waker
 from storage.errors import DatabaseUnavailable
@@ -254,44 +251,6 @@ def test_pool_has_a_connection_for_each_thread_of_a_process(sqlite: Database, th
     assert max(worker, web) <= parts.database_threads
     assert max(sink.threads for sink in parts.sinks.values()) <= jobs.SINK_THREADS
     parts.close()
-
-
-TAKE_TURNS = """
-import sys
-from pathlib import Path
-from storage.database.turnstile import Turnstile
-from storage.database.urls import normal_url
-folder = Path(sys.argv[1])
-turnstile = Turnstile(folder / "db.lock")
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(200):
-    with turnstile:
-        count = int((folder / "count").read_text())
-        (folder / "count").write_text(str(count + 1))
-"""
-
-
-def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
-    counter = tmp_path / "count"
-    counter.write_text("0")
-    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
-    turnstile = Turnstile(tmp_path / "db.lock")
-
-    def take_turns() -> None:
-        for _ in range(200):
-            with turnstile:
-                counter.write_text(str(int(counter.read_text()) + 1))
-
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other, ThreadPoolExecutor(2) as pool:
-        assert other.stdout
-        assert other.stdout.readline() == "ready\n"
-        ours = [pool.submit(take_turns) for _ in range(2)]
-        other.communicate("go\n", timeout=SECONDS)
-        for turns in ours:
-            turns.result(SECONDS)
-    turnstile.close()
-    assert counter.read_text() == "600"
 
 
 def test_turnstile_is_free_after_an_error(sqlite: Database) -> None:

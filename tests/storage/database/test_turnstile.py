@@ -1,0 +1,148 @@
+"""Turns of the writers of one SQLite file: excluded from each other, and acknowledgements first."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlmodel import func, select
+
+from storage.database.sessions import Database
+from storage.database.turnstile import Turnstile
+from storage.rows import group_commit
+from storage.rows.group_commit import Intake
+from storage.rows.models import Callback
+from tests.harness import wait_until
+from tests.storage.rows.test_group_commit import GOOD, InLoop
+
+SECONDS = 30
+TAKE_TURNS = """
+import sys
+from pathlib import Path
+from storage.database.turnstile import Turnstile
+from storage.database.urls import normal_url
+folder = Path(sys.argv[1])
+turnstile = Turnstile(folder / "db.lock")
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(200):
+    with turnstile:
+        count = int((folder / "count").read_text())
+        (folder / "count").write_text(str(count + 1))
+"""
+
+
+def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
+    counter = tmp_path / "count"
+    counter.write_text("0")
+    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
+    turnstile = Turnstile(tmp_path / "db.lock")
+
+    def take_turns(number: int) -> None:
+        for _ in range(200):
+            with turnstile.urgent if number % 2 else turnstile:
+                counter.write_text(str(int(counter.read_text()) + 1))
+
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other, ThreadPoolExecutor(4) as pool:
+        assert other.stdout
+        assert other.stdout.readline() == "ready\n"
+        ours = [pool.submit(take_turns, number) for number in range(4)]
+        other.communicate("go\n", timeout=SECONDS)
+        for turns in ours:
+            turns.result(SECONDS)
+    turnstile.close()
+    assert counter.read_text() == "1000"
+
+
+@pytest.fixture
+def sqlite(migrated_sqlite: Path, tmp_path: Path) -> Iterator[Database]:
+    made = Database(f"sqlite:///{shutil.copy(migrated_sqlite, tmp_path / 'receiver.db')}")
+    made.outages.is_on = True  # as in servers: their waits for other processes have no limit
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def turnstile(sqlite: Database) -> Turnstile:
+    assert isinstance(sqlite.turnstile, Turnstile)
+    return sqlite.turnstile
+
+
+@pytest.fixture
+def other_process(turnstile: Turnstile) -> Iterator[Turnstile]:
+    """Another file description: it takes turns with the database's as another process does."""
+    other = Turnstile(turnstile._path)
+    yield other
+    other.close()
+
+
+@pytest.fixture
+def intake(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[InLoop]:
+    """Its thread commits."""
+    monkeypatch.setattr(group_commit, "QUICK_COMMITS", math.inf)
+    with InLoop(sqlite) as made:
+        yield made
+
+
+def count_deliveries(sqlite: Database) -> int:
+    with sqlite.read() as session:
+        return session.scalar(select(func.count()).select_from(Callback)) or 0
+
+
+def test_a_delivery_is_committed_before_a_thread_that_waited_longer(
+    sqlite: Database, turnstile: Turnstile, other_process: Turnstile, intake: InLoop
+) -> None:
+    def write() -> int:
+        with sqlite.write():
+            return count_deliveries(sqlite)
+
+    with ThreadPoolExecutor(1) as pool:
+        with other_process:
+            seen = pool.submit(write)
+            wait_until(lambda: turnstile._blocked_since)
+            answer = intake.put(GOOD)
+            wait_until(lambda: turnstile._threads._urgent_waiting)
+        assert (answer.result(SECONDS), seen.result(SECONDS)) == (Intake.NEW, 1)
+
+
+def test_a_delivery_is_committed_within_the_turn_of_its_process(
+    sqlite: Database, turnstile: Turnstile, other_process: Turnstile, intake: InLoop
+) -> None:
+    def write() -> int:
+        with other_process:
+            return count_deliveries(sqlite)
+
+    with ThreadPoolExecutor(1) as pool:
+        with turnstile:
+            seen = pool.submit(write)
+            wait_until(lambda: other_process._blocked_since)
+            answer = intake.put(GOOD)
+            wait_until(lambda: turnstile._threads._urgent_waiting)
+        assert (answer.result(SECONDS), seen.result(SECONDS)) == (Intake.NEW, 1)
+
+
+def test_other_writers_have_turns_while_deliveries_never_end(turnstile: Turnstile, other_process: Turnstile) -> None:
+    ended = threading.Event()
+
+    def commit() -> None:
+        while not ended.is_set():
+            with turnstile.urgent:
+                pass
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(commit) for _ in range(2)]
+        for _ in range(50):
+            with turnstile:
+                pass
+            with other_process:
+                pass
+        ended.set()
+        for end in ends:
+            end.result(SECONDS)
