@@ -16,7 +16,7 @@ from receiver.events.dispatcher import Dispatcher, Sink
 from receiver.gateway import client_callback
 from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
 from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
-from receiver.workers.lanes import Lane, PeriodicJob
+from receiver.workers.lanes import Batches, Lane, PeriodicJob
 from receiver.workers.worker import CLAIM_PAUSE_SECONDS
 from storage.accounts import idempotency
 from storage.accounts.slots import give_back_silent
@@ -99,15 +99,18 @@ def lanes(parts: Parts) -> Sequence[Lane]:
 def _asset_lanes(parts: Parts, circuit: Circuit) -> Sequence[Lane]:
     """The lane of the files, and the spare threads that slow hosts cannot take."""
     threads = parts.settings.worker_threads
-    archiver = Archiver(
-        parts.database, parts.bucket, parts.fetcher, parts.schedule, spool_dir=parts.settings.spool_dir,
+    archiver = partial(
+        Archiver, parts.database, parts.bucket, parts.fetcher, parts.schedule, spool_dir=parts.settings.spool_dir,
         circuit=circuit,
     )  # fmt: skip
-    other_hosts = slow_hosts.OtherHosts(parts.database, threads)
+    other_hosts, batches = slow_hosts.OtherHosts(parts.database, threads), Batches(most_lent=threads)
     return (
-        Lane("assets", Asset, archiver.work, threads, circuit=circuit, ahead=threads // AHEAD_SHARE),
         Lane(
-            "assets-spare", Asset, partial(other_hosts.work, archiver), slow_hosts.spare_threads(threads),
+            "assets", Asset, archiver(waiting=batches.lent).work, threads, circuit=circuit,
+            ahead=threads // AHEAD_SHARE, batches=batches,
+        ),
+        Lane(
+            "assets-spare", Asset, partial(other_hosts.work, archiver()), slow_hosts.spare_threads(threads),
             circuit=circuit, claim_pause_seconds=SPARE_CLAIM_PAUSE_SECONDS, beside=other_hosts.conditions,
         ),
     )  # fmt: skip

@@ -82,7 +82,8 @@ class Parts:
 
     @property
     def archive_threads(self) -> int:
-        return self.settings.worker_threads + spare_threads(self.settings.worker_threads)
+        """Twice as many as there are downloads at once: a thread that waits for a commit lends its place."""
+        return 2 * self.settings.worker_threads + spare_threads(self.settings.worker_threads)
 
     @cached_property
     def kling(self) -> Kling:

@@ -198,8 +198,8 @@ class Worker:
             return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
-        batches = Batches()
-        pool = ThreadPoolExecutor(lane.threads, thread_name_prefix=lane.name)
+        batches = lane.batches
+        pool = ThreadPoolExecutor(lane.threads + batches.most_lent, thread_name_prefix=lane.name)
         while not self._stop.is_set():
             seen = self._wake_ups.begin(lane.name)
             room = batches.wait_for_room(lane.threads_of(self._alive), self._ahead(lane), IDLE_SECONDS)

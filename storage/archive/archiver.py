@@ -7,6 +7,8 @@ claimed ─▶ known object there? ─▶ settled, nothing downloaded
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -39,7 +41,7 @@ from storage.keys import object_key
 from storage.rows import claims, reports, tasks
 from storage.rows.events import EventName, file_facts, record
 from storage.rows.models import Asset, Task
-from storage.spool import spool
+from storage.spool import memory_of, spool
 from storage.states import ArchiveState, AssetName, AssetState, Step
 
 log = structlog.get_logger()
@@ -88,13 +90,16 @@ class Archiver:
         *,
         spool_dir: Path | None = None,
         circuit: Circuit | None = None,
+        waiting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
+        """`waiting`: encloses each wait for a commit, during which another thread may archive."""
         self._database = database
         self._bucket = bucket
         self._fetcher = fetcher
         self._schedule = schedule
         self._spool_dir = spool_dir
         self._circuit = circuit or Circuit()
+        self._waiting = waiting
 
     def work(self, asset: Asset, *, fetch_seconds: float | None = None) -> None:
         """Archive one claimed asset, or settle the row with the reason for the failure.
@@ -140,7 +145,9 @@ class Archiver:
             if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
                 # A forged link, or a CDN that mixes files up, brings other bytes.
                 raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")
-            origin = self._note(asset, fetched)
+            # A file on disk keeps its place: its room is reckoned by `RECEIVER_WORKER_THREADS`.
+            with self._waiting() if memory_of(sink) is not None else nullcontext():
+                origin = self._note(asset, fetched)
             self._put(asset, origin, fetched, sink)
 
     def _is_there(self, asset: Asset) -> bool:
@@ -213,7 +220,8 @@ class Archiver:
                 row.archive = states.reopened(row.archive)
                 self._look_at_task(session, row)
 
-        self._database.write_in_group(settle, task_id=asset.task_id)
+        with self._waiting():
+            self._database.write_in_group(settle, task_id=asset.task_id)
 
     def _interrupted(self, asset: Asset, error: Retry) -> None:
         before = [each["error"] for each in asset.failed_tries or ()]

@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -137,6 +138,24 @@ class Overtaken(Fetcher):
 
 def archiver(parts: Parts, fetcher: Fetcher) -> Archiver:
     return Archiver(parts.database, parts.bucket, fetcher, parts.schedule)
+
+
+@pytest.mark.parametrize(("picture_bytes", "waits"), [(20_000, ["noted", "archived"]), (6_000_000, ["archived"])])
+def test_a_wait_for_a_commit_lends_the_place_unless_the_file_is_on_disk(
+    parts: Parts, sandbox: Sandbox, picture_bytes: int, waits: list[str]
+) -> None:
+    sandbox.world.knobs = sandbox.world.knobs.model_copy(update={"picture_bytes": picture_bytes})
+    with_due_assets(parts, sandbox)
+    waited: list[tuple[str, int]] = []
+
+    @contextmanager
+    def waiting() -> Iterator[None]:
+        yield
+        asset = only_asset(parts)
+        waited.append(("archived" if asset.archived_at else "noted" if asset.key else "due", len(kept(parts))))
+
+    Archiver(parts.database, parts.bucket, parts.fetcher, parts.schedule, waiting=waiting).work(claim(parts))
+    assert waited == [(what, int(what == "archived")) for what in waits]
 
 
 def test_an_object_with_other_bytes_that_came_late_is_recorded_as_superseded(parts: Parts, sandbox: Sandbox) -> None:

@@ -246,7 +246,12 @@ def test_pool_has_a_connection_for_each_thread_of_a_process(sqlite: Database, th
     entries = " ".join(f"hook{number}=https://hooks.example.com/{number}" for number in range(sinks))
     parts = parts_of(sqlite, worker_threads=threads, event_sinks=entries, event_secrets=SECRET)
     lanes = parts.lanes()
-    worker = sum(lane.threads + 1 for lane in lanes) + len(parts.periodic_jobs()) + jobs.TASK_THREADS + BACKGROUND
+    worker = (
+        sum(lane.threads + lane.batches.most_lent + 1 for lane in lanes)
+        + len(parts.periodic_jobs())
+        + jobs.TASK_THREADS
+        + BACKGROUND
+    )
     web = PAGES + 2 * gateway.MAX_CREATES + gateway.SHORT_THREADS + INBOX
     assert max(worker, web) <= parts.database_threads
     assert max(sink.threads for sink in parts.sinks.values()) <= jobs.SINK_THREADS
