@@ -16,6 +16,7 @@ from sqlalchemy import func, literal_column
 from sqlmodel import Session, col, select
 
 from receiver.tasks import apply_deliveries
+from receiver.web.rate_limits import REMEMBERED_TASKS, Allowance
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows.deliveries import Delivery
@@ -31,22 +32,45 @@ MAX_ROWS, MAX_BYTES = 10_000, 64 * 2**20
 MAX_OF_TASK = 20
 # The interval of counting the rows. Deliveries that are stored in between are added in memory.
 COUNT_SECONDS = 10.0
-REMEMBERED_TASKS = 10_000
 # One thread finds the task of each delivery, in some 1 ms. Each waiting delivery holds a body of up to 64 KiB. On
 # SQLite the event loop looks first, in 15 µs, and leaves the thread only deliveries of our tasks that are not full.
 MAX_WAITING, TURN_SECONDS = 200, 1.5
-# The same thread parses longer bodies. The event loop waits for the parser: 0.4 ms for 4 KiB of numbers, 4 for 64 KiB.
+# The same thread parses longer bodies. The event loop waits for the parser: 0.4 ms for 4 KiB of numbers, 2.6 at most.
 MAX_LOOP_BYTES = 4 * 1024
+# The processor time that the thread may take, a second and at once. It is room for a hundred lookups a second, and a
+# thousand at once, or for forty of the worst bodies.
+SECONDS_A_SECOND, MOST_SECONDS = 0.1, 1.0
+# What may be stored that matches no task, a second and at once; each row counts with so much more than its body. It is
+# room for 60 small ones a second, and a thousand at once. 18 MB a second were stored until the 64 MiB were full.
+BYTES_A_SECOND, MOST_BYTES_AT_ONCE, ROW_BYTES = 2**18, 4 * 2**20, 4 * 1024
+# What is full stays so until deliveries are pruned. What is overdrawn has room again after some seconds.
+FULL_RETRY_AFTER_SECONDS, OVERDRAWN_RETRY_AFTER_SECONDS = 3_600, 10
 
 
-class AccountFull(Exception):
+class AccountRefused(Exception):
+    """The account URL takes no delivery like this one now. `words`, `outcome`: of the answer and of its metric."""
+
+    def __init__(self, words: str, outcome: str, retry_after_seconds: int) -> None:
+        super().__init__(words)
+        self.words, self.outcome, self.retry_after_seconds = words, outcome, retry_after_seconds
+
+
+class AccountFull(AccountRefused):
     """The account URL has all the deliveries it may store that match no task, or that match this task. `is_task`: the
     latter.
     """
 
     def __init__(self, *, is_task: bool) -> None:
-        super().__init__(is_task)
-        self.is_task = is_task
+        what = f"{MAX_OF_TASK} deliveries of this task" if is_task else "all it may of what matches no task"
+        words, outcome = f"the account's address holds {what}", "task_full" if is_task else "account_full"
+        super().__init__(words, outcome, FULL_RETRY_AFTER_SECONDS)
+
+
+class AccountOverdrawn(AccountRefused):
+    """The deliveries of the last seconds took the time, or the bytes, that the account URL may take."""
+
+    def __init__(self) -> None:
+        super().__init__("too many deliveries to this address at once", "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
 
 
 class AccountBusy(Exception):
@@ -70,9 +94,16 @@ class AccountBudget:
         self._thread, self._turn, self._waiting = CapacityLimiter(1), asyncio.Lock(), 0
         self._of_task: dict[uuid.UUID, int] = {}
         self._guard = threading.Lock()  # the time of those counts
+        self._seconds = Allowance(SECONDS_A_SECOND, MOST_SECONDS)
+        self._stored = Allowance(BYTES_A_SECOND, MOST_BYTES_AT_ONCE)
+
+    def check_length(self, announced: int) -> None:
+        """Raise AccountOverdrawn for a body that there is no time to parse, before it is read."""
+        if announced > MAX_LOOP_BYTES and self._seconds.is_spent:
+            raise AccountOverdrawn
 
     async def take(self, delivery: Delivery) -> uuid.UUID | None:
-        """Take a place for a delivery. Returns its task. Raises AccountFull, AccountBusy.
+        """Take a place for a delivery. Returns its task. Raises AccountFull, AccountOverdrawn, AccountBusy.
 
         If the rows cannot be counted, it gives a place: the commit shows whether the database works.
         """
@@ -83,6 +114,8 @@ class AccountBudget:
             task_id = await self._find(delivery)
             if task_id is None and not await self._have_room():
                 raise AccountFull(is_task=False)
+            if task_id is None and self._stored.is_spent:
+                raise AccountOverdrawn
         except DatabaseUnavailable:
             return None
         except TimeoutError:
@@ -94,10 +127,25 @@ class AccountBudget:
     async def _find(self, delivery: Delivery) -> uuid.UUID | None:
         """Take a place of the delivery's task. None: it names none of ours, or the delivery is stored already."""
         is_long = len(delivery.body) > MAX_LOOP_BYTES
-        ids = await self._in_turn(self._ids, delivery) if is_long else self._ids(delivery)
+        ids = await self._in_time(self._ids, delivery) if is_long else self._ids(delivery)
         if not any(ids) or self._names_no_task(delivery, ids):
             return None
-        return await self._in_turn(self._take_of_task, delivery, ids)
+        return await self._in_time(self._take_of_task, delivery, ids)
+
+    async def _in_time(self, work: Callable[..., T], *words: Any) -> T:
+        """Run it in the one thread, while there is time for it. Raises AccountOverdrawn, TimeoutError."""
+        if self._seconds.is_spent:
+            raise AccountOverdrawn
+        return await self._in_turn(self._spend_time, work, *words)
+
+    def _spend_time(self, work: Callable[..., T], *words: Any) -> T:
+        if self._seconds.is_spent:  # by those that had their turn meanwhile
+            raise AccountOverdrawn
+        started = time.thread_time()
+        try:
+            return work(*words)
+        finally:
+            self._seconds.spend(time.thread_time() - started)
 
     def _names_no_task(self, delivery: Delivery, ids: Ids) -> bool:
         """Whether the event loop can tell that it names no task of ours. Raises AccountFull if the loop can tell so."""
@@ -135,6 +183,7 @@ class AccountBudget:
         if task_id is None and is_new:
             self._rows += 1
             self._bytes += len(delivery.body)
+            self._stored.spend(len(delivery.body) + ROW_BYTES)
         if task_id is not None and not is_new:
             with self._guard:
                 self._of_task[task_id] = self._of_task.get(task_id, 1) - 1

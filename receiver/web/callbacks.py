@@ -29,9 +29,10 @@ from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
-from receiver.web.account_budget import MAX_OF_TASK, AccountBudget, AccountBusy, AccountFull
+from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountBusy, AccountRefused
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.http_protocol import WholeAnswer
+from receiver.web.rate_limits import REMEMBERED_TASKS, RateLimit, Tarpit
 from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
@@ -58,21 +59,20 @@ BODY_SECONDS = 10.0
 # From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
 COMMIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 5
-# A refused delivery of a full task brings no news for the task. The sender may come back when deliveries have been
-# pruned.
-FULL_RETRY_AFTER_SECONDS = 3_600
+# How long a refusal at the account URL is held back. Eight connections that repeat it at once took half a processor. As
+# many wait as their bodies, 64 KiB each, take the memory of MAX_ACCOUNT_BYTES.
+TARPIT_SECONDS, MAX_IN_TARPIT = 1.0, 256
 # The evidence of a wrong signature is worth storing a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
 # Rejected deliveries are counted among this many of the newest: all of a task's own, and a moving window of the account
 # URL's, which can have more than a write transaction should scan.
 NEWEST = 500
-# Limits per task: at most one extra read and one log line in these intervals. The limiter remembers this many tasks.
+# Limits per task: at most one extra read and one log line in these intervals.
 READ_SOON_SECONDS, SAY_SECONDS = 10.0, 60.0
 # Threads for refused deliveries, separate from those of pages and event readers.
 THREADS = 4
 # The interval after which the account URL is checked again for room for evidence of wrong signatures.
 RECHECK_SECONDS = 10.0
-REMEMBERED_TASKS = 10_000
 # Headers stored beside the body to tell senders apart. Every other header may contain a secret.
 KEPT_HEADERS = {name.encode(): name for name in ("content-type", "user-agent", "webhook-id", "webhook-timestamp")}
 # Stored for a refused delivery too, so that `receiver replay` can verify it once the right secret is set. The signature
@@ -122,10 +122,11 @@ class Callbacks:
         self._schedule = schedule
         self.fault: Fault | None = None  # of deliveries since one of that size was stored
         self._bodies, self._commits = Timeouts(), Timeouts()
-        self._may_read_soon, self._may_say = _RateLimit(READ_SOON_SECONDS), _RateLimit(SAY_SECONDS)
+        self._may_read_soon, self._may_say = RateLimit(READ_SOON_SECONDS), RateLimit(SAY_SECONDS)
         self._refused = _Refused()
         self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
         self._account = AccountBudget(database, self._ids)
+        self._tarpit = Tarpit()
         self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,16 +134,22 @@ class Callbacks:
 
         This is an ASGI application of its own: Starlette's wrapper around a function cost as much as all the rest here.
         """
-        if scope["method"] != "POST":
-            refusal: Response | None = _answer(405, "method not allowed", "method", {"Allow": "POST"})
-        else:
+        is_delayed = False
+        try:
             refusal = await self._take(scope, receive)
+        except AccountRefused as error:  # it refers to the body, which is not to be held while the answer waits
+            refusal = _answer(429, error.words, error.outcome, {"Retry-After": str(error.retry_after_seconds)})
+            is_delayed = True
+        if is_delayed:
+            await self._tarpit.wait(TARPIT_SECONDS, most=MAX_IN_TARPIT)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
         await ACCEPTED.send(scope, send)
 
     async def _take(self, scope: Scope, receive: Receive) -> Response | None:
+        if scope["method"] != "POST":
+            return _answer(405, "method not allowed", "method", {"Allow": "POST"})
         path = scope["path_params"]
         provider = self._providers.get(path["provider"])
         named = self._tokens.read(provider.name, path["token"]) if provider else None
@@ -151,6 +158,8 @@ class Callbacks:
         most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
         if _announced(scope) > most:
             return _answer(413, f"the body is longer than {most} bytes", "long_body")
+        if named.task_id is None:
+            self._account.check_length(_announced(scope))
         try:
             with self._bodies.within(BODY_SECONDS):
                 body = await self._read_body(receive, named.task_id, most)
@@ -205,15 +214,11 @@ class Callbacks:
         return done if isinstance(done, Response) else None
 
     async def _store_at_account(self, delivery: Delivery) -> Response | Intake:
-        """Store a delivery of the account URL. A full account is answered 429: the shipped Traefik repeats a 503 at
-        once, which would make no room.
+        """Store a delivery of the account URL. Raises AccountRefused, which is answered 429: the shipped Traefik
+        repeats a 503 at once, which would make no room.
         """
         try:
             task_id = await self._account.take(delivery)
-        except AccountFull as full:
-            words = f"{MAX_OF_TASK} deliveries of this task" if full.is_task else "all it may of what matches no task"
-            outcome, seconds = "task_full" if full.is_task else "account_full", str(FULL_RETRY_AFTER_SECONDS)
-            return _answer(429, f"the account's address holds {words}", outcome, {"Retry-After": seconds})
         except AccountBusy:
             return _answer(503, "busy, try again", "full")
         done: Response | Intake | None = None
@@ -350,23 +355,6 @@ class _Refused:
             self._look_at = 0.0 if is_kept else self._look_at
         elif not is_kept:
             self._counts[task_id] = MAX_REJECTED_PER_TASK
-
-
-class _RateLimit:
-    """Allows one action per task and interval, so that refusing a delivery never costs more than accepting one."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._not_before: dict[uuid.UUID | None, float] = {}
-
-    def now(self, task_id: uuid.UUID | None) -> bool:
-        now = time.monotonic()
-        if now < self._not_before.get(task_id, now):
-            return False
-        while len(self._not_before) >= REMEMBERED_TASKS:
-            self._not_before.pop(next(iter(self._not_before)))
-        self._not_before[task_id] = now + self._seconds
-        return True
 
 
 def _announced(scope: Scope) -> int:

@@ -1,16 +1,17 @@
-"""What a delivery at the account URL costs the event loop before it is refused. On both databases."""
+"""What deliveries at the account URL may cost: the event loop, a thread and the disk. On both databases."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 
 import pytest
 
 from receiver.app.wiring import Parts
 from receiver.web import account_budget
-from receiver.web.account_budget import AccountBudget, AccountBusy, Ids
+from receiver.web.account_budget import AccountBudget, AccountBusy, AccountOverdrawn, Ids
 from storage.rows.deliveries import Delivery
 
 LONG = b" " * 4_097
@@ -57,3 +58,51 @@ def test_long_bodies_that_wait_for_the_parser_are_bounded(parts: Parts, monkeypa
     parser = SlowParser()
     assert Counter(map(type, take(parts, parser, 8))) == {type(None): 3, AccountBusy: 5}
     assert parser.has_gone_on == [True] * 3
+
+
+def test_long_bodies_beyond_the_time_of_the_parser_are_not_parsed(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without that limit the parser took as much of a processor as one could send."""
+    monkeypatch.setattr(account_budget, "SECONDS_A_SECOND", 1e-6)
+    monkeypatch.setattr(account_budget, "MOST_SECONDS", 0.01)
+    parsed: list[Delivery] = []
+
+    def parse(delivery: Delivery) -> Ids:
+        parsed.append(delivery)
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+        return None, None
+
+    async def main() -> None:
+        budget = AccountBudget(parts.database, parse)
+        long = [Delivery("kling", "push", None, LONG + b"%d" % number) for number in range(3)]
+        assert await budget.take(long[0]) is None
+        with pytest.raises(AccountOverdrawn):
+            await budget.take(long[1])
+        with pytest.raises(AccountOverdrawn):
+            budget.check_length(len(long[2].body))
+        budget.check_length(100)
+        assert await budget.take(Delivery("kling", "push", None, b"{}")) is None, "a short one needs no thread"
+        assert len(parsed) == 2
+        budget.close()
+
+    asyncio.run(main())
+
+
+def test_the_bytes_a_second_that_match_no_task_are_bounded(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account_budget, "BYTES_A_SECOND", 1)
+    monkeypatch.setattr(account_budget, "MOST_BYTES_AT_ONCE", 3 * account_budget.ROW_BYTES - 1_000)
+
+    async def main() -> None:
+        budget = AccountBudget(parts.database, lambda _: (None, None))
+        for number in range(3):
+            delivery = Delivery("kling", "push", None, b"%02d" % number)
+            assert await budget.take(delivery) is None
+            budget.settle(delivery, None, is_new=True)
+        with pytest.raises(AccountOverdrawn):
+            await budget.take(Delivery("kling", "push", None, b"03"))
+        budget.close()
+
+    asyncio.run(main())

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -321,6 +322,12 @@ def test_a_refused_delivery_that_could_not_be_kept_takes_no_place(web: Web, part
     assert len(callbacks_of(parts)) == 1
 
 
+@pytest.fixture
+def prompt_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "TARPIT_SECONDS", 0)
+
+
+@pytest.mark.usefixtures("prompt_refusals")
 @pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_BYTES"])
 def test_unmatched_deliveries_have_a_budget_of_their_own(
     limit: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
@@ -339,6 +346,7 @@ def about(task: Task, number: int) -> bytes:
     return json.dumps(told | {"task_info": {"external_task_id": task.external_task_id}}).encode()
 
 
+@pytest.mark.usefixtures("prompt_refusals")
 def test_the_accounts_url_keeps_twenty_deliveries_of_a_task(web: Web, parts: Parts) -> None:
     """Neither the database's size nor a restart of the web server makes room."""
     (task, other), path = [insert_row(parts) for _ in range(2)], f"/callbacks/kling/{web.account_token}"
@@ -359,6 +367,7 @@ def test_the_accounts_url_keeps_twenty_deliveries_of_a_task(web: Web, parts: Par
 
 
 @ON_SQLITE
+@pytest.mark.usefixtures("prompt_refusals")
 def test_what_the_accounts_url_refuses_costs_no_session(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +383,36 @@ def test_what_the_accounts_url_refuses_costs_no_session(
         of_task = [about(task, number) for number in range(100, 110)]
         assert {post(web, path, body).status_code for body in (*of_none, *of_task, b"[[")} == {429}
         assert asked == []
+
+
+@ON_SQLITE
+def test_refusals_at_the_accounts_url_are_held_back(web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight senders that repeat a refused delivery at once took half a processor. Other deliveries do not wait."""
+    path, task = f"/callbacks/kling/{web.account_token}", path_of(parts, insert_row(parts))
+    monkeypatch.setattr(account_budget, "MAX_ROWS", 0)
+    started = time.monotonic()
+    assert post(web, path).status_code == 429
+    assert time.monotonic() - started >= callbacks.TARPIT_SECONDS
+    monkeypatch.setattr(callbacks, "TARPIT_SECONDS", 3)
+    monkeypatch.setattr(callbacks, "MAX_IN_TARPIT", 2)
+    with ExitStack() as opened:
+        for _ in range(2):
+            opened.enter_context(connected(web, path, "Content-Length: 2")).sendall(b"{}")
+        wait_until(lambda: web.requests_under_way == 2)
+        assert post(web, path).status_code == 429, "no more than two are held back"
+        assert post(web, task).status_code == 200
+
+
+@ON_SQLITE
+def test_a_long_body_that_there_is_no_time_for_is_not_read(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account_budget, "SECONDS_A_SECOND", 1e-9)
+    monkeypatch.setattr(account_budget, "MOST_SECONDS", 1e-9)
+    with Web(parts) as web:
+        path = f"/callbacks/kling/{web.account_token}"
+        assert post(web, path, b" " * 60_000).status_code == 200
+        with connected(web, path, "Content-Length: 60000") as connection:
+            assert answer_on(connection)[0] == 429
+        assert post(web, path, b"{}").status_code == 200
 
 
 @ON_POSTGRESQL

@@ -1,0 +1,61 @@
+"""Limits in time: one action an interval for each task, an amount a second, and refusals that are held back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+
+REMEMBERED_TASKS = 10_000
+
+
+class RateLimit:
+    """Allows one action per task and interval, so that refusing a delivery never costs more than accepting one."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._not_before: dict[uuid.UUID | None, float] = {}
+
+    def now(self, task_id: uuid.UUID | None) -> bool:
+        now = time.monotonic()
+        if now < self._not_before.get(task_id, now):
+            return False
+        while len(self._not_before) >= REMEMBERED_TASKS:
+            self._not_before.pop(next(iter(self._not_before)))
+        self._not_before[task_id] = now + self._seconds
+        return True
+
+
+class Allowance:
+    """An amount a second. What was not spent may be spent later, up to `most` at once; the last part may exceed it.
+
+    One thread spends, any may ask.
+    """
+
+    def __init__(self, per_second: float, most: float) -> None:
+        self._per_second = per_second
+        self._ahead_seconds = most / per_second
+        self._paid_at = float("-inf")  # when all that was spent has come in
+
+    @property
+    def is_spent(self) -> bool:
+        return self._paid_at - time.monotonic() >= self._ahead_seconds
+
+    def spend(self, amount: float) -> None:
+        self._paid_at = max(self._paid_at, time.monotonic()) + amount / self._per_second
+
+
+class Tarpit:
+    """Holds refusals back, so that a sender that repeats a refused request at once costs little."""
+
+    def __init__(self) -> None:
+        self._waiting = 0
+
+    async def wait(self, seconds: float, *, most: int) -> None:
+        """At most `most` wait at a time. Further ones do not: one that waits takes the memory of its connection."""
+        if self._waiting < most:
+            self._waiting += 1
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                self._waiting -= 1
