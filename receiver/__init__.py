@@ -1,4 +1,4 @@
-"""Our conversation with the provider: ask, listen, ask again.
+"""The receiver: submits requests to a provider, takes its callbacks, and archives the pictures.
 
 From Python: `Receiver()`, and `AsyncReceiver(receiver)` around it for async code; see `receiver.app.library`.
 """
@@ -30,7 +30,7 @@ _RAISED = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the library when it is first asked for: the command line's `--help` needs none of it."""
+    """Import the library at its first use: the command line's `--help` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_RAISED.get(name, "receiver.app.library")), name)

@@ -66,7 +66,7 @@ class EgressProxy:
             if status is None or not status[1].startswith(b"2"):
                 said = status[1].decode() if status else "no HTTP"
                 raise OSError(errno.ECONNREFUSED, f"{self.name} answered {said}")
-            if not head.endswith(b"\r\n\r\n"):  # no host of ours sends before it gets a request
+            if not head.endswith(b"\r\n\r\n"):  # no host that we reach through a proxy sends before it gets a request
                 raise OSError(errno.EPROTO, f"{self.name} added bytes to its answer")
         except BaseException:
             tunnel.close()

@@ -28,7 +28,7 @@ GiveUp(reason)        it will not by itself; kept, shown, `receiver retry` bring
 ├── ReportUnreadable      a callback body that is no task record
 ├── FetchRefused          a URL we may not fetch, for its form
 ├── FetchTooLarge         more bytes than RECEIVER_MAX_ASSET_BYTES
-└── ObjectConflict        another object stands under our key
+└── ObjectConflict        another object is stored under our key
 LostClaim             the row is not ours any more: change nothing
 UserError             wrong as it was asked; the command line shows the message without a traceback
 └── NoSuchTask            no task has this external id

@@ -114,7 +114,7 @@ class Spool(io.RawIOBase):
         self._file = _on_disk(self._directory)
         self._file.write(self._room[: self._size])
         self._file.seek(self._at)
-        self._room = memoryview(b"")  # freed: large files are rare, and eight at once kept 32 MiB for nothing
+        self._room = memoryview(b"")  # freed, because large files are rare and eight at once would keep 32 MiB
 
 
 def _on_disk(directory: Path | None) -> IO[bytes]:

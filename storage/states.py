@@ -78,7 +78,7 @@ COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
 # After this many unusable answers in a row, the last one 15 minutes after the first by the schedule of
 # `storage.archive.unusable`, the task is reported as incomplete, and the file is still tried.
 SAID_AFTER_TRIES = 8
-# A larger index is nonsense (or an attack on an integer column), so positions are used instead.
+# A larger index is an error or an attack on an integer column, so positions are used instead.
 MAX_INDEX = 9_999
 # A task has at most twice the files that were requested, and never more than this: nine pictures, twice with watermark,
 # is the largest request. A provider with another rule needs a number of its own here.

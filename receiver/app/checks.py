@@ -46,8 +46,8 @@ from storage.own_files import is_writable_by_others
 from storage.rows.models import Task
 from storage.spool import room
 
-# The limit for all checks together, which run in parallel. Long enough for a slow store's twenty requests; an operator
-# waits for this.
+# The limit for all checks together, which run in parallel. A slow store's twenty requests fit into it, and an operator
+# still waits for it.
 BOUND_SECONDS = 10.0
 MAX_LINE_CHARS = 300
 SECRET_BYTES = 32  # 43 characters, none of them a comma

@@ -160,7 +160,7 @@ def serve(parts: Parts, *, on_listening: Callable[[], None] | None = None) -> No
     finally:
         supervisor.stop()
         if parts.gateway is not None:
-            parts.gateway.join()  # The provider's client is closed after this, which would break their answers off.
+            parts.gateway.join()  # The next step closes the provider's client, which would cut their answers off.
         parts.database.close()
     supervisor.raise_if_ended()
 

@@ -12,8 +12,8 @@ T = TypeVar("T")
 class cached_property(Generic[T]):
     """`functools.cached_property` with a lock, which the original lacks from Python 3.12 on.
 
-    Without a lock each of several first threads makes a value, and all but the last leak with their connections. Once
-    made, the value costs no lock.
+    Without a lock each of several first threads makes a value, and all values but the last leak their connections.
+    Reading a value that exists takes no lock.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """For imports, whose objects stay. Repeated collections over them were a seventh of a command's start.
+    """Collect nothing during imports, whose objects stay. Repeated collections over them were a seventh of a command's
+    start.
 
-    They are excluded from the later ones too: the first object after the block caused a collection over all of them,
-    which took a tenth of the start of `receiver serve`.
+    Later collections exclude these objects too. Otherwise the first object after the block caused a collection over all
+    of them, which took a tenth of the start of `receiver serve`.
     """
     gc.disable()
     try:
@@ -31,8 +32,8 @@ THRESHOLD = 5_000
 def spare_imports() -> None:
     """Exclude all present objects from collections, because they stay. Then collect rarely.
 
-    Looking through the imports again and again held every answer up for 100 to 400 ms a time. Collecting first would
-    take 0.12 s and free 1,300 of 135,000 objects. In a forked process it would copy every page.
+    Each collection over the imports delayed every answer by 100 to 400 ms. A collection before this would take 0.12 s,
+    free 1,300 of 135,000 objects, and copy every page of a forked process.
     """
     gc.freeze()
     gc.set_threshold(THRESHOLD)

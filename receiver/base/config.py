@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     grace_seconds: float = Field(default=25, ge=0)
 
     audit_days: Annotated[float, Field(ge=0.01, le=3_650)] | None = None
-    # 1.7 TB a day, and a sixth of a gigabit line, which archiving and reads beside it hardly notice.
+    # 1.7 TB a day, and a sixth of a gigabit line, so that archiving and other reads are hardly slower.
     audit_bytes_per_second: int = Field(default=20_000_000, ge=1_000)
 
     console_keys: Secrets = ()

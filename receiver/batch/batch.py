@@ -1,6 +1,6 @@
-"""Batches: a file's lines become task rows, and what failed of them can be tried again.
+"""Batches: a file's lines become task rows, and failed ones can be tried again.
 
-file ─▶ `batch_file.read` ─▶ compare with the rows there are ─▶ queued rows, some hundred a transaction ─▶ workers send
+file ─▶ `batch_file.read` ─▶ compare with the existing rows ─▶ queued rows, some hundred a transaction ─▶ workers send
 
 This module sends nothing. After a crash the same file inserts the missing rows and none twice.
 """
@@ -43,7 +43,7 @@ NOT_KEPT = "its pictures were not kept: submit the line again under another name
 
 @dataclass(frozen=True)
 class Plan:
-    """A file compared with the rows there are. `new`: lines without a row. `known`: how many lines have one. `moved`:
+    """A file compared with the existing rows. `new`: lines without a row. `known`: how many lines have one. `moved`:
     (row, line) of those not yet noted at that line of this batch. `left_over`: tasks of the batch that are not in the
     file.
     """
@@ -74,7 +74,7 @@ class Batches:
         return request
 
     def plan(self, name: str, lines: Sequence[Line], *, is_file_name: bool = False) -> Plan:
-        """Compare a file with the rows there are. Changes nothing.
+        """Compare a file with the existing rows. Changes nothing.
 
         Raises `BatchInvalid` if an external id of the file has another request here or belongs to another batch.
         `is_file_name`: the name is the file's, so a batch that shares no line with the file is taken for another's.
@@ -233,7 +233,7 @@ class Batches:
 
 
 def _faults(lines: Sequence[Line], known: Mapping[str, batches.Known], batch: Batch | None) -> Iterator[Fault]:
-    """A fault for each line whose id is here already for something else."""
+    """A fault for each line whose id already belongs to another request or batch."""
     for line in lines:
         row = known.get(line.external_task_id)
         shown = plain(line.external_task_id, 80)

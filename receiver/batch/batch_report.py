@@ -87,7 +87,7 @@ def write_csv(file: SupportsWrite[str], found: Iterable[dict[str, Any]]) -> None
 
 
 def csv_parts(found: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The same in pieces, so that none is held in memory as a whole."""
+    """The same in pieces, so that memory never holds the whole report."""
     is_first = True
     while part := list(islice(found, CSV_PART)):
         target = io.StringIO()

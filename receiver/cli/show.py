@@ -32,7 +32,7 @@ SHOWN_FAULTS = 20
 
 
 def no_worker(parts: Parts, then: str = "") -> str:
-    """Report that no worker is alive, what follows from it, and what to do."""
+    """Report that no worker is alive, the consequence, and what to do."""
     return f"no worker is alive{then}: start `{start_command(parts.settings)}` (or `receiver work`)"
 
 

@@ -196,16 +196,14 @@ def _wait(parts: Parts, task: Task, as_json: bool) -> None:
     from storage.states import ArchiveState
 
     if not as_json:
-        say(task.external_task_id)  # before the wait: a process that is ended meanwhile leaves the id of a paid task
+        say(task.external_task_id)  # before the wait, which may be killed: the id of the paid task is known then
     if not show.await_worker(parts):
         if as_json:
             _print(parts, task)
         say(f"submitted, but {show.no_worker(parts)}", err=True)
         raise typer.Exit(1)
     if not as_json:
-        say(
-            task.external_task_id
-        )  # first, so that whoever is stopped while waiting still has the id of what was paid for
+        say(task.external_task_id)  # before the wait, as above
     finished = show.wait(parts, task.external_task_id)
     if as_json:
         _print(parts, task)

@@ -103,7 +103,7 @@ class Access:
         return Session(name, may_act, nonce, _mac(secret, b"csrf", head).hex()[:32])
 
     def _use_up(self, nonce: bytes, seconds: float) -> bool:
-        """Mark a nonce as used. False if it was used before."""
+        """Mark a nonce as used. Returns False if it was used before."""
         with self._lock:
             if nonce in self._ended:
                 return False

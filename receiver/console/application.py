@@ -40,8 +40,8 @@ BODY_SECONDS = 60.0
 MAX_LOGIN_BYTES, LOGIN_SECONDS = 4_096, 10.0
 # Threads for pages alone, so that slow pages delay neither health nor assets nor the gateway.
 THREADS = 8
-# Besides, for what live consoles fetch: threads that compute take the interpreter in turns, and five would leave
-# callbacks a sixth of it.
+# Separate threads for the pages that live consoles fetch. Threads that compute share the interpreter: five of them
+# would leave callbacks a sixth of it.
 LIVE_THREADS = 1
 HEADERS = {
     "X-Content-Type-Options": "nosniff",

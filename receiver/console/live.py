@@ -23,10 +23,11 @@ log = structlog.get_logger()
 
 MAX_OPEN = 100
 LOOK_SECONDS = 1.0
-# After a change the next one is told this much later, to all consoles at once, so that they share what they fetch.
+# The shortest time between two announced changes. All consoles hear of a change at once, so that they share its
+# rendering.
 APART_SECONDS = 3.0
-# While so many deliveries a second come, changes are told this much later: nobody can follow them one by one, and what
-# the consoles fetch would take more than a hundredth of the server's time, which its p99 shows.
+# Above this rate of deliveries the time is longer, because nobody can follow each change, and the fetches of the
+# consoles would take more than a hundredth of the server's time, which raises the p99 of callbacks.
 BUSY_PER_SECOND, BUSY_APART_SECONDS = 20, 10.0
 # Proxies close silent connections. The browser's script also takes this as a sign of life.
 HEARTBEAT_SECONDS = 15.0
@@ -98,7 +99,7 @@ class Live:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _pace(self, newest: int) -> float:
-        """How many seconds later the next change is told, by the deliveries that came since the last look."""
+        """The time until the next announcement, by the number of deliveries since the last query."""
         now, before = asyncio.get_running_loop().time(), self._looked_at
         self._looked_at = now
         is_busy = before and newest - self._seen[1] > BUSY_PER_SECOND * (now - before)

@@ -24,7 +24,7 @@ SLOW_SECONDS = 2.0
 
 
 class Need(NamedTuple):
-    """`kind`: bad = work is lost or stopped; wait = it goes on by itself later. `values`: for the sentence."""
+    """`kind`: bad = work is lost or stopped; wait = it continues by itself later. `values`: for the sentence."""
 
     kind: str
     key: str

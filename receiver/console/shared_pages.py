@@ -40,8 +40,9 @@ class SharedPages:
         self._kept: OrderedDict[tuple[str, str, bool], _Shared] = OrderedDict()
 
     async def answer(self, visit: Visit, make: Callable[[Visit], Awaitable[Response]]) -> Response:
-        """The page for this reader, from a rendering that no change has followed. The key holds all that it shows
-        apart from the reader's name, which no live part has, and the CSRF token, which is filled in here.
+        """The page for this reader, from a rendering that is as new as the last change. The key contains everything
+        that the page shows, except the CSRF token, which is filled in here, and the reader's name, which no live part
+        shows.
         """
         key = (str(visit.request.url), visit.language, visit.session.may_act)
         found = self._kept.pop(key, None)

@@ -1,4 +1,4 @@
-"""Limits answers that last. One person has at most half of them, in all sessions together."""
+"""Limits live streams and zip downloads. One person has at most half of them, in all sessions together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
 """Room: `receiver demo`. The stand-in provider, the packaged S3 server and the receiver together, on loopback only.
 
-Read `demo.py` first; `board.py` draws what is going on in the terminal.
+Read `demo.py` first; `board.py` shows the progress in the terminal.
 """

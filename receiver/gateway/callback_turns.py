@@ -12,8 +12,8 @@ from storage.circuit import PAUSE_CAP_SECONDS
 # A host without an answer so far, or whose last answer took longer, gets one callback at a time.
 QUICK_SECONDS = 1.0
 FIRST_GUESS_SECONDS = 0.1
-# Hosts and clients that are remembered. A client that invents more host names only makes us forget how quick others
-# were.
+# Hosts and clients that are remembered. If a client invents more host names, only the speed of other hosts is
+# forgotten.
 MAX_LINES = 1_000
 
 

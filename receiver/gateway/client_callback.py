@@ -37,7 +37,7 @@ THREADS = 8
 TIMEOUT_SECONDS = 5.0
 # An answer that takes longer counts as a failure of its host, like no answer.
 SLOW_SECONDS = 2.5
-# Hosts with a circuit. A client that invents more host names only makes us forget which hosts were down.
+# Hosts with a circuit. If a client invents more host names, only the outages of other hosts are forgotten.
 MAX_CIRCUITS = 1_000
 
 

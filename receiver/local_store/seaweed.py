@@ -206,7 +206,7 @@ class Seaweed:
         """Stop it in order; the data stays. Does nothing if it does not run."""
         if self.process and self.process.poll() is None:
             self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # `kill` ends it then
+            with contextlib.suppress(subprocess.TimeoutExpired):  # `kill` ends it
                 self.process.wait(STOP_SECONDS)
         self.kill()
 

@@ -187,7 +187,9 @@ class Provider(Protocol):
         """
 
     def list_page(self, page: int, size: int) -> list[Record]:
-        """Read one page of the account's tasks, from 1, with `size` tasks each. An empty list is behind the end."""
+        """Read one page of the account's tasks, from 1, with `size` tasks each. An empty list means that the page is
+        past the end.
+        """
 
     def parse(self, body: bytes) -> Report:
         """Read a callback or a `Record.body`. Raises `storage.errors.ReportUnreadable`, and nothing else."""
@@ -195,7 +197,7 @@ class Provider(Protocol):
     def ids(self, body: bytes) -> tuple[str | None, str | None]:
         """The external id and the provider's own of what `parse` can read. Raises what `parse` raises.
 
-        It costs little beside `parse`: a stranger may send any number of long callbacks for no task.
+        It costs far less than `parse`, because a stranger may send any number of long callbacks that name no task.
         """
 
     def verify(self, headers: Mapping[str, str], body: bytes, *, now: float | None = None) -> str | None:

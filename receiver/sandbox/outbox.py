@@ -53,7 +53,7 @@ class Outbox:
         self._waiting.append([*copies, *reversed(held)])
 
     def take(self) -> list[list[Callback]]:
-        """Return what waits, once."""
+        """Return the waiting batches. Each is returned once."""
         waiting, self._waiting = self._waiting, []
         return waiting
 

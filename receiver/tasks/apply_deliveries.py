@@ -157,7 +157,7 @@ class DeliveryApplier:
             try:
                 self.work(row)
             except DatabaseUnavailable:
-                for fault in faults:  # Otherwise these errors are lost. The rows are claimed again.
+                for fault in faults:  # Only this log line shows these errors. The rows are claimed again.
                     log.error("worker.step_failed", exc_info=fault)
                 raise
             except Exception as error:  # noqa: BLE001 - raised below

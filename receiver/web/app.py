@@ -100,8 +100,8 @@ def _pages(health: Health, assets: Assets | None, gateway: Gateway | None, strea
 class Web(Router):
     """Routes callbacks and the console directly, and everything else through Starlette's middleware.
 
-    Those four layers and the router took a fourth of a callback's time, and a callback needs none of them. `endings`:
-    to be called when the server stops, in its event loop. `console`: has headers and error pages of its own.
+    Starlette's four layers and its router took a fourth of a callback's time, and a callback needs none of them.
+    `endings`: to be called when the server stops, in its event loop. `console`: has headers and error pages of its own.
     `path_prefix`: the path of the public URL (`/pics`); a proxy may pass it on or strip it, and both are answered.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# No answer is a page for browsers. Without these headers a browser might guess that one is.
+# These answers are no pages. Without these headers a browser might run one as a page.
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "default-src 'none'",

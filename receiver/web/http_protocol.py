@@ -5,7 +5,7 @@ uvicorn 0.54 waits for ever for a first byte and for the end of a head, and http
 - A complete head arrives within 10 s, has at most 16 KiB, and its URL 2 KiB.
 - A body has as many bytes as its head or its chunks announce, or its request is refused. A body that no handler reads
   ends its connection.
-- A few requests may wait behind the one in work. Nothing more is read then.
+- A few requests may wait behind the one in progress. Nothing more is read then.
 - A reader of any answer that is 60 s behind the least speed, 32 kB/s, is disconnected.
 - Above the connection limit, the connection without progress for longest makes room.
 """
@@ -43,8 +43,8 @@ MAX_HEADERS = 100
 # Framing is head, chunk sizes, chunk extensions and trailers. It may have MAX_HEAD_BYTES, and this much for each byte
 # of body. A chunk of one byte has five bytes of framing.
 FRAMING_PER_BODY_BYTE = 8
-# Requests that may wait behind the one in work, each some 4 kB and 15 µs. No client we know pipelines. uvicorn keeps
-# every request of one read, up to 2,400, and reads again after each answer.
+# Requests that may wait behind the one in progress, each some 4 kB and 15 µs. No client we know pipelines. uvicorn
+# keeps every request of one read, up to 2,400, and reads again after each answer.
 MAX_PIPELINED = 4
 # The limit of a connection's buffer for an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to
 # 268 MB.
@@ -75,7 +75,7 @@ class WholeAnswer:
         self.body = b"\r\n" + body["body"]
 
     async def send(self, scope: Scope, send: Send) -> None:
-        """By the connection's own way if it has one, which the tests' clients and other servers have not."""
+        """Send in one write if the connection supports that. Clients of tests and other servers do not."""
         extension = scope.get("extensions", {}).get(WHOLE_ANSWER)
         if extension is None or not extension["send"](self):
             for message in self._messages:
@@ -89,7 +89,7 @@ class _Refused(Exception):
 
 
 class _Flow(FlowControl):
-    """Pauses reading while requests wait behind the one in work, and for good after `end_reading`."""
+    """Pauses reading while requests wait behind the one in progress, and for good after `end_reading`."""
 
     def __init__(self, transport: asyncio.Transport, pipeline: Sized) -> None:
         super().__init__(transport)
@@ -162,14 +162,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Remember the request whose answer is in progress. uvicorn tells only the newest request that the client has
-        gone.
+        """Remember the request whose answer is in progress. uvicorn informs only the newest request that the client has
+        left.
         """
         self._in_work = cycle
         super()._start_asgi_task(cycle, app)
 
     def _send_whole(self, answer: WholeAnswer) -> bool:
-        """Answer the request in work. False: its client does not read, and `send` waits for it."""
+        """Answer the request in progress. False: its client does not read, and `send` waits for it."""
         cycle = self._in_work
         assert cycle is not None and not cycle.response_started
         if self.flow.write_paused or cycle.disconnected:
@@ -189,7 +189,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._working.pop(self, None)
 
     def _note_progress(self) -> None:
-        """Move to the end of the queue that fits now."""
+        """Move to the end of the queue for the connection's present state."""
         self._leave_queues()
         is_working = self._has_request and not self._in_body and not self.flow.write_paused
         (self._working if is_working else self._waiting)[self] = None
@@ -274,7 +274,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._note_progress()
 
     def _drop_waiting(self) -> None:
-        """Begin none of the requests that wait: they would cost as much as those of a sender that keeps the limit."""
+        """Begin none of the waiting requests, so that a sender above the limit costs less than one within it."""
         self.pipeline.clear()
         if self._in_work is not None:
             self.cycle = self._in_work

@@ -1,4 +1,4 @@
-"""Wake-ups of the threads that wait for work: only of those that have some.
+"""Wake-ups of the threads that wait for work: only threads with work are woken.
 
 When each commit woke every feeder, ten threads took turns at the interpreter lock to find that one of them had a row.
 """
@@ -18,7 +18,9 @@ class WakeUps:
         self._woken = {name: threading.Event() for name in names}
 
     def begin(self, name: str) -> int:
-        """The number of the last wake-up. From now on one of this name ends its wait, also one before the wait."""
+        """The number of the last wake-up. From now on a wake-up of this name ends the next wait, even if it comes
+        first.
+        """
         self._woken[name].clear()
         return self.number
 

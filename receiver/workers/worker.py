@@ -38,8 +38,8 @@ log = structlog.get_logger()
 
 # The longest delay of work whose commit woke no worker, or that becomes due by time alone.
 IDLE_SECONDS = 0.5
-# The same at rest, which begins this long after the last row. A row that an attempt makes due soon arrives before the
-# rest. Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
+# The same at rest, which begins this long after the last row, so that a row that is due again soon is still found at
+# once. Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
 REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 CLAIM_PAUSE_SECONDS = 0.1
@@ -283,10 +283,11 @@ class Worker:
 
     def _wait_for_work(self, name: str) -> None:
         if not self._stop.is_set():
-            self._wake_ups.wait(name, 2 * self._interval)  # `_wait_for_commits` checks in half the time, or late
+            # A time limit, in case `_wait_for_commits`, which checks twice as often, is late.
+            self._wake_ups.wait(name, 2 * self._interval)
 
     def _wake_those_with_rows(self) -> None:
-        """Make one check for all, and wake those for which it found rows, or that it leaves out."""
+        """Make one check for all lanes. Wake the lanes with rows, and those that the check does not cover."""
         due = self._due_checks.due(self._wake_ups.next_number())
         self._wake_ups.wake(due | self._unchecked)
 

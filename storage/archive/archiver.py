@@ -50,7 +50,8 @@ log = structlog.get_logger()
 REFRESH_CAP_SECONDS = 900
 # An older link is read again before an unusable file is tried, because a CDN may cache its error page by the link.
 LINK_OLD_SECONDS = 900.0
-# The share of a file's life by the setting, counted from when we learnt of the task's end, which a poll learns later.
+# The share of the configured lifetime that is used. It counts from the report of the task's end, and a poll reports the
+# end late.
 LIFE_SHARE = 0.95
 # Failed tries that a file's row keeps for its task's timeline. A host that is away for a day is tried some twenty
 # times.
@@ -60,7 +61,7 @@ KEPT_TRIES, MAX_TRY_CHARS = 12, 300
 CUTS_ALIKE = 3
 # The note of an object whose bytes neither a SHA-256 of the store nor a read has verified.
 BY_MD5 = "the store checked its MD5 on arrival, not its SHA-256"
-NOW = db_now()  # making one takes as long as SQLite's part of a statement
+NOW = db_now()  # made once: it takes as long as SQLite takes for a statement
 # Columns of a settled row without unusable answers.
 USABLE: dict[str, Any] = {"unusable_since": None, "unusable_tries": 0}
 
@@ -143,7 +144,7 @@ class Archiver:
             )  # fmt: skip
             is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
             if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
-                # A forged link, or a CDN that mixes files up, brings other bytes.
+                # A forged link, or a CDN that confuses files, returns other bytes.
                 raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")
             # A file on disk keeps its place: its room is reckoned by `RECEIVER_WORKER_THREADS`.
             with self._waiting() if memory_of(sink) is not None else nullcontext():
@@ -303,7 +304,9 @@ class Archiver:
         )
 
     def _refresh(self, asset: Asset, error: Refresh) -> None:
-        """The URL died, so the task is read now. A new URL makes the asset due at once; the same one backs off."""
+        """Read the task now, because the URL has expired. A new URL makes the asset due at once; with the same URL it
+        backs off.
+        """
         try:
             with self._database.write() as session:
                 task = self._lock_task(session, asset)

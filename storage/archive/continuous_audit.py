@@ -50,7 +50,7 @@ STEP_BYTES = 64 * 2**20
 RUN_SECONDS = 10.0
 # After this many failed reads in a row a folder that can be listed is a fault, and the round continues after it.
 TRIES = 3
-# Faults listed in the row, about 250 bytes each. An operator does not work through more of them one by one.
+# Faults listed in the row, about 250 bytes each. An operator does not treat more of them one by one.
 MAX_FINDINGS = 1_000
 
 

@@ -214,7 +214,9 @@ def build(
 
 
 def _members(dumped: Mapping[str, bytes]) -> bytes:
-    """The object with these members, each in its RFC 8785 form: with and without the digest none is dumped twice."""
+    """The object with these members, each in its RFC 8785 form. A second object with one member more then dumps only
+    that.
+    """
     return b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), dumped[name]) for name in sorted(dumped))
 
 

@@ -34,7 +34,7 @@ _ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
 
 
 def spare_threads(threads: int) -> int:
-    """How many threads a slow host cannot get, beside those that every host may use."""
+    """The number of threads that no slow host can use. Every host may use the others."""
     return max(threads // 4, 1)
 
 
@@ -82,7 +82,7 @@ class OtherHosts:
 
 
 def _host(url: str) -> str:
-    """Host and port as written in a link. A link without this form is refused before it can last."""
+    """Host and port as written in a link. A link of another form is refused at once, so it never lasts."""
     place = re.split(r"[/?#\\\s]", url.partition("//")[2], maxsplit=1)[0]
     return place.lower().removesuffix(":443").rstrip(".")
 

@@ -83,7 +83,7 @@ class HttpConnections:
         head = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
         kept = self._kept()
         if kept is not None:
-            with suppress(ConnectionBroken):  # closed by the store as idle, at the moment we used it
+            with suppress(ConnectionBroken):  # the store closed it as idle at the moment of its use
                 return self._exchange(kept, head, body(), has_body=method != "HEAD")
         return self._exchange(self._connect(), head, body(), has_body=method != "HEAD")
 

@@ -90,7 +90,8 @@ class _Prepared:
         0.3 ms of the 0.4 of a check of eight lanes.
         """
         pieces = self.sql.split("?")
-        if self._names is None or len(pieces) != len(self._names) + 1:  # PostgreSQL; a question mark in a text
+        # PostgreSQL's parameters have names. A question mark in a text of SQLite is no parameter.
+        if self._names is None or len(pieces) != len(self._names) + 1:
             return
         left, sql = list[str](), pieces[0]
         for name, piece in zip(self._names, pieces[1:], strict=True):
@@ -111,7 +112,7 @@ class _Prepared:
     def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
         bound = self.in_order(values)
         before, after = connection.dispatch.before_cursor_execute, connection.dispatch.after_cursor_execute
-        if before:  # like SQLAlchemy; a look is cheaper than a walk
+        if before:  # as SQLAlchemy does; most engines have no listener
             for listen in before:
                 listen(connection, None, self.sql, bound, None, False)
         try:

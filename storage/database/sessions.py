@@ -44,7 +44,7 @@ from storage.errors import DatabaseUnavailable, SessionReplaced
 Result = TypeVar("Result")
 
 # Connections kept open when idle. Others are closed after use: each process has its own pool, and PostgreSQL allows 100
-# connections by default. A process at rest keeps one: twelve idle workers had used up a PostgreSQL.
+# connections by default. A process at rest keeps one, because twelve idle workers used all of these 100.
 KEPT_CONNECTIONS, KEPT_AT_REST = 12, 1
 WAKE_CHANNEL = "receiver_work"
 # checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log.

@@ -100,7 +100,7 @@ class Turnstile:
             self._blocked_since = None
 
     def _lock_in_time(self, file: TextIO) -> None:
-        """Take the file's lock, or give up. The waiting thread then closes the file, which releases the lock."""
+        """Take the file's lock, or stop waiting: the waiting thread then closes the file, which releases the lock."""
         decided, outcomes = threading.Lock(), list[str]()  # the first outcome counts
 
         def wait() -> None:

@@ -195,8 +195,9 @@ class Fetcher:
         raise FetchUnusable(f"more than {MAX_REDIRECTS} redirects, the last one to {target.host}")
 
     def _redirected(self, target: Target, headers: Mapping[str, str]) -> Target:
-        """The checked target of a redirect. A refused one raises `FetchInterrupted`, so the link is tried again:
-        a redirect shows the present state of the host (an edge that redirects to itself while it reloads)."""
+        """The checked target of a redirect. A refused one raises `FetchUnusable`, so the link is tried again later: the
+        host may be in a passing state (an edge that redirects to itself while it reloads).
+        """
         if "location" not in headers:
             raise FetchUnusable(f"{target.host} redirected without a Location")
         try:

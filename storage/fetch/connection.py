@@ -33,7 +33,7 @@ USER_AGENT = "kling-receiver"
 KEEPALIVE_SECONDS = 4.0
 # One read of a body. CPU to fetch 3 MB over loopback grew by half with 256 KiB, and did not shrink with 1 MiB.
 READ_BYTES = 512 * 1024
-# One read of a response head. What it holds of the body is copied twice more than the rest, so it is short.
+# One read of a response head. It is short, because body bytes in it are copied twice more than the rest of the body.
 HEAD_READ_BYTES = 8 * 1024
 # Addresses of a name that are tried: enough to skip a dead one, few enough for the connect timeout.
 MAX_DIALS = 4

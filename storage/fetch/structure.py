@@ -52,7 +52,7 @@ class Reader:
         return self.size - self.at
 
     def note(self, text: str) -> None:
-        """Note a harmless irregularity, each text once."""
+        """Note a harmless irregularity. Each text is noted once."""
         if text not in self.notes:
             self.notes.append(text)
 

@@ -38,8 +38,9 @@ def still_batches(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
     batches.
     """
     waits = (col(Task.step).in_(Step) & col(Task.due_at).is_not(None), col(Task.queued_at).is_not(None))
-    # Apart, because for one condition with "or" SQLite reads the whole table: 0.3 s beside a million tasks. Whether it
-    # is in a batch is asked outside: asked inside, SQLite reads all tasks of all batches for it.
+    # Two statements, because SQLite reads the whole table for one condition with "or": 0.3 s with a million tasks. The
+    # condition on the batch is in the outer query. In the inner ones it would make SQLite read all tasks of all
+    # batches.
     parts = [select(Task.batch_id).where(each).limit(MANY).subquery() for each in waits]
     some = union_all(*(select(part.c.batch_id).where(part.c.batch_id.is_not(None)) for part in parts)).subquery()
     counted = select(some.c.batch_id, func.count()).group_by(some.c.batch_id).limit(SHOWN_BATCHES)
@@ -51,7 +52,9 @@ def still_batches(session: Session) -> Iterator[tuple[uuid.UUID, str, int]]:
 
 
 def _has_ended_since(session: Session, batch_id: uuid.UUID, moment: datetime) -> bool:
-    """Whether one of the newest `MANY` ends is one of this batch. The last end of a batch takes reading all of it."""
+    """Whether one of the newest `MANY` ends is one of this batch. To find the last end of a batch directly, all of its
+    tasks would have to be read.
+    """
     newest = select(Task.batch_id).where(col(Task.completed_at) > moment).order_by(col(Task.completed_at).desc())
     ended = newest.limit(MANY).subquery()
     return session.execute(select(ended.c.batch_id).where(ended.c.batch_id == batch_id).limit(1)).first() is not None

@@ -29,8 +29,8 @@ CALLBACK_PATIENCE_SECONDS = 300
 PART = timedelta(minutes=10)
 # Rows that a reading counts in turn: some 20 ms.
 ROWS = 5_000
-# Rows that one statement aims at: as many as a day has of 30,000 tasks a month, so that none takes longer beside a
-# million.
+# The number of rows that one statement aims at. A day has as many in an installation with 30,000 tasks a month, so a
+# statement takes no longer in one with a million.
 STATEMENT_ROWS = 1_000
 
 

@@ -1,4 +1,6 @@
-"""Results that may take long to read, kept in memory: a page waits a moment for them, and a thread reads the rest."""
+"""Results that may take long to read, kept in memory. A page waits at most 0.15 s for them, and a thread reads the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ class KeptResults(Generic[K, V]):
         self._closing = threading.Event()
 
     def of(self, keys: Sequence[K]) -> dict[K, V]:
-        """What is known of these keys. A key that is missing is being read, and a later call returns its result."""
+        """The known results of these keys. A missing key is being read, and a later call returns its result."""
         with self._changed:
             due = self._due(keys)
             wanted = dict.fromkeys([*self._wanted, *due])
@@ -86,7 +88,7 @@ class KeptResults(Generic[K, V]):
         return self._known[key].at if key in self._known else 0.0
 
     def forget(self, key: K) -> None:
-        """Read it again for the next call, because it was changed."""
+        """Forget the result of a key that was changed, so that the next call reads it again."""
         with self._changed:
             self._known.pop(key, None)
 

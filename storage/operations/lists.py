@@ -117,7 +117,7 @@ def newest_tasks(
     if len(keys) > limit:
         page.further = _cursor_text(keys[limit - 1].created_at, keys[limit - 1].id)
     elif narrow:
-        # Asked of the index alone, because to ask the window makes it once more.
+        # From the index alone, because a query on the window would compute it a second time.
         last = ordered.with_only_columns(col(Task.id), col(Task.created_at))
         if end := session.execute(last.offset(SCANNED - 1).limit(1)).first():
             page.further, page.looked_until = _cursor_text(end.created_at, end.id), end.created_at

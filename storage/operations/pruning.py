@@ -137,7 +137,7 @@ def prune(database: Database, kind: Prunable, before: datetime) -> int:
 
 def _parts(database: Database, kind: Prunable, before: datetime) -> Iterator[list[Any]]:
     """The conditions of each part of the walk, from the oldest on, until the rows are too young."""
-    for part, age in walk.parts(database, kind.order, PART, told=kind.age):
+    for part, age in walk.parts(database, kind.order, PART, column=kind.age):
         yield part
         if age is not None and age >= before + SLACK:
             return

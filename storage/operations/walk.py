@@ -12,15 +12,15 @@ from storage.database.sessions import Database
 
 
 def parts(
-    database: Database, order: Sequence[Any], size: int, *within: Any, told: Any = None
+    database: Database, order: Sequence[Any], size: int, *within: Any, column: Any = None
 ) -> Iterator[tuple[list[Any], Any]]:
-    """The conditions of each part, and `told` (a column) of its last row; None for the last part.
+    """The conditions of each part, and the value of `column` in its last row; None for the last part.
 
     `order`: one or two columns that an index begins with, together unique. Rows may change between two parts, but not
     in these columns.
     """
     behind: list[Any] = []
-    columns: Any = (*order, order[0] if told is None else told)
+    columns: Any = (*order, order[0] if column is None else column)
     while True:
         ahead = select(*columns).where(*within, *behind).order_by(*order).offset(size - 1).limit(1)
         with database.read() as session:

@@ -1,8 +1,8 @@
 """Connections on which an event loop commits deliveries itself. The group commit uses them (group_commit.py).
 
-`SqliteLoopReads` answers what has to be known of a delivery before it is stored.
+`SqliteLoopReads` looks up what decides whether a delivery is stored.
 
-Both raise an exception for any obstacle, and leave its judgement to the thread of the group commit.
+Both raise an exception for any obstacle. The thread of the group commit decides what it means.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class PostgresLoopConnection:
         return {key for (key,) in await result.fetchall()}
 
     async def _opened(self) -> AsyncConnection[Any]:
-        from psycopg import AsyncConnection  # 50 ms of every start, and needed by name only here
+        from psycopg import AsyncConnection  # its import takes 50 ms, and only PostgreSQL needs it
 
         if self._connection is None or self._connection.closed:
             self._connection = await AsyncConnection.connect(autocommit=True, **self._arguments)

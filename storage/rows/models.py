@@ -29,8 +29,8 @@ from storage.states import PARKED, RARE_EVENT, ArchiveState, AssetState, Callbac
 BigId = BigInteger().with_variant(Integer(), "sqlite")
 
 # The line in which a queued task waits for slots (accounts/slots.py): its batch and its model, and the order in it. An
-# index of this expression finds the first task of each line. NULL has no place in the order of a search. `{0}`: the
-# table or alias of the columns.
+# index of this expression finds the first task of each line. NULL becomes an empty text, because no
+# comparison finds NULL. `{0}`: the table or alias of the columns.
 LINE = "coalesce(CAST({0}batch_id AS TEXT), '') || ' ' || coalesce({0}model, '')"
 LINE_ORDER = ("created_at", "batch_line", "id")
 
