@@ -70,10 +70,7 @@ class Policy:
         if not self._is_known:
             try:
                 origin = self._origin_of_links()
-            except (
-                DatabaseUnavailable,
-                StoreUnavailable,
-            ):  # pages are shown without its pictures and with a notice
+            except (DatabaseUnavailable, StoreUnavailable):  # pages are shown without its pictures, with a notice
                 return
             self.header, self._is_known = _policy(f"'self' {origin}" if origin else "'self'"), True
 
@@ -91,8 +88,7 @@ class Guard:
     def __init__(
         self, access: Access, policy: Policy, counts: Callable[[], dict[str, int]], tick: Callable[[], int]
     ) -> None:
-        self.access = access
-        self.policy = policy
+        self.access, self.policy = access, policy
         self.templates = environment()
         self.notices = Notices()
         self._counts = counts
@@ -198,14 +194,9 @@ class Front:
         log.info("console.login_accepted", person=found.name if found else None)
         answer = RedirectResponse(own_path(form.get("next"), HOME), status_code=303)
         answer.set_cookie(
-            COOKIE,
-            token,
-            max_age=SESSION_SECONDS,
-            path="/console",
-            httponly=True,
-            samesite="strict",
+            COOKIE, token, max_age=SESSION_SECONDS, path="/console", httponly=True, samesite="strict",
             secure=self._is_secure,
-        )
+        )  # fmt: skip
         return answer
 
     def _form(

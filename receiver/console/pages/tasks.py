@@ -91,10 +91,8 @@ class Tasks:
             if task is None:
                 raise HTTPException(404)
             assets = tasks.assets_of(session, task.id)
-            facts, deliveries = (
-                events.of_task(session, task.id),
-                lists.deliveries_of(session, task.id, SHOWN_DELIVERIES),
-            )
+            facts = events.of_task(session, task.id)
+            deliveries = lists.deliveries_of(session, task.id, SHOWN_DELIVERIES)
             acts = events.acts_of(session, task.id)
             out = lists.dispatches_of(session, facts)
             aliases = aliases_of(session, task.id)

@@ -29,6 +29,7 @@ if (fresh) fresh.addEventListener("click", () => { fresh.hidden = true; scrollTo
 // -- live -------------------------------------------------------------------------------------------------------------
 // The server tells of changes some seconds apart. All consoles that are told at once share what they fetch.
 const APART = 2500;
+const loadedAt = Date.now();
 let wanted = false, fetching = false, fetchedAt = 0;
 async function renew() {
   wanted = true;
@@ -65,8 +66,9 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
     source.addEventListener("error", () => { lost = true; show(false); if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000); });
   }
   connect();
-  setInterval(() => { if (wanted || document.querySelector("[data-counting]")) renew(); }, 1000);
-  setInterval(renew, 30000); // what needs a person may come with time alone
+  // What needs a person may come with time alone. Beside very many changes one comes every 30 s.
+  const isOld = () => Date.now() - Math.max(fetchedAt, loadedAt) > 35000;
+  setInterval(() => { if (wanted || isOld() || document.querySelector("[data-counting]")) renew(); }, 1000);
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
   addEventListener("pagehide", () => source.close());
 }

@@ -32,7 +32,6 @@ from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
 from storage.operations.thumbnails import Thumbnails, shrink
-from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Batch, Task
 from storage.states import ArchiveState, TaskState
 from tests.archived_tasks import archive
@@ -321,32 +320,6 @@ def test_chosen_files_come_as_one_zip(parts: Parts, ben: Reader) -> None:
     assert sizes == {str(each.key).rpartition("/")[2]: each.size for each in assets} or len(sizes) < len(assets)
     assert ben.get("/gallery/zip", params={"id": ["x"]}).status_code == 404
     assert ben.get("/gallery/zip", params={"id": [str(assets[0].id)] * 46}).status_code == 413
-
-
-def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -> None:
-    cookies = {COOKIE: ann.http.cookies[COOKIE]}
-    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        lines = answer.iter_lines()
-        assert next(line for line in lines if line.startswith("event:")) == "event: hello"
-        insert_row(parts)
-        assert next(line for line in lines if line.startswith("event:")) == "event: change"
-
-
-def test_changes_are_told_less_often_while_many_deliveries_come(parts: Parts, ann: Reader, web: Web) -> None:
-    cookies = {COOKIE: ann.http.cookies[COOKIE]}
-    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=60) as answer:
-        lines = answer.iter_lines()
-
-        def next_change() -> str:
-            next(line for line in lines if line == "event: change")
-            return next(lines)
-
-        insert_row(parts)
-        assert next_change() == "data: 3000"
-        with parts.database.write() as session:
-            store(session, [Delivery("kling", "push", None, b"%d" % number) for number in range(1_000)])
-        assert next_change() == "data: 10000"
 
 
 def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: Reader) -> None:

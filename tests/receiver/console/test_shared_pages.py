@@ -1,12 +1,24 @@
-"""Live consoles with the same view share one rendering, without anything that belongs to one reader."""
+"""Live consoles are told of changes, further apart beside many deliveries. Those with the same view share one
+rendering, without anything that belongs to one reader.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from uuid import uuid4
 
+import httpx
 from sqlalchemy import event
 
 from receiver.app.wiring import Parts
+from receiver.console.access import COOKIE
+from receiver.console.live import Pace
+from storage.rows.deliveries import Delivery, store
 from tests.archived_tasks import archive
 from tests.console_reader import CSRF, READ_KEY, Reader
 from tests.pipeline import Web, assets_of, insert_row
@@ -50,7 +62,72 @@ def test_after_an_action_the_next_live_page_is_new(parts: Parts, ann: Reader) ->
     assert "an old wish" in ann.get(path, headers=LIVE).text
 
 
+def test_a_page_that_a_person_opens_is_never_an_old_one(parts: Parts, ann: Reader) -> None:
+    assert "just now" not in ann.get("/tasks", headers=LIVE).text
+    insert_row(parts, external_task_id="just now")
+    assert "just now" in ann.page("/tasks")
+
+
 def test_a_file_is_never_shared(parts: Parts, ann: Reader) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     answers = [ann.get("/gallery/zip", params={"id": str(asset.id)}, headers=LIVE) for _ in range(2)]
     assert all(len(each.content) > (asset.size or 0) for each in answers)
+
+
+def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -> None:
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = answer.iter_lines()
+        assert next(line for line in lines if line.startswith("event:")) == "event: hello"
+        insert_row(parts)
+        assert next(line for line in lines if line.startswith("event:")) == "event: change"
+
+
+def test_changes_are_told_less_often_while_many_deliveries_come(parts: Parts, ann: Reader, web: Web) -> None:
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=60) as answer:
+        lines = answer.iter_lines()
+        insert_row(parts)
+        assert "data: 3000" in lines
+        with flood(parts):
+            assert "data: 30000" in islice(lines, 60)
+
+
+@contextmanager
+def flood(parts: Parts) -> Iterator[None]:
+    """Thousands of deliveries a second. Ends after a minute in any case."""
+    is_over, ends = threading.Event(), time.monotonic() + 60
+
+    def store_many() -> None:
+        while not is_over.wait(0.1) and time.monotonic() < ends:
+            with parts.database.write() as session:
+                store(session, [Delivery("kling", "push", None, uuid4().bytes) for _ in range(500)])
+
+    with ThreadPoolExecutor(1) as threads:
+        storing = threads.submit(store_many)
+        try:
+            yield
+        finally:
+            is_over.set()
+    storing.result()
+
+
+def told_at(deliveries: Callable[[int], int], seconds: int) -> list[int]:
+    """The seconds at which consoles are told, when `deliveries` have come by each second."""
+    pace = Pace()
+    return [now for now in range(seconds) if pace.is_due((7, deliveries(now)), 1_000.0 + now)]
+
+
+def test_live_changes_are_spaced_by_the_rate_of_deliveries() -> None:
+    assert told_at(lambda now: now, 9) == [1, 4, 7]
+    assert told_at(lambda now: now * 21, 30) == [1, 11, 21]
+    assert told_at(lambda now: now * 2_000, 70) == [1, 31, 61]
+
+
+def test_after_many_deliveries_the_last_change_is_told_at_once() -> None:
+    assert told_at(lambda now: min(now, 20) * 2_000, 70) == [1, 21]
+
+
+def test_a_change_after_quiet_is_told_at_the_next_look() -> None:
+    assert told_at(lambda now: int(now >= 20), 70) == [1, 20]
