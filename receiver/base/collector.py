@@ -1,10 +1,12 @@
-"""Pauses Python's garbage collector where nothing becomes garbage."""
+"""What a start can leave out: garbage collections where nothing becomes garbage, and imports that are not used."""
 
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 
 @contextmanager
@@ -37,3 +39,20 @@ def spare_imports() -> None:
     """
     gc.freeze()
     gc.set_threshold(THRESHOLD)
+
+
+def import_without_rich() -> None:
+    """Import structlog and httpx without rich, which both import where it is installed.
+
+    structlog would print tracebacks with it, which we render ourselves, and httpx has a command line. rich and what it
+    imports were a twentieth of a start. Later imports find it as usual.
+    """
+    is_hidden = "rich" not in sys.modules
+    if is_hidden:
+        sys.modules["rich"] = None  # type: ignore[assignment] # counts as not installed
+    try:
+        for name in ("structlog", "httpx"):
+            import_module(name)
+    finally:
+        if is_hidden:
+            del sys.modules["rich"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from receiver.base.collector import collector_paused
+from receiver.base.collector import collector_paused, import_without_rich
 
 if TYPE_CHECKING:
     from receiver.app.wiring import Parts
@@ -34,6 +34,7 @@ def opened(
     `settings`: values from the command's options.
     """
     with collector_paused():
+        import_without_rich()
         from receiver.app import process
         from receiver.app.database_faults import explained
         from receiver.app.wiring import Parts

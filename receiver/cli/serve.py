@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from receiver.base.collector import collector_paused
+from receiver.base.collector import collector_paused, import_without_rich
 from receiver.cli.opening import opened
 from receiver.cli.terminal import say
 
@@ -60,6 +60,7 @@ def work(
 def _is_forked_worker(store: Path | None, allow_http: bool) -> bool:
     """Become the supervisor of `receiver serve`'s workers. Returns False at its end, and True in each worker."""
     with collector_paused():
+        import_without_rich()
         from receiver.app import process
         from receiver.base import config, telemetry
 

@@ -41,7 +41,13 @@ def text_column(default: str | None = None, **options: Any) -> Any:
     return Field(default=default, sa_type=Text, nullable=default is None, **options)
 
 
-class Claimable(SQLModel):
+class Row(SQLModel):
+    """The base of all tables. Rows are not validated by pydantic, so no start builds its validators."""
+
+    model_config = {"defer_build": True}
+
+
+class Claimable(Row):
     """The claim columns. `attempts`: claims since the last progress. `losses`: claims whose lease ran out."""
 
     due_at: datetime | None = time_column()

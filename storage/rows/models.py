@@ -11,12 +11,13 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from sqlalchemy import BigInteger, Column, Index, Integer, LargeBinary, Text, UniqueConstraint, false, text
-from sqlmodel import Field, SQLModel
+from sqlmodel import Field
 
 from storage.rows.columns import (
     Claimable,
     Json,
     KeyText,
+    Row,
     Word,
     due_indexes,
     partial_index,
@@ -103,7 +104,7 @@ class Task(Claimable, table=True):
     callback_reads: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
 
 
-class TaskAlias(SQLModel, table=True):
+class TaskAlias(Row, table=True):
     """Every id that the provider, or a gateway in front of it, has used for a task.
 
     `unsigned`: only an unsigned delivery has said so.
@@ -197,7 +198,7 @@ class Asset(Claimable, table=True):
     archived_at: datetime | None = time_column()
 
 
-class Event(SQLModel, table=True):
+class Event(Row, table=True):
     """One event, written in the transaction that made it true.
 
     `seq` is assigned after that commit, under a lock, because on PostgreSQL a smaller `id` may commit later. Readers go
@@ -243,7 +244,7 @@ class Dispatch(Claimable, table=True):
     settled_at: datetime | None = time_column()
 
 
-class Sink(SQLModel, table=True):
+class Sink(Row, table=True):
     """The state of a sink; its address is a setting. `disabled_at`: when it answered 410."""
 
     __tablename__: ClassVar[str] = "sink"
@@ -253,7 +254,7 @@ class Sink(SQLModel, table=True):
     reason: str | None = text_column()
 
 
-class Counter(SQLModel, table=True):
+class Counter(Row, table=True):
     """A number that one transaction at a time increments: its row is the lock."""
 
     __tablename__: ClassVar[str] = "counter"
@@ -262,7 +263,7 @@ class Counter(SQLModel, table=True):
     value: int = Field(sa_type=BigInteger)
 
 
-class Batch(SQLModel, table=True):
+class Batch(Row, table=True):
     """Requests submitted together, under one name."""
 
     __tablename__: ClassVar[str] = "batch"
@@ -272,7 +273,7 @@ class Batch(SQLModel, table=True):
     created_at: datetime = time_column(nullable=False)
 
 
-class Account(SQLModel, table=True):
+class Account(Row, table=True):
     """A provider's account. Its row is locked while slots are assigned.
 
     `slot_limit`: lowered when the provider refuses a create for lack of slots; NULL = the setting.
@@ -285,7 +286,7 @@ class Account(SQLModel, table=True):
     changed_at: datetime = time_column(nullable=False)
 
 
-class AccountPause(SQLModel, table=True):
+class AccountPause(Row, table=True):
     """Creates that wait because the provider refuses an account, whatever the request. `model` "": all of the
     account's.
 
@@ -303,7 +304,7 @@ class AccountPause(SQLModel, table=True):
     trial_at: datetime = time_column(nullable=False)
 
 
-class Idempotency(SQLModel, table=True):
+class Idempotency(Row, table=True):
     """The first answer for an `Idempotency-Key` of a gateway client. `answer` NULL: not answered yet."""
 
     __tablename__: ClassVar[str] = "idempotency"
@@ -318,7 +319,7 @@ class Idempotency(SQLModel, table=True):
     created_at: datetime = time_column(nullable=False)
 
 
-class Worker(SQLModel, table=True):
+class Worker(Row, table=True):
     """One worker process and when it was last alive."""
 
     __tablename__: ClassVar[str] = "worker"
@@ -331,7 +332,7 @@ class Worker(SQLModel, table=True):
     seen_at: datetime = time_column(nullable=False)
 
 
-class RollingAudit(SQLModel, table=True):
+class RollingAudit(Row, table=True):
     """The state of the audit in the workers (`storage/archive/continuous_audit.py`): one row with a claim of its own.
 
     `cursor`: the last task that was audited, NULL = at the start of a round. `checked`: counts of the round under way,
@@ -351,7 +352,7 @@ class RollingAudit(SQLModel, table=True):
     findings: list[dict[str, Any]] = Field(default_factory=list, sa_type=Json)
 
 
-class ProviderRate(SQLModel, table=True):
+class ProviderRate(Row, table=True):
     """When a process may next read from a provider's account."""
 
     __tablename__: ClassVar[str] = "pace"

@@ -1,8 +1,10 @@
-"""The garbage collector beside imports."""
+"""What a start leaves out."""
 
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 
 from receiver.base.collector import collector_paused
 
@@ -14,3 +16,15 @@ def test_what_a_pause_made_is_in_no_later_collection() -> None:
         made = [[number] for number in range(10_000)]
     assert gc.get_freeze_count() - before >= len(made)
     assert gc.isenabled()
+
+
+def test_serve_imports_no_rich_which_tables_find_later() -> None:
+    lines = (
+        "import sys",
+        "from receiver.base.collector import import_without_rich",
+        "import_without_rich()",
+        "import receiver.app.process, receiver.web.app",
+        "assert 'rich' not in sys.modules, 'printing tables is all that needs it'",
+        "import rich.console, httpx, structlog",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, timeout=60)
