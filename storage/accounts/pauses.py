@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import Select, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
@@ -147,6 +147,12 @@ def begin(session: Session, task: Task) -> Trial:
             return Trial(as_refusal(pause))
     session.execute(update(AccountPause).where(*mine, _STANDS).values(trial_at=db_now(TRIAL_SECONDS)))
     return Trial(of=tuple(rows))
+
+
+def is_any_known(provider: str, model: str | None) -> ColumnElement[bool]:
+    """The condition that creates of this model were refused because of the account, now or in the last hour."""
+    mine = (col(AccountPause.provider) == provider, col(AccountPause.model).in_([EVERY_MODEL, model or EVERY_MODEL]))
+    return exists(select(col(AccountPause.provider)).where(*mine))
 
 
 def give_back(session: Session, trial: Trial) -> None:

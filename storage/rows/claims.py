@@ -25,6 +25,7 @@ from sqlalchemy import (
     Connection,
     Integer,
     Uuid,
+    and_,
     bindparam,
     case,
     exists,
@@ -232,6 +233,12 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
         changed = execute(session, statement, owned).changed
     if changed == 0:
         raise LostClaim(f"{model.__tablename__} {row.id}")
+
+
+def is_held(row: Row, seconds: float) -> ColumnElement[bool]:
+    """The condition that the claim on `row` is still ours and lasts for so many seconds."""
+    model: Any = type(row)
+    return and_(model.id == row.id, model.lease == row.lease, model.due_at >= db_now_once(seconds))
 
 
 def release(session: Session, row: Row) -> None:
