@@ -202,8 +202,6 @@ def _wait(parts: Parts, task: Task, as_json: bool) -> None:
             _print(parts, task)
         say(f"submitted, but {show.no_worker(parts)}", err=True)
         raise typer.Exit(1)
-    if not as_json:
-        say(task.external_task_id)  # before the wait, as above
     finished = show.wait(parts, task.external_task_id)
     if as_json:
         _print(parts, task)

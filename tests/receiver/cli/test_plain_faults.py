@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import text
 
 from storage.database.sessions import Database
+from storage.operations import heartbeats
 from tests.command_line import CommandLine
 from tests.forked import Forked
 from tests.harness import wait_until
@@ -185,6 +186,15 @@ def test_terminated_while_waiting_it_has_printed_the_id(ready: CommandLine, tmp_
         wait_until(lambda: out.exists() and out.read_text() == "a b\n", seconds=25)
     finally:
         process.kill()
+
+
+def test_submit_with_wait_prints_the_id_once(ready: CommandLine) -> None:
+    words = (*ASK, "--external-task-id", "a b")
+    assert ready(*words).code == 0 and ready("dismiss", "a b", "--reason", "none").code == 0
+    database = Database(f"sqlite:///{ready.folder}/receiver.db")
+    heartbeats.register(database, 1)
+    database.close()
+    assert ready(*words, "--wait").out == "a b\n"
 
 
 def test_a_key_with_a_line_end_works(ready: CommandLine) -> None:
