@@ -123,7 +123,7 @@ def _on_disk(directory: Path | None) -> IO[bytes]:
     except OSError as error:
         where = directory or "the system's temporary folder"
         words = f"RECEIVER_SPOOL_DIR: {where} cannot be written ({error.strerror})"
-        raise SpoolUnavailable(f"{words}: make it a folder of this user, with room") from error
+        raise SpoolUnavailable(f"{words}: choose a folder that this user may write, with enough room") from error
 
 
 def room(directory: Path | None) -> int:

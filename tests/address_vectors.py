@@ -1,8 +1,8 @@
 """Addresses and URLs that a fetcher must refuse or allow. Plain data, shared by several tests.
 
 FORBIDDEN_ADDRESSES and ALLOWED_ADDRESSES: results of a name's resolution, or literals in a URL. REFUSED_URLS: (url, a
-word of the reason) without a list of private hosts. ALLOWED_URLS: (url, expected host). MIXED_ANSWERS: DNS answers with
-one forbidden address, which makes the whole answer forbidden.
+word of the reason), for a policy without private hosts. ALLOWED_URLS: (url, expected host). MIXED_ANSWERS: DNS answers
+with one forbidden address, which makes the whole answer forbidden.
 """
 
 FORBIDDEN_ADDRESSES = """

@@ -140,7 +140,7 @@ async def cut_bodies(target: Target) -> None:
 
 
 async def account_deliveries(target: Target) -> None:
-    """Every second body costs the parser what the longest can cost: it is full of numbers."""
+    """Every second body costs the parser as much as the longest, because it is full of numbers."""
     paddings = b" " * 60_000, b',"n":[1' + b",1" * 30_000 + b"]}"
 
     def body(number: int) -> bytes:
@@ -172,7 +172,7 @@ async def slow_callback_host(target: Target) -> None:
 
 
 async def quick_callback_host(target: Target) -> None:
-    """The same creates, and no attack: what they cost without the slowness of the host."""
+    """The same creates without an attack: their cost with a quick host."""
     await called_back(target, target.hook)
 
 
@@ -200,7 +200,7 @@ ATTACKS: dict[str, tuple[str, Attack]] = {
     "streams of events": ("one client key", held_streams),
     "a slow host to call back": ("one client key", slow_callback_host),
 }
-# What is measured beside an attack, to tell it from the load that comes with it.
+# Measurements without an attack, which show the effect of its load alone.
 LOADS: dict[str, tuple[str, Attack]] = {
     "a slow host to call back": ("the same creates, a quick host", quick_callback_host),
 }

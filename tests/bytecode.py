@@ -42,7 +42,7 @@ def compile_tests(config: pytest.Config) -> None:
 
 
 def _compile(files: list[Path], config: pytest.Config) -> None:
-    gc.disable()  # it would look through each syntax tree many times: half of the CPU
+    gc.disable()  # it would search each syntax tree many times, which is half of the CPU
     for file in files:
         source_hash, code = rewrite._rewrite_test(file, config)
         rewrite.try_makedirs(_cached(file).parent)

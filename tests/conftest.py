@@ -118,7 +118,7 @@ def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def models_read_once() -> Iterator[None]:
-    """botocore reads its descriptions of all services' endpoints for each session of ours: 0.1 s of CPU."""
+    """Read botocore's descriptions of endpoints once. It would read them for each of our sessions: 0.1 s of CPU."""
     load = JSONFileLoader().load_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JSONFileLoader, "load_file", staticmethod(functools.cache(load)))
@@ -147,7 +147,7 @@ def statements_compiled_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def plain_tracebacks() -> None:
-    """structlog's default draws a traceback with all local variables: a second of CPU for each logged exception."""
+    """Print plain tracebacks: structlog adds all local variables, which takes a second of CPU for each exception."""
     [renderer] = [each for each in structlog.get_config()["processors"] if isinstance(each, ConsoleRenderer)]
     renderer.exception_formatter = plain_traceback
 

@@ -51,7 +51,7 @@ class Forked:
         rest = (module, dict(constants or {}), strict, leads)
         self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files, *rest))
         self._process.start()
-        self._reading = threading.Lock()  # the fork server tells the exit code once: a second reader would get 255
+        self._reading = threading.Lock()  # the fork server returns the exit code once: a second reader would get 255
 
     @property
     def pid(self) -> int:

@@ -10,7 +10,7 @@ from tests.loopback import Listener
 
 
 class MovingAddress:
-    """Forwards connections while it is entered. `move` ends the present ones; new ones go to the new port."""
+    """Forwards connections while it is entered. `move` closes open connections; new ones go to the new port."""
 
     def __init__(self, target: int) -> None:
         self._target = target

@@ -20,7 +20,7 @@ def test_released_contract_is_complete_and_unchanged(released: Contract) -> None
 
 
 @pytest.mark.parametrize("kind", ["settings", "options", "paths", "events", "manifest", "keys", "metrics"])
-def test_missing_or_changed_name_is_reported(released: Contract, kind: str) -> None:
+def test_missing_or_changed_entry_of_the_contract_is_reported(released: Contract, kind: str) -> None:
     gone, differing, *_ = released[kind]
     now = {**contract(), kind: {**released[kind], differing: ["another"]}}
     del now[kind][gone]

@@ -156,7 +156,7 @@ def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_compose_commands_are_the_program_s(name: str) -> None:
+def test_compose_commands_exist_in_the_program(name: str) -> None:
     _passes(sys.executable, "-c", "from receiver.cli.main import main; main()", *SERVICES[name]["command"], "--help")
 
 
@@ -287,7 +287,7 @@ def test_proxy_holds_a_callback_while_the_web_is_away(proxy: _Proxy) -> None:
     answers: list[int] = []
     caller = threading.Thread(target=lambda: answers.append(proxy.ask("POST", CALLBACK, b"{}")))
     caller.start()
-    time.sleep(1)  # the state under test: a callback waits and nobody listens
+    time.sleep(1)  # the state under test: a callback waits and no server listens
     with _web(proxy.web) as web:
         caller.join(40)
     assert (answers, web.seen) == ([200], [("POST", CALLBACK, b"{}")])

@@ -1,4 +1,4 @@
-"""What a test reads in PostgreSQL's plans is the same whatever stood in the database before, and was counted of it."""
+"""PostgreSQL's plans in tests do not depend on earlier contents of the database or on its statistics."""
 
 from __future__ import annotations
 

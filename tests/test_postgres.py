@@ -11,7 +11,7 @@ from tests.postgres import Postgres
 
 
 @pytest.mark.parametrize("end", [Postgres.stop, Postgres.kill])
-def test_what_was_committed_is_there_after_a_restart(postgres: Postgres, end: Callable[[Postgres], None]) -> None:
+def test_committed_rows_are_there_after_a_restart(postgres: Postgres, end: Callable[[Postgres], None]) -> None:
     url = postgres.create_database(f"restarted_by_{end.__name__}")
     with psycopg.connect(url) as connection:
         connection.execute("CREATE TABLE kept AS SELECT 1 AS number")

@@ -73,7 +73,7 @@ def undelivered(sandbox: Sandbox, *, but: int = 0) -> AbstractContextManager[Non
 
 @contextmanager
 def _late(part: Any, name: str, but: int = 0) -> Iterator[None]:
-    """A fault of the provider: this part of its answers is held back meanwhile."""
+    """A fault of the provider: answers with this text are delayed during the block."""
     ask, ended, numbers = getattr(part, name), threading.Event(), itertools.count()
 
     def held_back(*words: Any) -> Any:

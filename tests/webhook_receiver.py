@@ -67,7 +67,7 @@ class Hook:
         return f"http://{self.host}/hook?token=secret-in-url"
 
     def down(self) -> None:
-        """Nobody listens any more; `up` comes back on the same port."""
+        """Stop listening. `up` listens again on the same port."""
         self._server.shutdown()
         self._server.server_close()
 

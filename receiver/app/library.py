@@ -139,7 +139,9 @@ class Receiver:
         while not (result := self.status(external_task_id)).is_over:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError(f"{external_task_id}: {result.state} after {timeout_seconds:g} s; it goes on")
+                raise TimeoutError(
+                    f"{external_task_id}: {result.state} after {timeout_seconds:g} s; the task continues"
+                )
             time.sleep(min(POLL_INTERVAL_SECONDS, left))
         if not result.is_archived:
             raise NotArchived(result)
@@ -245,7 +247,9 @@ class AsyncReceiver:
                 while not (result := await self.status(external_task_id)).is_over:
                     await asyncio.sleep(POLL_INTERVAL_SECONDS)
         except TimeoutError:
-            raise TimeoutError(f"{external_task_id}: not over after {timeout_seconds:g} s; it goes on") from None
+            raise TimeoutError(
+                f"{external_task_id}: not over after {timeout_seconds:g} s; the task continues"
+            ) from None
         if not result.is_archived:
             raise NotArchived(result)
         return result

@@ -73,7 +73,7 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
         return
     if database.is_sqlite and not Path(database.url.database or "").exists():
         path = place(database.url)
-        raise SchemaBehind(f"{path} holds no database: stand in the right folder, correct RECEIVER_DATABASE_URL, "
+        raise SchemaBehind(f"{path} holds no database: change to the right folder, correct RECEIVER_DATABASE_URL, "
                            "or run `receiver migrate` to make one")  # fmt: skip
     current, wanted = migrations.current(database), migrations.head()
     if current != wanted:

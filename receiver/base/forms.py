@@ -39,23 +39,23 @@ def cookie(header: str, name: str) -> str | None:
 def parse_form(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
     """The fields and files of a POST. Raises ValueError."""
     if len(content_type) > MAX_TYPE_CHARS:
-        raise ValueError("too long a type")
+        raise ValueError("the content type is too long")
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return _parse_multipart(content_type, body)
     if kind != "application/x-www-form-urlencoded":
-        raise ValueError("no form")
+        raise ValueError("the body is not a form")
     pairs = parse_qsl(body.decode("ascii"), keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="replace")
     return pairs, {}
 
 
 def _parse_multipart(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:
     if (boundary := _BOUNDARY.search(content_type)) is None:
-        raise ValueError("no boundary")
+        raise ValueError("the content type names no boundary")
     line = b"\r\n--" + (boundary[1] or boundary[2]).encode("latin-1")
     _, *parts = (b"\r\n" + body).split(line, MAX_FIELDS + 2)
     if not parts or len(parts) > MAX_FIELDS + 1 or not parts.pop().startswith(b"--"):
-        raise ValueError("too many parts, or no end")
+        raise ValueError("the form has too many parts or no end")
     fields: list[tuple[str, str]] = []
     uploads: dict[str, Upload] = {}
     for number, part in enumerate(parts):
@@ -78,5 +78,5 @@ def _parse_part(part: bytes) -> tuple[str, str | None, bytes]:
             for found in _NAMED.finditer(value):
                 named.setdefault(found[1].lower(), _ESCAPED.sub(r"\1", found[2] or found[3] or ""))
     if before.strip() or "name" not in named:
-        raise ValueError("no part of a form")
+        raise ValueError("a part of the form is malformed")
     return named["name"], named.get("filename"), part[end + 4 :]

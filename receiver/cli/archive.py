@@ -117,7 +117,7 @@ def export(
     verified and kept.
     """
     if not (task or since or until or everything):
-        raise typer.BadParameter("say which: --task, --since, --until or --all")
+        raise typer.BadParameter("select tasks: --task, --since, --until or --all")
     from storage.archive.export import Export
 
     files = copied_bytes = 0

@@ -170,7 +170,7 @@ def dismiss(
     A late success still counts, and `receiver retry` brings the task back.
     """
     if not reason.strip():
-        raise typer.BadParameter("say why", param_hint="--reason")
+        raise typer.BadParameter("give a reason", param_hint="--reason")
     with opened() as parts:
         tally = _operator(parts, dry_run).dismiss(external_task_id, reason)
     _answer(tally, dry_run, as_json)

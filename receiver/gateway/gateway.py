@@ -131,7 +131,7 @@ class Gateway:
         if (method, path) == ("GET", OPENAPI):
             return Reply(200, self._document)
         if re.match(f"/*{LOST_PREFIX}", path):
-            raise Refused(404, 1202, f"The base URL ends with {PREFIX} here: ask {PREFIX}{LOST_PREFIX}…")
+            raise Refused(404, 1202, f"The base URL ends with {PREFIX} here: use {PREFIX}{LOST_PREFIX}…")
         client = self._api_keys.client(request.headers.get("authorization", ""))
         sees = self._api_keys.sees(client)
         called = ENDPOINT.fullmatch(path)

@@ -176,7 +176,7 @@ def _waited_for(lock: int, directory: Path) -> bool:
             return False
         if time.monotonic() > began_at + (START_SECONDS if is_starting else STRANGER_SECONDS):
             path = directory / "store.lock"
-            raise StoreFailed(f"RECEIVER_STORE: {path} is held, and no store answers: {who_holds(path)}")
+            raise StoreFailed(f"RECEIVER_STORE: {path} is locked, but no store answers: {who_holds(path)}")
         time.sleep(LOCK_INTERVAL_SECONDS)  # a process that is ending, or that has just started
     return True
 
@@ -212,7 +212,7 @@ def _read(directory: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise StoreFailed(f"RECEIVER_STORE: {path} is not what was written there; restore it from a backup") from None
+        raise StoreFailed(f"RECEIVER_STORE: {path} is damaged; restore it from a backup") from None
 
 
 def _write(directory: Path, keys: dict[str, Any]) -> None:

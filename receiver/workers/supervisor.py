@@ -234,5 +234,5 @@ class SupervisorProcess:
         """Raises `SupervisorEnded`."""
         if self._gone is not None:
             raise SupervisorEnded(
-                f"the supervisor of the workers {self._gone}; nothing would be archived, so this ends too"
+                f"the supervisor of the workers {self._gone}; nothing would be archived, so this process ends"
             )

@@ -145,7 +145,7 @@ class Archiver:
             is_picture = AssetName(asset.kind, asset.index, asset.original).is_picture
             if is_picture and not fetched.media_type.startswith("image/") and not asset.accept_unverified:
                 # A forged link, or a CDN that confuses files, returns other bytes.
-                raise NotAnAsset(f"is {fetched.media_type}, and a picture was asked for")
+                raise NotAnAsset(f"is {fetched.media_type}, but a picture was requested")
             # A file on disk keeps its place: its room is reckoned by `RECEIVER_WORKER_THREADS`.
             with self._waiting() if memory_of(sink) is not None else nullcontext():
                 origin = self._note(asset, fetched)
@@ -171,7 +171,7 @@ class Archiver:
         def note(session: Session) -> tuple[Origin, str]:
             found = execute(session, _ORIGIN, {"wanted": asset.task_id}).rows
             if not found:
-                raise LostClaim(f"task {asset.task_id} is gone")
+                raise LostClaim(f"task {asset.task_id} no longer exists")
             origin = Origin._make(found[0])
             prefix, external_id = self._bucket.prefix, origin.external_task_id
             key = object_key(
@@ -208,7 +208,7 @@ class Archiver:
         def settle(session: Session) -> None:
             task = tasks.lock_standing(session, asset.task_id)
             if task is None:
-                raise LostClaim(f"task {asset.task_id} is gone")
+                raise LostClaim(f"task {asset.task_id} no longer exists")
             claims.settle(
                 session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
                 notes=asset.notes, **USABLE,
@@ -323,7 +323,7 @@ class Archiver:
         """Lock the task row before its assets, so that exactly one settle sees that its asset was the last."""
         task = tasks.lock(session, asset.task_id)
         if task is None:
-            raise LostClaim(f"task {asset.task_id} is gone")
+            raise LostClaim(f"task {asset.task_id} no longer exists")
         return task
 
     def _look_at_task(self, session: Session, task: Task) -> None:

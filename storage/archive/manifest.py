@@ -122,7 +122,7 @@ class Finisher:
                 predecessor = self._digest_of(key)
                 self._pass_over(task, number, key, predecessor)
                 number += 1
-        raise GiveUp(f"{MAX_MANIFESTS} manifests stand in this task's folder already")
+        raise GiveUp(f"this task's folder already holds {MAX_MANIFESTS} manifests")
 
     def _pass_over(self, task: Task, number: int, key: str, digest: str | None) -> None:
         """Store the number of an existing manifest in the row before the next number is put. A worker that lost its

@@ -108,7 +108,7 @@ class Rebuild:
     def _restore(self, found: _Found, folder: str, key: str, members: Mapping[str, Any], objects: Objects) -> None:
         task = task_from(members, key, objects[key])
         if not f"/{folder}".endswith("/" + task_folder("", task.created_at, task.external_task_id)):
-            raise ValueError("it is another folder's")
+            raise ValueError("it belongs to another folder")
         assets = [asset_from(task, described) for described in members["assets"]]
         for asset in assets:
             if asset.state is AssetState.ARCHIVED and (fault := self._fault(asset, objects)):

@@ -65,7 +65,7 @@ class _Socket:
         self._bytes_left -= count
         # botocore reads the lines after a 100 until an empty one, even after the end of the connection.
         if self._bytes_left < 0 or not (count or self._in_body):
-            raise ConnectionAbortedError("the store sends too much, or no whole head")
+            raise ConnectionAbortedError("the store's response is too long, or its head is incomplete")
         return count
 
 

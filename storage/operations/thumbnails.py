@@ -94,7 +94,7 @@ class Thumbnails:
     def _make(self, name: str, key: str, size: int) -> bytes | None:
         try:
             if not 0 < size <= MAX_OBJECT_BYTES:
-                raise ValueError(f"{size} bytes")
+                raise ValueError(f"{size} bytes are too many")
             content = shrink(self._bucket.read_bytes(key, MAX_OBJECT_BYTES))
         except (ValueError, OSError, SyntaxError, NoSuchObject, UnidentifiedImageError, Image.DecompressionBombError):
             self._fail(name)
@@ -151,7 +151,7 @@ def shrink(content: bytes) -> bytes:
     with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
         width, height = picture.size
         if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels")
+            raise ValueError(f"{width} x {height} pixels are too many")
         picture.draft("RGB", (SIDE_PIXELS * 2, SIDE_PIXELS * 2))  # for JPEG: decodes at a smaller size
         has_alpha = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
         small = picture.convert("RGBA" if has_alpha else "RGB")

@@ -94,7 +94,7 @@ def main() -> None:
     rows = [row for row in ROWS if row.name in wanted]
     if len(rows) < len(wanted):
         parser.error(f"rows are {', '.join(row.name for row in ROWS)}")
-    compile_sources()  # like the rates of the references
+    compile_sources()  # installed packages, such as the references, have bytecode
     results = list(table.run(rows, 1 if given.smoke else given.rounds, small=given.smoke))
     print(table.show(results))  # noqa: T201
     print(f"\n{table.show_markdown(results)}")  # noqa: T201

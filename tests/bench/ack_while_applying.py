@@ -53,7 +53,7 @@ def body() -> bytes:
 
 
 def waiting(database: Database) -> int:
-    """How many of our deliveries are not applied yet; those sent meanwhile name no task."""
+    """The number of our deliveries that are not applied yet. Deliveries sent meanwhile name no task."""
     with database.read() as session:
         unread = select(func.count()).where(Callback.state == CallbackState.RECEIVED)
         return session.exec(unread).one()

@@ -24,7 +24,7 @@ LEAST = 0.001
 
 
 class Idle:
-    """Four rows show figures of one run, which the first row makes."""
+    """The figures of four rows. The first row makes the run for all of them."""
 
     def __init__(self) -> None:
         self._found: dict[str, float] = {}
@@ -69,7 +69,7 @@ def _measured(small: bool) -> dict[str, float]:
 
 
 def _process_ids(url: str, count: int) -> list[int]:
-    """Of the workers, once all are registered."""
+    """The process ids of the workers, once all are registered."""
     with psycopg.connect(url, autocommit=True) as looking:
         found: list[tuple[int]] = wait_until(
             lambda: len(rows := looking.execute("SELECT pid FROM worker").fetchall()) == count and rows,

@@ -62,7 +62,7 @@ def source(place: Path, *, count: int, size: int, certificate: Path | None = Non
 
 
 def insert_row(url: str, source: Source, count: int) -> int:
-    """Due pictures, in one transaction, of tasks that have succeeded; the source's files again and again."""
+    """Insert due pictures of succeeded tasks in one transaction. The source's files are used in turn."""
     database = Database(url)
     now = datetime.now(UTC)
     end = now + timedelta(days=30)

@@ -74,7 +74,7 @@ MUTATIONS = (
         "_STANDING = _STANDING.with_for_update()",
         "_STANDING = _STANDING.limit(1)",
         # Not the campaign, which may miss it: two processes seldom settle the last files of a task at the same time.
-        f"{CAMPAIGNS}::test_two_last_pictures_settled_at_once_have_one_last",
+        f"{CAMPAIGNS}::test_of_two_pictures_settled_at_once_exactly_one_is_the_last",
     ),
     Mutation(
         "settle acknowledged before the commit of its group",
@@ -133,7 +133,7 @@ MUTATIONS = (
         "receiver/tasks/create_step.py",
         "pauses.give_back(session, trial)",
         "pass",
-        f"{ACCOUNT}::test_a_trial_that_never_left_is_no_trial",
+        f"{ACCOUNT}::test_trial_that_never_reached_the_provider_is_given_back",
     ),
     Mutation(
         "an account that goes on has as many creates under way as any other",

@@ -265,20 +265,20 @@ def order(stage: Stage) -> None:
 
 
 def wrong_key_words(stage: Stage) -> None:
-    """wrong credentials are said so"""
+    """wrong credentials are named"""
     with mock.patch.dict(os.environ, {"AWS_SECRET_ACCESS_KEY": "wrong"}):
         _says(stage, "secret key is wrong")
 
 
 def wrong_clock_words(stage: Stage) -> None:
-    """a wrong clock is said so"""
+    """a wrong clock is named"""
     early = datetime.now(UTC).replace(tzinfo=None) - timedelta(hours=2)
     with mock.patch("botocore.auth.get_current_datetime", return_value=early):
         _says(stage, "clock is wrong")
 
 
 def wrong_region_words(stage: Stage) -> None:
-    """a wrong region is said so"""
+    """a wrong region is named"""
     with mock.patch.dict(os.environ, {"AWS_DEFAULT_REGION": "eu-north-7", "AWS_REGION": "eu-north-7"}):
         _says(stage, "another region")
 

@@ -73,7 +73,7 @@ def archived(stage: Stage) -> str:
 
 
 def created_once(stage: Stage) -> None:
-    """the same again is success, other bytes are a conflict, nothing is overwritten"""
+    """a repeated put succeeds, other bytes conflict, nothing is overwritten"""
     _same([stage.put_once("once", b"one"), stage.put_once("once", b"one")], [True, False])
     _raises(ObjectConflict, lambda: stage.put_once("once", b"two"))
     _same(stage.get("once"), b"one")
@@ -99,7 +99,7 @@ def big_file(stage: Stage) -> str:
 
 
 def raced(stage: Stage) -> str:
-    """of 16 racing writers none is told a lie: what stands is whole and one of theirs"""
+    """16 racing writers get true answers, and the object is whole and from one of them"""
     contents = [bytes([number]) * 1_000 for number in range(RACERS)]
 
     def attempt(content: bytes) -> Any:
@@ -146,7 +146,7 @@ def tampered(stage: Stage) -> None:
 
 
 def taken_over(stage: Stage) -> None:
-    """who takes over after a crash finds the object and puts none"""
+    """a worker that takes over after a crash finds the object and puts none"""
     with _world(stage, "taken") as (parts, sandbox):
         (task,) = archive(parts, 1)
         before = {each.key: each.modified_at for each in parts.bucket.list(parts.bucket.prefix)}
@@ -159,7 +159,7 @@ def taken_over(stage: Stage) -> None:
 
 
 def audited(stage: Stage) -> None:
-    """an audit finds just what was deleted, changed and added"""
+    """an audit finds exactly the deleted, changed and added objects"""
     with _world(stage, "audited") as (parts, _):
         tasks = archive(parts, 4)
         _same(_faults(parts), [])

@@ -82,7 +82,7 @@ def test_no_delivery_is_answered_before_its_commit(parts: Parts, web: Web) -> No
     assert answer.status_code == 200
 
 
-def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts, sandbox: Sandbox) -> None:
+def test_earlier_outage_does_not_count_as_a_try_of_a_damaged_download(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 1)
     sandbox.set(cdn_faults=["503"] * 4 + ["truncated_silent"])
     for _ in range(6):
@@ -93,7 +93,7 @@ def test_an_outage_before_does_not_count_against_a_damaged_download(parts: Parts
 
 
 @POSTGRESQL_ONLY
-def test_two_last_pictures_settled_at_once_have_one_last(parts: Parts, sandbox: Sandbox) -> None:
+def test_of_two_pictures_settled_at_once_exactly_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 2)
     other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never coincide
     with ThreadPoolExecutor(2) as workers, at_each_commit_that_archives(parts, other) as (at_commit, go_on):

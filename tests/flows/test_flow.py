@@ -333,7 +333,7 @@ def test_one_dead_url_among_nine_holds_up_none_of_the_others(web: Web, parts: Pa
     dead = f"{sandbox.url}/cdn/gone.png"
     with parts.database.write() as session:
         session.execute(update(Asset).where(col(Asset.index) == 4).values(source_url=dead))
-    sandbox.set(query_faults=["5001"] * 20)  # and no read brings another one
+    sandbox.set(query_faults=["5001"] * 20)  # no read returns another one
     parts.worker().run_until_idle()
     states = [asset.state for asset in assets_of(parts, task_of(parts, "nine"))]
     assert states == [AssetState.ARCHIVED] * 4 + [AssetState.DUE] + [AssetState.ARCHIVED] * 4

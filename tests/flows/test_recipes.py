@@ -166,7 +166,7 @@ def test_file_that_is_not_archived_has_a_reason(sandbox: Sandbox) -> None:
         assert caught.value.result.error
         sandbox.set(processing_seconds=60)
         receiver.submit(REQUEST, external_task_id="slow")
-        with pytest.raises(TimeoutError, match="it goes on"):
+        with pytest.raises(TimeoutError, match="the task continues"):
             receiver.wait("slow", timeout_seconds=0.3)
         with pytest.raises(LookupError):
             receiver.status("nobody")

@@ -30,7 +30,7 @@ from tests.pipeline import CALLBACK_SECRET, free_port, insert_row
 SENDERS = 8
 # The web server ends a slow body after 10 s; here after one, which is enough for the test.
 BODY_SECONDS = {"receiver.web.callbacks:BODY_SECONDS": 1.0}
-# The web server waits this long, and the workers for theirs besides. Longer is a hang.
+# The grace times of the web server and of the workers, added. A process that takes longer hangs.
 EXIT_SECONDS = 40
 
 

@@ -9,7 +9,7 @@ import sys
 from receiver.base.collector import collector_paused
 
 
-def test_what_a_pause_made_is_in_no_later_collection() -> None:
+def test_objects_made_during_a_pause_are_in_no_later_collection() -> None:
     """The first object after the pause would otherwise cause a collection over all of it."""
     before = gc.get_freeze_count()
     with collector_paused():

@@ -68,7 +68,7 @@ def dismiss(parts: Parts, task: Task) -> None:
 
 
 def finish(parts: Parts, name: str = "night") -> Counts:
-    """Do all work in this thread. Callbacks reach nobody here, so tasks are read."""
+    """Do all work in this thread. No web server runs, so callbacks are lost and tasks are read."""
     worker = parts.worker()
 
     def over() -> Counts | None:

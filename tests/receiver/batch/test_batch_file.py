@@ -259,7 +259,7 @@ def test_any_bytes_are_read_or_refused(content: bytes, format: Format) -> None:
 # -- prices -----------------------------------------------------------------------------------------------------------
 
 
-def test_prices_are_kling_s_of_their_date() -> None:
+def test_prices_are_those_of_klings_page_with_its_date() -> None:
     asked = [
         {"n": 3},
         {"resolution": "4k"},

@@ -527,7 +527,7 @@ def test_check_ends_although_no_server_answers(receiver: CommandLine, silent: st
     assert (done.code, len(lines), done.err) == (1, 3, "")
 
 
-def test_secrets_that_can_be_guessed_are_named(look: Look, database_url: str) -> None:
+def test_check_names_secrets_that_can_be_guessed(look: Look, database_url: str) -> None:
     weak = {"api_keys": f"x,{'k' * 24}", "metrics_token": "m", "kling_webhook_secrets": "whsec_YQ=="}
     found = look(database_url, **weak)
     named = {name for name, one in found.items() if "easily guessed" in one.line and one.status is Status.NOTE}
@@ -547,7 +547,7 @@ def test_secrets_that_can_be_guessed_are_named(look: Look, database_url: str) ->
         ("nobody.invalid", {}, "if the network is yours"),
     ],
 )
-def test_a_store_in_clear_text_over_a_network_is_named(
+def test_check_names_a_store_reached_in_clear_text_over_a_network(
     settings: Callable[..., config.Settings],
     names: dict[str, str],
     address: str,

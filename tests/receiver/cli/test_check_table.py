@@ -110,7 +110,7 @@ def private_ca(seaweed: Seaweed, tmp_path: Path) -> Iterator[tuple[FaultProxy, P
         yield proxy, certificate
 
 
-def test_private_ca_is_named_and_works_as_told(receiver: CommandLine, private_ca: tuple[FaultProxy, Path]) -> None:
+def test_private_ca_is_named_and_the_remedy_works(receiver: CommandLine, private_ca: tuple[FaultProxy, Path]) -> None:
     proxy, certificate = private_ca
     url = proxy.endpoint_url.replace("http:", "https:")
     says = only_fault(receiver("check", RECEIVER_S3_ENDPOINT_URL=url))
@@ -129,18 +129,20 @@ def test_misspelt_setting_is_named_with_the_nearest(receiver: CommandLine) -> No
     assert only_fault(done).endswith("nothing reads RECEIVER_WORKER: RECEIVER_WORKERS is the nearest there is")
 
 
-def test_database_that_is_down(receiver: CommandLine) -> None:
+def test_database_that_is_down_is_named_with_the_remedy(receiver: CommandLine) -> None:
     says = only_fault(receiver("check", RECEIVER_DATABASE_URL="postgresql://somebody:hush@127.0.0.1:1/receiver"))
     assert "Connection refused" in says and "hush" not in says
     assert says.endswith("check that it runs there and can be reached, or correct RECEIVER_DATABASE_URL")
 
 
-def test_database_that_is_not_there(receiver: CommandLine, postgres: Postgres) -> None:
+def test_missing_database_is_named_with_the_remedy(receiver: CommandLine, postgres: Postgres) -> None:
     says = only_fault(receiver("check", RECEIVER_DATABASE_URL=postgres.url("nope")))
     assert 'database "nope" does not exist): correct RECEIVER_DATABASE_URL, or let the server\'s owner make' in says
 
 
-def test_database_that_is_read_only(receiver: CommandLine, migrated_databases: MigratedDatabases) -> None:
+def test_read_only_database_is_named_with_the_remedy(
+    receiver: CommandLine, migrated_databases: MigratedDatabases
+) -> None:
     for url in migrated_databases.lend():
         only_reads = f"{url}?options=-cdefault_transaction_read_only%3Don"
         says = only_fault(receiver("check", RECEIVER_DATABASE_URL=only_reads))
@@ -149,7 +151,7 @@ def test_database_that_is_read_only(receiver: CommandLine, migrated_databases: M
         assert "session is read-only" in says and "let it take writes, or name the server that does" in says
 
 
-def test_database_on_a_full_disk(tmp_path: Path) -> None:
+def test_full_disk_of_the_database_is_named_with_the_remedy(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/full.db")
     with database.autocommit_writer() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count = 1")
@@ -159,7 +161,7 @@ def test_database_on_a_full_disk(tmp_path: Path) -> None:
     database.close()
 
 
-def test_database_whose_file_may_not_grow(receiver: CommandLine, tmp_path: Path) -> None:
+def test_database_file_that_may_not_grow_is_named_with_the_remedy(receiver: CommandLine, tmp_path: Path) -> None:
     """The log may not grow beyond a page, as on a full disk."""
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
     code = f"import resource, sys; {limit}; sys.argv = ['receiver', 'check']; import receiver.__main__"
@@ -172,7 +174,7 @@ def test_database_whose_file_may_not_grow(receiver: CommandLine, tmp_path: Path)
     assert "cannot be used" in says and "check that it runs, may be written and has room" in says
 
 
-def test_workers_that_see_another_answer_are_named(receiver: CommandLine, tmp_path: Path) -> None:
+def test_check_says_that_the_store_refuses_running_workers(receiver: CommandLine, tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/receiver.db")
     heartbeats.register(database, 1)
     new_assets(database, 2, error="the store at 127.0.0.1:1 says the session token has expired")

@@ -111,7 +111,7 @@ def test_operator_commands_print_json(receiver: CommandLine, beside: Database) -
     beside.close()
 
 
-def test_adopt_and_reconcile_in_a_process(receiver: CommandLine, beside: Database, sandbox: Sandbox) -> None:
+def test_adopt_and_reconcile_run_as_commands(receiver: CommandLine, beside: Database, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=600)
     made_elsewhere(sandbox, "theirs")
     assert receiver("adopt", "--listed-days", "1").out == "adopted: 1\n"

@@ -179,7 +179,7 @@ def test_ctrl_c_while_waiting_names_the_task(ready: CommandLine, tmp_path: Path)
     assert err.read_text().endswith("stopped waiting; the workers go on; `receiver status 'a b'` shows the task\n")
 
 
-def test_terminated_while_waiting_it_has_printed_the_id(ready: CommandLine, tmp_path: Path) -> None:
+def test_submit_that_is_killed_while_waiting_has_printed_the_id(ready: CommandLine, tmp_path: Path) -> None:
     out, words = tmp_path / "out", (*ASK, "--external-task-id", "a b", "--wait")
     process = Forked(words, {**os.environ, **ready.variables}, ready.folder, out=out, err=tmp_path / "err")
     try:

@@ -294,7 +294,7 @@ def test_injected_script_never_runs_and_nothing_breaks_the_layout(parts: Parts, 
     for path in (*PAGES, *own_pages(parts, task, callback)):
         for width in WIDTHS:
             browser.resize(width, 900)
-            browser.open(f"{web.url}/console{path}")  # an alert would be an error here: unexpected alert open
+            browser.open(f"{web.url}/console{path}")  # an open alert would make this call fail
             assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), (path, width)
             assert browser.run(MENU_IS_WHOLE), (path, width)
     assert [

@@ -236,7 +236,7 @@ def test_only_the_host_of_a_url_is_shown(foreign: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "part", ["://", ":/", "\\\\", ":\\", "%3a", "%25", "\\u003a", "&#58;", "&colon;&sol;", "@", '["', "[{", '"\\"']
 )
-def test_no_body_takes_long_to_mask(part: str) -> None:
+def test_bodies_are_masked_in_linear_time(part: str) -> None:
     before = time.process_time()
     for body in (part * (250_000 // len(part)), json.dumps([part * (250_000 // len(part))])):
         words.pretty(body.encode())

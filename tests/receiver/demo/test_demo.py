@@ -272,7 +272,7 @@ RIGHT = (Compared("image", 0, 9, "aa", "aa"),)
     ("objects", "stored", "archive", "right"),
     [
         (RIGHT, 1, ArchiveState.ARCHIVED, True),
-        (RIGHT, 2, ArchiveState.ARCHIVED, False),  # an object too many
+        (RIGHT, 2, ArchiveState.ARCHIVED, False),  # one object more than expected
         (RIGHT, 1, ArchiveState.INCOMPLETE, False),
         ((), 0, ArchiveState.ARCHIVED, False),
         ((Compared("image", 0, 9, "aa", "bb"),), 1, ArchiveState.ARCHIVED, False),

@@ -50,7 +50,7 @@ def claimed(database: Database) -> list[Dispatch]:
         return claims.claim(session, Dispatch, limit=COUNT, lease_seconds=60)
 
 
-def test_what_several_threads_have_sent_is_settled_in_few_transactions(database: Database) -> None:
+def test_events_sent_by_several_threads_are_settled_in_few_transactions(database: Database) -> None:
     """On SQLite an acknowledgement waits for each."""
     rows, commits = claimed(database), list[Any]()
     work = Dispatcher(database, "it", Accepting(), ENVELOPE, retry_seconds=RETRY_SECONDS)

@@ -168,7 +168,7 @@ def test_no_error_shows_the_url(database: Database) -> None:
 # -- clients of the gateway -------------------------------------------------------------------------------------------
 
 
-def test_a_client_is_told_each_status_once(database: Database) -> None:
+def test_each_status_is_sent_to_a_client_once(database: Database) -> None:
     """An event without news for the client is settled without a request."""
     with client_case_of(database) as (case, hook):
         record_steps(database, case, STEPS[0], STEPS[1], STEPS[1], STEPS[2], STEPS[0])

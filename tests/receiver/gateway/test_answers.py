@@ -159,7 +159,7 @@ def test_each_status_is_sent_once_and_success_once_archived() -> None:
     assert statuses(ALL_ARCHIVED, "provider") == {1: "submitted", 2: "processing", 3: "succeed"}
 
 
-def test_a_second_end_of_the_archive_is_silent() -> None:
+def test_second_end_of_the_archive_sends_no_callback() -> None:
     repaired = [*ALL_ARCHIVED[:-1], "task.incomplete", "asset.archived", "task.archived", "task.archived"]
     assert list(statuses(repaired)) == [1, 2, 5]
 

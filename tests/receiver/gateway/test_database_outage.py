@@ -50,7 +50,7 @@ def mortal(postgres: Postgres) -> Iterator[Postgres]:
 
 @contextmanager
 def settles_held_up(parts: Parts) -> Iterator[None]:
-    """Rows are committed and requests are sent, but no answer can be stored before the block ends."""
+    """During the block rows are committed and requests are sent, but no answer can be stored."""
     with suppress(DatabaseUnavailable), parts.database.write() as session:
         session.execute(text("LOCK TABLE asset IN ACCESS EXCLUSIVE MODE"))
         yield

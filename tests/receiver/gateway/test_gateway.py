@@ -109,7 +109,7 @@ SHOWN = {
 
 
 @ON_SQLITE
-def test_without_a_key_of_ours_it_is_401_and_no_body_is_waited_for(web: Web, parts: Parts) -> None:
+def test_request_without_a_valid_key_is_401_before_its_body_arrives(web: Web, parts: Parts) -> None:
     for shown, code in SHOWN.items():
         header = f"Authorization: {shown}".encode().decode("latin-1")
         with connected(web, PATH, header, "Content-Length: 1000", "Connection: close") as connection:
@@ -330,7 +330,7 @@ def test_an_id_that_exists_at_the_provider_alone_already_exists(web: Web, parts:
 
 @ON_SQLITE
 @pytest.mark.parametrize("changes", [{**CHANGES, "kling_slots": 2}])
-def test_without_free_slots_it_is_1303_and_no_row_is_left(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_create_without_free_slots_is_answered_1303_and_leaves_no_row(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(submitted_seconds=600)
     assert create(web, {**PLAIN, "n": 2, "external_task_id": ID}).status_code == 200
     for body in (PLAIN, {**PLAIN, "external_task_id": "new"}):
@@ -408,7 +408,7 @@ def test_creates_that_wait_hold_up_no_callback_and_no_query(web: Web, parts: Par
         found = call(web, "GET", f"{PATH}/{task.id}").status_code
         assert not any(each.done() for each in waiting)
         assert (set(answers), found) == ({200}, 200)
-        sandbox.stop()  # breaks the connections off, so that all outcomes are unclear
+        sandbox.stop()  # cuts the connections, so that all outcomes are unclear
         assert {status_and_code(each.result()) for each in waiting} == {(200, 0)}
 
 
@@ -429,7 +429,7 @@ def test_one_clients_queries_leave_threads_to_others(web: Web, parts: Parts) -> 
 
 
 @ON_SQLITE
-def test_more_creates_than_threads_are_too_fast(
+def test_more_creates_than_threads_are_answered_429(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway, "MAX_CREATES", 1)
@@ -479,7 +479,9 @@ def test_one_clients_bodies_leave_room_to_others(web: Web, monkeypatch: pytest.M
 
 
 @ON_POSTGRESQL
-def test_while_the_database_is_away_it_is_5001(web: Web, parts: Parts, sandbox: Sandbox, postgres: Postgres) -> None:
+def test_request_during_a_database_outage_is_answered_5001(
+    web: Web, parts: Parts, sandbox: Sandbox, postgres: Postgres
+) -> None:
     postgres.stop()
     try:
         for answer in (create(web), call(web, "GET"), call(web, "GET", f"{PATH}/x")):

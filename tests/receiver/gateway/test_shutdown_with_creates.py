@@ -33,7 +33,7 @@ def changes() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def slow_provider(sandbox: Sandbox, parts: Parts) -> Iterator[None]:
-    """Answers no create until it is stopped, which breaks the connections off: an unclear outcome."""
+    """Answers no create until it is stopped. That cuts the connections, so the outcome is unclear."""
     # Sends no callback either, because one that is applied before the stop makes the task `submitted` without the
     # create's answer.
     sandbox.set(create_faults=["hang:created"], hang_seconds=600, submitted_seconds=600, callback_drop_rate=1)

@@ -81,7 +81,7 @@ time.sleep(60)
 
 
 @linux_only
-def test_ends_with_its_killed_parent(tmp_path: Path) -> None:
+def test_store_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -130,7 +130,7 @@ def test_a_port_that_is_taken_before_the_start_is_replaced(tmp_path: Path, thief
         assert answers("GET", server.ports[0], "/healthz")
 
 
-def test_a_store_of_its_own_moves_too_and_says_where(tmp_path: Path, thief: list[int]) -> None:
+def test_store_on_taken_ports_moves_and_says_where(tmp_path: Path, thief: list[int]) -> None:
     settings = config.load(store=tmp_path / "own", database_url=f"sqlite:///{tmp_path}/receiver.db")
     with serve_store.running(settings):
         url, _ = serve_store.address(settings)

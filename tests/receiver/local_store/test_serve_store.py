@@ -182,7 +182,7 @@ def test_serve_without_a_terminal_names_the_file_with_the_consoles_key(seen: See
 
 
 @linux_only
-def test_its_files_are_for_one_user_and_its_ports_for_this_machine(seen: Seen) -> None:
+def test_store_files_are_for_one_user_and_its_ports_for_this_machine(seen: Seen) -> None:
     assert seen.addresses <= LOOPBACK and seen.addresses
     assert seen.reached == []
     kept = seen.folder / "kept"
@@ -229,10 +229,10 @@ def test_a_damaged_file_of_keys_is_one_line(receiver: CommandLine) -> None:
     (receiver.folder / "kept").mkdir()
     (receiver.folder / "kept" / "store.json").write_text("{")
     done = receiver("check", "--store", "kept")
-    assert (done.code, done.err.count("\n"), "store.json is not what was written" in done.err) == (1, 1, True)
+    assert (done.code, done.err.count("\n"), "store.json is damaged" in done.err) == (1, 1, True)
 
 
-def test_a_store_and_an_endpoint_are_one_too_many(receiver: CommandLine) -> None:
+def test_store_and_endpoint_together_are_refused(receiver: CommandLine) -> None:
     done = receiver("status", RECEIVER_STORE="kept", RECEIVER_S3_ENDPOINT_URL="http://127.0.0.1:1")
     assert (done.code, done.err) == (1, "RECEIVER_STORE and RECEIVER_S3_ENDPOINT_URL: set one of both\n")
 

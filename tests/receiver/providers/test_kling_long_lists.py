@@ -1,4 +1,4 @@
-"""What a hostile body costs: its structure is counted before it is parsed, and nothing is built of its long lists."""
+"""The cost of a hostile body: its structure is counted before it is parsed, and its long lists are not built."""
 
 from __future__ import annotations
 

@@ -251,7 +251,7 @@ def test_an_unknown_model_is_checked_for_its_shape(fields: dict[str, Any]) -> No
     assert faults(model_name="kling-v9", **fields)
 
 
-def test_warnings_for_what_would_have_no_effect() -> None:
+def test_field_without_effect_causes_a_warning() -> None:
     assert request().warnings() == []
     assert request(result_type="series", n=3).warnings()[0].startswith("n: ignored")
     assert request(series_amount=3).warnings()[0].startswith("series_amount: ignored")

@@ -50,7 +50,7 @@ def test_pictures_are_as_large_as_real_ones(
     assert least < len(httpx.get(url).content) < most
 
 
-def test_links_expire_and_cannot_be_made_up(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_links_expire_and_cannot_be_forged(api: httpx.Client, sandbox: Sandbox) -> None:
     create(api, external_task_id="x")
     record = ended(api, "x")
     (url,) = urls(record)
@@ -181,7 +181,7 @@ def test_downloads_can_lead_elsewhere_and_take_their_time(api: httpx.Client, san
 # -- knobs, ledger, start and stop ------------------------------------------------------------------------------------
 
 
-def test_knobs_and_ledger_over_http(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_knobs_are_changed_and_the_ledger_is_read_over_http(api: httpx.Client, sandbox: Sandbox) -> None:
     assert api.post("/sandbox/knobs", json={"fail_rate": 1}).json()["fail_rate"] == 1
     (slip,) = api.post("/sandbox/knobs", json={"fail_rte": 1}).json()["errors"]
     assert slip["msg"] == "no such knob; did you mean 'fail_rate'?"
@@ -205,7 +205,7 @@ def test_knobs_and_ledger_over_http(api: httpx.Client, sandbox: Sandbox) -> None
         {"Host": "[::"},
     ],
 )
-def test_a_web_page_of_others_has_no_say(api: httpx.Client, sandbox: Sandbox, headers: dict[str, str]) -> None:
+def test_web_page_of_another_site_changes_no_knob(api: httpx.Client, sandbox: Sandbox, headers: dict[str, str]) -> None:
     create(api, external_task_id="x")
     for method, path in (("POST", "knobs"), ("GET", "knobs"), ("GET", "ledger"), ("POST", "reset")):
         answer = api.request(method, f"/sandbox/{path}", headers=headers, content=b'{"fail_rate": 1}')
@@ -230,7 +230,7 @@ def test_every_knob_is_described() -> None:
 
 
 def test_the_same_seed_makes_the_same_choices(api: httpx.Client, sandbox: Sandbox) -> None:
-    sandbox.set(submitted_seconds=60)  # a task that changes its state draws, too
+    sandbox.set(submitted_seconds=60)  # a change of a task's state also takes a random number
 
     def choices() -> list[Any]:
         sandbox.reset()
@@ -239,13 +239,13 @@ def test_the_same_seed_makes_the_same_choices(api: httpx.Client, sandbox: Sandbo
     assert choices() == choices()
 
 
-def test_it_listens_on_loopback_unless_a_host_is_given() -> None:
+def test_sandbox_listens_on_loopback_unless_a_host_is_given() -> None:
     with pytest.raises(ValueError, match="not a loopback address"):
         Sandbox(host="0.0.0.0")  # noqa: S104 – the point is that it is refused
     Sandbox(host="0.0.0.0", knobs=Knobs(allow_remote_host=True))  # noqa: S104 – allowed, but never started
 
 
-def test_stopped_and_started_again_it_keeps_port_and_tasks() -> None:
+def test_restarted_sandbox_keeps_its_port_and_tasks() -> None:
     sandbox = Sandbox(knobs=Knobs(**QUICK))
     with sandbox:
         url, headers = sandbox.url, {"Authorization": f"Bearer {sandbox.api_key}"}

@@ -233,7 +233,7 @@ def test_a_body_over_the_bound_is_not_read(sandbox: Sandbox) -> None:
 # -- faults of the API ------------------------------------------------------------------------------------------------
 
 
-def test_create_faults_before_and_after_the_task_exists(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_sandbox_refuses_creates_before_and_after_the_task_exists(api: httpx.Client, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=[5001, "5000:created", 1302])
     assert create(api, external_task_id="a").status_code == 503
     assert create(api, external_task_id="b").json()["code"] == 5000
@@ -243,7 +243,7 @@ def test_create_faults_before_and_after_the_task_exists(api: httpx.Client, sandb
     assert sandbox.ledger().counts["fault:create:5000:created"] == 1
 
 
-def test_answers_that_cannot_be_read(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_sandbox_sends_answers_that_cannot_be_read(api: httpx.Client, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["html", "broken:created"])
     assert create(api, external_task_id="a").text.startswith("<!DOCTYPE")
     with pytest.raises(httpx.RemoteProtocolError):
@@ -360,7 +360,7 @@ def test_dropped_callbacks_are_noted_and_never_sent(api: httpx.Client, sandbox: 
     assert listener.deliveries == []
 
 
-def test_reordered_and_duplicated_callbacks(api: httpx.Client, sandbox: Sandbox, listener: Listener) -> None:
+def test_sandbox_reorders_and_duplicates_callbacks(api: httpx.Client, sandbox: Sandbox, listener: Listener) -> None:
     sandbox.set(callback_reorder=True, callback_duplicates=1)
     create(api, external_task_id="x", callback_url=listener.url)
     wait_until(lambda: len(listener.deliveries) == 6)

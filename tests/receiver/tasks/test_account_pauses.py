@@ -110,7 +110,7 @@ def test_a_trial_that_is_refused_is_the_only_create_of_its_minute(parts: Parts, 
     assert said(parts) == [("account.paused", 1102)], "the same fault is told once"
 
 
-def test_a_model_without_permission_pauses_alone(parts: Parts, sandbox: Sandbox) -> None:
+def test_model_without_permission_pauses_only_its_own_creates(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1103"])
     submit_request(parts, "refused")
     other = "kling-image-o1" if REQUEST["model_name"] != "kling-image-o1" else "kling-v3-omni"
@@ -134,7 +134,7 @@ def test_a_refused_request_proves_the_key_and_not_the_balance(parts: Parts, sand
         assert (stand(parts) == []) == is_over
 
 
-def test_a_trial_that_never_left_is_no_trial(parts: Parts, sandbox: Sandbox) -> None:
+def test_trial_that_never_reached_the_provider_is_given_back(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1102"])
     submit_request(parts)
     let_the_trial_come(parts)
@@ -152,7 +152,7 @@ def create(web: Web, key: str, name: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize(("code", "status"), [("1004", 401), ("1102", 429)])
-def test_a_client_hears_the_refusal_and_its_key_is_not_used_up(
+def test_client_gets_the_refusal_and_its_key_stays_usable(
     web: Web, parts: Parts, sandbox: Sandbox, code: str, status: int
 ) -> None:
     sandbox.set(create_faults=[code])
@@ -249,7 +249,7 @@ def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox
 
 
 @pytest.mark.parametrize("answer", ["1301", "1103"])
-def test_a_trial_that_says_nothing_about_the_account_leaves_the_next_to_another(
+def test_trial_refused_for_its_request_leaves_the_next_trial_to_another_task(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     sandbox.set(create_faults=["1102", answer])

@@ -60,7 +60,7 @@ def test_adopted_task_without_our_id_gets_the_providers(parts: Parts, sandbox: S
     assert drain(parts, theirs["task_id"]).archive is ArchiveState.ARCHIVED
 
 
-def test_an_unfinished_one_is_read_until_it_ends(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
+def test_adopted_task_in_progress_is_read_until_it_ends(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     sandbox.set(processing_seconds=600)
     made_elsewhere(sandbox, "theirs", until="processing")
     assert counted(adopter.take(["theirs"])) == {"adopted": 1}
@@ -96,7 +96,7 @@ def test_dry_run_adopts_nothing(parts: Parts, sandbox: Sandbox) -> None:
     assert everything(parts.database) == before
 
 
-def test_one_that_is_named_twice_is_taken_once_and_a_dry_run_says_so(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_named_twice_is_adopted_once_and_a_dry_run_says_so(parts: Parts, sandbox: Sandbox) -> None:
     theirs = made_elsewhere(sandbox, "theirs", until="succeed")
     for dry_run in (True, False):
         adopter = Adopter(parts.database, parts.providers, parts.schedule, parts.read_rate_limit, dry_run=dry_run)

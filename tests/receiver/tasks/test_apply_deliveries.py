@@ -173,7 +173,7 @@ def test_an_unmatched_delivery_is_applied_when_its_task_appears(parts: Parts) ->
     assert is_read_now(parts, task)
 
 
-def test_a_good_token_without_a_row_is_unmatched_and_keeps_the_tokens_word(parts: Parts) -> None:
+def test_valid_token_of_a_task_without_a_row_leaves_the_delivery_unmatched(parts: Parts) -> None:
     gone = Task(external_task_id="gone", provider="kling")
     row = deliver(parts, gone, body("succeed", 1, **info("gone")))
     assert (row.state, row.task_id) == (CallbackState.UNMATCHED, gone.id)
@@ -223,7 +223,7 @@ def test_an_unknown_status_keeps_the_task_waiting(parts: Parts) -> None:
     assert task_of(parts, task.external_task_id).state is SUBMITTED and is_read_now(parts, task)
 
 
-def test_unknown_statuses_are_logged_once_a_task(parts: Parts) -> None:
+def test_unknown_statuses_are_logged_once_per_task(parts: Parts) -> None:
     mine, other = insert_row(parts), insert_row(parts)
     with structlog.testing.capture_logs() as logs:
         for task, word in ((mine, "resting"), (mine, "asleep"), (other, "resting"), (mine, "resting again")):
@@ -318,7 +318,7 @@ def replay(parts: Parts, row: Callback) -> Callback:
 
 
 @pytest.mark.parametrize("changes", [{"confirm": "always"}])
-def test_a_delivery_that_says_nothing_new_causes_no_read(parts: Parts) -> None:
+def test_delivery_without_news_causes_no_read(parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1))
     assert row.reason == BY_READ and is_read_now(parts, task)

@@ -188,7 +188,7 @@ def test_success_without_files_causes_a_read(parts: Parts, operator: Operator) -
     assert (row["step"], row["archive"], row["completeness_reads"]) == (Step.READ, ArchiveState.ARCHIVING, 0)
 
 
-def test_all_failed_takes_what_its_filters_let_through(parts: Parts, operator: Operator) -> None:
+def test_retry_all_failed_applies_its_filters(parts: Parts, operator: Operator) -> None:
     _, files = lost(parts.database, 2, error="HTTP 503")
     _, [odd] = lost(parts.database, error="100% odd")
     assert not counted(operator.retry_failed(error="0_%", limit=10))
@@ -249,7 +249,7 @@ def test_a_replayed_delivery_changes_nothing_it_changed_before(parts: Parts, ope
     assert event_names(parts.database, task) == names
 
 
-def test_a_range_takes_the_deliveries_of_one_state(parts: Parts, operator: Operator) -> None:
+def test_replay_of_a_time_range_selects_one_state(parts: Parts, operator: Operator) -> None:
     task = insert_row(parts)
     unreadable = deliver(parts, task, b"hello")
     applied = deliver(parts, task, {"task_id": "7", "task_status": "processing"})
@@ -303,7 +303,9 @@ def test_a_refused_delivery_counts_once_the_right_secret_is_set(parts: Parts, we
 
 
 @pytest.mark.parametrize("changes", [SIGNED])
-def test_a_signature_is_judged_by_the_time_it_came(parts: Parts, web: Web, operator: Operator) -> None:
+def test_signature_of_a_replayed_delivery_is_verified_as_of_its_arrival(
+    parts: Parts, web: Web, operator: Operator
+) -> None:
     assert post_signed(web, parts, insert_row(parts), SECRETS[1]) == 401
     with parts.database.write() as session:
         session.execute(update(Callback).values(received_at=LONG_AGO))
@@ -377,7 +379,7 @@ def test_a_failed_task_stays_failed_when_it_is_dismissed(parts: Parts, operator:
     assert (stored(parts.database, task)["note"], stored(parts.database, task)["step"]) == (None, Step.READ)
 
 
-def test_its_waiting_files_are_given_up_and_their_worker_changes_nothing(parts: Parts, operator: Operator) -> None:
+def test_dismissing_gives_waiting_files_up_and_their_worker_changes_nothing(parts: Parts, operator: Operator) -> None:
     task, files = lost(parts.database, 2, state=AssetState.DUE, due_at=LONG_AGO, error=None)
     with parts.database.write() as session:
         session.execute(update(Task).values(archive=ArchiveState.ARCHIVING))

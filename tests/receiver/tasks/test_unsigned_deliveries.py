@@ -64,7 +64,7 @@ def test_film_or_sound_in_place_of_the_picture_is_read_first(parts: Parts, kind:
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
-def test_an_archived_task_takes_no_more_unread(parts: Parts) -> None:
+def test_report_for_an_archived_task_is_read_before_it_adds_files(parts: Parts) -> None:
     task = archived(parts, expected=2, webhook_id="msg_1")
     assert deliver(parts, task, body("succeed", 2)).reason == BY_READ
     assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED

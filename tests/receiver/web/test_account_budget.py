@@ -19,7 +19,7 @@ WAIT_SECONDS = 5.0
 
 
 class SlowParser:
-    """It takes until the test has gone on in the event loop, or `WAIT_SECONDS`."""
+    """It returns once the test has continued in the event loop, or after `WAIT_SECONDS`."""
 
     def __init__(self) -> None:
         self.loop_goes_on = threading.Event()
@@ -31,7 +31,7 @@ class SlowParser:
 
 
 def take(parts: Parts, parser: SlowParser, count: int) -> list[object]:
-    """Take places for so many long deliveries at once, and let the parser end once the loop has turned."""
+    """Take places for this many long deliveries at once, and let the parser end after a turn of the loop."""
 
     async def main() -> list[object]:
         budget = AccountBudget(parts.database, parser)

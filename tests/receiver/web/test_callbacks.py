@@ -290,7 +290,7 @@ def statements(parts: Parts) -> Iterator[list[str]]:
 
 @SIGNED
 def test_refused_deliveries_beyond_those_kept_reach_no_database(parts: Parts) -> None:
-    """Not even simultaneous ones do. After a restart one of them is checked."""
+    """Also when they arrive at the same time. After a restart one of them is checked."""
     task = insert_row(parts)
 
     def refused(web: Web, number: int) -> int:
@@ -368,7 +368,7 @@ def test_the_accounts_url_keeps_twenty_deliveries_of_a_task(web: Web, parts: Par
 
 @ON_SQLITE
 @pytest.mark.usefixtures("prompt_refusals")
-def test_what_the_accounts_url_refuses_costs_no_session(
+def test_delivery_that_the_account_url_refuses_costs_no_session(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A session and a thread for each took a millisecond of the interpreter, which acknowledgements waited for."""
@@ -528,7 +528,7 @@ def test_bodies_of_one_url_are_bounded_together(
 
 @pytest.mark.parametrize("url", ["task", "account"])
 def test_silent_heads_keep_no_delivery_out(url: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they announce is not in memory. Bytes count as they come, and no longer once their connection ends."""
+    """Announced bytes are not in memory. Bytes count from their arrival until their connection ends."""
     monkeypatch.setattr(callbacks, "MAX_TASK_BYTES", 2 * 2_000)
     monkeypatch.setattr(callbacks, "MAX_ACCOUNT_BYTES", 2 * 2_000)
     path = path_of(parts, insert_row(parts)) if url == "task" else f"/callbacks/kling/{web.account_token}"

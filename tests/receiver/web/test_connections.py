@@ -147,7 +147,7 @@ def test_slowly_read_answer_is_complete(monkeypatch: pytest.MonkeyPatch) -> None
 def test_handler_of_the_first_of_several_requests_learns_that_its_client_has_gone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Otherwise it would read on, and fail at the closed connection with a traceback in the log."""
+    """Otherwise it would continue to read, and fail at the closed connection with a traceback in the log."""
     caplog.set_level("ERROR", "uvicorn.error")
     with large_answers() as (port, connections):
         for _ in range(20):

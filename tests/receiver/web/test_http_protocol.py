@@ -155,7 +155,7 @@ def test_framing_of_a_chunked_body_is_bounded(web: Web, rest: bytes) -> None:
 
 
 def test_one_pipelined_request_too_many_ends_the_connection(web: Web) -> None:
-    """None of those that wait behind the one in work is begun."""
+    """No waiting request is begun."""
     with connection(web) as raw:
         raw.sendall(GET * (http_protocol.MAX_PIPELINED + 1))
         wait_until(lambda: raw.recv(65_536, socket.MSG_PEEK).count(b"HTTP/1.1 200") == http_protocol.MAX_PIPELINED + 1)
@@ -166,7 +166,7 @@ def test_one_pipelined_request_too_many_ends_the_connection(web: Web) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tcp_info")
 def test_answer_arrives_in_one_segment(web: Web) -> None:
-    """Head and body apart cost a system call more, a sixth of the answer's CPU."""
+    """Two writes for head and body cost one more system call, a sixth of the answer's CPU."""
     with connection(web) as raw:
         for count in (1, 2):
             raw.sendall(GET)

@@ -31,7 +31,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def lane(desk: Desk, first: int = 0) -> Lane:
     """Its `first` rows are done at once, the others wait for the desk's gate.
 
-    With one of them the second claim is full, too, and is made while all other threads are busy.
+    With one such row the second claim is full as well, and is made while all other threads are busy.
     """
     at_once, passed = Desk(desk.database), iter(range(first))
 

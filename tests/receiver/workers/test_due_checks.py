@@ -63,7 +63,7 @@ def test_commit_ends_the_rest_at_once(database: Database, monkeypatch: pytest.Mo
     desk = Desk(database)
     with running(database, *lanes(desk.work)) as at_rest:
         wait_until(lambda: at_rest._interval == worker.REST_SECONDS)
-        time.sleep(0.3)  # the waker waits by then
+        time.sleep(0.3)  # by then the waker waits
         new_assets(database, 2)
         with database.write() as session:
             database.wake(session)

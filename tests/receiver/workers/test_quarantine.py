@@ -27,7 +27,7 @@ from tests.storage.test_circuit import Clock, opened
 
 
 def lost(database: Database, asset: Asset, times: int) -> None:
-    """The asset in the state that a worker leaves which dies with it, for the `times`-th time."""
+    """The asset in the state after `times` workers have died while they held it."""
     with database.write() as session:
         values = {"losses": times - 1, "lease": uuid.uuid4(), "due_at": LONG_AGO}
         session.execute(update(Asset).where(col(Asset.id) == asset.id).values(**values))

@@ -1,4 +1,4 @@
-"""A thread that waits for work sleeps through what brings it none, and misses nothing."""
+"""A waiting thread sleeps through commits without work for it, and misses none with work."""
 
 from __future__ import annotations
 

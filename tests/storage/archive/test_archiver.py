@@ -234,7 +234,7 @@ def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox
     with parts.database.write() as session:
         dead = update(Asset).where(col(Asset.index) == 0).values(source_url=f"{sandbox.url}/cdn/gone.png")
         session.execute(dead)
-    run(parts, "assets")  # the other one is archived afterwards, and does not withdraw the request for a read
+    run(parts, "assets")  # the other picture is archived afterwards and does not cancel the requested read
     assert sorted(asset.state for asset in assets_of(parts, task)) == [AssetState.ARCHIVED, AssetState.DUE]
     assert run(parts, "reads") == 1
     run(parts, "assets", "finishes")

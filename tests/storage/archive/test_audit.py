@@ -201,7 +201,7 @@ def receiver(database_url: str, parts: Parts, sandbox: Sandbox, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_audit_command(parts: Parts, receiver: CommandLine) -> None:
+def test_audit_command_reports_and_repairs_findings(parts: Parts, receiver: CommandLine) -> None:
     archive(parts, 2)
     good = receiver("audit", "--deep", "--json", "--max-bytes-per-second", "10000000")
     assert (good.code, good.json["ok"], good.json["findings"], good.err) == (0, True, [], "")

@@ -226,7 +226,7 @@ def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture
     keep(parts, 2)
     (asset, _) = all_assets(parts)
     key = f"{str(asset.key).rpartition('/')[0]}/manifest.json"
-    odd: dict[str, Any] = {"schema": manifest.SCHEMA, "task": []}  # it should be an object
+    odd: dict[str, Any] = {"schema": manifest.SCHEMA, "task": []}  # the row names an object that should exist
     digest = manifest.digest_of(odd)
     put(parts, key, json.dumps({**odd, "digest": digest}).encode())
     with parts.database.write() as session:

@@ -101,7 +101,7 @@ def receiver(database_url: str, parts: Parts, sandbox: Sandbox, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_export_command(parts: Parts, receiver: CommandLine) -> None:
+def test_export_command_copies_files_and_reports_faults(parts: Parts, receiver: CommandLine) -> None:
     archive(parts, 2)
     assert receiver("export", "out").code == 2
     done = receiver("export", "out", "--all", "--json")

@@ -180,7 +180,7 @@ def test_manifest_in_another_folder_is_ignored(parts: Parts, empty: Parts) -> No
     put(parts, key.replace(task.external_task_id, "other"), parts.bucket.read_bytes(key, 2**20))
     counts, problems = rebuild(empty)
     assert counts["tasks"] == 1
-    assert [problem.detail for problem in problems] == ["not readable: it is another folder's", "no manifest"]
+    assert [problem.detail for problem in problems] == ["not readable: it belongs to another folder", "no manifest"]
 
 
 def test_manifests_follow_their_schema_and_hold_no_secret(parts: Parts) -> None:
@@ -210,7 +210,7 @@ def test_changed_manifest_has_a_wrong_digest() -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_rebuild_command(parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
+def test_rebuild_command_restores_rows_and_reports_faults(parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
     archive(parts, 2)
     receiver = CommandLine(variables("sqlite:///fresh.db", parts.bucket, sandbox), tmp_path)
     done = receiver("rebuild", "--deep")

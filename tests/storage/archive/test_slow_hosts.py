@@ -107,7 +107,7 @@ def test_slow_host_keeps_no_other_host_waiting(
 def test_several_slow_hosts_keep_no_other_host_waiting(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, more_slow: list[DrippingHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a spare thread each has one file, and is left to the other threads then."""
+    """Each slow host holds a spare thread for one file. Its other files wait for the archive's own threads."""
     monkeypatch.setattr(worker, "LASTING_SECONDS", 0.2)
     monkeypatch.setattr(jobs, "SPARE_CLAIM_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(slow_hosts, "SPARE_SECONDS", 1.0)

@@ -1,4 +1,4 @@
-"""The cost of the store's outages, and faults that are none: links that expire meanwhile, and files refused alone."""
+"""The cost of a store's outages, and cases that are no outage: expired links, and files that are refused alone."""
 
 from __future__ import annotations
 

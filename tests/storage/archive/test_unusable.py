@@ -103,7 +103,7 @@ def test_film_or_sound_in_place_of_a_picture_is_not_taken(
         served.setattr(sandbox.world.gallery, "data", lambda task, name: file)
         run(parts, "assets", "finishes")
         assert (asset_of(parts).state, kept(parts)) == (AssetState.DUE, {})
-        assert "a picture was asked for" in str(asset_of(parts).error)
+        assert "a picture was requested" in str(asset_of(parts).error)
     try_until(parts, 60)
     assert_archived(parts, sandbox, task_of(parts, "task"))
 

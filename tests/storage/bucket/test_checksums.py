@@ -30,7 +30,7 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
     ],
     ids=["both agree", "both contradict", "silent", "of parts", "KMS", "SSE-S3"],
 )
-def test_response_agrees_contradicts_or_is_silent(
+def test_response_agrees_contradicts_or_names_no_checksum(
     answer: dict[str, Any], checksum_agrees: bool | None, etag_agrees: bool | None
 ) -> None:
     assert checksums.evidence_of(answer, SUM, MD5) == Evidence(checksum_agrees, etag_agrees, answer.get("ETag", ""))

@@ -17,7 +17,7 @@ OK = b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 0\r\n\r\n'
 
 
 class Store(ScriptedServer):
-    """Answers the requests of all connections with one script after another; the last one again and again."""
+    """Answers the requests of all connections with one script after another, and repeats the last one."""
 
     def __init__(self) -> None:
         self.scripts: list[Script] = [OK]

@@ -1,4 +1,4 @@
-"""A store that stores a wrong SHA-256 and refuses a wrong MD5: `rclone serve s3`, and MinIO's code in its gateways."""
+"""A store that accepts a wrong SHA-256 and refuses a wrong MD5: `rclone serve s3`, and MinIO's code in its gateways."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from storage.states import AssetState
 from tests.harness import wait_until
 from tests.rows import new_asset, new_assets, new_task, stored
 
-SECONDS = 30  # what takes longer hangs
+SECONDS = 30  # a call that takes longer hangs
 Operation = Callable[[Session], Any]
 
 
@@ -56,7 +56,7 @@ def busy(database: Database) -> Iterator[None]:
         go_on.wait(SECONDS)
 
     def write() -> None:
-        with suppress(DatabaseUnavailable):  # where the test lets commits fail
+        with suppress(DatabaseUnavailable):  # set while commits fail
             database.write_in_group(occupy)
 
     thread = threading.Thread(target=write)
@@ -209,7 +209,7 @@ def test_an_operation_that_waits_for_a_row_delays_no_other(database: Database) -
         assert waits.result(SECONDS) is not None
 
 
-def test_the_writer_s_connection_is_kept_between_groups_and_returned_at_rest(
+def test_writers_connection_is_kept_between_groups_and_returned_at_rest(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = list[Any]()

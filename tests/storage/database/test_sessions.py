@@ -34,7 +34,7 @@ from tests.harness import wait_until
 from tests.postgres import Postgres
 from tests.webhook_receiver import SECRET
 
-SECONDS = 30  # a wait that is longer hangs
+SECONDS = 30  # a longer wait hangs
 # Threads that use the database beside those of lanes and jobs: waker, heartbeat, quarantine, renewal, checkpoints,
 # group writer. In the web server: group commit and checkpoints; Starlette's threads for pages.
 BACKGROUND, INBOX, PAGES = 6, 2, 40
@@ -305,7 +305,7 @@ def test_commit_between_two_waits_is_not_missed(database: Database) -> None:
 
 
 def test_own_commits_after_a_quiet_interval_wake_at_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps of one delivery follow each other without a pause between them."""
+    """The steps of one delivery have no pause between them."""
     waker = database.waker()
     waker.wait(0)
     for name in ("SQLITE_POLL_INTERVAL_SECONDS", "WAKE_SECONDS"):

@@ -57,7 +57,7 @@ def test_tasks_that_ended_over_a_day_ago_are_not_counted(database: Database) -> 
     assert read(database, day, now + timedelta(days=2)) == Ended()
 
 
-def test_reading_enters_by_the_time_of_the_end(database: Database) -> None:
+def test_ended_tasks_are_found_by_the_index_of_their_end(database: Database) -> None:
     assert not scans(database, lambda session: EndedLastDay().read(session, database.now()))
 
 

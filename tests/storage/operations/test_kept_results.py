@@ -1,4 +1,4 @@
-"""Results that are kept for pages: a page never waits for a long reading, and what takes long is read seldom."""
+"""Results that are kept for pages: a page never waits for a long reading, and slow results are read less often."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def all_of(kept: KeptResults[int, int], *keys: int) -> dict[int, int]:
     return wait_until(lambda: (found := kept.of(keys)) and len(found) == len(keys) and found, seconds=60)
 
 
-def test_a_page_has_what_is_known_and_a_thread_reads_the_rest(kept: KeptResults[int, int], reading: Reading) -> None:
+def test_page_gets_known_results_and_a_thread_reads_the_rest(kept: KeptResults[int, int], reading: Reading) -> None:
     reading.may.release(1)
     wait_until(lambda: kept.of([1, 2]) == {1: 10}, seconds=60)
     reading.may.release(1)
     assert all_of(kept, 1, 2) == {1: 10, 2: 20}
 
 
-def test_what_takes_long_is_read_seldom(
+def test_results_that_take_long_are_read_less_often(
     kept: KeptResults[int, int], reading: Reading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading.may.release(1_000)
@@ -65,7 +65,7 @@ def test_what_takes_long_is_read_seldom(
     wait_until(lambda: kept.of([1]) and len(reading.begun) > 1, seconds=60)
 
 
-def test_what_was_changed_is_read_anew(kept: KeptResults[int, int], reading: Reading) -> None:
+def test_forgotten_result_is_read_again(kept: KeptResults[int, int], reading: Reading) -> None:
     reading.may.release(1_000)
     all_of(kept, 1)
     kept.forget(1)
@@ -73,21 +73,21 @@ def test_what_was_changed_is_read_anew(kept: KeptResults[int, int], reading: Rea
     assert reading.begun == [1, 1]
 
 
-def test_as_many_results_are_kept_as_were_said(kept: KeptResults[int, int], reading: Reading) -> None:
+def test_number_of_kept_results_is_bounded(kept: KeptResults[int, int], reading: Reading) -> None:
     reading.may.release(1_000)
     for key in range(5):
         all_of(kept, key)
     assert set(kept.of([2, 3, 4])) == {2, 3, 4} and reading.begun == list(range(5))
 
 
-def test_a_closed_one_reads_no_further(kept: KeptResults[int, int], reading: Reading) -> None:
+def test_closing_ends_the_reading(kept: KeptResults[int, int], reading: Reading) -> None:
     wait_until(lambda: kept.of([1, 2]) == {} and reading.begun, seconds=60)
     reading.may.release(1_000)
     kept.close()
     assert kept.of([1, 2, 3]).keys() <= {1} and reading.begun == [1]
 
 
-def test_each_key_may_be_fresh_for_a_time_of_its_own(database: Database, reading: Reading) -> None:
+def test_freshness_is_decided_for_each_key(database: Database, reading: Reading) -> None:
     kept = KeptResults[int, int](database, reading, 3, lambda key: 0.0 if key == 1 else 3_600.0)
     reading.may.release(1_000)
     all_of(kept, 1, 2)
@@ -96,7 +96,7 @@ def test_each_key_may_be_fresh_for_a_time_of_its_own(database: Database, reading
     assert reading.begun.count(2) == 1
 
 
-def test_an_outage_ends_the_reading_and_a_later_call_begins_anew(database: Database) -> None:
+def test_outage_ends_the_reading_and_a_later_call_restarts_it(database: Database) -> None:
     fails = iter((True, False))
 
     def read(_session: Session, key: int) -> int:

@@ -29,7 +29,7 @@ def database_kind() -> str:
         (TaskFilter(since="2026-01-01", q="x"), "task_newest"),
     ],
 )
-def test_tasks_are_entered_by_the_time_of_their_creation(database: Database, wanted: TaskFilter, index: str) -> None:
+def test_tasks_are_found_by_the_index_of_their_creation(database: Database, wanted: TaskFilter, index: str) -> None:
     found = plans(database, lambda session: newest_tasks(session, wanted, "2026-01-01T00:00:00~" + "0" * 32))
     assert f"SEARCH task USING INDEX {index}" in found and "SCAN task\n" not in found
 
@@ -43,10 +43,10 @@ def test_tasks_are_entered_by_the_time_of_their_creation(database: Database, wan
         (DeliveryFilter(state="received"), "callback_due"),
     ],
 )
-def test_deliveries_are_entered_by_an_index(database: Database, wanted: DeliveryFilter, index: str) -> None:
+def test_deliveries_are_found_by_an_index(database: Database, wanted: DeliveryFilter, index: str) -> None:
     found = plans(database, lambda session: newest_deliveries(session, wanted, None))
     assert index in found and "SCAN callback\n" not in f"{found}\n"
-    if wanted.state in ("unmatched", "received"):  # the few, and not all by their times
+    if wanted.state in ("unmatched", "received"):  # it reads the few matching rows, not all rows in order of time
         assert "callback_newest" not in found
 
 
@@ -61,7 +61,7 @@ def test_deliveries_are_entered_by_an_index(database: Database, wanted: Delivery
         ("due", "hook", "dispatch_open"),
     ],
 )
-def test_dispatches_are_entered_by_an_index(database: Database, state: str, sink: str, entry: str) -> None:
+def test_dispatches_are_found_by_an_index(database: Database, state: str, sink: str, entry: str) -> None:
     found = plans(database, lambda session: outbox.newest(session, state, sink, before=9)).splitlines()
     first = next(step for step in found if "dispatch" in step)
     assert entry in first, found

@@ -76,7 +76,7 @@ def test_two_claimers_never_get_the_same_row(database: Database) -> None:
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(drain, range(6)))
-    # SKIP LOCKED may skip a row for a claimer that has ended: claim what is left.
+    # SKIP LOCKED may skip a row whose claimer has just ended, so the rest is claimed here.
     drain(0)
     assert (len(taken), set(taken.values())) == (60, {1})
 

@@ -336,7 +336,7 @@ def put_until_full(running: InLoop) -> list[Future[Intake]]:
     return put
 
 
-def test_stop_answers_what_was_put_and_refuses_more(database: Database, running: InLoop) -> None:
+def test_stop_answers_waiting_deliveries_and_refuses_more(database: Database, running: InLoop) -> None:
     with writers_wait(database):
         futures = [running.put(body(number)) for number in range(300)]
         stop = threading.Thread(target=running.stop)

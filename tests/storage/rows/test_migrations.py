@@ -92,7 +92,7 @@ def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
-def test_rows_that_change_have_room_on_their_pages(database: Database) -> None:
+def test_tables_that_change_leave_room_on_their_pages(database: Database) -> None:
     with database.read() as session:
         found = session.execute(text("SELECT relname FROM pg_class WHERE 'fillfactor=60' = ANY (reloptions)")).scalars()
         assert list(found) == ["task"]

@@ -103,7 +103,7 @@ def test_an_external_id_is_inserted_once_however_many_try(database: Database) ->
     assert (task.note, event_names(database, task)) == (str(won.index(True)), ["task.created"])
 
 
-def test_a_task_is_stored_as_it_was_given(database: Database) -> None:
+def test_task_is_stored_with_the_given_values(database: Database) -> None:
     request = {"prompt": "É \U0001f600", "n": 2, "element_list": [{"element_id": 2**60}]}
     task = sent(database, request=request, callback_url="https://u", sent_at=datetime(2026, 1, 2, 3, 4, 5, 6, UTC))
     row = stored(database, task)
@@ -209,7 +209,7 @@ def test_a_fresh_url_does_not_end_a_claim(database: Database, moment: str) -> No
     hear(database, task, pictures(1))
     owners = [claim(database, Asset)] if moment == "before the report" else []
 
-    def url_expiry(_: str) -> None:  # asked after the assets were read and before they are written
+    def url_expiry(_: str) -> None:  # called after the assets were read and before they are written
         owners.extend([] if owners else [claim(database, Asset)])
 
     hear(database, task, pictures(1, host="b"), schedule=Schedule(url_expiry=url_expiry))
