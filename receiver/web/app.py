@@ -22,6 +22,7 @@ from receiver.web.callbacks import Callbacks
 from receiver.web.event_stream import Stream
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.health import Health
+from receiver.web.rate_limits import KeylessAnswers
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from receiver.gateway.gateway import Gateway
 
 
+# Answered without a key. A client of the gateway that asks for an unknown task gets a 400.
+KEYLESS_PATHS, KEYLESS_STATUSES = ("/healthz", "/readyz"), (401, 404, 405)
 # The first part of every path that is answered.
 PLACES = frozenset({"callbacks", "assets", "kling", "events", "console", "healthz", "readyz", "metrics"})
 
@@ -158,14 +161,20 @@ async def _internal_error(_request: Request, _error: Exception) -> Response:
 
 
 class _SecurityHeaders:
-    """Adds the security headers to every answer, except those that the endpoint sets itself."""
+    """Adds the security headers to every answer, except those that the endpoint sets itself.
+
+    Answers without a key are held back while there are many.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._keyless = KeylessAnswers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if message["status"] in KEYLESS_STATUSES or scope["path"] in KEYLESS_PATHS:
+                    await self._keyless.wait()
                 own = {name.lower() for name, _ in message["headers"]}
                 added = [pair for pair in HEADER_PAIRS if pair[0] not in own]
                 message = {**message, "headers": [*message["headers"], *added]}

@@ -32,7 +32,7 @@ from receiver.tasks import apply_deliveries
 from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountBusy, AccountRefused
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.http_protocol import WholeAnswer
-from receiver.web.rate_limits import REMEMBERED_TASKS, RateLimit, Tarpit
+from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, Tarpit
 from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
@@ -126,7 +126,7 @@ class Callbacks:
         self._refused = _Refused()
         self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
         self._account = AccountBudget(database, self._ids)
-        self._tarpit = Tarpit()
+        self._tarpit, self._keyless = Tarpit(), KeylessAnswers()
         self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -143,6 +143,8 @@ class Callbacks:
         if is_delayed:
             await self._tarpit.wait(TARPIT_SECONDS, most=MAX_IN_TARPIT)
         if refusal is not None:
+            if refusal.status_code in (401, 404, 405):
+                await self._keyless.wait()
             await refusal(scope, receive, send)
             return
         await ACCEPTED.send(scope, send)

@@ -5,7 +5,8 @@ uvicorn 0.54 waits for ever for a first byte and for the end of a head, and http
 - A complete head arrives within 10 s, has at most 16 KiB, and its URL 2 KiB.
 - A body has as many bytes as its head or its chunks announce, or its request is refused. A body that no handler reads
   ends its connection.
-- A few requests may wait behind the one in progress. Nothing more is read then.
+- A few requests may wait behind the one in progress. Nothing more is read then. A connection with more ends a second
+  later.
 - A reader of any answer that is 60 s behind the least speed, 32 kB/s, is disconnected.
 - Above the connection limit, the connection without progress for longest makes room.
 """
@@ -46,6 +47,9 @@ FRAMING_PER_BODY_BYTE = 8
 # Requests that may wait behind the one in progress, each some 4 kB and 15 µs. No client we know pipelines. uvicorn
 # keeps every request of one read, up to 2,400, and reads again after each answer.
 MAX_PIPELINED = 4
+# How long a connection with more is kept before it is answered and closed. Twenty senders that came again at once took
+# 40 % of a processor.
+TARPIT_SECONDS = 1.0
 # The limit of a connection's buffer for an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to
 # 268 MB.
 WRITE_BUFFER_BYTES = 16 * 1024
@@ -106,12 +110,14 @@ class _Flow(FlowControl):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. All connections of the process are in two queues, those without progress for longest first.
+    """One connection. All connections of the process are in three queues, those without progress for longest first.
 
-    `_waiting`: we wait for the client, to send a head or body or to read an answer. `_working`: a handler is at work.
+    `_refused`: it is to be answered and closed. `_waiting`: we wait for the client, to send a head or body or to read
+    an answer. `_working`: a handler is at work. They make room in this order.
     """
 
-    _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - shared by all connections on purpose
+    _refused: dict[BoundedHttpProtocol, asyncio.TimerHandle] = {}  # noqa: RUF012 - shared by all connections on purpose
+    _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
     flow: _Flow
@@ -128,6 +134,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._announced = self._delivered = 0
         self._keeps_alive = True
         self._in_work: RequestResponseCycle | None = None
+        self._not_begun: asyncio.Task[None] | None = None  # the handler of a request in the bytes that are being read
         self._extensions: dict[str, dict[object, object]] = {WHOLE_ANSWER: {"send": self._send_whole}}
 
     def shutdown(self) -> None:
@@ -146,7 +153,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        longest = next(iter(self._waiting))
+        longest = next(iter(self._refused or self._waiting))
         if longest is self and self._working:
             longest = next(iter(self._working))
         longest._leave_queues()
@@ -163,10 +170,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Remember the request whose answer is in progress. uvicorn informs only the newest request that the client has
-        left.
+        left, and keeps no handler by which to cancel one.
         """
         self._in_work = cycle
-        super()._start_asgi_task(cycle, app)
+        self._not_begun = task = self.loop.create_task(cycle.run_asgi(app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
 
     def _send_whole(self, answer: WholeAnswer) -> bool:
         """Answer the request in progress. False: its client does not read, and `send` waits for it."""
@@ -187,9 +196,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _leave_queues(self) -> None:
         self._waiting.pop(self, None)
         self._working.pop(self, None)
+        if (timer := self._refused.pop(self, None)) is not None:
+            timer.cancel()
 
     def _note_progress(self) -> None:
         """Move to the end of the queue for the connection's present state."""
+        if self in self._refused:
+            return
         self._leave_queues()
         is_working = self._has_request and not self._in_body and not self.flow.write_paused
         (self._working if is_working else self._waiting)[self] = None
@@ -202,6 +215,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._head_timer is None and not self._in_body:
             self._start_head_timer()  # the first bytes of the next request on a kept connection
         self._framing_bytes += len(data)
+        self._not_begun = None
         self._unset_keepalive_if_required()
         try:
             self._parse(data)
@@ -276,7 +290,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _drop_waiting(self) -> None:
         """Begin none of the waiting requests, so that a sender above the limit costs less than one within it."""
         self.pipeline.clear()
-        if self._in_work is not None:
+        if self._not_begun is not None:
+            self._not_begun.cancel()
+            self.cycle = self._in_work = None  # type: ignore[assignment]
+        elif self._in_work is not None:
             self.cycle = self._in_work
 
     def on_body(self, body: bytes) -> None:
@@ -356,7 +373,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.flow.end_reading()
 
     def _close_with(self, status: int) -> None:
-        if not self.transport.is_closing():
+        if status == 429 and self not in self._refused:
+            self.flow.end_reading()
+            self._leave_queues()
+            self._refused[self] = self.loop.call_later(TARPIT_SECONDS, self._close_with, status)
+        elif not self.transport.is_closing():
             if not (self._has_request and self.cycle.response_started):  # it would seem to be a part of that answer
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()

@@ -1,4 +1,4 @@
-"""Limits in time: one action an interval for each task, an amount a second, and refusals that are held back."""
+"""Limits in time: one action an interval for each task, an amount a second, and answers that are held back."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import time
 import uuid
 
 REMEMBERED_TASKS = 10_000
+# Answers that need no key: so many a second, and at once, are prompt. Health checks ask once a second. A held one is
+# late by less than a load balancer waits for, after the patience of `/readyz`.
+KEYLESS_A_SECOND, MOST_KEYLESS = 50, 200
+HOLD_SECONDS, MAX_HELD = 0.25, 4_096
 
 
 class RateLimit:
@@ -59,3 +63,22 @@ class Tarpit:
                 await asyncio.sleep(seconds)
             finally:
                 self._waiting -= 1
+
+
+class KeylessAnswers:
+    """Holds answers that need no key back while there are many of them, refusals included.
+
+    Whoever waits for one sends no next request on that connection, so a flood takes as much of the processor as its
+    connections are many, and not as much as there is.
+    """
+
+    def __init__(self) -> None:
+        self._prompt = Allowance(KEYLESS_A_SECOND, MOST_KEYLESS)
+        self._tarpit = Tarpit()
+
+    async def wait(self) -> None:
+        """Call it before each such answer."""
+        if self._prompt.is_spent:
+            await self._tarpit.wait(HOLD_SECONDS, most=MAX_HELD)
+        else:
+            self._prompt.spend(1)

@@ -158,6 +158,17 @@ def test_handler_of_the_first_of_several_requests_learns_that_its_client_has_gon
     assert [line for line in caplog.records if "ASGI" in line.getMessage()] == []
 
 
+def test_request_in_work_is_answered_before_too_many_behind_it_end_the_connection() -> None:
+    with large_answers() as (port, connections), unread_answer(port) as raw:
+        wait_until(lambda: [each.flow.write_paused for each in connections] == [True])
+        raw.sendall(GET * (http_protocol.MAX_PIPELINED + 1))
+        answer = bytearray()
+        while piece := raw.recv(1 << 20):
+            answer += piece
+    assert answer.count(b"HTTP/1.1 ") == 2
+    assert b"HTTP/1.1 429" in answer[LARGE:]
+
+
 def test_answer_read_below_the_least_speed_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read makes progress, in time."""
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.3)

@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from receiver.app.wiring import Parts
-from receiver.web import callbacks, http_protocol
+from receiver.web import callbacks, http_protocol, rate_limits
 from tests.harness import wait_until
 from tests.pipeline import Web, callbacks_of
 
@@ -155,13 +156,56 @@ def test_framing_of_a_chunked_body_is_bounded(web: Web, rest: bytes) -> None:
 
 
 def test_one_pipelined_request_too_many_ends_the_connection(web: Web) -> None:
-    """No waiting request is begun."""
+    """None that arrived with it is begun. The answer is a second late: senders that come again at once cost little."""
     with connection(web) as raw:
         raw.sendall(GET * (http_protocol.MAX_PIPELINED + 1))
         wait_until(lambda: raw.recv(65_536, socket.MSG_PEEK).count(b"HTTP/1.1 200") == http_protocol.MAX_PIPELINED + 1)
+        started = time.monotonic()
         raw.sendall(GET * (http_protocol.MAX_PIPELINED + 5))
         statuses = [line.split()[1] for line in read_to_end(raw).splitlines() if b"HTTP/1.1 " in line]
-        assert statuses == [b"200"] * (http_protocol.MAX_PIPELINED + 2) + [b"429"]
+        assert statuses == [b"200"] * (http_protocol.MAX_PIPELINED + 1) + [b"429"]
+        assert time.monotonic() - started > http_protocol.TARPIT_SECONDS / 2
+    assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
+
+
+def test_connection_that_pipelined_too_much_makes_room_first(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(http_protocol, "TARPIT_SECONDS", 3_600)
+    with connection(web) as idle, connection(web) as refused:
+        idle.sendall(GET)
+        assert idle.recv(65_536).startswith(b"HTTP/1.1 200")
+        refused.sendall(GET * (http_protocol.MAX_PIPELINED + 2))
+        wait_until(lambda: http_protocol.BoundedHttpProtocol._refused)
+        assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
+        assert read_to_end(refused) == b""
+        idle.sendall(GET)
+        assert idle.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
+def test_refused_connection_does_not_delay_the_shutdown(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "TARPIT_SECONDS", 3_600)
+    with connection(web) as raw:
+        raw.sendall(GET * (http_protocol.MAX_PIPELINED + 2))
+        wait_until(lambda: http_protocol.BoundedHttpProtocol._refused)
+        web.stop_listening()
+        assert read_to_end(raw) == b""
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/nothing", "/events", f"/callbacks/kling/{'x' * 55}"])
+def test_keyless_answers_are_held_back_while_there_are_many(
+    path: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flood of requests that need no key took all of a processor. Deliveries do not wait."""
+    monkeypatch.setattr(rate_limits, "KEYLESS_A_SECOND", 1e-6)
+    monkeypatch.setattr(rate_limits, "MOST_KEYLESS", 0.5)
+    monkeypatch.setattr(rate_limits, "HOLD_SECONDS", 1)
+    with Web(parts) as web, httpx.Client(base_url=web.url, trust_env=False) as client:
+        client.post(path)
+        started = time.monotonic()
+        client.post(path)
+        assert time.monotonic() - started > rate_limits.HOLD_SECONDS / 2
+        monkeypatch.setattr(rate_limits, "HOLD_SECONDS", 3_600)
+        assert client.post(f"/callbacks/kling/{web.account_token}", content=b"{}").status_code == 200
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tcp_info")
