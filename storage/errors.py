@@ -3,7 +3,7 @@
 Retry(after)          the same work may succeed later
 ├── ProviderUnavailable   the provider is down, slow or answered nonsense
 ├── ProviderThrottled     the provider asks us to slow down (1302, 429)
-│   ├── ProviderFull          too many of the account's pictures are in work (1303)
+│   ├── ProviderFull          too many of the account's pictures are in progress (1303)
 │   └── AccountRefused        it refuses the account (key, balance), whatever the request: its creates pause
 │       └── ModelRefused          the account may not use this model: the model's creates pause
 ├── NoSlots               the same by our own count: nothing was asked
@@ -74,7 +74,7 @@ class ProviderThrottled(Retry):
 
 
 class ProviderFull(ProviderThrottled):
-    """The account has too many pictures in work for this task to be made."""
+    """The account has too many pictures in progress for this task to be made."""
 
 
 class AccountRefused(ProviderThrottled):

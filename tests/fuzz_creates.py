@@ -30,8 +30,8 @@ from tests.fuzz import ODD_VALUES
 from tests.unreported_tasks import drawn, encoded
 
 MIB = 2**20
-# A body is in memory as received and as parsed, and the text in work in three more copies.
-COPIES, COPIES_OF_A_TEXT, MOST_BESIDE_BYTES = 2, 3, 6 * MIB
+# A body is in memory as received and as parsed, and its text in progress in three more copies.
+COPIES, COPIES_OF_A_TEXT, MOST_With_BYTES = 2, 3, 6 * MIB
 # Bodies before the first measurement of memory, and the allowed growth of the process after a tenth of all.
 FIRST, MOST_GROWTH_BYTES = 200, 32 * MIB
 FULL: dict[str, Any] = {
@@ -131,7 +131,7 @@ def read(reader: Creates, wanted: Iterator[bytes], *, measured: bool) -> Outcome
         if measured:
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            most = COPIES * len(body) + COPIES_OF_A_TEXT * min(len(body), MAX_TEXT_BYTES) + MOST_BESIDE_BYTES
+            most = COPIES * len(body) + COPIES_OF_A_TEXT * min(len(body), MAX_TEXT_BYTES) + MOST_With_BYTES
             assert peak <= most, (peak, len(body), body[:80])
             outcome.worst_bytes = max(outcome.worst_bytes, peak)
     return outcome

@@ -230,7 +230,7 @@ def _slots(parts: Parts) -> Result:
         advice = (
             "set RECEIVER_KLING_SLOTS to what the account's pack allows, so that no create is refused for lack of slots"
         )
-        return Result("slots", Status.NOTE, f"no limit of our own; {held} pictures are in work", advice)
+        return Result("slots", Status.NOTE, f"no limit of our own; {held} pictures are in progress", advice)
     lowered = (
         f" (lowered from {parts.slots.setting}: the provider said it was full)" if limit != parts.slots.setting else ""
     )

@@ -90,8 +90,8 @@ WORK_OF_EACH = {
         "account",
         "",
         {
-            "slots_held": "Pictures in work, by our own count",
-            "slot_limit": "How many may be in work now; NaN: no limit of our own",
+            "slots_held": "Pictures in progress, by our own count",
+            "slot_limit": "How many may be in progress now; NaN: no limit of our own",
             "tasks_queued": "Tasks waiting for slots",
             "account_paused": "1 while the provider refuses the account's key or balance: nothing is sent but trials",
             "models_paused": "Models that the provider does not let the account use",

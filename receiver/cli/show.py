@@ -165,7 +165,7 @@ def summary(found: Measures) -> str:
         "overdue": found.overdue,
         "files given up": found.failed_assets,
         "deliveries unmatched": found.unmatched,
-        "files unusable and tried on": found.unusable_files,
+        "files unusable and still tried": found.unusable_files,
         "near their deadline": found.deadline_near,
         "audit faults": found.audit_faults,
     }

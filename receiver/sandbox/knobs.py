@@ -70,7 +70,7 @@ class Knobs(BaseModel):
     concurrency_limit: int | None = Field(
         default=None,
         ge=1,
-        description="Pictures in work at once before creates are refused (429/1303); none = no limit.",
+        description="Pictures in progress at once before creates are refused (429/1303); none = no limit.",
     )
 
     # answers of the API

@@ -93,7 +93,7 @@ class TaskEntry:
 class Ledger:
     """`counts`: how often each thing happened: queries, `fault:<kind>`, `cdn:<status>` and so on.
 
-    `slots_held`: pictures in work now. `slots_peak`: the most at the same time.
+    `slots_held`: pictures in progress now. `slots_peak`: the most at the same time.
     """
 
     creates: tuple[Create, ...]

@@ -1,4 +1,4 @@
-"""Slots: how many pictures a provider's account may have in work at once, and which queued task is next.
+"""Slots: how many pictures a provider's account may have in progress at once, and which queued task is next.
 
     waits (queued_at set, slots < 0, not due) ──admit──▶ holds (slots > 0, due) ──terminal, refused, silent──▶ slots 0
                     ▲                                            │
@@ -299,7 +299,7 @@ def wait(task: Task, since: datetime) -> datetime:
 def give_back_silent(database: Database) -> int:
     """Free the slots of accepted tasks without a callback for 24 h. Returns how many.
 
-    A read that finds the task still in work does not count: after a day the provider is not working on it. The row
+    A read that finds the task still in progress does not count: after a day the provider is not working on it. The row
     keeps being read, and its note says so until the task ends or the provider calls back. A task whose create is not
     settled keeps its slots, because it may be sent again.
     """

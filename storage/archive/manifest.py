@@ -45,7 +45,7 @@ MAX_MANIFESTS = 100
 # Numbers of RFC 8785 are doubles. A larger integer (an element id) is written as its decimal string.
 MAX_EXACT_INTEGER = 2**53 - 1
 # The note of an incomplete archive that may still become complete.
-WAITING = "{} of {} files came as something unusable; they are tried on, see the next try of each"
+WAITING = "{} of {} files came as something unusable; they are still tried, see the next try of each"
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 

@@ -3,7 +3,7 @@ reads a day of rows.
 
 Each reading counts the last minutes and the next few thousand rows in turn. A day of up to `ROWS` tasks is counted
 completely each time. In a larger one, a task that changes long after its end (a retried archive, a late callback) shows
-when its turn comes. A scrape beside a million tasks takes 20 ms instead of 360.
+when its turn comes. A scrape with a million tasks takes 20 ms instead of 360.
 """
 
 from __future__ import annotations

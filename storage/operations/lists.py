@@ -25,7 +25,7 @@ from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 K = TypeVar("K")
 
 PAGE = 50
-# Rows searched by the index of creation times: 20 to 60 ms beside a million tasks, on either database.
+# Rows searched by the index of creation times: 20 to 60 ms with a million tasks, on either database.
 SCANNED = 10_000
 # The columns that filters need.
 WINDOW = ("id", "created_at", "state", "archive", "provider", "external_task_id")

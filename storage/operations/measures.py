@@ -37,8 +37,8 @@ WAITING: tuple[tuple[Any, Any], ...] = (
 
 @dataclass(frozen=True)
 class AccountMeasures:
-    """A provider's account. `slots_held`: pictures in work, by our own count. `slot_limit`: the current limit, None =
-    no limit. `tasks_queued`: tasks that wait for slots. `account_paused`: 1 while the provider refuses the account.
+    """A provider's account. `slots_held`: pictures in progress, by our own count. `slot_limit`: the current limit, None
+    = no limit. `tasks_queued`: tasks that wait for slots. `account_paused`: 1 while the provider refuses the account.
     `models_paused`: models it may not use. `pauses`: a line for each, with the provider's message.
     """
 

@@ -23,7 +23,7 @@ from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import IS_OVER, IS_PARKED
 from storage.states import ArchiveState, CallbackState, Step
 
-# Rows that one read looks at: 10 to 30 ms beside 8 million events.
+# Rows that one read looks at: 10 to 30 ms with 8 million events.
 PART = 2_000
 # The rows of the first write, and the time that each write aims at. The intake waits meanwhile, on SQLite for the only
 # lock.

@@ -24,7 +24,7 @@ HOUR = timedelta(hours=1)
 MONTH_HOURS = 30 * 24
 FRESH_SECONDS = 30.0
 STALE_SECONDS = 3_600.0
-# A month, and a day more for hours that it has left behind. Beside a million tasks an hour takes 10 to 30 ms to read.
+# A month, and a day more for hours that it has left behind. With a million tasks an hour takes 10 to 30 ms to read.
 KEPT_HOURS = MONTH_HOURS + 24
 # Durations that are read of an hour; more give the same median.
 SAMPLED = 500

@@ -50,7 +50,7 @@ _IS_EVENT = col(Event.name) != PERSON_ACTED
 
 # The events of a task that ends well. The other names are rare and have their own index.
 FREQUENT = frozenset(FREQUENT_EVENTS)
-# Events that one page reads: 8 ms on SQLite and 5 on PostgreSQL beside 8 million.
+# Events that one page reads: 8 ms on SQLite and 5 on PostgreSQL with 8 million.
 SCANNED = 5_000
 
 _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]

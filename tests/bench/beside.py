@@ -1,4 +1,4 @@
-"""Row 15: the slowest statement of pages and commands, beside 1,000,000 tasks and beside 20,000."""
+"""Row 15: the slowest statement of pages and commands, with 1,000,000 tasks and with 20,000."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def slowest_statement(small: bool) -> Sample:
 
 
 def longest_statement(small: bool) -> Sample:
-    """Milliseconds of the longest query beside many tasks, from the run of the other row, or from a new one."""
+    """Milliseconds of the longest query with many tasks, from the run of the other row, or from a new one."""
     longest = max(_last.pop() if _last else _found(small), key=lambda sample: sample.ours)
     return Sample(longest.ours, longest.reference, value=longest.ours)
 
@@ -44,7 +44,7 @@ _last: list[list[Sample]] = []
 
 
 def _found(small: bool) -> list[Sample]:
-    """Milliseconds of each query on each database, beside many tasks and beside few."""
+    """Milliseconds of each query on each database, with many tasks and beside few."""
     few, many = SMALL if small else (FEW, TASKS)
     samples = []
     with stage.folder() as place, ExitStack() as stack:

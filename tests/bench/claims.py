@@ -1,4 +1,4 @@
-"""How long a claim takes beside a million finished rows, and beside 100,000 that wait for later: within 1.3 times.
+"""How long a claim takes with a million finished rows, and with 100,000 that wait for later: within 1.3 times.
 
 python -m tests.bench.claims [--finished 1000000] [--waiting 100000] [--rounds 300] [--database sqlite] [--lane assets]
 
@@ -35,7 +35,7 @@ GOAL = 1.3
 # Rows that are always due, and rows per claim: a lane of eight threads with some rows claimed ahead.
 DUE, CLAIMED = 200, 8
 KINDS = ("sqlite", "postgresql")
-BESIDE = ("nothing", "finished", "waiting")
+With = ("nothing", "finished", "waiting")
 # Rows inserted in one transaction.
 CHUNK = 100_000
 PAST, LATER = datetime(2026, 1, 1, tzinfo=UTC), datetime.now(UTC) + timedelta(days=1)
@@ -150,11 +150,11 @@ def measure(urls: Sequence[str], lane: str, *, finished: int, waiting: int, roun
     """Times by the kind of the other rows; `urls`: of three empty databases of one kind."""
     amounts = (0, finished, waiting)
     began = time.monotonic()
-    databases = [prepared(url, lane, *each) for url, each in zip(urls, zip(BESIDE, amounts, strict=True), strict=True)]
+    databases = [prepared(url, lane, *each) for url, each in zip(urls, zip(With, amounts, strict=True), strict=True)]
     say(f"{databases[0].url.get_backend_name()}, {lane}: set up in {time.monotonic() - began:.0f} s")
-    found = {beside: Times() for beside in BESIDE}
+    found = {beside: Times() for beside in With}
     for number in range(rounds + 10):
-        for beside, database in zip(BESIDE, databases, strict=True):
+        for beside, database in zip(With, databases, strict=True):
             claim_once(database, lane, found[beside] if number >= 10 else Times())
     for database in databases:
         database.close()
@@ -194,13 +194,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for lane in given.lane or LANES:
             with ExitStack() as stack:
                 folder = Path(stack.enter_context(TemporaryDirectory(prefix="receiver-bench-")))
-                urls = [f"sqlite:///{folder}/{beside}.db" for beside in BESIDE]
+                urls = [f"sqlite:///{folder}/{beside}.db" for beside in With]
                 if kind == "postgresql":
                     server = stack.enter_context(Postgres())
-                    urls = [server.create_database(beside) for beside in BESIDE]
+                    urls = [server.create_database(beside) for beside in With]
                 found = measure(urls, lane, finished=given.finished, waiting=given.waiting, rounds=given.rounds)
             show(found)
-            worst = max(worst, *(ratio(found, beside) for beside in BESIDE))
+            worst = max(worst, *(ratio(found, beside) for beside in With))
     say(f"worst ratio {worst:.2f}, goal {GOAL}")
     return int(worst > GOAL)
 

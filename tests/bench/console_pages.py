@@ -1,4 +1,4 @@
-"""Times of the console's pages beside 1,000,000 tasks: `python -m tests.bench.console_pages [URL] [--times 40]`.
+"""Times of the console's pages with 1,000,000 tasks: `python -m tests.bench.console_pages [URL] [--times 40]`.
 
 URL: a database that `tests.bench.million` has filled. Without it one of each kind is filled first, which takes some
 minutes. All views are fetched in turn, so that cached values are read again, too. `first`: from a server that has just

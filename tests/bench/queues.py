@@ -1,4 +1,4 @@
-"""Row 16: a claim, an admission and the checks of idle lanes beside 100,000 waiting rows, and beside 100."""
+"""Row 16: a claim, an admission and the checks of idle lanes with 100,000 waiting rows, and with 100."""
 
 from __future__ import annotations
 

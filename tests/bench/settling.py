@@ -1,4 +1,4 @@
-"""Row 9: rows claimed and settled in a second, beside a million finished rows and beside a thousand."""
+"""Row 9: rows claimed and settled in a second, with a million finished rows and beside a thousand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TURNS = 6
 
 
 def per_second(small: bool) -> Sample:
-    """Rows a second on SQLite, eight to a claim, each then settled; in turns beside many rows and beside few."""
+    """Rows a second on SQLite, eight to a claim, each then settled; in turns with many rows and beside few."""
     turn_seconds = 0.05 if small else 1.5
     with stage.folder() as place, stage.databases("sqlite", place) as create:
         counts = {"many": SMALL_MANY if small else MANY, "few": FEW}

@@ -43,7 +43,7 @@ DOCS = Path("infra/docs")
 QUALITIES = (88, 80, 70, 60)
 SMALL_BYTES = 50_000
 PIXELS = 400_000
-# Longer than the run: the rest of the batch stays in work.
+# Longer than the run: the rest of the batch stays in progress.
 WAITING_SECONDS = 600
 SECRET = f"whsec_{base64.b64encode(bytes(range(32))).decode()}"
 MODEL, BATCH_NAME = "kling-image-o1", "spring-campaign"

@@ -33,7 +33,7 @@ BACK_SECONDS = 30.0
 LARGE, SMALL, LARGE_BYTES, SMALL_BYTES, LIMIT_BYTES = 6, 100, 400_000, 4_000, 100_000
 TOO_LARGE = Answer(413, {"content-type": "text/html"}, b"<html>413 Request Entity Too Large</html>")
 # The most that a hundred small files wait longer because six large ones are refused.
-BESIDE_SECONDS = 5.0
+With_SECONDS = 5.0
 SECONDS = 180.0
 
 
@@ -136,7 +136,7 @@ def beside_large(folder: Path, *, database: str, large: int = LARGE, small: int 
         outcome.figures[f"{small} small files {name}, seconds: median"] = round(median(waits), 2)
         outcome.figures[f"{small} small files {name}, seconds: longest"] = round(max(waits), 2)
     outcome.figures["large files that waited meanwhile, all archived once the limit was lifted"] = still
-    if len(beside) != small or max(beside) > max(alone) + BESIDE_SECONDS:
+    if len(beside) != small or max(beside) > max(alone) + With_SECONDS:
         outcome.faults.append(f"a small file waited {max(beside):.1f} s beside large ones, {max(alone):.1f} s alone")
     return outcome
 

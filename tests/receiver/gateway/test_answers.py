@@ -143,7 +143,7 @@ ARCHIVING, FINISHED = ArchiveState.ARCHIVING, {"archive": ArchiveState.ARCHIVED,
         (task(archive=ArchiveState.NONE, deleted_at=AT), "succeed", "succeed"),
         (task(TaskState.FAILED, ArchiveState.INCOMPLETE), "failed", "failed"),  # dismissed
     ],
-    ids=["new", "in work", "archiving", "incomplete", "archived", "in repair", "deleted", "dismissed"],
+    ids=["new", "in progress", "archiving", "incomplete", "archived", "in repair", "deleted", "dismissed"],
 )
 def test_query_is_processing_until_the_pictures_are_archived(row: Task, archived: str, provider: str) -> None:
     assert (status_of(row, "archived"), status_of(row, "provider")) == (archived, provider)

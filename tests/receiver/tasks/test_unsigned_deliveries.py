@@ -230,7 +230,7 @@ def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkey
 
 
 def spend_reads(parts: Parts, task: Task) -> None:
-    """Send as many doubted reports as may cause a read. The provider answers each time that the task is in work."""
+    """Send as many doubted reports as may cause a read. The provider answers each time that the task is in progress."""
     for number in range(apply_deliveries.MAX_READS_PER_TASK):
         assert deliver(parts, task, body("failed", n=number)).reason == BY_READ
         confirm(parts, task, body("processing"))

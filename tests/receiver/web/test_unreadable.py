@@ -29,7 +29,7 @@ def loop_commits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def submitted(parts: Parts, sandbox: Sandbox) -> Task:
-    """A task that stays in work at the provider for the whole test, without callbacks."""
+    """A task that stays in progress at the provider for the whole test, without callbacks."""
     sandbox.set(processing_seconds=600, callback_drop_rate=1)
     return parts.submitter.submit(REQUEST).task
 

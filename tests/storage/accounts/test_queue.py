@@ -1,4 +1,4 @@
-"""The queue for slots beside many tasks: each admission reads only the first task of each queue."""
+"""The queue for slots with many tasks: each admission reads only the first task of each queue."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def silenced(parts: Parts) -> Task:
 def test_silent_task_has_a_note_until_its_callback(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(processing_seconds=600)
     task = silenced(parts)
-    assert run(parts, "reads")  # still in work, so still silent
+    assert run(parts, "reads")  # still in progress, so still silent
     assert task_of(parts, task.external_task_id).note == slots.SILENT
     sandbox.set(query_faults=["5001"])
     make_due_now(parts, Task)

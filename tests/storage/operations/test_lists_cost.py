@@ -1,4 +1,4 @@
-"""The cost of lists beside many rows: each uses an index and reads a bounded number of rows."""
+"""The cost of lists with many rows: each uses an index and reads a bounded number of rows."""
 
 from __future__ import annotations
 
