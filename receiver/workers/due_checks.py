@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlmodel import exists, select
 
-from storage.database.prepared import as_sent
+from storage.database.prepared import execute_alone
 from storage.database.sessions import Database
 from storage.rows import claims
 
@@ -73,8 +73,8 @@ class DueChecks:
         now = time.monotonic()
         with_quarantine = now - self._quarantine_checked_at > QUARANTINE_CHECK_SECONDS
         with self._database.untested_reader() as connection:
-            sent = as_sent(self._statements[with_quarantine], connection.dialect)
-            found = [bool(each) for each in connection.exec_driver_sql(*sent).one()]
+            (row,) = execute_alone(connection, self._statements[with_quarantine]).rows
+        found = list(map(bool, row))
         self._found = dict(zip(self._usual, found, strict=False))
         if with_quarantine:
             self._quarantined, self._quarantine_checked_at = found[len(self._usual) :], now

@@ -41,6 +41,9 @@ IDLE_SECONDS = 0.5
 # The same at rest, which begins this long after the last row, so that a row that is due again soon is still found at
 # once. Eight workers on PostgreSQL: 20 transactions a second and 49 connections without a rest, 8 and 17 with it.
 REST_SECONDS, REST_AFTER_SECONDS = 2.0, 10.0
+# Intervals until a waiting thread looks for itself, should no wake-up come. Two took a tenth of an idle worker's CPU.
+MISSED_INTERVALS = 5
+SIGNAL_SECONDS = 5.0  # until the main thread notices a signal that another thread took; its own end its wait
 # Work that is not urgent waits this long for more of its kind, so that one transaction serves many rows.
 CLAIM_PAUSE_SECONDS = 0.1
 # Pictures take less. If files last longer, the spare threads look for others (see Lane.beside).
@@ -51,7 +54,6 @@ QUARANTINE_INTERVAL_SECONDS = 0.5
 BUG_CAP_SECONDS = 3_600.0
 # The pause after an attempt that could not reach the database.
 DATABASE_AWAY_SECONDS = 1.0
-
 NOTHING = Grant(0)
 QUARANTINE = "quarantine"  # the name of its thread's wait
 
@@ -94,8 +96,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until `stop()`. On return, unfinished rows are released, unless the database is away."""
-        registered = self._register()
-        if registered is None:
+        if (registered := self._register()) is None:
             return
         self._id = registered
         self._run_logged("beat", self._beat_once)  # before the lanes start: some share their threads with others
@@ -110,7 +111,7 @@ class Worker:
             thread.start()
         for thread in feeders:
             while thread.is_alive():
-                thread.join(IDLE_SECONDS)  # with a timeout, because a signal handler runs only when this thread wakes
+                thread.join(SIGNAL_SECONDS)
         try:
             self._drain()
         except DatabaseUnavailable as error:
@@ -283,13 +284,13 @@ class Worker:
 
     def _wait_for_work(self, name: str) -> None:
         if not self._stop.is_set():
-            # A time limit, in case `_wait_for_commits`, which checks twice as often, is late.
-            self._wake_ups.wait(name, 2 * self._interval)
+            self._wake_ups.wait(name, MISSED_INTERVALS * self._interval)
 
     def _wake_those_with_rows(self) -> None:
         """Make one check for all lanes. Wake the lanes with rows, and those that the check does not cover."""
         due = self._due_checks.due(self._wake_ups.next_number())
-        self._wake_ups.wake(due | self._unchecked)
+        # At rest no row is in hand, so no lane beside slow files has work.
+        self._wake_ups.wake(due | ({QUARANTINE} if self._interval == REST_SECONDS else self._unchecked))
 
     def _wait_for_commits(self) -> None:
         """Wake feeders that have rows after each commit, and at intervals. Without it they only poll."""
@@ -330,10 +331,9 @@ class Worker:
 
     def _release_unsettled(self) -> None:
         """Release unsettled rows now that the database answers. They need not wait for the end of their leases."""
-        rows = list(self._unsettled)
-        if rows:
+        if rows := list(self._unsettled):
             self._release(rows)
-        del self._unsettled[: len(rows)]
+            del self._unsettled[: len(rows)]
 
     def _release(self, rows: Sequence[Any]) -> None:
         with self._database.write() as session:
@@ -360,10 +360,10 @@ class Worker:
             self._stop.wait(CLAIM_PAUSE_SECONDS)
 
     def _run_quarantine(self) -> None:
-        while not self._stop.wait(QUARANTINE_INTERVAL_SECONDS):
+        while not self._stop.is_set():
             rests = self._interval == REST_SECONDS
-            wake_up = self._wake_ups.wait_for_next(QUARANTINE, 2 * REST_SECONDS) if rests else None
-            if not self._stop.is_set():
+            wake_up = self._wake_ups.wait_for_next(QUARANTINE, MISSED_INTERVALS * REST_SECONDS) if rests else None
+            if not self._stop.wait(0 if rests else QUARANTINE_INTERVAL_SECONDS):
                 self._run_logged("quarantine", partial(self._work_on_quarantined, wake_up))
 
     def _work_on_quarantined(self, wake_up: int | None = None) -> int:
@@ -394,8 +394,7 @@ class Worker:
 
     def _drain(self) -> None:
         self._in_hand.wait_until_empty(self._grace_seconds)
-        left = self._in_hand.rows + self._unsettled
-        if left:
+        if left := self._in_hand.rows + self._unsettled:
             self._release(left)
         heartbeats.unregister(self._database, self._id)
         log.info("worker.stopped", handed_back=len(left))

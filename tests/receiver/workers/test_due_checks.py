@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlmodel import select
 from receiver.workers import worker
 from receiver.workers.due_checks import DueChecks
 from receiver.workers.lanes import Lane
+from receiver.workers.wake_ups import WakeUps
 from storage.database.sessions import Database
 from storage.rows.models import Asset, Task
 from storage.states import Step
@@ -55,6 +57,28 @@ def test_worker_at_rest_checks_less_often_and_keeps_one_connection(database: Dat
         wait_until(lambda: engine.pool.checkedin() <= 1)
     # one wake-up in two seconds; on SQLite a heartbeat is a commit and causes two more. Without a rest, two a second
     assert found[0] <= found[1] / worker.REST_SECONDS + 4
+
+
+@pytest.mark.usefixtures("rests")
+def test_timers_of_a_worker_at_rest_are_few(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wake-up of a thread costs about as much as what it then finds nothing to do for."""
+    waits = Counter[str]()
+    counted = WakeUps.wait
+
+    def wait(self: WakeUps, name: str, seconds: float) -> None:
+        counted(self, name, seconds)
+        waits[name] += 1
+
+    monkeypatch.setattr(worker, "REST_SECONDS", 0.6)
+    beside = Lane("beside", Asset, lambda _: None, 1, beside=lambda _lasting: None)
+    with running(database, *lanes(lambda _: None), beside) as at_rest:
+        wait_until(lambda: at_rest._interval == worker.REST_SECONDS)
+        monkeypatch.setattr(WakeUps, "wait", wait)
+        began = time.monotonic()
+        time.sleep(6)
+        passed = (time.monotonic() - began) / worker.REST_SECONDS
+    # a lane that is looked for by others looks each five intervals, which heartbeats on SQLite may shorten
+    assert all(waits[lane] <= passed / 4 + 1 for lane in (*Step, "assets", "images", "beside")), waits
 
 
 @pytest.mark.usefixtures("rests")

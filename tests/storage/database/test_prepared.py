@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy
-from sqlalchemy import bindparam, literal
+from sqlalchemy import bindparam, event, literal
 
 from storage.database import prepared
 from storage.database.sessions import Database
@@ -31,5 +33,9 @@ def test_constants_stand_in_the_statement_on_sqlite(database: Database) -> None:
         task = new_task(session)
         assert len(prepared.execute(session, statement, {"wanted": task.id}).rows) == 1
     without = sqlalchemy.select(TASKS.id).where(TASKS.step == Step.CREATE)
-    sql, values = prepared.as_sent(without, database.writer.dialect)
+    sent = list[tuple[str, Any]]()
+    event.listen(database.writer, "before_cursor_execute", lambda *call: sent.append((call[2], call[3])))
+    with database.autocommit_writer() as connection:
+        assert len(prepared.execute_alone(connection, without).rows) == 1
+    sql, values = sent[-1]
     assert ("'create'" in sql and not values) == database.is_sqlite
