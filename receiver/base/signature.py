@@ -53,5 +53,5 @@ def key_of(secret: SecretStr) -> bytes:
     except (binascii.Error, ValueError):
         key = b""
     if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
-        raise ValueError(f"each is whsec_ and the Base64 of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} random bytes")
+        raise ValueError(f"each is whsec_ followed by the Base64 of {MIN_KEY_BYTES} to {MAX_KEY_BYTES} random bytes")
     return key

@@ -108,7 +108,7 @@ def export(
     task: Annotated[list[str] | None, typer.Option(help="External id of a task. Repeatable.")] = None,
     since: Since = None,
     until: Until = None,
-    everything: Annotated[bool, typer.Option("--all", help="Every task.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Export every task.")] = False,
     as_json: Json = False,
 ) -> None:
     """Copy archived files and manifests into a folder, and verify each hash on the way.
@@ -139,7 +139,7 @@ def export(
 
 def delete(
     external_task_id: Annotated[str, typer.Argument(help="The task to delete.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without a question.")] = False,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

@@ -121,7 +121,7 @@ def export(
         Path | None,
         typer.Option(help="Write to this file, as CSV if its name ends with .csv.", show_default="standard output"),
     ] = None,
-    format: Annotated[Literal["json", "csv"], typer.Option(help="Of standard output.")] = "json",
+    format: Annotated[Literal["json", "csv"], typer.Option(help="The format on standard output.")] = "json",
 ) -> None:
     """Write the report: every task in the order of the file, with the keys of its archived files."""
     from receiver.batch import batch_report

@@ -26,16 +26,18 @@ PAGE = 200
 # How often `tail --follow` reads new events.
 FOLLOW_SECONDS = 0.5
 
-Sink = Annotated[str | None, typer.Option(metavar="NAME", help="Only of this sink.")]
-Types = Annotated[str, typer.Option(metavar="PATTERNS", help="Only these, as in task.*,asset.archived.")]
+Sink = Annotated[str | None, typer.Option(metavar="NAME", help="Only deliveries to this sink.")]
+Types = Annotated[
+    str, typer.Option(metavar="PATTERNS", help="Only events of these names, as in task.*,asset.archived.")
+]
 
 
 @app.command("list")
 def list_(
-    dead: Annotated[bool, typer.Option("--dead", help="Those that were given up.")] = False,
-    is_open: Annotated[bool, typer.Option("--open", help="Those on their way.")] = False,
+    dead: Annotated[bool, typer.Option("--dead", help="Only deliveries that were given up.")] = False,
+    is_open: Annotated[bool, typer.Option("--open", help="Only deliveries that are not finished.")] = False,
     sink: Sink = None,
-    limit: Annotated[int, typer.Option(help="At most this many.", min=1, max=100_000)] = 100,
+    limit: Annotated[int, typer.Option(help="The most deliveries to list.", min=1, max=100_000)] = 100,
     as_json: Json = False,
 ) -> None:
     """List deliveries that are open or dead, with their last error. Exit code 1 if there are dead ones."""
@@ -100,7 +102,9 @@ def _explain(disabled: dict[str, str], unknown: Sequence[str]) -> None:
 
 @app.command()
 def redeliver(
-    number: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="As `list` shows them.")] = None,
+    number: Annotated[
+        list[int] | None, typer.Argument(metavar="[ID]...", help="Numbers of deliveries, as `list` shows them.")
+    ] = None,
     all_dead: Annotated[bool, typer.Option("--all-dead", help="All deliveries that were given up.")] = False,
     sink: Sink = None,
     dry_run: DryRun = False,
@@ -158,10 +162,12 @@ def _pages(parts: Parts, numbers: Sequence[int], sink: str | None) -> Iterator[l
 
 @app.command()
 def tail(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until interrupted.")] = False,
-    after: Annotated[int | None, typer.Option(metavar="NUMBER", help="From this event on.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until interrupted.")] = False,
+    after: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="Print all events after this number.", min=0)
+    ] = None,
     types: Types = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print CloudEvents, one a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one CloudEvent a line.")] = False,
 ) -> None:
     """Print events in the order in which they happened: the last ones, or all after a number."""
     import time
@@ -195,7 +201,7 @@ def _print(parts: Parts, event: Event, subject: str | None, as_json: bool) -> No
 
 
 @app.command()
-def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json = False) -> None:
+def enable(name: Annotated[str, typer.Argument(help="Name of the sink.")], as_json: Json = False) -> None:
     """Queue events for a disabled sink again, from now on. `redeliver --all-dead --sink` sends the missed ones."""
     from storage.operations import outbox
 
@@ -209,8 +215,8 @@ def enable(name: Annotated[str, typer.Argument(help="The sink.")], as_json: Json
 
 @app.command()
 def disable(
-    name: Annotated[str, typer.Argument(help="The sink.")],
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Why; it is kept.")] = "by hand",
+    name: Annotated[str, typer.Argument(help="Name of the sink.")],
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="The reason. It is stored with the sink.")] = "by hand",
     as_json: Json = False,
 ) -> None:
     """Queue nothing more for a sink, and give up its queued events. Works for a sink that is no longer configured."""

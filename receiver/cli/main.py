@@ -23,7 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"max_content_width": 120},
     rich_markup_mode=None,  # drawing boxes takes longer than the rest of `--help`
-    help="Ask an image model, never lose its callback, keep every picture byte for byte in S3-compatible storage.\n\n"
+    help="Submit requests to an image model, receive its callbacks, "
+    "and archive its pictures byte for byte in S3-compatible storage.\n\n"
     "New here? `receiver demo` shows everything working on this machine, without an account.",
 )
 VERBS: tuple[Callable[..., None], ...] = (

@@ -44,16 +44,18 @@ def _moment(text: str) -> datetime:
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and change nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Since = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help=f"From then on: {WHEN}.")]
-Until = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help="Before that time.")]
+Since = Annotated[datetime | None, typer.Option(parser=_moment, metavar="TIME", help=f"The earliest time: {WHEN}.")]
+Until = Annotated[
+    datetime | None, typer.Option(parser=_moment, metavar="TIME", help="The end of the range, itself excluded.")
+]
 
 
 def retry(
     name: Annotated[str | None, typer.Argument(help="A task (external id) or a file (asset id).")] = None,
     all_failed: Annotated[bool, typer.Option("--all-failed", help="All files that were given up.")] = False,
     since: Since = None,
-    error: Annotated[str | None, typer.Option(metavar="TEXT", help="Only where the error contains this.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many, the oldest first.", min=1)] = None,
+    error: Annotated[str | None, typer.Option(metavar="TEXT", help="Only if the error contains this text.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The most files and tasks, the oldest first.", min=1)] = None,
     accept_unverified: Annotated[
         bool, typer.Option("--accept-unverified", help="Archive this one file although its structure check fails.")
     ] = False,
@@ -80,11 +82,12 @@ def retry(
 
 
 def replay(
-    delivery: Annotated[list[int] | None, typer.Argument(help="Deliveries by their number.")] = None,
+    delivery: Annotated[list[int] | None, typer.Argument(help="Numbers of deliveries.")] = None,
     since: Since = None,
     until: Until = None,
     state: Annotated[
-        Literal["unmatched", "rejected", "unreadable", "applied"] | None, typer.Option(help="Only these.")
+        Literal["unmatched", "rejected", "unreadable", "applied"] | None,
+        typer.Option(help="Only deliveries in this state."),
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -177,7 +180,7 @@ def dismiss(
 
 
 def prune(
-    older_than: Annotated[int, typer.Option(metavar="DAYS", min=1, help="Older than this many days.")],
+    older_than: Annotated[int, typer.Option(metavar="DAYS", min=1, help="Remove what is older than this many days.")],
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:

@@ -30,7 +30,7 @@ RemoteCallbacks = Annotated[
     bool, typer.Option("--allow-remote-callbacks", help="Allow callback URLs outside loopback.")
 ]
 KnobValues = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set any knob of --knobs. Repeatable.")
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Set a knob that --knobs lists. Repeatable.")
 ]
 
 

@@ -25,7 +25,7 @@ Images = Annotated[
 RequestFile = Annotated[
     Path | None, typer.Option(help="Read the request from a JSON file (- for standard input) instead.")
 ]
-ExternalId = Annotated[str | None, typer.Option(help="Your own id.", show_default="a fresh UUID")]
+ExternalId = Annotated[str | None, typer.Option(help="The task's external id.", show_default="a fresh UUID")]
 Adopt = Annotated[bool, typer.Option("--adopt", help="Take over a task that has this id at the provider.")]
 BatchFile = Annotated[
     str | None,
@@ -35,7 +35,8 @@ BatchName = Annotated[
     str | None, typer.Option(help="Name of the batch. Ids contain it.", show_default="the file's name")
 ]
 Format = Annotated[
-    Literal["jsonl", "csv"] | None, typer.Option(help="Of the batch's file.", show_default="by its name or header")
+    Literal["jsonl", "csv"] | None,
+    typer.Option(help="Format of the batch's file.", show_default="by its name or header"),
 ]
 Prices = Annotated[
     Path | None, typer.Option(help="Price table for --dry-run, as JSON.", show_default="Kling's of 2026-09")

@@ -141,7 +141,7 @@ class Finisher:
         """How the archive ends, with its note. Without row objects, which took 1 ms of CPU more."""
         row = tasks.lock_standing(session, claimed.id)
         if row is None or row.lease != claimed.lease:
-            raise LostClaim(f"task {claimed.id}")
+            raise LostClaim(f"another worker owns task {claimed.id}")
         assets = tasks.assets_read(session, row.id)
         facts = tasks.facts(row, assets)
         archive = states.outcome(facts)

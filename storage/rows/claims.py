@@ -232,7 +232,7 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
         session.flush()
         changed = execute(session, statement, owned).changed
     if changed == 0:
-        raise LostClaim(f"{model.__tablename__} {row.id}")
+        raise LostClaim(f"another worker owns {model.__tablename__} {row.id}")
 
 
 def is_held(row: Row, seconds: float) -> ColumnElement[bool]:

@@ -130,7 +130,7 @@ def lock_claimed(session: Session, claimed: Task) -> Task:
     """The locked task row, still held under the claim's lease. Raises `LostClaim` otherwise."""
     task = lock(session, claimed.id)
     if task is None or task.lease != claimed.lease:
-        raise LostClaim(f"task {claimed.id}")
+        raise LostClaim(f"another worker owns task {claimed.id}")
     return task
 
 

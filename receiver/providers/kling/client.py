@@ -340,7 +340,7 @@ def _webhook(secret: SecretStr) -> Webhook:
     try:
         return Webhook(secret.get_secret_value())
     except (ValueError, EmptyWebhookSecretError):
-        raise OptionInvalid("a webhook secret must be whsec_ and Base64") from None
+        raise OptionInvalid("a webhook secret must be whsec_ followed by Base64") from None
 
 
 def _is_of_tls(error: BaseException | None) -> bool:

@@ -328,7 +328,7 @@ def test_missing_provider_credentials_are_a_fault(look: Look) -> None:
 
 def test_invalid_webhook_secret_is_a_fault(look: Look) -> None:
     (says,) = faults(look(kling_webhook_secrets="whsec_!")).values()
-    assert says.startswith("a webhook secret must be whsec_ and Base64")
+    assert says.startswith("a webhook secret must be whsec_ followed by Base64")
 
 
 @pytest.mark.parametrize(

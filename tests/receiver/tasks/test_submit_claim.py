@@ -111,7 +111,9 @@ def test_slow_lookup_of_an_adopted_task_renews_its_claim(parts: Parts, sandbox: 
 
 
 def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Parts, sandbox: Sandbox) -> None:
-    """It waited for a thread, and a worker took over its row: the worker reads whether it arrived, then sends it."""
+    """The create waited for a thread until a worker took over its row. The worker reads whether it arrived, then sends
+    it.
+    """
     task, outcome_listener = inserted(parts), CreateOutcome()
     make_due_now(parts)
     assert run(parts, "creates") == 1
