@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.attacks import ATTACKS
+from tests.attackers import ATTACKS
 from tests.bench.stage import here
 
 SECONDS = 480
