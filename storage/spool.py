@@ -169,5 +169,5 @@ def sweep(directory: Path | None, *, older_than_hours: float = SPOOL_STALE_HOURS
                 path.unlink()
                 removed += 1
         except OSError:
-            continue  # another process has removed it, or we may not
+            continue  # another process has removed the file, or we may not
     return removed

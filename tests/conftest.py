@@ -54,7 +54,7 @@ SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py", "test_se
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # one of xdist's workers
+    if not hasattr(config, "workerinput"):  # set in a worker of xdist
         compile_sources()
         compile_tests(config)
 

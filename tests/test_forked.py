@@ -10,7 +10,7 @@ from tests.forked import Forked
 
 
 def test_every_thread_that_asks_gets_the_exit_code(tmp_path: Path) -> None:
-    """One of two used to get 255, as if the process had ended by itself."""
+    """Before, one of two threads got 255, as if the process had ended by itself."""
 
     def asked(process: Forked) -> int:
         while (code := process.poll()) is None:

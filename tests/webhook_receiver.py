@@ -82,7 +82,7 @@ class Hook:
 
     @property
     def taken(self) -> list[Got]:
-        """Those that were answered 2xx."""
+        """The requests that were answered 2xx."""
         return [got for got in self.got if 200 <= got.status < 300]
 
     def names(self) -> dict[str, list[str]]:

@@ -130,7 +130,7 @@ def _capabilities(can: Capabilities) -> Iterator[Result]:
             advice = "it refuses a wrong MD5, which is sent instead; nothing to do"
         status = Status.OK if getattr(can, ability) else Status.NOTE
         line, advice = ("yes", "") if status is Status.OK else ("no", advice)
-        detail = status is Status.OK or ability != "delete"  # each check leaves objects behind
+        detail = status is Status.OK or ability != "delete"  # running checks leave objects behind
         yield Result(f"bucket: {ability.replace('_', ' ')}", status, line, advice, detail=detail)
 
 

@@ -61,7 +61,7 @@ def remedy(database: Database, error: BaseException) -> str:
         return (
             "let it take writes, or name the server that does in RECEIVER_DATABASE_URL; several hosts are tried in turn"
         )
-    code = getattr(driver, "sqlite_errorcode", 0) & 0xFF  # without its details
+    code = getattr(driver, "sqlite_errorcode", 0) & 0xFF  # the message without its details
     is_short = code == sqlite3.SQLITE_IOERR and database.free_share() < MIN_FREE_SHARE
     if state == FULL_STATE or code == sqlite3.SQLITE_FULL or is_short:
         return "its disk is full: make room there"

@@ -44,7 +44,7 @@ PREFIX = setting_faults.PREFIX
 # specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start, because later events of the
 # task wait as well.
 EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-OWN_BUCKET = "pictures"  # of the store that we run ourselves, unless another name is set
+OWN_BUCKET = "pictures"  # bucket of the store that we run ourselves, unless another is set
 
 
 class SettingsInvalid(UserError, ValueError):
@@ -278,7 +278,7 @@ def _missing(name: str) -> str:
 def _rest(error: ValidationError, given: dict[str, Any]) -> list[str]:
     """The faults that pydantic finds only once each setting is valid by itself, without those of invalid settings."""
     wrong = {str(fault["loc"][0]) for fault in error.errors(include_input=False) if fault["loc"]}
-    if not wrong:  # then they are in `error`
+    if not wrong:  # `error` contains these faults
         return []
     fields = {name: field for name, field in Settings.model_fields.items() if name in wrong}
     valid = {name: "-" if field.is_required() else field.get_default() for name, field in fields.items()}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Retries span 25 s, because a receiver that is started beside the sandbox may still be starting. Tests use three tries
 # within 0.6 s.
 CALLBACK_TRIES = 8
-CTRL_C_INTERVAL_SECONDS = 0.5  # for Ctrl-C
+CTRL_C_INTERVAL_SECONDS = 0.5  # the delay with which Ctrl-C is noticed
 ApiKeys = Annotated[list[str] | None, typer.Option(help="API key to accept. Repeatable.")]
 WebhookSecrets = Annotated[list[str] | None, typer.Option(help="whsec_… secret that signs every callback. Repeatable.")]
 FailRate = Annotated[float | None, typer.Option(help="Share of tasks that fail, 0 to 1.")]

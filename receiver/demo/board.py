@@ -27,7 +27,7 @@ from storage.rows.events import PERSON_ACTED, EventName
 from storage.rows.models import Callback, Event, Task
 from storage.states import ArchiveState, TaskState
 
-HASH_CHARACTERS = 16  # of 64 digits; enough to compare by eye
+HASH_CHARACTERS = 16  # the first of 64 digits, enough to compare by eye
 README_SECTION = 'README.md, "First real use"'
 
 

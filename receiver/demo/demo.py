@@ -199,7 +199,7 @@ class Stage:
             try:
                 self._receiver.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                self._receiver.kill()  # Its workers notice its end.
+                self._receiver.kill()  # The workers notice the end of the receiver.
                 self._receiver.wait()
         self.sandbox.stop()
         if in_order:
@@ -326,7 +326,7 @@ def _signals_interrupt() -> Iterator[None]:
     """SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt once, so that the clean-up after it is not interrupted."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
-        if before[number] is not signal.SIG_IGN:  # as under nohup
+        if before[number] is not signal.SIG_IGN:  # ignored under nohup
             signal.signal(number, _interrupt)
     try:
         yield

@@ -291,7 +291,9 @@ def _key(client: str, word: str, fields: Mapping[str, Any]) -> Key:
     if len(word) > MAX_KEY_CHARS or not is_storable(word):
         raise bad_parameter(f"Idempotency-Key: at most {MAX_KEY_CHARS} characters")
     digest = hashlib.sha256()
-    for piece in json.JSONEncoder(sort_keys=True, separators=(",", ":")).iterencode(fields):  # one picture at a time
+    for piece in json.JSONEncoder(sort_keys=True, separators=(",", ":")).iterencode(
+        fields
+    ):  # hash one picture at a time
         digest.update(piece.encode())
     return Key(client, word, digest.hexdigest())
 

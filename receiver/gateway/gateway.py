@@ -161,7 +161,7 @@ class Gateway:
                 await _read_body(request, body, take)
                 with self._admitted(client):
                     ask = await self._briefly(self._creates.read, body, client, "".join(words))
-                    body.clear()  # as large as everything that was parsed from it
+                    body.clear()  # the body is as large as the parsed request
                     begun = await self._briefly(self._creates.begin, ask)
                     if not begun.first:
                         return await self._replay(ask, begun, request_id)

@@ -17,7 +17,7 @@ from storage.rows.models import Task
 
 # KLING §3. The default of 30 is ours; Kling's is not documented.
 MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE = 1_000, 500, 30
-MAX_IDS = 20  # of one query of `/tasks`
+MAX_IDS = 20  # the most ids of one query of `/tasks`
 
 
 class Queries:

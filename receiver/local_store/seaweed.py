@@ -182,7 +182,8 @@ class Seaweed:
 
     def _start_on_ports(self) -> None:
         binary = weed_binary()
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # some of its files are readable for everybody
+        # SeaweedFS makes some files readable for everybody.
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         (self.directory / "data").mkdir(mode=0o700, exist_ok=True)
         self._remove_sockets()
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

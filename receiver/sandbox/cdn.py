@@ -16,7 +16,7 @@ from receiver.sandbox.http_protocol import JUNK_NAME
 from receiver.sandbox.knobs import Knobs
 from receiver.sandbox.tasks import Name, Task
 
-FOLDER = "my pictures/"  # of links with a space
+FOLDER = "my pictures/"  # part of links with a space
 PATH = re.compile(
     rf"^/cdn/(?:{FOLDER})?(?P<file>(?P<task_id>\d+)-(?P<kind>image|series|watermark)-(?P<index>\d)\.png)$"
 )

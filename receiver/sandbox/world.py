@@ -20,7 +20,7 @@ from receiver.sandbox.ledger import Asset, Callback, Create, Ledger, TaskEntry
 from receiver.sandbox.outbox import Outbox
 from receiver.sandbox.tasks import Name, Task, create_data, new_record, old_record
 
-MAX_IDS = 20  # of one /tasks query
+MAX_IDS = 20  # the most ids of one query of /tasks
 MAX_KEPT_BODY_BYTES = 256 * 1024 * 1024
 RISK_MESSAGE = "Failure to pass the risk control system"
 RANDOM_CREATE_FAULTS = ("5000", "5000:created", "5002", "5002:created", "5001", "5001:created")

@@ -38,7 +38,7 @@ PAGE = 100
 # Threads that read pages for all streams, and so connections. 64 readers at once left no thread and no core for
 # deliveries: acknowledgements took 5 s. Each page is bounded, so a stream waits only for the pages before its own.
 THREADS = 4
-# One query serves all streams of the process. Nobody notices this delay beside the provider's half a minute.
+# One query serves all streams of the process. The provider takes half a minute, so this delay is not noticeable.
 POLL_INTERVAL_SECONDS = 0.25
 # Proxies close connections that are silent for 30 to 60 s.
 HEARTBEAT_SECONDS = 15.0

@@ -99,7 +99,7 @@ class Health:
             is_behind = migrations.current(self._database) != migrations.head()
             if (fault := self._callbacks.fault) is not None:
                 self._store_probe(fault.body_bytes)
-                if self._callbacks.fault is fault:  # otherwise another delivery has failed meanwhile
+                if self._callbacks.fault is fault:  # unless another delivery has failed meanwhile
                     self._callbacks.fault = None
             elif not is_behind:
                 with self._database.write() as session:
@@ -127,7 +127,7 @@ class Health:
         with self._database.write() as session:
             session.execute(delete(Callback).where(col(Callback.delivery_key) == self._probe_key))
             store(session, [probe])
-        self._probe_key = probe.key  # of a probe that could not be deleted
+        self._probe_key = probe.key  # key of a probe that could not be deleted
         with self._database.write() as session:
             session.execute(delete(Callback).where(col(Callback.delivery_key) == probe.key))
 

@@ -385,7 +385,7 @@ class Worker:
 
     def _work_on_one_quarantined(self, lane: Lane) -> int:
         if self._stop.is_set():
-            return 0  # other rows are still in hand, and this one may end the process
+            return 0  # other rows are still in hand, and this row may end the process
         rows = self._claim(lane, 1, alone=True)
         for row in rows:
             log.warning("worker.row_quarantined", lane=lane.name, row=str(row.id), losses=row.losses)

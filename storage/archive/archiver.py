@@ -215,7 +215,7 @@ class Archiver:
             )  # fmt: skip
             record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
             if tasks.advance_archive(session, task):
-                self._database.wake(session)  # also for the event
+                self._database.wake(session)  # for the finish and for the event
             else:
                 row = self._lock_task(session, asset)
                 row.archive = states.reopened(row.archive)

@@ -189,7 +189,7 @@ def asset_from(task: Task, described: Mapping[str, Any]) -> Asset:
         task_id=task.id,
         source_url=described["source"],
         state=AssetState(described["state"]),
-        # Its old link is dead, so its next try reads the task for another one.
+        # The old link has expired, so the next try reads the task for a new one.
         **(claims.due(values["created_at"]) if described["state"] == AssetState.DUE else {}),
     )
     if asset.id != tasks.asset_id(task.id, AssetName(asset.kind, asset.index, asset.original)):

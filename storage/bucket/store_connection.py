@@ -140,7 +140,7 @@ class StoreConnection:
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
         date = http_response.headers.get("date")
-        if date == self._last_date:  # it has whole seconds; reading one takes 15 µs
+        if date == self._last_date:  # a Date has whole seconds, and parsing it takes 15 µs
             return
         self._last_date = date
         with suppress(TypeError, ValueError):  # the Date header is missing or malformed

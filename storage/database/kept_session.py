@@ -52,7 +52,7 @@ class KeptSession:
             connection, _ = session.info[CONNECTION]
             try:
                 session.close()
-            except DBAPIError:  # of the rollback: the server is gone
+            except DBAPIError:  # the rollback failed because the server is gone
                 connection.invalidate()
             connection.close()
 
@@ -71,7 +71,7 @@ class KeptSession:
                 return self._session
             except Exception:
                 self.close()
-                if self._engine.dialect.name == "sqlite":  # it waited for its lock, and would wait again
+                if self._engine.dialect.name == "sqlite":  # SQLite waited for its lock already
                     raise
         connection = self._engine.connect()
         session = Session(connection, expire_on_commit=False)

@@ -76,7 +76,7 @@ class _Prepared:
         self._binders = {name: bind for name, bind in processors.items() if bind is not None}
         self._constants = self._bound({name: bind.value for name, bind in binds.items() if not bind.required})
         self._write_constants()
-        columns = list(statement.exported_columns)  # for an UPDATE: the rows that it returns
+        columns = list(statement.exported_columns)  # an UPDATE may return rows
         self._returns_rows = bool(columns)
         readers = [column.type.dialect_impl(dialect).result_processor(dialect, None) for column in columns]
         self._readers = [(place, read) for place, read in enumerate(readers) if read is not None]

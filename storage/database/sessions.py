@@ -286,7 +286,7 @@ class Database:
         # The driver's own errors come from prepared statements.
         except (PoolTimeout, DBAPIError, DatabaseUnavailable, self.writer.dialect.loaded_dbapi.Error) as error:
             outage = self._outage_of(error)
-            waits = _state(error) in WAITED  # for a row of another transaction
+            waits = _state(error) in WAITED  # waited for another transaction's row
             if (
                 outage is not None and not waits and not isinstance(outage, SessionReplaced)
             ):  # a new session may still write

@@ -46,6 +46,6 @@ class SqliteFile:
         except OSError:  # SQLite reports it
             return
         if self._identity is None:
-            with suppress(OSError):  # it exists, or cannot be created: SQLite reports it
+            with suppress(OSError):  # the file exists, or SQLite reports why it cannot be created
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, own_files.FILE_MODE))
         self.check()

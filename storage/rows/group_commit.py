@@ -319,7 +319,7 @@ class _TaskLimit:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._counted: OrderedDict[int, int] = OrderedDict()  # by a task id's number, which hashes faster
+        self._counted: OrderedDict[int, int] = OrderedDict()  # by the number of a task id, which hashes faster
 
     def tasks_to_count(self, deliveries: list[Delivery]) -> set[uuid.UUID]:
         """The tasks with so many deliveries that their rows have to be counted."""

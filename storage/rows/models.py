@@ -90,11 +90,11 @@ class Task(Claimable, table=True):
     manifest_key: str | None = Field(default=None, sa_type=KeyText, nullable=True)
     manifest_digest: str | None = text_column()
     manifests: int = 0
-    deleted_at: datetime | None = time_column()  # its objects are deleted; later reports are ignored
+    deleted_at: datetime | None = time_column()  # set when its objects are deleted; later reports are ignored
 
     # account slots that it holds; negative: slots that it waits for (accounts/slots.py)
     slots: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
-    queued_at: datetime | None = time_column()  # it waits for slots, from this time on; its create is not due
+    queued_at: datetime | None = time_column()  # since when the task waits for slots; its create is not due
     batch_id: uuid.UUID | None = None
     batch_line: int | None = None
     client: str | None = text_column()  # fingerprint of the gateway client's API key

@@ -25,7 +25,8 @@ IS_OVER = and_(
 )
 
 
-# It waits for a person: neither due nor queued, and not at its end. The text of the index `task_parked`, for SQLite.
+# The task waits for a person: neither due nor queued, and not at its end. SQLite needs the exact text of the index
+# `task_parked`.
 IS_PARKED: Any = text(PARKED)
 
 

@@ -149,7 +149,7 @@ class Spent:
 
 
 def _threads(process_id: int) -> Iterator[tuple[str, float]]:
-    with suppress(OSError):  # one has ended
+    with suppress(OSError):  # a process has ended
         for thread in Path(f"/proc/{process_id}/task").iterdir():
             yield thread.name, int((thread / "schedstat").read_text().split()[0]) / 1e9
             for child in (thread / "children").read_text().split():

@@ -46,7 +46,7 @@ class Intake:
 
     async def _write(self) -> None:
         while self._waiting:
-            await asyncio.sleep(0)  # with the turn in which this task began, two
+            await asyncio.sleep(0)  # the second of two turns; the task began in the first
             batch, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
             await self._insert([(hashlib.sha256(body).hexdigest(), body) for _, body in batch])
             for durable, _ in batch:

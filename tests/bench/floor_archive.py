@@ -32,7 +32,7 @@ from botocore.credentials import Credentials
 THREADS = 8
 READ_BYTES = 256 * 1024
 MOST_BYTES = 8_000_000
-RUN = uuid.uuid4().hex  # its folder, because the store may have been used before
+RUN = uuid.uuid4().hex  # a folder of its own, because the store may have been used before
 NO_BODY = hashlib.sha256(b"").hexdigest()
 
 

@@ -165,7 +165,7 @@ def uploads(bucket: Bucket) -> list[dict[str, Any]]:
 def uploaded_parts(bucket: Bucket) -> int:
     for upload in uploads(bucket):
         place = {"Bucket": bucket.name, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-        with suppress(bucket._client().exceptions.NoSuchUpload):  # it ended in between
+        with suppress(bucket._client().exceptions.NoSuchUpload):  # the process ended in between
             return len(bucket._client().list_parts(**place).get("Parts", ()))
     return 0
 

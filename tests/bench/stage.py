@@ -104,7 +104,7 @@ def _migrate(url: str) -> None:
 def seaweed(place: Path) -> Iterator[dict[str, str]]:
     """An empty S3 server; yields the environment variables for it."""
     if lent is not None:
-        place.mkdir(exist_ok=True)  # like the server
+        place.mkdir(exist_ok=True)  # the server would create it
         yield _variables(lent.seaweed)
         return
     server = Seaweed(place / "seaweed", "pictures")

@@ -32,5 +32,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is stopped on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # SystemExit, so that everything is stopped
     sys.exit(main())

@@ -75,7 +75,7 @@ class Plan:
             *(Fault(at, WEB_KILLED) for at in self._times(rng, self.web_kills)),
             *(Fault(at, STORE_STOPPED, 0, rng.uniform(2, 6)) for at in self._times(rng, self.store_outages)),
         ]
-        freezes = [at / 2 for at in self._times(rng, self.worker_freezes)]  # these take longest, so they come early
+        freezes = [at / 2 for at in self._times(rng, self.worker_freezes)]  # the longest faults come early
         found += [Fault(at, WORKER_FROZEN, rng.randrange(self.workers), FREEZE_SECONDS) for at in freezes]
         if self.database == "postgresql":
             found += [Fault(at, DATABASE_KILLED) for at in self._times(rng, self.database_kills)]

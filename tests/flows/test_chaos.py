@@ -64,7 +64,8 @@ def test_a_finisher_that_lost_its_claim_leaves_no_second_manifest(parts: Parts) 
     frozen = claim(parts, Task)
     make_due_now(parts, Task)
     run(parts, "finishes")
-    deliver(parts, task, {"task_id": "late", "task_status": "processing"})  # it would write other bytes now
+    # From now on a second manifest would have other bytes.
+    deliver(parts, task, {"task_id": "late", "task_status": "processing"})
     before = kept(parts)
     next(lane for lane in parts.lanes() if lane.name == "finishes").work(frozen)
     assert (kept(parts), task_of(parts, task.external_task_id).manifests) == (before, 1)

@@ -168,7 +168,7 @@ def apply(parts: Parts, *_: object) -> None:
 
 
 def read(parts: Parts, sandbox: Sandbox, external_task_id: str) -> None:
-    with Session(parts.database.writer) as session:  # not a step of ours: its commit may not be the one that dies
+    with Session(parts.database.writer) as session:  # the test's own commit, which must not be the one that dies
         session.execute(update(Task).values(due_at=Task.created_at))
         session.commit()
     run(parts, "reads")
@@ -354,7 +354,7 @@ def test_a_frozen_worker_that_wakes_changes_no_row_and_leaves_no_second_object(
         wait_until(lambda: parts.worker().run_until_idle() and is_over(task_of(parts, "two")))
         before = rows_of(parts), kept(parts)
         process.send_signal(signal.SIGCONT)
-        process.send_signal(signal.SIGTERM)  # it ends the rows in hand
+        process.send_signal(signal.SIGTERM)  # SIGTERM lets the worker finish its rows
         assert process.wait(30) == 0
     assert [row for row in rows_of(parts) if row not in before[0]] == []
     assert (rows_of(parts), kept(parts)) == before

@@ -12,7 +12,7 @@ from tests.pipeline import deliver, run, task_of
 from tests.unreported_tasks import REQUEST
 
 
-@pytest.mark.parametrize("database_kind", ["sqlite"])  # no rows of its own
+@pytest.mark.parametrize("database_kind", ["sqlite"])  # log lines are the same on both
 def test_every_line_of_one_callbacks_path_names_the_task_by_the_same_id(parts: Parts, sandbox: Sandbox) -> None:
     with capture_logs() as lines:
         task = parts.submitter.submit(REQUEST, external_task_id="order-1").task

@@ -294,7 +294,7 @@ def archive_of(*states: AssetState, expected: int | None = 2, reads: int = 0) ->
 
 
 def unusable(task: TaskFacts, tries: int) -> TaskFacts:
-    """Its due files have had this many unusable answers."""
+    """The task's due files have had this many unusable answers."""
     came = {name: replace(task.assets[name], unusable_tries=tries) for name in due_names(task)}
     return replace(task, assets={**task.assets, **came})
 

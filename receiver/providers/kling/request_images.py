@@ -35,7 +35,7 @@ def image_input(text: str) -> str:
         head, comma, text = text.partition(",")
         if not (comma and head.endswith(";base64")):
             raise refused("must be data:…;base64,… when it starts with data:")
-    if any(space in text for space in BREAKS):  # without any, the 14 MB of the caller are not copied
+    if any(space in text for space in BREAKS):  # the usual case copies none of the caller's 14 MB
         text = text.translate(dict.fromkeys(map(ord, BREAKS)))
     try:
         text = _standard(text)

@@ -326,7 +326,7 @@ def test_refused_create_whose_input_picture_is_not_stored_has_a_reason(parts: Pa
 @ONE_DATABASE
 def test_files_that_were_given_up_are_due_again(parts: Parts, sandbox: Sandbox) -> None:
     put(parts, LINES[0])
-    sandbox.set(cdn_faults=["html"] * 8)  # as many tries as it takes until the archive is reported incomplete
+    sandbox.set(cdn_faults=["html"] * 8)  # the number of tries after which the archive is reported incomplete
 
     def given_up() -> bool:
         parts.worker().run_until_idle()

@@ -366,7 +366,7 @@ def test_ctrl_c_while_a_worker_of_serve_still_imports_prints_no_traceback(tmp_pa
         try:
             wait_until(lambda: "typer." in log.read_text(), seconds=30)
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 1  # no settings
+            assert process.wait(60) == 1  # no settings are set
         finally:
             process.kill()
     assert "RECEIVER_S3_BUCKET: required" in log.read_text() and "Traceback" not in log.read_text()

@@ -96,7 +96,7 @@ def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader)
     for key in SHOWN:
         [(link, action)] = [value for said, value in found.items() if pattern(key).fullmatch(said)]
         assert action, key
-        if key != "workers":  # one is alive by now
+        if key != "workers":  # a worker is alive by now
             assert SHOWN[key] in ann.page(link.removeprefix("/console")), (key, link)
     assert set(KEYS) == {*SHOWN, "store", "slow"}
 

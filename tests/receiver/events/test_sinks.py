@@ -160,7 +160,7 @@ def test_an_answer_without_end_is_not_read(size: int, seconds: float) -> None:
 
 
 def test_sink_outage_causes_few_tries_and_loses_no_event(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(circuits, "FIRST_PAUSE_SECONDS", 30)  # no trial meanwhile
+    monkeypatch.setattr(circuits, "FIRST_PAUSE_SECONDS", 30)  # the circuit grants no trial meanwhile
     with webhook_case(None) as case:
         for _ in range(12):
             record_steps(database, case, STEPS[0])

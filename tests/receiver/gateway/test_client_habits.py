@@ -80,7 +80,7 @@ def test_the_row_notes_a_model_that_was_left_out(web: Web, parts: Parts, capsys:
 
 
 @ON_SQLITE
-def test_unknown_fields_may_be_empty_and_numbers_digits(web: Web, sandbox: Sandbox) -> None:
+def test_empty_unknown_fields_and_numbers_as_digits_are_accepted(web: Web, sandbox: Sandbox) -> None:
     empty = {"colour": "", "styles": [], "seed": None, "camera": {}}
     assert status_and_code(create(web, {**PLAIN, **empty, "n": "2"})) == (200, 0)
     assert {name: creates(sandbox)[0][name] for name in ("n", *PLAIN)} == {"n": 2, **PLAIN}

@@ -111,7 +111,7 @@ def test_two_keys_of_one_request_are_refused_and_the_same_twice_is_one(web: Web,
 
 
 @ON_SQLITE
-def test_a_fault_takes_no_key_and_a_key_has_its_bound(web: Web, parts: Parts) -> None:
+def test_invalid_request_takes_no_key_and_a_long_key_is_refused(web: Web, parts: Parts) -> None:
     assert status_and_code(create(web, {**PLAIN, "n": 10}, headers=WORD)) == (400, 1201)
     assert status_and_code(create(web, headers={"Idempotency-Key": "k" * 256})) == (400, 1201)
     assert status_and_code(create(web, headers={"Idempotency-Key": ""})) == (200, 0)
@@ -182,7 +182,7 @@ def test_duplicate_waits_only_for_the_commit_once_the_create_has_ended() -> None
 
 
 @ON_POSTGRESQL
-def test_a_key_that_is_given_back_while_it_is_asked_for_is_taken(parts: Parts) -> None:
+def test_key_that_is_given_back_during_its_lookup_is_taken(parts: Parts) -> None:
     """The key is given back between the insert that meets it and the read of its owner, because PostgreSQL lets other
     transactions commit in between.
     """

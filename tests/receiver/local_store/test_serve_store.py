@@ -166,7 +166,7 @@ def test_check_finds_the_running_store_or_starts_it(seen: Seen) -> None:
     for done in (seen.checked, seen.checked_beside):
         [line] = [line for line in done.out.splitlines() if "s3://pictures/ at" in line]
         assert f"s3://pictures/ at 127.0.0.1:{port}" in line
-    assert seen.keys[1] == seen.keys[2]  # with its owner
+    assert seen.keys[1] == seen.keys[2]  # SeaweedFS ends with its owner
     assert is_free(port)
 
 

@@ -341,7 +341,7 @@ def test_create_that_keeps_failing_is_sent_less_often(parts: Parts, sandbox: San
 
 @pytest.mark.parametrize("arrived", [True, False])
 def test_a_crashed_submitter_is_taken_over(parts: Parts, sandbox: Sandbox, arrived: bool) -> None:
-    """Its lease has expired, and whether the request was sent is unknown."""
+    """The row's lease has expired, and it is unknown whether its request was sent."""
     now = parts.database.now()
     with parts.database.write() as session:
         new_task(

@@ -127,7 +127,7 @@ def test_a_create_that_lost_its_claim_before_it_was_sent_is_not_sent(parts: Part
 @ON_SQLITE
 def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sandbox: Sandbox) -> None:
     task = inserted(parts)
-    make_due_now(parts)  # its lease is over, and no worker has claimed it yet
+    make_due_now(parts)  # the lease has expired, and no worker has claimed the row yet
     sandbox.set(create_faults=["hang"])
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(parts.submitter.create_step.send, task)

@@ -29,7 +29,7 @@ def changes() -> dict[str, Any]:
 
 
 def confirm(parts: Parts, task: Task, told: dict[str, Any]) -> None:
-    """The effect of a read whose answer says so."""
+    """Apply this report as the answer to a read."""
     with parts.database.write() as session:
         row = tasks.lock(session, task.id)
         assert row is not None

@@ -246,7 +246,8 @@ def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypa
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(reader_speed, "LEAST_BYTES_PER_SECOND", 2**30)
     with httpx.stream("GET", link, timeout=20) as answer, pytest.raises(httpx.TransportError):
-        sum(time.sleep(0.02) or len(piece) for piece in answer.iter_raw(64 * 1024))  # it takes some of each write
+        # The kernel's buffer takes a part of each write.
+        sum(time.sleep(0.02) or len(piece) for piece in answer.iter_raw(64 * 1024))
 
 
 def test_dropped_reader_is_disconnected_without_an_error_in_the_log(

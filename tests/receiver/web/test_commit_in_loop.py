@@ -50,7 +50,7 @@ class Deliveries:
         return self._pool.submit(self._status, body)
 
     def post_some(self) -> None:
-        """One of thirty."""
+        """Send one of thirty deliveries."""
         if len(self.posted) < 30:
             self.posted.append(self.post())
 

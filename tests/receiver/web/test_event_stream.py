@@ -186,7 +186,7 @@ def test_reader_continues_after_a_restart_of_the_server(parts: Parts) -> None:
         with closing(Wired(parts.settings, bucket=parts.bucket)) as on, Web(on) as web:
             with reading(web, **{"Last-Event-ID": str(got[-1] if got else 0)}) as messages:
                 record_events(parts, *[EventName.TASK_PROCESSING] * 2)
-                got += numbers(take(messages, 5))  # one more is left to the next server
+                got += numbers(take(messages, 5))  # the last event is left to the next server
         assert len(got) == 5 * (start + 1)
     assert got == list(range(1, 11))
 

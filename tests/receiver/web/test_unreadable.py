@@ -104,7 +104,7 @@ def test_repeat_of_a_readable_delivery_writes_nothing(web: Web, parts: Parts) ->
 def test_parked_or_unnamed_unreadable_delivery_does_not_change(is_parked: bool, web: Web, parts: Parts) -> None:
     task = insert_row(parts) if is_parked else None
     deliver(web, parts, task)
-    if is_parked:  # it was claimed once more than its leases were lost
+    if is_parked:  # one claim more than lost leases
         with parts.database.write() as session:
             session.execute(update(Callback).values(attempts=claims.PARK_LOSSES, losses=claims.PARK_LOSSES))
         parts.worker([lane for lane in parts.lanes() if lane.name == "callbacks"]).run_quarantined()

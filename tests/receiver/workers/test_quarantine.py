@@ -119,7 +119,7 @@ def test_stopping_worker_starts_no_quarantined_row(database: Database, desk: Des
 
 
 def test_quarantined_row_behind_an_open_circuit_stops_no_lane(database: Database, desk: Desk) -> None:
-    """Also while long work is in hand, for which the quarantine would have to wait."""
+    """Long work is in hand, and the quarantine would have to wait for it."""
     clock, quarantined = Clock(), Desk(database)
     circuit = opened(clock)
     clock.seconds += FIRST_PAUSE_SECONDS  # a trial may start

@@ -105,7 +105,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(supervised: Callable[...
 
 
 def test_worker_that_is_killed_now_and_then_is_no_crash_loop(supervised: Callable[..., Supervised]) -> None:
-    """It lives longer than the limit each time, and is started again after the first pause each time."""
+    """A worker that lives longer than the limit is started again after the first pause each time."""
     workers = supervised("dies", 1, constants={**BRIEFLY, f"{OURS}:LIVED_SECONDS": supervisor.LIVED_SECONDS / 50})
     wait_until(lambda: len(workers.lines) >= 4)
     assert [(each["code"], each["restart_in"]) for each in workers.lines[:4]] == [(9, 0.05)] * 4
@@ -144,7 +144,7 @@ def test_supervisor_and_workers_end_with_the_parent(supervised: Callable[..., Su
 
 
 def test_workers_draw_different_random_numbers(supervised: Callable[..., Supervised]) -> None:
-    """Their backoffs would otherwise bring them all back at once."""
+    """Otherwise the backoffs of all workers would end at the same time."""
     workers = supervised("ends slowly", 4)
     wait_until(lambda: len({sign.read_text() for sign in workers.started} - {""}) == 4)
     workers.end()

@@ -193,7 +193,7 @@ def test_leases_are_renewed_during_work_and_while_draining(database: Database, d
 
 
 def test_row_that_outlives_the_grace_time_is_released(database: Database, desk: Desk) -> None:
-    """It is due at once, so that the next worker need not wait for the lease, and the attempt is not counted."""
+    """A released row is due at once, so that no worker waits for its lease, and the attempt is not counted."""
     desk.gate.clear()
     (asset,) = new_assets(database, 1)
     with running(database, assets_lane(desk.work, 1), lease=600, grace=0.1):
@@ -203,7 +203,7 @@ def test_row_that_outlives_the_grace_time_is_released(database: Database, desk: 
     assert row["due_at"] <= database.now()
     desk.gate.set()
     wait_until(lambda: [t for t in threading.enumerate() if t.name.startswith("assets")] == [])
-    assert desk.done == []  # its claim was lost by then
+    assert desk.done == []  # the claim was lost by then
 
 
 def test_row_claimed_again_while_its_old_claim_ends_is_still_in_hand(database: Database, desk: Desk) -> None:
@@ -310,7 +310,7 @@ def test_worker_waits_at_its_start_for_a_database_that_is_away(
 def test_rows_unsettled_while_the_database_was_away_are_released(
     database: Database, desk: Desk, postgres: Postgres
 ) -> None:
-    """They are released when the database returns, long before their leases end."""
+    """The rows are released when the database returns, long before their leases end."""
     desk.gate.clear()
     assets = new_assets(database, 3)
     with running(database, assets_lane(desk.work, 2), lease=9):

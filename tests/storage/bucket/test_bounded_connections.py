@@ -92,8 +92,8 @@ def test_body_without_an_end_is_given_up(
     assert seconds_until_given_up(lambda: CALLS[name](bucket)) < 3
 
 
-def test_expected_100_without_an_end_is_given_up(store: Store, bucket: Bucket) -> None:
-    store.scripts = [lambda connection: connection.sendall(b"HTTP/1.1 100 Continue\r\n")]  # then it closes
+def test_endless_100_continue_responses_are_given_up(store: Store, bucket: Bucket) -> None:
+    store.scripts = [lambda connection: connection.sendall(b"HTTP/1.1 100 Continue\r\n")]  # then the server closes
 
     def put() -> None:
         with bucket._errors(), io.BytesIO(b"bytes") as file:

@@ -110,7 +110,7 @@ def test_waiting_operations_share_a_commit(database: Database) -> None:
     assets = claimed(database, 6)
     with at_commit(database, lambda: None) as commits:
         assert together(database, *map(settling, assets)) == [None] * 6
-    assert len(commits) <= 2  # one of them kept the writer busy
+    assert len(commits) <= 2  # one commit kept the writer busy
     assert states(database, assets) == [AssetState.ARCHIVED] * 6
 
 

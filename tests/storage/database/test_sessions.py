@@ -233,7 +233,7 @@ def test_connection_that_outlives_its_database_is_closed_when_it_is_returned(dat
     with opened.read() as session:
         drivers.append(session.connection().connection.driver_connection)
         opened.close()
-    with opened.read() as session:  # like a thread that has not noticed it
+    with opened.read() as session:  # as a thread does that has not noticed the end
         drivers.append(session.connection().connection.driver_connection)
     for driver in drivers:
         with pytest.raises(Exception, match="closed"):

@@ -300,7 +300,7 @@ def test_status_and_readiness_count_files_that_wait_for_the_store(web: Web, part
     limit = "3 files wait: a limit in front of the store at store.example:9000 refuses objects of their size"
     away = "1 files wait: the store at store.example:9000 cannot be reached"
     token = {"Authorization": "Bearer a-token"}
-    with running(parts.worker([])):  # they do not make the receiver degraded
+    with running(parts.worker([])):  # waiting files do not make the receiver degraded
         wait_until(lambda: httpx.get(f"{web.url}/readyz?strict=1", headers=token).status_code == 200)
         said = httpx.get(f"{web.url}/readyz", headers=token).json()["checks"]
     for words in (limit, away):

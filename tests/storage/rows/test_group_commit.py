@@ -349,7 +349,7 @@ def test_stop_answers_waiting_deliveries_and_refuses_more(database: Database, ru
 
 def refuses(stopping: InLoop) -> bool:
     try:
-        stopping.put(GOOD).cancel()  # one that came before the stop has no handler
+        stopping.put(GOOD).cancel()  # a delivery from before the stop has no handler
     except QueueFull:
         return True
     return False
