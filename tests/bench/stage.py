@@ -172,7 +172,7 @@ def printed(module: str, *words: str, variables: Mapping[str, str], seconds: flo
 
 @contextmanager
 def served(variables: Mapping[str, str], place: Path, *, workers: int = 0) -> Iterator[int]:
-    """`receiver serve`; its port."""
+    """Run `receiver serve`. Yields its port."""
     port = free_port()
     chosen = {**variables, "RECEIVER_PORT": str(port), "RECEIVER_WORKERS": str(workers)}
     with running([sys.executable, "-m", "receiver", "serve"], chosen, place):
@@ -182,14 +182,14 @@ def served(variables: Mapping[str, str], place: Path, *, workers: int = 0) -> It
 
 @contextmanager
 def bare(place: Path) -> Iterator[int]:
-    """The bare endpoint; its port."""
+    """Run the bare endpoint. Yields its port."""
     with program(place, "tests.bench.bare") as port:
         yield port
 
 
 @contextmanager
 def program(place: Path, module: str, *words: str) -> Iterator[int]:
-    """One of our own small servers; its port, which is its first argument."""
+    """Run one of our own small servers, whose first argument is its port. Yields the port."""
     port = free_port()
     with running([sys.executable, "-m", module, str(port), *words], here(), place):
         wait_for(f"http://{HOST}:{port}/")
@@ -198,7 +198,7 @@ def program(place: Path, module: str, *words: str) -> Iterator[int]:
 
 @contextmanager
 def workers(variables: Mapping[str, str], place: Path, count: int = 1) -> Iterator[list[int]]:
-    """Worker processes that are ready to claim; their process ids."""
+    """Run worker processes that are ready to claim. Yields their process ids."""
     parts = Parts(config.load(database_url=variables["RECEIVER_DATABASE_URL"], s3_bucket="unused"))
     command = [sys.executable, "-m", "receiver", "work"]
     with contextlib.ExitStack() as stack:

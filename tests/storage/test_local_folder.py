@@ -87,7 +87,7 @@ def test_fifo_in_place_of_a_file_does_not_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["CON", "con.1", "aux.", "LPT1", "night.", "nul.png"])
-def test_name_that_some_disks_do_not_have_is_spelt_otherwise(tmp_path: Path, name: str) -> None:
+def test_name_that_some_disks_forbid_is_spelt_differently(tmp_path: Path, name: str) -> None:
     spelt = LocalFolder(tmp_path).portable(name)
     assert spelt != name
     assert spelt.startswith("%") or spelt.endswith("%2E")

@@ -465,7 +465,7 @@ def test_expired_jwt_is_replaced_once(server: Scripted, signing: Kling, code: in
     assert len(server.asked) == 2
 
 
-def test_jwt_refused_for_its_time_twice_is_a_refusal(server: Scripted, signing: Kling) -> None:
+def test_second_refusal_of_a_jwt_for_its_time_is_final(server: Scripted, signing: Kling) -> None:
     server.answer({"code": 1004}, 401)
     with pytest.raises(AccountRefused):
         create(signing)
