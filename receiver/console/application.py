@@ -10,6 +10,7 @@ import functools
 import hmac
 import mimetypes
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -27,6 +28,7 @@ from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, environment, own_path, render, versions
+from storage.background import RestingTurns
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 
 log = structlog.get_logger()
@@ -40,9 +42,6 @@ BODY_SECONDS = 60.0
 MAX_LOGIN_BYTES, LOGIN_SECONDS = 4_096, 10.0
 # Threads for pages alone, so that slow pages delay neither health nor assets nor the gateway.
 THREADS = 8
-# Separate threads for the pages that live consoles fetch. Threads that compute share the interpreter: five of them
-# would leave callbacks a sixth of it.
-LIVE_THREADS = 1
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -62,8 +61,7 @@ class Policy:
     """
 
     def __init__(self, origin_of_links: Callable[[], str | None]) -> None:
-        self._origin_of_links = origin_of_links
-        self._is_known = False
+        self._origin_of_links, self._is_known = origin_of_links, False
         self.header = _policy("'self'")
 
     def learn(self) -> None:
@@ -94,7 +92,7 @@ class Guard:
         self._counts = counts
         self._shared = SharedPages(tick)
         self._threads = CapacityLimiter(THREADS)
-        self._live_threads = CapacityLimiter(LIVE_THREADS)
+        self._live = RestingTurns()  # for pages that live consoles fetch
 
     def page(self, path: str, function: PageFunction) -> Route:
         """A page of HTML. Consoles that update it share one rendering."""
@@ -131,8 +129,11 @@ class Guard:
             return await make(visit)
 
         async def make(visit: Visit) -> Response:
-            limiter = self._live_threads if is_shared and visit.is_live else self._threads
-            return await to_thread.run_sync(self._answer, function, visit, limiter=limiter)
+            if not is_shared or not visit.is_live:
+                return await to_thread.run_sync(self._answer, function, visit, limiter=self._threads)
+            with suppress(DatabaseUnavailable, StoreUnavailable):  # the page says so
+                await self._live.run(self._counts)  # half of the work, kept for three seconds
+            return await self._live.run(functools.partial(self._answer, function, visit))
 
         return endpoint
 
@@ -161,8 +162,7 @@ class Front:
     """The pages without a session: login, languages, static files."""
 
     def __init__(self, guard: Guard, *, is_secure: bool) -> None:
-        self._guard = guard
-        self._is_secure = is_secure
+        self._guard, self._is_secure = guard, is_secure
         self._throttle = LoginThrottle()
 
     def routes(self) -> list[BaseRoute]:

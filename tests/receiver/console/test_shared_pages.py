@@ -43,6 +43,36 @@ def test_ten_consoles_at_one_view_cost_one_rendering(parts: Parts, web: Web) -> 
         reader.http.close()
 
 
+def test_live_pages_are_rendered_with_rests_between_them(parts: Parts, web: Web, ann: Reader) -> None:
+    starts: list[float] = []
+
+    def note_and_take_long(*given: object) -> None:
+        if "task.archive" in str(given[2]):
+            starts.append(time.monotonic())
+            time.sleep(0.05)
+
+    event.listen(parts.database.reader, "before_cursor_execute", note_and_take_long)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: ann.get(f"/tasks?model={number}", headers=LIVE), range(4)))
+    assert starts[-1] - starts[0] > 3 * 0.4
+
+
+def test_a_page_that_a_person_opens_waits_for_no_live_page(parts: Parts, ann: Reader) -> None:
+    is_shown = threading.Event()
+
+    def wait_if_live(*given: object) -> None:
+        if "held" in str(given[3]):
+            is_shown.wait(30)
+
+    event.listen(parts.database.reader, "before_cursor_execute", wait_if_live)
+    with ThreadPoolExecutor(1) as threads:
+        live = threads.submit(ann.get, "/tasks?model=held", headers=LIVE)
+        ann.page("/tasks")
+        assert not live.done()
+        is_shown.set()
+        assert live.result().status_code == 200
+
+
 def test_a_shared_page_has_the_readers_own_token_rights_and_language(parts: Parts, web: Web, ann: Reader) -> None:
     task = archive(parts, 1)[0]
     path = f"/tasks/{task.external_task_id}"
