@@ -77,6 +77,6 @@ def narrow(paths: Iterable[Path]) -> list[Path]:
             if stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid() and state.st_mode & 0o077:
                 path.chmod(FILE_MODE)
                 changed.append(path)
-        except OSError:  # missing, or on a disk without modes
+        except OSError:  # the file is missing, or its disk has no modes
             continue
     return changed

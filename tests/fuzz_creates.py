@@ -159,7 +159,7 @@ def read_part(seed: int, count: int, largest: int) -> Part:
     """Read `count` bodies, and measure the memory of each of the last tenth."""
     reader, chance, tenth = creates(), random.Random(seed), max(count // 10, 1)
     started, plain, resident = time.monotonic(), Outcome(), []
-    for some in (FIRST, tenth, count - 2 * tenth):  # Python keeps the memory of the first ones for itself
+    for some in (FIRST, tenth, count - 2 * tenth):  # Python keeps the memory of the first bodies
         plain += read(reader, bodies(chance, some, most=largest), measured=False)
         resident.append(memory_bytes(os.getpid()))
     seconds = time.monotonic() - started

@@ -47,15 +47,19 @@ Wait = Annotated[bool, typer.Option("--wait", help="Wait until the pictures are 
 
 # Longer than usual, because typer needs every option as a parameter.
 def submit(
-    model_name: Annotated[str | None, typer.Option(help="kling-image-o1 or kling-v3-omni.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="At most 2,500 characters; inputs as <<<image_1>>>.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="The model: kling-image-o1 or kling-v3-omni.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt: at most 2,500 characters; inputs as <<<image_1>>>.")
+    ] = None,
     image: Images = None,
     element_id: Annotated[list[int] | None, typer.Option(help="Element to use. Repeatable.")] = None,
-    resolution: Annotated[str | None, typer.Option(help="1k, 2k, or 4k where the model has it.")] = None,
+    resolution: Annotated[
+        str | None, typer.Option(help="The resolution: 1k, 2k, or 4k where the model has it.")
+    ] = None,
     n: Annotated[int | None, typer.Option("--n", help="How many pictures: 1 to 9.")] = None,
-    result_type: Annotated[str | None, typer.Option(help="single or series.")] = None,
+    result_type: Annotated[str | None, typer.Option(help="The kind of result: single or series.")] = None,
     series_amount: Annotated[str | None, typer.Option(help="Pictures of a series: 2 to 9, or auto.")] = None,
-    aspect_ratio: Annotated[str | None, typer.Option(help="16:9 9:16 1:1 4:3 3:4 3:2 2:3 21:9 auto.")] = None,
+    aspect_ratio: Annotated[str | None, typer.Option(help="One of 16:9 9:16 1:1 4:3 3:4 3:2 2:3 21:9 auto.")] = None,
     watermark: Annotated[bool | None, typer.Option(help="Also ask for watermarked copies.")] = None,
     request: RequestFile = None,
     external_task_id: ExternalId = None,

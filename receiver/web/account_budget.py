@@ -139,7 +139,7 @@ class AccountBudget:
         return await self._in_turn(self._spend_time, work, *words)
 
     def _spend_time(self, work: Callable[..., T], *words: Any) -> T:
-        if self._seconds.is_spent:  # by those that had their turn meanwhile
+        if self._seconds.is_spent:  # by deliveries that were parsed meanwhile
             raise AccountOverdrawn
         started = time.thread_time()
         try:

@@ -123,7 +123,9 @@ def is_stale(error: Exception) -> bool:
 
 
 def is_untrusted(error: BaseException | None) -> bool:
-    """Whether the store's certificate is signed by a CA that we do not know. Other TLS faults are the network's."""
+    """Whether the store's certificate is signed by a CA that we do not know. Other TLS faults count as faults of the
+    network.
+    """
     return isinstance(error, boto_errors.SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 

@@ -209,7 +209,7 @@ class _Threads:
                 self._ordinary_waiting -= not is_urgent
                 self._urgent_waiting -= is_urgent
                 if not is_turn:
-                    self._wake_next()  # it may have been woken in vain
+                    self._wake_next()  # a thread that gives up may have been woken for its turn
             if not is_turn:
                 return None
             is_locked, self._is_offered, self._is_taken = self._is_offered, False, True

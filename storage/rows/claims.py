@@ -271,7 +271,7 @@ def _owned_update(model: Any, columns: tuple[tuple[str, bool], ...]) -> Any:
     return owned.values(new)
 
 
-# -- without a claim ---------------------------------------------------------------------------------------------------
+# -- changes of due times without a claim ------------------------------------------------------------------------------
 
 # For statements: due now like a new row, and not due. A worker that holds such a row loses its lease.
 DUE_NOW: dict[str, Any] = {"due_at": db_now(), "lease": None, "attempts": 0, "losses": 0}

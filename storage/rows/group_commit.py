@@ -273,7 +273,7 @@ class GroupCommit:
         self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
         return new
 
-    # -- for both ----------------------------------------------------------------------------------------------------
+    # -- for loop and thread -----------------------------------------------------------------------------------------
 
     def _take(self, max_bytes: int) -> list[Waiting]:
         """The next batch, with at least one delivery. Called with the lock held."""

@@ -140,7 +140,7 @@ def test_doubtful_failures_count_only_without_successes() -> None:
     assert circuit.is_open
 
 
-# -- a lane's ---------------------------------------------------------------------------------------------------------
+# -- circuits of lanes ------------------------------------------------------------------------------------------------
 
 
 def worker(database: Database, circuit: Circuit) -> Worker:
@@ -173,7 +173,7 @@ def test_empty_claim_is_no_trial(database: Database) -> None:
     assert circuit.grant(1).count == 1
 
 
-# -- a sink's ---------------------------------------------------------------------------------------------------------
+# -- circuits of sinks ------------------------------------------------------------------------------------------------
 
 
 @ONE_DATABASE
@@ -191,7 +191,7 @@ def test_message_refused_before_sending_is_no_trial(
     assert (circuit.is_open, circuit.grant(1).count) == (True, 1)
 
 
-# -- the provider's own -----------------------------------------------------------------------------------------------
+# -- the circuit of the provider --------------------------------------------------------------------------------------
 
 
 def unsent(parts: Parts) -> None:

@@ -189,7 +189,7 @@ def test_a_line_the_account_can_never_take_is_a_fault(parts: Parts) -> None:
         read(parts, GOOD, {**GOOD, "n": 3})
 
 
-# -- to the end -------------------------------------------------------------------------------------------------------
+# -- archiving and reports --------------------------------------------------------------------------------------------
 
 
 @limited
@@ -268,7 +268,7 @@ def test_a_deleted_task_is_over(parts: Parts) -> None:
     assert "deleted 1" in batch_view.words(found)
 
 
-# -- again ------------------------------------------------------------------------------------------------------------
+# -- retries ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_create_that_was_refused_is_sent_again_under_its_id(parts: Parts, sandbox: Sandbox) -> None:
@@ -548,7 +548,7 @@ def test_wrong_usage_is_reported(command: Command, words: list[str]) -> None:
     assert command("submit", *words).code == 2
 
 
-# -- the whole of it --------------------------------------------------------------------------------------------------
+# -- whole batches ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.campaign("sqlite")

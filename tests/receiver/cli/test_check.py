@@ -420,7 +420,7 @@ def test_clock_that_differs_from_the_stores_is_a_fault(look: Look, seaweed: Seaw
     assert "s behind the bucket's: turn on time synchronisation" in says
 
 
-# -- what leaves us ---------------------------------------------------------------------------------------------------
+# -- events and callbacks ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

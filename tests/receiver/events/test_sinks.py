@@ -125,7 +125,7 @@ def test_check_of_a_sink_predicts_a_sending(case: Case) -> None:
         case.sink.check()
 
 
-# -- silence ----------------------------------------------------------------------------------------------------------
+# -- silent sinks -----------------------------------------------------------------------------------------------------
 
 
 def test_silent_sink_is_waited_for_once_and_briefly() -> None:
@@ -174,7 +174,7 @@ def test_sink_outage_causes_few_tries_and_loses_no_event(database: Database, mon
         assert len(case.arrived()) == 12
 
 
-# -- what all share ---------------------------------------------------------------------------------------------------
+# -- promises that all share ------------------------------------------------------------------------------------------
 
 
 def test_dispatch_that_ends_its_workers_is_parked(database: Database) -> None:

@@ -90,7 +90,7 @@ def rows(parts: Parts) -> list[Task]:
         return list(session.exec(select(Task)))
 
 
-# -- who is let in, and where to --------------------------------------------------------------------------------------
+# -- keys and paths ---------------------------------------------------------------------------------------------------
 
 
 @ON_SQLITE
@@ -138,7 +138,7 @@ def test_other_calls_of_kling_are_404_with_its_code(web: Web) -> None:
         assert status_and_code(call(web, method, path)) == (404, 1202), (method, path)
 
 
-# -- what goes upstream -----------------------------------------------------------------------------------------------
+# -- requests to the provider -----------------------------------------------------------------------------------------
 
 
 @ON_SQLITE
@@ -195,7 +195,7 @@ def test_base64_goes_upstream_and_is_kept_as_its_hash(web: Web, parts: Parts, sa
     assert picture not in json.dumps(rows(parts)[0].request)
 
 
-# -- what is answered -------------------------------------------------------------------------------------------------
+# -- answers ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_create_is_answered_as_kling_does_with_our_own_id(web: Web, parts: Parts, sandbox: Sandbox) -> None:
@@ -492,7 +492,7 @@ def test_request_during_a_database_outage_is_answered_5001(
     assert creates(sandbox) == []
 
 
-# -- how much is read -------------------------------------------------------------------------------------------------
+# -- bounds of bodies -------------------------------------------------------------------------------------------------
 
 
 def head(*lines: str) -> tuple[str, ...]:

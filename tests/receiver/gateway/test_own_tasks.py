@@ -60,7 +60,7 @@ def test_tasks_named_by_ids_are_its_own_alone(web: Web, parts: Parts) -> None:
     assert [each["external_id"] for each in found] == ["mine"]
 
 
-def test_a_page_of_own_tasks_counts_those_alone(web: Web, parts: Parts) -> None:
+def test_page_of_own_tasks_counts_own_tasks_only(web: Web, parts: Parts) -> None:
     three_tasks(parts)
     assert listed(call(web, "GET", f"{PATH}?pageNum=1&pageSize=1")) == ["mine"]
     assert listed(call(web, "GET", f"{PATH}?pageNum=2&pageSize=1")) == []

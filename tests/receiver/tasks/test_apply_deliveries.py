@@ -139,7 +139,7 @@ def test_a_late_report_does_not_put_off_a_read_that_was_asked_for(parts: Parts) 
     assert is_read_now(parts, task)
 
 
-# -- whose a delivery is --------------------------------------------------------------------------------------------
+# -- the task of a delivery -----------------------------------------------------------------------------------------
 
 
 def test_on_the_account_url_a_delivery_finds_its_task_by_our_id_and_is_read(parts: Parts) -> None:
@@ -232,7 +232,7 @@ def test_unknown_statuses_are_logged_once_per_task(parts: Parts) -> None:
     assert said == ["resting", "resting"]
 
 
-# -- many at once -----------------------------------------------------------------------------------------------------
+# -- many deliveries at once ------------------------------------------------------------------------------------------
 
 
 def put_all(parts: Parts, told: list[tuple[Task, Any]]) -> None:
@@ -306,7 +306,7 @@ def test_errors_of_deliveries_are_logged_though_the_database_is_lost_afterwards(
     assert [states_of(parts)[task.id] for task in planted].count(CallbackState.APPLIED) == 3
 
 
-# -- again ------------------------------------------------------------------------------------------------------------
+# -- repeated deliveries ----------------------------------------------------------------------------------------------
 
 
 def replay(parts: Parts, row: Callback) -> Callback:

@@ -136,7 +136,7 @@ def test_a_create_that_waited_has_a_whole_lease_when_it_is_sent(parts: Parts, sa
     assert len(creates(sandbox)) == 1
 
 
-# -- the renewal itself -----------------------------------------------------------------------------------------------
+# -- lease renewal ----------------------------------------------------------------------------------------------------
 
 
 def held_task(database: Database) -> Task:

@@ -75,7 +75,7 @@ def answer_on(connection: socket.socket) -> tuple[int, dict[str, Any]]:
     return response.status, json.loads(response.read())
 
 
-# -- who is let in --------------------------------------------------------------------------------------------------
+# -- tokens and methods ---------------------------------------------------------------------------------------------
 
 
 def test_a_delivery_is_committed_as_it_came_and_answered_200(web: Web, parts: Parts) -> None:
@@ -142,7 +142,7 @@ def test_one_trailing_slash_is_accepted_and_nothing_is_ever_redirected(web: Web,
     assert httpx.get(f"{web.url}/healthz/").status_code == 404
 
 
-# -- how much is read -----------------------------------------------------------------------------------------------
+# -- bounds of bodies -----------------------------------------------------------------------------------------------
 
 
 @ON_SQLITE
@@ -179,7 +179,7 @@ def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: p
     assert (status, callbacks_of(parts)) == (408, [])
 
 
-# -- what is answered -----------------------------------------------------------------------------------------------
+# -- answers --------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_delivery_again_is_200_and_kept_once(web: Web, parts: Parts) -> None:
@@ -542,7 +542,7 @@ def test_silent_heads_keep_no_delivery_out(url: str, web: Web, parts: Parts, mon
     wait_until(lambda: post(web, path).status_code == 200)
 
 
-# -- when we cannot store -------------------------------------------------------------------------------------------
+# -- deliveries that cannot be stored -------------------------------------------------------------------------------
 
 
 def assert_try_again(answer: httpx.Response) -> None:

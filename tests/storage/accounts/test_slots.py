@@ -36,7 +36,7 @@ A, B = uuid.UUID(int=1), uuid.UUID(int=2)
 LIMIT = 6
 
 
-# -- whose turn it is -------------------------------------------------------------------------------------------------
+# -- the order of admission -------------------------------------------------------------------------------------------
 
 
 def waiting(*entries: tuple[uuid.UUID | None, int]) -> list[Waiting]:

@@ -128,7 +128,7 @@ def found(told: Standing) -> list[tuple[str, str]]:
     return sorted((fault["kind"], fault["key"]) for fault in told.findings)
 
 
-# -- what it finds ----------------------------------------------------------------------------------------------------
+# -- findings ---------------------------------------------------------------------------------------------------------
 
 
 def test_round_finds_missing_changed_and_unknown_objects_until_repaired(
@@ -237,7 +237,7 @@ def test_round_continues_after_a_bug(parts: Parts, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.count("worker.step_failed") == 2
 
 
-# -- its pace ---------------------------------------------------------------------------------------------------------
+# -- the schedule of a round ------------------------------------------------------------------------------------------
 
 
 def begin(parts: Parts) -> None:
@@ -306,7 +306,7 @@ def test_more_days_repeat_no_task(parts: Parts) -> None:
     assert (row(parts).checked["looked"], 0.5 < stands(parts).share < 0.6) == (1, True)
 
 
-# -- one at a time ----------------------------------------------------------------------------------------------------
+# -- the lease --------------------------------------------------------------------------------------------------------
 
 
 def steps_until_over(parts: Parts) -> int:
@@ -373,7 +373,7 @@ def test_worker_that_lost_the_lease_changes_nothing_and_the_next_continues(
     assert told.last and (told.last["looked"], told.hashed) == (3, 3)
 
 
-# -- in the workers, and who is told ----------------------------------------------------------------------------------
+# -- workers and reports ----------------------------------------------------------------------------------------------
 
 
 def chore(parts: Parts) -> Any:

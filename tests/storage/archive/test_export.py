@@ -173,7 +173,7 @@ def test_delete_prints_json(parts: Parts, receiver: CommandLine) -> None:
     assert receiver("delete", task.external_task_id, "--json", "--yes").json["again"]
 
 
-# -- how objects are put ------------------------------------------------------------------------------------------
+# -- put options --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_spare_threads_take_nothing_while_files_come_quickly(database: Database)
     lasting = [Asset(source_url=f"https://a.example/{index}") for index in range(6)]
     slow_files(database, "b.example")
     assert OtherHosts(database, 8).conditions([]) is None
-    assert OtherHosts(database, 8).conditions(lasting[:5]) is None  # a quarter of the threads is free of them
+    assert OtherHosts(database, 8).conditions(lasting[:5]) is None  # a quarter of the threads has no slow file
     assert OtherHosts(database, 8).conditions(lasting) is not None
     assert OtherHosts(database, 1).conditions(lasting[:1]) is not None
 

@@ -210,7 +210,7 @@ def test_event_inserted_while_the_previous_one_is_settled_becomes_due(database: 
     assert names_of(database, claim(database)) == ["task.failed"]
 
 
-# -- gone, and back ---------------------------------------------------------------------------------------------------
+# -- disabled sinks ---------------------------------------------------------------------------------------------------
 
 
 def test_disabled_sink_gets_no_events_until_it_is_enabled(database: Database) -> None:
@@ -280,7 +280,7 @@ def test_patterns_select_event_names() -> None:
         events.names_matching(["*a" * 40])
 
 
-# -- all together -----------------------------------------------------------------------------------------------------
+# -- a whole run ------------------------------------------------------------------------------------------------------
 
 
 TOLD_TASKS = 12
