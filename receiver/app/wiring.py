@@ -307,6 +307,9 @@ class Parts:
     def worker(self, lanes: Sequence[Lane] | None = None) -> Worker:
         """A worker process over all lanes, or over the given ones."""
         chosen = self.settings
+        self.database.at_group_end = lambda session: outbox.sequence_recorded(
+            self.database, session, self.subscriptions
+        )
         return Worker(
             self.database,
             lanes or self.lanes(),

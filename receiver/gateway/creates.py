@@ -161,12 +161,18 @@ class Creates:
     def _commit(self, ask: CreateRequest) -> StartedCreate:
         wanted = self._submitter.row(ask.request, ask.external_task_id)
         wanted.client, wanted.client_callback_url, wanted.note = ask.client, ask.callback_url, ask.note
-        with self._database.write() as session:
+
+        def commit(session: Session) -> StartedCreate:
             known = idempotency.take(session, ask.key, wanted.id) if ask.key else None
             if known is not None and ask.key is not None:
                 _check_same(known, ask.key)
                 return StartedCreate(session.get_one(Task, known.task_id), first=False)
             return StartedCreate(self._insert(session, wanted, ask.key), first=True)
+
+        if self._database.is_sqlite:
+            return self._database.write_in_group(commit)
+        with self._database.write() as session:  # it may wait for the account's row or for the key
+            return commit(session)
 
     def _insert(self, session: Session, wanted: Task, key: Key | None) -> Task:
         """The row of a new id, or of one whose create was refused: Kling lets such an id be used again."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 import unicodedata
 import uuid
-from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -167,21 +167,33 @@ class DeliveryApplier:
 
     def _apply_together(self, rows: Sequence[Callback]) -> None:
         """Apply as many deliveries in one transaction as `MAX_TRANSACTION_SECONDS` allow, and at least one."""
-        left = deque((row, self._parse(row)) for row in rows)
+        left = [(row, self._parse(row)) for row in rows]
         while left:
-            done: list[tuple[Callback, Verdict]] = []
-            with self._database.write() as session:
-                end = time.monotonic() + MAX_TRANSACTION_SECONDS
-                while left and (not done or time.monotonic() <= end):
-                    row, report = left.popleft()
-                    verdict = self._apply(session, row, report)
-                    self._settle(session, row, verdict, report)
-                    done.append((row, verdict))
-                self._database.wake(session)
+            apply = partial(self._apply_some, left)
+            if self._database.is_sqlite or len(rows) == 1:
+                done = self._database.write_in_group(apply, task_id=left[0][0].task_id)
+            else:  # several tasks, which other operations of a group may lock in another order
+                with self._database.write() as session:
+                    done = apply(session)
+            left = left[len(done) :]
             for row, verdict in done:
                 state, reason = verdict.state, verdict.reason
                 task_id = row.task_id and str(row.task_id)
                 log.info("callback.settled", callback=row.id, task_id=task_id, state=state, reason=reason)
+
+    def _apply_some(
+        self, rows: Sequence[tuple[Callback, Report | str]], session: Session
+    ) -> list[tuple[Callback, Verdict]]:
+        done: list[tuple[Callback, Verdict]] = []
+        end = time.monotonic() + MAX_TRANSACTION_SECONDS
+        for row, report in rows:
+            if done and time.monotonic() > end:
+                break
+            verdict = self._apply(session, row, report)
+            self._settle(session, row, verdict, report)
+            done.append((row, verdict))
+        self._database.wake(session)
+        return done
 
     def _settle(self, session: Session, row: Callback, verdict: Verdict, parsed: Report | str) -> None:
         values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}

@@ -309,16 +309,20 @@ class CreateStep:
         """
         if report.status is None:
             report = Report(report.provider_task_id, report.external_task_id, TaskState.SUBMITTED)
+
+        def settle(session: Session) -> Task:
+            row = tasks.lock_claimed(session, task)
+            claims.rest(row)
+            row.note, row.step = tasks.request_note(row), None
+            row.request = self._provider.redacted(row.request)
+            reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
+            if listener and row.state is report.status:
+                row.client_callback_url = None
+            self._database.wake(session)
+            return row
+
         try:
-            with self._database.write() as session:
-                row = tasks.lock_claimed(session, task)
-                claims.rest(row)
-                row.note, row.step = tasks.request_note(row), None
-                row.request = self._provider.redacted(row.request)
-                reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
-                if listener and row.state is report.status:
-                    row.client_callback_url = None
-                self._database.wake(session)
+            row = self._database.write_in_group(settle, task_id=task.id)
         except LostClaim:
             return False
         log.info("task.create_settled", **tasks.named(task), state=row.state, error=row.error)

@@ -134,8 +134,9 @@ class Submitter:
         The caller then sends it (`create_step.send`). `queue`: while its slots are not free or the account is paused,
         the row waits in the queue instead (`queued_at` is set), and the caller does not send it. Without `queue` that
         raises `NoSlots` or `AccountRefused`, and the caller rolls its transaction back. A row of an account that was
-        refused lately may wait in both cases.
+        refused lately may wait in both cases. The call may be repeated with the same row after a rollback.
         """
+        task.queued_at, task.slots = None, abs(task.slots)
         refusal = pauses.refusal(session, task.provider, task.model)
         if refusal and not queue:
             raise refusal

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -30,6 +31,8 @@ WAITED = ("55P03", "40P01")
 
 # On SQLite deliveries wait while a group is applied: 64 operations of four statements take about 10 ms.
 MAX_GROUP = 64
+# An operation that begins later than this in its transaction has the next one.
+MAX_GROUP_SECONDS = 0.02
 # The longest wait of a caller: one turn at the turnstile and then SQLite's own lock.
 WAIT_SECONDS = 2.0 * SQLITE_BUSY_SECONDS
 CLOSE_SECONDS = 1.0
@@ -56,12 +59,20 @@ def _is_about_a_lock(error: BaseException) -> bool:
 class GroupWriter:
     """One thread that writes for all others of its process. It starts with the first operation."""
 
-    def __init__(self, transaction: Transaction, own_transaction: Transaction, rest: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        transaction: Transaction,
+        own_transaction: Transaction,
+        rest: Callable[[], None],
+        at_end: Callable[[Session], object],
+    ) -> None:
         """`transaction`: of a group, which does not wait long for a row. `own_transaction`: of one operation.
-        `rest`: called by the writer's thread when there was no operation for a while, and at its end."""
+        `rest`: called by the writer's thread when there was no operation for a while, and at its end.
+        `at_end`: the last operation of each group. Without it the group is committed where it fails."""
         self._transaction = transaction
         self._own_transaction = own_transaction
         self._rest = rest
+        self._at_end = at_end
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -125,11 +136,16 @@ class GroupWriter:
     def _commit(self, group: list[_Write]) -> None:
         """Apply and commit them, without those that fail; answer each."""
         has_new_session = False
+        last = [_Write(self._at_end, None)]
         while group:
-            results, at_fault = list[Any](), group
+            done, results, at_fault = list[_Write](), list[Any](), group
             try:
                 with self._transaction() as session:
-                    for write in group:
+                    end = time.monotonic() + MAX_GROUP_SECONDS
+                    for write in [*group, *last]:
+                        if results and time.monotonic() > end and write not in last:
+                            continue
+                        done.append(write)
                         at_fault = [write]
                         results.append(write.operation(session))
                         if session.identity_map or session.new:
@@ -144,8 +160,9 @@ class GroupWriter:
                 failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
                 for write in failed:
                     write.durable.set_exception(_Waits() if waits else error)
-                group = [write for write in group if write not in failed]
+                group, last = ([write for write in each if write not in failed] for each in (group, last))
             else:
-                for write, result in zip(group, results, strict=True):
-                    write.durable.set_result(result)
-                return
+                for write, result in zip(done, results, strict=True):
+                    if write not in last:
+                        write.durable.set_result(result)
+                group = [write for write in group if write not in done]

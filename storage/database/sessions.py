@@ -173,6 +173,7 @@ class Database:
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
+        self.at_group_end: Callable[[Session], object] = lambda _: None  # the last operation of each group of writes
         self._make_group_writer()
         forks.renew_in_children(self)
 
@@ -193,7 +194,9 @@ class Database:
     def _make_group_writer(self) -> None:
         begin = "BEGIN IMMEDIATE" if self.is_sqlite else f"BEGIN; SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}"
         self._group_session = KeptSession(self._autocommit_writer, begin)
-        self._group_writer = GroupWriter(self.group_write, self.write, self._group_session.close)
+        self._group_writer = GroupWriter(
+            self.group_write, self.write, self._group_session.close, lambda session: self.at_group_end(session)
+        )
         # Like `write`, in a transaction that is shared with other threads.
         self.write_in_group = self._group_writer.commit
 
@@ -239,7 +242,7 @@ class Database:
         For the single statement of a group commit: BEGIN and COMMIT are a round trip each on PostgreSQL, and on SQLite
         a wait for the interpreter lock beside a busy event loop.
         """
-        turnstile = self.turnstile.urgent if is_urgent and isinstance(self.turnstile, Turnstile) else self.turnstile
+        turnstile = self.turnstile.urgent() if is_urgent and isinstance(self.turnstile, Turnstile) else self.turnstile
         with self._unavailable(), turnstile, self._autocommit_writer.connect() as connection:
             yield connection
         self.outages.wrote()

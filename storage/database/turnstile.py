@@ -36,7 +36,7 @@ class Turnstile:
     that waits for another process, unless `is_patient`: a command ends with a message, a worker waits. `check` is
     called before each entry, which raises its error.
 
-    `urgent` is entered by writers on which an acknowledgement waits (see `_Threads`).
+    `urgent` is for writers on which an acknowledgement waits (see `_Threads`).
     """
 
     def __init__(
@@ -52,13 +52,20 @@ class Turnstile:
         self._wait_seconds = wait_seconds
         self._is_patient = is_patient
         self._threads = _Threads()
-        self.urgent = _Urgent(self)
         self._file: TextIO | None = None
         self._blocked_since: float | None = None
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> None:
         self.enter(is_urgent=False)
+
+    @contextmanager
+    def urgent(self) -> Iterator[None]:
+        self.enter(is_urgent=True)
+        try:
+            yield
+        finally:
+            self.__exit__()
 
     def enter(self, *, is_urgent: bool) -> None:
         self._check()
@@ -166,19 +173,6 @@ class Turnstile:
                 self._file = None
 
 
-class _Urgent:
-    """The turnstile for a writer on which an acknowledgement waits."""
-
-    def __init__(self, turnstile: Turnstile) -> None:
-        self._turnstile = turnstile
-
-    def __enter__(self) -> None:
-        self._turnstile.enter(is_urgent=True)
-
-    def __exit__(self, *_: object) -> None:
-        self._turnstile.__exit__()
-
-
 class _Threads:
     """The turns of the threads of one process, one after the other.
 
@@ -204,7 +198,14 @@ class _Threads:
             is_turn = False
             try:
                 turn = self._urgent if is_urgent else self._ordinary
-                is_turn = turn.wait_for(lambda: self._is_turn_of(is_urgent), seconds)
+                is_turn = turn.wait_for(
+                    lambda: (
+                        (is_urgent and self._is_offered)
+                        if self._is_taken
+                        else not (is_urgent and self._ordinary_waiting)
+                    ),
+                    seconds,
+                )
             finally:
                 self._ordinary_waiting -= not is_urgent
                 self._urgent_waiting -= is_urgent
@@ -214,11 +215,6 @@ class _Threads:
                 return None
             is_locked, self._is_offered, self._is_taken = self._is_offered, False, True
             return is_locked
-
-    def _is_turn_of(self, is_urgent: bool) -> bool:
-        if self._is_taken:
-            return is_urgent and self._is_offered
-        return not (is_urgent and self._ordinary_waiting)
 
     def lend(self) -> None:
         """Let an urgent thread that waits enter first. The file is locked."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import BigInteger, Integer, bindparam, func, insert, literal_column, update
@@ -24,12 +25,14 @@ from storage.database.prepared import execute
 from storage.database.sessions import Database, insert_or_ignore, run
 from storage.operations import lists
 from storage.rows import claims
-from storage.rows.events import COUNTER
+from storage.rows.events import COUNTER, RECORDED
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
 
 # Events numbered in one transaction. It takes about 10 ms, in which no one else can write on SQLite.
 BATCH = 500
+# Events numbered at the end of a group of writes, which waits meanwhile. A full group records about as many.
+GROUP_BATCH = 64
 MAX_ERROR_CHARS = 500
 _EVENTS = Event.__table__.c  # type: ignore[attr-defined]
 # Literals, as in the partial indexes: SQLite uses no partial index for a parameter.
@@ -57,7 +60,8 @@ def sequence_all(database: Database, subscriptions: Sequence[Subscription]) -> i
         with database.read() as session:
             if run(session, UNSEQUENCED).first() is None:
                 return count
-        done = database.write_in_group(lambda session: _sequence_and_wake(database, session, subscriptions))
+        number = partial(_sequence_and_wake, database, subscriptions=subscriptions, limit=BATCH)
+        done = database.write_in_group(number)
         count += done
         # A short batch means: nothing left, or another process is numbering. Looping here would run one transaction
         # per new event while archiving is busy.
@@ -65,8 +69,19 @@ def sequence_all(database: Database, subscriptions: Sequence[Subscription]) -> i
             return count
 
 
-def _sequence_and_wake(database: Database, session: Session, subscriptions: Sequence[Subscription]) -> int:
-    done = sequence(session, subscriptions)
+def sequence_recorded(database: Database, session: Session, subscriptions: Sequence[Subscription]) -> None:
+    """Number the events of a group of writes in its own transaction, with older ones. `sequence_all` does the rest.
+
+    A transaction of its own for them was an fsync for each report, and another turn at SQLite's lock.
+    """
+    if session.info.pop(RECORDED, False):
+        _sequence_and_wake(database, session, subscriptions, limit=GROUP_BATCH)
+
+
+def _sequence_and_wake(
+    database: Database, session: Session, subscriptions: Sequence[Subscription], *, limit: int
+) -> int:
+    done = sequence(session, subscriptions, limit=limit)
     if done:
         database.wake(session)
     return done

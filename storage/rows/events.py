@@ -58,6 +58,8 @@ _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
 )
 
 
+# In a session's notes: events were written.
+RECORDED = "recorded"
 # The person at the console on whose behalf this thread acts. None: no person.
 _PERSON: ContextVar[str | None] = ContextVar("person", default=None)
 
@@ -82,6 +84,7 @@ def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: d
     """Write one event. It exists once the caller's transaction commits."""
     values = {"task_id": task_id, "name": name.value, "data": with_person(data or {})}
     execute(session, _INSERT, values)
+    session.info[RECORDED] = True
 
 
 def record_act(

@@ -32,6 +32,12 @@ SECONDS = 30  # a call that takes longer hangs
 Operation = Callable[[Session], Any]
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine splits no group."""
+    monkeypatch.setattr(group_writer, "MAX_GROUP_SECONDS", SECONDS)
+
+
 def claimed(database: Database, count: int) -> list[Asset]:
     new_assets(database, count)
     with database.write() as session:
@@ -112,6 +118,26 @@ def test_waiting_operations_share_a_commit(database: Database) -> None:
         assert together(database, *map(settling, assets)) == [None] * 6
     assert len(commits) <= 2  # one commit kept the writer busy
     assert states(database, assets) == [AssetState.ARCHIVED] * 6
+
+
+def test_a_group_that_takes_long_is_committed_in_parts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On SQLite deliveries wait for each transaction."""
+    monkeypatch.setattr(group_writer, "MAX_GROUP_SECONDS", 0)
+    assets = claimed(database, 3)
+    with at_commit(database, lambda: None) as commits:
+        assert together(database, *map(settling, assets)) == [None] * 3
+    assert len(commits) == 4  # one of them kept the writer busy
+    assert states(database, assets) == [AssetState.ARCHIVED] * 3
+
+
+def test_a_fault_of_the_groups_last_operation_fails_none(database: Database) -> None:
+    def fail(session: Session) -> None:
+        session.execute(text("SELECT no_such_column"))
+
+    database.at_group_end = fail
+    assets = claimed(database, 2)
+    assert together(database, *map(settling, assets)) == [None] * 2
+    assert states(database, assets) == [AssetState.ARCHIVED] * 2
 
 
 def test_a_lost_lease_fails_itself_alone(database: Database) -> None:

@@ -47,7 +47,7 @@ def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
 
     def take_turns(number: int) -> None:
         for _ in range(200):
-            with turnstile.urgent if number % 2 else turnstile:
+            with turnstile.urgent() if number % 2 else turnstile:
                 counter.write_text(str(int(counter.read_text()) + 1))
 
     with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other, ThreadPoolExecutor(4) as pool:
@@ -133,7 +133,7 @@ def test_other_writers_have_turns_while_deliveries_never_end(turnstile: Turnstil
 
     def commit() -> None:
         while not ended.is_set():
-            with turnstile.urgent:
+            with turnstile.urgent():
                 pass
 
     with ThreadPoolExecutor(2) as pool:
