@@ -50,6 +50,8 @@ MAX_PIPELINED = 4
 # How long a connection with more is kept before it is answered and closed. Twenty senders that came again at once took
 # 40 % of a processor.
 TARPIT_SECONDS = 1.0
+# Heads in the first bytes are counted before they are parsed. To count those of 256 KiB takes as long as to parse five.
+HEAD_END, FLOOD_BYTES = b"\r\n\r\n", 4 * 1024
 # The limit of a connection's buffer for an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to
 # 268 MB.
 WRITE_BUFFER_BYTES = 16 * 1024
@@ -217,6 +219,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._framing_bytes += len(data)
         self._not_begun = None
         self._unset_keepalive_if_required()
+        if data.startswith(b"GET ") and not self._in_body and data.count(HEAD_END, 0, FLOOD_BYTES) > MAX_PIPELINED + 1:
+            self._drop_waiting()  # to parse the first five took a third of such a connection's time
+            self._refuse(429)
+            return
         try:
             self._parse(data)
         except httptools.HttpParserCallbackError as error:

@@ -168,6 +168,20 @@ def test_one_pipelined_request_too_many_ends_the_connection(web: Web) -> None:
     assert httpx.get(f"{web.url}/healthz", trust_env=False).status_code == 200
 
 
+def test_flood_of_pipelined_requests_is_not_parsed(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing took a third of the time of such a connection."""
+    parsed, on_url = list[bytes](), http_protocol.BoundedHttpProtocol.on_url
+    monkeypatch.setattr(
+        http_protocol.BoundedHttpProtocol, "on_url", lambda self, url: (parsed.append(url), on_url(self, url))
+    )
+    with connection(web) as raw:
+        raw.sendall(GET)
+        assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+        raw.sendall(GET * (http_protocol.MAX_PIPELINED + 2))
+        assert read_to_end(raw).startswith(b"HTTP/1.1 429")
+    assert parsed == [b"/healthz"]
+
+
 def test_connection_that_pipelined_too_much_makes_room_first(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(http_protocol, "TARPIT_SECONDS", 3_600)
