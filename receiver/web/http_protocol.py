@@ -47,8 +47,8 @@ FRAMING_PER_BODY_BYTE = 8
 # Requests that may wait behind the one in progress, each some 4 kB and 15 µs. No client we know pipelines. uvicorn
 # keeps every request of one read, up to 2,400, and reads again after each answer.
 MAX_PIPELINED = 4
-# How long a connection with more is kept before it is answered and closed. Twenty senders that came again at once took
-# 40 % of a processor.
+# How long a connection with more requests is kept before it is answered and closed. Without this delay twenty senders
+# that reconnect at once took 40 % of a processor.
 TARPIT_SECONDS = 1.0
 # Heads in the first bytes are counted before they are parsed. To count those of 256 KiB takes as long as to parse five.
 HEAD_END, FLOOD_BYTES = b"\r\n\r\n", 4 * 1024

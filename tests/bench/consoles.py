@@ -80,7 +80,7 @@ def _follow(port: int, paths: Sequence[str], fetched: Any, opened: Any, ends: An
 
 
 def acknowledgements(_process_id: int, port: int, seconds: float) -> tuple[float, float]:
-    """Acknowledgements a second, and their p99 in seconds at half of that rate, in a measurement of three times."""
+    """Acknowledgements a second, and their p99 in seconds at half of that rate, measured for three times as long."""
     rate = stage.load(port, seconds=seconds, warm_seconds=0.5)["per_second"]
     return rate, p99(stage.load(port, seconds=3 * seconds, rate=rate / 2, warm_seconds=0.5)["waits"])
 

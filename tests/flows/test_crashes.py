@@ -183,7 +183,7 @@ def end(parts: Parts, *_: object) -> None:
 
 
 Act = Callable[[Parts, Sandbox, str], None]
-# The step that dies, and the way to it.
+# The step that dies, and the steps before it.
 STEPS: dict[str, tuple[Act, list[Act]]] = {
     "submit": (submit_task, []),
     "intake": (take_in, [submit_task]),
