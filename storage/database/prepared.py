@@ -17,7 +17,7 @@ from sqlalchemy.orm.attributes import manager_of_class
 from sqlalchemy.sql.dml import UpdateBase
 from sqlmodel import Session
 
-from storage.database.kept_session import CONNECTION, driver_of
+from storage.database.kept_session import CONNECTION, driver_of, has_listeners
 from storage.database.postgresql import BREAKS
 
 # Statements kept; each process runs some thirty.
@@ -40,12 +40,12 @@ def execute(session: Session, statement: Statement, values: Mapping[str, Any] | 
     Pending changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them
     like those of SQLAlchemy.
     """
-    kept: tuple[Connection, Any] | None = session.info.get(CONNECTION)
+    kept: tuple[Connection, Any, bool] | None = session.info.get(CONNECTION)
     if kept is None:
         connection = session.connection()
-        kept = connection, driver_of(connection)
+        kept = connection, driver_of(connection), has_listeners(connection)
     prepared = _prepared(statement, kept[0].dialect)
-    return prepared.execute(kept[0], kept[1], values or {})
+    return prepared.execute(*kept, values or {})
 
 
 def execute_alone(connection: Connection, statement: Statement, values: Mapping[str, Any] | None = None) -> Done:
@@ -54,7 +54,8 @@ def execute_alone(connection: Connection, statement: Statement, values: Mapping[
     SQLAlchemy's own `execute` makes the key of its cache again each time, which took 0.6 of the 0.73 ms of a check of
     eight lanes.
     """
-    return _prepared(statement, connection.dialect).execute(connection, driver_of(connection), values or {})
+    prepared = _prepared(statement, connection.dialect)
+    return prepared.execute(connection, driver_of(connection), has_listeners(connection), values or {})
 
 
 def unattached(model: type[Model], found: Done) -> list[Model]:
@@ -108,11 +109,10 @@ class _Prepared:
         named = {**self._constants, **self._bound(values)}
         return named if self._names is None else tuple([named[name] for name in self._names])
 
-    def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
+    def execute(self, connection: Connection, driver: Any, is_watched: bool, values: Mapping[str, Any]) -> Done:
         bound = self.in_order(values)
-        before, after = connection.dispatch.before_cursor_execute, connection.dispatch.after_cursor_execute
-        if before:  # as SQLAlchemy does; most engines have no listener
-            for listen in before:
+        if is_watched:  # as SQLAlchemy does
+            for listen in connection.dispatch.before_cursor_execute:
                 listen(connection, None, self.sql, bound, None, False)
         try:
             cursor = driver.execute(self.sql, bound)
@@ -122,8 +122,8 @@ class _Prepared:
                 raise
             connection.invalidate(error)  # the pool would roll it back and lend it again
             raise DBAPIError(self.sql, None, error, hide_parameters=True, connection_invalidated=True) from error
-        if after:
-            for listen in after:
+        if is_watched:
+            for listen in connection.dispatch.after_cursor_execute:
                 listen(connection, None, self.sql, bound, None, False)
         return Done([self._read(row) for row in cursor.fetchall()] if self._returns_rows else [], cursor.rowcount)
 

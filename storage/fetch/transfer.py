@@ -191,8 +191,7 @@ class _Replay(httpcore.NetworkStream):
         self._stream = stream
         self._head: bytes | None = head
 
-    def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        pass
+    def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         head, self._head = self._head, None
@@ -244,7 +243,6 @@ class Body:
         self._sink = sink
         self._max_bytes = max_bytes
         self._restart()
-        self._validator: str | None = None
         self._parts = 1
 
     def _restart(self) -> None:
@@ -253,14 +251,19 @@ class Body:
         self.notes: list[str] = []
         self.digest = hashlib.sha256()
         self._total: int | None = None
+        self._resumed_by: Mapping[str, str] | None = None  # headers that may hold a validator
 
     @property
     def resumable(self) -> bool:
-        return self._validator is not None and self.size > 0
+        return self.size > 0 and self._validator is not None
+
+    @property
+    def _validator(self) -> str | None:
+        return None if self._resumed_by is None else _validator(self._resumed_by)  # after a break: reads dates
 
     def request_headers(self) -> list[tuple[bytes, bytes]]:
         """Headers that request the rest of the same file, or all of it if it has changed (RFC 9110 §13.1.5)."""
-        if self._validator is None or not self.size:
+        if not self.size or self._validator is None:
             return []
         return [(b"Range", b"bytes=%d-" % self.size), (b"If-Range", self._validator.encode("latin-1"))]
 
@@ -297,7 +300,7 @@ class Body:
 
     def _begin(self, status: int, headers: Mapping[str, str], declared: int | None) -> None:
         part = _part(headers) if status == 206 else None
-        if self.resumable and status == 206:
+        if status == 206 and self.resumable:
             # A host that ignores If-Range names no validator, or another one.
             same = self._validator in (headers.get("etag"), headers.get("last-modified"))
             if part is None or part != (self.size, self._total) or not same or _codings(headers):
@@ -310,9 +313,8 @@ class Body:
             self._sink.seek(0)
             self._sink.truncate()
             self._restart()
-            self._validator = None
         elif status == 200 and declared is not None and not _codings(headers):
-            self._validator = _validator(headers)
+            self._resumed_by = headers
         self.headers = headers
         self._total = part[1] if part else declared
         if part:

@@ -218,14 +218,15 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
     if row.lease is None:  # SQLAlchemy writes `lease = NULL` as IS NULL, which would match
         raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
     owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
-    times = {name for name, value in values.items() if isinstance(value, db_now)}
-    expressions = {
-        name: value for name, value in values.items() if isinstance(value, ClauseElement) and name not in times
-    }
-    columns = tuple((name, name in times) for name in values if name not in expressions)
-    for name, is_time in columns:
-        owned[f"new_{name}"] = values[name].seconds if is_time else values[name]
-    statement = _owned_update(model, columns)
+    columns, expressions = list[tuple[str, bool]](), dict[str, Any]()
+    for name, value in values.items():  # some twelve for each picture, twice
+        is_time = isinstance(value, db_now)
+        if isinstance(value, ClauseElement) and not is_time:
+            expressions[name] = value
+        else:
+            columns.append((name, is_time))
+            owned[f"new_{name}"] = value.seconds if is_time else value
+    statement = _owned_update(model, tuple(columns))
     if expressions:  # rare, so not cached
         changed = run(session, statement.values(expressions), owned).rowcount
     else:
