@@ -106,12 +106,9 @@ def test_an_env_file_with_a_byte_order_mark_is_read(ready: CommandLine) -> None:
 @pytest.mark.parametrize("words", [("status",), ("check",), ("batch", "list"), ("events", "list")], ids=" ".join)
 def test_a_full_disk_behind_json_is_one_line(ready: CommandLine, words: tuple[str, ...]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "receiver", *words, "--json"],
-            env={**environment, **ready.variables}, cwd=ready.folder, stdout=full, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "standard output cannot be written: No space left on device\n")
+    variables, err = {**environment, **ready.variables}, ready.folder / "err"
+    code = Forked((*words, "--json"), variables, ready.folder, out=Path("/dev/full"), err=err).wait(60)
+    assert (code, err.read_text()) == (1, "standard output cannot be written: No space left on device\n")
 
 
 def test_faults_of_single_settings_and_of_several_together_are_listed_at_once(receiver: CommandLine) -> None:
