@@ -200,10 +200,10 @@ def test_language_switches_and_the_session_ends(browser: Browser, web: Web) -> N
 
 def test_the_menu_of_a_phone_is_one_row_that_opens(parts: Parts, browser: Browser, web: Web) -> None:
     task = archive(parts, 1)[0]
-    for width in (390, 360):
-        browser.resize(width, 780)
-        for path in (*PAGES, f"/tasks/{task.external_task_id}"):
-            browser.open(f"{web.url}/console{path}")
+    for path in (*PAGES, f"/tasks/{task.external_task_id}"):
+        browser.open(f"{web.url}/console{path}")
+        for width in (390, 360):
+            browser.resize(width, 780)
             assert browser.run(ROW) < 60 and browser.run(BEYOND) == [], (path, width)
     browser.click(".rail .open")
     assert browser.run(BEYOND) == []
@@ -292,9 +292,9 @@ def test_a_reader_sees_and_cannot_act(parts: Parts, browser: Browser, web: Web) 
 def test_injected_script_never_runs_and_nothing_breaks_the_layout(parts: Parts, browser: Browser, web: Web) -> None:
     task, callback = hostile(parts)
     for path in (*PAGES, *own_pages(parts, task, callback)):
+        browser.open(f"{web.url}/console{path}")  # an open alert would make this call fail
         for width in WIDTHS:
             browser.resize(width, 900)
-            browser.open(f"{web.url}/console{path}")  # an open alert would make this call fail
             assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), (path, width)
             assert browser.run(MENU_IS_WHOLE), (path, width)
     assert [
@@ -306,9 +306,9 @@ def test_everything_has_a_name_and_contrast_in_both_schemes(parts: Parts, browse
     task = archive(parts, 1, n=2)[0]
     callback = deliver(parts, insert_row(parts), b"{}")
     for path in (*PAGES, f"/tasks/{task.external_task_id}", f"/deliveries/{callback.id}"):
+        browser.open(f"{web.url}/console{path}")
         for scheme in ("light", "dark"):
             browser.scheme(scheme)
-            browser.open(f"{web.url}/console{path}")
             assert browser.run(CHECKS + "return poorContrast();") == [], (path, scheme)
         assert browser.run(CHECKS + "return nameless();") == [], path
 
