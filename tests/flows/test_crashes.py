@@ -230,6 +230,7 @@ def assert_done_once(parts: Parts, sandbox: Sandbox, task: Task) -> None:
     assert sorted(name for name in names if name.endswith("archived")) == ["asset.archived"] * 2 + ["task.archived"]
 
 
+@pytest.mark.campaign("sqlite")
 @pytest.mark.parametrize("step", STEPS)
 def test_crash_at_any_boundary_leaves_everything_archived_once(step: str, parts: Parts, sandbox: Sandbox) -> None:
     deaths = []

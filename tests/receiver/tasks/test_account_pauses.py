@@ -227,6 +227,7 @@ def refused(sandbox: Sandbox) -> list[float]:
     return [each.at_ms for each in sandbox.ledger().creates if each.code in (1002, 1102)]
 
 
+@pytest.mark.campaign("postgresql")
 @pytest.mark.usefixtures("short_pauses")
 def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox: Sandbox) -> None:
     count = 200 if WHOLE else 24

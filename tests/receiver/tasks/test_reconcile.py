@@ -36,7 +36,7 @@ from tests.pipeline import (
 from tests.rows import LONG_AGO, event_names
 from tests.unreported_tasks import REQUEST, all_assets, queries, reader, states_of, submit
 
-SILENT_TASKS = int(os.environ.get("SILENT_TASKS", "25"))
+SILENT_TASKS = int(os.environ.get("SILENT_TASKS", "8"))
 
 
 @pytest.fixture

@@ -302,6 +302,7 @@ def changes(hook: Hook) -> dict[str, Any]:
     }
 
 
+@pytest.mark.campaign("postgresql")
 def test_every_event_is_delivered_despite_receiver_faults(web: Web, parts: Parts, hook: Hook) -> None:
     """The short form of `python -m tests.event_delivery_run`: 30 % of requests fail, and the receiver is down once."""
     with working(parts):
