@@ -269,6 +269,11 @@ def anchors_of(page: str) -> set[str]:
 
 
 @every_page
+def test_no_page_has_the_markers_of_a_merge(page: Path) -> None:
+    assert not re.search(r"^(<{7}|={7}|>{7})", page.read_text(), re.MULTILINE)
+
+
+@every_page
 def test_every_link_leads_to_a_page_and_a_heading_that_exist(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page.read_text())):
         if "://" not in target:

@@ -39,7 +39,7 @@ ADVICE = {
     "PermanentRedirect": SET_REGION,
     "AuthorizationHeaderMalformed": SET_REGION,
     "NoRegionError": SET_REGION,
-    "NoCredentialsError": "",  # the line says it
+    "NoCredentialsError": "",  # the message is the advice
     "PartialCredentialsError": "",
 }
 PROOFS = {
@@ -108,7 +108,7 @@ def _advice(parts: Parts, error: StoreUnavailable) -> str:
     if may_refuse_checksums(error.__cause__) and _works_without_checksums(parts):
         return f"set {WITHOUT_CHECKSUMS}: the store works without checksum headers"
     if is_untrusted(error.__cause__) or isinstance(error, ObjectRefused):
-        return ""  # the line says it
+        return ""  # the message is the advice
     return ADVICE.get(reason_code(error), "check RECEIVER_S3_ENDPOINT_URL, and that the store runs")
 
 

@@ -163,7 +163,7 @@ def adopt(
 
 
 def dismiss(
-    external_task_id: Annotated[str, typer.Argument(help="The task.")],
+    external_task_id: Annotated[str, typer.Argument(help="External id of the task.")],
     reason: Annotated[str, typer.Option(metavar="TEXT", help="The reason. It is stored with the task.")],
     dry_run: DryRun = False,
     as_json: Json = False,

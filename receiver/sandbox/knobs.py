@@ -145,7 +145,7 @@ class Knobs(BaseModel):
     cdn_faults: list[CdnFault] = Field(default=[], description="How the next downloads go wrong, one entry each.")
     cdn_503_rate: Rate = Field(default=0, description="Share of downloads answered 503.")
     cdn_truncated_rate: Rate = Field(
-        default=0, description="Share of downloads closed half-way, Content-Length being right."
+        default=0, description="Share of downloads closed half-way, with the right Content-Length."
     )
     cdn_truncated_chunked_rate: Rate = Field(
         default=0, description="Share of chunked downloads that break off half-way."

@@ -44,7 +44,7 @@ PERMISSIONS = {
     "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject",
 }
-# The beginning of our messages, which rows store, and of the one that concerns its object alone.
+# The beginnings of our messages, by which stored errors are recognised, and the words of the one about a single object.
 MESSAGES = ("the store at ", "a limit in front of the store at ", "no credentials for the bucket", "the proxy that ")
 OBJECT_SIZE = re.compile(r"an object of [0-9,]+ bytes")
 WITHOUT_CHECKSUMS = "RECEIVER_S3_CHECKSUMS=never"

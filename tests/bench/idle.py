@@ -40,7 +40,9 @@ class Idle:
 
 
 def _measured(small: bool) -> dict[str, float]:
-    """Transactions a second the most connections of all, the workers' CPU seconds a minute, own MB of the largest."""
+    """Transactions a second, the most connections of all, the workers' CPU seconds a minute, and the own MB of the
+    largest.
+    """
     count = SMALL_WORKERS if small else WORKERS
     settle, seconds = (SMALL_SETTLE_SECONDS, SMALL_SECONDS) if small else (SETTLE_SECONDS, SECONDS)
     with stage.folder() as place, stage.seaweed(place) as store, stage.database("postgresql", place) as url:

@@ -235,7 +235,7 @@ def test_readers_at_one_address_leave_room_for_others(link: str, large: int, mon
 def test_reader_without_progress_is_dropped(
     seconds: float, others: bool, link: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`others`: whether they are served while its time runs, and afterwards."""
+    """`others`: whether other readers are served, which is the case once the stuck one is disconnected."""
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", seconds)
     monkeypatch.setattr(assets, "MAX_STREAMS_OF_ASSET", 1)
     with stuck_readers(link, 1):

@@ -317,7 +317,7 @@ def many_events(parts: Parts, count: int = 2_000) -> None:
 def test_stuck_reader_holds_no_connection_to_the_database_and_is_disconnected(
     seconds: float, others: bool, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`others`: whether they are served while its time runs, and afterwards."""
+    """`others`: whether other readers are served, which is the case once the stuck one is disconnected."""
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", seconds)
     monkeypatch.setattr(event_stream, "MAX_STREAMS", 1)
     many_events(parts)
