@@ -228,7 +228,7 @@ class Batches:
     def _batch(self, session: Session, name: str) -> Batch:
         batch = batches.find(session, name)
         if batch is None:
-            raise NoSuchBatch(f"no batch {plain(name, 80)!r} here; `receiver batch list` shows those there are")
+            raise NoSuchBatch(f"no batch {plain(name, 80)!r} here; `receiver batch list` shows the existing ones")
         return batch
 
 

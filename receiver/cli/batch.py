@@ -152,7 +152,7 @@ def submit(
 ) -> None:
     """`receiver submit --batch FILE`. Inserts rows, which workers send."""
     if report and not wait:
-        raise typer.BadParameter("belongs to --wait; later `receiver batch export` writes it", param_hint="--report")
+        raise typer.BadParameter("needs --wait; `receiver batch export` writes the report later", param_hint="--report")
     is_file_name, name = name is None, name or _name_of(file)
     from receiver.batch.batch_file import BatchInvalid
 

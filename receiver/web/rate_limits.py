@@ -1,4 +1,4 @@
-"""Limits in time: one action an interval for each task, an amount a second, and answers that are held back."""
+"""Rate limits: one action per task and interval, an amount per second, and delayed answers."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ WAITED = ("55P03", "40P01")
 
 # On SQLite deliveries wait while a group is applied: 64 operations of four statements take about 10 ms.
 MAX_GROUP = 64
-# An operation that begins later than this in its transaction has the next one.
+# An operation that would begin later than this in a transaction waits for the next one.
 MAX_GROUP_SECONDS = 0.02
 # The longest wait of a caller: one turn at the turnstile and then SQLite's own lock.
 WAIT_SECONDS = 2.0 * SQLITE_BUSY_SECONDS

@@ -189,7 +189,7 @@ class Asset(Claimable, table=True):
     unusable_tries: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
     # the link comes from an unsigned delivery that no read has confirmed: its redirects stay within the trusted hosts
     unconfirmed: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
-    fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # host and headers worth keeping
+    fetched: dict[str, Any] = Field(default_factory=dict, sa_type=Json)  # the file's host and some of its headers
     superseded: list[str] = Field(default_factory=list, sa_type=Json)
     error: str | None = text_column()
     # the last tries that failed, oldest first: {"at": ISO time, "error": text}; NULL = none

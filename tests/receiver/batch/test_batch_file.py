@@ -177,28 +177,28 @@ def test_empty_cells_are_left_out() -> None:
 
 def test_faults_in_csv_name_the_line_where_the_record_begins() -> None:
     rows = [
-        b'm,"two\nlines",1,,,,',  # 2, 3
-        b'kling-v3-omni,"a\nboat",0,,,,',  # 4, 5
-        b"kling-v3-omni,a boat,two,,,,",  # 6
-        b"kling-v3-omni,a boat",  # 7
-        b'kling-v3-omni,"a" boat,1,,,,',  # 8
-        b"kling-v3-omni,\xff,1,,,,",  # 9
-        b"",  # 10
-        b"kling-v3-omni,a boat,1,,,yes,",  # 11
-        b"kling-v3-omni,a boat,1,,x,,",  # 12
-        b'kling-v3-omni,"never closed,1,,,,',  # 13
+        b'm,"two\nlines",1,,,,',  # lines 2 and 3
+        b'kling-v3-omni,"a\nboat",0,,,,',  # lines 4 and 5
+        b"kling-v3-omni,a boat,two,,,,",  # line 6
+        b"kling-v3-omni,a boat",  # line 7
+        b'kling-v3-omni,"a" boat,1,,,,',  # line 8
+        b"kling-v3-omni,\xff,1,,,,",  # line 9
+        b"",  # line 10
+        b"kling-v3-omni,a boat,1,,,yes,",  # line 11
+        b"kling-v3-omni,a boat,1,,x,,",  # line 12
+        b'kling-v3-omni,"never closed,1,,,,',  # line 13
     ]
     found = faults_in(HEADER + b"\r\n".join(rows), "csv")
     assert [line for line, _ in found] == [4, 6, 7, 8, 9, 11, 12, 13]
 
 
 QUOTE_IN_LINE_4 = [
-    b"kling-v3-omni,a boat,0,,,,",  # 2
-    b'kling-v3-omni,"a',  # 3
-    b'boat",1,,,,"id',  # 4
-    b"kling-v3-omni,a boat,two,,,,",  # 5
-    b"kling-v3-omni,\xff,1,,,,",  # 6
-    b"kling-v3-omni,a boat",  # 7
+    b"kling-v3-omni,a boat,0,,,,",  # line 2
+    b'kling-v3-omni,"a',  # line 3
+    b'boat",1,,,,"id',  # line 4
+    b"kling-v3-omni,a boat,two,,,,",  # line 5
+    b"kling-v3-omni,\xff,1,,,,",  # line 6
+    b"kling-v3-omni,a boat",  # line 7
 ]
 
 

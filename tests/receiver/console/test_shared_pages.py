@@ -114,7 +114,7 @@ def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -
         assert next(line for line in lines if line.startswith("event:")) == "event: change"
 
 
-def test_changes_are_told_less_often_while_many_deliveries_come(parts: Parts, ann: Reader, web: Web) -> None:
+def test_changes_are_announced_less_often_while_many_deliveries_arrive(parts: Parts, ann: Reader, web: Web) -> None:
     cookies = {COOKIE: ann.http.cookies[COOKIE]}
     with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=60) as answer:
         lines = answer.iter_lines()
@@ -155,7 +155,7 @@ def test_live_changes_are_spaced_by_the_rate_of_deliveries() -> None:
     assert told_at(lambda now: now * 2_000, 70) == [1, 31, 61]
 
 
-def test_after_many_deliveries_the_last_change_is_told_at_once() -> None:
+def test_after_many_deliveries_the_last_change_is_announced_at_once() -> None:
     assert told_at(lambda now: min(now, 20) * 2_000, 70) == [1, 21]
 
 

@@ -351,7 +351,7 @@ def test_an_answer_without_a_task_is_not_taken_for_unknown(server: Scripted, kli
         kling.read(provider_task_id=None, external_task_id="mine")
 
 
-def test_another_bad_parameter_is_not_taken_for_unknown(server: Scripted, kling: Kling) -> None:
+def test_another_bad_parameter_is_no_unknown_task(server: Scripted, kling: Kling) -> None:
     server.answer({"code": 1201, "message": "bad parameter"}, 400)
     with pytest.raises(ProviderRejected):
         kling.read(provider_task_id=None, external_task_id="mine")

@@ -167,7 +167,7 @@ def test_another_workers_claim_is_left_alone(database: Database) -> None:
         with database.write() as session:
             session.execute(update(Task).values(lease=theirs, due_at=task.due_at))
         mine = held_task(database)
-        with renewing_lease(database, mine, lease_seconds=0.3):  # renewed twice means that the other had its turn
+        with renewing_lease(database, mine, lease_seconds=0.3):  # two renewals mean that the other claim had its turn
             first = wait_until(lambda: newer_than(database, mine, mine.due_at))
             wait_until(lambda: newer_than(database, mine, first))
     assert (stored(database, task)["lease"], stored(database, task)["due_at"]) == (theirs, task.due_at)

@@ -186,7 +186,7 @@ def test_one_bad_delivery_in_a_batch_of_the_loop_fails_no_other(
 def test_deliveries_of_one_turn_of_the_loop_share_a_commit(database: Database, running: InLoop, way: str) -> None:
     ends = running.put_all([*map(body, range(200)), body(7)])
     assert Counter(ends) == {Intake.NEW: 200, Intake.DUPLICATE: 1}
-    assert count_commits(database) <= (1 if way == "the loop" else 2)  # the thread begins with the first
+    assert count_commits(database) <= (1 if way == "the loop" else 2)  # the thread takes the first delivery
 
 
 def test_the_loop_writes_large_bodies_in_small_batches(database: Database, running: InLoop, way: str) -> None:

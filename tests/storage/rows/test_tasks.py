@@ -407,7 +407,7 @@ def test_two_workers_that_settle_the_last_two_assets_see_the_last_once(database:
     assert stored(database, task)["step"] is Step.FINISH
 
 
-def test_a_finish_that_is_due_already_is_not_put_off(database: Database) -> None:
+def test_finish_that_is_due_already_is_not_postponed(database: Database) -> None:
     task = sent(database, expected=1)
     hear(database, task, pictures(1))
     change_assets(database, task, state=AssetState.ARCHIVED, due_at=None)
