@@ -41,6 +41,10 @@ class Lane:
     ahead: int = 0
     batches: Batches = field(default_factory=lambda: Batches())
 
+    def batches_of(self, rows: list[Any]) -> list[list[Any]]:
+        size = self.batch()
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
     def threads_of(self, processes: int) -> int:
         """How many threads of this lane each of that many processes uses."""
         return max(self.threads // max(processes, 1), 1) if self.is_shared else self.threads

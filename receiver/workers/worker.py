@@ -1,6 +1,7 @@
 """One worker process: lanes of threads that claim due rows and work on them, until SIGTERM.
 
-Each lane has a feeder thread that claims a row for each idle thread, or a few more (`Lane.ahead`). A thread works on
+Each lane has a feeder thread that claims a row for each idle thread, or a few more (`Lane.ahead`). While it waits, the
+transaction of this process that makes rows due claims them for it (`group_claims.py`). A thread works on
 one row, or on one batch if the lane has batches. The work settles its own rows; the worker renews the leases of all
 claimed rows.
 
@@ -24,6 +25,7 @@ import structlog
 from sqlmodel import Session
 
 from receiver.workers.due_checks import QUEUED, DueChecks
+from receiver.workers.group_claims import GroupClaims
 from receiver.workers.in_hand import RowsInHand, claims_of
 from receiver.workers.lanes import Batches, Lane, PeriodicJob
 from receiver.workers.wake_ups import WakeUps
@@ -83,6 +85,9 @@ class Worker:
         looked_for = {job.name: job.due_if for job in periodic_jobs if job.due_if is not None}
         self._due_checks = DueChecks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
+        self._group_claims = GroupClaims(
+            database, lanes, self._in_hand, self._wake_ups, self._give_back, lease_seconds=lease_seconds
+        )
         # By lane: how many consecutive claims were full. After one, the next claim is made without a check.
         self._full_claims = Counter[str]()
         self._unsettled: list[Any] = []  # rows whose work could not reach the database
@@ -107,6 +112,8 @@ class Worker:
             threading.Thread(target=self._run_periodic, args=(job,), daemon=True) for job in self._periodic_jobs
         ]
         feeders = [threading.Thread(target=self._feed, args=(lane,), name=f"feed-{lane.name}") for lane in self._lanes]
+        at_group_end = self._database.at_group_end
+        self._database.at_group_end = lambda session: at_group_end(session) or self._group_claims.claim(session)
         for thread in [*threads, *feeders]:
             thread.start()
         for thread in feeders:
@@ -117,6 +124,7 @@ class Worker:
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", error=str(error))
         finally:
+            self._database.at_group_end = at_group_end
             self._ended.set()
 
     def _register(self) -> uuid.UUID | None:
@@ -204,15 +212,21 @@ class Worker:
         while not self._stop.is_set():
             seen = self._wake_ups.begin(lane.name)
             room = batches.wait_for_room(lane.threads_of(self._alive), self._ahead(lane), IDLE_SECONDS)
-            claimed, grant = self._claim_batches(lane, room, seen)
+            if rows := self._group_claims.take(lane):
+                claimed, grant = lane.batches_of(rows), NOTHING
+            else:
+                claimed, grant = self._claim_batches(lane, room, seen)
             for rows in claimed:
                 batches.add(rows)
                 pool.submit(self._work_in_turn, lane, batches, rows, grant)
             self._give_back(batches.take_back(LASTING_SECONDS))
+            if room > len(claimed):
+                self._group_claims.want(lane, (room - len(claimed)) * lane.batch())
             if room and not claimed:
                 self._wait_for_work(lane.name)
             self._stop.wait(lane.claim_pause_seconds)
         self._give_back(batches.take_back())
+        self._group_claims.end(lane)
         pool.shutdown(wait=False)
 
     def _ahead(self, lane: Lane) -> int:
@@ -249,9 +263,8 @@ class Worker:
         if not room or self._stop.is_set():
             return [], NOTHING
         try:
-            size = lane.batch()
-            rows, grant = self._claim_granted(lane, room * size, wake_up)
-            return [rows[start : start + size] for start in range(0, len(rows), size)], grant
+            rows, grant = self._claim_granted(lane, room * lane.batch(), wake_up)
+            return lane.batches_of(rows), grant
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", lane=lane.name, error=str(error))
         except Exception:

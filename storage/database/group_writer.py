@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import structlog
 from sqlmodel import Session
 
 from storage.database.turnstile import SQLITE_BUSY_SECONDS
@@ -47,6 +48,9 @@ class _Write:
     durable: Future[Any] = field(default_factory=Future)
 
 
+log = structlog.get_logger()
+
+
 class _Waits(Exception):
     """The operation would keep its group waiting for a row."""
 
@@ -64,11 +68,12 @@ class GroupWriter:
         transaction: Transaction,
         own_transaction: Transaction,
         rest: Callable[[], None],
-        at_end: Callable[[Session], object],
+        at_end: Callable[[Session], Callable[[bool], None] | None],
     ) -> None:
         """`transaction`: of a group, which does not wait long for a row. `own_transaction`: of one operation.
         `rest`: called by the writer's thread when there was no operation for a while, and at its end.
-        `at_end`: the last operation of each group. Without it the group is committed where it fails."""
+        `at_end`: the last operation of each group. Without it the group is committed where it fails. It may return a
+        function that is called with whether the group was committed."""
         self._transaction = transaction
         self._own_transaction = own_transaction
         self._rest = rest
@@ -156,6 +161,7 @@ class GroupWriter:
                 if isinstance(error, SessionReplaced) and not has_new_session:
                     has_new_session = True
                     continue
+                _end(done, results, last, is_committed=False)
                 waits = _is_about_a_lock(error)
                 failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
                 for write in failed:
@@ -166,3 +172,13 @@ class GroupWriter:
                     if write not in last:
                         write.durable.set_result(result)
                 group = [write for write in group if write not in done]
+                _end(done, results, last, is_committed=True)
+
+
+def _end(done: list[_Write], results: list[Any], last: list[_Write], *, is_committed: bool) -> None:
+    """Call the function that the last operation returned, if it was reached."""
+    if last and len(results) == len(done) and done[-1:] == last and results[-1] is not None:
+        try:
+            results[-1](is_committed)
+        except Exception:
+            log.exception("worker.step_failed", job="group_end")

@@ -173,7 +173,8 @@ class Database:
             self._autocommit_writer = self._autocommit_reader = self.writer.execution_options(
                 isolation_level="AUTOCOMMIT"
             )
-        self.at_group_end: Callable[[Session], object] = lambda _: None  # the last operation of each group of writes
+        # The last operation of each group of writes. What it returns is called with whether the group was committed.
+        self.at_group_end: Callable[[Session], Callable[[bool], None] | None] = lambda _: None
         self._make_group_writer()
         forks.renew_in_children(self)
 
@@ -339,6 +340,10 @@ class Database:
         if not self.is_sqlite and not session.info.get(WAKE_CHANNEL):
             session.connection().exec_driver_sql(f"NOTIFY {WAKE_CHANNEL}")
         session.info[WAKE_CHANNEL] = True
+
+    def wakes(self, session: Session) -> bool:
+        """Whether this transaction wakes workers."""
+        return bool(session.info.get(WAKE_CHANNEL))
 
 
 def _sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine:
