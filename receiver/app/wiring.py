@@ -251,7 +251,8 @@ class Parts:
     @cached_property
     def subscriptions(self) -> Sequence[outbox.Subscription]:
         sinks = [outbox.Subscription(entry.name, entry.names) for entry in self.settings.event_entries]
-        return (*sinks, outbox.Subscription(client_callback.NAME, client_callback.EVENTS, of_clients=True))
+        names = client_callback.events(self.settings.gateway_results)
+        return (*sinks, outbox.Subscription(client_callback.NAME, names, of_clients=True))
 
     def sequence(self) -> int:
         """Number new events and queue them for their sinks. Returns how many."""

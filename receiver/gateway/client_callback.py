@@ -19,7 +19,7 @@ from sqlmodel import col, select
 from receiver.base.signature import Signer, client_secret
 from receiver.events.dispatcher import Message, NotTried, Outcome, SinkGone, SinkRefused
 from receiver.events.http_post import Poster
-from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, callback_body
+from receiver.gateway.answers import ENDS_OF_ARCHIVE, STATUS_OF_EVENT, ResponseFormat, Results, callback_body
 from receiver.gateway.callback_turns import CallbackTurns
 from storage.circuit import PAUSE_CAP_SECONDS, Circuit
 from storage.database.sessions import Database
@@ -29,8 +29,6 @@ from storage.rows.models import Event, Task
 
 NAME = "client"
 NAMESPACE = uuid.UUID("4c0f6a55-2f0e-4f0c-9f0b-6b7d1d1c3f9e")
-# The events that may concern a client; `callback_body` decides.
-EVENTS = frozenset(str(name) for name in (*STATUS_OF_EVENT, *ENDS_OF_ARCHIVE))
 MEDIA_TYPE = "application/json; charset=utf-8"
 THREADS = 8
 # A third of the time that an operator's own receiver has. A client that works longer should answer first.
@@ -46,6 +44,15 @@ def callback_id(event_id: str) -> str:
     otherwise drop one of the two.
     """
     return str(uuid.uuid5(NAMESPACE, event_id))
+
+
+def events(results: Results) -> frozenset[str]:
+    """The events that may concern a client; `callback_body` decides.
+
+    A client that was told the provider's success is told no end of the archive. Queuing it was two transactions a task.
+    """
+    ends = ENDS_OF_ARCHIVE if results == "archived" else ()
+    return frozenset(str(name) for name in (*STATUS_OF_EVENT, *ends))
 
 
 class Clients:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from receiver.gateway.answers import ResponseFormat, Results, callback_body, created, new_record, record, status_of
+from receiver.gateway.client_callback import events
 from receiver.providers.kling.report import read_report
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, TaskState
@@ -194,6 +195,13 @@ def test_late_callback_body_has_the_status_of_its_event() -> None:
     """The body is made when it is sent, perhaps long after its event."""
     shown = bodies(ALL_ARCHIVED)[1]
     assert (shown["task_status"], shown["task_result"]) == ("submitted", {})
+
+
+@pytest.mark.parametrize("results", ["archived", "provider"])
+def test_no_end_of_an_archive_is_queued_for_a_client_that_was_told_the_success_before(results: Results) -> None:
+    queued = events(results)
+    assert {ALL_ARCHIVED[place] for place in statuses(ALL_ARCHIVED, results)} <= queued
+    assert ("task.archived" in queued) is (results == "archived")
 
 
 def test_same_event_makes_the_same_bytes() -> None:
