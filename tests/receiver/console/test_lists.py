@@ -126,10 +126,10 @@ NONSENSE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("query", NONSENSE)
-def test_invalid_filter_in_a_url_is_ignored(ann: Reader, query: str) -> None:
-    for path in ("/tasks", "/gallery", "/deliveries", "/events", "/batches"):
-        assert ann.get(f"{path}?{query}").status_code == 200
+def test_invalid_filter_in_a_url_is_ignored(ann: Reader) -> None:
+    for query in NONSENSE:
+        for path in ("/tasks", "/gallery", "/deliveries", "/events", "/batches"):
+            assert ann.get(f"{path}?{query}").status_code == 200, (path, query)
 
 
 def test_an_id_with_a_nul_is_no_task(ann: Reader) -> None:
@@ -193,18 +193,19 @@ def test_latencies_are_a_bounded_sample_with_the_ranks_of_all(parts: Parts) -> N
     assert abs((rollups._rank(found, 0.5) or 0) - 75) <= 3 and abs((rollups._rank(found, 0.95) or 0) - 142) <= 3
 
 
-@pytest.mark.parametrize("span", ["24h", "30d"])
-def test_overview_has_eight_charts(parts: Parts, web: Web, span: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overview_has_eight_charts(parts: Parts, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.operations.kept_results.PAUSE_SECONDS", 0.0)
     archive(parts, 2)
     with Reader(web.url) as ann:
-        path = f"?span={span}"
-        page = wait_until(
-            lambda: (seen := ann.page(path)) and "data-counting" not in seen and seen, seconds=90, every=0.3
-        )
-    names = re.findall(r'aria-label="([^"]+) over time"', page)
-    assert len(names) == 8 and page.count("<rect") >= 4, names
-    assert all(each in page for each in ("Bytes archived", "p95", "USD", "Callbacks lost"))
+        for path in ("?span=24h", "?span=30d"):
+            page = wait_until(
+                lambda path=path: (seen := ann.page(path)) and "data-counting" not in seen and seen,  # type: ignore[misc]
+                seconds=90,
+                every=0.3,
+            )
+            names = re.findall(r'aria-label="([^"]+) over time"', page)
+            assert len(names) == 8 and page.count("<rect") >= 4, (path, names)
+            assert all(each in page for each in ("Bytes archived", "p95", "USD", "Callbacks lost")), path
 
 
 def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
