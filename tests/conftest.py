@@ -96,15 +96,19 @@ def is_for_both_databases_alone(item: pytest.Item) -> bool:
 
 
 def deal_slow_tests(items: list[pytest.Item]) -> None:
-    """Give each worker its share of the slow tests. xdist deals out the tests in equal parts, in order."""
+    """Give each worker but one its share of the slow tests. xdist deals out the tests in equal parts, in order.
+
+    Slow tests mostly wait. The last worker starts with others, which use the processor meanwhile.
+    """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     units = [[item] for item in items if item.path.name in SLOW or item.get_closest_marker("campaign")]
     units += [[item for item in items if item.path.name == name] for name in sorted(SLOW_AND_WHOLE)]
     taken = {item for unit in units for item in unit}
     others = [item for item in items if item not in taken]
     parts, start = [], 0
+    shares = max(1, workers - 1)
     for worker in range(workers):
-        first = [item for unit in units[worker::workers] for item in unit]
+        first = [item for unit in units[worker::shares] for item in unit] if worker < shares else []
         end = start + math.ceil(len(items) / workers) - len(first)
         parts += [*first, *others[start:end]]
         start = max(start, end)
