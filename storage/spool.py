@@ -18,7 +18,7 @@ from typing import IO, Any, BinaryIO, cast
 from storage.errors import SpoolUnavailable
 
 # Nearly every picture (about 3 MB) fits into memory. Eight threads hold 32 MiB, and those beside them that wait for
-# commits as much again.
+# commits twice as much.
 SPOOL_MEMORY_BYTES = 4 * 1024 * 1024
 SPOOL_PREFIX = "receiver-spool-"
 # Far longer than a fetch and the put after it may take. A spool file this old belongs to a crashed process.

@@ -82,8 +82,9 @@ class Parts:
 
     @property
     def archive_threads(self) -> int:
-        """Twice as many as there are downloads at once: a thread that waits for a commit lends its place."""
-        return 2 * self.settings.worker_threads + spare_threads(self.settings.worker_threads)
+        """More than there are downloads at once: a thread that waits for a commit lends its place."""
+        downloads = self.settings.worker_threads
+        return (1 + jobs.LENT_SHARE) * downloads + spare_threads(downloads)
 
     @cached_property
     def kling(self) -> Kling:

@@ -93,7 +93,7 @@ def test_a_worker_that_stops_waits_for_lent_rows(database: Database, desk: Desk)
     assert len(desk.done) == 3
 
 
-def test_the_archive_lends_as_many_places_as_it_has_downloads(parts: Parts) -> None:
+def test_the_archive_lends_two_places_for_each_download(parts: Parts) -> None:
     own, spare = (lane for lane in parts.lanes() if lane.model is Asset)
-    assert (own.threads, own.batches.most_lent) == (parts.settings.worker_threads,) * 2
+    assert (own.threads, own.batches.most_lent) == (parts.settings.worker_threads, 2 * parts.settings.worker_threads)
     assert spare.batches.most_lent == 0
