@@ -43,7 +43,7 @@ from __future__ import annotations
 class Retry(Exception):
     """The same work may succeed later. `after`: seconds to wait as the other side asked, None for our own backoff.
 
-    `is_outage`: whether the other side as a whole is away or refuses us, for a circuit; None = unknown.
+    `is_outage`: whether the other side as a whole is down or refuses us, for a circuit; None = unknown.
     """
 
     is_outage: bool | None = True

@@ -30,7 +30,7 @@ from tests.fuzz import ODD_VALUES
 from tests.unreported_tasks import drawn, encoded
 
 MIB = 2**20
-# A body is in memory as received and as parsed, and its text in progress in three more copies.
+# A body is in memory as received and as parsed. While it is processed, its text has three more copies.
 COPIES, COPIES_OF_A_TEXT, MOST_With_BYTES = 2, 3, 6 * MIB
 # Bodies before the first measurement of memory, and the allowed growth of the process after a tenth of all.
 FIRST, MOST_GROWTH_BYTES = 200, 32 * MIB

@@ -71,7 +71,7 @@ def test_image_runs_without_privileges_and_stops_in_order() -> None:
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [(200, 0), (503, 1)])
-def test_health_check_asks_the_web(status: int, exit_code: int) -> None:
+def test_health_check_requests_healthz(status: int, exit_code: int) -> None:
     _, python_option, program = ast.literal_eval(re.search(r"^ +CMD (\[.+\])$", DOCKERFILE, re.MULTILINE)[1])  # type: ignore[index]
     with _web(status=status) as web:
         environment = os.environ | {"RECEIVER_PORT": str(web.server_port)}

@@ -110,7 +110,7 @@ WORK_OF_EACH = {
 
 
 def update_work_gauges(measures: Mapping[str, Any] | None) -> None:
-    """Set the gauges. None: the database is away. They become NaN, because no number is better than an old one."""
+    """Set the gauges. None: the database is down. They become NaN, because no number is better than an old one."""
     for name, gauge in (*WORK.items(), *DEPRECATED.items()):
         _set(gauge, measures[name] if measures else None)
     for group, gauges in WORK_OF_EACH.items():

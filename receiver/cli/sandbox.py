@@ -40,7 +40,7 @@ def demo(
         Path | None,
         typer.Option(help="A new directory for rows, objects and log. It is kept.", show_default="a temporary one"),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds until it gives up.", min=0.1)] = 120,
+    timeout: Annotated[float, typer.Option(help="Seconds after which the sandbox gives up.", min=0.1)] = 120,
 ) -> None:
     """Show everything working on this machine: five requests, their callbacks, their pictures in an S3 bucket.
 

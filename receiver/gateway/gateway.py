@@ -7,7 +7,7 @@
     GET  /kling/openapi.json                    the OpenAPI document; needs no key
 
 401 no valid key (no body read, no query) · 404/1202 another path or method · 408 a slow body · 413 a long one
-429/1302 more at once than the limits allow · 503/5001 the database is away and no row is known to be committed, or the
+429/1302 more at once than the limits allow · 503/5001 the database is down and no row is known to be committed, or the
 server ends before a duplicate has the first's answer. Everything else as Kling answers it.
 """
 

@@ -155,7 +155,7 @@ class Adopter:
 
 
 def _with_retries(ask: Callable[[], T]) -> T:
-    """Call, and repeat while the provider is away, throttles us, or other readers use up the rate limit. Raises the
+    """Call, and repeat while the provider is down, throttles us, or other readers use up the rate limit. Raises the
     last error.
     """
     failures = turns = 0

@@ -98,7 +98,7 @@ class CreateStep:
     def _is_ready(self, task: Task) -> bool:
         """Whether the row may be sent as it was committed: its lease is fresh, and no refusal of the account is known.
 
-        A read. Noting the same once more was a transaction of each create, with an fsync.
+        It only reads: a second write of the same state cost each create a transaction with an fsync.
         """
         rest = self._lease_seconds * FRESH_SHARE
         is_fresh = (claims.is_held(task, rest), col(Task.sent_at) >= db_now_once(rest - self._lease_seconds))

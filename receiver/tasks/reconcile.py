@@ -33,7 +33,7 @@ from storage.states import CallbackState, Report, TaskState
 log = structlog.get_logger()
 
 NEVER_REPORTED = "never_reported"
-# The longest wait between two calls to a provider that is away, whatever the task's own poll delay is.
+# The longest wait between two calls to a provider that is down, whatever the task's own poll delay is.
 READ_RETRY_CAP_SECONDS = 300
 # The limit of a batch call (KLING §3).
 BATCH = 20
@@ -104,7 +104,7 @@ class Reader:
         log.info("provider.batch_reads_not_supported", provider=provider)
 
     def _read_each(self, rows: Sequence[Task]) -> int:
-        """Read one task after the other until the provider is away. Returns how many it knows."""
+        """Read one task after the other until the provider is down. Returns how many it knows."""
         known, away = 0, None
         for row in rows:
             try:

@@ -48,7 +48,7 @@ FULL_RETRY_AFTER_SECONDS, OVERDRAWN_RETRY_AFTER_SECONDS = 3_600, 10
 
 
 class AccountRefused(Exception):
-    """The account URL takes no delivery like this one now. `words`, `outcome`: of the answer and of its metric."""
+    """The account URL takes no delivery like this one now. `words`: of the answer. `outcome`: of its metric."""
 
     def __init__(self, words: str, outcome: str, retry_after_seconds: int) -> None:
         super().__init__(words)

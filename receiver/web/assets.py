@@ -2,7 +2,7 @@
 
 200, 206 the bytes, where readers cannot reach the store or RECEIVER_STREAM_ASSETS is set · 302 a fresh presigned link
 304 the reader has the file already · 404 no such token (decided without a query), file or extension
-416 a range behind the end of the file · 503 too many readers, or the store or database is away. HEAD never redirects.
+416 a range behind the end of the file · 503 too many readers, or the store or database is down. HEAD never redirects.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Stream:
         except ValueError as error:
             return _refusal(400, str(error))
         except DatabaseUnavailable:
-            return _unavailable(b"the database is away")
+            return _unavailable(b"the database is down")
         self._announce(newest)
         if asked is not None and asked > newest:
             return _refusal(400, f"no event has the number {asked} yet; the newest is {newest}")

@@ -68,8 +68,7 @@ class Tarpit:
 class KeylessAnswers:
     """Holds answers that need no key back while there are many of them, refusals included.
 
-    Whoever waits for one sends no next request on that connection, so a flood takes as much of the processor as its
-    connections are many, and not as much as there is.
+    A client that waits sends no next request on its connection, so the number of connections bounds the CPU of a flood.
     """
 
     def __init__(self) -> None:
@@ -77,7 +76,7 @@ class KeylessAnswers:
         self._tarpit = Tarpit()
 
     async def wait(self) -> None:
-        """Call it before each such answer."""
+        """Delay an answer that needs no key if there were too many this second."""
         if self._prompt.is_spent:
             await self._tarpit.wait(HOLD_SECONDS, most=MAX_HELD)
         else:

@@ -30,7 +30,7 @@ from storage.errors import UserError
 log = structlog.get_logger()
 
 # The restart delay of a worker that dies soon after its start: 1, 2, 4 … 30 s. A worker that lived longer than this
-# starts again with the first delay. A worker that is killed once a minute is no crash loop: with 60 s here it was away
+# starts again with the first delay. A worker that is killed once a minute is no crash loop: with 60 s here it was down
 # up to 30 s each time.
 RESTART_FIRST_SECONDS, RESTART_CAP_SECONDS = 1.0, 30.0
 LIVED_SECONDS = 10.0

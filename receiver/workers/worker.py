@@ -100,7 +100,7 @@ class Worker:
         self._wake_ups.wake_all()
 
     def run(self) -> None:
-        """Work until `stop()`. On return, unfinished rows are released, unless the database is away."""
+        """Work until `stop()`. On return, unfinished rows are released, unless the database is down."""
         if (registered := self._register()) is None:
             return
         self._id = registered

@@ -82,7 +82,8 @@ _FOLLOWING = select(*_COLUMNS).where(*_WAITS, bindparam("line") == _LINE).order_
 class Waiting(NamedTuple):
     """A queued task. `queue`: its batch, None outside of batches. `ready`: its backoff is over.
 
-    `line`: the tasks of its queue with its model; a paused model holds back its lines alone. `place`: in the queue.
+    `line`: the tasks of its queue with its model; a paused model holds back its lines alone. `place`: its position in
+    the queue.
     """
 
     id: uuid.UUID

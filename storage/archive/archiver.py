@@ -53,7 +53,7 @@ LINK_OLD_SECONDS = 900.0
 # The share of the configured lifetime that is used. It counts from the report of the task's end, and a poll reports the
 # end late.
 LIFE_SHARE = 0.95
-# Failed tries that a file's row keeps for its task's timeline. A host that is away for a day is tried some twenty
+# Failed tries that a file's row keeps for its task's timeline. A host that is down for a day is tried some twenty
 # times.
 KEPT_TRIES, MAX_TRY_CHARS = 12, 300
 # A bad path breaks transfers at any byte. Three of the kept tries that end at the same one are the file's own fault.

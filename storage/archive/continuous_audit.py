@@ -205,7 +205,7 @@ class ContinuousAudit:
             except Exception as error:
                 if tries + 1 < TRIES or isinstance(error, DatabaseUnavailable):
                     raise
-                # A store that lists the folder is not away, so the object is at fault. A store that is away raises at
+                # A store that lists the folder is not down, so the object is at fault. A store that is down raises at
                 # the listing.
                 folder_counts = Counts(folders=1, objects=sum(1 for _ in self._bucket.list(folder)))
                 folder_counts.found[FindingKind.UNREADABLE.value] += 1

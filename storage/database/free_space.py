@@ -15,7 +15,7 @@ class Disk:
     """`is_short`: whether the disk was nearly full at the last `check_soon`.
 
     A check may hang with the disk. So the thread that writes to the disk checks, and event loops only read `is_short`.
-    `free_share`: returns the free part, 0..1.
+    `free_share`: returns the free part of the disk, 0 to 1.
     """
 
     def __init__(self, free_share: Callable[[], float]) -> None:

@@ -1,4 +1,4 @@
-"""Outages: a database that is away or refuses us. Logs its own message, one line for each change of state."""
+"""Outages: a database that is down or refuses us. Logs its own message, one line for each change of state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ AT_FAULT = ("28", "3D", "0A000", "42501", "42P01", "25006", "53", "57", "58", "X
 NO_PRIVILEGE, NO_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
 DENIED = re.compile(r"^permission denied for (table|sequence|schema) (\S+)$")
 PRIVILEGES = {"table": "SELECT, INSERT, UPDATE, DELETE", "sequence": "USAGE, SELECT", "schema": "USAGE, CREATE"}
-NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # SQLite's messages
+NOT_OPENED, LOCKED = "unable to open database file", "database is locked"  # messages of SQLite
 # psycopg's prefix before the message of the server or of the network.
 CONNECTION_PREFIX = re.compile(r"^connection failed: |connection to server at [^\n]*?failed: (?:FATAL: +)?")
 # If a name has several addresses, or the URL several hosts, psycopg lists their answers after the last one.

@@ -71,7 +71,7 @@ class SqliteWaker:
                 log.warning("waker.poll_failed", error=type(error).__name__)
             self._is_lost = True
             self._disconnect()
-            time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
+            time.sleep(min(seconds, 1))  # the database is down; its caller polls meanwhile
             return True
         before, self._seen, self._is_lost = self._seen, version, False
         return before != version
@@ -149,7 +149,7 @@ class PostgresWaker:
             self._woke_at = time.monotonic()
         except self._driver.Error:  # a standby's refusal to listen, too
             self.close()
-            time.sleep(min(seconds, 1))  # the database is away; its caller polls meanwhile
+            time.sleep(min(seconds, 1))  # the database is down; its caller polls meanwhile
         return True
 
     def _pause(self) -> None:

@@ -152,7 +152,7 @@ class Connections:
                 stream.close()
 
     def close(self) -> None:
-        """Close all. What a thread still requests is closed at its end and no longer kept."""
+        """Close all connections. One that a thread still opens is closed after its request."""
         with self._lock:
             self._closed = True
             streams = [*self._busy, *(stream for _, _, stream in self._idle)]

@@ -183,7 +183,7 @@ def unusable_files(session: Session) -> UnusableFiles:
 
 
 def store_waits(session: Session) -> dict[str, int]:
-    """How many files wait because the store was away or refused them, by its answer to their last try.
+    """How many files wait because the store was down or refused them, by its answer to their last try.
 
     Covers the STORE_WAITS_READ files whose next try is the latest, and the STORE_CAUSES most frequent answers.
     """

@@ -22,7 +22,7 @@ def renewing_lease(database: Database, row: Row, *, lease_seconds: float) -> Ite
     """Renew the claim on `row` every third of `lease_seconds` until the block ends.
 
     A lost claim stays lost: `claims.settle` raises `LostClaim`, and so does `claims.update_claimed` before. While the
-    database is away, renewal is tried again a third later. After a crash the lease runs out. `lease_seconds`: of the
+    database is down, renewal is tried again a third later. After a crash the lease runs out. `lease_seconds`: of the
     claim and of each renewal.
     """
     with background_thread("lease-renewal", lambda ended: _renew(database, row, lease_seconds, ended)):

@@ -1,4 +1,4 @@
-"""The store is away under load: callbacks are acknowledged, nothing is given up, everything is archived afterwards.
+"""The store is down under load: callbacks are acknowledged, nothing is given up, everything is archived afterwards.
 
 `STORE_OUTAGE_SECONDS=60` is the long form, on both databases.
 """

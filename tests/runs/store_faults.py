@@ -1,6 +1,6 @@
 """The cost of the store's faults: `python -m tests.runs.store_faults --database postgresql`.
 
-First the store is away again and again for longer than a link lives. Then a proxy in front of it refuses a few large
+First the store is down again and again for longer than a link lives. Then a proxy in front of it refuses a few large
 files, and many small ones must not wait for them. The web server, a worker process, the sandbox and SeaweedFS.
 """
 
@@ -85,7 +85,7 @@ class Store(Scene):
 
 
 def outages(folder: Path, *, database: str, rounds: int = ROUNDS, away_seconds: float = AWAY_SECONDS) -> Outcome:
-    """Links expire while the store is away. Afterwards everything continues by itself."""
+    """Links expire while the store is down. Afterwards everything continues by itself."""
     knobs = Knobs(picture_bytes=SMALL_BYTES, result_lifetime_seconds=LINK_SECONDS, fresh_urls_on_read=True)
     outcome, after = Outcome(), []
     with Store(folder / "outages", database, knobs) as scene:

@@ -77,7 +77,7 @@ def test_change_of_any_bit_is_refused() -> None:
 
 @pytest.mark.parametrize("place", range(CHARACTERS))
 def test_change_of_any_character_is_refused(place: int) -> None:
-    """Also of the last one, whose two lowest bits are padding."""
+    """The last one is included, although its two lowest bits are padding."""
     others = [GOOD[:place] + other + GOOD[place + 1 :] for other in ALPHABET if other != GOOD[place]]
     assert len(others) == 63 and not any(BOTH.read("kling", other) for other in others)
 

@@ -550,7 +550,7 @@ def test_memory_of_a_refused_body_is_freed_at_once(web: Web) -> None:
 
 
 @ON_SQLITE
-def test_an_unknown_task_is_1201_in_klings_words(web: Web) -> None:
+def test_an_unknown_task_is_1201_in_klings_format(web: Web) -> None:
     for name in ("42", "a%2Fb", "%00", "%0A", "%ED%A0%80", "..%2F..", "x" * 1_000):
         answer = call(web, "GET", f"{PATH}/{name}")
         assert status_and_code(answer) == (400, 1201), name

@@ -229,7 +229,7 @@ def test_a_task_silent_for_one_lifetime_is_failed_and_a_late_success_still_wins(
 
 @pytest.mark.parametrize(("fault", "state"), [("1103", TaskState.FAILED), ("5001", TaskState.SUBMITTED)])
 def test_only_an_answer_ends_a_silent_task(unpaced: Parts, sandbox: Sandbox, fault: str, state: TaskState) -> None:
-    """A provider that refuses us has answered; one that is away has not."""
+    """A provider that refuses us has answered; one that is down has not."""
     (task,) = submit(unpaced, 1)
     with unpaced.database.write() as session:
         session.execute(update(Task).values(submitted_at=LONG_AGO))

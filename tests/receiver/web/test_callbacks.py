@@ -467,7 +467,7 @@ def test_refused_and_unstored_deliveries_are_logged_once_a_minute(web: Web, part
 
 
 @SIGNED
-def test_refused_deliveries_to_the_account_are_kept_again_once_others_came(
+def test_refused_deliveries_to_the_account_are_kept_again_after_others_came(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callbacks, "MAX_REJECTED_PER_TASK", 1)

@@ -271,7 +271,7 @@ def test_a_stream_while_the_database_is_away_says_when_to_reconnect(
         change.setattr(parts.database, "reader", away.reader)
         answer = httpx.get(f"{web.url}/events", headers=KEYS)
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-    assert answer.text == ": the database is away\nretry: 5000\n"
+    assert answer.text == ": the database is down\nretry: 5000\n"
     assert is_served(web)
 
 

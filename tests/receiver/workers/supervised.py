@@ -19,7 +19,7 @@ from receiver.workers.supervisor import Supervisor
 
 
 def fork_once_refused() -> Callable[[], int]:
-    """`os.fork` after the kernel killed a worker for lack of memory, which the next worker does not get either."""
+    """An `os.fork` that fails once for lack of memory, as after the kernel killed a worker."""
     fork, refused = os.fork, [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))]
 
     def tried() -> int:

@@ -280,7 +280,7 @@ def test_rare_states_are_found_by_their_partial_indexes(database: Database) -> N
 
 
 def refused_puts(parts: Parts) -> None:
-    """Three files over a proxy's limit, one while the store was away, and two that wait for other causes."""
+    """Three files over a proxy's limit, one while the store was down, and two that wait for other causes."""
     answer = {"Error": {"Code": "413"}, "ResponseMetadata": {"HTTPStatusCode": 413}}
     over = ClientError(answer, "PutObject")  # type: ignore[arg-type]
     away = EndpointConnectionError(endpoint_url="http://store.example:9000")
