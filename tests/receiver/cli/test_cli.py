@@ -174,11 +174,24 @@ def test_users_mistake_is_one_line_without_a_traceback(case: str, ready: Command
     assert (done.code, len(done.err.splitlines()), said in done.err) == (1, 1, True), done.err
 
 
-@pytest.mark.parametrize("fault", ['{}["key"]', "[][0]", 'b"\\xff".decode()', 'int("x")'])
-def test_a_bug_shows_its_traceback_whatever_its_class(fault: str) -> None:
-    program = f"from receiver.cli import main\nmain.app.command('bug')(lambda: {fault})\nmain.main()"
-    done = subprocess.run([sys.executable, "-c", program, "bug"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "Traceback (most recent call last):")
+BUGS = """
+import os, sys
+from receiver.cli import main
+for number, bug in enumerate((lambda: {}["key"], lambda: [][0], lambda: b"\\xff".decode(), lambda: int("x"))):
+    main.app.command(f"bug{number}")(bug)
+    if not os.fork():
+        sys.argv = ["receiver", f"bug{number}"]
+        main.main()
+    print("exit", os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
+"""
+
+
+def test_a_bug_shows_its_traceback_whatever_its_class() -> None:
+    done = subprocess.run([sys.executable, "-c", BUGS], capture_output=True, text=True, timeout=60)
+    shown = done.stderr.split("exit 1\n")
+    assert [each.splitlines()[0] for each in shown[:-1]] == ["Traceback (most recent call last):"] * 4
+    named = ("KeyError", "IndexError", "UnicodeDecodeError", "ValueError")
+    assert all(each.splitlines()[-1].startswith(name) for each, name in zip(shown[:-1], named, strict=True))
 
 
 def test_request_is_read_from_a_file(ready: CommandLine, sandbox: Sandbox) -> None:

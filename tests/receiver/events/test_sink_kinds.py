@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -355,18 +356,20 @@ def test_unread_pipe_delays_no_other_sink(tmp_path: Path) -> None:
 
 
 WRITER = """
+import pathlib, pickle, sys
 from receiver.events.lines import Lines
-from tests.sink_pairs import messages
-batch = messages(100, note="x" * 600)
+batch = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
 for _ in range(10):
     assert Lines(None).send(batch) == [None] * 100
 """
 
 
-def test_lines_of_several_processes_on_one_pipe_are_whole() -> None:
+def test_lines_of_several_processes_on_one_pipe_are_whole(tmp_path: Path) -> None:
     """A pipe takes 4 KB at once. Longer lines go in pieces, between which other processes may write."""
     reader, writer = os.pipe()
-    command = [sys.executable, "-c", WRITER]
+    batch = tmp_path / "batch"
+    batch.write_bytes(pickle.dumps(messages(100, note="x" * 600)))
+    command = [sys.executable, "-c", WRITER, batch]
     writers = [subprocess.Popen(command, stdout=writer, cwd=ROOT) for _ in range(3)]
     os.close(writer)
     read = b""
