@@ -56,7 +56,7 @@ def waking(parts: Parts) -> Iterator[Result]:
         waker.check()
     except WakeFault as fault:
         if direct is None and fault.is_pooler:
-            line = f"a pooler stands before PostgreSQL; workers look for work every {POOLED_INTERVAL_SECONDS:g} s"
+            line = f"a pooler stands before PostgreSQL; workers check for work every {POOLED_INTERVAL_SECONDS:g} s"
             advice = "set RECEIVER_DATABASE_DIRECT_URL to PostgreSQL's own address, so that they are woken"
             yield Result("database: pooler", Status.NOTE, line, advice)
             return

@@ -37,7 +37,7 @@ def list_(
     dead: Annotated[bool, typer.Option("--dead", help="Only deliveries that were given up.")] = False,
     is_open: Annotated[bool, typer.Option("--open", help="Only deliveries that are not finished.")] = False,
     sink: Sink = None,
-    limit: Annotated[int, typer.Option(help="The most deliveries to list.", min=1, max=100_000)] = 100,
+    limit: Annotated[int, typer.Option(help="List at most this many deliveries.", min=1, max=100_000)] = 100,
     as_json: Json = False,
 ) -> None:
     """List deliveries that are open or dead, with their last error. Exit code 1 if there are dead ones."""

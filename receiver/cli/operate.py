@@ -55,7 +55,9 @@ def retry(
     all_failed: Annotated[bool, typer.Option("--all-failed", help="All files that were given up.")] = False,
     since: Since = None,
     error: Annotated[str | None, typer.Option(metavar="TEXT", help="Only if the error contains this text.")] = None,
-    limit: Annotated[int | None, typer.Option(help="The most files and tasks, the oldest first.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many files and tasks, the oldest first.", min=1)
+    ] = None,
     accept_unverified: Annotated[
         bool, typer.Option("--accept-unverified", help="Archive this one file although its structure check fails.")
     ] = False,

@@ -292,7 +292,7 @@ class DeliveryApplier:
         reports.note_called_back(task, report, tasks.now(session))
         if not any(facts.assets[name].unconfirmed for name in other):
             return Verdict(CallbackState.APPLIED, DECIDED)
-        task.note = f"an unsigned delivery names another file for {words}; the provider is asked"
+        task.note = f"an unsigned delivery names another file for {words}; the task is read at the provider"
         if not self._read_now(session, task, is_counted=not is_first):
             reports.reschedule(session, task, self._schedule, read_later=True)
         return Verdict(CallbackState.APPLIED, task.note)

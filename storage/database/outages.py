@@ -108,4 +108,4 @@ class Outages:
                 return
             lasted, self._began_at = self._failed_at - self._began_at, None
         if self.is_on:
-            log.info("database.recovered", was_away_seconds=round(lasted, 1))
+            log.info("database.recovered", was_down_seconds=round(lasted, 1))

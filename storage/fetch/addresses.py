@@ -313,7 +313,7 @@ def _host(text: str) -> str:
         try:
             text = idna.encode(text, uts46=True, std3_rules=True).decode("ascii")
         except (idna.IDNAError, UnicodeError):
-            raise FetchRefused("host is no valid international domain name") from None
+            raise FetchRefused("host is not a valid international domain name") from None
     host = text.lower().removesuffix(".")
     labels = host.split(".")
     if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):

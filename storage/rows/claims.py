@@ -219,7 +219,7 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
         raise LostClaim(f"{model.__tablename__} {row.id} is not claimed")
     owned: dict[str, Any] = {"row_id": row.id, "held": row.lease}
     columns, expressions = list[tuple[str, bool]](), dict[str, Any]()
-    for name, value in values.items():  # some twelve for each picture, twice
+    for name, value in values.items():  # runs twice a picture, with some twelve values
         is_time = isinstance(value, db_now)
         if isinstance(value, ClauseElement) and not is_time:
             expressions[name] = value

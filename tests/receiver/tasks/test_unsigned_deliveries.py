@@ -261,7 +261,7 @@ def test_the_first_contradiction_is_read_though_the_reads_are_spent(parts: Parts
     deliver(parts, task, body("succeed", 1, host=FORGED))
     spend_reads(parts, task)
     row = deliver(parts, task, body("succeed", 1))
-    assert "the provider is asked" in str(row.reason) and is_read_now(parts, task)
+    assert "the task is read at the provider" in str(row.reason) and is_read_now(parts, task)
     assert task_of(parts, task.external_task_id).callback_reads == apply_deliveries.MAX_READS_PER_TASK
     confirm(parts, task, body("succeed", 1))
     assert assets_of(parts, task)[0].source_url.startswith(OFFICIAL)
@@ -275,7 +275,7 @@ def test_contradictions_are_read_at_the_pace_of_polls_once_the_reads_are_spent(p
         assert is_read_now(parts, task)
         confirm(parts, task, body("processing"))
     before = parts.database.now()
-    assert "the provider is asked" in str(deliver(parts, task, body("succeed", 1)).reason)
+    assert "the task is read at the provider" in str(deliver(parts, task, body("succeed", 1)).reason)
     found = task_of(parts, task.external_task_id)
     assert found.step is Step.READ and found.due_at is not None
     assert found.due_at >= before + timedelta(seconds=parts.schedule.poll_after_seconds)

@@ -307,7 +307,7 @@ def test_worker_waits_at_its_start_for_a_database_that_is_away(
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_rows_unsettled_while_the_database_was_away_are_released(
+def test_rows_unsettled_while_the_database_was_down_are_released(
     database: Database, desk: Desk, postgres: Postgres
 ) -> None:
     """The rows are released when the database returns, long before their leases end."""
