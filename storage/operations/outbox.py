@@ -175,7 +175,7 @@ def _open_chains(session: Session, task_ids: Collection[uuid.UUID]) -> set[tuple
     return {(sink, task_id) for sink, task_id in session.exec(found.order_by(col(Dispatch.id)).with_for_update())}
 
 
-# -- the result of a sending ------------------------------------------------------------------------------------------
+# -- the result of an attempt -----------------------------------------------------------------------------------------
 
 
 def delivered(session: Session, row: Dispatch) -> None:

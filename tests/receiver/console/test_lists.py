@@ -64,7 +64,7 @@ def test_tasks_page_by_key_and_none_comes_twice(parts: Parts) -> None:
     assert sorted(seen) == [f"t{number}" for number in range(7)] and seen[0] == "t6"
 
 
-def test_tasks_are_filtered_by_state_model_time_and_words(parts: Parts) -> None:
+def test_tasks_are_filtered_by_state_model_time_and_text(parts: Parts) -> None:
     insert_row(parts, external_task_id="one", request={"prompt": "A Red kite 100%", "model_name": "m1"})
     insert_row(parts, external_task_id="two", state=TaskState.FAILED, created_at=LONG_AGO - timedelta(days=9))
     insert_row(parts, external_task_id="ids", archive=ArchiveState.INCOMPLETE, request={"prompt": 7})

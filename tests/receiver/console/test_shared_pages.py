@@ -159,5 +159,5 @@ def test_after_many_deliveries_the_last_change_is_announced_at_once() -> None:
     assert told_at(lambda now: min(now, 20) * 2_000, 70) == [1, 21]
 
 
-def test_a_change_after_quiet_is_told_at_the_next_look() -> None:
+def test_a_change_after_quiet_is_announced_at_the_next_check() -> None:
     assert told_at(lambda now: int(now >= 20), 70) == [1, 20]

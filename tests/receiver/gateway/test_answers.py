@@ -198,7 +198,7 @@ def test_late_callback_body_has_the_status_of_its_event() -> None:
 
 
 @pytest.mark.parametrize("results", ["archived", "provider"])
-def test_no_end_of_an_archive_is_queued_for_a_client_that_was_told_the_success_before(results: Results) -> None:
+def test_no_end_of_an_archive_is_queued_for_a_client_that_got_the_success_before(results: Results) -> None:
     queued = events(results)
     assert {ALL_ARCHIVED[place] for place in statuses(ALL_ARCHIVED, results)} <= queued
     assert ("task.archived" in queued) is (results == "archived")

@@ -184,7 +184,7 @@ def test_a_client_of_an_account_that_was_refused_lately_waits_in_the_queue(
     assert {task_of(parts, name).state for name in ("order-2", "order-3")} == {TaskState.SUBMITTED}
 
 
-def test_a_paused_account_is_shown_with_the_providers_words(
+def test_a_paused_account_is_shown_with_the_providers_message(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sandbox.set(create_faults=["1102"])

@@ -312,7 +312,7 @@ def test_another_file_causes_no_read_once_the_provider_named_its_own(webhook_id:
 
 
 @pytest.mark.parametrize("word", ["cancelled", "Canceled"])
-def test_other_providers_words_for_a_cancelled_task_mean_failed(word: str, parts: Parts) -> None:
+def test_other_providers_states_of_a_cancelled_task_mean_failed(word: str, parts: Parts) -> None:
     task = insert_row(parts)
     assert deliver(parts, task, body(word)).reason == BY_READ
     deliver(parts, task, body(word), webhook_id="msg_1")
@@ -320,7 +320,7 @@ def test_other_providers_words_for_a_cancelled_task_mean_failed(word: str, parts
 
 
 @pytest.mark.parametrize("word", ["SUCCESS", "completed", " Succeeded ", "done"])
-def test_other_providers_words_for_success_are_understood(word: str, parts: Parts) -> None:
+def test_other_providers_states_of_success_are_accepted(word: str, parts: Parts) -> None:
     task = insert_row(parts)
     assert deliver(parts, task, body(word, 1)).reason is None
     assert task_of(parts, task.external_task_id).state is TaskState.SUCCEEDED
