@@ -64,7 +64,7 @@ class PeriodicJob:
 
 
 class Batches:
-    """The batches of a lane: those in work, and those that wait for a thread (see `Lane.ahead`).
+    """The batches of a lane: those in progress, and those that wait for a thread (see `Lane.ahead`).
 
     A lane works on as many batches at once as it has threads. A thread that waits for a commit lends its place, and
     another one begins the next batch. Eight threads that archive small pictures were in such waits for 27 of 37
@@ -116,8 +116,9 @@ class Batches:
 
     @contextmanager
     def lent(self) -> Iterator[None]:
-        """Lend the place of a batch in work during the block. After the block the batch goes on at once, as its bytes
-        are there; while too many are in work, none begins."""
+        """Lend the place of a batch during the block. After the block the batch continues at once, because its bytes
+        have arrived. While too many are in progress, none begins.
+        """
         with self._lock:
             is_lent = self._lent < self.most_lent
             self._begun, self._lent = self._begun - is_lent, self._lent + is_lent

@@ -61,7 +61,7 @@ def test_worker_at_rest_checks_less_often_and_keeps_one_connection(database: Dat
 
 @pytest.mark.usefixtures("rests")
 def test_timers_of_a_worker_at_rest_are_few(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wake-up of a thread costs about as much as what it then finds nothing to do for."""
+    """A wake-up of a thread costs about as much as the check that then finds nothing."""
     waits = Counter[str]()
     counted = WakeUps.wait
 
