@@ -107,7 +107,7 @@ def run(parts: Parts, *lanes: str) -> int:
 
 @contextmanager
 def working(parts: Parts) -> Iterator[None]:
-    """A worker like in its process, in a thread of the test."""
+    """Run a worker in a thread of the test, as its own process would run it."""
     with running(parts.worker()):
         yield
 

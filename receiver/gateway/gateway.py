@@ -234,7 +234,7 @@ class Gateway:
             nonlocal size
             all_bytes, clients_bytes = self._body_bytes.total() + count, self._body_bytes[client] + count
             if all_bytes > MAX_BODIES_BYTES or clients_bytes > MAX_BODIES_BYTES * CLIENT_BODIES_SHARE:
-                raise too_fast("API request too fast: too many large requests are in hand")
+                raise too_fast("API request too fast: too many large requests are in progress")
             self._body_bytes[client] += count
             size += count
 

@@ -244,7 +244,7 @@ def test_writers_connection_is_kept_between_groups_and_returned_at_rest(
         database.write_in_group(lambda session: new_task(session))
     assert len(opened) == 1
     monkeypatch.setattr(group_writer, "KEEP_SECONDS", 0)
-    database.write_in_group(lambda _: None)  # the wait before it began with the old time
+    database.write_in_group(lambda _: None)  # the wait before this write began with the old KEEP_SECONDS
     pool = database.writer.pool
     wait_until(lambda: pool.checkedout() == 0)  # type: ignore[attr-defined]
 

@@ -74,7 +74,7 @@ def test_index_of_lines_matches_the_model(empty: Database) -> None:
 
 @skipped
 def test_the_due_indexes_hold_waiting_rows_only(database: Database) -> None:
-    """A partial index's condition is nothing that comparing metadata sees."""
+    """A comparison of metadata ignores the condition of a partial index."""
     dialect = database.reader.dialect.name
     for table, lane in (("task", ["step"]), ("callback", ["state"]), ("asset", []), ("dispatch", ["sink"])):
         indexes = {str(one["name"]): one for one in inspect(database.reader).get_indexes(table)}
