@@ -56,7 +56,9 @@ class Tarpit:
         self._waiting = 0
 
     async def wait(self, seconds: float, *, most: int) -> None:
-        """At most `most` wait at a time. Further ones do not: one that waits takes the memory of its connection."""
+        """At most `most` wait at a time. Further ones do not wait, because each one that waits keeps the memory of its
+        connection.
+        """
         if self._waiting < most:
             self._waiting += 1
             try:
