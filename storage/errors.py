@@ -9,7 +9,7 @@ Retry(after)          the same work may succeed later
 ├── NoSlots               the same by our own count: nothing was asked
 ├── FetchInterrupted      the transfer broke, or the file host said "later" (408 425 429 5xx)
 │   ├── FetchCut              it broke inside the body; at the same byte three times it counts as unusable
-│   └── FetchUnusable         an answer came and is no file to keep: a redirect we do not follow, other 4xx, an odd
+│   └── FetchUnusable         an answer came and is not a file to keep: a redirect we do not follow, other 4xx, an odd
 │       │                     part or coding, no HTTP. Tried again on a schedule over the file's life, then given up
 │       ├── NotAnAsset            the bytes are no picture, video or audio (an error page)
 │       └── AssetDamaged          an asset by its first bytes, broken inside (cut without a length)

@@ -86,12 +86,12 @@ def raw(body: bytes) -> str:
 
 
 def guarded(body: bytes) -> str:
-    """A body that is no JSON, for people who may see no signed link: up to its first URL's host."""
+    """A body that is not JSON, for people who may see no signed link: up to its first URL's host."""
     return seen(masked(body.replace(b"\0", b"").decode("utf-8", "backslashreplace")))
 
 
 def pretty(body: bytes) -> str | None:
-    """JSON with one value a line, each text up to its first URL's host. None if it is no JSON or too large."""
+    """JSON with one value a line, each text up to its first URL's host. None if it is not JSON or too large."""
     try:
         shown = json.dumps(masked_values(json.loads(body)), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError):

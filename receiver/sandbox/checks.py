@@ -187,7 +187,7 @@ def _callback_url(body: Mapping[str, Any], knobs: Knobs) -> str | None:
     try:
         parts = urlsplit(url)
         host = parts.hostname
-        _ = parts.port  # raises for text that is no number
+        _ = parts.port  # raises for text that is not a number
     except ValueError:
         raise Refused(1200, "callback_url is not a valid URL") from None
     if parts.scheme not in ("http", "https") or not host:

@@ -120,7 +120,7 @@ class Callbacks:
         self._providers = providers
         self._tokens = tokens
         self._schedule = schedule
-        self.fault: Fault | None = None  # of deliveries since one of that size was stored
+        self.fault: Fault | None = None  # why a delivery was not stored; None once one of its size is
         self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = RateLimit(READ_SOON_SECONDS), RateLimit(SAY_SECONDS)
         self._refused = _Refused()

@@ -156,7 +156,7 @@ class SignedRequests:
         """Put the whole file. Returns the store's response under boto3's names.
 
         `arguments`: those of `put_object`. Raises `ConditionFailed`. After `UnexpectedResponse` and botocore's timeouts
-        the object may or may not exist. An argument that is no text (a time) also raises `UnexpectedResponse`.
+        the object may or may not exist. An argument that is not text (a time) also raises `UnexpectedResponse`.
         """
         headers = {f"x-amz-meta-{name.lower()}": value for name, value in arguments["Metadata"].items()}
         for name in arguments.keys() - {"Bucket", "Key", "Metadata"}:

@@ -1,4 +1,4 @@
-"""Translates boto3's errors into ours, each with one line for an operator that holds no URL path and no secret."""
+"""Translates boto3's errors into ours. Each message is one line for an operator, without a URL path or a secret."""
 
 from __future__ import annotations
 

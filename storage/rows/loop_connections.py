@@ -93,7 +93,7 @@ def _sqlite(database: Database, *pragmas: str) -> sqlite3.Connection:
 class SqliteLoopReads:
     """Look-ups by an index in an event loop, some 15 µs each. SQLite's readers wait for no writer.
 
-    Raises `sqlite3.Error`, and `UnicodeError` for what is no text.
+    Raises `sqlite3.Error`, and `UnicodeError` for what is not text.
     """
 
     def __init__(self, database: Database) -> None:
