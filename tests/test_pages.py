@@ -113,7 +113,7 @@ def test_command_line_page_documents_every_command_once() -> None:
 
 
 @pytest.mark.parametrize(("column", "option"), [(2, "--dry-run"), (3, "--json")])
-def test_command_line_page_says_which_commands_have(column: int, option: str) -> None:
+def test_command_line_page_marks_the_commands_with_the_option(column: int, option: str) -> None:
     rows = {row[0].strip("`").removeprefix("receiver "): row for row in rows_of(text_of("command-line.md"), "command")}
     for verb, options in VERBS.items():
         assert rows[verb][column] == ("yes" if option in options else "–"), verb

@@ -1,7 +1,7 @@
 """The schema as numbered steps. A released step is never edited; see `versions/`.
 
-Alembic is imported only if there is something to do. Reading the current number from the database takes a start no
-time.
+Alembic is imported only if there is something to do. A start reads the current number from the
+database without it.
 """
 
 from __future__ import annotations
