@@ -158,6 +158,7 @@ class Submitter:
         The row keeps its id and takes the request of `wanted`. Returns the claimed row, which the caller sends; None if
         the id is taken. Raises `NoSlots` and `AccountRefused`.
         """
+        wanted.queued_at, wanted.slots = None, abs(wanted.slots)  # `insert` may have put it into the queue
         if refusal := pauses.refusal(session, wanted.provider, wanted.model):
             raise refusal
         is_late = self._slots.is_late(session, wanted)

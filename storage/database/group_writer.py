@@ -8,6 +8,7 @@ once. With a transaction each they queued at the disk and at the turnstile: thre
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -37,6 +38,8 @@ MAX_GROUP_SECONDS = 0.02
 # The longest wait of a caller: one turn at the turnstile and then SQLite's own lock.
 WAIT_SECONDS = 2.0 * SQLITE_BUSY_SECONDS
 CLOSE_SECONDS = 1.0
+# How often a bug in the last operation of the groups is logged. Each group would meet it.
+FAULT_SECONDS = 60.0
 # How long the writer's connection is kept for the next group.
 KEEP_SECONDS = 1.0
 
@@ -46,6 +49,10 @@ class _Write:
     operation: Callable[[Session], Any]
     task_id: uuid.UUID | None
     durable: Future[Any] = field(default_factory=Future)
+
+    def begins(self) -> bool:
+        """False: its caller has given up. A caller whose operation has begun waits for the outcome."""
+        return self.durable.running() or self.durable.set_running_or_notify_cancel()
 
 
 log = structlog.get_logger()
@@ -81,6 +88,7 @@ class GroupWriter:
         self._waiting: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._fault_at = -math.inf
 
     def commit(self, operation: Callable[[Session], Result], *, task_id: uuid.UUID | None = None) -> Result:
         """Apply `operation` in a transaction with others. Returns its result once that transaction has committed.
@@ -88,22 +96,30 @@ class GroupWriter:
         An error of the operation is raised here and fails no other: the transaction is rolled back, and the others are
         applied again. The operation may therefore run more than once, and must change only the session. `task_id`: the
         task that it locks. An operation that waits for another transaction's row gets a transaction of its own, in the
-        caller's thread, so that no other waits with it. Raises `DatabaseUnavailable` if nothing was committed, or after
-        `WAIT_SECONDS`, when it may be.
+        caller's thread, so that no other waits with it. Raises `DatabaseUnavailable` if nothing was committed: also
+        after `WAIT_SECONDS` in which the operation did not begin. It then never begins. If it has begun, and its end
+        takes as long again, it may be committed.
         """
         write = _Write(operation, task_id)
         self._waiting.put(write)
         if self._thread is None:
             self._start()
         try:
-            result: Result = write.durable.result(WAIT_SECONDS)
+            result: Result = self._outcome(write)
         except _Waits:
             with self._own_transaction() as session:
                 result = operation(session)
         except TimeoutError:
-            write.durable.cancel()
             raise DatabaseUnavailable(f"database: no commit within {WAIT_SECONDS:g} s") from None
         return result
+
+    def _outcome(self, write: _Write) -> Any:
+        try:
+            return write.durable.result(WAIT_SECONDS)
+        except TimeoutError:
+            if write.durable.cancel():
+                raise
+        return write.durable.result(WAIT_SECONDS)
 
     def close(self) -> None:
         """End the thread once the waiting operations are committed. A later operation starts another."""
@@ -133,7 +149,6 @@ class GroupWriter:
                     self._waiting.put(None)
                     break
                 group.append(write)
-            group = [write for write in group if write.durable.set_running_or_notify_cancel()]
             # Two transactions that lock the same tasks in different orders would wait for each other.
             self._commit(sorted(group, key=lambda write: (write.task_id is None, str(write.task_id))))
         self._rest()
@@ -150,6 +165,9 @@ class GroupWriter:
                     for write in [*group, *last]:
                         if results and time.monotonic() > end and write not in last:
                             continue
+                        if not write.begins():
+                            group.remove(write)
+                            continue
                         done.append(write)
                         at_fault = [write]
                         results.append(write.operation(session))
@@ -164,8 +182,11 @@ class GroupWriter:
                 _end(done, results, last, is_committed=False)
                 waits = _is_about_a_lock(error)
                 failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
+                if failed == last:
+                    self._log_fault(error)
                 for write in failed:
-                    write.durable.set_exception(_Waits() if waits else error)
+                    if write.begins():
+                        write.durable.set_exception(_Waits() if waits else error)
                 group, last = ([write for write in each if write not in failed] for each in (group, last))
             else:
                 for write, result in zip(done, results, strict=True):
@@ -173,6 +194,12 @@ class GroupWriter:
                         write.durable.set_result(result)
                 group = [write for write in group if write not in done]
                 _end(done, results, last, is_committed=True)
+
+    def _log_fault(self, error: BaseException) -> None:
+        """Nobody waits for the last operation of a group, so its fault is told here."""
+        if not _is_about_a_lock(error) and time.monotonic() > self._fault_at + FAULT_SECONDS:
+            self._fault_at = time.monotonic()
+            log.error("worker.step_failed", job="group_end", exc_info=error)
 
 
 def _end(done: list[_Write], results: list[Any], last: list[_Write], *, is_committed: bool) -> None:

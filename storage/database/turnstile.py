@@ -183,12 +183,13 @@ class _Threads:
 
     def __init__(self) -> None:
         lock = threading.Lock()
-        self._ordinary, self._urgent, self._returned = (threading.Condition(lock) for _ in range(3))
+        self._ordinary, self._urgent, self._returned, self._empty = (threading.Condition(lock) for _ in range(4))
         self._ordinary_waiting = self._urgent_waiting = 0
         self._is_taken = False
         self._is_offered = False  # to an urgent thread, with the file locked
         self._is_lent = False  # the thread whose turn it is waits
         self._is_passed_on = False
+        self._is_closing = False
 
     def enter(self, seconds: float, *, is_urgent: bool = False) -> bool | None:
         """Wait for a turn. Returns whether the file is locked already, None if there was no turn in that time."""
@@ -202,7 +203,7 @@ class _Threads:
                     lambda: (
                         (is_urgent and self._is_offered)
                         if self._is_taken
-                        else not (is_urgent and self._ordinary_waiting)
+                        else not (self._is_closing or (is_urgent and self._ordinary_waiting))
                     ),
                     seconds,
                 )
@@ -247,13 +248,19 @@ class _Threads:
         self._wake_next()
 
     def _wake_next(self) -> None:
-        if not self._is_taken:
+        if self._is_closing:
+            self._empty.notify()
+        elif not self._is_taken:
             (self._ordinary if self._ordinary_waiting else self._urgent).notify()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no thread is inside, and let none in meanwhile."""
         with self._ordinary:
-            self._ordinary.wait_for(lambda: not self._is_taken)
-            yield
-            self._wake_next()
+            self._is_closing = True
+            try:
+                self._empty.wait_for(lambda: not self._is_taken)
+                yield
+            finally:
+                self._is_closing = False
+                self._wake_next()

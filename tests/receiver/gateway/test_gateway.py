@@ -339,6 +339,16 @@ def test_create_without_free_slots_is_answered_1303_and_leaves_no_row(web: Web, 
     assert len(rows(parts)) == len(creates(sandbox)) == 1
 
 
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{**CHANGES, "kling_slots": 1}])
+def test_a_refused_id_is_not_sent_again_without_free_slots(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+    sandbox.set(submitted_seconds=600, create_faults=["1303"])
+    assert create(web, {**PLAIN, "external_task_id": ID}).status_code == 429
+    assert create(web, {**PLAIN, "external_task_id": "holds the slot"}).status_code == 200
+    assert status_and_code(create(web, {**PLAIN, "external_task_id": ID})) == (429, 1303)
+    assert [body["external_task_id"] for body in creates(sandbox)] == [ID, "holds the slot"]
+
+
 # -- a slow provider, many clients ------------------------------------------------------------------------------------
 
 

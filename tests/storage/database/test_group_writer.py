@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
+from structlog.testing import capture_logs
 
 from storage.database import group_writer
 from storage.database.sessions import Database
@@ -136,8 +137,10 @@ def test_a_fault_of_the_groups_last_operation_fails_none(database: Database) -> 
 
     database.at_group_end = fail
     assets = claimed(database, 2)
-    assert together(database, *map(settling, assets)) == [None] * 2
+    with capture_logs() as logs:
+        assert together(database, *map(settling, assets)) == [None] * 2
     assert states(database, assets) == [AssetState.ARCHIVED] * 2
+    assert [(each["event"], each["job"]) for each in logs] == [("worker.step_failed", "group_end")]
 
 
 def test_a_lost_lease_fails_itself_alone(database: Database) -> None:
@@ -180,6 +183,53 @@ def test_a_caller_waits_no_longer_than_its_patience(database: Database, monkeypa
             database.write_in_group(settling(assets[0]))
     database.write_in_group(lambda _: None)
     assert states(database, assets) == [AssetState.DUE]  # given up, so not done later
+
+
+def test_a_write_that_is_given_up_while_its_transaction_cannot_begin_is_never_applied(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caller has answered that nothing was kept."""
+    begins, go_on = threading.Event(), threading.Event()
+    transaction = database._group_writer._transaction
+
+    @contextmanager
+    def late() -> Iterator[Session]:
+        begins.set()
+        go_on.wait(SECONDS)
+        with transaction() as session:
+            yield session
+
+    assets = claimed(database, 2)
+    with monkeypatch.context() as impatient, ThreadPoolExecutor(1) as threads:
+        impatient.setattr(database._group_writer, "_transaction", late)
+        impatient.setattr(group_writer, "WAIT_SECONDS", 0.2)
+        given_up = threads.submit(database.write_in_group, settling(assets[0]))
+        assert begins.wait(SECONDS)
+        assert isinstance(given_up.exception(SECONDS), DatabaseUnavailable)
+        go_on.set()
+    database.write_in_group(settling(assets[1]))
+    assert states(database, assets) == [AssetState.DUE, AssetState.ARCHIVED]
+
+
+def test_a_caller_whose_write_has_begun_waits_for_its_outcome(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets, begun, go_on = claimed(database, 1), threading.Event(), threading.Event()
+
+    def settle_late(session: Session) -> None:
+        begun.set()
+        go_on.wait(SECONDS)
+        settling(assets[0])(session)
+
+    monkeypatch.setattr(group_writer, "WAIT_SECONDS", 1)
+    with ThreadPoolExecutor(1) as threads:
+        outcome = threads.submit(database.write_in_group, settle_late)
+        assert begun.wait(SECONDS)
+        with pytest.raises(NotYet):
+            outcome.result(1.2)
+        go_on.set()
+        assert outcome.exception(SECONDS) is None
+    assert states(database, assets) == [AssetState.ARCHIVED]
 
 
 def test_groups_of_two_processes_lock_the_same_tasks_in_one_order(database: Database, database_url: str) -> None:

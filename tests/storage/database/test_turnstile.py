@@ -146,3 +146,31 @@ def test_other_writers_have_turns_while_deliveries_never_end(turnstile: Turnstil
         ended.set()
         for end in ends:
             end.result(SECONDS)
+
+
+def test_a_turnstile_is_closed_while_its_threads_take_turns(turnstile: Turnstile) -> None:
+    ended = threading.Event()
+
+    def write() -> None:
+        while not ended.is_set():
+            with turnstile:
+                pass
+
+    with ThreadPoolExecutor(3) as pool:
+        writers = [pool.submit(write) for _ in range(2)]
+        try:
+            for _ in range(20):
+                pool.submit(turnstile.close).result(SECONDS)
+        finally:
+            ended.set()
+        for each in writers:
+            each.result(SECONDS)
+
+
+def test_a_turnstile_is_closed_once_the_last_thread_has_left(turnstile: Turnstile) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with turnstile:
+            closed = pool.submit(turnstile.close)
+            wait_until(lambda: turnstile._threads._is_closing)
+            assert not closed.done()
+        closed.result(SECONDS)
