@@ -17,7 +17,7 @@ from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 SEAWEED_LACKS = {
     "keys listed in the order of their bytes",
     "Object Lock (in this bucket)",
-    "a wrong region is said so",
+    "a wrong region is named",
 }
 # The longest cases, each of which has tests of its own on SeaweedFS; the command runs all of them.
 ELSEWHERE = (
@@ -95,7 +95,9 @@ def test_store_with_plain_puts_only_keeps_every_promise(proxy: FaultProxy, on: S
         return replace(answer, headers={name.replace("-sha256", "-Sha256"): value for name, value in headers.items()})
 
     proxy.fault = plain
-    promised = chosen("same again", "changed on the way", "of 16 racing", "counts no damaged", "who takes over")
+    promised = chosen(
+        "a repeated put succeeds", "changed on the way", "16 racing writers", "counts no damaged", "that takes over"
+    )
     assert words_of(list(run(on, promised))) == {case.name: YES for case in promised}
     capable = chosen("create-only put (If", "wrong SHA-256 refused", "SHA-256 named")
     assert words_of(list(run(on, capable))) == {case.name: LACKS for case in capable}

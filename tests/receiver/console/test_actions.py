@@ -246,6 +246,8 @@ def test_check_page_shows_the_results_of_receiver_check(ann: Reader) -> None:
 
 
 def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: Reader) -> None:
+    everything = [outbox.Subscription("it", frozenset(EventName))]
+    parts.database.at_group_end = lambda session: outbox.sequence_recorded(parts.database, session, everything)
     task, asset = with_a_failed_file(parts)
     [good] = [each for each in assets_of(parts, task) if each.state is AssetState.ARCHIVED]
     callback = next(each for each in callbacks_of(parts) if each.source == "push")
@@ -265,7 +267,7 @@ def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: 
         f"ann: {each}" in page for each in ("retry", "verify a file: as archived", "replay", "dismiss: not wanted")
     )
     assert "ann: audit a sample" in ann.page("/settings")
-    outbox.sequence_all(parts.database, [outbox.Subscription("it", frozenset(EventName))])
+    outbox.sequence_all(parts.database, everything)
     with parts.database.read() as session:
         sent = session.exec(select(Event.name).join(Dispatch, col(Dispatch.event_id) == col(Event.id))).all()
         streamed = [event.name for event, _ in events.after(session, 0, 500)]
