@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import os
 import uuid
@@ -77,10 +78,13 @@ class Health:
         callers whose answer shows or follows the bucket's state wait for it, which a start need not.
         """
         is_strict, is_permitted = request.query_params.get("strict") == "1", self._is_permitted(request)
-        checks = await self._readiness.checks()
-        if self._bucket is not None:
-            store = self._store_readiness
-            checks |= await store.checks() if is_strict or is_permitted else store.latest()
+        asked, checks = [self._readiness.checks()], dict[str, str]()
+        if self._bucket is not None and (is_strict or is_permitted):
+            asked.append(self._store_readiness.checks())
+        elif self._bucket is not None:
+            checks = self._store_readiness.latest()
+        for found in await asyncio.gather(*asked):  # together, because probes may wait for a second only
+            checks |= found
         checks["intake"] = "full" if self._group_commit.is_full else "ok"
         if self._callbacks.fault is not None:
             checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"

@@ -73,20 +73,36 @@ def test_check_that_hangs_is_not_ready_and_delays_nobody(
 
 
 @pytest.fixture
-def silent_store(parts: Parts) -> Iterator[None]:
+def silent_store(parts: Parts) -> Iterator[socket.socket]:
     """A store that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         parts.__dict__["bucket"] = Bucket(parts.bucket.name, endpoint_url=url)
-        yield
+        yield server
 
 
 @ON_SQLITE
-def test_silent_store_delays_no_caller_whom_it_does_not_concern(silent_store: None, web: Web, parts: Parts) -> None:
+def test_silent_store_delays_no_caller_whom_it_does_not_concern(
+    silent_store: socket.socket, web: Web, parts: Parts
+) -> None:
     heartbeats.register(parts.database, 1)
     assert httpx.get(f"{web.url}/readyz", timeout=10).json() == {"status": "ok"}, "the store was not waited for"
     wait_until(lambda: httpx.get(f"{web.url}/readyz", timeout=10).json() == {"status": "degraded"})
     assert httpx.get(f"{web.url}/readyz?strict=1", timeout=10).status_code == 503
+
+
+@ON_SQLITE
+def test_store_is_asked_while_the_database_is_waited_for(
+    silent_store: socket.socket, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "HANG_SECONDS", 60.0)
+    silent_store.settimeout(20)
+    with ThreadPoolExecutor(1) as callers:
+        with parts.database.write():
+            answer = callers.submit(httpx.get, f"{web.url}/readyz?strict=1", timeout=90)
+            silent_store.accept()[0].close()
+            assert not answer.done()
+        assert answer.result().status_code == 503
 
 
 def set_read_only(database: Database, how: str) -> None:
