@@ -174,7 +174,7 @@ class _SecurityHeaders:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if message["status"] in KEYLESS_STATUSES or scope["path"] in KEYLESS_PATHS:
-                    await self._keyless.wait()
+                    await self._keyless.wait(scope)
                 own = {name.lower() for name, _ in message["headers"]}
                 added = [pair for pair in HEADER_PAIRS if pair[0] not in own]
                 message = {**message, "headers": [*message["headers"], *added]}

@@ -31,7 +31,7 @@ from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
 from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountBusy, AccountRefused
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
-from receiver.web.http_protocol import WholeAnswer
+from receiver.web.joined_writes import WholeAnswer
 from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, Tarpit
 from receiver.web.timeouts import Timeouts
 from storage import states
@@ -141,10 +141,10 @@ class Callbacks:
             refusal = _answer(429, error.words, error.outcome, {"Retry-After": str(error.retry_after_seconds)})
             is_delayed = True
         if is_delayed:
-            await self._tarpit.wait(TARPIT_SECONDS, most=MAX_IN_TARPIT)
+            await self._tarpit.wait(scope, TARPIT_SECONDS, most=MAX_IN_TARPIT)
         if refusal is not None:
             if refusal.status_code in (401, 404, 405):
-                await self._keyless.wait()
+                await self._keyless.wait(scope)
             await refusal(scope, receive, send)
             return
         await ACCEPTED.send(scope, send)

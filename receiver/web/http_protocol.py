@@ -8,23 +8,24 @@ uvicorn 0.54 waits for ever for a first byte and for the end of a head, and http
 - A few requests may wait behind the one in progress. Nothing more is read then. A connection with more ends a second
   later.
 - A reader of any answer that is 60 s behind the least speed, 32 kB/s, is disconnected.
-- Above the connection limit, the connection without progress for longest makes room.
+- Above the connection limit, a connection makes room: first one whose answer is delayed, then the one without progress
+  for longest.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sized
-from http import HTTPStatus
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import httptools
 import structlog
-from starlette.types import Message, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from receiver.web.joined_writes import JoinedWrites
+from receiver.web.joined_writes import WHOLE_ANSWER, JoinedWrites, WholeAnswer
+from receiver.web.rate_limits import HELD
 from receiver.web.reader_speed import ReaderSpeed
 
 log = structlog.get_logger()
@@ -58,9 +59,6 @@ WRITE_BUFFER_BYTES = 16 * 1024
 # Far more than a provider opens at once. `max_connections` is lower if there are fewer file descriptors.
 MAX_CONNECTIONS = 4_096
 
-# The scope's extension with which an application sends a whole answer: `WholeAnswer`.
-WHOLE_ANSWER = "receiver.whole_answer"
-
 _ANSWERS = {
     400: b"HTTP/1.1 400 Bad Request\r\n",
     408: b"HTTP/1.1 408 Request Timeout\r\n",
@@ -69,23 +67,6 @@ _ANSWERS = {
     429: b"HTTP/1.1 429 Too Many Requests\r\n",
     431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
 }
-
-
-class WholeAnswer:
-    """An answer that is always the same. Checking and joining its fields each time took 12 µs."""
-
-    def __init__(self, start: Message, body: Message) -> None:
-        self._messages = start, body
-        self.start = b"HTTP/1.1 %d %s\r\n" % (start["status"], HTTPStatus(start["status"]).phrase.encode())
-        self.fields = b"".join(b"%s: %s\r\n" % pair for pair in start["headers"])
-        self.body = b"\r\n" + body["body"]
-
-    async def send(self, scope: Scope, send: Send) -> None:
-        """Send in one write if the connection supports that. Clients of tests and other servers do not."""
-        extension = scope.get("extensions", {}).get(WHOLE_ANSWER)
-        if extension is None or not extension["send"](self):
-            for message in self._messages:
-                await send(message)
 
 
 class _Refused(Exception):
@@ -112,13 +93,14 @@ class _Flow(FlowControl):
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """One connection. All connections of the process are in three queues, those without progress for longest first.
+    """One connection. All connections of the process are in four queues, those without progress for longest first.
 
-    `_refused`: it is to be answered and closed. `_waiting`: we wait for the client, to send a head or body or to read
-    an answer. `_working`: a handler is at work. They make room in this order.
+    `_refused`: it is to be answered and closed. `_held`: its answer is delayed. `_waiting`: we wait for the client, to
+    send a head or body or to read an answer. `_working`: a handler is at work. They make room in this order.
     """
 
     _refused: dict[BoundedHttpProtocol, asyncio.TimerHandle] = {}  # noqa: RUF012 - shared by all connections on purpose
+    _held: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
@@ -137,7 +119,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._keeps_alive = True
         self._in_work: RequestResponseCycle | None = None
         self._not_begun: asyncio.Task[None] | None = None  # the handler of a request in the bytes that are being read
-        self._extensions: dict[str, dict[object, object]] = {WHOLE_ANSWER: {"send": self._send_whole}}
+        self._extensions: dict[str, dict[object, object]] = {
+            WHOLE_ANSWER: {"send": self._send_whole}, HELD: {"hold": self._hold}
+        }  # fmt: skip
 
     def shutdown(self) -> None:
         self._keeps_alive = False  # the end of a body under way would restore it and delay the shutdown
@@ -155,7 +139,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._make_room()
 
     def _make_room(self) -> None:
-        longest = next(iter(self._refused or self._waiting))
+        longest = next(iter(self._refused or self._held or self._waiting))
         if longest is self and self._working:
             longest = next(iter(self._working))
         longest._leave_queues()
@@ -195,7 +179,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         cycle.on_response()
         return True
 
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        if self in self._waiting or self in self._working:  # it is neither lost nor refused
+            self._leave_queues()
+            self._held[self] = None
+        try:
+            yield
+        finally:
+            if self in self._held:
+                del self._held[self]
+                self._note_progress()
+
     def _leave_queues(self) -> None:
+        self._held.pop(self, None)
         self._waiting.pop(self, None)
         self._working.pop(self, None)
         if (timer := self._refused.pop(self, None)) is not None:
@@ -203,7 +200,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _note_progress(self) -> None:
         """Move to the end of the queue for the connection's present state."""
-        if self in self._refused:
+        if self in self._refused or self in self._held:
             return
         self._leave_queues()
         is_working = self._has_request and not self._in_body and not self.flow.write_paused

@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 from typing import Any
 
+from starlette.types import Message, Scope, Send
+
 HEAD_START = b"HTTP/1.1 "
+# The scope's extension with which an application sends a whole answer: `WholeAnswer`.
+WHOLE_ANSWER = "receiver.whole_answer"
+
+
+class WholeAnswer:
+    """An answer that is always the same. Checking and joining its fields each time took 12 µs."""
+
+    def __init__(self, start: Message, body: Message) -> None:
+        self._messages = start, body
+        self.start = b"HTTP/1.1 %d %s\r\n" % (start["status"], HTTPStatus(start["status"]).phrase.encode())
+        self.fields = b"".join(b"%s: %s\r\n" % pair for pair in start["headers"])
+        self.body = b"\r\n" + body["body"]
+
+    async def send(self, scope: Scope, send: Send) -> None:
+        """Send in one write if the connection supports that. Clients of tests and other servers do not."""
+        extension = scope.get("extensions", {}).get(WHOLE_ANSWER)
+        if extension is None or not extension["send"](self):
+            for message in self._messages:
+                await send(message)
 
 
 class JoinedWrites:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from contextlib import AbstractContextManager, nullcontext
+
+from starlette.types import Scope
 
 REMEMBERED_TASKS = 10_000
 # Answers that need no key: so many a second, and at once, are prompt. Health checks ask once a second. A held one is
 # late by less than a load balancer waits for, after the patience of `/readyz`.
 KEYLESS_A_SECOND, MOST_KEYLESS = 50, 200
 HOLD_SECONDS, MAX_HELD = 0.25, 4_096
+# The scope's extension that marks a connection whose answer is held back: `held`.
+HELD = "receiver.held"
 
 
 class RateLimit:
@@ -49,20 +54,27 @@ class Allowance:
         self._paid_at = max(self._paid_at, time.monotonic()) + amount / self._per_second
 
 
+def held(scope: Scope) -> AbstractContextManager[None]:
+    """A block that delays an answer. Its connection makes room for others if the server supports that."""
+    extension = scope.get("extensions", {}).get(HELD)
+    return extension["hold"]() if extension else nullcontext()
+
+
 class Tarpit:
     """Holds refusals back, so that a sender that repeats a refused request at once costs little."""
 
     def __init__(self) -> None:
         self._waiting = 0
 
-    async def wait(self, seconds: float, *, most: int) -> None:
+    async def wait(self, scope: Scope, seconds: float, *, most: int) -> None:
         """At most `most` wait at a time. Further ones do not wait, because each one that waits keeps the memory of its
-        connection.
+        connection. The connections of those that wait make room before honest ones.
         """
         if self._waiting < most:
             self._waiting += 1
             try:
-                await asyncio.sleep(seconds)
+                with held(scope):
+                    await asyncio.sleep(seconds)
             finally:
                 self._waiting -= 1
 
@@ -77,9 +89,9 @@ class KeylessAnswers:
         self._prompt = Allowance(KEYLESS_A_SECOND, MOST_KEYLESS)
         self._tarpit = Tarpit()
 
-    async def wait(self) -> None:
+    async def wait(self, scope: Scope) -> None:
         """Delay an answer that needs no key if there were too many this second."""
         if self._prompt.is_spent:
-            await self._tarpit.wait(HOLD_SECONDS, most=MAX_HELD)
+            await self._tarpit.wait(scope, HOLD_SECONDS, most=MAX_HELD)
         else:
             self._prompt.spend(1)

@@ -14,9 +14,10 @@ import httpx
 import pytest
 
 from receiver.app.wiring import Parts
-from receiver.web import callbacks, http_protocol, rate_limits
+from receiver.web import account_budget, callbacks, http_protocol, rate_limits
+from receiver.web.joined_writes import WholeAnswer
 from tests.harness import wait_until
-from tests.pipeline import Web, callbacks_of
+from tests.pipeline import Web, callbacks_of, insert_row
 
 pytestmark = pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 DATA_SEGMENTS_IN = 152  # its place in Linux's `struct tcp_info`
@@ -222,6 +223,32 @@ def test_keyless_answers_are_held_back_while_there_are_many(
         assert client.post(f"/callbacks/kling/{web.account_token}", content=b"{}").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/healthz", "the account URL"])
+def test_connection_with_a_held_answer_makes_room_before_an_honest_one(
+    path: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A held answer counted as work, so a flood of them had every honest connection closed before its request."""
+    monkeypatch.setattr(rate_limits, "KEYLESS_A_SECOND", 1e-6)
+    monkeypatch.setattr(rate_limits, "MOST_KEYLESS", 0.5)
+    monkeypatch.setattr(rate_limits, "HOLD_SECONDS", 8)
+    monkeypatch.setattr(callbacks, "TARPIT_SECONDS", 8)
+    monkeypatch.setattr(account_budget, "MAX_ROWS", 0)
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 2)
+    task = insert_row(parts)
+    token = parts.tokens.sign("kling", task.id)
+    with Web(parts) as web, connection(web) as honest, connection(web) as held:
+        honest.sendall(GET)
+        assert honest.recv(65_536).startswith(b"HTTP/1.1 200"), "the last prompt answer"
+        path = f"/callbacks/kling/{web.account_token}" if path == "the account URL" else path
+        held.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        wait_until(lambda: web.requests_under_way)
+        url = f"{web.url}/callbacks/kling/{token}"
+        assert httpx.post(url, content=b"{}", trust_env=False).status_code == 200
+        assert read_to_end(held) == b""
+        honest.sendall(f"POST /callbacks/kling/{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+        assert honest.recv(65_536).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's tcp_info")
 def test_answer_arrives_in_one_segment(web: Web) -> None:
     """Two writes for head and body cost one more system call, a sixth of the answer's CPU."""
@@ -271,7 +298,7 @@ def test_answers_have_security_headers_and_no_banner(web: Web) -> None:
 def test_whole_answer_equals_the_one_of_two_messages(web: Web, monkeypatch: pytest.MonkeyPatch, end: bytes) -> None:
     whole, is_sent_whole = http_protocol.BoundedHttpProtocol._send_whole, list[bool]()
 
-    def send_whole(protocol: http_protocol.BoundedHttpProtocol, answer: http_protocol.WholeAnswer) -> bool:
+    def send_whole(protocol: http_protocol.BoundedHttpProtocol, answer: WholeAnswer) -> bool:
         is_sent_whole.append(not is_sent_whole and whole(protocol, answer))
         return is_sent_whole[-1]
 
