@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 # A turn takes at most a tenth of the time while many wait. One that took long, as on a busy machine, rests for this.
 RESTS, MAX_REST_SECONDS = 9, 0.5
+# Turns that wait or run, half of them for one person: with the longest rests the last one waits half a minute.
+MOST_TURNS = 64
 
 
 @contextmanager
@@ -28,6 +31,43 @@ def background_thread(name: str, work: Callable[[threading.Event], None]) -> Ite
         thread.join()
 
 
+async def while_connected(receive: Callable[[], Awaitable[Mapping[str, Any]]], work: Awaitable[T]) -> T | None:
+    """The result of `work`. If the ASGI client of a request without a body leaves first, `work` is cancelled: None."""
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+class Turn(Generic[T]):
+    """A function's turn, whose result several may await. It is given up if all of them leave before it begins."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self.function = function
+        self.has_begun = self.is_given_up = False
+        self.task: asyncio.Task[T]
+        self._awaiting = 0
+
+    async def result(self) -> T:
+        """The function's result, after the rest."""
+        self._awaiting += 1
+        try:
+            return await asyncio.shield(self.task)
+        finally:
+            self._awaiting -= 1
+            if not self._awaiting and not self.has_begun:
+                self.is_given_up = True
+                self.task.cancel()
+
+
 class RestingTurns:
     """Runs functions in threads, one at a time, and rests nine times as long as each took, at most half a second.
 
@@ -37,12 +77,24 @@ class RestingTurns:
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
+        self._own: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._open = Counter[str]()
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """Return its result, after the rest."""
-        async with self._turn:
+    def queue(self, person: str, function: Callable[[], T]) -> Turn[T] | None:
+        """A turn for this person; None if too many wait. People alternate, however many turns one of them queues."""
+        if self._open.total() >= MOST_TURNS or self._open[person] >= MOST_TURNS // 2:
+            return None
+        self._open[person] += 1
+        turn = Turn(function)
+        turn.task = asyncio.ensure_future(self._run(person, turn))
+        turn.task.add_done_callback(lambda _: self._open.subtract([person]))
+        return turn
+
+    async def _run(self, person: str, turn: Turn[T]) -> T:
+        async with self._own[person], self._turn:
+            turn.has_begun = True
             began = time.monotonic()
             try:
-                return await asyncio.to_thread(function)
+                return await asyncio.to_thread(turn.function)
             finally:
                 await asyncio.sleep(min(RESTS * (time.monotonic() - began), MAX_REST_SECONDS))

@@ -10,7 +10,6 @@ import functools
 import hmac
 import mimetypes
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -28,7 +27,6 @@ from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, environment, own_path, render, versions
-from storage.background import RestingTurns
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 
 log = structlog.get_logger()
@@ -92,7 +90,6 @@ class Guard:
         self._counts = counts
         self._shared = SharedPages(tick)
         self._threads = CapacityLimiter(THREADS)
-        self._live = RestingTurns()  # for pages that live consoles fetch
 
     def page(self, path: str, function: PageFunction) -> Route:
         """A page of HTML. Consoles that update it share one rendering."""
@@ -110,6 +107,8 @@ class Guard:
     def _endpoint(
         self, function: Callable[[Visit], Any], *, max_bytes: int, is_shared: bool = False
     ) -> Callable[[Request], Awaitable[Response]]:
+        make = functools.partial(self._answer, function)
+
         async def endpoint(request: Request) -> Response:
             session = session_of(self.access, request)
             if session is None:
@@ -118,7 +117,7 @@ class Guard:
             if request.method == "POST":
                 await self._accept(visit, max_bytes)
                 try:
-                    return await make(visit)
+                    return await to_thread.run_sync(make, visit, limiter=self._threads)
                 finally:
                     self._shared.forget()
             if asyncio.iscoroutinefunction(function):
@@ -126,14 +125,7 @@ class Guard:
                 return answer
             if is_shared and visit.is_live:
                 return await self._shared.answer(visit, make)
-            return await make(visit)
-
-        async def make(visit: Visit) -> Response:
-            if not is_shared or not visit.is_live:
-                return await to_thread.run_sync(self._answer, function, visit, limiter=self._threads)
-            with suppress(DatabaseUnavailable, StoreUnavailable):  # the page says so
-                await self._live.run(self._counts)  # half of the work, kept for three seconds
-            return await self._live.run(functools.partial(self._answer, function, visit))
+            return await to_thread.run_sync(make, visit, limiter=self._threads)
 
         return endpoint
 

@@ -38,7 +38,7 @@ async function renew() {
   try {
     const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
     if (answer.status === 401) { location.reload(); return; }
-    if (!answer.ok) return;
+    if (!answer.ok) { wanted ||= answer.headers.has("Retry-After"); return; }
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     for (const part of document.querySelectorAll("[data-live]")) {
       const other = fresh.querySelector(`[data-live="${CSS.escape(part.dataset.live)}"]`);

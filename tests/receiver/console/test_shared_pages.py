@@ -4,23 +4,28 @@ rendering, without anything that belongs to one reader.
 
 from __future__ import annotations
 
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from uuid import uuid4
 
 import httpx
+import pytest
 from sqlalchemy import event
 
 from receiver.app.wiring import Parts
 from receiver.console.access import COOKIE
 from receiver.console.live import Pace
+from storage.background import MOST_TURNS
 from storage.rows.deliveries import Delivery, store
 from tests.archived_tasks import archive
 from tests.console_reader import CSRF, READ_KEY, Reader
+from tests.harness import wait_until
 from tests.pipeline import Web, assets_of, insert_row
 
 LIVE = {"X-Live": "1"}
@@ -55,6 +60,67 @@ def test_live_pages_are_rendered_with_rests_between_them(parts: Parts, web: Web,
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda number: ann.get(f"/tasks?model={number}", headers=LIVE), range(4)))
     assert starts[-1] - starts[0] > 3 * 0.4
+
+
+@pytest.fixture
+def rendered(parts: Parts) -> Iterator[tuple[list[str], threading.Event]]:
+    """The models that lists of tasks were filtered by. A list of the model "held" waits for the event."""
+    models, is_released = list[str](), threading.Event()
+
+    def note_and_hold(*given: object) -> None:
+        found = re.findall(r"held|live-\d+", str(given[3]))
+        models.extend(found[:1])
+        if "held" in found:
+            is_released.wait(60)
+
+    event.listen(parts.database.reader, "before_cursor_execute", note_and_hold)
+    yield models, is_released
+    is_released.set()
+
+
+def fetch_live(web: Web, reader: Reader, model: str) -> socket.socket:
+    """Send a live request and read nothing yet."""
+    host, port = web.url.removeprefix("http://").split(":")
+    raw = socket.create_connection((host, int(port)), timeout=60)
+    fields = f"Host: x\r\nX-Live: 1\r\nCookie: {COOKIE}={reader.http.cookies[COOKIE]}"
+    raw.sendall(f"GET /console/tasks?model={model} HTTP/1.1\r\n{fields}\r\n\r\n".encode())
+    return raw
+
+
+def test_live_pages_of_readers_who_left_are_not_rendered(
+    rendered: tuple[list[str], threading.Event], web: Web, ann: Reader, ben: Reader
+) -> None:
+    models, is_released = rendered
+    sent = [fetch_live(web, ben, "held")]
+    wait_until(lambda: models[:1] == ["held"])
+    sent += [fetch_live(web, ben, f"live-{number}") for number in range(20)]
+    wait_until(lambda: web.requests_under_way == 21)
+    for each in sent:
+        each.close()
+    wait_until(lambda: web.requests_under_way == 0)
+    is_released.set()
+    assert ann.get("/tasks?model=live-99", headers=LIVE).status_code == 200
+    assert set(models) == {"held", "live-99"}
+
+
+def test_one_person_has_half_of_the_live_pages_that_wait(
+    rendered: tuple[list[str], threading.Event], web: Web, ann: Reader, ben: Reader
+) -> None:
+    models, is_released = rendered
+    with ExitStack() as held:
+        for number in range(MOST_TURNS // 2):
+            held.enter_context(fetch_live(web, ben, f"live-{number}" if number else "held"))
+            wait_until(lambda number=number: web.requests_under_way == number + 1)
+            wait_until(lambda: models[:1] == ["held"])
+        refused = ben.get("/tasks?model=live-98", headers=LIVE)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "3")
+        assert "live-98" not in models and ben.get("/tasks?model=live-98").status_code == 200
+        with ThreadPoolExecutor(1) as threads:
+            page = threads.submit(ann.get, "/tasks?model=live-99", headers=LIVE)
+            wait_until(lambda: web.requests_under_way == MOST_TURNS // 2 + 1)
+            is_released.set()
+            assert page.result().status_code == 200
+        assert len(set(models) - {"live-98", "live-99"}) < MOST_TURNS // 2, "hers waited for one of his, not for all"
 
 
 def test_a_page_that_a_person_opens_waits_for_no_live_page(parts: Parts, ann: Reader) -> None:
