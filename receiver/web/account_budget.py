@@ -73,8 +73,15 @@ class AccountOverdrawn(AccountRefused):
         super().__init__("too many deliveries to this address at once", "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
 
 
-class AccountBusy(Exception):
-    """Too many deliveries wait for a place, or the database is too slow. The sender should try again soon."""
+class AccountBusy(AccountRefused):
+    """Too many deliveries wait for a place."""
+
+    def __init__(self) -> None:
+        super().__init__("too many deliveries to this address at once", "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
+
+
+class AccountLate(Exception):
+    """The database is too slow, which is no fault of the sender."""
 
 
 # The external id and the provider's own id that a delivery's body names.
@@ -103,7 +110,8 @@ class AccountBudget:
             raise AccountOverdrawn
 
     async def take(self, delivery: Delivery) -> uuid.UUID | None:
-        """Take a place for a delivery. Returns its task. Raises AccountFull, AccountOverdrawn, AccountBusy.
+        """Take a place for a delivery. Returns its task. Raises AccountFull, AccountOverdrawn, AccountBusy,
+        AccountLate.
 
         If the rows cannot be counted, it gives a place: the commit shows whether the database works.
         """
@@ -119,7 +127,7 @@ class AccountBudget:
         except DatabaseUnavailable:
             return None
         except TimeoutError:
-            raise AccountBusy from None
+            raise AccountLate from None
         finally:
             self._waiting -= 1
         return task_id
@@ -206,11 +214,20 @@ class AccountBudget:
         return None if is_full else task_id
 
     async def _have_room(self) -> bool:
-        async with self._counting:
-            if time.monotonic() >= self._counted_at + COUNT_SECONDS:
-                self._rows, self._bytes = await self._in_turn(self._count)
-                self._counted_at = time.monotonic()
+        """Count if the last count is old. One delivery does so, the others use the last count meanwhile: those that
+        waited for the lock became a queue that did not end while a flood lasted.
+        """
+        is_first = self._counted_at == float("-inf")
+        if self._is_count_old and (is_first or not self._counting.locked()):
+            async with asyncio.timeout(2 * TURN_SECONDS), self._counting:
+                if self._is_count_old:
+                    self._rows, self._bytes = await self._in_turn(self._count)
+                    self._counted_at = time.monotonic()
         return self._rows < MAX_ROWS and self._bytes < MAX_BYTES
+
+    @property
+    def _is_count_old(self) -> bool:
+        return time.monotonic() >= self._counted_at + COUNT_SECONDS
 
     def _count(self) -> tuple[int, int]:
         with self._database.read() as session:

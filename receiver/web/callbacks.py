@@ -8,6 +8,7 @@ our own fault.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Mapping
@@ -29,10 +30,10 @@ from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
-from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountBusy, AccountRefused
+from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountLate, AccountRefused
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.joined_writes import WholeAnswer
-from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, Tarpit
+from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, held
 from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
@@ -59,9 +60,9 @@ BODY_SECONDS = 10.0
 # From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
 COMMIT_SECONDS = 5.0
 RETRY_AFTER_SECONDS = 5
-# How long a refusal at the account URL is held back. Eight connections that repeat it at once took half a processor. As
-# many wait as their bodies, 64 KiB each, take the memory of MAX_ACCOUNT_BYTES.
-TARPIT_SECONDS, MAX_IN_TARPIT = 1.0, 256
+# How long a refusal at the account URL is held back. Eight connections that repeat it at once took half a processor.
+# The number of connections bounds how many wait: they keep no body, and make room before honest ones.
+TARPIT_SECONDS = 1.0
 # The evidence of a wrong signature is worth storing a few times, not without bound.
 MAX_REJECTED_PER_TASK = 20
 # Rejected deliveries are counted among this many of the newest: all of a task's own, and a moving window of the account
@@ -126,7 +127,7 @@ class Callbacks:
         self._refused = _Refused()
         self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
         self._account = AccountBudget(database, self._ids)
-        self._tarpit, self._keyless = Tarpit(), KeylessAnswers()
+        self._keyless = KeylessAnswers()
         self._threads = CapacityLimiter(THREADS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,7 +142,8 @@ class Callbacks:
             refusal = _answer(429, error.words, error.outcome, {"Retry-After": str(error.retry_after_seconds)})
             is_delayed = True
         if is_delayed:
-            await self._tarpit.wait(scope, TARPIT_SECONDS, most=MAX_IN_TARPIT)
+            with held(scope), suppress(TimeoutError):
+                await _drop_body(receive, TARPIT_SECONDS)
         if refusal is not None:
             if refusal.status_code in (401, 404, 405):
                 await self._keyless.wait(scope)
@@ -221,8 +223,8 @@ class Callbacks:
         """
         try:
             task_id = await self._account.take(delivery)
-        except AccountBusy:
-            return _answer(503, "busy, try again", "full")
+        except AccountLate:
+            return _answer(503, "could not be stored in time, try again", "late")
         done: Response | Intake | None = None
         try:
             done = await self._store(delivery)
@@ -357,6 +359,15 @@ class _Refused:
             self._look_at = 0.0 if is_kept else self._look_at
         elif not is_kept:
             self._counts[task_id] = MAX_REJECTED_PER_TASK
+
+
+async def _drop_body(receive: Receive, seconds: float) -> None:
+    """Read what is left of a refused body, so that it takes no memory. Ends when the client leaves, or raises
+    TimeoutError after `seconds`.
+    """
+    async with asyncio.timeout(seconds):
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 def _announced(scope: Scope) -> int:

@@ -13,7 +13,7 @@ REMEMBERED_TASKS = 10_000
 # Answers that need no key: so many a second, and at once, are prompt. Health checks ask once a second. A held one is
 # late by less than a load balancer waits for, after the patience of `/readyz`.
 KEYLESS_A_SECOND, MOST_KEYLESS = 50, 200
-HOLD_SECONDS, MAX_HELD = 0.25, 4_096
+HOLD_SECONDS = 0.25
 # The scope's extension that marks a connection whose answer is held back: `held`.
 HELD = "receiver.held"
 
@@ -60,38 +60,20 @@ def held(scope: Scope) -> AbstractContextManager[None]:
     return extension["hold"]() if extension else nullcontext()
 
 
-class Tarpit:
-    """Holds refusals back, so that a sender that repeats a refused request at once costs little."""
-
-    def __init__(self) -> None:
-        self._waiting = 0
-
-    async def wait(self, scope: Scope, seconds: float, *, most: int) -> None:
-        """At most `most` wait at a time. Further ones do not wait, because each one that waits keeps the memory of its
-        connection. The connections of those that wait make room before honest ones.
-        """
-        if self._waiting < most:
-            self._waiting += 1
-            try:
-                with held(scope):
-                    await asyncio.sleep(seconds)
-            finally:
-                self._waiting -= 1
-
-
 class KeylessAnswers:
     """Holds answers that need no key back while there are many of them, refusals included.
 
     A client that waits sends no next request on its connection, so the number of connections bounds the CPU of a flood.
+    It bounds their memory too, as these connections make room before honest ones.
     """
 
     def __init__(self) -> None:
         self._prompt = Allowance(KEYLESS_A_SECOND, MOST_KEYLESS)
-        self._tarpit = Tarpit()
 
     async def wait(self, scope: Scope) -> None:
         """Delay an answer that needs no key if there were too many this second."""
         if self._prompt.is_spent:
-            await self._tarpit.wait(scope, HOLD_SECONDS, most=MAX_HELD)
+            with held(scope):
+                await asyncio.sleep(HOLD_SECONDS)
         else:
             self._prompt.spend(1)

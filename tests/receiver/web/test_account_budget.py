@@ -8,6 +8,7 @@ import time
 from collections import Counter
 
 import pytest
+from sqlmodel import Session
 
 from receiver.app.wiring import Parts
 from receiver.web import account_budget
@@ -58,6 +59,31 @@ def test_long_bodies_that_wait_for_the_parser_are_bounded(parts: Parts, monkeypa
     parser = SlowParser()
     assert Counter(map(type, take(parts, parser, 8))) == {type(None): 3, AccountBusy: 5}
     assert parser.has_gone_on == [True] * 3
+
+
+def test_no_delivery_waits_for_the_count_of_another(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one waited for the lock: a queue of 200 that a flood kept full. All others were refused."""
+    is_counting, may_end, count = threading.Event(), threading.Event(), account_budget.count
+
+    def slow_count(session: Session) -> tuple[int, int]:
+        is_counting.set()
+        may_end.wait(WAIT_SECONDS)
+        return count(session)
+
+    async def main() -> None:
+        budget = AccountBudget(parts.database, lambda _: (None, None))
+        deliveries = [Delivery("kling", "push", None, b"%d" % number) for number in range(300)]
+        assert await budget.take(deliveries[0]) is None
+        monkeypatch.setattr(account_budget, "COUNT_SECONDS", 0)
+        monkeypatch.setattr(account_budget, "count", slow_count)
+        counting = asyncio.ensure_future(budget.take(deliveries[1]))
+        assert await asyncio.to_thread(is_counting.wait, WAIT_SECONDS)
+        assert await asyncio.gather(*(budget.take(each) for each in deliveries[2:])) == [None] * 298
+        may_end.set()
+        await asyncio.wait([counting])
+        budget.close()
+
+    asyncio.run(main())
 
 
 def test_long_bodies_beyond_the_time_of_the_parser_are_not_parsed(

@@ -241,7 +241,7 @@ def test_connection_with_a_held_answer_makes_room_before_an_honest_one(
         assert honest.recv(65_536).startswith(b"HTTP/1.1 200"), "the last prompt answer"
         path = f"/callbacks/kling/{web.account_token}" if path == "the account URL" else path
         held.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode())
-        wait_until(lambda: web.requests_under_way)
+        wait_until(lambda: http_protocol.BoundedHttpProtocol._held)
         url = f"{web.url}/callbacks/kling/{token}"
         assert httpx.post(url, content=b"{}", trust_env=False).status_code == 200
         assert read_to_end(held) == b""
