@@ -8,7 +8,6 @@ our own fault.
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import Mapping
@@ -30,10 +29,16 @@ from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
-from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountLate, AccountRefused
+from receiver.web.account_budget import (
+    FULL_RETRY_AFTER_SECONDS,
+    AccountBudget,
+    AccountLate,
+    AccountOverdrawn,
+    AccountRefused,
+)
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.joined_writes import WholeAnswer
-from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, held
+from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, hold_back
 from receiver.web.timeouts import Timeouts
 from storage import states
 from storage.database.sessions import Database
@@ -142,8 +147,7 @@ class Callbacks:
             refusal = _answer(429, error.words, error.outcome, {"Retry-After": str(error.retry_after_seconds)})
             is_delayed = True
         if is_delayed:
-            with held(scope), suppress(TimeoutError):
-                await _drop_body(receive, TARPIT_SECONDS)
+            await hold_back(scope, receive, TARPIT_SECONDS, MAX_ACCOUNT_BODY_BYTES)
         if refusal is not None:
             if refusal.status_code in (401, 404, 405):
                 await self._keyless.wait(scope)
@@ -179,7 +183,7 @@ class Callbacks:
             self._let_go(named.task_id, len(body))
 
     async def _read_body(self, receive: Receive, task_id: uuid.UUID | None, most: int) -> bytes:
-        """The body, which is in hand until `_let_go`. Raises _BodyRefused, ClientDisconnect."""
+        """The body, which is in hand until `_let_go`. Raises _BodyRefused, AccountOverdrawn, ClientDisconnect."""
         chunks, size, is_more = [], 0, True
         at_once = MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
         try:
@@ -192,6 +196,8 @@ class Callbacks:
                 self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(chunks[-1])
                 if size > most:
                     raise _BodyRefused(_answer(413, f"the body is longer than {most} bytes", "long_body"))
+                if in_hand > at_once and task_id is None:
+                    raise AccountOverdrawn
                 if in_hand > at_once:
                     words = "too many deliveries to this address at once"
                     raise _BodyRefused(_answer(429, words, "many_at_once", {"Retry-After": str(RETRY_AFTER_SECONDS)}))
@@ -359,15 +365,6 @@ class _Refused:
             self._look_at = 0.0 if is_kept else self._look_at
         elif not is_kept:
             self._counts[task_id] = MAX_REJECTED_PER_TASK
-
-
-async def _drop_body(receive: Receive, seconds: float) -> None:
-    """Read what is left of a refused body, so that it takes no memory. Ends when the client leaves, or raises
-    TimeoutError after `seconds`.
-    """
-    async with asyncio.timeout(seconds):
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
 
 def _announced(scope: Scope) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
-from starlette.types import Scope
+from starlette.types import Receive, Scope
 
 REMEMBERED_TASKS = 10_000
 # Answers that need no key: so many a second, and at once, are prompt. Health checks ask once a second. A held one is
@@ -58,6 +58,16 @@ def held(scope: Scope) -> AbstractContextManager[None]:
     """A block that delays an answer. Its connection makes room for others if the server supports that."""
     extension = scope.get("extensions", {}).get(HELD)
     return extension["hold"]() if extension else nullcontext()
+
+
+async def hold_back(scope: Scope, receive: Receive, seconds: float, most_body_bytes: int) -> None:
+    """Delay a refusal, and read the rest of its request's body, which then takes no memory. Ends early if the client
+    leaves, or sends more than `most_body_bytes`: then the answer ends the connection.
+    """
+    with held(scope), suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while most_body_bytes >= 0 and (message := await receive())["type"] != "http.disconnect":
+                most_body_bytes -= len(message.get("body", b""))
 
 
 class KeylessAnswers:

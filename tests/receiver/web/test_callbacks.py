@@ -545,6 +545,29 @@ def test_bodies_of_one_url_are_bounded_together(
     assert post(web, path_of(parts, task), last).status_code == 200
 
 
+def test_bodies_beyond_the_memory_of_the_accounts_url_are_held_back_without_theirs(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "MAX_ACCOUNT_BYTES", 10)
+    monkeypatch.setattr(callbacks, "TARPIT_SECONDS", 3_600)
+    path = f"/callbacks/kling/{web.account_token}"
+    with (
+        connected(web, path, "Content-Length: 2000") as refused,
+        connected(web, path, "Transfer-Encoding: chunked") as more,
+    ):
+        refused.sendall(b" " * 1_000)
+        wait_until(lambda: BoundedHttpProtocol._held)
+        [protocol] = BoundedHttpProtocol._held
+        refused.sendall(b" " * 1_000)
+        wait_until(lambda: not protocol._in_body and protocol.cycle.body == b"")
+        assert post(web, path, b"{}").status_code == 200
+        chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
+        more.sendall(chunk)
+        wait_until(lambda: len(BoundedHttpProtocol._held) == 2)
+        more.sendall(chunk * 3)
+        assert answer_on(more)[0] == 429, "one that goes on and on is not read for long"
+
+
 @pytest.mark.parametrize("url", ["task", "account"])
 def test_silent_heads_keep_no_delivery_out(url: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Announced bytes are not in memory. Bytes count from their arrival until their connection ends."""
