@@ -147,12 +147,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
-        self._speed.stop()
+        self._speed.close()
         self._leave_queues()
         if self._in_work is not None and not self._in_work.response_complete:
             self._in_work.disconnected = True
             self._in_work.message_event.set()
         super().connection_lost(exc)
+        # References to this object end, so that it is freed at once. With a thousand lost connections a second,
+        # collections held up the event loop for 40 ms.
+        self._extensions.clear()
+        if not self._has_request:
+            self._in_work = self.cycle = None  # type: ignore[assignment]
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Remember the request whose answer is in progress. uvicorn informs only the newest request that the client has

@@ -46,6 +46,11 @@ class ReaderSpeed:
             self._timer = None
             self._measure()
 
+    def close(self) -> None:
+        """The connection is lost. Its owner is no longer referenced."""
+        self.stop()
+        self._on_slow = _nothing
+
     def _wait(self) -> None:
         seconds = min(SAMPLE_SECONDS, GRACE_SECONDS - self._behind_seconds)
         self._timer = self._loop.call_later(max(seconds, 0), self._check)
@@ -63,3 +68,7 @@ class ReaderSpeed:
         lag = now - self._at - (self._left - left) / LEAST_BYTES_PER_SECOND
         self._behind_seconds = max(0.0, self._behind_seconds + lag)
         self._at, self._left = now, left
+
+
+def _nothing() -> None:
+    pass

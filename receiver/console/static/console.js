@@ -66,8 +66,8 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
     source.addEventListener("error", () => { lost = true; show(false); if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000); });
   }
   connect();
-  // What needs a person may come with time alone. Beside very many changes one comes every 30 s.
-  const isOld = () => Date.now() - Math.max(fetchedAt, loadedAt) > 35000;
+  // What needs a person may come with time alone. Beside very many changes one comes every 60 s.
+  const isOld = () => Date.now() - Math.max(fetchedAt, loadedAt) > 65000;
   setInterval(() => { if (wanted || isOld() || document.querySelector("[data-counting]")) renew(); }, 1000);
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
   addEventListener("pagehide", () => source.close());

@@ -81,7 +81,7 @@ def test_a_live_task_is_followed_from_the_form_to_the_picture(parts: Parts, brow
 
 
 def test_page_that_is_to_be_fetched_later_is_fetched_again(browser: Browser, web: Web) -> None:
-    """The first change that is announced to a new page causes three fetches at most, and the next comes after 35 s."""
+    """The first change that is announced to a new page causes three fetches at most, and the next comes after 65 s."""
     browser.open(f"{web.url}/console/tasks")
     later = 'new Response("", {status: 503, headers: {"Retry-After": "3"}})'
     browser.run(f"window.asked = 0; window.fetch = async () => {{ asked++; return {later}; }}; renew();")
