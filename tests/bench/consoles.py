@@ -112,6 +112,7 @@ def rounds(count: int, seconds: float, measure: Measure, paths: Sequence[str] = 
         command = [sys.executable, "-m", "receiver", "serve"]
         with stage.running(command, stage.environment(url, **variables), place) as process:
             stage.wait_for(f"http://{stage.HOST}:{port}/readyz")
+            stage.load(port, seconds=seconds)  # an empty database takes more callbacks
             for number in range(count):
                 without = None if number % 2 else measure(process.pid, port, seconds)
                 with consoles(port, CONSOLES, paths) as fetched:
