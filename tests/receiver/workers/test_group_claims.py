@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from sqlalchemy import event
 from sqlmodel import Session
 
 from receiver.workers.group_claims import GroupClaims
@@ -19,6 +16,7 @@ from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows.models import Asset
 from tests.rows import new_asset, new_task, stored
+from tests.storage.database.test_group_writer import at_commit
 
 
 class Claims:
@@ -43,19 +41,6 @@ class Claims:
 @pytest.fixture
 def made(database: Database) -> Claims:
     return Claims(database)
-
-
-@contextmanager
-def at_commit(database: Database, call: Callable[[], object]) -> Iterator[list[None]]:
-    commits: list[None] = []
-
-    def listen(_: Any) -> None:
-        commits.append(None)
-        call()
-
-    event.listen(database.writer, "commit", listen)
-    yield commits
-    event.remove(database.writer, "commit", listen)
 
 
 def write_files(database: Database) -> None:
