@@ -40,17 +40,17 @@ class Pace:
 
     def __init__(self) -> None:
         self.apart_seconds = PACES[-1][1]
-        self._newest, self._looked_at = 0, -math.inf
+        self._newest, self._looked_at, self._told_at = 0, -math.inf, -math.inf
         self._told: tuple[int, int] | None = None
-        self._told_at = -math.inf
 
     def is_due(self, seen: tuple[int, int], now: float) -> bool:
-        """`seen`: newest event and delivery. False at the first call: the first console has just loaded its page."""
+        """`seen`: newest event and delivery. A first console has just loaded its page and waits beside many deliveries."""
         per_second = (seen[1] - self._newest) / (now - self._looked_at)
         self.apart_seconds = next(apart for most, apart in PACES if per_second > most)
-        is_first = self._looked_at == -math.inf
+        if is_first := self._looked_at == -math.inf:
+            self._told_at = now - PACES[-1][1]  # in quiet the next call is due
         self._newest, self._looked_at = seen[1], now
-        # Calls are not quite a second apart. The browser's script waits one second longer than announced.
+        # Calls are not quite a second apart; the browser's script waits a second longer.
         is_early = now < self._told_at + self.apart_seconds - LOOK_SECONDS / 2
         if is_first or is_early or seen == self._told:
             return False

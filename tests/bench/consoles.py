@@ -4,8 +4,10 @@
 `--same`: all show one view, instead of two at each of five.
 
 One server, SQLite, callbacks over 64 connections from a separate process. Each round measures the rate, and six times
-as long the p99 at half of that rate, once without consoles and once with ten. Each p99 lasts 60 s, because live pages
-change that seldom beside so many callbacks. Every second round begins with the consoles, because the database grows.
+as long the p99 at half of the first round's rate, once without consoles and once with ten. Each p99 lasts 60 s, because
+live pages change that seldom beside so many callbacks. Every second round begins with the consoles, because the
+database grows. The figures are the ratios of the medians of all rounds.
+
 Every console holds its live stream and fetches its page again after a change, like the browser's script. Their client
 is a process of low priority, because browsers have cores of their own. The goal is a ratio within 5 % on a machine that
 does nothing else. Takes ten minutes.
@@ -79,10 +81,15 @@ def _follow(port: int, paths: Sequence[str], fetched: Any, opened: Any, ends: An
         each.join()
 
 
-def acknowledgements(_process_id: int, port: int, seconds: float) -> tuple[float, float]:
-    """Acknowledgements a second, and their p99 in seconds at half of that rate, measured for three times as long."""
+def acknowledgements(_process_id: int, port: int, seconds: float, *, at: list[float]) -> tuple[float, float]:
+    """Acknowledgements a second, and their p99 in seconds, measured for six times as long at the rate in `at`.
+
+    The first call sets that rate: two p99 at different rates cannot be compared.
+    """
     rate = stage.load(port, seconds=seconds, warm_seconds=0.5)["per_second"]
-    return rate, p99(stage.load(port, seconds=6 * seconds, rate=rate / 2, warm_seconds=0.5)["waits"])
+    if not at:
+        at.append(rate / 2)
+    return rate, p99(stage.load(port, seconds=6 * seconds, rate=at[0], warm_seconds=0.5)["waits"])
 
 
 def cpu(process_id: int, port: int, seconds: float, rate: float) -> tuple[float, float]:
@@ -147,21 +154,24 @@ def main() -> None:
     if given.cpu:
         _say_cpu(rounds(count, seconds, partial(cpu, rate=given.rate), paths))
     else:
-        _say_acknowledgements(rounds(count, seconds, acknowledgements, paths))
+        _say_acknowledgements(rounds(count, seconds, partial(acknowledgements, at=[]), paths))
 
 
 def _say_acknowledgements(found: Rounds) -> None:
-    rates, waits = [], []
+    all_without, all_beside = [], []
     for without, beside, pages in found:
-        rates.append(beside[0] / without[0])
-        waits.append(beside[1] / without[1])
+        all_without.append(without)
+        all_beside.append(beside)
         print(  # noqa: T201
             f"{without[0]:,.0f}/s, p99 {without[1] * 1e3:.1f} ms without;"
             f" with {CONSOLES} consoles ({pages} pages fetched) {beside[0]:,.0f}/s, p99 {beside[1] * 1e3:.1f} ms",
             flush=True,
         )
-    ratio = f"rate x {statistics.median(rates):.2f}, p99 x {statistics.median(waits):.2f}"
-    print(f"median of {len(rates)} rounds: {ratio}")  # noqa: T201
+    rate, wait = (
+        statistics.median(one) / statistics.median(other)
+        for one, other in zip(zip(*all_beside, strict=True), zip(*all_without, strict=True), strict=True)
+    )
+    print(f"medians of {len(all_beside)} rounds: rate x {rate:.3f}, p99 x {wait:.3f}")  # noqa: T201
 
 
 if __name__ == "__main__":

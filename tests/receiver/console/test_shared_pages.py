@@ -217,9 +217,9 @@ def told_at(deliveries: Callable[[int], int], seconds: int) -> list[int]:
 
 def test_live_changes_are_spaced_by_the_rate_of_deliveries() -> None:
     assert told_at(lambda now: now, 9) == [1, 4, 7]
-    assert told_at(lambda now: now * 21, 30) == [1, 11, 21]
-    assert told_at(lambda now: now * 200, 70) == [1, 31, 61]
-    assert told_at(lambda now: now * 2_000, 130) == [1, 61, 121]
+    assert told_at(lambda now: now * 21, 30) == [7, 17, 27]
+    assert told_at(lambda now: now * 200, 70) == [27, 57]
+    assert told_at(lambda now: now * 2_000, 130) == [57, 117]
 
 
 def test_after_many_deliveries_the_last_change_is_announced_at_once() -> None:
