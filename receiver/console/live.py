@@ -44,7 +44,7 @@ class Pace:
         self._told: tuple[int, int] | None = None
 
     def is_due(self, seen: tuple[int, int], now: float) -> bool:
-        """`seen`: newest event and delivery. A first console has just loaded its page and waits beside many deliveries."""
+        """`seen`: newest event and delivery. A first console has just loaded its page and waits like the others."""
         per_second = (seen[1] - self._newest) / (now - self._looked_at)
         self.apart_seconds = next(apart for most, apart in PACES if per_second > most)
         if is_first := self._looked_at == -math.inf:
