@@ -207,7 +207,8 @@ def _callback_secrets(parts: Parts) -> Result:
             count += 1
             unlisted += parts.tokens.read(name, str(url).rpartition("/")[2]) is None
     if not unlisted:
-        return Result("callback secrets", Status.OK, f"{count} unfinished tasks have a callback URL, all of them good")
+        line = f"{count} unfinished tasks have a callback URL, and a listed secret made each"
+        return Result("callback secrets", Status.OK, line)
     line = f"{unlisted} of {count} unfinished tasks have a callback URL that no listed secret made"
     advice = "list the secret of that time after the others in RECEIVER_CALLBACK_SECRETS until they have ended"
     return Result("callback secrets", Status.FAULT, line, advice)
@@ -216,7 +217,7 @@ def _callback_secrets(parts: Parts) -> Result:
 def _workers(parts: Parts) -> Result:
     alive = heartbeats.count_alive(parts.database)
     if alive:
-        return Result("workers", Status.NOTE, f"{alive} worker processes are alive")
+        return Result("workers", Status.NOTE, f"worker processes alive: {alive}")
     advice = f"start `{start_command(parts.settings)}` or `receiver work`"
     return Result("workers", Status.NOTE, "no worker process is alive", advice)
 

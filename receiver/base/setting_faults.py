@@ -35,7 +35,7 @@ def contradictions(settings: Settings) -> Iterator[str]:
     if settings.s3_kms_key_id and settings.s3_sse != "aws:kms":
         yield f"{PREFIX}S3_KMS_KEY_ID: needs {PREFIX}S3_SSE=aws:kms"
     if settings.store and settings.s3_endpoint_url:
-        yield f"{PREFIX}STORE and {PREFIX}S3_ENDPOINT_URL: set one of both"
+        yield f"{PREFIX}STORE and {PREFIX}S3_ENDPOINT_URL: each names a store; leave one out"
     if bool(settings.s3_lock_mode) != bool(settings.s3_lock_days):
         yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
     if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in settings.api_keys):

@@ -90,10 +90,12 @@ def _name_console(settings: Settings) -> None:
 
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/console"
+    key = f"a key of RECEIVER_CONSOLE_KEYS, or the one in {settings.store}/console.key"
     if sys.stdout.isatty():
-        say(f"console: {url}/login?once={one_time_token(settings.console_people[0])}  (works once, within ten minutes)")
+        token = one_time_token(settings.console_people[0])
+        say(f"console: {url}/login?once={token}  (works once, within ten minutes; afterwards log in with {key})")
     else:
-        say(f"console: {url}  (log in with a key of RECEIVER_CONSOLE_KEYS, or the one in {settings.store}/console.key)")
+        say(f"console: {url}  (log in with {key})")
 
 
 def _name_settings(settings: Settings) -> None:

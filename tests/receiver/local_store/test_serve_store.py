@@ -234,7 +234,10 @@ def test_a_damaged_file_of_keys_is_one_line(receiver: CommandLine) -> None:
 
 def test_store_and_endpoint_together_are_refused(receiver: CommandLine) -> None:
     done = receiver("status", RECEIVER_STORE="kept", RECEIVER_S3_ENDPOINT_URL="http://127.0.0.1:1")
-    assert (done.code, done.err) == (1, "RECEIVER_STORE and RECEIVER_S3_ENDPOINT_URL: set one of both\n")
+    assert (done.code, done.err) == (
+        1,
+        "RECEIVER_STORE and RECEIVER_S3_ENDPOINT_URL: each names a store; leave one out\n",
+    )
 
 
 def test_a_command_from_another_folder_names_the_database_of_the_store(receiver: CommandLine, tmp_path: Path) -> None:
