@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import boto3
@@ -18,6 +17,7 @@ from storage.bucket.bounded_connections import bound
 from storage.bucket.signed_requests import SignedRequests
 from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status, store_at
 from storage.errors import UserError
+from storage.http_date import http_date
 
 CONNECT_SECONDS = 5
 READ_SECONDS = 60
@@ -143,9 +143,9 @@ class StoreConnection:
         if date == self._last_date:  # a Date has whole seconds, and parsing it takes 15 µs
             return
         self._last_date = date
-        with suppress(TypeError, ValueError):  # the Date header is missing or malformed
-            sent_at = parsedate_to_datetime(date)
-            self.clock_ahead_seconds = time.time() - sent_at.timestamp()
+        sent_at = http_date(date or "")
+        if sent_at is not None:
+            self.clock_ahead_seconds = time.time() - sent_at
 
     @contextmanager
     def _errors(self, size: int | None = None) -> Iterator[None]:

@@ -6,7 +6,6 @@ checks the file's type and structure.
 
 from __future__ import annotations
 
-import email.utils
 import errno
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from storage.fetch import connection, media_types
 from storage.fetch.addresses import AddressPolicy, Target, check_url, tidy
 from storage.fetch.media_types import Media
 from storage.fetch.transfer import Body, Connections
+from storage.http_date import http_date
 
 # A CDN accepts a connection within one round trip. 10 s covers three lost SYNs (1 + 2 + 4 s).
 CONNECT_TIMEOUT_SECONDS = 10.0
@@ -246,11 +246,10 @@ def retry_after(value: str, now: datetime) -> float | None:
     if value.isascii() and value.isdigit():
         seconds = float(value[:9])
     else:
-        try:
-            date = email.utils.parsedate_to_datetime(value)
-        except (ValueError, TypeError, OverflowError):
+        moment = http_date(value)
+        if moment is None:
             return None
-        seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now.timestamp()
+        seconds = moment - now.timestamp()
     return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds > 0 else None
 
 

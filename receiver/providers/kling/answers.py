@@ -6,7 +6,6 @@ id before it is sent again.
 
 from __future__ import annotations
 
-import email.utils
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 from receiver.providers.base import AlreadyExists, NoSuchCall, Unavailable
 from receiver.providers.kling.report import whole
 from storage.errors import AccountRefused, ModelRefused, ProviderFull, ProviderRejected, ProviderThrottled
+from storage.http_date import http_date
 
 FULL_CODE = 1303
 THROTTLED_CODES = frozenset({1302, FULL_CODE})
@@ -105,14 +105,6 @@ def message_in(document: Mapping[str, Any]) -> str:
 
 def retry_after(header: str | None, now: float) -> float | None:
     """A Retry-After header, in seconds or as a date (RFC 9110 10.2.3), between 0 and an hour."""
-    moment = http_date(header)
+    moment = http_date(header or "")
     wanted = moment - now if moment is not None else whole(header)
     return None if wanted is None else min(max(float(wanted), 0), 3_600)
-
-
-def http_date(header: str | None) -> float | None:
-    try:
-        parsed = email.utils.parsedate_tz(header or "")
-        return None if parsed is None else float(email.utils.mktime_tz(parsed))
-    except (ValueError, OverflowError):
-        return None

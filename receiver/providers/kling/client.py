@@ -29,7 +29,7 @@ from receiver.providers.base import (
 )
 from receiver.providers.kling import prices
 from receiver.providers.kling import report as kling_report
-from receiver.providers.kling.answers import Answer, NotFound, NotKling, http_date, message_in, refusal, retry_after
+from receiver.providers.kling.answers import Answer, NotFound, NotKling, message_in, refusal, retry_after
 from receiver.providers.kling.report import (
     find_record,
     loads,
@@ -55,6 +55,7 @@ from storage.errors import (
     UserError,
 )
 from storage.fetch import connection
+from storage.http_date import http_date
 from storage.states import Report
 
 CREATE_PATH = "/v1/images/omni-image"
@@ -283,7 +284,7 @@ class Kling:
         )
 
     def _note_date(self, header: str | None) -> None:
-        sent_at = http_date(header)
+        sent_at = http_date(header or "")
         if sent_at is not None:
             self.clock_ahead_seconds = self._now() - sent_at
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import random
@@ -37,6 +38,10 @@ ODD: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "gzip in chunks": (
         answer(b"".join(b"1\r\n%c\r\n" % byte for byte in GZIPPED) + b"0\r\n\r\n",
                "Content-Encoding: gzip", "Transfer-Encoding: chunked", length=None),
+        ("decoded from gzip",),
+    ),
+    "gzip in members": (
+        answer(b"".join(gzip.compress(png()[at : at + 9]) for at in range(0, len(png()), 9)), "Content-Encoding: gzip"),
         ("decoded from gzip",),
     ),
     "not gzip": (answer(png(), "Content-Encoding: gzip"), ("coded only according to Content-Encoding",)),
@@ -91,7 +96,21 @@ def test_transfer_that_breaks_at_sixty_percent_is_resumed_to_its_end(
     assert [f"If-Range: {validator}" in head for head in host.heads] == [False, True, True, True, True]
 
 
-@pytest.mark.parametrize("headers", [(), STRONG[:1], ('ETag: W/"a"', *DATED), DATED[1:], (DATED[0], DATED[2])])
+NO_DATES = [f"Sun, 01 Nov {year} 00:00:00 GMT" for year in ("10000", "9" * 20)]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        (),
+        STRONG[:1],
+        ('ETag: W/"a"', *DATED),
+        DATED[1:],
+        (DATED[0], DATED[2]),
+        *((f"Last-Modified: {date}", *DATED[1:]) for date in NO_DATES),
+        *((DATED[0], f"Date: {date}", DATED[2]) for date in NO_DATES),
+    ],
+)
 def test_broken_transfer_without_ranges_is_not_resumed(host: FileHost, headers: tuple[str, ...]) -> None:
     host.scripts["/"] = breaking(*headers, host=host)
     with pytest.raises(FetchInterrupted, match="broke off"):
