@@ -4,6 +4,7 @@ rendering, without anything that belongs to one reader.
 
 from __future__ import annotations
 
+import math
 import re
 import socket
 import threading
@@ -19,6 +20,7 @@ import pytest
 from sqlalchemy import event
 
 from receiver.app.wiring import Parts
+from receiver.console import live
 from receiver.console.access import COOKIE
 from receiver.console.live import Pace
 from storage.background import MOST_TURNS
@@ -180,14 +182,18 @@ def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -
         assert next(line for line in lines if line.startswith("event:")) == "event: change"
 
 
-def test_changes_are_announced_less_often_while_many_deliveries_arrive(parts: Parts, ann: Reader, web: Web) -> None:
+def test_changes_are_announced_less_often_while_many_deliveries_arrive(
+    parts: Parts, ann: Reader, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In seconds instead of half minutes. The real numbers have tests of their own, below."""
+    monkeypatch.setattr(live, "PACES", ((150.0, 2.0), (-math.inf, 1.0)))
     cookies = {COOKIE: ann.http.cookies[COOKIE]}
     with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=60) as answer:
         lines = answer.iter_lines()
         insert_row(parts)
-        assert "data: 3000" in lines
+        assert "data: 1000" in lines
         with flood(parts):
-            assert "data: 30000" in islice(lines, 60)
+            assert "data: 2000" in islice(lines, 60)
 
 
 @contextmanager
