@@ -24,8 +24,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
 
 from receiver.base.config import Settings, load
+from receiver.cli.main import app
+from receiver.web.callbacks import BODY_SECONDS
 from tests.pipeline import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -157,7 +160,8 @@ def test_web_has_no_workers_and_the_sandbox_is_a_profile() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_compose_commands_exist_in_the_program(name: str) -> None:
-    _passes(sys.executable, "-c", "from receiver.cli.main import main; main()", *SERVICES[name]["command"], "--help")
+    done = CliRunner().invoke(app, [*SERVICES[name]["command"], "--help"])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.fixture
@@ -229,19 +233,35 @@ def _web(port: int = 0, status: int = 200) -> Iterator[_Web]:
             thread.join()
 
 
+# The shipped deadlines, which the tests of the proxy would wait for, and the ones that they have instead.
+SHORTER = {"readTimeout: 10s": "readTimeout: 2s", "initialInterval: 1s": "initialInterval: 200ms",
+           "timeout: 20s": "timeout: 4s"}  # fmt: skip
+
+
+def _shortened(name: str) -> str:
+    return re.sub("|".join(SHORTER), lambda found: SHORTER[found[0]], (INFRA / "proxy" / name).read_text())
+
+
+def test_proxy_has_the_deadlines_of_the_receiver() -> None:
+    texts = [(INFRA / "proxy" / name).read_text() for name in ("traefik.yaml", "routes.yaml")]
+    assert [sum(text.count(f" {each} ") + text.count(f" {each}\n") for text in texts) for each in SHORTER] == [1, 1, 1]
+    assert f"readTimeout: {BODY_SECONDS:g}s" in SHORTER
+
+
 class _Proxy:
-    """The shipped proxy settings in the real program: loopback ports, a self-signed certificate, all else as it is."""
+    """The shipped proxy settings in the real program: loopback ports, a self-signed certificate, shorter deadlines."""
 
     def __init__(self, folder: Path) -> None:
         self.public, self.web, probe = (free_port() for _ in range(3))
         self.log = folder / "proxy.log"
-        static = yaml.safe_load((INFRA / "proxy" / "traefik.yaml").read_text())
+        static = yaml.safe_load(_shortened("traefik.yaml"))
         static["entryPoints"]["public"]["address"] = f"127.0.0.1:{self.public}"
         static["entryPoints"]["probe"]["address"] = f"127.0.0.1:{probe}"
-        static["providers"]["file"]["filename"] = str(INFRA / "proxy" / "routes.yaml")
+        static["providers"]["file"]["filename"] = str(folder / "routes.yaml")
         del static["certificatesResolvers"]
         self.settings = folder / "traefik.yaml"
         self.settings.write_text(yaml.safe_dump(static))
+        (folder / "routes.yaml").write_text(_shortened("routes.yaml"))
 
     @contextmanager
     def running(self, program: str) -> Iterator[_Proxy]:
