@@ -28,18 +28,26 @@ def lanes(work: Callable[[object], None]) -> list[Lane]:
     return [*tasks, Lane("assets", Asset, work, 2), Lane("images", Asset, work, 1, (Asset.kind == "image",))]
 
 
+@pytest.fixture
+def shorter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the intervals, so that as many of them pass in a quarter of the time."""
+    for name in ("IDLE_SECONDS", "REST_SECONDS", "QUARANTINE_INTERVAL_SECONDS"):
+        monkeypatch.setattr(worker, name, getattr(worker, name) / 4)
+
+
+@pytest.mark.usefixtures("shorter")
 def test_idle_lanes_share_one_statement(database: Database) -> None:
     statements: list[str] = []
     for engine in {database.reader, database.writer}:
         event.listen(engine, "before_cursor_execute", lambda *call: statements.append(call[2]))
     with running(database, *lanes(lambda _: None)):
-        time.sleep(3)
-    # two wake-ups a second, and one check a second for rows in quarantine; each of five lanes alone: 45
+        time.sleep(6 * worker.IDLE_SECONDS)
+    # one for each wake-up, and two for rows in quarantine; each of five lanes alone: 45
     assert len([each for each in statements if "due_at" in each]) <= 18
 
 
 @pytest.fixture
-def rests(monkeypatch: pytest.MonkeyPatch) -> None:
+def rests(shorter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "REST_AFTER_SECONDS", 0.2)
 
 
@@ -52,10 +60,11 @@ def test_worker_at_rest_checks_less_often_and_keeps_one_connection(database: Dat
         for each in {database.reader, database.writer}:
             event.listen(each, "before_cursor_execute", lambda *call: statements.append(call[2]))
         began = time.monotonic()
-        time.sleep(6)
+        time.sleep(3 * worker.REST_SECONDS)
         found = len([each for each in statements if "due_at" in each]), time.monotonic() - began
         wait_until(lambda: engine.pool.checkedin() <= 1)
-    # one wake-up in two seconds; on SQLite a heartbeat is a commit and causes two more. Without a rest, two a second
+    # one wake-up in each interval; on SQLite a heartbeat is a commit and causes two more. Without a rest, four times
+    # as many
     assert found[0] <= found[1] / worker.REST_SECONDS + 4
 
 
@@ -69,13 +78,13 @@ def test_timers_of_a_worker_at_rest_are_few(database: Database, monkeypatch: pyt
         counted(self, name, seconds)
         waits[name] += 1
 
-    monkeypatch.setattr(worker, "REST_SECONDS", 0.6)
+    monkeypatch.setattr(worker, "REST_SECONDS", 0.15)
     beside = Lane("beside", Asset, lambda _: None, 1, beside=lambda _lasting: None)
     with running(database, *lanes(lambda _: None), beside) as at_rest:
         wait_until(lambda: at_rest._interval == worker.REST_SECONDS)
         monkeypatch.setattr(WakeUps, "wait", wait)
         began = time.monotonic()
-        time.sleep(6)
+        time.sleep(10 * worker.REST_SECONDS)
         passed = (time.monotonic() - began) / worker.REST_SECONDS
     # a lane that is looked for by others looks each five intervals, which heartbeats on SQLite may shorten
     assert all(waits[lane] <= passed / 4 + 1 for lane in (*Step, "assets", "images", "beside")), waits
@@ -95,12 +104,13 @@ def test_commit_ends_the_rest_at_once(database: Database, monkeypatch: pytest.Mo
         assert at_rest._interval == worker.IDLE_SECONDS
 
 
+@pytest.mark.usefixtures("shorter")
 def test_each_lane_sees_work_that_came_while_it_was_idle(database: Database) -> None:
     desk = Desk(database)
     with running(database, *lanes(desk.work)):
         for count in range(1, 4):
             wait_until(lambda: len(desk.done) == 2 * (count - 1))  # noqa: B023 - called at once
-            time.sleep(0.6)
+            time.sleep(1.2 * worker.IDLE_SECONDS)
             new_assets(database, 2)
         wait_until(lambda: len(desk.done) == 6)
 

@@ -108,7 +108,8 @@ def test_lanes_take_only_their_own_step(database: Database, desk: Desk) -> None:
     assert sorted(desk.done) == sorted(reads)
 
 
-def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk) -> None:
+def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeats, "BEAT_SECONDS", 1.0)
     other = heartbeats.register(database, 1)
     desk.gate.clear()
     with running(database, assets_lane(desk.work, is_shared=True), grace=0):
@@ -118,7 +119,7 @@ def test_processes_share_the_threads_of_a_lane(database: Database, desk: Desk) -
         time.sleep(2 * worker.IDLE_SECONDS)
         assert len(desk.begun) == 2
         heartbeats.unregister(database, other)
-        wait_until(lambda: len(desk.begun) == 4, seconds=2 * heartbeats.BEAT_SECONDS)
+        wait_until(lambda: len(desk.begun) == 4)
         desk.gate.set()
         wait_until(lambda: not waiting(database))
 
