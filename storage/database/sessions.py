@@ -212,6 +212,7 @@ class Database:
         self._make_group_writer()
         self.woken = threading.Event()
         if self.is_sqlite:
+            self._file.begin_in_child()
             self.turnstile = self._make_turnstile()
             self.reader.dispose(close=False)
         self.writer.dispose(close=False)
@@ -361,6 +362,12 @@ def _sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engin
         connection.isolation_level = None  # `start` sends BEGIN
         for pragma in SQLITE_PRAGMAS:
             _set_pragma(connection, pragma)
+        _set_pragma(connection, "schema_version")  # a read, which opens the log
+        file.opened(connection)
+
+    @event.listens_for(engine, "close")
+    def forget(connection: Any, _: object) -> None:
+        file.closed(connection)
 
     @event.listens_for(engine, "begin")
     def start(connection: Connection) -> None:

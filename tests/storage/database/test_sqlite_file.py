@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from receiver.app.wiring import Parts
 from storage.database.sessions import Database
@@ -51,6 +52,35 @@ def test_a_replaced_file_is_reported_and_not_written(own: Database, sqlite_file:
     with pytest.raises(DatabaseUnavailable, match="was replaced while it was open: stop all that uses it"):
         write(own)
     assert sqlite_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm"])
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_a_log_that_is_gone_is_reported_and_nothing_committed_is_lost(
+    own: Database, sqlite_file: Path, suffix: str, what: str
+) -> None:
+    write(own)
+    log = Path(f"{sqlite_file}{suffix}")
+    if what == "replaced":
+        Path(shutil.copy(log, f"{log}.copy")).rename(log)
+    else:
+        log.unlink()
+    with pytest.raises(DatabaseUnavailable, match=f"{suffix} was {what} while it was open: stop all that uses"):
+        write(own)
+    own.close()
+    again = Database(f"sqlite:///{sqlite_file}")
+    write(again)
+    with again.read() as session:
+        assert session.scalar(text("SELECT count(*) FROM one")) == 2
+    again.close()
+
+
+def test_a_log_that_sqlite_removed_with_the_last_connection_is_no_fault(own: Database, sqlite_file: Path) -> None:
+    write(own)
+    own.writer.dispose()
+    own.reader.dispose()
+    assert not Path(f"{sqlite_file}-wal").exists()
+    write(own)
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
