@@ -23,6 +23,7 @@ from receiver.base import sink_setting as sinks
 from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
 from receiver.base.database_setting import DatabaseUrl
+from receiver.base.retry_schedule import EVENT_RETRY_SECONDS
 from receiver.base.setting_types import (
     Delays,
     Entries,
@@ -40,10 +41,6 @@ from storage.errors import UserError
 from storage.fetch.addresses import AddressPolicy, host_of
 
 PREFIX = setting_faults.PREFIX
-# Seconds from each failed try to the next: 3 days and 5 hours in all. Standard Webhooks' schedule ("Retry schedule",
-# specification 1.0.0: 5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h), denser at its start, because later events of the
-# task wait as well.
-EVENT_RETRY_SECONDS = (1, 5, 30, 120, 300, 900, 1_800, 3_600, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
 OWN_BUCKET = "pictures"  # bucket of the store that we run ourselves, unless another is set
 
 

@@ -10,7 +10,6 @@ Delivery is at least once: after a crash between sending and settling the messag
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,6 +17,7 @@ from typing import Protocol
 import structlog
 from sqlmodel import Session, col, select
 
+from receiver.base.retry_schedule import retry_delay
 from receiver.events.cloudevents import Envelope, event_id
 from storage.circuit import Circuit
 from storage.database.sessions import Database
@@ -27,9 +27,6 @@ from storage.rows import claims
 from storage.rows.models import Dispatch, Event, Task
 
 log = structlog.get_logger()
-
-# Spreads the retries of receivers that failed at the same time.
-JITTER = 0.2
 
 
 class SinkUnavailable(Retry):
@@ -188,18 +185,14 @@ class Dispatcher:
                 case NotTried():
                     outbox.put_off(session, row, outcome.after or 0)
                     return "put_off"
-                case Retry() if row.tries < len(self._retry_seconds):
-                    outbox.failed(session, row, str(outcome), self._wait(row, outcome.after))
+                case Retry() if (delay := retry_delay(self._retry_seconds, row.tries, outcome.after)) is not None:
+                    outbox.failed(session, row, str(outcome), delay)
                     return "later"
                 case _:
                     outbox.dead(session, row, str(outcome))
                     return "dead"
         except LostClaim:
             return "lost"
-
-    def _wait(self, row: Dispatch, asked: float | None) -> float:
-        scheduled = self._retry_seconds[row.tries] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret
-        return max(scheduled, asked or 0)
 
     def _end_if_gone(self, outcomes: Sequence[Outcome]) -> None:
         gone = next((outcome for outcome in outcomes if isinstance(outcome, SinkGone)), None)
