@@ -3,7 +3,7 @@
 Each lane has a feeder thread that claims a row for each idle thread, or a few more (`Lane.ahead`). While it waits, the
 transaction of this process that makes rows due claims them for it (`group_claims.py`). A thread works on
 one row, or on one batch if the lane has batches. The work settles its own rows; the worker renews the leases of all
-claimed rows.
+claimed rows (`leases.py`).
 
 A worker without rows for a while is at rest: it checks for due rows less often, and keeps one idle connection. A commit
 still wakes it at once.
@@ -28,6 +28,7 @@ from receiver.workers.due_checks import QUEUED, DueChecks
 from receiver.workers.group_claims import GroupClaims
 from receiver.workers.in_hand import RowsInHand, claims_of
 from receiver.workers.lanes import Batches, Lane, PeriodicJob
+from receiver.workers.leases import Leases
 from receiver.workers.wake_ups import WakeUps
 from storage.background import background_thread
 from storage.circuit import PAUSE_CAP_SECONDS, Grant
@@ -61,7 +62,10 @@ QUARANTINE = "quarantine"  # the name of its thread's wait
 
 
 class Worker:
-    """Runs the lanes until it is stopped. `run_until_idle` does the same work in the calling thread, then returns."""
+    """Runs the lanes until it is stopped.
+
+    `receiver work --once` calls `run_until_idle` and `run_quarantined`, which do the same work in the calling thread.
+    """
 
     def __init__(
         self,
@@ -85,12 +89,12 @@ class Worker:
         looked_for = {job.name: job.due_if for job in periodic_jobs if job.due_if is not None}
         self._due_checks = DueChecks(database, [lane for lane in lanes if lane.beside is None], looked_for)
         self._in_hand = RowsInHand()
+        self._leases = Leases(database, self._in_hand, lease_seconds)
         self._group_claims = GroupClaims(
-            database, lanes, self._in_hand, self._wake_ups, self._give_back, lease_seconds=lease_seconds
+            database, lanes, self._in_hand, self._wake_ups, self._leases.give_back, lease_seconds=lease_seconds
         )
         # By lane: how many consecutive claims were full. After one, the next claim is made without a check.
         self._full_claims = Counter[str]()
-        self._unsettled: list[Any] = []  # rows whose work could not reach the database
         self._alive = 1  # processes, this one included, at the last heartbeat
         self._ended = threading.Event()
 
@@ -219,13 +223,13 @@ class Worker:
             for rows in claimed:
                 batches.add(rows)
                 pool.submit(self._work_in_turn, lane, batches, rows, grant)
-            self._give_back(batches.take_back(LASTING_SECONDS))
+            self._leases.give_back(batches.take_back(LASTING_SECONDS))
             if room > len(claimed):
                 self._group_claims.want(lane, (room - len(claimed)) * lane.batch())
             if room and not claimed:
                 self._wait_for_work(lane.name)
             self._stop.wait(lane.claim_pause_seconds)
-        self._give_back(batches.take_back())
+        self._leases.give_back(batches.take_back())
         self._group_claims.end(lane)
         pool.shutdown(wait=False)
 
@@ -245,18 +249,6 @@ class Worker:
                 self._work(lane, rows, grant)
             finally:
                 batches.end()
-
-    def _give_back(self, rows: list[Any]) -> None:
-        """Release rows that no thread has begun, so that any worker may claim them at once."""
-        if not rows:
-            return
-        try:
-            self._release(rows)
-        except DatabaseUnavailable as error:
-            log.debug("worker.database_not_reached", job="give_back", error=str(error))
-            self._unsettled.extend(rows)
-        finally:
-            self._in_hand.remove(claims_of(rows))
 
     def _claim_batches(self, lane: Lane, room: int, wake_up: int) -> tuple[list[list[Any]], Grant]:
         """Claim at most this many batches, of one row or of several each."""
@@ -284,7 +276,7 @@ class Worker:
                     lane.work(row)
         except DatabaseUnavailable as error:
             log.debug("worker.database_not_reached", lane=lane.name, rows=ids, error=str(error))
-            self._unsettled.extend(rows)
+            self._leases.note_unsettled(rows)
         except Exception:
             log.exception("worker.step_failed", lane=lane.name, rows=ids)
             for row in rows:
@@ -320,8 +312,8 @@ class Worker:
     def _renew(self, ended: threading.Event) -> None:
         """Renew the leases of all rows in hand, also while draining, and release rows that could not be settled."""
         while not ended.wait(self._lease_seconds / 3):
-            self._run_logged("renew", self._renew_leases)
-            self._run_logged("hand_back", self._release_unsettled)
+            self._run_logged("renew", self._leases.renew)
+            self._run_logged("hand_back", self._leases.release_unsettled)
 
     def _run_logged(self, job: str, run: Callable[[], object]) -> None:
         """Run a job and log any error, so that its thread continues."""
@@ -333,26 +325,6 @@ class Worker:
             log.warning("worker.store_not_reached", job=job, error=str(error))
         except Exception:
             log.exception("worker.step_failed", job=job)
-
-    def _renew_leases(self) -> None:
-        by_lease: dict[tuple[Any, uuid.UUID], list[Any]] = {}
-        for row in self._in_hand.rows:
-            by_lease.setdefault((type(row), row.lease), []).append(row.id)
-        with self._database.write() as session:
-            for (model, lease), ids in by_lease.items():
-                claims.renew(session, model, ids, lease, self._lease_seconds)
-
-    def _release_unsettled(self) -> None:
-        """Release unsettled rows now that the database answers. They need not wait for the end of their leases."""
-        if rows := list(self._unsettled):
-            self._release(rows)
-            del self._unsettled[: len(rows)]
-
-    def _release(self, rows: Sequence[Any]) -> None:
-        with self._database.write() as session:
-            for row in rows:
-                claims.release(session, row)
-            self._database.wake(session)
 
     def _beat(self) -> None:
         while not self._ended.wait(heartbeats.BEAT_SECONDS):
@@ -407,7 +379,6 @@ class Worker:
 
     def _drain(self) -> None:
         self._in_hand.wait_until_empty(self._grace_seconds)
-        if left := self._in_hand.rows + self._unsettled:
-            self._release(left)
+        released = self._leases.release_all()
         heartbeats.unregister(self._database, self._id)
-        log.info("worker.stopped", handed_back=len(left))
+        log.info("worker.stopped", handed_back=released)

@@ -1,4 +1,4 @@
-"""Renewal of one lease outside of a worker, which renews the leases of its own rows (`receiver/workers/worker.py`)."""
+"""Renewal of one lease outside of a worker, which renews the leases of its own rows (`receiver/workers/leases.py`)."""
 
 from __future__ import annotations
 

@@ -77,20 +77,9 @@ def apply(
     if task.deleted_at is not None:
         _rest(session, task)
         return Decision(task.state, task.archive)
-    if before.series is None and report.series is not None:
-        task.series = report.series
-    if not pushed:
-        task.step = None  # the read has been made
-    if not pushed and before.state is TaskState.SUCCEEDED and states.is_short(before):
-        task.completeness_reads += 1
+    _note_report(task, before, report, now, pushed=pushed, confirmed=confirmed)
     known = replace(before, series=task.series)
     decision = states.decide(known, report, confirmed=confirmed)
-    task.reported_at = now
-    if pushed:
-        note_called_back(task, report, now)
-        task.polls = 0
-    if report.units is not None and confirmed:
-        task.units = report.units
     _change_state(session, task, report, decision, now)
     _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)
     if confirmed:
@@ -101,6 +90,23 @@ def apply(
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
+
+
+def _note_report(
+    task: Task, before: TaskFacts, report: Report, now: datetime, *, pushed: bool, confirmed: bool
+) -> None:
+    """Note on the task when and how the report came, and what it says beside its state and files."""
+    task.reported_at = now
+    if pushed:
+        note_called_back(task, report, now)
+        task.polls = 0
+    else:
+        task.step = None  # the read has been made
+        task.completeness_reads += before.state is TaskState.SUCCEEDED and states.is_short(before)
+    if before.series is None and report.series is not None:
+        task.series = report.series
+    if report.units is not None and confirmed:
+        task.units = report.units
 
 
 def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:

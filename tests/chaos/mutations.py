@@ -74,7 +74,7 @@ MUTATIONS = (
         "_STANDING = _STANDING.with_for_update()",
         "_STANDING = _STANDING.limit(1)",
         # Not the campaign, which may miss it: two processes seldom settle the last files of a task at the same time.
-        f"{CAMPAIGNS}::test_of_two_pictures_settled_at_once_exactly_one_is_the_last",
+        f"{CAMPAIGNS}::test_exactly_one_of_two_pictures_settled_at_once_is_the_last",
     ),
     Mutation(
         "settle acknowledged before the commit of its group",
@@ -180,8 +180,8 @@ MUTATIONS = (
     Mutation(
         "rows claimed ahead wait behind slow work",
         "receiver/workers/worker.py",
-        "self._give_back(batches.take_back(LASTING_SECONDS))",
-        "self._give_back([])",
+        "self._leases.give_back(batches.take_back(LASTING_SECONDS))",
+        "self._leases.give_back([])",
         AHEAD,
     ),
     Mutation(
