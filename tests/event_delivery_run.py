@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,6 +32,7 @@ from storage.states import ArchiveState, DispatchState
 from tests.chaos.processes import Kept
 from tests.harness import wait_until
 from tests.running_product import Scene
+from tests.runs.outcome import Outcome
 from tests.webhook_receiver import SECRET, Got, Hook
 
 FAIL_RATE = 0.3
@@ -41,14 +41,6 @@ SUBMITTERS = 8
 RETRY_SECONDS = "1,2,4,8,15,15,15,15,15,15,15,15,15,15,15,15"
 DOWN_AT, MEANWHILE = "went down after seconds", "archived while it was down"
 ONE_TASK_SECONDS = 1.0  # an upper bound for a slow machine
-
-
-@dataclass
-class Outcome:
-    """The findings at the end. `faults`: empty = the promise holds."""
-
-    faults: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class Failing:
@@ -220,12 +212,9 @@ def main() -> int:
         outcome = run(Path(folder), tasks=chosen.tasks, down_seconds=chosen.down, database=chosen.database)
     start = outcome.figures[DOWN_AT]
     without[MEANWHILE] = sum(start <= offset < start + chosen.down for offset in offsets)
-    for name, figure in outcome.figures.items():
-        beside = f" (without events: {without[name]})" if name in without else ""
-        sys.stdout.write(f"{name}: {figure}{beside}\n")
-    for fault in outcome.faults:
-        sys.stdout.write(f"FAULT {fault}\n")
-    return 1 if outcome.faults else 0
+    for name in outcome.figures.keys() & without.keys():
+        outcome.figures[name] = f"{outcome.figures[name]} (without events: {without[name]})"
+    return outcome.report()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from storage.accounts.batches import Counts
 from tests.forked import Forked
 from tests.harness import wait_until
 from tests.running_product import Scene
+from tests.runs.outcome import Outcome
 
 NAME = "night"
 SLOTS = 20
@@ -36,14 +36,6 @@ TWO_IN, NINE_IN = 10, 50
 ONE_LINE_SECONDS = 3.0  # an upper bound for a slow machine; two thousand lines take some minutes
 GATEWAY_PAUSE_SECONDS = 0.3
 PATH = "/kling/v1/images/omni-image"
-
-
-@dataclass
-class Outcome:
-    """The findings at the end. `faults`: empty = the promise holds."""
-
-    faults: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 def request(number: int) -> dict[str, Any]:
@@ -220,11 +212,7 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="receiver-night-") as folder:
         outcome = run(Path(folder), lines=chosen.lines, database=chosen.database, task_seconds=chosen.task_seconds)
-    for name, figure in outcome.figures.items():
-        sys.stdout.write(f"{name}: {figure}\n")
-    for fault in outcome.faults:
-        sys.stdout.write(f"FAULT {fault}\n")
-    return 1 if outcome.faults else 0
+    return outcome.report()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from storage.accounts import batches, pauses
 from storage.accounts.batches import Counts
 from tests.harness import wait_until
 from tests.running_product import Scene
+from tests.runs.outcome import Outcome
 from tests.webhook_receiver import SECRET, Hook
 
 NAME = "refused"
@@ -35,14 +35,6 @@ METRICS_TOKEN = "a-metrics-token"
 NO_BALANCE, WRONG_KEY = 1102, 1002
 MOST_A_MINUTE = 5
 ONE_LINE_SECONDS = 1.0  # an upper bound for a slow machine
-
-
-@dataclass
-class Outcome:
-    """The findings at the end. `faults`: empty = the promise holds."""
-
-    faults: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class Refused(Scene):
@@ -180,11 +172,7 @@ def main() -> int:
             balance=chosen.balance,
             seconds=chosen.seconds,
         )
-    for name, figure in outcome.figures.items():
-        sys.stdout.write(f"{name}: {figure}\n")
-    for fault in outcome.faults:
-        sys.stdout.write(f"FAULT {fault}\n")
-    return 1 if outcome.faults else 0
+    return outcome.report()
 
 
 if __name__ == "__main__":

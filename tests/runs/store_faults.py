@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +25,7 @@ from storage.states import ArchiveState, AssetState
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
 from tests.harness import wait_until
 from tests.running_product import Scene
+from tests.runs.outcome import Outcome
 
 LINK_SECONDS, AWAY_SECONDS, ROUNDS, TASKS_A_ROUND = 2, 8.0, 20, 3
 # After the store is back: the longest pause of a circuit is 30 s, but eight seconds of outage open it for eight.
@@ -35,14 +35,6 @@ TOO_LARGE = Answer(413, {"content-type": "text/html"}, b"<html>413 Request Entit
 # The most that a hundred small files wait longer because six large ones are refused.
 With_SECONDS = 5.0
 SECONDS = 180.0
-
-
-@dataclass
-class Outcome:
-    """The findings at the end. `faults`: empty = the promise holds."""
-
-    faults: list[str] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class Store(Scene):
@@ -154,16 +146,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     chosen = parser.parse_args()
     telemetry.configure("error")
-    faults: list[str] = []
+    code = 0
     with tempfile.TemporaryDirectory(prefix="receiver-store-faults-") as folder:
         for play in (partial(outages, rounds=chosen.rounds), beside_large):
-            outcome = play(Path(folder), database=chosen.database)
-            for name, figure in outcome.figures.items():
-                sys.stdout.write(f"{name}: {figure}\n")
-            sys.stdout.flush()
-            faults += outcome.faults
-    sys.stdout.write("".join(f"FAULT {fault}\n" for fault in faults))
-    return 1 if faults else 0
+            code |= play(Path(folder), database=chosen.database).report()
+    return code
 
 
 if __name__ == "__main__":

@@ -206,14 +206,19 @@ def test_refused_connection_does_not_delay_the_shutdown(web: Web, monkeypatch: p
         assert read_to_end(raw) == b""
 
 
+def hold_keyless_answers(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> None:
+    """Hold every answer that needs no key but the first."""
+    monkeypatch.setattr(rate_limits, "KEYLESS_A_SECOND", 1e-6)
+    monkeypatch.setattr(rate_limits, "MOST_KEYLESS", 0.5)
+    monkeypatch.setattr(rate_limits, "HOLD_SECONDS", seconds)
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/nothing", "/events", f"/callbacks/kling/{'x' * 55}"])
 def test_keyless_answers_are_held_back_while_there_are_many(
     path: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flood of requests that need no key took all of a processor. Deliveries do not wait."""
-    monkeypatch.setattr(rate_limits, "KEYLESS_A_SECOND", 1e-6)
-    monkeypatch.setattr(rate_limits, "MOST_KEYLESS", 0.5)
-    monkeypatch.setattr(rate_limits, "HOLD_SECONDS", 1)
+    hold_keyless_answers(monkeypatch, seconds=1)
     with Web(parts) as web, httpx.Client(base_url=web.url, trust_env=False) as client:
         client.post(path)
         started = time.monotonic()
@@ -228,9 +233,7 @@ def test_connection_with_a_held_answer_makes_room_before_an_honest_one(
     path: str, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A held answer counted as work, so a flood of them had every honest connection closed before its request."""
-    monkeypatch.setattr(rate_limits, "KEYLESS_A_SECOND", 1e-6)
-    monkeypatch.setattr(rate_limits, "MOST_KEYLESS", 0.5)
-    monkeypatch.setattr(rate_limits, "HOLD_SECONDS", 8)
+    hold_keyless_answers(monkeypatch, seconds=8)
     monkeypatch.setattr(callbacks, "TARPIT_SECONDS", 8)
     monkeypatch.setattr(account_budget, "MAX_ROWS", 0)
     monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 2)

@@ -96,33 +96,21 @@ def count_deliveries(sqlite: Database) -> int:
         return session.scalar(select(func.count()).select_from(Callback)) or 0
 
 
-def test_a_delivery_is_committed_before_a_thread_that_waited_longer(
-    sqlite: Database, turnstile: Turnstile, other_process: Turnstile, intake: InLoop
+@pytest.mark.parametrize("waits", ["a thread of its process", "another process"])
+def test_a_delivery_is_committed_before_a_writer_that_waited_longer(
+    waits: str, sqlite: Database, turnstile: Turnstile, other_process: Turnstile, intake: InLoop
 ) -> None:
+    """It needs no turn where its process has one."""
+    waiting, holding = (other_process, turnstile) if waits == "another process" else (turnstile, other_process)
+
     def write() -> int:
-        with sqlite.write():
+        with other_process if waits == "another process" else sqlite.write():
             return count_deliveries(sqlite)
 
     with ThreadPoolExecutor(1) as pool:
-        with other_process:
+        with holding:
             seen = pool.submit(write)
-            wait_until(lambda: turnstile._blocked_since)
-            answer = intake.put(GOOD)
-            wait_until(lambda: turnstile._threads._urgent_waiting)
-        assert (answer.result(SECONDS), seen.result(SECONDS)) == (Intake.NEW, 1)
-
-
-def test_a_delivery_is_committed_within_the_turn_of_its_process(
-    sqlite: Database, turnstile: Turnstile, other_process: Turnstile, intake: InLoop
-) -> None:
-    def write() -> int:
-        with other_process:
-            return count_deliveries(sqlite)
-
-    with ThreadPoolExecutor(1) as pool:
-        with turnstile:
-            seen = pool.submit(write)
-            wait_until(lambda: other_process._blocked_since)
+            wait_until(lambda: waiting._blocked_since)
             answer = intake.put(GOOD)
             wait_until(lambda: turnstile._threads._urgent_waiting)
         assert (answer.result(SECONDS), seen.result(SECONDS)) == (Intake.NEW, 1)
