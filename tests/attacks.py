@@ -55,7 +55,7 @@ LEAST_SHARE = 0.05
 @dataclass(frozen=True)
 class Honest:
     """Seconds of acknowledgements, and of another client's creates until the callback of their success. Meanwhile, the
-    shares of a processor of the web server and of whoever was beside.
+    shares of a processor of the web server and of the work beside it.
     """
 
     acks: list[float]

@@ -143,7 +143,7 @@ def models_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def statements_compiled_once() -> Iterator[None]:
-    """Each test opens engines of its own, and each engine would compile all statements anew: 6.1 of 24.6 s of CPU
+    """Each test opens engines of its own, and each engine would compile all statements again: 6.1 of 24.6 s of CPU
     for 180 tests of tasks and claims, and 1.2 of 17.2 s with one cache.
 
     A compiled statement is kept by its dialect, so dialects of one class and one driver count as equal.

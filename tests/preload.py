@@ -1,6 +1,6 @@
 """Imports all that a command may need. The processes of the command line tests are forked from the one that does so.
 
-It also does once what each command would do anew: it reads botocore's descriptions of services, configures the mapped
+It also does once what each command would repeat: it reads botocore's descriptions of services, configures the mapped
 classes and reads the signatures of all commands. Of the 0.17 s of CPU of a `receiver status` that saves 0.05. The
 children are freed from collections over these objects.
 """

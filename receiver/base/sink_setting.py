@@ -66,7 +66,7 @@ def _doubles(entries: Sequence[Entry]) -> Iterator[str]:
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"{names.count(name)} sinks are called {name}: name them, as in one=https://… other=https://…"
     if RESERVED in names:
-        yield f"{RESERVED} is what the gateway's own callbacks are called: choose another name"
+        yield f"{RESERVED} is the name of the gateway's own callbacks: choose another name"
 
 
 def _entry(text: str, policy: AddressPolicy) -> Entry:

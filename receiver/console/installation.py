@@ -67,6 +67,6 @@ def note_act(
     of: Installation, person: str, action: str, subject: str, task_ids: Collection[UUID | None] = (None,), **data: Any
 ) -> int:
     """Log what a person did, and store it for the timelines of these tasks. Returns the id of the stored row."""
-    log.info("console.action_performed", person=person, deed=action, subject=subject)
+    log.info("console.action_performed", person=person, action=action, subject=subject)
     with of.database.write() as session:
         return events.record_act(session, person, action, subject[:MAX_SUBJECT_CHARS], task_ids or (None,), **data)

@@ -207,7 +207,7 @@ class Dispatcher:
 def _unsendable(row: Dispatch) -> GiveUp:
     if row.losses >= claims.PARK_LOSSES:
         return SinkRefused(f"ended its worker {row.losses} times")
-    return SinkRefused("its event is not there any more")
+    return SinkRefused("its event was removed")
 
 
 def one_by_one(

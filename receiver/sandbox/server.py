@@ -243,7 +243,7 @@ async def run_clock(world: World, wake: asyncio.Event) -> None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(wake.wait(), pause)
     except Exception:
-        log.exception("the sandbox's clock stopped: tasks stay as they are and no callback is sent any more")
+        log.exception("sandbox.clock_stopped: tasks do not change and no callback is sent")
         raise
     finally:
         await sender.close()

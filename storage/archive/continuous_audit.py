@@ -234,9 +234,9 @@ class ContinuousAudit:
         if isinstance(result.failed, StoreUnavailable):
             log.warning("audit.store_not_reached", error=str(result.failed), tries=current.tries)
         elif result.failed:
-            log.error("worker.step_failed", chore="audit", after=str(result.cursor), exc_info=result.failed)
+            log.error("worker.step_failed", job="audit", after=str(result.cursor), exc_info=result.failed)
         if current.late and not before.late:
-            log.warning("audit.round_delayed", looked=current.looked, days=self._round_seconds / DAY_SECONDS)
+            log.warning("audit.round_delayed", tasks=current.looked, days=self._round_seconds / DAY_SECONDS)
 
     def _time_at(self, row: RollingAudit, share: float) -> datetime:
         """When the target reaches this share (0 to 1) of all ids."""

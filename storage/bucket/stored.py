@@ -82,7 +82,7 @@ class StoredObjects(StoreConnection):
             with closing(answer["Body"]) as body:
                 length = answer.get("ContentLength")  # a body without one may never end
                 if length is None or (span is not None and length != len(span)):
-                    raise StoreUnavailable("the store ignored the range of a read, or named no length")
+                    raise StoreUnavailable("the store ignored the range of a read, or sent no length")
                 while chunk := body.read(READ_BYTES):
                     yield chunk
 

@@ -230,7 +230,7 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     scheme, given, path = _split(url)
     host, port = _host_and_port(scheme, given)
     if policy.sinks and _one_spelling(host) in policy.sinks:
-        raise FetchRefused(f"{host} is where events go")
+        raise FetchRefused(f"{host} receives events, not files")
     private = (host, port) in policy.private_hosts
     if not private:
         _refuse_unlisted(scheme, host, port, policy)

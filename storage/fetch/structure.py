@@ -100,7 +100,7 @@ class Reader:
 
 def sized(width: int, height: int) -> Size:
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
-        raise AssetDamaged(f"{width} × {height} pixels is no picture size")
+        raise AssetDamaged(f"{width} × {height} pixels is not a picture size")
     if width * height > MAX_PIXELS:
         raise AssetDamaged(f"{width} × {height} pixels, more than {MAX_PIXELS} allowed")
     return Size(width, height)

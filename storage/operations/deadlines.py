@@ -17,7 +17,7 @@ from storage.states import ArchiveState, AssetState
 
 log = structlog.get_logger()
 
-# Time to wake someone who repairs a bucket. Where the provider keeps files for one day only, a quarter of that day.
+# Enough for an operator to repair the bucket. Where the provider keeps files for one day only, a quarter of that day.
 LEAD_SECONDS = 6 * 3_600.0
 LEAD_SHARE = 0.25
 # Tasks per transaction. The next run announces the rest.

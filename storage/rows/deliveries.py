@@ -190,7 +190,7 @@ def store_poll(session: Session, delivery: Delivery, state: CallbackState, reaso
 
 
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
-_UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # in the words of the partial indexes
+_UNMATCHED = _CALLBACKS.state == literal_column(f"'{CallbackState.UNMATCHED}'")  # as the partial indexes write it
 _AGAIN = {"state": CallbackState.RECEIVED, "reason": None, **claims.DUE_NOW}
 _DUE_AGAIN = update(Callback.__table__).where(_UNMATCHED).values(_AGAIN)  # type: ignore[attr-defined]
 _BY_TOKEN = _DUE_AGAIN.where(_CALLBACKS.task_id == bindparam("token_of"))

@@ -29,7 +29,7 @@ from tests.harness import CALLBACK_SECRET
 
 # One body for each status, as the provider sends them (KLING §5).
 DELIVERIES_PER_TASK = 4
-# A server that stalled for all of a short measurement still gets a rate and a p99, and bad ones.
+# A server that stalled for all of a short measurement still gets a rate and a p99, both bad.
 LEAST = 2
 PAYLOAD = Path(__file__).parents[1] / "payloads" / "callback-single.json"
 

@@ -94,7 +94,7 @@ def test_earlier_outage_does_not_count_as_a_try_of_a_damaged_download(parts: Par
 
 
 @POSTGRESQL_ONLY
-def test_of_two_pictures_settled_at_once_exactly_one_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
+def test_exactly_one_of_two_pictures_settled_at_once_is_the_last(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_pictures(parts, 2)
     other = Wired(parts.settings, bucket=parts.bucket)  # settles of one process never coincide
     with ThreadPoolExecutor(2) as workers, at_each_commit_that_archives(parts, other) as (at_commit, go_on):

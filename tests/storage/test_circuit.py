@@ -164,7 +164,7 @@ def test_row_that_never_reaches_the_store_is_no_trial(database: Database) -> Non
     assert circuit.is_open
 
 
-def test_empty_claim_is_no_trial(database: Database) -> None:
+def test_empty_claim_does_not_count_as_a_trial(database: Database) -> None:
     clock = Clock()
     circuit = opened(clock)
     new_assets(database, 1, losses=claims.QUARANTINE_AFTER)  # due, but quarantined

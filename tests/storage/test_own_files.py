@@ -96,7 +96,7 @@ def test_symlinks_that_form_a_ring_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a symlink away")
-def test_in_a_sticky_folder_the_owner_of_a_symlink_decides(shared: Path) -> None:
+def test_owner_of_a_symlink_in_a_sticky_folder_decides(shared: Path) -> None:
     shared.chmod(0o1777)
     assert final(plant(shared, "name")) == shared.parent / "victim"
     os.chown(shared / "name", 12_345, 12_345, follow_symlinks=False)

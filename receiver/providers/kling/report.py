@@ -84,7 +84,7 @@ def record_in(body: bytes) -> dict[str, Any]:
     try:
         record = find_record(loads(body))
     except (ValueError, RecursionError) as error:
-        raise ReportUnreadable(f"not JSON we can read ({type(error).__name__})") from None
+        raise ReportUnreadable(f"not readable as JSON ({type(error).__name__})") from None
     if record is None:
         raise ReportUnreadable("no task in it: neither task_id nor id with a status")
     return record

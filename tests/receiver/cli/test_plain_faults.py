@@ -347,7 +347,9 @@ def test_host_in_brackets_can_be_listened_on(ready: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_is_no_death_of_a_worker(ready: CommandLine, number: signal.Signals) -> None:
+def test_a_signal_to_the_process_group_is_not_logged_as_the_death_of_a_worker(
+    ready: CommandLine, number: signal.Signals
+) -> None:
     with serving(ready, "--port", str(free_port())) as (process, log):
         os.killpg(process.pid, number)
         assert process.wait(40) == 0

@@ -21,8 +21,10 @@ SOURCES = [*HERE.rglob("*.py"), *HERE.rglob("*.html")]
 ASKED = re.compile(r"""\b(?:t|text)\(\s*f?"([a-z0-9_.]+)"\s*[,)]""")
 CAPABILITIES = [each.name for each in fields(Capabilities)]
 # Acts of people: `note_act(…, "action", …)` and `_done(…, "action", …)`.
-DEEDS = re.compile(r"""(?:note_act|_done)\((?:[^"()]|\(\))*"([a-z ]+)",""")
-ACTIONS = sorted({deed for source in SOURCES for deed in DEEDS.findall(source.read_text())} | {"retry", "accept"})
+ACTION_CALLS = re.compile(r"""(?:note_act|_done)\((?:[^"()]|\(\))*"([a-z ]+)",""")
+ACTIONS = sorted(
+    {action for source in SOURCES for action in ACTION_CALLS.findall(source.read_text())} | {"retry", "accept"}
+)
 GROUPS = re.compile(r"""\b(?:w|word)\((?:language, )?["']([a-z_]+)["'],""")
 
 

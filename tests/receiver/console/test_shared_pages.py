@@ -152,7 +152,7 @@ def test_a_shared_page_has_the_readers_own_token_rights_and_language(parts: Part
         assert "档" in pages[3] and "档" not in pages[0]
 
 
-def test_after_an_action_the_next_live_page_is_new(parts: Parts, ann: Reader) -> None:
+def test_next_live_page_after_an_action_is_new(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts)
     path = f"/tasks/{task.external_task_id}"
     assert "an old wish" not in ann.get(path, headers=LIVE).text
@@ -228,7 +228,7 @@ def test_live_changes_are_spaced_by_the_rate_of_deliveries() -> None:
     assert told_at(lambda now: now * 2_000, 130) == [57, 117]
 
 
-def test_after_many_deliveries_the_last_change_is_announced_at_once() -> None:
+def test_last_change_after_many_deliveries_is_announced_at_once() -> None:
     assert told_at(lambda now: min(now, 20) * 2_000, 70) == [21]
 
 

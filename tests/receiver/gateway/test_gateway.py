@@ -176,7 +176,7 @@ SINK = {"event_sinks": "http://127.0.0.1:9/hook", "event_secrets": SECRET, "priv
     ("changes", "reason"),
     [
         ({**CHANGES, "private_event_hosts": "127.0.0.1:9"}, "not on RECEIVER_PRIVATE_CALLBACK_HOSTS"),
-        ({**CHANGES, **SINK, "private_callback_hosts": "127.0.0.1:9"}, "is where events go"),
+        ({**CHANGES, **SINK, "private_callback_hosts": "127.0.0.1:9"}, "receives events"),
     ],
 )
 def test_a_client_is_not_called_back_where_events_go(reason: str, web: Web, parts: Parts) -> None:

@@ -695,7 +695,7 @@ def test_huge_numbers_are_left_out(server: Scripted, kling: Kling, number: str) 
     assert READER.parse(record.body) == record.report
 
 
-def test_of_duplicate_keys_the_last_counts() -> None:
+def test_last_of_duplicate_keys_counts() -> None:
     assert READER.parse(b'{"task_id": "1", "task_id": "2", "task_status": "failed"}').provider_task_id == "2"
 
 
@@ -794,7 +794,7 @@ def test_signature_vector_of_the_standardwebhooks_package_is_verified() -> None:
         assert verified == "msg_p5jXN8AQM9LWM0D4loKWxJek"
 
 
-def test_what_the_standardwebhooks_package_signs_now_is_verified() -> None:
+def test_signature_of_the_standardwebhooks_package_is_verified() -> None:
     moment = datetime.now(UTC)
     signature = Webhook(VECTOR_SECRET).sign("msg_1", moment, VECTOR_BODY.decode())
     times = {"webhook-id": "msg_1", "webhook-timestamp": str(int(moment.timestamp()))}

@@ -160,7 +160,7 @@ def test_client_gets_the_refusal_and_its_key_stays_usable(
         answer = create(web, "try-1", ID)
         assert (answer.status_code, answer.json()["code"]) == (status, int(code))
         assert answer.json()["receiver"] == {"refused_by": "provider"}
-    assert len(creates(sandbox)) == 1, "one trial a minute, whoever asks"
+    assert len(creates(sandbox)) == 1, "one trial a minute, for any number of tasks"
     let_the_trial_come(parts)
     assert create(web, "try-1", ID).status_code == 200
     assert (stand(parts), len(sandbox.ledger().tasks)) == ([], 1)

@@ -142,21 +142,21 @@ def test_a_late_report_does_not_put_off_a_read_that_was_asked_for(parts: Parts) 
 # -- the task of a delivery -----------------------------------------------------------------------------------------
 
 
-def test_on_the_account_url_a_delivery_finds_its_task_by_our_id_and_is_read(parts: Parts) -> None:
+def test_delivery_at_the_account_url_finds_its_task_by_our_id_and_causes_a_read(parts: Parts) -> None:
     task = insert_row(parts, external_task_id="ours")
     row = deliver(parts, None, body("succeed", 1, **info("ours")))
     assert (row.state, row.reason) == (CallbackState.APPLIED, BY_READ)
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
-def test_on_the_account_url_a_delivery_finds_its_task_by_the_providers_id(parts: Parts) -> None:
+def test_delivery_at_the_account_url_finds_its_task_by_the_providers_id(parts: Parts) -> None:
     task = insert_row(parts)
     deliver(parts, task, body("processing", task_id="901"))
     assert deliver(parts, None, body("succeed", 1, task_id="901")).reason == BY_READ
     assert is_read_now(parts, task)
 
 
-def test_on_the_account_url_an_unknown_id_is_unmatched(parts: Parts) -> None:
+def test_delivery_at_the_account_url_with_an_unknown_id_is_unmatched(parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, None, CONSOLE_TEST)
     assert (row.state, row.task_id) == (CallbackState.UNMATCHED, None)

@@ -119,7 +119,7 @@ def test_a_damaged_file_is_kept_when_it_is_accepted(parts: Parts, sandbox: Sandb
     assert (asset.state, asset.verified) == (AssetState.ARCHIVED, False)
 
 
-def test_a_retried_file_starts_afresh_and_the_others_stay(parts: Parts, operator: Operator) -> None:
+def test_a_retried_file_starts_without_attempts_and_the_others_stay(parts: Parts, operator: Operator) -> None:
     task, [first, second] = lost(parts.database, 2, attempts=7, losses=6)
     operator.retry(str(second.id))
     row = stored(parts.database, second)

@@ -80,7 +80,7 @@ def test_a_batch_answer_is_kept_and_applied_like_any_delivery(unpaced: Parts, sa
         assert_archived(unpaced, sandbox, task_of(unpaced, task.external_task_id))
 
 
-def test_with_a_jwt_tasks_are_read_one_by_one(one_by_one: Parts, sandbox: Sandbox) -> None:
+def test_tasks_are_read_one_by_one_with_a_jwt(one_by_one: Parts, sandbox: Sandbox) -> None:
     made = submit(one_by_one, 3)
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})
     run(one_by_one, "reads")

@@ -619,7 +619,9 @@ def test_a_task_with_too_many_deliveries_is_read_instead(
 
 
 @ON_POSTGRESQL
-def test_while_the_database_is_away_a_delivery_is_503_and_later_200(web: Web, parts: Parts, postgres: Postgres) -> None:
+def test_delivery_is_answered_503_during_a_database_outage_and_200_later(
+    web: Web, parts: Parts, postgres: Postgres
+) -> None:
     path = path_of(parts, insert_row(parts))
     postgres.stop()
     try:

@@ -56,7 +56,7 @@ def test_other_rows_begin_while_commits_are_waited_for(database: Database, desk:
     assert sorted(desk.done) == sorted(asset.id for asset in assets)
 
 
-def test_no_more_rows_are_in_work_than_there_are_threads(database: Database, desk: Desk) -> None:
+def test_at_most_as_many_rows_are_in_work_as_there_are_threads(database: Database, desk: Desk) -> None:
     desk.gate.clear()
     assets, commits = new_assets(database, 7), Commits(desk, many=1, most_lent=4)
     with running(database, commits.lane()):

@@ -119,7 +119,7 @@ def test_worker_that_dies_at_once_is_started_again_ever_later(supervised: Callab
     workers.end()
 
 
-def test_signal_to_the_whole_group_is_no_death(supervised: Callable[..., Supervised]) -> None:
+def test_signal_to_the_process_group_is_not_logged_as_a_death(supervised: Callable[..., Supervised]) -> None:
     workers = supervised("ends slowly")
     wait_until(lambda: len(workers.living) == 2)
     for process_id in workers.living:

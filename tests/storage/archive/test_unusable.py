@@ -222,7 +222,7 @@ def test_a_redirect_to_itself_is_tried_on_the_same_schedule(parts: Parts, sandbo
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
-def test_an_old_link_is_read_anew_before_a_late_try(parts: Parts, sandbox: Sandbox) -> None:
+def test_task_is_read_again_before_a_late_try_with_an_old_link(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, cdn_html_rate=1, fresh_urls_on_read=True)
     try_until(parts, 2 * 3_600)
     before, tries = asset_of(parts).source_url, hits(sandbox)[0]
@@ -273,7 +273,7 @@ def test_files_not_yet_usable_differ_from_files_given_up(parts: Parts, sandbox: 
     assert "waiting" not in answers.record(task_of(parts, "task"), [asset_of(parts)], form)["receiver"]
 
 
-def test_a_file_whose_host_asks_for_patience_says_when_it_is_tried_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_next_try_of_a_file_that_was_answered_429_is_reported(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox)
     with parts.database.write() as session:
         asset = session.exec(select(Asset)).one()

@@ -147,7 +147,7 @@ def test_rotated_session_token_is_read_without_a_restart(
     assert put(through, b"one") is False
 
 
-def test_credentials_are_read_anew_once_in_a_while(
+def test_credentials_are_read_again_at_intervals(
     bucket: Bucket, proxy: FaultProxy, seaweed: Seaweed, credentials: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_connection, "RENEW_SECONDS", 600.0)  # a busy machine takes ten seconds for four requests

@@ -142,7 +142,7 @@ def test_new_file_takes_one_signed_request_and_none_of_boto3(through: Bucket, re
 
 
 @pytest.mark.parametrize("lacking", ["conditional_put", "refuses_wrong_checksum", "refuses_wrong_part"])
-def test_store_that_is_not_believed_is_asked_before_every_put(
+def test_store_that_lacks_a_capability_is_read_before_every_put(
     through: Bucket, recorder: Recorder, lacking: str
 ) -> None:
     through._capabilities = replace(through.capabilities(), **{lacking: False})

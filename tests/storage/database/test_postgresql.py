@@ -103,7 +103,7 @@ def test_group_of_prepared_writes_is_repeated_on_a_new_session(database: Databas
     assert logs == []
 
 
-def test_loop_connection_of_a_demoted_server_is_opened_anew(database: Database, postgres: Postgres) -> None:
+def test_loop_connection_of_a_demoted_server_is_replaced(database: Database, postgres: Postgres) -> None:
     async def run() -> set[str]:
         connection = loop_connections.loop_connection(database)
         with postgres.read_only(str(database.url.database)):
@@ -117,7 +117,7 @@ def test_loop_connection_of_a_demoted_server_is_opened_anew(database: Database, 
     assert len(asyncio.run(run())) == 1
 
 
-def test_waker_of_a_demoted_server_listens_anew(demoted: Database) -> None:
+def test_waker_of_a_demoted_server_listens_again(demoted: Database) -> None:
     with closing(demoted.waker()) as waker:
         waker.wait(0)
         before = waker._connection  # type: ignore[attr-defined]
@@ -148,7 +148,7 @@ def test_read_only_server_is_one_line_when_it_begins_and_one_when_it_ends(
     assert f"127.0.0.1:{postgres.port}: cannot execute" in logs[0]["error"]
 
 
-def test_of_several_hosts_the_one_that_may_be_written_is_taken(
+def test_writable_one_of_several_hosts_is_used(
     database_url: str, postgres: Postgres, opened: Callable[..., Database]
 ) -> None:
     here = f"127.0.0.1:{postgres.port}"

@@ -27,7 +27,7 @@ def test_constants_and_parameters_of_a_statement_arrive_as_they_are(database: Da
 
 
 def test_constants_stand_in_the_statement_on_sqlite(database: Database) -> None:
-    """SQLite plans a statement anew for each value that a partial index is compared with."""
+    """SQLite plans a statement again for each value that a partial index is compared with."""
     statement = sqlalchemy.select(TASKS.id).where(TASKS.step == Step.CREATE, TASKS.id == bindparam("wanted"))
     with database.write() as session:
         task = new_task(session)

@@ -98,7 +98,7 @@ def test_a_full_batch_is_followed_by_the_rest(database: Database) -> None:
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
-def test_of_two_interleaved_transactions_no_reader_misses_the_earlier_event(database: Database) -> None:
+def test_reader_misses_no_event_of_two_interleaved_transactions(database: Database) -> None:
     """The transaction with the smaller id commits last. SQLite has one writer, so nothing interleaves there."""
     with database.write() as slow:
         record(slow, EventName.TASK_CREATED, None)
