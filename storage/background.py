@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 # A turn takes at most a tenth of the time while many wait. One that took long, as on a busy machine, rests for this.
 RESTS, MAX_REST_SECONDS = 9, 0.5
-# Turns that wait or run, half of them for one person: with the longest rests the last one waits half a minute.
+# The most turns that wait or run, and half of them for one person. With the longest rests the last one waits half a
+# minute.
 MOST_TURNS = 64
 
 

@@ -36,7 +36,7 @@ HELLO = b"retry: 3000\n\nevent: hello\ndata: 1\n\n"
 
 
 class Pace:
-    """Decides when consoles are told of changes, by the current rate of deliveries."""
+    """Decides when live updates are sent to consoles, by the current rate of deliveries."""
 
     def __init__(self) -> None:
         self.apart_seconds = PACES[-1][1]

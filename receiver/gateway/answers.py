@@ -237,7 +237,7 @@ def _ms(moment: datetime) -> int:
 
 @dataclass(frozen=True)
 class Reply:
-    """One HTTP answer. `after`: seconds until the client should ask again."""
+    """One HTTP answer. `after`: seconds until the client should send it again."""
 
     http_status: int
     body: dict[str, Any] = field(repr=False)
@@ -270,7 +270,7 @@ def bad_parameter(message: str) -> Refused:
 
 
 def too_fast(message: str) -> Refused:
-    """Nothing was made. The client may ask again soon."""
+    """Nothing was made. The client may send it again soon."""
     return Refused(429, 1302, message, after=1)
 
 

@@ -61,7 +61,7 @@ class CallbackTurns:
         self._lines: dict[tuple[str, str], _Line] = {}
 
     def begin(self, host: str, client: str) -> float:
-        """0: the call may start, and the caller calls `end` after it. Else the seconds after which to ask again."""
+        """0: the call may start, and the caller calls `end` after it. Else the seconds after which to try again."""
         with self._lock:
             of_host, of_client = self._line("host", host), self._line("client", client)
             now = self._now()

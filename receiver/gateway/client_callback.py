@@ -49,7 +49,8 @@ def callback_id(event_id: str) -> str:
 def events(results: Results) -> frozenset[str]:
     """The events that may concern a client; `callback_body` decides.
 
-    A client that was told the provider's success is told no end of the archive. Queuing it was two transactions a task.
+    A client that gets the provider's success gets no event at the end of the archive. Queuing it was two transactions a
+    task.
     """
     ends = ENDS_OF_ARCHIVE if results == "archived" else ()
     return frozenset(str(name) for name in (*STATUS_OF_EVENT, *ends))

@@ -240,7 +240,7 @@ class Creates:
     def replay(
         self, ask: CreateRequest, begun: StartedCreate, request_id: str, duplicate_wait: DuplicateWait, *, now: float
     ) -> Reply | None:
-        """The stored answer of the key; None: it may come soon, ask again.
+        """The stored answer of the key; None: it may come soon, so look again.
 
         `duplicate_wait`: the same at every call. `now`: monotonic seconds. If no answer comes (after a crash), the
         answer is the row's state. Raises `Refused` if the key was given back.
@@ -267,7 +267,7 @@ class Creates:
 
 def _answered(first: Idempotency | None) -> Reply:
     if first is None or first.status is None:
-        raise too_fast("the first request with this Idempotency-Key was not accepted; ask again")
+        raise too_fast("the first request with this Idempotency-Key was not accepted; send it again")
     return Reply(first.status, first.answer or {})
 
 

@@ -212,8 +212,8 @@ class Gateway:
             log.error("gateway.send_failed", exc_info=error)
 
     async def _replay(self, ask: CreateRequest, begun: StartedCreate, request_id: str) -> Reply:
-        """The first request's answer. If the server ends before there is one, the client may ask again, because its key
-        is taken.
+        """The first request's answer. If the server ends before there is one, the client may send it again, because its
+        key is taken.
         """
         duplicate_wait = DuplicateWait(time.monotonic())
         while True:

@@ -65,7 +65,7 @@ class Supervisor:
         self._children = [_Child(number, delay=RESTART_FIRST_SECONDS) for number in range(count)]
         self._grace_seconds = grace_seconds
         self._is_ending = False
-        self._alive, self._held_open = os.pipe()  # the workers see its end when this process is gone
+        self._alive, self._held_open = os.pipe()  # workers read its end when this process has ended
         self._woken, self._wakes = os.pipe()  # receives a byte at each signal
 
     def run(self) -> bool:

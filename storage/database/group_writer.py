@@ -175,7 +175,7 @@ class GroupWriter:
                             session.flush()
                             session.expunge_all()  # no operation sees the objects of another
                     at_fault = group
-            except BaseException as error:  # noqa: BLE001 - whatever it is, the callers are told
+            except BaseException as error:  # noqa: BLE001 - the callers raise it
                 if isinstance(error, SessionReplaced) and not has_new_session:
                     has_new_session = True
                     continue
@@ -196,7 +196,7 @@ class GroupWriter:
                 _end(done, results, last, is_committed=True)
 
     def _log_fault(self, error: BaseException) -> None:
-        """Nobody waits for the last operation of a group, so its fault is told here."""
+        """Nobody waits for the last operation of a group, so its fault is logged here."""
         if not _is_about_a_lock(error) and time.monotonic() > self._fault_at + FAULT_SECONDS:
             self._fault_at = time.monotonic()
             log.error("worker.step_failed", job="group_end", exc_info=error)

@@ -56,6 +56,7 @@ class Schedule:
         return delay * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
 
 
+# Longer than usual, so that the order of what one report does stands in one place.
 def apply(
     session: Session,
     task: Task,
@@ -77,12 +78,21 @@ def apply(
     if task.deleted_at is not None:
         _rest(session, task)
         return Decision(task.state, task.archive)
-    _note_report(task, before, report, now, pushed=pushed, confirmed=confirmed)
+    if before.series is None and report.series is not None:
+        task.series = report.series
+    if pushed:
+        note_called_back(task, report, now)
+        task.polls = 0
+    else:
+        task.step = None  # the read has been made
+        task.completeness_reads += before.state is TaskState.SUCCEEDED and states.is_short(before)
+    task.reported_at = now
     known = replace(before, series=task.series)
     decision = states.decide(known, report, confirmed=confirmed)
     _change_state(session, task, report, decision, now)
     _write_assets(session, task, assets, report, decision, schedule, now, confirmed=confirmed)
     if confirmed:
+        task.units = task.units if report.units is None else report.units
         _confirm_assets(session, task, known, assets, report, now)
     _note_provider_id(session, task, report, confirmed=confirmed)
     # A doubted delivery caused the read of an ended task. The same one, sent again unsigned, must not withdraw it.
@@ -90,23 +100,6 @@ def apply(
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
-
-
-def _note_report(
-    task: Task, before: TaskFacts, report: Report, now: datetime, *, pushed: bool, confirmed: bool
-) -> None:
-    """Note on the task when and how the report came, and what it says beside its state and files."""
-    task.reported_at = now
-    if pushed:
-        note_called_back(task, report, now)
-        task.polls = 0
-    else:
-        task.step = None  # the read has been made
-        task.completeness_reads += before.state is TaskState.SUCCEEDED and states.is_short(before)
-    if before.series is None and report.series is not None:
-        task.series = report.series
-    if report.units is not None and confirmed:
-        task.units = report.units
 
 
 def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:

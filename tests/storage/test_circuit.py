@@ -154,7 +154,7 @@ def worker(database: Database, circuit: Circuit) -> Worker:
     return Worker(database, [lane], lease_seconds=60, grace_seconds=0)
 
 
-def test_row_that_never_reaches_the_store_is_no_trial(database: Database) -> None:
+def test_row_that_never_reaches_the_store_is_not_a_trial(database: Database) -> None:
     clock = Clock()
     circuit = opened(clock)
     new_assets(database, TASKS)
@@ -177,7 +177,7 @@ def test_empty_claim_does_not_count_as_a_trial(database: Database) -> None:
 
 
 @ONE_DATABASE
-def test_message_refused_before_sending_is_no_trial(
+def test_message_refused_before_sending_is_not_a_trial(
     database: Database, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqs, "MAX_BYTES", 1)

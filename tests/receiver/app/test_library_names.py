@@ -35,7 +35,7 @@ def test_a_program_without_settings_ends_with_one_sentence(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_an_argument_that_is_no_setting_is_refused_by_name() -> None:
+def test_an_argument_that_is_not_a_setting_is_refused_by_name() -> None:
     with pytest.raises(SettingsInvalid, match="s3_bukcet: no such setting; s3_bucket is the nearest"):
         Receiver(s3_bukcet="pictures")
     with pytest.raises(SettingsInvalid, match=r"nonsense: no such setting$"):

@@ -155,7 +155,7 @@ def test_unreachable_store_is_a_fault_with_its_remedy(look: Look) -> None:
     assert "127.0.0.1:1 cannot be reached" in found["bucket"] and "RECEIVER_S3_ENDPOINT_URL" in found["bucket"]
 
 
-def test_server_that_is_no_store_is_a_fault(look: Look, sandbox: Sandbox) -> None:
+def test_server_that_is_not_a_store_is_a_fault(look: Look, sandbox: Sandbox) -> None:
     assert list(faults(look(s3_endpoint_url=f"{sandbox.url}/"))) == ["bucket"]
 
 
@@ -188,7 +188,7 @@ def test_missing_folder_of_the_database_is_a_fault(look: Look, tmp_path: Path) -
     assert "is not there" in says
 
 
-def test_file_that_is_no_database_is_a_fault(look: Look, tmp_path: Path) -> None:
+def test_file_that_is_not_a_database_is_a_fault(look: Look, tmp_path: Path) -> None:
     for content in ("not a database, only words " * 100, "x"):
         (tmp_path / "text.db").write_text(content)
         (says,) = faults(look(f"sqlite:///{tmp_path}/text.db")).values()
@@ -388,7 +388,7 @@ class Provider(ThreadingHTTPServer):
         self.server_close()
 
 
-def test_server_that_is_no_provider_is_a_fault(look: Look) -> None:
+def test_server_that_is_not_a_provider_is_a_fault(look: Look) -> None:
     with Provider(200, b"<html>Welcome</html>") as page:
         found = look(kling_base_url=page.url)["provider"]
     assert found.status is Status.FAULT

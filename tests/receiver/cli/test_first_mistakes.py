@@ -59,7 +59,7 @@ def test_check_names_a_spool_folder_that_is_not_there_or_small() -> None:
 
 
 @pytest.mark.parametrize("words", [("status",), ("retry",), ("batch", "status"), ("submit", "--prompt")])
-def test_an_argument_that_is_no_text_is_one_sentence(receiver: CommandLine, words: tuple[str, ...]) -> None:
+def test_an_argument_that_is_not_text_is_refused_in_one_sentence(receiver: CommandLine, words: tuple[str, ...]) -> None:
     done = receiver(*words, "\udcff-1")
     assert (done.code, "is not utf-8 text" in done.err, "Traceback" in done.err) == (2, True, False)
 

@@ -93,7 +93,7 @@ def test_an_env_file_of_powershell_is_named(ready: CommandLine) -> None:
     assert f"{ready.folder}/.env:1: is UTF-16" in ready("check").out
 
 
-def test_an_env_file_names_the_line_that_is_no_text(ready: CommandLine) -> None:
+def test_fault_of_an_env_file_names_the_line_that_is_not_text(ready: CommandLine) -> None:
     (ready.folder / ".env").write_bytes(b"RECEIVER_PORT=1\nX=\xff\n")
     assert ready("status").err == f"{ready.folder}/.env:2: is not UTF-8 text; save the file as UTF-8\n"
 
@@ -224,7 +224,7 @@ def test_an_option_that_libpq_does_not_know_is_one_line(receiver: CommandLine, o
 
 
 @pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",), ASK], ids=lambda words: words[0])
-def test_a_file_that_is_no_database_is_one_line(receiver: CommandLine, words: tuple[str, ...]) -> None:
+def test_a_file_that_is_not_a_database_is_reported_in_one_line(receiver: CommandLine, words: tuple[str, ...]) -> None:
     path = receiver.folder / "receiver.db"
     for content in (b"a picture, and no database" * 100, b"x"):
         path.write_bytes(content)

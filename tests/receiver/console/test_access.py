@@ -64,7 +64,7 @@ def test_session_is_over_after_twelve_hours_and_after_logging_out() -> None:
     assert Access([ANN], clock).session(token) is None
 
 
-def test_one_time_link_logs_in_once_and_is_no_session() -> None:
+def test_one_time_link_logs_in_once_and_is_not_a_session() -> None:
     access, token = Access([ANN]), one_time_token(ANN)
     assert access.session(token) is None
     session = access.session(access.redeem(token))
@@ -163,7 +163,7 @@ def test_wrong_keys_that_come_at_once_are_throttled(web: Web) -> None:
         assert sorted(each.recv(12)[9:] for each in opened) == [b"401"] * 10 + [b"429"] * 4
 
 
-def test_login_that_ends_early_is_no_error_in_the_log(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+def test_login_that_ends_early_is_not_logged_as_an_error(web: Web, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("ERROR")
     with capture_logs() as lines:
         with ExitStack() as held:

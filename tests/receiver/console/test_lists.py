@@ -132,7 +132,7 @@ def test_invalid_filter_in_a_url_is_ignored(ann: Reader) -> None:
             assert ann.get(f"{path}?{query}").status_code == 200, (path, query)
 
 
-def test_an_id_with_a_nul_is_no_task(ann: Reader) -> None:
+def test_an_id_with_a_nul_finds_no_task(ann: Reader) -> None:
     assert ann.get("/tasks/%00").status_code == 404
 
 
@@ -218,7 +218,9 @@ def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest
     counted.close()
 
 
-def test_a_page_reads_hours_for_a_moment_and_a_thread_the_rest(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hours_that_a_page_has_no_time_to_read_are_read_by_a_thread(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("storage.operations.kept_results.AT_ONCE_SECONDS", 0.0)
     counted = Rollups(parts.database)
     assert not counted.span(24).whole

@@ -1,4 +1,4 @@
-"""Live consoles are told of changes, further apart beside many deliveries. Those with the same view share one
+"""Live updates are sent to consoles, further apart beside many deliveries. Those with the same view share one
 rendering, without anything that belongs to one reader.
 """
 
@@ -216,7 +216,7 @@ def flood(parts: Parts) -> Iterator[None]:
 
 
 def told_at(deliveries: Callable[[int], int], seconds: int) -> list[int]:
-    """The seconds at which consoles are told, when `deliveries` have come by each second."""
+    """The seconds at which live updates are sent, when `deliveries` have come by each second."""
     pace = Pace()
     return [now for now in range(seconds) if pace.is_due((7, deliveries(now)), 1_000.0 + now)]
 

@@ -180,7 +180,7 @@ def test_a_failure_is_sent_with_its_reason() -> None:
     assert shown[2]["updated_at"] - shown[1]["updated_at"] == 1_000
 
 
-def test_a_late_success_outranks_a_failure_and_a_dismissal_is_no_success() -> None:
+def test_a_late_success_outranks_a_failure_and_a_dismissal_is_not_a_success() -> None:
     dismissed = ["task.created", "task.submitted", "task.failed", "task.incomplete"]
     assert statuses(dismissed) == {1: "submitted", 2: "failed"}
     assert statuses([*dismissed, "task.succeeded", "task.archived"])[5] == "succeed"

@@ -58,7 +58,7 @@ def settles_held_up(parts: Parts) -> Iterator[None]:
 
 @ON_POSTGRESQL
 @pytest.mark.parametrize("fault", ["", "1301", "1302"])
-def test_database_outage_during_the_providers_answer_is_no_5xx(
+def test_database_outage_during_the_providers_answer_is_not_a_5xx(
     fault: str, web: Web, parts: Parts, sandbox: Sandbox, mortal: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gateway_creates, "UNDER_WAY_SECONDS", 0.5)  # the longest wait of the duplicate
@@ -95,7 +95,7 @@ def test_create_continues_when_the_database_is_back(web: Web, parts: Parts, sand
 
 @ON_POSTGRESQL
 @pytest.mark.parametrize("refused", [False, True])
-def test_database_outage_before_the_answer_is_stored_is_no_5xx(
+def test_database_outage_before_the_answer_is_stored_is_not_a_5xx(
     refused: bool, parts: Parts, sandbox: Sandbox, mortal: Postgres
 ) -> None:
     sandbox.set(create_faults=["1301"] if refused else [])
@@ -115,7 +115,7 @@ def test_database_outage_before_the_answer_is_stored_is_no_5xx(
     assert told_later.body["data"]["task_id"] == str(begun.task.id)
 
 
-def test_bug_after_the_commit_is_no_5xx(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_bug_after_the_commit_is_not_a_5xx(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     with parts.database.write() as session:
         session.execute(text("ALTER TABLE asset RENAME TO gone"))  # a statement of the settle
     answer = create(web, BODY, headers=WORD)

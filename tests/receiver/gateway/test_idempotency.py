@@ -136,7 +136,7 @@ def test_concurrent_duplicates_make_one_task_and_get_one_answer(web: Web, parts:
 
 
 @ON_SQLITE
-def test_duplicate_of_a_throttled_create_may_ask_again(parts: Parts) -> None:
+def test_duplicate_of_a_throttled_create_may_be_sent_again(parts: Parts) -> None:
     creates = Creates(parts.database, parts.submitter, parts.response_format, parts.settings.callback_policy)
     wanted = creates.read(json.dumps(PLAIN).encode(), "client", "try-1")
     first, twin = creates.begin(wanted), creates.begin(wanted)

@@ -84,7 +84,7 @@ def test_duplicate_gets_the_same_answer_at_shutdown(parts: Parts, sandbox: Sandb
     assert (status_and_code(first), twin.json()) == ((200, 0), first.json())
 
 
-def test_duplicate_of_another_process_create_may_ask_again(parts: Parts, sandbox: Sandbox) -> None:
+def test_duplicate_of_a_create_in_another_process_may_be_sent_again(parts: Parts, sandbox: Sandbox) -> None:
     """Another process has the first create and continues it."""
     with ThreadPoolExecutor(2) as pool, Web(parts) as web:
         pool.submit(create, web, BODY, headers=WORD)

@@ -351,7 +351,7 @@ def test_an_answer_without_a_task_is_not_taken_for_unknown(server: Scripted, kli
         kling.read(provider_task_id=None, external_task_id="mine")
 
 
-def test_another_bad_parameter_is_no_unknown_task(server: Scripted, kling: Kling) -> None:
+def test_another_bad_parameter_is_not_taken_for_an_unknown_task(server: Scripted, kling: Kling) -> None:
     server.answer({"code": 1201, "message": "bad parameter"}, 400)
     with pytest.raises(ProviderRejected):
         kling.read(provider_task_id=None, external_task_id="mine")
@@ -405,7 +405,7 @@ def test_a_batch_is_at_most_twenty_of_one_kind(kling: Kling) -> None:
     assert kling.read_many() == {}
 
 
-def test_a_page_skips_what_is_no_task(server: Scripted, kling: Kling) -> None:
+def test_entries_of_a_page_that_are_not_tasks_are_skipped(server: Scripted, kling: Kling) -> None:
     server.answer({"code": 0, "data": [payload("callback-failed"), {"id": 1}, None, payload("callback-processing")]})
     states = [record.report.status for record in kling.list_page(2, 30)]
     assert states == [TaskState.FAILED, TaskState.PROCESSING]
@@ -569,7 +569,7 @@ def test_recorded_bodies_are_parsed(
 
 
 @pytest.mark.parametrize("name", ["error-concurrency", "error-duplicate-external-id", "error-task-not-found"])
-def test_an_error_answer_is_no_task(name: str) -> None:
+def test_an_error_answer_is_not_taken_for_a_task(name: str) -> None:
     with pytest.raises(ReportUnreadable, match="no task"):
         READER.parse((PAYLOADS / f"{name}.json").read_bytes())
 

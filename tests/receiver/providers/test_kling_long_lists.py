@@ -60,7 +60,7 @@ def test_a_list_of_thousands_of_files_is_refused_before_it_is_mapped(place: str)
         READER.parse(body)
 
 
-def test_a_list_of_thousands_of_bills_is_no_bill() -> None:
+def test_a_list_of_thousands_of_billing_entries_is_ignored() -> None:
     record = {"id": "1", "status": "succeeded", "outputs": [{"url": "u"}], "billing": [{}] * 1_200}
     body = json.dumps(record).encode()
     assert calls_in(lambda: READER.parse(body)) < 1_000

@@ -343,7 +343,7 @@ VALUES = ODD | st.lists(ODD | st.dictionaries(st.sampled_from(["image", "element
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(st.sampled_from([*OmniImageRequest.model_fields, "odd"]), VALUES))
-def test_any_fields_are_a_request_or_refused(fields: dict[str, Any]) -> None:
+def test_any_fields_make_a_request_or_are_refused(fields: dict[str, Any]) -> None:
     try:
         asked = parse_request(fields)
     except RequestInvalid as error:

@@ -125,7 +125,7 @@ def test_a_connection_breaks_for_a_while(api: httpx.Client, sandbox: Sandbox) ->
     assert httpx.get(url).status_code == 200
 
 
-def test_a_line_that_is_no_header_comes_beside_the_file(api: httpx.Client, sandbox: Sandbox) -> None:
+def test_a_line_that_is_not_a_header_is_sent_with_the_file(api: httpx.Client, sandbox: Sandbox) -> None:
     create(api, external_task_id="x")
     (url,) = urls(ended(api, "x"))
     data = httpx.get(url).content

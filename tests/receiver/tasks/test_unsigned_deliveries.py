@@ -115,7 +115,7 @@ def test_the_providers_answer_replaces_a_forged_picture(parts: Parts) -> None:
     assert "another file for image 0" in (found.note or "")
 
 
-def test_a_fresh_link_to_the_same_file_is_no_contradiction(parts: Parts) -> None:
+def test_a_fresh_link_to_the_same_file_is_not_a_contradiction(parts: Parts) -> None:
     task = archived(parts)
     fresh = body("succeed", 1)
     fresh["task_result"]["images"][0]["url"] += "fresh"

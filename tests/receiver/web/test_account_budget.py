@@ -117,7 +117,9 @@ def test_long_bodies_beyond_the_time_of_the_parser_are_not_parsed(
     asyncio.run(main())
 
 
-def test_the_bytes_a_second_that_match_no_task_are_bounded(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_bytes_a_second_of_unmatched_deliveries_are_bounded(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(account_budget, "BYTES_A_SECOND", 1)
     monkeypatch.setattr(account_budget, "MOST_BYTES_AT_ONCE", 3 * account_budget.ROW_BYTES - 1_000)
 

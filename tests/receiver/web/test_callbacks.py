@@ -416,7 +416,7 @@ def test_deliveries_that_find_no_place_in_the_queue_are_held_back(
 
 
 @ON_SQLITE
-def test_a_long_body_that_there_is_no_time_for_is_not_read(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_body_beyond_the_budget_is_not_read(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account_budget, "SECONDS_A_SECOND", 1e-9)
     monkeypatch.setattr(account_budget, "MOST_SECONDS", 1e-9)
     with Web(parts) as web:

@@ -104,7 +104,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(supervised: Callable[...
     workers.end()
 
 
-def test_worker_that_is_killed_now_and_then_is_no_crash_loop(supervised: Callable[..., Supervised]) -> None:
+def test_worker_that_is_killed_at_times_is_not_in_a_crash_loop(supervised: Callable[..., Supervised]) -> None:
     """A worker that lives longer than the limit is started again after the first pause each time."""
     workers = supervised("dies", 1, constants={**BRIEFLY, f"{OURS}:LIVED_SECONDS": supervisor.LIVED_SECONDS / 50})
     wait_until(lambda: len(workers.lines) >= 4)

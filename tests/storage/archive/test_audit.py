@@ -146,7 +146,7 @@ def test_repair_never_removes_an_object_that_matches_its_row(parts: Parts) -> No
     assert audit(parts, deep=True)[1] == []
 
 
-def test_unfinished_archive_is_no_fault(parts: Parts) -> None:
+def test_unfinished_archive_is_not_a_fault(parts: Parts) -> None:
     """A file's key is written before its object is put; a manifest is put before its key is written."""
     task = insert_row(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
     folder = f"{parts.bucket.prefix}{task.created_at:%Y/%m/%d}/{task.external_task_id}/"

@@ -207,7 +207,7 @@ def test_unreadable_file_is_a_fault_and_the_round_continues(parts: Parts, gated:
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_store_outage_is_no_fault(parts: Parts, gated: Bucket, gate: Gate) -> None:
+def test_store_outage_is_not_a_fault(parts: Parts, gated: Bucket, gate: Gate) -> None:
     keep(parts, 1)
     gate.open.set()
     gate.refuses = "/"

@@ -125,7 +125,9 @@ def test_refusal_for_size_names_the_size_and_the_limits_owner(
     assert "raise the request limit of the proxy there (nginx: client_max_body_size)" in str(asset.error)
 
 
-def test_403_on_some_keys_is_no_outage_while_others_go_well(behind: Parts, sandbox: Sandbox, proxy: FaultProxy) -> None:
+def test_403_on_some_keys_is_not_an_outage_while_others_succeed(
+    behind: Parts, sandbox: Sandbox, proxy: FaultProxy
+) -> None:
     large_beside_small(behind, sandbox)
     with behind.database.write() as session:
         first = col(Asset.task_id) == task_of(behind, "small").id, col(Asset.index) == 0

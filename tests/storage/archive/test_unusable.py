@@ -129,7 +129,7 @@ def test_response_that_is_not_http_is_retried_less_often_and_reported(
     assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
-def test_an_error_page_of_a_minute_costs_no_picture(parts: Parts, sandbox: Sandbox) -> None:
+def test_an_error_page_that_lasts_a_minute_loses_no_picture(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, 3, cdn_html_rate=1)
     assert try_until(parts, 60) > 25
     assert {asset.state for asset in assets_of(parts, task_of(parts, "task"))} == {AssetState.DUE}
@@ -202,7 +202,7 @@ def test_a_file_that_two_hosts_cut_at_two_bytes_is_tried_less_often_and_reported
     assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
-def test_transfers_that_break_at_other_bytes_are_no_broken_file(parts: Parts, sandbox: Sandbox) -> None:
+def test_transfers_that_break_at_other_bytes_do_not_count_as_a_broken_file(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox)
     for share in (0.2, 0.3, 0.4, 0.5, 0.6):
         sandbox.set(cdn_break_share=share)

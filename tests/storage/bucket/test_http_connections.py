@@ -111,7 +111,7 @@ def test_connection_is_kept_only_after_a_response_that_ends_where_it_says(
 @pytest.mark.parametrize(
     "script", [b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000, b"HTTP/1.1 2\r\n\r\n"]
 )
-def test_response_that_is_no_http_is_reported(store: Store, script: bytes) -> None:
+def test_response_that_is_not_http_is_reported(store: Store, script: bytes) -> None:
     store.scripts = [script]
     with pytest.raises(ConnectionBroken):
         put(to(store))

@@ -149,7 +149,7 @@ def test_ignored_condition_overwrites_nothing(faulty: Callable[..., Faulty]) -> 
 
 
 @pytest.mark.parametrize("checksum", [None, WRONG_SUM], ids=["none", "a wrong one"])
-def test_missing_or_wrong_checksum_is_no_proof(faulty: Callable[..., Faulty], checksum: str | None) -> None:
+def test_missing_or_wrong_checksum_proves_nothing(faulty: Callable[..., Faulty], checksum: str | None) -> None:
     on = faulty(lambda request, forward: told(forward(request), checksum))
     run(on.parts, "assets", "finishes")
     seen = not on.parts.bucket.capabilities().returns_checksum

@@ -288,7 +288,7 @@ def test_behind_a_pooler_without_a_direct_url_a_wait_is_short(
         assert session.execute(listening).scalar_one() == 0
 
 
-def test_direct_connection_is_no_pooler_and_prepares(database: Database) -> None:
+def test_direct_connection_is_not_a_pooler_and_prepares(database: Database) -> None:
     for _ in range(8):
         database.now()
     assert database.sessions.is_pooled is False
@@ -340,7 +340,7 @@ def test_privilege_that_was_withdrawn_is_an_outage_that_names_the_remedy(
 
 
 @pytest.mark.parametrize("state", ["28000", "3D000", "53100", "57P03", "58030", "XX001", "42501", "42P01", "0A000"])
-def test_fault_of_the_database_is_no_bug(state: str, database: Database) -> None:
+def test_fault_of_the_database_is_not_a_bug(state: str, database: Database) -> None:
     raising = text(f"DO $$ BEGIN RAISE EXCEPTION 'said' USING ERRCODE = '{state}'; END $$")
     with pytest.raises(DatabaseUnavailable, match="said"), database.write() as session:
         session.execute(raising)

@@ -84,7 +84,7 @@ def test_a_log_that_sqlite_removed_with_the_last_connection_is_no_fault(own: Dat
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
-def test_no_delivery_is_acknowledged_into_a_file_that_is_gone(web: Web, parts: Parts) -> None:
+def test_no_delivery_is_acknowledged_into_a_deleted_file(web: Web, parts: Parts) -> None:
     url = web.url + path_of(parts, insert_row(parts))
     assert httpx.post(url, content=BODY).status_code == 200
     file = Path(str(parts.database.url.database))
