@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Float, Text, and_, case, func, or_
+from sqlalchemy import Float, Select, Text, and_, bindparam, case, func, or_, select, type_coerce
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
-from sqlmodel import Session, col, select
+from sqlalchemy.types import NullType
+from sqlmodel import Session
 
 from storage import states
+from storage.database.prepared import execute
 from storage.rows.models import Task
 from storage.states import ArchiveState, TaskState
 
@@ -90,30 +92,9 @@ class EndedLastDay:
 
 def count(session: Session, begin: datetime, end: datetime | None, now: datetime) -> dict[datetime, Ended]:
     """Count what ended from `begin` to before `end` (None: until now), by its ten minutes, in one statement."""
-    ended, called_back = col(Task.completed_at), col(Task.end_called_back_at)
-    asked = and_(col(Task.callback_url).is_not(None), col(Task.state).in_(states.TERMINAL))
-    expected = and_(asked, ended < now - timedelta(seconds=CALLBACK_PATIENCE_SECONDS))
-    late = and_(asked, called_back > ended)
-    part = _part_text(ended)
-    columns: Any = (
-        part,
-        func.count(),
-        _number(col(Task.archive) == ArchiveState.ARCHIVED),
-        _number(col(Task.archive) == ArchiveState.INCOMPLETE),
-        _number(col(Task.state) == TaskState.FAILED),
-        _number(expected),
-        _number(and_(expected, called_back.is_(None))),
-        _number(late),
-        func.coalesce(func.max(case((late, _seconds_between(ended, called_back)))), 0.0),
-        _number(or_(col(Task.archive) == ArchiveState.INCOMPLETE, col(Task.state) == TaskState.FAILED)),
-    )
-    within = [ended >= begin, *([] if end is None else [ended < end])]
-    rows = session.execute(select(*columns).where(*within).group_by(part))
-    return {_read_part(text): Ended(*counts) for text, *counts in rows}
-
-
-def _number(condition: Any) -> Any:
-    return func.count(case((condition, 1)))
+    values = {"begin": begin, "missed_from": now - timedelta(seconds=CALLBACK_PATIENCE_SECONDS)}
+    statement, values = (_COUNT_OPEN, values) if end is None else (_COUNT, {**values, "end": end})
+    return {_read_part(text): Ended(*counts) for text, *counts in execute(session, statement, values).rows}
 
 
 def total(parts: Collection[Ended]) -> Ended:
@@ -175,3 +156,38 @@ def _seconds_sqlite(element: _seconds_between, compiler: Any, **options: Any) ->
 def _seconds_postgresql(element: _seconds_between, compiler: Any, **options: Any) -> str:
     before, after = (compiler.process(each, **options) for each in element.clauses)
     return f"extract(epoch FROM {after} - {before})::float8"
+
+
+_TASKS = Task.__table__.c  # type: ignore[attr-defined]
+
+
+def _number(condition: Any) -> Any:
+    return func.count(case((condition, 1)))
+
+
+def _counting() -> Select[Any]:
+    """The statement of `count` for all that ended since `begin`."""
+    ended, called_back = _TASKS.completed_at, _TASKS.end_called_back_at
+    over = or_(*(_TASKS.state == state for state in states.TERMINAL))
+    asked = and_(_TASKS.callback_url.is_not(None), over)
+    expected = and_(asked, ended < bindparam("missed_from"))
+    late = and_(asked, called_back > ended)
+    part = _part_text(ended)
+    columns: Any = (
+        part,
+        func.count(),
+        _number(_TASKS.archive == ArchiveState.ARCHIVED),
+        _number(_TASKS.archive == ArchiveState.INCOMPLETE),
+        _number(_TASKS.state == TaskState.FAILED),
+        _number(expected),
+        _number(and_(expected, called_back.is_(None))),
+        _number(late),
+        # Both drivers return a float. SQLAlchemy asks for the column's type on PostgreSQL, which a prepared one lacks.
+        type_coerce(func.coalesce(func.max(case((late, _seconds_between(ended, called_back)))), 0.0), NullType()),
+        _number(or_(_TASKS.archive == ArchiveState.INCOMPLETE, _TASKS.state == TaskState.FAILED)),
+    )
+    return select(*columns).where(ended >= bindparam("begin")).group_by(part)
+
+
+_COUNT_OPEN = _counting()
+_COUNT = _COUNT_OPEN.where(_TASKS.completed_at < bindparam("end"))
