@@ -41,6 +41,9 @@ BREAKS = "breaks"
 PING = "SHOW transaction_read_only"
 # psycopg reads times in this style alone, and a database may have another default. PgBouncer keeps it per client.
 SET_STYLE = "SET DateStyle TO ISO"
+# For statements outside a transaction. With `serializable` as the default, duplicate deliveries at once were answered
+# 503. Behind a pooler the next client of the server's session would inherit it.
+SET_ISOLATION = "SET default_transaction_isolation TO 'read committed'"
 
 
 def is_pooled(connection: Connection[Any] | AsyncConnection[Any], process_id: int) -> bool:
@@ -92,6 +95,11 @@ class Sessions:
         elif is_read_only:
             self._read_only_until = time.monotonic() + BELIEVED_SECONDS
 
+    def defaults(self, connection: Connection[Any] | AsyncConnection[Any]) -> str:
+        """Statements that replace a database's own defaults in a new session, "" for none."""
+        statements = [SET_STYLE] if needs_style(connection) else []
+        return "; ".join(statements if self.is_pooled else [*statements, SET_ISOLATION])
+
     def is_replaceable(self) -> bool:
         """Whether a new session may be able to write where an old one is not."""
         if time.monotonic() < self._read_only_until:
@@ -114,8 +122,8 @@ class Sessions:
 
     def _begin(self, connection: Connection[Any], record: Any) -> None:
         connection.autocommit = True
-        if needs_style(connection):
-            connection.execute(SET_STYLE)
+        if defaults := self.defaults(connection):
+            connection.execute(defaults)
         connection.autocommit = False
         record.info["is_new"] = True
         record.info[BREAKS] = self._breaks

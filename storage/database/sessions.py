@@ -53,6 +53,7 @@ SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wa
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database", "not a database")
 # How long a group waits for a row that another transaction holds. Other transactions hold one for 20 ms at most.
 GROUP_LOCK_MILLISECONDS = 200
+BEGIN_GROUP = f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}"
 # Our execution option for connections on which each statement is a transaction of its own.
 NO_BEGIN = "receiver_no_begin"
 
@@ -193,7 +194,7 @@ class Database:
             connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(seconds * 1_000)}")
 
     def _make_group_writer(self) -> None:
-        begin = "BEGIN IMMEDIATE" if self.is_sqlite else f"BEGIN; SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}"
+        begin = "BEGIN IMMEDIATE" if self.is_sqlite else BEGIN_GROUP
         self._group_session = KeptSession(self._autocommit_writer, begin)
         self._group_writer = GroupWriter(
             self.group_write, self.write, self._group_session.close, lambda session: self.at_group_end(session)

@@ -142,6 +142,8 @@ class PostgresLoopConnection:
             self._connection = await AsyncConnection.connect(autocommit=True, **self._arguments)
             process_id, is_read_only = await (await self._connection.execute(FACTS)).fetchone() or (0, False)
             self._sessions.note(self._connection, process_id, is_read_only)
+            if defaults := self._sessions.defaults(self._connection):
+                await self._connection.execute(defaults)
         return self._connection
 
     async def close(self) -> None:

@@ -197,6 +197,48 @@ def test_defaults_of_the_database_change_nothing(default: str, value: str, datab
         session.execute(text(f'ALTER DATABASE "{name}" RESET {default}'))
 
 
+ISOLATION = text("SHOW transaction_isolation")
+
+
+async def isolation_in_the_loop(database: Database) -> str:
+    connection = loop_connections.PostgresLoopConnection(database)
+    await connection.unreadable([])
+    assert connection._connection is not None
+    shown = await (await connection._connection.execute("SHOW transaction_isolation")).fetchone()
+    await connection.close()
+    return str(shown[0]) if shown else ""
+
+
+@pytest.mark.parametrize("level", ["serializable", "repeatable read"])
+def test_every_write_is_read_committed_whatever_the_default(level: str, database: Database) -> None:
+    change = f'ALTER DATABASE "{database.url.database}" {{}} default_transaction_isolation'
+    with database.write() as session:
+        session.execute(text(f"{change.format('SET')} = '{level}'"))
+    database.writer.dispose()
+    seen = [database.write_in_group(lambda session: session.execute(ISOLATION).scalar_one())]
+    with database.autocommit_writer() as connection:
+        seen.append(connection.execute(ISOLATION).scalar_one())
+    seen.append(asyncio.run(isolation_in_the_loop(database)))
+    assert seen == ["read committed"] * 3
+    with database.write() as session:
+        session.execute(text(change.format("RESET")))
+
+
+@NEEDED
+def test_group_is_read_committed_behind_a_pooler_too(
+    pooled_url: str, database: Database, opened: Callable[..., Database]
+) -> None:
+    change = f'ALTER DATABASE "{database.url.database}" {{}} default_transaction_isolation'
+    with database.write() as session:
+        session.execute(text(f"{change.format('SET')} = 'serializable'"))
+    pooled = opened(pooled_url)
+    assert pooled.write_in_group(lambda session: session.execute(ISOLATION).scalar_one()) == "read committed"
+    with pooled.autocommit_reader() as connection:  # the pooler's session keeps the database's default for others
+        assert connection.execute(ISOLATION).scalar_one() == "serializable"
+    with database.write() as session:
+        session.execute(text(change.format("RESET")))
+
+
 @pytest.mark.parametrize(("option", "said"), [("sslmode=require", "server does not support SSL"), ("", "refused")])
 def test_outage_names_place_and_reason(
     option: str, said: str, database_url: str, postgres: Postgres, opened: Callable[..., Database]
