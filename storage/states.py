@@ -75,8 +75,8 @@ PICTURES = frozenset({"image", "series"})
 
 # A shortfall is believed after this many reads. The provider may be silent for three tries at most.
 COMPLETENESS_DELAYS_SECONDS = (0, 120, 480)
-# After this many unusable answers in a row, the last one 15 minutes after the first by the schedule of
-# `storage.archive.unusable`, the task is reported as incomplete, and the file is still tried.
+# After this many unusable answers in a row the task is reported as incomplete, and the file is still tried. By the
+# schedule of `storage.archive.unusable` the last answer comes 15 minutes after the first.
 SAID_AFTER_TRIES = 8
 # A larger index is an error or an attack on an integer column, so positions are used instead.
 MAX_INDEX = 9_999

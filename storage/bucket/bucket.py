@@ -121,7 +121,7 @@ class Bucket(StoredObjects):
         condition = {"IfNoneMatch": "*"} if conditional else {}
         put = Put(key, file, sha256, size, {**self._put_options.arguments(), **own}, condition)
         # The key is looked up first where the put alone does not decide: a store refuses a multipart upload only after
-        # all parts have been sent. One that loses its conditional writes after a probe overwrites until the next.
+        # all parts have been sent. A store that loses its conditional writes after a probe overwrites until the next.
         decides = conditional and can.believed and not in_parts
         if not decides and not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False

@@ -29,7 +29,7 @@ DAY = timedelta(days=1)
 # A callback counts as lost this long after a read has reported the end.
 CALLBACK_PATIENCE_SECONDS = 300
 PART = timedelta(minutes=10)
-# Rows that a reading counts in turn: some 20 ms.
+# Rows that one read counts: about 20 ms.
 ROWS = 5_000
 # The number of rows that one statement aims at. A day has as many in an installation with 30,000 tasks a month, so a
 # statement takes no longer in one with a million.

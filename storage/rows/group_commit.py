@@ -158,7 +158,7 @@ class GroupCommit:
                 self._hand_over(await self._commit_at_once(batch))
         except Locked:
             self._hand_over(batch)
-        except Exception as error:  # noqa: BLE001 - the thread meets it too, and says so to the waiters
+        except Exception as error:  # noqa: BLE001 - the thread meets it too, and the handlers raise it
             log.warning("group_commit.delegated", error=type(error).__name__)
             self._quick_commits = 0
             self._hand_over(batch)

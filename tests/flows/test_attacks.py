@@ -12,7 +12,7 @@ from tests.bench.stage import here
 SECONDS = 480
 
 
-def test_honest_traffic_goes_on_beside_each_attack(tmp_path: Path) -> None:
+def test_honest_traffic_continues_beside_each_attack(tmp_path: Path) -> None:
     """An honest delivery without a 200 ends the command. The durations are for people to read."""
     command = [sys.executable, "-m", "tests.attacks", "--seconds", "0.5", "--rate", "10", "--no-limit"]
     done = subprocess.run(command, env=here(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)

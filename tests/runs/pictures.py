@@ -60,7 +60,7 @@ def undecoded(path: Path) -> str:
             with Image.open(path) as image:
                 for frame in ImageSequence.Iterator(image):
                     frame.load()
-        except Exception as error:  # noqa: BLE001 - its decoders raise what they like
+        except Exception as error:  # noqa: BLE001 - its decoders raise many classes
             return f"{type(error).__name__}: {error}"
     return ""
 

@@ -138,7 +138,7 @@ def test_adopt_and_reconcile_run_as_commands(receiver: CommandLine, beside: Data
         ("prune", "--older-than", "0"),
     ],
 )
-def test_wrong_usage_is_said_before_anything_is_opened(words: tuple[str, ...]) -> None:
+def test_wrong_usage_is_reported_before_anything_is_opened(words: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, list(words)).exit_code == 2
 
 

@@ -133,7 +133,7 @@ def test_a_store_in_this_folder_is_named_where_no_bucket_is_set(receiver: Comman
     assert "set RECEIVER_STORE='my pictures', which is a store in this folder" in done.err
 
 
-def test_a_database_in_a_folder_that_is_not_there_says_which(receiver: CommandLine) -> None:
+def test_a_missing_folder_of_the_database_is_named(receiver: CommandLine) -> None:
     done = receiver(*ASK, RECEIVER_DATABASE_URL="sqlite:///missing/receiver.db")
     assert done.err.endswith(f"unable to open database file; make the folder {receiver.folder / 'missing'}\n"), done
 
@@ -241,7 +241,7 @@ def test_a_file_that_cannot_be_opened_is_named(receiver: CommandLine, words: tup
 
 
 @pytest.mark.parametrize("words", [("status",), ("serve",), ("work",)], ids=" ".join)
-def test_a_server_without_tls_is_said_at_once(
+def test_a_server_without_tls_is_reported_at_once(
     receiver: CommandLine, postgres: Postgres, postgres_url: str, words: tuple[str, ...]
 ) -> None:
     done = receiver(*words, RECEIVER_DATABASE_URL=f"{postgres_url}?sslmode=require")
@@ -265,7 +265,7 @@ def test_a_read_only_database_is_one_line(
 
 
 @pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",)], ids=" ".join)
-def test_a_wrong_role_or_database_name_is_said_at_once(
+def test_a_wrong_role_or_database_name_is_reported_at_once(
     receiver: CommandLine, postgres: Postgres, words: tuple[str, ...]
 ) -> None:
     place = f"127.0.0.1:{postgres.port}"

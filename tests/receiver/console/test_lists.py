@@ -75,7 +75,7 @@ def test_tasks_are_filtered_by_state_model_time_and_text(parts: Parts) -> None:
     assert len(names(parts, provider="kling", since="nonsense")) == 3
 
 
-def test_filter_without_an_index_stops_at_its_bound_and_goes_on_with_the_next_page(
+def test_filter_without_an_index_stops_at_its_bound_and_continues_on_the_next_page(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lists, "SCANNED", 3)

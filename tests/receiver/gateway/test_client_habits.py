@@ -127,7 +127,7 @@ def test_several_tasks_are_refused_without_one_kind_of_id_or_with_too_many(web: 
 
 
 @ON_SQLITE
-def test_url_safe_base64_goes_upstream_in_the_alphabet_that_kling_takes(web: Web, sandbox: Sandbox) -> None:
+def test_url_safe_base64_is_sent_in_the_alphabet_that_kling_takes(web: Web, sandbox: Sandbox) -> None:
     picture = encoded(drawn(400, 300) + bytes([251, 239, 190, 255]))
     url_safe = picture.translate(str.maketrans("+/", "-_")).rstrip("=")
     assert "-" in url_safe and "_" in url_safe

@@ -179,7 +179,7 @@ SINK = {"event_sinks": "http://127.0.0.1:9/hook", "event_secrets": SECRET, "priv
         ({**CHANGES, **SINK, "private_callback_hosts": "127.0.0.1:9"}, "receives events"),
     ],
 )
-def test_a_client_is_not_called_back_where_events_go(reason: str, web: Web, parts: Parts) -> None:
+def test_a_client_is_not_called_back_at_an_event_sink(reason: str, web: Web, parts: Parts) -> None:
     answer = create(web, {**PLAIN, "callback_url": "http://127.0.0.1:9/hook"})
     assert status_and_code(answer) == (400, 1201)
     assert reason in answer.json()["message"]
@@ -188,7 +188,7 @@ def test_a_client_is_not_called_back_where_events_go(reason: str, web: Web, part
 
 
 @ON_SQLITE
-def test_base64_goes_upstream_and_is_kept_as_its_hash(web: Web, parts: Parts, sandbox: Sandbox) -> None:
+def test_base64_is_sent_and_kept_as_its_hash(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     picture = encoded(drawn(400, 300))
     assert create(web, {**PLAIN, "image_list": [{"image": f"data:image/png;base64,{picture}"}]}).status_code == 200
     assert creates(sandbox)[0]["image_list"] == [{"image": picture}]

@@ -215,7 +215,7 @@ def test_a_used_external_id_is_its_own_refusal(server: Scripted, kling: Kling) -
     ("header", "after"),
     [({}, None), ({"Retry_After": "7"}, 7), ({"Retry_After": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40)],
 )
-def test_a_full_account_says_when_to_come_back(
+def test_answer_of_a_full_account_says_when_to_retry(
     server: Scripted, make: Callable[..., Kling], header: dict[str, str], after: float | None
 ) -> None:
     server.answer(payload("error-concurrency"), 429, **header)

@@ -47,7 +47,7 @@ def take(parts: Parts, parser: SlowParser, count: int) -> list[object]:
     return asyncio.run(main())
 
 
-def test_the_event_loop_goes_on_while_a_long_body_is_parsed(parts: Parts) -> None:
+def test_the_event_loop_runs_while_a_long_body_is_parsed(parts: Parts) -> None:
     """One of 64 KiB that is full of numbers took 17 ms, in which no callback was answered."""
     parser = SlowParser()
     assert take(parts, parser, 1) == [None]

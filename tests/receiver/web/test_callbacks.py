@@ -486,7 +486,7 @@ def test_refused_and_unstored_deliveries_are_logged_once_a_minute(web: Web, part
 
 
 @SIGNED
-def test_refused_deliveries_to_the_account_are_kept_again_after_others_came(
+def test_refused_deliveries_to_the_account_are_kept_again_after_newer_ones(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callbacks, "MAX_REJECTED_PER_TASK", 1)
@@ -569,7 +569,9 @@ def test_bodies_beyond_the_memory_of_the_accounts_url_are_held_back_without_thei
 
 
 @pytest.mark.parametrize("url", ["task", "account"])
-def test_silent_heads_keep_no_delivery_out(url: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_without_a_complete_head_block_no_delivery(
+    url: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Announced bytes are not in memory. Bytes count from their arrival until their connection ends."""
     monkeypatch.setattr(callbacks, "MAX_TASK_BYTES", 2 * 2_000)
     monkeypatch.setattr(callbacks, "MAX_ACCOUNT_BYTES", 2 * 2_000)

@@ -232,7 +232,7 @@ def test_row_claimed_again_while_its_old_claim_ends_is_still_in_hand(database: D
     second_may_end.set()
 
 
-def test_row_that_meets_a_bug_is_retried_later_and_others_go_on(database: Database, desk: Desk) -> None:
+def test_row_that_meets_a_bug_is_retried_later_and_others_continue(database: Database, desk: Desk) -> None:
     bad, good = new_assets(database, 2)
 
     def work(row: Any) -> None:

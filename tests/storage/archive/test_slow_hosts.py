@@ -88,7 +88,7 @@ def slow_files(database: Database, host: str, count: int = SLOW_FILES) -> list[A
         return [new_asset(session, task, index, **values[index]) for index in range(count)]
 
 
-def test_slow_host_keeps_no_other_host_waiting(
+def test_slow_host_delays_no_other_host(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "LASTING_SECONDS", 0.2)
@@ -104,7 +104,7 @@ def test_slow_host_keeps_no_other_host_waiting(
         slow.end()
 
 
-def test_several_slow_hosts_keep_no_other_host_waiting(
+def test_several_slow_hosts_delay_no_other_host(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, more_slow: list[DrippingHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each slow host holds a spare thread for one file. Its other files wait for the archive's own threads."""

@@ -174,7 +174,7 @@ def test_links_that_live_shorter_than_the_pause_outlive_an_outage(
         wait_until(lambda: try_again(behind) or are_archived(behind, *names), seconds=30, every=0.2)
 
 
-def test_worker_goes_on_when_the_session_token_was_rotated(
+def test_worker_continues_after_the_session_token_was_rotated(
     parts: Parts, sandbox: Sandbox, proxy: FaultProxy, seaweed: Seaweed, credentials: Path
 ) -> None:
     rotate(credentials, seaweed, "first")

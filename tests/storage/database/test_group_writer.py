@@ -299,7 +299,7 @@ def test_writers_connection_is_kept_between_groups_and_returned_at_rest(
     wait_until(lambda: pool.checkedout() == 0)  # type: ignore[attr-defined]
 
 
-def test_other_writes_go_on_while_the_writer_keeps_its_connection(database: Database) -> None:
+def test_other_writes_continue_while_the_writer_keeps_its_connection(database: Database) -> None:
     assets = claimed(database, 2)
     for asset in assets:
         database.write_in_group(settling(asset))

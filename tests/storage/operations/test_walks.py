@@ -56,7 +56,7 @@ def test_pages_skip_tasks_within_the_index(some: Database) -> None:
     assert words in found
 
 
-def test_page_of_tasks_is_the_newest_after_the_skipped(some: Database) -> None:
+def test_page_of_tasks_has_the_newest_after_the_skipped_ones(some: Database) -> None:
     with some.read() as session:
         found = [task.created_at - LONG_AGO for task in tasks.newest(session, 2, skip=1)]
     assert found == [timedelta(hours=1), timedelta(0)]

@@ -25,7 +25,7 @@ LANES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "callbacks": (Callback, Callback.state == CallbackState.RECEIVED, {}),
     "events": (Dispatch, col(Dispatch.sink) == "hook", {"sink": "hook"}),
 }
-# SQLite's machine takes 5 to 30 steps for a row or an entry of an index.
+# SQLite's virtual machine takes 5 to 30 steps for a row or an entry of an index.
 STEPS, EVERY = 20, 20
 
 
