@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from starlette.types import Receive, Scope
 
 REMEMBERED_TASKS = 10_000
-# Answers that need no key: so many a second, and at once, are prompt. Health checks ask once a second. A held one is
-# late by less than a load balancer waits for, after the patience of `/readyz`.
+# How many answers that need no key are sent at once, each second and after a pause; health checks ask once a second.
+# Others are held this long. Together with the wait of `/readyz` that is less than a load balancer waits.
 KEYLESS_A_SECOND, MOST_KEYLESS = 50, 200
 HOLD_SECONDS = 0.25
 # The scope's extension that marks a connection whose answer is held back: `held`.

@@ -47,8 +47,8 @@ PLAIN_FRAMING = re.compile(rb"(?i:content-length):[0-9]{1,15}")
 PLAIN_REQUEST = re.compile(rb"GET [!-~]+ HTTP/1\.1\r\n(?:[A-Za-z-]+: [!-~]+(?: [!-~]+)*\r\n)+\r\n")
 # The largest output of one call of the decoder: a zip bomb grows by this much before the size is checked.
 DECODED_BYTES = 256 * 1024
-# 256 MiB in the members of 65,280 bytes that bgzip writes. An empty member costs 7 µs of CPU, and no size check ends
-# a body of these.
+# 256 MiB in the members of 65,280 bytes that bgzip writes. An empty member costs 7 µs of CPU and adds nothing to
+# the size that is checked.
 MAX_GZIP_MEMBERS = 4_200
 
 

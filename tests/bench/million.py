@@ -24,8 +24,8 @@ TASKS, DAYS, FILES, EVENTS = 1_000_000, 30, 3, 8
 # batch.
 FAILED, INCOMPLETE, WAITING, REJECTED, BATCHED = 50, 100, 500, 100_000, 4
 BATCHES = 50
-# One task in this many, of the last tenth: its files are tried again. One archived task in this many: its sink gave up,
-# or still waits.
+# One in this many: of the tasks in the last tenth, the files are tried again (TRYING); of the archived tasks, the event
+# is dead (DEAD) or still waits (OPEN).
 TRYING, DEAD, OPEN = 1_000, 1_000, 500
 KINDS = [f"task.{word}" for word in ("created", "submitted", "processing", "succeeded")]
 KINDS += ["asset.archived"] * FILES + ["task.archived"]

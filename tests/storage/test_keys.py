@@ -110,6 +110,6 @@ def test_metadata_is_encoded_as_ascii(value: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain-1", "a b", "-rf", "--help", "'", '""""', "$(x)", "`x`", "a;b"])
-def test_a_name_in_a_printed_command_is_one_argument(name: str) -> None:
+def test_a_name_in_a_printed_command_is_quoted_as_one_argument(name: str) -> None:
     words = shlex.split(f"receiver status {as_argument(name)}")
     assert words[2:] == (["--", name] if name.startswith("-") else [name])

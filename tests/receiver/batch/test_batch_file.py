@@ -217,7 +217,7 @@ def test_an_open_quote_hides_no_other_fault(rest: list[bytes], faulty: list[int]
     assert [line for line, text in found if "opens a quote that is not closed" in text] == [4, 8][: 1 + (8 in faulty)]
 
 
-def test_an_open_quote_in_the_header_is_one_fault() -> None:
+def test_an_open_quote_in_the_header_is_reported_as_one_fault() -> None:
     ((line, text),) = faults_in(b'model_name,"prompt\na,b\nc,d\n', "csv")
     assert (line, text.partition(" (")[0]) == (1, "opens a quote that is not closed")
 
@@ -240,7 +240,7 @@ def test_open_quotes_in_every_line_are_read_in_a_bounded_time() -> None:
     ],
     ids=["unknown", "twice", "missing"],
 )
-def test_a_wrong_header_is_one_fault(header: bytes, word: str) -> None:
+def test_a_wrong_header_is_reported_as_one_fault(header: bytes, word: str) -> None:
     ((line, text),) = faults_in(header + b"\na,b\nc,d\n", "csv")
     assert line == 1
     assert word in text
@@ -337,7 +337,7 @@ def test_fault_of_a_header_names_its_columns(header: str, fault: str, format: Fo
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_a_file_in_utf_16_is_one_fault_that_says_so(encoding: str) -> None:
+def test_a_file_in_utf_16_is_reported_as_one_fault(encoding: str) -> None:
     with pytest.raises(BatchInvalid) as caught:
         batch_file.read(BytesIO(("\ufeff" + table("\t").decode()).encode(encoding)), None, "night", parse_request)
     (found,) = caught.value.faults

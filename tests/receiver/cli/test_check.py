@@ -236,7 +236,7 @@ def nothing_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
     return monkeypatch
 
 
-def test_settings_faults_are_one_line_each(nothing_set: pytest.MonkeyPatch) -> None:
+def test_settings_faults_are_reported_in_one_line_each(nothing_set: pytest.MonkeyPatch) -> None:
     nothing_set.setenv("RECEIVER_PORT", "many")
     done = CliRunner().invoke(app, ["check"])
     lines = [line.split(maxsplit=2)[2] for line in done.output.splitlines() if line.startswith("fault")]
@@ -403,7 +403,7 @@ def test_clock_that_differs_from_the_providers_is_a_fault(look: Look) -> None:
     assert "s ahead of the provider's: turn on time synchronisation" in says
 
 
-def test_refusal_caused_by_the_clock_is_one_fault(look: Look) -> None:
+def test_refusal_caused_by_the_clock_is_reported_as_one_fault(look: Look) -> None:
     with Provider(401, b'{"code": 1003, "message": "token not yet valid"}') as provider:
         found = look(kling_base_url=provider.url, kling_api_key="", kling_access_key="a", kling_secret_key="s" * 40)
     assert list(faults(found)) == ["clock"]

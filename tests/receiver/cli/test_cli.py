@@ -70,7 +70,7 @@ def test_wrong_usage_is_exit_code_2(ready: CommandLine, words: tuple[str, ...]) 
     assert "Usage: " in done.err and "Traceback" not in done.err
 
 
-def test_settings_faults_are_one_line_each(receiver: CommandLine) -> None:
+def test_settings_faults_are_reported_in_one_line_each(receiver: CommandLine) -> None:
     done = receiver("status", RECEIVER_S3_BUCKET=None, RECEIVER_PORT="many", RECEIVER_KLING_API_KEY="")
     assert (done.code, done.out) == (1, "")
     assert [line.split(":")[0] for line in done.err.splitlines()] == ["RECEIVER_PORT", "RECEIVER_S3_BUCKET"]
@@ -153,7 +153,7 @@ def test_a_refused_request_is_exit_code_1(ready: CommandLine, sandbox: Sandbox) 
     assert last_line(done).startswith("failed: ") and "1301" in last_line(done)
 
 
-def test_unknown_task_is_one_line_and_exit_code_1(ready: CommandLine) -> None:
+def test_unknown_task_is_reported_in_one_line_with_exit_code_1(ready: CommandLine) -> None:
     for words in (("status", "nothing"), ("status", "nothing", "--json")):
         assert ready(*words) == Done(1, "", "no task 'nothing' here; `receiver status` lists the newest\n")
 
@@ -168,7 +168,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_users_mistake_is_one_line_without_a_traceback(case: str, ready: CommandLine) -> None:
+def test_users_mistake_is_reported_in_one_line_without_a_traceback(case: str, ready: CommandLine) -> None:
     words, changes, said = WRONG[case]
     done = ready(*words, **changes)
     assert (done.code, len(done.err.splitlines()), said in done.err) == (1, 1, True), done.err

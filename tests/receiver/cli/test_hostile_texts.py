@@ -103,7 +103,7 @@ def test_a_batch_report_on_the_terminal_is_harmless(receiver: CommandLine, forma
     assert "nope" in done.out
 
 
-def test_delete_asks_with_an_escaped_id(receiver: CommandLine) -> None:
+def test_question_of_delete_shows_the_id_escaped(receiver: CommandLine) -> None:
     done = receiver("delete", HOSTILE, given="n\n")
     check_harmless(done)
     assert r"Delete [/nope]\x1b]0;owned\x07" in done.err + done.out

@@ -104,7 +104,7 @@ def test_an_env_file_with_a_byte_order_mark_is_read(ready: CommandLine) -> None:
 
 
 @pytest.mark.parametrize("words", [("status",), ("check",), ("batch", "list"), ("events", "list")], ids=" ".join)
-def test_a_full_disk_behind_json_is_one_line(ready: CommandLine, words: tuple[str, ...]) -> None:
+def test_a_full_disk_behind_json_is_reported_in_one_line(ready: CommandLine, words: tuple[str, ...]) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     variables, err = {**environment, **ready.variables}, ready.folder / "err"
     code = Forked((*words, "--json"), variables, ready.folder, out=Path("/dev/full"), err=err).wait(60)
@@ -216,7 +216,9 @@ def test_line_end_and_quotes_around_a_database_url_are_removed(ready: CommandLin
     ("option", "said"),
     [("ssl=true", "sslmode=require"), ("pgbouncer=true", "leave it out"), ("schema=public", "search_path")],
 )
-def test_an_option_that_libpq_does_not_know_is_one_line(receiver: CommandLine, option: str, said: str) -> None:
+def test_an_option_that_libpq_does_not_know_is_reported_in_one_line(
+    receiver: CommandLine, option: str, said: str
+) -> None:
     for words in (("status",), ("migrate",), ("serve",)):
         done = receiver(*words, RECEIVER_DATABASE_URL=f"postgresql://u:hunter2@127.0.0.1:1/x?{option}")
         assert (done.code, len(done.err.splitlines())) == (1, 1)
@@ -250,7 +252,7 @@ def test_a_server_without_tls_is_reported_at_once(
 
 
 @pytest.mark.parametrize("words", [("migrate",), ASK], ids=lambda words: words[0])
-def test_a_read_only_database_is_one_line(
+def test_a_read_only_database_is_reported_in_one_line(
     receiver: CommandLine, postgres: Postgres, postgres_url: str, words: tuple[str, ...]
 ) -> None:
     name = postgres_url.rpartition("/")[2]
@@ -284,7 +286,7 @@ def test_a_wrong_role_or_database_name_is_reported_at_once(
 @pytest.mark.parametrize(
     "words", [("status",), ("serve",), ("work",), ("events", "list"), ASK], ids=lambda words: words[0]
 )
-def test_a_role_without_rights_on_our_tables_is_one_line(
+def test_a_role_without_rights_on_our_tables_is_reported_in_one_line(
     receiver: CommandLine, postgres_url: str, role: str, words: tuple[str, ...]
 ) -> None:
     done = receiver(*words, RECEIVER_DATABASE_URL=postgres_url.replace("postgres@", f"{role}:hunter2@"))
@@ -293,7 +295,9 @@ def test_a_role_without_rights_on_our_tables_is_one_line(
     assert "let its owner run GRANT SELECT, INSERT, UPDATE, DELETE ON TABLE " in done.err and ' TO "weak"' in done.err
 
 
-def test_a_role_without_create_on_the_schema_is_one_line(receiver: CommandLine, postgres: Postgres, role: str) -> None:
+def test_a_role_without_create_on_the_schema_is_reported_in_one_line(
+    receiver: CommandLine, postgres: Postgres, role: str
+) -> None:
     url = postgres.create_database("bare")
     try:
         done = receiver("migrate", RECEIVER_DATABASE_URL=url.replace("postgres@", f"{role}:hunter2@"))
@@ -307,7 +311,7 @@ def test_a_role_without_create_on_the_schema_is_one_line(receiver: CommandLine, 
     )
 
 
-def test_a_port_that_is_taken_and_an_unknown_host_are_one_sentence(ready: CommandLine) -> None:
+def test_a_port_that_is_taken_and_an_unknown_host_are_reported_in_one_sentence(ready: CommandLine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for words in (("--port", port), ("--host", "nope.invalid"), ("--host", "203.0.113.1")):

@@ -216,7 +216,9 @@ def is_open(address: str, port: int) -> bool:
         return probe.connect_ex((address, port)) == 0
 
 
-def test_a_missing_package_is_one_line(receiver: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_package_is_reported_in_one_line(
+    receiver: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = config.load(store=tmp_path / "kept")
@@ -225,7 +227,7 @@ def test_a_missing_package_is_one_line(receiver: CommandLine, monkeypatch: pytes
             pass
 
 
-def test_a_damaged_file_of_keys_is_one_line(receiver: CommandLine) -> None:
+def test_a_damaged_file_of_keys_is_reported_in_one_line(receiver: CommandLine) -> None:
     (receiver.folder / "kept").mkdir()
     (receiver.folder / "kept" / "store.json").write_text("{")
     done = receiver("check", "--store", "kept")

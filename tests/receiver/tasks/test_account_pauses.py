@@ -76,7 +76,7 @@ def let_the_trial_come(parts: Parts) -> None:
             )
 
 
-def test_a_pause_of_a_clock_that_was_ahead_does_not_last_until_then(parts: Parts, sandbox: Sandbox) -> None:
+def test_a_pause_from_a_clock_that_was_ahead_ends_in_time(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1102"])
     submit_request(parts)
     with parts.database.write() as session:

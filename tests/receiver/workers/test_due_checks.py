@@ -115,7 +115,7 @@ def test_each_lane_sees_work_that_came_while_it_was_idle(database: Database) -> 
         wait_until(lambda: len(desk.done) == 6)
 
 
-def test_a_wake_up_is_one_statement_for_lanes_jobs_and_quarantine(database: Database) -> None:
+def test_a_wake_up_runs_one_statement_for_lanes_jobs_and_quarantine(database: Database) -> None:
     new_assets(database, 1)
     checks, asked = DueChecks(database, lanes(lambda _: None), {"job": select(Asset.id)}), list[str]()
     for engine in {database.reader, database.writer}:

@@ -402,7 +402,7 @@ def test_tries_span_the_life_of_a_file(life_seconds: float) -> None:
 
 
 @pytest.mark.parametrize("link_seconds", [2, 600, 3_600, DAY])
-def test_short_links_that_come_fresh_do_not_end_the_tries(link_seconds: float) -> None:
+def test_short_lived_links_that_are_renewed_do_not_end_the_tries(link_seconds: float) -> None:
     tried = tries_at(30 * DAY, link_seconds)
     assert len(tried) <= MAX_TRIES + 1
     assert tried[-1] > 7 * DAY

@@ -129,7 +129,7 @@ def test_waker_of_a_demoted_server_listens_again(demoted: Database) -> None:
         wait_until(lambda: announce(demoted) or woke())
 
 
-def test_read_only_server_is_one_line_when_it_begins_and_one_when_it_ends(
+def test_read_only_server_is_logged_in_one_line_at_its_begin_and_one_at_its_end(
     database: Database, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgresql, "BELIEVED_SECONDS", STEADY_SECONDS)
