@@ -243,7 +243,7 @@ async def run_clock(world: World, wake: asyncio.Event) -> None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(wake.wait(), pause)
     except Exception:
-        log.exception("sandbox.clock_stopped: tasks do not change and no callback is sent")
+        log.exception("sandbox.clock_stopped")  # from now on tasks do not change and no callback is sent
         raise
     finally:
         await sender.close()

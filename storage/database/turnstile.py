@@ -187,7 +187,7 @@ class _Threads:
         self._ordinary_waiting = self._urgent_waiting = 0
         self._is_taken = False
         self._is_offered = False  # to an urgent thread, with the file locked
-        self._is_lent = False  # the thread whose turn it is waits
+        self._is_lent = False  # the thread that has the turn waits
         self._is_passed_on = False
         self._is_closing = False
 

@@ -298,8 +298,8 @@ def _deliveries_in_reach(session: Session, wanted: DeliveryFilter) -> list[Any]:
     if until:
         conditions.append(col(Callback.received_at) < until + timedelta(days=1))
     if wanted.state in (CallbackState.UNMATCHED, CallbackState.RECEIVED):
-        # A literal, because SQLite uses no partial index for a parameter. Where very many rows have the state, a page is
-        # full after a few of the newest deliveries.
+        # A literal, because SQLite uses no partial index for a parameter. Where very many rows have the state, a few of
+        # the newest deliveries fill a page.
         few = select(Callback.id).where(col(Callback.state) == literal_column(f"'{wanted.state}'"))
         if wanted.state == CallbackState.RECEIVED:
             few = few.where(col(Callback.due_at).is_not(None))

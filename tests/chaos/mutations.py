@@ -111,7 +111,7 @@ MUTATIONS = (
         "storage/fetch/client.py",
         "media = _inspect(sink, accept_unverified=accept_unverified)",
         "media = _inspect(sink, accept_unverified=True)",
-        # Not the campaign, which may miss it: after a killed worker or a lost put the whole file is fetched again.
+        # The campaign may miss this fault: after a killed worker or a lost put the whole file is fetched again.
         f"{UNUSABLE}::test_files_cut_without_a_length_half_of_the_time_are_all_archived",
     ),
     Mutation(

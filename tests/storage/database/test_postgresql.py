@@ -251,7 +251,7 @@ def test_outage_names_place_and_reason(
 
 
 @NEEDED
-def test_behind_a_pooler_nothing_is_prepared_and_many_threads_write(
+def test_many_threads_write_behind_a_pooler_without_prepared_statements(
     pooled_url: str, opened: Callable[..., Database]
 ) -> None:
     database = opened(pooled_url)
@@ -306,7 +306,7 @@ def test_defaults_of_the_database_change_nothing_behind_a_pooler(
 
 
 @NEEDED
-def test_behind_a_pooler_the_direct_url_wakes(
+def test_the_direct_url_wakes_behind_a_pooler(
     pooled_url: str, database_url: str, opened: Callable[..., Database]
 ) -> None:
     database = opened(pooled_url, direct_url=database_url)
@@ -319,7 +319,7 @@ def test_behind_a_pooler_the_direct_url_wakes(
 
 
 @NEEDED
-def test_behind_a_pooler_without_a_direct_url_a_wait_is_short(
+def test_wait_behind_a_pooler_without_a_direct_url_is_short(
     pooled_url: str, database: Database, opened: Callable[..., Database]
 ) -> None:
     with closing(opened(pooled_url).waker()) as waker:

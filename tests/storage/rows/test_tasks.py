@@ -270,7 +270,7 @@ def test_an_unfinished_task_is_polled_later_and_later(database: Database) -> Non
     assert stored(database, task)["polls"] == 0
 
 
-def test_where_nothing_calls_back_the_first_reads_come_soon(database: Database) -> None:
+def test_first_reads_come_soon_where_nothing_calls_back(database: Database) -> None:
     schedule = Schedule(poll_after_seconds=1_000, first_poll_seconds=(5, 10))
     task = sent(database)
     for polls, wanted in ((0, 5), (1, 10), (2, 1_000), (3, 2_000), (50, 3_600)):
