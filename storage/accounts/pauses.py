@@ -16,17 +16,17 @@ The rows are shared by all processes. Locks: a pause before the account and any 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, Select, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, col
 
 from storage.database.clock import db_now, db_now_once
+from storage.database.prepared import execute, unattached
 from storage.errors import AccountRefused, ModelRefused
 from storage.rows.events import EventName, record
 from storage.rows.models import AccountPause, Task
@@ -91,9 +91,16 @@ def gate(session: Session, provider: str) -> Gate:
     return Gate(room == 0, names - {EVERY_MODEL}, room)
 
 
-def _careful(provider: str) -> Select[Any]:
+def _is(provider: Any, model: str) -> Any:
+    return (col(AccountPause.provider) == provider) & (col(AccountPause.model) == model)
+
+
+def _careful(provider: Any) -> Select[Any]:
     """The row of an account that was refused lately and has resumed."""
     return select(col(AccountPause.provider)).where(_is(provider, EVERY_MODEL), _IS_CAREFUL)
+
+
+_LOCK_CAREFUL = _careful(bindparam("of")).with_for_update()
 
 
 def _count_creates(session: Session, provider: str, *conditions: Any) -> int:
@@ -103,7 +110,7 @@ def _count_creates(session: Session, provider: str, *conditions: Any) -> int:
 
 def is_careful(session: Session, provider: str) -> bool:
     """Whether the account was refused lately and has resumed. If so, locks its pause."""
-    return session.execute(_careful(provider).with_for_update()).first() is not None
+    return bool(execute(session, _LOCK_CAREFUL, {"of": provider}).rows)
 
 
 def has_room(session: Session, provider: str, task_id: uuid.UUID) -> bool:
@@ -118,11 +125,18 @@ def refusal(session: Session, provider: str, model: str | None) -> AccountRefuse
     return as_refusal(waits[0]) if waits else None
 
 
-def _waiting(session: Session, provider: str) -> Sequence[AccountPause]:
+_PAUSES = AccountPause.__table__  # type: ignore[attr-defined]
+_WAITING = select(_PAUSES).where(
+    _PAUSES.c.provider == bindparam("of"),
     # A trial further ahead than TRIAL_SECONDS was set before the clock was set back. It may be made now.
-    trial = col(AccountPause.trial_at)
-    waits = (col(AccountPause.provider) == provider, trial > db_now_once(), trial <= db_now_once(TRIAL_SECONDS))
-    return session.scalars(select(AccountPause).where(*waits).order_by(col(AccountPause.model))).all()
+    _PAUSES.c.trial_at > db_now_once(),
+    _PAUSES.c.trial_at <= db_now_once(TRIAL_SECONDS),
+)
+_WAITING = _WAITING.order_by(_PAUSES.c.model)
+
+
+def _waiting(session: Session, provider: str) -> list[AccountPause]:
+    return unattached(AccountPause, execute(session, _WAITING, {"of": provider}))
 
 
 def as_refusal(pause: AccountPause) -> AccountRefused:
@@ -211,10 +225,6 @@ def resume(session: Session, trial: Trial, *, keys_alone: bool = False) -> None:
             facts = {"provider": paused.provider, "model": paused.model or None, "code": paused.code}
             record(session, EventName.ACCOUNT_RESUMED, None, {**facts, "reason": paused.said})
             log.warning("account.resumed", **facts)
-
-
-def _is(provider: str, model: str) -> Any:
-    return (col(AccountPause.provider) == provider) & (col(AccountPause.model) == model)
 
 
 def line(pause: AccountPause) -> str:

@@ -24,8 +24,9 @@ _OWNER = _OWNER.where(_ALIASES.provider == bindparam("by"), _ALIASES.provider_ta
 
 def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:
     """Our task for which the provider, or a gateway in front of it, uses this id."""
-    owner: uuid.UUID | None = run(session, _OWNER, {"by": provider, "wanted": provider_task_id}).scalar()
-    return owner
+    session.flush()
+    owners = execute(session, _OWNER, {"by": provider, "wanted": provider_task_id}).rows
+    return owners[0].task_id if owners else None
 
 
 _ALIASES_OF = sqlalchemy.select(_ALIASES.provider_task_id).where(_ALIASES.task_id == bindparam("of"))
@@ -63,7 +64,8 @@ def note_alias(session: Session, task: Task, provider_task_id: str, *, unsigned:
     """
     values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
     statement = (_NEW_ALIAS if unsigned else _SURE_ALIAS)[session.get_bind().dialect.name]
-    if run(session, statement, {**values, "unsigned": unsigned}).first() is None:
+    session.flush()
+    if not execute(session, statement, {**values, "unsigned": unsigned}).rows:
         return
     if unsigned and run(session, _UNSIGNED, {"of": task.id}).scalar_one() > MAX_UNSIGNED_ALIASES:
         mine = (_ALIASES.provider == task.provider, _ALIASES.provider_task_id == provider_task_id)

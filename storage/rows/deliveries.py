@@ -18,6 +18,7 @@ from sqlmodel import Session
 from sqlmodel import select as select_rows
 
 from storage.database.clock import db_now
+from storage.database.prepared import execute
 from storage.database.sessions import WAKE_CHANNEL, Database, run
 from storage.rows import claims
 from storage.rows.claims import PARK_LOSSES
@@ -206,9 +207,12 @@ def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> 
     `ids`: `external_task_id` or `provider_task_id`, as a delivery's body names the task. A worker that holds one of
     these deliveries loses its lease. Returns how many there were.
     """
-    count = sum(run(session, _BY_BODY[name], {"named": value, "by": provider}).rowcount for name, value in ids.items())
+    session.flush()
+    count = sum(
+        execute(session, _BY_BODY[name], {"named": value, "by": provider}).changed for name, value in ids.items()
+    )
     if "external_task_id" in ids:  # The task row is new, and deliveries whose token names it may wait for it.
-        count += run(session, _BY_TOKEN, {"token_of": task_id}).rowcount
+        count += execute(session, _BY_TOKEN, {"token_of": task_id}).changed
     return count
 
 

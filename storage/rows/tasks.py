@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import sqlalchemy
 from sqlalchemy import bindparam, case
@@ -15,7 +15,6 @@ from sqlmodel import Session, col, select
 from storage import states
 from storage.database.clock import db_now
 from storage.database.prepared import execute, unattached
-from storage.database.sessions import run
 from storage.errors import LostClaim
 from storage.rows import claims
 from storage.rows.deliveries import rematch
@@ -34,14 +33,23 @@ from storage.states import (
 ASSET_NAMESPACE = uuid.UUID("5f0f2c1e-6c36-4c55-9f0b-5d8f1f6f3c0a")
 
 
+_NAMES = tuple(Task.__table__.columns.keys())  # type: ignore[attr-defined]
+_INSERT_NEW = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(Task.__table__)  # type: ignore[attr-defined]
+    .values({name: bindparam(name) for name in _NAMES})
+    .on_conflict_do_nothing(index_elements=["external_task_id"])
+    .returning(Task.__table__.c.id)  # type: ignore[attr-defined]
+    for dialect in (sqlite, postgresql)
+}
+
+
 def insert_new(session: Session, task: Task) -> bool:
     """Insert a task unless its external id is taken. Unmatched deliveries of it become due. Returns whether it was
     inserted.
     """
-    dialect = sqlite if session.get_bind().dialect.name == "sqlite" else postgresql
-    values = {name: getattr(task, name) for name in Task.__table__.columns.keys()}  # type: ignore[attr-defined]  # noqa: SIM118
-    statement: Any = dialect.insert(Task).values(values).on_conflict_do_nothing(index_elements=["external_task_id"])
-    if session.execute(statement.returning(Task.id)).scalar_one_or_none() is None:
+    session.flush()
+    values = {name: getattr(task, name) for name in _NAMES}
+    if not execute(session, _INSERT_NEW[session.get_bind().dialect.name], values).rows:
         return False
     record(session, EventName.TASK_CREATED, task.id, {"external_task_id": task.external_task_id})
     rematch(session, task.id, task.provider, external_task_id=task.external_task_id)
@@ -210,8 +218,8 @@ _NOW = sqlalchemy.select(db_now())
 
 def now(session: Session) -> datetime:
     """The database's time."""
-    moment: datetime = run(session, _NOW).scalar_one()
-    return moment
+    ((moment,),) = execute(session, _NOW).rows
+    return cast(datetime, moment)
 
 
 def newest(session: Session, limit: int, *, skip: int = 0, of_client: str | None = None) -> list[Task]:
