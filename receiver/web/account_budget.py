@@ -37,13 +37,13 @@ COUNT_SECONDS = 10.0
 MAX_WAITING, TURN_SECONDS = 200, 1.5
 # The same thread parses longer bodies. The event loop waits for the parser: 0.4 ms for 4 KiB of numbers, 2.6 at most.
 MAX_LOOP_BYTES = 4 * 1024
-# The processor time that the thread may take, a second and at once. It is room for a hundred lookups a second, and a
-# thousand at once, or for forty of the worst bodies.
+# The processor time that the thread may take each second, and at once after a pause. It allows a hundred lookups a
+# second and a thousand at once, or forty of the worst bodies.
 SECONDS_A_SECOND, MOST_SECONDS = 0.1, 1.0
-# What may be stored that matches no task, a second and at once; each row counts with so much more than its body. It is
-# room for 60 small ones a second, and a thousand at once. 18 MB a second were stored until the 64 MiB were full.
+# The bytes of unmatched deliveries that may be stored each second, and at once after a pause. `ROW_BYTES` are added to
+# each body. This allows 60 small deliveries a second and a thousand at once. Without it 18 MB a second were stored.
 BYTES_A_SECOND, MOST_BYTES_AT_ONCE, ROW_BYTES = 2**18, 4 * 2**20, 4 * 1024
-# What is full stays so until deliveries are pruned. What is overdrawn has room again after some seconds.
+# The number of rows falls when deliveries are pruned. An overdrawn budget has room again after some seconds.
 FULL_RETRY_AFTER_SECONDS, OVERDRAWN_RETRY_AFTER_SECONDS = 3_600, 10
 
 

@@ -31,7 +31,7 @@ OLD_SECONDS = 5.0
 # Ends the session that answers, if it is that old. Every role may end its own sessions.
 END_IF_OLD = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = pg_backend_pid() AND backend_start < clock_timestamp() - make_interval(secs => %s)"""
-# More than a pool of hosted databases has for one role, so that one new connection ends them all.
+# Hosted databases allow one role fewer pooled connections, so one new connection ends all of them.
 MOST_ENDED = 64
 FACTS = "SELECT pg_backend_pid(), current_setting('transaction_read_only') = 'on'"
 # A key in the pool's notes of a connection: whether an error of the driver breaks it, for statements that bypass

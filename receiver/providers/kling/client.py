@@ -62,7 +62,7 @@ CREATE_PATH = "/v1/images/omni-image"
 # httpx copies the rest of a piece after each send.
 PIECE_BYTES = 256 * 1024
 BATCH_PATH = "/tasks"
-MAX_BATCH_IDS = 20  # 21 are answered 400/1201 (seen)
+MAX_BATCH_IDS = 20  # 21 are answered 400/1201 (observed)
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_CHARS = 300
 JWT_LIFETIME_SECONDS = 1_800
@@ -170,7 +170,7 @@ class Kling:
         ids = provider_task_ids or external_task_ids
         if len(ids) > MAX_BATCH_IDS or (provider_task_ids and external_task_ids):
             raise ValueError(f"at most {MAX_BATCH_IDS} ids, of one kind")
-        if self._api_key is None:  # a JWT is answered 401/1002 there (seen)
+        if self._api_key is None:  # a JWT is answered 401/1002 there (observed)
             return None
         parameter = "task_ids" if provider_task_ids else "external_task_ids"
         asked = [task_id for task_id in ids if "," not in task_id]

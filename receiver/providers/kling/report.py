@@ -20,9 +20,9 @@ from storage.errors import ReportUnreadable
 from storage.states import MAX_INDEX, Output, OutputType, Report, TaskState
 
 MAX_ID_CHARS = 200
-MAX_URL_CHARS = 16_384  # seen: about 1 kB
-# Entries of all lists of files of a record, and of its bills. A request has at most nine pictures, 18 with watermark.
-# They are counted before they are mapped: 64 KiB have room for 32,000 entries.
+MAX_URL_CHARS = 16_384  # observed: about 1 kB
+# The most entries in all lists of files of a record, and in its billing. A request has at most nine pictures, 18 with
+# watermark. Entries are counted before they are mapped: 64 KiB have room for 32,000 of them.
 MAX_ENTRIES = 500
 # Brackets, commas and colons of a body, those inside texts included. 500 entries have some 7,000. They are counted
 # before the parser runs: in 60 kB, 20,000 empty lists took it 19 ms, and 30,000 numbers 4.
@@ -51,7 +51,7 @@ STATES = {
     "canceled": TaskState.FAILED,
 }
 
-# Signed URLs give their expiry in Unix seconds, decimal (seen) or hexadecimal (third). Other numbers are no times.
+# Signed URLs give their expiry in Unix seconds, decimal (observed) or hexadecimal (third). Other numbers are no times.
 EXPIRY_PARAMETERS = (("Expires", 10), ("ksTime", 16))
 EXPIRY_RANGE = (1_577_836_800, 4_102_444_800)  # 2020-01-01 .. 2100-01-01
 

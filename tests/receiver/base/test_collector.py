@@ -18,7 +18,7 @@ def test_objects_made_during_a_pause_are_in_no_later_collection() -> None:
     assert gc.isenabled()
 
 
-def test_serve_imports_no_rich_which_tables_find_later() -> None:
+def test_serve_imports_rich_only_when_a_table_is_printed() -> None:
     lines = (
         "import sys",
         "from receiver.base.collector import import_without_rich",

@@ -368,7 +368,7 @@ def test_sandbox_reorders_and_duplicates_callbacks(api: httpx.Client, sandbox: S
     assert statuses == ["succeed", "succeed", "processing", "processing", "submitted", "submitted"]
 
 
-def test_dead_first_links_come_to_life_by_a_read(api: httpx.Client, listener: Listener) -> None:
+def test_dead_first_links_are_replaced_by_a_read(api: httpx.Client, listener: Listener) -> None:
     create(api, prompt="a lantern [expire]", external_task_id="x", callback_url=listener.url)
     (body,) = wait_until(lambda: [body for body in listener.bodies() if body["task_status"] == "succeed"])
     (first,) = urls(body)
