@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from datetime import timedelta
+from datetime import datetime, timedelta
+from uuid import uuid4
 
 from sqlmodel import Session, select
 
@@ -15,7 +16,7 @@ from storage.states import ArchiveState, AssetState, DispatchState, TaskState
 from tests.archived_tasks import archive
 from tests.console_reader import PAGES, Reader
 from tests.pipeline import assets_of, insert_row
-from tests.rows import LONG_AGO, new_asset, new_task
+from tests.rows import LONG_AGO, new_task
 
 PROMPT = "灯塔立于黄昏静海之上，" * 300
 MOST = 100_000
@@ -32,9 +33,7 @@ def fill(parts: Parts) -> tuple[Task, Callback, Batch]:
             values = {"created_at": LONG_AGO + timedelta(seconds=number), "due_at": None, "state": TaskState.FAILED}
             values |= {"request": {"prompt": PROMPT}, "batch_id": batch.id, "batch_line": number, "error": PROMPT}
             new_task(session, **values)
-        for number in range(40):
-            keeps(session, 9, created_at=LONG_AGO + timedelta(hours=number + 1), due_at=None)
-        task = keeps(session, 64, created_at=now, due_at=None)
+        task = fill_gallery(session, now)
         for number in range(64):
             record(session, EventName.ASSET_ARCHIVED, task.id, {"kind": "image", "index": number, "sha256": "a" * 64})
         for number in range(60):
@@ -51,20 +50,27 @@ def fill(parts: Parts) -> tuple[Task, Callback, Batch]:
         return task, callback, batch
 
 
+def fill_gallery(session: Session, now: datetime) -> Task:
+    """40 tasks with 9 files each, then one with the most files that a task may have. Returns that one."""
+    for number in range(40):
+        keeps(session, 9, created_at=LONG_AGO + timedelta(hours=number + 1))
+    return keeps(session, 64, created_at=now)
+
+
 def keeps(session: Session, files: int, **values: object) -> Task:
-    request = {"prompt": PROMPT, "model_name": "kling-image-o1", "image_list": [{"image": "A" * 400_000}]}
-    task = new_task(session, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVED, request=request, **values)
-    for index in range(files):
-        name = f"2026/11/29/{task.external_task_id}/image-{index}-{'a' * 12}.png"
-        kept = {
-            "key": name,
-            "sha256": "a" * 64,
-            "size": 3_000_000,
-            "media_type": "image/png",
-            "width": 1024,
-            "height": 768,
-        }
-        new_asset(session, task, index, state=AssetState.ARCHIVED, due_at=None, **kept)
+    """A task whose request alone exceeds a page, with archived files, which one statement inserts."""
+    request = {"prompt": PROMPT, "model_name": "kling-image-o1", "image_list": [{"image": "A" * (MOST + 20_000)}]}
+    values |= {"state": TaskState.SUCCEEDED, "archive": ArchiveState.ARCHIVED, "due_at": None}
+    task = new_task(session, request=request, **values)
+    kept = {"kind": "image", "sha256": "a" * 64, "size": 3_000_000, "media_type": "image/png"}
+    kept |= {"width": 1024, "height": 768, "state": AssetState.ARCHIVED, "due_at": None, "created_at": LONG_AGO}
+    folder = f"2026/11/29/{task.external_task_id}"
+    session.add_all(
+        Asset(id=uuid4(), task_id=task.id, index=index, source_url=f"https://a/{index}",
+              key=f"{folder}/image-{index}-{'a' * 12}.png", **kept)
+        for index in range(files)
+    )  # fmt: skip
+    session.flush()
     return task
 
 
@@ -81,7 +87,8 @@ def test_full_pages_have_less_than_100_kilobytes(parts: Parts, ann: Reader) -> N
 
 
 def test_gallery_pages_by_files_and_loses_none(parts: Parts, ann: Reader) -> None:
-    fill(parts)
+    with parts.database.write() as session:
+        fill_gallery(session, parts.database.now())
     seen: list[str] = []
     path = "/gallery"
     while path:
