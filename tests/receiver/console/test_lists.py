@@ -160,7 +160,7 @@ def test_failures_of_a_batch_are_asked_for_at_once(parts: Parts, ann: Reader) ->
         new = {"state": TaskState.FAILED, "batch_id": batch.id, "due_at": None}
     for number in range(20):
         insert_row(parts, external_task_id=f"t{number}.", batch_line=number, **new)
-    wait_until(lambda: "t19." in ann.page(path), seconds=60)
+    wait_until(lambda: "t19." in ann.page(path), seconds=60, every=0.1)
     asked: list[str] = []
     event.listen(parts.database.reader, "before_cursor_execute", lambda *given: asked.append(given[2]))
     assert "t19." in ann.page(path)

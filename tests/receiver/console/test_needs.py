@@ -88,10 +88,10 @@ KEYS = [key.split(".")[1] for key in TEXTS if key.startswith("need.") and key.co
 
 def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader) -> None:
     everything(parts)
-    found = wait_until(lambda: (seen := items(ann)) and len(seen) >= 12 and seen)
+    found = wait_until(lambda: (seen := items(ann)) and len(seen) >= 12 and seen, every=0.3)
     heartbeats.register(parts.database, 1)
     found |= wait_until(
-        lambda: (seen := items(ann)) and any(pattern("overdue").fullmatch(said) for said in seen) and seen
+        lambda: (seen := items(ann)) and any(pattern("overdue").fullmatch(said) for said in seen) and seen, every=0.3
     )
     for key in SHOWN:
         [(link, action)] = [value for said, value in found.items() if pattern(key).fullmatch(said)]

@@ -38,5 +38,5 @@ def test_overview_names_a_paused_account_with_the_providers_message(
     refusal = (ModelRefused if code == 1103 else AccountRefused)("refused", code=code, said="<b>top up</b>")
     with parts.database.write() as session:
         pauses.pause(session, "kling", "kling-image-o1", refusal)
-    wait_until(lambda: sentence in ann.page(""))  # all consoles share one query in three seconds
+    wait_until(lambda: sentence in ann.page(""), every=0.3)  # all consoles share one query in three seconds
     assert "&lt;b&gt;top up&lt;/b&gt;" in ann.page("")

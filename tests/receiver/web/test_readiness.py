@@ -126,6 +126,7 @@ def test_delivery_that_meets_a_read_only_database_makes_it_not_ready(web: Web, p
         ends_at = time.monotonic() + 2 * readiness.FRESH_SECONDS
         while time.monotonic() < ends_at:
             assert ready_status(web) == 503
+            time.sleep(0.05)
     finally:
         set_read_only(parts.database, "off")
     wait_until(lambda: ready_status(web) == 200)
@@ -154,6 +155,7 @@ def test_file_that_takes_small_deliveries_alone_is_not_ready(
     while time.monotonic() < ends_at:
         statuses.append(httpx.post(path, content=os.urandom(16), timeout=10).status_code)
         assert ready_status(web) == 503
+        time.sleep(0.05)
     assert statuses.count(200) == len(callbacks_of(parts))
     no_more_growth(resource.RLIM_INFINITY)
     wait_until(lambda: ready_status(web) == 200)
