@@ -119,6 +119,7 @@ def test_committed_body_is_the_sent_body(web: Web, parts: Parts, rest: bytes, pi
     assert stored(parts) == [BODY]
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("kind", ["h2c-length", "h2c-chunks"])
 def test_a_cut_anywhere_in_an_offer_changes_nothing(web: Web, parts: Parts, kind: str) -> None:
     whole = head(web) + WHOLE[kind]

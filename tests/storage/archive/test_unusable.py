@@ -95,6 +95,7 @@ def manifest_of(parts: Parts) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", [MP4, MP3, WAV], ids=["mp4", "mp3", "wav"])
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_film_or_sound_in_place_of_a_picture_is_not_taken(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, file: bytes
 ) -> None:
@@ -315,7 +316,7 @@ def test_workers_archive_files_after_an_error_page_by_themselves(
     monkeypatch.setattr("storage.archive.unusable.DELAYS_SECONDS", [delay / 8 for delay in DELAYS_SECONDS])
     succeeded(parts, sandbox, 3, cdn_html_seconds=1)
     with working(parts):
-        wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
+        wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60, every=0.1)
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
@@ -326,7 +327,7 @@ def test_every_oddity_of_a_file_host_ends_archived(parts: Parts, sandbox: Sandbo
     chance = {name: 0.3 for name in oddity.knobs if oddity.by_chance}
     succeeded(parts, sandbox, 2, **{**oddity.knobs, **chance})
     with working(parts):
-        wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60)
+        wait_until(lambda: task_of(parts, "task").archive is ArchiveState.ARCHIVED, seconds=60, every=0.1)
     assert_archived(parts, sandbox, task_of(parts, "task"))
     assert max(hits(sandbox)) <= oddity.most
 
