@@ -47,8 +47,10 @@ PLAIN_FRAMING = re.compile(rb"(?i:content-length):[0-9]{1,15}")
 PLAIN_REQUEST = re.compile(rb"GET [!-~]+ HTTP/1\.1\r\n(?:[A-Za-z-]+: [!-~]+(?: [!-~]+)*\r\n)+\r\n")
 # The largest output of one call of the decoder: a zip bomb grows by this much before the size is checked.
 DECODED_BYTES = 256 * 1024
-# 256 MiB in the members of 65,280 bytes that bgzip writes. An empty member costs 7 µs of CPU and adds nothing to
-# the size that is checked.
+# The largest input of one call: zlib copies all that follows a member's end.
+CODED_BYTES = 16 * 1024
+# 256 MiB in the members of 65,280 bytes that bgzip writes. Empty members add nothing to the size that is checked, and
+# so many of them cost 4 ms of CPU.
 MAX_GZIP_MEMBERS = 4_200
 
 
@@ -386,14 +388,15 @@ def _decoded(blocks: Iterable[Block]) -> Iterator[bytes]:
     decoder, members = zlib.decompressobj(16 + zlib.MAX_WBITS), 1
     try:
         for block in blocks:
-            rest = block
-            while rest:
-                if decoder.eof:
-                    decoder, members = zlib.decompressobj(16 + zlib.MAX_WBITS), members + 1
-                    if members > MAX_GZIP_MEMBERS:
-                        raise FetchUnusable(f"the gzip coding has more than {MAX_GZIP_MEMBERS} members")
-                yield decoder.decompress(rest, DECODED_BYTES)
-                rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
+            for at in range(0, len(block), CODED_BYTES):
+                rest = block[at : at + CODED_BYTES]
+                while rest:
+                    if decoder.eof:
+                        decoder, members = zlib.decompressobj(16 + zlib.MAX_WBITS), members + 1
+                        if members > MAX_GZIP_MEMBERS:
+                            raise FetchUnusable(f"the gzip coding has more than {MAX_GZIP_MEMBERS} members")
+                    yield decoder.decompress(rest, DECODED_BYTES)
+                    rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
         yield decoder.flush()
     except zlib.error:
         raise FetchUnusable("the gzip coding is broken") from None
