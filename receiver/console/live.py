@@ -48,7 +48,7 @@ class Pace:
         per_second = (seen[1] - self._newest) / (now - self._looked_at)
         self.apart_seconds = next(apart for most, apart in PACES if per_second > most)
         if is_first := self._looked_at == -math.inf:
-            self._told_at = now - PACES[-1][1]  # in quiet the next call is due
+            self._told_at = now - PACES[-1][1]  # the first call after a quiet time is due
         self._newest, self._looked_at = seen[1], now
         # Calls are not quite a second apart; the browser's script waits a second longer.
         is_early = now < self._told_at + self.apart_seconds - LOOK_SECONDS / 2

@@ -39,7 +39,7 @@ DELIVERY_KINDS = {
     CallbackState.REJECTED: "bad", CallbackState.UNREADABLE: "bad",
 }  # fmt: skip
 DISPATCH_KINDS = {DispatchState.DUE: "run", DispatchState.DELIVERED: "ok", DispatchState.DEAD: "bad"}
-# Fields of a fact that its line or the file's own place shows.
+# Fields that the timeline leaves out, because the line itself or the list of files shows them.
 TOLD = ("external_task_id", "by", "key", "kind", "index", "error", "reason", "note", "sha256", "size", "media_type")
 
 

@@ -299,7 +299,7 @@ def test_fifo_or_symlink_for_a_thumbnail_is_replaced(parts: Parts, tmp_path: Pat
     assert victim.read_text() == "mine" and (tmp_path / "t").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_vanished_object_has_no_thumbnail_and_is_asked_for_once(parts: Parts, tmp_path: Path) -> None:
+def test_a_vanished_object_has_no_thumbnail_and_is_read_once(parts: Parts, tmp_path: Path) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     parts.bucket.delete(str(asset.key))
     kept = Thumbnails(parts.bucket, tmp_path / "t", 10**6)

@@ -120,7 +120,7 @@ def test_a_picture_that_is_not_kept_has_the_providers_address(state: AssetState)
     assert urls == ["https://me.example/assets/image-0", URL]
 
 
-def test_without_a_public_url_the_providers_addresses_stay() -> None:
+def test_the_providers_addresses_stay_without_a_public_url() -> None:
     shown = record(task(), [asset()], response_format(public=False))
     assert shown["task_result"]["images"][0]["url"] == URL
 

@@ -109,7 +109,7 @@ def test_the_callback_url_carries_the_token_of_the_task(parts: Parts, sandbox: S
     assert named.task_id == task.id
 
 
-def test_without_a_public_url_no_callback_is_asked_for(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
+def test_no_callback_is_requested_without_a_public_url(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
     settings = settings_for(database_url, bucket, sandbox).model_copy(update={"public_url": None})
     private = Parts(settings)
     task = submit_request(private)

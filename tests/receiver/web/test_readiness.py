@@ -82,9 +82,7 @@ def silent_store(parts: Parts) -> Iterator[socket.socket]:
 
 
 @ON_SQLITE
-def test_silent_store_delays_no_caller_whom_it_does_not_concern(
-    silent_store: socket.socket, web: Web, parts: Parts
-) -> None:
+def test_silent_store_delays_only_callers_that_need_it(silent_store: socket.socket, web: Web, parts: Parts) -> None:
     heartbeats.register(parts.database, 1)
     assert httpx.get(f"{web.url}/readyz", timeout=10).json() == {"status": "ok"}, "the store was not waited for"
     wait_until(lambda: httpx.get(f"{web.url}/readyz", timeout=10).json() == {"status": "degraded"})
