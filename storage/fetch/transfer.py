@@ -1,10 +1,10 @@
 """One transfer: requests a file over a kept connection, checks part, coding and length, hashes and writes the body.
 
 A plain head, as nearly every file has, is matched as a whole; httpcore parses and checks every other one. A body with a
-Content-Length is then read from the guarded socket into one buffer a thread. httpcore's pool and parser, and fresh
-memory for each read, made a GET of 3 MB with all its checks cost 8.4 ms of CPU. It costs 5.0 ms now (eight threads,
-medians of three interleaved rounds on a loaded machine). SHA-256 and CRC-32 of 3 MB alone take 2.4 ms.
-A request and its head take 0.12 ms by httpcore and 0.03 plain.
+Content-Length is then read from the guarded socket into the spool's memory, and into one buffer a thread if it does not
+fit there. httpcore's pool and parser, and fresh memory for each read, made a GET of 3 MB with all its checks cost 8.4
+ms of CPU. It costs 5.0 ms now (eight threads, medians of three interleaved rounds on a loaded machine). SHA-256 and
+CRC-32 of 3 MB alone take 2.4 ms. A request and its head take 0.12 ms by httpcore and 0.03 plain.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -28,6 +28,7 @@ from storage.errors import FetchTooLarge, FetchUnusable
 from storage.fetch import connection, media_types
 from storage.fetch.addresses import Target
 from storage.http_date import http_date
+from storage.spool import spool_with_room
 
 # Registered content codings (IANA). Other values say nothing about the bytes: uploaders set `UTF-8` or `aws-chunked`,
 # and stores return it.
@@ -72,18 +73,19 @@ class Response:
         is_old = self._parsed is not None and self._parsed.extensions.get("http_version") == b"HTTP/1.0"
         return b"close" in said or (is_old and b"keep-alive" not in said)
 
-    def blocks(self, declared: int | None) -> Iterator[Block]:
+    def blocks(self, declared: int | None, room: Callable[[], memoryview]) -> Iterator[Block]:
         """The body as sent, each block valid until the next. `declared`: its Content-Length, None = other framing.
 
-        A body with a length is read from the connection; httpcore's parser would copy it twice.
+        A body with a length is read from the connection; httpcore's parser would copy it twice. `room`: memory for its
+        next block, longer than the rest of the body or of READ_BYTES, so that a longer body shows.
         """
         if declared is None:
             assert self._parsed is not None  # a plain head has a length
             yield from self._parsed.iter_stream()
             return
-        buffer, left = connection.read_buffer(), declared
+        left = declared
         while left:
-            block = self.stream.read_body(buffer, self._read_seconds)
+            block = self.stream.read_body(room()[: connection.READ_BYTES], self._read_seconds)
             if not block:
                 raise httpcore.RemoteProtocolError("the connection ended before the body")
             yield block[:left]
@@ -282,12 +284,17 @@ class Body:
         if (self._total or 0) > self._max_bytes:
             raise FetchTooLarge(f"{self._total} bytes announced, {self._max_bytes} allowed")
         coded = bool(_codings(headers))
-        for block in _plain(response.blocks(declared), headers, self.notes):
+        memory = None if "content-encoding" in headers else spool_with_room(self._sink, declared)
+        room = connection.read_buffer if memory is None else lambda: memory.free
+        for block in _plain(response.blocks(declared, room), headers, self.notes):
             self.size += len(block)
             if self.size > self._max_bytes:
                 raise FetchTooLarge(f"more than the {self._max_bytes} bytes allowed")
             self.digest.update(block)
-            self._sink.write(block)
+            if memory is None:
+                self._sink.write(block)
+            else:
+                memory.keep(len(block))
         self._sink.flush()
         if not coded and self._total not in (None, self.size):
             raise FetchUnusable(f"received {self.size} of {self._total} announced bytes")

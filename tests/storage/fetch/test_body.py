@@ -9,11 +9,14 @@ import random
 import re
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
-from storage.errors import FetchInterrupted
+from storage.errors import FetchInterrupted, FetchUnusable
 from storage.fetch.client import MAX_RESUMES
+from storage.spool import Spool, memory_of, spool
 from tests.loopback import Script
 from tests.storage.fetch.test_client import GZIPPED, FileHost, answer, fetch, fetcher, opened, part, png
 
@@ -25,6 +28,23 @@ def host() -> Iterator[FileHost]:
     server.close()
     while opened:
         opened.pop().close()
+
+
+# Memory with room for each body, with exactly the room of one, and with too little.
+SINKS: dict[str, Callable[[Path], BinaryIO]] = {
+    "file": lambda _: io.BytesIO(),
+    "memory": lambda _: spool(None),
+    "full": lambda place: spool(place, memory_bytes=len(LARGE)),
+    "disk": lambda place: spool(place, memory_bytes=10),
+}
+
+
+@pytest.fixture(params=SINKS)
+def sink(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[BinaryIO]:
+    with spool(None) as before:
+        before.write(b"x" * 1_000)
+    with SINKS[request.param](tmp_path) as file:
+        yield file
 
 
 JUNK = ("5 malformed header lines",)
@@ -51,12 +71,31 @@ ODD: dict[str, tuple[bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_irregularities_that_browsers_accept_are_noted(host: FileHost, name: str) -> None:
+def test_irregularities_that_browsers_accept_are_noted(host: FileHost, name: str, sink: BinaryIO) -> None:
     host.scripts["/"], notes = ODD[name]
-    client, sink = fetcher(host), io.BytesIO()
+    client = fetcher(host)
     fetched = client.fetch(host.url, sink)
     assert (fetched.notes, fetched.sha256, fetched.size) == (notes, hashlib.sha256(png()).hexdigest(), len(png()))
     assert (sink.read(), fetched.verified) == (png(), True)
+
+
+@pytest.mark.parametrize("more", [b"", b"\0", b"x" * 600_000])
+def test_length_is_exact_whatever_the_body_is_received_into(host: FileHost, sink: BinaryIO, more: bytes) -> None:
+    host.scripts["/"] = answer(LARGE + more, length=len(LARGE))
+    if more:
+        with pytest.raises(FetchUnusable, match="more bytes than its Content-Length"):
+            fetcher(host).fetch(host.url, sink)
+    else:
+        fetched = fetcher(host).fetch(host.url, sink)
+        assert (sink.read(), fetched.size) == (LARGE, len(LARGE))
+
+
+def test_body_that_fits_into_memory_is_not_copied(host: FileHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    host.scripts["/"] = answer(LARGE)
+    monkeypatch.delattr(Spool, "write")
+    with spool(None) as sink:
+        fetcher(host).fetch(host.url, sink)
+        assert memory_of(sink) == LARGE
 
 
 # Broken connections
@@ -85,10 +124,10 @@ def breaking(*headers: str, at: float = 0.6, ranged: Callable[[int], bytes] | No
 
 @pytest.mark.parametrize(("headers", "validator"), [(STRONG, '"a"'), (DATED, "Sun, 01 Nov 2026 00:00:00 GMT")])
 def test_transfer_that_breaks_at_sixty_percent_is_resumed_to_its_end(
-    host: FileHost, headers: tuple[str, ...], validator: str
+    host: FileHost, headers: tuple[str, ...], validator: str, sink: BinaryIO
 ) -> None:
     host.scripts["/"] = breaking(*headers, host=host)
-    client, sink = fetcher(host), io.BytesIO()
+    client = fetcher(host)
     fetched = client.fetch(host.url, sink)
     assert (sink.read(), fetched.sha256) == (LARGE, hashlib.sha256(LARGE).hexdigest())
     assert fetched.notes == ("received in 5 parts",)
@@ -142,9 +181,9 @@ def test_response_that_does_not_continue_the_file_is_refused(host: FileHost, nam
     assert len(host.heads) == 2
 
 
-def test_changed_file_replaces_the_received_part(host: FileHost) -> None:
+def test_changed_file_replaces_the_received_part(host: FileHost, sink: BinaryIO) -> None:
     host.scripts["/"] = breaking(*STRONG, ranged=lambda start: answer(png(), 'ETag: "b"'), host=host)
-    client, sink = fetcher(host), io.BytesIO()
+    client = fetcher(host)
     fetched = client.fetch(host.url, sink)
     assert (sink.read(), fetched.sha256, fetched.notes) == (png(), hashlib.sha256(png()).hexdigest(), ())
     assert fetched.headers["etag"] == '"b"'
