@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -19,18 +20,8 @@ from sqlmodel import SQLModel
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import migrations
-
-UPGRADE = """
-import sys
-from storage.rows import migrations
-from storage.database.sessions import Database
-database = Database(sys.argv[1])
-print("ready", flush=True)
-sys.stdin.readline()
-migrations.upgrade(database)
-print(migrations.current(database))
-database.close()
-"""
+from tests.forked import Forked
+from tests.harness import ROOT, wait_until
 
 
 @pytest.fixture
@@ -122,19 +113,20 @@ def test_threads_may_upgrade_at_once(empty: Database) -> None:
     assert migrations.current(empty) == migrations.head()
 
 
-def test_processes_may_upgrade_at_once(empty_database_url: str) -> None:
-    command = [sys.executable, "-W", "error", "-c", UPGRADE, empty_database_url]
-    pipe = subprocess.PIPE
-    started = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
-    for process in started:
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-    for process in started:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    ends = [(*process.communicate(timeout=60), process.returncode) for process in started]
-    assert ends == [(f"{migrations.head()}\n", "", 0)] * 2
+def test_processes_may_upgrade_at_once(empty_database_url: str, tmp_path: Path) -> None:
+    outs, started = [tmp_path / "one", tmp_path / "other"], []
+    with ExitStack() as inputs:
+        for out in outs:
+            out.touch()
+            os.mkfifo(given := out.with_suffix(".given"))
+            module = "tests.storage.rows.upgrading"
+            started.append(
+                Forked((empty_database_url,), os.environ, ROOT, out=out, given=given, module=module, strict=True)
+            )
+            inputs.enter_context(given.open("w"))
+        wait_until(lambda: [out.read_text() for out in outs] == ["ready\n"] * 2)
+    assert [process.wait(60) for process in started] == [0, 0]
+    assert [out.read_text() for out in outs] == [f"ready\n{migrations.head()}\n"] * 2
 
 
 def test_an_upgrade_that_fails_leaves_nothing(empty: Database) -> None:
