@@ -5,17 +5,27 @@ from __future__ import annotations
 import base64
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
-from tests.harness import wait_until
+from tests import harness
 from tests.pipeline import free_port
 
+T = TypeVar("T")
 MISSING = "browser tests need Debian's chromium and its driver: apt-get install chromium chromium-driver"
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+# A look at a page costs browser and driver 10 ms of CPU or more.
+LOOK_SECONDS = 0.15
 KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "ArrowRight": "\ue014", "ArrowLeft": "\ue012", "Tab": "\ue004"}
+
+
+def wait_until(condition: Callable[[], T], *, seconds: float = 20) -> T:
+    """Like the harness's, with looks further apart."""
+    return harness.wait_until(condition, seconds=seconds, every=LOOK_SECONDS)
 
 
 def is_installed() -> bool:
@@ -106,14 +116,27 @@ class Browser:
         """The browser's complaints, for example of a blocked style or script."""
         return [str(entry["message"]) for entry in self._call("POST", "/se/log", {"type": "browser"})]
 
+    def _command(self, name: str, /, **values: Any) -> Any:
+        """A command of the browser's own protocol."""
+        return self._call("POST", "/goog/cdp/execute", {"cmd": name, "params": values})
+
+    def set_cookie(self, url: str, name: str, value: str, path: str) -> None:
+        self._command("Network.setCookie", url=url, name=name, value=value, path=path, httpOnly=True)
+
+    @contextmanager
+    def before_pages(self, script: str) -> Iterator[None]:
+        """Each page that is opened in the block runs `script` before its own scripts."""
+        made = self._command("Page.addScriptToEvaluateOnNewDocument", source=script)
+        yield
+        self._command("Page.removeScriptToEvaluateOnNewDocument", identifier=made["identifier"])
+
     def resize(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics})
+        self._command("Emulation.setDeviceMetricsOverride", **metrics)
 
     def scheme(self, name: str) -> None:
         """`light` or `dark`, like the system's setting."""
-        media = {"features": [{"name": "prefers-color-scheme", "value": name}]}
-        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": media})
+        self._command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
 
     def screenshot(self) -> bytes:
         return base64.b64decode(self._call("GET", "/screenshot"))
