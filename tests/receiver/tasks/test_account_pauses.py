@@ -238,9 +238,9 @@ def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox
         for code in (1102, 1002):
             sandbox.set(create_faults=[str(code)] * 1_000)
             time.sleep(AWAY_SECONDS)
-            wait_until(lambda code=code: ("account.paused", code) in said(parts), seconds=60)  # type: ignore[misc]
+            wait_until(lambda code=code: ("account.paused", code) in said(parts), seconds=60, every=0.1)  # type: ignore[misc]
         sandbox.set(create_faults=[])
-        wait_until(lambda: batches.counts("night").over == count, seconds=120 + 2 * TRIAL_SECONDS)
+        wait_until(lambda: batches.counts("night").over == count, seconds=120 + 2 * TRIAL_SECONDS, every=0.1)
     assert batches.counts("night") == Counts(archived=count)
     assert len({task.external_task_id for task in sandbox.ledger().tasks}) == len(sandbox.ledger().tasks) == count
     times = refused(sandbox)

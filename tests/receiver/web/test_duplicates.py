@@ -21,7 +21,7 @@ from storage.rows.models import Asset, Callback, Task
 from storage.states import CallbackState, TaskState
 from tests.pipeline import Web, insert_row, run
 
-CALLBACKS = int(os.environ.get("DUPLICATED_CALLBACKS", "40"))
+CALLBACKS = int(os.environ.get("DUPLICATED_CALLBACKS", "16"))
 COPIES = 20
 CONCURRENCY = 64
 
