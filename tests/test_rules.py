@@ -65,6 +65,11 @@ def test_only_claims_writes_claim_columns() -> None:
     assert not found
 
 
+def test_the_console_with_its_pages_has_less_than_2500_lines() -> None:
+    lines = sum(len(file.read_text().splitlines()) for file in (ROOT / "receiver/console").rglob("*.py"))
+    assert lines < MAX_LINES
+
+
 def test_rooms_are_bounded_in_modules_and_lines() -> None:
     rooms = {file.parent for base in ("receiver", "storage") for file in (ROOT / base).rglob("*.py")}
     for room in sorted(rooms - {ROOT / "storage/rows/migrations/versions"}):

@@ -22,9 +22,9 @@ from receiver.base import env_file, setting_faults
 from receiver.base import sink_setting as sinks
 from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
-from receiver.base.database_setting import DatabaseUrl
 from receiver.base.retry_schedule import EVENT_RETRY_SECONDS
 from receiver.base.setting_types import (
+    DatabaseUrl,
     Delays,
     Entries,
     HostPorts,

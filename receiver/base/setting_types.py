@@ -8,8 +8,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import NoDecode
 
 from storage.bucket.put_options import parse_tags
+from storage.database.urls import URL_FORMS, normal_url
 from storage.egress import EgressProxy
 from storage.url_parts import split_url
+
+# Options that other tools write into a URL, and their equivalents for PostgreSQL's own library.
+INSTEAD_OF_OPTION = {
+    "ssl": "write sslmode=require",
+    "pgbouncer": "leave it out, a pooler is found out",
+    "schema": "write options=-csearch_path%3DNAME",
+    "currentSchema": "write options=-csearch_path%3DNAME",
+}
 
 
 def _split(value: Any) -> Any:
@@ -48,6 +57,27 @@ def _tags(value: str) -> str:
     return value
 
 
+def _unquoted(value: Any) -> Any:
+    return value.strip(" \t\r\n\"'") if isinstance(value, str) else value
+
+
+def _database_url(value: SecretStr) -> SecretStr:
+    try:
+        url = normal_url(value.get_secret_value())
+    except Exception as error:  # the parser's own message may quote the password
+        raise ValueError(URL_FORMS) from error
+    if url.query and url.get_backend_name() == "postgresql":
+        from psycopg.pq import Conninfo  # 50 ms of a start, needed only for the few URLs with options
+
+        known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+        for name in sorted(set(url.query) - known):
+            if any("@" in str(value) for value in url.query.values()):  # the name may be a part of the password
+                raise ValueError(URL_FORMS)
+            instead = INSTEAD_OF_OPTION.get(name, "leave it out")
+            raise ValueError(f"PostgreSQL's library knows no option {name[:40]!r}: {instead}")
+    return value
+
+
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split)]
 Entries = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_at_spaces)]
@@ -58,3 +88,4 @@ Proxy = Annotated[EgressProxy, BeforeValidator(lambda value: EgressProxy(value) 
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 OptionalUrl = Annotated[str | None, AfterValidator(_http_url)]
 Tags = Annotated[str, AfterValidator(_tags)]
+DatabaseUrl = Annotated[SecretStr, BeforeValidator(_unquoted), AfterValidator(_database_url)]

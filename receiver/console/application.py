@@ -22,9 +22,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from receiver.base.forms import Upload, cookie, parse_form
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
-from receiver.console.forms import Upload, cookie, parse_form
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, environment, own_path, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable

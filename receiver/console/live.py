@@ -24,9 +24,8 @@ log = structlog.get_logger()
 
 MAX_OPEN = 100
 LOOK_SECONDS = 1.0
-# (deliveries a second, seconds between announced changes): the first exceeded rate counts. All consoles are informed of
-# a change at once and share its rendering, which takes about 50 ms of CPU for ten consoles with five views. Nobody
-# can follow hundreds of deliveries a second, and a hundredth of the time raises their p99.
+# (deliveries a second, seconds between announced changes): the first exceeded rate counts. A change takes some 50 ms of
+# CPU for ten consoles with five views, and a hundredth of the time raises the p99 of deliveries.
 PACES = ((1_000.0, 60.0), (150.0, 30.0), (20.0, 10.0), (-math.inf, 3.0))
 # Proxies close silent connections. The browser's script also takes this as a sign of life.
 HEARTBEAT_SECONDS = 15.0

@@ -16,9 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
+from receiver.base.forms import Upload
 from receiver.console import catalogue, words
 from receiver.console.access import Session
-from receiver.console.forms import Upload
 
 HERE = Path(__file__).parent
 # Sessions whose messages are kept.

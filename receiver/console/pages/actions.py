@@ -128,16 +128,14 @@ class Actions:
                 raise HTTPException(404)
             return asset, session.get_one(Task, asset.task_id)
 
-    def _done(
-        self, visit: Visit, task: Task, action: str, tally: Tally, *, quiet: bool = False, **data: str
-    ) -> Response:
+    def _done(self, visit: Visit, task: Task, verb: str, tally: Tally, *, quiet: bool = False, **data: str) -> Response:
         """Store what the person did and report the result."""
         refused = {"refused": next(iter(tally.left.values()))[:300]} if tally.left else {}
-        note_act(self._of, visit.session.name, action, task.external_task_id, [task.id], **data, **refused)
+        note_act(self._of, visit.session.name, verb, task.external_task_id, [task.id], **data, **refused)
         for why in list(tally.left.values())[:3]:
             visit.say(short(why, 200), bad=True)
         if tally.is_good and not quiet:
-            visit.say(visit.text(f"act.{action}_done"))
+            visit.say(visit.text(f"act.{verb}_done"))
         return visit.redirect(path_of(task))
 
 

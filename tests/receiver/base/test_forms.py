@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from receiver.console.forms import MAX_FIELDS, Upload, cookie, parse_form
+from receiver.base.forms import MAX_FIELDS, Upload, cookie, parse_form
 
 FORM = "multipart/form-data; boundary=x"
 
