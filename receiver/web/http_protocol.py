@@ -51,7 +51,7 @@ MAX_PIPELINED = 4
 # How long a connection with more requests is kept before it is answered and closed. Without this delay twenty senders
 # that reconnect at once took 40 % of a processor.
 TARPIT_SECONDS = 1.0
-# Heads in the first bytes are counted before they are parsed. To count those of 256 KiB takes as long as to parse five.
+# Heads in the first bytes are counted before they are parsed. Counting them in 256 KiB takes as long as parsing five.
 HEAD_END, FLOOD_BYTES = b"\r\n\r\n", 4 * 1024
 # The limit of a connection's buffer for an answer that its client does not read. uvloop's own limit, 64 KiB, adds up to
 # 268 MB.
