@@ -12,11 +12,13 @@ from tests.bench.table import Sample
 
 # A server that has just started still writes to the disk on which every commit waits.
 SETTLE_SECONDS = 2.0
+# Seconds of load, and before it, in the smoke form. Sender and server take a processor each meanwhile.
+SMALL = 0.1, 0.1
 
 
 def per_second(kind: str, small: bool) -> Sample:
     """Distinct callbacks per second over 64 connections, each sent after the last answer: ours, the bare endpoint."""
-    seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
+    seconds, warm_seconds = SMALL if small else (5.0, 1.0)
     with stage.folder() as place:
         with stage.bare(place) as port:
             reference = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"]
@@ -27,7 +29,7 @@ def per_second(kind: str, small: bool) -> Sample:
 
 def floor(kind: str, small: bool) -> Sample:
     """The rate of the minimal durable intake (`tests.bench.floor`), and of the bare endpoint."""
-    seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
+    seconds, warm_seconds = SMALL if small else (5.0, 1.0)
     with stage.folder() as place:
         with stage.bare(place) as port:
             reference = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"]
@@ -49,7 +51,7 @@ def floor_p99(small: bool) -> Sample:
 
 
 def _p99(place: Path, server: AbstractContextManager[int], small: bool) -> Sample:
-    seconds, warm_seconds = (0.3, 0.2) if small else (5.0, 1.0)
+    seconds, warm_seconds = SMALL if small else (5.0, 1.0)
     with ExitStack() as stack:
         port = stack.enter_context(server)
         rate = stage.load(port, seconds=seconds, warm_seconds=warm_seconds)["per_second"] / 2
@@ -72,7 +74,7 @@ def p99_beside_archive(small: bool) -> Sample:
         port = stack.enter_context(stage.served(variables, place))
         stack.enter_context(stage.workers(variables, place))
         idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
-        due = pictures.insert_row(url, source, 16 if small else 400)
+        due = pictures.insert_row(url, source, 8 if small else 400)
         busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=busy_seconds)["waits"])
         assert small or pictures.count_archived(url) < due, "the archive was done before the measurement was"
     return Sample(busy * 1e3, idle * 1e3)
@@ -87,7 +89,7 @@ def floor_p99_beside_transfers(small: bool) -> Sample:
         port = stack.enter_context(stage.program(place, "tests.bench.floor", url))
         idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
         others = stack.enter_context(ThreadPoolExecutor(1))
-        moving = others.submit(pictures.rclone, place, source, 16 if small else 400)
+        moving = others.submit(pictures.rclone, place, source, 8 if small else 400)
         busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
         assert small or not moving.done(), "the transfers were done before the measurement was"
         moving.result()

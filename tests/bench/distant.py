@@ -17,14 +17,14 @@ PICTURE_BYTES = 3_000_000
 SOURCE_SECONDS, STORE_SECONDS = 0.04, 0.02  # a round trip to each
 # Threads, and how many pictures they archive: some seconds of each.
 DISTANT = {1: 24, 8: 64, 32: 96}
-SMALL_DISTANT = {4: 8}
-ALIKE, SMALL_ALIKE = 120, 8
+SMALL_DISTANT = {4: 4}
+ALIKE, SMALL_ALIKE = 120, 4
 
 
 def latency_bound(small: bool) -> Sample:
     """Pictures a second with 1, 8 and 32 threads, and of rclone with as many transfers; the worst share decides."""
     samples = []
-    with stage.folder() as place, _secure_source(place, 8 if small else 32) as near:
+    with stage.folder() as place, _secure_source(place, 4 if small else 32) as near:
         with stage.program(place, "tests.bench.delay", near.address, str(SOURCE_SECONDS)) as port:
             files = replace(near, address=f"{stage.HOST}:{port}")
             for threads, count in (SMALL_DISTANT if small else DISTANT).items():

@@ -124,7 +124,7 @@ def ours(
         found = {**found, **source.variables, "RECEIVER_WORKER_THREADS": str(threads)}
         variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
         with stage.workers(variables, place) as (process_id,):
-            _archive_and_forget(url, source, 8)
+            _archive_and_forget(url, source, min(8, count))
             before = stage.cpu_seconds(process_id)
             seconds = archive(url, source, count)
             return seconds, stage.cpu_seconds(process_id) - before
@@ -186,7 +186,7 @@ class AgainstRclone:
 
     def rate(self, small: bool) -> Sample:
         """Images a second: ours, rclone's."""
-        count = 8 if small else self._count
+        count = 4 if small else self._count
         with stage.folder() as place, source(place, count=min(count, 64), size=self.size) as files:
             reference = rclone(place, files, count)
             mine = self._archiver(place, files, count)

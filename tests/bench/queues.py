@@ -19,7 +19,7 @@ from tests.bench.claims import CLAIMED, PAST, fill, quartile
 from tests.bench.table import Sample
 from tests.postgres import FAST
 
-FEW, MANY, SMALL_MANY = 100, 100_000, 2_000
+FEW, MANY, SMALL_MANY = 100, 100_000, 500
 ROUNDS, SMALL_ROUNDS, WARM_UP = 100, 5, 5
 UNMATCHED = (col(Callback.state) == CallbackState.UNMATCHED,)
 

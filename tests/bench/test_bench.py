@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from receiver.local_store.seaweed import Seaweed
 from tests.bench import __main__ as bench
 from tests.bench import stage
 from tests.bench.stage import here
+from tests.forked import Forked
 from tests.postgres import MigratedDatabases, Postgres
 
 SECONDS = 240
@@ -62,7 +62,7 @@ def test_every_row_is_measured_in_its_small_form(
 
 
 def test_the_bench_command_prints_figures(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.bench", *options(BY_COMMAND, tmp_path / "figures.json")]
-    done = subprocess.run(command, env=here(), cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS)
-    assert done.returncode == 0, done.stderr
-    check(BY_COMMAND, tmp_path / "figures.json", done.stdout)
+    words, out = options(BY_COMMAND, tmp_path / "figures.json"), tmp_path / "out"
+    process = Forked(tuple(words), here(), tmp_path, out=out, module="tests.bench")
+    assert process.wait(SECONDS) == 0, out.read_text()
+    check(BY_COMMAND, tmp_path / "figures.json", out.read_text())
