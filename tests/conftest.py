@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -236,10 +237,11 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory, migrate: Callable[
 
 
 @pytest.fixture(scope="session")
-def migrated_databases(postgres: Postgres, migrate: Callable[[str], None]) -> MigratedDatabases:
+def migrated_databases(postgres: Postgres, migrate: Callable[[str], None]) -> Iterator[MigratedDatabases]:
     """Empty databases with the current schema."""
     migrate(postgres.create_database(MigratedDatabases.template))
-    return MigratedDatabases(postgres)
+    with contextlib.closing(MigratedDatabases(postgres)) as databases:
+        yield databases
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

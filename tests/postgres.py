@@ -213,6 +213,7 @@ class MigratedDatabases:
         with psycopg.connect(server.url(self.template), autocommit=True) as connection:
             self._schema = _schema(connection)
         self._idle: list[str] = []
+        self._sessions: dict[str, psycopg.Connection] = {}
 
     def lend(self) -> Iterator[str]:
         """Lend the URL of one, which is returned when the iterator continues."""
@@ -220,14 +221,36 @@ class MigratedDatabases:
         yield self._server.url(name)
         if self._server.process is None:
             return
-        with psycopg.connect(self._server.url(name), autocommit=True) as connection:
-            is_whole = _schema(connection) == self._schema
-            if is_whole:
-                connection.execute(EMPTY)
-        if is_whole:
+        if self._is_emptied(name):
             self._idle.append(name)
         else:
             self._server.drop_database(name)
+
+    def close(self) -> None:
+        for session in self._sessions.values():
+            session.close()
+
+    def _is_emptied(self, name: str) -> bool:
+        """Empty the database; False if a test has changed its schema.
+
+        Its session is kept for the next time. A new one reads the catalog first, which is most of its CPU. The test may
+        have ended it.
+        """
+        for kept in (self._sessions.pop(name, None), None):
+            session = kept or psycopg.connect(self._server.url(name), autocommit=True)
+            try:
+                if is_whole := _schema(session) == self._schema:
+                    session.execute(EMPTY)
+                    self._sessions[name] = session
+            except psycopg.OperationalError:
+                if not kept:
+                    raise
+            else:
+                return is_whole
+            finally:
+                if name not in self._sessions:
+                    session.close()
+        raise AssertionError("the second session is new")
 
     def _copy(self) -> str:
         name = f"test_{uuid.uuid4().hex}"
