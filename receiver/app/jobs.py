@@ -6,8 +6,8 @@ A task's step decides its lane. Threads and intervals are set here and nowhere e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from sqlmodel import col
 
@@ -67,10 +67,18 @@ AUDIT_INTERVAL_SECONDS = 1.0
 AUDIT_OFF_INTERVAL_SECONDS = 86_400.0
 
 
+# The same objects for each worker: the statement of a claim is built and compiled once for its lane's conditions.
+_RECEIVED, _UNMATCHED = (col(Callback.state) == state for state in (CallbackState.RECEIVED, CallbackState.UNMATCHED))
+_STEPS = {step: col(Task.step) == step for step in Step}
+
+
+@cache
+def _of_sink(name: str) -> Any:
+    return col(Dispatch.sink) == name
+
+
 def lanes(parts: Parts) -> Sequence[Lane]:
     """The lanes of one worker process. The store's lanes share a circuit, and so do the provider's."""
-    step = Task.step
-    received, unmatched = (col(Callback.state) == state for state in (CallbackState.RECEIVED, CallbackState.UNMATCHED))
     applier = DeliveryApplier(parts.database, parts.providers, parts.schedule, parts.confirmation)
     reader = Reader(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
     finder = UnmatchedDeliveries(parts.database, parts.providers, parts.schedule, parts.read_rate_limit)
@@ -78,22 +86,22 @@ def lanes(parts: Parts) -> Sequence[Lane]:
     finisher = Finisher(parts.database, parts.bucket, parts.schedule, version=receiver.__version__, circuit=store)
     return (
         Lane(
-            "callbacks", Callback, applier.work, CALLBACK_THREADS, (received,), work_many=applier.work_many,
+            "callbacks", Callback, applier.work, CALLBACK_THREADS, (_RECEIVED,), work_many=applier.work_many,
             batch=lambda: BATCH,
         ),
         Lane(
-            "unmatched", Callback, finder.work, 1, (unmatched,), circuit=provider, work_many=finder.work_many,
+            "unmatched", Callback, finder.work, 1, (_UNMATCHED,), circuit=provider, work_many=finder.work_many,
             batch=lambda: BATCH,
         ),
         Lane(
-            "creates", Task, parts.submitter.create_step.work, TASK_THREADS, (step == Step.CREATE,), circuit=provider,
+            "creates", Task, parts.submitter.create_step.work, TASK_THREADS, (_STEPS[Step.CREATE],), circuit=provider,
             slots=parts.slots, is_shared=True,
         ),
         Lane(
-            "reads", Task, reader.work, TASK_THREADS, (step == Step.READ,), circuit=provider,
+            "reads", Task, reader.work, TASK_THREADS, (_STEPS[Step.READ],), circuit=provider,
             work_many=reader.work_many, batch=reader.batch,
         ),
-        Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (step == Step.FINISH,), circuit=store),
+        Lane("finishes", Task, finisher.work, CALLBACK_THREADS, (_STEPS[Step.FINISH],), circuit=store),
         *_asset_lanes(parts, store),
         *(_sink_lane(parts, name, sink) for name, sink in parts.sinks.items()),
     )  # fmt: skip
@@ -126,7 +134,7 @@ def _sink_lane(parts: Parts, name: str, sink: Sink) -> Lane:
         parts.database, name, sink, parts.envelope, retry_seconds=parts.settings.event_retry_seconds, circuit=circuit
     )
     return Lane(
-        f"events-{name}", Dispatch, dispatcher.work, sink.threads, (col(Dispatch.sink) == name,),
+        f"events-{name}", Dispatch, dispatcher.work, sink.threads, (_of_sink(name),),
         circuit=circuit or Circuit(), work_many=dispatcher.work_many, batch=lambda: sink.batch,
         claim_pause_seconds=CLAIM_PAUSE_SECONDS,
     )  # fmt: skip
