@@ -25,6 +25,7 @@ import certifi
 import pytest
 import structlog
 from botocore.loaders import JSONFileLoader
+from pydantic_settings.sources import PydanticBaseEnvSettingsSource
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
@@ -139,6 +140,22 @@ def models_read_once() -> Iterator[None]:
     load = JSONFileLoader().load_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JSONFileLoader, "load_file", staticmethod(functools.cache(load)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_search_for_no_variables() -> Iterator[None]:
+    """Most tests give their settings as arguments, without a variable or `.env`. pydantic-settings would then look for
+    each field's variable twice: 2.3 of the 2.9 ms of CPU of loading them.
+    """
+    read = PydanticBaseEnvSettingsSource.__call__
+
+    def read_if_any(source: PydanticBaseEnvSettingsSource) -> dict[str, Any]:
+        prefix = source.env_prefix.lower()
+        return read(source) if any(name.lower().startswith(prefix) for name in source.env_vars) else {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PydanticBaseEnvSettingsSource, "__call__", read_if_any)
         yield
 
 
