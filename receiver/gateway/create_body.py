@@ -1,7 +1,8 @@
 """The JSON of a create, up to 130 MB of pictures in Base64. Its structure is bounded before it is parsed.
 
 Parsed directly, 130 MB of `[[],[],…` took 4.8 GB and held the interpreter for 10 s. So long texts are taken out first,
-each is decoded by itself, and the parser gets at most a mebibyte.
+each is decoded by itself, and the parser gets at most a mebibyte. A body of 64 KiB or more is checked while it arrives,
+so that one beyond the limits is refused before the rest is read.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ MAX_REST_BYTES = 2**20
 MAX_TEXT_BYTES = 16 * 2**20
 # An escape takes the parser 90 ns, fifty times as long as a plain character. Chinese in escapes (`\u751f`) has a sixth.
 LONG_BYTES_AN_ESCAPE = 5
+# A body is checked in pieces of this size while it arrives. A shorter one is checked once it is complete.
+PIECE_BYTES = 64 * 1024
 GZIP = b"\x1f\x8b"
 STRUCTURE = (b"{", b"[", b",", b":")
 
 
 def read_fields(body: Buffer) -> dict[str, Any]:
     """The JSON object in `body`. Needs about the size of `body` in memory, whatever it contains. Raises `Refused`."""
-    if body.startswith(GZIP):
-        raise Refused(400, 1200, "Request body is compressed (gzip): send it as plain JSON")
+    _check_plain(body)
     rest, long_texts = _without_long_texts(body)
     try:
         # Each `NaN` stands for the next long text; `_without_long_texts` refuses any other.
@@ -49,12 +51,72 @@ def read_fields(body: Buffer) -> dict[str, Any]:
     return document
 
 
+class ArrivingBody:
+    """Checks the structure of a body in the event loop while it arrives. A piece of a picture takes it 0.03 ms, and any
+    other at most 0.7.
+
+    Refuses only what `read_fields` refuses in the end, with the same status and code. Of several faults it names the
+    first that arrived. `piece_bytes`: 2 or more.
+    """
+
+    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
+        self._piece_bytes = piece_bytes
+        self._checked = self._tokens = self._quotes = self._escaped_quotes = self._rest_bytes = 0
+
+    def check(self, body: bytearray) -> None:
+        """Check the pieces of `body` that are new since the last call. Raises `Refused`."""
+        _check_plain(body)
+        while len(body) - self._checked >= self._piece_bytes:
+            piece = bytes(memoryview(body)[self._checked : self._checked + self._piece_bytes])
+            if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # an escape belongs to one piece
+                piece = piece[:-1]
+            self._checked += len(piece)
+            self._check_piece(piece)
+
+    def _check_piece(self, piece: bytes) -> None:
+        is_in_text = self._quotes % 2
+        if is_in_text and b'"' not in piece:  # of a picture: two searches instead of four passes
+            return
+        # Outside texts a backslash is no JSON. So whatever this removes there, the body is refused in the end.
+        unpaired = piece.replace(b"\\\\", b"")
+        piece = unpaired.replace(b'\\"', b"")
+        self._escaped_quotes += (len(unpaired) - len(piece)) // 2
+        self._quotes += piece.count(b'"')
+        # MAX_TOKENS allow a tenth as many texts.
+        if max(self._quotes, self._escaped_quotes) > MAX_QUOTES:
+            raise _too_many_quotes()
+        outside = b"".join(piece.split(b'"')[is_in_text::2])
+        self._tokens += _count_structure(outside, 0, len(outside))
+        self._rest_bytes += len(outside)
+        if self._tokens > MAX_TOKENS:
+            raise _too_many_tokens()
+        if self._rest_bytes > MAX_REST_BYTES:
+            raise _too_long_rest()
+
+
+def _check_plain(body: Buffer) -> None:
+    if body.startswith(GZIP):
+        raise Refused(400, 1200, "Request body is compressed (gzip): send it as plain JSON")
+
+
 def not_json() -> Refused:
     return Refused(400, 1200, "Request body is not valid JSON")
 
 
 def _too_much(what: str) -> Refused:
     return Refused(400, 1200, f"Request body: {what}")
+
+
+def _too_many_tokens() -> Refused:
+    return _too_much(f"more than {MAX_TOKENS} brackets, commas and colons")
+
+
+def _too_many_quotes() -> Refused:
+    return _too_much(f"more than {MAX_QUOTES} quotes")
+
+
+def _too_long_rest() -> Refused:
+    return _too_much(f"more than {MAX_REST_BYTES} bytes beside its long texts")
 
 
 def _without_long_texts(body: Buffer) -> tuple[bytearray, Iterator[tuple[int, int]]]:
@@ -76,7 +138,7 @@ def _without_long_texts(body: Buffer) -> tuple[bytearray, Iterator[tuple[int, in
         _take(rest, body, done, len(body))
         tokens += _count_structure(body, done, len(body))
     if tokens > MAX_TOKENS:
-        raise _too_much(f"more than {MAX_TOKENS} brackets, commas and colons")
+        raise _too_many_tokens()
     return rest, iter(long_texts)
 
 
@@ -89,7 +151,7 @@ def _check_long(body: Buffer, start: int, end: int) -> None:
 
 def _take(rest: bytearray, body: Buffer, start: int, end: int) -> None:
     if len(rest) + end - start > MAX_REST_BYTES:
-        raise _too_much(f"more than {MAX_REST_BYTES} bytes beside its long texts")
+        raise _too_long_rest()
     rest += body[start:end]
 
 
@@ -112,7 +174,7 @@ def _texts(body: Buffer) -> Iterator[tuple[int, int]]:
             end = body.find(b'"', end + 1)
             quotes += 1
             if quotes > MAX_QUOTES:
-                raise _too_much(f"more than {MAX_QUOTES} quotes")
+                raise _too_many_quotes()
         if end < 0:
             raise not_json()
         yield start, end + 1

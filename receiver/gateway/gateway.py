@@ -17,10 +17,11 @@ import asyncio
 import math
 import re
 import time
+import traceback
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ from starlette.types import Receive, Scope, Send
 
 from receiver.gateway.answers import Refused, Reply, bad_parameter, success, too_fast
 from receiver.gateway.api_keys import ApiKeys
+from receiver.gateway.create_body import PIECE_BYTES, ArrivingBody
 from receiver.gateway.creates import CreateRequest, Creates, DuplicateWait, StartedCreate
 from receiver.gateway.queries import Queries
 from receiver.tasks.create_outcome import CreateOutcome
@@ -69,6 +71,9 @@ SHORT_THREADS = 8
 # Queries of one client at once. One that asked for its list 32 times at once kept all of those threads, and callbacks
 # were answered after 95 ms instead of 4 (medians).
 CLIENT_QUERIES = 2
+# How late a create is refused for its body once PIECE_BYTES of it were read, so that repeating it at once costs little.
+# A smaller one is refused at once. A client that waits for this many such refusals may send no further create.
+REFUSAL_SECONDS, CLIENT_LATE_REFUSALS = 1.0, 64
 POLL_INTERVAL_SECONDS = 0.1
 RETRY_AFTER_SECONDS = 5
 # How long a duplicate waits for the first create's answer after the server began to end. Creates then answer and commit
@@ -90,7 +95,8 @@ class Gateway:
         self._short = CapacityLimiter(SHORT_THREADS)
         self._queries_of = defaultdict[str, CapacityLimiter](lambda: CapacityLimiter(CLIENT_QUERIES))
         self._long = CapacityLimiter(MAX_CREATES)
-        self._creating, self._body_bytes = Counter[str](), Counter[str]()  # by client
+        # By client.
+        self._creating, self._body_bytes, self._late_refusals = Counter[str](), Counter[str](), Counter[str]()
         self._sending: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
         self._closes_at = math.inf
@@ -155,19 +161,43 @@ class Gateway:
         words = set(request.headers.getlist("idempotency-key"))
         if len(words) > 1:  # A proxy added the second one. Choosing either could pay again if the order changes.
             raise bad_parameter("Idempotency-Key: was sent more than once, with other values; send one")
-        with self._room(client) as take:
-            body = bytearray()
-            try:
-                await _read_body(request, body, take)
-                with self._admitted(client):
-                    ask = await self._briefly(self._creates.read, body, client, "".join(words))
-                    body.clear()  # the body is as large as the parsed request
-                    begun = await self._briefly(self._creates.begin, ask)
-                    if not begun.first:
-                        return await self._replay(ask, begun, request_id)
-                    return await self._send(ask, begun, request_id)
-            finally:
-                body.clear()  # The traceback of a refusal would keep it until the next garbage collection.
+        if self._late_refusals[client] >= CLIENT_LATE_REFUSALS:
+            raise too_fast("API request too fast: too many large requests were refused at once")
+        is_large = False
+        try:
+            with self._room(client) as take:
+                body = bytearray()
+                try:
+                    await _read_body(request, body, take)
+                    with self._admitted(client):
+                        ask = await self._briefly(self._creates.read, body, client, "".join(words))
+                        body.clear()  # the body is as large as the parsed request
+                        begun = await self._briefly(self._creates.begin, ask)
+                        if not begun.first:
+                            return await self._replay(ask, begun, request_id)
+                        return await self._send(ask, begun, request_id)
+                finally:
+                    is_large = len(body) >= PIECE_BYTES
+                    body.clear()  # The traceback of a refusal would keep it until the next garbage collection.
+        except Refused as refused:
+            if is_large:
+                await self._wait_to_refuse(client, refused)
+            raise
+
+    async def _wait_to_refuse(self, client: str, refused: Refused) -> None:
+        """Return after REFUSAL_SECONDS, or when the server ends. The request takes no memory meanwhile."""
+        error: BaseException | None = refused
+        while error is not None:  # they hold what was parsed
+            traceback.clear_frames(error.__traceback__)
+            earlier, error.__context__ = error.__context__, None
+            error = earlier
+        self._late_refusals[client] += 1
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFUSAL_SECONDS):
+                    await self._closing.wait()
+        finally:
+            self._late_refusals[client] -= 1
 
     @contextmanager
     def _admitted(self, client: str) -> Iterator[None]:
@@ -257,11 +287,13 @@ def _failure(sending: asyncio.Task[None]) -> BaseException | None:
 
 
 async def _read_body(request: Request, body: bytearray, take: Callable[[int], None]) -> None:
-    """Fill `body` in place. `take` is called with each piece before it is kept. Raises `Refused`."""
+    """Fill `body` in place. `take` is called with each piece before it is kept. Raises `Refused`, for a body beyond the
+    limits of a create's structure before the rest of it arrives.
+    """
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:12]) > MAX_BODY_BYTES:
         raise _too_long()
-    started = asyncio.get_running_loop().time()
+    started, arriving = asyncio.get_running_loop().time(), ArrivingBody()
     try:
         async with asyncio.timeout(BODY_SECONDS) as limit:
             async for chunk in request.stream():
@@ -269,6 +301,7 @@ async def _read_body(request: Request, body: bytearray, take: Callable[[int], No
                     raise _too_long()
                 take(len(chunk))
                 body += chunk
+                arriving.check(body)
                 limit.reschedule(started + BODY_SECONDS + len(body) / SLOWEST_BYTES_PER_SECOND)
     except TimeoutError:
         raise Refused(408, 1200, "Request body came too slowly") from None

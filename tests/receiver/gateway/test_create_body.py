@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import tracemalloc
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from receiver.gateway import create_body
 from receiver.gateway.answers import Refused
-from receiver.gateway.create_body import LONG_BYTES, MAX_REST_BYTES, MAX_TEXT_BYTES, read_fields
+from receiver.gateway.create_body import (
+    LONG_BYTES,
+    MAX_REST_BYTES,
+    MAX_TEXT_BYTES,
+    PIECE_BYTES,
+    ArrivingBody,
+    read_fields,
+)
 from tests import fuzz_creates
 from tests.fuzz_creates import creates
 from tests.unreported_tasks import drawn, encoded
@@ -108,3 +117,83 @@ def test_fuzzed_bodies_are_read_or_refused_in_bounded_memory(seed: int) -> None:
     assert outcome.ends.total() == 300
     assert outcome.ends["read"] > 10
     assert {end.split("/")[0] for end in outcome.ends} == {"read", "400"}
+
+
+# -- while it arrives -------------------------------------------------------------------------------------------------
+
+Verdict = tuple[int, int] | None
+
+
+def verdict_on_arrival(body: bytes, cuts: list[int], piece_bytes: int = PIECE_BYTES) -> tuple[Verdict, int]:
+    """How a body that arrives in these parts is refused, and after how many bytes."""
+    arrived, arriving = bytearray(), ArrivingBody(piece_bytes)
+    for start, end in itertools.pairwise([0, *sorted(cuts), len(body)]):
+        arrived += body[start:end]
+        try:
+            arriving.check(arrived)
+        except Refused as refused:
+            return (refused.http_status, refused.code), len(arrived)
+    return None, len(arrived)
+
+
+def verdict_in_the_end(body: bytes) -> Verdict:
+    try:
+        read_fields(body)
+    except Refused as refused:
+        return refused.http_status, refused.code
+    return None
+
+
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that the bodies of a few bytes reach."""
+    for name, limit in {"TOKENS": 6, "QUOTES": 20, "REST_BYTES": 40, "TEXT_BYTES": 60}.items():
+        monkeypatch.setattr(create_body, f"MAX_{name}", limit)
+    monkeypatch.setattr(create_body, "LONG_BYTES", 8)
+
+
+PARTS = st.sampled_from([*'{}[]:,"\\ 1NIé🌅\ufeff', '"a":', '"\\\\"', "\\\\", '\\"', "b" * 9])
+TEXTS_IN_OBJECTS = st.dictionaries(
+    st.text(max_size=3), st.text(alphabet='a"\\{[,:N/é🌅', max_size=30) | st.lists(st.just(1), max_size=4), max_size=3
+)
+WRITTEN = st.builds(
+    lambda document, ascii_only, start: (start + json.dumps(document, ensure_ascii=ascii_only)).encode(),
+    TEXTS_IN_OBJECTS, st.booleans(), st.sampled_from(["", "\ufeff", " "]),
+)  # fmt: skip
+RAW = st.lists(PARTS, max_size=60).map(lambda parts: "".join(parts).encode())
+
+
+@settings(max_examples=1_500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(WRITTEN | RAW, st.lists(st.integers(0, 300), max_size=6), st.integers(2, 9))
+def test_only_what_is_refused_in_the_end_is_refused_on_arrival(
+    small_limits: None, body: bytes, cuts: list[int], piece_bytes: int
+) -> None:
+    early, _ = verdict_on_arrival(body, [min(cut, len(body)) for cut in cuts], piece_bytes)
+    if early is not None:
+        assert verdict_in_the_end(body) == early
+
+
+@pytest.mark.parametrize("name", ["nested", "objects", "texts", "numbers", "deep", "quotes", "spaces"])
+@pytest.mark.parametrize("part_bytes", [1_000, PIECE_BYTES, 2**18])
+def test_a_hostile_body_is_refused_before_the_rest_arrives(name: str, part_bytes: int) -> None:
+    body = HOSTILE[name]
+    refused, arrived = verdict_on_arrival(body, list(range(part_bytes, len(body), part_bytes)))
+    assert refused == verdict_in_the_end(body) == (400, 1200)
+    assert arrived < PIECE_BYTES + part_bytes + (MAX_REST_BYTES if name == "spaces" else 0)
+
+
+@pytest.mark.parametrize("slash", ["/", "\\/"])
+def test_pictures_are_accepted_at_every_cut(slash: str) -> None:
+    picture = encoded(drawn(400, 300) + random.Random(1).randbytes(MIB)).replace("/", slash)
+    sent = {"prompt": '\\"{[,🌅' * 300, "image_list": [{"image": picture}] * 3}
+    body = ("\ufeff" + json.dumps(sent, ensure_ascii=False).replace("\\\\/", "\\/")).encode()
+    for first in (1, 2, 3, 65_535, 65_536, 65_537, MIB):
+        assert verdict_on_arrival(body, list(range(first, len(body), 99_991))) == (None, len(body))
+        assert verdict_on_arrival(body, [first], piece_bytes=997) == (None, len(body))
+    assert verdict_in_the_end(body) is None
+
+
+def test_a_gzip_body_is_refused_as_such_on_arrival() -> None:
+    arrived = bytearray(create_body.GZIP + b"[" * PIECE_BYTES)
+    with pytest.raises(Refused, match="compressed"):
+        ArrivingBody().check(arrived)

@@ -542,7 +542,7 @@ def test_a_body_that_does_not_come_is_408(web: Web, parts: Parts, monkeypatch: p
 @ON_SQLITE
 def test_memory_of_a_refused_body_is_freed_at_once(web: Web) -> None:
     """A traceback held it until the next full garbage collection, which a frozen heap makes rare."""
-    body = b'{"prompt": [' + b"[[],[]]," * 2**20 + b"[]]}"
+    body = b'{"prompt": "' + b"a" * 8 * 2**20 + b'",}'
     gc.disable()
     tracemalloc.start()
     try:
@@ -554,6 +554,58 @@ def test_memory_of_a_refused_body_is_freed_at_once(web: Web) -> None:
         tracemalloc.stop()
         gc.enable()
     assert (status, answer["code"]) == (400, 1200)
+
+
+NESTED = b'{"prompt": [' + b"[[],[]]," * 9_000
+
+
+@ON_SQLITE
+def test_a_nested_body_is_refused_before_the_rest_is_sent(web: Web, parts: Parts) -> None:
+    with connected(web, PATH, *head("Content-Length: 10000000")) as connection:
+        connection.sendall(NESTED)  # and no more
+        status, body = answer_on(connection)
+        assert connection.recv(1) == b""  # nobody reads the rest
+    assert (status, body["code"], rows(parts)) == (400, 1200, [])
+
+
+@ON_SQLITE
+def test_a_large_body_is_refused_late_and_a_small_one_at_once(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the server ends, here. Meanwhile the client has a bounded number of them."""
+    monkeypatch.setattr(gateway, "REFUSAL_SECONDS", 600)
+    monkeypatch.setattr(gateway, "CLIENT_LATE_REFUSALS", 2)
+    lines = head("Content-Length: 10000000")
+    with connected(web, PATH, *lines) as first, connected(web, PATH, *lines) as second:
+        first.sendall(NESTED)
+        assert status_and_code(create(web, [[]])) == (400, 1200)
+        second.sendall(NESTED)
+        wait_until(lambda: status_and_code(create(web)) == (429, 1302))
+        assert status_and_code(create(web, key=OTHER_KEY)) == (200, 0)
+        for connection in (first, second):
+            connection.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(PATIENCE_SECONDS)
+        web.stop_listening()
+        assert [answer_on(connection)[0] for connection in (first, second)] == [400, 400]
+
+
+@ON_SQLITE
+def test_a_late_refusal_keeps_nothing_of_the_body(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "REFUSAL_SECONDS", 600)
+    body = json.dumps({"model_name": "other", "prompt": "x" * 8 * 2**20, "n": "no number"}).encode()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        with connected(web, PATH, *head(f"Content-Length: {len(body)}")) as connection:
+            connection.sendall(body)
+            wait_until(lambda: tracemalloc.get_traced_memory()[1] > len(body), seconds=5)
+            wait_until(lambda: tracemalloc.get_traced_memory()[0] < len(body) / 2, seconds=5)
+            assert web.requests_under_way == 1
+            web.stop_listening()
+            assert answer_on(connection)[0] == 400
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 # -- queries ----------------------------------------------------------------------------------------------------------
