@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
@@ -15,14 +13,12 @@ from typing import Any, TypeVar
 from sqlalchemy import (
     Connection,
     CursorResult,
-    Engine,
     Executable,
     create_engine,
     event,
     select,
 )
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
@@ -35,7 +31,7 @@ from storage.database.group_writer import WAITED, GroupWriter
 from storage.database.kept_session import KeptSession
 from storage.database.outages import AT_FAULT, LOCK_TIMEOUT, Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
-from storage.database.sqlite_file import SqliteFile
+from storage.database.sqlite_file import NO_BEGIN, SqliteFile, sqlite_engine
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
 from storage.database.wakers import PostgresWaker, SqliteWaker, Waker
@@ -47,15 +43,11 @@ Result = TypeVar("Result")
 # connections by default. A process at rest keeps one, because twelve idle workers used all of these 100.
 KEPT_CONNECTIONS, KEPT_AT_REST = 12, 1
 WAKE_CHANNEL = "receiver_work"
-# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log.
-SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
 # SQLite's messages for a fault of the file. Faults of the statement have the same error class.
 SQLITE_OUTAGES = ("locked", "disk", "unable to open", "readonly database", "not a database")
 # How long a group waits for a row that another transaction holds. Other transactions hold one for 20 ms at most.
 GROUP_LOCK_MILLISECONDS = 200
 BEGIN_GROUP = f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {GROUP_LOCK_MILLISECONDS}"
-# Our execution option for connections on which each statement is a transaction of its own.
-NO_BEGIN = "receiver_no_begin"
 
 
 def run(
@@ -154,8 +146,8 @@ class Database:
         if self.is_sqlite:
             self._file = SqliteFile(Path(self.url.database or ""))
             self.turnstile = self._make_turnstile()
-            self.writer = _sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=1)
-            self.reader = _sqlite_engine(self.url, self._file, "BEGIN", **pool)
+            self.writer = sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=1)
+            self.reader = sqlite_engine(self.url, self._file, "BEGIN", **pool)
             self._autocommit_writer = self.writer.execution_options(**{NO_BEGIN: True})
             self._autocommit_reader = self.reader.execution_options(**{NO_BEGIN: True})
         else:
@@ -346,52 +338,6 @@ class Database:
     def wakes(self, session: Session) -> bool:
         """Whether this transaction wakes workers."""
         return bool(session.info.get(WAKE_CHANNEL))
-
-
-def _sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine:
-    options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
-    # Errors would quote parameters, which hold tokens and signed links.
-    engine = create_engine(url, connect_args=options, hide_parameters=True, **pool)
-
-    @event.listens_for(engine, "do_connect")
-    def make(*_: object) -> None:
-        """Create the files for this user alone, because they hold prompts and links."""
-        file.make()
-
-    @event.listens_for(engine, "connect")
-    def configure(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # `start` sends BEGIN
-        for pragma in SQLITE_PRAGMAS:
-            _set_pragma(connection, pragma)
-        _set_pragma(connection, "schema_version")  # a read, which opens the log
-        file.opened(connection)
-
-    @event.listens_for(engine, "close")
-    def forget(connection: Any, _: object) -> None:
-        file.closed(connection)
-
-    @event.listens_for(engine, "begin")
-    def start(connection: Connection) -> None:
-        if not connection.get_execution_options().get(NO_BEGIN):
-            connection.exec_driver_sql(begin)
-
-    return engine
-
-
-def _set_pragma(connection: sqlite3.Connection, pragma: str) -> None:
-    """Wait for other processes: a new file's switch to WAL needs exclusive access, which SQLite's own timeout does not
-    cover.
-    """
-    ends_at = time.monotonic() + SQLITE_BUSY_SECONDS
-    while True:
-        try:
-            connection.execute(f"PRAGMA {pragma}")
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > ends_at:
-                raise
-            time.sleep(0.02)
-        else:
-            return
 
 
 def _driver_error(error: Any) -> Any:

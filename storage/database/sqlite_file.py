@@ -7,12 +7,23 @@ last connection. Deliveries were answered 200 that way and lost.
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine import URL
 
 from storage import own_files
+from storage.database.turnstile import SQLITE_BUSY_SECONDS
 from storage.errors import DatabaseUnavailable
 
+# checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log.
+SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
+# Our execution option for connections on which each statement is a transaction of its own.
+NO_BEGIN = "receiver_no_begin"
 # Device and inode; None if there is no file.
 Identity = tuple[int, int] | None
 
@@ -84,3 +95,50 @@ def _identity(path: Path) -> Identity:
 
 def _changed(path: Path, found: Identity) -> str:
     return f"{path.absolute()} {'was replaced' if found else 'was removed'} while it was open"
+
+
+def sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine:
+    """An engine whose connections have our pragmas. `begin`: the statement that begins its transactions."""
+    options = {"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False}
+    # Errors would quote parameters, which hold tokens and signed links.
+    engine = create_engine(url, connect_args=options, hide_parameters=True, **pool)
+
+    @event.listens_for(engine, "do_connect")
+    def make(*_: object) -> None:
+        """Create the files for this user alone, because they hold prompts and links."""
+        file.make()
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # `start` sends BEGIN
+        for pragma in SQLITE_PRAGMAS:
+            _set_pragma(connection, pragma)
+        _set_pragma(connection, "schema_version")  # a read, which opens the log
+        file.opened(connection)
+
+    @event.listens_for(engine, "close")
+    def forget(connection: Any, _: object) -> None:
+        file.closed(connection)
+
+    @event.listens_for(engine, "begin")
+    def start(connection: Connection) -> None:
+        if not connection.get_execution_options().get(NO_BEGIN):
+            connection.exec_driver_sql(begin)
+
+    return engine
+
+
+def _set_pragma(connection: sqlite3.Connection, pragma: str) -> None:
+    """Wait for other processes: a new file's switch to WAL needs exclusive access, which SQLite's own timeout does not
+    cover.
+    """
+    ends_at = time.monotonic() + SQLITE_BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(f"PRAGMA {pragma}")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > ends_at:
+                raise
+            time.sleep(0.02)
+        else:
+            return

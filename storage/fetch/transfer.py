@@ -15,7 +15,6 @@ import re
 import ssl
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from storage import forks
 from storage.errors import FetchTooLarge, FetchUnusable
 from storage.fetch import connection, media_types
 from storage.fetch.addresses import Target
+from storage.gzip_members import decoded
 from storage.http_date import http_date
 from storage.spool import spool_with_room
 
@@ -46,13 +46,6 @@ PLAIN_HEAD = re.compile(
 PLAIN_FRAMING = re.compile(rb"(?i:content-length):[0-9]{1,15}")
 # Any other request is left to httpcore, which refuses it.
 PLAIN_REQUEST = re.compile(rb"GET [!-~]+ HTTP/1\.1\r\n(?:[A-Za-z-]+: [!-~]+(?: [!-~]+)*\r\n)+\r\n")
-# The largest output of one call of the decoder: a zip bomb grows by this much before the size is checked.
-DECODED_BYTES = 256 * 1024
-# The largest input of one call: zlib copies all that follows a member's end.
-CODED_BYTES = 16 * 1024
-# 256 MiB in the members of 65,280 bytes that bgzip writes. Empty members add nothing to the size that is checked, and
-# so many of them cost 4 ms of CPU.
-MAX_GZIP_MEMBERS = 4_200
 
 
 @dataclass(frozen=True)
@@ -382,33 +375,9 @@ def _plain(blocks: Iterable[Block], headers: Mapping[str, str], notes: list[str]
         yield from blocks
     elif len(codings) == 1 and codings[0] in GZIP:
         notes.append("decoded from gzip")
-        yield from _decoded(blocks)
+        yield from decoded(blocks)
     else:
         raise FetchUnusable("sent with a Content-Encoding although none was requested")
-
-
-def _decoded(blocks: Iterable[Block]) -> Iterator[bytes]:
-    """The content of gzip members, one after the other (RFC 1952 §2.2). zlib checks their checksums and lengths.
-
-    Hosts that compress block by block send several members.
-    """
-    decoder, members = zlib.decompressobj(16 + zlib.MAX_WBITS), 1
-    try:
-        for block in blocks:
-            for at in range(0, len(block), CODED_BYTES):
-                rest = block[at : at + CODED_BYTES]
-                while rest:
-                    if decoder.eof:
-                        decoder, members = zlib.decompressobj(16 + zlib.MAX_WBITS), members + 1
-                        if members > MAX_GZIP_MEMBERS:
-                            raise FetchUnusable(f"the gzip coding has more than {MAX_GZIP_MEMBERS} members")
-                    yield decoder.decompress(rest, DECODED_BYTES)
-                    rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
-        yield decoder.flush()
-    except zlib.error:
-        raise FetchUnusable("the gzip coding is broken") from None
-    if not decoder.eof:
-        raise FetchUnusable("the gzip coding is cut short")
 
 
 def _declared_length(headers: Mapping[str, str]) -> int | None:

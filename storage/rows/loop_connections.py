@@ -14,7 +14,8 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from storage.database.postgresql import FACTS, READ_ONLY, STALE_PLAN
-from storage.database.sessions import SQLITE_PRAGMAS, Database
+from storage.database.sessions import Database
+from storage.database.sqlite_file import SQLITE_PRAGMAS
 from storage.database.turnstile import Turnstile
 from storage.database.urls import psycopg_arguments
 from storage.rows.deliveries import POSTGRESQL_INSERT, Delivery, insert_sqlite, postgresql_values
