@@ -36,6 +36,8 @@ from tests.storage.fetch.test_media_types import MP3, MP4, WAV
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 DAY = 86_400.0
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+# For what a host answers and when it is asked again; what the rows say of it is tested on both.
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])
 ASSET_TIMES = ("due_at", "unusable_since", "files_expire_at")
 TASK_TIMES = ("due_at", "reported_at", "completed_at", "files_expire_at")
 
@@ -95,7 +97,7 @@ def manifest_of(parts: Parts) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", [MP4, MP3, WAV], ids=["mp4", "mp3", "wav"])
-@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+@ONE_DATABASE
 def test_film_or_sound_in_place_of_a_picture_is_not_taken(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, file: bytes
 ) -> None:
@@ -109,6 +111,7 @@ def test_film_or_sound_in_place_of_a_picture_is_not_taken(
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@ONE_DATABASE
 def test_response_that_is_not_http_is_retried_less_often_and_reported(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +133,7 @@ def test_response_that_is_not_http_is_retried_less_often_and_reported(
     assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
+@ONE_DATABASE
 def test_an_error_page_that_lasts_a_minute_loses_no_picture(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, 3, cdn_html_rate=1)
     assert try_until(parts, 60) > 25
@@ -159,12 +163,14 @@ def test_error_page_of_twenty_minutes_is_reported_and_recovers(parts: Parts, san
     assert max(hits(sandbox)) <= 10
 
 
+@ONE_DATABASE
 def test_files_cut_without_a_length_half_of_the_time_are_all_archived(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, 9, cdn_truncated_silent_rate=0.5)
     try_until(parts, DAY)
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@ONE_DATABASE
 def test_a_file_that_stays_broken_costs_at_most_twenty_requests_in_thirty_days(parts: Parts, sandbox: Sandbox) -> None:
     task = succeeded(parts, sandbox, cdn_truncated_silent_rate=1)
     passed = try_until(parts, 40 * DAY)
@@ -176,6 +182,7 @@ def test_a_file_that_stays_broken_costs_at_most_twenty_requests_in_thirty_days(p
     assert event_names(parts.database, task)[-3:] == ["task.incomplete", "asset.failed", "task.incomplete"]
 
 
+@ONE_DATABASE
 def test_a_file_always_cut_at_the_same_byte_is_tried_less_often_and_reported(parts: Parts, sandbox: Sandbox) -> None:
     task = succeeded(parts, sandbox, cdn_break_share=0.6)
     try_until(parts, DAY)
@@ -189,6 +196,7 @@ def test_a_file_always_cut_at_the_same_byte_is_tried_less_often_and_reported(par
     assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
+@ONE_DATABASE
 def test_a_file_that_two_hosts_cut_at_two_bytes_is_tried_less_often_and_reported(
     parts: Parts, sandbox: Sandbox
 ) -> None:
@@ -203,6 +211,7 @@ def test_a_file_that_two_hosts_cut_at_two_bytes_is_tried_less_often_and_reported
     assert task_of(parts, "task").archive is ArchiveState.ARCHIVED
 
 
+@ONE_DATABASE
 def test_transfers_that_break_at_other_bytes_do_not_count_as_a_broken_file(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox)
     for share in (0.2, 0.3, 0.4, 0.5, 0.6):
@@ -213,6 +222,7 @@ def test_transfers_that_break_at_other_bytes_do_not_count_as_a_broken_file(parts
     assert (asset.state, asset.unusable_since, hits(sandbox)) == (AssetState.DUE, None, [5])
 
 
+@ONE_DATABASE
 def test_a_redirect_to_itself_is_tried_on_the_same_schedule(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, cdn_self_redirect_seconds=DAY)
     try_until(parts, 60)
@@ -223,6 +233,7 @@ def test_a_redirect_to_itself_is_tried_on_the_same_schedule(parts: Parts, sandbo
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@ONE_DATABASE
 def test_task_is_read_again_before_a_late_try_with_an_old_link(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, cdn_html_rate=1, fresh_urls_on_read=True)
     try_until(parts, 2 * 3_600)
@@ -259,6 +270,7 @@ def retryable(parts: Parts) -> int:
     return len(maintenance.failed_files(parts.database, since=None, error="html", limit=10))
 
 
+@ONE_DATABASE
 def test_files_not_yet_usable_differ_from_files_given_up(parts: Parts, sandbox: Sandbox) -> None:
     succeeded(parts, sandbox, cdn_html_rate=1)
     try_until(parts, DAY / 2)
@@ -310,6 +322,7 @@ def test_dismissing_ends_the_tries(parts: Parts, sandbox: Sandbox) -> None:
         assert measures.unusable_files(session).files == 0
 
 
+@ONE_DATABASE
 def test_workers_archive_files_after_an_error_page_by_themselves(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,7 +334,7 @@ def test_workers_archive_files_after_an_error_page_by_themselves(
 
 
 @pytest.mark.parametrize("oddity", list(file_host.oddities(1)), ids=lambda oddity: oddity.name)
-@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+@ONE_DATABASE
 def test_every_oddity_of_a_file_host_ends_archived(parts: Parts, sandbox: Sandbox, oddity: Oddity) -> None:
     """The short form of `python -m tests.runs.file_host`."""
     chance = {name: 0.3 for name in oddity.knobs if oddity.by_chance}
@@ -341,6 +354,7 @@ ODD = [
 
 
 @pytest.mark.parametrize(("knobs", "note"), ODD, ids=[note for _, note in ODD])
+@ONE_DATABASE
 def test_irregularities_of_a_transfer_are_in_row_and_manifest(
     parts: Parts, sandbox: Sandbox, knobs: dict[str, Any], note: str
 ) -> None:
