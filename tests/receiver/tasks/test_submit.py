@@ -28,6 +28,8 @@ from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, drawn, encoded, unanswered
 
 ID = "order-4711"
+# For the kinds of an answer: the rows that they lead to are written on both by the tests around them.
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +186,7 @@ def test_a_base_url_may_have_a_path(database_url: str, bucket: Any, sandbox: San
 
 
 @pytest.mark.parametrize("code", ["1201", "1203", "1300", "1301"])
+@ONE_DATABASE
 def test_a_definite_refusal_fails_the_task(parts: Parts, sandbox: Sandbox, code: str) -> None:
     sandbox.set(create_faults=[code])
     task = submit_request(parts)
@@ -239,6 +242,7 @@ def test_an_unclear_answer_after_creation_is_looked_up(parts: Parts, sandbox: Sa
 
 
 @pytest.mark.parametrize("fault", UNCLEAR)
+@ONE_DATABASE
 def test_an_unclear_answer_before_creation_is_sent_again_after_two_misses(
     parts: Parts, sandbox: Sandbox, fault: str
 ) -> None:
@@ -278,6 +282,7 @@ def test_task_found_after_a_second_send_is_ours(parts: Parts, sandbox: Sandbox) 
 
 
 @pytest.mark.parametrize("fault", ["5001", "html", "1002"])
+@ONE_DATABASE
 def test_lookup_without_an_answer_decides_nothing(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     sandbox.set(create_faults=["5000:created"])
     submit_request(parts)
@@ -312,6 +317,7 @@ def test_lookup_without_an_answer_for_an_hour_is_logged_as_an_error(
 
 
 @pytest.mark.parametrize("fault", ["5001", "1002"])
+@ONE_DATABASE
 def test_lookup_without_an_answer_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     sandbox.set(create_faults=["5000:created"], query_faults=[fault] * 2)
     submit_request(parts)
