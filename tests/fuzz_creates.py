@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from receiver.gateway.answers import Refused
-from receiver.gateway.create_body import MAX_TEXT_BYTES
+from receiver.gateway.create_body import MAX_TEXT_BYTES, ArrivingBody
 from receiver.gateway.creates import Creates
 from storage.fetch.addresses import AddressPolicy
 from tests.bench.stage import memory_bytes
@@ -115,18 +115,28 @@ class Outcome:
         return Outcome(self.ends + other.ends, worst, max(self.slowest_seconds, other.slowest_seconds))
 
 
+def verdict_while_arriving(body: bytes) -> str:
+    """How a body ends that is refused before its end has arrived; "read" for the others. In pieces of a kilobyte."""
+    try:
+        ArrivingBody(1024).check(bytearray(body))
+    except Refused as refused:
+        return f"{refused.http_status}/{refused.code}"
+    return "read"
+
+
 def read(reader: Creates, wanted: Iterator[bytes], *, measured: bool) -> Outcome:
-    """Read each body. Raises anything but a request or a refusal, and memory beyond the bound."""
+    """Read each body. Raises whatever is no refusal, a different one on arrival, and memory beyond the bound."""
     outcome = Outcome()
     for body in wanted:
         if measured:
             tracemalloc.start()
-        started = time.perf_counter()
+        started, early, end = time.perf_counter(), verdict_while_arriving(body), "read"
         try:
             reader.read(bytearray(body), "client", "a-key")
-            outcome.ends["read"] += 1
         except Refused as refused:
-            outcome.ends[f"{refused.http_status}/{refused.code}"] += 1
+            end = f"{refused.http_status}/{refused.code}"
+        assert early in ("read", end), (early, end, len(body), body[:80])
+        outcome.ends[end] += 1
         outcome.slowest_seconds = max(outcome.slowest_seconds, time.perf_counter() - started)
         if measured:
             peak = tracemalloc.get_traced_memory()[1]
