@@ -49,6 +49,7 @@ class CommandLine:
 
     variables: Mapping[str, str]
     folder: Path
+    constants: Mapping[str, object] | None = None  # as of `Forked`
 
     def __call__(self, *words: str, given: str = "", **changes: str | None) -> Done:
         """Run to the end. `given`: standard input. `changes`: other values of variables, None = unset."""
@@ -58,7 +59,7 @@ class CommandLine:
         with tempfile.TemporaryDirectory() as desk:
             stdin, out, err = (Path(desk, name) for name in ("in", "out", "err"))
             stdin.write_text(given)
-            process = Forked(words, values, self.folder, given=stdin, out=out, err=err)
+            process = Forked(words, values, self.folder, given=stdin, out=out, err=err, constants=self.constants)
             try:
                 code = process.wait(TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:

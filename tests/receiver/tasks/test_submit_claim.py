@@ -26,7 +26,7 @@ from tests.rows import LONG_AGO, new_task, stored
 from tests.unreported_tasks import REQUEST, creates, queries
 
 # The provider's delay, which is more than two leases.
-SLOW_SECONDS, LEASE_SECONDS = 7, 3
+SLOW_SECONDS, LEASE_SECONDS = 3.5, 1.5
 
 
 @pytest.fixture
