@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,12 @@ from tests.harness import ROOT, wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
+# One of the demo's five requests, whose task takes no second
+ONE_REQUEST = {
+    "receiver.demo.demo:WISHES": [wish for wish in WISHES if wish.external_task_id == "demo-series"],
+    "receiver.demo.demo:SUBMITTED_SECONDS": 0,
+    "receiver.demo.demo:PROCESSING_SECONDS": 0,
+}
 # Must not reach the demo, which would fail with any of them, or write to a wrong place.
 MISLEADING = {
     "RECEIVER_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/none",
@@ -129,7 +135,9 @@ class Running:
 
 
 @contextmanager
-def started(folder: Path, *arguments: str, fresh: bool = False) -> Iterator[Running]:
+def started(
+    folder: Path, *arguments: str, fresh: bool = False, constants: Mapping[str, object] | None = None
+) -> Iterator[Running]:
     """`receiver demo` in a folder with a misleading .env; ended at the end of the block. `fresh`: by its command."""
     (folder / "tmp").mkdir()
     (folder / ".env").write_text("RECEIVER_CONFIRM=nonsense\nRECEIVER_S3_BUCKET=not-this\n")
@@ -140,7 +148,7 @@ def started(folder: Path, *arguments: str, fresh: bool = False) -> Iterator[Runn
         if fresh:
             process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
         else:
-            process = Forked(("demo", *arguments), environment, folder, out=folder / "output")
+            process = Forked(("demo", *arguments), environment, folder, out=folder / "output", constants=constants)
     try:
         yield Running(process, folder)
     finally:
@@ -226,7 +234,7 @@ def test_terminated_demo_cleans_up(tmp_path: Path) -> None:
 
 
 def test_demo_with_keep_stays_until_it_is_ended(tmp_path: Path) -> None:
-    with started(tmp_path, "--keep", "--directory", "here") as running:
+    with started(tmp_path, "--keep", "--directory", "here", constants=ONE_REQUEST) as running:
         wait_until(lambda: running.says("Ctrl-C here"), seconds=120, every=POLL_INTERVAL_SECONDS)
         pasted = dict(re.findall(r"^export (\w+)=(.*)$", running.output, re.MULTILINE))
         told = CommandLine(pasted, tmp_path / "tmp")("status", "demo-series", "--json")
