@@ -16,7 +16,7 @@ from tests.harness import wait_until
 WORKERS, SMALL_WORKERS = 8, 1
 # By then the pools have shrunk and the checks of the start are over.
 SETTLE_SECONDS, SECONDS = 20.0, 40.0
-SMALL_SETTLE_SECONDS, SMALL_SECONDS = 0.0, 2.0
+SMALL_SETTLE_SECONDS, SMALL_SECONDS = 0.0, 1.0
 TRANSACTIONS = "SELECT xact_commit + xact_rollback FROM pg_stat_database WHERE datname = 'bench'"
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE datname = 'bench'"
 # A figure that may be zero in the short form.
