@@ -20,6 +20,8 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from tests import forked_supervisor
+
 PR_SET_PDEATHSIG = 1
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preload"])
@@ -30,7 +32,8 @@ class Forked:
 
     `out` and `err` are appended to; `given` is its standard input. `module`: another program than `receiver`, as after
     `python -m`. `constants`: values that it has in place of a module's own, by "module:NAME". `strict`: a warning is an
-    error. `leads`: it is the first of a process group of its own.
+    error. `leads`: it is the first of a process group of its own. `forks_supervisor`: False: as `receiver serve` it
+    starts its supervisor afresh.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class Forked:
         constants: Mapping[str, object] | None = None,
         strict: bool = False,
         leads: bool = False,
+        forks_supervisor: bool = True,
     ) -> None:
         self.args = [module, *words]
         files = [str(given), str(out), str(err or out)]
-        rest = (module, dict(constants or {}), strict, leads)
+        supervises = forks_supervisor and words[:1] == ("serve",) and variables.get("RECEIVER_WORKERS") != "0"
+        rest = (module, dict(constants or {}), strict, leads, supervises and module == "receiver")
         self._process = FORKS.Process(target=_become, args=(words, dict(variables), str(folder), files, *rest))
         self._process.start()
         self._reading = threading.Lock()  # the fork server returns the exit code once: a second reader would get 255
@@ -94,6 +99,7 @@ def _become(
     constants: dict[str, object],
     strict: bool,
     leads: bool,
+    supervises: bool,
 ) -> None:
     """In the child: run `receiver words…`, or another program."""
     if leads:
@@ -107,6 +113,8 @@ def _become(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
+    if supervises:
+        forked_supervisor.prepare()
     sys.argv = [module, *words]
     if strict:
         warnings.simplefilter("error")

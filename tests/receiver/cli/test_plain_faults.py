@@ -327,13 +327,14 @@ def has_ipv6() -> bool:
 
 
 @contextlib.contextmanager
-def serving(receiver: CommandLine, *words: str) -> Iterator[tuple[Forked, Path]]:
+def serving(receiver: CommandLine, *words: str, forks_supervisor: bool = True) -> Iterator[tuple[Forked, Path]]:
     """`receiver serve` in a process group of its own, listening."""
     log = receiver.folder / "serve.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
     log.touch()
     variables = {**environment, **receiver.variables}
-    process = Forked(("serve", *words), variables, receiver.folder, out=log, leads=True)
+    words = ("serve", *words)
+    process = Forked(words, variables, receiver.folder, out=log, leads=True, forks_supervisor=forks_supervisor)
     try:
         wait_until(lambda: "worker.started" in log.read_text() and "web.started" in log.read_text(), seconds=40)
         yield process, log

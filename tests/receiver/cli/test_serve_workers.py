@@ -27,7 +27,7 @@ def started(log: Path) -> int:
 def test_supervisor_has_nothing_that_workers_could_share(ready: CommandLine) -> None:
     """It has no thread, no socket and no file of the database, which could be in a wrong state after a fork."""
     ready.variables["RECEIVER_WORKERS"] = "2"
-    with serving(ready, "--port", str(free_port())) as (process, log):
+    with serving(ready, "--port", str(free_port()), forks_supervisor=False) as (process, log):
         wait_until(lambda: started(log) == 2)
         (supervisor,) = children(process.pid)
         assert len(children(supervisor)) == 2
