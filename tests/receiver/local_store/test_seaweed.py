@@ -108,7 +108,11 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing(tmp_path: Path, sea
 
 @pytest.fixture
 def thief(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """A program that takes the first picked S3 port before the server does. Yields the ports it took."""
+    """A program that takes the first picked S3 port before the server does. Yields the ports it took.
+
+    The server is killed at its end, because an end in order takes 2 s and has tests of its own.
+    """
+    monkeypatch.setattr(seaweed_module, "STOP_SECONDS", 0.0)
     taken: list[int] = []
     with ExitStack() as stack:
 
