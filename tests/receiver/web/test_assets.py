@@ -29,6 +29,9 @@ from tests.command_line import CommandLine, variables
 from tests.harness import wait_until
 from tests.pipeline import CALLBACK_SECRET, Web, assets_of, kept
 
+# For how a file is sent; which file a link is for is read from rows and tested on both.
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])
+
 
 @pytest.fixture
 def task(parts: Parts, web: Web) -> Task:
@@ -67,6 +70,7 @@ def test_file_in_a_private_store_is_streamed(link: str, asset: Asset) -> None:
 
 
 @pytest.mark.parametrize("public", [False, True])
+@ONE_DATABASE
 def test_known_file_is_not_sent_again(parts: Parts, link: str, asset: Asset, public: bool) -> None:
     if public:
         make_public(parts)
@@ -76,6 +80,7 @@ def test_known_file_is_not_sent_again(parts: Parts, link: str, asset: Asset, pub
     assert get(link, **{"If-None-Match": '"other"'}).status_code == (302 if public else 200)
 
 
+@ONE_DATABASE
 def test_range_is_answered_with_that_part(link: str, asset: Asset) -> None:
     whole, size = get(link).content, asset.size or 0
     for asked, start, end in (("0-0", 0, 1), ("10-", 10, size), ("-7", size - 7, size), ("5-99999999", 5, size)):
@@ -85,12 +90,14 @@ def test_range_is_answered_with_that_part(link: str, asset: Asset) -> None:
         assert answer.headers["content-length"] == str(end - start)
 
 
+@ONE_DATABASE
 def test_range_behind_the_end_is_refused(link: str, asset: Asset) -> None:
     for asked in (f"{asset.size}-", "-0"):
         answer = get(link, Range=f"bytes={asked}")
         assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{asset.size}")
 
 
+@ONE_DATABASE
 def test_other_ranges_are_ignored(link: str, asset: Asset) -> None:
     headers = [{"Range": asked} for asked in ("bytes=0-1,4-5", "bytes=5-2", "bytes=-", "lines=0-1", "bytes=x")]
     for each in (*headers, {"Range": "bytes=0-1", "If-Range": '"another file"'}):
@@ -99,6 +106,7 @@ def test_other_ranges_are_ignored(link: str, asset: Asset) -> None:
 
 
 @pytest.mark.parametrize("public", [False, True])
+@ONE_DATABASE
 def test_head_describes_the_file_without_a_redirect(parts: Parts, link: str, asset: Asset, public: bool) -> None:
     if public:
         make_public(parts)
@@ -106,6 +114,7 @@ def test_head_describes_the_file_without_a_redirect(parts: Parts, link: str, ass
     assert (answer.status_code, answer.headers["content-length"], answer.content) == (200, str(asset.size), b"")
 
 
+@ONE_DATABASE
 def test_file_in_a_public_store_is_redirected_to(parts: Parts, link: str, asset: Asset) -> None:
     make_public(parts)
     answer = get(link)
@@ -115,12 +124,14 @@ def test_file_in_a_public_store_is_redirected_to(parts: Parts, link: str, asset:
 
 
 @pytest.mark.parametrize("changes", [{"stream_assets": True}], ids=["RECEIVER_STREAM_ASSETS"])
+@ONE_DATABASE
 def test_file_in_a_public_store_is_streamed_where_asked_for(parts: Parts, link: str, asset: Asset) -> None:
     make_public(parts)
     assert (get(link).status_code, get(link, Range="bytes=0-3").content) == (200, b"\x89PNG")
 
 
 @pytest.mark.parametrize("changes", [{"cors_origins": "https://a.example,https://b.example:8443"}], ids=["origins"])
+@ONE_DATABASE
 def test_pages_of_allowed_origins_read_the_file(link: str, web: Web) -> None:
     for origin in ("https://a.example", "https://b.example:8443"):
         answer = get(link, Origin=origin)
@@ -134,10 +145,12 @@ def test_pages_of_allowed_origins_read_the_file(link: str, web: Web) -> None:
     assert get(link, "OPTIONS").status_code == 405
 
 
+@ONE_DATABASE
 def test_no_origin_is_allowed_by_default(link: str) -> None:
     assert "access-control-allow-origin" not in get(link, Origin="https://a.example").headers
 
 
+@ONE_DATABASE
 def test_file_that_a_browser_might_run_is_downloaded(parts: Parts, link: str, asset: Asset) -> None:
     with parts.database.write() as session:
         session.get_one(Asset, asset.id).media_type = "text/html"
@@ -169,22 +182,26 @@ def test_valid_token_without_an_archived_file_is_404(parts: Parts, web: Web, lin
     assert get(link).status_code == 404
 
 
+@ONE_DATABASE
 def test_missing_object_is_404(parts: Parts, link: str, asset: Asset) -> None:
     parts.bucket.delete(str(asset.key))
     assert get(link).status_code == 404
 
 
+@ONE_DATABASE
 def test_unavailable_store_is_503(parts: Parts, link: str, asset: Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts.bucket, "name", "no-such-bucket")
     assert get(link).status_code == 503
 
 
+@ONE_DATABASE
 def test_asset_and_callback_tokens_are_not_interchangeable(parts: Parts, web: Web, link: str, task: Task) -> None:
     token = link.rpartition("/")[2].partition(".")[0]
     assert httpx.post(f"{web.url}/callbacks/kling/{token}", content=b"{}").status_code == 404
     assert get(f"{web.url}/assets/{parts.tokens.sign('kling', task.id)}.png").status_code == 404
 
 
+@ONE_DATABASE
 def test_reader_who_leaves_frees_its_stream(link: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "MAX_STREAMS", 1)
     for _ in range(3):
@@ -196,7 +213,7 @@ def test_reader_who_leaves_frees_its_stream(link: str, monkeypatch: pytest.Monke
 @pytest.fixture
 def large(parts: Parts, asset: Asset) -> int:
     """The file is far larger than the buffers of a connection."""
-    size = 16 * 2**20
+    size = 8 * 2**20
     parts.bucket._client().put_object(Bucket=parts.bucket.name, Key=asset.key, Body=bytes(size))
     with parts.database.write() as session:
         session.get_one(Asset, asset.id).size = size
@@ -218,6 +235,7 @@ def stuck_readers(link: str, count: int) -> Iterator[None]:
         yield
 
 
+@ONE_DATABASE
 def test_readers_of_one_link_leave_room_for_other_files(parts: Parts, link: str, large: int, web: Web) -> None:
     (other,) = archive(parts, 1)
     other_link = asset_link(parts.tokens, web.url, assets_of(parts, other)[0])
@@ -225,6 +243,7 @@ def test_readers_of_one_link_leave_room_for_other_files(parts: Parts, link: str,
         assert (get(link).status_code, get(other_link).status_code) == (503, 200)
 
 
+@ONE_DATABASE
 def test_readers_at_one_address_leave_room_for_others(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assets, "MAX_STREAMS_OF_ADDRESS", 1)
     with stuck_readers(link, 1):
@@ -232,6 +251,7 @@ def test_readers_at_one_address_leave_room_for_others(link: str, large: int, mon
 
 
 @pytest.mark.parametrize(("seconds", "others"), [(60, False), (0.2, True)], ids=["waited for", "dropped"])
+@ONE_DATABASE
 def test_reader_without_progress_is_dropped(
     seconds: float, others: bool, link: str, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +262,7 @@ def test_reader_without_progress_is_dropped(
         wait_until(lambda: is_served(link) is others)
 
 
+@ONE_DATABASE
 def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_speed, "GRACE_SECONDS", 0.5)
     monkeypatch.setattr(reader_speed, "LEAST_BYTES_PER_SECOND", 2**30)
@@ -250,6 +271,7 @@ def test_reader_below_the_least_speed_is_dropped(link: str, large: int, monkeypa
         sum(time.sleep(0.02) or len(piece) for piece in answer.iter_raw(64 * 1024))
 
 
+@ONE_DATABASE
 def test_dropped_reader_is_disconnected_without_an_error_in_the_log(
     web: Web, link: str, large: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -290,7 +312,7 @@ def test_status_has_lasting_and_presigned_links(parts: Parts, task: Task, link: 
         asset_link(parts.tokens, "https://a", asset.model_copy(update={"state": AssetState.DUE}))
 
 
-@pytest.mark.parametrize("database_kind", ["sqlite"])
+@ONE_DATABASE
 def test_status_prints_links(parts: Parts, database_url: str, sandbox: Sandbox, tmp_path: Any) -> None:
     (task,) = archive(parts, 1, n=2)
     known = variables(database_url, parts.bucket, sandbox)
