@@ -33,6 +33,8 @@ from tests.receiver.batch.test_batch import command as command  # a fixture
 from tests.unreported_tasks import REQUEST, creates
 
 ID = "order-4711"
+# For the kinds of a refusal: the tests around write the same rows on both.
+ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])
 # The wait for the first trial; `WHOLE_PAUSES=1` makes it the whole minute.
 WHOLE = os.environ.get("WHOLE_PAUSES") == "1"
 TRIAL_SECONDS = pauses.TRIAL_SECONDS if WHOLE else 1.0
@@ -86,6 +88,7 @@ def test_a_pause_from_a_clock_that_was_ahead_ends_in_time(parts: Parts, sandbox:
 
 
 @pytest.mark.parametrize("code", ["1000", "1002", "1004", "1100", "1102", "1304"])
+@ONE_DATABASE
 def test_a_refused_account_pauses_and_fails_nothing(parts: Parts, sandbox: Sandbox, code: str) -> None:
     sandbox.set(create_faults=[code])
     task = submit_request(parts)
