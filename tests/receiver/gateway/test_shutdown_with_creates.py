@@ -62,7 +62,7 @@ def test_waiting_creates_are_answered_submitted_and_continue(parts: Parts, sandb
 @ON_SQLITE
 def test_sigterm_ends_no_create(settings: dict[str, str], parts: Parts, sandbox: Sandbox, tmp_path: Path) -> None:
     """The whole process: the client is answered before the provider, whose answer is stored before the process ends."""
-    sandbox.set(hang_seconds=5)
+    sandbox.set(hang_seconds=8)  # well beyond what the start of the stop takes on a loaded machine; 5 was too short
     body, headers = {**PLAIN, "external_task_id": ID}, {"Authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as pool, serving({**settings, "RECEIVER_API_KEYS": KEY}, tmp_path) as process:
         url = settings["RECEIVER_PUBLIC_URL"] + PATH
