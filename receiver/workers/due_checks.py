@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import Connection
 from sqlmodel import exists, select
 
 from storage.database.prepared import execute_alone
@@ -26,7 +29,14 @@ if TYPE_CHECKING:
 QUARANTINE_CHECK_SECONDS = 0.4
 # An older result is not used.
 QUARANTINE_CHECK_VALID_SECONDS = 0.75
+STATEMENTS = 64  # kept; a process with one set of lanes has two
 QUEUED, ALONE = " queued", " alone"
+
+
+@lru_cache(maxsize=STATEMENTS)
+def _any_of(*asked: Any) -> Any:
+    """Whether each of these statements finds a row. It is compiled once for all workers of a process."""
+    return select(*map(exists, asked))
 
 
 class DueChecks:
@@ -46,7 +56,7 @@ class DueChecks:
         self._usual = {lane.name: claims.any_due(lane.model, where=lane.where) for lane in lanes} | dict(more)
         self._usual |= {lane.name + QUEUED: lane.slots.first_queued() for lane in lanes if lane.slots is not None}
         self._alone = {lane.name + ALONE: claims.any_due(lane.model, where=lane.where, alone=True) for lane in lanes}
-        self._statements = [select(*map(exists, asked.values())) for asked in (self._usual, self._usual | self._alone)]
+        self._statements = [_any_of(*asked.values()) for asked in (self._usual, self._usual | self._alone)]
 
     def is_any(self, name: str, wake_up: int | None) -> bool:
         """`name`: of a lane or of one of `more`. `wake_up`: its number, from 1; None: check now."""
@@ -58,6 +68,12 @@ class DueChecks:
                 return connection.execute(self._usual[name]).first() is not None
         return is_due
 
+    def check(self, wake_up: int) -> None:
+        """Make this wake-up's check now, on a connection that is tested first, for a caller that does not retry."""
+        with self._lock:
+            self._check(self._database.autocommit_reader)
+            self._wake_up = wake_up
+
     def due(self, wake_up: int) -> set[str]:
         """The lanes and jobs that have rows by this wake-up's check. Each still gets its part by `is_any`."""
         with self._lock:
@@ -66,13 +82,13 @@ class DueChecks:
 
     def _check_once(self, wake_up: int | None) -> None:
         if wake_up is not None and wake_up > self._wake_up:
-            self._check()
+            self._check(self._database.untested_reader)
             self._wake_up = wake_up
 
-    def _check(self) -> None:
+    def _check(self, reader: Callable[[], AbstractContextManager[Connection]]) -> None:
         now = time.monotonic()
         with_quarantine = now - self._quarantine_checked_at > QUARANTINE_CHECK_SECONDS
-        with self._database.untested_reader() as connection:
+        with reader() as connection:
             (row,) = execute_alone(connection, self._statements[with_quarantine]).rows
         found = list(map(bool, row))
         self._found = dict(zip(self._usual, found, strict=False))

@@ -149,8 +149,10 @@ class Worker:
         count = 0
         with background_thread("renew", self._renew):
             while True:
+                checked = self._wake_ups.next_number()
+                self._due_checks.check(checked)
                 for lane in self._lanes:
-                    rows, grant = self._claim_granted(lane, lane.batch())
+                    rows, grant = self._claim_granted(lane, lane.batch(), checked)
                     if rows:
                         self._work(lane, rows, grant)
                         count += len(rows)

@@ -16,7 +16,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import structlog
@@ -55,6 +55,7 @@ _COLUMNS = [_TASKS.c[name] for name in ("id", "batch_id", "slots", "model", "cre
 _COLUMNS += [_LINE.label("line"), (_TASKS.c.queued_at <= db_now_once()).label("ready")]
 
 
+@lru_cache(maxsize=16)  # of providers; also of bound parameters
 def _first(provider: Any) -> Any:
     """Without an order PostgreSQL may scan the table."""
     waits = (_TASKS.c.queued_at.is_not(None), _TASKS.c.provider == provider)

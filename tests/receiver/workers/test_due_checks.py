@@ -15,7 +15,9 @@ from receiver.workers import worker
 from receiver.workers.due_checks import DueChecks
 from receiver.workers.lanes import Lane
 from receiver.workers.wake_ups import WakeUps
+from receiver.workers.worker import Worker
 from storage.database.sessions import Database
+from storage.rows import claims
 from storage.rows.models import Asset, Task
 from storage.states import Step
 from tests.harness import wait_until
@@ -123,6 +125,21 @@ def test_a_wake_up_runs_one_statement_for_lanes_jobs_and_quarantine(database: Da
     assert checks.is_any("assets", 1) and checks.is_any("job", 1)
     assert not checks.is_any(Step.READ.value, 1) and not checks.quarantined_lanes()
     assert len(asked) == 1
+
+
+def test_work_until_idle_checks_all_lanes_in_one_statement_after_each_row(database: Database) -> None:
+    new_assets(database, 2)
+
+    def settle(row: Any) -> None:
+        with database.write() as session:
+            claims.settle(session, row, due_in=None)
+
+    at_once, asked = Worker(database, lanes(settle), lease_seconds=30, grace_seconds=1), list[str]()
+    for engine in {database.reader, database.writer}:
+        event.listen(engine, "before_cursor_execute", lambda *call: asked.append(call[2]))
+    assert at_once.run_until_idle() == 2
+    # one before each row, and one that finds none
+    assert len([each for each in asked if each.startswith("SELECT") and "due_at" in each]) == 3
 
 
 def test_quarantine_shares_the_statement_of_a_wake_up_in_any_order(database: Database) -> None:
