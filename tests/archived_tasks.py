@@ -6,13 +6,15 @@ import hashlib
 import io
 from typing import Any
 
-from sqlmodel import col, select
+from sqlmodel import col, exists, select
 
 from receiver.app.wiring import Parts
+from storage.database import prepared
 from storage.rows.models import Asset, Task
 from tests.pipeline import make_due_now
 
 REQUEST = {"model_name": "kling-image-o1", "prompt": "a boat"}
+WAITING = select(*(exists().where(col(model.due_at).is_not(None)).label(model.__name__) for model in (Task, Asset)))
 
 
 def archive(parts: Parts, count: int, **fields: Any) -> list[Task]:
@@ -28,10 +30,8 @@ def work_off(parts: Parts) -> None:
     worker = parts.worker()
     for _ in range(20):
         worker.run_until_idle()
-        with parts.database.read() as session:
-            waiting = [
-                session.exec(select(model).where(col(model.due_at).is_not(None))).first() for model in (Task, Asset)
-            ]
+        with parts.database.autocommit_reader() as connection:
+            (waiting,) = prepared.execute_alone(connection, WAITING).rows
         if not any(waiting):
             return
         make_due_now(parts)
