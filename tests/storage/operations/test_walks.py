@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
+from sqlalchemy import event
 from sqlmodel import col, select
 
 from receiver.tasks.operate import Operator
@@ -45,7 +46,8 @@ def some(database: Database) -> Database:
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 @pytest.mark.parametrize("database_kind", ["sqlite"])  # PostgreSQL chooses its plans by how much there is
 def test_commands_use_indexes(some: Database, look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maintenance, "BATCH", 2)
+    for name in ("BATCH", "PART"):
+        monkeypatch.setattr(maintenance, name, 2)
     operator = Operator(some, {}, Schedule(), dry_run=True)
     assert scans(some, lambda _: look(operator)) == []
 
@@ -77,3 +79,12 @@ def test_retry_takes_the_oldest_up_to_its_limit(some: Database) -> None:
     counts = [operator.retry_failed(limit=limit).counts for limit in (2, 10)]
     assert [each["files_due"] for each in counts] == [2, 3]
     assert [each["finishs_due"] + each["reads_due"] for each in counts] == [2, 3]
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
+def test_retry_looks_at_few_failed_rows_in_a_statement(some: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maintenance, "PART", 2)
+    offsets = []
+    event.listen(some.reader, "before_cursor_execute", lambda *given: "OFFSET" in given[2] and offsets.append(given[3]))
+    Operator(some, {}, Schedule(), dry_run=True).retry_failed(limit=10)
+    assert len(offsets) > 4 and {values[-1] for values in offsets} == {1}  # a part ends at its second row
