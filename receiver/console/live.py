@@ -39,13 +39,14 @@ class Pace:
 
     def __init__(self) -> None:
         self.apart_seconds = PACES[-1][1]
-        self._newest, self._looked_at, self._told_at = 0, -math.inf, -math.inf
+        self._newest, self._looked_at, self._told_at, self._per_second = 0, -math.inf, -math.inf, 0.0
         self._told: tuple[int, int] | None = None
 
     def is_due(self, seen: tuple[int, int], now: float) -> bool:
         """`seen`: newest event and delivery. A first console has just loaded its page and waits like the others."""
-        per_second = (seen[1] - self._newest) / (now - self._looked_at)
-        self.apart_seconds = next(apart for most, apart in PACES if per_second > most)
+        before, self._per_second = self._per_second, (seen[1] - self._newest) / (now - self._looked_at)
+        # The higher rate of two: a disk that stalls for a second needs no page beside it.
+        self.apart_seconds = next(apart for most, apart in PACES if max(before, self._per_second) > most)
         if is_first := self._looked_at == -math.inf:
             self._told_at = now - PACES[-1][1]  # the first call after a quiet time is due
         self._newest, self._looked_at = seen[1], now
@@ -117,8 +118,7 @@ class Live:
 
     def _look(self) -> tuple[int, int]:
         with self._database.read() as session:
-            newest = (session.execute(select(func.max(key))).scalar() or 0 for key in (Event.id, Callback.id))
-            event, delivery = newest
+            event, delivery = (session.execute(select(func.max(key))).scalar() or 0 for key in (Event.id, Callback.id))
             return event, delivery
 
     def _announce(self) -> None:

@@ -2,14 +2,19 @@
 
 A past hour changes little. A request reads it again after `STALE_SECONDS`. The current and the last hour are read at
 most twice a minute. A background thread reads a month, from its newest hour on.
+
+Callbacks are counted once. With 144,000 in an hour their count takes 0.11 s of CPU on SQLite, and beside 3,000 a second
+an hour has ten million.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Select, bindparam, func, select
@@ -19,6 +24,7 @@ from storage.database.prepared import execute
 from storage.database.sessions import Database
 from storage.operations import ended
 from storage.operations.kept_results import KeptResults
+from storage.rows import tasks
 from storage.rows.models import Asset, Callback, Task
 from storage.states import AssetState
 
@@ -28,6 +34,8 @@ FRESH_SECONDS = 30.0
 STALE_SECONDS = 3_600.0
 # A month, and a day more for hours that it has left behind. With a million tasks an hour takes 10 to 30 ms to read.
 KEPT_HOURS = MONTH_HOURS + 24
+# A callback may be committed some seconds after its time of arrival. Its commit is refused after five.
+LATE = timedelta(seconds=15)
 # Durations that are read of an hour; more give the same median.
 SAMPLED = 500
 # Durations that are kept of an hour, evenly spaced by rank. A month has at most 43,200, whose ranks take 10 ms.
@@ -62,11 +70,29 @@ class Span:
     p95: float | None
 
 
+class Arrivals:
+    """Counts the callbacks of an hour, each once: a later count adds those that arrived since. For one thread."""
+
+    def __init__(self) -> None:
+        self._counted: OrderedDict[datetime, tuple[datetime, int]] = OrderedDict()
+
+    def count(self, session: Session, hour: datetime) -> int:
+        """All callbacks of the hour. Those of the last `LATE` are counted again next time."""
+        since, count = self._counted.pop(hour, (hour, 0))
+        until = max(since, min(hour + HOUR, tasks.now(session) - LATE))
+        count += _came(session, since, until)
+        self._counted[hour] = until, count
+        if len(self._counted) > KEPT_HOURS:
+            self._counted.popitem(last=False)
+        return count + _came(session, until, hour + HOUR)
+
+
 class Rollups:
     """The hours that were read so far."""
 
     def __init__(self, database: Database) -> None:
-        self._hours = KeptResults[datetime, Hour](database, read_hour, KEPT_HOURS, _fresh_seconds)
+        read = partial(read_hour, arrivals=Arrivals())
+        self._hours = KeptResults[datetime, Hour](database, read, KEPT_HOURS, _fresh_seconds)
         self.close = self._hours.close
 
     def span(self, hours: int) -> Span:
@@ -108,17 +134,21 @@ _TIMES = select(_TASKS.archived_at, _TASKS.end_called_back_at).where(*_WITHIN)
 _TIMES = _TIMES.where(_TASKS.archived_at.is_not(None), _TASKS.end_called_back_at.is_not(None)).limit(SAMPLED)
 
 
-def read_hour(session: Session, hour: datetime) -> Hour:
+def _came(session: Session, begin: datetime, end: datetime) -> int:
+    [(count,)] = execute(session, _CAME, {"begin": begin, "end": end}).rows if begin < end else [(0,)]
+    return int(count)
+
+
+def read_hour(session: Session, hour: datetime, arrivals: Arrivals | None = None) -> Hour:
     """Count what ended and arrived in one hour, by the indexes of those times.
 
     The statements are built once: an hour without tasks takes 0.25 ms of CPU, and took 4. A month has 720.
     """
     within = {"begin": hour, "end": hour + HOUR}
-    [(callbacks,)] = execute(session, _CAME, within).rows
     ends = ended.total(ended.count(session, hour, hour + HOUR, datetime.now(UTC)).values())
     [(pictures, size)] = execute(session, _KEPT, within).rows
     return Hour(
-        callbacks,
+        (arrivals or Arrivals()).count(session, hour),
         pictures,
         int(size),
         ends.failures,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 from sqlmodel import col
 
 from storage.database.sessions import Database
 from storage.operations import ended, rollups
 from storage.operations.ended import Ended, EndedLastDay
-from storage.rows.models import Task
+from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, TaskState
 from tests.plans import scans
 from tests.rows import new_task
@@ -71,3 +72,29 @@ def test_a_dismissed_task_is_one_failure_of_its_hour(database: Database) -> None
             new_task(session, external_task_id=f"t{number}", state=state, archive=archive, completed_at=moment)
     with database.read() as session:
         assert [rollups.read_hour(session, each).failures for each in (hour, hour + rollups.HOUR)] == [3, 0]
+
+
+def test_callbacks_of_an_hour_are_counted_once(database: Database) -> None:
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=2)
+    insert_callbacks(database, 3, hour + timedelta(minutes=1))
+    arrivals = rollups.Arrivals()
+    with database.write() as session:
+        assert arrivals.count(session, hour) == 3
+        session.execute(delete(Callback))
+        assert arrivals.count(session, hour) == 3
+
+
+def test_callbacks_that_arrive_after_a_count_are_added(database: Database) -> None:
+    now, arrivals = database.now(), rollups.Arrivals()
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    for count in (2, 4, 6):
+        insert_callbacks(database, 2, now)
+        with database.read() as session:
+            assert arrivals.count(session, hour) == count
+
+
+def insert_callbacks(database: Database, count: int, received_at: datetime) -> None:
+    with database.write() as session:
+        for _ in range(count):
+            row = Callback(provider="kling", source="push", delivery_key=uuid4().hex, body=b"", received_at=received_at)
+            session.add(row)
