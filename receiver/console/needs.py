@@ -14,7 +14,7 @@ from receiver.console.words import seconds, short
 from storage.accounts import pauses
 from storage.bucket.availability import NO_ANSWER_YET, BucketAvailability
 from storage.operations import attention, heartbeats, outbox
-from storage.operations.measures import Measures, measure
+from storage.operations.measures import Measures, at_most, measure
 
 # Every page needs these numbers. Ten consoles share one query.
 FRESH_SECONDS = 3.0
@@ -85,7 +85,7 @@ class Needs:
         elif waited > SLOW_SECONDS:
             yield Need("wait", "slow", "/console/archive", {"time": seconds(waited)})
         if not workers:
-            yield Need("bad", "workers", "/console/settings", {"due": found.due})
+            yield Need("bad", "workers", "/console/settings", {"due": at_most(found.due)})
         if found.deadline_near:
             yield Need("bad", "deadline", "/console/tasks?files=expiring", {"n": found.deadline_near})
         if found.failed_assets:
@@ -93,7 +93,7 @@ class Needs:
         if count := attention.waiting_files(session):
             yield Need("wait", "again", "/console/tasks?files=waiting", {"n": count})
         if found.overdue and workers:
-            yield Need("wait", "overdue", "/console/tasks", {"n": found.overdue})
+            yield Need("wait", "overdue", "/console/tasks", {"n": at_most(found.overdue)})
         if found.events_dead:
             yield Need("bad", "dead", "/console/events?state=dead", {"n": found.events_dead})
         for name, reason in outbox.disabled(session).items():

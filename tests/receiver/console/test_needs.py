@@ -18,7 +18,7 @@ from receiver.console import catalogue, needs
 from storage.accounts import pauses
 from storage.bucket.bucket import Bucket
 from storage.errors import AccountRefused, ModelRefused
-from storage.operations import heartbeats, lists, outbox
+from storage.operations import heartbeats, lists, measures, outbox
 from storage.operations.lists import TaskFilter, newest_tasks
 from storage.rows import events
 from storage.rows.events import record_act
@@ -99,6 +99,15 @@ def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader)
         if key != "workers":  # a worker is alive by now
             assert SHOWN[key] in ann.page(link.removeprefix("/console")), (key, link)
     assert set(KEYS) == {*SHOWN, "store", "slow"}
+
+
+def test_due_rows_of_a_page_are_counted_up_to_a_bound(
+    parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "MAX_DUE", 3)
+    for _ in range(4):
+        insert_row(parts, due_at=LONG_AGO)
+    assert wait_until(lambda: "<b>3+</b>" in (page := ann.page("")) and "Work due now: 3+." in page, every=0.3)
 
 
 def test_files_of_a_need_are_found_by_an_index(parts: Parts) -> None:
