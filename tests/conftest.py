@@ -40,6 +40,7 @@ from storage.database.sessions import Database
 from storage.rows import migrations
 from tests import manifest_checks
 from tests.bytecode import compile_sources, compile_tests
+from tests.forked_workers import WorkerForks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
 
@@ -61,6 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # set in a worker of xdist
         compile_sources()
         compile_tests(config)
+    if (workers := config.getoption("tx")) and set(workers) == {"popen"}:
+        forks = WorkerForks(config)
+        config.add_cleanup(forks.close)
+        config.option.tx = [forks.spec] * len(workers)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
