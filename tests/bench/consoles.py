@@ -1,30 +1,37 @@
-"""Acknowledgements with ten open, live consoles, and without: `python -m tests.bench.consoles [--rounds 4]`.
+"""Acknowledgements with ten open, live consoles, and without: `python -m tests.bench.consoles [--rounds 6]`.
 
-`--cpu`: the server's cost of ten consoles at 50 callbacks a second (`--rate`), in milliseconds of CPU a second.
-`--same`: all show one view, instead of two at each of five.
+One server, SQLite, and one sender over 64 connections in a process of its own. It sends without a pause while consoles
+are opened and closed. First it sends at a fixed rate, a third of what the server takes, then as fast as it is answered.
+Each stream is cut into windows of 60 s with ten consoles and without. A round is one of each, and every second round
+begins with the consoles, because the database grows.
 
-One server, SQLite, callbacks over 64 connections from a separate process. Each round measures the rate, and six times
-as long the p99 at half of the first round's rate, once without consoles and once with ten. Each p99 lasts 60 s, because
-live pages change that seldom beside so many callbacks. Every second round begins with the consoles, because the
-database grows. The figures are the ratios of the medians of all rounds.
+In a window the consoles are open and live. Beside more than 1,000 callbacks a second they are told of a change once a
+minute, so a window holds one whole live update: the announcement and all pages that are fetched and rendered after it.
+Logins, first pages and what closing costs fall into the gap of six seconds or more before a window, which is not
+counted. Like the browser's script, every console holds its stream and fetches its page after a change. Their client has
+low priority, because browsers have cores of their own.
 
-Every console holds its live stream and fetches its page again after a change, like the browser's script. Their client
-is a process of low priority, because browsers have cores of their own. The goal is a ratio within 5 % on a machine that
-does nothing else. Takes ten minutes.
+The figures are ratios of the waits of all windows with consoles to those of all windows without. The spread beside each
+is the same ratio between two halves of the windows without, in nine of ten ways to halve them: what noise alone does.
+Halves are half as long, so their ratio is 1.4 times as noisy as the figure. The goal is a ratio within 5 % on a machine
+that does nothing else. Six rounds take 23 minutes.
+
+`--rate`: another rate than a third. `--same`: all consoles show one view, instead of two at each of five.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import itertools
 import os
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,70 +40,124 @@ import httpx
 from tests.bench import stage
 from tests.bench.acks import p99
 from tests.console_reader import KEYS, Reader
+from tests.forked import FORKS
 from tests.pipeline import free_port
 
 CONSOLES = 10
 PATHS = ("", "/tasks", "/gallery", "/deliveries", "/events")
 APART_SECONDS = 2.5
 NICE = 10
+WINDOW_SECONDS, GAP_SECONDS, WARM_SECONDS = 60.0, 6.0, 10.0
+# Windows of the smoke form. Beside few callbacks consoles are told every three seconds.
+SMALL = 4.0, 0.5
+# A live update of ten consoles with five views, rendered with rests, ends within these seconds.
+UPDATE_SECONDS = 5.0
+
+
+@dataclass
+class Window:
+    """`cpu`: the server's milliseconds of CPU a second. `pages`: fetched after changes. `told_at`: of the last change.
+    `waits`: in seconds, with the time when each callback was due.
+    """
+
+    beside: bool
+    start: float
+    end: float
+    cpu: float = 0.0
+    pages: int = 0
+    told_at: float = 0.0
+    waits: Sequence[tuple[float, float]] = ()
+
+    def take(self, sent: dict[str, Any]) -> None:
+        pairs = zip(sent["dues"], sent["waits"], strict=True)
+        self.waits = [(due, wait) for due, wait in pairs if self.start <= due < self.end]
 
 
 @contextmanager
-def consoles(port: int, count: int, paths: Sequence[str]) -> Iterator[Sequence[int]]:
-    """Open, live consoles in a process of their own. Yields the number of pages that each has fetched so far."""
-    spawned = multiprocessing.get_context("spawn")
-    fetched, opened, ends = spawned.Array("i", count), spawned.Event(), spawned.Event()
-    process = spawned.Process(target=_follow, args=(port, paths, fetched, opened, ends), daemon=True)
+def consoles(port: int, paths: Sequence[str]) -> Iterator[tuple[Sequence[int], Any]]:
+    """Open, live consoles in a process of their own. Yields the number of pages that each has fetched after a change,
+    and the time of the last change.
+    """
+    fetched, told_at, opened = FORKS.Array("i", CONSOLES), FORKS.Value("d", 0.0), FORKS.Semaphore(0)
+    process = FORKS.Process(target=_follow, args=(port, paths, fetched, told_at, opened), daemon=True)
     process.start()
     try:
-        assert opened.wait(stage.START_SECONDS), "the consoles did not open"
-        yield fetched.get_obj()
+        for _ in fetched:
+            assert opened.acquire(timeout=stage.START_SECONDS), "the consoles did not open"
+        yield fetched.get_obj(), told_at
     finally:
-        ends.set()
-        process.join(30)  # a stream sends something at least every 15 s
         process.kill()
         process.join()
 
 
-def _follow(port: int, paths: Sequence[str], fetched: Any, opened: Any, ends: Any) -> None:
+def _follow(port: int, paths: Sequence[str], fetched: Any, told_at: Any, opened: Any) -> None:
     os.nice(NICE)
-    readers = [Reader(f"http://127.0.0.1:{port}") for _ in fetched]
 
     def follow(number: int) -> None:
-        reader, path = readers[number], paths[number % len(paths)]
+        reader, path = Reader(f"http://127.0.0.1:{port}"), paths[number % len(paths)]
+        reader.get(path).raise_for_status()
         last = 0.0
         with suppress(httpx.HTTPError), reader.http.stream("GET", "/console/live", timeout=60) as live:
             for line in live.iter_lines():
-                if ends.is_set():
-                    return
+                if line == "event: hello":
+                    opened.release()
                 if line == "event: change" and time.monotonic() > last + APART_SECONDS:
+                    told_at.value = time.monotonic()
                     reader.get(path, headers={"X-Live": "1"}).raise_for_status()
                     last, fetched[number] = time.monotonic(), fetched[number] + 1
 
-    threads = [threading.Thread(target=follow, args=(number,)) for number in range(len(readers))]
+    threads = [threading.Thread(target=follow, args=(number,)) for number in range(len(fetched))]
     for each in threads:
         each.start()
-    opened.set()
     for each in threads:
         each.join()
 
 
-def acknowledgements(_process_id: int, port: int, seconds: float, *, at: list[float]) -> tuple[float, float]:
-    """Acknowledgements a second, and their p99 in seconds, measured for six times as long at the rate in `at`.
+class Bench:
+    """One server and the windows of its streams."""
 
-    The first call sets that rate: two p99 at different rates cannot be compared.
-    """
-    rate = stage.load(port, seconds=seconds, warm_seconds=0.5)["per_second"]
-    if not at:
-        at.append(rate / 2)
-    return rate, p99(stage.load(port, seconds=6 * seconds, rate=at[0], warm_seconds=0.5)["waits"])
+    def __init__(self, process_id: int, port: int, paths: Sequence[str], gap_seconds: float) -> None:
+        self._process_id, self._port, self._paths = process_id, port, paths
+        self._gap_seconds = gap_seconds
+
+    def stream(self, rounds: int, rate: float, seconds: float) -> list[Window]:
+        """Send in one stream over all windows of so many rounds. `rate` 0: as fast as it is answered."""
+        sides = [beside for number in range(rounds) for beside in ((False, True), (True, False))[number % 2]]
+        with stage.folder() as place, ThreadPoolExecutor(1) as threads:
+            options = {"rate": rate, "warm_seconds": 0.5, "until": place / "over"}
+            sending = threads.submit(stage.load, self._port, seconds=len(sides) * (seconds + 60), **options)
+            try:
+                time.sleep(self._gap_seconds / 2)
+                windows = [self._window(beside, seconds) for beside in sides]
+                assert not sending.done(), "the consoles opened too slowly: use a machine with less to do"
+            finally:
+                options["until"].touch()
+            sent = sending.result()
+        for window in windows:
+            window.take(sent)
+        return windows
+
+    def _window(self, beside: bool, seconds: float) -> Window:
+        begin = time.monotonic()
+        if not beside:
+            return self._count(Window(beside, begin + self._gap_seconds, begin + self._gap_seconds + seconds))
+        with consoles(self._port, self._paths) as (fetched, told_at):
+            start = max(begin + self._gap_seconds, time.monotonic() + self._gap_seconds / 4)
+            before = sum(fetched)
+            window = self._count(Window(beside, start, start + seconds))
+            window.pages, window.told_at = sum(fetched) - before, told_at.value
+        return window
+
+    def _count(self, window: Window) -> Window:
+        _sleep_until(window.start)
+        before = _tree_seconds(self._process_id)
+        _sleep_until(window.end)
+        window.cpu = (_tree_seconds(self._process_id) - before) / (window.end - window.start) * 1e3
+        return window
 
 
-def cpu(process_id: int, port: int, seconds: float, rate: float) -> tuple[float, float]:
-    """Milliseconds of CPU a second of the server and its children at this rate of callbacks, and their p99."""
-    before, started = _tree_seconds(process_id), time.monotonic()
-    waits = stage.load(port, seconds=3 * seconds, rate=rate, warm_seconds=0.5)["waits"]
-    return (_tree_seconds(process_id) - before) / (time.monotonic() - started) * 1e3, p99(waits)
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(0.0, moment - time.monotonic()))
 
 
 def _tree_seconds(process_id: int) -> float:
@@ -104,12 +165,63 @@ def _tree_seconds(process_id: int) -> float:
     return stage.cpu_seconds(process_id) + sum(_tree_seconds(int(each)) for each in children)
 
 
-Measure = Callable[[int, int, float], tuple[float, float]]
-Rounds = Iterator[tuple[tuple[float, float], tuple[float, float], int]]
+Figure = Callable[[Sequence[Window]], float]
 
 
-def rounds(count: int, seconds: float, measure: Measure, paths: Sequence[str] = PATHS) -> Rounds:
-    """(without, with, pages fetched) of each round, in one server."""
+def pooled_p99(windows: Sequence[Window]) -> float:
+    return p99([wait for window in windows for _, wait in window.waits])
+
+
+def rate_of(windows: Sequence[Window]) -> float:
+    return sum(len(window.waits) for window in windows) / sum(window.end - window.start for window in windows)
+
+
+def cpu_of(windows: Sequence[Window]) -> float:
+    return statistics.mean(window.cpu for window in windows)
+
+
+def spread(windows: Sequence[Window], figure: Figure) -> str:
+    """The ratio of the figure between two halves of windows of one side: nine in ten of all ways to halve them."""
+    if len(windows) < 4:
+        return "too few rounds for a spread"
+    numbers, ratios = range(len(windows)), []
+    for half in itertools.combinations(numbers, len(windows) // 2):
+        rest = [number for number in numbers if number not in half]
+        ratios.append(figure([windows[each] for each in half]) / figure([windows[each] for each in rest]))
+    ratios.sort()
+    least = len(ratios) // 20
+    return f"halves without: x {ratios[least]:.3f} to {ratios[-1 - least]:.3f}"
+
+
+def compare(name: str, unit: str, windows: Sequence[Window], figure: Figure) -> float:
+    """Print the figure of both sides and return their ratio."""
+    beside = [window for window in windows if window.beside]
+    without = [window for window in windows if not window.beside]
+    one, other = figure(without), figure(beside)
+    print(  # noqa: T201
+        f"{name}: {one:,.2f} {unit} without, {other:,.2f} with {CONSOLES} consoles: x {other / one:.3f}"
+        f" ({spread(without, figure)})",
+        flush=True,
+    )
+    return other / one
+
+
+def say_updates(windows: Sequence[Window]) -> None:
+    """Print how many callbacks wait longer than the p99 without consoles, during live updates and otherwise."""
+    limit = pooled_p99([window for window in windows if not window.beside])
+    during, otherwise = [], []
+    for window in (window for window in windows if window.beside):
+        for due, wait in window.waits:
+            is_during = window.told_at - 1 <= due < window.told_at + UPDATE_SECONDS
+            (during if is_during else otherwise).append(wait > limit)
+    for name, found in (("within 5 s of a live update", during), ("at other times beside consoles", otherwise)):
+        if found:
+            print(f"longer than that p99 {name}: {sum(found) / len(found):.2%} of {len(found):,}", flush=True)  # noqa: T201
+
+
+@contextmanager
+def bench(paths: Sequence[str], gap_seconds: float, warm_seconds: float) -> Iterator[tuple[Bench, float]]:
+    """A server with a console. Yields it with the rate at which it takes callbacks."""
     nothing = "http://127.0.0.1:9"  # no request needs a store here
     variables = {"RECEIVER_CONSOLE_KEYS": KEYS, "RECEIVER_S3_ENDPOINT_URL": nothing, "AWS_ACCESS_KEY_ID": "key"}
     variables |= {"AWS_SECRET_ACCESS_KEY": "secret", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -119,59 +231,39 @@ def rounds(count: int, seconds: float, measure: Measure, paths: Sequence[str] = 
         command = [sys.executable, "-m", "receiver", "serve"]
         with stage.running(command, stage.environment(url, **variables), place) as process:
             stage.wait_for(f"http://{stage.HOST}:{port}/readyz")
-            stage.load(port, seconds=seconds)  # an empty database takes more callbacks
-            for number in range(count):
-                without = None if number % 2 else measure(process.pid, port, seconds)
-                with consoles(port, CONSOLES, paths) as fetched:
-                    beside = measure(process.pid, port, seconds)
-                    pages = sum(fetched)
-                yield without or measure(process.pid, port, seconds), beside, pages
-
-
-def _say_cpu(found: Rounds) -> None:
-    more, waits = [], []
-    for without, beside, pages in found:
-        more.append(beside[0] - without[0])
-        waits.append(beside[1] / without[1])
-        print(  # noqa: T201
-            f"{without[0]:.1f} ms/s, p99 {without[1] * 1e3:.1f} ms without;"
-            f" with {CONSOLES} consoles ({pages} pages fetched) {beside[0]:.1f} ms/s, p99 {beside[1] * 1e3:.1f} ms",
-            flush=True,
-        )
-    print(f"median of {len(more)} rounds: {statistics.median(more):+.1f} ms/s, p99 x {statistics.median(waits):.2f}")  # noqa: T201
+            with consoles(port, paths):  # starts the fork server
+                pass
+            most = stage.load(port, seconds=warm_seconds)["per_second"]
+            yield Bench(process.pid, port, paths, gap_seconds), most
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a rate; a p99 takes six times as long")
-    parser.add_argument("--cpu", action="store_true", help="what the consoles cost the server")
-    parser.add_argument("--rate", type=float, default=50.0, help="callbacks a second of --cpu")
+    parser.add_argument("--rounds", type=int, default=6, help="at the fixed rate; two thirds as many at the full rate")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, help="callbacks a second instead of a third of the full rate"
+    )
     parser.add_argument("--same", action="store_true", help="all consoles look at one view")
+    parser.add_argument("--smoke", action="store_true", help="windows too short to judge")
     given = parser.parse_args()
     paths = ("/tasks",) if given.same else PATHS
-    count, seconds = min(given.rounds, 20), min(given.seconds, 10.0)
-    if given.cpu:
-        _say_cpu(rounds(count, seconds, partial(cpu, rate=given.rate), paths))
-    else:
-        _say_acknowledgements(rounds(count, seconds, partial(acknowledgements, at=[]), paths))
-
-
-def _say_acknowledgements(found: Rounds) -> None:
-    all_without, all_beside = [], []
-    for without, beside, pages in found:
-        all_without.append(without)
-        all_beside.append(beside)
-        print(  # noqa: T201
-            f"{without[0]:,.0f}/s, p99 {without[1] * 1e3:.1f} ms without;"
-            f" with {CONSOLES} consoles ({pages} pages fetched) {beside[0]:,.0f}/s, p99 {beside[1] * 1e3:.1f} ms",
-            flush=True,
-        )
-    rate, wait = (
-        statistics.median(one) / statistics.median(other)
-        for one, other in zip(zip(*all_beside, strict=True), zip(*all_without, strict=True), strict=True)
-    )
-    print(f"medians of {len(all_beside)} rounds: rate x {rate:.3f}, p99 x {wait:.3f}")  # noqa: T201
+    rounds = 1 if given.smoke else min(given.rounds, 20)
+    seconds, full_seconds = SMALL if given.smoke else (WINDOW_SECONDS, WINDOW_SECONDS)
+    with bench(paths, *((0.5, 0.5) if given.smoke else (GAP_SECONDS, WARM_SECONDS))) as (server, most):
+        rate = given.rate or (15.0 if given.smoke else most / 3)
+        windows = server.stream(rounds, rate, seconds)
+        assert all(window.pages for window in windows if window.beside), "a window without a live update"
+        print(f"at {rate:,.0f} callbacks a second of {most:,.0f}, {rounds} rounds", flush=True)  # noqa: T201
+        for each in windows:
+            side = f"with, {each.pages} pages" if each.beside else "without"
+            print(f"  {side}: p99 {pooled_p99([each]) * 1e3:.1f} ms, {each.cpu:.0f} ms/s of CPU", flush=True)  # noqa: T201
+        compare("p99", "ms", windows, lambda these: pooled_p99(these) * 1e3)
+        compare("median", "ms", windows, lambda these: statistics.median(w for t in these for _, w in t.waits) * 1e3)
+        compare("CPU", "ms/s", windows, cpu_of)
+        say_updates(windows)
+        windows = server.stream(max(1, rounds * 2 // 3), 0, full_seconds)
+        compare("full rate", "/s", windows, rate_of)
+        compare("CPU of each", "ms", windows, lambda these: cpu_of(these) / rate_of(these))
 
 
 if __name__ == "__main__":

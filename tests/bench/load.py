@@ -1,8 +1,8 @@
 """A sender of distinct callbacks over kept connections, cheap enough not to be the bottleneck.
 
 Sends after each answer (`rate` 0), or at a steady rate. At a rate each wait counts from the time when the callback was
-due, so a stall counts for all callbacks that were due meanwhile. Prints the number answered a second and the waits as
-JSON.
+due, so a stall counts for all callbacks that were due meanwhile. Prints as JSON the number answered a second, the waits
+and, with `--dues`, when each was due by the system's monotonic clock.
 
     python -m tests.bench.load PORT --connections 64 --seconds 4 --rate 0
 """
@@ -63,10 +63,15 @@ class Run:
     def __init__(self) -> None:
         self.requests = Requests()
         self.waits: list[float] = []
+        self.dues: list[float] = []
         self.idle: deque[Connection] = deque()
         self.overdue: deque[float] = deque()
         self.is_closed_loop = True
         self.refused = 0
+
+    def forget(self) -> None:
+        self.waits.clear()
+        self.dues.clear()
 
 
 class Connection(asyncio.Protocol):
@@ -92,6 +97,7 @@ class Connection(asyncio.Protocol):
             return
         self._got = b""
         self._run.waits.append(time.perf_counter() - self._due)
+        self._run.dues.append(self._due)
         self._run.refused += not head.startswith(b"HTTP/1.1 200")
         if self._run.is_closed_loop:
             self.send(time.perf_counter())
@@ -105,7 +111,9 @@ def _length(head: bytes) -> int:
     return int(head.lower().partition(b"content-length:")[2].partition(b"\r")[0])
 
 
-async def measure(port: int, connections: int, seconds: float, rate: float, warm_seconds: float) -> dict[str, object]:
+async def measure(
+    port: int, connections: int, seconds: float, rate: float, warm_seconds: float, until: Path
+) -> dict[str, object]:
     run = Run()
     run.is_closed_loop = rate == 0
     loop = asyncio.get_running_loop()
@@ -114,28 +122,29 @@ async def measure(port: int, connections: int, seconds: float, rate: float, warm
         for line in lines:
             line.send(time.perf_counter())
         await asyncio.sleep(warm_seconds)
-        run.waits.clear()
+        run.forget()
         started = time.perf_counter()
-        await asyncio.sleep(seconds)
+        while time.perf_counter() < started + seconds and not until.exists():
+            await asyncio.sleep(min(0.05, seconds))
     else:
         run.idle.extend(lines)
-        await _at_rate(run, rate, warm_seconds)
-        run.waits.clear()
+        await _at_rate(run, rate, warm_seconds, until)
+        run.forget()
         started = time.perf_counter()
-        await _at_rate(run, rate, seconds)
+        await _at_rate(run, rate, seconds, until)
     while len(run.waits) < LEAST:
         await asyncio.sleep(0.01)
     took = time.perf_counter() - started
-    answered = list(run.waits)
+    answered, dues = list(run.waits), list(run.dues)
     for line in lines:
         line.transport.abort()
-    return {"per_second": len(answered) / took, "refused": run.refused, "waits": answered}
+    return {"per_second": len(answered) / took, "refused": run.refused, "waits": answered, "dues": dues}
 
 
-async def _at_rate(run: Run, rate: float, seconds: float) -> None:
+async def _at_rate(run: Run, rate: float, seconds: float, until: Path) -> None:
     """Send each millisecond the callbacks that are due. One without an idle connection waits, and its wait counts."""
     start, sent = time.perf_counter(), 0
-    while (now := time.perf_counter()) < start + seconds or sent < LEAST:
+    while ((now := time.perf_counter()) < start + seconds and not until.exists()) or sent < LEAST:
         while (due := start + sent / rate) <= now:
             sent += 1
             if run.idle:
@@ -152,10 +161,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--warm-seconds", type=float, default=1)
     parser.add_argument("--rate", type=float, default=0, help="requests a second; 0: as fast as they are answered")
+    parser.add_argument("--until", type=Path, default=Path(os.devnull, "none"), help="ends early when this file exists")
+    parser.add_argument("--dues", action="store_true")
     given = parser.parse_args()
     gc.disable()  # a pause of this process would look like one of the server
     uvloop.install()
-    found = asyncio.run(measure(given.port, given.connections, given.seconds, given.rate, given.warm_seconds))
+    wanted = (given.connections, given.seconds, given.rate, given.warm_seconds, given.until)
+    found = asyncio.run(measure(given.port, *wanted))
+    if not given.dues:
+        del found["dues"]
     rest = json.dumps(found).encode()
     while rest:  # an unbuffered stdout takes only what fits into the pipe, and `print` drops the rest
         rest = rest[os.write(1, rest) :]

@@ -229,9 +229,14 @@ def here() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
-def load(port: int, *, seconds: float, rate: float = 0, warm_seconds: float = 1) -> dict[str, Any]:
-    """Send callbacks from a separate process; see `tests.bench.load`."""
+def load(
+    port: int, *, seconds: float, rate: float = 0, warm_seconds: float = 1, until: Path | None = None
+) -> dict[str, Any]:
+    """Send callbacks from a separate process; see `tests.bench.load`. `until`: a file whose creation ends it. The
+    answer then has `dues`.
+    """
     words = [str(port), "--seconds", str(seconds), "--rate", str(rate), "--warm-seconds", str(warm_seconds)]
+    words += ["--dues", "--until", str(until)] if until else []
     found: dict[str, Any] = printed("tests.bench.load", *words, variables=here(), seconds=seconds + 60)
     assert not found["refused"], f"{found['refused']} deliveries were not acknowledged"
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from receiver.local_store.seaweed import Seaweed
 from tests.bench import __main__ as bench
-from tests.bench import stage
+from tests.bench import consoles, stage
 from tests.bench.stage import here
 from tests.forked import Forked
 from tests.postgres import MigratedDatabases, Postgres
@@ -66,3 +67,29 @@ def test_the_bench_command_prints_figures(tmp_path: Path) -> None:
     process = Forked(tuple(words), here(), tmp_path, out=out, module="tests.bench")
     assert process.wait(SECONDS) == 0, out.read_text()
     check(BY_COMMAND, tmp_path / "figures.json", out.read_text())
+
+
+@pytest.mark.usefixtures("lent")
+def test_acknowledgements_beside_live_consoles_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["consoles", "--smoke"])
+    consoles.main()
+    printed = capsys.readouterr().out
+    assert [float(each) > 0 for each in re.findall(r" consoles: x ([0-9.]+) ", printed)] == [True] * 5, printed
+
+
+def window(waits: list[float], *, beside: bool = False) -> consoles.Window:
+    return consoles.Window(beside, 0.0, 10.0, waits=[(1.0, each) for each in waits])
+
+
+def test_spread_is_the_ratio_of_two_halves_of_the_windows() -> None:
+    same = [window([0.01] * 200) for _ in range(4)]
+    assert "x 1.000 to 1.000" in consoles.spread(same, consoles.pooled_p99)
+    assert "x 0.500 to 2.000" in consoles.spread([*same[:3], window([0.02] * 200)], consoles.pooled_p99)
+
+
+def test_window_keeps_the_waits_that_were_due_in_it() -> None:
+    one = consoles.Window(True, 2.0, 4.0)
+    one.take({"dues": [1.9, 2.0, 3.9, 4.0], "waits": [1.0, 2.0, 3.0, 4.0]})
+    assert [wait for _, wait in one.waits] == [2.0, 3.0] and consoles.rate_of([one]) == 1.0
