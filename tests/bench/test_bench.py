@@ -76,7 +76,8 @@ def test_acknowledgements_beside_live_consoles_are_compared(
     monkeypatch.setattr(sys, "argv", ["consoles", "--smoke"])
     consoles.main()
     printed = capsys.readouterr().out
-    assert [float(each) > 0 for each in re.findall(r" consoles: x ([0-9.]+) ", printed)] == [True] * 5, printed
+    ratios = re.findall(r"consoles: x ([0-9.]+) ", printed)
+    assert [float(each) > 0 for each in ratios] == [True] * 6, printed
 
 
 def window(waits: list[float], *, beside: bool = False) -> consoles.Window:
@@ -93,3 +94,11 @@ def test_window_keeps_the_waits_that_were_due_in_it() -> None:
     one = consoles.Window(True, 2.0, 4.0)
     one.take({"dues": [1.9, 2.0, 3.9, 4.0], "waits": [1.0, 2.0, 3.0, 4.0]})
     assert [wait for _, wait in one.waits] == [2.0, 3.0] and consoles.rate_of([one]) == 1.0
+
+
+def test_seconds_of_live_updates_alone_are_taken_from_the_windows_with_consoles() -> None:
+    without = consoles.Window(False, 0.0, 60.0, waits=[(float(due), 0.01) for due in range(60)])
+    beside = consoles.Window(True, 0.0, 60.0, told=[30.0], waits=[(float(due), 0.5) for due in range(60)])
+    assert consoles.spliced([without], [beside], [beside]) == 0.5
+    early = consoles.Window(True, 0.0, 60.0, told=[30.0], waits=[(float(due), 0.5) for due in range(29)])
+    assert consoles.spliced([without], [early], [early]) == 0.01
