@@ -27,9 +27,6 @@ import pytest
 import structlog
 from botocore.loaders import JSONFileLoader
 from pydantic_settings.sources import PydanticBaseEnvSettingsSource
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.engine.default import DefaultDialect
-from sqlalchemy.util import LRUCache
 from structlog._config import BoundLoggerLazyProxy
 from structlog.dev import ConsoleRenderer, plain_traceback
 
@@ -43,6 +40,7 @@ from tests.bytecode import compile_sources, compile_tests
 from tests.forked_workers import WorkerForks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
+from tests.statements import compile_once
 
 if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
@@ -166,23 +164,11 @@ def no_search_for_no_variables() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def statements_compiled_once() -> Iterator[None]:
+def statements_compiled_once() -> None:
     """Each test opens engines of its own, and each engine would compile all statements again: 6.1 of 24.6 s of CPU
     for 180 tests of tasks and claims, and 1.2 of 17.2 s with one cache.
-
-    A compiled statement is kept by its dialect, so dialects of one class and one driver count as equal.
     """
-    kept: LRUCache[Any, Any] = LRUCache(5_000)
-
-    def use_kept(connection: Connection) -> None:
-        connection.execution_options(compiled_cache=kept)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DefaultDialect, "__eq__", lambda one, other: type(one) is type(other))
-        patch.setattr(DefaultDialect, "__hash__", lambda one: hash(type(one)))
-        event.listen(Engine, "engine_connect", use_kept)
-        yield
-        event.remove(Engine, "engine_connect", use_kept)
+    compile_once()
 
 
 @pytest.fixture(scope="session", autouse=True)
