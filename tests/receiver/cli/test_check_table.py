@@ -6,7 +6,6 @@ import os
 import shutil
 import ssl
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -23,6 +22,7 @@ from storage.database.sessions import Database
 from storage.operations import heartbeats
 from tests.command_line import CommandLine, Done, variables
 from tests.fault_proxy import Answer, FaultProxy, Forward, Request
+from tests.forked import Forked
 from tests.postgres import MigratedDatabases, Postgres
 from tests.rows import new_assets
 
@@ -163,14 +163,12 @@ def test_full_disk_of_the_database_is_named_with_the_remedy(tmp_path: Path) -> N
 
 def test_database_file_that_may_not_grow_is_named_with_the_remedy(receiver: CommandLine, tmp_path: Path) -> None:
     """The log may not grow beyond a page, as on a full disk."""
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
-    code = f"import resource, sys; {limit}; sys.argv = ['receiver', 'check']; import receiver.__main__"
+    out, err = tmp_path / "out", tmp_path / "err"
     rest = {name: value for name, value in os.environ.items() if not name.startswith("RECEIVER_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**rest, **receiver.variables}, cwd=tmp_path, capture_output=True, text=True,
-        timeout=60,
-    )  # fmt: skip
-    says = only_fault(Done(done.returncode, done.stdout, done.stderr))
+    variables = {**rest, **receiver.variables, "COLUMNS": "80"}
+    process = Forked(("check",), variables, tmp_path, out=out, err=err, max_file_bytes=4_096)
+    code = process.wait(60)
+    says = only_fault(Done(code, out.read_text(), err.read_text()))
     assert "cannot be used" in says and "check that it runs, may be written and has room" in says
 
 

@@ -135,9 +135,8 @@ def test_a_command_waits_its_turn_behind_a_short_transaction(tmp_path: Path) -> 
     turnstile.close()
 
 
-def test_commands_wait_less_for_locks_than_workers(receiver: CommandLine) -> None:
-    assert receiver("migrate").code == 0
-    database = Database(f"sqlite:///{receiver.folder / 'receiver.db'}")
+def test_commands_wait_less_for_locks_than_workers(ready: CommandLine) -> None:
+    database = Database(f"sqlite:///{ready.folder / 'receiver.db'}")
     assert isinstance(database.turnstile, Turnstile)
     assert not database.turnstile._is_patient()
     database.outages.is_on = True
@@ -145,20 +144,19 @@ def test_commands_wait_less_for_locks_than_workers(receiver: CommandLine) -> Non
     database.close()
 
 
-def test_check_names_files_that_others_may_read_or_write(receiver: CommandLine) -> None:
-    assert receiver("migrate").code == 0
-    (receiver.folder / "receiver.db").chmod(0o644)
-    (receiver.folder / ".env").write_text("")
-    (receiver.folder / ".env").chmod(0o600)
-    (receiver.folder / "key").write_text("k")
-    (receiver.folder / "key").chmod(0o666)
-    done = receiver("check", RECEIVER_METRICS_TOKEN_FILE="key")
+def test_check_names_files_that_others_may_read_or_write(ready: CommandLine) -> None:
+    (ready.folder / "receiver.db").chmod(0o644)
+    (ready.folder / ".env").write_text("")
+    (ready.folder / ".env").chmod(0o600)
+    (ready.folder / "key").write_text("k")
+    (ready.folder / "key").chmod(0o666)
+    done = ready("check", RECEIVER_METRICS_TOKEN_FILE="key")
     said = [" ".join(line.split()) for line in done.out.splitlines()]
     readable = "has mode 0644: other users may read it: run `chmod 600 receiver.db`"
     writable = "has mode 0666: other users may write it: make it your own, and run `chmod 600 key`"
     assert f"note file: database receiver.db {readable}" in said
     assert f"fault file: RECEIVER_METRICS_TOKEN_FILE key {writable}" in said
-    assert f"complete; {receiver.folder}/.env was read" in done.out
+    assert f"complete; {ready.folder}/.env was read" in done.out
     assert done.code == 1
 
 
@@ -189,16 +187,15 @@ def test_a_worker_says_which_env_file_it_read(receiver: CommandLine) -> None:
 
 @pytest.mark.parametrize("words", [ASK, ("reconcile",), ("adopt", "none"), ("submit", "--batch", "wishes.csv")])
 def test_commands_that_ask_the_provider_say_which_env_file_they_read(
-    receiver: CommandLine, words: tuple[str, ...]
+    ready: CommandLine, words: tuple[str, ...]
 ) -> None:
-    assert receiver("migrate").code == 0
-    (receiver.folder / "wishes.csv").write_text("model_name,prompt\nkling-image-o1,a boat\n")
-    (receiver.folder / ".env").write_text("")
-    (receiver.folder / ".env").chmod(0o600)
-    said = f"settings: {receiver.folder}/.env was read"
-    assert said in receiver(*words).err.splitlines()
-    (receiver.folder / ".env").unlink()
-    assert said not in receiver(*words).err
+    (ready.folder / "wishes.csv").write_text("model_name,prompt\nkling-image-o1,a boat\n")
+    (ready.folder / ".env").write_text("")
+    (ready.folder / ".env").chmod(0o600)
+    said = f"settings: {ready.folder}/.env was read"
+    assert said in ready(*words).err.splitlines()
+    (ready.folder / ".env").unlink()
+    assert said not in ready(*words).err
 
 
 def test_an_env_file_that_is_anothers_symlink_is_refused(receiver: CommandLine) -> None:
@@ -210,11 +207,11 @@ def test_an_env_file_that_is_anothers_symlink_is_refused(receiver: CommandLine) 
     assert (done.code, "is a symlink that other users may have made" in done.err) == (1, True), done.err
 
 
-def test_files_of_earlier_releases_are_narrowed_at_start(receiver: CommandLine) -> None:
-    assert receiver("migrate").code == 0
+def test_files_of_earlier_releases_are_narrowed_at_start(ready: CommandLine) -> None:
     for name in ("receiver.db", "receiver.db.lock"):
-        (receiver.folder / name).chmod(0o644)
-    done = receiver("work", "--once")
+        (ready.folder / name).touch()
+        (ready.folder / name).chmod(0o644)
+    done = ready("work", "--once")
     assert "files.narrowed" in done.err and done.code == 0
-    assert {oct(path.stat().st_mode & 0o777) for path in receiver.folder.glob("receiver.db*")} == {"0o600"}
-    assert "files.narrowed" not in receiver("work", "--once").err
+    assert {oct(path.stat().st_mode & 0o777) for path in ready.folder.glob("receiver.db*")} == {"0o600"}
+    assert "files.narrowed" not in ready("work", "--once").err

@@ -213,16 +213,19 @@ def test_line_end_and_quotes_around_a_database_url_are_removed(ready: CommandLin
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
-    [("ssl=true", "sslmode=require"), ("pgbouncer=true", "leave it out"), ("schema=public", "search_path")],
+    ("verb", "option", "said"),
+    [
+        ("status", "ssl=true", "sslmode=require"),
+        ("migrate", "pgbouncer=true", "leave it out"),
+        ("serve", "schema=public", "search_path"),
+    ],
 )
 def test_an_option_that_libpq_does_not_know_is_reported_in_one_line(
-    receiver: CommandLine, option: str, said: str
+    receiver: CommandLine, verb: str, option: str, said: str
 ) -> None:
-    for words in (("status",), ("migrate",), ("serve",)):
-        done = receiver(*words, RECEIVER_DATABASE_URL=f"postgresql://u:hunter2@127.0.0.1:1/x?{option}")
-        assert (done.code, len(done.err.splitlines())) == (1, 1)
-        assert done.err.startswith("RECEIVER_DATABASE_URL: ") and said in done.err and "hunter2" not in done.err
+    done = receiver(verb, RECEIVER_DATABASE_URL=f"postgresql://u:hunter2@127.0.0.1:1/x?{option}")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert done.err.startswith("RECEIVER_DATABASE_URL: ") and said in done.err and "hunter2" not in done.err
 
 
 @pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",), ASK], ids=lambda words: words[0])
@@ -266,21 +269,30 @@ def test_a_read_only_database_is_reported_in_one_line(
     assert f"127.0.0.1:{postgres.port}: cannot execute " in done.err and "read-only" in done.err
 
 
+def of_wrong_names(postgres: Postgres) -> dict[str, str]:
+    """URLs of a role and of a database that do not exist, and what the server says."""
+    place = f"127.0.0.1:{postgres.port}"
+    return {
+        f"postgresql://nobody_here:hunter2@{place}/postgres": 'role "nobody_here" does not exist',
+        f"postgresql://postgres:hunter2@{place}/nope": 'database "nope" does not exist',
+    }
+
+
 @pytest.mark.parametrize("words", [("status",), ("migrate",), ("serve",), ("work",)], ids=" ".join)
 def test_a_wrong_role_or_database_name_is_reported_at_once(
     receiver: CommandLine, postgres: Postgres, words: tuple[str, ...]
 ) -> None:
-    place = f"127.0.0.1:{postgres.port}"
-    wrong = {
-        f"postgresql://nobody_here:hunter2@{place}/postgres": 'role "nobody_here" does not exist',
-        f"postgresql://postgres:hunter2@{place}/nope": 'database "nope" does not exist',
-    }
-    for url, said in wrong.items():
+    for url, said in of_wrong_names(postgres).items():
         began = time.monotonic()
         done = receiver(*words, RECEIVER_DATABASE_URL=url)
-        assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: {place}: {said}\n")
+        assert (done.code, done.err) == (1, f"RECEIVER_DATABASE_URL: 127.0.0.1:{postgres.port}: {said}\n")
         assert time.monotonic() - began < 20
-        assert f"{place} cannot be used ({said})" in receiver("check", RECEIVER_DATABASE_URL=url).out
+
+
+def test_check_names_a_wrong_role_or_database_name(receiver: CommandLine, postgres: Postgres) -> None:
+    for url, said in of_wrong_names(postgres).items():
+        done = receiver("check", RECEIVER_DATABASE_URL=url)
+        assert f"127.0.0.1:{postgres.port} cannot be used ({said})" in done.out
 
 
 @pytest.mark.parametrize(
