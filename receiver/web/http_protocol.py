@@ -227,11 +227,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         try:
             self._parse(data)
-        except httptools.HttpParserCallbackError as error:
-            cause = error.__context__
+        except httptools.HttpParserError as error:
+            cause = error.__context__  # of an error in one of our methods
             self._refuse(cause.status if isinstance(cause, _Refused) else 400)
-        except httptools.HttpParserError:
-            self._refuse(400)
         else:
             if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._delivered:
                 self._refuse(400 if self._in_body else 431)
@@ -291,8 +289,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._speed.forget()
         super().on_headers_complete()
         self._in_body = True
-        if self.cycle is not None:  # an answer before the body's end says `close`: the client stops sending
-            self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
+        # An answer before the body's end says `close`: the client stops sending.
+        self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
         self._note_progress()
 
     def _drop_waiting(self) -> None:

@@ -24,14 +24,10 @@ class RowsInHand:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._claiming = 0
-        self._is_quarantined = False
+        self.is_quarantined = False
         self._rows: dict[Claim, Any] = {}
         self._begun_at: dict[Claim, float] = {}
         self._removed_at = time.monotonic()
-
-    @property
-    def is_quarantined(self) -> bool:
-        return self._is_quarantined
 
     @property
     def rows(self) -> list[Any]:
@@ -57,7 +53,7 @@ class RowsInHand:
         `alone`: the claim is of the row in quarantine itself.
         """
         with self._changed:
-            if is_permitted := alone or not self._is_quarantined:
+            if is_permitted := alone or not self.is_quarantined:
                 self._claiming += 1
         try:
             yield is_permitted
@@ -92,14 +88,14 @@ class RowsInHand:
     def quarantine(self, stop: threading.Event) -> Iterator[None]:
         """Wait until nothing is in hand, or `stop` is set. During the block no other claim starts."""
         with self._changed:
-            self._is_quarantined = True
+            self.is_quarantined = True
         try:
             while not stop.is_set() and not self.wait_until_empty(STOP_POLL_INTERVAL_SECONDS):
                 pass
             yield
         finally:
             with self._changed:
-                self._is_quarantined = False
+                self.is_quarantined = False
 
 
 def claims_of(rows: Sequence[Any]) -> list[Claim]:
