@@ -102,3 +102,14 @@ def test_seconds_of_live_updates_alone_are_taken_from_the_windows_with_consoles(
     assert consoles.spliced([without], [beside], [beside]) == 0.5
     early = consoles.Window(True, 0.0, 60.0, told=[30.0], waits=[(float(due), 0.5) for due in range(29)])
     assert consoles.spliced([without], [early], [early]) == 0.01
+
+
+def test_six_seconds_of_live_updates_stand_beside_those_without_consoles(capsys: pytest.CaptureFixture[str]) -> None:
+    waits = [(due / 10, 0.01) for due in range(600)]
+    slow = [(due, 0.03 if 29 <= due < 35 else wait) for due, wait in waits]
+    without = [consoles.Window(False, 0.0, 60.0, waits=waits) for _ in range(2)]
+    beside = [consoles.Window(True, 0.0, 60.0, told=[30.0], waits=slow) for _ in range(2)]
+    consoles.compare_updates([*without, *beside])
+    printed = capsys.readouterr().out
+    assert "of 2 live updates: median 30.00 ms" in printed and "of 20 without consoles: median 10.00 ms" in printed
+    assert "windows with consoles: x 3.000 (other windows without: x 1.000 to 1.000)" in printed
