@@ -275,7 +275,7 @@ def error_pages(web: Web) -> Iterator[list[str]]:
 def test_new_pictures_wait_behind_a_button_while_the_page_is_scrolled_down(
     parts: Parts, browser: Browser, web: Web
 ) -> None:
-    archive(parts, 12, n=4)
+    archive(parts, 4, n=4)
     browser.resize(900, 500)
     browser.open(f"{web.url}/console/gallery?size=l")
     browser.waits_for("Live")
