@@ -7,12 +7,11 @@ import json
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from storage.database.sessions import Database
 from storage.operations import outbox
 from storage.rows.models import Event
 from storage.states import DispatchState
+from tests.forked import Forked
 from tests.harness import ROOT, wait_until
 from tests.pipeline import Web, working
 from tests.sink_pairs import (
@@ -355,30 +355,25 @@ def test_unread_pipe_delays_no_other_sink(tmp_path: Path) -> None:
     assert isinstance(second, NotTried)
 
 
-WRITER = """
-import pathlib, pickle, sys
-from receiver.events.lines import Lines
-batch = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
-for _ in range(10):
-    assert Lines(None).send(batch) == [None] * 100
-"""
-
-
 def test_lines_of_several_processes_on_one_pipe_are_whole(tmp_path: Path) -> None:
     """A pipe takes 4 KB at once. Longer lines go in pieces, between which other processes may write."""
-    reader, writer = os.pipe()
-    batch = tmp_path / "batch"
+    pipe, batch = tmp_path / "pipe", tmp_path / "batch"
+    os.mkfifo(pipe)
     batch.write_bytes(pickle.dumps(messages(100, note="x" * 600)))
-    command = [sys.executable, "-c", WRITER, batch]
-    writers = [subprocess.Popen(command, stdout=writer, cwd=ROOT) for _ in range(3)]
-    os.close(writer)
+    reader, writer = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), os.open(pipe, os.O_WRONLY)
+    os.set_blocking(reader, True)
+    words, err = (str(batch), "10"), tmp_path / "err"
+    writers = [Forked(words, dict(os.environ), ROOT, out=pipe, err=err, module="tests.line_writer") for _ in range(3)]
     read = b""
-    while chunk := os.read(reader, 8192):
-        read += chunk
-        time.sleep(0.0003)  # slower than they write, so that the pipe is full
+    with ThreadPoolExecutor(1) as pool:
+        ends = pool.submit(lambda: [each.wait(30) for each in writers])
+        ends.add_done_callback(lambda _: os.close(writer))
+        while chunk := os.read(reader, 8192):
+            read += chunk
+            time.sleep(0.0003)  # slower than they write, so that the pipe is full
     os.close(reader)
     lines = read.splitlines()
-    assert [each.wait(30) for each in writers] == [0, 0, 0]
+    assert ends.result() == [0, 0, 0]
     assert len(lines) == 3 * 10 * 100
     assert all(line.startswith(b"{") and line.endswith(b"}") for line in lines)
 
