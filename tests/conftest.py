@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
 import functools
 import gc
 import importlib.util
@@ -75,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("both_databases"):
         deselected = [item for item in items if is_for_both_databases_alone(item)]
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if item not in set(deselected)]
+        items[:] = [item for item in items if item not in deselected]
     deal_slow_tests(items)
 
 
@@ -107,8 +108,9 @@ def deal_slow_tests(items: list[pytest.Item]) -> None:
     Slow tests mostly wait. The last worker starts with others, which use the processor meanwhile.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    units = [[item] for item in items if item.path.name in SLOW or item.get_closest_marker("campaign")]
-    units += [[item for item in items if item.path.name == name] for name in sorted(SLOW_AND_WHOLE)]
+    names = {path: path.name for path in {item.path for item in items}}
+    units = [[item] for item in items if names[item.path] in SLOW or item.get_closest_marker("campaign")]
+    units += [[item for item in items if names[item.path] == name] for name in sorted(SLOW_AND_WHOLE)]
     taken = {item for unit in units for item in unit}
     others = [item for item in items if item not in taken]
     parts, start = [], 0
@@ -219,9 +221,41 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    """The PostgreSQL server of the run. A test that stops it starts it again."""
-    with Postgres() as server:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes what all workers of the run copy: `made_once(name, make)` calls `make` with a path in one of them."""
+    folder = (
+        tmp_path_factory.getbasetemp().parent
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else tmp_path_factory.mktemp("once")
+    )
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        with (folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / name).exists():
+                make(folder / f"{name}.part")
+                (folder / f"{name}.part").rename(folder / name)
+        return folder / name
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def postgres(
+    made_once: Callable[[str, Callable[[Path], None]], Path], migrate: Callable[[str], None]
+) -> Iterator[Postgres]:
+    """The PostgreSQL server of this worker. A test that stops it starts it again.
+
+    It has the template of `migrated_databases`. To make both takes 1.1 s of CPU, and to copy them 0.3.
+    """
+
+    def make(data: Path) -> None:
+        with Postgres() as first:
+            migrate(first.create_database(MigratedDatabases.template))
+            first.stop()
+            first.copy_data(data)
+
+    with Postgres(data=made_once("postgresql", make)) as server:
         yield server
 
 
@@ -238,17 +272,14 @@ def migrate() -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory, migrate: Callable[[str], None]) -> Path:
+def migrated_sqlite(made_once: Callable[[str, Callable[[Path], None]], Path], migrate: Callable[[str], None]) -> Path:
     """A migrated file to copy, which is faster than a migration for every test."""
-    file = tmp_path_factory.mktemp("template") / "receiver.db"
-    migrate(f"sqlite:///{file}")
-    return file
+    return made_once("receiver.db", lambda file: migrate(f"sqlite:///{file}"))
 
 
 @pytest.fixture(scope="session")
-def migrated_databases(postgres: Postgres, migrate: Callable[[str], None]) -> Iterator[MigratedDatabases]:
+def migrated_databases(postgres: Postgres) -> Iterator[MigratedDatabases]:
     """Empty databases with the current schema."""
-    migrate(postgres.create_database(MigratedDatabases.template))
     with contextlib.closing(MigratedDatabases(postgres)) as databases:
         yield databases
 

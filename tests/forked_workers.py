@@ -6,6 +6,7 @@ that imports the product: six workers start with 21 instead of 42 s of CPU.
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import select
@@ -25,9 +26,11 @@ from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 
+import boto3
 import pytest
 from _pytest.config import _prepareconfig
 from _pytest.outcomes import OutcomeException
+from botocore.loaders import JSONFileLoader
 from execnet.gateway_base import get_execmodel, init_popen_io
 from execnet.gateway_base import serve as serve_gateway
 
@@ -97,8 +100,9 @@ def serve() -> None:
 
 
 def import_tests(words: Sequence[str]) -> None:
-    """Import what pytest would collect with these arguments. What cannot be imported is left to the workers, which
-    report it.
+    """Import what pytest would collect with these arguments, and read botocore's descriptions of S3.
+
+    What cannot be imported is left to the workers, which report it.
     """
     gc.disable()
     config = _prepareconfig([*words, "-n0", "--capture=no"])
@@ -110,6 +114,8 @@ def import_tests(words: Sequence[str]) -> None:
             with suppress(Exception, OutcomeException):
                 import_module(".".join(file.resolve().relative_to(config.rootpath).with_suffix("").parts))
     config._ensure_unconfigure()
+    JSONFileLoader.load_file = staticmethod(functools.cache(JSONFileLoader().load_file))  # type: ignore[method-assign]
+    boto3.Session(region_name="us-east-1").client("s3").close()
     gc.enable()
 
 

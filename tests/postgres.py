@@ -46,10 +46,10 @@ FAST = {"fsync": "off", "full_page_writes": "off", "max_connections": "200"}
 class Postgres:
     """One PostgreSQL server on 127.0.0.1, as a context manager; the folder is removed at the end.
 
-    `settings`: of postgresql.conf; a benchmark gives {} to get a durable server.
+    `settings`: of postgresql.conf; a benchmark gives {} to get a durable server. `data`: from another's `copy_data`.
     """
 
-    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, settings: Mapping[str, str] | None = None, *, data: Path | None = None) -> None:
         self.port = random_port()
         self.process: subprocess.Popen[bytes] | None = None
         self._settings = dict(FAST if settings is None else settings)
@@ -57,6 +57,7 @@ class Postgres:
         self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._lock = hold(self._folder)
         self._data = self._folder / "data"
+        self._copied = data
         self._user = (-1, -1)
         if os.getuid() == 0:  # PostgreSQL refuses to run as root
             nobody = pwd.getpwnam("nobody")
@@ -71,7 +72,10 @@ class Postgres:
         """Start it (making the cluster the first time) and wait until it answers; the port stays the same."""
         self._binaries = reachable_binaries(self._folder)
         if not self._data.exists():
-            self._make_cluster()
+            if self._copied:
+                copy_folder(self._copied, self._data)
+            else:
+                self._make_cluster()
             while not is_free(self.port):
                 self.port = random_port()
         settings = [part for name, value in self._settings.items() for part in ("-c", f"{name}={value}")]
@@ -97,6 +101,10 @@ class Postgres:
         self.port = random_port()
         while not is_free(self.port):
             self.port = random_port()
+
+    def copy_data(self, data: Path) -> None:
+        """Copy the cluster of this server, which is stopped, for other ones."""
+        copy_folder(self._data, data)
 
     def restart(self) -> None:
         self.stop()
@@ -286,6 +294,11 @@ FOR name IN SELECT quote_ident(sequencename) FROM pg_sequences WHERE schemaname 
 LOOP EXECUTE 'ALTER SEQUENCE ' || name || ' RESTART'; END LOOP;
 UPDATE counter SET value = 0 WHERE value <> 0;
 END $$"""
+
+
+def copy_folder(one: Path, other: Path) -> None:
+    """Copy it with the owner of each file."""
+    subprocess.run(["cp", "-a", str(one), str(other)], check=True)
 
 
 def reachable_binaries(folder: Path) -> Path:
