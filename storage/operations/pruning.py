@@ -1,12 +1,12 @@
 """Prunes old rows: deliveries, dispatches, events, request bodies, walked by age in bounded parts.
 
-A walk ends where the rows become too young. Each part of a walk is one read of at most `PART` rows, then writes that
-each hold the lock for some 50 ms; their number of rows follows the speed of the last ones. Callers own no transaction
-here.
+A walk ends where the rows become too young. Each part of a walk is one read of at most `PART` rows. Each write holds
+the lock for some 50 ms; its number of rows follows the speed of the last ones. Callers own no transaction here.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import IS_OVER, IS_PARKED
 from storage.states import ArchiveState, CallbackState, Step
 
-# Rows that one read looks at: 10 to 30 ms with 8 million events.
-PART = 2_000
+# Rows that one read looks at: 4 ms of CPU on SQLite with 8 million events.
+PART = 500
 # The rows of the first write, and the time that each write aims at. The intake waits meanwhile, on SQLite for the only
 # lock.
 FIRST_ROWS, MOST_ROWS, LOCK_SECONDS = 100, 2_000, 0.05
@@ -120,11 +120,12 @@ def count(database: Database, kind: Prunable, before: datetime) -> int:
 
 def prune(database: Database, kind: Prunable, before: datetime) -> int:
     """Delete or empty all of this kind, in short transactions. Returns how many."""
-    total, rows = 0, FIRST_ROWS
-    for part in _parts(database, kind, before):
-        with database.read() as session:
-            ids = list(session.exec(select(kind.model.id).where(*part, kind.old)))
-        while ids:
+    total, rows, ids = 0, FIRST_ROWS, list[Any]()
+    for part in itertools.chain(_parts(database, kind, before), [None]):
+        if part is not None:
+            with database.read() as session:
+                ids += session.exec(select(kind.model.id).where(*part, kind.old))
+        while ids and (part is None or len(ids) >= rows):  # one write may be of several parts
             started = time.monotonic()
             with database.write() as session:
                 began = time.monotonic()  # the wait for its turn is not part of its own time

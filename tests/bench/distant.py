@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from tests.bench import stage
 from tests.bench.pictures import Source, ours, rclone, source
-from tests.bench.table import Sample
+from tests.bench.table import Sample, say
 
 PICTURE_BYTES = 3_000_000
 SOURCE_SECONDS, STORE_SECONDS = 0.04, 0.02  # a round trip to each
@@ -33,6 +33,7 @@ def latency_bound(small: bool) -> Sample:
                 theirs, _ = rclone(inside, files, count, threads=threads, store=_distant_store)
                 mine, _ = ours(inside, files, count, threads=threads, store=_distant_store)
                 samples.append(Sample(count / mine, count / theirs))
+                say(f"row 13, {threads} threads: {samples[-1].figure:.2f}")
     return min(samples, key=lambda sample: sample.figure)
 
 

@@ -23,7 +23,7 @@ from storage.rows.tasks import asset_id
 from storage.states import ArchiveState, AssetName, AssetState, TaskState
 from tests.bench import stage
 from tests.bench.late import png
-from tests.bench.table import Sample
+from tests.bench.table import Sample, say
 from tests.harness import wait_until
 from tests.pipeline import free_port
 
@@ -236,6 +236,7 @@ def scaling(small: bool) -> Sample:
             count: _rate(url, files, variables, place, count, small) for count in ((1, 2) if small else (1, 2, 4, 8))
         }
     shares = {count: rate / (count * rates[1]) for count, rate in rates.items() if count > 1}
+    say(f"row 10, shares by workers: {', '.join(f'{count}: {share:.2f}' for count, share in shares.items())}")
     worst = min(shares, key=shares.__getitem__)
     return Sample(rates[worst], worst * rates[1], value=shares[worst])
 

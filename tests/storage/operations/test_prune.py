@@ -201,7 +201,11 @@ def test_prune_reads_no_whole_table(database: Database, operator: Operator, monk
     assert "event_unsequenced" not in plans(database, look)
 
 
-def test_prune_begins_with_few_rows_and_at_most_doubles_them(database: Database, operator: Operator) -> None:
+@pytest.mark.parametrize("part", [30, 2_000])  # one write may be of several reads
+def test_prune_begins_with_few_rows_and_at_most_doubles_them(
+    database: Database, operator: Operator, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(pruning, "PART", part)
     sizes: list[int] = []
 
     def note(_c: Any, cursor: Any, statement: str, *_: Any) -> None:
