@@ -15,13 +15,19 @@ def released() -> Contract:
     return found
 
 
-def test_released_contract_is_complete_and_unchanged(released: Contract) -> None:
-    assert breaches(released, contract()) == []
+@pytest.fixture(scope="module")
+def present() -> Contract:
+    """The contract of this tree. To read it takes 0.3 s of CPU."""
+    return contract()
+
+
+def test_released_contract_is_complete_and_unchanged(released: Contract, present: Contract) -> None:
+    assert breaches(released, present) == []
 
 
 @pytest.mark.parametrize("kind", ["settings", "options", "paths", "events", "manifest", "keys", "metrics"])
-def test_missing_or_changed_entry_of_the_contract_is_reported(released: Contract, kind: str) -> None:
+def test_missing_or_changed_entry_of_the_contract_is_reported(released: Contract, present: Contract, kind: str) -> None:
     gone, differing, *_ = released[kind]
-    now = {**contract(), kind: {**released[kind], differing: ["another"]}}
+    now = {**present, kind: {**released[kind], differing: ["another"]}}
     del now[kind][gone]
     assert len(breaches(released, now)) == 2
