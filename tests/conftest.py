@@ -41,7 +41,7 @@ from tests.bytecode import compile_sources, compile_tests
 from tests.forked_workers import WorkerForks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
-from tests.statements import compile_once
+from tests.statements import compile_once, describe_server_once
 
 if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
@@ -171,6 +171,12 @@ def statements_compiled_once() -> None:
     for 180 tests of tasks and claims, and 1.2 of 17.2 s with one cache.
     """
     compile_once()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_described_once() -> None:
+    """The commands that a test forks ask the server themselves."""
+    describe_server_once()
 
 
 @pytest.fixture(scope="session", autouse=True)
