@@ -78,10 +78,11 @@ class WorkerForks:
 
 def serve() -> None:
     """In the process from which workers are forked: fork one for each launcher until the controller ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers heed it
     listener = socket.socket(fileno=int(sys.argv[1]))
     import_tests(sys.argv[2:])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the commands of the tests inherit it
     forkserver.ensure_running()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers heed it
     assert threading.active_count() == 1, "a fork has one thread only"
     gc.freeze()
     children: set[int] = set()
