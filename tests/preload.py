@@ -69,4 +69,5 @@ read_signatures()
 read_roots()
 use_database()
 gc.collect()
+tempfile.tempdir = None  # each command finds the folder of its own TMPDIR
 gc.freeze()
