@@ -44,6 +44,7 @@ def read_signatures() -> None:
 def read_roots() -> None:
     """Read the roots that a process trusts unless a variable names others: 50 ms of CPU for each."""
     read, usual = connection.tls_context, connection.tls_context()
+    read.cache_clear()  # a command with other roots reads its own
     variables = ("SSL_CERT_FILE", "SSL_CERT_DIR")
     connection.tls_context = lambda: read() if any(map(os.environ.get, variables)) else usual  # type: ignore[assignment]
 
