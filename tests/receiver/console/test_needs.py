@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlmodel import select
+from sqlmodel import col, select
 
 from receiver.app.console_parts import make_console
 from receiver.app.wiring import Parts
@@ -122,7 +122,7 @@ def test_files_of_a_need_are_found_by_an_index(parts: Parts) -> None:
 def test_acts_and_dispatches_are_found_by_an_index(parts: Parts) -> None:
     everything(parts)
     with parts.database.write() as session:
-        told = list(session.exec(select(Event)).all())
+        told = list(session.exec(select(Event).order_by(col(Event.id))).all())
         record_act(session, "ann", "retry", "x", [told[0].task_id, None])
     assert not scans(parts.database, lambda session: events.newest_acts(session, 25))
     assert not scans(parts.database, lambda session: lists.dispatches_of(session, told))
