@@ -431,8 +431,8 @@ def web(parts: Parts) -> Iterator[Web]:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Twice the number of cores, because half of the run waits for processes to start and for time to pass."""
-    return 2 * (os.cpu_count() or 1)
+    """Three times the number of cores, because many tests wait for processes to start and for time to pass."""
+    return 3 * (os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")
