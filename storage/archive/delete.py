@@ -1,6 +1,6 @@
 """Deletes a task's objects permanently and erases its request and URLs. A tombstone row stays.
 
-    set tombstone (later reports are ignored) ─▶ remove objects ─▶ erase columns
+    set tombstone (later reports are ignored) ─▶ remove objects ─▶ erase columns and deliveries
 
 After a crash a repeated delete finishes the rest.
 """
@@ -21,7 +21,7 @@ from storage.keys import as_argument, task_folder
 from storage.rows import claims, tasks
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import IS_OVER
-from storage.states import ArchiveState
+from storage.states import ArchiveState, CallbackState
 
 NOTE = "deleted"
 
@@ -93,6 +93,11 @@ def _blank(database: Database, task: Task) -> None:
         assert row is not None
         session.execute(delete_rows(Asset).where(col(Asset.task_id) == task.id))
         session.execute(delete_rows(Callback).where(col(Callback.task_id) == task.id))
+        at_account = (col(Callback.task_id).is_(None), Callback.provider == row.provider)
+        session.execute(delete_rows(Callback).where(*at_account, Callback.external_task_id == row.external_task_id))
+        if row.provider_task_id is not None:
+            waits = (Callback.state == CallbackState.UNMATCHED, Callback.provider_task_id == row.provider_task_id)
+            session.execute(delete_rows(Callback).where(*at_account, *waits))
         row.request, row.request_hash, row.callback_url, row.error = {}, "", None, None
         row.client_callback_url = None
         row.archive, row.archived_at, row.files_expire_at = ArchiveState.NONE, None, None

@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 import pytest
 from sqlalchemy import update
-from sqlmodel import select
+from sqlmodel import col, select
 
 from receiver.app.wiring import Parts
 from receiver.base import config
@@ -133,6 +133,22 @@ def test_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     assert of_task == [[], []]
     assert [batch.counts.faults for batch in Audit(parts.database, parts.bucket, deep=True).run()] == [0]
     assert delete(parts.database, parts.bucket, gone.external_task_id).again
+
+
+def test_deletion_erases_deliveries_of_the_task_at_the_account_url(parts: Parts) -> None:
+    """They hold the links of its files. A delivery of another task stays."""
+    gone, stays = archive(parts, 2)
+    result = {"images": [{"index": 0, "url": "https://p1.klingai.com/x.png?sign=1"}]}
+    for task in (gone, stays):
+        body = {"task_id": task.provider_task_id, "task_status": "succeed", "task_result": result}
+        deliver(parts, None, {**body, "external_task_id": task.external_task_id})
+    early = deliver(parts, None, {"task_id": "early", "task_status": "processing"})
+    with parts.database.write() as session:
+        session.execute(update(Callback).where(Callback.id == early.id).values(provider_task_id=gone.provider_task_id))
+    delete(parts.database, parts.bucket, gone.external_task_id)
+    with parts.database.read() as session:
+        left = session.exec(select(Callback.external_task_id).where(col(Callback.task_id).is_(None))).all()
+    assert left == [stays.external_task_id]
 
 
 def test_reports_do_not_restore_a_deleted_task(parts: Parts) -> None:
