@@ -93,11 +93,13 @@ def _blank(database: Database, task: Task) -> None:
         assert row is not None
         session.execute(delete_rows(Asset).where(col(Asset.task_id) == task.id))
         session.execute(delete_rows(Callback).where(col(Callback.task_id) == task.id))
-        at_account = (col(Callback.task_id).is_(None), Callback.provider == row.provider)
-        session.execute(delete_rows(Callback).where(*at_account, Callback.external_task_id == row.external_task_id))
+        at_account = (col(Callback.task_id).is_(None), col(Callback.provider) == row.provider)
+        of_task = col(Callback.external_task_id) == row.external_task_id
+        session.execute(delete_rows(Callback).where(*at_account, of_task))
         if row.provider_task_id is not None:
-            waits = (Callback.state == CallbackState.UNMATCHED, Callback.provider_task_id == row.provider_task_id)
-            session.execute(delete_rows(Callback).where(*at_account, *waits))
+            waits = col(Callback.state) == CallbackState.UNMATCHED
+            of_task = col(Callback.provider_task_id) == row.provider_task_id
+            session.execute(delete_rows(Callback).where(*at_account, waits, of_task))
         row.request, row.request_hash, row.callback_url, row.error = {}, "", None, None
         row.client_callback_url = None
         row.archive, row.archived_at, row.files_expire_at = ArchiveState.NONE, None, None
