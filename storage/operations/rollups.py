@@ -34,7 +34,8 @@ FRESH_SECONDS = 30.0
 STALE_SECONDS = 3_600.0
 # A month, and a day more for hours that it has left behind. With a million tasks an hour takes 10 to 30 ms to read.
 KEPT_HOURS = MONTH_HOURS + 24
-# A callback may be committed some seconds after its time of arrival. Its commit is refused after five.
+# A callback may be committed some seconds after its time of arrival. One whose commit takes longer, beside a disk that
+# stalls, is missing in the overview until the next start.
 LATE = timedelta(seconds=15)
 # Durations that are read of an hour; more give the same median.
 SAMPLED = 500
@@ -75,11 +76,15 @@ class Arrivals:
 
     def __init__(self) -> None:
         self._counted: OrderedDict[datetime, tuple[datetime, int]] = OrderedDict()
+        self._now = datetime.min.replace(tzinfo=UTC)
 
     def count(self, session: Session, hour: datetime) -> int:
         """All callbacks of the hour. Those of the last `LATE` are counted again next time."""
+        before, self._now = self._now, tasks.now(session)
+        if self._now < before:
+            self._counted.clear()  # the clock was set back: callbacks may arrive in counted times
         since, count = self._counted.pop(hour, (hour, 0))
-        until = max(since, min(hour + HOUR, tasks.now(session) - LATE))
+        until = max(since, min(hour + HOUR, self._now - LATE))
         count += _came(session, since, until)
         self._counted[hour] = until, count
         if len(self._counted) > KEPT_HOURS:
@@ -145,10 +150,12 @@ def read_hour(session: Session, hour: datetime, arrivals: Arrivals | None = None
     The statements are built once: an hour without tasks takes 0.25 ms of CPU, and took 4. A month has 720.
     """
     within = {"begin": hour, "end": hour + HOUR}
+    # First, because its time must not be later than the snapshot, which the first statement takes.
+    callbacks = (arrivals or Arrivals()).count(session, hour)
     ends = ended.total(ended.count(session, hour, hour + HOUR, datetime.now(UTC)).values())
     [(pictures, size)] = execute(session, _KEPT, within).rows
     return Hour(
-        (arrivals or Arrivals()).count(session, hour),
+        callbacks,
         pictures,
         int(size),
         ends.failures,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -91,6 +92,36 @@ def test_callbacks_that_arrive_after_a_count_are_added(database: Database) -> No
         insert_callbacks(database, 2, now)
         with database.read() as session:
             assert arrivals.count(session, hour) == count
+
+
+def test_callbacks_that_arrive_during_a_slow_reading_are_added(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollups, "LATE", timedelta())
+    now, arrivals, count = database.now(), rollups.Arrivals(), ended.count
+    hour = now.replace(minute=0, second=0, microsecond=0)
+
+    def slow(*given: Any) -> Any:
+        found = count(*given)
+        insert_callbacks(database, 2, database.now())
+        return found
+
+    monkeypatch.setattr(ended, "count", slow)
+    with database.read() as session:
+        rollups.read_hour(session, hour, arrivals)
+    monkeypatch.setattr(ended, "count", count)
+    with database.read() as session:
+        assert rollups.read_hour(session, hour, arrivals).callbacks == 2
+
+
+def test_callbacks_after_the_clock_was_set_back_are_added(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrivals, hour = rollups.Arrivals(), database.now().replace(minute=0, second=0, microsecond=0)
+    for minute, came in ((30, 0), (20, 2)):
+        moment = hour + timedelta(minutes=minute)
+        insert_callbacks(database, came, moment)
+        monkeypatch.setattr(rollups.tasks, "now", lambda _, now=moment: now + timedelta(seconds=30))
+        with database.read() as session:
+            assert arrivals.count(session, hour) == came
 
 
 def insert_callbacks(database: Database, count: int, received_at: datetime) -> None:
