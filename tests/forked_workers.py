@@ -54,7 +54,7 @@ class WorkerForks:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self._address)
             listener.listen(64)
-            words = [str(listener.fileno()), *map(str, config.invocation_params.args)]
+            words = [str(listener.fileno()), os.environ.get("PYTHONPATH", ""), *map(str, config.invocation_params.args)]
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from tests.forked_workers import serve; serve()", *words],
                 cwd=config.invocation_params.dir,
@@ -79,10 +79,11 @@ class WorkerForks:
 def serve() -> None:
     """In the process from which workers are forked: fork one for each launcher until the controller ends."""
     listener = socket.socket(fileno=int(sys.argv[1]))
-    import_tests(sys.argv[2:])
+    import_tests(sys.argv[3:])
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the commands of the tests inherit it
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers heed it
+    restore_path(sys.argv[2])
     assert threading.active_count() == 1, "a fork has one thread only"
     gc.freeze()
     children: set[int] = set()
@@ -98,6 +99,13 @@ def serve() -> None:
         for number in files:
             os.close(number)
     end(children)
+
+
+def restore_path(given: str) -> None:
+    """Give the workers' commands the `PYTHONPATH` of the run, not the one with which this process has started."""
+    os.environ["PYTHONPATH"] = given
+    if not given:
+        del os.environ["PYTHONPATH"]
 
 
 def import_tests(words: Sequence[str]) -> None:
