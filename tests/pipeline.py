@@ -22,7 +22,7 @@ from receiver.local_store.seaweed import is_free, random_port
 from receiver.sandbox import Sandbox
 from receiver.workers.worker import Worker
 from storage.database import prepared
-from storage.keys import task_folder
+from storage.keys import manifest_key, task_folder
 from storage.rows import tasks
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset, Callback, Task
@@ -175,14 +175,20 @@ def kept(parts: Parts, task: Task | None = None) -> dict[str, str]:
     return {key: hashlib.sha256(parts.bucket.read_bytes(key, 2**26)).hexdigest() for key in keys}
 
 
-def assert_archived(parts: Parts, sandbox: Sandbox, task: Task) -> None:
-    """Assert that all files of this task are archived once, byte for byte, and nothing else but the manifest."""
+def assert_archived(parts: Parts, sandbox: Sandbox, task: Task, *, manifests: int = 1) -> None:
+    """Assert that all files of this task are archived once, byte for byte, and nothing else but the manifest.
+
+    `manifests` is how many numbers there may be. A commit that failed after its put leaves a number that does not
+    count, if another delivery of the same report was applied in between.
+    """
     assets, objects = assets_of(parts, task), kept(parts, task)
     made = [asset.sha256 for asset in sandbox.ledger().task(task.external_task_id).assets]
     assert task.archive is ArchiveState.ARCHIVED
     assert {asset.state for asset in assets} == {AssetState.ARCHIVED}
     assert sorted(str(asset.sha256) for asset in assets) == sorted(made)
-    assert set(objects) == {asset.key for asset in assets} | {task.manifest_key}
+    keys = [manifest_key(parts.bucket.prefix, task.created_at, task.external_task_id, n + 1) for n in range(manifests)]
+    assert task.manifest_key in keys
+    assert set(objects) == {asset.key for asset in assets} | set(keys[: keys.index(task.manifest_key) + 1])
     assert all(objects[str(asset.key)] == asset.sha256 for asset in assets)
 
 
