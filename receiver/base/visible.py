@@ -13,6 +13,12 @@ _SCHEME = re.compile(
     r"(?::|%(?:25)*3a|\\u003a|&(?:#58|#x3a|colon);)(?:\\*(?:/|%(?:25)*2f|u002f|&(?:#47|#x2f|sol);)){2}", re.I
 )
 _HOST = re.compile(r"(?:[^\s/?#@\"'<>\\%&]*@)?([^\s/?#@\"'<>\\%&]*)")
+# Only a URL's host is shown: paths contain tokens, and queries contain signatures. JSON may write "/" as "\/".
+_ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>\\]*)(?:\\?[/?#])[^\s\"]*", re.I)
+# Control characters except line breaks and tabs, and characters that change the writing direction.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+# Longer JSON is not shown one value a line.
+MAX_PRETTY_CHARS = 300_000
 
 
 def visible(text: str) -> str:
@@ -40,3 +46,27 @@ def masked_values(value: Any) -> Any:
     if isinstance(value, list):
         return [masked_values(each) for each in value]
     return {masked(name): masked_values(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def seen(foreign: str) -> str:
+    """Text of others with invisible characters written out and every URL reduced to its host."""
+    return _ADDRESS.sub(r"\1\2/…", _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign))
+
+
+def raw(body: bytes) -> str:
+    """A body byte for byte where it is text, and other bytes as `\\xNN`."""
+    return seen(body.decode("utf-8", "backslashreplace"))
+
+
+def guarded(body: bytes) -> str:
+    """A body that is not JSON, for people who may see no signed link: up to its first URL's host."""
+    return seen(masked(body.replace(b"\0", b"").decode("utf-8", "backslashreplace")))
+
+
+def pretty(body: bytes) -> str | None:
+    """JSON with one value a line, each text up to its first URL's host. None if it is not JSON or too large."""
+    try:
+        shown = json.dumps(masked_values(json.loads(body)), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return None
+    return seen(shown) if len(shown) <= MAX_PRETTY_CHARS else None

@@ -340,14 +340,9 @@ async def static(request: Request) -> Response:
     content = _static_files().get(name)
     if content is None:
         raise HTTPException(404)
-    kept = request.query_params.get("v") == versions_cached()[name]
+    kept = request.query_params.get("v") == versions()[name]
     age = "public, max-age=31536000, immutable" if kept else "no-cache"
     return Response(content, media_type=mimetypes.guess_type(name)[0], headers={"Cache-Control": age})
-
-
-@functools.cache
-def versions_cached() -> dict[str, str]:
-    return versions()
 
 
 async def _error_page(guard: Guard, request: Request, error: Exception) -> Response:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import structlog
+from sqlmodel import Session, SQLModel
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from receiver.base.console_keys import ConsoleKey
@@ -23,6 +25,7 @@ from storage.rows import events
 
 log = structlog.get_logger()
 
+M = TypeVar("M", bound=SQLModel)
 # Length of the id that a person acted on; an external id has at most 200 bytes.
 MAX_SUBJECT_CHARS = 400
 # Answers a GET with an archived file's bytes or a redirect to a presigned link: (request, id, download=…).
@@ -70,3 +73,18 @@ def note_act(
     log.info("console.action_performed", person=person, action=action, subject=subject)
     with of.database.write() as session:
         return events.record_act(session, person, action, subject[:MAX_SUBJECT_CHARS], task_ids or (None,), **data)
+
+
+def id_of(text: str) -> UUID:
+    """The id in an address or a form. Raises HTTPException 404."""
+    try:
+        return UUID(text)
+    except ValueError:
+        raise HTTPException(404) from None
+
+
+def row_of(session: Session, model: type[M], text: str) -> M:
+    """The row of that id. Raises HTTPException 404."""
+    if (found := session.get(model, id_of(text))) is None:
+        raise HTTPException(404)
+    return found

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from receiver.base.forms import Upload
+from receiver.base.visible import seen
 from receiver.console import catalogue, words
 from receiver.console.access import Session
 
@@ -26,6 +27,7 @@ REMEMBERED = 1_000
 PAGES = ("overview", "tasks", "gallery", "deliveries", "events", "batches", "ask", "archive", "settings")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The first digits of each static file's hash, so that browsers never use an older release's file."""
     files = sorted((HERE / "static").iterdir())
@@ -42,7 +44,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"size": words.size, "seconds": words.seconds, "short": words.short, "seen": words.seen}
+    made.filters |= {"size": words.size, "seconds": words.seconds, "short": words.short, "seen": seen}
     made.globals |= {
         "versions": versions(),
         "languages": catalogue.LANGUAGES,

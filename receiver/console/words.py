@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from receiver.base.visible import masked, masked_values
+from receiver.base.visible import MAX_PRETTY_CHARS, masked, seen
 from receiver.console.catalogue import text, word
 from storage.rows.models import Task
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-# Only a URL's host is shown: paths contain tokens, and queries contain signatures. JSON may write "/" as "\/".
-_ADDRESS = re.compile(r"(https?:(?:\\?/){2})(?:[^\s/?#@\"'<>\\]*@)?([^\s/?#\"'<>\\]*)(?:\\?[/?#])[^\s\"]*", re.I)
-# Control characters except line breaks and tabs, and characters that change the writing direction.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-MAX_PRETTY_CHARS = 300_000
 MAX_VALUE_CHARS = 4_000
 STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
 
@@ -69,34 +63,6 @@ def when(moment: datetime | None, language: str) -> Markup | str:
     # `Markup.format` took a third of a list's time.
     made = f'<time datetime="{iso}" title="{iso[:10]} {iso[11:19]} UTC">{shown}</time>'
     return Markup(made)  # noqa: S704 - only digits, and escaped text
-
-
-def seen(foreign: str) -> str:
-    """Text of others with invisible characters written out and every URL reduced to its host."""
-    return hosts_only(_UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", foreign))
-
-
-def hosts_only(foreign: str) -> str:
-    return _ADDRESS.sub(r"\1\2/…", foreign)
-
-
-def raw(body: bytes) -> str:
-    """A body byte for byte where it is text, and other bytes as `\\xNN`."""
-    return seen(body.decode("utf-8", "backslashreplace"))
-
-
-def guarded(body: bytes) -> str:
-    """A body that is not JSON, for people who may see no signed link: up to its first URL's host."""
-    return seen(masked(body.replace(b"\0", b"").decode("utf-8", "backslashreplace")))
-
-
-def pretty(body: bytes) -> str | None:
-    """JSON with one value a line, each text up to its first URL's host. None if it is not JSON or too large."""
-    try:
-        shown = json.dumps(masked_values(json.loads(body)), indent=2, ensure_ascii=False)
-    except (ValueError, RecursionError):
-        return None
-    return seen(shown) if len(shown) <= MAX_PRETTY_CHARS else None
 
 
 def request_of(task: Task, most: int) -> str:

@@ -12,7 +12,7 @@ from storage.database.sessions import Database
 from storage.errors import NoSuchTask
 from storage.rows import events, tasks
 from storage.rows.models import Asset, Event, Task
-from storage.states import ArchiveState, AssetState
+from storage.states import ArchiveState, AssetState, TaskState
 
 # Tasks that are read together. Larger groups are no faster.
 TOGETHER = 500
@@ -32,6 +32,21 @@ def is_over(task: Task) -> bool:
     if task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE):
         return True
     return task.state in states.TERMINAL and task.archive is ArchiveState.NONE
+
+
+def why_not(task: Task, assets: Sequence[Asset]) -> str | None:
+    """Why a task failed, or why a file of it was given up."""
+    if task.state is TaskState.FAILED:
+        return task.error
+    return next((asset.error for asset in assets if asset.state is AssetState.FAILED), None)
+
+
+def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
+    """Whether `retry` would do anything."""
+    if task.deleted_at is not None or task.archive is ArchiveState.ARCHIVED:
+        return False
+    failed = any(asset.state is not AssetState.ARCHIVED for asset in assets)
+    return failed or task.step is not None or task.archive is ArchiveState.INCOMPLETE or task.state is TaskState.FAILED
 
 
 def report(database: Database, bucket: Bucket, external_task_id: str) -> dict[str, Any]:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import uuid
-from typing import TypeVar
 
-from sqlmodel import Session
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
 from receiver.console.application import Guard
-from receiver.console.installation import Installation, note_act
+from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit
 from receiver.console.words import short
@@ -25,7 +22,6 @@ from storage.bucket.store_errors import NoSuchObject
 from storage.rows import events
 from storage.rows.models import Asset, Task
 
-T = TypeVar("T", Task, Asset)
 # Each verification reads a whole object. Two at once leave most of the store's bandwidth to the workers.
 VERIFYING = 2
 
@@ -116,16 +112,11 @@ class Actions:
 
     def _task(self, visit: Visit) -> Task:
         with self._of.database.read() as session:
-            found = _row(session, Task, visit.form.get("task", ""))
-        if found is None:
-            raise HTTPException(404)
-        return found
+            return row_of(session, Task, visit.form.get("task", ""))
 
     def _file(self, visit: Visit) -> tuple[Asset, Task]:
         with self._of.database.read() as session:
-            asset = _row(session, Asset, visit.form.get("file", ""))
-            if asset is None:
-                raise HTTPException(404)
+            asset = row_of(session, Asset, visit.form.get("file", ""))
             return asset, session.get_one(Task, asset.task_id)
 
     def _done(self, visit: Visit, task: Task, verb: str, tally: Tally, *, quiet: bool = False, **data: str) -> Response:
@@ -152,10 +143,3 @@ def submit(
     note_act(of, visit.session.name, "submit", done.task.external_task_id, [done.task.id])
     visit.say(visit.text("act.submitted" if done.new else "act.submitted_before"))
     return done.task
-
-
-def _row(session: Session, model: type[T], text: str) -> T | None:
-    try:
-        return session.get(model, uuid.UUID(text))
-    except ValueError:
-        return None

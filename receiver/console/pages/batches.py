@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import io
-import uuid
 from pathlib import Path
 from typing import Any
 
-from sqlmodel import Session, col, select
-from starlette.exceptions import HTTPException
+from sqlmodel import col, select
 from starlette.responses import Response
 
 from receiver.batch import batch_file, batch_report
 from receiver.batch.batch_file import BatchInvalid, Format, Line
 from receiver.console import words
-from receiver.console.installation import Installation, note_act
+from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Streamed
 from receiver.console.visit import Visit, part
@@ -58,7 +56,7 @@ class BatchPages:
 
     def show(self, visit: Visit) -> Response:
         with self._of.database.read() as session:
-            batch = self._batch(session, visit.path("id"))
+            batch = row_of(session, Batch, visit.path("id"))
             counts = self._counts.of([batch.id]).get(batch.id)
             lost = self._failed.of([batch.id]).get(batch.id)
             failed = part(visit, "from", lost or [], FAILURES_A_PAGE)
@@ -71,7 +69,7 @@ class BatchPages:
 
     def retry(self, visit: Visit) -> Response:
         with self._of.database.read() as session:
-            batch = self._batch(session, visit.form.get("batch", ""))
+            batch = row_of(session, Batch, visit.form.get("batch", ""))
         tally = self._of.batches.retry(batch.name)
         self._counts.forget(batch.id)
         self._failed.forget(batch.id)
@@ -84,7 +82,7 @@ class BatchPages:
     def export(self, visit: Visit) -> Response:
         """The report as a file, streamed while it is read."""
         with self._of.database.read() as session:
-            batch = self._batch(session, visit.path("id"))
+            batch = row_of(session, Batch, visit.path("id"))
         lines = batch_report.lines(self._of.database, self._of.batches, batch.name)
         headers = {"Content-Disposition": f'attachment; filename="batch-{batch.id}.csv"'}
         return Streamed(batch_report.csv_parts(lines), media_type="text/csv; charset=utf-8", headers=headers)
@@ -123,15 +121,6 @@ class BatchPages:
 
     def _estimate(self, lines: list[Line], new: set[int]) -> Any:
         return self._of.estimate([line.request.wire() for line in lines if line.number in new])
-
-    def _batch(self, session: Session, text: str) -> Batch:
-        try:
-            found = session.get(Batch, uuid.UUID(text))
-        except ValueError:
-            found = None
-        if found is None:
-            raise HTTPException(404)
-        return found
 
 
 def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:

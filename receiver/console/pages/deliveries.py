@@ -9,6 +9,7 @@ from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from receiver.base import visible
 from receiver.console import words
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
@@ -45,8 +46,8 @@ class Deliveries:
         with self._of.database.read() as session:
             row = self._row(session, visit.path("id"))
             task = session.get(Task, row.task_id) if row.task_id else None
-        pretty, start = words.pretty(row.body), row.body[:MAX_SHOWN_BYTES]
-        raw = words.raw(start) if visit.session.may_act else words.guarded(start) if pretty is None else None
+        pretty, start = visible.pretty(row.body), row.body[:MAX_SHOWN_BYTES]
+        raw = visible.raw(start) if visit.session.may_act else visible.guarded(start) if pretty is None else None
         return visit.page(
             "delivery.html", row=row, task=task, kinds=DELIVERY_KINDS, path_of=path_of, size=len(row.body),
             raw=None if raw is None else words.cut(raw, MAX_SHOWN_BYTES),

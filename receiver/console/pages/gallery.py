@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from receiver.console import words
-from receiver.console.installation import Files, Installation
+from receiver.console.installation import Files, Installation, id_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Shares
 from receiver.console.visit import Visit
@@ -64,7 +64,7 @@ class Gallery:
         """An archived file, or a redirect to it. `?download=1`: as a download."""
         try:
             download = bool(visit.query.get("download"))
-            answer = await self._files(visit.request, _id(visit.path("id")), download=download)
+            answer = await self._files(visit.request, id_of(visit.path("id")), download=download)
         except (DatabaseUnavailable, StoreUnavailable):
             raise HTTPException(503) from None
         if answer.status_code != 302:  # the store's own answer has its own headers
@@ -74,7 +74,7 @@ class Gallery:
 
     async def thumbnail(self, visit: Visit) -> Response:
         """A small WebP; 404 if there is none."""
-        content = await to_thread.run_sync(self._thumbnail, _id(visit.path("id")), limiter=self._waiting)
+        content = await to_thread.run_sync(self._thumbnail, id_of(visit.path("id")), limiter=self._waiting)
         if content is None:
             raise HTTPException(404)
         headers = {"Cache-Control": "private, max-age=86400, immutable", "Content-Security-Policy": SANDBOX}
@@ -88,7 +88,7 @@ class Gallery:
     def zip(self, visit: Visit) -> Response:
         """The chosen files in one archive, streamed and never held in memory."""
         chosen = visit.request.query_params.getlist("id")
-        ids = [_id(each) for each in chosen[:MAX_ZIP_FILES]]
+        ids = [id_of(each) for each in chosen[:MAX_ZIP_FILES]]
         with self._of.database.read() as session:
             assets = _archived(session, ids)
         if not assets or len(chosen) > MAX_ZIP_FILES:
@@ -106,10 +106,3 @@ def _archived(session: Session, ids: Sequence[uuid.UUID]) -> list[Asset]:
             found.where(col(Asset.id).in_(ids), Asset.state == AssetState.ARCHIVED, col(Asset.key).is_not(None))
         )
     )
-
-
-def _id(text: str) -> uuid.UUID:
-    try:
-        return uuid.UUID(text)
-    except ValueError:
-        raise HTTPException(404) from None

@@ -13,10 +13,11 @@ from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from receiver.base.visible import seen
 from receiver.console import words
 from receiver.console.installation import Installation
 from receiver.console.visit import Visit, part
-from receiver.tasks.task_view import is_over
+from receiver.tasks.task_view import can_retry, is_over, why_not
 from storage.operations import lists
 from storage.rows import events, tasks
 from storage.rows.aliases import aliases_of
@@ -105,24 +106,9 @@ class Tasks:
             aliases=aliases, note=task.note, is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept,
             ratio=words.ratio_class, uri=self._of.bucket.uri, request=words.request_of(task, MAX_REQUEST_CHARS),
             timeline=part(visit, "moment", in_order(moments, task.created_at), MOMENTS_A_PAGE, newest=True),
-            prompt=words.seen(words.cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
+            prompt=seen(words.cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
             model=words.model_of(task), can_retry=can_retry(task, assets),
         )  # fmt: skip
-
-
-def why_not(task: Task, assets: Sequence[Asset]) -> str | None:
-    """Why a task failed, or why a file of it was given up."""
-    if task.state is TaskState.FAILED:
-        return task.error
-    return next((asset.error for asset in assets if asset.state is AssetState.FAILED), None)
-
-
-def can_retry(task: Task, assets: Sequence[Asset]) -> bool:
-    """Whether `retry` would do anything."""
-    if task.deleted_at is not None or task.archive is ArchiveState.ARCHIVED:
-        return False
-    failed = any(asset.state is not AssetState.ARCHIVED for asset in assets)
-    return failed or task.step is not None or task.archive is ArchiveState.INCOMPLETE or task.state is TaskState.FAILED
 
 
 def timeline(
@@ -179,7 +165,7 @@ def _of_fact(visit: Visit, fact: Event, out: Sequence[Dispatch]) -> Moment:
     if person := data.get("by"):
         says = f"{says} · " + visit.text("timeline.by", name=words.short(str(person), 40))
     rest = {name: value for name, value in data.items() if name not in TOLD}
-    detail = words.seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:2_000]) if rest else ""
+    detail = seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:2_000]) if rest else ""
     told = [_of_dispatch(visit, each) for each in out]
     return Moment(fact.at, KINDS.get(fact.name, "idle"), says, detail=detail, out=told)
 

@@ -12,7 +12,8 @@ from pydantic import SecretStr
 from sqlmodel import select
 
 from receiver.app.wiring import Parts
-from receiver.console import visit, words
+from receiver.base import visible
+from receiver.console import visit
 from storage.accounts import pauses
 from storage.errors import ModelRefused
 from storage.operations import outbox
@@ -231,7 +232,7 @@ def test_templates_never_mark_foreign_text_as_safe() -> None:
     ],
 )
 def test_only_the_host_of_a_url_is_shown(foreign: str, shown: str) -> None:
-    assert words.seen(foreign) == shown
+    assert visible.seen(foreign) == shown
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,6 @@ def test_only_the_host_of_a_url_is_shown(foreign: str, shown: str) -> None:
 def test_bodies_are_masked_in_linear_time(part: str) -> None:
     before = time.process_time()
     for body in (part * (250_000 // len(part)), json.dumps([part * (250_000 // len(part))])):
-        words.pretty(body.encode())
-        words.guarded(body.encode())
+        visible.pretty(body.encode())
+        visible.guarded(body.encode())
     assert time.process_time() - before < 2
