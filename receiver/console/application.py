@@ -12,7 +12,7 @@ import mimetypes
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import structlog
 from anyio import CapacityLimiter, to_thread
@@ -26,7 +26,7 @@ from receiver.base.forms import Upload, cookie, parse_form
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.shared_pages import SharedPages
-from receiver.console.visit import HERE, Notices, Visit, environment, own_path, render, versions
+from receiver.console.visit import HERE, Notices, Visit, address_of, environment, own_path, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 
 log = structlog.get_logger()
@@ -172,9 +172,9 @@ class Front:
             raise HTTPException(403)
         address = request.client.host if request.client else ""
         body = await read_body(request, MAX_LOGIN_BYTES, LOGIN_SECONDS)
-        if wait := self._throttle.wait_seconds(address):
-            return self._form(request, None, problem="login.throttled", status=429, wait=wait)
         form = read_fields(request, body)
+        if wait := self._throttle.wait_seconds(address):
+            return self._form(request, form.get("next"), problem="login.throttled", status=429, wait=wait)
         access = self._guard.access
         token = access.redeem(form["once"]) if "once" in form else access.log_in(form.get("key", ""))
         if token is None:
@@ -198,10 +198,10 @@ class Front:
         whose = self._guard.access.is_open(once)
         if once and whose is None:
             problem, once = "login.used", None
-        language = language_of(request)
+        following = own_path(following, HOME)
         page = render(
-            self._guard.templates, "login.html", language,
-            next=own_path(following, HOME), problem=problem, once=once, whose=whose, wait=wait,
+            self._guard.templates, "login.html", language_of(request), next=following, problem=problem, once=once,
+            whose=whose, wait=wait, here=address_of(LOGIN, {"next": following, "once": once}),
         )  # fmt: skip
         return HTMLResponse(page, status, headers={"Retry-After": str(wait)} if wait else None)
 
@@ -324,9 +324,8 @@ async def read_body(request: Request, max_bytes: int, seconds: float = BODY_SECO
 def _to_login(request: Request) -> Response:
     if "x-live" in request.headers or request.method != "GET":
         return Response(status_code=401)
-    path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-    fields = "" if path == HOME else f"?next={quote(path)}"
-    return RedirectResponse(LOGIN + fields, status_code=303)
+    path = address_of(request.scope["path"], dict(request.query_params))
+    return RedirectResponse(address_of(LOGIN, {"next": path if path != HOME else None}), status_code=303)
 
 
 @functools.cache

@@ -122,9 +122,7 @@ class Visit:
 
     def link(self, **changes: str | None) -> str:
         """This page's address with other query fields. None removes one."""
-        kept = {**dict(self.query), **changes}
-        fields = urlencode({name: value for name, value in kept.items() if value})
-        return f"{self.request.url.path}?{fields}" if fields else self.request.url.path
+        return address_of(self.request.scope["path"], {**dict(self.query), **changes})
 
 
 def render(templates: Environment, template: str, language: str, **values: Any) -> str:
@@ -164,6 +162,13 @@ def part(visit: Visit, field: str, rows: Sequence[Any], most: int, *, newest: bo
         rows[start : start + most], says, visit.link(**before) if start else "",
         visit.link(**after) if start < last else "",
     )  # fmt: skip
+
+
+def address_of(path: str, fields: Mapping[str, str | None]) -> str:
+    """The address of a decoded path with those fields that have a value."""
+    query = urlencode({name: value for name, value in fields.items() if value})
+    quoted = quote(path).replace("//", "/%2F")  # `own_path` refuses two slashes
+    return f"{quoted}?{query}" if query else quoted
 
 
 def own_path(path: str | None, default: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
+import re
 import socket
 import time
 from contextlib import ExitStack
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -19,7 +22,7 @@ from receiver.console import application
 from receiver.console.access import COOKIE, Access, LoginThrottle, one_time_token
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
 from tests.harness import wait_until
-from tests.pipeline import Web
+from tests.pipeline import Web, insert_row
 
 ANN, BEN = ConsoleKey("ann", True, SecretStr(ACT_KEY)), ConsoleKey("ben", False, SecretStr(READ_KEY))
 POSTS = (
@@ -258,6 +261,52 @@ def test_one_time_link_shows_a_button_first(stranger: Reader, web: Web) -> None:
     token = link.partition("=")[2]
     assert stranger.http.post("/console/login", data={"once": token}).url.path == "/console"
     assert "used already" in stranger.page(link)
+
+
+def switched(reader: Reader, answer: httpx.Response, language: str = "zh") -> httpx.Response:
+    """The page behind this one's link to another language."""
+    found = re.search(rf'href="(/console/language/{language}[^"]*)"', answer.text)
+    assert found is not None, answer.text
+    return reader.http.get(html.unescape(found[1]))
+
+
+def test_switching_the_language_keeps_the_page_asked_for_and_the_one_time_login(stranger: Reader) -> None:
+    asked = "/console/tasks?q=%E7%8C%AB+%26+x&state=failed"
+    once = one_time_token(ANN)
+    answer = switched(stranger, stranger.get("/login", params={"next": asked, "once": once}))
+    assert 'lang="zh"' in answer.text and "以 ann 身份登录" in answer.text
+    assert dict(answer.url.params) == {"next": asked, "once": once}
+    refused = stranger.http.post("/console/login", data={"key": "wrong", "next": asked})
+    assert dict(switched(stranger, refused).url.params) == {"next": asked}
+
+
+def test_throttled_log_in_keeps_the_page_asked_for(stranger: Reader) -> None:
+    for _ in range(10):
+        stranger.http.post("/console/login", data={"key": "wrong"})
+    answer = stranger.http.post("/console/login", data={"key": ACT_KEY, "next": "/console/gallery?size=l"})
+    assert answer.status_code == 429 and 'name="next" value="/console/gallery?size=l"' in answer.text
+
+
+def test_switching_the_language_stays_on_every_page(parts: Parts, ann: Reader) -> None:
+    """Also at an id that is no plain part of an address, and on a page with filters and a cursor."""
+    for name in ("猫/#?%2F", "a//b"):
+        insert_row(parts, external_task_id=name)
+    tasks = [f"/tasks/{quote(name, safe='')}" for name in ("猫/#?%2F", "a//b")]
+    cursor = quote("2020-01-01T00:00:00+00:00~" + "0" * 32)
+    for path in (*PAGES, *tasks, f"/tasks?state=failed&q=%E7%8C%AB%20%26&before={cursor}"):
+        answer = ann.get(path)
+        again = switched(ann, answer)
+        assert (again.status_code, again.url.path, again.url.params) == (200, answer.url.path, answer.url.params), path
+
+
+def test_log_in_leads_to_the_page_that_was_asked_for(parts: Parts, stranger: Reader) -> None:
+    insert_row(parts, external_task_id="猫/#?%2F")
+    asked = stranger.get(f"/tasks/{quote('猫/#?%2F', safe='')}?from=0")
+    found = re.search('name="next" value="([^"]*)"', asked.text)
+    answer = stranger.http.post(
+        "/console/login", data={"key": ACT_KEY, "next": html.unescape(found[1] if found else "")}
+    )
+    assert "猫/#?%2F" in answer.text and dict(answer.url.params) == {"from": "0"}
 
 
 def test_login_redirects_back_and_never_to_another_site(stranger: Reader) -> None:
