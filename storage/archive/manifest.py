@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import rfc8785
 import sqlalchemy
@@ -46,6 +47,16 @@ MAX_MANIFESTS = 100
 MAX_EXACT_INTEGER = 2**53 - 1
 # The note of an incomplete archive that may still become complete.
 WAITING = "{} of {} files came as something unusable; they are still tried, see the next try of each"
+# Members that are columns of the same name.
+OF_TASK = (
+    "id", "external_task_id", "provider", "provider_task_id", "request_hash", "adopt", "state", "series", "expected",
+    "contradicted", "completeness_reads", "error", "units", "created_at", "sent_at", "submitted_at", "completed_at",
+    "files_expire_at",
+)  # fmt: skip
+OF_ASSET = (
+    "id", "kind", "index", "original", "state", "key", "sha256", "size", "media_type", "width", "height", "verified",
+    "accept_unverified", "fetched", "superseded", "error", "created_at", "files_expire_at", "archived_at",
+)  # fmt: skip
 # Members of a file that the manifest contains only if they have a value.
 ODD = ("trailing_bytes", "notes", "unusable_since", "unusable_tries", "unconfirmed")
 
@@ -247,29 +258,8 @@ def digest_of(members: Mapping[str, Any]) -> str:
 
 def _task(task: Task, assets: Sequence[Asset], aliases: Sequence[str]) -> dict[str, Any]:
     facts = tasks.facts(task, assets)
-    return {
-        "id": str(task.id),
-        "external_task_id": task.external_task_id,
-        "provider": task.provider,
-        "provider_task_id": task.provider_task_id,
-        "aliases": list(aliases),
-        "request_hash": task.request_hash,
-        "adopt": task.adopt,
-        "state": task.state.value,
-        "archive": states.outcome(facts).value,
-        "series": task.series,
-        "expected": task.expected,
-        "contradicted": task.contradicted,
-        "completeness_reads": task.completeness_reads,
-        "error": task.error,
-        "note": states.shortfall(facts),
-        "units": task.units,
-        "created_at": _iso(task.created_at),
-        "sent_at": _iso(task.sent_at),
-        "submitted_at": _iso(task.submitted_at),
-        "completed_at": _iso(task.completed_at),
-        "files_expire_at": _iso(task.files_expire_at),
-    }
+    decided = {"archive": states.outcome(facts).value, "note": states.shortfall(facts)}
+    return {**_columns(task, OF_TASK), **decided, "aliases": list(aliases)}
 
 
 def _delivery(delivery: Callback) -> dict[str, Any]:
@@ -280,44 +270,26 @@ def _delivery(delivery: Callback) -> dict[str, Any]:
     return {
         "source": delivery.source,
         "sha256": hashlib.sha256(delivery.body).hexdigest(),
-        "received_at": _iso(delivery.received_at),
+        "received_at": delivery.received_at,
         "body": body,
     }
 
 
 def _asset(asset: Asset) -> dict[str, Any]:
-    return {
-        "id": str(asset.id),
-        "kind": asset.kind,
-        "index": asset.index,
-        "original": asset.original,
-        "state": asset.state.value,
-        "key": asset.key,
-        "sha256": asset.sha256,
-        "size": asset.size,
-        "media_type": asset.media_type,
-        "width": asset.width,
-        "height": asset.height,
-        "verified": asset.verified,
-        "accept_unverified": asset.accept_unverified,
-        "source": asset.source_url,
-        "fetched": asset.fetched,
-        "superseded": asset.superseded,
-        "error": asset.error,
-        "created_at": _iso(asset.created_at),
-        "files_expire_at": _iso(asset.files_expire_at),
-        "archived_at": _iso(asset.archived_at),
-        **{name: _iso(value) for name in ODD if (value := getattr(asset, name))},
-    }
+    odd = {name: value for name, value in _columns(asset, ODD).items() if value}
+    return {**_columns(asset, OF_ASSET), "source": asset.source_url, **odd}
 
 
-def _iso(value: Any) -> Any:
-    """A time as text, any other value as it is."""
-    return value.isoformat() if isinstance(value, datetime) else value
+def _columns(row: Task | Asset, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in names}
 
 
 def without_signatures(value: Any) -> Any:
-    """`value` with every URL cut before `?`, and with numbers that RFC 8785 can carry."""
+    """`value` in JSON's types, with every URL cut before `?` and with numbers that RFC 8785 can carry."""
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, UUID):
+        return str(value)
     if isinstance(value, Mapping):
         return {str(name): without_signatures(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

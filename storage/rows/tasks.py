@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, cast
 
@@ -168,44 +168,29 @@ def assets_of_all(session: Session, task_ids: Sequence[uuid.UUID]) -> dict[uuid.
     return found
 
 
-def name_of(asset: Asset) -> AssetName:
+def name_of(asset: Any) -> AssetName:
     return AssetName(asset.kind, asset.index, asset.original)
 
 
-def facts(task: Task | Standing, assets: Sequence[Asset]) -> TaskFacts:
-    """The part of the rows that decisions read."""
-    found = (
-        AssetFacts(asset.state, asset.source_url, asset.unusable_tries, unconfirmed=asset.unconfirmed)
+def facts(task: Task | Standing, assets: Iterable[Any]) -> TaskFacts:
+    """The part of the rows that decisions read. `assets`: row objects, or rows of their columns."""
+    found = {
+        name_of(asset): AssetFacts(asset.state, asset.source_url, asset.unusable_tries, asset.unconfirmed)
         for asset in assets
-    )
-    return _facts(task, dict(zip(map(name_of, assets), found, strict=True)))
+    }
+    return TaskFacts(**{name: getattr(task, name) for name in _OF_TASK}, assets=found)
 
 
+_OF_TASK = ("state", "archive", "series", "expected", "contradicted", "completeness_reads")
 _ASSETS = Asset.__table__.c  # type: ignore[attr-defined]
-_ASSET_FACTS = sqlalchemy.select(
-    _ASSETS.kind, _ASSETS.index, _ASSETS.original, _ASSETS.state, _ASSETS.source_url, _ASSETS.unusable_tries
-).where(_ASSETS.task_id == bindparam("of"))
+_OF_ASSET = ("kind", "index", "original", "state", "source_url", "unusable_tries", "unconfirmed")
+_ASSET_FACTS = sqlalchemy.select(*(_ASSETS[name] for name in _OF_ASSET)).where(_ASSETS.task_id == bindparam("of"))
 
 
 def facts_now(session: Session, task: Task | Standing) -> TaskFacts:
     """`facts` from the current rows without row objects, because every settled file needs them."""
     session.flush()
-    rows = execute(session, _ASSET_FACTS, {"of": task.id}).rows
-    names = [AssetName(row.kind, row.index, row.original) for row in rows]
-    found = (AssetFacts(row.state, row.source_url, row.unusable_tries) for row in rows)
-    return _facts(task, dict(zip(names, found, strict=True)))
-
-
-def _facts(task: Task | Standing, assets: dict[AssetName, AssetFacts]) -> TaskFacts:
-    return TaskFacts(
-        state=task.state,
-        archive=task.archive,
-        series=task.series,
-        expected=task.expected,
-        contradicted=task.contradicted,
-        completeness_reads=task.completeness_reads,
-        assets=assets,
-    )
+    return facts(task, execute(session, _ASSET_FACTS, {"of": task.id}).rows)
 
 
 def asset_id(task_id: uuid.UUID, name: AssetName) -> uuid.UUID:
