@@ -99,10 +99,6 @@ class Spool(io.RawIOBase):
         self._size = min(self._size, self._at if size is None else size)
         return self._size
 
-    def flush(self) -> None:
-        if self._file is not None and not self._file.closed:
-            self._file.flush()
-
     def readable(self) -> bool:
         return True
 

@@ -11,7 +11,7 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
 import idna
@@ -202,7 +202,7 @@ class Target:
     `authority`: host and port as in a URL and in the Host header.
     """
 
-    scheme: Literal["http", "https"]
+    scheme: str  # http or https
     host: str
     port: int
     authority: str
@@ -269,7 +269,7 @@ def _one_spelling(host: str) -> str:
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)
 
 
-def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
+def _split(url: str) -> tuple[str, str, str]:
     if len(url) > MAX_URL_CHARACTERS:
         raise FetchRefused(f"URL is longer than {MAX_URL_CHARACTERS} characters")
     parts = URL_PARTS.match(tidy(url))
@@ -280,13 +280,10 @@ def _split(url: str) -> tuple[Literal["http", "https"], str, str]:
         path = quote(path, safe=ASCII_PRINTABLE)
     except UnicodeEncodeError:
         raise FetchRefused("URL holds a lone surrogate") from None
-    match parts["scheme"].lower():
-        case "https":
-            return "https", parts["authority"], path
-        case "http":
-            return "http", parts["authority"], path
-        case _:
-            raise FetchRefused("scheme is neither https nor http")
+    scheme = parts["scheme"].lower()
+    if scheme not in DEFAULT_PORTS:
+        raise FetchRefused("scheme is neither https nor http")
+    return scheme, parts["authority"], path
 
 
 def _host_and_port(scheme: str, authority: str) -> tuple[str, int]:

@@ -18,7 +18,6 @@ from urllib.parse import urljoin
 import httpcore
 
 from storage.errors import (
-    AssetDamaged,
     DiskFull,
     FetchCut,
     FetchExpired,
@@ -58,26 +57,18 @@ MAX_HEADER_CHARACTERS = 256
 NO_ROOM = frozenset({errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)})
 
 
-@dataclass(frozen=True)
-class Fetched:
-    """A fetched file. `size` in bytes, `sha256` as 64 hex digits, `host`: the host that sent the bytes.
+@dataclass(frozen=True, kw_only=True)
+class Fetched(Media):
+    """A fetched file, as its bytes describe it. `size` in bytes, `sha256` as 64 hex digits.
 
-    `media_type`, `extension`, `width`, `height`: from the bytes. `verified` False: accepted although the structure is
-    broken. `headers`: those of KEPT_HEADERS that were sent, for display, never trusted. `trailing_bytes`: bytes after
-    the end of the picture. `notes`: harmless irregularities.
+    `host`: the host that sent the bytes. `headers`: those of KEPT_HEADERS that were sent, for display, never trusted.
+    `notes`: irregularities of the transfer too.
     """
 
     size: int
     sha256: str
-    media_type: str
-    extension: str
-    width: int | None
-    height: int | None
-    verified: bool
     headers: dict[str, str] = field(repr=False)
     host: str
-    trailing_bytes: int = 0
-    notes: tuple[str, ...] = ()
 
 
 class Fetcher:
@@ -154,9 +145,15 @@ class Fetcher:
         )
         with connection.with_deadline(deadline), _our_errors():
             target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
-            media = _inspect(sink, accept_unverified=accept_unverified)
+            media = media_types.inspect(sink, accept_unverified=accept_unverified)
             sink.seek(0)
-        return _fetched(target, body, media)
+        return Fetched(
+            **{**vars(media), "notes": tuple(dict.fromkeys((*body.notes, *media.notes)))},
+            size=body.size,
+            sha256=body.digest.hexdigest(),
+            headers={name: body.headers[name][:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if name in body.headers},
+            host=target.host,
+        )
 
     def close(self) -> None:
         """Close every connection. A fetch running in another thread ends with an error."""
@@ -178,7 +175,8 @@ class Fetcher:
                         for name, value in response.headers
                     }
                     if response.status not in REDIRECTS:
-                        _check_status(response.status, headers, target.host)
+                        if response.status not in (200, 206):
+                            raise _refusal(response.status, headers, target.host)
                         deadline.expect_body()
                         body.receive(response, headers)
                         return target, body
@@ -214,27 +212,12 @@ class Fetcher:
         return onward
 
 
-def _inspect(sink: BinaryIO, *, accept_unverified: bool) -> Media:
-    try:
-        return media_types.inspect(sink)
-    except AssetDamaged:
-        if not accept_unverified:
-            raise
-    sink.seek(0)
-    sniffed = media_types.sniff(sink.read(media_types.HEAD_BYTES))
-    if sniffed is None:  # inspect() has raised NotAnAsset then
-        raise AssertionError("a damaged asset has no type")
-    return Media(*sniffed, width=None, height=None, verified=False)
-
-
-def _check_status(status: int, headers: Mapping[str, str], host: str) -> None:
-    if status in (200, 206):
-        return
+def _refusal(status: int, headers: Mapping[str, str], host: str) -> Exception:
     if status in EXPIRED:
-        raise FetchExpired(f"{host} answered {status}")
+        return FetchExpired(f"{host} answered {status}")
     after = retry_after(headers.get("retry-after", ""), datetime.now(UTC))
     error = FetchInterrupted if status in LATER or status >= 500 else FetchUnusable
-    raise error(f"{host} answered {status}", after=after)
+    return error(f"{host} answered {status}", after=after)
 
 
 def retry_after(value: str, now: datetime) -> float | None:
@@ -251,22 +234,6 @@ def retry_after(value: str, now: datetime) -> float | None:
             return None
         seconds = moment - now.timestamp()
     return min(seconds, MAX_RETRY_AFTER_SECONDS) if seconds > 0 else None
-
-
-def _fetched(target: Target, body: Body, media: Media) -> Fetched:
-    return Fetched(
-        body.size,
-        body.digest.hexdigest(),
-        media.media_type,
-        media.extension,
-        media.width,
-        media.height,
-        media.verified,
-        {name: body.headers[name][:MAX_HEADER_CHARACTERS] for name in KEPT_HEADERS if name in body.headers},
-        target.host,
-        media.trailing_bytes,
-        tuple(dict.fromkeys((*body.notes, *media.notes))),
-    )
 
 
 @contextmanager

@@ -264,11 +264,18 @@ class GuardedStream(httpcore.NetworkStream):
         self.junk_lines, self.reusable, self.ended = 0, False, False
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """The response head without any of the body, then the body."""
+        """The response's heads without any of the body, then the body. Body bytes after the heads stay in `_rest`."""
+        heads = b""
         while self.body_bytes is None:
             data = self._receive(memoryview(bytearray(HEAD_READ_BYTES)), timeout)
             self._head += data
-            heads = self._whole_heads()
+            while self.body_bytes is None and (end := HEAD_END.search(self._head)) is not None:
+                head, rest = bytes(self._head[: end.end()]), self._head[end.end() :]
+                heads += self._without_junk(head)
+                if head[9:10] == b"1":  # "HTTP/1.1 103 Early Hints": the real head follows
+                    self._head = rest
+                else:
+                    self.body_bytes, self._rest, self._head = len(rest), bytes(rest), bytearray()
             if heads:
                 return heads
             if not data or len(self._head) > MAX_HEAD_BYTES:  # httpcore's parser raises the error
@@ -320,18 +327,6 @@ class GuardedStream(httpcore.NetworkStream):
         except OSError:
             pass  # nothing more yet, or an error that the next read raises again
         return count
-
-    def _whole_heads(self) -> bytes:
-        """The complete heads. The first bytes of the body after the last one are kept in `_rest`."""
-        heads = b""
-        while self.body_bytes is None and (end := HEAD_END.search(self._head)) is not None:
-            head, rest = bytes(self._head[: end.end()]), self._head[end.end() :]
-            informational = head[9:10] == b"1"  # "HTTP/1.1 103 Early Hints": the real head follows
-            heads += self._without_junk(head)
-            if not informational:
-                self.body_bytes, self._rest = len(rest), bytes(rest)
-            self._head = rest if informational else bytearray()
-        return heads
 
     def _without_junk(self, head: bytes) -> bytes:
         first, *lines = LINE.findall(head)

@@ -88,12 +88,13 @@ def _sniff_boxes(head: bytes) -> tuple[str, str] | None:
     return None
 
 
-def inspect(file: BinaryIO) -> Media:
+def inspect(file: BinaryIO, *, accept_unverified: bool = False) -> Media:
     """Check `file` from beginning to end and describe it.
 
     Memory is constant, and time is linear in the size (BYTES_PER_PIECE). Raises `NotAnAsset`, which names the kind of
     file, and `AssetDamaged` if a file of a known format is cut short, contradicts itself, has a page, an archive or a
-    program after its end, or exceeds MAX_PIXELS or MAX_FRAMES.
+    program after its end, or exceeds MAX_PIXELS or MAX_FRAMES. `accept_unverified`: describe such a file by its type
+    alone, with `verified` False.
     """
     file.seek(0)
     head = file.read(HEAD_BYTES)
@@ -107,9 +108,10 @@ def inspect(file: BinaryIO) -> Media:
     try:
         size = WALKS[extension](reader)
         trailing_bytes = reader.left
-        if hidden := foreign.hidden_in(reader):
+        if trailing_bytes and (hidden := foreign.hidden_in(reader)):
             raise AssetDamaged(f"{trailing_bytes} bytes after the end hold {hidden}")
     except AssetDamaged as error:
+        if accept_unverified:
+            return Media(media_type, extension, None, None, verified=False)
         raise AssetDamaged(f"{extension}: {error}") from None
-    notes = tuple(reader.notes)
-    return Media(media_type, extension, size.width, size.height, True, trailing_bytes, notes)
+    return Media(media_type, extension, *size, True, trailing_bytes, tuple(reader.notes))

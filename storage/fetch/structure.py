@@ -87,7 +87,7 @@ class Reader:
         if self._memory is None or count > self.left:
             yield from self.blocks(count)
         else:
-            self._move(count)
+            self.at += count
             yield self._memory[self.at - count : self.at]
 
     def blocks(self, count: int) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -111,37 +111,31 @@ class Connections:
     def get(self, target: Target, more: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]) -> Iterator[Response]:
         """Request `target`. At the end the connection is kept if the body has made it `reusable`, else closed."""
         origin = target.scheme, target.host, target.port
-        kept = self._kept(origin)
-        with ExitStack() as answered:
-            try:
-                response = (
-                    answered.enter_context(self._requested(kept, origin, target, more, timeouts)) if kept else None
-                )
-            except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
-                response = None  # the host closed it while it was idle
+        fields = [(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent), *SAME, *more]
+        response = None
+        with ExitStack() as used:
+            if stream := self._kept(origin):
+                used.enter_context(self._used(stream, origin))
+                try:
+                    response = _answer(stream, target, fields, timeouts)
+                except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
+                    used.close()  # the host closed it while it was idle
             if response is None:
                 stream = self._connect(target, timeouts["connect"])
-                response = answered.enter_context(self._requested(stream, origin, target, more, timeouts))
+                used.enter_context(self._used(stream, origin))
+                response = _answer(stream, target, fields, timeouts)
             yield response
 
     @contextmanager
-    def _requested(
-        self,
-        stream: connection.GuardedStream,
-        origin: Origin,
-        target: Target,
-        more: list[tuple[bytes, bytes]],
-        timeouts: Mapping[str, float],
-    ) -> Iterator[Response]:
+    def _used(self, stream: connection.GuardedStream, origin: Origin) -> Iterator[None]:
         with self._lock:
             self._busy.add(stream)
         try:
-            fields = [(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent), *SAME, *more]
-            yield _answer(stream, target, fields, timeouts)
+            yield
         except httpcore.RemoteProtocolError:
             if stream.ended:
                 raise
-            raise FetchUnusable(f"{target.host} sent a response that is not HTTP/1.1") from None
+            raise FetchUnusable(f"{origin[1]} sent a response that is not HTTP/1.1") from None
         finally:
             with self._lock:
                 self._busy.discard(stream)
@@ -279,7 +273,10 @@ class Body:
         coded = bool(_codings(headers))
         memory = None if "content-encoding" in headers else spool_with_room(self._sink, declared)
         room = connection.read_buffer if memory is None else lambda: memory.free
-        for block in _plain(response.blocks(declared, room), headers, self.notes):
+        blocks = response.blocks(declared, room)
+        if "content-encoding" in headers:
+            blocks = _decoded(blocks, headers, self.notes)
+        for block in blocks:
             self.size += len(block)
             if self.size > self._max_bytes:
                 raise FetchTooLarge(f"more than the {self._max_bytes} bytes allowed")
@@ -288,7 +285,6 @@ class Body:
                 self._sink.write(block)
             else:
                 memory.keep(len(block))
-        self._sink.flush()
         if not coded and self._total not in (None, self.size):
             raise FetchUnusable(f"received {self.size} of {self._total} announced bytes")
         stream = response.stream
@@ -354,7 +350,7 @@ def _codings(headers: Mapping[str, str]) -> list[str]:
     return [word for word in words if word in CODINGS]
 
 
-def _plain(blocks: Iterable[Block], headers: Mapping[str, str], notes: list[str]) -> Iterator[Block]:
+def _decoded(blocks: Iterator[Block], headers: Mapping[str, str], notes: list[str]) -> Iterator[Block]:
     """The body without its content coding, although none was requested.
 
     gzip is decoded. A body that begins as a picture is taken as not coded, whatever the header says. After a wrong
@@ -363,7 +359,7 @@ def _plain(blocks: Iterable[Block], headers: Mapping[str, str], notes: list[str]
     if headers.get("content-encoding", "").strip().lower() in ("", "identity"):
         yield from blocks
         return
-    codings, blocks, head = _codings(headers), iter(blocks), b""
+    codings, head = _codings(headers), b""
     while codings and len(head) < media_types.HEAD_BYTES and (block := next(blocks, b"")):
         head += block
     blocks = itertools.chain([head], blocks)

@@ -109,8 +109,8 @@ MUTATIONS = (
     Mutation(
         "a cut file is kept",
         "storage/fetch/client.py",
-        "media = _inspect(sink, accept_unverified=accept_unverified)",
-        "media = _inspect(sink, accept_unverified=True)",
+        "media = media_types.inspect(sink, accept_unverified=accept_unverified)",
+        "media = media_types.inspect(sink, accept_unverified=True)",
         # The campaign may miss this fault: after a killed worker or a lost put the whole file is fetched again.
         f"{UNUSABLE}::test_files_cut_without_a_length_half_of_the_time_are_all_archived",
     ),
