@@ -21,6 +21,7 @@ from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
 from storage.rows import aliases, claims, reports, tasks
+from storage.rows.deliveries import NOT_BELIEVED
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskFacts, TaskState
@@ -41,8 +42,8 @@ MAX_TRANSACTION_SECONDS = 0.02
 MAX_READS_PER_TASK = 20
 BY_READ = "confirmed by a read of the task"
 UNKNOWN = "unknown status"
-NOT_READ = f"not believed, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
-DECIDED = "not believed: the provider itself named another file"
+NOT_READ = f"{NOT_BELIEVED}, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
+DECIDED = f"{NOT_BELIEVED}: the provider itself named another file"
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import func, literal_column, or_
-from sqlalchemy.orm import defer
+from sqlalchemy import and_, func, literal_column, or_
+from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
 from storage.accounts import batches
 from storage.operations import deadlines
 from storage.rows import aliases, tasks
+from storage.rows.deliveries import NOT_BELIEVED
 from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, TaskState
 
@@ -245,7 +246,7 @@ def newest_batches(session: Session, before: str | None, limit: int = PAGE) -> P
 
 @dataclass(frozen=True)
 class DeliveryFilter:
-    """`state`: a state or `refused`. `task`: the external id of the task that its token names. `cause`: words in the
+    """`state`: a state or `refused`. `task`: the external id of the task that it belongs to. `cause`: words in the
     reason.
     """
 
@@ -266,10 +267,10 @@ def read_delivery_filter(query: Mapping[str, str]) -> DeliveryFilter:
 
 
 def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | None, limit: int = PAGE) -> Page:
-    """One page of (delivery, size of its body, external id of its task); bodies are not loaded."""
+    """One page of (delivery, size of its body, external and own id of its task); bodies are not loaded."""
     found: Any = select(*(getattr(Callback, name) for name in ("id", "state", "provider", "reason", "received_at")))
-    found = found.where(Callback.source == "push", *_deliveries_in_reach(session, wanted))
-    found = found.where(*_behind(Callback.received_at, Callback.id, _cursor(before, _number)))
+    behind = _behind(Callback.received_at, Callback.id, _cursor(before, _number))
+    found = found.where(Callback.source == "push", *behind, *_deliveries_in_reach(session, wanted, behind))
     narrow = bool(_delivery_conditions(Callback, wanted))
     ordered = found.order_by(col(Callback.received_at).desc(), col(Callback.id).desc())
     window = ordered.limit(SCANNED if narrow else limit + 1).subquery()
@@ -286,13 +287,16 @@ def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | No
     return page
 
 
-def _deliveries_in_reach(session: Session, wanted: DeliveryFilter) -> list[Any]:
-    """Conditions that an index answers."""
+def _deliveries_in_reach(session: Session, wanted: DeliveryFilter, behind: Sequence[Any]) -> list[Any]:
+    """Conditions that an index answers. `behind`: those of the cursor."""
     conditions: list[Any] = []
     since, until = _day(wanted.since), _day(wanted.until)
     if wanted.task:
         task = exact(session, wanted.task)
-        conditions.append(col(Callback.task_id) == (task.id if task else uuid.UUID(int=0)))
+        # Read first, because as a part of the page's query they could make a planner walk all deliveries.
+        newest = select(Callback.id).order_by(col(Callback.id).desc()).limit(SCANNED)
+        some = [newest.where(each, *behind) for each in (_belongs_to(task) if task else ())]
+        conditions.append(col(Callback.id).in_([number for each in some for number in session.scalars(each)]))
     if since:
         conditions.append(col(Callback.received_at) >= since)
     if until:
@@ -321,20 +325,43 @@ def _delivery_conditions(columns: Any, wanted: DeliveryFilter) -> list[Any]:
     return conditions
 
 
-def _deliveries(session: Session, ids: Sequence[int]) -> list[tuple[Callback, int, str | None]]:
+def _belongs_to(task: Any) -> list[Any]:
+    """How a delivery belongs to a task: its token names it, or it came to the account's URL and was applied to it. One
+    that was not believed only claims to be about the task. An index answers each condition.
+    """
+    at_account = and_(col(Callback.task_id).is_(None), col(Callback.external_task_id) == task.external_task_id)
+    was_applied = and_(col(Callback.state) == CallbackState.APPLIED, col(Callback.provider) == task.provider)
+    was_believed = func.coalesce(Callback.reason, "").not_like(f"{NOT_BELIEVED}%")
+    return [col(Callback.task_id) == task.id, and_(at_account, was_applied, was_believed)]
+
+
+def _deliveries(session: Session, ids: Sequence[int]) -> list[tuple[Callback, int, str | None, uuid.UUID | None]]:
     body: Any = Callback.body
-    found = select(Callback, func.length(body), Task.external_task_id)
-    found = found.outerjoin(Task, col(Task.id) == col(Callback.task_id)).options(defer(body, raiseload=True))
+    by_token, by_body = owners = aliased(Task), aliased(Task)
+    name, own_id = func.coalesce(*(each.external_task_id for each in owners)), func.coalesce(*(e.id for e in owners))
+    found: Any = select(Callback, func.length(body), name, own_id).options(defer(body, raiseload=True))
+    found = found.outerjoin(by_token, _belongs_to(by_token)[0]).outerjoin(by_body, _belongs_to(by_body)[1])
     found = found.where(col(Callback.id).in_(ids)).order_by(col(Callback.received_at).desc(), col(Callback.id).desc())
-    return [(row, size, name) for row, size, name in session.execute(found)]
+    return [tuple(each) for each in session.execute(found)]
 
 
-def deliveries_of(session: Session, task_id: uuid.UUID, limit: int) -> list[tuple[Callback, int]]:
-    """The newest deliveries and reads of a task, each with the size of its body, which is not loaded."""
+def deliveries_of(session: Session, task: Task, limit: int) -> list[tuple[Callback, int]]:
+    """The newest deliveries and reads of a task, each with the size of its body, which is not loaded. Those at the
+    account's URL, where a stranger may name any task, are counted for themselves.
+    """
     body: Any = Callback.body
     found = select(Callback, func.length(body)).options(defer(body, raiseload=True))
-    found = found.where(col(Callback.task_id) == task_id).order_by(col(Callback.id).desc()).limit(limit)
-    return [(row, size) for row, size in session.execute(found)]
+    newest = [found.where(each).order_by(col(Callback.id).desc()).limit(limit) for each in _belongs_to(task)]
+    return [(row, size) for each in newest for row, size in session.execute(each)]
+
+
+def task_of(session: Session, row: Callback) -> Task | None:
+    """The task that a delivery belongs to."""
+    if row.task_id is not None:
+        return session.get(Task, row.task_id)
+    is_applied = row.state is CallbackState.APPLIED and not (row.reason or "").startswith(NOT_BELIEVED)
+    task = tasks.by_external_id(session, row.external_task_id or "") if is_applied else None
+    return task if task and task.provider == row.provider else None
 
 
 # -- cursors ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ MAX_BATCH = 256
 UNREADABLE_READS = PARK_LOSSES
 UNREADABLE_SECONDS = 10.0
 
+# The reason of an applied delivery whose report had no effect begins with this.
+NOT_BELIEVED = "not believed"
 
 _LENGTH = Struct(">Q").pack  # 8 bytes
 

@@ -15,9 +15,9 @@ from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
 from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import Tally
-from storage.operations.lists import DeliveryFilter, newest_deliveries, read_delivery_filter
+from storage.operations.lists import DeliveryFilter, newest_deliveries, read_delivery_filter, task_of
 from storage.rows.events import PERSON_ACTED
-from storage.rows.models import Callback, Event, Task
+from storage.rows.models import Callback, Event
 from storage.states import CallbackState
 
 HOME = "/console/deliveries"
@@ -45,7 +45,7 @@ class Deliveries:
     def show(self, visit: Visit) -> Response:
         with self._of.database.read() as session:
             row = self._row(session, visit.path("id"))
-            task = session.get(Task, row.task_id) if row.task_id else None
+            task = task_of(session, row)
         pretty, start = visible.pretty(row.body), row.body[:MAX_SHOWN_BYTES]
         raw = visible.raw(start) if visit.session.may_act else visible.guarded(start) if pretty is None else None
         return visit.page(
@@ -102,7 +102,7 @@ class Deliveries:
         """The newest matching deliveries, and whether there may be more."""
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
-        return [row for row, _, _ in page.rows], page.further is not None
+        return [row for row, *_ in page.rows], page.further is not None
 
     def _replay(self, visit: Visit, rows: Sequence[Callback]) -> int:
         """Replay and report. Returns the id of the kept row, which names the deliveries."""

@@ -21,6 +21,7 @@ from receiver.tasks.task_view import can_retry, is_over, why_not
 from storage.operations import lists
 from storage.rows import events, tasks
 from storage.rows.aliases import aliases_of
+from storage.rows.events import EventName
 from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, TaskState
 
@@ -47,7 +48,7 @@ TOLD = ("external_task_id", "by", "key", "kind", "index", "error", "reason", "no
 @dataclass(frozen=True)
 class Moment:
     """One line of the timeline. `detail`: text of others, shown on demand. `link`: a page with more. `out`: (kind,
-    words) of each sink that gets the event.
+    words) of each sink that gets the event. `order`: among moments of the same time, causes come before effects.
     """
 
     at: datetime
@@ -57,6 +58,7 @@ class Moment:
     detail: str = ""
     link: str = ""
     out: Sequence[tuple[str, str]] = ()
+    order: int = 2
 
 
 def path_of(task: Task) -> str:
@@ -93,7 +95,7 @@ class Tasks:
                 raise HTTPException(404)
             assets = tasks.assets_of(session, task.id)
             facts = events.of_task(session, task.id)
-            deliveries = lists.deliveries_of(session, task.id, SHOWN_DELIVERIES)
+            deliveries = lists.deliveries_of(session, task, SHOWN_DELIVERIES)
             acts = events.acts_of(session, task.id)
             out = lists.dispatches_of(session, facts)
             aliases = aliases_of(session, task.id)
@@ -119,10 +121,10 @@ def timeline(
     out: Mapping[int, Sequence[Dispatch]],
 ) -> list[Moment]:
     """The timeline: all events, deliveries, tries and acts that are stored for the task."""
-    found = [_of_fact(visit, fact, out.get(fact.id or 0, ())) for fact in facts]
+    found = [_of_fact(visit, task, fact, out.get(fact.id or 0, ())) for fact in facts]
     found += [_of_delivery(visit, *each) for each in deliveries]
     if task.sent_at and not task.adopt:
-        found.append(Moment(task.sent_at, "idle", visit.text("timeline.sent", provider=task.provider)))
+        found.append(Moment(task.sent_at, "idle", visit.text("timeline.sent", provider=task.provider), order=1))
     if task.deleted_at:
         found.append(Moment(task.deleted_at, "bad", visit.text("timeline.deleted")))
     return found
@@ -130,7 +132,7 @@ def timeline(
 
 def in_order(found: Sequence[Moment], start: datetime) -> list[Moment]:
     """Oldest first, each with the time since the first."""
-    ordered = sorted(found, key=lambda moment: moment.at)
+    ordered = sorted(found, key=lambda moment: (moment.at, moment.order))
     start = ordered[0].at if ordered else start
     return [replace(each, since=f"+{words.seconds((each.at - start).total_seconds())}") for each in ordered]
 
@@ -155,7 +157,7 @@ def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
     return DISPATCH_KINDS[row.state], f"{says} ({tries})" if row.tries > 1 else says
 
 
-def _of_fact(visit: Visit, fact: Event, out: Sequence[Dispatch]) -> Moment:
+def _of_fact(visit: Visit, task: Task, fact: Event, out: Sequence[Dispatch]) -> Moment:
     known, data = visit.word("event", fact.name), fact.data
     if fact.name.startswith("asset."):
         kind = visit.word("kind", words.short(str(data.get("kind", "")), 20))
@@ -167,7 +169,10 @@ def _of_fact(visit: Visit, fact: Event, out: Sequence[Dispatch]) -> Moment:
     rest = {name: value for name, value in data.items() if name not in TOLD}
     detail = seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:2_000]) if rest else ""
     told = [_of_dispatch(visit, each) for each in out]
-    return Moment(fact.at, KINDS.get(fact.name, "idle"), says, detail=detail, out=told)
+    at, order = fact.at, 3
+    if fact.name == EventName.TASK_CREATED:  # recorded some milliseconds after the row's own times
+        at, order = fact.at if task.adopt else min(fact.at, task.sent_at or fact.at), 0
+    return Moment(at, KINDS.get(fact.name, "idle"), says, detail=detail, out=told, order=order)
 
 
 def _of_act(visit: Visit, act: Event) -> Moment:

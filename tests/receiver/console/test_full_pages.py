@@ -129,6 +129,21 @@ def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: R
     assert ">Read, " in page and ">Callback, " in page
 
 
+def test_causes_come_before_their_effects_in_a_timeline(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    same = parts.database.now()
+    with parts.database.write() as session:
+        [sent] = session.exec(select(Event).where(Event.task_id == task.id, Event.name == "task.submitted")).all()
+        sent.at = same
+        for delivery in session.exec(select(Callback).where(Callback.task_id == task.id)):
+            delivery.received_at = same
+    page = ann.page(f"/tasks/{task.external_task_id}").partition('class="timeline"')[2]
+    places = [
+        page.find(words) for words in (">Created ", ">Sent to kling ", ">Callback, ", ">Accepted by the provider ")
+    ]
+    assert -1 not in places and places == sorted(places)
+
+
 def test_a_list_says_why_a_task_failed_or_lacks_a_file(parts: Parts, ann: Reader) -> None:
     insert_row(parts, state=TaskState.FAILED, error="the prompt was refused", step=None, due_at=None)
     task = archive(parts, 1)[0]

@@ -96,8 +96,8 @@ def test_deliveries_are_filtered_and_paged_by_key(parts: Parts) -> None:
     with parts.database.read() as session:
         page = newest_deliveries(session, DeliveryFilter(state="unreadable"), None, 2)
         rest = newest_deliveries(session, DeliveryFilter(task=task.external_task_id, cause="JSON"), page.further)
-    assert [row.id for row, _, _ in page.rows] == ids[:0:-1] and [row.id for row, _, _ in rest.rows] == ids[:1]
-    assert page.rows[0][1:] == (9, task.external_task_id)
+    assert [row.id for row, *_ in page.rows] == ids[:0:-1] and [row.id for row, *_ in rest.rows] == ids[:1]
+    assert page.rows[0][1:] == (9, task.external_task_id, task.id)
 
 
 def test_an_exact_id_leads_to_its_task(parts: Parts, ann: Reader) -> None:
