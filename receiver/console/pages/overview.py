@@ -10,6 +10,9 @@ from receiver.console.visit import Visit
 from receiver.console.words import bars, seconds, size
 from storage.operations import rollups
 
+# A page that shows no later change looks again this many seconds after it: the figures have been read anew by then.
+LATE_SECONDS = rollups.FRESH_SECONDS + 5
+
 
 class Overview:
     """The page."""
@@ -26,7 +29,7 @@ class Overview:
         span = self._rollups.span(rollups.MONTH_HOURS if is_month else 24)
         return visit.page(
             "overview.html", needs=stands.needs, workers=stands.workers, measures=stands.measures,
-            span=span, is_month=is_month, figures=self._figures(visit, span),
+            span=span, is_month=is_month, figures=self._figures(visit, span), late_seconds=LATE_SECONDS,
         )  # fmt: skip
 
     def _figures(self, visit: Visit, span: rollups.Span) -> list[dict[str, object]]:

@@ -56,12 +56,15 @@ async function renew() {
 if (main && document.querySelector("[data-live]") && window.EventSource) {
   const state = document.querySelector("[data-live-state]");
   const show = (on) => { if (state) { state.classList.toggle("on", on); state.textContent = on ? state.dataset.on : state.dataset.off; } };
-  let lost = false, trailing, source;
+  // Numbers over the whole database are up to three seconds old, and those of a part with `data-late` nearly as many
+  // seconds as it says. Look once more for each when nothing follows.
+  const late = 1000 * (document.querySelector("[data-late]")?.dataset.late || 0);
+  let lost = false, timers = [], source;
+  function lookAgain(...after) { timers.forEach(clearTimeout); timers = after.map((each) => setTimeout(renew, each)); }
   function connect() {
     source = new EventSource(main.dataset.liveUrl);
-    source.addEventListener("hello", () => { show(true); if (lost) { fetchedAt = 0; renew(); } lost = false; });
-    // Numbers over the whole database are up to three seconds old: look once more when nothing follows.
-    source.addEventListener("change", (event) => { renew(); clearTimeout(trailing); trailing = setTimeout(renew, Number(event.data) + 1000); });
+    source.addEventListener("hello", () => { show(true); if (lost) { fetchedAt = 0; renew(); } lost = false; if (late) lookAgain(late); });
+    source.addEventListener("change", (event) => { const soon = Number(event.data) + 1000; renew(); lookAgain(soon, ...late > soon ? [late] : []); });
     // A browser connects again by itself, but not after an error page, as a proxy sends one for a server that is away.
     source.addEventListener("error", () => { lost = true; show(false); if (source.readyState === EventSource.CLOSED) setTimeout(connect, 3000); });
   }

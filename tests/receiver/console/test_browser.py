@@ -16,6 +16,7 @@ from sqlmodel import select
 
 from receiver.app.wiring import Parts
 from receiver.console.access import COOKIE
+from storage.operations import rollups
 from storage.rows.models import Asset, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState
 from tests import webdriver
@@ -89,6 +90,23 @@ def test_page_that_is_to_be_fetched_later_is_fetched_again(browser: Browser, web
     later = 'new Response("", {status: 503, headers: {"Retry-After": "3"}})'
     browser.run(f"window.asked = 0; window.fetch = async () => {{ asked++; return {later}; }}; renew();")
     wait_until(lambda: browser.run("return asked") > 1)
+
+
+def test_open_overview_looks_again_when_its_figures_are_read_anew(browser: Browser, web: Web) -> None:
+    """A double of the timers, because real ones take half a minute. It lists those that wait."""
+    heard = (
+        "window.heard = {}; window.EventSource = class { addEventListener(name, f) { heard[name] = f; } close() {} };"
+    )
+    timers = """window.waits = {}; let made = 0; window.clearTimeout = (each) => { delete waits[each]; };
+        window.setTimeout = (f, ms) => { if (f.name === "renew") waits[++made] = ms / 1000; return made; };"""
+    change = "heard.change({data: arguments[0] * 1000}); return Object.values(waits).sort((a, b) => a - b)"
+    with browser.before_pages(heard + timers):
+        browser.open(f"{web.url}/console")
+    late = rollups.FRESH_SECONDS + 5
+    assert browser.run("heard.hello(); return Object.values(waits)") == [late]
+    for _ in range(2):
+        assert browser.run(change.replace("arguments[0]", "3")) == [4, late]
+    assert browser.run(change.replace("arguments[0]", "60")) == [61]
 
 
 def test_filter_is_part_of_the_url(parts: Parts, browser: Browser, web: Web) -> None:
