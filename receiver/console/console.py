@@ -8,7 +8,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from receiver.console.access import Access
-from receiver.console.application import Guard, Policy, build
+from receiver.console.application import Guard, Policy, build, session_of
 from receiver.console.installation import Files, Installation
 from receiver.console.live import Live
 from receiver.console.needs import Needs
@@ -34,10 +34,11 @@ class Console:
     def __init__(self, of: Installation) -> None:
         self._of = of
         self._needs = Needs(of)
-        self._live = Live(of.database)
+        access = Access(of.keys)
+        self._live = Live(of.database, lambda request: session_of(access, request) is not None)
         self._overview = Overview(of, self._needs)
         self._batches = BatchPages(of)
-        self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs.counts, lambda: self._live.tick)
+        self._guard = Guard(access, Policy(self._origin_of_links), self._needs.counts, lambda: self._live.tick)
 
     def application(self, files: Files) -> Starlette:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""

@@ -6,12 +6,14 @@ One query a second serves all consoles: the newest event and the newest delivery
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import structlog
 from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 from starlette.responses import Response
 
 from receiver.console.shares import Shares
@@ -29,9 +31,10 @@ LOOK_SECONDS = 1.0
 PACES = ((1_000.0, 60.0), (150.0, 30.0), (20.0, 10.0), (-math.inf, 3.0))
 # Proxies close silent connections. The browser's script also takes this as a sign of life.
 HEARTBEAT_SECONDS = 15.0
-# How often an open page's session is checked again.
+# A stream ends after this time, and the browser connects again.
 MAX_SECONDS = 600.0
 HELLO = b"retry: 3000\n\nevent: hello\ndata: 1\n\n"
+STILL, CHANGE = b"event: still\ndata: 1\n\n", b"event: change\ndata: %d\n\n"
 
 
 class Pace:
@@ -59,10 +62,13 @@ class Pace:
 
 
 class Live:
-    """The endpoint. Its one query loop runs while a console is open."""
+    """The endpoint. Its one query loop runs while a console is open. `is_logged_in`: checked before each message, which
+    takes some 10 µs, so a stream ends within one heartbeat of its session.
+    """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, is_logged_in: Callable[[Request], bool]) -> None:
         self._database = database
+        self._is_logged_in = is_logged_in
         self._open = 0
         self._shares = Shares(MAX_OPEN)
         self._pace = Pace()
@@ -75,14 +81,16 @@ class Live:
         if self._is_closing:
             return Response(status_code=503, headers={"Retry-After": "30"})
         headers = {"X-Accel-Buffering": "no"}
-        return self._shares.stream(visit.session.name, self._tell(), media_type="text/event-stream", headers=headers)
+        return self._shares.stream(
+            visit.session.name, self._tell(visit.request), media_type="text/event-stream", headers=headers
+        )
 
     def close(self) -> None:
         """End every stream, so that the server can end. Called in its event loop."""
         self._is_closing = True
         self._announce()
 
-    async def _tell(self) -> AsyncIterator[bytes]:
+    async def _tell(self, request: Request) -> AsyncIterator[bytes]:
         self._open += 1
         if self._watching is None:
             self._watching = asyncio.create_task(self._watch())
@@ -90,14 +98,14 @@ class Live:
             ends = asyncio.get_running_loop().time() + MAX_SECONDS
             yield HELLO
             while not self._is_closing and asyncio.get_running_loop().time() < ends:
-                changed = self._changed
-                try:
+                changed, message = self._changed, STILL
+                with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(HEARTBEAT_SECONDS):
                         await changed.wait()
-                except TimeoutError:
-                    yield b"event: still\ndata: 1\n\n"
-                else:
-                    yield b"event: change\ndata: %d\n\n" % (self._pace.apart_seconds * 1e3)
+                        message = CHANGE % (self._pace.apart_seconds * 1e3)
+                if not self._is_logged_in(request):
+                    return
+                yield message
         finally:
             self._open -= 1
             if self._open == 0 and self._watching is not None:

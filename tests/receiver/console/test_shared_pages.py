@@ -4,6 +4,7 @@ rendering, without anything that belongs to one reader.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 import socket
@@ -18,17 +19,20 @@ from uuid import uuid4
 import httpx
 import pytest
 from sqlalchemy import event
+from starlette.requests import Request
 
 from receiver.app.wiring import Parts
 from receiver.console import live
-from receiver.console.access import COOKIE
+from receiver.console.access import COOKIE, SESSION_SECONDS, Access
 from receiver.console.live import Pace
 from storage.background import MOST_TURNS
+from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
 from tests.archived_tasks import archive
-from tests.console_reader import CSRF, READ_KEY, Reader
+from tests.console_reader import ACT_KEY, CSRF, READ_KEY, Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, assets_of, insert_row
+from tests.receiver.console.test_access import ANN, BEN, Clock
 
 LIVE = {"X-Live": "1"}
 
@@ -180,6 +184,38 @@ def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -
         assert next(line for line in lines if line.startswith("event:")) == "event: hello"
         insert_row(parts)
         assert next(line for line in lines if line.startswith("event:")) == "event: change"
+
+
+def test_open_stream_ends_within_a_heartbeat_of_the_log_out(
+    ann: Reader, web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.2)
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
+        lines = answer.iter_lines()
+        assert "event: still" in lines
+        ann.post("/logout")
+        assert len(list(islice(lines, 60))) < 20
+
+
+@pytest.mark.parametrize("end", ["key removed", "session over"])
+def test_no_message_follows_the_end_of_a_session(end: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.01)
+    clock = Clock()
+    access = Access([ANN, BEN], clock)
+    token = access.log_in(ACT_KEY)
+    stream = live.Live(database, lambda _: access.session(token) is not None)._tell(Request({"type": "http"}))
+
+    async def messages() -> None:
+        nonlocal access
+        assert [await anext(stream) for _ in range(3)] == [live.HELLO, live.STILL, live.STILL]
+        if end == "key removed":
+            access = Access([BEN], clock)
+        else:
+            clock.now += SESSION_SECONDS
+        assert [each async for each in stream] == []
+
+    asyncio.run(messages())
 
 
 def test_changes_are_announced_less_often_while_many_deliveries_arrive(
