@@ -8,10 +8,11 @@ from receiver.console.installation import Installation
 from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from receiver.console.words import bars, seconds, size
-from storage.operations import rollups
+from storage.operations import ended, rollups
 
 # A page that shows no later change looks again this many seconds after it: the figures have been read anew by then.
 LATE_SECONDS = rollups.FRESH_SECONDS + 5
+PATIENCE_MINUTES = ended.CALLBACK_PATIENCE_SECONDS // 60
 
 
 class Overview:
@@ -40,7 +41,7 @@ class Overview:
         lost = "of" if total.lost else "none_lost" if total.expected else "none_expected"
         each = size(total.bytes / total.pictures) if total.pictures else "–"
         shown = [
-            ("callbacks", f"{total.callbacks:,}", t("figure.expected", n=total.expected)),
+            ("callbacks", f"{total.callbacks:,}", t("figure.expected", n=total.expected, minutes=PATIENCE_MINUTES)),
             ("pictures", f"{total.pictures:,}", t("figure.pictures_help")),
             ("bytes", size(total.bytes), t("figure.bytes_help", value=each)),
             ("failures", f"{total.failures:,}", t("figure.failures_help")),

@@ -208,6 +208,18 @@ def test_overview_has_eight_charts(parts: Parts, web: Web, monkeypatch: pytest.M
             assert all(each in page for each in ("Bytes archived", "p95", "USD", "Callbacks lost")), path
 
 
+def test_overview_says_that_callbacks_of_the_last_minutes_are_not_due(parts: Parts, ann: Reader, web: Web) -> None:
+    over = {"state": TaskState.SUCCEEDED, "callback_url": "https://a/b", "step": None, "due_at": None}
+    for minutes in (1, 6):
+        insert_row(parts, completed_at=parts.database.now() - timedelta(minutes=minutes), **over)
+    with Reader(web.url, language="zh") as zhang:
+        for reader, says in (
+            (ann, "1 task that ended over 5 min ago"),
+            (zhang, "1 个任务要求回调（结束已超过 5 分钟）"),
+        ):
+            wait_until(lambda reader=reader, says=says: says in reader.page(""), seconds=60)  # type: ignore[misc]
+
+
 def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.operations.kept_results.PAUSE_SECONDS", 0.0)
     then = datetime.now(UTC) - timedelta(days=4)
