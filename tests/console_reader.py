@@ -12,6 +12,7 @@ KEYS = f"ann={ACT_KEY},ben(read)={READ_KEY}"
 LISTS = ("/tasks", "/gallery", "/deliveries", "/events", "/batches")
 PAGES = ("", "?span=30d", *LISTS, "/batches/new", "/ask", "/archive", "/settings")
 CSRF = re.compile(r'name="csrf" value="([0-9a-f]{32})"')
+HIDDEN = re.compile(r'<input type="hidden" name="(\w+)" value="([^"]*)">')
 
 
 class Reader:
@@ -41,6 +42,10 @@ class Reader:
 
     def post(self, path: str, *, csrf: str | None = None, **fields: Any) -> httpx.Response:
         return self.http.post(f"/console{path}", data={"csrf": self.csrf if csrf is None else csrf, **fields})
+
+    def send(self, page: str, **fields: Any) -> httpx.Response:
+        """Press the button that sends the request whose price this page of `/ask` shows."""
+        return self.http.post("/console/ask", data={**dict(HIDDEN.findall(page)), **fields, "step": "send"})
 
     def _token(self, answer: httpx.Response) -> str:
         found = CSRF.search(answer.text)

@@ -14,9 +14,7 @@ from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit
 from receiver.console.words import short
-from receiver.providers.base import ProviderRequest, RequestInvalid
 from receiver.tasks.changes import Tally
-from receiver.tasks.submit import Conflict
 from storage.archive import delete
 from storage.bucket.store_errors import NoSuchObject
 from storage.rows import events
@@ -36,7 +34,7 @@ class Actions:
     def routes(self, guard: Guard) -> list[Route]:
         verbs = {
             "retry": self.retry, "read": self.read, "dismiss": self.dismiss, "delete": self.delete,
-            "file-retry": self.retry_file, "verify": self.verify, "again": self.again,
+            "file-retry": self.retry_file, "verify": self.verify,
         }  # fmt: skip
         return [guard.action(f"/console/act/{name}", verb) for name, verb in verbs.items()]
 
@@ -97,19 +95,6 @@ class Actions:
         visit.say(visit.text("verify.good" if same else "verify.differs", sha=digest.hexdigest()[:12]), bad=not same)
         return self._done(visit, task, "verify", Tally(), quiet=True, found="good" if same else "differs")
 
-    def again(self, visit: Visit) -> Response:
-        """Send the same request as a new task, which is paid again."""
-        task = self._task(visit)
-        try:
-            request = self._of.submitter.parse(task.request)
-        except RequestInvalid as error:
-            visit.say(visit.text("act.again_invalid", why=short(str(error), 200)), bad=True)
-            return visit.redirect(path_of(task))
-        made = submit(self._of, visit, request)
-        if made:
-            note_act(self._of, visit.session.name, "again", made.external_task_id, [task.id])
-        return visit.redirect(path_of(made) if made else path_of(task))
-
     def _task(self, visit: Visit) -> Task:
         with self._of.database.read() as session:
             return row_of(session, Task, visit.form.get("task", ""))
@@ -128,18 +113,3 @@ class Actions:
         if tally.is_good and not quiet:
             visit.say(visit.text(f"act.{verb}_done"))
         return visit.redirect(path_of(task))
-
-
-def submit(
-    of: Installation, visit: Visit, request: ProviderRequest, external_task_id: str | None = None
-) -> Task | None:
-    """Send one request with the person's name in its first fact. Reports why it could not be sent."""
-    try:
-        with events.by(visit.session.name):
-            done = of.submitter.submit(request, external_task_id=external_task_id)
-    except (RequestInvalid, Conflict, ValueError) as error:
-        visit.say(short(str(error), 300), bad=True)
-        return None
-    note_act(of, visit.session.name, "submit", done.task.external_task_id, [done.task.id])
-    visit.say(visit.text("act.submitted" if done.new else "act.submitted_before"))
-    return done.task

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -18,7 +19,7 @@ from storage.rows.events import PERSON_ACTED, EventName
 from storage.rows.models import Asset, Batch, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
 from tests.archived_tasks import archive, flip, work_off
-from tests.console_reader import Reader
+from tests.console_reader import HIDDEN, Reader
 from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
 from tests.receiver.providers.test_kling_request import picture
@@ -100,22 +101,64 @@ def test_verify_reads_the_object_back(parts: Parts, ann: Reader) -> None:
     assert "not in the store" in ann.post("/act/verify", file=asset.id).text
 
 
-def test_same_request_is_sent_again_as_a_new_task(parts: Parts, ann: Reader) -> None:
-    task = archive(parts, 1)[0]
-    answer = ann.post("/act/again", task=task.id)
-    name = answer.url.path.rpartition("/")[2]
-    again = task_of(parts, name)
+def test_same_request_is_sent_again_after_its_price_was_shown(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
+    task = archive(parts, 1, n=2, prompt="a red kite")[0]
+    [link] = re.findall(r'href="/console(/ask[^"]*)"', ann.page(f"/tasks/{task.external_task_id}").partition("<h1>")[2])
+    shown = ann.get(link)
+    assert "a red kite" in shown.text and "16 units" in shown.text and "0.056 USD" in shown.text
+    assert len(sandbox.ledger().creates) == 1
+    again = task_of(parts, ann.send(shown.text).url.path.rpartition("/")[2])
     assert again.id != task.id and again.request == task.request
     assert facts(parts, again, "task.created")[0]["by"] == "ann"
+    assert acts(parts, task) == [("ann", "again")]
+
+
+def test_one_page_sends_its_request_once(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
+    task = archive(parts, 1)[0]
+    address = ann.get(f"/ask?again={task.id}").url
+    shown = ann.http.get(address).text
+    with ThreadPoolExecutor(4) as pool:  # a double click
+        answers = list(pool.map(lambda _: ann.send(shown), range(4)))
+    answers.append(
+        ann.send(ann.http.get(address).text)
+    )  # the way back, and the button of the page that was loaded anew
+    assert len({answer.url for answer in answers}) == 1 and "Nothing was sent again" in answers[-1].text
+    assert len(sandbox.ledger().creates) == 2 and acts(parts, task) == [("ann", "again")]
+    ann.send(ann.get(f"/ask?again={task.id}").text)
+    assert len(sandbox.ledger().creates) == 3
+
+
+def test_a_request_that_cannot_be_sent_again_says_why(parts: Parts, ann: Reader) -> None:
+    answer = ann.get(f"/ask?again={insert_row(parts, request={'prompt': 'x', 'n': 99}).id}")
+    assert answer.status_code == 422 and "This cannot be sent" in answer.text and "Send it" not in answer.text
+    assert ann.get("/ask?again=none").status_code == 404
 
 
 def test_a_request_is_priced_before_it_is_sent(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
     fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "n": "2"}
     priced = ann.post("/ask", **fields, step="price").text
     assert "16 units" in priced and "0.056 USD" in priced and not sandbox.ledger().tasks
-    answer = ann.post("/ask", **fields, step="send")
-    task = task_of(parts, answer.url.path.rpartition("/")[2])
+    answers = [ann.send(priced, **fields) for _ in range(2)]
+    task = task_of(parts, answers[0].url.path.rpartition("/")[2])
     assert task.request["n"] == 2 and task.expected == 2
+    assert answers[1].url == answers[0].url and len(sandbox.ledger().creates) == 1
+
+
+def test_request_whose_price_was_not_shown_is_not_sent(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
+    fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "n": "2"}
+    assert "16 units" in ann.post("/ask", **fields, step="send").text
+    priced = ann.post("/ask", **fields, step="price").text
+    changed = ann.send(priced, **{**fields, "n": "9"})
+    assert "72 units" in changed.text and not sandbox.ledger().creates
+    ann.send(changed.text, **{**fields, "n": "9"})
+    assert [create.body and create.body["n"] for create in sandbox.ledger().creates] == [9]
+
+
+def test_form_is_kept_when_its_id_is_taken(parts: Parts, ann: Reader) -> None:
+    taken = insert_row(parts)
+    fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "external_task_id": taken.external_task_id}
+    answer = ann.send(ann.post("/ask", **fields).text, **fields)
+    assert answer.status_code == 422 and "choose another id" in answer.text and "a red kite" in answer.text
 
 
 def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_price(
@@ -125,9 +168,10 @@ def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_pri
     fields = {"csrf": ann.csrf, "model_name": "kling-image-o1", "prompt": "two boats", "external_task_id": "boats"}
     priced = ann.http.post("/console/ask", data={**fields, "step": "price"}, files=chosen)
     assert "Choose the pictures again" in priced.text and 'name="uploaded" value="2"' in priced.text
-    without = ann.http.post("/console/ask", data={**fields, "step": "send", "uploaded": "2"}, files=chosen[:1])
+    fields |= {**dict(HIDDEN.findall(priced.text)), "step": "send"}
+    without = ann.http.post("/console/ask", data=fields, files=chosen[:1])
     assert (without.status_code, len(sandbox.ledger().creates)) == (422, 0)
-    assert ann.http.post("/console/ask", data={**fields, "step": "send"}, files=chosen).status_code == 200
+    assert ann.http.post("/console/ask", data=fields, files=chosen).status_code == 200
     [create] = sandbox.ledger().creates
     assert create.body
     assert [base64.b64decode(each["image"]) for each in create.body["image_list"]] == [each[1][1] for each in chosen]
@@ -254,7 +298,7 @@ def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: 
     ann.post("/act/file-retry", file=asset.id)
     ann.post("/act/verify", file=good.id)
     ann.post("/act/read", task=task.id)
-    ann.post("/act/again", task=task.id)
+    ann.send(ann.get(f"/ask?again={task.id}").text)
     ann.post("/act/replay", delivery=callback.id)
     ann.post("/act/dismiss", task=task.id, reason="not wanted")
     ann.post("/act/audit")

@@ -69,7 +69,13 @@ def own_pages(parts: Parts, task: Task, callback: Callback) -> list[str]:
         batch_id = session.get_one(Task, task.id).batch_id
     fields = ("tasks?q", "gallery?model", "deliveries?cause", "events?sink", "deliveries/replay?task")
     filtered = [f"/{field}={SEARCHED}" for field in fields]
-    return [f"/tasks/{task.id}", f"/deliveries/{callback.id}", f"/batches/{batch_id}", *filtered]
+    return [
+        f"/tasks/{task.id}",
+        f"/ask?again={task.id}",
+        f"/deliveries/{callback.id}",
+        f"/batches/{batch_id}",
+        *filtered,
+    ]
 
 
 def test_hostile_markup_is_escaped_on_every_page(parts: Parts, ann: Reader) -> None:
