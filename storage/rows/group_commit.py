@@ -11,8 +11,8 @@ SQLite and from 177 to 132 on PostgreSQL (medians of 9 and 6 alternating rounds 
 
 The thread handles every case that may take long or fail: a lock that another process holds, a disk whose last commits
 were slow, a batch that fails, a task near its cap, a repeated unreadable delivery. A disk that becomes slow delays the
-loop for one commit. The thread then commits until several commits in a row were quick. Deliveries that arrive while it
-waits for its turn join its batch, so a delivery waits for one other writer's transaction and not for two.
+loop for one commit. The thread then commits until several commits in a row were quick. It takes its batch once its turn
+has come, so a delivery waits for one other writer's transaction and not for two.
 
 An acknowledged delivery is durable. A delivery that waits here is not acknowledged and may be lost with the process.
 """
@@ -30,7 +30,8 @@ from contextlib import suppress
 from enum import Enum
 
 import structlog
-from sqlmodel import Session, col, func, select
+from sqlalchemy import Connection
+from sqlmodel import col, func, select
 
 from storage.database import free_space
 from storage.database.free_space import Disk
@@ -95,7 +96,7 @@ class GroupCommit:
     def __init__(self, database: Database, *, free_share: Callable[[], float] | None = None) -> None:
         self._database = database
         self._disk = Disk(free_share or database.free_share)
-        self._task_limit = _TaskLimit(database)
+        self._task_limit = _TaskLimit()
         self._waiting: deque[Waiting] = deque()
         self._bytes = 0
         self._quick_commits = 0
@@ -171,8 +172,7 @@ class GroupCommit:
         """The deliveries that wait two turns of the loop later. By then each readable socket has added its delivery."""
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        with self._changed:
-            return [] if self._is_threads_turn else self._take(MAX_LOOP_BYTES)
+        return [] if self._is_threads_turn else self._take(MAX_LOOP_BYTES)
 
     async def _commit_at_once(self, batch: list[Waiting]) -> list[Waiting]:
         """Commit and answer the deliveries that the loop can. Returns the rest."""
@@ -202,22 +202,23 @@ class GroupCommit:
     def _run(self) -> None:
         self._disk.check_soon()
         self._give_turn_to_loop()
-        while (batch := self._await_batch()) is not None:
-            if batch:
-                self._commit(batch, grows=True)
+        while True:
+            if self._is_called():
+                if not self._waiting:
+                    return  # called by `stop`
+                self._commit([])
                 self._give_turn_to_loop()
             self._disk.check_soon()
 
-    def _await_batch(self) -> list[Waiting] | None:
-        """The batch that waits for the thread; [] if none came for a while, None if none comes any more."""
+    def _is_called(self) -> bool:
+        """Wait until the thread has something to commit or is stopped. False: neither came for a while."""
         with self._changed:
-            pause = free_space.FREE_SPACE_INTERVAL_SECONDS
-            if not self._changed.wait_for(
-                lambda: not self._is_loop_committing and self._is_threads_turn and (self._waiting or self._is_stopping),
-                pause,
-            ):
-                return []
-            return self._take(MAX_WAITING_BYTES) or None
+            return self._changed.wait_for(
+                lambda: (
+                    not self._is_loop_committing and self._is_threads_turn and bool(self._waiting or self._is_stopping)
+                ),
+                free_space.FREE_SPACE_INTERVAL_SECONDS,
+            )
 
     def _give_turn_to_loop(self) -> None:
         if self._quick_commits < QUICK_COMMITS or self._is_stopping:
@@ -237,65 +238,46 @@ class GroupCommit:
             if self._waiting:
                 self._call_writer()
 
-    def _commit(self, batch: list[Waiting], *, grows: bool = False) -> None:
-        """Commit and answer the batch. `grows`: with what arrives until its transaction begins."""
+    def _commit(self, batch: list[Waiting]) -> None:
+        """Commit and answer the batch. An empty one is filled with the deliveries that wait when its turn has come."""
         try:
-            new, full = self._write(batch, grows=grows)
+            outcomes = again_on_new_session(lambda: self._insert(batch))
         except Exception as error:  # noqa: BLE001 - every waiting handler gets the error
             self._quick_commits = 0
-            if len(batch) == 1 or isinstance(error, DatabaseUnavailable):
-                self._answer([(durable, error) for _, durable in batch])
+            batch = batch or self._take(MAX_WAITING_BYTES)
+            if len(batch) > 1 and not isinstance(error, DatabaseUnavailable):
+                for single in batch:  # one bad delivery fails no other
+                    self._commit([single])
                 return
-            for single in batch:  # one bad delivery fails no other
-                self._commit([single])
-            return
-        self._answer(_outcomes(batch, new, full))
-
-    def _answer(self, outcomes: list[tuple[Durable, Outcome]]) -> None:
-        """Resolve the waiting handlers. One wake-up of the loop per commit; one per handler doubled their CPU."""
+            outcomes = [(durable, error) for _, durable in batch]
+        # One wake-up of the loop per commit. One per handler doubled their CPU.
         with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
             self._loop.call_soon_threadsafe(_answer, outcomes)
 
-    def _write(self, batch: list[Waiting], *, grows: bool) -> tuple[set[str], set[str]]:
-        """Store the deliveries for which there is room. Returns the new keys, and those refused because their task is
-        full.
-        """
-        full = self._task_limit.over([delivery for delivery, _ in batch])
-        new = again_on_new_session(lambda: self._insert(batch, full, grows=grows))
-        deliveries = [delivery for delivery, _ in batch]
+    def _insert(self, batch: list[Waiting]) -> list[tuple[Durable, Outcome]]:
+        """Store the deliveries whose tasks have room."""
+        with self._database.autocommit_writer(is_urgent=True) as connection:
+            batch += [] if batch else self._take(MAX_WAITING_BYTES)
+            deliveries = [delivery for delivery, _ in batch]
+            full = self._task_limit.over(connection, deliveries)
+            started = time.perf_counter()
+            new = insert(connection, [delivery for delivery in deliveries if delivery.key not in full])
+        self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
         self._task_limit.count(deliveries, new)
         if known := {delivery.key for delivery in deliveries} - new - full:
             apply_unreadable_again(self._database, known)
-        return new, full
-
-    def _insert(self, batch: list[Waiting], full: set[str], *, grows: bool) -> set[str]:
-        with self._database.autocommit_writer(is_urgent=True) as connection:
-            if grows:
-                self._join(batch)
-            deliveries = [delivery for delivery, _ in batch if delivery.key not in full]
-            started = time.perf_counter()
-            new = insert(connection, deliveries)
-        self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
-        return new
-
-    def _join(self, batch: list[Waiting]) -> None:
-        """Add the deliveries that wait, up to the first whose task's rows have to be counted. SQLite's lock is held."""
-        with self._changed:
-            while (
-                self._waiting and len(batch) < MAX_BATCH and not self._task_limit.tasks_to_count([self._waiting[0][0]])
-            ):
-                batch.append(self._waiting.popleft())
-                self._bytes -= len(batch[-1][0].body)
+        return _outcomes(batch, new, full)
 
     # -- for loop and thread -----------------------------------------------------------------------------------------
 
     def _take(self, max_bytes: int) -> list[Waiting]:
-        """The next batch, with at least one delivery. Called with the lock held."""
+        """The next batch, with at least one delivery if any waits."""
         batch: list[Waiting] = []
-        while self._waiting and len(batch) < MAX_BATCH and max_bytes > 0:
-            batch.append(self._waiting.popleft())
-            max_bytes -= len(batch[-1][0].body)
-            self._bytes -= len(batch[-1][0].body)
+        with self._changed:
+            while self._waiting and len(batch) < MAX_BATCH and max_bytes > 0:
+                batch.append(self._waiting.popleft())
+                max_bytes -= len(batch[-1][0].body)
+                self._bytes -= len(batch[-1][0].body)
         return batch
 
     def _note(self, seconds: float, slow_seconds: float) -> None:
@@ -329,10 +311,9 @@ def _answer(outcomes: list[tuple[Durable, Outcome]]) -> None:
 
 
 class _TaskLimit:
-    """Refuses new deliveries of a task that has MAX_KEPT_PER_TASK. Used by the committing thread alone."""
+    """Refuses new deliveries of a task that has MAX_KEPT_PER_TASK. Used by the one that commits, loop or thread."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self) -> None:
         self._counted: OrderedDict[int, int] = OrderedDict()  # by the number of a task id, which hashes faster
 
     def tasks_to_count(self, deliveries: list[Delivery]) -> set[uuid.UUID]:
@@ -340,25 +321,17 @@ class _TaskLimit:
         named = (each.task_id for each in deliveries if each.task_id)
         return {task_id for task_id in named if self._counted.get(task_id.int, 0) >= COUNT_FROM}
 
-    def over(self, deliveries: list[Delivery]) -> set[str]:
+    def over(self, connection: Connection, deliveries: list[Delivery]) -> set[str]:
         """The new keys of tasks that have MAX_KEPT_PER_TASK deliveries."""
         tasks_to_count = self.tasks_to_count(deliveries)
         if not tasks_to_count:
             return set()
-        with self._database.read() as session:
-            return self._refused(session, deliveries, tasks_to_count)
-
-    def _refused(self, session: Session, deliveries: list[Delivery], tasks_to_count: set[uuid.UUID]) -> set[str]:
-        per_task = (
-            select(Callback.task_id).where(col(Callback.task_id).in_(tasks_to_count)).group_by(col(Callback.task_id))
-        )
-        full = set(session.exec(per_task.having(func.count() >= MAX_KEPT_PER_TASK)))
+        per_task = select(Callback.task_id).where(col(Callback.task_id).in_(tasks_to_count))
+        per_task = per_task.group_by(col(Callback.task_id)).having(func.count() >= MAX_KEPT_PER_TASK)
+        full = set(connection.execute(per_task).scalars())
         keys = {each.key for each in deliveries if each.task_id in full}
-        if not keys:
-            return keys
         known = select(Callback.delivery_key).where(col(Callback.delivery_key).in_(keys))
-        there = set(session.exec(known))
-        return keys - there
+        return keys - set(connection.execute(known).scalars()) if keys else keys
 
     def count(self, deliveries: list[Delivery], new: set[str]) -> None:
         for number in [each.task_id.int for each in deliveries if each.task_id and each.key in new]:
