@@ -105,7 +105,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
     flow: _Flow
-    _speed: ReaderSpeed
     _writes: JoinedWrites
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -117,6 +116,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._refusal: int | None = None
         self._announced = self._delivered = 0
         self._keeps_alive = True
+        self._speed: ReaderSpeed | None = None  # of the answers in progress, once bytes wait for their reader
         self._in_work: RequestResponseCycle | None = None
         self._not_begun: asyncio.Task[None] | None = None  # the handler of a request in the bytes that are being read
         self._extensions: dict[str, dict[object, object]] = {
@@ -132,7 +132,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._writes = JoinedWrites(transport, self.loop)
         self.transport = self._writes  # type: ignore[assignment]
         self.flow = _Flow(transport, self.pipeline)
-        self._speed = ReaderSpeed(self.loop, transport, self._drop)
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._start_head_timer()
         if len(self.connections) > min(MAX_CONNECTIONS, self.max_connections):
@@ -147,7 +146,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_head_timer()
-        self._speed.close()
+        if self._speed is not None:
+            self._speed.close()
         self._leave_queues()
         if self._in_work is not None and not self._in_work.response_complete:
             self._in_work.disconnected = True
@@ -286,7 +286,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         # -1: unknown until the last chunk.
         self._announced = -1 if b"transfer-encoding" in fields else int(fields.get(b"content-length", 0))
         if not self._has_request and not self.flow.write_paused:
-            self._speed.forget()
+            self._speed = None  # a new answer begins
         super().on_headers_complete()
         self._in_body = True
         # An answer before the body's end says `close`: the client stops sending.
@@ -333,23 +333,30 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.parser is None:
             return  # already lost; uvicorn informs only the newest of several requests
         if self.transport.is_closing():
-            self._speed.start()
+            self._measure_reader()
         self._note_progress()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._speed.start()
+        self._measure_reader()
         self._note_progress()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._speed.stop()
+        if self._speed is not None:
+            self._speed.stop()
         if self.transport.is_closing():
-            self._speed.start()  # what is still buffered
+            self._measure_reader()  # what is still buffered
         self._note_progress()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
+        self._measure_reader()
+
+    def _measure_reader(self) -> None:
+        """From now on bytes wait for the reader."""
+        if self._speed is None:
+            self._speed = ReaderSpeed(self.loop, self.transport, self._drop)
         self._speed.start()
 
     def _drop(self) -> None:
@@ -387,4 +394,4 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if not (self._has_request and self.cycle.response_started):  # it would seem to be a part of that answer
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()
-            self._speed.start()
+            self._measure_reader()

@@ -15,7 +15,8 @@ SAMPLE_SECONDS = 5.0
 
 
 class ReaderSpeed:
-    """How far one connection's reader is behind. Time counts while bytes wait for it, so an idle stream is not slow.
+    """How far the reader of a connection's answer is behind. Time counts while bytes wait for it, so an idle stream is
+    not slow.
 
     `on_slow` is called once the reader is over GRACE_SECONDS behind.
     """
@@ -28,10 +29,6 @@ class ReaderSpeed:
         self._at = 0.0
         self._left = 0
         self._timer: asyncio.TimerHandle | None = None
-
-    def forget(self) -> None:
-        """Start again for a new answer."""
-        self._behind_seconds = 0.0
 
     def start(self) -> None:
         """Bytes wait from now on."""
