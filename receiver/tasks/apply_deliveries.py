@@ -255,28 +255,25 @@ class DeliveryApplier:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         # Nearly all other deliveries are decided without the task's files.
-        facts = _facts(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
+        facts = tasks.facts_now(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):
             return self._request_read_for_files(session, task, facts, report, other)
-        if reason := self._reason_to_read(session, task, report, confirmed=confirmed):
+        reason = None
+        if report.status is None:
+            reason = f"{UNKNOWN} {report.raw_status!r}"
+        elif report.external_task_id not in (None, task.external_task_id):
+            reason = "the body's external_task_id is written otherwise"
+        elif not confirmed and report.provider_task_id and _is_others(session, task, report.provider_task_id):
+            reason = "an unsigned delivery gave this task_id to another task"
+        if reason:
             return self._request_read(session, task, report, reason)
         known = facts.assets.keys() if facts else ()
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
-        if believed or _is_known(facts or _facts(session, task), report, confirmed=confirmed):
+        if believed or _is_known(facts or tasks.facts_now(session, task), report, confirmed=confirmed):
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             return Verdict(CallbackState.APPLIED)
         return self._request_read(session, task, report, BY_READ)
-
-    def _reason_to_read(self, session: Session, task: Task, report: Report, *, confirmed: bool) -> str | None:
-        """Why the task is read before this report about it is applied. None: no reason in the body."""
-        if report.status is None:
-            return f"{UNKNOWN} {report.raw_status!r}"
-        if report.external_task_id not in (None, task.external_task_id):
-            return "the body's external_task_id is written otherwise"
-        if not confirmed and report.provider_task_id and _is_others(session, task, report.provider_task_id):
-            return "an unsigned delivery gave this task_id to another task"
-        return None
 
     def _request_read_for_files(
         self, session: Session, task: Task, facts: TaskFacts, report: Report, other: Collection[AssetName]
@@ -321,10 +318,6 @@ def find(
     if external_task_id and (task := tasks.by_external_id(session, external_task_id)):
         return task.id
     return aliases.by_provider_id(session, provider, provider_task_id) if provider_task_id else None
-
-
-def _facts(session: Session, task: Task) -> TaskFacts:
-    return tasks.facts(task, tasks.assets_of(session, task.id))
 
 
 def _is_known(facts: TaskFacts, report: Report, *, confirmed: bool) -> bool:

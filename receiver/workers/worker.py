@@ -174,14 +174,14 @@ class Worker:
             lane = replace(lane, where=(*lane.where, *conditions))
         elif not self._full_claims[lane.name] and not self._is_any_due(lane, wake_up):
             return [], NOTHING
-        with ExitStack() as if_nothing_claimed:
-            grant = if_nothing_claimed.enter_context(lane.circuit.grant(wanted))
-            rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else []
-            is_full = bool(rows) and len(rows) == grant.count
-            self._full_claims[lane.name] = self._full_claims[lane.name] + 1 if is_full else 0
-            if rows:
-                if_nothing_claimed.pop_all()
-            return rows, grant
+        grant, rows = lane.circuit.grant(wanted), list[Any]()
+        try:
+            rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else rows
+        finally:
+            if not rows:
+                grant.give_back()
+        self._full_claims[lane.name] = self._full_claims[lane.name] + 1 if rows and len(rows) == grant.count else 0
+        return rows, grant
 
     def _claim(self, lane: Lane, limit: int, *, alone: bool = False, in_turn: bool = False) -> list[Any]:
         with self._in_hand.claiming(alone=alone) as is_permitted:

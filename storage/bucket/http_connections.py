@@ -120,17 +120,11 @@ class HttpConnections:
     def _exchange(
         self, connection: socket.socket, head: bytes, body: Iterable[memoryview], *, has_body: bool
     ) -> Response:
-        keep = whole = False
+        keep = False
         try:
-            try:
-                self._send(connection, head, body)
-                whole = True
-            except TimeoutError:
-                raise
-            except OSError:
-                pass  # a store that refuses early answers before it closes
+            is_whole = self._send(connection, head, body)
             response, ends = _read_response(connection, time.monotonic() + self._read_seconds, has_body=has_body)
-            keep = whole and ends
+            keep = is_whole and ends
             return response
         except TimeoutError:
             raise
@@ -144,17 +138,24 @@ class HttpConnections:
             if not keep:
                 connection.close()
 
-    def _send(self, connection: socket.socket, head: bytes, body: Iterable[memoryview]) -> None:
+    def _send(self, connection: socket.socket, head: bytes, body: Iterable[memoryview]) -> bool:
+        """False: the store closed the connection before the end. One that refuses early answers before it closes."""
         started, sent = time.monotonic(), 0
         is_tls = isinstance(connection, ssl.SSLSocket)
         connection.settimeout(self._connect_seconds)
         for block in itertools.chain([memoryview(head)], body):
             at = 0
             while at < len(block):
-                at += connection.send(block[at : at + TLS_WRITE_BYTES] if is_tls else block[at:])
+                try:
+                    at += connection.send(block[at : at + TLS_WRITE_BYTES] if is_tls else block[at:])
+                except TimeoutError:
+                    raise
+                except OSError:
+                    return False
                 if time.monotonic() - started > self._connect_seconds + (sent + at) / MIN_BYTES_PER_SECOND:
                     raise TimeoutError
             sent += at
+        return True
 
 
 class ConnectTimeout(Exception):
@@ -165,7 +166,12 @@ def _read_response(connection: socket.socket, ends: float, *, has_body: bool) ->
     """The final response, and whether it ends where its head says, so that the connection may be kept."""
     rest = bytearray()
     for _ in range(MAX_HEADS):
-        response, rest = _read_head(connection, rest, ends)
+        while (end := rest.find(b"\r\n\r\n")) < 0:
+            block = _receive(connection, ends)
+            rest += block
+            if not block or len(rest) > MAX_HEAD_BYTES:
+                raise ConnectionBroken
+        response, rest = _parsed(bytes(rest[:end])), rest[end + 4 :]
         if response.status >= 200:
             break
     else:
@@ -187,14 +193,8 @@ def _receive(connection: socket.socket, ends: float) -> bytes:
     return connection.recv(READ_BYTES)
 
 
-def _read_head(connection: socket.socket, received: bytearray, ends: float) -> tuple[Response, bytearray]:
-    """One response head, and the bytes after it. `received`: those that came before."""
-    while (end := received.find(b"\r\n\r\n")) < 0:
-        block = _receive(connection, ends)
-        received += block
-        if not block or len(received) > MAX_HEAD_BYTES:
-            raise ConnectionBroken
-    first, *lines = bytes(received[:end]).split(b"\r\n")
+def _parsed(head: bytes) -> Response:
+    first, *lines = head.split(b"\r\n")
     status = STATUS.fullmatch(first)
     if status is None:
         raise ConnectionBroken
@@ -202,7 +202,7 @@ def _read_head(connection: socket.socket, received: bytearray, ends: float) -> t
     headers = {name.lower(): value.strip() for name, _, value in pairs}
     if status[1] == b"0":
         headers["connection"] = "close"
-    return Response(int(status[2]), headers), received[end + 4 :]
+    return Response(int(status[2]), headers)
 
 
 def _close_all(connections: list[socket.socket]) -> None:

@@ -104,22 +104,17 @@ class GroupWriter:
         self._waiting.put(write)
         if self._thread is None:
             self._start()
-        try:
-            result: Result = self._outcome(write)
-        except _Waits:
-            with self._own_transaction() as session:
-                result = operation(session)
-        except TimeoutError:
-            raise DatabaseUnavailable(f"database: no commit within {WAIT_SECONDS:g} s") from None
-        return result
-
-    def _outcome(self, write: _Write) -> Any:
-        try:
-            return write.durable.result(WAIT_SECONDS)
-        except TimeoutError:
-            if write.durable.cancel():
-                raise
-        return write.durable.result(WAIT_SECONDS)
+        for is_last in (False, True):
+            try:
+                result: Result = write.durable.result(WAIT_SECONDS)
+                return result
+            except _Waits:
+                break
+            except TimeoutError:
+                if is_last or write.durable.cancel():
+                    raise DatabaseUnavailable(f"database: no commit within {WAIT_SECONDS:g} s") from None
+        with self._own_transaction() as session:
+            return operation(session)
 
     def close(self) -> None:
         """End the thread once the waiting operations are committed. A later operation starts another."""
@@ -155,45 +150,46 @@ class GroupWriter:
 
     def _commit(self, group: list[_Write]) -> None:
         """Apply and commit them, without those that fail; answer each."""
-        has_new_session = False
-        last = [_Write(self._at_end, None)]
+        has_new_session, at_end = False, self._at_end
         while group:
-            done, results, at_fault = list[_Write](), list[Any](), group
+            done, results, at_fault, tell = list[_Write](), list[Any](), group, None
             try:
                 with self._transaction() as session:
                     end = time.monotonic() + MAX_GROUP_SECONDS
-                    for write in [*group, *last]:
-                        if results and time.monotonic() > end and write not in last:
-                            continue
+                    for write in group.copy():
+                        if done and time.monotonic() > end:
+                            break
                         if not write.begins():
                             group.remove(write)
                             continue
-                        done.append(write)
                         at_fault = [write]
                         results.append(write.operation(session))
+                        done.append(write)
                         if session.identity_map or session.new:
                             session.flush()
                             session.expunge_all()  # no operation sees the objects of another
+                    at_fault = []
+                    tell = at_end(session)
                     at_fault = group
             except BaseException as error:  # noqa: BLE001 - the callers raise it
+                _call(tell, is_committed=False)
                 if isinstance(error, SessionReplaced) and not has_new_session:
                     has_new_session = True
                     continue
-                _end(done, results, last, is_committed=False)
                 waits = _is_about_a_lock(error)
                 failed = group if isinstance(error, DatabaseUnavailable) and not waits else at_fault
-                if failed == last:
+                if not failed:
                     self._log_fault(error)
+                    at_end = _nothing
                 for write in failed:
                     if write.begins():
                         write.durable.set_exception(_Waits() if waits else error)
-                group, last = ([write for write in each if write not in failed] for each in (group, last))
+                group = [write for write in group if write not in failed]
             else:
                 for write, result in zip(done, results, strict=True):
-                    if write not in last:
-                        write.durable.set_result(result)
+                    write.durable.set_result(result)
                 group = [write for write in group if write not in done]
-                _end(done, results, last, is_committed=True)
+                _call(tell, is_committed=True)
 
     def _log_fault(self, error: BaseException) -> None:
         """Nobody waits for the last operation of a group, so its fault is logged here."""
@@ -202,10 +198,14 @@ class GroupWriter:
             log.error("worker.step_failed", job="group_end", exc_info=error)
 
 
-def _end(done: list[_Write], results: list[Any], last: list[_Write], *, is_committed: bool) -> None:
-    """Call the function that the last operation returned, if it was reached."""
-    if last and len(results) == len(done) and done[-1:] == last and results[-1] is not None:
-        try:
-            results[-1](is_committed)
-        except Exception:
-            log.exception("worker.step_failed", job="group_end")
+def _call(tell: Callable[[bool], None] | None, *, is_committed: bool) -> None:
+    """Call what the last operation of a group returned."""
+    try:
+        if tell is not None:
+            tell(is_committed)
+    except Exception:
+        log.exception("worker.step_failed", job="group_end")
+
+
+def _nothing(_: Session) -> None:
+    """The last operation of a group whose own one failed."""

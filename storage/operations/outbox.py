@@ -14,7 +14,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from sqlalchemy import BigInteger, Integer, bindparam, func, insert, literal_column, update
@@ -60,8 +59,7 @@ def sequence_all(database: Database, subscriptions: Sequence[Subscription]) -> i
         with database.read() as session:
             if run(session, UNSEQUENCED).first() is None:
                 return count
-        number = partial(_sequence_and_wake, database, subscriptions=subscriptions, limit=BATCH)
-        done = database.write_in_group(number)
+        done = database.write_in_group(lambda session: sequence(database, session, subscriptions))
         count += done
         # A short batch means: nothing left, or another process is numbering. Looping here would run one transaction
         # per new event while archiving is busy.
@@ -75,16 +73,7 @@ def sequence_recorded(database: Database, session: Session, subscriptions: Seque
     A transaction of its own for them was an fsync for each report, and another turn at SQLite's lock.
     """
     if session.info.pop(RECORDED, False):
-        _sequence_and_wake(database, session, subscriptions, limit=GROUP_BATCH)
-
-
-def _sequence_and_wake(
-    database: Database, session: Session, subscriptions: Sequence[Subscription], *, limit: int
-) -> int:
-    done = sequence(session, subscriptions, limit=limit)
-    if done:
-        database.wake(session)
-    return done
+        sequence(database, session, subscriptions, limit=GROUP_BATCH)
 
 
 UNSEQUENCED = select(_EVENTS.id).where(_EVENTS.seq.is_(None)).limit(1)
@@ -107,8 +96,9 @@ _WITH_CLIENT = select(_TASKS.id).where(
 )
 
 
-def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: int = BATCH) -> int:
-    """Number the oldest visible events and insert the dispatches of matching sinks. Returns how many events.
+def sequence(database: Database, session: Session, subscriptions: Sequence[Subscription], *, limit: int = BATCH) -> int:
+    """Number the oldest visible events, insert the dispatches of matching sinks, and wake them. Returns how many
+    events.
 
     The counter's row is locked until the commit, so numbers become visible in ascending order: a reader that has seen
     one never sees a smaller one appear. Returns 0 when there are no events or another process holds the counter.
@@ -121,6 +111,7 @@ def sequence(session: Session, subscriptions: Sequence[Subscription], *, limit: 
         return 0
     execute(session, _COUNTED, {"until": so_far + len(numbered)})
     _fan_out(session, numbered, subscriptions)
+    database.wake(session)
     return len(numbered)
 
 

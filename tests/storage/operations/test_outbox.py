@@ -85,7 +85,7 @@ def test_events_are_numbered_without_gaps_in_the_order_of_their_commits(database
 def test_more_than_a_batch_is_numbered_batch_by_batch(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     tell(database, None, *[EventName.TASK_CREATED] * 5)
     with database.write() as session:
-        assert outbox.sequence(session, [], limit=3) == 3
+        assert outbox.sequence(database, session, [], limit=3) == 3
     assert outbox.sequence_all(database, []) == 2
     assert [seq for seq, _ in seen(database)] == [1, 2, 3, 4, 5]
 
@@ -120,7 +120,7 @@ def test_numbering_does_not_wait_for_another_process(database: Database) -> None
     outbox.sequence_all(database, [])
     tell(database, None, EventName.TASK_CREATED, EventName.TASK_CREATED)
     with database.write() as first:
-        assert outbox.sequence(first, [], limit=1) == 1
+        assert outbox.sequence(database, first, [], limit=1) == 1
         assert outbox.sequence_all(database, []) == 0
     assert outbox.sequence_all(database, []) == 1
 
