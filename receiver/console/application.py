@@ -28,6 +28,7 @@ from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrott
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, address_of, environment, own_path, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable
+from storage.filters import FilterInvalid
 
 log = structlog.get_logger()
 
@@ -40,6 +41,8 @@ BODY_SECONDS = 60.0
 MAX_LOGIN_BYTES, LOGIN_SECONDS = 4_096, 10.0
 # Threads for pages alone, so that slow pages delay neither health nor assets nor the gateway.
 THREADS = 8
+# Fields of an address that a page says it does not understand.
+SHOWN_FAULTS = 10
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -134,6 +137,10 @@ class Guard:
             self.policy.learn()
             visit.counts = self._counts()
             return function(visit)
+        except FilterInvalid as error:
+            if visit.request.method == "POST":
+                raise HTTPException(400) from None
+            return visit.page("filter.html", status=400, faults=error.faults[:SHOWN_FAULTS])
         except (DatabaseUnavailable, StoreUnavailable) as error:
             log.warning("console.store_not_reached", error=str(error))
             raise HTTPException(503) from error

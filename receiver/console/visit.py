@@ -6,7 +6,7 @@ import functools
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from receiver.base.forms import Upload
 from receiver.base.visible import seen
 from receiver.console import catalogue, words
 from receiver.console.access import Session
+from storage.filters import read_page
 
 HERE = Path(__file__).parent
 # Sessions whose messages are kept.
@@ -124,6 +125,10 @@ class Visit:
         """This page's address with other query fields. None removes one."""
         return address_of(self.request.scope["path"], {**dict(self.query), **changes})
 
+    def without(self, names: Iterable[str]) -> str:
+        """This page's address without these query fields."""
+        return address_of(self.request.scope["path"], {**dict(self.query), **dict.fromkeys(names)})
+
 
 def render(templates: Environment, template: str, language: str, **values: Any) -> str:
     """Render a template. `t`: the text of a key; `w`: the text of a value; `when`: a time element."""
@@ -154,8 +159,8 @@ class Part(NamedTuple):
 def part(visit: Visit, field: str, rows: Sequence[Any], most: int, *, newest: bool = False) -> Part:
     """The part of `rows` that the query's `field` names; without it the first one, or the last one if `newest`."""
     last = max(0, (len(rows) - 1) // most * most)
-    wanted = visit.query.get(field, "")
-    start = min(int(wanted) // most * most, last) if is_number(wanted) else last if newest else 0
+    wanted = read_page(visit.query, field)
+    start = (last if newest else 0) if wanted is None else min(wanted // most * most, last)
     says = f"{start + 1}–{min(start + most, len(rows))} / {len(rows)}" if len(rows) > most else ""
     before, after = ({field: str(each)} for each in (start - most, start + most))
     return Part(

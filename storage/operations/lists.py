@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import and_, func, literal_column, or_
@@ -17,6 +17,7 @@ from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
 from storage.accounts import batches
+from storage.filters import DeliveryFilter, Fault, FilterInvalid, TaskFilter, day_of, is_plain, number
 from storage.operations import deadlines
 from storage.rows import aliases, tasks
 from storage.rows.deliveries import NOT_BELIEVED
@@ -30,36 +31,12 @@ PAGE = 50
 SCANNED = 10_000
 # The columns that filters need.
 WINDOW = ("id", "created_at", "state", "archive", "provider", "external_task_id")
-MAX_FIELD_CHARS = 200
 # The newest rows of one task. A task that ends well has six and one for each file.
 SHOWN_EVENTS = 200
-# The values of a filter's `files`: given up, tried again later, about to be deleted at the provider.
-FILES = ("failed", "waiting", "expiring")
 # Files that such a filter reads. Their tasks are looked up one by one.
 WITH_FILES = 1_000
 # States of a delivery whose report was not applied.
 REFUSED = (CallbackState.REJECTED, CallbackState.UNREADABLE)
-
-
-@dataclass(frozen=True)
-class TaskFilter:
-    """The filter in the address of a list. An empty field filters nothing. `q`: words in an id or in the prompt.
-    `files`: one of `FILES`.
-    """
-
-    q: str = ""
-    state: str = ""
-    archive: str = ""
-    files: str = ""
-    provider: str = ""
-    model: str = ""
-    batch: str = ""
-    since: str = ""
-    until: str = ""
-
-    @property
-    def is_set(self) -> bool:
-        return any(getattr(self, each.name) for each in fields(self))
 
 
 @dataclass
@@ -69,21 +46,6 @@ class Page:
     rows: Sequence[Any] = field(default_factory=list)
     further: str | None = None
     looked_until: datetime | None = None
-
-
-def read_filter(query: Mapping[str, str]) -> TaskFilter:
-    """The filter in an address."""
-    return TaskFilter(**_given(query, TaskFilter))
-
-
-def _given(query: Mapping[str, str], kind: Any) -> dict[str, str]:
-    """The fields of a filter. One that is too long or not printable counts as not given: no row has such a value."""
-    given = {each.name: query.get(each.name, "").strip() for each in fields(kind)}
-    return {name: value for name, value in given.items() if _is_sane(value)}
-
-
-def _is_sane(words: str) -> bool:
-    return len(words) <= MAX_FIELD_CHARS and words.isprintable()
 
 
 def newest_tasks(
@@ -100,10 +62,8 @@ def newest_tasks(
     """
     asks_request = ("request",) if wanted.q or wanted.model else ()  # SQLite copies the columns of a window
     found: Any = select(*(getattr(Task, name) for name in (*WINDOW, *asks_request)))
-    reach = _in_reach(session, wanted, lead_seconds)
-    if reach is None:
-        return Page()
-    found = found.where(*reach, *_behind(Task.created_at, Task.id, _cursor(before, uuid.UUID)))
+    found = found.where(*_in_reach(session, wanted, lead_seconds))
+    found = found.where(*_behind(Task.created_at, Task.id, _cursor(before, uuid.UUID)))
     ordered = found.order_by(col(Task.created_at).desc(), col(Task.id).desc())
     # Without a condition of its own the outer query would only make SQLite sort the whole window.
     narrow = bool(_matching(Task, wanted, kept))
@@ -136,10 +96,10 @@ def first_files(page: Page, counts: Mapping[uuid.UUID, int], most: int) -> Page:
     return page
 
 
-def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list[Any] | None:
-    """Conditions that an index answers; None when nothing can match."""
+def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list[Any]:
+    """Conditions that an index answers."""
     conditions: list[Any] = []
-    since, until = _day(wanted.since), _day(wanted.until)
+    since, until = day_of(wanted.since), day_of(wanted.until)
     if since:
         conditions.append(col(Task.created_at) >= since)
     if until:
@@ -147,14 +107,14 @@ def _in_reach(session: Session, wanted: TaskFilter, lead_seconds: float) -> list
     if wanted.batch:
         batch = batches.find(session, wanted.batch)
         if batch is None:
-            return None
+            raise FilterInvalid(Fault("batch", "absent"))
         conditions.append(col(Task.batch_id) == batch.id)
     # Literals: SQLite uses no partial index for a parameter.
     if wanted.state == TaskState.FAILED:
         conditions.append(col(Task.state) == literal_column(f"'{TaskState.FAILED}'"))
     if wanted.archive == ArchiveState.INCOMPLETE:
         conditions.append(col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'"))
-    if wanted.files in FILES:
+    if wanted.files:
         conditions.append(col(Task.id).in_(_tasks_with_files(session, wanted.files, lead_seconds)))
     return conditions
 
@@ -182,9 +142,9 @@ def waiting_files() -> Any:
 def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
     """The other conditions, for rows that are in reach."""
     conditions = []
-    if wanted.state in list(TaskState) and wanted.state != TaskState.FAILED:
+    if wanted.state and wanted.state != TaskState.FAILED:
         conditions.append(columns.state == TaskState(wanted.state))
-    if wanted.archive in list(ArchiveState) and wanted.archive != ArchiveState.INCOMPLETE:
+    if wanted.archive and wanted.archive != ArchiveState.INCOMPLETE:
         conditions.append(columns.archive == ArchiveState(wanted.archive))
     if wanted.provider:
         conditions.append(columns.provider == wanted.provider)
@@ -202,7 +162,7 @@ def _matching(columns: Any, wanted: TaskFilter, kept: bool) -> list[Any]:
 
 def exact(session: Session, words: str, providers: Sequence[str] = ()) -> Task | None:
     """The task with exactly this id: our own, or an id that one of these providers uses for it."""
-    if not words or not _is_sane(words):
+    if not words or not is_plain(words):
         return None
     found = tasks.by_external_id(session, words)
     if found is not None:
@@ -244,32 +204,10 @@ def newest_batches(session: Session, before: str | None, limit: int = PAGE) -> P
 # -- deliveries -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DeliveryFilter:
-    """`state`: a state or `refused`. `task`: the external id of the task that it belongs to. `cause`: words in the
-    reason.
-    """
-
-    state: str = ""
-    provider: str = ""
-    cause: str = ""
-    task: str = ""
-    since: str = ""
-    until: str = ""
-
-    @property
-    def is_set(self) -> bool:
-        return any(getattr(self, each.name) for each in fields(self))
-
-
-def read_delivery_filter(query: Mapping[str, str]) -> DeliveryFilter:
-    return DeliveryFilter(**_given(query, DeliveryFilter))
-
-
 def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | None, limit: int = PAGE) -> Page:
     """One page of (delivery, size of its body, external and own id of its task); bodies are not loaded."""
     found: Any = select(*(getattr(Callback, name) for name in ("id", "state", "provider", "reason", "received_at")))
-    behind = _behind(Callback.received_at, Callback.id, _cursor(before, _number))
+    behind = _behind(Callback.received_at, Callback.id, _cursor(before, number))
     found = found.where(Callback.source == "push", *behind, *_deliveries_in_reach(session, wanted, behind))
     narrow = bool(_delivery_conditions(Callback, wanted))
     ordered = found.order_by(col(Callback.received_at).desc(), col(Callback.id).desc())
@@ -290,12 +228,14 @@ def newest_deliveries(session: Session, wanted: DeliveryFilter, before: str | No
 def _deliveries_in_reach(session: Session, wanted: DeliveryFilter, behind: Sequence[Any]) -> list[Any]:
     """Conditions that an index answers. `behind`: those of the cursor."""
     conditions: list[Any] = []
-    since, until = _day(wanted.since), _day(wanted.until)
+    since, until = day_of(wanted.since), day_of(wanted.until)
     if wanted.task:
         task = exact(session, wanted.task)
+        if task is None:
+            raise FilterInvalid(Fault("task", "absent"))
         # Read first, because as a part of the page's query they could make a planner walk all deliveries.
         newest = select(Callback.id).order_by(col(Callback.id).desc()).limit(SCANNED)
-        some = [newest.where(each, *behind) for each in (_belongs_to(task) if task else ())]
+        some = [newest.where(each, *behind) for each in _belongs_to(task)]
         conditions.append(col(Callback.id).in_([number for each in some for number in session.scalars(each)]))
     if since:
         conditions.append(col(Callback.received_at) >= since)
@@ -316,7 +256,7 @@ def _delivery_conditions(columns: Any, wanted: DeliveryFilter) -> list[Any]:
     conditions = []
     if wanted.state == "refused":
         conditions.append(columns.state.in_(REFUSED))
-    if wanted.state in list(CallbackState):
+    elif wanted.state:
         conditions.append(columns.state == CallbackState(wanted.state))
     if wanted.provider:
         conditions.append(columns.provider == wanted.provider)
@@ -372,19 +312,15 @@ def _cursor_text(at: datetime, key: uuid.UUID | int) -> str:
 
 
 def _cursor(text: str | None, read_key: Callable[[str], K]) -> tuple[datetime, K] | None:
-    """The values of a cursor in an address, or None if it is not one."""
-    moment, _, key = (text or "").partition("~")
+    """The values of a cursor in an address, None without one. Raises FilterInvalid."""
+    if not text:
+        return None
+    moment, _, key = text.partition("~")
     try:
         at = datetime.fromisoformat(moment)
         return (at if at.tzinfo else at.replace(tzinfo=UTC)).astimezone(UTC), read_key(key)
     except (ValueError, OverflowError):
-        return None
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise ValueError(text)
-    return int(text)
+        raise FilterInvalid(Fault("before", "page")) from None
 
 
 def _behind(at: Any, key: Any, cursor: tuple[datetime, Any] | None) -> list[Any]:
@@ -392,11 +328,3 @@ def _behind(at: Any, key: Any, cursor: tuple[datetime, Any] | None) -> list[Any]
         return []
     moment, last = cursor
     return [at <= moment, or_(at < moment, key < last)]  # only the first condition can use the index
-
-
-def _day(text: str) -> datetime | None:
-    try:
-        found = date.fromisoformat(text)
-        return datetime(found.year, found.month, found.day, tzinfo=UTC) if 1970 < found.year < 9000 else None
-    except ValueError:
-        return None

@@ -12,8 +12,9 @@ from sqlalchemy import event
 
 from receiver.tasks.operate import Operator
 from storage.database.sessions import Database
+from storage.filters import TaskFilter
 from storage.operations.ended import EndedLastDay
-from storage.operations.lists import TaskFilter, newest_tasks
+from storage.operations.lists import newest_tasks
 from storage.operations.measures import measure
 from storage.rows import events, tasks
 from storage.rows.reports import Schedule

@@ -16,6 +16,7 @@ from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Streamed
 from receiver.console.visit import Visit, part
+from storage import filters
 from storage.accounts import batches
 from storage.accounts.batches import Counts
 from storage.operations import lists
@@ -49,6 +50,7 @@ class BatchPages:
         self._failed.close()
 
     def table(self, visit: Visit) -> Response:
+        filters.understood(visit.query)
         with self._of.database.read() as session:
             page = lists.newest_batches(session, visit.query.get("before"))
         counts = self._counts.of([batch.id for batch in page.rows])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import func
 from sqlmodel import Session, col, select
@@ -15,7 +15,8 @@ from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
 from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import Tally
-from storage.operations.lists import DeliveryFilter, newest_deliveries, read_delivery_filter, task_of
+from storage.filters import DeliveryFilter, read_filter
+from storage.operations.lists import newest_deliveries, task_of
 from storage.rows.events import PERSON_ACTED
 from storage.rows.models import Callback, Event
 from storage.states import CallbackState
@@ -34,7 +35,7 @@ class Deliveries:
         self._of = of
 
     def table(self, visit: Visit) -> Response:
-        wanted = read_delivery_filter(visit.query)
+        wanted = self._wanted(visit.query)
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, visit.query.get("before"))
         return visit.page(
@@ -69,9 +70,9 @@ class Deliveries:
         """Show how many deliveries a replay of all matching ones would put back, and its button. `of`: the kept row of
         an earlier replay, whose deliveries are counted by state.
         """
-        wanted = read_delivery_filter(visit.query)
         if number := visit.query.get("of"):
-            return visit.page("replay.html", wanted=wanted, result=self._result(number), kinds=DELIVERY_KINDS)
+            return visit.page("replay.html", result=self._result(number), kinds=DELIVERY_KINDS)
+        wanted = self._wanted(visit.query)
         rows, further = self._matching(wanted)
         return visit.page("replay.html", wanted=wanted, count=len(rows), further=further, result=None)
 
@@ -91,12 +92,15 @@ class Deliveries:
                 before = self._row(session, one)
             self._replay(visit, [before])
             return visit.redirect(f"{HOME}/{before.id}")
-        wanted = read_delivery_filter(visit.form)
+        wanted = self._wanted(visit.form)
         if not wanted.is_set:
             raise HTTPException(400)
         rows, _ = self._matching(wanted)
         number = self._replay(visit, rows)
         return visit.redirect(f"{HOME}/replay?of={number}" if rows else HOME)
+
+    def _wanted(self, given: Mapping[str, str]) -> DeliveryFilter:
+        return read_filter(DeliveryFilter, given, provider=self._of.providers)
 
     def _matching(self, wanted: DeliveryFilter) -> tuple[list[Callback], bool]:
         """The newest matching deliveries, and whether there may be more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlmodel import col, select
+from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -12,6 +12,7 @@ from receiver.console import words
 from receiver.console.installation import Installation, note_act
 from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import change
+from storage.filters import Fault, FilterInvalid, read_page, understood
 from storage.operations import outbox
 from storage.operations.measures import SinkMeasures
 from storage.rows.models import Dispatch
@@ -30,10 +31,12 @@ class EventsOut:
         self._measured = measured
 
     def show(self, visit: Visit) -> Response:
-        state = visit.query.get("state", "")
-        sink, before = visit.query.get("sink", "")[:100], visit.query.get("before", "")
+        given = understood(visit.query, "sink", state=list(DispatchState))
+        state, sink = given["state"], given["sink"]
         with self._of.database.read() as session:
-            rows = outbox.newest(session, state, sink, before=int(before) if is_number(before) else None)
+            if sink and not self._is_known(session, sink):
+                raise FilterInvalid(Fault("sink", "absent"))
+            rows = outbox.newest(session, state, sink, before=read_page(visit.query, "before"))
             disabled = outbox.disabled(session)
         found: dict[str, SinkMeasures] = self._measured().measures.sinks
         names = sorted({*self._of.sinks, *found, *disabled})
@@ -83,8 +86,10 @@ class EventsOut:
         """A sink that exists. A misspelt name would disable nothing and raise an alarm."""
         name = visit.form.get("sink", "")
         with self._of.database.read() as session:
-            if name in {*self._of.sinks, *outbox.disabled(session)}:
-                return name
-            if session.scalars(select(Dispatch.id).where(col(Dispatch.sink) == name).limit(1)).first() is None:
+            if not self._is_known(session, name):
                 raise HTTPException(404)
         return name
+
+    def _is_known(self, session: Session, name: str) -> bool:
+        queued = select(Dispatch.id).where(col(Dispatch.sink) == name).limit(1)
+        return name in {*self._of.sinks, *outbox.disabled(session)} or session.scalars(queued).first() is not None

@@ -17,6 +17,7 @@ from receiver.console.installation import Files, Installation, id_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Shares
 from receiver.console.visit import Visit
+from storage import filters
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
@@ -45,7 +46,7 @@ class Gallery:
         self._zips = Shares(MAX_ZIPS)
 
     def show(self, visit: Visit) -> Response:
-        wanted = lists.read_filter(visit.query)
+        wanted = filters.read_filter(filters.TaskFilter, visit.query, provider=self._of.providers, size=SIZES)
         with self._of.database.read() as session:
             page = lists.newest_tasks(session, wanted, visit.query.get("before"), TASKS_A_PAGE, kept=True)
             files = lists.files_of(session, page.rows)
@@ -57,7 +58,7 @@ class Gallery:
             "gallery.html", wanted=wanted, rows=page, days=days,
             kept=kept, path_of=path_of, prompt_of=words.prompt_of, model_of=words.model_of, uri=self._of.bucket.uri,
             ratio=words.ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
-            states=list(TaskState), sizes=SIZES, size=size if (size := visit.query.get("size", "")) in SIZES else "m",
+            states=list(TaskState), sizes=SIZES, size=visit.query.get("size") or "m",
         )  # fmt: skip
 
     async def file(self, visit: Visit) -> Response:

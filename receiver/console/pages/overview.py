@@ -8,6 +8,7 @@ from receiver.console.installation import Installation
 from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from receiver.console.words import bars, seconds, size
+from storage.filters import understood
 from storage.operations import ended, rollups
 
 # A page that shows no later change looks again this many seconds after it: the figures have been read anew by then.
@@ -25,8 +26,8 @@ class Overview:
         self.close = self._rollups.close
 
     def show(self, visit: Visit) -> Response:
+        is_month = understood(visit.query, span=("24h", "30d"))["span"] == "30d"
         stands = self._needs.now()
-        is_month = visit.query.get("span") == "30d"
         span = self._rollups.span(rollups.MONTH_HOURS if is_month else 24)
         return visit.page(
             "overview.html", needs=stands.needs, workers=stands.workers, measures=stands.measures,

@@ -18,6 +18,7 @@ from receiver.console import words
 from receiver.console.installation import Installation
 from receiver.console.visit import Visit, part
 from receiver.tasks.task_view import can_retry, is_over, why_not
+from storage import filters
 from storage.operations import lists
 from storage.rows import events, tasks
 from storage.rows.aliases import aliases_of
@@ -74,7 +75,7 @@ class Tasks:
         self._of = of
 
     def table(self, visit: Visit) -> Response:
-        wanted = lists.read_filter(visit.query)
+        wanted = filters.read_filter(filters.TaskFilter, visit.query, provider=self._of.providers)
         with self._of.database.read() as session:
             if found := lists.exact(session, wanted.q, self._of.providers):
                 return visit.redirect(path_of(found))
@@ -85,7 +86,7 @@ class Tasks:
         return visit.page(
             "tasks.html", wanted=wanted, rows=page, files=files, batch_names=names, path_of=path_of,
             prompt_of=words.prompt_of, model_of=words.model_of, states=list(TaskState), archives=list(ArchiveState),
-            providers=self._of.providers, is_kept=lists.is_kept, files_of_filter=lists.FILES, why_not=why_not,
+            providers=self._of.providers, is_kept=lists.is_kept, files_of_filter=filters.FILES, why_not=why_not,
         )  # fmt: skip
 
     def show(self, visit: Visit) -> Response:

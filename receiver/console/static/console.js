@@ -37,8 +37,10 @@ async function renew() {
   fetching = true; wanted = false;
   try {
     const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
-    if (answer.status === 401) { location.reload(); return; }
-    if (!answer.ok) { wanted ||= answer.headers.has("Retry-After"); return; }
+    // A filter that is no longer understood (400) has a page of its own, whose numbers beside the pages are live too.
+    const unread = answer.status === 400;
+    if (answer.status === 401 || (unread && !document.querySelector("[data-unread]"))) { location.reload(); return; }
+    if (!answer.ok && !unread) { wanted ||= answer.headers.has("Retry-After"); return; }
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     for (const part of document.querySelectorAll("[data-live]")) {
       const other = fresh.querySelector(`[data-live="${CSS.escape(part.dataset.live)}"]`);

@@ -80,7 +80,7 @@ def test_no_page_has_a_serious_fault(parts: Parts, browser: Browser, web: Web, l
         f"/batches/{batch.id}",
         "/tasks/none",
     )
-    own += ("/deliveries/replay?state=refused",)
+    own += ("/deliveries/replay?state=refused", "/tasks?state=nope&since=x&q=%00&stat=1&before=x")
     found = {path: search(f"{web.url}/console{path}") for path in (*PAGES, *own)}
     found["lightbox"] = search(f"{web.url}/console/gallery", lightbox=True)
     browser.resize(390, 800)

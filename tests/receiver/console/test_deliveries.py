@@ -9,8 +9,9 @@ from sqlmodel import select
 
 from receiver.app.wiring import Parts
 from receiver.tasks.apply_deliveries import MAX_READS_PER_TASK, NOT_READ
+from storage.filters import DeliveryFilter
 from storage.operations import lists
-from storage.operations.lists import DeliveryFilter, newest_deliveries
+from storage.operations.lists import newest_deliveries
 from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 from tests.console_reader import Reader

@@ -18,8 +18,9 @@ from receiver.console import catalogue, needs
 from storage.accounts import pauses
 from storage.bucket.bucket import Bucket
 from storage.errors import AccountRefused, ModelRefused
+from storage.filters import TaskFilter
 from storage.operations import heartbeats, lists, measures, outbox
-from storage.operations.lists import TaskFilter, newest_tasks
+from storage.operations.lists import newest_tasks
 from storage.rows import events
 from storage.rows.events import record_act
 from storage.rows.models import Batch, Dispatch, Event, RollingAudit

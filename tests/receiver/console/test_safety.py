@@ -81,7 +81,9 @@ def own_pages(parts: Parts, task: Task, callback: Callback) -> list[str]:
 def test_hostile_markup_is_escaped_on_every_page(parts: Parts, ann: Reader) -> None:
     task, callback = hostile(parts)
     for path in (*PAGES, *own_pages(parts, task, callback)):
-        page = ann.page(path)
+        answer = ann.get(path)
+        assert answer.status_code == (400 if "sink=" in path or "?task=" in path else 200), path
+        page = answer.text
         assert [each for each in RAW if each in page] == [], path
         assert "s3cr3t" not in page and "path-of-a-token" not in page, path
     assert "&lt;script&gt;alert(1)" in ann.page(f"/tasks/{task.id}")

@@ -10,8 +10,9 @@ from sqlalchemy import event
 
 from storage.accounts import batches
 from storage.database.sessions import Database
+from storage.filters import DeliveryFilter, TaskFilter
 from storage.operations import lists, outbox
-from storage.operations.lists import DeliveryFilter, TaskFilter, newest_deliveries, newest_tasks
+from storage.operations.lists import newest_deliveries, newest_tasks
 from tests.plans import plans
 
 
