@@ -184,3 +184,10 @@ def failed_at_provider(session: Session, batch_id: uuid.UUID) -> list[uuid.UUID]
     found = select(Task.id).where(Task.batch_id == batch_id, *failed, not_dismissed(Task.note))
     found = found.where(col(Task.deleted_at).is_(None))
     return list(session.exec(found.order_by(col(Task.batch_line), Task.external_task_id)))
+
+
+def refused(session: Session, batch_id: uuid.UUID) -> list[dict[str, Any]]:
+    """The requests of creates that the provider refused, without dismissed ones."""
+    failed = (Task.state == TaskState.FAILED, col(Task.provider_task_id).is_(None), col(Task.request) != {})
+    found: Any = select(Task.request).where(Task.batch_id == batch_id, *failed, not_dismissed(Task.note))
+    return list(session.exec(found.where(col(Task.deleted_at).is_(None))))

@@ -63,15 +63,20 @@ class BatchPages:
             lost = self._failed.of([batch.id]).get(batch.id)
             failed = part(visit, "from", lost or [], FAILURES_A_PAGE)
             rows = {row.id: row for row in session.scalars(select(Task).where(col(Task.id).in_(failed.rows)))}
+            estimate = self._of.estimate(batches.refused(session, batch.id)) if visit.query.get("retry") else None
             failures = [rows[task_id] for task_id in failed.rows if task_id in rows]
         return visit.page(
             "batch.html", section="batches", batch=batch, counts=counts, stages=stages, failures=failures,
-            failed=failed, is_whole=lost is not None, path_of=path_of,
+            failed=failed, is_whole=lost is not None, path_of=path_of, estimate=estimate,
         )  # fmt: skip
 
     def retry(self, visit: Visit) -> Response:
+        """Try again what failed. Refused requests are paid for then, so their price is shown first."""
         with self._of.database.read() as session:
             batch = row_of(session, Batch, visit.form.get("batch", ""))
+            estimate = self._of.estimate(batches.refused(session, batch.id))
+        if estimate.tasks and visit.form.get("priced") != f"{estimate.tasks} {estimate.units}":
+            return visit.redirect(f"{HOME}/{batch.id}?retry=1")
         tally = self._of.batches.retry(batch.name)
         self._counts.forget(batch.id)
         self._failed.forget(batch.id)

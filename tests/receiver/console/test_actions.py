@@ -257,6 +257,26 @@ def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> N
     assert "1 thing is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
 
 
+def test_price_of_refused_requests_is_shown_before_a_batch_sends_them_again(parts: Parts, ann: Reader) -> None:
+    with parts.database.write() as session:
+        batch = Batch(name="spring", created_at=parts.database.now())
+        session.add(batch)
+        session.flush()
+        batch_id = batch.id
+    request = {"model_name": "kling-image-o1", "prompt": "a boat", "n": 2}
+    of_batch: dict[str, Any] = {"batch_id": batch_id, "request": request, "step": None, "due_at": None}
+    refused = insert_row(parts, external_task_id="refused", batch_line=1, state=TaskState.FAILED, **of_batch)
+    note = {"state": TaskState.FAILED, "note": "dismissed: not wanted"}
+    insert_row(parts, external_task_id="dismissed", batch_line=2, **note, **of_batch)
+    shown = ann.post("/act/batch-retry", batch=batch_id).text
+    assert "took nothing for it" in shown and "16 units" in shown and "0.056 USD" in shown
+    assert task_of(parts, refused.external_task_id).state is TaskState.FAILED and acts(parts, None) == []
+    sent = ann.http.post("/console/act/batch-retry", data=dict(HIDDEN.findall(shown.partition("took nothing")[2])))
+    assert "1 thing is tried again" in sent.text and "took nothing" not in sent.text
+    assert task_of(parts, refused.external_task_id).state is TaskState.CREATED
+    assert task_of(parts, "dismissed").state is TaskState.FAILED
+
+
 def test_failures_of_a_batch_are_paged_in_the_order_of_their_lines(parts: Parts, ann: Reader) -> None:
     with parts.database.write() as session:
         batch = Batch(name="large", created_at=parts.database.now())
