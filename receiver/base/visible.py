@@ -70,3 +70,14 @@ def pretty(body: bytes) -> str | None:
     except (ValueError, RecursionError):
         return None
     return seen(shown) if len(shown) <= MAX_PRETTY_CHARS else None
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a long text."""
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def short(foreign: str | None, most: int = 160) -> str:
+    """The beginning of a text of others, on one line."""
+    flat = " ".join(seen((foreign or "")[: 8 * most]).split())
+    return flat if len(flat) <= most else flat[: most - 1] + "…"

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from sqlmodel import Session
 
+from receiver.base.visible import short
 from receiver.console.installation import Installation
-from receiver.console.words import seconds, short
+from receiver.console.words import seconds
 from storage.accounts import pauses
 from storage.bucket.availability import NO_ANSWER_YET, BucketAvailability
 from storage.operations import attention, heartbeats, outbox

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from receiver.base.forms import Upload
-from receiver.base.visible import seen
+from receiver.base.visible import seen, short
 from receiver.console import catalogue, words
 from receiver.console.access import Session
 from storage.filters import read_page
@@ -45,7 +45,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"size": words.size, "seconds": words.seconds, "short": words.short, "seen": seen}
+    made.filters |= {"size": words.size, "seconds": words.seconds, "short": short, "seen": seen}
     made.globals |= {
         "versions": versions(),
         "languages": catalogue.LANGUAGES,

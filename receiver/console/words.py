@@ -1,21 +1,16 @@
-"""Values as people read them: sizes, numbers, times, durations, and escaped text of others."""
+"""Values as people read them: sizes, numbers, times and durations."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from markupsafe import Markup, escape
 
-from receiver.base.visible import MAX_PRETTY_CHARS, masked, seen
 from receiver.console.catalogue import text, word
-from storage.rows.models import Task
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
-MAX_VALUE_CHARS = 4_000
 STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
 
 
@@ -63,42 +58,6 @@ def when(moment: datetime | None, language: str) -> Markup | str:
     # `Markup.format` took a third of a list's time.
     made = f'<time datetime="{iso}" title="{iso[:10]} {iso[11:19]} UTC">{shown}</time>'
     return Markup(made)  # noqa: S704 - only digits, and escaped text
-
-
-def request_of(task: Task, most: int) -> str:
-    """The request as JSON. Long values such as uploaded pictures are cut."""
-    shown = json.dumps({name: _brief(value) for name, value in task.request.items()}, indent=2, ensure_ascii=False)
-    return cut(seen(shown), most) if task.request and len(shown) <= MAX_PRETTY_CHARS else ""
-
-
-def _brief(value: Any) -> Any:
-    if isinstance(value, str):
-        return cut(masked(value) if value.lstrip()[:4].lower() == "http" else value, MAX_VALUE_CHARS)
-    if isinstance(value, list):
-        return [_brief(each) for each in value]
-    return {name: _brief(each) for name, each in value.items()} if isinstance(value, dict) else value
-
-
-def cut(text: str, most: int) -> str:
-    """The beginning of a long text."""
-    return text if len(text) <= most else text[:most] + "…"
-
-
-def short(foreign: str | None, most: int = 160) -> str:
-    """The beginning of a text of others, on one line."""
-    flat = " ".join(seen((foreign or "")[: 8 * most]).split())
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
-
-
-def prompt_of(task: Task, most: int = 160) -> str:
-    """The beginning of the prompt."""
-    prompt = task.request.get("prompt")
-    return short(prompt, most) if isinstance(prompt, str) else ""
-
-
-def model_of(task: Task) -> str:
-    model = task.request.get("model_name")
-    return short(model, 60) if isinstance(model, str) else ""
 
 
 def bars(values: Sequence[float], height: float = 44, width: float = 240) -> list[tuple[str, str, str, str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from receiver.base.visible import MAX_PRETTY_CHARS, cut, masked, seen, short
 from storage import states
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
@@ -16,6 +18,8 @@ from storage.states import ArchiveState, AssetState, TaskState
 
 # Tasks that are read together. Larger groups are no faster.
 TOGETHER = 500
+# The longest value of a request that is shown, such as an uploaded picture's.
+MAX_VALUE_CHARS = 4_000
 
 
 def find(database: Database, name: str) -> tuple[Task, list[Asset], list[Event]]:
@@ -122,3 +126,28 @@ def _asset(bucket: Bucket, asset: Asset) -> dict[str, Any]:
         **({"next_try_at": next_try} if (next_try := next_try_of(asset)) else {}),
         **({"waiting": waiting} if waiting else {}),
     }
+
+
+def request_of(task: Task, most: int) -> str:
+    """The request as JSON. Long values such as uploaded pictures are cut."""
+    shown = json.dumps({name: _brief(value) for name, value in task.request.items()}, indent=2, ensure_ascii=False)
+    return cut(seen(shown), most) if task.request and len(shown) <= MAX_PRETTY_CHARS else ""
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, str):
+        return cut(masked(value) if value.lstrip()[:4].lower() == "http" else value, MAX_VALUE_CHARS)
+    if isinstance(value, list):
+        return [_brief(each) for each in value]
+    return {name: _brief(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def prompt_of(task: Task, most: int = 160) -> str:
+    """The beginning of the prompt."""
+    prompt = task.request.get("prompt")
+    return short(prompt, most) if isinstance(prompt, str) else ""
+
+
+def model_of(task: Task) -> str:
+    model = task.request.get("model_name")
+    return short(model, 60) if isinstance(model, str) else ""

@@ -9,11 +9,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
+from receiver.base.visible import short
 from receiver.console.application import Guard
 from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit
-from receiver.console.words import short
 from receiver.tasks.changes import Tally
 from storage.archive import delete
 from storage.bucket.store_errors import NoSuchObject

@@ -10,12 +10,13 @@ from typing import Any
 
 from starlette.responses import Response
 
-from receiver.console import words
+from receiver.base.visible import short
 from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.visit import Visit
 from receiver.providers.base import ProviderRequest, RequestInvalid
 from receiver.tasks.submit import Conflict
+from receiver.tasks.task_view import request_of
 from storage.rows import events
 from storage.rows.models import Task
 
@@ -58,7 +59,7 @@ class Ask:
         if is_sent and given["priced"] == made_id:
             return self._send(visit, given, task, request, given.get("external_task_id") or made_id)
         estimate = self._of.estimate([request.wire()])
-        warnings = [words.short(each, 300) for each in request.warnings()]
+        warnings = [short(each, 300) for each in request.warnings()]
         warnings += [visit.text("ask.choose_again")] if pictures else []
         given |= {"uploaded": str(len(pictures)), "priced": made_id}
         return _page(visit, given, task=task, estimate=estimate, warnings=warnings)
@@ -86,8 +87,8 @@ class Ask:
 
 def _page(visit: Visit, given: dict[str, str], *, faults: list[str] | tuple[str, ...] = (), **shown: Any) -> Response:
     shown = {"task": None, "estimate": None, "warnings": [], **shown}
-    shown["request"] = words.request_of(shown["task"], MAX_REQUEST_CHARS) if shown["task"] else ""
-    said = [words.short(fault, 300) for fault in faults]
+    shown["request"] = request_of(shown["task"], MAX_REQUEST_CHARS) if shown["task"] else ""
+    said = [short(fault, 300) for fault in faults]
     return visit.page("ask.html", status=422 if faults else 200, given=given, faults=said, path_of=path_of, **shown)
 
 

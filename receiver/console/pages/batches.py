@@ -9,9 +9,9 @@ from typing import Any
 from sqlmodel import col, select
 from starlette.responses import Response
 
+from receiver.base.visible import short
 from receiver.batch import batch_file, batch_report
 from receiver.batch.batch_file import BatchInvalid, Format, Line
-from receiver.console import words
 from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Streamed
@@ -83,7 +83,7 @@ class BatchPages:
         note_act(self._of, visit.session.name, "retry batch", batch.name)
         visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(words.short(why, 200), bad=True)
+            visit.say(short(why, 200), bad=True)
         return visit.redirect(f"{HOME}/{batch.id}")
 
     def export(self, visit: Visit) -> Response:
@@ -105,7 +105,7 @@ class BatchPages:
             lines = batch_file.read(io.BytesIO(content), format, name, self._of.batches.check)
             plan = self._of.batches.plan(name, lines, is_file_name=not visit.form.get("name", "").strip())
         except BatchInvalid as error:
-            faults = [(fault.line, words.short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
+            faults = [(fault.line, short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
             found |= {"faults": faults, "fault_count": len(error.faults)}
             return visit.page("batch_new.html", section="batches", status=422, **found)
         if visit.form.get("step") == "send":
@@ -118,7 +118,7 @@ class BatchPages:
             with events.by(visit.session.name):
                 new = self._of.batches.put(plan)
         except BatchInvalid as error:
-            visit.say(words.short(str(error), 300), bad=True)
+            visit.say(short(str(error), 300), bad=True)
             return visit.redirect(f"{HOME}/new")
         note_act(self._of, visit.session.name, "submit batch", name)
         visit.say(visit.text("batch.sent", n=new))

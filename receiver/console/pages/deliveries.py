@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from receiver.base import visible
-from receiver.console import words
+from receiver.base.visible import cut, short
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
 from receiver.console.visit import Visit, is_number
@@ -51,9 +51,9 @@ class Deliveries:
         raw = visible.raw(start) if visit.session.may_act else visible.guarded(start) if pretty is None else None
         return visit.page(
             "delivery.html", row=row, task=task, kinds=DELIVERY_KINDS, path_of=path_of, size=len(row.body),
-            raw=None if raw is None else words.cut(raw, MAX_SHOWN_BYTES),
-            pretty=words.cut(pretty or "", MAX_SHOWN_BYTES), is_cut=len(row.body) > MAX_SHOWN_BYTES,
-            headers={words.short(name, 80): words.short(str(value), 400) for name, value in row.headers.items()},
+            raw=None if raw is None else cut(raw, MAX_SHOWN_BYTES),
+            pretty=cut(pretty or "", MAX_SHOWN_BYTES), is_cut=len(row.body) > MAX_SHOWN_BYTES,
+            headers={short(name, 80): short(str(value), 400) for name, value in row.headers.items()},
         )  # fmt: skip
 
     def body(self, visit: Visit) -> Response:
@@ -114,7 +114,7 @@ class Deliveries:
         tally = self._of.operator.replay(ids) if ids else Tally()
         visit.say(visit.text("replay.done", n=tally.counts["replayed"]), bad=not tally.counts["replayed"])
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(words.short(why, 200), bad=True)
+            visit.say(short(why, 200), bad=True)
         subject = f"{len(ids)} deliveries from {min(ids, default=0)}"
         return note_act(self._of, visit.session.name, "replay", subject, {row.task_id for row in rows}, deliveries=ids)
 

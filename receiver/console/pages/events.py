@@ -8,7 +8,7 @@ from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from receiver.console import words
+from receiver.base.visible import short
 from receiver.console.installation import Installation, note_act
 from receiver.console.visit import Visit, is_number
 from receiver.tasks.changes import change
@@ -66,7 +66,7 @@ class EventsOut:
 
     def disable(self, visit: Visit) -> Response:
         name = self._known(visit)
-        reason = f"by {visit.session.name}: {words.short(visit.form.get('reason') or 'by hand', 200)}"
+        reason = f"by {visit.session.name}: {short(visit.form.get('reason') or 'by hand', 200)}"
         with self._of.database.write() as session:
             outbox.disable(session, name, reason)
         count = outbox.end_disabled(self._of.database)

@@ -17,6 +17,7 @@ from receiver.console.installation import Files, Installation, id_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Shares
 from receiver.console.visit import Visit
+from receiver.tasks.task_view import model_of, prompt_of
 from storage import filters
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -56,7 +57,7 @@ class Gallery:
         days = [(day, list(group)) for day, group in groupby(shown, key=lambda task: task.created_at.date())]
         return visit.page(
             "gallery.html", wanted=wanted, rows=page, days=days,
-            kept=kept, path_of=path_of, prompt_of=words.prompt_of, model_of=words.model_of, uri=self._of.bucket.uri,
+            kept=kept, path_of=path_of, prompt_of=prompt_of, model_of=model_of, uri=self._of.bucket.uri,
             ratio=words.ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
             states=list(TaskState), sizes=SIZES, size=visit.query.get("size") or "m",
         )  # fmt: skip

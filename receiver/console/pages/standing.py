@@ -8,7 +8,7 @@ from dataclasses import asdict
 from sqlmodel import col, select
 from starlette.responses import Response
 
-from receiver.console import words
+from receiver.base.visible import short
 from receiver.console.installation import CheckLine, Installation, note_act
 from receiver.console.needs import Needs
 from receiver.console.visit import Visit
@@ -39,7 +39,7 @@ class StandingPages:
         try:
             capabilities = asdict(self._of.bucket.capabilities())
         except (DatabaseUnavailable, StoreUnavailable) as error:
-            problem = words.short(str(error), 300)
+            problem = short(str(error), 300)
         return visit.page(
             "archive.html", audit=audit, capabilities=capabilities, problem=problem, sample=self._sample,
             bucket=f"s3://{self._of.bucket.name}/{self._of.bucket.prefix}", findings=audit.findings[-SHOWN_FINDINGS:],

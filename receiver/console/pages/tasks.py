@@ -13,11 +13,11 @@ from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from receiver.base.visible import seen
+from receiver.base.visible import cut, seen, short
 from receiver.console import words
 from receiver.console.installation import Installation
 from receiver.console.visit import Visit, part
-from receiver.tasks.task_view import can_retry, is_over, why_not
+from receiver.tasks.task_view import can_retry, is_over, model_of, prompt_of, request_of, why_not
 from storage import filters
 from storage.operations import lists
 from storage.rows import events, tasks
@@ -85,7 +85,7 @@ class Tasks:
             names = _batch_names(session, page.rows)
         return visit.page(
             "tasks.html", wanted=wanted, rows=page, files=files, batch_names=names, path_of=path_of,
-            prompt_of=words.prompt_of, model_of=words.model_of, states=list(TaskState), archives=list(ArchiveState),
+            prompt_of=prompt_of, model_of=model_of, states=list(TaskState), archives=list(ArchiveState),
             providers=self._of.providers, is_kept=lists.is_kept, files_of_filter=filters.FILES, why_not=why_not,
         )  # fmt: skip
 
@@ -107,10 +107,10 @@ class Tasks:
         return visit.page(
             "task.html", task=task, files=part(visit, "from", assets, FILES_A_PAGE), count=len(assets), batch=batch,
             aliases=aliases, note=task.note, is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept,
-            ratio=words.ratio_class, uri=self._of.bucket.uri, request=words.request_of(task, MAX_REQUEST_CHARS),
+            ratio=words.ratio_class, uri=self._of.bucket.uri, request=request_of(task, MAX_REQUEST_CHARS),
             timeline=part(visit, "moment", in_order(moments, task.created_at), MOMENTS_A_PAGE, newest=True),
-            prompt=seen(words.cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
-            model=words.model_of(task), can_retry=can_retry(task, assets),
+            prompt=seen(cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
+            model=model_of(task), can_retry=can_retry(task, assets),
         )  # fmt: skip
 
 
@@ -143,17 +143,17 @@ def _of_tries(visit: Visit, asset: Asset) -> Iterator[Moment]:
     name = f"{visit.word('kind', asset.kind)} {asset.index}"
     for each in asset.failed_tries or ():
         says = visit.text("timeline.try", name=name)
-        yield Moment(datetime.fromisoformat(each["at"]), "wait", f"{says}: {words.short(each['error'])}")
+        yield Moment(datetime.fromisoformat(each["at"]), "wait", f"{says}: {short(each['error'])}")
     if asset.state is AssetState.DUE and asset.due_at and asset.error:
         says = visit.text("timeline.tries", name=name, n=max(asset.attempts, asset.unusable_tries, 1))
-        yield Moment(asset.due_at, "next", f"{says}: {words.short(asset.error)}")
+        yield Moment(asset.due_at, "next", f"{says}: {short(asset.error)}")
 
 
 def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
     """A sink, whether it accepted the event, and otherwise its last answer."""
-    says = words.short(row.sink, 40)
+    says = short(row.sink, 40)
     if row.state is not DispatchState.DELIVERED:
-        says = f"{says}: {words.short(row.error) or visit.word('dispatch', row.state)}"
+        says = f"{says}: {short(row.error) or visit.word('dispatch', row.state)}"
     tries = visit.text("events.tried", n=row.tries)
     return DISPATCH_KINDS[row.state], f"{says} ({tries})" if row.tries > 1 else says
 
@@ -161,12 +161,12 @@ def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
 def _of_fact(visit: Visit, task: Task, fact: Event, out: Sequence[Dispatch]) -> Moment:
     known, data = visit.word("event", fact.name), fact.data
     if fact.name.startswith("asset."):
-        kind = visit.word("kind", words.short(str(data.get("kind", "")), 20))
-        known = f"{known}: {kind} {words.short(str(data.get('index', '')), 8)}"
+        kind = visit.word("kind", short(str(data.get("kind", "")), 20))
+        known = f"{known}: {kind} {short(str(data.get('index', '')), 8)}"
     why = data.get("reason") or data.get("error") or data.get("note")
-    says = f"{known}: {words.short(str(why))}" if why else known
+    says = f"{known}: {short(str(why))}" if why else known
     if person := data.get("by"):
-        says = f"{says} · " + visit.text("timeline.by", name=words.short(str(person), 40))
+        says = f"{says} · " + visit.text("timeline.by", name=short(str(person), 40))
     rest = {name: value for name, value in data.items() if name not in TOLD}
     detail = seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:2_000]) if rest else ""
     told = [_of_dispatch(visit, each) for each in out]
@@ -178,7 +178,7 @@ def _of_fact(visit: Visit, task: Task, fact: Event, out: Sequence[Dispatch]) -> 
 
 def _of_act(visit: Visit, act: Event) -> Moment:
     """An act of a person: the name, the action, and the reason or result."""
-    data = {name: words.short(str(value), 200) for name, value in act.data.items()}
+    data = {name: short(str(value), 200) for name, value in act.data.items()}
     says = f"{data.get('by', '')}: {visit.word('person', data.get('action', ''))}"
     why = data.get("reason") or data.get("refused") or visit.word("found", data.get("found", ""))
     return Moment(act.at, "bad" if data.get("refused") else "idle", f"{says}: {why}" if why else says)
@@ -188,7 +188,7 @@ def _of_delivery(visit: Visit, row: Callback, body_bytes: int) -> Moment:
     state = visit.text(f"delivery.{row.state}")
     key = "timeline.callback" if row.source == "push" else "timeline.read"
     says = visit.text(key, state=state, size=words.size(body_bytes))
-    says = f"{says}: {words.short(row.reason)}" if row.reason else says
+    says = f"{says}: {short(row.reason)}" if row.reason else says
     link = f"/console/deliveries/{row.id}" if row.source == "push" else ""
     return Moment(row.received_at, DELIVERY_KINDS[row.state], says, link=link)
 
