@@ -11,21 +11,24 @@ A URL may contain a secret: messages show only an entry's position, its name and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 from storage.errors import FetchRefused
 from storage.fetch.addresses import AddressPolicy, check_url
-from storage.rows.events import names_matching
+from storage.rows.events import EventName
 from storage.url_parts import split_url
 
 SinkKind = Literal["webhook", "sqs", "file", "stdout"]
 
 NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,62})=(?=[A-Za-z][A-Za-z0-9+.-]*:)")
 NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+# The longest name of an event has 20. A pattern of 4,000 characters took 0.2 s of the event loop.
+MAX_PATTERN_CHARS = 64
 SQS_PREFIX = "sqs+"
 # The sink of gateway clients, which is not an entry of the setting.
 RESERVED = "client"
@@ -111,3 +114,18 @@ def _queue(url: str, policy: AddressPolicy) -> tuple[SinkKind, str, str]:
     if parts.scheme == "http":
         check_url(url, policy)
     return "sqs", url, queue.rpartition("/")[2]
+
+
+def names_matching(patterns: Iterable[str]) -> frozenset[EventName]:
+    """The names that match patterns like `task.*`; no pattern = all. Raises ValueError for one that matches none."""
+    chosen: set[EventName] = set()
+    for pattern in dict.fromkeys(patterns):
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise ValueError(
+                f"{pattern[:40]!r}… is longer than {MAX_PATTERN_CHARS} characters; no event's name is that long"
+            )
+        matching = {name for name in EventName if fnmatchcase(name, pattern)}
+        if not matching:
+            raise ValueError(f"no event is called {pattern[:40]!r}; the events are {', '.join(EventName)}")
+        chosen |= matching
+    return frozenset(chosen or EventName)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from receiver.base.sink_setting import names_matching
 from receiver.cli.opening import opened
 from receiver.cli.operate import MAX_SHOWN, DryRun, Json
 from receiver.cli.terminal import cell, say, say_json, show
@@ -175,7 +176,7 @@ def tail(
     from storage.rows import events
 
     try:
-        names = events.names_matching(word for word in types.split(",") if word)
+        names = names_matching(word for word in types.split(",") if word)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--types") from None
     with opened() as parts:

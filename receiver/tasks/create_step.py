@@ -23,6 +23,7 @@ from sqlmodel import Session, col, select
 from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
 from receiver.providers.lookup import read_task
 from receiver.tasks.create_outcome import CreateOutcome
+from receiver.tasks.lease_renewal import renewing_lease
 from storage.accounts import pauses
 from storage.accounts.pauses import Trial
 from storage.accounts.rate_limit import ReadRateLimit
@@ -39,7 +40,6 @@ from storage.errors import (
     Retry,
 )
 from storage.rows import claims, reports, tasks
-from storage.rows.lease_renewal import renewing_lease
 from storage.rows.models import Task
 from storage.states import Report, TaskState
 

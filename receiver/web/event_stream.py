@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from receiver.base.sink_setting import names_matching
 from receiver.events.cloudevents import Envelope
 from receiver.gateway.answers import Refused
 from receiver.gateway.api_keys import ApiKeys
@@ -77,7 +78,7 @@ class Stream:
             words = f"an API key is needed: {refused.message}"
             return _refusal(401, words, {"WWW-Authenticate": "Bearer"})
         try:
-            names = events.names_matching(_split(request.query_params.getlist("types")))
+            names = names_matching(_split(request.query_params.getlist("types")))
             asked = _number(request.headers.get("last-event-id") or request.query_params.get("after"))
             newest = await to_thread.run_sync(self._read_newest, limiter=self._looks)
         except ValueError as error:

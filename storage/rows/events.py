@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from typing import Any
 
 from sqlalchemy import bindparam, func, insert, text
@@ -22,8 +21,6 @@ from storage.states import FREQUENT_EVENTS, RARE_EVENT
 
 # The row of the counter from which `storage/operations/outbox.py` numbers events.
 COUNTER = "event"
-# The longest name has 20. A pattern of 4,000 characters took 0.2 s of the event loop.
-MAX_PATTERN_CHARS = 64
 
 
 class EventName(StrEnum):
@@ -195,18 +192,3 @@ def count_after(session: Session, seq: int) -> tuple[dict[str, int], int]:
     until = newest_seq(session)
     counted = select(Event.name, func.count()).where(col(Event.seq) > seq, col(Event.seq) <= until, _IS_EVENT)
     return dict(session.exec(counted.group_by(Event.name)).all()), until
-
-
-def names_matching(patterns: Iterable[str]) -> frozenset[EventName]:
-    """The names that match patterns like `task.*`; no pattern = all. Raises ValueError for one that matches none."""
-    chosen: set[EventName] = set()
-    for pattern in dict.fromkeys(patterns):
-        if len(pattern) > MAX_PATTERN_CHARS:
-            raise ValueError(
-                f"{pattern[:40]!r}… is longer than {MAX_PATTERN_CHARS} characters; no event's name is that long"
-            )
-        matching = {name for name in EventName if fnmatchcase(name, pattern)}
-        if not matching:
-            raise ValueError(f"no event is called {pattern[:40]!r}; the events are {', '.join(EventName)}")
-        chosen |= matching
-    return frozenset(chosen or EventName)

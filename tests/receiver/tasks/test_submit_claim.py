@@ -14,8 +14,8 @@ from receiver.app.wiring import Parts
 from receiver.providers.kling.request import parse_request
 from receiver.sandbox import Sandbox
 from receiver.tasks.create_outcome import CreateOutcome
+from receiver.tasks.lease_renewal import renewing_lease
 from storage.database.sessions import Database
-from storage.rows.lease_renewal import renewing_lease
 from storage.rows.models import Task
 from storage.states import TaskState
 from tests.harness import wait_until

@@ -12,6 +12,7 @@ from sqlalchemy import update
 from sqlmodel import col, func, select
 
 from receiver.app.wiring import Parts
+from receiver.base.sink_setting import names_matching
 from storage.database.sessions import Database
 from storage.operations import lists, outbox
 from storage.operations.outbox import Subscription
@@ -272,12 +273,12 @@ def test_lost_lease_settles_nothing(database: Database) -> None:
 
 
 def test_patterns_select_event_names() -> None:
-    assert events.names_matching(["asset.*"]) == {EventName.ASSET_ARCHIVED, EventName.ASSET_FAILED}
-    assert events.names_matching([]) == set(EventName)
+    assert names_matching(["asset.*"]) == {EventName.ASSET_ARCHIVED, EventName.ASSET_FAILED}
+    assert names_matching([]) == set(EventName)
     with pytest.raises(ValueError, match=r"no event is called 'task\.done'"):
-        events.names_matching(["task.done"])
+        names_matching(["task.done"])
     with pytest.raises(ValueError, match="longer than 64 characters"):
-        events.names_matching(["*a" * 40])
+        names_matching(["*a" * 40])
 
 
 # -- a whole run ------------------------------------------------------------------------------------------------------
