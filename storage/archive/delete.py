@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import delete as delete_rows
 from sqlmodel import col, select
@@ -19,6 +20,7 @@ from storage.database.sessions import Database
 from storage.errors import NoSuchTask, UserError
 from storage.keys import as_argument, task_folder
 from storage.rows import claims, tasks
+from storage.rows.deleted_callbacks import delete_callbacks
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import IS_OVER
 from storage.states import ArchiveState, CallbackState
@@ -92,14 +94,13 @@ def _blank(database: Database, task: Task) -> None:
         row = tasks.lock(session, task.id)
         assert row is not None
         session.execute(delete_rows(Asset).where(col(Asset.task_id) == task.id))
-        session.execute(delete_rows(Callback).where(col(Callback.task_id) == task.id))
         at_account = (col(Callback.task_id).is_(None), col(Callback.provider) == row.provider)
-        of_task = col(Callback.external_task_id) == row.external_task_id
-        session.execute(delete_rows(Callback).where(*at_account, of_task))
+        of_task: list[tuple[Any, ...]] = [(col(Callback.task_id) == task.id,)]
+        of_task += [(*at_account, col(Callback.external_task_id) == row.external_task_id)]
         if row.provider_task_id is not None:
             waits = col(Callback.state) == CallbackState.UNMATCHED
-            of_task = col(Callback.provider_task_id) == row.provider_task_id
-            session.execute(delete_rows(Callback).where(*at_account, waits, of_task))
+            of_task += [(*at_account, waits, col(Callback.provider_task_id) == row.provider_task_id)]
+        delete_callbacks(session, *of_task)
         row.request, row.request_hash, row.callback_url, row.error = {}, "", None, None
         row.client_callback_url = None
         row.archive, row.archived_at, row.files_expire_at = ArchiveState.NONE, None, None

@@ -19,6 +19,7 @@ from sqlmodel import Session, col, select
 from storage.database.clock import UtcTime
 from storage.database.sessions import Database, run
 from storage.operations import outbox, walk
+from storage.rows.deleted_callbacks import delete_callbacks
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import IS_OVER, IS_PARKED
 from storage.states import ArchiveState, CallbackState, Step
@@ -147,5 +148,7 @@ def _parts(database: Database, kind: Prunable, before: datetime) -> Iterator[lis
 def _prune_rows(session: Session, kind: Prunable, ids: Sequence[Any]) -> int:
     """Delete or empty those of these rows that are still prunable. Returns how many."""
     model = kind.model
+    if model is Callback:
+        return delete_callbacks(session, (col(Callback.id).in_(ids), kind.old))
     statement: Any = delete(model) if kind.values is None else update(model).values(**kind.values)
     return run(session, statement.where(model.id.in_(ids), kind.old)).rowcount

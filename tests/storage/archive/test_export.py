@@ -25,6 +25,7 @@ from storage.archive.export import Export, tasks_between
 from storage.bucket.bucket import Bucket
 from storage.bucket.put_options import PutOptions, parse_tags
 from storage.errors import StoreUnavailable
+from storage.operations.rollups import HOUR, Arrivals
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, TaskState
 from tests.archived_tasks import all_assets, archive, flip, put, work_off
@@ -149,6 +150,23 @@ def test_deletion_erases_deliveries_of_the_task_at_the_account_url(parts: Parts)
     with parts.database.read() as session:
         left = session.exec(select(Callback.external_task_id).where(col(Callback.task_id).is_(None))).all()
     assert left == [stays.external_task_id]
+
+
+def test_callbacks_of_a_deleted_task_stay_counted(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    deliver(parts, task, b"no json")
+    before = arrived(parts)
+    delete(parts.database, parts.bucket, task.external_task_id)
+    with parts.database.read() as session:
+        assert session.exec(select(Callback).where(Callback.source == "push")).first() is None
+    assert arrived(parts) == before > 0
+
+
+def arrived(parts: Parts) -> int:
+    """The callbacks of this hour and the last one, as a process that has just started counts them."""
+    hour = parts.database.now().replace(minute=0, second=0, microsecond=0)
+    with parts.database.read() as session:
+        return sum(Arrivals().count(session, each) for each in (hour, hour - HOUR))
 
 
 def test_reports_do_not_restore_a_deleted_task(parts: Parts) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, func, select, update
 from sqlmodel import col
 
 from storage.database.sessions import Database
 from storage.operations import ended, rollups
 from storage.operations.ended import Ended, EndedLastDay
-from storage.rows.models import Callback, Task
+from storage.rows.deleted_callbacks import delete_callbacks
+from storage.rows.models import Callback, Counter, Task
 from storage.states import ArchiveState, TaskState
 from tests.plans import scans
 from tests.rows import new_task
@@ -122,6 +123,48 @@ def test_callbacks_after_the_clock_was_set_back_are_added(database: Database, mo
         monkeypatch.setattr(rollups.tasks, "now", lambda _, now=moment: now + timedelta(seconds=30))
         with database.read() as session:
             assert arrivals.count(session, hour) == came
+
+
+@pytest.mark.parametrize(("recounted", "at_last"), [(100, 3), (1, 2)])
+def test_callback_of_a_slow_commit_is_counted_an_hour_after_its_hour(
+    database: Database, monkeypatch: pytest.MonkeyPatch, recounted: int, at_last: int
+) -> None:
+    monkeypatch.setattr(rollups, "RECOUNTED", recounted)
+    arrivals, hour = rollups.Arrivals(), datetime(2026, 11, 28, 10, tzinfo=UTC)
+    for minutes, came, counted in ((30, 2, 2), (70, 1, 2), (125, 0, at_last), (190, 1, at_last)):
+        insert_callbacks(database, came, hour + timedelta(minutes=10))
+        assert count_at(database, monkeypatch, arrivals, hour, minutes) == counted
+
+
+def test_deleted_callbacks_stay_counted_in_every_process(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=1)
+    times = [hour + timedelta(minutes=10), hour + timedelta(minutes=29, seconds=50)]
+    for moment in times:
+        insert_callbacks(database, 2, moment)
+    arrivals = rollups.Arrivals()
+    assert count_at(database, monkeypatch, arrivals, hour, 30) == 4
+    with database.write() as session:
+        session.add(Counter(name="callbacks deleted 202001010000", value=7))
+        session.flush()
+        for moment in times:  # one of the counted ones, and one of those that are counted again
+            newest = select(func.max(Callback.id)).where(col(Callback.received_at) == moment).scalar_subquery()
+            assert delete_callbacks(session, (col(Callback.id) == newest,)) == 1
+    insert_callbacks(database, 1, hour + timedelta(minutes=30, seconds=10))
+    for each in (arrivals, rollups.Arrivals()):
+        assert count_at(database, monkeypatch, each, hour, 32) == 5
+        assert count_at(database, monkeypatch, each, hour, 190) == 5
+    with database.read() as session:
+        names = session.scalars(select(Counter.name).where(col(Counter.name).startswith("callbacks"))).all()
+    assert sorted(names) == [f"callbacks deleted {moment:%Y%m%d%H%M}" for moment in times]
+
+
+def count_at(
+    database: Database, monkeypatch: pytest.MonkeyPatch, arrivals: rollups.Arrivals, hour: datetime, minutes: int
+) -> int:
+    """The callbacks of the hour, counted so many minutes after its begin."""
+    monkeypatch.setattr(rollups.tasks, "now", lambda _: hour + timedelta(minutes=minutes))
+    with database.read() as session:
+        return arrivals.count(session, hour)
 
 
 def insert_callbacks(database: Database, count: int, received_at: datetime) -> None:

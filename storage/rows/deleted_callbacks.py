@@ -1,0 +1,64 @@
+"""Deletes callbacks and counts the deleted ones by the minute of their arrival, in the same transaction.
+
+So the number of callbacks that arrived in a time is the rows that are left and these counts, in every process and after
+each restart. One row of `counter` stands for a minute with deleted callbacks; those of the last month are kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import bindparam, delete, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import Session
+
+from storage.database.prepared import execute
+from storage.database.sessions import run
+from storage.rows.models import Callback, Counter
+
+# The overview shows 30 days.
+KEPT = timedelta(days=32)
+_NAME = "callbacks deleted "
+_COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
+_CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
+_GONE = delete(Callback.__table__).returning(_CALLBACKS.received_at, _CALLBACKS.source)  # type: ignore[attr-defined]
+_INSERTS = {
+    dialect.__name__.rpartition(".")[2]: dialect.insert(Counter.__table__)  # type: ignore[attr-defined]
+    for dialect in (sqlite, postgresql)
+}
+_ADDED = {
+    name: insert.on_conflict_do_update(index_elements=["name"], set_={"value": _COUNTERS.value + insert.excluded.value})
+    for name, insert in _INSERTS.items()
+}
+_WITHIN = (_COUNTERS.name >= bindparam("begin"), _COUNTERS.name < bindparam("end"))
+_COUNTED = select(func.coalesce(func.sum(_COUNTERS.value), 0)).where(*_WITHIN)
+_FORGOTTEN = delete(Counter.__table__).where(*_WITHIN)  # type: ignore[attr-defined]
+
+
+def delete_callbacks(session: Session, *which: Collection[Any]) -> int:
+    """Delete the callbacks that satisfy all conditions of one of `which`, in the session's transaction. Returns how
+    many rows.
+
+    The counters are written last and in their order, so that two transactions do not deadlock.
+    """
+    gone = [(row.received_at, row.source) for conditions in which for row in run(session, _GONE.where(*conditions))]
+    oldest = datetime.now(UTC) - KEPT
+    found = Tally(at.replace(second=0, microsecond=0) for at, source in gone if source == "push" and at >= oldest)
+    if found:
+        counts = [{"name": _name(minute), "value": found[minute]} for minute in sorted(found)]
+        run(session, _ADDED[session.get_bind().dialect.name], counts)
+        run(session, _FORGOTTEN, {"begin": _NAME, "end": _name(oldest)})
+    return len(gone)
+
+
+def count_deleted(session: Session, begin: datetime, end: datetime) -> int:
+    """How many callbacks that arrived from `begin` to before `end`, whole minutes, were deleted."""
+    [(count,)] = execute(session, _COUNTED, {"begin": _name(begin), "end": _name(end)}).rows
+    return int(count)
+
+
+def _name(moment: datetime) -> str:
+    return f"{_NAME}{moment:%Y%m%d%H%M}"
