@@ -11,13 +11,12 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import BinaryIO
 
 import structlog
-from botocore import exceptions as boto_errors
 
 from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
@@ -25,7 +24,7 @@ from storage.bucket.probe import Capabilities, Probe
 from storage.bucket.put_options import Put, PutOptions
 from storage.bucket.signed_requests import ConditionFailed, TryAgain, UnexpectedResponse
 from storage.bucket.store_connection import Addressing, ChecksumMode, without_checksums
-from storage.bucket.store_errors import NoSuchObject, code, status
+from storage.bucket.store_errors import NoSuchObject
 from storage.bucket.stored import StoredObjects
 from storage.errors import ObjectConflict, StoreUnavailable
 from storage.keys import header_text, normal_prefix
@@ -125,29 +124,24 @@ class Bucket(StoredObjects):
         decides = conditional and can.believed and not in_parts
         if not decides and not self._is_missing(key) and self.holds(key, sha256=sha256, size=size):
             return False
-        evidence = self._created(put, self._put_in_parts if in_parts else self._put_whole)
-        if evidence is None:
-            return False
+        for pause in (*CONFLICT_PAUSES, None):
+            try:
+                evidence = self._put_in_parts(put) if in_parts else self._put_whole(put)
+                break
+            except ConditionFailed as error:
+                if self.holds(key, sha256=sha256, size=size):
+                    return False
+                if not isinstance(error, TryAgain):
+                    raise StoreUnavailable(f"another process wrote {key} at the same time; retrying") from None
+                if pause is None:
+                    words = f"the store answers HTTP 409 (try again) to every put of {key}; retrying"
+                    raise StoreUnavailable(words) from None
+                time.sleep(pause)
         is_certain = conditional and not in_parts
         is_proven = self._is_proof(evidence) and (is_certain or self._is_there(put, evidence))
         if not is_proven:
             self._verify_by_reading(put, evidence)
         return True
-
-    def _created(self, put: Put, send: Callable[[Put], Evidence]) -> Evidence | None:
-        """Send the file, and again if the store asks for it. None if the object exists already."""
-        for pause in (*CONFLICT_PAUSES, None):
-            try:
-                return send(put)
-            except ConditionFailed as error:
-                if self.holds(put.key, sha256=put.sha256, size=put.size):
-                    return None
-                if not isinstance(error, TryAgain):
-                    raise StoreUnavailable(f"another process wrote {put.key} at the same time; retrying") from None
-                if pause is None:
-                    break
-                time.sleep(pause)
-        raise StoreUnavailable(f"the store answers HTTP 409 (try again) to every put of {put.key}; retrying")
 
     def _is_there(self, put: Put, evidence: Evidence) -> bool:
         """Whether the object under the key is still the one that was put, by its ETag.
@@ -215,7 +209,7 @@ class Bucket(StoredObjects):
         md5 = None if is_proven else checksums.md5_of(put.file, put.sha256 if can.proof == "md5" else None)
         checksum = base64.b64encode(bytes.fromhex(put.sha256)).decode()
         arguments = {**put.options, **put.condition, **self._md5_header(md5), "ChecksumSHA256": checksum}
-        with self._creating(put):
+        with self._errors(put.size, creates=True):
             signed = self._signed_requests()
             if signed is not None:
                 sent = arguments if self._sends_checksums else without_checksums(arguments)
@@ -231,7 +225,7 @@ class Bucket(StoredObjects):
 
     def _put_in_parts(self, put: Put) -> Evidence:
         """Send the file as a multipart upload, which is aborted on any failure."""
-        with self._creating(put):
+        with self._errors(put.size, creates=True):
             return multipart.upload(self._client(), self.name, put, self._md5_header)
 
     def _md5_header(self, md5: str | None) -> Mapping[str, str]:
@@ -259,18 +253,3 @@ class Bucket(StoredObjects):
         self._capabilities = replace(self.capabilities(), refuses_wrong_checksum=False, refuses_wrong_md5=False)
         self.delete(put.key)
         raise StoreUnavailable("the store kept other bytes than it was sent; they were removed, retrying")
-
-    @contextmanager
-    def _creating(self, put: Put) -> Iterator[None]:
-        """Like `_errors`. Raises `TryAgain` for 409, and `ConditionFailed` if an object exists or another process
-        aborted the upload.
-        """
-        with self._errors(put.size):
-            try:
-                yield
-            except boto_errors.ClientError as error:
-                if status(error) == 409:
-                    raise TryAgain(code(error)) from error
-                if status(error) == 412 or code(error) == "NoSuchUpload":
-                    raise ConditionFailed(code(error)) from error
-                raise

@@ -82,21 +82,18 @@ class Signer:
         lines = "".join(f"{name}:{' '.join(headers[name].split())}\n" for name in names)
         canonical = hashlib.sha256(f"{method}\n{path}\n\n{lines}\n{signed}\n{sha256}".encode()).hexdigest()
         text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{canonical}"
-        signature = hmac.digest(self._key(found.secret_key, moment[:8]), text.encode(), "sha256").hex()
+        derived = self._derived
+        if derived is None or derived[0] != (found.secret_key, moment[:8]):
+            key = b"AWS4" + found.secret_key.encode()
+            for word in scope.split("/"):
+                key = hmac.digest(key, word.encode(), "sha256")
+            self._derived = derived = (found.secret_key, moment[:8]), key
+        signature = hmac.digest(derived[1], text.encode(), "sha256").hex()
         credential = f"Credential={found.access_key}/{scope}"
         return {
             **headers,
             "authorization": f"AWS4-HMAC-SHA256 {credential}, SignedHeaders={signed}, Signature={signature}",
         }
-
-    def _key(self, secret: str, day: str) -> bytes:
-        derived = self._derived
-        if derived is None or derived[0] != (secret, day):
-            key = b"AWS4" + secret.encode()
-            for word in (day, self._region, "s3", "aws4_request"):
-                key = hmac.digest(key, word.encode(), "sha256")
-            self._derived = derived = (secret, day), key
-        return derived[1]
 
 
 class SignedRequests:

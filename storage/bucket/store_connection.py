@@ -14,7 +14,7 @@ from botocore.config import Config
 
 from storage import forks
 from storage.bucket.bounded_connections import bound
-from storage.bucket.signed_requests import SignedRequests
+from storage.bucket.signed_requests import ConditionFailed, SignedRequests, TryAgain
 from storage.bucket.store_errors import NoSuchObject, code, is_stale, refusal, status, store_at
 from storage.errors import UserError
 from storage.http_date import http_date
@@ -148,15 +148,18 @@ class StoreConnection:
             self.clock_ahead_seconds = time.time() - sent_at
 
     @contextmanager
-    def _errors(self, size: int | None = None) -> Iterator[None]:
-        """Translate boto3's errors. `size`: of the object that is being put."""
+    def _errors(self, size: int | None = None, *, creates: bool = False) -> Iterator[None]:
+        """Translate boto3's errors. `size`: of the object that is being put. `creates`: raise `TryAgain` for 409, and
+        `ConditionFailed` if an object exists or another process aborted the upload.
+        """
         try:
             yield
         except (boto_errors.ClientError, boto_errors.BotoCoreError) as error:
-            if isinstance(error, boto_errors.ClientError) and (
-                code(error) in ("NoSuchKey", "NotFound") or (status(error), code(error)) == (404, "404")
-            ):
+            answer = (status(error), code(error)) if isinstance(error, boto_errors.ClientError) else (0, "")
+            if answer[1] in ("NoSuchKey", "NotFound") or answer == (404, "404"):
                 raise NoSuchObject("no object is stored under the key") from error
+            if creates and (answer[0] in (409, 412) or answer[1] == "NoSuchUpload"):
+                raise (TryAgain if answer[0] == 409 else ConditionFailed)(answer[1]) from error
             if is_stale(error):
                 self._renew()
             sent = self._sends_checksums
