@@ -31,7 +31,7 @@ def work_off(parts: Parts) -> None:
     for _ in range(20):
         worker.run_until_idle()
         with parts.database.autocommit_reader() as connection:
-            (waiting,) = prepared.execute_alone(connection, WAITING).rows
+            (waiting,) = prepared.execute(connection, WAITING).rows
         if not any(waiting):
             return
         make_due_now(parts)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection
 from sqlmodel import exists, select
 
-from storage.database.prepared import execute_alone
+from storage.database.prepared import execute
 from storage.database.sessions import Database
 from storage.rows import claims
 
@@ -89,7 +89,7 @@ class DueChecks:
         now = time.monotonic()
         with_quarantine = now - self._quarantine_checked_at > QUARANTINE_CHECK_SECONDS
         with reader() as connection:
-            (row,) = execute_alone(connection, self._statements[with_quarantine]).rows
+            (row,) = execute(connection, self._statements[with_quarantine]).rows
         found = list(map(bool, row))
         self._found = dict(zip(self._usual, found, strict=False))
         if with_quarantine:

@@ -36,6 +36,6 @@ def test_constants_stand_in_the_statement_on_sqlite(database: Database) -> None:
     sent = list[tuple[str, Any]]()
     event.listen(database.writer, "before_cursor_execute", lambda *call: sent.append((call[2], call[3])))
     with database.autocommit_writer() as connection:
-        assert len(prepared.execute_alone(connection, without).rows) == 1
+        assert len(prepared.execute(connection, without).rows) == 1
     sql, values = sent[-1]
     assert ("'create'" in sql and not values) == database.is_sqlite
