@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from sqlalchemy import bindparam, func, select
@@ -111,7 +111,9 @@ class Archiver:
         try:
             if asset.losses >= claims.PARK_LOSSES:
                 raise GiveUp(f"ended its worker {asset.losses} times; `receiver retry` tries again")
-            if self._wants_fresh_link(asset):
+            # The task of an unusable file is read once before a try with an old link (`attempts` counts). The try uses
+            # it if the read brings no other.
+            if asset.unusable_tries and asset.attempts <= 1 and self._is_link_old(asset):
                 raise Refresh(asset.error or "it came unusable")
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 self._store(asset, fetch_seconds)
@@ -148,15 +150,27 @@ class Archiver:
                 raise NotAnAsset(f"is {fetched.media_type}, but a picture was requested")
             # A file on disk keeps its place: its room is reckoned by `RECEIVER_WORKER_THREADS`.
             with self._waiting() if memory_of(sink) is not None else nullcontext():
-                origin = self._note(asset, fetched)
-            self._put(asset, origin, fetched, sink)
+                key, origin = self._note(asset, fetched)
+            sink.seek(0)
+            provenance = {
+                "task": origin.external_task_id,
+                "task-id": str(asset.task_id),
+                "provider": origin.provider,
+                "provider-task-id": origin.provider_task_id or "",
+                "source-host": fetched.host,
+            }
+            created = self._bucket.put_once(
+                key, sink, sha256=fetched.sha256, size=fetched.size, media_type=fetched.media_type, metadata=provenance
+            )
+        if created and self._bucket.capabilities().proof == "md5":
+            asset.notes = [*(asset.notes or ()), BY_MD5]
 
     def _is_there(self, asset: Asset) -> bool:
         """Whether the put of an earlier claim has succeeded."""
         assert asset.key and asset.sha256 and asset.size is not None
         return self._bucket.holds(asset.key, sha256=asset.sha256, size=asset.size)
 
-    def _note(self, asset: Asset, fetched: Fetched) -> Origin:
+    def _note(self, asset: Asset, fetched: Fetched) -> tuple[str, Origin]:
         """Write key, hash and size into the row under the lease before the put. A worker that takes over checks that
         key first.
         """
@@ -168,7 +182,7 @@ class Archiver:
             "fetched": {"host": fetched.host, "headers": fetched.headers},
         }  # fmt: skip
 
-        def note(session: Session) -> tuple[Origin, str]:
+        def note(session: Session) -> tuple[str, Origin]:
             found = execute(session, _ORIGIN, {"wanted": asset.task_id}).rows
             if not found:
                 raise LostClaim(f"task {asset.task_id} no longer exists")
@@ -179,30 +193,13 @@ class Archiver:
             )
             superseded = [old for old in (*asset.superseded, *earlier) if old != key]
             claims.update_claimed(session, asset, key=key, superseded=superseded, **values)
-            return origin, key
+            return key, origin
 
-        origin, key = self._database.write_in_group(note)
+        key, origin = self._database.write_in_group(note)
         # A claimed row belongs to no session. An attribute that is set through the model takes 8 µs.
         noted = ("sha256", "size", "media_type", "notes")
         vars(asset).update({"key": key, **{name: values[name] for name in noted}})
-        return origin
-
-    def _put(self, asset: Asset, origin: Origin, fetched: Fetched, sink: BinaryIO) -> None:
-        sink.seek(0)
-        assert asset.key is not None
-        provenance = {
-            "task": origin.external_task_id,
-            "task-id": str(asset.task_id),
-            "provider": origin.provider,
-            "provider-task-id": origin.provider_task_id or "",
-            "source-host": fetched.host,
-        }
-        created = self._bucket.put_once(
-            asset.key, sink, sha256=fetched.sha256, size=fetched.size, media_type=fetched.media_type,
-            metadata=provenance,
-        )  # fmt: skip
-        if created and self._bucket.capabilities().proof == "md5":
-            asset.notes = [*(asset.notes or ()), BY_MD5]
+        return key, origin
 
     def _settle_archived(self, asset: Asset) -> None:
         def settle(session: Session) -> None:
@@ -264,12 +261,7 @@ class Archiver:
             seconds=round(due_in, 1),
         )  # fmt: skip
 
-    def _wants_fresh_link(self, asset: Asset) -> bool:
-        """Whether an unusable file has an old link. The task is then read once before the try (`attempts`), which uses
-        the old link if the read brings no other.
-        """
-        if not asset.unusable_tries or asset.attempts > 1:
-            return False
+    def _is_link_old(self, asset: Asset) -> bool:
         with self._database.read() as session:
             old = select(_TASKS.id).where(_TASKS.id == asset.task_id)
             known = func.coalesce(_TASKS.reported_at, _TASKS.created_at)

@@ -206,11 +206,13 @@ def build(
     called the task. `predecessor`: digest of the manifest that this one replaces. `manifest.schema.json` beside this
     file describes the members.
     """
+    facts = tasks.facts(task, assets)
+    decided = {"archive": states.outcome(facts).value, "note": states.shortfall(facts)}
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "tool_version": version,
         "predecessor": predecessor,
-        "task": _task(task, assets, aliases),
+        "task": {**_columns(task, OF_TASK), **decided, "aliases": list(aliases)},
         "request": task.request,
         "delivery": _delivery(delivery) if delivery else None,
         "assets": [_asset(asset) for asset in assets],
@@ -254,12 +256,6 @@ def digest_of(members: Mapping[str, Any]) -> str:
     """SHA-256, as hex, of the RFC 8785 form without the member `digest`."""
     rest = {name: value for name, value in members.items() if name != "digest"}
     return hashlib.sha256(rfc8785.dumps(rest)).hexdigest()
-
-
-def _task(task: Task, assets: Sequence[Asset], aliases: Sequence[str]) -> dict[str, Any]:
-    facts = tasks.facts(task, assets)
-    decided = {"archive": states.outcome(facts).value, "note": states.shortfall(facts)}
-    return {**_columns(task, OF_TASK), **decided, "aliases": list(aliases)}
 
 
 def _delivery(delivery: Callback) -> dict[str, Any]:
