@@ -190,21 +190,17 @@ class DeliveryApplier:
         for row, report in rows:
             if done and time.monotonic() > end:
                 break
-            verdict = self._apply(session, row, report)
-            self._settle(session, row, verdict, report)
+            verdict, due_in = self._apply(session, row, report), None
+            values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}
+            if verdict.state is CallbackState.UNMATCHED and isinstance(report, Report):
+                values |= {"external_task_id": report.external_task_id, "provider_task_id": report.provider_task_id}
+                due_in = RECHECK_SECONDS if row.attempts < MAX_RECHECKS else None
+            elif row.task_id is None:
+                values |= {"external_task_id": verdict.external_task_id, "provider_task_id": None}
+            claims.settle(session, row, due_in=due_in, **values)
             done.append((row, verdict))
         self._database.wake(session)
         return done
-
-    def _settle(self, session: Session, row: Callback, verdict: Verdict, parsed: Report | str) -> None:
-        values: dict[str, Any] = {"state": verdict.state, "reason": verdict.reason, "applied_at": db_now()}
-        due_in = None
-        if verdict.state is CallbackState.UNMATCHED and isinstance(parsed, Report):
-            values |= {"external_task_id": parsed.external_task_id, "provider_task_id": parsed.provider_task_id}
-            due_in = RECHECK_SECONDS if row.attempts < MAX_RECHECKS else None
-        elif row.task_id is None:
-            values |= {"external_task_id": verdict.external_task_id, "provider_task_id": None}
-        claims.settle(session, row, due_in=due_in, **values)
 
     def _parse(self, row: Callback) -> Report | str:
         if row.losses >= claims.PARK_LOSSES:

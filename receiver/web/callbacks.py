@@ -212,7 +212,11 @@ class Callbacks:
             self._in_hand[task_id] = left
 
     async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> Response | None:
-        headers = _kept_headers(scope)
+        headers = {
+            KEPT_HEADERS[name]: value[:MAX_HEADER_CHARACTERS].decode("latin-1")
+            for name, value in scope["headers"]
+            if name in KEPT_HEADERS and value
+        }
         try:
             webhook_id = provider.verify(Headers(scope=scope), body)
         except BadSignature as error:
@@ -373,14 +377,6 @@ def _announced(scope: Scope) -> int:
         if name == b"content-length" and value.isdigit():
             return int(value)  # the parser has refused what exceeds 64 bits; zeros may stand before it
     return 0
-
-
-def _kept_headers(scope: Scope) -> dict[str, str]:
-    return {
-        KEPT_HEADERS[name]: value[:MAX_HEADER_CHARACTERS].decode("latin-1")
-        for name, value in scope["headers"]
-        if name in KEPT_HEADERS and value
-    }
 
 
 def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -172,8 +172,12 @@ class Worker:
             if conditions is None:
                 return [], NOTHING
             lane = replace(lane, where=(*lane.where, *conditions))
-        elif not self._full_claims[lane.name] and not self._is_any_due(lane, wake_up):
-            return [], NOTHING
+        elif not self._full_claims[lane.name] and not self._due_checks.is_any(lane.name, wake_up):
+            if lane.slots is None or not self._due_checks.is_any(lane.name + QUEUED, wake_up):
+                return [], NOTHING
+            with self._database.read() as session:
+                if not lane.slots.is_any_next(session):
+                    return [], NOTHING
         grant, rows = lane.circuit.grant(wanted), list[Any]()
         try:
             rows = self._claim(lane, grant.count, in_turn=grant.trial_of is not None) if grant.count else rows
@@ -203,14 +207,6 @@ class Worker:
                     rows = claim(session)
             self._in_hand.add(rows)
         return rows
-
-    def _is_any_due(self, lane: Lane, wake_up: int | None) -> bool:
-        if self._due_checks.is_any(lane.name, wake_up):
-            return True
-        if lane.slots is None or not self._due_checks.is_any(lane.name + QUEUED, wake_up):
-            return False
-        with self._database.read() as session:
-            return lane.slots.is_any_next(session)
 
     def _feed(self, lane: Lane) -> None:
         batches = lane.batches

@@ -227,8 +227,7 @@ def check_url(url: str, policy: AddressPolicy) -> Target:
     Returns the `Target` to request. It is rebuilt from the checked parts, so no second parser can read the URL
     differently. Raises `FetchRefused`, whose message never holds path, query or userinfo.
     """
-    scheme, given, path = _split(url)
-    host, port = _host_and_port(scheme, given)
+    scheme, host, port, path = _split(url)
     if policy.sinks and _one_spelling(host) in policy.sinks:
         raise FetchRefused(f"{host} receives events, not files")
     private = (host, port) in policy.private_hosts
@@ -256,8 +255,7 @@ def tidy(url: str) -> str:
 
 def host_of(url: str) -> str:
     """The host of a URL, in the one spelling in which `AddressPolicy.sinks` lists it. Raises `FetchRefused`."""
-    scheme, authority, _ = _split(url)
-    return _one_spelling(_host_and_port(scheme, authority)[0])
+    return _one_spelling(_split(url)[1])
 
 
 def _one_spelling(host: str) -> str:
@@ -269,7 +267,8 @@ def _one_spelling(host: str) -> str:
     return "localhost" if address.is_loopback or address.is_unspecified else str(address)
 
 
-def _split(url: str) -> tuple[str, str, str]:
+def _split(url: str) -> tuple[str, str, int, str]:
+    """Scheme, host, port, and path with query."""
     if len(url) > MAX_URL_CHARACTERS:
         raise FetchRefused(f"URL is longer than {MAX_URL_CHARACTERS} characters")
     parts = URL_PARTS.match(tidy(url))
@@ -283,21 +282,17 @@ def _split(url: str) -> tuple[str, str, str]:
     scheme = parts["scheme"].lower()
     if scheme not in DEFAULT_PORTS:
         raise FetchRefused("scheme is neither https nor http")
-    return scheme, parts["authority"], path
-
-
-def _host_and_port(scheme: str, authority: str) -> tuple[str, int]:
-    if "@" in authority:
+    if "@" in parts["authority"]:
         raise FetchRefused("URL holds user information")
-    if "%" in authority:
+    if "%" in parts["authority"]:
         raise FetchRefused("host is percent-encoded or has a zone id")
-    parts = AUTHORITY.fullmatch(authority)
-    if parts is None:
+    place = AUTHORITY.fullmatch(parts["authority"])
+    if place is None:
         raise FetchRefused("host and port are malformed")
-    port = int(parts["port"] or DEFAULT_PORTS[scheme])
+    port = int(place["port"] or DEFAULT_PORTS[scheme])
     if not 0 < port < 65_536:
         raise FetchRefused("port is out of range")
-    return _host(parts["host"]), port
+    return scheme, _host(place["host"]), port, path
 
 
 def _host(text: str) -> str:

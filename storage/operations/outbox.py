@@ -103,9 +103,14 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
     The counter's row is locked until the commit, so numbers become visible in ascending order: a reader that has seen
     one never sees a smaller one appear. Returns 0 when there are no events or another process holds the counter.
     """
-    so_far = _lock_counter(session)
-    if so_far is None:
+    found = execute(session, _LOCKED_SO_FAR).rows
+    if not found and not execute(session, _SO_FAR).rows:  # there is no counter yet
+        highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
+        insert_or_ignore(session, Counter, {"name": COUNTER, "value": highest})
+        found = execute(session, _LOCKED_SO_FAR).rows
+    if not found:  # another transaction holds it
         return 0
+    so_far = found[0].value
     numbered = sorted(execute(session, _NUMBERED, {"so_far": so_far, "most": limit}).rows)
     if not numbered:
         return 0
@@ -113,16 +118,6 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
     _fan_out(session, numbered, subscriptions)
     database.wake(session)
     return len(numbered)
-
-
-def _lock_counter(session: Session) -> int | None:
-    """The last number, its row locked; None while another transaction holds it."""
-    found = execute(session, _LOCKED_SO_FAR).rows
-    if not found and not execute(session, _SO_FAR).rows:
-        highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
-        insert_or_ignore(session, Counter, {"name": COUNTER, "value": highest})
-        found = execute(session, _LOCKED_SO_FAR).rows
-    return found[0].value if found else None
 
 
 def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:

@@ -94,23 +94,17 @@ def apply(
     if confirmed:
         task.units = task.units if report.units is None else report.units
         _confirm_assets(session, task, known, assets, report, now)
-    _note_provider_id(session, task, report, confirmed=confirmed)
+    if report.provider_task_id is not None:
+        # While the create is under way, only its own answer sets the id under which the provider is read, because a
+        # holder of the callback URL could name another's task.
+        if task.provider_task_id is None and (confirmed or task.step is not Step.CREATE):
+            task.provider_task_id = report.provider_task_id
+        aliases.note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
     # A doubted delivery caused the read of an ended task. The same one, sent again unsigned, must not withdraw it.
     is_asked = task.step is Step.READ and before.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
         reschedule(session, task, schedule, read_now=decision.contradicted)
     return decision
-
-
-def _note_provider_id(session: Session, task: Task, report: Report, *, confirmed: bool) -> None:
-    """Note the provider's id. While the create is under way, only its own answer sets the id under which the provider
-    is read, because a holder of the callback URL could name another's task.
-    """
-    if report.provider_task_id is None:
-        return
-    if task.provider_task_id is None and (confirmed or task.step is not Step.CREATE):
-        task.provider_task_id = report.provider_task_id
-    aliases.note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
 
 
 def contradict(session: Session, task: Task, decision_state: TaskState, reported: Any, **facts: Any) -> bool:
