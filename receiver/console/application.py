@@ -147,7 +147,9 @@ class Guard:
 
     async def _accept(self, visit: Visit, max_bytes: int) -> None:
         """Read a form. Raises HTTPException unless it was sent from one of our own pages."""
-        if not visit.session.may_act or not is_same_site(visit.request):
+        if not visit.session.may_act:
+            raise HTTPException(403, "reader")
+        if not is_same_site(visit.request):
             raise HTTPException(403)
         body = await read_body(visit.request, max_bytes)
         content_type = visit.request.headers.get("content-type", "")
@@ -238,10 +240,7 @@ class Front:
 def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> Starlette:
     """The application. Each answer has the console's headers, except those that its page set."""
     front = Front(guard, is_secure=is_secure)
-    handlers: dict[Any, Any] = {
-        HTTPException: functools.partial(_error_page, guard),
-        Exception: functools.partial(_bug_page, guard),
-    }
+    handlers: dict[Any, Any] = dict.fromkeys((HTTPException, Exception), functools.partial(_error_page, guard))
     made = Starlette(routes=[*front.routes(), *routes], exception_handlers=handlers)
     made.router.redirect_slashes = False
     made.add_middleware(_Headers, policy=guard.policy)
@@ -330,7 +329,7 @@ async def read_body(request: Request, max_bytes: int, seconds: float = BODY_SECO
 
 def _to_login(request: Request) -> Response:
     if "x-live" in request.headers or request.method != "GET":
-        return Response(status_code=401)
+        raise HTTPException(401)
     path = address_of(request.scope["path"], dict(request.query_params))
     return RedirectResponse(address_of(LOGIN, {"next": path if path != HOME else None}), status_code=303)
 
@@ -352,20 +351,11 @@ async def static(request: Request) -> Response:
 
 
 async def _error_page(guard: Guard, request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return _page_of(guard, request, error.status_code)
-
-
-async def _bug_page(guard: Guard, request: Request, _error: Exception) -> Response:
-    log.exception("console.request_failed", path=request.url.path)
-    answer = _page_of(guard, request, 500)
-    answer.headers.update({**HEADERS, "Content-Security-Policy": guard.policy.header})
+    """The page of a refusal, whose detail may name its texts, or of a bug. It needs no database."""
+    known = error if isinstance(error, HTTPException) else HTTPException(500)
+    page = render(guard.templates, "error.html", language_of(request), status=known.status_code, detail=known.detail)
+    answer = HTMLResponse(page, known.status_code, known.headers)
+    if known is not error:
+        log.exception("console.request_failed", path=request.url.path)
+        answer.headers.update({**HEADERS, "Content-Security-Policy": guard.policy.header})
     return answer
-
-
-def _page_of(guard: Guard, request: Request, status: int) -> Response:
-    """An error page. It needs no database."""
-    language = language_of(request)
-    session: Session | None = session_of(guard.access, request)
-    page = render(guard.templates, "error.html", language, status=status, session=session)
-    return HTMLResponse(page, status)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from anyio import CancelScope, to_thread
+from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -22,10 +23,10 @@ class Shares:
         self._lock = threading.Lock()
 
     def stream(self, person: str, content: AsyncIterator[Any] | Iterator[Any], **options: Any) -> Response:
-        """Stream the answer, and free its place however it ends. 503 if no place is free."""
+        """Stream the answer, and free its place however it ends. Raises HTTPException 503 if no place is free."""
         with self._lock:
             if self._open.total() >= self._most or self._open[person] >= max(self._most // 2, 1):
-                return Response(status_code=503, headers={"Retry-After": "30"})
+                raise HTTPException(503, headers={"Retry-After": "30"})
             self._open[person] += 1
         return Streamed(content, partial(self.end, person), **options)
 

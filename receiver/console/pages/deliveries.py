@@ -59,7 +59,7 @@ class Deliveries:
     def body(self, visit: Visit) -> Response:
         """The bytes as received, as a download. They contain signed links, so read-only keys do not get them."""
         if not visit.session.may_act:
-            raise HTTPException(403)
+            raise HTTPException(403, "reader")
         with self._of.database.read() as session:
             row = self._row(session, visit.path("id"))
         name = f'attachment; filename="delivery-{row.id}.bin"'
@@ -94,7 +94,7 @@ class Deliveries:
             return visit.redirect(f"{HOME}/{before.id}")
         wanted = self._wanted(visit.form)
         if not wanted.is_set:
-            raise HTTPException(400)
+            raise HTTPException(400, "none_chosen")
         rows, _ = self._matching(wanted)
         number = self._replay(visit, rows)
         return visit.redirect(f"{HOME}/replay?of={number}" if rows else HOME)

@@ -48,7 +48,7 @@ class EventsOut:
         ids = [int(each) for each in visit.chosen if is_number(each)][:PAGE]
         sink = visit.form.get("sink") or None
         if not ids and not sink:
-            raise HTTPException(400)
+            raise HTTPException(400, "none_chosen")
         count, after, of_tasks = 0, 0, set[Any]()
         while count < MAX_REDELIVER:
             with self._of.database.read() as session:

@@ -90,11 +90,13 @@ class Gallery:
     def zip(self, visit: Visit) -> Response:
         """The chosen files in one archive, streamed and never held in memory."""
         chosen = visit.request.query_params.getlist("id")
-        ids = [id_of(each) for each in chosen[:MAX_ZIP_FILES]]
+        if not 0 < len(chosen) <= MAX_ZIP_FILES:
+            raise HTTPException(413, "zip_many") if chosen else HTTPException(400, "zip_none")
+        ids = [id_of(each) for each in chosen]
         with self._of.database.read() as session:
             assets = _archived(session, ids)
-        if not assets or len(chosen) > MAX_ZIP_FILES:
-            raise HTTPException(404 if not assets else 413)
+        if not assets:
+            raise HTTPException(404)
         name = f"pictures-{datetime.now(UTC):%Y%m%d-%H%M%S}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         content = zip_stream(self._of.bucket, assets)

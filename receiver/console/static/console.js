@@ -146,15 +146,19 @@ if (box) {
     if (box.open) open(now + step); else if (all.length) all[Math.max(0, Math.min(all.length - 1, now + step))].focus();
   });
   const picked = document.querySelector(".picked"), ticks = () => [...document.querySelectorAll(".tile input")], chosen = new Set();
-  window.restoreTicks = () => { for (const each of ticks()) each.checked = chosen.has(each.value); };
+  window.restoreTicks = () => { for (const each of ticks()) each.checked = chosen.has(each.value); countTicks(); };
+  function countTicks() {
+    if (!picked) return;
+    const ticked = ticks().filter((each) => each.checked), zip = picked.querySelector("[data-most]");
+    picked.querySelector("[data-number]").textContent = ticked.length;
+    zip.disabled = ticked.length === 0 || ticked.length > Number(zip.dataset.most);
+    picked.querySelector("[data-copy]").dataset.copy = ticked.map((each) => each.parentElement.querySelector("a").dataset.uri).join("\n");
+  }
   document.addEventListener("change", (event) => {
     if (!event.target.matches(".tile input")) return;
     event.target.checked ? chosen.add(event.target.value) : chosen.delete(event.target.value);
-    picked.hidden = chosen.size === 0;
-    picked.querySelector("[data-number]").textContent = chosen.size;
-    const zip = picked.querySelector("[data-most]");
-    zip.disabled = chosen.size > Number(zip.dataset.most);
-    picked.querySelector("[data-copy]").dataset.copy = ticks().filter((each) => each.checked).map((each) => each.parentElement.querySelector("a").dataset.uri).join("\n");
+    countTicks();
   });
-  if (picked) picked.hidden = !ticks().some((each) => each.checked);
+  // A browser may keep the ticks of a page that somebody comes back to.
+  addEventListener("pageshow", () => { for (const each of ticks()) if (each.checked) chosen.add(each.value); countTicks(); });
 }

@@ -234,6 +234,20 @@ def test_reader_may_change_nothing(ben: Reader, parts: Parts) -> None:
         assert 'action="/console/act/' not in ben.page(path)
 
 
+def test_a_refused_form_says_why(ann: Reader, ben: Reader, stranger: Reader) -> None:
+    """Also one whose session has ended: the page was empty."""
+    for reader, words in (
+        (ann, "from an old page"),
+        (ben, "Your key may only look"),
+        (stranger, "Your session has ended"),
+    ):
+        answer = reader.post("/ask", csrf="0" * 32)
+        assert words in answer.text and 'href="/console' in answer.text, words
+    for path in ("/act/replay", "/act/redeliver"):
+        answer = ann.post(path)
+        assert (answer.status_code, "Nothing was chosen" in answer.text) == (400, True), path
+
+
 def test_forms_of_other_sites_are_refused(ann: Reader) -> None:
     for path in POSTS:
         assert ann.post(path, csrf="").status_code == 403, path

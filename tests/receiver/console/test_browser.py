@@ -175,6 +175,13 @@ def test_a_batch_with_a_fault_in_line_three_and_then_a_good_one(
         browser.waits_for("3 of 3 are over", seconds=40)
 
 
+# Ticks the first files of the gallery. Returns whether the button can be pressed, and the number beside it.
+TICK = """const ticks = [...document.querySelectorAll('.tile input')], picked = document.querySelector('.picked');
+    ticks.forEach((each, n) => { if (each.checked !== (n < arguments[0])) each.click(); });
+    const isSeen = picked.checkVisibility(), number = picked.querySelector('[data-number]').textContent;
+    return [isSeen && !picked.querySelector('[data-most]').disabled, isSeen ? number : '']"""
+
+
 def test_gallery_can_be_used_by_keyboard(parts: Parts, browser: Browser, web: Web) -> None:
     archive(parts, 1, n=3, prompt="three red kites")
     browser.open(f"{web.url}/console/gallery")
@@ -189,6 +196,8 @@ def test_gallery_can_be_used_by_keyboard(parts: Parts, browser: Browser, web: We
     assert browser.run(
         "return [document.querySelector('dialog').open, document.activeElement.matches('.tile > a')]"
     ) == [False, True]
+    for ticks in (0, 1, 2, 1, 0):  # the zip can be asked for while something is chosen
+        assert browser.run(TICK, ticks) == [ticks > 0, str(ticks) if ticks else ""]
 
 
 def test_slash_focuses_the_search_and_the_focus_is_seen(parts: Parts, browser: Browser, web: Web) -> None:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
@@ -403,7 +404,18 @@ def test_chosen_files_come_as_one_zip(parts: Parts, ben: Reader) -> None:
         sizes = {entry.filename.rpartition("/")[2]: entry.file_size for entry in found.infolist()}
     assert sizes == {str(each.key).rpartition("/")[2]: each.size for each in assets} or len(sizes) < len(assets)
     assert ben.get("/gallery/zip", params={"id": ["x"]}).status_code == 404
-    assert ben.get("/gallery/zip", params={"id": [str(assets[0].id)] * 46}).status_code == 413
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "Tick the files in the gallery"), ("zh", "在图库中勾选文件")])
+def test_zip_of_nothing_says_how_to_choose(web: Web, language: str, words: str) -> None:
+    with Reader(web.url, READ_KEY, language) as ben:
+        answer = ben.get("/gallery/zip")
+        assert answer.status_code == 400 and words in answer.text and 'href="/console/gallery"' in answer.text
+
+
+def test_zip_of_too_many_files_names_the_export(ben: Reader) -> None:
+    answer = ben.get("/gallery/zip", params={"id": [str(UUID(int=0))] * 46})
+    assert answer.status_code == 413 and "receiver export" in answer.text
 
 
 def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: Reader) -> None:
