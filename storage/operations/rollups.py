@@ -25,7 +25,7 @@ from storage.database.sessions import Database
 from storage.operations import ended
 from storage.operations.kept_results import KeptResults
 from storage.rows import tasks
-from storage.rows.deleted_callbacks import count_deleted
+from storage.rows.deleted_callbacks import begin_of_span, count_deleted
 from storage.rows.models import Asset, Callback, Task
 from storage.states import AssetState
 
@@ -86,15 +86,14 @@ class Arrivals:
         self._now = datetime.min.replace(tzinfo=UTC)
 
     def count(self, session: Session, hour: datetime) -> int:
-        """All callbacks of the hour. Those of the last minute or so are counted again next time."""
+        """All callbacks of the hour. Those of the last 15 to 25 s are counted again next time."""
         before, self._now = self._now, tasks.now(session)
         if self._now < before:
             self._counted.clear()  # the clock was set back: callbacks may arrive in counted times
         since, count, counted_at = self._counted.pop(hour, (hour, 0, self._now))
         if counted_at < hour + SETTLED <= self._now and count <= RECOUNTED:
             since, count = hour, 0
-        # A whole minute, because deleted callbacks are counted by minutes.
-        until = max(since, min(hour + HOUR, (self._now - LATE).replace(second=0, microsecond=0)))
+        until = max(since, min(hour + HOUR, begin_of_span(self._now - LATE)))
         count += _came(session, since, until)
         self._counted[hour] = until, count, self._now
         if len(self._counted) > KEPT_HOURS:

@@ -1,7 +1,7 @@
-"""Deletes callbacks and counts the deleted ones by the minute of their arrival, in the same transaction.
+"""Deletes callbacks and counts the deleted ones by the time of their arrival, in the same transaction.
 
 So the number of callbacks that arrived in a time is the rows that are left and these counts, in every process and after
-each restart. One row of `counter` stands for a minute with deleted callbacks; those of the last month are kept.
+each restart. One row of `counter` stands for ten seconds with deleted callbacks; those of the last month are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from storage.rows.models import Callback, Counter
 
 # The overview shows 30 days.
 KEPT = timedelta(days=32)
+# A count of arrivals begins at such a time. Beside 3,000 arrivals a second it
+# reads up to 75,000 rows again; with whole minutes 225,000.
+SPAN_SECONDS = 10
 _NAME = "callbacks deleted "
 _COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
 _CALLBACKS = Callback.__table__.c  # type: ignore[attr-defined]
@@ -46,19 +49,23 @@ def delete_callbacks(session: Session, *which: Collection[Any]) -> int:
     """
     gone = [(row.received_at, row.source) for conditions in which for row in run(session, _GONE.where(*conditions))]
     oldest = datetime.now(UTC) - KEPT
-    found = Tally(at.replace(second=0, microsecond=0) for at, source in gone if source == "push" and at >= oldest)
+    found = Tally(begin_of_span(at) for at, source in gone if source == "push" and at >= oldest)
     if found:
-        counts = [{"name": _name(minute), "value": found[minute]} for minute in sorted(found)]
+        counts = [{"name": _name(begin), "value": found[begin]} for begin in sorted(found)]
         run(session, _ADDED[session.get_bind().dialect.name], counts)
         run(session, _FORGOTTEN, {"begin": _NAME, "end": _name(oldest)})
     return len(gone)
 
 
 def count_deleted(session: Session, begin: datetime, end: datetime) -> int:
-    """How many callbacks that arrived from `begin` to before `end`, whole minutes, were deleted."""
+    """How many callbacks that arrived from `begin` to before `end`, both begins of spans, were deleted."""
     [(count,)] = execute(session, _COUNTED, {"begin": _name(begin), "end": _name(end)}).rows
     return int(count)
 
 
+def begin_of_span(moment: datetime) -> datetime:
+    return moment.replace(second=moment.second // SPAN_SECONDS * SPAN_SECONDS, microsecond=0)
+
+
 def _name(moment: datetime) -> str:
-    return f"{_NAME}{moment:%Y%m%d%H%M}"
+    return f"{_NAME}{moment:%Y%m%d%H%M%S}"

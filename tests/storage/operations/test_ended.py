@@ -144,7 +144,7 @@ def test_deleted_callbacks_stay_counted_in_every_process(database: Database, mon
     arrivals = rollups.Arrivals()
     assert count_at(database, monkeypatch, arrivals, hour, 30) == 4
     with database.write() as session:
-        session.add(Counter(name="callbacks deleted 202001010000", value=7))
+        session.add(Counter(name="callbacks deleted 20200101000000", value=7))
         session.flush()
         for moment in times:  # one of the counted ones, and one of those that are counted again
             newest = select(func.max(Callback.id)).where(col(Callback.received_at) == moment).scalar_subquery()
@@ -155,7 +155,7 @@ def test_deleted_callbacks_stay_counted_in_every_process(database: Database, mon
         assert count_at(database, monkeypatch, each, hour, 190) == 5
     with database.read() as session:
         names = session.scalars(select(Counter.name).where(col(Counter.name).startswith("callbacks"))).all()
-    assert sorted(names) == [f"callbacks deleted {moment:%Y%m%d%H%M}" for moment in times]
+    assert sorted(names) == [f"callbacks deleted {moment:%Y%m%d%H%M%S}" for moment in times]
 
 
 def count_at(
