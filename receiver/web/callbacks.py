@@ -164,10 +164,11 @@ class Callbacks:
         if provider is None or named is None:
             return _answer(404, "not found", "bad_token")
         most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
-        if _announced(scope) > most:
+        announced = int(dict(scope["headers"]).get(b"content-length", 0))  # 0: in chunks
+        if announced > most:
             return _answer(413, f"the body is longer than {most} bytes", "long_body")
         if named.task_id is None:
-            self._account.check_length(_announced(scope))
+            self._account.check_length(announced)
         try:
             with self._bodies.within(BODY_SECONDS):
                 body = await self._read_body(receive, named.task_id, most)
@@ -369,14 +370,6 @@ class _Refused:
             self._look_at = 0.0 if is_kept else self._look_at
         elif not is_kept:
             self._counts[task_id] = MAX_REJECTED_PER_TASK
-
-
-def _announced(scope: Scope) -> int:
-    """The length of a body that its head announces; 0 for a chunked one."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            return int(value)  # the parser has refused what exceeds 64 bits; zeros may stand before it
-    return 0
 
 
 def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] | None = None) -> Response:

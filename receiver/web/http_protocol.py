@@ -105,7 +105,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     max_connections = MAX_CONNECTIONS  # for this process, derived from its file descriptors
     flow: _Flow
-    _writes: JoinedWrites
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -129,8 +128,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._writes = JoinedWrites(transport, self.loop)
-        self.transport = self._writes  # type: ignore[assignment]
+        self.transport = JoinedWrites(transport, self.loop)  # type: ignore[assignment]
         self.flow = _Flow(transport, self.pipeline)
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
         self._start_head_timer()
@@ -177,7 +175,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         cycle.response_started = cycle.response_complete = True
         own = b"".join([b"%s: %s\r\n" % pair for pair in cycle.default_headers])
         end = b"" if cycle.keep_alive else b"connection: close\r\n"
-        self._writes.write_whole(b"".join((answer.start, own, answer.fields, end, answer.body)))
+        self.transport.writelines((answer.start, own, answer.fields, end, answer.body))
         cycle.message_event.set()
         if not cycle.keep_alive:
             self.transport.close()

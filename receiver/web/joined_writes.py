@@ -36,13 +36,14 @@ class JoinedWrites:
     A system call took a sixth of the CPU of an answer. Everything else is the transport's own.
     """
 
-    __slots__ = ("_head", "_loop", "_transport", "abort", "get_write_buffer_size", "is_closing")
+    __slots__ = ("_head", "_loop", "_transport", "abort", "get_write_buffer_size", "is_closing", "writelines")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
         self._head: bytes | None = None
         self.abort = transport.abort
+        self.writelines = transport.writelines  # of a whole answer; no head is held when it begins
         self.is_closing = transport.is_closing
         self.get_write_buffer_size = transport.get_write_buffer_size
 
@@ -55,11 +56,6 @@ class JoinedWrites:
             self._loop.call_soon(self._flush)
         else:
             self._transport.write(data)
-
-    def write_whole(self, answer: bytes) -> None:
-        """Head and body in one piece."""
-        self._flush()
-        self._transport.write(answer)
 
     def _flush(self) -> None:
         if self._head is not None:

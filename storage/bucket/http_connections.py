@@ -88,19 +88,18 @@ class HttpConnections:
         return self._exchange(self._connect(), head, body(), has_body=method != "HEAD")
 
     def _kept(self) -> socket.socket | None:
-        while True:
-            with self._lock:
-                if not self._idle:
-                    return None
+        with self._lock:
+            while self._idle:
                 connection = self._idle.pop()
-            try:  # on the socket itself, below TLS: bytes or an end mean that the store has ended the connection
-                connection.settimeout(0)
-                socket.socket.recv(connection, 1, socket.MSG_PEEK)
-            except BlockingIOError:
-                return connection
-            except OSError:
-                pass
-            connection.close()
+                try:  # on the socket itself, below TLS: bytes or an end mean that the store has ended the connection
+                    connection.settimeout(0)
+                    socket.socket.recv(connection, 1, socket.MSG_PEEK)
+                except BlockingIOError:
+                    return connection
+                except OSError:
+                    pass
+                connection.close()
+        return None
 
     def _connect(self) -> socket.socket:
         try:

@@ -243,6 +243,7 @@ def _message(error: OSError) -> str:
 HEAD_END = re.compile(rb"\n\r?\n")
 LINE = re.compile(rb"[^\n]*\n")
 FIELD_LINE = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r?\n|\r?\n")
+CLEAN_HEAD = re.compile(rb"[^\n]*\n(?:%b)+" % FIELD_LINE.pattern)  # nearly every head
 # These headers frame the body. A malformed line that contains one is passed on, so that httpcore refuses it.
 FRAMING = re.compile(rb"content-length|transfer-encoding", re.I)
 # httpcore's own bound on a response head.
@@ -271,7 +272,7 @@ class GuardedStream(httpcore.NetworkStream):
             self._head += data
             while self.body_bytes is None and (end := HEAD_END.search(self._head)) is not None:
                 head, rest = bytes(self._head[: end.end()]), self._head[end.end() :]
-                heads += self._without_junk(head)
+                heads += head if CLEAN_HEAD.fullmatch(head) else self._without_junk(head)
                 if head[9:10] == b"1":  # "HTTP/1.1 103 Early Hints": the real head follows
                     self._head = rest
                 else:

@@ -156,19 +156,16 @@ class Connections:
 
     def _kept(self, origin: Origin) -> connection.GuardedStream | None:
         """The last kept connection to `origin` that the host has not closed. Those kept too long are closed."""
-        now, found, gone = time.monotonic(), None, []
         with self._lock:
-            for place in reversed(range(len(self._idle))):
-                until, its_origin, stream = self._idle[place]
-                if until < now or (found is None and its_origin == origin):
-                    del self._idle[place]
-                    if until < now or stream.get_extra_info("is_readable"):
-                        gone.append(stream)
-                    else:
-                        found = stream
-        for stream in gone:
-            stream.close()
-        return found
+            while self._idle and self._idle[0][0] < time.monotonic():
+                self._idle.pop(0)[2].close()
+            for each in reversed(self._idle):
+                if each[1] == origin:
+                    self._idle.remove(each)
+                    if not each[2].get_extra_info("is_readable"):
+                        return each[2]
+                    each[2].close()
+        return None
 
     def _connect(self, target: Target, seconds: float) -> connection.GuardedStream:
         stream = self._backend.connect_tcp(target.host, target.port, seconds)
