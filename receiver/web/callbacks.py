@@ -21,7 +21,6 @@ from prometheus_client import Counter
 from sqlalchemy import func
 from sqlmodel import Session, col, select
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -102,14 +101,6 @@ class Fault:
     body_bytes: int = 0
 
 
-class _BodyRefused(Exception):
-    """The body is too long, or too many bodies of its URL are in memory."""
-
-    def __init__(self, answer: Response) -> None:
-        super().__init__()
-        self.answer = answer
-
-
 class Callbacks:
     """The endpoint. `schedule`: decides when a task is read whose delivery was refused."""
 
@@ -169,48 +160,40 @@ class Callbacks:
             return _answer(413, f"the body is longer than {most} bytes", "long_body")
         if named.task_id is None:
             self._account.check_length(announced)
+        chunks: list[bytes] = []
         try:
-            with self._bodies.within(BODY_SECONDS):
-                body = await self._read_body(receive, named.task_id, most)
-        except _BodyRefused as refused:
-            return refused.answer
-        except TimeoutError:
-            return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
-        except ClientDisconnect:
-            return _answer(400, "the body ended early", "cut_body")
-        try:
-            return await self._verify_and_store(scope, provider, named, body)
+            refusal = await self._read_body(receive, named.task_id, most, chunks)
+            return refusal or await self._verify_and_store(scope, provider, named, b"".join(chunks))
         finally:
-            self._let_go(named.task_id, len(body))
+            if left := self._in_hand.pop(named.task_id, 0) - sum(map(len, chunks)):
+                self._in_hand[named.task_id] = left
 
-    async def _read_body(self, receive: Receive, task_id: uuid.UUID | None, most: int) -> bytes:
-        """The body, which is in hand until `_let_go`. Raises _BodyRefused, AccountOverdrawn, ClientDisconnect."""
-        chunks, size, is_more = [], 0, True
+    async def _read_body(
+        self, receive: Receive, task_id: uuid.UUID | None, most: int, chunks: list[bytes]
+    ) -> Response | None:
+        """Read the body into `chunks`, which count as in hand. Returns a refusal, or raises AccountOverdrawn."""
+        size, is_more = 0, True
         at_once = MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
         try:
-            while is_more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-                self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(chunks[-1])
-                if size > most:
-                    raise _BodyRefused(_answer(413, f"the body is longer than {most} bytes", "long_body"))
-                if in_hand > at_once and task_id is None:
-                    raise AccountOverdrawn
-                if in_hand > at_once:
-                    words = "too many deliveries to this address at once"
-                    raise _BodyRefused(_answer(429, words, "many_at_once", {"Retry-After": str(RETRY_AFTER_SECONDS)}))
-                is_more = message.get("more_body", False)
-        except BaseException:
-            self._let_go(task_id, size)
-            raise
-        return b"".join(chunks)
-
-    def _let_go(self, task_id: uuid.UUID | None, size: int) -> None:
-        if left := self._in_hand.pop(task_id, 0) - size:
-            self._in_hand[task_id] = left
+            with self._bodies.within(BODY_SECONDS):
+                while is_more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return _answer(400, "the body ended early", "cut_body")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(chunks[-1])
+                    if size > most:
+                        return _answer(413, f"the body is longer than {most} bytes", "long_body")
+                    if in_hand > at_once and task_id is None:
+                        raise AccountOverdrawn
+                    if in_hand > at_once:
+                        words = "too many deliveries to this address at once"
+                        return _answer(429, words, "many_at_once", {"Retry-After": str(RETRY_AFTER_SECONDS)})
+                    is_more = message.get("more_body", False)
+        except TimeoutError:
+            return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
+        return None
 
     async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> Response | None:
         headers = {
