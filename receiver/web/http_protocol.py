@@ -238,9 +238,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         llhttp ends the message after the head of an offer and treats the body as another protocol. So at the end of
         such a head a fresh parser reads it again without its `Upgrade` field, then the rest.
         """
-        while True:
+        while data:
             try:
                 self.parser.feed_data(data)
+                data = b""
             except httptools.HttpParserUpgrade as offer:
                 fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
                 start = b"%s %s HTTP/%s\r\n" % (
@@ -250,8 +251,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._header_bytes = 0
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-            else:
-                return
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

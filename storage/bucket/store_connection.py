@@ -135,7 +135,8 @@ class StoreConnection:
 
     def _signed_requests(self) -> SignedRequests | None:
         """Sends the two commonest requests without boto3. None if only boto3 can. Created with the client."""
-        self._client()
+        if self._endpoint_url not in self._clients:
+            self._client()
         return self._signed
 
     def _note_date(self, http_response: Any, **_: Any) -> None:

@@ -369,20 +369,21 @@ class GuardedStream(httpcore.NetworkStream):
     def close(self) -> None:
         self._socket.close()
 
+    def has_ended(self) -> bool:
+        """Of an idle connection: whether the host has ended it, or it may not be used again."""
+        try:  # on the socket itself, below TLS: bytes or an end mean that the host has ended the connection
+            self._socket.settimeout(0)
+            socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return not self.reusable or self.has_decrypted_bytes
+        except OSError:
+            pass
+        return True
+
     def get_extra_info(self, info: str) -> Any:
-        match info:
-            case "is_readable":  # of an idle connection: True makes the pool drop it
-                try:  # on the socket itself, below TLS: bytes or an end mean that the host has ended the connection
-                    self._socket.settimeout(0)
-                    socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
-                except (BlockingIOError, InterruptedError):
-                    return not self.reusable or self.has_decrypted_bytes
-                except OSError:
-                    pass
-                return True
-            case "ssl_object" if isinstance(self._socket, ssl.SSLSocket):
-                return self._socket
-        return None
+        if info == "is_readable":  # True makes httpcore's pool drop an idle connection
+            return self.has_ended()
+        return self._socket if info == "ssl_object" and isinstance(self._socket, ssl.SSLSocket) else None
 
 
 _thread = threading.local()

@@ -162,7 +162,7 @@ class Connections:
             for each in reversed(self._idle):
                 if each[1] == origin:
                     self._idle.remove(each)
-                    if not each[2].get_extra_info("is_readable"):
+                    if not each[2].has_ended():
                         return each[2]
                     each[2].close()
         return None

@@ -7,7 +7,7 @@ import json
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain, repeat
 from struct import Struct
 from typing import Any
@@ -112,16 +112,9 @@ def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
 
 
 def insert(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
-    """Insert with one statement for every 256 deliveries. Returns the keys that were new."""
-    if connection.dialect.name == "postgresql":
-        execute = partial(_insert_postgresql, connection)
-    else:
-        execute = partial(insert_sqlite, connection.exec_driver_sql)
-    batches = (deliveries[at : at + MAX_BATCH] for at in range(0, len(deliveries), MAX_BATCH))
-    return set().union(*map(execute, batches))
-
-
-def _insert_postgresql(connection: Connection, deliveries: Sequence[Delivery]) -> set[str]:
+    """Insert at most 256 with one statement. Returns the keys that were new."""
+    if connection.dialect.name == "sqlite":
+        return insert_sqlite(connection.exec_driver_sql, deliveries)
     return set(connection.exec_driver_sql(POSTGRESQL_INSERT, postgresql_values(deliveries)).scalars())
 
 
