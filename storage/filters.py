@@ -62,11 +62,11 @@ class TaskFilter:
 
 @dataclass(frozen=True)
 class DeliveryFilter:
-    """`state`: a state or `refused`. `task`: the external id of the task that it belongs to. `cause`: words in the
-    reason.
+    """`state`: a state, `refused` or `dismissed`; what a person dismissed is not `unmatched` here. `task`: the external
+    id of the task that it belongs to. `cause`: words in the reason.
     """
 
-    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {"state": ["refused", *CallbackState]}
+    CHOICES: ClassVar[Mapping[str, Sequence[str]]] = {"state": ["refused", "dismissed", *CallbackState]}
     state: str = ""
     provider: str = ""
     cause: str = ""

@@ -94,6 +94,7 @@ class Console:
         return [
             *Actions(of).routes(guard),
             guard.action("/console/act/replay", deliveries.replay),
+            guard.action("/console/act/dismiss-deliveries", deliveries.dismiss),
             guard.action("/console/act/redeliver", events.redeliver),
             guard.action("/console/act/disable", events.disable),
             guard.action("/console/act/enable", events.enable),

@@ -237,6 +237,12 @@ class Operator:
                 tally.counts.update(dismissed=1, files_given_up=given_up)
         return tally
 
+    def dismiss_deliveries(self, ids: Sequence[int], reason: str) -> Tally:
+        """End the alarm of deliveries that match no task, with a reason. See `maintenance.dismiss_deliveries`."""
+        with change(self._database, dry_run=self._dry_run) as session:
+            done = maintenance.dismiss_deliveries(session, ids, plain(reason, MAX_REASON_CHARS))
+        return Tally(Counter(dismissed=done, left_alone=len(ids) - done))
+
     def prune(self, older_than: timedelta) -> Tally:
         """Remove old deliveries, events and request bodies of tasks that are over. See `pruning.prunable`."""
         tally = Tally()

@@ -7,12 +7,13 @@ behind the cursor. A page with too few matches says how far back it searched, an
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import and_, func, literal_column, or_
+from sqlalchemy import and_, func, literal_column, or_, text
 from sqlalchemy.orm import aliased, defer
 from sqlmodel import Session, col, select
 
@@ -21,8 +22,10 @@ from storage.filters import DeliveryFilter, Fault, FilterInvalid, TaskFilter, da
 from storage.operations import deadlines
 from storage.rows import aliases, tasks
 from storage.rows.deliveries import NOT_BELIEVED
+from storage.rows.events import PERSON_ACTED
 from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
-from storage.states import ArchiveState, AssetState, CallbackState, TaskState
+from storage.rows.task_conditions import not_dismissed
+from storage.states import UNMATCHED, ArchiveState, AssetState, CallbackState, TaskState
 
 K = TypeVar("K")
 
@@ -241,12 +244,13 @@ def _deliveries_in_reach(session: Session, wanted: DeliveryFilter, behind: Seque
         conditions.append(col(Callback.received_at) >= since)
     if until:
         conditions.append(col(Callback.received_at) < until + timedelta(days=1))
-    if wanted.state in (CallbackState.UNMATCHED, CallbackState.RECEIVED):
-        # A literal, because SQLite uses no partial index for a parameter. Where very many rows have the state, a few of
-        # the newest deliveries fill a page.
-        few = select(Callback.id).where(col(Callback.state) == literal_column(f"'{wanted.state}'"))
-        if wanted.state == CallbackState.RECEIVED:
-            few = few.where(col(Callback.due_at).is_not(None))
+    # Literals, because SQLite uses no partial index for a parameter. Where very many rows have the state, a few of the
+    # newest deliveries fill a page.
+    waiting = and_(col(Callback.due_at).is_not(None), col(Callback.state) == literal_column("'received'"))
+    unmatched = col(Callback.state) == literal_column("'unmatched'")
+    in_index: dict[str, Any] = {"unmatched": text(UNMATCHED), "dismissed": unmatched, "received": waiting}
+    if wanted.state in in_index:
+        few = select(Callback.id).where(in_index[wanted.state])
         if len(session.scalars(few.limit(SCANNED + 1)).all()) <= SCANNED:
             conditions.append(col(Callback.id).in_(few.limit(SCANNED).subquery().select()))
     return conditions
@@ -256,6 +260,9 @@ def _delivery_conditions(columns: Any, wanted: DeliveryFilter) -> list[Any]:
     conditions = []
     if wanted.state == "refused":
         conditions.append(columns.state.in_(REFUSED))
+    elif wanted.state in ("unmatched", "dismissed"):
+        still = not_dismissed(columns.reason)
+        conditions += [columns.state == CallbackState.UNMATCHED, still if wanted.state == "unmatched" else ~still]
     elif wanted.state:
         conditions.append(columns.state == CallbackState(wanted.state))
     if wanted.provider:
@@ -302,6 +309,16 @@ def task_of(session: Session, row: Callback) -> Task | None:
     is_applied = row.state is CallbackState.APPLIED and not (row.reason or "").startswith(NOT_BELIEVED)
     task = tasks.by_external_id(session, row.external_task_id or "") if is_applied else None
     return task if task and task.provider == row.provider else None
+
+
+def outcome_of_replay(session: Session, number: int) -> Counter[tuple[str, CallbackState]] | None:
+    """How many deliveries of a replay were in which state before and are in which state now. `number`: the id of its
+    kept row; None if it is no replay.
+    """
+    act = session.get(Event, number)
+    before: dict[str, str] = {} if act is None or act.name != PERSON_ACTED else act.data.get("before", {})
+    found = select(Callback.id, Callback.state).where(col(Callback.id).in_([int(each) for each in before]))
+    return Counter((before[str(each)], state) for each, state in session.execute(found)) if before else None
 
 
 # -- cursors ----------------------------------------------------------------------------------------------------------

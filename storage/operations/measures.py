@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import case, distinct, func, literal_column, or_, true
+from sqlalchemy import case, distinct, func, literal_column, or_, text, true
 from sqlmodel import Session, col, select
 
 from storage.accounts import pauses
@@ -19,7 +19,7 @@ from storage.operations import deadlines, outbox
 from storage.operations.ended import Ended, EndedLastDay
 from storage.rows import tasks
 from storage.rows.models import Asset, Callback, Dispatch, Task
-from storage.states import ArchiveState, AssetState, CallbackState, Step
+from storage.states import UNMATCHED, ArchiveState, AssetState, CallbackState, Step
 
 # An idle worker claims a due row within a second.
 OVERDUE_SECONDS = 60
@@ -146,7 +146,7 @@ def measure(
         **_unusable(session, now),
         accounts=_accounts(session, slots),
         failed_assets=_count(session, col(Asset.state) == literal_column(f"'{AssetState.FAILED}'")),
-        unmatched=_count(session, col(Callback.state) == literal_column(f"'{CallbackState.UNMATCHED}'")),
+        unmatched=session.exec(select(func.count()).select_from(Callback).where(text(UNMATCHED))).one(),
         deadline_near=count_deadline_near(session, deadline_seconds),
         store_waits=store_waits(session),
     )

@@ -24,7 +24,17 @@ from storage.rows.columns import (
     text_column,
     time_column,
 )
-from storage.states import PARKED, RARE_EVENT, ArchiveState, AssetState, CallbackState, DispatchState, Step, TaskState
+from storage.states import (
+    PARKED,
+    RARE_EVENT,
+    UNMATCHED,
+    ArchiveState,
+    AssetState,
+    CallbackState,
+    DispatchState,
+    Step,
+    TaskState,
+)
 
 # SQLite autoincrements INTEGER primary keys only.
 BigId = BigInteger().with_variant(Integer(), "sqlite")
@@ -131,6 +141,7 @@ class Callback(Claimable, table=True):
         *due_indexes("callback", lane="state"),
         partial_index("callback_unmatched_external", "state = 'unmatched'", "external_task_id"),
         partial_index("callback_unmatched_provider", "state = 'unmatched'", "provider_task_id"),
+        partial_index("callback_unmatched_open", UNMATCHED, "received_at"),
         Index("callback_task", "task_id"),
         Index("callback_newest", "received_at"),
         partial_index("callback_of_nobody", "task_id IS NULL AND state <> 'applied'", "received_at"),

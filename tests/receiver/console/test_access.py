@@ -26,9 +26,9 @@ from tests.pipeline import Web, insert_row
 
 ANN, BEN = ConsoleKey("ann", True, SecretStr(ACT_KEY)), ConsoleKey("ben", False, SecretStr(READ_KEY))
 POSTS = (
-    "/act/retry", "/act/read", "/act/dismiss", "/act/delete", "/act/file-retry", "/act/verify",
-    "/act/replay", "/act/redeliver", "/act/disable", "/act/enable", "/act/batch-retry", "/act/audit", "/batches/new",
-    "/ask", "/settings",
+    "/act/retry", "/act/read", "/act/dismiss", "/act/delete", "/act/file-retry", "/act/verify", "/act/replay",
+    "/act/dismiss-deliveries", "/act/redeliver", "/act/disable", "/act/enable", "/act/batch-retry", "/act/audit",
+    "/batches/new", "/ask", "/settings",
 )  # fmt: skip
 
 

@@ -185,7 +185,7 @@ def test_faulty_request_lists_every_fault(ann: Reader) -> None:
 
 def test_one_delivery_is_replayed(parts: Parts, ann: Reader) -> None:
     callback = deliver(parts, insert_row(parts), b"no json")
-    assert "1 delivery is applied again" in ann.post("/act/replay", delivery=callback.id).text
+    assert "1 delivery was put back" in ann.post("/act/replay", delivery=callback.id).text
     assert callbacks_of(parts)[0].state is CallbackState.RECEIVED
     run(parts, "callbacks")
     assert callbacks_of(parts)[0].state is CallbackState.UNREADABLE
@@ -199,9 +199,13 @@ def test_all_that_match_are_counted_and_then_replayed(parts: Parts, ann: Reader,
     assert "Replay 3" not in ben.page("/deliveries/replay?state=unmatched")
     assert ann.post("/act/replay").status_code == 400
     told = ann.post("/act/replay", state="unmatched")
-    assert "3 deliveries are applied again" in told.text and "received 3" in told.text
+    assert (
+        "3 deliveries were put back" in told.text and "3 deliveries wait for a worker; they were unmatched" in told.text
+    )
     run(parts, "callbacks")
-    assert "unmatched 3" in ann.page(f"/deliveries/replay?{told.url.query.decode()}")
+    assert "3 deliveries were unmatched and still are. No task&#39;s state changed." in ann.page(
+        f"/deliveries/replay?{told.url.query.decode()}"
+    )
     assert ann.get("/deliveries/replay?of=1").status_code == 404
 
 

@@ -127,7 +127,7 @@ def test_an_unmatched_delivery_is_replayed(parts: Parts, browser: Browser, web: 
     browser.click('a[href="/console/deliveries?state=unmatched"]')
     browser.click("tbody a.row")
     browser.click("header button.main")
-    browser.waits_for("1 delivery is applied again")
+    browser.waits_for("1 delivery waits for a worker; it was unmatched.")
     assert callbacks_of(parts)[0].state == "received"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sqlalchemy import func, text
 from sqlmodel import select
 
 from receiver.app.wiring import Parts
@@ -12,10 +13,11 @@ from receiver.tasks.apply_deliveries import MAX_READS_PER_TASK, NOT_READ
 from storage.filters import DeliveryFilter
 from storage.operations import lists
 from storage.operations.lists import newest_deliveries
+from storage.operations.measures import measure
 from storage.rows.models import Callback, Task
-from storage.states import CallbackState
-from tests.console_reader import Reader
-from tests.pipeline import deliver, insert_row
+from storage.states import UNMATCHED, CallbackState
+from tests.console_reader import HIDDEN, Reader
+from tests.pipeline import callback_of, deliver, insert_row, make_due_now, run
 from tests.plans import plans, scans
 
 LINKED = re.compile(r'<a class="mono" href="/console/tasks/([^"]+)">')
@@ -80,3 +82,79 @@ def test_deliveries_of_a_task_are_found_by_an_index(parts: Parts) -> None:
         assert not scans(parts.database, look)
         if parts.database.is_sqlite:  # PostgreSQL chooses by its statistics
             assert "callback_newest" not in plans(parts.database, look)
+
+
+def test_a_replay_says_what_it_changed_and_what_not(parts: Parts, ann: Reader) -> None:
+    stays = deliver(parts, None, about("unknown"))
+    task = insert_row(parts, external_task_id="ours")
+    again = deliver(parts, None, about("ours"))
+    comes = deliver(parts, None, about("later"))
+    with parts.database.write() as session:  # as if the task's row had been there before
+        session.get_one(Task, task.id).external_task_id = "later"
+    shown = {row.id: ann.post("/act/replay", delivery=row.id) for row in (stays, comes)}
+    assert all("1 delivery waits for a worker; it was unmatched" in answer.text for answer in shown.values())
+    run(parts, "callbacks")
+    after = {number: ann.http.get(answer.url).text for number, answer in shown.items()}
+    assert "1 delivery was unmatched and still is. No task&#39;s state changed." in after[stays.id]
+    assert "1 delivery was unmatched and is applied now." in after[comes.id]
+    with parts.database.write() as session:
+        session.get_one(Task, task.id).external_task_id = "ours"
+    told = ann.post("/act/replay", delivery=again.id)
+    run(parts, "callbacks")
+    assert "1 delivery was applied before and was applied again" in ann.http.get(told.url).text
+    assert "ann: replay" in ann.page("/tasks/ours")
+
+
+def unmatched(parts: Parts) -> int:
+    with parts.database.read() as session:
+        return measure(session, deadline_seconds=60, day=False).unmatched
+
+
+def test_unmatched_deliveries_are_dismissed_with_a_reason_and_kept(parts: Parts, ann: Reader) -> None:
+    first, *rest = (deliver(parts, None, about(f"unknown-{number}")) for number in range(3))
+    assert (
+        "Say why" in ann.post("/act/dismiss-deliveries", delivery=first.id, reason=" ").text and unmatched(parts) == 3
+    )
+    told = ann.post("/act/dismiss-deliveries", delivery=first.id, reason="of another installation")
+    assert "1 delivery was dismissed" in told.text and "dismissed: of another installation" in told.text
+    assert unmatched(parts) == 2
+    page = ann.page("/deliveries?state=unmatched")
+    form = dict(HIDDEN.findall(page.partition("/act/dismiss-deliveries")[2].partition("</form>")[0]))
+    assert f'href="/console/deliveries/{first.id}"' not in page and form.pop("csrf") and form == {"state": "unmatched"}
+    assert "2 deliveries were dismissed" in ann.post("/act/dismiss-deliveries", reason="all", **form).text
+    assert unmatched(parts) == 0 and ann.post("/act/dismiss-deliveries", reason="all").status_code == 400
+    listed = ann.page("/deliveries?state=dismissed")
+    assert all(f'href="/console/deliveries/{row.id}"' in listed for row in (first, *rest))
+    assert ann.get(f"/deliveries/{first.id}/body").content == first.body
+    assert "ann: dismiss" in ann.page("/settings")
+    ann.post("/act/replay", delivery=first.id)
+    run(parts, "callbacks")
+    assert unmatched(parts) == 1
+
+
+def test_dismissed_delivery_is_applied_when_its_task_appears(parts: Parts, ann: Reader) -> None:
+    row = deliver(parts, None, about("late"))
+    ann.post("/act/dismiss-deliveries", delivery=row.id, reason="not ours")
+    make_due_now(parts, Callback)
+    run(parts, "unmatched")
+    assert callback_of(parts, row.delivery_key).reason == "dismissed: not ours"
+    insert_row(parts, external_task_id="late")
+    run(parts, "callbacks")
+    assert callback_of(parts, row.delivery_key).state is CallbackState.APPLIED
+
+
+def test_only_unmatched_deliveries_are_dismissed(parts: Parts, ann: Reader) -> None:
+    applied = deliver(parts, insert_row(parts, external_task_id="ours"), about("ours"))
+    assert "0 deliveries were dismissed" in ann.post("/act/dismiss-deliveries", delivery=applied.id, reason="x").text
+    assert callback_of(parts, applied.delivery_key).reason is None
+    assert "/act/dismiss-deliveries" not in ann.page(f"/deliveries/{applied.id}")
+
+
+def test_open_and_dismissed_deliveries_are_found_by_an_index(parts: Parts) -> None:
+    for number in range(2):
+        deliver(parts, None, about(f"unknown-{number}"))
+    for state in ("unmatched", "dismissed"):
+        wanted = DeliveryFilter(state=state)
+        assert not scans(parts.database, lambda session, wanted=wanted: newest_deliveries(session, wanted, None))
+    counted = select(func.count()).select_from(Callback).where(text(UNMATCHED))
+    assert "callback_unmatched_open" in plans(parts.database, lambda session: session.exec(counted).one())
