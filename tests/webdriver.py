@@ -112,9 +112,10 @@ class Browser:
     def waits_for(self, words: str, *, seconds: float = 20) -> None:
         wait_until(lambda: words in self.text, seconds=seconds)
 
-    def console_log(self) -> list[str]:
-        """The browser's complaints, for example of a blocked style or script."""
-        return [str(entry["message"]) for entry in self._call("POST", "/se/log", {"type": "browser"})]
+    def console_log(self, url: str) -> list[str]:
+        """The browser's complaints, for example of a blocked style or script, except those about other servers."""
+        said = [str(entry["message"]) for entry in self._call("POST", "/se/log", {"type": "browser"})]
+        return [line for line in said if url in line or "//127.0.0.1" not in line]
 
     def _command(self, name: str, /, **values: Any) -> Any:
         """A command of the browser's own protocol."""

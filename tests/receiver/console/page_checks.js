@@ -43,3 +43,20 @@ function nameless() {
     ...(document.title ? [] : ["no title"]),
   ].slice(0, 5);
 }
+
+// Elements beyond the window. A table scrolls.
+function beyond() {
+  return [...document.querySelectorAll("body *")].filter((each) => each.getClientRects().length
+    && !each.closest(".table, .hidden, .skip") && each.getBoundingClientRect().right > innerWidth + 1)
+    .map((each) => each.outerHTML.slice(0, 80)).slice(0, 3);
+}
+
+// A page is not wider than the window, and the menu is whole. On a phone it is one row.
+function brokenLayout() {
+  const menu = document.querySelector(".rail");
+  return [
+    ...(document.documentElement.scrollWidth > innerWidth ? ["the page is wider than the window"] : []),
+    ...(menu.scrollWidth > menu.clientWidth ? ["the menu is cut"] : []),
+    ...(innerWidth < 400 && menu.getBoundingClientRect().height >= 60 ? ["the menu has two rows"] : []),
+  ];
+}
