@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,25 @@ LANGUAGES = {"en": "English", "zh": "中文"}
 TEXTS: dict[str, dict[str, str]] = {
     name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in LANGUAGES
 }
+# Texts of ours that rows keep, such as why a delivery was refused: {English: translation}, with {} for a word and {*}
+# for words.
+CAUSES: dict[str, dict[str, str]] = {"zh": json.loads((FOLDER / "causes.zh.json").read_text(encoding="utf-8"))}
+
+
+@functools.cache
+def _causes(language: str) -> list[tuple[re.Pattern[str], str]]:
+    quoted = {re.escape(known): said for known, said in CAUSES.get(language, {}).items()}
+    found = {known.replace(r"\{\}", r"(\S+)").replace(r"\{\*\}", "(.+)"): said for known, said in quoted.items()}
+    return [(re.compile(known, re.S), said) for known, said in found.items()]
+
+
+@functools.lru_cache(1_000)
+def cause(language: str, said: str) -> str | None:
+    """The translation of a text of ours, with those inside it; None if no catalogue has it."""
+    for pattern, translated in _causes(language):
+        if found := pattern.fullmatch(said):
+            return translated.format(*(cause(language, part) or part for part in found.groups()))
+    return None
 
 
 def text(language: str, key: str, /, **values: Any) -> str:
@@ -24,6 +45,7 @@ def text(language: str, key: str, /, **values: Any) -> str:
         one, many = found.split("|")
         found = one if values["n"] == 1 else many
     shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in values.items()}
+    shown |= {name: cause(language, shown[name]) or shown[name] for name in ("reason", "why") if name in shown}
     return found.format(**shown)
 
 

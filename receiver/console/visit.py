@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
@@ -104,6 +105,9 @@ class Visit:
     def word(self, group: str, value: str) -> str:
         return catalogue.word(self.language, group, value)
 
+    def cause(self, said: str | None, most: int = 160) -> Markup:
+        return words.cause(said, self.language, most)
+
     def say(self, words: str, *, bad: bool = False) -> None:
         """Show this text on the person's next page."""
         self.notices.add(self.session, "bad" if bad else "ok", words)
@@ -131,11 +135,12 @@ class Visit:
 
 
 def render(templates: Environment, template: str, language: str, **values: Any) -> str:
-    """Render a template. `t`: the text of a key; `w`: the text of a value; `when`: a time element."""
+    """Render a template. `t`: the text of a key; `w`: the text of a value; `c`: see `words.cause`; `when`: a time."""
     values |= {
         "t": lambda key, **given: catalogue.text(language, key, **given),
         "w": lambda group, value: catalogue.word(language, group, value),
         "when": lambda moment: words.when(moment, language),
+        "c": lambda said, most=160: words.cause(said, language, most),
         "language": language,
         "pages": PAGES,
     }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from markupsafe import Markup, escape
 
+from receiver.base.visible import short
+from receiver.console import catalogue
 from receiver.console.catalogue import text, word
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+HAN = re.compile("[\u3400-\u9fff]")
 STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
 
 
@@ -58,6 +62,14 @@ def when(moment: datetime | None, language: str) -> Markup | str:
     # `Markup.format` took a third of a list's time.
     made = f'<time datetime="{iso}" title="{iso[:10]} {iso[11:19]} UTC">{shown}</time>'
     return Markup(made)  # noqa: S704 - only digits, and escaped text
+
+
+def cause(said: str | None, language: str, most: int = 160) -> Markup:
+    """A text that a row keeps: ours translated, another as it is, and marked as English where the page is not."""
+    translated = catalogue.cause(language, said or "")
+    shown = escape(short(translated or said, most))
+    is_english = language != catalogue.DEFAULT and not translated and shown and not HAN.search(shown)
+    return Markup(f'<span lang="en">{shown}</span>') if is_english else shown  # noqa: S704 - escaped
 
 
 def bars(values: Sequence[float], height: float = 44, width: float = 240) -> list[tuple[str, str, str, str]]:

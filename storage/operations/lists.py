@@ -191,6 +191,18 @@ def dispatches_of(session: Session, events: Sequence[Event]) -> dict[int, list[D
     return found
 
 
+def archived_files(session: Session, ids: Sequence[uuid.UUID]) -> list[Asset]:
+    """Those of these files that are archived, in the order of their keys."""
+    kept = (col(Asset.id).in_(ids), Asset.state == AssetState.ARCHIVED, col(Asset.key).is_not(None))
+    return list(session.scalars(select(Asset).where(*kept).order_by(col(Asset.key))))
+
+
+def batch_names(session: Session, rows: Sequence[Task]) -> dict[uuid.UUID, str]:
+    """The names of these tasks' batches, by id."""
+    ids = {row.batch_id for row in rows if row.batch_id}
+    return dict(session.execute(select(Batch.id, Batch.name).where(col(Batch.id).in_(ids))).all()) if ids else {}
+
+
 def is_kept(asset: Asset) -> bool:
     return asset.state is AssetState.ARCHIVED and bool(asset.key)
 

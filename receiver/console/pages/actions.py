@@ -9,7 +9,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
-from receiver.base.visible import short
 from receiver.console.application import Guard
 from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
@@ -65,7 +64,7 @@ class Actions:
         try:
             done = delete.delete(self._of.database, self._of.bucket, task.external_task_id)
         except delete.Refused as error:
-            visit.say(short(str(error), 300), bad=True)
+            visit.say(visit.cause(str(error), 300), bad=True)
             return visit.redirect(path_of(task))
         visit.say(visit.text("act.deleted", n=done.objects))
         return self._done(visit, task, "delete", Tally(), quiet=True)
@@ -109,7 +108,7 @@ class Actions:
         refused = {"refused": next(iter(tally.left.values()))[:300]} if tally.left else {}
         note_act(self._of, visit.session.name, verb, task.external_task_id, [task.id], **data, **refused)
         for why in list(tally.left.values())[:3]:
-            visit.say(short(why, 200), bad=True)
+            visit.say(visit.cause(why, 200), bad=True)
         if tally.is_good and not quiet:
             visit.say(visit.text(f"act.{verb}_done"))
         return visit.redirect(path_of(task))

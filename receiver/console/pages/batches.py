@@ -83,7 +83,7 @@ class BatchPages:
         note_act(self._of, visit.session.name, "retry batch", batch.name)
         visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(short(why, 200), bad=True)
+            visit.say(visit.cause(why, 200), bad=True)
         return visit.redirect(f"{HOME}/{batch.id}")
 
     def export(self, visit: Visit) -> Response:
@@ -118,7 +118,7 @@ class BatchPages:
             with events.by(visit.session.name):
                 new = self._of.batches.put(plan)
         except BatchInvalid as error:
-            visit.say(short(str(error), 300), bad=True)
+            visit.say(visit.cause(str(error), 300), bad=True)
             return visit.redirect(f"{HOME}/new")
         note_act(self._of, visit.session.name, "submit batch", name)
         visit.say(visit.text("batch.sent", n=new))

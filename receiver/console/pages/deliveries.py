@@ -95,7 +95,7 @@ class Deliveries:
         tally = self._of.operator.replay(list(before)) if rows else Tally()
         visit.say(visit.text("replay.done", n=tally.counts["replayed"]), bad=not tally.counts["replayed"])
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(short(why, 200), bad=True)
+            visit.say(visit.cause(why, 200), bad=True)
         number = self._note(visit, "replay", rows, before=before)
         return visit.redirect(f"{one or HOME + '/replay'}?of={number}" if rows else HOME)
 

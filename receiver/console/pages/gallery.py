@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import groupby
 
 from anyio import CapacityLimiter, to_thread
-from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -23,7 +21,7 @@ from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
 from storage.operations.thumbnails import Thumbnails
-from storage.rows.models import Asset, Task
+from storage.rows.models import Asset
 from storage.states import ArchiveState, AssetState, TaskState
 
 # A page has less than 100 kB without its pictures.
@@ -94,19 +92,10 @@ class Gallery:
             raise HTTPException(413, "zip_many") if chosen else HTTPException(400, "zip_none")
         ids = [id_of(each) for each in chosen]
         with self._of.database.read() as session:
-            assets = _archived(session, ids)
+            assets = lists.archived_files(session, ids)
         if not assets:
             raise HTTPException(404)
         name = f"pictures-{datetime.now(UTC):%Y%m%d-%H%M%S}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         content = zip_stream(self._of.bucket, assets)
         return self._zips.stream(visit.session.name, content, media_type="application/zip", headers=headers)
-
-
-def _archived(session: Session, ids: Sequence[uuid.UUID]) -> list[Asset]:
-    found = select(Asset).join(Task, col(Task.id) == col(Asset.task_id)).order_by(col(Asset.key))
-    return list(
-        session.scalars(
-            found.where(col(Asset.id).in_(ids), Asset.state == AssetState.ARCHIVED, col(Asset.key).is_not(None))
-        )
-    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from urllib.parse import quote
 
-from sqlmodel import Session, col, select
+from markupsafe import Markup
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -82,7 +82,7 @@ class Tasks:
             lead, before = self._of.deadline_seconds, visit.query.get("before")
             page = lists.newest_tasks(session, wanted, before, lead_seconds=lead)
             files = lists.files_of(session, page.rows)
-            names = _batch_names(session, page.rows)
+            names = lists.batch_names(session, page.rows)
         return visit.page(
             "tasks.html", wanted=wanted, rows=page, files=files, batch_names=names, path_of=path_of,
             prompt_of=prompt_of, model_of=model_of, states=list(TaskState), archives=list(ArchiveState),
@@ -138,24 +138,28 @@ def in_order(found: Sequence[Moment], start: datetime) -> list[Moment]:
     return [replace(each, since=f"+{words.seconds((each.at - start).total_seconds())}") for each in ordered]
 
 
+def _because(visit: Visit, says: str, why: object) -> str:
+    return Markup("{}: {}").format(says, visit.cause(str(why))) if why else says
+
+
 def _of_tries(visit: Visit, asset: Asset) -> Iterator[Moment]:
     """The failed tries of a file, and when it is tried again."""
     name = f"{visit.word('kind', asset.kind)} {asset.index}"
     for each in asset.failed_tries or ():
         says = visit.text("timeline.try", name=name)
-        yield Moment(datetime.fromisoformat(each["at"]), "wait", f"{says}: {short(each['error'])}")
+        yield Moment(datetime.fromisoformat(each["at"]), "wait", _because(visit, says, each["error"]))
     if asset.state is AssetState.DUE and asset.due_at and asset.error:
         says = visit.text("timeline.tries", name=name, n=max(asset.attempts, asset.unusable_tries, 1))
-        yield Moment(asset.due_at, "next", f"{says}: {short(asset.error)}")
+        yield Moment(asset.due_at, "next", _because(visit, says, asset.error))
 
 
 def _of_dispatch(visit: Visit, row: Dispatch) -> tuple[str, str]:
     """A sink, whether it accepted the event, and otherwise its last answer."""
     says = short(row.sink, 40)
     if row.state is not DispatchState.DELIVERED:
-        says = f"{says}: {short(row.error) or visit.word('dispatch', row.state)}"
+        says = _because(visit, says, row.error or visit.word("dispatch", row.state))
     tries = visit.text("events.tried", n=row.tries)
-    return DISPATCH_KINDS[row.state], f"{says} ({tries})" if row.tries > 1 else says
+    return DISPATCH_KINDS[row.state], Markup("{} ({})").format(says, tries) if row.tries > 1 else says
 
 
 def _of_fact(visit: Visit, task: Task, fact: Event, out: Sequence[Dispatch]) -> Moment:
@@ -164,9 +168,9 @@ def _of_fact(visit: Visit, task: Task, fact: Event, out: Sequence[Dispatch]) -> 
         kind = visit.word("kind", short(str(data.get("kind", "")), 20))
         known = f"{known}: {kind} {short(str(data.get('index', '')), 8)}"
     why = data.get("reason") or data.get("error") or data.get("note")
-    says = f"{known}: {short(str(why))}" if why else known
+    says = _because(visit, known, why)
     if person := data.get("by"):
-        says = f"{says} · " + visit.text("timeline.by", name=short(str(person), 40))
+        says = Markup("{} · {}").format(says, visit.text("timeline.by", name=short(str(person), 40)))
     rest = {name: value for name, value in data.items() if name not in TOLD}
     detail = seen(json.dumps(rest, indent=1, ensure_ascii=False, default=str)[:2_000]) if rest else ""
     told = [_of_dispatch(visit, each) for each in out]
@@ -181,18 +185,12 @@ def _of_act(visit: Visit, act: Event) -> Moment:
     data = {name: short(str(value), 200) for name, value in act.data.items()}
     says = f"{data.get('by', '')}: {visit.word('person', data.get('action', ''))}"
     why = data.get("reason") or data.get("refused") or visit.word("found", data.get("found", ""))
-    return Moment(act.at, "bad" if data.get("refused") else "idle", f"{says}: {why}" if why else says)
+    return Moment(act.at, "bad" if data.get("refused") else "idle", _because(visit, says, why))
 
 
 def _of_delivery(visit: Visit, row: Callback, body_bytes: int) -> Moment:
     state = visit.text(f"delivery.{row.state}")
     key = "timeline.callback" if row.source == "push" else "timeline.read"
     says = visit.text(key, state=state, size=words.size(body_bytes))
-    says = f"{says}: {short(row.reason)}" if row.reason else says
     link = f"/console/deliveries/{row.id}" if row.source == "push" else ""
-    return Moment(row.received_at, DELIVERY_KINDS[row.state], says, link=link)
-
-
-def _batch_names(session: Session, rows: Sequence[Task]) -> dict[object, str]:
-    ids = {row.batch_id for row in rows if row.batch_id}
-    return dict(session.execute(select(Batch.id, Batch.name).where(col(Batch.id).in_(ids))).all()) if ids else {}
+    return Moment(row.received_at, DELIVERY_KINDS[row.state], _because(visit, says, row.reason), link=link)

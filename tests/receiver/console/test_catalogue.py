@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 
 from receiver.console import catalogue
 from receiver.console.pages import batches
+from receiver.console.words import cause
+from receiver.tasks import apply_deliveries, reconcile
 from storage import filters
 from storage.archive.audit import FindingKind
 from storage.bucket.probe import Capabilities
@@ -79,3 +83,74 @@ def test_chinese_texts_are_in_chinese() -> None:
 )  # fmt: skip
 def test_language_is_the_chosen_one_else_the_browsers(cookie: str | None, asked: str, chosen: str) -> None:
     assert catalogue.choose(cookie, asked) == chosen
+
+
+# -- texts of ours that rows keep -------------------------------------------------------------------------------------
+
+ROOT = HERE.parents[1]
+CLOSED = {
+    "receiver/providers/webhook_signature.py": {"BadSignature"},
+    "receiver/providers/kling/report.py": {"ReportUnreadable"},
+    "receiver/tasks/apply_deliveries.py": {"Verdict"},
+    "receiver/tasks/operate.py": set(),
+    "receiver/events/dispatcher.py": {"SinkRefused"},
+    "storage/operations/maintenance.py": {"Retried"},
+    "storage/archive/audit.py": {"Finding"},
+    "storage/archive/continuous_audit.py": {"Finding"},
+}
+
+
+# Their functions return why something differs.
+RETURNED = ("receiver/tasks/apply_deliveries.py", "storage/archive/audit.py")
+
+
+def words_of(node: ast.AST) -> str:
+    """A text with 7 for each value in it."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "7" for part in parts)
+
+
+def closed_texts() -> Iterator[str]:
+    """The texts of these calls and of `tally.left[…] = …`, and what the functions of contradictions return."""
+    for name, calls in CLOSED.items():
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            given: list[ast.AST] = []
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in calls:
+                given = [*node.args, *(each.value for each in node.keywords)]
+            elif isinstance(node, ast.Assign) and "left[" in ast.unparse(node.targets[0]):
+                given = [node.value]
+            elif isinstance(node, ast.Return) and node.value and name in RETURNED:
+                given.append(node.value)
+            texts = [words_of(each) for each in given if isinstance(each, ast.Constant | ast.JoinedStr)]
+            yield from (text for text in texts if " " in text and not text.startswith("7"))
+
+
+def test_every_cause_of_a_closed_set_is_translated() -> None:
+    own = {apply_deliveries.NOT_READ, apply_deliveries.DECIDED, apply_deliveries.BY_READ, reconcile.NEVER_REPORTED}
+    found = {*closed_texts(), *own}
+    assert len(found) > 35
+    assert sorted(text for text in found if catalogue.cause("zh", text) is None) == []
+
+
+def test_translations_of_causes_have_the_same_number_of_values_and_are_in_chinese() -> None:
+    for known, said in catalogue.CAUSES["zh"].items():
+        assert len(re.findall(r"{\*?}", known)) == len(re.findall(r"{\d?}", said)), known
+        assert re.search("[\u4e00-\u9fff]", said), known
+
+
+def test_a_cause_is_translated_with_the_causes_inside_it() -> None:
+    assert catalogue.cause("zh", "signature: no signature matches") == "签名：没有匹配的签名"
+    assert catalogue.cause("zh", "delivered 3 of 4") == "应有 4 个，仅收到 3 个"
+    assert catalogue.cause("en", "signature: no signature matches") is None
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("deleted", "已删除"), ("<b> x", '<span lang="en">&lt;b&gt; x</span>'), ("内容 <b>", "内容 &lt;b&gt;"),
+        ("", ""), (None, ""),
+    ],
+)  # fmt: skip
+def test_a_cause_that_no_catalogue_has_is_marked_as_english(said: str | None, shown: str) -> None:
+    assert str(cause(said, "zh")) == shown
+    assert "<" not in str(cause(said, "en"))

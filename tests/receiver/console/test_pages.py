@@ -7,10 +7,11 @@ import pytest
 from receiver.app.wiring import Parts
 from storage.accounts import pauses
 from storage.errors import AccountRefused, ModelRefused
+from storage.states import TaskState
 from tests.archived_tasks import archive
 from tests.console_reader import PAGES, Reader
 from tests.harness import wait_until
-from tests.pipeline import assets_of, deliver, insert_row
+from tests.pipeline import Web, assets_of, deliver, insert_row
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -40,3 +41,17 @@ def test_overview_names_a_paused_account_with_the_providers_message(
         pauses.pause(session, "kling", "kling-image-o1", refusal)
     wait_until(lambda: sentence in ann.page(""), every=0.3)  # all consoles share one query in three seconds
     assert "&lt;b&gt;top up&lt;/b&gt;" in ann.page("")
+
+
+def test_causes_are_in_the_language_of_the_page(parts: Parts, web: Web) -> None:
+    """On the lists, on their own pages and in the timeline. What is not ours stays and is marked."""
+    deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
+    task = insert_row(parts, note="delivered 1 of 2", error="content refused", state=TaskState.FAILED)
+    unreadable = deliver(parts, task, b"no json")
+    with Reader(web.url, language="zh") as zhang, Reader(web.url) as ann:
+        listed, own = zhang.page("/deliveries"), zhang.page(f"/deliveries/{unreadable.id}")
+        shown = zhang.page(f"/tasks/{task.external_task_id}")
+        assert "这里没有此编号的任务" in listed and "无法按 JSON 读取" in listed and "无法按 JSON 读取" in own
+        assert "应有 2 个，仅收到 1 个" in shown and '<span lang="en">content refused</span>' in shown
+        assert "无法按 JSON 读取" in shown[shown.index('data-live="timeline') :]
+        assert "no task of ours has this id" in ann.page("/deliveries") and 'span lang="en"' not in ann.page("/tasks")
