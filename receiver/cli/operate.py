@@ -165,19 +165,30 @@ def adopt(
 
 
 def dismiss(
-    external_task_id: Annotated[str, typer.Argument(help="External id of the task.")],
     reason: Annotated[str, typer.Option(metavar="TEXT", help="The reason. It is stored with the task.")],
+    external_task_id: Annotated[str | None, typer.Argument(help="External id of the task.")] = None,
+    delivery: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="A delivery that matches no task, by its number. Repeatable.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """End the alarms of a task that cannot be completed. Missing files are given up, archived ones stay.
 
-    A late success still counts, and `receiver retry` brings the task back.
+    A late success still counts, and `receiver retry` brings the task back. A dismissed delivery is still applied when
+    its task appears, and `receiver replay` brings it back.
     """
+    if (external_task_id is None) is (not delivery):
+        raise typer.BadParameter("give a task, or deliveries (--delivery)")
     if not reason.strip():
         raise typer.BadParameter("give a reason", param_hint="--reason")
     with opened() as parts:
-        tally = _operator(parts, dry_run).dismiss(external_task_id, reason)
+        operator = _operator(parts, dry_run)
+        tally = (
+            operator.dismiss_deliveries(delivery or (), reason)
+            if external_task_id is None
+            else operator.dismiss(external_task_id, reason)
+        )
     _answer(tally, dry_run, as_json)
 
 

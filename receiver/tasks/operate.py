@@ -241,7 +241,8 @@ class Operator:
         """End the alarm of deliveries that match no task, with a reason. See `maintenance.dismiss_deliveries`."""
         with change(self._database, dry_run=self._dry_run) as session:
             done = maintenance.dismiss_deliveries(session, ids, plain(reason, MAX_REASON_CHARS))
-        return Tally(Counter(dismissed=done, left_alone=len(ids) - done))
+        left = "no such delivery, or it has a task, or it was dismissed before"
+        return Tally(Counter(dismissed=len(done)), {str(each): left for each in ids if each not in done})
 
     def prune(self, older_than: timedelta) -> Tally:
         """Remove old deliveries, events and request bodies of tasks that are over. See `pruning.prunable`."""

@@ -215,14 +215,14 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
     return len(waiting)
 
 
-def dismiss_deliveries(session: Session, ids: Sequence[int], reason: str) -> int:
-    """End the alarm of those of these deliveries that match no task. Returns how many.
+def dismiss_deliveries(session: Session, ids: Sequence[int], reason: str) -> set[int]:
+    """End the alarm of those of these deliveries that match no task. Returns their ids.
 
     They stay unmatched, so they are still applied when a task with their ids appears; `put_back` undoes it.
     """
     chosen = update(Callback).where(col(Callback.id).in_(ids), col(Callback.state) == CallbackState.UNMATCHED)
     chosen = chosen.where(not_dismissed(Callback.reason))
-    return run(session, chosen.values(reason=DISMISSED + reason)).rowcount
+    return set(run(session, chosen.values(reason=DISMISSED + reason).returning(col(Callback.id))).scalars())
 
 
 # -- reconcile --------------------------------------------------------------------------------------------------------

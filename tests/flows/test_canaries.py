@@ -200,6 +200,8 @@ def open_console(seen: Seen, web: str, database: Database) -> None:
     with Reader(web, CONSOLE_KEY) as ann:
         for path in (*PAGES, *paths):
             seen.add(f"the console's {path}", ann.page(path))
+        for path in (each.replace("/tasks/", "/ask?again=") for each in paths if each.startswith("/tasks/")):
+            seen.add(f"the console's {path}", ann.get(path).text)
         seen.add("the console's check", ann.post("/settings").text)
 
 

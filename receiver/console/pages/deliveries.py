@@ -104,9 +104,8 @@ class Deliveries:
         rows, one = self._chosen(visit)
         if reason := visit.form.get("reason", "").strip():
             tally = self._of.operator.dismiss_deliveries([row.id or 0 for row, *_ in rows], reason)
-            visit.say(
-                visit.text("delivery.dismissed_done", n=tally.counts["dismissed"]), bad=not tally.counts["dismissed"]
-            )
+            done = tally.counts["dismissed"]
+            visit.say(visit.text("delivery.dismissed_done", n=done), bad=not done)
             self._note(visit, "dismiss", rows, reason=reason)
         else:
             visit.say(visit.text("act.reason_missing"), bad=True)

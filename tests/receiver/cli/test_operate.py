@@ -31,8 +31,10 @@ def accidents(parts: Parts) -> dict[str, Any]:
     task, [asset] = lost(parts.database)
     waiting = insert_row(parts)
     row = deliver(parts, waiting, {"task_id": "7", "task_status": "processing"})
+    unmatched = deliver(parts, None, {"task_id": "8", "task_status": "processing"})
     with parts.database.write() as session:
-        session.execute(update(Callback).values(received_at=LONG_AGO, task_id=task.id))
+        of_task = update(Callback).where(col(Callback.id) == row.id)
+        session.execute(of_task.values(received_at=LONG_AGO, task_id=task.id))
         session.execute(update(Event).values(at=LONG_AGO))
         session.execute(update(Task).where(col(Task.id) == task.id).values(request=ASKED))
     return {
@@ -42,11 +44,14 @@ def accidents(parts: Parts) -> dict[str, Any]:
         "reconcile": lambda operator: operator.reconcile()[0],
         "reconcile_one": lambda operator: operator.reconcile([waiting.external_task_id])[0],
         "dismiss": lambda operator: operator.dismiss(waiting.external_task_id, "why"),
+        "dismiss_deliveries": lambda operator: operator.dismiss_deliveries([unmatched.id or 0], "why"),
         "prune": lambda operator: operator.prune(timedelta(days=1)),
     }
 
 
-@pytest.mark.parametrize("verb", ["retry", "retry_failed", "replay", "reconcile", "reconcile_one", "dismiss", "prune"])
+@pytest.mark.parametrize(
+    "verb", ["retry", "retry_failed", "replay", "reconcile", "reconcile_one", "dismiss", "dismiss_deliveries", "prune"]
+)
 def test_a_dry_run_counts_what_would_be_done_and_changes_nothing(parts: Parts, verb: str) -> None:
     call = accidents(parts)[verb]
     before = everything(parts.database)
@@ -77,6 +82,8 @@ def test_operator_commands_have_documented_output_and_exit_codes(receiver: Comma
     again = receiver("dismiss", "no-such-task", "--reason", "why")
     assert (again.code, again.out) == (1, "nothing to do\n")
     assert again.err == "no-such-task: no task has this external id\n"
+    again = receiver("dismiss", "--delivery", "4711", "--reason", "why")
+    assert (again.code, again.err.startswith("4711: no such delivery")) == (1, True)
     beside.close()
 
 
@@ -134,6 +141,8 @@ def test_adopt_and_reconcile_run_as_commands(receiver: CommandLine, beside: Data
         ("adopt", "x", "--listed-days", "3"),
         ("dismiss", "x"),
         ("dismiss", "x", "--reason", " "),
+        ("dismiss", "--reason", "x"),
+        ("dismiss", "x", "--delivery", "1", "--reason", "x"),
         ("prune",),
         ("prune", "--older-than", "0"),
     ],

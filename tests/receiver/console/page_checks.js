@@ -46,7 +46,7 @@ function nameless() {
 
 // Elements beyond the window. A table scrolls.
 function beyond() {
-  return [...document.querySelectorAll("body *")].filter((each) => each.getClientRects().length
+  return [...document.querySelectorAll("body *")].filter((each) => each.checkVisibility() && each.getClientRects().length
     && !each.closest(".table, .hidden, .skip") && each.getBoundingClientRect().right > innerWidth + 1)
     .map((each) => each.outerHTML.slice(0, 80)).slice(0, 3);
 }

@@ -17,6 +17,7 @@ from sqlmodel import select
 from receiver.app.wiring import Parts
 from receiver.console.access import COOKIE
 from storage.operations import rollups
+from storage.rows.events import record_act
 from storage.rows.models import Asset, Dispatch, Event, Task
 from storage.states import ArchiveState, AssetState, DispatchState
 from tests import webdriver
@@ -324,7 +325,11 @@ def test_no_page_runs_an_injected_script_breaks_its_layout_or_lacks_names_or_con
 ) -> None:
     whole = archive(parts, 1, n=2)[0]
     callback = deliver(parts, insert_row(parts), b"{}")
+    unknown = deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
+    with parts.database.write() as session:
+        number = record_act(session, "ann", "replay", "a delivery", [None], before={unknown.id: "unmatched"})
     plain = (*PAGES, f"/tasks/{whole.external_task_id}", f"/deliveries/{callback.id}")
+    plain += (f"/deliveries/{unknown.id}?of={number}", f"/ask?again={whole.id}", "/deliveries?state=unmatched")
     faults: dict[tuple[str, object], list[str]] = {}
     for path in (*plain, *own_pages(parts, *hostile(parts))):
         browser.open(f"{web.url}/console{path}")  # an open alert would make this call fail
