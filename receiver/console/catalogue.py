@@ -45,7 +45,7 @@ def text(language: str, key: str, /, **values: Any) -> str:
         one, many = found.split("|")
         found = one if values["n"] == 1 else many
     shown = {name: f"{value:,}" if isinstance(value, int) else value for name, value in values.items()}
-    shown |= {name: cause(language, shown[name]) or shown[name] for name in ("reason", "why") if name in shown}
+    shown |= {name: cause(language, shown[name]) or shown[name] for name in ("reason", "why", "time") if name in shown}
     return found.format(**shown)
 
 

@@ -84,7 +84,7 @@ class Needs:
         if state not in ("ok", NO_ANSWER_YET):
             yield Need("bad", "store", "/console/archive", {"reason": short(state)})
         elif waited > SLOW_SECONDS:
-            yield Need("wait", "slow", "/console/archive", {"time": seconds(waited)})
+            yield Need("wait", "slow", "/console/archive", {"time": seconds(waited, "en")})
         if not workers:
             yield Need("bad", "workers", "/console/settings", {"due": at_most(found.due)})
         if found.deadline_near:

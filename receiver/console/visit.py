@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -46,7 +46,8 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"size": words.size, "seconds": words.seconds, "short": short, "seen": seen}
+    made.filters |= {"size": words.size, "short": short, "seen": seen}
+    made.filters["seconds"] = pass_context(lambda page, value: words.seconds(value, page["language"]))
     made.globals |= {
         "versions": versions(),
         "languages": catalogue.LANGUAGES,

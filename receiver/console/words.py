@@ -15,7 +15,8 @@ from receiver.console.catalogue import text, word
 
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 HAN = re.compile("[\u3400-\u9fff]")
-STEPS = ((60, "s"), (3_600, "min"), (86_400, "h"))
+# Each unit with its length, and the seconds from which the next one is used.
+SPANS = ((90, 1, "s"), (5_400, 60, "min"), (2 * 86_400, 3_600, "h"), (math.inf, 86_400, "d"))
 
 
 def size(count: int | float | None) -> str:
@@ -30,17 +31,12 @@ def size(count: int | float | None) -> str:
     raise AssertionError
 
 
-def seconds(value: float | None) -> str:
+def seconds(value: float | None, language: str) -> str:
     """A duration in its largest unit."""
     if value is None:
         return "–"
-    if value < 10:
-        return f"{value:.1f} s"
-    if value < 90:
-        return f"{value:.0f} s"
-    if value < 5_400:
-        return f"{value / 60:.0f} min"
-    return f"{value / 3_600:.0f} h" if value < 2 * 86_400 else f"{value / 86_400:.0f} d"
+    length, unit = next((length, unit) for most, length, unit in SPANS if value < most)
+    return f"{value / length:.{1 if value < 10 else 0}f} {word(language, 'unit', unit)}"
 
 
 def relative(moment: datetime, now: datetime, language: str) -> str:
@@ -48,9 +44,8 @@ def relative(moment: datetime, now: datetime, language: str) -> str:
     away = (now - moment).total_seconds()
     if abs(away) < 5:
         return text(language, "time.now")
-    span = seconds(float(max(round(abs(away)), 10))) if abs(away) >= 10 else f"{abs(away):.0f} s"
-    number, _, unit = span.partition(" ")
-    return text(language, "time.ago" if away > 0 else "time.in", span=f"{number} {word(language, 'unit', unit)}")
+    span = f"{abs(away):.0f} {word(language, 'unit', 's')}" if abs(away) < 10 else seconds(round(abs(away)), language)
+    return text(language, "time.ago" if away > 0 else "time.in", span=span)
 
 
 def when(moment: datetime | None, language: str) -> Markup | str:

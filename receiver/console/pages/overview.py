@@ -46,8 +46,8 @@ class Overview:
             ("pictures", f"{total.pictures:,}", t("figure.pictures_help")),
             ("bytes", size(total.bytes), t("figure.bytes_help", value=each)),
             ("failures", f"{total.failures:,}", t("figure.failures_help")),
-            ("median", seconds(span.median), t("figure.latency_help")),
-            ("p95", seconds(span.p95), t("figure.p95_help")),
+            ("median", seconds(span.median, visit.language), t("figure.latency_help")),
+            ("p95", seconds(span.p95, visit.language), t("figure.p95_help")),
             ("lost", f"{rate:.1%}", t(f"figure.{lost}", n=total.lost, all=total.expected)),
             ("units", f"{total.units:,.0f}", f"{usd:,.2f} USD"),
         ]

@@ -104,11 +104,12 @@ class Tasks:
         moments = timeline(visit, task, facts, deliveries, out)
         moments += [_of_act(visit, act) for act in acts]
         moments += [each for asset in assets for each in _of_tries(visit, asset)]
+        ordered = in_order(moments, task.created_at, visit.language)
         return visit.page(
             "task.html", task=task, files=part(visit, "from", assets, FILES_A_PAGE), count=len(assets), batch=batch,
             aliases=aliases, note=task.note, is_over=is_over(task), path=path_of(task), is_kept=lists.is_kept,
             ratio=words.ratio_class, uri=self._of.bucket.uri, request=request_of(task, MAX_REQUEST_CHARS),
-            timeline=part(visit, "moment", in_order(moments, task.created_at), MOMENTS_A_PAGE, newest=True),
+            timeline=part(visit, "moment", ordered, MOMENTS_A_PAGE, newest=True),
             prompt=seen(cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
             model=model_of(task), can_retry=can_retry(task, assets),
         )  # fmt: skip
@@ -131,11 +132,11 @@ def timeline(
     return found
 
 
-def in_order(found: Sequence[Moment], start: datetime) -> list[Moment]:
+def in_order(found: Sequence[Moment], start: datetime, language: str) -> list[Moment]:
     """Oldest first, each with the time since the first."""
     ordered = sorted(found, key=lambda moment: (moment.at, moment.order))
     start = ordered[0].at if ordered else start
-    return [replace(each, since=f"+{words.seconds((each.at - start).total_seconds())}") for each in ordered]
+    return [replace(each, since=f"+{words.seconds((each.at - start).total_seconds(), language)}") for each in ordered]
 
 
 def _because(visit: Visit, says: str, why: object) -> str:

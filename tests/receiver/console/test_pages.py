@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from receiver.app.wiring import Parts
@@ -55,3 +57,15 @@ def test_causes_are_in_the_language_of_the_page(parts: Parts, web: Web) -> None:
         assert "应有 2 个，仅收到 1 个" in shown and '<span lang="en">content refused</span>' in shown
         assert "无法按 JSON 读取" in shown[shown.index('data-live="timeline') :]
         assert "no task of ours has this id" in ann.page("/deliveries") and 'span lang="en"' not in ann.page("/tasks")
+
+
+def test_durations_provenance_and_faults_of_a_request_are_in_chinese_too(parts: Parts, web: Web) -> None:
+    task = archive(parts, 1)[0]
+    with Reader(web.url, language="zh") as zhang:
+        shown = zhang.page(f"/tasks/{task.external_task_id}")
+        assert re.search(r"\+\d\.\d 秒<", shown) and "文件主机" in shown and "响应头" in shown and "{&#39;" not in shown
+        assert re.search(r"<b>\d+\.\d 秒</b>", zhang.page("")) is not None
+        refused = zhang.post("/ask", n="99", resolution="9k", more="{")
+        assert "更多字段：请写一个 JSON 对象" in refused.text
+        refused = zhang.post("/ask", n="99", resolution="9k")
+        assert "prompt：必填" in refused.text and "n：99：必须是 1 到 9" in refused.text
