@@ -65,26 +65,23 @@ class KeptSession:
 
     def _begun(self) -> Session:
         """The session with a transaction, on a new connection where the server has closed the last one."""
-        if self._session is not None:
-            try:
-                connection, driver, _ = self._session.info[CONNECTION]
-                driver.execute(self._begin)
-                self._session.info[CONNECTION] = connection, driver, has_listeners(connection)
-                return self._session
-            except Exception:
-                self.close()
-                if self._engine.dialect.name == "sqlite":  # SQLite waited for its lock already
-                    raise
-        connection = self._engine.connect()
-        session = Session(connection, expire_on_commit=False)
-        session.info[CONNECTION] = connection, driver_of(connection), has_listeners(connection)
-        self._session = session
+        is_kept, session = self._session is not None, self._session or self._opened()
+        connection, driver, _ = session.info[CONNECTION]
         try:
-            session.connection()  # now, so that no operation makes SQLAlchemy begin
-            driver_of(connection).execute(self._begin)
-        except BaseException:
+            driver.execute(self._begin)
+        except BaseException as error:
             self.close()
-            raise
+            if is_kept and isinstance(error, Exception) and self._engine.dialect.name != "sqlite":
+                return self._begun()
+            raise  # SQLite waited for its lock already
+        session.info[CONNECTION] = connection, driver, has_listeners(connection)
+        return session
+
+    def _opened(self) -> Session:
+        connection = self._engine.connect()
+        self._session = session = Session(connection, expire_on_commit=False)
+        session.info[CONNECTION] = connection, driver_of(connection), False
+        session.connection()  # now, so that no operation makes SQLAlchemy begin
         return session
 
 

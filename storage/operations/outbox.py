@@ -121,7 +121,18 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
 
 
 def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:
-    wanted = _wanted(session, numbered, subscriptions)
+    """Insert a dispatch for every event that an enabled sink wants, in the order of the events."""
+    disabled = {row.name for row in execute(session, _DISABLED).rows}
+    wanting = [each for each in subscriptions if each.sink not in disabled]
+    of_clients = [each.names for each in wanting if each.of_clients]
+    asked = {task_id for _, _, name, task_id in numbered if task_id and any(name in names for names in of_clients)}
+    clients = set(run(session, _WITH_CLIENT, {"asked": list(asked)}).scalars()) if asked else set()
+    wanted = [
+        (each.sink, event_id, task_id)
+        for _, event_id, name, task_id in numbered
+        for each in wanting
+        if name in each.names and (not each.of_clients or task_id in clients)
+    ]
     if not wanted:
         return
     occupied = _open_chains(session, {task_id for _, _, task_id in wanted if task_id})
@@ -133,25 +144,6 @@ def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[
         row = Dispatch(sink=sink, event_id=event_id, task_id=task_id, created_at=now, **claim)
         rows.append(row.model_dump(exclude={"id"}))
     session.execute(insert(Dispatch.__table__), rows)  # type: ignore[attr-defined]
-
-
-def _wanted(
-    session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]
-) -> list[tuple[str, int, uuid.UUID | None]]:
-    """(sink, event id, task id) of every event that an enabled sink wants, in the order of the events."""
-    disabled = {row.name for row in execute(session, _DISABLED).rows}
-    wanting = [each for each in subscriptions if each.sink not in disabled]
-    of_clients = [each.names for each in wanting if each.of_clients]
-    asked = {task_id for _, _, name, task_id in numbered if task_id and any(name in names for names in of_clients)}
-    clients: set[uuid.UUID] = set()
-    if asked:
-        clients = set(run(session, _WITH_CLIENT, {"asked": list(asked)}).scalars())
-    return [
-        (each.sink, event_id, task_id)
-        for _, event_id, name, task_id in numbered
-        for each in wanting
-        if name in each.names and (not each.of_clients or task_id in clients)
-    ]
 
 
 def _open_chains(session: Session, task_ids: Collection[uuid.UUID]) -> set[tuple[str, uuid.UUID | None]]:

@@ -227,12 +227,8 @@ def update_claimed(session: Session, row: Row, **values: Any) -> None:
             columns.append((name, is_time))
             owned[f"new_{name}"] = value.seconds if is_time else value
     statement = _owned_update(model, tuple(columns))
-    if expressions:  # rare, so not cached
-        changed = run(session, statement.values(expressions), owned).rowcount
-    else:
-        session.flush()
-        changed = execute(session, statement, owned).changed
-    if changed == 0:
+    session.flush()
+    if execute(session, statement.values(expressions) if expressions else statement, owned).changed == 0:
         raise LostClaim(f"another worker owns {model.__tablename__} {row.id}")
 
 
