@@ -21,7 +21,7 @@ from structlog.testing import capture_logs
 
 from storage.database import group_writer
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable, LostClaim
+from storage.errors import DatabaseUnavailable, LostClaim, SessionReplaced
 from storage.rows import claims, tasks
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset
@@ -341,3 +341,23 @@ def test_a_forked_child_writes_as_its_parent_does(database: Database) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_the_last_operation_hears_of_a_commit_that_an_old_session_refused(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the rows that it claimed would be counted as under way for ever."""
+    told, refusals = list[bool](), iter([SessionReplaced("database: read-only")])
+    transaction = database._group_writer._transaction
+
+    @contextmanager
+    def refused_once() -> Iterator[Session]:
+        with transaction() as session:
+            yield session
+            for refusal in refusals:
+                raise refusal
+
+    monkeypatch.setattr(database._group_writer, "_transaction", refused_once)
+    database.at_group_end = lambda _: told.append
+    database.write_in_group(lambda _: None)
+    wait_until(lambda: told == [False, True])

@@ -403,6 +403,22 @@ def test_kept_connection_that_ends_at_the_next_request_is_replaced(host: FileHos
     assert host.connections == 2
 
 
+def test_file_that_is_cut_after_a_kept_connection_was_reset_counts_as_cut(host: FileHost) -> None:
+    def reset_then_cut(connection: socket.socket) -> None:
+        if host.connections > 1:
+            connection.sendall(answer(png())[:-10])
+            return
+        connection.sendall(answer(png()))
+        connection.recv(65_536)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    host.scripts["/"] = reset_then_cut
+    client = fetcher(host)
+    client.fetch(host.url, io.BytesIO())
+    with pytest.raises(FetchCut):
+        client.fetch(host.url, io.BytesIO())
+
+
 @pytest.mark.parametrize("head", ["HTTP/1.1 200 OK\r\nConnection: Close", "HTTP/1.0 200 OK"])
 def test_connection_that_the_host_will_close_is_not_kept(host: FileHost, head: str) -> None:
     body = answer(png()).replace(b"HTTP/1.1 200 OK", head.encode())
