@@ -128,6 +128,7 @@ def day_of(text: str) -> datetime | None:
     """The first moment of a date; None for another text."""
     try:
         found = date.fromisoformat(text)
-        return datetime(found.year, found.month, found.day, tzinfo=UTC) if 1970 < found.year < 9000 else None
+        is_day = 1970 < found.year < 9000 and text == found.isoformat()  # as a browser's field of a date shows it
+        return datetime(found.year, found.month, found.day, tzinfo=UTC) if is_day else None
     except ValueError:
         return None

@@ -104,22 +104,18 @@ class BatchPages:
         try:
             lines = batch_file.read(io.BytesIO(content), format, name, self._of.batches.check)
             plan = self._of.batches.plan(name, lines, is_file_name=not visit.form.get("name", "").strip())
+            if visit.form.get("step") == "send":
+                return self._send(visit, plan, name)
         except BatchInvalid as error:
             faults = [(fault.line, short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
             found |= {"faults": faults, "fault_count": len(error.faults)}
             return visit.page("batch_new.html", section="batches", status=422, **found)
-        if visit.form.get("step") == "send":
-            return self._send(visit, plan, name)
         estimate = self._estimate(lines, {line.number for line in plan.new})
         return visit.page("batch_new.html", section="batches", **(found | {"plan": plan, "estimate": estimate}))
 
     def _send(self, visit: Visit, plan: Any, name: str) -> Response:
-        try:
-            with events.by(visit.session.name):
-                new = self._of.batches.put(plan)
-        except BatchInvalid as error:
-            visit.say(visit.cause(str(error), 300), bad=True)
-            return visit.redirect(f"{HOME}/new")
+        with events.by(visit.session.name):
+            new = self._of.batches.put(plan)
         note_act(self._of, visit.session.name, "submit batch", name)
         visit.say(visit.text("batch.sent", n=new))
         with self._of.database.read() as session:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import html
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import pytest
 from sqlmodel import col, select
 
 from receiver.app.wiring import Parts
+from receiver.batch.batch import Batches, Plan
 from receiver.sandbox import Sandbox
 from receiver.tasks.task_view import report
 from storage.operations import outbox
@@ -248,6 +251,23 @@ def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader
     assert len(rows) == 3 and all(facts(parts, row, "task.created")[0]["by"] == "ann" for row in rows)
     report = ann.get(f"/batches/{rows[0].batch_id}/report.csv")
     assert report.headers["content-disposition"].startswith("attachment") and report.text.count("\r\n") == 4
+
+
+def test_a_batch_whose_id_is_taken_meanwhile_keeps_its_lines_in_the_form(
+    parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Batches.plan
+
+    def plan_before_another(self: Batches, *given: Any, **named: Any) -> Plan:
+        made = plan(self, *given, **named)
+        insert_row(parts, external_task_id=made.new[0].external_task_id)
+        return made
+
+    monkeypatch.setattr(Batches, "plan", plan_before_another)
+    answer = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD)
+    assert answer.status_code == 422 and "was submitted before" in answer.text
+    shown = html.unescape(answer.text)
+    assert GOOD.strip() in shown.partition('name="content"')[2] and 'value="spring"' in shown
 
 
 def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> None:

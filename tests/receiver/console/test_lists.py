@@ -20,7 +20,7 @@ import httpx
 import pytest
 from PIL import Image
 from sqlalchemy import event
-from sqlmodel import Session
+from sqlmodel import Session, select
 from starlette.types import Message
 from structlog.testing import capture_logs
 
@@ -35,8 +35,8 @@ from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import newest_deliveries, newest_tasks
 from storage.operations.rollups import Rollups
 from storage.operations.thumbnails import Thumbnails, shrink
-from storage.rows.models import Batch, Task
-from storage.states import ArchiveState, CallbackState, TaskState
+from storage.rows.models import Batch, Dispatch, Event, Task
+from storage.states import ArchiveState, CallbackState, DispatchState, TaskState
 from tests.archived_tasks import archive
 from tests.console_reader import LISTS, READ_KEY, Reader
 from tests.harness import wait_until
@@ -133,7 +133,7 @@ NOT_UNDERSTOOD = [
     *((path, "provider", "%00", "kling") for path in ("/tasks", "/gallery", "/deliveries", "/deliveries/replay")),
     *((path, "batch", "nope", "Write the whole name") for path in ("/tasks", "/gallery")),
     *((path, "q", value, "200 characters") for path in ("/tasks", "/gallery") for value in ("x" * 500, "%00")),
-    *((path, "since", value, "is no date") for path in LISTS[:3] for value in ("garbage", "0001-01-01", "2026-13-01")),
+    *((path, "since", value, "is no date") for path in LISTS[:3] for value in ("garbage", "20260131", "0001-01-01")),
     *((path, "until", "9999-12-31", "is no date") for path in LISTS[:3]),
     *((path, "state", "succeeded", "unreadable, rejected (refused)") for path in ("/deliveries", "/deliveries/replay")),
     ("/deliveries", "task", "nope", "Write the whole name"), ("/deliveries", "cause", "%00", "200 characters"),
@@ -176,6 +176,34 @@ def test_page_of_a_filter_that_is_not_understood_is_escaped_small_and_in_the_lan
         assert (answer.status_code, "<script>x" in answer.text, "<b>" in answer.text) == (400, False, False)
         assert len(answer.text) < 30_000 and "&lt;script&gt;" in answer.text
         assert ("无法识别" in answer.text) == (language == "zh")
+
+
+def fields_of(page: str) -> dict[str, str]:
+    """What a browser sends when the form of the filters is sent as it stands."""
+    form = page[page.index('<form class="filters"') :].partition("</form>")[0]
+    sent = dict(re.findall(r'<input[^>]*name="(\w+)"[^>]*value="([^"]*)"', form))
+    chosen = re.findall(r'<select name="(\w+)"(?:(?!</select>).)*<option value="([^"]*)" selected', form)
+    return {name: html.unescape(value) for name, value in (sent | dict(chosen)).items() if value}
+
+
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("/gallery", {"size": "l", "archive": "none", "files": "failed", "provider": "kling", "q": "x"}),
+        ("/tasks", {"state": "failed", "files": "waiting", "provider": "kling", "since": "2026-01-31", "model": "m"}),
+        ("/deliveries", {"state": "refused", "provider": "kling", "cause": "x", "until": "2026-01-31"}),
+        ("/events", {"sink": "gone", "state": "delivered"}),
+    ],
+)
+def test_the_form_of_the_filters_shows_and_keeps_all_of_them(
+    parts: Parts, ann: Reader, path: str, given: dict[str, str]
+) -> None:
+    archive(parts, 1)
+    with parts.database.write() as session:
+        told = session.exec(select(Event)).first()
+        assert told is not None
+        session.add(Dispatch(event_id=told.id, sink="gone", state=DispatchState.DELIVERED, created_at=LONG_AGO))
+    assert fields_of(ann.get(path, params=given).text) == given
 
 
 def test_the_page_of_a_task_and_of_a_batch_refuse_a_part_that_is_no_number(parts: Parts, ann: Reader) -> None:
