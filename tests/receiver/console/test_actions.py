@@ -245,6 +245,8 @@ def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader
     assert "3 requests are new" in answer.text and "24 units" in answer.text
     sent = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD * 3)
     assert "3 tasks are queued" in sent.text
+    again = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD * 3)
+    assert "0 tasks are queued" in again.text and again.url == sent.url
     assert wait_until(lambda: "0 of 3 are over" in ann.get(sent.url.path.removeprefix("/console")).text, seconds=30)
     with parts.database.read() as session:
         rows = session.exec(select(Task).where(col(Task.batch_id).is_not(None))).all()
