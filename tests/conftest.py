@@ -16,6 +16,7 @@ import shutil
 import signal
 import ssl
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -256,8 +257,9 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         with (folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / name).exists():
-                make(folder / f"{name}.part")
-                (folder / f"{name}.part").rename(folder / name)
+                with tempfile.TemporaryDirectory(dir=folder) as place:  # nothing stays of what failed
+                    make(Path(place, name))
+                    Path(place, name).rename(folder / name)
         return folder / name
 
     return made

@@ -5,7 +5,7 @@ What depends on a fresh interpreter (start-up time, imports, `-m receiver`) is t
 
 from __future__ import annotations
 
-import ctypes
+import fcntl
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from tests import forked_supervisor
 
-PR_SET_PDEATHSIG = 1
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.preload"])
 
@@ -92,6 +91,20 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, which alone has the pipe's other end.
+
+    The parent in the kernel's sense, the fork server, lives until the last worker of the run ends.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if multiprocessing.connection.wait([parent.sentinel], 0):  # it has ended before
+        os._exit(1)
+
+
 def _become(
     words: tuple[str, ...],
     variables: dict[str, str],
@@ -107,8 +120,9 @@ def _become(
     """In the child: run `receiver words…`, or another program."""
     if leads:
         os.setsid()
+    import_module("tests.preload")  # the fork server passes over an import that fails
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        _end_with_parent()
     flags = (os.O_RDONLY, os.O_WRONLY | os.O_CREAT | os.O_APPEND, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number, (file, flag) in enumerate(zip(files, flags, strict=True)):
         os.dup2(os.open(file, flag, 0o600), number)
