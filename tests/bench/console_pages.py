@@ -22,7 +22,7 @@ import psycopg
 
 from storage.database.sessions import Database
 from tests.bench import stage
-from tests.bench.million import BATCHES, TASKS, build
+from tests.bench.million import BATCHES, TASKS, build, task_id
 from tests.console_reader import KEYS, Reader
 from tests.pipeline import free_port
 
@@ -49,7 +49,6 @@ def views(tasks: int) -> dict[str, str]:
         "tasks, files waiting": "/tasks?files=waiting",
         "tasks, files expiring": "/tasks?files=expiring",
         "tasks, provider": "/tasks?provider=kling",
-        "tasks, other provider": "/tasks?provider=nobody",
         "tasks, model": "/tasks?model=kling-image-o1",
         "tasks, other model": "/tasks?model=none",
         "tasks, batch": f"/tasks?batch=batch-{BATCHES // 2}",
@@ -72,10 +71,10 @@ def views(tasks: int) -> dict[str, str]:
         "deliveries, applied": "/deliveries?state=applied",
         "deliveries, refused": "/deliveries?state=refused",
         "deliveries, unmatched": "/deliveries?state=unmatched",
+        "deliveries, dismissed": "/deliveries?state=dismissed",
         "deliveries, received (none)": "/deliveries?state=received",
         "deliveries, cause": "/deliveries?cause=absent",
         "deliveries, task": f"/deliveries?task=million-{tasks // 2}",
-        "deliveries, other provider": "/deliveries?provider=nobody",
         "delivery": f"/deliveries/{tasks // 2}",
         "replay of refused": "/deliveries/replay?state=refused",
         "events": "/events",
@@ -83,12 +82,11 @@ def views(tasks: int) -> dict[str, str]:
         "events, dead": "/events?state=dead",
         "events, due": "/events?state=due",
         "events, sink": "/events?sink=hook",
-        "events, other sink": "/events?sink=nobody",
-        "events, dead of other sink": "/events?sink=nobody&state=dead",
         "batches": "/batches",
         "batch": f"/batches/{BATCHES // 2:032x}",
         "batch, newest": f"/batches/{BATCHES:032x}",
         "ask": "/ask",
+        "ask, again": f"/ask?again={task_id(tasks // 2)}",
         "archive": "/archive",
         "settings": "/settings",
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from uuid import UUID
 
 from sqlalchemy import Connection
 
@@ -93,6 +94,11 @@ def build(database: Database, tasks: int = TASKS) -> None:
         else:
             connection.exec_driver_sql("VACUUM ANALYZE")
     database.writer.dispose()
+
+
+def task_id(number: int) -> UUID:
+    """The id of the task with this number, as the statements make it."""
+    return UUID(f"{number * 2654435761 % 2**32:08x}{number:024x}")
 
 
 def _indexes(connection: Connection) -> dict[str, str]:
