@@ -168,6 +168,7 @@ class Front:
 
     def routes(self) -> list[BaseRoute]:
         return [
+            Route(f"{HOME}/", lambda _: RedirectResponse(HOME, status_code=303)),
             Route(LOGIN, self.login, methods=["GET", "POST"]),
             Route("/console/logout", self.log_out, methods=["POST"]),
             Route("/console/language/{language}", self.language, methods=["GET"]),

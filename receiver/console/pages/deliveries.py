@@ -75,6 +75,8 @@ class Deliveries:
         if (result := self._result(visit)) is not None:
             return visit.page("replay.html", result=result)
         wanted = self._wanted(visit.query)
+        if not wanted.is_set:
+            raise HTTPException(400, "none_chosen")
         rows, further = self._matching(wanted)
         return visit.page("replay.html", wanted=wanted, count=len(rows), further=further, result=None)
 

@@ -123,6 +123,11 @@ def test_console_is_404_without_keys(web: Web, changes: dict[str, str]) -> None:
     assert [each.status_code for each in answers] == [404] * 4
 
 
+def test_address_with_a_slash_at_its_end_leads_to_the_overview(ann: Reader) -> None:
+    answer = ann.get("/")
+    assert (answer.status_code, answer.url.path) == (200, "/console")
+
+
 def test_every_page_redirects_to_the_login_without_a_session(stranger: Reader) -> None:
     for path in (*PAGES, "/live", "/files/x", "/thumbnails/x", "/gallery/zip", "/deliveries/1/body"):
         answer = stranger.get(path, follow_redirects=False)

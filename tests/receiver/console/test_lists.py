@@ -226,6 +226,7 @@ def test_live_page_of_a_filter_that_is_not_understood_is_answered_alike(parts: P
 def test_a_replay_with_a_filter_that_is_not_understood_replays_nothing(parts: Parts, ann: Reader) -> None:
     delivery = deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
     assert ann.post("/act/replay", state="nope").status_code == 400
+    assert ann.get("/deliveries/replay").status_code == 400  # its button would be refused
     assert ann.post("/act/replay", state="unmatched", since="garbage").status_code == 400
     assert callbacks_of(parts)[0].state is delivery.state is CallbackState.UNMATCHED
 

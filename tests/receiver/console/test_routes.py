@@ -16,7 +16,13 @@ from tests.pipeline import assets_of, callbacks_of
 from tests.receiver.console.test_access import POSTS
 from tests.rows import stored
 
-OPEN_TO_ALL = ("/console/login", "/console/logout", "/console/language/{language}", "/console/static/{name}")
+OPEN_TO_ALL = (
+    "/console/",
+    "/console/login",
+    "/console/logout",
+    "/console/language/{language}",
+    "/console/static/{name}",
+)
 
 
 def routes(parts: Parts, method: str) -> list[str]:
