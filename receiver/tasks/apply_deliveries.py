@@ -223,11 +223,19 @@ class DeliveryApplier:
         if task is None:
             record(session, EventName.CALLBACK_UNMATCHED, row.task_id, {"callback": row.id})
             return Verdict(CallbackState.UNMATCHED, "no task of ours has this id")
-        if contradiction := _contradiction(session, task, parsed):
+        external_id, provider_id = parsed.external_task_id, parsed.provider_task_id
+        owner = aliases.by_provider_id(session, task.provider, provider_id) if provider_id else None
+        is_others = owner not in (None, task.id)  # whether another task of ours has this id
+        contradiction = None
+        if external_id is not None and _folded(external_id) != _folded(task.external_task_id):
+            contradiction = "the body names another external_task_id than the token's task"
+        elif is_others and not aliases.is_alias_unsigned(session, task.provider, provider_id or ""):
+            contradiction = "the body's task_id belongs to another task"
+        if contradiction:
             record(session, EventName.CALLBACK_REJECTED, task.id, {"callback": row.id, "reason": contradiction})
             verdict = Verdict(CallbackState.REJECTED, contradiction)
         else:
-            verdict = self._apply_or_request_read(session, row, task, parsed)
+            verdict = self._apply_or_request_read(session, row, task, parsed, is_others=is_others)
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
@@ -247,7 +255,9 @@ class DeliveryApplier:
         reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
-    def _apply_or_request_read(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
+    def _apply_or_request_read(
+        self, session: Session, row: Callback, task: Task, report: Report, *, is_others: bool
+    ) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         # Nearly all other deliveries are decided without the task's files.
@@ -259,7 +269,7 @@ class DeliveryApplier:
             reason = f"{UNKNOWN} {report.raw_status!r}"
         elif report.external_task_id not in (None, task.external_task_id):
             reason = "the body's external_task_id is written otherwise"
-        elif not confirmed and report.provider_task_id and _is_others(session, task, report.provider_task_id):
+        elif is_others and not confirmed:
             reason = "an unsigned delivery gave this task_id to another task"
         if reason:
             return self._request_read(session, task, report, reason)
@@ -321,21 +331,6 @@ def _is_known(facts: TaskFacts, report: Report, *, confirmed: bool) -> bool:
     decision = states.decide(facts, report, confirmed=confirmed)
     unchanged = decision.state is facts.state and decision.archive is facts.archive
     return unchanged and not (decision.contradicted or decision.add or decision.replace)
-
-
-def _contradiction(session: Session, task: Task, report: Report) -> str | None:
-    """Why a body contradicts its token: it names another task of ours, or another external id."""
-    if report.external_task_id is not None and _folded(report.external_task_id) != _folded(task.external_task_id):
-        return "the body names another external_task_id than the token's task"
-    if report.provider_task_id and _is_others(session, task, report.provider_task_id):
-        sure = not aliases.is_alias_unsigned(session, task.provider, report.provider_task_id)
-        return "the body's task_id belongs to another task" if sure else None
-    return None
-
-
-def _is_others(session: Session, task: Task, provider_task_id: str) -> bool:
-    """Whether another task of ours has this id."""
-    return aliases.by_provider_id(session, task.provider, provider_task_id) not in (None, task.id)
 
 
 def _folded(external_task_id: str) -> str:
