@@ -1,6 +1,6 @@
 """A batch's file, JSON lines or CSV, read and checked whole. Every fault names the line that an editor shows.
 
-bytes ─▶ records (line, fields) ─▶ requests ─▶ external ids ─▶ Lines, or `BatchInvalid` with every fault
+bytes ─▶ records (line, fields) ─▶ requests ─▶ external ids ─▶ Lines, or `BatchInvalid` with the faults
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ MAX_LINE_BYTES = 32 * 2**20
 MAX_FILE_BYTES = 256 * 2**20
 # The queue of this many rows is searched whenever a slot is free. At twenty slots they are a week of pictures.
 MAX_RECORDS = 100_000
+# Behind so many faults a file is not read on: each takes some hundred bytes.
+MAX_FAULTS = 10_000
+# Values of one CSV cell that are told apart. No request takes so many.
+MAX_VALUES = 1_000
 HASH_CHARS = 16
 # Columns of a CSV file that are no fields of the request. Several values are separated by spaces.
 IMAGES, ELEMENTS, WATERMARK, ID = "image", "element_id", "watermark", "external_task_id"
@@ -49,7 +53,7 @@ class Fault(NamedTuple):
 
 
 class BatchInvalid(ValueError):
-    """The file cannot be submitted. `faults`: all of them, in the order of the lines. Nothing was sent."""
+    """The file cannot be submitted. `faults`: in the order of the lines, some MAX_FAULTS at most. Nothing was sent."""
 
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = sorted(faults, key=lambda fault: fault.line)
@@ -97,6 +101,10 @@ def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list
         line = _line(record, name, equal, check, faults)
         found += [line] if line else []
     faults += _twins(found)
+    if len(faults) >= MAX_FAULTS:
+        faults.append(
+            Fault(max(fault.line for fault in faults), f"the rest of the file is not checked: {MAX_FAULTS:,} faults")
+        )
     if not count and not faults:
         faults.append(Fault(0, "the file holds no request"))
     if faults:
@@ -119,7 +127,7 @@ def name_faults(name: str) -> Iterator[Fault]:
 def _lines(file: BinaryIO, faults: list[Fault]) -> NumberedLines:
     """(number, text) of every line, numbered as editors do. `text` is None for a line that cannot be read."""
     size, number = 0, 0
-    while line := file.readline(MAX_LINE_BYTES + 1):
+    while len(faults) < MAX_FAULTS and (line := file.readline(MAX_LINE_BYTES + 1)):
         size, number = size + len(line), number + 1
         if number == 1 and line.startswith(UTF_16):
             faults.append(Fault(1, 'is UTF-16, as Excel\'s "Unicode Text" is; save the file as UTF-8 ("CSV UTF-8")'))
@@ -261,7 +269,7 @@ def _csv_records(lines: NumberedLines, separator: str, faults: list[Fault]) -> I
     source = _Source(lines, separator)
     reader = csv.reader(source, strict=True, delimiter=separator)
     header: list[str] | None = None
-    while True:
+    while len(faults) < MAX_FAULTS:
         source.begin()
         try:
             cells = next(reader)
@@ -304,9 +312,9 @@ def _fields(cells: dict[str, str]) -> dict[str, Any]:
     if re.fullmatch("[0-9]{1,9}", fields.get("n", "")):
         fields["n"] = int(fields["n"])
     if IMAGES in given:
-        fields["image_list"] = [{"image": one} for one in given[IMAGES].split()]
+        fields["image_list"] = [{"image": one} for one in given[IMAGES].split(maxsplit=MAX_VALUES)]
     if ELEMENTS in given:
-        fields["element_list"] = [{"element_id": one} for one in given[ELEMENTS].split()]
+        fields["element_list"] = [{"element_id": one} for one in given[ELEMENTS].split(maxsplit=MAX_VALUES)]
     if WATERMARK in given:
         word = given[WATERMARK].strip().lower()
         fields["watermark_info"] = {"enabled": {"true": True, "false": False}.get(word, given[WATERMARK])}

@@ -207,7 +207,7 @@ class Provider(Protocol):
         """
 
     def parse_request(self, fields: Mapping[str, Any]) -> ProviderRequest:
-        """Check a caller's fields. Raises `RequestInvalid` with every fault found."""
+        """Check a caller's fields. Raises `RequestInvalid` with the first 20 faults and the number of the others."""
 
     def estimate(self, fields: Iterable[Mapping[str, Any]], table: Path | None) -> Estimate:
         """The cost of requests with these fields. `table`: a file with the user's prices, None = the provider's prices.

@@ -105,7 +105,7 @@ class Submitter:
         return Submitted(self._again(task.external_task_id), new=True)
 
     def parse(self, fields: Mapping[str, Any]) -> ProviderRequest:
-        """Check a caller's fields. Raises `RequestInvalid` with every fault found."""
+        """Check a caller's fields. Raises `RequestInvalid`; see `Provider.parse_request`."""
         return self._provider.parse_request(fields)
 
     def row(self, request: ProviderRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -36,6 +36,9 @@ from storage.states import expected_files
 MAX_PROMPT_CHARS = 2_500
 MAX_INPUTS = 10  # images and elements together
 MAX_PICTURES = 9
+# Of any model, also an unknown one. Counted before a field or an item is checked, which takes up to 1 kB a fault.
+MAX_FIELDS, MAX_ITEMS = 100, 100
+MAX_FAULTS = 20
 ASPECT_RATIOS = ("16:9", "9:16", "1:1", "4:3", "3:4", "3:2", "2:3", "21:9", "auto")
 
 # The documented meaning of a missing field. A request that states the same value is the same request.
@@ -204,8 +207,6 @@ def _images_rule(images: list[ImageInput], _fields: Mapping[str, Any], _model: M
         rule = None if is_url(item.image) else picture_fault(item.image)
         if rule:
             yield Fault(f"[{position}].image", item.image, rule)
-    if len(images) > MAX_INPUTS:
-        yield Fault("", f"{len(images)} images", f"images and elements together: at most {MAX_INPUTS}")
 
 
 def _elements_rule(elements: list[ElementInput], fields: Mapping[str, Any], _model: Model) -> Iterator[Fault]:
@@ -279,8 +280,11 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
     """Check a caller's fields.
 
     `drop_empty`: leave out fields given as "" or [], as the provider's own example sends them, and unknown ones
-    also as null or {}; False refuses them. Raises RequestInvalid with every fault found.
+    also as null or {}; False refuses them. Raises RequestInvalid with the first MAX_FAULTS faults and the number of the
+    others.
     """
+    if len(data) > MAX_FIELDS:
+        raise RequestInvalid([f"has {len(data):,} fields; at most {MAX_FIELDS}"])
     known = OURS.keys() | OmniImageRequest.model_fields.keys()
     unused = {
         name
@@ -292,12 +296,36 @@ def parse_request(data: Mapping[str, Any], *, drop_empty: bool = True) -> OmniIm
     fields = {name: value for name, value in data.items() if name not in unused}
     odd_names = [name for name in fields if not (isinstance(name, str) and is_storable(name))]
     if odd_names:
-        raise RequestInvalid([f"{_shown(name)}: is not a field name" for name in odd_names])
+        raise _invalid(f"{_shown(name)}: is not a field name" for name in odd_names)
+    too_many = dict(_too_many(fields))
+    lines = list(too_many.values())
     try:
-        return OmniImageRequest.model_validate(fields)
+        checked = OmniImageRequest.model_validate({name: fields[name] for name in fields if name not in too_many})
     except ValidationError as error:
-        lines = [line for details in error.errors(include_url=False) for line in _lines(details)]
-        raise RequestInvalid(list(dict.fromkeys(lines))) from None
+        lines += [line for details in error.errors(include_url=False) for line in _lines(details)]
+    if lines:
+        raise _invalid(lines)
+    return checked
+
+
+def _invalid(lines: Iterable[str]) -> RequestInvalid:
+    found = list(dict.fromkeys(lines))
+    further = [f"… and {len(found) - MAX_FAULTS:,} further faults"] if len(found) > MAX_FAULTS else []
+    return RequestInvalid(found[:MAX_FAULTS] + further)
+
+
+def _too_many(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, fault) of each field that holds more than is checked one by one."""
+    is_documented = fields.get("model_name") in (None, *MODELS)
+    for name, what in (("image_list", "images"), ("element_list", "elements"), ("watermark_info", "fields")):
+        value = fields.get(name)
+        items = value if isinstance(value, list) else [value]
+        if len(items) > MAX_ITEMS or (is_documented and len(items) > MAX_INPUTS):
+            most = f"images and elements together: at most {MAX_INPUTS}" if is_documented else f"at most {MAX_ITEMS}"
+            count = len(items) if len(items) <= MAX_ITEMS else f"more than {MAX_ITEMS}"
+            yield name, f"{name}: '{count} {what}': {most}"
+        elif any(isinstance(item, dict) and len(item) > MAX_FIELDS for item in items):
+            yield name, f"{name}: has an object with more than {MAX_FIELDS} fields"
 
 
 # Our messages for pydantic's error types. Other types keep pydantic's message.

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as some
 
 from receiver.batch import batch_file
-from receiver.batch.batch_file import BatchInvalid, Format, Line
+from receiver.batch.batch_file import MAX_FAULTS, BatchInvalid, Format, Line
 from receiver.providers.base import PricesUnreadable
 from receiver.providers.kling.prices import KLING, estimate, read_prices
 from receiver.providers.kling.request import OmniImageRequest, parse_request
@@ -91,6 +91,26 @@ def test_every_fault_is_listed_with_its_line() -> None:
     assert len(FAULTS) >= 30
     assert [line for line, _ in found] == [2 + 2 * number for number in range(len(FAULTS))]
     assert all(word in text for (_, text), (_, word) in zip(found, FAULTS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "format"),
+    [
+        (b"?\n" * 30_000, "jsonl"),
+        (b'{"n": 0, "resolution": "?", "seed": 1}\n' * 30_000, "jsonl"),
+        (b"model_name,prompt\n" + b"m\n" * 30_000, "csv"),
+        (b'model_name,prompt\nm,"' + b"\xff\n" * 30_000, "csv"),
+    ],
+    ids=["no JSON", "no request", "columns are missing", "not UTF-8 in a cell"],
+)
+def test_file_is_not_read_on_behind_ten_thousand_faults(content: bytes, format: Format) -> None:
+    found = faults_in(content, format)
+    assert len(found) < MAX_FAULTS + 10 and found[-1][1] == "the rest of the file is not checked: 10,000 faults"
+
+
+def test_cell_of_very_many_images_is_one_fault() -> None:
+    ((line, text),) = faults_in(b"model_name,prompt,image\nm,p," + b"a+ " * 60_000, "csv")
+    assert line == 2 and text.startswith("image_list: 'more than 100 images'")
 
 
 def test_a_line_with_two_faults_names_both() -> None:
@@ -222,9 +242,10 @@ def test_an_open_quote_in_the_header_is_reported_as_one_fault() -> None:
     assert (line, text.partition(" (")[0]) == (1, "opens a quote that is not closed")
 
 
-def test_open_quotes_in_every_line_are_read_in_a_bounded_time() -> None:
+def test_open_quotes_in_every_line_are_read_in_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty thousand lines, each of which would be read to the end of the file to find its closing quote."""
     count = 30_000
+    monkeypatch.setattr(batch_file, "MAX_FAULTS", 3 * count)
     started = time.process_time()
     found = faults_in(b"model_name,prompt\n" + b'm,"p\n' * count + b'm,"" p\n' * count, "csv")
     assert len(found) == 2 * count

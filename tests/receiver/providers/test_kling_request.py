@@ -19,6 +19,7 @@ from PIL import Image
 from receiver.providers.base import RequestFacts
 from receiver.providers.kling.request import (
     ASPECT_RATIOS,
+    MAX_FAULTS,
     OmniImageRequest,
     RequestInvalid,
     facts_of,
@@ -163,6 +164,38 @@ def test_images_and_elements_share_one_limit() -> None:
     [line] = faults(image_list=images, element_list=elements)
     assert line == "element_list: '6 images and 5 elements': images and elements together: at most 10"
     assert "at most 10" in faults(image_list=[{"image": URL}] * 11)[0]
+
+
+@pytest.mark.parametrize("model_name", ["kling-v3-omni", "a-model-of-tomorrow"])
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"image_list": [{"image": "a+"}] * 60_000}, "image_list: 'more than 100 images': "),
+        ({"element_list": [{}] * 60_000}, "element_list: 'more than 100 elements': "),
+        (
+            {"image_list": [{"image": URL, **dict.fromkeys(map(str, range(60_000)), 1)}]},
+            "image_list: has an object with",
+        ),
+        ({"watermark_info": dict.fromkeys(map(str, range(60_000)), 1)}, "watermark_info: has an object with more than"),
+        (dict.fromkeys(map(str, range(60_000)), 1), "has 60,002 fields; at most 100"),
+    ],
+    ids=["images", "elements", "fields of an image", "fields of the watermark", "fields"],
+)
+def test_too_many_of_anything_are_one_fault(model_name: str, fields: dict[str, Any], fault: str) -> None:
+    [line] = faults(model_name=model_name, **fields)
+    assert line.startswith(fault)
+
+
+def test_faults_of_one_request_are_bounded() -> None:
+    lines = faults(
+        model_name="a-model-of-tomorrow", n="x", image_list=[{"image": f"?{number}"} for number in range(100)]
+    )
+    assert len(lines) == MAX_FAULTS + 1 and lines[-1] == f"… and {101 - MAX_FAULTS} further faults"
+
+
+def test_too_many_images_hide_no_other_fault() -> None:
+    lines = faults(n=0, image_list=[{"image": URL}] * 11)
+    assert [line.partition(":")[0] for line in lines] == ["image_list", "n"]
 
 
 @pytest.mark.parametrize("fields", [{"resolution": "4k"}, {"result_type": "series"}])
