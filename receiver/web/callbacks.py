@@ -163,7 +163,7 @@ class Callbacks:
         chunks: list[bytes] = []
         try:
             refusal = await self._read_body(receive, named.task_id, most, chunks)
-            return refusal or await self._verify_and_store(scope, provider, named, b"".join(chunks))
+            return refusal or await self._verify_and_store(scope, provider, named, chunks[0])
         finally:
             if left := self._in_hand.pop(named.task_id, 0) - sum(map(len, chunks)):
                 self._in_hand[named.task_id] = left
@@ -171,7 +171,9 @@ class Callbacks:
     async def _read_body(
         self, receive: Receive, task_id: uuid.UUID | None, most: int, chunks: list[bytes]
     ) -> Response | None:
-        """Read the body into `chunks`, which count as in hand. Returns a refusal, or raises AccountOverdrawn."""
+        """Read the body into `chunks`, which count as in hand: a whole one as one piece. Returns a refusal, or raises
+        AccountOverdrawn.
+        """
         size, is_more = 0, True
         at_once = MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
         try:
@@ -193,6 +195,7 @@ class Callbacks:
                     is_more = message.get("more_body", False)
         except TimeoutError:
             return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
+        chunks[:] = [b"".join(chunks)]  # its parts would stay in memory until its commit
         return None
 
     async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> Response | None:

@@ -241,7 +241,10 @@ class GroupCommit:
     def _commit(self, batch: list[Waiting]) -> None:
         """Commit and answer the batch. An empty one is filled with the deliveries that wait when its turn has come."""
         try:
-            outcomes = again_on_new_session(lambda: self._insert(batch))
+            new, full = again_on_new_session(lambda: self._insert(batch))
+            if known := {delivery.key for delivery, _ in batch} - new - full:
+                again_on_new_session(lambda: apply_unreadable_again(self._database, known))
+            outcomes = _outcomes(batch, new, full)
         except Exception as error:  # noqa: BLE001 - every waiting handler gets the error
             self._quick_commits = 0
             batch = batch or self._take(MAX_WAITING_BYTES)
@@ -254,8 +257,8 @@ class GroupCommit:
         with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
             self._loop.call_soon_threadsafe(_answer, outcomes)
 
-    def _insert(self, batch: list[Waiting]) -> list[tuple[Durable, Outcome]]:
-        """Store the deliveries whose tasks have room."""
+    def _insert(self, batch: list[Waiting]) -> tuple[set[str], set[str]]:
+        """Store the deliveries whose tasks have room. Returns the new keys, and those of the others."""
         with self._database.autocommit_writer(is_urgent=True) as connection:
             batch += [] if batch else self._take(MAX_WAITING_BYTES)
             deliveries = [delivery for delivery, _ in batch]
@@ -264,9 +267,7 @@ class GroupCommit:
             new = insert(connection, [delivery for delivery in deliveries if delivery.key not in full])
         self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
         self._task_limit.count(deliveries, new)
-        if known := {delivery.key for delivery in deliveries} - new - full:
-            apply_unreadable_again(self._database, known)
-        return _outcomes(batch, new, full)
+        return new, full
 
     # -- for loop and thread -----------------------------------------------------------------------------------------
 

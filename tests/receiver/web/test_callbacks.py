@@ -7,6 +7,7 @@ import http.client
 import json
 import socket
 import time
+import tracemalloc
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import structlog
 from pydantic import SecretStr
 from sqlalchemy import event, text, update
 from standardwebhooks import Webhook
+from starlette.types import Message
 
 from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
@@ -543,6 +545,40 @@ def test_bodies_of_one_url_are_bounded_together(
             connection.sendall(b" " * (1_000 - len(last)))
             assert answer_on(connection)[0] == 200
     assert post(web, path_of(parts, task), last).status_code == 200
+
+
+@ON_SQLITE
+def test_a_body_that_came_in_parts_is_in_memory_once_while_it_waits(parts: Parts) -> None:
+    """What counts as in hand is then what is in memory."""
+    task, inbox = insert_row(parts), group_commit.GroupCommit(parts.database)
+    endpoint = callbacks.Callbacks(parts.database, inbox, parts.providers, parts.tokens, parts.schedule)
+    params = {"provider": "kling", "token": parts.tokens.sign("kling", task.id)}
+    scope = {"type": "http", "method": "POST", "path_params": params, "headers": []}
+    sent: list[Message] = []
+
+    async def deliver_in_parts() -> None:
+        left = iter(range(15, -1, -1))
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": bytes(2**14), "more_body": next(left) > 0}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        inbox.start()
+        with parts.database.write():  # so that none is committed before the end of the block
+            tracemalloc.start()
+            delivery = asyncio.create_task(endpoint(scope, receive, send))
+            while not inbox._waiting:
+                await asyncio.sleep(0)
+            size = tracemalloc.get_traced_memory()[0]
+            tracemalloc.stop()
+        await delivery
+        await inbox.stop()
+        assert (sent[0]["status"], endpoint._in_hand) == (200, {})
+        assert size < 1.5 * callbacks.MAX_BODY_BYTES
+
+    asyncio.run(deliver_in_parts())
 
 
 def test_bodies_beyond_the_memory_of_the_accounts_url_are_held_back_without_theirs(

@@ -22,6 +22,7 @@ from sqlmodel import select
 
 from storage.database import free_space
 from storage.database.sessions import Database
+from storage.errors import SessionReplaced
 from storage.rows import deliveries, group_commit
 from storage.rows.deliveries import Delivery
 from storage.rows.group_commit import GroupCommit, Intake, QueueFull
@@ -181,6 +182,26 @@ def test_one_bad_delivery_in_a_batch_of_the_loop_fails_no_other(
     *ends, bad = running.put_all([*good, POISON[poison]])
     assert set(ends) <= {Intake.NEW, Intake.DUPLICATE} and isinstance(bad, Exception)
     assert stored_bodies(database) == sorted(delivery.body for delivery in good)
+
+
+def test_a_look_for_unreadable_ones_that_an_old_session_refuses_makes_no_new_delivery_a_duplicate(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deliveries are committed by then."""
+    refusals = iter([SessionReplaced("database: read-only")])
+
+    def refused_once(*arguments: Any) -> None:
+        for refusal in refusals:
+            raise refusal
+        deliveries.apply_unreadable_again(*arguments)
+
+    monkeypatch.setattr(group_commit, "apply_unreadable_again", refused_once)
+    with InLoop(database) as intake:
+        assert intake.put(body(0)).result(SECONDS) is Intake.NEW
+        with writers_wait(database):
+            futures = [intake.put(body(number)) for number in (0, 1)]
+        assert answers(futures) == {"duplicate": 1, "new": 1}
+    assert stored_bodies(database) == [b"0", b"1"]
 
 
 def test_deliveries_of_one_turn_of_the_loop_share_a_commit(database: Database, running: InLoop, way: str) -> None:
