@@ -109,9 +109,14 @@ def is_plain(words: str) -> bool:
     return len(words) <= MAX_FIELD_CHARS and words.isprintable()
 
 
+def is_number(text: str) -> bool:
+    """Whether this may be the id of a row that has a number."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
 def number(text: str) -> int:
     """The number that a text is. Raises ValueError."""
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+    if not is_number(text):
         raise ValueError(text)
     return int(text)
 

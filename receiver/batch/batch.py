@@ -70,7 +70,7 @@ class Batches:
     def check(self, fields: Mapping[str, Any]) -> ProviderRequest:
         """Check a line's fields. Raises `RequestInvalid`, also for a request that the account can never take."""
         request = self._submitter.parse(fields)
-        self._submitter.row(request, None)
+        self._submitter.check_slots(request)
         return request
 
     def plan(self, name: str, lines: Sequence[Line], *, is_file_name: bool = False) -> Plan:

@@ -115,7 +115,10 @@ def read(file: BinaryIO, format: Format | None, name: str, check: Check) -> list
 def name_faults(name: str) -> Iterator[Fault]:
     """What is wrong with the name of a batch."""
     longest = f"{name}-{'0' * HASH_CHARS}-{MAX_RECORDS}"
-    if not name.strip() or not is_storable(name) or not name.isprintable():
+    if not name.strip():
+        yield Fault(0, "the batch has no name: give it one")
+        return
+    if not is_storable(name) or not name.isprintable():
         yield Fault(0, f"the batch's name {plain(name, 60)!r} must be printable text")
         return
     try:

@@ -22,8 +22,6 @@ from receiver.console.pages.overview import Overview
 from receiver.console.pages.standing import StandingPages
 from receiver.console.pages.tasks import Tasks
 
-# Room for the other fields of a form with a file.
-FORM_BYTES = 64 * 1024
 # Uploaded pictures of one request. Reading the form takes three times as much memory.
 MAX_PICTURES_BYTES = 32 * 2**20
 
@@ -89,8 +87,6 @@ class Console:
     def _acting(self) -> list[BaseRoute]:
         guard, of = self._guard, self._of
         deliveries, events, batches = Deliveries(of), EventsOut(of, self._needs.now), self._batches
-        # A pasted file is sent a second time with the price, urlencoded, which may triple its length.
-        upload = 3 * MAX_UPLOAD_BYTES + FORM_BYTES
         return [
             *Actions(of).routes(guard),
             guard.action("/console/act/replay", deliveries.replay),
@@ -99,6 +95,6 @@ class Console:
             guard.action("/console/act/disable", events.disable),
             guard.action("/console/act/enable", events.enable),
             guard.action("/console/act/batch-retry", batches.retry),
-            guard.action("/console/batches/new", batches.check, max_bytes=upload),
+            guard.action("/console/batches/new", batches.check, max_bytes=MAX_UPLOAD_BYTES),
             guard.action("/console/ask", Ask(of).send, max_bytes=MAX_PICTURES_BYTES),
         ]

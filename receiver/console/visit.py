@@ -148,11 +148,6 @@ def render(templates: Environment, template: str, language: str, **values: Any) 
     return templates.get_template(template).render(values)
 
 
-def is_number(text: str) -> bool:
-    """Whether this is the id of a row that has a number."""
-    return text.isascii() and text.isdigit() and len(text) < 18
-
-
 class Part(NamedTuple):
     """A part of a list that is held whole. `before`, `after`: links to the parts beside it, "" for none."""
 

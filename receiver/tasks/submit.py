@@ -108,14 +108,19 @@ class Submitter:
         """Check a caller's fields. Raises `RequestInvalid`; see `Provider.parse_request`."""
         return self._provider.parse_request(fields)
 
+    def check_slots(self, request: ProviderRequest) -> None:
+        """Raises `RequestInvalid` when it asks for more pictures at once than the account has slots."""
+        if self._slots.setting is not None and (wanted := request.slots) > self._slots.setting:
+            allowed = f"the account has {self._slots.setting} slots (RECEIVER_KLING_SLOTS)"
+            raise RequestInvalid([f"asks for up to {wanted} pictures at once, {allowed}"])
+
     def row(self, request: ProviderRequest, external_task_id: str | None, *, adopt: bool = False) -> Task:
         """A row for `request`, not yet inserted. Without a caller's id the external id is the row's own id.
 
         Raises `IdInvalid`, and `RequestInvalid` when it asks for more pictures at once than the account has slots.
         """
-        if self._slots.setting is not None and request.slots > self._slots.setting and not adopt:
-            allowed = f"the account has {self._slots.setting} slots (RECEIVER_KLING_SLOTS)"
-            raise RequestInvalid([f"asks for up to {request.slots} pictures at once, {allowed}"])
+        if not adopt:
+            self.check_slots(request)
         own_id = uuid.uuid4()
         external_task_id = str(own_id) if external_task_id is None else external_task_id
         check_new_id(external_task_id)

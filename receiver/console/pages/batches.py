@@ -11,7 +11,9 @@ from starlette.responses import Response
 
 from receiver.base.visible import short
 from receiver.batch import batch_file, batch_report
-from receiver.batch.batch_file import BatchInvalid, Format, Line
+from receiver.batch.batch import Plan
+from receiver.batch.batch_file import BatchInvalid, Fault, Format
+from receiver.batch.checked_files import CheckedFile, CheckedFiles
 from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Streamed
@@ -30,8 +32,11 @@ KEPT_COUNTS, KEPT_FAILURES = 1_000, 8
 SHOWN_FAULTS = 100
 # In the order of their lines.
 FAILURES_A_PAGE = 40
-# `receiver submit --batch` takes larger files.
-MAX_UPLOAD_BYTES = 8 * 2**20
+# Of the whole form. `receiver submit --batch` takes larger files.
+MAX_UPLOAD_BYTES = 16 * 2**20
+# Pasted lines of a good file that its page shows again.
+MAX_SHOWN_BYTES = 40_000
+NO_FILE = "no file and no lines are given: choose a file, or paste its lines"
 STAGES = ("archived", "archiving", "running", "sending", "queued", "incomplete", "failed", "deleted")
 KINDS = {"archived": "ok", "archiving": "run", "running": "run", "incomplete": "bad", "failed": "bad"}
 
@@ -43,6 +48,7 @@ class BatchPages:
         self._of = of
         self._counts = KeptResults(of.database, batches.counts, KEPT_COUNTS)
         self._failed = KeptResults(of.database, batches.not_kept, KEPT_FAILURES)
+        self._checked = CheckedFiles()
 
     def close(self) -> None:
         """End the background threads."""
@@ -95,35 +101,39 @@ class BatchPages:
         return Streamed(batch_report.csv_parts(lines), media_type="text/csv; charset=utf-8", headers=headers)
 
     def form(self, visit: Visit) -> Response:
-        return visit.page("batch_new.html", section="batches", **_nothing())
+        return _form(visit, CheckedFile())
 
     def check(self, visit: Visit) -> Response:
-        """A dry run: every fault with its line, or the price; nothing is sent. The same form then sends it."""
-        name, content, format = _given(visit)
-        found = _nothing() | {"name": name, "content": content.decode("utf-8", "replace"), "format": format}
+        """A dry run: every fault with its line, or the price. The file is kept, and the next form, which names it by
+        its hash, sends it.
+        """
+        key = visit.form.get("checked", "")
+        given = self._checked.get(visit.session.name, key) if key else _given(visit)
+        if given is None:
+            visit.say(visit.text("batch.gone"), bad=True)
+            return visit.redirect(f"{HOME}/new")
         try:
-            lines = batch_file.read(io.BytesIO(content), format, name, self._of.batches.check)
-            plan = self._of.batches.plan(name, lines, is_file_name=not visit.form.get("name", "").strip())
-            if visit.form.get("step") == "send":
-                return self._send(visit, plan, name)
+            if not given.content.strip():
+                raise BatchInvalid([Fault(0, NO_FILE)])
+            lines = batch_file.read(io.BytesIO(given.content), given.format, given.name, self._of.batches.check)
+            plan = self._of.batches.plan(given.name, lines, is_file_name=given.is_file_name)
+            if key:
+                return self._send(visit, plan)
         except BatchInvalid as error:
             faults = [(fault.line, short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
-            found |= {"faults": faults, "fault_count": len(error.faults)}
-            return visit.page("batch_new.html", section="batches", status=422, **found)
-        estimate = self._estimate(lines, {line.number for line in plan.new})
-        return visit.page("batch_new.html", section="batches", **(found | {"plan": plan, "estimate": estimate}))
+            return _form(visit, given, status=422, faults=faults, fault_count=len(error.faults))
+        estimate = self._of.estimate(line.request.wire() for line in plan.new)
+        kept = self._checked.keep(visit.session.name, given)
+        return _form(visit, given, plan=plan, estimate=estimate, checked=kept)
 
-    def _send(self, visit: Visit, plan: Any, name: str) -> Response:
+    def _send(self, visit: Visit, plan: Plan) -> Response:
         with events.by(visit.session.name):
             new = self._of.batches.put(plan)
-        note_act(self._of, visit.session.name, "submit batch", name)
+        note_act(self._of, visit.session.name, "submit batch", plan.name)
         visit.say(visit.text("batch.sent", n=new))
         with self._of.database.read() as session:
-            batch = batches.find(session, name)
+            batch = batches.find(session, plan.name)
         return visit.redirect(f"{HOME}/{batch.id}" if batch else HOME)
-
-    def _estimate(self, lines: list[Line], new: set[int]) -> Any:
-        return self._of.estimate([line.request.wire() for line in lines if line.number in new])
 
 
 def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:
@@ -138,16 +148,20 @@ def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:
     return found
 
 
-def _nothing() -> dict[str, Any]:
-    empty = {"name": "", "content": "", "format": "jsonl"}
-    return {**empty, "faults": [], "fault_count": 0, "plan": None, "estimate": None}
+def _form(visit: Visit, given: CheckedFile, *, status: int = 200, **found: Any) -> Response:
+    """The form. Pasted lines are shown again where they have faults or are short; a file is chosen again."""
+    shown = {"faults": [], "fault_count": 0, "plan": None, "estimate": None, "checked": "", **found}
+    is_shown = given.is_pasted and (status != 200 or len(given.content) <= MAX_SHOWN_BYTES)
+    shown["content"] = given.content.decode("utf-8", "replace") if is_shown else ""
+    return visit.page("batch_new.html", section="batches", status=status, given=given, **shown)
 
 
-def _given(visit: Visit) -> tuple[str, bytes, Format]:
-    """The batch's name, its bytes and their format: from a file, or from the field for pasted lines."""
-    upload = visit.uploads.get("file")
-    has_file = upload is not None and bool(upload.content)
-    content = upload.content if upload and has_file else visit.form.get("content", "").encode()
-    suffix = Path(upload.name).suffix.lower() if upload and has_file else f".{visit.form.get('format', 'jsonl')}"
-    name = visit.form.get("name", "").strip() or (Path(upload.name).stem if upload and has_file else "")
-    return name, content, "csv" if suffix == ".csv" else "jsonl"
+def _given(visit: Visit) -> CheckedFile:
+    """The file of the form, or its pasted lines."""
+    name, upload = visit.form.get("name", "").strip(), visit.uploads.get("file")
+    if upload is None or not upload.content:
+        pasted = visit.form.get("content", "").encode()
+        return CheckedFile(name, pasted, "csv" if visit.form.get("format") == "csv" else "jsonl")
+    path = Path(upload.name)
+    format: Format = "csv" if path.suffix.lower() == ".csv" else "jsonl"
+    return CheckedFile(name or path.stem, upload.content, format, is_file_name=not name, is_pasted=False)

@@ -14,9 +14,9 @@ from receiver.base import visible
 from receiver.base.visible import cut, short
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
-from receiver.console.visit import Visit, is_number
+from receiver.console.visit import Visit
 from receiver.tasks.changes import Tally
-from storage.filters import DeliveryFilter, read_filter
+from storage.filters import DeliveryFilter, is_number, read_filter
 from storage.operations.lists import newest_deliveries, outcome_of_replay, task_of
 from storage.rows.models import Callback
 from storage.rows.task_conditions import DISMISSED

@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from receiver.base.visible import short
 from receiver.console.installation import Installation, note_act
-from receiver.console.visit import Visit, is_number
+from receiver.console.visit import Visit
 from receiver.tasks.changes import change
-from storage.filters import Fault, FilterInvalid, read_page, understood
+from storage.filters import Fault, FilterInvalid, is_number, read_page, understood
 from storage.operations import outbox
 from storage.operations.measures import SinkMeasures
 from storage.rows.models import Dispatch

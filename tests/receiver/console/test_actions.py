@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -233,6 +234,71 @@ def batch_form(ann: Reader, content: str, **fields: str) -> httpx.Response:
     return ann.http.post("/console/batches/new", data={"csrf": ann.csrf, **fields}, files=files)
 
 
+def send_checked(ann: Reader, answer: httpx.Response) -> httpx.Response:
+    """Press the button of the page that shows the price."""
+    return ann.http.post("/console/batches/new", data=dict(HIDDEN.findall(answer.text)))
+
+
+def many_lines(prompt: str, most_bytes: int) -> str:
+    """Different requests in a file of this size."""
+    line = json.dumps({"model_name": "kling-image-o1", "prompt": prompt}, ensure_ascii=False)
+    lines = (f'{line[:-1]}, "external_task_id": "t{n}"}}\n' for n in range(most_bytes // len(line.encode())))
+    return "".join(lines)
+
+
+@pytest.mark.parametrize("is_pasted", [False, True])
+def test_a_batch_that_passed_its_check_is_sent_whatever_its_script(parts: Parts, ann: Reader, is_pasted: bool) -> None:
+    """9 MB of Chinese have 27 MB in a form that is not multipart."""
+    lines = many_lines("船" * 2_400, 9 * 10**6)
+    count = lines.count("\n")
+    if is_pasted:
+        form = {"csrf": (None, ann.csrf), "name": (None, "spring"), "content": (None, lines)}
+        checked = ann.http.post("/console/batches/new", files=form)
+    else:
+        checked = batch_form(ann, lines)
+    assert f"{count:,} requests are new" in checked.text and len(checked.content) < 100_000
+    assert f"{count:,} tasks are queued" in send_checked(ann, checked).text
+
+
+def test_a_checked_file_that_is_not_kept_any_more_is_chosen_again(
+    parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = batch_form(ann, GOOD)
+    for name in "ab":
+        batch_form(ann, GOOD, name=name)
+    answer = send_checked(ann, first)
+    assert answer.status_code == 200 and "Choose it again and check it" in answer.text
+    with parts.database.read() as session:
+        assert session.exec(select(Task)).all() == []
+
+
+def test_a_batch_whose_requests_are_all_known_is_not_sent_again(parts: Parts, ann: Reader) -> None:
+    own = '{"model_name": "kling-image-o1", "prompt": "a boat", "external_task_id": "mine"}\n'
+    fields = json.loads(own)
+    external_id = fields.pop("external_task_id")
+    parts.submitter.submit(fields, external_task_id=external_id)
+    checked = batch_form(ann, own)
+    assert "all of its requests were sent before" in checked.text and "Put 1 task into this batch" in checked.text
+    assert "0 tasks are queued" in send_checked(ann, checked).text
+    page = batch_form(ann, own).text
+    assert "all of its requests were sent before" in page and 'name="checked"' not in page
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ({"content": GOOD}, "the batch has no name: give it one"),
+        ({"name": "spring"}, "choose a file, or paste its lines"),
+        ({}, "choose a file, or paste its lines"),
+    ],
+)
+def test_a_batch_without_a_name_or_without_lines_is_told_what_to_give(
+    ann: Reader, form: dict[str, str], said: str
+) -> None:
+    answer = ann.post("/batches/new", **form)
+    assert answer.status_code == 422 and said in answer.text and "printable" not in answer.text
+
+
 def test_a_batch_with_a_fault_in_line_three_is_not_sent(parts: Parts, ann: Reader) -> None:
     answer = batch_form(ann, GOOD * 2 + '{"model_name": "none", "prompt": 7}\n')
     assert answer.status_code == 422 and "line 3" in answer.text and "Nothing was sent" in answer.text
@@ -243,9 +309,9 @@ def test_a_batch_with_a_fault_in_line_three_is_not_sent(parts: Parts, ann: Reade
 def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader) -> None:
     answer = batch_form(ann, GOOD * 3)
     assert "3 requests are new" in answer.text and "24 units" in answer.text
-    sent = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD * 3)
+    sent = send_checked(ann, answer)
     assert "3 tasks are queued" in sent.text
-    again = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD * 3)
+    again = send_checked(ann, answer)
     assert "0 tasks are queued" in again.text and again.url == sent.url
     assert wait_until(lambda: "0 of 3 are over" in ann.get(sent.url.path.removeprefix("/console")).text, seconds=30)
     with parts.database.read() as session:
@@ -265,8 +331,9 @@ def test_a_batch_whose_id_is_taken_meanwhile_keeps_its_lines_in_the_form(
         insert_row(parts, external_task_id=made.new[0].external_task_id)
         return made
 
+    checked = ann.post("/batches/new", name="spring", format="jsonl", content=GOOD)
     monkeypatch.setattr(Batches, "plan", plan_before_another)
-    answer = ann.post("/batches/new", name="spring", format="jsonl", step="send", content=GOOD)
+    answer = send_checked(ann, checked)
     assert answer.status_code == 422 and "was submitted before" in answer.text
     shown = html.unescape(answer.text)
     assert GOOD.strip() in shown.partition('name="content"')[2] and 'value="spring"' in shown
