@@ -126,8 +126,9 @@ class GroupWriter:
     def _start(self) -> None:
         with self._starting:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="group-writer", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="group-writer", daemon=True)
+                thread.start()
+                self._thread = thread  # started, because `close` joins it
 
     def _next(self) -> _Write | None:
         try:

@@ -326,6 +326,22 @@ def test_an_operation_after_the_close_is_committed_too(database: Database) -> No
     assert states(database, assets) == [AssetState.ARCHIVED] * 2
 
 
+def test_a_close_while_the_writer_is_being_started_fails_nothing(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (asset,) = claimed(database, 1)
+    start = threading.Thread.start
+
+    def close_first(thread: threading.Thread) -> None:
+        if thread.name == "group-writer":
+            database._group_writer.close()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", close_first)
+    database.write_in_group(settling(asset))
+    assert states(database, [asset]) == [AssetState.ARCHIVED]
+
+
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_writes_as_its_parent_does(database: Database) -> None:
     (asset,) = claimed(database, 1)
