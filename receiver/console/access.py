@@ -15,7 +15,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -30,17 +30,19 @@ NONCE_BYTES, HEAD_BYTES, MAC_BYTES = 16, 24, 32
 TOKEN_CHARS = 75
 # Wrong keys per address and minute. Keys have at least 24 characters, so this bounds work rather than guessing.
 FAILURES, FAILURE_SECONDS = 10, 60.0
-# Addresses and ended sessions that this process remembers.
+# Addresses that this process remembers.
 REMEMBERED = 10_000
+# Ended sessions that are remembered of one person. With one more, all sessions that are older than these end too.
+MOST_ENDED = 1_000
 
 
 @dataclass(frozen=True)
 class Session:
-    """One person's login. `csrf`: the token in all of that person's forms."""
+    """One person's login. `head`: expiry and nonce. `csrf`: the token in all of that person's forms."""
 
     name: str
     may_act: bool
-    nonce: bytes = field(repr=False)
+    head: bytes = field(repr=False)
     csrf: str = field(repr=False)
 
 
@@ -50,7 +52,7 @@ class Access:
     def __init__(self, keys: Sequence[ConsoleKey], now: Callable[[], float] = time.time) -> None:
         self._people = [(key.name, key.may_act, *_derived(key)) for key in keys]
         self._now = now
-        self._ended: OrderedDict[bytes, float] = OrderedDict()
+        self._used: defaultdict[tuple[bytes, str], set[bytes]] = defaultdict(set)  # heads by purpose and person
         self._lock = threading.Lock()
 
     def log_in(self, key: str) -> str | None:
@@ -63,54 +65,57 @@ class Access:
 
     def session(self, token: str | None) -> Session | None:
         """The session of a cookie; None if it is invalid, expired or ended, or its key was removed."""
-        return self._read(token, SESSION)
+        return self._read(token, SESSION)[0]
 
     def end(self, session: Session) -> None:
         """End a session. In this process copies of its cookie end with it."""
-        self._use_up(session.nonce, SESSION_SECONDS)
+        self._use_up(SESSION, session)
 
     def redeem(self, token: str | None) -> str | None:
         """A session token for a one-time link, which is used up by it; None for an invalid or used one."""
-        found = self._read(token, ONCE)
-        if found is None or not self._use_up(found.nonce, ONCE_SECONDS):
-            return None
-        own = next(
-            secret for name, may_act, _, secret in self._people if (name, may_act) == (found.name, found.may_act)
-        )
-        return self._token(own, SESSION, SESSION_SECONDS)
+        found, secret = self._read(token, ONCE)
+        return self._token(secret, SESSION, SESSION_SECONDS) if found and self._use_up(ONCE, found) else None
 
     def is_open(self, token: str | None) -> Session | None:
         """The session of the one-time link's owner; None if it is invalid. The link is not used up."""
-        return self._read(token, ONCE)
+        return self._read(token, ONCE)[0]
 
     def _token(self, secret: bytes, purpose: bytes, seconds: float) -> str:
         head = int(self._now() + seconds).to_bytes(8, "big") + secrets.token_bytes(NONCE_BYTES)
         return base64.urlsafe_b64encode(head + _mac(secret, purpose, head)).rstrip(b"=").decode()
 
-    def _read(self, token: str | None, purpose: bytes) -> Session | None:
+    def _read(self, token: str | None, purpose: bytes) -> tuple[Session | None, bytes]:
+        """The session, and the secret that its token was made with."""
         raw = _decoded(token)
         if raw is None:
-            return None
+            return None, b""
         head, mac = raw[:HEAD_BYTES], raw[HEAD_BYTES:]
         whose = None
         for name, may_act, _, secret in self._people:
             if hmac.compare_digest(mac, _mac(secret, purpose, head)):
                 whose = (name, may_act, secret)
-        nonce = head[8:]
-        if whose is None or int.from_bytes(head[:8], "big") <= self._now() or nonce in self._ended:
-            return None
+        if whose is None or int.from_bytes(head[:8], "big") <= self._now():
+            return None, b""
         name, may_act, secret = whose
-        return Session(name, may_act, nonce, _mac(secret, b"csrf", head).hex()[:32])
-
-    def _use_up(self, nonce: bytes, seconds: float) -> bool:
-        """Mark a nonce as used. Returns False if it was used before."""
         with self._lock:
-            if nonce in self._ended:
-                return False
-            self._ended[nonce] = self._now() + seconds
-            while len(self._ended) > REMEMBERED:
-                self._ended.popitem(last=False)
-            return True
+            used = self._used[purpose, name]
+            if head in used or (len(used) > MOST_ENDED and head < min(used)):
+                return None, b""
+        return Session(name, may_act, head, _mac(secret, b"csrf", head).hex()[:32]), secret
+
+    def _use_up(self, purpose: bytes, session: Session) -> bool:
+        """Mark a token as used. Returns False if it was used before.
+
+        Tokens are in the order of their expiry. Those below the first of too many used ones count as used, so that no
+        used one is ever forgotten before it expires.
+        """
+        with self._lock:
+            used = self._used[purpose, session.name]
+            is_new = session.head not in used
+            used.add(session.head)
+            if len(used) > MOST_ENDED + 1:
+                used.remove(min(used))
+            return is_new
 
 
 def one_time_token(key: ConsoleKey) -> str:

@@ -12,7 +12,6 @@ import mimetypes
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import structlog
 from anyio import CapacityLimiter, to_thread
@@ -52,8 +51,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 PageFunction = Callable[[Visit], Response]
-# Streaming pages run in the event loop.
-AsyncPage = Callable[[Visit], Awaitable[Response]]
 
 
 class Policy:
@@ -98,10 +95,7 @@ class Guard:
         """A page of HTML. Consoles that update it share one rendering."""
         return Route(path, self._endpoint(function, max_bytes=0, is_shared=True), methods=["GET"])
 
-    def file(self, path: str, function: PageFunction) -> Route:
-        return Route(path, self._endpoint(function, max_bytes=0), methods=["GET"])
-
-    def stream(self, path: str, function: AsyncPage) -> Route:
+    def file(self, path: str, function: Callable[[Visit], Response | Awaitable[Response]]) -> Route:
         return Route(path, self._endpoint(function, max_bytes=0), methods=["GET"])
 
     def action(self, path: str, function: PageFunction, *, max_bytes: int = MAX_FORM_BYTES) -> Route:
@@ -113,6 +107,7 @@ class Guard:
         make = functools.partial(self._answer, function)
 
         async def endpoint(request: Request) -> Response:
+            refuse_other_sites(request)
             session = session_of(self.access, request)
             if session is None:
                 return _to_login(request)
@@ -149,8 +144,6 @@ class Guard:
         """Read a form. Raises HTTPException unless it was sent from one of our own pages."""
         if not visit.session.may_act:
             raise HTTPException(403, "reader")
-        if not is_same_site(visit.request):
-            raise HTTPException(403)
         body = await read_body(visit.request, max_bytes)
         content_type = visit.request.headers.get("content-type", "")
         pairs, visit.uploads = await to_thread.run_sync(read_form, content_type, body, limiter=self._threads)
@@ -178,8 +171,7 @@ class Front:
     async def login(self, request: Request) -> Response:
         if request.method == "GET":
             return self._form(request, request.query_params.get("next"), once=request.query_params.get("once"))
-        if not is_same_site(request):
-            raise HTTPException(403)
+        refuse_other_sites(request)
         address = request.client.host if request.client else ""
         body = await read_body(request, MAX_LOGIN_BYTES, LOGIN_SECONDS)
         form = read_fields(request, body)
@@ -217,10 +209,11 @@ class Front:
 
     async def log_out(self, request: Request) -> Response:
         """Read-only keys may end their own session: this POST changes nothing else."""
+        refuse_other_sites(request)
         session = session_of(self._guard.access, request)
         if session is not None:
             given = read_fields(request, await read_body(request, MAX_LOGIN_BYTES, LOGIN_SECONDS)).get("csrf", "")
-            if not is_same_site(request) or not hmac.compare_digest(given.encode(), session.csrf.encode()):
+            if not hmac.compare_digest(given.encode(), session.csrf.encode()):
                 raise HTTPException(403)
             self._guard.access.end(session)
         answer = RedirectResponse(LOGIN, status_code=303)
@@ -238,21 +231,20 @@ class Front:
         return answer
 
 
-def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> Starlette:
+def build(guard: Guard, routes: Sequence[BaseRoute], *, is_secure: bool) -> WithHeaders:
     """The application. Each answer has the console's headers, except those that its page set."""
     front = Front(guard, is_secure=is_secure)
     handlers: dict[Any, Any] = dict.fromkeys((HTTPException, Exception), functools.partial(_error_page, guard))
     made = Starlette(routes=[*front.routes(), *routes], exception_handlers=handlers)
     made.router.redirect_slashes = False
-    made.add_middleware(_Headers, policy=guard.policy)
-    return made
+    return WithHeaders(made, guard.policy)
 
 
-class _Headers:
+class WithHeaders:
     """Adds headers that the answer does not have yet."""
 
-    def __init__(self, app: Any, policy: Policy) -> None:
-        self._app = app
+    def __init__(self, app: Starlette, policy: Policy) -> None:
+        self.app = app
         self._policy = policy
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -264,7 +256,7 @@ class _Headers:
                 message = {**message, "headers": [*message["headers"], *(pair for pair in pairs if pair[0] not in own)]}
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        await self.app(scope, receive, send_with_headers)
 
 
 def cookie_of(request: Request, name: str) -> str | None:
@@ -295,18 +287,16 @@ def language_of(request: Request) -> str:
     return catalogue.choose(cookie_of(request, LANGUAGE_COOKIE), request.headers.get("accept-language", ""))
 
 
-def is_same_site(request: Request) -> bool:
-    """Whether a form was sent from a page of ours, by the headers that browsers set. A program without them passes: the
-    cookie is not sent from other sites (SameSite=Strict), and the CSRF token is required in any case.
+def refuse_other_sites(request: Request) -> None:
+    """Raises HTTPException 403 for a form that another site's page sent, by the headers that browsers set.
+
+    Asked before the cookie, which such a form does not bring (SameSite=Strict), but which an answer could replace. A
+    program without these headers passes; each form of a session has its CSRF token besides.
     """
-    site = request.headers.get("sec-fetch-site")
-    if site is not None:
-        return site in ("same-origin", "none")
-    origin = request.headers.get("origin")
-    try:
-        return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
-    except ValueError:  # no browser sends such an origin
-        return False
+    site, origin, host = (request.headers.get(name) for name in ("sec-fetch-site", "origin", "host"))
+    ours = ("same-origin", "none") if site else (None, f"http://{host}", f"https://{host}")
+    if request.method == "POST" and (site or origin) not in ours:
+        raise HTTPException(403)
 
 
 async def read_body(request: Request, max_bytes: int, seconds: float = BODY_SECONDS) -> bytes:
@@ -358,5 +348,4 @@ async def _error_page(guard: Guard, request: Request, error: Exception) -> Respo
     answer = HTMLResponse(page, known.status_code, known.headers)
     if known is not error:
         log.exception("console.request_failed", path=request.url.path)
-        answer.headers.update({**HEADERS, "Content-Security-Policy": guard.policy.header})
     return answer

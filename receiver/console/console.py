@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
 from receiver.console.access import Access
-from receiver.console.application import Guard, Policy, build, session_of
+from receiver.console.application import Guard, Policy, WithHeaders, build, session_of
 from receiver.console.installation import Files, Installation
 from receiver.console.live import Live
 from receiver.console.needs import Needs
@@ -38,7 +37,7 @@ class Console:
         self._batches = BatchPages(of)
         self._guard = Guard(access, Policy(self._origin_of_links), self._needs.counts, lambda: self._live.tick)
 
-    def application(self, files: Files) -> Starlette:
+    def application(self, files: Files) -> WithHeaders:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""
         return build(self._guard, [*self._looking(files), *self._acting()], is_secure=self._of.is_secure)
 
@@ -65,8 +64,8 @@ class Console:
             guard.page("/console/tasks/{id:path}", tasks.show),
             guard.page("/console/gallery", gallery.show),
             guard.file("/console/gallery/zip", gallery.zip),
-            guard.stream("/console/files/{id}", gallery.file),
-            guard.stream("/console/thumbnails/{id}", gallery.thumbnail),
+            guard.file("/console/files/{id}", gallery.file),
+            guard.file("/console/thumbnails/{id}", gallery.thumbnail),
             guard.page("/console/deliveries", deliveries.table),
             guard.page("/console/deliveries/replay", deliveries.ask_replay),
             guard.page("/console/deliveries/{id}", deliveries.show),
@@ -81,7 +80,7 @@ class Console:
             guard.page("/console/settings", standing.settings),
             guard.action("/console/act/audit", standing.sample),
             guard.action("/console/settings", standing.check),
-            guard.stream("/console/live", self._live.serve),
+            guard.file("/console/live", self._live.serve),
         ]
 
     def _acting(self) -> list[BaseRoute]:

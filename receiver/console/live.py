@@ -81,9 +81,7 @@ class Live:
         if self._is_closing:
             return Response(status_code=503, headers={"Retry-After": "30"})
         headers = {"X-Accel-Buffering": "no"}
-        return self._shares.stream(
-            visit.session.name, self._tell(visit.request), media_type="text/event-stream", headers=headers
-        )
+        return self._shares.stream(visit, self._tell(visit.request), media_type="text/event-stream", headers=headers)
 
     def close(self) -> None:
         """End every stream, so that the server can end. Called in its event loop."""

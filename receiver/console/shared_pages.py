@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import Response
 
 from receiver.console.access import Session
 from receiver.console.visit import Visit
@@ -37,7 +37,8 @@ class SharedPages:
 
     def __init__(self, tick: Callable[[], int]) -> None:
         self._tick = tick
-        # Stands for the reader's CSRF token, has its length, and cannot be guessed by those who send us text.
+        # Stands for the reader's CSRF token, has its length, and cannot be guessed by those who send us text. It is
+        # replaced in the field of a form alone, whose quotes no escaped text contains.
         self._token = secrets.token_hex(16)
         self._kept: OrderedDict[tuple[str, str, bool], _Shared] = OrderedDict()
         self._turns = RestingTurns()
@@ -63,9 +64,8 @@ class SharedPages:
         answer = await while_connected(visit.request.receive, found.turn.result())
         if answer is None:
             return Response(status_code=503)  # nobody reads it
-        if answer.status_code != 200:
-            return answer
-        return HTMLResponse(bytes(answer.body).replace(self._token.encode(), visit.session.csrf.encode()))
+        anyones, own = (f'name="csrf" value="{token}"'.encode() for token in (self._token, visit.session.csrf))
+        return Response(bytes(answer.body).replace(anyones, own), answer.status_code, answer.headers)
 
     def forget(self) -> None:
         """Render all pages again from now on, because a person acts."""

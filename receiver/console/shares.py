@@ -13,6 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from receiver.console.visit import Visit
+
 
 class Shares:
     """Safe for threads."""
@@ -22,8 +24,14 @@ class Shares:
         self._open = Counter[str]()
         self._lock = threading.Lock()
 
-    def stream(self, person: str, content: AsyncIterator[Any] | Iterator[Any], **options: Any) -> Response:
-        """Stream the answer, and free its place however it ends. Raises HTTPException 503 if no place is free."""
+    def stream(self, visit: Visit, content: AsyncIterator[Any] | Iterator[Any], **options: Any) -> Response:
+        """Stream the answer, and free its place however it ends. Raises HTTPException 503 if no place is free.
+
+        HEAD needs no place.
+        """
+        person = visit.session.name
+        if visit.request.method == "HEAD":
+            return Streamed(iter(()), **options)
         with self._lock:
             if self._open.total() >= self._most or self._open[person] >= max(self._most // 2, 1):
                 raise HTTPException(503, headers={"Retry-After": "30"})

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 from markupsafe import Markup
@@ -65,13 +65,13 @@ class Notices:
 
     def add(self, session: Session, kind: str, words: str) -> None:
         with self._lock:
-            self._waiting.setdefault(session.nonce, []).append((kind, words))
+            self._waiting.setdefault(session.head, []).append((kind, words))
             while len(self._waiting) > REMEMBERED:
                 self._waiting.popitem(last=False)
 
     def pop(self, session: Session) -> list[tuple[str, str]]:
         with self._lock:
-            return self._waiting.pop(session.nonce, [])
+            return self._waiting.pop(session.head, [])
 
 
 @dataclass
@@ -178,8 +178,9 @@ def address_of(path: str, fields: Mapping[str, str | None]) -> str:
 
 
 def own_path(path: str | None, default: str) -> str:
-    """A path of the console, or `default`, so that no link redirects elsewhere."""
-    good = (
-        path and path.startswith("/console") and path[8:9] in ("", "/", "?") and path.isascii() and path.isprintable()
-    )
-    return path if good and path and "\\" not in path and "//" not in path.partition("?")[0] else default
+    """A path of the console, or `default`, so that no link redirects elsewhere. `%2e` is a dot to browsers."""
+    if not path or not path.isascii() or not path.isprintable() or set("\\#") & set(path):
+        return default
+    plain = path.partition("?")[0]
+    good = f"{plain}/".startswith("/console/") and "//" not in plain and not {".", ".."} & {*unquote(plain).split("/")}
+    return path if good else default

@@ -114,7 +114,7 @@ class Web(Router):
         pages: Starlette,
         lifespan: Lifespan[Any],
         endings: list[Callable[[], None]],
-        console: Starlette | None = None,
+        console: ASGIApp | None = None,
         path_prefix: str = "",
     ) -> None:
         route = Route("/callbacks/{provider}/{token}", callbacks)

@@ -98,4 +98,4 @@ class Gallery:
         name = f"pictures-{datetime.now(UTC):%Y%m%d-%H%M%S}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         content = zip_stream(self._of.bucket, assets)
-        return self._zips.stream(visit.session.name, content, media_type="application/zip", headers=headers)
+        return self._zips.stream(visit, content, media_type="application/zip", headers=headers)

@@ -7,7 +7,9 @@ import html
 import re
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from itertools import product
 from urllib.parse import quote
 
 import httpx
@@ -18,8 +20,18 @@ from structlog.testing import capture_logs
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.console_keys import ConsoleKey, parse
+from receiver.console import access as access_module
 from receiver.console import application
-from receiver.console.access import COOKIE, Access, LoginThrottle, one_time_token
+from receiver.console.access import (
+    COOKIE,
+    MOST_ENDED,
+    ONCE,
+    ONCE_SECONDS,
+    Access,
+    LoginThrottle,
+    _derived,
+    one_time_token,
+)
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, insert_row
@@ -73,6 +85,60 @@ def test_one_time_link_logs_in_once_and_is_not_a_session() -> None:
     session = access.session(access.redeem(token))
     assert session is not None and session.name == "ann"
     assert access.redeem(token) is None and access.is_open(token) is None
+
+
+def ended_session(access: Access, key: ConsoleKey) -> str | None:
+    token = access.log_in(key.key.get_secret_value())
+    session = access.session(token)
+    assert session is not None
+    access.end(session)
+    return token
+
+
+def used_link(access: Access, key: ConsoleKey) -> str | None:
+    token = access._token(_derived(key)[1], ONCE, ONCE_SECONDS)
+    assert access.redeem(token)
+    return token
+
+
+@pytest.mark.parametrize("use_up", [ended_session, used_link])
+def test_nothing_ended_is_valid_again_after_ten_thousand_others(
+    use_up: Callable[[Access, ConsoleKey], str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of 10,001 was forgotten, of all people together. Memory is bounded for each person."""
+    monkeypatch.setattr(access_module, "MOST_ENDED", 100)
+    clock = Clock()
+    access = Access([ANN, BEN], clock)
+    hers, his = use_up(access, ANN), list[str | None]()
+    for _ in range(10_001):
+        clock.now += 0.05
+        his.append(use_up(access, BEN))
+    assert [token for token in (hers, *his) if access.session(token) or access.is_open(token)] == []
+    clock.now += 1
+    assert access.session(access.log_in(READ_KEY)) and access.session(access.log_in(ACT_KEY))
+    assert {person: len(used) for (_, person), used in access._used.items() if used} == {"ann": 1, "ben": 101}
+
+
+def test_too_many_ended_sessions_end_the_persons_older_ones_alone() -> None:
+    clock = Clock()
+    access = Access([ANN, BEN], clock)
+    older, hers = access.log_in(READ_KEY), access.log_in(ACT_KEY)
+    clock.now += 1
+    for _ in range(MOST_ENDED + 1):
+        assert access.session(older)
+        session = access.session(access.log_in(READ_KEY))
+        assert session is not None
+        access.end(session)
+    clock.now += 1
+    assert access.session(older) is None
+    assert access.session(hers) and access.session(access.log_in(READ_KEY))
+
+
+def test_session_of_a_link_ends_with_the_key_that_made_the_link() -> None:
+    """Also if its person has another key."""
+    other = ConsoleKey("ann", True, SecretStr("another-key-of-ann-and-long"))
+    token = Access([ANN, other]).redeem(one_time_token(other))
+    assert Access([other]).session(token) and Access([ANN]).session(token) is None
 
 
 def test_forged_session_tokens_are_refused() -> None:
@@ -253,18 +319,20 @@ def test_a_refused_form_says_why(ann: Reader, ben: Reader, stranger: Reader) -> 
         assert (answer.status_code, "Nothing was chosen" in answer.text) == (400, True), path
 
 
-def test_forms_of_other_sites_are_refused(ann: Reader) -> None:
+def test_forms_of_other_sites_are_refused(ann: Reader, stranger: Reader) -> None:
+    """Without the cookie too, which they do not bring: the answer to a log-out deleted it."""
     for path in POSTS:
         assert ann.post(path, csrf="").status_code == 403, path
         assert ann.post(path, csrf="0" * 32).status_code == 403, path
     for headers in (
-        {"Sec-Fetch-Site": "cross-site"},
-        {"Sec-Fetch-Site": "same-site"},
-        {"Origin": "https://evil.example"},
-    ):
-        answer = ann.http.post("/console/act/audit", data={"csrf": ann.csrf}, headers=headers)
-        assert answer.status_code == 403, headers
-        assert ann.http.post("/console/login", data={"key": ACT_KEY}, headers=headers).status_code == 403
+        {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://["},
+    ):  # fmt: skip
+        for reader, path in product((ann, stranger), ("/login", "/logout", *POSTS)):
+            fields = {"csrf": ann.csrf, "key": ACT_KEY}
+            answer = reader.http.post(f"/console{path}", data=fields, headers=headers, follow_redirects=False)
+            assert (answer.status_code, answer.headers.get("set-cookie")) == (403, None), (path, headers)
+    assert ann.get("").url.path == "/console"
 
 
 def test_logging_out_ends_a_copied_cookie_too(ann: Reader, web: Web) -> None:
@@ -332,7 +400,10 @@ def test_login_redirects_back_and_never_to_another_site(stranger: Reader) -> Non
     for following, arrives in (
         ("/console/tasks?state=failed", "/console/tasks"), ("https://evil.example", "/console"),
         ("//evil.example", "/console"), ("/console//evil.example", "/console"), ("/consolex", "/console"),
-        ("/console\\@evil", "/console"), ("/metrics", "/console"),
+        ("/console\\@evil", "/console"), ("/metrics", "/console"), ("/console/../metrics", "/console"),
+        ("/console/%2e%2E/metrics", "/console"), ("/console/tasks/.%2e/../metrics?x", "/console"),
+        ("/console/..#x", "/console"), ("/console/..%2fmetrics", "/console"),
+        ("/console/tasks?q=../%2e%2e/&url=//x", "/console/tasks"),
     ):  # fmt: skip
         answer = stranger.http.post("/console/login", data={"key": ACT_KEY, "next": following})
         assert (answer.url.path, answer.url.host) == (arrives, "127.0.0.1"), following

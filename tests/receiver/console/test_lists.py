@@ -28,6 +28,7 @@ from receiver.app.wiring import Parts
 from receiver.console import visit
 from receiver.console.access import COOKIE
 from receiver.console.live import MAX_OPEN
+from receiver.console.pages.gallery import MAX_ZIPS
 from receiver.console.shares import Streamed
 from receiver.console.words import ratio_class, relative, size
 from storage.filters import DeliveryFilter, TaskFilter
@@ -462,6 +463,14 @@ def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: R
         assert {follow(ann, held), follow(ann_again, held)} == {503} and follow(ben, held) == 200
         held.close()
         wait_until(lambda: follow(ann, held) == 200)
+
+
+def test_a_head_takes_no_place_of_a_stream(parts: Parts, ann: Reader) -> None:
+    """Each HEAD of the live updates held one."""
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    for path, most in (("/live", MAX_OPEN), (f"/gallery/zip?id={asset.id}", MAX_ZIPS)):
+        answers = [ann.http.head(f"/console{path}", timeout=5) for _ in range(most // 2 + 1)]
+        assert {(each.status_code, each.content) for each in answers} == {(200, b"")}, path
 
 
 def test_one_person_holds_half_of_the_zips(parts: Parts, web: Web, ann: Reader, ben: Reader) -> None:

@@ -28,7 +28,7 @@ OPEN_TO_ALL = (
 def routes(parts: Parts, method: str) -> list[str]:
     """The paths of the routes with this method."""
     made = make_console(parts).application(Assets(parts.database, parts.bucket, parts.tokens).answer)
-    found = [route for route in made.routes if isinstance(route, Route) and method in (route.methods or ())]
+    found = [route for route in made.app.routes if isinstance(route, Route) and method in (route.methods or ())]
     return [route.path for route in found if route.path not in OPEN_TO_ALL]
 
 

@@ -20,11 +20,15 @@ import httpx
 import pytest
 from sqlalchemy import event
 from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.types import Message
 
 from receiver.app.wiring import Parts
 from receiver.console import live
-from receiver.console.access import COOKIE, SESSION_SECONDS, Access
+from receiver.console.access import COOKIE, SESSION_SECONDS, Access, Session
 from receiver.console.live import Pace
+from receiver.console.shared_pages import SharedPages
+from receiver.console.visit import Notices, Visit, environment
 from storage.background import MOST_TURNS
 from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
@@ -154,6 +158,31 @@ def test_a_shared_page_has_the_readers_own_token_rights_and_language(parts: Part
         assert tokens == [{each.csrf} for each in (ann, other, ben, zhang)]
         assert ["/act/delete" in page for page in pages] == [True, True, False, True]
         assert "档" in pages[3] and "档" not in pages[0]
+
+
+def test_the_stand_in_for_a_readers_token_is_replaced_at_each_status(ann: Reader) -> None:
+    """The page of a filter that is not understood showed it."""
+    answer = ann.get("/tasks?state=zz", headers=LIVE)
+    assert (answer.status_code, set(CSRF.findall(answer.text))) == (400, {ann.csrf})
+    assert ann.get("/tasks?state=zz").headers.keys() == answer.headers.keys()
+
+
+def test_a_text_with_the_stand_in_never_becomes_the_readers_token() -> None:
+    shared = SharedPages(int)
+    scope = {"type": "http", "method": "GET", "path": "/console", "query_string": b"", "headers": [(b"host", b"x")]}
+    visit = Visit(Request(scope), Session("ann", True, b"", "c" * 32), "en", environment(), Notices())
+    text = f'{shared._token} name="csrf" value="{shared._token}"'
+    source = '{% from "parts.html" import csrf %}{{ csrf(session) }}<p title="{{ text }}">{{ text }}</p>'
+
+    def make(anyone: Visit) -> Response:
+        return HTMLResponse(environment().from_string(source).render(session=anyone.session, text=text))
+
+    async def never() -> Message:
+        return await asyncio.Future()
+
+    visit.request._receive = never
+    body = bytes(asyncio.run(shared.answer(visit, make)).body).decode()
+    assert (body.count("c" * 32), body.count(shared._token)) == (1, 4)
 
 
 def test_next_live_page_after_an_action_is_new(parts: Parts, ann: Reader) -> None:
