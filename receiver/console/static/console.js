@@ -2,8 +2,6 @@
 "use strict";
 
 const main = document.querySelector("main[data-live-url]");
-const busy = () => document.querySelector("dialog[open], details.menu[open], #menu:popover-open") ||
-  (document.activeElement && document.activeElement.matches("main input, main select, main textarea"));
 
 // -- times ------------------------------------------------------------------------------------------------------------
 const words = new Intl.RelativeTimeFormat(document.documentElement.lang, { numeric: "auto", style: "short" });
@@ -12,7 +10,8 @@ function renewTimes(root) {
   for (const each of root.querySelectorAll("time[datetime]")) {
     const away = (Date.parse(each.dateTime) - Date.now()) / 1000;
     const [unit, seconds] = steps.find(([, length]) => Math.abs(away) >= length) || steps[3];
-    each.textContent = words.format(Math.round(away / seconds), unit);
+    const said = words.format(Math.round(away / seconds), unit);
+    if (each.textContent !== said) each.textContent = said;
   }
 }
 
@@ -26,6 +25,59 @@ function holds(part, other) {
 }
 if (fresh) fresh.addEventListener("click", () => { fresh.hidden = true; scrollTo(0, 0); fetchedAt = 0; renew(); });
 
+// -- updating in place ------------------------------------------------------------------------------------------------
+// An element of the page that the new one has too stays, with its focus, selection, ticks, typed text and open details.
+// Rows are the same if they have the same key, or lead to the same page; others by their place among their kind.
+function keyOf(node) {
+  if (node.nodeType !== Node.ELEMENT_NODE) return node.nodeName;
+  const link = node.matches("tr, li, .tile") && node.querySelector("a");
+  return `${node.nodeName} ${node.dataset.key || node.id || node.getAttribute("action") || (link && link.getAttribute("href"))}`;
+}
+// Elements that a person is about to use stay until they are done with, though the new page has none of them.
+let isHeld = false;
+const isWrittenIn = (field) => field === document.activeElement || field.value !== field.defaultValue;
+function isInUse(node) {
+  if (node.nodeType !== Node.ELEMENT_NODE) return false;
+  const selection = getSelection(), fields = [...node.querySelectorAll("textarea, input:not([type=hidden], [type=checkbox])")];
+  return (!selection.isCollapsed && selection.containsNode(node, true)) || fields.some(isWrittenIn);
+}
+const OWN = ["open", "data-sent", "data-done"]; // attributes that this script and the reader set
+function update(old, fresh) {
+  if (old.nodeType !== Node.ELEMENT_NODE) { if (old.data !== fresh.data) old.data = fresh.data; return; }
+  for (const { name, value } of fresh.attributes) if (!OWN.includes(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
+  for (const { name } of [...old.attributes]) if (!OWN.includes(name) && !fresh.hasAttribute(name)) old.removeAttribute(name);
+  const known = new Map();
+  for (const each of old.childNodes) known.set(keyOf(each), [...(known.get(keyOf(each)) || []), each]);
+  const pairs = [...fresh.childNodes].map((each) => [each, (known.get(keyOf(each)) || []).shift()]);
+  const staying = new Set();
+  for (const each of [...known.values()].flat()) if (isInUse(each)) { isHeld = true; staying.add(each); } else each.remove();
+  let place = old.firstChild;
+  for (const [each, same] of pairs) {
+    let next = place;
+    while (staying.has(next)) next = next.nextSibling;
+    if (same && same === next) place = next.nextSibling; else old.insertBefore(same || document.importNode(each, true), place);
+    if (same) update(same, each);
+  }
+}
+function updateParts(page) {
+  const focused = document.activeElement, before = isHeld;
+  isHeld = false;
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const other = page.querySelector(`[data-live="${CSS.escape(part.dataset.live)}"]`);
+    if (other && !part.isEqualNode(other) && !holds(part, other)) update(part, other);
+  }
+  if (focused.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
+  if (window.restoreTicks) window.restoreTicks();
+  if (isHeld !== before) showState();
+}
+const state = document.querySelector("[data-live-state]");
+let isLive = false, newest = null;
+function showState() {
+  if (!state) return;
+  state.classList.toggle("on", isLive);
+  state.textContent = !isLive ? state.dataset.off : isHeld ? state.dataset.held : state.dataset.on;
+}
+
 // -- live -------------------------------------------------------------------------------------------------------------
 // The server tells of changes some seconds apart. All consoles that are told at once share what they fetch.
 const APART = 2500;
@@ -33,7 +85,7 @@ const loadedAt = Date.now();
 let wanted = false, fetching = false, fetchedAt = 0;
 async function renew() {
   wanted = true;
-  if (fetching || document.hidden || busy() || Date.now() - fetchedAt < APART) return;
+  if (fetching || document.hidden || Date.now() - fetchedAt < APART) return;
   fetching = true; wanted = false;
   try {
     const answer = await fetch(location.href, { headers: { "X-Live": "1" } });
@@ -41,23 +93,13 @@ async function renew() {
     const unread = answer.status === 400;
     if (answer.status === 401 || (unread && !document.querySelector("[data-unread]"))) { location.reload(); return; }
     if (!answer.ok && !unread) { wanted ||= answer.headers.has("Retry-After"); return; }
-    const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-    for (const part of document.querySelectorAll("[data-live]")) {
-      const other = fresh.querySelector(`[data-live="${CSS.escape(part.dataset.live)}"]`);
-      if (!other) { if (part.dataset.live.startsWith("count-")) part.remove(); continue; }
-      if (part.innerHTML !== other.innerHTML && !part.contains(document.activeElement) && !holds(part, other)) {
-        const open = [...part.querySelectorAll("details[open][id]")].map((each) => each.id);
-        part.replaceChildren(...other.childNodes);
-        for (const id of open) { const each = document.getElementById(id); if (each) each.open = true; }
-        renewTimes(part);
-      }
-    }
-    if (window.restoreTicks) window.restoreTicks();
+    newest = new DOMParser().parseFromString(await answer.text(), "text/html");
+    renewTimes(newest);
+    updateParts(newest);
   } catch { wanted = true; } finally { fetching = false; fetchedAt = Date.now(); }
 }
 if (main && document.querySelector("[data-live]") && window.EventSource) {
-  const state = document.querySelector("[data-live-state]");
-  const show = (on) => { if (state) { state.classList.toggle("on", on); state.textContent = on ? state.dataset.on : state.dataset.off; } };
+  const show = (on) => { isLive = on; showState(); };
   // Numbers over the whole database are up to three seconds old, and those of a part with `data-late` nearly as many
   // seconds as it says. Look once more for each when nothing follows.
   const late = 1000 * (document.querySelector("[data-late]")?.dataset.late || 0);
@@ -73,7 +115,7 @@ if (main && document.querySelector("[data-live]") && window.EventSource) {
   connect();
   // What needs a person may come with time alone. Beside very many changes one comes every 60 s.
   const isOld = () => Date.now() - Math.max(fetchedAt, loadedAt) > 65000;
-  setInterval(() => { if (wanted || isOld() || document.querySelector("[data-counting]")) renew(); }, 1000);
+  setInterval(() => { if (wanted || isOld() || document.querySelector("[data-counting]")) renew(); if (isHeld) updateParts(newest); }, 1000);
   document.addEventListener("visibilitychange", () => { if (!document.hidden && wanted) renew(); });
   addEventListener("pagehide", () => source.close());
 }
@@ -113,13 +155,12 @@ document.addEventListener("error", (event) => {
 const box = document.querySelector("dialog#lightbox");
 if (box) {
   const tiles = () => [...document.querySelectorAll(".tile > a")];
-  let at = -1;
+  let current = null;
   const put = (name, text) => { box.querySelector(`[data-put=${name}]`).textContent = text || ""; };
   function open(index) {
     const all = tiles();
     if (index < 0 || index >= all.length) return;
-    at = index;
-    const link = all[index], of = document.getElementById(link.dataset.of), stage = box.querySelector(".stagebox");
+    const link = current = all[index], of = document.getElementById(link.dataset.of), stage = box.querySelector(".stagebox");
     const data = { ...of.dataset, ...link.dataset, file: link.getAttribute("href"), key: link.dataset.uri };
     const shown = document.createElement(data.kind === "video" ? "video" : data.kind === "audio" ? "audio" : "img");
     shown.src = data.file;
@@ -135,13 +176,13 @@ if (box) {
     const link = event.target.closest(".tile > a");
     if (link && !event.ctrlKey && !event.metaKey && !event.shiftKey) { event.preventDefault(); open(tiles().indexOf(link)); }
     if (event.target.closest("[data-close]")) box.close();
-    if (event.target.closest("[data-step]")) open(at + Number(event.target.closest("[data-step]").dataset.step));
+    if (event.target.closest("[data-step]")) open(tiles().indexOf(current) + Number(event.target.closest("[data-step]").dataset.step));
   });
-  box.addEventListener("close", () => { box.querySelector(".stagebox").replaceChildren(); const link = tiles()[at]; if (link) link.focus(); });
+  box.addEventListener("close", () => { box.querySelector(".stagebox").replaceChildren(); if (current) current.focus(); });
   document.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!step || event.target.matches("input, textarea, select, video, audio")) return;
-    const all = tiles(), now = box.open ? at : all.indexOf(document.activeElement);
+    const all = tiles(), now = all.indexOf(box.open ? current : document.activeElement);
     event.preventDefault();
     if (box.open) open(now + step); else if (all.length) all[Math.max(0, Math.min(all.length - 1, now + step))].focus();
   });

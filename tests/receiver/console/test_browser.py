@@ -71,17 +71,45 @@ def test_a_live_task_is_followed_from_the_form_to_the_picture(parts: Parts, brow
     browser.waits_for("0.028 USD")
     browser.click("button[value=send]")
     browser.waits_for("Submitted. The picture appears here")
+    browser.click("#dismiss summary")
+    browser.type("[name=reason]", "a wish")
     with working(parts):
         browser.waits_for("Archived whole")
+    buttons = "return [...document.querySelectorAll('.page .actions > *')].map((e) => e.innerText.split('\\n')[0])"
+    assert "archived" in browser.run("return document.querySelector('header .chips').innerText")
+    assert browser.run(buttons) == ["Read now", "Send again as a new task", "Delete", "Dismiss"]
+    assert browser.run("return document.activeElement.value") == "a wish"
+    assert "except what you write in" in browser.text
+    browser.run("document.activeElement.value = ''; document.activeElement.blur()")
+    wait_until(lambda: browser.run(buttons) == ["Read now", "Send again as a new task", "Delete"], seconds=5)
     shown = "return [...document.querySelectorAll('.shot img')].map((e) => e.complete && e.naturalWidth)"
     assert wait_until(lambda: (found := browser.run(shown)) and all(found) and found)
     assert browser.console_log(web.url) == []
 
 
-def test_page_that_is_to_be_fetched_later_is_fetched_again(browser: Browser, web: Web) -> None:
+# Focuses a task's link and selects its text. Returns whether that is still so, and the number of rows.
+USE = """window.used = document.querySelector("a[href$=first-one]");
+    used.focus(); getSelection().selectAllChildren(used);"""
+USED = "return [document.activeElement === used, `${getSelection()}`, document.querySelectorAll('tbody tr').length]"
+
+
+def test_rows_come_while_somebody_uses_the_list(parts: Parts, browser: Browser, web: Web) -> None:
     """The page hears of no change, so that one fetch is due, and the next after 65 s."""
+    insert_row(parts, external_task_id="first-one")
     with browser.before_pages("window.EventSource = class { addEventListener() {} close() {} };"):
         browser.open(f"{web.url}/console/tasks")
+    browser.run(USE)
+    insert_row(parts, external_task_id="second-one")
+    browser.run("renew()")
+    wait_until(lambda: browser.run(USED)[2] == 2, seconds=5)
+    assert browser.run(USED) == [True, "first-one", 2]
+    for number in range(50):
+        insert_row(parts, external_task_id=f"later-{number}", created_at=parts.database.now())
+    browser.run("setInterval(() => { wanted = true; }, 1000)")  # the page of a moment ago is shared for three seconds
+    wait_until(lambda: browser.run(USED) == [True, "first-one", 51], seconds=10)  # a full page, and the row in use
+    assert "Older" in browser.text
+    browser.run("getSelection().empty()")
+    wait_until(lambda: browser.run(USED) == [False, "", 50], seconds=5)
     later = 'new Response("", {status: 503, headers: {"Retry-After": "3"}})'
     browser.run(f"window.asked = 0; window.fetch = async () => {{ asked++; return {later}; }}; renew();")
     wait_until(lambda: browser.run("return asked") > 1)
