@@ -119,7 +119,7 @@ class Connections:
                 try:
                     response = _answer(stream, target, fields, timeouts)
                 except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
-                    used.close()  # the host closed it while it was idle
+                    used.close()  # the host closed it while it was idle, or sent something that is no answer
             if response is None:
                 stream = self._connect(target, timeouts["connect"])
                 used.enter_context(self._used(stream, origin))

@@ -107,7 +107,7 @@ POSTGRESQL_INSERT = (
 
 
 def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
-    """Insert deliveries that are not stored yet, in the session's transaction. Returns the keys that were new."""
+    """Insert at most 256 deliveries, but those that are stored, in the session's transaction. Returns the new keys."""
     return insert(session.connection(), deliveries)
 
 
