@@ -244,6 +244,12 @@ def other_files(task: TaskFacts, report: Report) -> dict[AssetName, str]:
     return {name: url for name, url in named if name in known and _place(known[name].url) != _place(url)}
 
 
+def agrees(task: TaskFacts, report: Report) -> bool:
+    """Whether the task is as the report says: in the same state, and with each of its files."""
+    named = assets_in(report, task.series)
+    return report.status is task.state and named.keys() <= task.assets.keys() and not other_files(task, report)
+
+
 def _place(url: str) -> tuple[str, str, int | None, str]:
     try:
         parts = urlsplit(url.strip())

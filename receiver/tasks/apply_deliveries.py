@@ -40,7 +40,11 @@ MAX_TRANSACTION_SECONDS = 0.02
 # An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
+AWAITS_READ = f"{NOT_BELIEVED} yet: the task is read at the provider"
 BY_READ = "confirmed by a read of the task"
+OTHERWISE = f"{NOT_BELIEVED}: a read of the task found otherwise"
+KNOWN = "says what is known of the task already"
+NO_NEWS = f"{NOT_BELIEVED}: it says nothing new of the task"
 UNKNOWN = "unknown status"
 NOT_READ = f"{NOT_BELIEVED}, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
 DECIDED = f"{NOT_BELIEVED}: the provider itself named another file"
@@ -64,7 +68,8 @@ class Confirmation:
 
         A delivery without a verified signature is believed if it reports nothing final, or if it brings exactly the
         expected pictures, all from trusted hosts, and adds none to an archive that has ended. An unsigned `failed`
-        always causes a read. Once the task's reads are spent, nothing final is believed, and the next poll decides.
+        always causes a read, and so does a success of a task that the provider never accepted. Once the task's reads
+        are spent, nothing final is believed, and the next poll decides.
         """
         if report.status not in states.TERMINAL or self.mode == "never":
             return by_token or self.mode == "never"
@@ -76,7 +81,8 @@ class Confirmation:
             return False
         named = states.assets_in(report, task.series)
         is_over = task.archive in (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
-        if report.status is not TaskState.SUCCEEDED or (is_over and named.keys() - set(known)):
+        is_refused = task.state is TaskState.FAILED and task.provider_task_id is None
+        if report.status is not TaskState.SUCCEEDED or is_refused or (is_over and named.keys() - set(known)):
             return False
         is_exact = len(named) == task.expected == len(named.keys() | set(known))
         are_pictures = all(name.is_picture for name in named)
@@ -225,17 +231,17 @@ class DeliveryApplier:
             return Verdict(CallbackState.UNMATCHED, "no task of ours has this id")
         external_id, provider_id = parsed.external_task_id, parsed.provider_task_id
         owner = aliases.by_provider_id(session, task.provider, provider_id) if provider_id else None
-        is_others = owner not in (None, task.id)  # whether another task of ours has this id
         contradiction = None
         if external_id is not None and _folded(external_id) != _folded(task.external_task_id):
             contradiction = "the body names another external_task_id than the token's task"
-        elif is_others and not aliases.is_alias_unsigned(session, task.provider, provider_id or ""):
+        elif owner not in (None, task.id):
             contradiction = "the body's task_id belongs to another task"
         if contradiction:
-            record(session, EventName.CALLBACK_REJECTED, task.id, {"callback": row.id, "reason": contradiction})
+            # An event of the token's task, because a stranger may name any task at the account's URL.
+            record(session, EventName.CALLBACK_REJECTED, row.task_id, {"callback": row.id, "reason": contradiction})
             verdict = Verdict(CallbackState.REJECTED, contradiction)
         else:
-            verdict = self._apply_or_request_read(session, row, task, parsed, is_others=is_others)
+            verdict = self._apply_or_request_read(session, row, task, parsed)
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
@@ -255,11 +261,14 @@ class DeliveryApplier:
         reports.reschedule(session, task, self._schedule, read_now=True)
         return True
 
-    def _apply_or_request_read(
-        self, session: Session, row: Callback, task: Task, report: Report, *, is_others: bool
-    ) -> Verdict:
+    def _apply_or_request_read(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
+        if row.reason == AWAITS_READ:  # The read has been applied, and made this delivery due again.
+            is_true = states.agrees(tasks.facts_now(session, task), report)
+            return Verdict(CallbackState.APPLIED, BY_READ if is_true else OTHERWISE)
+        if not (by_token or confirmed):
+            return Verdict(CallbackState.APPLIED, self._read_if_new(session, task, report))
         # Nearly all other deliveries are decided without the task's files.
         facts = tasks.facts_now(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):
@@ -269,8 +278,6 @@ class DeliveryApplier:
             reason = f"{UNKNOWN} {report.raw_status!r}"
         elif report.external_task_id not in (None, task.external_task_id):
             reason = "the body's external_task_id is written otherwise"
-        elif is_others and not confirmed:
-            reason = "an unsigned delivery gave this task_id to another task"
         if reason:
             return self._request_read(session, task, report, reason)
         known = facts.assets.keys() if facts else ()
@@ -279,7 +286,27 @@ class DeliveryApplier:
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
             return Verdict(CallbackState.APPLIED)
-        return self._request_read(session, task, report, BY_READ)
+        return self._request_read(session, task, report, AWAITS_READ)
+
+    def _read_if_new(self, session: Session, task: Task, report: Report) -> str:
+        """Read the task if an unsigned delivery at the account's URL says something new of it. Returns the reason.
+
+        Anyone may know that URL, so nothing else of the task changes. While another file of it comes from an unsigned
+        delivery, reads follow the poll schedule once the other reads are spent.
+        """
+        facts = tasks.facts_now(session, task)
+        other = states.other_files(facts, report)
+        is_doubted = any(facts.assets[name].unconfirmed for name in other)
+        if other and not is_doubted:
+            return DECIDED
+        is_unknown = report.status is None and task.state not in states.TERMINAL
+        if not is_unknown and not is_doubted and _is_known(facts, report, confirmed=False):
+            return KNOWN if report.status in states.TERMINAL and states.agrees(facts, report) else NO_NEWS
+        if not self._read_now(session, task):
+            if not is_doubted:
+                return NOT_READ
+            reports.reschedule(session, task, self._schedule, read_later=True)
+        return AWAITS_READ
 
     def _request_read_for_files(
         self, session: Session, task: Task, facts: TaskFacts, report: Report, other: Collection[AssetName]

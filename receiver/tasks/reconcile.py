@@ -25,7 +25,7 @@ from storage.errors import GiveUp, LostClaim, Retry
 from storage.keys import encode_id
 from storage.operations import maintenance
 from storage.rows import claims, reports, tasks
-from storage.rows.deliveries import Delivery, store_poll
+from storage.rows.deliveries import Delivery, compare_again, store_poll
 from storage.rows.models import Callback, Task
 from storage.rows.tasks import clear_other_notes, note_after_silence
 from storage.states import CallbackState, Report, TaskState
@@ -151,6 +151,7 @@ class Reader:
                     store_poll(session, delivery, CallbackState.APPLIED, None)
                 report = self._report(row, record, moment)
                 reports.apply(session, row, report, self._schedule, now=moment, pushed=False)
+                compare_again(session, row, apply_deliveries.AWAITS_READ)
                 self._database.wake(session)
         except LostClaim:
             return

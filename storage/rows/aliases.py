@@ -10,12 +10,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session
 
 from storage.database.prepared import execute
-from storage.database.sessions import run
 from storage.rows.deliveries import rematch
 from storage.rows.models import Task, TaskAlias
-
-# A gateway rewrites the provider's id once or twice. A sender with a callback URL may write any id.
-MAX_UNSIGNED_ALIASES = 3
 
 _ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
 _OWNER = sqlalchemy.select(_ALIASES.task_id)
@@ -43,9 +39,6 @@ _INSERT_ALIAS = {
     for dialect in (sqlite, postgresql)
 }
 _NEW_ALIAS = {
-    name: statement.on_conflict_do_nothing().returning(_ALIASES.task_id) for name, statement in _INSERT_ALIAS.items()
-}
-_SURE_ALIAS = {
     name: statement.on_conflict_do_update(
         index_elements=["provider", "provider_task_id"],
         set_={"task_id": statement.excluded.task_id, "unsigned": False},
@@ -53,32 +46,14 @@ _SURE_ALIAS = {
     ).returning(_ALIASES.task_id)
     for name, statement in _INSERT_ALIAS.items()
 }
-_UNSIGNED = sqlalchemy.select(sqlalchemy.func.count()).where(_ALIASES.task_id == bindparam("of"), _ALIASES.unsigned)
 
 
-def note_alias(session: Session, task: Task, provider_task_id: str, *, unsigned: bool = False) -> None:
+def note_alias(session: Session, task: Task, provider_task_id: str) -> None:
     """Store an id that the provider uses for the task. An id of another task stays with that task.
 
-    `unsigned`: only an unsigned delivery names it. Three such ids are stored, and each moves to the task for which the
-    provider uses it. Unmatched deliveries under a new id become due.
+    Unmatched deliveries under a new id become due.
     """
-    values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id}
-    statement = (_NEW_ALIAS if unsigned else _SURE_ALIAS)[session.get_bind().dialect.name]
+    values = {"provider": task.provider, "provider_task_id": provider_task_id, "task_id": task.id, "unsigned": False}
     session.flush()
-    if not execute(session, statement, {**values, "unsigned": unsigned}).rows:
-        return
-    if unsigned and run(session, _UNSIGNED, {"of": task.id}).scalar_one() > MAX_UNSIGNED_ALIASES:
-        mine = (_ALIASES.provider == task.provider, _ALIASES.provider_task_id == provider_task_id)
-        session.execute(sqlalchemy.delete(TaskAlias).where(*mine))
-        return
-    rematch(session, task.id, task.provider, provider_task_id=provider_task_id)
-
-
-_IS_UNSIGNED = sqlalchemy.select(_ALIASES.unsigned).where(
-    _ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted")
-)
-
-
-def is_alias_unsigned(session: Session, provider: str, provider_task_id: str) -> bool:
-    """Whether only an unsigned delivery says which task has this id."""
-    return bool(run(session, _IS_UNSIGNED, {"by": provider, "wanted": provider_task_id}).scalar())
+    if execute(session, _NEW_ALIAS[session.get_bind().dialect.name], values).rows:
+        rematch(session, task.id, task.provider, provider_task_id=provider_task_id)

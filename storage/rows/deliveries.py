@@ -22,7 +22,7 @@ from storage.database.prepared import execute
 from storage.database.sessions import WAKE_CHANNEL, Database, run
 from storage.rows import claims
 from storage.rows.claims import PARK_LOSSES
-from storage.rows.models import Callback
+from storage.rows.models import Callback, Task
 from storage.states import CallbackState
 
 # Rows of one statement. A larger batch gains nothing more from the shared fsync and delays its first delivery.
@@ -209,6 +209,31 @@ def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> 
     if "external_task_id" in ids:  # The task row is new, and deliveries whose token names it may wait for it.
         count += execute(session, _BY_TOKEN, {"token_of": task_id}).changed
     return count
+
+
+_AWAITING = update(Callback.__table__).where(  # type: ignore[attr-defined]
+    _CALLBACKS.state == CallbackState.APPLIED, _CALLBACKS.reason == bindparam("awaits")
+)
+_AWAITING = _AWAITING.values(state=CallbackState.RECEIVED, **claims.DUE_NOW)  # keeps the reason
+_AWAITING_AT = (  # one index each
+    _AWAITING.where(_CALLBACKS.task_id == bindparam("token_of")),
+    _AWAITING.where(
+        _CALLBACKS.task_id.is_(None),
+        _CALLBACKS.external_task_id == bindparam("named"),
+        _CALLBACKS.provider == bindparam("by"),
+    ),
+)
+
+
+def compare_again(session: Session, task: Task, awaits: str) -> None:
+    """Make the deliveries due that await a read of the task: those with this reason, at its own URL and the account's.
+
+    They are compared with the task, which a read has just changed, and cause no other read.
+    """
+    session.flush()
+    values = {"awaits": awaits, "token_of": task.id, "named": task.external_task_id, "by": task.provider}
+    for statement in _AWAITING_AT:
+        execute(session, statement, values)
 
 
 # Without a task of the token the sum is NULL, which is not below the bound, and there is nothing to read.

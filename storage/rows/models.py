@@ -117,7 +117,7 @@ class Task(Claimable, table=True):
 class TaskAlias(Row, table=True):
     """Every id that the provider, or a gateway in front of it, has used for a task.
 
-    `unsigned`: only an unsigned delivery has said so.
+    `unsigned`: a process of an earlier release took it from an unsigned delivery. The provider's own word replaces it.
     """
 
     __tablename__: ClassVar[str] = "task_alias"

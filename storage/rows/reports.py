@@ -94,12 +94,10 @@ def apply(
     if confirmed:
         task.units = task.units if report.units is None else report.units
         _confirm_assets(session, task, known, assets, report, now)
-    if report.provider_task_id is not None:
-        # While the create is under way, only its own answer sets the id under which the provider is read, because a
-        # holder of the callback URL could name another's task.
-        if task.provider_task_id is None and (confirmed or task.step is not Step.CREATE):
-            task.provider_task_id = report.provider_task_id
-        aliases.note_alias(session, task, report.provider_task_id, unsigned=not confirmed)
+    # An unsigned delivery could name another's task, which would then be read in place of this one.
+    if confirmed and report.provider_task_id is not None:
+        task.provider_task_id = task.provider_task_id or report.provider_task_id
+        aliases.note_alias(session, task, report.provider_task_id)
     # A doubted delivery caused the read of an ended task. The same one, sent again unsigned, must not withdraw it.
     is_asked = task.step is Step.READ and before.state in states.TERMINAL
     if confirmed or not is_asked or (decision.add and not task.contradicted):
@@ -155,7 +153,7 @@ def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
 
 
 def note_called_back(task: Task, report: Report, now: datetime) -> None:
-    """Note that the provider called back, whether or not the delivery is believed."""
+    """Note that the provider called back at the task's own URL, whether or not the delivery is believed."""
     task.called_back_at = now
     tasks.clear_silence_note(task)
     if report.status in states.TERMINAL:

@@ -36,9 +36,9 @@ def numbers(parts: Parts, task: Task) -> list[int]:
 
 def test_deliveries_at_both_urls_are_shown_with_their_task(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts, external_task_id="ours")
-    by_token = deliver(parts, task, {**about("ours"), "task_id": "901"})
-    by_name = deliver(parts, None, about("ours", "succeed"))
-    by_provider = deliver(parts, None, {"task_id": "901", "task_status": "processing"})
+    by_token = deliver(parts, task, {**about("ours", "failed"), "task_id": "901"}, webhook_id="msg_1")
+    by_name = deliver(parts, None, about("ours", "failed"))
+    by_provider = deliver(parts, None, {"task_id": "901", "task_status": "failed"})
     rows = [by_provider, by_name, by_token]
     assert {row.state for row in rows} == {CallbackState.APPLIED} and by_name.task_id is None
     page = ann.page(f"/tasks/{task.external_task_id}")
@@ -87,7 +87,7 @@ def test_deliveries_of_a_task_are_found_by_an_index(parts: Parts) -> None:
 def test_a_replay_says_what_it_changed_and_what_not(parts: Parts, ann: Reader) -> None:
     stays = deliver(parts, None, about("unknown"))
     task = insert_row(parts, external_task_id="ours")
-    again = deliver(parts, None, about("ours"))
+    again = deliver(parts, task, about("ours"))
     comes = deliver(parts, None, about("later"))
     with parts.database.write() as session:  # as if the task's row had been there before
         session.get_one(Task, task.id).external_task_id = "later"

@@ -32,7 +32,7 @@ SUBMITTED, PROCESSING, SUCCEEDED, FAILED = (
 )
 CONSOLE_TEST = (PAYLOADS / "console-test-callback.json").read_bytes()
 OFFICIAL, TRUSTED, FOREIGN = "https://p1-fdl.klingai.com", "https://files.example", "https://files.example.net"
-BY_READ = "confirmed by a read of the task"
+AWAITS_READ = "not believed yet: the task is read at the provider"
 
 
 def body(status: str, pictures: int = 0, *, host: str = OFFICIAL, task_id: str = "901", **more: Any) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def test_a_believed_delivery_makes_the_assets_due(parts: Parts) -> None:
 def test_a_doubted_delivery_writes_nothing_but_makes_the_task_due_for_a_read(parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1, host=FOREIGN))
-    assert (row.state, row.reason) == (CallbackState.APPLIED, BY_READ)
+    assert (row.state, row.reason) == (CallbackState.APPLIED, AWAITS_READ)
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
     assert task_of(parts, task.external_task_id).state is SUBMITTED
 
@@ -145,14 +145,14 @@ def test_a_late_report_does_not_put_off_a_read_that_was_asked_for(parts: Parts) 
 def test_delivery_at_the_account_url_finds_its_task_by_our_id_and_causes_a_read(parts: Parts) -> None:
     task = insert_row(parts, external_task_id="ours")
     row = deliver(parts, None, body("succeed", 1, **info("ours")))
-    assert (row.state, row.reason) == (CallbackState.APPLIED, BY_READ)
+    assert (row.state, row.reason) == (CallbackState.APPLIED, AWAITS_READ)
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
 def test_delivery_at_the_account_url_finds_its_task_by_the_providers_id(parts: Parts) -> None:
     task = insert_row(parts)
-    deliver(parts, task, body("processing", task_id="901"))
-    assert deliver(parts, None, body("succeed", 1, task_id="901")).reason == BY_READ
+    deliver(parts, task, body("processing", task_id="901"), webhook_id="msg_1")
+    assert deliver(parts, None, body("succeed", 1, task_id="901")).reason == AWAITS_READ
     assert is_read_now(parts, task)
 
 
@@ -182,7 +182,7 @@ def test_valid_token_of_a_task_without_a_row_leaves_the_delivery_unmatched(parts
 
 def test_an_unknown_task_id_is_learnt_as_an_alias(parts: Parts) -> None:
     task = insert_row(parts, provider_task_id="gateway-1")
-    deliver(parts, task, body("processing", task_id="901"))
+    deliver(parts, task, body("processing", task_id="901"), webhook_id="msg_1")
     with parts.database.read() as session:
         aliases = session.exec(select(TaskAlias.provider_task_id).where(TaskAlias.task_id == task.id)).all()
     assert (list(aliases), task_of(parts, task.external_task_id).provider_task_id) == (["901"], "gateway-1")
@@ -311,7 +311,7 @@ def test_errors_of_deliveries_are_logged_though_the_database_is_lost_afterwards(
 
 def replay(parts: Parts, row: Callback) -> Callback:
     with parts.database.write() as session:
-        again = {"state": CallbackState.RECEIVED, "due_at": LONG_AGO}
+        again = {"state": CallbackState.RECEIVED, "reason": None, "due_at": LONG_AGO}
         session.execute(update(Callback).where(col(Callback.id) == row.id).values(**again))
     run(parts, "callbacks")
     return callback_of(parts, row.delivery_key)
@@ -321,7 +321,7 @@ def replay(parts: Parts, row: Callback) -> Callback:
 def test_delivery_without_news_causes_no_read(parts: Parts) -> None:
     task = insert_row(parts)
     row = deliver(parts, task, body("succeed", 1))
-    assert row.reason == BY_READ and is_read_now(parts, task)
+    assert row.reason == AWAITS_READ and is_read_now(parts, task)
     with parts.database.write() as session:  # the read had the same answer
         found = tasks.lock(session, task.id)
         assert found is not None

@@ -13,6 +13,7 @@ from sqlmodel import col, update
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
+from receiver.tasks.apply_deliveries import AWAITS_READ
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.database.sessions import Database
 from storage.rows import claims
@@ -32,9 +33,9 @@ def unpaced(parts: Parts) -> Parts:
 
 
 def assert_asked(parts: Parts, delivery: Callback, external_task_id: str) -> None:
-    """A delivery to the account URL is never believed: the task it names is read."""
+    """A delivery to the account URL is not believed: the task it names is read."""
     row, task = callback_of(parts, delivery.delivery_key), task_of(parts, external_task_id)
-    assert (row.state, row.reason) == (CallbackState.APPLIED, "confirmed by a read of the task")
+    assert (row.state, row.reason) == (CallbackState.APPLIED, AWAITS_READ)
     assert task.due_at is not None
     assert (task.step, task.due_at <= parts.database.now()) == (Step.READ, True)
 
@@ -49,12 +50,12 @@ def test_an_unmatched_delivery_is_applied_once_its_task_is_submitted(unpaced: Pa
 
 
 def test_an_unmatched_delivery_is_applied_once_its_alias_is_learnt(unpaced: Parts) -> None:
-    """A gateway uses its own id without ours. The later callback to our own URL contains it, too."""
+    """A gateway uses its own id without ours. The later callback to our own URL is signed and contains it, too."""
     delivery = deliver(unpaced, None, {"task_id": "777", "task_status": "processing"})
     task = insert_row(unpaced)
     run(unpaced, "callbacks")
     assert callback_of(unpaced, delivery.delivery_key).state is CallbackState.UNMATCHED
-    deliver(unpaced, task, {"task_id": "777", "task_status": "submitted"})
+    deliver(unpaced, task, {"task_id": "777", "task_status": "submitted"}, webhook_id="msg_1")
     run(unpaced, "callbacks")
     assert_asked(unpaced, delivery, task.external_task_id)
 

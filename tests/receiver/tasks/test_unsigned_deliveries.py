@@ -17,7 +17,7 @@ from storage.rows.models import Asset, Task
 from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
-from tests.receiver.tasks.test_apply_deliveries import BY_READ, OFFICIAL, body, info, is_read_now
+from tests.receiver.tasks.test_apply_deliveries import AWAITS_READ, OFFICIAL, body, info, is_read_now
 from tests.rows import event_names
 from tests.unreported_tasks import submit
 
@@ -55,7 +55,7 @@ def archived(parts: Parts, *, webhook_id: str | None = None, **values: Any) -> T
 def test_more_pictures_than_asked_for_are_read_first(parts: Parts) -> None:
     task = insert_row(parts)
     for number in range(6):
-        assert deliver(parts, task, body("succeed", 400 + number)).reason == BY_READ
+        assert deliver(parts, task, body("succeed", 400 + number)).reason == AWAITS_READ
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
@@ -64,13 +64,13 @@ def test_film_or_sound_in_place_of_the_picture_is_read_first(parts: Parts, kind:
     task = insert_row(parts, expected=1)
     told = body("succeed")
     told["task_result"] = {kind: [{"index": 0, "url": f"{OFFICIAL}/0.mp4", "url_mp3": f"{OFFICIAL}/0.mp3"}]}
-    assert deliver(parts, task, told).reason == BY_READ
+    assert deliver(parts, task, told).reason == AWAITS_READ
     assert assets_of(parts, task) == [] and is_read_now(parts, task)
 
 
 def test_report_for_an_archived_task_is_read_before_it_adds_files(parts: Parts) -> None:
     task = archived(parts, expected=2, webhook_id="msg_1")
-    assert deliver(parts, task, body("succeed", 2)).reason == BY_READ
+    assert deliver(parts, task, body("succeed", 2)).reason == AWAITS_READ
     assert task_of(parts, task.external_task_id).archive is ArchiveState.ARCHIVED
     assert len(assets_of(parts, task)) == 1 and is_read_now(parts, task)
 
@@ -195,33 +195,23 @@ def test_an_unread_link_is_not_followed_out_of_the_trusted_hosts(parts: Parts, s
     assert not assets_of(parts, task)[0].unconfirmed
 
 
-def test_at_most_three_aliases_come_from_unsigned_deliveries(parts: Parts) -> None:
-    task = insert_row(parts, state=TaskState.CREATED, step=Step.CREATE)
-    for number in range(10):
-        deliver(parts, task, body("processing", task_id=f"foreign-{number}"))
+@pytest.mark.parametrize("step", [Step.CREATE, Step.READ, None], ids=str)
+@pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
+def test_no_unsigned_delivery_gives_a_task_an_id(parts: Parts, step: Step | None, at_own_url: bool) -> None:
+    state = {Step.CREATE: TaskState.CREATED, Step.READ: TaskState.SUBMITTED, None: TaskState.FAILED}[step]
+    task = insert_row(parts, external_task_id="ours", state=state, step=step)
+    for status in ("submitted", "processing", "failed", "succeed"):
+        deliver(parts, task if at_own_url else None, body(status, task_id="foreign", **info("ours")))
     with parts.database.read() as session:
-        assert len(aliases.aliases_of(session, task.id)) == aliases.MAX_UNSIGNED_ALIASES == 3
-    assert task_of(parts, task.external_task_id).provider_task_id is None
+        assert aliases.aliases_of(session, task.id) == []
+    assert task_of(parts, "ours").provider_task_id is None
 
 
-def test_the_answer_to_our_create_takes_an_alias_over(parts: Parts, sandbox: Sandbox) -> None:
-    held = insert_row(parts)
-    ours = submit(parts, 1)[0]
-    next_id = str(int(str(ours.provider_task_id)) + 1) if str(ours.provider_task_id).isdigit() else "901"
-    deliver(parts, held, body("processing", task_id=next_id))
-    with parts.database.write() as session:
-        row = tasks.lock(session, ours.id)
-        assert row is not None
-        aliases.note_alias(session, row, next_id)
-        assert aliases.by_provider_id(session, "kling", next_id) == ours.id
-        assert not aliases.is_alias_unsigned(session, "kling", next_id)
-
-
-def test_a_stolen_alias_does_not_reject_the_genuine_delivery(parts: Parts) -> None:
-    held, ours = insert_row(parts), insert_row(parts, external_task_id="ours")
-    deliver(parts, held, body("processing", task_id="902"))
-    row = deliver(parts, ours, body("succeed", 1, task_id="902", **info("ours")))
-    assert row.state is CallbackState.APPLIED and is_read_now(parts, ours)
+def test_report_for_a_refused_create_is_read_first(parts: Parts) -> None:
+    """The provider has nothing of such a task, so a picture in its name is another task's."""
+    task = insert_row(parts, state=TaskState.FAILED, step=None, due_at=None)
+    assert deliver(parts, task, body("succeed", 1)).reason == AWAITS_READ
+    assert assets_of(parts, task) == [] and task_of(parts, task.external_task_id).state is TaskState.FAILED
 
 
 def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +221,13 @@ def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkey
         deliver(parts, task, body("failed", n=number))
         confirm(parts, task, body("processing"))
     assert task_of(parts, task.external_task_id).callback_reads == 3
-    assert [row.reason for row in callbacks_of(parts)].count(BY_READ) == 3
+    assert [row.reason for row in callbacks_of(parts)].count(AWAITS_READ) == 3
 
 
 def spend_reads(parts: Parts, task: Task) -> None:
     """Send as many doubted reports as may cause a read. The provider answers each time that the task is in progress."""
     for number in range(apply_deliveries.MAX_READS_PER_TASK):
-        assert deliver(parts, task, body("failed", n=number)).reason == BY_READ
+        assert deliver(parts, task, body("failed", n=number)).reason == AWAITS_READ
         confirm(parts, task, body("processing"))
     assert not is_read_now(parts, task)
 
@@ -245,7 +235,7 @@ def spend_reads(parts: Parts, task: Task) -> None:
 def test_reports_that_one_read_answers_use_up_one(parts: Parts) -> None:
     task = insert_row(parts)
     for number in range(25):
-        assert deliver(parts, task, body("failed", n=number)).reason == BY_READ
+        assert deliver(parts, task, body("failed", n=number)).reason == AWAITS_READ
     assert task_of(parts, task.external_task_id).callback_reads == 1
 
 
@@ -320,7 +310,7 @@ def test_another_file_causes_no_read_once_the_provider_named_its_own(webhook_id:
 @ONE_DATABASE
 def test_other_providers_states_of_a_cancelled_task_mean_failed(word: str, parts: Parts) -> None:
     task = insert_row(parts)
-    assert deliver(parts, task, body(word)).reason == BY_READ
+    assert deliver(parts, task, body(word)).reason == AWAITS_READ
     deliver(parts, task, body(word), webhook_id="msg_1")
     assert task_of(parts, task.external_task_id).state is TaskState.FAILED
 

@@ -1,0 +1,142 @@
+"""What a stranger with the account's URL, and no signature, can do to a task: cause a bounded number of reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from receiver.tasks import apply_deliveries as told
+from receiver.tasks.operate import Operator
+from storage.filters import DeliveryFilter
+from storage.operations import lists
+from storage.rows import tasks
+from storage.rows.models import Task
+from storage.states import CallbackState, TaskState
+from tests.harness import wait_until
+from tests.pipeline import assets_of, callback_of, callbacks_of, deliver, drain, insert_row, run, task_of
+from tests.receiver.tasks.test_apply_deliveries import body, info, is_read_now
+from tests.receiver.tasks.test_unsigned_deliveries import FORGED, archived, confirm
+from tests.rows import event_names
+from tests.unreported_tasks import submit
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    """No poll becomes due while a test runs: only deliveries cause reads."""
+    return {"poll_after_seconds": 3_600}
+
+
+def unchanged(parts: Parts, task: Task, *but: str) -> dict[str, Any]:
+    """The columns of the task, without the time of its next read and its count."""
+    reads = {"step", "due_at", "callback_reads", "attempts", "lease", "losses", *but}
+    return task_of(parts, task.external_task_id).model_dump(exclude=reads)
+
+
+def shown_with(parts: Parts, task: Task) -> list[str | None]:
+    """The reasons of the deliveries that the console shows as the task's."""
+    with parts.database.read() as session:
+        page = lists.newest_deliveries(session, DeliveryFilter(task=task.external_task_id), None)
+    return [row.reason for row, *_ in page.rows if row.source == "push"]
+
+
+@pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
+def test_a_refused_task_takes_no_picture_of_another(parts: Parts, sandbox: Sandbox, at_own_url: bool) -> None:
+    """The other task is the account's, so a read under its id would succeed."""
+    made = parts.kling.create(
+        {"model_name": "kling-v3-omni", "prompt": "theirs"}, external_task_id="x", callback_url=None
+    )
+    sandbox.set(models=["other-model"])
+    (task,) = submit(parts, 1)
+    assert task_of(parts, task.external_task_id).state is TaskState.FAILED
+    wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+    forged = body("failed", task_id=made.provider_task_id, **info(task.external_task_id))
+    deliver(parts, task if at_own_url else None, forged)
+    operator = Operator(parts.database, parts.providers, parts.schedule)
+    left = [operator.retry(task.external_task_id), operator.reconcile([task.external_task_id])[0]]
+    assert all("its create failed" in each.left[task.external_task_id] for each in left)
+    drain(parts, task.external_task_id)
+    found = task_of(parts, task.external_task_id)
+    assert (found.state, found.provider_task_id, assets_of(parts, task)) == (TaskState.FAILED, None, [])
+
+
+@pytest.mark.parametrize("status", ["submitted", "processing", "failed", "resting", "succeed"])
+@pytest.mark.parametrize("is_over", [True, False], ids=["archived", "running"])
+def test_nothing_of_a_strangers_body_is_taken_over(parts: Parts, status: str, is_over: bool) -> None:
+    task = archived(parts, external_task_id="ours") if is_over else insert_row(parts, external_task_id="ours")
+    before, files, names = unchanged(parts, task), assets_of(parts, task), event_names(parts.database, task)
+    shown = shown_with(parts, task)
+    forged = body(status, 1 if status == "succeed" else 0, host=FORGED, task_id="foreign", **info("ours"))
+    row = deliver(parts, None, forged)
+    assert row.state is CallbackState.APPLIED and str(row.reason).startswith("not believed")
+    assert (unchanged(parts, task), event_names(parts.database, task)) == (before, names)
+    assert [each.model_dump() for each in assets_of(parts, task)] == [each.model_dump() for each in files]
+    assert shown_with(parts, task) == shown
+    with parts.database.read() as session:
+        assert lists.exact(session, "foreign", ["kling"]) is None
+    assert is_read_now(parts, task) is (row.reason == told.AWAITS_READ)
+
+
+def test_a_strangers_contradiction_is_no_event_of_the_task(parts: Parts) -> None:
+    task = insert_row(parts, external_task_id="ours")
+    deliver(parts, task, body("processing", task_id="901"), webhook_id="msg_1")
+    names = event_names(parts.database, task)
+    assert deliver(parts, None, body("failed", task_id="901", **info("another"))).state is CallbackState.REJECTED
+    assert event_names(parts.database, task) == names
+
+
+@pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
+def test_a_delivery_is_called_confirmed_only_if_the_read_agrees(
+    parts: Parts, sandbox: Sandbox, at_own_url: bool
+) -> None:
+    (task,) = submit(parts, 1)
+    wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+    paid = parts.kling.read(provider_task_id=None, external_task_id=task.external_task_id)
+    assert paid is not None
+    to, name = task if at_own_url else None, info(task.external_task_id)
+    other = body("succeed", 2, task_id=str(task.provider_task_id), **name)
+    sent = [deliver(parts, to, each) for each in (body("failed", **name), other)]
+    sent.append(deliver(parts, None, paid.body))
+    assert [row.reason for row in sent] == [told.AWAITS_READ] * 3
+    run(parts, "reads", "callbacks")
+    after = [callback_of(parts, row.delivery_key) for row in sent]
+    assert [(row.state, row.reason) for row in after] == [
+        (CallbackState.APPLIED, reason) for reason in (told.OTHERWISE, told.OTHERWISE, told.BY_READ)
+    ]
+    assert told.BY_READ in shown_with(parts, task) and (told.OTHERWISE in shown_with(parts, task)) is at_own_url
+    assert not is_read_now(parts, task) and task_of(parts, task.external_task_id).callback_reads <= 1
+
+
+def test_a_delivery_that_repeats_what_is_known_causes_no_read(parts: Parts) -> None:
+    task = archived(parts, external_task_id="ours")
+    confirm(parts, task, body("succeed", 1))
+    assert deliver(parts, None, body("succeed", 1, **info("ours"))).reason == told.KNOWN
+    assert not is_read_now(parts, task) and told.KNOWN in shown_with(parts, task)
+
+
+def test_another_file_at_the_account_url_exposes_an_unsigned_one(parts: Parts) -> None:
+    """Even when the reads are spent: then at the pace of polls."""
+    task = insert_row(parts, external_task_id="ours")
+    deliver(parts, task, body("succeed", 1, host=FORGED))
+    with parts.database.write() as session:
+        row = tasks.lock(session, task.id)
+        assert row is not None
+        row.callback_reads = told.MAX_READS_PER_TASK
+    assert deliver(parts, None, body("succeed", 1, **info("ours"))).reason == told.AWAITS_READ
+    found = task_of(parts, "ours")
+    assert found.step is not None and found.due_at is not None and not found.contradicted
+    assert [each.reason for each in callbacks_of(parts)] == [None, told.AWAITS_READ]
+
+
+@pytest.mark.parametrize("webhook_id", ["msg_1", None])
+def test_called_back_is_what_came_to_the_tasks_own_url_or_was_signed(parts: Parts, webhook_id: str | None) -> None:
+    """The rate of lost callbacks counts tasks without it."""
+    task = insert_row(parts, external_task_id="ours")
+    deliver(parts, None, body("failed", **info("ours")), webhook_id=webhook_id)
+    found = task_of(parts, "ours")
+    assert {bool(found.called_back_at), bool(found.end_called_back_at)} == {webhook_id is not None}
+    deliver(parts, task, body("failed", n=1))
+    found = task_of(parts, "ours")
+    assert found.called_back_at is not None and found.end_called_back_at is not None
