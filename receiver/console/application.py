@@ -25,7 +25,7 @@ from receiver.base.forms import Upload, cookie, parse_form
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.shared_pages import SharedPages
-from receiver.console.visit import HERE, Notices, Visit, address_of, environment, own_path, render, versions
+from receiver.console.visit import HERE, Notices, Visit, address_of, came_from, environment, own_path, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.filters import FilterInvalid
 
@@ -344,7 +344,8 @@ async def static(request: Request) -> Response:
 async def _error_page(guard: Guard, request: Request, error: Exception) -> Response:
     """The page of a refusal, whose detail may name its texts, or of a bug. It needs no database."""
     known = error if isinstance(error, HTTPException) else HTTPException(500)
-    page = render(guard.templates, "error.html", language_of(request), status=known.status_code, detail=known.detail)
+    shown = {"detail": known.detail, "login": address_of(LOGIN, {"next": came_from(request)})}
+    page = render(guard.templates, "error.html", language_of(request), status=known.status_code, **shown)
     answer = HTMLResponse(page, known.status_code, known.headers)
     if known is not error:
         log.exception("console.request_failed", path=request.url.path)

@@ -122,9 +122,10 @@ class Visit:
     def redirect(self, to: str) -> Response:
         return RedirectResponse(to, status_code=303)
 
-    def back(self, default: str) -> Response:
-        """Redirect to the page with the form."""
-        return self.redirect(own_path(self.form.get("next"), default))
+    def back(self, page: str) -> Response:
+        """Redirect to this page, with the filter and the part of the list that it showed when its form was sent."""
+        came = came_from(self.request)
+        return self.redirect(came if came.partition("?")[0] == page else page)
 
     def link(self, **changes: str | None) -> str:
         """This page's address with other query fields. None removes one."""
@@ -175,6 +176,12 @@ def address_of(path: str, fields: Mapping[str, str | None]) -> str:
     query = urlencode({name: value for name, value in fields.items() if value})
     quoted = quote(path).replace("//", "/%2F")  # `own_path` refuses two slashes
     return f"{quoted}?{query}" if query else quoted
+
+
+def came_from(request: Request) -> str:
+    """The page whose form was sent, "" if unknown. Our Referrer-Policy makes browsers send it."""
+    rest = request.headers.get("referer", "").partition("://")[2]
+    return own_path("/" + rest.partition("/")[2], "")
 
 
 def own_path(path: str | None, default: str) -> str:

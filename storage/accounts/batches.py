@@ -27,6 +27,8 @@ from storage.states import ArchiveState, AssetState, CallbackState, Step, TaskSt
 # ms, in which no one else can write on SQLite.
 CHUNK = 200
 
+STAGES = ("archived", "archiving", "running", "sending", "queued", "incomplete", "failed", "deleted")
+
 
 @dataclass(frozen=True)
 class Known:
@@ -56,6 +58,16 @@ class Counts:
     failed: int = 0
     deleted: int = 0
     silent: int = 0
+
+    @property
+    def stages(self) -> list[tuple[str, int, float, float]]:
+        """Name and count of each stage that has tasks, with its begin and width in a bar of 100."""
+        found, begin = [], 0.0
+        for name, count in ((name, getattr(self, name)) for name in STAGES):
+            if count:
+                found.append((name, count, begin, width := count / self.total * 100))
+                begin += width
+        return found
 
     @property
     def total(self) -> int:

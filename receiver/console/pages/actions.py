@@ -51,7 +51,7 @@ class Actions:
         task, reason = self._task(visit), visit.form.get("reason", "").strip()
         if not reason:
             visit.say(visit.text("act.reason_missing"), bad=True)
-            return visit.redirect(path_of(task))
+            return visit.back(path_of(task))
         with events.by(visit.session.name):
             tally = self._of.operator.dismiss(task.external_task_id, reason)
         return self._done(visit, task, "dismiss", tally, reason=reason)
@@ -60,12 +60,12 @@ class Actions:
         task = self._task(visit)
         if visit.form.get("typed", "") != task.external_task_id:
             visit.say(visit.text("act.typed_wrong"), bad=True)
-            return visit.redirect(path_of(task))
+            return visit.back(path_of(task))
         try:
             done = delete.delete(self._of.database, self._of.bucket, task.external_task_id)
         except delete.Refused as error:
             visit.say(visit.cause(str(error), 300), bad=True)
-            return visit.redirect(path_of(task))
+            return visit.back(path_of(task))
         visit.say(visit.text("act.deleted", n=done.objects))
         return self._done(visit, task, "delete", Tally(), quiet=True)
 
@@ -111,4 +111,4 @@ class Actions:
             visit.say(visit.cause(why, 200), bad=True)
         if tally.is_good and not quiet:
             visit.say(visit.text(f"act.{verb}_done"))
-        return visit.redirect(path_of(task))
+        return visit.back(path_of(task))

@@ -20,7 +20,6 @@ from receiver.console.shares import Streamed
 from receiver.console.visit import Visit, part
 from storage import filters
 from storage.accounts import batches
-from storage.accounts.batches import Counts
 from storage.operations import lists
 from storage.operations.kept_results import KeptResults
 from storage.rows import events
@@ -37,8 +36,6 @@ MAX_UPLOAD_BYTES = 16 * 2**20
 # Pasted lines of a good file that its page shows again.
 MAX_SHOWN_BYTES = 40_000
 NO_FILE = "no file and no lines are given: choose a file, or paste its lines"
-STAGES = ("archived", "archiving", "running", "sending", "queued", "incomplete", "failed", "deleted")
-KINDS = {"archived": "ok", "archiving": "run", "running": "run", "incomplete": "bad", "failed": "bad"}
 
 
 class BatchPages:
@@ -60,7 +57,7 @@ class BatchPages:
         with self._of.database.read() as session:
             page = lists.newest_batches(session, visit.query.get("before"))
         counts = self._counts.of([batch.id for batch in page.rows])
-        return visit.page("batches.html", rows=page, counts=counts, stages=stages)
+        return visit.page("batches.html", rows=page, counts=counts)
 
     def show(self, visit: Visit) -> Response:
         with self._of.database.read() as session:
@@ -72,7 +69,7 @@ class BatchPages:
             estimate = self._of.estimate(batches.refused(session, batch.id)) if visit.query.get("retry") else None
             failures = [rows[task_id] for task_id in failed.rows if task_id in rows]
         return visit.page(
-            "batch.html", section="batches", batch=batch, counts=counts, stages=stages, failures=failures,
+            "batch.html", section="batches", batch=batch, counts=counts, failures=failures,
             failed=failed, is_whole=lost is not None, path_of=path_of, estimate=estimate,
         )  # fmt: skip
 
@@ -134,18 +131,6 @@ class BatchPages:
         with self._of.database.read() as session:
             batch = batches.find(session, plan.name)
         return visit.redirect(f"{HOME}/{batch.id}" if batch else HOME)
-
-
-def stages(counts: Counts) -> list[tuple[str, str, int, str, str]]:
-    """Name, kind and count of each stage that has tasks, with x and width in a bar of 100."""
-    found, start, total = [], 0.0, counts.total or 1
-    for name in STAGES:
-        count = getattr(counts, name)
-        if count:
-            width = count / total * 100
-            found.append((name, KINDS.get(name, "wait"), count, f"{start:.2f}", f"{width:.2f}"))
-            start += width
-    return found
 
 
 def _form(visit: Visit, given: CheckedFile, *, status: int = 200, **found: Any) -> Response:

@@ -14,7 +14,7 @@ from receiver.base import visible
 from receiver.base.visible import cut, short
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
-from receiver.console.visit import Visit
+from receiver.console.visit import Visit, came_from
 from receiver.tasks.changes import Tally
 from storage.filters import DeliveryFilter, is_number, read_filter
 from storage.operations.lists import newest_deliveries, outcome_of_replay, task_of
@@ -99,7 +99,8 @@ class Deliveries:
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
             visit.say(visit.cause(why, 200), bad=True)
         number = self._note(visit, "replay", rows, before=before)
-        return visit.redirect(f"{one or HOME + '/replay'}?of={number}" if rows else HOME)
+        shown = came_from(visit.request).partition("?")[2]
+        return visit.redirect(f"{one or HOME + '/replay'}?of={number}&{'' if one else shown}" if rows else HOME)
 
     def dismiss(self, visit: Visit) -> Response:
         """End the alarm of one unmatched delivery, or of all that match the form's filter. They are kept."""
@@ -111,7 +112,7 @@ class Deliveries:
             self._note(visit, "dismiss", rows, reason=reason)
         else:
             visit.say(visit.text("act.reason_missing"), bad=True)
-        return visit.redirect(one or HOME)
+        return visit.back(one or HOME)
 
     def _note(self, visit: Visit, action: str, rows: Sequence[Any], **data: Any) -> int:
         numbers = [row.id or 0 for row, *_ in rows]

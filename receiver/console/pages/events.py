@@ -62,7 +62,7 @@ class EventsOut:
                 count += outbox.redeliver(session, [row for row, _, _ in found])
         note_act(self._of, visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])), of_tasks)
         visit.say(visit.text("events.redelivered", n=count), bad=not count)
-        return visit.redirect(HOME)
+        return visit.back(HOME)
 
     def disable(self, visit: Visit) -> Response:
         name = self._known(visit)
@@ -72,7 +72,7 @@ class EventsOut:
         count = outbox.end_disabled(self._of.database)
         note_act(self._of, visit.session.name, "disable", name)
         visit.say(visit.text("events.disabled", sink=name, n=count))
-        return visit.redirect(HOME)
+        return visit.back(HOME)
 
     def enable(self, visit: Visit) -> Response:
         name = self._known(visit)
@@ -80,7 +80,7 @@ class EventsOut:
             done = outbox.enable(session, name)
         note_act(self._of, visit.session.name, "enable", name)
         visit.say(visit.text("events.enabled", sink=name), bad=not done)
-        return visit.redirect(HOME)
+        return visit.back(HOME)
 
     def _known(self, visit: Visit) -> str:
         """A sink that exists. A misspelt name would disable nothing and raise an alarm."""

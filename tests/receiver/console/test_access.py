@@ -319,6 +319,17 @@ def test_a_refused_form_says_why(ann: Reader, ben: Reader, stranger: Reader) -> 
         assert (answer.status_code, "Nothing was chosen" in answer.text) == (400, True), path
 
 
+def test_an_ended_session_logs_in_to_the_page_that_it_left(stranger: Reader) -> None:
+    for came, leads_to in (
+        ("http://x/console/batches/new?a=1&b=%20", "?next=%2Fconsole%2Fbatches%2Fnew%3Fa%3D1%26b%3D%2520"),
+        ("http://elsewhere/page", ""),
+        ("http://x//console", ""),
+        ("garbage", ""),
+    ):
+        answer = stranger.http.post("/console/act/retry", data={"task": "x"}, headers={"Referer": came})
+        assert answer.status_code == 401 and f'href="/console/login{leads_to}"' in answer.text, came
+
+
 def test_forms_of_other_sites_are_refused(ann: Reader, stranger: Reader) -> None:
     """Without the cookie too, which they do not bring: the answer to a log-out deleted it."""
     for path in POSTS:

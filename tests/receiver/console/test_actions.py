@@ -222,11 +222,58 @@ def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Par
                              state=DispatchState.DEAD, error="answered 500", tries=14))  # fmt: skip
     assert "answered 500" in ann.page("/events?state=dead")
     assert "1 event is sent again" in ann.post("/act/redeliver", sink="client").text
+    said = "1 event on its way to this sink is given up"
+    page = wait_until(lambda: (found := ann.page("/events")) and said in found and found)  # its counts are 3 s old
+    assert "<details" in page.partition("/console/act/disable")[0].rpartition("</form>")[2]
     assert "client is disabled; 1" in ann.post("/act/disable", sink="client").text
     with parts.database.read() as session:
         assert outbox.disabled(session) == {"client": "by ann: by hand"}
     assert "client is enabled" in ann.post("/act/enable", sink="client").text
     assert ann.post("/act/disable", sink="a slip").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("page", "act", "form"),
+    [
+        ("/events?state=dead&sink=client", "/act/redeliver", {"sink": "client"}),
+        ("/events?state=dead&sink=client", "/act/disable", {"sink": "client"}),
+        ("/events?state=dead&sink=client", "/act/enable", {"sink": "client"}),
+        ("/deliveries?state=unmatched&before=9", "/act/dismiss-deliveries", {"state": "unmatched", "reason": "theirs"}),
+        ("/tasks/kept?from=20&moment=80", "/act/read", {"task": "{task}"}),
+        ("/tasks/kept?from=20", "/act/delete", {"task": "{task}", "typed": "no"}),
+    ],
+)
+def test_an_act_leads_back_to_the_list_as_it_was(
+    parts: Parts, ann: Reader, page: str, act: str, form: dict[str, str]
+) -> None:
+    task = insert_row(parts, external_task_id="kept")
+    with parts.database.write() as session:
+        session.add(event := Event(task_id=task.id, name="task.failed", data={}, at=task.created_at))
+        session.flush()
+        values = {"state": DispatchState.DEAD, "due_at": None, "created_at": task.created_at}
+        session.add(Dispatch(sink="client", event_id=event.id or 0, task_id=task.id, **values))
+    path = f"/console{page.format(task=task.id)}"
+    data = {"csrf": ann.csrf, **{name: value.format(task=task.id) for name, value in form.items()}}
+    for came, leads_to in (
+        (path, path),
+        ("/console/gallery?q=x", path.partition("?")[0]),
+        ("/x//y", path.partition("?")[0]),
+    ):
+        headers = {"Referer": f"http://{ann.http.base_url.host}{came}"}
+        answer = ann.http.post(f"/console{act}", data=data, headers=headers, follow_redirects=False)
+        assert answer.status_code == 303
+        assert answer.headers["location"] == leads_to
+
+
+def test_a_replay_of_all_that_match_keeps_their_filter(parts: Parts, ann: Reader) -> None:
+    deliver(parts, None, b"{}")
+    path = "/console/deliveries/replay?state=unreadable&since=2026-01-01"
+    page = ann.http.get(path).text
+    assert 'href="/console/deliveries?state=unreadable&amp;since=2026-01-01"' in page  # Cancel
+    form = {"csrf": ann.csrf, "state": "unreadable", "since": "2026-01-01"}
+    done = ann.http.post("/console/act/replay", data=form, headers={"Referer": f"http://x{path}"})
+    assert "What the replay changed" in done.text and "of=" in str(done.url)
+    assert 'href="/console/deliveries?state=unreadable&amp;since=2026-01-01"' in done.text
 
 
 def batch_form(ann: Reader, content: str, **fields: str) -> httpx.Response:

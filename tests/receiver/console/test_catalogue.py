@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from receiver.console import catalogue
-from receiver.console.pages import batches
 from receiver.console.words import cause
 from receiver.tasks import apply_deliveries, reconcile
 from storage import filters
+from storage.accounts.batches import STAGES
 from storage.archive.audit import FindingKind
 from storage.bucket.probe import Capabilities
 from storage.rows.events import EventName
@@ -61,7 +61,7 @@ def test_no_text_is_unused() -> None:
 def test_every_state_of_a_row_has_a_text() -> None:
     kinds = {
         "state": TaskState, "archive": ArchiveState, "delivery": CallbackState, "dispatch": DispatchState, "next": Step,
-        "finding": FindingKind, "files": filters.FILES, "person": ACTIONS, "stage": batches.STAGES,
+        "finding": FindingKind, "files": filters.FILES, "person": ACTIONS, "stage": STAGES,
         "event": [name for name in EventName if not name.startswith("account.")], "capability": CAPABILITIES,
     }  # fmt: skip
     keys = [f"{group}.{value}" for group, values in kinds.items() for value in values]
