@@ -9,9 +9,11 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
 from typing import NamedTuple
 
+from receiver.base.forms import Upload
 from receiver.batch.batch_file import Format
 
 SECONDS = 30 * 60.0
@@ -30,6 +32,17 @@ class CheckedFile(NamedTuple):
     format: Format = "jsonl"
     is_file_name: bool = False
     is_pasted: bool = True
+
+
+def given_file(form: Mapping[str, str], upload: Upload | None) -> CheckedFile:
+    """The uploaded file of a form, or without one its pasted lines (`content`, `format`). `name`: of the batch."""
+    name = form.get("name", "").strip()
+    if upload is None or not upload.content:
+        pasted = form.get("content", "").encode()
+        return CheckedFile(name, pasted, "csv" if form.get("format") == "csv" else "jsonl")
+    path = PurePath(upload.name)
+    format: Format = "csv" if path.suffix.lower() == ".csv" else "jsonl"
+    return CheckedFile(name or path.stem, upload.content, format, is_file_name=not name, is_pasted=False)
 
 
 class CheckedFiles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -123,7 +123,7 @@ def redeliver(
     count, seen = 0, set[int]()
     with opened() as parts:
         known = sorted(each.sink for each in parts.subscriptions)
-        for page in _pages(parts, number or [], sink):
+        for page in outbox.pages_to_redeliver(parts.database, number or [], sink, PAGE):
             with change(parts.database, dry_run=dry_run) as session:
                 count += outbox.redeliver(session, page)
             seen |= {row.id or 0 for row in page}
@@ -144,21 +144,6 @@ def _why_none(sink: str | None, known: Sequence[str], *, all_dead: bool) -> str:
     if sink and sink not in known:
         return f"nothing for {sink!r} was given up, and there is no such sink; there are {', '.join(known) or 'none'}"
     return "nothing was given up; give the numbers of `receiver events list` for others"
-
-
-def _pages(parts: Parts, numbers: Sequence[int], sink: str | None) -> Iterator[list[Dispatch]]:
-    from storage.operations import outbox
-    from storage.states import DispatchState
-
-    after, state = 0, None if numbers else DispatchState.DEAD
-    while True:
-        with parts.database.read() as session:
-            found = outbox.dispatches(session, state=state, sink=sink, ids=numbers, after=after, limit=PAGE)
-        if not found:
-            return
-        rows = [row for row, _, _ in found]
-        after = rows[-1].id or 0
-        yield rows
 
 
 @app.command()

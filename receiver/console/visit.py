@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
@@ -26,6 +26,8 @@ from storage.filters import read_page
 HERE = Path(__file__).parent
 # Sessions whose messages are kept.
 REMEMBERED = 1_000
+# What a form shows of its own fields, escaped. A page has less than 100 kB.
+MAX_SHOWN_BYTES = 50_000
 PAGES = ("overview", "tasks", "gallery", "deliveries", "events", "batches", "ask", "archive", "settings")
 
 
@@ -147,6 +149,11 @@ def render(templates: Environment, template: str, language: str, **values: Any) 
         "pages": PAGES,
     }
     return templates.get_template(template).render(values)
+
+
+def is_short(*given: str) -> bool:
+    """Whether a form may show again what it was given."""
+    return sum(map(len, given)) <= MAX_SHOWN_BYTES and len(escape("".join(given)).encode()) <= MAX_SHOWN_BYTES
 
 
 class Part(NamedTuple):

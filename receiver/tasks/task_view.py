@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -140,6 +140,18 @@ def _brief(value: Any) -> Any:
     if isinstance(value, list):
         return [_brief(each) for each in value]
     return {name: _brief(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+def lost_pictures(request: Mapping[str, Any]) -> int:
+    """How many pictures of a stored request are kept as a hash alone."""
+    return sum(not isinstance(each["image"], str) for each in request.get("image_list", ()))
+
+
+def with_pictures(request: Mapping[str, Any], pictures: Iterable[str]) -> dict[str, Any]:
+    """A stored request with these pictures (Base64) in place of the lost ones, in their order."""
+    given, images = iter(pictures), request.get("image_list", ())
+    filled = [each if isinstance(each["image"], str) else {"image": next(given)} for each in images]
+    return {**request, "image_list": filled} if filled else dict(request)
 
 
 def prompt_of(task: Task, most: int = 160) -> str:

@@ -12,7 +12,7 @@ does not wait for others.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -309,6 +309,18 @@ def _page(session: Session, key: Any, sink: str, keys: Sequence[int], limit: int
     found = found.outerjoin(Task, col(Task.id) == col(Dispatch.task_id))
     rows = session.execute(found.where(key.in_(keys[:limit]), *_to(sink)).order_by(key.desc())).all()
     return lists.Page(rows, str(keys[limit - 1]) if len(keys) > limit else None)
+
+
+def pages_to_redeliver(database: Database, ids: Sequence[int], sink: str | None, size: int) -> Iterator[list[Dispatch]]:
+    """These dispatches, or all dead ones (of one sink), `size` at a time."""
+    after, state = 0, None if ids else DispatchState.DEAD
+    while True:
+        with database.read() as session:
+            rows = [row for row, *_ in dispatches(session, state=state, sink=sink, ids=ids, after=after, limit=size)]
+        if not rows:
+            return
+        after = rows[-1].id or 0
+        yield rows
 
 
 def redeliver(session: Session, rows: Sequence[Dispatch]) -> int:

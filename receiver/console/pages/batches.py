@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from sqlmodel import col, select
@@ -12,12 +11,12 @@ from starlette.responses import Response
 from receiver.base.visible import short
 from receiver.batch import batch_file, batch_report
 from receiver.batch.batch import Plan
-from receiver.batch.batch_file import BatchInvalid, Fault, Format
-from receiver.batch.checked_files import CheckedFile, CheckedFiles
+from receiver.batch.batch_file import BatchInvalid, Fault
+from receiver.batch.checked_files import CheckedFile, CheckedFiles, given_file
 from receiver.console.installation import Installation, note_act, row_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Streamed
-from receiver.console.visit import Visit, part
+from receiver.console.visit import Visit, is_short, part
 from storage import filters
 from storage.accounts import batches
 from storage.operations import lists
@@ -28,13 +27,11 @@ from storage.rows.models import Batch, Task
 HOME = "/console/batches"
 # Batches whose counts are kept. The ids of the failures of one take up to 10 MB, as long as its file is.
 KEPT_COUNTS, KEPT_FAILURES = 1_000, 8
-SHOWN_FAULTS = 100
+SHOWN_FAULTS = 40
 # In the order of their lines.
 FAILURES_A_PAGE = 40
 # Of the whole form. `receiver submit --batch` takes larger files.
 MAX_UPLOAD_BYTES = 16 * 2**20
-# Pasted lines of a good file that its page shows again.
-MAX_SHOWN_BYTES = 40_000
 NO_FILE = "no file and no lines are given: choose a file, or paste its lines"
 
 
@@ -105,7 +102,7 @@ class BatchPages:
         its hash, sends it.
         """
         key = visit.form.get("checked", "")
-        given = self._checked.get(visit.session.name, key) if key else _given(visit)
+        given = self._checked.get(visit.session.name, key) if key else given_file(visit.form, visit.uploads.get("file"))
         if given is None:
             visit.say(visit.text("batch.gone"), bad=True)
             return visit.redirect(f"{HOME}/new")
@@ -134,19 +131,8 @@ class BatchPages:
 
 
 def _form(visit: Visit, given: CheckedFile, *, status: int = 200, **found: Any) -> Response:
-    """The form. Pasted lines are shown again where they have faults or are short; a file is chosen again."""
+    """The form. Pasted lines are shown again where they are short; a file is chosen again."""
     shown = {"faults": [], "fault_count": 0, "plan": None, "estimate": None, "checked": "", **found}
-    is_shown = given.is_pasted and (status != 200 or len(given.content) <= MAX_SHOWN_BYTES)
-    shown["content"] = given.content.decode("utf-8", "replace") if is_shown else ""
+    pasted = given.content.decode("utf-8", "replace") if given.is_pasted else ""
+    shown |= {"content": pasted if is_short(pasted) else "", "is_long": not is_short(pasted)}
     return visit.page("batch_new.html", section="batches", status=status, given=given, **shown)
-
-
-def _given(visit: Visit) -> CheckedFile:
-    """The file of the form, or its pasted lines."""
-    name, upload = visit.form.get("name", "").strip(), visit.uploads.get("file")
-    if upload is None or not upload.content:
-        pasted = visit.form.get("content", "").encode()
-        return CheckedFile(name, pasted, "csv" if visit.form.get("format") == "csv" else "jsonl")
-    path = Path(upload.name)
-    format: Format = "csv" if path.suffix.lower() == ".csv" else "jsonl"
-    return CheckedFile(name or path.stem, upload.content, format, is_file_name=not name, is_pasted=False)

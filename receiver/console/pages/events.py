@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from sqlmodel import Session, col, select
@@ -49,18 +50,13 @@ class EventsOut:
         sink = visit.form.get("sink") or None
         if not ids and not sink:
             raise HTTPException(400, "none_chosen")
-        count, after, of_tasks = 0, 0, set[Any]()
-        while count < MAX_REDELIVER:
-            with self._of.database.read() as session:
-                state = None if ids else DispatchState.DEAD
-                found = outbox.dispatches(session, state=state, sink=sink, ids=ids, after=after, limit=PAGE)
-            if not found:
-                break
-            after = found[-1][0].id or 0
-            of_tasks |= {row.task_id for row, _, _ in found}
+        count, of_tasks = 0, set[Any]()
+        for rows in islice(outbox.pages_to_redeliver(self._of.database, ids, sink, PAGE), MAX_REDELIVER // PAGE):
             with change(self._of.database, dry_run=False) as session:
-                count += outbox.redeliver(session, [row for row, _, _ in found])
-        note_act(self._of, visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])), of_tasks)
+                count += outbox.redeliver(session, rows)
+            of_tasks |= {row.task_id for row in rows}
+        if count:
+            note_act(self._of, visit.session.name, "redeliver", sink or ",".join(map(str, ids[:20])), of_tasks)
         visit.say(visit.text("events.redelivered", n=count), bad=not count)
         return visit.back(HOME)
 

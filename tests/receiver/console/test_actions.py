@@ -8,6 +8,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -28,6 +29,7 @@ from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
 from tests.receiver.providers.test_kling_request import picture
 
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
 
 
@@ -156,6 +158,42 @@ def test_request_whose_price_was_not_shown_is_not_sent(parts: Parts, ann: Reader
     assert "72 units" in changed.text and not sandbox.ledger().creates
     ann.send(changed.text, **{**fields, "n": "9"})
     assert [create.body and create.body["n"] for create in sandbox.ledger().creates] == [9]
+
+
+def test_one_price_is_for_one_external_id(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
+    fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "external_task_id": "ext-1"}
+    priced = ann.post("/ask", **fields, step="price").text
+    ann.send(priced, **fields)
+    other = ann.send(priced, **fields | {"external_task_id": "ext-2"})
+    assert "8 units" in other.text and [each.external_task_id for each in sandbox.ledger().tasks] == ["ext-1"]
+
+
+@pytest.mark.parametrize("once", ["", "one-of-a-colleague"])
+def test_link_gives_no_form_the_identity_of_another(parts: Parts, ann: Reader, sandbox: Sandbox, once: str) -> None:
+    fields = {"model_name": "kling-image-o1", "prompt": "a red kite"}
+    task = archive(parts, 1)[0]
+    for _ in range(2):
+        shown = ann.page(f"/ask?once={once}")
+        ann.send(ann.send(shown, **fields).text, **fields)
+        ann.send(ann.page(f"/ask?again={task.id}&once={once}"))
+    assert len(sandbox.ledger().creates) == 5
+
+
+def test_lost_pictures_are_chosen_again_before_a_request_is_sent_again(
+    parts: Parts, ann: Reader, sandbox: Sandbox
+) -> None:
+    kept, lost = {"image": "https://cdn.example/a.png"}, {"image": {"sha256": "0" * 64, "bytes": 9}}
+    request = {"model_name": "kling-image-o1", "prompt": "two boats", "image_list": [lost, kept]}
+    shown = ann.get(f"/ask?again={insert_row(parts, request=request).id}")
+    assert shown.status_code == 422 and "1 uploaded picture of this request was not kept" in shown.text
+    chosen = [("picture", ("a.png", picture(400, 400), "image/png"))]
+    hidden = dict(HIDDEN.findall(shown.text))
+    priced = ann.http.post("/console/ask", data={**hidden, "step": "price"}, files=chosen)
+    assert "8 units" in priced.text and "Choose the pictures again" in priced.text
+    ann.http.post("/console/ask", data={**dict(HIDDEN.findall(priced.text)), "step": "send"}, files=chosen)
+    [create] = sandbox.ledger().creates
+    assert create.body and create.body["image_list"][1] == kept
+    assert base64.b64decode(create.body["image_list"][0]["image"]) == chosen[0][1][1]
 
 
 def test_form_is_kept_when_its_id_is_taken(parts: Parts, ann: Reader) -> None:
@@ -344,6 +382,38 @@ def test_a_batch_without_a_name_or_without_lines_is_told_what_to_give(
 ) -> None:
     answer = ann.post("/batches/new", **form)
     assert answer.status_code == 422 and said in answer.text and "printable" not in answer.text
+
+
+def test_form_shows_no_long_field_again_and_says_so(ann: Reader) -> None:
+    for field in ("images", "prompt", "more", "external_task_id", "once"):
+        fields = {"csrf": ann.csrf, "model_name": "a-model-of-tomorrow", "prompt": "a boat", field: "a+ " * 60_000}
+        answer = ann.http.post("/console/ask", content=urlencode(fields), headers=FORM)
+        assert answer.status_code == 422 and "too long for this form" in answer.text and len(answer.content) < 100_000
+        assert "a-model-of-tomorrow" in answer.text
+
+
+@pytest.mark.parametrize("odd", ["'", "字"])
+def test_page_with_the_most_of_everything_is_below_its_bound(ann: Reader, odd: str) -> None:
+    line = json.dumps({odd * 60: odd * 60}, ensure_ascii=False) + "\n"
+    shown = line * (49_000 // len(html.escape(line).encode()))
+    form = {"csrf": (None, ann.csrf), "name": (None, odd * 100_000)}
+    both = ({**form, "content": (None, lines)} for lines in (shown, line * 5_000))
+    answers = [ann.http.post("/console/batches/new", files=each) for each in both]
+    assert "too long to be shown again" in answers[1].text
+    assert html.escape(line.strip()).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in answers[0].text
+    image = {"csrf": ann.csrf, "model_name": "a-model-of-tomorrow", "prompt": "a boat"}
+    answers.append(ann.http.post("/console/ask", data={**image, "images": f"{odd * 200} " * 45}))
+    assert [(each.status_code, len(each.content) < 100_000) for each in answers] == [(422, True)] * 3
+
+
+def test_batch_is_sent_as_it_was_priced_and_never_without_a_price(parts: Parts, ann: Reader) -> None:
+    unpriced = batch_form(ann, GOOD, step="send")
+    assert "8 units" in unpriced.text and "Send 1 request" in unpriced.text
+    other = {"content": GOOD.replace("}", ', "n": 9}'), "name": "another", "format": "csv", "step": "send"}
+    ann.http.post("/console/batches/new", data={**dict(HIDDEN.findall(unpriced.text)), **other})
+    with parts.database.read() as session:
+        assert [task.request.get("n", 1) for task in session.exec(select(Task))] == [1]
+        assert [batch.name for batch in session.exec(select(Batch))] == ["spring"]
 
 
 def test_a_batch_with_a_fault_in_line_three_is_not_sent(parts: Parts, ann: Reader) -> None:
