@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Route
 from receiver.base.forms import Upload, cookie, parse_form
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
+from receiver.console.needs import Needs
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, address_of, came_from, environment, own_path, render, versions
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -81,13 +82,11 @@ def _policy(pictures: str) -> str:
 class Guard:
     """Wraps page functions as endpoints that need a session. `tick`: grows with every change."""
 
-    def __init__(
-        self, access: Access, policy: Policy, counts: Callable[[], dict[str, int]], tick: Callable[[], int]
-    ) -> None:
+    def __init__(self, access: Access, policy: Policy, needs: Needs, tick: Callable[[], int]) -> None:
         self.access, self.policy = access, policy
         self.templates = environment()
         self.notices = Notices()
-        self._counts = counts
+        self._needs = needs
         self._shared = SharedPages(tick)
         self._threads = CapacityLimiter(THREADS)
 
@@ -117,6 +116,7 @@ class Guard:
                 try:
                     return await to_thread.run_sync(make, visit, limiter=self._threads)
                 finally:
+                    self._needs.forget()
                     self._shared.forget()
             if asyncio.iscoroutinefunction(function):
                 answer: Response = await function(visit)
@@ -130,7 +130,7 @@ class Guard:
     def _answer(self, function: PageFunction, visit: Visit) -> Response:
         try:
             self.policy.learn()
-            visit.counts = self._counts()
+            visit.counts = self._needs.counts()
             return function(visit)
         except FilterInvalid as error:
             if visit.request.method == "POST":

@@ -35,7 +35,7 @@ class Console:
         self._live = Live(of.database, lambda request: session_of(access, request) is not None)
         self._overview = Overview(of, self._needs)
         self._batches = BatchPages(of)
-        self._guard = Guard(access, Policy(self._origin_of_links), self._needs.counts, lambda: self._live.tick)
+        self._guard = Guard(access, Policy(self._origin_of_links), self._needs, lambda: self._live.tick)
 
     def application(self, files: Files) -> WithHeaders:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""

@@ -42,21 +42,27 @@ class Standing(NamedTuple):
 
 
 class Needs:
-    """Queries the rows, at most every three seconds."""
+    """Queries the rows, at most every three seconds and after each act of a person at this process."""
 
     def __init__(self, of: Installation) -> None:
         self._of = of
         self._store = BucketAvailability(of.bucket, max_wait_seconds=STORE_SECONDS)
         self._store.state()  # starts its background check
         self._lock = threading.Lock()
-        self._seen: tuple[float, Standing] | None = None
+        self._seen: tuple[float, int, Standing] | None = None
+        self._acts = 0
 
     def now(self) -> Standing:
         """The current state. Raises DatabaseUnavailable."""
         with self._lock:
-            if self._seen is None or time.monotonic() > self._seen[0] + FRESH_SECONDS:
-                self._seen = time.monotonic(), self._look()
-            return self._seen[1]
+            now, acts = time.monotonic(), self._acts
+            if self._seen is None or self._seen[1] != acts or now > self._seen[0] + FRESH_SECONDS:
+                self._seen = now, acts, self._look()
+            return self._seen[-1]
+
+    def forget(self) -> None:
+        """Query the rows again from now on, because a person acts. Waits for no query, whose result is too old now."""
+        self._acts += 1
 
     def counts(self) -> dict[str, int]:
         """The numbers beside the names of pages."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Sequence
 
 from sqlalchemy import Uuid, bindparam, func, update
 from sqlmodel import Session, col, delete, select
@@ -44,6 +45,12 @@ def beat(database: Database, worker_id: uuid.UUID) -> int:
     with database.autocommit_writer() as connection:
         others = execute(connection, _BEAT, {"own": worker_id}).rows
         return 1 + (others[0][0] if others else 0)
+
+
+def alive(session: Session) -> Sequence[Worker]:
+    """The workers that are alive, the oldest first."""
+    found = select(Worker).where(col(Worker.seen_at) > db_now(-ALIVE_SECONDS))
+    return session.exec(found.order_by(col(Worker.started_at))).all()
 
 
 def try_write(database: Database) -> None:

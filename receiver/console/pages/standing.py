@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from sqlmodel import col, select
 from starlette.responses import Response
 
 from receiver.base.visible import short
@@ -13,12 +12,10 @@ from receiver.console.installation import CheckLine, Installation, note_act
 from receiver.console.needs import Needs
 from receiver.console.visit import Visit
 from storage.archive import continuous_audit
-from storage.database.clock import db_now
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import heartbeats
 from storage.operations.sample_audit import SAMPLE, SampleAudit
 from storage.rows import events
-from storage.rows.models import Worker
 
 SHOWN_FINDINGS = 100
 SHOWN_ACTS = 25
@@ -60,9 +57,8 @@ class StandingPages:
         return self._settings(visit, self._of.check())
 
     def _settings(self, visit: Visit, checked: Sequence[CheckLine] | None) -> Response:
-        alive = col(Worker.seen_at) > db_now(-heartbeats.ALIVE_SECONDS)
         with self._of.database.read() as session:
-            workers = session.exec(select(Worker).where(alive).order_by(col(Worker.started_at))).all()
+            workers = heartbeats.alive(session)
             acts = events.newest_acts(session, SHOWN_ACTS)
         people = [(key.name, key.may_act) for key in self._of.keys]
         return visit.page(
