@@ -335,14 +335,13 @@ def _show_estimate(parts: Parts, plan: Plan, lines: Sequence[Line], prices: Path
 
 def _cost(found: Estimate) -> str:
     most = "at most " if found.auto else ""
-    text = (
-        f"{most}{found.pictures:,} pictures ({found.slots:,} slots), {most}{found.units:,f} units = "
-        f"{most}{found.usd:,.2f} USD by prices of {found.date}"
-    )
+    text = f"{most}{found.pictures:,} pictures ({found.slots:,} slots)"
+    if found.unpriced < found.pictures or not found.pictures:
+        text += f", {most}{found.units:,f} units = {most}{found.usd:,.2f} USD by prices of {found.date}"
     if found.auto:
         text += f"; {found.auto:,} series of automatic length count as nine pictures"
     if found.unpriced:
-        text += f"; the table has no price for {found.unpriced:,} of the pictures"
+        text += f"; no price is known for {found.unpriced:,} of the pictures"
     return text
 
 

@@ -9,12 +9,14 @@ from receiver.gateway.queries import MAX_IDS
 from receiver.providers.kling.request import (
     ASPECT_RATIOS,
     MAX_INPUTS,
+    MAX_ITEMS,
     MAX_PICTURES,
     MAX_PROMPT_CHARS,
     MODELS,
     Model,
 )
 from receiver.providers.kling.request_images import MAX_URL_CHARS
+from storage.states import MAX_FILES
 
 PATH = "/kling/v1/images/omni-image"
 TASKS = "/kling/tasks"
@@ -179,9 +181,8 @@ def _optional(*schemas: Schema) -> Schema:
     return {"anyOf": [*schemas, EMPTY, {"type": "null"}]}
 
 
-def _inputs(item: Schema, most: int | None) -> Schema:
-    bound = {} if most is None else {"maxItems": most}
-    return _optional({"type": "array", "items": item, **bound})
+def _inputs(item: Schema, most: int) -> Schema:
+    return _optional({"type": "array", "items": item, "maxItems": most})
 
 
 def _between(low: int, high: int) -> Schema:
@@ -189,18 +190,20 @@ def _between(low: int, high: int) -> Schema:
 
 
 def _request(model: Schema, rules: Model | None) -> Schema:
-    """`rules` None: an unknown model, of which only the types are checked."""
+    """`rules` None: an unknown model, of which only the types and our own bounds are checked."""
     fields = {
         "model_name": model,
         "prompt": {**WORDS, "maxLength": MAX_PROMPT_CHARS} if rules else WORDS,
-        "image_list": _inputs(_closed("image", image=IMAGE), MAX_INPUTS if rules else None),
+        "image_list": _inputs(_closed("image", image=IMAGE), MAX_INPUTS if rules else MAX_ITEMS),
         "element_list": _inputs(
-            _closed("element_id", element_id=_between(1, 2**63 - 1)), MAX_INPUTS if rules else None
+            _closed("element_id", element_id=_between(1, 2**63 - 1)), MAX_INPUTS if rules else MAX_ITEMS
         ),
         "resolution": _optional(_one_of(rules.resolutions) if rules else WORDS),
-        "n": _optional(_between(1, MAX_PICTURES) if rules else INTEGER, DIGITS),
+        "n": _optional(_between(1, MAX_PICTURES) if rules else {**INTEGER, "maximum": MAX_FILES}, DIGITS),
         "result_type": _optional(_one_of(rules.result_types) if rules else WORDS),
-        "series_amount": _optional(_between(2, MAX_PICTURES) if rules else INTEGER, DIGITS, {"const": "auto"}),
+        "series_amount": _optional(
+            _between(2, MAX_PICTURES) if rules else {**INTEGER, "maximum": MAX_FILES}, DIGITS, {"const": "auto"}
+        ),
         "aspect_ratio": _optional(_one_of(ASPECT_RATIOS) if rules else WORDS),
         "watermark_info": _optional(_closed("enabled", enabled={"type": "boolean"})),
         "callback_url": _optional(CALLBACK_URL),

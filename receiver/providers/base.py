@@ -137,7 +137,7 @@ class ProviderRequest(Protocol):
 @dataclass(frozen=True)
 class Estimate:
     """The cost of requests. `auto`: series whose length the provider chooses, counted as nine pictures each, so the
-    sums are upper bounds. `unpriced`: pictures of resolutions that the table does not have.
+    sums are upper bounds. `unpriced`: pictures without a known price, by their model or resolution; the sums lack them.
     """
 
     tasks: int
@@ -150,7 +150,9 @@ class Estimate:
     date: str
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "units": float(self.units), "usd": float(self.usd)}
+        """For JSON. Without a price of all pictures there is no sum."""
+        sums = {name: None if self.unpriced else float(getattr(self, name)) for name in ("units", "usd")}
+        return {**vars(self), **sums}
 
 
 class Provider(Protocol):

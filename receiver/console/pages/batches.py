@@ -75,7 +75,7 @@ class BatchPages:
         with self._of.database.read() as session:
             batch = row_of(session, Batch, visit.form.get("batch", ""))
             estimate = self._of.estimate(batches.refused(session, batch.id))
-        if estimate.tasks and visit.form.get("priced") != f"{estimate.tasks} {estimate.units}":
+        if estimate.tasks and visit.form.get("priced") != f"{estimate.tasks} {estimate.pictures} {estimate.units}":
             return visit.redirect(f"{HOME}/{batch.id}?retry=1")
         tally = self._of.batches.retry(batch.name)
         self._counts.forget(batch.id)

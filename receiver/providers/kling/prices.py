@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from receiver.providers.base import Estimate, PricesUnreadable
-from receiver.providers.kling.request import DEFAULTS, facts_of
+from receiver.providers.kling.request import DEFAULTS, MODELS, facts_of
 
 MAX_BYTES = 64 * 1024
 FORM = '{"date": "2026-09", "usd_per_unit": "0.0035", "units_per_picture": {"1k": 8, "2k": 8, "4k": 16}}'
@@ -18,19 +18,23 @@ FORM = '{"date": "2026-09", "usd_per_unit": "0.0035", "units_per_picture": {"1k"
 
 @dataclass(frozen=True)
 class Prices:
-    """`date`: when they were valid. `units_per_picture`: by resolution. `usd_per_unit`: US dollars for one unit."""
+    """`date`: when they were valid. `units_per_picture`: by resolution. `usd_per_unit`: US dollars for one unit.
+    `models`: those that they are for, None = all.
+    """
 
     date: str
     usd_per_unit: Decimal
     units_per_picture: dict[str, Decimal]
+    models: Collection[str] | None = None
 
-    def units(self, resolution: str) -> Decimal | None:
-        """Units of one picture; None if the table does not have the resolution."""
-        return self.units_per_picture.get(resolution)
+    def units(self, model: str | None, resolution: str) -> Decimal | None:
+        """Units of one picture; None if the table does not have the resolution, or is not for the model."""
+        has_model = self.models is None or model in self.models
+        return self.units_per_picture.get(resolution) if has_model else None
 
 
 # Kling's price page as of 2026-09: 8 units are 0.028 USD, taken at completion.
-KLING = Prices("2026-09", Decimal("0.0035"), {"1k": Decimal(8), "2k": Decimal(8), "4k": Decimal(16)})
+KLING = Prices("2026-09", Decimal("0.0035"), {"1k": Decimal(8), "2k": Decimal(8), "4k": Decimal(16)}, MODELS)
 
 
 def estimate(requests: Iterable[Mapping[str, Any]], prices: Prices) -> Estimate:
@@ -40,7 +44,7 @@ def estimate(requests: Iterable[Mapping[str, Any]], prices: Prices) -> Estimate:
     for request in requests:
         facts = facts_of(request)
         pictures = facts.slots  # watermarked copies are free
-        each = prices.units(request.get("resolution", DEFAULTS["resolution"]))
+        each = prices.units(facts.model, request.get("resolution", DEFAULTS["resolution"]))
         tasks, slots = tasks + 1, slots + pictures
         auto += facts.expected is None
         unpriced += pictures if each is None else 0

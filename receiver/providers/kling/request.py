@@ -31,7 +31,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from receiver.providers.base import RequestFacts, RequestInvalid, is_storable, plain
 from receiver.providers.kling.request_images import fingerprint, image_input, is_url, picture_fault, refused
-from storage.states import expected_files
+from storage.states import MAX_FILES, expected_files
 
 MAX_PROMPT_CHARS = 2_500
 MAX_INPUTS = 10  # images and elements together
@@ -132,8 +132,9 @@ class OmniImageRequest(_Strict):
     @classmethod
     def _obeys_its_model(cls, value: Any, info: ValidationInfo) -> Any:
         model_name = info.data.get("model_name")
-        rule = RULES.get(info.field_name or "")
-        if rule is None or value is None or (model_name is not None and model_name not in MODELS):
+        is_documented = model_name is None or model_name in MODELS
+        rule = (RULES if is_documented else RULES_OF_ANY_MODEL).get(info.field_name or "")
+        if rule is None or value is None:
             return value
         faults = list(rule(value, info.data, MODELS.get(model_name or "", ANY_MODEL)))
         if faults:
@@ -241,6 +242,18 @@ RULES: dict[str, Callable[[Any, Mapping[str, Any], Model], Iterator[Fault]]] = {
     "result_type": lambda value, _fields, model: _one_of(value, model.result_types, ANY_MODEL.result_types),
     "series_amount": _series_amount_rule,
     "aspect_ratio": lambda value, _fields, _model: _one_of(value, ASPECT_RATIOS, ASPECT_RATIOS),
+}
+
+
+def _amount_rule(amount: int | str, _fields: Mapping[str, Any], _model: Model) -> Iterator[Fault]:
+    if isinstance(amount, int) and amount > MAX_FILES:
+        yield Fault("", amount, f"must be at most {MAX_FILES}: a task has no more files")
+
+
+# Without a rule of its own a model may ask for what no task of ours can hold, and nobody could say its price.
+RULES_OF_ANY_MODEL: dict[str, Callable[[Any, Mapping[str, Any], Model], Iterator[Fault]]] = {
+    "n": _amount_rule,
+    "series_amount": _amount_rule,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from dataclasses import replace
 from decimal import Decimal
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -296,6 +297,15 @@ def test_automatic_series_count_as_nine_and_unknown_resolutions_as_unpriced() ->
     unknown = parse_request({**GOOD, "model_name": "kling-v9", "resolution": "9k", "n": 2})
     found = estimate([series.wire(), unknown.wire()], KLING)
     assert (found.auto, found.unpriced, found.units) == (1, 2, 72)
+    assert (found.as_dict()["units"], found.as_dict()["usd"], found.as_dict()["pictures"]) == (None, None, 11)
+
+
+def test_prices_of_kling_are_for_the_known_models_and_those_of_a_file_for_all() -> None:
+    unknown = parse_request({**GOOD, "model_name": "kling-v9", "n": 3})
+    found = estimate([unknown.wire()], KLING)
+    assert (found.pictures, found.unpriced, found.units) == (3, 3, 0)
+    found = estimate([unknown.wire()], replace(KLING, models=None))
+    assert (found.pictures, found.unpriced, found.units) == (3, 0, 24)
 
 
 def test_a_price_table_is_read(tmp_path: Path) -> None:

@@ -150,6 +150,14 @@ def test_a_request_is_priced_before_it_is_sent(parts: Parts, ann: Reader, sandbo
     assert answers[1].url == answers[0].url and len(sandbox.ledger().creates) == 1
 
 
+def test_price_that_is_not_known_is_not_shown(ann: Reader) -> None:
+    shown = ann.post("/ask", model_name="a-model-of-tomorrow", prompt="a boat", n="5", resolution="8k").text
+    assert "No price is known for 5 of the pictures" in shown and "USD" not in shown and "At most" not in shown
+    lines = GOOD + json.dumps({"model_name": "a-model-of-tomorrow", "prompt": "a boat"})
+    shown = batch_form(ann, lines).text
+    assert "8 units" in shown and "No price is known for 1 picture." in shown and "At most" not in shown
+
+
 def test_request_whose_price_was_not_shown_is_not_sent(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
     fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "n": "2"}
     assert "16 units" in ann.post("/ask", **fields, step="send").text

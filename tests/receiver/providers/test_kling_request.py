@@ -186,6 +186,13 @@ def test_too_many_of_anything_are_one_fault(model_name: str, fields: dict[str, A
     assert line.startswith(fault)
 
 
+@pytest.mark.parametrize("field", ["n", "series_amount"])
+def test_no_request_asks_for_more_pictures_than_a_task_holds(field: str) -> None:
+    assert faults(model_name="a-model-of-tomorrow", **{field: 5_000}) == [
+        f"{field}: 5000: must be at most 64: a task has no more files"
+    ]
+
+
 def test_faults_of_one_request_are_bounded() -> None:
     lines = faults(
         model_name="a-model-of-tomorrow", n="x", image_list=[{"image": f"?{number}"} for number in range(100)]
