@@ -107,7 +107,7 @@ POSTGRESQL_INSERT = (
 
 
 def store(session: Session, deliveries: Sequence[Delivery]) -> set[str]:
-    """Insert at most 256 deliveries, but those that are stored, in the session's transaction. Returns the new keys."""
+    """Insert at most 256 deliveries, except stored ones, in the session's transaction. Returns the new keys."""
     return insert(session.connection(), deliveries)
 
 
