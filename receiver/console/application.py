@@ -208,7 +208,7 @@ class Front:
         return HTMLResponse(page, status, headers={"Retry-After": str(wait)} if wait else None)
 
     async def log_out(self, request: Request) -> Response:
-        """Read-only keys may end their own session: this POST changes nothing else."""
+        """Read-only keys may end their own session: this POST changes nothing else. Pictures leave the browser's disk too."""
         refuse_other_sites(request)
         session = session_of(self._guard.access, request)
         if session is not None:
@@ -216,7 +216,7 @@ class Front:
             if not hmac.compare_digest(given.encode(), session.csrf.encode()):
                 raise HTTPException(403)
             self._guard.access.end(session)
-        answer = RedirectResponse(LOGIN, status_code=303)
+        answer = RedirectResponse(LOGIN, 303, {"Clear-Site-Data": '"cache"'})
         answer.delete_cookie(COOKIE, path="/console", httponly=True, samesite="strict", secure=self._is_secure)
         return answer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from datetime import UTC, datetime
 from itertools import groupby
 
@@ -20,7 +19,7 @@ from storage import filters
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.operations import lists
-from storage.operations.thumbnails import Thumbnails
+from storage.operations.thumbnails import SIDE_PIXELS, Thumbnails
 from storage.rows.models import Asset
 from storage.states import ArchiveState, AssetState, TaskState
 
@@ -31,6 +30,8 @@ SIZES = ("s", "m", "l")
 WAITING = 12
 # A URL has at most 2 KiB, and each id takes 40 bytes.
 MAX_ZIP_FILES, MAX_ZIPS = 45, 4
+# A browser asks before it shows a kept picture again, because the session may have ended or the picture be deleted.
+KEPT = "private, no-cache"
 SANDBOX = "default-src 'none'; img-src 'self'; media-src 'self'; style-src 'unsafe-inline'; sandbox"
 
 
@@ -69,21 +70,25 @@ class Gallery:
             raise HTTPException(503) from None
         if answer.status_code != 302:  # the store's own answer has its own headers
             answer.headers["Content-Security-Policy"] = SANDBOX
-            answer.headers["Cache-Control"] = "private, max-age=3600"
+            answer.headers["Cache-Control"] = KEPT
         return answer
 
     async def thumbnail(self, visit: Visit) -> Response:
-        """A small WebP; 404 if there is none."""
-        content = await to_thread.run_sync(self._thumbnail, id_of(visit.path("id")), limiter=self._waiting)
-        if content is None:
-            raise HTTPException(404)
-        headers = {"Cache-Control": "private, max-age=86400, immutable", "Content-Security-Policy": SANDBOX}
-        return Response(content, media_type="image/webp", headers=headers)
+        return await to_thread.run_sync(self._thumbnail, visit, limiter=self._waiting)
 
-    def _thumbnail(self, asset_id: uuid.UUID) -> bytes | None:
+    def _thumbnail(self, visit: Visit) -> Response:
+        """A small WebP; 404 if there is none. A browser that has it costs one row and no picture."""
         with self._of.database.read() as session:
-            asset = session.get(Asset, asset_id)
-        return self._thumbnails.get(asset) if asset and asset.state is AssetState.ARCHIVED else None
+            asset = session.get(Asset, id_of(visit.path("id")))
+        if asset is None or asset.state is not AssetState.ARCHIVED:
+            raise HTTPException(404)
+        etag = f'"{asset.sha256}-{SIDE_PIXELS}"'
+        headers = {"Cache-Control": KEPT, "Content-Security-Policy": SANDBOX, "ETag": etag}
+        if etag in visit.request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        if (content := self._thumbnails.get(asset)) is None:
+            raise HTTPException(404)
+        return Response(content, media_type="image/webp", headers=headers)
 
     def zip(self, visit: Visit) -> Response:
         """The chosen files in one archive, streamed and never held in memory."""

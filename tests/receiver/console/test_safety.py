@@ -141,6 +141,19 @@ def test_file_is_served_with_a_policy_that_runs_no_script(parts: Parts, ann: Rea
         assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+def test_browser_asks_before_it_shows_a_kept_picture(parts: Parts, ann: Reader, ben: Reader) -> None:
+    kept, gone = archive(parts, 2)
+    paths = [f"/{kind}/{assets_of(parts, each)[0].id}" for each in (kept, gone) for kind in ("files", "thumbnails")]
+    known = {path: {"If-None-Match": ann.get(path).headers["etag"]} for path in paths}
+    ann.post("/act/delete", task=str(gone.id), typed=gone.external_task_id)
+    again = [ben.get(path, headers=known[path]) for path in paths]
+    assert [each.status_code for each in again] == [304, 304, 404, 404]
+    assert [each.headers["cache-control"] for each in again] == ["private, no-cache"] * 2 + ["no-store"] * 2
+    ended = ann.post("/logout").history[0]
+    assert ended.headers["clear-site-data"] == '"cache"'
+    assert "Your key" in ann.get(paths[1], headers=known[paths[1]]).text
+
+
 @pytest.mark.parametrize("reached", ["through us", "at the store"])
 def test_a_download_is_saved_under_the_objects_name(parts: Parts, ann: Reader, reached: str) -> None:
     if reached == "at the store":
