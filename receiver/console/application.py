@@ -208,7 +208,7 @@ class Front:
         return HTMLResponse(page, status, headers={"Retry-After": str(wait)} if wait else None)
 
     async def log_out(self, request: Request) -> Response:
-        """Read-only keys may end their own session: this POST changes nothing else. Pictures leave the browser's disk too."""
+        """Read-only keys may end their own session: nothing else changes. The browser forgets pictures."""
         refuse_other_sites(request)
         session = session_of(self._guard.access, request)
         if session is not None:
@@ -344,8 +344,10 @@ async def static(request: Request) -> Response:
 async def _error_page(guard: Guard, request: Request, error: Exception) -> Response:
     """The page of a refusal, whose detail may name its texts, or of a bug. It needs no database."""
     known = error if isinstance(error, HTTPException) else HTTPException(500)
-    shown = {"detail": known.detail, "login": address_of(LOGIN, {"next": came_from(request)})}
-    page = render(guard.templates, "error.html", language_of(request), status=known.status_code, **shown)
+    came, here = came_from(request), address_of(request.scope["path"], dict(request.query_params))
+    shown = {"login": address_of(LOGIN, {"next": came}), "here": here if request.method == "GET" else came}
+    shown |= {"detail": known.detail, "status": str(known.status_code)}
+    page = render(guard.templates, "error.html", language_of(request), **shown)
     answer = HTMLResponse(page, known.status_code, known.headers)
     if known is not error:
         log.exception("console.request_failed", path=request.url.path)

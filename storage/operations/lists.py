@@ -207,6 +207,12 @@ def is_kept(asset: Asset) -> bool:
     return asset.state is AssetState.ARCHIVED and bool(asset.key)
 
 
+def kept_files_of(session: Session, rows: Sequence[Task]) -> dict[uuid.UUID, list[Asset]]:
+    """The archived files of each of these tasks in reading order."""
+    files = files_of(session, rows)
+    return {row.id: [each for each in files.get(row.id, []) if is_kept(each)] for row in rows}
+
+
 def newest_batches(session: Session, before: str | None, limit: int = PAGE) -> Page:
     """One page of batches."""
     order = (col(Batch.created_at).desc(), col(Batch.id).desc())

@@ -14,7 +14,7 @@ from receiver.console.installation import Files, Installation, id_of
 from receiver.console.pages.tasks import path_of
 from receiver.console.shares import Shares
 from receiver.console.visit import Visit
-from receiver.tasks.task_view import model_of, prompt_of
+from receiver.tasks.task_view import prompt_of
 from storage import filters
 from storage.archive.zip_stream import zip_stream
 from storage.errors import DatabaseUnavailable, StoreUnavailable
@@ -48,17 +48,16 @@ class Gallery:
     def show(self, visit: Visit) -> Response:
         wanted = filters.read_filter(filters.TaskFilter, visit.query, provider=self._of.providers, size=SIZES)
         with self._of.database.read() as session:
-            page = lists.newest_tasks(session, wanted, visit.query.get("before"), TASKS_A_PAGE, kept=True)
-            files = lists.files_of(session, page.rows)
-        kept = {task.id: [each for each in files.get(task.id, []) if lists.is_kept(each)] for task in page.rows}
+            one, before = lists.exact(session, wanted.q, self._of.providers), visit.query.get("before")
+            page = lists.Page([one]) if one else lists.newest_tasks(session, wanted, before, TASKS_A_PAGE, kept=True)
+            kept = lists.kept_files_of(session, page.rows)
         page = lists.first_files(page, {task_id: len(each) for task_id, each in kept.items()}, FILES_A_PAGE)
         shown = [task for task in page.rows if kept[task.id]]
         days = [(day, list(group)) for day, group in groupby(shown, key=lambda task: task.created_at.date())]
         return visit.page(
-            "gallery.html", wanted=wanted, rows=page, days=days,
-            kept=kept, path_of=path_of, prompt_of=prompt_of, model_of=model_of, uri=self._of.bucket.uri,
-            ratio=words.ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES, providers=self._of.providers,
-            states=list(TaskState), sizes=SIZES, size=visit.query.get("size") or "m",
+            "gallery.html", wanted=wanted, rows=page, days=days, kept=kept, path_of=path_of, prompt_of=prompt_of,
+            uri=self._of.bucket.uri, ratio=words.ratio_class, archives=list(ArchiveState), most=MAX_ZIP_FILES,
+            providers=self._of.providers, states=list(TaskState), sizes=SIZES, size=visit.query.get("size") or "m",
         )  # fmt: skip
 
     async def file(self, visit: Visit) -> Response:

@@ -109,7 +109,16 @@ def test_an_exact_id_leads_to_its_task(parts: Parts, ann: Reader) -> None:
     odd = insert_row(parts, external_task_id="../x/?#%2F")
     for words in (task.external_task_id, str(task.provider_task_id), str(task.id)):
         assert ann.get("/tasks", params={"q": words}).url.path == f"/console/tasks/{task.external_task_id}"
+        assert ann.get("/gallery", params={"q": words}).text.count('class="tile') == 1, words
     assert ann.get("/tasks", params={"q": odd.external_task_id}).url.path == f"/console/tasks/{odd.id}"
+
+
+@pytest.mark.parametrize(("language", "since"), [("en", "From (UTC)"), ("zh", "从（UTC）")])
+def test_days_say_that_they_are_utc(parts: Parts, web: Web, language: str, since: str) -> None:
+    archive(parts, 1)
+    with Reader(web.url, language=language) as reader:
+        assert all(since in reader.page(path) for path in ("/tasks", "/gallery", "/deliveries"))
+        assert re.search(r"<h2[^>]*>[0-9-]{10} <[^>]*>UTC<", reader.page("/gallery"))
 
 
 def test_batches_page_by_key(parts: Parts) -> None:

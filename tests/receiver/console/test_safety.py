@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from pydantic import SecretStr
@@ -234,6 +235,9 @@ def test_missing_page_is_a_readable_404(ann: Reader) -> None:
     for path in NOWHERE:
         answer = ann.get(path)
         assert answer.status_code == 404 and (path == "x" or "There is nothing here" in answer.text), path
+    assert "此处没有内容" in ann.get("/language/zh?next=/console/nothing").text
+    switch = f'href="/console/language/en?next={quote("/console/files/x?download=1", safe="")}"'
+    assert switch in ann.get("/files/x?download=1").text
 
 
 def test_templates_never_mark_foreign_text_as_safe() -> None:
