@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+# The ASGI scope's extension with which an application ends its connection at once.
+ABORT = "receiver.abort"
 
 # A turn takes at most a tenth of the time while many wait. One that took long, as on a busy machine, rests for this.
 RESTS, MAX_REST_SECONDS = 9, 0.5
@@ -32,20 +35,27 @@ def background_thread(name: str, work: Callable[[threading.Event], None]) -> Ite
         thread.join()
 
 
-async def while_connected(receive: Callable[[], Awaitable[Mapping[str, Any]]], work: Awaitable[T]) -> T | None:
+async def abort(scope: Mapping[str, Any], receive: Receive) -> None:
+    """End the connection of a request in the middle of its answer, so that the answer does not seem whole."""
+    if extension := scope["extensions"].get(ABORT):  # else its client has left already
+        extension["abort"]()
+    await _disconnect(receive)
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T | None:
     """The result of `work`. If the ASGI client of a request without a body leaves first, `work` is cancelled: None."""
-
-    async def disconnect() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else None
     finally:
         working.cancel()
         leaving.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Turn(Generic[T]):

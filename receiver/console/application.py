@@ -9,7 +9,7 @@ import asyncio
 import functools
 import hmac
 import mimetypes
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from receiver.base.forms import Upload, cookie, parse_form
@@ -27,6 +27,7 @@ from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrott
 from receiver.console.needs import Needs
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, address_of, came_from, environment, own_path, render, versions
+from storage.background import abort
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.filters import FilterInvalid
 
@@ -118,14 +119,23 @@ class Guard:
                 finally:
                     self._needs.forget()
                     self._shared.forget()
-            if asyncio.iscoroutinefunction(function):
-                answer: Response = await function(visit)
-                return answer
             if is_shared and visit.is_live:
                 return await self._shared.answer(visit, make)
-            return await to_thread.run_sync(make, visit, limiter=self._threads)
+            in_thread = functools.partial(to_thread.run_sync, make, limiter=self._threads)
+            answer: Response = await (function if asyncio.iscoroutinefunction(function) else in_thread)(visit)
+            if isinstance(answer, StreamingResponse):
+                answer.body_iterator = self._while_logged_in(request, answer.body_iterator)
+            return answer
 
         return endpoint
+
+    async def _while_logged_in(self, request: Request, parts: AsyncIterable[Any]) -> AsyncIterator[Any]:
+        """The parts of a long answer. None is sent after the end of the session, which takes some 10 µs to check."""
+        async for part in parts:
+            if session_of(self.access, request) is None:
+                await abort(request.scope, request.receive)
+                return
+            yield part
 
     def _answer(self, function: PageFunction, visit: Visit) -> Response:
         try:

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from starlette.routing import BaseRoute
 
 from receiver.console.access import Access
-from receiver.console.application import Guard, Policy, WithHeaders, build, session_of
+from receiver.console.application import Guard, Policy, WithHeaders, build
 from receiver.console.installation import Files, Installation
 from receiver.console.live import Live
 from receiver.console.needs import Needs
@@ -31,11 +31,10 @@ class Console:
     def __init__(self, of: Installation) -> None:
         self._of = of
         self._needs = Needs(of)
-        access = Access(of.keys)
-        self._live = Live(of.database, lambda request: session_of(access, request) is not None)
+        self._live = Live(of.database)
         self._overview = Overview(of, self._needs)
         self._batches = BatchPages(of)
-        self._guard = Guard(access, Policy(self._origin_of_links), self._needs, lambda: self._live.tick)
+        self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs, lambda: self._live.tick)
 
     def application(self, files: Files) -> WithHeaders:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""

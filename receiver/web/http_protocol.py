@@ -27,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from receiver.web.joined_writes import WHOLE_ANSWER, JoinedWrites, WholeAnswer
 from receiver.web.rate_limits import HELD
 from receiver.web.reader_speed import ReaderSpeed
+from storage.background import ABORT
 
 log = structlog.get_logger()
 
@@ -119,7 +120,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_work: RequestResponseCycle | None = None
         self._not_begun: asyncio.Task[None] | None = None  # the handler of a request in the bytes that are being read
         self._extensions: dict[str, dict[object, object]] = {
-            WHOLE_ANSWER: {"send": self._send_whole}, HELD: {"hold": self._hold}
+            WHOLE_ANSWER: {"send": self._send_whole}, HELD: {"hold": self._hold}, ABORT: {"abort": self._abort}
         }  # fmt: skip
 
     def shutdown(self) -> None:
@@ -181,6 +182,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
         cycle.on_response()
         return True
+
+    def _abort(self) -> None:
+        self.transport.abort()
 
     @contextmanager
     def _hold(self) -> Iterator[None]:

@@ -233,6 +233,12 @@ def disabled(session: Session) -> dict[str, str]:
     return {name: reason or "" for name, reason in found}
 
 
+def is_known(session: Session, sink: str) -> bool:
+    """Whether a sink is in the rows, configured or not. Reads at most one dispatch."""
+    queued = select(Dispatch.id).where(col(Dispatch.sink) == sink).limit(1)
+    return sink in disabled(session) or session.scalars(queued).first() is not None
+
+
 def remembered(session: Session) -> set[str]:
     """Names of sinks in the rows, configured or not: those with dispatches and disabled ones."""
     return {*session.exec(select(Dispatch.sink).distinct()), *disabled(session)}

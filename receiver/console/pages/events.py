@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from sqlmodel import Session, col, select
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -16,7 +15,6 @@ from receiver.tasks.changes import change
 from storage.filters import Fault, FilterInvalid, is_number, read_page, understood
 from storage.operations import outbox
 from storage.operations.measures import SinkMeasures
-from storage.rows.models import Dispatch
 from storage.states import DispatchState
 
 HOME = "/console/events"
@@ -35,7 +33,7 @@ class EventsOut:
         given = understood(visit.query, "sink", state=list(DispatchState))
         state, sink = given["state"], given["sink"]
         with self._of.database.read() as session:
-            if sink and not self._is_known(session, sink):
+            if sink and sink not in self._of.sinks and not outbox.is_known(session, sink):
                 raise FilterInvalid(Fault("sink", "absent"))
             rows = outbox.newest(session, state, sink, before=read_page(visit.query, "before"))
             disabled = outbox.disabled(session)
@@ -82,10 +80,6 @@ class EventsOut:
         """A sink that exists. A misspelt name would disable nothing and raise an alarm."""
         name = visit.form.get("sink", "")
         with self._of.database.read() as session:
-            if not self._is_known(session, name):
+            if name not in self._of.sinks and not outbox.is_known(session, name):
                 raise HTTPException(404)
         return name
-
-    def _is_known(self, session: Session, name: str) -> bool:
-        queued = select(Dispatch.id).where(col(Dispatch.sink) == name).limit(1)
-        return name in {*self._of.sinks, *outbox.disabled(session)} or session.scalars(queued).first() is not None

@@ -91,9 +91,14 @@ def test_hostile_markup_is_escaped_on_every_page(parts: Parts, ann: Reader) -> N
     assert "&lt;script&gt;alert(1)" in ann.page(f"/deliveries/{callback.id}")
 
 
-def test_every_answer_forbids_frames(parts: Parts, ann: Reader, stranger: Reader) -> None:
+def test_every_answer_forbids_frames(
+    parts: Parts, ann: Reader, stranger: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = [ann.get(path) for path in (*PAGES, "/tasks/none", "/static/console.js")] + [stranger.get("/login")]
     answers += [ann.post("/act/retry", csrf="wrong")]
+    monkeypatch.setattr(visit.Visit, "page", None)  # a bug
+    answers += [ann.get("/tasks")]
+    assert answers[-1].status_code == 500
     for answer in answers:
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "script-src 'self'" in policy

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from typing import cast
 from uuid import uuid4
 
 import httpx
@@ -22,16 +23,20 @@ from sqlalchemy import event
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.types import Message
+from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.console import live
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, Session
+from receiver.console.application import Guard, Policy
 from receiver.console.live import Pace
+from receiver.console.needs import Needs
 from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import Notices, Visit, environment
-from storage.background import MOST_TURNS
+from storage.background import ABORT, MOST_TURNS
 from storage.database.sessions import Database
 from storage.rows.deliveries import Delivery, store
+from storage.rows.models import Asset
 from tests.archived_tasks import archive
 from tests.console_reader import ACT_KEY, CSRF, READ_KEY, Reader
 from tests.harness import wait_until
@@ -224,27 +229,59 @@ def test_open_stream_ends_within_a_heartbeat_of_the_log_out(
         lines = answer.iter_lines()
         assert "event: still" in lines
         ann.post("/logout")
-        assert len(list(islice(lines, 60))) < 20
+        with pytest.raises(httpx.RemoteProtocolError):
+            assert len(list(islice(lines, 60))) == 60
 
 
 @pytest.mark.parametrize("end", ["key removed", "session over"])
 def test_no_message_follows_the_end_of_a_session(end: str, database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.01)
     clock = Clock()
-    access = Access([ANN, BEN], clock)
-    token = access.log_in(ACT_KEY)
-    stream = live.Live(database, lambda _: access.session(token) is not None)._tell(Request({"type": "http"}))
+    guard = Guard(Access([ANN, BEN], clock), Policy(lambda: None), cast(Needs, None), int)
+    cookie = f"{COOKIE}={guard.access.log_in(ACT_KEY)}".encode()
+    aborted = list[str]()
+    extensions = {ABORT: {"abort": lambda: aborted.append(end)}}
+    request = Request({"type": "http", "headers": [(b"cookie", cookie)], "extensions": extensions}, left)
+    stream = guard._while_logged_in(request, live.Live(database)._tell())
 
     async def messages() -> None:
-        nonlocal access
         assert [await anext(stream) for _ in range(3)] == [live.HELLO, live.STILL, live.STILL]
         if end == "key removed":
-            access = Access([BEN], clock)
+            guard.access = Access([BEN], clock)
         else:
             clock.now += SESSION_SECONDS
         assert [each async for each in stream] == []
 
     asyncio.run(messages())
+    assert aborted == [end]
+
+
+async def left() -> Message:
+    return {"type": "http.disconnect"}
+
+
+@pytest.mark.parametrize("path", ["gallery/zip?id={}", "files/{}"])
+def test_a_download_ends_with_its_session_and_does_not_seem_whole(
+    path: str, parts: Parts, web: Web, ann: Reader, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of it followed the log-out, up to the buffers of the connection."""
+    caplog.set_level("ERROR")
+    large = 24 * 2**20
+    asset = assets_of(parts, archive(parts, 1)[0])[0]
+    parts.bucket._client().put_object(Bucket=parts.bucket.name, Key=asset.key, Body=bytes(large))
+    with parts.database.write() as session:
+        session.get_one(Asset, asset.id).size = large
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    url = f"{web.url}/console/{path.format(asset.id)}"
+    with capture_logs() as lines, httpx.stream("GET", url, cookies=cookies, timeout=20) as answer:
+        pieces = answer.iter_bytes()
+        next(pieces)
+        ann.post("/logout")
+        with pytest.raises(httpx.RemoteProtocolError):
+            list(pieces)
+    assert answer.status_code == 200 and answer.num_bytes_downloaded < large // 2
+    wait_until(lambda: web.requests_under_way == 0)
+    assert caplog.records == [] and [line for line in lines if line["log_level"] == "error"] == []
 
 
 def test_changes_are_announced_less_often_while_many_deliveries_arrive(
