@@ -15,13 +15,14 @@ function renewTimes(root) {
   }
 }
 
-// Pictures that came while somebody looks further down wait behind a button, so that nothing moves under the eyes.
+// Pictures that came or went while somebody looks further down wait behind a button, so that nothing moves under the eyes.
 const fresh = document.querySelector("[data-fresh]");
+const tilesOf = (part) => [...part.querySelectorAll(".tile > a")].map((each) => each.getAttribute("href")).join();
 function holds(part, other) {
-  if (!("hold" in part.dataset) || scrollY < 200) { if (fresh && part.contains(fresh.nextElementSibling)) fresh.hidden = true; return false; }
-  const known = new Set([...part.querySelectorAll(".tile > a")].map((each) => each.href));
-  if (fresh && [...other.querySelectorAll(".tile > a")].some((each) => !known.has(each.href))) fresh.hidden = false;
-  return true;
+  if (!("hold" in part.dataset)) return false;
+  const isHeld = scrollY >= 200;
+  fresh.hidden = !isHeld || tilesOf(part) === tilesOf(other);
+  return isHeld;
 }
 if (fresh) fresh.addEventListener("click", () => { fresh.hidden = true; scrollTo(0, 0); fetchedAt = 0; renew(); });
 
