@@ -14,8 +14,8 @@ F = TypeVar("F", "TaskFilter", "DeliveryFilter")
 MAX_FIELD_CHARS = 200
 # The values of a filter's `files`: given up, tried again later, about to be deleted at the provider.
 FILES = ("failed", "waiting", "expiring")
-# Fields of an address or a form that filter nothing.
-OTHER_FIELDS = ("before", "csrf")
+# Fields of an address that filter nothing.
+OTHER_FIELDS = ("before",)
 
 
 class Fault(NamedTuple):
@@ -37,7 +37,19 @@ class FilterInvalid(ValueError):
 
 
 @dataclass(frozen=True)
-class TaskFilter:
+class _Filter:
+    @property
+    def given(self) -> dict[str, str]:
+        """Its fields that filter something. Forms hold these, and nothing else of an address."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.given)
+
+
+@dataclass(frozen=True)
+class TaskFilter(_Filter):
     """The filter in the address of a list. An empty field filters nothing. `q`: words in an id or in the prompt.
     `files`: one of `FILES`.
     """
@@ -55,13 +67,9 @@ class TaskFilter:
     since: str = ""
     until: str = ""
 
-    @property
-    def is_set(self) -> bool:
-        return any(getattr(self, each.name) for each in fields(self))
-
 
 @dataclass(frozen=True)
-class DeliveryFilter:
+class DeliveryFilter(_Filter):
     """`state`: a state, `refused` or `dismissed`; what a person dismissed is not `unmatched` here. `task`: the external
     id of the task that it belongs to. `cause`: words in the reason.
     """
@@ -73,10 +81,6 @@ class DeliveryFilter:
     task: str = ""
     since: str = ""
     until: str = ""
-
-    @property
-    def is_set(self) -> bool:
-        return any(getattr(self, each.name) for each in fields(self))
 
 
 def read_filter(kind: type[F], query: Mapping[str, str], **choices: Sequence[str]) -> F:

@@ -48,10 +48,10 @@ def delete(database: Database, bucket: Bucket, external_task_id: str) -> Deleted
     """
     task, folders = folders_of_task(database, bucket, external_task_id)
     _refuse_locked(bucket, folders)
-    _set_tombstone(database, task)
+    again = _set_tombstone(database, task)
     count = sum(bucket.purge(folder) for folder in sorted(folders))
     _blank(database, task)
-    return Deleted(count, task.deleted_at is not None)
+    return Deleted(count, again)
 
 
 def folders_of_task(database: Database, bucket: Bucket, external_task_id: str) -> tuple[Task, set[str]]:
@@ -75,17 +75,19 @@ def _refuse_locked(bucket: Bucket, folders: set[str]) -> None:
                 raise Refused(f"{each.key} is under Object Lock until {end}; nothing was deleted")
 
 
-def _set_tombstone(database: Database, task: Task) -> None:
-    """Set `deleted_at`. From then on reports change nothing."""
+def _set_tombstone(database: Database, task: Task) -> bool:
+    """Set `deleted_at`. From then on reports change nothing. Returns whether it was set before."""
     with database.write() as session:
         row = tasks.lock(session, task.id)
         assert row is not None  # task rows are never removed
-        if row.deleted_at is None:
-            if session.execute(select(Task.id).where(Task.id == row.id, IS_OVER)).first() is None:
-                ends = f"receiver dismiss --reason TEXT {as_argument(row.external_task_id)}"
-                raise Refused(f"{row.external_task_id} is not over: `{ends}` ends it")
-            row.deleted_at = tasks.now(session)
-            row.note = NOTE
+        if row.deleted_at is not None:
+            return True
+        if session.execute(select(Task.id).where(Task.id == row.id, IS_OVER)).first() is None:
+            ends = f"receiver dismiss --reason TEXT {as_argument(row.external_task_id)}"
+            raise Refused(f"{row.external_task_id} is not over: `{ends}` ends it")
+        row.deleted_at = tasks.now(session)
+        row.note = NOTE
+    return False
 
 
 def _blank(database: Database, task: Task) -> None:

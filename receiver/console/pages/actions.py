@@ -28,6 +28,7 @@ class Actions:
     def __init__(self, of: Installation) -> None:
         self._of = of
         self._verifying = threading.BoundedSemaphore(VERIFYING)
+        self._deleting = threading.Lock()  # a second press says what the first one left
 
     def routes(self, guard: Guard) -> list[Route]:
         verbs = {
@@ -53,6 +54,9 @@ class Actions:
             return visit.back(path_of(task))
         with events.by(visit.session.name):
             tally = self._of.operator.dismiss(task.external_task_id, reason)
+        if tally.counts["dismissed_before"]:
+            visit.say(visit.text("act.dismissed_before"), bad=True)
+            return visit.back(path_of(task))
         return self._done(visit, task, "dismiss", tally, reason=reason)
 
     def delete(self, visit: Visit) -> Response:
@@ -61,11 +65,14 @@ class Actions:
             visit.say(visit.text("act.typed_wrong"), bad=True)
             return visit.back(path_of(task))
         try:
-            done = delete.delete(self._of.database, self._of.bucket, task.external_task_id)
+            with self._deleting:
+                done = delete.delete(self._of.database, self._of.bucket, task.external_task_id)
         except delete.Refused as error:
             visit.say(visit.cause(str(error), 300), bad=True)
             return visit.back(path_of(task))
-        visit.say(visit.text("act.deleted", n=done.objects))
+        visit.say(visit.text("act.deleted_before" if done.again else "act.deleted", n=done.objects))
+        if done.again and not done.objects:
+            return visit.back(path_of(task))
         return self._done(visit, task, "delete", Tally(), quiet=True)
 
     def retry_file(self, visit: Visit) -> Response:
@@ -83,12 +90,11 @@ class Actions:
         with self._verifying:
             try:
                 digest = self._of.bucket.sha256(asset.key)
+                found = "good" if digest == asset.sha256 else "differs"
             except NoSuchObject:
-                visit.say(visit.text("verify.gone"), bad=True)
-                return self._done(visit, task, "verify", Tally(), quiet=True, found="gone")
-        same = digest == asset.sha256
-        visit.say(visit.text("verify.good" if same else "verify.differs", sha=digest[:12]), bad=not same)
-        return self._done(visit, task, "verify", Tally(), quiet=True, found="good" if same else "differs")
+                digest, found = "", "gone"
+        visit.say(visit.text(f"verify.{found}", sha=digest[:12]), bad=found != "good")
+        return self._done(visit, task, "verify", Tally(), quiet=True, found=found)
 
     def _task(self, visit: Visit) -> Task:
         with self._of.database.read() as session:

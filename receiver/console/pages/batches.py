@@ -80,7 +80,8 @@ class BatchPages:
         tally = self._of.batches.retry(batch.name)
         self._counts.forget(batch.id)
         self._failed.forget(batch.id)
-        note_act(self._of, visit.session.name, "retry batch", batch.name)
+        if tally.counts.total():
+            note_act(self._of, visit.session.name, "retry batch", batch.name)
         visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
             visit.say(visit.cause(why, 200), bad=True)

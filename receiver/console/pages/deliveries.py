@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlmodel import Session
@@ -36,7 +36,7 @@ class Deliveries:
         self._of = of
 
     def table(self, visit: Visit) -> Response:
-        wanted = self._wanted(visit.query)
+        wanted = read_filter(DeliveryFilter, visit.query, provider=self._of.providers)
         with self._of.database.read() as session:
             page = newest_deliveries(session, wanted, visit.query.get("before"))
         return visit.page(
@@ -74,11 +74,12 @@ class Deliveries:
         """
         if (result := self._result(visit)) is not None:
             return visit.page("replay.html", result=result)
-        wanted = self._wanted(visit.query)
+        wanted = read_filter(DeliveryFilter, visit.query, provider=self._of.providers)
         if not wanted.is_set:
             raise HTTPException(400, "none_chosen")
-        rows, further = self._matching(wanted)
-        return visit.page("replay.html", wanted=wanted, count=len(rows), further=further, result=None)
+        with self._of.database.read() as session:
+            page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
+        return visit.page("replay.html", wanted=wanted, count=len(page.rows), further=page.further, result=None)
 
     def _result(self, visit: Visit) -> Counter[tuple[str, CallbackState]] | None:
         """What became of the deliveries of the replay whose row the address names. Raises HTTPException 404."""
@@ -93,31 +94,31 @@ class Deliveries:
     def replay(self, visit: Visit) -> Response:
         """Replay one delivery, or all that match the form's filter. The page behind it says what that changed."""
         rows, one = self._chosen(visit)
-        before = {row.id or 0: row.state for row, *_ in rows}
-        tally = self._of.operator.replay(list(before)) if rows else Tally()
-        visit.say(visit.text("replay.done", n=tally.counts["replayed"]), bad=not tally.counts["replayed"])
-        for why in list(dict.fromkeys(tally.left.values()))[:3]:
-            visit.say(visit.cause(why, 200), bad=True)
-        number = self._note(visit, "replay", rows, before=before)
+        tally = self._of.operator.replay([row.id for row, *_ in rows]) if rows else Tally()
+        before = {row.id: row.state for row, *_ in rows if str(row.id) not in tally.left}
+        number = self._note(visit, "replay", "replay.done", rows, tally, before=before)
         shown = came_from(visit.request).partition("?")[2]
-        return visit.redirect(f"{one or HOME + '/replay'}?of={number}&{'' if one else shown}" if rows else HOME)
+        to = f"{one or HOME + '/replay'}?of={number}&{'' if one else shown}"
+        return visit.redirect(to) if number else visit.back(one or HOME)
 
     def dismiss(self, visit: Visit) -> Response:
         """End the alarm of one unmatched delivery, or of all that match the form's filter. They are kept."""
         rows, one = self._chosen(visit)
         if reason := visit.form.get("reason", "").strip():
             tally = self._of.operator.dismiss_deliveries([row.id or 0 for row, *_ in rows], reason)
-            done = tally.counts["dismissed"]
-            visit.say(visit.text("delivery.dismissed_done", n=done), bad=not done)
-            self._note(visit, "dismiss", rows, reason=reason)
+            self._note(visit, "dismiss", "delivery.dismissed_done", rows, tally, reason=reason)
         else:
             visit.say(visit.text("act.reason_missing"), bad=True)
         return visit.back(one or HOME)
 
-    def _note(self, visit: Visit, action: str, rows: Sequence[Any], **data: Any) -> int:
-        numbers = [row.id or 0 for row, *_ in rows]
-        subject = f"{len(numbers)} deliveries from {min(numbers, default=0)}"
-        return note_act(self._of, visit.session.name, action, subject, {task_id for *_, task_id in rows}, **data)
+    def _note(self, visit: Visit, action: str, said: str, rows: Sequence[Any], tally: Tally, **data: Any) -> int | None:
+        """Say to how many it was done, and why not to others, and store those it was done to. Returns the row's id."""
+        done = {row.id: task_id for row, *_, task_id in rows if str(row.id) not in tally.left}
+        visit.say(visit.text(said, n=len(done)), bad=not done)
+        for why in list(dict.fromkeys(tally.left.values()))[:3]:
+            visit.say(visit.cause(why, 200), bad=True)
+        subject = f"{len(done)} deliveries from {min(done, default='')}"
+        return note_act(self._of, visit.session.name, action, subject, set(done.values()), **data) if done else None
 
     def _chosen(self, visit: Visit) -> tuple[Sequence[Any], str]:
         """The deliveries that a form is about, and the page of the only one."""
@@ -126,19 +127,12 @@ class Deliveries:
                 row = self._row(session, number)
                 task = task_of(session, row)
             return [(row, task and task.id)], f"{HOME}/{row.id}"
-        wanted = self._wanted({name: value for name, value in visit.form.items() if name != "reason"})
+        given = {name: value for name, value in visit.form.items() if name not in ("csrf", "reason")}
+        wanted = read_filter(DeliveryFilter, given, provider=self._of.providers)
         if not wanted.is_set:
             raise HTTPException(400, "none_chosen")
-        return self._matching(wanted)[0], ""
-
-    def _wanted(self, given: Mapping[str, str]) -> DeliveryFilter:
-        return read_filter(DeliveryFilter, given, provider=self._of.providers)
-
-    def _matching(self, wanted: DeliveryFilter) -> tuple[Sequence[Any], bool]:
-        """The newest matching deliveries, and whether there may be more."""
         with self._of.database.read() as session:
-            page = newest_deliveries(session, wanted, None, limit=MAX_REPLAY)
-        return page.rows, page.further is not None
+            return newest_deliveries(session, wanted, None, limit=MAX_REPLAY).rows, ""
 
     def _row(self, session: Session, number: str) -> Callback:
         found = session.get(Callback, int(number)) if is_number(number) else None

@@ -72,7 +72,8 @@ class EventsOut:
         name = self._known(visit)
         with self._of.database.write() as session:
             done = outbox.enable(session, name)
-        note_act(self._of, visit.session.name, "enable", name)
+        if done:
+            note_act(self._of, visit.session.name, "enable", name)
         visit.say(visit.text("events.enabled", sink=name), bad=not done)
         return visit.back(HOME)
 

@@ -44,19 +44,17 @@ class StandingPages:
 
     def sample(self, visit: Visit) -> Response:
         began = self._sample.start(visit.session.name)
-        note_act(self._of, visit.session.name, "audit", f"{SAMPLE} files")
+        if began:
+            note_act(self._of, visit.session.name, "audit", f"{SAMPLE} files")
         visit.say(visit.text("audit.began" if began else "audit.running"), bad=not began)
         return visit.redirect("/console/archive")
-
-    def settings(self, visit: Visit) -> Response:
-        return self._settings(visit, None)
 
     def check(self, visit: Visit) -> Response:
         """The lines of `receiver check`. It writes and removes small objects, so it is an action."""
         note_act(self._of, visit.session.name, "check", "everything")
-        return self._settings(visit, self._of.check())
+        return self.settings(visit, self._of.check())
 
-    def _settings(self, visit: Visit, checked: Sequence[CheckLine] | None) -> Response:
+    def settings(self, visit: Visit, checked: Sequence[CheckLine] | None = None) -> Response:
         with self._of.database.read() as session:
             workers = heartbeats.alive(session)
             acts = events.newest_acts(session, SHOWN_ACTS)

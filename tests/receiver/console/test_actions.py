@@ -98,6 +98,22 @@ def test_deleting_needs_the_id_typed(parts: Parts, ann: Reader) -> None:
     assert acts(parts, task) == [("ann", "delete")]
 
 
+def test_presses_that_delete_together_say_what_each_did(parts: Parts, ann: Reader) -> None:
+    task = archive(parts, 1)[0]
+    with ThreadPoolExecutor(4) as pool:
+        press = lambda _: ann.post("/act/delete", task=task.id, typed=task.external_task_id).text  # noqa: E731
+        pages = "".join(pool.map(press, range(4))) + ann.page("/tasks")
+    assert pages.count("Deleted, with 2 objects.") == 1 and pages.count("It was deleted before") == 3
+    assert acts(parts, task) == [("ann", "delete")]
+
+
+def test_second_dismissal_of_a_task_is_told_and_not_noted(parts: Parts, ann: Reader) -> None:
+    task = insert_row(parts)
+    ann.post("/act/dismiss", task=task.id, reason="no longer wanted")
+    assert "It was dismissed before" in ann.post("/act/dismiss", task=task.id, reason="another").text
+    assert acts(parts, task) == [("ann", "dismiss")]
+
+
 def test_verify_reads_the_object_back(parts: Parts, ann: Reader) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     assert "it is what was archived" in ann.post("/act/verify", file=asset.id).text

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from sqlalchemy import func, text
-from sqlmodel import select
+from sqlmodel import col, select
 
 from receiver.app.wiring import Parts
 from receiver.tasks.apply_deliveries import MAX_READS_PER_TASK, NOT_READ
+from receiver.tasks.changes import Tally
+from receiver.tasks.operate import Operator
 from storage.filters import DeliveryFilter
 from storage.operations import lists
 from storage.operations.lists import newest_deliveries
 from storage.operations.measures import measure
-from storage.rows.models import Callback, Task
+from storage.rows.events import PERSON_ACTED
+from storage.rows.models import Callback, Event, Task
 from storage.states import UNMATCHED, CallbackState
 from tests.console_reader import HIDDEN, Reader
 from tests.pipeline import callback_of, deliver, insert_row, make_due_now, run
@@ -148,6 +153,52 @@ def test_only_unmatched_deliveries_are_dismissed(parts: Parts, ann: Reader) -> N
     assert "0 deliveries were dismissed" in ann.post("/act/dismiss-deliveries", delivery=applied.id, reason="x").text
     assert callback_of(parts, applied.delivery_key).reason is None
     assert "/act/dismiss-deliveries" not in ann.page(f"/deliveries/{applied.id}")
+
+
+def acts(parts: Parts) -> list[tuple[str, str, str | None]]:
+    """Action, subject and task of each kept act."""
+    with parts.database.read() as session:
+        found = session.exec(select(Event).where(Event.name == PERSON_ACTED).order_by(col(Event.id)))
+        return [(each.data["action"], each.data["subject"], str(each.task_id)) for each in found]
+
+
+def test_what_was_not_dismissed_is_not_noted(parts: Parts, ann: Reader) -> None:
+    task = insert_row(parts, external_task_id="ours")
+    applied = deliver(parts, task, about("ours"))
+    told = ann.post("/act/dismiss-deliveries", delivery=applied.id, reason="x")
+    assert "no such delivery, or it has a task" in told.text and acts(parts) == []
+    open_ones = [deliver(parts, None, about(f"unknown-{number}")) for number in range(2)]
+    deliver(parts, task, about("ours", "succeed"))
+    assert "2 deliveries were dismissed" in ann.post("/act/dismiss-deliveries", provider="kling", reason="x").text
+    assert acts(parts) == [("dismiss", f"2 deliveries from {open_ones[0].id}", "None")]
+    ann.post("/act/dismiss-deliveries", provider="kling", reason="x")
+    assert len(acts(parts)) == 1 and "ann: dismiss" not in ann.page("/tasks/ours")
+
+
+def test_what_was_not_replayed_is_not_noted(parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, other = (deliver(parts, None, about(f"unknown-{number}")) for number in range(2))
+    replay = Operator.replay
+
+    def replay_all_but_one(self: Operator, ids: Sequence[int]) -> Tally:
+        tally = replay(self, [number for number in ids if number != other.id])
+        return Tally(tally.counts, {**tally.left, str(other.id): "its signature does not verify"})
+
+    monkeypatch.setattr(Operator, "replay", replay_all_but_one)
+    told = ann.post("/act/replay", state="unmatched")
+    assert "1 delivery was put back" in told.text and "its signature does not verify" in told.text
+    assert "1 delivery waits for a worker" in told.text
+    assert "0 deliveries were put back" in ann.post("/act/replay", delivery=other.id).text
+    assert acts(parts) == [("replay", f"1 deliveries from {good.id}", "None")]
+
+
+@pytest.mark.parametrize("path", ["/deliveries", "/deliveries/replay"])
+def test_address_gives_a_form_no_field_beside_its_filter(parts: Parts, ann: Reader, path: str) -> None:
+    deliver(parts, None, about("unknown"))
+    assert ann.get(f"{path}?state=unmatched&csrf=zzz").status_code == 400
+    page = ann.page(f"{path}?state=unmatched&before=2099-01-01T00:00:00Z~9")
+    for form in page.split('method="post"')[1:]:
+        names = re.findall('<input type="hidden" name="(\\w+)"', form.partition("</form>")[0])
+        assert names in (["csrf"], ["csrf", "state"])
 
 
 def test_open_and_dismissed_deliveries_are_found_by_an_index(parts: Parts) -> None:
