@@ -186,6 +186,8 @@ class Batches:
                 tally.counts[f"{done.step}s_due"] += 1
         if reason:
             tally.left[task.external_task_id] = reason
+        else:
+            tally.tasks.append(task.id)
 
     def plan_again(self, name: str, new_name: str) -> tuple[Plan, dict[str, str]]:
         """Plan what failed at the provider as new tasks of the batch `new_name`, with new ids. Changes nothing.

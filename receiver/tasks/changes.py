@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,13 @@ from storage.database.sessions import Database
 
 @dataclass
 class Tally:
-    """What a command did, counted, and the names it did nothing for: `{name: why}`."""
+    """What a command did, counted, and the names it did nothing for: `{name: why}`. `tasks`: those that a batch's retry
+    changed.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     left: dict[str, str] = field(default_factory=dict)
+    tasks: list[uuid.UUID] = field(default_factory=list)
 
     @property
     def is_good(self) -> bool:

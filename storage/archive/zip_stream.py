@@ -17,6 +17,8 @@ from storage.rows.models import Asset
 
 log = structlog.get_logger()
 
+MISSING = "MISSING.txt"
+
 
 class _Chunks:
     """A file that cannot seek. The reader takes the written bytes away."""
@@ -37,12 +39,13 @@ class _Chunks:
         return content
 
 
-def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
-    """A zip of these files without compression, because pictures are compressed. A missing file is left out and logged.
+def zip_stream(bucket: Bucket, assets: Sequence[Asset], absent: Sequence[str] = ()) -> Iterator[bytes]:
+    """A zip of these files without compression, because pictures are compressed.
 
-    Each file is in its task's folder. Names are valid and distinct on every disk.
+    Each file is in its task's folder. Names are valid and distinct on every disk. `MISSING.txt` names the files whose
+    object is missing, which are logged, and those of `absent`. It comes last, after all objects were asked for.
     """
-    target, places = _Chunks(), places_of([str(asset.key) for asset in assets])
+    target, places, missing = _Chunks(), places_of([str(asset.key) for asset in assets]), list(absent)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[call-overload]
         for asset in assets:
             made = asset.archived_at or asset.created_at
@@ -52,12 +55,15 @@ def zip_stream(bucket: Bucket, assets: Sequence[Asset]) -> Iterator[bytes]:
                     first = next(chunks, b"")
                 except NoSuchObject:
                     log.error("zip.object_not_found", key=asset.key)
+                    missing.append(f"{asset.key}: not in the store")
                     continue
                 with archive.open(entry, "w", force_zip64=True) as file:
                     for chunk in chain([first], chunks):
                         file.write(chunk)
                         yield target.take()
             yield target.take()
+        if missing:
+            archive.writestr(MISSING, "\n".join(["Not in this archive:", *missing, ""]))
     yield target.take()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -191,10 +191,14 @@ def dispatches_of(session: Session, events: Sequence[Event]) -> dict[int, list[D
     return found
 
 
-def archived_files(session: Session, ids: Sequence[uuid.UUID]) -> list[Asset]:
-    """Those of these files that are archived, in the order of their keys."""
+def chosen_files(session: Session, ids: Collection[uuid.UUID]) -> tuple[list[Asset], list[str]]:
+    """Those of these files that are archived, in the order of their keys, and a line for each other one, whose row
+    `delete` may have removed.
+    """
     kept = (col(Asset.id).in_(ids), Asset.state == AssetState.ARCHIVED, col(Asset.key).is_not(None))
-    return list(session.scalars(select(Asset).where(*kept).order_by(col(Asset.key))))
+    found = list(session.scalars(select(Asset).where(*kept).order_by(col(Asset.key))))
+    absent = {*ids} - {asset.id for asset in found}
+    return found, [f"file {each}: not archived, or deleted since" for each in sorted(absent)]
 
 
 def batch_names(session: Session, rows: Sequence[Task]) -> dict[uuid.UUID, str]:

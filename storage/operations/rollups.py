@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Select, bindparam, func, select
+from sqlalchemy import Select, bindparam, case, func, select
 from sqlmodel import Session
 
 from storage.database.prepared import execute
@@ -27,7 +27,7 @@ from storage.operations.kept_results import KeptResults
 from storage.rows import tasks
 from storage.rows.deleted_callbacks import begin_of_span, count_deleted
 from storage.rows.models import Asset, Callback, Task
-from storage.states import AssetState
+from storage.states import AssetState, TaskState
 
 HOUR = timedelta(hours=1)
 MONTH_HOURS = 30 * 24
@@ -49,7 +49,10 @@ KEPT = 60
 
 @dataclass(frozen=True)
 class Hour:
-    """`seconds`: from a task's last callback to its last object, a sample. `expected`: callbacks asked for."""
+    """`seconds`: from a task's last callback to its last object, a sample. `expected`: callbacks asked for.
+
+    `priced`: of the `succeeded` tasks, those whose units are known: signed deliveries and reads report them.
+    """
 
     callbacks: int = 0
     pictures: int = 0
@@ -58,6 +61,8 @@ class Hour:
     expected: int = 0
     lost: int = 0
     units: float = 0.0
+    succeeded: int = 0
+    priced: int = 0
     seconds: tuple[float, ...] = ()
 
 
@@ -142,7 +147,8 @@ _KEPT: Any = (
     .select_from(Asset.__table__.join(Task.__table__, _TASKS.id == _ASSETS.task_id))  # type: ignore[attr-defined]
     .where(*_WITHIN, _ASSETS.state == AssetState.ARCHIVED)
 )
-_UNITS = select(_TASKS.units, func.count().label("tasks")).where(*_WITHIN, _TASKS.units.is_not(None))
+_WELL = func.count(case((_TASKS.state != TaskState.FAILED, 1)))
+_UNITS = select(_TASKS.units, func.count().label("tasks"), _WELL).where(*_WITHIN, _TASKS.units.is_not(None))
 _UNITS = _UNITS.group_by(_TASKS.units).limit(SAMPLED)
 _TIMES = select(_TASKS.archived_at, _TASKS.end_called_back_at).where(*_WITHIN)
 _TIMES = _TIMES.where(_TASKS.archived_at.is_not(None), _TASKS.end_called_back_at.is_not(None)).limit(SAMPLED)
@@ -165,6 +171,7 @@ def read_hour(session: Session, hour: datetime, arrivals: Arrivals | None = None
     # First, because its time must not be later than the snapshot, which the first statement takes.
     callbacks = (arrivals or Arrivals()).count(session, hour)
     ends = ended.total(ended.count(session, hour, hour + HOUR, datetime.now(UTC)).values())
+    units, priced = _units(session, within)
     [(pictures, size)] = execute(session, _KEPT, within).rows
     return Hour(
         callbacks,
@@ -173,21 +180,24 @@ def read_hour(session: Session, hour: datetime, arrivals: Arrivals | None = None
         ends.failures,
         ends.callbacks_expected,
         ends.callbacks_lost,
-        _units(session, within),
+        units,
+        ends.rows - ends.failed,
+        priced,
         _seconds(session, within),
     )
 
 
-def _units(session: Session, within: Mapping[str, datetime]) -> float:
-    """The provider reports units as text, with few different values."""
-    total = 0.0
-    for units, count in execute(session, _UNITS, within).rows:
+def _units(session: Session, within: Mapping[str, datetime]) -> tuple[float, int]:
+    """Their sum, and how many tasks that succeeded have them. The provider reports text, with few different values."""
+    total, priced = 0.0, 0
+    for units, count, well in execute(session, _UNITS, within).rows:
         try:
             number = float(units)
         except ValueError:
             continue
-        total += number * count if math.isfinite(number) and number >= 0 else 0.0
-    return total
+        if math.isfinite(number) and number >= 0:
+            total, priced = total + number * count, priced + well
+    return total, priced
 
 
 def _seconds(session: Session, within: Mapping[str, datetime]) -> tuple[float, ...]:
@@ -199,7 +209,7 @@ def _seconds(session: Session, within: Mapping[str, datetime]) -> tuple[float, .
 
 def _sum(hours: Sequence[Hour]) -> Hour:
     seconds = tuple(sorted(each for hour in hours for each in hour.seconds))
-    counted = ("callbacks", "pictures", "bytes", "failures", "expected", "lost", "units")
+    counted = ("callbacks", "pictures", "bytes", "failures", "expected", "lost", "units", "succeeded", "priced")
     return Hour(**{name: sum(getattr(hour, name) for hour in hours) for name in counted}, seconds=seconds)
 
 

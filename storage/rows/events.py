@@ -89,11 +89,8 @@ def record_act(
 ) -> int:
     """Store what a person did to these tasks, or to something else if the id is None. Returns the last row's id."""
     facts = {"by": person, "action": action, "subject": subject, **data}
-    last = 0
-    for task_id in task_ids:
-        made = insert(Event).values(task_id=task_id, name=PERSON_ACTED, data=facts, at=db_now())
-        last = session.execute(made.returning(col(Event.id))).scalar_one() or 0
-    return last
+    rows = [{"task_id": each, "name": PERSON_ACTED, "data": facts} for each in task_ids]
+    return max(int(each) for each in session.execute(_INSERT.returning(col(Event.id)), rows).scalars())
 
 
 def acts_of(session: Session, task_id: uuid.UUID) -> list[Event]:

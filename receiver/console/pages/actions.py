@@ -17,6 +17,7 @@ from storage.archive import delete
 from storage.bucket.store_errors import NoSuchObject
 from storage.rows import events
 from storage.rows.models import Asset, Task
+from storage.states import TaskState
 
 # Each verification reads a whole object. Two at once leave most of the store's bandwidth to the workers.
 VERIFYING = 2
@@ -112,5 +113,6 @@ class Actions:
         for why in list(tally.left.values())[:3]:
             visit.say(visit.cause(why, 200), bad=True)
         if tally.is_good and not quiet:
-            visit.say(visit.text(f"act.{verb}_done"))
+            said = "reread" if verb == "retry" and task.state is TaskState.FAILED else verb
+            visit.say(visit.text(f"act.{said}_done"))
         return visit.back(path_of(task))

@@ -80,9 +80,13 @@ class BatchPages:
         tally = self._of.batches.retry(batch.name)
         self._counts.forget(batch.id)
         self._failed.forget(batch.id)
-        if tally.counts.total():
-            note_act(self._of, visit.session.name, "retry batch", batch.name)
-        visit.say(visit.text("batch.retried", n=sum(tally.counts.values())), bad=not tally.counts.total())
+        if tally.tasks:
+            note_act(self._of, visit.session.name, "retry batch", batch.name, tally.tasks)
+        read = tally.counts.pop("reads_due", 0)
+        again, failed = tally.counts.total(), self._of.batches.failed_at_provider(batch.name)
+        for key, n in (("batch.retried", again), ("batch.reread", read), ("batch.ask_anew", failed)):
+            if n or (key == "batch.retried" and not read):
+                visit.say(visit.text(key, n=n, name=short(batch.name, 80)), bad=not n)
         for why in list(dict.fromkeys(tally.left.values()))[:3]:
             visit.say(visit.cause(why, 200), bad=True)
         return visit.redirect(f"{HOME}/{batch.id}")

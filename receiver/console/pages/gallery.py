@@ -96,10 +96,10 @@ class Gallery:
             raise HTTPException(413, "zip_many") if chosen else HTTPException(400, "zip_none")
         ids = [id_of(each) for each in chosen]
         with self._of.database.read() as session:
-            assets = lists.archived_files(session, ids)
+            assets, absent = lists.chosen_files(session, ids)
         if not assets:
             raise HTTPException(404)
         name = f"pictures-{datetime.now(UTC):%Y%m%d-%H%M%S}.zip"
         headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-        content = zip_stream(self._of.bucket, assets)
+        content = zip_stream(self._of.bucket, assets, absent)
         return self._zips.stream(visit, content, media_type="application/zip", headers=headers)

@@ -38,7 +38,9 @@ class Overview:
         """name, value, the text below it, and the bars of its chart."""
         total, t = span.total, visit.text
         rate = total.lost / total.expected if total.expected else 0.0
-        usd = total.units * self._of.usd_per_unit
+        spent = f"{total.units * self._of.usd_per_unit:,.2f} USD"
+        if total.priced < total.succeeded:
+            spent += " · " + t("figure.units_of", n=total.succeeded, known=total.priced)
         lost = "of" if total.lost else "none_lost" if total.expected else "none_expected"
         each = size(total.bytes / total.pictures) if total.pictures else "–"
         shown = [
@@ -49,7 +51,7 @@ class Overview:
             ("median", seconds(span.median, visit.language), t("figure.latency_help")),
             ("p95", seconds(span.p95, visit.language), t("figure.p95_help")),
             ("lost", f"{rate:.1%}", t(f"figure.{lost}", n=total.lost, all=total.expected)),
-            ("units", f"{total.units:,.0f}", f"{usd:,.2f} USD"),
+            ("units", f"{total.units:,.0f}", spent),
         ]
         return [
             {"name": name, "value": value, "below": below, "bars": bars(span.series[name]),

@@ -491,7 +491,25 @@ def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> N
         row = session.get_one(Task, task.id)
         row.batch_id, row.batch_line = batch.id, 1
     assert wait_until(lambda: task.external_task_id in ann.page(f"/batches/{batch.id}"), seconds=30)
-    assert "1 thing is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
+    assert "1 file or request is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
+
+
+def test_tasks_that_the_provider_failed_are_said_to_be_read_again(parts: Parts, ann: Reader) -> None:
+    """It said that two things were tried again, each time, and their timelines did not show it."""
+    with parts.database.write() as session:
+        batch = Batch(name="spring", created_at=parts.database.now())
+        session.add(batch)
+        session.flush()
+        batch_id = batch.id
+    failed = {"state": TaskState.FAILED, "step": None, "due_at": None, "batch_id": batch_id}
+    tasks = [insert_row(parts, provider_task_id=f"p{n}", batch_line=n, **failed) for n in (1, 2)]
+    said = html.unescape(ann.post("/act/batch-retry", batch=batch_id).text)
+    assert "2 tasks are read again, which costs nothing" in said and "tried again" not in said
+    assert "2 tasks failed at the provider" in said and "receiver batch retry --as NEW spring" in said
+    assert [acts(parts, task) for task in tasks] == [[("ann", "retry batch")]] * 2
+    assert "ann: retry a batch" in ann.page(f"/tasks/{tasks[0].external_task_id}")
+    alone = html.unescape(ann.post("/act/retry", task=tasks[0].id).text)
+    assert "asked once more, which costs nothing" in alone and "tried again" not in alone
 
 
 def test_price_of_refused_requests_is_shown_before_a_batch_sends_them_again(parts: Parts, ann: Reader) -> None:
@@ -509,7 +527,7 @@ def test_price_of_refused_requests_is_shown_before_a_batch_sends_them_again(part
     assert "took nothing for it" in shown and "16 units" in shown and "0.056 USD" in shown
     assert task_of(parts, refused.external_task_id).state is TaskState.FAILED and acts(parts, None) == []
     sent = ann.http.post("/console/act/batch-retry", data=dict(HIDDEN.findall(shown.partition("took nothing")[2])))
-    assert "1 thing is tried again" in sent.text and "took nothing" not in sent.text
+    assert "1 file or request is tried again" in sent.text and "took nothing" not in sent.text
     assert task_of(parts, refused.external_task_id).state is TaskState.CREATED
     assert task_of(parts, "dismissed").state is TaskState.FAILED
 

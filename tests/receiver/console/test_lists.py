@@ -31,6 +31,7 @@ from receiver.console.live import MAX_OPEN
 from receiver.console.pages.gallery import MAX_ZIPS
 from receiver.console.shares import Streamed
 from receiver.console.words import ratio_class, relative, size
+from storage.archive.delete import delete
 from storage.filters import DeliveryFilter, TaskFilter
 from storage.operations import attention, lists, rollups, thumbnails
 from storage.operations.lists import newest_deliveries, newest_tasks
@@ -276,6 +277,17 @@ def test_failures_of_a_batch_are_asked_for_at_once(parts: Parts, ann: Reader) ->
     assert len([each for each in asked if "task.request" in each]) <= 2
 
 
+def test_overview_says_of_how_many_tasks_it_knows_the_units(parts: Parts, ann: Reader) -> None:
+    """Callbacks without a signature report none that are believed."""
+    one, _ = archive(parts, 2, n=1)
+    assert wait_until(lambda: "known of 0 of 2 tasks" in ann.page(""), seconds=60)
+    rows = Rollups(parts.database)
+    with parts.database.write() as session:
+        session.get_one(Task, one.id).units = "16"
+    assert wait_until(lambda: rows.span(24).total.priced == 1, seconds=60)
+    rows.close()
+
+
 def test_figures_sum_ended_tasks_and_callbacks(parts: Parts) -> None:
     tasks = archive(parts, 2, n=2)
     deliver(parts, insert_row(parts), b"no json")
@@ -286,6 +298,7 @@ def test_figures_sum_ended_tasks_and_callbacks(parts: Parts) -> None:
     day = wait_until(lambda: (found := counted.span(24)).whole and found, seconds=60)
     sizes = sum(asset.size or 0 for task in tasks for asset in assets_of(parts, task))
     assert (day.total.pictures, day.total.bytes, day.total.units, day.whole) == (4, sizes, 16.0, True)
+    assert (day.total.succeeded, day.total.priced) == (len(tasks), 1)
     assert day.total.callbacks >= 1 and len(day.series["pictures"]) == 24 and day.series["pictures"][-1] == 4
     counted.close()
 
@@ -450,6 +463,21 @@ def test_zip_of_nothing_says_how_to_choose(web: Web, language: str, words: str) 
     with Reader(web.url, READ_KEY, language) as ben:
         answer = ben.get("/gallery/zip")
         assert answer.status_code == 400 and words in answer.text and 'href="/console/gallery"' in answer.text
+
+
+def test_a_zip_names_the_files_that_it_lacks(parts: Parts, ben: Reader) -> None:
+    """Another person deleted one, and the store lost one."""
+    tasks = archive(parts, 3, n=1)
+    kept, deleted, lost = (assets_of(parts, task)[0] for task in tasks)
+    delete(parts.database, parts.bucket, tasks[1].external_task_id)
+    parts.bucket.delete(str(lost.key))
+    ids = [str(each) for each in (kept.id, deleted.id, lost.id, UUID(int=7))]
+    with zipfile.ZipFile(io.BytesIO(ben.get("/gallery/zip", params={"id": ids}).content)) as found:
+        assert found.testzip() is None and len(found.namelist()) == 2
+        missing = found.read("MISSING.txt").decode()
+    assert f"file {deleted.id}: not archived, or deleted since" in missing
+    assert f"{lost.key}: not in the store" in missing and str(UUID(int=7)) in missing and str(kept.key) not in missing
+    assert ben.get("/gallery/zip", params={"id": ids[1:2]}).status_code == 404
 
 
 def test_zip_of_too_many_files_names_the_export(ben: Reader) -> None:
