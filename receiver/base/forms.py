@@ -1,4 +1,4 @@
-"""Forms and cookies of strangers, read in time linear in their length.
+"""Forms, cookies and addresses of strangers, read in time linear in their length.
 
 The standard library's parsers of header values and of quoted cookies take seconds for the 16 KiB of one head.
 """
@@ -6,8 +6,9 @@ The standard library's parsers of header values and of quoted cookies take secon
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 MAX_FIELDS = 600
 # A browser's type with its boundary has 70 characters.
@@ -80,3 +81,25 @@ def _parse_part(part: bytes) -> tuple[str, str | None, bytes]:
     if before.strip() or "name" not in named:
         raise ValueError("a part of the form is malformed")
     return named["name"], named.get("filename"), part[end + 4 :]
+
+
+def address_of(path: str, fields: Mapping[str, str | None]) -> str:
+    """The address of a decoded path with those fields that have a value."""
+    query = urlencode({name: value for name, value in fields.items() if value})
+    quoted = quote(path).replace("//", "/%2F")  # `own_path` refuses two slashes
+    return f"{quoted}?{query}" if query else quoted
+
+
+def came_from(headers: Mapping[str, str]) -> str:
+    """The console's page whose form was sent, "" if unknown. The console's Referrer-Policy makes browsers send it."""
+    rest = headers.get("referer", "").partition("://")[2]
+    return own_path("/" + rest.partition("/")[2], "")
+
+
+def own_path(path: str | None, default: str) -> str:
+    """A path of the console, or `default`, so that no link redirects elsewhere. `%2e` is a dot to browsers."""
+    if not path or not path.isascii() or not path.isprintable() or set("\\#") & set(path):
+        return default
+    plain = path.partition("?")[0]
+    good = f"{plain}/".startswith("/console/") and "//" not in plain and not {".", ".."} & {*unquote(plain).split("/")}
+    return path if good else default

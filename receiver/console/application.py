@@ -21,12 +21,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from receiver.base.forms import Upload, cookie, parse_form
+from receiver.base.forms import Upload, address_of, came_from, cookie, own_path, parse_form
 from receiver.console import catalogue
 from receiver.console.access import COOKIE, SESSION_SECONDS, Access, LoginThrottle, Session
 from receiver.console.needs import Needs
 from receiver.console.shared_pages import SharedPages
-from receiver.console.visit import HERE, Notices, Visit, address_of, came_from, environment, own_path, render, versions
+from receiver.console.visit import HERE, Notices, Visit, environment, render, versions
 from storage.background import abort
 from storage.errors import DatabaseUnavailable, StoreUnavailable
 from storage.filters import FilterInvalid
@@ -354,7 +354,7 @@ async def static(request: Request) -> Response:
 async def _error_page(guard: Guard, request: Request, error: Exception) -> Response:
     """The page of a refusal, whose detail may name its texts, or of a bug. It needs no database."""
     known = error if isinstance(error, HTTPException) else HTTPException(500)
-    came, here = came_from(request), address_of(request.scope["path"], dict(request.query_params))
+    came, here = came_from(request.headers), address_of(request.scope["path"], dict(request.query_params))
     shown = {"login": address_of(LOGIN, {"next": came}), "here": here if request.method == "GET" else came}
     shown |= {"detail": known.detail, "status": str(known.status_code)}
     page = render(guard.templates, "error.html", language_of(request), **shown)

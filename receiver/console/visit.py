@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, pass_context
 from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
-from receiver.base.forms import Upload
+from receiver.base.forms import Upload, address_of, came_from
 from receiver.base.visible import seen, short
 from receiver.console import catalogue, words
 from receiver.console.access import Session
@@ -126,7 +126,7 @@ class Visit:
 
     def back(self, page: str) -> Response:
         """Redirect to this page, with the filter and the part of the list that it showed when its form was sent."""
-        came = came_from(self.request)
+        came = came_from(self.request.headers)
         return self.redirect(came if came.partition("?")[0] == page else page)
 
     def link(self, **changes: str | None) -> str:
@@ -176,25 +176,3 @@ def part(visit: Visit, field: str, rows: Sequence[Any], most: int, *, newest: bo
         rows[start : start + most], says, visit.link(**before) if start else "",
         visit.link(**after) if start < last else "",
     )  # fmt: skip
-
-
-def address_of(path: str, fields: Mapping[str, str | None]) -> str:
-    """The address of a decoded path with those fields that have a value."""
-    query = urlencode({name: value for name, value in fields.items() if value})
-    quoted = quote(path).replace("//", "/%2F")  # `own_path` refuses two slashes
-    return f"{quoted}?{query}" if query else quoted
-
-
-def came_from(request: Request) -> str:
-    """The page whose form was sent, "" if unknown. Our Referrer-Policy makes browsers send it."""
-    rest = request.headers.get("referer", "").partition("://")[2]
-    return own_path("/" + rest.partition("/")[2], "")
-
-
-def own_path(path: str | None, default: str) -> str:
-    """A path of the console, or `default`, so that no link redirects elsewhere. `%2e` is a dot to browsers."""
-    if not path or not path.isascii() or not path.isprintable() or set("\\#") & set(path):
-        return default
-    plain = path.partition("?")[0]
-    good = f"{plain}/".startswith("/console/") and "//" not in plain and not {".", ".."} & {*unquote(plain).split("/")}
-    return path if good else default

@@ -11,10 +11,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from receiver.base import visible
+from receiver.base.forms import came_from
 from receiver.base.visible import cut, short
 from receiver.console.installation import Installation, note_act
 from receiver.console.pages.tasks import DELIVERY_KINDS, path_of
-from receiver.console.visit import Visit, came_from
+from receiver.console.visit import Visit
 from receiver.tasks.changes import Tally
 from storage.filters import DeliveryFilter, is_number, read_filter
 from storage.operations.lists import newest_deliveries, outcome_of_replay, task_of
@@ -97,7 +98,7 @@ class Deliveries:
         tally = self._of.operator.replay([row.id for row, *_ in rows]) if rows else Tally()
         before = {row.id: row.state for row, *_ in rows if str(row.id) not in tally.left}
         number = self._note(visit, "replay", "replay.done", rows, tally, before=before)
-        shown = came_from(visit.request).partition("?")[2]
+        shown = came_from(visit.request.headers).partition("?")[2]
         to = f"{one or HOME + '/replay'}?of={number}&{'' if one else shown}"
         return visit.redirect(to) if number else visit.back(one or HOME)
 
