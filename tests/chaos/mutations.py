@@ -29,6 +29,8 @@ CAMPAIGN = f"{CAMPAIGNS}::test_nothing_is_lost_or_doubled_when_processes_and_ser
 ACCOUNT = "tests/receiver/tasks/test_account_pauses.py"
 UNUSABLE = "tests/storage/archive/test_unusable.py"
 AHEAD = "tests/receiver/workers/test_ahead.py"
+STRANGERS = "tests/receiver/tasks/test_account_url.py"
+UNSIGNED = "tests/receiver/tasks/test_unsigned_deliveries.py"
 BODIES = "tests/receiver/web/test_request_bodies.py"
 
 
@@ -157,10 +159,31 @@ MUTATIONS = (
         "tests/storage/archive/test_store_circuit.py::test_file_that_is_refused_alone_delays_no_other",
     ),
     Mutation(
+        "an unsigned delivery gives a task an id of the provider",
+        "storage/rows/reports.py",
+        "if confirmed and report.provider_task_id is not None:",
+        "if report.provider_task_id is not None:",
+        UNSIGNED,
+    ),
+    Mutation(
+        "an unsigned delivery at the account URL is applied as the task's own",
+        "receiver/tasks/apply_deliveries.py",
+        "if not (by_token or confirmed):",
+        "if False:",
+        STRANGERS,
+    ),
+    Mutation(
+        "a delivery is called confirmed although the read found otherwise",
+        "receiver/tasks/apply_deliveries.py",
+        "BY_READ if is_true else OTHERWISE",
+        "BY_READ",
+        STRANGERS,
+    ),
+    Mutation(
         "an unreadable delivery that comes again causes no read",
         "storage/rows/group_commit.py",
         "apply_unreadable_again(self._database, known)",
-        "pass",
+        "None",
         "tests/receiver/web/test_unreadable.py",
     ),
     Mutation(
