@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
@@ -19,8 +20,8 @@ OTHER_FIELDS = ("before",)
 
 
 class Fault(NamedTuple):
-    """A field that is not understood. `kind`: choice, day, page, text, absent (no row has this name) or field (no
-    filter of this list). `may_be`: what it may be instead.
+    """A field that is not understood. `kind`: choice, day, page, text, absent (no row has this name), field (no filter
+    of this list), twice, or order (this day comes before `since`). `may_be`: what it may be instead, or the first day.
     """
 
     name: str
@@ -87,6 +88,8 @@ def read_filter(kind: type[F], query: Mapping[str, str], **choices: Sequence[str
     """The filter in an address. `choices`: all values of further fields. Raises FilterInvalid."""
     own = [each.name for each in fields(kind)]
     given = understood(query, *own, **kind.CHOICES, **choices)
+    if given["until"] and given["since"] > given["until"]:
+        raise FilterInvalid(Fault("until", "order", [given["since"]]))
     return kind(**{name: given[name] for name in own})
 
 
@@ -98,6 +101,12 @@ def understood(query: Mapping[str, str], *names: str, **choices: Sequence[str]) 
     if faults := [each for each in found if each]:
         raise FilterInvalid(*faults)
     return given
+
+
+def given_twice(pairs: Sequence[tuple[str, str]]) -> list[Fault]:
+    """A fault for each field that an address has twice. Files of a zip are named by many of one name, `id`."""
+    counts = Counter(name for name, _ in pairs if name != "id")
+    return [Fault(name, "twice") for name, count in counts.items() if count > 1]
 
 
 def _fault(name: str, value: str, choices: Sequence[str] | None) -> Fault | None:

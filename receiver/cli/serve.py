@@ -90,7 +90,9 @@ def _name_console(settings: Settings) -> None:
 
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 - compared, not bound
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/console"
-    key = f"a key of RECEIVER_CONSOLE_KEYS, or the one in {settings.store}/console.key"
+    file, first = Path(settings.store or ".", "console.key"), settings.console_people[0].key.get_secret_value()
+    is_made = file.is_file() and file.read_text().strip() == first  # `opening` made it, as none was set
+    key = f"the key in {file}" if is_made else "a key of RECEIVER_CONSOLE_KEYS"
     if sys.stdout.isatty():
         token = one_time_token(settings.console_people[0])
         say(f"console: {url}/login?once={token}  (works once, within ten minutes; afterwards log in with {key})")

@@ -29,7 +29,7 @@ from receiver.console.shared_pages import SharedPages
 from receiver.console.visit import HERE, Notices, Visit, environment, render, versions
 from storage.background import abort
 from storage.errors import DatabaseUnavailable, StoreUnavailable
-from storage.filters import FilterInvalid
+from storage.filters import FilterInvalid, given_twice
 
 log = structlog.get_logger()
 
@@ -140,6 +140,8 @@ class Guard:
     def _answer(self, function: PageFunction, visit: Visit) -> Response:
         try:
             self.policy.learn()
+            if twice := given_twice(visit.request.query_params.multi_items()):
+                raise FilterInvalid(*twice)
             visit.counts = self._needs.counts()
             return function(visit)
         except FilterInvalid as error:

@@ -24,6 +24,7 @@ from storage.rows import events, tasks
 from storage.rows.aliases import aliases_of
 from storage.rows.events import EventName
 from storage.rows.models import Asset, Batch, Callback, Dispatch, Event, Task
+from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetState, CallbackState, DispatchState, TaskState
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,199}")
@@ -111,7 +112,7 @@ class Tasks:
             ratio=words.ratio_class, uri=self._of.bucket.uri, request=request_of(task, MAX_REQUEST_CHARS),
             timeline=part(visit, "moment", ordered, MOMENTS_A_PAGE, newest=True),
             prompt=seen(cut(str(task.request.get("prompt") or ""), MAX_PROMPT_CHARS)),
-            model=model_of(task), can_retry=can_retry(task, assets),
+            model=model_of(task), can_retry=can_retry(task, assets), is_dismissed=is_dismissed(task),
         )  # fmt: skip
 
 

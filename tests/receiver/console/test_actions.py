@@ -330,6 +330,16 @@ def test_an_act_leads_back_to_the_list_as_it_was(
         assert answer.headers["location"] == leads_to
 
 
+def test_a_dismissed_task_offers_retry_and_a_deleted_one_says_where_its_files_are(parts: Parts, ann: Reader) -> None:
+    task, _ = with_a_failed_file(parts)
+    path = f"/tasks/{task.external_task_id}"
+    assert 'action="/console/act/dismiss"' in ann.page(path)
+    page = ann.post("/act/dismiss", task=task.id, reason="not wanted").text
+    assert 'action="/console/act/dismiss"' not in page and 'action="/console/act/retry"' in page
+    page = ann.post("/act/delete", task=task.id, typed=task.external_task_id).text
+    assert "Its files were deleted" in page and "No file yet" not in page and "0 / " not in page
+
+
 def test_a_replay_of_all_that_match_keeps_their_filter(parts: Parts, ann: Reader) -> None:
     deliver(parts, None, b"{}")
     path = "/console/deliveries/replay?state=unreadable&since=2026-01-01"
