@@ -21,10 +21,10 @@ from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
 from storage.rows import aliases, claims, reports, tasks
-from storage.rows.deliveries import NOT_BELIEVED
+from storage.rows.deliveries import NOT_BELIEVED, compare_again
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
-from storage.states import ArchiveState, AssetName, CallbackState, Report, TaskFacts, TaskState
+from storage.states import ArchiveState, AssetName, CallbackState, Report, Step, TaskFacts, TaskState
 
 log = structlog.get_logger()
 
@@ -266,9 +266,9 @@ class DeliveryApplier:
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         if row.reason == AWAITS_READ:  # The read has been applied, and made this delivery due again.
             is_true = states.agrees(tasks.facts_now(session, task), report)
-            return Verdict(CallbackState.APPLIED, BY_READ if is_true else OTHERWISE)
+            return self._decided(task, row, report, BY_READ if is_true else OTHERWISE)
         if not (by_token or confirmed):
-            return Verdict(CallbackState.APPLIED, self._read_if_new(session, task, report))
+            return self._decided(task, row, report, self._read_if_new(session, task, report))
         # Nearly all other deliveries are decided without the task's files.
         facts = tasks.facts_now(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):
@@ -285,8 +285,15 @@ class DeliveryApplier:
         if believed or _is_known(facts or tasks.facts_now(session, task), report, confirmed=confirmed):
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
+            decide_again_without_read(session, task)
             return Verdict(CallbackState.APPLIED)
         return self._request_read(session, task, report, AWAITS_READ)
+
+    def _decided(self, task: Task, row: Callback, report: Report, reason: str) -> Verdict:
+        """One at the account's URL counts as the task's callback, since it arrived, once it is known to be true."""
+        if row.task_id is None and reason in (BY_READ, KNOWN):
+            reports.note_called_back(task, report, row.received_at)
+        return Verdict(CallbackState.APPLIED, reason)
 
     def _read_if_new(self, session: Session, task: Task, report: Report) -> str:
         """Read the task if an unsigned delivery at the account's URL says something new of it. Returns the reason.
@@ -336,6 +343,12 @@ class DeliveryApplier:
         if report.status is None and not _was_unknown(session, task):
             log.warning("callback.status_not_recognized", **tasks.named(task), status=report.raw_status)
         return Verdict(CallbackState.APPLIED, reason)
+
+
+def decide_again_without_read(session: Session, task: Task) -> None:
+    """Make the deliveries due that await a read of the locked task, if another report has made that read needless."""
+    if task.callback_reads and task.step is not Step.READ:
+        compare_again(session, task, AWAITS_READ, was_read=False)
 
 
 def _was_unknown(session: Session, task: Task) -> bool:

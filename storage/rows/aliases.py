@@ -15,7 +15,9 @@ from storage.rows.models import Task, TaskAlias
 
 _ALIASES = TaskAlias.__table__.c  # type: ignore[attr-defined]
 _OWNER = sqlalchemy.select(_ALIASES.task_id)
-_OWNER = _OWNER.where(_ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted"))
+_OWNER = _OWNER.where(
+    _ALIASES.provider == bindparam("by"), _ALIASES.provider_task_id == bindparam("wanted"), ~_ALIASES.unsigned
+)
 
 
 def by_provider_id(session: Session, provider: str, provider_task_id: str) -> uuid.UUID | None:

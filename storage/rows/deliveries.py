@@ -214,7 +214,7 @@ def rematch(session: Session, task_id: uuid.UUID, provider: str, **ids: str) -> 
 _AWAITING = update(Callback.__table__).where(  # type: ignore[attr-defined]
     _CALLBACKS.state == CallbackState.APPLIED, _CALLBACKS.reason == bindparam("awaits")
 )
-_AWAITING = _AWAITING.values(state=CallbackState.RECEIVED, **claims.DUE_NOW)  # keeps the reason
+_AWAITING = _AWAITING.values(state=CallbackState.RECEIVED, reason=bindparam("then"), **claims.DUE_NOW)
 _AWAITING_AT = (  # one index each
     _AWAITING.where(_CALLBACKS.task_id == bindparam("token_of")),
     _AWAITING.where(
@@ -225,13 +225,15 @@ _AWAITING_AT = (  # one index each
 )
 
 
-def compare_again(session: Session, task: Task, awaits: str) -> None:
+def compare_again(session: Session, task: Task, awaits: str, *, was_read: bool = True) -> None:
     """Make the deliveries due that await a read of the task: those with this reason, at its own URL and the account's.
 
-    They are compared with the task, which a read has just changed, and cause no other read.
+    They are compared with the task, which a read has just changed, and cause no other read. Without a read they lose
+    the reason, and are decided anew.
     """
     session.flush()
-    values = {"awaits": awaits, "token_of": task.id, "named": task.external_task_id, "by": task.provider}
+    then = awaits if was_read else None
+    values = {"awaits": awaits, "then": then, "token_of": task.id, "named": task.external_task_id, "by": task.provider}
     for statement in _AWAITING_AT:
         execute(session, statement, values)
 

@@ -153,7 +153,7 @@ def _fetch_anew(session: Session, asset: Asset, url: str) -> None:
 
 
 def note_called_back(task: Task, report: Report, now: datetime) -> None:
-    """Note that the provider called back at the task's own URL, whether or not the delivery is believed."""
+    """Note that the provider called back: at the task's own URL, believed or not, or truly at the account's."""
     task.called_back_at = now
     tasks.clear_silence_note(task)
     if report.status in states.TERMINAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -140,3 +141,40 @@ def test_called_back_is_what_came_to_the_tasks_own_url_or_was_signed(parts: Part
     deliver(parts, task, body("failed", n=1))
     found = task_of(parts, "ours")
     assert found.called_back_at is not None and found.end_called_back_at is not None
+
+
+def test_a_delivery_whose_read_became_needless_is_decided_anew(parts: Parts) -> None:
+    """The provider calls both URLs, and the task's own ends the task before the read of the other."""
+    task = insert_row(parts, external_task_id="ours")
+    first = deliver(parts, None, body("succeed", 1, **info("ours")))
+    assert first.reason == told.AWAITS_READ
+    deliver(parts, task, body("succeed", 1))
+    assert not is_read_now(parts, task)
+    assert callback_of(parts, first.delivery_key).reason == told.KNOWN
+
+
+def test_a_forged_success_does_not_withdraw_the_read_that_would_expose_it(parts: Parts) -> None:
+    task = insert_row(parts, external_task_id="ours")
+    genuine = deliver(parts, None, body("succeed", 1, **info("ours")))
+    deliver(parts, task, body("succeed", 1, host=FORGED))
+    assert callback_of(parts, genuine.delivery_key).reason == told.AWAITS_READ and is_read_now(parts, task)
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["before the read", "after it"])
+def test_a_true_delivery_at_the_account_url_is_the_tasks_callback(
+    parts: Parts, sandbox: Sandbox, is_early: bool
+) -> None:
+    """Where the provider knows that URL alone, no callback would count otherwise, and all would be called lost."""
+    (task,) = submit(parts, 1)
+    wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+    paid = parts.kling.read(provider_task_id=None, external_task_id=task.external_task_id)
+    assert paid is not None
+    if is_early:
+        deliver(parts, None, paid.body)
+        run(parts, "reads", "callbacks")
+    else:
+        confirm(parts, task, json.loads(paid.body))
+        deliver(parts, None, paid.body)
+    found = task_of(parts, task.external_task_id)
+    assert found.end_called_back_at is not None and found.completed_at is not None
+    assert (found.end_called_back_at < found.completed_at) is is_early

@@ -13,7 +13,7 @@ from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
 from storage.rows import aliases, reports, tasks
-from storage.rows.models import Asset, Task
+from storage.rows.models import Asset, Task, TaskAlias
 from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
@@ -205,6 +205,17 @@ def test_no_unsigned_delivery_gives_a_task_an_id(parts: Parts, step: Step | None
     with parts.database.read() as session:
         assert aliases.aliases_of(session, task.id) == []
     assert task_of(parts, "ours").provider_task_id is None
+
+
+def test_an_unsigned_id_of_an_earlier_release_belongs_to_nobody(parts: Parts) -> None:
+    """A process of that release may still write them during an upgrade. The owner's deliveries are not refused."""
+    held, ours = insert_row(parts), insert_row(parts, external_task_id="ours")
+    with parts.database.write() as session:
+        values = {"provider": "kling", "provider_task_id": "902", "task_id": held.id, "unsigned": True}
+        session.add(TaskAlias(**values))
+    row = deliver(parts, ours, body("succeed", 1, task_id="902", **info("ours")))
+    assert (row.state, row.reason) == (CallbackState.APPLIED, None)
+    assert deliver(parts, None, body("succeed", 1, task_id="902")).state is CallbackState.UNMATCHED
 
 
 def test_report_for_a_refused_create_is_read_first(parts: Parts) -> None:

@@ -21,6 +21,7 @@ from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows import migrations
 from storage.rows.models import Task, TaskAlias
+from storage.states import TaskState
 from tests.forked import Forked
 from tests.harness import ROOT, wait_until
 from tests.rows import new_task
@@ -143,6 +144,7 @@ def test_an_upgrade_that_fails_leaves_nothing(empty: Database) -> None:
 def test_ids_of_unsigned_deliveries_are_removed(database: Database) -> None:
     with database.write() as session:
         poisoned, ours = new_task(session, provider_task_id="foreign"), new_task(session, provider_task_id="901")
+        refused = new_task(session, provider_task_id="901", state=TaskState.FAILED)  # its owner has taken the id over
         for task, name, unsigned in ((poisoned, "foreign", True), (ours, "901", False), (ours, "902", True)):
             values = {"provider": task.provider, "provider_task_id": name, "task_id": task.id, "unsigned": unsigned}
             session.add(TaskAlias(**values))
@@ -151,7 +153,7 @@ def test_ids_of_unsigned_deliveries_are_removed(database: Database) -> None:
     with database.read() as session:
         assert session.scalars(select(TaskAlias.provider_task_id)).all() == ["901"]
         kept = {task.id: task.provider_task_id for task in session.scalars(select(Task))}
-    assert kept == {poisoned.id: None, ours.id: "901"}
+    assert kept == {poisoned.id: None, refused.id: None, ours.id: "901"}
 
 
 def test_a_schema_of_a_later_release_is_refused_and_left_alone(database: Database) -> None:
