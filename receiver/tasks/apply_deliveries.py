@@ -285,7 +285,8 @@ class DeliveryApplier:
         if believed or _is_known(facts or tasks.facts_now(session, task), report, confirmed=confirmed):
             moment = tasks.now(session)
             reports.apply(session, task, report, self._schedule, now=moment, pushed=True, confirmed=confirmed)
-            decide_again_without_read(session, task)
+            if task.step is not Step.READ:
+                decide_again(session, task)
             return Verdict(CallbackState.APPLIED)
         return self._request_read(session, task, report, AWAITS_READ)
 
@@ -345,9 +346,9 @@ class DeliveryApplier:
         return Verdict(CallbackState.APPLIED, reason)
 
 
-def decide_again_without_read(session: Session, task: Task) -> None:
-    """Make the deliveries due that await a read of the locked task, if another report has made that read needless."""
-    if task.callback_reads and task.step is not Step.READ:
+def decide_again(session: Session, task: Task) -> None:
+    """Make the deliveries due that await a read of the locked task, because another report came in its place."""
+    if task.callback_reads:  # The usual task needs no statement.
         compare_again(session, task, AWAITS_READ, was_read=False)
 
 

@@ -22,6 +22,7 @@ from sqlmodel import Session, col, select
 
 from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
 from receiver.providers.lookup import read_task
+from receiver.tasks.apply_deliveries import decide_again
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.lease_renewal import renewing_lease
 from storage.accounts import pauses
@@ -316,6 +317,7 @@ class CreateStep:
             row.note, row.step = tasks.request_note(row), None
             row.request = self._provider.redacted(row.request)
             reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
+            decide_again(session, row)  # deliveries that came before this answer
             if listener and row.state is report.status:
                 row.client_callback_url = None
             self._database.wake(session)

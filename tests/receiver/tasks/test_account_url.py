@@ -14,14 +14,14 @@ from receiver.tasks.operate import Operator
 from storage.filters import DeliveryFilter
 from storage.operations import lists
 from storage.rows import tasks
-from storage.rows.models import Task
-from storage.states import CallbackState, TaskState
+from storage.rows.models import Callback, Task
+from storage.states import ArchiveState, CallbackState, TaskState
 from tests.harness import wait_until
-from tests.pipeline import assets_of, callback_of, callbacks_of, deliver, drain, insert_row, run, task_of
+from tests.pipeline import assets_of, callback_of, callbacks_of, deliver, drain, insert_row, make_due_now, run, task_of
 from tests.receiver.tasks.test_apply_deliveries import body, info, is_read_now
 from tests.receiver.tasks.test_unsigned_deliveries import FORGED, archived, confirm
 from tests.rows import event_names
-from tests.unreported_tasks import submit
+from tests.unreported_tasks import REQUEST, submit
 
 
 @pytest.fixture
@@ -178,3 +178,32 @@ def test_a_true_delivery_at_the_account_url_is_the_tasks_callback(
     found = task_of(parts, task.external_task_id)
     assert found.end_called_back_at is not None and found.completed_at is not None
     assert (found.end_called_back_at < found.completed_at) is is_early
+
+
+@pytest.mark.parametrize("is_answered", [True, False], ids=["answered", "looked up"])
+def test_a_delivery_before_the_end_of_the_create_is_decided_after_it(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, is_answered: bool
+) -> None:
+    """The answer says only that the task was accepted, so it is read at once. If it was lost, the look-up finds all."""
+    early: list[Callback] = []
+    create = parts.kling.create
+
+    def create_slowly(*given: Any, external_task_id: str, **more: Any) -> Any:
+        try:
+            return create(*given, external_task_id=external_task_id, **more)
+        finally:
+            wait_until(lambda: {each.status for each in sandbox.ledger().tasks} == {"succeed"})
+            paid = parts.kling.read(provider_task_id=None, external_task_id=external_task_id)
+            assert paid is not None
+            early.append(deliver(parts, None, paid.body))
+
+    monkeypatch.setattr(parts.kling, "create", create_slowly)
+    sandbox.set(create_faults=[] if is_answered else ["5000:created"])
+    task = parts.submitter.submit(REQUEST).task
+    assert [row.reason for row in early] == [told.AWAITS_READ]
+    if not is_answered:
+        make_due_now(parts, Task)
+    parts.worker().run_until_idle()
+    found = task_of(parts, task.external_task_id)
+    assert (found.archive, found.end_called_back_at is not None) == (ArchiveState.ARCHIVED, True)
+    assert callback_of(parts, early[0].delivery_key).reason == (told.BY_READ if is_answered else told.KNOWN)
