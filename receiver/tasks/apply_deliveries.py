@@ -45,6 +45,7 @@ BY_READ = "confirmed by a read of the task"
 OTHERWISE = f"{NOT_BELIEVED}: a read of the task found otherwise"
 KNOWN = "says what is known of the task already"
 NO_NEWS = f"{NOT_BELIEVED}: it says nothing new of the task"
+DELETED = f"{NOT_BELIEVED}: the task was deleted"
 UNKNOWN = "unknown status"
 NOT_READ = f"{NOT_BELIEVED}, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
 DECIDED = f"{NOT_BELIEVED}: the provider itself named another file"
@@ -264,6 +265,8 @@ class DeliveryApplier:
     def _apply_or_request_read(self, session: Session, row: Callback, task: Task, report: Report) -> Verdict:
         signed, by_token = row.webhook_id is not None, row.task_id == task.id
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
+        if task.deleted_at is not None:  # It waits for nothing, not even for a read.
+            return Verdict(CallbackState.APPLIED, DELETED)
         if row.reason == AWAITS_READ:  # The read has been applied, and made this delivery due again.
             is_true = states.agrees(tasks.facts_now(session, task), report)
             return self._decided(task, row, report, BY_READ if is_true else OTHERWISE)

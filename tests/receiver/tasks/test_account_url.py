@@ -20,7 +20,7 @@ from tests.harness import wait_until
 from tests.pipeline import assets_of, callback_of, callbacks_of, deliver, drain, insert_row, make_due_now, run, task_of
 from tests.receiver.tasks.test_apply_deliveries import body, info, is_read_now
 from tests.receiver.tasks.test_unsigned_deliveries import FORGED, archived, confirm
-from tests.rows import event_names
+from tests.rows import LONG_AGO, event_names
 from tests.unreported_tasks import REQUEST, submit
 
 
@@ -207,3 +207,13 @@ def test_a_delivery_before_the_end_of_the_create_is_decided_after_it(
     found = task_of(parts, task.external_task_id)
     assert (found.archive, found.end_called_back_at is not None) == (ArchiveState.ARCHIVED, True)
     assert callback_of(parts, early[0].delivery_key).reason == (told.BY_READ if is_answered else told.KNOWN)
+
+
+@pytest.mark.parametrize("status", ["processing", "failed", "succeed"])
+@pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
+def test_a_delivery_for_a_deleted_task_awaits_no_read(parts: Parts, status: str, at_own_url: bool) -> None:
+    task = insert_row(parts, external_task_id="ours", step=None, due_at=None, deleted_at=LONG_AGO)
+    row = deliver(parts, task if at_own_url else None, body(status, 1, **info("ours")))
+    assert (row.state, row.reason) == (CallbackState.APPLIED, told.DELETED)
+    found = task_of(parts, "ours")
+    assert (found.step, found.due_at, found.callback_reads, assets_of(parts, task)) == (None, None, 0, [])
