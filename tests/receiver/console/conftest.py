@@ -35,3 +35,9 @@ def ben(web: Web) -> Iterator[Reader]:
 def stranger(web: Web) -> Iterator[Reader]:
     with Reader(web.url, None) as reader:
         yield reader
+
+
+@pytest.fixture
+def fresh_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs a person is counted at each page, and not every three seconds."""
+    monkeypatch.setattr("receiver.console.needs.FRESH_SECONDS", 0.1)

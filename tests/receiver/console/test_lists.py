@@ -280,6 +280,14 @@ def test_failures_of_a_batch_are_asked_for_at_once(parts: Parts, ann: Reader) ->
     assert len([each for each in asked if "task.request" in each]) <= 2
 
 
+@pytest.fixture
+def fresh_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of this hour are read anew at each page, and not after half a minute."""
+    monkeypatch.setattr(rollups, "FRESH_SECONDS", 0.1)
+    monkeypatch.setattr("storage.operations.kept_results.PAUSE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("fresh_figures")
 def test_overview_says_of_how_many_tasks_it_knows_the_units(parts: Parts, ann: Reader) -> None:
     """Callbacks without a signature report none that are believed."""
     one, _ = archive(parts, 2, n=1)
@@ -333,6 +341,7 @@ def test_overview_has_eight_charts(parts: Parts, web: Web, monkeypatch: pytest.M
             assert all(each in page for each in ("Bytes archived", "p95", "USD", "Callbacks lost")), path
 
 
+@pytest.mark.usefixtures("fresh_figures")
 def test_overview_says_that_callbacks_of_the_last_minutes_are_not_due(parts: Parts, ann: Reader, web: Web) -> None:
     over = {"state": TaskState.SUCCEEDED, "callback_url": "https://a/b", "step": None, "due_at": None}
     for minutes in (1, 6):

@@ -87,6 +87,7 @@ TEXTS = catalogue.TEXTS["en"]
 KEYS = [key.split(".")[1] for key in TEXTS if key.startswith("need.") and key.count(".") == 1]
 
 
+@pytest.mark.usefixtures("fresh_needs")
 def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader) -> None:
     everything(parts)
     found = wait_until(lambda: (seen := items(ann)) and len(seen) >= 12 and seen, every=0.3)
@@ -102,6 +103,7 @@ def test_the_link_of_each_need_shows_what_it_is_about(parts: Parts, ann: Reader)
     assert set(KEYS) == {*SHOWN, "store", "slow"}
 
 
+@pytest.mark.usefixtures("fresh_needs")
 def test_due_rows_of_a_page_are_counted_up_to_a_bound(
     parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

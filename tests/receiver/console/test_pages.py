@@ -35,6 +35,7 @@ def test_every_page_answers_with_something_in_it(parts: Parts, ann: Reader) -> N
 
 
 @pytest.mark.parametrize(("code", "sentence"), [(1102, "is paused"), (1103, "may not use kling-image-o1")])
+@pytest.mark.usefixtures("fresh_needs")
 def test_overview_names_a_paused_account_with_the_providers_message(
     parts: Parts, ann: Reader, code: int, sentence: str
 ) -> None:
