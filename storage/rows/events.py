@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -85,12 +85,19 @@ def record(session: Session, name: EventName, task_id: uuid.UUID | None, data: d
 
 
 def record_act(
-    session: Session, person: str, action: str, subject: str, task_ids: Collection[uuid.UUID | None], **data: Any
-) -> int:
-    """Store what a person did to these tasks, or to something else if the id is None. Returns the last row's id."""
+    session: Session, person: str, action: str, subject: str, task_ids: Collection[uuid.UUID | None],
+    *, once: Mapping[str, Any] | None = None, **data: Any,
+) -> int:  # fmt: skip
+    """Store what a person did to these tasks, or to something else if the id is None. Returns the last row's id.
+
+    `data` is in the row of each task. `once`: data about all of them, in the last row alone.
+    """
     facts = {"by": person, "action": action, "subject": subject, **data}
-    rows = [{"task_id": each, "name": PERSON_ACTED, "data": facts} for each in task_ids]
-    return max(int(each) for each in session.execute(_INSERT.returning(col(Event.id)), rows).scalars())
+    *others, last = [{"task_id": each, "name": PERSON_ACTED, "data": facts} for each in task_ids]
+    if others:
+        session.execute(_INSERT, others)
+    last["data"] = facts | dict(once or {})
+    return int(session.execute(_INSERT.returning(col(Event.id)), [last]).scalar_one())
 
 
 def acts_of(session: Session, task_id: uuid.UUID) -> list[Event]:

@@ -97,7 +97,7 @@ class Deliveries:
         rows, one = self._chosen(visit)
         tally = self._of.operator.replay([row.id for row, *_ in rows]) if rows else Tally()
         before = {row.id: row.state for row, *_ in rows if str(row.id) not in tally.left}
-        number = self._note(visit, "replay", "replay.done", rows, tally, before=before)
+        number = self._note(visit, "replay", "replay.done", rows, tally, once={"before": before})
         shown = came_from(visit.request.headers).partition("?")[2]
         to = f"{one or HOME + '/replay'}?of={number}&{'' if one else shown}"
         return visit.redirect(to) if number else visit.back(one or HOME)
