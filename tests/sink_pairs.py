@@ -182,9 +182,11 @@ def run(database: Database, case: Case, *, make_due_now: bool = False, circuit: 
 
 @contextmanager
 def sending(database: Database, case: Case) -> Iterator[None]:
-    """Send like a worker process, with all of the sink's threads."""
+    """Send like a worker process, with all of the sink's threads. At the end what is being sent has five seconds
+    to end, so that no thread opens a connection of a sink that is closed.
+    """
     work = Dispatcher(database, "it", case.sink, ENVELOPE, retry_seconds=RETRY_SECONDS)
-    worker = Worker(database, [Lane("it", Dispatch, work.work, case.sink.threads)], lease_seconds=60, grace_seconds=0)
+    worker = Worker(database, [Lane("it", Dispatch, work.work, case.sink.threads)], lease_seconds=60, grace_seconds=5)
     with running(worker):
         yield
 

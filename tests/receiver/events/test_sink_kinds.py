@@ -223,8 +223,9 @@ def test_a_slow_host_holds_up_no_other(clients: list[str], database: Database) -
             url = slow[number % 12 if len(clients) > 1 else 0].url
             record_steps(database, replace(case, url=url), STEPS[0], client="a")
         record_steps(database, case, *STEPS, client=clients[-1])
-        opened.enter_context(sending(database, case))
-        wait_until(lambda: len(hook.taken) == len(STEPS), seconds=4)
+        with sending(database, case):
+            wait_until(lambda: len(hook.taken) == len(STEPS), seconds=4)
+            told_others.set()
 
 
 def test_a_slow_answer_is_a_failure_of_its_host(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
