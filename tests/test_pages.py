@@ -175,6 +175,7 @@ def test_every_option_that_the_manual_names_exists(page: Path) -> None:
 def test_readme_has_the_test_command_that_ci_runs() -> None:
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     commands = [line for line in lines if line.startswith(("python3", ".venv"))]
+    commands.remove(".venv/bin/mypy")  # the one check of CI that is no test: 13 s of CPU
     assert len(commands) == 4
     assert f"\n{' && '.join(commands)}\n" in (ROOT / "README.md").read_text()
 

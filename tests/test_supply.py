@@ -95,7 +95,7 @@ def test_no_source_has_invisible_or_bidirectional_characters() -> None:
 
 @pytest.mark.parametrize("present", [(), ("chromium",), ("chromium", "chromedriver", "pgbouncer")])
 def test_ci_installs_each_program_that_is_missing(present: tuple[str, ...], tmp_path: Path) -> None:
-    lines = (ROOT / ".ci" / "run").read_text().partition("\nneed() {")[2].partition("\n.venv/bin/pytest")[0]
+    lines = (ROOT / ".ci" / "run").read_text().partition("\nneed() {")[2].partition("\n.venv/bin/mypy")[0]
     (tmp_path / "script").write_text(f"set -euo pipefail\nneed() {{{lines}\n")
     for name, body in {**dict.fromkeys(present, ""), "apt-get": 'echo "$@"', "id": "echo 0"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
