@@ -71,7 +71,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    words = "run each campaign on both databases; without it a campaign runs on the one that its mark names"
+    words = "run each test on both databases; without it a marked test runs on those that its mark names"
     parser.addoption("--both-databases", action="store_true", help=words)
 
 
@@ -100,9 +100,10 @@ def pytest_collection() -> Iterator[None]:
 
 
 def is_for_both_databases_alone(item: pytest.Item) -> bool:
-    """Whether this is a campaign on another database than the one that `@pytest.mark.campaign(…)` names."""
-    mark = item.get_closest_marker("campaign")
-    return mark is not None and item.callspec.params["database_kind"] != mark.args[0]  # type: ignore[attr-defined]
+    """Whether this is on another database than those that `@pytest.mark.databases(…)` or a campaign's mark names."""
+    mark = item.get_closest_marker("databases") or item.get_closest_marker("campaign")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return mark is not None and params.get("database_kind", mark.args[0]) not in mark.args
 
 
 def deal_slow_tests(items: list[pytest.Item]) -> None:

@@ -36,6 +36,7 @@ from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, insert_row
 
+pytestmark = pytest.mark.databases("sqlite")  # who may enter is asked of no database
 ANN, BEN = ConsoleKey("ann", True, SecretStr(ACT_KEY)), ConsoleKey("ben", False, SecretStr(READ_KEY))
 POSTS = (
     "/act/retry", "/act/read", "/act/dismiss", "/act/delete", "/act/file-retry", "/act/verify", "/act/replay",

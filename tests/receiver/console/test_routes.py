@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 
+import pytest
 from starlette.routing import Route
 
 from receiver.app.console_parts import make_console
@@ -16,6 +17,7 @@ from tests.pipeline import assets_of, callbacks_of
 from tests.receiver.console.test_access import POSTS
 from tests.rows import stored
 
+pytestmark = pytest.mark.databases("sqlite")  # who may do what is asked of no database
 OPEN_TO_ALL = (
     "/console/",
     "/console/login",
