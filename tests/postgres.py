@@ -292,6 +292,7 @@ FOR name IN SELECT oid::regclass FROM pg_class WHERE relnamespace = 'public'::re
 END LOOP;
 FOR name IN SELECT quote_ident(sequencename) FROM pg_sequences WHERE schemaname = 'public' AND last_value IS NOT NULL
 LOOP EXECUTE 'ALTER SEQUENCE ' || name || ' RESTART'; END LOOP;
+DELETE FROM counter WHERE counter.name <> 'event';
 UPDATE counter SET value = 0 WHERE value <> 0;
 END $$"""
 

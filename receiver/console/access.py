@@ -2,8 +2,8 @@
 
     cookie = base64url( expires 8 bytes │ nonce 16 bytes │ HMAC-SHA256(secret of the key, purpose, expires, nonce) )
 
-No session is stored. Its MAC is made with a secret that is derived from the person's key, so it ends when the key is
-removed.
+No session is stored before it is ended. Its MAC is made with a secret that is derived from the person's key, so it ends
+when the key is removed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import hmac
 import secrets
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from receiver.base.console_keys import ConsoleKey
+from storage.accounts.used_tokens import UsedTokens
+from storage.database.sessions import Database
 
 COOKIE = "receiver_console"
 SESSION_SECONDS = 12 * 3_600
 ONCE_SECONDS = 600
-SESSION, ONCE = b"session", b"once"
+SESSION, ONCE = "session", "once"
 NONCE_BYTES, HEAD_BYTES, MAC_BYTES = 16, 24, 32
 # Base64 of HEAD_BYTES + MAC_BYTES; longer text is not decoded.
 TOKEN_CHARS = 75
@@ -32,8 +34,6 @@ TOKEN_CHARS = 75
 FAILURES, FAILURE_SECONDS = 10, 60.0
 # Addresses that this process remembers.
 REMEMBERED = 10_000
-# Ended sessions that are remembered of one person. With one more, all sessions that are older than these end too.
-MOST_ENDED = 1_000
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ class Session:
 
 
 class Access:
-    """Checks keys and tokens. `now`: Unix seconds."""
+    """Checks keys and tokens. `now`: Unix seconds. `database`: see `UsedTokens`."""
 
-    def __init__(self, keys: Sequence[ConsoleKey], now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, keys: Sequence[ConsoleKey], now: Callable[[], float] = time.time, database: Database | None = None
+    ) -> None:
         self._people = [(key.name, key.may_act, *_derived(key)) for key in keys]
         self._now = now
-        self._used: defaultdict[tuple[bytes, str], set[bytes]] = defaultdict(set)  # heads by purpose and person
-        self._lock = threading.Lock()
+        self.used = UsedTokens(database, now)  # heads by purpose and person
 
     def log_in(self, key: str) -> str | None:
         """A session token for the holder of this key; None for a wrong key."""
@@ -68,23 +69,24 @@ class Access:
         return self._read(token, SESSION)[0]
 
     def end(self, session: Session) -> None:
-        """End a session. In this process copies of its cookie end with it."""
-        self._use_up(SESSION, session)
+        """End a session, and copies of its cookie: here at once, and in other processes when they catch up."""
+        self.used.use_up(f"{SESSION} {session.name}", session.head)
 
     def redeem(self, token: str | None) -> str | None:
         """A session token for a one-time link, which is used up by it; None for an invalid or used one."""
         found, secret = self._read(token, ONCE)
-        return self._token(secret, SESSION, SESSION_SECONDS) if found and self._use_up(ONCE, found) else None
+        is_first = found is not None and self.used.use_up(f"{ONCE} {found.name}", found.head)
+        return self._token(secret, SESSION, SESSION_SECONDS) if is_first else None
 
     def is_open(self, token: str | None) -> Session | None:
         """The session of the one-time link's owner; None if it is invalid. The link is not used up."""
         return self._read(token, ONCE)[0]
 
-    def _token(self, secret: bytes, purpose: bytes, seconds: float) -> str:
+    def _token(self, secret: bytes, purpose: str, seconds: float) -> str:
         head = int(self._now() + seconds).to_bytes(8, "big") + secrets.token_bytes(NONCE_BYTES)
         return base64.urlsafe_b64encode(head + _mac(secret, purpose, head)).rstrip(b"=").decode()
 
-    def _read(self, token: str | None, purpose: bytes) -> tuple[Session | None, bytes]:
+    def _read(self, token: str | None, purpose: str) -> tuple[Session | None, bytes]:
         """The session, and the secret that its token was made with."""
         raw = _decoded(token)
         if raw is None:
@@ -97,25 +99,9 @@ class Access:
         if whose is None or int.from_bytes(head[:8], "big") <= self._now():
             return None, b""
         name, may_act, secret = whose
-        with self._lock:
-            used = self._used[purpose, name]
-            if head in used or (len(used) > MOST_ENDED and head < min(used)):
-                return None, b""
-        return Session(name, may_act, head, _mac(secret, b"csrf", head).hex()[:32]), secret
-
-    def _use_up(self, purpose: bytes, session: Session) -> bool:
-        """Mark a token as used. Returns False if it was used before.
-
-        Tokens are in the order of their expiry. Those below the first of too many used ones count as used, so that no
-        used one is ever forgotten before it expires.
-        """
-        with self._lock:
-            used = self._used[purpose, session.name]
-            is_new = session.head not in used
-            used.add(session.head)
-            if len(used) > MOST_ENDED + 1:
-                used.remove(min(used))
-            return is_new
+        if self.used.has(f"{purpose} {name}", head):
+            return None, b""
+        return Session(name, may_act, head, _mac(secret, "csrf", head).hex()[:32]), secret
 
 
 def one_time_token(key: ConsoleKey) -> str:
@@ -132,8 +118,8 @@ def _derived(key: ConsoleKey) -> tuple[bytes, bytes]:
     return hashlib.sha256(raw).digest(), hmac.digest(raw, b"receiver console " + role + key.name.encode(), "sha256")
 
 
-def _mac(secret: bytes, purpose: bytes, head: bytes) -> bytes:
-    return hmac.digest(secret, purpose + b"\0" + head, "sha256")
+def _mac(secret: bytes, purpose: str, head: bytes) -> bytes:
+    return hmac.digest(secret, purpose.encode() + b"\0" + head, "sha256")
 
 
 def _decoded(token: str | None) -> bytes | None:

@@ -89,7 +89,7 @@ class Guard:
         self.notices = Notices()
         self._needs = needs
         self._shared = SharedPages(tick)
-        self._threads = CapacityLimiter(THREADS)
+        self.threads = CapacityLimiter(THREADS)
 
     def page(self, path: str, function: PageFunction) -> Route:
         """A page of HTML. Consoles that update it share one rendering."""
@@ -108,20 +108,20 @@ class Guard:
 
         async def endpoint(request: Request) -> Response:
             refuse_other_sites(request)
-            session = session_of(self.access, request)
+            session = await self.session_of(request)
             if session is None:
                 return _to_login(request)
             visit = Visit(request, session, language_of(request), self.templates, self.notices)
             if request.method == "POST":
                 await self._accept(visit, max_bytes)
                 try:
-                    return await to_thread.run_sync(make, visit, limiter=self._threads)
+                    return await to_thread.run_sync(make, visit, limiter=self.threads)
                 finally:
                     self._needs.forget()
                     self._shared.forget()
             if is_shared and visit.is_live:
                 return await self._shared.answer(visit, make)
-            in_thread = functools.partial(to_thread.run_sync, make, limiter=self._threads)
+            in_thread = functools.partial(to_thread.run_sync, make, limiter=self.threads)
             answer: Response = await (function if asyncio.iscoroutinefunction(function) else in_thread)(visit)
             if isinstance(answer, StreamingResponse):
                 answer.body_iterator = self._while_logged_in(request, answer.body_iterator)
@@ -129,10 +129,16 @@ class Guard:
 
         return endpoint
 
+    async def session_of(self, request: Request) -> Session | None:
+        """The session of a request, also with what other processes ended up to three seconds ago."""
+        if self.access.used.is_behind:
+            await to_thread.run_sync(self.access.used.catch_up, limiter=self.threads)
+        return self.access.session(cookie_of(request, COOKIE))
+
     async def _while_logged_in(self, request: Request, parts: AsyncIterable[Any]) -> AsyncIterator[Any]:
         """The parts of a long answer. None is sent after the end of the session, which takes some 10 µs to check."""
         async for part in parts:
-            if session_of(self.access, request) is None:
+            if await self.session_of(request) is None:
                 await abort(request.scope, request.receive)
                 return
             yield part
@@ -158,7 +164,7 @@ class Guard:
             raise HTTPException(403, "reader")
         body = await read_body(visit.request, max_bytes)
         content_type = visit.request.headers.get("content-type", "")
-        pairs, visit.uploads = await to_thread.run_sync(read_form, content_type, body, limiter=self._threads)
+        pairs, visit.uploads = await to_thread.run_sync(read_form, content_type, body, limiter=self.threads)
         visit.form, visit.chosen = dict(pairs), [value for name, value in pairs if name == "id"]
         if not hmac.compare_digest(visit.form.get("csrf", "").encode(), visit.session.csrf.encode()):
             raise HTTPException(403)
@@ -190,7 +196,10 @@ class Front:
         if wait := self._throttle.wait_seconds(address):
             return self._form(request, form.get("next"), problem="login.throttled", status=429, wait=wait)
         access = self._guard.access
-        token = access.redeem(form["once"]) if "once" in form else access.log_in(form.get("key", ""))
+        if "once" in form:
+            token = await to_thread.run_sync(access.redeem, form["once"], limiter=self._guard.threads)
+        else:
+            token = access.log_in(form.get("key", ""))
         if token is None:
             self._throttle.failed(address)
             log.warning("console.login_refused", address=address)
@@ -222,12 +231,12 @@ class Front:
     async def log_out(self, request: Request) -> Response:
         """Read-only keys may end their own session: nothing else changes. The browser forgets pictures."""
         refuse_other_sites(request)
-        session = session_of(self._guard.access, request)
+        session = await self._guard.session_of(request)
         if session is not None:
             given = read_fields(request, await read_body(request, MAX_LOGIN_BYTES, LOGIN_SECONDS)).get("csrf", "")
             if not hmac.compare_digest(given.encode(), session.csrf.encode()):
                 raise HTTPException(403)
-            self._guard.access.end(session)
+            await to_thread.run_sync(self._guard.access.end, session, limiter=self._guard.threads)
         answer = RedirectResponse(LOGIN, 303, {"Clear-Site-Data": '"cache"'})
         answer.delete_cookie(COOKIE, path="/console", httponly=True, samesite="strict", secure=self._is_secure)
         return answer
@@ -273,10 +282,6 @@ class WithHeaders:
 
 def cookie_of(request: Request, name: str) -> str | None:
     return cookie("; ".join(request.headers.getlist("cookie")), name)
-
-
-def session_of(access: Access, request: Request) -> Session | None:
-    return access.session(cookie_of(request, COOKIE))
 
 
 def read_form(content_type: str, body: bytes) -> tuple[list[tuple[str, str]], dict[str, Upload]]:

@@ -34,7 +34,8 @@ class Console:
         self._live = Live(of.database)
         self._overview = Overview(of, self._needs)
         self._batches = BatchPages(of)
-        self._guard = Guard(Access(of.keys), Policy(self._origin_of_links), self._needs, lambda: self._live.tick)
+        access = Access(of.keys, database=of.database)
+        self._guard = Guard(access, Policy(self._origin_of_links), self._needs, lambda: self._live.tick)
 
     def application(self, files: Files) -> WithHeaders:
         """Serves everything below `/console`. `files`: answers with an archived file's bytes or a redirect."""

@@ -9,29 +9,27 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from itertools import product
+from itertools import islice, product
+from typing import NoReturn
 from urllib.parse import quote
 
 import httpx
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import event
+from sqlmodel import col, select
 from structlog.testing import capture_logs
 
 from receiver.app.wiring import Parts
 from receiver.base import config
 from receiver.base.console_keys import ConsoleKey, parse
-from receiver.console import access as access_module
-from receiver.console import application
-from receiver.console.access import (
-    COOKIE,
-    MOST_ENDED,
-    ONCE,
-    ONCE_SECONDS,
-    Access,
-    LoginThrottle,
-    _derived,
-    one_time_token,
-)
+from receiver.console import application, live
+from receiver.console.access import COOKIE, ONCE, ONCE_SECONDS, Access, LoginThrottle, _derived, one_time_token
+from storage.accounts import used_tokens
+from storage.accounts.used_tokens import MOST_USED
+from storage.database.sessions import Database
+from storage.errors import DatabaseUnavailable
+from storage.rows.models import Counter
 from tests.console_reader import ACT_KEY, PAGES, READ_KEY, Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, insert_row
@@ -107,7 +105,7 @@ def test_nothing_ended_is_valid_again_after_ten_thousand_others(
     use_up: Callable[[Access, ConsoleKey], str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of 10,001 was forgotten, of all people together. Memory is bounded for each person."""
-    monkeypatch.setattr(access_module, "MOST_ENDED", 100)
+    monkeypatch.setattr(used_tokens, "MOST_USED", 100)
     clock = Clock()
     access = Access([ANN, BEN], clock)
     hers, his = use_up(access, ANN), list[str | None]()
@@ -117,7 +115,8 @@ def test_nothing_ended_is_valid_again_after_ten_thousand_others(
     assert [token for token in (hers, *his) if access.session(token) or access.is_open(token)] == []
     clock.now += 1
     assert access.session(access.log_in(READ_KEY)) and access.session(access.log_in(ACT_KEY))
-    assert {person: len(used) for (_, person), used in access._used.items() if used} == {"ann": 1, "ben": 101}
+    counts = {group.partition(" ")[2]: len(used) for group, used in access.used._used.items() if used}
+    assert counts == {"ann": 1, "ben": 101}
 
 
 def test_too_many_ended_sessions_end_the_persons_older_ones_alone() -> None:
@@ -125,7 +124,7 @@ def test_too_many_ended_sessions_end_the_persons_older_ones_alone() -> None:
     access = Access([ANN, BEN], clock)
     older, hers = access.log_in(READ_KEY), access.log_in(ACT_KEY)
     clock.now += 1
-    for _ in range(MOST_ENDED + 1):
+    for _ in range(MOST_USED + 1):
         assert access.session(older)
         session = access.session(access.log_in(READ_KEY))
         assert session is not None
@@ -133,6 +132,63 @@ def test_too_many_ended_sessions_end_the_persons_older_ones_alone() -> None:
     clock.now += 1
     assert access.session(older) is None
     assert access.session(hers) and access.session(access.log_in(READ_KEY))
+
+
+def test_what_one_process_ended_is_over_in_all_and_after_a_restart(database: Database) -> None:
+    """Their rows are deleted once they have expired everywhere, and those of one person are bounded."""
+    clock = Clock()
+    here, there, late = (Access([ANN, BEN], clock, database) for _ in range(3))
+    late.used.catch_up()
+    token, stays = ended_session(here, ANN), here.log_in(ACT_KEY)
+    link = here._token(_derived(BEN)[1], ONCE, ONCE_SECONDS)
+    assert here.redeem(link) and there.redeem(link) is None, "a link logs in once, whoever is asked first"
+    there.used.catch_up()
+    assert there.session(token) is None and there.is_open(link) is None and there.session(stays)
+    assert late.session(token) and not late.used.is_behind, "it asks the database every three seconds"
+    clock.now += 12 * 3_600 + used_tokens.KEPT_SECONDS + 1
+    Access([ANN], clock, database).used.catch_up()
+    assert stored(database) == []
+
+
+def stored(database: Database) -> list[str]:
+    with database.read() as session:
+        return list(session.exec(select(Counter.name).where(col(Counter.name).startswith("console"))))
+
+
+def test_ended_sessions_of_one_person_have_a_bound_in_the_database_too(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(used_tokens, "MOST_USED", 3)
+    clock = Clock()
+    here, there = Access([ANN, BEN], clock, database), Access([ANN, BEN], clock, database)
+    hers, his = ended_session(here, ANN), list[str | None]()
+    for _ in range(9):
+        clock.now += 1
+        his.append(ended_session(here, BEN))
+    for each in (there, here, Access([ANN, BEN], clock, database)):
+        each.used.catch_up()
+        assert [token for token in (hers, *his) if each.session(token)] == []
+    assert len(stored(database)) == 1 + 4
+
+
+def test_session_that_ended_while_the_database_was_away_is_stored_later(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = Access([ANN], database=database), Access([ANN], database=database)
+    with monkeypatch.context() as outage:
+        outage.setattr(database, "write", away)
+        token = ended_session(here, ANN)
+        here.used.catch_up()
+        assert here.session(token) is None and stored(database) == []
+    monkeypatch.setattr(used_tokens, "FRESH_SECONDS", 0)
+    here.used._fresh_until = 0
+    here.used.catch_up()
+    there.used.catch_up()
+    assert there.session(token) is None
+
+
+def away() -> NoReturn:
+    raise DatabaseUnavailable("away")
 
 
 def test_session_of_a_link_ends_with_the_key_that_made_the_link() -> None:
@@ -352,6 +408,34 @@ def test_logging_out_ends_a_copied_cookie_too(ann: Reader, web: Web) -> None:
     assert ann.post("/logout").url.path == "/console/login"
     answer = httpx.get(f"{web.url}/console", cookies={COOKIE: copied})
     assert answer.headers["location"] == "/console/login"
+
+
+def test_logging_out_at_another_process_ends_the_session_here_and_its_stream(
+    ann: Reader, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(used_tokens, "FRESH_SECONDS", 0.2)
+    monkeypatch.setattr(live, "HEARTBEAT_SECONDS", 0.1)
+    cookies = {COOKIE: ann.http.cookies[COOKIE]}
+    other = Access([ANN, BEN], database=parts.database)
+    session = other.session(cookies[COOKIE])
+    assert session is not None
+    with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
+        lines = answer.iter_lines()
+        assert "event: still" in lines
+        other.end(session)
+        with pytest.raises(httpx.RemoteProtocolError):
+            assert len(list(islice(lines, 200))) == 200
+    assert ann.get("/tasks").url.path == "/console/login"
+
+
+def test_sessions_are_checked_without_a_statement_each(ann: Reader, parts: Parts) -> None:
+    asked: list[str] = []
+    event.listen(parts.database.reader, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    began = time.monotonic()
+    for _ in range(30):
+        ann.get("/tasks", headers={"X-Live": "1"})
+    most = (time.monotonic() - began) // used_tokens.FRESH_SECONDS + 1
+    assert len([each for each in asked if "SELECT counter.name" in each]) <= most
 
 
 def test_one_time_link_shows_a_button_first(stranger: Reader, web: Web) -> None:
