@@ -92,6 +92,11 @@ class Knobs(BaseModel):
     )
     query_503_rate: Rate = Field(default=0, description="Share of queries answered 503/5001.")
     query_lag_seconds: Seconds = Field(default=0, description="Seconds in which a new task is not found yet.")
+    external_ids: bool = Field(
+        default=True,
+        description="Whether the provider knows tasks by external_task_id: queries find them, and a second create with "
+        "it is refused.",
+    )
     hang_seconds: Seconds = Field(default=30, description="Seconds before a hanging answer comes.")
     task_info: bool = Field(default=True, description="Whether answers and callbacks carry task_info at all.")
     gateway_ids: bool = Field(

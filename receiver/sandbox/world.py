@@ -151,7 +151,7 @@ class World:
             knobs.balance -= 1
         self._slots_held += slots
         self._slots_peak = max(self._slots_peak, self._slots_held)
-        for name in (task.id, task.alias, wanted.external_task_id):
+        for name in (task.id, task.alias, wanted.external_task_id if knobs.external_ids else None):
             if name:
                 self._known[name] = task
         self._wake_at(now + self._delay(knobs.submitted_seconds), task)

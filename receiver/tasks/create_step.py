@@ -7,8 +7,11 @@ row (claimed, sent_at) ─▶ POST ─┬─ accepted ────────�
                                 ├─ slow down (1302) ───────▶ due again, nothing was made
                                 ├─ full (1303) ────────────▶ due again, or with slots of our own: back to the queue
                                 └─ unclear ────────────────▶ due: read by external id ─┬─ found ▶ submitted
-                                                              (worker, or submitter)   └─ twice not found,
+                                                              (worker, or submitter)   ├─ called back ▶ submitted
+                                                                                       └─ twice not found,
                                                                                           10 s apart ▶ POST again
+
+The callback URL is in the request alone, so a callback to it shows that the create arrived: it is not sent again.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import structlog
+from sqlalchemy import bindparam, exists, or_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import AlreadyExists, Created, Provider, Record, Unavailable
@@ -30,6 +34,7 @@ from storage.accounts.pauses import Trial
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
 from storage.database.clock import db_now, db_now_once
+from storage.database.prepared import execute
 from storage.database.sessions import Database
 from storage.errors import (
     AccountRefused,
@@ -41,7 +46,7 @@ from storage.errors import (
     Retry,
 )
 from storage.rows import claims, reports, tasks
-from storage.rows.models import Task
+from storage.rows.models import Callback, Task
 from storage.states import Report, TaskState
 
 log = structlog.get_logger()
@@ -62,6 +67,16 @@ OVERDUE_SECONDS, OVERDUE_TRIES = 3_600, 5
 FRESH_SHARE = 2 / 3
 # 1302/1303: exponential from 1 s (KLING §6). The limit of 30 s keeps slots from staying idle.
 THROTTLE_BASE_SECONDS, THROTTLE_CAP_SECONDS = 1.0, 30.0
+
+# Whether the provider has the task: a report was believed, or a delivery came to the URL of this request, applied or
+# not. A refused id that is used again has the same URL, and a later `created_at`.
+_DELIVERED = exists().where(
+    col(Callback.task_id) == Task.id, col(Callback.source) == "push", col(Callback.received_at) >= Task.created_at
+)
+_CALLED_BACK = select(Task.id).where(
+    Task.id == bindparam("wanted"),
+    or_(col(Task.state) != TaskState.CREATED, col(Task.called_back_at) >= Task.created_at, _DELIVERED),
+)
 
 
 class CreateStep:
@@ -122,19 +137,24 @@ class CreateStep:
             self._send_once(task)
 
     def _send_once(self, task: Task, outcome_listener: CreateOutcome | None = None) -> None:
-        """POST the row if its lease is still ours and the account is not paused. The lease is renewed right before."""
-        due_at = db_now(self._lease_seconds)
+        """POST the row if its lease is still ours, the account is not paused, and no callback shows that it was sent
+        before. The lease is renewed right before.
+        """
+        due_at, trial = db_now(self._lease_seconds), None
         try:
             with self._database.write() as session:
-                trial = pauses.begin(session, task)
-                if trial.is_early:
-                    self._settle_queued(session, task, "waits for the answers to others", 0, **claims.NO_ATTEMPTS)
-                    return
-                if trial.refusal is None:
-                    claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
+                if not _is_called_back(session, task):
+                    trial = pauses.begin(session, task)
+                    if trial.is_early:
+                        self._settle_queued(session, task, "waits for the answers to others", 0, **claims.NO_ATTEMPTS)
+                        return
+                    if trial.refusal is None:
+                        claims.update_claimed(session, task, due_at=due_at, sent_at=db_now(), missed_at=None)
         except LostClaim:
             return
-        if trial.refusal is None:
+        if trial is None:
+            self._accept_unfound(task)
+        elif trial.refusal is None:
             self._post(task, trial, outcome_listener)
         else:
             self._wait_for_account(task, trial.refusal, outcome_listener)
@@ -241,10 +261,15 @@ class CreateStep:
                 made_at=None if task.adopt else task.created_at,
             )
         except (Retry, ProviderRejected) as error:
-            self._unanswered(task, error)
+            if self._was_called_back(task):
+                self._accept_unfound(task)
+            else:
+                self._unanswered(task, error)
             return
         if record is not None and (task.adopt or _is_ours(task, record.report, already)):
             self._accept(task, record)
+        elif self._was_called_back(task):
+            self._accept_unfound(task)
         elif record is None and not already:
             self._missed(task)
         elif record is None and 1 < task.attempts < UNREAD_TRIES:
@@ -291,6 +316,18 @@ class CreateStep:
     def _accept(self, task: Task, answer: Created | Record) -> None:
         self._settle(task, answer.report)
 
+    def _was_called_back(self, task: Task) -> bool:
+        with self._database.read() as session:
+            return _is_called_back(session, task)
+
+    def _accept_unfound(self, task: Task) -> None:
+        """End the create of a task that was called back and that no query finds: it is read from now on.
+
+        Only the provider's own word gives it an id: a signed delivery, or a read. Without any it ends as silent tasks
+        do.
+        """
+        self._settle(task, Report(None, None, TaskState.SUBMITTED), is_found=False)
+
     def _refused(
         self, task: Task, message: str, refusal: ProviderRejected | None, outcome_listener: CreateOutcome | None
     ) -> None:
@@ -303,10 +340,13 @@ class CreateStep:
         if not self._settle(task, report, listener=listener) and listener:
             listener.take_back()
 
-    def _settle(self, task: Task, report: Report, *, listener: CreateOutcome | None = None) -> bool:
+    def _settle(
+        self, task: Task, report: Report, *, listener: CreateOutcome | None = None, is_found: bool = True
+    ) -> bool:
         """End the create step. The ranks of states decide, because a callback may have come before this answer.
 
-        Returns whether the lease was still ours and the row took the report's state.
+        `is_found` False: no query finds the task. Unless it has an id of the provider, it is read at once, and its note
+        says so. Returns whether the lease was still ours and the row took the report's state.
         """
         if report.status is None:
             report = Report(report.provider_task_id, report.external_task_id, TaskState.SUBMITTED)
@@ -317,6 +357,9 @@ class CreateStep:
             row.note, row.step = tasks.request_note(row), None
             row.request = self._provider.redacted(row.request)
             reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
+            if not is_found and row.provider_task_id is None:
+                row.note = tasks.NOT_FOUND
+                reports.reschedule(session, row, self._schedule, read_now=True)
             decide_again(session, row)  # deliveries that came before this answer
             if listener and row.state is report.status:
                 row.client_callback_url = None
@@ -328,7 +371,13 @@ class CreateStep:
         except LostClaim:
             return False
         log.info("task.create_settled", **tasks.named(task), state=row.state, error=row.error)
+        if row.note == tasks.NOT_FOUND:
+            log.warning("task.create_not_found", **tasks.named(task), note=row.note)
         return row.state is report.status
+
+
+def _is_called_back(session: Session, task: Task) -> bool:
+    return bool(execute(session, _CALLED_BACK, {"wanted": task.id}).rows)
 
 
 def _is_ours(task: Task, report: Report, already: AlreadyExists | None) -> bool:

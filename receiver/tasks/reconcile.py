@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from sqlmodel import Session
+from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider, Record
 from receiver.providers.lookup import read_task
@@ -21,13 +21,13 @@ from receiver.tasks import apply_deliveries
 from storage import states
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.database.sessions import Database
-from storage.errors import GiveUp, LostClaim, Retry
+from storage.errors import GiveUp, LostClaim, ReportUnreadable, Retry
 from storage.keys import encode_id
 from storage.operations import maintenance
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, compare_again, store_poll
 from storage.rows.models import Callback, Task
-from storage.rows.tasks import clear_other_notes, note_after_silence
+from storage.rows.tasks import clear_other_notes, note_after_others
 from storage.states import CallbackState, Report, TaskState
 
 log = structlog.get_logger()
@@ -35,6 +35,8 @@ log = structlog.get_logger()
 NEVER_REPORTED = "never_reported"
 # The longest wait between two calls to a provider that is down, whatever the task's own poll delay is.
 READ_RETRY_CAP_SECONDS = 300
+# The newest deliveries whose ids are read. An honest task's all name the same one.
+DELIVERED_IDS = 3
 # The limit of a batch call (KLING §3).
 BATCH = 20
 # A base URL without a batch call is tried again after this long, because gateways are updated.
@@ -125,17 +127,41 @@ class Reader:
     def _park(self, row: Task) -> None:
         note = f"reading it ended its worker {row.losses} times; `receiver retry` tries again"
         with contextlib.suppress(LostClaim), self._database.write() as session:
-            claims.settle(session, row, due_in=None, note=note_after_silence(note))
+            claims.settle(session, row, due_in=None, note=note_after_others(note))
         log.error("task.parked", **tasks.named(row), note=note)
 
     def _read(self, row: Task) -> Record | None:
-        return read_task(
+        record = read_task(
             self._providers[row.provider],
             self._limit,
             provider_task_id=row.provider_task_id,
             external_task_id=row.external_task_id,
             made_at=row.created_at,
         )
+        is_without_id = record is None and row.provider_task_id is None and row.state is not TaskState.FAILED
+        return self._read_delivered(row) if is_without_id else record
+
+    def _read_delivered(self, row: Task) -> Record | None:
+        """Read a task that has no id of the provider under those that its deliveries name.
+
+        Their sender chose these ids, so only a record that names our task counts.
+        """
+        provider = self._providers[row.provider]
+        for name in self._delivered_ids(row, provider):
+            record = read_task(provider, self._limit, provider_task_id=name, external_task_id=name)
+            if record is not None and record.report.external_task_id == row.external_task_id:
+                return record
+        return None
+
+    def _delivered_ids(self, row: Task, provider: Provider) -> set[str]:
+        newest = select(Callback.body).where(Callback.task_id == row.id, Callback.source == "push")
+        found = set[str]()
+        with self._database.read() as session:
+            bodies = session.exec(newest.order_by(col(Callback.id).desc()).limit(DELIVERED_IDS)).all()
+        for body in bodies:
+            with contextlib.suppress(ReportUnreadable):
+                found.add(provider.ids(body)[1] or "")
+        return {name for name in found if name and _is_usable(name)}
 
     def _settle(self, task: Task, record: Record | None) -> None:
         try:
@@ -144,7 +170,7 @@ class Reader:
                 moment = tasks.now(session)
                 claims.rest(row)
                 row.step = None
-                clear_other_notes(row)
+                clear_other_notes(row, is_found=record is not None)
                 row.polls += 1
                 if record is not None:
                     delivery = Delivery(task.provider, "poll", task.id, record.body)
@@ -176,7 +202,7 @@ class Reader:
         waits_its_turn = isinstance(error, TooManyReads)  # The task did not cause this, so no attempt is counted.
         after = error.after if isinstance(error, Retry) else None
         due_in = max(after or 0, claims.backoff(task.attempts, cap=READ_RETRY_CAP_SECONDS))
-        values = {} if waits_its_turn else {"note": note_after_silence(str(error))}
+        values = {} if waits_its_turn else {"note": note_after_others(str(error))}
         try:
             with self._database.write() as session:
                 claims.settle(session, task, due_in=due_in, counts=not waits_its_turn, **values)

@@ -231,6 +231,10 @@ def request_note(task: Task | Standing) -> str | None:
 SILENT = "silent for 24 h: its slots were given back"
 
 
+# Of a task whose create got no answer.
+NOT_FOUND = "called back, but the provider does not find it: it is not sent again"
+
+
 def give_back(task: Task) -> None:
     """Give back the slots that the locked task holds or waits for, and clear its note of silence."""
     task.slots, task.queued_at = 0, None
@@ -243,11 +247,16 @@ def clear_silence_note(task: Task) -> None:
         task.note = None
 
 
-def clear_other_notes(task: Task) -> None:
-    """Clear the locked task's note, unless it is the note of silence or of its request."""
-    task.note = SILENT if task.note and task.note.startswith(SILENT) else request_note(task)
+def clear_other_notes(task: Task, *, is_found: bool) -> None:
+    """Clear the locked task's note, unless it is of silence, of its request, or says that the task is not found, while
+    that is so.
+    """
+    lasting = (SILENT,) if is_found else (SILENT, NOT_FOUND)
+    kept = (note for note in lasting if task.note and task.note.startswith(note))
+    task.note = next(kept, request_note(task))
 
 
-def note_after_silence(note: str) -> Any:
-    """`note` as an SQL value, after the note of silence if the task has one."""
-    return case((col(Task.note).startswith(SILENT), f"{SILENT}; {note}"), else_=note)
+def note_after_others(note: str) -> Any:
+    """`note` as an SQL value, after the note of silence, or that the task is not found, if the task has one."""
+    after = [(col(Task.note).startswith(first), f"{first}; {note}") for first in (SILENT, NOT_FOUND)]
+    return case(*after, else_=note)

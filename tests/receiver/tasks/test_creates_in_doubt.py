@@ -1,0 +1,194 @@
+"""A create whose answer was lost, and a callback that shows that it arrived: it is never sent again.
+
+The provider does not know external ids, as some gateways: no query finds them, and a second create makes another task.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+from receiver.app.wiring import Parts
+from receiver.sandbox import Sandbox
+from storage.rows import tasks
+from storage.rows.deliveries import Delivery, store
+from storage.rows.models import Task
+from storage.states import ArchiveState, CallbackState, Step, TaskState
+from tests.pipeline import assets_of, deliver, drain, make_due_now, run, task_of
+from tests.receiver.tasks.test_apply_deliveries import body, info
+from tests.receiver.tasks.test_submit import ID, go_on, submit_request
+from tests.rows import LONG_AGO
+from tests.unreported_tasks import creates
+
+FOREIGN = "https://files.example.net"
+
+
+@pytest.fixture
+def changes() -> dict[str, Any]:
+    return {"poll_after_seconds": 3_600}
+
+
+@pytest.fixture(autouse=True)
+def gateway(sandbox: Sandbox) -> None:
+    sandbox.set(external_ids=False, create_faults=["5000:created"], submitted_seconds=600, processing_seconds=600)
+
+
+def provider_id(sandbox: Sandbox) -> str:
+    return sandbox.ledger().task(ID).task_id
+
+
+def record_of(parts: Parts, sandbox: Sandbox, *, ended: bool = False) -> dict[str, Any]:
+    """The task as the provider describes it, which is the body of its callbacks."""
+    if ended:
+        sandbox.world.advance(time.time() + 10_000)
+    record = parts.kling.read(provider_task_id=provider_id(sandbox), external_task_id=ID)
+    assert record is not None
+    found: dict[str, Any] = json.loads(record.body)
+    return found
+
+
+def commit_delivery(parts: Parts, task: Task, told: dict[str, Any], **values: Any) -> None:
+    """Store one like the web server; no worker applies it."""
+    with parts.database.write() as session:
+        store(session, [Delivery("kling", "push", task.id, json.dumps(told).encode(), **values)])
+
+
+def look_up_twice(parts: Parts) -> Task:
+    """The provider is asked for our id twice and does not find it."""
+    go_on(parts)
+    return go_on(parts, missed_at=LONG_AGO)
+
+
+@pytest.mark.parametrize("is_early", [True, False], ids=["before the query", "after it"])
+@pytest.mark.parametrize("webhook_id", ["msg_1", None], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("status", ["processing", "succeed", "failed"])
+def test_a_create_that_was_called_back_is_not_sent_again(
+    parts: Parts, sandbox: Sandbox, is_early: bool, webhook_id: str | None, status: str
+) -> None:
+    task = submit_request(parts)
+    if not is_early:
+        go_on(parts)
+    pictures = 1 if status == "succeed" else 0
+    told = body(status, pictures, host=FOREIGN, task_id=provider_id(sandbox), **info(ID))
+    deliver(parts, task, told, webhook_id=webhook_id)
+    found = look_up_twice(parts)
+    assert len(creates(sandbox)) == 1
+    assert found.step is not Step.CREATE and found.state is not TaskState.CREATED
+    assert (found.provider_task_id == provider_id(sandbox)) is (webhook_id is not None)
+
+
+@pytest.mark.parametrize("state", [CallbackState.RECEIVED, CallbackState.REJECTED])
+def test_a_delivery_that_waits_shows_that_the_create_arrived(
+    parts: Parts, sandbox: Sandbox, state: CallbackState
+) -> None:
+    """No worker has applied it, or its signature was refused: its token came from our request in any case."""
+    commit_delivery(parts, submit_request(parts), body("processing"), state=state)
+    assert look_up_twice(parts).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 1
+
+
+def test_a_create_that_waits_for_its_turn_is_not_sent_once_it_was_called_back(parts: Parts, sandbox: Sandbox) -> None:
+    """The second create is throttled, which leaves no trace of the first in the row."""
+    sandbox.set(create_faults=["5000:created", "1302"])
+    task = submit_request(parts)
+    assert look_up_twice(parts).sent_at is None
+    commit_delivery(parts, task, body("processing"))
+    assert go_on(parts).state is TaskState.SUBMITTED
+    assert len(creates(sandbox)) == 2
+
+
+def test_a_strangers_delivery_at_the_account_url_shows_nothing(parts: Parts, sandbox: Sandbox) -> None:
+    submit_request(parts)
+    deliver(parts, None, body("processing", **info(ID)))
+    look_up_twice(parts)
+    assert len(creates(sandbox)) == 2
+
+
+def test_a_delivery_of_an_earlier_request_shows_nothing_of_this_one(parts: Parts, sandbox: Sandbox) -> None:
+    """A refused id is used again, with the same row and token."""
+    sandbox.set(create_faults=["1301", "5000"])
+    task = submit_request(parts)
+    deliver(parts, task, body("failed"))
+    wanted = parts.submitter.row(parts.submitter.parse(task.request), ID)
+    with parts.database.write() as session:
+        again = parts.submitter.insert_again(session, wanted)
+    assert again is not None
+    parts.submitter.create_step.send(again)
+    look_up_twice(parts)
+    assert len(creates(sandbox)) == 3
+
+
+def test_the_id_in_a_delivery_is_read_and_the_read_binds_it(parts: Parts, sandbox: Sandbox) -> None:
+    task = submit_request(parts)
+    deliver(parts, task, record_of(parts, sandbox))
+    look_up_twice(parts)
+    assert task_of(parts, ID).provider_task_id is None
+    run(parts, "reads", "callbacks")
+    found = task_of(parts, ID)
+    assert (found.provider_task_id, found.note) == (provider_id(sandbox), None)
+    sandbox.world.advance(time.time() + 10_000)
+    make_due_now(parts, Task)
+    assert drain(parts, ID).archive is ArchiveState.ARCHIVED
+    assert len(creates(sandbox)) == 1
+
+
+def test_no_read_binds_an_id_of_a_record_that_does_not_name_our_task(parts: Parts, sandbox: Sandbox) -> None:
+    """Such a record may be another's task, whose id the sender chose."""
+    sandbox.set(create_faults=[])
+    other = parts.kling.create(
+        {"model_name": "kling-v3-omni", "prompt": "theirs"}, external_task_id="theirs", callback_url=None
+    )
+    sandbox.set(create_faults=["5000:created"])
+    task = submit_request(parts)
+    deliver(parts, task, body("succeed", 1, host=FOREIGN, task_id=other.provider_task_id, **info(ID)))
+    sandbox.set(task_info=False)
+    deliver(parts, task, body("succeed", 2, host=FOREIGN, task_id=provider_id(sandbox)))
+    look_up_twice(parts)
+    run(parts, "reads", "callbacks")
+    found = task_of(parts, ID)
+    assert (found.provider_task_id, assets_of(parts, task), found.state) == (None, [], TaskState.SUBMITTED)
+    assert str(found.note).startswith(tasks.NOT_FOUND)
+
+
+def test_a_task_that_is_never_found_ends_with_the_result_lifetime(parts: Parts, sandbox: Sandbox) -> None:
+    """Until then its note says why it is not sent, also after reads and failed reads."""
+    sandbox.set(task_info=False)
+    deliver(parts, submit_request(parts), body("processing", task_id="elsewhere"))
+    look_up_twice(parts)
+    for faults in ([], ["5001"]):
+        sandbox.set(query_faults=faults)
+        make_due_now(parts, Task)
+        run(parts, "reads")
+        assert str(task_of(parts, ID).note).startswith(tasks.NOT_FOUND)
+    with parts.database.write() as session:
+        row = tasks.lock(session, task_of(parts, ID).id)
+        assert row is not None
+        row.submitted_at = LONG_AGO
+    make_due_now(parts, Task)
+    run(parts, "reads")
+    found = task_of(parts, ID)
+    assert (found.state, found.error, found.step) == (TaskState.FAILED, "never_reported", None)
+    assert len(creates(sandbox)) == 1
+
+
+def test_a_signed_success_ends_its_archive_though_no_query_is_answered(parts: Parts, sandbox: Sandbox) -> None:
+    task = submit_request(parts)
+    deliver(parts, task, record_of(parts, sandbox, ended=True), webhook_id="msg_1")
+    sandbox.set(query_503_rate=1.0)
+    make_due_now(parts, Task)
+    parts.worker().run_until_idle()
+    found = task_of(parts, ID)
+    assert (found.archive, found.step, len(creates(sandbox))) == (ArchiveState.ARCHIVED, None, 1)
+
+
+def test_already_exists_is_ours_once_it_was_called_back(parts: Parts, sandbox: Sandbox) -> None:
+    """The provider refuses the second create, and no query finds the task, however often it is asked."""
+    sandbox.set(external_ids=True, query_lag_seconds=600)
+    task = submit_request(parts)
+    look_up_twice(parts)
+    deliver(parts, task, body("processing", task_id=provider_id(sandbox)))
+    found = go_on(parts, attempts=9, missed_at=LONG_AGO)
+    assert (found.state, found.error) == (TaskState.PROCESSING, None)
