@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
-import functools
 import gc
 import importlib.util
 import logging
@@ -29,7 +28,6 @@ import certifi
 import httpx
 import pytest
 import structlog
-from botocore.loaders import JSONFileLoader
 from pydantic_settings.sources import PydanticBaseEnvSettingsSource
 from structlog._config import BoundLoggerLazyProxy
 from structlog.dev import ConsoleRenderer, plain_traceback
@@ -39,7 +37,7 @@ from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Knobs, Sandbox
 from storage.database.sessions import Database
 from storage.rows import migrations
-from tests import manifest_checks
+from tests import manifest_checks, store_clients
 from tests.bytecode import compile_sources, compile_tests
 from tests.forked_workers import WorkerForks
 from tests.pipeline import Web, Wired, settings_for
@@ -160,12 +158,9 @@ def cheap_requests(few_roots: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def models_read_once() -> Iterator[None]:
-    """Read botocore's descriptions of endpoints once. It would read them for each of our sessions: 0.1 s of CPU."""
-    load = JSONFileLoader().load_file
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JSONFileLoader, "load_file", staticmethod(functools.cache(load)))
-        yield
+def store_clients_made_quickly() -> None:
+    """Tests and commands open some two thousand."""
+    store_clients.read_once()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,7 +6,6 @@ that imports the product: six workers start with 21 instead of 42 s of CPU.
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import select
@@ -30,9 +29,10 @@ import boto3
 import pytest
 from _pytest.config import _prepareconfig
 from _pytest.outcomes import OutcomeException
-from botocore.loaders import JSONFileLoader
 from execnet.gateway_base import get_execmodel, init_popen_io
 from execnet.gateway_base import serve as serve_gateway
+
+from tests.store_clients import read_once
 
 END_SECONDS = 5
 # What xdist starts as a worker. It hands over its standard files and ends when the worker does.
@@ -123,7 +123,7 @@ def import_tests(words: Sequence[str]) -> None:
             with suppress(Exception, OutcomeException):
                 import_module(".".join(file.resolve().relative_to(config.rootpath).with_suffix("").parts))
     config._ensure_unconfigure()
-    JSONFileLoader.load_file = staticmethod(functools.cache(JSONFileLoader().load_file))  # type: ignore[method-assign]
+    read_once()
     boto3.Session(region_name="us-east-1").client("s3").close()
     gc.enable()
 

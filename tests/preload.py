@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 
 import typer.main
-from botocore.loaders import JSONFileLoader
 from sqlalchemy.orm import configure_mappers
 
 from storage.archive import continuous_audit
@@ -23,6 +22,7 @@ from storage.fetch import connection
 from storage.operations.measures import measure
 from storage.rows import migrations, tasks
 from tests.statements import compile_once
+from tests.store_clients import read_once
 
 IMPORTED = (
     "alembic.command", "alembic.ddl.postgresql", "alembic.ddl.sqlite", "boto3.s3.inject", "encodings.idna",
@@ -63,7 +63,7 @@ def use_database() -> None:
 
 for name in IMPORTED:
     import_module(name)
-JSONFileLoader.load_file = staticmethod(functools.cache(JSONFileLoader().load_file))
+read_once()
 import_module("boto3").Session(region_name="us-east-1").client("s3").close()
 configure_mappers()
 read_signatures()
