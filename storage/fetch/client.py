@@ -185,7 +185,7 @@ class Fetcher:
                         raise FetchExpired("an unconfirmed link redirects to another host: the task is read first")
             except BROKEN as error:
                 resumes += 1
-                if body.resumable and body.size > before and resumes <= MAX_RESUMES:
+                if body.validator and body.size > before and resumes <= MAX_RESUMES:
                     continue
                 if body.size and not isinstance(error, httpcore.TimeoutException):
                     raise FetchCut(f"the response broke off after {body.size} bytes") from error

@@ -15,8 +15,9 @@ import re
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -104,7 +105,7 @@ class Connections:
 
     def begin_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._busy: set[connection.GuardedStream] = set()
+        self._open = weakref.WeakSet[connection.GuardedStream]()
         self._idle: list[tuple[float, Origin, connection.GuardedStream]] = []
 
     @contextmanager
@@ -112,47 +113,35 @@ class Connections:
         """Request `target`. At the end the connection is kept if the body has made it `reusable`, else closed."""
         origin = target.scheme, target.host, target.port
         fields = [(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent), *SAME, *more]
-        response = None
-        with ExitStack() as used:
-            if stream := self._kept(origin):
-                used.enter_context(self._used(stream, origin))
+        stream, response = self._kept(origin), None
+        try:
+            if stream is not None:
                 try:
                     response = _answer(stream, target, fields, timeouts)
                 except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
-                    used.close()  # the host closed it while it was idle, or sent something that is no answer
+                    stream.close()  # the host closed it while it was idle, or sent something that is no answer
             if response is None:
                 stream = self._connect(target, timeouts["connect"])
-                used.enter_context(self._used(stream, origin))
                 response = _answer(stream, target, fields, timeouts)
             yield response
-
-    @contextmanager
-    def _used(self, stream: connection.GuardedStream, origin: Origin) -> Iterator[None]:
-        with self._lock:
-            self._busy.add(stream)
-        try:
-            yield
         except httpcore.RemoteProtocolError:
-            if stream.ended:
+            if stream is None or stream.ended:
                 raise
-            raise FetchUnusable(f"{origin[1]} sent a response that is not HTTP/1.1") from None
+            raise FetchUnusable(f"{target.host} sent a response that is not HTTP/1.1") from None
         finally:
             with self._lock:
-                self._busy.discard(stream)
-                keep = stream.reusable and len(self._idle) < self._most and not self._closed
-                if keep:
+                if stream and stream.reusable and len(self._idle) < self._most and not self._closed:
                     self._idle.append((time.monotonic() + connection.KEEPALIVE_SECONDS, origin, stream))
-            if not keep:
-                stream.close()
+                elif stream:
+                    stream.close()
 
     def close(self) -> None:
         """Close all connections. One that a thread still opens is closed after its request."""
         with self._lock:
             self._closed = True
-            streams = [*self._busy, *(stream for _, _, stream in self._idle)]
+            for stream in self._open:
+                stream.close()
             self._idle.clear()
-        for stream in streams:
-            stream.close()
 
     def _kept(self, origin: Origin) -> connection.GuardedStream | None:
         """The last kept connection to `origin` that the host has not closed. Those kept too long are closed."""
@@ -169,10 +158,12 @@ class Connections:
 
     def _connect(self, target: Target, seconds: float) -> connection.GuardedStream:
         stream = self._backend.connect_tcp(target.host, target.port, seconds)
-        if target.scheme == "http":
-            return stream
-        self._context.set_alpn_protocols(["http/1.1"])
-        return stream.start_tls(self._context, target.host, seconds)
+        if target.scheme == "https":
+            self._context.set_alpn_protocols(["http/1.1"])
+            stream = stream.start_tls(self._context, target.host, seconds)
+        with self._lock:
+            self._open.add(stream)
+        return stream
 
 
 class _Replay(httpcore.NetworkStream):
@@ -233,41 +224,44 @@ class Body:
     def __init__(self, sink: BinaryIO, max_bytes: int) -> None:
         self._sink = sink
         self._max_bytes = max_bytes
-        self._restart()
-        self._parts = 1
+        self._parts, self.size = 1, 0
+        self._begin({}, None, is_resumable=False)
 
-    def _restart(self) -> None:
-        self.size = 0
-        self.headers: Mapping[str, str] = {}
+    def _begin(self, headers: Mapping[str, str], total: int | None, *, is_resumable: bool) -> None:
+        """Begin the file, or begin it again."""
+        if self.size:
+            self._sink.seek(0)
+            self._sink.truncate()
+        self.size, self._total = 0, total
+        self.headers = headers
         self.notes: list[str] = []
         self.digest = hashlib.sha256()
-        self._total: int | None = None
-        self._resumed_by: Mapping[str, str] | None = None  # headers that may hold a validator
+        self._resumed_by = headers if is_resumable else {}  # may hold a validator
 
     @property
-    def resumable(self) -> bool:
-        return self.size > 0 and self._validator is not None
-
-    @property
-    def _validator(self) -> str | None:
-        return None if self._resumed_by is None else _validator(self._resumed_by)  # after a break: reads dates
+    def validator(self) -> str | None:
+        """With which the rest of the file can be requested after a break; None: it cannot."""
+        return _validator(self._resumed_by) if self.size else None
 
     def request_headers(self) -> list[tuple[bytes, bytes]]:
         """Headers that request the rest of the same file, or all of it if it has changed (RFC 9110 §13.1.5)."""
-        if not self.size or self._validator is None:
+        validator = self.validator
+        if validator is None:
             return []
-        return [(b"Range", b"bytes=%d-" % self.size), (b"If-Range", self._validator.encode("latin-1"))]
+        return [(b"Range", b"bytes=%d-" % self.size), (b"If-Range", validator.encode("latin-1"))]
 
     def receive(self, response: Response, headers: Mapping[str, str]) -> None:
         """Write one response's body into the sink.
 
         Raises `FetchUnusable`, `FetchTooLarge` and the errors of reading a block.
         """
-        declared = _declared_length(headers)
-        self._begin(response.status, headers, declared)
+        declared, coded = _declared_length(headers), bool(_codings(headers))
+        if response.status == 206:
+            self._begin_part(headers)
+        else:  # After a break it is the whole file again, and this host's ranges are not used any more.
+            self._begin(headers, declared, is_resumable=declared is not None and not coded and not self.size)
         if (self._total or 0) > self._max_bytes:
             raise FetchTooLarge(f"{self._total} bytes announced, {self._max_bytes} allowed")
-        coded = bool(_codings(headers))
         memory = None if "content-encoding" in headers else spool_with_room(self._sink, declared)
         room = connection.read_buffer if memory is None else lambda: memory.free
         blocks = response.blocks(declared, room)
@@ -296,27 +290,20 @@ class Body:
         if self._parts > 1:
             self.notes.append(f"received in {self._parts} parts")
 
-    def _begin(self, status: int, headers: Mapping[str, str], declared: int | None) -> None:
-        part = _part(headers) if status == 206 else None
-        if status == 206 and self.resumable:
+    def _begin_part(self, headers: Mapping[str, str]) -> None:
+        """Check that a 206 continues the file, or is the whole file."""
+        part, validator = _part(headers), self.validator
+        if validator is not None:
             # A host that ignores If-Range names no validator, or another one.
-            same = self._validator in (headers.get("etag"), headers.get("last-modified"))
+            same = validator in (headers.get("etag"), headers.get("last-modified"))
             if part is None or part != (self.size, self._total) or not same or _codings(headers):
                 raise FetchUnusable("answered 206 with another part than requested")
             self._parts += 1
             return
-        if status == 206 and (part is None or part[0] != 0):
+        if part is None or part[0] != 0:
             raise FetchUnusable("answered 206 with a part that was not requested")
-        if self.size:  # the whole file again: this host's ranges are not used any more
-            self._sink.seek(0)
-            self._sink.truncate()
-            self._restart()
-        elif status == 200 and declared is not None and not _codings(headers):
-            self._resumed_by = headers
-        self.headers = headers
-        self._total = part[1] if part else declared
-        if part:
-            self.notes.append("answered 206 with the whole file")
+        self._begin(headers, part[1], is_resumable=False)
+        self.notes.append("answered 206 with the whole file")
 
 
 def _part(headers: Mapping[str, str]) -> tuple[int, int] | None:
