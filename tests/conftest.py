@@ -42,7 +42,7 @@ from tests.bytecode import compile_sources, compile_tests
 from tests.forked_workers import WorkerForks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
-from tests.statements import compile_once, describe_server_once
+from tests.statements import compile_once, describe_server_once, hear_prepared_statements
 
 if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
@@ -185,6 +185,12 @@ def statements_compiled_once() -> None:
     for 180 tests of tasks and claims, and 1.2 of 17.2 s with one cache.
     """
     compile_once()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_statements_heard() -> None:
+    """Tests count the statements of all ways to the database."""
+    hear_prepared_statements()
 
 
 @pytest.fixture(scope="session", autouse=True)

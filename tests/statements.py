@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
+
+from storage.database.prepared import Done, _Prepared
 
 
 def compile_once() -> None:
@@ -41,3 +45,33 @@ def describe_server_once() -> None:
         vars(dialect).update(facts)
 
     PGDialect_psycopg.initialize = describe  # type: ignore[method-assign]
+
+
+class _Heard:
+    """The driver's connection, whose statements SQLAlchemy's listeners hear of."""
+
+    def __init__(self, connection: Connection, driver: Any) -> None:
+        self._connection = connection
+        self._driver = driver
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._driver, name)
+
+    def execute(self, sql: str, bound: Any) -> Any:
+        for listen in self._connection.dispatch.before_cursor_execute:
+            listen(self._connection, None, sql, bound, None, False)
+        cursor = self._driver.execute(sql, bound)
+        for listen in self._connection.dispatch.after_cursor_execute:
+            listen(self._connection, None, sql, bound, None, False)
+        return cursor
+
+
+@cache
+def hear_prepared_statements() -> None:
+    """Prepared statements go to the driver. From now on listeners for cursors are told of them too."""
+    run = _Prepared.execute
+
+    def execute(statement: _Prepared, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
+        return run(statement, connection, _Heard(connection, driver), values)
+
+    _Prepared.execute = execute  # type: ignore[method-assign]

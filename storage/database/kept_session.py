@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
-# In a session's notes: its connection, the driver's, and whether statements have listeners. A prepared statement
-# does not ask for them each time: SQLAlchemy takes 5 µs to say that there is no listener.
+# In a session's notes: its connection, and the driver's.
 CONNECTION = "connection"
 
 # Sessions of a parent process. Their end would roll back on the parent's connection.
@@ -34,7 +32,7 @@ class KeptSession:
     def transaction(self) -> Iterator[Session]:
         """Committed at the end of the block. After an error, also of the commit, the next one has a new session."""
         session = self._begun()
-        connection, driver, _ = session.info[CONNECTION]
+        connection, driver = session.info[CONNECTION]
         try:
             yield session
             session.flush()
@@ -66,29 +64,18 @@ class KeptSession:
     def _begun(self) -> Session:
         """The session with a transaction, on a new connection where the server has closed the last one."""
         is_kept, session = self._session is not None, self._session or self._opened()
-        connection, driver, _ = session.info[CONNECTION]
         try:
-            driver.execute(self._begin)
+            session.info[CONNECTION][1].execute(self._begin)
         except BaseException as error:
             self.close()
             if is_kept and isinstance(error, Exception) and self._engine.dialect.name != "sqlite":
                 return self._begun()
             raise  # SQLite waited for its lock already
-        session.info[CONNECTION] = connection, driver, has_listeners(connection)
         return session
 
     def _opened(self) -> Session:
         connection = self._engine.connect()
         self._session = session = Session(connection, expire_on_commit=False)
-        session.info[CONNECTION] = connection, driver_of(connection), False
+        session.info[CONNECTION] = connection, connection.connection.driver_connection
         session.connection()  # now, so that no operation makes SQLAlchemy begin
         return session
-
-
-def driver_of(connection: Connection) -> Any:
-    return connection.connection.driver_connection
-
-
-def has_listeners(connection: Connection) -> bool:
-    """Whether SQLAlchemy would call a listener for each statement."""
-    return bool(connection.dispatch.before_cursor_execute or connection.dispatch.after_cursor_execute)

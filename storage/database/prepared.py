@@ -17,7 +17,7 @@ from sqlalchemy.orm.attributes import manager_of_class
 from sqlalchemy.sql.dml import UpdateBase
 from sqlmodel import Session
 
-from storage.database.kept_session import CONNECTION, driver_of, has_listeners
+from storage.database.kept_session import CONNECTION
 from storage.database.postgresql import BREAKS
 
 # Statements kept; each process runs some thirty.
@@ -38,13 +38,14 @@ def execute(place: Session | Connection, statement: Statement, values: Mapping[s
     """Run a statement on tables that was built once, with the `values` of its parameters, in the session's transaction.
 
     Pending changes of the session's objects are not flushed first. Errors are the driver's own; `Database` judges them
-    like those of SQLAlchemy. On a connection without a session, too: SQLAlchemy's own `execute` makes the key of its
-    cache again each time, which took 0.6 of the 0.73 ms of a check of eight lanes.
+    like those of SQLAlchemy, whose listeners do not hear of these statements. On a connection without a session, too:
+    SQLAlchemy's own `execute` makes the key of its cache again each time, which took 0.6 of the 0.73 ms of a check of
+    eight lanes.
     """
-    kept: tuple[Connection, Any, bool] | None = place.info.get(CONNECTION)
+    kept: tuple[Connection, Any] | None = place.info.get(CONNECTION)
     if kept is None:
         connection = place.connection() if isinstance(place, Session) else place
-        kept = connection, driver_of(connection), has_listeners(connection)
+        kept = connection, connection.connection.driver_connection
     return _prepared(statement, kept[0].dialect).execute(*kept, values or {})
 
 
@@ -95,12 +96,9 @@ class _Prepared:
         binders = self._binders
         return {name: binders[name](value) if name in binders else value for name, value in values.items()}
 
-    def execute(self, connection: Connection, driver: Any, is_watched: bool, values: Mapping[str, Any]) -> Done:
+    def execute(self, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
         named = {**self._constants, **self._bound(values)}
         bound = named if self._names is None else tuple([named[name] for name in self._names])
-        if is_watched:  # as SQLAlchemy does
-            for listen in connection.dispatch.before_cursor_execute:
-                listen(connection, None, self.sql, bound, None, False)
         try:
             cursor = driver.execute(self.sql, bound)
         except Exception as error:
@@ -109,16 +107,11 @@ class _Prepared:
                 raise
             connection.invalidate(error)  # the pool would roll it back and lend it again
             raise DBAPIError(self.sql, None, error, hide_parameters=True, connection_invalidated=True) from error
-        if is_watched:
-            for listen in connection.dispatch.after_cursor_execute:
-                listen(connection, None, self.sql, bound, None, False)
-        return Done([self._read(row) for row in cursor.fetchall()] if self._returns_rows else [], cursor.rowcount)
-
-    def _read(self, row: Sequence[Any]) -> Any:
-        values = list(row)
+        rows = list(map(list, cursor.fetchall())) if self._returns_rows else []
         for place, read in self._readers:
-            values[place] = read(values[place])
-        return self._row._make(values)
+            for row in rows:
+                row[place] = read(row[place])
+        return Done(list(map(self._row._make, rows)), cursor.rowcount)
 
 
 def _literal(value: Any) -> str | None:

@@ -21,6 +21,7 @@ from storage.rows.reports import Schedule
 from tests.bench import stage
 from tests.bench.million import DAYS, TASKS, build
 from tests.bench.table import Sample, say
+from tests.statements import hear_prepared_statements
 
 FEW, SMALL = 20_000, (100, 500)
 ROUNDS = 3
@@ -112,6 +113,7 @@ def _timed_statements(database: Database) -> Iterator[list[float]]:
     def end(*_: Any) -> None:
         seconds.append(time.perf_counter() - began)
 
+    hear_prepared_statements()
     engines = [database.reader, database.writer] if database.is_sqlite else [database.writer]
     for engine in engines:
         event.listen(engine, "before_cursor_execute", begin)
