@@ -143,17 +143,16 @@ class HttpConnections:
         is_tls = isinstance(connection, ssl.SSLSocket)
         connection.settimeout(self._connect_seconds)
         for block in itertools.chain([memoryview(head)], body):
-            at = 0
-            while at < len(block):
+            while block:
                 try:
-                    at += connection.send(block[at : at + TLS_WRITE_BYTES] if is_tls else block[at:])
+                    count = connection.send(block[:TLS_WRITE_BYTES] if is_tls else block)
                 except TimeoutError:
                     raise
                 except OSError:
                     return False
-                if time.monotonic() - started > self._connect_seconds + (sent + at) / MIN_BYTES_PER_SECOND:
+                block, sent = block[count:], sent + count
+                if time.monotonic() - started > self._connect_seconds + sent / MIN_BYTES_PER_SECOND:
                     raise TimeoutError
-            sent += at
         return True
 
 

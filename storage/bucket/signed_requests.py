@@ -14,7 +14,7 @@ import hmac
 import re
 import ssl
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit
@@ -99,13 +99,10 @@ class Signer:
 class SignedRequests:
     """Sends requests to one bucket. Thread-safe. Timeouts are raised as botocore's errors and not retried."""
 
-    def __init__(
-        self, client: Any, signer: Signer, connections: HttpConnections, base_path: str, note: Callable[..., object]
-    ) -> None:
+    def __init__(self, client: Any, signer: Signer, connections: HttpConnections, base_path: str) -> None:
         self._signer = signer
         self._connections = connections
         self._base_path = base_path
-        self._note = note
         members = client.meta.service_model.operation_model("PutObject").input_shape.members
         self._header_names = {
             name: str(member.serialization["name"]).lower()
@@ -116,13 +113,9 @@ class SignedRequests:
         self._refusals = Counter[str]()  # in a row, by method
 
     @classmethod
-    def for_client(
-        cls, client: Any, credentials: Any, bucket: str, note: Callable[..., object]
-    ) -> SignedRequests | None:
+    def for_client(cls, client: Any, credentials: Any, bucket: str) -> SignedRequests | None:
         """Requests to the URL that boto3 uses. None if boto3 signs with anything but Signature Version 4, or connects
         through a proxy, with a certificate of its own or without checking the store's.
-
-        `note` is called with every response, like boto3's hook `after-call`: `http_response=…`.
         """
         sample = None if credentials is None else _request_of_boto3(client, bucket)
         if sample is None:
@@ -135,7 +128,7 @@ class SignedRequests:
         if connections is None:
             return None
         signer = Signer(credentials, scope["region"], connections.authority)
-        return cls(client, signer, connections, urlsplit(sample.url).path[:-1], note)
+        return cls(client, signer, connections, urlsplit(sample.url).path[:-1])
 
     @property
     def is_refused(self) -> bool:
@@ -193,7 +186,6 @@ class SignedRequests:
         except ConnectionBroken as error:  # boto3 connects again and names the fault
             raise UnexpectedResponse(type(error).__name__) from error
         self._refusals[method] = self._refusals[method] + 1 if answer.status in REFUSALS else 0
-        self._note(http_response=answer)
         return answer
 
 

@@ -68,9 +68,8 @@ class StoreConnection:
         self._renewed_at = float("-inf")
         self.begin_in_child()
         forks.renew_in_children(self)
-        # This host's clock minus the Date of the store's last response, for `receiver check`; None before the first.
+        # This host's clock minus the Date of boto3's last response, for `receiver check`; None before the first.
         self.clock_ahead_seconds: float | None = None
-        self._last_date: str | None = None
 
     def begin_in_child(self) -> None:
         self._clients: dict[str | None, Any] = {}
@@ -105,7 +104,7 @@ class StoreConnection:
                     client.meta.events.register("provide-client-params.s3", without_checksums)
                 if endpoint_url == self._endpoint_url:
                     credentials = session.get_credentials()
-                    self._signed = SignedRequests.for_client(client, credentials, self.name, self._note_date)
+                    self._signed = SignedRequests.for_client(client, credentials, self.name)
                 self._clients[endpoint_url] = client
             return self._clients[endpoint_url]
 
@@ -140,11 +139,7 @@ class StoreConnection:
         return self._signed
 
     def _note_date(self, http_response: Any, **_: Any) -> None:
-        date = http_response.headers.get("date")
-        if date == self._last_date:  # a Date has whole seconds, and parsing it takes 15 µs
-            return
-        self._last_date = date
-        sent_at = http_date(date or "")
+        sent_at = http_date(http_response.headers.get("date") or "")
         if sent_at is not None:
             self.clock_ahead_seconds = time.time() - sent_at
 

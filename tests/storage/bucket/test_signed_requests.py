@@ -138,7 +138,11 @@ def test_new_file_takes_one_signed_request_and_none_of_boto3(through: Bucket, re
     assert put(through, "a b+ö%2F.png", content) is True
     assert recorder.told == [("PUT", True)]
     assert recorder.seen[0].body == content
-    assert through.clock_ahead_seconds is not None
+
+
+def test_request_of_boto3_shows_the_clock_of_the_store(through: Bucket) -> None:
+    assert through.head("nothing") is None
+    assert through.clock_ahead_seconds is not None and abs(through.clock_ahead_seconds) < 60
 
 
 @pytest.mark.parametrize("lacking", ["conditional_put", "refuses_wrong_checksum", "refuses_wrong_part"])
