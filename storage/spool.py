@@ -44,11 +44,6 @@ class Spool(io.RawIOBase):
         self._size = self._at = 0
 
     @property
-    def memory(self) -> memoryview | None:
-        """The whole content, valid until the next write and the close; None when it is on disk."""
-        return None if self._file else self._room[: self._size].toreadonly()
-
-    @property
     def free(self) -> memoryview:
         """The memory of the next bytes, to receive them into; empty on disk. `keep` makes them part of the file."""
         return self._room[self._at : self._memory_bytes]
@@ -149,8 +144,8 @@ def spool(directory: Path | None, *, memory_bytes: int = SPOOL_MEMORY_BYTES) -> 
 
 
 def memory_of(file: BinaryIO) -> memoryview | None:
-    """The whole content of a spool in memory; None for every other file."""
-    return file.memory if isinstance(file, Spool) else None
+    """The whole content of a spool in memory, valid until the next write and the close; None for every other file."""
+    return file._room[: file._size].toreadonly() if isinstance(file, Spool) and file._file is None else None
 
 
 def spool_with_room(file: BinaryIO, count: int | None) -> Spool | None:

@@ -276,13 +276,10 @@ class DeliveryApplier:
         facts = tasks.facts_now(session, task) if report.status is TaskState.SUCCEEDED and not confirmed else None
         if facts and (other := states.other_files(facts, report)):
             return self._request_read_for_files(session, task, facts, report, other)
-        reason = None
         if report.status is None:
-            reason = f"{UNKNOWN} {report.raw_status!r}"
-        elif report.external_task_id not in (None, task.external_task_id):
-            reason = "the body's external_task_id is written otherwise"
-        if reason:
-            return self._request_read(session, task, report, reason)
+            return self._request_read(session, task, report, f"{UNKNOWN} {report.raw_status!r}")
+        if report.external_task_id not in (None, task.external_task_id):
+            return self._request_read(session, task, report, "the body's external_task_id is written otherwise")
         known = facts.assets.keys() if facts else ()
         believed = self._confirmation.is_believed(report, task, signed=signed, by_token=by_token, known=known)
         if believed or _is_known(facts or tasks.facts_now(session, task), report, confirmed=confirmed):

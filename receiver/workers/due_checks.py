@@ -71,8 +71,7 @@ class DueChecks:
     def check(self, wake_up: int) -> None:
         """Make this wake-up's check now, on a connection that is tested first, for a caller that does not retry."""
         with self._lock:
-            self._check(self._database.autocommit_reader)
-            self._wake_up = wake_up
+            self._check(self._database.autocommit_reader, wake_up)
 
     def due(self, wake_up: int) -> set[str]:
         """The lanes and jobs that have rows by this wake-up's check. Each still gets its part by `is_any`."""
@@ -82,16 +81,15 @@ class DueChecks:
 
     def _check_once(self, wake_up: int | None) -> None:
         if wake_up is not None and wake_up > self._wake_up:
-            self._check(self._database.untested_reader)
-            self._wake_up = wake_up
+            self._check(self._database.untested_reader, wake_up)
 
-    def _check(self, reader: Callable[[], AbstractContextManager[Connection]]) -> None:
+    def _check(self, reader: Callable[[], AbstractContextManager[Connection]], wake_up: int) -> None:
         now = time.monotonic()
         with_quarantine = now - self._quarantine_checked_at > QUARANTINE_CHECK_SECONDS
         with reader() as connection:
             (row,) = execute(connection, self._statements[with_quarantine]).rows
         found = list(map(bool, row))
-        self._found = dict(zip(self._usual, found, strict=False))
+        self._found, self._wake_up = dict(zip(self._usual, found, strict=False)), wake_up
         if with_quarantine:
             self._quarantined, self._quarantine_checked_at = found[len(self._usual) :], now
 

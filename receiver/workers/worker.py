@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import structlog
-from sqlmodel import Session
 
 from receiver.workers.due_checks import QUEUED, DueChecks
 from receiver.workers.group_claims import GroupClaims
@@ -191,19 +190,16 @@ class Worker:
         with self._in_hand.claiming(alone=alone) as is_permitted:
             if not is_permitted:
                 return []
-
-            def claim(session: Session) -> list[Any]:
-                if lane.slots is not None and not alone:
-                    lane.slots.admit(session, limit)
-                return claims.claim(
-                    session, lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone, in_turn=in_turn,
-                    where=lane.where,
-                )  # fmt: skip
-
+            claim = partial(
+                claims.claim, model=lane.model, limit=limit, lease_seconds=self._lease_seconds, alone=alone,
+                in_turn=in_turn, where=lane.where,
+            )  # fmt: skip
             if lane.slots is None:
                 rows = self._database.write_in_group(claim)
             else:  # may wait for the account's row
                 with self._database.write() as session:
+                    if not alone:
+                        lane.slots.admit(session, limit)
                     rows = claim(session)
             self._in_hand.add(rows)
         return rows

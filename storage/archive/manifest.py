@@ -215,7 +215,11 @@ def build(
         "task": {**_columns(task, OF_TASK), **decided, "aliases": list(aliases)},
         "request": task.request,
         "delivery": _delivery(delivery) if delivery else None,
-        "assets": [_asset(asset) for asset in assets],
+        "assets": [
+            {**_columns(asset, OF_ASSET), "source": asset.source_url}
+            | {name: value for name, value in _columns(asset, ODD).items() if value}
+            for asset in assets
+        ],
     }
     plain = without_signatures(content)
     dumped = {name: rfc8785.dumps(value) for name, value in plain.items() if name != "assets"}
@@ -269,11 +273,6 @@ def _delivery(delivery: Callback) -> dict[str, Any]:
         "received_at": delivery.received_at,
         "body": body,
     }
-
-
-def _asset(asset: Asset) -> dict[str, Any]:
-    odd = {name: value for name, value in _columns(asset, ODD).items() if value}
-    return {**_columns(asset, OF_ASSET), "source": asset.source_url, **odd}
 
 
 def _columns(row: Task | Asset, names: Sequence[str]) -> dict[str, Any]:

@@ -159,20 +159,16 @@ def _new_outputs(items: Any) -> list[Output]:
 
 def _pictures(items: Any, kind: OutputType) -> list[Output]:
     """The usable pictures. If one is left out, positions replace missing indexes, so the others keep their names."""
-    places = [_picture(item, kind) for item in items] if isinstance(items, list) else []
-    usable = [output for output in places if output]
-    if len(usable) == len(places) or all(output.index is not None for output in usable):
-        return usable
-    return [replace(output, index=place) for place, output in enumerate(places) if output]
-
-
-def _picture(item: Any, kind: OutputType) -> Output | None:
-    fields = _object(item)
-    url, watermark_url = _url(fields.get("url")), _url(fields.get("watermark_url"))
-    index = whole(fields.get("index"))
-    if not (url or watermark_url):
-        return None
-    return Output(kind, url, index if index is not None and 0 <= index <= MAX_INDEX else None, watermark_url)
+    entries, usable = items if isinstance(items, list) else [], dict[int, Output]()
+    for place, fields in enumerate(map(_object, entries)):
+        url, watermark_url = _url(fields.get("url")), _url(fields.get("watermark_url"))
+        index = whole(fields.get("index"))
+        if url or watermark_url:
+            is_usable = index is not None and 0 <= index <= MAX_INDEX
+            usable[place] = Output(kind, url, index if is_usable else None, watermark_url)
+    if len(usable) == len(entries) or all(output.index is not None for output in usable.values()):
+        return [*usable.values()]
+    return [replace(output, index=place) for place, output in usable.items()]
 
 
 def _sounds(items: Any) -> list[Output]:
