@@ -17,6 +17,7 @@ from sqlmodel import Session, col, select
 
 from receiver.tasks import apply_deliveries
 from receiver.web.rate_limits import REMEMBERED_TASKS, Allowance
+from receiver.web.refusals import AT_ONCE, LATE, RETRY_SOON, Refused
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable
 from storage.rows.deliveries import Delivery
@@ -47,12 +48,11 @@ BYTES_A_SECOND, MOST_BYTES_AT_ONCE, ROW_BYTES = 2**18, 4 * 2**20, 4 * 1024
 FULL_RETRY_AFTER_SECONDS, OVERDRAWN_RETRY_AFTER_SECONDS = 3_600, 10
 
 
-class AccountRefused(Exception):
-    """The account URL takes no delivery like this one now. `words`: of the answer. `outcome`: of its metric."""
+class AccountRefused(Refused):
+    """The account URL takes no delivery like this one now."""
 
     def __init__(self, words: str, outcome: str, retry_after_seconds: int) -> None:
-        super().__init__(words)
-        self.words, self.outcome, self.retry_after_seconds = words, outcome, retry_after_seconds
+        super().__init__(429, words, outcome, {"Retry-After": str(retry_after_seconds)})
 
 
 class AccountFull(AccountRefused):
@@ -70,18 +70,14 @@ class AccountOverdrawn(AccountRefused):
     """The deliveries of the last seconds took the time, or the bytes, that the account URL may take."""
 
     def __init__(self) -> None:
-        super().__init__("too many deliveries to this address at once", "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
+        super().__init__(AT_ONCE, "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
 
 
 class AccountBusy(AccountRefused):
     """Too many deliveries wait for a place."""
 
     def __init__(self) -> None:
-        super().__init__("too many deliveries to this address at once", "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
-
-
-class AccountLate(Exception):
-    """The database is too slow, which is no fault of the sender."""
+        super().__init__(AT_ONCE, "many_at_once", OVERDRAWN_RETRY_AFTER_SECONDS)
 
 
 # The external id and the provider's own id that a delivery's body names.
@@ -111,7 +107,7 @@ class AccountBudget:
 
     async def take(self, delivery: Delivery) -> uuid.UUID | None:
         """Take a place for a delivery. Returns its task. Raises AccountFull, AccountOverdrawn, AccountBusy,
-        AccountLate.
+        or Refused if the database is too slow.
 
         If the rows cannot be counted, it gives a place: the commit shows whether the database works.
         """
@@ -127,7 +123,7 @@ class AccountBudget:
         except DatabaseUnavailable:
             return None
         except TimeoutError:
-            raise AccountLate from None
+            raise Refused(503, LATE, "late", RETRY_SOON) from None
         finally:
             self._waiting -= 1
         return task_id

@@ -22,7 +22,7 @@ from receiver.web.callbacks import Callbacks
 from receiver.web.event_stream import Stream
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
 from receiver.web.health import Health
-from receiver.web.rate_limits import KeylessAnswers
+from receiver.web.rate_limits import KEYLESS_STATUSES, KeylessAnswers
 from storage.accounts.slots import Slots
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from receiver.gateway.gateway import Gateway
 
 
-# Answered without a key. A client of the gateway that asks for an unknown task gets a 400.
-KEYLESS_PATHS, KEYLESS_STATUSES = ("/healthz", "/readyz"), (401, 404, 405)
+# Answered without a key.
+KEYLESS_PATHS = ("/healthz", "/readyz")
 # The first part of every path that is answered.
 PLACES = frozenset({"callbacks", "assets", "kling", "events", "console", "healthz", "readyz", "metrics"})
 

@@ -8,6 +8,7 @@ our own fault.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,23 +23,17 @@ from sqlalchemy import func
 from sqlmodel import Session, col, select
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from receiver.base import telemetry
 from receiver.base.tokens import Named, Tokens
 from receiver.providers.base import BadSignature, Provider
 from receiver.tasks import apply_deliveries
-from receiver.web.account_budget import (
-    FULL_RETRY_AFTER_SECONDS,
-    AccountBudget,
-    AccountLate,
-    AccountOverdrawn,
-    AccountRefused,
-)
+from receiver.web.account_budget import FULL_RETRY_AFTER_SECONDS, AccountBudget, AccountOverdrawn, AccountRefused
 from receiver.web.headers import HEADER_PAIRS, SECURITY_HEADERS
-from receiver.web.joined_writes import WholeAnswer
-from receiver.web.rate_limits import REMEMBERED_TASKS, KeylessAnswers, RateLimit, hold_back
-from receiver.web.timeouts import Timeouts
+from receiver.web.joined_writes import WholeAnswer, arrived_body
+from receiver.web.rate_limits import KEYLESS_STATUSES, REMEMBERED_TASKS, KeylessAnswers, RateLimit, hold_back
+from receiver.web.refusals import AT_ONCE, LATE, RETRY_SOON, Refused
 from storage import states
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, ReportUnreadable
@@ -61,9 +56,6 @@ MAX_ACCOUNT_BODY_BYTES = 64 * 1024
 # arrived counts, not what heads announce: eight silent heads would keep a task's own callback out.
 MAX_TASK_BYTES, MAX_ACCOUNT_BYTES = 2 * 2**20, 16 * 2**20
 BODY_SECONDS = 10.0
-# From body read to commit. A provider's own timeout is unknown; most give 5 to 10 s.
-COMMIT_SECONDS = 5.0
-RETRY_AFTER_SECONDS = 5
 # How long a refusal at the account URL is held back. Eight connections that repeat it at once took half a processor.
 # The number of connections bounds how many wait: they keep no body, and make room before honest ones.
 TARPIT_SECONDS = 1.0
@@ -118,7 +110,6 @@ class Callbacks:
         self._tokens = tokens
         self._schedule = schedule
         self.fault: Fault | None = None  # why a delivery was not stored; None once one of its size is
-        self._bodies, self._commits = Timeouts(), Timeouts()
         self._may_read_soon, self._may_say = RateLimit(READ_SOON_SECONDS), RateLimit(SAY_SECONDS)
         self._refused = _Refused()
         self._in_hand: dict[uuid.UUID | None, int] = {}  # bytes of bodies, by the task of their URL
@@ -131,74 +122,62 @@ class Callbacks:
 
         This is an ASGI application of its own: Starlette's wrapper around a function cost as much as all the rest here.
         """
-        is_delayed = False
+        answer: ASGIApp = ACCEPTED
+        status, is_delayed = 200, False
         try:
-            refusal = await self._take(scope, receive)
-        except AccountRefused as error:  # it refers to the body, which is not to be held while the answer waits
-            refusal = _answer(429, error.words, error.outcome, {"Retry-After": str(error.retry_after_seconds)})
-            is_delayed = True
+            await self._take(scope, receive)
+        except Refused as error:  # it refers to the body, which is not to be held while the answer waits
+            answer, status, is_delayed = _answer(error), error.status, isinstance(error, AccountRefused)
         if is_delayed:
             await hold_back(scope, receive, TARPIT_SECONDS, MAX_ACCOUNT_BODY_BYTES)
-        if refusal is not None:
-            if refusal.status_code in (401, 404, 405):
-                await self._keyless.wait(scope)
-            await refusal(scope, receive, send)
-            return
-        await ACCEPTED.send(scope, send)
+        if status in KEYLESS_STATUSES:
+            await self._keyless.wait(scope)
+        await answer(scope, receive, send)
 
-    async def _take(self, scope: Scope, receive: Receive) -> Response | None:
+    async def _take(self, scope: Scope, receive: Receive) -> None:
+        """Store the delivery. Raises Refused if it is not stored."""
         if scope["method"] != "POST":
-            return _answer(405, "method not allowed", "method", {"Allow": "POST"})
+            raise Refused(405, "method not allowed", "method", {"Allow": "POST"})
         path = scope["path_params"]
         provider = self._providers.get(path["provider"])
         named = self._tokens.read(provider.name, path["token"]) if provider else None
         if provider is None or named is None:
-            return _answer(404, "not found", "bad_token")
+            raise Refused(404, "not found", "bad_token")
         most = MAX_BODY_BYTES if named.task_id else MAX_ACCOUNT_BODY_BYTES
         announced = int(dict(scope["headers"]).get(b"content-length", 0))  # 0: in chunks
         if announced > most:
-            return _answer(413, f"the body is longer than {most} bytes", "long_body")
+            raise _too_long(most)
         if named.task_id is None:
             self._account.check_length(announced)
-        chunks: list[bytes] = []
+        pieces: list[bytes] = []
         try:
-            refusal = await self._read_body(receive, named.task_id, most, chunks)
-            return refusal or await self._verify_and_store(scope, provider, named, chunks[0])
+            await self._read_body(scope, receive, named.task_id, most, pieces)
+            await self._verify_and_store(scope, provider, named, pieces[0])
         finally:
-            if left := self._in_hand.pop(named.task_id, 0) - sum(map(len, chunks)):
+            if left := self._in_hand.pop(named.task_id, 0) - sum(map(len, pieces)):
                 self._in_hand[named.task_id] = left
 
     async def _read_body(
-        self, receive: Receive, task_id: uuid.UUID | None, most: int, chunks: list[bytes]
-    ) -> Response | None:
-        """Read the body into `chunks`, which count as in hand: a whole one as one piece. Returns a refusal, or raises
-        AccountOverdrawn.
-        """
-        size, is_more = 0, True
-        at_once = MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
-        try:
-            with self._bodies.within(BODY_SECONDS):
-                while is_more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return _answer(400, "the body ended early", "cut_body")
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(chunks[-1])
-                    if size > most:
-                        return _answer(413, f"the body is longer than {most} bytes", "long_body")
-                    if in_hand > at_once and task_id is None:
-                        raise AccountOverdrawn
-                    if in_hand > at_once:
-                        words = "too many deliveries to this address at once"
-                        return _answer(429, words, "many_at_once", {"Retry-After": str(RETRY_AFTER_SECONDS)})
-                    is_more = message.get("more_body", False)
-        except TimeoutError:
-            return _answer(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body")
-        chunks[:] = [b"".join(chunks)]  # its parts would stay in memory until its commit
-        return None
+        self, scope: Scope, receive: Receive, task_id: uuid.UUID | None, most: int, pieces: list[bytes]
+    ) -> None:
+        """Read the body into `pieces`, which count as in hand: at the end as one piece."""
+        piece, is_more = arrived_body(scope)
+        size, at_once = 0, MAX_TASK_BYTES if task_id else MAX_ACCOUNT_BYTES
+        ends_at = asyncio.get_running_loop().time() + BODY_SECONDS
+        while True:
+            pieces.append(piece)
+            size += len(piece)
+            self._in_hand[task_id] = in_hand = self._in_hand.get(task_id, 0) + len(piece)
+            if size > most:
+                raise _too_long(most)
+            if in_hand > at_once:
+                raise AccountOverdrawn if task_id is None else Refused(429, AT_ONCE, "many_at_once", RETRY_SOON)
+            if not is_more:
+                break
+            piece, is_more = await _next_piece(receive, ends_at)
+        pieces[:] = [b"".join(pieces)]  # they would stay in memory until the commit
 
-    async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> Response | None:
+    async def _verify_and_store(self, scope: Scope, provider: Provider, named: Named, body: bytes) -> None:
         headers = {
             KEPT_HEADERS[name]: value[:MAX_HEADER_CHARACTERS].decode("latin-1")
             for name, value in scope["headers"]
@@ -209,25 +188,20 @@ class Callbacks:
         except BadSignature as error:
             if signature := Headers(scope=scope).get(SIGNATURE_HEADER):
                 headers[SIGNATURE_HEADER] = signature[:MAX_SIGNATURE_CHARACTERS]
-            return await self._refuse(provider, named, headers, body, str(error))
+            await self._keep_evidence(provider, named, headers, body, str(error))
+            raise Refused(401, "the signature is missing or wrong", "bad_signature") from error
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, webhook_id)
-        done = await (self._store(delivery) if named.task_id else self._store_at_account(delivery))
-        return done if isinstance(done, Response) else None
+        await (self._store(delivery) if named.task_id else self._store_at_account(delivery))
 
-    async def _store_at_account(self, delivery: Delivery) -> Response | Intake:
+    async def _store_at_account(self, delivery: Delivery) -> None:
         """Store a delivery of the account URL. Raises AccountRefused, which is answered 429: the shipped Traefik
         repeats a 503 at once, which would make no room.
         """
+        task_id, is_new = await self._account.take(delivery), False
         try:
-            task_id = await self._account.take(delivery)
-        except AccountLate:
-            return _answer(503, "could not be stored in time, try again", "late")
-        done: Response | Intake | None = None
-        try:
-            done = await self._store(delivery)
+            is_new = await self._store(delivery) is Intake.NEW
         finally:
-            self._account.settle(delivery, task_id, is_new=done is Intake.NEW)
-        return done
+            self._account.settle(delivery, task_id, is_new=is_new)
 
     def _ids(self, delivery: Delivery) -> tuple[str | None, str | None]:
         """The external id and the provider's own in its body."""
@@ -239,43 +213,42 @@ class Callbacks:
         """Call it when no more deliveries come."""
         self._account.close()
 
-    async def _store(self, delivery: Delivery) -> Response | Intake:
-        """Store the delivery, or return the reason why not."""
+    async def _store(self, delivery: Delivery) -> Intake:
         try:
-            with self._commits.within(COMMIT_SECONDS):
-                intake = await self._group_commit.commit(delivery)
-        except TaskFull:
-            if self._may_read_soon.now(delivery.task_id):
-                await to_thread.run_sync(self._read_soon, delivery, limiter=self._threads)
-            words = "this task has more deliveries than can be kept; it is read instead"
-            return _answer(429, words, "task_full", {"Retry-After": str(FULL_RETRY_AFTER_SECONDS)})
-        except QueueFull:
-            return _answer(503, "busy, try again", "full")
-        except TimeoutError:
-            self.fault = self.fault or Fault(f"not within {COMMIT_SECONDS} s")
-            return _answer(503, "could not be stored in time, try again", "late")
-        except DatabaseUnavailable as error:
-            return self._away(delivery, error)
-        except Exception:
-            log.exception("callback.not_stored")  # our own fault: the sender keeps the delivery and tries again
-            return _answer(503, "could not be stored, try again", "bug")
+            intake = await self._group_commit.commit(delivery)
+        except Exception as error:
+            raise await self._not_stored(delivery, error) from error
         if self.fault is not None and len(delivery.body) >= self.fault.body_bytes:
             self.fault = None
         _counter("new" if intake is Intake.NEW else "duplicate").inc()
         return intake
 
-    def _away(self, delivery: Delivery, error: DatabaseUnavailable) -> Response:
-        """The database has logged the outage once."""
-        most = max(len(delivery.body), self.fault.body_bytes if self.fault else 0)
-        self.fault = Fault(str(error), most)
-        return _answer(503, "could not be stored, try again", "database")
+    async def _not_stored(self, delivery: Delivery, error: Exception) -> Refused:
+        """The answer to a delivery that was not stored because of `error`."""
+        words, outcome = "could not be stored, try again", "database"
+        if isinstance(error, TaskFull):
+            if self._may_read_soon.now(delivery.task_id):
+                await to_thread.run_sync(self._read_soon, delivery, limiter=self._threads)
+            words = "this task has more deliveries than can be kept; it is read instead"
+            return Refused(429, words, "task_full", {"Retry-After": str(FULL_RETRY_AFTER_SECONDS)})
+        if isinstance(error, QueueFull):
+            words, outcome = "busy, try again", "full"
+        elif isinstance(error, TimeoutError):
+            self.fault = self.fault or Fault(str(error))
+            words, outcome = LATE, "late"
+        elif isinstance(error, DatabaseUnavailable):  # it has logged the outage once
+            most = max(len(delivery.body), self.fault.body_bytes if self.fault else 0)
+            self.fault = Fault(str(error), most)
+        else:
+            log.error("callback.not_stored", exc_info=error)  # our own fault: the sender keeps it and tries again
+            outcome = "bug"
+        return Refused(503, words, outcome, RETRY_SOON)
 
-    async def _refuse(
+    async def _keep_evidence(
         self, provider: Provider, named: Named, headers: dict[str, str], body: bytes, reason: str
-    ) -> Response:
-        """Store the evidence and make the task due for a read, so that a misconfiguration costs seconds, not pictures.
-
-        Both are limited per task.
+    ) -> None:
+        """Store a refused delivery and make the task due for a read, so that a misconfiguration costs seconds, not
+        pictures. Both are limited per task.
         """
         state = CallbackState.REJECTED
         delivery = Delivery(provider.name, "push", named.task_id, body, headers, None, state, f"signature: {reason}")
@@ -285,11 +258,10 @@ class Callbacks:
             )
         except DatabaseUnavailable as error:
             self._refused.give_back(named.task_id)
-            return self._away(delivery, error)
+            raise await self._not_stored(delivery, error) from error
         if not is_kept and self._may_say.now(named.task_id):
             task_id = str(named.task_id) if named.task_id else None
             log.warning("callback.refusal_not_stored", task_id=task_id, reason=reason, kept=MAX_REJECTED_PER_TASK)
-        return _answer(401, "the signature is missing or wrong", "bad_signature")
 
     def _keep_refused(self, delivery: Delivery) -> bool:
         """Store a refused delivery. Returns False if enough are stored already."""
@@ -358,11 +330,26 @@ class _Refused:
             self._counts[task_id] = MAX_REJECTED_PER_TASK
 
 
-def _answer(status: int, message: str, outcome: str, headers: Mapping[str, str] | None = None) -> Response:
-    """A refusal."""
-    _counter(outcome).inc()
-    more = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else headers or {}
-    return JSONResponse({"error": message}, status_code=status, headers={**SECURITY_HEADERS, **more})
+async def _next_piece(receive: Receive, ends_at: float) -> tuple[bytes, bool]:
+    """The next piece of a body, and whether more come."""
+    try:
+        async with asyncio.timeout_at(ends_at):
+            message = await receive()
+    except TimeoutError:
+        raise Refused(408, f"the body took longer than {BODY_SECONDS:.0f} s", "slow_body") from None
+    if message["type"] == "http.disconnect":
+        raise Refused(400, "the body ended early", "cut_body")
+    return message.get("body", b""), message.get("more_body", False)
+
+
+def _too_long(most: int) -> Refused:
+    return Refused(413, f"the body is longer than {most} bytes", "long_body")
+
+
+def _answer(refused: Refused) -> Response:
+    _counter(refused.outcome).inc()
+    headers = {**SECURITY_HEADERS, **refused.headers}
+    return JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
 
 
 @cache

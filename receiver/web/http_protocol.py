@@ -24,7 +24,7 @@ import structlog
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from receiver.web.joined_writes import WHOLE_ANSWER, JoinedWrites, WholeAnswer
+from receiver.web.joined_writes import ARRIVED_BODY, WHOLE_ANSWER, JoinedWrites, WholeAnswer
 from receiver.web.rate_limits import HELD
 from receiver.web.reader_speed import ReaderSpeed
 from storage.background import ABORT
@@ -120,7 +120,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_work: RequestResponseCycle | None = None
         self._not_begun: asyncio.Task[None] | None = None  # the handler of a request in the bytes that are being read
         self._extensions: dict[str, dict[object, object]] = {
-            WHOLE_ANSWER: {"send": self._send_whole}, HELD: {"hold": self._hold}, ABORT: {"abort": self._abort}
+            WHOLE_ANSWER: {"send": self._send_whole}, ARRIVED_BODY: {"take": self._take_body},
+            HELD: {"hold": self._hold}, ABORT: {"abort": self._abort},
         }  # fmt: skip
 
     def shutdown(self) -> None:
@@ -166,6 +167,15 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._not_begun = task = self.loop.create_task(cycle.run_asgi(app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
+
+    def _take_body(self) -> tuple[bytes, bool]:
+        """What has arrived of the body in progress, and whether to await more, or that the client has left."""
+        cycle = self._in_work
+        assert cycle is not None
+        if cycle.disconnected:
+            return b"", True
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body, cycle.more_body
 
     def _send_whole(self, answer: WholeAnswer) -> bool:
         """Answer the request in progress. False: its client does not read, and `send` waits for it."""

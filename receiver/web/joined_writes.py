@@ -1,4 +1,8 @@
-"""A transport whose answers leave in one write: uvicorn writes head and body apart, and each write is a system call."""
+"""A transport whose answers leave in one write: uvicorn writes head and body apart, and each write is a system call.
+
+Also what an application uses of a connection beyond ASGI, because it costs less: a whole answer, and a body that has
+arrived. Other servers, and clients of tests, do not have it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,19 @@ import asyncio
 from http import HTTPStatus
 from typing import Any
 
-from starlette.types import Message, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 HEAD_START = b"HTTP/1.1 "
 # The scope's extension with which an application sends a whole answer: `WholeAnswer`.
 WHOLE_ANSWER = "receiver.whole_answer"
+# The one with which it takes what has arrived of a body: `arrived_body`.
+ARRIVED_BODY = "receiver.arrived_body"
+
+
+def arrived_body(scope: Scope) -> tuple[bytes, bool]:
+    """Take what has arrived of a body, without a wait. Also returns whether to await more."""
+    extension = scope.get("extensions", {}).get(ARRIVED_BODY)
+    return extension["take"]() if extension else (b"", True)
 
 
 class WholeAnswer:
@@ -22,8 +34,8 @@ class WholeAnswer:
         self.fields = b"".join(b"%s: %s\r\n" % pair for pair in start["headers"])
         self.body = b"\r\n" + body["body"]
 
-    async def send(self, scope: Scope, send: Send) -> None:
-        """Send in one write if the connection supports that. Clients of tests and other servers do not."""
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        """Send in one write if the connection supports that."""
         extension = scope.get("extensions", {}).get(WHOLE_ANSWER)
         if extension is None or not extension["send"](self):
             for message in self._messages:

@@ -14,6 +14,8 @@ REMEMBERED_TASKS = 10_000
 # Others are held this long. Together with the wait of `/readyz` that is less than a load balancer waits.
 KEYLESS_A_SECOND, MOST_KEYLESS = 50, 200
 HOLD_SECONDS = 0.25
+# Refusals that need no key. A client of the gateway that asks for an unknown task gets a 400.
+KEYLESS_STATUSES = (401, 404, 405)
 # The scope's extension that marks a connection whose answer is held back: `held`.
 HELD = "receiver.held"
 

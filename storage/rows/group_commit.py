@@ -52,8 +52,9 @@ MAX_KEPT_PER_TASK = 200
 COUNT_FROM = 50
 # How many tasks with counted rows the process remembers.
 REMEMBERED_TASKS = 10_000
-# The longest wait at the stop. A delivery that is not committed 5 s after its read is answered 503, and the last one
-# may have been read just before the stop.
+# The longest wait of a delivery. A provider's own timeout is unknown; most give 5 to 10 s.
+COMMIT_SECONDS = 5.0
+# The longest wait at the stop. The last delivery may have come just before it.
 STOP_SECONDS = 10.0
 # A commit takes 2 to 5 ms on a healthy disk. On a slower one a thread is better, because the loop reads and answers
 # meanwhile. With a limit of 20 ms here, a busy disk allowed 1,765 deliveries a second instead of 2,537.
@@ -81,9 +82,7 @@ class TaskFull(QueueFull):
     """The task has so many stored deliveries that a new one brings no news. Read the task instead."""
 
 
-Outcome = Intake | Exception
-Durable = asyncio.Future[Intake]
-Waiting = tuple[Delivery, Durable]
+Waiting = tuple[Delivery, asyncio.Future[Intake]]
 
 
 class GroupCommit:
@@ -131,15 +130,21 @@ class GroupCommit:
         return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES or self._disk.is_short
 
     async def commit(self, delivery: Delivery) -> Intake:
-        """Wait until the delivery's row is durable. Raises `QueueFull`, or the reason why it could not be stored."""
-        durable: Durable = self._loop.create_future()
+        """Wait until the delivery's row is durable. Raises `QueueFull`, `TimeoutError` after `COMMIT_SECONDS`, or the
+        reason why it could not be stored.
+        """
+        durable: asyncio.Future[Intake] = self._loop.create_future()
         with self._changed:
             if self.is_full or self._is_stopping:
                 raise QueueFull("no room: too many deliveries wait for their commit, or the disk is nearly full")
             self._waiting.append((delivery, durable))
             self._bytes += len(delivery.body)
             self._call_writer()
-        return await durable
+        timer = self._loop.call_later(COMMIT_SECONDS, _end_late, durable)
+        try:
+            return await durable
+        finally:
+            timer.cancel()
 
     def _call_writer(self) -> None:
         """Start the writer. Runs in the loop, with the lock held."""
@@ -186,9 +191,8 @@ class GroupCommit:
         known = {delivery.key for delivery in deliveries} - new
         again = await self._connection.unreadable(known) if known else set()
         self._task_limit.count(deliveries, new)
-        rest = [(delivery, durable) for delivery, durable in batch if delivery.key in again]
-        _answer(_outcomes([each for each in batch if each[0].key not in again], new))
-        return rest
+        _answer([each for each in batch if each[0].key not in again], new)
+        return [each for each in batch if each[0].key in again]
 
     def _hand_over(self, batch: list[Waiting]) -> None:
         """Let the thread commit these, and the following ones if there are any or the disk is slow."""
@@ -223,14 +227,10 @@ class GroupCommit:
     def _give_turn_to_loop(self) -> None:
         if self._quick_commits < QUICK_COMMITS or self._is_stopping:
             return
-        if self._connection is None:
-            try:
-                self._connection = loop_connection(self._database)
-            except sqlite3.Error:
-                return
-        with self._changed:
-            self._is_threads_turn = self._is_stopping
-        with suppress(RuntimeError):  # the loop has ended
+        with suppress(sqlite3.Error, RuntimeError):  # the file cannot be opened now, or the loop has ended
+            self._connection = self._connection or loop_connection(self._database)
+            with self._changed:
+                self._is_threads_turn = self._is_stopping
             self._loop.call_soon_threadsafe(self._on_turn)
 
     def _on_turn(self) -> None:
@@ -240,11 +240,11 @@ class GroupCommit:
 
     def _commit(self, batch: list[Waiting]) -> None:
         """Commit and answer the batch. An empty one is filled with the deliveries that wait when its turn has come."""
+        new, full, reason = set[str](), set[str](), None
         try:
             new, full = again_on_new_session(lambda: self._insert(batch))
             if known := {delivery.key for delivery, _ in batch} - new - full:
                 again_on_new_session(lambda: apply_unreadable_again(self._database, known))
-            outcomes = _outcomes(batch, new, full)
         except Exception as error:  # noqa: BLE001 - every waiting handler gets the error
             self._quick_commits = 0
             batch = batch or self._take(MAX_WAITING_BYTES)
@@ -252,17 +252,18 @@ class GroupCommit:
                 for single in batch:  # one bad delivery fails no other
                     self._commit([single])
                 return
-            outcomes = [(durable, error) for _, durable in batch]
+            reason = error
         # One wake-up of the loop per commit. One per handler doubled their CPU.
         with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
-            self._loop.call_soon_threadsafe(_answer, outcomes)
+            self._loop.call_soon_threadsafe(_answer, batch, new, full, reason)
 
     def _insert(self, batch: list[Waiting]) -> tuple[set[str], set[str]]:
         """Store the deliveries whose tasks have room. Returns the new keys, and those of the others."""
         with self._database.autocommit_writer(is_urgent=True) as connection:
             batch += [] if batch else self._take(MAX_WAITING_BYTES)
             deliveries = [delivery for delivery, _ in batch]
-            full = self._task_limit.over(connection, deliveries)
+            counted = self._task_limit.tasks_to_count(deliveries)
+            full = _beyond_limit(connection, deliveries, counted) if counted else set[str]()
             started = time.perf_counter()
             new = insert(connection, [delivery for delivery in deliveries if delivery.key not in full])
         self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
@@ -287,32 +288,39 @@ class GroupCommit:
         self._quick_commits = 0 if is_slow else self._quick_commits + 1
 
 
-def _outcomes(batch: list[Waiting], new: set[str], full: Collection[str] = ()) -> list[tuple[Durable, Outcome]]:
-    """The outcome of each delivery. Of equal deliveries in one batch the first is new."""
-    seen, outcomes = set[str](), list[tuple[Durable, Outcome]]()
+def _answer(batch: list[Waiting], new: set[str], full: Collection[str] = (), reason: Exception | None = None) -> None:
+    """Resolve the handlers, in the loop. Of equal deliveries in one batch the first is new. `reason`: of a failure."""
+    seen = set[str]()
     for delivery, durable in batch:
-        if delivery.key in full:
-            outcome: Outcome = TaskFull(f"{MAX_KEPT_PER_TASK} deliveries of this task are kept already")
-        else:
-            outcome = Intake.NEW if delivery.key in new and delivery.key not in seen else Intake.DUPLICATE
-        seen.add(delivery.key)
-        outcomes.append((durable, outcome))
-    return outcomes
-
-
-def _answer(outcomes: list[tuple[Durable, Outcome]]) -> None:
-    """Resolve the handlers. Runs in the loop."""
-    for durable, outcome in outcomes:
+        key = delivery.key
         if durable.done():  # timed out, or its sender has left
-            continue
-        if isinstance(outcome, Exception):
-            durable.set_exception(outcome)
+            pass
+        elif reason is not None:
+            durable.set_exception(reason)
+        elif key in full:
+            durable.set_exception(TaskFull(f"{MAX_KEPT_PER_TASK} deliveries of this task are kept already"))
         else:
-            durable.set_result(outcome)
+            durable.set_result(Intake.NEW if key in new and key not in seen else Intake.DUPLICATE)
+        seen.add(key)
+
+
+def _end_late(durable: asyncio.Future[Intake]) -> None:
+    if not durable.done():
+        durable.set_exception(TimeoutError(f"not within {COMMIT_SECONDS} s"))
+
+
+def _beyond_limit(connection: Connection, deliveries: list[Delivery], counted: set[uuid.UUID]) -> set[str]:
+    """The new keys of those of the `counted` tasks that have MAX_KEPT_PER_TASK deliveries."""
+    per_task = select(Callback.task_id).where(col(Callback.task_id).in_(counted))
+    per_task = per_task.group_by(col(Callback.task_id)).having(func.count() >= MAX_KEPT_PER_TASK)
+    full = set(connection.execute(per_task).scalars())
+    keys = {each.key for each in deliveries if each.task_id in full}
+    known = select(Callback.delivery_key).where(col(Callback.delivery_key).in_(keys))
+    return keys - set(connection.execute(known).scalars()) if keys else keys
 
 
 class _TaskLimit:
-    """Refuses new deliveries of a task that has MAX_KEPT_PER_TASK. Used by the one that commits, loop or thread."""
+    """Knows the tasks that may have MAX_KEPT_PER_TASK deliveries. Used by the one that commits, loop or thread."""
 
     def __init__(self) -> None:
         self._counted: OrderedDict[int, int] = OrderedDict()  # by the number of a task id, which hashes faster
@@ -321,18 +329,6 @@ class _TaskLimit:
         """The tasks with so many deliveries that their rows have to be counted."""
         named = (each.task_id for each in deliveries if each.task_id)
         return {task_id for task_id in named if self._counted.get(task_id.int, 0) >= COUNT_FROM}
-
-    def over(self, connection: Connection, deliveries: list[Delivery]) -> set[str]:
-        """The new keys of tasks that have MAX_KEPT_PER_TASK deliveries."""
-        tasks_to_count = self.tasks_to_count(deliveries)
-        if not tasks_to_count:
-            return set()
-        per_task = select(Callback.task_id).where(col(Callback.task_id).in_(tasks_to_count))
-        per_task = per_task.group_by(col(Callback.task_id)).having(func.count() >= MAX_KEPT_PER_TASK)
-        full = set(connection.execute(per_task).scalars())
-        keys = {each.key for each in deliveries if each.task_id in full}
-        known = select(Callback.delivery_key).where(col(Callback.delivery_key).in_(keys))
-        return keys - set(connection.execute(known).scalars()) if keys else keys
 
     def count(self, deliveries: list[Delivery], new: set[str]) -> None:
         for number in [each.task_id.int for each in deliveries if each.task_id and each.key in new]:

@@ -57,15 +57,13 @@ MUTATIONS = (
         "answered before the commit",
         "receiver/web/callbacks.py",
         "intake = await self._group_commit.commit(delivery)",
-        "import asyncio\n\n"
-        "                asyncio.ensure_future(self._group_commit.commit(delivery))\n"
-        "                intake = Intake.NEW",
+        "asyncio.ensure_future(self._group_commit.commit(delivery))\n            intake = Intake.NEW",
     ),
     Mutation(
         "answered before the commit in the loop",
         "storage/rows/group_commit.py",
         "new = await self._connection.insert(deliveries)",
-        "_answer(_outcomes(batch, {each.key for each in deliveries}))\n"
+        "_answer(batch, {each.key for each in deliveries})\n"
         "        await asyncio.sleep(0.05)\n"
         "        new = await self._connection.insert(deliveries)",
         "tests/storage/rows/test_group_commit.py",

@@ -27,6 +27,7 @@ from receiver.app.wiring import Parts
 from receiver.base.tokens import ASSET_PURPOSE, Tokens
 from receiver.web import account_budget, callbacks
 from receiver.web.http_protocol import BoundedHttpProtocol
+from receiver.web.refusals import RETRY_AFTER_SECONDS
 from storage.operations import heartbeats
 from storage.rows import group_commit
 from storage.rows.deliveries import Delivery
@@ -626,7 +627,7 @@ def test_connections_without_a_complete_head_block_no_delivery(
 
 
 def assert_try_again(answer: httpx.Response) -> None:
-    assert (answer.status_code, answer.headers["retry-after"]) == (503, str(callbacks.RETRY_AFTER_SECONDS))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, str(RETRY_AFTER_SECONDS))
     assert set(answer.json()) == {"error"} and "try again" in answer.json()["error"]
     assert not any(word in answer.text.lower() for word in ("sql", "psycopg", "127.0.0.1", "error:", "/", "table"))
 
@@ -693,7 +694,7 @@ def test_the_reads_that_a_full_task_causes_are_bounded(parts: Parts, monkeypatch
 def test_late_commit_is_503_and_the_repeat_is_a_duplicate(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(callbacks, "COMMIT_SECONDS", 0.2)
+    monkeypatch.setattr(group_commit, "COMMIT_SECONDS", 0.2)
     path = path_of(parts, insert_row(parts))
     with parts.database.write():
         assert_try_again(post(web, path))

@@ -20,7 +20,6 @@ import pytest
 from sqlalchemy import text
 
 from receiver.app.wiring import Parts
-from receiver.web import callbacks
 from storage.database.sessions import Database
 from storage.rows import group_commit
 from tests.harness import wait_until
@@ -168,7 +167,7 @@ def test_health_answers_while_postgresql_does_not_answer(web: Web, parts: Parts,
 
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "COMMIT_SECONDS", 0.5)
+    monkeypatch.setattr(group_commit, "COMMIT_SECONDS", 0.5)
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"])
