@@ -319,9 +319,19 @@ def database_kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A database of its own for the test, with the current schema, as a URL in a user's form."""
-    if database_kind == "sqlite":
-        shutil.copy(request.getfixturevalue("migrated_sqlite"), tmp_path / "receiver.db")
-        yield f"sqlite:///{tmp_path / 'receiver.db'}"
+    yield from own_database(database_kind, request, tmp_path / "receiver.db")
+
+
+@pytest.fixture
+def another_database_url(database_kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A second one, which is of the same kind."""
+    yield from own_database(database_kind, request, tmp_path / "another.db")
+
+
+def own_database(kind: str, request: pytest.FixtureRequest, file: Path) -> Iterator[str]:
+    if kind == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_sqlite"), file)
+        yield f"sqlite:///{file}"
     else:
         yield from request.getfixturevalue("migrated_databases").lend()
 

@@ -28,6 +28,9 @@ from tests.pipeline import assert_archived, assets_of, kept, make_due_now, run, 
 from tests.rows import LONG_AGO, event_names
 
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
+# Claims and columns are tested on both, what becomes of the object on one.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
 
 
 @pytest.fixture
@@ -95,6 +98,7 @@ def put(parts: Parts, key: str, content: bytes) -> None:
     )  # fmt: skip
 
 
+@BOTH
 def test_archived_asset_row_describes_its_object(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_assets(parts, sandbox)
     run(parts, "assets", "finishes")
@@ -197,6 +201,7 @@ def test_too_large_file_is_given_up_at_once_and_noted_in_the_manifest(parts: Par
     assert event_names(parts.database, task)[-2:] == ["asset.failed", "task.incomplete"]
 
 
+@BOTH
 def test_a_row_that_ended_six_workers_is_parked(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     abandon(parts, losses=claims.PARK_LOSSES - 1)
@@ -208,6 +213,7 @@ def test_a_row_that_ended_six_workers_is_parked(parts: Parts, sandbox: Sandbox) 
     assert (hits(sandbox), task_of(parts, "task").archive) == (0, ArchiveState.INCOMPLETE)
 
 
+@BOTH
 def test_a_suspect_that_lets_its_worker_live_is_archived(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     abandon(parts, losses=claims.QUARANTINE_AFTER)
@@ -217,6 +223,7 @@ def test_a_suspect_that_lets_its_worker_live_is_archived(parts: Parts, sandbox: 
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@BOTH
 def test_a_worker_whose_claim_was_lost_writes_no_row_and_puts_no_object(parts: Parts, sandbox: Sandbox) -> None:
     with_due_assets(parts, sandbox)
     frozen = claim(parts)
@@ -229,6 +236,7 @@ def test_a_worker_whose_claim_was_lost_writes_no_row_and_puts_no_object(parts: P
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@BOTH
 def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox: Sandbox) -> None:
     task = with_due_assets(parts, sandbox, 2)
     with parts.database.write() as session:
@@ -241,6 +249,7 @@ def test_a_dead_url_waits_for_a_read_that_brings_a_new_one(parts: Parts, sandbox
     assert_archived(parts, sandbox, task_of(parts, "task"))
 
 
+@BOTH
 def test_failed_tries_are_kept_with_their_errors_also_once_the_file_is_archived(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

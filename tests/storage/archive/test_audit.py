@@ -22,6 +22,10 @@ from tests.command_line import CommandLine, variables
 from tests.pipeline import assets_of, insert_row, kept, task_of
 from tests.rows import new_asset
 
+# What the audit asks the database is tested on both, what it finds in the bucket on one.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
+
 
 def audit(parts: Parts, *, after: str = "", **options: Any) -> tuple[Counts, list[Finding]]:
     counts, findings = Counts(), []
@@ -51,6 +55,7 @@ def test_intact_archive_has_no_findings(parts: Parts) -> None:
     assert counts.hashed_bytes == sum(asset.size or 0 for asset in all_assets(parts))
 
 
+@BOTH
 def test_every_kind_of_finding_is_found_and_nothing_else(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "PAGE_ROWS", 3)  # several pages
     archive(parts, 4, n=3)
@@ -115,6 +120,7 @@ def test_file_that_the_provider_has_deleted_stays_a_fault(parts: Parts, sandbox:
     assert repair(parts, [finding]) == [FETCHED_AGAIN] and audit(parts, deep=True)[1] == []
 
 
+@BOTH
 def test_missing_and_changed_manifests_are_written_again(parts: Parts) -> None:
     gone, broken, foreign = archive(parts, 3)
     parts.bucket.delete(str(gone.manifest_key))
@@ -146,6 +152,7 @@ def test_repair_never_removes_an_object_that_matches_its_row(parts: Parts) -> No
     assert audit(parts, deep=True)[1] == []
 
 
+@BOTH
 def test_unfinished_archive_is_not_a_fault(parts: Parts) -> None:
     """A file's key is written before its object is put; a manifest is put before its key is written."""
     task = insert_row(parts, state=TaskState.SUCCEEDED, archive=ArchiveState.ARCHIVING, step=Step.FINISH)
@@ -158,6 +165,7 @@ def test_unfinished_archive_is_not_a_fault(parts: Parts) -> None:
     assert audit(parts, deep=True)[1] == []
 
 
+@BOTH
 def test_folders_listed_in_another_order_are_paired_with_their_rows(parts: Parts) -> None:
     """`a-b/` sorts before `a/` by bytes, but after it in SeaweedFS's listing."""
     for name in ("a", "a-b", "a.b", "a b", "a0"):
@@ -216,6 +224,7 @@ def test_audit_command_reports_and_repairs_findings(parts: Parts, receiver: Comm
     assert (done.code, done.out.strip()) == (0, "2 files in 2 folders, 1 of them read and hashed; nothing is wrong")
 
 
+@BOTH
 def test_rows_that_name_a_key_are_read_through_the_index(parts: Parts) -> None:
     for model, column in ((Asset, Asset.key), (Task, Task.manifest_key)):
         statement = select(model).where(column > "a").order_by(column).limit(10)

@@ -32,6 +32,10 @@ from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.pipeline import Wired, deliver, insert_row, kept, task_of
 
+# Which rows are exported, deleted and counted is tested on both, what becomes of the objects on one.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
+
 
 def export(parts: Parts, folder: Path, *names: str) -> list[tuple[str, str]]:
     """Export; returns the faults."""
@@ -79,6 +83,7 @@ def test_corrupted_file_is_named_and_not_exported(parts: Parts, tmp_path: Path) 
     }  # fmt: skip
 
 
+@BOTH
 def test_export_selects_tasks_by_time_and_by_id(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.archive.export.PAGE_ROWS", 1)
     first, second, third = sorted(archive(parts, 3), key=lambda task: task.created_at)
@@ -116,6 +121,7 @@ def test_export_command_copies_files_and_reports_faults(parts: Parts, receiver: 
 # -- delete -------------------------------------------------------------------------------------------------------
 
 
+@BOTH
 def test_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     gone, stays = archive(parts, 2)
     with parts.database.write() as session:
@@ -136,6 +142,7 @@ def test_deleted_task_leaves_a_tombstone(parts: Parts) -> None:
     assert delete(parts.database, parts.bucket, gone.external_task_id).again
 
 
+@BOTH
 def test_deletion_erases_deliveries_of_the_task_at_the_account_url(parts: Parts) -> None:
     """They hold the links of its files. A delivery of another task stays."""
     gone, stays = archive(parts, 2)
@@ -152,6 +159,7 @@ def test_deletion_erases_deliveries_of_the_task_at_the_account_url(parts: Parts)
     assert left == [stays.external_task_id]
 
 
+@BOTH
 def test_callbacks_of_a_deleted_task_stay_counted(parts: Parts) -> None:
     (task,) = archive(parts, 1)
     deliver(parts, task, b"no json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
@@ -27,6 +26,9 @@ from tests.archived_tasks import all_assets, archive, flip, put, work_off
 from tests.command_line import CommandLine, variables
 from tests.pipeline import Wired, assets_of, kept, task_of
 
+# What a manifest says is tested on one database, how it becomes rows on both.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
 # Columns that no manifest holds: a secret, the schedule of reads and callbacks, the end of the archive.
 UNKNOWN = {
     "model",
@@ -44,10 +46,9 @@ SCHEMA = json.loads((files("storage.archive") / "manifest.schema.json").read_tex
 
 
 @pytest.fixture
-def empty(parts: Wired, migrated_sqlite: Path, tmp_path: Path) -> Iterator[Wired]:
-    """The same bucket and provider, an empty database."""
-    shutil.copy(migrated_sqlite, tmp_path / "empty.db")
-    settings = parts.settings.model_copy(update={"database_url": SecretStr(f"sqlite:///{tmp_path / 'empty.db'}")})
+def empty(parts: Wired, another_database_url: str) -> Iterator[Wired]:
+    """The same bucket and provider, an empty database of the same kind."""
+    settings = parts.settings.model_copy(update={"database_url": SecretStr(another_database_url)})
     wired = Wired(settings, bucket=parts.bucket)
     yield wired
     wired.close()
@@ -73,6 +74,7 @@ def manifests(parts: Parts) -> list[dict[str, Any]]:
     return [json.loads(parts.bucket.read_bytes(key, 2**20)) for key in keys]
 
 
+@BOTH
 def test_rebuild_restores_all_rows(parts: Parts, empty: Parts) -> None:
     archive(parts, 2, n=2)
     archive(parts, 1, **SERIES)
@@ -86,6 +88,7 @@ def test_rebuild_restores_all_rows(parts: Parts, empty: Parts) -> None:
     assert (counts.hashed, counts.faults) == (10, 0)
 
 
+@BOTH
 def test_second_rebuild_changes_nothing(parts: Parts, empty: Parts) -> None:
     archive(parts, 2)
     rebuild(empty, deep=True)

@@ -104,6 +104,7 @@ def test_slow_host_delays_no_other_host(
         slow.end()
 
 
+@pytest.mark.databases("sqlite")
 def test_several_slow_hosts_delay_no_other_host(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, more_slow: list[DrippingHost], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,7 +36,10 @@ from tests.storage.fetch.test_media_types import MP3, MP4, WAV
 PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 DAY = 86_400.0
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-# For what a host answers and when it is asked again; what the rows say of it is tested on both.
+# What is counted and found by its rows is tested on both, the rest without an option on one.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
+# For what a host answers and when it is asked again.
 ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])
 ASSET_TIMES = ("due_at", "unusable_since", "files_expire_at")
 TASK_TIMES = ("due_at", "reported_at", "completed_at", "files_expire_at")
@@ -56,6 +59,16 @@ def succeeded(parts: Parts, sandbox: Sandbox, pictures: int = 1, **knobs: Any) -
     make_due_now(parts)
     run(parts, "reads")
     return task_of(parts, "task")
+
+
+def unusable(parts: Parts, sandbox: Sandbox, pictures: int = 1, *, tries: int = SAID_AFTER_TRIES) -> Task:
+    """A task whose pictures were error pages for hours, this many times."""
+    task = succeeded(parts, sandbox, pictures, cdn_html_rate=1)
+    earlier = {"unusable_tries": tries - 1, "unusable_since": parts.database.now() - timedelta(hours=8)}
+    with parts.database.write() as session:
+        session.execute(update(Asset).values(earlier))
+    run(parts, "assets", "finishes")
+    return task
 
 
 def pass_time(parts: Parts, seconds: float) -> None:
@@ -244,8 +257,7 @@ def test_task_is_read_again_before_a_late_try_with_an_old_link(parts: Parts, san
 
 
 def test_each_late_file_makes_a_manifest_of_all_archived_files(parts: Parts, sandbox: Sandbox) -> None:
-    succeeded(parts, sandbox, 2, cdn_html_rate=1)
-    try_until(parts, 20 * 60)
+    unusable(parts, sandbox, 2)
     sandbox.set(cdn_html_rate=0)
     first, _ = assets_of(parts, task_of(parts, "task"))
     with parts.database.write() as session:
@@ -256,9 +268,9 @@ def test_each_late_file_makes_a_manifest_of_all_archived_files(parts: Parts, san
     assert [entry["state"] for entry in manifest_of(parts)["assets"]] == ["archived", "due"]
 
 
+@BOTH
 def test_retry_makes_unusable_files_due_at_once(parts: Parts, sandbox: Sandbox) -> None:
-    succeeded(parts, sandbox, cdn_html_rate=1)
-    try_until(parts, DAY)
+    unusable(parts, sandbox)
     assert retryable(parts) == 1
     sandbox.set(cdn_html_rate=0)
     Operator(parts.database, parts.providers, parts.schedule).retry_failed(limit=10)
@@ -272,8 +284,7 @@ def retryable(parts: Parts) -> int:
 
 @ONE_DATABASE
 def test_files_not_yet_usable_differ_from_files_given_up(parts: Parts, sandbox: Sandbox) -> None:
-    succeeded(parts, sandbox, cdn_html_rate=1)
-    try_until(parts, DAY / 2)
+    unusable(parts, sandbox, tries=MAX_TRIES - 1)
     (told,) = task_view.report(parts.database, parts.bucket, "task")["assets"]
     asset, form = asset_of(parts), ResponseFormat("archived", lambda _: None)
     assert told["state"] == "due" and told["waiting"]["tries"] == asset.unusable_tries
@@ -300,9 +311,9 @@ def test_next_try_of_a_file_that_was_answered_429_is_reported(parts: Parts, sand
     assert told["state"] == "archived" and "next_try_at" not in told
 
 
+@BOTH
 def test_measures_and_deadlines_count_files_that_are_still_tried(parts: Parts, sandbox: Sandbox) -> None:
-    task = succeeded(parts, sandbox, 2, cdn_html_rate=1)
-    try_until(parts, DAY / 2)
+    task = unusable(parts, sandbox, 2)
     with parts.database.read() as session:
         found, told = measures.measure(session, deadline_seconds=60), measures.unusable_files(session)
     assert (found.unusable_files, found.incomplete_open, found.failed_assets) == (2, 1, 0)
@@ -313,8 +324,7 @@ def test_measures_and_deadlines_count_files_that_are_still_tried(parts: Parts, s
 
 
 def test_dismissing_ends_the_tries(parts: Parts, sandbox: Sandbox) -> None:
-    succeeded(parts, sandbox, cdn_html_rate=1)
-    try_until(parts, DAY / 2)
+    unusable(parts, sandbox)
     Operator(parts.database, parts.providers, parts.schedule).dismiss("task", "known")
     asset = asset_of(parts)
     assert (asset.state, asset.due_at, asset.unusable_since) == (AssetState.FAILED, None, None)
@@ -369,8 +379,7 @@ def test_irregularities_of_a_transfer_are_in_row_and_manifest(
 def test_readiness_and_status_show_unusable_files_with_their_times(
     web: Web, parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    succeeded(parts, sandbox, cdn_html_rate=1)
-    try_until(parts, DAY / 2)
+    unusable(parts, sandbox)
     asset = asset_of(parts)
     since, due_at = asset.unusable_since, asset.due_at
     assert since is not None and due_at is not None

@@ -35,6 +35,7 @@ from tests.storage.fetch.test_client import FileHost, answer
 from tests.storage.fetch.test_media_types import DAMAGED, FOREIGN, chunk, png
 from tests.storage.fetch.test_media_types import WHOLE as PICTURES
 
+pytestmark = pytest.mark.databases("sqlite")  # what a host sends is judged before any statement
 MIB = 2**20
 MAX_BYTES = MIB
 LAST_TRY = {"unusable_since": LONG_AGO, "unusable_tries": MAX_TRIES - 1, "attempts": 1}
@@ -93,7 +94,6 @@ def status_of(parts: Parts, task: Task) -> str:
     return shown.getvalue()
 
 
-@pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_hostile_file_is_refused_for_its_reason(parts: Parts, host: FileHost) -> None:
     rows = archive(parts, host, {name: answer(data) for name, (data, _) in FILES.items()}, **LAST_TRY)
     wrong = {name: row.error for name, row in rows.items() if not re.search(FILES[name][1], row.error or "")}
@@ -171,7 +171,6 @@ ANSWERS: dict[str, tuple[Script, str, AssetState]] = {
 }
 
 
-@pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
 def test_hostile_response_is_refused_for_its_reason(parts: Parts, host: FileHost) -> None:
     parts.__dict__["fetcher"] = Fetcher(
         parts.address_policy, max_bytes=MAX_BYTES, total_seconds=3, resolve=lambda name, port: ("10.0.0.1",)
