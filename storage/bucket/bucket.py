@@ -20,9 +20,10 @@ import structlog
 
 from storage.bucket import checksums, multipart
 from storage.bucket.checksums import Evidence
+from storage.bucket.http_connections import UnexpectedResponse
 from storage.bucket.probe import Capabilities, Probe
 from storage.bucket.put_options import Put, PutOptions
-from storage.bucket.signed_requests import ConditionFailed, TryAgain, UnexpectedResponse
+from storage.bucket.signed_requests import ConditionFailed, TryAgain
 from storage.bucket.store_connection import Addressing, ChecksumMode, without_checksums
 from storage.bucket.store_errors import NoSuchObject
 from storage.bucket.stored import StoredObjects
@@ -87,8 +88,7 @@ class Bucket(StoredObjects):
         known = self._capabilities
         if known is not None and time.monotonic() < self._probe_again_at:
             return known
-        if not self._probe_lock.acquire(blocking=known is None):
-            assert known is not None
+        if not self._probe_lock.acquire(blocking=known is None) and known is not None:
             return known
         try:
             if self._capabilities is known:

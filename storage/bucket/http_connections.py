@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import NamedTuple
 
+from botocore.exceptions import ConnectTimeoutError, ReadTimeoutError
+
 # A TLS connection returns from a write only after all of it, within one timeout: 64 KiB in 5 s are 13 kB/s, which eight
 # connections over an uplink of 10 Mbit/s have. A plain connection returns after any progress.
 TLS_WRITE_BYTES = 64 * 1024
@@ -33,8 +35,14 @@ STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 BODYLESS = frozenset({204, 304})
 
 
-class ConnectionBroken(Exception):
-    """The store closed the connection or answered something else than HTTP/1. The request may have been done."""
+class UnexpectedResponse(Exception):
+    """A response that is neither expected nor a timeout. The caller repeats the request with boto3."""
+
+
+class ConnectionBroken(UnexpectedResponse):
+    """The store closed the connection or answered something else than HTTP/1. The request may have been done. boto3
+    connects again and names the fault.
+    """
 
 
 class Response(NamedTuple):
@@ -77,7 +85,7 @@ class HttpConnections:
     ) -> Response:
         """Send a request, a second time if a kept connection turns out to be closed. `body`: its blocks from the start.
 
-        Raises `ConnectTimeout`, `TimeoutError`, and `ConnectionBroken`.
+        Raises botocore's `ConnectTimeoutError` and `ReadTimeoutError`, and `ConnectionBroken`.
         """
         lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = f"{method} {path} HTTP/1.1\r\n{lines}\r\n".encode("ascii")
@@ -105,7 +113,7 @@ class HttpConnections:
         try:
             plain = socket.create_connection((self._host, self._port), self._connect_seconds)
         except TimeoutError as error:
-            raise ConnectTimeout from error
+            raise ConnectTimeoutError(endpoint_url=self.authority) from error
         except OSError as error:
             raise ConnectionBroken from error
         try:
@@ -114,7 +122,9 @@ class HttpConnections:
             return self._context.wrap_socket(plain, server_hostname=self._host) if self._context else plain
         except OSError as error:
             plain.close()
-            raise ConnectTimeout if isinstance(error, TimeoutError) else ConnectionBroken from error
+            if isinstance(error, TimeoutError):
+                raise ConnectTimeoutError(endpoint_url=self.authority) from error
+            raise ConnectionBroken from error
 
     def _exchange(
         self, connection: socket.socket, head: bytes, body: Iterable[memoryview], *, has_body: bool
@@ -125,8 +135,8 @@ class HttpConnections:
             response, ends = _read_response(connection, time.monotonic() + self._read_seconds, has_body=has_body)
             keep = is_whole and ends
             return response
-        except TimeoutError:
-            raise
+        except TimeoutError as error:
+            raise ReadTimeoutError(endpoint_url=self.authority) from error
         except OSError as error:
             raise ConnectionBroken from error
         finally:
@@ -154,10 +164,6 @@ class HttpConnections:
                 if time.monotonic() - started > self._connect_seconds + sent / MIN_BYTES_PER_SECOND:
                     raise TimeoutError
         return True
-
-
-class ConnectTimeout(Exception):
-    """No connection within `connect_seconds`."""
 
 
 def _read_response(connection: socket.socket, ends: float, *, has_body: bool) -> tuple[Response, bool]:

@@ -23,7 +23,7 @@ from botocore import exceptions as boto_errors
 from botocore.httpsession import get_cert_path
 
 from storage import spool
-from storage.bucket.http_connections import ConnectionBroken, ConnectTimeout, HttpConnections, Response
+from storage.bucket.http_connections import HttpConnections, Response, UnexpectedResponse
 
 EMPTY_SHA256 = hashlib.sha256(b"").hexdigest()
 # The only signature of boto3 that is supported here: no access point, no S3 Express, no v4a.
@@ -46,10 +46,6 @@ class ConditionFailed(Exception):
 
 class TryAgain(ConditionFailed):
     """409: another request for the same key was under way. S3 wants the put repeated."""
-
-
-class UnexpectedResponse(Exception):
-    """A response that is neither expected nor a timeout. The caller repeats the request with boto3."""
 
 
 class Signer:
@@ -177,14 +173,7 @@ class SignedRequests:
         path = self._base_path + quote(key, safe="/~")  # boto3's own quoting
         signed = self._signer.headers(method, path, sha256, headers)
         signed |= {"user-agent": self._user_agent} | ({"content-length": str(size)} if file else {})
-        try:
-            answer = self._connections.send(method, path, signed, (lambda: spool.blocks(file)) if file else tuple)
-        except ConnectTimeout as error:
-            raise boto_errors.ConnectTimeoutError(endpoint_url=self._connections.authority) from error
-        except TimeoutError as error:
-            raise boto_errors.ReadTimeoutError(endpoint_url=self._connections.authority) from error
-        except ConnectionBroken as error:  # boto3 connects again and names the fault
-            raise UnexpectedResponse(type(error).__name__) from error
+        answer = self._connections.send(method, path, signed, (lambda: spool.blocks(file)) if file else tuple)
         self._refusals[method] = self._refusals[method] + 1 if answer.status in REFUSALS else 0
         return answer
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from botocore.exceptions import ReadTimeoutError
 
 from storage.bucket.http_connections import ConnectionBroken, HttpConnections
 from tests.loopback import Script, ScriptedServer
@@ -128,14 +129,14 @@ def _drip(connection: socket.socket) -> None:
 )
 def test_store_that_never_answers_is_given_up_after_one_timeout(store: Store, script: Script) -> None:
     store.scripts, started = [script], time.monotonic()
-    with pytest.raises(TimeoutError):
+    with pytest.raises(ReadTimeoutError):
         put(to(store, read_seconds=0.3))
     assert (time.monotonic() - started < 1.5, store.connections) == (True, 1)
 
 
 def test_store_that_never_reads_is_given_up_in_time(store: Store) -> None:
     store.scripts, started = [lambda connection: time.sleep(3)], time.monotonic()
-    with pytest.raises(TimeoutError):
+    with pytest.raises(ReadTimeoutError):
         put(to(store), b"x" * 40_000_000)
     assert time.monotonic() - started < 2.5
 
