@@ -10,7 +10,9 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
+from sqlmodel import Session
 
+from storage.database.kept_session import CONNECTION, KeptSession
 from storage.database.prepared import Done, _Prepared
 
 
@@ -57,7 +59,11 @@ class _Heard:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._driver, name)
 
-    def execute(self, sql: str, bound: Any) -> Any:
+    def execute(self, sql: str, bound: Any = None) -> Any:
+        if bound is None:  # BEGIN or COMMIT
+            for listen in self._connection.dispatch.commit if sql == "COMMIT" else ():
+                listen(self._connection)
+            return self._driver.execute(sql)
         for listen in self._connection.dispatch.before_cursor_execute:
             listen(self._connection, None, sql, bound, None, False)
         cursor = self._driver.execute(sql, bound)
@@ -68,10 +74,19 @@ class _Heard:
 
 @cache
 def hear_prepared_statements() -> None:
-    """Prepared statements go to the driver. From now on listeners for cursors are told of them too."""
-    run = _Prepared.execute
+    """Prepared statements and the commits of a kept session go to the driver. From now on SQLAlchemy's listeners hear
+    of them too.
+    """
+    run, opened = _Prepared.execute, KeptSession._opened
 
     def execute(statement: _Prepared, connection: Connection, driver: Any, values: Mapping[str, Any]) -> Done:
-        return run(statement, connection, _Heard(connection, driver), values)
+        heard = driver if isinstance(driver, _Heard) else _Heard(connection, driver)
+        return run(statement, connection, heard, values)
+
+    def open_heard(kept: KeptSession) -> Session:
+        session = opened(kept)
+        session.info[CONNECTION] = session.info[CONNECTION][0], _Heard(*session.info[CONNECTION])
+        return session
 
     _Prepared.execute = execute  # type: ignore[method-assign]
+    KeptSession._opened = open_heard  # type: ignore[method-assign]

@@ -44,7 +44,7 @@ FAULT_SECONDS = 60.0
 KEEP_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Write:
     operation: Callable[[Session], Any]
     task_id: uuid.UUID | None
@@ -153,7 +153,7 @@ class GroupWriter:
         """Apply and commit them, without those that fail; answer each."""
         has_new_session, at_end = False, self._at_end
         while group:
-            done, results, at_fault, tell = list[_Write](), list[Any](), group, None
+            done, at_fault, tell = dict[_Write, Any](), group, None
             try:
                 with self._transaction() as session:
                     end = time.monotonic() + MAX_GROUP_SECONDS
@@ -164,8 +164,7 @@ class GroupWriter:
                             group.remove(write)
                             continue
                         at_fault = [write]
-                        results.append(write.operation(session))
-                        done.append(write)
+                        done[write] = write.operation(session)
                         if session.identity_map or session.new:
                             session.flush()
                             session.expunge_all()  # no operation sees the objects of another
@@ -187,7 +186,7 @@ class GroupWriter:
                         write.durable.set_exception(_Waits() if waits else error)
                 group = [write for write in group if write not in failed]
             else:
-                for write, result in zip(done, results, strict=True):
+                for write, result in done.items():
                     write.durable.set_result(result)
                 group = [write for write in group if write not in done]
                 _call(tell, is_committed=True)

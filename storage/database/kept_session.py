@@ -32,13 +32,10 @@ class KeptSession:
     def transaction(self) -> Iterator[Session]:
         """Committed at the end of the block. After an error, also of the commit, the next one has a new session."""
         session = self._begun()
-        connection, driver = session.info[CONNECTION]
         try:
             yield session
             session.flush()
-            for listen in connection.dispatch.commit:  # as SQLAlchemy does
-                listen(connection)
-            driver.execute("COMMIT")
+            session.info[CONNECTION][1].execute("COMMIT")
         except BaseException:
             self.close()
             raise

@@ -79,9 +79,9 @@ MUTATIONS = (
     Mutation(
         "settle acknowledged before the commit of its group",
         "storage/database/group_writer.py",
-        "results.append(write.operation(session))",
-        "results.append(write.operation(session))\n"
-        "                        write.durable.set_result(results[-1])\n"
+        "done[write] = write.operation(session)",
+        "done[write] = write.operation(session)\n"
+        "                        write.durable.set_result(done[write])\n"
         '                        object.__setattr__(write, "durable", Future())',
         "tests/storage/database/test_group_writer.py",
     ),
