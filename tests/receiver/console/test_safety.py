@@ -40,8 +40,9 @@ def hostile(parts: Parts) -> tuple[Task, Callback]:
     named = {"external_task_id": EVIL.replace("\u0007", ""), "provider_task_id": EVIL}
     task = insert_row(parts, **ended, **named, request=request, error=EVIL + LONG, note=EVIL, units="<b>9")
     with parts.database.write() as session:
-        words = {"error": EVIL + LONG, "media_type": "text/html<script>", "fetched": {"host": EVIL, "server": LONG}}
-        new_asset(session, task, 0, source_url=SIGNED, state=AssetState.FAILED, superseded=[EVIL], **words)
+        words = {"error": EVIL + LONG, "media_type": "text/html<script>", "fetched": {"host": EVIL, LONG.upper(): LONG}}
+        for index in range(2):  # beside each other, where a figure is narrow
+            new_asset(session, task, index, source_url=SIGNED, state=AssetState.FAILED, superseded=[EVIL], **words)
         told = {"error": EVIL, "kind": EVIL, "other": {"url": SIGNED, "x": EVIL}}
         record(session, EventName.ASSET_FAILED, task.id, told)
         batch = Batch(name=EVIL[:100], created_at=parts.database.now())
