@@ -182,7 +182,7 @@ class Front:
             Route(f"{HOME}/", lambda _: RedirectResponse(HOME, status_code=303)),
             Route(LOGIN, self.login, methods=["GET", "POST"]),
             Route("/console/logout", self.log_out, methods=["POST"]),
-            Route("/console/language/{language}", self.language, methods=["GET"]),
+            Route("/console/language/{language}", self.language, methods=["GET", "POST"]),
             Route("/console/static/{name}", static, methods=["GET"]),
         ]
 
@@ -245,7 +245,9 @@ class Front:
         language = request.path_params["language"]
         if language not in catalogue.LANGUAGES:
             raise HTTPException(404)
-        answer = RedirectResponse(own_path(request.query_params.get("next"), HOME), status_code=303)
+        refuse_other_sites(request)
+        status = 307 if request.method == "POST" else 303  # the browser sends the form again to the page that it is of
+        answer = RedirectResponse(own_path(request.query_params.get("next"), HOME), status)
         answer.set_cookie(
             LANGUAGE_COOKIE, language, max_age=YEAR_SECONDS, path="/console", samesite="lax", secure=self._is_secure
         )

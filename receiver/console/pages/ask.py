@@ -59,7 +59,8 @@ class Ask:
         with self._of.database.read() as session:
             task = row_of(session, Task, given["again"]) if given["again"] else None
         try:
-            if is_sent and visit.form.get("uploaded", str(len(pictures))) != str(len(pictures)):
+            count = str(len(pictures))
+            if visit.form.get("uploaded", count) != count and (is_sent or not pictures):
                 raise RequestInvalid([visit.text("ask.choose_again")])  # no page can fill a browser's file field
             if task and lost_pictures(task.request) != len(pictures):
                 raise RequestInvalid([visit.text("ask.not_kept", n=lost_pictures(task.request))])

@@ -111,18 +111,19 @@ class BatchPages:
         if given is None:
             visit.say(visit.text("batch.gone"), bad=True)
             return visit.redirect(f"{HOME}/new")
+        is_empty = not given.content.strip()
+        kept = key or ("" if is_empty else self._checked.keep(visit.session.name, given))
         try:
-            if not given.content.strip():
+            if is_empty:
                 raise BatchInvalid([Fault(0, NO_FILE)])
             lines = batch_file.read(io.BytesIO(given.content), given.format, given.name, self._of.batches.check)
             plan = self._of.batches.plan(given.name, lines, is_file_name=given.is_file_name)
-            if key:
+            if key and visit.form.get("step") == "send":
                 return self._send(visit, plan)
         except BatchInvalid as error:
             faults = [(fault.line, short(fault.text, 300)) for fault in error.faults[:SHOWN_FAULTS]]
-            return _form(visit, given, status=422, faults=faults, fault_count=len(error.faults))
+            return _form(visit, given, status=422, faults=faults, fault_count=len(error.faults), checked=kept)
         estimate = self._of.estimate(line.request.wire() for line in plan.new)
-        kept = self._checked.keep(visit.session.name, given)
         return _form(visit, given, plan=plan, estimate=estimate, checked=kept)
 
     def _send(self, visit: Visit, plan: Plan) -> Response:

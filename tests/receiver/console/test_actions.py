@@ -237,6 +237,8 @@ def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_pri
     fields |= {**dict(HIDDEN.findall(priced.text)), "step": "send"}
     without = ann.http.post("/console/ask", data=fields, files=chosen[:1])
     assert (without.status_code, len(sandbox.ledger().creates)) == (422, 0)
+    switched = ann.http.post("/console/language/zh?next=/console/ask", files={**fields, "step": ""})
+    assert switched.status_code == 422 and "two boats" in switched.text and 'lang="zh"' in switched.text
     assert ann.http.post("/console/ask", data=fields, files=chosen).status_code == 200
     [create] = sandbox.ledger().creates
     assert create.body
@@ -358,7 +360,7 @@ def batch_form(ann: Reader, content: str, **fields: str) -> httpx.Response:
 
 def send_checked(ann: Reader, answer: httpx.Response) -> httpx.Response:
     """Press the button of the page that shows the price."""
-    return ann.http.post("/console/batches/new", data=dict(HIDDEN.findall(answer.text)))
+    return ann.http.post("/console/batches/new", data={**dict(HIDDEN.findall(answer.text)), "step": "send"})
 
 
 def many_lines(prompt: str, most_bytes: int) -> str:
@@ -403,7 +405,7 @@ def test_a_batch_whose_requests_are_all_known_is_not_sent_again(parts: Parts, an
     assert "all of its requests were sent before" in checked.text and "Put 1 task into this batch" in checked.text
     assert "0 tasks are queued" in send_checked(ann, checked).text
     page = batch_form(ann, own).text
-    assert "all of its requests were sent before" in page and 'name="checked"' not in page
+    assert "all of its requests were sent before" in page and 'value="send"' not in page
 
 
 @pytest.mark.parametrize(

@@ -65,9 +65,25 @@ def log_in(browser: Browser, web: Web, key: str) -> None:
     browser.waits_for("Needs you")
 
 
+def switch_language_and_back(browser: Browser, chinese: str) -> None:
+    browser.click(".rail [lang=zh]")
+    browser.waits_for(chinese)
+    browser.click(".rail [lang=en]")
+    browser.waits_for("Log out")
+
+
 def test_a_live_task_is_followed_from_the_form_to_the_picture(parts: Parts, browser: Browser, web: Web) -> None:
     browser.open(f"{web.url}/console/ask")
     browser.fill("textarea[name=prompt]", "a red kite over dunes")
+    browser.click("button[value=price]")
+    browser.waits_for("0.028 USD")
+    switch_language_and_back(browser, "价格")
+    assert browser.run("return document.querySelector('textarea').value") == "a red kite over dunes"
+    browser.type("[name=model_name]", "-none")
+    browser.press("Enter")  # asks for the price anew: the first button of the form is the language's
+    browser.waits_for("kling-image-o1-none")
+    assert "zh" not in browser.run("return document.documentElement.lang")
+    browser.fill("[name=model_name]", "kling-image-o1")
     browser.click("button[value=price]")
     browser.waits_for("0.028 USD")
     browser.click("button[value=send]")
@@ -187,13 +203,16 @@ def test_a_batch_with_a_fault_in_line_three_and_then_a_good_one(
     parts: Parts, browser: Browser, web: Web, tmp_path: Path
 ) -> None:
     file = tmp_path / "spring.jsonl"
-    for content, said in ((GOOD * 2 + '{"prompt": 7}\n', "line 3"), (GOOD * 3, "3 requests are new")):
+    faulty = (GOOD * 2 + '{"prompt": 7}\n', "line 3", "第 3 行")
+    for content, said, chinese in (faulty, (GOOD * 3, "3 requests are new", "新请求")):
         file.write_text(content)
         browser.open(f"{web.url}/console/batches/new")
         browser.type("input[type=file]", str(file))
         browser.click("form.fields button.main")
         browser.waits_for(said)
-    browser.click("section form button.main")
+        switch_language_and_back(browser, chinese)
+        browser.waits_for(said)
+    browser.click("button[value=send]")
     browser.waits_for("3 tasks are queued")
     with working(parts):
         browser.waits_for("3 of 3 are over", seconds=40)
