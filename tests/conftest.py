@@ -12,37 +12,29 @@ import math
 import os
 import re
 import shutil
-import signal
-import ssl
 import sys
 import tempfile
-import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import certifi
-import httpx
 import pytest
 import structlog
-from pydantic_settings.sources import PydanticBaseEnvSettingsSource
 from structlog._config import BoundLoggerLazyProxy
-from structlog.dev import ConsoleRenderer, plain_traceback
 
 from receiver.app.wiring import Parts
 from receiver.local_store.seaweed import Seaweed
 from receiver.sandbox import Knobs, Sandbox
 from storage.database.sessions import Database
 from storage.rows import migrations
-from tests import manifest_checks, store_clients
+from tests import manifest_checks
 from tests.bytecode import compile_sources, compile_tests
 from tests.forked_workers import WorkerForks
 from tests.pipeline import Web, Wired, settings_for
 from tests.postgres import MigratedDatabases, Postgres
-from tests.statements import compile_once, describe_server_once, hear_prepared_statements
+from tests.process_wide import process_wide
 
 if TYPE_CHECKING:
     from storage.bucket.bucket import Bucket
@@ -126,104 +118,12 @@ def deal_slow_tests(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test speaks TLS to public hosts. Reading all 140 roots for every HTTP client would be a quarter of the run.
-
-    An HTTP client takes 22 ms of CPU with all of them, wherever they are, and 0.4 with one.
+def whole_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One fixture for all of it, because pytest looks at each fixture for each test: eight more cost each worker 0.3 s
+    of CPU to collect the tests.
     """
-    whole = Path(certifi.where()).read_text()
-    end = "-----END CERTIFICATE-----\n"
-    first = tmp_path_factory.mktemp("roots") / "first.pem"
-    first.write_text(whole[: whole.index(end) + len(end)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certifi, "where", lambda: str(first))
-        for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):  # httpx would read these otherwise
-            patch.delenv(name, raising=False)
+    with process_wide(tmp_path_factory.mktemp("roots")):
         yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cheap_requests(few_roots: None) -> Iterator[None]:
-    """`httpx.get` and the like make a client for each request: 0.7 of its 1.3 ms of CPU for TLS and proxies, which no
-    server of a test has.
-    """
-    context = ssl.create_default_context(cafile=certifi.where())
-
-    def client(**options: Any) -> httpx.Client:
-        return httpx.Client(**{**options, "verify": context, "trust_env": False})
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(httpx._api, "Client", client)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def store_clients_made_quickly() -> None:
-    """Tests and commands open some two thousand."""
-    store_clients.read_once()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_search_for_no_variables() -> Iterator[None]:
-    """Most tests give their settings as arguments, without a variable or `.env`. pydantic-settings would then look for
-    each field's variable twice: 2.3 of the 2.9 ms of CPU of loading them.
-    """
-    read = PydanticBaseEnvSettingsSource.__call__
-
-    def read_if_any(source: PydanticBaseEnvSettingsSource) -> dict[str, Any]:
-        prefix = source.env_prefix.lower()
-        return read(source) if any(name.lower().startswith(prefix) for name in source.env_vars) else {}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PydanticBaseEnvSettingsSource, "__call__", read_if_any)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def statements_compiled_once() -> None:
-    """Each test opens engines of its own, and each engine would compile all statements again: 6.1 of 24.6 s of CPU
-    for 180 tests of tasks and claims, and 1.2 of 17.2 s with one cache.
-    """
-    compile_once()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def prepared_statements_heard() -> None:
-    """Tests count the statements of all ways to the database."""
-    hear_prepared_statements()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def server_described_once() -> None:
-    """The commands that a test forks ask the server themselves."""
-    describe_server_once()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def plain_tracebacks() -> None:
-    """Print plain tracebacks: structlog adds all local variables, which takes a second of CPU for each exception."""
-    [renderer] = [each for each in structlog.get_config()["processors"] if isinstance(each, ConsoleRenderer)]
-    renderer.exception_formatter = plain_traceback
-
-
-@pytest.fixture(scope="session", autouse=True)
-def idle_at_the_end() -> Iterator[None]:
-    """No test may leave a busy thread behind. One such thread once took half of the run's processor time."""
-    yield
-    for _ in range(20):
-        before = time.process_time()
-        time.sleep(0.25)
-        if time.process_time() - before < 0.05:
-            return
-    frames = sys._current_frames()
-    raise AssertionError("".join("".join(traceback.format_stack(frame, 3)) for frame in frames.values()))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def sigint_heeded() -> None:
-    """A shell starts background processes with SIGINT ignored, and our processes would inherit that."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -241,9 +141,14 @@ def own_logs() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
-    """The S3 server of the run. A test that stops it starts it again."""
-    with Seaweed(tmp_path_factory.mktemp("seaweed"), "pictures") as server:
-        yield server
+    """The S3 server of this worker. A test that stops it starts it again.
+
+    It is killed at the end of the run, when nobody needs its data: an end in order takes 2 to 5 s of waiting.
+    """
+    server = Seaweed(tmp_path_factory.mktemp("seaweed"), "pictures")
+    server.start()
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")
