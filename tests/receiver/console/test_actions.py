@@ -29,6 +29,8 @@ from tests.harness import wait_until
 from tests.pipeline import assets_of, callbacks_of, deliver, insert_row, run, task_of
 from tests.receiver.providers.test_kling_request import picture
 
+pytestmark = pytest.mark.databases("sqlite")  # what a form does and says
+BOTH = pytest.mark.databases("sqlite", "postgresql")  # counts, orders, dates, locks, and ids that are taken
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 GOOD = '{"model_name": "kling-image-o1", "prompt": "a boat"}\n'
 
@@ -71,6 +73,7 @@ def test_an_unverified_file_is_accepted_by_hand(parts: Parts, ann: Reader) -> No
     assert acts(parts, task) == [("ann", "accept")]
 
 
+@BOTH
 def test_read_now_makes_the_read_due(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts, step=Step.READ)
     ann.post("/act/read", task=task.id)
@@ -98,6 +101,7 @@ def test_deleting_needs_the_id_typed(parts: Parts, ann: Reader) -> None:
     assert acts(parts, task) == [("ann", "delete")]
 
 
+@BOTH
 def test_presses_that_delete_together_say_what_each_did(parts: Parts, ann: Reader) -> None:
     task = archive(parts, 1)[0]
     with ThreadPoolExecutor(4) as pool:
@@ -135,6 +139,7 @@ def test_same_request_is_sent_again_after_its_price_was_shown(parts: Parts, ann:
     assert acts(parts, task) == [("ann", "again")]
 
 
+@BOTH
 def test_one_page_sends_its_request_once(parts: Parts, ann: Reader, sandbox: Sandbox) -> None:
     task = archive(parts, 1)[0]
     address = ann.get(f"/ask?again={task.id}").url
@@ -220,6 +225,7 @@ def test_lost_pictures_are_chosen_again_before_a_request_is_sent_again(
     assert base64.b64decode(create.body["image_list"][0]["image"]) == chosen[0][1][1]
 
 
+@BOTH
 def test_form_is_kept_when_its_id_is_taken(parts: Parts, ann: Reader) -> None:
     taken = insert_row(parts)
     fields = {"model_name": "kling-image-o1", "prompt": "a red kite", "external_task_id": taken.external_task_id}
@@ -259,6 +265,7 @@ def test_one_delivery_is_replayed(parts: Parts, ann: Reader) -> None:
     assert callbacks_of(parts)[0].state is CallbackState.UNREADABLE
 
 
+@BOTH
 def test_all_that_match_are_counted_and_then_replayed(parts: Parts, ann: Reader, ben: Reader) -> None:
     for number in range(3):
         deliver(parts, None, {"task_id": f"unknown-{number}", "task_status": "succeed"})
@@ -277,6 +284,7 @@ def test_all_that_match_are_counted_and_then_replayed(parts: Parts, ann: Reader,
     assert ann.get("/deliveries/replay?of=1").status_code == 404
 
 
+@BOTH
 def test_a_dead_event_is_sent_again_and_its_sink_disabled_and_enabled(parts: Parts, ann: Reader) -> None:
     task = insert_row(parts)
     with parts.database.write() as session:
@@ -462,6 +470,7 @@ def test_a_batch_with_a_fault_in_line_three_is_not_sent(parts: Parts, ann: Reade
         assert session.exec(select(Batch)).all() == []
 
 
+@BOTH
 def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader) -> None:
     answer = batch_form(ann, GOOD * 3)
     assert "3 requests are new" in answer.text and "24 units" in answer.text
@@ -477,6 +486,7 @@ def test_a_good_batch_is_priced_then_sent_and_followed(parts: Parts, ann: Reader
     assert report.headers["content-disposition"].startswith("attachment") and report.text.count("\r\n") == 4
 
 
+@BOTH
 def test_a_batch_whose_id_is_taken_meanwhile_keeps_its_lines_in_the_form(
     parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,6 +505,7 @@ def test_a_batch_whose_id_is_taken_meanwhile_keeps_its_lines_in_the_form(
     assert GOOD.strip() in shown.partition('name="content"')[2] and 'value="spring"' in shown
 
 
+@BOTH
 def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> None:
     task, _ = with_a_failed_file(parts)
     with parts.database.write() as session:
@@ -506,6 +517,7 @@ def test_failed_tasks_of_a_batch_are_tried_again(parts: Parts, ann: Reader) -> N
     assert "1 file or request is tried again" in ann.post("/act/batch-retry", batch=batch.id).text
 
 
+@BOTH
 def test_tasks_that_the_provider_failed_are_said_to_be_read_again(parts: Parts, ann: Reader) -> None:
     """It said that two things were tried again, each time, and their timelines did not show it."""
     with parts.database.write() as session:
@@ -524,6 +536,7 @@ def test_tasks_that_the_provider_failed_are_said_to_be_read_again(parts: Parts, 
     assert "asked once more, which costs nothing" in alone and "tried again" not in alone
 
 
+@BOTH
 def test_price_of_refused_requests_is_shown_before_a_batch_sends_them_again(parts: Parts, ann: Reader) -> None:
     with parts.database.write() as session:
         batch = Batch(name="spring", created_at=parts.database.now())
@@ -544,6 +557,7 @@ def test_price_of_refused_requests_is_shown_before_a_batch_sends_them_again(part
     assert task_of(parts, "dismissed").state is TaskState.FAILED
 
 
+@BOTH
 def test_failures_of_a_batch_are_paged_in_the_order_of_their_lines(parts: Parts, ann: Reader) -> None:
     with parts.database.write() as session:
         batch = Batch(name="large", created_at=parts.database.now())
@@ -576,6 +590,7 @@ def test_check_page_shows_the_results_of_receiver_check(ann: Reader) -> None:
     assert "takes writes, schema" in page and "takes our credentials" in page and "/callbacks/kling/" not in page
 
 
+@BOTH
 def test_acts_of_a_person_are_in_the_timeline_and_in_no_sink(parts: Parts, ann: Reader) -> None:
     everything = [outbox.Subscription("it", frozenset(EventName))]
     parts.database.at_group_end = lambda session: outbox.sequence_recorded(parts.database, session, everything)

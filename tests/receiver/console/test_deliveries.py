@@ -25,6 +25,7 @@ from tests.console_reader import HIDDEN, Reader
 from tests.pipeline import callback_of, deliver, insert_row, make_due_now, run
 from tests.plans import plans, scans
 
+ON_SQLITE = pytest.mark.databases("sqlite")  # forms and words
 LINKED = re.compile(r'<a class="mono" href="/console/tasks/([^"]+)">')
 
 
@@ -186,6 +187,7 @@ def test_what_was_not_dismissed_is_not_noted(parts: Parts, ann: Reader) -> None:
     assert len(acts(parts)) == 1 and "ann: dismiss" not in ann.page("/tasks/ours")
 
 
+@ON_SQLITE
 def test_what_was_not_replayed_is_not_noted(parts: Parts, ann: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     good, other = (deliver(parts, None, about(f"unknown-{number}")) for number in range(2))
     replay = Operator.replay
@@ -202,6 +204,7 @@ def test_what_was_not_replayed_is_not_noted(parts: Parts, ann: Reader, monkeypat
     assert acts(parts) == [("replay", f"1 deliveries from {good.id}", "None")]
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("path", ["/deliveries", "/deliveries/replay"])
 def test_address_gives_a_form_no_field_beside_its_filter(parts: Parts, ann: Reader, path: str) -> None:
     deliver(parts, None, about("unknown"))

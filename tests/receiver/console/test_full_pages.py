@@ -6,6 +6,7 @@ import json
 from datetime import datetime, timedelta
 from uuid import uuid4
 
+import pytest
 from sqlmodel import Session, select
 
 from receiver.app.wiring import Parts
@@ -18,6 +19,8 @@ from tests.console_reader import PAGES, Reader
 from tests.pipeline import assets_of, insert_row
 from tests.rows import LONG_AGO, new_task
 
+pytestmark = pytest.mark.databases("sqlite")  # sizes and words
+BOTH = pytest.mark.databases("sqlite", "postgresql")  # orders and keys of pages
 PROMPT = "灯塔立于黄昏静海之上，" * 300
 MOST = 100_000
 
@@ -86,6 +89,7 @@ def test_full_pages_have_less_than_100_kilobytes(parts: Parts, ann: Reader) -> N
         assert len(ann.page(path).encode()) < MOST, (path, len(ann.page(path).encode()))
 
 
+@BOTH
 def test_gallery_pages_by_files_and_loses_none(parts: Parts, ann: Reader) -> None:
     with parts.database.write() as session:
         fill_gallery(session, parts.database.now())
@@ -129,6 +133,7 @@ def test_a_timeline_has_tries_reads_and_what_sinks_answered(parts: Parts, ann: R
     assert ">Read, " in page and ">Callback, " in page
 
 
+@BOTH
 def test_causes_come_before_their_effects_in_a_timeline(parts: Parts, ann: Reader) -> None:
     task = archive(parts, 1)[0]
     same = parts.database.now()

@@ -46,6 +46,9 @@ from tests.pipeline import Web, assets_of, callbacks_of, deliver, insert_row
 from tests.plans import plans, scans
 from tests.rows import LONG_AGO
 
+ON_SQLITE = pytest.mark.databases(
+    "sqlite"
+)  # nothing that a database decides: refusals, words, numbers of statements, files
 Found = list[str]
 
 
@@ -114,6 +117,7 @@ def test_an_exact_id_leads_to_its_task(parts: Parts, ann: Reader) -> None:
     assert ann.get("/tasks", params={"q": odd.external_task_id}).url.path == f"/console/tasks/{odd.id}"
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(("language", "since"), [("en", "From (UTC)"), ("zh", "从（UTC）")])
 def test_days_say_that_they_are_utc(parts: Parts, web: Web, language: str, since: str) -> None:
     archive(parts, 1)
@@ -156,6 +160,7 @@ NOT_UNDERSTOOD = [
 ]  # fmt: skip
 
 
+@ON_SQLITE
 def test_a_filter_that_is_not_understood_is_named_and_no_row_is_shown(parts: Parts, ann: Reader) -> None:
     """A list that ignores it shows rows that nobody asked for as if they were what was asked for."""
     archive(parts, 1)
@@ -171,6 +176,7 @@ def test_a_filter_that_is_not_understood_is_named_and_no_row_is_shown(parts: Par
     assert wrong == []
 
 
+@ON_SQLITE
 def test_a_filter_that_is_not_understood_can_be_mended_or_left_out(parts: Parts, ann: Reader) -> None:
     archive(parts, 1)
     answer = ann.get("/tasks?state=nope&archive=archived&since=garbage&self=1&before=x")
@@ -182,6 +188,7 @@ def test_a_filter_that_is_not_understood_can_be_mended_or_left_out(parts: Parts,
     assert [ann.http.get(link).status_code for link in links] == [200, 200]
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_page_of_a_filter_that_is_not_understood_is_escaped_small_and_in_the_language(web: Web, language: str) -> None:
     many = "&".join(f"x{n}={'y' * 40}" for n in range(30))
@@ -220,6 +227,7 @@ def test_the_form_of_the_filters_shows_and_keeps_all_of_them(
     assert fields_of(ann.get(path, params=given).text) == given
 
 
+@ON_SQLITE
 def test_the_page_of_a_task_and_of_a_batch_refuse_a_part_that_is_no_number(parts: Parts, ann: Reader) -> None:
     name = archive(parts, 1)[0].external_task_id
     with parts.database.write() as session:
@@ -231,12 +239,14 @@ def test_the_page_of_a_task_and_of_a_batch_refuse_a_part_that_is_no_number(parts
         assert (answer.status_code, "is no page of this list" in answer.text) == (400, True), address
 
 
+@ON_SQLITE
 def test_live_page_of_a_filter_that_is_not_understood_is_answered_alike(parts: Parts, ann: Reader) -> None:
     for _ in range(2):
         answer = ann.get("/tasks?state=nope", headers={"X-Live": "1"})
         assert answer.status_code == 400 and "data-unread" in answer.text
 
 
+@ON_SQLITE
 def test_a_replay_with_a_filter_that_is_not_understood_replays_nothing(parts: Parts, ann: Reader) -> None:
     delivery = deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
     assert ann.post("/act/replay", state="nope").status_code == 400
@@ -249,6 +259,7 @@ def test_an_id_with_a_nul_finds_no_task(ann: Reader) -> None:
     assert ann.get("/tasks/%00").status_code == 404
 
 
+@ON_SQLITE
 def test_page_runs_a_fixed_number_of_queries(parts: Parts, ann: Reader) -> None:
     asked: list[str] = []
     event.listen(parts.database.reader, "before_cursor_execute", lambda *given: asked.append(given[2]))
@@ -264,6 +275,7 @@ def test_page_runs_a_fixed_number_of_queries(parts: Parts, ann: Reader) -> None:
     assert [questions(path) for path in ("/tasks", "/gallery", "/deliveries")] <= [each + 3 for each in before]
 
 
+@ON_SQLITE
 def test_failures_of_a_batch_are_asked_for_at_once(parts: Parts, ann: Reader) -> None:
     with parts.database.write() as session:
         batch = Batch(name="large", created_at=LONG_AGO)
@@ -326,6 +338,7 @@ def test_latencies_are_a_bounded_sample_with_the_ranks_of_all(parts: Parts) -> N
     assert abs((rollups._rank(found, 0.5) or 0) - 75) <= 3 and abs((rollups._rank(found, 0.95) or 0) - 142) <= 3
 
 
+@ON_SQLITE
 def test_overview_has_eight_charts(parts: Parts, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.operations.kept_results.PAUSE_SECONDS", 0.0)
     archive(parts, 2)
@@ -364,6 +377,7 @@ def test_many_days_are_counted_beside_the_page(parts: Parts, monkeypatch: pytest
     counted.close()
 
 
+@ON_SQLITE
 def test_hours_that_a_page_has_no_time_to_read_are_read_by_a_thread(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +418,7 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(monkeypatch: pytest.MonkeyP
         shrink(b"<svg onload=alert(1)>")
 
 
+@ON_SQLITE
 def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None:
     assets = [each for task in archive(parts, 3, n=2) for each in assets_of(parts, task)]
     kept = Thumbnails(parts.bucket, tmp_path / "t", 20_000)
@@ -413,6 +428,7 @@ def test_thumbnails_stay_below_their_bound(parts: Parts, tmp_path: Path) -> None
     assert not list((tmp_path / "t").rglob("*.part"))
 
 
+@ON_SQLITE
 @pytest.mark.parametrize("kind", ["writable", "symlink"])
 def test_thumbnail_folder_of_another_user_is_not_used(parts: Parts, tmp_path: Path, kind: str) -> None:
     assets = [each for task in archive(parts, 1, n=2) for each in assets_of(parts, task)]
@@ -430,6 +446,7 @@ def test_thumbnail_folder_of_another_user_is_not_used(parts: Parts, tmp_path: Pa
     assert len([path for path in folder.rglob("*") if path.is_file()]) == 1
 
 
+@ON_SQLITE
 def test_fifo_or_symlink_for_a_thumbnail_is_replaced(parts: Parts, tmp_path: Path) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     folder, victim = tmp_path / "t" / str(asset.sha256)[:2], tmp_path / "victim"
@@ -445,6 +462,7 @@ def test_fifo_or_symlink_for_a_thumbnail_is_replaced(parts: Parts, tmp_path: Pat
     assert victim.read_text() == "mine" and (tmp_path / "t").stat().st_mode & 0o777 == 0o700
 
 
+@ON_SQLITE
 def test_a_vanished_object_has_no_thumbnail_and_is_read_once(parts: Parts, tmp_path: Path) -> None:
     asset = assets_of(parts, archive(parts, 1)[0])[0]
     parts.bucket.delete(str(asset.key))
@@ -470,6 +488,7 @@ def test_chosen_files_come_as_one_zip(parts: Parts, ben: Reader) -> None:
     assert ben.get("/gallery/zip", params={"id": ["x"]}).status_code == 404
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(("language", "words"), [("en", "Tick the files in the gallery"), ("zh", "在图库中勾选文件")])
 def test_zip_of_nothing_says_how_to_choose(web: Web, language: str, words: str) -> None:
     with Reader(web.url, READ_KEY, language) as ben:
@@ -477,6 +496,7 @@ def test_zip_of_nothing_says_how_to_choose(web: Web, language: str, words: str) 
         assert answer.status_code == 400 and words in answer.text and 'href="/console/gallery"' in answer.text
 
 
+@ON_SQLITE
 def test_a_zip_names_the_files_that_it_lacks(parts: Parts, ben: Reader) -> None:
     """Another person deleted one, and the store lost one."""
     tasks = archive(parts, 3, n=1)
@@ -492,11 +512,13 @@ def test_a_zip_names_the_files_that_it_lacks(parts: Parts, ben: Reader) -> None:
     assert ben.get("/gallery/zip", params={"id": ids[1:2]}).status_code == 404
 
 
+@ON_SQLITE
 def test_zip_of_too_many_files_names_the_export(ben: Reader) -> None:
     answer = ben.get("/gallery/zip", params={"id": [str(UUID(int=0))] * 46})
     assert answer.status_code == 413 and "receiver export" in answer.text
 
 
+@ON_SQLITE
 def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: Reader) -> None:
     """Counted over all sessions of a person. A place is free again when its page is closed."""
 
@@ -514,6 +536,7 @@ def test_one_person_holds_half_of_the_live_streams(web: Web, ann: Reader, ben: R
         wait_until(lambda: follow(ann, held) == 200)
 
 
+@ON_SQLITE
 def test_a_head_takes_no_place_of_a_stream(parts: Parts, ann: Reader) -> None:
     """Each HEAD of the live updates held one."""
     asset = assets_of(parts, archive(parts, 1)[0])[0]
@@ -522,6 +545,7 @@ def test_a_head_takes_no_place_of_a_stream(parts: Parts, ann: Reader) -> None:
         assert {(each.status_code, each.content) for each in answers} == {(200, b"")}, path
 
 
+@ON_SQLITE
 def test_one_person_holds_half_of_the_zips(parts: Parts, web: Web, ann: Reader, ben: Reader) -> None:
     """Also if each reader leaves at once."""
     asset = assets_of(parts, archive(parts, 1)[0])[0]

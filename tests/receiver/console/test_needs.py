@@ -31,6 +31,7 @@ from tests.pipeline import deliver, insert_row
 from tests.plans import scans
 from tests.rows import LONG_AGO, new_asset
 
+ON_SQLITE = pytest.mark.databases("sqlite")  # the store alone
 ITEM = re.compile(
     r'<li class="(?:bad|wait)"><div><strong>(.*?)</strong>.*?<a class="button" href="([^"]*)">(.*?)</a></li>'
 )
@@ -145,6 +146,7 @@ def test_an_old_failure_is_found_behind_more_tasks_than_a_page_reads(
             assert [task.external_task_id for task in newest_tasks(session, wanted, None).rows] == ["old"]
 
 
+@ON_SQLITE
 @pytest.mark.parametrize(("does", "key"), [("refuses", "store"), ("hangs", "slow")])
 def test_slow_or_unavailable_store_is_shown_on_the_overview(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, does: str, key: str

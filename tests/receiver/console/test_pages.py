@@ -15,7 +15,11 @@ from tests.console_reader import PAGES, Reader
 from tests.harness import wait_until
 from tests.pipeline import Web, assets_of, deliver, insert_row
 
+pytestmark = pytest.mark.databases("sqlite")  # words and languages
+BOTH = pytest.mark.databases("sqlite", "postgresql")  # the statements of every page
 
+
+@BOTH
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_every_page_answers_without_anything_in_the_database(ann: Reader, language: str) -> None:
     ann.http.headers["Accept-Language"] = language
@@ -23,6 +27,7 @@ def test_every_page_answers_without_anything_in_the_database(ann: Reader, langua
         assert f'lang="{language}"' in ann.page(path)
 
 
+@BOTH
 def test_every_page_answers_with_something_in_it(parts: Parts, ann: Reader) -> None:
     task = archive(parts, 2, n=2)[0]
     callback = deliver(parts, insert_row(parts), b"no json")

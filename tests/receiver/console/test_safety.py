@@ -26,6 +26,8 @@ from tests.console_reader import PAGES, Reader
 from tests.pipeline import assets_of, deliver, insert_row
 from tests.rows import new_asset
 
+pytestmark = pytest.mark.databases("sqlite")  # a page shows what a row has
+BOTH = pytest.mark.databases("sqlite", "postgresql")  # texts that a database may refuse
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'`{{7*7}}${7*7}&lt;\u202eRTL\u0007"
 LONG = "w" * 10_000
 # Our own markup never has these. A page with one has inserted something unescaped.
@@ -80,6 +82,7 @@ def own_pages(parts: Parts, task: Task, callback: Callback) -> list[str]:
     ]
 
 
+@BOTH
 def test_hostile_markup_is_escaped_on_every_page(parts: Parts, ann: Reader) -> None:
     task, callback = hostile(parts)
     for path in (*PAGES, *own_pages(parts, task, callback)):
@@ -237,6 +240,7 @@ def test_large_forms_are_refused_unread(ann: Reader) -> None:
 NOWHERE = ("/tasks/none", "/deliveries/0", "/deliveries/x", "/batches/x", "/files/x", "/nothing", "x")
 
 
+@BOTH
 def test_missing_page_is_a_readable_404(ann: Reader) -> None:
     for path in NOWHERE:
         answer = ann.get(path)

@@ -44,6 +44,8 @@ from tests.pipeline import Web, assets_of, insert_row
 from tests.receiver.console.test_access import ANN, BEN, Clock
 
 LIVE = {"X-Live": "1"}
+pytestmark = pytest.mark.databases("sqlite")  # who gets which page is asked of no database
+BOTH = pytest.mark.databases("sqlite", "postgresql")  # the numbers that tell of a change
 
 
 def test_ten_consoles_at_one_view_cost_one_rendering(parts: Parts, web: Web) -> None:
@@ -205,6 +207,7 @@ def test_a_file_is_never_shared(parts: Parts, ann: Reader) -> None:
     assert all(len(each.content) > (asset.size or 0) for each in answers)
 
 
+@BOTH
 def test_open_page_is_informed_of_changes(parts: Parts, ann: Reader, web: Web) -> None:
     cookies = {COOKIE: ann.http.cookies[COOKIE]}
     with httpx.stream("GET", f"{web.url}/console/live", cookies=cookies, timeout=20) as answer:
@@ -279,6 +282,7 @@ def test_a_download_ends_with_its_session_and_does_not_seem_whole(
     assert caplog.records == [] and [line for line in lines if line["log_level"] == "error"] == []
 
 
+@BOTH
 def test_changes_are_announced_less_often_while_many_deliveries_arrive(
     parts: Parts, ann: Reader, web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
