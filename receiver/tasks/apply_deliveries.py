@@ -21,9 +21,10 @@ from storage.database.clock import db_now
 from storage.database.sessions import Database
 from storage.errors import DatabaseUnavailable, LostClaim, ReportUnreadable
 from storage.rows import aliases, claims, reports, tasks
-from storage.rows.deliveries import NOT_BELIEVED, compare_again
+from storage.rows.deliveries import AWAITS_READ, NOT_BELIEVED, compare_again
 from storage.rows.events import EventName, record
 from storage.rows.models import Callback, Task
+from storage.rows.task_conditions import is_dismissed
 from storage.states import ArchiveState, AssetName, CallbackState, Report, Step, TaskFacts, TaskState
 
 log = structlog.get_logger()
@@ -40,12 +41,12 @@ MAX_TRANSACTION_SECONDS = 0.02
 # An honest task has one or two deliveries that need a read. The holder of its callback URL can send any number, and all
 # tasks share the account's rate limit of reads.
 MAX_READS_PER_TASK = 20
-AWAITS_READ = f"{NOT_BELIEVED} yet: the task is read at the provider"
 BY_READ = "confirmed by a read of the task"
 OTHERWISE = f"{NOT_BELIEVED}: a read of the task found otherwise"
 KNOWN = "says what is known of the task already"
 NO_NEWS = f"{NOT_BELIEVED}: it says nothing new of the task"
 DELETED = f"{NOT_BELIEVED}: the task was deleted"
+DISMISSED = f"{NOT_BELIEVED}: the task was dismissed before it was read"
 UNKNOWN = "unknown status"
 NOT_READ = f"{NOT_BELIEVED}, and {MAX_READS_PER_TASK} deliveries have caused a read of the task already"
 DECIDED = f"{NOT_BELIEVED}: the provider itself named another file"
@@ -243,6 +244,8 @@ class DeliveryApplier:
             verdict = Verdict(CallbackState.REJECTED, contradiction)
         else:
             verdict = self._apply_or_request_read(session, row, task, parsed)
+            if verdict.reason == AWAITS_READ:  # `decide_again` finds it, also if a poll was due and it caused no read
+                task.callback_reads = task.callback_reads or 1
         return verdict if row.task_id else replace(verdict, external_task_id=task.external_task_id)
 
     def _unreadable(self, session: Session, row: Callback, reason: str) -> Verdict:
@@ -267,7 +270,9 @@ class DeliveryApplier:
         confirmed = signed or self._confirmation.mode == "never"  # counts as the provider's own word
         if task.deleted_at is not None:  # It waits for nothing, not even for a read.
             return Verdict(CallbackState.APPLIED, DELETED)
-        if row.reason == AWAITS_READ:  # The read has been applied, and made this delivery due again.
+        if row.reason == AWAITS_READ:  # A read has been applied, or a person has dismissed the task.
+            if is_dismissed(task):
+                return Verdict(CallbackState.APPLIED, DISMISSED)
             is_true = states.agrees(tasks.facts_now(session, task), report)
             return self._decided(task, row, report, BY_READ if is_true else OTHERWISE)
         if not (by_token or confirmed):
@@ -349,7 +354,7 @@ class DeliveryApplier:
 def decide_again(session: Session, task: Task) -> None:
     """Make the deliveries due that await a read of the locked task, because another report came in its place."""
     if task.callback_reads:  # The usual task needs no statement.
-        compare_again(session, task, AWAITS_READ, was_read=False)
+        compare_again(session, task, was_read=False)
 
 
 def _was_unknown(session: Session, task: Task) -> bool:

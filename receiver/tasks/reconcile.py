@@ -177,7 +177,7 @@ class Reader:
                     store_poll(session, delivery, CallbackState.APPLIED, None)
                 report = self._report(row, record, moment)
                 reports.apply(session, row, report, self._schedule, now=moment, pushed=False)
-                compare_again(session, row, apply_deliveries.AWAITS_READ)
+                compare_again(session, row)
                 self._database.wake(session)
         except LostClaim:
             return

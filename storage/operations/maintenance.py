@@ -20,6 +20,7 @@ from storage import states
 from storage.database.sessions import Database, run
 from storage.operations import walk
 from storage.rows import claims, reports, tasks
+from storage.rows.deliveries import compare_again
 from storage.rows.events import EventName, record
 from storage.rows.models import Asset, Callback, Task
 from storage.rows.task_conditions import DISMISSED, IS_PARKED, is_dismissed, not_dismissed
@@ -192,6 +193,7 @@ def dismiss(session: Session, task: Task, reason: str, schedule: reports.Schedul
     note = DISMISSED + reason
     task.step = None
     claims.rest(task)
+    compare_again(session, task)
     if task.state is TaskState.FAILED:
         task.note = note
         session.flush()

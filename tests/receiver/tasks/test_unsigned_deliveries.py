@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from datetime import timedelta
 from typing import Any
@@ -12,13 +13,15 @@ from sqlmodel import update
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
 from receiver.tasks import apply_deliveries
+from receiver.tasks.operate import Operator
 from storage.rows import aliases, reports, tasks
-from storage.rows.models import Asset, Task, TaskAlias
+from storage.rows.deliveries import Delivery, compare_again, store
+from storage.rows.models import Asset, Callback, Task, TaskAlias
 from storage.states import MAX_FILES, ArchiveState, AssetState, CallbackState, Step, TaskState
 from tests.harness import wait_until
-from tests.pipeline import assets_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
+from tests.pipeline import assets_of, callback_of, callbacks_of, deliver, drain, insert_row, kept, run, task_of
 from tests.receiver.tasks.test_apply_deliveries import AWAITS_READ, OFFICIAL, body, info, is_read_now
-from tests.rows import event_names
+from tests.rows import LONG_AGO, event_names
 from tests.unreported_tasks import submit
 
 
@@ -50,6 +53,43 @@ def archived(parts: Parts, *, webhook_id: str | None = None, **values: Any) -> T
         session.execute(update(Asset).values(state=AssetState.ARCHIVED, due_at=None, key="a/key", sha256="0" * 64))
         session.execute(update(Task).values(archive=ArchiveState.ARCHIVED, step=None, due_at=None))
     return task
+
+
+def test_a_delivery_that_awaits_a_due_poll_is_decided_when_a_report_comes_before_it(parts: Parts) -> None:
+    """It caused no read of its own, because one was due already, and the report ends the task."""
+    task = insert_row(parts, due_at=LONG_AGO)
+    first = deliver(parts, task, body("succeed", 1, host="https://files.example.net"))
+    assert first.reason == AWAITS_READ
+    deliver(parts, task, body("succeed", 1), webhook_id="msg_1")
+    assert not is_read_now(parts, task)
+    assert callback_of(parts, first.delivery_key).reason == apply_deliveries.DECIDED
+
+
+def test_a_delivery_that_an_earlier_release_left_waiting_is_decided(parts: Parts) -> None:
+    """Its reason is stored in these words, which therefore never change."""
+    task = insert_row(parts)
+    with parts.database.write() as session:
+        store(session, [Delivery("kling", "push", task.id, json.dumps(body("failed")).encode())])
+        left = {"reason": "not believed yet: the task is read at the provider", "due_at": None}
+        session.execute(update(Callback).values(state=CallbackState.APPLIED, **left))
+    with parts.database.write() as session:
+        row = tasks.lock(session, task.id)
+        assert row is not None
+        compare_again(session, row)
+    run(parts, "callbacks")
+    assert [row.reason for row in callbacks_of(parts)] == [apply_deliveries.OTHERWISE]
+
+
+@pytest.mark.parametrize("is_in_doubt", [True, False], ids=["create in doubt", "submitted"])
+def test_a_delivery_that_awaits_a_read_is_decided_when_the_task_is_dismissed(parts: Parts, is_in_doubt: bool) -> None:
+    created = {"state": TaskState.CREATED, "step": Step.CREATE, "sent_at": LONG_AGO}
+    task = insert_row(parts, **(created if is_in_doubt else {}))
+    waiting = deliver(parts, task, body("failed"))
+    assert waiting.reason == AWAITS_READ
+    Operator(parts.database, parts.providers, parts.schedule).dismiss(task.external_task_id, "gone")
+    run(parts, "callbacks", "reads", "creates")
+    assert callback_of(parts, waiting.delivery_key).reason == apply_deliveries.DISMISSED
+    assert task_of(parts, task.external_task_id).note == "dismissed: gone"
 
 
 def test_more_pictures_than_asked_for_are_read_first(parts: Parts) -> None:
