@@ -243,7 +243,8 @@ def test_uploaded_pictures_are_sent_as_base64_and_asked_for_again_behind_the_pri
     fields |= {**dict(HIDDEN.findall(priced.text)), "step": "send"}
     without = ann.http.post("/console/ask", data=fields, files=chosen[:1])
     assert (without.status_code, len(sandbox.ledger().creates)) == (422, 0)
-    switched = ann.http.post("/console/language/zh?next=/console/ask", files={**fields, "step": ""})
+    form = {name: (None, value) for name, value in {**fields, "step": ""}.items()}
+    switched = ann.http.post("/console/language/zh?next=/console/ask", files=form)
     assert switched.status_code == 422 and "two boats" in switched.text and 'lang="zh"' in switched.text
     assert ann.http.post("/console/ask", data=fields, files=chosen).status_code == 200
     [create] = sandbox.ledger().creates
