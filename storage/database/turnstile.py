@@ -36,7 +36,10 @@ class Turnstile:
     that waits for another process, unless `is_patient`: a command ends with a message, a worker waits. `check` is
     called before each entry, which raises its error.
 
-    `urgent` is for writers on which an acknowledgement waits (see `_Threads`).
+    A turn lasts from the lock of the file to its release, and belongs to the thread that begins it. An urgent thread,
+    on which an acknowledgement waits, may share the turn of another thread of its process, one in each turn: before
+    that one's transaction, which waits meanwhile, or after it. So it waits for the rest of one turn, here or in another
+    process. An ordinary thread that waits has the next free turn, so urgent ones keep it out no longer than others do.
     """
 
     def __init__(
@@ -51,13 +54,23 @@ class Turnstile:
         self._check = check
         self._wait_seconds = wait_seconds
         self._is_patient = is_patient
-        self._threads = _Threads()
+        lock = threading.Lock()  # guards what follows
+        self._changed = threading.Condition(lock)
+        self._free = threading.Condition(lock)  # of ordinary threads, which wait for a free turn
+        self._ordinary_waiting = 0
+        self._inside = 0  # threads of this turn
+        self._is_shared = self._is_writing = self._is_closing = False
         self._file: TextIO | None = None
         self._blocked_since: float | None = None
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> None:
         self.enter(is_urgent=False)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._is_writing = False
+            self._leave()
 
     @contextmanager
     def urgent(self) -> Iterator[None]:
@@ -69,30 +82,76 @@ class Turnstile:
 
     def enter(self, *, is_urgent: bool) -> None:
         self._check()
-        is_locked = self._threads.enter(self._wait_seconds, is_urgent=is_urgent)
-        if is_locked is None:
-            raise DatabaseUnavailable(self._held())
+        with self._changed:
+            self._ordinary_waiting += not is_urgent
+            try:
+                self._wait(self._changed if is_urgent else self._free, lambda: self._may_enter(is_urgent=is_urgent))
+                self._is_shared = self._inside > 0
+                self._inside += 1
+            finally:
+                self._ordinary_waiting -= not is_urgent
+                self._wake()
         try:
-            if not is_locked:
-                self._lock(self._opened())
+            self._lock()
+            with self._changed:
+                self._wait(self._changed, lambda: not self._is_writing and (is_urgent or self._inside == 1))
+                self._is_writing = True
         except BaseException as error:
-            self._threads.leave_unlocked()
+            with self._changed:
+                self._leave()
             if isinstance(error, OSError):
                 raise DatabaseUnavailable(f"database: {self._path.name}: {error.strerror}") from error
             raise
-        if not is_urgent:
-            self._threads.lend()
+
+    def _wait(self, condition: threading.Condition, is_so: Callable[[], object]) -> None:
+        if not condition.wait_for(is_so, self._wait_seconds):
+            raise DatabaseUnavailable(self._held())
+
+    def _may_enter(self, *, is_urgent: bool) -> bool:
+        if self._inside:
+            return is_urgent and not self._is_shared
+        return not self._is_closing and not (is_urgent and self._ordinary_waiting)
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._is_shared = False
+            if self._file is not None:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        if not self._inside:
+            self._free.notify()
+
+    def is_entered_at_once(self) -> bool:
+        """Enter it if no one is inside. False: it is taken. For event loops, which must not wait."""
+        try:
+            self._check()
+            with self._changed:
+                if self._inside or not self._may_enter(is_urgent=True):
+                    return False
+                fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._inside = 1
+                self._is_writing = True
+        except (OSError, DatabaseUnavailable):
+            return False  # held by another process; a waiting `with` reports any other fault
+        return True
 
     def _opened(self) -> TextIO:
         if self._file is None:
             self._file = os.fdopen(open_own(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a")
         return self._file
 
-    def _lock(self, file: TextIO) -> None:
-        """Take the file's lock. The wait blocks: a blocking wait is fair, and no wait with a time limit is.
+    def _lock(self) -> None:
+        """Take the file's lock, which threads that share a turn have together. The wait blocks: a blocking wait is
+        fair, and no wait with a time limit is.
 
         Measured, three processes that lock in a loop: p99 12 ms; 60 ms with a thread that waits, 1 s with polling.
         """
+        with self._changed:
+            file = self._opened()
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -142,125 +201,15 @@ class Turnstile:
             f"{who_holds(self._path)}"
         )
 
-    def is_entered_at_once(self) -> bool:
-        """Enter it if no one is inside. False: it is taken. For event loops, which must not wait."""
-        try:
-            self._check()
-        except (OSError, DatabaseUnavailable):
-            return False  # a waiting `with` reports the fault
-        is_locked = self._threads.enter(0, is_urgent=True)
-        if is_locked is None:
-            return False
-        try:
-            if not is_locked:
-                fcntl.flock(self._opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                is_locked = True
-        except OSError:  # held by another process; a waiting `with` reports any other fault
-            pass
-        finally:
-            if not is_locked:
-                self._threads.leave_unlocked()
-        return is_locked
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._threads.leave(self._file)
-
     def close(self) -> None:
-        with self._threads.alone():
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-
-
-class _Threads:
-    """The turns of the threads of one process, one after the other.
-
-    An urgent thread waits for the rest of one turn, here or in another process. It uses the turn of another thread of
-    its process: before that one's transaction, which waits meanwhile, or once after it. An ordinary one that waits has
-    the next free turn, so urgent ones keep it out no longer than others do.
-    """
-
-    def __init__(self) -> None:
-        lock = threading.Lock()
-        self._ordinary, self._urgent, self._returned, self._empty = (threading.Condition(lock) for _ in range(4))
-        self._ordinary_waiting = self._urgent_waiting = 0
-        self._is_taken = False
-        self._is_offered = False  # to an urgent thread, with the file locked
-        self._is_lent = False  # the thread that has the turn waits
-        self._is_passed_on = False
-        self._is_closing = False
-
-    def enter(self, seconds: float, *, is_urgent: bool = False) -> bool | None:
-        """Wait for a turn. Returns whether the file is locked already, None if there was no turn in that time."""
-        with self._ordinary:
-            self._ordinary_waiting += not is_urgent
-            self._urgent_waiting += is_urgent
-            is_turn = False
-            try:
-                turn = self._urgent if is_urgent else self._ordinary
-                is_turn = turn.wait_for(
-                    lambda: (
-                        (is_urgent and self._is_offered)
-                        if self._is_taken
-                        else not (self._is_closing or (is_urgent and self._ordinary_waiting))
-                    ),
-                    seconds,
-                )
-            finally:
-                self._ordinary_waiting -= not is_urgent
-                self._urgent_waiting -= is_urgent
-                if not is_turn:
-                    self._wake_next()  # a thread that gives up may have been woken for its turn
-            if not is_turn:
-                return None
-            is_locked, self._is_offered, self._is_taken = self._is_offered, False, True
-            return is_locked
-
-    def lend(self) -> None:
-        """Let an urgent thread that waits enter first. The file is locked."""
-        with self._ordinary:
-            if self._urgent_waiting:
-                self._is_offered = self._is_lent = True
-                self._urgent.notify()
-                self._returned.wait_for(lambda: not self._is_lent)
-
-    def leave(self, file: TextIO) -> None:
-        """End the turn and unlock the file, unless an urgent thread uses the turn."""
-        with self._ordinary:
-            if self._is_lent:
-                self._is_lent = False
-                self._returned.notify()
-            elif self._urgent_waiting and not self._is_passed_on:
-                self._is_passed_on = self._is_offered = True
-                self._urgent.notify()
-            else:
-                fcntl.flock(file, fcntl.LOCK_UN)
-                self._end()
-
-    def leave_unlocked(self) -> None:
-        """End the turn of a thread that could not lock the file."""
-        with self._ordinary:
-            self._end()
-
-    def _end(self) -> None:
-        self._is_taken = self._is_passed_on = False
-        self._wake_next()
-
-    def _wake_next(self) -> None:
-        if self._is_closing:
-            self._empty.notify()
-        elif not self._is_taken:
-            (self._ordinary if self._ordinary_waiting else self._urgent).notify()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
         """Wait until no thread is inside, and let none in meanwhile."""
-        with self._ordinary:
+        with self._changed:
             self._is_closing = True
             try:
-                self._empty.wait_for(lambda: not self._is_taken)
-                yield
+                self._changed.wait_for(lambda: not self._inside)
+                if self._file is not None:
+                    self._file.close()
+                    self._file = None
             finally:
                 self._is_closing = False
-                self._wake_next()
+                self._wake()

@@ -112,7 +112,7 @@ def test_a_delivery_is_committed_before_a_writer_that_waited_longer(
             seen = pool.submit(write)
             wait_until(lambda: waiting._blocked_since)
             answer = intake.put(GOOD)
-            wait_until(lambda: turnstile._threads._urgent_waiting)
+            wait_until(lambda: turnstile._is_shared)
         assert (answer.result(SECONDS), seen.result(SECONDS)) == (Intake.NEW, 1)
 
 
@@ -159,6 +159,6 @@ def test_a_turnstile_is_closed_once_the_last_thread_has_left(turnstile: Turnstil
     with ThreadPoolExecutor(1) as pool:
         with turnstile:
             closed = pool.submit(turnstile.close)
-            wait_until(lambda: turnstile._threads._is_closing)
+            wait_until(lambda: turnstile._is_closing)
             assert not closed.done()
         closed.result(SECONDS)
