@@ -100,7 +100,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     send a head or body or to read an answer. `_working`: a handler is at work. They make room in this order.
     """
 
-    _refused: dict[BoundedHttpProtocol, asyncio.TimerHandle] = {}  # noqa: RUF012 - shared by all connections on purpose
+    _refused: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012 - shared by all connections on purpose
     _held: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _waiting: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
     _working: dict[BoundedHttpProtocol, None] = {}  # noqa: RUF012
@@ -109,7 +109,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._queue: dict[BoundedHttpProtocol, None] | None = None  # the one that it is in
+        self._timer: asyncio.TimerHandle | None = None  # of a head, and of the delay of a refusal
         self._framing_bytes = 0
         self._header_bytes = 0
         self._in_body = False
@@ -133,7 +134,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.transport = JoinedWrites(transport, self.loop)  # type: ignore[assignment]
         self.flow = _Flow(transport, self.pipeline)
         transport.set_write_buffer_limits(WRITE_BUFFER_BYTES)
-        self._start_head_timer()
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
+        self._note_progress()
         if len(self.connections) > min(MAX_CONNECTIONS, self.max_connections):
             self._make_room()
 
@@ -141,14 +143,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         longest = next(iter(self._refused or self._held or self._waiting))
         if longest is self and self._working:
             longest = next(iter(self._working))
-        longest._leave_queues()
+        longest._enter(None)
         longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_head_timer()
+        self._cancel_timer()
         if self._speed is not None:
             self._speed.close()
-        self._leave_queues()
+        self._enter(None)
         if self._in_work is not None and not self._in_work.response_complete:
             self._in_work.disconnected = True
             self._in_work.message_event.set()
@@ -199,37 +201,34 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     @contextmanager
     def _hold(self) -> Iterator[None]:
         if self in self._waiting or self in self._working:  # it is neither lost nor refused
-            self._leave_queues()
-            self._held[self] = None
+            self._enter(self._held)
         try:
             yield
         finally:
             if self in self._held:
-                del self._held[self]
+                self._enter(None)
                 self._note_progress()
 
-    def _leave_queues(self) -> None:
-        self._held.pop(self, None)
-        self._waiting.pop(self, None)
-        self._working.pop(self, None)
-        if (timer := self._refused.pop(self, None)) is not None:
-            timer.cancel()
+    def _enter(self, queue: dict[BoundedHttpProtocol, None] | None) -> None:
+        """Move to the end of a queue. None: leave all."""
+        if self._queue is not None:
+            del self._queue[self]
+        self._queue = queue
+        if queue is not None:
+            queue[self] = None
 
     def _note_progress(self) -> None:
         """Move to the end of the queue for the connection's present state."""
-        if self in self._refused or self in self._held:
-            return
-        self._leave_queues()
-        is_working = self._has_request and not self._in_body and not self.flow.write_paused
-        (self._working if is_working else self._waiting)[self] = None
+        if self not in self._refused and self not in self._held:
+            is_working = self._has_request and not self._in_body and not self.flow.write_paused
+            self._enter(self._working if is_working else self._waiting)
 
     @property
     def _has_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def data_received(self, data: bytes) -> None:
-        if self._head_timer is None and not self._in_body:
-            self._start_head_timer()  # the first bytes of the next request on a kept connection
+        begins, before = not self._in_body, self.cycle
         self._framing_bytes += len(data)
         self._not_begun = None
         self._unset_keepalive_if_required()
@@ -245,6 +244,10 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BODY_BYTE * self._delivered:
                 self._refuse(400 if self._in_body else 431)
+            elif self._timer is None:
+                self._note_progress()
+                if begins and self.cycle is before:  # a part of the next head on a kept connection
+                    self._timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
 
     def _parse(self, data: bytes) -> None:
         """Feed the parser, ignoring offers to upgrade: Java's HttpClient and `curl --http2` offer h2c at first.
@@ -287,7 +290,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             if self.parser.get_method() == b"CONNECT":
                 raise _Refused(400)  # the bytes after it belong to a tunnel, whatever its length says
             return  # `_parse` feeds this head again
-        self._cancel_head_timer()
+        self._cancel_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             self._drop_waiting()
             raise _Refused(429)
@@ -302,7 +305,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._in_body = True
         # An answer before the body's end says `close`: the client stops sending.
         self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
-        self._note_progress()
 
     def _drop_waiting(self) -> None:
         """Begin none of the waiting requests, so that a sender above the limit costs less than one within it."""
@@ -316,7 +318,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._delivered += len(body)
         self._framing_bytes -= len(body)
-        self._note_progress()
         super().on_body(body)
 
     def on_chunk_complete(self) -> None:
@@ -332,7 +333,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = self._keeps_alive
         super().on_message_complete()
-        self._note_progress()
 
     def on_response_complete(self) -> None:
         is_last = not self.pipeline
@@ -374,18 +374,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         log.info("web.reader_disconnected", client=self.client and self.client[0])
         self.transport.abort()
 
-    def _start_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
-        self._note_progress()  # on a kept connection the first byte is progress
-
-    def _cancel_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _refuse(self, status: int) -> None:
         """Answer with `status` and close, after the answers to all earlier requests."""
-        self._cancel_head_timer()
+        self._cancel_timer()
         if self.transport.is_closing():
             return
         if self._in_body and self.pipeline:
@@ -399,8 +395,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _close_with(self, status: int) -> None:
         if status == 429 and self not in self._refused:
             self.flow.end_reading()
-            self._leave_queues()
-            self._refused[self] = self.loop.call_later(TARPIT_SECONDS, self._close_with, status)
+            self._enter(self._refused)
+            self._timer = self.loop.call_later(TARPIT_SECONDS, self._close_with, status)
         elif not self.transport.is_closing():
             if not (self._has_request and self.cycle.response_started):  # it would seem to be a part of that answer
                 self.transport.write(_ANSWERS[status] + b"content-length: 0\r\nconnection: close\r\n\r\n")

@@ -78,6 +78,17 @@ def test_second_head_has_its_own_deadline(web: Web, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("short_deadlines")
+def test_idle_connection_has_no_deadline_of_a_head_after_a_body_that_came_apart(web: Web, parts: object) -> None:
+    with connection(web) as raw:
+        for _ in range(2):
+            raw.sendall(f"POST /callbacks/kling/{web.account_token} HTTP/1.1\r\nContent-Length: 2\r\n\r\n".encode())
+            time.sleep(0.1)  # the server reads the body apart
+            raw.sendall(b"{}")
+            assert raw.recv(65_536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.7)
+
+
+@pytest.mark.usefixtures("short_deadlines")
 def test_body_that_never_ends_is_answered_408(web: Web, parts: object) -> None:
     token = web.account_token
     with connection(web) as raw:
