@@ -237,7 +237,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(429)
             return
         try:
-            self._parse(data)
+            self._feed_parser(data)
         except httptools.HttpParserError as error:
             cause = error.__context__  # of an error in one of our methods
             self._refuse(cause.status if isinstance(cause, _Refused) else 400)
@@ -249,25 +249,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 if begins and self.cycle is before:  # a part of the next head on a kept connection
                     self._timer = self.loop.call_later(HEAD_SECONDS, self._refuse, 408)
 
-    def _parse(self, data: bytes) -> None:
-        """Feed the parser, ignoring offers to upgrade: Java's HttpClient and `curl --http2` offer h2c at first.
-
-        llhttp ends the message after the head of an offer and treats the body as another protocol. So at the end of
-        such a head a fresh parser reads it again without its `Upgrade` field, then the rest.
-        """
-        while data:
+    def _feed_parser(self, data: bytes) -> None:
+        while True:
             try:
                 self.parser.feed_data(data)
-                data = b""
+                return
             except httptools.HttpParserUpgrade as offer:
-                fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
-                start = b"%s %s HTTP/%s\r\n" % (
-                    self.parser.get_method(), self.url, self.parser.get_http_version().encode()
-                )  # fmt: skip
-                data = start + b"".join(fields) + b"\r\n" + data[offer.args[0] :]
-                self._header_bytes = 0
-                self.parser = httptools.HttpRequestParser(self)
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                data = self._head_without_offer() + data[offer.args[0] :]
+
+    def _head_without_offer(self) -> bytes:
+        """The head that offers to upgrade, for a fresh parser: Java's HttpClient and `curl --http2` offer h2c at first.
+
+        llhttp ends the message after the head of an offer and treats the body as another protocol. So a fresh parser
+        reads it again without its `Upgrade` field, then the rest.
+        """
+        fields = [b"%s: %s\r\n" % field for field in self.headers if field[0] != b"upgrade"]
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        head = b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(fields))
+        self._header_bytes = 0
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return head
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -289,7 +291,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise _Refused(400)  # the bytes after it belong to a tunnel, whatever its length says
-            return  # `_parse` feeds this head again
+            return  # `_feed_parser` feeds this head again
         self._cancel_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             self._drop_waiting()

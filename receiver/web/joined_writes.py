@@ -48,16 +48,14 @@ class JoinedWrites:
     A system call took a sixth of the CPU of an answer. Everything else is the transport's own.
     """
 
-    __slots__ = ("_head", "_loop", "_transport", "abort", "get_write_buffer_size", "is_closing", "writelines")
+    __slots__ = ("_head", "_loop", "_transport", "is_closing", "writelines")
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
         self._head: bytes | None = None
-        self.abort = transport.abort
         self.writelines = transport.writelines  # of a whole answer; no head is held when it begins
         self.is_closing = transport.is_closing
-        self.get_write_buffer_size = transport.get_write_buffer_size
 
     def write(self, data: bytes) -> None:
         if self._head is not None:

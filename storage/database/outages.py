@@ -101,8 +101,6 @@ class Outages:
             log.error("database.lost", error=reason)
 
     def wrote(self) -> None:
-        if self._began_at is None:
-            return
         with self._lock:
             if self._began_at is None or time.monotonic() < self._failed_at + STEADY_SECONDS:
                 return

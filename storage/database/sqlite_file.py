@@ -46,16 +46,17 @@ class SqliteFile:
 
         As long as a connection is open, SQLite itself neither removes nor replaces the log and its index.
         """
-        found = _identity(self.path)
-        if self._identity is None:
-            self._identity = found
-        elif found != self._identity:
-            advice = "stop all that uses it, put the right file there, and start again"
-            raise DatabaseUnavailable(f"database: {_changed(self.path, found)}: {advice}")
-        for path, known in self._sides:
+        self._identity = self._identity or _identity(self.path)
+        for path, known in ((self.path, self._identity), *self._sides):
             if (found := _identity(path)) != known:
-                advice = "stop all that uses the database, and start again; what was committed is still written then"
-                raise DatabaseUnavailable(f"database: {_changed(path, found)}: {advice}")
+                raise DatabaseUnavailable(self._changed(path, found))
+
+    def _changed(self, path: Path, found: Identity) -> str:
+        advice = "stop all that uses the database, and start again; what was committed is still written then"
+        if path == self.path:
+            advice = "stop all that uses it, put the right file there, and start again"
+        change = "was replaced" if found else "was removed"
+        return f"database: {path.absolute()} {change} while it was open: {advice}"
 
     def opened(self, connection: object) -> None:
         """Note a connection that has read, and with the first one the log and its index."""
@@ -91,10 +92,6 @@ def _identity(path: Path) -> Identity:
         state = os.stat(path)
         return state.st_dev, state.st_ino
     return None
-
-
-def _changed(path: Path, found: Identity) -> str:
-    return f"{path.absolute()} {'was replaced' if found else 'was removed'} while it was open"
 
 
 def sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine:

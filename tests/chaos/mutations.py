@@ -187,8 +187,8 @@ MUTATIONS = (
     Mutation(
         "the body behind an offer of HTTP/2 is lost",
         "receiver/web/http_protocol.py",
-        'b"".join(fields) + b"\\r\\n" + data[offer.args[0] :]',
-        'b"".join(fields).replace(b"content-length", b"x-length") + b"content-length: 0\\r\\n\\r\\n"',
+        "self._head_without_offer() + data[offer.args[0] :]",
+        'self._head_without_offer().replace(b"content-length", b"content-length: 0\\r\\nx-length")',
         BODIES,
     ),
     Mutation(
