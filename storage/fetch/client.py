@@ -102,17 +102,15 @@ class Fetcher:
         self._policy = policy
         self._trusted = AddressPolicy(result_hosts=tuple(trusted_hosts))
         self._max_bytes = max_bytes
-        self._timeouts = {
-            "connect": connect_timeout_seconds,
-            "read": read_timeout_seconds,
-            "write": read_timeout_seconds,
-            "pool": connect_timeout_seconds,
-        }
+        self._wait_seconds = read_timeout_seconds
+        self._head_seconds = connect_timeout_seconds + read_timeout_seconds
         self._min_bytes_per_second = min_bytes_per_second
         self._total_seconds = total_seconds
         backend = connection.GuardedBackend(policy, resolve=resolve, dial=dial, tunnel=tunnel)
         context = ssl_context or connection.tls_context()
-        self._connections = Connections(backend, context, most=connections, user_agent=user_agent)
+        self._connections = Connections(
+            backend, context, most=connections, connect_seconds=connect_timeout_seconds, user_agent=user_agent
+        )
 
     def fetch(
         self,
@@ -140,8 +138,9 @@ class Fetcher:
         target = check_url(url, self._policy)
         deadline = connection.TransferDeadline(
             total_seconds or self._total_seconds,
-            head_seconds=self._timeouts["connect"] + self._timeouts["read"],
+            head_seconds=self._head_seconds,
             min_bytes_per_second=self._min_bytes_per_second,
+            wait_seconds=self._wait_seconds,
         )
         with connection.with_deadline(deadline), _our_errors():
             target, body = self._follow(target, sink, deadline, trusted_only=trusted_only)
@@ -156,7 +155,7 @@ class Fetcher:
         )
 
     def close(self) -> None:
-        """Close every connection. A fetch running in another thread ends with an error."""
+        """Close the kept connections. That of a fetch under way is closed after it."""
         self._connections.close()
 
     def _follow(
@@ -168,7 +167,7 @@ class Fetcher:
             before = body.size
             deadline.expect_head()
             try:
-                with self._connections.get(target, body.request_headers(), self._timeouts) as response:
+                with self._connections.get(target, body.request_headers()) as response:
                     # Of several values the last counts. A Location may be UTF-8.
                     headers = {
                         name.decode("ascii").lower(): value.decode("utf-8", errors="replace")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import math
 import re
 import socket
 import ssl
@@ -110,7 +111,8 @@ def dial(host: str, address: str, port: int, timeout: float | None) -> socket.so
 
 @dataclass
 class TransferDeadline:
-    """Time limits of one fetch: in total, for the response head, and a minimum speed for the body.
+    """Time limits of one fetch: in total, for the response head, for each wait without a limit of its own, and a
+    minimum speed for the body.
 
     Speed is bytes per second of *waiting* for them, so a slow local disk does not count against the sender.
     """
@@ -118,6 +120,7 @@ class TransferDeadline:
     total_seconds: float
     head_seconds: float
     min_bytes_per_second: float
+    wait_seconds: float = math.inf
     clock: Callable[[], float] = time.monotonic
     _ends: float = field(init=False)
     _head_ends: float | None = field(init=False)
@@ -143,7 +146,7 @@ class TransferDeadline:
         if self._head_ends is not None and now >= self._head_ends:
             raise FetchInterrupted(f"no complete response head within {self.head_seconds:g} s")
         ends = self._ends if self._head_ends is None else min(self._ends, self._head_ends)
-        return ends - now if timeout is None else min(timeout, ends - now)
+        return min(self.wait_seconds if timeout is None else timeout, ends - now)
 
     def received(self, size: int, waited: float) -> None:
         """Count one read. Raises `FetchInterrupted` if the last window was slower than the minimum."""

@@ -15,7 +15,6 @@ import re
 import ssl
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -56,7 +55,6 @@ class Response:
     status: int
     headers: list[tuple[bytes, bytes]] = field(repr=False)
     stream: connection.GuardedStream
-    _read_seconds: float
     _parsed: httpcore.Response | None = field(repr=False)  # None: it had a plain head
 
     @property
@@ -79,7 +77,7 @@ class Response:
             return
         left = declared
         while left:
-            block = self.stream.read_body(room()[: connection.READ_BYTES], self._read_seconds)
+            block = self.stream.read_body(room()[: connection.READ_BYTES])
             if not block:
                 raise httpcore.RemoteProtocolError("the connection ended before the body")
             yield block[:left]
@@ -89,15 +87,23 @@ class Response:
 class Connections:
     """Connections of one `Fetcher`, each kept for the next request to its scheme, host and port. Thread-safe.
 
-    `most`: of idle ones. Each head gets a parser of its own; httpcore's pool looks at all connections at every request.
+    `most`: of idle ones. Waits are bounded by `connection.with_deadline`. Each head gets a parser of its own;
+    httpcore's pool looks at all connections at every request.
     """
 
     def __init__(
-        self, backend: connection.GuardedBackend, context: ssl.SSLContext, *, most: int, user_agent: str
+        self,
+        backend: connection.GuardedBackend,
+        context: ssl.SSLContext,
+        *,
+        most: int,
+        connect_seconds: float,
+        user_agent: str,
     ) -> None:
         self._backend = backend
         self._context = context
         self._most = most
+        self._connect_seconds = connect_seconds
         self._user_agent = user_agent.encode("ascii")
         self._closed = False
         self.begin_in_child()
@@ -105,11 +111,10 @@ class Connections:
 
     def begin_in_child(self) -> None:
         self._lock = threading.Lock()
-        self._open = weakref.WeakSet[connection.GuardedStream]()
         self._idle: list[tuple[float, Origin, connection.GuardedStream]] = []
 
     @contextmanager
-    def get(self, target: Target, more: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]) -> Iterator[Response]:
+    def get(self, target: Target, more: list[tuple[bytes, bytes]]) -> Iterator[Response]:
         """Request `target`. At the end the connection is kept if the body has made it `reusable`, else closed."""
         origin = target.scheme, target.host, target.port
         fields = [(b"Host", target.authority.encode()), (b"User-Agent", self._user_agent), *SAME, *more]
@@ -117,12 +122,12 @@ class Connections:
         try:
             if stream is not None:
                 try:
-                    response = _answer(stream, target, fields, timeouts)
+                    response = _answer(stream, target, fields)
                 except (httpcore.ReadError, httpcore.WriteError, httpcore.RemoteProtocolError):
                     stream.close()  # the host closed it while it was idle, or sent something that is no answer
             if response is None:
-                stream = self._connect(target, timeouts["connect"])
-                response = _answer(stream, target, fields, timeouts)
+                stream = self._connect(target)
+                response = _answer(stream, target, fields)
             yield response
         except httpcore.RemoteProtocolError:
             if stream is None or stream.ended:
@@ -136,12 +141,11 @@ class Connections:
                     stream.close()
 
     def close(self) -> None:
-        """Close all connections. One that a thread still opens is closed after its request."""
+        """Close the kept connections. One in use is closed after its request."""
         with self._lock:
             self._closed = True
-            for stream in self._open:
-                stream.close()
-            self._idle.clear()
+            while self._idle:
+                self._idle.pop()[2].close()
 
     def _kept(self, origin: Origin) -> connection.GuardedStream | None:
         """The last kept connection to `origin` that the host has not closed. Those kept too long are closed."""
@@ -156,14 +160,12 @@ class Connections:
                     each[2].close()
         return None
 
-    def _connect(self, target: Target, seconds: float) -> connection.GuardedStream:
-        stream = self._backend.connect_tcp(target.host, target.port, seconds)
-        if target.scheme == "https":
-            self._context.set_alpn_protocols(["http/1.1"])
-            stream = stream.start_tls(self._context, target.host, seconds)
-        with self._lock:
-            self._open.add(stream)
-        return stream
+    def _connect(self, target: Target) -> connection.GuardedStream:
+        stream = self._backend.connect_tcp(target.host, target.port, self._connect_seconds)
+        if target.scheme == "http":
+            return stream
+        self._context.set_alpn_protocols(["http/1.1"])
+        return stream.start_tls(self._context, target.host, self._connect_seconds)
 
 
 class _Replay(httpcore.NetworkStream):
@@ -183,9 +185,7 @@ class _Replay(httpcore.NetworkStream):
         self._stream.close()
 
 
-def _answer(
-    stream: connection.GuardedStream, target: Target, fields: list[tuple[bytes, bytes]], timeouts: Mapping[str, float]
-) -> Response:
+def _answer(stream: connection.GuardedStream, target: Target, fields: list[tuple[bytes, bytes]]) -> Response:
     """Send the request and read the head: by ourselves if both are plain, else httpcore reads the same bytes."""
     scheme, host, path = target.scheme.encode(), target.host.encode(), target.path.encode()
     through: httpcore.NetworkStream = stream
@@ -193,15 +193,15 @@ def _answer(
     request = b"GET %b HTTP/1.1\r\n%b\r\n" % (path, lines)
     if PLAIN_REQUEST.fullmatch(request):
         with suppress(httpcore.WriteError):  # as httpcore: a host that refuses early answers before it closes
-            stream.write(request, timeouts["write"])
-        head = stream.read(connection.HEAD_READ_BYTES, timeouts["read"])
+            stream.write(request)
+        head = stream.read(connection.HEAD_READ_BYTES)
         if headers := plain_headers(head):
-            return Response(200, headers, stream, timeouts["read"], None)
+            return Response(200, headers, stream, None)
         through = _Replay(stream, head)
     parser = httpcore.HTTP11Connection(httpcore.Origin(scheme, host, target.port), through)
     url = httpcore.URL(scheme=scheme, host=host, port=target.port, target=path)
-    parsed = parser.handle_request(httpcore.Request(b"GET", url, headers=fields, extensions={"timeout": timeouts}))
-    return Response(parsed.status, parsed.headers, stream, timeouts["read"], parsed)
+    parsed = parser.handle_request(httpcore.Request(b"GET", url, headers=fields))
+    return Response(parsed.status, parsed.headers, stream, parsed)
 
 
 def plain_headers(head: bytes) -> list[tuple[bytes, bytes]] | None:

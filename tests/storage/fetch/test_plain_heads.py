@@ -20,7 +20,6 @@ from storage.fetch.transfer import Body, Connections, plain_headers
 
 BODY = b"a picture"
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
-TIMEOUTS = {"connect": 5.0, "read": 5.0, "write": 5.0, "pool": 5.0}
 TARGET = check_url("http://127.0.0.1:8080/1.png?a=b", AddressPolicy(private_hosts=frozenset({("127.0.0.1", 8080)})))
 
 
@@ -40,10 +39,12 @@ def outcome(response: bytes) -> Any:
     """What the request was, and what came out: status, headers, body and what is known of the connection; or the
     error."""
     wire, sink = Wire(response), io.BytesIO()
-    connections = Connections(wire, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), most=1, user_agent="test")
+    connections = Connections(
+        wire, ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), most=1, connect_seconds=5.0, user_agent="test"
+    )
     found: Any
     try:
-        with connections.get(TARGET, [], TIMEOUTS) as answer:
+        with connections.get(TARGET, []) as answer:
             headers = {name.decode().lower(): value.decode(errors="replace") for name, value in answer.headers}
             body = Body(sink, 10_000)
             body.receive(answer, headers)
