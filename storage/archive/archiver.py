@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,7 +118,8 @@ class Archiver:
                 raise Refresh(asset.error or "it came unusable")
             with self._circuit.watching(StoreUnavailable, ObjectConflict):
                 self._store(asset, fetch_seconds)
-            self._settle_archived(asset)
+            with self._waiting():
+                self._database.write_in_group(partial(self._settle_archived, asset), task_id=asset.task_id)
         except LostClaim:
             return
         except Refresh as error:
@@ -151,7 +153,6 @@ class Archiver:
             # A file on disk keeps its place: its room is reckoned by `RECEIVER_WORKER_THREADS`.
             with self._waiting() if memory_of(sink) is not None else nullcontext():
                 key, origin = self._note(asset, fetched)
-            sink.seek(0)
             provenance = {
                 "task": origin.external_task_id,
                 "task-id": str(asset.task_id),
@@ -201,25 +202,21 @@ class Archiver:
         vars(asset).update({"key": key, **{name: values[name] for name in noted}})
         return key, origin
 
-    def _settle_archived(self, asset: Asset) -> None:
-        def settle(session: Session) -> None:
-            task = tasks.lock_standing(session, asset.task_id)
-            if task is None:
-                raise LostClaim(f"task {asset.task_id} no longer exists")
-            claims.settle(
-                session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
-                notes=asset.notes, **USABLE,
-            )  # fmt: skip
-            record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
-            if tasks.advance_archive(session, task):
-                self._database.wake(session)  # for the finish and for the event
-            else:
-                row = self._lock_task(session, asset)
-                row.archive = states.reopened(row.archive)
-                self._look_at_task(session, row)
-
-        with self._waiting():
-            self._database.write_in_group(settle, task_id=asset.task_id)
+    def _settle_archived(self, asset: Asset, session: Session) -> None:
+        task = tasks.lock_standing(session, asset.task_id)
+        if task is None:
+            raise LostClaim(f"task {asset.task_id} no longer exists")
+        claims.settle(
+            session, asset, due_in=None, state=AssetState.ARCHIVED, error=None, archived_at=NOW, attempts=0,
+            notes=asset.notes, **USABLE,
+        )  # fmt: skip
+        record(session, EventName.ASSET_ARCHIVED, asset.task_id, file_facts(asset))
+        if tasks.advance_archive(session, task):
+            self._database.wake(session)  # for the finish and for the event
+        else:
+            row = self._lock_task(session, asset)
+            row.archive = states.reopened(row.archive)
+            self._look_at_task(session, row)
 
     def _interrupted(self, asset: Asset, error: Retry) -> None:
         before = [each["error"] for each in asset.failed_tries or ()]
