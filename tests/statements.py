@@ -12,8 +12,7 @@ from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.util import LRUCache
 from sqlmodel import Session
 
-from storage.database.kept_session import CONNECTION, KeptSession
-from storage.database.prepared import Done, _Prepared
+from storage.database.prepared import CONNECTION, Done, KeptSession, _Prepared
 
 
 def compile_once() -> None:

@@ -145,10 +145,9 @@ class SignedRequests:
         the object may or may not exist. An argument that is not text (a time) also raises `UnexpectedResponse`.
         """
         headers = {f"x-amz-meta-{name.lower()}": value for name, value in arguments["Metadata"].items()}
-        for name in arguments.keys() - {"Bucket", "Key", "Metadata"}:
-            if name not in self._header_names:
-                raise UnexpectedResponse(name)
-            headers[self._header_names[name]] = arguments[name]
+        headers |= {
+            self._header_names[name]: arguments[name] for name in arguments.keys() - {"Bucket", "Key", "Metadata"}
+        }
         for name, value in headers.items():
             if not isinstance(value, str) or not (value.isascii() and value.isprintable()):
                 raise UnexpectedResponse(name)

@@ -28,9 +28,9 @@ from sqlmodel import Session
 from storage import forks
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
-from storage.database.kept_session import KeptSession
 from storage.database.outages import AT_FAULT, LOCK_TIMEOUT, Outages, words
 from storage.database.postgresql import READ_ONLY, Sessions
+from storage.database.prepared import KeptSession
 from storage.database.sqlite_file import NO_BEGIN, SqliteFile, sqlite_engine
 from storage.database.turnstile import SQLITE_BUSY_SECONDS, Turnstile
 from storage.database.urls import CONNECT_SECONDS, normal_url, place, psycopg_arguments
