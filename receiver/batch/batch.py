@@ -36,7 +36,7 @@ T = TypeVar("T")
 REASONS = 20
 OTHER_FILE = (
     "there is a batch {name!r} already and none of its lines is in this file, so it is taken for another file's: "
-    "give another name (--name), or this one (--name) to add these lines to that batch"
+    "give another name, or give this one to add these lines to that batch"
 )
 NOT_KEPT = "its pictures were not kept: submit the line again under another name"
 

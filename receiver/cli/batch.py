@@ -165,6 +165,8 @@ def submit(
             _put(parts, plan)
         except BatchInvalid as error:
             _show_faults(file, error, as_json=as_json)
+            if is_file_name and not as_json and any(not fault.line for fault in error.faults):
+                say("--name NAME gives the batch a name", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             again = "stopped: the inserted lines go on; the same command inserts the rest, and none twice"

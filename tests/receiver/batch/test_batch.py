@@ -444,7 +444,7 @@ def test_second_file_of_one_name_is_refused_until_the_name_is_given(command: Com
     Path("night.csv").write_text("model_name,prompt\nkling-v3-omni,a boat\n")
     done = command("submit", "--batch", "night.csv")
     assert (done.code, len(rows(parts))) == (1, len(LINES))
-    assert "give another name (--name), or this one (--name)" in done.err
+    assert "give another name, or give this one" in done.err and "--name NAME gives" in done.err
     assert command("submit", "--batch", "night.csv", "--name", "night").code == 0
     assert len(rows(parts)) == len(LINES) + 1
 
