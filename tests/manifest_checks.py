@@ -7,6 +7,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from tests import objects
 from tests.archived_tasks import BY_HAND
 
 if TYPE_CHECKING:
@@ -33,12 +34,12 @@ def check(bucket: Bucket) -> int:
     from storage.errors import StoreUnavailable
 
     try:
-        keys = [each.key for each in bucket.list(bucket.prefix) if manifest_number(each.key)]
+        keys = [key for key in objects.keys(bucket, bucket.prefix) if manifest_number(key)]
     except StoreUnavailable:
         return 0
     ours = [key for key in keys if key not in BY_HAND]
     for key in ours:
-        members = json.loads(bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES))
+        members = json.loads(objects.content(bucket, key))
         assert members["digest"] == manifest.digest_of(members), f"the digest of {key} is not its content's"
         faults = [error.message for error in schema().iter_errors(members)]
         assert not faults, f"{key} does not follow the schema: {faults[:3]}"

@@ -27,6 +27,7 @@ from storage.rows import tasks
 from storage.rows.deliveries import Delivery, store
 from storage.rows.models import Asset, Callback, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState
+from tests import objects
 from tests.harness import CALLBACK_SECRET, wait_until
 from tests.rows import LONG_AGO, new_task
 
@@ -171,8 +172,8 @@ def kept(parts: Parts, task: Task | None = None) -> dict[str, str]:
     """Every object of this test, or of one task in it: {key: SHA-256 of its bytes}."""
     prefix = parts.bucket.prefix
     folder = task_folder(prefix, task.created_at, task.external_task_id) if task else prefix
-    keys = [each.key for each in parts.bucket.list(folder)]
-    return {key: hashlib.sha256(parts.bucket.read_bytes(key, 2**26)).hexdigest() for key in keys}
+    keys = objects.keys(parts.bucket, folder)
+    return {key: hashlib.sha256(objects.content(parts.bucket, key)).hexdigest() for key in keys}
 
 
 def assert_archived(parts: Parts, sandbox: Sandbox, task: Task, *, manifests: int = 1) -> None:
@@ -181,15 +182,15 @@ def assert_archived(parts: Parts, sandbox: Sandbox, task: Task, *, manifests: in
     `manifests` is how many numbers there may be. A commit that failed after its put leaves a number that does not
     count, if another delivery of the same report was applied in between.
     """
-    assets, objects = assets_of(parts, task), kept(parts, task)
+    assets, found = assets_of(parts, task), kept(parts, task)
     made = [asset.sha256 for asset in sandbox.ledger().task(task.external_task_id).assets]
     assert task.archive is ArchiveState.ARCHIVED
     assert {asset.state for asset in assets} == {AssetState.ARCHIVED}
     assert sorted(str(asset.sha256) for asset in assets) == sorted(made)
     keys = [manifest_key(parts.bucket.prefix, task.created_at, task.external_task_id, n + 1) for n in range(manifests)]
     assert task.manifest_key in keys
-    assert set(objects) == {asset.key for asset in assets} | set(keys[: keys.index(task.manifest_key) + 1])
-    assert all(objects[str(asset.key)] == asset.sha256 for asset in assets)
+    assert set(found) == {asset.key for asset in assets} | set(keys[: keys.index(task.manifest_key) + 1])
+    assert all(found[str(asset.key)] == asset.sha256 for asset in assets)
 
 
 def task_of(parts: Parts, external_task_id: str) -> Task:
