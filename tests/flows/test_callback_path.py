@@ -25,9 +25,9 @@ from tests.harness import ROOT, wait_until
 from tests.pipeline import Web, assert_archived, task_of
 
 # The last counts, and a few for what runs only at times. Lower them when the path gets shorter.
-MAX_FUNCTIONS, MAX_FILES = 317, 58
+MAX_FUNCTIONS, MAX_FILES = 303, 56
 # Lines of code of these functions, run or not: up to the 200, and in all.
-MAX_LINES_TO_200, MAX_LINES = 620, 2_620
+MAX_LINES_TO_200, MAX_LINES = 570, 2_480
 COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>", "<lambda>")
 
 # The sandbox answers in these.
@@ -53,7 +53,7 @@ class Path:
     def _of_ours(self) -> Iterator[tuple[str, CodeType]]:
         for code in list(self._codes):
             file = code.co_filename.removeprefix(f"{ROOT}/")
-            if file.startswith(("receiver/", "storage/")):
+            if file.startswith(("receiver/", "storage/")) and not file.startswith("receiver/sandbox/"):
                 yield file, code
 
     def with_libraries(self) -> tuple[int, int]:
