@@ -68,14 +68,15 @@ FRESH_SHARE = 2 / 3
 # 1302/1303: exponential from 1 s (KLING §6). The limit of 30 s keeps slots from staying idle.
 THROTTLE_BASE_SECONDS, THROTTLE_CAP_SECONDS = 1.0, 30.0
 
-# Whether the provider has the task: a report was believed, or a delivery came to the URL of this request, applied or
-# not. A refused id that is used again has the same URL, and a later `created_at`.
+# Whether the provider has the task: it was called back, by a signed delivery at the account's URL too, or a delivery
+# came to the URL of this request, applied or not. A refused id that is used again has the same URL, and a later
+# `created_at`.
 _DELIVERED = exists().where(
     col(Callback.task_id) == Task.id, col(Callback.source) == "push", col(Callback.received_at) >= Task.created_at
 )
 _CALLED_BACK = select(Task.id).where(
     Task.id == bindparam("wanted"),
-    or_(col(Task.state) != TaskState.CREATED, col(Task.called_back_at) >= Task.created_at, _DELIVERED),
+    or_(col(Task.called_back_at) >= Task.created_at, _DELIVERED),
 )
 
 

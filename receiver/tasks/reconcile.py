@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
+from sqlalchemy import and_, or_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider, Record
@@ -154,7 +155,10 @@ class Reader:
         return None
 
     def _delivered_ids(self, row: Task, provider: Provider) -> set[str]:
-        newest = select(Callback.body).where(Callback.task_id == row.id, Callback.source == "push")
+        by_token = and_(col(Callback.task_id) == row.id, col(Callback.source) == "push")
+        at_account = and_(col(Callback.task_id).is_(None), col(Callback.webhook_id).is_not(None))
+        of_task = or_(by_token, and_(at_account, col(Callback.external_task_id) == row.external_task_id))
+        newest = select(Callback.body).where(of_task)
         found = set[str]()
         with self._database.read() as session:
             bodies = session.exec(newest.order_by(col(Callback.id).desc()).limit(DELIVERED_IDS)).all()

@@ -7,21 +7,38 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from itertools import product
+from typing import Any, NamedTuple
 
 import pytest
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
+from receiver.tasks.apply_deliveries import BY_READ, KNOWN, OTHERWISE
+from receiver.tasks.create_step import UNREAD_TRIES
+from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows import tasks
-from storage.rows.deliveries import Delivery, store
-from storage.rows.models import Task
+from storage.rows.deliveries import AWAITS_READ, Delivery, store
+from storage.rows.models import Callback, Task
 from storage.states import ArchiveState, CallbackState, Step, TaskState
-from tests.pipeline import assets_of, deliver, drain, make_due_now, run, task_of
+from tests.pipeline import (
+    Wired,
+    assets_of,
+    callback_of,
+    callbacks_of,
+    deliver,
+    drain,
+    make_due_now,
+    run,
+    task_of,
+)
 from tests.receiver.tasks.test_apply_deliveries import body, info
 from tests.receiver.tasks.test_submit import ID, go_on, submit_request
 from tests.rows import LONG_AGO
-from tests.unreported_tasks import creates
+from tests.unreported_tasks import REQUEST, creates
 
 FOREIGN = "https://files.example.net"
 
@@ -50,10 +67,21 @@ def record_of(parts: Parts, sandbox: Sandbox, *, ended: bool = False) -> dict[st
     return found
 
 
-def commit_delivery(parts: Parts, task: Task, told: dict[str, Any], **values: Any) -> None:
+def commit_delivery(parts: Parts, task: Task | None, told: dict[str, Any], **values: Any) -> None:
     """Store one like the web server; no worker applies it."""
     with parts.database.write() as session:
-        store(session, [Delivery("kling", "push", task.id, json.dumps(told).encode(), **values)])
+        store(session, [Delivery("kling", "push", task.id if task else None, json.dumps(told).encode(), **values)])
+
+
+def call_before(monkeypatch: pytest.MonkeyPatch, parts: Parts, act: Callable[[], Any]) -> None:
+    """Do this while a create is under way, before the provider has it."""
+    create = parts.kling.create
+
+    def act_and_create(*given: Any, **more: Any) -> Any:
+        act()
+        return create(*given, **more)
+
+    monkeypatch.setattr(parts.kling, "create", act_and_create)
 
 
 def look_up_twice(parts: Parts) -> Task:
@@ -184,11 +212,135 @@ def test_a_signed_success_ends_its_archive_though_no_query_is_answered(parts: Pa
     assert (found.archive, found.step, len(creates(sandbox))) == (ArchiveState.ARCHIVED, None, 1)
 
 
-def test_already_exists_is_ours_once_it_was_called_back(parts: Parts, sandbox: Sandbox) -> None:
-    """The provider refuses the second create, and no query finds the task, however often it is asked."""
+def test_already_exists_is_ours_once_it_was_called_back(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The callback comes beside the second create, which is refused. No query finds the task."""
     sandbox.set(external_ids=True, query_lag_seconds=600)
     task = submit_request(parts)
-    look_up_twice(parts)
-    deliver(parts, task, body("processing", task_id=provider_id(sandbox)))
-    found = go_on(parts, attempts=9, missed_at=LONG_AGO)
+    told = body("processing", task_id=provider_id(sandbox))
+    call_before(monkeypatch, parts, lambda: deliver(parts, task, told))
+    found = go_on(parts, attempts=UNREAD_TRIES - 1, missed_at=LONG_AGO)
+    assert [create.code for create in sandbox.ledger().creates] == [5000, 1201]
     assert (found.state, found.error) == (TaskState.PROCESSING, None)
+
+
+def test_the_id_in_a_signed_success_at_the_account_url_is_read(parts: Parts, sandbox: Sandbox) -> None:
+    """Such a delivery is always confirmed by a read."""
+    submit_request(parts)
+    deliver(parts, None, record_of(parts, sandbox, ended=True), webhook_id="msg_1")
+    make_due_now(parts, Task)
+    assert drain(parts, ID).archive is ArchiveState.ARCHIVED
+    assert len(creates(sandbox)) == 1
+
+
+@pytest.mark.parametrize("status", ["succeed", "failed"])
+@pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
+def test_a_delivery_before_a_refusal_is_decided_after_it(
+    parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, at_own_url: bool, status: str
+) -> None:
+    """It comes while the create is under way, and the provider refuses that."""
+    sandbox.set(create_faults=["1301"])
+    early = list[Callback]()
+    told = body(status, int(status == "succeed"), host=FOREIGN, **info(ID))
+    call_before(
+        monkeypatch, parts, lambda: early.append(deliver(parts, task_of(parts, ID) if at_own_url else None, told))
+    )
+    assert submit_request(parts).state is TaskState.FAILED
+    assert early[0].reason == AWAITS_READ
+    run(parts, "callbacks", "reads")
+    found = callback_of(parts, early[0].delivery_key)
+    known = None if at_own_url else KNOWN
+    assert (found.state, found.reason) == (CallbackState.APPLIED, OTHERWISE if status == "succeed" else known)
+    assert task_of(parts, ID).step is None
+
+
+def test_a_success_without_files_archives_nothing(parts: Parts, sandbox: Sandbox) -> None:
+    """A read confirms that the task succeeded, not that anything was archived."""
+    sandbox.set(create_faults=[], external_ids=True, deliver_fewer=9)
+    task = submit_request(parts)
+    told = record_of(parts, sandbox, ended=True)
+    waiting = deliver(parts, task, {**told, "task_result": {}})
+    for _ in range(4):
+        make_due_now(parts, Task)
+        parts.worker().run_until_idle()
+    assert callback_of(parts, waiting.delivery_key).reason == BY_READ
+    found = task_of(parts, ID)
+    assert (found.state, found.archive) == (TaskState.SUCCEEDED, ArchiveState.INCOMPLETE)
+    assert assets_of(parts, task) == []
+
+
+# -- all orders -------------------------------------------------------------------------------------------------------
+
+
+class Order(NamedTuple):
+    """A create in doubt, by its first callback: whether it comes before the first query or after it, and whether it is
+    applied. `is_known`: whether queries find the external id.
+    """
+
+    is_known: bool
+    at_own_url: bool
+    is_signed: bool
+    comes: str
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+    @property
+    def creates(self) -> int:
+        """Only an unsigned delivery at the account URL shows nothing."""
+        return 1 if self.is_known or self.at_own_url or self.is_signed else 2
+
+
+EITHER = (True, False)
+ORDERS = [Order(*each) for each in product(EITHER, EITHER, EITHER, ("early", "late"))]
+ORDERS += [Order(is_known, True, is_signed, "unapplied") for is_known, is_signed in product(EITHER, EITHER)]
+
+
+def call_back(parts: Parts, sandbox: Sandbox, orders: list[Order]) -> None:
+    """The provider's callbacks of these tasks, as they are now."""
+    for order in orders:
+        made_id = sandbox.ledger().task(order.name).task_id
+        record = parts.kling.read(provider_task_id=made_id, external_task_id=made_id)
+        assert record is not None
+        signed = f"{order.name}-{record.report.status}" if order.is_signed else None
+        task = task_of(parts, order.name) if order.at_own_url else None
+        commit_delivery(parts, task, json.loads(record.body), webhook_id=signed)
+
+
+def look_up(parts: Parts) -> None:
+    make_due_now(parts, Task)
+    run(parts, "creates")
+
+
+@pytest.mark.parametrize("is_restarted", [True, False], ids=["restarted", "one process"])
+def test_every_order_is_charged_once_and_ends_archived(parts: Parts, sandbox: Sandbox, is_restarted: bool) -> None:
+    """The signed, or the believed unsigned, success archives a task also if no query ever finds it."""
+    parts.__dict__["read_rate_limit"] = ReadRateLimit(parts.database, per_second=1_000)
+    for order in ORDERS:
+        sandbox.set(external_ids=order.is_known, create_faults=["5000:created"])
+        parts.submitter.submit(REQUEST, external_task_id=order.name)
+    call_back(parts, sandbox, [order for order in ORDERS if order.comes == "early"])
+    run(parts, "callbacks")
+    look_up(parts)
+    call_back(parts, sandbox, [order for order in ORDERS if order.comes == "late"])
+    run(parts, "callbacks")
+    call_back(parts, sandbox, [order for order in ORDERS if order.comes == "unapplied"])
+    with closing(Wired(parts.settings, bucket=parts.bucket)) if is_restarted else nullcontext(parts) as later:
+        later.__dict__["read_rate_limit"] = parts.read_rate_limit
+        look_up(later)
+        look_up(later)
+        later.worker().run_until_idle()
+        sandbox.world.advance(time.time() + 10_000)
+        call_back(later, sandbox, ORDERS)
+        for _ in range(4):
+            later.worker().run_until_idle()
+            make_due_now(later, Task)
+    sent = Counter(each["external_task_id"] for each in creates(sandbox))
+    assert dict(sent) == {order.name: order.creates for order in ORDERS}
+    found = {order: task_of(parts, order.name) for order in ORDERS}
+    ends = {order: (each.state, each.archive, each.step) for order, each in found.items()}
+    assert ends == dict.fromkeys(ORDERS, (TaskState.SUCCEEDED, ArchiveState.ARCHIVED, None))
+    assert [row.reason for row in callbacks_of(parts) if row.state is not CallbackState.APPLIED] == []
+    assert AWAITS_READ not in {row.reason for row in callbacks_of(parts)}
