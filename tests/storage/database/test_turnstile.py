@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,30 +17,17 @@ from storage.database.turnstile import Turnstile
 from storage.rows import group_commit
 from storage.rows.group_commit import Intake
 from storage.rows.models import Callback
+from tests import other_processes
 from tests.harness import wait_until
+from tests.other_processes import forked
 from tests.storage.rows.test_group_commit import GOOD, InLoop
 
 SECONDS = 30
-TAKE_TURNS = """
-import sys
-from pathlib import Path
-from storage.database.turnstile import Turnstile
-from storage.database.urls import normal_url
-folder = Path(sys.argv[1])
-turnstile = Turnstile(folder / "db.lock")
-print("ready", flush=True)
-sys.stdin.readline()
-for _ in range(200):
-    with turnstile:
-        count = int((folder / "count").read_text())
-        (folder / "count").write_text(str(count + 1))
-"""
 
 
 def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
     counter = tmp_path / "count"
     counter.write_text("0")
-    command = [sys.executable, "-c", TAKE_TURNS, str(tmp_path)]
     turnstile = Turnstile(tmp_path / "db.lock")
 
     def take_turns(number: int) -> None:
@@ -50,11 +35,11 @@ def test_turnstile_excludes_threads_and_processes(tmp_path: Path) -> None:
             with turnstile.urgent() if number % 2 else turnstile:
                 counter.write_text(str(int(counter.read_text()) + 1))
 
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True) as other, ThreadPoolExecutor(4) as pool:
-        assert other.stdout
-        assert other.stdout.readline() == "ready\n"
+    with forked(other_processes.take_turns, tmp_path) as other, ThreadPoolExecutor(4) as pool:
+        assert other.recv() == "ready"
         ours = [pool.submit(take_turns, number) for number in range(4)]
-        other.communicate("go\n", timeout=SECONDS)
+        other.send("go")
+        assert other.poll(SECONDS) and other.recv() == "done"
         for turns in ours:
             turns.result(SECONDS)
     turnstile.close()

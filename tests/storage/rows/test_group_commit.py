@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -29,6 +27,7 @@ from storage.rows.group_commit import GroupCommit, Intake, QueueFull
 from storage.rows.models import Callback
 from storage.states import CallbackState
 from tests.harness import wait_until
+from tests.other_processes import forked, write
 
 TASK = uuid.UUID(int=1)
 GOOD = Delivery("kling", "push", TASK, b"{}")
@@ -258,32 +257,16 @@ def test_a_slow_commit_gives_the_turn_to_the_thread_until_commits_are_quick(
         wait_until(lambda: intake.is_loops_turn)
 
 
-WRITE = """
-import sys, time
-from storage.database.sessions import Database
-from sqlalchemy import text
-database, longest = Database(sys.argv[1]), 0.0
-print("ready", flush=True)
-for number in range(100):
-    started = time.monotonic()
-    with database.write() as session:
-        session.execute(text("UPDATE counter SET value = value"))
-    longest = max(longest, time.monotonic() - started)
-print(longest)
-"""
-
-
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
 def test_neither_a_writing_worker_nor_the_intake_waits_long_for_the_other(database: Database, running: InLoop) -> None:
     longest, number = 0.0, 0
-    with subprocess.Popen([sys.executable, "-c", WRITE, str(database.url)], stdout=-1, text=True) as worker:
-        assert worker.stdout
-        assert worker.stdout.readline() == "ready\n"
-        while worker.poll() is None:
+    with forked(write, str(database.url)) as worker:
+        assert worker.recv() == "ready"
+        while not worker.poll():
             started, number = time.monotonic(), number + 50
             assert set(running.put_all([body(number + each) for each in range(50)])) == {Intake.NEW}
             longest = max(longest, time.monotonic() - started)
-        workers_longest = float(worker.stdout.read())
+        workers_longest = worker.recv()
     assert number
     assert max(longest, workers_longest) < 3
 
