@@ -52,6 +52,7 @@ def accidents(parts: Parts) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "verb", ["retry", "retry_failed", "replay", "reconcile", "reconcile_one", "dismiss", "dismiss_deliveries", "prune"]
 )
+@pytest.mark.databases("sqlite")
 def test_a_dry_run_counts_what_would_be_done_and_changes_nothing(parts: Parts, verb: str) -> None:
     call = accidents(parts)[verb]
     before = everything(parts.database)

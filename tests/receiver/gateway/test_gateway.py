@@ -278,6 +278,7 @@ def test_a_refused_id_is_free_as_it_is_at_kling(web: Web, parts: Parts, sandbox:
     assert event_names(parts.database, task_of(parts, ID))[2] == "task.created"
 
 
+@pytest.mark.databases("sqlite")
 def test_an_unclear_outcome_is_200_and_resolved_from_the_row(
     web: Web, client: SeedClient, parts: Parts, sandbox: Sandbox
 ) -> None:

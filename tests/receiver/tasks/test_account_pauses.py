@@ -113,6 +113,7 @@ def test_a_trial_that_is_refused_is_the_only_create_of_its_minute(parts: Parts, 
     assert said(parts) == [("account.paused", 1102)], "the same fault is told once"
 
 
+@pytest.mark.databases("sqlite")
 def test_model_without_permission_pauses_only_its_own_creates(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1103"])
     submit_request(parts, "refused")
@@ -127,6 +128,7 @@ def test_model_without_permission_pauses_only_its_own_creates(parts: Parts, sand
     assert {task_of(parts, name).state for name in ("refused", "waits")} == {TaskState.SUBMITTED}
 
 
+@pytest.mark.databases("sqlite")
 def test_a_refused_request_proves_the_key_and_not_the_balance(parts: Parts, sandbox: Sandbox) -> None:
     for code, is_over in (("1002", True), ("1102", False)):
         sandbox.set(create_faults=[code, "1301"])
@@ -137,6 +139,7 @@ def test_a_refused_request_proves_the_key_and_not_the_balance(parts: Parts, sand
         assert (stand(parts) == []) == is_over
 
 
+@pytest.mark.databases("sqlite")
 def test_trial_that_never_reached_the_provider_is_given_back(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1102"])
     submit_request(parts)
@@ -155,6 +158,7 @@ def create(web: Web, key: str, name: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize(("code", "status"), [("1004", 401), ("1102", 429)])
+@pytest.mark.databases("sqlite")
 def test_client_gets_the_refusal_and_its_key_stays_usable(
     web: Web, parts: Parts, sandbox: Sandbox, code: str, status: int
 ) -> None:
@@ -169,6 +173,7 @@ def test_client_gets_the_refusal_and_its_key_stays_usable(
     assert (stand(parts), len(sandbox.ledger().tasks)) == ([], 1)
 
 
+@pytest.mark.databases("sqlite")
 def test_a_client_of_an_account_that_was_refused_lately_waits_in_the_queue(
     web: Web, parts: Parts, sandbox: Sandbox
 ) -> None:
@@ -187,6 +192,7 @@ def test_a_client_of_an_account_that_was_refused_lately_waits_in_the_queue(
     assert {task_of(parts, name).state for name in ("order-2", "order-3")} == {TaskState.SUBMITTED}
 
 
+@pytest.mark.databases("sqlite")
 def test_a_paused_account_is_shown_with_the_providers_message(
     web: Web, parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +218,7 @@ def batch_of(parts: Parts, count: int) -> Batches:
     return batches
 
 
+@pytest.mark.databases("sqlite")
 def test_batch_status_says_why_nothing_is_sent(parts: Parts, sandbox: Sandbox, command: Command) -> None:
     batch_of(parts, 2)
     sandbox.set(create_faults=["1102"])
@@ -253,6 +260,7 @@ def test_a_batch_outlives_an_empty_account_and_a_wrong_key(parts: Parts, sandbox
 
 
 @pytest.mark.parametrize("answer", ["1301", "1103"])
+@pytest.mark.databases("sqlite")
 def test_trial_refused_for_its_request_leaves_the_next_trial_to_another_task(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
@@ -266,6 +274,7 @@ def test_trial_refused_for_its_request_leaves_the_next_trial_to_another_task(
     assert [each.model for each in stand(parts)] == (["kling-v3-omni"] if answer == "1103" else [])
 
 
+@pytest.mark.databases("sqlite")
 def test_a_model_without_permission_proves_the_key(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["1002", "1103"])
     submit_request(parts)

@@ -23,6 +23,10 @@ from tests.receiver.tasks.test_unsigned_deliveries import FORGED, archived, conf
 from tests.rows import LONG_AGO, event_names
 from tests.unreported_tasks import REQUEST, submit
 
+# Verdicts are made of values. What waits for a read or for a create is tested on both databases.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
+
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
@@ -44,6 +48,7 @@ def shown_with(parts: Parts, task: Task) -> list[str | None]:
 
 
 @pytest.mark.parametrize("at_own_url", [True, False], ids=["own URL", "account URL"])
+@BOTH
 def test_a_refused_task_takes_no_picture_of_another(parts: Parts, sandbox: Sandbox, at_own_url: bool) -> None:
     """The other task is the account's, so a read under its id would succeed."""
     made = parts.kling.create(
@@ -117,6 +122,7 @@ def test_a_delivery_that_repeats_what_is_known_causes_no_read(parts: Parts) -> N
     assert not is_read_now(parts, task) and told.KNOWN in shown_with(parts, task)
 
 
+@BOTH
 def test_another_file_at_the_account_url_exposes_an_unsigned_one(parts: Parts) -> None:
     """Even when the reads are spent: then at the pace of polls."""
     task = insert_row(parts, external_task_id="ours")
@@ -143,6 +149,7 @@ def test_called_back_is_what_came_to_the_tasks_own_url_or_was_signed(parts: Part
     assert found.called_back_at is not None and found.end_called_back_at is not None
 
 
+@BOTH
 def test_a_delivery_whose_read_became_needless_is_decided_anew(parts: Parts) -> None:
     """The provider calls both URLs, and the task's own ends the task before the read of the other."""
     task = insert_row(parts, external_task_id="ours")
@@ -161,6 +168,7 @@ def test_a_forged_success_does_not_withdraw_the_read_that_would_expose_it(parts:
 
 
 @pytest.mark.parametrize("is_early", [True, False], ids=["before the read", "after it"])
+@BOTH
 def test_a_true_delivery_at_the_account_url_is_the_tasks_callback(
     parts: Parts, sandbox: Sandbox, is_early: bool
 ) -> None:
@@ -181,6 +189,7 @@ def test_a_true_delivery_at_the_account_url_is_the_tasks_callback(
 
 
 @pytest.mark.parametrize("is_answered", [True, False], ids=["answered", "looked up"])
+@BOTH
 def test_a_delivery_before_the_end_of_the_create_is_decided_after_it(
     parts: Parts, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, is_answered: bool
 ) -> None:

@@ -78,6 +78,7 @@ def test_listed_tasks_are_adopted_page_by_page(parts: Parts, sandbox: Sandbox, a
     assert {task_of(parts, f"theirs-{number}").provider for number in range(5)} == {"kling"}
 
 
+@pytest.mark.databases("sqlite")
 def test_older_tasks_are_not_adopted(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     for number in range(5):
         made_elsewhere(sandbox, f"theirs-{number}")
@@ -104,6 +105,7 @@ def test_task_named_twice_is_adopted_once_and_a_dry_run_says_so(parts: Parts, sa
         assert counted(tally) == {"adopted": 1, "files_due": 2, "known": 2}
 
 
+@pytest.mark.databases("sqlite")
 def test_task_unknown_to_the_provider_is_reported(parts: Parts, sandbox: Sandbox, adopter: Adopter) -> None:
     made_elsewhere(sandbox, "theirs")
     sandbox.set(query_faults=["5001"])

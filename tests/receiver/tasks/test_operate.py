@@ -108,6 +108,7 @@ def test_retry_brings_a_task_back_to_its_archive(parts: Parts, sandbox: Sandbox,
     assert operator.retry(task.external_task_id).left == {task.external_task_id: "archived already"}
 
 
+@pytest.mark.databases("sqlite")
 def test_a_damaged_file_is_kept_when_it_is_accepted(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     task = broken(parts, sandbox, cdn_truncated_silent_rate=1)
     sandbox.set(cdn_truncated_silent_rate=1)
@@ -143,6 +144,7 @@ def test_unknown_name_is_reported(operator: Operator) -> None:
     assert list(operator.reconcile(["nothing"])[0].left) == ["nothing"]
 
 
+@pytest.mark.databases("sqlite")
 def test_a_failed_create_is_never_sent_again(parts: Parts, operator: Operator, sandbox: Sandbox) -> None:
     task = insert_row(parts, state=TaskState.FAILED, step=None, due_at=None, error="content policy")
     before = stored(parts.database, task)
@@ -180,6 +182,7 @@ def test_silent_task_is_read_and_its_success_wins(parts: Parts, sandbox: Sandbox
     assert_archived(parts, sandbox, task_of(parts, task.external_task_id))
 
 
+@pytest.mark.databases("sqlite")
 def test_success_without_files_causes_a_read(parts: Parts, operator: Operator) -> None:
     with parts.database.write() as session:
         task = new_task(session, **OVER, completeness_reads=3)
@@ -286,6 +289,7 @@ SIGNED = {"kling_webhook_secrets": SECRETS[0], "callback_secrets": "s" * 40, "po
 
 
 @pytest.mark.parametrize("changes", [SIGNED])
+@pytest.mark.databases("sqlite")
 def test_a_refused_delivery_counts_once_the_right_secret_is_set(parts: Parts, web: Web, operator: Operator) -> None:
     task = insert_row(parts)
     assert post_signed(web, parts, task, SECRETS[1]) == 401
@@ -303,6 +307,7 @@ def test_a_refused_delivery_counts_once_the_right_secret_is_set(parts: Parts, we
 
 
 @pytest.mark.parametrize("changes", [SIGNED])
+@pytest.mark.databases("sqlite")
 def test_signature_of_a_replayed_delivery_is_verified_as_of_its_arrival(
     parts: Parts, web: Web, operator: Operator
 ) -> None:
@@ -329,6 +334,7 @@ def test_every_unfinished_task_is_due_for_a_read(parts: Parts, operator: Operato
     assert stored(parts.database, waiting)["due_at"] <= parts.database.now()
 
 
+@pytest.mark.databases("sqlite")
 def test_reconcile_with_wait_reads_in_its_own_process(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     task = parts.submitter.submit(ASKED).task
     wait_until(lambda: sandbox.ledger().task(task.external_task_id).status == "succeed")
@@ -407,6 +413,7 @@ def test_retry_brings_a_dismissed_task_back_only_by_name(parts: Parts, sandbox: 
         assert not (task_of(parts, each.external_task_id).note or "").startswith("dismissed")
 
 
+@pytest.mark.databases("sqlite")
 def test_a_success_after_a_dismissal_still_wins(parts: Parts, sandbox: Sandbox, operator: Operator) -> None:
     created = parts.kling.create(ASKED, external_task_id="late", callback_url=None)
     wait_until(lambda: sandbox.ledger().task("late").status == "succeed")

@@ -80,6 +80,7 @@ def test_a_batch_answer_is_kept_and_applied_like_any_delivery(unpaced: Parts, sa
         assert_archived(unpaced, sandbox, task_of(unpaced, task.external_task_id))
 
 
+@pytest.mark.databases("sqlite")
 def test_tasks_are_read_one_by_one_with_a_jwt(one_by_one: Parts, sandbox: Sandbox) -> None:
     made = submit(one_by_one, 3)
     wait_until(lambda: {task.status for task in sandbox.ledger().tasks} == {"succeed"})
@@ -89,6 +90,7 @@ def test_tasks_are_read_one_by_one_with_a_jwt(one_by_one: Parts, sandbox: Sandbo
 
 
 @pytest.mark.parametrize("fault", ["1002", "1202", "html"])
+@pytest.mark.databases("sqlite")
 def test_missing_batch_call_is_not_tried_again_for_an_hour(unpaced: Parts, sandbox: Sandbox, fault: str) -> None:
     clock = [0.0]
     asks = Reader(unpaced.database, unpaced.providers, unpaced.schedule, unpaced.read_rate_limit, now=lambda: clock[0])
@@ -126,6 +128,7 @@ def test_a_task_missing_everywhere_is_read_again_later(unpaced: Parts, sandbox: 
     assert task_of(unpaced, known.external_task_id).polls == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_a_batch_call_that_knows_nothing_is_not_tried_again(unpaced: Parts, sandbox: Sandbox) -> None:
     """Some gateways answer every batch read with an empty list."""
     asks = reader(unpaced)
@@ -138,6 +141,7 @@ def test_a_batch_call_that_knows_nothing_is_not_tried_again(unpaced: Parts, sand
     assert asks.batch() == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_list_is_read_if_single_tasks_cannot_be_read(unpaced: Parts, sandbox: Sandbox) -> None:
     """A gateway that supports neither the batch call nor the read of one task, but the list."""
     made = submit(unpaced, 2)
@@ -149,6 +153,7 @@ def test_list_is_read_if_single_tasks_cannot_be_read(unpaced: Parts, sandbox: Sa
 
 
 @pytest.mark.parametrize("fault", ["5001", "1302"])
+@pytest.mark.databases("sqlite")
 def test_a_provider_that_is_away_changes_nothing_but_the_time(unpaced: Parts, sandbox: Sandbox, fault: str) -> None:
     made = submit(unpaced, 3)
     sandbox.set(query_faults=[fault])
@@ -189,6 +194,7 @@ def drained(parts: Parts) -> list[Task]:
 
 
 @pytest.mark.parametrize("public", [True, False], ids=["all callbacks dropped", "no public URL"])
+@pytest.mark.databases("sqlite")
 def test_tasks_without_callbacks_are_archived(unpaced: Parts, sandbox: Sandbox, public: bool) -> None:
     sandbox.set(callback_drop_rate=1, picture_bytes=2_000, submitted_seconds=0.5, processing_seconds=0.5)
     if not public:
@@ -228,6 +234,7 @@ def test_a_task_silent_for_one_lifetime_is_failed_and_a_late_success_still_wins(
 
 
 @pytest.mark.parametrize(("fault", "state"), [("1103", TaskState.FAILED), ("5001", TaskState.SUBMITTED)])
+@pytest.mark.databases("sqlite")
 def test_only_an_answer_ends_a_silent_task(unpaced: Parts, sandbox: Sandbox, fault: str, state: TaskState) -> None:
     """A provider that refuses us has answered; one that is down has not."""
     (task,) = submit(unpaced, 1)
@@ -238,6 +245,7 @@ def test_only_an_answer_ends_a_silent_task(unpaced: Parts, sandbox: Sandbox, fau
     assert task_of(unpaced, task.external_task_id).state is state
 
 
+@pytest.mark.databases("sqlite")
 def test_urls_that_died_before_the_worker_came_are_refreshed(unpaced: Parts, sandbox: Sandbox) -> None:
     """Tested with links that are dead on arrival, and with links that expired in our queue."""
     dead = submit(unpaced, 1, prompt="a boat [expire]", n=3)[0]

@@ -101,6 +101,7 @@ def test_the_row_is_committed_and_claimed_before_the_request_leaves(parts: Parts
     assert task_of(parts, ID).state is TaskState.SUBMITTED
 
 
+@pytest.mark.databases("sqlite")
 def test_the_callback_url_carries_the_token_of_the_task(parts: Parts, sandbox: Sandbox) -> None:
     task = submit_request(parts)
     (body,) = creates(sandbox)
@@ -111,6 +112,7 @@ def test_the_callback_url_carries_the_token_of_the_task(parts: Parts, sandbox: S
     assert named.task_id == task.id
 
 
+@pytest.mark.databases("sqlite")
 def test_no_callback_is_requested_without_a_public_url(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
     settings = settings_for(database_url, bucket, sandbox).model_copy(update={"public_url": None})
     private = Parts(settings)
@@ -168,6 +170,7 @@ def test_base64_input_is_kept_as_its_hash_once_the_create_is_settled(parts: Part
 # -- credentials and addresses ------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 def test_access_and_secret_key_sign_the_request(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
     knobs = sandbox.world.knobs
     keys = {"kling_access_key": knobs.access_key, "kling_secret_key": knobs.secret_key}
@@ -176,6 +179,7 @@ def test_access_and_secret_key_sign_the_request(database_url: str, bucket: Any, 
     signed.close()
 
 
+@pytest.mark.databases("sqlite")
 def test_a_base_url_may_have_a_path(database_url: str, bucket: Any, sandbox: Sandbox) -> None:
     gateway = Parts(settings_for(database_url, bucket, sandbox, kling_base_url=f"{sandbox.url}/kling"))
     assert submit_request(gateway).state is TaskState.SUBMITTED
@@ -208,6 +212,7 @@ def test_throttled_create_continues_from_its_row(parts: Parts, sandbox: Sandbox,
     assert len(sandbox.ledger().tasks) == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_a_full_account_is_asked_again_until_there_is_room(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(concurrency_limit=1)
     submit_request(parts, "first")
@@ -232,6 +237,7 @@ UNCLEAR = ["5000", "5001", "5002", "html", "broken", "hang"]
 
 
 @pytest.mark.parametrize("fault", UNCLEAR)
+@pytest.mark.databases("sqlite")
 def test_an_unclear_answer_after_creation_is_looked_up(parts: Parts, sandbox: Sandbox, fault: str) -> None:
     task = submit_with_fault(parts, sandbox, f"{fault}:created")
     assert (task.state, task.step, task.lease) == (TaskState.CREATED, Step.CREATE, None)
@@ -294,6 +300,7 @@ def test_lookup_without_an_answer_decides_nothing(parts: Parts, sandbox: Sandbox
 
 
 @pytest.mark.parametrize("arrived", [True, False])
+@pytest.mark.databases("sqlite")
 def test_list_shows_whether_a_create_arrived_if_tasks_cannot_be_read(
     parts: Parts, sandbox: Sandbox, arrived: bool
 ) -> None:
@@ -304,6 +311,7 @@ def test_list_shows_whether_a_create_arrived_if_tasks_cannot_be_read(
     assert len(creates(sandbox)) == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_lookup_without_an_answer_for_an_hour_is_logged_as_an_error(
     parts: Parts, sandbox: Sandbox, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +337,7 @@ def test_lookup_without_an_answer_ends_with_the_result_lifetime(parts: Parts, sa
     assert submit_request(parts, adopt=True).state is TaskState.SUBMITTED
 
 
+@pytest.mark.databases("sqlite")
 def test_create_of_an_existing_unreadable_task_ends(parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(create_faults=["5000:created"], query_lag_seconds=600)
     submit_request(parts)
@@ -403,6 +412,7 @@ def test_adoption_takes_over_an_existing_task_at_once(parts: Parts, sandbox: San
     assert (task.state, task.provider_task_id) == (TaskState.SUBMITTED, made)
 
 
+@pytest.mark.databases("sqlite")
 def test_an_unclear_answer_for_an_older_task_is_a_conflict(parts: Parts, sandbox: Sandbox) -> None:
     make_upstream(parts, sandbox, seconds_ago=65)
     sandbox.set(create_faults=["5000"])

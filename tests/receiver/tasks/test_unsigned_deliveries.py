@@ -31,6 +31,9 @@ def changes() -> dict[str, Any]:
     return {"poll_after_seconds": 3_600}
 
 
+# Verdicts are made of values. Replaced rows, counted reads and their times are tested on both databases.
+pytestmark = pytest.mark.databases("sqlite")
+BOTH = pytest.mark.databases("sqlite", "postgresql")
 # For what a body says: it becomes a verdict before any row is written.
 ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])
 
@@ -134,6 +137,7 @@ def test_the_price_in_an_unsigned_delivery_is_not_believed(parts: Parts) -> None
 FORGED = "https://p9-fdl.klingai.com/forged"
 
 
+@BOTH
 def test_another_file_for_an_index_is_a_contradiction_and_read_once(parts: Parts) -> None:
     task = archived(parts)
     row = deliver(parts, task, body("succeed", 1, host=FORGED))
@@ -145,6 +149,7 @@ def test_another_file_for_an_index_is_a_contradiction_and_read_once(parts: Parts
     assert (asset.state, asset.source_url.startswith(OFFICIAL)) == (AssetState.ARCHIVED, True)
 
 
+@BOTH
 def test_the_providers_answer_replaces_a_forged_picture(parts: Parts) -> None:
     task = insert_row(parts)
     deliver(parts, task, body("succeed", 1, host=FORGED))
@@ -265,6 +270,7 @@ def test_report_for_a_refused_create_is_read_first(parts: Parts) -> None:
     assert assets_of(parts, task) == [] and task_of(parts, task.external_task_id).state is TaskState.FAILED
 
 
+@BOTH
 def test_doubted_deliveries_cause_a_bounded_number_of_reads(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apply_deliveries, "MAX_READS_PER_TASK", 3)
     task = insert_row(parts)
@@ -283,6 +289,7 @@ def spend_reads(parts: Parts, task: Task) -> None:
     assert not is_read_now(parts, task)
 
 
+@BOTH
 def test_reports_that_one_read_answers_use_up_one(parts: Parts) -> None:
     task = insert_row(parts)
     for number in range(25):
@@ -290,6 +297,7 @@ def test_reports_that_one_read_answers_use_up_one(parts: Parts) -> None:
     assert task_of(parts, task.external_task_id).callback_reads == 1
 
 
+@BOTH
 def test_no_unsigned_success_is_believed_once_the_reads_are_spent(parts: Parts) -> None:
     task = insert_row(parts)
     spend_reads(parts, task)
@@ -313,6 +321,7 @@ def test_the_first_contradiction_is_read_though_the_reads_are_spent(parts: Parts
     assert assets_of(parts, task)[0].source_url.startswith(OFFICIAL)
 
 
+@BOTH
 def test_contradictions_are_read_at_the_pace_of_polls_once_the_reads_are_spent(parts: Parts) -> None:
     task = insert_row(parts)
     deliver(parts, task, body("succeed", 1, host=FORGED))

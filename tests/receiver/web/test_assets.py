@@ -57,6 +57,7 @@ def make_public(parts: Parts) -> None:
     parts.bucket._public_endpoint_url = parts.bucket._endpoint_url
 
 
+@pytest.mark.databases("sqlite")
 def test_file_in_a_private_store_is_streamed(link: str, asset: Asset) -> None:
     answer = get(link)
     assert (answer.status_code, hashlib.sha256(answer.content).hexdigest()) == (200, asset.sha256)
@@ -157,6 +158,7 @@ def test_file_that_a_browser_might_run_is_downloaded(parts: Parts, link: str, as
     assert get(link).headers["content-disposition"].startswith("attachment;")
 
 
+@pytest.mark.databases("sqlite")
 def test_invalid_token_causes_no_query(parts: Parts, web: Web, link: str) -> None:
     token = urlsplit(link).path.split("/")[-1].partition(".")[0]
     of_task = parts.tokens.sign("", uuid.uuid4())
@@ -304,6 +306,7 @@ def is_served(link: str) -> bool:
         return answer.status_code == 200
 
 
+@pytest.mark.databases("sqlite")
 def test_status_has_lasting_and_presigned_links(parts: Parts, task: Task, link: str, asset: Asset) -> None:
     (one,) = show.urls(parts, task.external_task_id, 60)
     assert (one["kind"], one["index"], one["key"], one["link"]) == ("image", 0, asset.key, link)

@@ -293,6 +293,7 @@ def statements(parts: Parts) -> Iterator[list[str]]:
 
 
 @SIGNED
+@pytest.mark.databases("sqlite")
 def test_refused_deliveries_beyond_those_kept_reach_no_database(parts: Parts) -> None:
     """Also when they arrive at the same time. After a restart one of them is checked."""
     task = insert_row(parts)
@@ -461,6 +462,7 @@ def test_deliveries_of_a_task_at_the_account_are_counted_by_an_index(parts: Part
     )
 
 
+@pytest.mark.databases("sqlite")
 def test_a_delivery_at_the_account_that_is_not_stored_takes_no_place(
     web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +482,7 @@ def test_the_accounts_url_takes_small_bodies_alone(web: Web, parts: Parts) -> No
 
 
 @SIGNED
+@pytest.mark.databases("sqlite")
 def test_refused_and_unstored_deliveries_are_logged_once_a_minute(web: Web, parts: Parts) -> None:
     bodies = [json.dumps({"number": number}).encode() for number in range(23)]
     with structlog.testing.capture_logs() as logs:
@@ -582,6 +585,7 @@ def test_a_body_that_came_in_parts_is_in_memory_once_while_it_waits(parts: Parts
     asyncio.run(deliver_in_parts())
 
 
+@pytest.mark.databases("sqlite")
 def test_bodies_beyond_the_memory_of_the_accounts_url_are_held_back_without_theirs(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,6 +610,7 @@ def test_bodies_beyond_the_memory_of_the_accounts_url_are_held_back_without_thei
 
 
 @pytest.mark.parametrize("url", ["task", "account"])
+@pytest.mark.databases("sqlite")
 def test_connections_without_a_complete_head_block_no_delivery(
     url: str, web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -703,6 +708,7 @@ def test_late_commit_is_503_and_the_repeat_is_a_duplicate(
     assert len(callbacks_of(parts)) == 1
 
 
+@pytest.mark.databases("sqlite")
 def test_bug_is_503_and_reveals_nothing(web: Web, parts: Parts) -> None:
     path = path_of(parts, insert_row(parts))
     with parts.database.write() as session:
