@@ -43,6 +43,11 @@ axe.run({ resultTypes: ["violations"], ...options }).then((found) => done(found.
   .filter((each) => ["serious", "critical"].includes(each.impact))
   .map((each) => `${each.id}: ${each.nodes.slice(0, 2).map((node) => node.html.slice(0, 120)).join(" | ")}`)));"""
 
+# The menus alone, each of which lies over its page. The axe of a whole page does not see through one to the other.
+MENUS = """for (const each of document.querySelectorAll("details.menu")) each.open = true;
+document.getElementById("menu").showPopover();"""
+OF_MENUS = RUN.replace("axe.run(", 'axe.run("details.menu[open], #menu", ')
+
 # The rules that look at colours. A theme changes nothing else on a page, and a language changes everything else. They
 # are four fifths of the time of all rules.
 RULES_OF_COLOURS = ["color-contrast", "link-in-text-block"]
@@ -73,6 +78,16 @@ def faults(browser: Browser, url: str, *, lightbox: bool = False, colours: bool 
     return [*light, *(f"dark: {each}" for each in browser.run_async(RUN, COLOURS))]
 
 
+def faults_of_menus(browser: Browser, url: str) -> list[str]:
+    browser.open(url)
+    browser.run(TRIM + MENUS)
+    found = []
+    for scheme, rules in (("light", {}), ("dark", COLOURS)):
+        browser.scheme(scheme)
+        found += browser.run_async(OF_MENUS, rules)
+    return found
+
+
 def test_no_page_has_a_serious_fault(parts: Parts, browser: Browser, web: Web) -> None:
     task, callback, batch = fill(parts)
     everything(parts)
@@ -93,4 +108,7 @@ def test_no_page_has_a_serious_fault(parts: Parts, browser: Browser, web: Web) -
             found[f"{language} lightbox"] = search(f"{web.url}/console/gallery", lightbox=True)
             browser.resize(390, 800)
             found |= {f"{language} 390 {path}": search(f"{web.url}/console{path}") for path in ("", "/tasks")}
+            if language == "en":
+                menus = (own[0], "/events", "/deliveries?state=unmatched")
+                found |= {f"menus {path}": faults_of_menus(browser, f"{web.url}/console{path}") for path in menus}
     assert {path: each for path, each in found.items() if each} == {}

@@ -223,3 +223,10 @@ def test_open_and_dismissed_deliveries_are_found_by_an_index(parts: Parts) -> No
         assert not scans(parts.database, lambda session, wanted=wanted: newest_deliveries(session, wanted, None))
     counted = select(func.count()).select_from(Callback).where(text(UNMATCHED))
     assert "callback_unmatched_open" in plans(parts.database, lambda session: session.exec(counted).one())
+
+
+def test_the_cause_of_a_delivery_stands_above_its_body(parts: Parts, ann: Reader) -> None:
+    """On a phone the facts are below both bodies, some 1.4 screens away."""
+    unknown = deliver(parts, None, {"task_id": "unknown", "task_status": "succeed"})
+    page = ann.page(f"/deliveries/{unknown.id}")
+    assert page.index("no task of ours has this id") < page.index('id="pretty"')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import datetime, timedelta
 from uuid import uuid4
 
@@ -90,6 +91,13 @@ def test_full_pages_have_less_than_100_kilobytes(parts: Parts, ann: Reader) -> N
 
 
 @BOTH
+def test_links_to_further_parts_say_of_what_they_are(parts: Parts, ann: Reader) -> None:
+    """A screen reader lists them by these names; files and timeline of a task had the same."""
+    task, *_ = fill(parts)
+    labels = re.findall('<nav class="more" aria-label="([^"]+)"', ann.page(f"/tasks/{task.id}"))
+    assert labels == ["Further pages: Files", "Further pages: What happened"]
+
+
 def test_gallery_pages_by_files_and_loses_none(parts: Parts, ann: Reader) -> None:
     with parts.database.write() as session:
         fill_gallery(session, parts.database.now())
