@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import structlog
-from sqlalchemy import and_, or_
+from sqlalchemy import and_
 from sqlmodel import Session, col, select
 
 from receiver.providers.base import Provider, Record
@@ -148,24 +148,13 @@ class Reader:
         Their sender chose these ids, so only a record that names our task counts.
         """
         provider = self._providers[row.provider]
-        for name in self._delivered_ids(row, provider):
+        with self._database.read() as session:
+            bodies = newest_bodies(session, row)
+        for name in _ids_in(bodies, provider):
             record = read_task(provider, self._limit, provider_task_id=name, external_task_id=name)
             if record is not None and record.report.external_task_id == row.external_task_id:
                 return record
         return None
-
-    def _delivered_ids(self, row: Task, provider: Provider) -> set[str]:
-        by_token = and_(col(Callback.task_id) == row.id, col(Callback.source) == "push")
-        at_account = and_(col(Callback.task_id).is_(None), col(Callback.webhook_id).is_not(None))
-        of_task = or_(by_token, and_(at_account, col(Callback.external_task_id) == row.external_task_id))
-        newest = select(Callback.body).where(of_task)
-        found = set[str]()
-        with self._database.read() as session:
-            bodies = session.exec(newest.order_by(col(Callback.id).desc()).limit(DELIVERED_IDS)).all()
-        for body in bodies:
-            with contextlib.suppress(ReportUnreadable):
-                found.add(provider.ids(body)[1] or "")
-        return {name for name in found if name and _is_usable(name)}
 
     def _settle(self, task: Task, record: Record | None) -> None:
         try:
@@ -304,6 +293,29 @@ class UnmatchedDeliveries:
         task.created_at = now if made_ms is None else min(now, datetime.fromtimestamp(made_ms / 1000, UTC))
         task.sent_at = task.submitted_at = task.created_at
         return maintenance.adopt(session, task, record.report, self._schedule)
+
+
+def newest_bodies(session: Session, task: Task) -> Sequence[bytes]:
+    """The bodies of the task's newest deliveries: those at its own URL, and signed ones at the account's.
+
+    Their ids are sorted here, because a statement with an order and a limit could be planned as a walk through all
+    deliveries. A task has some 200 at most.
+    """
+    by_token = and_(col(Callback.task_id) == task.id, col(Callback.source) == "push")
+    at_account = and_(col(Callback.task_id).is_(None), col(Callback.external_task_id) == task.external_task_id)
+    of_task = (by_token, and_(at_account, col(Callback.webhook_id).is_not(None)))
+    ids = [each or 0 for where in of_task for each in session.exec(select(Callback.id).where(where))]
+    newest = select(Callback.body).where(col(Callback.id).in_(sorted(ids)[-DELIVERED_IDS:]))
+    return session.exec(newest).all()
+
+
+def _ids_in(bodies: Sequence[bytes], provider: Provider) -> set[str]:
+    """The provider's ids in these bodies."""
+    found = set[str]()
+    for body in bodies:
+        with contextlib.suppress(ReportUnreadable):
+            found.add(provider.ids(body)[1] or "")
+    return {name for name in found if name and _is_usable(name)}
 
 
 def _may_be_read(row: Callback) -> bool:

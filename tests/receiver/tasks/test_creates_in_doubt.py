@@ -14,11 +14,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import pytest
+from sqlmodel import Session
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
+from receiver.tasks import create_step, reconcile
 from receiver.tasks.apply_deliveries import BY_READ, KNOWN, OTHERWISE
-from receiver.tasks.create_step import UNREAD_TRIES
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows import tasks
 from storage.rows.deliveries import AWAITS_READ, Delivery, store
@@ -35,6 +36,7 @@ from tests.pipeline import (
     run,
     task_of,
 )
+from tests.plans import plans, scans
 from tests.receiver.tasks.test_apply_deliveries import body, info
 from tests.receiver.tasks.test_submit import ID, go_on, submit_request
 from tests.rows import LONG_AGO
@@ -220,7 +222,7 @@ def test_already_exists_is_ours_once_it_was_called_back(
     task = submit_request(parts)
     told = body("processing", task_id=provider_id(sandbox))
     call_before(monkeypatch, parts, lambda: deliver(parts, task, told))
-    found = go_on(parts, attempts=UNREAD_TRIES - 1, missed_at=LONG_AGO)
+    found = go_on(parts, attempts=create_step.UNREAD_TRIES - 1, missed_at=LONG_AGO)
     assert [create.code for create in sandbox.ledger().creates] == [5000, 1201]
     assert (found.state, found.error) == (TaskState.PROCESSING, None)
 
@@ -268,6 +270,19 @@ def test_a_success_without_files_archives_nothing(parts: Parts, sandbox: Sandbox
     found = task_of(parts, ID)
     assert (found.state, found.archive) == (TaskState.SUCCEEDED, ArchiveState.INCOMPLETE)
     assert assets_of(parts, task) == []
+
+
+def test_no_question_about_a_task_reads_all_deliveries(parts: Parts, sandbox: Sandbox) -> None:
+    task = submit_request(parts)
+    deliver(parts, task, body("processing"))
+
+    def look(session: Session) -> None:
+        assert create_step._is_called_back(session, task)
+        assert len(reconcile.newest_bodies(session, task)) == 1
+
+    found = plans(parts.database, look)
+    assert scans(parts.database, look) == []
+    assert found.count("callback_task") >= 2 and "callback_at_account" in found
 
 
 # -- all orders -------------------------------------------------------------------------------------------------------
