@@ -38,6 +38,9 @@ PLAIN = {"model_name": "kling-image-o1", "prompt": "a boat"}
 SERIES = {"model_name": "kling-v3-omni", "prompt": "a boat", "result_type": "series", "series_amount": 3}
 WATERMARKED = {**SERIES, "watermark_info": {"enabled": True}}
 
+# For what the provider's messages say. How rows are written is tested on both.
+ONE_DATABASE = pytest.mark.databases("sqlite")
+
 
 @pytest.fixture
 def changes() -> dict[str, Any]:
@@ -136,6 +139,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
+@ONE_DATABASE
 def test_a_recorded_callback_is_applied(name: str, web: Web, parts: Parts) -> None:
     told = TOLD[name]
     task = insert_row(
@@ -219,6 +223,7 @@ def test_an_id_that_exists_already_is_refused_when_the_task_is_older_than_our_ro
     assert "--adopt" in str(task.error)
 
 
+@ONE_DATABASE
 def test_an_id_that_exists_already_is_ours_when_the_task_is_younger_than_our_row(
     parts: Parts, sandbox: Sandbox
 ) -> None:
@@ -315,6 +320,7 @@ def test_a_task_whose_callbacks_never_come_is_read(web: Web, parts: Parts, sandb
     assert (task.called_back_at, task.polls) == (None, 1)
 
 
+@ONE_DATABASE
 def test_a_failure_of_the_provider_ends_the_task_without_files(web: Web, parts: Parts) -> None:
     parts.submitter.submit({**PLAIN, "prompt": "a boat [fail]"}, external_task_id="bad")
     task = finish(parts, "bad")
@@ -322,6 +328,7 @@ def test_a_failure_of_the_provider_ends_the_task_without_files(web: Web, parts: 
     assert (task.error, kept(parts)) == ("Failure to pass the risk control system", {})
 
 
+@ONE_DATABASE
 def test_fewer_pictures_than_asked_for_are_believed_after_three_reads(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     sandbox.set(deliver_fewer=1)
     parts.submitter.submit({**PLAIN, "n": 4}, external_task_id="fewer")
@@ -330,6 +337,7 @@ def test_fewer_pictures_than_asked_for_are_believed_after_three_reads(web: Web, 
     assert (task.note, task.completeness_reads) == ("delivered 3 of 4", 3)
 
 
+@ONE_DATABASE
 def test_one_dead_url_among_nine_holds_up_none_of_the_others(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     parts.submitter.submit({**PLAIN, "n": 9}, external_task_id="nine")
     wait_until(lambda: run(parts, "callbacks") and len(assets_of(parts, task_of(parts, "nine"))) == 9)
@@ -345,6 +353,7 @@ def test_one_dead_url_among_nine_holds_up_none_of_the_others(web: Web, parts: Pa
     assert_archived(parts, sandbox, finish(parts, "nine"))
 
 
+@ONE_DATABASE
 def test_a_series_reported_in_the_new_shape_and_read_in_the_old_one_is_archived_once(
     web: Web, parts: Parts, sandbox: Sandbox
 ) -> None:
@@ -361,6 +370,7 @@ def test_a_series_reported_in_the_new_shape_and_read_in_the_old_one_is_archived_
     assert_archived(parts, sandbox, finish(parts, "both"))
 
 
+@ONE_DATABASE
 def test_the_manifest_proves_itself_and_holds_no_signed_url(web: Web, parts: Parts, sandbox: Sandbox) -> None:
     image = "https://example.com/in.png?Signature=secret"
     request = {**WATERMARKED, "image_list": [{"image": image}]}

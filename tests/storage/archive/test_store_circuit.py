@@ -69,7 +69,7 @@ def are_archived(parts: Parts, *names: str) -> bool:
 
 
 LIMIT_BYTES = 100_000
-LARGE, SMALL = 6, 8
+LARGE, SMALL = 2 * FAILURES, 2
 DENIED = b"<Error><Code>AccessDenied</Code></Error>"
 REFUSALS = {
     "a proxy's limit": Answer(413, {"content-type": "text/html"}, b"<html>413</html>"),

@@ -284,7 +284,7 @@ def test_patterns_select_event_names() -> None:
 # -- a whole run ------------------------------------------------------------------------------------------------------
 
 
-TOLD_TASKS = 12
+TOLD_TASKS = 6
 
 
 @pytest.fixture
