@@ -13,7 +13,7 @@ from tests.bench.table import Sample
 # A server that has just started still writes to the disk on which every commit waits.
 SETTLE_SECONDS = 2.0
 # Seconds of load, and before it, in the smoke form. Sender and server take a processor each meanwhile.
-SMALL = 0.1, 0.1
+SMALL = 0.03, 0.02
 
 
 def per_second(kind: str, small: bool) -> Sample:
@@ -67,14 +67,14 @@ def p99_beside_archive(small: bool) -> Sample:
     seconds, rate = (0.3, 100) if small else (6.0, 200)
     settle_seconds, busy_seconds = (0.2, 0.2) if small else (SETTLE_SECONDS, 0.5)
     with stage.folder() as place, ExitStack() as stack:
-        source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))
+        source = stack.enter_context(pictures.source(place, count=2 if small else 8, size=3_000_000))
         found = stack.enter_context(stage.seaweed(place))
         url = stack.enter_context(stage.database("sqlite", place))
         variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=source.address)
         port = stack.enter_context(stage.served(variables, place))
         stack.enter_context(stage.workers(variables, place))
         idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
-        due = pictures.insert_row(url, source, 8 if small else 400)
+        due = pictures.insert_row(url, source, 2 if small else 400)
         busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=busy_seconds)["waits"])
         assert small or pictures.count_archived(url) < due, "the archive was done before the measurement was"
     return Sample(busy * 1e3, idle * 1e3)
@@ -84,12 +84,12 @@ def floor_p99_beside_transfers(small: bool) -> Sample:
     """p99 of the minimal durable intake, at 200 a second while rclone moves the same pictures, and alone."""
     seconds, rate, settle_seconds = (0.3, 100, 0.2) if small else (6.0, 200, SETTLE_SECONDS)
     with stage.folder() as place, ExitStack() as stack:
-        source = stack.enter_context(pictures.source(place, count=8, size=3_000_000))
+        source = stack.enter_context(pictures.source(place, count=2 if small else 8, size=3_000_000))
         url = stack.enter_context(stage.database("sqlite", place))
         port = stack.enter_context(stage.program(place, "tests.bench.floor", url))
         idle = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
         others = stack.enter_context(ThreadPoolExecutor(1))
-        moving = others.submit(pictures.rclone, place, source, 8 if small else 400)
+        moving = others.submit(pictures.rclone, place, source, 2 if small else 400)
         busy = p99(stage.load(port, seconds=seconds, rate=rate, warm_seconds=settle_seconds)["waits"])
         assert small or not moving.done(), "the transfers were done before the measurement was"
         moving.result()

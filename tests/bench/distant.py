@@ -17,8 +17,8 @@ PICTURE_BYTES = 3_000_000
 SOURCE_SECONDS, STORE_SECONDS = 0.04, 0.02  # a round trip to each
 # Threads, and how many pictures they archive: some seconds of each.
 DISTANT = {1: 24, 8: 64, 32: 96}
-SMALL_DISTANT = {4: 4}
-ALIKE, SMALL_ALIKE = 120, 4
+SMALL_DISTANT = {2: 2}
+ALIKE, SMALL_ALIKE = 120, 2
 
 
 def latency_bound(small: bool) -> Sample:

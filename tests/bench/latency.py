@@ -35,7 +35,7 @@ PAUSE_SECONDS = 1.0  # idle again, with every connection pool in its usual state
 
 def callback_to_object(small: bool) -> Sample:
     """Median milliseconds from posting the callback to a GET of the object that answers; and of curl's GET and PUT."""
-    times = 3 if small else 12
+    times = 1 if small else 12
     with stage.folder() as place, ExitStack() as stack:
         files = stack.enter_context(source(place, count=times + 1, size=PICTURE_BYTES))
         found = stack.enter_context(stage.seaweed(place))

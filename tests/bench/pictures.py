@@ -186,7 +186,7 @@ class AgainstRclone:
 
     def rate(self, small: bool) -> Sample:
         """Images a second: ours, rclone's."""
-        count = 4 if small else self._count
+        count = 2 if small else self._count
         with stage.folder() as place, source(place, count=min(count, 64), size=self.size) as files:
             reference = rclone(place, files, count)
             mine = self._archiver(place, files, count)
@@ -209,12 +209,12 @@ class AgainstRclone:
 
 def memory(small: bool) -> Sample:
     """MB at the peak of 8 concurrent files of 100 MB, and of the idle worker; the difference decides."""
-    size, count = (4_000_000, 8) if small else (100_000_000, 8)
+    size, count = (4_000_000, 4) if small else (100_000_000, 8)
     with stage.folder() as place, source(place, count=count, size=size) as files:
         with stage.seaweed(place) as found, stage.database("sqlite", place) as url:
             variables = stage.environment(url, **found, RECEIVER_PRIVATE_RESULT_HOSTS=files.address)
             with stage.workers(variables, place) as (process_id,):
-                time.sleep(1)
+                time.sleep(0 if small else 1)
                 idle = stage.memory_bytes(process_id)
                 archive(url, files, count)
                 peak = stage.memory_bytes(process_id, "VmHWM")

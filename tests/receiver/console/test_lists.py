@@ -46,9 +46,8 @@ from tests.pipeline import Web, assets_of, callbacks_of, deliver, insert_row
 from tests.plans import plans, scans
 from tests.rows import LONG_AGO
 
-ON_SQLITE = pytest.mark.databases(
-    "sqlite"
-)  # nothing that a database decides: refusals, words, numbers of statements, files
+# Nothing that a database decides: refusals, words, numbers of statements, files.
+ON_SQLITE = pytest.mark.databases("sqlite")
 Found = list[str]
 
 
