@@ -166,6 +166,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         left, and keeps no handler by which to cancel one.
         """
         self._in_work = cycle
+        cycle.scope["extensions"] = self._extensions
         self._not_begun = task = self.loop.create_task(cycle.run_asgi(app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
@@ -271,15 +272,6 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         return head
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = self._extensions
-
-    def on_url(self, url: bytes) -> None:
-        if len(self.url) + len(url) > MAX_URL_BYTES:
-            raise _Refused(414)
-        super().on_url(url)
-
     def on_header(self, name: bytes, value: bytes) -> None:
         self._header_bytes += len(name) + len(value)
         if self._header_bytes > MAX_HEAD_BYTES or len(self.headers) >= MAX_HEADERS:
@@ -293,6 +285,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 raise _Refused(400)  # the bytes after it belong to a tunnel, whatever its length says
             return  # `_feed_parser` feeds this head again
         self._cancel_timer()
+        if len(self.url) > MAX_URL_BYTES:
+            raise _Refused(414)
         if len(self.pipeline) >= MAX_PIPELINED:
             self._drop_waiting()
             raise _Refused(429)
