@@ -111,11 +111,9 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().__init__(*args, **options)
         self._queue: dict[BoundedHttpProtocol, None] | None = None  # the one that it is in
         self._timer: asyncio.TimerHandle | None = None  # of a head, and of the delay of a refusal
-        self._framing_bytes = 0
-        self._header_bytes = 0
+        self._framing_bytes = self._header_bytes = self._announced = self._delivered = 0
         self._in_body = False
         self._refusal: int | None = None
-        self._announced = self._delivered = 0
         self._keeps_alive = True
         self._speed: ReaderSpeed | None = None  # of the answers in progress, once bytes wait for their reader
         self._in_work: RequestResponseCycle | None = None

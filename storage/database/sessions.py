@@ -284,10 +284,8 @@ class Database:
         # The driver's own errors come from prepared statements.
         except (PoolTimeout, DBAPIError, DatabaseUnavailable, self.writer.dialect.loaded_dbapi.Error) as error:
             outage = self._outage_of(error)
-            waits = _state(error) in WAITED  # waited for another transaction's row
-            if (
-                outage is not None and not waits and not isinstance(outage, SessionReplaced)
-            ):  # a new session may still write
+            # A new session may still write, and a wait for another transaction's row is no outage.
+            if outage and not isinstance(outage, SessionReplaced) and _state(error) not in WAITED:
                 self.outages.failed(str(outage))
             if outage is None or outage is error:
                 raise

@@ -24,10 +24,11 @@ from receiver.workers.worker import Worker
 from tests.harness import ROOT, wait_until
 from tests.pipeline import Web, assert_archived, task_of
 
-# The last counts, and a few for what runs only at times. Lower them when the path gets shorter.
-MAX_FUNCTIONS, MAX_FILES = 303, 56
+# The last counts, and some for what runs only at times: on a busy machine connections idle too long and are opened
+# again. Lower them when the path gets shorter.
+MAX_FUNCTIONS, MAX_FILES = 308, 56
 # Lines of code of these functions, run or not: up to the 200, and in all.
-MAX_LINES_TO_200, MAX_LINES = 570, 2_480
+MAX_LINES_TO_200, MAX_LINES = 535, 2_530
 COMPREHENSIONS = ("<listcomp>", "<genexpr>", "<setcomp>", "<dictcomp>", "<lambda>")
 
 # The sandbox answers in these.
