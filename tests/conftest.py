@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 # Files with tests of 5 s and more. They and the campaigns start first, so that no worker is alone with one at the end.
 SLOW = {
     "test_attacks.py", "test_axe.py", "test_bench.py", "test_canaries.py", "test_chaos.py", "test_check_table.py",
-    "test_crashes.py", "test_infra.py", "test_large_files.py", "test_postgresql_outages.py", "test_rules.py",
+    "test_crashes.py", "test_large_files.py", "test_postgresql_outages.py", "test_rules.py",
     "test_shared_pages.py", "test_shutdown.py", "test_shutdown_with_creates.py", "test_store_outage.py",
 }  # fmt: skip
 # The same for files with a fixture of the whole file, which each worker would otherwise make for itself.
-SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_recipes.py", "test_serve_store.py"}
+SLOW_AND_WHOLE = {"test_browser.py", "test_demo.py", "test_infra.py", "test_recipes.py", "test_serve_store.py"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
