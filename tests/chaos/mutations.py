@@ -30,6 +30,7 @@ ACCOUNT = "tests/receiver/tasks/test_account_pauses.py"
 UNUSABLE = "tests/storage/archive/test_unusable.py"
 AHEAD = "tests/receiver/workers/test_ahead.py"
 STRANGERS = "tests/receiver/tasks/test_account_url.py"
+DOUBT = "tests/receiver/tasks/test_creates_in_doubt.py"
 UNSIGNED = "tests/receiver/tasks/test_unsigned_deliveries.py"
 BODIES = "tests/receiver/web/test_request_bodies.py"
 
@@ -134,6 +135,20 @@ MUTATIONS = (
         "pauses.give_back(session, trial)",
         "pass",
         f"{ACCOUNT}::test_trial_that_never_reached_the_provider_is_given_back",
+    ),
+    Mutation(
+        "a create that was called back is sent again",
+        "receiver/tasks/create_step.py",
+        "if not _is_called_back(session, task):",
+        "if True:",
+        f"{DOUBT}::test_a_create_that_waits_for_its_turn_is_not_sent_once_it_was_called_back",
+    ),
+    Mutation(
+        "a read under an id that a sender chose binds another's task",
+        "receiver/tasks/reconcile.py",
+        "record.report.external_task_id == row.external_task_id",
+        "True",
+        f"{DOUBT}::test_no_read_binds_an_id_of_a_record_that_does_not_name_our_task",
     ),
     Mutation(
         "an account that goes on has as many creates under way as any other",
