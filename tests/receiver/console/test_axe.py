@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,9 @@ OF_MENUS = RUN.replace("axe.run(", 'axe.run("details.menu[open], #menu", ')
 RULES_OF_COLOURS = ["color-contrast", "link-in-text-block"]
 COLOURS = {"runOnly": RULES_OF_COLOURS}
 ALL_BUT_COLOURS = {"rules": {rule: {"enabled": False} for rule in RULES_OF_COLOURS}}
+# Outside CI these stand for all pages in Chinese. No template but the three layouts (page, log-in, error) knows of the
+# language, and `test_catalogue` compares the texts.
+IN_CHINESE = ("", "/ask", "/gallery", "/tasks/none")
 
 
 @pytest.fixture(params=["sqlite"])
@@ -98,16 +102,19 @@ def test_no_page_has_a_serious_fault(parts: Parts, browser: Browser, web: Web) -
     with browser.before_pages(axe.script().read_text()):  # sent once instead of for each page
         for language in ("en", "zh"):
             search = partial(faults, browser, colours=language == "en")
+            is_whole = language == "en" or "CI" in os.environ
             browser.resize(1440, 900)
             browser.open(f"{web.url}/console/language/{language}?next=/console/login")
             found[f"{language} /login"] = search(f"{web.url}/console/login")
             browser.type("input[name=key]", ACT_KEY)
             browser.press("Enter")
             browser.waits_for("ann")
-            found |= {f"{language} {path}": search(f"{web.url}/console{path}") for path in (*PAGES, *own)}
+            paths = (*PAGES, *own) if is_whole else IN_CHINESE
+            found |= {f"{language} {path}": search(f"{web.url}/console{path}") for path in paths}
             found[f"{language} lightbox"] = search(f"{web.url}/console/gallery", lightbox=True)
-            browser.resize(390, 800)
-            found |= {f"{language} 390 {path}": search(f"{web.url}/console{path}") for path in ("", "/tasks")}
+            if is_whole:
+                browser.resize(390, 800)
+                found |= {f"{language} 390 {path}": search(f"{web.url}/console{path}") for path in ("", "/tasks")}
             if language == "en":
                 menus = (own[0], "/events", "/deliveries?state=unmatched")
                 found |= {f"menus {path}": faults_of_menus(browser, f"{web.url}/console{path}") for path in menus}
