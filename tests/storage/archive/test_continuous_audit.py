@@ -131,6 +131,7 @@ def found(told: Standing) -> list[tuple[str, str]]:
 # -- findings ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.databases("sqlite")
 def test_round_finds_missing_changed_and_unknown_objects_until_repaired(
     parts: Parts, capsys: pytest.CaptureFixture[str]
 ) -> None:

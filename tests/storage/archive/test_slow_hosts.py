@@ -88,6 +88,7 @@ def slow_files(database: Database, host: str, count: int = SLOW_FILES) -> list[A
         return [new_asset(session, task, index, **values[index]) for index in range(count)]
 
 
+@pytest.mark.databases("sqlite")
 def test_slow_host_delays_no_other_host(
     parts: Parts, sandbox: Sandbox, slow: DrippingHost, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ def test_file_that_changed_on_our_disk_is_not_stored(store: Bucket) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"public_url": "", "poll_after_seconds": 3_600}])
+@pytest.mark.databases("sqlite")
 def test_row_and_manifest_name_the_evidence(parts: Parts, sandbox: Sandbox, store: Bucket) -> None:
     parts.submitter.submit(REQUEST, external_task_id="task")
     wait_until(lambda: sandbox.ledger().task("task").status == "succeed")
