@@ -45,6 +45,13 @@ def schema(parts: Parts) -> Result:
     return Result("database", Status.FAULT, line, advice)
 
 
+def room(parts: Parts) -> Iterator[Result]:
+    """Check that the disk has the room that deliveries need."""
+    if shortage := parts.database.shortage():
+        advice = "make room there; until then each callback is answered 503"
+        yield Result("database: room", Status.FAULT, shortage, advice)
+
+
 def waking(parts: Parts) -> Iterator[Result]:
     """Check for a pooler in front of PostgreSQL, and whether a commit of another process wakes a worker."""
     database = parts.database

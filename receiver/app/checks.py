@@ -183,6 +183,7 @@ def database(parts: Parts) -> Iterator[Result]:
         yield schema
         yield from check_database.waking(parts)
         if schema.status is Status.OK:
+            yield from check_database.room(parts)
             yield _callback_secrets(parts)
             yield _workers(parts)
             yield _slots(parts)

@@ -212,5 +212,7 @@ def show_latest(parts: Parts, limit: int) -> None:
         table.add_row(*map(cell, cells))
     terminal.show(table)
     say(summary(measured(parts)))
+    if shortage := parts.database.shortage():
+        say(f"callbacks are answered 503: {shortage}")
     for fault in audited(parts).findings[-SHOWN_FAULTS:]:
         say(f"  {fault['kind']}  {fault['key']}")

@@ -37,7 +37,8 @@ def status(
         elif external_task_id is None and as_json:
             found = list(reports(parts.database, parts.bucket, limit))
             audit = show.audited(parts).as_json()
-            say_json({"summary": show.measured(parts).as_dict(), "audit": audit, "tasks": found}, indent=1)
+            summary = {**show.measured(parts).as_dict(), "intake": parts.database.shortage() or "ok"}
+            say_json({"summary": summary, "audit": audit, "tasks": found}, indent=1)
         elif external_task_id is None:
             show.show_latest(parts, limit)
         elif as_json:

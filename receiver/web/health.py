@@ -85,7 +85,7 @@ class Health:
             checks = self._store_readiness.latest()
         for found in await asyncio.gather(*asked):  # together, because probes may wait for a second only
             checks |= found
-        checks["intake"] = "full" if self._group_commit.is_full else "ok"
+        checks["intake"] = self._group_commit.state
         if self._callbacks.fault is not None:
             checks["database"] = f"a delivery was not stored: {self._callbacks.fault.reason}"
         is_down = any(checks[name] != "ok" for name in ("database", "schema", "intake"))

@@ -6,27 +6,53 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import structlog
+
+log = structlog.get_logger()
+
 # The rest of the disk is for accepted work: its rows and its downloads.
 MIN_FREE_SHARE = 0.05
 FREE_SPACE_INTERVAL_SECONDS = 1.0
+# A disk about the limit is above it in one second and below it in the next. `intake.resumed` is logged after this time.
+STEADY_SECONDS = 5.0
+
+
+def shortage(free_share: float) -> str:
+    """Why no delivery is accepted while this part of the disk (0..1) is free; empty if there is room."""
+    if free_share >= MIN_FREE_SHARE:
+        return ""
+    free = int(free_share * 1_000) / 10  # rounded down: never the 5 % that are enough
+    return f"the disk of the database has {free:g} % free, and deliveries need {MIN_FREE_SHARE * 100:g} %"
 
 
 class Disk:
-    """`is_short`: whether the disk was nearly full at the last `check_soon`.
+    """`shortage`: why the disk had no room for a delivery at the last `check_soon`, empty if it had.
 
-    A check may hang with the disk. So the thread that writes to the disk checks, and event loops only read `is_short`.
-    `free_share`: returns the free part of the disk, 0 to 1.
+    A check may hang with the disk. So the thread that writes to the disk checks, and event loops only read `shortage`.
+    `free_share`: returns the free part of the disk, 0 to 1. Logs when deliveries begin to be refused and when that
+    ends.
     """
 
     def __init__(self, free_share: Callable[[], float]) -> None:
         self._free_share = free_share
-        self._look_at = float("-inf")
-        self.is_short = False
+        self._look_at = self._short_at = float("-inf")
+        self._is_logged = False
+        self.shortage = ""
 
     def check_soon(self) -> None:
-        """Check, at most once in `FREE_SPACE_INTERVAL_SECONDS`. After a failed check `is_short` keeps its value."""
-        if time.monotonic() > self._look_at:
-            self._look_at = time.monotonic() + FREE_SPACE_INTERVAL_SECONDS
-            # Commits report a broken disk. Some file systems report a size of 0.
-            with suppress(OSError, ZeroDivisionError):
-                self.is_short = self._free_share() < MIN_FREE_SHARE
+        """Check, at most once in `FREE_SPACE_INTERVAL_SECONDS`. After a failed check `shortage` keeps its value."""
+        now = time.monotonic()
+        if now <= self._look_at:
+            return
+        self._look_at = now + FREE_SPACE_INTERVAL_SECONDS
+        with suppress(OSError):  # commits report a broken disk
+            self.shortage = shortage(self._free_share())
+        if self.shortage:
+            self._short_at = now
+            if not self._is_logged:
+                log.error("intake.paused", reason=self.shortage)
+        elif self._is_logged and now > self._short_at + STEADY_SECONDS:
+            log.info("intake.resumed")
+        else:
+            return
+        self._is_logged = bool(self.shortage)

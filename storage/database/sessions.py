@@ -26,6 +26,7 @@ from sqlalchemy.util.queue import Empty
 from sqlmodel import Session
 
 from storage import forks
+from storage.database import free_space
 from storage.database.clock import db_now
 from storage.database.group_writer import WAITED, GroupWriter
 from storage.database.outages import AT_FAULT, LOCK_TIMEOUT, Outages, words
@@ -271,11 +272,17 @@ class Database:
         return {f"database{end}": Path(f"{self.url.database}{end}") for end in ends}
 
     def free_share(self) -> float:
-        """The free part (0..1) of the disk under an SQLite file; 1 for PostgreSQL, whose disk we cannot see."""
+        """The free part (0..1) of the disk under an SQLite file. 1 where the disk tells no size, and for PostgreSQL,
+        whose disk we cannot see.
+        """
         if not self.is_sqlite:
             return 1.0
         usage = shutil.disk_usage(Path(self.url.database or ".").absolute().parent)
-        return usage.free / usage.total
+        return usage.free / usage.total if usage.total else 1.0
+
+    def shortage(self) -> str:
+        """Why the web server accepts no delivery for lack of room on the disk; empty if there is room."""
+        return free_space.shortage(self.free_share())
 
     @contextmanager
     def _unavailable(self) -> Iterator[None]:

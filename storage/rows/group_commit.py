@@ -108,7 +108,7 @@ class GroupCommit:
         self._committing: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start it. Call this, and all but `is_full`, in the event loop."""
+        """Start it. Call this, and all but `is_full` and `state`, in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -127,7 +127,12 @@ class GroupCommit:
     @property
     def is_full(self) -> bool:
         """Whether new deliveries are refused for now: too many wait for their commit, or the disk is nearly full."""
-        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES or self._disk.is_short
+        return len(self._waiting) >= MAX_WAITING or self._bytes >= MAX_WAITING_BYTES or self._disk.shortage != ""
+
+    @property
+    def state(self) -> str:
+        """Why new deliveries are refused for now, or "ok"."""
+        return self._disk.shortage or ("too many deliveries wait for their commit" if self.is_full else "ok")
 
     async def commit(self, delivery: Delivery) -> Intake:
         """Wait until the delivery's row is durable. Raises `QueueFull`, `TimeoutError` after `COMMIT_SECONDS`, or the
@@ -136,7 +141,7 @@ class GroupCommit:
         durable: asyncio.Future[Intake] = self._loop.create_future()
         with self._changed:
             if self.is_full or self._is_stopping:
-                raise QueueFull("no room: too many deliveries wait for their commit, or the disk is nearly full")
+                raise QueueFull(f"no room: {'the receiver stops' if self._is_stopping else self.state}")
             self._waiting.append((delivery, durable))
             self._bytes += len(delivery.body)
             self._call_writer()

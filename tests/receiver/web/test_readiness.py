@@ -15,9 +15,13 @@ import httpx
 import pytest
 from sqlalchemy import event, text
 
+from receiver.app import checks
+from receiver.app.findings import Status
 from receiver.app.wiring import Parts
+from receiver.cli import show
 from receiver.web import readiness
 from storage.bucket.bucket import Bucket
+from storage.database import free_space
 from storage.database.sessions import Database
 from storage.operations import heartbeats
 from storage.rows.models import Task
@@ -101,6 +105,22 @@ def test_store_is_asked_while_the_database_is_waited_for(
             silent_store.accept()[0].close()
             assert not answer.done()
         assert answer.result().status_code == 503
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
+def test_lack_of_room_on_the_disk_is_named_wherever_an_operator_looks(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(free_space, "MIN_FREE_SHARE", 2.0)  # no disk has as much
+    assert wait_until(lambda: deliver(web, parts, insert_row(parts)) == 503)
+    ready = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}, timeout=10)
+    fault = next(each for each in checks.database(parts) if each.status is Status.FAULT)
+    show.show_latest(parts, 1)
+    says = "% free, and deliveries need 200 %"
+    assert ready.status_code == 503 and says in ready.json()["checks"]["intake"]
+    assert fault.name == "database: room" and says in fault.line
+    assert says in capsys.readouterr().out
 
 
 def set_read_only(database: Database, how: str) -> None:

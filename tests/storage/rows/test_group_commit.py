@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 from sqlmodel import select
+from structlog.testing import capture_logs
 
 from storage.database import free_space
 from storage.database.sessions import Database
@@ -302,6 +303,21 @@ def test_a_nearly_full_disk_refuses_until_there_is_room_again(
         free[0] = 0.5
         wait_until(lambda: not intake.inner.is_full)
         assert intake.put(GOOD).result(SECONDS) is Intake.NEW
+
+
+def test_a_nearly_full_disk_is_logged_once_when_it_begins_and_once_when_it_ends(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(free_space, "STEADY_SECONDS", 0.2)
+    free = iter([0.0499, 0.03, 0.06, *[0.04] * 5])  # about the limit, then above it
+    with capture_logs() as logs, on_disk(database, monkeypatch, lambda: next(free, 0.5)) as intake:
+        wait_until(lambda: not intake.inner.is_full and len(logs) > 1)
+        time.sleep(0.05)
+    reason = "the disk of the database has 4.9 % free, and deliveries need 5 %"
+    assert [(line["event"], line["log_level"], line.get("reason")) for line in logs] == [
+        ("intake.paused", "error", reason),
+        ("intake.resumed", "info", None),
+    ]
 
 
 def test_event_loop_reads_the_free_space_without_touching_the_disk(
