@@ -8,7 +8,6 @@ import fcntl
 import gc
 import importlib.util
 import logging
-import math
 import os
 import re
 import shutil
@@ -17,6 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         deselected = [item for item in items if is_for_both_databases_alone(item)]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if item not in deselected]
-    deal_slow_tests(items)
+    deal_tests(items)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -96,25 +96,33 @@ def is_for_both_databases_alone(item: pytest.Item) -> bool:
     return mark is not None and params.get("database_kind", mark.args[0]) not in mark.args
 
 
-def deal_slow_tests(items: list[pytest.Item]) -> None:
-    """Give each worker but one its share of the slow tests. xdist deals out the tests in equal parts, in order.
+def deal_tests(items: list[pytest.Item]) -> None:
+    """Give each worker its share of the slow, the ordinary and the quick tests, in this order. xdist deals out the
+    tests in equal parts, in order. A worker that has done its part takes half of what is left of the longest.
 
-    Slow tests mostly wait. The last worker starts with others, which use the processor meanwhile.
+    Slow tests mostly wait. The last worker gets none of them and uses the processor meanwhile. xdist leaves the last
+    two tests to each worker, so those are quick, and the workers end together.
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     names = {path: path.name for path in {item.path for item in items}}
     units = [[item] for item in items if names[item.path] in SLOW or item.get_closest_marker("campaign")]
     units += [[item for item in items if names[item.path] == name] for name in sorted(SLOW_AND_WHOLE)]
     taken = {item for unit in units for item in unit}
-    others = [item for item in items if item not in taken]
-    parts, start = [], 0
+    ordinary = iter([item for item in items if item not in taken and not is_quick(item)])
+    quick = [item for item in items if item not in taken and is_quick(item)]
+    dealt: list[pytest.Item] = []
     shares = max(1, workers - 1)
     for worker in range(workers):
-        first = [item for unit in units[worker::shares] for item in unit] if worker < shares else []
-        end = start + math.ceil(len(items) / workers) - len(first)
-        parts += [*first, *others[start:end]]
-        start = max(start, end)
-    items[:] = [*parts, *others[start:]]
+        last = quick[worker::workers]
+        slow = [item for unit in units[worker::shares] for item in unit] if worker < shares else []
+        end = len(items) * (worker + 1) // workers
+        dealt += [*slow, *islice(ordinary, max(0, end - len(dealt) - len(slow) - len(last))), *last]
+    items[:] = [*dealt, *ordinary]
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether the test starts neither a server nor a process, for which it would need a folder."""
+    return not {"tmp_path", "sandbox", "seaweed", "postgres"} & set(item.fixturenames)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session", autouse=True)
