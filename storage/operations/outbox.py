@@ -24,7 +24,7 @@ from storage.database.prepared import execute
 from storage.database.sessions import Database, insert_or_ignore, run
 from storage.operations import lists
 from storage.rows import claims
-from storage.rows.events import COUNTER, RECORDED
+from storage.rows.events import COUNTER, HIGHEST, RECORDED
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
 
@@ -84,7 +84,7 @@ _NUMBERED = update(Event.__table__).where(_EVENTS.id == _FRESH.c.id)  # type: ig
 _NUMBERED = _NUMBERED.values(seq=bindparam("so_far", type_=BigInteger) + _FRESH.c.place)
 _NUMBERED = _NUMBERED.returning(_EVENTS.seq, _EVENTS.id, _EVENTS.name, _EVENTS.task_id)
 _COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
-_SO_FAR = select(_COUNTERS.value).where(_COUNTERS.name == COUNTER)
+_SO_FAR = select(_COUNTERS.value, HIGHEST.label("highest")).where(_COUNTERS.name == COUNTER)
 _LOCKED_SO_FAR = _SO_FAR.with_for_update(skip_locked=True)
 _COUNTED = update(Counter.__table__).where(_COUNTERS.name == COUNTER)  # type: ignore[attr-defined]
 _COUNTED = _COUNTED.values(value=bindparam("until", type_=BigInteger))
@@ -101,16 +101,16 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
     events.
 
     The counter's row is locked until the commit, so numbers become visible in ascending order: a reader that has seen
-    one never sees a smaller one appear. Returns 0 when there are no events or another process holds the counter.
+    one never sees a smaller one appear. The numbers continue above those of all events, also where a restored database
+    has a counter that is behind. Returns 0 when there are no events or another process holds the counter.
     """
     found = execute(session, _LOCKED_SO_FAR).rows
     if not found and not execute(session, _SO_FAR).rows:  # there is no counter yet
-        highest = select(func.coalesce(func.max(Event.seq), 0)).scalar_subquery()
-        insert_or_ignore(session, Counter, {"name": COUNTER, "value": highest})
+        insert_or_ignore(session, Counter, {"name": COUNTER, "value": 0})
         found = execute(session, _LOCKED_SO_FAR).rows
     if not found:  # another transaction holds it
         return 0
-    so_far = found[0].value
+    so_far = max(found[0].value, found[0].highest or 0)
     numbered = sorted(execute(session, _NUMBERED, {"so_far": so_far, "most": limit}).rows)
     if not numbered:
         return 0

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 from sqlmodel import col, func, select
 
 from receiver.app.wiring import Parts
@@ -18,7 +18,7 @@ from storage.operations import lists, outbox
 from storage.operations.outbox import Subscription
 from storage.rows import claims, events
 from storage.rows.events import EventName, record
-from storage.rows.models import Dispatch, Event, Task
+from storage.rows.models import Counter, Dispatch, Event, Task
 from storage.states import ArchiveState, DispatchState
 from tests import event_delivery_run
 from tests.harness import wait_until
@@ -96,6 +96,20 @@ def test_a_full_batch_is_followed_by_the_rest(database: Database) -> None:
         for _ in range(outbox.BATCH + 1):
             record(session, EventName.TASK_CREATED, None)
     assert outbox.sequence_all(database, []) == outbox.BATCH + 1
+
+
+@pytest.mark.parametrize("pruned", [0, 2])
+def test_numbers_continue_above_all_events_where_the_counter_is_behind(database: Database, pruned: int) -> None:
+    """As after a dump that was restored into migrated tables: the counter's row is the migration's."""
+    tell(database, None, *[EventName.TASK_CREATED] * 3)
+    outbox.sequence_all(database, [])
+    with database.write() as session:
+        session.execute(update(Counter).where(col(Counter.name) == events.COUNTER).values(value=0))
+        session.execute(delete(Event).where(col(Event.seq) <= pruned))
+        assert events.newest_seq(session) == 3
+    tell(database, None, EventName.TASK_FAILED, EventName.TASK_FAILED)
+    assert outbox.sequence_all(database, []) == 2
+    assert seen(database, after=3) == [(4, "task.failed"), (5, "task.failed")]
 
 
 @pytest.mark.parametrize("database_kind", ["postgresql"], indirect=True)
