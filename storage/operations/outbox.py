@@ -24,7 +24,7 @@ from storage.database.prepared import execute
 from storage.database.sessions import Database, insert_or_ignore, run
 from storage.operations import lists
 from storage.rows import claims
-from storage.rows.events import COUNTER, HIGHEST, RECORDED
+from storage.rows.events import COUNTER, RECORDED
 from storage.rows.models import Counter, Dispatch, Event, Sink, Task
 from storage.states import DispatchState
 
@@ -84,7 +84,10 @@ _NUMBERED = update(Event.__table__).where(_EVENTS.id == _FRESH.c.id)  # type: ig
 _NUMBERED = _NUMBERED.values(seq=bindparam("so_far", type_=BigInteger) + _FRESH.c.place)
 _NUMBERED = _NUMBERED.returning(_EVENTS.seq, _EVENTS.id, _EVENTS.name, _EVENTS.task_id)
 _COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]
-_SO_FAR = select(_COUNTERS.value, HIGHEST.label("highest")).where(_COUNTERS.name == COUNTER)
+# The counter may be behind the events: a dump that is restored into migrated tables brings them, and leaves its row as
+# the migration made it.
+_HIGHEST = select(func.max(_EVENTS.seq)).scalar_subquery()
+_SO_FAR = select(_COUNTERS.value, _HIGHEST.label("highest")).where(_COUNTERS.name == COUNTER)
 _LOCKED_SO_FAR = _SO_FAR.with_for_update(skip_locked=True)
 _COUNTED = update(Counter.__table__).where(_COUNTERS.name == COUNTER)  # type: ignore[attr-defined]
 _COUNTED = _COUNTED.values(value=bindparam("until", type_=BigInteger))

@@ -45,11 +45,6 @@ class EventName(StrEnum):
 PERSON_ACTED = "person.acted"
 _IS_EVENT = col(Event.name) != PERSON_ACTED
 
-# The highest number that an event has. The counter's row may be behind it: a dump that is restored into migrated tables
-# brings the events, and leaves the row that the migration made.
-HIGHEST = select(func.max(Event.seq)).scalar_subquery()
-_NEWEST = select(select(Counter.value).where(Counter.name == COUNTER).scalar_subquery(), HIGHEST)
-
 # The events of a task that ends well. The other names are rare and have their own index.
 FREQUENT = frozenset(FREQUENT_EVENTS)
 # Events that one page reads: 8 ms on SQLite and 5 on PostgreSQL with 8 million. Rare ones are read from their index.
@@ -193,8 +188,7 @@ def page(session: Session, seq: int, limit: int, names: Collection[str], *, of_c
 
 def newest_seq(session: Session) -> int:
     """The highest number so far, 0 for none. Its event may have been pruned since."""
-    counted, highest = session.execute(_NEWEST).one()
-    return max(counted or 0, highest or 0)
+    return session.exec(select(Counter.value).where(Counter.name == COUNTER)).one_or_none() or 0
 
 
 def count_after(session: Session, seq: int) -> tuple[dict[str, int], int]:
