@@ -13,6 +13,7 @@ from sqlmodel import Session, col
 
 from storage.archive import manifest
 from storage.archive.audit import ENDED, Finding, FindingKind
+from storage.archive.folders import manifest_number
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
 from storage.database.sessions import Database, run
@@ -123,9 +124,9 @@ class Repairer:
             task = tasks.by_external_id(session, finding.task or "")
         if task is None or task.manifest_key is None or task.deleted_at is not None:
             return "left alone: the row has changed since"
-        missing = finding.kind is FindingKind.MANIFEST_MISSING
-        if missing and finding.key != task.manifest_key:
+        if finding.key != task.manifest_key:
             return "not repaired: it is an earlier manifest, of which there is no other copy"
+        missing = finding.kind is FindingKind.MANIFEST_MISSING
         number, digest = self._previous_manifest(task) if missing else (task.manifests, task.manifest_digest)
         with self._database.write() as session:
             row = tasks.lock(session, task.id)
@@ -137,8 +138,11 @@ class Repairer:
         return WRITTEN_AGAIN
 
     def _previous_manifest(self, task: Task) -> tuple[int, str | None]:
-        """Number and digest of the manifest before the current one; the digest is None if it cannot be read."""
-        number, folder = task.manifests - 1, str(task.manifest_key).rpartition("/")[0]
+        """Number and digest of the manifest before the current one; the digest is None if it cannot be read.
+
+        By the key: `manifests` is that number already if an earlier repair waits for its worker.
+        """
+        number, folder = (manifest_number(str(task.manifest_key)) or 1) - 1, str(task.manifest_key).rpartition("/")[0]
         try:
             content = self._bucket.read_bytes(f"{folder}/{manifest_name(number)}", manifest.MAX_MANIFEST_BYTES)
             return number, str(manifest.read(content)["digest"])

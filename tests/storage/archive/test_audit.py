@@ -135,6 +135,17 @@ def test_missing_and_changed_manifests_are_written_again(parts: Parts) -> None:
     assert str(task_of(parts, broken.external_task_id).manifest_key).endswith("/manifest.2.json")
 
 
+@BOTH
+def test_manifest_is_written_again_under_its_key_after_two_repairs(parts: Parts) -> None:
+    (task,) = archive(parts, 1)
+    parts.bucket.delete(str(task.manifest_key))
+    findings, repairer = audit(parts)[1], Repairer(parts.database, parts.bucket, parts.schedule)
+    assert [repairer.repair(each) for each in findings * 2] == [WRITTEN_AGAIN] * 2  # before a worker comes to it
+    work_off(parts)
+    row = task_of(parts, task.external_task_id)
+    assert (row.manifest_key, row.manifests, audit(parts)[1]) == (task.manifest_key, 1, [])
+
+
 def test_manifest_that_names_other_files_is_a_fault(parts: Parts) -> None:
     (task,) = archive(parts, 1)
     with parts.database.write() as session:
