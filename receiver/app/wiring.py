@@ -175,7 +175,7 @@ class Parts:
     @cached_property
     def confirmation(self) -> Confirmation:
         chosen = self.settings
-        extra = (*chosen.result_hosts, *chosen.private_result_hosts)
+        extra = (*chosen.result_hosts, *(host for host, _ in private_pairs(chosen.private_result_hosts)))
         return Confirmation(chosen.confirm, trusted_hosts(self.kling.result_hosts, chosen.kling_base_url, extra))
 
     @cached_property

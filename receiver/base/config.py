@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -24,17 +24,22 @@ from receiver.base.console_keys import ConsoleKey
 from receiver.base.console_keys import parse as parse_console_keys
 from receiver.base.retry_schedule import EVENT_RETRY_SECONDS
 from receiver.base.setting_types import (
+    Bucket,
     DatabaseUrl,
     Delays,
     Entries,
+    Header,
     HostPorts,
+    Hosts,
     HttpUrl,
+    OptionalProxy,
     OptionalUrl,
     Origins,
-    Proxy,
+    Prefix,
+    Seconds,
     Secrets,
     Tags,
-    Words,
+    check_text,
 )
 from storage.bucket.put_options import PutOptions, parse_tags
 from storage.errors import UserError
@@ -42,6 +47,8 @@ from storage.fetch.addresses import AddressPolicy, host_of
 
 PREFIX = setting_faults.PREFIX
 OWN_BUCKET = "pictures"  # bucket of the store that we run ourselves, unless another is set
+
+PATHS = frozenset({"spool_dir", "store", "console_thumbnail_dir"})
 
 
 class SettingsInvalid(UserError, ValueError):
@@ -79,30 +86,30 @@ class Settings(BaseSettings):
     kling_slots: Annotated[int, Field(ge=1, le=100_000)] | None = None
 
     confirm: Literal["auto", "always", "never"] = "auto"
-    poll_after_seconds: float = Field(default=60, ge=0.1)
-    poll_max_seconds: float = Field(default=3_600, ge=0.1)
-    result_lifetime_seconds: float = Field(default=2_592_000, ge=60)
-    result_hosts: Words = ()
+    poll_after_seconds: Seconds = Field(default=60, ge=0.1)
+    poll_max_seconds: Seconds = Field(default=3_600, ge=0.1)
+    result_lifetime_seconds: Seconds = Field(default=2_592_000, ge=60)
+    result_hosts: Hosts = ()
     private_result_hosts: HostPorts = ()
     max_asset_bytes: int = Field(default=256 * 2**20, ge=1)
     spool_dir: Path | None = None
     fetch_user_agent: Annotated[str, Field(pattern=r"^[\x21-\x7e][\x20-\x7e]{0,199}$")] = "kling-receiver"
-    egress_proxy: Proxy | None = None
+    egress_proxy: OptionalProxy = None
 
     store: Path | None = None
-    s3_bucket: str = Field(min_length=1)
+    s3_bucket: Bucket
     s3_endpoint_url: OptionalUrl = None
-    s3_prefix: str = ""
+    s3_prefix: Prefix = ""
     s3_public_endpoint_url: OptionalUrl = None
     s3_checksums: Literal["when_supported", "when_required", "never"] = "when_supported"
     s3_addressing: Literal["auto", "path", "virtual"] = "auto"
-    s3_storage_class: str | None = None
+    s3_storage_class: Header | None = None
     s3_sse: Literal["AES256", "aws:kms"] | None = None
-    s3_kms_key_id: str | None = None
+    s3_kms_key_id: Header | None = None
     s3_lock_mode: Literal["GOVERNANCE", "COMPLIANCE"] | None = None
     s3_lock_days: Annotated[int, Field(ge=1, le=36_500)] | None = None
     s3_tags: Tags = ""
-    s3_cache_control: str | None = None
+    s3_cache_control: Header | None = None
 
     api_keys: Secrets = ()
     gateway_results: Literal["archived", "provider"] = "archived"
@@ -115,8 +122,8 @@ class Settings(BaseSettings):
 
     workers: int = Field(default=1, ge=0, le=64)
     worker_threads: int = Field(default=8, ge=1, le=256)
-    lease_seconds: float = Field(default=60, ge=1)
-    grace_seconds: float = Field(default=25, ge=0)
+    lease_seconds: Seconds = Field(default=60, ge=1)
+    grace_seconds: Seconds = Field(default=25, ge=0)
 
     audit_days: Annotated[float, Field(ge=0.01, le=3_650)] | None = None
     # 1.7 TB a day, and a sixth of a gigabit line, so that archiving and other reads are hardly slower.
@@ -140,6 +147,13 @@ class Settings(BaseSettings):
         trimmed = {name: value.strip("\r\n") if isinstance(value, str) else value for name, value in values.items()}
         given = {name: value for name, value in trimmed.items() if value != ""}
         return {"s3_bucket": OWN_BUCKET, **given} if "store" in given else given
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            check_text(value, is_path=info.field_name in PATHS)
+        return value
 
     @model_validator(mode="after")
     def _together(self) -> Settings:

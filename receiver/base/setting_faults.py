@@ -38,8 +38,10 @@ def contradictions(settings: Settings) -> Iterator[str]:
         yield f"{PREFIX}STORE and {PREFIX}S3_ENDPOINT_URL: each names a store; leave one out"
     if bool(settings.s3_lock_mode) != bool(settings.s3_lock_days):
         yield f"{PREFIX}S3_LOCK_MODE and {PREFIX}S3_LOCK_DAYS: set both or neither"
-    if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in settings.api_keys):
-        yield f"{PREFIX}API_KEYS: each is printable ASCII without spaces, as it stands in an Authorization header"
+    bearers = {"API_KEYS": settings.api_keys, "METRICS_TOKEN": filter(None, [settings.metrics_token])}
+    for name, keys in bearers.items():
+        if any(not CREDENTIAL.fullmatch(key.get_secret_value()) for key in keys):
+            yield f"{PREFIX}{name}: write printable ASCII without spaces, as it stands in an Authorization header"
     try:
         _ = settings.console_people
     except ValueError as error:

@@ -386,6 +386,5 @@ def _folded(external_task_id: str) -> str:
 
 def trusted_hosts(provider_hosts: Sequence[str], base_url: str, extra: Sequence[str]) -> tuple[str, ...]:
     """The hosts of `RECEIVER_CONFIRM=auto`: the provider's, the base URL's, and those in the settings."""
-    listed: list[Any] = [*provider_hosts, urlsplit(base_url).hostname or ""]
-    listed += [entry.rpartition(":")[0].strip("[]") if ":" in entry else entry for entry in extra]
+    listed = [*provider_hosts, urlsplit(base_url).hostname or "", *extra]
     return tuple(sorted({host.lower().rstrip(".") for host in listed if host}))

@@ -258,6 +258,11 @@ def host_of(url: str) -> str:
     return _one_spelling(_split(url)[1])
 
 
+def host_name(text: str) -> str:
+    """A host name or address, in brackets or not, as `AddressPolicy` wants it. Raises `FetchRefused`."""
+    return _host(f"[{text.strip('[]')}]" if ":" in text else text)
+
+
 def _one_spelling(host: str) -> str:
     """`localhost` for every own name of this machine, and the IPv4 address for an IPv6 address that embeds it."""
     address = _literal(host)

@@ -52,9 +52,9 @@ def test_percent_encoded_password_is_decoded() -> None:
     assert make_url(given.database_url.get_secret_value()).password == "h/2#@"
 
 
-@pytest.mark.parametrize("written", ["{}\n", '"{}"', "'{}'\r\n", " {} "])
+@pytest.mark.parametrize("written", ["{}\n", "{}\r\n", " {} "])
 @pytest.mark.parametrize("name", ["database_url", "database_direct_url"])
-def test_line_end_and_quotes_around_a_postgresql_url_are_removed(name: str, written: str) -> None:
+def test_line_end_and_blanks_around_a_postgresql_url_are_removed(name: str, written: str) -> None:
     url = "postgresql://user:hunter2@host/name?sslmode=require"
     given = load(s3_bucket="pictures", **{"database_url": url, name: written.format(url)})
     assert getattr(given, name).get_secret_value() == url
