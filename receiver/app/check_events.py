@@ -20,7 +20,7 @@ SINK_ADVICE = {
     "webhook": "correct it in RECEIVER_EVENT_SINKS; a receiver of your own network belongs on "
     "RECEIVER_PRIVATE_EVENT_HOSTS as HOST:PORT",
     "sqs": "correct the queue's URL in RECEIVER_EVENT_SINKS, or the credentials and the region that boto3 finds",
-    "file": "make its folder, for this user to write to, or correct RECEIVER_EVENT_SINKS",
+    "file": "it needs a folder that this user may write to; make that, or correct RECEIVER_EVENT_SINKS",
     "stdout": "",
 }
 GRANT = "grant sqs:GetQueueAttributes so that the queue can be checked; sending needs sqs:SendMessage alone"

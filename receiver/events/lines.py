@@ -80,7 +80,8 @@ class Lines:
         if self._path is None:
             return "standard output"
         try:
-            if not self._path.exists() and os.access(self._path.parent, os.W_OK | os.X_OK):
+            if not self._path.exists():
+                _check_folder(self._path.parent)
                 return f"{self._path} can be made"
             os.close(open_own(self._path, FLAGS))
         except OSError as error:
@@ -101,6 +102,14 @@ def _alone_on(file: int) -> Iterator[None]:
         yield
     finally:
         fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise the OSError with which the system would refuse a new file in `folder`."""
+    is_read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+    if is_read_only or not os.access(folder, os.W_OK | os.X_OK):
+        number = errno.EROFS if is_read_only else errno.EACCES
+        raise OSError(number, f"{os.strerror(number)} ({folder})", str(folder))
 
 
 def _end_torn_line(file: int) -> None:

@@ -489,7 +489,7 @@ def test_queue_that_only_permits_sending_is_a_note(look: Look) -> None:
 def test_event_file_that_cannot_be_appended_to_is_a_fault(look: Look, tmp_path: Path) -> None:
     found = faults(look(event_sinks=f"file://{tmp_path}/none/events.jsonl folder=file://{tmp_path}"))
     assert list(found) == ["events to events", "events to folder"]
-    assert "No such file or directory" in found["events to events"] and "make its folder" in found["events to events"]
+    assert "No such file or directory" in found["events to events"] and "needs a folder" in found["events to events"]
 
 
 def test_gateway_without_a_public_url_is_a_note(look: Look) -> None:

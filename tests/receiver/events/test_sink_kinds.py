@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -347,6 +348,27 @@ def test_half_a_line_left_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
     half, *whole = file.read_bytes().splitlines()
     assert [json.loads(line)["subject"] for line in whole] == ["t0", "t1"]
     assert half == b'{"id": "half'
+
+
+def test_check_of_a_file_in_a_folder_without_write_access_names_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "events"
+    folder.mkdir()
+    folder.chmod(0o555)
+    user = os.getuid()
+    if user == 0:  # root may write everywhere; access(2) goes by the real user
+        os.setreuid(65_534, 0)
+    try:
+        with pytest.raises(SinkUnavailable) as refused:
+            Lines(folder / "events.jsonl").check()
+    finally:
+        os.setreuid(user, -1)
+    assert str(refused.value) == f"{folder / 'events.jsonl'}: Permission denied ({folder})"
+
+
+def test_check_of_a_file_in_a_read_only_file_system_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(SinkUnavailable, match=r"Read-only file system"):
+        Lines(tmp_path / "events.jsonl").check()
 
 
 def test_unread_pipe_delays_no_other_sink(tmp_path: Path) -> None:
