@@ -18,7 +18,8 @@ Retry(after)          the same work may succeed later
 │   ├── ObjectRefused         it refuses this one object, for its size or an argument: no outage
 │   └── ObjectForbidden       403: perhaps this one object, perhaps every one
 ├── DatabaseUnavailable   the database is down or refuses us
-│   └── SessionReplaced       an old session refused to write; a new one may
+│   ├── SessionReplaced       an old session refused to write; a new one may
+│   └── FileChanged           the SQLite file, its log or its index is not the one that is open
 └── SpoolUnavailable      the folder for large downloads cannot be used
     └── DiskFull              no room in it
 Refresh               the URL died; read the task again for a new one
@@ -138,6 +139,10 @@ class SessionReplaced(DatabaseUnavailable):
     """An old session refused to write, like those of a demoted primary. Nothing was committed, and a second try gets a
     new session.
     """
+
+
+class FileChanged(DatabaseUnavailable):
+    """The SQLite file, its log or its index was removed or replaced while it was open. The message says what to do."""
 
 
 class SpoolUnavailable(Retry):

@@ -71,3 +71,25 @@ def fetch(connection: Connection, port: int, max_bytes: int) -> None:
     except FetchTooLarge:
         connection.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     fetcher.close()
+
+
+def hold(connection: Connection, url: str) -> None:
+    """Insert a row into `one` and keep the database open until the test says so."""
+    database = Database(url)
+    with database.autocommit_writer() as writer:
+        writer.exec_driver_sql("INSERT INTO one VALUES (2)")
+    connection.send("ready")
+    connection.recv()
+    database.close()
+
+
+def come_and_go(connection: Connection, url: str) -> None:
+    """Open the database, write and close it, fifty times."""
+    connection.send("ready")
+    connection.recv()
+    for _ in range(50):
+        database = Database(url)
+        with database.autocommit_writer() as writer:
+            writer.exec_driver_sql("INSERT INTO one VALUES (3)")
+        database.close()
+    connection.send("done")

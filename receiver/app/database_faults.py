@@ -15,7 +15,7 @@ from storage.database.free_space import MIN_FREE_SHARE
 from storage.database.outages import AT_FAULT, NO_PRIVILEGE, words
 from storage.database.sessions import Database
 from storage.database.urls import place
-from storage.errors import DatabaseUnavailable, UserError
+from storage.errors import DatabaseUnavailable, FileChanged, UserError
 
 # The refusal of a connection has no SQLSTATE, so PostgreSQL's message text decides.
 FOR_GOOD = re.compile(
@@ -55,6 +55,8 @@ def sentence(url: URL, error: BaseException) -> str:
 
 def remedy(database: Database, error: BaseException) -> str:
     """What an administrator can do about the fault that `reason` describes."""
+    if isinstance(error, FileChanged):  # the message has the advice
+        return ""
     driver = _driver_error(error)
     state = getattr(driver, "sqlstate", None)
     if state == READ_ONLY_STATE or READ_ONLY in str(driver):

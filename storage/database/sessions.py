@@ -145,7 +145,7 @@ class Database:
         pool: dict[str, Any] = {"poolclass": _Pool, "pool_size": kept, "max_overflow": connections - kept}
         pool["pool_timeout"] = CONNECT_SECONDS
         if self.is_sqlite:
-            self._file = SqliteFile(Path(self.url.database or ""))
+            self._file = SqliteFile(Path(self.url.database or ""), self.files["database.lock"])
             self.turnstile = self._make_turnstile()
             self.writer = sqlite_engine(self.url, self._file, "BEGIN IMMEDIATE", pool_size=1, max_overflow=1)
             self.reader = sqlite_engine(self.url, self._file, "BEGIN", **pool)
@@ -196,7 +196,7 @@ class Database:
         self.write_in_group = self._group_writer.commit
 
     def _make_turnstile(self) -> Turnstile:
-        return Turnstile(Path(f"{self.url.database}.lock"), self._file.check, is_patient=lambda: self.outages.is_on)
+        return Turnstile(self.files["database.lock"], self._file.check, is_patient=lambda: self.outages.is_on)
 
     def begin_in_child(self) -> None:
         """Leave connections and the writer's thread to the parent. Otherwise a child's write waited a minute for a

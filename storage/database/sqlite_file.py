@@ -1,13 +1,15 @@
-"""The file of an SQLite database: created for this user alone, and the same file for the whole life of the process.
+"""The file of an SQLite database: created for this user alone, and the same file in every process that has it open.
 
 If the file or its log is removed or replaced, SQLite silently continues to write to the old one, which is gone with the
-last connection. Deliveries were answered 200 that way and lost.
+last connection. Deliveries were answered 200 that way and lost. So each process checks its own files, and one that
+begins checks those of the others.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +19,9 @@ from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL
 
 from storage import own_files
+from storage.database.open_files import Inodes, OpenFiles
 from storage.database.turnstile import SQLITE_BUSY_SECONDS
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, FileChanged
 
 # checkpoints.py runs the checkpoints outside of commits. Where it does not run, a commit runs one at 64 MB of log.
 SQLITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "wal_autocheckpoint=16384")
@@ -29,51 +32,94 @@ Identity = tuple[int, int] | None
 
 
 class SqliteFile:
-    """One path, the file that was there at the first connection, and the log and its index while there are any."""
+    """One path, the file that was there at the first connection, and the log and its index while there are any.
 
-    def __init__(self, path: Path) -> None:
+    `lock_file`: of the turnstile.
+    """
+
+    def __init__(self, path: Path, lock_file: Path) -> None:
         self.path = path
         self._identity: Identity = None
+        self._open_files = OpenFiles(lock_file)
         self.begin_in_child()
 
     def begin_in_child(self) -> None:
         """Leave connections to the parent: SQLite removes the log once all are closed."""
+        self._lock = threading.Lock()  # guards what follows
         self._open: set[int] = set()
         self._sides: list[tuple[Path, Identity]] = []
+        self._open_files.begin_in_child()
 
     def check(self) -> None:
-        """Raises `DatabaseUnavailable` if another file, or none, is at a path. Takes a microsecond for each of three.
+        """Raises `FileChanged` if another file, or none, is at a path. Takes a microsecond for each of three.
 
         As long as a connection is open, SQLite itself neither removes nor replaces the log and its index.
         """
         self._identity = self._identity or _identity(self.path)
         for path, known in ((self.path, self._identity), *self._sides):
             if (found := _identity(path)) != known:
-                raise DatabaseUnavailable(self._changed(path, found))
+                raise self._changed(path, found)
 
-    def _changed(self, path: Path, found: Identity) -> str:
+    def _changed(self, path: Path, found: object) -> FileChanged:
         advice = "stop all that uses the database, and start again; what was committed is still written then"
         if path == self.path:
             advice = "stop all that uses it, put the right file there, and start again"
         change = "was replaced" if found else "was removed"
-        return f"database: {path.absolute()} {change} while it was open: {advice}"
+        return FileChanged(f"database: {path.absolute()} {change} while it was open: {advice}")
+
+    def _check_others(self) -> None:
+        """Raises `FileChanged` if another process has other files open than those at the paths.
+
+        A process that ends forgets its note before SQLite removes log and index, so between the two looks here they may
+        be gone without a fault. The same result twice is a fault.
+        """
+        seen = None
+        while noted := self._open_files.of_others():
+            paths = self._paths()
+            found = tuple(map(_inode, paths))
+            if (noted, found) == seen:
+                raise self._differing(noted, found)
+            if noted == found:
+                return
+            seen = noted, found
+
+    def _differing(self, noted: Inodes, found: tuple[int, ...]) -> FileChanged:
+        return next(
+            self._changed(path, inode)
+            for path, known, inode in zip(self._paths(), noted, found, strict=True)
+            if inode != known
+        )
+
+    def _paths(self) -> list[Path]:
+        return [self.path, *(Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm"))]
 
     def opened(self, connection: object) -> None:
-        """Note a connection that has read, and with the first one the log and its index."""
-        if not self._open:
-            paths = [Path(f"{self.path}{suffix}") for suffix in ("-wal", "-shm")]
-            self._sides = [(path, found) for path in paths if (found := _identity(path))]
-        self._open.add(id(connection))
+        """Note a connection that has read, and with the first one the log and its index.
+
+        Raises `FileChanged` if another process has other files open.
+        """
+        with self._lock:
+            sides = self._sides
+            if not self._open:
+                sides = [(path, found) for path in self._paths()[1:] if (found := _identity(path))]
+            known = {path: found[1] for path, found in ((self.path, self._identity), *sides) if found}
+            database, log, index = (known.get(path, 0) for path in self._paths())
+            if (noted := self._open_files.note((database, log, index))) != (database, log, index):
+                raise self._differing(noted, (database, log, index))
+            self._sides = sides
+            self._open.add(id(connection))
 
     def closed(self, connection: object) -> None:
-        self._open.discard(id(connection))
-        if not self._open:
-            self._sides = []
+        with self._lock:
+            self._open.discard(id(connection))
+            if not self._open:
+                self._sides = []
+                self._open_files.forget()
 
     def make(self) -> None:
         """Create the file if it does not exist. SQLite gives its -wal and -shm the mode of the file.
 
-        Raises `DatabaseUnavailable`, also for a symlink that another user may have made.
+        Raises `FileChanged`, and `DatabaseUnavailable` for a symlink that another user may have made.
         """
         try:
             own_files.final(self.path)
@@ -81,6 +127,8 @@ class SqliteFile:
             raise DatabaseUnavailable(f"database: {error.filename}: {error.strerror}") from error
         except OSError:  # SQLite reports it
             return
+        if not self._open:
+            self._check_others()
         if self._identity is None:
             with suppress(OSError):  # the file exists, or SQLite reports why it cannot be created
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, own_files.FILE_MODE))
@@ -92,6 +140,11 @@ def _identity(path: Path) -> Identity:
         state = os.stat(path)
         return state.st_dev, state.st_ino
     return None
+
+
+def _inode(path: Path) -> int:
+    found = _identity(path)
+    return found[1] if found else 0
 
 
 def sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine:
@@ -111,7 +164,11 @@ def sqlite_engine(url: URL, file: SqliteFile, begin: str, **pool: Any) -> Engine
         for pragma in SQLITE_PRAGMAS:
             _set_pragma(connection, pragma)
         _set_pragma(connection, "schema_version")  # a read, which opens the log
-        file.opened(connection)
+        try:
+            file.opened(connection)
+        except FileChanged:
+            connection.close()
+            raise
 
     @event.listens_for(engine, "close")
     def forget(connection: Any, _: object) -> None:

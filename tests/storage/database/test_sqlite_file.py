@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -12,7 +13,8 @@ from sqlalchemy import text
 
 from receiver.app.wiring import Parts
 from storage.database.sessions import Database
-from storage.errors import DatabaseUnavailable
+from storage.errors import DatabaseUnavailable, FileChanged
+from tests.other_processes import come_and_go, forked, hold
 from tests.pipeline import Web, insert_row
 from tests.receiver.web.test_callbacks import BODY, path_of
 
@@ -81,6 +83,68 @@ def test_a_log_that_sqlite_removed_with_the_last_connection_is_no_fault(own: Dat
     own.reader.dispose()
     assert not Path(f"{sqlite_file}-wal").exists()
     write(own)
+
+
+def count(database: Database) -> int:
+    with database.read() as session:
+        return int(session.scalar(text("SELECT count(*) FROM one")) or 0)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_a_process_that_begins_refuses_what_another_one_has_open_no_more(
+    own: Database, sqlite_file: Path, suffix: str, what: str
+) -> None:
+    """SQLite makes a new log or index beside it. A row of the new process went when the other one ended."""
+    own.close()
+    file = Path(f"{sqlite_file}{suffix}")
+    with forked(hold, f"sqlite:///{sqlite_file}") as other:
+        assert other.recv() == "ready"
+        kept = Path(shutil.copy(file, f"{file}.kept"))
+        file.unlink()
+        if what == "replaced":
+            shutil.copy(kept, file)
+        begun = Database(f"sqlite:///{sqlite_file}")
+        for use in (write, Database.now):
+            with pytest.raises(FileChanged, match=f"{file.name} was {what} while it was open: stop all"):
+                use(begun)
+        begun.close()
+        assert file.exists() == (what == "replaced"), "SQLite has opened it"
+        other.send("end")
+        with pytest.raises(EOFError):
+            other.recv()
+    if not suffix:
+        kept.rename(file)
+    again = Database(f"sqlite:///{sqlite_file}")
+    write(again)
+    assert count(again) == 2
+    again.close()
+
+
+def test_a_process_begins_after_all_others_were_killed_whatever_is_gone(own: Database, sqlite_file: Path) -> None:
+    own.close()
+    for suffix in ("", "-shm"):
+        with forked(hold, f"sqlite:///{sqlite_file}") as killed:
+            assert killed.recv() == "ready"
+        if suffix:
+            Path(f"{sqlite_file}{suffix}").unlink()
+        begun = Database(f"sqlite:///{sqlite_file}")
+        write(begun)
+        begun.close()
+        assert count(own) == (2, 4)[bool(suffix)]
+        own.close()
+
+
+def test_processes_that_begin_and_end_at_once_refuse_nothing(own: Database, sqlite_file: Path) -> None:
+    own.close()
+    with ExitStack() as stack:
+        others = [stack.enter_context(forked(come_and_go, f"sqlite:///{sqlite_file}")) for _ in range(3)]
+        for step in ("ready", "done"):
+            for other in others:
+                assert other.recv() == step
+            for other in others if step == "ready" else []:
+                other.send("go")
+    assert count(own) == 150
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
