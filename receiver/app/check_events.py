@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from receiver.app.findings import Result, Status
+from receiver.app.wiring import Parts
 from receiver.base.config import Settings
 from receiver.base.sink_setting import Entry
 from receiver.events.dispatcher import Unsure
@@ -14,6 +15,8 @@ from receiver.events.make import make
 from receiver.providers.base import plain
 from storage.errors import GiveUp, Retry
 from storage.fetch.addresses import host_of
+from storage.operations import heartbeats
+from storage.rows import events
 
 # What to do about a sink that cannot be reached, by kind.
 SINK_ADVICE = {
@@ -45,6 +48,18 @@ def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
     except (Retry, GiveUp) as error:
         line = plain(f"cannot be reached ({error})", MAX_LINE_CHARS)
         yield Result(name, Status.FAULT, line, SINK_ADVICE[entry.kind])
+
+
+def numbers(parts: Parts) -> Iterator[Result]:
+    """Check that workers number events. Without a number no sink and no reader gets an event."""
+    with parts.database.read() as session:
+        found = events.unnumbered(session)
+    if not found.is_late:
+        return
+    if heartbeats.count_alive(parts.database):
+        yield Result("events", Status.FAULT, str(found), "look for `worker.step_failed` in the log of the workers")
+    else:
+        yield Result("events", Status.NOTE, str(found), "workers number them, and none is alive")
 
 
 def proxies(settings: Settings) -> Iterator[Result]:

@@ -49,7 +49,10 @@ WORK = {
             "Tasks of the last 24 h whose callback came after a read had reported their end",
         ),
         "late_seconds": ("callback_max_delay_seconds", "The longest such delay"),
-        "events_open": ("events_open", "Events that are not delivered yet, counted per sink"),
+        "events_open": (
+            "events_open",
+            "Events that are not delivered yet, counted per sink; without a number: once",
+        ),
         "oldest_event_seconds": ("oldest_event_seconds", "Age of the oldest of them"),
         "events_dead": ("events_dead", "Events that a sink never accepted; receiver events redeliver sends them again"),
         "audit_faults": ("audit_faults", "Faults that the continuous audit found and that still exist"),

@@ -196,6 +196,8 @@ def _accounts(found: Measures) -> Iterator[str]:
 
 
 def _sinks(found: Measures) -> Iterator[str]:
+    if unnumbered := found.events_open - sum(sink.events_open for sink in found.sinks.values()):
+        yield f"events without a number: {unnumbered}"
     for name, sink in found.sinks.items():
         dead = f", {sink.events_dead} given up" if sink.events_dead else ""
         yield f"events to {name}: {sink.events_open} wait{dead}"

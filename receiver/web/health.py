@@ -140,11 +140,13 @@ class Health:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
             dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
+            unnumbered = events.unnumbered(session)
             unusable, waits = measures.unusable_files(session), measures.store_waits(session)
             paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
         undelivered += [f"sink {name} is disabled" for name in disabled]
+        undelivered += [str(unnumbered)] if unnumbered.is_late else []
         return {
             "events": ", ".join(undelivered) or "ok",
             "work": f"{overdue} rows are overdue" if overdue else "ok",

@@ -17,7 +17,7 @@ from storage.bucket import store_errors
 from storage.database.clock import db_now_once
 from storage.operations import deadlines, outbox
 from storage.operations.ended import Ended, EndedLastDay
-from storage.rows import tasks
+from storage.rows import events, tasks
 from storage.rows.models import Asset, Callback, Dispatch, Task
 from storage.states import UNMATCHED, ArchiveState, AssetState, CallbackState, Step
 
@@ -71,9 +71,10 @@ class Measures:
     `callbacks_expected`: tasks that ended in the last 24 h, at least five minutes ago, and asked for a callback.
     `callbacks_lost`: those of them whose end no callback reported. `callbacks_late`: tasks whose callback came after a
     read had reported the end. `late_seconds`: the longest of those delays. `events_open`: undelivered events, counted
-    per sink. `oldest_event_seconds`: age of the oldest of them. `events_dead`: events that were given up. `audit_…`:
-    the continuous audit: current faults, files hashed in this round, completed share of it (0 to 1), whether it is late
-    (0 or 1), seconds since the last complete round (None = no round has ended). `accounts`, `sinks`: by name.
+    per sink, and once if they have no number yet. `oldest_event_seconds`: age of the oldest of them. `events_dead`:
+    events that were given up. `audit_…`: the continuous audit: current faults, files hashed in this round, completed
+    share of it (0 to 1), whether it is late (0 or 1), seconds since the last complete round (None = no round has
+    ended). `accounts`, `sinks`: by name.
     """
 
     due: int
@@ -253,7 +254,7 @@ def _unusable(session: Session, now: datetime) -> dict[str, Any]:
 
 
 def _events(session: Session, now: datetime) -> dict[str, Any]:
-    """Open and dead events per sink and in total. The rows are read once."""
+    """Open and dead events per sink and in total. Those without a number are of no sink. The rows are read once."""
     # The limit, which nothing reaches, holds SQLite to the index of open ones: to group, it would read all of a sink's.
     rows = select(Dispatch.sink, Dispatch.created_at).where(outbox.IS_OPEN).limit(2**62).subquery().c
     waiting = select(rows.sink, func.count(), func.min(rows.created_at)).group_by(rows.sink)
@@ -262,9 +263,11 @@ def _events(session: Session, now: datetime) -> dict[str, Any]:
     for name, count, first in session.exec(waiting):
         age = (now - first).total_seconds() if first else 0.0
         sinks[name] = replace(sinks.get(name, SinkMeasures()), events_open=count, oldest_event_seconds=age)
+    unnumbered = events.unnumbered(session)
+    ages = [unnumbered.oldest_seconds, *(each.oldest_event_seconds for each in sinks.values())]
     return {
-        "events_open": sum(each.events_open for each in sinks.values()),
-        "oldest_event_seconds": max((each.oldest_event_seconds for each in sinks.values()), default=0.0),
+        "events_open": sum(each.events_open for each in sinks.values()) + unnumbered.events,
+        "oldest_event_seconds": max(ages),
         "events_dead": sum(each.events_dead for each in sinks.values()),
         "sinks": dict(sorted(sinks.items())),
     }

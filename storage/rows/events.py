@@ -50,6 +50,10 @@ FREQUENT = frozenset(FREQUENT_EVENTS)
 # Events that one page reads: 8 ms on SQLite and 5 on PostgreSQL with 8 million. Rare ones are read from their index.
 SCANNED = 5_000
 
+# After this time an event without a number shows that workers cannot number events.
+LATE_SECONDS = 60
+_UNNUMBERED = col(Event.seq).is_(None)
+
 _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
     task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=db_now()
 )
@@ -189,6 +193,30 @@ def page(session: Session, seq: int, limit: int, names: Collection[str], *, of_c
 def newest_seq(session: Session) -> int:
     """The highest number so far, 0 for none. Its event may have been pruned since."""
     return session.exec(select(Counter.value).where(Counter.name == COUNTER)).one_or_none() or 0
+
+
+@dataclass(frozen=True)
+class Unnumbered:
+    """Events without a number: no sink and no reader gets them. `oldest_seconds`: age of the oldest of them.
+
+    Workers number events with the writes that record them, or within a second.
+    """
+
+    events: int
+    oldest_seconds: float
+
+    @property
+    def is_late(self) -> bool:
+        return self.oldest_seconds > LATE_SECONDS
+
+    def __str__(self) -> str:
+        return f"{self.events} events have no number, the oldest for {self.oldest_seconds:.0f} s"
+
+
+def unnumbered(session: Session) -> Unnumbered:
+    oldest = select(Event.at).where(_UNNUMBERED).order_by(col(Event.id)).limit(1).scalar_subquery()
+    count, at, now = session.execute(select(func.count(), oldest, db_now()).where(_UNNUMBERED)).one()
+    return Unnumbered(count, (now - at).total_seconds() if at else 0.0)
 
 
 def count_after(session: Session, seq: int) -> tuple[dict[str, int], int]:

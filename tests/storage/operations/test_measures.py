@@ -15,6 +15,8 @@ from prometheus_client import generate_latest
 from sqlalchemy import delete, event, text
 from sqlmodel import col, select, update
 
+from receiver.app import check_events
+from receiver.app.findings import Status
 from receiver.app.wiring import Parts
 from receiver.base import telemetry
 from receiver.base.telemetry import DEPRECATED, WORK, WORK_OF_EACH
@@ -23,7 +25,7 @@ from receiver.sandbox import Sandbox
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.bucket.store_errors import refusal
 from storage.database.sessions import Database
-from storage.operations import deadlines, measures, outbox
+from storage.operations import deadlines, heartbeats, measures, outbox
 from storage.operations.measures import AccountMeasures, Measures, SinkMeasures, measure
 from storage.rows import events
 from storage.rows.events import EventName
@@ -192,6 +194,7 @@ def tell(parts: Parts, sink: str, state: DispatchState, *, seconds_ago: float) -
         fact = Event(name="task.failed", at=then)
         session.add(fact)
         session.flush()
+        fact.seq = fact.id
         session.add(Dispatch(sink=sink, event_id=fact.id, state=state, created_at=then))
 
 
@@ -224,6 +227,35 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
     assert oldest == found.oldest_event_seconds >= 60 > found.sinks["b"].oldest_event_seconds
     assert (found.events_open, found.events_dead) == (3, 2)
     assert "events to a: 2 wait, 1 given up · events to b: 1 wait, 1 given up" in show.summary(found)
+
+
+@pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
+def test_events_without_a_number_are_open_and_late_ones_are_a_fault(web: Web, parts: Parts) -> None:
+    def ready() -> str:
+        found = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}).json()
+        return str(found["checks"]["events"])
+
+    tell(parts, "a", DispatchState.DUE, seconds_ago=5)
+    with parts.database.write() as session:
+        events.record(session, EventName.TASK_FAILED, None)
+    assert (ready(), list(check_events.numbers(parts))) == ("ok", [])
+    with parts.database.write() as session:
+        events.record(session, EventName.TASK_FAILED, None)
+        session.execute(update(Event).where(col(Event.seq).is_(None)).values(at=LONG_AGO))
+    found = measured(parts)
+    assert (found.events_open, found.sinks["a"].events_open) == (3, 1)
+    assert found.oldest_event_seconds > 3_600 > found.sinks["a"].oldest_event_seconds
+    assert "events without a number: 2" in show.summary(found)
+    wait_until(lambda: ready().startswith("2 events have no number"))
+    statuses = [next(check_events.numbers(parts)).status]
+    heartbeats.register(parts.database, 1)
+    assert [*statuses, next(check_events.numbers(parts)).status] == [Status.NOTE, Status.FAULT]
+
+
+def test_events_without_a_number_are_found_by_their_index(database: Database) -> None:
+    with database.write() as session:
+        events.record(session, EventName.TASK_FAILED, None)
+    assert scans(database, events.unnumbered) == []
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"], indirect=True)
