@@ -40,8 +40,7 @@ def schema(parts: Parts) -> Result:
     if current is None:
         return _no_schema(parts, f"the database has no schema yet, this version needs {wanted}")
     line = f"the database schema is {current}, this version needs {wanted}"
-    newer = current > wanted  # numbered steps
-    advice = "run a receiver of the version that made it" if newer else "run `receiver migrate`"
+    advice = migrations.IF_NEWER if migrations.is_newer(current) else "run `receiver migrate`"
     return Result("database", Status.FAULT, line, advice)
 
 

@@ -59,7 +59,7 @@ class ListenFailed(UserError):
 
 
 class SchemaBehind(UserError):
-    """The database has another schema than this code. The message says which command to run."""
+    """The database has another schema than this code, an older or a newer one. The message says what to do."""
 
 
 def ready_schema(database: Database, *, migrate: bool) -> None:
@@ -69,6 +69,7 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
     """
     database_faults.check_file(database)
     if migrate:
+        require_not_newer(migrations.current(database))
         migrations.upgrade(database)
         return
     if database.is_sqlite and not Path(database.url.database or "").exists():
@@ -76,9 +77,17 @@ def ready_schema(database: Database, *, migrate: bool) -> None:
         raise SchemaBehind(f"{path} holds no database: change to the right folder, correct RECEIVER_DATABASE_URL, "
                            "or run `receiver migrate` to make one")  # fmt: skip
     current, wanted = migrations.current(database), migrations.head()
+    require_not_newer(current)
     if current != wanted:
         raise SchemaBehind(f"the database schema is {current or 'empty'}, this version needs {wanted}: "
                            "run `receiver migrate`")  # fmt: skip
+
+
+def require_not_newer(current: str | None) -> None:
+    """Raises `SchemaBehind` for the schema of a newer version: no step leads back from it."""
+    if migrations.is_newer(current):
+        raise SchemaBehind(f"the database schema is {current}, this version needs {migrations.head()}: "
+                           f"{migrations.IF_NEWER}")  # fmt: skip
 
 
 def await_schema(database: Database, *, migrate: bool, seconds: float = DATABASE_START_SECONDS) -> None:

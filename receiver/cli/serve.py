@@ -71,13 +71,13 @@ def _is_forked_worker(store: Path | None, allow_http: bool) -> bool:
 
 def migrate() -> None:
     """Bring the database schema up to date. Safe to repeat, and to run on several hosts at once."""
-    from receiver.app.database_faults import check_file
+    from receiver.app import database_faults, process
     from storage.rows import migrations
 
     with opened(ready=False) as parts:
-        check_file(parts.database)
+        database_faults.check_file(parts.database)
         before = migrations.current(parts.database)
-        migrations.upgrade(parts.database)
+        process.ready_schema(parts.database, migrate=True)
         after = migrations.current(parts.database)
     say(f"schema {after} was there already" if before == after else f"schema {before or 'empty'} -> {after}")
 

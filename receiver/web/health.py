@@ -100,16 +100,18 @@ class Health:
     def _check(self) -> dict[str, str]:
         checks: dict[str, str] = {}
         try:
-            is_behind = migrations.current(self._database) != migrations.head()
+            schema = migrations.current(self._database)
+            is_other = schema != migrations.head()
             if (fault := self._callbacks.fault) is not None:
                 self._store_probe(fault.body_bytes)
                 if self._callbacks.fault is fault:  # unless another delivery has failed meanwhile
                     self._callbacks.fault = None
-            elif not is_behind:
+            elif not is_other:
                 with self._database.write() as session:
                     session.execute(delete(Worker).where(false()))  # refused where nothing may be written
-            checks |= {"database": "ok", "schema": "behind" if is_behind else "ok"}
-            if not is_behind:
+            words = "newer than this version" if migrations.is_newer(schema) else "behind"
+            checks |= {"database": "ok", "schema": words if is_other else "ok"}
+            if not is_other:
                 checks["workers"] = "ok" if heartbeats.count_alive(self._database) else "none alive"
                 checks |= self._check_lateness()
         except DatabaseUnavailable as error:

@@ -16,6 +16,7 @@ from storage.database.sessions import Database
 # Any constant will do: it names our migrations among PostgreSQL's advisory locks.
 ADVISORY_LOCK = 7_236_101
 FOLDER = Path(__file__).parent
+IF_NEWER = "run a receiver of the version that made it"
 
 
 @cache
@@ -30,6 +31,11 @@ def current(database: Database) -> str | None:
         if not inspect(session.connection()).has_table("alembic_version"):
             return None
         return session.execute(text("SELECT version_num FROM alembic_version")).scalar_one_or_none()
+
+
+def is_newer(current: str | None) -> bool:
+    """Whether a newer version of the program made this schema. The steps are numbered."""
+    return current is not None and current > head()
 
 
 def upgrade(database: Database, revision: str = "head") -> None:

@@ -18,6 +18,7 @@ from sqlalchemy import text
 
 from storage.database.sessions import Database
 from storage.operations import heartbeats
+from storage.rows import migrations
 from tests.command_line import CommandLine
 from tests.forked import Forked
 from tests.harness import wait_until
@@ -60,6 +61,24 @@ def test_reading_verbs_make_no_database_and_say_where_none_is(receiver: CommandL
     assert (done.code, done.out, len(done.err.splitlines())) == (1, "", 1)
     assert f"{receiver.folder / 'receiver.db'} holds no database" in done.err
     assert list(receiver.folder.iterdir()) == []
+
+
+NEEDING_THE_SCHEMA = [("status",), ("migrate",), ("serve", "--port", "0"), ("work",), ("work", "--once"), ASK]
+
+
+@pytest.mark.parametrize("database_kind", ["sqlite", "postgresql"])
+def test_a_database_of_a_newer_version_is_refused_in_one_line(ready: CommandLine, postgres_url: str,
+                                                              database_kind: str) -> None:  # fmt: skip
+    url = f"sqlite:///{ready.folder}/receiver.db" if database_kind == "sqlite" else postgres_url
+    database = Database(url)
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    database.close()
+    for words in NEEDING_THE_SCHEMA:
+        done = ready(*words, RECEIVER_DATABASE_URL=url)
+        said = [line for line in done.err.splitlines() if not re.search(r"settings\.", line)]
+        fault = f"the database schema is 9999, this version needs {migrations.head()}"
+        assert (done.code, said) == (1, [f"{fault}: run a receiver of the version that made it"]), words
 
 
 @pytest.mark.parametrize("name", ["RECEIVER_PORT", "RECEIVER_S3_PREFIX", "RECEIVER_WORKERS", "RECEIVER_LOG_LEVEL"])
@@ -392,3 +411,15 @@ def test_ctrl_c_while_a_worker_of_serve_still_imports_prints_no_traceback(tmp_pa
         finally:
             process.kill()
     assert "RECEIVER_S3_BUCKET: required" in log.read_text() and "Traceback" not in log.read_text()
+
+
+MIGRATING = [("work", "--once"), ("adopt", "--listed-days", "1"), ("rebuild",), ASK]
+
+
+@pytest.mark.parametrize(("words", "migrates"), [*((each, True) for each in MIGRATING), (("work",), False)])
+def test_verbs_that_the_pages_name_migrate_a_sqlite_file(
+    receiver: CommandLine, words: tuple[str, ...], migrates: bool
+) -> None:
+    (receiver.folder / "receiver.db").touch()
+    done = receiver(*words)
+    assert ("run `receiver migrate`" in done.err, receiver("status").code) == (not migrates, int(not migrates))
