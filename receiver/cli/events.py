@@ -14,6 +14,8 @@ from receiver.cli.terminal import cell, say, say_json, show
 from storage.keys import as_argument
 
 if TYPE_CHECKING:
+    from sqlmodel import Session
+
     from receiver.app.wiring import Parts
     from storage.rows.models import Dispatch, Event
 
@@ -166,7 +168,7 @@ def tail(
         raise typer.BadParameter(str(error), param_hint="--types") from None
     with opened() as parts:
         with parts.database.read() as session:
-            last = after if after is not None else max(events.newest_seq(session) - TAIL, 0)
+            last = after if after is not None else _before_the_last(session, TAIL)
         while True:
             with parts.database.read() as session:
                 found = events.page(session, last, PAGE, names)
@@ -177,6 +179,16 @@ def tail(
                 return
             if is_end:
                 time.sleep(FOLLOW_SECONDS)
+
+
+def _before_the_last(session: Session, count: int) -> int:
+    """The number before the last `count` events. Numbers skip some after a restore."""
+    from sqlmodel import col, select
+
+    from storage.rows.models import Event
+
+    number = col(Event.seq)
+    return session.exec(select(number).where(number.is_not(None)).order_by(number.desc()).offset(count)).first() or 0
 
 
 def _print(parts: Parts, event: Event, subject: str | None, as_json: bool) -> None:

@@ -22,7 +22,7 @@ from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.keys import IdInvalid, encode_id
-from storage.operations import maintenance
+from storage.operations import maintenance, outbox
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
@@ -83,8 +83,11 @@ class Adopter:
     def take_listed(self, age: timedelta, *, page_size: int = PAGE_SIZE) -> Tally:
         """Take over all tasks in the provider's list that were made within `age`. Tasks known here stay as they are.
 
-        May be repeated, also after it was interrupted: `left` then names the page.
+        The rows may be those of an old backup, so events get numbers above all that readers have seen. May be repeated,
+        also after it was interrupted: `left` then names the page.
         """
+        with change(self._database, dry_run=self._dry_run) as session:
+            outbox.skip_numbers(session)
         tally, since = Tally(), self._database.now() - age
         seen = set[str | None]()  # meanwhile, new tasks move older ones to the next page
         for provider in self._providers.values():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,9 @@ def test_rebuild_command_restores_rows_and_reports_faults(parts: Parts, sandbox:
     done = receiver("rebuild", "--deep")
     assert (done.code, done.out) == (0, "restored 2 tasks with 2 files; 0 were there already; 0 problems\n")
     assert receiver("audit", "--deep").code == 0
+    with closing(sqlite3.connect(tmp_path / "fresh.db")) as fresh:
+        (number,) = fresh.execute("SELECT value FROM counter WHERE name = 'event'").fetchone()
+    assert number > 77, "a reader of the lost rows has seen the numbers up to 77"
     parts.bucket.delete(str(archive(parts, 1)[0].manifest_key))
     again = receiver("rebuild", "--json")
     assert (again.code, again.json["counts"]["known"], len(again.json["problems"])) == (1, 2, 1)

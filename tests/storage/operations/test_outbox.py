@@ -83,6 +83,19 @@ def test_events_are_numbered_without_gaps_in_the_order_of_their_commits(database
     assert seen(database, after=2) == [(3, "task.failed")]
 
 
+def test_numbers_continue_above_those_that_a_lost_copy_gave_away(database: Database) -> None:
+    tell(database, None, EventName.TASK_CREATED)
+    outbox.sequence_all(database, [])
+    found, started = [1], int(database.now().timestamp() * 1_000)
+    for _ in range(2):
+        with database.write() as session:
+            outbox.skip_numbers(session)
+        tell(database, None, EventName.TASK_FAILED, EventName.TASK_FAILED)
+        outbox.sequence_all(database, [])
+        found += [seq for seq, _ in seen(database, after=found[-1])]
+    assert started < found[1] and found == sorted(set(found)) and len(found) == 5
+
+
 def test_more_than_a_batch_is_numbered_batch_by_batch(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     tell(database, None, *[EventName.TASK_CREATED] * 5)
     with database.write() as session:
