@@ -108,8 +108,8 @@ class Receiver:
     def __init__(self, **settings: Any) -> None:
         """`settings`: those that differ from the environment, in lower case and without the prefix `RECEIVER_`.
 
-        Raises `SettingsInvalid` (one line per fault), `SchemaBehind` (run `receiver migrate`), and like every call
-        `DatabaseUnavailable`. All of them can be imported from `receiver`.
+        Raises `SettingsInvalid` (one line per fault), `SchemaBehind` (the message says what to run), and like every
+        call `DatabaseUnavailable`. All of them can be imported from `receiver`.
         """
         self._parts = Parts(config.load(**settings))
         process.ready_schema(self._parts.database, migrate=self._parts.settings.migrates_on_start)
