@@ -21,6 +21,7 @@ from receiver.providers.base import ProviderRequest, RequestInvalid, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.submit import Submitter
 from storage.accounts import batches, slots
+from storage.accounts.accepted import was_accepted
 from storage.accounts.batches import CHUNK, Counts
 from storage.database.sessions import Database
 from storage.errors import UserError
@@ -175,7 +176,7 @@ class Batches:
         return tally
 
     def _retry(self, session: Session, tally: Tally, task: Task) -> None:
-        if task.state is TaskState.FAILED and task.provider_task_id is None:
+        if task.state is TaskState.FAILED and not was_accepted(task):
             reason = _send_again(session, task, self._submitter)
             tally.counts["creates_queued"] += reason is None
         else:

@@ -18,6 +18,7 @@ from sqlmodel import Session, col
 from receiver.providers.base import BadSignature, Provider, plain
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.reconcile import NEVER_REPORTED
+from storage.accounts.accepted import was_accepted
 from storage.database.sessions import Database
 from storage.operations import maintenance, pruning
 from storage.rows import reports, tasks
@@ -207,7 +208,7 @@ class Operator:
                 tally.left[name] = "deleted"
             elif task.step is Step.CREATE:
                 tally.left[name] = "not sent yet: a worker sends it, or finds out whether it arrived"
-            elif task.state is TaskState.FAILED and task.provider_task_id is None:
+            elif task.state is TaskState.FAILED and not was_accepted(task):
                 tally.left[name] = "its create failed: the provider has nothing of it to read"
             else:
                 if task.lease is None or task.step is not Step.READ:

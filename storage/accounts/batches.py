@@ -15,6 +15,7 @@ from sqlalchemy import and_, case, func, insert, update
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.accounts.accepted import WAS_ACCEPTED, WAS_NOT_ACCEPTED
 from storage.database.clock import db_now
 from storage.database.sessions import insert_or_ignore
 from storage.rows.deliveries import rematch
@@ -192,7 +193,7 @@ def not_kept(session: Session, batch_id: uuid.UUID, *, dismissed: bool = True) -
 
 def failed_at_provider(session: Session, batch_id: uuid.UUID) -> list[uuid.UUID]:
     """Ids of tasks that the provider accepted and failed, in the order of their lines, without dismissed ones."""
-    failed = (Task.state == TaskState.FAILED, col(Task.provider_task_id).is_not(None))
+    failed = (Task.state == TaskState.FAILED, WAS_ACCEPTED)
     found = select(Task.id).where(Task.batch_id == batch_id, *failed, not_dismissed(Task.note))
     found = found.where(col(Task.deleted_at).is_(None))
     return list(session.exec(found.order_by(col(Task.batch_line), Task.external_task_id)))
@@ -200,6 +201,6 @@ def failed_at_provider(session: Session, batch_id: uuid.UUID) -> list[uuid.UUID]
 
 def refused(session: Session, batch_id: uuid.UUID) -> list[dict[str, Any]]:
     """The requests of creates that the provider refused, without dismissed ones."""
-    failed = (Task.state == TaskState.FAILED, col(Task.provider_task_id).is_(None), col(Task.request) != {})
+    failed = (Task.state == TaskState.FAILED, WAS_NOT_ACCEPTED, col(Task.request) != {})
     found: Any = select(Task.request).where(Task.batch_id == batch_id, *failed, not_dismissed(Task.note))
     return list(session.exec(found.where(col(Task.deleted_at).is_(None))))

@@ -17,6 +17,7 @@ from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from storage import states
+from storage.accounts.accepted import WAS_ACCEPTED, was_accepted
 from storage.database.sessions import Database, run
 from storage.operations import walk
 from storage.rows import claims, reports, tasks
@@ -109,7 +110,7 @@ def _make_due_now(session: Session, task: Task) -> Retried:
 
 
 def _read_failed(session: Session, task: Task, schedule: reports.Schedule) -> Retried:
-    if task.provider_task_id is None:
+    if not was_accepted(task):
         return Retried(reason="its create failed and only `receiver submit` sends: use --adopt and the same request, "
                               "or another id")  # fmt: skip
     if task.lease is not None:
@@ -154,14 +155,13 @@ def failed_tasks(
     incomplete = col(Task.archive) == literal_column(f"'{ArchiveState.INCOMPLETE}'")
     failed = col(Task.state) == literal_column(f"'{TaskState.FAILED}'")
     without_files = and_(col(Task.state) == TaskState.SUCCEEDED, ~exists().where(col(Asset.task_id) == col(Task.id)))
-    never_reported = and_(col(Task.error) == silent, col(Task.provider_task_id).is_not(None))
+    never_reported = and_(col(Task.error) == silent, WAS_ACCEPTED)
     said = _saying(func.coalesce(Task.error, Task.note), error)
     chosen = select(Task.created_at, Task.id).where(not_dismissed(Task.note), col(Task.deleted_at).is_(None), *said)
     found = set[tuple[datetime, uuid.UUID]]()
     kinds = ((incomplete, without_files), (failed, never_reported), (IS_PARKED, col(Task.step).is_not(None)))
     for in_index, wanted in kinds:
-        some = set[tuple[datetime, uuid.UUID]]()
-        order = (col(Task.created_at), col(Task.id))
+        some, order = set[tuple[datetime, uuid.UUID]](), (col(Task.created_at), col(Task.id))
         for part, _ in walk.parts(database, order, PART, in_index, *_failed_since(since)):
             if len(some) >= limit:
                 break

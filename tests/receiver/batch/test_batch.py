@@ -35,7 +35,7 @@ from tests.harness import wait_until
 from tests.night_run import run as spend_a_night
 from tests.pipeline import assert_archived, deliver, kept, make_due_now, run, task_of
 from tests.receiver.batch.test_batch_file import FAULTS, GOOD, PICTURE, faulty_file, jsonl
-from tests.rows import event_names, new_asset
+from tests.rows import LONG_AGO, event_names, new_asset
 
 LINES = [{**GOOD, "prompt": f"boat {number}"} for number in range(5)]
 ONE_DATABASE = pytest.mark.parametrize("database_kind", ["sqlite"])  # the output is the same on both databases
@@ -360,6 +360,32 @@ def test_task_that_failed_at_the_provider_becomes_a_new_task_of_a_new_batch(part
     assert of(parts).plan_again("night", "again")[0].new == []
     new = [task for task in rows(parts) if task.state is TaskState.SUCCEEDED]
     assert [(task.batch_line, task.external_task_id[-2:]) for task in new] == [(2, "-1"), (3, "-2"), (4, "-3")]
+
+
+def test_task_that_was_called_back_failed_at_the_provider_though_no_query_finds_it(
+    parts: Parts, sandbox: Sandbox
+) -> None:
+    """The answer to its create was lost. A second create would be charged again, so it is never queued."""
+    sandbox.set(external_ids=False, create_faults=["5000:created"])
+    put(parts, LINES[0])
+    run(parts, "creates")
+    deliver(parts, rows(parts)[0], {"task_status": "failed", "task_id": "elsewhere"})
+    make_due_now(parts, Task)
+    run(parts, "creates")
+    with parts.database.write() as session:
+        session.execute(update(Task).values(submitted_at=LONG_AGO))  # the result lifetime is over
+    run(parts, "reads")
+    assert of(parts).counts("night") == Counts(failed=1)
+    with parts.database.read() as session:
+        [row] = session.exec(select(Task)).all()
+        assert row.batch_id and batches.refused(session, row.batch_id) == []
+    tally = of(parts).retry("night")
+    assert (+tally.counts, tally.left) == ({"reads_due": 1}, {})
+    run(parts, "creates", "reads")
+    assert Operator(parts.database, {}, parts.schedule).reconcile([row.external_task_id])[0].counts["reads_due"] == 1
+    assert (of(parts).counts("night"), len(sandbox.ledger().creates)) == (Counts(failed=1), 1)
+    again, left = of(parts).plan_again("night", "again")
+    assert (len(again.new), left, of(parts).failed_at_provider("night")) == (1, {}, 1)
 
 
 @ONE_DATABASE
