@@ -21,8 +21,7 @@ from storage.rows.models import Callback, Counter
 
 # The overview shows 30 days.
 KEPT = timedelta(days=32)
-# A count of arrivals begins at such a time. Beside 3,000 arrivals a second it
-# reads up to 75,000 rows again; with whole minutes 225,000.
+# Counts begin at such times. Beside 3,000 arrivals a second they read 75,000 rows again; with whole minutes 225,000.
 SPAN_SECONDS = 10
 _NAME = "callbacks deleted "
 _COUNTERS = Counter.__table__.c  # type: ignore[attr-defined]

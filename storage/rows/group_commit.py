@@ -5,14 +5,13 @@
 
 The loop itself commits, because a thread beside a busy loop waits up to 5 ms for each turn at the interpreter lock. The
 commit begins two turns of the loop after the first delivery of a batch arrived. By then every readable socket has added
-its delivery: 50 of 64 at full load, instead of 28. The server's CPU for an acknowledgement fell from 154 to 130 µs on
-SQLite and from 177 to 132 on PostgreSQL (medians of 9 and 6 alternating rounds on a loaded machine; bare Starlette:
-90). Of these an SQLite statement takes 16 µs a row, token, key and commit together about 15, and HTTP the rest.
+its delivery: 50 of 64 at full load, instead of 28. The server's CPU for an acknowledgement fell by a sixth on SQLite
+and by a fourth on PostgreSQL.
 
-The thread handles every case that may take long or fail: a lock that another process holds, a disk whose last commits
-were slow, a batch that fails, a task near its cap, a repeated unreadable delivery. A disk that becomes slow delays the
-loop for one commit. The thread then commits until several commits in a row were quick. It takes its batch once its turn
-has come, so a delivery waits for one other writer's transaction and not for two.
+The thread handles every case that may take long or fail: a lock of another process, a slow disk, a failed batch, a task
+near its cap, a repeated unreadable delivery. A disk that becomes slow delays the loop for one commit. The thread then
+commits until several commits in a row were quick. It takes its batch once its turn has come, so a delivery waits for
+one other writer's transaction and not for two.
 
 An acknowledged delivery is durable. A delivery that waits here is not acknowledged and may be lost with the process.
 """
@@ -28,6 +27,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from enum import Enum
+from traceback import clear_frames
 
 import structlog
 from sqlalchemy import Connection
@@ -150,6 +150,7 @@ class GroupCommit:
             return await durable
         finally:
             timer.cancel()
+            del durable  # an error of it refers to this call, and both would keep the body until a collection
 
     def _call_writer(self) -> None:
         """Start the writer. Runs in the loop, with the lock held."""
@@ -158,8 +159,6 @@ class GroupCommit:
         elif not self._is_loop_committing:
             self._is_loop_committing = True
             self._committing = self._loop.create_task(self._commit_in_loop())
-
-    # -- in the event loop -------------------------------------------------------------------------------------------
 
     async def _commit_in_loop(self) -> None:
         """Commit batch by batch while it is the loop's turn and deliveries wait."""
@@ -171,6 +170,7 @@ class GroupCommit:
             self._hand_over(batch)
         except Exception as error:  # noqa: BLE001 - the thread meets it too, and the handlers raise it
             log.warning("group_commit.delegated", error=type(error).__name__)
+            clear_frames(error.__traceback__)  # psycopg's error refers to itself, and would keep the batch
             self._quick_commits = 0
             self._hand_over(batch)
         finally:
@@ -205,8 +205,6 @@ class GroupCommit:
             self._waiting.extendleft(reversed(batch))
             self._bytes += sum(len(delivery.body) for delivery, _ in batch)
             self._is_threads_turn = self._is_threads_turn or bool(batch) or self._quick_commits < QUICK_COMMITS
-
-    # -- in the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         self._disk.check_soon()
@@ -251,16 +249,18 @@ class GroupCommit:
             if known := {delivery.key for delivery, _ in batch} - new - full:
                 again_on_new_session(lambda: apply_unreadable_again(self._database, known))
         except Exception as error:  # noqa: BLE001 - every waiting handler gets the error
+            clear_frames(error.__traceback__)  # SQLAlchemy's, too
             self._quick_commits = 0
             batch = batch or self._take(MAX_WAITING_BYTES)
             if len(batch) > 1 and not isinstance(error, DatabaseUnavailable):
-                for single in batch:  # one bad delivery fails no other
-                    self._commit([single])
+                while batch:  # one bad delivery fails no other
+                    self._commit([batch.pop(0)])
                 return
             reason = error
         # One wake-up of the loop per commit. One per handler doubled their CPU.
         with suppress(RuntimeError):  # the loop has ended, and all its handlers with it
             self._loop.call_soon_threadsafe(_answer, batch, new, full, reason)
+        reason = None  # it refers to this call
 
     def _insert(self, batch: list[Waiting]) -> tuple[set[str], set[str]]:
         """Store the deliveries whose tasks have room. Returns the new keys, and those of the others."""
@@ -274,8 +274,6 @@ class GroupCommit:
         self._note(time.perf_counter() - started, SLOW_IN_THREAD_SECONDS)
         self._task_limit.count(deliveries, new)
         return new, full
-
-    # -- for loop and thread -----------------------------------------------------------------------------------------
 
     def _take(self, max_bytes: int) -> list[Waiting]:
         """The next batch, with at least one delivery if any waits."""
@@ -297,7 +295,7 @@ def _answer(batch: list[Waiting], new: set[str], full: Collection[str] = (), rea
     """Resolve the handlers, in the loop. Of equal deliveries in one batch the first is new. `reason`: of a failure."""
     seen = set[str]()
     for delivery, durable in batch:
-        key = delivery.key
+        key = delivery.key if reason is None else ""  # 60 µs for a body of 64 KiB
         if durable.done():  # timed out, or its sender has left
             pass
         elif reason is not None:
@@ -307,6 +305,7 @@ def _answer(batch: list[Waiting], new: set[str], full: Collection[str] = (), rea
         else:
             durable.set_result(Intake.NEW if key in new and key not in seen else Intake.DUPLICATE)
         seen.add(key)
+    batch.clear()  # `reason` refers to it, and the handlers to `reason`
 
 
 def _end_late(durable: asyncio.Future[Intake]) -> None:
