@@ -15,8 +15,7 @@ from receiver.events.make import make
 from receiver.providers.base import plain
 from storage.errors import GiveUp, Retry
 from storage.fetch.addresses import host_of
-from storage.operations import heartbeats
-from storage.rows import events
+from storage.operations import heartbeats, measures
 
 # What to do about a sink that cannot be reached, by kind.
 SINK_ADVICE = {
@@ -53,13 +52,13 @@ def sink(entry: Entry, settings: Settings) -> Iterator[Result]:
 def numbers(parts: Parts) -> Iterator[Result]:
     """Check that workers number events. Without a number no sink and no reader gets an event."""
     with parts.database.read() as session:
-        found = events.unnumbered(session)
-    if not found.is_late:
+        fault = measures.unnumbered_fault(session)
+    if not fault:
         return
     if heartbeats.count_alive(parts.database):
-        yield Result("events", Status.FAULT, str(found), "look for `worker.step_failed` in the log of the workers")
+        yield Result("events", Status.FAULT, fault, "look for `worker.step_failed` in the log of the workers")
     else:
-        yield Result("events", Status.NOTE, str(found), "workers number them, and none is alive")
+        yield Result("events", Status.NOTE, fault, "workers number them, and none is alive")
 
 
 def proxies(settings: Settings) -> Iterator[Result]:

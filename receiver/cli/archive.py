@@ -78,7 +78,7 @@ def rebuild(
     from collections import Counter
 
     from storage.archive.rebuild import Rebuild
-    from storage.operations import outbox
+    from storage.rows import events
 
     counts: Counter[str] = Counter()
 
@@ -91,7 +91,7 @@ def rebuild(
 
     with opened(migrate=True, starts_store=True) as parts, _progress("rebuilding", parts.bucket, None) as advance:
         with parts.database.write() as session:
-            outbox.skip_numbers(session)  # above those of the rows that are lost
+            events.skip_numbers(session)  # above those of the rows that are lost
         _write_list("problems", problems(), as_json, _problem_line)
     if as_json:
         _close_json(counts, is_good=not counts["problems"])

@@ -22,8 +22,8 @@ from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.database.sessions import Database
 from storage.errors import GiveUp, Retry
 from storage.keys import IdInvalid, encode_id
-from storage.operations import maintenance, outbox
-from storage.rows import claims, reports, tasks
+from storage.operations import maintenance
+from storage.rows import claims, events, reports, tasks
 from storage.rows.deliveries import Delivery, store_poll
 from storage.rows.models import Task
 from storage.states import CallbackState, Report, TaskState
@@ -87,7 +87,7 @@ class Adopter:
         also after it was interrupted: `left` then names the page.
         """
         with change(self._database, dry_run=self._dry_run) as session:
-            outbox.skip_numbers(session)
+            events.skip_numbers(session)
         tally, since = Tally(), self._database.now() - age
         seen = set[str | None]()  # meanwhile, new tasks move older ones to the next page
         for provider in self._providers.values():

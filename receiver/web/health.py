@@ -63,6 +63,7 @@ class Health:
         self._slots = slots
         self._probe_key = ""
         self._readiness = Readiness(self._check, {"database": f"no answer for {HANG_SECONDS} s", "schema": "unknown"})
+        self._number_readiness = Readiness(self._check_numbers, {"numbers": f"no answer for {HANG_SECONDS} s"})
         self._store_readiness = Readiness(self._check_store, {"bucket": NO_ANSWER_YET})
         self._ended = EndedLastDay()
         self._counted_events: int | None = None  # the number of the last event that was counted
@@ -75,14 +76,15 @@ class Health:
         """200 while deliveries can be stored. Bucket, workers, lateness and deadlines count only with `?strict=1`.
 
         A delivery that could not be stored decides over the checks, which may succeed where deliveries fail. Only
-        callers whose answer shows or follows the bucket's state wait for it, which a start need not.
+        callers whose answer shows or follows the state of the bucket and of the large table of events wait for them.
         """
         is_strict, is_permitted = request.query_params.get("strict") == "1", self._is_permitted(request)
         asked, checks = [self._readiness.checks()], dict[str, str]()
-        if self._bucket is not None and (is_strict or is_permitted):
-            asked.append(self._store_readiness.checks())
-        elif self._bucket is not None:
-            checks = self._store_readiness.latest()
+        for each in (self._number_readiness, *([self._store_readiness] if self._bucket is not None else [])):
+            if is_strict or is_permitted:
+                asked.append(each.checks())
+            else:
+                checks |= each.latest()
         for found in await asyncio.gather(*asked):  # together, because probes may wait for a second only
             checks |= found
         checks["intake"] = self._group_commit.state
@@ -118,6 +120,13 @@ class Health:
             checks |= {"database": str(error), "schema": "unknown"}
         return checks
 
+    def _check_numbers(self) -> dict[str, str]:
+        try:
+            with self._database.read() as session:
+                return {"numbers": measures.unnumbered_fault(session) or "ok"}
+        except DatabaseUnavailable:
+            return {}  # the check `database` says so
+
     def _check_store(self) -> dict[str, str]:
         assert self._bucket is not None
         return {"bucket": self._bucket.state()}
@@ -142,13 +151,11 @@ class Health:
             overdue = measures.count_overdue(session)
             near = measures.count_deadline_near(session, self._deadline_seconds)
             dead, disabled = measures.count_dead_events(session), outbox.disabled(session)
-            unnumbered = events.unnumbered(session)
             unusable, waits = measures.unusable_files(session), measures.store_waits(session)
             paused = [pauses.line(each) for each in pauses.every(session)]
             faults = continuous_audit.standing(session).faults
         undelivered = [f"{dead} were given up"] if dead else []
         undelivered += [f"sink {name} is disabled" for name in disabled]
-        undelivered += [str(unnumbered)] if unnumbered.is_late else []
         return {
             "events": ", ".join(undelivered) or "ok",
             "work": f"{overdue} rows are overdue" if overdue else "ok",

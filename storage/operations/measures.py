@@ -163,6 +163,12 @@ def count_dead_events(session: Session) -> int:
     return _count(session, outbox.IS_DEAD)
 
 
+def unnumbered_fault(session: Session) -> str:
+    """What is wrong with numbers, empty if nothing. Workers number an event within a second."""
+    count, seconds = events.unnumbered(session)
+    return f"{count} events have no number, the oldest for {seconds:.0f} s" if seconds > OVERDUE_SECONDS else ""
+
+
 def count_deadline_near(session: Session, seconds: float) -> int:
     """Tasks with files that are not all archived and that the provider deletes within `seconds`, or has deleted."""
     return sum(_count(session, each) for each in deadlines.near(seconds))
@@ -263,10 +269,10 @@ def _events(session: Session, now: datetime) -> dict[str, Any]:
     for name, count, first in session.exec(waiting):
         age = (now - first).total_seconds() if first else 0.0
         sinks[name] = replace(sinks.get(name, SinkMeasures()), events_open=count, oldest_event_seconds=age)
-    unnumbered = events.unnumbered(session)
-    ages = [unnumbered.oldest_seconds, *(each.oldest_event_seconds for each in sinks.values())]
+    unnumbered, unnumbered_age = events.unnumbered(session)
+    ages = [unnumbered_age, *(each.oldest_event_seconds for each in sinks.values())]
     return {
-        "events_open": sum(each.events_open for each in sinks.values()) + unnumbered.events,
+        "events_open": sum(each.events_open for each in sinks.values()) + unnumbered,
         "oldest_event_seconds": max(ages),
         "events_dead": sum(each.events_dead for each in sinks.values()),
         "sinks": dict(sorted(sinks.items())),

@@ -123,16 +123,6 @@ def sequence(database: Database, session: Session, subscriptions: Sequence[Subsc
     return len(numbered)
 
 
-def skip_numbers(session: Session) -> None:
-    """Number later events from the current time in milliseconds: above all that a lost copy of the database gave away.
-
-    A reader's position would otherwise be the number of another event. Numbers grow by less than 1,000 a second.
-    """
-    insert_or_ignore(session, Counter, {"name": COUNTER, "value": 0})
-    now = int(session.execute(select(db_now())).scalar_one().timestamp() * 1_000)
-    run(session, update(Counter).where(col(Counter.name) == COUNTER, col(Counter.value) < now).values(value=now))
-
-
 def _fan_out(session: Session, numbered: Sequence[Any], subscriptions: Sequence[Subscription]) -> None:
     """Insert a dispatch for every event that an enabled sink wants, in the order of the events."""
     disabled = {row.name for row in execute(session, _DISABLED).rows}

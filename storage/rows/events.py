@@ -11,11 +11,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import bindparam, func, insert, text
+from sqlalchemy import bindparam, func, insert, text, update
 from sqlmodel import Session, col, select
 
 from storage.database.clock import db_now
 from storage.database.prepared import execute
+from storage.database.sessions import insert_or_ignore, run
 from storage.rows.models import Asset, Counter, Event, Task
 from storage.states import FREQUENT_EVENTS, RARE_EVENT
 
@@ -50,10 +51,7 @@ FREQUENT = frozenset(FREQUENT_EVENTS)
 # Events that one page reads: 8 ms on SQLite and 5 on PostgreSQL with 8 million. Rare ones are read from their index.
 SCANNED = 5_000
 
-# After this time an event without a number shows that workers cannot number events.
-LATE_SECONDS = 60
 _UNNUMBERED = col(Event.seq).is_(None)
-
 _INSERT = insert(Event.__table__).values(  # type: ignore[attr-defined]
     task_id=bindparam("task_id"), name=bindparam("name"), data=bindparam("data"), at=db_now()
 )
@@ -195,28 +193,21 @@ def newest_seq(session: Session) -> int:
     return session.exec(select(Counter.value).where(Counter.name == COUNTER)).one_or_none() or 0
 
 
-@dataclass(frozen=True)
-class Unnumbered:
-    """Events without a number: no sink and no reader gets them. `oldest_seconds`: age of the oldest of them.
+def skip_numbers(session: Session) -> None:
+    """Number later events from the current time in milliseconds: above all that a lost copy of the database gave away.
 
-    Workers number events with the writes that record them, or within a second.
+    A reader's position would otherwise be the number of another event. Numbers grow by less than 1,000 a second.
     """
-
-    events: int
-    oldest_seconds: float
-
-    @property
-    def is_late(self) -> bool:
-        return self.oldest_seconds > LATE_SECONDS
-
-    def __str__(self) -> str:
-        return f"{self.events} events have no number, the oldest for {self.oldest_seconds:.0f} s"
+    insert_or_ignore(session, Counter, {"name": COUNTER, "value": 0})
+    now = int(session.execute(select(db_now())).scalar_one().timestamp() * 1_000)
+    run(session, update(Counter).where(col(Counter.name) == COUNTER, col(Counter.value) < now).values(value=now))
 
 
-def unnumbered(session: Session) -> Unnumbered:
+def unnumbered(session: Session) -> tuple[int, float]:
+    """Events without a number, which no sink and no reader gets: how many, and the age of the oldest in seconds."""
     oldest = select(Event.at).where(_UNNUMBERED).order_by(col(Event.id)).limit(1).scalar_subquery()
     count, at, now = session.execute(select(func.count(), oldest, db_now()).where(_UNNUMBERED)).one()
-    return Unnumbered(count, (now - at).total_seconds() if at else 0.0)
+    return count, (now - at).total_seconds() if at else 0.0
 
 
 def count_after(session: Session, seq: int) -> tuple[dict[str, int], int]:

@@ -19,6 +19,7 @@ from receiver.gateway.api_keys import fingerprint
 from storage.database.sessions import Database
 from storage.operations import outbox
 from storage.operations.outbox import Subscription
+from storage.rows import events
 from storage.rows.events import EventName, record
 from storage.states import DispatchState
 from tests.forked import Forked
@@ -157,7 +158,7 @@ def test_tail_prints_the_last_ones(database: Database, run: Run) -> None:
         ["task.failed", "the-task"],
     ]
     with database.write() as session:
-        outbox.skip_numbers(session)
+        events.skip_numbers(session)
         record(session, EventName.TASK_CREATED, None)
     outbox.sequence_all(database, [])
     assert len(run("tail")[1].splitlines()) == 4, "a number that was skipped is no event"

@@ -233,7 +233,7 @@ def test_events_are_measured_per_sink(parts: Parts) -> None:
 def test_events_without_a_number_are_open_and_late_ones_are_a_fault(web: Web, parts: Parts) -> None:
     def ready() -> str:
         found = httpx.get(f"{web.url}/readyz", headers={"Authorization": "Bearer a-token"}).json()
-        return str(found["checks"]["events"])
+        return str(found["checks"]["numbers"])
 
     tell(parts, "a", DispatchState.DUE, seconds_ago=5)
     with parts.database.write() as session:

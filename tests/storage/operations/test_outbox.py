@@ -89,7 +89,7 @@ def test_numbers_continue_above_those_that_a_lost_copy_gave_away(database: Datab
     found, started = [1], int(database.now().timestamp() * 1_000)
     for _ in range(2):
         with database.write() as session:
-            outbox.skip_numbers(session)
+            events.skip_numbers(session)
         tell(database, None, EventName.TASK_FAILED, EventName.TASK_FAILED)
         outbox.sequence_all(database, [])
         found += [seq for seq, _ in seen(database, after=found[-1])]
