@@ -385,6 +385,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._refusal = status
         self.flow.end_reading()
+        self._note_progress()  # an earlier request in the same bytes is in work
 
     def _close_with(self, status: int) -> None:
         if status == 429 and self not in self._refused:

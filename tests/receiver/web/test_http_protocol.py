@@ -290,6 +290,21 @@ def test_invalid_request_behind_a_delivery_is_refused_after_its_answer(web: Web,
     assert [row.body for row in callbacks_of(parts)] == [b"{}"]
 
 
+def test_delivery_in_work_before_an_invalid_request_makes_no_room_before_silent_connections(
+    web: Web, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_CONNECTIONS", 2)
+    path = f"/callbacks/kling/{parts.tokens.sign('kling', insert_row(parts).id)}"
+    post = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    with connection(web) as busy, connection(web) as silent:
+        with parts.database.write():  # so that the delivery waits for its commit
+            busy.sendall(post + b"invalid\r\n\r\n")
+            wait_until(lambda: web.requests_under_way)
+            with connection(web):
+                assert read_to_end(silent) == b""
+        assert read_to_end(busy).startswith(b"HTTP/1.1 200")
+
+
 def test_body_that_arrives_during_shutdown_does_not_delay_it(web: Web) -> None:
     path = f"/callbacks/kling/{web.account_token}".encode()
     with connection(web) as raw:
