@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from receiver.app.wiring import Parts
+    from receiver.cli.audit_log import AuditLog
     from storage.archive.audit import Audit, Batch, Counts, Finding
-    from storage.archive.audit_log import AuditLog
     from storage.archive.repair import Repairer
     from storage.bucket.bucket import Bucket
     from storage.rows.models import Task
@@ -50,7 +50,8 @@ def audit(
     """Compare rows and objects in both directions: missing, unknown, damaged, absent or different manifests.
 
     Exit code 1 if there is a fault. Sizes and manifests are always checked, files with --deep or --sample. Changes
-    nothing without --repair, which moves a damaged file to a key with its own hash before it is fetched again.
+    no task and no object without --repair, which moves a damaged file to a key with its own hash before it is fetched
+    again.
     """
     from storage.archive.audit import Audit
     from storage.archive.repair import Repairer
@@ -116,8 +117,8 @@ def export(
 ) -> None:
     """Copy archived files and manifests into a folder, and verify each hash on the way.
 
-    Exit code 1 if a file is missing or corrupted: it is named and left out. It may be repeated: existing files are
-    verified and kept.
+    Exit code 1 if a file is missing or corrupted: it is named and left out. A loss that `receiver dismiss` accepted is
+    named, too, and is no fault. It may be repeated: existing files are verified and kept.
     """
     if not (task or since or until or everything):
         raise typer.BadParameter("select tasks: --task, --since, --until or --all")
@@ -125,6 +126,7 @@ def export(
 
     files = copied_bytes = 0
     faults: list[dict[str, str]] = []
+    accepted: list[dict[str, str]] = []
     with opened(starts_store=True) as parts, _progress("exporting", parts.bucket, None) as advance:
         for exported in Export(parts.database, parts.bucket, folder).run(_chosen(parts, task, since, until)):
             advance(1)
@@ -132,10 +134,15 @@ def export(
             for key, detail in exported.faults:
                 faults.append({"task": exported.task, "key": key, "detail": detail})
                 say(f"{key}: {detail}", err=True)
+            for key, detail in exported.accepted:
+                accepted.append({"task": exported.task, "key": key, "detail": detail})
+                say(f"accepted  {key}: {detail}", err=True)
     if as_json:
-        say_json({"ok": not faults, "files": files, "bytes": copied_bytes, "faults": faults})
+        done = {"files": files, "bytes": copied_bytes, "faults": faults, "accepted": accepted}
+        say_json({"ok": not faults, **done})
     else:
-        say(f"{files:,} files, {copied_bytes:,} bytes, all verified; {len(faults):,} could not be exported")
+        lost = f"; {len(accepted):,} accepted as lost" if accepted else ""
+        say(f"{files:,} files, {copied_bytes:,} bytes, all verified; {len(faults):,} could not be exported{lost}")
     if faults:
         raise typer.Exit(1)
 
@@ -186,8 +193,8 @@ def _chosen(parts: Parts, names: list[str] | None, since: datetime | None, until
 
 
 def _print_audit(looking: Audit, resume: Path | None, repairer: Repairer | None, as_json: bool) -> Counts:
+    from receiver.cli.audit_log import AuditLog
     from storage.archive.audit import Counts
-    from storage.archive.audit_log import AuditLog
 
     log = AuditLog(resume) if resume else None
     counts = Counts.from_json(log.counts.as_json()) if log else Counts()

@@ -170,25 +170,31 @@ def dismiss(
     delivery: Annotated[
         list[int] | None, typer.Option(metavar="N", help="A delivery that matches no task, by its number. Repeatable.")
     ] = None,
+    lost: Annotated[
+        list[str] | None,
+        typer.Option("--object", metavar="KEY", help="A lost object that `receiver audit` names. Repeatable."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """End the alarms of a task that cannot be completed. Missing files are given up, archived ones stay.
 
     A late success still counts, and `receiver retry` brings the task back. A dismissed delivery is still applied when
-    its task appears, and `receiver replay` brings it back.
+    its task appears, and `receiver replay` brings it back. A lost object (--object) is an earlier manifest that no one
+    has. Audit and export then list it as accepted, until an audit finds it again.
     """
-    if (external_task_id is None) is (not delivery):
-        raise typer.BadParameter("give a task, or deliveries (--delivery)")
+    if sum(map(bool, (external_task_id, delivery, lost))) != 1:
+        raise typer.BadParameter("give a task, or deliveries (--delivery), or lost objects (--object)")
     if not reason.strip():
         raise typer.BadParameter("give a reason", param_hint="--reason")
-    with opened() as parts:
+    with opened(starts_store=bool(lost)) as parts:
         operator = _operator(parts, dry_run)
-        tally = (
-            operator.dismiss_deliveries(delivery or (), reason)
-            if external_task_id is None
-            else operator.dismiss(external_task_id, reason)
-        )
+        if lost:
+            tally = operator.accept_losses(parts.bucket, lost, reason)
+        elif external_task_id:
+            tally = operator.dismiss(external_task_id, reason)
+        else:
+            tally = operator.dismiss_deliveries(delivery or (), reason)
     _answer(tally, dry_run, as_json)
 
 

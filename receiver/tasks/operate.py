@@ -16,9 +16,11 @@ from itertools import groupby
 from sqlmodel import Session, col
 
 from receiver.providers.base import BadSignature, Provider, plain
+from receiver.tasks.accept_losses import accept_losses
 from receiver.tasks.changes import Tally, change
 from receiver.tasks.reconcile import NEVER_REPORTED
 from storage.accounts.accepted import was_accepted
+from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
 from storage.operations import maintenance, pruning
 from storage.rows import reports, tasks
@@ -244,6 +246,10 @@ class Operator:
             done = maintenance.dismiss_deliveries(session, ids, plain(reason, MAX_REASON_CHARS))
         left = "no such delivery, or it has a task, or it was dismissed before"
         return Tally(Counter(dismissed=len(done)), {str(each): left for each in ids if each not in done})
+
+    def accept_losses(self, bucket: Bucket, keys: Sequence[str], reason: str) -> Tally:
+        """Accept the loss of earlier manifests, with a reason. See `accept_losses`. Raises `StoreUnavailable`."""
+        return accept_losses(self._database, bucket, keys, plain(reason, MAX_REASON_CHARS), dry_run=self._dry_run)
 
     def prune(self, older_than: timedelta) -> Tally:
         """Remove old deliveries, events and request bodies of tasks that are over. See `pruning.prunable`."""

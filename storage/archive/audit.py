@@ -1,7 +1,8 @@
 """Audit: compares rows with objects in both directions, for missing, unknown and changed objects.
 
 A row names the key, size and hash of an object; the store's listing names keys and sizes. Each task's current manifest
-is read. With `deep` the files are read and hashed. Nothing is changed here; `repair` does that.
+is read. With `deep` the files are read and hashed. Nothing is changed here but that an accepted loss ends when its
+object is found again; `repair` does the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 from sqlmodel import col, func, select
 
-from storage.archive import manifest
+from storage.archive import accepted_losses, manifest
+from storage.archive.accepted_losses import Loss
 from storage.archive.folders import (
     Folder,
     Objects,
@@ -41,11 +43,13 @@ from storage.states import ArchiveState, AssetState
 # Folders between two checkpoints: a few seconds of work, more when files are hashed.
 BATCH_FOLDERS = 64
 THREADS = 4
+# Of a file that was given up and dismissed. `--repair` makes it due, and the worker archives it if its hash is right.
+THERE_AGAIN = "its file was dismissed, and it is there again; `receiver audit --repair` verifies and archives it"
 ENDED = (ArchiveState.ARCHIVED, ArchiveState.INCOMPLETE)
 
 
 class FindingKind(StrEnum):
-    """Kinds of findings. All but SUPERSEDED are faults."""
+    """Kinds of findings. All but those of NOTES are faults."""
 
     MISSING = "missing"
     SIZE = "size_differs"
@@ -55,6 +59,10 @@ class FindingKind(StrEnum):
     MANIFEST_DIFFERS = "manifest_differs"
     UNREADABLE = "unreadable"  # listed, but reading it fails; found by `continuous_audit` only
     SUPERSEDED = "superseded"  # an earlier download with other bytes; kept on purpose
+    ACCEPTED = "accepted"  # a loss that an operator has dismissed, or the object of one that is there again
+
+
+NOTES = frozenset({FindingKind.SUPERSEDED, FindingKind.ACCEPTED})
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Finding:
 
     @property
     def is_fault(self) -> bool:
-        return self.kind is not FindingKind.SUPERSEDED
+        return self.kind not in NOTES
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "asset_id": str(self.asset_id) if self.asset_id else None}
@@ -90,7 +98,7 @@ class Counts:
 
     @property
     def faults(self) -> int:
-        return sum(count for kind, count in self.found.items() if FindingKind(kind) is not FindingKind.SUPERSEDED)
+        return sum(count for kind, count in self.found.items() if kind not in NOTES)
 
     def add(self, other: Counts) -> None:
         for name in ("folders", "objects", "assets", "manifests", "hashed", "hashed_bytes"):
@@ -154,6 +162,7 @@ class Audit:
         self._deep = deep
         self._sample = sample
         self._throttle = Throttle(max_bytes_per_second)
+        self._with_losses: set[uuid.UUID] = set()
 
     def run(self, after: str = "", hashed: int = 0) -> Iterator[Batch]:
         """Audit every folder that sorts after `after`. `hashed`: files that an earlier part of this audit hashed.
@@ -161,6 +170,8 @@ class Audit:
         Raises `StoreUnavailable`. A later run continues from `after` of the last batch.
         """
         chooser = _Chooser(self._sample, hashed, self.count_assets(after)) if self._deep else None
+        with self._database.read() as session:
+            self._with_losses = accepted_losses.tasks_with_losses(session)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="audit") as threads:
             for folders in in_batches(walk(self._database, self.bucket, after), BATCH_FOLDERS):
                 chosen = [_chosen(folder, chooser) for folder in folders]
@@ -192,12 +203,14 @@ class Audit:
 
     def _check(self, folder: Folder, chosen: frozenset[uuid.UUID]) -> tuple[Counts, list[Finding]]:
         found = self._judge(folder)
-        if not folder.rows or any(finding.is_fault for finding in found):
+        has_losses = folder.rows.task is not None and folder.rows.task.id in self._with_losses
+        if not folder.rows or has_losses or any(finding.is_fault for finding in found):
             had_rows = bool(folder.rows)
             folder = current_folder(self._database, self.bucket, folder.name)
             if folder.rows and not had_rows:  # `walk` yields this folder a second time, with its rows
                 return Counts(), []
             found = self._judge(folder)
+        found += self._returned(folder)
         counts = Counts(folders=1, objects=len(folder.objects), assets=len(folder.rows.assets))
         counts.manifests = sum(manifest_number(key) is not None for key in folder.objects)
         doubted = {finding.asset_id for finding in found if finding.is_fault}
@@ -224,6 +237,32 @@ class Audit:
         except ValueError as error:
             detail = str(error)
         return [Finding(FindingKind.MANIFEST_DIFFERS, key, task.external_task_id, detail)] if detail else []
+
+    def _returned(self, folder: Folder) -> list[Finding]:
+        """End the accepted losses of objects that are there again and verified."""
+        task, found = folder.rows.task, list[Finding]()
+        for loss in folder.rows.losses.values():
+            if task is None or loss.key not in folder.objects:
+                continue
+            detail = None if loss.key == task.manifest_key else self._fault_of_returned(task, loss)
+            if detail is None:
+                with self._database.write() as session:
+                    accepted_losses.record_ended(session, task.id, loss.key)
+            kind = FindingKind.MANIFEST_DIFFERS if detail else FindingKind.ACCEPTED
+            said = detail or "it is there again and verified; its loss is no longer accepted"
+            found.append(Finding(kind, loss.key, task.external_task_id, said))
+        return found
+
+    def _fault_of_returned(self, task: Task, loss: Loss) -> str | None:
+        try:
+            members = manifest.read(self.bucket.read_bytes(loss.key, manifest.MAX_MANIFEST_BYTES))
+        except NoSuchObject:
+            return "it was listed and cannot be read"
+        except ValueError as error:
+            return str(error)
+        if loss.digest not in (None, members["digest"]):
+            return f"its digest is {members['digest']}, the lost one's is {loss.digest}"
+        return None if members.get("task", {}).get("id") == str(task.id) else "it is another task's"
 
     def _hash(self, rows: Rows, asset: Asset, counts: Counts) -> list[Finding]:
         key = str(asset.key)
@@ -252,9 +291,13 @@ def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
         key = str(asset.key)
         known.add(key)
         known.update(asset.superseded)
-        given_up = asset.state is AssetState.FAILED and not (asset.error or "").startswith(DISMISSED)
-        if given_up and key not in objects:
-            yield Finding(FindingKind.MISSING, key, name, f"given up: {asset.error}", asset.id)
+        if asset.state is AssetState.FAILED:
+            dismissed = (asset.error or "").startswith(DISMISSED)
+            if key not in objects:
+                kind = FindingKind.ACCEPTED if dismissed else FindingKind.MISSING
+                yield Finding(kind, key, name, f"given up: {asset.error}", asset.id)
+            elif dismissed:
+                yield Finding(FindingKind.ACCEPTED, key, name, THERE_AGAIN, asset.id)
         if asset.state is not AssetState.ARCHIVED:
             continue
         if key not in objects:
@@ -266,10 +309,13 @@ def judge(folder: str, rows: Rows, objects: Objects) -> Iterator[Finding]:
             if old in objects:
                 yield Finding(FindingKind.SUPERSEDED, old, name, f"an earlier download; {key} counts", asset.id)
     if rows.task and rows.task.manifest_key:
-        last = _numbered(rows.task.manifest_key)
+        last = manifests_up_to(rows.task.manifest_key)
         known.update(last)
         for key in last:
-            if key not in objects:
+            loss = rows.losses.get(key) if key != rows.task.manifest_key else None
+            if key not in objects and loss:
+                yield Finding(FindingKind.ACCEPTED, key, name, loss.detail)
+            elif key not in objects:
                 yield Finding(FindingKind.MANIFEST_MISSING, key, name, "there is no such object")
     finishing = rows.task is not None and rows.task.archive not in ENDED
     for key in objects:
@@ -290,7 +336,7 @@ def disagreement(task: Task, assets: list[Asset], members: dict[str, Any]) -> st
     return None
 
 
-def _numbered(last: str) -> list[str]:
+def manifests_up_to(last: str) -> list[str]:
     """The keys of all manifests up to `last`."""
     folder = last.rpartition("/")[0]
     names = (manifest_name(number) for number in range(1, (manifest_number(last) or 1) + 1))

@@ -38,6 +38,7 @@ log = structlog.get_logger()
 
 NAME = "archive"
 DAY_SECONDS = 86_400.0
+_OURS = col(RollingAudit.name) == NAME
 ALL_IDS = 2**128
 # The shortest time between two steps of a round that is on time. With a million tasks in a week, 17 become due in it.
 STEP_SECONDS = 10.0
@@ -223,7 +224,8 @@ class ContinuousAudit:
         with self._database.write() as session:
             now = tasks.now(session)
             current.late = before.late or (result.left and now > self._time_at(row, 1))
-            findings, fresh = _merge(row.findings, result, now)
+            known = session.exec(select(RollingAudit.findings).where(_OURS).with_for_update()).one()
+            findings, fresh = _merge(list(known), result, now)
             progress: dict[str, Any] = {"cursor": result.cursor, "checked": current.as_json()}
             if result.is_over:
                 progress = {"cursor": None, "checked": {}, "last": current.as_json(), "round_ended_at": now}
@@ -280,9 +282,17 @@ def _merge(
 
 
 def _write_claimed(session: Session, row: RollingAudit, **values: Any) -> None:
-    owned = update(RollingAudit).where(col(RollingAudit.name) == NAME, col(RollingAudit.lease) == row.lease)
+    owned = update(RollingAudit).where(_OURS, col(RollingAudit.lease) == row.lease)
     if run(session, owned.values(**values)).rowcount == 0:
         raise LostClaim("another worker has taken over the audit")
+
+
+def clear_fault(session: Session, kind: FindingKind, key: str) -> None:
+    """Remove a fault from the list, because an operator has accepted it. The next check of its task decides again."""
+    row = session.exec(select(RollingAudit).where(_OURS).with_for_update()).one_or_none()
+    if row is not None:
+        row.findings = [each for each in row.findings if (each["kind"], each["key"]) != (kind, key)]
+        session.flush()
 
 
 def forget(database: Database) -> bool:

@@ -16,6 +16,7 @@ from sqlalchemy import tuple_
 from sqlmodel import col, select
 
 from storage.archive import manifest
+from storage.archive.accepted_losses import accepted_of
 from storage.archive.folders import FOLDER, in_batches
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
@@ -24,21 +25,25 @@ from storage.keys import manifest_name
 from storage.local_folder import LocalFolder
 from storage.rows import tasks
 from storage.rows.models import Asset, Task
+from storage.rows.task_conditions import DISMISSED
 from storage.states import AssetState
 
 PAGE_ROWS = 500
 BATCH_TASKS = 32
 THREADS = 8
+MISSING = "missing: there is no such object"
 
 
 @dataclass
 class Exported:
-    """The result for one task. `faults`: key and reason of every file that is not in the folder now."""
+    """The result for one task. `faults`: key and reason of every file that is not in the folder now. `accepted`: the
+    same of accepted losses."""
 
     task: str
     files: int = 0
     bytes: int = 0
     faults: list[tuple[str, str]] = field(default_factory=list)
+    accepted: list[tuple[str, str]] = field(default_factory=list)
 
 
 class _Corrupted(Exception):
@@ -72,13 +77,27 @@ class Export:
         for asset in assets:
             if asset.state is AssetState.ARCHIVED:
                 self._count(exported, str(asset.key), partial(self._export_file, asset))
+            elif asset.key and (asset.error or "").startswith(DISMISSED):
+                exported.accepted.append((asset.key, f"given up: {asset.error}"))
         if task.manifest_key:
             folder = task.manifest_key.rpartition("/")[0]
             for number in range(1, task.manifests + 1):
                 key = f"{folder}/{manifest_name(number)}"
                 digest = task.manifest_digest if key == task.manifest_key else None
                 self._count(exported, key, partial(self._export_manifest, key, digest))
+        self._accept(exported, task)
         return exported
+
+    def _accept(self, exported: Exported, task: Task) -> None:
+        """Take the accepted losses from the faults."""
+        if not exported.faults:
+            return
+        with self._database.read() as session:
+            losses = accepted_of(session, task.id)
+        losses.pop(task.manifest_key or "", None)
+        lost = {key for key, why in exported.faults if key in losses and why == MISSING}
+        exported.faults = [fault for fault in exported.faults if fault[0] not in lost]
+        exported.accepted += [(key, losses[key].detail) for key in sorted(lost)]
 
     def _count(self, exported: Exported, key: str, export: Callable[[], int | str]) -> None:
         try:
@@ -106,7 +125,7 @@ class Export:
         except _Corrupted as error:
             return f"corrupted: {error}"
         except NoSuchObject:
-            return "missing: there is no such object"
+            return MISSING
 
     def _export_manifest(self, key: str, digest: str | None) -> int | str:
         """As `_export_file`. `digest`: from the row, None for an earlier manifest, which is checked by its own."""
@@ -114,7 +133,7 @@ class Export:
             content = self._bucket.read_bytes(key, manifest.MAX_MANIFEST_BYTES)
             found = manifest.read(content)["digest"]
         except NoSuchObject:
-            return "missing: there is no such object"
+            return MISSING
         except ValueError as error:
             return f"corrupted: {error}"
         if digest not in (None, found):

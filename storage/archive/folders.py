@@ -17,6 +17,7 @@ from urllib.parse import unquote
 
 from sqlmodel import select
 
+from storage.archive.accepted_losses import Loss, accepted_of
 from storage.bucket.bucket import PROBE_FOLDER, Bucket
 from storage.bucket.stored import Listed
 from storage.database.sessions import Database
@@ -38,10 +39,11 @@ Objects = Mapping[str, Listed]
 
 @dataclass
 class Rows:
-    """The rows of one task that name a key in the folder."""
+    """The rows of one task that name a key in the folder. `losses`: accepted ones, only of a `current_folder`."""
 
     task: Task | None = None
     assets: list[Asset] = field(default_factory=list)
+    losses: Mapping[str, Loss] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.task is not None or bool(self.assets)
@@ -150,10 +152,11 @@ def current_folder(database: Database, bucket: Bucket, folder: str) -> Folder:
     with database.read() as session:
         task = tasks.by_external_id(session, external_id)
         assets = tasks.assets_of(session, task.id) if task else []
+        losses = accepted_of(session, task.id) if task else {}
     here = [asset for asset in assets if asset.key and folder_of(asset.key) == folder]
     if task and not here and not _is_in(task, folder):
         task = None
-    return Folder(folder, Rows(task, here), objects)
+    return Folder(folder, Rows(task, here, losses if task else {}), objects)
 
 
 def _is_in(task: Task, folder: str) -> bool:

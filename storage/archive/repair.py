@@ -12,7 +12,7 @@ from sqlalchemy import update
 from sqlmodel import Session, col
 
 from storage.archive import manifest
-from storage.archive.audit import ENDED, Finding, FindingKind
+from storage.archive.audit import ENDED, THERE_AGAIN, Finding, FindingKind
 from storage.archive.folders import manifest_number
 from storage.bucket.bucket import Bucket
 from storage.bucket.store_errors import NoSuchObject
@@ -24,6 +24,7 @@ from storage.rows.models import Asset, Task
 from storage.spool import spool
 from storage.states import ArchiveState, AssetState
 
+EARLIER = "not repaired: it is an earlier manifest, of which there is no other copy"
 FETCHED_AGAIN = "due again: a worker fetches it while the provider still has it"
 WRITTEN_AGAIN = "due again: a worker writes the manifest"
 
@@ -55,6 +56,8 @@ class Repairer:
                     return "left alone: no row names it; delete it by hand if it is not needed"
                 case FindingKind.SUPERSEDED:
                     return "left alone: it is an earlier download, not a fault"
+                case FindingKind.ACCEPTED:
+                    return self._fetch_again(finding) if finding.detail == THERE_AGAIN else "left alone: not a fault"
         except (DatabaseUnavailable, StoreUnavailable, ObjectConflict) as error:
             return f"not repaired: {error}"
 
@@ -125,7 +128,7 @@ class Repairer:
         if task is None or task.manifest_key is None or task.deleted_at is not None:
             return "left alone: the row has changed since"
         if finding.key != task.manifest_key:
-            return "not repaired: it is an earlier manifest, of which there is no other copy"
+            return f"{EARLIER}; `receiver dismiss --object KEY --reason TEXT` accepts its loss"
         missing = finding.kind is FindingKind.MANIFEST_MISSING
         number, digest = self._previous_manifest(task) if missing else (task.manifests, task.manifest_digest)
         with self._database.write() as session:

@@ -18,8 +18,8 @@ from sqlmodel import Session, col, select
 
 from storage import states
 from storage.accounts.accepted import WAS_ACCEPTED, was_accepted
+from storage.database import walk
 from storage.database.sessions import Database, run
-from storage.operations import walk
 from storage.rows import claims, reports, tasks
 from storage.rows.deliveries import compare_again
 from storage.rows.events import EventName, record

@@ -16,9 +16,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, delete, exists, func, literal_column, or_, type_coerce, update
 from sqlmodel import Session, col, select
 
+from storage.archive.accepted_losses import IS_LOSS_ACT
+from storage.database import walk
 from storage.database.clock import UtcTime
 from storage.database.sessions import Database, run
-from storage.operations import outbox, walk
+from storage.operations import outbox
 from storage.rows.deleted_callbacks import delete_callbacks
 from storage.rows.models import Asset, Callback, Dispatch, Event, Task
 from storage.rows.task_conditions import IS_OVER, IS_PARKED
@@ -53,8 +55,8 @@ def prunable(session: Session, before: datetime) -> list[Prunable]:
     """What may be pruned from before `before`: nothing of a task that is not over, and nothing that waits for work.
 
     A delivery to the account URL names no task, so it stays while a task is open that existed when it came. An event
-    stays until it has a number and every sink has it. The client's callback URL, which may hold a secret, is pruned
-    with the request, after the client has been called back.
+    stays until it has a number and every sink has it. The acts of an accepted loss stay. The client's callback URL,
+    which may hold a secret, is pruned with the request, after the client has been called back.
     """
     unnamed = col(Callback.received_at) < min(before, _oldest_open(session) or before)
     settled = and_(
@@ -67,6 +69,7 @@ def prunable(session: Session, before: datetime) -> list[Prunable]:
     delivered = and_(
         col(Event.at) < before,
         col(Event.seq).is_not(None),
+        ~IS_LOSS_ACT,
         _is_over(Event.task_id),
         ~exists().where(col(Dispatch.event_id) == col(Event.id), outbox.IS_OPEN),
     )

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from receiver.batch import batch_report
+from receiver.cli.audit_log import AuditLog
 from receiver.events.dispatcher import SinkUnavailable
 from receiver.events.lines import Lines
 from receiver.local_store import serve_store
-from storage.archive.audit_log import AuditLog
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable

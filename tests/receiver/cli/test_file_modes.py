@@ -16,9 +16,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from receiver.batch import batch_report
+from receiver.cli.audit_log import AuditLog
 from receiver.events.dispatcher import SinkUnavailable
 from receiver.events.lines import Lines
-from storage.archive.audit_log import AuditLog
 from storage.database.sessions import Database
 from storage.database.turnstile import Turnstile
 from storage.errors import DatabaseUnavailable

@@ -10,10 +10,10 @@ import pytest
 from sqlmodel import select
 
 from receiver.app.wiring import Parts
+from receiver.cli.audit_log import AuditLog
 from receiver.sandbox import Sandbox
 from storage.archive import folders
 from storage.archive.audit import Audit, Counts, Finding, FindingKind
-from storage.archive.audit_log import AuditLog
 from storage.archive.repair import FETCHED_AGAIN, WRITTEN_AGAIN, Repairer
 from storage.rows.models import Asset, Task
 from storage.states import ArchiveState, AssetState, Step, TaskState

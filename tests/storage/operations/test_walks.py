@@ -11,8 +11,9 @@ from sqlalchemy import event
 from sqlmodel import col, select
 
 from receiver.tasks.operate import Operator
+from storage.database import walk
 from storage.database.sessions import Database
-from storage.operations import maintenance, walk
+from storage.operations import maintenance
 from storage.rows import tasks
 from storage.rows.models import Callback, Task
 from storage.rows.reports import Schedule
