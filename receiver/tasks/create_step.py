@@ -30,7 +30,6 @@ from receiver.tasks.apply_deliveries import decide_again
 from receiver.tasks.create_outcome import CreateOutcome
 from receiver.tasks.lease_renewal import renewing_lease
 from storage.accounts import pauses
-from storage.accounts.accepted import was_accepted
 from storage.accounts.pauses import Trial
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.accounts.slots import Slots
@@ -361,8 +360,6 @@ class CreateStep:
             reports.apply(session, row, report, self._schedule, now=tasks.now(session), pushed=False)
             if not is_found and row.provider_task_id is None:
                 row.note = tasks.NOT_FOUND
-                if not was_accepted(row):  # only a delivery came that was refused, or is not applied yet
-                    row.called_back_at = tasks.now(session)
                 reports.reschedule(session, row, self._schedule, read_now=True)
             decide_again(session, row)  # deliveries that came before this answer
             if listener and row.state is report.status:

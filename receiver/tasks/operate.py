@@ -18,7 +18,6 @@ from sqlmodel import Session, col
 from receiver.providers.base import BadSignature, Provider, plain
 from receiver.tasks.accept_losses import accept_losses
 from receiver.tasks.changes import Tally, change
-from receiver.tasks.reconcile import NEVER_REPORTED
 from storage.accounts.accepted import was_accepted
 from storage.bucket.bucket import Bucket
 from storage.database.sessions import Database
@@ -107,7 +106,7 @@ class Operator:
         Dismissed tasks are left alone.
         """
         files = maintenance.failed_files(self._database, since=since, error=error, limit=limit)
-        others = maintenance.failed_tasks(self._database, silent=NEVER_REPORTED, since=since, error=error, limit=limit)
+        others = maintenance.failed_tasks(self._database, since=since, error=error, limit=limit)
         tally, whole = Tally(), set(others)
         for task_id, group in groupby(files, key=lambda pair: pair[0]):
             if task_id in whole:  # done below, with all of its files

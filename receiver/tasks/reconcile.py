@@ -20,6 +20,7 @@ from receiver.providers.base import Provider, Record
 from receiver.providers.lookup import read_task
 from receiver.tasks import apply_deliveries
 from storage import states
+from storage.accounts.accepted import NEVER_REPORTED
 from storage.accounts.rate_limit import ReadRateLimit, TooManyReads
 from storage.database.sessions import Database
 from storage.errors import GiveUp, LostClaim, ReportUnreadable, Retry
@@ -33,7 +34,6 @@ from storage.states import CallbackState, Report, TaskState
 
 log = structlog.get_logger()
 
-NEVER_REPORTED = "never_reported"
 # The longest wait between two calls to a provider that is down, whatever the task's own poll delay is.
 READ_RETRY_CAP_SECONDS = 300
 # The newest deliveries whose ids are read. An honest task's all name the same one.

@@ -15,7 +15,7 @@ from sqlalchemy import and_, case, func, insert, update
 from sqlmodel import Session, col, select
 
 from storage import states
-from storage.accounts.accepted import WAS_ACCEPTED, WAS_NOT_ACCEPTED
+from storage.accounts.accepted import WAS_ACCEPTED
 from storage.database.clock import db_now
 from storage.database.sessions import insert_or_ignore
 from storage.rows.deliveries import rematch
@@ -201,6 +201,6 @@ def failed_at_provider(session: Session, batch_id: uuid.UUID) -> list[uuid.UUID]
 
 def refused(session: Session, batch_id: uuid.UUID) -> list[dict[str, Any]]:
     """The requests of creates that the provider refused, without dismissed ones."""
-    failed = (Task.state == TaskState.FAILED, WAS_NOT_ACCEPTED, col(Task.request) != {})
+    failed = (Task.state == TaskState.FAILED, ~WAS_ACCEPTED, col(Task.request) != {})
     found: Any = select(Task.request).where(Task.batch_id == batch_id, *failed, not_dismissed(Task.note))
     return list(session.exec(found.where(col(Task.deleted_at).is_(None))))

@@ -16,8 +16,9 @@ from receiver.console.pages import batches
 from receiver.console.words import cause
 from receiver.providers.base import RequestInvalid
 from receiver.providers.kling.request import parse_request
-from receiver.tasks import apply_deliveries, reconcile
+from receiver.tasks import apply_deliveries
 from storage import filters
+from storage.accounts.accepted import NEVER_REPORTED
 from storage.accounts.batches import STAGES
 from storage.archive.audit import FindingKind
 from storage.bucket.probe import Capabilities
@@ -181,7 +182,7 @@ def test_every_fault_of_a_download_is_translated() -> None:
 def test_every_cause_of_a_closed_set_is_translated() -> None:
     told = apply_deliveries
     own = {told.NOT_READ, told.DECIDED, told.AWAITS_READ, told.BY_READ, told.OTHERWISE, told.KNOWN, told.NO_NEWS}
-    own |= {told.DELETED, told.DISMISSED, reconcile.NEVER_REPORTED}
+    own |= {told.DELETED, told.DISMISSED, NEVER_REPORTED}
     own |= {batch.OTHER_FILE.format(name="'night 1'"), batches.NO_FILE, *rules_of_requests()}
     found = {*closed_texts(), *own}
     assert len(found) > 35

@@ -15,7 +15,8 @@ from sqlmodel import col, update
 
 from receiver.app.wiring import Parts
 from receiver.sandbox import Sandbox
-from receiver.tasks.reconcile import BATCH, NEVER_REPORTED, NO_BATCH_SECONDS, Reader
+from receiver.tasks.reconcile import BATCH, NO_BATCH_SECONDS, Reader
+from storage.accounts.accepted import NEVER_REPORTED
 from storage.accounts.rate_limit import ReadRateLimit
 from storage.rows import claims, tasks
 from storage.rows.models import Task
