@@ -16,6 +16,7 @@ from receiver.events.dispatcher import Dispatcher, Sink
 from receiver.gateway import client_callback
 from receiver.tasks.apply_deliveries import BATCH, DeliveryApplier
 from receiver.tasks.reconcile import Reader, UnmatchedDeliveries
+from receiver.workers import clock_steps
 from receiver.workers.lanes import Batches, Lane, PeriodicJob
 from receiver.workers.worker import CLAIM_PAUSE_SECONDS
 from storage.accounts import idempotency
@@ -55,6 +56,8 @@ OTHER_THREADS = 24
 IDEMPOTENCY_INTERVAL_SECONDS = 3_600.0
 # Deadlines are hours away. A check costs one index look-up.
 DEADLINE_INTERVAL_SECONDS = 60.0
+# Four reads of the due indexes: 28 to 33 ms of CPU where each of four tables has 100,000 waiting rows.
+CLOCK_INTERVAL_SECONDS = 60.0
 # Unfinished uploads are aborted after a day. A check lists the bucket.
 UPLOADS_INTERVAL_SECONDS = 6 * 3_600.0
 # A task counts as silent after 24 h. A check costs a look-up in the index of held slots.
@@ -150,9 +153,20 @@ def periodic_jobs(parts: Parts) -> Sequence[PeriodicJob]:
         PeriodicJob("uploads", UPLOADS_INTERVAL_SECONDS, lambda: sweep_uploads(parts.bucket)),
         PeriodicJob("silent", SILENT_INTERVAL_SECONDS, lambda: give_back_silent(database)),
         PeriodicJob("sequence", SEQUENCE_INTERVAL_SECONDS, parts.sequence, due_if=outbox.UNSEQUENCED),
+        PeriodicJob("clock steps", CLOCK_INTERVAL_SECONDS, lambda: mend_due_times(parts)),
         PeriodicJob("disabled sinks", DEADLINE_INTERVAL_SECONDS, lambda: outbox.end_disabled(database)),
         _audit_job(parts),
     )
+
+
+def mend_due_times(parts: Parts) -> int:
+    """Make the rows due whose times were set by a clock that was ahead. Returns how many."""
+    chosen, schedule = parts.settings, parts.schedule
+    polls = max(schedule.poll_after_seconds, schedule.poll_max_seconds)
+    waits = clock_steps.longest(
+        lease_seconds=chosen.lease_seconds, poll_seconds=polls, event_retry_seconds=chosen.event_retry_seconds
+    )
+    return clock_steps.mend(parts.database, waits, chosen.lease_seconds)
 
 
 def _audit_job(parts: Parts) -> PeriodicJob:

@@ -22,6 +22,7 @@ import uvicorn
 from sqlalchemy.orm import configure_mappers
 
 from receiver.app import database_faults
+from receiver.app.jobs import mend_due_times
 from receiver.app.wiring import Parts
 from receiver.base.collector import collector_paused, spare_imports
 from receiver.base.config import Settings
@@ -325,6 +326,7 @@ def work_once(parts: Parts) -> int:
     """Work on everything that is due now. Returns how many rows were worked on."""
     ready_schema(parts.database, migrate=parts.settings.migrates_on_start)
     narrow_files(parts)
+    mend_due_times(parts)
     worker, count = parts.worker(), 0
     while done := worker.run_until_idle() + worker.run_quarantined() + parts.sequence():
         count += done

@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import structlog
-from sqlalchemy import ColumnElement, bindparam, func, literal_column, select, update
+from sqlalchemy import ColumnElement, bindparam, func, literal_column, or_, select, update
 from sqlmodel import Session, col
 
 from storage import states
@@ -46,13 +46,17 @@ RECHECK_SECONDS = 1.0
 RAISE_SECONDS = 60.0
 # The slowest pictures take over an hour (KLING §7). A task without news for a day counts as ended.
 SILENT_SECONDS = 86_400.0
+# A task that the provider refused for its rate waits an hour at most. A later time was set before the clock was set
+# back.
+LATEST_SECONDS = 3_660.0
 
 _TASKS = Task.__table__  # type: ignore[attr-defined]
 _WAITS = (_TASKS.c.queued_at.is_not(None), _TASKS.c.provider == bindparam("provider"))
 _LINE: ColumnElement[str] = literal_column(LINE.format(""))
 _ORDER = [_TASKS.c[name] for name in LINE_ORDER]
 _COLUMNS = [_TASKS.c[name] for name in ("id", "batch_id", "slots", "model", "created_at", "batch_line")]
-_COLUMNS += [_LINE.label("line"), (_TASKS.c.queued_at <= db_now_once()).label("ready")]
+_IS_READY = or_(_TASKS.c.queued_at <= db_now_once(), _TASKS.c.queued_at > db_now_once(LATEST_SECONDS))
+_COLUMNS += [_LINE.label("line"), _IS_READY.label("ready")]
 
 
 @lru_cache(maxsize=16)  # of providers; also of bound parameters

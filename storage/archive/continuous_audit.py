@@ -44,6 +44,7 @@ ALL_IDS = 2**128
 STEP_SECONDS = 10.0
 # The longest time between two steps, because a new task may be the next one.
 STANDING_INTERVAL_SECONDS = 3_600.0
+MARGIN_SECONDS = 60.0  # between the computation of a time and its check
 # The most tasks of one step, and the hashed bytes after which it begins no further task. A crash loses one step.
 STEP_TASKS = 64
 STEP_BYTES = 64 * 2**20
@@ -138,7 +139,10 @@ class ContinuousAudit:
     # -- the lease ----------------------------------------------------------------------------------------------------
 
     def _claim(self) -> RollingAudit | None:
-        is_due = col(RollingAudit.due_at) <= db_now()
+        # A time further ahead than any wait of the audit was set before the clock was set back.
+        furthest = max(STANDING_INTERVAL_SECONDS, self._lease_seconds) + MARGIN_SECONDS
+        due_at = col(RollingAudit.due_at)
+        is_due = or_(due_at <= db_now(), due_at > db_now(furthest))
         with self._database.read() as session:
             if session.exec(select(RollingAudit.name).where(~is_due)).first():
                 return None

@@ -128,6 +128,16 @@ def test_admitted_tasks_hold_their_slots_and_are_due(database: Database) -> None
         assert {row.id for row in claims.claim(session, Task, limit=9, lease_seconds=9)} == {rows[0].id, rows[1].id}
 
 
+def test_task_that_waits_until_a_time_is_not_admitted_before_unless_the_clock_was_ahead(database: Database) -> None:
+    later = {"due_at": None, "slots": -1, "provider": "kling"}
+    with database.write() as session:
+        waits = new_task(session, queued_at=database.now() + timedelta(hours=1), batch_id=A, **later)
+        ahead = new_task(session, queued_at=database.now() + timedelta(days=1), batch_id=B, **later)
+    with database.write() as session:
+        assert Slots("kling", 5).admit(session, 10) == 1
+    assert [stored(database, row)["slots"] for row in (waits, ahead)] == [-1, 1]
+
+
 def test_at_most_as_many_are_admitted_as_can_be_sent(database: Database) -> None:
     with database.write() as session:
         for line in range(4):

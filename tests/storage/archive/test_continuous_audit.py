@@ -286,6 +286,15 @@ def test_steps_are_at_least_ten_seconds_and_at_most_an_hour_apart(parts: Parts) 
 
 
 @pytest.mark.parametrize("database_kind", ["sqlite"])
+def test_step_that_was_set_by_a_clock_a_day_ahead_is_due(parts: Parts) -> None:
+    keep(parts, 2)
+    assert audit(parts).run()
+    change(parts, due_at=parts.database.now() + timedelta(hours=1))
+    assert not audit(parts).run()
+    change(parts, due_at=parts.database.now() + timedelta(days=1))
+    assert audit(parts).run()
+
+
 def test_fewer_days_apply_within_the_hour(parts: Parts) -> None:
     insert_at(parts, 0.5)
     assert audit(parts, days=30).step()
