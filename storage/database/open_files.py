@@ -18,6 +18,8 @@ from storage.own_files import open_own
 
 # Inode numbers of the file, its log and its index; 0 = there is none. A file that is open keeps its number to itself.
 Inodes = tuple[int, int, int]
+# Whether this process was forked from one that had a database open.
+_is_deceived = False
 
 
 class OpenFiles:
@@ -48,7 +50,7 @@ class OpenFiles:
     def note(self, opened: Inodes) -> Inodes:
         """Hold the lock, and note what this process has opened if it is the first. Returns what is noted."""
         with self._lock, suppress(OSError):
-            if self._file is not None:
+            if self._file is not None or _is_deceived:
                 return opened
             file = open_own(self._path, os.O_RDWR)
             try:
@@ -71,9 +73,15 @@ class OpenFiles:
                 os.close(self._file)
                 self._file = None
 
-    def begin_in_child(self) -> None:
-        """Leave the lock to the parent."""
+    def begin_in_child(self, *, is_open: bool) -> None:
+        """Leave the lock to the parent, and note nothing if the parent has the database open (`is_open`).
+
+        SQLite believes then that this process holds the parent's locks, and the last other process that closes the
+        database removes log and index from under it.
+        """
+        global _is_deceived
         self._lock = threading.Lock()
+        _is_deceived = _is_deceived or is_open
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -41,14 +41,15 @@ class SqliteFile:
         self.path = path
         self._identity: Identity = None
         self._open_files = OpenFiles(lock_file)
+        self._open: set[int] = set()
         self.begin_in_child()
 
     def begin_in_child(self) -> None:
         """Leave connections to the parent: SQLite removes the log once all are closed."""
+        self._open_files.begin_in_child(is_open=bool(self._open))
         self._lock = threading.Lock()  # guards what follows
-        self._open: set[int] = set()
+        self._open = set()
         self._sides: list[tuple[Path, Identity]] = []
-        self._open_files.begin_in_child()
 
     def check(self) -> None:
         """Raises `FileChanged` if another file, or none, is at a path. Takes a microsecond for each of three.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -133,6 +134,23 @@ def test_a_process_begins_after_all_others_were_killed_whatever_is_gone(own: Dat
         begun.close()
         assert count(own) == (2, 4)[bool(suffix)]
         own.close()
+
+
+def test_a_child_of_a_process_that_has_it_open_keeps_no_other_out(own: Database, sqlite_file: Path) -> None:
+    """SQLite gives it no locks of its own, and removes its log with the parent's last connection."""
+    write(own)
+    ours, its = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=hold, args=(its, f"sqlite:///{sqlite_file}"))
+    child.start()
+    try:
+        assert ours.recv() == "ready"
+        own.close()
+        begun = Database(f"sqlite:///{sqlite_file}")
+        write(begun)
+        begun.close()
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_processes_that_begin_and_end_at_once_refuse_nothing(own: Database, sqlite_file: Path) -> None:
