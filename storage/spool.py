@@ -25,6 +25,8 @@ SPOOL_PREFIX = "receiver-spool-"
 # Far longer than a fetch and the put after it may take. A spool file this old belongs to a crashed process.
 SPOOL_STALE_HOURS = 24.0
 BLOCK_BYTES = 256 * 1024
+# The beginnings of the messages of `SpoolUnavailable` and `DiskFull`, by which stored errors are recognised.
+MESSAGES = ("RECEIVER_SPOOL_DIR: ", "the disk of the spool folder ")
 
 # Memory of closed spools, for reuse. At most as many as were open at once, one for each thread that archives.
 _free: list[memoryview] = []

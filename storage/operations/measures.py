@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import case, distinct, func, literal_column, or_, text, true
 from sqlmodel import Session, col, select
 
+from storage import spool
 from storage.accounts import pauses
 from storage.accounts.slots import Slots
 from storage.archive import continuous_audit
@@ -202,13 +203,14 @@ def unusable_files(session: Session) -> UnusableFiles:
 
 
 def store_waits(session: Session) -> dict[str, int]:
-    """How many files wait because the store was down or refused them, by its answer to their last try.
+    """How many files wait because the store was down or refused them, or because the spool folder has no room or cannot
+    be used, by the message of their last try.
 
     Covers the STORE_WAITS_READ files whose next try is the latest, and the STORE_CAUSES most frequent answers.
     """
     latest = select(Asset.error).where(col(Asset.due_at).is_not(None)).order_by(col(Asset.due_at).desc())
     error = latest.limit(STORE_WAITS_READ).subquery().c.error
-    told = or_(*(error.startswith(words) for words in store_errors.MESSAGES))
+    told = or_(*(error.startswith(words) for words in (*store_errors.MESSAGES, *spool.MESSAGES)))
     found: Counter[str] = Counter()
     for message, count in session.exec(select(error, func.count()).where(told).group_by(error)):
         found[store_errors.OBJECT_SIZE.sub("objects of their size", message)] += count

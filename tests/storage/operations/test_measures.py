@@ -311,13 +311,20 @@ def test_rare_states_are_found_by_their_partial_indexes(database: Database) -> N
     assert [plan.split("INDEX ")[1].split()[0] for plan in plans] == ["callback_unmatched_external", "task_deadline"]
 
 
+SPOOL_FULL = "the disk of the spool folder is full; free space there"
+NO_SPOOL = "RECEIVER_SPOOL_DIR: /spool cannot be written (Permission denied): choose a folder that this user may write"
+
+
 def refused_puts(parts: Parts) -> None:
-    """Three files over a proxy's limit, one while the store was down, and two that wait for other causes."""
+    """Three files over a proxy's limit, one while the store was down, two that the spool folder could not take, and two
+    that wait for other causes.
+    """
     answer = {"Error": {"Code": "413"}, "ResponseMetadata": {"HTTPStatusCode": 413}}
     over = ClientError(answer, "PutObject")  # type: ignore[arg-type]
     away = EndpointConnectionError(endpoint_url="http://store.example:9000")
     errors = [str(refusal(over, "b", "http://store.example:9000", size)) for size in (1_000, 2_000_000, 3)]
     errors += [str(refusal(away, "b", "http://store.example:9000")), "cdn.example answered 503"]
+    errors += [SPOOL_FULL, NO_SPOOL]
     task = insert_row(parts, archive=ArchiveState.ARCHIVING, step=None, due_at=None)
     with parts.database.write() as session:
         for index, error in enumerate((*errors, None)):
@@ -325,17 +332,17 @@ def refused_puts(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"metrics_token": "a-token"}])
-def test_status_and_readiness_count_files_that_wait_for_the_store(web: Web, parts: Parts) -> None:
+def test_status_and_readiness_count_files_that_wait_for_the_store_or_the_spool(web: Web, parts: Parts) -> None:
     refused_puts(parts)
     causes = measured(parts).as_dict()["store_waits"]
-    assert list(causes.values()) == [3, 1]
+    assert (sorted(causes.values()), causes[SPOOL_FULL], causes[NO_SPOOL]) == ([1, 1, 1, 3], 1, 1)
     limit = "3 files wait: a limit in front of the store at store.example:9000 refuses objects of their size"
     away = "1 files wait: the store at store.example:9000 cannot be reached"
     token = {"Authorization": "Bearer a-token"}
     with running(parts.worker([])):  # waiting files do not make the receiver degraded
         wait_until(lambda: httpx.get(f"{web.url}/readyz?strict=1", headers=token).status_code == 200)
         said = httpx.get(f"{web.url}/readyz", headers=token).json()["checks"]
-    for words in (limit, away):
+    for words in (limit, away, f"1 files wait: {SPOOL_FULL}", f"1 files wait: {NO_SPOOL}"):
         assert words in show.summary(measured(parts))
         assert words in said["waiting"]
 
