@@ -56,7 +56,8 @@ def numbers(parts: Parts) -> Iterator[Result]:
     if not fault:
         return
     if heartbeats.count_alive(parts.database):
-        yield Result("events", Status.FAULT, fault, "look for `worker.step_failed` in the log of the workers")
+        advice = "look for `worker.step_failed` in the workers' log, and for a program that holds the row of `counter`"
+        yield Result("events", Status.FAULT, fault, advice)
     else:
         yield Result("events", Status.NOTE, fault, "workers number them, and none is alive")
 
